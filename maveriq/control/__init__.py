@@ -1,0 +1,1 @@
+"""The clock-free brain that the simulator and the executor share."""

@@ -1,0 +1,76 @@
+"""GPUs and clusters: what there is to place models on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maveriq.errors import InputError
+from maveriq.units import Bytes, gib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU of a cluster.
+
+    `idle_bytes` is what the driver holds while no model is loaded; it counts against capacity.
+
+    Raises:
+        InputError: there is no capacity beside what is held when idle.
+    """
+
+    gpu_id: int
+    node: int
+    kind: str
+    capacity_bytes: Bytes
+    idle_bytes: Bytes = 0
+
+    def __post_init__(self) -> None:
+        if self.idle_bytes < 0 or self.capacity_bytes <= self.idle_bytes:
+            raise InputError(
+                f"GPU {self.gpu_id} ({self.kind}): capacity {gib(self.capacity_bytes):.3f} GiB must be more than "
+                f"the {gib(self.idle_bytes):.3f} GiB held when idle"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """GPUs numbered from 0 in order.
+
+    Raises:
+        InputError: no GPU, or ids that are not 0, 1, 2, ...
+    """
+
+    name: str
+    gpus: tuple[Gpu, ...]
+
+    def __post_init__(self) -> None:
+        if not self.gpus:
+            raise InputError(f"cluster {self.name!r} has no GPU; give at least one, for example 8xA6000")
+        if [gpu.gpu_id for gpu in self.gpus] != list(range(len(self.gpus))):
+            raise InputError(f"cluster {self.name!r}: GPUs must be numbered 0 to {len(self.gpus) - 1} in order")
+
+    def __len__(self) -> int:
+        return len(self.gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchTiming:
+    """What a serving system's dispatcher costs (SPEC 6); all zero is an ideal one.
+
+    A request goes at the first tick not before its arrival plus `after_arrival_us` and the
+    release of its last GPU plus `after_release_us`, at most one dispatch per tick; nothing goes
+    within `pause_us` after an engine registers.
+
+    Raises:
+        InputError: a negative duration.
+    """
+
+    tick_us: int = 0
+    after_arrival_us: int = 0
+    after_release_us: int = 0
+    pause_us: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("tick_us", "after_arrival_us", "after_release_us", "pause_us"):
+            if getattr(self, field) < 0:
+                raise InputError(f"dispatch timing: {field} must not be negative, not {getattr(self, field)}")

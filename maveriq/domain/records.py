@@ -1,0 +1,108 @@
+"""Records: what happened, in one schema for simulated and real runs (DESIGN, "Records")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.intents import DeployAsk
+from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
+from maveriq.errors import InvariantError
+from maveriq.units import Bytes, Micros
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NOT_YET = -1
+"""Marks a time that never came (a request that never started, an engine never ready)."""
+
+REQUEST_COLUMNS = (
+    "request_id", "deployment_id", "model", "arrival_s", "start_s", "first_token_s", "finish_s", "status", "reason",
+    "prompt_tokens", "output_tokens", "queue_s", "service_s", "latency_s", "ttft_s", "tpot_s", "slo_s", "slo_met",
+)  # fmt: skip
+DEPLOYMENT_COLUMNS = (
+    "deployment_id", "model", "intent", "slo_s", "asked_s", "ready_s", "removed_s", "status", "reason", "tp", "pp",
+    "layer_split", "weights", "kv", "batch_size", "gpus", "gib_per_gpu", "est_latency_s", "est_memory_gib",
+)  # fmt: skip
+GPU_COLUMNS = ("time_s", "gpu", "memory_gib", "busy_share")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTable:
+    """All requests of a run, a column each, in the order of arrival.
+
+    Times are microseconds since the run's start, `NOT_YET` where the request never got there.
+    `deployment_id` is 0 where no deployment took the request; `slo_us` is 0 where there is none.
+    `reason` is an index into `reasons` (0: none).
+    """
+
+    request_id: np.ndarray[Any, Any]
+    endpoint_id: np.ndarray[Any, Any]
+    deployment_id: np.ndarray[Any, Any]
+    arrival_us: np.ndarray[Any, Any]
+    start_us: np.ndarray[Any, Any]
+    first_token_us: np.ndarray[Any, Any]
+    finish_us: np.ndarray[Any, Any]
+    status: np.ndarray[Any, Any]
+    reason: np.ndarray[Any, Any]
+    prompt_tokens: np.ndarray[Any, Any]
+    output_tokens: np.ndarray[Any, Any]
+    slo_us: np.ndarray[Any, Any]
+    reasons: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.request_id)
+
+    def counts(self) -> dict[RequestStatus, int]:
+        """Return how many requests ended in each final status.
+
+        Raises:
+            InvariantError: a request has no final status (conservation is broken).
+        """
+        counts = {status: int((self.status == status.value).sum()) for status in FINAL_STATUSES}
+        if sum(counts.values()) != len(self):
+            raise InvariantError(f"{len(self)} requests arrived but {sum(counts.values())} ended; some were lost")
+        return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentRecord:
+    """One deployment as it was asked for, planned, and what became of it.
+
+    `plan` is None where the ask was rejected; `reason` then says why. Times are microseconds,
+    `NOT_YET` where they never came. `status` is one of waiting, loading, up, down, removed, rejected.
+    """
+
+    deployment_id: int
+    ask: DeployAsk
+    plan: DeploymentPlan | None
+    ready_us: Micros
+    removed_us: Micros
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSample:
+    """Memory at an instant and the share of the time since the last sample that a GPU was busy."""
+
+    time_us: Micros
+    gpu_id: int
+    memory_bytes: Bytes
+    busy_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """Everything that a run leaves: the input of metrics, files and comparisons.
+
+    `models` maps endpoint ids to model names (refused requests have an endpoint, not always a
+    deployment). `ended_us` is when the run stopped.
+    """
+
+    requests: RequestTable
+    deployments: tuple[DeploymentRecord, ...]
+    gpu_samples: tuple[GpuSample, ...]
+    models: dict[int, str]
+    ended_us: Micros

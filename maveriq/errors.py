@@ -1,0 +1,42 @@
+"""Everything maveriq raises on purpose.
+
+::
+
+    MaveriqError              exit code 1
+    ├── InputError            exit code 2: what the user gave is wrong (file, row, key, number)
+    │   └── UnknownNameError  a name that is not in a catalogue; suggests near ones
+    └── InvariantError        a bug in maveriq: a law that must hold does not
+
+A message says what is wrong with its value, where (file and line or key), and how to mend it.
+The library raises; only the command line prints and exits.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MaveriqError(Exception):
+    """Base of all errors that maveriq raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(MaveriqError):
+    """The user's input cannot be used; the message names the value, the place and the remedy."""
+
+    exit_code = 2
+
+
+class UnknownNameError(InputError):
+    """A name that no catalogue knows."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        tail = f" {hint}" if hint else ""
+        super().__init__(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)}){tail}")
+
+
+class InvariantError(MaveriqError):
+    """A law that maveriq guarantees does not hold; always a bug, never the user's fault."""

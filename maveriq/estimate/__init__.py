@@ -1,0 +1,1 @@
+"""Estimators of latency and memory, fed by measured fingerprints."""

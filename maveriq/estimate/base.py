@@ -1,0 +1,55 @@
+"""The estimator's protocol: how long a request takes and how much memory a deployment holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import ModelSpec
+from maveriq.units import Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceEstimate:
+    """The time one request (or one batch) takes on an idle engine, in seconds.
+
+    `ttft_s` is the intercept at zero output tokens, as the paper has it, and may be slightly
+    negative (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    output_tokens: int
+
+    @property
+    def latency_s(self) -> float:
+        """From the start to the last token."""
+        return self.ttft_s + self.output_tokens * self.tpot_s
+
+    @property
+    def first_token_s(self) -> float:
+        """From the start to the first token."""
+        return self.ttft_s + self.tpot_s
+
+
+class Estimator(Protocol):
+    """Answers for a model under a configuration. Pure: equal questions get equal answers."""
+
+    @property
+    def name(self) -> str:
+        """The name by which `--plan-with` and `--serve-with` know it."""
+
+    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+        """Return why this configuration cannot be estimated or run here, None if it can.
+
+        The batch size plays no part. A configuration with a reason is never asked about further.
+        """
+
+    def service(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate one batch of `batch` equal requests that start together on an idle engine."""
+
+    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+        """Estimate the memory over all GPUs of a deployment, at its configuration's batch size."""

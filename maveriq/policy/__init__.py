@@ -1,0 +1,1 @@
+"""Policies: which configuration, which layers on which stage, which GPUs. Pure functions of a view."""

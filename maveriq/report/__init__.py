@@ -1,0 +1,1 @@
+"""What a run leaves: metrics, verdict, run folders, tables, the live view."""

@@ -1,0 +1,1 @@
+"""The simulator: a SimPy clock that feeds the controller and answers with estimates."""

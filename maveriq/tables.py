@@ -1,0 +1,146 @@
+"""Strict reading of TOML and CSV: what is wrong is said with its file, line or key, and value."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from maveriq.errors import InputError
+
+T = TypeVar("T")
+
+
+def read_text(path: Path, *, what: str) -> str:
+    """Return the text of a file, unpacked where its name ends in .gz.
+
+    Args:
+        path: the file.
+        what: what the file is meant to be, for messages ("trace", "model set").
+
+    Raises:
+        InputError: it is missing, is a folder, cannot be read, or is not UTF-8.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{what} {str(path)!r} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{what} {str(path)!r} is a folder; name a file") from None
+    except (OSError, EOFError) as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{what} {str(path)!r} is not a text file in UTF-8") from None
+
+
+def read_toml(path: Path, shape: type[T], *, what: str) -> T:
+    """Read a TOML file into a `msgspec.Struct`; declare it with `forbid_unknown_fields=True`.
+
+    Raises:
+        InputError: not TOML, an unknown key, a missing key, a value of the wrong type or range.
+    """
+    text = read_text(path, what=what)
+    try:
+        return msgspec.convert(tomllib.loads(text), shape)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
+    except msgspec.ValidationError as error:
+        raise InputError(f"{what} {str(path)!r}: {_in_plain_words(str(error))}") from None
+
+
+def _in_plain_words(message: str) -> str:
+    """Turn msgspec's words for a key ("Object contains unknown field `x` - at `$.a[0]`") into ours."""
+    message = re.sub(r" - at `\$\.?([^`]*)`", lambda at: f" (in {at[1]})" if at[1] else "", message)
+    message = message.replace("Object contains unknown field", "unknown key")
+    return message.replace("Object missing required field", "missing key")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a CSV file that knows where it stands."""
+
+    cells: dict[str, str]
+    where: str
+
+    def text(self, column: str) -> str:
+        """Return a cell that must not be empty."""
+        value = self.cells[column]
+        if not value:
+            raise InputError(f"{self.where}: {column} is empty")
+        return value
+
+    def number(self, column: str, *, least: float = -math.inf) -> float:
+        """Return a finite number of at least `least`."""
+        raw = self.cells[column]
+        try:
+            value = float(raw)
+        except ValueError:
+            raise InputError(f"{self.where}: {column} must be a number, not {raw!r}") from None
+        if not math.isfinite(value) or value < least:
+            bound = f" of at least {least:g}" if least > -math.inf else ""
+            raise InputError(f"{self.where}: {column} must be a finite number{bound}, not {raw!r}")
+        return value
+
+    def count(self, column: str, *, least: int = 0) -> int:
+        """Return a whole number of at least `least`."""
+        raw = self.cells[column]
+        # At most 15 digits: every such number survives a float, and no cell can exhaust memory.
+        if not re.fullmatch(r"-?\d{1,15}", raw) or int(raw) < least:
+            raise InputError(f"{self.where}: {column} must be a whole number of at least {least}, not {raw!r}")
+        return int(raw)
+
+
+def read_csv(path: Path, columns: Sequence[str], *, what: str, optional: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a CSV file with a header.
+
+    Args:
+        path: the file, packed with gzip where its name ends in .gz.
+        columns: columns that must be there.
+        optional: columns that may be there; any other is refused.
+        what: what the file is meant to be, for messages.
+
+    Raises:
+        InputError: the file cannot be read, a column is missing or unknown, a row has too few or
+            too many cells, or there is no row at all.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, what=what), newline=""), strict=True)
+    lines = _lines(reader, path, what)
+    header = next(lines, [])
+    _check_header(header, columns, optional, f"{what} {str(path)!r}")
+    empty = True
+    for cells in lines:
+        where = f"{what} {str(path)!r}, line {reader.line_num}"
+        if len(cells) != len(header):
+            raise InputError(f"{where}: {len(cells)} cells where the header has {len(header)}")
+        empty = False
+        yield Row(dict(zip(header, cells, strict=True)), where)
+    if empty:
+        raise InputError(f"{what} {str(path)!r} has a header but no row")
+
+
+def _lines(reader: Iterator[list[str]], path: Path, what: str) -> Iterator[list[str]]:
+    try:
+        yield from (cells for cells in reader if cells)
+    except csv.Error as error:
+        raise InputError(f"{what} {str(path)!r} is not a valid CSV file: {error}") from None
+
+
+def _check_header(header: list[str], columns: Sequence[str], optional: Sequence[str], where: str) -> None:
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise InputError(f"{where}: no column {', '.join(missing)} (needs {', '.join(columns)})")
+    unknown = [name for name in header if name not in columns and name not in optional]
+    if unknown:
+        raise InputError(f"{where}: unknown column {', '.join(unknown)} (knows {', '.join([*columns, *optional])})")
+    if len(set(header)) != len(header):
+        raise InputError(f"{where}: a column stands twice in the header")

@@ -1,0 +1,1 @@
+"""Workloads: arrivals, request lengths, model sets, latency objectives."""
