@@ -80,6 +80,10 @@ class ClusterState:
         for gpu_id, amount in self._held.pop(deployment_id).items():
             self._used[gpu_id] -= amount
 
+    def holds(self, deployment_id: int) -> bool:
+        """Say whether a deployment holds memory."""
+        return deployment_id in self._held
+
     def used_bytes(self, gpu_id: int) -> Bytes:
         """Return what is held on a GPU, idle memory included."""
         return self._used[gpu_id]

@@ -1,0 +1,247 @@
+"""The controller: the clock-free brain that simulated and real clusters share.
+
+A body calls `handle` with what happened at an instant, carries out the actions that come back,
+and calls again at `wake_us` if nothing happens before. The controller keeps the fleet, the
+queue and the ledger of requests; policy and estimates come from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias, assert_never
+
+from maveriq.control.deployments import Deployment, DeploymentState
+from maveriq.control.dispatch import DispatchClock
+from maveriq.control.events import (
+    Action,
+    DeployAsked,
+    EngineDown,
+    EngineRepaired,
+    EngineUp,
+    Event,
+    Execute,
+    ExecutionFinished,
+    GpuDown,
+    GpuUp,
+    RemoveAsked,
+    RequestArrived,
+    StopEngine,
+)
+from maveriq.control.fleet import Fleet
+from maveriq.control.ledger import RequestLedger
+from maveriq.control.load import LoadWindow
+from maveriq.control.queues import DEFAULT_MAX_WAIT_US, Discipline, RequestQueue
+from maveriq.domain.hardware import Cluster, DispatchTiming
+from maveriq.domain.requests import Request
+from maveriq.policy.base import Policy
+from maveriq.units import Micros
+
+ServiceGuess: TypeAlias = Callable[[Deployment, Request], Micros]
+"""Estimated service of a request, from what is known before it runs; for shortest job first."""
+
+
+class OnFailure(StrEnum):
+    """What becomes of a request whose engine fails under it."""
+
+    REQUEUE = "requeue"  # it goes first again, once; the second failure fails it
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerSettings:
+    """How the controller works, beside the policy."""
+
+    timing: DispatchTiming = field(default_factory=DispatchTiming)
+    discipline: Discipline = Discipline.FIFO
+    max_wait_us: Micros = DEFAULT_MAX_WAIT_US
+    on_failure: OnFailure = OnFailure.REQUEUE
+    load_window: LoadWindow = field(default_factory=LoadWindow)
+
+
+class Controller:
+    """Decides what is deployed where and which request runs next. Knows no clock."""
+
+    def __init__(self, cluster: Cluster, policy: Policy, settings: ControllerSettings, guess: ServiceGuess) -> None:
+        self.ledger = RequestLedger()
+        self.fleet = Fleet(cluster, policy, settings.load_window)
+        self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
+        self.wake_us: Micros | None = None
+        self._settings = settings
+        self._guess = guess if settings.discipline is Discipline.SJF else None
+        self._clock = DispatchClock(settings.timing)
+        self._endpoints: dict[int, list[Deployment]] = {}
+        self._now_us: Micros = 0
+        self._actions: list[Action] = []
+
+    def handle(self, now_us: Micros, events: Sequence[Event]) -> list[Action]:
+        """Take in what happened at an instant and return what to do.
+
+        Args:
+            now_us: the instant; never earlier than in the last call.
+            events: in any order; none when it is merely `wake_us`.
+        """
+        self._now_us = now_us
+        self._actions = []
+        for event in events if len(events) < 2 else sorted(events, key=_order):
+            self._take_in(event)
+        self._actions.extend(self.fleet.start_idle())
+        self._dispatch()
+        return self._actions
+
+    def _take_in(self, event: Event) -> None:
+        match event:
+            case RequestArrived():
+                self._arrived(event.request)
+            case ExecutionFinished():
+                self._finished(event)
+            case DeployAsked():
+                self._endpoints.setdefault(event.ask.endpoint_id, []).extend(self.fleet.ask(event.ask, self._now_us))
+            case EngineUp():
+                self._registered(event)
+            case RemoveAsked():
+                self._remove(event.endpoint_id)
+            case GpuDown() | GpuUp():
+                self._gpu_changed(event)
+            case EngineDown() | EngineRepaired():
+                self._engine_changed(event)
+            case _ as never:
+                assert_never(never)
+
+    # Requests
+
+    def _arrived(self, request: Request) -> None:
+        self.ledger.arrived(request)
+        self._assign(request)
+
+    def _assign(self, request: Request) -> None:
+        """Let a request wait for a deployment of its endpoint, or refuse it."""
+        replicas = self._endpoints.get(request.endpoint_id)
+        if not replicas:
+            self.ledger.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
+            return
+        deployment = self._choose(replicas)
+        self.ledger.assigned(request, deployment.deployment_id)
+        if not deployment.serves:
+            self.ledger.refused(request, deployment.why_refused())
+            return
+        service_us = self._guess(deployment, request) if self._guess else 0
+        self.queue.push(request, deployment.deployment_id, service_us)
+
+    def _choose(self, replicas: list[Deployment]) -> Deployment:
+        """Return the serving replica with the least requests, the first of equals."""
+        if len(replicas) == 1:
+            return replicas[0]
+        serving = [one for one in replicas if one.serves]
+        return min(serving or replicas[:1], key=lambda one: self.queue.waiting(one.deployment_id) + len(one.running))
+
+    def _finished(self, event: ExecutionFinished) -> None:
+        deployment = self.fleet.deployments[event.deployment_id]
+        if not deployment.running or deployment.execution_id != event.execution_id:
+            return
+        requests = self.fleet.end(deployment, self._now_us)
+        deployment.completed += len(requests)
+        for request in requests:
+            self.ledger.completed(request, event.first_token_us, self._now_us)
+        if deployment.state is DeploymentState.REMOVED:
+            self._stop(deployment)
+
+    def _dispatch(self) -> None:
+        """Send all that may go at this instant; note when the next one may."""
+        self.wake_us = None
+        while self.queue:
+            head = self.queue.next(self._now_us, self.fleet.busy_mask)
+            if head is None:
+                return
+            deployment = self.fleet.deployments[head.line.deployment_id]
+            go_us = self._clock.earliest_us(head.request.arrival_us, self.fleet.released_us(deployment))
+            if go_us > self._now_us:
+                self.wake_us = go_us
+                return
+            requests = self.queue.take(head, deployment.layout.configuration.batch_size)
+            execution_id = self.fleet.begin(deployment, requests, self._now_us)
+            self._clock.sent(self._now_us)
+            for request in requests:
+                self.ledger.started(request, self._now_us)
+            self._actions.append(Execute(deployment.deployment_id, execution_id, requests))
+
+    # Deployments
+
+    def _registered(self, event: EngineUp) -> None:
+        deployment = self.fleet.registered(event.deployment_id, event.incarnation, self._now_us)
+        if deployment is None:
+            return
+        self._clock.pause(self._now_us)
+        if event.incarnation > 1 and self.queue.has_line(deployment.deployment_id):
+            self.queue.park(deployment.deployment_id, parked=False)
+        else:
+            self.queue.open_line(deployment.deployment_id, deployment.gpu_mask)
+
+    def _gpu_changed(self, event: GpuDown | GpuUp) -> None:
+        if isinstance(event, GpuUp):
+            self.fleet.gpu_up(event.gpu_id)
+            return
+        self.fleet.gpu_down(event.gpu_id)
+        for deployment in self.fleet.on_gpu(event.gpu_id):
+            self._engine_down(deployment, f"GPU {event.gpu_id} failed", returns=event.returns, broken=False)
+
+    def _engine_changed(self, event: EngineDown | EngineRepaired) -> None:
+        deployment = self.fleet.deployments.get(event.deployment_id)
+        if deployment is None:
+            return
+        if isinstance(event, EngineRepaired):
+            self.fleet.repaired(deployment)
+        else:
+            self._engine_down(deployment, "its engine failed", returns=event.returns, broken=True)
+
+    def _engine_down(self, deployment: Deployment, what: str, *, returns: bool, broken: bool) -> None:
+        """Take in that an engine is gone; nothing that was accepted is lost."""
+        if not self.fleet.holds_memory(deployment):
+            return  # rejected, removed, or lost for good before
+        interrupted = self.fleet.end(deployment, self._now_us)
+        reason = f"{deployment.name}: {what}"
+        if deployment.state is DeploymentState.REMOVED:
+            for request in interrupted:
+                self.ledger.failed(request, reason)
+            self._stop(deployment)
+            return
+        self.fleet.engine_down(deployment, returns=returns, broken=broken, reason=what)
+        again = [request for request in interrupted if self._may_retry(request, reason)]
+        for request in again:
+            self.ledger.requeued(request)
+        if not self.queue.has_line(deployment.deployment_id):
+            return
+        if deployment.returns:
+            self.queue.park(deployment.deployment_id, parked=True)
+            for request in again:
+                self.queue.push_back(request, deployment.deployment_id)
+        else:
+            for request in [*again, *self.queue.close_line(deployment.deployment_id)]:
+                self._assign(request)
+
+    def _may_retry(self, request: Request, reason: str) -> bool:
+        if self._settings.on_failure is OnFailure.REQUEUE and self.ledger.attempts(request) < 2:
+            return True
+        self.ledger.failed(request, reason)
+        return False
+
+    def _remove(self, endpoint_id: int) -> None:
+        for deployment in self._endpoints.get(endpoint_id, []):
+            if deployment.state in (DeploymentState.REJECTED, DeploymentState.REMOVED):
+                continue
+            self.fleet.withdraw(deployment)
+            if self.queue.has_line(deployment.deployment_id):
+                for request in self.queue.close_line(deployment.deployment_id):
+                    self.ledger.refused(request, deployment.why_refused())
+            if not deployment.running:
+                self._stop(deployment)
+
+    def _stop(self, deployment: Deployment) -> None:
+        if self.fleet.removed(deployment, self._now_us):
+            self._actions.append(StopEngine(deployment.deployment_id))
+
+
+def _order(event: Event) -> tuple[int, int]:
+    """Return the place of an event among those of its instant."""
+    return event.rank, event.key

@@ -1,0 +1,205 @@
+"""The fleet: deployments over their lives, the GPUs and memory they hold, what runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from maveriq.control.deployments import Deployment, DeploymentState
+from maveriq.control.events import StartEngine
+from maveriq.control.load import BusyHistory, LoadWindow, recent_load
+from maveriq.domain.cluster import ClusterState
+from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.hardware import Cluster
+from maveriq.domain.intents import DeployAsk
+from maveriq.domain.progress import GpuStatus
+from maveriq.domain.requests import Request
+from maveriq.errors import InvariantError
+from maveriq.policy.base import Policy, Rejection
+from maveriq.units import Bytes, Micros
+
+
+class Fleet:
+    """All deployments and the cluster they share. Knows requests only as what an engine runs.
+
+    Laws: a GPU executes for one deployment at a time; memory stays reserved from the decision
+    to deploy until the engine is stopped or lost for good.
+    """
+
+    def __init__(self, cluster: Cluster, policy: Policy, window: LoadWindow) -> None:
+        self.deployments: dict[int, Deployment] = {}
+        self.busy_mask = 0
+        self._state = ClusterState(cluster)
+        self._policy = policy
+        self._window = window
+        self._released_us = [0] * len(cluster)
+        self._to_start: list[Deployment] = []
+
+    def ask(self, ask: DeployAsk, now_us: Micros) -> list[Deployment]:
+        """Let the policy decide on an ask; reserve memory for each plan, or note the rejection."""
+        decision = self._policy.decide(ask, self._state.view(self.loads(now_us)))
+        if isinstance(decision, Rejection):
+            rejected = self._add(ask, None, DeploymentState.REJECTED)
+            rejected.reason = decision.reason
+            return [rejected]
+        return [self._reserve(ask, plan) for plan in decision.plans]
+
+    def _reserve(self, ask: DeployAsk, plan: DeploymentPlan) -> Deployment:
+        gone = [gpu for gpu in plan.gpu_ids if gpu not in range(len(self._released_us)) or self._state.is_down(gpu)]
+        if gone:
+            raise InvariantError(f"policy {self._policy.name!r} put {ask.model.name} on GPU {gone[0]}, which is not up")
+        deployment = self._add(ask, plan, DeploymentState.WAITING)
+        self._state.reserve(deployment.deployment_id, dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)))
+        deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
+        self._to_start.append(deployment)
+        return deployment
+
+    def _add(self, ask: DeployAsk, plan: DeploymentPlan | None, state: DeploymentState) -> Deployment:
+        deployment = Deployment(
+            deployment_id=len(self.deployments) + 1, ask=ask, plan=plan, state=state, busy=BusyHistory(self._window)
+        )
+        self.deployments[deployment.deployment_id] = deployment
+        return deployment
+
+    def start_idle(self) -> Iterator[StartEngine]:
+        """Start loading each waiting deployment whose GPUs are all up and idle at this instant."""
+        for deployment in list(self._to_start):
+            plan = deployment.layout
+            if not deployment.gpu_mask & self.busy_mask and not any(map(self._state.is_down, plan.gpu_ids)):
+                self._to_start.remove(deployment)
+                deployment.state = DeploymentState.LOADING
+                deployment.incarnation += 1
+                yield StartEngine(deployment.deployment_id, deployment.incarnation, plan)
+
+    def registered(self, deployment_id: int, incarnation: int, now_us: Micros) -> Deployment | None:
+        """Note that an engine is up; None if that engine was given up meanwhile."""
+        deployment = self.deployments[deployment_id]
+        if deployment.state is not DeploymentState.LOADING or deployment.incarnation != incarnation:
+            return None
+        deployment.state = DeploymentState.UP
+        deployment.serves = True
+        if deployment.ready_us < 0:
+            deployment.ready_us = now_us
+        return deployment
+
+    def begin(self, deployment: Deployment, requests: tuple[Request, ...], now_us: Micros) -> int:
+        """Note that an engine starts on requests; returns the number of this execution."""
+        if deployment.gpu_mask & self.busy_mask:
+            raise InvariantError(f"{deployment.name} was to execute on GPUs that are busy")
+        self.busy_mask |= deployment.gpu_mask
+        deployment.running = requests
+        deployment.started_us = now_us
+        deployment.execution_id += 1
+        return deployment.execution_id
+
+    def end(self, deployment: Deployment, now_us: Micros) -> tuple[Request, ...]:
+        """Note that an engine stopped executing, done or not; returns what it was running."""
+        requests = deployment.running
+        if requests:
+            self.busy_mask &= ~deployment.gpu_mask
+            deployment.running = ()
+            deployment.busy.add(deployment.started_us, now_us)
+            for gpu_id in deployment.layout.gpu_ids:
+                self._released_us[gpu_id] = now_us
+        return requests
+
+    def released_us(self, deployment: Deployment) -> Micros:
+        """Return when the last of a deployment's GPUs stopped executing; 0 if none ever did."""
+        return max(map(self._released_us.__getitem__, deployment.layout.gpu_ids))
+
+    def holds_memory(self, deployment: Deployment) -> bool:
+        """Say whether a deployment holds GPU memory: it is planned, and not gone for good."""
+        return self._state.holds(deployment.deployment_id)
+
+    def on_gpu(self, gpu_id: int) -> list[Deployment]:
+        """Return the deployments that hold memory on a GPU."""
+        return [deployment for deployment in self._ever_on(gpu_id) if self.holds_memory(deployment)]
+
+    def _ever_on(self, gpu_id: int) -> Iterator[Deployment]:
+        return (one for one in self.deployments.values() if one.gpu_mask >> gpu_id & 1)
+
+    def gpu_down(self, gpu_id: int) -> None:
+        """Mark a GPU as failed; its deployments are to be told one by one (`engine_down`)."""
+        self._state.set_down(gpu_id, down=True)
+
+    def gpu_up(self, gpu_id: int) -> None:
+        """Mark a GPU as back and let deployments that waited for it start again."""
+        self._state.set_down(gpu_id, down=False)
+        for deployment in self.on_gpu(gpu_id):
+            self._start_again(deployment)
+
+    def engine_down(self, deployment: Deployment, *, returns: bool, broken: bool, reason: str) -> None:
+        """Note that an engine is gone, until it is repaired or for good (then its memory is free).
+
+        Args:
+            deployment: whose engine it was; nothing runs on it any more (`end`).
+            returns: whether it will be back.
+            broken: whether it must be repaired itself, not only its GPUs.
+            reason: what happened.
+        """
+        if deployment in self._to_start:
+            self._to_start.remove(deployment)
+        deployment.state = DeploymentState.DOWN
+        deployment.returns = deployment.returns and returns
+        deployment.broken = deployment.broken or broken
+        deployment.reason = reason
+        if not deployment.returns:
+            deployment.serves = False
+            self._state.release(deployment.deployment_id)
+
+    def repaired(self, deployment: Deployment) -> None:
+        """Note that what broke an engine is mended."""
+        deployment.broken = False
+        self._start_again(deployment)
+
+    def _start_again(self, deployment: Deployment) -> None:
+        if deployment.state is DeploymentState.DOWN and deployment.returns and not deployment.broken:
+            deployment.state = DeploymentState.WAITING
+            self._to_start.append(deployment)
+
+    def withdraw(self, deployment: Deployment) -> None:
+        """Take a deployment out of service; `removed` follows once nothing runs on it."""
+        if deployment in self._to_start:
+            self._to_start.remove(deployment)
+        deployment.state = DeploymentState.REMOVED
+        deployment.serves = False
+
+    def removed(self, deployment: Deployment, now_us: Micros) -> bool:
+        """Free the memory of a withdrawn deployment; says whether there was an engine to stop."""
+        deployment.removed_us = now_us
+        holds = self.holds_memory(deployment)
+        if holds:
+            self._state.release(deployment.deployment_id)
+        return holds
+
+    def loads(self, now_us: Micros) -> list[float]:
+        """Return each GPU's recent load (0 to 1), in the order of ids."""
+        return [
+            recent_load(self._spans(gpu_id, now_us), now_us, self._window) for gpu_id in range(len(self._released_us))
+        ]
+
+    def _spans(self, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:
+        for deployment in self._ever_on(gpu_id):
+            yield from deployment.busy.spans
+            if deployment.running:
+                yield deployment.started_us, now_us
+
+    def busy_us(self, gpu_id: int, now_us: Micros) -> Micros:
+        """Return how long a GPU has executed since the start."""
+        return sum(one.busy.total_us + (now_us - one.started_us if one.running else 0) for one in self._ever_on(gpu_id))
+
+    def used_bytes(self, gpu_id: int) -> Bytes:
+        """Return the memory held on a GPU."""
+        return self._state.used_bytes(gpu_id)
+
+    def gpu_statuses(self, now_us: Micros) -> tuple[GpuStatus, ...]:
+        """Return what a live view shows of each GPU."""
+        return tuple(
+            GpuStatus(
+                gpu_id=gpu.gpu_id,
+                used_bytes=self._state.used_bytes(gpu.gpu_id),
+                capacity_bytes=gpu.capacity_bytes,
+                load=load,
+                down=self._state.is_down(gpu.gpu_id),
+            )
+            for gpu, load in zip(self._state.cluster.gpus, self.loads(now_us), strict=True)
+        )

@@ -1,0 +1,70 @@
+"""Policies by name, and a user's own placement rule by where it stands."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.base import Estimator
+from maveriq.policy.base import Policy
+from maveriq.policy.configure import Accuracy
+from maveriq.policy.maveriq import MaverIQ
+from maveriq.policy.place import PlacementRule, hybrid, least_loaded_first, packing
+
+_RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
+    {
+        "hybrid": hybrid,
+        "packing": lambda _threshold: packing,
+        "llf": lambda _threshold: least_loaded_first,
+        "none": lambda _threshold: None,
+    }
+)
+
+
+def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_threshold: float) -> Policy:
+    """Return the policy of a name.
+
+    Args:
+        name: `hybrid`, `packing`, `llf`, `none`, or `module:function` or `file.py:function` for
+            a placement rule of one's own (docs/extending.md).
+        estimator: what the policy plans with.
+        accuracy: measured accuracy of quantised models.
+        packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
+
+    Raises:
+        InputError: no such policy, a rule that cannot be loaded, a threshold outside 0 to 1.
+    """
+    hybrid(packing_threshold)  # a bad threshold is refused even where this policy has no use for it
+    if ":" in name:
+        rule: PlacementRule | None = _load_rule(name)
+    elif name in _RULES:
+        rule = _RULES[name](packing_threshold)
+    else:
+        raise UnknownNameError("policy", name, _RULES, hint="or a rule of your own as file.py:function")
+    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
+
+
+def _load_rule(name: str) -> PlacementRule:
+    """Import `module:function` or `file.py:function`."""
+    place, _, function = name.rpartition(":")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"policy {name!r}: {place} cannot be imported: {error}") from None
+    rule = getattr(module, function, None)
+    if not callable(rule):
+        raise InputError(f"policy {name!r}: {place} has no function {function!r}")
+    return rule  # type: ignore[no-any-return]
+
+
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
