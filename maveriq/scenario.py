@@ -1,0 +1,40 @@
+"""A scenario: everything a body needs to run, simulated or real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from maveriq.control.controller import ControllerSettings, ServiceGuess
+from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.faults import Fault
+from maveriq.domain.hardware import Cluster
+from maveriq.estimate.base import Estimator
+from maveriq.policy.base import Policy
+from maveriq.units import Micros
+from maveriq.workload.base import Workload
+
+LoadTime: TypeAlias = Callable[[DeploymentPlan], Micros]
+"""How long an engine takes from the command to its registration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A cluster, a policy, a workload, and how the world behaves.
+
+    `serve` times simulated requests; None takes the recorded times of the workload.
+    The run stops when every request has ended, at the latest `drain_us` after the last arrival.
+    GPU samples are taken every `sample_us`.
+    """
+
+    cluster: Cluster
+    policy: Policy
+    workload: Workload
+    settings: ControllerSettings
+    guess: ServiceGuess
+    serve: Estimator | None
+    load_time: LoadTime
+    faults: tuple[Fault, ...] = ()
+    drain_us: Micros
+    sample_us: Micros

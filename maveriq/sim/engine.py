@@ -1,0 +1,275 @@
+"""The simulator's main loop: a SimPy clock feeds the controller, estimates answer for engines.
+
+SimPy keeps the calendar; each timeout carries one event for the controller. Events of one
+instant are collected and handed over together, so that the order in which they were put on the
+calendar plays no part (the controller sorts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol, assert_never, cast
+
+import simpy
+
+from maveriq.control.controller import Controller
+from maveriq.control.events import (
+    Action,
+    DeployAsked,
+    EngineDown,
+    EngineRepaired,
+    EngineUp,
+    Event,
+    Execute,
+    ExecutionFinished,
+    GpuDown,
+    GpuUp,
+    RequestArrived,
+    StartEngine,
+    StopEngine,
+)
+from maveriq.control.snapshot import snapshot
+from maveriq.domain.faults import Fault, FaultTarget
+from maveriq.domain.progress import Progress
+from maveriq.domain.records import GpuSample, RunRecord
+from maveriq.domain.requests import Request, RequestStatus
+from maveriq.errors import InputError
+from maveriq.scenario import Scenario
+from maveriq.sim.service import EstimatedService, RecordedService, ServiceModel
+from maveriq.units import Micros
+from maveriq.workload.base import Arrivals
+
+_STEPS_BETWEEN_LOOKS = 256
+_CHUNK = 1 << 14
+
+
+class Watcher(Protocol):
+    """Somebody who looks on while the run goes, a live view for one."""
+
+    def wants_update(self) -> bool:
+        """Say, cheaply, whether it is time for another look."""
+
+    def update(self, progress: Progress) -> None:
+        """Look."""
+
+
+def simulate(scenario: Scenario, watcher: Watcher | None = None) -> RunRecord:
+    """Run a scenario from its first event to its end and return what happened."""
+    return _Simulation(scenario, watcher).run()
+
+
+class _Simulation:
+    """One run. SimPy's time is in whole microseconds."""
+
+    def __init__(self, scenario: Scenario, watcher: Watcher | None) -> None:
+        arrivals = scenario.workload.arrivals
+        self._scenario = scenario
+        self._watcher = watcher
+        self._env = simpy.Environment()
+        self._controller = Controller(scenario.cluster, scenario.policy, scenario.settings, scenario.guess)
+        self._service = _service_model(scenario)
+        self._requests = _requests(arrivals)
+        self._left_to_arrive = len(arrivals)
+        self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
+        self._last_arrival_us = int(arrivals.arrival_us[-1])
+        self._inbox: list[Event] = []
+        self._next_wake_us: Micros | None = None
+        self._done = self._env.event()
+        self._steps = 0
+        self._samples: list[GpuSample] = []
+        self._sampled_us: Micros = 0
+        self._busy_us = [0] * len(scenario.cluster)
+
+    def run(self) -> RunRecord:
+        """Run to the end: every request ended, or the time to drain is over."""
+        for ask in self._scenario.workload.asks:
+            self._post(ask.asked_us, DeployAsked(ask))
+        for fault in self._scenario.faults:
+            self._post_fault(fault)
+        self._post_next_arrival()
+        self._env.process(self._sample_regularly())
+        self._at(self._last_arrival_us + self._scenario.drain_us, lambda _: self._finish())
+        self._env.run(until=self._done)
+        return self._record()
+
+    # The calendar
+
+    @property
+    def _now_us(self) -> Micros:
+        return cast("Micros", self._env.now)  # whole, because every delay is
+
+    def _at(self, time_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
+        timeout = self._env.timeout(time_us - self._now_us)
+        timeout.callbacks.append(callback)
+
+    def _post(self, time_us: Micros, event: Event) -> None:
+        """Put an event for the controller on the calendar."""
+        timeout = self._env.timeout(time_us - self._now_us, event)
+        timeout.callbacks.append(self._deliver)
+
+    def _deliver(self, timeout: simpy.Event) -> None:
+        self._inbox.append(cast("Event", timeout.value))
+        self._settle()
+
+    def _post_next_arrival(self) -> None:
+        request = next(self._requests, None)
+        if request is not None:
+            timeout = self._env.timeout(request.arrival_us - self._now_us, RequestArrived(request))
+            timeout.callbacks.append(self._deliver_arrival)
+
+    def _deliver_arrival(self, timeout: simpy.Event) -> None:
+        self._inbox.append(cast("Event", timeout.value))
+        self._left_to_arrive -= 1
+        self._post_next_arrival()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Hand over what came in, once nothing more is due at this instant."""
+        now_us = self._now_us
+        if self._env.peek() <= now_us:
+            return  # whatever is still due at this instant settles after it
+        events, self._inbox = self._inbox, []
+        for action in self._controller.handle(now_us, events):
+            self._carry_out(action, now_us)
+        wake_us = self._controller.wake_us
+        if wake_us is not None and wake_us != self._next_wake_us:
+            self._next_wake_us = wake_us
+            self._at(wake_us, self._wake)
+        self._look(now_us)
+        if not self._left_to_arrive and self._all_ended():
+            self._finish()
+
+    def _wake(self, _: simpy.Event) -> None:
+        if self._next_wake_us == self._now_us:
+            self._next_wake_us = None
+        self._settle()
+
+    def _all_ended(self) -> bool:
+        ledger = self._controller.ledger
+        still_open = ledger.count(RequestStatus.WAITING) + ledger.count(RequestStatus.RUNNING)
+        return not still_open and self._now_us >= self._last_ask_us
+
+    def _finish(self) -> None:
+        if not self._done.triggered:
+            self._done.succeed()
+
+    # The simulated world
+
+    def _carry_out(self, action: Action, now_us: Micros) -> None:
+        match action:
+            case Execute(deployment_id, execution_id, requests):
+                plan = self._controller.fleet.deployments[deployment_id].layout
+                first_token_us, service_us = self._service.times_us(deployment_id, plan, requests)
+                finished = ExecutionFinished(deployment_id, execution_id, now_us + first_token_us)
+                self._post(now_us + service_us, finished)
+            case StartEngine(deployment_id, incarnation, plan):
+                self._post(now_us + self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
+            case StopEngine():
+                pass  # a simulated engine is gone at once; the controller has freed its memory
+            case _ as never:
+                assert_never(never)
+
+    def _post_fault(self, fault: Fault) -> None:
+        """Put a fault, and its mending if there is one, on the calendar."""
+        returns = fault.for_us is not None
+        down: Event
+        up: Event
+        if fault.target is FaultTarget.GPU:
+            down, up = GpuDown(fault.target_id, returns), GpuUp(fault.target_id)
+        else:
+            down, up = EngineDown(fault.target_id, returns), EngineRepaired(fault.target_id)
+        self._post(fault.at_us, down)
+        if fault.for_us is not None:
+            self._post(fault.at_us + fault.for_us, up)
+
+    # Looking on
+
+    def _look(self, now_us: Micros) -> None:
+        self._steps += 1
+        if self._watcher and self._steps % _STEPS_BETWEEN_LOOKS == 0 and self._watcher.wants_update():
+            self._watcher.update(self._progress(now_us))
+
+    def _progress(self, now_us: Micros) -> Progress:
+        return snapshot(
+            self._controller,
+            now_us,
+            last_arrival_us=self._last_arrival_us,
+            total=len(self._scenario.workload.arrivals),
+        )
+
+    def _sample_regularly(self) -> Generator[simpy.Event, None, None]:
+        while True:
+            yield self._env.timeout(self._scenario.sample_us)
+            self._sample()
+            self._settle()
+
+    def _sample(self) -> None:
+        now_us, fleet = self._now_us, self._controller.fleet
+        for gpu_id, busy_before_us in enumerate(self._busy_us):
+            busy_us = fleet.busy_us(gpu_id, now_us)
+            self._busy_us[gpu_id] = busy_us
+            self._samples.append(
+                GpuSample(
+                    time_us=now_us,
+                    gpu_id=gpu_id,
+                    memory_bytes=fleet.used_bytes(gpu_id),
+                    busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
+                )
+            )
+        self._sampled_us = now_us
+
+    def _record(self) -> RunRecord:
+        now_us, controller = self._now_us, self._controller
+        controller.handle(now_us, self._inbox)  # what came in at the very last instant
+        if now_us > self._sampled_us:
+            self._sample()
+        if self._watcher:
+            self._watcher.update(self._progress(now_us))
+        return RunRecord(
+            requests=controller.ledger.close(),
+            deployments=tuple(one.record() for one in controller.fleet.deployments.values()),
+            gpu_samples=tuple(self._samples),
+            models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
+            ended_us=now_us,
+        )
+
+
+def _service_model(scenario: Scenario) -> ServiceModel:
+    """Return who answers for the hardware.
+
+    Raises:
+        InputError: recorded service times are wanted, but the workload has none.
+    """
+    if scenario.serve is not None:
+        return EstimatedService(scenario.serve)
+    service_us = scenario.workload.arrivals.service_us
+    if service_us is None:
+        raise InputError(
+            f"workload {scenario.workload.name!r} has no recorded service times; "
+            "give a schedule with a service_s column, or serve with an estimator"
+        )
+    return RecordedService(service_us)
+
+
+def _requests(arrivals: Arrivals) -> Iterator[Request]:
+    """Yield the requests one by one; a chunk of the columns at a time keeps memory small."""
+    columns = (
+        arrivals.arrival_us,
+        arrivals.endpoint_id,
+        arrivals.prompt_tokens,
+        arrivals.output_tokens,
+        arrivals.slo_us,
+    )
+    for start in range(0, len(arrivals), _CHUNK):
+        chunk = (column[start : start + _CHUNK].tolist() for column in columns)
+        for request_id, (arrival_us, endpoint_id, prompt_tokens, output_tokens, slo_us) in enumerate(
+            zip(*chunk, strict=True), start + 1
+        ):
+            yield Request(
+                request_id=request_id,
+                endpoint_id=endpoint_id,
+                arrival_us=arrival_us,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                slo_us=slo_us,
+            )
