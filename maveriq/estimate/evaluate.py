@@ -1,0 +1,218 @@
+"""How far an estimator is from measured latencies and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from maveriq.domain.catalog import known_models
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.cells import choice
+from maveriq.tables import Row, read_csv
+from maveriq.units import gib
+
+COLUMNS = (
+    "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
+    "memory_after_run_gib",
+)  # fmt: skip
+"""Columns that a table of measurements must have."""
+
+OPTIONAL_COLUMNS = ("layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s")
+"""Columns that it may have beside them; they play no part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One measured run: a model under a configuration, what it took and held over all its GPUs."""
+
+    where: str
+    model_name: str
+    layers: int
+    configuration: Configuration
+    output_tokens: int
+    latency_s: float
+    memory_gib: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Absolute percentage errors of `n` estimates, in percent."""
+
+    n: int
+    median: float
+    mean: float
+    p90: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say)."""
+
+    by: str
+    value: str
+    latency: Errors
+    memory: Errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """Rows that the estimator cannot answer: why, how many, and where the first stands."""
+
+    reason: str
+    rows: int
+    first: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Errors over a table: overall first (none where every row was left out), then group by group."""
+
+    rows: int
+    groups: tuple[Group, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    measured: Measurement
+    latency_ape: float
+    memory_ape: float
+
+
+_GROUPINGS: tuple[tuple[str, Callable[[Measurement], str | int]], ...] = (
+    ("all", lambda _: ""),
+    ("model", lambda row: row.model_name),
+    ("weights", lambda row: row.configuration.weights),
+    ("weights/kv", lambda row: f"{row.configuration.weights}/{row.configuration.kv}"),
+    ("tp", lambda row: row.configuration.tp),
+    ("pp", lambda row: row.configuration.pp),
+    ("batch", lambda row: row.configuration.batch_size),
+    ("output tokens", lambda row: row.output_tokens),
+)
+
+
+def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evaluation:
+    """Compare an estimator with a table of measurements.
+
+    Args:
+        table: a CSV file with `COLUMNS`, a row per measured run.
+        estimator: whom to compare.
+        prompt_tokens: length of the prompts in the table, for estimators that look at it.
+
+    Raises:
+        InputError: not such a table, or a figure in it that cannot be.
+    """
+    answers: list[_Answer] = []
+    left_out: dict[str, LeftOut] = {}
+    for measured in read_measurements(table):
+        answer = _answer(measured, estimator, prompt_tokens)
+        if isinstance(answer, _Answer):
+            answers.append(answer)
+        else:
+            before = left_out.get(answer) or LeftOut(reason=answer, rows=0, first=measured.where)
+            left_out[answer] = replace(before, rows=before.rows + 1)
+    groups = tuple(group for by, key in _GROUPINGS for group in _grouped(answers, by, key))
+    rows = len(answers) + sum(reason.rows for reason in left_out.values())
+    return Evaluation(rows=rows, groups=groups, left_out=tuple(left_out.values()))
+
+
+def read_measurements(table: Path) -> Iterator[Measurement]:
+    """Yield the rows of a table of measurements.
+
+    Raises:
+        InputError: not such a table, a time or a memory that is not positive, an unknown type.
+    """
+    for row in read_csv(table, COLUMNS, what="table of measurements", optional=OPTIONAL_COLUMNS):
+        yield Measurement(
+            where=row.where,
+            model_name=row.text("model"),
+            layers=_layers(row),
+            configuration=Configuration(
+                tp=row.count("tp", least=1),
+                pp=row.count("pp", least=1),
+                weights=choice(row, "weight_dtype", WeightType),
+                kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
+                batch_size=row.count("batch_size", least=1),
+            ),
+            output_tokens=row.count("output_tokens", least=1),
+            latency_s=_positive(row, "latency_s"),
+            memory_gib=_positive(row, "memory_after_run_gib"),
+        )
+
+
+def _layers(row: Row) -> int:
+    split = row.text("layer_split").split()
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in split) or not sum(map(int, split)):
+        raise InputError(f"{row.where}: layer_split must be layers of each stage, such as '16 16', not {split!r}")
+    return sum(map(int, split))
+
+
+def _positive(row: Row, column: str) -> float:
+    value = row.number(column, least=0)
+    if value == 0:
+        raise InputError(f"{row.where}: {column} must be more than 0")
+    return value
+
+
+def _answer(measured: Measurement, estimator: Estimator, prompt_tokens: int) -> _Answer | str:
+    """Return the errors of an estimate, or why there is none."""
+    known = known_models().get(measured.model_name)
+    if known is None:
+        return f"{measured.model_name} is not in the model catalogue"
+    # The table's own layers count: fingerprints of few layers are measurements too.
+    model = replace(known, layers=measured.layers)
+    reason = estimator.why_not(model, measured.configuration)
+    if reason is not None:
+        return f"{model.name}: {reason}"
+    try:
+        latency_s, memory_gib = _estimate(model, measured, estimator, prompt_tokens)
+    except InputError as error:
+        return str(error)
+    return _Answer(
+        measured,
+        100 * abs(latency_s / measured.latency_s - 1),
+        100 * abs(memory_gib / measured.memory_gib - 1),
+    )
+
+
+def _estimate(model: ModelSpec, measured: Measurement, estimator: Estimator, prompt_tokens: int) -> tuple[float, float]:
+    service = estimator.service(
+        model,
+        measured.configuration,
+        prompt_tokens=prompt_tokens,
+        output_tokens=measured.output_tokens,
+        batch=measured.configuration.batch_size,
+    )
+    return service.latency_s, gib(estimator.memory(model, measured.configuration))
+
+
+def _grouped(answers: list[_Answer], by: str, key: Callable[[Measurement], str | int]) -> Iterator[Group]:
+    members: dict[str | int, list[_Answer]] = {}
+    for answer in answers:
+        members.setdefault(key(answer.measured), []).append(answer)
+    # Numbers ascend; names keep the order of the table.
+    numeric = all(isinstance(value, int) for value in members)
+    for value in sorted(members) if numeric else members:
+        yield Group(
+            by=by,
+            value=str(value),
+            latency=_summary([answer.latency_ape for answer in members[value]]),
+            memory=_summary([answer.memory_ape for answer in members[value]]),
+        )
+
+
+def _summary(percent: list[float]) -> Errors:
+    return Errors(
+        n=len(percent),
+        median=float(np.median(percent)),
+        mean=float(np.mean(percent)),
+        p90=float(np.percentile(percent, 90)),
+        worst=max(percent),
+    )

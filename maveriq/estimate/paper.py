@@ -1,0 +1,178 @@
+"""The estimator of the MaverIQ paper (SC '25; SPEC 3): four fingerprints and seven sets of exponents."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.base import ServiceEstimate
+from maveriq.estimate.fingerprints import Point, Stored
+from maveriq.estimate.formula import ParallelLatency, at_batch, parallel_memory_gib
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.units import Bytes, bytes_from_gib
+
+
+class _Case(NamedTuple):
+    """What latency depends on, beside output tokens and batch."""
+
+    model: str
+    layers: int
+    weights: WeightType
+    kv: KvType
+    tp: int
+    pp: int
+
+
+class PaperEstimator:
+    """Latency and memory by the paper's formulas, exactly.
+
+    The formulas know no prompt length: answers hold for prompts about as long as the profile's.
+    Fingerprints are found by the model's name; its layers are the model's own.
+    """
+
+    def __init__(self, profile: HardwareProfile) -> None:
+        self._profile = profile
+        # Filled as cases are asked for; it changes how fast answers come, never what they are.
+        self._latencies: dict[_Case, tuple[ParallelLatency, ParallelLatency | None]] = {}
+
+    @property
+    def name(self) -> str:
+        """The name by which `--plan-with` and `--serve-with` know it."""
+        return "paper"
+
+    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+        """Return why a configuration cannot be estimated or run here, None if it can."""
+        stored, tp, pp = _stored(model, configuration), configuration.tp, configuration.pp
+        fingerprints = self._profile.fingerprints.constants.get(stored)
+        if fingerprints is None:
+            return self._what_exists(stored)
+        if tp not in model.tensor_parallel_degrees(tp):
+            return f"TP {tp} is not a power of two that divides the {model.attention_heads} attention heads"
+        if not self._profile.supports(model.name, configuration):
+            return f"known not to run on {self._profile.gpu_kind}"
+        missing = [f"TP {point.tp} x PP {point.pp}" for point in _points(tp, pp) if point not in fingerprints]
+        if missing:
+            return f"profile {self._profile.name} has no fingerprint of it at {' and '.join(missing)}"
+        return None
+
+    def service(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate one batch of `batch` equal requests that start together on an idle engine.
+
+        The formula is not quite linear in output tokens; the estimate is the straight line
+        through its values at one token and at `output_tokens` (two, where one is asked for).
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`, fewer than one output token
+                or request, or a batch where the profile has no fingerprint of batch 2.
+        """
+        del prompt_tokens  # the formula knows none
+        if output_tokens < 1 or batch < 1:
+            raise InputError(
+                f"{model.name}: output tokens and batch must be at least 1, not {output_tokens} and {batch}"
+            )
+        one, two = self._latency(model, configuration)
+        longest = max(2, output_tokens)
+        first_s, last_s = one.at(1), one.at(longest)
+        if batch > 1:
+            if two is None:
+                raise InputError(self._no_batch(model, configuration, batch))
+            first_s, last_s = at_batch(first_s, two.at(1), batch), at_batch(last_s, two.at(longest), batch)
+        tpot_s = (last_s - first_s) / (longest - 1)
+        return ServiceEstimate(ttft_s=first_s - tpot_s, tpot_s=tpot_s, output_tokens=output_tokens)
+
+    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+        """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
+
+        Raises:
+            InputError: as `service`.
+        """
+        self._refuse(model, configuration)
+        batch = configuration.batch_size
+        memory_gib = self._memory_gib(model, configuration, 1)
+        if batch > 1:
+            if not self._has_batch_two(model, configuration):
+                raise InputError(self._no_batch(model, configuration, batch))
+            memory_gib = at_batch(memory_gib, self._memory_gib(model, configuration, 2), batch)
+        return bytes_from_gib(memory_gib)
+
+    def _latency(
+        self, model: ModelSpec, configuration: Configuration
+    ) -> tuple[ParallelLatency, ParallelLatency | None]:
+        """Return latency at batch 1, and at batch 2 where there are fingerprints of it."""
+        case = _Case(
+            model.name, model.layers, configuration.weights, configuration.kv, configuration.tp, configuration.pp
+        )
+        found = self._latencies.get(case)
+        if found is None:
+            self._refuse(model, configuration)
+            two = self._scaled(model, configuration, 2) if self._has_batch_two(model, configuration) else None
+            found = self._latencies[case] = (self._scaled(model, configuration, 1), two)
+        return found
+
+    def _scaled(self, model: ModelSpec, configuration: Configuration, batch: int) -> ParallelLatency:
+        table = self._profile.fingerprints
+        constants = table.constants[_stored(model, configuration)]
+        tp2 = constants.get(Point(2, 1, batch))
+        return ParallelLatency.scaled(
+            constants[Point(1, 1, batch)].line(model.layers),
+            None if tp2 is None else tp2.line(model.layers),
+            table.exponents[configuration.weights, configuration.kv],
+            tp=configuration.tp,
+            pp=configuration.pp,
+        )
+
+    def _memory_gib(self, model: ModelSpec, configuration: Configuration, batch: int) -> float:
+        constants = self._profile.fingerprints.constants[_stored(model, configuration)]
+        tp2, pp2 = constants.get(Point(2, 1, batch)), constants.get(Point(1, 2, batch))
+        return parallel_memory_gib(
+            constants[Point(1, 1, batch)].memory_gib(model.layers),
+            None if tp2 is None else tp2.memory_gib(model.layers),
+            None if pp2 is None else pp2.memory_gib(model.layers),
+            tp=configuration.tp,
+            pp=configuration.pp,
+        )
+
+    def _has_batch_two(self, model: ModelSpec, configuration: Configuration) -> bool:
+        constants = self._profile.fingerprints.constants[_stored(model, configuration)]
+        return all(point in constants for point in _points(configuration.tp, configuration.pp, batch=2))
+
+    def _refuse(self, model: ModelSpec, configuration: Configuration) -> None:
+        reason = self.why_not(model, configuration)
+        if reason is not None:
+            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+
+    def _no_batch(self, model: ModelSpec, configuration: Configuration, batch: int) -> str:
+        return (
+            f"{model.name} with {configuration}: batch {batch} needs fingerprints of batch 2, which profile "
+            f"{self._profile.name} has not; take batch 1 or another profile"
+        )
+
+    def _what_exists(self, stored: Stored) -> str:
+        """Say which fingerprints there are instead of the ones asked for."""
+        table, profile = self._profile.fingerprints, self._profile.name
+        others = table.stored_as(stored.model)
+        if not others:
+            return (
+                f"profile {profile} has no fingerprint of {stored.model} (it has {', '.join(table.models())}); "
+                "give a profile that was measured with it"
+            )
+        kinds = ", ".join(f"{other.weights}/{other.kv}" for other in others)
+        return f"profile {profile} has no fingerprint with {stored.weights}/{stored.kv} (weights/KV); it has {kinds}"
+
+
+def _stored(model: ModelSpec, configuration: Configuration) -> Stored:
+    return Stored(model.name, configuration.weights, configuration.kv)
+
+
+def _points(tp: int, pp: int, batch: int = 1) -> list[Point]:
+    """Return the fingerprints that (TP, PP) is estimated from."""
+    points = [Point(1, 1, batch)]
+    if tp > 1:
+        points.append(Point(2, 1, batch))
+    if pp > 1:
+        points.append(Point(1, 2, batch))
+    return points

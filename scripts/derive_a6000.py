@@ -1,0 +1,123 @@
+"""Derive the embedded A6000 data from the fingerprints published with the MaverIQ paper.
+
+    python scripts/derive_a6000.py DATA_DIR [--out FOLDER]
+
+DATA_DIR holds fingerprint_short_prompt.csv and fingerprint_long_prompt.csv. Written are
+fingerprints-short.csv and fingerprints-long.csv (constants of SPEC 3, one row per model, weights,
+KV, TP, PP and batch) and load_fit.toml. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.models import KvType, WeightType
+from maveriq.embedded import data_path
+from maveriq.estimate.cells import choice
+from maveriq.estimate.facts import LoadedAs, Range, read_load_times
+from maveriq.estimate.fingerprints import COLUMNS, Point, Stored, read_fingerprints
+from maveriq.estimate.formula import derive, parallel_memory_gib
+from maveriq.tables import read_csv
+
+MEASURED_COLUMNS = (
+    "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
+    "memory_before_run_gib", "memory_after_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
+)  # fmt: skip
+MEMORY_AT_OUTPUT_TOKENS = 10
+"""Memory is taken from the runs with so many output tokens."""
+
+
+def derive_fingerprints(measured: Path, out: Path) -> None:
+    """Write the constants of every group of measured fingerprints, in the order of the file."""
+    latency: dict[tuple[Stored, Point], dict[tuple[int, int], float]] = {}
+    memory: dict[tuple[Stored, Point], dict[int, float]] = {}
+    for row in read_csv(measured, MEASURED_COLUMNS, what="measured fingerprints"):
+        kv = KvType.INT8 if row.count("int8_kv") else KvType.NATIVE
+        stored = Stored(row.text("model"), choice(row, "weight_dtype", WeightType), kv)
+        key = stored, Point(row.count("tp"), row.count("pp"), row.count("batch_size"))
+        layers, output_tokens = sum(map(int, row.text("layer_split").split())), row.count("output_tokens")
+        latency.setdefault(key, {})[layers, output_tokens] = row.number("latency_s")
+        if output_tokens == MEMORY_AT_OUTPUT_TOKENS:
+            memory.setdefault(key, {})[layers] = row.number("memory_after_run_gib")
+    lines = [",".join(COLUMNS)]
+    for (stored, point), latency_s in latency.items():
+        constants = astuple(derive(latency_s, memory[stored, point]))
+        lines.append(",".join([*stored, *map(str, point), *map(repr, constants)]))
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def fit_load_times(measured: dict[LoadedAs, Range], fingerprints: Path) -> str:
+    """Return load_fit.toml: nonnegative least squares of load seconds on [1, GPUs, GiB per GPU].
+
+    Seconds are the middles of the measured ranges, GiB the paper's estimate for an even split.
+    """
+    sizes = [_gib_per_gpu(case, fingerprints) for case in measured]
+    inputs = np.array([[1.0, case.tp * case.pp, size] for case, size in zip(measured, sizes, strict=True)])
+    seconds = np.array([seen.middle for seen in measured.values()])
+    coefficients = nonnegative_least_squares(inputs, seconds).round(4)
+    residuals = seconds - inputs @ coefficients
+    mean, scatter = np.abs(residuals).mean(), seconds.std()
+    compared = [
+        f"#   {case.model} {case.weights} TP {case.tp} x PP {case.pp}, {size:.1f} GiB per GPU: {took:.1f} s, {off:+.1f} s"
+        for case, size, took, off in zip(measured, sizes, seconds, residuals, strict=True)
+    ]
+    names = ("fixed_s", "per_gpu_s", "per_gib_s")
+    lines = [
+        "# Written by scripts/derive_a6000.py: the seconds to load an engine that was never measured are",
+        "# fixed_s + per_gpu_s * GPUs + per_gib_s * GiB per GPU, fitted to load_times.csv (nonnegative least squares).",
+        f"# Its {len(seconds)} rows scatter by {scatter:.1f} s, the fit misses them by {mean:.1f} s in the mean.",
+        "# Measured, and measured less fitted:",
+        *compared,
+        *(f"{name} = {value}" for name, value in zip(names, coefficients.tolist(), strict=True)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _gib_per_gpu(case: LoadedAs, fingerprints: Path) -> float:
+    model = load_model(case.model)
+    constants = read_fingerprints(fingerprints)[Stored(case.model, case.weights, KvType.NATIVE)]
+    single, tp2, pp2 = (constants[Point(tp, pp, 1)].memory_gib(model.layers) for tp, pp in ((1, 1), (2, 1), (1, 2)))
+    return parallel_memory_gib(single, tp2, pp2, tp=case.tp, pp=case.pp) / (case.tp * case.pp)
+
+
+def nonnegative_least_squares(inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the coefficients, none negative, that leave the least squares.
+
+    With few columns the exact way is the simplest: solve for every subset of them, keep the best.
+    """
+    columns = inputs.shape[1]
+    best, least = np.zeros(columns), float(wanted @ wanted)
+    for size in range(1, columns + 1):
+        for subset in itertools.combinations(range(columns), size):
+            solution = np.zeros(columns)
+            solution[list(subset)] = np.linalg.lstsq(inputs[:, subset], wanted, rcond=None)[0]
+            left = float(((wanted - inputs @ solution) ** 2).sum())
+            if solution.min() >= 0 and left < least:
+                best, least = solution, left
+    return best
+
+
+def main() -> None:
+    """Write all derived files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path, help="folder of the published fingerprints")
+    parser.add_argument("--out", type=Path, default=data_path("a6000"), help="where to write (default: the package)")
+    arguments = parser.parse_args()
+    for prompt in ("short", "long"):
+        measured = arguments.data_dir / f"fingerprint_{prompt}_prompt.csv"
+        derive_fingerprints(measured, arguments.out / f"fingerprints-{prompt}.csv")
+    # The live system plans with the short prompt, so that is what "GiB per GPU" means to it.
+    fitted = fit_load_times(
+        read_load_times(data_path("a6000", "load_times.csv")), arguments.out / "fingerprints-short.csv"
+    )
+    (arguments.out / "load_fit.toml").write_text(fitted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
