@@ -1,0 +1,123 @@
+"""How long prompts and outputs are: a fixed number, ShareGPT prompts, or a trace's own lengths."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from maveriq.embedded import traces_path
+from maveriq.errors import InputError
+from maveriq.streams import generator
+from maveriq.tables import read_csv
+from maveriq.workload.arrivals import Draw
+from maveriq.workload.azure import EMBEDDED_TRACES, AzureTrace, TokenRows
+
+CHARS_PER_TOKEN = 4
+
+_SHAREGPT_FILE, _SHAREGPT_COLUMN = "sharegpt-prompt-chars.csv", "prompt_chars"
+_AZURE_FILE = "azure-lengths.csv"
+_AZURE_COLUMNS = tuple(f"{trace}_{kind}_tokens" for trace in EMBEDDED_TRACES for kind in ("context", "generated"))
+
+_Quantiles: TypeAlias = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""Percent, ascending from 0 to 100, and the value at each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of each request (int64, at least 1), and the typical number that a deployment is planned for.
+
+    The typical one is the number itself or the median of the distribution; it does not depend on the seed.
+    """
+
+    tokens: np.ndarray[Any, Any]
+    typical: int
+
+
+def parse_length(spec: str, option: str, words: tuple[str, ...]) -> int | str:
+    """Return a length option as a number of tokens or one of its words.
+
+    Args:
+        spec: what the user gave.
+        option: its name, for messages.
+        words: the words it may be.
+
+    Raises:
+        InputError: neither a word nor a whole number from 1 to 10 million.
+    """
+    if spec in words:
+        return spec
+    if re.fullmatch(r"\d{1,8}", spec) and 1 <= int(spec) <= 10_000_000:
+        return int(spec)
+    raise InputError(f"{option} must be {', '.join(words)} or a whole number from 1 to 10000000, not {spec!r}")
+
+
+def fixed_lengths(tokens: int, requests: int) -> Lengths:
+    """Return the same length for every request."""
+    return Lengths(tokens=np.full(requests, tokens, np.int64), typical=tokens)
+
+
+def recorded_lengths(tokens: np.ndarray[Any, Any]) -> Lengths:
+    """Return lengths that are known request by request; their median is the typical one."""
+    return Lengths(tokens=tokens, typical=_typical(float(np.median(tokens))))
+
+
+def sharegpt_lengths(requests: int, seed: int) -> Lengths:
+    """Draw prompts as long as first turns of ShareGPT conversations cut at 512 characters, four characters a token."""
+    percent, chars = _quantiles(_SHAREGPT_FILE, (_SHAREGPT_COLUMN,), _SHAREGPT_COLUMN)
+    return _from_quantiles((percent, chars / CHARS_PER_TOKEN), requests, seed, "prompt-lengths")
+
+
+def azure_lengths(trace: AzureTrace, draw: Draw, seed: int) -> tuple[Lengths, Lengths]:
+    """Draw prompt and output lengths of a trace.
+
+    Where the public file was given, each request takes the pair of one of the rows of its very
+    minute, each row once before any is taken twice. From the embedded quantiles, prompt and output are drawn
+    independently of each other and of the time, so their correlation and drift are lost.
+    """
+    if trace.rows is not None:
+        return _paired(trace.rows, trace.requests_per_minute, draw, seed)
+    prompts = _quantiles(_AZURE_FILE, _AZURE_COLUMNS, f"{trace.name}_context_tokens")
+    outputs = _quantiles(_AZURE_FILE, _AZURE_COLUMNS, f"{trace.name}_generated_tokens")
+    return (
+        _from_quantiles(prompts, len(draw), seed, "prompt-lengths"),
+        _from_quantiles(outputs, len(draw), seed, "output-lengths"),
+    )
+
+
+def _paired(
+    rows: TokenRows, requests_per_minute: np.ndarray[Any, Any], draw: Draw, seed: int
+) -> tuple[Lengths, Lengths]:
+    stream = generator(seed, "trace-rows")
+    wanted = np.bincount(draw.bin_index, minlength=len(requests_per_minute))
+    first_rows = np.cumsum(requests_per_minute) - requests_per_minute
+    # `resize` repeats the permutation as often as it takes: whole repetitions, then a draw without replacement.
+    picked = [
+        first + stream.permutation(np.resize(stream.permutation(present), count))
+        for first, present, count in zip(first_rows, requests_per_minute, wanted, strict=True)
+        if count
+    ]
+    index = np.concatenate(picked) if picked else np.empty(0, np.int64)
+    return (
+        Lengths(tokens=rows.context_tokens[index], typical=_typical(float(np.median(rows.context_tokens)))),
+        Lengths(tokens=rows.generated_tokens[index], typical=_typical(float(np.median(rows.generated_tokens)))),
+    )
+
+
+def _quantiles(file: str, columns: tuple[str, ...], column: str) -> _Quantiles:
+    rows = list(read_csv(traces_path(file), ("percent", *columns), what="quantiles"))
+    return np.array([row.number("percent") for row in rows]), np.array([row.number(column) for row in rows])
+
+
+def _from_quantiles(quantiles: _Quantiles, requests: int, seed: int, stream: str) -> Lengths:
+    """Draw by the inverse of the distribution function, linear between quantiles."""
+    percent, values = quantiles
+    drawn = np.interp(generator(seed, stream).uniform(0, 100, requests), percent, values)
+    tokens = np.maximum(np.rint(drawn), 1).astype(np.int64)
+    return Lengths(tokens=tokens, typical=_typical(float(np.interp(50, percent, values))))
+
+
+def _typical(median: float) -> int:
+    return max(1, round(median))
