@@ -31,9 +31,8 @@ from maveriq.control.events import (
 )
 from maveriq.control.fleet import Fleet
 from maveriq.control.ledger import RequestLedger
-from maveriq.control.load import LoadWindow
 from maveriq.control.queues import DEFAULT_MAX_WAIT_US, Discipline, RequestQueue
-from maveriq.domain.hardware import Cluster, DispatchTiming
+from maveriq.domain.hardware import Cluster, DispatchTiming, LoadWindow
 from maveriq.domain.requests import Request
 from maveriq.policy.base import Policy
 from maveriq.units import Micros

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from maveriq.control.deployments import Deployment, DeploymentState
 from maveriq.control.events import StartEngine
-from maveriq.control.load import BusyHistory, LoadWindow, recent_load
+from maveriq.control.load import BusyHistory, recent_load
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployment import DeploymentPlan
-from maveriq.domain.hardware import Cluster
+from maveriq.domain.hardware import Cluster, LoadWindow
 from maveriq.domain.intents import DeployAsk
 from maveriq.domain.progress import GpuStatus
 from maveriq.domain.requests import Request

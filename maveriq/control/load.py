@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from maveriq.units import MICROS_PER_SECOND, Micros
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadWindow:
-    """A GPU's load is the share of the last `samples` whole seconds in which it was busy.
-
-    A second counts as busy when more than `busy_share` of it was (the testbed: utilisation over 1 %).
-    """
-
-    samples: int = 120
-    busy_share: float = 0.01
+from maveriq.domain.hardware import LoadWindow
+from maveriq.units import Micros
 
 
 class BusyHistory:
@@ -26,7 +15,7 @@ class BusyHistory:
     __slots__ = ("_horizon_us", "_spans", "_total_us")
 
     def __init__(self, window: LoadWindow) -> None:
-        self._horizon_us = (window.samples + 1) * MICROS_PER_SECOND
+        self._horizon_us = (window.samples + 1) * window.sample_us
         self._spans: deque[tuple[Micros, Micros]] = deque()
         self._total_us = 0
 
@@ -50,22 +39,19 @@ class BusyHistory:
 
 
 def recent_load(spans: Iterable[tuple[Micros, Micros]], now_us: Micros, window: LoadWindow) -> float:
-    """Return the share of the last whole seconds before `now_us` in which a GPU was busy.
+    """Return the share of the last samples before `now_us` in which a GPU was busy.
 
     Args:
         spans: when the GPU was executing; spans must not overlap, their order plays no part.
         now_us: the present; an execution under way ends here.
         window: how far to look back, and what counts as busy.
     """
-    last_second = now_us // MICROS_PER_SECOND
-    first_second = last_second - window.samples
+    last = now_us // window.sample_us  # the sample under way, which does not count yet
+    first = last - window.samples
     busy_us = [0] * window.samples
     for start_us, end_us in spans:
-        for second in range(
-            max(start_us // MICROS_PER_SECOND, first_second), min(-(-end_us // MICROS_PER_SECOND), last_second)
-        ):
-            begin = second * MICROS_PER_SECOND
-            overlap = min(end_us, begin + MICROS_PER_SECOND) - max(start_us, begin)
-            busy_us[second - first_second] += overlap
-    threshold_us = window.busy_share * MICROS_PER_SECOND
+        for sample in range(max(start_us // window.sample_us, first), min(-(-end_us // window.sample_us), last)):
+            begin_us = sample * window.sample_us
+            busy_us[sample - first] += min(end_us, begin_us + window.sample_us) - max(start_us, begin_us)
+    threshold_us = window.busy_share * window.sample_us
     return sum(amount > threshold_us for amount in busy_us) / window.samples

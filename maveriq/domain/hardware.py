@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maveriq.errors import InputError
-from maveriq.units import Bytes, gib
+from maveriq.units import MICROS_PER_SECOND, Bytes, Micros, gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +65,34 @@ class DispatchTiming:
         InputError: a negative duration.
     """
 
-    tick_us: int = 0
-    after_arrival_us: int = 0
-    after_release_us: int = 0
-    pause_us: int = 0
+    tick_us: Micros = 0
+    after_arrival_us: Micros = 0
+    after_release_us: Micros = 0
+    pause_us: Micros = 0
 
     def __post_init__(self) -> None:
         for field in ("tick_us", "after_arrival_us", "after_release_us", "pause_us"):
             if getattr(self, field) < 0:
                 raise InputError(f"dispatch timing: {field} must not be negative, not {getattr(self, field)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadWindow:
+    """How the load of a GPU is measured (SPEC 5): the share of its last samples that were busy.
+
+    A sample lasts `sample_us` and is busy when the GPU executed for more than `busy_share` of it.
+
+    Raises:
+        InputError: no sample, one without length, or a share outside 0 to 1.
+    """
+
+    samples: int = 120
+    sample_us: Micros = MICROS_PER_SECOND
+    busy_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.sample_us < 1 or not 0 <= self.busy_share < 1:
+            raise InputError(
+                f"load window: needs at least one sample of at least 1 µs and a busy share from 0 to 1, "
+                f"not {self.samples}, {self.sample_us} µs, {self.busy_share}"
+            )

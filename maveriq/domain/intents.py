@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from maveriq.domain.models import ModelSpec
-from maveriq.errors import InputError
+from maveriq.errors import InputError, UnknownNameError
 from maveriq.units import Bytes, Micros, gib
 
 
@@ -19,6 +19,20 @@ class Objective(StrEnum):
     MIN_LATENCY = "min-latency"
     MIN_MEMORY = "min-memory"
     MIN_GPU_COST = "min-gpu-cost"
+
+    @classmethod
+    def named(cls, text: str) -> Objective:
+        """Return the objective of a name; `min_cost` and the paper's `min_lat` and `min_mem` count too.
+
+        Raises:
+            UnknownNameError: no such objective.
+        """
+        name = text.replace("_", "-")
+        name = {"min-lat": "min-latency", "min-mem": "min-memory"}.get(name, name)
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownNameError("intent", text, [one.value for one in cls]) from None
 
     def score(self, *, latency_s: float, memory_bytes: Bytes, gpus: int) -> float:
         """Return the figure to minimise: GiB s for cost, s, GiB, or GPU s for GPU cost."""

@@ -16,7 +16,7 @@ import msgspec
 
 from maveriq.domain.catalog import known_models
 from maveriq.domain.deployment import Configuration
-from maveriq.domain.hardware import DispatchTiming
+from maveriq.domain.hardware import DispatchTiming, LoadWindow
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.embedded import data_path
 from maveriq.errors import InputError, UnknownNameError
@@ -83,19 +83,6 @@ class GpuKind:
     idle_bytes: Bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadHistory:
-    """How the load of a GPU is measured (SPEC 5).
-
-    One sample each `sample_us`, busy where the GPU worked more than `busy_share` of it; load is
-    the share of busy samples over the last `window_us`.
-    """
-
-    window_us: Micros
-    sample_us: Micros
-    busy_share: float
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HardwareProfile:
     """What was measured on one kind of GPU with prompts of one length.
@@ -110,7 +97,7 @@ class HardwareProfile:
         prompt_tokens: length of the prompts that the fingerprints were measured with.
         timing: what the testbed's dispatcher costs.
         drain_us: a run ends so long after its last arrival.
-        load_history: how the testbed measures load.
+        load_window: how the testbed measures load.
         fingerprints: fingerprint constants and exponents, for estimators.
         facts: accuracy, unsupported configurations, SLOs, load times; better asked by the methods.
     """
@@ -122,7 +109,7 @@ class HardwareProfile:
     prompt_tokens: int
     timing: DispatchTiming
     drain_us: Micros
-    load_history: LoadHistory
+    load_window: LoadWindow
     fingerprints: FingerprintTable
     facts: Facts
 
@@ -193,7 +180,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         prompt_tokens=profile.prompt_tokens,
         timing=_timing(hardware.dispatch),
         drain_us=micros(hardware.run.drain_s),
-        load_history=_load_history(hardware.load_history),
+        load_window=_load_window(hardware.load_history),
         fingerprints=fingerprints,
         facts=read_facts,
     )
@@ -240,9 +227,9 @@ def _timing(dispatch: _Dispatch) -> DispatchTiming:
     )
 
 
-def _load_history(history: _LoadHistory) -> LoadHistory:
-    return LoadHistory(
-        window_us=micros(history.window_s),
+def _load_window(history: _LoadHistory) -> LoadWindow:
+    return LoadWindow(
+        samples=round(history.window_s / history.sample_s),
         sample_us=micros(history.sample_s),
         busy_share=history.busy_percent / 100,
     )

@@ -34,7 +34,7 @@ from maveriq.domain.progress import Progress
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.errors import InputError
-from maveriq.scenario import Scenario
+from maveriq.scenario.scenario import Scenario
 from maveriq.sim.service import EstimatedService, RecordedService, ServiceModel
 from maveriq.units import Micros
 from maveriq.workload.base import Arrivals

@@ -1,0 +1,167 @@
+"""Building a scenario from options: the one place where names become objects."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from enum import StrEnum
+from typing import TypeVar
+
+from maveriq.control.controller import ControllerSettings, OnFailure, ServiceGuess
+from maveriq.control.deployments import Deployment
+from maveriq.control.queues import Discipline
+from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.hardware import Cluster, DispatchTiming
+from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.requests import Request
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.clusters import cluster_from
+from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.policy.catalog import make_policy
+from maveriq.scenario.faults import check_fault, parse_fault
+from maveriq.scenario.options import Options
+from maveriq.scenario.scenario import LoadTime, Scenario
+from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
+from maveriq.workload.base import Workload
+from maveriq.workload.build import WorkloadOptions, build_workload
+
+RECORDED = "recorded"
+"""The value of `serve_with` that takes the workload's own recorded times."""
+
+_MOST_SAMPLES = 2_000
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def build_scenario(options: Options) -> Scenario:
+    """Turn options into a scenario, reading every file that they name.
+
+    Raises:
+        InputError: an option or a file that cannot be used.
+    """
+    profile = load_profile(options.profile)
+    cluster = cluster_for(options.gpus, profile)
+    planner = estimator(options.plan_with, profile)
+    policy = make_policy(
+        options.policy,
+        estimator=planner,
+        accuracy=profile.accuracy,
+        packing_threshold=options.packing_threshold,
+    )
+    workload = build_workload(
+        WorkloadOptions(
+            trace=options.trace,
+            scale=options.scale,
+            models=options.models,
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            slo_scale=options.slo_scale,
+            seed=options.seed,
+            poisson_as_published=options.poisson_as_published,
+        ),
+        intent=Intent(
+            objective=Objective.named(options.intent),
+            min_accuracy=options.min_accuracy,
+            float16_only=options.float16_only,
+        ),
+        slo_of=profile.slo_s,
+        batch_size=options.batch_size,
+    )
+    drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
+    faults = tuple(parse_fault(text) for text in options.fail)
+    for fault in faults:
+        check_fault(fault, gpus=len(cluster), deployments=len(workload.asks))
+    return Scenario(
+        cluster=cluster,
+        policy=policy,
+        workload=workload,
+        settings=ControllerSettings(
+            timing=_timing(options, profile.timing),
+            discipline=_choice(Discipline, "queue", options.queue),
+            max_wait_us=micros(options.max_wait_s),
+            on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
+            load_window=profile.load_window,
+        ),
+        guess=_guess_with(planner),
+        serve=None if options.serve_with == RECORDED else estimator(options.serve_with, profile),
+        load_time=_load_time(options, profile),
+        faults=faults,
+        drain_us=drain_us,
+        sample_us=_sample_us(workload, drain_us),
+    )
+
+
+def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
+    """Return the cluster of a text or file, checked against the profile.
+
+    Raises:
+        InputError: not a cluster, or GPUs that the profile was not measured on.
+    """
+    cluster = cluster_from(gpus)
+    for gpu in cluster.gpus:
+        if gpu.kind != profile.gpu_kind:
+            raise InputError(
+                f"profile {profile.name!r} was measured on {profile.gpu_kind}, but GPU {gpu.gpu_id} of cluster "
+                f"{cluster.name!r} is a {gpu.kind}; give a profile of that GPU with --profile FILE"
+            )
+    return cluster
+
+
+def _choice(kind: type[_Choice], what: str, text: str) -> _Choice:
+    try:
+        return kind(text.replace("_", "-"))
+    except ValueError:
+        raise UnknownNameError(what, text, [one.value for one in kind]) from None
+
+
+def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
+    """Return the testbed's timing with what the user set or switched off."""
+    said: dict[str, Micros] = {}
+    for name, value, unit_s in (
+        ("tick_us", options.tick_ms, 1e-3),
+        ("after_arrival_us", options.after_arrival_ms, 1e-3),
+        ("after_release_us", options.after_release_ms, 1e-3),
+        ("pause_us", options.pause_s, 1.0),
+    ):
+        if value is not None:
+            said[name] = micros(value * unit_s)
+    return replace(DispatchTiming() if options.ideal else measured, **said)
+
+
+def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
+    def load_time(plan: DeploymentPlan) -> Micros:
+        if options.load_s is not None:
+            return micros(options.load_s)
+        return duration_micros(profile.load_time_s(plan.model, plan.configuration, gib(max(plan.gpu_bytes))))
+
+    return load_time
+
+
+def _guess_with(planner: Estimator) -> ServiceGuess:
+    """Guess a request's service from its prompt and the output length that was planned for.
+
+    The true output length is not known before a request has run.
+    """
+    known: dict[tuple[int, int], Micros] = {}
+
+    def guess(deployment: Deployment, request: Request) -> Micros:
+        key = (deployment.deployment_id, request.prompt_tokens)
+        if key not in known:
+            service = planner.service(
+                deployment.ask.model,
+                deployment.layout.configuration,
+                prompt_tokens=request.prompt_tokens,
+                output_tokens=deployment.ask.output_tokens,
+                batch=1,
+            )
+            known[key] = duration_micros(service.latency_s)
+        return known[key]
+
+    return guess
+
+
+def _sample_us(workload: Workload, drain_us: Micros) -> Micros:
+    """Return how often to sample GPUs: each second, or rarer so that a long run has 2,000 samples."""
+    longest_us = int(workload.arrivals.arrival_us[-1]) + drain_us
+    return MICROS_PER_SECOND * max(1, math.ceil(longest_us / MICROS_PER_SECOND / _MOST_SAMPLES))
