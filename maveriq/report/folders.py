@@ -1,0 +1,84 @@
+"""Writing a folder whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from maveriq.errors import InputError
+
+RUN_FILES = ("requests.csv", "deployments.csv", "gpus.csv", "run.json")
+"""What makes a folder a run folder."""
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a run folder can be written there, before a long run; leaves nothing behind.
+
+    Raises:
+        InputError: it is a file, or a folder that holds something else than a run, or its place
+            cannot be written to.
+    """
+    target = folder.expanduser().resolve()
+    _check_target(target)
+    ancestor = next(parent for parent in target.parents if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".maveriq-", dir=ancestor).cleanup()
+    except OSError as error:
+        raise _not_writable(target, error) from None
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a new folder beside `folder`, then put that in its place.
+
+    Whatever goes wrong, `folder` is left as it was. A folder that is there is replaced if it is
+    empty or a run folder.
+
+    Raises:
+        InputError: as for `check_writable`, or the disk is full.
+    """
+    target = folder.expanduser().resolve()
+    _check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # One private folder beside the target holds the new folder and, for a moment, the old one.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
+            fill(fresh)
+            _swap(fresh, target, Path(scratch) / "old")
+    except OSError as error:
+        raise _not_writable(target, error) from None
+
+
+def _swap(fresh: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        fresh.rename(target)
+        return
+    shutil.copymode(target, fresh)
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def _check_target(target: Path) -> None:
+    where = f"output folder {str(target)!r}"
+    try:
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{where} is a file; name a folder")
+        names = {entry.name for entry in target.iterdir()} if target.exists() else set()
+        if target.is_mount():
+            raise InputError(f"{where} is a mount point and cannot be replaced; name a folder inside it")
+    except OSError as error:
+        raise _not_writable(target, error) from None
+    if names and not names.issuperset(RUN_FILES):
+        raise InputError(f"{where} holds files that are no run ({min(names)}, ...); name an empty or a new folder")
+
+
+def _not_writable(target: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"output folder {str(target)!r} cannot be written: {reason}; name another folder")

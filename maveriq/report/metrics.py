@@ -1,0 +1,280 @@
+"""What a run achieved: latencies, SLOs, goodput, cost, overall and per model (SPEC 9).
+
+Figures of latency and cost cover completed requests; shares "over scheduled" count every request
+that arrived, so that one refused, failed or left unfinished is a miss. Every figure is the same
+whatever the order of the rows: values are sorted before they are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from maveriq.domain.records import NOT_YET, RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.report.gpu_use import GpuUse, gpu_use
+from maveriq.units import MICROS_PER_SECOND, gib, micros
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Requests by the status they ended in; `scheduled` is their sum."""
+
+    scheduled: int
+    completed: int
+    refused: int
+    failed: int
+    unfinished: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Mean and percentiles (linear interpolation, NumPy's default) of `count` values."""
+
+    count: int
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attainment:
+    """Share of the requests with a latency SLO that met it (latency <= SLO).
+
+    `over_completed` is the figure that papers publish; None where none completed.
+    `over_scheduled` counts what did not complete as missed.
+    """
+
+    over_completed: float | None
+    over_scheduled: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodput:
+    """Completed requests that meet the TTFT and TPOT SLOs, of all scheduled, and per second.
+
+    TTFT counts from arrival here, which is what a user waits for. A request with no TPOT (under
+    two output tokens) cannot miss the SLO on it.
+    """
+
+    share: float
+    per_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """The metrics of a run, or of one model in it; None where nothing completed or none applies.
+
+    `ttft_s` is first token - start, as in the records; `user_ttft_s` is first token - arrival.
+    `cost_gib_s` is latency times the memory of the deployment that served the request.
+    `gpu_hours` is service time times GPUs, and `operational_cost_gpu_hours` the sum of it.
+    `throughput_per_s` is completed / (last finish - first arrival). `slo` is None without an SLO.
+    """
+
+    counts: Counts
+    latency_s: Figures | None
+    queue_s: Figures | None
+    service_s: Figures | None
+    ttft_s: Figures | None
+    user_ttft_s: Figures | None
+    tpot_s: Figures | None
+    cost_gib_s: Figures | None
+    gpu_hours: Figures | None
+    slo: Attainment | None
+    goodput: Goodput | None
+    throughput_per_s: float | None
+    operational_cost_gpu_hours: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Metrics of a whole run and of each model, in the order of endpoints.
+
+    Endpoints that serve the same model count as one model. `gpus` is None without GPU samples.
+    """
+
+    overall: Metrics
+    models: dict[str, Metrics]
+    gpus: GpuUse | None
+    slo_ttft_s: float | None
+    slo_tpot_s: float | None
+
+
+def summarise(run: RunRecord, *, slo_ttft_s: float | None = None, slo_tpot_s: float | None = None) -> Summary:
+    """Return the summary of a run.
+
+    Args:
+        run: the records.
+        slo_ttft_s: most seconds from arrival to the first token, for goodput; None for no limit.
+        slo_tpot_s: most seconds per output token after the first, for goodput; None for no limit.
+
+    Raises:
+        InvariantError: a request has no final status.
+    """
+    run.requests.counts()
+    limits = _GoodputLimits(ttft_s=slo_ttft_s, tpot_s=slo_tpot_s)
+    columns = _Columns.of(run)
+    by_model = _endpoints_by_model(run)
+    models = {
+        name: _metrics(columns.where(np.isin(run.requests.endpoint_id, endpoints)), limits)
+        for name, endpoints in by_model.items()
+    }
+    return Summary(
+        overall=_metrics(columns, limits),
+        models=models,
+        gpus=gpu_use(run.gpu_samples),
+        slo_ttft_s=slo_ttft_s,
+        slo_tpot_s=slo_tpot_s,
+    )
+
+
+def _endpoints_by_model(run: RunRecord) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for endpoint_id, model in sorted(run.models.items()):
+        groups.setdefault(model, []).append(endpoint_id)
+    return groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GoodputLimits:
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """The columns that metrics need, a row per request; `gpus` and `memory_gib` of its deployment."""
+
+    status: Array
+    arrival_us: Array
+    start_us: Array
+    first_token_us: Array
+    finish_us: Array
+    output_tokens: Array
+    slo_us: Array
+    gpus: Array
+    memory_gib: Array
+
+    @classmethod
+    def of(cls, run: RunRecord) -> _Columns:
+        table = run.requests
+        gpus, memory_gib = _deployment_sizes(run)
+        return cls(
+            status=table.status,
+            arrival_us=table.arrival_us,
+            start_us=table.start_us,
+            first_token_us=table.first_token_us,
+            finish_us=table.finish_us,
+            output_tokens=table.output_tokens,
+            slo_us=table.slo_us,
+            gpus=gpus[table.deployment_id],
+            memory_gib=memory_gib[table.deployment_id],
+        )
+
+    def where(self, chosen: Array) -> _Columns:
+        return _Columns(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+
+
+def _deployment_sizes(run: RunRecord) -> tuple[Array, Array]:
+    """Return GPUs and memory (GiB) of each deployment, indexed by its id; 0 for "none took it"."""
+    last = max([0, *(deployment.deployment_id for deployment in run.deployments)])
+    gpus, memory_gib = np.zeros(last + 1, dtype=np.int64), np.zeros(last + 1)
+    for deployment in run.deployments:
+        if deployment.plan is not None:
+            gpus[deployment.deployment_id] = deployment.plan.configuration.gpus
+            memory_gib[deployment.deployment_id] = gib(deployment.plan.memory_bytes)
+    return gpus, memory_gib
+
+
+def _metrics(rows: _Columns, limits: _GoodputLimits) -> Metrics:
+    done = rows.where(rows.status == RequestStatus.COMPLETED.value)
+    latency_us, service_us = done.finish_us - done.arrival_us, done.finish_us - done.start_us
+    user_ttft_us, tpot_us = _first_token_wait_us(done), _time_per_token_us(done)
+    span_us = int(done.finish_us.max() - rows.arrival_us.min()) if len(done.status) else 0
+    gpu_hours = _figures(service_us * done.gpus, per=3600 * MICROS_PER_SECOND)
+    return Metrics(
+        counts=_counts(rows.status),
+        latency_s=_figures(latency_us),
+        queue_s=_figures(done.start_us - done.arrival_us),
+        service_s=_figures(service_us),
+        ttft_s=_figures((done.first_token_us - done.start_us)[done.first_token_us != NOT_YET]),
+        user_ttft_s=_figures(user_ttft_us[~np.isnan(user_ttft_us)]),
+        tpot_s=_figures(tpot_us[~np.isnan(tpot_us)]),
+        cost_gib_s=_figures(latency_us * done.memory_gib),
+        gpu_hours=gpu_hours,
+        slo=_attainment(rows, done),
+        goodput=_goodput(len(rows.status), user_ttft_us, tpot_us, limits, span_us),
+        throughput_per_s=_per_second(len(done.status), span_us),
+        operational_cost_gpu_hours=gpu_hours.mean * gpu_hours.count if gpu_hours else 0.0,
+    )
+
+
+def _counts(status: Array) -> Counts:
+    def count(which: RequestStatus) -> int:
+        return int((status == which.value).sum())
+
+    return Counts(
+        scheduled=len(status),
+        completed=count(RequestStatus.COMPLETED),
+        refused=count(RequestStatus.REFUSED),
+        failed=count(RequestStatus.FAILED),
+        unfinished=count(RequestStatus.UNFINISHED),
+    )
+
+
+def _first_token_wait_us(done: _Columns) -> Array:
+    """Return first token - arrival of completed requests, NaN where no first token was seen."""
+    return np.where(done.first_token_us != NOT_YET, done.first_token_us - done.arrival_us, np.nan)
+
+
+def _time_per_token_us(done: _Columns) -> Array:
+    """Return (service - TTFT) / (output tokens - 1) of completed requests, NaN under two tokens.
+
+    Service - TTFT is finish - first token: the start cancels.
+    """
+    has_tpot = (done.output_tokens > 1) & (done.first_token_us != NOT_YET)
+    per_token_us: Array = (done.finish_us - done.first_token_us) / np.maximum(done.output_tokens - 1, 1)
+    return np.where(has_tpot, per_token_us, np.nan)
+
+
+def _figures(values: Array, *, per: float = MICROS_PER_SECOND) -> Figures | None:
+    """Return the figures of values in units of 1/`per`, by default microseconds to seconds."""
+    if not len(values):
+        return None
+    ordered = np.sort(values)
+    p50, p95, p99 = np.percentile(ordered, (50, 95, 99)) / per
+    mean = ordered.mean() / per
+    return Figures(count=len(values), mean=float(mean), p50=float(p50), p95=float(p95), p99=float(p99))
+
+
+def _attainment(rows: _Columns, done: _Columns) -> Attainment | None:
+    scheduled = int((rows.slo_us > 0).sum())
+    if not scheduled:
+        return None
+    completed = int((done.slo_us > 0).sum())
+    met = int(((done.slo_us > 0) & (done.finish_us - done.arrival_us <= done.slo_us)).sum())
+    return Attainment(over_completed=met / completed if completed else None, over_scheduled=met / scheduled)
+
+
+def _goodput(
+    scheduled: int, user_ttft_us: Array, tpot_us: Array, limits: _GoodputLimits, span_us: int
+) -> Goodput | None:
+    if not scheduled or (limits.ttft_s is None and limits.tpot_s is None):
+        return None
+    good = np.ones(len(tpot_us), dtype=bool)
+    if limits.ttft_s is not None:
+        good &= user_ttft_us <= micros(limits.ttft_s)
+    if limits.tpot_s is not None:
+        good &= ~(tpot_us > limits.tpot_s * MICROS_PER_SECOND)
+    count = int(good.sum())
+    return Goodput(share=count / scheduled, per_s=_per_second(count, span_us))
+
+
+def _per_second(count: int, span_us: int) -> float | None:
+    return count * MICROS_PER_SECOND / span_us if span_us > 0 else None

@@ -1,0 +1,157 @@
+"""Reading a run folder back, strictly: what does not fit together is refused with its place."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from maveriq.domain.records import (
+    GPU_COLUMNS,
+    NOT_YET,
+    REQUEST_COLUMNS,
+    DeploymentRecord,
+    GpuSample,
+    RequestTable,
+    RunRecord,
+)
+from maveriq.domain.requests import FINAL_STATUSES
+from maveriq.errors import InputError
+from maveriq.tables import Row, read_csv, read_text
+from maveriq.units import Micros, bytes_from_gib, micros
+
+T = TypeVar("T")
+
+_TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
+
+
+class _Rows(msgspec.Struct, forbid_unknown_fields=True):
+    requests: int
+    gpus: int
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    """What run.json keeps under "record"."""
+
+    ended_us: Micros
+    rows: _Rows
+    models: dict[int, str]
+    reasons: tuple[str, ...]
+    deployments: tuple[DeploymentRecord, ...]
+
+
+class _RunFile(msgspec.Struct):
+    record: _Record
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    The request table comes back exactly, but for one thing: a request that no deployment took is
+    given the first endpoint of its model. GPU memory comes back to the KiB.
+
+    Raises:
+        InputError: a file is missing, is not what it should be, or they do not belong together.
+    """
+    record = _decode(folder / "run.json", _RunFile).record
+    return RunRecord(
+        requests=_read_requests(folder / "requests.csv", record),
+        deployments=record.deployments,
+        gpu_samples=tuple(_read_samples(folder / "gpus.csv", record)),
+        models=record.models,
+        ended_us=record.ended_us,
+    )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return run.json but for its record: resolved configuration, seed, versions, summary.
+
+    Raises:
+        InputError: it is missing or is not JSON.
+    """
+    body = _decode(folder / "run.json", dict[str, Any])
+    return {key: value for key, value in body.items() if key != "record"}
+
+
+def _decode(path: Path, shape: type[T]) -> T:
+    text = read_text(path, what="run file")
+    try:
+        return msgspec.json.decode(text, type=shape)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise InputError(f"run file {str(path)!r} is not what maveriq writes: {error}") from None
+
+
+def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int) -> Iterator[Row]:
+    if not expected:  # a table with no row is no error here
+        return
+    count = 0
+    for count, row in enumerate(read_csv(path, columns, what=what), start=1):  # noqa: B007 - counts
+        yield row
+    if count != expected:
+        raise InputError(f"{what} {str(path)!r} has {count:,} rows where run.json says {expected:,}; copy it again")
+
+
+def _read_requests(path: Path, record: _Record) -> RequestTable:
+    names = [name for name in RequestTable.__slots__ if name != "reasons"]
+    columns = {name: array("q") for name in names}
+    lookup = _Lookup(record)
+    for row in _read_rows(path, REQUEST_COLUMNS, what="requests", expected=record.rows.requests):
+        for name, value in lookup.values(row).items():
+            columns[name].append(value)
+    return RequestTable(
+        **{name: np.frombuffer(values, dtype=np.int64) if values else np.zeros(0, dtype=np.int64)
+           for name, values in columns.items()},
+        reasons=record.reasons,
+    )  # fmt: skip
+
+
+class _Lookup:
+    """From the cells of requests.csv to the numbers of the table."""
+
+    def __init__(self, record: _Record) -> None:
+        self._endpoint_of_model: dict[str, int] = {}
+        for endpoint_id, model in sorted(record.models.items()):
+            self._endpoint_of_model.setdefault(model, endpoint_id)
+        self._endpoint_of_deployment = {d.deployment_id: d.ask.endpoint_id for d in record.deployments}
+        self._statuses = {status.label: status.value for status in FINAL_STATUSES}
+        self._reasons = {reason: index for index, reason in reversed(list(enumerate(record.reasons)))}
+
+    def values(self, row: Row) -> dict[str, int]:
+        deployment_id = row.count("deployment_id", least=1) if row.cells["deployment_id"] else 0
+        endpoint_of_model = self._known(row, "model", self._endpoint_of_model)
+        return {
+            "request_id": row.count("request_id"),
+            "endpoint_id": self._endpoint_of_deployment.get(deployment_id, endpoint_of_model),
+            "deployment_id": deployment_id,
+            **{name: _time_us(row, column, NOT_YET) for name, column in _TIMES.items()},
+            "status": self._known(row, "status", self._statuses),
+            "reason": self._known(row, "reason", self._reasons) if row.cells["reason"] else 0,
+            "prompt_tokens": row.count("prompt_tokens"),
+            "output_tokens": row.count("output_tokens"),
+            "slo_us": _time_us(row, "slo_s", 0),
+        }
+
+    @staticmethod
+    def _known(row: Row, column: str, known: dict[str, int]) -> int:
+        try:
+            return known[row.cells[column]]
+        except KeyError:
+            raise InputError(f"{row.where}: run.json knows no {column} {row.cells[column]!r}") from None
+
+
+def _time_us(row: Row, column: str, absent: int) -> Micros:
+    return micros(row.number(column, least=0)) if row.cells[column] else absent
+
+
+def _read_samples(path: Path, record: _Record) -> Iterator[GpuSample]:
+    for row in _read_rows(path, GPU_COLUMNS, what="GPU samples", expected=record.rows.gpus):
+        yield GpuSample(
+            time_us=_time_us(row, "time_s", 0),
+            gpu_id=row.count("gpu"),
+            memory_bytes=bytes_from_gib(row.number("memory_gib", least=0)),
+            busy_share=row.number("busy_share", least=0),
+        )

@@ -1,0 +1,53 @@
+"""How numbers and short lists are written in tables and live views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+NONE = "–"
+"""Where there is nothing to show."""
+
+
+def figure(value: float | None) -> str:
+    """Return a number to about three digits: 0.0123, 1.23, 12.3, 1,234."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    if size == 0 or size >= 100:
+        return f"{value:,.0f}"
+    if size < 0.1:
+        return f"{value:.2g}" if size < 0.001 else f"{value:.4f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+
+
+def share(value: float | None) -> str:
+    """Return a share as a percentage, and 100 % only where nothing is missing."""
+    if value is None:
+        return NONE
+    percent = 100 * value
+    return f"{percent:.0f} %" if percent in (0, 100) else f"{min(percent, 99.9):.1f} %"
+
+
+def clock(duration_s: float) -> str:
+    """Return a duration as 4:05 or 1:04:05."""
+    minutes, seconds = divmod(int(duration_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def gpu_list(gpu_ids: Iterable[int]) -> str:
+    """Return GPU ids in ascending order, runs of them shortened: 0-3 6."""
+    runs: list[list[int]] = []
+    for gpu_id in sorted(gpu_ids):
+        if runs and gpu_id == runs[-1][1] + 1:
+            runs[-1][1] = gpu_id
+        else:
+            runs.append([gpu_id, gpu_id])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def layer_list(layer_split: Sequence[int]) -> str:
+    """Return the layers of each stage, an even split of several stages shortened: 4 x 20."""
+    if len(layer_split) > 1 and len(set(layer_split)) == 1:
+        return f"{len(layer_split)} x {layer_split[0]}"
+    return " ".join(map(str, layer_split))
