@@ -20,8 +20,12 @@ from maveriq.units import MICROS_PER_SECOND
 
 
 def header_of(text: str) -> list[str]:
-    """Return the cells of a file's first line, [] for an empty file."""
-    return next(csv.reader(text[: text.find("\n")].splitlines() if "\n" in text else text.splitlines()), [])
+    """Return the cells of a file's first line, [] where there is none or it is no CSV."""
+    first, _, _ = text.partition("\n")
+    try:
+        return next(csv.reader([first.rstrip("\r")]), [])
+    except csv.Error:
+        return []
 
 
 def parse_columns(text: str, dtypes: Mapping[str, str], *, needed: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:

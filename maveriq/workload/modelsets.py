@@ -112,19 +112,28 @@ def load_model_set(name_or_path: str) -> ModelSet:
 
 
 def _entry(entry: _Entry, path: Path) -> ModelEntry:
-    # A configuration named by a relative path lies beside the file that names it.
-    is_path = "/" in entry.model or entry.model.endswith(".json")
+    try:
+        model = _model(entry.model, path.parent)
+        objective = None if entry.objective is None else _objective(entry.objective)
+    except InputError as error:
+        raise InputError(f"{_WHAT} {str(path)!r}: {error}") from None
     return ModelEntry(
-        model=load_model(str(path.parent / entry.model) if is_path else entry.model),
+        model=model,
         load_at=entry.load_at,
-        objective=None if entry.objective is None else _objective(entry.objective),
+        objective=objective,
         min_accuracy=entry.min_accuracy,
         float16_only=entry.float16_only,
     )
+
+
+def _model(name_or_path: str, folder: Path) -> ModelSpec:
+    # A configuration named by a relative path lies beside the file that names it.
+    is_path = "/" in name_or_path or name_or_path.endswith(".json")
+    return load_model(str(folder / name_or_path) if is_path else name_or_path)
 
 
 def _objective(name: str) -> Objective:
     try:
         return Objective(name.replace("_", "-"))
     except ValueError:
-        raise UnknownNameError("objective", name, list(Objective)) from None
+        raise UnknownNameError("objective", name, [objective.value for objective in Objective]) from None

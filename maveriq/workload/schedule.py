@@ -6,6 +6,7 @@ time of service) and `slo_s` (0 for none). Times have microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,8 @@ def write_schedule(arrivals: Arrivals, path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
+    if path.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: it is a folder; name a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -98,7 +101,8 @@ def write_schedule(arrivals: Arrivals, path: Path) -> None:
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _lines(arrivals: Arrivals) -> Iterator[str]:

@@ -54,6 +54,15 @@ def load_trace(name_or_path: str) -> Trace:
     path = Path(name_or_path)
     if not (path.suffix in (".csv", ".gz") or "/" in name_or_path or path.exists()):
         raise UnknownNameError("trace", name_or_path, TRACES, "or give the path of a CSV file")
+    return read_trace(path)
+
+
+def read_trace(path: Path) -> AzureTrace | Schedule:
+    """Read a CSV file, whose header says which kind of trace it is.
+
+    Raises:
+        InputError: the file cannot be used; the message names the line.
+    """
     text = read_text(path, what="trace")
     header = header_of(text)
     # A column of one kind is enough to tell them apart; what else is wrong with the header is said by the reader.
@@ -62,6 +71,6 @@ def load_trace(name_or_path: str) -> Trace:
     if set(header) & set(schedule.COLUMNS):
         return Schedule(name=path.name, arrivals=parse_schedule(text, path))
     raise InputError(
-        f"trace {name_or_path!r} is neither an Azure trace (columns {', '.join(azure.COLUMNS)})"
+        f"trace {str(path)!r} is neither an Azure trace (columns {', '.join(azure.COLUMNS)})"
         f" nor a schedule (columns {', '.join(schedule.COLUMNS)})"
     )

@@ -1,0 +1,191 @@
+"""`maveriq trace`: look at a workload, write it as a schedule, check a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from maveriq.workload.base import Workload
+    from maveriq.workload.summary import WorkloadSummary
+
+app = typer.Typer(help="Look at workloads, export and check them.", no_args_is_help=True)
+
+TraceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRACE", help="code, conversation, poisson, or the CSV file of an Azure trace or a schedule."
+    ),
+]
+ScaleOption = Annotated[float | None, typer.Option(help="Factor on the rate of requests (0.4; none for a schedule).")]
+ModelsOption = Annotated[str, typer.Option(help="large, regular, twentyone, or the TOML file of a model set.")]
+PromptTokensOption = Annotated[
+    str | None, typer.Option(metavar="sharegpt|trace|N", help="Length of prompts (sharegpt; a schedule's own).")
+]
+OutputTokensOption = Annotated[
+    str | None, typer.Option(metavar="N|trace", help="Length of outputs (20; a schedule's own).")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random streams.")]
+AsPublishedOption = Annotated[
+    bool, typer.Option("--poisson-as-published", help="Let a Poisson stage last as long as its gaps.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+
+_PLOT_ROWS = 8
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+@app.command()
+def show(
+    trace: TraceArgument = "code",
+    *,
+    scale: ScaleOption = None,
+    models: ModelsOption = "large",
+    prompt_tokens: PromptTokensOption = None,
+    output_tokens: OutputTokensOption = None,
+    seed: SeedOption = 42,
+    poisson_as_published: AsPublishedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a workload: counts, rate over time, models, lengths."""
+    from maveriq.workload.summary import summarise
+
+    summary = summarise(
+        _workload(trace, scale, models, prompt_tokens, output_tokens, seed, as_published=poisson_as_published)
+    )
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(asdict(summary) | {"mean_rate_per_s": summary.mean_rate_per_s})
+        return
+    from rich.console import Console
+
+    console = Console()
+    for part in _view(summary, console.width):
+        console.print(part)
+
+
+@app.command()
+def export(
+    trace: TraceArgument = "code",
+    *,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.csv", help="The schedule to write; it appears whole or not at all.")
+    ],
+    scale: ScaleOption = None,
+    models: ModelsOption = "large",
+    prompt_tokens: PromptTokensOption = None,
+    output_tokens: OutputTokensOption = None,
+    seed: SeedOption = 42,
+    poisson_as_published: AsPublishedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a workload as a schedule, one request a row, which --trace can replay."""
+    from maveriq.workload.schedule import write_schedule
+
+    workload = _workload(trace, scale, models, prompt_tokens, output_tokens, seed, as_published=poisson_as_published)
+    write_schedule(workload.arrivals, out)
+    if as_json:
+        _print_json({"file": str(out), "requests": len(workload.arrivals)})
+    else:
+        typer.echo(f"{out}: {len(workload.arrivals):,} requests of {workload.name}")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The CSV file of an Azure trace or a schedule.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a trace file; the first thing that is wrong is named with its line."""
+    from maveriq.workload.azure import AzureTrace
+    from maveriq.workload.traces import read_trace
+
+    trace = read_trace(file)
+    if isinstance(trace, AzureTrace):
+        kind, requests = "Azure trace", int(trace.requests_per_minute.sum())
+        span = f"{len(trace.requests_per_minute):,} minutes"
+    else:
+        kind, requests = "schedule", len(trace.arrivals)
+        span = f"{trace.arrivals.arrival_us[-1] / 1e6:,.0f} s"
+    if as_json:
+        _print_json({"file": str(file), "kind": kind, "requests": requests, "span": span})
+    else:
+        typer.echo(f"OK {file}: {kind}, {requests:,} requests in {span}")
+
+
+def _workload(
+    trace: str,
+    scale: float | None,
+    models: str,
+    prompt_tokens: str | None,
+    output_tokens: str | None,
+    seed: int,
+    *,
+    as_published: bool,
+) -> Workload:
+    from maveriq.domain.intents import Intent, Objective
+    from maveriq.workload.build import WorkloadOptions, build_workload
+
+    options = WorkloadOptions(
+        trace=trace,
+        scale=scale,
+        models=models,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        seed=seed,
+        poisson_as_published=as_published,
+    )
+    # Arrivals and lengths depend on no intent, and without an SLO scale nothing asks for a latency.
+    return build_workload(options, intent=Intent(objective=Objective.MIN_COST), slo_of=lambda _model, _tokens: None)
+
+
+def _print_json(value: dict[str, object]) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _view(summary: WorkloadSummary, width: int) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    models = Table("endpoint", "model", "asked at s", "requests", title="Models")
+    for endpoint in summary.endpoints:
+        models.add_row(str(endpoint.endpoint), endpoint.model, f"{endpoint.asked_s:,.0f}", f"{endpoint.requests:,}")
+    lengths = Table("tokens", "least", "p25", "median", "p75", "p90", "p99", "most", "mean", title="Lengths")
+    for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens)):
+        quantiles = (tokens.least, tokens.p25, tokens.median, tokens.p75, tokens.p90, tokens.p99, tokens.most)
+        lengths.add_row(name, *(f"{value:,}" for value in quantiles), f"{tokens.mean:,.1f}")
+    headline = (
+        f"{summary.name}: {summary.requests:,} requests from {summary.first_arrival_s:,.1f} s"
+        f" to {summary.last_arrival_s:,.1f} s, {summary.mean_rate_per_s:.2f} a second"
+    )
+    return [Text(headline), Text(rate_plot(summary.requests_per_bin, summary.bin_s, width)), models, lengths]
+
+
+def rate_plot(requests_per_bin: tuple[int, ...], bin_s: int, width: int) -> str:
+    """Return a bar chart of requests a second over time, in block characters.
+
+    Args:
+        requests_per_bin: arrivals in each bin.
+        bin_s: seconds of a bin.
+        width: characters to fit into; neighbouring bins share a column where there are too many.
+    """
+    per_column = -(-len(requests_per_bin) // max(1, width - 10))
+    starts = range(0, len(requests_per_bin), per_column)
+    rates = [sum(requests_per_bin[start : start + per_column]) / (per_column * bin_s) for start in starts]
+    highest = max(rates)
+    lines = []
+    for row in reversed(range(_PLOT_ROWS)):
+        # Each column has eight steps a row; this row shows those between its floor and its ceiling.
+        steps = (round(rate / highest * _PLOT_ROWS * 8) - row * 8 for rate in rates)
+        label = f"{highest * (row + 1) / _PLOT_ROWS:6.2f}/s" if row % 2 else " " * 8
+        lines.append(f"{label} " + "".join(_EIGHTHS[min(8, max(0, step))] for step in steps))
+    end = f"{len(requests_per_bin) * bin_s:,} s"
+    lines.append(" " * 9 + "0 s" + end.rjust(max(len(end) + 1, len(rates) - 3)))
+    return "\n".join(lines)

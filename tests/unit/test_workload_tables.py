@@ -1,0 +1,58 @@
+"""The tables of traces/ are what their script derives, and their README is right about them."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maveriq.embedded import traces_path
+from maveriq.workload.azure import embedded_trace
+from maveriq.workload.modelsets import known_model_sets, load_model_set
+from maveriq.workload.schedule import read_schedule
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "derive_traces.py"
+README = traces_path("README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.data
+def test_the_script_derives_the_committed_tables(measured_data, tmp_path):
+    subprocess.run([sys.executable, str(SCRIPT), str(measured_data), "--out", str(tmp_path)], check=True)
+    derived = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert derived == {path.name: path.read_bytes() for path in traces_path().glob("*.csv")}
+
+
+@pytest.mark.data
+def test_the_readme_names_the_public_files_by_their_checksums(measured_data):
+    named = dict(re.findall(r"`(AzureLLMInferenceTrace_\w+\.csv)` \| [\d,]+ \| `([0-9a-f]{64})`", README))
+    assert len(named) == 2
+    for name, checksum in named.items():
+        assert hashlib.sha256((measured_data / "azure" / name).read_bytes()).hexdigest() == checksum
+
+
+@pytest.mark.parametrize(("name", "requests"), [("code", 8819), ("conversation", 19366)])
+def test_embedded_counts_are_whole(name, requests):
+    assert embedded_trace(name).requests_per_minute.sum() == requests
+
+
+@pytest.mark.parametrize(("name", "models"), [("large", 4), ("regular", 8), ("twentyone", 21)])
+def test_model_sets_that_come_with_maveriq(name, models):
+    models_of_set = load_model_set(name)
+    assert models_of_set.name == name
+    assert len(models_of_set.entries) == models
+
+
+def test_known_model_sets_leave_clusters_out():
+    assert known_model_sets() == ["large", "regular", "twentyone"]
+
+
+def test_the_examples_of_the_readme_are_read(tmp_path):
+    [model_set] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    [schedule] = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(model_set, encoding="utf-8")
+    (tmp_path / "mine.csv").write_text(schedule, encoding="utf-8")
+    assert load_model_set(str(tmp_path / "mine.toml")).load_at == (0, 5)
+    assert np.array_equal(read_schedule(tmp_path / "mine.csv").slo_us, [2_500_000, 0])
