@@ -188,3 +188,11 @@ def test_models_that_load_outside_the_trace_are_refused(tmp_path, load_at, says)
     (tmp_path / "late.toml").write_text('name = "late"\n' + entry.format(load_at) + entry.format(58))
     with pytest.raises(InputError, match=says):
         build(models=str(tmp_path / "late.toml"))
+
+
+def test_embedded_prompt_and_output_lengths_are_independent_of_each_other_and_of_time():
+    arrivals = build(trace="poisson", scale=1.0).arrivals
+    gaps = np.diff(arrivals.arrival_us)
+    assert abs(np.corrcoef(gaps, arrivals.prompt_tokens[1:])[0, 1]) < 0.05
+    own = build(trace="conversation", scale=1.0, prompt_tokens="trace", output_tokens="trace").arrivals
+    assert abs(np.corrcoef(own.prompt_tokens, own.output_tokens)[0, 1]) < 0.05
