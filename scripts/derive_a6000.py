@@ -64,7 +64,7 @@ def fit_load_times(measured: dict[LoadedAs, Range], fingerprints: Path) -> str:
     residuals = seconds - inputs @ coefficients
     mean, scatter = np.abs(residuals).mean(), seconds.std()
     compared = [
-        f"#   {case.model} {case.weights} TP {case.tp} x PP {case.pp}, {size:.1f} GiB per GPU: {took:.1f} s, {off:+.1f} s"
+        f"#   {case.model} {case.weights} {case.tp}x{case.pp}, {size:.1f} GiB per GPU: {took:.1f} s, {off:+.1f} s"
         for case, size, took, off in zip(measured, sizes, seconds, residuals, strict=True)
     ]
     names = ("fixed_s", "per_gpu_s", "per_gib_s")
@@ -72,7 +72,7 @@ def fit_load_times(measured: dict[LoadedAs, Range], fingerprints: Path) -> str:
         "# Written by scripts/derive_a6000.py: the seconds to load an engine that was never measured are",
         "# fixed_s + per_gpu_s * GPUs + per_gib_s * GiB per GPU, fitted to load_times.csv (nonnegative least squares).",
         f"# Its {len(seconds)} rows scatter by {scatter:.1f} s, the fit misses them by {mean:.1f} s in the mean.",
-        "# Measured, and measured less fitted:",
+        "# Model, weights, TP x PP and size; measured; measured less fitted:",
         *compared,
         *(f"{name} = {value}" for name, value in zip(names, coefficients.tolist(), strict=True)),
     ]

@@ -42,8 +42,8 @@ class _Run(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     drain_s: _NotNegative
 
 
-class _LoadHistory(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    window_s: _Positive
+class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    samples: int
     sample_s: _Positive
     busy_percent: _NotNegative
 
@@ -63,7 +63,7 @@ class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     idle_gib: _NotNegative
     dispatch: _Dispatch
     run: _Run
-    load_history: _LoadHistory
+    load_window: _LoadWindow
     tables: _Tables
 
 
@@ -180,7 +180,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         prompt_tokens=profile.prompt_tokens,
         timing=_timing(hardware.dispatch),
         drain_us=micros(hardware.run.drain_s),
-        load_window=_load_window(hardware.load_history),
+        load_window=_load_window(hardware.load_window),
         fingerprints=fingerprints,
         facts=read_facts,
     )
@@ -227,12 +227,8 @@ def _timing(dispatch: _Dispatch) -> DispatchTiming:
     )
 
 
-def _load_window(history: _LoadHistory) -> LoadWindow:
-    return LoadWindow(
-        samples=round(history.window_s / history.sample_s),
-        sample_us=micros(history.sample_s),
-        busy_share=history.busy_percent / 100,
-    )
+def _load_window(window: _LoadWindow) -> LoadWindow:
+    return LoadWindow(samples=window.samples, sample_us=micros(window.sample_s), busy_share=window.busy_percent / 100)
 
 
 def _check_names(named: Collection[str], known: Collection[str]) -> None:

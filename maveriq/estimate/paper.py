@@ -30,6 +30,10 @@ class PaperEstimator:
 
     The formulas know no prompt length: answers hold for prompts about as long as the profile's.
     Fingerprints are found by the model's name; its layers are the model's own.
+
+    Nothing is smoothed, so what the fingerprints' noise does to the formulas shows: below ten
+    output tokens a latency can come out negative, and at TP 8 it can
+    fall with the first output tokens before it grows.
     """
 
     def __init__(self, profile: HardwareProfile) -> None:

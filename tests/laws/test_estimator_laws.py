@@ -1,0 +1,136 @@
+"""Laws of estimates: over everything the embedded profiles cover, and over made-up fingerprints."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maveriq.domain.catalog import known_models, load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.catalog import ESTIMATORS, estimator
+from maveriq.estimate.formula import Exponents, Line, ParallelLatency, at_batch, derive, parallel_memory_gib
+from maveriq.estimate.hardware import load_profile
+
+GPUS = 8
+seconds = st.floats(1e-4, 100.0)
+gibs = st.floats(0.01, 500.0)
+degrees = st.integers(1, 8)
+
+
+def configurations() -> list[Configuration]:
+    degrees = [(tp, pp) for tp in (1, 2, 4, 8) for pp in range(1, GPUS // tp + 1)]
+    return [
+        Configuration(tp=tp, pp=pp, weights=weights, kv=kv)
+        for (tp, pp), weights, kv in itertools.product(degrees, WeightType, KvType)
+    ]
+
+
+@pytest.fixture(scope="module", params=itertools.product(ESTIMATORS, ["a6000-short", "a6000-long"]), ids="/".join)
+def subject(request: pytest.FixtureRequest) -> Estimator:
+    name, profile = request.param
+    return estimator(name, load_profile(profile))
+
+
+def answered(subject: Estimator) -> list[tuple[ModelSpec, Configuration]]:
+    pairs = itertools.product(known_models().values(), configurations())
+    found = [(model, cfg) for model, cfg in pairs if subject.why_not(model, cfg) is None]
+    assert len(found) > 300, "the profile covers too little for these laws to say anything"
+    return found
+
+
+def latencies_s(subject: Estimator, model: ModelSpec, cfg: Configuration, tokens: list[int]) -> list[float]:
+    return [subject.service(model, cfg, prompt_tokens=10, output_tokens=o, batch=1).latency_s for o in tokens]
+
+
+def test_latency_is_positive_at_measured_lengths(subject: Estimator) -> None:
+    """Below ten output tokens, where no fingerprint was taken, the paper's intercept can be negative."""
+    for model, cfg in answered(subject):
+        assert min(latencies_s(subject, model, cfg, [10, 20, 200])) > 0, (model.name, cfg)
+
+
+def test_latency_grows_with_output_tokens(subject: Estimator) -> None:
+    """At TP 8 the paper multiplies the noise of its TP 2 fingerprints; there growth holds for long outputs alone."""
+    for model, cfg in answered(subject):
+        tokens = [100, 200, 500] if cfg.tp == 8 else [1, 2, 5, 20, 200, 500]
+        latencies = latencies_s(subject, model, cfg, tokens)
+        assert all(less < more for less, more in itertools.pairwise(latencies)), (model.name, cfg)
+
+
+def test_the_first_token_does_not_depend_on_how_many_follow(subject: Estimator) -> None:
+    for model, cfg in answered(subject):
+        ask = {"prompt_tokens": 10, "batch": 1}
+        few, many = (subject.service(model, cfg, output_tokens=tokens, **ask) for tokens in (1, 500))
+        assert few.first_token_s == pytest.approx(many.first_token_s, rel=1e-9)
+
+
+def test_memory_is_positive_and_every_gpu_more_takes_no_less(subject: Estimator) -> None:
+    memory = {(model.name, cfg): subject.memory(model, cfg) for model, cfg in answered(subject)}
+    assert min(memory.values()) > 0
+    for (name, cfg), held in memory.items():
+        longer = Configuration(tp=cfg.tp, pp=cfg.pp + 1, weights=cfg.weights, kv=cfg.kv)
+        assert memory.get((name, longer), held) >= held
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_equal_questions_get_equal_answers_in_any_order(name: str) -> None:
+    once, again = (estimator(name, load_profile("a6000-short")) for _ in range(2))
+    asked = answered(again)
+    ask = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
+    forward = {(model.name, cfg): once.service(model, cfg, **ask) for model, cfg in asked}
+    backward = {(model.name, cfg): again.service(model, cfg, **ask) for model, cfg in reversed(asked)}
+    assert forward == backward
+
+
+def test_a_model_whose_heads_are_odd_has_no_tensor_parallelism(subject: Estimator) -> None:
+    falcon = load_model("falcon-7b")
+    degrees = {cfg.tp for model, cfg in answered(subject) if model == falcon}
+    assert degrees == {1}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_greater_batch_takes_no_less(name: str) -> None:
+    subject = estimator(name, load_profile("a6000-short"))
+    rounding = 1 - 1e-12
+    for model, cfg in answered(subject):
+        ask = {"prompt_tokens": 10, "output_tokens": 20}
+        latencies = [subject.service(model, cfg, batch=batch, **ask).latency_s for batch in (1, 2, 16)]
+        assert all(less * rounding <= more for less, more in itertools.pairwise(latencies)), (model.name, cfg)
+        memory = [subject.memory(model, replace(cfg, batch_size=batch)) for batch in (1, 2, 16)]
+        assert memory == sorted(memory), (model.name, cfg)
+
+
+@given(l11=seconds, l12=seconds, l21=seconds, l22=seconds, m1=gibs, m2=gibs, n1=degrees, o1=degrees)
+def test_the_constants_give_back_what_they_were_derived_from(
+    l11: float, l12: float, l21: float, l22: float, m1: float, m2: float, n1: int, o1: int
+) -> None:
+    """Four latencies and two memories determine six constants: nothing is lost."""
+    latency = {(n1, o1): l11, (n1, o1 + 10): l12, (n1 + 1, o1): l21, (n1 + 1, o1 + 10): l22}
+    memory = {n1: m1, n1 + 1: m2}
+    constants = derive(latency, memory)
+    for (layers, tokens), measured in latency.items():
+        assert constants.line(layers).at(tokens) == pytest.approx(measured, rel=1e-9, abs=1e-9)
+    for layers, measured in memory.items():
+        assert constants.memory_gib(layers) == pytest.approx(measured, rel=1e-9, abs=1e-9)
+
+
+@given(ttft=seconds, tpot=seconds, tp2=seconds, a=st.floats(0, 1), b=st.floats(0, 1), tokens=st.integers(1, 500))
+def test_one_gpu_is_no_parallelism(ttft: float, tpot: float, tp2: float, a: float, b: float, tokens: int) -> None:
+    single, exponents = Line(ttft_s=ttft, tpot_s=tpot), Exponents(a=a, b=b, c=b, d=a)
+    whole = ParallelLatency.scaled(single, Line(ttft_s=tp2, tpot_s=tp2), exponents, tp=1, pp=1)
+    assert whole.at(tokens) == single.at(tokens)
+    assert parallel_memory_gib(ttft, tp2, tp2, tp=1, pp=1) == ttft
+
+
+@given(single=gibs, tp2=gibs, pp2=gibs, tp=degrees, pp=degrees)
+def test_splitting_a_model_never_saves_memory(single: float, tp2: float, pp2: float, tp: int, pp: int) -> None:
+    assert parallel_memory_gib(single, tp2, pp2, tp=tp, pp=pp) >= single
+
+
+@given(one=gibs, two=gibs, batch=st.integers(1, 512))
+def test_the_batch_rule_starts_at_batch_one_and_never_falls(one: float, two: float, batch: int) -> None:
+    assert at_batch(one, two, 1) == one
+    assert at_batch(one, two, batch + 1) >= at_batch(one, two, batch)

@@ -1,0 +1,157 @@
+"""The paper's estimator: its formulas against a second writing of SPEC 3, and what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, WeightType
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.fingerprints import Point, Stored
+from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.units import bytes_from_gib
+
+F16, INT8, INT4, GPTQ = WeightType
+
+
+@pytest.fixture(scope="module")
+def short() -> HardwareProfile:
+    return load_profile("a6000-short")
+
+
+@pytest.fixture(scope="module")
+def paper(short: HardwareProfile) -> Estimator:
+    return estimator("paper", short)
+
+
+def latency_by_hand(profile: HardwareProfile, name: str, cfg: Configuration, output_tokens: int, batch: int) -> float:
+    """SPEC 3 once more, term by term, with its own letters."""
+    n, tp, pp = load_model(name).layers, cfg.tp, cfg.pp
+    constants = profile.fingerprints.constants[Stored(name, cfg.weights, cfg.kv)]
+    e = profile.fingerprints.exponents[cfg.weights, cfg.kv]
+
+    def small(tensor: int, of: int) -> float:
+        c = constants[Point(tensor, 1, of)]
+        ttft, tpot = n * c.ttft_layer_s + c.ttft_other_s, n * c.tpot_layer_s + c.tpot_other_s
+        return ttft + output_tokens * tpot
+
+    def whole(of: int) -> float:
+        l11 = l12 = small(1, of)
+        tensor = (tp - 1) ** e.b / pp**e.c * max(0, small(2, of) - l11 / 2) if tp > 1 else 0
+        return l11 / (tp * pp**e.a) + tensor + (pp - 1) ** e.d * max(0, l12 - l11 / 2**e.a)
+
+    return whole(1) + (batch - 1) * max(0, whole(2) - whole(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("output_tokens", [1, 2, 20, 200])
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [
+        ("falcon-7b", Configuration(tp=1, pp=3, weights=INT4)),
+        ("gptj-6b", Configuration(tp=8, pp=1, weights=INT8)),
+        ("llama-2-7b", Configuration(tp=1, pp=1, weights=GPTQ)),
+        ("llama-2-70b", Configuration(tp=2, pp=4, weights=F16, kv=KvType.INT8)),
+    ],
+    ids=str,
+)
+def test_latency_is_the_formula(
+    short: HardwareProfile, paper: Estimator, name: str, cfg: Configuration, output_tokens: int, batch: int
+) -> None:
+    service = paper.service(load_model(name), cfg, prompt_tokens=10, output_tokens=output_tokens, batch=batch)
+    assert service.latency_s == pytest.approx(latency_by_hand(short, name, cfg, output_tokens, batch), rel=1e-12)
+    assert service.first_token_s == pytest.approx(latency_by_hand(short, name, cfg, 1, batch), rel=1e-12)
+    assert service.output_tokens == output_tokens
+
+
+def test_one_output_token_still_has_a_pace(paper: Estimator) -> None:
+    model, cfg = load_model("llama-2-7b"), Configuration(tp=2, pp=1, weights=F16)
+    one = paper.service(model, cfg, prompt_tokens=10, output_tokens=1, batch=1)
+    two = paper.service(model, cfg, prompt_tokens=10, output_tokens=2, batch=1)
+    assert one.tpot_s == two.tpot_s == pytest.approx(two.latency_s - one.latency_s)
+
+
+def test_memory_is_the_formula(short: HardwareProfile, paper: Estimator) -> None:
+    model = load_model("llama-2-13b")
+    constants = short.fingerprints.constants[Stored(model.name, INT8, KvType.INT8)]
+
+    def by_hand(batch: int) -> float:
+        m11, m21, m12 = (constants[Point(tp, pp, batch)].memory_gib(40) for tp, pp in ((1, 1), (2, 1), (1, 2)))
+        return m11 + 3 * max(0, m21 - m11) + 4 * 1 * max(0, m12 - m11)
+
+    cfg = Configuration(tp=4, pp=2, weights=INT8, kv=KvType.INT8)
+    assert paper.memory(model, cfg) == bytes_from_gib(by_hand(1))
+    batched = by_hand(1) + 7 * max(0, by_hand(2) - by_hand(1))
+    assert paper.memory(model, replace(cfg, batch_size=8)) == bytes_from_gib(batched)
+
+
+def test_layers_are_the_models_own(paper: Estimator) -> None:
+    model, cfg = load_model("llama-2-7b"), Configuration(tp=1, pp=1, weights=F16)
+    halved = replace(model, layers=16)
+    assert paper.memory(halved, cfg) < paper.memory(model, cfg)
+    ask = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
+    assert paper.service(halved, cfg, **ask).latency_s < paper.service(model, cfg, **ask).latency_s
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "reason"),
+    [
+        ("falcon-7b", Configuration(tp=2, pp=1, weights=F16), "TP 2 is not a power of two that divides the 71"),
+        ("llama-2-70b", Configuration(tp=3, pp=1, weights=F16), "TP 3 is not a power of two"),
+        ("llama-2-70b", Configuration(tp=1, pp=1, weights=INT8), "known not to run on A6000"),
+        ("gptj-6b", Configuration(tp=1, pp=1, weights=GPTQ), "no fingerprint with int4_gptq/native"),
+        ("gptj-6b", Configuration(tp=1, pp=1, weights=F16, kv=KvType.INT8), "it has float16/native, int8/native, int4"),
+    ],
+)
+def test_what_cannot_run_has_a_reason_and_is_refused(
+    paper: Estimator, name: str, cfg: Configuration, reason: str
+) -> None:
+    model = load_model(name)
+    assert reason in str(paper.why_not(model, cfg))
+    with pytest.raises(InputError, match=reason):
+        paper.service(model, cfg, prompt_tokens=10, output_tokens=20, batch=1)
+    with pytest.raises(InputError, match=reason):
+        paper.memory(model, cfg)
+
+
+def test_a_model_without_fingerprints_needs_a_profile(paper: Estimator) -> None:
+    stranger = replace(load_model("llama-2-7b"), name="stranger")
+    for tp in (1, 64):
+        reason = paper.why_not(stranger, Configuration(tp=tp, pp=1, weights=F16))
+        assert reason is not None
+        assert "profile a6000-short has no fingerprint of stranger" in reason
+        assert "give a profile" in reason
+
+
+def test_a_profile_without_the_needed_points_says_which(short: HardwareProfile) -> None:
+    stored = Stored("llama-2-7b", F16, KvType.NATIVE)
+    only = {stored: {Point(1, 1, 1): short.fingerprints.constants[stored][Point(1, 1, 1)]}}
+    alone = estimator("paper", replace(short, fingerprints=replace(short.fingerprints, constants=only)))
+    model = load_model("llama-2-7b")
+    assert alone.why_not(model, Configuration(tp=1, pp=1, weights=F16)) is None
+    assert "at TP 2 x PP 1 and TP 1 x PP 2" in str(alone.why_not(model, Configuration(tp=4, pp=2, weights=F16)))
+
+
+def test_a_batch_needs_fingerprints_of_batch_two() -> None:
+    long = estimator("paper", load_profile("a6000-long"))
+    model, cfg = load_model("llama-2-7b"), Configuration(tp=1, pp=1, weights=F16, batch_size=4)
+    assert long.why_not(model, cfg) is None
+    with pytest.raises(InputError, match="batch 4 needs fingerprints of batch 2, which profile a6000-long has not"):
+        long.service(model, cfg, prompt_tokens=923, output_tokens=20, batch=4)
+    with pytest.raises(InputError, match="needs fingerprints of batch 2"):
+        long.memory(model, cfg)
+
+
+@pytest.mark.parametrize(("output_tokens", "batch"), [(0, 1), (20, 0)])
+def test_nothing_to_do_is_refused(paper: Estimator, output_tokens: int, batch: int) -> None:
+    cfg = Configuration(tp=1, pp=1, weights=F16)
+    with pytest.raises(InputError, match="must be at least 1"):
+        paper.service(load_model("gptj-6b"), cfg, prompt_tokens=10, output_tokens=output_tokens, batch=batch)
+
+
+def test_an_unknown_estimator_is_refused(short: HardwareProfile) -> None:
+    with pytest.raises(UnknownNameError, match="unknown estimator 'papper'; did you mean 'paper'"):
+        estimator("papper", short)
