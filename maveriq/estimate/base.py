@@ -43,7 +43,7 @@ class Estimator(Protocol):
     def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can.
 
-        The batch size plays no part. A configuration with a reason is never asked about further.
+        A configuration with a reason is never asked about further.
         """
 
     def service(

@@ -32,8 +32,8 @@ class PaperEstimator:
     Fingerprints are found by the model's name; its layers are the model's own.
 
     Nothing is smoothed, so what the fingerprints' noise does to the formulas shows: below ten
-    output tokens a latency can come out negative, and at TP 8 it can
-    fall with the first output tokens before it grows.
+    output tokens a latency can come out negative, and at TP 8 it can fall with the first output
+    tokens before it grows.
     """
 
     def __init__(self, profile: HardwareProfile) -> None:
@@ -59,6 +59,8 @@ class PaperEstimator:
         missing = [f"TP {point.tp} x PP {point.pp}" for point in _points(tp, pp) if point not in fingerprints]
         if missing:
             return f"profile {self._profile.name} has no fingerprint of it at {' and '.join(missing)}"
+        if configuration.batch_size > 1 and not self._has_batch_two(model, configuration):
+            return f"no fingerprint of batch 2 in profile {self._profile.name}, which larger batches need"
         return None
 
     def service(
@@ -98,8 +100,6 @@ class PaperEstimator:
         batch = configuration.batch_size
         memory_gib = self._memory_gib(model, configuration, 1)
         if batch > 1:
-            if not self._has_batch_two(model, configuration):
-                raise InputError(self._no_batch(model, configuration, batch))
             memory_gib = at_batch(memory_gib, self._memory_gib(model, configuration, 2), batch)
         return bytes_from_gib(memory_gib)
 
@@ -164,8 +164,7 @@ class PaperEstimator:
                 f"profile {profile} has no fingerprint of {stored.model} (it has {', '.join(table.models())}); "
                 "give a profile that was measured with it"
             )
-        kinds = ", ".join(f"{other.weights}/{other.kv}" for other in others)
-        return f"profile {profile} has no fingerprint with {stored.weights}/{stored.kv} (weights/KV); it has {kinds}"
+        return f"no fingerprint with {stored.weights} weights and {stored.kv} KV cache in profile {profile}"
 
 
 def _stored(model: ModelSpec, configuration: Configuration) -> Stored:

@@ -42,10 +42,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A configuration that was left out, and why."""
+    """A configuration that was left out, and why; `detail` is what its own figure was."""
 
     configuration: Configuration
     reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,27 +93,25 @@ def rank(ask: DeployAsk, view: ClusterView, estimator: Estimator, accuracy: Accu
         if isinstance(outcome, Candidate):
             fitting.append(outcome)
         else:
-            left_out.append(LeftOut(configuration=configuration, reason=outcome))
+            left_out.append(outcome)
     return _order(ask.intent, fitting, left_out)
 
 
 def _consider(
     ask: DeployAsk, configuration: Configuration, gpus: list[GpuView], estimator: Estimator, accuracy: Accuracy
-) -> Candidate | str:
+) -> Candidate | LeftOut:
     """Return the configuration as a candidate, or the reason against it."""
-    reason = estimator.why_not(ask.model, configuration)
-    if reason:
-        return reason
     score = accuracy(ask.model.name, configuration.weights, configuration.kv)
-    reason = _breaks(ask.intent, configuration, score)
+    reason = estimator.why_not(ask.model, configuration) or _breaks(ask.intent, configuration, score)
     if reason:
-        return reason
+        return LeftOut(configuration=configuration, reason=reason)
     memory_bytes = estimator.memory(ask.model, configuration)
     chosen = gpus[: configuration.gpus]
     sizes = {"tp": configuration.tp, "layers": ask.model.layers, "memory_bytes": memory_bytes}
     split = deal_layers(ask.model.layers, stage_room([gpu.free_bytes for gpu in chosen], **sizes))
     if split is None:
-        return "does not fit the free memory"
+        detail = f"needs {gib(memory_bytes):.1f} GiB over {configuration.gpus} GPUs"
+        return LeftOut(configuration=configuration, reason="does not fit the free memory", detail=detail)
     service = estimator.service(
         ask.model,
         configuration,
@@ -156,7 +155,8 @@ def _order(intent: Intent, fitting: list[Candidate], left_out: list[LeftOut]) ->
     slow = [
         LeftOut(
             configuration=one.configuration,
-            reason=f"takes {one.service.latency_s:.3f} s, not below the SLO of {slo_s:.3f} s",
+            reason=f"not below the SLO of {slo_s:.3f} s",
+            detail=f"takes {one.service.latency_s:.3f} s",
         )
         for one in fitting
         if slo_s is not None and one.service.latency_s >= slo_s

@@ -1,94 +1,90 @@
-"""What a user can say about a run, simulated or real. Names and defaults are the command line's."""
+"""What a user can say about a run, simulated or real.
+
+This is the one place for the names, defaults and explanations of the options; the command line
+is made from it.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from maveriq.errors import InputError
 from maveriq.policy.place import DEFAULT_PACKING_THRESHOLD
 
+_WORKLOAD, _CLUSTER, _POLICY, _WORLD = "Workload", "Cluster", "Policy", "How the world behaves"
+_PROFILE = "the profile's"
+
+
+def _option(default: Any, explained: str, panel: str, *, shown: str | None = None, least: float | None = None) -> Any:
+    """Describe an option.
+
+    Args:
+        default: its value when nothing is said; None where it depends on other options.
+        explained: one line for the help.
+        panel: the group in the help.
+        shown: the default in words, where the value would not tell.
+        least: the smallest number allowed.
+    """
+    return field(default=default, metadata={"help": explained, "panel": panel, "shown": shown, "least": least})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Every option of `maveriq sim` that shapes the run; defaults are the published main run.
+    """Every option that shapes a run; the defaults are the published main run.
 
-    None leaves a value to what it depends on: the scale and lengths to the trace, the timing to
-    the hardware profile. Durations are in the unit their name says.
-
-    Args:
-        policy: `hybrid`, `packing`, `llf`, `none`, or a placement rule as `file.py:function`.
-        intent: what to minimise for every deployment.
-        trace: `code`, `conversation`, `poisson`, or the path of an Azure trace or a schedule.
-        scale: factor on the trace's rate.
-        models: name of a model set or path of its TOML file.
-        slo_scale: latency SLO in multiples of the model's own latency; 0 for none.
-        min_accuracy: least accuracy in percent of the float16 model's.
-        float16_only: leave out quantised weights.
-        packing_threshold: load up to which `hybrid` packs.
-        batch_size: requests that an engine serves at once, at most.
-        prompt_tokens: `sharegpt`, `trace` or a number.
-        output_tokens: `trace` or a number.
-        gpus: a cluster as `8xA6000` or the path of a TOML file.
-        queue: `fifo`, `fifo-per-model`, `sjf` or `edf`.
-        max_wait_s: bound on waiting, for every queue but `fifo`; who waited longer goes next.
-        plan_with: estimator that the policy plans with.
-        serve_with: estimator that times simulated service, or `recorded`.
-        profile: hardware profile by name or path.
-        seed: of all random streams.
-        fail: faults, each as `gpu=3@600s,for=120s` or `deployment=2@900s`.
-        on_failure: `requeue` (once) or `fail` for the request under a failing engine.
-        poisson_as_published: draw the Poisson stages as the published generator did.
-        tick_ms: the dispatcher's tick.
-        after_arrival_ms: least delay from arrival to dispatch.
-        after_release_ms: least delay from the release of a GPU to the next dispatch on it.
-        pause_s: nothing is dispatched so long after an engine registers.
-        load_s: time from the deploy command to registration.
-        ideal: a dispatcher without tick, delays and pause; explicit values still count.
-        drain_s: the run stops so long after the last arrival.
+    Names become options of the command line (`slo_scale` is `--slo-scale`), the metadata of a
+    field its help. Durations are in the unit their name says.
 
     Raises:
-        InputError: a number that is not finite or is out of range.
+        InputError: a number that is not finite, or below its least value.
     """
 
-    policy: str = "hybrid"
-    intent: str = "min-cost"
-    trace: str = "code"
-    scale: float | None = None
-    models: str = "large"
-    slo_scale: float = 0.0
-    min_accuracy: float = 0.0
-    float16_only: bool = False
-    packing_threshold: float = DEFAULT_PACKING_THRESHOLD
-    batch_size: int = 1
-    prompt_tokens: str | None = None
-    output_tokens: str | None = None
-    gpus: str = "8xA6000"
-    queue: str = "fifo"
-    max_wait_s: float = 60.0
-    plan_with: str = "paper"
-    serve_with: str = "paper"
-    profile: str = "a6000-short"
-    seed: int = 42
-    fail: tuple[str, ...] = ()
-    on_failure: str = "requeue"
-    poisson_as_published: bool = False
-    tick_ms: float | None = None
-    after_arrival_ms: float | None = None
-    after_release_ms: float | None = None
-    pause_s: float | None = None
-    load_s: float | None = None
-    ideal: bool = False
-    drain_s: float | None = None
+    trace: str = _option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
+    scale: float | None = _option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4")
+    models: str = _option("large", "Model set: large, regular, twentyone, or a TOML file.", _WORKLOAD)
+    prompt_tokens: str | None = _option(None, "sharegpt, trace, or a number.", _WORKLOAD, shown="sharegpt")
+    output_tokens: str | None = _option(None, "trace, or a number.", _WORKLOAD, shown="20")
+    poisson_as_published: bool = _option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
+    seed: int = _option(42, "Seed of all random streams.", _WORKLOAD)
+
+    gpus: str = _option("8xA6000", "The cluster: a number and a kind of GPU, or a TOML file.", _CLUSTER)
+    profile: str = _option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
+
+    policy: str = _option("hybrid", "hybrid, packing, llf, none, or a rule of yours as file.py:function.", _POLICY)
+    intent: str = _option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
+    slo_scale: float = _option(0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, least=0)
+    min_accuracy: float = _option(0.0, "Least accuracy, in percent of the float16 model's.", _POLICY)
+    float16_only: bool = _option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
+    packing_threshold: float = _option(DEFAULT_PACKING_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
+    batch_size: int = _option(1, "Requests that an engine serves at once, at most.", _POLICY, least=1)
+    queue: str = _option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
+    max_wait_s: float = _option(60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0)
+    plan_with: str = _option("paper", "Estimator that the policy plans with.", _POLICY)
+
+    serve_with: str = _option("paper", "What times simulated service: an estimator, or recorded.", _WORLD)
+    fail: tuple[str, ...] = _option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _WORLD)
+    on_failure: str = _option("requeue", "requeue (once) or fail what a failing engine was running.", _WORLD)
+    tick_ms: float | None = _option(None, "The dispatcher's tick.", _WORLD, shown=_PROFILE, least=0)
+    after_arrival_ms: float | None = _option(
+        None, "Least delay from arrival to dispatch.", _WORLD, shown=_PROFILE, least=0
+    )
+    after_release_ms: float | None = _option(
+        None, "Least delay from a GPU's release to its next dispatch.", _WORLD, shown=_PROFILE, least=0
+    )
+    pause_s: float | None = _option(
+        None, "No dispatch for so long after an engine registers.", _WORLD, shown=_PROFILE, least=0
+    )
+    load_s: float | None = _option(None, "Time that an engine takes to load.", _WORLD, shown=_PROFILE, least=0)
+    ideal: bool = _option(False, "A dispatcher without tick, delays and pause.", _WORLD)  # noqa: FBT003
+    drain_s: float | None = _option(None, "Stop so long after the last arrival.", _WORLD, shown=_PROFILE, least=0)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["least"]
+            name = f"--{one.name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"--{field.name.replace('_', '-')} must be a finite number, not {value}")
-        for name in ("max_wait_s", "tick_ms", "after_arrival_ms", "after_release_ms", "pause_s", "load_s", "drain_s"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, not {value:g}")
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size must be at least 1, not {self.batch_size}")
+                raise InputError(f"{name} must be a finite number, not {value}")
+            if value is not None and least is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, not {value}")

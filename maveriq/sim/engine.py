@@ -74,7 +74,8 @@ class _Simulation:
         self._last_arrival_us = int(arrivals.arrival_us[-1])
         self._inbox: list[Event] = []
         self._next_wake_us: Micros | None = None
-        self._done = self._env.event()
+        self._deadline_us = self._last_arrival_us + scenario.drain_us
+        self._over = False
         self._steps = 0
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
@@ -88,9 +89,9 @@ class _Simulation:
             self._post_fault(fault)
         self._post_next_arrival()
         self._env.process(self._sample_regularly())
-        self._at(self._last_arrival_us + self._scenario.drain_us, lambda _: self._finish())
-        self._env.run(until=self._done)
-        return self._record()
+        while not self._over and self._env.peek() <= self._deadline_us:
+            self._env.step()
+        return self._record(self._now_us if self._over else self._deadline_us)
 
     # The calendar
 
@@ -136,8 +137,7 @@ class _Simulation:
             self._next_wake_us = wake_us
             self._at(wake_us, self._wake)
         self._look(now_us)
-        if not self._left_to_arrive and self._all_ended():
-            self._finish()
+        self._over = not self._left_to_arrive and self._all_ended()
 
     def _wake(self, _: simpy.Event) -> None:
         if self._next_wake_us == self._now_us:
@@ -148,10 +148,6 @@ class _Simulation:
         ledger = self._controller.ledger
         still_open = ledger.count(RequestStatus.WAITING) + ledger.count(RequestStatus.RUNNING)
         return not still_open and self._now_us >= self._last_ask_us
-
-    def _finish(self) -> None:
-        if not self._done.triggered:
-            self._done.succeed()
 
     # The simulated world
 
@@ -200,11 +196,11 @@ class _Simulation:
     def _sample_regularly(self) -> Generator[simpy.Event, None, None]:
         while True:
             yield self._env.timeout(self._scenario.sample_us)
-            self._sample()
+            self._sample(self._now_us)
             self._settle()
 
-    def _sample(self) -> None:
-        now_us, fleet = self._now_us, self._controller.fleet
+    def _sample(self, now_us: Micros) -> None:
+        fleet = self._controller.fleet
         for gpu_id, busy_before_us in enumerate(self._busy_us):
             busy_us = fleet.busy_us(gpu_id, now_us)
             self._busy_us[gpu_id] = busy_us
@@ -218,19 +214,18 @@ class _Simulation:
             )
         self._sampled_us = now_us
 
-    def _record(self) -> RunRecord:
-        now_us, controller = self._now_us, self._controller
-        controller.handle(now_us, self._inbox)  # what came in at the very last instant
-        if now_us > self._sampled_us:
-            self._sample()
+    def _record(self, ended_us: Micros) -> RunRecord:
+        controller = self._controller
+        if ended_us > self._sampled_us:
+            self._sample(ended_us)
         if self._watcher:
-            self._watcher.update(self._progress(now_us))
+            self._watcher.update(self._progress(ended_us))
         return RunRecord(
             requests=controller.ledger.close(),
             deployments=tuple(one.record() for one in controller.fleet.deployments.values()),
             gpu_samples=tuple(self._samples),
             models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
-            ended_us=now_us,
+            ended_us=ended_us,
         )
 
 

@@ -85,7 +85,7 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
 def test_a_batch_the_profile_cannot_answer_is_left_out(tmp_path: Path) -> None:
     found = errors_of(write(tmp_path, ROW.replace(",50,1,", ",50,8,")), "a6000-long")
     assert (found.groups, found.left_out[0].rows) == ((), 1)
-    assert "fingerprints of batch 2" in found.left_out[0].reason
+    assert "no fingerprint of batch 2" in found.left_out[0].reason
 
 
 @pytest.mark.parametrize(

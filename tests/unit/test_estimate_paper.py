@@ -102,8 +102,8 @@ def test_layers_are_the_models_own(paper: Estimator) -> None:
         ("falcon-7b", Configuration(tp=2, pp=1, weights=F16), "TP 2 is not a power of two that divides the 71"),
         ("llama-2-70b", Configuration(tp=3, pp=1, weights=F16), "TP 3 is not a power of two"),
         ("llama-2-70b", Configuration(tp=1, pp=1, weights=INT8), "known not to run on A6000"),
-        ("gptj-6b", Configuration(tp=1, pp=1, weights=GPTQ), "no fingerprint with int4_gptq/native"),
-        ("gptj-6b", Configuration(tp=1, pp=1, weights=F16, kv=KvType.INT8), "it has float16/native, int8/native, int4"),
+        ("gptj-6b", Configuration(tp=1, pp=1, weights=GPTQ), "no fingerprint with int4_gptq weights and native KV"),
+        ("gptj-6b", Configuration(tp=1, pp=1, weights=F16, kv=KvType.INT8), "no fingerprint with float16 weights and int8 KV"),
     ],
 )
 def test_what_cannot_run_has_a_reason_and_is_refused(
@@ -137,12 +137,14 @@ def test_a_profile_without_the_needed_points_says_which(short: HardwareProfile) 
 
 def test_a_batch_needs_fingerprints_of_batch_two() -> None:
     long = estimator("paper", load_profile("a6000-long"))
-    model, cfg = load_model("llama-2-7b"), Configuration(tp=1, pp=1, weights=F16, batch_size=4)
-    assert long.why_not(model, cfg) is None
+    model, single = load_model("llama-2-7b"), Configuration(tp=1, pp=1, weights=F16)
+    batched = replace(single, batch_size=4)
+    assert long.why_not(model, single) is None
+    assert "no fingerprint of batch 2 in profile a6000-long" in str(long.why_not(model, batched))
     with pytest.raises(InputError, match="batch 4 needs fingerprints of batch 2, which profile a6000-long has not"):
-        long.service(model, cfg, prompt_tokens=923, output_tokens=20, batch=4)
-    with pytest.raises(InputError, match="needs fingerprints of batch 2"):
-        long.memory(model, cfg)
+        long.service(model, single, prompt_tokens=923, output_tokens=20, batch=4)
+    with pytest.raises(InputError, match="no fingerprint of batch 2"):
+        long.memory(model, batched)
 
 
 @pytest.mark.parametrize(("output_tokens", "batch"), [(0, 1), (20, 0)])

@@ -1,0 +1,57 @@
+"""`maveriq plan`: which configurations meet an intent, best first, without a trace."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's name, or the path of a Hugging Face config.json.")
+    ],
+    *,
+    intent: Annotated[str, typer.Option(help="min-cost, min-latency, min-memory, or min-gpu-cost.")] = "min-cost",
+    slo_ms: Annotated[float | None, typer.Option(help="Latency of a whole request must be below this.")] = None,
+    min_accuracy: Annotated[float, typer.Option(help="Least accuracy, in percent of the float16 model's.")] = 0.0,
+    float16_only: Annotated[bool, typer.Option("--float16-only", help="No quantised weights.")] = False,
+    gpus: Annotated[str, typer.Option(help="The cluster: 8xA6000, or a TOML file.")] = "8xA6000",
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of a typical prompt.", show_default="the profile's")
+    ] = None,
+    output_tokens: Annotated[int, typer.Option(help="Length of a typical output.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Requests that an engine serves at once.")] = 1,
+    plan_with: Annotated[str, typer.Option(help="Estimator to plan with.")] = "paper",
+    profile: Annotated[
+        str, typer.Option(help="Hardware profile: a6000-short, a6000-long, or a TOML file.")
+    ] = "a6000-short",
+    top: Annotated[int, typer.Option(min=1, help="How many configurations to show.")] = 10,
+    all_reasons: Annotated[bool, typer.Option("--why", help="Name every configuration that was left out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone, with everything in it.")] = False,
+) -> None:
+    """Rank the configurations of a model for an intent on an empty cluster.
+
+    Shows latency, time to first token, time per token, memory, cost and accuracy as estimated,
+    and why the rest was left out. Exits with 1 where none meets the SLO or none fits.
+    """
+    from maveriq.cli.planning import PlanQuestion, answer
+
+    answer(
+        PlanQuestion(
+            model=model,
+            objective=intent,
+            slo_ms=slo_ms,
+            min_accuracy=min_accuracy,
+            float16_only=float16_only,
+            gpus=gpus,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            batch_size=batch_size,
+            plan_with=plan_with,
+            profile=profile,
+        ),
+        top=top,
+        all_reasons=all_reasons,
+        as_json=as_json,
+    )

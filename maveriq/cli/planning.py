@@ -1,0 +1,79 @@
+"""The work behind `maveriq plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import typer
+from rich.console import Console
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.cluster import ClusterState
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.errors import InputError
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.hardware import load_profile
+from maveriq.policy.configure import rank
+from maveriq.report.plans import left_out_table, ranking_json, ranking_table
+from maveriq.scenario.build import cluster_for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanQuestion:
+    """What a user asks of `maveriq plan`; fields as its options."""
+
+    model: str
+    objective: str
+    slo_ms: float | None
+    min_accuracy: float
+    float16_only: bool
+    gpus: str
+    prompt_tokens: int | None
+    output_tokens: int
+    batch_size: int
+    plan_with: str
+    profile: str
+
+
+def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool) -> None:
+    """Print the ranking.
+
+    Raises:
+        InputError: an option that cannot be used, or a model without a profile.
+        typer.Exit: with 1, where no configuration meets the intent.
+    """
+    profile = load_profile(question.profile)
+    cluster = cluster_for(question.gpus, profile)
+    model = load_model(question.model)
+    if model.name not in profile.fingerprints.models():
+        raise InputError(
+            f"model {model.name!r} has no fingerprint in profile {profile.name!r} (it has "
+            f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"
+        )
+    ask = DeployAsk(
+        endpoint_id=1,
+        model=model,
+        intent=Intent(
+            objective=Objective.named(question.objective),
+            slo_s=None if question.slo_ms is None else question.slo_ms / 1e3,
+            min_accuracy=question.min_accuracy,
+            float16_only=question.float16_only,
+        ),
+        asked_us=0,
+        prompt_tokens=profile.prompt_tokens if question.prompt_tokens is None else question.prompt_tokens,
+        output_tokens=question.output_tokens,
+        batch_size=question.batch_size,
+    )
+    view = ClusterState(cluster).view([0.0] * len(cluster))
+    ranking = rank(ask, view, estimator(question.plan_with, profile), profile.accuracy)
+    if as_json:
+        typer.echo(json.dumps(ranking_json(ask, ranking, cluster), indent=2))
+    else:
+        console = Console()
+        if ranking.candidates:
+            console.print(ranking_table(ask, ranking, cluster, top=top, width=console.width))
+        console.print(left_out_table(ranking, every=all_reasons))
+    if not ranking.candidates or ranking.note:
+        typer.echo(f"maveriq: {model.name} {ranking.note or ranking.why_empty()}", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,111 @@
+"""The work behind `maveriq sim`: build, run, measure, write, show."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from maveriq import __version__
+from maveriq.domain.records import RunRecord
+from maveriq.errors import InputError, MaveriqError
+from maveriq.report.folders import check_writable
+from maveriq.report.live import make_view
+from maveriq.report.metrics import Summary, summarise
+from maveriq.report.plain import summary_json
+from maveriq.report.runfiles import write_run
+from maveriq.report.tables import deployments_table, notices, summary_tables, verdict_panel
+from maveriq.report.verdict import Verdict, judge
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.sim.engine import simulate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What to count besides, and where the results go.
+
+    Raises:
+        InputError: a limit that is not positive.
+    """
+
+    folder: Path | None
+    slo_ttft_ms: float | None
+    slo_tpot_ms: float | None
+    as_json: bool
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        for name in ("slo_ttft_ms", "slo_tpot_ms"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} must be a positive number of milliseconds, not {value}")
+
+
+def run_simulation(options: Options, output: Output) -> None:
+    """Simulate, write the run folder, show the results.
+
+    Raises:
+        MaveriqError: bad input, a folder that cannot be written, or nothing could be deployed.
+    """
+    folder = output.folder or default_folder(options)
+    check_writable(folder)
+    scenario = build_scenario(options)
+    interactive = sys.stdout.isatty() and sys.stderr.isatty()
+    with make_view(Console(stderr=True), quiet=output.quiet or output.as_json, interactive=interactive) as view:
+        run = simulate(scenario, view)
+    summary = summarise(run, slo_ttft_s=_seconds(output.slo_ttft_ms), slo_tpot_s=_seconds(output.slo_tpot_ms))
+    verdict = judge(run)
+    results = summary_json(summary, verdict, run.deployments)
+    write_run(folder, run, results, _meta(options, scenario.workload.name))
+    if output.as_json:
+        typer.echo(json.dumps({"folder": str(folder), **results}, indent=2))
+    elif not output.quiet:
+        show(run, summary, verdict, folder)
+    if all(deployment.plan is None for deployment in run.deployments):
+        raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}")
+
+
+def default_folder(options: Options) -> Path:
+    """Return where a run goes that nobody gave a folder: `runs/` and what tells it from others."""
+    parts = [options.policy, options.intent, Path(options.models).stem, Path(options.trace).stem]
+    parts.append("own" if options.scale is None and options.trace.endswith(".csv") else f"{options.scale or 0.4:g}")
+    return Path("runs") / "-".join(part.replace("/", "_").replace(":", "_") for part in parts)
+
+
+def show(run: RunRecord, summary: Summary, verdict: Verdict, folder: Path) -> None:
+    """Print the results on the terminal."""
+    console = Console()
+    console.print(deployments_table(run.deployments, width=console.width))
+    for notice in notices(run.deployments):
+        console.print(notice)
+    console.print(summary_tables(summary, width=console.width))
+    console.print(verdict_panel(verdict, summary, width=console.width))
+    console.print(f"records: {folder}", highlight=False, soft_wrap=True)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _meta(options: Options, workload: str) -> dict[str, Any]:
+    """Return what led to the results: enough to run the same again."""
+    return {
+        "kind": "simulated",
+        "workload": workload,
+        "options": asdict(options),
+        "seed": options.seed,
+        "versions": {
+            "maveriq": __version__,
+            "python": platform.python_version(),
+            "numpy": version("numpy"),
+            "simpy": version("simpy"),
+        },
+    }

@@ -1,0 +1,154 @@
+"""Small worlds for tests: a model, an estimator with round numbers, a policy that does as it is told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from maveriq.control.controller import Controller, ControllerSettings
+from maveriq.control.deployments import Deployment
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.faults import Fault
+from maveriq.domain.hardware import Cluster, Gpu
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import Request
+from maveriq.estimate.base import ServiceEstimate
+from maveriq.policy.base import Decision, Deploy, Rejection
+from maveriq.scenario.scenario import Scenario
+from maveriq.sim.engine import simulate
+from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, duration_micros
+from maveriq.workload.base import Arrivals, Workload
+
+MODEL = ModelSpec(
+    name="tiny",
+    architecture="llama",
+    layers=8,
+    hidden_size=64,
+    attention_heads=8,
+    kv_heads=8,
+    intermediate_size=256,
+    vocab_size=1000,
+)
+SHARD_BYTES = BYTES_PER_GIB
+
+
+class TokenSeconds:
+    """An estimator: one output token takes `token_s`, everything else is free; a batch takes as long as one."""
+
+    name = "token-seconds"
+
+    def __init__(self, token_s: float = 0.001) -> None:
+        self.token_s = token_s
+
+    def why_not(self, model, configuration):
+        return None
+
+    def service(self, model, configuration, *, prompt_tokens, output_tokens, batch):
+        return ServiceEstimate(ttft_s=0.0, tpot_s=self.token_s, output_tokens=output_tokens)
+
+    def memory(self, model, configuration):
+        return configuration.gpus * SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class AsTold:
+    """A policy that puts each endpoint on given GPUs (a list of them per replica), or rejects it."""
+
+    gpus_of: dict[int, list[tuple[int, ...]]]
+    batch_size: int = 1
+    name: str = "as-told"
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
+        replicas = self.gpus_of.get(ask.endpoint_id, [])
+        if not replicas or any(free.get(gpu, 0) < SHARD_BYTES for gpus in replicas for gpu in gpus):
+            return Rejection(reason="told to reject")
+        return Deploy(plans=tuple(plan(gpus, self.batch_size) for gpus in replicas))
+
+
+def plan(gpu_ids: Sequence[int], batch_size: int = 1) -> DeploymentPlan:
+    return DeploymentPlan(
+        model=MODEL,
+        configuration=Configuration(tp=1, pp=len(gpu_ids), weights=WeightType.FLOAT16, batch_size=batch_size),
+        layer_split=(MODEL.layers - len(gpu_ids) + 1, *[1] * (len(gpu_ids) - 1)),
+        gpu_ids=tuple(gpu_ids),
+        gpu_bytes=(SHARD_BYTES,) * len(gpu_ids),
+        est_latency_s=1.0,
+        est_memory_bytes=SHARD_BYTES * len(gpu_ids),
+    )
+
+
+def cluster(gpus: int, gib: int = 8) -> Cluster:
+    return Cluster(
+        name=f"{gpus} test GPUs",
+        gpus=tuple(Gpu(gpu_id=i, node=0, kind="test", capacity_bytes=gib * BYTES_PER_GIB) for i in range(gpus)),
+    )
+
+
+def ask(endpoint_id: int, asked_us: Micros = 0) -> DeployAsk:
+    return DeployAsk(
+        endpoint_id=endpoint_id,
+        model=MODEL,
+        intent=Intent(objective=Objective.MIN_COST),
+        asked_us=asked_us,
+        prompt_tokens=1,
+        output_tokens=1,
+    )
+
+
+def arrivals(times_us: Sequence[int], endpoints: Sequence[int], tokens: Sequence[int], slo_us: int = 0) -> Arrivals:
+    count = len(times_us)
+    return Arrivals(
+        arrival_us=np.asarray(times_us, dtype=np.int64),
+        endpoint_id=np.asarray(endpoints, dtype=np.int64),
+        prompt_tokens=np.ones(count, dtype=np.int64),
+        output_tokens=np.asarray(tokens, dtype=np.int64),
+        slo_us=np.full(count, slo_us, dtype=np.int64),
+    )
+
+
+def scenario(
+    requests: Arrivals,
+    gpus_of: dict[int, list[tuple[int, ...]]],
+    *,
+    gpus: int = 4,
+    settings: ControllerSettings | None = None,
+    faults: tuple[Fault, ...] = (),
+    load_us: Micros = 1,
+    batch_size: int = 1,
+    token_s: float = 0.001,
+    asked_us: dict[int, Micros] | None = None,
+    drain_us: Micros = 3_600 * MICROS_PER_SECOND,
+) -> Scenario:
+    """A world whose requests take `token_s` per output token; all endpoints are asked for at 0."""
+    estimator = TokenSeconds(token_s)
+    asks = tuple(ask(endpoint_id, (asked_us or {}).get(endpoint_id, 0)) for endpoint_id in sorted(gpus_of))
+    return Scenario(
+        cluster=cluster(gpus),
+        policy=AsTold(gpus_of, batch_size),
+        workload=Workload(name="test", asks=asks, arrivals=requests),
+        settings=settings or ControllerSettings(),
+        guess=guess,
+        serve=estimator,
+        load_time=lambda _plan: load_us,
+        faults=faults,
+        drain_us=drain_us,
+        sample_us=MICROS_PER_SECOND,
+    )
+
+
+def guess(deployment: Deployment, request: Request) -> Micros:
+    """What shortest job first goes by: here it knows the truth, so that tests can tell its order."""
+    return duration_micros(request.output_tokens / 1e3)
+
+
+def run(*args, **kwargs) -> RunRecord:
+    return simulate(scenario(*args, **kwargs))
+
+
+def controller(gpus_of: dict[int, list[tuple[int, ...]]], *, gpus: int = 4, **settings) -> Controller:
+    """A controller to be driven by hand."""
+    return Controller(cluster(gpus), AsTold(gpus_of), ControllerSettings(**settings), guess)
