@@ -73,6 +73,9 @@ def _check_target(target: Path) -> None:
         names = {entry.name for entry in target.iterdir()} if target.exists() else set()
         if target.is_mount():
             raise InputError(f"{where} is a mount point and cannot be replaced; name a folder inside it")
+        ancestor = next(parent for parent in target.parents if parent.exists())
+        if not ancestor.is_dir():
+            raise InputError(f"{where} would lie in {str(ancestor)!r}, which is a file; name another folder")
     except OSError as error:
         raise _not_writable(target, error) from None
     if names and not names.issuperset(RUN_FILES):

@@ -34,6 +34,17 @@ _VERDICT_STYLES = {
 }
 
 
+def results_view(summary: Summary, verdict: Verdict, deployments: Sequence[DeploymentRecord], *, width: int) -> Group:
+    """Return all that a run's end shows: deployments, tables per model, verdict, notices."""
+    return Group(
+        deployments_table(deployments, width=width),
+        "",
+        summary_tables(summary, width=width),
+        verdict_panel(verdict, summary, width=width),
+        *notices(deployments),
+    )
+
+
 def new_table(title: str = "") -> Table:
     """Return an empty table in the style that all of them share."""
     return Table(
@@ -96,13 +107,13 @@ def summary_tables(summary: Summary, *, width: int) -> Group:
     """Return requests with their SLOs, latency, and cost, a row per model; wide terminals show more."""
     wide = width >= _WIDE
     requests = [*_count_columns(summary, wide=wide), *_slo_columns(summary)]
-    latency, cost = _latency_columns(wide=wide), _cost_columns()
+    latency, tokens, cost = _latency_columns(wide=wide), _token_columns(), _cost_columns()
     if wide:
-        tables = [_summary_table("Requests and cost", summary, [*requests, *cost])]
+        parts = {"Requests and cost": [*requests, *cost], "Latency": [*latency, *tokens]}
     else:
-        tables = [_summary_table("Requests", summary, requests), _summary_table("Cost", summary, cost)]
-    tables.insert(1, _summary_table("Latency", summary, latency))
-    return Group(*(part for table in tables for part in (table, "")))
+        parts = {"Requests": requests, "Latency": latency, "Tokens and cost": [*tokens, *cost]}
+    tables = [_summary_table(title, summary, columns) for title, columns in parts.items()]
+    return Group(*(piece for table in tables for piece in (table, "")))
 
 
 def _summary_table(title: str, summary: Summary, columns: Sequence[_Column]) -> Table:
@@ -159,13 +170,15 @@ def _latency_columns(*, wide: bool) -> list[_Column]:
     ]
     if wide:
         columns.append(_figure_column("\np95", "queue_s", "p95"))
-    columns += [
-        _figure_column("service s\nmean", "service_s", "mean"),
+    return [*columns, _figure_column("service s\nmean", "service_s", "mean")]
+
+
+def _token_columns() -> list[_Column]:
+    return [
         _figure_column("TTFT s\nmean", "user_ttft_s", "mean"),
+        _figure_column("\np95", "user_ttft_s", "p95"),
+        _figure_column("TPOT s\nmean", "tpot_s", "mean"),
     ]
-    if wide:
-        columns.append(_figure_column("\np95", "user_ttft_s", "p95"))
-    return [*columns, _figure_column("TPOT s\nmean", "tpot_s", "mean")]
 
 
 def _cost_columns() -> list[_Column]:

@@ -130,8 +130,8 @@ def _sentence(label: VerdictLabel, evidence: Evidence) -> str:
         case VerdictLabel.OVERLOADED:
             found = (
                 f"The cluster cannot keep up: of {evidence.arrival_rate_per_s:.3g} requests/s, "
-                f"{evidence.drift_per_s:.3g}/s ({share(evidence.drift_share)}) were left waiting, so latencies grow with "
-                f"the length of the run"
+                f"{evidence.drift_per_s:.3g}/s ({share(evidence.drift_share)}) were left waiting, "
+                f"so latencies grow with the length of the run"
             )
         case _ as never:
             assert_never(never)

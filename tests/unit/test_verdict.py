@@ -1,0 +1,157 @@
+"""Verdicts on single-server queues whose answer queueing theory knows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from strategies_records import run_record, single_server, table
+
+from maveriq.domain.records import NOT_YET, GpuSample, RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.report.backlog import queue_of
+from maveriq.report.verdict import Verdict, VerdictLabel, judge
+from maveriq.units import micros
+
+STABLE, BACKLOGGED, OVERLOADED = VerdictLabel.STABLE, VerdictLabel.BACKLOGGED, VerdictLabel.OVERLOADED
+
+
+def m_d_1(load: float, requests: int, *, seed: int = 0, pauses: tuple = ()) -> RunRecord:
+    """Poisson arrivals at `load` per second, each served for one second."""
+    gaps_s = np.random.default_rng(seed).exponential(1 / load, requests)
+    return single_server(gaps_s, np.ones(requests), pauses=pauses)
+
+
+def stages(*loads_and_seconds: tuple[float, float]) -> RunRecord:
+    """Poisson arrivals whose rate changes by stages, each served for one second."""
+    random = np.random.default_rng(0)
+    arrivals_s, since_s = [], 0.0
+    for load, span_s in loads_and_seconds:
+        arrivals_s.append(np.sort(since_s + random.uniform(0, span_s, round(load * span_s))))
+        since_s += span_s
+    gaps_s = np.diff(np.concatenate(arrivals_s), prepend=0.0)
+    return single_server(gaps_s, np.ones(len(gaps_s)))
+
+
+def labels(load: float, requests: int, *, seeds: int = 20) -> list[VerdictLabel]:
+    return [judge(m_d_1(load, requests, seed=seed)).label for seed in range(seeds)]
+
+
+@pytest.mark.parametrize("requests", [50, 200, 2000])
+def test_half_load_is_stable(requests):
+    assert labels(0.5, requests) == [STABLE] * 20
+
+
+@pytest.mark.parametrize("requests", [50, 200, 2000])
+def test_high_load_is_stable_but_for_rare_chance(requests):
+    assert labels(0.9, requests).count(STABLE) >= 18
+
+
+@pytest.mark.parametrize("requests", [500, 2000])
+def test_more_than_it_can_serve_is_overloaded(requests):
+    assert labels(1.3, requests) == [OVERLOADED] * 20
+
+
+def test_a_slight_overload_shows_in_a_long_run():
+    assert judge(m_d_1(1.05, 20_000)).label is OVERLOADED
+
+
+def test_a_short_run_at_twice_the_load_is_overloaded():
+    assert labels(2.0, 50).count(OVERLOADED) >= 19
+
+
+def test_overload_is_stated_with_its_numbers():
+    verdict = judge(m_d_1(1.3, 2000))
+    assert verdict.evidence.drift_share == pytest.approx(1 - 1 / 1.3, abs=0.06)
+    assert verdict.evidence.left_waiting == pytest.approx(2000 * (1 - 1 / 1.3), rel=0.2)
+    assert f"{verdict.evidence.left_waiting:,} still waited" in verdict.sentence
+
+
+def test_a_burst_that_drains_is_backlogged():
+    verdict = judge(stages((0.5, 600), (2.0, 200), (0.5, 1200)))
+    assert verdict.label is BACKLOGGED
+    # 200 more arrive in the burst than can be served; half of the capacity is then left to drain them.
+    assert verdict.evidence.worst_backlog_s == pytest.approx(600, rel=0.2)
+    assert verdict.evidence.peak_waiting == pytest.approx(200, rel=0.15)
+
+
+def test_bursts_that_come_and_go_add_up():
+    high_and_low = [(1.6, 100), (0.4, 400)] * 6
+    assert judge(stages(*high_and_low)).label is BACKLOGGED
+
+
+def test_a_burst_at_the_very_end_is_no_overload():
+    assert judge(stages((0.5, 1900), (3.0, 100))).label is BACKLOGGED
+
+
+def test_pauses_after_deploys_that_drain_at_once_are_minor():
+    pauses = tuple((since_s, since_s + 10.0) for since_s in (100.0, 400.0, 700.0, 1000.0))
+    gaps_s = np.random.default_rng(3).exponential(0.2, 9000)
+    paused = single_server(gaps_s, np.full(9000, 0.1), pauses=pauses)
+    verdict = judge(paused)
+    assert verdict.label is STABLE
+    assert verdict.evidence.peak_waiting > 30
+    assert verdict.evidence.worst_backlog_s == pytest.approx(20, rel=0.4)
+
+
+def test_a_pause_in_a_short_run_is_minor():
+    assert judge(m_d_1(0.5, 50, pauses=((40.0, 50.0),))).label is STABLE
+
+
+def test_all_at_once_is_backlogged():
+    run = single_server(np.array([1.0] + [0.0] * 99), np.ones(100))
+    assert judge(run).label is BACKLOGGED
+    assert judge(run).evidence.worst_backlog_s == pytest.approx(99, rel=0.01)
+
+
+def test_a_dispatcher_that_always_takes_a_while_is_stable():
+    run = m_d_1(0.5, 5000)
+    delayed = replace(run, requests=replace(run.requests, start_us=run.requests.start_us + micros(8.0)))
+    assert judge(delayed).label is STABLE
+
+
+def test_the_order_of_rows_does_not_matter():
+    run = m_d_1(1.3, 500)
+    order = np.random.default_rng(0).permutation(500)
+    columns = {name: getattr(run.requests, name)[order] for name in run.requests.__slots__ if name != "reasons"}
+    assert judge(replace(run, requests=replace(run.requests, **columns))) == judge(run)
+
+
+def test_refused_requests_never_wait_and_unfinished_ones_wait_to_the_end():
+    s = 1_000_000
+    status = RequestStatus
+    refused = [1, 1, 0, 1 * s, NOT_YET, NOT_YET, NOT_YET, status.REFUSED.value, 1, 5, 5, 0]
+    unfinished = [2, 1, 0, 2 * s, NOT_YET, NOT_YET, NOT_YET, status.UNFINISHED.value, 0, 5, 5, 0]
+    failed = [3, 1, 0, 3 * s, NOT_YET, NOT_YET, 4 * s, status.FAILED.value, 0, 5, 5, 0]
+    later = [4, 1, 1, 9 * s, 9 * s, 9 * s, 10 * s, status.COMPLETED.value, 0, 5, 5, 0]
+    queue = queue_of(run_record(table([refused, unfinished, failed, later]), ended_us=20 * s))
+    assert queue.peak == 2
+    assert queue.left == 1
+    assert queue.drained_us == 20 * s
+
+
+def test_no_request_or_only_refused_ones():
+    assert judge(run_record(table([]))).label is STABLE
+    assert judge(run_record(table([]))).evidence is None
+    one = judge(run_record(table([[1, 1, 1, 5, 5, 6, 7, 2, 0, 5, 5, 0]])))
+    assert one.label is STABLE
+
+
+def test_a_verdict_per_model():
+    run = m_d_1(1.3, 1000)
+    late = replace(run.requests, endpoint_id=np.where(np.arange(1000) < 20, 2, 1))
+    run = replace(run, requests=late, models={1: "tiny", 2: "big"})
+    assert judge(run, model="tiny").label is OVERLOADED
+    assert judge(run, model="big").label is not OVERLOADED
+    assert isinstance(judge(run, model="unheard of"), Verdict)
+
+
+def test_the_busiest_gpu_is_named():
+    run = m_d_1(0.5, 50)
+    samples = tuple(
+        GpuSample(time_us=micros(t), gpu_id=gpu, memory_bytes=1, busy_share=share)
+        for t in (10, 20)
+        for gpu, share in ((0, 0.2), (3, 0.8))
+    )
+    verdict = judge(replace(run, gpu_samples=samples))
+    assert (verdict.evidence.busiest_gpu, verdict.evidence.busiest_gpu_share) == (3, pytest.approx(0.8))
+    assert "The busiest GPU, 3, worked 80.0 % of the time." in verdict.sentence
