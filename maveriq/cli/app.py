@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from maveriq import __version__
 from maveriq.cli.fit import fit
@@ -15,16 +17,29 @@ from maveriq.errors import MaveriqError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+
+class _Command(TyperCommand):
+    """A command whose own help is set in panels.
+
+    The list of commands is set plainly: what it takes to draw panels doubles the time until
+    `maveriq --help` answers.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"rich_markup_mode": "rich"})
+
+
 app = typer.Typer(
     name="maveriq",
     help="Serve many LLMs on one GPU cluster by intent: plan, simulate, and check the estimates.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(sim)
-app.command()(plan)
-app.command()(fit)
+app.command(cls=_Command)(sim)
+app.command(cls=_Command)(plan)
+app.command(cls=_Command)(fit)
 app.add_typer(trace_app, name="trace")
 
 

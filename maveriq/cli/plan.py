@@ -30,10 +30,10 @@ def plan(
     all_reasons: Annotated[bool, typer.Option("--why", help="Name every configuration that was left out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone, with everything in it.")] = False,
 ) -> None:
-    """Rank the configurations of a model for an intent on an empty cluster.
+    """Rank a model's configurations for an intent.
 
-    Shows latency, time to first token, time per token, memory, cost and accuracy as estimated,
-    and why the rest was left out. Exits with 1 where none meets the SLO or none fits.
+    The cluster is taken as empty. Shows what is estimated of each configuration,
+    and why the rest was left out. Exits with 1 where none fits or meets the SLO.
     """
     from maveriq.cli.planning import PlanQuestion, answer
 

@@ -32,10 +32,10 @@ def sim(
         bool, typer.Option("--quiet", "-q", help="No live view and no tables.", rich_help_panel=_OUTPUT)
     ] = False,
 ) -> None:
-    """Replay a workload on a simulated GPU cluster, and leave its records in a folder.
+    """Replay a workload on a simulated GPU cluster.
 
-    With no option at all: the Azure code trace at scale 0.4, the large model set, eight A6000,
-    the hybrid policy, lowest cost; from data inside the package.
+    Without any option: the Azure code trace at scale 0.4, the large model set,
+    eight A6000 GPUs, policy hybrid, lowest cost. Leaves its records in a folder.
     """
     from maveriq.cli.simulating import Output, run_simulation
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from maveriq.workload.base import Workload
     from maveriq.workload.summary import WorkloadSummary
 
-app = typer.Typer(help="Look at workloads, export and check them.", no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None, help="Look at workloads, export and check them.", no_args_is_help=True)
 
 TraceArgument = Annotated[
     str,

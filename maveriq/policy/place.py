@@ -16,9 +16,6 @@ from maveriq.units import Bytes
 PlacementRule: TypeAlias = Callable[[Sequence[GpuView]], Sequence[GpuView]]
 """Takes the GPUs in the order of their ids and returns them in the order of preference."""
 
-DEFAULT_PACKING_THRESHOLD = 0.7
-"""Load up to which `hybrid` packs: the published runs used it (MaverIQ, SC '25)."""
-
 
 def least_loaded_first(gpus: Sequence[GpuView]) -> list[GpuView]:
     """Spread: ascending load."""
@@ -30,7 +27,7 @@ def packing(gpus: Sequence[GpuView]) -> list[GpuView]:
     return sorted(gpus, key=lambda gpu: (gpu.load >= 1.0, -gpu.load))
 
 
-def hybrid(threshold: float = DEFAULT_PACKING_THRESHOLD) -> PlacementRule:
+def hybrid(threshold: float) -> PlacementRule:
     """Pack up to a load, spread beyond it.
 
     Descending load among GPUs under `threshold` (0 to 1), then the rest by ascending load.

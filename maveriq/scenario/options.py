@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from maveriq.errors import InputError
-from maveriq.policy.place import DEFAULT_PACKING_THRESHOLD
 
 _WORKLOAD, _CLUSTER, _POLICY, _WORLD = "Workload", "Cluster", "Policy", "How the world behaves"
 _PROFILE = "the profile's"
+_PUBLISHED_THRESHOLD = 0.7  # of the published runs (MaverIQ, SC '25)
 
 
 def _option(default: Any, explained: str, panel: str, *, shown: str | None = None, least: float | None = None) -> Any:
@@ -57,7 +57,7 @@ class Options:
     slo_scale: float = _option(0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, least=0)
     min_accuracy: float = _option(0.0, "Least accuracy, in percent of the float16 model's.", _POLICY)
     float16_only: bool = _option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
-    packing_threshold: float = _option(DEFAULT_PACKING_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
+    packing_threshold: float = _option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
     batch_size: int = _option(1, "Requests that an engine serves at once, at most.", _POLICY, least=1)
     queue: str = _option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
     max_wait_s: float = _option(60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0)

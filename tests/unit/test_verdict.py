@@ -46,6 +46,12 @@ def test_high_load_is_stable_but_for_rare_chance(requests):
     assert labels(0.9, requests).count(STABLE) >= 18
 
 
+def test_service_times_that_vary_are_no_backlog():
+    random = np.random.default_rng(5)
+    runs = [single_server(random.exponential(1 / 0.9, 1000), random.exponential(1.0, 1000)) for _ in range(20)]
+    assert [judge(run).label for run in runs].count(STABLE) >= 18
+
+
 @pytest.mark.parametrize("requests", [500, 2000])
 def test_more_than_it_can_serve_is_overloaded(requests):
     assert labels(1.3, requests) == [OVERLOADED] * 20
