@@ -28,9 +28,9 @@ class Backlog:
         lasted_us: its length while requests still arrived.
         peak: most requests waiting in it.
         stands: it is there when arrivals end.
-        beyond_chance: its peak exceeds twice the square root of the requests that arrived in it.
-            Queues that keep up have backlogs too, but a random walk of m steps strays only about
-            sqrt(m). The rule is the same for 50 requests and for a million.
+        beyond_chance: its peak exceeds twice `Queue.spread` times the square root of the requests
+            that arrived in it. Queues that keep up have backlogs too, but a random walk of m steps
+            strays only about sqrt(m). The rule is the same for 50 requests and for a million.
     """
 
     duration_us: float
@@ -45,7 +45,9 @@ class Queue:
     """The number waiting, and the number arrived so far, at instants over the arrivals' time.
 
     `peak` is exact, not read off the instants. `drained_us` is when the last request stopped
-    waiting, or the end of the run.
+    waiting, or the end of the run. `spread` is the standard deviation of a step of the random walk
+    that the queue is between two arrivals, in requests: sqrt(1 + cv²) with Poisson arrivals and the
+    coefficient of variation cv of the service times. Burstier arrivals than that are no chance.
     """
 
     instants_us: Array
@@ -53,6 +55,7 @@ class Queue:
     waiting: Array
     peak: int
     drained_us: Micros
+    spread: float
 
     @property
     def span_us(self) -> float:
@@ -81,7 +84,7 @@ class Queue:
             lasted_us=until_us - since_us,
             peak=peak,
             stands=stands,
-            beyond_chance=peak - calm > _BEYOND_CHANCE * arrived**0.5,
+            beyond_chance=peak - calm > _BEYOND_CHANCE * self.spread * arrived**0.5,
         )
 
     def later_half(self) -> tuple[float, float]:
@@ -110,10 +113,18 @@ def queue_of(run: RunRecord, *, model: str | None = None) -> Queue | None:
     start_us, finish_us = table.start_us[chosen], table.finish_us[chosen]
     ended_us = np.where(finish_us != NOT_YET, finish_us, np.iinfo(np.int64).max)
     departures_us = np.sort(np.where(start_us != NOT_YET, start_us, ended_us))
-    return _queue(np.sort(table.arrival_us[chosen]), departures_us, run.ended_us)
+    served = (start_us != NOT_YET) & (finish_us != NOT_YET)
+    spread = _spread((finish_us - start_us)[served])
+    return _queue(np.sort(table.arrival_us[chosen]), departures_us, ended_us=run.ended_us, spread=spread)
 
 
-def _queue(arrivals_us: Array, departures_us: Array, ended_us: Micros) -> Queue:
+def _spread(services_us: Array) -> float:
+    # Sorted, so that the order of rows cannot change the last digit of a sum.
+    ordered = np.sort(services_us)
+    return float(np.hypot(1.0, ordered.std() / max(1.0, ordered.mean()))) if len(ordered) else 1.0
+
+
+def _queue(arrivals_us: Array, departures_us: Array, *, ended_us: Micros, spread: float) -> Queue:
     instants_us = np.linspace(arrivals_us[0], arrivals_us[-1], _INSTANTS)
     arrived = np.searchsorted(arrivals_us, instants_us, side="right")
     at_arrivals = np.arange(1, len(arrivals_us) + 1) - np.searchsorted(departures_us, arrivals_us, side="right")
@@ -123,4 +134,5 @@ def _queue(arrivals_us: Array, departures_us: Array, ended_us: Micros) -> Queue:
         waiting=arrived - np.searchsorted(departures_us, instants_us, side="right"),
         peak=int(at_arrivals.max()),
         drained_us=max(int(arrivals_us[-1]), min(int(departures_us[-1]), ended_us)),
+        spread=spread,
     )
