@@ -104,10 +104,6 @@ def test_layers_are_the_models_own(paper: Estimator) -> None:
         ("llama-2-70b", Configuration(tp=1, pp=1, weights=INT8), "known not to run on A6000"),
         ("gptj-6b", Configuration(tp=1, pp=1, weights=GPTQ), "no fingerprint with int4_gptq weights and native KV"),
         ("gptj-6b", Configuration(tp=1, pp=1, weights=F16, kv=KvType.INT8), "with float16 weights and int8 KV cache"),
-            "gptj-6b",
-            Configuration(tp=1, pp=1, weights=F16, kv=KvType.INT8),
-            "no fingerprint with float16 weights and int8 KV",
-        ),
     ],
 )
 def test_what_cannot_run_has_a_reason_and_is_refused(
