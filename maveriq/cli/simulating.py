@@ -14,15 +14,14 @@ import typer
 from rich.console import Console
 
 from maveriq import __version__
-from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.folders import check_writable
 from maveriq.report.live import make_view
-from maveriq.report.metrics import Summary, summarise
+from maveriq.report.metrics import summarise
 from maveriq.report.plain import summary_json
 from maveriq.report.runfiles import write_run
-from maveriq.report.tables import deployments_table, notices, summary_tables, verdict_panel
-from maveriq.report.verdict import Verdict, judge
+from maveriq.report.tables import results_view
+from maveriq.report.verdict import judge
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
 from maveriq.sim.engine import simulate
@@ -68,7 +67,9 @@ def run_simulation(options: Options, output: Output) -> None:
     if output.as_json:
         typer.echo(json.dumps({"folder": str(folder), **results}, indent=2))
     elif not output.quiet:
-        show(run, summary, verdict, folder)
+        console = Console()
+        console.print(results_view(summary, verdict, run.deployments, width=console.width))
+        console.print(f"records: {folder}", highlight=False, soft_wrap=True)
     if all(deployment.plan is None for deployment in run.deployments):
         raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}")
 
@@ -78,17 +79,6 @@ def default_folder(options: Options) -> Path:
     parts = [options.policy, options.intent, Path(options.models).stem, Path(options.trace).stem]
     parts.append("own" if options.scale is None and options.trace.endswith(".csv") else f"{options.scale or 0.4:g}")
     return Path("runs") / "-".join(part.replace("/", "_").replace(":", "_") for part in parts)
-
-
-def show(run: RunRecord, summary: Summary, verdict: Verdict, folder: Path) -> None:
-    """Print the results on the terminal."""
-    console = Console()
-    console.print(deployments_table(run.deployments, width=console.width))
-    for notice in notices(run.deployments):
-        console.print(notice)
-    console.print(summary_tables(summary, width=console.width))
-    console.print(verdict_panel(verdict, summary, width=console.width))
-    console.print(f"records: {folder}", highlight=False, soft_wrap=True)
 
 
 def _seconds(milliseconds: float | None) -> float | None:

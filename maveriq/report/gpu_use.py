@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maveriq.domain.records import GpuSample
-from maveriq.units import Micros, gib
+from maveriq.units import BYTES_PER_GIB, Micros
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,8 @@ def gpu_use(samples: Sequence[GpuSample]) -> GpuUse | None:
     return GpuUse(
         mean_gpus=float(np.average(busy, weights=weights)),
         peak_gpus=float(busy.max()),
-        mean_memory_gib=gib(np.average(memory, weights=weights)),
-        peak_memory_gib=gib(memory.max()),
+        mean_memory_gib=float(np.average(memory, weights=weights)) / BYTES_PER_GIB,
+        peak_memory_gib=float(memory.max()) / BYTES_PER_GIB,
     )
 
 
