@@ -1,0 +1,5 @@
+"""`python -m maveriq` is the `maveriq` command."""
+
+from maveriq.cli.app import main
+
+main()
