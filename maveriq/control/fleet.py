@@ -77,6 +77,8 @@ class Fleet:
             return None
         deployment.state = DeploymentState.UP
         deployment.serves = True
+        if deployment.reason:
+            deployment.reason = f"up again after: {deployment.reason}"
         if deployment.ready_us < 0:
             deployment.ready_us = now_us
         return deployment

@@ -1,0 +1,306 @@
+"""The controller driven by hand: one event after another, and the actions that come back."""
+
+from dataclasses import replace
+
+import pytest
+from worlds import arrivals, ask, controller, plan, run, scenario
+
+from maveriq.control.controller import Controller, OnFailure
+from maveriq.control.events import (
+    DeployAsked,
+    EngineDown,
+    EngineRepaired,
+    EngineUp,
+    Execute,
+    ExecutionFinished,
+    GpuDown,
+    GpuUp,
+    RemoveAsked,
+    RequestArrived,
+    StartEngine,
+    StopEngine,
+)
+from maveriq.control.queues import Discipline
+from maveriq.domain.faults import Fault, FaultTarget
+from maveriq.domain.hardware import DispatchTiming
+from maveriq.domain.requests import Request, RequestStatus
+from maveriq.errors import InvariantError
+from maveriq.policy.base import Deploy
+from maveriq.sim.engine import simulate
+from maveriq.units import MICROS_PER_SECOND
+
+
+def request(number: int, endpoint: int = 1, at_us: int = 0, **more) -> Request:
+    return Request(
+        request_id=number,
+        endpoint_id=endpoint,
+        arrival_us=at_us,
+        prompt_tokens=1,
+        output_tokens=more.pop("tokens", 10),
+        **more,
+    )
+
+
+def up(gpus_of, **settings) -> Controller:
+    """A controller whose endpoints are all up at time 0."""
+    brain = controller(gpus_of, **settings)
+    for endpoint in gpus_of:
+        for start in brain.handle(0, [DeployAsked(ask(endpoint))]):
+            assert brain.handle(0, [EngineUp(start.deployment_id, start.incarnation)]) == []
+    return brain
+
+
+def ids(actions) -> list[int]:
+    return [one.request_id for action in actions if isinstance(action, Execute) for one in action.requests]
+
+
+def statuses(brain: Controller) -> list[str]:
+    return [RequestStatus(value).label for value in brain.ledger.close().status]
+
+
+def test_a_deployment_loads_registers_and_serves() -> None:
+    brain = controller({1: [(0, 1)]})
+    (start,) = brain.handle(0, [DeployAsked(ask(1))])
+    assert start == StartEngine(1, 1, plan((0, 1)))
+    assert brain.handle(5, [EngineUp(1, 1)]) == []
+    (execute,) = brain.handle(7, [RequestArrived(request(1, at_us=7))])
+    assert (execute.deployment_id, ids([execute])) == (1, [1])
+    assert brain.handle(9, [ExecutionFinished(1, execute.execution_id, 8)]) == []
+    table = brain.ledger.close()
+    assert (table.start_us[0], table.first_token_us[0], table.finish_us[0]) == (7, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda brain: None, "nothing was deployed for endpoint 1"),
+        (lambda brain: brain.handle(0, [DeployAsked(ask(1))]), "deployment 1 (tiny) is still loading"),
+    ],
+)
+def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
+    brain = controller({1: [(0,)]})
+    prepare(brain)
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    table = brain.ledger.close()
+    assert table.status[0] == RequestStatus.REFUSED
+    assert table.reasons[table.reason[0]] == reason
+
+
+def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
+    brain = controller({1: []})
+    assert brain.handle(0, [DeployAsked(ask(1))]) == []
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    table = brain.ledger.close()
+    assert table.reasons[table.reason[0]] == "deployment 1 (tiny) was rejected"
+    assert brain.fleet.deployments[1].record().reason == "told to reject"
+
+
+def test_the_head_of_the_line_holds_everybody_behind_it() -> None:
+    brain = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]})
+    assert ids(brain.handle(1, [RequestArrived(request(1, 3, 1))])) == [1]
+    assert ids(brain.handle(2, [RequestArrived(request(2, 1, 2))])) == []  # GPU 0 is busy
+    assert ids(brain.handle(3, [RequestArrived(request(3, 2, 3))])) == []  # GPU 2 is idle, but 2 comes first
+    assert ids(brain.handle(4, [ExecutionFinished(3, 1, 4)])) == [2, 3]
+
+
+def test_a_line_per_model_lets_the_others_pass() -> None:
+    brain = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]}, discipline=Discipline.FIFO_PER_MODEL)
+    brain.handle(1, [RequestArrived(request(1, 3, 1))])
+    brain.handle(2, [RequestArrived(request(2, 1, 2))])
+    assert ids(brain.handle(3, [RequestArrived(request(3, 2, 3))])) == [3]
+
+
+def test_priority_requests_go_first_the_latest_before_all() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    brain.handle(2, [RequestArrived(request(2, at_us=2))])
+    brain.handle(3, [RequestArrived(request(3, at_us=3, priority=True))])
+    brain.handle(4, [RequestArrived(request(4, at_us=4, priority=True))])
+    served = []
+    for execution in range(1, 5):
+        served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
+    assert served == [4, 3, 2]
+
+
+def test_shortest_first_and_earliest_deadline_first() -> None:
+    for discipline, expected in ((Discipline.SJF, [4, 3, 2]), (Discipline.EDF, [3, 2, 4])):
+        brain = up({1: [(0,)]}, discipline=discipline)
+        brain.handle(1, [RequestArrived(request(1, at_us=1))])
+        brain.handle(2, [RequestArrived(request(2, at_us=2, tokens=90, slo_us=900))])
+        brain.handle(3, [RequestArrived(request(3, at_us=3, tokens=50, slo_us=100))])
+        brain.handle(4, [RequestArrived(request(4, at_us=4, tokens=10))])  # without an SLO: last of all for EDF
+        served = []
+        for execution in range(1, 4):
+            served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
+        assert served == expected, discipline
+
+
+def test_a_batch_takes_who_waits_and_waits_for_nobody() -> None:
+    requests = arrivals([10, 11, 12, 13, 14], [1] * 5, [1, 7, 5, 3, 2])
+    table = run(requests, {1: [(0,)]}, gpus=1, batch_size=3).requests
+    assert table.start_us.tolist() == [10, 1_010, 1_010, 1_010, 8_010]
+    assert table.finish_us.tolist() == [1_010, 8_010, 8_010, 8_010, 10_010]  # as long as its longest
+
+
+def test_replicas_share_the_requests_of_an_endpoint() -> None:
+    brain = up({1: [(0,), (1,)]})
+    executed = [brain.handle(at, [RequestArrived(request(at, at_us=at))]) for at in (1, 2, 3)]
+    assert [[action.deployment_id for action in actions] for actions in executed] == [[1], [2], []]
+
+
+def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    brain.handle(2, [RequestArrived(request(2, at_us=2))])
+    assert brain.handle(3, [RemoveAsked(1)]) == []
+    assert brain.fleet.used_bytes(0) > 0
+    brain.handle(4, [RequestArrived(request(3, at_us=4))])
+    assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == [StopEngine(1)]
+    assert brain.fleet.used_bytes(0) == 0
+    assert statuses(brain) == ["completed", "refused", "refused"]
+    assert brain.fleet.deployments[1].record().removed_us == 5
+
+
+def test_removal_of_an_idle_deployment_stops_it_at_once() -> None:
+    assert up({1: [(0,)]}).handle(3, [RemoveAsked(1)]) == [StopEngine(1)]
+
+
+@pytest.mark.parametrize("returns", [True, False])
+@pytest.mark.parametrize("on_failure", OnFailure)
+def test_what_an_engine_was_running_when_it_failed(on_failure: OnFailure, *, returns: bool) -> None:
+    brain = up({1: [(0,)]}, on_failure=on_failure)
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    brain.handle(2, [RequestArrived(request(2, at_us=2))])
+    brain.handle(3, [EngineDown(1, returns)])
+    brain.handle(4, [RequestArrived(request(3, at_us=4))])
+    assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == []  # a late word of the dead engine
+    if not returns:
+        lost = "refused" if on_failure is OnFailure.REQUEUE else "failed"
+        assert brain.fleet.used_bytes(0) == 0
+        assert statuses(brain) == [lost, "refused", "refused"]
+        return
+    (start,) = brain.handle(6, [EngineRepaired(1)])
+    assert start.incarnation == 2
+    assert brain.handle(7, [EngineUp(1, 1)]) == []  # the first engine's word, late
+    served = ids(brain.handle(8, [EngineUp(1, 2)]))
+    assert served == ([1] if on_failure is OnFailure.REQUEUE else [2])
+
+
+def test_a_request_is_requeued_once_then_failed() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    for incarnation in (2, 3):
+        brain.handle(10 * incarnation, [EngineDown(1, returns=True)])
+        brain.handle(10 * incarnation + 1, [EngineRepaired(1)])
+        brain.handle(10 * incarnation + 2, [EngineUp(1, incarnation)])
+    table = brain.ledger.close()
+    assert statuses_of(table) == ["failed"]
+    assert table.reasons[table.reason[0]] == "deployment 1 (tiny): its engine failed"
+
+
+def statuses_of(table) -> list[str]:
+    return [RequestStatus(value).label for value in table.status]
+
+
+def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
+    brain = up({1: [(0, 1)], 2: [(1,)], 3: [(2,)]})
+    brain.handle(1, [GpuDown(1, returns=True)])
+    assert [one.state for one in brain.fleet.deployments.values()] == ["down", "down", "up"]
+    brain.handle(2, [RequestArrived(request(1, 1, 2))])
+    assert ids(brain.handle(3, [RequestArrived(request(2, 3, 3))])) == [2]  # a line that is down holds nobody
+    assert [start.deployment_id for start in brain.handle(4, [GpuUp(1)])] == [1, 2]
+    assert ids(brain.handle(5, [EngineUp(1, 2)])) == [1]
+
+
+def test_requests_of_a_lost_replica_go_to_the_other() -> None:
+    brain = up({1: [(0,), (1,)]})
+    for at in (1, 2, 3):
+        brain.handle(at, [RequestArrived(request(at, at_us=at))])
+    brain.handle(4, [EngineDown(1, returns=False)])
+    assert ids(brain.handle(5, [ExecutionFinished(2, 1, 5)])) in ([1], [3])
+    assert ids(brain.handle(6, [ExecutionFinished(2, 2, 6)])) in ([1], [3])
+    assert statuses(brain).count("refused") == 0
+
+
+def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> None:
+    brain = up({1: [(0,)], 2: [(1,)]})
+    brain.handle(1, [RequestArrived(request(1, 1, 1))])
+    brain.handle(2, [RequestArrived(request(2, 2, 2))])
+    late = brain.fleet._policy.gpus_of
+    late[3] = [(0, 1)]
+    assert brain.handle(3, [DeployAsked(ask(3))]) == []
+    assert brain.handle(4, [ExecutionFinished(1, 1, 4)]) == []
+    (start,) = brain.handle(5, [ExecutionFinished(2, 1, 5)])
+    assert isinstance(start, StartEngine)
+
+
+def test_a_policy_that_overfills_a_gpu_is_found_out() -> None:
+    class Greedy:
+        name = "greedy"
+
+        def decide(self, ask, view):
+            return Deploy(plans=(plan((0,)),))
+
+    brain = controller({})
+    brain.fleet._policy = Greedy()
+    for endpoint in range(1, 9):  # eight times 1 GiB fill the GPU
+        brain.handle(endpoint, [DeployAsked(ask(endpoint))])
+    with pytest.raises(InvariantError, match=r"wants 1\.000 GiB on GPU 0, which has 0\.000 GiB free"):
+        brain.handle(9, [DeployAsked(ask(9))])
+
+
+def test_the_tick_the_delays_and_the_pause() -> None:
+    timing = DispatchTiming(tick_us=100, after_arrival_us=14, after_release_us=22, pause_us=1_000)
+    brain = up({1: [(0,)], 2: [(1,)]}, timing=timing)
+    assert brain.handle(950, [RequestArrived(request(1, 1, 950))]) == []
+    assert brain.wake_us == 1_000  # the pause ends, a tick
+    assert ids(brain.handle(1_000, [])) == [1]
+    assert brain.handle(1_085, [RequestArrived(request(2, 2, 1_085)), RequestArrived(request(3, 1, 1_085))]) == []
+    assert brain.wake_us == 1_100  # 1,099 is the first possible moment
+    assert ids(brain.handle(1_100, [])) == [2]
+    assert brain.wake_us is None  # request 3 waits for a GPU, not for a tick
+    assert brain.handle(1_190, [ExecutionFinished(1, 1, 1_190)]) == []
+    assert brain.wake_us == 1_300  # 1,212 rounded up
+    assert ids(brain.handle(1_300, [])) == [3]
+
+
+def test_one_dispatch_a_tick() -> None:
+    brain = up({1: [(0,)], 2: [(1,)]}, timing=DispatchTiming(tick_us=100))
+    brain.handle(50, [RequestArrived(request(1, 1, 50)), RequestArrived(request(2, 2, 50))])
+    assert ids(brain.handle(100, [])) == [1]
+    assert brain.wake_us == 200
+    assert ids(brain.handle(200, [])) == [2]
+
+
+def test_a_fault_in_a_run_leaves_a_trace_in_the_records() -> None:
+    record = run(
+        arrivals([10, 20, 5_000_000], [1, 1, 1], [2_000, 10, 10]),
+        {1: [(0,)]},
+        faults=(Fault(target=FaultTarget.GPU, target_id=0, at_us=1_000_000, for_us=500_000),),
+        load_us=0,
+    )
+    table = record.requests
+    assert statuses_of(table) == ["completed"] * 3
+    assert table.start_us.tolist() == [1_500_000, 3_500_000, 5_000_000]
+    assert record.deployments[0].reason == "up again after: GPU 0 failed"
+
+
+def test_load_history_is_what_placement_sees() -> None:
+    """A GPU busy for 30 of the last 120 seconds has load 0.25 when the next model is asked for."""
+    seen = []
+
+    class Looking:
+        name = "looking"
+
+        def decide(self, ask, view):
+            seen.append([gpu.load for gpu in view.gpus])
+            return Deploy(plans=(plan((ask.endpoint_id - 1,)),))
+
+    world = scenario(
+        arrivals([10 * MICROS_PER_SECOND], [1], [30_000]),
+        {1: [], 2: []},
+        gpus=2,
+        asked_us={2: 100 * MICROS_PER_SECOND},
+    )
+    simulate(replace(world, policy=Looking()))
+    assert seen == [[0.0, 0.0], [0.25, 0.0]]

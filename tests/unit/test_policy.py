@@ -1,0 +1,223 @@
+"""Choosing configurations, dealing layers, placing shards."""
+
+from dataclasses import replace
+from itertools import permutations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.cluster import ClusterState, ClusterView, GpuView
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.models import KvType, WeightType
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.clusters import cluster_from
+from maveriq.estimate.hardware import load_profile
+from maveriq.policy.base import Deploy, Rejection
+from maveriq.policy.catalog import make_policy
+from maveriq.policy.configure import Ranking, enumerate_configurations, rank
+from maveriq.policy.place import hybrid, least_loaded_first, packing, place_shards
+from maveriq.policy.split import deal_layers, shard_bytes, stage_room
+from maveriq.units import BYTES_PER_GIB, bytes_from_gib
+
+PROFILE = load_profile("a6000-short")
+PAPER = estimator("paper", PROFILE)
+
+
+def gpus(*loads: float, free_gib: float = 48.0) -> tuple[GpuView, ...]:
+    return tuple(
+        GpuView(
+            gpu_id=index,
+            node=0,
+            capacity_bytes=48 * BYTES_PER_GIB,
+            free_bytes=bytes_from_gib(free_gib),
+            load=load,
+        )
+        for index, load in enumerate(loads)
+    )
+
+
+def view_with_free(*free_gib: float) -> ClusterView:
+    views = gpus(*[0.0] * len(free_gib))
+    return ClusterView(
+        gpus=tuple(replace(gpu, free_bytes=bytes_from_gib(gib)) for gpu, gib in zip(views, free_gib, strict=True))
+    )
+
+
+def ask(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COST, **intent) -> DeployAsk:
+    return DeployAsk(
+        endpoint_id=1,
+        model=load_model(model),
+        intent=Intent(objective=objective, **intent),
+        asked_us=0,
+        prompt_tokens=10,
+        output_tokens=20,
+    )
+
+
+def ranked(the_ask: DeployAsk, view: ClusterView | None = None) -> Ranking:
+    empty = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
+    return rank(the_ask, view or empty, PAPER, PROFILE.accuracy)
+
+
+# Dealing layers
+
+
+@given(st.integers(1, 100), st.lists(st.integers(0, 60), min_size=1, max_size=8))
+def test_dealt_layers_fill_every_stage_within_its_room(layers: int, room: list[int]) -> None:
+    split = deal_layers(layers, room)
+    if split is None:
+        assert sum(room) < layers or min(room) == 0 or layers < len(room)
+        return
+    assert sum(split) == layers
+    assert all(1 <= held <= most for held, most in zip(split, room, strict=True))
+    # Dealt in turns: a stage that is behind another by more than one has no room left.
+    for held, most in zip(split, room, strict=True):
+        assert held == most or held >= max(split) - 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "room", "split"),
+    [(80, [80], (80,)), (32, [99, 99, 99], (11, 11, 10)), (10, [2, 99, 3], (2, 5, 3)), (3, [9, 9, 9, 9], None)],
+)
+def test_dealing_by_example(layers: int, room: list[int], split: tuple[int, ...] | None) -> None:
+    assert deal_layers(layers, room) == split
+
+
+def test_a_stage_holds_what_its_fullest_gpu_holds() -> None:
+    # Two layers of 8 bytes over TP 2: 4 bytes a layer on each GPU.
+    assert stage_room([9, 8, 100, 3], tp=2, layers=2, memory_bytes=16) == [2, 0]
+    assert shard_bytes((1, 1), tp=2, layers=2, memory_bytes=15) == (4, 4, 4, 4)
+
+
+# Placing
+
+
+def test_orders_of_the_rules() -> None:
+    loads = gpus(0.2, 1.0, 0.7, 0.0, 0.69, 0.9)
+
+    def order(rule) -> list[int]:
+        return [gpu.gpu_id for gpu in rule(loads)]
+
+    assert order(least_loaded_first) == [3, 0, 4, 2, 5, 1]
+    assert order(packing) == [5, 2, 4, 0, 3, 1]
+    assert order(hybrid(0.7)) == [4, 0, 3, 2, 5, 1]
+    assert order(hybrid(0.0)) == order(least_loaded_first)
+
+
+@pytest.mark.parametrize("rule", [least_loaded_first, packing, hybrid(0.7)])
+def test_ties_keep_the_order_of_ids(rule) -> None:
+    assert [gpu.gpu_id for gpu in rule(gpus(*[0.3] * 5))] == [0, 1, 2, 3, 4]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.randoms(use_true_random=False),
+)
+def test_shards_find_a_place_in_any_order_of_gpus_if_there_is_one(shards, free, random) -> None:
+    order = [
+        GpuView(gpu_id=index, node=0, capacity_bytes=9, free_bytes=amount, load=0.0)
+        for index, amount in enumerate(free)
+    ]
+    random.shuffle(order)
+    placed = place_shards(shards, order)
+    possible = any(
+        all(size <= free[gpu] for size, gpu in zip(shards, choice, strict=True))
+        for choice in permutations(range(len(free)), len(shards))
+    )
+    assert (placed is not None) == possible
+    if placed is not None:
+        assert len(set(placed)) == len(shards)
+        assert all(size <= free[gpu] for size, gpu in zip(shards, placed, strict=True))
+
+
+# Choosing
+
+
+def test_enumeration_is_in_the_order_that_breaks_ties() -> None:
+    configurations = list(enumerate_configurations(load_model("llama-2-7b"), 4))
+    keys = [(one.tp, one.pp, list(WeightType).index(one.weights), list(KvType).index(one.kv)) for one in configurations]
+    assert keys == sorted(keys)
+    assert {(one.tp, one.pp) for one in configurations} == {
+        (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (4, 1),
+    }  # fmt: skip
+    assert {one.tp for one in enumerate_configurations(load_model("falcon-7b"), 8)} == {1}  # 71 heads
+
+
+@pytest.mark.parametrize("objective", Objective)
+def test_candidates_are_in_the_order_of_the_objective(objective: Objective) -> None:
+    scores = [one.score for one in ranked(ask("falcon-40b", objective)).candidates]
+    assert scores == sorted(scores)
+    assert len(scores) > 10
+
+
+def test_everything_enumerated_is_ranked_or_left_out() -> None:
+    the_ask = ask("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
+    ranking = ranked(the_ask)
+    everything = list(enumerate_configurations(the_ask.model, 8))
+    told = [one.configuration for one in (*ranking.candidates, *ranking.left_out)]
+    assert sorted(map(str, told)) == sorted(map(str, everything))
+    assert all(one.service.latency_s < 3.0 for one in ranking.candidates)
+    assert all(one.accuracy >= 95.0 for one in ranking.candidates)
+
+
+def test_an_slo_that_nothing_meets_falls_back_to_the_fastest() -> None:
+    unmet, free = ranked(ask(slo_s=0.001)), ranked(ask(objective=Objective.MIN_LATENCY))
+    assert unmet.candidates[0].configuration == free.candidates[0].configuration
+    assert unmet.note.startswith("misses its SLO of 0.001 s: the fastest that fits takes 0.")
+    floor = ranked(ask(slo_s=0.001, min_accuracy=99.9, float16_only=True))
+    assert {one.configuration.weights for one in floor.candidates} == {WeightType.FLOAT16}
+
+
+def test_float16_only_keeps_the_kv_cache_free() -> None:
+    kinds = {(one.configuration.weights, one.configuration.kv) for one in ranked(ask(float16_only=True)).candidates}
+    assert kinds == {(WeightType.FLOAT16, KvType.INT8), (WeightType.FLOAT16, KvType.NATIVE)}
+
+
+def test_an_unmeasured_accuracy_fails_a_floor_and_nothing_else() -> None:
+    def unknown(model: str, weights: WeightType, kv: KvType) -> float | None:
+        return None
+
+    view = view_with_free(*[47.5] * 8)
+    assert rank(ask(), view, PAPER, unknown).candidates
+    floor = rank(ask(min_accuracy=1.0), view, PAPER, unknown)
+    assert not floor.candidates
+    assert "its accuracy was never measured" in floor.why_empty()
+
+
+def test_layers_go_where_memory_is() -> None:
+    """Three GPUs with little memory and one with much: the split is uneven, and it fits."""
+    view = view_with_free(3.0, 3.0, 12.0, 3.0)
+    split = {one.configuration.pp: one for one in ranked(ask(float16_only=True), view).candidates}[4]
+    assert split.gpu_ids == (2, 0, 1, 3)
+    assert split.layer_split[0] > split.layer_split[1] >= 1
+    assert sum(split.layer_split) == 32
+
+
+def test_what_fits_nowhere_is_rejected_with_the_reason() -> None:
+    policy = make_policy("hybrid", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
+    decision = policy.decide(ask("llama-2-70b"), view_with_free(1.0, 0.5))
+    assert isinstance(decision, Rejection)
+    assert "does not fit the free memory" in decision.reason
+    assert decision.reason.endswith("(free GiB: 1.0 0.5)")
+
+
+@pytest.mark.parametrize("name", ["hybrid", "packing", "llf", "none"])
+def test_every_rule_places_the_same_configuration(name: str) -> None:
+    policy = make_policy(name, estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
+    view = ClusterView(gpus=tuple(replace(gpu, load=0.1 * gpu.gpu_id) for gpu in view_with_free(*[40.0] * 8).gpus))
+    decision = policy.decide(ask(), view)
+    assert isinstance(decision, Deploy)
+    (plan,) = decision.plans
+    assert plan.configuration == ranked(ask()).candidates[0].configuration
+    assert plan.gpu_ids == {"hybrid": (6,), "packing": (7,), "llf": (0,), "none": (0,)}[name]
+
+
+def test_policies_by_name() -> None:
+    with pytest.raises(UnknownNameError, match="unknown policy 'hybird'; did you mean 'hybrid'"):
+        make_policy("hybird", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
+    with pytest.raises(InputError, match=r"packing threshold must lie between 0 and 1, not 1\.5"):
+        make_policy("llf", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=1.5)
