@@ -91,7 +91,7 @@ class Deployment:
             ready_us=self.ready_us,
             removed_us=self.removed_us,
             status=self.state.value,
-            reason=self.reason or (self.plan.note if self.plan else ""),
+            reason=self.reason,
         )
 
     def status(self, waiting: int) -> DeploymentStatus:

@@ -229,7 +229,7 @@ def _run_figures(summary: Summary) -> Iterable[tuple[str, str]]:
 
 
 def notices(deployments: Iterable[DeploymentRecord]) -> list[Text]:
-    """Return a line for each deployment that was rejected or that plans to miss its SLO."""
+    """Return a line for each deployment that was rejected, failed, or plans to miss its SLO."""
     return [line for deployment in deployments if (line := _notice(deployment))]
 
 
@@ -237,6 +237,7 @@ def _notice(deployment: DeploymentRecord) -> Text | None:
     who = f"{deployment.ask.model.name} (deployment {deployment.deployment_id})"
     if deployment.plan is None:
         return Text.assemble(("rejected ", "bold red"), f"{who}: {deployment.reason}")
-    if deployment.plan.note:
-        return Text.assemble(("note ", "bold yellow"), f"{who}: {deployment.plan.note}")
-    return None
+    if deployment.status == "down":
+        return Text.assemble(("down ", "bold red"), f"{who}: {deployment.reason}")
+    told = "; ".join(filter(None, (deployment.reason, deployment.plan.note)))
+    return Text.assemble(("note ", "bold yellow"), f"{who}: {told}") if told else None

@@ -7,7 +7,7 @@ calendar plays no part (the controller sorts them).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, assert_never, cast
 
 import simpy
@@ -29,6 +29,7 @@ from maveriq.control.events import (
     StopEngine,
 )
 from maveriq.control.snapshot import snapshot
+from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.progress import Progress
 from maveriq.domain.records import GpuSample, RunRecord
@@ -72,10 +73,9 @@ class _Simulation:
         self._left_to_arrive = len(arrivals)
         self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
+        self._plans: dict[int, DeploymentPlan] = {}
         self._inbox: list[Event] = []
         self._next_wake_us: Micros | None = None
-        self._deadline_us = self._last_arrival_us + scenario.drain_us
-        self._over = False
         self._steps = 0
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
@@ -88,10 +88,11 @@ class _Simulation:
         for fault in self._scenario.faults:
             self._post_fault(fault)
         self._post_next_arrival()
-        self._env.process(self._sample_regularly())
-        while not self._over and self._env.peek() <= self._deadline_us:
-            self._env.step()
-        return self._record(self._now_us if self._over else self._deadline_us)
+        self._at(self._scenario.sample_us, self._sample_regularly)
+        deadline_us = self._last_arrival_us + self._scenario.drain_us
+        # What is due at the deadline itself still happens; hence the microsecond more.
+        self._env.run(until=deadline_us + 1)
+        return self._record(min(self._now_us, deadline_us))
 
     # The calendar
 
@@ -125,7 +126,11 @@ class _Simulation:
         self._settle()
 
     def _settle(self) -> None:
-        """Hand over what came in, once nothing more is due at this instant."""
+        """Hand over what came in, once nothing more is due at this instant.
+
+        Raises:
+            StopSimulation: nothing is left to happen; it ends SimPy's `run`.
+        """
         now_us = self._now_us
         if self._env.peek() <= now_us:
             return  # whatever is still due at this instant settles after it
@@ -136,8 +141,10 @@ class _Simulation:
         if wake_us is not None and wake_us != self._next_wake_us:
             self._next_wake_us = wake_us
             self._at(wake_us, self._wake)
-        self._look(now_us)
-        self._over = not self._left_to_arrive and self._all_ended()
+        if self._watcher:
+            self._look(self._watcher, now_us)
+        if not self._left_to_arrive and self._all_ended():
+            raise simpy.core.StopSimulation("every request has ended")
 
     def _wake(self, _: simpy.Event) -> None:
         if self._next_wake_us == self._now_us:
@@ -153,12 +160,15 @@ class _Simulation:
 
     def _carry_out(self, action: Action, now_us: Micros) -> None:
         match action:
-            case Execute(deployment_id, execution_id, requests):
-                plan = self._controller.fleet.deployments[deployment_id].layout
-                first_token_us, service_us = self._service.times_us(deployment_id, plan, requests)
-                finished = ExecutionFinished(deployment_id, execution_id, now_us + first_token_us)
+            case Execute():
+                deployment_id = action.deployment_id
+                first_token_us, service_us = self._service.times_us(
+                    deployment_id, self._plans[deployment_id], action.requests
+                )
+                finished = ExecutionFinished(deployment_id, action.execution_id, now_us + first_token_us)
                 self._post(now_us + service_us, finished)
             case StartEngine(deployment_id, incarnation, plan):
+                self._plans[deployment_id] = plan
                 self._post(now_us + self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
             case StopEngine():
                 pass  # a simulated engine is gone at once; the controller has freed its memory
@@ -180,10 +190,10 @@ class _Simulation:
 
     # Looking on
 
-    def _look(self, now_us: Micros) -> None:
+    def _look(self, watcher: Watcher, now_us: Micros) -> None:
         self._steps += 1
-        if self._watcher and self._steps % _STEPS_BETWEEN_LOOKS == 0 and self._watcher.wants_update():
-            self._watcher.update(self._progress(now_us))
+        if self._steps % _STEPS_BETWEEN_LOOKS == 0 and watcher.wants_update():
+            watcher.update(self._progress(now_us))
 
     def _progress(self, now_us: Micros) -> Progress:
         return snapshot(
@@ -193,11 +203,11 @@ class _Simulation:
             total=len(self._scenario.workload.arrivals),
         )
 
-    def _sample_regularly(self) -> Generator[simpy.Event, None, None]:
-        while True:
-            yield self._env.timeout(self._scenario.sample_us)
-            self._sample(self._now_us)
-            self._settle()
+    def _sample_regularly(self, _: simpy.Event) -> None:
+        now_us = self._now_us
+        self._sample(now_us)
+        self._at(now_us + self._scenario.sample_us, self._sample_regularly)
+        self._settle()
 
     def _sample(self, now_us: Micros) -> None:
         fleet = self._controller.fleet
