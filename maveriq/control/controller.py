@@ -149,10 +149,7 @@ class Controller:
     def _dispatch(self) -> None:
         """Send all that may go at this instant; note when the next one may."""
         self.wake_us = None
-        while self.queue:
-            head = self.queue.next(self._now_us, self.fleet.busy_mask)
-            if head is None:
-                return
+        while head := self.queue.next(self._now_us, self.fleet.busy_mask):
             deployment = self.fleet.deployments[head.line.deployment_id]
             go_us = self._clock.earliest_us(head.request.arrival_us, self.fleet.released_us(deployment))
             if go_us > self._now_us:

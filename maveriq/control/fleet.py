@@ -60,15 +60,19 @@ class Fleet:
         self.deployments[deployment.deployment_id] = deployment
         return deployment
 
-    def start_idle(self) -> Iterator[StartEngine]:
+    def start_idle(self) -> list[StartEngine]:
         """Start loading each waiting deployment whose GPUs are all up and idle at this instant."""
-        for deployment in list(self._to_start):
-            plan = deployment.layout
-            if not deployment.gpu_mask & self.busy_mask and not any(map(self._state.is_down, plan.gpu_ids)):
-                self._to_start.remove(deployment)
-                deployment.state = DeploymentState.LOADING
-                deployment.incarnation += 1
-                yield StartEngine(deployment.deployment_id, deployment.incarnation, plan)
+        return [self._start(deployment) for deployment in list(self._to_start) if self._may_start(deployment)]
+
+    def _may_start(self, deployment: Deployment) -> bool:
+        down = any(map(self._state.is_down, deployment.layout.gpu_ids))
+        return not down and not deployment.gpu_mask & self.busy_mask
+
+    def _start(self, deployment: Deployment) -> StartEngine:
+        self._to_start.remove(deployment)
+        deployment.state = DeploymentState.LOADING
+        deployment.incarnation += 1
+        return StartEngine(deployment.deployment_id, deployment.incarnation, deployment.layout)
 
     def registered(self, deployment_id: int, incarnation: int, now_us: Micros) -> Deployment | None:
         """Note that an engine is up; None if that engine was given up meanwhile."""

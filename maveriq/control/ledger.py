@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from maveriq.domain.records import NOT_YET, RequestTable
@@ -43,7 +44,7 @@ class RequestLedger:
         self._slo_us = array("q")
         self._reasons: dict[str, int] = {"": 0}
         self._count = [0] * len(RequestStatus)
-        self._recent: list[int] = []
+        self._recent: deque[int] = deque(maxlen=RECENT_COMPLETIONS)
 
     def __len__(self) -> int:
         return len(self._status)
@@ -92,8 +93,6 @@ class RequestLedger:
         self._first_token_us[row] = first_token_us
         self._finish_us[row] = now_us
         self._recent.append(row)
-        if len(self._recent) >= 2 * RECENT_COMPLETIONS:
-            del self._recent[:-RECENT_COMPLETIONS]
 
     def requeued(self, request: Request) -> None:
         """Note that a running request waits again because its engine failed."""
@@ -132,10 +131,7 @@ class RequestLedger:
 
     def recent_rows(self) -> list[tuple[Micros, Micros]]:
         """Return (latency, SLO) of the last completions, 1,000 at most; SLO 0 where there is none."""
-        return [
-            (self._finish_us[row] - self._arrival_us[row], self._slo_us[row])
-            for row in self._recent[-RECENT_COMPLETIONS:]
-        ]
+        return [(self._finish_us[row] - self._arrival_us[row], self._slo_us[row]) for row in self._recent]
 
     def close(self) -> RequestTable:
         """End the run: what still waits or runs becomes unfinished. Returns all rows.

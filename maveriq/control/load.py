@@ -46,12 +46,16 @@ def recent_load(spans: Iterable[tuple[Micros, Micros]], now_us: Micros, window: 
         now_us: the present; an execution under way ends here.
         window: how far to look back, and what counts as busy.
     """
-    last = now_us // window.sample_us  # the sample under way, which does not count yet
+    last = now_us // window.sample_us
     first = last - window.samples
-    busy_us = [0] * window.samples
+    busy_us = [0] * window.samples  # of samples first + 1 to last
     for start_us, end_us in spans:
-        for sample in range(max(start_us // window.sample_us, first), min(-(-end_us // window.sample_us), last)):
-            begin_us = sample * window.sample_us
-            busy_us[sample - first] += min(end_us, begin_us + window.sample_us) - max(start_us, begin_us)
-    threshold_us = window.busy_share * window.sample_us
+        # Sample k is taken at k * sample_us and sees the look_us before that.
+        for sample in range(max(start_us // window.sample_us, first) + 1, last + 1):
+            sampled_us = sample * window.sample_us
+            seen_from_us = sampled_us - window.look_us
+            if seen_from_us >= end_us:
+                break
+            busy_us[sample - first - 1] += max(0, min(end_us, sampled_us) - max(start_us, seen_from_us))
+    threshold_us = window.busy_share * window.look_us
     return sum(amount > threshold_us for amount in busy_us) / window.samples

@@ -146,12 +146,14 @@ class RequestQueue:
                 assert_never(never)
 
     def next(self, now_us: Micros, busy_mask: int) -> Head | None:
-        """Return who may go next, None if nobody may.
+        """Return who may go next, None if nobody may or waits.
 
         Args:
             now_us: the present, for the bound on waiting.
             busy_mask: a bit for each GPU that is executing.
         """
+        if not self._waiting:
+            return None
         if self._single_line:
             line = self._first(0)
             return None if line is None or line.gpu_mask & busy_mask else Head(line, line.heap[0][3], overdue=False)
@@ -166,7 +168,7 @@ class RequestQueue:
         best: Line | None = None
         best_entry: tuple[int, float, int, Request] | None = None
         for line in self._lines.values():
-            if line.parked or line.gpu_mask & blocked_mask:
+            if not line.heap or line.parked or line.gpu_mask & blocked_mask:
                 continue
             entry = line.head()
             if entry is not None and (best_entry is None or entry < best_entry):

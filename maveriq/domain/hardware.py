@@ -80,19 +80,22 @@ class DispatchTiming:
 class LoadWindow:
     """How the load of a GPU is measured (SPEC 5): the share of its last samples that were busy.
 
-    A sample lasts `sample_us` and is busy when the GPU executed for more than `busy_share` of it.
+    A sample is taken each `sample_us`. It looks back over `look_us`, and is busy when the GPU
+    executed for more than `busy_share` of that.
 
     Raises:
-        InputError: no sample, one without length, or a share outside 0 to 1.
+        InputError: no sample, one without length, one that overlaps its neighbour, or a share
+            outside 0 to 1.
     """
 
     samples: int = 120
     sample_us: Micros = MICROS_PER_SECOND
+    look_us: Micros = MICROS_PER_SECOND // 6
     busy_share: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.sample_us < 1 or not 0 <= self.busy_share < 1:
+        if self.samples < 1 or not 1 <= self.look_us <= self.sample_us or not 0 <= self.busy_share < 1:
             raise InputError(
-                f"load window: needs at least one sample of at least 1 µs and a busy share from 0 to 1, "
-                f"not {self.samples}, {self.sample_us} µs, {self.busy_share}"
+                "load window: needs at least one sample, a look back from 1 µs up to the time between samples, and "
+                f"a busy share from 0 to 1, not {self.samples}, {self.look_us} of {self.sample_us} µs, {self.busy_share}"
             )

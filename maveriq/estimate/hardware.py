@@ -45,6 +45,7 @@ class _Run(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     samples: int
     sample_s: _Positive
+    look_s: _Positive
     busy_percent: _NotNegative
 
 
@@ -229,6 +230,7 @@ def _timing(dispatch: _Dispatch) -> DispatchTiming:
 
 def _load_window(window: _LoadWindow) -> LoadWindow:
     return LoadWindow(samples=window.samples, sample_us=micros(window.sample_s), busy_share=window.busy_percent / 100)
+        look_us=micros(window.look_s), busy_share=window.busy_percent / 100)
 
 
 def _check_names(named: Collection[str], known: Collection[str]) -> None:

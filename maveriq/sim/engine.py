@@ -88,7 +88,7 @@ class _Simulation:
         for fault in self._scenario.faults:
             self._post_fault(fault)
         self._post_next_arrival()
-        self._at(self._scenario.sample_us, self._sample_regularly)
+        self._after(self._scenario.sample_us, self._sample_regularly)
         deadline_us = self._last_arrival_us + self._scenario.drain_us
         # What is due at the deadline itself still happens; hence the microsecond more.
         self._env.run(until=deadline_us + 1)
@@ -98,19 +98,17 @@ class _Simulation:
 
     @property
     def _now_us(self) -> Micros:
-        return cast("Micros", self._env.now)  # whole, because every delay is
+        return self._env.now  # type: ignore[return-value]  # whole, because every delay is
 
-    def _at(self, time_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
-        timeout = self._env.timeout(time_us - self._now_us)
-        timeout.callbacks.append(callback)
+    def _after(self, delay_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
+        self._env.timeout(delay_us).callbacks.append(callback)
 
-    def _post(self, time_us: Micros, event: Event) -> None:
+    def _post(self, delay_us: Micros, event: Event) -> None:
         """Put an event for the controller on the calendar."""
-        timeout = self._env.timeout(time_us - self._now_us, event)
-        timeout.callbacks.append(self._deliver)
+        self._env.timeout(delay_us, event).callbacks.append(self._deliver)
 
     def _deliver(self, timeout: simpy.Event) -> None:
-        self._inbox.append(cast("Event", timeout.value))
+        self._inbox.append(timeout.value)
         self._settle()
 
     def _post_next_arrival(self) -> None:
@@ -120,7 +118,7 @@ class _Simulation:
             timeout.callbacks.append(self._deliver_arrival)
 
     def _deliver_arrival(self, timeout: simpy.Event) -> None:
-        self._inbox.append(cast("Event", timeout.value))
+        self._inbox.append(timeout.value)
         self._left_to_arrive -= 1
         self._post_next_arrival()
         self._settle()
@@ -140,7 +138,7 @@ class _Simulation:
         wake_us = self._controller.wake_us
         if wake_us is not None and wake_us != self._next_wake_us:
             self._next_wake_us = wake_us
-            self._at(wake_us, self._wake)
+            self._after(wake_us - now_us, self._wake)
         if self._watcher:
             self._look(self._watcher, now_us)
         if not self._left_to_arrive and self._all_ended():
@@ -166,10 +164,10 @@ class _Simulation:
                     deployment_id, self._plans[deployment_id], action.requests
                 )
                 finished = ExecutionFinished(deployment_id, action.execution_id, now_us + first_token_us)
-                self._post(now_us + service_us, finished)
+                self._post(service_us, finished)
             case StartEngine(deployment_id, incarnation, plan):
                 self._plans[deployment_id] = plan
-                self._post(now_us + self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
+                self._post(self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
             case StopEngine():
                 pass  # a simulated engine is gone at once; the controller has freed its memory
             case _ as never:
@@ -206,7 +204,7 @@ class _Simulation:
     def _sample_regularly(self, _: simpy.Event) -> None:
         now_us = self._now_us
         self._sample(now_us)
-        self._at(now_us + self._scenario.sample_us, self._sample_regularly)
+        self._after(self._scenario.sample_us, self._sample_regularly)
         self._settle()
 
     def _sample(self, now_us: Micros) -> None:
