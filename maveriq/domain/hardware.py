@@ -96,6 +96,6 @@ class LoadWindow:
     def __post_init__(self) -> None:
         if self.samples < 1 or not 1 <= self.look_us <= self.sample_us or not 0 <= self.busy_share < 1:
             raise InputError(
-                "load window: needs at least one sample, a look back from 1 µs up to the time between samples, and "
-                f"a busy share from 0 to 1, not {self.samples}, {self.look_us} of {self.sample_us} µs, {self.busy_share}"
+                "load window: needs at least one sample, a look back from 1 µs up to the time between samples, and a "
+                f"busy share from 0 to 1, not {self.samples}, {self.look_us} of {self.sample_us} µs, {self.busy_share}"
             )

@@ -229,8 +229,12 @@ def _timing(dispatch: _Dispatch) -> DispatchTiming:
 
 
 def _load_window(window: _LoadWindow) -> LoadWindow:
-    return LoadWindow(samples=window.samples, sample_us=micros(window.sample_s), busy_share=window.busy_percent / 100)
-        look_us=micros(window.look_s), busy_share=window.busy_percent / 100)
+    return LoadWindow(
+        samples=window.samples,
+        sample_us=micros(window.sample_s),
+        look_us=micros(window.look_s),
+        busy_share=window.busy_percent / 100,
+    )
 
 
 def _check_names(named: Collection[str], known: Collection[str]) -> None:
