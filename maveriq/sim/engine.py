@@ -8,7 +8,8 @@ calendar plays no part (the controller sorts them).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, assert_never, cast
+from functools import partial
+from typing import Protocol, assert_never
 
 import simpy
 
@@ -105,23 +106,21 @@ class _Simulation:
 
     def _post(self, delay_us: Micros, event: Event) -> None:
         """Put an event for the controller on the calendar."""
-        self._env.timeout(delay_us, event).callbacks.append(self._deliver)
+        self._after(delay_us, partial(self._deliver, event))
 
-    def _deliver(self, timeout: simpy.Event) -> None:
-        self._inbox.append(timeout.value)
+    def _deliver(self, event: Event, _: simpy.Event) -> None:
+        self._inbox.append(event)
         self._settle()
 
     def _post_next_arrival(self) -> None:
         request = next(self._requests, None)
         if request is not None:
-            timeout = self._env.timeout(request.arrival_us - self._now_us, RequestArrived(request))
-            timeout.callbacks.append(self._deliver_arrival)
+            self._after(request.arrival_us - self._now_us, partial(self._deliver_arrival, request))
 
-    def _deliver_arrival(self, timeout: simpy.Event) -> None:
-        self._inbox.append(timeout.value)
+    def _deliver_arrival(self, request: Request, timeout: simpy.Event) -> None:
         self._left_to_arrive -= 1
         self._post_next_arrival()
-        self._settle()
+        self._deliver(RequestArrived(request), timeout)
 
     def _settle(self) -> None:
         """Hand over what came in, once nothing more is due at this instant.
