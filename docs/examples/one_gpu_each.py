@@ -1,0 +1,52 @@
+"""A whole policy: every model whole and in float16 on one GPU.
+
+It shows the protocol of `maveriq.policy.base` at its smallest. Policies of one's own are given
+through Python; docs/extending.md shows how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.intents import DeployAsk
+from maveriq.domain.models import WeightType
+from maveriq.estimate.base import Estimator
+from maveriq.policy.base import Decision, Deploy, Rejection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneGpuEach:
+    """Puts a model on the GPU with most free memory, whole and unquantised."""
+
+    estimator: Estimator
+    name: str = "one-gpu-each"
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        """Return one deployment on one GPU, or why there is none."""
+        configuration = Configuration(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size)
+        reason = self.estimator.why_not(ask.model, configuration)
+        if reason:
+            return Rejection(reason=reason)
+        needed = self.estimator.memory(ask.model, configuration)
+        roomiest = view.by_free_memory()[:1]
+        if not roomiest or roomiest[0].free_bytes < needed:
+            return Rejection(reason="no GPU has room for the whole model")
+        service = self.estimator.service(
+            ask.model,
+            configuration,
+            prompt_tokens=ask.prompt_tokens,
+            output_tokens=ask.output_tokens,
+            batch=ask.batch_size,
+        )
+        plan = DeploymentPlan(
+            model=ask.model,
+            configuration=configuration,
+            layer_split=(ask.model.layers,),
+            gpu_ids=(roomiest[0].gpu_id,),
+            gpu_bytes=(needed,),
+            est_latency_s=service.latency_s,
+            est_memory_bytes=needed,
+        )
+        return Deploy(plans=(plan,))

@@ -1,0 +1,134 @@
+"""The examples of the docs do what they are said to do."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.cluster import ClusterView, GpuView
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.models import WeightType
+from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.hardware import load_profile
+from maveriq.policy.base import Deploy, Rejection
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.sim.engine import simulate
+from maveriq.units import BYTES_PER_GIB
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+BEST_FIT = f"{EXAMPLES / 'best_fit.py'}:best_fit"
+MOST_LINES = 60
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def run(policy: str) -> RunRecord:
+    return simulate(build_scenario(Options(policy=policy)))
+
+
+def gpus_of(record: RunRecord) -> list[set[int]]:
+    return [set(one.plan.gpu_ids) for one in record.deployments if one.plan]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES
+
+
+def test_best_fit_fills_gpus_that_hybrid_leaves_and_leaves_others_free() -> None:
+    best, hybrid = run(BEST_FIT), run("hybrid")
+    assert gpus_of(best) != gpus_of(hybrid)
+    assert set.union(*gpus_of(best)) < set.union(*gpus_of(hybrid))
+    # Configurations are chosen before any rule is asked, from free memory that both have in plenty.
+    assert [one.plan.configuration for one in best.deployments] == [
+        one.plan.configuration for one in hybrid.deployments
+    ]
+
+
+def test_best_fit_takes_the_fullest_gpu_that_still_fits() -> None:
+    from best_fit import best_fit
+
+    free_gib = (30, 2, 10, 10)
+    view = [
+        GpuView(gpu_id=i, node=0, capacity_bytes=48 * BYTES_PER_GIB, free_bytes=gib * BYTES_PER_GIB, load=0.0)
+        for i, gib in enumerate(free_gib)
+    ]
+    assert [gpu.gpu_id for gpu in best_fit(view)] == [1, 2, 3, 0]
+
+
+def test_a_faster_gpu_shortens_the_times_and_keeps_the_memory() -> None:
+    from faster_gpu import FasterGpu
+
+    paper = estimator("paper", load_profile("a6000-short"))
+    twice = FasterGpu(base=paper, speedup=2.0)
+    model, configuration = load_model("llama-2-7b"), Configuration(tp=2, pp=2, weights=WeightType.INT8)
+    size = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
+    slow, fast = paper.service(model, configuration, **size), twice.service(model, configuration, **size)
+    assert fast.latency_s == pytest.approx(slow.latency_s / 2)
+    assert twice.memory(model, configuration) == paper.memory(model, configuration)
+    assert twice.name == "paper x 2"
+    assert twice.why_not(model, replace(configuration, weights=WeightType.INT4_GPTQ)) == paper.why_not(
+        model, replace(configuration, weights=WeightType.INT4_GPTQ)
+    )
+
+
+def test_a_world_served_by_an_estimator_of_ones_own() -> None:
+    """What docs/extending.md does: plan with one estimator, serve with another."""
+    from faster_gpu import FasterGpu
+
+    scenario = build_scenario(Options(scale=0.1))
+    assert scenario.serve is not None
+    slow = simulate(scenario).requests
+    fast = simulate(replace(scenario, serve=FasterGpu(base=scenario.serve, speedup=2.0))).requests
+    done = (slow.status == RequestStatus.COMPLETED) & (fast.status == RequestStatus.COMPLETED)
+    assert done.all()
+    slow_us, fast_us = (slow.finish_us - slow.start_us)[done], (fast.finish_us - fast.start_us)[done]
+    assert abs(2 * fast_us - slow_us).max() <= 2  # durations are rounded up to whole microseconds
+
+
+def test_a_policy_of_ones_own_decides_by_itself() -> None:
+    from one_gpu_each import OneGpuEach
+
+    paper = estimator("paper", load_profile("a6000-short"))
+    policy = OneGpuEach(estimator=paper)
+    record = simulate(replace(build_scenario(Options(scale=0.1)), policy=policy))
+    plans = [one.plan for one in record.deployments]
+    # Two of the four models have no float16 engine on one GPU of this kind.
+    assert [plan.configuration.gpus for plan in plans if plan] == [1]
+    assert [plan.model.name for plan in plans if plan] == ["llama-2-7b"]
+    assert all(one.reason for one in record.deployments if one.plan is None)
+
+
+def test_a_policy_of_ones_own_fits_or_rejects() -> None:
+    from one_gpu_each import OneGpuEach
+
+    policy = OneGpuEach(estimator=estimator("paper", load_profile("a6000-short")))
+    ask = DeployAsk(
+        endpoint_id=1,
+        model=load_model("llama-2-13b"),
+        intent=Intent(objective=Objective.MIN_COST),
+        asked_us=0,
+        prompt_tokens=10,
+        output_tokens=20,
+    )
+
+    def decide(*free_gib: float) -> Deploy | Rejection:
+        gpus = (
+            GpuView(gpu_id=i, node=0, capacity_bytes=48 * BYTES_PER_GIB, free_bytes=int(gib * BYTES_PER_GIB), load=0.0)
+            for i, gib in enumerate(free_gib)
+        )
+        return policy.decide(ask, ClusterView(gpus=tuple(gpus)))
+
+    chosen = decide(30, 40, 20)
+    assert isinstance(chosen, Deploy)
+    assert chosen.plans[0].gpu_ids == (1,)
+    assert isinstance(decide(8, 20), Rejection)
+    assert isinstance(decide(), Rejection)
