@@ -56,7 +56,7 @@ def frame(progress: Progress, history: History, *, left_s: float | None, canvas:
             "",
             gpus,
         ),
-        title=_clocks(progress),
+        title=Text.assemble(("maveriq ", "bold default"), (clocks(progress), "default")),
         title_align="left",
         border_style="bright_black",
         box=box.ROUNDED,
@@ -65,10 +65,12 @@ def frame(progress: Progress, history: History, *, left_s: float | None, canvas:
     )
 
 
-def _clocks(progress: Progress) -> Text:
+def clocks(progress: Progress) -> str:
+    """Return the simulated clock, and when the last request arrives or has arrived."""
     now, last = clock(seconds(progress.now_us)), clock(seconds(progress.last_arrival_us))
-    tail = f" of {last}" if progress.now_us <= progress.last_arrival_us else f", all arrived by {last}"
-    return Text.assemble(("maveriq ", "bold default"), (f"clock {now}{tail}", "default"))
+    return f"clock {now}" + (
+        f" of {last}" if progress.now_us <= progress.last_arrival_us else f", all arrived by {last}"
+    )
 
 
 def _progress_line(progress: Progress, left_s: float | None) -> Table:

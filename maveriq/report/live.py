@@ -16,10 +16,9 @@ from rich.live import Live
 
 from maveriq.domain.progress import Progress
 from maveriq.report.bars import ASCII, UNICODE
-from maveriq.report.frame import Canvas, finished_share, frame
+from maveriq.report.frame import Canvas, clocks, finished_share, frame
 from maveriq.report.history import History
 from maveriq.report.wording import clock, figure, share
-from maveriq.units import seconds
 
 _FRAME_S = 0.2
 _LINE_S = 10.0
@@ -90,12 +89,12 @@ class _PacedView:
 
 
 class LiveView(_PacedView):
-    """A live display on a terminal, drawn five times a second at most; it vanishes at the end."""
+    """A live display on a terminal, drawn five times a second at most; its last frame stays."""
 
     def __init__(self, console: Console, *, every_s: float = _FRAME_S, now: Clock = time.monotonic) -> None:
         super().__init__(console, every_s=every_s, now=now)
         self._history = History()
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live = Live(console=console, auto_refresh=False)
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -147,7 +146,7 @@ class PlainView(_PacedView):
 def progress_line(progress: Progress, *, left_s: float | None) -> str:
     """Return a snapshot as one plain line."""
     parts = [
-        f"clock {clock(seconds(progress.now_us))} of {clock(seconds(progress.last_arrival_us))}",
+        clocks(progress),
         f"{progress.completed:,} of {progress.total:,} completed",
         f"{progress.running:,} running",
         f"{progress.waiting:,} waiting",
