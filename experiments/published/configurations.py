@@ -1,0 +1,139 @@
+"""Which configurations maveriq chooses where the recorded system chose, compared with its choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recorded import Layout, RecordedRun, read_runs
+
+from maveriq.domain.cluster import ClusterView, GpuView
+from maveriq.domain.deployment import Configuration, DeploymentPlan, LayerSplit
+from maveriq.domain.hardware import Cluster
+from maveriq.policy.base import Decision, Deploy
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.sim.engine import simulate
+from maveriq.units import bytes_from_gib, gib
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A configuration with its layers dealt to stages: what has to be equal."""
+
+    configuration: Configuration
+    layer_split: LayerSplit
+
+    def __str__(self) -> str:
+        return f"{self.configuration} layers {' '.join(map(str, self.layer_split))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One recorded deployment, and what maveriq chooses in its place.
+
+    `given_memory` is chosen on GPUs that hold what was measured before the deploy, `free` in a
+    simulation that runs on its own from the start; either is the reason in words where maveriq
+    rejects the ask. `memory_error_gib` is the largest difference on a GPU from the recorded
+    estimate, None without a choice. `same_gpus` says whether the free choice lies on the recorded
+    GPUs, in whatever order.
+    """
+
+    run: str
+    endpoint_id: int
+    model_name: str
+    recorded: Choice
+    given_memory: Choice | str
+    memory_error_gib: float | None
+    free: Choice | str
+    same_gpus: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.run}, endpoint {self.endpoint_id} ({self.model_name}): recorded {self.recorded}; "
+            f"given memory {self.given_memory}; free {self.free}"
+        )
+
+
+def options_of(run: RecordedRun) -> Options:
+    """Return what to tell maveriq to run again what MaverIQ ran; placement was hybrid (SPEC 5)."""
+    return Options(
+        policy="hybrid",
+        intent=run.intent,
+        float16_only=run.float16_only,
+        trace=run.trace,
+        scale=run.scale,
+        models=run.model_set,
+        slo_scale=run.slo_scale,
+    )
+
+
+def compare_all(data: Path) -> Iterator[Compared]:
+    """Yield a comparison for each deployment that came up in MaverIQ's runs.
+
+    Args:
+        data: the folder of measured data.
+    """
+    for run in read_runs(data / "testbed"):
+        if run.by_maveriq:
+            yield from compare(run)
+
+
+def compare(run: RecordedRun) -> Iterator[Compared]:
+    """Yield a comparison for each deployment of a run that came up."""
+    scenario = build_scenario(options_of(run))
+    asks = {ask.endpoint_id: ask for ask in scenario.workload.asks}
+    simulated = {one.ask.endpoint_id: one for one in simulate(scenario).deployments}
+    used_gib: Sequence[float] = [gib(gpu.idle_bytes) for gpu in scenario.cluster.gpus]
+    for deployment in run.deployments:
+        view = _view(scenario.cluster, used_gib)
+        used_gib = deployment.used_gib_after
+        if deployment.layout is None:
+            continue
+        given = _plan_or_reason(scenario.policy.decide(asks[deployment.endpoint_id], view))
+        free = simulated[deployment.endpoint_id]
+        yield Compared(
+            run=run.name,
+            endpoint_id=deployment.endpoint_id,
+            model_name=deployment.model_name,
+            recorded=Choice(deployment.layout.configuration, deployment.layout.layer_split),
+            given_memory=_choice(given),
+            memory_error_gib=_memory_error_gib(given, deployment.layout),
+            free=_choice(free.plan or free.reason),
+            same_gpus=free.plan is not None and set(free.plan.gpu_ids) == set(deployment.layout.gpu_ids),
+        )
+
+
+def _view(cluster: Cluster, used_gib: Sequence[float]) -> ClusterView:
+    """Return a cluster that holds so much memory; its load decides GPUs, not configurations."""
+    return ClusterView(
+        gpus=tuple(
+            GpuView(
+                gpu_id=gpu.gpu_id,
+                node=gpu.node,
+                capacity_bytes=gpu.capacity_bytes,
+                free_bytes=gpu.capacity_bytes - bytes_from_gib(used),
+                load=0.0,
+            )
+            for gpu, used in zip(cluster.gpus, used_gib, strict=True)
+        )
+    )
+
+
+def _plan_or_reason(decision: Decision) -> DeploymentPlan | str:
+    if isinstance(decision, Deploy):
+        (plan,) = decision.plans
+        return plan
+    return decision.reason
+
+
+def _choice(plan: DeploymentPlan | str) -> Choice | str:
+    return plan if isinstance(plan, str) else Choice(plan.configuration, plan.layer_split)
+
+
+def _memory_error_gib(plan: DeploymentPlan | str, layout: Layout) -> float | None:
+    if isinstance(plan, str) or len(plan.gpu_bytes) != len(layout.gib_per_gpu):
+        return None
+    pairs = zip(plan.gpu_bytes, layout.gib_per_gpu, strict=True)
+    return max(abs(gib(amount) - recorded_gib) for amount, recorded_gib in pairs)

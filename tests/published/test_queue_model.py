@@ -1,0 +1,29 @@
+"""With recorded arrivals, service times and plans, latencies are the recorded ones (SPEC 6)."""
+
+from collections.abc import Mapping
+
+import pytest
+from queue_model import QueueErrors
+from recorded import read_runs
+
+from maveriq.embedded import measured_data_path
+
+pytestmark = pytest.mark.data
+
+MOST_PERCENT = 2.0
+DATA = measured_data_path()
+RUNS = [run.name for run in read_runs(DATA / "testbed")] if DATA else []
+
+
+def test_every_recorded_run_is_replayed_whole(replayed: Mapping[str, QueueErrors]) -> None:
+    assert list(replayed) == RUNS
+    assert len(replayed) == 22
+    assert sum(errors.requests for errors in replayed.values()) == 60_862
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_latencies_equal_the_recorded_ones_within_two_percent(run: str, replayed: Mapping[str, QueueErrors]) -> None:
+    errors = replayed[run]
+    assert abs(errors.mean_error) <= MOST_PERCENT, errors
+    assert abs(errors.p95_error) <= MOST_PERCENT, errors
+    assert errors.median_request_error < MOST_PERCENT, errors
