@@ -12,6 +12,7 @@ The library raises; only the command line prints and exits.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -36,6 +37,17 @@ class UnknownNameError(InputError):
         guess = f"; did you mean {near[0]!r}?" if near else ""
         tail = f" {hint}" if hint else ""
         super().__init__(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)}){tail}")
+
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
+def cannot_write(what: str, error: OSError) -> MaveriqError:
+    """Return what to raise where `what` cannot be written: a failure of the disk is no bad input."""
+    reason = error.strerror or str(error)
+    if error.errno in _DISK_ERRORS:
+        return MaveriqError(f"{what} cannot be written: {reason}; make room or name another place")
+    return InputError(f"{what} cannot be written: {reason}; name another place")
 
 
 class InvariantError(MaveriqError):

@@ -6,8 +6,10 @@ import csv
 import gzip
 import io
 import math
+import os
 import re
 import tomllib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,16 @@ import msgspec
 from maveriq.errors import InputError
 
 T = TypeVar("T")
+
+
+def exists(path: Path) -> bool:
+    """Say whether a file or folder is there; a name that no file can have (too long, say) is not."""
+    return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)
+
+
+def is_folder(path: Path) -> bool:
+    """Say whether a folder is there, for any name as `exists`."""
+    return os.path.isdir(path)  # noqa: PTH112  (as above)
 
 
 def read_text(path: Path, *, what: str) -> str:
@@ -37,10 +49,12 @@ def read_text(path: Path, *, what: str) -> str:
         raise InputError(f"{what} {str(path)!r} does not exist; check the path") from None
     except IsADirectoryError:
         raise InputError(f"{what} {str(path)!r} is a folder; name a file") from None
-    except (OSError, EOFError) as error:
-        raise InputError(f"{what} {str(path)!r} cannot be read: {error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{what} {str(path)!r} is not a text file in UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}; give another file") from None
+    except (EOFError, ValueError, zlib.error) as error:  # cut short, a null byte in the name, broken
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error}; give another file") from None
 
 
 def read_toml(path: Path, shape: type[T], *, what: str) -> T:
@@ -56,6 +70,8 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
         raise InputError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
     except msgspec.ValidationError as error:
         raise InputError(f"{what} {str(path)!r}: {_in_plain_words(str(error))}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error}; write it plainly") from None
 
 
 def _in_plain_words(message: str) -> str:
@@ -116,6 +132,8 @@ def read_csv(path: Path, columns: Sequence[str], *, what: str, optional: Sequenc
     reader = csv.reader(io.StringIO(read_text(path, what=what), newline=""), strict=True)
     lines = _lines(reader, path, what)
     header = next(lines, [])
+    if not header:
+        raise InputError(f"{what} {str(path)!r} is empty; it needs a header with {', '.join(columns)}")
     _check_header(header, columns, optional, f"{what} {str(path)!r}")
     empty = True
     for cells in lines:

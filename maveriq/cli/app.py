@@ -9,13 +9,11 @@ import typer
 from typer.core import TyperCommand
 
 from maveriq import __version__
+from maveriq.cli.ending import ending, prepare_streams
 from maveriq.cli.fit import fit
 from maveriq.cli.plan import plan
 from maveriq.cli.sim import sim
 from maveriq.cli.trace import app as trace_app
-from maveriq.errors import MaveriqError
-
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class _Command(TyperCommand):
@@ -32,7 +30,6 @@ class _Command(TyperCommand):
 app = typer.Typer(
     name="maveriq",
     help="Serve many LLMs on one GPU cluster by intent: plan, simulate, and check the estimates.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,9 +46,10 @@ def _version(asked: bool) -> None:  # noqa: FBT001  (typer calls it so)
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
-    version: bool = typer.Option(  # noqa: FBT001  (its callback answers)
+    ctx: typer.Context,
+    version: bool = typer.Option(  # noqa: ARG001, FBT001  (its callback answers)
         False,  # noqa: FBT003
         "--version",
         callback=_version,
@@ -60,15 +58,11 @@ def root(
     ),
 ) -> None:
     """Serve many LLMs on one GPU cluster by intent."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 def main() -> None:
     """Run the command line; the only place that exits."""
-    try:
-        app()
-    except MaveriqError as error:
-        print(f"maveriq: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("maveriq: stopped; nothing was written", file=sys.stderr)  # noqa: T201
-        sys.exit(_INTERRUPTED)
+    prepare_streams()
+    sys.exit(ending(lambda: app(prog_name="maveriq", standalone_mode=False)))

@@ -27,7 +27,11 @@ def show_errors(table: Path, profile: str, *, as_json: bool) -> None:
     paper = estimator("paper", hardware)
     evaluation = evaluate(table, paper, prompt_tokens=hardware.prompt_tokens)
     if as_json:
-        typer.echo(json.dumps({"estimator": paper.name, "profile": hardware.name, **asdict(evaluation)}, indent=2))
+        typer.echo(
+            json.dumps(
+                {"estimator": paper.name, "profile": hardware.name, **asdict(evaluation)}, indent=2, allow_nan=False
+            )
+        )
     else:
         _show(evaluation, table, paper, hardware)
 

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+_MOST_TOKENS = 10_000_000
+_MOST_BATCH = 10_000
+
 
 def plan(
     model: Annotated[
@@ -18,10 +21,13 @@ def plan(
     float16_only: Annotated[bool, typer.Option("--float16-only", help="No quantised weights.")] = False,
     gpus: Annotated[str, typer.Option(help="The cluster: 8xA6000, or a TOML file.")] = "8xA6000",
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Length of a typical prompt.", show_default="the profile's")
+        int | None,
+        typer.Option(min=1, max=_MOST_TOKENS, help="Length of a typical prompt.", show_default="the profile's"),
     ] = None,
-    output_tokens: Annotated[int, typer.Option(help="Length of a typical output.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Requests that an engine serves at once.")] = 1,
+    output_tokens: Annotated[int, typer.Option(min=1, max=_MOST_TOKENS, help="Length of a typical output.")] = 20,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=_MOST_BATCH, help="Requests that an engine serves at once.")
+    ] = 1,
     plan_with: Annotated[str, typer.Option(help="Estimator to plan with.")] = "paper",
     profile: Annotated[
         str, typer.Option(help="Hardware profile: a6000-short, a6000-long, or a TOML file.")
@@ -33,7 +39,8 @@ def plan(
     """Rank a model's configurations for an intent.
 
     The cluster is taken as empty. Shows what is estimated of each configuration,
-    and why the rest was left out. Exits with 1 where none fits or meets the SLO.
+    and why the rest was left out. Exits with 1 where none fits or meets the SLO;
+    then --why shows the rest.
     """
     from maveriq.cli.planning import PlanQuestion, answer
 

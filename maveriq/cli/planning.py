@@ -11,7 +11,7 @@ from rich.console import Console
 from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.intents import DeployAsk, Intent, Objective
-from maveriq.errors import InputError
+from maveriq.errors import InputError, MaveriqError
 from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import load_profile
 from maveriq.policy.configure import rank
@@ -37,11 +37,11 @@ class PlanQuestion:
 
 
 def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool) -> None:
-    """Print the ranking.
+    """Print the ranking; where no configuration meets the intent only if all reasons are asked for.
 
     Raises:
         InputError: an option that cannot be used, or a model without a profile.
-        typer.Exit: with 1, where no configuration meets the intent.
+        MaveriqError: no configuration meets the intent.
     """
     profile = load_profile(question.profile)
     cluster = cluster_for(question.gpus, profile)
@@ -67,13 +67,15 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
     )
     view = ClusterState(cluster).view([0.0] * len(cluster))
     ranking = rank(ask, view, estimator(question.plan_with, profile), profile.accuracy)
+    failure = ranking.note if ranking.candidates else ranking.why_empty()
+    if failure and not all_reasons:
+        raise MaveriqError(f"{model.name} {failure}; --why names every configuration")
     if as_json:
-        typer.echo(json.dumps(ranking_json(ask, ranking, cluster), indent=2))
+        typer.echo(json.dumps(ranking_json(ask, ranking, cluster), indent=2, allow_nan=False))
     else:
         console = Console()
         if ranking.candidates:
             console.print(ranking_table(ask, ranking, cluster, top=top, width=console.width))
         console.print(left_out_table(ranking, every=all_reasons))
-    if not ranking.candidates or ranking.note:
-        typer.echo(f"maveriq: {model.name} {ranking.note or ranking.why_empty()}", err=True)
-        raise typer.Exit(1)
+    if failure:
+        raise MaveriqError(f"{model.name} {failure}")

@@ -52,11 +52,12 @@ def run_simulation(options: Options, output: Output) -> None:
     """Simulate, write the run folder, show the results.
 
     Raises:
-        MaveriqError: bad input, a folder that cannot be written, or nothing could be deployed.
+        InputError: bad input, or a folder that cannot be written.
+        MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
     """
+    scenario = build_scenario(options)
     folder = output.folder or default_folder(options)
     check_writable(folder)
-    scenario = build_scenario(options)
     interactive = sys.stdout.isatty() and sys.stderr.isatty()
     with make_view(Console(stderr=True), quiet=output.quiet or output.as_json, interactive=interactive) as view:
         run = simulate(scenario, view)
@@ -64,14 +65,14 @@ def run_simulation(options: Options, output: Output) -> None:
     verdict = judge(run)
     results = summary_json(summary, verdict, run.deployments)
     write_run(folder, run, results, _meta(options, scenario.workload.name))
+    if all(deployment.plan is None for deployment in run.deployments):
+        raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}; records: {folder}")
     if output.as_json:
-        typer.echo(json.dumps({"folder": str(folder), **results}, indent=2))
+        typer.echo(json.dumps({"folder": str(folder), **results}, indent=2, allow_nan=False))
     elif not output.quiet:
         console = Console()
         console.print(results_view(summary, verdict, run.deployments, width=console.width))
-        console.print(f"records: {folder}", highlight=False, soft_wrap=True)
-    if all(deployment.plan is None for deployment in run.deployments):
-        raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}")
+        console.print(f"records: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def default_folder(options: Options) -> Path:

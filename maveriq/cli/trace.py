@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from maveriq.workload.base import Workload
     from maveriq.workload.summary import WorkloadSummary
 
-app = typer.Typer(rich_markup_mode=None, help="Look at workloads, export and check them.", no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None, help="Look at workloads, export and check them.")
 
 TraceArgument = Annotated[
     str,
@@ -37,6 +37,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
 _PLOT_ROWS = 8
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+@app.callback(invoke_without_command=True)
+def root(ctx: typer.Context) -> None:
+    """Look at workloads, export and check them."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @app.command()

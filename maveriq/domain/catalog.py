@@ -15,7 +15,7 @@ import msgspec
 from maveriq.domain.models import ModelSpec, model_from_hf_config
 from maveriq.embedded import data_path
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.tables import read_text, read_toml
+from maveriq.tables import exists, is_folder, read_text, read_toml
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -58,10 +58,10 @@ def load_model(name_or_path: str) -> ModelSpec:
     if name_or_path in known:
         return known[name_or_path]
     path = Path(name_or_path)
-    if not (path.suffix == ".json" or os.sep in name_or_path or path.exists()):
+    if not (path.suffix == ".json" or os.sep in name_or_path or exists(path)):
         hint = "or give the path of a Hugging Face config.json"
         raise UnknownNameError("model", name_or_path, known, hint)
-    return _read_config(path / "config.json" if path.is_dir() else path)
+    return _read_config(path / "config.json" if is_folder(path) else path)
 
 
 def _read_config(path: Path) -> ModelSpec:

@@ -155,10 +155,7 @@ def _layers(row: Row) -> int:
 
 
 def _positive(row: Row, column: str) -> float:
-    value = row.number(column, least=0)
-    if value == 0:
-        raise InputError(f"{row.where}: {column} must be more than 0")
-    return value
+    return row.number(column, least=1e-9)  # below it the share of an error says nothing, and may be infinite
 
 
 def _answer(measured: Measurement, estimator: Estimator, prompt_tokens: int) -> _Answer | str:

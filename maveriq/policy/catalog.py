@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
-from maveriq.errors import InputError, UnknownNameError
+from maveriq.domain.cluster import GpuView
+from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.policy.base import Policy
 from maveriq.policy.configure import Accuracy
@@ -49,16 +50,39 @@ def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_
 
 
 def _load_rule(name: str) -> PlacementRule:
-    """Import `module:function` or `file.py:function`."""
+    """Import `module:function` or `file.py:function`; whatever goes wrong in it has the policy's name."""
     place, _, function = name.rpartition(":")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (ImportError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"policy {name!r}: {place} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:  # the user's code: anything may come
+        raise InputError(f"policy {name!r}: {place or 'nothing'} cannot be imported: {_told(error)}") from None
     rule = getattr(module, function, None)
     if not callable(rule):
-        raise InputError(f"policy {name!r}: {place} has no function {function!r}")
-    return rule  # type: ignore[no-any-return]
+        raise InputError(f"policy {name!r}: {place} has no function {function!r}; name one that it defines")
+    return _guarded(rule, name)
+
+
+def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
+    """Return a rule that says by its name when it fails or answers with something else than GPUs."""
+
+    def order(gpus: Sequence[GpuView]) -> list[GpuView]:
+        try:
+            answer = list(rule(gpus))
+        except (Exception, SystemExit) as error:
+            raise MaveriqError(f"policy {name!r} failed: {_told(error)}; it must return GPUs") from error
+        given = set(gpus)
+        for gpu in answer:
+            if not (isinstance(gpu, GpuView) and gpu in given):
+                raise MaveriqError(f"policy {name!r} returned {gpu!r:.60}, which is none of the GPUs that it was given")
+        if len({gpu.gpu_id for gpu in answer}) < len(answer):
+            raise MaveriqError(f"policy {name!r} returned a GPU twice; each GPU takes one shard")
+        return answer
+
+    return order
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -75,9 +75,12 @@ class Ranking:
 
 
 def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -> Iterator[Configuration]:
-    """Yield every configuration for up to `gpus` GPUs, in the order that breaks ties."""
+    """Yield every configuration for up to `gpus` GPUs, in the order that breaks ties.
+
+    A stage needs a layer, so there are no more stages than layers, however large the cluster.
+    """
     for tp in model.tensor_parallel_degrees(gpus):
-        for pp in range(1, gpus // tp + 1):
+        for pp in range(1, min(gpus // tp, model.layers) + 1):
             for weights in WeightType:
                 for kv in KvType:
                     yield Configuration(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from maveriq.errors import InputError
+from maveriq.errors import InputError, MaveriqError, cannot_write
 
 RUN_FILES = ("requests.csv", "deployments.csv", "gpus.csv", "run.json")
 """What makes a folder a run folder."""
@@ -20,8 +20,7 @@ def check_writable(folder: Path) -> None:
         InputError: it is a file, or a folder that holds something else than a run, or its place
             cannot be written to.
     """
-    target = folder.expanduser().resolve()
-    _check_target(target)
+    target = _checked(folder)
     ancestor = next(parent for parent in target.parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".maveriq-", dir=ancestor).cleanup()
@@ -36,10 +35,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     empty or a run folder.
 
     Raises:
-        InputError: as for `check_writable`, or the disk is full.
+        InputError: as for `check_writable`.
+        MaveriqError: the disk is full.
     """
-    target = folder.expanduser().resolve()
-    _check_target(target)
+    target = _checked(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # One private folder beside the target holds the new folder and, for a moment, the old one.
@@ -60,12 +59,17 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
     target.rename(old)
     try:
         fresh.rename(target)
-    except OSError:
+    except BaseException:  # Ctrl-C too must leave what was there
         old.rename(target)
         raise
 
 
-def _check_target(target: Path) -> None:
+def _checked(folder: Path) -> Path:
+    """Return the whole path of a folder that a run may be written to, as far as names tell."""
+    try:
+        target = folder.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, links that go round
+        raise InputError(f"output folder {str(folder)!r} leads nowhere: {error}; name another folder") from None
     where = f"output folder {str(target)!r}"
     try:
         if target.exists() and not target.is_dir():
@@ -80,8 +84,8 @@ def _check_target(target: Path) -> None:
         raise _not_writable(target, error) from None
     if names and not names.issuperset(RUN_FILES):
         raise InputError(f"{where} holds files that are no run ({min(names)}, ...); name an empty or a new folder")
+    return target
 
 
-def _not_writable(target: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"output folder {str(target)!r} cannot be written: {reason}; name another folder")
+def _not_writable(target: Path, error: OSError) -> MaveriqError:
+    return cannot_write(f"output folder {str(target)!r}", error)

@@ -47,7 +47,8 @@ def write_run(folder: Path, run: RunRecord, summary: Mapping[str, object], meta:
 
 
 def _write_lines(path: Path, pieces: Iterable[str]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    # A path of the user's may hold bytes that are no UTF-8; the records stay readable without them.
+    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
         file.writelines(pieces)
 
 

@@ -30,7 +30,7 @@ from maveriq.workload.build import WorkloadOptions, build_workload
 RECORDED = "recorded"
 """The value of `serve_with` that takes the workload's own recorded times."""
 
-_MOST_SAMPLES = 2_000
+_MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
@@ -88,7 +88,7 @@ def build_scenario(options: Options) -> Scenario:
         load_time=_load_time(options, profile),
         faults=faults,
         drain_us=drain_us,
-        sample_us=_sample_us(workload, drain_us),
+        sample_us=_sample_us(workload, drain_us, len(cluster)),
     )
 
 
@@ -161,7 +161,8 @@ def _guess_with(planner: Estimator) -> ServiceGuess:
     return guess
 
 
-def _sample_us(workload: Workload, drain_us: Micros) -> Micros:
-    """Return how often to sample GPUs: each second, or rarer so that a long run has 2,000 samples."""
+def _sample_us(workload: Workload, drain_us: Micros, gpus: int) -> Micros:
+    """Return how often to sample GPUs: each second, or rarer in a long run or on a very large cluster."""
     longest_us = int(workload.arrivals.arrival_us[-1]) + drain_us
-    return MICROS_PER_SECOND * max(1, math.ceil(longest_us / MICROS_PER_SECOND / _MOST_SAMPLES))
+    samples = min(_MOST_SAMPLES, max(1, _MOST_SAMPLES_OF_ALL_GPUS // gpus))
+    return MICROS_PER_SECOND * max(1, math.ceil(longest_us / MICROS_PER_SECOND / samples))

@@ -14,10 +14,20 @@ from maveriq.errors import InputError
 
 _WORKLOAD, _CLUSTER, _POLICY, _WORLD = "Workload", "Cluster", "Policy", "How the world behaves"
 _PROFILE = "the profile's"
+_LONGEST_S = 1e9  # thirty years; more is a slip of the pen
+_LONGEST_MS = 1e12
 _PUBLISHED_THRESHOLD = 0.7  # of the published runs (MaverIQ, SC '25)
 
 
-def _option(default: Any, explained: str, panel: str, *, shown: str | None = None, least: float | None = None) -> Any:
+def _option(
+    default: Any,
+    explained: str,
+    panel: str,
+    *,
+    shown: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
     """Describe an option.
 
     Args:
@@ -26,8 +36,10 @@ def _option(default: Any, explained: str, panel: str, *, shown: str | None = Non
         panel: the group in the help.
         shown: the default in words, where the value would not tell.
         least: the smallest number allowed.
+        most: the largest.
     """
-    return field(default=default, metadata={"help": explained, "panel": panel, "shown": shown, "least": least})
+    said = {"help": explained, "panel": panel, "shown": shown, "least": least, "most": most}
+    return field(default=default, metadata=said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +50,7 @@ class Options:
     field its help. Durations are in the unit their name says.
 
     Raises:
-        InputError: a number that is not finite, or below its least value.
+        InputError: a number that is not finite, or outside its range.
     """
 
     trace: str = _option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
@@ -54,37 +66,52 @@ class Options:
 
     policy: str = _option("hybrid", "hybrid, packing, llf, none, or a rule of yours as file.py:function.", _POLICY)
     intent: str = _option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
-    slo_scale: float = _option(0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, least=0)
+    slo_scale: float = _option(
+        0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, least=0, most=1e6
+    )
     min_accuracy: float = _option(0.0, "Least accuracy, in percent of the float16 model's.", _POLICY)
     float16_only: bool = _option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
     packing_threshold: float = _option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
-    batch_size: int = _option(1, "Requests that an engine serves at once, at most.", _POLICY, least=1)
+    batch_size: int = _option(1, "Requests that an engine serves at once, at most.", _POLICY, least=1, most=10_000)
     queue: str = _option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
-    max_wait_s: float = _option(60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0)
+    max_wait_s: float = _option(
+        60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0, most=_LONGEST_S
+    )
     plan_with: str = _option("paper", "Estimator that the policy plans with.", _POLICY)
 
     serve_with: str = _option("paper", "What times simulated service: an estimator, or recorded.", _WORLD)
     fail: tuple[str, ...] = _option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _WORLD)
     on_failure: str = _option("requeue", "requeue (once) or fail what a failing engine was running.", _WORLD)
-    tick_ms: float | None = _option(None, "The dispatcher's tick.", _WORLD, shown=_PROFILE, least=0)
+    tick_ms: float | None = _option(None, "The dispatcher's tick.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_MS)
     after_arrival_ms: float | None = _option(
-        None, "Least delay from arrival to dispatch.", _WORLD, shown=_PROFILE, least=0
+        None, "Least delay from arrival to dispatch.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_MS
     )
     after_release_ms: float | None = _option(
-        None, "Least delay from a GPU's release to its next dispatch.", _WORLD, shown=_PROFILE, least=0
+        None,
+        "Least delay from a GPU's release to its next dispatch.",
+        _WORLD,
+        shown=_PROFILE,
+        least=0,
+        most=_LONGEST_MS,
     )
     pause_s: float | None = _option(
-        None, "No dispatch for so long after an engine registers.", _WORLD, shown=_PROFILE, least=0
+        None, "No dispatch for so long after an engine registers.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_S
     )
-    load_s: float | None = _option(None, "Time that an engine takes to load.", _WORLD, shown=_PROFILE, least=0)
+    load_s: float | None = _option(
+        None, "Time that an engine takes to load.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_S
+    )
     ideal: bool = _option(False, "A dispatcher without tick, delays and pause.", _WORLD)  # noqa: FBT003
-    drain_s: float | None = _option(None, "Stop so long after the last arrival.", _WORLD, shown=_PROFILE, least=0)
+    drain_s: float | None = _option(
+        None, "Stop so long after the last arrival.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_S
+    )
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, least = getattr(self, one.name), one.metadata["least"]
+            value, least, most = getattr(self, one.name), one.metadata["least"], one.metadata["most"]
             name = f"--{one.name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, not {value}")
             if value is not None and least is not None and value < least:
                 raise InputError(f"{name} must be at least {least}, not {value}")
+            if value is not None and most is not None and value > most:
+                raise InputError(f"{name} must be at most {most:,.0f}, not {value}")

@@ -36,6 +36,8 @@ DEFAULT_SCALE = 0.4
 DEFAULT_PROMPTS = "sharegpt"
 DEFAULT_OUTPUTS = "20"
 
+_LONGEST_SLO_S = 1e9  # nobody misses it, and its microseconds fit into 64 bits
+
 SloOf: TypeAlias = Callable[[str, int], float | None]
 """Latency in seconds of a model's request with so many output tokens at SLO scale 1; None if unknown."""
 
@@ -193,7 +195,8 @@ def _request_slos(
     for endpoint_id, entry in enumerate(models.entries, start=1):
         mine = draw.endpoint_id == endpoint_id
         lengths, which = np.unique(outputs.tokens[mine], return_inverse=True)
-        slos = [duration_micros(slo_scale * _slo_s(slo_of, entry.model.name, tokens)) for tokens in lengths.tolist()]
+        slos_s = (slo_scale * _slo_s(slo_of, entry.model.name, tokens) for tokens in lengths.tolist())
+        slos = [duration_micros(min(slo_s, _LONGEST_SLO_S)) for slo_s in slos_s]
         slo_us[mine] = np.array(slos, np.int64)[which]
     return slo_us
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.errors import InputError
-from maveriq.tables import Row, read_text
+from maveriq.errors import InputError, cannot_write
+from maveriq.tables import Row, is_folder, read_text
 from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.base import Arrivals
 from maveriq.workload.columns import (
@@ -89,17 +89,18 @@ def write_schedule(arrivals: Arrivals, path: Path) -> None:
     """Write a schedule file that `read_schedule` reads back exactly; it appears whole or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the place cannot be written to.
+        MaveriqError: the disk is full.
     """
-    if path.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: it is a folder; name a file")
+    if is_folder(path):
+        raise InputError(f"schedule {str(path)!r} cannot be written: it is a folder; name a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(_lines(arrivals))
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+        raise cannot_write(f"schedule {str(path)!r}", error) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.tables import read_text
+from maveriq.tables import exists, read_text
 from maveriq.workload import azure, schedule
 from maveriq.workload.azure import EMBEDDED_TRACES, AzureTrace, embedded_trace, parse_azure
 from maveriq.workload.base import Arrivals
@@ -52,7 +52,7 @@ def load_trace(name_or_path: str) -> Trace:
     if name_or_path in EMBEDDED_TRACES:
         return embedded_trace(name_or_path)
     path = Path(name_or_path)
-    if not (path.suffix in (".csv", ".gz") or "/" in name_or_path or path.exists()):
+    if not (path.suffix in (".csv", ".gz") or "/" in name_or_path or exists(path)):
         raise UnknownNameError("trace", name_or_path, TRACES, "or give the path of a CSV file")
     return read_trace(path)
 
@@ -64,6 +64,8 @@ def read_trace(path: Path) -> AzureTrace | Schedule:
         InputError: the file cannot be used; the message names the line.
     """
     text = read_text(path, what="trace")
+    if not text.strip():
+        raise InputError(f"trace {str(path)!r} is empty; give an Azure trace or a schedule")
     header = header_of(text)
     # A column of one kind is enough to tell them apart; what else is wrong with the header is said by the reader.
     if set(header) & set(azure.COLUMNS):

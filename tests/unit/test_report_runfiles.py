@@ -10,7 +10,7 @@ import pytest
 from strategies_records import REASONS, deployment, rejected, run_record, single_server, table
 
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, REQUEST_COLUMNS, GpuSample
-from maveriq.errors import InputError, InvariantError
+from maveriq.errors import InputError, InvariantError, MaveriqError
 from maveriq.report.folders import RUN_FILES, check_writable, write_folder
 from maveriq.report.reading import read_meta, read_run
 from maveriq.report.runfiles import write_run
@@ -173,8 +173,9 @@ def test_nothing_is_left_when_writing_fails(folder, tmp_path):
     def full_disk(fresh: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(MaveriqError, match="No space left") as caught:
         write_folder(folder, full_disk)
+    assert caught.value.exit_code == 1  # a full disk is no bad input
     assert (folder / "run.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -67,7 +67,7 @@ def test_check_counts_an_azure_trace(tmp_path):
         (("check", "nowhere.csv"), "does not exist"),
         (("show", "--scale", "-1"), "scale must be a positive number"),
         (("show", "--models", "huge"), "unknown model set 'huge'"),
-        (("export", "--out", "nowhere/schedule.csv"), "cannot write"),
+        (("export", "--out", "nowhere/schedule.csv"), "cannot be written"),
     ],
 )
 def test_what_is_wrong_is_raised(arguments, says):

@@ -54,7 +54,7 @@ def test_file_looks_as_documented(tmp_path):
 def test_nothing_is_left_where_it_cannot_be_written(tmp_path, where):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_schedule(arrivals(), tmp_path / where)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 
