@@ -74,6 +74,22 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
         raise InputError(f"{what} {str(path)!r} cannot be read: {error}; write it plainly") from None
 
 
+def read_json(path: Path, shape: type[T], *, what: str) -> T:
+    """Read a JSON file into a `msgspec.Struct`; declare it with `forbid_unknown_fields=True`.
+
+    Raises:
+        InputError: not JSON (NaN and Infinity are not), an unknown key, a missing key, a value of
+            the wrong type or range.
+    """
+    text = read_text(path, what=what)
+    try:
+        return msgspec.json.decode(text, type=shape)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{what} {str(path)!r}: {_in_plain_words(str(error))}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{what} {str(path)!r} is not valid JSON: {error}") from None
+
+
 def _in_plain_words(message: str) -> str:
     """Turn msgspec's words for a key ("Object contains unknown field `x` - at `$.a[0]`") into ours."""
     message = re.sub(r" - at `\$\.?([^`]*)`", lambda at: f" (in {at[1]})" if at[1] else "", message)

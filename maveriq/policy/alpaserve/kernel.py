@@ -1,0 +1,64 @@
+"""The placement simulator's inner loop, compiled; import it late, compiling takes a second.
+
+The contract is that of `reference.simulate_requests`, with NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def simulate_requests(
+    arrival_s: np.ndarray[Any, Any],
+    model_index: np.ndarray[Any, Any],
+    slo_s: np.ndarray[Any, Any],
+    host_start: np.ndarray[Any, Any],
+    hosts: np.ndarray[Any, Any],
+    group_stages: np.ndarray[Any, Any],
+    group_offset: np.ndarray[Any, Any],
+    stage_s: np.ndarray[Any, Any],
+    overhead_s: float,
+    served: np.ndarray[Any, Any],
+    dispatched: np.ndarray[Any, Any],
+    finish_s: np.ndarray[Any, Any],
+) -> None:
+    """Do as `reference.simulate_requests`."""
+    groups = len(group_stages)
+    most_stages = 1
+    for group in range(groups):
+        most_stages = max(most_stages, group_stages[group])
+    clocks = np.zeros((groups, most_stages))
+    last = np.zeros(groups)  # the clock of each last stage again, close together for the dispatch
+    ends = np.empty(most_stages)
+    keep = len(finish_s) > 0
+    for number in range(len(arrival_s)):
+        arrival = arrival_s[number]
+        model = model_index[number]
+        if model < 0 or host_start[model] == host_start[model + 1]:
+            continue
+        group = hosts[host_start[model]]
+        least = last[group]
+        for position in range(host_start[model] + 1, host_start[model + 1]):
+            other = hosts[position]
+            if last[other] < least:
+                least = last[other]
+                group = other
+        dispatched[group] += 1
+        stages = group_stages[group]
+        first = group_offset[group] + model * stages
+        end = arrival
+        for stage in range(stages):
+            end = max(end, clocks[group, stage]) + stage_s[first + stage]
+            ends[stage] = end
+        finish = end + overhead_s
+        if finish - arrival <= slo_s[number]:
+            for stage in range(stages):
+                clocks[group, stage] = ends[stage]
+            last[group] = end
+            served[model] += 1
+            if keep:
+                finish_s[number] = finish
