@@ -111,15 +111,17 @@ class Row:
             raise InputError(f"{self.where}: {column} is empty")
         return value
 
-    def number(self, column: str, *, least: float = -math.inf) -> float:
-        """Return a finite number of at least `least`."""
+    def number(self, column: str, *, least: float = -math.inf, most: float = math.inf) -> float:
+        """Return a finite number from `least` to `most`."""
         raw = self.cells[column]
         try:
             value = float(raw)
         except ValueError:
             raise InputError(f"{self.where}: {column} must be a number, not {raw!r}") from None
-        if not math.isfinite(value) or value < least:
+        if not math.isfinite(value) or not least <= value <= most:
             bound = f" of at least {least:g}" if least > -math.inf else ""
+            if most < math.inf:
+                bound = f" from {least:g} to {most:g}"
             raise InputError(f"{self.where}: {column} must be a finite number{bound}, not {raw!r}")
         return value
 

@@ -67,7 +67,10 @@ def _from_file(path: Path) -> Cluster:
             f"cluster {str(path)!r}: used_gib has {len(used_gib)} numbers for {read.count} GPUs; give one for each"
         )
     used_bytes = [bytes_from_gib(amount) for amount in used_gib]
-    return _cluster(read.name, kind, gpus_per_node=read.gpus_per_node or read.count, used_bytes=used_bytes)
+    try:
+        return _cluster(read.name, kind, gpus_per_node=read.gpus_per_node or read.count, used_bytes=used_bytes)
+    except InputError as error:
+        raise InputError(f"cluster {str(path)!r}: {error}; lower used_gib or raise memory_gib") from None
 
 
 def _cluster(name: str, kind: GpuKind, *, gpus_per_node: int, used_bytes: list[Bytes]) -> Cluster:

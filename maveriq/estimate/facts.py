@@ -126,7 +126,7 @@ def read_slo(path: Path) -> dict[str, SloBase]:
         InputError: not such a table, a model that stands twice, a negative time.
     """
     return unique(
-        (row.text("model"), SloBase(ttft_s=row.number("ttft_s", least=0), tpot_s=row.number("tpot_s", least=0)), row)
+        (row.text("model"), SloBase(ttft_s=_seconds(row, "ttft_s"), tpot_s=_seconds(row, "tpot_s")), row)
         for row in read_csv(path, ("model", "ttft_s", "tpot_s"), what="SLO table")
     )
 
@@ -154,8 +154,12 @@ def read_load_times(path: Path) -> dict[LoadedAs, Range]:
 
 
 def _range_s(row: Row) -> Range:
-    low = row.number("low_s", least=0)
-    return Range(low=low, high=row.number("high_s", least=low))
+    low = _seconds(row, "low_s")
+    return Range(low=low, high=_seconds(row, "high_s", least=low))
+
+
+def _seconds(row: Row, column: str, *, least: float = 0.0) -> float:
+    return row.number(column, least=least, most=1e6)
 
 
 def read_load_fit(path: Path) -> LoadFit:

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from maveriq.domain.models import KvType, WeightType
+from maveriq.errors import InputError
 from maveriq.estimate.cells import choice, unique
 from maveriq.estimate.formula import Exponents, Fingerprint
-from maveriq.tables import read_csv
+from maveriq.tables import Row, read_csv
+
+# Beyond any hardware; estimates from what lies within stay finite.
+_MOST, _MOST_EXPONENT = 1e6, 10
 
 CONSTANTS = tuple(field.name for field in fields(Fingerprint))
 """Columns of constants, in the order of the files."""
@@ -55,7 +59,7 @@ def read_fingerprints(path: Path) -> dict[Stored, dict[Point, Fingerprint]]:
     """Read a fingerprint file.
 
     Raises:
-        InputError: not such a table, a key that stands twice, a constant that is no number.
+        InputError: not such a table, a key that stands twice, a constant that cannot be.
     """
     keyed = (
         (
@@ -63,7 +67,7 @@ def read_fingerprints(path: Path) -> dict[Stored, dict[Point, Fingerprint]]:
                 Stored(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
                 Point(row.count("tp", least=1), row.count("pp", least=1), row.count("batch", least=1)),
             ),
-            Fingerprint(**{name: row.number(name) for name in CONSTANTS}),
+            _fingerprint(row),
             row,
         )
         for row in read_csv(path, COLUMNS, what="fingerprint table")
@@ -74,17 +78,26 @@ def read_fingerprints(path: Path) -> dict[Stored, dict[Point, Fingerprint]]:
     return table
 
 
+def _fingerprint(row: Row) -> Fingerprint:
+    """Return a row's constants; times may be a little below zero, as measuring gives them, memory may not."""
+    constants = {name: row.number(name, least=-_MOST, most=_MOST) for name in CONSTANTS}
+    row.number("memory_layer_gib", least=1e-6)
+    if constants["memory_layer_gib"] + constants["memory_other_gib"] <= 0:
+        raise InputError(f"{row.where}: a model of one layer would take no memory; correct the memory constants")
+    return Fingerprint(**constants)
+
+
 def read_exponents(path: Path) -> dict[tuple[WeightType, KvType], Exponents]:
     """Read a table of exponents.
 
     Raises:
-        InputError: not such a table, a key that stands twice, a negative exponent.
+        InputError: not such a table, a key that stands twice, an exponent that is negative or too large.
     """
     names = [field.name for field in fields(Exponents)]
     return unique(
         (
             (choice(row, "weights", WeightType), choice(row, "kv", KvType)),
-            Exponents(**{name: row.number(name, least=0) for name in names}),
+            Exponents(**{name: row.number(name, least=0, most=_MOST_EXPONENT) for name in names}),
             row,
         )
         for row in read_csv(path, ("weights", "kv", *names), what="table of exponents")

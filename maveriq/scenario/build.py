@@ -16,7 +16,7 @@ from maveriq.domain.intents import Intent, Objective
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import estimator
+from maveriq.estimate.catalog import ESTIMATORS, estimator
 from maveriq.estimate.clusters import cluster_from
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.policy.catalog import make_policy
@@ -84,7 +84,7 @@ def build_scenario(options: Options) -> Scenario:
             load_window=profile.load_window,
         ),
         guess=_guess_with(planner),
-        serve=None if options.serve_with == RECORDED else estimator(options.serve_with, profile),
+        serve=_serve(options.serve_with, profile),
         load_time=_load_time(options, profile),
         faults=faults,
         drain_us=drain_us,
@@ -127,6 +127,15 @@ def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
         if value is not None:
             said[name] = micros(value * unit_s)
     return replace(DispatchTiming() if options.ideal else measured, **said)
+
+
+def _serve(name: str, profile: HardwareProfile) -> Estimator | None:
+    """Return who times simulated service; None for the workload's own recorded times."""
+    if name == RECORDED:
+        return None
+    if name not in ESTIMATORS:
+        raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
+    return estimator(name, profile)
 
 
 def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
