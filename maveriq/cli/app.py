@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from maveriq import __version__
 from maveriq.cli.ending import ending, prepare_streams
 from maveriq.cli.fit import fit
+from maveriq.cli.place import place
 from maveriq.cli.plan import plan
 from maveriq.cli.sim import sim
 from maveriq.cli.trace import app as trace_app
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command(cls=_Command)(sim)
 app.command(cls=_Command)(plan)
+app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)
 app.add_typer(trace_app, name="trace")
 

@@ -5,13 +5,22 @@ The contract is that of `reference.simulate_requests`, with NumPy arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function when it is first called, and keep the machine code on disk where that can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]  # numba has no types
+    except RuntimeError:  # nowhere to keep it: each process compiles for itself
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@_compiled
 def simulate_requests(
     arrival_s: np.ndarray[Any, Any],
     model_index: np.ndarray[Any, Any],

@@ -17,6 +17,10 @@ class SearchProgress:
     requests: int = 0
 
 
+class SearchStopped(Exception):  # noqa: N818  (no error, and never seen outside a search)
+    """Ends the threads of a search that was interrupted."""
+
+
 class ProgressTally:
     """Counts what the threads of a search report, and tells one listener after each report."""
 
@@ -25,6 +29,11 @@ class ProgressTally:
         self._listener = listener
         self._lock = threading.Lock()
         self._progress = SearchProgress()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let every thread end at its next report."""
+        self._stopped = True
 
     def expect(self, candidates: int) -> None:
         """So many candidates more are to be filled."""
@@ -39,6 +48,8 @@ class ProgressTally:
         self._add(simulations=1, requests=requests)
 
     def _add(self, **counts: int) -> None:
+        if self._stopped:
+            raise SearchStopped
         if self._listener is None:
             return
         with self._lock:

@@ -145,10 +145,11 @@ def search(
     """
     started = time.perf_counter()
     settings = settings or SearchSettings()
-    candidates = _Search(problem, settings, ProgressTally(progress)).candidates()
+    tally = ProgressTally(progress)
+    candidates = _Search(problem, settings, tally).candidates()
     best, reason = _choose(candidates, problem, settings)
     if best is not None and settings.bucket:
-        best = _Buckets(problem, settings, ProgressTally(progress)).better_than(best)
+        best = _Buckets(problem, settings, tally).better_than(best)
     if best is not None:
         verify(best.placement, problem)
     return PlacementSolution(
@@ -205,7 +206,11 @@ class _Search:
             return tuple(map(self._fill, tried))
         # The compiled loop, where nearly all the time goes, runs outside the interpreter's lock.
         with ThreadPoolExecutor(workers) as threads:
-            return tuple(threads.map(self._fill, tried))
+            try:
+                return tuple(threads.map(self._fill, tried))
+            except BaseException:
+                self._tally.stop()  # or leaving the block would wait until all are filled
+                raise
 
     def _workers(self) -> int:
         if self._settings.workers is not None:

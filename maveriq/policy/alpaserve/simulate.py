@@ -50,6 +50,10 @@ class SimulatorSettings:
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"placement simulator: {name} must be finite and not negative, not {value}")
 
+    def penalty(self, shape: GroupShape) -> float:
+        """Return the factor on the stage times of a shape."""
+        return 1 + self.penalty_per_stage * shape.pp
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Counts:
@@ -115,9 +119,10 @@ class PlacementSimulator:
         self._on_simulated = on_simulated
         self._loop = compiled_loop(self._settings.compiled)
         demand = problem.demand
-        self._arrival_s = np.ascontiguousarray(demand.arrival_s, np.float64)
-        self._model_index = np.ascontiguousarray(demand.model_index, np.int64)
-        self._slo_s = self._rounded(np.asarray(demand.slo_s, np.float64))
+        # Copies, because the compiled loop would be compiled again for arrays that are read-only.
+        self._arrival_s = np.array(demand.arrival_s, np.float64)
+        self._model_index = np.array(demand.model_index, np.int64)
+        self._slo_s = self._rounded(np.array(demand.slo_s, np.float64))
         known = self._model_index[self._model_index >= 0]
         self.requests = np.bincount(known, minlength=len(problem.models))
         self._tables: dict[GroupShape, Array] = {}
@@ -179,13 +184,13 @@ class PlacementSimulator:
         if table is None:
             rows = [model.profile.shapes.get(shape) for model in self.problem.models]
             latency_s = np.array([row.stage_latency_s if row else (math.inf,) * shape.pp for row in rows])
-            table = self._rounded(latency_s.ravel() * (1 + self._settings.penalty_per_stage * shape.pp))
+            table = self._rounded(latency_s.ravel() * self._settings.penalty(shape))
             self._tables[shape] = table
         return table
 
     def _rounded(self, values: Array) -> Array:
         if not self._settings.single_precision:
-            return np.ascontiguousarray(values)
+            return values
         with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, as published
             return values.astype(np.float32).astype(np.float64)
 
@@ -213,6 +218,15 @@ def compiled_loop(compiled: bool | None) -> Callable[..., None]:  # noqa: FBT001
         return _plain_loop
     loop: Callable[..., None] = simulate_requests
     return loop
+
+
+def warm_up() -> None:
+    """Import and compile the inner loop now; the first simulation does it otherwise."""
+    ints, floats = np.zeros(1, np.int64), np.zeros(1)
+    bounds = np.array([0, 1])
+    compiled_loop(None)(
+        floats, ints, floats, bounds, ints, ints + 1, ints, floats, 0.0, ints + 0, ints + 0, np.empty(0)
+    )
 
 
 def _plain_loop(*arguments: Any) -> None:

@@ -1,0 +1,86 @@
+"""Profiles for the search: from maveriq's own estimator, or the table of the published placements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.embedded import data_path
+from maveriq.errors import InvariantError, UnknownNameError
+from maveriq.estimate.base import Estimator
+from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, StageProfile
+from maveriq.policy.split import deal_layers, shard_bytes
+from maveriq.tables import read_csv
+
+PUBLISHED_COLUMNS = ("model", "tp", "pp", "stage_latency_s", "stage_weight_bytes")
+
+
+def profiles_from_estimator(
+    models: Sequence[ModelSpec], estimator: Estimator, *, gpus: int, prompt_tokens: int, output_tokens: int
+) -> tuple[ModelProfile, ...]:
+    """Return each model's profile as an estimator sees it, with float16 weights.
+
+    A stage takes its share by layers of the whole generation, which is what an SLO covers, and
+    holds its share of the whole memory, KV cache included. (The published table has the prefill
+    and the weights alone.) Layers are split evenly, the first stages take the remainder. What the
+    estimator refuses is missing.
+    """
+    return tuple(
+        ModelProfile(
+            shapes={
+                GroupShape(tp, pp): _stages(model, configuration, estimator, prompt_tokens, output_tokens)
+                for tp in model.tensor_parallel_degrees(gpus)
+                for pp in range(1, min(gpus // tp, model.layers) + 1)
+                if not estimator.why_not(model, configuration := _float16(tp, pp))
+            }
+        )
+        for model in models
+    )
+
+
+def _float16(tp: int, pp: int) -> Configuration:
+    return Configuration(tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE)
+
+
+def _stages(
+    model: ModelSpec, configuration: Configuration, estimator: Estimator, prompt_tokens: int, output_tokens: int
+) -> StageProfile:
+    tp, pp = configuration.tp, configuration.pp
+    split = deal_layers(model.layers, [model.layers] * pp)
+    if split is None:
+        raise InvariantError(f"{model.name} has fewer layers than {configuration} has stages")
+    service = estimator.service(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=1)
+    memory_bytes = estimator.memory(model, configuration)
+    return StageProfile(
+        stage_latency_s=tuple(service.latency_s * layers / model.layers for layers in split),
+        stage_weight_bytes=shard_bytes(split, tp=tp, layers=model.layers, memory_bytes=memory_bytes)[::tp],
+    )
+
+
+def published_profiles() -> Mapping[str, ModelProfile]:
+    """Return the profiles by model name that the published placements were computed with.
+
+    Float16 on one A6000 and more; prefill latency and weights alone. All stages are alike.
+    """
+    shapes: dict[str, dict[GroupShape, StageProfile]] = {}
+    for row in read_csv(data_path("alpaserve", "profile-float16.csv"), PUBLISHED_COLUMNS, what="AlpaServe profile"):
+        shape = GroupShape(row.count("tp", least=1), row.count("pp", least=1))
+        shapes.setdefault(row.text("model"), {})[shape] = StageProfile(
+            stage_latency_s=(row.number("stage_latency_s"),) * shape.pp,
+            stage_weight_bytes=(row.number("stage_weight_bytes"),) * shape.pp,
+        )
+    return {name: ModelProfile(shapes=found) for name, found in shapes.items()}
+
+
+def published_profiles_of(model_names: Sequence[str]) -> tuple[ModelProfile, ...]:
+    """Return the published profile of each model.
+
+    Raises:
+        UnknownNameError: a model that the table does not have.
+    """
+    known = published_profiles()
+    for name in model_names:
+        if name not in known:
+            raise UnknownNameError("model", name, known, hint="in AlpaServe's published profile")
+    return tuple(known[name] for name in model_names)
