@@ -42,6 +42,7 @@ class Deployment:
     state: DeploymentState
     busy: BusyHistory
     reason: str = ""
+    gpu_ids: tuple[int, ...] = ()
     gpu_mask: int = 0
     ready_us: Micros = NOT_YET
     removed_us: Micros = NOT_YET
@@ -101,7 +102,7 @@ class Deployment:
             model=self.ask.model.name,
             configuration=str(self.plan.configuration) if self.plan else "",
             layer_split=self.plan.layer_split if self.plan else (),
-            gpu_ids=self.plan.gpu_ids if self.plan else (),
+            gpu_ids=self.gpu_ids,
             status=self.state.value,
             waiting=waiting,
             completed=self.completed,

@@ -49,6 +49,7 @@ class Fleet:
             raise InvariantError(f"policy {self._policy.name!r} put {ask.model.name} on GPU {gone[0]}, which is not up")
         deployment = self._add(ask, plan, DeploymentState.WAITING)
         self._state.reserve(deployment.deployment_id, dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)))
+        deployment.gpu_ids = plan.gpu_ids
         deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
         self._to_start.append(deployment)
         return deployment
@@ -62,10 +63,12 @@ class Fleet:
 
     def start_idle(self) -> list[StartEngine]:
         """Start loading each waiting deployment whose GPUs are all up and idle at this instant."""
+        if not self._to_start:
+            return []  # as nearly always
         return [self._start(deployment) for deployment in list(self._to_start) if self._may_start(deployment)]
 
     def _may_start(self, deployment: Deployment) -> bool:
-        down = any(map(self._state.is_down, deployment.layout.gpu_ids))
+        down = any(map(self._state.is_down, deployment.gpu_ids))
         return not down and not deployment.gpu_mask & self.busy_mask
 
     def _start(self, deployment: Deployment) -> StartEngine:
@@ -104,13 +107,13 @@ class Fleet:
             self.busy_mask &= ~deployment.gpu_mask
             deployment.running = ()
             deployment.busy.add(deployment.started_us, now_us)
-            for gpu_id in deployment.layout.gpu_ids:
+            for gpu_id in deployment.gpu_ids:
                 self._released_us[gpu_id] = now_us
         return requests
 
     def released_us(self, deployment: Deployment) -> Micros:
         """Return when the last of a deployment's GPUs stopped executing; 0 if none ever did."""
-        return max(map(self._released_us.__getitem__, deployment.layout.gpu_ids))
+        return max(map(self._released_us.__getitem__, deployment.gpu_ids))
 
     def holds_memory(self, deployment: Deployment) -> bool:
         """Say whether a deployment holds GPU memory: it is planned, and not gone for good."""

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 from maveriq.domain.requests import Request
 from maveriq.units import MICROS_PER_SECOND, Micros
@@ -66,7 +66,8 @@ class Line:
         return self.by_arrival[0] if self.by_arrival else None
 
 
-class Head(NamedTuple):
+@dataclass(slots=True)
+class Head:
     """Who may go next: a request, its line, and whether it goes because it waited too long."""
 
     line: Line
@@ -77,13 +78,14 @@ class Head(NamedTuple):
 class RequestQueue:
     """All waiting requests, and the choice of the next one."""
 
-    __slots__ = ("_discipline", "_lines", "_max_wait_us", "_sequence", "_single_line", "_waiting")
+    __slots__ = ("_discipline", "_front", "_lines", "_max_wait_us", "_sequence", "_single_line", "_waiting")
 
     def __init__(self, discipline: Discipline, max_wait_us: Micros = DEFAULT_MAX_WAIT_US) -> None:
         self._discipline = discipline
         self._single_line = discipline is Discipline.FIFO
         self._max_wait_us = max_wait_us
         self._lines: dict[int, Line] = {}
+        self._front: Line | None = None  # whose head is first of all under fifo; None: not known
         self._sequence = 0
         self._waiting = 0
 
@@ -101,10 +103,12 @@ class RequestQueue:
     def park(self, deployment_id: int, *, parked: bool) -> None:
         """Pass over a deployment's requests while its engine is down, or take them up again."""
         self._lines[deployment_id].parked = parked
+        self._front = None
 
     def close_line(self, deployment_id: int) -> list[Request]:
         """Drop a deployment's line and return the requests that waited in it, in order of arrival."""
         line = self._lines.pop(deployment_id)
+        self._front = None
         self._waiting -= len(line)
         left = (entry[3] for entry in line.heap if entry[2] not in line.taken_by_arrival)
         return sorted(left, key=lambda request: request.request_id)
@@ -130,6 +134,8 @@ class RequestQueue:
 
     def _add(self, line: Line, entry: tuple[int, float, int, Request]) -> None:
         heapq.heappush(line.heap, entry)
+        if entry[0] == 0:
+            self._front = None
         if not self._single_line:
             line.by_arrival.append((entry[2], entry[3]))
         self._waiting += 1
@@ -155,7 +161,9 @@ class RequestQueue:
         if not self._waiting:
             return None
         if self._single_line:
-            line = self._first(0)
+            if self._front is None:
+                self._front = self._first(0)
+            line = self._front
             return None if line is None or line.gpu_mask & busy_mask else Head(line, line.heap[0][3], overdue=False)
         overdue, held_mask = self._overdue(now_us, busy_mask)
         if overdue:
@@ -204,4 +212,5 @@ class RequestQueue:
                 line.taken_by_rank.add(sequence)
             taken.append(request)
         self._waiting -= len(taken)
+        self._front = None
         return tuple(taken)

@@ -76,7 +76,7 @@ class _Simulation:
         self._last_arrival_us = int(arrivals.arrival_us[-1])
         self._plans: dict[int, DeploymentPlan] = {}
         self._inbox: list[Event] = []
-        self._next_wake_us: Micros | None = None
+        self._last_wake_us: Micros | None = None  # the last wake put on the calendar
         self._steps = 0
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
@@ -88,7 +88,7 @@ class _Simulation:
             self._post(ask.asked_us, DeployAsked(ask))
         for fault in self._scenario.faults:
             self._post_fault(fault)
-        self._post_next_arrival()
+        self._post_next_arrival(0)
         self._after(self._scenario.sample_us, self._sample_regularly)
         deadline_us = self._last_arrival_us + self._scenario.drain_us
         # What is due at the deadline itself still happens; hence the microsecond more.
@@ -112,14 +112,14 @@ class _Simulation:
         self._inbox.append(event)
         self._settle()
 
-    def _post_next_arrival(self) -> None:
+    def _post_next_arrival(self, now_us: Micros) -> None:
         request = next(self._requests, None)
-        if request is not None:
-            self._after(request.arrival_us - self._now_us, partial(self._deliver_arrival, request))
+        if request:
+            self._after(request.arrival_us - now_us, partial(self._deliver_arrival, request))
 
     def _deliver_arrival(self, request: Request, timeout: simpy.Event) -> None:
         self._left_to_arrive -= 1
-        self._post_next_arrival()
+        self._post_next_arrival(request.arrival_us)
         self._deliver(RequestArrived(request), timeout)
 
     def _settle(self) -> None:
@@ -135,8 +135,8 @@ class _Simulation:
         for action in self._controller.handle(now_us, events):
             self._carry_out(action, now_us)
         wake_us = self._controller.wake_us
-        if wake_us is not None and wake_us != self._next_wake_us:
-            self._next_wake_us = wake_us
+        if wake_us is not None and wake_us != self._last_wake_us:
+            self._last_wake_us = wake_us
             self._after(wake_us - now_us, self._wake)
         if self._watcher:
             self._look(self._watcher, now_us)
@@ -144,8 +144,6 @@ class _Simulation:
             raise simpy.core.StopSimulation("every request has ended")
 
     def _wake(self, _: simpy.Event) -> None:
-        if self._next_wake_us == self._now_us:
-            self._next_wake_us = None
         self._settle()
 
     def _all_ended(self) -> bool:
