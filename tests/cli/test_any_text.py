@@ -1,0 +1,77 @@
+"""Any text at all gives a value or an InputError, never another exception."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maveriq.domain.catalog import load_model
+from maveriq.errors import InputError
+from maveriq.estimate.clusters import cluster_from
+from maveriq.scenario.faults import parse_fault
+from maveriq.tables import read_csv
+from maveriq.workload.modelsets import load_model_set
+from maveriq.workload.traces import load_trace, read_trace
+
+QUICK = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def pieces(*parts: str) -> st.SearchStrategy[str]:
+    """Texts put together from what nearly belongs there and what does not."""
+    odd = ["", "nan", "-1", "1e999", "9" * 30, "\0", "é", '"', "'", "\n", "\r\n", ",", "=", "[", "]", "{", "#", "\x1f"]
+    return st.lists(st.sampled_from([*parts, *odd]) | st.text(max_size=3), max_size=12).map("".join)
+
+
+GZIP_START = b"\x1f\x8b\x08\0\0\0\0\0\0\3"
+SCHEDULES = pieces("arrival_s,endpoint,prompt_tokens,output_tokens\n", "1,1,1,1\n", "0.5,1,", "service_s")
+AZURES = pieces(
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n", "2023-11-16 18:17:03.97996,1,2\n", "2023-11-16 ", "+00:00,"
+)
+CLUSTERS = pieces('name = "x"\n', 'gpu = "A6000"\n', "count = 2\n", "used_gib = [1, 2]\n", "memory_gib = ", "1.5\n")
+MODEL_SETS = pieces('name = "x"\n', "[[models]]\n", 'model = "gptj-6b"\n', "load_at = 0\n", 'objective = "min-cost"\n')
+CONFIGS = pieces('{"num_hidden_layers": 2', ', "hidden_size": 8', ', "num_attention_heads": 2, "vocab_size": 5', "}")
+
+
+def tolerate(read, *arguments) -> None:
+    with contextlib.suppress(InputError):
+        read(*arguments)
+
+
+@QUICK
+@given(text=SCHEDULES | AZURES | st.binary(max_size=40))
+def test_traces(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
+    tolerate(read_trace, path)
+    tolerate(lambda: [row.number("a") for row in read_csv(path, ("a",), what="table")])
+
+
+@QUICK
+@pytest.mark.parametrize(
+    ("name", "read", "texts"),
+    [("c.toml", cluster_from, CLUSTERS), ("m.toml", load_model_set, MODEL_SETS), ("m.json", load_model, CONFIGS)],
+)
+@given(data=st.data())
+def test_files_with_keys(tmp_path: Path, name: str, read, texts, data: st.DataObject) -> None:
+    path = tmp_path / name
+    path.write_bytes(data.draw(texts | st.text(max_size=20)).encode(errors="surrogatepass"))
+    tolerate(read, str(path))
+
+
+@QUICK
+@given(text=pieces("gpu=", "deployment=", "3", "@", "600", "s", ",for=", "120", "8", "x", "A6000", ".toml", "/"))
+def test_what_is_said_on_the_command_line(text: str) -> None:
+    for read in (parse_fault, cluster_from, load_trace, load_model_set, load_model):
+        tolerate(read, text)
+
+
+@QUICK
+@given(start=st.sampled_from([b"", GZIP_START[:5], GZIP_START]), body=st.binary(max_size=40))
+def test_packed_files(tmp_path: Path, start: bytes, body: bytes) -> None:
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(start + body)
+    tolerate(read_trace, path)
