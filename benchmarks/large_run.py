@@ -1,0 +1,116 @@
+"""One large run, in a process of its own so that its memory is its own.
+
+Usage: python benchmarks/large_run.py WORLD REQUESTS
+
+Prints one line of JSON: CPU time of a bare SimPy event, of the simulation and of the files, and
+how far memory grew over what it was after the imports.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simpy
+from large_worlds import WORLDS, World
+
+from maveriq.domain.requests import RequestStatus
+from maveriq.report.runfiles import write_run
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.scenario.scenario import Scenario
+from maveriq.sim.engine import simulate
+from maveriq.units import MICROS_PER_SECOND
+from maveriq.workload.arrivals import steady_poisson
+from maveriq.workload.base import Arrivals, Workload
+
+LOAD = 0.7
+_STARTED_US = 600 * MICROS_PER_SECOND  # by then every engine is up
+_PROBE_REQUESTS = 2_000
+_SAMPLES = 2_000
+_DRAIN_US = 1_000_000 * MICROS_PER_SECOND  # far longer than any backlog here takes to serve
+
+
+def measure(world: World, requests: int) -> dict[str, float]:
+    """Run a world at 70 % of what it can serve, and write its files."""
+    imported_bytes = _peak_bytes()
+    scenario = _scenario(world)
+    arrivals = _arrivals(world, LOAD * _capacity_per_s(scenario, world), requests)
+    run, simulate_s = _timed(lambda: simulate(_with(scenario, arrivals)))
+    with tempfile.TemporaryDirectory() as scratch:
+        _, files_s = _timed(lambda: write_run(Path(scratch) / "run", run, {}, {}))
+    grown_bytes = _peak_bytes() - imported_bytes
+    completed = run.requests.counts()[RequestStatus.COMPLETED]
+    if completed != requests:
+        raise SystemExit(f"{world.title}: {completed} of {requests} requests completed; this measures something else")
+    return {
+        "bare_event_us": _bare_event_us(requests),
+        "simulate_us": simulate_s * 1e6 / requests,
+        "files_us": files_s * 1e6 / requests,
+        "memory_kib": grown_bytes / 1024 / requests,
+    }
+
+
+def _scenario(world: World) -> Scenario:
+    """Return the default scenario on another cluster, with the first models of a set, all asked for at 0."""
+    scenario = build_scenario(Options(gpus=world.gpus, models="regular"))
+    asks = tuple(replace(ask, asked_us=0) for ask in scenario.workload.asks[: world.models])
+    return replace(scenario, workload=replace(scenario.workload, asks=asks))
+
+
+def _with(scenario: Scenario, arrivals: Arrivals) -> Scenario:
+    workload = Workload(name="steady Poisson", asks=scenario.workload.asks, arrivals=arrivals)
+    sample_us = max(MICROS_PER_SECOND, int(arrivals.arrival_us[-1]) // _SAMPLES)
+    return replace(scenario, workload=workload, drain_us=_DRAIN_US, sample_us=sample_us)
+
+
+def _arrivals(world: World, rate_per_s: float, requests: int) -> Arrivals:
+    arrivals = steady_poisson(rate_per_s=rate_per_s, requests=requests, endpoints=world.models)
+    return replace(arrivals, arrival_us=arrivals.arrival_us + _STARTED_US)
+
+
+def _capacity_per_s(scenario: Scenario, world: World) -> float:
+    """Return what the cluster completes when it is never short of requests, dispatcher and all."""
+    arrivals = _arrivals(world, 1.0, _PROBE_REQUESTS)
+    at_once = replace(arrivals, arrival_us=np.full(_PROBE_REQUESTS, _STARTED_US, np.int64))
+    requests = simulate(_with(scenario, at_once)).requests
+    return _PROBE_REQUESTS * MICROS_PER_SECOND / float(requests.finish_us.max() - _STARTED_US)
+
+
+def _bare_event_us(events: int) -> float:
+    """Return the CPU time of one event of SimPy that does nothing but put the next on the calendar."""
+    env = simpy.Environment()
+    left = events
+
+    def again(_: simpy.Event) -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            env.timeout(1).callbacks.append(again)
+
+    env.timeout(1).callbacks.append(again)
+    _, loop_s = _timed(env.run)
+    return loop_s * 1e6 / events
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start_s = time.process_time()
+    result = work()
+    return result, time.process_time() - start_s
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(WORLDS[sys.argv[1]], int(sys.argv[2]))))
