@@ -70,8 +70,8 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
         raise InputError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
     except msgspec.ValidationError as error:
         raise InputError(f"{what} {str(path)!r}: {_in_plain_words(str(error))}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets of thousands
-        raise InputError(f"{what} {str(path)!r} cannot be read: {error}; write it plainly") from None
+    except (ValueError, RecursionError):  # thousands of digits, thousands of brackets
+        raise InputError(f"{what} {str(path)!r}: a number is too long, or brackets too deep; shorten it") from None
 
 
 def read_json(path: Path, shape: type[T], *, what: str) -> T:

@@ -69,7 +69,7 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
     ranking = rank(ask, view, estimator(question.plan_with, profile), profile.accuracy)
     failure = ranking.note if ranking.candidates else ranking.why_empty()
     if failure and not all_reasons:
-        raise MaveriqError(f"{model.name} {failure}; --why names every configuration")
+        raise MaveriqError(f"{model.name}: {failure}; --why names every configuration")
     if as_json:
         typer.echo(json.dumps(ranking_json(ask, ranking, cluster), indent=2, allow_nan=False))
     else:
@@ -78,4 +78,4 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
             console.print(ranking_table(ask, ranking, cluster, top=top, width=console.width))
         console.print(left_out_table(ranking, every=all_reasons))
     if failure:
-        raise MaveriqError(f"{model.name} {failure}")
+        raise MaveriqError(f"{model.name}: {failure}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -82,7 +83,12 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    """Return an error with the line of the user's code that it comes from, if it does."""
+    ours = (__file__, importlib.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [one for one in frames if one.filename not in ours and not one.filename.startswith("<")]
+    where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _load_file(path: Path) -> ModuleType:

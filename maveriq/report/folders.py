@@ -69,7 +69,9 @@ def _checked(folder: Path) -> Path:
     try:
         target = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, links that go round
-        raise InputError(f"output folder {str(folder)!r} leads nowhere: {error}; name another folder") from None
+        raise InputError(
+            f"output folder {str(folder)!r} leads nowhere: {str(error).rstrip('.')}; name another folder"
+        ) from None
     where = f"output folder {str(target)!r}"
     try:
         if target.exists() and not target.is_dir():

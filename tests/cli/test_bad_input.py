@@ -198,8 +198,8 @@ MALFORMED = [
     cluster(CLUSTER + "memory_gib = nan\n", "(in memory_gib)"),
     cluster(CLUSTER + "memory_gib = inf\n", "(in memory_gib)"),
     cluster(CLUSTER + f"memory_gib = {'9' * 400}\n", "(in memory_gib)"),
-    cluster(CLUSTER + f"memory_gib = {'9' * 5000}\n", "cannot be read"),
-    cluster("a = " + "[" * 5000, "cannot be read"),
+    cluster(CLUSTER + f"memory_gib = {'9' * 5000}\n", "a number is too long"),
+    cluster("a = " + "[" * 5000, "brackets too deep"),
     # Model sets
     bad("trace show --models m.toml", "model set 'm.toml' does not exist"),
     models('name = "mine"\nmodels = []\n', "m.toml", "length >= 1 (in models)"),
@@ -255,7 +255,7 @@ MALFORMED = [
     bad("sim --policy .x:order", "policy '.x:order'", "cannot be imported"),
     bad("sim --policy :order", "policy ':order'", "cannot be imported"),
     policy("def order(gpus) return", "cannot be imported", "SyntaxError"),
-    policy("1 / 0", "cannot be imported", "ZeroDivisionError"),
+    policy("1 / 0", "cannot be imported", "ZeroDivisionError: division by zero (r.py, line 1)"),
     policy("import sys\nsys.exit()", "cannot be imported", "SystemExit"),
     policy("", "r.py has no function 'order'"),
     policy("order = 3", "r.py has no function 'order'"),
@@ -299,13 +299,13 @@ def test_bad_input_gives_one_line_and_2_and_leaves_nothing(case: Case, maveriq: 
 SLOW = "plan llama-2-7b --slo-ms 1"
 RULE = "def order(gpus):\n    "
 FAILING = [
-    bad(SLOW, "llama-2-7b misses its SLO of 0.001 s", "the fastest that fits takes", "--why"),
+    bad(SLOW, "llama-2-7b: misses its SLO of 0.001 s", "the fastest that fits takes", "--why"),
     bad(f"{SLOW} --json", "misses its SLO"),
     bad("plan llama-2-7b --gpus c.toml", "does not fit the free memory", "--why", files={"c.toml": TINY_CLUSTER}),
     bad("plan llama-2-7b --gpus c.toml --json", "none of 24", files={"c.toml": TINY_CLUSTER}),
     bad("plan llama-2-7b --min-accuracy 99.9 --gpus c.toml", "none of 24", files={"c.toml": TINY_CLUSTER}),
     bad("plan x.json", "does not fit", files={"x.json": CONFIG.replace(": 32,", f": {10**12},", 1)}),
-    policy(RULE + "1 / 0", "policy 'r.py:order' failed: ZeroDivisionError"),
+    policy(RULE + "1 / 0", "policy 'r.py:order' failed: ZeroDivisionError: division by zero (r.py, line 2)"),
     policy(RULE + "import sys; sys.exit(0)", "policy 'r.py:order' failed: SystemExit"),
     policy("def order(): pass", "policy 'r.py:order' failed: TypeError"),
     policy(RULE + "return None", "policy 'r.py:order' failed: TypeError", "must return GPUs"),
@@ -359,7 +359,7 @@ def test_why_shows_what_is_left_out_even_where_nothing_meets_the_slo(maveriq: Ma
     ended = maveriq(f"{SLOW} --why")
     assert ended.code == 1
     assert "known not to run" in ended.out
-    assert ended.err.startswith("maveriq: llama-2-7b misses its SLO")
+    assert ended.err.startswith("maveriq: llama-2-7b: misses its SLO")
 
 
 # What may happen at any time

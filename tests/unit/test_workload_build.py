@@ -178,7 +178,7 @@ def test_a_schedule_knows_no_scale_and_no_unknown_endpoint(recording, tmp_path):
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "", "\n", "x" * 200_000])
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "other.csv").write_text(text)
-    with pytest.raises(InputError, match="neither an Azure trace .* nor a schedule|is empty"):
+    with pytest.raises(InputError, match=r"neither an Azure trace .* nor a schedule|is empty"):
         build(trace=str(tmp_path / "other.csv"))
 
 
