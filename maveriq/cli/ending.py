@@ -86,7 +86,7 @@ def _usage(error: Any) -> str:
     """Return a usage error as a clause with the value and where to read more."""
     told = error.format_message().strip().rstrip(".")
     # Typer's validator keeps the value that it refused, but does not say it.
-    refused = getattr(error.__cause__, "errors", list)()
+    refused: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     if refused:
         told = told.replace("Input should", "it must").partition(", unable to parse")[0]
     given = f" (given: {refused[0]['input']!r})" if refused else ""

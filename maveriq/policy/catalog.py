@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
+from typing import Any
 
 from maveriq.domain.cluster import GpuView
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
@@ -68,7 +69,7 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
 
     def order(gpus: Sequence[GpuView]) -> list[GpuView]:
         try:
-            answer = list(rule(gpus))
+            answer: list[Any] = list(rule(gpus))
         except (Exception, SystemExit) as error:
             raise MaveriqError(f"policy {name!r} failed: {_told(error)}; it must return GPUs") from error
         given = set(gpus)
