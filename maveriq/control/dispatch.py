@@ -9,16 +9,15 @@ from maveriq.units import Micros
 class DispatchClock:
     """Turns "could go from then on" into the instant at which the dispatcher sends it."""
 
-    __slots__ = ("_last_tick", "_paused_until_us", "_timing")
+    __slots__ = ("_closed_until_us", "_timing")
 
     def __init__(self, timing: DispatchTiming) -> None:
         self._timing = timing
-        self._last_tick = -1
-        self._paused_until_us = 0
+        self._closed_until_us = 0
 
     def pause(self, now_us: Micros) -> None:
         """Send nothing for a while: an engine just registered."""
-        self._paused_until_us = max(self._paused_until_us, now_us + self._timing.pause_us)
+        self._closed_until_us = max(self._closed_until_us, now_us + self._timing.pause_us)
 
     def earliest_us(self, arrival_us: Micros, release_us: Micros) -> Micros:
         """Return when a request may go.
@@ -29,13 +28,13 @@ class DispatchClock:
         """
         timing = self._timing
         ready_us = max(
-            arrival_us + timing.after_arrival_us, release_us + timing.after_release_us, self._paused_until_us
+            arrival_us + timing.after_arrival_us, release_us + timing.after_release_us, self._closed_until_us
         )
-        if not timing.tick_us:
-            return ready_us
-        return max(-(-ready_us // timing.tick_us), self._last_tick + 1) * timing.tick_us
+        tick_us = timing.tick_us
+        return -(-ready_us // tick_us) * tick_us if tick_us else ready_us
 
     def sent(self, now_us: Micros) -> None:
-        """Note a dispatch: the tick is used up."""
-        if self._timing.tick_us:
-            self._last_tick = now_us // self._timing.tick_us
+        """Note a dispatch, at an instant at which it was allowed: until the next tick there is no other."""
+        tick_us = self._timing.tick_us
+        if tick_us:
+            self._closed_until_us = (now_us // tick_us + 1) * tick_us
