@@ -15,9 +15,9 @@ import numpy as np
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, and keep the machine code on disk where that can be written."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]  # numba has no types
+        return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # nowhere to keep it: each process compiles for itself
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled

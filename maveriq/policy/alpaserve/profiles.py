@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.embedded import data_path
-from maveriq.errors import InvariantError, UnknownNameError
+from maveriq.errors import UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, StageProfile
-from maveriq.policy.split import deal_layers, shard_bytes
+from maveriq.policy.split import shard_bytes
 from maveriq.tables import read_csv
+from maveriq.units import Bytes
 
 PUBLISHED_COLUMNS = ("model", "tp", "pp", "stage_latency_s", "stage_weight_bytes")
 
@@ -27,34 +28,33 @@ def profiles_from_estimator(
     estimator refuses is missing.
     """
     return tuple(
-        ModelProfile(
-            shapes={
-                GroupShape(tp, pp): _stages(model, configuration, estimator, prompt_tokens, output_tokens)
-                for tp in model.tensor_parallel_degrees(gpus)
-                for pp in range(1, min(gpus // tp, model.layers) + 1)
-                if not estimator.why_not(model, configuration := _float16(tp, pp))
-            }
-        )
-        for model in models
+        ModelProfile(shapes=dict(_shapes(model, estimator, gpus, prompt_tokens, output_tokens))) for model in models
     )
 
 
-def _float16(tp: int, pp: int) -> Configuration:
-    return Configuration(tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE)
+def _shapes(
+    model: ModelSpec, estimator: Estimator, gpus: int, prompt_tokens: int, output_tokens: int
+) -> Iterator[tuple[GroupShape, StageProfile]]:
+    for tp in model.tensor_parallel_degrees(gpus):
+        for pp in range(1, min(gpus // tp, model.layers) + 1):
+            configuration = Configuration(tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE)
+            if estimator.why_not(model, configuration):
+                continue
+            service = estimator.service(
+                model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=1
+            )
+            if service.latency_s > 0:  # a fit that falls below 0 says nothing about this shape
+                memory_bytes = estimator.memory(model, configuration)
+                yield GroupShape(tp, pp), _stages(model, GroupShape(tp, pp), service.latency_s, memory_bytes)
 
 
-def _stages(
-    model: ModelSpec, configuration: Configuration, estimator: Estimator, prompt_tokens: int, output_tokens: int
-) -> StageProfile:
-    tp, pp = configuration.tp, configuration.pp
-    split = deal_layers(model.layers, [model.layers] * pp)
-    if split is None:
-        raise InvariantError(f"{model.name} has fewer layers than {configuration} has stages")
-    service = estimator.service(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=1)
-    memory_bytes = estimator.memory(model, configuration)
+def _stages(model: ModelSpec, shape: GroupShape, latency_s: float, memory_bytes: Bytes) -> StageProfile:
+    each, rest = divmod(model.layers, shape.pp)
+    split = (each + 1,) * rest + (each,) * (shape.pp - rest)
+    shards = shard_bytes(split, tp=shape.tp, layers=model.layers, memory_bytes=memory_bytes)
     return StageProfile(
-        stage_latency_s=tuple(service.latency_s * layers / model.layers for layers in split),
-        stage_weight_bytes=shard_bytes(split, tp=tp, layers=model.layers, memory_bytes=memory_bytes)[::tp],
+        stage_latency_s=tuple(latency_s * layers / model.layers for layers in split),
+        stage_weight_bytes=shards[:: shape.tp],
     )
 
 

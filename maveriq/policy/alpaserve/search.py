@@ -19,7 +19,7 @@ from maveriq.policy.alpaserve.simulate import PlacementSimulator, PlacementStats
 from maveriq.policy.alpaserve.star import WORDS, StarRule, qualifies
 
 ROUND_ROBIN_STAGES = 4
-_WORTH_THREADS = 2_000_000
+_WORTH_THREADS = 20_000_000
 """Below this product of requests, models and GPUs a search is over before threads would help."""
 
 
@@ -216,7 +216,7 @@ class _Search:
         if self._settings.workers is not None:
             return self._settings.workers
         size = len(self._problem.demand) * len(self._problem.models) * self._problem.gpus
-        return len(os.sched_getaffinity(0)) if size > _WORTH_THREADS else 1
+        return _cores() if size > _WORTH_THREADS else 1
 
     def _fill(self, shapes: tuple[GroupShape, ...]) -> FilledCandidate:
         if self._settings.policy is PlacementPolicy.ROUND_ROBIN:
@@ -228,6 +228,11 @@ class _Search:
         filled = _scored(placement, self._simulator.run(placement))
         self._tally.filled()
         return filled
+
+
+def _cores() -> int:
+    """Return the cores that this process may use, where the system tells, else all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _scored(placement: Placement, stats: PlacementStats) -> FilledCandidate:

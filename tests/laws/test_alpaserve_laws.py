@@ -1,0 +1,129 @@
+"""Laws of placements, of the simulator, and of the search."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from strategies_placement import all_placements, placements, problems
+
+from maveriq.policy.alpaserve.batching import simulate_batched
+from maveriq.policy.alpaserve.groups import gpu_bytes
+from maveriq.policy.alpaserve.problem import PlacementProblem
+from maveriq.policy.alpaserve.search import Fill, PlacementPolicy, SearchSettings, search
+from maveriq.policy.alpaserve.simulate import PlacementSimulator, SimulatorSettings, simulate
+from maveriq.policy.alpaserve.star import StarRule
+
+POLICIES = [
+    SearchSettings(max_tp=8),
+    SearchSettings(fill=Fill.BEAM),
+    SearchSettings(policy=PlacementPolicy.SELECTIVE_REPLICATION),
+    SearchSettings(policy=PlacementPolicy.SELECTIVE_REPLICATION, fill=Fill.BEAM, beam=2),
+    SearchSettings(policy=PlacementPolicy.MODEL_PARALLELISM, group_size=1),
+    SearchSettings(policy=PlacementPolicy.ROUND_ROBIN),
+    *(SearchSettings(policy=PlacementPolicy.ALPASERVE_STAR, star_rule=rule) for rule in StarRule),
+]
+
+
+@pytest.mark.parametrize("single_precision", [True, False])
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_compiled_loop_agrees_with_plain_python(single_precision, data: st.DataObject) -> None:
+    problem = data.draw(problems())
+    placement = data.draw(placements(problem))
+    compiled, plain = (
+        simulate(problem, placement, SimulatorSettings(compiled=compiled, single_precision=single_precision))
+        for compiled in (True, False)
+    )
+    for field in ("ok", "finish_s", "requests", "served", "dispatched"):
+        np.testing.assert_array_equal(getattr(compiled, field), getattr(plain, field))
+    assert (compiled.attainment, compiled.mean_latency_s) == (plain.attainment, plain.mean_latency_s)
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_what_is_served_is_served_within_its_slo(data: st.DataObject) -> None:
+    problem = data.draw(problems())
+    placement = data.draw(placements(problem))
+    stats = simulate(problem, placement)
+    latency_s = stats.finish_s - problem.demand.arrival_s
+    hosted = {model for group in placement for model in group.models}
+    # SLOs are rounded to float32.
+    assert (latency_s <= problem.demand.slo_s * (1 + 1e-7)).all()
+    assert (latency_s[~stats.ok] == 0).all()
+    assert stats.served.sum() == stats.ok.sum()
+    assert stats.dispatched.sum() == sum(stats.requests[model] for model in hosted)
+    assert (stats.served <= stats.requests).all()
+    counts = PlacementSimulator(problem).count(placement)
+    np.testing.assert_array_equal(counts.served, stats.served)
+    np.testing.assert_array_equal(counts.dispatched, stats.dispatched)
+
+
+@pytest.mark.parametrize("how", POLICIES, ids=lambda how: f"{how.policy}-{how.fill}-{how.star_rule}")
+@given(problem=problems(most_gpus=4, most_models=4, most_requests=15))
+@settings(max_examples=25, deadline=None)
+def test_a_placement_fits_and_hosts_no_model_twice(how: SearchSettings, problem: PlacementProblem) -> None:
+    solution = search(problem, how)
+    if solution.best is None:
+        assert how.policy is PlacementPolicy.ALPASERVE_STAR
+        assert solution.reason
+        assert solution.groups == ()
+        return
+    for group in solution.best.placement:
+        assert len(set(group.models)) == len(group.models)
+        assert gpu_bytes(group, problem) <= problem.memory_bytes
+    assert sum(group.tp * group.pp for group in solution.groups) <= problem.gpus
+    stats = simulate(problem, solution.best.placement)
+    assert (stats.attainment, stats.score) == (solution.best.attainment, solution.best.score)
+    if how.policy is PlacementPolicy.ALPASERVE_STAR:
+        assert {model for group in solution.groups for model in group.model_indices} == set(range(len(problem.models)))
+
+
+@given(problem=problems(most_gpus=2, most_models=3, most_requests=15))
+@settings(max_examples=60, deadline=None)
+def test_more_memory_never_lowers_the_best_score(problem: PlacementProblem) -> None:
+    """With the memory of one GPU more on each, the exhaustive search does as well or better; no fill beats it."""
+    best = _best_score(problem)
+    richer = replace(problem, memory_bytes=2 * problem.memory_bytes)
+    assert _best_score(richer) >= best
+    for fill in Fill:
+        found = search(problem, SearchSettings(fill=fill, max_tp=8))
+        assert found.best is not None
+        assert found.best.score <= best
+
+
+def _best_score(problem: PlacementProblem) -> float:
+    simulator = PlacementSimulator(problem)
+    return max(simulator.run(placement).score for placement in all_placements(problem))
+
+
+@given(problem=problems())
+@settings(max_examples=20, deadline=None)
+def test_threads_do_not_change_the_answer(problem: PlacementProblem) -> None:
+    alone, together = (search(problem, SearchSettings(workers=workers)) for workers in (1, 3))
+    assert replace(alone, search_s=0) == replace(together, search_s=0)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_batching_ends_every_request(data: st.DataObject) -> None:
+    """With batches that take as long as one request, no fewer heads are in time; every request ends."""
+    problem = data.draw(problems())
+    problem = replace(problem, models=tuple(map(_batched, problem.models)))
+    placement = tuple(
+        replace(group, models=tuple(m for m in group.models if group.shape in problem.models[m].profile.shapes))
+        for group in data.draw(placements(problem))
+    )
+    stats = simulate_batched(problem, placement)
+    assert (stats.finish_s >= problem.demand.arrival_s).all()
+    assert stats.served.sum() == stats.ok.sum()
+    assert (stats.served <= stats.requests).all()
+
+
+def _batched(model):
+    shapes = {
+        shape: replace(one, batched_latency_s=dict.fromkeys((2, 4, 8, 16), one.stage_latency_s))
+        for shape, one in model.profile.shapes.items()
+    }
+    return replace(model, profile=replace(model.profile, shapes=shapes))
