@@ -32,13 +32,14 @@ from maveriq.control.events import (
 from maveriq.control.fleet import Fleet
 from maveriq.control.ledger import RequestLedger
 from maveriq.control.queues import DEFAULT_MAX_WAIT_US, Discipline, RequestQueue
+from maveriq.control.replicas import ReplicaChoice, Replicas
 from maveriq.domain.hardware import Cluster, DispatchTiming, LoadWindow
 from maveriq.domain.requests import Request
 from maveriq.policy.base import Policy
 from maveriq.units import Micros
 
 ServiceGuess: TypeAlias = Callable[[Deployment, Request], Micros]
-"""Estimated service of a request, from what is known before it runs; for shortest job first."""
+"""Estimated service of a request, from what is known before it runs; for `sjf` and `least-work`."""
 
 
 class OnFailure(StrEnum):
@@ -56,6 +57,8 @@ class ControllerSettings:
     discipline: Discipline = Discipline.FIFO
     max_wait_us: Micros = DEFAULT_MAX_WAIT_US
     on_failure: OnFailure = OnFailure.REQUEUE
+    replica: ReplicaChoice = ReplicaChoice.UNIFORM
+    seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
 
 
@@ -68,7 +71,9 @@ class Controller:
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings
-        self._guess = guess if settings.discipline is Discipline.SJF else None
+        self._replicas = Replicas(settings.replica, settings.seed)
+        guesses = settings.discipline is Discipline.SJF or settings.replica is ReplicaChoice.LEAST_WORK
+        self._guess = guess if guesses else None
         self._clock = DispatchClock(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}
         self._now_us: Micros = 0
@@ -120,20 +125,14 @@ class Controller:
         if not replicas:
             self.ledger.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
             return
-        deployment = self._choose(replicas)
+        deployment = replicas[0] if len(replicas) == 1 else self._replicas.choose(replicas, request)
         self.ledger.assigned(request, deployment.deployment_id)
         if not deployment.serves:
             self.ledger.refused(request, deployment.why_refused())
             return
         service_us = self._guess(deployment, request) if self._guess else 0
+        self._replicas.committed(deployment, self._now_us, service_us)
         self.queue.push(request, deployment.deployment_id, service_us)
-
-    def _choose(self, replicas: list[Deployment]) -> Deployment:
-        """Return the serving replica with the least requests, the first of equals."""
-        if len(replicas) == 1:
-            return replicas[0]
-        serving = [one for one in replicas if one.serves]
-        return min(serving or replicas[:1], key=lambda one: self.queue.waiting(one.deployment_id) + len(one.running))
 
     def _finished(self, event: ExecutionFinished) -> None:
         deployment = self.fleet.deployments[event.deployment_id]

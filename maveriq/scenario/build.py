@@ -10,6 +10,7 @@ from typing import TypeVar
 from maveriq.control.controller import ControllerSettings, OnFailure, ServiceGuess
 from maveriq.control.deployments import Deployment
 from maveriq.control.queues import Discipline
+from maveriq.control.replicas import ReplicaChoice
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.hardware import Cluster, DispatchTiming
 from maveriq.domain.intents import Intent, Objective
@@ -81,6 +82,8 @@ def build_scenario(options: Options) -> Scenario:
             discipline=_choice(Discipline, "queue", options.queue),
             max_wait_us=micros(options.max_wait_s),
             on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
+            replica=_choice(ReplicaChoice, "replica choice", options.replica),
+            seed=options.seed,
             load_window=profile.load_window,
         ),
         guess=_guess_with(planner),

@@ -77,6 +77,7 @@ class Options:
     max_wait_s: float = _option(
         60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0, most=_LONGEST_S
     )
+    replica: str = _option("uniform", "Among replicas of a model: uniform or least-work.", _POLICY)
     plan_with: str = _option("paper", "Estimator that the policy plans with.", _POLICY)
 
     serve_with: str = _option("paper", "What times simulated service: an estimator, or recorded.", _WORLD)

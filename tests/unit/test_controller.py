@@ -21,6 +21,7 @@ from maveriq.control.events import (
     StopEngine,
 )
 from maveriq.control.queues import Discipline
+from maveriq.control.replicas import ReplicaChoice
 from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.hardware import DispatchTiming
 from maveriq.domain.requests import Request, RequestStatus
@@ -142,10 +143,31 @@ def test_a_batch_takes_who_waits_and_waits_for_nobody() -> None:
     assert table.finish_us.tolist() == [1_010, 8_010, 8_010, 8_010, 10_010]  # as long as its longest
 
 
-def test_replicas_share_the_requests_of_an_endpoint() -> None:
-    brain = up({1: [(0,), (1,)]})
-    executed = [brain.handle(at, [RequestArrived(request(at, at_us=at))]) for at in (1, 2, 3)]
-    assert [[action.deployment_id for action in actions] for actions in executed] == [[1], [2], []]
+def served_by(brain: Controller, count: int, tokens=lambda number: 10) -> list[int]:
+    """Send requests one after another, nothing finishing; return the replica that each was given to."""
+    for number in range(1, count + 1):
+        brain.handle(number, [RequestArrived(request(number, at_us=number, tokens=tokens(number)))])
+    return brain.ledger.close().deployment_id.tolist()
+
+
+def test_least_work_goes_by_what_was_committed() -> None:
+    brain = up({1: [(0,), (1,)]}, replica=ReplicaChoice.LEAST_WORK)
+    assert served_by(brain, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
+
+
+def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> None:
+    three = {1: [(0,), (1,), (2,)]}
+    given = served_by(up(three, seed=1), 3_000)
+    assert all(abs(given.count(replica) - 1_000) < 100 for replica in (1, 2, 3))
+    assert given[:50] != served_by(up(three, seed=2), 50)
+    assert given[:50] == served_by(up(three, seed=1), 50)
+
+
+@pytest.mark.parametrize("choice", ReplicaChoice)
+def test_a_replica_that_is_up_is_preferred_to_one_that_will_be_back(choice: ReplicaChoice) -> None:
+    brain = up({1: [(0,), (1,)]}, replica=choice)
+    brain.handle(0, [EngineDown(1, returns=True)])
+    assert set(served_by(brain, 20)) == {2}
 
 
 def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
@@ -213,7 +235,7 @@ def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
 
 
 def test_requests_of_a_lost_replica_go_to_the_other() -> None:
-    brain = up({1: [(0,), (1,)]})
+    brain = up({1: [(0,), (1,)]}, replica=ReplicaChoice.LEAST_WORK)
     for at in (1, 2, 3):
         brain.handle(at, [RequestArrived(request(at, at_us=at))])
     brain.handle(4, [EngineDown(1, returns=False)])
