@@ -1,0 +1,149 @@
+"""Build the wheel, install it into an empty environment and use it there.
+
+Run it as: python scripts/check_wheel.py
+
+Prints one line for each check and ends with 1 at the first that fails. The network is needed for
+pip alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_FILES = {"requests.csv", "deployments.csv", "gpus.csv", "run.json"}
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+
+
+class CheckError(Exception):
+    """The wheel is not as it should be."""
+
+
+def main() -> int:
+    """Make all checks and return the exit code."""
+    start_s = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="maveriq-wheel-") as scratch:
+        try:
+            check(Path(scratch))
+        except CheckError as error:
+            print(f"FAILED  {error}")
+            return 1
+    print(f"ok      all of it in {time.perf_counter() - start_s:.0f} s")
+    return 0
+
+
+def check(scratch: Path) -> None:
+    """Make all checks, everything they need in a folder outside the repository.
+
+    Raises:
+        CheckError: one failed.
+    """
+    wheel = build(scratch / "dist")
+    say("built", wheel.name)
+    say("contents", check_contents(wheel))
+    commands = install(wheel, scratch / "venv")
+    say("installed", "with its dependencies, into an empty environment")
+    empty = scratch / "empty"
+    empty.mkdir()
+    release = wheel.name.split("-")[1]
+    expect(run([commands / "maveriq", "--version"], empty) == f"maveriq {release}\n", "--version says another version")
+    say("--version", release)
+    expect(run([commands / "maveriq", "sim", "--quiet"], empty) == "", "sim --quiet printed something")
+    say("sim", check_run(empty / "runs"))
+    expect("TP 1 x PP 1" in run([commands / "maveriq", "plan", "llama-2-7b"], empty), "plan shows no configuration")
+    say("plan", "llama-2-7b has configurations")
+    expect("requests from" in run([commands / "maveriq", "trace", "show", "code"], empty), "trace show shows no trace")
+    say("trace show", "the code trace")
+
+
+def build(folder: Path) -> Path:
+    """Build the wheel and return its path."""
+    run([*PIP, "wheel", "--no-deps", "--wheel-dir", folder, ROOT], ROOT)
+    wheels = list(folder.glob("*.whl"))
+    expect(len(wheels) == 1, f"the build made {len(wheels)} wheels")
+    return wheels[0]
+
+
+def check_contents(wheel: Path) -> str:
+    """Check that every file of the package and of traces/ is inside, and nothing else of the repository."""
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "maveriq").rglob("*") if path.is_file()}
+    tables = {f"maveriq/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "traces").rglob("*") if path.is_file()}
+    wanted = {name for name in sources | tables if "__pycache__" not in name}
+    expect(wanted <= inside, f"missing in the wheel: {min(wanted - inside, default='')}")
+    strangers = {name for name in inside - wanted if ".dist-info/" not in name}
+    expect(not strangers, f"not wanted in the wheel: {min(strangers, default='')}")
+    return f"{len(sources & wanted)} files of the package, {len(tables)} of traces, no tests"
+
+
+def install(wheel: Path, folder: Path) -> Path:
+    """Install the wheel into a new environment and return the folder of its commands."""
+    venv.create(folder)
+    commands = folder / ("Scripts" if os.name == "nt" else "bin")
+    run([*PIP, "--python", folder, "install", wheel], folder)
+    return commands
+
+
+def check_run(runs: Path) -> str:
+    """Check that there is one run folder, whose files are whole and agree."""
+    folders = list(runs.iterdir()) if runs.is_dir() else []
+    expect(len(folders) == 1, f"sim left {len(folders)} run folders")
+    files = {path.name for path in folders[0].iterdir()}
+    expect(files == RUN_FILES, f"the run folder holds {', '.join(sorted(files))}")
+    with (folders[0] / "requests.csv").open(encoding="utf-8", newline="") as lines:
+        statuses = Counter(row["status"] for row in csv.DictReader(lines))
+    body = json.loads((folders[0] / "run.json").read_text(encoding="utf-8"))
+    counts = body["summary"]["overall"]["counts"]
+    total = counts.pop("scheduled")
+    expect(total > 0, "sim had no request")
+    expect(sum(counts.values()) == total, f"{counts} do not add up to {total} requests")
+    expect(statuses == Counter(counts), f"requests.csv has {dict(statuses)}, run.json {counts}")
+    return f"{total:,} requests, {counts['completed']:,} completed, all files there"
+
+
+def run(command: Sequence[str | Path], folder: Path) -> str:
+    """Run a command in a folder, away from the repository and from what the user set, and return what it printed.
+
+    Raises:
+        CheckError: it failed.
+    """
+    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MAVERIQ_DATA")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run(  # noqa: S603
+        [str(part) for part in command],
+        cwd=folder,
+        env=environment,
+        check=False,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if done.returncode:
+        raise CheckError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def expect(true: bool, otherwise: str) -> None:  # noqa: FBT001
+    """Raise CheckError with what is wrong, unless all is well."""
+    if not true:
+        raise CheckError(otherwise)
+
+
+def say(what: str, found: str) -> None:
+    """Print the line of a check that went well."""
+    print(f"ok      {what}: {found}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
