@@ -1,4 +1,4 @@
-"""Records: what happened, in one schema for simulated and real runs (DESIGN, "Records")."""
+"""Records: what happened, in one schema for simulated and real runs (SPEC 10)."""
 
 from __future__ import annotations
 

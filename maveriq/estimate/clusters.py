@@ -30,23 +30,28 @@ class _ClusterFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     used_gib: list[_Gib] | None = None
 
 
-def cluster_from(text_or_path: str) -> Cluster:
+def cluster_from(text_or_path: str, own: GpuKind | None = None) -> Cluster:
     """Return the cluster that a user names.
 
     Args:
         text_or_path: COUNTxKIND, all in one node, such as `8xA6000`; or the path of a TOML file.
+        own: a kind of GPU that a user's own profile describes, beside those that come with maveriq.
 
     Raises:
         InputError: neither of them, an unknown kind of GPU, no GPU, or a file that is wrong.
     """
     short = re.fullmatch(r"(\d{1,9})x([^/\\.]+)", text_or_path)
     if short:
-        return _from_short(text_or_path, int(short[1]), load_gpu_kind(short[2]))
+        return _from_short(text_or_path, int(short[1]), _kind(short[2], own))
     if text_or_path.endswith(".toml") or os.sep in text_or_path:
-        return _from_file(Path(text_or_path))
+        return _from_file(Path(text_or_path), own)
     raise InputError(
         f"GPUs {text_or_path!r}: write count and kind, such as 8xA6000, or give the path of a cluster's TOML file"
     )
+
+
+def _kind(name: str, own: GpuKind | None) -> GpuKind:
+    return own if own and own.name.casefold() == name.casefold() else load_gpu_kind(name)
 
 
 def _from_short(text: str, count: int, kind: GpuKind) -> Cluster:
@@ -56,9 +61,9 @@ def _from_short(text: str, count: int, kind: GpuKind) -> Cluster:
     return _cluster(f"{count}x{kind.name}", kind, gpus_per_node=count, used_bytes=[0] * count)
 
 
-def _from_file(path: Path) -> Cluster:
+def _from_file(path: Path, own: GpuKind | None) -> Cluster:
     read = read_toml(path, _ClusterFile, what="cluster")
-    kind = load_gpu_kind(read.gpu)
+    kind = _kind(read.gpu, own)
     if read.memory_gib is not None:
         kind = GpuKind(name=kind.name, capacity_bytes=bytes_from_gib(read.memory_gib), idle_bytes=kind.idle_bytes)
     used_gib = [0.0] * read.count if read.used_gib is None else read.used_gib

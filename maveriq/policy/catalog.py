@@ -18,7 +18,7 @@ from maveriq.policy.configure import Accuracy
 from maveriq.policy.maveriq import MaverIQ
 from maveriq.policy.place import PlacementRule, hybrid, least_loaded_first, packing
 
-_RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
+RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
     {
         "hybrid": hybrid,
         "packing": lambda _threshold: packing,
@@ -26,6 +26,7 @@ _RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType
         "none": lambda _threshold: None,
     }
 )
+"""Placement rules by name, each made from the packing threshold; None keeps the roomiest GPUs."""
 
 
 def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_threshold: float) -> Policy:
@@ -44,10 +45,10 @@ def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_
     hybrid(packing_threshold)  # a bad threshold is refused even where this policy has no use for it
     if ":" in name:
         rule: PlacementRule | None = _load_rule(name)
-    elif name in _RULES:
-        rule = _RULES[name](packing_threshold)
+    elif name in RULES:
+        rule = RULES[name](packing_threshold)
     else:
-        raise UnknownNameError("policy", name, _RULES, hint="or a rule of your own as file.py:function")
+        raise UnknownNameError("policy", name, RULES, hint="or a rule of your own as file.py:function")
     return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
 
 

@@ -32,7 +32,7 @@ def ranking_table(ask: DeployAsk, ranking: Ranking, cluster: Cluster, *, top: in
         ranking: the answer, with at least one candidate.
         cluster: what it was fitted to.
         top: how many rows at most.
-        width: of the terminal, in characters; wide ones also show layers, objective and time to first token.
+        width: of the terminal, in characters; wide ones also show the time to first token and total memory.
     """
     wide = width >= _WIDE
     shown, total = min(top, len(ranking.candidates)), len(ranking.candidates)
@@ -42,21 +42,22 @@ def ranking_table(ask: DeployAsk, ranking: Ranking, cluster: Cluster, *, top: in
     )
     table.add_column("\n#", justify="right", style="dim")
     table.add_column("\nconfiguration", no_wrap=True)
-    if wide:
-        table.add_column("\nlayers", no_wrap=True)
+    table.add_column("\nlayers", no_wrap=wide)
     for header in _headers(ask, wide=wide):
         table.add_column(header, justify="right", no_wrap=True)
     for place, candidate in enumerate(ranking.candidates[:top], start=1):
-        layers = [layer_list(candidate.layer_split)] if wide else []
-        cells = _cells(candidate, wide=wide)
         table.add_row(
-            str(place), str(candidate.configuration), *layers, *cells, style="bold green" if place == 1 else ""
+            str(place),
+            str(candidate.configuration),
+            layer_list(candidate.layer_split),
+            *_cells(candidate, wide=wide),
+            style="bold green" if place == 1 else "",
         )
     return table
 
 
 def _headers(ask: DeployAsk, *, wide: bool) -> list[str]:
-    narrow = ["latency\ns", "TPOT\nms", "GiB\nper GPU", "accuracy\n%", _UNITS[ask.intent.objective]]
+    narrow = ["latency\ns", "TPOT\nms", "GiB\nper GPU", "acc.\n%", _UNITS[ask.intent.objective]]
     if not wide:
         return narrow
     return ["latency\ns", "first\ntoken s", "TPOT\nms", "memory\nGiB", "GiB\nper GPU", "accuracy\n%", narrow[-1]]

@@ -1,4 +1,4 @@
-"""Run folders: requests.csv, deployments.csv, gpus.csv and run.json (DESIGN, "Records").
+"""Run folders: requests.csv, deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
 
 run.json also keeps, under "record", what the tables cannot hold (whole asks and plans, endpoints,
 reasons), so that a folder reads back into the `RunRecord` it was written from.

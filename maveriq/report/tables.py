@@ -175,7 +175,7 @@ def _latency_columns(*, wide: bool) -> list[_Column]:
 
 def _token_columns() -> list[_Column]:
     return [
-        _figure_column("TTFT s\nmean", "user_ttft_s", "mean"),
+        _figure_column("1st token s\nmean", "user_ttft_s", "mean"),
         _figure_column("\np95", "user_ttft_s", "p95"),
         _figure_column("TPOT s\nmean", "tpot_s", "mean"),
     ]

@@ -118,7 +118,8 @@ def _label(queue: Queue, backlogs: list[Backlog], evidence: Evidence) -> Verdict
 
 
 def _sentence(label: VerdictLabel, evidence: Evidence) -> str:
-    left = f"{evidence.left_waiting:,} still waited" if evidence.left_waiting else "none waited"
+    others = max(0, evidence.left_waiting - 1)  # the last arrival itself waits at that instant
+    left = f"{others:,} still waited" if others else "none still waited"
     match label:
         case VerdictLabel.STABLE:
             found = f"No backlog beyond chance: at most {evidence.peak_waiting:,} waited at once"

@@ -19,7 +19,7 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.catalog import ESTIMATORS, estimator
 from maveriq.estimate.clusters import cluster_from
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.hardware import GpuKind, HardwareProfile, load_profile
 from maveriq.policy.catalog import make_policy
 from maveriq.scenario.faults import check_fault, parse_fault
 from maveriq.scenario.options import Options
@@ -101,7 +101,8 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
     Raises:
         InputError: not a cluster, or GPUs that the profile was not measured on.
     """
-    cluster = cluster_from(gpus)
+    own = GpuKind(name=profile.gpu_kind, capacity_bytes=profile.capacity_bytes, idle_bytes=profile.idle_bytes)
+    cluster = cluster_from(gpus, own)
     for gpu in cluster.gpus:
         if gpu.kind != profile.gpu_kind:
             raise InputError(

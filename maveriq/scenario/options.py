@@ -56,7 +56,9 @@ class Options:
     trace: str = _option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
     scale: float | None = _option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4")
     models: str = _option("large", "Model set: large, regular, twentyone, or a TOML file.", _WORKLOAD)
-    prompt_tokens: str | None = _option(None, "sharegpt, trace, or a number.", _WORKLOAD, shown="sharegpt")
+    prompt_tokens: str | None = _option(
+        None, "sharegpt, trace, or a number; the paper's estimator asks for none.", _WORKLOAD, shown="sharegpt"
+    )
     output_tokens: str | None = _option(None, "trace, or a number.", _WORKLOAD, shown="20")
     poisson_as_published: bool = _option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
     seed: int = _option(42, "Seed of all random streams.", _WORKLOAD)

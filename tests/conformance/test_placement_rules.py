@@ -16,7 +16,7 @@ from maveriq.domain.intents import DeployAsk, Intent, Objective
 from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import load_profile
 from maveriq.policy.base import Deploy, Policy, Rejection
-from maveriq.policy.catalog import _RULES, make_policy
+from maveriq.policy.catalog import RULES, make_policy
 from maveriq.policy.maveriq import MaverIQ
 from maveriq.policy.place import PlacementRule, place_shards
 from maveriq.units import BYTES_PER_GIB, Bytes
@@ -35,7 +35,7 @@ def policy_named(name: str) -> MaverIQ:
     return policy
 
 
-POLICIES: dict[str, Policy] = {name.rpartition("/")[2]: policy_named(name) for name in (*_RULES, *OWN_RULES)}
+POLICIES: dict[str, Policy] = {name.rpartition("/")[2]: policy_named(name) for name in (*RULES, *OWN_RULES)}
 RULES: dict[str, PlacementRule] = {name: policy.rule for name, policy in POLICIES.items() if policy.rule is not None}
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
