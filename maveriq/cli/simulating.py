@@ -24,6 +24,7 @@ from maveriq.report.tables import results_view
 from maveriq.report.verdict import judge
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
+from maveriq.scenario.scenario import Scenario
 from maveriq.sim.engine import simulate
 
 
@@ -64,14 +65,18 @@ def run_simulation(options: Options, output: Output) -> None:
     summary = summarise(run, slo_ttft_s=_seconds(output.slo_ttft_ms), slo_tpot_s=_seconds(output.slo_tpot_ms))
     verdict = judge(run)
     results = summary_json(summary, verdict, run.deployments)
-    write_run(folder, run, results, _meta(options, scenario.workload.name))
+    write_run(folder, run, results, _meta(options, scenario))
     if all(deployment.plan is None for deployment in run.deployments):
         raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}; records: {folder}")
     if output.as_json:
-        typer.echo(json.dumps({"folder": str(folder), **results}, indent=2, allow_nan=False))
+        typer.echo(
+            json.dumps({"folder": str(folder), "notes": list(scenario.notes), **results}, indent=2, allow_nan=False)
+        )
     elif not output.quiet:
         console = Console()
         console.print(results_view(summary, verdict, run.deployments, width=console.width))
+        for note in scenario.notes:
+            console.print(note, highlight=False, markup=False)
         console.print(f"records: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -86,11 +91,12 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _meta(options: Options, workload: str) -> dict[str, Any]:
+def _meta(options: Options, scenario: Scenario) -> dict[str, Any]:
     """Return what led to the results: enough to run the same again."""
     return {
         "kind": "simulated",
-        "workload": workload,
+        "workload": scenario.workload.name,
+        "notes": list(scenario.notes),
         "options": asdict(options),
         "seed": options.seed,
         "versions": {

@@ -29,7 +29,9 @@ RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
 """Placement rules by name, each made from the packing threshold; None keeps the roomiest GPUs."""
 
 
-def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_threshold: float) -> Policy:
+def make_policy(
+    name: str, *, estimator: Estimator, accuracy: Accuracy, packing_threshold: float, others: Sequence[str] = ()
+) -> Policy:
     """Return the policy of a name.
 
     Args:
@@ -38,6 +40,7 @@ def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_
         estimator: what the policy plans with.
         accuracy: measured accuracy of quantised models.
         packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
+        others: names of policies that are made elsewhere, for the message about an unknown name.
 
     Raises:
         InputError: no such policy, a rule that cannot be loaded, a threshold outside 0 to 1.
@@ -48,7 +51,12 @@ def make_policy(name: str, *, estimator: Estimator, accuracy: Accuracy, packing_
     elif name in RULES:
         rule = RULES[name](packing_threshold)
     else:
-        raise UnknownNameError("policy", name, RULES, hint="or a rule of your own as file.py:function")
+        raise UnknownNameError(
+            "policy",
+            name,
+            (*RULES, *others),
+            hint="or alpaserve, alpaserve-star, or a rule of your own as file.py:function",
+        )
     return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
 
 

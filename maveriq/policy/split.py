@@ -42,6 +42,12 @@ def deal_layers(layers: int, room: Sequence[int]) -> LayerSplit | None:
     return tuple(split) if all(split) else None
 
 
+def even_split(layers: int, stages: int) -> LayerSplit:
+    """Return as even a split as there is; the first stages take the remainder."""
+    each, rest = divmod(layers, stages)
+    return (each + 1,) * rest + (each,) * (stages - rest)
+
+
 def shard_bytes(split: LayerSplit, *, tp: int, layers: int, memory_bytes: Bytes) -> tuple[Bytes, ...]:
     """Return the memory of each shard, stage-major, rounded up to whole bytes."""
     return tuple(-(-held * memory_bytes // (tp * layers)) for held in split for _ in range(tp))

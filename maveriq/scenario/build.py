@@ -13,20 +13,22 @@ from maveriq.control.queues import Discipline
 from maveriq.control.replicas import ReplicaChoice
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.hardware import Cluster, DispatchTiming
-from maveriq.domain.intents import Intent, Objective
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.catalog import ESTIMATORS, estimator
 from maveriq.estimate.clusters import cluster_from
 from maveriq.estimate.hardware import GpuKind, HardwareProfile, load_profile
+from maveriq.policy.alpaserve.policy import PlacedAhead
+from maveriq.policy.base import Policy
 from maveriq.policy.catalog import make_policy
+from maveriq.scenario.ahead import AHEAD, plan_ahead
+from maveriq.scenario.demand import workload_for
 from maveriq.scenario.faults import check_fault, parse_fault
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import LoadTime, Scenario
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
 from maveriq.workload.base import Workload
-from maveriq.workload.build import WorkloadOptions, build_workload
 
 RECORDED = "recorded"
 """The value of `serve_with` that takes the workload's own recorded times."""
@@ -44,35 +46,12 @@ def build_scenario(options: Options) -> Scenario:
     profile = load_profile(options.profile)
     cluster = cluster_for(options.gpus, profile)
     planner = estimator(options.plan_with, profile)
-    policy = make_policy(
-        options.policy,
-        estimator=planner,
-        accuracy=profile.accuracy,
-        packing_threshold=options.packing_threshold,
-    )
-    workload = build_workload(
-        WorkloadOptions(
-            trace=options.trace,
-            scale=options.scale,
-            models=options.models,
-            prompt_tokens=options.prompt_tokens,
-            output_tokens=options.output_tokens,
-            slo_scale=options.slo_scale,
-            seed=options.seed,
-            poisson_as_published=options.poisson_as_published,
-        ),
-        intent=Intent(
-            objective=Objective.named(options.intent),
-            min_accuracy=options.min_accuracy,
-            float16_only=options.float16_only,
-        ),
-        slo_of=profile.slo_s,
-        batch_size=options.batch_size,
-    )
+    workload = workload_for(options, profile, slo_scale=options.slo_scale)
+    policy, notes = _policy(options, profile, cluster, planner, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     faults = tuple(parse_fault(text) for text in options.fail)
     for fault in faults:
-        check_fault(fault, gpus=len(cluster), deployments=len(workload.asks))
+        check_fault(fault, gpus=len(cluster), deployments=_deployments(policy, workload))
     return Scenario(
         cluster=cluster,
         policy=policy,
@@ -92,7 +71,31 @@ def build_scenario(options: Options) -> Scenario:
         faults=faults,
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
+        notes=notes,
     )
+
+
+def _policy(
+    options: Options, profile: HardwareProfile, cluster: Cluster, planner: Estimator, workload: Workload
+) -> tuple[Policy, tuple[str, ...]]:
+    """Return the policy, and what a reader of its results must know."""
+    if options.policy in AHEAD:
+        return plan_ahead(options, profile, cluster, planner, workload)
+    if options.alpaserve_as_published:
+        raise InputError(f"--alpaserve-as-published applies to {' and '.join(AHEAD)}, not to {options.policy!r}")
+    policy = make_policy(
+        options.policy,
+        estimator=planner,
+        accuracy=profile.accuracy,
+        packing_threshold=options.packing_threshold,
+        others=AHEAD,
+    )
+    return policy, ()
+
+
+def _deployments(policy: Policy, workload: Workload) -> int:
+    """Return how many deployments a run has when nothing is rejected."""
+    return policy.replicas() if isinstance(policy, PlacedAhead) else len(workload.asks)
 
 
 def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:

@@ -66,7 +66,9 @@ class Options:
     gpus: str = _option("8xA6000", "The cluster: a number and a kind of GPU, or a TOML file.", _CLUSTER)
     profile: str = _option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
 
-    policy: str = _option("hybrid", "hybrid, packing, llf, none, or a rule of yours as file.py:function.", _POLICY)
+    policy: str = _option(
+        "hybrid", "hybrid, packing, llf, none, alpaserve, alpaserve-star, or your own FILE.py:FUNCTION.", _POLICY
+    )
     intent: str = _option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
     slo_scale: float = _option(
         0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, least=0, most=1e6
@@ -80,6 +82,9 @@ class Options:
         60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0, most=_LONGEST_S
     )
     replica: str = _option("uniform", "Among replicas of a model: uniform or least-work.", _POLICY)
+    alpaserve_profile: str = _option("maveriq", "What AlpaServe knows of models: maveriq or published.", _POLICY)
+    alpaserve_as_published: bool = _option(False, "AlpaServe with its naming defect and table.", _POLICY)  # noqa: FBT003
+    alpaserve_star_rule: str = _option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
     plan_with: str = _option("paper", "Estimator that the policy plans with.", _POLICY)
 
     serve_with: str = _option("paper", "What times simulated service: an estimator, or recorded.", _WORLD)

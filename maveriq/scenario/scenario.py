@@ -25,7 +25,7 @@ class Scenario:
 
     `serve` times simulated requests; None takes the recorded times of the workload.
     The run stops when every request has ended, at the latest `drain_us` after the last arrival.
-    GPU samples are taken every `sample_us`.
+    GPU samples are taken every `sample_us`. `notes` say what a reader of the results must know.
     """
 
     cluster: Cluster
@@ -38,3 +38,4 @@ class Scenario:
     faults: tuple[Fault, ...] = ()
     drain_us: Micros
     sample_us: Micros
+    notes: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from maveriq.embedded import data_path
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, StageProfile
-from maveriq.policy.split import shard_bytes
+from maveriq.policy.split import even_split, shard_bytes
 from maveriq.tables import read_csv
 from maveriq.units import Bytes
 
@@ -49,8 +49,7 @@ def _shapes(
 
 
 def _stages(model: ModelSpec, shape: GroupShape, latency_s: float, memory_bytes: Bytes) -> StageProfile:
-    each, rest = divmod(model.layers, shape.pp)
-    split = (each + 1,) * rest + (each,) * (shape.pp - rest)
+    split = even_split(model.layers, shape.pp)
     shards = shard_bytes(split, tp=shape.tp, layers=model.layers, memory_bytes=memory_bytes)
     return StageProfile(
         stage_latency_s=tuple(latency_s * layers / model.layers for layers in split),

@@ -1,0 +1,94 @@
+"""AlpaServe and AlpaServe* as policies: the placement is searched ahead, asks are met from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.intents import DeployAsk
+from maveriq.domain.models import WeightType
+from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile
+from maveriq.policy.alpaserve.search import PlacementSolution
+from maveriq.policy.base import Decision, Deploy, Rejection
+from maveriq.policy.split import even_split
+from maveriq.units import Bytes, gib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedAhead:
+    """Deploys each endpoint on every group that hosts it; one that no group hosts is rejected.
+
+    Args:
+        name: the name by which `--policy` knows it.
+        solution: what the search found; its model k (from 0) is endpoint k + 1.
+        profiles: of each endpoint's model, as the search had them.
+    """
+
+    name: str
+    solution: PlacementSolution
+    profiles: Sequence[ModelProfile]
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        """Return a replica on each group that hosts the endpoint and has the memory now."""
+        plans = list(self._plans(ask))
+        if not plans:
+            return Rejection(reason=self._why_left_out())
+        free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
+        fitting = [plan for plan in plans if _fits(plan, free)]
+        if not fitting:
+            needed = gib(max(plans[0].gpu_bytes))
+            return Rejection(
+                reason=f"the placement has it on GPUs {plans[0].gpu_ids}, which lack {needed:.1f} GiB each"
+            )
+        return Deploy(plans=tuple(fitting))
+
+    def replicas(self) -> int:
+        """Return how many deployments the whole placement has."""
+        return sum(len(group.model_indices) for group in self.solution.groups)
+
+    def _plans(self, ask: DeployAsk) -> Iterator[DeploymentPlan]:
+        """Yield the replicas; groups take the GPUs in the order of their ids."""
+        model, first = ask.endpoint_id - 1, 0
+        for group in self.solution.groups:
+            gpu_ids = tuple(range(first, first + group.tp * group.pp))
+            first += len(gpu_ids)
+            if model not in group.model_indices:
+                continue
+            stages = self.profiles[model].shapes[GroupShape(group.tp, group.pp)]
+            gpu_bytes = tuple(round(size) for size in stages.stage_weight_bytes for _ in range(group.tp))
+            yield DeploymentPlan(
+                model=ask.model,
+                configuration=Configuration(
+                    tp=group.tp, pp=group.pp, weights=WeightType.FLOAT16, batch_size=ask.batch_size
+                ),
+                layer_split=even_split(ask.model.layers, group.pp),
+                gpu_ids=gpu_ids,
+                gpu_bytes=gpu_bytes,
+                est_latency_s=sum(stages.stage_latency_s),
+                est_memory_bytes=sum(gpu_bytes),
+            )
+
+    def _why_left_out(self) -> str:
+        return self.solution.reason or f"{self.name}'s placement leaves it out"
+
+
+def _fits(plan: DeploymentPlan, free: dict[int, Bytes]) -> bool:
+    return all(free.get(gpu_id, 0) >= size for gpu_id, size in zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
+
+
+def described(solution: PlacementSolution, names: Sequence[str]) -> str:
+    """Return a placement in one line: its groups with their models, and what its own simulator says.
+
+    Args:
+        solution: the placement.
+        names: what to call model 0, 1, ... of the problem.
+    """
+    if solution.best is None:
+        return f"no placement: {solution.reason}"
+    groups = "; ".join(
+        f"TP {group.tp} x PP {group.pp} for {' '.join(names[model] for model in group.model_indices) or 'nobody'}"
+        for group in solution.groups
+    )
+    return f"{groups} (attainment {100 * solution.best.attainment:.1f} % in the search's own simulator)"

@@ -1,0 +1,101 @@
+"""AlpaServe and AlpaServe* as policies of a simulated run."""
+
+import json
+
+import pytest
+
+from maveriq.cli.app import main
+from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.scenario.scenario import Scenario
+from maveriq.sim.engine import simulate
+
+SHORT = {"scale": 0.1, "slo_scale": 5.0}
+
+
+def built(policy: str = "alpaserve", **options) -> Scenario:
+    return build_scenario(Options(policy=policy, **SHORT | options))
+
+
+def groups_of(run: RunRecord) -> dict[tuple[int, ...], tuple[int, int, list[int]]]:
+    """What each set of GPUs serves: TP, PP, and endpoints."""
+    groups: dict[tuple[int, ...], tuple[int, int, list[int]]] = {}
+    for one in run.deployments:
+        if one.plan:
+            configuration = one.plan.configuration
+            group = groups.setdefault(one.plan.gpu_ids, (configuration.tp, configuration.pp, []))
+            group[2].append(one.ask.endpoint_id)
+    return groups
+
+
+def test_as_published_deploys_the_published_placement_and_refuses_who_is_left_out() -> None:
+    """large, code 0.1, SLO 5: two groups of TP 4, without llama-2-70b (published_placements.json)."""
+    scenario = built(alpaserve_as_published=True)
+    run = simulate(scenario)
+    assert groups_of(run) == {(0, 1, 2, 3): (4, 1, [2, 3]), (4, 5, 6, 7): (4, 1, [3, 4])}
+    assert run.deployments[0].reason == "alpaserve's placement leaves it out"
+    refused = run.requests.status == RequestStatus.REFUSED
+    assert set(run.requests.endpoint_id[refused].tolist()) == {1}
+    reasons = {run.requests.reasons[index] for index in run.requests.reason[refused]}
+    assert reasons == {"deployment 1 (llama-2-70b) was rejected"}
+    assert any("as published" in note and "defect" in note for note in scenario.notes)
+
+
+def test_repaired_keeps_every_model_and_says_nothing_of_a_defect() -> None:
+    scenario = built(alpaserve_profile="published")
+    run = simulate(scenario)
+    assert groups_of(run) == {tuple(range(8)): (4, 2, [1, 2, 3, 4])}
+    assert run.requests.counts()[RequestStatus.REFUSED] == 0
+    assert not any("defect" in note for note in scenario.notes)
+
+
+def test_the_star_keeps_every_model_or_none() -> None:
+    keeps = groups_of(simulate(built("alpaserve-star", alpaserve_profile="published")))
+    assert keeps == {tuple(range(8)): (4, 2, [1, 2, 3, 4])}
+    run = simulate(built("alpaserve-star", models="twentyone", trace="conversation"))
+    assert {one.status for one in run.deployments} == {"rejected"}
+    assert run.requests.counts()[RequestStatus.REFUSED] == len(run.requests)
+
+
+def test_a_replicated_model_shares_its_requests_evenly() -> None:
+    run = simulate(built(alpaserve_as_published=True))
+    replicas = [one.deployment_id for one in run.deployments if one.ask.endpoint_id == 3]
+    served = [int((run.requests.deployment_id == replica).sum()) for replica in replicas]
+    assert len(served) == 2
+    assert abs(served[0] - served[1]) < 4 * sum(served) ** 0.5
+
+
+def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
+    """Another seed is another demand: the policy was told the requests of its own run, no others."""
+    one, other = built(seed=1), built(seed=2)
+    assert len(one.workload.arrivals) == len(other.workload.arrivals)
+    assert one.policy.solution.best != other.policy.solution.best
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpaserve_profile": "publishd"}, UnknownNameError, "did you mean 'published'"),
+        ({"alpaserve_star_rule": "D"}, UnknownNameError, "unknown AlpaServe\\* rule 'D'"),
+        ({"policy": "hybrid", "alpaserve_as_published": True}, InputError, "applies to alpaserve and alpaserve-star"),
+        ({"alpaserve_as_published": True, "trace": "poisson"}, InputError, "needs an Azure trace, not 'poisson'"),
+        ({"replica": "random"}, UnknownNameError, "unknown replica choice 'random'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        built(**options)
+
+
+def test_the_summary_says_that_a_run_is_as_published(tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["sim", "--policy", "alpaserve", "--alpaserve-as-published", "--scale", "0.05", "--json"]
+    monkeypatch.setattr("sys.argv", ["maveriq", *arguments, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    printed = json.loads(capsys.readouterr().out)
+    assert any("as published" in note for note in printed["notes"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["notes"] == printed["notes"]
