@@ -55,7 +55,7 @@ def make_policy(
             "policy",
             name,
             (*RULES, *others),
-            hint="or alpaserve, alpaserve-star, or a rule of your own as file.py:function",
+            hint="or a rule of your own as file.py:function",
         )
     return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
 
