@@ -28,7 +28,7 @@ lint: $(STAMP) ## format, style, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test wheel ## all that CI runs
+check: lint wheel test ## all that CI runs
 
 wheel: $(STAMP) ## build the wheel and run it in an empty environment
 	$(BIN)/python scripts/check_wheel.py
