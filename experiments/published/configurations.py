@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recorded import Layout, RecordedRun, read_runs
 
+from maveriq.workload.testbed import Layout, RecordedRun, read_runs
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployment import Configuration, DeploymentPlan, LayerSplit
 from maveriq.domain.hardware import Cluster
 from maveriq.policy.base import Decision, Deploy
 from maveriq.scenario.build import build_scenario
-from maveriq.scenario.options import Options
+from maveriq.scenario.recorded import options_of
 from maveriq.sim.engine import simulate
 from maveriq.units import bytes_from_gib, gib
 
@@ -54,19 +54,6 @@ class Compared:
             f"{self.run}, endpoint {self.endpoint_id} ({self.model_name}): recorded {self.recorded}; "
             f"given memory {self.given_memory}; free {self.free}"
         )
-
-
-def options_of(run: RecordedRun) -> Options:
-    """Return what to tell maveriq to run again what MaverIQ ran; placement was hybrid (SPEC 5)."""
-    return Options(
-        policy="hybrid",
-        intent=run.intent,
-        float16_only=run.float16_only,
-        trace=run.trace,
-        scale=run.scale,
-        models=run.model_set,
-        slo_scale=run.slo_scale,
-    )
 
 
 def compare_all(data: Path) -> Iterator[Compared]:

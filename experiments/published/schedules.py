@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from recorded import RecordedRun, Scheduled, read_runs, read_scheduled
 
+from maveriq.workload.testbed import RecordedRun, Scheduled, read_runs, read_scheduled
 from maveriq.domain.intents import Intent, Objective
 from maveriq.workload.build import WorkloadOptions, build_workload
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import pytest
+from maveriq.workload.testbed import Layout, RecordedDeployment, RecordedRun
 from configurations import Choice, Compared, compare
-from recorded import Layout, RecordedDeployment, RecordedRun
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, WeightType

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import pytest
+from maveriq.workload.testbed import read_runs
 from queue_model import QueueErrors
-from recorded import read_runs
 
 from maveriq.embedded import measured_data_path
 

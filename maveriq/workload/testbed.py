@@ -1,11 +1,12 @@
 """The published recordings of the testbed, read with types: runs, their deployments and requests.
 
-The folder is `testbed/` of the measured data; its README there says how it was recorded.
+The folder is `testbed/` of the measured data; its README there says how it was recorded. Where
+`runs` are named, rows of others are passed over, which is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,10 @@ import numpy as np
 
 from maveriq.domain.deployment import Configuration, LayerSplit
 from maveriq.domain.models import KvType, WeightType
-from maveriq.errors import InputError
+from maveriq.embedded import measured_data_path
+from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.cells import choice
-from maveriq.tables import Row, read_csv
+from maveriq.tables import Row, exists, read_csv
 from maveriq.units import Micros, micros
 
 _RUN_COLUMNS = (
@@ -87,17 +89,48 @@ class Scheduled:
     """The scheduled requests of a run in order of time, a column each."""
 
     arrival_us: np.ndarray[Any, Any]
+    request_id: np.ndarray[Any, Any]
     endpoint_id: np.ndarray[Any, Any]
+    prompt_chars: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.request_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """The completed requests of a run in order of arrival, a column each."""
+    """The completed requests of a run in order of arrival, a column each.
+
+    `admitted_id` counts the requests that were not dropped on arrival, from 1 in order of the schedule.
+    """
 
     arrival_us: np.ndarray[Any, Any]
+    admitted_id: np.ndarray[Any, Any]
     endpoint_id: np.ndarray[Any, Any]
     latency_us: np.ndarray[Any, Any]
     service_us: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.admitted_id)
+
+
+def testbed_folder(data: Path | None) -> Path:
+    """Return the folder of the recordings.
+
+    Args:
+        data: the folder of measured data, or that of the recordings itself; None for the one that
+            `MAVERIQ_DATA` names.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = measured_data_path() if data is None else data
+    if folder is None:
+        raise InputError("the measured data is absent; name its folder with --data or MAVERIQ_DATA")
+    for testbed in (folder / "testbed", folder):
+        if exists(testbed / "runs.csv"):
+            return testbed
+    raise InputError(f"folder {str(folder)!r} holds no recordings (no testbed/runs.csv); name another one")
 
 
 def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
@@ -124,48 +157,76 @@ def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
     )
 
 
-def read_scheduled(testbed: Path) -> Mapping[str, Scheduled]:
+def pick_runs(runs: Collection[RecordedRun], names: Collection[str]) -> list[RecordedRun]:
+    """Return the runs of these names, each once, in the order of the names.
+
+    Raises:
+        UnknownNameError: there is no such run.
+    """
+    by_name = {run.name: run for run in runs}
+    for name in names:
+        if name not in by_name:
+            raise UnknownNameError("recorded run", name, by_name)
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def read_scheduled(testbed: Path, runs: Collection[str] | None = None) -> Mapping[str, Scheduled]:
     """Return the scheduled requests of each run.
 
     Raises:
         InputError: the file is missing or is not such a table.
     """
     rows = read_csv(testbed / "scheduled.csv.gz", _SCHEDULED_COLUMNS, what="recorded schedule")
-    figures = ((row.text("run"), (micros(row.number("scheduled_s")), row.count("model_id"))) for row in rows)
-    return {run: Scheduled(arrival_us=table[:, 0], endpoint_id=table[:, 1]) for run, table in _tables(figures).items()}
+    return {
+        run: Scheduled(**dict(zip(Scheduled.__slots__, table.T, strict=True)))
+        for run, table in _tables(rows, _scheduled, runs).items()
+    }
 
 
-def read_completed(testbed: Path) -> Mapping[str, Completed]:
+def read_completed(testbed: Path, runs: Collection[str] | None = None) -> Mapping[str, Completed]:
     """Return the completed requests of each run.
 
     Raises:
         InputError: the file is missing or is not such a table.
     """
     rows = read_csv(testbed / "completed.csv.gz", _COMPLETED_COLUMNS, what="recorded requests")
-    figures = ((row.text("run"), _completed(row)) for row in rows)
     return {
-        run: Completed(arrival_us=table[:, 0], endpoint_id=table[:, 2], latency_us=table[:, 3], service_us=table[:, 4])
-        for run, table in _tables(figures).items()
+        run: Completed(**dict(zip(Completed.__slots__, table.T, strict=True)))
+        for run, table in _tables(rows, _completed, runs).items()
     }
 
 
-def _completed(row: Row) -> tuple[int, ...]:
-    """Return the figures of a request; the first two are what requests are ordered by."""
+def _scheduled(row: Row) -> tuple[int, ...]:
+    """Return the fields of `Scheduled`; the first two are what requests are ordered by."""
     return (
-        micros(row.number("arrival_s")),
-        row.count("req_id"),
-        row.count("model_id"),
-        micros(row.number("latency_s")),
-        micros(row.number("service_s")),
+        micros(row.number("scheduled_s", least=0)),
+        row.count("req_id", least=1),
+        row.count("model_id", least=1),
+        row.count("prompt_chars"),
     )
 
 
-def _tables(figures: Iterator[tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray[Any, Any]]:
+def _completed(row: Row) -> tuple[int, ...]:
+    """Return the fields of `Completed`; the first two are what requests are ordered by."""
+    return (
+        micros(row.number("arrival_s", least=0)),
+        row.count("req_id", least=1),
+        row.count("model_id", least=1),
+        micros(row.number("latency_s", least=0)),
+        micros(row.number("service_s", least=0)),
+    )
+
+
+def _tables(
+    rows: Iterator[Row], figures: Callable[[Row], tuple[int, ...]], runs: Collection[str] | None
+) -> dict[str, np.ndarray[Any, Any]]:
     """Return the figures of each run as a table of integers, in ascending order."""
     by_run: dict[str, list[tuple[int, ...]]] = {}
-    for run, row in figures:
-        by_run.setdefault(run, []).append(row)
-    return {run: np.array(sorted(rows), dtype=np.int64) for run, rows in by_run.items()}
+    for row in rows:
+        run = row.text("run")
+        if runs is None or run in runs:
+            by_run.setdefault(run, []).append(figures(row))
+    return {run: np.array(sorted(found), dtype=np.int64) for run, found in by_run.items()}
 
 
 def _deployment(row: Row) -> RecordedDeployment:

@@ -1,0 +1,276 @@
+"""Two runs side by side, a simulated one and a real one as a rule: how far the first is from the second.
+
+Errors are signed: positive where the first run has more. Durations, rates and costs err in percent
+of the second run, shares in percentage points. Swapping the runs flips every sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.report.metrics import Metrics, Summary, summarise
+from maveriq.report.verdict import Verdict, judge
+from maveriq.units import MICROS_PER_SECOND
+
+Array: TypeAlias = npt.NDArray[Any]
+
+PERCENT, POINTS = "%", "pt"
+
+_SAME_ARRIVAL_US = MICROS_PER_SECOND  # recorded arrivals stray from their schedule by up to 0.1 s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """A figure of a run that is compared.
+
+    Args:
+        name: by which tolerances and JSON know it.
+        label: for tables, with the unit of its values.
+        unit: of its error, PERCENT or POINTS.
+        value: the figure of some metrics; None where it does not apply.
+    """
+
+    name: str
+    label: str
+    unit: str
+    value: Callable[[Metrics], float | None]
+
+
+def _figure_of(metric: str, which: str) -> Callable[[Metrics], float | None]:
+    def value(metrics: Metrics) -> float | None:
+        figures = getattr(metrics, metric)
+        return None if figures is None else float(getattr(figures, which))
+
+    return value
+
+
+def _quantities() -> Iterable[Quantity]:
+    metrics = (("", "latency s", "latency_s"), ("queue-", "queue s", "queue_s"), ("service-", "service s", "service_s"))
+    for prefix, label, metric in metrics:
+        for which in ("mean", "p50", "p95", "p99"):
+            yield Quantity(
+                name=prefix + which, label=f"{label}, {which}", unit=PERCENT, value=_figure_of(metric, which)
+            )
+    yield Quantity(name="slo", label="SLO met of completed", unit=POINTS, value=lambda m: m.slo and m.slo.over_completed)
+    yield Quantity(name="slo-all", label="SLO met of all", unit=POINTS, value=lambda m: m.slo and m.slo.over_scheduled)
+    yield Quantity(name="throughput", label="throughput per s", unit=PERCENT, value=lambda m: m.throughput_per_s)
+    yield Quantity(name="cost", label="cost GiB s, mean", unit=PERCENT, value=_figure_of("cost_gib_s", "mean"))
+    yield Quantity(
+        name="gpu-hours", label="GPU hours, sum", unit=PERCENT, value=lambda m: m.operational_cost_gpu_hours
+    )
+
+
+QUANTITIES = tuple(_quantities())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One quantity in both runs; `error` in percent or points, None where it does not apply."""
+
+    sim: float | None
+    real: float | None
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """How far apart the runs are, as a whole or for one model.
+
+    Args:
+        sim_completed: requests that the first run completed.
+        real_completed: likewise of the second.
+        differences: by the name of their `Quantity`.
+        ks: the Kolmogorov-Smirnov distance of the latencies of completed requests, 0 to 1: the
+            largest vertical gap between the two distribution functions. None where one is empty.
+        request_error: median over requests completed in both of the absolute error of their
+            latency, in percent; None where requests are not matched.
+    """
+
+    sim_completed: int
+    real_completed: int
+    differences: dict[str, Difference]
+    ks: float | None
+    request_error: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanPair:
+    """What an endpoint got in both runs; None where it got nothing.
+
+    `same_configuration` covers parallelism, types, batch size and layer split; `same_gpus` the
+    set of GPUs, in whatever order.
+    """
+
+    endpoint_id: int
+    model: str
+    sim: DeploymentPlan | None
+    real: DeploymentPlan | None
+    same_configuration: bool
+    same_gpus: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two runs compared; `unmatched` says why requests could not be matched, "" where they are."""
+
+    unmatched: str
+    overall: Distance
+    models: dict[str, Distance]
+    deployments: tuple[PlanPair, ...]
+    sim_verdict: Verdict
+    real_verdict: Verdict
+
+
+def compare(sim: RunRecord, real: RunRecord) -> Comparison:
+    """Compare two runs.
+
+    Args:
+        sim: the run to judge.
+        real: what it is measured by.
+
+    Raises:
+        InvariantError: a request has no final status.
+    """
+    sides = _Side.of(sim), _Side.of(real)
+    unmatched = _why_not_matched(*sides)
+    names = list(dict.fromkeys([*real.models.values(), *sim.models.values()]))
+    return Comparison(
+        unmatched=unmatched,
+        overall=_distance(*sides, None, matched=not unmatched),
+        models={name: _distance(*sides, name, matched=not unmatched) for name in names},
+        deployments=tuple(_pairs(sim, real)),
+        sim_verdict=judge(sim),
+        real_verdict=judge(real),
+    )
+
+
+def ks_distance(one: Array, other: Array) -> float | None:
+    """Return the Kolmogorov-Smirnov distance of two samples, None where one is empty."""
+    if not len(one) or not len(other):
+        return None
+    one, other = np.sort(one), np.sort(other)
+    both = np.concatenate((one, other))
+    shares = (np.searchsorted(sample, both, side="right") / len(sample) for sample in (one, other))
+    return float(np.abs(np.subtract(*shares)).max())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """A run with its summary; requests in order of their ids, `model` as an index into all names."""
+
+    summary: Summary
+    request_id: Array
+    model: Array
+    arrival_us: Array
+    latency_us: Array
+    completed: Array
+
+    @classmethod
+    def of(cls, run: RunRecord) -> _Side:
+        table = run.requests
+        order = np.argsort(table.request_id, kind="stable")
+        endpoints, which = np.unique(table.endpoint_id, return_inverse=True)
+        names = np.array([run.models[endpoint_id] for endpoint_id in endpoints.tolist()], dtype=object)
+        return cls(
+            summary=summarise(run),
+            request_id=table.request_id[order],
+            model=names[which][order],
+            arrival_us=table.arrival_us[order],
+            latency_us=(table.finish_us - table.arrival_us)[order],
+            completed=(table.status == RequestStatus.COMPLETED.value)[order],
+        )
+
+    def metrics(self, model: str | None) -> Metrics | None:
+        return self.summary.overall if model is None else self.summary.models.get(model)
+
+    def chosen(self, model: str | None) -> Array:
+        """Return which requests are of a model; None for any."""
+        return np.ones(len(self.model), dtype=bool) if model is None else self.model == model
+
+
+def _why_not_matched(sim: _Side, real: _Side) -> str:
+    if len(sim.request_id) != len(real.request_id):
+        return f"{len(sim.request_id):,} requests against {len(real.request_id):,}"
+    if (sim.request_id != real.request_id).any():
+        return "their ids differ"
+    if (sim.model != real.model).any():
+        return "they ask for other models"
+    if (np.abs(sim.arrival_us - real.arrival_us) > _SAME_ARRIVAL_US).any():
+        return "they arrive at other times"
+    return ""
+
+
+def _distance(sim: _Side, real: _Side, model: str | None, *, matched: bool) -> Distance:
+    ours, theirs = sim.chosen(model) & sim.completed, real.chosen(model) & real.completed
+    return Distance(
+        sim_completed=int(ours.sum()),
+        real_completed=int(theirs.sum()),
+        differences={
+            one.name: _difference(one, sim.metrics(model), real.metrics(model)) for one in QUANTITIES
+        },
+        ks=ks_distance(sim.latency_us[ours], real.latency_us[theirs]),
+        request_error=_request_error(sim, real, ours & theirs) if matched else None,
+    )
+
+
+def _difference(quantity: Quantity, sim: Metrics | None, real: Metrics | None) -> Difference:
+    ours, theirs = (None if metrics is None else quantity.value(metrics) for metrics in (sim, real))
+    return Difference(sim=ours, real=theirs, error=_error(ours, theirs, quantity.unit))
+
+
+def _error(ours: float | None, theirs: float | None, unit: str) -> float | None:
+    if ours is None or theirs is None:
+        return None
+    if unit == POINTS:
+        return 100 * (ours - theirs)
+    if ours == theirs:
+        return 0.0
+    return 100 * (ours - theirs) / theirs if theirs else None
+
+
+def _request_error(sim: _Side, real: _Side, both: Array) -> float | None:
+    both = both & (real.latency_us > 0)
+    if not both.any():
+        return None
+    return 100 * float(np.median(np.abs(sim.latency_us[both] / real.latency_us[both] - 1)))
+
+
+def _pairs(sim: RunRecord, real: RunRecord) -> Iterable[PlanPair]:
+    """Yield the plans of each endpoint side by side, its replicas in the order of their deployment."""
+    ours, theirs = _plans(sim), _plans(real)
+    for endpoint_id, replica in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get((endpoint_id, replica)), theirs.get((endpoint_id, replica))
+        yield PlanPair(
+            endpoint_id=endpoint_id,
+            model=(other or one).model.name if other or one else real.models.get(endpoint_id, ""),
+            sim=one,
+            real=other,
+            same_configuration=_layout(one) == _layout(other),
+            same_gpus=_gpus(one) == _gpus(other),
+        )
+
+
+def _plans(run: RunRecord) -> dict[tuple[int, int], DeploymentPlan]:
+    replicas: dict[int, Iterable[int]] = {}
+    return {
+        (one.ask.endpoint_id, next(iter(replicas.setdefault(one.ask.endpoint_id, count(1))))): one.plan
+        for one in run.deployments
+        if one.plan
+    }
+
+
+def _layout(plan: DeploymentPlan | None) -> object:
+    return plan and (plan.model.name, plan.configuration, plan.layer_split)
+
+
+def _gpus(plan: DeploymentPlan | None) -> object:
+    return plan and frozenset(plan.gpu_ids)
