@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
-from maveriq.workload.testbed import Layout, RecordedRun, read_runs
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployment import Configuration, DeploymentPlan, LayerSplit
 from maveriq.domain.hardware import Cluster
@@ -16,6 +14,7 @@ from maveriq.scenario.build import build_scenario
 from maveriq.scenario.recorded import options_of
 from maveriq.sim.engine import simulate
 from maveriq.units import bytes_from_gib, gib
+from maveriq.workload.testbed import Layout, RecordedRun, read_runs
 
 
 @dataclass(frozen=True, slots=True)

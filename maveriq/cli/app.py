@@ -9,11 +9,13 @@ import typer
 from typer.core import TyperCommand
 
 from maveriq import __version__
+from maveriq.cli.compare import compare
 from maveriq.cli.ending import ending, prepare_streams
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
 from maveriq.cli.sim import sim
+from maveriq.cli.testbed import app as testbed_app
 from maveriq.cli.trace import app as trace_app
 
 
@@ -30,7 +32,7 @@ class _Command(TyperCommand):
 
 app = typer.Typer(
     name="maveriq",
-    help="Serve many LLMs on one GPU cluster by intent: plan, simulate, and check the estimates.",
+    help="Serve many LLMs on one GPU cluster by intent: plan, simulate, and check against real runs.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,7 +41,9 @@ app.command(cls=_Command)(sim)
 app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)
+app.command(cls=_Command)(compare)
 app.add_typer(trace_app, name="trace")
+app.add_typer(testbed_app, name="testbed")
 
 
 def _version(asked: bool) -> None:  # noqa: FBT001  (typer calls it so)

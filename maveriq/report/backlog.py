@@ -105,17 +105,41 @@ def queue_of(run: RunRecord, *, model: str | None = None) -> Queue | None:
     started, to its end, or to the end of the run.
     """
     table = run.requests
-    chosen = table.status != RequestStatus.REFUSED.value
-    if model is not None:
-        chosen &= np.isin(table.endpoint_id, [endpoint for endpoint, name in run.models.items() if name == model])
+    chosen = _waits(run, model)
     if not chosen.any():
         return None
     start_us, finish_us = table.start_us[chosen], table.finish_us[chosen]
-    ended_us = np.where(finish_us != NOT_YET, finish_us, np.iinfo(np.int64).max)
-    departures_us = np.sort(np.where(start_us != NOT_YET, start_us, ended_us))
     served = (start_us != NOT_YET) & (finish_us != NOT_YET)
-    spread = _spread((finish_us - start_us)[served])
-    return _queue(np.sort(table.arrival_us[chosen]), departures_us, ended_us=run.ended_us, spread=spread)
+    return _queue(
+        np.sort(table.arrival_us[chosen]),
+        _departures_us(start_us, finish_us),
+        ended_us=run.ended_us,
+        spread=_spread((finish_us - start_us)[served]),
+    )
+
+
+def waiting_at(run: RunRecord, instants_us: Array) -> Array:
+    """Return the number of requests waiting at each of some instants."""
+    table = run.requests
+    chosen = _waits(run, None)
+    arrivals_us = np.sort(table.arrival_us[chosen])
+    departures_us = _departures_us(table.start_us[chosen], table.finish_us[chosen])
+    arrived = np.searchsorted(arrivals_us, instants_us, side="right")
+    waiting: Array = arrived - np.searchsorted(departures_us, instants_us, side="right")
+    return waiting
+
+
+def _waits(run: RunRecord, model: str | None) -> Array:
+    chosen: Array = run.requests.status != RequestStatus.REFUSED.value
+    if model is None:
+        return chosen
+    return chosen & np.isin(run.requests.endpoint_id, [one for one, name in run.models.items() if name == model])
+
+
+def _departures_us(start_us: Array, finish_us: Array) -> Array:
+    """Return when requests stopped waiting, in order; never for one that neither started nor ended."""
+    ended_us = np.where(finish_us != NOT_YET, finish_us, np.iinfo(np.int64).max)
+    return np.sort(np.where(start_us != NOT_YET, start_us, ended_us))
 
 
 def _spread(services_us: Array) -> float:

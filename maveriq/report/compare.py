@@ -6,9 +6,9 @@ of the second run, shares in percentage points. Swapping the runs flips every si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,20 +53,22 @@ def _figure_of(metric: str, which: str) -> Callable[[Metrics], float | None]:
     return value
 
 
-def _quantities() -> Iterable[Quantity]:
+def _quantities() -> Iterator[Quantity]:
     metrics = (("", "latency s", "latency_s"), ("queue-", "queue s", "queue_s"), ("service-", "service s", "service_s"))
     for prefix, label, metric in metrics:
         for which in ("mean", "p50", "p95", "p99"):
             yield Quantity(
                 name=prefix + which, label=f"{label}, {which}", unit=PERCENT, value=_figure_of(metric, which)
             )
-    yield Quantity(name="slo", label="SLO met of completed", unit=POINTS, value=lambda m: m.slo and m.slo.over_completed)
-    yield Quantity(name="slo-all", label="SLO met of all", unit=POINTS, value=lambda m: m.slo and m.slo.over_scheduled)
+    yield Quantity(
+        name="slo", label="SLO met of completed", unit=POINTS, value=lambda m: m.slo.over_completed if m.slo else None
+    )
+    yield Quantity(
+        name="slo-all", label="SLO met of all", unit=POINTS, value=lambda m: m.slo.over_scheduled if m.slo else None
+    )
     yield Quantity(name="throughput", label="throughput per s", unit=PERCENT, value=lambda m: m.throughput_per_s)
     yield Quantity(name="cost", label="cost GiB s, mean", unit=PERCENT, value=_figure_of("cost_gib_s", "mean"))
-    yield Quantity(
-        name="gpu-hours", label="GPU hours, sum", unit=PERCENT, value=lambda m: m.operational_cost_gpu_hours
-    )
+    yield Quantity(name="gpu-hours", label="GPU hours, sum", unit=PERCENT, value=lambda m: m.operational_cost_gpu_hours)
 
 
 QUANTITIES = tuple(_quantities())
@@ -214,9 +216,7 @@ def _distance(sim: _Side, real: _Side, model: str | None, *, matched: bool) -> D
     return Distance(
         sim_completed=int(ours.sum()),
         real_completed=int(theirs.sum()),
-        differences={
-            one.name: _difference(one, sim.metrics(model), real.metrics(model)) for one in QUANTITIES
-        },
+        differences={one.name: _difference(one, sim.metrics(model), real.metrics(model)) for one in QUANTITIES},
         ks=ks_distance(sim.latency_us[ours], real.latency_us[theirs]),
         request_error=_request_error(sim, real, ours & theirs) if matched else None,
     )
@@ -244,14 +244,14 @@ def _request_error(sim: _Side, real: _Side, both: Array) -> float | None:
     return 100 * float(np.median(np.abs(sim.latency_us[both] / real.latency_us[both] - 1)))
 
 
-def _pairs(sim: RunRecord, real: RunRecord) -> Iterable[PlanPair]:
+def _pairs(sim: RunRecord, real: RunRecord) -> Iterator[PlanPair]:
     """Yield the plans of each endpoint side by side, its replicas in the order of their deployment."""
     ours, theirs = _plans(sim), _plans(real)
-    for endpoint_id, replica in sorted(ours.keys() | theirs.keys()):
-        one, other = ours.get((endpoint_id, replica)), theirs.get((endpoint_id, replica))
+    for key in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get(key), theirs.get(key)
         yield PlanPair(
-            endpoint_id=endpoint_id,
-            model=(other or one).model.name if other or one else real.models.get(endpoint_id, ""),
+            endpoint_id=key[0],
+            model=next(plan.model.name for plan in (other, one) if plan),
             sim=one,
             real=other,
             same_configuration=_layout(one) == _layout(other),
@@ -260,12 +260,14 @@ def _pairs(sim: RunRecord, real: RunRecord) -> Iterable[PlanPair]:
 
 
 def _plans(run: RunRecord) -> dict[tuple[int, int], DeploymentPlan]:
-    replicas: dict[int, Iterable[int]] = {}
-    return {
-        (one.ask.endpoint_id, next(iter(replicas.setdefault(one.ask.endpoint_id, count(1))))): one.plan
-        for one in run.deployments
-        if one.plan
-    }
+    """Return the plans by endpoint and number of the replica."""
+    replicas: Counter[int] = Counter()
+    plans: dict[tuple[int, int], DeploymentPlan] = {}
+    for one in run.deployments:
+        if one.plan:
+            replicas[one.ask.endpoint_id] += 1
+            plans[one.ask.endpoint_id, replicas[one.ask.endpoint_id]] = one.plan
+    return plans
 
 
 def _layout(plan: DeploymentPlan | None) -> object:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from maveriq.domain.records import (
     GPU_COLUMNS,
@@ -21,9 +22,11 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
+from maveriq.report.request_columns import read_columns
 from maveriq.tables import Row, read_csv, read_text
 from maveriq.units import Micros, bytes_from_gib, micros
 
+Array: TypeAlias = npt.NDArray[Any]
 T = TypeVar("T")
 
 _TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
@@ -96,9 +99,16 @@ def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int
 
 
 def _read_requests(path: Path, record: _Record) -> RequestTable:
+    lookup = _Lookup(record)
+    fast = read_columns(path, lookup.texts) if record.rows.requests else None
+    if fast is not None and len(fast["request_id"]) == record.rows.requests:
+        return RequestTable(**lookup.columns(fast), reasons=record.reasons)
+    return _read_row_by_row(path, record, lookup)
+
+
+def _read_row_by_row(path: Path, record: _Record, lookup: _Lookup) -> RequestTable:
     names = [name for name in RequestTable.__slots__ if name != "reasons"]
     columns = {name: array("q") for name in names}
-    lookup = _Lookup(record)
     for row in _read_rows(path, REQUEST_COLUMNS, what="requests", expected=record.rows.requests):
         for name, value in lookup.values(row).items():
             columns[name].append(value)
@@ -119,6 +129,28 @@ class _Lookup:
         self._endpoint_of_deployment = {d.deployment_id: d.ask.endpoint_id for d in record.deployments}
         self._statuses = {status.label: status.value for status in FINAL_STATUSES}
         self._reasons = {reason: index for index, reason in reversed(list(enumerate(record.reasons)))}
+
+    @property
+    def texts(self) -> dict[str, dict[str, int]]:
+        """The number of each text: of a model its first endpoint."""
+        return {"model": self._endpoint_of_model, "status": self._statuses, "reason": {**self._reasons, "": 0}}
+
+    def columns(self, read: dict[str, Array]) -> dict[str, Array]:
+        """Return the columns of the table from those of the file; the same as `values` row by row."""
+        deployments, which = np.unique(read["deployment_id"], return_inverse=True)
+        of_deployment = [self._endpoint_of_deployment.get(one, 0) for one in deployments.tolist()]
+        endpoint_id = np.array(of_deployment, dtype=np.int64)[which]
+        return {
+            "request_id": read["request_id"],
+            "endpoint_id": np.where(endpoint_id > 0, endpoint_id, read["model"]),
+            "deployment_id": read["deployment_id"],
+            **{name: read[column] for name, column in _TIMES.items()},
+            "status": read["status"],
+            "reason": read["reason"],
+            "prompt_tokens": read["prompt_tokens"],
+            "output_tokens": read["output_tokens"],
+            "slo_us": read["slo_s"],
+        }
 
     def values(self, row: Row) -> dict[str, int]:
         deployment_id = row.count("deployment_id", least=1) if row.cells["deployment_id"] else 0

@@ -27,7 +27,7 @@ STATUS_STYLES = {
     "rejected": "red",
     "removed": "dim",
 }
-_VERDICT_STYLES = {
+VERDICT_STYLES = {
     VerdictLabel.STABLE: "green",
     VerdictLabel.BACKLOGGED: "yellow",
     VerdictLabel.OVERLOADED: "red",
@@ -199,7 +199,7 @@ def _figure_column(header: str, metric: str, which: str) -> _Column:
 
 def verdict_panel(verdict: Verdict, summary: Summary, *, width: int) -> Panel:
     """Return the verdict with the figures of the whole run beneath it."""
-    style = _VERDICT_STYLES[verdict.label]
+    style = VERDICT_STYLES[verdict.label]
     figures = Table.grid(padding=(0, 2))
     for name, value in _run_figures(summary):
         figures.add_row(Text(name, style="dim"), value)

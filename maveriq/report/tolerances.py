@@ -92,9 +92,7 @@ def _error(comparison: Comparison, name: str) -> tuple[float | None, bool]:
     """Return an error of the whole run, and whether at least one of the runs has such a figure."""
     overall = comparison.overall
     if name == _KS:
-        return (None if overall.ks is None else 100 * overall.ks), bool(
-            overall.sim_completed or overall.real_completed
-        )
+        return (None if overall.ks is None else 100 * overall.ks), bool(overall.sim_completed or overall.real_completed)
     if name == _REQUEST:
         return overall.request_error, True
     difference = overall.differences[name]

@@ -28,6 +28,16 @@ def share(value: float | None) -> str:
     return f"{percent:.0f} %" if percent in (0, 100) else f"{min(percent, 99.9):.1f} %"
 
 
+def signed(error: float | None, unit: str = "") -> str:
+    """Return an error with its sign and unit: +1.2 %, -0.03 pt, 0 %."""
+    if error is None:
+        return NONE
+    size = abs(error)
+    decimals = 0 if size >= 100 else 1 if size >= 1 else 2
+    number = "0" if size < 0.005 else f"{error:+,.{decimals}f}"
+    return f"{number} {unit}" if unit else number
+
+
 def clock(duration_s: float) -> str:
     """Return a duration as 4:05 or 1:04:05."""
     minutes, seconds = divmod(int(duration_s), 60)

@@ -42,9 +42,7 @@ _REASONS = ("", "its model was never deployed", "the run ended first")
 _NEVER_DEPLOYED, _RUN_ENDED = 1, 2
 
 
-def run_record(
-    run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile
-) -> RunRecord:
+def run_record(run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile) -> RunRecord:
     """Return the records of a recorded run.
 
     Args:
@@ -65,17 +63,13 @@ def run_record(
     return RunRecord(
         requests=requests,
         deployments=deployments,
-        gpu_samples=gpu_history(
-            requests, deployments, memory=_memory(run, profile), ended_us=ended_us
-        ),
+        gpu_samples=gpu_history(requests, deployments, memory=_memory(run, profile), ended_us=ended_us),
         models=_models(run, scheduled),
         ended_us=ended_us,
     )
 
 
-def _requests(
-    run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile
-) -> RequestTable:
+def _requests(run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile) -> RequestTable:
     """Return all requests of the schedule in order of arrival."""
     deployment_of = {one.endpoint_id: number for number, one in enumerate(_came_up(run), start=1)}
     deployment_id = np.array([deployment_of.get(one, 0) for one in scheduled.endpoint_id.tolist()], dtype=np.int64)
@@ -177,9 +171,7 @@ def _came_up(run: RecordedRun) -> Iterator[RecordedDeployment]:
     return (one for one in run.deployments if one.layout)
 
 
-def _deployments(
-    run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile
-) -> tuple[DeploymentRecord, ...]:
+def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> tuple[DeploymentRecord, ...]:
     """Return the deployments that came up, numbered from 1, then those that did not."""
     typical = int(np.median(_tokens(scheduled.prompt_chars)))
     held = _idle(profile)
@@ -254,8 +246,9 @@ def _used(deployment: RecordedDeployment, profile: HardwareProfile) -> tuple[Byt
 
 def _memory(run: RecordedRun, profile: HardwareProfile) -> list[MemoryStep]:
     """Return what GPUs held over time; a deployment holds its memory from the command on."""
-    steps = [MemoryStep(since_us=0, used_bytes=_idle(profile))]
-    for one in run.deployments:
-        if one.used_gib_after:
-            steps.append(MemoryStep(since_us=one.asked_us, used_bytes=_used(one, profile)))
-    return steps
+    later = (
+        MemoryStep(since_us=one.asked_us, used_bytes=_used(one, profile))
+        for one in run.deployments
+        if one.used_gib_after
+    )
+    return [MemoryStep(since_us=0, used_bytes=_idle(profile)), *later]

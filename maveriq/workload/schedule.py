@@ -6,16 +6,15 @@ time of service) and `slo_s` (0 for none). Times have microseconds.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maveriq.errors import InputError, cannot_write
-from maveriq.tables import Row, is_folder, read_text
+from maveriq.errors import InputError
+from maveriq.files import written_whole
+from maveriq.tables import Row, read_text
 from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.base import Arrivals
 from maveriq.workload.columns import (
@@ -92,18 +91,8 @@ def write_schedule(arrivals: Arrivals, path: Path) -> None:
         InputError: the place cannot be written to.
         MaveriqError: the disk is full.
     """
-    if is_folder(path):
-        raise InputError(f"schedule {str(path)!r} cannot be written: it is a folder; name a file")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_lines(arrivals))
-        partial.replace(path)
-    except OSError as error:
-        raise cannot_write(f"schedule {str(path)!r}", error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with written_whole(path, what="schedule") as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_lines(arrivals))
 
 
 def _lines(arrivals: Arrivals) -> Iterator[str]:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import pytest
-from maveriq.workload.testbed import Layout, RecordedDeployment, RecordedRun
 from configurations import Choice, Compared, compare
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, WeightType
 from maveriq.units import micros
+from maveriq.workload.testbed import Layout, RecordedDeployment, RecordedRun
 
 LEAST_EQUAL_FREE = 0.95
 MOST_GIB_ERROR = 1e-3

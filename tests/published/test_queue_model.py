@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import pytest
-from maveriq.workload.testbed import read_runs
 from queue_model import QueueErrors
 
 from maveriq.embedded import measured_data_path
+from maveriq.workload.testbed import read_runs
 
 pytestmark = pytest.mark.data
 

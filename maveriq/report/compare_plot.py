@@ -1,0 +1,99 @@
+"""The comparison of two runs as an image, PNG or SVG by the name of the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maveriq.errors import InputError
+from maveriq.files import written_whole
+from maveriq.report.compare import PERCENT, Comparison
+from maveriq.report.curves import Curves
+from maveriq.report.wording import signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = (".png", ".svg")
+POINTS = 1200
+
+# Of the palette by Okabe and Ito, which colour-blind readers tell apart.
+_SIM, _REAL, _AREA, _TEXT, _GRID = "#0072B2", "#D55E00", "#F7D9BF", "#333333", "#E4E4E4"
+
+
+def check_plot_name(path: Path) -> None:
+    """Check a file name before any work.
+
+    Raises:
+        InputError: neither PNG nor SVG.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"plot {str(path)!r} must end in {' or '.join(FORMATS)}")
+
+
+def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, title: str) -> None:
+    """Draw the curves one above the other; the file appears whole or not at all, the same input giving the same bytes.
+
+    Args:
+        path: the file.
+        comparison: whose headline figures stand below the title.
+        curves: what to draw.
+        title: the names of the runs.
+
+    Raises:
+        InputError: the name has another ending, or the place cannot be written to.
+        MaveriqError: the disk is full.
+    """
+    check_plot_name(path)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lower().removeprefix(".")
+    style: Any = {"svg.hashsalt": "maveriq", "svg.fonttype": "path", "font.size": 10, "text.color": _TEXT}
+    with mpl.rc_context(style), written_whole(path, what="plot") as partial:
+        figure = Figure(figsize=(9, 3.1 * len(curves) + 0.7), layout="constrained")
+        for axes, one in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
+            _draw(axes, one)
+        figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+        figure.text(0.01, 0.944, _headline(comparison), ha="left", va="center", fontsize=9.5)
+        metadata: Any = {"Software": "maveriq"} if kind == "png" else {"Date": None, "Creator": "maveriq"}
+        figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
+
+
+def _draw(axes: Axes, curves: Curves) -> None:
+    """Draw the real run as an area and the simulated one as a line, as the terminal does."""
+    from matplotlib.ticker import NullLocator
+
+    x: Any = curves.x
+    area = axes.fill_between(x, curves.real, step="pre", facecolor=_AREA, edgecolor=_REAL, linewidth=0.8)
+    (line,) = axes.plot(x, curves.sim, color=_SIM, linewidth=1.3 if curves.log_x else 0.9, drawstyle="steps-pre")
+    if curves.log_x:
+        axes.set_xscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_xticks(curves.ticks(), [f"{tick:,g}" for tick in curves.ticks()])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(float(x[0]), float(x[-1]))
+    axes.set_ylim(0, curves.top * 1.03)
+    axes.set_title(curves.title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel(f"{'latency' if curves.log_x else 'time'}, {curves.x_label}")
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=_TEXT, labelcolor=_TEXT)
+    axes.legend(
+        [line, area], ["simulated", "real"], frameon=False, loc="lower right" if curves.log_x else "upper right"
+    )
+
+
+def _headline(comparison: Comparison) -> str:
+    """Return the errors that matter most, in one line."""
+    overall = comparison.overall
+    parts = [
+        f"{label} {signed(overall.differences[name].error, PERCENT)}"
+        for label, name in (("latency: mean", "mean"), ("p50", "p50"), ("p95", "p95"), ("p99", "p99"))
+    ]
+    if overall.ks is not None:
+        parts.append(f"KS distance {overall.ks:.3f}")
+    if overall.request_error is not None:
+        parts.append(f"median error per request {overall.request_error:.1f} %")
+    return "   ".join(parts)
