@@ -161,3 +161,12 @@ def test_the_busiest_gpu_is_named():
     verdict = judge(replace(run, gpu_samples=samples))
     assert (verdict.evidence.busiest_gpu, verdict.evidence.busiest_gpu_share) == (3, pytest.approx(0.8))
     assert "The busiest GPU, 3, worked 80.0 % of the time." in verdict.sentence
+
+
+def test_refused_requests_are_named_beside_the_verdict():
+    from worlds import arrivals, run
+
+    half = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [(0,)], 2: []})
+    assert judge(half).sentence.endswith("1 of 2 requests were refused and count for nothing here.")
+    nobody = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [], 2: []})
+    assert judge(nobody).sentence == "No request was served: all were refused."
