@@ -15,6 +15,7 @@ from maveriq.estimate.base import Estimator
 from maveriq.estimate.catalog import estimator
 from maveriq.estimate.evaluate import Errors, Evaluation, Group, evaluate
 from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.report.tables import new_table
 
 
 def show_errors(table: Path, profile: str, *, as_json: bool) -> None:
@@ -54,7 +55,7 @@ def _show(evaluation: Evaluation, table: Path, paper: Estimator, hardware: Hardw
 
 
 def _errors_table(what: str, rows: list[tuple[Group, Errors]]) -> Table:
-    table = Table(title=f"{what}: absolute percentage error", title_justify="left")
+    table = new_table(f"{what}: absolute error in percent")
     for column in ("by", "value"):
         table.add_column(column, no_wrap=True)
     for column in ("n", "median", "mean", "p90", "worst"):

@@ -95,7 +95,7 @@ MALFORMED = [
     bad("sim --scale 1e12", "scale 1e+12", "requests", "give a lower scale"),
     bad("sim --scale 1e-300", "no request arrives", "raise the scale"),
     bad("trace show poisson --scale 1e12", "give a lower scale"),
-    bad("trace show --scale nan", "scale must be a positive number, not nan"),
+    bad("trace show --scale nan", "--scale must be a finite number, not nan"),
     bad("sim --packing-threshold 1.5", "packing threshold must lie between 0 and 1, not 1.5"),
     bad("sim --packing-threshold -0.1", "packing threshold must lie between 0 and 1, not -0.1"),
     bad("sim --packing-threshold nan", "--packing-threshold", "not nan"),
