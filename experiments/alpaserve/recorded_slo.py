@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "published"))
 
-from recorded import Completed, RecordedRun, read_completed, read_runs, read_scheduled
 from recordings import SLO_COLUMNS
 
 from maveriq.embedded import measured_data_path
 from maveriq.errors import MaveriqError
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.units import MICROS_PER_SECOND
+from maveriq.workload.testbed import Completed, RecordedRun, read_completed, read_runs, read_scheduled
 
 _RESULTS = Path(__file__).parent / "results" / "recorded_slo.csv"
 _OUTPUT_TOKENS = 20
