@@ -69,7 +69,7 @@ def _run(named: str, data: Path | None) -> RunRecord:
         raise InputError(
             f"run {named!r} is no folder; name one, or the folder of recorded runs with --data or MAVERIQ_DATA"
         )
-    (run,) = recorded([named], data)
+    (run,) = recorded([named], data, hint="or give the folder of a run")
     return run.record
 
 

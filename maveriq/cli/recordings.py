@@ -27,11 +27,11 @@ from maveriq.sim.replay import replay
 from maveriq.workload.recordings import run_record
 from maveriq.workload.testbed import (
     RecordedRun,
+    find_testbed,
     pick_runs,
     read_completed,
     read_runs,
     read_scheduled,
-    testbed_folder,
 )
 
 _PROFILE = "a6000-short"  # the testbed's: what idle GPUs hold, SLOs, dispatcher
@@ -56,15 +56,20 @@ class Recorded:
     record: RunRecord
 
 
-def recorded(names: Sequence[str] | None, data: Path | None) -> list[Recorded]:
+def recorded(names: Sequence[str] | None, data: Path | None, *, hint: str = "") -> list[Recorded]:
     """Read recorded runs by name, None for all.
+
+    Args:
+        names: of the runs.
+        data: the folder of recordings; None for the usual one.
+        hint: what else could be given for a name, for messages.
 
     Raises:
         InputError: there is no such run, or the recordings cannot be used.
     """
-    testbed, profile = testbed_folder(data), load_profile(_PROFILE)
+    testbed, profile = find_testbed(data), load_profile(_PROFILE)
     known = read_runs(testbed)
-    runs = list(known) if names is None else pick_runs(known, names)
+    runs = list(known) if names is None else pick_runs(known, names, hint=hint)
     chosen = {run.name for run in runs}
     scheduled, completed = read_scheduled(testbed, chosen), read_completed(testbed, chosen)
     for name in sorted(chosen - (scheduled.keys() & completed.keys())):

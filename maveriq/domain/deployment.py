@@ -49,7 +49,8 @@ class DeploymentPlan:
 
     `gpu_ids` and `gpu_bytes` are stage-major: stage i owns positions i*TP to i*TP+TP-1, so that
     a shard's position is its identity (stage, rank) wherever it lies. `est_*` are what the
-    planning estimator believed; they are kept for the records, not used to serve.
+    planning estimator believed, 0 where nobody estimated; they are kept for the records, not used
+    to serve.
 
     Raises:
         InputError: the parts do not belong together (counts, a GPU used twice, an empty stage).

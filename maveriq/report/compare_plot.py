@@ -49,6 +49,7 @@ def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, titl
     from matplotlib.figure import Figure
 
     kind = path.suffix.lower().removeprefix(".")
+    title = title.encode(errors="replace").decode()  # a path may hold bytes that are no text
     style: Any = {"svg.hashsalt": "maveriq", "svg.fonttype": "path", "font.size": 10, "text.color": _TEXT}
     with mpl.rc_context(style), written_whole(path, what="plot") as partial:
         figure = Figure(figsize=(9, 3.1 * len(curves) + 0.7), layout="constrained")

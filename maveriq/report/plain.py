@@ -38,8 +38,8 @@ def _deployment(deployment: DeploymentRecord) -> dict[str, Any]:
         "layer_split": list(plan.layer_split) if plan else None,
         "gpus": list(plan.gpu_ids) if plan else None,
         "gib_per_gpu": [gib(amount) for amount in plan.gpu_bytes] if plan else None,
-        "est_latency_s": plan.est_latency_s if plan else None,
-        "est_memory_gib": gib(plan.est_memory_bytes) if plan else None,
+        "est_latency_s": (plan.est_latency_s or None) if plan else None,
+        "est_memory_gib": (gib(plan.est_memory_bytes) or None) if plan else None,
     }
 
 

@@ -22,7 +22,7 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
-from maveriq.report.request_columns import read_columns
+from maveriq.report.request_columns import LONGEST_S, read_columns
 from maveriq.tables import Row, read_csv, read_text
 from maveriq.units import Micros, bytes_from_gib, micros
 
@@ -176,7 +176,7 @@ class _Lookup:
 
 
 def _time_us(row: Row, column: str, absent: int) -> Micros:
-    return micros(row.number(column, least=0)) if row.cells[column] else absent
+    return micros(row.number(column, least=0, most=LONGEST_S)) if row.cells[column] else absent
 
 
 def _read_samples(path: Path, record: _Record) -> Iterator[GpuSample]:

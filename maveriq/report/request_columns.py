@@ -22,9 +22,11 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _ROWS_AT_ONCE = 256  # more at once are slower: they leave the processor's cache
 _MOST_DIGITS = 15
-_LONGEST_S = 9e9  # 285 years; its microseconds are exact in a float
 
 COUNTS = ("request_id", "prompt_tokens", "output_tokens")
+LONGEST_S = 9e9
+"""285 years: the microseconds of any shorter time are exact in a float."""
+
 TIMES = ("arrival_s", "start_s", "first_token_s", "finish_s")
 """Columns that are read as they stand; `deployment_id` and `slo_s` may be empty too and are then 0."""
 
@@ -77,7 +79,7 @@ def _micros(cells: Sequence[str], absent: int) -> Array:
     """Return seconds as whole microseconds, `absent` where a cell is empty."""
     empty = np.fromiter((not cell for cell in cells), dtype=bool, count=len(cells))
     seconds = np.fromiter((float(cell or 0) for cell in cells), dtype=np.float64, count=len(cells))
-    if not ((seconds >= 0) & (seconds <= _LONGEST_S)).all():
+    if not ((seconds >= 0) & (seconds <= LONGEST_S)).all():
         raise ValueError("not times")
     micros: Array = np.rint(seconds * MICROS_PER_SECOND).astype(np.int64)
     micros[empty] = absent

@@ -85,8 +85,9 @@ def _deployment_cells(deployment: DeploymentRecord) -> dict[str, str]:
         "batch_size": str(plan.configuration.batch_size),
         "gpus": " ".join(map(str, plan.gpu_ids)),
         "gib_per_gpu": plan.describe_memory(),
-        "est_latency_s": f"{plan.est_latency_s:.6f}",
-        "est_memory_gib": f"{gib(plan.est_memory_bytes):.6f}",
+        # 0 where nobody estimated: a recorded run.
+        "est_latency_s": f"{plan.est_latency_s:.6f}" if plan.est_latency_s else "",
+        "est_memory_gib": f"{gib(plan.est_memory_bytes):.6f}" if plan.est_memory_bytes else "",
     }
 
 

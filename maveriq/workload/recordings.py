@@ -29,14 +29,12 @@ from maveriq.workload.arrivals import BIN_S, LOAD_SHIFT_S
 from maveriq.workload.gpu_history import MemoryStep, gpu_history
 from maveriq.workload.lengths import CHARS_PER_TOKEN
 from maveriq.workload.modelsets import load_model_set
-from maveriq.workload.testbed import Completed, Layout, RecordedDeployment, RecordedRun, Scheduled
+from maveriq.workload.testbed import TESTBED_GPUS, Completed, Layout, RecordedDeployment, RecordedRun, Scheduled
 
 Array: TypeAlias = npt.NDArray[Any]
 
 OUTPUT_TOKENS = 20
 """Of every request of the recorded runs (SPEC 7)."""
-
-TESTBED_GPUS = 8
 
 _REASONS = ("", "its model was never deployed", "the run ended first")
 _NEVER_DEPLOYED, _RUN_ENDED = 1, 2

@@ -33,6 +33,10 @@ _SCHEDULED_COLUMNS = ("run", "req_id", "model_id", "scheduled_s", "prompt_chars"
 _COMPLETED_COLUMNS = ("run", "req_id", "model_id", "arrival_s", "latency_s", "service_s")
 _Number = TypeVar("_Number", int, float)
 
+TESTBED_GPUS = 8
+_MOST_S = 1e9  # thirty years
+_MOST_GIB, _MOST_LAYERS = 1e6, 10_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -114,7 +118,7 @@ class Completed:
         return len(self.admitted_id)
 
 
-def testbed_folder(data: Path | None) -> Path:
+def find_testbed(data: Path | None) -> Path:
     """Return the folder of the recordings.
 
     Args:
@@ -144,7 +148,7 @@ def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
         deployments.setdefault(row.text("run"), []).append(_deployment(row))
     return tuple(
         RecordedRun(
-            name=row.text("run"),
+            name=_run_name(row),
             policy=row.text("policy"),
             model_set=row.text("model_set"),
             intent=row.cells["intent"],  # the baselines have none
@@ -157,8 +161,13 @@ def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
     )
 
 
-def pick_runs(runs: Collection[RecordedRun], names: Collection[str]) -> list[RecordedRun]:
+def pick_runs(runs: Collection[RecordedRun], names: Collection[str], *, hint: str = "") -> list[RecordedRun]:
     """Return the runs of these names, each once, in the order of the names.
+
+    Args:
+        runs: those that there are.
+        names: those that are wanted.
+        hint: what else could be given, for messages.
 
     Raises:
         UnknownNameError: there is no such run.
@@ -166,7 +175,7 @@ def pick_runs(runs: Collection[RecordedRun], names: Collection[str]) -> list[Rec
     by_name = {run.name: run for run in runs}
     for name in names:
         if name not in by_name:
-            raise UnknownNameError("recorded run", name, by_name)
+            raise UnknownNameError("recorded run", name, by_name, hint)
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
@@ -199,7 +208,7 @@ def read_completed(testbed: Path, runs: Collection[str] | None = None) -> Mappin
 def _scheduled(row: Row) -> tuple[int, ...]:
     """Return the fields of `Scheduled`; the first two are what requests are ordered by."""
     return (
-        micros(row.number("scheduled_s", least=0)),
+        _time_us(row, "scheduled_s"),
         row.count("req_id", least=1),
         row.count("model_id", least=1),
         row.count("prompt_chars"),
@@ -209,11 +218,11 @@ def _scheduled(row: Row) -> tuple[int, ...]:
 def _completed(row: Row) -> tuple[int, ...]:
     """Return the fields of `Completed`; the first two are what requests are ordered by."""
     return (
-        micros(row.number("arrival_s", least=0)),
+        _time_us(row, "arrival_s"),
         row.count("req_id", least=1),
         row.count("model_id", least=1),
-        micros(row.number("latency_s", least=0)),
-        micros(row.number("service_s", least=0)),
+        _time_us(row, "latency_s"),
+        _time_us(row, "service_s", least=1e-6),
     )
 
 
@@ -229,14 +238,28 @@ def _tables(
     return {run: np.array(sorted(found), dtype=np.int64) for run, found in by_run.items()}
 
 
+def _time_us(row: Row, column: str, *, least: float = 0.0) -> Micros:
+    return micros(row.number(column, least=least, most=_MOST_S))
+
+
+def _run_name(row: Row) -> str:
+    name = row.text("run")
+    if Path(name).name != name:
+        raise InputError(f"{row.where}: run must be a name that a folder can have, not {name!r}")
+    return name
+
+
 def _deployment(row: Row) -> RecordedDeployment:
+    used_gib_after = _list(row, "used_gib_after", float, most=_MOST_GIB)
+    if len(used_gib_after) not in (0, TESTBED_GPUS):
+        raise InputError(f"{row.where}: used_gib_after must be the memory of {TESTBED_GPUS} GPUs")
     return RecordedDeployment(
         endpoint_id=row.count("model_id", least=1),
         model_name=row.text("model"),
-        asked_us=micros(row.number("deploy_s")),
-        registered_us=micros(row.number("registered_s")) if row.cells["registered_s"] else None,
+        asked_us=_time_us(row, "deploy_s"),
+        registered_us=_time_us(row, "registered_s") if row.cells["registered_s"] else None,
         layout=_layout(row) if row.count("deployed") else None,
-        used_gib_after=_list(row, "used_gib_after", float),
+        used_gib_after=used_gib_after,
     )
 
 
@@ -248,15 +271,18 @@ def _layout(row: Row) -> Layout:
             weights=choice(row, "weight_dtype", WeightType),
             kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
         ),
-        layer_split=_list(row, "layer_split", int),
-        gpu_ids=_list(row, "gpus", int),
-        gib_per_gpu=_list(row, "est_gib_per_gpu", float),
+        layer_split=_list(row, "layer_split", int, most=_MOST_LAYERS),
+        gpu_ids=_list(row, "gpus", int, most=TESTBED_GPUS - 1),
+        gib_per_gpu=_list(row, "est_gib_per_gpu", float, most=_MOST_GIB),
     )
 
 
-def _list(row: Row, column: str, number: Callable[[str], _Number]) -> tuple[_Number, ...]:
-    """Return the numbers of a cell that holds several, with spaces between."""
+def _list(row: Row, column: str, number: Callable[[str], _Number], *, most: float) -> tuple[_Number, ...]:
+    """Return the numbers of a cell that holds several, with spaces between; none below 0."""
     try:
-        return tuple(map(number, row.cells[column].split()))
+        found = tuple(map(number, row.cells[column].split()))
     except ValueError:
         raise InputError(f"{row.where}: {column} must be numbers, not {row.cells[column]!r}") from None
+    if not all(0 <= one <= most for one in found):
+        raise InputError(f"{row.where}: {column} must be numbers from 0 to {most:g}, not {row.cells[column]!r}")
+    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from sandbox import Maveriq, everything_in, put
+from testbeds import RUN, recorded_files
 
 from maveriq.embedded import data_path
 from maveriq.report import runfiles
@@ -69,6 +70,12 @@ def profile(table: str, old: str, new: str, *words: str) -> Case:
 
 def policy(text: str, *words: str, rule: str = "r.py:order") -> Case:
     return bad(f"sim --policy {rule}", *words, files={"r.py": text, "t.csv": TWO_REQUESTS})
+
+
+def recorded(command: str, *words: str, name: str = RUN, **changed: tuple[str, str]) -> Case:
+    """Use a small testbed in which one thing is spoilt."""
+    files = {f"tb/{name}": content for name, content in recorded_files(**changed).items()}
+    return bad(f"testbed {command} {name} --data tb --out runs", *words, files=files)
 
 
 MALFORMED = [
@@ -281,6 +288,38 @@ MALFORMED = [
             "memory_after_run_gib\nllama-2-7b,1,1,32,float16,0,10,1,nan,14\n"
         },
     ),
+    # Comparisons
+    bad("compare", "missing argument 'SIM'", "see maveriq compare --help"),
+    bad("compare a", "missing argument 'REAL'"),
+    bad("compare a b --data nowhere", "holds no recordings"),
+    bad("compare f d", "'f/run.json' cannot be read", "not a directory", files={"f": "x", "d/": ""}),
+    bad("compare d d", "run file 'd/run.json' does not exist", files={"d/": ""}),
+    bad("compare d d", "is not what maveriq writes", files={"d/run.json": "{}"}),
+    bad("compare d d --plot a.jpg", "plot 'a.jpg' must end in .png or .svg", files={"d/": ""}),
+    bad("compare d d --tolerance mean", "name=limit", "mean=10%", "'mean'", files={"d/": ""}),
+    bad("compare d d --tolerance ''", "name=limit", files={"d/": ""}),
+    bad("compare d d --tolerance mena=1%", "unknown tolerance 'mena'", "did you mean 'mean'?", files={"d/": ""}),
+    bad("compare d d --tolerance slo=3%", "tolerance on slo must be in pt, not in %", files={"d/": ""}),
+    bad("compare d d --tolerance mean=-1", "must be a number from 0 with %, not '-1'", files={"d/": ""}),
+    bad("compare d d --tolerance mean=nan", "must be a number from 0 with %, not 'nan'", files={"d/": ""}),
+    bad("compare d d --tolerance mean=1,mean=2", "tolerance on mean stands twice", files={"d/": ""}),
+    # Recorded runs
+    bad("testbed importt", "no such command 'importt'", "see maveriq testbed --help"),
+    bad("testbed import", "missing option '--out'"),
+    bad("testbed import --out runs", "name the recorded runs, or give --all"),
+    bad("testbed replay x --all --out runs", "not both"),
+    bad("testbed import x --out runs --data nowhere", "'nowhere' holds no recordings", "testbed/runs.csv"),
+    recorded("import", "unknown recorded run 'MaverIQ_tin'", f"did you mean '{RUN}'?", name="MaverIQ_tin"),
+    recorded("import", "line 2: rate_scale must be a number, not 'lots'", runs=("code,0.1", "code,lots")),
+    recorded("import", "line 4: latency_s must be a finite number", "'-1'", completed=("0.91", "-1")),
+    recorded("replay", "line 2: service_s must be a finite number", "'0'", completed=("1.49", "0")),
+    recorded("import", "line 3: scheduled_s must be a finite number", "1e300", scheduled=("330.0", "1e300")),
+    recorded("import", "no column prompt_chars", scheduled=("prompt_chars", "chars")),
+    recorded("import", "line 2: gpus must be numbers from 0 to 7, not '3 0 1 9'", deployments=("3 0 1 2", "3 0 1 9")),
+    recorded("import", "layer split", "must add up to 60 layers", deployments=("32 28", "32 27")),
+    recorded("replay", "completed by model 3 but scheduled for 2", completed=("1,2,330", "1,3,330")),
+    recorded("import", "unknown policy of a recorded run 'magic'", runs=("MaverIQ,", "magic,")),
+    recorded("import", "unknown model set 'huge'", runs=("large", "huge")),
 ]
 
 
