@@ -6,10 +6,11 @@ What is left to maveriq is when each request goes (SPEC 6), so its latencies say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from maveriq.domain.records import RunRecord
 from maveriq.errors import InvariantError
 from maveriq.estimate.hardware import load_profile
 from maveriq.report.compare import Comparison, compare
@@ -37,17 +38,22 @@ class QueueErrors:
     median_request_error: float
 
 
-def replay_all(data: Path) -> Iterator[QueueErrors]:
-    """Yield the errors of each recorded run, the baselines' included.
+def read_recordings(data: Path) -> dict[str, RunRecord]:
+    """Return the records of every recorded run, by name.
 
     Args:
         data: the folder of measured data.
     """
     testbed, profile = data / "testbed", load_profile(_PROFILE)
     scheduled, completed = read_scheduled(testbed), read_completed(testbed)
-    for run in read_runs(testbed):
-        recorded = run_record(run, scheduled[run.name], completed[run.name], profile)
-        yield errors_of(run.name, compare(replay(recorded, profile), recorded))
+    return {run.name: run_record(run, scheduled[run.name], completed[run.name], profile) for run in read_runs(testbed)}
+
+
+def replay_all(recordings: Mapping[str, RunRecord]) -> Iterator[QueueErrors]:
+    """Yield the errors of each recorded run, the baselines' included."""
+    profile = load_profile(_PROFILE)
+    for name, recorded in recordings.items():
+        yield errors_of(name, compare(replay(recorded, profile), recorded))
 
 
 def errors_of(run: str, comparison: Comparison) -> QueueErrors:

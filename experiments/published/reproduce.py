@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configurations import compare_all
 from estimates import evaluate_all
-from queue_model import replay_all
+from queue_model import read_recordings, replay_all
 from rich.console import Console
 from schedules import redraw_all
 from sheets import Sheet, configurations_sheet, estimates_sheet, queue_sheet, schedules_sheet
@@ -35,7 +35,7 @@ def sheets(data: Path) -> Iterator[Sheet]:
     yield estimates_sheet(evaluate_all(data))
     yield schedules_sheet(list(redraw_all(data)))
     yield configurations_sheet(list(compare_all(data)))
-    yield queue_sheet(list(replay_all(data)))
+    yield queue_sheet(list(replay_all(read_recordings(data))))
 
 
 def main(arguments: list[str]) -> None:

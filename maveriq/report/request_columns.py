@@ -23,12 +23,12 @@ Array: TypeAlias = npt.NDArray[Any]
 _ROWS_AT_ONCE = 256  # more at once are slower: they leave the processor's cache
 _MOST_DIGITS = 15
 
-COUNTS = ("request_id", "prompt_tokens", "output_tokens")
+# Beside these, `deployment_id` and `slo_s` may be empty and are then 0.
+_COUNTS = ("request_id", "prompt_tokens", "output_tokens")
+_TIMES = ("arrival_s", "start_s", "first_token_s", "finish_s")
+
 LONGEST_S = 9e9
 """285 years: the microseconds of any shorter time are exact in a float."""
-
-TIMES = ("arrival_s", "start_s", "first_token_s", "finish_s")
-"""Columns that are read as they stand; `deployment_id` and `slo_s` may be empty too and are then 0."""
 
 
 def read_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict[str, Array] | None:
@@ -38,13 +38,15 @@ def read_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict[str
         path: the file.
         texts: the number of each known text, for each column of texts.
     """
-    found: dict[str, array[int]] = {name: array("q") for name in (*COUNTS, *TIMES, "deployment_id", "slo_s", *texts)}
+    found: dict[str, array[int]] = {name: array("q") for name in (*_COUNTS, *_TIMES, "deployment_id", "slo_s", *texts)}
     try:
         for cells in _chunks(path):
-            for name in COUNTS:
+            for name in _COUNTS:
                 found[name].frombytes(_counts(cells[name]).tobytes())
+            if "0" in cells["deployment_id"]:  # none is said by an empty cell
+                return None
             found["deployment_id"].frombytes(_counts([cell or "0" for cell in cells["deployment_id"]]).tobytes())
-            for name, absent in (*((name, NOT_YET) for name in TIMES), ("slo_s", 0)):
+            for name, absent in (*((name, NOT_YET) for name in _TIMES), ("slo_s", 0)):
                 found[name].frombytes(_micros(cells[name], absent).tobytes())
             for name, numbers in texts.items():
                 found[name].extend(map(numbers.__getitem__, cells[name]))

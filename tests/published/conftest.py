@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from configurations import Compared, compare_all
-from queue_model import QueueErrors, replay_all
+from queue_model import QueueErrors, read_recordings, replay_all
+
+from maveriq.domain.records import RunRecord
 
 
 @pytest.fixture(scope="session")
@@ -14,5 +16,10 @@ def compared(measured_data: Path) -> Sequence[Compared]:
 
 
 @pytest.fixture(scope="session")
-def replayed(measured_data: Path) -> Mapping[str, QueueErrors]:
-    return {errors.run: errors for errors in replay_all(measured_data)}
+def recordings(measured_data: Path) -> Mapping[str, RunRecord]:
+    return read_recordings(measured_data)
+
+
+@pytest.fixture(scope="session")
+def replayed(recordings: Mapping[str, RunRecord]) -> Mapping[str, QueueErrors]:
+    return {errors.run: errors for errors in replay_all(recordings)}

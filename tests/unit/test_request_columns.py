@@ -54,6 +54,7 @@ def test_more_rows_than_are_read_at_once(tmp_path: Path) -> None:
         ("1,1,tiny", "-1,1,tiny"),
         ("1,1,tiny", ",1,tiny"),
         ("1,1,tiny", "1,0x1,tiny"),
+        ("1,1,tiny", "1,0,tiny"),
         ("1,1,tiny", f"{'9' * 16},1,tiny"),
         (",10.000000,", ",nan,"),
         (",10.000000,", ",-1,"),
