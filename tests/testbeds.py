@@ -33,7 +33,7 @@ def recorded_files(**changed: tuple[str, str]) -> dict[str, bytes]:
     for name, text in TABLES.items():
         old, new = changed.get(name.partition(".")[0], ("", ""))
         assert old in text
-        content = (text.replace(old, new, 1) if old else text).encode()
+        content = (text.replace(old, new, 1) if old else text).encode(errors="surrogatepass")
         packed = name in ("scheduled.csv", "completed.csv")
         files[f"{name}.gz" if packed else name] = gzip.compress(content, mtime=0) if packed else content
     return files

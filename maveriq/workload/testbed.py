@@ -35,7 +35,7 @@ _Number = TypeVar("_Number", int, float)
 
 TESTBED_GPUS = 8
 _MOST_S = 1e9  # thirty years
-_MOST_GIB, _MOST_LAYERS = 1e6, 10_000
+_MOST_GIB, _MOST_SCALE, _MOST_LAYERS = 1e6, 1e6, 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +153,8 @@ def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
             model_set=row.text("model_set"),
             intent=row.cells["intent"],  # the baselines have none
             trace=row.text("trace"),
-            scale=row.number("rate_scale"),
-            slo_scale=row.number("slo_scale"),
+            scale=row.number("rate_scale", least=0, most=_MOST_SCALE),
+            slo_scale=row.number("slo_scale", least=0, most=_MOST_SCALE),
             deployments=tuple(sorted(deployments.get(row.text("run"), []), key=lambda one: one.asked_us)),
         )
         for row in read_csv(testbed / "runs.csv", _RUN_COLUMNS, what="recorded runs")

@@ -6,15 +6,22 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from testbeds import TABLES, put_testbed
 
+from maveriq.cli.recordings import recorded
 from maveriq.domain.catalog import load_model
 from maveriq.errors import InputError
 from maveriq.estimate.clusters import cluster_from
+from maveriq.estimate.hardware import load_profile
+from maveriq.report.tolerances import parse_tolerances
 from maveriq.scenario.faults import parse_fault
+from maveriq.scenario.recorded import options_of
+from maveriq.sim.replay import replay
 from maveriq.tables import read_csv
 from maveriq.workload.modelsets import load_model_set
 from maveriq.workload.traces import load_trace, read_trace
 
+PROFILE = load_profile("a6000-short")
 QUICK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -67,6 +74,32 @@ def test_files_with_keys(tmp_path: Path, name: str, read, texts, data: st.DataOb
 def test_what_is_said_on_the_command_line(text: str) -> None:
     for read in (parse_fault, cluster_from, load_trace, load_model_set, load_model):
         tolerate(read, text)
+
+
+@QUICK
+@given(text=pieces("mean", "queue-p95", "slo", "ks", "=", "10", "%", "pt", ",", " "))
+def test_tolerances(text: str) -> None:
+    tolerate(parse_tolerances, text)
+
+
+@QUICK
+@pytest.mark.parametrize("table", ["runs", "deployments", "scheduled", "completed"])
+@given(data=st.data())
+def test_recordings(tmp_path: Path, table: str, data: st.DataObject) -> None:
+    """One cell of a table replaced by any text."""
+    name = next(name for name in TABLES if name.startswith(table))
+    lines = TABLES[name].splitlines()
+    row = data.draw(st.integers(1, len(lines) - 1))
+    cells = lines[row].split(",")
+    column = data.draw(st.integers(0, len(cells) - 1))
+    changed = [*cells[:column], data.draw(pieces(*cells, "1 2", "0.5", "MaverIQ")), *cells[column + 1 :]]
+    tolerate(import_all, put_testbed(tmp_path, **{table: (lines[row], ",".join(changed))}))
+
+
+def import_all(testbed: Path) -> None:
+    for one in recorded(None, testbed):
+        options_of(one.run)
+        replay(one.record, PROFILE)
 
 
 @QUICK

@@ -67,6 +67,16 @@ def test_requests_are_matched_where_they_are_the_same() -> None:
         assert found.overall.ks is not None
 
 
+def test_only_requests_completed_in_both_runs_are_held_against_each_other() -> None:
+    run = served(1, 2, 3)
+    lost = shifted(
+        run, status=np.array([2, 5, 5]), start_us=np.array([150 * S, -1, -1]), finish_us=np.array([102 * S, -1, -1])
+    )
+    found = compare(lost, run).overall
+    assert (found.sim_completed, found.real_completed) == (1, 3)
+    assert found.request_error == pytest.approx(100)  # of the first; the others have no latency here
+
+
 def test_the_order_of_rows_does_not_matter() -> None:
     run, other = served(1, 2, 3), served(3, 3, 3)
     turned = shifted(
@@ -106,6 +116,18 @@ def test_plans_side_by_side() -> None:
         (3, False, False),
     ]
     assert found[3].real is None
+
+
+def test_another_layer_split_is_another_configuration() -> None:
+    one = deployment(1)
+    assert one.plan is not None
+    shape = replace(one.plan.configuration, tp=1, pp=2)
+    even, uneven = (
+        replace(served(1), deployments=(replace(one, plan=replace(one.plan, configuration=shape, layer_split=split)),))
+        for split in ((2, 2), (3, 1))
+    )
+    [found] = compare(even, uneven).deployments
+    assert (found.same_configuration, found.same_gpus) == (False, True)
 
 
 def pair() -> Comparison:
