@@ -29,13 +29,13 @@ def compare(
 ) -> None:
     """Show how far a simulated run is from a real one.
 
-    Errors are signed, of the whole run and by model: latency, queue delay, service
-    time, SLO attainment, throughput, cost; then plans side by side, and both runs'
-    latency distributions and queues over one another.
+    Signed errors of the whole run and by model: latency, queue delay,
+    service time, SLOs, throughput, cost; plans side by side; latency
+    distributions and queues over one another.
 
-    Tolerances: mean, p50, p95, p99, queue-mean ..., service-mean ..., throughput,
-    cost, gpu-hours and request (median error of a request) in %, slo, slo-all and
-    ks in pt.
+    Tolerances in %: mean, p50, p95, p99, the same with queue- or service-,
+    throughput, cost, gpu-hours, request (median error of a request); in pt:
+    slo, slo-all, ks.
     """
     from maveriq.cli.comparing import Question, show_comparison
 

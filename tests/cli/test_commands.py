@@ -48,13 +48,16 @@ def answer(maveriq: Maveriq, command: str) -> Any:
 @pytest.mark.parametrize(
     ("command", "shows"),
     [
-        ("", ("sim", "plan", "fit", "trace")),
-        ("--help", ("sim", "plan", "fit", "trace")),
+        ("", ("sim", "plan", "fit", "compare", "trace", "testbed")),
+        ("--help", ("sim", "plan", "fit", "compare", "trace", "testbed")),
         ("trace", ("show", "export", "check")),
         ("trace -h", ("show", "export", "check")),
         ("sim -h", ("--packing-threshold", "--fail", "--json")),
         ("plan --help", ("MODEL", "--slo-ms", "--why")),
         ("fit --help", ("--evaluate",)),
+        ("compare --help", ("SIM", "REAL", "--tolerance", "--plot", "--json")),
+        ("testbed", ("import", "replay")),
+        ("testbed import --help", ("--all", "--out", "--data")),
         ("trace export --help", ("--out",)),
         ("--version", (f"maveriq {__version__}",)),
     ],
