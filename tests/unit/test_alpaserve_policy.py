@@ -81,6 +81,8 @@ def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
         ({"alpaserve_profile": "publishd"}, UnknownNameError, "did you mean 'published'"),
         ({"alpaserve_star_rule": "D"}, UnknownNameError, "unknown AlpaServe\\* rule 'D'"),
         ({"policy": "hybrid", "alpaserve_as_published": True}, InputError, "applies to alpaserve and alpaserve-star"),
+        ({"policy": "llf", "alpaserve_star_rule": "Z"}, InputError, "--alpaserve-star-rule applies to alpaserve and"),
+        ({"float16_only": True}, InputError, "--float16-only applies to policies that go by intents"),
         ({"alpaserve_as_published": True, "trace": "poisson"}, InputError, "needs an Azure trace, not 'poisson'"),
         ({"replica": "random"}, UnknownNameError, "unknown replica choice 'random'"),
     ],
