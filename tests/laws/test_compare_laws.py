@@ -61,10 +61,10 @@ def test_swapping_two_runs_swaps_their_figures_and_flips_signs(one: RunRecord, o
 @given(runs(), st.sampled_from([0.5, 1.1, 2.0]))
 def test_latencies_by_a_factor_are_errors_of_that_factor(run: RunRecord, factor: float) -> None:
     found = compare(stretched(run, factor), run).overall
-    names = ("mean", "p50", "p95", "p99", "queue-mean", "service-mean", "service-p95", "cost", "gpu-hours")
+    names = ("mean", "p50", "p95", "p99", "queue-mean", "service-mean", "service-p95", "cost")
     for name in names:
         difference = found.differences[name]
-        if difference.error is not None and difference.real and difference.real > 1e-3:
+        if difference.error is not None and difference.real and difference.real > 0.1:  # times are rounded to 1 µs
             assert difference.error == pytest.approx(100 * (factor - 1), abs=0.1), name
     if found.request_error is not None:
         latency_us = run.requests.finish_us - run.requests.arrival_us
