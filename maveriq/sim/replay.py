@@ -33,7 +33,7 @@ from maveriq.workload.gpu_history import MemoryStep, gpu_history
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_NO_END_US: Micros = 1 << 45  # a year: every request of a recording was completed, so the replay ends by itself
+_NO_END_US: Micros = 1 << 60  # 36,000 years: every request of a recording was completed, so the replay ends by itself
 # Where nobody knows when an engine registered, nobody was waiting: no request arrives from 29 s
 # before a deploy to 60 s after it, and any loading time from 16 to 48 s gives the same figures.
 _UNNOTICED_LOAD_US: Micros = 30 * MICROS_PER_SECOND
