@@ -61,15 +61,18 @@ def replay(recorded: RunRecord, profile: HardwareProfile) -> RunRecord:
         profile: whose dispatcher to take.
 
     Raises:
-        InputError: no request was completed.
-        InvariantError: a request that was completed is not completed here.
+        InputError: no request was completed, or one was that could not be: it came before its engine had loaded.
     """
     done = recorded.requests.status == RequestStatus.COMPLETED.value
     if not done.any():
         raise InputError("a recorded run without a completed request cannot be replayed")
     table = simulate(_scenario(recorded, done, profile)).requests
-    if not (table.status == RequestStatus.COMPLETED.value).all():
-        raise InvariantError(f"a replay must complete all {len(table)} requests")
+    lost = np.flatnonzero(table.status != RequestStatus.COMPLETED.value)
+    if len(lost):
+        raise InputError(
+            f"recorded request {recorded.requests.request_id[done][lost[0]]} was completed, which cannot be at its time "
+            f"with these plans: {table.reasons[table.reason[lost[0]]]}; check the times of its deployment"
+        )
     return _with_times(recorded, done, table)
 
 

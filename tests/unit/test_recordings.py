@@ -124,6 +124,12 @@ def test_a_replay_waits_until_an_engine_has_registered_and_ten_seconds_more(tmp_
     assert 605 * S <= third <= 605 * S + 11_000
 
 
+def test_a_request_that_was_completed_before_its_engine_was_there_is_no_recording(tmp_path: Path) -> None:
+    impossible = record(put_testbed(tmp_path, deployments=("530.25", "600.0")))
+    with pytest.raises(InputError, match=r"request 3 was completed, which cannot be .* still loading"):
+        replay(impossible, PROFILE)
+
+
 @pytest.mark.parametrize(
     ("table", "old", "new", "words"),
     [
