@@ -70,8 +70,8 @@ def replay(recorded: RunRecord, profile: HardwareProfile) -> RunRecord:
     lost = np.flatnonzero(table.status != RequestStatus.COMPLETED.value)
     if len(lost):
         raise InputError(
-            f"recorded request {recorded.requests.request_id[done][lost[0]]} was completed, which cannot be at its time "
-            f"with these plans: {table.reasons[table.reason[lost[0]]]}; check the times of its deployment"
+            f"recorded request {recorded.requests.request_id[done][lost[0]]} was completed, which cannot be with its plan: "
+            f"{table.reasons[table.reason[lost[0]]]}; check the times of its deployment"
         )
     return _with_times(recorded, done, table)
 
