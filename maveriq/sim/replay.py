@@ -69,8 +69,9 @@ def replay(recorded: RunRecord, profile: HardwareProfile) -> RunRecord:
     table = simulate(_scenario(recorded, done, profile)).requests
     lost = np.flatnonzero(table.status != RequestStatus.COMPLETED.value)
     if len(lost):
+        request_id = recorded.requests.request_id[done][lost[0]]
         raise InputError(
-            f"recorded request {recorded.requests.request_id[done][lost[0]]} was completed, which cannot be with its plan: "
+            f"recorded request {request_id} was completed, which cannot be with its plan: "
             f"{table.reasons[table.reason[lost[0]]]}; check the times of its deployment"
         )
     return _with_times(recorded, done, table)
