@@ -1,0 +1,155 @@
+"""Fitting what the live system does otherwise than the benchmark, on recorded runs, each left out in turn.
+
+The benchmark restarts its engines for every figure and sums up over GPUs with custom kernels; the
+live system's engines are warm, and over more than two GPUs it behaves like rings. Five figures say
+so: the fixed time of a request, and latency and bandwidth of all-reduces at TP 4 and 8.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import numpy as np
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.calibration import Calibration, Served, ServedTp
+from maveriq.estimate.cells import choice
+from maveriq.estimate.fitting import Array
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.tables import read_csv
+
+OUTPUT_TOKENS = 20
+"""Output tokens of every recorded request."""
+
+CHARACTERS_PER_TOKEN = 4
+_TPS = ("4", "8")
+_START = Served(
+    request_ms=10.0,
+    tp={
+        "4": ServedTp(all_reduce_us=10.0, ring_gb_s=10.0),
+        "8": ServedTp(all_reduce_us=30.0, ring_gb_s=3.0),
+    },
+)
+_TYPICAL_ERROR = 0.03
+_DEPLOYMENTS = (
+    "run", "model_id", "model", "deploy_s", "deployed", "registered_s", "tp", "pp", "layer_split", "weight_dtype",
+    "int8_kv", "gpus", "est_gib_per_gpu", "used_gib_after",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A deployment of a recorded run: medians over its requests."""
+
+    run: str
+    model: ModelSpec
+    configuration: Configuration
+    prompt_tokens: int
+    service_s: float
+
+
+def read_recorded(folder: Path) -> list[Recorded]:
+    """Read the deployments of a folder of recorded runs that served at least one request.
+
+    Raises:
+        InputError: a table is missing or wrong.
+    """
+    deployed = {
+        (row.text("run"), row.text("model_id")): row
+        for row in read_csv(folder / "deployments.csv", _DEPLOYMENTS, what="recorded deployments")
+        if row.count("deployed")
+    }
+    characters = _admitted_characters(folder / "scheduled.csv.gz", set(deployed))
+    prompts: dict[tuple[str, str], list[int]] = defaultdict(list)
+    services: dict[tuple[str, str], list[float]] = defaultdict(list)
+    columns = ("run", "req_id", "model_id", "arrival_s", "latency_s", "service_s")
+    for row in read_csv(folder / "completed.csv.gz", columns, what="recorded requests"):
+        key = row.text("run"), row.text("model_id")
+        services[key].append(row.number("service_s"))
+        prompts[key].append(characters[key[0]][row.count("req_id", least=1) - 1])
+    return [
+        Recorded(
+            run=key[0],
+            model=load_model(row.text("model")),
+            configuration=Configuration(
+                tp=row.count("tp", least=1),
+                pp=row.count("pp", least=1),
+                weights=choice(row, "weight_dtype", WeightType),
+                kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
+            ),
+            prompt_tokens=max(1, round(median(prompts[key]) / CHARACTERS_PER_TOKEN)),
+            service_s=median(services[key]),
+        )
+        for key, row in deployed.items()
+        if key in services
+    ]
+
+
+def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str, list[int]]:
+    """Return prompt lengths by run in the order of admission; requests of models never deployed were dropped."""
+    found: dict[str, list[int]] = defaultdict(list)
+    columns = ("run", "req_id", "model_id", "scheduled_s", "prompt_chars")
+    for row in read_csv(path, columns, what="scheduled requests"):
+        if (row.text("run"), row.text("model_id")) in deployed:
+            found[row.text("run")].append(row.count("prompt_chars"))
+    return found
+
+
+def predict_s(profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> Array:
+    """Return the service time of every deployment in seconds, under a calibration of the live system."""
+    live = CalibratedEstimator(profile, calibration, served=True)
+    return np.array(
+        [
+            live.service(
+                one.model, one.configuration, prompt_tokens=one.prompt_tokens, output_tokens=OUTPUT_TOKENS, batch=1
+            ).latency_s
+            for one in recorded
+        ]
+    )
+
+
+def fit_served(profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> Served:
+    """Return the figures of the live system under which the recorded service times are most likely."""
+    from scipy.optimize import least_squares
+
+    logs = np.log([one.service_s for one in recorded])
+
+    def residuals(position: Array) -> Array:
+        live = msgspec.structs.replace(calibration, served=_at(position))
+        return np.asarray(np.log(predict_s(profile, live, recorded)) - logs)
+
+    found = least_squares(residuals, _position(_START), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
+    return _at(found.x, digits=4)
+
+
+def cross_fit_served(
+    profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]
+) -> tuple[Served, Mapping[str, Served]]:
+    """Fit to all recorded runs, and to all but each one."""
+    without = {
+        run: fit_served(profile, calibration, [one for one in recorded if one.run != run])
+        for run in dict.fromkeys(one.run for one in recorded)
+    }
+    return fit_served(profile, calibration, recorded), without
+
+
+def _position(served: Served) -> Array:
+    links = [figure for tp in _TPS for figure in (served.tp[tp].all_reduce_us, served.tp[tp].ring_gb_s)]
+    return np.log([served.request_ms, *links])
+
+
+def _at(position: Array, digits: int = 17) -> Served:
+    request_ms, *links = (float(f"{value:.{digits}g}") for value in np.exp(position))
+    pairs = zip(links[::2], links[1::2], strict=True)
+    return Served(
+        request_ms=request_ms,
+        tp={tp: ServedTp(all_reduce_us=us, ring_gb_s=gb) for tp, (us, gb) in zip(_TPS, pairs, strict=True)},
+    )
