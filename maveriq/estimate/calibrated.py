@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
 from maveriq.domain.deployment import Configuration
@@ -203,11 +204,11 @@ class CalibratedEstimator:
 
 
 def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:
-    """Return the mean logarithm of a layer's measured time over what the law says, on one GPU.
+    """Return the median logarithm of a layer's measured time over what the law says, on one GPU.
 
     Args:
         seen: what was asked of a layer, output tokens, and the time that the second layer took, in
-            seconds. Each alone is noisy, hence the mean; noise that went below zero is left out.
+            seconds. Each alone is noisy, hence the median; noise that went below zero is left out.
         law: at TP 1.
     """
     logs = [
@@ -215,7 +216,7 @@ def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:
         for asked, output_tokens, measured_s in seen
         if measured_s > 0
     ]
-    return sum(logs) / len(logs) if logs else 0.0
+    return median(logs) if logs else 0.0
 
 
 def _second_layer_s(asked: Work, law: Law, output_tokens: int) -> float:

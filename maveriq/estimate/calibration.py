@@ -63,9 +63,10 @@ class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Memory beside weights and KV cache.
 
-    `request_kb` is what a request of a batch adds on every GPU, per unit of hidden and intermediate
-    size; `unsharded` is the share of it that TP does not divide. `gpus_gib` is what (TP, PP) holds
-    beyond (1, 1), by "TPxPP", for models that were not measured there.
+    `request_kb` is what a request of a batch adds on every GPU, per unit of width (twice the hidden
+    and once the intermediate size); `unsharded` is the share of it that TP does not divide.
+    `gpus_gib` is what (TP, PP) holds beyond (1, 1), by "TPxPP", for models not measured there. KV
+    cache is allocated in blocks of tokens, for the prompt and so many output tokens.
     """
 
     request_kb: _Positive
@@ -238,7 +239,7 @@ def to_toml(calibration: Calibration, comment: str) -> str:
 
 
 def _append(lines: list[str], name: str, table: dict[str, Any]) -> None:
-    lines.extend(f'{_key(key)} = {value!r}' for key, value in table.items() if isinstance(value, int | float))
+    lines.extend(f"{_key(key)} = {value!r}" for key, value in table.items() if isinstance(value, int | float))
     for key, value in table.items():
         if isinstance(value, dict):
             inner = f"{name}.{_key(key)}" if name else _key(key)

@@ -11,6 +11,7 @@ import numpy as np
 
 from maveriq.estimate.calibrated import deviation, measured_layers
 from maveriq.estimate.calibration import Calibration, Margins, Memory
+from maveriq.estimate.evaluate import Answer, Group, compared, grouped
 from maveriq.estimate.fingerprints import Point, Stored
 from maveriq.estimate.fitting import (
     BATCHED_TRUTH,
@@ -27,7 +28,7 @@ from maveriq.estimate.fitting import (
 from maveriq.estimate.footprint import held_gib
 from maveriq.estimate.formula import Fingerprint, derive
 
-_COVERED = 90  # percent of rows that an interval is to hold
+_QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one
 _MEMORY_AT_OUTPUT_TOKENS = 10
 
 Constants = Mapping[Stored, Mapping[Point, Fingerprint]]
@@ -62,9 +63,7 @@ class CrossFit:
     answered: Sequence[Answered]
 
 
-def cross_fit(
-    samples: Sequence[Sample], start: Calibration, told: Callable[[str], None] = lambda _: None
-) -> CrossFit:
+def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str], None] = lambda _: None) -> CrossFit:
     """Fit to all samples, and again with each model of the ground truth left out.
 
     Args:
@@ -180,20 +179,17 @@ def _slowness(sample: Sample, calibration: Calibration, constants: Mapping[str, 
 def _with_margins(calibration: Calibration, answered: Sequence[Answered]) -> Calibration:
     single = [one for one in answered if one.sample.measured.configuration.batch_size == 1]
     batched = [one for one in answered if one.sample.measured.configuration.batch_size > 1]
-    # Batches were measured on several models at low TP, on one alone at high TP.
     truth = [one for one in single if one.sample.table in (LONG_TRUTH, BATCHED_TRUTH)]
-    by_tp = {tp: _margin(abs(one.latency_log_error) for one in truth if _tp(one) == tp) for tp in calibration.tp}
-    widest = max(margin for margin in by_tp.values() if margin)
-    of_single = {tp: margin or widest for tp, margin in by_tp.items()}
-    of_batched = {
-        tp: max(of_single[tp], _margin(abs(one.latency_log_error) for one in batched if _tp(one) == tp) or 0.0)
-        for tp in calibration.tp
-    }
+    by_tp = {tp: _quantile(abs(one.latency_log_error) for one in truth if _tp(one) == tp) for tp in calibration.tp}
+    widest = max(found for found in by_tp.values() if found)
+    of_single = {tp: found or widest for tp, found in by_tp.items()}
+    # Batches were measured on several models at low TP, on one at high TP: how much they widen errors is one factor.
+    wider = max(1.0, _quantile(abs(one.latency_log_error) / of_single[_tp(one)] for one in batched) or 1.0)
     margins = Margins(
-        memory_single=_margin(abs(one.memory_log_error) for one in truth) or 1.0,
-        memory_batched=_margin(abs(one.memory_log_error) for one in batched) or 1.0,
-        single=of_single,
-        batched=of_batched,
+        memory_single=_margin(_quantile(abs(one.memory_log_error) for one in truth)),
+        memory_batched=_margin(_quantile(abs(one.memory_log_error) for one in batched)),
+        single={tp: _margin(found) for tp, found in of_single.items()},
+        batched={tp: _margin(wider * found) for tp, found in of_single.items()},
     )
     return msgspec.structs.replace(calibration, margins=margins)
 
@@ -202,7 +198,33 @@ def _tp(one: Answered) -> str:
     return str(one.sample.measured.configuration.tp)
 
 
-def _margin(log_errors: Iterable[float]) -> float | None:
-    """Return the margin that covers 90 % of the errors, None where there is none."""
-    errors = list(log_errors)
-    return round(math.expm1(float(np.percentile(errors, _COVERED))), 4) if errors else None
+def _quantile(errors: Iterable[float]) -> float | None:
+    """Return what the given share of the errors stays below, None where there is none."""
+    known = list(errors)
+    return float(np.percentile(known, _QUANTILE)) if known else None
+
+
+def _margin(log_error: float | None) -> float:
+    """Return a margin of a logarithmic error; 1, which is a factor of two, where none is known."""
+    return 1.0 if log_error is None else round(math.expm1(log_error), 4)
+
+
+def errors_of(fitted: CrossFit) -> tuple[Group, ...]:
+    """Return the errors on models left out, and how many of their rows the margins cover, group by group."""
+    return grouped([_compared(one, fitted.without[one.sample.measured.model_name]) for one in fitted.answered])
+
+
+def _compared(one: Answered, calibration: Calibration) -> Answer:
+    margins, asked = calibration.margins, one.sample.measured.configuration
+    single = asked.batch_size == 1
+    return compared(
+        one.sample.measured,
+        (one.latency_s, (margins.single if single else margins.batched)[str(asked.tp)]),
+        (one.memory_gib, margins.memory_single if single else margins.memory_batched),
+    )
+
+
+def least_trusted(answered: Sequence[Answered], count: int) -> list[tuple[str, float, float]]:
+    """Return the rows that the fit believes least: where they stand, measured and predicted seconds."""
+    worst = sorted(answered, key=lambda one: one.trust)[:count]
+    return [(one.sample.measured.where, one.sample.measured.latency_s, one.latency_s) for one in worst]

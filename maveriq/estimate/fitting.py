@@ -77,8 +77,7 @@ def read_samples(folder: Path, prompts: Prompts) -> list[Sample]:
         for table in _TABLES
         if exists(folder / table)
         for measured in read_measurements(folder / table)
-        if (model := shape_of(measured.model_name)) is not None
-        and measured.configuration.batch_size <= _MOST_BATCH
+        if (model := shape_of(measured.model_name)) is not None and measured.configuration.batch_size <= _MOST_BATCH
     ]
 
 

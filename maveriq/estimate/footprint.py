@@ -34,7 +34,7 @@ def held_gib(
     return (
         layers_gib(model, configuration, model.layers, tokens, figures)
         + fixed_gib(model, configuration, fingerprints[Point(1, 1, 1)], tokens, figures)
-        + _beyond_one_gpu_gib(model, configuration, fingerprints, tokens, figures)
+        + _beyond_one_gpu_gib(configuration, fingerprints, figures)
         + (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
     )
 
@@ -57,16 +57,12 @@ def fixed_gib(
 
 def request_gib(model: ModelSpec, tp: int, figures: Memory) -> float:
     """Return what a request of a batch adds on every GPU, beside its KV cache."""
-    width = model.hidden_size + model.intermediate_size
+    width = 2 * model.hidden_size + model.intermediate_size  # a layer's input, its residual, the wide part between
     return figures.request_kb * 1e3 * width * (figures.unsharded + (1 - figures.unsharded) / tp) / BYTES_PER_GIB
 
 
 def _beyond_one_gpu_gib(
-    model: ModelSpec,
-    configuration: Configuration,
-    fingerprints: Mapping[Point, Fingerprint],
-    tokens: int,
-    figures: Memory,
+    configuration: Configuration, fingerprints: Mapping[Point, Fingerprint], figures: Memory
 ) -> float:
     """Return what (TP, PP) holds more than one GPU: as its own fingerprint did, else as others' did."""
     point = Point(configuration.tp, configuration.pp, 1)

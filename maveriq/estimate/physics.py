@@ -115,8 +115,7 @@ def first_token_s(work: Work, law: Law) -> Values:
         work.layers * (layer_s + work.all_reduces * all_reduce_s(law, work.tp, _message_bytes(work, tokens)))
         + _head_s(work, law)
         + law.request_s
-        + boundaries
-        * (law.stage_request_s * work.tp**0.5 + _message_bytes(work, tokens) / law.boundary_bandwidth)
+        + boundaries * (law.stage_request_s * work.tp**0.5 + _message_bytes(work, tokens) / law.boundary_bandwidth)
     )
 
 
