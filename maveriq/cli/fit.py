@@ -30,7 +30,10 @@ def fit(
     ] = None,
     leave_out: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Take the calibration fitted without this model's ground truth."),
+        typer.Option(
+            metavar="MODEL",
+            help="Take the calibration fitted without this model's ground truth; each: without the one asked about.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where a fit writes its files.", show_default="nowhere")

@@ -62,5 +62,5 @@ class Estimator(Protocol):
 class KnowsMemoryErrors(Protocol):
     """An estimator that knows how far its estimates of memory are off."""
 
-    def memory_margin(self, configuration: Configuration) -> float:
+    def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
         """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""

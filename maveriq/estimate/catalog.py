@@ -8,12 +8,16 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.leaveoneout import LeaveOneOut
 from maveriq.estimate.paper import PaperEstimator
 
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
     "paper": PaperEstimator,
     "calibrated": CalibratedEstimator.serving,
 }
+
+EACH = "each"
+"""Said instead of a model: leave out each for its own rows."""
 
 
 def estimator(name: str, profile: HardwareProfile) -> Estimator:
@@ -33,12 +37,14 @@ def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model:
     Args:
         name: of `ESTIMATORS`.
         profile: feeds it.
-        without_model: a model whose ground truth it must not have seen.
+        without_model: a model whose ground truth it must not have seen; `EACH` for every model its own.
 
     Raises:
         UnknownNameError: there is no such estimator.
-        InputError: the estimator is not fitted with models left out.
+        InputError: the estimator is not fitted with models left out, or not with that one.
     """
+    if name == "calibrated" and without_model == EACH:
+        return LeaveOneOut(profile)
     if name == "calibrated":
         return CalibratedEstimator.benchmarked(profile, without_model=without_model)
     if without_model is not None:

@@ -194,7 +194,7 @@ def _compare(model: ModelSpec, measured: Measurement, estimator: Estimator, prom
     service = estimator.service(
         model, asked, prompt_tokens=prompt_tokens, output_tokens=measured.output_tokens, batch=asked.batch_size
     )
-    memory_margin = estimator.memory_margin(asked) if isinstance(estimator, KnowsMemoryErrors) else None
+    memory_margin = estimator.memory_margin(model, asked) if isinstance(estimator, KnowsMemoryErrors) else None
     return compared(
         measured,
         (service.latency_s, service.margin),
