@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -56,6 +57,23 @@ class Estimator(Protocol):
 
     def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size."""
+
+
+@runtime_checkable
+class KnowsPlacement(Protocol):
+    """An estimator to which it matters on which GPUs an engine lies."""
+
+    def service_on(
+        self,
+        gpu_ids: Sequence[int],
+        model: ModelSpec,
+        configuration: Configuration,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+    ) -> ServiceEstimate:
+        """Estimate as `Estimator.service`, for an engine on these GPUs (stage-major, as in a plan)."""
 
 
 @runtime_checkable

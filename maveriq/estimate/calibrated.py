@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
@@ -37,6 +37,7 @@ class _Case(NamedTuple):
     pp: int
     batch: int
     prompt_tokens: int
+    across: float
 
 
 class _Times(NamedTuple):
@@ -131,14 +132,46 @@ class CalibratedEstimator:
             InputError: the configuration has a reason in `why_not`, or fewer than one output token,
                 prompt token or request.
         """
+        return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=0.0)
+
+    def service_on(
+        self,
+        gpu_ids: Sequence[int],
+        model: ModelSpec,
+        configuration: Configuration,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+    ) -> ServiceEstimate:
+        """Estimate as `service`, for an engine on these GPUs (stage-major, as in a plan).
+
+        Stages whose GPUs hang at several sockets of the host sum up more slowly.
+
+        Raises:
+            InputError: as `service`.
+        """
+        live = self._calibration.served if self._served else None
+        across = _share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
+        return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
+
+    def _service(
+        self,
+        model: ModelSpec,
+        configuration: Configuration,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+        *,
+        across: float,
+    ) -> ServiceEstimate:
         if min(prompt_tokens, output_tokens, batch) < 1:
             raise InputError(
                 f"{model.name}: prompt tokens, output tokens and batch must be at least 1, "
                 f"not {prompt_tokens}, {output_tokens} and {batch}"
             )
-        case = _Case(
-            model, configuration.weights, configuration.kv, configuration.tp, configuration.pp, batch, prompt_tokens
-        )
+        asked = configuration
+        case = _Case(model, asked.weights, asked.kv, asked.tp, asked.pp, batch, prompt_tokens, across)
         times = self._times.get(case)
         if times is None:
             times = self._times[case] = self._answer(case, configuration)
@@ -175,7 +208,7 @@ class CalibratedEstimator:
             prompt_tokens=case.prompt_tokens,
             slowness=self._slowness_of(case.model, case.weights),
         )
-        law = self._calibration.law(case.weights, case.tp, served=self._served)
+        law = self._calibration.law(case.weights, case.tp, served=self._served, across=case.across)
         # Time is linear in the context, whose mean is the prompt and half of the output.
         short_s = float(token_s(asked, law, case.prompt_tokens))
         per_context_token_s = float(token_s(asked, law, case.prompt_tokens + 1)) - short_s
@@ -202,6 +235,12 @@ class CalibratedEstimator:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+
+
+def _share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
+    """Return the share of pipeline stages whose GPUs hang at several sockets."""
+    stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
+    return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
 
 
 def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:

@@ -47,16 +47,21 @@ class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
 
 class ServedTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """All-reduces of the live system at a tensor-parallel degree."""
+    """All-reduces of the live system at a tensor-parallel degree; `across_us` more between sockets."""
 
     all_reduce_us: _Positive
     ring_gb_s: _Positive
+    across_us: _NotNegative = 0.0
 
 
 class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What the live system does otherwise than the benchmark: warm engines, rings for every all-reduce."""
+    """What the live system does otherwise than the benchmark: warm engines, rings, placement.
+
+    GPUs 0 to `gpus_per_socket` - 1 hang at one socket of the host, the next as many at another.
+    """
 
     request_ms: _NotNegative
+    gpus_per_socket: Annotated[int, msgspec.Meta(ge=1)]
     tp: dict[str, ServedTp]
 
 
@@ -104,13 +109,14 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     margins: Margins
     served: Served | None = None
 
-    def law(self, weights: WeightType, tp: int, *, served: bool = False) -> Law:
+    def law(self, weights: WeightType, tp: int, *, served: bool = False, across: float = 0.0) -> Law:
         """Return the law of a weight type and TP, in seconds and bytes.
 
         Args:
             weights: a key of `weights`.
             tp: a key of `tp`.
             served: as the live system is, where that is known; else as the benchmark was.
+            across: share of the stages of the live system whose GPUs hang at several sockets.
         """
         kind, degree = self.weights[weights], self.tp[str(tp)]
         live = self.served if served else None
@@ -129,7 +135,7 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
             stage_request_s=0.0 if live else self.stage_request_ms * 1e-3,
             boundary_s=self.boundary_us * 1e-6,
             boundary_bandwidth=self.boundary_gb_s * 1e9,
-            all_reduce_s=(live_tp.all_reduce_us if live_tp else self.all_reduce_us) * 1e-6,
+            all_reduce_s=1e-6 * (live_tp.all_reduce_us + across * live_tp.across_us if live_tp else self.all_reduce_us),
             one_shot_bandwidth=degree.one_shot_gb_s * 1e9,
             two_shot_bandwidth=degree.two_shot_gb_s * 1e9,
             ring_bandwidth=(live_tp.ring_gb_s if live_tp else degree.ring_gb_s) * 1e9,
@@ -200,7 +206,7 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
     return msgspec.structs.replace(calibration, served=runs[without_run])
 
 
-_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "all_reduce_us", "ring_gb_s")
+_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "gpus_per_socket", "all_reduce_us", "ring_gb_s", "across_us")
 
 
 def read_served(path: Path) -> dict[str, Served]:
@@ -209,15 +215,20 @@ def read_served(path: Path) -> dict[str, Served]:
     Raises:
         InputError: not such a table, or a figure that cannot be.
     """
-    tps: dict[str, dict[str, ServedTp]] = {}
-    request_ms: dict[str, float] = {}
+    found: dict[str, Served] = {}
     for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
-        run = row.text("without_run")
-        request_ms[run] = row.number("request_ms", least=0)
-        tps.setdefault(run, {})[str(row.count("tp", least=2))] = ServedTp(
-            all_reduce_us=row.number("all_reduce_us", least=1e-6), ring_gb_s=row.number("ring_gb_s", least=1e-9)
+        run, tp = row.text("without_run"), str(row.count("tp", least=2))
+        figures = ServedTp(
+            all_reduce_us=row.number("all_reduce_us", least=1e-6),
+            ring_gb_s=row.number("ring_gb_s", least=1e-9),
+            across_us=row.number("across_us", least=0),
         )
-    return {run: Served(request_ms=request_ms[run], tp=tps[run]) for run in tps}
+        found[run] = Served(
+            request_ms=row.number("request_ms", least=0),
+            gpus_per_socket=row.count("gpus_per_socket", least=1),
+            tp={**(found[run].tp if run in found else {}), tp: figures},
+        )
+    return found
 
 
 def served_csv(without: Mapping[str, Served]) -> str:
@@ -227,7 +238,8 @@ def served_csv(without: Mapping[str, Served]) -> str:
     table.writerow(_SERVED_COLUMNS)
     for run, served in without.items():
         for tp, figures in served.tp.items():
-            table.writerow([run, tp, served.request_ms, figures.all_reduce_us, figures.ring_gb_s])
+            links = (figures.all_reduce_us, figures.ring_gb_s, figures.across_us)
+            table.writerow([run, tp, served.request_ms, served.gpus_per_socket, *links])
     return text.getvalue()
 
 

@@ -1,8 +1,10 @@
 """Fitting what the live system does otherwise than the benchmark, on recorded runs, each left out in turn.
 
 The benchmark restarts its engines for every figure and sums up over GPUs with custom kernels; the
-live system's engines are warm, and over more than two GPUs it behaves like rings. Five figures say
-so: the fixed time of a request, and latency and bandwidth of all-reduces at TP 4 and 8.
+live system's engines are warm, over more than two GPUs it behaves like rings, and where the GPUs of
+a stage hang at both sockets of the host, every all-reduce takes longer. Seven figures say so: the
+fixed time of a request, latency and bandwidth of all-reduces at TP 4 and 8, and what the second
+socket adds at TP 2 and 4 (at TP 8 it is always there).
 """
 
 from __future__ import annotations
@@ -30,14 +32,13 @@ OUTPUT_TOKENS = 20
 """Output tokens of every recorded request."""
 
 CHARACTERS_PER_TOKEN = 4
-_TPS = ("4", "8")
-_START = Served(
-    request_ms=10.0,
-    tp={
-        "4": ServedTp(all_reduce_us=10.0, ring_gb_s=10.0),
-        "8": ServedTp(all_reduce_us=30.0, ring_gb_s=3.0),
-    },
-)
+_GPUS_PER_SOCKET = 4  # of the testbed
+_FITTED = (
+    ("4", "all_reduce_us"), ("4", "ring_gb_s"), ("4", "across_us"), ("8", "all_reduce_us"), ("8", "ring_gb_s"),
+    ("2", "across_us"),
+)  # fmt: skip
+_FIRST = (10.0, 10.0, 30.0, 30.0, 3.0, 30.0)
+_FIRST_REQUEST_MS = 10.0
 _TYPICAL_ERROR = 0.03
 _DEPLOYMENTS = (
     "run", "model_id", "model", "deploy_s", "deployed", "registered_s", "tp", "pp", "layer_split", "weight_dtype",
@@ -52,6 +53,7 @@ class Recorded:
     run: str
     model: ModelSpec
     configuration: Configuration
+    gpu_ids: tuple[int, ...]
     prompt_tokens: int
     service_s: float
 
@@ -85,6 +87,7 @@ def read_recorded(folder: Path) -> list[Recorded]:
                 weights=choice(row, "weight_dtype", WeightType),
                 kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
             ),
+            gpu_ids=tuple(map(int, row.text("gpus").split())),
             prompt_tokens=max(1, round(median(prompts[key]) / CHARACTERS_PER_TOKEN)),
             service_s=median(services[key]),
         )
@@ -108,8 +111,13 @@ def predict_s(profile: HardwareProfile, calibration: Calibration, recorded: Sequ
     live = CalibratedEstimator(profile, calibration, served=True)
     return np.array(
         [
-            live.service(
-                one.model, one.configuration, prompt_tokens=one.prompt_tokens, output_tokens=OUTPUT_TOKENS, batch=1
+            live.service_on(
+                one.gpu_ids,
+                one.model,
+                one.configuration,
+                prompt_tokens=one.prompt_tokens,
+                output_tokens=OUTPUT_TOKENS,
+                batch=1,
             ).latency_s
             for one in recorded
         ]
@@ -123,11 +131,12 @@ def fit_served(profile: HardwareProfile, calibration: Calibration, recorded: Seq
     logs = np.log([one.service_s for one in recorded])
 
     def residuals(position: Array) -> Array:
-        live = msgspec.structs.replace(calibration, served=_at(position))
+        live = msgspec.structs.replace(calibration, served=_at(position, calibration))
         return np.asarray(np.log(predict_s(profile, live, recorded)) - logs)
 
-    found = least_squares(residuals, _position(_START), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
-    return _at(found.x, digits=4)
+    first = np.log([_FIRST_REQUEST_MS, *_FIRST])
+    found = least_squares(residuals, first, loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
+    return _at(found.x, calibration, digits=4)
 
 
 def cross_fit_served(
@@ -141,15 +150,12 @@ def cross_fit_served(
     return fit_served(profile, calibration, recorded), without
 
 
-def _position(served: Served) -> Array:
-    links = [figure for tp in _TPS for figure in (served.tp[tp].all_reduce_us, served.tp[tp].ring_gb_s)]
-    return np.log([served.request_ms, *links])
-
-
-def _at(position: Array, digits: int = 17) -> Served:
-    request_ms, *links = (float(f"{value:.{digits}g}") for value in np.exp(position))
-    pairs = zip(links[::2], links[1::2], strict=True)
-    return Served(
-        request_ms=request_ms,
-        tp={tp: ServedTp(all_reduce_us=us, ring_gb_s=gb) for tp, (us, gb) in zip(_TPS, pairs, strict=True)},
-    )
+def _at(position: Array, calibration: Calibration, digits: int = 17) -> Served:
+    """Return the figures at a position; what is not fitted is the benchmark's."""
+    request_ms, *fitted = (float(f"{value:.{digits}g}") for value in np.exp(position))
+    two_gpus = calibration.tp["2"].one_shot_gb_s
+    links: dict[str, dict[str, float]] = {"2": {"all_reduce_us": calibration.all_reduce_us, "ring_gb_s": two_gpus}}
+    for (tp, figure), value in zip(_FITTED, fitted, strict=True):
+        links.setdefault(tp, {})[figure] = value
+    tps = {tp: ServedTp(**figures) for tp, figures in links.items()}
+    return Served(request_ms=request_ms, gpus_per_socket=_GPUS_PER_SOCKET, tp=tps)
