@@ -152,7 +152,7 @@ class CalibratedEstimator:
             InputError: as `service`.
         """
         live = self._calibration.served if self._served else None
-        across = _share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
+        across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
         return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
 
     def _service(
@@ -183,6 +183,20 @@ class CalibratedEstimator:
             margin=self._margin(configuration.tp, batch),
         )
 
+    def slowness(self, model: ModelSpec, weights: WeightType) -> float:
+        """Return a layer's time over what the law says, as far as its fingerprints are believed."""
+        found = self._slowness.get((model, weights))
+        if found is None:
+            law = self._calibration.law(weights, 1)
+            seen = deviation(
+                measured_layers(
+                    self._profile.fingerprints.constants, model, weights, prompt_tokens=self._profile.prompt_tokens
+                ),
+                law,
+            )
+            found = self._slowness[model, weights] = math.exp(self._calibration.trust * seen)
+        return found
+
     def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
 
@@ -206,26 +220,13 @@ class CalibratedEstimator:
             pp=case.pp,
             batch=case.batch,
             prompt_tokens=case.prompt_tokens,
-            slowness=self._slowness_of(case.model, case.weights),
+            slowness=self.slowness(case.model, case.weights),
         )
         law = self._calibration.law(case.weights, case.tp, served=self._served, across=case.across)
         # Time is linear in the context, whose mean is the prompt and half of the output.
         short_s = float(token_s(asked, law, case.prompt_tokens))
         per_context_token_s = float(token_s(asked, law, case.prompt_tokens + 1)) - short_s
         return _Times(float(first_token_s(asked, law)), short_s, per_context_token_s / 2)
-
-    def _slowness_of(self, model: ModelSpec, weights: WeightType) -> float:
-        found = self._slowness.get((model, weights))
-        if found is None:
-            law = self._calibration.law(weights, 1)
-            seen = deviation(
-                measured_layers(
-                    self._profile.fingerprints.constants, model, weights, prompt_tokens=self._profile.prompt_tokens
-                ),
-                law,
-            )
-            found = self._slowness[model, weights] = math.exp(self._calibration.trust * seen)
-        return found
 
     def _margin(self, tp: int, batch: int) -> float:
         margins = self._calibration.margins
@@ -237,7 +238,7 @@ class CalibratedEstimator:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
 
 
-def _share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
+def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
     """Return the share of pipeline stages whose GPUs hang at several sockets."""
     stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
     return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)

@@ -104,15 +104,14 @@ class Table:
         self.latency_s = np.array([one.measured.latency_s for one in samples])
         self.influence = np.array([one.influence for one in samples])
         self._output_tokens = np.array([one.measured.output_tokens for one in samples])
-        self._work = _stacked(Work, [_work(one) for one in samples])
+        self._work = stacked(Work, [_work(one) for one in samples])
         keys = [(one.measured.configuration.weights, one.measured.configuration.tp) for one in samples]
         self._kinds = list(dict.fromkeys(keys))
         self._kind_of = np.array([self._kinds.index(key) for key in keys])
 
     def predict(self, calibration: Calibration, slowness: Array | float = 1.0) -> Array:
         """Return the latency of every sample in seconds."""
-        kinds = _stacked(Law, [calibration.law(weights, tp) for weights, tp in self._kinds])
-        law = Law(**{one.name: getattr(kinds, one.name)[self._kind_of] for one in fields(Law)})
+        law = picked(stacked(Law, [calibration.law(weights, tp) for weights, tp in self._kinds]), self._kind_of)
         predicted: Array = latency_s(replace(self._work, slowness=slowness), law, self._output_tokens)
         return predicted
 
@@ -124,9 +123,15 @@ def _work(sample: Sample) -> Work:
     )
 
 
-def _stacked(shape: type[Any], items: Sequence[Any]) -> Any:
+def stacked(shape: type[Any], items: Sequence[Any]) -> Any:
+    """Return one `Work` or `Law` of arrays, made of many of numbers."""
     columns = {one.name: np.array([getattr(item, one.name) for item in items], dtype=float) for one in fields(shape)}
     return shape(**columns)
+
+
+def picked(laws: Law, index: np.ndarray[Any, np.dtype[np.int64]]) -> Law:
+    """Return the laws of an index, which may name one several times."""
+    return Law(**{one.name: getattr(laws, one.name)[index] for one in fields(Law)})
 
 
 def fit_calibration(samples: Sequence[Sample], start: Calibration) -> Calibration:

@@ -21,11 +21,12 @@ import numpy as np
 from maveriq.domain.catalog import load_model
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.calibration import Calibration, Served, ServedTp
+from maveriq.estimate.calibrated import CalibratedEstimator, share_across
+from maveriq.estimate.calibration import Calibration, Served, ServedTp, work
 from maveriq.estimate.cells import choice
-from maveriq.estimate.fitting import Array
+from maveriq.estimate.fitting import Array, picked, stacked
 from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.physics import Law, Work, latency_s
 from maveriq.tables import read_csv
 
 OUTPUT_TOKENS = 20
@@ -106,33 +107,53 @@ def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str
     return found
 
 
-def predict_s(profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> Array:
-    """Return the service time of every deployment in seconds, under a calibration of the live system."""
-    live = CalibratedEstimator(profile, calibration, served=True)
-    return np.array(
-        [
-            live.service_on(
-                one.gpu_ids,
-                one.model,
-                one.configuration,
-                prompt_tokens=one.prompt_tokens,
-                output_tokens=OUTPUT_TOKENS,
-                batch=1,
-            ).latency_s
-            for one in recorded
-        ]
+class Deployments:
+    """Recorded deployments as arrays, to be predicted at once under any figures of the live system."""
+
+    def __init__(self, profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> None:
+        benchmarked = CalibratedEstimator(profile, calibration, served=False)
+        kinds = [_kind(one) for one in recorded]
+        self._kinds = list(dict.fromkeys(kinds))
+        self._kind_of = np.array([self._kinds.index(kind) for kind in kinds])
+        self.service_s = np.array([one.service_s for one in recorded])
+        self._work = stacked(Work, [_work(one, benchmarked) for one in recorded])
+
+    def predict_s(self, calibration: Calibration) -> Array:
+        """Return the service time of every deployment in seconds."""
+        laws = [calibration.law(weights, tp, served=True, across=across) for weights, tp, across in self._kinds]
+        predicted: Array = latency_s(self._work, picked(stacked(Law, laws), self._kind_of), OUTPUT_TOKENS)
+        return predicted
+
+
+def _work(one: Recorded, benchmarked: CalibratedEstimator) -> Work:
+    asked = one.configuration
+    slowness = benchmarked.slowness(one.model, asked.weights)
+    return work(
+        one.model,
+        asked.kv,
+        tp=asked.tp,
+        pp=asked.pp,
+        batch=1,
+        prompt_tokens=one.prompt_tokens,
+        slowness=slowness,
     )
+
+
+def _kind(one: Recorded) -> tuple[WeightType, int, float]:
+    across = share_across(one.gpu_ids, one.configuration.tp, _GPUS_PER_SOCKET)
+    return one.configuration.weights, one.configuration.tp, across
 
 
 def fit_served(profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> Served:
     """Return the figures of the live system under which the recorded service times are most likely."""
     from scipy.optimize import least_squares
 
-    logs = np.log([one.service_s for one in recorded])
+    table = Deployments(profile, calibration, recorded)
+    logs = np.log(table.service_s)
 
     def residuals(position: Array) -> Array:
         live = msgspec.structs.replace(calibration, served=_at(position, calibration))
-        return np.asarray(np.log(predict_s(profile, live, recorded)) - logs)
+        return np.asarray(np.log(table.predict_s(live)) - logs)
 
     first = np.log([_FIRST_REQUEST_MS, *_FIRST])
     found = least_squares(residuals, first, loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
