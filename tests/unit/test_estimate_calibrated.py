@@ -114,6 +114,16 @@ def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_pa
     assert again == pytest.approx(embedded, rel=1e-3)
 
 
+@pytest.mark.data
+def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    document = tmp_path / "calibrated.md"
+    document.write_text((root / "docs" / "calibrated.md").read_text())
+    script = root / "scripts" / "calibrated_errors.py"
+    subprocess.run([sys.executable, script, measured_data, "--document", document], check=True)
+    assert document.read_text() == (root / "docs" / "calibrated.md").read_text()
+
+
 def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
     """Samples of an imagined GPU that obeys the law exactly."""
     truth = msgspec.structs.replace(start_calibration(), bandwidth_gb_s=true_bandwidth_gb_s)
