@@ -38,6 +38,10 @@ class UnknownNameError(InputError):
         tail = f" {hint}" if hint else ""
         super().__init__(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)}){tail}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
+        """Leave only the message to another process: the arguments cannot be had back from it."""
+        return InputError, self.args
+
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 

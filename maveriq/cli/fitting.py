@@ -20,6 +20,7 @@ from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trus
 from maveriq.estimate.evaluate import Errors, Evaluation, Group, evaluate
 from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
 from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.report.tables import new_table
 from maveriq.tables import is_folder
 
 _DISTRUSTED = 12  # rows shown
@@ -107,7 +108,7 @@ def _show_groups(console: Console, groups: Sequence[Group]) -> None:
 def _errors_table(what: str, rows: Iterable[tuple[Group, Errors, float | None]]) -> Table:
     rows = list(rows)
     covered = any(share is not None for _, _, share in rows)
-    table = Table(title=f"{what}: absolute percentage error", title_justify="left")
+    table = new_table(f"{what}: absolute error in percent")
     for column in ("by", "value"):
         table.add_column(column, no_wrap=True)
     for column in ("n", "median", "mean", "p90", "p95", "worst", *(["in 90 %"] if covered else [])):

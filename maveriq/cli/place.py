@@ -27,4 +27,4 @@ def place(
     """
     from maveriq.cli.placing import show_placement
 
-    show_placement(problem, single_precision=not float64, quiet=quiet, as_json=as_json)
+    show_placement(problem, single_precision=not float64, quiet=quiet or as_json, as_json=as_json)

@@ -26,6 +26,7 @@ from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import Scenario
 from maveriq.sim.engine import simulate
+from maveriq.workload.build import DEFAULT_SCALE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,8 @@ def run_simulation(options: Options, output: Output) -> None:
 def default_folder(options: Options) -> Path:
     """Return where a run goes that nobody gave a folder: `runs/` and what tells it from others."""
     parts = [options.policy, options.intent, Path(options.models).stem, Path(options.trace).stem]
-    parts.append("own" if options.scale is None and options.trace.endswith(".csv") else f"{options.scale or 0.4:g}")
+    if options.scale is not None or not options.trace.endswith((".csv", ".gz")):
+        parts.append(f"{DEFAULT_SCALE if options.scale is None else options.scale:g}")
     return Path("runs") / "-".join(part.replace("/", "_").replace(":", "_") for part in parts)
 
 

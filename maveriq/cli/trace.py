@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from maveriq.cli.flags import with_options
+from maveriq.scenario.options import Options
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -21,19 +24,12 @@ TraceArgument = Annotated[
         metavar="TRACE", help="code, conversation, poisson, or the CSV file of an Azure trace or a schedule."
     ),
 ]
-ScaleOption = Annotated[float | None, typer.Option(help="Factor on the rate of requests (0.4; none for a schedule).")]
-ModelsOption = Annotated[str, typer.Option(help="large, regular, twentyone, or the TOML file of a model set.")]
-PromptTokensOption = Annotated[
-    str | None, typer.Option(metavar="sharegpt|trace|N", help="Length of prompts (sharegpt; a schedule's own).")
-]
-OutputTokensOption = Annotated[
-    str | None, typer.Option(metavar="N|trace", help="Length of outputs (20; a schedule's own).")
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of all random streams.")]
-AsPublishedOption = Annotated[
-    bool, typer.Option("--poisson-as-published", help="Let a Poisson stage last as long as its gaps.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+
+_SHAPING = (
+    "scale", "models", "prompt_tokens", "output_tokens", "poisson_as_published", "seed", "slo_scale", "profile",
+)  # fmt: skip
+"""The options of a run that shape its workload, beside the trace itself."""
 
 _PLOT_ROWS = 8
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -47,23 +43,12 @@ def root(ctx: typer.Context) -> None:
 
 
 @app.command()
-def show(
-    trace: TraceArgument = "code",
-    *,
-    scale: ScaleOption = None,
-    models: ModelsOption = "large",
-    prompt_tokens: PromptTokensOption = None,
-    output_tokens: OutputTokensOption = None,
-    seed: SeedOption = 42,
-    poisson_as_published: AsPublishedOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@with_options(Options, only=_SHAPING)
+def show(options: Options, *, trace: TraceArgument = "code", as_json: JsonOption = False) -> None:
     """Show a workload: counts, rate over time, models, lengths."""
     from maveriq.workload.summary import summarise
 
-    summary = summarise(
-        _workload(trace, scale, models, prompt_tokens, output_tokens, seed, as_published=poisson_as_published)
-    )
+    summary = summarise(_workload(options, trace))
     if as_json:
         from dataclasses import asdict
 
@@ -77,24 +62,20 @@ def show(
 
 
 @app.command()
+@with_options(Options, only=_SHAPING)
 def export(
-    trace: TraceArgument = "code",
+    options: Options,
     *,
+    trace: TraceArgument = "code",
     out: Annotated[
         Path, typer.Option(metavar="FILE.csv", help="The schedule to write; it appears whole or not at all.")
     ],
-    scale: ScaleOption = None,
-    models: ModelsOption = "large",
-    prompt_tokens: PromptTokensOption = None,
-    output_tokens: OutputTokensOption = None,
-    seed: SeedOption = 42,
-    poisson_as_published: AsPublishedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a workload as a schedule, one request a row, which --trace can replay."""
     from maveriq.workload.schedule import write_schedule
 
-    workload = _workload(trace, scale, models, prompt_tokens, output_tokens, seed, as_published=poisson_as_published)
+    workload = _workload(options, trace)
     write_schedule(workload.arrivals, out)
     if as_json:
         _print_json({"file": str(out), "requests": len(workload.arrivals)})
@@ -125,30 +106,14 @@ def check(
         typer.echo(f"OK {file}: {kind}, {requests:,} requests in {span}")
 
 
-def _workload(
-    trace: str,
-    scale: float | None,
-    models: str,
-    prompt_tokens: str | None,
-    output_tokens: str | None,
-    seed: int,
-    *,
-    as_published: bool,
-) -> Workload:
-    from maveriq.domain.intents import Intent, Objective
-    from maveriq.workload.build import WorkloadOptions, build_workload
+def _workload(options: Options, trace: str) -> Workload:
+    from dataclasses import replace
 
-    options = WorkloadOptions(
-        trace=trace,
-        scale=scale,
-        models=models,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        seed=seed,
-        poisson_as_published=as_published,
-    )
-    # Arrivals and lengths depend on no intent, and without an SLO scale nothing asks for a latency.
-    return build_workload(options, intent=Intent(objective=Objective.MIN_COST), slo_of=lambda _model, _tokens: None)
+    from maveriq.estimate.hardware import load_profile
+    from maveriq.scenario.demand import workload_for
+
+    profile = load_profile(options.profile)
+    return workload_for(replace(options, trace=trace), profile, slo_scale=options.slo_scale)
 
 
 def _print_json(value: dict[str, object]) -> None:
@@ -158,13 +123,21 @@ def _print_json(value: dict[str, object]) -> None:
 
 
 def _view(summary: WorkloadSummary, width: int) -> list[RenderableType]:
-    from rich.table import Table
     from rich.text import Text
 
-    models = Table("endpoint", "model", "asked at s", "requests", title="Models")
+    from maveriq.report.tables import new_table
+
+    models = new_table("Models")
+    models.add_column("#", justify="right")
+    models.add_column("model")
+    for column in ("asked at s", "requests"):
+        models.add_column(column, justify="right")
     for endpoint in summary.endpoints:
         models.add_row(str(endpoint.endpoint), endpoint.model, f"{endpoint.asked_s:,.0f}", f"{endpoint.requests:,}")
-    lengths = Table("tokens", "least", "p25", "median", "p75", "p90", "p99", "most", "mean", title="Lengths")
+    lengths = new_table("Lengths in tokens")
+    lengths.add_column("")
+    for column in ("least", "p25", "median", "p75", "p90", "p99", "most", "mean"):
+        lengths.add_column(column, justify="right")
     for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens)):
         quantiles = (tokens.least, tokens.p25, tokens.median, tokens.p75, tokens.p90, tokens.p99, tokens.most)
         lengths.add_row(name, *(f"{value:,}" for value in quantiles), f"{tokens.mean:,.1f}")
@@ -172,7 +145,7 @@ def _view(summary: WorkloadSummary, width: int) -> list[RenderableType]:
         f"{summary.name}: {summary.requests:,} requests from {summary.first_arrival_s:,.1f} s"
         f" to {summary.last_arrival_s:,.1f} s, {summary.mean_rate_per_s:.2f} a second"
     )
-    return [Text(headline), Text(rate_plot(summary.requests_per_bin, summary.bin_s, width)), models, lengths]
+    return [Text(headline), Text(rate_plot(summary.requests_per_bin, summary.bin_s, width)), models, Text(), lengths]
 
 
 def rate_plot(requests_per_bin: tuple[int, ...], bin_s: int, width: int) -> str:

@@ -119,8 +119,8 @@ class Controller:
         self.ledger.arrived(request)
         self._assign(request)
 
-    def _assign(self, request: Request) -> None:
-        """Let a request wait for a deployment of its endpoint, or refuse it."""
+    def _assign(self, request: Request, *, first: bool = False) -> None:
+        """Let a request wait for a deployment of its endpoint, first of all if so asked, or refuse it."""
         replicas = self._endpoints.get(request.endpoint_id)
         if not replicas:
             self.ledger.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
@@ -132,7 +132,10 @@ class Controller:
             return
         service_us = self._guess(deployment, request) if self._guess else 0
         self._replicas.committed(deployment, self._now_us, service_us)
-        self.queue.push(request, deployment.deployment_id, service_us)
+        if first:
+            self.queue.push_back(request, deployment.deployment_id)
+        else:
+            self.queue.push(request, deployment.deployment_id, service_us)
 
     def _finished(self, event: ExecutionFinished) -> None:
         deployment = self.fleet.deployments[event.deployment_id]
@@ -148,12 +151,14 @@ class Controller:
     def _dispatch(self) -> None:
         """Send all that may go at this instant; note when the next one may."""
         self.wake_us = None
-        while head := self.queue.next(self._now_us, self.fleet.busy_mask):
+        later_mask = 0  # GPUs of heads that may go, but not yet
+        while head := self.queue.next(self._now_us, self.fleet.busy_mask | later_mask):
             deployment = self.fleet.deployments[head.line.deployment_id]
             go_us = self._clock.earliest_us(head.request.arrival_us, self.fleet.released_us(deployment))
             if go_us > self._now_us:
-                self.wake_us = go_us
-                return
+                self.wake_us = go_us if self.wake_us is None else min(self.wake_us, go_us)
+                later_mask |= deployment.gpu_mask
+                continue
             requests = self.queue.take(head, deployment.layout.configuration.batch_size)
             execution_id = self.fleet.begin(deployment, requests, self._now_us)
             self._clock.sent(self._now_us)
@@ -194,6 +199,10 @@ class Controller:
         """Take in that an engine is gone; nothing that was accepted is lost."""
         if not self.fleet.holds_memory(deployment):
             return  # rejected, removed, or lost for good before
+        if deployment.alive and not broken:
+            # One of its GPUs is gone; what runs of it on the others has to be stopped.
+            self._actions.append(StopEngine(deployment.deployment_id))
+            deployment.alive = False
         interrupted = self.fleet.end(deployment, self._now_us)
         reason = f"{deployment.name}: {what}"
         if deployment.state is DeploymentState.REMOVED:
@@ -205,15 +214,21 @@ class Controller:
         again = [request for request in interrupted if self._may_retry(request, reason)]
         for request in again:
             self.ledger.requeued(request)
-        if not self.queue.has_line(deployment.deployment_id):
-            return
+        if self.queue.has_line(deployment.deployment_id):
+            self._keep_or_move(deployment, again)
+
+    def _keep_or_move(self, deployment: Deployment, again: list[Request]) -> None:
+        """Let requests wait until an engine is back, those that it was serving first; or find them another."""
         if deployment.returns:
             self.queue.park(deployment.deployment_id, parked=True)
             for request in again:
                 self.queue.push_back(request, deployment.deployment_id)
-        else:
-            for request in [*again, *self.queue.close_line(deployment.deployment_id)]:
-                self._assign(request)
+            return
+        waiting = self.queue.close_line(deployment.deployment_id)
+        for request in again:
+            self._assign(request, first=True)
+        for request in waiting:
+            self._assign(request)
 
     def _may_retry(self, request: Request, reason: str) -> bool:
         if self._settings.on_failure is OnFailure.REQUEUE and self.ledger.attempts(request) < 2:

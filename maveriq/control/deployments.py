@@ -31,9 +31,11 @@ class Deployment:
     """One deployment as the controller keeps it.
 
     `serves` says whether requests may wait for it: from its first registration until it is
-    removed or lost. `returns` says, while it is down, whether it will be back. `incarnation`
-    counts the engines started for it, `execution_id` the executions: late words about earlier
-    ones are told apart by them.
+    removed or lost. `returns` says, while it is down, whether it will be back. `alive` says
+    whether there is an engine, loading or up, that somebody must stop; `open_failures` how many
+    of its own failures are not mended (a failed GPU is not among them). `incarnation` counts the
+    engines started for it, `execution_id` the executions: late words about earlier ones are told
+    apart by them.
     """
 
     deployment_id: int
@@ -48,7 +50,8 @@ class Deployment:
     removed_us: Micros = NOT_YET
     serves: bool = False
     returns: bool = True
-    broken: bool = False
+    open_failures: int = 0
+    alive: bool = False
     incarnation: int = 0
     execution_id: int = 0
     running: tuple[Request, ...] = ()
@@ -79,7 +82,7 @@ class Deployment:
             case DeploymentState.REMOVED:
                 return f"{self.name} was removed"
             case DeploymentState.DOWN:
-                return f"{self.name} is down for good"
+                return f"{self.name} is down" + (", not for good" if self.returns else " for good")
             case _:
                 return f"{self.name} is still {self.state}"
 

@@ -49,25 +49,11 @@ class GpuDown:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineDown:
-    """A deployment's engine fails; `returns` says whether an `EngineRepaired` will follow."""
-
-    deployment_id: int
-    returns: bool
-    rank: ClassVar[int] = 2
-
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.deployment_id
-
-
-@dataclass(frozen=True, slots=True)
 class GpuUp:
     """A failed GPU is back; deployments that wait for it start again."""
 
     gpu_id: int
-    rank: ClassVar[int] = 3
+    rank: ClassVar[int] = 2
 
     @property
     def key(self) -> int:
@@ -80,7 +66,7 @@ class EngineRepaired:
     """What made an engine fail is mended; it starts again."""
 
     deployment_id: int
-    rank: ClassVar[int] = 4
+    rank: ClassVar[int] = 3
 
     @property
     def key(self) -> int:
@@ -94,7 +80,7 @@ class EngineUp:
 
     deployment_id: int
     incarnation: int
-    rank: ClassVar[int] = 5
+    rank: ClassVar[int] = 4
 
     @property
     def key(self) -> int:
@@ -107,7 +93,7 @@ class RemoveAsked:
     """The developer takes an endpoint away; what runs may finish, what waits is refused."""
 
     endpoint_id: int
-    rank: ClassVar[int] = 6
+    rank: ClassVar[int] = 5
 
     @property
     def key(self) -> int:
@@ -120,12 +106,26 @@ class DeployAsked:
     """A developer asks for a model to be served."""
 
     ask: DeployAsk
-    rank: ClassVar[int] = 7
+    rank: ClassVar[int] = 6
 
     @property
     def key(self) -> int:
         """Order among events of this kind."""
         return self.ask.endpoint_id
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDown:
+    """A deployment's engine fails; `returns` says whether an `EngineRepaired` will follow."""
+
+    deployment_id: int
+    returns: bool
+    rank: ClassVar[int] = 7  # an engine can fail at the very instant it is asked for
+
+    @property
+    def key(self) -> int:
+        """Order among events of this kind."""
+        return self.deployment_id
 
 
 @dataclass(slots=True)

@@ -75,6 +75,7 @@ class Fleet:
         self._to_start.remove(deployment)
         deployment.state = DeploymentState.LOADING
         deployment.incarnation += 1
+        deployment.alive = True
         return StartEngine(deployment.deployment_id, deployment.incarnation, deployment.layout)
 
     def registered(self, deployment_id: int, incarnation: int, now_us: Micros) -> Deployment | None:
@@ -131,10 +132,11 @@ class Fleet:
         self._state.set_down(gpu_id, down=True)
 
     def gpu_up(self, gpu_id: int) -> None:
-        """Mark a GPU as back and let deployments that waited for it start again."""
+        """Note that a GPU's failure is over; if it was the last, deployments that waited for it start again."""
         self._state.set_down(gpu_id, down=False)
-        for deployment in self.on_gpu(gpu_id):
-            self._start_again(deployment)
+        if not self._state.is_down(gpu_id):
+            for deployment in self.on_gpu(gpu_id):
+                self._start_again(deployment)
 
     def engine_down(self, deployment: Deployment, *, returns: bool, broken: bool, reason: str) -> None:
         """Note that an engine is gone, until it is repaired or for good (then its memory is free).
@@ -149,19 +151,20 @@ class Fleet:
             self._to_start.remove(deployment)
         deployment.state = DeploymentState.DOWN
         deployment.returns = deployment.returns and returns
-        deployment.broken = deployment.broken or broken
+        deployment.open_failures += broken
+        deployment.alive = False
         deployment.reason = reason
         if not deployment.returns:
             deployment.serves = False
             self._state.release(deployment.deployment_id)
 
     def repaired(self, deployment: Deployment) -> None:
-        """Note that what broke an engine is mended."""
-        deployment.broken = False
+        """Note that what broke an engine is mended; it starts again when nothing else is broken."""
+        deployment.open_failures = max(0, deployment.open_failures - 1)
         self._start_again(deployment)
 
     def _start_again(self, deployment: Deployment) -> None:
-        if deployment.state is DeploymentState.DOWN and deployment.returns and not deployment.broken:
+        if deployment.state is DeploymentState.DOWN and deployment.returns and not deployment.open_failures:
             deployment.state = DeploymentState.WAITING
             self._to_start.append(deployment)
 
@@ -173,12 +176,12 @@ class Fleet:
         deployment.serves = False
 
     def removed(self, deployment: Deployment, now_us: Micros) -> bool:
-        """Free the memory of a withdrawn deployment; says whether there was an engine to stop."""
+        """Free the memory of a withdrawn deployment; says whether there is an engine to stop."""
         deployment.removed_us = now_us
-        holds = self.holds_memory(deployment)
-        if holds:
+        if self.holds_memory(deployment):
             self._state.release(deployment.deployment_id)
-        return holds
+        alive, deployment.alive = deployment.alive, False
+        return alive
 
     def loads(self, now_us: Micros) -> list[float]:
         """Return each GPU's recent load (0 to 1), in the order of ids."""

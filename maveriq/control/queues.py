@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 from maveriq.domain.requests import Request
 from maveriq.units import MICROS_PER_SECOND, Micros
@@ -31,39 +30,43 @@ class Discipline(StrEnum):
     EDF = "edf"
 
 
+Entry: TypeAlias = tuple[int, float, int, int, Request]
+"""Urgency, rank, request id, serial, request; compared in this order, and never as far as the request."""
+
+
 @dataclass(slots=True)
 class Line:
     """The requests that wait for one deployment.
 
     `gpu_mask` has a bit for each GPU of the deployment; a parked line (its engine is down, but
-    will return) is passed over. The heap holds (urgency, rank, sequence, request): urgency 0
-    for priority requests, the latest first, and 1 for the rest. Where there is a bound on
-    waiting, `by_arrival` holds the same requests in order of arrival; one that was taken from
-    either is skipped in the other when it comes up there (`taken_by_rank`, `taken_by_arrival`).
+    will return) is passed over. The heap is ordered by urgency (0 for priority requests, 1 for
+    the rest), then by rank. Where there is a bound on waiting, `by_arrival` holds the same
+    requests in order of arrival; one that was taken from either is skipped in the other when it
+    comes up there (`taken_by_rank`, `taken_by_arrival`: serials).
     """
 
     deployment_id: int
     gpu_mask: int
     parked: bool = False
-    heap: list[tuple[int, float, int, Request]] = field(default_factory=list)
-    by_arrival: deque[tuple[int, Request]] = field(default_factory=deque)
+    heap: list[Entry] = field(default_factory=list)
+    by_arrival: list[tuple[int, int, Request]] = field(default_factory=list)
     taken_by_rank: set[int] = field(default_factory=set)
     taken_by_arrival: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.heap) - len(self.taken_by_arrival)
 
-    def head(self) -> tuple[int, float, int, Request] | None:
+    def head(self) -> Entry | None:
         """Return the entry that goes first by rank."""
-        while self.heap and self.heap[0][2] in self.taken_by_arrival:
-            self.taken_by_arrival.discard(heapq.heappop(self.heap)[2])
+        while self.heap and self.heap[0][3] in self.taken_by_arrival:
+            self.taken_by_arrival.discard(heapq.heappop(self.heap)[3])
         return self.heap[0] if self.heap else None
 
-    def oldest(self) -> tuple[int, Request] | None:
-        """Return the sequence and the request that has waited longest."""
-        while self.by_arrival and self.by_arrival[0][0] in self.taken_by_rank:
-            self.taken_by_rank.discard(self.by_arrival.popleft()[0])
-        return self.by_arrival[0] if self.by_arrival else None
+    def oldest(self) -> Request | None:
+        """Return the request that arrived first."""
+        while self.by_arrival and self.by_arrival[0][1] in self.taken_by_rank:
+            self.taken_by_rank.discard(heapq.heappop(self.by_arrival)[1])
+        return self.by_arrival[0][2] if self.by_arrival else None
 
 
 @dataclass(slots=True)
@@ -78,7 +81,7 @@ class Head:
 class RequestQueue:
     """All waiting requests, and the choice of the next one."""
 
-    __slots__ = ("_discipline", "_front", "_lines", "_max_wait_us", "_sequence", "_single_line", "_waiting")
+    __slots__ = ("_discipline", "_front", "_lines", "_max_wait_us", "_serial", "_single_line", "_waiting")
 
     def __init__(self, discipline: Discipline, max_wait_us: Micros = DEFAULT_MAX_WAIT_US) -> None:
         self._discipline = discipline
@@ -86,7 +89,7 @@ class RequestQueue:
         self._max_wait_us = max_wait_us
         self._lines: dict[int, Line] = {}
         self._front: Line | None = None  # whose head is first of all under fifo; None: not known
-        self._sequence = 0
+        self._serial = 0
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -110,7 +113,7 @@ class RequestQueue:
         line = self._lines.pop(deployment_id)
         self._front = None
         self._waiting -= len(line)
-        left = (entry[3] for entry in line.heap if entry[2] not in line.taken_by_arrival)
+        left = (entry[4] for entry in line.heap if entry[3] not in line.taken_by_arrival)
         return sorted(left, key=lambda request: request.request_id)
 
     def waiting(self, deployment_id: int) -> int:
@@ -119,31 +122,34 @@ class RequestQueue:
         return len(line) if line else 0
 
     def push(self, request: Request, deployment_id: int, service_us: Micros = 0) -> None:
-        """Let a request wait; `service_us` is its estimated service, used by `sjf` alone."""
-        self._sequence += 1
-        sequence = self._sequence
-        urgency = 0 if request.priority else 1
-        rank = -sequence if request.priority else self._rank(request, sequence, service_us)
-        self._add(self._lines[deployment_id], (urgency, rank, sequence, request))
+        """Let a request wait; `service_us` is its estimated service, used by `sjf` alone.
+
+        A request keeps its place by its number, also when it comes late because its replica was lost.
+        """
+        if request.priority:
+            self._add(self._lines[deployment_id], 0, -request.request_id, request)
+        else:
+            self._add(self._lines[deployment_id], 1, self._rank(request, service_us), request)
 
     def push_back(self, request: Request, deployment_id: int) -> None:
         """Return a request that was already taken to the very front, because its engine failed."""
         # Rank minus infinity: whoever was being served stays first, even of priority requests.
-        self._sequence += 1
-        self._add(self._lines[deployment_id], (0, -math.inf, self._sequence, request))
+        self._add(self._lines[deployment_id], 0, -math.inf, request)
 
-    def _add(self, line: Line, entry: tuple[int, float, int, Request]) -> None:
+    def _add(self, line: Line, urgency: int, rank: float, request: Request) -> None:
+        self._serial += 1
+        entry = (urgency, rank, request.request_id, self._serial, request)
         heapq.heappush(line.heap, entry)
-        if entry[0] == 0:
-            self._front = None
-        if not self._single_line:
-            line.by_arrival.append((entry[2], entry[3]))
         self._waiting += 1
+        if not self._single_line:
+            heapq.heappush(line.by_arrival, (request.request_id, self._serial, request))
+        elif self._front and entry < self._front.heap[0]:
+            self._front = None  # it goes before the front that was known
 
-    def _rank(self, request: Request, sequence: int, service_us: Micros) -> float:
+    def _rank(self, request: Request, service_us: Micros) -> float:
         match self._discipline:
             case Discipline.FIFO | Discipline.FIFO_PER_MODEL:
-                return sequence
+                return request.request_id
             case Discipline.SJF:
                 return service_us
             case Discipline.EDF:
@@ -151,12 +157,12 @@ class RequestQueue:
             case _ as never:
                 assert_never(never)
 
-    def next(self, now_us: Micros, busy_mask: int) -> Head | None:
+    def next(self, now_us: Micros, blocked_mask: int) -> Head | None:
         """Return who may go next, None if nobody may or waits.
 
         Args:
             now_us: the present, for the bound on waiting.
-            busy_mask: a bit for each GPU that is executing.
+            blocked_mask: a bit for each GPU on which nothing may start now.
         """
         if not self._waiting:
             return None
@@ -164,17 +170,17 @@ class RequestQueue:
             if self._front is None:
                 self._front = self._first(0)
             line = self._front
-            return None if line is None or line.gpu_mask & busy_mask else Head(line, line.heap[0][3], overdue=False)
-        overdue, held_mask = self._overdue(now_us, busy_mask)
+            return None if line is None or line.gpu_mask & blocked_mask else Head(line, line.heap[0][4], overdue=False)
+        overdue, held_mask = self._overdue(now_us, blocked_mask)
         if overdue:
             return overdue
-        line = self._first(busy_mask | held_mask)
-        return Head(line, line.heap[0][3], overdue=False) if line else None
+        line = self._first(blocked_mask | held_mask)
+        return Head(line, line.heap[0][4], overdue=False) if line else None
 
     def _first(self, blocked_mask: int) -> Line | None:
         """Return the line with the first head among those that use no blocked GPU."""
         best: Line | None = None
-        best_entry: tuple[int, float, int, Request] | None = None
+        best_entry: Entry | None = None
         for line in self._lines.values():
             if not line.heap or line.parked or line.gpu_mask & blocked_mask:
                 continue
@@ -183,17 +189,17 @@ class RequestQueue:
                 best, best_entry = line, entry
         return best
 
-    def _overdue(self, now_us: Micros, busy_mask: int) -> tuple[Head | None, int]:
+    def _overdue(self, now_us: Micros, blocked_mask: int) -> tuple[Head | None, int]:
         """Return the first overdue request that can go, and the GPUs held for others."""
         latest_us = now_us - self._max_wait_us
         late = []
         for line in self._lines.values():
             oldest = line.oldest()
-            if oldest and not line.parked and oldest[1].arrival_us < latest_us:
-                late.append((oldest[1].arrival_us, oldest[0], Head(line, oldest[1], overdue=True)))
+            if oldest and not line.parked and oldest.arrival_us < latest_us:
+                late.append((oldest.request_id, Head(line, oldest, overdue=True)))
         held_mask = 0
-        for _, _, head in sorted(late, key=lambda one: one[:2]):
-            if not head.line.gpu_mask & (busy_mask | held_mask):
+        for _, head in sorted(late, key=lambda one: one[0]):
+            if not head.line.gpu_mask & (blocked_mask | held_mask):
                 return head, held_mask
             held_mask |= head.line.gpu_mask
         return None, held_mask
@@ -203,13 +209,13 @@ class RequestQueue:
         line = head.line
         taken = []
         if head.overdue:
-            sequence, request = line.by_arrival.popleft()
-            line.taken_by_arrival.add(sequence)
+            _, serial, request = heapq.heappop(line.by_arrival)
+            line.taken_by_arrival.add(serial)
             taken.append(request)
         while len(taken) < most and line.head():
-            _, _, sequence, request = heapq.heappop(line.heap)
+            _, _, _, serial, request = heapq.heappop(line.heap)
             if not self._single_line:
-                line.taken_by_rank.add(sequence)
+                line.taken_by_rank.add(serial)
             taken.append(request)
         self._waiting -= len(taken)
         self._front = None

@@ -32,7 +32,7 @@ class Replicas:
     def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
         """Return the replica for a request: one that is up if any is, else one that will be back."""
         up = [one for one in replicas if one.state is DeploymentState.UP]
-        ready = up or [one for one in replicas if one.serves] or replicas[:1]
+        ready = up or [one for one in replicas if one.serves] or self._latest(replicas)
         match self._choice:
             case ReplicaChoice.UNIFORM:
                 return ready[pick(self._seed, "replicas", request.request_id, len(ready))]
@@ -40,6 +40,12 @@ class Replicas:
                 return min(ready, key=lambda one: self._busy_until_us.get(one.deployment_id, 0))
             case _ as never:
                 assert_never(never)
+
+    @staticmethod
+    def _latest(replicas: Sequence[Deployment]) -> Sequence[Deployment]:
+        """Return the replica that explains best why none serves: the last that is neither removed nor rejected."""
+        gone = (DeploymentState.REMOVED, DeploymentState.REJECTED)
+        return [one for one in replicas if one.state not in gone][-1:] or replicas[-1:]
 
     def committed(self, deployment: Deployment, now_us: Micros, service_us: Micros) -> None:
         """Note that a request of so much estimated service was given to a replica."""

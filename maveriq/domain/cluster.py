@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,7 +47,7 @@ class ClusterState:
     cluster: Cluster
     _held: dict[int, dict[int, Bytes]] = field(default_factory=dict)
     _used: list[Bytes] = field(init=False)
-    _down: set[int] = field(default_factory=set)
+    _open_faults: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._used = [gpu.idle_bytes for gpu in self.cluster.gpus]
@@ -93,15 +94,12 @@ class ClusterState:
         return self.cluster.gpus[gpu_id].capacity_bytes - self._used[gpu_id]
 
     def set_down(self, gpu_id: int, *, down: bool) -> None:
-        """Mark a GPU as failed or as back."""
-        if down:
-            self._down.add(gpu_id)
-        else:
-            self._down.discard(gpu_id)
+        """Note that a GPU failed, or that what made it fail is over; it is down while anything is."""
+        self._open_faults[gpu_id] += 1 if down else -1
 
     def is_down(self, gpu_id: int) -> bool:
         """Say whether a GPU has failed."""
-        return gpu_id in self._down
+        return self._open_faults[gpu_id] > 0
 
     def view(self, loads: Sequence[float]) -> ClusterView:
         """Return the view for a policy; `loads` has one share per GPU, in the order of ids."""
@@ -115,6 +113,6 @@ class ClusterState:
                     load=load,
                 )
                 for gpu, load in zip(self.cluster.gpus, loads, strict=True)
-                if gpu.gpu_id not in self._down
+                if not self.is_down(gpu.gpu_id)
             )
         )

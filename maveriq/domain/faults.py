@@ -1,4 +1,4 @@
-"""Faults that a user injects into a run."""
+"""What a user does to a run besides sending requests: faults, and the removal of endpoints."""
 
 from __future__ import annotations
 
@@ -32,3 +32,19 @@ class Fault:
     def __post_init__(self) -> None:
         if self.target_id < 0 or self.at_us < 0 or (self.for_us is not None and self.for_us < 0):
             raise InputError(f"fault of {self.target} {self.target_id}: number and times must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """A developer takes an endpoint away at an instant.
+
+    Raises:
+        InputError: a number or a time that cannot be.
+    """
+
+    endpoint_id: int
+    at_us: Micros
+
+    def __post_init__(self) -> None:
+        if self.endpoint_id < 1 or self.at_us < 0:
+            raise InputError(f"removal of endpoint {self.endpoint_id}: endpoints count from 1 and times from 0")

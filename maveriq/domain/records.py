@@ -33,7 +33,7 @@ class RequestTable:
     """All requests of a run, a column each, in the order of arrival.
 
     Times are microseconds since the run's start, `NOT_YET` where the request never got there.
-    `deployment_id` is 0 where no deployment took the request; `slo_us` is 0 where there is none.
+    `deployment_id` is 0 where nothing was asked for at the request's endpoint; `slo_us` is 0 where there is none.
     `reason` is an index into `reasons` (0: none).
     """
 

@@ -27,6 +27,8 @@ class MaverIQ:
 
     def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
         """Return one deployment of the best candidate, or why none can be made."""
+        if not view.gpus:
+            return Rejection(reason="every GPU is down")
         ranking = rank(ask, view, self.estimator, self.accuracy)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({room_sentence(view)})")

@@ -73,7 +73,8 @@ class Metrics:
 
     `ttft_s` is first token - start, as in the records; `user_ttft_s` is first token - arrival.
     `cost_gib_s` is latency times the memory of the deployment that served the request.
-    `gpu_hours` is service time times GPUs, and `operational_cost_gpu_hours` the sum of it.
+    `gpu_hours` is service time times GPUs, shared by the requests of a batch, and
+    `operational_cost_gpu_hours` the sum of it.
     `throughput_per_s` is completed / (last finish - first arrival). `slo` is None without an SLO.
     """
 
@@ -149,7 +150,11 @@ class _GoodputLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Columns:
-    """The columns that metrics need, a row per request; `gpus` and `memory_gib` of its deployment."""
+    """The columns that metrics need, a row per request.
+
+    `gpus` and `memory_gib` are of its deployment, `together` how many requests were executed at
+    once with it, itself included.
+    """
 
     status: Array
     arrival_us: Array
@@ -160,6 +165,7 @@ class _Columns:
     slo_us: Array
     gpus: Array
     memory_gib: Array
+    together: Array
 
     @classmethod
     def of(cls, run: RunRecord) -> _Columns:
@@ -175,10 +181,23 @@ class _Columns:
             slo_us=table.slo_us,
             gpus=gpus[table.deployment_id],
             memory_gib=memory_gib[table.deployment_id],
+            together=_together(table.deployment_id, table.start_us),
         )
 
     def where(self, chosen: Array) -> _Columns:
         return _Columns(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+
+
+def _together(deployment_id: Array, start_us: Array) -> Array:
+    """Return the size of each request's batch: a deployment starts one execution at an instant."""
+    order = np.lexsort((start_us, deployment_id))
+    deployments, starts_us = deployment_id[order], start_us[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (deployments[1:] != deployments[:-1]) | (starts_us[1:] != starts_us[:-1])
+    execution = np.cumsum(first) - 1
+    together = np.empty(len(order), dtype=np.int64)
+    together[order] = np.bincount(execution)[execution]
+    return together
 
 
 def _deployment_sizes(run: RunRecord) -> tuple[Array, Array]:
@@ -197,7 +216,7 @@ def _metrics(rows: _Columns, limits: _GoodputLimits) -> Metrics:
     latency_us, service_us = done.finish_us - done.arrival_us, done.finish_us - done.start_us
     user_ttft_us, tpot_us = _first_token_wait_us(done), _time_per_token_us(done)
     span_us = int(done.finish_us.max() - rows.arrival_us.min()) if len(done.status) else 0
-    gpu_hours = _figures(service_us * done.gpus, per=3600 * MICROS_PER_SECOND)
+    gpu_hours = _figures(service_us * done.gpus / done.together, per=3600 * MICROS_PER_SECOND)
     return Metrics(
         counts=_counts(rows.status),
         latency_s=_figures(latency_us),

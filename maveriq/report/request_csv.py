@@ -95,7 +95,7 @@ def _cell_template(column: str, kind: int) -> str:
 def _lines(table: RequestTable, rows: slice, texts: _Texts, templates: _Templates) -> str:
     column = _row_columns(table, rows)
     text_columns = {
-        "model": list(map(texts.models.__getitem__, table.endpoint_id[rows].tolist())),
+        "model": [texts.models.get(endpoint_id, "") for endpoint_id in table.endpoint_id[rows].tolist()],
         "status": list(map(texts.statuses.__getitem__, table.status[rows].tolist())),
         "reason": list(map(texts.reasons.__getitem__, table.reason[rows].tolist())),
     }

@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import RequestStatus
 from maveriq.report.backlog import Backlog, Queue, queue_of
 from maveriq.report.gpu_use import busiest_gpu
 from maveriq.report.wording import share
@@ -81,11 +82,13 @@ def judge(run: RunRecord, *, model: str | None = None) -> Verdict:
     """Return the verdict on a run, or on one model's requests in it. Refused requests do not count."""
     queue = queue_of(run, model=model)
     if queue is None:
-        return Verdict(label=VerdictLabel.STABLE, sentence="No request waited for a GPU.", evidence=None)
+        return Verdict(label=VerdictLabel.STABLE, sentence="No request was served: all were refused.", evidence=None)
     backlogs = [backlog for backlog in queue.backlogs() if backlog.beyond_chance]
     evidence = _evidence(run, queue, backlogs)
     label = _label(queue, backlogs, evidence)
-    return Verdict(label=label, sentence=_sentence(label, evidence), evidence=evidence)
+    refused = int((run.requests.status == RequestStatus.REFUSED.value).sum()) if model is None else 0
+    note = f" {refused:,} of {len(run.requests):,} requests were refused and count for nothing here." if refused else ""
+    return Verdict(label=label, sentence=_sentence(label, evidence) + note, evidence=evidence)
 
 
 def _evidence(run: RunRecord, queue: Queue, backlogs: list[Backlog]) -> Evidence:

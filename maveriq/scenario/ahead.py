@@ -81,6 +81,7 @@ def _profiles(options: Options, cluster: Cluster, planner: Estimator, workload: 
         gpus=len(cluster),
         prompt_tokens=first.prompt_tokens,
         output_tokens=first.output_tokens,
+        batch_size=options.batch_size,
     )
 
 

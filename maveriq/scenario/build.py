@@ -24,7 +24,7 @@ from maveriq.policy.base import Policy
 from maveriq.policy.catalog import make_policy
 from maveriq.scenario.ahead import AHEAD, plan_ahead
 from maveriq.scenario.demand import workload_for
-from maveriq.scenario.faults import check_fault, parse_fault
+from maveriq.scenario.faults import check_fault, check_removal, parse_fault, parse_removal
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import LoadTime, Scenario
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
@@ -49,9 +49,13 @@ def build_scenario(options: Options) -> Scenario:
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
     policy, notes = _policy(options, profile, cluster, planner, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
+    last_arrival_us = int(workload.arrivals.arrival_us[-1])
     faults = tuple(parse_fault(text) for text in options.fail)
     for fault in faults:
-        check_fault(fault, gpus=len(cluster), deployments=_deployments(policy, workload))
+        check_fault(fault, gpus=len(cluster), asked_us=_asked_us(policy, workload), end_us=last_arrival_us + drain_us)
+    removals = tuple(parse_removal(text) for text in options.remove)
+    for removal in removals:
+        check_removal(removal, asked_us=[ask.asked_us for ask in workload.asks])
     return Scenario(
         cluster=cluster,
         policy=policy,
@@ -69,6 +73,7 @@ def build_scenario(options: Options) -> Scenario:
         serve=_serve(options.serve_with, profile),
         load_time=_load_time(options, profile),
         faults=faults,
+        removals=removals,
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
         notes=notes,
@@ -79,10 +84,9 @@ def _policy(
     options: Options, profile: HardwareProfile, cluster: Cluster, planner: Estimator, workload: Workload
 ) -> tuple[Policy, tuple[str, ...]]:
     """Return the policy, and what a reader of its results must know."""
+    _refuse_without_effect(options)
     if options.policy in AHEAD:
         return plan_ahead(options, profile, cluster, planner, workload)
-    if options.alpaserve_as_published:
-        raise InputError(f"--alpaserve-as-published applies to {' and '.join(AHEAD)}, not to {options.policy!r}")
     policy = make_policy(
         options.policy,
         estimator=planner,
@@ -93,9 +97,28 @@ def _policy(
     return policy, ()
 
 
-def _deployments(policy: Policy, workload: Workload) -> int:
-    """Return how many deployments a run has when nothing is rejected."""
-    return policy.replicas() if isinstance(policy, PlacedAhead) else len(workload.asks)
+def _refuse_without_effect(options: Options) -> None:
+    """Refuse what a user said to a policy that has no use for it: the run would not be what they think."""
+    ahead = options.policy in AHEAD
+    useless = ("intent", "min_accuracy", "float16_only") if ahead else (
+        "alpaserve_profile", "alpaserve_as_published", "alpaserve_star_rule",
+    )  # fmt: skip
+    usual = Options()
+    for name in useless:
+        if getattr(options, name) != getattr(usual, name):
+            for_whom = "policies that go by intents" if ahead else " and ".join(AHEAD)
+            raise InputError(
+                f"--{name.replace('_', '-')} applies to {for_whom}, not to {options.policy!r}; leave it out"
+            )
+
+
+def _asked_us(policy: Policy, workload: Workload) -> list[Micros]:
+    """Return when each deployment is asked for, in the order of their numbers; a rejected ask takes one too."""
+    return [
+        ask.asked_us
+        for ask in workload.asks
+        for _ in range(max(1, policy.replicas(ask.endpoint_id)) if isinstance(policy, PlacedAhead) else 1)
+    ]
 
 
 def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:

@@ -89,6 +89,7 @@ class Options:
 
     serve_with: str = _option("paper", "What times simulated service: an estimator, or recorded.", _WORLD)
     fail: tuple[str, ...] = _option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _WORLD)
+    remove: tuple[str, ...] = _option((), "Take an endpoint away: endpoint=2@900s; repeatable.", _WORLD)
     on_failure: str = _option("requeue", "requeue (once) or fail what a failing engine was running.", _WORLD)
     tick_ms: float | None = _option(None, "The dispatcher's tick.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_MS)
     after_arrival_ms: float | None = _option(

@@ -171,7 +171,8 @@ def _without_effect(search: _Search, settings: SearchSettings) -> tuple[str, ...
 def read_demand(path: Path, models: Sequence[str]) -> DemandForecast:
     """Read requests from a CSV file with the columns arrival_s, model, slo_s, in order of time.
 
-    A model that is not among `models` makes a request that fails.
+    An empty slo_s is no SLO: such a request is served wherever its model is placed. A model that
+    is not among `models` makes a request that fails.
 
     Raises:
         InputError: the file or a row is wrong; the message names the line.
@@ -197,10 +198,13 @@ def _parse(text: str, models: Sequence[str]) -> tuple[np.ndarray[Any, Any], ...]
     if sorted(header) != sorted(_COLUMNS):
         raise ValueError("wrong columns")
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    arrival_s, slo_s = (np.array(columns[name], np.float64) for name in ("arrival_s", "slo_s"))
+    arrival_s = np.array(columns["arrival_s"], np.float64)
+    slo_s = np.array([cell or "inf" for cell in columns["slo_s"]], np.float64)
     position = {name: index for index, name in enumerate(models)}
     model_index = np.array([position.get(name, -1) for name in columns["model"]], np.int64)
-    if not (np.isfinite(arrival_s).all() and np.isfinite(slo_s).all() and (slo_s > 0).all() and all(columns["model"])):
+    if not (
+        np.isfinite(arrival_s).all() and (slo_s > 0).all() and "inf" not in columns["slo_s"] and all(columns["model"])
+    ):
         raise ValueError("a value is out of range")
     if arrival_s[0] < 0 or (arrival_s[1:] < arrival_s[:-1]).any():
         raise ValueError("arrival_s goes back")
@@ -212,7 +216,7 @@ def _check_rows(rows: Iterator[Row]) -> None:
     for row in rows:
         arrival_s = row.number("arrival_s", least=0)
         row.text("model")
-        if row.number("slo_s") <= 0:
+        if row.cells["slo_s"] and row.number("slo_s") <= 0:
             raise InputError(f"{row.where}: slo_s must be positive, not {row.cells['slo_s']!r}")
         if arrival_s < last:
             raise InputError(f"{row.where}: arrival_s {arrival_s!r} is before {last!r} of the row above; sort by time")

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from maveriq.control.controller import ControllerSettings, ServiceGuess
 from maveriq.domain.deployment import DeploymentPlan
-from maveriq.domain.faults import Fault
+from maveriq.domain.faults import Fault, Removal
 from maveriq.domain.hardware import Cluster
 from maveriq.estimate.base import Estimator
 from maveriq.policy.base import Policy
@@ -36,6 +36,7 @@ class Scenario:
     serve: Estimator | None
     load_time: LoadTime
     faults: tuple[Fault, ...] = ()
+    removals: tuple[Removal, ...] = ()
     drain_us: Micros
     sample_us: Micros
     notes: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, assert_never
 
+import numpy as np
 import simpy
 
 from maveriq.control.controller import Controller
@@ -25,6 +26,7 @@ from maveriq.control.events import (
     ExecutionFinished,
     GpuDown,
     GpuUp,
+    RemoveAsked,
     RequestArrived,
     StartEngine,
     StopEngine,
@@ -88,6 +90,8 @@ class _Simulation:
             self._post(ask.asked_us, DeployAsked(ask))
         for fault in self._scenario.faults:
             self._post_fault(fault)
+        for removal in self._scenario.removals:
+            self._post(removal.at_us, RemoveAsked(removal.endpoint_id))
         self._post_next_arrival(0)
         self._after(self._scenario.sample_us, self._sample_regularly)
         deadline_us = self._last_arrival_us + self._scenario.drain_us
@@ -181,7 +185,7 @@ class _Simulation:
             down, up = EngineDown(fault.target_id, returns), EngineRepaired(fault.target_id)
         self._post(fault.at_us, down)
         if fault.for_us is not None:
-            self._post(fault.at_us + fault.for_us, up)
+            self._post(fault.at_us + max(1, fault.for_us), up)  # never before the fault itself
 
     # Looking on
 
@@ -259,10 +263,11 @@ def _requests(arrivals: Arrivals) -> Iterator[Request]:
         arrivals.prompt_tokens,
         arrivals.output_tokens,
         arrivals.slo_us,
+        np.zeros(len(arrivals), dtype=bool) if arrivals.priority is None else arrivals.priority.astype(bool),
     )
     for start in range(0, len(arrivals), _CHUNK):
         chunk = (column[start : start + _CHUNK].tolist() for column in columns)
-        for request_id, (arrival_us, endpoint_id, prompt_tokens, output_tokens, slo_us) in enumerate(
+        for request_id, (arrival_us, endpoint_id, prompt_tokens, output_tokens, slo_us, priority) in enumerate(
             zip(*chunk, strict=True), start + 1
         ):
             yield Request(
@@ -272,4 +277,5 @@ def _requests(arrivals: Arrivals) -> Iterator[Request]:
                 prompt_tokens=prompt_tokens,
                 output_tokens=output_tokens,
                 slo_us=slo_us,
+                priority=priority,
             )

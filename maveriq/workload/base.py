@@ -18,7 +18,8 @@ class Arrivals:
 
     Columns: `arrival_us` (not decreasing, from 0), `endpoint_id` (from 1), `prompt_tokens` and
     `output_tokens` (at least 1), `slo_us` (0 for none), `service_us` (the recorded time of
-    service where the workload is a recording that has it, else None).
+    service where the workload is a recording that has it, else None), `priority` (1 for a request
+    that goes to the head of the queue; None where there is none).
 
     Raises:
         InputError: columns of different lengths, no request, times that go back, counts below 1.
@@ -30,11 +31,12 @@ class Arrivals:
     output_tokens: np.ndarray[Any, Any]
     slo_us: np.ndarray[Any, Any]
     service_us: np.ndarray[Any, Any] | None = None
+    priority: np.ndarray[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.arrival_us), len(self.endpoint_id), len(self.prompt_tokens)}
         lengths |= {len(self.output_tokens), len(self.slo_us)}
-        lengths |= set() if self.service_us is None else {len(self.service_us)}
+        lengths |= {len(column) for column in (self.service_us, self.priority) if column is not None}
         if len(lengths) != 1:
             raise InputError(f"workload: columns have different lengths {sorted(lengths)}")
         if lengths == {0}:

@@ -107,6 +107,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         output_tokens=outputs.tokens,
         slo_us=recorded.slo_us if recorded and not options.slo_scale else slo_us,
         service_us=recorded.service_us if recorded else None,
+        priority=recorded.priority if recorded else None,
     )
     asks = []
     for endpoint_id, (entry, asked_us) in enumerate(

@@ -28,7 +28,7 @@ from maveriq.workload.columns import (
 )
 
 COLUMNS = ("arrival_s", "endpoint", "prompt_tokens", "output_tokens")
-OPTIONAL_COLUMNS = ("service_s", "slo_s")
+OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority")
 
 _WHAT = "schedule"
 _MOST_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
@@ -52,6 +52,7 @@ def parse_schedule(text: str, path: Path) -> Arrivals:
         columns = parse_columns(text, _DTYPES, needed=COLUMNS)
         times = {name: _micros(columns[name], name) for name in _LEAST_SECONDS if name in columns}
         counts = {name: whole_numbers(columns[name], name, least=1, most=_MOST) for name in COLUMNS[1:]}
+        priority = whole_numbers(columns["priority"], "priority", least=0, most=1) if "priority" in columns else None
         check_ascending(times["arrival_s"], "arrival_s")
     except ValueError as error:
         name_fault(path, COLUMNS, optional=OPTIONAL_COLUMNS, what=_WHAT, check=_check_rows, reason=error)
@@ -62,6 +63,7 @@ def parse_schedule(text: str, path: Path) -> Arrivals:
         output_tokens=counts["output_tokens"],
         slo_us=times.get("slo_s", np.zeros(len(times["arrival_s"]), np.int64)),
         service_us=times.get("service_s"),
+        priority=priority,
     )
 
 
@@ -79,6 +81,8 @@ def _check_rows(rows: Iterator[Row]) -> None:
                 raise InputError(f"{row.where}: {name} must be at most {_MOST_SECONDS:g}, not {row.cells[name]!r}")
         for name in COLUMNS[1:]:
             check_whole(row, name, least=1, most=_MOST)
+        if "priority" in row.cells:
+            check_whole(row, "priority", least=0, most=1)
         arrival = row.number("arrival_s")
         if arrival < last:
             raise InputError(f"{row.where}: arrival_s {arrival:g} is before {last:g} of the row above; sort by time")
@@ -117,6 +121,8 @@ def _lines(arrivals: Arrivals) -> Iterator[str]:
         columns["service_s"] = arrivals.service_us
     if arrivals.slo_us.any():
         columns["slo_s"] = arrivals.slo_us
+    if arrivals.priority is not None:
+        columns["priority"] = arrivals.priority
     yield ",".join(columns) + "\n"
     cells = [
         (_seconds(column) if name.endswith("_s") else map(str, column.tolist())) for name, column in columns.items()

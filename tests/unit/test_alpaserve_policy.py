@@ -68,6 +68,15 @@ def test_a_replicated_model_shares_its_requests_evenly() -> None:
     assert abs(served[0] - served[1]) < 4 * sum(served) ** 0.5
 
 
+def test_memory_is_of_the_whole_batch() -> None:
+    one, four = (simulate(built(batch_size=batch)).deployments[0].plan for batch in (1, 4))
+    assert one is not None
+    assert four is not None
+    assert four.configuration.batch_size == 4
+    per_gpu = [plan.memory_bytes for plan in (one, four) if plan.configuration.gpus == one.configuration.gpus]
+    assert per_gpu == sorted(set(per_gpu))  # more with the batch, where the shape is the same
+
+
 def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
     """Another seed is another demand: the policy was told the requests of its own run, no others."""
     one, other = built(seed=1), built(seed=2)
@@ -81,6 +90,8 @@ def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
         ({"alpaserve_profile": "publishd"}, UnknownNameError, "did you mean 'published'"),
         ({"alpaserve_star_rule": "D"}, UnknownNameError, "unknown AlpaServe\\* rule 'D'"),
         ({"policy": "hybrid", "alpaserve_as_published": True}, InputError, "applies to alpaserve and alpaserve-star"),
+        ({"policy": "llf", "alpaserve_star_rule": "Z"}, InputError, "--alpaserve-star-rule applies to alpaserve and"),
+        ({"float16_only": True}, InputError, "--float16-only applies to policies that go by intents"),
         ({"alpaserve_as_published": True, "trace": "poisson"}, InputError, "needs an Azure trace, not 'poisson'"),
         ({"replica": "random"}, UnknownNameError, "unknown replica choice 'random'"),
     ],

@@ -27,6 +27,7 @@ from maveriq.domain.hardware import DispatchTiming
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.errors import InvariantError
 from maveriq.policy.base import Deploy
+from maveriq.scenario.faults import parse_fault
 from maveriq.sim.engine import simulate
 from maveriq.units import MICROS_PER_SECOND
 
@@ -242,6 +243,68 @@ def test_requests_of_a_lost_replica_go_to_the_other() -> None:
     assert ids(brain.handle(5, [ExecutionFinished(2, 1, 5)])) in ([1], [3])
     assert ids(brain.handle(6, [ExecutionFinished(2, 2, 6)])) in ([1], [3])
     assert statuses(brain).count("refused") == 0
+
+
+def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
+    brain = up({1: [(0,), (1,)], 2: [(1,)]}, replica=ReplicaChoice.LEAST_WORK)
+    brain.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
+    brain.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
+    brain.handle(3, [RequestArrived(request(3, 1, 3, tokens=50))])  # waits for the replica on GPU 1
+    brain.handle(4, [RequestArrived(request(4, 1, 4))])  # waits for the one on GPU 0
+    brain.handle(5, [RequestArrived(request(5, 2, 5))])
+    brain.handle(6, [EngineDown(1, returns=False)])
+    served = []
+    for at, finished in ((7, 3), (8, 2), (9, 2), (10, 2)):
+        served += ids(
+            brain.handle(at, [ExecutionFinished(finished, brain.fleet.deployments[finished].execution_id, at)])
+        )
+    assert served == [1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("discipline", [Discipline.FIFO_PER_MODEL, Discipline.SJF, Discipline.EDF])
+def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: Discipline) -> None:
+    brain = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, timing=DispatchTiming(after_release_us=1_000))
+    brain.handle(2_000, [RequestArrived(request(1, 1, 2_000))])
+    brain.handle(2_001, [RequestArrived(request(2, 1, 2_001))])
+    brain.handle(2_500, [ExecutionFinished(1, 1, 2_500)])
+    assert brain.wake_us == 3_500
+    assert ids(brain.handle(2_600, [RequestArrived(request(3, 2, 2_600))])) == [3]
+    assert brain.wake_us == 3_500
+    assert ids(brain.handle(3_500, [])) == [2]
+
+
+def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
+    brain = up({1: [(0, 1)]})
+    assert brain.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
+    assert brain.handle(2, [RemoveAsked(1)]) == []
+    assert up({1: [(0,)]}).handle(1, [EngineDown(1, returns=True)]) == []  # it is dead already
+    loading = controller({1: [(0,)]})
+    loading.handle(0, [DeployAsked(ask(1))])
+    assert loading.handle(1, [RemoveAsked(1)]) == [StopEngine(1)]
+
+
+@pytest.mark.parametrize(
+    ("faults", "back_s"),
+    [
+        (["gpu=0@100s,for=200s", "gpu=0@150s,for=10s"], 300),
+        (["gpu=0@100s,for=50s", "gpu=0@150s,for=50s"], 200),
+        (["deployment=1@100s,for=200s", "deployment=1@150s,for=10s"], 300),
+        (["gpu=0@100s,for=200s", "deployment=1@150s,for=10s"], 300),
+        (["gpu=0@100s,for=10s", "deployment=1@105s,for=100s"], 205),
+        (["gpu=0@100s", "gpu=0@50s,for=100s"], None),
+        (["gpu=0@50s,for=0s"], 50),
+    ],
+)
+def test_faults_that_overlap_end_with_the_last(faults: list[str], back_s: int | None) -> None:
+    times_us = [second * MICROS_PER_SECOND for second in range(10, 400)]
+    table = run(
+        arrivals(times_us, [1] * len(times_us), [100] * len(times_us)),
+        {1: [(0,)]},
+        faults=tuple(map(parse_fault, faults)),
+    ).requests
+    down_from_us = min(parse_fault(text).at_us for text in faults)
+    later = table.start_us[table.start_us > down_from_us]
+    assert (int(later[0]) // MICROS_PER_SECOND if len(later) else None) == back_s
 
 
 def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> None:

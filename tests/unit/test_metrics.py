@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from strategies_records import deployment, run_record, single_server, table
+from worlds import arrivals, run
 
 from maveriq.domain.records import NOT_YET, GpuSample
 from maveriq.errors import InvariantError
@@ -135,3 +136,11 @@ def test_summary_in_plain_values():
     assert body["overall"]["goodput"] is None
     assert body["deployments"][0]["reason"] == "misses its SLO"
     assert body["deployments"][0]["configuration"]["tp"] == 2
+
+
+def test_a_batch_shares_the_gpu_hours_of_its_execution() -> None:
+    """Three requests on one GPU: one alone for 2 s, then two together for 4 s; the GPU works 6 s in all."""
+    record = run(arrivals([10, 11, 12], [1, 1, 1], [2_000, 4_000, 1_000]), {1: [(0,)]}, gpus=1, batch_size=2)
+    gpu_hours = summarise(record).overall
+    assert gpu_hours.operational_cost_gpu_hours == pytest.approx(6 / 3600)
+    assert gpu_hours.gpu_hours.count == 3

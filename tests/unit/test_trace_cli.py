@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from maveriq.cli.trace import app, rate_plot
 from maveriq.errors import InputError
+from maveriq.workload.schedule import read_schedule
 
 COMMAND = typer.Typer()
 COMMAND.add_typer(app, name="trace")
@@ -81,3 +82,10 @@ def test_the_plot_fits_and_its_columns_are_as_high_as_the_rate():
     assert [len(column) for column in columns] == [0, 2, 4, 8]
     assert lines[0].startswith("  2.00/s")
     assert max(map(len, rate_plot((1,) * 1000, 30, width=80).splitlines())) <= 80
+
+
+def test_an_export_carries_the_slos_of_its_scale(tmp_path) -> None:
+    file = tmp_path / "slo.csv"
+    run("export", "code", "--scale", "0.05", "--slo-scale", "5", "--out", str(file))
+    # llama-2-70b: 5 * (1.031805 + 20 * 0.204316) s
+    assert read_schedule(file).slo_us[0] == 25_590_625

@@ -69,7 +69,7 @@ def test_overload_is_stated_with_its_numbers():
     verdict = judge(m_d_1(1.3, 2000))
     assert verdict.evidence.drift_share == pytest.approx(1 - 1 / 1.3, abs=0.06)
     assert verdict.evidence.left_waiting == pytest.approx(2000 * (1 - 1 / 1.3), rel=0.2)
-    assert f"{verdict.evidence.left_waiting:,} still waited" in verdict.sentence
+    assert f"{verdict.evidence.left_waiting - 1:,} still waited" in verdict.sentence  # beside the last arrival
 
 
 def test_a_burst_that_drains_is_backlogged():
@@ -161,3 +161,12 @@ def test_the_busiest_gpu_is_named():
     verdict = judge(replace(run, gpu_samples=samples))
     assert (verdict.evidence.busiest_gpu, verdict.evidence.busiest_gpu_share) == (3, pytest.approx(0.8))
     assert "The busiest GPU, 3, worked 80.0 % of the time." in verdict.sentence
+
+
+def test_refused_requests_are_named_beside_the_verdict():
+    from worlds import arrivals, run
+
+    half = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [(0,)], 2: []})
+    assert judge(half).sentence.endswith("1 of 2 requests were refused and count for nothing here.")
+    nobody = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [], 2: []})
+    assert judge(nobody).sentence == "No request was served: all were refused."

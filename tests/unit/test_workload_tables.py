@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maveriq.embedded import traces_path
-from maveriq.workload.azure import embedded_trace
+from maveriq.workload.azure import embedded_trace, read_azure
 from maveriq.workload.modelsets import known_model_sets, load_model_set
 from maveriq.workload.schedule import read_schedule
 
@@ -51,8 +51,10 @@ def test_known_model_sets_leave_clusters_out():
 
 def test_the_examples_of_the_readme_are_read(tmp_path):
     [model_set] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    [schedule] = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
+    azure, schedule = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.toml").write_text(model_set, encoding="utf-8")
     (tmp_path / "mine.csv").write_text(schedule, encoding="utf-8")
+    (tmp_path / "azure.csv").write_text(azure, encoding="utf-8")
     assert load_model_set(str(tmp_path / "mine.toml")).load_at == (0, 5)
     assert np.array_equal(read_schedule(tmp_path / "mine.csv").slo_us, [2_500_000, 0])
+    assert read_azure(tmp_path / "azure.csv").requests_per_minute.tolist() == [2]

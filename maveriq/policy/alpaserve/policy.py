@@ -36,17 +36,14 @@ class PlacedAhead:
         if not plans:
             return Rejection(reason=self._why_left_out())
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
-        fitting = [plan for plan in plans if _fits(plan, free)]
+        fitting = [plan for plan in plans if _why_not(plan, free) is None]
         if not fitting:
-            needed = gib(max(plans[0].gpu_bytes))
-            return Rejection(
-                reason=f"the placement has it on GPUs {plans[0].gpu_ids}, which lack {needed:.1f} GiB each"
-            )
+            return Rejection(reason="; ".join(_why_not(plan, free) or "" for plan in plans))
         return Deploy(plans=tuple(fitting))
 
-    def replicas(self) -> int:
-        """Return how many deployments the whole placement has."""
-        return sum(len(group.model_indices) for group in self.solution.groups)
+    def replicas(self, endpoint_id: int) -> int:
+        """Return on how many groups the placement has an endpoint."""
+        return sum(endpoint_id - 1 in group.model_indices for group in self.solution.groups)
 
     def _plans(self, ask: DeployAsk) -> Iterator[DeploymentPlan]:
         """Yield the replicas; groups take the GPUs in the order of their ids."""
@@ -74,8 +71,15 @@ class PlacedAhead:
         return self.solution.reason or f"{self.name}'s placement leaves it out"
 
 
-def _fits(plan: DeploymentPlan, free: dict[int, Bytes]) -> bool:
-    return all(free.get(gpu_id, 0) >= size for gpu_id, size in zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
+def _why_not(plan: DeploymentPlan, free: dict[int, Bytes]) -> str | None:
+    """Return why a plan cannot be carried out on the GPUs that are up, None if it can."""
+    for gpu_id, size in zip(plan.gpu_ids, plan.gpu_bytes, strict=True):
+        if gpu_id not in free:
+            return f"the placement has it on GPU {gpu_id}, which is down"
+        if free[gpu_id] < size:
+            room = f"{gib(free[gpu_id]):.1f} GiB free of the {gib(size):.1f} GiB it needs"
+            return f"the placement has it on GPU {gpu_id}, which has {room}"
+    return None
 
 
 def described(solution: PlacementSolution, names: Sequence[str]) -> str:

@@ -18,26 +18,36 @@ PUBLISHED_COLUMNS = ("model", "tp", "pp", "stage_latency_s", "stage_weight_bytes
 
 
 def profiles_from_estimator(
-    models: Sequence[ModelSpec], estimator: Estimator, *, gpus: int, prompt_tokens: int, output_tokens: int
+    models: Sequence[ModelSpec],
+    estimator: Estimator,
+    *,
+    gpus: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    batch_size: int = 1,
 ) -> tuple[ModelProfile, ...]:
     """Return each model's profile as an estimator sees it, with float16 weights.
 
     A stage takes its share by layers of the whole generation, which is what an SLO covers, and
     holds its share of the whole memory, KV cache included. (The published table has the prefill
-    and the weights alone.) Layers are split evenly, the first stages take the remainder. What the
+    and the weights alone.) Latency is of one request, which is what the search simulates; memory is
+    of `batch_size` at once. Layers are split evenly, the first stages take the remainder. What the
     estimator refuses is missing.
     """
     return tuple(
-        ModelProfile(shapes=dict(_shapes(model, estimator, gpus, prompt_tokens, output_tokens))) for model in models
+        ModelProfile(shapes=dict(_shapes(model, estimator, gpus, prompt_tokens, output_tokens, batch_size)))
+        for model in models
     )
 
 
 def _shapes(
-    model: ModelSpec, estimator: Estimator, gpus: int, prompt_tokens: int, output_tokens: int
+    model: ModelSpec, estimator: Estimator, gpus: int, prompt_tokens: int, output_tokens: int, batch_size: int
 ) -> Iterator[tuple[GroupShape, StageProfile]]:
     for tp in model.tensor_parallel_degrees(gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
-            configuration = Configuration(tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE)
+            configuration = Configuration(
+                tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE, batch_size=batch_size
+            )
             if estimator.why_not(model, configuration):
                 continue
             service = estimator.service(

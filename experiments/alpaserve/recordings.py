@@ -1,0 +1,88 @@
+"""The recorded runs of the published system beside the same scenarios, simulated freely.
+
+What is recorded comes from committed summary figures: those of `experiments/published`, and those
+of recorded_slo.py. A run's name holds its scenario.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cases import Case, Variant
+
+from maveriq.errors import InputError
+from maveriq.tables import read_csv
+
+_LATENCY_COLUMNS = (
+    "run", "requests", "recorded_mean_s", "recorded_p95_s", "mean_error", "p95_error", "median_request_error",
+)  # fmt: skip
+SLO_COLUMNS = ("run", "scheduled", "completed", "met")
+_NAME = re.compile(r"(?P<policy>[^_]+)_(?P<models>[^_]+)_(?P<intent>\w+)_(?P<trace>[^_]+)_(?P<scale>.+)_slo(?P<slo>.+)")
+_INTENTS = {"min_cost": "min-cost", "min_lat": "min-latency", "min_mem": "min-memory"}
+_POLICIES = {
+    "AlpaServe": Variant(name="AlpaServe as published", policy="alpaserve", alpaserve_as_published=True),
+    # The published AlpaServe* placements come out with its names right or wrong.
+    "AlpaServe-star": Variant(
+        name="AlpaServe* (published table)", policy="alpaserve-star", alpaserve_profile="published"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What was recorded of a run; `met_of_scheduled` is None where it had no SLOs."""
+
+    run: str
+    completed: int
+    mean_latency_s: float
+    met_of_scheduled: float | None
+
+    def case(self) -> Case:
+        """Return the scenario of the run.
+
+        Raises:
+            InputError: a name that says none.
+        """
+        said = _NAME.fullmatch(self.run)
+        if said is None:
+            raise InputError(f"recorded run {self.run!r}: its name says no scenario")
+        return Case(
+            model_set=said["models"],
+            trace=said["trace"],
+            scale=float(said["scale"]),
+            slo_scale=float(said["slo"]),
+            variant=_POLICIES.get(said["policy"]) or _maveriq(said["policy"], said["intent"]),
+        )
+
+
+def _maveriq(policy: str, intent: str) -> Variant:
+    name = f"{policy.replace('-FP16', ' float16')} {_INTENTS[intent]}"
+    return Variant(name=name, intent=_INTENTS[intent], float16_only=policy.endswith("FP16"))
+
+
+def read_recorded(latencies: Path, slo: Path) -> Iterator[Recorded]:
+    """Yield the recorded runs.
+
+    Args:
+        latencies: what `experiments/published` wrote of its queue model.
+        slo: what recorded_slo.py wrote.
+
+    Raises:
+        InputError: not such a file.
+    """
+    met = {
+        row.text("run"): row.count("met") / row.count("scheduled", least=1)
+        for row in read_csv(slo, SLO_COLUMNS, what="recorded SLOs")
+    }
+    for row in read_csv(latencies, _LATENCY_COLUMNS, what="results of the queue model"):
+        run = row.text("run")
+        if run != "largest":
+            yield Recorded(
+                run=run,
+                completed=row.count("requests"),
+                mean_latency_s=row.number("recorded_mean_s"),
+                met_of_scheduled=met.get(run),
+            )

@@ -1,0 +1,19 @@
+"""The benchmarks still run: their figures are no business of the tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("world", ["one", "four"])
+def test_a_large_run_in_small(world: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / "large_run.py"), world, "500"]
+    figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert set(figures) == {"simulate_us", "bare_events", "files_us", "memory_kib"}
+    # Memory counts from the peak of the parent, which is that of all tests here: it can be 0.
+    assert all(value > 0 for name, value in figures.items() if name != "memory_kib")

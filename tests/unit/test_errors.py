@@ -1,0 +1,17 @@
+"""Errors: what they say, and that they survive a process pool."""
+
+import copy
+
+from maveriq.errors import InputError, MaveriqError, UnknownNameError
+
+
+def test_an_unknown_name_suggests_a_near_one() -> None:
+    error = UnknownNameError("policy", "hybird", ["llf", "hybrid"], hint="or a file")
+    assert str(error) == "unknown policy 'hybird'; did you mean 'hybrid'? (known: hybrid, llf) or a file"
+    assert error.exit_code == 2
+
+
+def test_errors_can_be_handed_to_another_process() -> None:
+    for error in (UnknownNameError("policy", "x", ["llf"]), InputError("bad"), MaveriqError("failed")):
+        again = copy.copy(error)  # by the protocol that pickle uses
+        assert (str(again), again.exit_code) == (str(error), error.exit_code)
