@@ -78,7 +78,11 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
     for model in models:
         told(f"without {model}")
         without[model] = _fit(usable(samples, model), start, constants)
-        judged = [one for one in samples if one.measured.model_name == model and not one.is_fingerprint]
+        judged = [
+            one
+            for one in samples
+            if one.measured.model_name == model and not one.is_fingerprint and _points(one, constants)
+        ]
         answered.extend(_answers(judged, without[model], constants))
     told("all models")
     return CrossFit(
@@ -126,7 +130,11 @@ def _fit_memory(samples: Sequence[Sample], start: Memory, constants: Mapping[str
                 beyond.setdefault(f"{point.tp}x{point.pp}", []).append(more_gib)
     medians = {key: round(float(np.median(found)), 4) for key, found in beyond.items()}
     memory = msgspec.structs.replace(start, gpus_gib=medians)
-    batches = [one for one in samples if one.measured.configuration.batch_size > 1 and not one.is_fingerprint]
+    batches = [
+        one
+        for one in samples
+        if one.measured.configuration.batch_size > 1 and not one.is_fingerprint and _points(one, constants)
+    ]
     if not batches:
         return memory
 
@@ -144,12 +152,18 @@ def _fit_memory(samples: Sequence[Sample], start: Memory, constants: Mapping[str
 
 
 def _held(sample: Sample, figures: Memory, constants: Mapping[str, Constants]) -> float:
-    row = sample.measured
-    stored = Stored(sample.model.name, row.configuration.weights, row.configuration.kv)
-    points = _fingerprints_for(sample, constants).get(stored) or constants[LONG_FINGERPRINTS].get(stored)
-    if points is None or Point(1, 1, 1) not in points:
-        return row.memory_gib  # nothing is known of it, so that it says nothing
-    return held_gib(sample.model, row.configuration, points, figures, sample.prompt_tokens)
+    points = _points(sample, constants)
+    return held_gib(sample.model, sample.measured.configuration, points, figures, sample.prompt_tokens)
+
+
+def _points(sample: Sample, constants: Mapping[str, Constants]) -> Mapping[Point, Fingerprint]:
+    """Return a sample's fingerprints, rather those with its prompts; empty where its memory cannot be told."""
+    asked = sample.measured.configuration
+    stored = Stored(sample.model.name, asked.weights, asked.kv)
+    for found in (_fingerprints_for(sample, constants), constants[LONG_FINGERPRINTS]):
+        if Point(1, 1, 1) in found.get(stored, {}):
+            return found[stored]
+    return {}
 
 
 def _fingerprints_for(sample: Sample, constants: Mapping[str, Constants]) -> Constants:
