@@ -35,6 +35,10 @@ def fit(
             help="Take the calibration fitted without this model's ground truth; each: without the one asked about.",
         ),
     ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Length of the table's prompts.", show_default="the profile's"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where a fit writes its files.", show_default="nowhere")
     ] = None,
@@ -48,8 +52,8 @@ def fit(
     if table is not None:
         if out is not None:
             raise InputError("--out belongs to a fit; leave it away with --evaluate")
-        fitting.show_errors(table, profile, estimator or "paper", leave_out, as_json=as_json)
+        fitting.show_errors(table, profile, estimator or "paper", leave_out, prompt_tokens, as_json=as_json)
     elif data is not None:
-        if (estimator, leave_out) != (None, None):
-            raise InputError("--estimator and --leave-out belong to --evaluate; a fit leaves out every model in turn")
+        if (estimator, leave_out, prompt_tokens) != (None, None, None):
+            raise InputError("--estimator, --leave-out and --prompt-tokens belong to --evaluate; leave them away")
         fitting.show_fit(data, out, as_json=as_json)

@@ -26,7 +26,9 @@ from maveriq.tables import is_folder
 _DISTRUSTED = 12  # rows shown
 
 
-def show_errors(table: Path, profile: str, name: str, leave_out: str | None, *, as_json: bool) -> None:
+def show_errors(
+    table: Path, profile: str, name: str, leave_out: str | None, prompt_tokens: int | None, *, as_json: bool
+) -> None:
     """Print the errors of an estimator on a table.
 
     Raises:
@@ -34,11 +36,12 @@ def show_errors(table: Path, profile: str, name: str, leave_out: str | None, *, 
     """
     hardware = load_profile(profile)
     judged = benchmarked_estimator(name, hardware, without_model=leave_out)
-    evaluation = evaluate(table, judged, prompt_tokens=hardware.prompt_tokens)
+    prompt_tokens = prompt_tokens or hardware.prompt_tokens
+    evaluation = evaluate(table, judged, prompt_tokens=prompt_tokens)
     if as_json:
         _print_json({"estimator": judged.name, "profile": hardware.name, **asdict(evaluation)})
     else:
-        _show(evaluation, table, judged, hardware)
+        _show(evaluation, table, judged, hardware, prompt_tokens)
 
 
 def show_fit(data: Path, out: Path | None, *, as_json: bool) -> None:
@@ -84,12 +87,14 @@ def _print_json(answer: dict[str, object]) -> None:
     typer.echo(json.dumps(answer, indent=2, allow_nan=False))
 
 
-def _show(evaluation: Evaluation, table: Path, judged: Estimator, hardware: HardwareProfile) -> None:
+def _show(
+    evaluation: Evaluation, table: Path, judged: Estimator, hardware: HardwareProfile, prompt_tokens: int
+) -> None:
     console = Console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
     console.print(
         f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by [bold]{judged.name}[/bold] with "
-        f"profile {escape(hardware.name)} (prompts of {hardware.prompt_tokens} tokens)",
+        f"profile {escape(hardware.name)} (prompts of {prompt_tokens} tokens)",
         soft_wrap=True,
     )
     if evaluation.groups:

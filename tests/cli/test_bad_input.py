@@ -279,7 +279,7 @@ MALFORMED = [
     # Tables of measurements
     bad("fit . --evaluate t.csv", "not both", files={"t.csv": TWO_REQUESTS}),
     bad("fit .", "data folder '.' has no full_model_long_prompt.csv"),
-    bad("fit . --leave-out gptj-6b", "--leave-out belong to --evaluate"),
+    bad("fit . --leave-out gptj-6b", "belong to --evaluate"),
     bad("fit --evaluate t.csv --out .", "--out belongs to a fit", files={"t.csv": TWO_REQUESTS}),
     bad("fit --evaluate t.csv --leave-out gptj-6b", "only the calibrated estimator", files={"t.csv": TWO_REQUESTS}),
     bad("fit --evaluate t.csv --estimator guess", "unknown estimator 'guess'", files={"t.csv": TWO_REQUESTS}),

@@ -124,6 +124,18 @@ def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, 
     assert document.read_text() == (root / "docs" / "calibrated.md").read_text()
 
 
+@pytest.mark.data
+def test_the_length_of_a_tables_prompts_can_be_said(measured_data: Path) -> None:
+    table = measured_data / "a6000" / "full_model_long_prompt.csv"
+    app = typer.Typer()
+    app.command()(fit)
+    command = ["--evaluate", str(table), "--estimator", "calibrated", "--json"]
+    unsaid, said = (
+        json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--prompt-tokens", "923"])
+    )
+    assert said["groups"][0]["latency"]["median"] < 3 < 10 < unsaid["groups"][0]["latency"]["median"]
+
+
 def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
     """Samples of an imagined GPU that obeys the law exactly."""
     truth = msgspec.structs.replace(start_calibration(), bandwidth_gb_s=true_bandwidth_gb_s)
