@@ -26,6 +26,8 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     kv_heads: int
     intermediate_size: int
     vocab_size: int
+    feed_forward_matrices: int
+    all_reduces_per_layer: int
     source: str
 
 
@@ -39,6 +41,17 @@ def known_models() -> Mapping[str, ModelSpec]:
         del shape["source"]
         specs[name] = ModelSpec(name=name, **shape)
     return MappingProxyType(specs)
+
+
+def shape_of(name: str) -> ModelSpec | None:
+    """Return the known model of that name, or the one that a variant is named after.
+
+    Pruned and tuned models keep the shape of the one they were made of and name it first:
+    `llama-2-7b-wanda` has the shape of llama-2-7b.
+    """
+    known = known_models()
+    bases = [known_name for known_name in known if name == known_name or name.startswith(f"{known_name}-")]
+    return known[max(bases, key=len)] if bases else None
 
 
 def load_model(name_or_path: str) -> ModelSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -30,6 +30,10 @@ class KvType(StrEnum):
 class ModelSpec:
     """The shape of a model, as its Hugging Face `config.json` gives it.
 
+    A feed-forward part has three matrices where it is gated, else two. A layer split by tensor
+    parallelism is summed up over the GPUs twice, or once where attention and feed-forward part
+    run side by side.
+
     Raises:
         InputError: a count is not positive.
     """
@@ -42,9 +46,11 @@ class ModelSpec:
     kv_heads: int
     intermediate_size: int
     vocab_size: int
+    feed_forward_matrices: int = 3
+    all_reduces_per_layer: int = 2
 
     def __post_init__(self) -> None:
-        for field in ("layers", "hidden_size", "attention_heads", "kv_heads", "intermediate_size", "vocab_size"):
+        for field in (field.name for field in fields(self) if field.name not in ("name", "architecture")):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"model {self.name!r}: {field} must be a positive whole number, not {value!r}")
@@ -61,6 +67,16 @@ _HF_KEYS: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "attention_heads": ("num_attention_heads", "n_head", "num_heads"),
     "vocab_size": ("vocab_size",),
+}
+
+# What a configuration does not say but its family implies; every other family is built like llama.
+_FAMILIES: Mapping[str, Mapping[str, int]] = {
+    "falcon": {"feed_forward_matrices": 2, "all_reduces_per_layer": 1},
+    "gptj": {"feed_forward_matrices": 2, "all_reduces_per_layer": 1},
+    "gpt_neox": {"feed_forward_matrices": 2, "all_reduces_per_layer": 1},
+    "gpt2": {"feed_forward_matrices": 2},
+    "opt": {"feed_forward_matrices": 2},
+    "bloom": {"feed_forward_matrices": 2},
 }
 
 
@@ -88,6 +104,7 @@ def model_from_hf_config(config: Mapping[str, Any], *, name: str, where: str) ->
         kv_heads=_kv_heads(config, heads),
         # GPT-J and falcon write nothing where the feed-forward part is four times as wide.
         intermediate_size=_first(config, ("intermediate_size", "n_inner", "ffn_hidden_size"), _times(hidden, 4)),
+        **_FAMILIES.get(str(config.get("model_type")), {}),
         **found,
     )
 

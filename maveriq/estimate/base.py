@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec
@@ -15,12 +16,15 @@ class ServiceEstimate:
     """The time one request (or one batch) takes on an idle engine, in seconds.
 
     `ttft_s` is the intercept at zero output tokens, as the paper has it, and may be slightly
-    negative (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`.
+    negative (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`. In 90 of
+    100 cases the true latency is to lie between `latency_s` divided by and times `1 + margin`;
+    an estimator that does not know its errors gives no margin.
     """
 
     ttft_s: float
     tpot_s: float
     output_tokens: int
+    margin: float | None = None
 
     @property
     def latency_s(self) -> float:
@@ -53,3 +57,28 @@ class Estimator(Protocol):
 
     def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size."""
+
+
+@runtime_checkable
+class KnowsPlacement(Protocol):
+    """An estimator to which it matters on which GPUs an engine lies."""
+
+    def service_on(
+        self,
+        gpu_ids: Sequence[int],
+        model: ModelSpec,
+        configuration: Configuration,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+    ) -> ServiceEstimate:
+        """Estimate as `Estimator.service`, for an engine on these GPUs (stage-major, as in a plan)."""
+
+
+@runtime_checkable
+class KnowsMemoryErrors(Protocol):
+    """An estimator that knows how far its estimates of memory are off."""
+
+    def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
+        """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from maveriq.errors import UnknownNameError
+from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
+from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.leaveoneout import LeaveOneOut
 from maveriq.estimate.paper import PaperEstimator
 
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
     "paper": PaperEstimator,
+    "calibrated": CalibratedEstimator.serving,
 }
+
+EACH = "each"
+"""Said instead of a model: leave out each for its own rows."""
 
 
 def estimator(name: str, profile: HardwareProfile) -> Estimator:
@@ -23,3 +29,24 @@ def estimator(name: str, profile: HardwareProfile) -> Estimator:
     if name not in ESTIMATORS:
         raise UnknownNameError("estimator", name, ESTIMATORS)
     return ESTIMATORS[name](profile)
+
+
+def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model: str | None = None) -> Estimator:
+    """Return an estimator to be compared with a benchmark's tables, not with the live system.
+
+    Args:
+        name: of `ESTIMATORS`.
+        profile: feeds it.
+        without_model: a model whose ground truth it must not have seen; `EACH` for every model its own.
+
+    Raises:
+        UnknownNameError: there is no such estimator.
+        InputError: the estimator is not fitted with models left out, or not with that one.
+    """
+    if name == "calibrated" and without_model == EACH:
+        return LeaveOneOut(profile)
+    if name == "calibrated":
+        return CalibratedEstimator.benchmarked(profile, without_model=without_model)
+    if without_model is not None:
+        raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")
+    return estimator(name, profile)

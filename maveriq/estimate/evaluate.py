@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from maveriq.domain.catalog import known_models
+from maveriq.domain.catalog import shape_of
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError
-from maveriq.estimate.base import Estimator
+from maveriq.estimate.base import Estimator, KnowsMemoryErrors
 from maveriq.estimate.cells import choice
 from maveriq.tables import Row, read_csv
 from maveriq.units import gib
@@ -48,17 +48,24 @@ class Errors:
     median: float
     mean: float
     p90: float
+    p95: float
     worst: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say)."""
+    """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say).
+
+    `*_covered` is the percentage of rows that lie within the estimate's 90 % interval, None where
+    the estimator gives none.
+    """
 
     by: str
     value: str
     latency: Errors
     memory: Errors
+    latency_covered: float | None = None
+    memory_covered: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +87,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """The errors of one estimate in percent, and whether the truth lay in its intervals."""
+
     measured: Measurement
     latency_ape: float
     memory_ape: float
+    latency_within: bool | None
+    memory_within: bool | None
 
 
 _GROUPINGS: tuple[tuple[str, Callable[[Measurement], str | int]], ...] = (
@@ -109,18 +120,22 @@ def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evalua
     Raises:
         InputError: not such a table, or a figure in it that cannot be.
     """
-    answers: list[_Answer] = []
+    answers: list[Answer] = []
     left_out: dict[str, LeftOut] = {}
     for measured in read_measurements(table):
         answer = _answer(measured, estimator, prompt_tokens)
-        if isinstance(answer, _Answer):
+        if isinstance(answer, Answer):
             answers.append(answer)
         else:
             before = left_out.get(answer) or LeftOut(reason=answer, rows=0, first=measured.where)
             left_out[answer] = replace(before, rows=before.rows + 1)
-    groups = tuple(group for by, key in _GROUPINGS for group in _grouped(answers, by, key))
     rows = len(answers) + sum(reason.rows for reason in left_out.values())
-    return Evaluation(rows=rows, groups=groups, left_out=tuple(left_out.values()))
+    return Evaluation(rows=rows, groups=grouped(answers), left_out=tuple(left_out.values()))
+
+
+def grouped(answers: list[Answer]) -> tuple[Group, ...]:
+    """Return the errors of all answers, then group by group."""
+    return tuple(group for by, key in _GROUPINGS for group in _grouped(answers, by, key))
 
 
 def read_measurements(table: Path) -> Iterator[Measurement]:
@@ -158,9 +173,9 @@ def _positive(row: Row, column: str) -> float:
     return row.number(column, least=1e-9)  # below it the share of an error says nothing, and may be infinite
 
 
-def _answer(measured: Measurement, estimator: Estimator, prompt_tokens: int) -> _Answer | str:
+def _answer(measured: Measurement, estimator: Estimator, prompt_tokens: int) -> Answer | str:
     """Return the errors of an estimate, or why there is none."""
-    known = known_models().get(measured.model_name)
+    known = shape_of(measured.model_name)
     if known is None:
         return f"{measured.model_name} is not in the model catalogue"
     # The table's own layers count: fingerprints of few layers are measurements too.
@@ -169,29 +184,49 @@ def _answer(measured: Measurement, estimator: Estimator, prompt_tokens: int) -> 
     if reason is not None:
         return f"{model.name}: {reason}"
     try:
-        latency_s, memory_gib = _estimate(model, measured, estimator, prompt_tokens)
+        return _compare(model, measured, estimator, prompt_tokens)
     except InputError as error:
         return str(error)
-    return _Answer(
-        measured,
-        100 * abs(latency_s / measured.latency_s - 1),
-        100 * abs(memory_gib / measured.memory_gib - 1),
-    )
 
 
-def _estimate(model: ModelSpec, measured: Measurement, estimator: Estimator, prompt_tokens: int) -> tuple[float, float]:
+def _compare(model: ModelSpec, measured: Measurement, estimator: Estimator, prompt_tokens: int) -> Answer:
+    asked = measured.configuration
     service = estimator.service(
-        model,
-        measured.configuration,
-        prompt_tokens=prompt_tokens,
-        output_tokens=measured.output_tokens,
-        batch=measured.configuration.batch_size,
+        model, asked, prompt_tokens=prompt_tokens, output_tokens=measured.output_tokens, batch=asked.batch_size
     )
-    return service.latency_s, gib(estimator.memory(model, measured.configuration))
+    memory_margin = estimator.memory_margin(model, asked) if isinstance(estimator, KnowsMemoryErrors) else None
+    return compared(
+        measured,
+        (service.latency_s, service.margin),
+        (gib(estimator.memory(model, asked)), memory_margin),
+    )
 
 
-def _grouped(answers: list[_Answer], by: str, key: Callable[[Measurement], str | int]) -> Iterator[Group]:
-    members: dict[str | int, list[_Answer]] = {}
+def compared(measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None]) -> Answer:
+    """Return the errors of an estimate.
+
+    Args:
+        measured: the truth.
+        latency: estimated, in seconds, and its margin.
+        memory: estimated, in GiB, and its margin.
+    """
+    latency_ratio, memory_ratio = latency[0] / measured.latency_s, memory[0] / measured.memory_gib
+    return Answer(
+        measured,
+        100 * abs(latency_ratio - 1),
+        100 * abs(memory_ratio - 1),
+        _within(latency_ratio, latency[1]),
+        _within(memory_ratio, memory[1]),
+    )
+
+
+def _within(ratio: float, margin: float | None) -> bool | None:
+    """Say whether an estimate, by its ratio to the truth, has the truth in its interval."""
+    return None if margin is None else 1 / (1 + margin) <= ratio <= 1 + margin
+
+
+def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | int]) -> Iterator[Group]:
+    members: dict[str | int, list[Answer]] = {}
     for answer in answers:
         members.setdefault(key(answer.measured), []).append(answer)
     # Numbers ascend; names keep the order of the table.
@@ -202,7 +237,14 @@ def _grouped(answers: list[_Answer], by: str, key: Callable[[Measurement], str |
             value=str(value),
             latency=_summary([answer.latency_ape for answer in members[value]]),
             memory=_summary([answer.memory_ape for answer in members[value]]),
+            latency_covered=_covered([answer.latency_within for answer in members[value]]),
+            memory_covered=_covered([answer.memory_within for answer in members[value]]),
         )
+
+
+def _covered(within: list[bool | None]) -> float | None:
+    known = [one for one in within if one is not None]
+    return 100 * sum(known) / len(known) if known else None
 
 
 def _summary(percent: list[float]) -> Errors:
@@ -211,5 +253,6 @@ def _summary(percent: list[float]) -> Errors:
         median=float(np.median(percent)),
         mean=float(np.mean(percent)),
         p90=float(np.percentile(percent, 90)),
+        p95=float(np.percentile(percent, 95)),
         worst=max(percent),
     )

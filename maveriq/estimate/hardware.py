@@ -56,6 +56,7 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     slo: str
     load_times: str
     load_fit: str
+    calibrated: str | None = None
 
 
 class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -101,6 +102,7 @@ class HardwareProfile:
         load_window: how the testbed measures load.
         fingerprints: fingerprint constants and exponents, for estimators.
         facts: accuracy, unsupported configurations, SLOs, load times; better asked by the methods.
+        calibrated: file of the calibrated estimator's figures, None where there is none.
     """
 
     name: str
@@ -113,6 +115,7 @@ class HardwareProfile:
     load_window: LoadWindow
     fingerprints: FingerprintTable
     facts: Facts
+    calibrated: Path | None = None
 
     def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
         """Return the accuracy in percent of the float16 model's, None where it was never measured."""
@@ -184,6 +187,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         load_window=_load_window(hardware.load_window),
         fingerprints=fingerprints,
         facts=read_facts,
+        calibrated=tables / hardware.tables.calibrated if hardware.tables.calibrated else None,
     )
 
 

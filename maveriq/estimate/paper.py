@@ -7,8 +7,10 @@ from typing import NamedTuple
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError
+from maveriq.estimate import answerable
+from maveriq.estimate.answerable import stored_as
 from maveriq.estimate.base import ServiceEstimate
-from maveriq.estimate.fingerprints import Point, Stored
+from maveriq.estimate.fingerprints import Point
 from maveriq.estimate.formula import ParallelLatency, at_batch, parallel_memory_gib
 from maveriq.estimate.hardware import HardwareProfile
 from maveriq.units import Bytes, bytes_from_gib
@@ -48,17 +50,10 @@ class PaperEstimator:
 
     def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
-        stored, tp, pp = _stored(model, configuration), configuration.tp, configuration.pp
-        fingerprints = self._profile.fingerprints.constants.get(stored)
-        if fingerprints is None:
-            return self._what_exists(stored)
-        if tp not in model.tensor_parallel_degrees(tp):
-            return f"TP {tp} is not a power of two that divides the {model.attention_heads} attention heads"
-        if not self._profile.supports(model.name, configuration):
-            return f"known not to run on {self._profile.gpu_kind}"
-        missing = [f"TP {point.tp} x PP {point.pp}" for point in _points(tp, pp) if point not in fingerprints]
-        if missing:
-            return f"profile {self._profile.name} has no fingerprint of it at {' and '.join(missing)}"
+        points = _points(configuration.tp, configuration.pp)
+        reason = answerable.why_not(self._profile, model, configuration, points)
+        if reason is not None:
+            return reason
         if configuration.batch_size > 1 and not self._has_batch_two(model, configuration):
             return f"no fingerprint of batch 2 in profile {self._profile.name}, which larger batches need"
         return None
@@ -119,7 +114,7 @@ class PaperEstimator:
 
     def _scaled(self, model: ModelSpec, configuration: Configuration, batch: int) -> ParallelLatency:
         table = self._profile.fingerprints
-        constants = table.constants[_stored(model, configuration)]
+        constants = table.constants[stored_as(model, configuration)]
         tp2 = constants.get(Point(2, 1, batch))
         return ParallelLatency.scaled(
             constants[Point(1, 1, batch)].line(model.layers),
@@ -130,7 +125,7 @@ class PaperEstimator:
         )
 
     def _memory_gib(self, model: ModelSpec, configuration: Configuration, batch: int) -> float:
-        constants = self._profile.fingerprints.constants[_stored(model, configuration)]
+        constants = self._profile.fingerprints.constants[stored_as(model, configuration)]
         tp2, pp2 = constants.get(Point(2, 1, batch)), constants.get(Point(1, 2, batch))
         return parallel_memory_gib(
             constants[Point(1, 1, batch)].memory_gib(model.layers),
@@ -141,7 +136,7 @@ class PaperEstimator:
         )
 
     def _has_batch_two(self, model: ModelSpec, configuration: Configuration) -> bool:
-        constants = self._profile.fingerprints.constants[_stored(model, configuration)]
+        constants = self._profile.fingerprints.constants[stored_as(model, configuration)]
         return all(point in constants for point in _points(configuration.tp, configuration.pp, batch=2))
 
     def _refuse(self, model: ModelSpec, configuration: Configuration) -> None:
@@ -154,21 +149,6 @@ class PaperEstimator:
             f"{model.name} with {configuration}: batch {batch} needs fingerprints of batch 2, which profile "
             f"{self._profile.name} has not; take batch 1 or another profile"
         )
-
-    def _what_exists(self, stored: Stored) -> str:
-        """Say which fingerprints there are instead of the ones asked for."""
-        table, profile = self._profile.fingerprints, self._profile.name
-        others = table.stored_as(stored.model)
-        if not others:
-            return (
-                f"profile {profile} has no fingerprint of {stored.model} (it has {', '.join(table.models())}); "
-                "give a profile that was measured with it"
-            )
-        return f"no fingerprint with {stored.weights} weights and {stored.kv} KV cache in profile {profile}"
-
-
-def _stored(model: ModelSpec, configuration: Configuration) -> Stored:
-    return Stored(model.name, configuration.weights, configuration.kv)
 
 
 def _points(tp: int, pp: int, batch: int = 1) -> list[Point]:

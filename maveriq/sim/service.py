@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.requests import Request
-from maveriq.estimate.base import Estimator
+from maveriq.estimate.base import Estimator, KnowsPlacement, ServiceEstimate
 from maveriq.units import Micros, duration_micros
 
 if TYPE_CHECKING:
@@ -38,17 +39,20 @@ class EstimatedService:
         key = (deployment_id, prompt_tokens, output_tokens, len(requests))  # a deployment's plan never changes
         times = self._known.get(key)
         if times is None:
-            estimate = self._estimator.service(
-                plan.model,
-                plan.configuration,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                batch=len(requests),
-            )
+            estimate = self._estimate(plan, prompt_tokens, output_tokens, len(requests))
             service_us = duration_micros(estimate.latency_s)
             times = (min(duration_micros(estimate.first_token_s), service_us), service_us)
             self._known[key] = times
         return times
+
+    def _estimate(self, plan: DeploymentPlan, prompt_tokens: int, output_tokens: int, batch: int) -> ServiceEstimate:
+        estimator = self._estimator
+        ask = (
+            partial(estimator.service_on, plan.gpu_ids) if isinstance(estimator, KnowsPlacement) else estimator.service
+        )
+        return ask(
+            plan.model, plan.configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
+        )
 
 
 class RecordedService:

@@ -91,7 +91,7 @@ MALFORMED = [
     bad("sim --batch-size ''", "'--batch-size'", "integer"),
     bad("plan", "missing argument 'MODEL'", "see maveriq plan --help"),
     bad("plan llama-2-7b --top 0", "'--top'", "greater than or equal to 1", "'0'"),
-    bad("fit", "missing option '--evaluate'"),
+    bad("fit", "give --evaluate TABLE", "or a folder DATA"),
     bad("trace export", "missing option '--out'"),
     bad("trace check", "missing argument 'FILE'"),
     # Numbers
@@ -284,6 +284,12 @@ MALFORMED = [
     bad("trace export --out nowhere/s.csv", "cannot be written: No such file or directory"),
     bad(f"trace export --out {'a' * 300}", "cannot be written: File name too long"),
     # Tables of measurements
+    bad("fit . --evaluate t.csv", "not both", files={"t.csv": TWO_REQUESTS}),
+    bad("fit .", "data folder '.' has no full_model_long_prompt.csv"),
+    bad("fit . --leave-out gptj-6b", "belong to --evaluate"),
+    bad("fit --evaluate t.csv --out .", "--out belongs to a fit", files={"t.csv": TWO_REQUESTS}),
+    bad("fit --evaluate t.csv --leave-out gptj-6b", "only the calibrated estimator", files={"t.csv": TWO_REQUESTS}),
+    bad("fit --evaluate t.csv --estimator guess", "unknown estimator 'guess'", files={"t.csv": TWO_REQUESTS}),
     bad("fit --evaluate nowhere.csv", "table of measurements 'nowhere.csv' does not exist"),
     bad("fit --evaluate t.csv", "no column model, tp", files={"t.csv": TWO_REQUESTS}),
     bad("fit --evaluate t.csv", "is empty; it needs a header with model, tp", files={"t.csv": ""}),

@@ -1,0 +1,290 @@
+"""The calibrated estimator: physics with figures fitted to a kind of GPU, and each model's own fingerprint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate import answerable
+from maveriq.estimate.answerable import stored_as
+from maveriq.estimate.base import ServiceEstimate
+from maveriq.estimate.calibration import Calibration, read_calibration, require, work
+from maveriq.estimate.fingerprints import Point, Stored
+from maveriq.estimate.footprint import held_gib, is_measured
+from maveriq.estimate.formula import Fingerprint
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_s
+from maveriq.units import Bytes, bytes_from_gib
+
+_ONE_GPU = Point(1, 1, 1)
+_MEASURED_OUTPUTS = (10, 20)
+"""Output lengths of fingerprints; their constants give back exactly what was measured at these."""
+
+
+class _Case(NamedTuple):
+    """What the time of a request depends on, beside its output tokens."""
+
+    model: ModelSpec
+    weights: WeightType
+    kv: KvType
+    tp: int
+    pp: int
+    batch: int
+    prompt_tokens: int
+    across: float
+
+
+class _Times(NamedTuple):
+    """A case answered: the first token, then tokens that cost more the longer the context is."""
+
+    first_s: float
+    token_s: float
+    per_output_token_s: float
+
+
+class CalibratedEstimator:
+    """Latency and memory by `physics` and `footprint`.
+
+    What is fitted is common to all models of a kind of GPU; of the model itself it takes the
+    shape, how much slower or faster a layer ran in its fingerprint than the law says, and the
+    memory its fingerprints held.
+    """
+
+    def __init__(self, profile: HardwareProfile, calibration: Calibration, *, served: bool) -> None:
+        """Make one of a calibration.
+
+        Args:
+            profile: whose fingerprints describe the models.
+            calibration: fitted figures.
+            served: answer for the live system; else for the benchmark that the ground truth was measured with.
+        """
+        self._profile = profile
+        self._calibration = calibration
+        self._served = served
+        # Filled as cases are asked for; they change how fast answers come, never what they are.
+        self._times: dict[_Case, _Times] = {}
+        self._slowness: dict[tuple[ModelSpec, WeightType], float] = {}
+
+    @classmethod
+    def serving(cls, profile: HardwareProfile, *, without_run: str | None = None) -> CalibratedEstimator:
+        """Return the one that answers for the live system, for planning and simulating.
+
+        Args:
+            profile: which names the calibration.
+            without_run: a recorded run that the figures of the live system must not have seen.
+
+        Raises:
+            InputError: the profile has no calibration, or no such run was recorded.
+        """
+        path = require(profile.calibrated, profile.name)
+        return cls(profile, read_calibration(path, without_run=without_run), served=True)
+
+    @classmethod
+    def benchmarked(cls, profile: HardwareProfile, *, without_model: str | None = None) -> CalibratedEstimator:
+        """Return the one that answers for the benchmark, to be compared with its tables.
+
+        Args:
+            profile: which names the calibration.
+            without_model: a model whose ground truth the figures must not have seen.
+
+        Raises:
+            InputError: the profile has no calibration.
+        """
+        path = require(profile.calibrated, profile.name)
+        return cls(profile, read_calibration(path, without_model=without_model), served=False)
+
+    @property
+    def name(self) -> str:
+        """The name by which `--plan-with` and `--serve-with` know it."""
+        return "calibrated"
+
+    def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
+        """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
+        del model  # one margin for all
+        margins = self._calibration.margins
+        return margins.memory_single if configuration.batch_size == 1 else margins.memory_batched
+
+    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+        """Return why a configuration cannot be estimated or run here, None if it can."""
+        reason = answerable.why_not(self._profile, model, configuration, [_ONE_GPU])
+        if reason is not None:
+            return reason
+        if configuration.weights not in self._calibration.weights:
+            return f"the calibration knows no {configuration.weights} weights"
+        if str(configuration.tp) not in self._calibration.tp:
+            return f"the calibration knows TP {', '.join(self._calibration.tp)} only"
+        if not is_measured(configuration, self._fingerprints(model, configuration), self._calibration.memory):
+            return f"no memory was ever measured at TP {configuration.tp} x PP {configuration.pp}"
+        return None
+
+    def service(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate one batch of `batch` equal requests that start together on an idle engine.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`, or fewer than one output token,
+                prompt token or request.
+        """
+        return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=0.0)
+
+    def service_on(
+        self,
+        gpu_ids: Sequence[int],
+        model: ModelSpec,
+        configuration: Configuration,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+    ) -> ServiceEstimate:
+        """Estimate as `service`, for an engine on these GPUs (stage-major, as in a plan).
+
+        Stages whose GPUs hang at several sockets of the host sum up more slowly.
+
+        Raises:
+            InputError: as `service`.
+        """
+        live = self._calibration.served if self._served else None
+        across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
+        return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
+
+    def _service(
+        self,
+        model: ModelSpec,
+        configuration: Configuration,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+        *,
+        across: float,
+    ) -> ServiceEstimate:
+        if min(prompt_tokens, output_tokens, batch) < 1:
+            raise InputError(
+                f"{model.name}: prompt tokens, output tokens and batch must be at least 1, "
+                f"not {prompt_tokens}, {output_tokens} and {batch}"
+            )
+        asked = configuration
+        case = _Case(model, asked.weights, asked.kv, asked.tp, asked.pp, batch, prompt_tokens, across)
+        times = self._times.get(case)
+        if times is None:
+            times = self._times[case] = self._answer(case, configuration)
+        tpot_s = times.token_s + output_tokens * times.per_output_token_s
+        return ServiceEstimate(
+            ttft_s=times.first_s - tpot_s,
+            tpot_s=tpot_s,
+            output_tokens=output_tokens,
+            margin=self._margin(configuration.tp, batch),
+        )
+
+    def slowness(self, model: ModelSpec, weights: WeightType) -> float:
+        """Return a layer's time over what the law says, as far as its fingerprints are believed."""
+        found = self._slowness.get((model, weights))
+        if found is None:
+            law = self._calibration.law(weights, 1)
+            seen = deviation(
+                measured_layers(
+                    self._profile.fingerprints.constants, model, weights, prompt_tokens=self._profile.prompt_tokens
+                ),
+                law,
+            )
+            found = self._slowness[model, weights] = math.exp(self._calibration.trust * seen)
+        return found
+
+    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+        """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        self._refuse(model, configuration)
+        fingerprints = self._fingerprints(model, configuration)
+        figures = self._calibration.memory
+        return bytes_from_gib(held_gib(model, configuration, fingerprints, figures, self._profile.prompt_tokens))
+
+    def _fingerprints(self, model: ModelSpec, configuration: Configuration) -> Mapping[Point, Fingerprint]:
+        return self._profile.fingerprints.constants[stored_as(model, configuration)]
+
+    def _answer(self, case: _Case, configuration: Configuration) -> _Times:
+        self._refuse(case.model, configuration)
+        asked = work(
+            case.model,
+            case.kv,
+            tp=case.tp,
+            pp=case.pp,
+            batch=case.batch,
+            prompt_tokens=case.prompt_tokens,
+            slowness=self.slowness(case.model, case.weights),
+        )
+        law = self._calibration.law(case.weights, case.tp, served=self._served, across=case.across)
+        # Time is linear in the context, whose mean is the prompt and half of the output.
+        short_s = float(token_s(asked, law, case.prompt_tokens))
+        per_context_token_s = float(token_s(asked, law, case.prompt_tokens + 1)) - short_s
+        return _Times(float(first_token_s(asked, law)), short_s, per_context_token_s / 2)
+
+    def _margin(self, tp: int, batch: int) -> float:
+        margins = self._calibration.margins
+        return (margins.single if batch == 1 else margins.batched)[str(tp)]
+
+    def _refuse(self, model: ModelSpec, configuration: Configuration) -> None:
+        reason = self.why_not(model, configuration)
+        if reason is not None:
+            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+
+
+def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
+    """Return the share of pipeline stages whose GPUs hang at several sockets."""
+    stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
+    return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
+
+
+def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:
+    """Return the median logarithm of a layer's measured time over what the law says, on one GPU.
+
+    Args:
+        seen: what was asked of a layer, output tokens, and the time that the second layer took, in
+            seconds. Each alone is noisy, hence the median; noise that went below zero is left out.
+        law: at TP 1.
+    """
+    logs = [
+        math.log(measured_s / _second_layer_s(asked, law, output_tokens))
+        for asked, output_tokens, measured_s in seen
+        if measured_s > 0
+    ]
+    return median(logs) if logs else 0.0
+
+
+def _second_layer_s(asked: Work, law: Law, output_tokens: int) -> float:
+    two, one = (latency_s(replace(asked, layers=layers), law, output_tokens) for layers in (2, 1))
+    return float(two - one)
+
+
+def measured_layers(
+    constants: Mapping[Stored, Mapping[Point, Fingerprint]],
+    model: ModelSpec,
+    weights: WeightType,
+    *,
+    prompt_tokens: int,
+) -> Iterator[tuple[Work, int, float]]:
+    """Yield what a model's fingerprints on one GPU say of a layer, whatever their batch size and KV type.
+
+    Args:
+        constants: of all models.
+        model: whose layer.
+        weights: its weight type.
+        prompt_tokens: of the prompts that the fingerprints were taken with.
+    """
+    for stored, points in constants.items():
+        if (stored.model, stored.weights) != (model.name, weights):
+            continue
+        for point, found in points.items():
+            if (point.tp, point.pp) == (1, 1):
+                asked = work(model, stored.kv, tp=1, pp=1, batch=point.batch, prompt_tokens=prompt_tokens)
+                for output_tokens in _MEASURED_OUTPUTS:
+                    yield asked, output_tokens, found.ttft_layer_s + output_tokens * found.tpot_layer_s

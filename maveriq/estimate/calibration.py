@@ -1,0 +1,277 @@
+"""Calibrations: the fitted figures of the calibrated estimator, for one kind of GPU and its software."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.physics import Law, Values, Work
+from maveriq.tables import exists, read_csv, read_toml
+
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+BYTES_PER_PARAMETER: Mapping[WeightType, float] = {
+    WeightType.FLOAT16: 2.0,
+    WeightType.INT8: 1.0,
+    WeightType.INT4: 0.5,
+    WeightType.INT4_GPTQ: 0.5 + 4 / 128,  # and a scale and a zero, two bytes each, per group of 128
+}
+
+
+class ByWeights(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Figures of a weight type."""
+
+    layer_us: _Positive
+    prefill_tflops: _Positive
+    decode_tflops: _Positive
+
+
+class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
+    """Figures of a tensor-parallel degree; limits are those of the serving software, TP 1 has no links."""
+
+    request_ms: _Positive
+    one_shot_gb_s: _Positive = 1.0
+    two_shot_gb_s: _Positive = 1.0
+    ring_gb_s: _Positive = 1.0
+    one_shot_limit_mb: _NotNegative = 0.0
+    custom_limit_mb: _NotNegative = 0.0
+
+
+class ServedTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """All-reduces of the live system at a tensor-parallel degree; `across_us` more between sockets."""
+
+    all_reduce_us: _Positive
+    ring_gb_s: _Positive
+    across_us: _NotNegative = 0.0
+
+
+class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What the live system does otherwise than the benchmark: warm engines, rings, placement.
+
+    GPUs 0 to `gpus_per_socket` - 1 hang at one socket of the host, the next as many at another.
+    """
+
+    request_ms: _NotNegative
+    gpus_per_socket: Annotated[int, msgspec.Meta(ge=1)]
+    tp: dict[str, ServedTp]
+
+
+class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Memory beside weights and KV cache.
+
+    `request_kb` is what a request of a batch adds on every GPU, per unit of width (twice the hidden
+    and once the intermediate size); `unsharded` is the share of it that TP does not divide.
+    `gpus_gib` is what (TP, PP) holds beyond (1, 1), by "TPxPP", for models not measured there. KV
+    cache is allocated in blocks of tokens, for the prompt and so many output tokens.
+    """
+
+    request_kb: _Positive
+    unsharded: _Share
+    kv_block_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    output_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    gpus_gib: dict[str, float]
+
+
+class Margins(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Relative half-widths of 90 % intervals, at batch 1 and above it: latency by TP, and memory."""
+
+    memory_single: _Positive
+    memory_batched: _Positive
+    single: dict[str, _Positive]
+    batched: dict[str, _Positive]
+
+
+class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """All fitted figures; `trust` is how much of a fingerprint's deviation from the law is believed."""
+
+    trust: _Share
+    bandwidth_gb_s: _Positive
+    overlap: Annotated[float, msgspec.Meta(ge=1, le=100)]
+    host_layer_us: _NotNegative
+    host_pp_power: _NotNegative
+    token_us: _NotNegative
+    all_reduce_us: _NotNegative
+    stage_request_ms: _NotNegative
+    boundary_us: _NotNegative
+    boundary_gb_s: _Positive
+    weights: dict[WeightType, ByWeights]
+    tp: dict[str, ByTp]
+    memory: Memory
+    margins: Margins
+    served: Served | None = None
+
+    def law(self, weights: WeightType, tp: int, *, served: bool = False, across: float = 0.0) -> Law:
+        """Return the law of a weight type and TP, in seconds and bytes.
+
+        Args:
+            weights: a key of `weights`.
+            tp: a key of `tp`.
+            served: as the live system is, where that is known; else as the benchmark was.
+            across: share of the stages of the live system whose GPUs hang at several sockets.
+        """
+        kind, degree = self.weights[weights], self.tp[str(tp)]
+        live = self.served if served else None
+        live_tp = live.tp.get(str(tp)) if live else None
+        return Law(
+            weight_bytes=BYTES_PER_PARAMETER[weights],
+            bandwidth=self.bandwidth_gb_s * 1e9,
+            layer_s=kind.layer_us * 1e-6,
+            prefill_flops=kind.prefill_tflops * 1e12,
+            decode_flops=kind.decode_tflops * 1e12,
+            overlap=self.overlap,
+            host_layer_s=self.host_layer_us * 1e-6,
+            host_pp_power=self.host_pp_power,
+            token_s=self.token_us * 1e-6,
+            request_s=(live.request_ms if live else degree.request_ms) * 1e-3,
+            stage_request_s=0.0 if live else self.stage_request_ms * 1e-3,
+            boundary_s=self.boundary_us * 1e-6,
+            boundary_bandwidth=self.boundary_gb_s * 1e9,
+            all_reduce_s=1e-6 * (live_tp.all_reduce_us + across * live_tp.across_us if live_tp else self.all_reduce_us),
+            one_shot_bandwidth=degree.one_shot_gb_s * 1e9,
+            two_shot_bandwidth=degree.two_shot_gb_s * 1e9,
+            ring_bandwidth=(live_tp.ring_gb_s if live_tp else degree.ring_gb_s) * 1e9,
+            one_shot_limit=0.0 if live_tp else degree.one_shot_limit_mb * 1e6,
+            custom_limit=0.0 if live_tp else degree.custom_limit_mb * 1e6,
+        )
+
+
+def layer_parameters(model: ModelSpec) -> int:
+    """Return the weights of a layer: queries, keys, values, output, and the feed-forward part."""
+    kv_width = model.kv_heads * model.hidden_size // model.attention_heads
+    attention = model.hidden_size * (2 * model.hidden_size + 2 * kv_width)
+    return attention + model.feed_forward_matrices * model.hidden_size * model.intermediate_size
+
+
+def kv_bytes(model: ModelSpec, kv: KvType, tp: int = 1) -> int:
+    """Return what a token leaves in the KV cache of one GPU, per layer; no KV head is split."""
+    heads = max(1, model.kv_heads // tp)
+    return 2 * heads * (model.hidden_size // model.attention_heads) * (1 if kv is KvType.INT8 else 2)
+
+
+def work(
+    model: ModelSpec, kv: KvType, *, tp: int, pp: int, batch: Values, prompt_tokens: Values, slowness: Values = 1.0
+) -> Work:
+    """Return what a model has to do under (TP, PP)."""
+    return Work(
+        layers=model.layers,
+        layer_parameters=layer_parameters(model),
+        head_parameters=model.vocab_size * model.hidden_size,
+        hidden=model.hidden_size,
+        kv_bytes=kv_bytes(model, kv, tp),
+        all_reduces=model.all_reduces_per_layer,
+        tp=tp,
+        pp=pp,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        slowness=slowness,
+    )
+
+
+def calibration_path(path: Path, without_model: str | None) -> Path:
+    """Return the file of the calibration that was fitted without a model's ground truth.
+
+    A model that no ground truth was present of left nothing out; for it the file is `path` itself.
+    """
+    without = path.with_name(f"{path.stem}-without-{without_model}{path.suffix}")
+    return without if without_model and exists(without) else path
+
+
+def read_calibration(path: Path, *, without_model: str | None = None, without_run: str | None = None) -> Calibration:
+    """Read a calibration.
+
+    Args:
+        path: the TOML file that `scripts/fit_calibrated.py` or `maveriq fit` wrote.
+        without_model: take the one fitted without this model's ground truth.
+        without_run: take the figures of the live system fitted without this recorded run.
+
+    Raises:
+        InputError: not such a file, or a figure that cannot be.
+        UnknownNameError: no recorded run of that name.
+    """
+    calibration = read_toml(calibration_path(path, without_model), Calibration, what="calibration")
+    if without_run is None:
+        return calibration
+    runs = read_served(path.with_name(f"{path.stem}-served.csv"))
+    if without_run not in runs:
+        raise UnknownNameError("recorded run", without_run, runs)
+    return msgspec.structs.replace(calibration, served=runs[without_run])
+
+
+_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "gpus_per_socket", "all_reduce_us", "ring_gb_s", "across_us")
+
+
+def read_served(path: Path) -> dict[str, Served]:
+    """Read the figures of the live system by the recorded run that was left out of their fit.
+
+    Raises:
+        InputError: not such a table, or a figure that cannot be.
+    """
+    found: dict[str, Served] = {}
+    for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
+        run, tp = row.text("without_run"), str(row.count("tp", least=2))
+        figures = ServedTp(
+            all_reduce_us=row.number("all_reduce_us", least=1e-6),
+            ring_gb_s=row.number("ring_gb_s", least=1e-9),
+            across_us=row.number("across_us", least=0),
+        )
+        found[run] = Served(
+            request_ms=row.number("request_ms", least=0),
+            gpus_per_socket=row.count("gpus_per_socket", least=1),
+            tp={**(found[run].tp if run in found else {}), tp: figures},
+        )
+    return found
+
+
+def served_csv(without: Mapping[str, Served]) -> str:
+    """Return the table that `read_served` reads."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(_SERVED_COLUMNS)
+    for run, served in without.items():
+        for tp, figures in served.tp.items():
+            links = (figures.all_reduce_us, figures.ring_gb_s, figures.across_us)
+            table.writerow([run, tp, served.request_ms, served.gpus_per_socket, *links])
+    return text.getvalue()
+
+
+def to_toml(calibration: Calibration, comment: str) -> str:
+    """Return the TOML file of a calibration, comment lines first."""
+    lines = [*(f"# {line}".rstrip() for line in comment.splitlines()), ""]
+    _append(lines, "", msgspec.to_builtins(calibration))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _append(lines: list[str], name: str, table: dict[str, Any]) -> None:
+    lines.extend(f"{_key(key)} = {value!r}" for key, value in table.items() if isinstance(value, int | float))
+    for key, value in table.items():
+        if isinstance(value, dict):
+            inner = f"{name}.{_key(key)}" if name else _key(key)
+            lines.extend(["", f"[{inner}]"])
+            _append(lines, inner, value)
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").isalnum() else f'"{key}"'
+
+
+def require(path: Path | None, profile: str) -> Path:
+    """Return the path of a profile's calibration.
+
+    Raises:
+        InputError: the profile has none.
+    """
+    if path is None:
+        raise InputError(
+            f"profile {profile} has no calibration, which the calibrated estimator needs: "
+            "fit one with `maveriq fit DATA --out FOLDER` and name it in the hardware file as tables.calibrated"
+        )
+    return path

@@ -1,0 +1,82 @@
+"""The memory of a deployment: weights and KV cache by their size, all else as fingerprints held it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import ModelSpec
+from maveriq.estimate.calibration import BYTES_PER_PARAMETER, Memory, kv_bytes, layer_parameters
+from maveriq.estimate.fingerprints import Point
+from maveriq.estimate.formula import Fingerprint
+from maveriq.units import BYTES_PER_GIB
+
+
+def held_gib(
+    model: ModelSpec,
+    configuration: Configuration,
+    fingerprints: Mapping[Point, Fingerprint],
+    figures: Memory,
+    prompt_tokens: int,
+) -> float:
+    """Return the memory over all GPUs of a deployment.
+
+    Args:
+        model: the model.
+        configuration: with its batch size.
+        fingerprints: of the model as it is stored; (1, 1) at batch 1 must be there.
+        figures: fitted ones; `is_measured` must hold.
+        prompt_tokens: of the requests, and of the fingerprints.
+    """
+    batch, tp = configuration.batch_size, configuration.tp
+    tokens = prompt_tokens + figures.output_tokens
+    return (
+        layers_gib(model, configuration, model.layers, tokens, figures)
+        + fixed_gib(model, configuration, fingerprints[Point(1, 1, 1)], tokens, figures)
+        + _beyond_one_gpu_gib(configuration, fingerprints, figures)
+        + (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
+    )
+
+
+def layers_gib(model: ModelSpec, configuration: Configuration, layers: int, tokens: int, figures: Memory) -> float:
+    """Return the memory of the weights of so many layers and of the KV cache of so many tokens a request."""
+    blocks = math.ceil(tokens / figures.kv_block_tokens) * configuration.batch_size
+    weights = layer_parameters(model) * BYTES_PER_PARAMETER[configuration.weights]
+    return layers * (weights + blocks * figures.kv_block_tokens * kv_bytes(model, configuration.kv)) / BYTES_PER_GIB
+
+
+def fixed_gib(
+    model: ModelSpec, configuration: Configuration, fingerprint: Fingerprint, tokens: int, figures: Memory
+) -> float:
+    """Return what one GPU holds beside layers: the mean of what its two fingerprints leave over."""
+    single = Configuration(tp=1, pp=1, weights=configuration.weights, kv=configuration.kv)
+    left = (fingerprint.memory_gib(n) - layers_gib(model, single, n, tokens, figures) for n in (1, 2))
+    return sum(left) / 2
+
+
+def request_gib(model: ModelSpec, tp: int, figures: Memory) -> float:
+    """Return what a request of a batch adds on every GPU, beside its KV cache."""
+    width = 2 * model.hidden_size + model.intermediate_size  # a layer's input, its residual, the wide part between
+    return figures.request_kb * 1e3 * width * (figures.unsharded + (1 - figures.unsharded) / tp) / BYTES_PER_GIB
+
+
+def _beyond_one_gpu_gib(
+    configuration: Configuration, fingerprints: Mapping[Point, Fingerprint], figures: Memory
+) -> float:
+    """Return what (TP, PP) holds more than one GPU: as its own fingerprint did, else as others' did."""
+    point = Point(configuration.tp, configuration.pp, 1)
+    if point in fingerprints:
+        # One layer per stage is what was measured there; at (1, 1) nothing is left.
+        return fingerprints[point].memory_gib(point.pp) - fingerprints[Point(1, 1, 1)].memory_gib(point.pp)
+    return figures.gpus_gib[gpus_key(configuration)]
+
+
+def is_measured(configuration: Configuration, fingerprints: Mapping[Point, Fingerprint], figures: Memory) -> bool:
+    """Say whether any model's memory was measured at (TP, PP)."""
+    return Point(configuration.tp, configuration.pp, 1) in fingerprints or gpus_key(configuration) in figures.gpus_gib
+
+
+def gpus_key(configuration: Configuration) -> str:
+    """Return the key of `Memory.gpus_gib`."""
+    return f"{configuration.tp}x{configuration.pp}"

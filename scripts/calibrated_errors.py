@@ -1,0 +1,95 @@
+"""Write the tables of docs/calibrated.md: how far the calibrated estimator is from what it has not seen.
+
+    python scripts/calibrated_errors.py DATA_DIR [--document FILE]
+
+DATA_DIR holds `a6000` and `testbed`. Each row of a benchmark is predicted by the calibration that left out its
+model's full-model measurements, each recorded run by the figures of the live system fitted without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.catalog import EACH, benchmarked_estimator, estimator
+from maveriq.estimate.evaluate import Evaluation, evaluate
+from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.servedfit import OUTPUT_TOKENS, read_recorded
+
+_BEGIN, _END = "<!-- written by scripts/calibrated_errors.py -->", "<!-- end -->"
+_TABLES = (
+    ("full models, 923-token prompts", "full_model_long_prompt.csv", "a6000-long", ("all", "tp")),
+    ("batches, short prompts", "full_model_batched_short_prompt.csv", "a6000-short", ("all", "batch")),
+    ("pruned weights", "full_model_pruned.csv", "a6000-long", ("all",)),
+    ("uneven splits", "uneven_pipeline.csv", "a6000-short", ("all",)),
+)
+
+
+def main() -> None:
+    """Rewrite the part of the document between the marks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path, help="folder that holds a6000 and testbed")
+    document = Path(__file__).parent.parent / "docs" / "calibrated.md"
+    parser.add_argument("--document", type=Path, default=document, help="what to rewrite (default: the docs)")
+    arguments = parser.parse_args()
+    text = arguments.document.read_text(encoding="utf-8")
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    lines = [*benchmark_lines(arguments.data_dir / "a6000"), "", *served_lines(arguments.data_dir / "testbed")]
+    written = "\n".join([_BEGIN, "", *lines, "", _END])
+    arguments.document.write_text(before + written + after, encoding="utf-8")
+
+
+def benchmark_lines(folder: Path) -> list[str]:
+    """Return the table of errors on the benchmark, beside those of the paper's estimator."""
+    lines = [
+        "| table | rows | paper: median | median | mean | p90 | in 90 % interval | memory: median | p95 | in it |",
+        "| --- " * 10 + "|",
+    ]
+    for title, name, profile_name, groupings in _TABLES:
+        profile = load_profile(profile_name)
+        unseen = _errors(folder / name, benchmarked_estimator("calibrated", profile, without_model=EACH), profile)
+        published = _errors(folder / name, estimator("paper", profile), profile)
+        medians = {(group.by, group.value): f"{group.latency.median:.1f}" for group in published.groups}
+        for group in unseen.groups:
+            if group.by in groupings:
+                what = title if group.by == "all" else f"{group.by} {group.value}"
+                latency, memory = group.latency, group.memory
+                figures = (latency.median, latency.mean, latency.p90, group.latency_covered or 0.0)
+                cells = [what, f"{latency.n:,}", medians.get((group.by, group.value), ""), *map(_figure, figures)]
+                cells += map(_figure, (memory.median, memory.p95, group.memory_covered or 0.0))
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def served_lines(folder: Path) -> list[str]:
+    """Return one sentence on the service times of recorded runs, each predicted without having seen it."""
+    profile = load_profile("a6000-short")
+    errors: dict[tuple[str, str], list[float]] = {}
+    for one in read_recorded(folder):
+        unseen = CalibratedEstimator.serving(profile, without_run=one.run)
+        asked = {"prompt_tokens": one.prompt_tokens, "output_tokens": OUTPUT_TOKENS, "batch": 1}
+        estimate = unseen.service_on(one.gpu_ids, one.model, one.configuration, **asked)
+        errors.setdefault((one.run, one.model.name), []).append(abs(estimate.latency_s / one.service_s - 1))
+    off = 100 * np.array([np.median(found) for found in errors.values()])
+    runs = len({run for run, _ in errors})
+    return [
+        f"Median service time of {len(off)} (run, model) pairs of {runs} recorded runs: off by {np.median(off):.1f} %",
+        f"in the median, {np.percentile(off, 90):.1f} % at the 90th percentile, {off.max():.1f} % at worst.",
+    ]
+
+
+def _errors(table: Path, judged: Estimator, profile: HardwareProfile) -> Evaluation:
+    return evaluate(table, judged, prompt_tokens=profile.prompt_tokens)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Fit the calibrated estimator to the published A6000 measurements.
+
+    python scripts/fit_calibrated.py DATA_DIR [--out FOLDER]
+
+DATA_DIR holds `a6000` (fingerprints and full-model ground truth) and `testbed` (recorded runs). Written are
+`calibrated.toml`, one `calibrated-without-MODEL.toml` per model of the ground truth, and `calibrated-served.csv`
+(the live system's figures, each recorded run left out in turn). Equal data gives equal files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+
+from maveriq.embedded import data_path
+from maveriq.estimate.calibration import Calibration, served_csv, to_toml
+from maveriq.estimate.crossfit import cross_fit
+from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
+from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.servedfit import cross_fit_served, read_recorded
+
+_COMMENT = """Written by scripts/fit_calibrated.py: figures of the calibrated estimator (docs/calibrated.md), fitted to
+the fingerprints and full-model measurements published with the MaverIQ paper (SC '25; repository UT-SysML/MaverIQ,
+outputs/){without}. [served] is fitted to the recorded runs of the live system."""
+
+
+def main() -> None:
+    """Fit and write all files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path, help="folder that holds a6000 and testbed")
+    parser.add_argument("--out", type=Path, default=data_path("a6000"), help="where to write (default: the package)")
+    arguments = parser.parse_args()
+    samples = read_samples(arguments.data_dir / "a6000", Prompts())
+    fitted = cross_fit(samples, start_calibration(), told=print)
+    recorded = read_recorded(arguments.data_dir / "testbed")
+    served, without_run = cross_fit_served(load_profile("a6000-short"), fitted.calibration, recorded)
+    (arguments.out / "calibrated-served.csv").write_text(served_csv(without_run), encoding="utf-8")
+    write(arguments.out / "calibrated.toml", msgspec.structs.replace(fitted.calibration, served=served), "")
+    for model, calibration in fitted.without.items():
+        without = f"; full models of {model} left out"
+        write(arguments.out / f"calibrated-without-{model}.toml", calibration, without)
+
+
+def write(path: Path, calibration: Calibration, without: str) -> None:
+    """Write a calibration with the comment that says where it comes from."""
+    path.write_text(to_toml(calibration, _COMMENT.format(without=without)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Laws of the calibrated estimator: physics that no fit may break."""
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, WeightType
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.calibration import Calibration, read_calibration, require
+from maveriq.estimate.hardware import load_profile
+
+MODELS = ("falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
+PROFILE = load_profile("a6000-short")
+
+
+@cache
+def calibration() -> Calibration:
+    return read_calibration(require(PROFILE.calibrated, PROFILE.name))
+
+
+@cache
+def live() -> CalibratedEstimator:
+    return CalibratedEstimator.serving(PROFILE)
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> dict:
+    model = load_model(draw(st.sampled_from(MODELS)))
+    tp = draw(st.sampled_from(model.tensor_parallel_degrees(8)))
+    weights = draw(st.sampled_from([WeightType.FLOAT16, WeightType.INT8, WeightType.INT4]))
+    configuration = Configuration(tp=tp, pp=draw(st.integers(1, 8 // tp)), weights=weights)
+    # Whether it runs on the testbed is a fact of the testbed, not of physics.
+    runs = live().why_not(model, configuration) is None
+    return {
+        "model": model,
+        "configuration": configuration if runs else replace(configuration, tp=1, pp=8),
+        "prompt_tokens": draw(st.integers(1, 4000)),
+        "output_tokens": draw(st.integers(1, 2000)),
+        "batch": draw(st.integers(1, 128)),
+    }
+
+
+def latency_s(estimator: CalibratedEstimator, question: dict) -> float:
+    return estimator.service(**question).latency_s
+
+
+@given(questions())
+def test_latency_is_positive_and_so_is_the_first_token(question: dict) -> None:
+    service = live().service(**question)
+    assert 0 < service.first_token_s <= service.latency_s
+    assert service.margin is not None
+    assert service.margin > 0
+
+
+@given(questions(), st.sampled_from(["prompt_tokens", "output_tokens", "batch"]), st.integers(1, 500))
+def test_more_to_do_takes_longer(question: dict, what: str, more: int) -> None:
+    assert latency_s(live(), question | {what: question[what] + more}) > latency_s(live(), question)
+
+
+@given(questions(), st.floats(1.01, 10))
+def test_more_bandwidth_is_faster(question: dict, factor: float) -> None:
+    # The speed of a layer relative to the law comes from the fingerprint, so it must not be taken anew.
+    slow = msgspec.structs.replace(calibration(), trust=0.0)
+    fast = msgspec.structs.replace(slow, bandwidth_gb_s=slow.bandwidth_gb_s * factor)
+    times = [latency_s(CalibratedEstimator(PROFILE, one, served=True), question) for one in (fast, slow)]
+    assert times[0] < times[1]
+
+
+@given(questions(), st.integers(1, 50))
+def test_more_layers_take_longer_and_hold_more(question: dict, more: int) -> None:
+    deeper = question | {"model": replace(question["model"], layers=question["model"].layers + more)}
+    assert latency_s(live(), deeper) > latency_s(live(), question)
+    held = [live().memory(one["model"], one["configuration"]) for one in (question, deeper)]
+    assert 0 < held[0] < held[1]
+
+
+@given(questions(), st.integers(1, 100))
+def test_memory_grows_with_the_batch(question: dict, more: int) -> None:
+    sizes = [
+        replace(question["configuration"], batch_size=size) for size in (question["batch"], question["batch"] + more)
+    ]
+    few, many = (live().memory(question["model"], size) for size in sizes)
+    assert few < many
+
+
+def test_float16_is_slower_than_int8_is_slower_than_int4_where_weights_are_what_is_read() -> None:
+    for name in MODELS:
+        times = [
+            live()
+            .service(
+                load_model(name),
+                Configuration(tp=1, pp=4, weights=weights),
+                prompt_tokens=30,
+                output_tokens=100,
+                batch=1,
+            )
+            .latency_s
+            for weights in (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4)
+        ]
+        assert times == sorted(times, reverse=True), name
+
+
+def test_two_all_reduces_cost_more_than_one() -> None:
+    llama = load_model("llama-2-7b")
+    once = replace(llama, all_reduces_per_layer=1)
+    for tp, pp in itertools.product((2, 4), (1, 2)):
+        question = {"configuration": Configuration(tp=tp, pp=pp, weights=WeightType.INT8), "prompt_tokens": 30}
+        times = [live().service(model, **question, output_tokens=20, batch=1).latency_s for model in (once, llama)]
+        assert times[0] < times[1]
+
+
+def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
+    llama, asked = load_model("llama-2-7b"), {"prompt_tokens": 30, "output_tokens": 20, "batch": 1}
+    four = Configuration(tp=4, pp=1, weights=WeightType.FLOAT16)
+    together, across = (
+        live().service_on(gpus, llama, four, **asked).latency_s for gpus in ((4, 5, 6, 7), (1, 2, 3, 4))
+    )
+    assert together == live().service(llama, four, **asked).latency_s < across
+    two = Configuration(tp=2, pp=2, weights=WeightType.FLOAT16)
+    none, one, both = (
+        live().service_on(gpus, llama, two, **asked).latency_s for gpus in ((0, 1, 4, 5), (0, 1, 3, 4), (0, 4, 1, 5))
+    )
+    assert none < one < both
+    single = Configuration(tp=1, pp=4, weights=WeightType.FLOAT16)
+    assert live().service_on((0, 4, 1, 5), llama, single, **asked) == live().service(llama, single, **asked)
+
+
+@pytest.mark.parametrize("kv", KvType)
+def test_smaller_kv_entries_are_read_faster(kv: KvType) -> None:
+    asked = {"prompt_tokens": 2000, "output_tokens": 500, "batch": 16}
+    configuration = Configuration(tp=1, pp=4, weights=WeightType.INT8, kv=kv)
+    native = Configuration(tp=1, pp=4, weights=WeightType.INT8)
+    model = load_model("llama-2-7b")
+    assert live().service(model, configuration, **asked).latency_s <= live().service(model, native, **asked).latency_s

@@ -1,0 +1,253 @@
+"""The calibrated estimator: its bars with each model left out, its files, its fit."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from maveriq.cli.fit import fit
+from maveriq.domain.catalog import load_model, shape_of
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import WeightType
+from maveriq.embedded import data_path
+from maveriq.errors import InputError
+from maveriq.estimate.calibrated import CalibratedEstimator, deviation
+from maveriq.estimate.calibration import read_calibration, to_toml
+from maveriq.estimate.calibration import work as work_of
+from maveriq.estimate.catalog import EACH, benchmarked_estimator, estimator
+from maveriq.estimate.evaluate import Evaluation, Group, Measurement, evaluate
+from maveriq.estimate.fitting import Prompts, Sample, fit_calibration, read_samples, start_calibration, usable
+from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.physics import latency_s
+from maveriq.estimate.servedfit import OUTPUT_TOKENS, read_recorded
+
+PATH = data_path("a6000", "calibrated.toml")
+GROUND_TRUTH = ("falcon-7b", "gptj-6b", "llama-2-7b", "llama-2-70b")
+
+
+@cache
+def left_out(table: Path, profile: str) -> Evaluation:
+    """Errors where every row is predicted by a calibration that has not seen its model's ground truth."""
+    hardware = load_profile(profile)
+    judged = benchmarked_estimator("calibrated", hardware, without_model=EACH)
+    return evaluate(table, judged, prompt_tokens=hardware.prompt_tokens)
+
+
+def groups(evaluation: Evaluation, by: str) -> dict[str, Group]:
+    return {group.value: group for group in evaluation.groups if group.by == by}
+
+
+@pytest.mark.data
+def test_bars_on_the_long_prompt_with_each_model_left_out(measured_data: Path) -> None:
+    found = left_out(measured_data / "a6000" / "full_model_long_prompt.csv", "a6000-long")
+    overall = groups(found, "all")[""]
+    assert (found.rows, found.left_out, set(groups(found, "model"))) == (1320, (), set(GROUND_TRUTH))
+    assert overall.latency.median <= 3.3
+    assert overall.latency.mean <= 6.5
+    assert overall.latency.p90 <= 15
+    by_tp = {tp: group.latency.median for tp, group in groups(found, "tp").items()}
+    assert all(by_tp[tp] <= bar for tp, bar in {"1": 2.8, "2": 4.8, "4": 8, "8": 14}.items()), by_tp
+    assert overall.memory.median <= 2
+    assert overall.memory.p95 <= 8
+    assert 85 <= overall.latency_covered <= 95
+    assert 85 <= overall.memory_covered <= 95
+
+
+@pytest.mark.data
+def test_bars_on_batches_with_the_model_left_out(measured_data: Path) -> None:
+    found = left_out(measured_data / "a6000" / "full_model_batched_short_prompt.csv", "a6000-short")
+    by_batch = {batch: group.latency.median for batch, group in groups(found, "batch").items()}
+    assert list(by_batch) == ["1", "8", "16", "32", "64"]
+    assert max(by_batch.values()) <= 8, by_batch
+    assert 85 <= groups(found, "all")[""].latency_covered <= 95
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("table", "profile"), [("full_model_pruned", "a6000-long"), ("uneven_pipeline", "a6000-short")]
+)
+def test_bars_on_pruned_weights_and_uneven_splits(measured_data: Path, table: str, profile: str) -> None:
+    found = left_out(measured_data / "a6000" / f"{table}.csv", profile)
+    assert found.left_out == ()
+    assert groups(found, "all")[""].latency.median <= 4
+    assert groups(found, "all")[""].memory.median <= 2
+
+
+@pytest.mark.data
+def test_service_times_of_recorded_runs_that_the_fit_has_not_seen(measured_data: Path) -> None:
+    profile = load_profile("a6000-short")
+    errors: dict[tuple[str, str], list[float]] = {}
+    for one in read_recorded(measured_data / "testbed"):
+        unseen = CalibratedEstimator.serving(profile, without_run=one.run)
+        question = {"prompt_tokens": one.prompt_tokens, "output_tokens": OUTPUT_TOKENS, "batch": 1}
+        estimate = unseen.service_on(one.gpu_ids, one.model, one.configuration, **question)
+        errors.setdefault((one.run, one.model.name), []).append(abs(estimate.latency_s / one.service_s - 1))
+    per_model = [median(found) for found in errors.values()]
+    assert len(per_model) == 68
+    assert median(per_model) <= 0.05
+    assert max(per_model) <= 0.12
+
+
+@pytest.mark.data
+def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_path: Path) -> None:
+    """Figures may differ in their last digits with the linear algebra of the machine."""
+    script = Path(__file__).parents[2] / "scripts" / "fit_calibrated.py"
+    subprocess.run([sys.executable, script, measured_data, "--out", tmp_path], check=True, capture_output=True)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == sorted(path.name for path in data_path("a6000").glob("calibrated*"))
+    profile = replace(load_profile("a6000-short"), calibrated=tmp_path / PATH.name)
+    model, asked = load_model("llama-2-70b"), Configuration(tp=4, pp=2, weights=WeightType.INT8)
+    question = {"prompt_tokens": 30, "output_tokens": 20, "batch": 4}
+    again, embedded = (
+        CalibratedEstimator.serving(one).service(model, asked, **question).latency_s
+        for one in (profile, load_profile("a6000-short"))
+    )
+    assert again == pytest.approx(embedded, rel=1e-3)
+
+
+@pytest.mark.data
+def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    document = tmp_path / "calibrated.md"
+    document.write_text((root / "docs" / "calibrated.md").read_text())
+    script = root / "scripts" / "calibrated_errors.py"
+    subprocess.run([sys.executable, script, measured_data, "--document", document], check=True)
+    assert document.read_text() == (root / "docs" / "calibrated.md").read_text()
+
+
+@pytest.mark.data
+def test_the_length_of_a_tables_prompts_can_be_said(measured_data: Path) -> None:
+    table = measured_data / "a6000" / "full_model_long_prompt.csv"
+    app = typer.Typer()
+    app.command()(fit)
+    command = ["--evaluate", str(table), "--estimator", "calibrated", "--json"]
+    unsaid, said = (
+        json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--prompt-tokens", "923"])
+    )
+    assert said["groups"][0]["latency"]["median"] < 3 < 10 < unsaid["groups"][0]["latency"]["median"]
+
+
+def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
+    """Samples of an imagined GPU that obeys the law exactly."""
+    truth = msgspec.structs.replace(start_calibration(), bandwidth_gb_s=true_bandwidth_gb_s)
+    found = []
+    for name in ("llama-2-7b", "gptj-6b", "llama-2-70b"):
+        model = load_model(name)
+        for pp in (1, 2, 4):
+            for weights in (WeightType.FLOAT16, WeightType.INT8):
+                for output_tokens in (10, 200):
+                    asked = Configuration(tp=1, pp=pp, weights=weights)
+                    work = work_of(model, asked.kv, tp=1, pp=pp, batch=1, prompt_tokens=923)
+                    measured = Measurement(
+                        where="imagined",
+                        model_name=name,
+                        layers=model.layers,
+                        configuration=asked,
+                        output_tokens=output_tokens,
+                        latency_s=float(latency_s(work, truth.law(weights, 1), output_tokens)),
+                        memory_gib=1.0,
+                    )
+                    found.append(Sample(table="t", measured=measured, model=model, prompt_tokens=923, influence=1.0))
+    return found
+
+
+def test_a_fit_finds_the_bandwidth_of_an_imagined_gpu() -> None:
+    fitted = fit_calibration(samples_of(1000.0), start_calibration())
+    assert fitted.bandwidth_gb_s == pytest.approx(1000.0, rel=0.03)
+
+
+def test_a_layer_that_ran_slower_than_the_law_is_seen() -> None:
+    model = load_model("llama-2-7b")
+    calibration = read_calibration(PATH)
+    law = calibration.law(WeightType.FLOAT16, 1)
+    asked = work_of(
+        model, Configuration(tp=1, pp=1, weights=WeightType.FLOAT16).kv, tp=1, pp=1, batch=1, prompt_tokens=10
+    )
+    two, one = (float(latency_s(replace(asked, layers=n), law, 20)) for n in (2, 1))
+    seen = [(asked, 20, 1.2 * (two - one)), (asked, 20, 1.2 * (two - one)), (asked, 20, -1.0)]
+    assert deviation(seen, law) == pytest.approx(np.log(1.2))
+    assert deviation([], law) == 0
+
+
+def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+    calibration = read_calibration(PATH)
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(calibration, "again"))
+    assert read_calibration(path) == calibration
+
+
+def test_each_left_out_calibration_differs_and_a_model_without_ground_truth_leaves_nothing_out() -> None:
+    whole = read_calibration(PATH)
+    without = [read_calibration(PATH, without_model=name) for name in GROUND_TRUTH]
+    assert len({one.bandwidth_gb_s for one in [whole, *without]}) == 5
+    assert read_calibration(PATH, without_model="llama-2-13b") == whole
+
+
+def test_a_run_nobody_recorded_cannot_be_left_out() -> None:
+    with pytest.raises(InputError, match="unknown recorded run 'never'"):
+        read_calibration(PATH, without_run="never")
+
+
+def test_a_profile_without_calibration_says_how_to_get_one() -> None:
+    bare = replace(load_profile("a6000-short"), calibrated=None)
+    with pytest.raises(InputError, match=r"profile a6000-short has no calibration.*maveriq fit DATA"):
+        estimator("calibrated", bare)
+
+
+@pytest.mark.parametrize("what", ["prompt_tokens", "output_tokens", "batch"])
+def test_nothing_to_do_is_refused(what: str) -> None:
+    asked = {"prompt_tokens": 1, "output_tokens": 1, "batch": 1} | {what: 0}
+    subject = estimator("calibrated", load_profile("a6000-short"))
+    with pytest.raises(InputError, match="must be at least 1"):
+        subject.service(load_model("gptj-6b"), Configuration(tp=1, pp=1, weights=WeightType.INT8), **asked)
+
+
+def test_reasons_are_those_of_the_profile() -> None:
+    subject = estimator("calibrated", load_profile("a6000-short"))
+    asked = Configuration(tp=1, pp=1, weights=WeightType.FLOAT16)
+    assert subject.why_not(load_model("falcon-40b"), asked) == "known not to run on A6000"
+    assert "no fingerprint" in str(subject.why_not(load_model("gptj-6b"), replace(asked, weights=WeightType.INT4_GPTQ)))
+    assert "knows TP 1, 2, 4, 8 only" in str(subject.why_not(load_model("gptj-6b"), replace(asked, tp=16)))
+
+
+def test_variants_have_the_shape_of_the_model_they_are_named_after() -> None:
+    assert shape_of("llama-2-7b-wanda24") == shape_of("llama-2-7b") == load_model("llama-2-7b")
+    assert shape_of("llama-2-7bee") is None
+
+
+@pytest.mark.data
+def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_data: Path, tmp_path: Path) -> None:
+    few, out = tmp_path / "few", tmp_path / "out"
+    few.mkdir()
+    out.mkdir()
+    for name in ("full_model_long_prompt.csv", "fingerprint_long_prompt.csv"):
+        header, *rows = (measured_data / "a6000" / name).read_text().splitlines()
+        kept = [row for row in rows if row.startswith(("falcon-7b,1,", "gptj-6b,1,"))]
+        (few / name).write_text("\n".join([header, *kept]) + "\n")
+    app = typer.Typer()
+    app.command()(fit)
+    ended = CliRunner().invoke(app, [str(few), "--out", str(out), "--json"])
+    assert ended.exit_code == 0, ended.output
+    answer = json.loads(ended.stdout)
+    assert [group["value"] for group in answer["groups"] if group["by"] == "model"] == ["falcon-7b", "gptj-6b"]
+    assert answer["groups"][0]["latency"]["median"] < 5
+    assert len(answer["least_trusted"]) == 12
+    assert read_calibration(out / "calibrated.toml").served is None
+    assert len(list(out.iterdir())) == 3
+
+
+@pytest.mark.data
+def test_fingerprints_of_a_model_left_out_stay_in_the_fit(measured_data: Path) -> None:
+    samples = usable(read_samples(measured_data / "a6000", Prompts()), "gptj-6b")
+    of_it = [one for one in samples if one.measured.model_name == "gptj-6b"]
+    assert of_it
+    assert {one.table for one in of_it} == {"fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"}
