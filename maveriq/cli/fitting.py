@@ -114,9 +114,10 @@ def _errors_table(what: str, rows: Iterable[tuple[Group, Errors, float | None]])
     rows = list(rows)
     covered = any(share is not None for _, _, share in rows)
     table = new_table(f"{what}: absolute error in percent")
+    table.padding = (0, 1, 0, 0)  # nine columns into 80 characters
     for column in ("by", "value"):
         table.add_column(column, no_wrap=True)
-    for column in ("n", "median", "mean", "p90", "p95", "worst", *(["in 90 %"] if covered else [])):
+    for column in ("n", "median", "mean", "p90", "p95", "worst", *(["in 90%"] if covered else [])):
         table.add_column(column, justify="right", no_wrap=True)
     shown = ""
     for group, errors, share in rows:
@@ -134,4 +135,4 @@ def _figures(errors: Errors) -> list[str]:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1f} %"
+    return "" if share is None else f"{share:.1f}"
