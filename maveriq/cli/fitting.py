@@ -21,6 +21,7 @@ from maveriq.estimate.evaluate import Errors, Evaluation, Group, evaluate
 from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.report.tables import new_table
+from maveriq.report.wording import figure
 from maveriq.tables import is_folder
 
 _DISTRUSTED = 12  # rows shown
@@ -131,7 +132,7 @@ def _errors_table(what: str, rows: Iterable[tuple[Group, Errors, float | None]])
 
 def _figures(errors: Errors) -> list[str]:
     figures = (errors.median, errors.mean, errors.p90, errors.p95, errors.worst)
-    return [f"{errors.n:,}", *(f"{value:.2f}" for value in figures)]
+    return [f"{errors.n:,}", *map(figure, figures)]
 
 
 def _percent(share: float | None) -> str:
