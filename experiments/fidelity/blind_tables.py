@@ -61,7 +61,7 @@ def _read(path: Path, kind: type[_Row]) -> Iterator[_Row]:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4f}".replace("-0.0000", "0.0000") if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _value(cell: str, kind: str) -> object:
