@@ -63,12 +63,13 @@ def _run_all(data: Path, plan: BlindPlan, out: Path) -> BlindTables:
     for one in track(blind_results(data, plan), "Simulating", console=Console(stderr=True), transient=True):
         if one.row.run == plan.plotted:
             _plot(one, out)
-        kept.append((one.row, one.services, one.elsewhere, one.gain))
+        kept.append((one.row, one.services, one.elsewhere, one.gain, one.toss))
     return BlindTables(
-        runs=[row for row, _, _, _ in kept],
-        services=[service for _, services, _, _ in kept for service in services],
-        elsewhere=[row for _, _, rows, _ in kept for row in rows],
-        gains=[gain for _, _, _, gain in kept if gain],
+        runs=[row for row, *_ in kept],
+        services=[service for _, services, *_ in kept for service in services],
+        elsewhere=[row for _, _, rows, *_ in kept for row in rows],
+        gains=[gain for *_, gain, _ in kept if gain],
+        tosses=[toss for *_, toss in kept if toss],
     )
 
 

@@ -17,6 +17,7 @@ def grids(tables: BlindTables, plan: BlindPlan) -> Iterator[Grid]:
     yield _runs(tables, plan)
     yield _worst_services(tables, plan)
     yield _elsewhere(tables)
+    yield _tosses(tables)
     yield _gains(tables)
 
 
@@ -104,6 +105,24 @@ def _elsewhere(tables: BlindTables) -> Grid:
                 row.sim_gpus,
             )
             for row in tables.elsewhere
+        ),
+    )
+
+
+def _tosses(tables: BlindTables) -> Grid:
+    return Grid(
+        name="tosses",
+        title="Random orders of equally busy GPUs",
+        columns=("run", "tosses", "mean off, %", "p95 off, %", "worst service off, %"),
+        rows=tuple(
+            (
+                row.run,
+                str(row.tosses),
+                f"{row.mean_error_low:+.1f} to {row.mean_error_high:+.1f}",
+                f"{row.p95_error_low:+.1f} to {row.p95_error_high:+.1f}",
+                f"{row.service_worst_low:.1f} to {row.service_worst_high:.1f}",
+            )
+            for row in tables.tosses
         ),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blind_plan import BlindPlan
-from blind_world import Stretched, described, on_recorded_gpus
+from blind_world import Stretched, described, on_recorded_gpus, ties_tossed
 
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.records import RunRecord
@@ -15,6 +15,7 @@ from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.gpu_use import busiest_gpu
+from maveriq.scenario.scenario import Scenario
 from maveriq.sim.engine import simulate
 from maveriq.workload.recordings import run_record
 from maveriq.workload.testbed import RecordedRun, Scheduled, find_testbed, read_completed, read_runs, read_scheduled
@@ -102,6 +103,23 @@ class ElsewhereRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TossRow:
+    """Errors of a run of MaverIQ over random orders of equally busy GPUs: from lowest to highest.
+
+    `service_worst_*` is the largest error of a model's median service time in a toss, without its sign.
+    """
+
+    run: str
+    tosses: int
+    mean_error_low: float
+    mean_error_high: float
+    p95_error_low: float
+    p95_error_high: float
+    service_worst_low: float
+    service_worst_high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GainRow:
     """A run of MaverIQ simulated with the plans of one estimator, and by how many percent those of another change it.
 
@@ -121,7 +139,7 @@ class GainRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlindResult:
-    """A run with both records, for whoever wants to draw them; the gain is None for baselines."""
+    """A run with both records, for whoever wants to draw them; gain and toss are None for baselines."""
 
     recorded: RunRecord
     sim: RunRecord
@@ -130,6 +148,7 @@ class BlindResult:
     services: tuple[ServiceRow, ...]
     elsewhere: tuple[ElsewhereRow, ...]
     gain: GainRow | None
+    toss: TossRow | None
 
 
 def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None = None) -> Iterator[BlindResult]:
@@ -161,10 +180,11 @@ def _result(
     found = compare(sim, recorded)
     placed = compare(simulate(on_recorded_gpus(scenario, recorded)), recorded)
     stretched = compare(simulate(replace(scenario, serve=Stretched(serve, plan.service_factor))), sim)
-    gain = None
+    gain = toss = None
     if run.by_maveriq:
         other = replace(described(run, scheduled, recorded, plan_with=plan.gain_with), serve=serve)
         gain = _gain(run.name, simulate(other), sim)
+        toss = _toss(run.name, scenario, recorded, plan.tosses)
     return BlindResult(
         recorded=recorded,
         sim=sim,
@@ -173,6 +193,7 @@ def _result(
         services=tuple(_services(run.name, found, placed)),
         elsewhere=tuple(_elsewhere(run.name, found)),
         gain=gain,
+        toss=toss,
     )
 
 
@@ -258,6 +279,22 @@ def _gain(name: str, other: RunRecord, usual: RunRecord) -> GainRow:
         cost_change=_known(of["cost"].error),
         gpu_hours_change=_known(of["gpu-hours"].error),
         slo_gain=of["slo-all"].error,
+    )
+
+
+def _toss(name: str, scenario: Scenario, recorded: RunRecord, tosses: int) -> TossRow:
+    found = [compare(simulate(ties_tossed(scenario, toss)), recorded) for toss in range(tosses)]
+    means, p95s = ([_known(one.overall.differences[which].error) for one in found] for which in ("mean", "p95"))
+    worst = [max(abs(service.error) for service in _services(name, one, one)) for one in found]
+    return TossRow(
+        run=name,
+        tosses=tosses,
+        mean_error_low=min(means),
+        mean_error_high=max(means),
+        p95_error_low=min(p95s),
+        p95_error_high=max(p95s),
+        service_worst_low=min(worst),
+        service_worst_high=max(worst),
     )
 
 

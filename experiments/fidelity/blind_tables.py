@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from blind_plan import Bars
-from blind_runs import BlindRow, ElsewhereRow, GainRow, ServiceRow
+from blind_runs import BlindRow, ElsewhereRow, GainRow, ServiceRow, TossRow
 
 from maveriq.tables import read_csv
 
@@ -24,9 +24,16 @@ class BlindTables:
     services: Sequence[ServiceRow]
     elsewhere: Sequence[ElsewhereRow]
     gains: Sequence[GainRow]
+    tosses: Sequence[TossRow]
 
 
-_KINDS: dict[str, type[Any]] = {"runs": BlindRow, "services": ServiceRow, "elsewhere": ElsewhereRow, "gains": GainRow}
+_KINDS: dict[str, type[Any]] = {
+    "runs": BlindRow,
+    "services": ServiceRow,
+    "elsewhere": ElsewhereRow,
+    "gains": GainRow,
+    "tosses": TossRow,
+}
 
 
 def csv_of(kind: type[_Row], rows: Iterable[_Row]) -> str:

@@ -8,9 +8,10 @@ from blind_grids import grids
 from blind_plan import load_blind_plan
 from blind_runs import BlindRow, ServiceRow, blind_results
 from blind_tables import allowed, csv_of, held, missed, read_tables
+from msgspec.structs import replace
 from page import filled
 
-from maveriq.tables import read_csv
+from maveriq.workload.testbed import find_testbed, read_runs
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "experiments" / "fidelity"
@@ -26,7 +27,7 @@ AGAIN = (
 @pytest.mark.data
 def test_runs_come_out_as_committed(measured_data: Path) -> None:
     committed = read_tables(HERE / "results")
-    found = list(blind_results(measured_data, PLAN, names=AGAIN))
+    found = list(blind_results(measured_data, replace(PLAN, tosses=1), names=AGAIN))
     assert {one.row.run for one in found} == set(AGAIN)
     for one in found:
         rows = [row for row in committed.runs if row.run == one.row.run]
@@ -38,8 +39,9 @@ def test_runs_come_out_as_committed(measured_data: Path) -> None:
 
 @pytest.mark.data
 def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
-    recorded = read_csv(measured_data / "testbed" / "runs.csv", ["run"], what="recorded runs")
-    assert [row.text("run") for row in recorded] == [row.run for row in read_tables(HERE / "results").runs]
+    assert [run.name for run in read_runs(find_testbed(measured_data))] == [
+        row.run for row in read_tables(HERE / "results").runs
+    ]
 
 
 def test_the_page_shows_the_results() -> None:
