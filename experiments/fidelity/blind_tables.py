@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from blind_plan import Bars
-from blind_runs import BlindRow, ElsewhereRow, GainRow, ServiceRow, TossRow
+from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow, TossRow
 
 from maveriq.tables import read_csv
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from blind_grids import grids
 from blind_plan import load_blind_plan
-from blind_runs import BlindRow, ServiceRow, blind_results
+from blind_rows import BlindRow, ServiceRow
+from blind_runs import blind_results
 from blind_tables import allowed, csv_of, held, missed, read_tables
 from msgspec.structs import replace
 from page import filled
