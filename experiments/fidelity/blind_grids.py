@@ -1,0 +1,156 @@
+"""The results as grids of finished cells, for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from blind_plan import BlindPlan
+from blind_tables import BlindTables, allowed, held, missed
+from grids import Grid
+
+_NONE = "-"
+
+
+def grids(tables: BlindTables, plan: BlindPlan) -> Iterator[Grid]:
+    """Yield the tables of the page."""
+    yield _bars(tables, plan)
+    yield _runs(tables, plan)
+    yield _worst_services(tables, plan)
+    yield _elsewhere(tables)
+    yield _tosses(tables)
+    yield _gains(tables)
+
+
+def _bars(tables: BlindTables, plan: BlindPlan) -> Grid:
+    return Grid(
+        name="bars",
+        title="Blind runs against the bars",
+        columns=("what", "bar", "found", "holds", "on the recorded GPUs (not blind)"),
+        rows=tuple(
+            (one.what, one.wanted, one.found, "yes" if one.holds else "**no**", one.placed or _NONE)
+            for one in held(tables, plan.bars)
+        ),
+    )
+
+
+def _runs(tables: BlindTables, plan: BlindPlan) -> Grid:
+    rows = []
+    for row in tables.runs:
+        most_mean, most_p95 = allowed(row, plan.bars)
+        off = missed(row, plan.bars)
+        rows.append(
+            (
+                row.run,
+                f"{row.busiest_percent:.0f}",
+                f"{row.recorded_mean_s:.2f}",
+                _bold(f"{row.mean_error:+.1f}", on="mean" in off),
+                f"{row.mean_moves:.1f}",
+                f"{most_mean:.1f}",
+                _bold(f"{row.p95_error:+.1f}", on="p95" in off),
+                f"{row.p95_moves:.1f}",
+                f"{most_p95:.1f}",
+                f"{row.placed_mean_error:+.1f}",
+                f"{row.placed_p95_error:+.1f}",
+                _points(row.slo_error),
+                _points(row.slo_all_error),
+                f"{row.same_configuration} of {row.deployments}",
+                f"{row.same_gpus}",
+            )
+        )
+    return Grid(
+        name="runs",
+        title="Blind runs: errors in percent of the recording",
+        columns=(
+            *("run", "busiest GPU, %", "mean, s"),
+            *("mean off, %", "moves", "may be", "p95 off, %", "moves", "may be"),
+            *("mean on recorded GPUs", "p95 there", "SLO of completed, points", "of all", "configurations", "GPUs"),
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _worst_services(tables: BlindTables, plan: BlindPlan) -> Grid:
+    worst = sorted(tables.services, key=lambda row: -abs(row.error))
+    return Grid(
+        name="services",
+        title="Median service times that are furthest off",
+        columns=("run", "model", "requests", "recorded, s", "off, %", "on recorded GPUs, %"),
+        rows=tuple(
+            (
+                row.run,
+                row.model,
+                f"{row.requests:,}",
+                f"{row.recorded_s:.3f}",
+                _bold(f"{row.error:+.1f}", on=abs(row.error) > plan.bars.service_worst),
+                f"{row.placed_error:+.1f}",
+            )
+            for row in worst
+            if abs(row.error) > plan.bars.service_median
+        ),
+    )
+
+
+def _elsewhere(tables: BlindTables) -> Grid:
+    return Grid(
+        name="elsewhere",
+        title="Deployments that went elsewhere",
+        columns=("run", "endpoint", "recorded", "GPUs", "simulated", "GPUs"),
+        rows=tuple(
+            (
+                row.run,
+                f"{row.endpoint_id}: {row.model}",
+                row.recorded,
+                row.recorded_gpus,
+                "the same" if row.sim == row.recorded else row.sim,
+                row.sim_gpus,
+            )
+            for row in tables.elsewhere
+        ),
+    )
+
+
+def _tosses(tables: BlindTables) -> Grid:
+    return Grid(
+        name="tosses",
+        title="Random orders of equally busy GPUs",
+        columns=("run", "tosses", "mean off, %", "p95 off, %", "worst service off, %"),
+        rows=tuple(
+            (
+                row.run,
+                str(row.tosses),
+                f"{row.mean_error_low:+.1f} to {row.mean_error_high:+.1f}",
+                f"{row.p95_error_low:+.1f} to {row.p95_error_high:+.1f}",
+                f"{row.service_worst_low:.1f} to {row.service_worst_high:.1f}",
+            )
+            for row in tables.tosses
+        ),
+    )
+
+
+def _gains(tables: BlindTables) -> Grid:
+    return Grid(
+        name="gains",
+        title="What planning with the other estimator changes",
+        columns=("run", "other plans", "mean, s", "mean, %", "p95, %", "cost, %", "GPU-hours, %", "SLO of all, points"),
+        rows=tuple(
+            (
+                row.run,
+                str(row.other_plans),
+                f"{row.mean_s:.2f}",
+                *(
+                    f"{change:+.1f}"
+                    for change in (row.mean_change, row.p95_change, row.cost_change, row.gpu_hours_change)
+                ),
+                _points(row.slo_gain),
+            )
+            for row in tables.gains
+        ),
+    )
+
+
+def _bold(text: str, *, on: bool) -> str:
+    return f"**{text}**" if on else text
+
+
+def _points(value: float | None) -> str:
+    return _NONE if value is None else f"{value:+.1f}"

@@ -1,0 +1,198 @@
+"""Scenarios of recorded runs from their description: own plans, own placement, own service times.
+
+MaverIQ's requests are drawn again. Those of the baselines were drawn in another way (SPEC 7) and
+cannot be, so that their recorded schedule is taken: when which replica was asked with which prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
+
+import numpy as np
+
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.intents import DeployAsk
+from maveriq.domain.models import ModelSpec
+from maveriq.domain.records import RunRecord
+from maveriq.errors import InvariantError
+from maveriq.estimate.base import ServiceEstimate
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.policy.alpaserve.policy import PlacedAhead
+from maveriq.policy.base import Decision, Deploy, Policy, Rejection
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.recorded import options_of
+from maveriq.scenario.scenario import Scenario
+from maveriq.streams import generator
+from maveriq.units import MICROS_PER_SECOND, Bytes
+from maveriq.workload.arrivals import LOAD_SHIFT_S
+from maveriq.workload.base import Arrivals, Workload
+from maveriq.workload.testbed import RecordedRun, Scheduled
+
+_HARDLY = 1e-9
+"""Part of a load that tells two GPUs apart and changes nothing else."""
+
+
+def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, plan_with: str) -> Scenario:
+    """Return the scenario of a recorded run; of the recording it takes the schedule, and that of baselines only.
+
+    Args:
+        run: whose description.
+        scheduled: its schedule.
+        recorded: its records, for the lengths and SLOs that go with the schedule.
+        plan_with: the estimator to plan with.
+
+    Raises:
+        InputError: a description that maveriq has no scenario for.
+    """
+    options = replace(options_of(run), plan_with=plan_with)
+    if run.by_maveriq:
+        return build_scenario(options)
+    return _on_schedule(build_scenario(replace(options, alpaserve_as_published=True)), _arrivals(scheduled, recorded))
+
+
+def _on_schedule(scenario: Scenario, arrivals: Arrivals) -> Scenario:
+    """Return a baseline's scenario with the recorded schedule, in which each replica is an endpoint of its own."""
+    policy = scenario.policy
+    if not isinstance(policy, PlacedAhead):
+        raise InvariantError(f"policy {policy.name!r} does not place ahead")
+    entries = scenario.workload.asks
+    # The published driver gives every entry a number, and one more per further replica.
+    entry_of = tuple(chain.from_iterable(repeat(ask, max(1, policy.replicas(ask.endpoint_id))) for ask in entries))
+    asks = tuple(
+        replace(
+            ask,
+            endpoint_id=endpoint_id,
+            asked_us=ask.asked_us + (endpoint_id - ask.endpoint_id) * LOAD_SHIFT_S * MICROS_PER_SECOND,
+        )
+        for endpoint_id, ask in enumerate(entry_of, start=1)
+    )
+    workload = Workload(name=scenario.workload.name, asks=asks, arrivals=arrivals)
+    return replace(scenario, policy=_ReplicaByReplica(policy, entry_of), workload=workload)
+
+
+def _arrivals(scheduled: Scheduled, recorded: RunRecord) -> Arrivals:
+    table = recorded.requests
+    order = np.argsort(table.request_id)  # they arrived up to 0.1 s late, some out of turn
+    return Arrivals(
+        arrival_us=scheduled.arrival_us,
+        endpoint_id=scheduled.endpoint_id,
+        prompt_tokens=table.prompt_tokens[order],
+        output_tokens=table.output_tokens[order],
+        slo_us=table.slo_us[order],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ReplicaByReplica:
+    """A placement whose replicas are asked for one by one; `entry_of` has the ask that each belongs to."""
+
+    placed: PlacedAhead
+    entry_of: Sequence[DeployAsk]
+
+    @property
+    def name(self) -> str:
+        return self.placed.name
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        entry = self.entry_of[ask.endpoint_id - 1]
+        # On an idle cluster it names all replicas; on this one those that are up would not fit again.
+        idle = ClusterView(gpus=tuple(replace(gpu, free_bytes=gpu.capacity_bytes) for gpu in view.gpus))
+        decision = self.placed.decide(entry, idle)
+        if not isinstance(decision, Deploy):
+            return decision
+        first = 1 + self.entry_of.index(entry)
+        return Deploy(plans=(decision.plans[ask.endpoint_id - first],))
+
+
+@dataclass(frozen=True, slots=True)
+class _AsRecorded:
+    """What was recorded of each endpoint; None where it never came up."""
+
+    plans: Mapping[int, DeploymentPlan | None]
+    name: str = "as-recorded"
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:  # noqa: ARG002
+        plan = self.plans.get(ask.endpoint_id)
+        return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
+
+
+@dataclass(frozen=True, slots=True)
+class _TiesTossed:
+    """A policy that sees GPUs of equal load in a random order, as a system that samples the load does."""
+
+    policy: Policy
+    random: np.random.Generator
+
+    @property
+    def name(self) -> str:
+        return self.policy.name
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        # Idle GPUs stay tied: a sample of nothing is nothing.
+        tossed = (replace(gpu, load=gpu.load * (1 + _HARDLY * float(self.random.random()))) for gpu in view.gpus)
+        return self.policy.decide(ask, ClusterView(gpus=tuple(tossed)))
+
+
+def ties_tossed(scenario: Scenario, seed: int) -> Scenario:
+    """Return a scenario in which equally busy GPUs are taken in a random order, instead of that of their ids."""
+    return replace(scenario, policy=_TiesTossed(scenario.policy, generator(seed, "ties")))
+
+
+def on_recorded_gpus(scenario: Scenario, recorded: RunRecord) -> Scenario:
+    """Return a scenario with the recorded plans in place of its own, to see what placement does to its errors."""
+    plans = {one.ask.endpoint_id: one.plan for one in recorded.deployments}
+    return replace(scenario, policy=_AsRecorded(plans))
+
+
+@dataclass(frozen=True, slots=True)
+class Stretched:
+    """An estimator whose service takes `factor` times as long."""
+
+    estimator: CalibratedEstimator
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """The name of the one that is stretched."""
+        return self.estimator.name
+
+    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+        """Return why a configuration cannot be estimated, None if it can."""
+        return self.estimator.why_not(model, configuration)
+
+    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+        """Estimate the memory, which stays as it is."""
+        return self.estimator.memory(model, configuration)
+
+    def service(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate a batch."""
+        return self._stretched(
+            self.estimator.service(
+                model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
+            )
+        )
+
+    def service_on(
+        self,
+        gpu_ids: Sequence[int],
+        model: ModelSpec,
+        configuration: Configuration,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+    ) -> ServiceEstimate:
+        """Estimate a batch on these GPUs."""
+        return self._stretched(
+            self.estimator.service_on(
+                gpu_ids, model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
+            )
+        )
+
+    def _stretched(self, one: ServiceEstimate) -> ServiceEstimate:
+        return replace(one, ttft_s=self.factor * one.ttft_s, tpot_s=self.factor * one.tpot_s)

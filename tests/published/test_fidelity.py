@@ -1,0 +1,64 @@
+"""The committed blind runs are what the code gives now, and the page shows them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from blind_grids import grids
+from blind_plan import load_blind_plan
+from blind_rows import BlindRow, ServiceRow
+from blind_runs import blind_results
+from blind_tables import allowed, csv_of, held, missed, read_tables
+from msgspec.structs import replace
+from page import filled
+
+from maveriq.workload.testbed import find_testbed, read_runs
+
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "experiments" / "fidelity"
+STALE = "run experiments/fidelity/blind.py and look at what changed"
+PLAN = load_blind_plan(HERE / "blind.toml")
+AGAIN = (
+    "AlpaServe_large_None_code_0.1_slo5",  # has replicas, and a model that was left out
+    "AlpaServe-star_large_None_code_0.1_slo5",
+    "MaverIQ_large_min_lat_code_0.1_slo0",
+)
+
+
+@pytest.mark.data
+def test_runs_come_out_as_committed(measured_data: Path) -> None:
+    committed = read_tables(HERE / "results")
+    found = list(blind_results(measured_data, replace(PLAN, tosses=1), names=AGAIN))
+    assert {one.row.run for one in found} == set(AGAIN)
+    for one in found:
+        rows = [row for row in committed.runs if row.run == one.row.run]
+        services = [row for row in committed.services if row.run == one.row.run]
+        assert csv_of(BlindRow, [one.row]) == csv_of(BlindRow, rows), STALE
+        assert csv_of(ServiceRow, one.services) == csv_of(ServiceRow, services), STALE
+        assert not one.comparison.unmatched  # request by request: the same models at the same times
+
+
+@pytest.mark.data
+def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
+    assert [run.name for run in read_runs(find_testbed(measured_data))] == [
+        row.run for row in read_tables(HERE / "results").runs
+    ]
+
+
+def test_the_page_shows_the_results() -> None:
+    text = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    tables = list(grids(read_tables(HERE / "results"), PLAN))
+    assert filled(text, tables) == text, STALE
+    assert set(re.findall("<!-- table: (.*) -->", text)) == {one.name for one in tables}
+
+
+def test_bars_are_held_against_what_a_run_allows() -> None:
+    rows = read_tables(HERE / "results").runs
+    for row in rows:
+        busy = row.busiest_percent >= 85
+        mean, p95 = allowed(row, PLAN.bars)
+        assert mean >= (25 if busy else 10)
+        assert p95 >= (25 if busy else 15)
+        assert ("mean" in missed(row, PLAN.bars)) == (abs(row.mean_error) > mean)
+    bars = list(held(read_tables(HERE / "results"), PLAN.bars))
+    assert bars[0].found == f"{sum('mean' not in missed(row, PLAN.bars) for row in rows)} runs"
