@@ -173,7 +173,7 @@ class Controller:
         if deployment is None:
             return
         self._clock.pause(self._now_us)
-        if event.incarnation > 1 and self.queue.has_line(deployment.deployment_id):
+        if self.queue.has_line(deployment.deployment_id):
             self.queue.park(deployment.deployment_id, parked=False)
         else:
             self.queue.open_line(deployment.deployment_id, deployment.gpu_mask)
@@ -199,10 +199,9 @@ class Controller:
         """Take in that an engine is gone; nothing that was accepted is lost."""
         if not self.fleet.holds_memory(deployment):
             return  # rejected, removed, or lost for good before
-        if deployment.alive and not broken:
+        if deployment.engine_gone() and not broken:
             # One of its GPUs is gone; what runs of it on the others has to be stopped.
             self._actions.append(StopEngine(deployment.deployment_id))
-            deployment.alive = False
         interrupted = self.fleet.end(deployment, self._now_us)
         reason = f"{deployment.name}: {what}"
         if deployment.state is DeploymentState.REMOVED:

@@ -74,6 +74,11 @@ class Deployment:
         """Its number and model, for reasons and messages."""
         return f"deployment {self.deployment_id} ({self.ask.model.name})"
 
+    def engine_gone(self) -> bool:
+        """Note that it has no engine any more; says whether there was one until now."""
+        was_alive, self.alive = self.alive, False
+        return was_alive
+
     def why_refused(self) -> str:
         """Return why a request for it is refused now."""
         match self.state:

@@ -152,7 +152,6 @@ class Fleet:
         deployment.state = DeploymentState.DOWN
         deployment.returns = deployment.returns and returns
         deployment.open_failures += broken
-        deployment.alive = False
         deployment.reason = reason
         if not deployment.returns:
             deployment.serves = False
@@ -180,8 +179,7 @@ class Fleet:
         deployment.removed_us = now_us
         if self.holds_memory(deployment):
             self._state.release(deployment.deployment_id)
-        alive, deployment.alive = deployment.alive, False
-        return alive
+        return deployment.engine_gone()
 
     def loads(self, now_us: Micros) -> list[float]:
         """Return each GPU's recent load (0 to 1), in the order of ids."""

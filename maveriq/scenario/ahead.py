@@ -53,7 +53,7 @@ def plan_ahead(
     """
     published = options.alpaserve_as_published
     profiles = _profiles(options, cluster, planner, workload)
-    forecast = _published_forecast(options, profile) if published else _forecast(options, profile, workload)
+    forecast = _published_forecast(options, profile, workload) if published else _forecast(options, profile, workload)
     solution = search(
         problem_for_cluster(forecast, cluster, profiles, memory_bytes=_PUBLISHED_MEMORY_BYTES if published else None),
         SearchSettings(policy=PlacementPolicy(options.policy), max_tp=_MAX_TP, star_rule=_star_rule(options)),
@@ -93,14 +93,14 @@ def _forecast(options: Options, profile: HardwareProfile, workload: Workload) ->
     return forecast_of(arrivals, len(workload.asks))
 
 
-def _published_forecast(options: Options, profile: HardwareProfile) -> DemandForecast:
+def _published_forecast(options: Options, profile: HardwareProfile, workload: Workload) -> DemandForecast:
     trace = load_trace(options.trace)
     if not isinstance(trace, AzureTrace):
         raise InputError(
             f"--alpaserve-as-published needs an Azure trace, not {trace.name!r}; give code or conversation"
         )
     models = load_model_set(options.models)
-    tokens = workload_for(options, profile, slo_scale=0.0).asks[0].output_tokens
+    tokens = workload.asks[0].output_tokens
     slo_scale = options.slo_scale or _USUAL_SLO_SCALE
 
     def slo_s(model_name: str) -> float:

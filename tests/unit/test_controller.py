@@ -278,6 +278,11 @@ def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
     assert brain.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
     assert brain.handle(2, [RemoveAsked(1)]) == []
     assert up({1: [(0,)]}).handle(1, [EngineDown(1, returns=True)]) == []  # it is dead already
+    leaving = up({1: [(0,)]})
+    leaving.handle(1, [RequestArrived(request(1, at_us=1))])
+    assert leaving.handle(2, [RemoveAsked(1)]) == []  # its request may finish
+    assert leaving.handle(3, [EngineDown(1, returns=False)]) == []  # dead before it could be stopped
+    assert leaving.fleet.used_bytes(0) == 0
     loading = controller({1: [(0,)]})
     loading.handle(0, [DeployAsked(ask(1))])
     assert loading.handle(1, [RemoveAsked(1)]) == [StopEngine(1)]
