@@ -21,7 +21,8 @@ from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
 from maveriq.exec.life import SupervisionSettings
-from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, Sequence as Prompt, ToEngine
+from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
+from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
 from maveriq.scenario.service import EstimatedService
 
@@ -250,5 +251,3 @@ class EndsEarly(Broken):
             if step == 3:
                 return
             yield tokens
-
-
