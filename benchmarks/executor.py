@@ -29,9 +29,10 @@ from maveriq.domain.intents import DeployAsk, Intent, Objective
 from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.domain.requests import Request
 from maveriq.errors import MaveriqError
-from maveriq.exec.body import Body, World
+from maveriq.exec.body import Body
 from maveriq.exec.cluster import EndpointRequest, Submission
 from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.world import World
 from maveriq.policy.base import Decision, Deploy
 from maveriq.units import Micros
 

@@ -15,7 +15,7 @@ from worlds import MODEL, AsTold, TokenSeconds, cluster, guess
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.body import Body, World
+from maveriq.exec.body import Body
 from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
@@ -24,6 +24,7 @@ from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
 T = TypeVar("T")

@@ -15,15 +15,15 @@ from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
-from maveriq.exec.body import Body, EngineRecord, World
+from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.prompts import Prompts
 from maveriq.exec.tickets import LiveTicket
+from maveriq.exec.world import EngineRecord, world_of
 from maveriq.scenario.scenario import Scenario
-from maveriq.scenario.service import service_model
 from maveriq.units import Bytes, Micros
 from maveriq.workload.requests import requests_of
 
@@ -292,19 +292,6 @@ def check_faults(scenario: Scenario) -> None:
                 f"fault of GPU {fault.target_id}: a real GPU cannot be made to fail; "
                 "give deployment=NUMBER@TIME, which kills its engine"
             )
-
-
-def world_of(scenario: Scenario, devices: Devices) -> World:
-    """Return what a body needs to know of a scenario."""
-    return World(
-        cluster=scenario.cluster,
-        policy=scenario.policy,
-        settings=scenario.settings,
-        guess=scenario.guess,
-        service=service_model(scenario),
-        load_time=scenario.load_time,
-        devices=devices,
-    )
 
 
 def _energy_j(before: GpuReading, after: GpuReading) -> float | None:
