@@ -119,9 +119,7 @@ def engine_facts(name: str) -> EngineFacts:
     return known[name]
 
 
-def reason_against(
-    engine: EngineFacts, model: ModelSpec, arrangement: Arrangement, device: Device
-) -> str | None:
+def reason_against(engine: EngineFacts, model: ModelSpec, arrangement: Arrangement, device: Device) -> str | None:
     """Return why an engine cannot run a model so, in one clause, or None where it can.
 
     Rows are narrowed down by one property after the other; the first that leaves none is the reason.
@@ -135,7 +133,9 @@ def reason_against(
         return f"it runs {family} on {_names(rows, lambda row: row.devices)}, not on {device}"
     stored = [row for row in on_device if cfg.weights in row.weights]
     if not stored:
-        return f"on {device} it stores {family} weights as {_names(on_device, lambda row: row.weights)}, not {cfg.weights}"
+        return (
+            f"on {device} it stores {family} weights as {_names(on_device, lambda row: row.weights)}, not {cfg.weights}"
+        )
     cached = [row for row in stored if cfg.kv in row.kv]
     if not cached:
         kept = _names(stored, lambda row: row.kv)

@@ -74,9 +74,7 @@ def engine() -> Iterator[VllmEngine]:
 def test_tokens_are_those_of_transformers(engine: VllmEngine, tmp_path: Path, family: str) -> None:
     model = save_random(family, tmp_path / "model")
     expected = [greedy(model, prompt, most) for prompt, most in zip(PROMPTS, LENGTHS, strict=True)]
-    loaded = engine.load(
-        spec(family, devices=("cpu",), batch_size=3, weights_folder=str(tmp_path / "model"))
-    )
+    loaded = engine.load(spec(family, devices=("cpu",), batch_size=3, weights_folder=str(tmp_path / "model")))
     assert (loaded.backend, bool(loaded.version)) == ("vllm", True)
     steps = list(engine.generate(generate_work()))
     assert len(steps) == max(LENGTHS)
@@ -143,5 +141,7 @@ def test_vllms_own_parser_and_checks_take_our_arguments(
     command = serve_command(translation.arguments, port=8000)
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[2:])
     served = EngineArgs.from_cli_args(parsed)
-    kept = {name: value for name, value in translation.arguments.items() if name not in ("model", "skip_tokenizer_init")}
+    kept = {
+        name: value for name, value in translation.arguments.items() if name not in ("model", "skip_tokenizer_init")
+    }
     assert {name: getattr(served, name) for name in kept} == kept
