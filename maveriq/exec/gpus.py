@@ -68,7 +68,7 @@ def visible_devices(gpus: Sequence[GpuIdentity], gpu_ids: Sequence[int]) -> dict
     chosen = [gpus[gpu_id] for gpu_id in gpu_ids]
     if len(chosen) > 1 and any(gpu.is_slice for gpu in chosen):
         raise InputError(
-            f"GPUs {', '.join(map(str, gpu_ids))} are not all whole (MIG is on), and no model can be spread over slices; "
+            f"GPUs {', '.join(map(str, gpu_ids))} are not all whole (MIG is on), and no model spreads over slices; "
             "take TP 1 x PP 1, or turn MIG off"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in chosen), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

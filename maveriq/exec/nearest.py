@@ -35,9 +35,9 @@ def distance(one: Arrangement, other: Arrangement) -> float:
     """
     a, b = one.configuration, other.configuration
     return (
-        _GPU_DOUBLING * abs(log2(a.gpus / b.gpus))
-        + _TP_DOUBLING * abs(log2(a.tp / b.tp))
-        + _BITS_DOUBLING * abs(log2(_BITS[a.weights] / _BITS[b.weights]))
+        _GPU_DOUBLING * abs(log2(a.gpus) - log2(b.gpus))
+        + _TP_DOUBLING * abs(log2(a.tp) - log2(b.tp))
+        + _BITS_DOUBLING * abs(log2(_BITS[a.weights]) - log2(_BITS[b.weights]))
         + _GPTQ * ((a.weights is WeightType.INT4_GPTQ) != (b.weights is WeightType.INT4_GPTQ))
         + _KV * (a.kv is not b.kv)
         + _SPLIT * (a.pp == b.pp and one.layer_split != other.layer_split)

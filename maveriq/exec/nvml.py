@@ -17,7 +17,7 @@ _MILLIJOULES = 1000.0
 class NvmlMeter:
     """Reads GPUs through NVML, all of the machine's in the order of the PCI bus.
 
-    It does not look at CUDA_VISIBLE_DEVICES. Where a GPU is cut into slices (MIG), each slice stands for a GPU; it tells
+    It does not look at CUDA_VISIBLE_DEVICES. Where a GPU is cut into slices (MIG), each slice stands for one; it tells
     its memory, but neither how busy it is nor its energy.
 
     Raises:

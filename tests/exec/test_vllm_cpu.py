@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import TINY, spec
+from engine_specs import TINY, spec
 
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.translation import write_files
@@ -89,6 +89,16 @@ def test_tokens_are_those_of_transformers(engine: VllmEngine, tmp_path: Path, fa
     assert stopped == expected[0][: expected[0].index(stop) + 1]
 
 
+def test_two_shards_give_the_tokens_of_the_whole(engine: VllmEngine, tmp_path: Path) -> None:
+    model = save_random("llama", tmp_path / "model")
+    expected = [greedy(model, prompt, most) for prompt, most in zip(PROMPTS, LENGTHS, strict=True)]
+    engine.load(
+        spec(devices=("cpu", "cpu"), tp=2, layer_split=(4,), batch_size=3, weights_folder=str(tmp_path / "model"))
+    )
+    steps = list(engine.generate(generate_work()))
+    assert [[step[k] for step in steps if step[k] != -1] for k in range(len(PROMPTS))] == expected
+
+
 def test_it_also_runs_beside_the_main_thread_with_int8_weights(engine: VllmEngine) -> None:
     steps: list[Any] = []
 
@@ -126,7 +136,7 @@ def test_vllms_own_parser_and_checks_take_our_arguments(
     tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import EngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     wide = {**TINY["llama"], "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512}
