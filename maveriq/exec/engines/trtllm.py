@@ -126,23 +126,11 @@ class TrtLlmEngine:
 
     def load(self, spec: EngineSpec) -> Loaded:
         """Start TensorRT-LLM and serve a first token; see `Engine.load`."""
-        self._folder = tempfile.mkdtemp(prefix="maveriq-trtllm-")
-        wanted = translate(spec, self._folder)
-        write_files(wanted.files, Path(self._folder))
-        os.environ.update(wanted.environment)
         try:
-            import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
-        except Exception as error:  # without a driver it fails in many ways
-            reason = missing() or str(error)
-            raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {reason}") from error
-        try:
-            self._loop = asyncio.new_event_loop()
-            self._llm = tensorrt_llm.LLM(**wanted.arguments)
-            for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):
-                pass
+            return self._load(spec)
         except Exception as error:
+            self.close()
             raise as_engine_error(NAME, error) from error
-        return Loaded(backend=NAME, version=str(tensorrt_llm.__version__))
 
     def generate(self, work: Generate) -> Iterator[Step]:
         """Yield the steps of an execution; see `Engine.generate`."""
@@ -162,6 +150,22 @@ class TrtLlmEngine:
         folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self, spec: EngineSpec) -> Loaded:
+        self._folder = tempfile.mkdtemp(prefix="maveriq-trtllm-")
+        wanted = translate(spec, self._folder)
+        write_files(wanted.files, Path(self._folder))
+        os.environ.update(wanted.environment)
+        try:
+            import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
+        except Exception as error:  # without a driver it fails in many ways
+            reason = missing() or str(error)
+            raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {reason}") from error
+        self._loop = asyncio.new_event_loop()
+        self._llm = tensorrt_llm.LLM(**wanted.arguments)
+        for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):
+            pass
+        return Loaded(backend=NAME, version=str(tensorrt_llm.__version__))
 
     def _steps(self, sequences: tuple[Sequence, ...]) -> Iterator[Step]:
         """Yield steps from streams that all run in this engine's own event loop, while it is asked for the next one."""

@@ -156,23 +156,14 @@ class VllmEngine:
 
     def load(self, spec: EngineSpec) -> Loaded:
         """Start vLLM and serve a first token; see `Engine.load`."""
-        self._folder = tempfile.mkdtemp(prefix="maveriq-vllm-")
-        wanted = translate(spec, self._folder, cpus=sorted(os.sched_getaffinity(0)))
-        write_files(wanted.files, Path(self._folder))
-        os.environ.update(wanted.environment)
         try:
-            import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
-            from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
-
-            self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**wanted.arguments))
-            for _ in self._steps(prompts=[[1]], output_tokens=[2], stop_token_ids=[()]):
-                pass
+            return self._load(spec)
         except ImportError as error:
+            self.close()
             raise EngineError(FailureKind.UNSUPPORTED, f"vllm cannot be imported: {error}") from error
         except Exception as error:
+            self.close()
             raise as_engine_error(NAME, error) from error
-        kv_bytes = wanted.arguments["kv_cache_memory_bytes"] * spec.tp * spec.pp
-        return Loaded(backend=NAME, version=str(vllm.__version__), kv_cache_bytes=kv_bytes)
 
     def generate(self, work: Generate) -> Iterator[Step]:
         """Yield the steps of an execution; see `Engine.generate`."""
@@ -193,6 +184,20 @@ class VllmEngine:
         folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self, spec: EngineSpec) -> Loaded:
+        self._folder = tempfile.mkdtemp(prefix="maveriq-vllm-")
+        wanted = translate(spec, self._folder, cpus=sorted(os.sched_getaffinity(0)))
+        write_files(wanted.files, Path(self._folder))
+        os.environ.update(wanted.environment)
+        import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
+        from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
+
+        self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**wanted.arguments))
+        for _ in self._steps(prompts=[[1]], output_tokens=[2], stop_token_ids=[()]):
+            pass
+        kv_bytes = wanted.arguments["kv_cache_memory_bytes"] * spec.tp * spec.pp
+        return Loaded(backend=NAME, version=str(vllm.__version__), kv_cache_bytes=kv_bytes)
 
     def _steps(
         self, *, prompts: Sequence[list[int]], output_tokens: Sequence[int], stop_token_ids: Sequence[Sequence[int]]
