@@ -44,7 +44,7 @@ def why_not(
     """
     facts, asked = engine_facts(engine), Arrangement(configuration=configuration, layer_split=layer_split)
     if sum(layer_split) != model.layers:
-        raise InputError(f"layer split {layer_split} of {model.name}: must add up to {model.layers} layers")
+        raise InputError(f"layer split {layer_split} of {model.name} must add up to {model.layers} layers")
     reason = reason_against(facts, model, asked, device)
     if reason is None:
         return None

@@ -39,7 +39,7 @@ class Device(StrEnum):
         try:
             return cls(text.partition(":")[0])
         except ValueError:
-            raise UnknownNameError("device", text, list(cls)) from None
+            raise UnknownNameError("device", text, [one.value for one in cls]) from None
 
     def __str__(self) -> str:
         return {Device.CUDA: "a CUDA GPU", Device.CPU: "a CPU"}[self]
@@ -85,7 +85,7 @@ class Arrangement:
     def __post_init__(self) -> None:
         if len(self.layer_split) != self.configuration.pp or min(self.layer_split) < 1:
             raise InputError(
-                f"layer split {self._layers}: must give each of {self.configuration.pp} stages at least one layer"
+                f"layer split {self._layers} must give each of {self.configuration.pp} stages at least one layer"
             )
 
     @property

@@ -31,9 +31,7 @@ class NvmlMeter:
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError as error:
-            raise InputError(
-                f"no NVIDIA driver answers ({error}); run where there is one, or on virtual GPUs"
-            ) from None
+            raise InputError(f"no NVIDIA driver answers ({error}); run where there is one") from None
         self._open = True
         self._handles: list[Any] = []
         self._gpus: tuple[GpuIdentity, ...] = ()
@@ -46,7 +44,7 @@ class NvmlMeter:
             raise InputError(f"the NVIDIA driver does not tell its GPUs: {error}") from None
         if not self._gpus:
             self.close()
-            raise InputError("the NVIDIA driver knows no GPU; run where there is one, or on virtual GPUs")
+            raise InputError("the NVIDIA driver knows no GPU; run where there is one")
 
     @property
     def gpus(self) -> tuple[GpuIdentity, ...]:

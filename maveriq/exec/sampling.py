@@ -104,7 +104,7 @@ class GpuSampler:
 
 
 class MemoryWatch:
-    """Waits until the memory of GPUs is back to what it was.
+    """Looks at memory that engines leave, and waits until it is back to what it was.
 
     Args:
         meter: reads the GPUs.
@@ -116,6 +116,10 @@ class MemoryWatch:
         self._meter = meter
         self._slack_bytes = slack_bytes
         self._poll_s = poll_s
+
+    def free_bytes(self, gpu_id: int) -> Bytes:
+        """Return what is really free on a GPU now."""
+        return max(0, self._meter.gpus[gpu_id].memory_bytes - self._meter.read()[gpu_id].used_bytes)
 
     async def used(self, gpu_ids: Sequence[int]) -> dict[int, Bytes]:
         """Return the memory in use on these GPUs now, to be remembered before an engine starts."""

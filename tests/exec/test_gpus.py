@@ -374,8 +374,11 @@ def test_memory_is_waited_for_until_it_is_back() -> None:
     assert len(meter.readings) == 1
 
 
-def test_waiting_for_memory_ends() -> None:
+def test_waiting_for_memory_ends_and_what_is_free_is_told() -> None:
     meter = Scripted([reading(1), reading(1)], [reading(20), reading(9)])
+
+    assert MemoryWatch(Scripted([reading(50), reading(8)])).free_bytes(0) == 0
+    assert MemoryWatch(Scripted([reading(50), reading(8)])).free_bytes(1) == 40 * GIB
 
     async def wait() -> dict[int, int]:
         watch = MemoryWatch(meter, poll_s=0.001)

@@ -127,6 +127,8 @@ def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
         ({"weights": "int3"}, "int3"),
         ({"devices": ("tpu:0",)}, "tpu"),
         ({"devices": ()}, "device"),
+        ({"tp": 2, "devices": ("cuda:0", "cuda:0")}, "one for each rank"),
+        ({"tp": 2, "devices": ("cuda:1", "cuda:0")}, "in their order"),
         ({"config_json": "{"}, "vllm"),
         ({"config_json": "[1]"}, "vllm"),
         ({"config_json": "{}"}, "is it the config.json"),

@@ -100,6 +100,13 @@ def read_spec(engine: str, spec: EngineSpec) -> Wanted:
         raise EngineError(FailureKind.UNSUPPORTED, f"{engine}: {error}") from None
     if refusal is not None:
         raise EngineError(FailureKind.UNSUPPORTED, str(refusal))
+    each_its_own = tuple(f"cuda:{rank}" for rank in range(configuration.gpus))
+    if device is Device.CUDA and spec.devices != each_its_own:
+        raise EngineError(
+            FailureKind.UNSUPPORTED,
+            f"{engine} takes the {configuration.gpus} GPUs that it sees, one for each rank in their order, not "
+            f"{', '.join(spec.devices)}",
+        )
     return Wanted(spec=spec, hf_config=hf_config, model=model, configuration=configuration, device=device)
 
 

@@ -106,7 +106,7 @@ def missing() -> str | None:
     try:
         NvmlMeter().close()
     except InputError as error:
-        lacks.append(str(error))
+        lacks.append(str(error).partition(";")[0])  # what to do about it is clear here
     if importlib.util.find_spec("tensorrt_llm") is None:
         lacks.append("the package tensorrt_llm is not installed (pip install tensorrt-llm, or NVIDIA's container)")
         if sys.version_info[:2] not in _PYTHONS:
