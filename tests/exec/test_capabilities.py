@@ -10,13 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maveriq.domain.catalog import known_models, load_model
+from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployment import Configuration
+from maveriq.domain.intents import DeployAsk, Intent, Objective
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.clusters import cluster_from
 from maveriq.estimate.hardware import load_profile
 from maveriq.exec.capabilities import Refusal, why_not
+from maveriq.exec.capable import CapableEstimator
 from maveriq.exec.matrix import ANY, Arrangement, Device, engine_facts, known_engines, reason_against
 from maveriq.exec.nearest import distance, nearest, neighbours
+from maveriq.policy.configure import rank
 from maveriq.policy.split import even_split
 
 FLOAT16, INT8, INT4, GPTQ = WeightType
@@ -252,3 +258,36 @@ def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
     found = nearest(model, asked, lambda one: one.configuration.weights is not INT8)
     assert found is not None
     assert found.configuration.weights is FLOAT16
+
+
+# Policies that choose among what really runs
+
+
+def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None:
+    profile = load_profile("a6000-short")
+    paper = estimator("paper", profile)
+    capable = CapableEstimator(base=paper, engine="trtllm", device=Device.CUDA)
+    assert capable.name == "paper"
+    view = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
+    for name, can in (("llama-2-7b", True), ("falcon-7b", False)):
+        question = DeployAsk(
+            endpoint_id=1,
+            model=load_model(name),
+            intent=Intent(objective=Objective.MIN_MEMORY),
+            asked_us=0,
+            prompt_tokens=10,
+            output_tokens=20,
+        )
+        plain = rank(question, view, paper, profile.accuracy).candidates
+        limited = rank(question, view, capable, profile.accuracy)
+        assert plain
+        assert bool(limited.candidates) == can
+        # The same order, without what the engine cannot do.
+        kept = [one.configuration for one in plain if ask_configuration("trtllm", name, one.configuration) is None]
+        assert [one.configuration for one in limited.candidates] == kept
+        assert len(kept) < len(plain)
+
+
+def ask_configuration(engine: str, model: str, configuration: Configuration) -> Refusal | None:
+    shape = load_model(model)
+    return why_not(engine, shape, configuration, even_split(shape.layers, configuration.pp), Device.CUDA)
