@@ -287,7 +287,30 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
     engine.close()
     with pytest.raises(EngineError, match="nothing is loaded"):
         list(engine.generate(work((1, 2))))
+    with pytest.raises(EngineError, match="nothing is loaded"):
+        list(VllmEngine().generate(work((1, 2))))
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(EngineError, match="cannot be imported") as failed:
         VllmEngine().load(spec())
     assert failed.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
+    engine = VllmEngine()
+    engine.close()
+    engine.load(spec())
+    steps = engine.generate(work((10, 99), (50, 99)))
+    assert next(steps) == (11, 51)
+    engine.close()
+    engine.close()
+    steps.close()  # type: ignore[attr-defined]
+
+
+def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+    engine = VllmEngine()
+    engine.load(spec())
+    with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
+        list(engine.generate(work((1, 2), (1, 256))))
+    assert failed.value.kind is FailureKind.ERROR
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()

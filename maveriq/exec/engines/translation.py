@@ -14,7 +14,7 @@ from maveriq.errors import InputError
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.matrix import Device
-from maveriq.exec.messages import EngineSpec
+from maveriq.exec.messages import EngineSpec, Sequence
 from maveriq.units import Bytes
 
 MOST_SEQUENCE_TOKENS = 4096
@@ -108,6 +108,19 @@ def read_spec(engine: str, spec: EngineSpec) -> Wanted:
             f"{', '.join(spec.devices)}",
         )
     return Wanted(spec=spec, hf_config=hf_config, model=model, configuration=configuration, device=device)
+
+
+def check_lengths(engine: str, sequences: tuple[Sequence, ...], most_tokens: int) -> None:
+    """Make sure that every sequence has room; engines themselves would end it early without a word.
+
+    Raises:
+        EngineError: one has not.
+    """
+    longest = max(len(one.prompt) + one.output_tokens for one in sequences)
+    if longest > most_tokens:
+        raise EngineError(
+            FailureKind.ERROR, f"{engine}: a sequence of {longest} tokens, where there is room for {most_tokens}"
+        )
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:

@@ -21,7 +21,7 @@ from maveriq.domain.models import WeightType
 from maveriq.errors import InputError
 from maveriq.exec.engines.base import EngineError, FailureKind, Step
 from maveriq.exec.engines.stepping import StepAligner
-from maveriq.exec.engines.translation import Translation, as_engine_error, read_spec, write_files
+from maveriq.exec.engines.translation import Translation, as_engine_error, check_lengths, read_spec, write_files
 from maveriq.exec.messages import EngineSpec, Generate, Loaded, Sequence
 
 NAME = "trtllm"
@@ -122,6 +122,7 @@ class TrtLlmEngine:
     def __init__(self) -> None:
         self._llm: Any = None
         self._folder: str | None = None
+        self._most_tokens = 0  # of a sequence
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def load(self, spec: EngineSpec) -> Loaded:
@@ -141,12 +142,13 @@ class TrtLlmEngine:
 
     def close(self) -> None:
         """Stop the workers and forget the model; see `Engine.close`."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            _call_off(loop)
+            loop.close()
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.close()
         folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -156,6 +158,7 @@ class TrtLlmEngine:
         wanted = translate(spec, self._folder)
         write_files(wanted.files, Path(self._folder))
         os.environ.update(wanted.environment)
+        self._most_tokens = wanted.arguments["max_seq_len"]
         try:
             import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
         except Exception as error:  # without a driver it fails in many ways
@@ -172,6 +175,7 @@ class TrtLlmEngine:
         loop, llm = self._loop, self._llm
         if loop is None or llm is None:
             raise EngineError(FailureKind.ERROR, "trtllm: nothing is loaded")
+        check_lengths(NAME, sequences, self._most_tokens)
         aligner, chunks = StepAligner(len(sequences)), asyncio.Queue[_Chunk]()
         streams = [loop.create_task(_stream(llm, one, position, chunks)) for position, one in enumerate(sequences)]
         try:
@@ -185,9 +189,16 @@ class TrtLlmEngine:
                 open_streams -= ended
                 yield from aligner.steps()
         finally:
-            for stream in streams:
-                stream.cancel()
-            loop.run_until_complete(asyncio.gather(*streams, return_exceptions=True))
+            _call_off(loop)
+
+
+def _call_off(loop: asyncio.AbstractEventLoop) -> None:
+    """End the streams that are still open; none is where the loop is closed."""
+    streams = set() if loop.is_closed() else asyncio.all_tasks(loop)
+    if streams:
+        for stream in streams:
+            stream.cancel()
+        loop.run_until_complete(asyncio.gather(*streams, return_exceptions=True))
 
 
 _Chunk: TypeAlias = tuple[int, list[int], bool] | Exception

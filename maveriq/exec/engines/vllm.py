@@ -9,16 +9,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.exec.engines.base import EngineError, FailureKind, Step
 from maveriq.exec.engines.stepping import StepAligner
-from maveriq.exec.engines.translation import Translation, Wanted, as_engine_error, read_spec, write_files
+from maveriq.exec.engines.translation import (
+    Translation,
+    Wanted,
+    as_engine_error,
+    check_lengths,
+    read_spec,
+    write_files,
+)
 from maveriq.exec.matrix import Device
-from maveriq.exec.messages import EngineSpec, Generate, Loaded
+from maveriq.exec.messages import EngineSpec, Generate, Loaded, Sequence
 from maveriq.units import Bytes
 
 NAME = "vllm"
@@ -54,7 +61,7 @@ _AHEAD: Mapping[WeightType, Mapping[str, Any]] = {
 }
 
 
-def translate(spec: EngineSpec, folder: str, *, cpus: Sequence[int] = ()) -> Translation:
+def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> Translation:
     """Return what starts vLLM for a specification.
 
     Args:
@@ -129,7 +136,7 @@ def _kv_bytes(wanted: Wanted) -> Bytes:
     return blocks * _BLOCK_TOKENS * per_token
 
 
-def _environment(wanted: Wanted, cpus: Sequence[int]) -> dict[str, str]:
+def _environment(wanted: Wanted, cpus: tuple[int, ...]) -> dict[str, str]:
     cfg = wanted.configuration
     said = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its core runs here, so that errors are seen as they are
@@ -152,6 +159,7 @@ class VllmEngine:
     def __init__(self) -> None:
         self._engine: Any = None
         self._folder: str | None = None
+        self._most_tokens = 0  # of a sequence
         self._executions = 0
 
     def load(self, spec: EngineSpec) -> Loaded:
@@ -168,11 +176,7 @@ class VllmEngine:
     def generate(self, work: Generate) -> Iterator[Step]:
         """Yield the steps of an execution; see `Engine.generate`."""
         try:
-            yield from self._steps(
-                prompts=[list(one.prompt) for one in work.sequences],
-                output_tokens=[one.output_tokens for one in work.sequences],
-                stop_token_ids=[one.stop_token_ids for one in work.sequences],
-            )
+            yield from self._steps(work.sequences)
         except Exception as error:
             raise as_engine_error(NAME, error) from error
 
@@ -187,40 +191,40 @@ class VllmEngine:
 
     def _load(self, spec: EngineSpec) -> Loaded:
         self._folder = tempfile.mkdtemp(prefix="maveriq-vllm-")
-        wanted = translate(spec, self._folder, cpus=sorted(os.sched_getaffinity(0)))
+        wanted = translate(spec, self._folder, cpus=tuple(sorted(os.sched_getaffinity(0))))
         write_files(wanted.files, Path(self._folder))
         os.environ.update(wanted.environment)
+        self._most_tokens = wanted.arguments["max_model_len"]
         import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
         from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
 
         self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**wanted.arguments))
-        for _ in self._steps(prompts=[[1]], output_tokens=[2], stop_token_ids=[()]):
+        for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):
             pass
         kv_bytes = wanted.arguments["kv_cache_memory_bytes"] * spec.tp * spec.pp
         return Loaded(backend=NAME, version=str(vllm.__version__), kv_cache_bytes=kv_bytes)
 
-    def _steps(
-        self, *, prompts: Sequence[list[int]], output_tokens: Sequence[int], stop_token_ids: Sequence[Sequence[int]]
-    ) -> Iterator[Step]:
+    def _steps(self, sequences: tuple[Sequence, ...]) -> Iterator[Step]:
+        if self._engine is None:
+            raise EngineError(FailureKind.ERROR, "vllm: nothing is loaded")
+        check_lengths(NAME, sequences, self._most_tokens)
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found, unused-ignore]
 
-        if self._engine is None:
-            raise EngineError(FailureKind.ERROR, "vllm: nothing is loaded")
         self._executions += 1
-        positions = {f"{self._executions}-{position}": position for position in range(len(prompts))}
-        aligner = StepAligner(len(prompts))
+        positions = {f"{self._executions}-{position}": position for position in range(len(sequences))}
+        aligner = StepAligner(len(sequences))
         try:
-            for name, prompt, most, stops in zip(positions, prompts, output_tokens, stop_token_ids, strict=True):
+            for name, one in zip(positions, sequences, strict=True):
                 sampling = SamplingParams(
                     temperature=0.0,
-                    max_tokens=most,
+                    max_tokens=one.output_tokens,
                     ignore_eos=True,
-                    stop_token_ids=list(stops),
+                    stop_token_ids=list(one.stop_token_ids),
                     detokenize=False,
                     output_kind=RequestOutputKind.DELTA,
                 )
-                self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+                self._engine.add_request(name, {"prompt_token_ids": list(one.prompt)}, sampling)
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     tokens = output.outputs[0].token_ids
