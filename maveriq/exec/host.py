@@ -49,7 +49,7 @@ class Host:
         self._backend = backend
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
         self._engine: Engine | None = None
         self._session = Session(pid=os.getpid(), worker=self, send=channel.send, leave=self._end)
 
@@ -63,6 +63,7 @@ class Host:
         code = await self._exit
         await self._channel.flush()
         listening.cancel()
+        self._jobs.put(None)
         return code
 
     async def _listen(self) -> None:
@@ -107,8 +108,7 @@ class Host:
     # In the engine's thread; word to the session goes by the loop
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
             try:
                 job()
             except BaseException:  # whatever it was: nobody knows what state the engine is in
