@@ -62,18 +62,16 @@ class Ground:
         Returns:
             A warning if it was not seen in time, else nothing.
         """
-        async with self._changed:
-            await self._changed.wait_for(lambda: not any(self._leaving[gpu_id] for gpu_id in needed))
         loop = asyncio.get_running_loop()
         latest_s = loop.time() + within_s
-        warning = ""
-        while (lacking := self._lacking(needed)) and not warning:
-            if loop.time() >= latest_s:
-                warning = f"{lacking} after {within_s:g} s"
-            else:
-                await asyncio.sleep(_LOOK_EVERY_S)
-        self._coming.update(needed)
-        return warning
+        while True:
+            async with self._changed:  # also after a while: somebody else may have begun to leave
+                await self._changed.wait_for(lambda: not any(self._leaving[gpu_id] for gpu_id in needed))
+            lacking = self._lacking(needed)
+            if not lacking or loop.time() >= latest_s:
+                self._coming.update(needed)
+                return f"{lacking} after {within_s:g} s" if lacking else ""
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     def settled(self, needed: Mapping[int, Bytes]) -> None:
         """Note that an engine has taken the memory that it was let in for, or will not do so any more."""
@@ -85,5 +83,7 @@ class Ground:
             free = self._watch.free_bytes(gpu_id)
             wanted = amount + self._coming[gpu_id]
             if free is not None and free < wanted:
-                return f"GPU {gpu_id} has {gib(free):.2f} GiB free, not the {gib(wanted):.2f} GiB that are to be loaded,"
+                return (
+                    f"GPU {gpu_id} has {gib(free):.2f} GiB free, not the {gib(wanted):.2f} GiB that are to be loaded,"
+                )
         return ""

@@ -7,6 +7,7 @@ repeated, late. A failing seed n plays again with `python scripts/soak.py --seed
 from collections import Counter
 
 import pytest
+from chance import Misfortune
 from drama import play
 
 SEEDS = 500
@@ -31,3 +32,11 @@ def test_nothing_is_lost_whatever_fails(first: int) -> None:
 
 def test_a_seed_plays_the_same_again() -> None:
     assert play(7) == play(7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lost_and_late_messages_cost_time_and_no_engine(seed: int) -> None:
+    bad_line = Misfortune(until_s=1000, lost=0.1, repeated=0.3, mean_delay_s=0.05, sabotage=False)
+    seen = play(seed, bad_line)
+    assert seen.engines <= seen.deployments  # fewer where one is taken away before it has a process
+    assert (seen.failures, seen.statuses["failed"]) == (0, seen.reasons["the client went away"])
