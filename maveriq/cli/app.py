@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from maveriq import __version__
 from maveriq.cli.compare import compare
 from maveriq.cli.ending import ending, prepare_streams
+from maveriq.cli.engines import engines
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
@@ -44,6 +45,7 @@ app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)
 app.command(cls=_Command)(compare)
+app.command(cls=_Command)(engines)
 app.add_typer(trace_app, name="trace")
 app.add_typer(testbed_app, name="testbed")
 
