@@ -64,7 +64,7 @@ def create_app(cluster: LiveCluster, store: Store, settings: ServeSettings, plac
     app.include_router(developer_routes(service))
     app.include_router(operator_routes(service))
     _explain_errors(app, service)
-    app.add_middleware(Gate, settings=settings, rejected=lambda code: service.metrics.rejected.labels(code).inc())
+    app.add_middleware(Gate, settings=settings, rejected=lambda code: service.metrics.errors.labels(code).inc())
     return app
 
 
@@ -72,7 +72,7 @@ def _explain_errors(app: FastAPI, service: Service) -> None:
     """Give every error OpenAI's shape and count it."""
 
     def told(error: ApiError) -> JSONResponse:
-        service.metrics.rejected.labels(error.code).inc()
+        service.metrics.errors.labels(error.code).inc()
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
     @app.exception_handler(ApiError)

@@ -13,6 +13,7 @@ from maveriq.errors import InputError
 from maveriq.serve.refusals import ApiError, bad, unknown
 from maveriq.serve.store import KnownModel, Store
 from maveriq.serve.tokens import Tokenizer, tokenizer_for
+from maveriq.tables import read_text
 
 
 class Catalogue:
@@ -66,7 +67,9 @@ class Catalogue:
             if same_name is not None:
                 if (same_name.spec, same_name.folder) == (spec, folder):
                     return same_name
-                told = f"another model is registered as {spec.name!r}; set _name_or_path in config.json to tell them apart"
+                told = (
+                    f"another model is registered as {spec.name!r}; set _name_or_path in config.json to tell them apart"
+                )
                 raise ApiError(409, told, code="model_name_taken", param="model")
             if len(self._by_id) >= self._most:
                 raise ApiError(409, f"{self._most} models are registered, which is the most", code="too_many_models")
@@ -88,6 +91,17 @@ class Catalogue:
             except InputError as error:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
         return self._tokenizers[model.model_id]
+
+    def own_config(self, spec: ModelSpec) -> str | None:
+        """Return the text of a registered model's own `config.json`, None for one of the catalogue.
+
+        Raises:
+            InputError: its file has gone.
+        """
+        model = self.named(spec.name)
+        if model is None or not model.folder:
+            return None
+        return read_text(Path(model.folder) / "config.json", what="model configuration")
 
     def _read(self, text: str) -> tuple[ModelSpec, str]:
         """Return a model's shape, and the folder it was read from (empty for one of the catalogue)."""
@@ -115,8 +129,8 @@ class Catalogue:
 
     def _how(self) -> str:
         if self._folder is None:
-            return "; start the server with --models-folder to serve models from a folder"
-        return "; or give the place of its config.json in the models folder"
+            return " (a server with --models-folder also takes models from there)"
+        return " (or give the place of its config.json in the models folder)"
 
 
 def did_you_mean(text: str, names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from maveriq.exec.cluster import Outcome
 from maveriq.units import Micros, seconds
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+_REMOVED = "removed"  # those would pile up over the years
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -28,7 +29,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.accepted = self._counter("requests_accepted", "Requests taken in.", "model")
         self.ended = self._counter("requests", "Requests by the one status that they ended in.", "model", "status")
-        self.rejected = self._counter("http_rejections", "HTTP requests that were not taken in.", "code")
+        self.errors = self._counter("http_errors", "HTTP requests answered with an error, by its code.", "code")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of completed requests.", "model")
         self._output_tokens = self._counter("generated_tokens", "Tokens generated.", "model")
         self._slo = self._counter("slo_requests", "Ended requests that had an SLO.", "model", "met")
@@ -110,6 +111,8 @@ def _deployments(now: Progress) -> Iterator[Metric]:
     completed = CounterMetricFamily("maveriq_deployment_completed", "Requests it completed.", labels=labels)
     restarts = CounterMetricFamily("maveriq_engine_restarts", "Engines started after the first.", labels=labels)
     for one in now.deployments:
+        if one.status == _REMOVED:
+            continue
         named = (str(one.deployment_id), one.model)
         up.add_metric((*named, one.status), float(one.status == "up"))
         waiting.add_metric(named, one.waiting)

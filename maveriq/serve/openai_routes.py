@@ -139,7 +139,7 @@ def _milliseconds(header: str | None) -> float | None:
 
 
 def _deployed(service: Service) -> list[str]:
-    endpoints = service.endpoints()
+    endpoints = [one for one in service.endpoints() if one.status != "rejected"]
     names = [one.model.spec.name for one in endpoints]
     several = [address(one) for one in endpoints if names.count(one.model.spec.name) > 1]
     return [*dict.fromkeys(names), *several]

@@ -58,13 +58,16 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def serve(app: FastAPI, listening: socket.socket, ready: Callable[[], None]) -> None:
+async def serve(
+    app: FastAPI, listening: socket.socket, ready: Callable[[], None], *, fault: asyncio.Future[None] | None = None
+) -> None:
     """Serve until SIGINT or SIGTERM, then end what runs within the service's time and stop its engines.
 
     Args:
         app: from `create_app`.
         listening: is closed at the end.
         ready: called once the service answers.
+        fault: when this is done the service ends at once.
     """
     service: Service = app.state.service
     limits = service.settings
@@ -83,7 +86,10 @@ async def serve(app: FastAPI, listening: socket.socket, ready: Callable[[], None
     )
     try:
         await service.start()
-        await _Server(config, service, ready).serve(sockets=[listening])
+        server = _Server(config, service, ready)
+        if fault is not None:
+            fault.add_done_callback(lambda _fault: server.end_at_once())
+        await server.serve(sockets=[listening])
     finally:
         listening.close()
         await service.stop()
@@ -96,6 +102,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._ready = ready
+
+    def end_at_once(self) -> None:
+        """End without waiting for what runs."""
+        self._service.hurry()
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -1,0 +1,100 @@
+"""A cluster for a service: the policy that knows single endpoints, and the body it decides for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from maveriq.domain.hardware import Cluster
+from maveriq.domain.models import ModelSpec
+from maveriq.errors import InputError
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.exec.body import Body, World
+from maveriq.exec.launcher import ProcessLauncher
+from maveriq.policy.base import Policy
+from maveriq.policy.catalog import RULES, make_policy
+from maveriq.policy.endpoints import PerEndpoint
+from maveriq.scenario.build import cluster_for, controller_settings, guess_with, load_time_for
+from maveriq.scenario.options import Options
+from maveriq.scenario.service import EstimatedService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """Everything that is known of a service's cluster before it is up."""
+
+    options: Options
+    profile: HardwareProfile
+    cluster: Cluster
+    planner: Estimator
+    believed: Estimator
+    placements: PerEndpoint
+
+
+def plan_cluster(options: Options) -> ClusterPlan:
+    """Turn options into a cluster's plan, reading every file that they name.
+
+    Requests go at once, without the delays of the testbed that the profile was measured on.
+
+    Raises:
+        InputError: an option or a file that cannot be used.
+    """
+    options = replace(options, ideal=True)
+    profile = load_profile(options.profile)
+    planner = estimator(options.plan_with, profile)
+
+    def policy(name: str) -> Policy:
+        return make_policy(
+            name, estimator=planner, accuracy=profile.accuracy, packing_threshold=options.packing_threshold
+        )
+
+    return ClusterPlan(
+        options=options,
+        profile=profile,
+        cluster=cluster_for(options.gpus, profile),
+        planner=planner,
+        believed=estimator(options.serve_with, profile),
+        placements=PerEndpoint(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_cluster(
+    plan: ClusterPlan, *, backend: str, time_scale: float, logs: Path, config_of: Callable[[ModelSpec], str]
+) -> AsyncIterator[Body]:
+    """Give a cluster that is up, and close it at the end.
+
+    Args:
+        plan: from `plan_cluster`.
+        backend: which engines serve.
+        time_scale: real seconds per second of the cluster's clock, for emulated engines.
+        logs: folder for what engines print; made if it is absent.
+        config_of: says the Hugging Face configuration of a model.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {str(logs)!r} for logs cannot be made: {error.strerror}; name another") from None
+    world = World(
+        cluster=plan.cluster,
+        policy=plan.placements,
+        settings=controller_settings(plan.options, plan.profile),
+        guess=guess_with(plan.planner),
+        service=EstimatedService(plan.believed),
+        load_time=load_time_for(plan.options, plan.profile),
+        config_of=config_of,
+        typical_prompt_tokens=plan.profile.prompt_tokens,
+    )
+    with ProcessLauncher(backend, logs=logs) as launcher:
+        body = Body(world, launcher, time_scale=time_scale)
+        try:
+            yield body
+        finally:
+            await body.close()
