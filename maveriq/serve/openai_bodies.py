@@ -90,7 +90,8 @@ class Generation(Body):
         """
         for field, harmless in _HARMLESS.items():
             value = getattr(self, field, None)
-            if value not in harmless:
+            # To Python 0 is False; to a client no log-probabilities and the likeliest one's are two things.
+            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
                 allowed = " or ".join(repr(one) for one in harmless if one is not None)
                 instead = f"; it may only be {allowed}" if allowed else ""
                 raise bad(f"{field} is not supported{instead}", field, code="unsupported_parameter")

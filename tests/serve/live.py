@@ -1,4 +1,7 @@
-"""A server on the fake cluster as a process of its own: `python live.py STATE [SECONDS_PER_TOKEN] [DRAIN_S]`; prints its URL."""
+"""A server on the fake cluster, as a process of its own; prints its URL.
+
+    python live.py STATE SECONDS_PER_TOKEN DRAIN_S
+"""
 
 import asyncio
 import sys
@@ -17,11 +20,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-async def main(state: str, per_token: str = "0.001", drain: str = "5") -> None:
+async def main(state: str, step: str, drain: str) -> None:
     settings = ServeSettings(drain_s=float(drain), most_in_flight=64)
     listening = listen("127.0.0.1", 0, settings)
     policy = placements()
-    app = create_app(FakeCluster(policy, token_s=float(per_token)), Store(Path(state)), settings, policy)
+    app = create_app(FakeCluster(policy, token_s=float(step)), Store(Path(state)), settings, policy)
     await serve(app, listening, lambda: say(url_of(listening)))
 
 
