@@ -58,7 +58,8 @@ def _do_all(talk: Talk, lines: Iterable[str]) -> None:
             if not talk.do(line):
                 return
         except MaveriqError as error:
-            raise type(error)(f"command {number} {line.strip()[:60]!r}: {error}") from None
+            kind = InputError if isinstance(error, InputError) else MaveriqError
+            raise kind(f"command {number} {line.strip()[:60]!r}: {error}") from None
 
 
 def _typed(talk: Talk) -> None:

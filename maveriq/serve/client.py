@@ -30,17 +30,13 @@ class ServiceClient:
         """
         self._url = url
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        try:
-            self._http = httpx.Client(
-                base_url=url,
-                headers=headers,
-                transport=transport,
-                trust_env=False,
-                timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            )
-            self._http.build_request("GET", "/health")
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError, ValueError) as error:
-            raise InputError(f"--url {url!r} is no URL: {error}; give one like http://127.0.0.1:8000") from None
+        self._http = httpx.Client(
+            base_url=_checked(url),
+            headers=headers,
+            transport=transport,
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +95,16 @@ class ServiceClient:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return MaveriqError(f"no server answers at {self._url}; start one with maveriq serve, or give its --url")
         return MaveriqError(f"the server at {self._url} went away: {str(error) or type(error).__name__}")
+
+
+def _checked(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"--url {url!r} is no URL of a server; give one like http://127.0.0.1:8000")
+    return parsed
 
 
 def _refused(answer: httpx.Response) -> MaveriqError:

@@ -19,6 +19,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_MOST_HEAD_BYTES = 32 * 1024
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -43,6 +44,7 @@ class Gate:
             return
         headers = dict(scope["headers"])
         try:
+            _check_size(scope)
             self._check_sender(headers)
             body = await self._body(scope, headers, receive)
         except ApiError as error:
@@ -89,6 +91,14 @@ class Gate:
             # Also keeps away what a web page may send without asking the browser first.
             raise ApiError(415, "the body must be JSON with Content-Type: application/json", code="not_json")
         return b"".join(parts)
+
+
+def _check_size(scope: Scope) -> None:
+    """Refuse a head that is longer than any client's; the server's own bound is for one that never ends."""
+    size = len(scope["query_string"]) + len(scope["path"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > _MOST_HEAD_BYTES:
+        raise ApiError(431, f"address and headers are longer than {_MOST_HEAD_BYTES} bytes", code="headers_too_large")
 
 
 def is_loopback(host: str) -> bool:

@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneGpu:
-    """A policy that puts a model whole on the roomiest GPU; 1 MiB per layer and hidden unit, say."""
+    """A policy that puts a model whole on the roomiest GPU, or on the last one that has room."""
 
     name: str = "one-gpu"
     last: bool = False
@@ -37,7 +37,7 @@ class OneGpu:
             model=ask.model,
             configuration=Configuration(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
             layer_split=(ask.model.layers,),
-            gpu_ids=(room[-1 if self.last else 0].gpu_id,),
+            gpu_ids=(max(gpu.gpu_id for gpu in room) if self.last else room[0].gpu_id,),
             gpu_bytes=(needs,),
             est_latency_s=1.0,
             est_memory_bytes=needs,
@@ -104,7 +104,7 @@ class FakeEndpoint:
 class FakeCluster:
     """One request at a time per endpoint; `token_s` per token, `load_s` until an engine is up.
 
-    `breaks` is how many of the next executions fail; `removals_wait` and the like are not faked.
+    `breaks` is how many of the next executions fail.
     """
 
     def __init__(

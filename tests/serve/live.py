@@ -1,6 +1,6 @@
 """A server on the fake cluster, as a process of its own; prints its URL.
 
-    python live.py STATE SECONDS_PER_TOKEN DRAIN_S
+python live.py STATE SECONDS_PER_TOKEN DRAIN_S
 """
 
 import asyncio

@@ -32,7 +32,7 @@ class Running:
     loop: asyncio.AbstractEventLoop
 
     def client(self, **more: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, **more)  # type: ignore[arg-type]
+        return httpx.Client(**{"base_url": self.url, "timeout": 20, **more})  # type: ignore[arg-type]
 
     def call(self, function: Callable[[], None]) -> None:
         done = threading.Event()

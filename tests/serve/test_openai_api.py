@@ -42,9 +42,7 @@ def test_without_max_tokens_the_deployments_length_counts(client: openai.OpenAI)
 
 @pytest.mark.parametrize("prompt", [[7, 8, 9], [[7, 8, 9]]])
 def test_token_ids_are_a_prompt(client: openai.OpenAI, prompt: list[int]) -> None:
-    answer = client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=3, extra_body={"return_token_ids": True}
-    )
+    answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, extra_body={"return_token_ids": True})
     assert answer.choices[0].text == said((7, 8, 9), 3)
     assert answer.choices[0].model_extra["token_ids"] == [token((7, 8, 9), n, 32_000) for n in range(3)]
 
@@ -89,7 +87,7 @@ def test_a_chat_stream_with_counts(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_stop_string_ends_the_text(client: openai.OpenAI, stream: bool) -> None:
+def test_a_stop_string_ends_the_text(client: openai.OpenAI, *, stream: bool) -> None:
     whole = said("Hello", 6)
     stop = whole[2:4]
     answer = client.completions.create(model=MODEL, prompt="Hello", stop=["never said", stop], stream=stream)
@@ -142,7 +140,7 @@ def test_priority_and_slo_from_body_and_header(server: Running, client: openai.O
 )
 def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, extra: dict[str, object], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(**{"model": MODEL, "prompt": "a", "extra_body": extra})
+        client.completions.create(model=MODEL, prompt="a", extra_body=extra)
     assert str(refused.value.param).split(".")[0] == param
     assert refused.value.body["message"]
     assert refused.value.body["type"] == "invalid_request_error"
@@ -187,7 +185,7 @@ def test_several_endpoints_of_a_model(state: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_how_a_request_ends_otherwise(state: Path, stream: bool) -> None:
+def test_how_a_request_ends_otherwise(state: Path, *, stream: bool) -> None:
     with running(state) as server:
         server.deploy()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -218,7 +216,7 @@ def test_an_engine_that_fails_in_the_middle_of_a_stream_ends_it_with_an_error(st
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("waiting", [True, False])
-def test_a_client_that_goes_away_is_not_waited_for(state: Path, stream: bool, waiting: bool) -> None:
+def test_a_client_that_goes_away_is_not_waited_for(state: Path, *, stream: bool, waiting: bool) -> None:
     with running(state, token_s=0.03) as server:
         server.deploy()
         body = {"model": MODEL, "prompt": "a", "stream": stream, "max_tokens": 20}
@@ -226,9 +224,12 @@ def test_a_client_that_goes_away_is_not_waited_for(state: Path, stream: bool, wa
             if waiting:
                 ahead = busy.stream("POST", "/v1/completions", json=body | {"stream": True})
                 ahead.__enter__()
-            with pytest.raises(httpx.TimeoutException), http.stream(
-                "POST", "/v1/completions", json=body, timeout=httpx.Timeout(0.2, read=0.1 if not stream else 0.015)
-            ) as answer:
+            with (
+                pytest.raises(httpx.TimeoutException),
+                http.stream(
+                    "POST", "/v1/completions", json=body, timeout=httpx.Timeout(0.2, read=0.1 if not stream else 0.015)
+                ) as answer,
+            ):
                 answer.read()
             until(lambda: len(server.cluster.cancelled) == 1)
             if waiting:
