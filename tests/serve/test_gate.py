@@ -15,7 +15,7 @@ from maveriq.serve.secret import read_token
 from maveriq.serve.server import listen
 from maveriq.serve.settings import ServeSettings
 
-TOKEN = "s3cret-of-the-test"
+TOKEN = "s3cret-of-the-test"  # noqa: S105
 EVERYWHERE = "0.0.0.0"  # noqa: S104
 ROUTES = ["/health", "/metrics", "/v1/models", "/models", "/deployments", "/requests", "/openapi.json", "/nowhere"]
 
