@@ -15,6 +15,7 @@ from maveriq.cli.ending import ending, prepare_streams
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
+from maveriq.cli.run import run
 from maveriq.cli.serve import serve
 from maveriq.cli.sim import sim
 from maveriq.cli.testbed import app as testbed_app
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=_Command)(sim)
+app.command(cls=_Command)(run)
 app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)

@@ -25,11 +25,22 @@ def serve(
     options: Options,
     *,
     backend: Annotated[
-        str, typer.Option(help="Engines: emulated, torch, vllm or trtllm.", rich_help_panel=_ENGINES)
-    ] = "emulated",
+        str | None,
+        typer.Option(metavar="emulated|torch", help="What engines are made of.", rich_help_panel=_ENGINES),
+    ] = None,
+    real: Annotated[bool, typer.Option("--real", help="TensorRT-LLM on GPUs.", rich_help_panel=_ENGINES)] = False,
     time_scale: Annotated[
-        float, typer.Option(min=1e-6, max=1e6, help="Seconds per second; emulated alone.", rich_help_panel=_ENGINES)
+        float, typer.Option(help="Real seconds per second of the cluster (emulated alone).", rich_help_panel=_ENGINES)
     ] = 1.0,
+    start_timeout_s: Annotated[
+        float, typer.Option(help="An engine that does not serve by then has failed.", rich_help_panel=_ENGINES)
+    ] = 900.0,
+    hang_s: Annotated[
+        float, typer.Option(help="An engine that is not heard for so long hangs.", rich_help_panel=_ENGINES)
+    ] = 30.0,
+    most_failures: Annotated[
+        int, typer.Option(help="Failures in a row after which an engine is given up.", rich_help_panel=_ENGINES)
+    ] = 5,
     models_folder: Annotated[
         Path | None, typer.Option(help="Models may be read from here as well.", rich_help_panel=_ENGINES)
     ] = None,
@@ -70,13 +81,20 @@ def serve(
     for Prometheus. Listens on this machine alone unless there is a token.
     Ctrl-C or SIGTERM ends it in order. Deployments come back with the next start.
     """
+    from maveriq.cli.running import Engines
     from maveriq.cli.serving import Serving, run_service
 
     run_service(
         options,
-        Serving(
+        Engines(
             backend=backend,
+            real=real,
             time_scale=time_scale,
+            start_timeout_s=start_timeout_s,
+            hang_s=hang_s,
+            most_failures=most_failures,
+        ),
+        Serving(
             models_folder=models_folder,
             state=state,
             host=host,

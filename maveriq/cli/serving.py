@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from maveriq.cli.extras import extra
+from maveriq.cli.running import Engines
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.modelconfig import config_json
@@ -34,8 +35,6 @@ with extra("serve", for_whom="maveriq serve"):
 class Serving:
     """What a user says of a service beside its cluster; fields as the options."""
 
-    backend: str
-    time_scale: float
     models_folder: Path | None
     state: Path
     host: str
@@ -49,7 +48,7 @@ class Serving:
     quiet: bool
 
 
-def run_service(options: Options, serving: Serving) -> None:
+def run_service(options: Options, engines: Engines, serving: Serving) -> None:
     """Serve until told to stop.
 
     Raises:
@@ -59,8 +58,6 @@ def run_service(options: Options, serving: Serving) -> None:
     logging.basicConfig(format="maveriq: %(message)s", level=logging.ERROR if serving.quiet else logging.WARNING)
     if serving.models_folder is not None and not is_folder(serving.models_folder):
         raise InputError(f"--models-folder {str(serving.models_folder)!r} is no folder")
-    if serving.time_scale != 1 and serving.backend != "emulated":
-        raise InputError(f"--time-scale is for emulated engines; {serving.backend} takes its own time, leave it out")
     settings = ServeSettings(
         token=read_token(serving.token_file),
         models_folder=serving.models_folder,
@@ -75,7 +72,7 @@ def run_service(options: Options, serving: Serving) -> None:
     try:
         store = Store(serving.state, kept_requests=settings.kept_requests)
         try:
-            asyncio.run(_serve(plan, serving, settings, listening, store))
+            asyncio.run(_serve(plan, engines, serving, settings, listening, store))
         finally:
             store.close()
     finally:
@@ -83,7 +80,12 @@ def run_service(options: Options, serving: Serving) -> None:
 
 
 async def _serve(
-    plan: ClusterPlan, serving: Serving, settings: ServeSettings, listening: socket.socket, store: Store
+    plan: ClusterPlan,
+    engines: Engines,
+    serving: Serving,
+    settings: ServeSettings,
+    listening: socket.socket,
+    store: Store,
 ) -> None:
     url = url_of(listening)
     say: Callable[[str], None] = (lambda _line: None) if serving.quiet else _say
@@ -94,7 +96,12 @@ async def _serve(
         return service.models.own_config(model) or config_json(model)
 
     async with open_cluster(
-        plan, backend=serving.backend, time_scale=serving.time_scale, logs=logs, config_of=config_of
+        plan,
+        backend=engines.name,
+        time_scale=engines.time_scale,
+        supervision=engines.supervision(),
+        logs=logs,
+        config_of=config_of,
     ) as body:
         app = create_app(body, store, settings, plan.placements)
         ready = partial(say, f"serving {plan.cluster.name} on {url}; Ctrl-C ends it")

@@ -220,7 +220,7 @@ class Controller:
         if isinstance(event, EngineRepaired):
             self.fleet.repaired(deployment)
         else:
-            self._engine_down(deployment, "its engine failed", returns=event.returns, broken=True)
+            self._engine_down(deployment, event.reason, returns=event.returns, broken=True)
 
     def _engine_down(self, deployment: Deployment, what: str, *, returns: bool, broken: bool) -> None:
         """Take in that an engine is gone; nothing that was accepted is lost."""

@@ -140,6 +140,7 @@ class EngineDown:
 
     deployment_id: int
     returns: bool
+    reason: str = "its engine failed"
     rank: ClassVar[int] = 7  # an engine can fail at the very instant it is asked for
 
     @property

@@ -15,6 +15,7 @@ from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.exec.body import Body, World
 from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.life import SupervisionSettings
 from maveriq.policy.base import Policy
 from maveriq.policy.catalog import RULES, make_policy
 from maveriq.policy.endpoints import PerEndpoint
@@ -64,7 +65,13 @@ def plan_cluster(options: Options) -> ClusterPlan:
 
 @contextlib.asynccontextmanager
 async def open_cluster(
-    plan: ClusterPlan, *, backend: str, time_scale: float, logs: Path, config_of: Callable[[ModelSpec], str]
+    plan: ClusterPlan,
+    *,
+    backend: str,
+    time_scale: float,
+    supervision: SupervisionSettings,
+    logs: Path,
+    config_of: Callable[[ModelSpec], str],
 ) -> AsyncIterator[Body]:
     """Give a cluster that is up, and close it at the end.
 
@@ -72,6 +79,7 @@ async def open_cluster(
         plan: from `plan_cluster`.
         backend: which engines serve.
         time_scale: real seconds per second of the cluster's clock, for emulated engines.
+        supervision: how long to be patient with engines.
         logs: folder for what engines print; made if it is absent.
         config_of: says the Hugging Face configuration of a model.
 
@@ -93,7 +101,7 @@ async def open_cluster(
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
     with ProcessLauncher(backend, logs=logs) as launcher:
-        body = Body(world, launcher, time_scale=time_scale)
+        body = Body(world, launcher, time_scale=time_scale, supervision=supervision)
         try:
             yield body
         finally:
