@@ -205,6 +205,8 @@ class FakeCluster:
         )  # fmt: skip
 
     async def close(self) -> None:
+        if self.closed:
+            return
         self.closed = True
         for endpoint in self._endpoints.values():
             if endpoint.task:
@@ -217,6 +219,8 @@ class FakeCluster:
 
     def lose_engine(self, endpoint_id: int, status: str = "down") -> None:
         endpoint = self._found(endpoint_id)
+        if endpoint.status == "removed":
+            return
         endpoint.status, endpoint.reason, endpoint.restarts = status, "its engine failed", endpoint.restarts + 1
 
     async def _serve(self, endpoint: FakeEndpoint) -> None:
