@@ -34,6 +34,7 @@ RECORDED = "recorded"
 """The value of `serve_with` that takes the workload's own recorded times."""
 
 _MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
+_MOST_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
@@ -205,6 +206,8 @@ def guess_with(planner: Estimator) -> ServiceGuess:
                 output_tokens=deployment.ask.output_tokens,
                 batch=1,
             )
+            if len(known) >= _MOST_KNOWN:  # a service never ends
+                known.clear()
             known[key] = duration_micros(service.latency_s)
         return known[key]
 

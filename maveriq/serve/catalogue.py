@@ -79,6 +79,20 @@ class Catalogue:
             self._tokenizers[model.model_id] = tokenizer
             return model
 
+    async def forget(self, model_id: int, *, deployed: bool) -> None:
+        """Take a model out of the register.
+
+        Raises:
+            ApiError: there is none of that number, or it is deployed.
+        """
+        async with self._registering:
+            name = self.by_id(model_id).spec.name
+            if deployed:
+                raise ApiError(409, f"{name} is deployed; remove its deployments first", code="model_deployed")
+            await self._store.remove_model(model_id)
+            del self._by_id[model_id]
+            self._tokenizers.pop(model_id, None)
+
     def tokenizer(self, model: KnownModel) -> Tokenizer:
         """Return a model's tokenizer.
 

@@ -29,6 +29,12 @@ def developer_routes(service: Service) -> APIRouter:
         """Make a model known; one that is known already keeps its number."""
         return ModelView.of(await service.models.register(body.model))
 
+    @router.delete("/models/{number}", status_code=204, responses={409: {"model": ErrorView}})
+    async def forget_model(number: Number) -> Response:
+        """Take a model that is not deployed out of the register."""
+        await service.forget(number)
+        return Response(status_code=204)
+
     @router.get("/deployments")
     async def list_deployments() -> list[DeploymentView]:
         """List the deployments."""

@@ -61,7 +61,7 @@ async def answer(service: Service, request: Request, prompt: Prompt, dialect: ty
     if outcome is None:
         service.tracker.abandon(accepted)
         return Response(status_code=_NOBODY_WAITS)
-    _check(outcome)
+    _check(outcome, accepted)
     text = _Text(prompt, submission)
     shown = "".join(map(text.step, outcome.tokens)) + text.end()
     body = wire.whole(shown, text.token_ids, text.finish, text.usage)
@@ -147,7 +147,7 @@ async def _stream(
         service.tracker.abandon(accepted)
         return Response(status_code=_NOBODY_WAITS)
     if first == _NONE_LEFT:
-        _check(await _outcome(accepted))
+        _check(await _outcome(accepted), accepted)
     text = _Text(prompt, accepted.submission)
 
     async def lines() -> AsyncIterator[bytes]:
@@ -162,7 +162,7 @@ async def _stream(
                 if shown or ids:
                     yield _line(wire.chunk(shown, ids))
                 token = await _next(tokens)
-            for line in _last(await _outcome(accepted), text, wire, prompt):
+            for line in _last(await _outcome(accepted), accepted, text, wire, prompt):
                 yield line
         finally:
             service.tracker.abandon(accepted)
@@ -172,10 +172,10 @@ async def _stream(
     )
 
 
-def _last(outcome: Outcome, text: _Text, wire: CompletionWire, prompt: Prompt) -> list[bytes]:
+def _last(outcome: Outcome, accepted: Accepted, text: _Text, wire: CompletionWire, prompt: Prompt) -> list[bytes]:
     """Return the end of a stream: why it ends, counts if they are wanted, and the word for done; or an error."""
     try:
-        _check(outcome)
+        _check(outcome, accepted)
     except ApiError as error:
         return [_line(error.body())]
     lines = []
@@ -188,22 +188,23 @@ def _last(outcome: Outcome, text: _Text, wire: CompletionWire, prompt: Prompt) -
     return [*lines, b"data: [DONE]\n\n"]
 
 
-def _check(outcome: Outcome) -> None:
+def _check(outcome: Outcome, accepted: Accepted) -> None:
     """Let a completed request pass.
 
     Raises:
         ApiError: it ended otherwise.
     """
+    name = accepted.row.request_id
     match outcome.status:
         case RequestStatus.COMPLETED:
             return
         case RequestStatus.REFUSED:
-            raise ApiError(503, outcome.reason, code="refused", retry_after_s=_AGAIN_S)
+            raise ApiError(503, outcome.reason, code="refused", retry_after_s=_AGAIN_S, request_id=name)
         case RequestStatus.FAILED:
-            raise ApiError(502, outcome.reason, code="engine_failed")
+            raise ApiError(502, outcome.reason, code="engine_failed", request_id=name)
         case _:
             told = outcome.reason or "the server stopped before the request had ended"
-            raise ApiError(503, told, code="server_stopping", retry_after_s=_AGAIN_S)
+            raise ApiError(503, told, code="server_stopping", retry_after_s=_AGAIN_S, request_id=name)
 
 
 async def _outcome(accepted: Accepted) -> Outcome:

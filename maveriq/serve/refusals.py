@@ -8,7 +8,10 @@ from maveriq.errors import MaveriqError
 
 
 class ApiError(MaveriqError):
-    """A request that is answered with an error; the message is for whoever sent it."""
+    """A request that is answered with an error; the message is for whoever sent it.
+
+    `request_id` is that of a request which was accepted and then ended otherwise than completed.
+    """
 
     def __init__(
         self,
@@ -18,12 +21,14 @@ class ApiError(MaveriqError):
         code: str,
         param: str | None = None,
         retry_after_s: int | None = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.request_id = request_id
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body."""
@@ -35,8 +40,12 @@ class ApiError(MaveriqError):
 
     def headers(self) -> dict[str, str]:
         """Return the headers that belong to it."""
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        said = {
+            "Retry-After": self.retry_after_s,
+            "X-Request-Id": self.request_id,
+            "WWW-Authenticate": "Bearer" if self.status == 401 else None,
+        }
+        return {name: str(value) for name, value in said.items() if value is not None}
 
 
 def bad(message: str, param: str | None = None, *, code: str = "invalid_value") -> ApiError:

@@ -115,6 +115,16 @@ class Service:
 
     # Deployments
 
+    async def forget(self, model_id: int) -> None:
+        """Take a model out of the register.
+
+        Raises:
+            ApiError: there is none of that number, or it is deployed.
+        """
+        async with self._changing:
+            deployed = any(one.model_id == model_id for one in self._deployments.values())
+            await self.models.forget(model_id, deployed=deployed)
+
     async def deploy(self, model: KnownModel, asked: EndpointRequest, placement: str) -> Endpoint:
         """Ask for a model to be served.
 
@@ -128,6 +138,7 @@ class Service:
             if len(self._deployments) >= self.settings.most_deployments:
                 told = f"{self.settings.most_deployments} deployments are there, which is the most; remove one first"
                 raise ApiError(409, told, code="too_many_deployments")
+            self.models.by_id(model.model_id)  # it may have been forgotten meanwhile
             names = self._placements.by_name
             if placement and placement not in names:
                 told = f"unknown placement {placement!r}{did_you_mean(placement, names)} (known: {', '.join(names)})"

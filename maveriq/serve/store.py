@@ -137,6 +137,14 @@ class Store:
 
         return KnownModel(model_id=await self._writer.do(add), spec=spec, folder=folder)
 
+    async def remove_model(self, model_id: int) -> None:
+        """Drop a model that no deployment is of."""
+
+        def remove(file: sqlite3.Connection) -> None:
+            file.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
+
+        await self._writer.do(remove)
+
     async def models(self) -> list[KnownModel]:
         """Return all models, in the order of their numbers."""
 

@@ -18,6 +18,7 @@ from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
 
 _LOG = logging.getLogger(__name__)
 _TRY_AGAIN_S = 1.0
+_NEWEST_COUNTS = 0.1  # of the newest latency, in the average that says when to come back
 _LONGEST_RETRY_AFTER_S = 60
 
 
@@ -45,6 +46,7 @@ class Tracker:
         self._metrics = metrics
         self._most = most
         self._tasks: dict[asyncio.Task[None], Accepted] = {}
+        self._usual_s = 1.0
         self.open = True
         self.store_works = True
 
@@ -103,8 +105,7 @@ class Tracker:
 
     def _retry_after_s(self) -> int:
         """Return about how long until a place is free: a usual latency."""
-        usual_s = self._cluster.progress().recent_p50_s or 1.0
-        return max(1, min(round(usual_s), _LONGEST_RETRY_AFTER_S))
+        return max(1, min(round(self._usual_s), _LONGEST_RETRY_AFTER_S))
 
     async def _follow(self, accepted: Accepted) -> None:
         row = accepted.row
@@ -120,6 +121,7 @@ class Tracker:
         self._metrics.accepted.labels(row.model).inc()
         outcome = await self._run(accepted)
         self._metrics.finished(row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=accepted.submission.slo_us)
+        self._usual_s += _NEWEST_COUNTS * (time.time() - row.accepted_s - self._usual_s)
         await self._write_end(accepted, outcome)
 
     async def _run(self, accepted: Accepted) -> Outcome:

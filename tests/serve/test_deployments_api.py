@@ -91,6 +91,19 @@ def test_registering(server: Running) -> None:
         assert http.post("/deployments", json={"model": str(first["id"])}).json()["model"] == MODEL
 
 
+def test_forgetting_a_model(server: Running) -> None:
+    with server.client() as http:
+        number = http.post("/models", json={"model": "gptj-6b"}).json()["id"]
+        made = http.post("/deployments", json={"model": "gptj-6b"}).json()
+        refused = http.delete(f"/models/{number}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_deployed")
+        http.delete(f"/deployments/{made['id']}")
+        assert http.delete(f"/models/{number}").status_code == 204
+        assert http.delete(f"/models/{number}").status_code == 404
+        assert number not in [model["id"] for model in http.get("/models").json()]
+        assert http.post("/models", json={"model": "gptj-6b"}).json()["id"] > number
+
+
 def test_a_model_of_the_models_folder(folder: Path, state: Path) -> None:
     with running(state, ServeSettings(models_folder=folder)) as server, server.client() as http:
         by_name = http.post("/models", json={"model": "tiny"}).json()

@@ -198,6 +198,8 @@ def test_how_a_request_ends_otherwise(state: Path, *, stream: bool) -> None:
             client.completions.create(model=MODEL, prompt="a", stream=stream)
         assert (refused.value.status_code, refused.value.code) == (503, "refused")
         assert refused.value.response.headers["retry-after"] == "5"
+        name = refused.value.response.headers["x-request-id"]
+        assert httpx.get(f"{server.url}/requests/{name}").json()["status"] == "refused"
         client.close()
 
 

@@ -15,7 +15,7 @@ EXAMPLES = int(os.environ.get("MAVERIQ_FUZZ_EXAMPLES", "12"))
 ROUTES = {
     "GET /v1/models", "GET /v1/models/{model}", "POST /v1/completions", "POST /v1/chat/completions",
     "GET /models",
-    "POST /models", "GET /deployments", "POST /deployments", "GET /deployments/{number}",
+    "POST /models", "DELETE /models/{number}", "GET /deployments", "POST /deployments", "GET /deployments/{number}",
     "DELETE /deployments/{number}",
     "GET /requests", "GET /requests/{request_id}", "GET /health", "GET /metrics",
 }  # fmt: skip

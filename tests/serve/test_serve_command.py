@@ -14,6 +14,9 @@ import httpx
 import pytest
 from running import MODEL, until
 
+from maveriq.cli.app import app
+from maveriq.cli.ending import ending
+
 SERVE = ["serve", "--backend", "emulated", "--time-scale", "0.001", "--port", "0"]
 
 
@@ -34,12 +37,6 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "MAVERIQ_TOKEN"}
 
 
-def maveriq(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "maveriq", *words], capture_output=True, text=True, timeout=60, env=clean_environment()
-    )
-
-
 def engines_of(pid: int) -> list[int]:
     """Return the processes whose parent is `pid`."""
     stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
@@ -55,9 +52,7 @@ def sample(http: httpx.Client, name: str) -> float:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=20) as http:
-        deploy = f"1 deploy {MODEL} 20 min-cost"
-        assert maveriq("console", "--url", url, "-c", f"register {MODEL}", "-c", deploy).returncode == 0
-        until(lambda: http.get("/health").json()["deployments"] == 1, 20)
+        assert http.post("/deployments", json={"model": MODEL}).status_code == 201
         until(lambda: http.get("/deployments/1").json()["status"] == "up", 20)
         answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 7})
         assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 7)
@@ -86,6 +81,7 @@ def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
         ((*SERVE, "--token-file", "nowhere"), "token file"),
         ((*SERVE, "--policy", "alpaserve"), "unknown policy 'alpaserve'"),
         ((*SERVE, "--port", "70000"), "70000"),
+        ((*SERVE[:-1], "{taken}"), "Address already in use; name another with --port"),
         (("console", "-c", "modles"), "did you mean 'models'"),
         (("console", "--url", "nonsense", "-c", "models"), "is no URL of a server"),
     ],
@@ -97,27 +93,14 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from maveriq.cli.app import app
-    from maveriq.cli.ending import ending
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
-    assert ending(lambda: app(list(words), prog_name="maveriq", standalone_mode=False)) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        typed = [word.replace("{taken}", str(taken.getsockname()[1])) for word in words]
+        assert ending(lambda: app(typed, prog_name="maveriq", standalone_mode=False)) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
     [line] = shown.err.splitlines()
     assert told in line
     assert line.startswith("maveriq: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_port_in_use(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        ended = maveriq(*SERVE[:-1], port, "--state", str(tmp_path / "s.db"))
-    assert ended.returncode == 2
-    assert (
-        ended.stderr
-        == f"maveriq: cannot listen on 127.0.0.1 port {port}: Address already in use; name another with --port\n"
-    )
     assert list(tmp_path.iterdir()) == []
