@@ -3,8 +3,9 @@
     python benchmarks/soak_serve.py [--requests 20000] [--clients 24] [--time-scale 0.01]
 
 Starts a server on emulated engines as a process of its own and deploys three models. Every fourth request
-goes through the `openai` package (in turn whole and streamed), the others are plain HTTP. Prints what was measured as JSON; exits with 1
-if a request was lost, a metric differs from what the clients saw, or the server's memory grew.
+goes through the `openai` package (in turn whole and streamed), the others are plain HTTP. Prints what was
+measured as JSON; exits with 1 if a request was lost, a metric differs from what the clients saw, or the
+server's memory grew.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """`maveriq serve` and `maveriq console` as a user runs them, with real engine processes."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,7 @@ from maveriq.cli.ending import ending
 SERVE = ["serve", "--backend", "emulated", "--time-scale", "0.001", "--port", "0"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Give a running `maveriq serve`, and its URL."""
     command = [sys.executable, "-m", "maveriq", *SERVE, "--state", str(folder / "s.db"), *more]
@@ -39,9 +39,12 @@ def clean_environment() -> dict[str, str]:
 
 def engines_of(pid: int) -> list[int]:
     """Return the processes whose parent is `pid`."""
-    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
-    pids = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")]
-    return [child for child, stat in zip(pids, stats, strict=True) if int(stat[1]) == pid]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
 
 
 def sample(http: httpx.Client, name: str) -> float:
