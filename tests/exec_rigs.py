@@ -15,14 +15,16 @@ from worlds import MODEL, AsTold, TokenSeconds, cluster, guess
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.body import Body, World
+from maveriq.exec.body import Body
 from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
 from maveriq.exec.life import SupervisionSettings
-from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, Sequence as Prompt, ToEngine
+from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
+from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
 T = TypeVar("T")
@@ -250,5 +252,3 @@ class EndsEarly(Broken):
             if step == 3:
                 return
             yield tokens
-
-

@@ -12,6 +12,7 @@ from maveriq import __version__
 from maveriq.cli.compare import compare
 from maveriq.cli.console import console
 from maveriq.cli.ending import ending, prepare_streams
+from maveriq.cli.engines import engines
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
@@ -46,6 +47,7 @@ app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)
 app.command(cls=_Command)(compare)
+app.command(cls=_Command)(engines)
 app.command(cls=_Command)(serve)
 app.command(cls=_Command)(console)
 app.add_typer(trace_app, name="trace")

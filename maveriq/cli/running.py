@@ -18,7 +18,7 @@ from maveriq.errors import InputError, MaveriqError, UnknownNameError, cannot_wr
 from maveriq.exec.engines.catalog import BACKENDS
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.life import SupervisionSettings
-from maveriq.exec.replay import Replayed, ReplaySettings, run_replay
+from maveriq.exec.replay import Replayed, ReplaySettings, check_faults, run_replay
 from maveriq.report.engine_csv import engine_lines
 from maveriq.report.folders import check_writable
 from maveriq.report.live import make_view
@@ -91,6 +91,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
     scenario = build_scenario(options)
     folder = output.folder or _default_folder(options, engines)
     check_writable(folder)
+    check_faults(scenario)
     settings = ReplaySettings(time_scale=engines.time_scale, supervision=engines.supervision())
     with _scratch(folder) as scratch:
         logs = Path(scratch)

@@ -15,36 +15,26 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import TypeAlias
 
 from maveriq.errors import MaveriqError
 from maveriq.exec.channel import ChannelClosedError, StreamChannel
-from maveriq.exec.engines.base import Engine, EngineError, FailureKind, Step
+from maveriq.exec.engines.base import Engine, EngineError, FailureKind
 from maveriq.exec.engines.catalog import make_engine
 from maveriq.exec.messages import (
-    PROTOCOL_VERSION,
-    Bye,
     EngineSpec,
     Failed,
     Finished,
     FromEngine,
     Generate,
-    Hello,
-    Load,
-    Loaded,
-    Ping,
-    Pong,
-    Progress,
     ProtocolError,
-    Stop,
     ToEngine,
     decode_to_engine,
 )
-
-STOPPED, LOAD_FAILED, NO_PROTOCOL, BROKEN = 0, 1, 3, 4
-"""Exit codes; 2 is for a wrong command line."""
+from maveriq.exec.session import BROKEN, NO_PROTOCOL, STOPPED, Session
 
 _CLOSE_S = 5.0  # for an engine to free everything once its executor is gone
 
@@ -52,43 +42,36 @@ _Job: TypeAlias = Callable[[], None]
 
 
 class Host:
-    """What the loop knows of the engine, and the rules for messages that come twice or late."""
+    """A session in a process: its socket in the event loop, its engine in a thread (it is the session's `Worker`)."""
 
     def __init__(self, channel: StreamChannel[FromEngine, ToEngine], backend: str) -> None:
         self._channel = channel
         self._backend = backend
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
         self._engine: Engine | None = None
-        self._spec: EngineSpec | None = None
-        self._loaded: Loaded | None = None
-        self._under_way = 0  # the execution that the engine is at
-        self._steps = 0
-        self._ended: Finished | Failed | None = None  # how the last execution ended
-        self._stopping = False
+        self._session = Session(pid=os.getpid(), worker=self, send=channel.send, leave=self._end)
 
     async def run(self) -> int:
         """Serve until the end, and return the exit code."""
         Thread(target=self._work, daemon=True).start()
         if hasattr(os, "waitid"):
             self._loop.add_signal_handler(signal.SIGCHLD, self._child_ended)
-        self._hello()
+        self._session.greet()
         listening = asyncio.create_task(self._listen())
         code = await self._exit
         await self._channel.flush()
         listening.cancel()
+        self._jobs.put(None)
         return code
-
-    def _hello(self) -> None:
-        self._channel.send(Hello(protocol=PROTOCOL_VERSION, pid=os.getpid()))
 
     async def _listen(self) -> None:
         try:
             while True:
-                self._take(await self._channel.receive())
+                self._session.take(await self._channel.receive())
         except ChannelClosedError:
-            self._stop(say_bye=False)
+            self._session.stop(say_bye=False)
             self._loop.call_later(_CLOSE_S, self._end, STOPPED)
         except ProtocolError as error:
             _log(f"the executor does not speak this protocol: {error}")
@@ -98,55 +81,9 @@ class Host:
         if not self._exit.done():
             self._exit.set_result(code)
 
-    def _take(self, message: ToEngine) -> None:
-        match message:
-            case Ping(number=number):
-                if self._spec is None:
-                    self._hello()
-                self._channel.send(Pong(number=number, execution_id=self._under_way, steps=self._steps))
-            case Load(spec=spec):
-                self._load(spec)
-            case Generate():
-                self._generate(message)
-            case Stop():
-                self._stop(say_bye=True)
-
-    def _load(self, spec: EngineSpec) -> None:
-        if self._loaded is not None:
-            self._channel.send(self._loaded)
-        elif self._spec is None:
-            self._spec = spec
-            self._jobs.put(lambda: self._do_load(spec))
-
-    def _generate(self, work: Generate) -> None:
-        execution_id = work.execution_id
-        if self._ended is not None and execution_id == self._ended.execution_id:
-            self._channel.send(self._ended)
-        elif execution_id <= self._under_way or (self._ended and execution_id < self._ended.execution_id):
-            return  # it is at it, or that is long over
-        elif why_not := self._why_not(work):
-            self._channel.send(Failed(execution_id=execution_id, kind=FailureKind.ERROR.value, message=why_not))
-        else:
-            self._under_way, self._steps = execution_id, 0
-            self._jobs.put(lambda: self._do_generate(work))
-
-    def _why_not(self, work: Generate) -> str:
-        if self._spec is None or self._loaded is None:
-            return "nothing is loaded"
-        if self._under_way:
-            return f"execution {self._under_way} is under way"
-        if len(work.sequences) > self._spec.batch_size:
-            return f"{len(work.sequences)} sequences, where batches are of {self._spec.batch_size} at most"
-        return ""
-
-    def _stop(self, *, say_bye: bool) -> None:
-        if not self._stopping:
-            self._stopping = True  # an execution ends at its next step
-            self._jobs.put(lambda: self._do_close(say_bye=say_bye))
-
     def _child_ended(self) -> None:
         """Give up when one of the engine's own processes failed: the others would wait for it forever."""
-        if self._loaded is None or self._stopping:
+        if not self._session.serves:
             return
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -154,11 +91,24 @@ class Host:
                 _log(f"process {ended.si_pid} of this engine is gone (status {ended.si_status})")
                 self._end(BROKEN)
 
-    # In the engine's thread; word to the loop goes by `call_soon_threadsafe`
+    # What the session asks for
+
+    def load(self, spec: EngineSpec) -> None:
+        """Begin to load."""
+        self._jobs.put(lambda: self._do_load(spec))
+
+    def generate(self, work: Generate) -> None:
+        """Begin an execution."""
+        self._jobs.put(lambda: self._do_generate(work))
+
+    def close(self, *, say_bye: bool) -> None:
+        """Free everything after what is under way."""
+        self._jobs.put(lambda: self._do_close(say_bye=say_bye))
+
+    # In the engine's thread; word to the session goes by the loop
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
             try:
                 job()
             except BaseException:  # whatever it was: nobody knows what state the engine is in
@@ -176,17 +126,9 @@ class Host:
         except Exception as error:  # all is said to the executor, which decides
             traceback.print_exc()
             failed = _failed(0, error)
-            self._tell(lambda: self._load_failed(failed))
+            self._tell(lambda: self._session.load_failed(failed))
         else:
-            self._tell(lambda: self._did_load(loaded))
-
-    def _load_failed(self, failed: Failed) -> None:
-        self._channel.send(failed)
-        self._end(LOAD_FAILED)
-
-    def _did_load(self, loaded: Loaded) -> None:
-        self._loaded = loaded
-        self._channel.send(loaded)
+            self._tell(lambda: self._session.loaded(loaded))
 
     def _do_generate(self, work: Generate) -> None:
         engine = self._engine
@@ -203,8 +145,8 @@ class Host:
                 for output, token in zip(outputs, tokens, strict=True):
                     if token >= 0:
                         output.append(token)
-                self._tell(lambda number=number, tokens=tokens: self._stepped(work, number, tokens))  # type: ignore[misc]
-                if self._stopping:
+                self._tell(partial(self._session.stepped, work, number, tokens))
+                if self._session.stopping:
                     return
             ended = Finished(
                 execution_id=work.execution_id,
@@ -215,26 +157,12 @@ class Host:
         except (EngineError, MemoryError) as error:
             traceback.print_exc()
             ended = _failed(work.execution_id, error)
-        self._tell(lambda: self._did_generate(ended))
-
-    def _stepped(self, work: Generate, number: int, tokens: Step) -> None:
-        self._steps = number
-        self._channel.send(Progress(execution_id=work.execution_id, step=number, tokens=tuple(tokens)))
-
-    def _did_generate(self, ended: Finished | Failed) -> None:
-        self._ended = ended
-        self._under_way = self._steps = 0
-        self._channel.send(ended)
+        self._tell(lambda: self._session.generated(ended))
 
     def _do_close(self, *, say_bye: bool) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._tell(lambda: self._did_close(say_bye=say_bye))
-
-    def _did_close(self, *, say_bye: bool) -> None:
-        if say_bye:
-            self._channel.send(Bye())
-        self._end(STOPPED)
+        self._tell(lambda: self._session.closed(say_bye=say_bye))
 
 
 def _failed(execution_id: int, error: BaseException) -> Failed:
