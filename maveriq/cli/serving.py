@@ -17,7 +17,6 @@ from maveriq.cli.extras import extra
 from maveriq.cli.running import Engines
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError
-from maveriq.exec.modelconfig import config_json
 from maveriq.scenario.options import Options
 from maveriq.tables import is_folder
 
@@ -91,9 +90,9 @@ async def _serve(
     say: Callable[[str], None] = (lambda _line: None) if serving.quiet else _say
     logs = serving.state.with_suffix(".logs")
 
-    def config_of(model: ModelSpec) -> str:
+    def folder_of(model: ModelSpec) -> Path | None:
         service: Service = app.state.service
-        return service.models.own_config(model) or config_json(model)
+        return service.models.folder_of(model)
 
     async with open_cluster(
         plan,
@@ -101,7 +100,7 @@ async def _serve(
         time_scale=engines.time_scale,
         supervision=engines.supervision(),
         logs=logs,
-        config_of=config_of,
+        folder_of=folder_of,
     ) as body:
         app = create_app(body, store, settings, plan.placements)
         ready = partial(say, f"serving {plan.cluster.name} on {url}; Ctrl-C ends it")

@@ -13,7 +13,6 @@ from maveriq.errors import InputError
 from maveriq.serve.refusals import ApiError, bad, unknown
 from maveriq.serve.store import KnownModel, Store
 from maveriq.serve.tokens import Tokenizer, tokenizer_for
-from maveriq.tables import read_text
 
 
 class Catalogue:
@@ -106,16 +105,10 @@ class Catalogue:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
         return self._tokenizers[model.model_id]
 
-    def own_config(self, spec: ModelSpec) -> str | None:
-        """Return the text of a registered model's own `config.json`, None for one of the catalogue.
-
-        Raises:
-            InputError: its file has gone.
-        """
+    def folder_of(self, spec: ModelSpec) -> Path | None:
+        """Return where a registered model's files lie, None for one of the catalogue."""
         model = self.named(spec.name)
-        if model is None or not model.folder:
-            return None
-        return read_text(Path(model.folder) / "config.json", what="model configuration")
+        return Path(model.folder) if model is not None and model.folder else None
 
     def _read(self, text: str) -> tuple[ModelSpec, str]:
         """Return a model's shape, and the folder it was read from (empty for one of the catalogue)."""

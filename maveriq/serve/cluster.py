@@ -13,15 +13,18 @@ from maveriq.errors import InputError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.exec.body import Body, World
+from maveriq.exec.body import Body
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.life import SupervisionSettings
+from maveriq.exec.modelconfig import config_json
+from maveriq.exec.world import World
 from maveriq.policy.base import Policy
 from maveriq.policy.catalog import RULES, make_policy
 from maveriq.policy.endpoints import PerEndpoint
 from maveriq.scenario.build import cluster_for, controller_settings, guess_with, load_time_for
 from maveriq.scenario.options import Options
 from maveriq.scenario.service import EstimatedService
+from maveriq.tables import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,7 @@ async def open_cluster(
     time_scale: float,
     supervision: SupervisionSettings,
     logs: Path,
-    config_of: Callable[[ModelSpec], str],
+    folder_of: Callable[[ModelSpec], Path | None],
 ) -> AsyncIterator[Body]:
     """Give a cluster that is up, and close it at the end.
 
@@ -81,7 +84,7 @@ async def open_cluster(
         time_scale: real seconds per second of the cluster's clock, for emulated engines.
         supervision: how long to be patient with engines.
         logs: folder for what engines print; made if it is absent.
-        config_of: says the Hugging Face configuration of a model.
+        folder_of: says where the files of a model lie, None for one that is known by its shape alone.
 
     Raises:
         InputError: the folder cannot be made.
@@ -97,7 +100,8 @@ async def open_cluster(
         guess=guess_with(plan.planner),
         service=EstimatedService(plan.believed),
         load_time=load_time_for(plan.options, plan.profile),
-        config_of=config_of,
+        config_of=lambda model: _config_of(model, folder_of(model)),
+        weights_of=lambda model: _weights_of(folder_of(model)),
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
     with ProcessLauncher(backend, logs=logs) as launcher:
@@ -106,3 +110,21 @@ async def open_cluster(
             yield body
         finally:
             await body.close()
+
+
+def _config_of(model: ModelSpec, folder: Path | None) -> str:
+    """Return a model's own configuration, else one of its shape.
+
+    Where its own has gone it is empty: its engine then fails by itself, without bringing others down.
+    """
+    if folder is None:
+        return config_json(model)
+    try:
+        return read_text(folder / "config.json", what="model configuration")
+    except InputError:
+        return "{}"
+
+
+def _weights_of(folder: Path | None) -> str:
+    """Return the folder if there are weights in it, else nothing: then they are random."""
+    return str(folder) if folder is not None and any(folder.glob("*.safetensors")) else ""
