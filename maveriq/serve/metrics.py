@@ -106,7 +106,7 @@ class _ClusterCollector(Collector):
 
 def _deployments(now: Progress) -> Iterator[Metric]:
     labels = ("deployment", "model")
-    up = GaugeMetricFamily("maveriq_deployment_up", "1 if its engine serves.", labels=(*labels, "status"))
+    up = GaugeMetricFamily("maveriq_deployment_up", "1 if its engine serves.", labels=labels)
     waiting = GaugeMetricFamily("maveriq_deployment_waiting", "Requests that wait for it.", labels=labels)
     completed = CounterMetricFamily("maveriq_deployment_completed", "Requests it completed.", labels=labels)
     restarts = CounterMetricFamily("maveriq_engine_restarts", "Engines started after the first.", labels=labels)
@@ -114,7 +114,7 @@ def _deployments(now: Progress) -> Iterator[Metric]:
         if one.status == _REMOVED:
             continue
         named = (str(one.deployment_id), one.model)
-        up.add_metric((*named, one.status), float(one.status == "up"))
+        up.add_metric(named, float(one.status == "up"))
         waiting.add_metric(named, one.waiting)
         completed.add_metric(named, one.completed)
         restarts.add_metric(named, one.restarts)

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from maveriq.errors import InputError
+from maveriq.serve.patience import PatientProtocol
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 
@@ -73,10 +74,11 @@ async def serve(
     limits = service.settings
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=PatientProtocol,
         ws="none",
         lifespan="off",  # begun and ended here, where an error can be told in one line
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,

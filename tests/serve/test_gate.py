@@ -10,6 +10,7 @@ import pytest
 from running import MODEL, Running, running, until
 
 from maveriq.errors import InputError
+from maveriq.serve import patience
 from maveriq.serve.gate import is_loopback
 from maveriq.serve.secret import read_token
 from maveriq.serve.server import listen
@@ -130,6 +131,32 @@ def test_headers_without_end(narrow: Running) -> None:
     with _connected(narrow) as wire:
         wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n")
         assert wire.recv(4_096).startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
+def test_a_head_that_does_not_come(
+    narrow: Running, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
+) -> None:
+    monkeypatch.setattr(patience, "HEAD_S", 0.1)
+    with _connected(narrow) as wire:
+        if before:
+            wire.sendall(before)
+            answered = wire.recv(4_096)
+            while not answered.endswith(b"}"):
+                answered += wire.recv(4_096)
+            assert answered.startswith(b"HTTP/1.1 200")
+        wire.sendall(begun)
+        if begun or not before:  # what is idle between two requests is uvicorn's business
+            assert wire.recv(4_096) == b""
+
+
+def test_a_slow_answer_is_waited_for(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "HEAD_S", 0.1)
+    with narrow.client() as http:
+        for _ in range(2):
+            answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 6})
+            assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
