@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -206,6 +206,10 @@ class ErrorView(Body):
     """The body of every answer that is an error."""
 
     error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorView}, "5XX": {"model": ErrorView}}
+"""What a route answers where it cannot do what it is asked; FastAPI's own 422 is one of them and becomes a 400."""
 
 
 def micros_of(slo_ms: float | None, slo_s: float | None) -> int:

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from maveriq.domain.intents import Intent, Objective
 from maveriq.exec.cluster import EndpointRequest
-from maveriq.serve.bodies import DeploymentAsk, DeploymentView, ErrorView, ModelAsk, ModelView
+from maveriq.serve.bodies import ERRORS, DeploymentAsk, DeploymentView, ModelAsk, ModelView
 from maveriq.serve.service import Service
 
 Number = Annotated[int, Path(ge=0, le=2**53)]
@@ -17,19 +17,19 @@ Number = Annotated[int, Path(ge=0, le=2**53)]
 
 def developer_routes(service: Service) -> APIRouter:
     """Return the routes under /models and /deployments."""
-    router = APIRouter(tags=["maveriq"], responses={status: {"model": ErrorView} for status in (400, 401, 403, 404)})
+    router = APIRouter(tags=["maveriq"], responses=ERRORS)
 
     @router.get("/models")
     async def list_registered_models() -> list[ModelView]:
         """List the registered models."""
         return [ModelView.of(model) for model in service.models]
 
-    @router.post("/models", status_code=201, responses={409: {"model": ErrorView}})
+    @router.post("/models", status_code=201)
     async def register_model(body: ModelAsk) -> ModelView:
         """Make a model known; one that is known already keeps its number."""
         return ModelView.of(await service.models.register(body.model))
 
-    @router.delete("/models/{number}", status_code=204, responses={409: {"model": ErrorView}})
+    @router.delete("/models/{number}", status_code=204)
     async def forget_model(number: Number) -> Response:
         """Take a model that is not deployed out of the register."""
         await service.forget(number)
@@ -40,7 +40,7 @@ def developer_routes(service: Service) -> APIRouter:
         """List the deployments."""
         return [DeploymentView.of(endpoint) for endpoint in service.endpoints()]
 
-    @router.post("/deployments", status_code=201, responses={409: {"model": ErrorView}})
+    @router.post("/deployments", status_code=201)
     async def create_deployment(body: DeploymentAsk) -> DeploymentView:
         """Have a model served by intent. One that fits nowhere is listed as rejected, with the reason."""
         intent = Intent(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Request
 from fastapi.responses import JSONResponse, Response
 
-from maveriq.serve.bodies import ErrorView
+from maveriq.serve.bodies import ERRORS
 from maveriq.serve.generating import Prompt, answer
 from maveriq.serve.openai_bodies import ChatAsk, CompletionAsk, Generation
 from maveriq.serve.refusals import bad
@@ -22,14 +22,11 @@ from maveriq.serve.wire import ChatWire, CompletionWire
 _IN_A_THREAD_FROM = 4_096  # characters; what is shorter is tokenised at once
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MOST_SLO_MS = 1e9
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorView} for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 502, 503)
-}
 
 
 def openai_routes(service: Service) -> APIRouter:
     """Return the routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
 
     @router.get("/models")
     async def list_models() -> JSONResponse:

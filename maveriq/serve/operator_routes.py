@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from maveriq.serve.bodies import ErrorView, HealthView, RequestStatusName, RequestView
+from maveriq.serve.bodies import ERRORS, HealthView, RequestStatusName, RequestView
 from maveriq.serve.refusals import unknown
 from maveriq.serve.service import Service
 
@@ -17,7 +17,7 @@ _MOST_LISTED = 1_000
 
 def operator_routes(service: Service) -> APIRouter:
     """Return the routes under /requests, /health and /metrics."""
-    router = APIRouter(tags=["maveriq"], responses={status: {"model": ErrorView} for status in (400, 401, 403, 404)})
+    router = APIRouter(tags=["maveriq"], responses=ERRORS)
 
     @router.get("/requests")
     async def list_requests(

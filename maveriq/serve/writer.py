@@ -60,6 +60,7 @@ class Writer:
             InputError: it cannot be opened, is no such file, or another process holds it.
         """
         self._path = path
+        self._closed = False
         self._file = _open(path, prepare)
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="maveriq-state", daemon=True)
@@ -69,14 +70,17 @@ class Writer:
         """Run a job and wait until what it wrote is safe on disk.
 
         Raises:
-            StoreError: the file cannot be written or read.
+            StoreError: the file cannot be written or read, or is closed.
         """
+        if self._closed:
+            raise StoreError(f"state file {str(self._path)!r} is closed")
         job: _Job[T] = _Job(work, asyncio.get_running_loop().create_future())
         self._jobs.put(job)
         return await job.done
 
     def close(self) -> None:
         """Do what waits, then close the file. May be called twice."""
+        self._closed = True
         self._jobs.put(None)
         self._thread.join()
 
