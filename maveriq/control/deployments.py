@@ -119,4 +119,6 @@ class Deployment:
             status=self.state.value,
             waiting=waiting,
             completed=self.completed,
+            reason=self.reason,
+            restarts=max(0, self.incarnation - 1),
         )

@@ -35,6 +35,7 @@ RECORDED = "recorded"
 """The value of `serve_with` that takes the workload's own recorded times."""
 
 _MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
+_MOST_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
@@ -65,18 +66,10 @@ def build_scenario(options: Options, *, planning: Callable[[Estimator], Estimato
         cluster=cluster,
         policy=policy,
         workload=workload,
-        settings=ControllerSettings(
-            timing=_timing(options, profile.timing),
-            discipline=_choice(Discipline, "queue", options.queue),
-            max_wait_us=micros(options.max_wait_s),
-            on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
-            replica=_choice(ReplicaChoice, "replica choice", options.replica),
-            seed=options.seed,
-            load_window=profile.load_window,
-        ),
-        guess=_guess_with(planner),
+        settings=controller_settings(options, profile),
+        guess=guess_with(planner),
         serve=_serve(options.serve_with, profile),
-        load_time=_load_time(options, profile),
+        load_time=load_time_for(options, profile),
         faults=faults,
         removals=removals,
         drain_us=drain_us,
@@ -143,6 +136,23 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
     return cluster
 
 
+def controller_settings(options: Options, profile: HardwareProfile) -> ControllerSettings:
+    """Return how the controller is to work.
+
+    Raises:
+        UnknownNameError: a queue or another choice that there is not.
+    """
+    return ControllerSettings(
+        timing=_timing(options, profile.timing),
+        discipline=_choice(Discipline, "queue", options.queue),
+        max_wait_us=micros(options.max_wait_s),
+        on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
+        replica=_choice(ReplicaChoice, "replica choice", options.replica),
+        seed=options.seed,
+        load_window=profile.load_window,
+    )
+
+
 def _choice(kind: type[_Choice], what: str, text: str) -> _Choice:
     try:
         return kind(text.replace("_", "-"))
@@ -173,7 +183,9 @@ def _serve(name: str, profile: HardwareProfile) -> Estimator | None:
     return estimator(name, profile)
 
 
-def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
+def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:
+    """Return how long engines are believed to load: as the user says, else as the profile does."""
+
     def load_time(plan: DeploymentPlan) -> Micros:
         if options.load_s is not None:
             return micros(options.load_s)
@@ -182,7 +194,7 @@ def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
     return load_time
 
 
-def _guess_with(planner: Estimator) -> ServiceGuess:
+def guess_with(planner: Estimator) -> ServiceGuess:
     """Guess a request's service from its prompt and the output length that was planned for.
 
     The true output length is not known before a request has run.
@@ -199,6 +211,8 @@ def _guess_with(planner: Estimator) -> ServiceGuess:
                 output_tokens=deployment.ask.output_tokens,
                 batch=1,
             )
+            if len(known) >= _MOST_KNOWN:  # a service never ends
+                known.clear()
             known[key] = duration_micros(service.latency_s)
         return known[key]
 
