@@ -1,0 +1,114 @@
+"""The engine as its host sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
+
+from maveriq.exec.engines.base import EngineError, FailureKind, Step
+from maveriq.exec.engines.torch.architecture import read_architecture, refuse
+from maveriq.exec.engines.torch.plan import check
+from maveriq.exec.engines.torch.ranks import RankLostError, Ranks
+from maveriq.exec.engines.torch.wire import RankFailed, RankLoaded, Stepped
+from maveriq.exec.messages import EngineSpec, Generate, Loaded
+
+BACKEND = "torch"
+
+
+class TorchEngine:
+    """Runs a model in one process per shard (the `Engine` protocol).
+
+    Where a rank is lost `RankLostError` is raised instead of an `EngineError`: nothing can be run any more.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: Ranks | None = None
+        self._vocabulary = 0
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the ranks, stage by stage."""
+        return () if self._ranks is None else self._ranks.pids
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        """Start the ranks and wait until each has loaded and warmed up its part.
+
+        Raises:
+            EngineError: the model or the split is not supported, does not fit, or a rank failed.
+        """
+        arch = read_architecture(spec.config_json)
+        check(spec, arch)
+        if find_spec("torch") is None:
+            refuse("torch is not installed here: pip install 'maveriq[torch]'")
+        self._vocabulary = arch.vocabulary
+        self._ranks = Ranks(spec)
+        try:
+            loaded = _loaded(self._ranks)
+        except RankLostError as error:
+            self.close()
+            raise EngineError(FailureKind.ERROR, str(error)) from None
+        except EngineError:
+            self.close()
+            raise
+        return Loaded(
+            backend=BACKEND,
+            version=metadata.version("torch"),
+            weights_bytes=sum(rank.weights_bytes for rank in loaded),
+            kv_cache_bytes=sum(rank.kv_cache_bytes for rank in loaded),
+        )
+
+    def generate(self, work: Generate) -> Iterator[Step]:
+        """Yield each step as the last stage reports it.
+
+        Raises:
+            EngineError: a token is not in the vocabulary, or there is not memory enough.
+            RankLostError: a rank is gone, or they failed in the midst of working together.
+        """
+        if self._ranks is None:
+            raise RankLostError("the engine is not loaded")
+        beyond = max(max(sequence.prompt) for sequence in work.sequences)
+        if beyond >= self._vocabulary:
+            message = f"token {beyond} is not in the vocabulary of {self._vocabulary}"
+            raise EngineError(FailureKind.ERROR, message)
+        self._ranks.run(work)
+        steps = self._steps(self._ranks)
+        try:
+            yield from steps
+        finally:
+            # Who stops listening early still waits for the end: the ranks know no other.
+            with suppress(EngineError, RankLostError):
+                for _ in steps:
+                    pass
+
+    def close(self) -> None:
+        """Kill the ranks and wait until they are gone."""
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close()
+
+    def _steps(self, ranks: Ranks) -> Iterator[Step]:
+        for rank, message in ranks.messages():
+            if isinstance(message, RankFailed):
+                error = EngineError(FailureKind(message.kind), message.message)
+                if len(ranks.pids) == 1:
+                    raise error
+                raise RankLostError(f"rank {rank} failed in the midst of an execution: {error}")
+            if isinstance(message, Stepped):
+                yield message.tokens
+                if message.last:
+                    return
+
+
+def _loaded(ranks: Ranks) -> list[RankLoaded]:
+    """Wait until all ranks have loaded."""
+    loaded: dict[int, RankLoaded] = {}
+    for rank, message in ranks.messages():
+        if isinstance(message, RankFailed):
+            raise EngineError(FailureKind(message.kind), f"rank {rank}: {message.message}")
+        if isinstance(message, RankLoaded):
+            loaded[rank] = message
+        if len(loaded) == len(ranks.pids):
+            break
+    return list(loaded.values())

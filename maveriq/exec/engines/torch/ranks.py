@@ -1,0 +1,124 @@
+"""The processes of a model's ranks, as the engine sees them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from maveriq.errors import MaveriqError
+from maveriq.exec.engines.torch.wire import FROM_RANK, FromRank, LoadRank, Run, hear, say
+from maveriq.exec.messages import EngineSpec, Generate
+
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_STOP_TIMEOUT_S = 10.0
+
+
+class RankLostError(MaveriqError):
+    """A rank's process is gone, or the ranks can no longer work together; the engine cannot go on."""
+
+
+class Ranks:
+    """One process per rank, children of this one and in its process group.
+
+    They end when this process does, whatever way, since their sockets close.
+
+    Args:
+        spec: what they are to load.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._folder = TemporaryDirectory(prefix="maveriq-torch-")
+        self._channels: list[socket.socket] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        environment = _environment(len(spec.devices))
+        for rank in range(len(spec.devices)):
+            ours, theirs = socket.socketpair()
+            self._channels.append(ours)
+            with theirs:
+                command = [sys.executable, "-m", "maveriq.exec.engines.torch.rank", str(theirs.fileno())]
+                process = subprocess.Popen(  # noqa: S603 - our own module
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+                )
+            self._processes.append(process)
+            meeting_point = str(Path(self._folder.name) / "ranks")
+            self._say(rank, LoadRank(spec=spec, rank=rank, meeting_point=meeting_point))
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids, in the order of ranks."""
+        return tuple(process.pid for process in self._processes)
+
+    def run(self, work: Generate) -> None:
+        """Tell every rank to begin.
+
+        Raises:
+            RankLostError: one is gone.
+        """
+        for rank in range(len(self._processes)):
+            self._say(rank, Run(work=work))
+
+    def messages(self) -> Iterator[tuple[int, FromRank]]:
+        """Yield what ranks say, with who says it, as it comes.
+
+        Raises:
+            RankLostError: one is gone.
+        """
+        ranks = {channel: rank for rank, channel in enumerate(self._channels)}
+        while True:
+            for channel in wait(self._channels):
+                assert isinstance(channel, socket.socket)  # noqa: S101 - `wait` returns what it was given
+                body = hear(channel)
+                if body is None:
+                    raise self._lost(ranks[channel])
+                yield ranks[channel], FROM_RANK.decode(body)
+
+    def close(self) -> None:
+        """End all of them at once: they hold nothing that is worth saving."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_TIMEOUT_S)
+        for channel in self._channels:
+            channel.close()
+        self._folder.cleanup()
+
+    def _say(self, rank: int, message: LoadRank | Run) -> None:
+        try:
+            say(self._channels[rank], message)
+        except OSError:
+            raise self._lost(rank) from None
+
+    def _lost(self, rank: int) -> RankLostError:
+        process = self._processes[rank]
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT_S)
+        return RankLostError(f"the process of rank {rank} (pid {process.pid}) is gone: {_how(process.returncode)}")
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "it closed its channel"
+    if code == -signal.SIGKILL:
+        return "killed, perhaps for want of memory"
+    return f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """Return the environment of a rank: its share of the cores, nothing beyond this machine."""
+    cores = os.cpu_count() or 1
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": _LOOPBACK,
+        "NCCL_SOCKET_IFNAME": _LOOPBACK,
+    }

@@ -1,0 +1,93 @@
+"""What a rank does: load its part, then run what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.torch.architecture import Architecture, read_architecture
+from maveriq.exec.engines.torch.decode import decode
+from maveriq.exec.engines.torch.links import Alone, Distributed, Links
+from maveriq.exec.engines.torch.plan import part_of
+from maveriq.exec.engines.torch.sources import FolderSource, RandomSource, Source
+from maveriq.exec.engines.torch.stage import Stage
+from maveriq.exec.messages import EngineSpec, Sequence
+
+_WARM_UP_TOKENS = 8
+
+
+class Worker:
+    """One rank of a model, loaded and warm.
+
+    Args:
+        spec: the model and how it is split.
+        rank: which part this is.
+        links: to the other ranks.
+
+    Raises:
+        EngineError: weights cannot be had, or do not fit.
+    """
+
+    def __init__(self, spec: EngineSpec, rank: int, links: Links) -> None:
+        arch = read_architecture(spec.config_json)
+        device = torch.device(spec.devices[rank])
+        dtype = _type_of_numbers(arch, device)
+        self._links = links
+        self._like = torch.empty(0, device=device, dtype=dtype)
+        self.reports = rank == (spec.pp - 1) * spec.tp
+        with torch.inference_mode(), memory_errors():
+            self.stage = Stage(arch, part_of(spec, rank), spec, _source(spec, arch, device, dtype), links)
+        warm_up = Sequence(request_id=0, prompt=(0,) * _WARM_UP_TOKENS, output_tokens=2)
+        for _ in self.run((warm_up,) * spec.batch_size):
+            pass
+
+    def run(self, prompts: tuple[Sequence, ...]) -> Iterator[tuple[list[int], bool]]:
+        """Yield each step's tokens, and whether it is the last.
+
+        Raises:
+            EngineError: there is not memory enough.
+        """
+        with memory_errors():
+            yield from decode(self.stage, self._links, prompts, like=self._like)
+
+
+def links_of(spec: EngineSpec, rank: int, meeting_point: Path) -> Links:
+    """Return a rank's links to the others, once all are there."""
+    if len(spec.devices) == 1:
+        return Alone()
+    return Distributed(part_of(spec, rank), rank, meeting_point=meeting_point, devices=spec.devices)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what torch raises for want of memory into an `EngineError`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
+    except RuntimeError as error:
+        # Memory of a CPU, and of cuBLAS's own, is missed in words only.
+        if "can't allocate memory" in str(error) or "ALLOC_FAILED" in str(error):
+            raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _type_of_numbers(arch: Architecture, device: torch.device) -> torch.dtype:
+    """Return the type of what is not quantised: 16 bits on a GPU, 32 on a CPU, where 16 are slower."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if arch.bfloat16 else torch.float16
+
+
+def _source(spec: EngineSpec, arch: Architecture, device: torch.device, dtype: torch.dtype) -> Source:
+    if spec.weights_folder:
+        return FolderSource(Path(spec.weights_folder), device=device, dtype=dtype)
+    return RandomSource(seed=spec.seed, spread=arch.spread, device=device, dtype=dtype)
