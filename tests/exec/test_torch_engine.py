@@ -1,0 +1,119 @@
+"""The torch engine in real processes: its ranks, their death, and what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
+pytest.importorskip("transformers", reason="the expected tokens come from transformers")
+
+from torch_models import CONFIGS, PROMPTS, expected_tokens, outputs, prompts_of, spec_of
+
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.torch import TorchEngine
+from maveriq.exec.engines.torch.ranks import RankLostError
+from maveriq.exec.messages import Generate
+
+DEATH_BOUND_S = 5.0
+
+
+@pytest.fixture
+def engine():
+    engine = TorchEngine()
+    yield engine
+    engine.close()
+
+
+def generate_of(execution_id=1, **asked):
+    return Generate(execution_id=execution_id, sequences=prompts_of(**asked))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids):
+    deadline = time.monotonic() + DEATH_BOUND_S
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "ranks outlive their engine"
+        time.sleep(0.02)
+
+
+def test_tensor_and_pipeline_parallel_over_processes_until_one_is_killed(engine):
+    loaded = engine.load(spec_of(CONFIGS["llama"], tp=2, split=(1, 3)))
+    assert (loaded.backend, loaded.weights_bytes > 0, loaded.kv_cache_bytes > 0) == ("torch", True, True)
+    for execution in (1, 2):
+        assert outputs(list(engine.generate(generate_of(execution)))) == expected_tokens("llama")
+
+    pids = engine.pids
+    steps = engine.generate(generate_of(3, output_tokens=5000))
+    next(steps)
+    os.kill(pids[2], signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RankLostError):
+        list(steps)
+    assert time.monotonic() - started < DEATH_BOUND_S
+    with pytest.raises(RankLostError):
+        list(engine.generate(generate_of(4)))
+    engine.close()
+    wait_until_gone(pids)
+
+
+def test_three_uneven_stages_over_processes(engine):
+    engine.load(spec_of(CONFIGS["falcon-40b"], split=(2, 1, 1)))
+    steps = engine.generate(generate_of())
+    assert next(steps) == [tokens[0] for tokens in expected_tokens("falcon-40b")]
+    steps.close()  # who stops listening does not spoil the next execution
+    assert outputs(list(engine.generate(generate_of(2)))) == expected_tokens("falcon-40b")
+    groups = {os.getpgid(pid) for pid in engine.pids}
+    assert groups == {os.getpgrp()}
+
+
+def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
+    engine.load(spec_of(CONFIGS["gpt-j"]))
+    with pytest.raises(EngineError, match="not in the vocabulary"):
+        list(engine.generate(generate_of(prompts=[(1, 5000)])))
+    # 2^40 tokens of room are more than any machine's memory.
+    with pytest.raises(EngineError) as raised:
+        list(engine.generate(generate_of(2, prompts=[PROMPTS[0]], output_tokens=2**40)))
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY
+    assert outputs(list(engine.generate(generate_of(3)))) == expected_tokens("gpt-j")
+    engine.close()
+    engine.close()
+    with pytest.raises(RankLostError):
+        list(engine.generate(generate_of(4)))
+
+
+def test_ranks_end_with_their_engine_however_it_ends():
+    script = (
+        "import sys; sys.path.insert(0, 'tests/exec')\n"
+        "from torch_models import CONFIGS, spec_of\n"
+        "from maveriq.exec.engines.torch import TorchEngine\n"
+        "engine = TorchEngine(); engine.load(spec_of(CONFIGS['llama'], split=(3, 1)))\n"
+        "print(*engine.pids, flush=True); input()\n"
+    )
+    root = Path(__file__).parents[2]
+    host = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True
+    )
+    with host:
+        pids = [int(pid) for pid in host.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(alive(pid) for pid in pids)
+        host.kill()
+    wait_until_gone(pids)
+
+
+def test_a_rank_that_cannot_load_says_why(engine, tmp_path):
+    with pytest.raises(EngineError, match="cannot be read") as raised:
+        engine.load(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+    assert raised.value.kind is FailureKind.ERROR
+    assert engine.pids == ()
