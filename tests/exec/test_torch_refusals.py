@@ -1,10 +1,10 @@
-"""What the torch engine cannot do is refused before anything starts. (None of it needs torch.)"""
+"""What the torch engine cannot do is refused before anything starts, with the reason. (None of it needs torch.)"""
 
 import json
 
 import pytest
 
-from maveriq.domain.catalog import load_catalog
+from maveriq.domain.catalog import known_models
 from maveriq.domain.models import ModelSpec, model_from_hf_config
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine, hf_config
@@ -20,3 +20,97 @@ LLAMA = {
     "intermediate_size": 128,
     "vocab_size": 100,
 }
+FALCON_7B = hf_config(known_models()["falcon-7b"])
+
+
+def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", kv="native"):
+    return EngineSpec(
+        deployment_id=1,
+        incarnation=1,
+        model="refused",
+        config_json=config if isinstance(config, str) else json.dumps(config),
+        tp=tp,
+        pp=len(split),
+        layer_split=split,
+        weights=weights,
+        kv=kv,
+        batch_size=1,
+        devices=devices or ("cpu",) * (tp * len(split)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (spec_of(FALCON_7B, tp=2, split=(32,)), r"TP 2 does not divide attention heads \(71\).*TP 1"),
+        (spec_of(tp=16), "TP 16 does not divide attention heads.*TP 8"),
+        (spec_of({**LLAMA, "intermediate_size": 100}, tp=8), "feed-forward width.*TP 4"),
+        (
+            spec_of({**LLAMA, "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 3}, tp=2),
+            "3 KV heads: neither divides",
+        ),
+        (spec_of(split=(2, 1)), r"\[2, 1\] must deal 4 layers to 2 stages"),
+        (spec_of(split=(2, 2), devices=("cpu",)), "needs 2 devices, got 1"),
+        (spec_of(split=(2, 2), devices=("cpu", "cuda:0")), "more than one kind"),
+        (spec_of(devices=("tpu",)), "neither cpu nor cuda"),
+        (spec_of(devices=("cuda:x",)), "neither cpu nor cuda"),
+        (spec_of(weights="int4_gptq"), "ask for int4"),
+        (spec_of(weights="int3"), "int3"),
+        (spec_of(kv="fp8"), "fp8"),
+        (spec_of("{"), "not JSON"),
+        (spec_of("[]"), "must hold an object"),
+        (spec_of({"model_type": "opt"}), "'opt' is not one of llama, falcon, gptj"),
+        (spec_of({}), "None is not one of"),
+        (spec_of({**LLAMA, "hidden_size": None}), "hidden_size"),
+        (spec_of({**LLAMA, "num_hidden_layers": "4"}), "num_hidden_layers"),
+        (spec_of({**LLAMA, "vocab_size": True}), "vocab_size"),
+        (spec_of({**LLAMA, "num_attention_heads": 7}), "7 heads of size"),
+        (spec_of({**LLAMA, "num_key_value_heads": 3}), "divided by 3 KV heads"),
+        (spec_of({**FALCON_7B, "num_attention_heads": 70}, split=(32,)), "must divide hidden size"),
+        (spec_of({"model_type": "gptj", "n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 9}), "rotary size 64"),
+        (spec_of({**LLAMA, "head_dim": 16}), "head_dim"),
+        (spec_of({**LLAMA, "hidden_act": "relu"}), "relu"),
+        (spec_of({**LLAMA, "rope_scaling": {"rope_type": "yarn"}}), "yarn"),
+        (spec_of({**LLAMA, "rope_scaling": {"rope_type": "linear"}}), "factor"),
+        (spec_of({**LLAMA, "rope_scaling": "linear"}), "rope"),
+        (spec_of({**LLAMA, "rms_norm_eps": "small"}), "rms_norm_eps"),
+        (spec_of({**FALCON_7B, "alibi": True}, split=(32,)), "alibi"),
+    ],
+)
+def test_refused_with_the_reason(spec, reason):
+    engine = TorchEngine()
+    with pytest.raises(EngineError, match=reason) as raised:
+        engine.load(spec)
+    assert raised.value.kind is FailureKind.UNSUPPORTED
+    assert engine.pids == ()
+
+
+@pytest.mark.parametrize("name", ["falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b"])
+def test_a_catalogue_shape_and_its_config_json_say_the_same(name):
+    shape = known_models()[name]
+    config = hf_config(shape)
+    assert model_from_hf_config(config, name=name, where="config.json") == shape
+    read = read_architecture(json.dumps(config))
+    assert (read.layers, read.hidden, read.heads, read.kv_heads, read.intermediate, read.vocabulary) == (
+        shape.layers,
+        shape.hidden_size,
+        shape.attention_heads,
+        shape.kv_heads,
+        shape.intermediate_size,
+        shape.vocab_size,
+    )
+
+
+def test_a_shape_of_another_architecture_has_no_config_json():
+    shape = ModelSpec(
+        name="odd",
+        architecture="bert",
+        layers=2,
+        hidden_size=8,
+        attention_heads=2,
+        kv_heads=2,
+        intermediate_size=16,
+        vocab_size=10,
+    )
+    with pytest.raises(EngineError, match="bert"):
+        hf_config(shape)

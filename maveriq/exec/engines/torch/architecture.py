@@ -109,8 +109,9 @@ def read_architecture(config_json: str) -> Architecture:
 
 def _llama(config: Mapping[str, Any]) -> Architecture:
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    if (config.get("head_dim") or hidden // heads) * heads != hidden:
-        refuse(f"head_dim {config['head_dim']} times {heads} heads must be the hidden size {hidden}")
+    head_size = _count(config, "head_dim", max(1, hidden // heads))
+    if head_size * heads != hidden:
+        refuse(f"{heads} heads of size (head_dim) {head_size} must make up the hidden size {hidden}")
     return Architecture(
         family=Family.LLAMA,
         layers=_count(config, "num_hidden_layers"),
@@ -119,9 +120,9 @@ def _llama(config: Mapping[str, Any]) -> Architecture:
         kv_heads=_count(config, "num_key_value_heads", heads),
         intermediate=_count(config, "intermediate_size"),
         vocabulary=_count(config, "vocab_size"),
-        rotary=_rotary(config, hidden // heads),
+        rotary=_rotary(config, head_size),
         activation=_activation(config.get("hidden_act", "silu")),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=_number(config, "rms_norm_eps", 1e-6),
         root_mean_square_norm=True,
         gated=True,
         feed_forward_norm=True,
@@ -153,7 +154,7 @@ def _falcon(config: Mapping[str, Any]) -> Architecture:
         vocabulary=_count(config, "vocab_size"),
         rotary=_rotary(config, hidden // heads),
         activation=_activation(config.get("activation", "gelu")),
-        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_epsilon=_number(config, "layer_norm_epsilon", 1e-5),
         parallel=parallel,
         feed_forward_norm=not parallel or (new and config.get("num_ln_in_parallel_attn") in (None, 2)),
         attention_bias=bool(config.get("bias")),
@@ -175,7 +176,7 @@ def _gptj(config: Mapping[str, Any]) -> Architecture:
         vocabulary=_count(config, "vocab_size"),
         rotary=Rotary(size=_count(config, "rotary_dim", 64), interleaved=True),
         activation=_activation(config.get("activation_function", "gelu_new")),
-        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_epsilon=_number(config, "layer_norm_epsilon", 1e-5),
         parallel=True,
         feed_forward_bias=True,
         output_bias=True,
@@ -213,25 +214,36 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
+def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        refuse(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
 def _types(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that all families read alike. `dtype` is the newer name of `torch_dtype`."""
     return {
         "bfloat16": "bfloat16" in (config.get("dtype"), config.get("torch_dtype")),
-        "spread": float(config.get("initializer_range", 0.02)),
+        "spread": _number(config, "initializer_range", 0.02),
     }
 
 
 def _rotary(config: Mapping[str, Any], head_size: int) -> Rotary:
     """Read positions as transformers 5 writes them (`rope_parameters`) or 4 did (`rope_theta`, `rope_scaling`)."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if not isinstance(given, dict):
+        refuse(f"config.json: rope_parameters must be an object, not {given!r}")
+    theta = _number(given, "rope_theta", _number(config, "rope_theta", 10000.0))
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return Rotary(size=head_size, theta=theta)
     if kind == "linear":
-        return Rotary(size=head_size, theta=theta, stretch=float(given["factor"]))
+        return Rotary(size=head_size, theta=theta, stretch=_number(given, "factor"))
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        factor, low, high, context = (float(given[key]) for key in keys)
+        factor, low, high, context = (_number(given, key) for key in keys)
         return Rotary(size=head_size, theta=theta, frequency_scaling=(factor, low, high, context))
     refuse(f"rotary positions of type {kind!r} are not run, only default, linear and llama3")

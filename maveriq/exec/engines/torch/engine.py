@@ -45,7 +45,7 @@ class TorchEngine:
         self._vocabulary = arch.vocabulary
         self._ranks = Ranks(spec)
         try:
-            loaded = _loaded(self._ranks)
+            loaded = _all_loaded(self._ranks)
         except RankLostError as error:
             self.close()
             raise EngineError(FailureKind.ERROR, str(error)) from None
@@ -72,15 +72,20 @@ class TorchEngine:
         if beyond >= self._vocabulary:
             message = f"token {beyond} is not in the vocabulary of {self._vocabulary}"
             raise EngineError(FailureKind.ERROR, message)
-        self._ranks.run(work)
-        steps = self._steps(self._ranks)
+        ranks = self._ranks
+        ranks.run(work)
+        step = _next_step(ranks)
         try:
-            yield from steps
-        finally:
+            yield step.tokens
+            while not step.last:
+                step = _next_step(ranks)
+                yield step.tokens
+        except GeneratorExit:
             # Who stops listening early still waits for the end: the ranks know no other.
             with suppress(EngineError, RankLostError):
-                for _ in steps:
-                    pass
+                while not step.last:
+                    step = _next_step(ranks)
+            raise
 
     def close(self) -> None:
         """Kill the ranks and wait until they are gone."""
@@ -88,27 +93,25 @@ class TorchEngine:
         if ranks is not None:
             ranks.close()
 
-    def _steps(self, ranks: Ranks) -> Iterator[Step]:
-        for rank, message in ranks.messages():
-            if isinstance(message, RankFailed):
-                error = EngineError(FailureKind(message.kind), message.message)
-                if len(ranks.pids) == 1:
-                    raise error
-                raise RankLostError(f"rank {rank} failed in the midst of an execution: {error}")
-            if isinstance(message, Stepped):
-                yield message.tokens
-                if message.last:
-                    return
+
+def _next_step(ranks: Ranks) -> Stepped:
+    while True:
+        rank, message = ranks.hear()
+        if isinstance(message, Stepped):
+            return message
+        if isinstance(message, RankFailed):
+            error = EngineError(FailureKind(message.kind), message.message)
+            if len(ranks.pids) == 1:
+                raise error
+            raise RankLostError(f"rank {rank} failed in the midst of an execution: {error}")
 
 
-def _loaded(ranks: Ranks) -> list[RankLoaded]:
-    """Wait until all ranks have loaded."""
+def _all_loaded(ranks: Ranks) -> list[RankLoaded]:
     loaded: dict[int, RankLoaded] = {}
-    for rank, message in ranks.messages():
+    while len(loaded) < len(ranks.pids):
+        rank, message = ranks.hear()
         if isinstance(message, RankFailed):
             raise EngineError(FailureKind(message.kind), f"rank {rank}: {message.message}")
         if isinstance(message, RankLoaded):
             loaded[rank] = message
-        if len(loaded) == len(ranks.pids):
-            break
     return list(loaded.values())

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -65,20 +64,18 @@ class Ranks:
         for rank in range(len(self._processes)):
             self._say(rank, Run(work=work))
 
-    def messages(self) -> Iterator[tuple[int, FromRank]]:
-        """Yield what ranks say, with who says it, as it comes.
+    def hear(self) -> tuple[int, FromRank]:
+        """Wait for a message and return it with the rank that sent it.
 
         Raises:
             RankLostError: one is gone.
         """
-        ranks = {channel: rank for rank, channel in enumerate(self._channels)}
-        while True:
-            for channel in wait(self._channels):
-                assert isinstance(channel, socket.socket)  # noqa: S101 - `wait` returns what it was given
-                body = hear(channel)
-                if body is None:
-                    raise self._lost(ranks[channel])
-                yield ranks[channel], FROM_RANK.decode(body)
+        ready = wait(self._channels)
+        rank = next(rank for rank, channel in enumerate(self._channels) if channel in ready)
+        body = hear(self._channels[rank])
+        if body is None:
+            raise self._lost(rank)
+        return rank, FROM_RANK.decode(body)
 
     def close(self) -> None:
         """End all of them at once: they hold nothing that is worth saving."""
@@ -113,10 +110,14 @@ def _how(code: int | None) -> str:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """Return the environment of a rank: its share of the cores, nothing beyond this machine."""
+    """Return the environment of a rank: its share of the cores, nothing beyond this machine.
+
+    Threads that wait must not spin: cores are shared with other ranks and engines (ten times slower where they do).
+    """
     cores = os.cpu_count() or 1
     return {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         **os.environ,
         "GLOO_SOCKET_IFNAME": _LOOPBACK,
