@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
@@ -19,6 +20,7 @@ from maveriq.exec.engines.torch import TorchEngine
 from maveriq.exec.engines.torch.ranks import RankLostError
 from maveriq.exec.messages import Generate
 
+ROOT = Path(__file__).parents[2]
 DEATH_BOUND_S = 5.0
 
 
@@ -93,15 +95,15 @@ def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
 
 def test_ranks_end_with_their_engine_however_it_ends():
     script = (
-        "import sys; sys.path.insert(0, 'tests/exec')\n"
-        "from torch_models import CONFIGS, spec_of\n"
+        "import sys, msgspec\n"
         "from maveriq.exec.engines.torch import TorchEngine\n"
-        "engine = TorchEngine(); engine.load(spec_of(CONFIGS['llama'], split=(3, 1)))\n"
+        "from maveriq.exec.messages import EngineSpec\n"
+        "engine = TorchEngine(); engine.load(msgspec.json.decode(sys.argv[1], type=EngineSpec))\n"
         "print(*engine.pids, flush=True); input()\n"
     )
-    root = Path(__file__).parents[2]
+    spec = msgspec.json.encode(spec_of(CONFIGS["llama"], split=(3, 1))).decode()
     host = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True
+        [sys.executable, "-c", script, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
     )
     with host:
         pids = [int(pid) for pid in host.stdout.readline().split()]

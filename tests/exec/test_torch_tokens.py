@@ -5,16 +5,7 @@ import pytest
 pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="the expected tokens come from transformers")
 
-import torch
 from torch_models import CONFIGS, LAYERS, PROMPTS, expected_tokens, load_worker, outputs, prompts_of, run_split, spec_of
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def compositions(total):

@@ -19,6 +19,9 @@ from maveriq.exec.engines.torch.plan import Part, part_of
 from maveriq.exec.engines.torch.sources import RandomSource
 from maveriq.exec.engines.torch.worker import Worker
 
+# Tiny models gain nothing by threads, and threads that wait take the cores from the rest.
+torch.set_num_threads(1)
+
 LAYERS = 4
 VOCABULARY = 199
 SPREAD = 0.3  # wide, so that tokens differ from step to step

@@ -100,12 +100,10 @@ class KvCache:
 
     def __init__(self, *, kind: str, kv_heads: int, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
         self._shape = (kv_heads, head_size)
+        self._device = device
         self._dtype = dtype
-        self._store = torch.empty(0, kv_heads, 0, head_size, device=device, dtype=dtype)
-        self._scale: torch.Tensor | None = None
-        if kind == KvType.INT8:
-            self._store = self._store.to(torch.int8)
-            self._scale = torch.empty(0, kv_heads, 0, 1, device=device, dtype=dtype)
+        self._quantised = kind == KvType.INT8
+        self.give_room_back()
 
     @property
     def size_bytes(self) -> int:
@@ -114,18 +112,25 @@ class KvCache:
 
     def make_room(self, batch: int, tokens: int) -> None:
         """Make room for so many tokens of so many sequences."""
-        heads, size = self._shape
-        if batch <= self._store.shape[0] and tokens <= self._store.shape[2]:
+        batches, _, room, _ = self._store.shape
+        if batch <= batches and tokens <= room:
             return
-        batch = max(batch, self._store.shape[0])
-        tokens = max(-(-tokens // _ROUND_TOKENS) * _ROUND_TOKENS, self._store.shape[2])
         # The old room goes before the new one comes.
-        device, dtype = self._store.device, self._store.dtype
-        self._store = torch.empty(0, heads, 0, size, device=device, dtype=dtype)
-        if self._scale is not None:
-            self._scale = torch.zeros(batch, heads, tokens, 1, device=device, dtype=self._dtype)
+        self.give_room_back()
+        self._allot(max(batch, batches), max(-(-tokens // _ROUND_TOKENS) * _ROUND_TOKENS, room))
+
+    def give_room_back(self) -> None:
+        """Give all memory back."""
+        self._allot(0, 0)
+
+    def _allot(self, batch: int, tokens: int) -> None:
+        heads, size = self._shape
         # Zeroes, since a place that is masked still enters a product.
-        self._store = torch.zeros(batch, heads, tokens, size, device=device, dtype=dtype)
+        stored_as = torch.int8 if self._quantised else self._dtype
+        self._store = torch.zeros(batch, heads, tokens, size, device=self._device, dtype=stored_as)
+        self._scale = None
+        if self._quantised:
+            self._scale = torch.zeros(batch, heads, tokens, 1, device=self._device, dtype=self._dtype)
 
     def put(self, new: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Add what is new, [batch, KV heads, tokens, head size], and return all that `positions` reaches."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from maveriq.exec.engines.base import EngineError, FailureKind
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
+_ONLY_FILE = "model.safetensors"
 
 
 class Source(Protocol):
@@ -64,13 +67,10 @@ class FolderSource:
 
     def read(self, name: str, shape: Shape) -> torch.Tensor:
         """Read one tensor."""
-        from safetensors import safe_open
-
         file = self._files.get(name)
         if file is None:
             raise EngineError(FailureKind.ERROR, f"{self._folder}: no tensor {name}; is it this model's folder?")
-        with safe_open(self._folder / file, framework="pt", device="cpu") as opened:
-            tensor: torch.Tensor = opened.get_tensor(name)
+        tensor = _opened(self._folder, file, lambda opened: opened.get_tensor(name))
         if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
             raise EngineError(FailureKind.ERROR, f"{self._folder}: {name} has shape {found}, config.json says {shape}")
@@ -78,16 +78,22 @@ class FolderSource:
 
 
 def _files_of_tensors(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor."""
+    """Return the file of each tensor. Only files of this folder: an index must not lead elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return _opened(folder, _ONLY_FILE, lambda opened: dict.fromkeys(opened.keys(), _ONLY_FILE))
+    try:
+        return {name: Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(FailureKind.ERROR, f"{index} cannot be read: {error!r}") from None
+
+
+def _opened(folder: Path, file: str, use: Callable[[Any], T]) -> T:
+    """Return what `use` makes of an open file of tensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            # Only files of this folder: an index must not lead elsewhere.
-            return {name: Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
-        with safe_open(folder / "model.safetensors", framework="pt", device="cpu") as opened:
-            return dict.fromkeys(opened.keys(), "model.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        message = f"weights folder {folder} cannot be read: {error}; it needs model.safetensors or its index"
-        raise EngineError(FailureKind.ERROR, message) from None
+        with safe_open(folder / file, framework="pt", device="cpu") as opened:
+            return use(opened)
+    except (OSError, SafetensorError) as error:
+        raise EngineError(FailureKind.ERROR, f"weights {folder / file} cannot be read: {error}") from None

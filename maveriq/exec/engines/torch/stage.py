@@ -203,6 +203,12 @@ class Stage:
             for cache in layer.attention.caches:
                 cache.make_room(batch, tokens)
 
+    def give_room_back(self) -> None:
+        """Give the KV cache's memory back."""
+        for layer in self._layers:
+            for cache in layer.attention.caches:
+                cache.give_room_back()
+
     @property
     def weights_bytes(self) -> int:
         """Memory of its weights; what is tied counts once."""

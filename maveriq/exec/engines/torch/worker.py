@@ -41,6 +41,7 @@ class Worker:
         self.reports = rank == (spec.pp - 1) * spec.tp
         with torch.inference_mode(), memory_errors():
             self.stage = Stage(arch, part_of(spec, rank), spec, _source(spec, arch, device, dtype), links)
+        _give_back_unused(device)
         warm_up = Sequence(request_id=0, prompt=(0,) * _WARM_UP_TOKENS, output_tokens=2)
         for _ in self.run((warm_up,) * spec.batch_size):
             pass
@@ -51,8 +52,14 @@ class Worker:
         Raises:
             EngineError: there is not memory enough.
         """
-        with memory_errors():
-            yield from decode(self.stage, self._links, prompts, like=self._like)
+        try:
+            with memory_errors():
+                yield from decode(self.stage, self._links, prompts, like=self._like)
+        except EngineError:
+            # What it got of the room that was too large would be missed by the next execution.
+            self.stage.give_room_back()
+            _give_back_unused(self._like.device)
+            raise
 
 
 def links_of(spec: EngineSpec, rank: int, meeting_point: Path) -> Links:
@@ -74,6 +81,12 @@ def memory_errors() -> Iterator[None]:
         if "can't allocate memory" in str(error) or "ALLOC_FAILED" in str(error):
             raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
         raise
+
+
+def _give_back_unused(device: torch.device) -> None:
+    """Let other processes have what torch keeps of a GPU for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:
