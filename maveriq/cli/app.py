@@ -14,6 +14,7 @@ from maveriq.cli.ending import ending, prepare_streams
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
+from maveriq.cli.run import run
 from maveriq.cli.sim import sim
 from maveriq.cli.testbed import app as testbed_app
 from maveriq.cli.trace import app as trace_app
@@ -38,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=_Command)(sim)
+app.command(cls=_Command)(run)
 app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 
 from maveriq import __version__
+from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.folders import check_writable
 from maveriq.report.live import make_view
@@ -63,22 +65,44 @@ def run_simulation(options: Options, output: Output) -> None:
     interactive = sys.stdout.isatty() and sys.stderr.isatty()
     with make_view(Console(stderr=True), quiet=output.quiet or output.as_json, interactive=interactive) as view:
         run = simulate(scenario, view)
+    report(run, output, folder, meta_of(options, scenario, kind="simulated", libraries=("numpy", "simpy")))
+
+
+def report(
+    run: RunRecord,
+    output: Output,
+    folder: Path,
+    meta: Mapping[str, Any],
+    *,
+    more: Callable[[Path], None] | None = None,
+    last_line: str = "",
+) -> None:
+    """Write the run folder and show the results.
+
+    Args:
+        run: what happened.
+        output: how to show it.
+        folder: where the records go.
+        meta: what led to it; its notes are shown.
+        more: writes more files into the folder.
+        last_line: what to say last on a terminal.
+
+    Raises:
+        MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
+    """
     summary = summarise(run, slo_ttft_s=_seconds(output.slo_ttft_ms), slo_tpot_s=_seconds(output.slo_tpot_ms))
     verdict = judge(run)
     results = summary_json(summary, verdict, run.deployments)
-    write_run(folder, run, results, _meta(options, scenario))
-    if all(deployment.plan is None for deployment in run.deployments):
+    write_run(folder, run, results, meta, more=more)
+    if run.deployments and all(deployment.plan is None for deployment in run.deployments):
         raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}; records: {folder}")
     if output.as_json:
-        typer.echo(
-            json.dumps({"folder": str(folder), "notes": list(scenario.notes), **results}, indent=2, allow_nan=False)
-        )
+        typer.echo(json.dumps({"folder": str(folder), "notes": meta["notes"], **results}, indent=2, allow_nan=False))
     elif not output.quiet:
         console = Console()
         console.print(results_view(summary, verdict, run.deployments, width=console.width))
-        for note in scenario.notes:
-            console.print(note, highlight=False, markup=False)
-        console.print(f"records: {folder}", highlight=False, markup=False, soft_wrap=True)
+        for line in (*meta["notes"], f"records: {folder}", *([last_line] if last_line else [])):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def default_folder(options: Options) -> Path:
@@ -93,10 +117,10 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _meta(options: Options, scenario: Scenario) -> dict[str, Any]:
+def meta_of(options: Options, scenario: Scenario, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:
     """Return what led to the results: enough to run the same again."""
     return {
-        "kind": "simulated",
+        "kind": kind,
         "workload": scenario.workload.name,
         "notes": list(scenario.notes),
         "options": asdict(options),
@@ -104,7 +128,6 @@ def _meta(options: Options, scenario: Scenario) -> dict[str, Any]:
         "versions": {
             "maveriq": __version__,
             "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "simpy": version("simpy"),
+            **{library: version(library) for library in libraries},
         },
     }

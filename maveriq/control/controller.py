@@ -22,11 +22,13 @@ from maveriq.control.events import (
     EngineUp,
     Event,
     Execute,
+    ExecutionFailed,
     ExecutionFinished,
     GpuDown,
     GpuUp,
     RemoveAsked,
     RequestArrived,
+    RequestCancelled,
     StopEngine,
 )
 from maveriq.control.fleet import Fleet
@@ -100,6 +102,10 @@ class Controller:
                 self._arrived(event.request)
             case ExecutionFinished():
                 self._finished(event)
+            case ExecutionFailed():
+                self._execution_failed(event)
+            case RequestCancelled():
+                self._cancelled(event.request_id)
             case DeployAsked():
                 self._endpoints.setdefault(event.ask.endpoint_id, []).extend(self.fleet.ask(event.ask, self._now_us))
             case EngineUp():
@@ -143,10 +149,27 @@ class Controller:
             return
         requests = self.fleet.end(deployment, self._now_us)
         deployment.completed += len(requests)
+        if event.output_tokens is not None:
+            for request, output_tokens in zip(requests, event.output_tokens, strict=True):
+                self.ledger.generated(request, output_tokens)
         for request in requests:
             self.ledger.completed(request, event.first_token_us, self._now_us)
         if deployment.state is DeploymentState.REMOVED:
             self._stop(deployment)
+
+    def _execution_failed(self, event: ExecutionFailed) -> None:
+        """Fail what ran: the engine is well, so that the same requests would fail again."""
+        deployment = self.fleet.deployments[event.deployment_id]
+        if not deployment.running or deployment.execution_id != event.execution_id:
+            return
+        for request in self.fleet.end(deployment, self._now_us):
+            self.ledger.failed(request, f"{deployment.name}: {event.reason}")
+        if deployment.state is DeploymentState.REMOVED:
+            self._stop(deployment)
+
+    def _cancelled(self, request_id: int) -> None:
+        if self.queue.withdraw(request_id, self.ledger.deployment_of(request_id)):
+            self.ledger.cancelled(request_id, "the client went away")
 
     def _dispatch(self) -> None:
         """Send all that may go at this instant; note when the next one may."""
@@ -167,6 +190,10 @@ class Controller:
             self._actions.append(Execute(deployment.deployment_id, execution_id, requests))
 
     # Deployments
+
+    def deployments_of(self, endpoint_id: int) -> tuple[Deployment, ...]:
+        """Return all deployments that an endpoint ever had; none for an endpoint that nobody asked for."""
+        return tuple(self._endpoints.get(endpoint_id, ()))
 
     def _registered(self, event: EngineUp) -> None:
         deployment = self.fleet.registered(event.deployment_id, event.incarnation, self._now_us)
@@ -193,7 +220,7 @@ class Controller:
         if isinstance(event, EngineRepaired):
             self.fleet.repaired(deployment)
         else:
-            self._engine_down(deployment, "its engine failed", returns=event.returns, broken=True)
+            self._engine_down(deployment, event.reason, returns=event.returns, broken=True)
 
     def _engine_down(self, deployment: Deployment, what: str, *, returns: bool, broken: bool) -> None:
         """Take in that an engine is gone; nothing that was accepted is lost."""

@@ -21,11 +21,31 @@ class ExecutionFinished:
     """A deployment is done with an execution; `first_token_us` is when its first token came.
 
     An `execution_id` other than that under way is a late word from before a failure: ignored.
+    `output_tokens` says how many tokens each request got, in the order of the execution; None for as many as asked.
     """
 
     deployment_id: int
     execution_id: int
     first_token_us: Micros
+    output_tokens: tuple[int, ...] | None = None
+    rank: ClassVar[int] = 0
+
+    @property
+    def key(self) -> int:
+        """Order among events of this kind."""
+        return self.deployment_id
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionFailed:
+    """A deployment could not do an execution, and still serves; its requests have failed.
+
+    Late words are ignored as for `ExecutionFinished`.
+    """
+
+    deployment_id: int
+    execution_id: int
+    reason: str
     rank: ClassVar[int] = 0
 
     @property
@@ -120,6 +140,7 @@ class EngineDown:
 
     deployment_id: int
     returns: bool
+    reason: str = "its engine failed"
     rank: ClassVar[int] = 7  # an engine can fail at the very instant it is asked for
 
     @property
@@ -141,8 +162,22 @@ class RequestArrived:
         return self.request.request_id
 
 
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """Nobody waits for a request any more: one that has not started fails, any other goes on."""
+
+    request_id: int
+    rank: ClassVar[int] = 9
+
+    @property
+    def key(self) -> int:
+        """Order among events of this kind."""
+        return self.request_id
+
+
 Event: TypeAlias = (
     ExecutionFinished
+    | ExecutionFailed
     | GpuDown
     | EngineDown
     | GpuUp
@@ -151,6 +186,7 @@ Event: TypeAlias = (
     | RemoveAsked
     | DeployAsked
     | RequestArrived
+    | RequestCancelled
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from maveriq.domain.records import NOT_YET, RequestTable
@@ -22,6 +24,18 @@ RECENT_COMPLETIONS = 1_000
 """How many of the last completions live figures cover."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRow:
+    """One request as the ledger has it; times are `NOT_YET` where it has not got there."""
+
+    status: RequestStatus
+    reason: str
+    arrival_us: Micros
+    start_us: Micros
+    first_token_us: Micros
+    finish_us: Micros
+
+
 class RequestLedger:
     """A row per request, a packed column per field, so that millions take little memory.
 
@@ -37,14 +51,17 @@ class RequestLedger:
         self._first_token_us = array("q")
         self._finish_us = array("q")
         self._status = array("b")
-        self._reason = array("h")
+        self._reason = array("i")
         self._attempts = array("b")
         self._prompt_tokens = array("i")
         self._output_tokens = array("i")
         self._slo_us = array("q")
-        self._reasons: dict[str, int] = {"": 0}
+        self._reasons = [""]
+        self._reason_indices = {"": 0}
         self._count = [0] * len(RequestStatus)
         self._recent: deque[int] = deque(maxlen=RECENT_COMPLETIONS)
+        self.on_end: Callable[[int], None] | None = None
+        """Told the number of each request that ends before the run does."""
 
     def __len__(self) -> int:
         return len(self._status)
@@ -93,6 +110,12 @@ class RequestLedger:
         self._first_token_us[row] = first_token_us
         self._finish_us[row] = now_us
         self._recent.append(row)
+        if self.on_end is not None:
+            self.on_end(request.request_id)
+
+    def generated(self, request: Request, output_tokens: int) -> None:
+        """Note how many tokens a request really got, where that is not as many as were asked for."""
+        self._output_tokens[request.request_id - 1] = output_tokens
 
     def requeued(self, request: Request) -> None:
         """Note that a running request waits again because its engine failed."""
@@ -106,15 +129,38 @@ class RequestLedger:
 
     def refused(self, request: Request, reason: str) -> None:
         """Note that a waiting request will not be served."""
-        row = request.request_id - 1
-        self._move(row, _WAITING, _REFUSED)
-        self._reason[row] = self._reason_index(reason)
+        self._end(request.request_id, _WAITING, _REFUSED, reason)
 
     def failed(self, request: Request, reason: str) -> None:
-        """Note that a running request was lost with its engine."""
-        row = request.request_id - 1
-        self._move(row, _RUNNING, _FAILED)
+        """Note that a running request was lost, with its engine or alone."""
+        self._end(request.request_id, _RUNNING, _FAILED, reason)
+
+    def cancelled(self, request_id: int, reason: str) -> None:
+        """Note that a waiting request will not be served because nobody wants it any more."""
+        self._end(request_id, _WAITING, _FAILED, reason)
+
+    def _end(self, request_id: int, before: int, after: int, reason: str) -> None:
+        row = request_id - 1
+        self._move(row, before, after)
         self._reason[row] = self._reason_index(reason)
+        if self.on_end is not None:
+            self.on_end(request_id)
+
+    def deployment_of(self, request_id: int) -> int:
+        """Return the deployment that a request waits for or ran on; 0 for none, or no such request."""
+        return self._deployment_id[request_id - 1] if 0 < request_id <= len(self) else 0
+
+    def row(self, request_id: int) -> RequestRow:
+        """Return what is known of a request that has arrived."""
+        row = request_id - 1
+        return RequestRow(
+            status=RequestStatus(self._status[row]),
+            reason=self._reasons[self._reason[row]],
+            arrival_us=self._arrival_us[row],
+            start_us=self._start_us[row],
+            first_token_us=self._first_token_us[row],
+            finish_us=self._finish_us[row],
+        )
 
     def _move(self, row: int, before: int, after: int) -> None:
         if self._status[row] != before:
@@ -127,7 +173,10 @@ class RequestLedger:
         self._count[after] += 1
 
     def _reason_index(self, reason: str) -> int:
-        return self._reasons.setdefault(reason, len(self._reasons))
+        index = self._reason_indices.setdefault(reason, len(self._reasons))
+        if index == len(self._reasons):
+            self._reasons.append(reason)
+        return index
 
     def recent_rows(self) -> list[tuple[Micros, Micros]]:
         """Return (latency, SLO) of the last completions, 1,000 at most; SLO 0 where there is none."""

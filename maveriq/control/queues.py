@@ -116,6 +116,24 @@ class RequestQueue:
         left = (entry[4] for entry in line.heap if entry[3] not in line.taken_by_arrival)
         return sorted(left, key=lambda request: request.request_id)
 
+    def withdraw(self, request_id: int, deployment_id: int) -> bool:
+        """Take a request out of a deployment's line; says whether it waited there. Takes time in proportion to it."""
+        line = self._lines.get(deployment_id)
+        if line is None:
+            return False
+        for entry in line.heap:
+            if entry[2] == request_id and entry[3] not in line.taken_by_arrival:
+                break
+        else:
+            return False
+        line.heap.remove(entry)
+        heapq.heapify(line.heap)
+        line.by_arrival = [one for one in line.by_arrival if one[1] != entry[3]]
+        heapq.heapify(line.by_arrival)
+        self._front = None
+        self._waiting -= 1
+        return True
+
     def waiting(self, deployment_id: int) -> int:
         """Return how many requests wait for a deployment."""
         line = self._lines.get(deployment_id)

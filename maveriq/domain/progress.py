@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from maveriq.units import Bytes, Micros
 
@@ -55,3 +56,13 @@ class Progress:
     recent_slo_attainment: float | None
     deployments: tuple[DeploymentStatus, ...]
     gpus: tuple[GpuStatus, ...]
+
+
+class Watcher(Protocol):
+    """Somebody who looks on while the run goes, a live view for one."""
+
+    def wants_update(self) -> bool:
+        """Say, cheaply, whether it is time for another look."""
+
+    def update(self, progress: Progress) -> None:
+        """Look."""

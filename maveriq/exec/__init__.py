@@ -1,5 +1,5 @@
-"""The executor: the same controller on real engines.
+"""The executor: the controller on a real clock, driving engines that are processes of their own.
 
-Nothing here yet. It will drive `maveriq.control.Controller` on a real clock, as `maveriq.sim`
-does on a simulated one; docs/reading-guide.md says which parts both share.
+`maveriq.exec.replay` runs a scenario as `maveriq.sim` does, `maveriq.exec.body` keeps a cluster up;
+docs/executor.md tells how they work. Nothing is imported here: an engine's process starts with this package.
 """

@@ -49,8 +49,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `config_json` is the model's Hugging Face configuration. `devices` names one device per rank, stage-major
     ("cpu", or "cuda:0" counted among those that the environment shows). Random weights are drawn from
-    `seed` where `weights_folder` is empty. `time_scale` is for engines that only pretend: so many real seconds
-    per second of the run.
+    `seed` where `weights_folder` is empty. `time_scale` and `load_s` are for engines that only pretend: so many real
+    seconds per second of the run, and how long loading still takes, in seconds of the run.
     """
 
     deployment_id: _Count
@@ -67,6 +67,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: _Count = 42
     weights_folder: str = ""
     time_scale: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+    load_s: _NotNegative = 0.0
 
 
 # From the executor to an engine
@@ -105,7 +106,7 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop", forbid_unknown
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unknown_fields=True):
-    """An engine's process is there and wants to know what to load."""
+    """An engine's process is there and wants to know what to load. Said again at each `Ping` until it knows."""
 
     protocol: _Count
     pid: _Count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from maveriq.report.request_csv import csv_cell, request_lines
 from maveriq.units import MICROS_PER_SECOND, Micros, gib
 
 
-def write_run(folder: Path, run: RunRecord, summary: Mapping[str, object], meta: Mapping[str, object]) -> None:
+def write_run(
+    folder: Path,
+    run: RunRecord,
+    summary: Mapping[str, object],
+    meta: Mapping[str, object],
+    *,
+    more: Callable[[Path], None] | None = None,
+) -> None:
     """Write a run folder, whole or not at all. The same input gives the same bytes.
 
     Args:
@@ -30,6 +37,7 @@ def write_run(folder: Path, run: RunRecord, summary: Mapping[str, object], meta:
         summary: the results in plain values, as `summary_json` gives them.
         meta: what led to them: resolved configuration, seed, versions. Its keys stand first in
             run.json, in their order, before "summary" and "record".
+        more: writes more files into the folder that it is given.
 
     Raises:
         InputError: the folder cannot be written, or holds something else than a run.
@@ -42,6 +50,8 @@ def write_run(folder: Path, run: RunRecord, summary: Mapping[str, object], meta:
         _write_lines(fresh / "gpus.csv", _gpu_lines(run.gpu_samples))
         body = {**meta, "summary": summary, "record": _record(run)}
         _write_lines(fresh / "run.json", [_as_json(body)])
+        if more is not None:
+            more(fresh)
 
     write_folder(folder, fill)
 

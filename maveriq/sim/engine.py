@@ -7,11 +7,10 @@ calendar plays no part (the controller sorts them).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol, assert_never
+from typing import assert_never
 
-import numpy as np
 import simpy
 
 from maveriq.control.controller import Controller
@@ -34,27 +33,15 @@ from maveriq.control.events import (
 from maveriq.control.snapshot import snapshot
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.faults import Fault, FaultTarget
-from maveriq.domain.progress import Progress
+from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
-from maveriq.errors import InputError
 from maveriq.scenario.scenario import Scenario
-from maveriq.sim.service import EstimatedService, RecordedService, ServiceModel
+from maveriq.scenario.service import service_model
 from maveriq.units import Micros
-from maveriq.workload.base import Arrivals
+from maveriq.workload.requests import requests_of
 
 _STEPS_BETWEEN_LOOKS = 256
-_CHUNK = 1 << 14
-
-
-class Watcher(Protocol):
-    """Somebody who looks on while the run goes, a live view for one."""
-
-    def wants_update(self) -> bool:
-        """Say, cheaply, whether it is time for another look."""
-
-    def update(self, progress: Progress) -> None:
-        """Look."""
 
 
 def simulate(scenario: Scenario, watcher: Watcher | None = None) -> RunRecord:
@@ -71,8 +58,8 @@ class _Simulation:
         self._watcher = watcher
         self._env = simpy.Environment()
         self._controller = Controller(scenario.cluster, scenario.policy, scenario.settings, scenario.guess)
-        self._service = _service_model(scenario)
-        self._requests = _requests(arrivals)
+        self._service = service_model(scenario)
+        self._requests = requests_of(arrivals)
         self._left_to_arrive = len(arrivals)
         self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
@@ -236,46 +223,3 @@ class _Simulation:
             models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
             ended_us=ended_us,
         )
-
-
-def _service_model(scenario: Scenario) -> ServiceModel:
-    """Return who answers for the hardware.
-
-    Raises:
-        InputError: recorded service times are wanted, but the workload has none.
-    """
-    if scenario.serve is not None:
-        return EstimatedService(scenario.serve)
-    service_us = scenario.workload.arrivals.service_us
-    if service_us is None:
-        raise InputError(
-            f"workload {scenario.workload.name!r} has no recorded service times; "
-            "give a schedule with a service_s column, or serve with an estimator"
-        )
-    return RecordedService(service_us)
-
-
-def _requests(arrivals: Arrivals) -> Iterator[Request]:
-    """Yield the requests one by one; a chunk of the columns at a time keeps memory small."""
-    columns = (
-        arrivals.arrival_us,
-        arrivals.endpoint_id,
-        arrivals.prompt_tokens,
-        arrivals.output_tokens,
-        arrivals.slo_us,
-        np.zeros(len(arrivals), dtype=bool) if arrivals.priority is None else arrivals.priority.astype(bool),
-    )
-    for start in range(0, len(arrivals), _CHUNK):
-        chunk = (column[start : start + _CHUNK].tolist() for column in columns)
-        for request_id, (arrival_us, endpoint_id, prompt_tokens, output_tokens, slo_us, priority) in enumerate(
-            zip(*chunk, strict=True), start + 1
-        ):
-            yield Request(
-                request_id=request_id,
-                endpoint_id=endpoint_id,
-                arrival_us=arrival_us,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                slo_us=slo_us,
-                priority=priority,
-            )

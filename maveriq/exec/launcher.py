@@ -1,0 +1,214 @@
+"""Starting engines: the `Launcher` protocol, and real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeAlias
+
+from maveriq.errors import MaveriqError
+from maveriq.exec.channel import Channel, StreamChannel
+from maveriq.exec.devices import Devices
+from maveriq.exec.messages import EngineSpec, FromEngine, ToEngine, decode_from_engine
+
+_PACKAGE_ROOT = Path(__file__).parents[2]
+
+ToEngineChannel: TypeAlias = Channel[ToEngine, FromEngine]
+
+
+class LaunchError(MaveriqError):
+    """An engine's process could not be started, or ended before it was heard of."""
+
+
+class EngineConnection(Protocol):
+    """An engine's process group, and the channel to its leader."""
+
+    @property
+    def channel(self) -> ToEngineChannel:
+        """The executor's end of the channel."""
+
+    @property
+    def pid(self) -> int:
+        """The leader, which is also the number of the group."""
+
+    async def wait_exit(self) -> int:
+        """Wait until the leader is gone, end what is left of its group, and return its exit code (minus the signal)."""
+
+    def terminate(self) -> None:
+        """Ask the whole group to end."""
+
+    def kill(self) -> None:
+        """End the whole group."""
+
+    def last_words(self) -> str:
+        """Return the last line of the engine's log, if it left one."""
+
+
+class Launcher(Protocol):
+    """Starts engines."""
+
+    async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
+        """Start an engine's process on these GPUs and return once it has connected. When cancelled it leaves nothing.
+
+        Raises:
+            LaunchError: it could not be started, or ended at once.
+        """
+
+
+class ProcessLauncher:
+    """Starts engines as process groups of their own on this machine. Enter it first; leaving it removes its sockets.
+
+    Args:
+        backend: which engine they are to be.
+        logs: an existing folder for what they print, a file per engine.
+        devices: which devices stand behind the cluster's GPUs.
+        environment: what they inherit, None for all of this process's.
+    """
+
+    def __init__(
+        self, backend: str, *, logs: Path, devices: Devices | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._backend = backend
+        self._logs = logs
+        self._devices = devices or Devices()
+        self._environment = dict(os.environ if environment is None else environment)
+        # A private folder (mode 700) with a short path: a socket's path may have some 100 bytes.
+        self._sockets = tempfile.TemporaryDirectory(prefix="maveriq-")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sockets.cleanup()
+
+    async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
+        """Start an engine's process; see `Launcher`."""
+        name = f"{spec.deployment_id}-{spec.incarnation}"
+        path = Path(self._sockets.name) / name
+        log = self._logs / f"{name}.log"
+        connected: asyncio.Future[ToEngineChannel] = asyncio.get_running_loop().create_future()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if connected.done():
+                writer.close()  # an engine connects once
+            else:
+                connected.set_result(StreamChannel(reader, writer, decode_from_engine))
+
+        try:
+            server = await asyncio.start_unix_server(accept, path)
+        except OSError as error:
+            raise LaunchError(f"cannot listen for an engine: {error.strerror or error}") from None
+        try:
+            return await self._start(path, log, self._devices.visible_to(gpu_ids), connected)
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+
+    async def _start(
+        self, path: Path, log: Path, visible: Sequence[str], connected: asyncio.Future[ToEngineChannel]
+    ) -> EngineConnection:
+        process = await self._spawn(path, log, visible)
+        exited = asyncio.create_task(process.wait())
+        try:
+            either: tuple[asyncio.Future[Any], ...] = (connected, exited)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            _signal_group(process.pid, signal.SIGKILL)
+            await exited
+            raise
+        if connected.done():
+            return ProcessConnection(process.pid, connected.result(), exited, log)
+        words = _last_line(log)
+        raise LaunchError(f"its process ended with {exit_words(exited.result())}" + (f": {words}" if words else ""))
+
+    async def _spawn(self, path: Path, log: Path, visible: Sequence[str]) -> asyncio.subprocess.Process:
+        command = [sys.executable, "-P", "-m", "maveriq.exec.host", "--socket", str(path), "--backend", self._backend]
+        search = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
+        # What an engine may see of GPUs is fixed before it starts: libraries read it once, when they are imported.
+        environment = self._environment | {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
+        try:
+            with log.open("ab") as output:
+                return await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise LaunchError(f"its process cannot be started: {error.strerror or error}") from None
+
+
+class ProcessConnection:
+    """A process group on this machine."""
+
+    def __init__(self, pid: int, channel: ToEngineChannel, exited: asyncio.Task[int], log: Path) -> None:
+        self._pid = pid
+        self._channel = channel
+        self._exited = exited
+        self._log = log
+        # What is left of the group goes at once: later its number could be another's.
+        exited.add_done_callback(lambda _: _signal_group(pid, signal.SIGKILL))
+
+    @property
+    def channel(self) -> ToEngineChannel:
+        """The executor's end of the channel."""
+        return self._channel
+
+    @property
+    def pid(self) -> int:
+        """The leader, which is also the number of the group."""
+        return self._pid
+
+    async def wait_exit(self) -> int:
+        """Wait until the leader is gone; see `EngineConnection`."""
+        return await asyncio.shield(self._exited)
+
+    def terminate(self) -> None:
+        """Ask the whole group to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the whole group."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self._exited.done():
+            _signal_group(self._pid, number)
+
+    def last_words(self) -> str:
+        """Return the last line of the engine's log, if it left one."""
+        return _last_line(self._log)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
+        os.killpg(pid, number)
+
+
+def exit_words(code: int) -> str:
+    """Return how a process ended, in words; minus a signal's number says that it was killed by that."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line of a log that says something, of its last few KiB."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")

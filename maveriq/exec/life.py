@@ -1,0 +1,355 @@
+"""One engine from its start to its end: launch, handshake, load, watch, stop.
+
+A life is a state machine over what comes in (messages, the end of the process, the ticks of a clock). Whatever happens
+first ends it; then its process group is made to go, by word, by SIGTERM, by SIGKILL. Nothing here reads a clock
+but the event loop's, so that tests run it on a loop whose time is simulated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from maveriq.exec.channel import ChannelClosedError
+from maveriq.exec.engines.base import FailureKind
+from maveriq.exec.ground import Ground
+from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError, exit_words
+from maveriq.exec.messages import (
+    PROTOCOL_VERSION,
+    EngineSpec,
+    Failed,
+    Finished,
+    FromEngine,
+    Generate,
+    Hello,
+    Load,
+    Loaded,
+    Ping,
+    Pong,
+    Progress,
+    ProtocolError,
+    Stop,
+)
+from maveriq.units import Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisionSettings:
+    """How long to be patient with engines; all in real seconds.
+
+    `start_s` is for launch, handshake and load together. An engine that serves and is not heard for `hang_s`, or does
+    not get on with an execution for that and `stretch` times its estimated service, hangs. A stopped one is
+    asked by word, after `stop_s` by SIGTERM, after as long again by SIGKILL. The n-th failure in a row is mended after
+    `backoff_s` * 2^(n-1), at most `longest_backoff_s`; the `most_failures`-th is the last.
+    """
+
+    start_s: float = 900.0
+    ping_s: float = 1.0
+    hang_s: float = 30.0
+    stretch: float = 3.0
+    stop_s: float = 5.0
+    backoff_s: float = 1.0
+    longest_backoff_s: float = 60.0
+    most_failures: int = 5
+    memory_back_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What engine to start: its specification, and the memory it needs on each of its GPUs, in rank order."""
+
+    spec: EngineSpec
+    needed: Mapping[int, Bytes]
+    load_s: float  # of the run, as estimated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """Why a life ended. `failed` is False for one that was told to stop, `final` True for one that no repeat mends."""
+
+    reason: str
+    failed: bool = True
+    final: bool = False
+
+
+class LifeListener(Protocol):
+    """Who is told what happens to an engine. Calls come from the event loop, never from within a call to a life."""
+
+    def loaded(self, life: Life, loaded: Loaded) -> None:
+        """It serves."""
+
+    def stepped(self, life: Life, progress: Progress) -> None:
+        """The next step of its execution is done; steps come in order, each once, some perhaps not at all."""
+
+    def executed(self, life: Life, ended: Finished | Failed) -> None:
+        """Its execution is over."""
+
+    def noticed(self, life: Life, warning: str) -> None:
+        """Something that a reader of the results should know."""
+
+    def ended(self, life: Life, ending: Ending) -> None:
+        """It is over with the engine, which may yet be going; told once."""
+
+
+class Life:
+    """One engine. `run` it in a task of its own."""
+
+    def __init__(
+        self, order: Order, *, launcher: Launcher, listener: LifeListener, settings: SupervisionSettings, ground: Ground
+    ) -> None:
+        self.order = order
+        self._launcher = launcher
+        self._listener = listener
+        self._settings = settings
+        self._ground = ground
+        self._loop = asyncio.get_running_loop()
+        self._asked_s = self._loop.time()
+        self._ending: asyncio.Future[Ending] = self._loop.create_future()
+        self._connection: EngineConnection | None = None
+        self._loaded = False
+        self._work: Generate | None = None  # the execution that was asked for and has not ended
+        self._steps = 0  # of it that were handed on
+        self._steps_heard = 0
+        self._allowed_s = 0.0  # without a step
+        self._progress_s = 0.0
+        self._heard_s = 0.0
+        self._pings = 0
+        self._pings_at_work = 0
+
+    # What the supervisor asks for
+
+    def execute(self, work: Generate, expected_s: float) -> None:
+        """Let the engine execute; `expected_s` is how long that should take, in real seconds."""
+        self._work, self._steps, self._steps_heard = work, 0, 0
+        self._allowed_s = self._settings.hang_s + self._settings.stretch * expected_s
+        self._progress_s = self._loop.time()
+        self._pings_at_work = self._pings
+        self._send(work)
+
+    def stop(self) -> None:
+        """Stop the engine."""
+        self._end(Ending(reason="stopped", failed=False))
+
+    def break_off(self, reason: str, *, final: bool) -> None:
+        """Kill the engine, as if it had failed: this is how faults are made on purpose."""
+        if self._connection is not None:
+            self._connection.kill()
+        self._end(Ending(reason=reason, final=final))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its end has come."""
+        return self._ending.done()
+
+    # The life
+
+    async def run(self) -> None:
+        """Live until the engine's processes are gone."""
+        gpu_ids = tuple(self.order.needed)
+        try:
+            ending = await self._live()
+            self._ground.leave(gpu_ids)
+            self._listener.ended(self, ending)
+            if self._connection is not None:
+                await self._put_down(self._connection, ending)
+            await self._ground.gone(gpu_ids)
+        except BaseException:  # a bug, or the loop is being closed: leave no process behind
+            if self._connection is not None:
+                self._connection.kill()
+            raise
+
+    async def _live(self) -> Ending:
+        """Return why it ended, once that is known."""
+        starting = asyncio.create_task(self._launch())
+        either: tuple[asyncio.Future[Any], ...] = (starting, self._ending)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        connection = self._connection
+        if connection is None:
+            return await self._ending
+        doings = (self._listen(connection), self._tick(), self._await_exit(connection))
+        tasks = [asyncio.create_task(doing) for doing in doings]
+        for task in tasks:
+            task.add_done_callback(self._check)
+        try:
+            return await self._ending
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        """Let an error of one of its tasks come up where the life is awaited."""
+        if not task.cancelled() and (error := task.exception()) and not self._ending.done():
+            self._ending.set_exception(error)
+
+    async def _launch(self) -> None:
+        warning = await self._ground.clear(self.order.needed, self._settings.memory_back_s)
+        if warning:
+            self._listener.noticed(self, warning)
+        self._heard_s = self._loop.time()
+        try:
+            async with asyncio.timeout(self._settings.start_s):
+                self._connection = await self._launcher.launch(self.order.spec, tuple(self.order.needed))
+        except TimeoutError:
+            self._end(Ending(reason=self._too_slow()))
+        except LaunchError as error:
+            self._end(Ending(reason=str(error)))
+
+    def _too_slow(self) -> str:
+        return f"its engine did not start within {self._settings.start_s:g} s"
+
+    async def _listen(self, connection: EngineConnection) -> None:
+        try:
+            while True:
+                self._take(await connection.channel.receive())
+        except ProtocolError as error:
+            self._end(Ending(reason=f"its engine does not speak the protocol: {error}"))
+        except ChannelClosedError:
+            await asyncio.sleep(self._settings.stop_s)  # the end of the process says more
+            self._end(Ending(reason="its engine closed the channel"))
+
+    async def _await_exit(self, connection: EngineConnection) -> None:
+        code = await connection.wait_exit()
+        await asyncio.sleep(0.05)  # what it said last is still to be read
+        words = connection.last_words()
+        if words:
+            self._listener.noticed(self, f"the last words of its engine: {words}")
+        self._end(Ending(reason=f"its engine ended with {exit_words(code)}"))
+
+    def _take(self, message: FromEngine) -> None:
+        if self._ending.done():
+            return
+        self._heard_s = self._loop.time()
+        match message:
+            case Hello(protocol=protocol):
+                self._greeted(protocol)
+            case Loaded():
+                self._now_loaded(message)
+            case Failed(execution_id=0):
+                final = message.kind in (FailureKind.OUT_OF_MEMORY, FailureKind.UNSUPPORTED)
+                self._end(Ending(reason=f"its engine could not load ({message.kind}): {message.message}", final=final))
+            case Progress():
+                self._stepped(message)
+            case Finished() | Failed():
+                self._executed(message)
+            case Pong():
+                self._answered(message)
+
+    def _greeted(self, protocol: int) -> None:
+        if protocol != PROTOCOL_VERSION:
+            reason = f"its engine speaks version {protocol} of the protocol, not {PROTOCOL_VERSION}"
+            self._end(Ending(reason=reason, final=True))
+        else:
+            self._send_load()
+
+    def _send_load(self) -> None:
+        spec = self.order.spec
+        past_s = (self._loop.time() - self._asked_s) / spec.time_scale
+        self._send(Load(spec=msgspec.structs.replace(spec, load_s=max(0.0, self.order.load_s - past_s))))
+
+    def _now_loaded(self, loaded: Loaded) -> None:
+        if not self._loaded:
+            self._loaded = True
+            self._listener.loaded(self, loaded)
+
+    def _stepped(self, progress: Progress) -> None:
+        work = self._work
+        if work is None or progress.execution_id != work.execution_id or progress.step != self._steps + 1:
+            return  # late, twice, or after one that was lost: `Finished` has them all
+        if len(progress.tokens) != len(work.sequences):
+            self._end(Ending(reason="its engine gave tokens for another number of sequences"))
+            return
+        self._steps = progress.step
+        self._got_to(progress.step)
+        self._listener.stepped(self, progress)
+
+    def _got_to(self, step: int) -> None:
+        if step > self._steps_heard:
+            self._steps_heard = step
+            self._progress_s = self._loop.time()
+
+    def _executed(self, ended: Finished | Failed) -> None:
+        work = self._work
+        if work is None or ended.execution_id != work.execution_id:
+            return
+        if isinstance(ended, Finished) and len(ended.outputs) != len(work.sequences):
+            self._end(Ending(reason="its engine gave outputs for another number of sequences"))
+            return
+        self._work = None
+        self._listener.executed(self, ended)
+
+    def _answered(self, pong: Pong) -> None:
+        work = self._work
+        if work is None:
+            return
+        if pong.execution_id == work.execution_id:
+            self._got_to(pong.steps)  # though word of it may have been lost
+        elif pong.number > self._pings_at_work:
+            self._send(work)  # it was lost, or its end was
+
+    async def _tick(self) -> None:
+        """Ask for a sign of life, again and again."""
+        started_s = self._loop.time()
+        while True:
+            await asyncio.sleep(self._settings.ping_s)
+            now_s = self._loop.time()
+            if not self._loaded:
+                if now_s - started_s > self._settings.start_s:
+                    self._end(Ending(reason=self._too_slow()))
+            elif now_s - self._heard_s > self._settings.hang_s:
+                self._end(Ending(reason=f"its engine was not heard for {self._settings.hang_s:g} s"))
+            elif self._work is not None and now_s - self._progress_s > self._allowed_s:
+                self._end(Ending(reason="its engine did not get on with an execution"))
+            self._pings += 1
+            self._send(Ping(number=self._pings))
+            if not self._loaded and self._pings > 1:
+                self._send_load()
+
+    def _send(self, message: Load | Generate | Ping | Stop) -> None:
+        if self._connection is None:
+            return
+        try:
+            self._connection.channel.send(message)
+        except ProtocolError as error:
+            # Too long a message is no failure of the engine; whoever made it hears of it as of one that cannot be done.
+            if isinstance(message, Generate):
+                told = Failed(execution_id=message.execution_id, kind=FailureKind.ERROR.value, message=str(error))
+                self._loop.call_soon(self._executed, told)
+            else:
+                self._end(Ending(reason=str(error), final=True))
+
+    def _end(self, ending: Ending) -> None:
+        if not self._ending.done():
+            self._ending.set_result(ending)
+
+    async def _put_down(self, connection: EngineConnection, ending: Ending) -> None:
+        """Make the process group go."""
+        if not ending.failed:
+            self._send(Stop())
+            if await self._gone(connection):
+                connection.channel.close()
+                return
+            connection.terminate()
+            if await self._gone(connection):
+                connection.channel.close()
+                return
+        connection.kill()
+        if not await self._gone(connection):
+            self._listener.noticed(self, f"process group {connection.pid} cannot be killed")
+        connection.channel.close()
+
+    async def _gone(self, connection: EngineConnection) -> bool:
+        try:
+            async with asyncio.timeout(self._settings.stop_s):
+                await connection.wait_exit()
+        except TimeoutError:
+            return False
+        return True

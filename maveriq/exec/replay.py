@@ -1,0 +1,294 @@
+"""Replaying a scenario in real time, on engines that really run."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import selectors
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from maveriq.domain.faults import FaultTarget
+from maveriq.domain.progress import Progress, Watcher
+from maveriq.domain.records import GpuSample, RunRecord
+from maveriq.domain.requests import Request
+from maveriq.errors import InputError
+from maveriq.exec.body import Body, EngineRecord, World
+from maveriq.exec.devices import Devices
+from maveriq.exec.ground import MemoryWatch
+from maveriq.exec.launcher import Launcher
+from maveriq.exec.life import SupervisionSettings
+from maveriq.exec.prompts import Prompts
+from maveriq.exec.tickets import LiveTicket
+from maveriq.scenario.scenario import Scenario
+from maveriq.scenario.service import service_model
+from maveriq.units import Bytes, Micros
+from maveriq.workload.requests import requests_of
+
+_LOOK_EVERY_S = 0.1
+
+_Happening: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
+"""When, which kind and which of them come first at one instant, and what to do."""
+
+
+class GpuMeter(Protocol):
+    """Somebody who reads what real GPUs say of themselves."""
+
+    def energy_mj(self) -> tuple[int | None, ...]:
+        """Return the energy that each GPU has taken since some instant in the past, in millijoules."""
+
+    def used_bytes(self) -> tuple[Bytes | None, ...]:
+        """Return the memory held on each GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySettings:
+    """How a scenario is run.
+
+    Args:
+        time_scale: real seconds per second of the run.
+        devices: what stands behind the cluster's GPUs.
+        supervision: how long to be patient with engines.
+        meter: reads real GPUs, None where there are none.
+        watch: who sees the memory of real GPUs.
+    """
+
+    time_scale: float = 1.0
+    devices: Devices = field(default_factory=Devices)
+    supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
+    meter: GpuMeter | None = None
+    watch: MemoryWatch | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What a run leaves: its record, the engines that served, what a reader must know, joules by GPU if measured."""
+
+    record: RunRecord
+    engines: tuple[EngineRecord, ...]
+    notes: tuple[str, ...]
+    energy_j: tuple[float | None, ...]
+    interrupted: bool
+
+
+def run_replay(
+    scenario: Scenario, launcher: Launcher, settings: ReplaySettings, watcher: Watcher | None = None
+) -> Replayed:
+    """Replay a scenario on an event loop of its own; SIGINT or SIGTERM ends it early, with all records.
+
+    Raises:
+        InputError: a fault that cannot be made for real.
+    """
+
+    async def with_signals() -> Replayed:
+        interrupted = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupted.set)
+        return await execute(scenario, launcher, settings, watcher, interrupted=interrupted)
+
+    # select() takes microseconds, where epoll would round every wait up to whole milliseconds.
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
+        return runner.run(with_signals())
+
+
+async def execute(
+    scenario: Scenario,
+    launcher: Launcher,
+    settings: ReplaySettings,
+    watcher: Watcher | None = None,
+    *,
+    interrupted: asyncio.Event | None = None,
+) -> Replayed:
+    """Replay a scenario on the running event loop; it ends early when `interrupted` is set.
+
+    Raises:
+        InputError: a fault that cannot be made for real.
+    """
+    return await _Replay(scenario, launcher, settings, watcher, interrupted or asyncio.Event()).run()
+
+
+class _Replay:
+    """One run."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        launcher: Launcher,
+        settings: ReplaySettings,
+        watcher: Watcher | None,
+        interrupted: asyncio.Event,
+    ) -> None:
+        for fault in scenario.faults:
+            if fault.target is FaultTarget.GPU:
+                raise InputError(
+                    f"fault of GPU {fault.target_id}: a real GPU cannot be made to fail; "
+                    "give deployment=NUMBER@TIME, which kills its engine"
+                )
+        self._scenario = scenario
+        self._settings = settings
+        self._watcher = watcher
+        self._interrupted = interrupted
+        self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
+        self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
+        self._samples: list[GpuSample] = []
+        self._sampled_us: Micros = 0
+        self._busy_us = [0] * len(scenario.cluster)
+        self._body = Body(
+            world_of(scenario, settings.devices),
+            launcher,
+            time_scale=settings.time_scale,
+            supervision=settings.supervision,
+            watch=settings.watch,
+        )
+
+    async def run(self) -> Replayed:
+        """Run to the end: every request ended, the time to drain over, or interrupted."""
+        before_mj = self._energy_mj()
+        try:
+            await self._until_the_end()
+            body = self._body
+            ended_us = min(body.now_us, self._last_arrival_us + self._scenario.drain_us)
+            if ended_us > self._sampled_us:
+                self._sample(ended_us)
+            if self._watcher:
+                self._watcher.update(self._progress())
+            record = RunRecord(
+                requests=body.end_requests(),
+                deployments=tuple(one.record() for one in body.controller.fleet.deployments.values()),
+                gpu_samples=tuple(self._samples),
+                models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
+                ended_us=ended_us,
+            )
+        finally:
+            await self._body.close()
+        return Replayed(
+            record=record,
+            engines=tuple(body.engines),
+            notes=tuple(body.notes),
+            energy_j=_difference_j(before_mj, self._energy_mj()),
+            interrupted=self._interrupted.is_set(),
+        )
+
+    async def _until_the_end(self) -> None:
+        deadline_us = self._last_arrival_us + self._scenario.drain_us
+        doings = [self._sample_regularly(), *([self._show(self._watcher)] if self._watcher else [])]
+        beside = [asyncio.create_task(doing) for doing in doings]
+        ends = [
+            asyncio.create_task(self._serve_all()),
+            asyncio.create_task(self._until(deadline_us + 1)),
+            asyncio.create_task(self._wait_interrupted()),
+            self._body.fault,
+        ]
+        try:
+            await asyncio.wait([*ends, *beside], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (*ends[:3], *beside):
+                task.cancel()
+        for task in (*ends, *beside):
+            if task.done() and not task.cancelled():
+                task.result()  # a fault of the executor's own comes up here
+
+    async def _wait_interrupted(self) -> None:
+        await self._interrupted.wait()
+
+    async def _until(self, time_us: Micros) -> None:
+        """Sleep until an instant of the run."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, self._body.real_time_s(time_us) - loop.time()))
+
+    async def _serve_all(self) -> None:
+        """Let everything happen at its time, and wait until every request has ended."""
+        for time_us, _, _, happen in heapq.merge(sorted(self._planned(), key=_order), self._arriving(), key=_order):
+            if time_us > self._body.now_us:
+                await self._until(time_us)
+            happen()
+        await self._body.drained()
+
+    def _planned(self) -> Iterator[_Happening]:
+        """Yield what is known beforehand, but for requests; at one instant in the order of the controller's events."""
+        body, scenario = self._body, self._scenario
+        for removal in scenario.removals:
+            yield removal.at_us, 0, removal.endpoint_id, lambda one=removal: body.remove(one.endpoint_id)  # type: ignore[misc]
+        for ask in scenario.workload.asks:
+            yield ask.asked_us, 1, ask.endpoint_id, lambda one=ask: body.ask(one)  # type: ignore[misc]
+        for fault in scenario.faults:
+            yield (
+                fault.at_us,
+                2,
+                fault.target_id,
+                lambda one=fault: body.break_engine(one.target_id, for_us=one.for_us),  # type: ignore[misc]
+            )
+
+    def _arriving(self) -> Iterator[_Happening]:
+        for request in requests_of(self._scenario.workload.arrivals):
+            yield request.arrival_us, 3, request.request_id, lambda one=request: self._arrive(one)  # type: ignore[misc]
+
+    def _arrive(self, request: Request) -> None:
+        self._body.arrive(LiveTicket(request, self._prompts.of(request)))
+
+    # Looking on
+
+    async def _show(self, watcher: Watcher) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if watcher.wants_update():
+                # Drawing takes longer than a request may wait for its engine.
+                await loop.run_in_executor(None, watcher.update, self._progress())
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _progress(self) -> Progress:
+        return self._body.progress(last_arrival_us=self._last_arrival_us, total=len(self._scenario.workload.arrivals))
+
+    async def _sample_regularly(self) -> None:
+        due_us = 0
+        while True:
+            due_us += self._scenario.sample_us
+            await self._until(due_us)
+            self._sample(self._body.now_us)
+
+    def _sample(self, now_us: Micros) -> None:
+        fleet = self._body.controller.fleet
+        measured = self._settings.meter.used_bytes() if self._settings.meter else ()
+        for gpu_id, busy_before_us in enumerate(self._busy_us):
+            busy_us = fleet.busy_us(gpu_id, now_us)
+            self._busy_us[gpu_id] = busy_us
+            seen_bytes = measured[gpu_id] if measured else None
+            self._samples.append(
+                GpuSample(
+                    time_us=now_us,
+                    gpu_id=gpu_id,
+                    memory_bytes=fleet.used_bytes(gpu_id) if seen_bytes is None else seen_bytes,
+                    busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
+                )
+            )
+        self._sampled_us = now_us
+
+    def _energy_mj(self) -> tuple[int | None, ...]:
+        return self._settings.meter.energy_mj() if self._settings.meter else ()
+
+
+def _order(happening: _Happening) -> tuple[Micros, int, int]:
+    return happening[:3]
+
+
+def world_of(scenario: Scenario, devices: Devices) -> World:
+    """Return what a body needs to know of a scenario."""
+    return World(
+        cluster=scenario.cluster,
+        policy=scenario.policy,
+        settings=scenario.settings,
+        guess=scenario.guess,
+        service=service_model(scenario),
+        load_time=scenario.load_time,
+        devices=devices,
+    )
+
+
+def _difference_j(before_mj: tuple[int | None, ...], after_mj: tuple[int | None, ...]) -> tuple[float | None, ...]:
+    return tuple(
+        None if before is None or after is None else (after - before) / 1000
+        for before, after in zip(before_mj, after_mj, strict=True)
+    )

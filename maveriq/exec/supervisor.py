@@ -1,0 +1,147 @@
+"""The supervisor of a deployment: one engine after another, with backoff between failures, until it gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from maveriq.exec.ground import Ground
+from maveriq.exec.launcher import Launcher
+from maveriq.exec.life import Ending, Life, Order, SupervisionSettings
+from maveriq.exec.messages import Failed, Finished, Generate, Loaded, Progress
+
+
+class Overseer(Protocol):
+    """Who is told how the engines of all deployments are; `maveriq.exec.body.Body` is one."""
+
+    def engine_up(self, order: Order, loaded: Loaded) -> None:
+        """An engine serves."""
+
+    def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
+        """An engine failed; if it `returns`, `engine_repaired` follows."""
+
+    def engine_repaired(self, deployment_id: int) -> None:
+        """The engine may be started again."""
+
+    def stepped(self, deployment_id: int, progress: Progress) -> None:
+        """The next step of an execution is done."""
+
+    def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
+        """An execution is over."""
+
+    def noticed(self, deployment_id: int, warning: str) -> None:
+        """Something that a reader of the results should know."""
+
+    def broke(self, error: BaseException) -> None:
+        """The executor itself has a fault."""
+
+
+class Supervisor:
+    """Starts, uses and stops the engines of one deployment, one at a time."""
+
+    def __init__(
+        self,
+        deployment_id: int,
+        *,
+        launcher: Launcher,
+        overseer: Overseer,
+        settings: SupervisionSettings,
+        ground: Ground,
+    ) -> None:
+        self._deployment_id = deployment_id
+        self._launcher = launcher
+        self._overseer = overseer
+        self._settings = settings
+        self._ground = ground
+        self._life: Life | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # of this life, and of those before whose processes still go
+        self._repair: asyncio.TimerHandle | None = None
+        self._repair_after_s: float | None = None  # said by who broke the engine on purpose
+        self._failures = 0
+
+    def start(self, order: Order) -> None:
+        """Start an engine; the one before, if any, has ended or was stopped."""
+        life = Life(order, launcher=self._launcher, listener=self, settings=self._settings, ground=self._ground)
+        self._life = life
+        task = asyncio.get_running_loop().create_task(life.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._is_over)
+
+    def execute(self, work: Generate, expected_s: float) -> None:
+        """Let the engine execute.
+
+        Args:
+            work: what.
+            expected_s: how long that should take, in real seconds.
+        """
+        if self._life is not None:
+            self._life.execute(work, expected_s)
+
+    def stop(self) -> None:
+        """Stop the engine, if there is one."""
+        if self._life is not None:
+            self._life.stop()
+            self._life = None
+
+    def break_off(self, reason: str, *, repair_after_s: float | None) -> bool:
+        """Make the engine fail on purpose, to be mended after some real seconds or never; says whether there is one."""
+        if self._life is None or self._life.is_over:
+            return False
+        self._repair_after_s = repair_after_s
+        self._life.break_off(reason, final=repair_after_s is None)
+        return True
+
+    async def close(self) -> None:
+        """Stop the engine and wait until the processes of all are gone."""
+        if self._repair is not None:
+            self._repair.cancel()
+        self.stop()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _is_over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._overseer.broke(error)
+
+    # What its life says
+
+    def loaded(self, life: Life, loaded: Loaded) -> None:
+        """Pass on that the engine serves."""
+        if life is self._life:
+            self._overseer.engine_up(life.order, loaded)
+
+    def stepped(self, life: Life, progress: Progress) -> None:
+        """Pass on a step."""
+        if life is self._life:
+            self._overseer.stepped(self._deployment_id, progress)
+
+    def executed(self, life: Life, ended: Finished | Failed) -> None:
+        """Pass on that an execution is over."""
+        if life is self._life:
+            self._failures = 0
+            self._overseer.executed(self._deployment_id, ended)
+
+    def noticed(self, life: Life, warning: str) -> None:  # noqa: ARG002
+        """Pass on a warning."""
+        self._overseer.noticed(self._deployment_id, warning)
+
+    def ended(self, life: Life, ending: Ending) -> None:
+        """Decide whether the engine comes back, and when."""
+        if life is not self._life or not ending.failed:
+            return  # it was told to stop
+        self._life = None
+        self._failures += 1
+        worn_out = self._failures >= self._settings.most_failures
+        returns = not ending.final and not worn_out
+        reason = f"{ending.reason}; given up after {self._failures} failures in a row" if worn_out else ending.reason
+        self._overseer.engine_down(self._deployment_id, reason, returns=returns)
+        if returns:
+            after_s, self._repair_after_s = self._repair_after_s, None
+            self._repair = asyncio.get_running_loop().call_later(
+                self._backoff_s() if after_s is None else after_s, self._overseer.engine_repaired, self._deployment_id
+            )
+
+    def _backoff_s(self) -> float:
+        settings = self._settings
+        return float(min(settings.longest_backoff_s, settings.backoff_s * 2.0 ** (self._failures - 1)))

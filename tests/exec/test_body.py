@@ -1,0 +1,117 @@
+"""The body driven as a service drives it: prompts in, tokens and outcomes out."""
+
+import asyncio
+
+import pytest
+from exec_rigs import body, run_async, until
+from test_faults import first_token, send, status, up
+from worlds import MODEL
+
+from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.requests import RequestStatus
+from maveriq.errors import InputError
+from maveriq.exec.cluster import EndpointRequest, LiveCluster, Ticket
+
+
+def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
+            cluster: LiveCluster = one
+            await up(one)
+            ticket: Ticket = send(one, tokens=10)
+            arrived_us = cluster.now_us
+            seen_us = [one.now_us async for _ in ticket.tokens()]
+            ended = await ticket.outcome()
+            assert len(seen_us) == 10
+            assert seen_us[-1] - seen_us[0] > 50_000
+            assert ended.status is RequestStatus.COMPLETED
+            assert ended.arrival_us <= arrived_us <= ended.first_token_us <= ended.finish_us
+            assert ended.start_us <= ended.first_token_us
+            assert [token async for token in ticket.tokens()] == list(ended.tokens)  # whoever comes late gets all
+
+    run_async(check)
+
+
+def test_a_waiting_request_that_nobody_wants_fails_and_one_that_runs_is_finished(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, token_s=0.005) as one:
+            await up(one)
+            running, waiting, after = send(one, tokens=20), send(one), send(one)
+            one.cancel(waiting.request_id)
+            one.cancel(running.request_id)
+            one.cancel(10**9)
+            ended = await waiting.outcome()
+            assert (ended.status, ended.reason) == (RequestStatus.FAILED, "the client went away")
+            assert (await running.outcome()).status is RequestStatus.COMPLETED
+            assert (await after.outcome()).status is RequestStatus.COMPLETED
+            one.cancel(running.request_id)
+
+    run_async(check)
+
+
+def test_a_batch_starts_and_ends_together(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, token_s=0.002, batch_size=3) as one:
+            await up(one)
+            first, *others = [send(one, tokens=count, prompt=(count,)) for count in (5, 2, 9, 1)]
+            ends = [await ticket.outcome() for ticket in others]
+            assert [len(end.tokens) for end in ends] == [2, 9, 1]
+            assert len({(end.start_us, end.finish_us) for end in ends}) == 1
+            assert (await first.outcome()).finish_us <= ends[0].start_us
+
+    run_async(check)
+
+
+def test_records_count_the_tokens_that_came(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, backend="exec_rigs:EndsEarly") as one:
+            await up(one)
+            ends = [await send(one, tokens=tokens).outcome() for tokens in (2, 50)]
+            assert [len(end.tokens) for end in ends] == [2, 3]
+            assert one.end_requests().output_tokens.tolist() == [2, 3]
+
+    run_async(check)
+
+
+def test_what_is_not_there_is_said(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: []}, tmp_path) as one:
+            for ask in (lambda: send(one), lambda: one.endpoint(1), lambda: one.remove(1)):
+                with pytest.raises(InputError, match="there is no endpoint 1"):
+                    ask()
+            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            assert status(one) == "rejected"
+            ended = await send(one).outcome()
+            assert (ended.status, ended.reason) == (RequestStatus.REFUSED, "deployment 1 (tiny) was rejected")
+            await one.close()
+            with pytest.raises(InputError, match="shut down"):
+                send(one)
+
+    run_async(check)
+
+
+def test_endpoints_keep_the_numbers_of_an_earlier_life(tmp_path) -> None:
+    async def check() -> None:
+        async with body({7: [(0,)], 8: [(1,)]}, tmp_path) as one:
+            asked = EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1)
+            assert one.deploy(asked, endpoint_id=7) == 7
+            assert one.deploy(asked) == 8
+            await until(lambda: status(one, 7) == status(one, 8) == "up")
+            assert (await send(one, 7).outcome()).status is RequestStatus.COMPLETED
+
+    run_async(check)
+
+
+def test_progress_counts(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
+            await up(one)
+            ticket = send(one, tokens=30)
+            send(one)
+            await first_token(ticket)
+            seen = one.progress()
+            assert (seen.arrived, seen.running, seen.waiting, seen.total) == (2, 1, 1, 2)
+            await asyncio.wait_for(one.drained(), 10)
+            assert one.progress().completed == 2
+
+    run_async(check)

@@ -1,0 +1,236 @@
+"""Every fault, made for real: what becomes of requests, and of the engines beside."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from exec_rigs import QUICK, alive_in_group, body, run_async, until
+from worlds import MODEL
+
+from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.requests import RequestStatus
+from maveriq.exec.body import Body
+from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.exec.tickets import LiveTicket
+
+COMPLETED, FAILED, REFUSED = RequestStatus.COMPLETED, RequestStatus.FAILED, RequestStatus.REFUSED
+
+
+async def up(one: Body, endpoints: int = 1) -> None:
+    """Deploy endpoints 1, 2, ... and wait until all of them serve."""
+    for _ in range(endpoints):
+        one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+    for endpoint_id in range(1, endpoints + 1):
+        await until(lambda: status(one, endpoint_id) == "up")  # noqa: B023
+
+
+def status(one: Body, endpoint_id: int = 1) -> str:
+    return one.endpoint(endpoint_id)[0].status
+
+
+def send(one: Body, endpoint_id: int = 1, tokens: int = 1, prompt: tuple[int, ...] = (1, 2, 3), **more) -> LiveTicket:
+    return one.submit(Submission(endpoint_id=endpoint_id, prompt=prompt, output_tokens=tokens, **more))
+
+
+def pid_of(one: Body, deployment_id: int = 1) -> int:
+    life = one._supervisors[deployment_id]._life
+    assert life is not None
+    assert life._connection is not None
+    return life._connection.pid
+
+
+async def first_token(ticket: LiveTicket) -> int:
+    async for token in ticket.tokens():
+        return token
+    raise AssertionError("it ended without a token")
+
+
+def test_a_killed_engine_comes_back_and_its_request_is_run_again(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
+            await up(one, 2)
+            ticket, other = send(one, tokens=40), send(one, 2, tokens=60)
+            first = await first_token(ticket)
+            os.kill(pid_of(one), signal.SIGKILL)
+            streamed = [token async for token in ticket.tokens()]
+            ended = await ticket.outcome()
+            assert (ended.status, ended.reason) == (COMPLETED, "")
+            assert list(ended.tokens) == streamed
+            assert len(streamed) == 40
+            assert streamed[0] == first
+            assert one.controller.fleet.deployments[1].incarnation == 2
+            assert (await other.outcome()).status is COMPLETED
+            assert one.controller.fleet.deployments[2].incarnation == 1
+            assert any("signal SIGKILL" in note for note in one.notes)
+
+    run_async(check)
+
+
+def test_a_request_that_kills_its_engine_twice_fails_and_the_next_is_served(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
+            await up(one)
+            ticket, after = send(one, tokens=100), send(one)
+            for incarnation in (1, 2):
+                await until(lambda: one.controller.fleet.deployments[1].incarnation == incarnation)  # noqa: B023
+                await until(lambda: one.controller.fleet.deployments[1].running)
+                os.kill(pid_of(one), signal.SIGKILL)
+                await until(lambda: not one.controller.fleet.deployments[1].running)
+            ended = await ticket.outcome()
+            assert (ended.status, ended.reason) == (
+                FAILED,
+                "deployment 1 (tiny): its engine ended with signal SIGKILL",
+            )
+            assert (await after.outcome()).status is COMPLETED
+
+    run_async(check)
+
+
+def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
+            await up(one, 2)
+            ticket = send(one, tokens=20)
+            await first_token(ticket)
+            stopped = pid_of(one)
+            os.kill(stopped, signal.SIGSTOP)
+            assert (await send(one, 2).outcome()).status is COMPLETED
+            assert (await ticket.outcome()).status is COMPLETED
+            assert one.controller.fleet.deployments[1].incarnation == 2
+            assert any("was not heard for 1 s" in note for note in one.notes)
+            await until(lambda: not alive_in_group(stopped))
+
+    run_async(check)
+
+
+def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0, 1, 2)]}, tmp_path, token_s=0.005) as one:
+            await up(one)
+            ticket = send(one, tokens=40)
+            await first_token(ticket)
+            leader, group = pid_of(one), alive_in_group(pid_of(one))
+            assert len(group) == 3
+            os.kill(next(pid for pid in group if pid != leader), signal.SIGKILL)
+            assert (await ticket.outcome()).status is COMPLETED
+            assert one.controller.fleet.deployments[1].incarnation == 2
+            await until(lambda: not alive_in_group(leader))
+
+    run_async(check)
+
+
+def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, backend="exec_rigs:OutOfMemory") as one:
+            await up(one)
+            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            await until(lambda: status(one, 2) == "down")
+            deployment = one.controller.fleet.deployments[2]
+            assert deployment.incarnation == 1
+            assert deployment.reason == "its engine could not load (out-of-memory): out of memory"
+            assert not one.controller.fleet.holds_memory(deployment)
+            ended = await send(one, 2).outcome()
+            assert (ended.status, ended.reason) == (REFUSED, "deployment 2 (tiny) is down for good")
+            assert (await send(one).outcome()).status is COMPLETED
+
+    run_async(check)
+
+
+def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)], 2: [(0,)]}, tmp_path, backend="exec_rigs:CannotLoad") as one:
+            await up(one)
+            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            deployment = one.controller.fleet.deployments[2]
+            await until(lambda: deployment.state == "down" and not deployment.returns)
+            assert deployment.incarnation == QUICK.most_failures
+            assert deployment.reason == "its engine ended with exit code 9; given up after 3 failures in a row"
+            assert (await send(one).outcome()).status is COMPLETED
+
+    run_async(check)
+
+
+def test_an_execution_that_cannot_be_done_fails_alone(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path, backend="exec_rigs:CannotDo") as one:
+            await up(one)
+            bad, good = send(one, prompt=(13, 1)), send(one)
+            ended = await bad.outcome()
+            assert ended.status is FAILED
+            assert ended.reason == (
+                "deployment 1 (tiny): its engine could not do it (out-of-memory): no room for the KV cache of this one"
+            )
+            assert (await good.outcome()).status is COMPLETED
+            assert one.controller.fleet.deployments[1].incarnation == 1
+
+    run_async(check)
+
+
+def test_removal_stops_the_engine_and_all_its_ranks(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0, 1)]}, tmp_path, token_s=0.005) as one:
+            await up(one)
+            running, waiting = send(one, tokens=20), send(one)
+            await first_token(running)
+            group = pid_of(one)
+            one.remove(1)
+            assert (await waiting.outcome()).reason == "deployment 1 (tiny) was removed"
+            assert (await running.outcome()).status is COMPLETED
+            await until(lambda: not alive_in_group(group))
+
+    run_async(check)
+
+
+def test_the_next_engine_waits_until_the_one_before_has_left_its_gpus(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)], 2: [(0,)]}, tmp_path) as one:
+            await up(one)
+            old = pid_of(one)
+            os.kill(old, signal.SIGSTOP)  # it will not stop by word, nor by SIGTERM
+            one.remove(1)
+            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            await asyncio.sleep(0.5)
+            assert status(one, 2) == "loading"
+            assert alive_in_group(old)
+            os.kill(old, signal.SIGCONT)
+            await until(lambda: status(one, 2) == "up")
+            assert not alive_in_group(old)
+
+    run_async(check)
+
+
+def test_closing_ends_every_request_and_every_process(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: [(0, 1)]}, tmp_path) as one:
+            await up(one)
+            tickets = [send(one, tokens=100_000) for _ in range(3)]
+            await first_token(tickets[0])
+            group = pid_of(one)
+            await one.close()
+            assert not alive_in_group(group)
+            ends = [await ticket.outcome() for ticket in tickets]
+            assert {(end.status, end.reason) for end in ends} == {
+                (RequestStatus.UNFINISHED, "the run ended first"),
+            }
+
+    run_async(check)
+
+
+@pytest.mark.parametrize("when_s", [0.0, 0.03, 0.1])
+def test_closing_while_an_engine_starts_leaves_nothing_behind(tmp_path, when_s: float) -> None:
+    async def check() -> None:
+        async with body({1: [(0, 1)]}, tmp_path) as one:
+            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            await asyncio.sleep(when_s)
+            await one.close()
+        assert not children()
+
+    run_async(check)
+
+
+def children() -> list[str]:
+    """Processes of this one that run."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in pids if alive_in_group(int(pid))]

@@ -1,0 +1,254 @@
+"""What tests of the executor share: engines to test, a rig around one engine's process, a body on real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from worlds import MODEL, AsTold, TokenSeconds, cluster, guess
+
+from maveriq.control.controller import ControllerSettings
+from maveriq.domain.models import ModelSpec
+from maveriq.exec.body import Body, World
+from maveriq.exec.channel import ChannelClosedError
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.emulated import EmulatedEngine
+from maveriq.exec.launcher import EngineConnection, ProcessLauncher
+from maveriq.exec.life import SupervisionSettings
+from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, Sequence as Prompt, ToEngine
+from maveriq.exec.modelconfig import config_json
+from maveriq.scenario.service import EstimatedService
+
+T = TypeVar("T")
+PATIENCE_S = 20.0  # for what takes milliseconds: a test machine may be busy
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCase:
+    """A backend under test, with a model that it can load."""
+
+    backend: str
+    model: ModelSpec = MODEL
+    most_ranks: int = 4
+
+    def spec(self, **more: Any) -> EngineSpec:
+        ranks = more.get("tp", 1) * more.get("pp", 1)
+        usual: dict[str, Any] = {
+            "deployment_id": 1,
+            "incarnation": 1,
+            "model": self.model.name,
+            "config_json": config_json(self.model),
+            "tp": 1,
+            "pp": 1,
+            "layer_split": (self.model.layers,),
+            "weights": "float16",
+            "kv": "native",
+            "batch_size": 4,
+            "devices": ("cpu",) * ranks,
+        }
+        return EngineSpec(**usual | more)
+
+
+ENGINES = [EngineCase(backend="emulated")]
+"""Each of them passes the conformance suite (tests/exec/conformance)."""
+
+
+class Rig:
+    """One engine's process, and what a test says to it."""
+
+    def __init__(self, connection: EngineConnection, spec: EngineSpec) -> None:
+        self.connection = connection
+        self.spec = spec
+
+    def say(self, *messages: ToEngine) -> None:
+        for message in messages:
+            self.connection.channel.send(message)
+
+    async def hear(self, *kinds: type[FromEngine]) -> Any:
+        """Return the next message of one of these kinds (of any, if none is given); others before it are skipped."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                message = await self.connection.channel.receive()
+                if not kinds or isinstance(message, kinds):
+                    return message
+
+    async def hear_until(self, kind: type[FromEngine]) -> list[Any]:
+        """Return all messages up to the first of a kind, which is the last."""
+        heard = [await self.hear()]
+        while not isinstance(heard[-1], kind):
+            heard.append(await self.hear())
+        return heard
+
+    async def load(self) -> Loaded:
+        self.say(Load(spec=self.spec))
+        return await self.hear(Loaded)
+
+    async def hear_nothing_more(self) -> None:
+        try:
+            while True:
+                await self.hear()
+        except ChannelClosedError:
+            pass
+
+    async def exit_code(self) -> int:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.connection.wait_exit()
+
+
+@asynccontextmanager
+async def rig(case: EngineCase, folder: Path, *, load: bool = True, **spec: Any) -> AsyncIterator[Rig]:
+    with ProcessLauncher(case.backend, logs=folder, environment=environment()) as launcher:
+        asked = case.spec(**spec)
+        connection = await launcher.launch(asked, range(asked.tp * asked.pp))
+        try:
+            one = Rig(connection, asked)
+            assert isinstance(await one.hear(), Hello)
+            if load:
+                await one.load()
+            yield one
+        finally:
+            connection.kill()
+            await connection.wait_exit()
+            connection.channel.close()
+
+
+def environment() -> dict[str, str]:
+    """Engines of these tests find this module."""
+    here = str(Path(__file__).parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+
+
+def work(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] = 4, **more: Any) -> Generate:
+    """An execution of these prompts (by default one)."""
+    asked = prompts or ([7, 8, 9],)
+    counts = [tokens] * len(asked) if isinstance(tokens, int) else tokens
+    stop = more.pop("stop", ())
+    return Generate(
+        execution_id=number,
+        sequences=tuple(
+            Prompt(request_id=index, prompt=tuple(prompt), output_tokens=count, stop_token_ids=stop)
+            for index, (prompt, count) in enumerate(zip(asked, counts, strict=True), 1)
+        ),
+        **more,
+    )
+
+
+def alive_in_group(pgid: int) -> list[int]:
+    """Return the processes of a group that run; one that has ended and was not yet looked at does not."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == pgid and fields[0] not in "ZX":
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+async def until(true: Callable[[], object], *, every_s: float = 0.005) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not true():
+            await asyncio.sleep(every_s)
+
+
+def run_async(test: Callable[[], Awaitable[T]]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(3 * PATIENCE_S):
+            return await test()
+
+    return asyncio.run(bounded())
+
+
+QUICK = SupervisionSettings(
+    start_s=10, ping_s=0.05, hang_s=1.0, stop_s=2.0, backoff_s=0.02, longest_backoff_s=0.1, most_failures=3
+)
+
+
+@asynccontextmanager
+async def body(
+    gpus_of: dict[int, list[tuple[int, ...]]],
+    folder: Path,
+    *,
+    backend: str = "emulated",
+    token_s: float = 0.001,
+    supervision: SupervisionSettings = QUICK,
+    batch_size: int = 1,
+    models: dict[int, str] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Body]:
+    """A body whose endpoints are asked for; a token takes `token_s`."""
+    world = World(
+        cluster=cluster(4),
+        policy=AsTold(gpus_of, batch_size),
+        settings=ControllerSettings(**settings),
+        guess=guess,
+        service=EstimatedService(TokenSeconds(token_s)),
+        load_time=lambda _plan: 1,
+    )
+    with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
+        one = Body(world, launcher, supervision=supervision)
+        try:
+            yield one
+        finally:
+            await one.close()
+            assert not one.fault.done() or one.fault.exception() is None
+
+
+class Broken(EmulatedEngine):
+    """An engine for tests of failures; the endpoint's number, which is the deployment's, says what goes wrong.
+
+    Deployment 1 is well.
+    """
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        self.deployment_id = spec.deployment_id
+        return super().load(spec)
+
+
+class OutOfMemory(Broken):
+    """Deployment 2 takes more memory than there is, for real."""
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        if spec.deployment_id == 2:
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+            self.weights = bytearray(1 << 33)
+        return super().load(spec)
+
+
+class CannotLoad(Broken):
+    """Deployment 2 ends while it loads, each time."""
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        if spec.deployment_id == 2:
+            os._exit(9)
+        return super().load(spec)
+
+
+class CannotDo(Broken):
+    """Prompts that begin with 13 cannot be done."""
+
+    def generate(self, work: Generate) -> Any:
+        if any(sequence.prompt[0] == 13 for sequence in work.sequences):
+            raise EngineError(FailureKind.OUT_OF_MEMORY, "no room for the KV cache of this one")
+        return super().generate(work)
+
+
+class EndsEarly(Broken):
+    """Generates three tokens at most."""
+
+    def generate(self, work: Generate) -> Any:
+        for step, tokens in enumerate(super().generate(work)):
+            if step == 3:
+                return
+            yield tokens
+
+
