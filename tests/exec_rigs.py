@@ -8,6 +8,7 @@ import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,8 @@ from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
 from maveriq.exec.life import SupervisionSettings
-from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, Sequence as Prompt, ToEngine
+from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
+from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
 from maveriq.scenario.service import EstimatedService
 
@@ -56,6 +58,8 @@ class EngineCase:
 
 
 ENGINES = [EngineCase(backend="emulated")]
+if find_spec("torch") is not None:
+    ENGINES.append(EngineCase(backend="torch"))
 """Each of them passes the conformance suite (tests/exec/conformance)."""
 
 
@@ -250,5 +254,3 @@ class EndsEarly(Broken):
             if step == 3:
                 return
             yield tokens
-
-

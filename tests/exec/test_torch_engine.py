@@ -35,6 +35,11 @@ def generate_of(execution_id=1, **asked):
     return Generate(execution_id=execution_id, sequences=prompts_of(**asked))
 
 
+def too_large():
+    """Return an execution whose KV cache takes terabytes a layer."""
+    return generate_of(9, prompts=[PROMPTS[0]] * 10_000, output_tokens=1_000_000)
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -74,6 +79,9 @@ def test_three_uneven_stages_over_processes(engine):
     steps = engine.generate(generate_of())
     assert next(steps) == [tokens[0] for tokens in expected_tokens("falcon-40b")]
     steps.close()  # who stops listening does not spoil the next execution
+    with pytest.raises(EngineError) as raised:
+        list(engine.generate(too_large()))
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY
     assert outputs(list(engine.generate(generate_of(2)))) == expected_tokens("falcon-40b")
     groups = {os.getpgid(pid) for pid in engine.pids}
     assert groups == {os.getpgrp()}
@@ -84,7 +92,7 @@ def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
     with pytest.raises(EngineError, match="not in the vocabulary"):
         list(engine.generate(generate_of(prompts=[(1, 5000)])))
     with pytest.raises(EngineError) as raised:
-        list(engine.generate(generate_of(2, prompts=[PROMPTS[0]] * 10_000, output_tokens=1_000_000)))  # 2.6 TB a layer
+        list(engine.generate(too_large()))
     assert raised.value.kind is FailureKind.OUT_OF_MEMORY
     assert outputs(list(engine.generate(generate_of(3)))) == expected_tokens("gpt-j")
     engine.close()

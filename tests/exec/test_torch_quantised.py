@@ -119,6 +119,9 @@ def test_a_shard_does_not_keep_the_whole_matrix_alive():
         def tell_tokens(self, tokens):
             return tokens
 
+        def agree(self, *, well):
+            return well
+
     from maveriq.exec.engines.torch.worker import Worker
 
     kept.append(Worker(spec, 2, Links()))

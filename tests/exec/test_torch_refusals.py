@@ -5,11 +5,11 @@ import json
 import pytest
 
 from maveriq.domain.catalog import known_models
-from maveriq.domain.models import ModelSpec, model_from_hf_config
 from maveriq.exec.engines.base import EngineError, FailureKind
-from maveriq.exec.engines.torch import TorchEngine, hf_config
+from maveriq.exec.engines.torch import TorchEngine
 from maveriq.exec.engines.torch.architecture import read_architecture
 from maveriq.exec.messages import EngineSpec
+from maveriq.exec.modelconfig import config_json
 
 LLAMA = {
     "model_type": "llama",
@@ -20,7 +20,7 @@ LLAMA = {
     "intermediate_size": 128,
     "vocab_size": 100,
 }
-FALCON_7B = hf_config(known_models()["falcon-7b"])
+FALCON_7B = json.loads(config_json(known_models()["falcon-7b"]))
 
 
 def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", kv="native"):
@@ -86,11 +86,9 @@ def test_refused_with_the_reason(spec, reason):
 
 
 @pytest.mark.parametrize("name", ["falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b"])
-def test_a_catalogue_shape_and_its_config_json_say_the_same(name):
+def test_every_model_of_the_catalogue_is_read_as_the_catalogue_has_it(name):
     shape = known_models()[name]
-    config = hf_config(shape)
-    assert model_from_hf_config(config, name=name, where="config.json") == shape
-    read = read_architecture(json.dumps(config))
+    read = read_architecture(config_json(shape))
     assert (read.layers, read.hidden, read.heads, read.kv_heads, read.intermediate, read.vocabulary) == (
         shape.layers,
         shape.hidden_size,
@@ -99,18 +97,5 @@ def test_a_catalogue_shape_and_its_config_json_say_the_same(name):
         shape.intermediate_size,
         shape.vocab_size,
     )
-
-
-def test_a_shape_of_another_architecture_has_no_config_json():
-    shape = ModelSpec(
-        name="odd",
-        architecture="bert",
-        layers=2,
-        hidden_size=8,
-        attention_heads=2,
-        kv_heads=2,
-        intermediate_size=16,
-        vocab_size=10,
-    )
-    with pytest.raises(EngineError, match="bert"):
-        hf_config(shape)
+    assert read.gated == (shape.feed_forward_matrices == 3)
+    assert read.parallel == (shape.all_reduces_per_layer == 1)

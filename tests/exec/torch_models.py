@@ -131,11 +131,15 @@ class World:
     barriers: list[threading.Barrier] = field(init=False)
     pipes: list[list[SimpleQueue[Any]]] = field(init=False)
     tokens: list[SimpleQueue[Any]] = field(init=False)
+    all_there: threading.Barrier = field(init=False)
+    words: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.places = [[None] * self.tp for _ in range(self.pp)]
         self.barriers = [threading.Barrier(self.tp, timeout=30) for _ in range(self.pp)]
         self.pipes = [[SimpleQueue() for _ in range(self.tp)] for _ in range(self.pp)]
+        self.all_there = threading.Barrier(self.tp * self.pp, timeout=30)
+        self.words = [True] * (self.tp * self.pp)
         self.tokens = [SimpleQueue() for _ in range(self.tp * self.pp)]
 
 
@@ -172,6 +176,13 @@ class ThreadLinks:
             for told in self._world.tokens:
                 told.put(tokens)
         return self._world.tokens[self._part.stage * self._part.tp + self._part.place].get(timeout=30)
+
+    def agree(self, *, well: bool) -> bool:
+        self._world.words[self._part.stage * self._part.tp + self._part.place] = well
+        self._world.all_there.wait()
+        agreed = all(self._world.words)
+        self._world.all_there.wait()
+        return agreed
 
 
 def run_split(spec: Any, prompts: Sequence[messages.Sequence]) -> list[list[list[int]]]:

@@ -20,6 +20,8 @@ def decode(
 ) -> Iterator[tuple[list[int], bool]]:
     """Yield a token for each sequence, step by step until all have ended, and whether this step is the last.
 
+    There must be room for all of it in the KV cache.
+
     Args:
         stage: this rank's part.
         links: to the others.
@@ -28,7 +30,6 @@ def decode(
     """
     lengths = [len(prompt.prompt) for prompt in prompts]
     longest = max(lengths)
-    stage.make_room(len(prompts), max(len(prompt.prompt) + prompt.output_tokens for prompt in prompts))
     filled = [[*prompt.prompt, *[0] * (longest - len(prompt.prompt))] for prompt in prompts]
     tokens = torch.tensor(filled, device=like.device)
     positions = prefill_positions(stage.arch.rotary, len(prompts), longest, like=like)

@@ -26,6 +26,7 @@ class TorchEngine:
     def __init__(self) -> None:
         self._ranks: Ranks | None = None
         self._vocabulary = 0
+        self._done = True  # of the execution: whether its last step was heard
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -43,8 +44,8 @@ class TorchEngine:
         if find_spec("torch") is None:
             refuse("torch is not installed here: pip install 'maveriq[torch]'")
         self._vocabulary = arch.vocabulary
-        self._ranks = Ranks(spec)
         try:
+            self._ranks = Ranks(spec)
             loaded = _all_loaded(self._ranks)
         except RankLostError as error:
             self.close()
@@ -73,19 +74,14 @@ class TorchEngine:
             message = f"token {beyond} is not in the vocabulary of {self._vocabulary}"
             raise EngineError(FailureKind.ERROR, message)
         ranks = self._ranks
+        with suppress(EngineError):
+            # Where nobody listened to the end of the execution before: the ranks know no other end.
+            while not self._done:
+                self._next_step(ranks)
         ranks.run(work)
-        step = _next_step(ranks)
-        try:
-            yield step.tokens
-            while not step.last:
-                step = _next_step(ranks)
-                yield step.tokens
-        except GeneratorExit:
-            # Who stops listening early still waits for the end: the ranks know no other.
-            with suppress(EngineError, RankLostError):
-                while not step.last:
-                    step = _next_step(ranks)
-            raise
+        self._done = False
+        while not self._done:
+            yield self._next_step(ranks)
 
     def close(self) -> None:
         """Kill the ranks and wait until they are gone."""
@@ -93,17 +89,16 @@ class TorchEngine:
         if ranks is not None:
             ranks.close()
 
-
-def _next_step(ranks: Ranks) -> Stepped:
-    while True:
-        rank, message = ranks.hear()
-        if isinstance(message, Stepped):
-            return message
-        if isinstance(message, RankFailed):
-            error = EngineError(FailureKind(message.kind), message.message)
-            if len(ranks.pids) == 1:
-                raise error
-            raise RankLostError(f"rank {rank} failed in the midst of an execution: {error}")
+    def _next_step(self, ranks: Ranks) -> Step:
+        """Wait for a step and note whether it is the execution's last; after a failure there is none either way."""
+        self._done = True
+        while True:
+            rank, message = ranks.hear()
+            if isinstance(message, RankFailed):
+                raise _refused(ranks, message) if message.serves else RankLostError(f"rank {rank}: {message.message}")
+            if isinstance(message, Stepped):
+                self._done = message.last
+                return message.tokens
 
 
 def _all_loaded(ranks: Ranks) -> list[RankLoaded]:
@@ -111,7 +106,23 @@ def _all_loaded(ranks: Ranks) -> list[RankLoaded]:
     while len(loaded) < len(ranks.pids):
         rank, message = ranks.hear()
         if isinstance(message, RankFailed):
-            raise EngineError(FailureKind(message.kind), f"rank {rank}: {message.message}")
+            raise _cause([message, *ranks.failures()])
         if isinstance(message, RankLoaded):
             loaded[rank] = message
     return list(loaded.values())
+
+
+def _refused(ranks: Ranks, first: RankFailed) -> EngineError:
+    """Return why an execution cannot be, when all ranks have said so."""
+    failures = [first]
+    while len(failures) < len(ranks.pids):
+        _, message = ranks.hear()
+        if isinstance(message, RankFailed):
+            failures.append(message)
+    return _cause(failures)
+
+
+def _cause(failures: list[RankFailed]) -> EngineError:
+    """Return the failure that tells why: a plain error may be only that another rank is missed."""
+    cause = next((failure for failure in failures if failure.kind != FailureKind.ERROR), failures[0])
+    return EngineError(FailureKind(cause.kind), cause.message)

@@ -33,6 +33,9 @@ class Links(Protocol):
     def tell_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the last stage's tokens to all ranks; may fill `tokens`."""
 
+    def agree(self, *, well: bool) -> bool:
+        """Return whether all ranks say that all is well."""
+
 
 class Alone:
     """The links of a model in one process."""
@@ -56,6 +59,10 @@ class Alone:
         """Return what is here."""
         return tokens
 
+    def agree(self, *, well: bool) -> bool:
+        """Return its own word."""
+        return well
+
 
 class Distributed:
     """Links over torch.distributed: gloo between CPUs, nccl between GPUs.
@@ -74,6 +81,7 @@ class Distributed:
 
         direct = devices[0].startswith("cuda") and len(set(devices)) == len(devices)
         self._over_cpu = devices[0].startswith("cuda") and not direct
+        self._device = torch.device(devices[rank])
         self._dist = distributed
         self._part = part
         self._rank = rank
@@ -122,6 +130,12 @@ class Distributed:
         moved = self._there(tokens)
         self._dist.broadcast(moved, (self._part.pp - 1) * self._part.tp)
         return self._back(moved, tokens)
+
+    def agree(self, *, well: bool) -> bool:
+        """Take the least word of all ranks."""
+        word = torch.tensor([int(well)], device="cpu" if self._over_cpu else self._device)
+        self._dist.all_reduce(word, op=self._dist.ReduceOp.MIN)
+        return bool(word.item())
 
     def _there(self, x: torch.Tensor) -> torch.Tensor:
         return x.cpu() if self._over_cpu else x

@@ -55,7 +55,7 @@ def _listen(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
 
 
 def _serve(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
-    from maveriq.exec.engines.torch.worker import Worker, links_of
+    from maveriq.exec.engines.torch.worker import NoRoomError, Worker, links_of
 
     load = inbox.get()
     if not isinstance(load, LoadRank):
@@ -72,10 +72,10 @@ def _serve(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
                 if worker.reports:
                     say(channel, Stepped(tokens=tokens, last=last))
         except EngineError as error:
-            # Alone, the next execution may well fit; others are left waiting in the midst of this one.
-            if len(load.spec.devices) > 1:
+            # In the midst of an execution other ranks are left waiting.
+            if len(load.spec.devices) > 1 and not isinstance(error, NoRoomError):
                 raise
-            say(channel, RankFailed(kind=error.kind, message=str(error)))
+            say(channel, RankFailed(kind=error.kind, message=str(error), serves=True))
 
 
 def _fail(channel: socket.socket, kind: str, message: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from maveriq.errors import MaveriqError
-from maveriq.exec.engines.torch.wire import FROM_RANK, FromRank, LoadRank, Run, hear, say
+from maveriq.exec.engines.torch.wire import FROM_RANK, FromRank, LoadRank, RankFailed, Run, hear, say
 from maveriq.exec.messages import EngineSpec, Generate
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -71,11 +71,17 @@ class Ranks:
             RankLostError: one is gone.
         """
         ready = wait(self._channels)
-        rank = next(rank for rank, channel in enumerate(self._channels) if channel in ready)
-        body = hear(self._channels[rank])
-        if body is None:
-            raise self._lost(rank)
-        return rank, FROM_RANK.decode(body)
+        return self._heard(next(rank for rank, channel in enumerate(self._channels) if channel in ready))
+
+    def failures(self) -> list[RankFailed]:
+        """Return what else failed, as far as ranks have said by now: where one fails, others miss it and fail too."""
+        found = []
+        for rank, channel in enumerate(self._channels):
+            with suppress(RankLostError):
+                while wait([channel], timeout=0):
+                    _, message = self._heard(rank)
+                    found += [message] if isinstance(message, RankFailed) else []
+        return found
 
     def close(self) -> None:
         """End all of them at once: they hold nothing that is worth saving."""
@@ -87,6 +93,12 @@ class Ranks:
         for channel in self._channels:
             channel.close()
         self._folder.cleanup()
+
+    def _heard(self, rank: int) -> tuple[int, FromRank]:
+        body = hear(self._channels[rank])
+        if body is None:
+            raise self._lost(rank)
+        return rank, FROM_RANK.decode(body)
 
     def _say(self, rank: int, message: LoadRank | Run) -> None:
         try:

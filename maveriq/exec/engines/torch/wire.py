@@ -44,10 +44,14 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag="stepped"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """A rank could not do what it was told; `kind` is a `FailureKind`."""
+    """A rank could not do what it was told; `kind` is a `FailureKind`.
+
+    Where it `serves` on, so do all others, and each of them says the same. Else it ends.
+    """
 
     kind: str
     message: str
+    serves: bool = False
 
 
 ToRank: TypeAlias = LoadRank | Run

@@ -20,6 +20,10 @@ from maveriq.exec.messages import EngineSpec, Sequence
 _WARM_UP_TOKENS = 8
 
 
+class NoRoomError(EngineError):
+    """Some rank has no room for an execution. All of them refuse it together, so that they can take the next one."""
+
+
 class Worker:
     """One rank of a model, loaded and warm.
 
@@ -50,16 +54,35 @@ class Worker:
         """Yield each step's tokens, and whether it is the last.
 
         Raises:
-            EngineError: there is not memory enough.
+            NoRoomError: there is no room for the KV cache.
+            EngineError: there is not memory enough for something else.
         """
+        self._make_room(prompts)
         try:
             with memory_errors():
                 yield from decode(self.stage, self._links, prompts, like=self._like)
         except EngineError:
-            # What it got of the room that was too large would be missed by the next execution.
-            self.stage.give_room_back()
-            _give_back_unused(self._like.device)
+            self._give_room_back()
             raise
+
+    def _make_room(self, prompts: tuple[Sequence, ...]) -> None:
+        short = None
+        try:
+            with memory_errors():
+                self.stage.make_room(len(prompts), max(len(each.prompt) + each.output_tokens for each in prompts))
+        except EngineError as error:
+            short = error
+        if not self._links.agree(well=short is None):
+            # What others got of it would be missed by the next execution.
+            self._give_room_back()
+            kind, message = (
+                (FailureKind.ERROR, "another rank has no room") if short is None else (short.kind, str(short))
+            )
+            raise NoRoomError(kind, message)
+
+    def _give_room_back(self) -> None:
+        self.stage.give_room_back()
+        _give_back_unused(self._like.device)
 
 
 def links_of(spec: EngineSpec, rank: int, meeting_point: Path) -> Links:
