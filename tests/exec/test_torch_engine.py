@@ -17,7 +17,9 @@ from torch_models import CONFIGS, PROMPTS, expected_tokens, outputs, prompts_of,
 
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
+from maveriq.exec.engines.torch.engine import _all_loaded
 from maveriq.exec.engines.torch.ranks import RankLostError
+from maveriq.exec.engines.torch.wire import RankFailed
 from maveriq.exec.messages import Generate
 
 ROOT = Path(__file__).parents[2]
@@ -121,8 +123,34 @@ def test_ranks_end_with_their_engine_however_it_ends():
     wait_until_gone(pids)
 
 
-def test_a_rank_that_cannot_load_says_why(engine, tmp_path):
-    with pytest.raises(EngineError, match="cannot be read") as raised:
-        engine.load(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
-    assert raised.value.kind is FailureKind.ERROR
+@pytest.mark.parametrize(
+    ("config", "split", "kind", "reason"),
+    [
+        ({}, (4,), FailureKind.ERROR, "cannot be read"),
+        ({"vocab_size": 2**38}, (3, 1), FailureKind.OUT_OF_MEMORY, "memory"),
+    ],
+)
+def test_a_rank_that_cannot_load_says_why(engine, tmp_path, config, split, kind, reason):
+    folder = "" if kind is FailureKind.OUT_OF_MEMORY else str(tmp_path)
+    with pytest.raises(EngineError, match=reason) as raised:
+        engine.load(spec_of({**CONFIGS["llama"], **config}, split=split, weights_folder=folder))
+    assert raised.value.kind is kind
     assert engine.pids == ()
+
+
+def test_the_rank_that_ran_out_of_memory_is_the_cause_whoever_speaks_first():
+    missed = RankFailed(kind="error", message="connection closed by peer")
+    short = RankFailed(kind="out-of-memory", message="no memory left")
+
+    class Heard:
+        pids = (1, 2)
+
+        def hear(self):
+            return 0, missed
+
+        def failures(self):
+            return [short]
+
+    with pytest.raises(EngineError, match="no memory left") as raised:
+        _all_loaded(Heard())
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY

@@ -75,10 +75,9 @@ class Worker:
         if not self._links.agree(well=short is None):
             # What others got of it would be missed by the next execution.
             self._give_room_back()
-            kind, message = (
-                (FailureKind.ERROR, "another rank has no room") if short is None else (short.kind, str(short))
-            )
-            raise NoRoomError(kind, message)
+            if short is None:
+                raise NoRoomError(FailureKind.ERROR, "another rank has no room")
+            raise NoRoomError(short.kind, str(short))
 
     def _give_room_back(self) -> None:
         self.stage.give_room_back()
