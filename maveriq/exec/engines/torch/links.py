@@ -11,7 +11,7 @@ import torch
 
 from maveriq.exec.engines.torch.plan import Part
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer gives up. The engine sees a dead one at once, its executor one that hangs well before."""
 
 

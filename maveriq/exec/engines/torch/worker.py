@@ -39,6 +39,8 @@ class Worker:
     def __init__(self, spec: EngineSpec, rank: int, links: Links) -> None:
         arch = read_architecture(spec.config_json)
         device = torch.device(spec.devices[rank])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else nccl and the allocator would open the first one too
         dtype = _type_of_numbers(arch, device)
         self._links = links
         self._like = torch.empty(0, device=device, dtype=dtype)
