@@ -13,7 +13,9 @@ import pytest
 pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="the expected tokens come from transformers")
 
-from torch_models import CONFIGS, PROMPTS, expected_tokens, outputs, prompts_of, spec_of
+import torch
+from exec_rigs import EngineCase, alive_in_group, rig, run_async, until
+from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs, prompts_of, spec_of
 
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
@@ -21,6 +23,7 @@ from maveriq.exec.engines.torch.engine import _all_loaded
 from maveriq.exec.engines.torch.ranks import RankLostError
 from maveriq.exec.engines.torch.wire import RankFailed
 from maveriq.exec.messages import Generate
+from maveriq.exec.session import BROKEN
 
 ROOT = Path(__file__).parents[2]
 DEATH_BOUND_S = 5.0
@@ -121,6 +124,24 @@ def test_ranks_end_with_their_engine_however_it_ends():
         assert all(alive(pid) for pid in pids)
         host.kill()
     wait_until_gone(pids)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_not_tried_again():
+    with pytest.raises(EngineError, match="sees 0 GPUs") as raised:
+        load_worker(spec_of(CONFIGS["llama"], devices=("cuda:0",)))
+    assert raised.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_an_idle_engine_whose_rank_is_killed_ends_too(tmp_path):
+    async def check():
+        async with rig(EngineCase(backend="torch"), tmp_path, pp=2, layer_split=(6, 2)) as one:
+            ranks = [pid for pid in alive_in_group(one.connection.pid) if pid != one.connection.pid]
+            os.kill(ranks[1], signal.SIGKILL)
+            assert await one.exit_code() == BROKEN
+            await until(lambda: not alive_in_group(one.connection.pid))
+
+    run_async(check)
 
 
 @pytest.mark.parametrize(

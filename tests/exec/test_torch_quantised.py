@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="tests/exec/torch_models.py draws models with it")
 
 import torch
-from torch_models import CONFIGS, load_worker, outputs, prompts_of, run_split, spec_of
+from torch_models import CONFIGS, OUTPUT_TOKENS, load_worker, outputs, prompts_of, run_split, spec_of
 
 from maveriq.exec.engines.torch.attention import prefill_positions
 from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linear, make_linear
@@ -145,3 +145,16 @@ def test_odd_rows_stay_in_8_bits_and_zeroes_stay_zeroes():
     assert isinstance(make_linear("int4", torch.ones(3, 5)), Int8Linear)
     for layer in (Int8Linear(torch.zeros(3, 8)), Int4Linear(torch.zeros(3, 8))):
         assert not layer(torch.ones(1, 8)).any()
+
+
+@pytest.mark.parametrize("kv", ["native", "int8"])
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_16_bits_as_on_a_gpu(name, weights, kv, monkeypatch):
+    """No step needs 32 bits, and none leaves what 16 can hold."""
+    monkeypatch.setattr("maveriq.exec.engines.torch.worker._type_of_numbers", lambda arch, device: torch.float16)
+    config = {**CONFIGS[name], "initializer_range": 0.05}
+    worker = load_worker(spec_of(config, weights=weights, kv=kv))
+    assert scores_of(worker).dtype is torch.float16
+    assert scores_of(worker).isfinite().all()
+    assert len(outputs([step for step, _ in worker.run(prompts_of())])[2]) == OUTPUT_TOKENS

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maveriq.domain.catalog import known_models
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
-from maveriq.exec.engines.torch.architecture import read_architecture
+from maveriq.exec.engines.torch.architecture import Family, read_architecture
 from maveriq.exec.messages import EngineSpec
 from maveriq.exec.modelconfig import config_json
 
@@ -99,3 +101,35 @@ def test_every_model_of_the_catalogue_is_read_as_the_catalogue_has_it(name):
     )
     assert read.gated == (shape.feed_forward_matrices == 3)
     assert read.parallel == (shape.all_reduces_per_layer == 1)
+
+
+ODD = st.sampled_from(
+    [None, True, False, -1, 0, 1, 2, 7, 64, 2**40, 0.0, 0.5, 1e400, -1e400, "", "x", "gelu", [], [1], {}]
+)
+KEYS = st.sampled_from(
+    [
+        *("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("intermediate_size", "vocab_size", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "torch_dtype"),
+        *("rope_parameters", "initializer_range", "num_kv_heads", "multi_query", "new_decoder_architecture"),
+        *("parallel_attn", "ffn_hidden_size", "n_embd", "n_head", "n_layer", "n_inner", "rotary_dim", "activation"),
+    ]
+)
+POSITIONS = st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rope_theta"]), ODD | st.just("linear"))
+
+
+@given(
+    st.sampled_from([model for model in known_models().values() if model.architecture in tuple(Family)]),
+    st.dictionaries(KEYS, ODD | POSITIONS, max_size=4),
+)
+def test_any_config_json_is_read_or_refused(model, changed):
+    try:
+        arch = read_architecture(json.dumps(json.loads(config_json(model)) | changed))
+    except EngineError:
+        return
+    assert min(arch.layers, arch.hidden, arch.heads, arch.kv_heads, arch.head_size, arch.rotary.size) >= 1
+
+
+@pytest.mark.parametrize("text", ["", "nul", "[" * 20_000, "1", '"x"', '{"model_type": ["llama"]}'])
+def test_no_text_does_more_than_be_refused(text):
+    with pytest.raises(EngineError):
+        read_architecture(text)

@@ -70,7 +70,7 @@ OUTPUT_TOKENS = 12
 
 
 def spec_of(config: Mapping[str, Any], *, tp: int = 1, split: Sequence[int] = (LAYERS,), **other: Any) -> Any:
-    given = {"weights": "float16", "kv": "native", "seed": SEED, **other}
+    usual = {"weights": "float16", "kv": "native", "seed": SEED, "devices": ("cpu",) * (tp * len(split))}
     return messages.EngineSpec(
         deployment_id=1,
         incarnation=1,
@@ -80,8 +80,7 @@ def spec_of(config: Mapping[str, Any], *, tp: int = 1, split: Sequence[int] = (L
         pp=len(split),
         layer_split=tuple(split),
         batch_size=1,
-        devices=("cpu",) * (tp * len(split)),
-        **given,
+        **usual | other,
     )
 
 

@@ -92,11 +92,11 @@ def read_architecture(config_json: str) -> Architecture:
     """
     try:
         config = json.loads(config_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         refuse(f"config.json is not JSON: {error}")
     if not isinstance(config, dict):
         refuse("config.json must hold an object")
-    reader = _READERS.get(config.get("model_type", ""))
+    reader = _READERS.get(str(config.get("model_type")))
     if reader is None:
         refuse(f"model_type {config.get('model_type')!r} is not one of {', '.join(_READERS)}")
     arch = reader(config)

@@ -143,7 +143,6 @@ class Output:
 
     norm: Norm
     matrix: Linear
-    first_token: int
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """Return [batch, this rank's tokens] for the hidden states [batch, hidden] of one token each."""
@@ -171,7 +170,6 @@ class Stage:
             self._output = Output(
                 norm=Norm(parameters.final_norm(), arch.norm_epsilon),
                 matrix=DenseLinear(*parameters.output(self.embedding)),
-                first_token=part.share(arch.vocabulary).start,
             )
 
     def run(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
@@ -192,7 +190,7 @@ class Stage:
         best, token = scores.max(dim=-1)
         if self.part.tp == 1:
             return token
-        token += self.part.share(self.arch.vocabulary).start
+        token += self.part.share(self.arch.vocabulary).start  # counted among this rank's until here
         bests = torch.stack(self._links.gather(best))
         tokens = torch.stack(self._links.gather(token))
         return tokens.gather(0, bests.argmax(dim=0, keepdim=True)).squeeze(0)

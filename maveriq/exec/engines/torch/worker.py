@@ -40,6 +40,7 @@ class Worker:
         arch = read_architecture(spec.config_json)
         device = torch.device(spec.devices[rank])
         if device.type == "cuda":
+            _check_there(device)
             torch.cuda.set_device(device)  # else nccl and the allocator would open the first one too
         dtype = _type_of_numbers(arch, device)
         self._links = links
@@ -111,6 +112,14 @@ def _give_back_unused(device: torch.device) -> None:
     """Let other processes have what torch keeps of a GPU for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _check_there(device: torch.device) -> None:
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= seen:
+        raise EngineError(
+            FailureKind.UNSUPPORTED, f"there is no {device} here: torch {torch.__version__} sees {seen} GPUs"
+        )
 
 
 def _first_line(error: BaseException) -> str:
