@@ -1,6 +1,8 @@
 """What the torch engine cannot do is refused before anything starts, with the reason. (None of it needs torch.)"""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -133,3 +135,15 @@ def test_any_config_json_is_read_or_refused(model, changed):
 def test_no_text_does_more_than_be_refused(text):
     with pytest.raises(EngineError):
         read_architecture(text)
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("maveriq.exec.engines.torch.engine.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'maveriq\[torch\]'") as raised:
+        TorchEngine().load(spec_of())
+    assert raised.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_the_engine_itself_imports_nothing_heavy():
+    script = "import sys, maveriq.exec.engines.torch; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
