@@ -8,6 +8,7 @@ import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +59,8 @@ class EngineCase:
 
 
 ENGINES = [EngineCase(backend="emulated")]
+if find_spec("torch") is not None:
+    ENGINES.append(EngineCase(backend="torch"))
 """Each of them passes the conformance suite (tests/exec/conformance)."""
 
 
