@@ -29,7 +29,7 @@ from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
 T = TypeVar("T")
-PATIENCE_S = 20.0  # for what takes milliseconds: a test machine may be busy
+PATIENCE_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
 
 
 @dataclass(frozen=True, kw_only=True)
