@@ -1,6 +1,7 @@
 """`maveriq serve` and `maveriq console` as a user runs them, with real engine processes."""
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from running import MODEL, until
 
 from maveriq.cli.app import app
 from maveriq.cli.ending import ending
+from maveriq.cli.extras import extra
+from maveriq.errors import InputError
 
 SERVE = ["serve", "--backend", "emulated", "--time-scale", "0.001", "--port", "0"]
 
@@ -107,3 +110,11 @@ def test_bad_input_is_one_line(
     assert told in line
     assert line.startswith("maveriq: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_said_with_what_installs_it() -> None:
+    told = r"maveriq serve needs the package no_such_package; install it with pip install 'maveriq\[serve\]'"
+    with pytest.raises(InputError, match=told), extra("serve", for_whom="maveriq serve"):
+        importlib.import_module("no_such_package")
+    with pytest.raises(ModuleNotFoundError), extra("serve", for_whom="maveriq serve"):
+        importlib.import_module("maveriq.no_such_module")
