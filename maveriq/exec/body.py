@@ -225,7 +225,12 @@ class Body:
         if self._wake is not None:
             self._wake.cancel()
         wake_us = self.controller.wake_us
-        self._wake = None if wake_us is None else self._loop.call_at(self.real_time_s(wake_us), self._tell)
+        self._wake = None if wake_us is None else self._loop.call_at(self.real_time_s(wake_us), self._wake_up, wake_us)
+
+    def _wake_up(self, due_us: Micros) -> None:
+        """Let the controller go on: it is that time, though a clock that is read in fractions may fall just short."""
+        self._now_us = max(self._now_us, due_us)
+        self._tell()
 
     def _carry_out(self, action: Action, now_us: Micros) -> None:
         match action:

@@ -46,6 +46,7 @@ class Misfortune:
     too_large: float = 0.0
     cannot_execute: float = 0.0
     deaf_to_sigterm: float = 0.5
+    sabotage: bool = True
 
     @classmethod
     def drawn(cls, chance: Chance) -> Misfortune:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ class Machine:
         self.memory_of: Callable[[EngineSpec], dict[int, int]] = lambda _: {}
         self.capacity: list[int] = []
         self.lingering: list[dict[int, int]] = []  # memory of processes that are gone and is not back yet
+        self.runs: Counter[int] = Counter()  # executions that each request was in
         self.wrongs: list[str] = []
         self._pids = 0
 
@@ -68,6 +69,12 @@ class Machine:
                     f"{self.loop.time():.3f} s: engines {other.name} and {newcomer.name} execute on GPU {min(shared)}"
                 )
 
+    def check_left(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> None:
+        for other in self.processes:
+            if other.alive and other.doomed and set(other.gpu_ids) & set(gpu_ids):
+                starts = f"{spec.deployment_id}.{spec.incarnation} starts"
+                self.wrongs.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
+
     def gone(self, process: Process) -> None:
         """Let the memory of a process come back, which takes a while."""
         if process.holds_memory:
@@ -76,6 +83,7 @@ class Machine:
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> Connection:
         """`Launcher.launch`."""
+        self.check_left(spec, gpu_ids)
         await asyncio.sleep(self.delay_s())
         if self.goes_wrong(self.misfortune.no_process):
             raise LaunchError("no process today")
@@ -252,6 +260,7 @@ class Process:
     def generate(self, work: Generate) -> None:
         self.executing = True
         self.machine.check_alone(self)
+        self.machine.runs.update(sequence.request_id for sequence in work.sequences)
         if self.machine.goes_wrong(self.machine.misfortune.cannot_execute):
             self._later(0.01, lambda: self._over(Failed(execution_id=work.execution_id, kind="error", message="no")))
             return
