@@ -1,4 +1,4 @@
-"""Plays many simulated runs under faults, or one again: `python scripts/soak.py [--count N] [--first N] [--lives] [--seed N]`.
+"""Plays many simulated runs under faults, or one again: `python scripts/soak.py [--count N] [--lives --seed N]`.
 
 Runs are of a body with its users (tests/dst/drama.py) and, a tenth as many, of a service that is killed and started
 again (tests/dst/lives.py). Exit code 1 where a seed fails; its number is all that is needed to see it again.

@@ -29,7 +29,6 @@ from maveriq.serve.tracking import Accepted
 from maveriq.serve.writer import Prepare
 
 _T = TypeVar("_T")
-_MODEL = "llama-2-7b"
 _FINAL = {status.label for status in FINAL_STATUSES}
 
 
@@ -135,8 +134,7 @@ class Clients:
             model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=MOST_TOKENS, batch_size=2
         )
         try:
-            model = service.models.named(_MODEL) or await service.models.register(_MODEL)
-            endpoint = await service.deploy(model, asked, "")
+            endpoint = await service.deploy(next(iter(service.models)), asked, "")
         except (StoreError, ApiError):
             return None
         self.endpoints.add(endpoint.endpoint_id)
@@ -159,7 +157,7 @@ class Clients:
             output_tokens=self._chance.whole(1, MOST_TOKENS),
         )
         try:
-            accepted = await service.tracker.accept(_MODEL, submission, None)
+            accepted = await service.tracker.accept(MODEL.name, submission, None)
         except ApiError:
             return
         self.told[accepted.row.request_id] = None
@@ -217,7 +215,7 @@ async def _cut_off(chance: Chance, machine: Machine, disk: Disk, clients: Client
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
-    await asyncio.sleep(chance.wait_s(1))
+    await asyncio.sleep(0.2 + chance.wait_s(1))
 
 
 async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clients) -> Counter[str]:
@@ -245,6 +243,8 @@ async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clie
 async def _starts(service: Service) -> bool:
     """Start a service; one that cannot read its state says so and does not start."""
     try:
+        if not await service.store.models():
+            await service.store.add_model(MODEL, "")
         await service.start()
     except StoreError:
         return False
