@@ -81,7 +81,7 @@ def serve(
     for Prometheus. Listens on this machine alone unless there is a token.
     Ctrl-C or SIGTERM ends it in order. Deployments come back with the next start.
     """
-    from maveriq.cli.running import Engines
+    from maveriq.cli.engine_site import Engines
     from maveriq.cli.serving import Serving, run_service
 
     run_service(

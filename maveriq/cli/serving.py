@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import typer
 
+from maveriq.cli.engine_site import Engines, Site
 from maveriq.cli.extras import extra
-from maveriq.cli.running import Engines
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError
 from maveriq.scenario.options import Options
@@ -66,21 +67,18 @@ def run_service(options: Options, engines: Engines, serving: Serving) -> None:
         most_output_tokens=serving.max_output_tokens,
         drain_s=serving.drain_s,
     )
-    plan = plan_cluster(options)
-    listening = listen(serving.host, serving.port, settings)
-    try:
-        store = Store(serving.state, kept_requests=settings.kept_requests)
-        try:
-            asyncio.run(_serve(plan, engines, serving, settings, listening, store))
-        finally:
-            store.close()
-    finally:
-        listening.close()
+    with contextlib.ExitStack() as held:
+        site = held.enter_context(contextlib.closing(Site(engines.name)))
+        plan = plan_cluster(options, planning=site.planning)
+        listening = held.enter_context(contextlib.closing(listen(serving.host, serving.port, settings)))
+        store = held.enter_context(contextlib.closing(Store(serving.state, kept_requests=settings.kept_requests)))
+        asyncio.run(_serve(plan, engines, site, serving, settings, listening, store))
 
 
 async def _serve(
     plan: ClusterPlan,
     engines: Engines,
+    site: Site,
     serving: Serving,
     settings: ServeSettings,
     listening: socket.socket,
@@ -101,6 +99,8 @@ async def _serve(
         supervision=engines.supervision(),
         logs=logs,
         folder_of=folder_of,
+        devices=site.devices(plan.cluster),
+        watch=site.watch(),
     ) as body:
         app = create_app(body, store, settings, plan.placements)
         ready = partial(say, f"serving {plan.cluster.name} on {url}; Ctrl-C ends it")

@@ -8,48 +8,32 @@ import selectors
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from maveriq.domain.faults import FaultTarget
+from maveriq.domain.intents import DeployAsk
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
+from maveriq.exec.gpus import GpuMeter, GpuReading
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.prompts import Prompts
+from maveriq.exec.sampling import read_aside
 from maveriq.exec.tickets import LiveTicket
 from maveriq.exec.world import EngineRecord, world_of
 from maveriq.scenario.scenario import Scenario
-from maveriq.units import Bytes, Micros
+from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
 _LOOK_EVERY_S = 0.1
 
 _Happening: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
 """When, which kind and which of them come first at one instant, and what to do."""
-
-
-class GpuReading(Protocol):
-    """What a real GPU says of itself."""
-
-    @property
-    def used_bytes(self) -> Bytes:
-        """Memory in use."""
-
-    @property
-    def energy_j(self) -> float | None:
-        """Joules since some start that stays the same; None where it cannot tell."""
-
-
-class GpuMeter(Protocol):
-    """Somebody who reads real GPUs, in the order of their ids; it may take its time (a thread asks it)."""
-
-    def read(self) -> Sequence[GpuReading]:
-        """Return a reading of each GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +57,7 @@ class ReplaySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """What a run leaves: its record, the engines that served, what a reader must know, joules by GPU if measured."""
+    """What a run leaves: its record, the engines that served, what a reader must know, joules by device if measured."""
 
     record: RunRecord
     engines: tuple[EngineRecord, ...]
@@ -137,6 +121,7 @@ class _Replay:
         self._interrupted = interrupted
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
         self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
+        self._asks_left = len(scenario.workload.asks)
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
         self._busy_us = [0] * len(scenario.cluster)
@@ -218,7 +203,7 @@ class _Replay:
         for removal in scenario.removals:
             yield removal.at_us, 0, removal.endpoint_id, lambda one=removal: body.remove(one.endpoint_id)  # type: ignore[misc]
         for ask in scenario.workload.asks:
-            yield ask.asked_us, 1, ask.endpoint_id, lambda one=ask: body.ask(one)  # type: ignore[misc]
+            yield ask.asked_us, 1, ask.endpoint_id, lambda one=ask: self._ask(one)  # type: ignore[misc]
         for fault in scenario.faults:
             yield (
                 fault.at_us,
@@ -230,6 +215,10 @@ class _Replay:
     def _arriving(self) -> Iterator[_Happening]:
         for request in requests_of(self._scenario.workload.arrivals):
             yield request.arrival_us, 3, request.request_id, lambda one=request: self._arrive(one)  # type: ignore[misc]
+
+    def _ask(self, ask: DeployAsk) -> None:
+        self._asks_left -= 1
+        self._body.ask(ask)
 
     def _arrive(self, request: Request) -> None:
         self._body.arrive(LiveTicket(request, self._prompts.of(request)))
@@ -249,19 +238,24 @@ class _Replay:
 
     async def _sample_regularly(self) -> None:
         due_us = 0
-        while True:
+        while not self._nothing_left():
             due_us += self._scenario.sample_us
             await self._until(due_us)
             readings = await self._read()
             self._sample(self._body.now_us, readings)
 
+    def _nothing_left(self) -> bool:
+        """Say whether every engine was given up for good: all that is to come would be refused, in real time."""
+        failed = [one for one in self._body.controller.fleet.deployments.values() if one.plan]
+        return bool(failed) and not self._asks_left and all(one.gone_for_good for one in failed)
+
     async def _read(self) -> Sequence[GpuReading]:
         """Return what the GPUs say; nothing where nobody can ask them."""
-        meter = self._settings.meter
-        return await asyncio.to_thread(meter.read) if meter else ()
+        return await read_aside(self._settings.meter) if self._settings.meter else ()
 
     def _sample(self, now_us: Micros, readings: Sequence[GpuReading]) -> None:
         fleet = self._body.controller.fleet
+        measured = bool(readings) and not self._settings.devices.shared
         for gpu_id, busy_before_us in enumerate(self._busy_us):
             busy_us = fleet.busy_us(gpu_id, now_us)
             self._busy_us[gpu_id] = busy_us
@@ -269,7 +263,7 @@ class _Replay:
                 GpuSample(
                     time_us=now_us,
                     gpu_id=gpu_id,
-                    memory_bytes=readings[gpu_id].used_bytes if readings else fleet.used_bytes(gpu_id),
+                    memory_bytes=readings[gpu_id].used_bytes if measured else fleet.used_bytes(gpu_id),
                     busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
                 )
             )

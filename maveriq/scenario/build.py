@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from typing import TypeVar
@@ -38,15 +39,19 @@ _MOST_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def build_scenario(options: Options) -> Scenario:
+def build_scenario(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> Scenario:
     """Turn options into a scenario, reading every file that they name.
+
+    Args:
+        options: what the user says.
+        planning: turns the estimator that the options name for planning into the one that is planned with.
 
     Raises:
         InputError: an option or a file that cannot be used.
     """
     profile = load_profile(options.profile)
     cluster = cluster_for(options.gpus, profile)
-    planner = estimator(options.plan_with, profile)
+    planner = planning(estimator(options.plan_with, profile))
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
     policy, notes = _policy(options, profile, cluster, planner, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)

@@ -14,6 +14,8 @@ from maveriq.estimate.base import Estimator
 from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.exec.body import Body
+from maveriq.exec.devices import Devices
+from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.modelconfig import config_json
@@ -39,17 +41,21 @@ class ClusterPlan:
     placements: PerEndpoint
 
 
-def plan_cluster(options: Options) -> ClusterPlan:
+def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> ClusterPlan:
     """Turn options into a cluster's plan, reading every file that they name.
 
     Requests go at once, without the delays of the testbed that the profile was measured on.
+
+    Args:
+        options: what the user says.
+        planning: turns the estimator that the options name for planning into the one that is planned with.
 
     Raises:
         InputError: an option or a file that cannot be used.
     """
     options = replace(options, ideal=True)
     profile = load_profile(options.profile)
-    planner = estimator(options.plan_with, profile)
+    planner = planning(estimator(options.plan_with, profile))
 
     def policy(name: str) -> Policy:
         return make_policy(
@@ -75,6 +81,8 @@ async def open_cluster(
     supervision: SupervisionSettings,
     logs: Path,
     folder_of: Callable[[ModelSpec], Path | None],
+    devices: Devices | None = None,
+    watch: MemoryWatch | None = None,
 ) -> AsyncIterator[Body]:
     """Give a cluster that is up, and close it at the end.
 
@@ -85,6 +93,8 @@ async def open_cluster(
         supervision: how long to be patient with engines.
         logs: folder for what engines print; made if it is absent.
         folder_of: says where the files of a model lie, None for one that is known by its shape alone.
+        devices: what stands behind the cluster's GPUs; None where engines run on the CPU, or only pretend.
+        watch: who sees the memory of real GPUs.
 
     Raises:
         InputError: the folder cannot be made.
@@ -100,12 +110,13 @@ async def open_cluster(
         guess=guess_with(plan.planner),
         service=EstimatedService(plan.believed),
         load_time=load_time_for(plan.options, plan.profile),
+        devices=devices or Devices(),
         config_of=lambda model: _config_of(model, folder_of(model)),
         weights_of=lambda model: _weights_of(folder_of(model)),
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
-    with ProcessLauncher(backend, logs=logs) as launcher:
-        body = Body(world, launcher, time_scale=time_scale, supervision=supervision)
+    with ProcessLauncher(backend, logs=logs, devices=world.devices) as launcher:
+        body = Body(world, launcher, time_scale=time_scale, supervision=supervision, watch=watch)
         try:
             yield body
         finally:

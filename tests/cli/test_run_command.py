@@ -108,6 +108,20 @@ def test_what_cannot_be_is_said_in_one_line(
     assert everything_in(tmp_path) == before
 
 
+def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
+    put(tmp_path, {"big.toml": ONE_MODEL.replace("llama-2-7b", "llama-2-70b")})
+    monkeypatch.setenv("PATH", "")  # the other ranks of an emulated engine are `cat`
+    ended = maveriq(
+        "run --trace late.csv --models big.toml --backend emulated --time-scale 0.02 --most-failures 1 --out run"
+    )
+    assert ended.code == 1
+    line = ended.err.splitlines()[-1]
+    assert "no engine came up: its engine could not load (error): FileNotFoundError" in line
+    assert line.endswith("records: run")
+    [deployment] = read_run(tmp_path / "run").deployments
+    assert deployment.status == "down"
+
+
 Started = Callable[..., subprocess.Popen[str]]
 
 
