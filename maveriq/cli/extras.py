@@ -18,6 +18,8 @@ def extra(name: str, *, for_whom: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "maveriq":
+            raise  # a bug, not a package to install
         raise InputError(
             f"{for_whom} needs the package {error.name}; install it with pip install 'maveriq[{name}]'"
         ) from None

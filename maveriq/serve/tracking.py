@@ -27,13 +27,15 @@ class Accepted:
     """A request on its way through the service.
 
     `ticket` comes when it is written down and given to the cluster; `outcome` when its end is
-    written down (or could not be at the first try; it is tried until it can).
+    written down (or could not be at the first try; it is tried until it can). `in_cluster` says
+    whether it is under way there.
     """
 
     row: RequestRow
     submission: Submission
     ticket: asyncio.Future[Ticket] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     outcome: asyncio.Future[Outcome] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    in_cluster: bool = False
     abandoned: bool = False
 
 
@@ -95,7 +97,7 @@ class Tracker:
         if accepted.abandoned or accepted.outcome.done():
             return
         accepted.abandoned = True
-        if accepted.ticket.done() and not accepted.ticket.cancelled() and accepted.ticket.exception() is None:
+        if accepted.in_cluster:
             self._cluster.cancel(accepted.ticket.result().request_id)
 
     async def drained(self) -> None:
@@ -118,6 +120,7 @@ class Tracker:
             self.store_works = False
             _fail(accepted, ApiError(503, str(error), code="state_not_writable", retry_after_s=10))
             return
+        self.store_works = True
         self._metrics.accepted.labels(row.model).inc()
         outcome = await self._run(accepted)
         self._metrics.finished(row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=accepted.submission.slo_us)
@@ -128,10 +131,13 @@ class Tracker:
         """Give a request to the cluster and return how it ended there."""
         try:
             ticket = self._cluster.submit(accepted.submission)
+            accepted.in_cluster = True
             if accepted.abandoned:
                 self._cluster.cancel(ticket.request_id)
             accepted.ticket.set_result(ticket)
-            return await ticket.outcome()
+            outcome = await ticket.outcome()
+            accepted.in_cluster = False
+            return outcome
         except InputError as error:  # its endpoint was removed while it was written down
             return self._ended(accepted, RequestStatus.REFUSED, str(error))
         except Exception:

@@ -1,21 +1,28 @@
 """`maveriq serve` and `maveriq console` as a user runs them, with real engine processes."""
 
+import asyncio
 import contextlib
+import importlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from fakes import FakeCluster
 from running import MODEL, until
 
+from maveriq.cli import serving as serving_module
 from maveriq.cli.app import app
 from maveriq.cli.ending import ending
+from maveriq.cli.extras import extra
+from maveriq.errors import InputError, MaveriqError
+from maveriq.serve.cluster import ClusterPlan
 
 SERVE = ["serve", "--backend", "emulated", "--time-scale", "0.001", "--port", "0"]
 
@@ -107,3 +114,30 @@ def test_bad_input_is_one_line(
     assert told in line
     assert line.startswith("maveriq: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_said_with_what_installs_it() -> None:
+    told = r"maveriq serve needs the package no_such_package; install it with pip install 'maveriq\[serve\]'"
+    with pytest.raises(InputError, match=told), extra("serve", for_whom="maveriq serve"):
+        importlib.import_module("no_such_package")
+    with pytest.raises(ModuleNotFoundError), extra("serve", for_whom="maveriq serve"):
+        importlib.import_module("maveriq.no_such_module")
+
+
+def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters: list[FakeCluster] = []
+
+    @contextlib.asynccontextmanager
+    async def open_broken(plan: ClusterPlan, **_options: object) -> AsyncIterator[FakeCluster]:
+        cluster = FakeCluster(plan.placements)
+        cluster.fault = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.1, cluster.fault.set_exception, ZeroDivisionError("by nought"))
+        clusters.append(cluster)
+        yield cluster
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
+    monkeypatch.setattr(serving_module, "open_cluster", open_broken)
+    with pytest.raises(MaveriqError, match=r"the executor failed \(ZeroDivisionError: by nought\)"):
+        app(SERVE, prog_name="maveriq", standalone_mode=False)
+    assert clusters[0].closed
