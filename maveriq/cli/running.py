@@ -19,7 +19,7 @@ from maveriq.cli.simulating import Output, default_folder, meta_of, report
 from maveriq.domain.records import NOT_YET
 from maveriq.errors import MaveriqError, cannot_write
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.replay import Replayed, ReplaySettings, check_faults, run_replay
+from maveriq.exec.replay import Replayed, ReplaySettings, check_real, run_replay
 from maveriq.report.engine_csv import engine_lines
 from maveriq.report.folders import check_writable
 from maveriq.report.live import make_view
@@ -41,7 +41,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
     check_writable(folder)
     with contextlib.closing(Site(engines.name)) as site:
         scenario = build_scenario(options, planning=site.planning)
-        check_faults(scenario)
+        check_real(scenario)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
             devices=site.devices(scenario.cluster),

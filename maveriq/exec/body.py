@@ -35,7 +35,7 @@ from maveriq.exec.ground import Ground, MemoryWatch, NoMemoryWatch
 from maveriq.exec.inflight import InFlight
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import Order, SupervisionSettings
-from maveriq.exec.messages import Failed, Finished, Generate, Loaded
+from maveriq.exec.messages import Failed, Finished, Generate, Loaded, check_sequence
 from maveriq.exec.messages import Progress as StepProgress
 from maveriq.exec.supervisor import Supervisor
 from maveriq.exec.tickets import LiveTicket
@@ -137,7 +137,11 @@ class Body:
         return tuple(one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in deployments)
 
     def submit(self, submission: Submission) -> LiveTicket:
-        """Take in a request; see `LiveCluster`."""
+        """Take in a request; see `LiveCluster`.
+
+        Raises:
+            InputError: besides, a count or a token id that no engine takes, or the body is closed.
+        """
         if not self.controller.deployments_of(submission.endpoint_id):
             raise InputError(f"there is no endpoint {submission.endpoint_id}")
         request = Request(
@@ -150,6 +154,7 @@ class Body:
             priority=submission.priority,
         )
         ticket = LiveTicket(request, submission.prompt, submission.stop_token_ids)
+        check_sequence(ticket.sequence())
         self.arrive(ticket)
         return ticket
 

@@ -12,7 +12,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from maveriq.errors import MaveriqError
+from maveriq.errors import InputError, MaveriqError
 
 PROTOCOL_VERSION = 1
 
@@ -166,6 +166,7 @@ ToEngine: TypeAlias = Load | Generate | Ping | Stop
 FromEngine: TypeAlias = Hello | Loaded | Progress | Finished | Failed | Pong | Bye
 
 _ENCODER = msgspec.msgpack.Encoder()
+_SEQUENCE = msgspec.msgpack.Decoder(Sequence)
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
@@ -173,6 +174,18 @@ _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 def encode(message: ToEngine | FromEngine) -> bytes:
     """Return a message as the body of a frame."""
     return _ENCODER.encode(message)
+
+
+def check_sequence(sequence: Sequence) -> None:
+    """Refuse a sequence that an engine would not take: it would end the conversation with everybody's engine.
+
+    Raises:
+        InputError: a count or a token id is out of range.
+    """
+    try:
+        _SEQUENCE.decode(_ENCODER.encode(sequence))
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise InputError(f"request {sequence.request_id} cannot be put to an engine: {error}") from None
 
 
 def decode_to_engine(body: bytes) -> ToEngine:

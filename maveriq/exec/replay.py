@@ -22,6 +22,7 @@ from maveriq.exec.gpus import GpuMeter, GpuReading
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import SupervisionSettings
+from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
 from maveriq.exec.prompts import Prompts
 from maveriq.exec.sampling import read_aside
 from maveriq.exec.tickets import LiveTicket
@@ -114,7 +115,7 @@ class _Replay:
         watcher: Watcher | None,
         interrupted: asyncio.Event,
     ) -> None:
-        check_faults(scenario)
+        check_real(scenario)
         self._scenario = scenario
         self._settings = settings
         self._watcher = watcher
@@ -274,12 +275,19 @@ def _order(happening: _Happening) -> tuple[Micros, int, int]:
     return happening[:3]
 
 
-def check_faults(scenario: Scenario) -> None:
-    """Refuse faults that cannot be made for real.
+def check_real(scenario: Scenario) -> None:
+    """Refuse what can be simulated, but not be done for real.
 
     Raises:
-        InputError: a GPU is to fail.
+        InputError: a GPU is to fail, or a request is too long to be put to an engine.
     """
+    arrivals = scenario.workload.arrivals
+    for what, most, longest in (
+        ("prompt", MOST_PROMPT_TOKENS, arrivals.prompt_tokens.max()),
+        ("output", MOST_OUTPUT_TOKENS, arrivals.output_tokens.max()),
+    ):
+        if longest > most:
+            raise InputError(f"workload: {what} of {longest:,} tokens; engines are asked for {most:,} at most")
     for fault in scenario.faults:
         if fault.target is FaultTarget.GPU:
             raise InputError(

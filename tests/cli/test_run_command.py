@@ -93,6 +93,7 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
         ("--backend emulated --start-timeout-s -1", ("--start-timeout-s", "-1")),
         ("--backend emulated --most-failures 0", ("--most-failures", "0")),
         ("--backend emulated --fail gpu=0@9s", ("GPU 0", "deployment=")),
+        ("--backend emulated --trace long.csv", ("2,000,000", "1,000,000")),
         ("--backend emulated --slo-ttft-ms 0", ("--slo-ttft-ms", "0")),
         ("--backend emulated --out t.csv", ("t.csv", "folder")),
     ],
@@ -100,6 +101,7 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
 def test_what_cannot_be_is_said_in_one_line(
     maveriq: Maveriq, tmp_path: Path, said: str, words: tuple[str, ...]
 ) -> None:
+    put(tmp_path, {"long.csv": HEAD + "30,1,2000000,1\n"})
     before = everything_in(tmp_path)
     ended = maveriq(f"run {WORLD} {said}")
     assert ended.code == 2

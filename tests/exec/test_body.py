@@ -90,6 +90,29 @@ def test_what_is_not_there_is_said(tmp_path) -> None:
     run_async(check)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": ()},
+        {"prompt": (-1,)},
+        {"prompt": (1 << 31,)},
+        {"prompt": (1 << 70,)},
+        {"tokens": 0},
+        {"tokens": 10**7},
+    ],
+    ids=repr,
+)
+def test_what_no_engine_takes_is_refused_and_harms_nobody(tmp_path, wrong) -> None:
+    async def check() -> None:
+        async with body({1: [(0,)]}, tmp_path) as one:
+            await up(one)
+            with pytest.raises(InputError, match="request 1 cannot be put to an engine"):
+                send(one, **wrong)
+            assert (await send(one).outcome()).request_id == 1
+
+    run_async(check)
+
+
 def test_endpoints_keep_the_numbers_of_an_earlier_life(tmp_path) -> None:
     async def check() -> None:
         async with body({7: [(0,)], 8: [(1,)]}, tmp_path) as one:
