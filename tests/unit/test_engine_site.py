@@ -1,0 +1,58 @@
+"""Where engines run: on the GPUs of the machine, each as its own or several on one, or on none."""
+
+import pytest
+from worlds import MODEL, TokenSeconds, cluster
+
+from maveriq.cli import engine_site
+from maveriq.cli.engine_site import Site
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, WeightType
+from maveriq.errors import InputError
+from maveriq.exec.gpus import VirtualMeter
+from maveriq.exec.installed import Installed, Machine
+from maveriq.units import BYTES_PER_GIB
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None) -> None:
+    """Let the machine have GPUs of so much memory."""
+    meter = VirtualMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
+    monkeypatch.setattr(engine_site, "this_machine", lambda: Machine(gpus=meter.gpus))
+    monkeypatch.setattr(engine_site, "installed", lambda _engine, _machine: Installed(missing=missing))
+    monkeypatch.setattr(engine_site, "NvmlMeter", lambda: meter)
+
+
+def test_emulated_engines_have_no_devices() -> None:
+    site = Site("emulated")
+    assert (site.meter, site.watch(), site.devices(cluster(4)).uuids) == (None, None, ())
+
+
+def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> None:
+    machine(monkeypatch, 16, 16, 16)
+    site = Site("torch")
+    assert site.devices(cluster(2, gib=8)).uuids == ("VIRTUAL-0", "VIRTUAL-1")
+    watch = site.watch()
+    assert watch is not None
+    assert watch.free_bytes(1) == 16 * BYTES_PER_GIB
+
+
+def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> None:
+    machine(monkeypatch, 32)
+    site = Site("torch")
+    assert site.devices(cluster(4, gib=8)).uuids == ("VIRTUAL-0",) * 4
+    with pytest.raises(InputError, match=r"40\.0 GiB .* GPU 0 \(big\) has 32\.0 GiB"):
+        site.devices(cluster(5, gib=8))
+
+
+def test_what_is_missing_is_said(monkeypatch) -> None:
+    machine(monkeypatch, missing="not installed: vllm")
+    with pytest.raises(InputError, match="--backend vllm cannot run here: not installed: vllm"):
+        Site("vllm")
+
+
+def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
+    machine(monkeypatch, 32)
+    believed = TokenSeconds()
+    gptq = Configuration(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
+    assert Site("emulated").planning(believed) is believed
+    assert believed.why_not(MODEL, gptq) is None
+    assert (Site("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")
