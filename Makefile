@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help sim test check lint bench wheel clean
+.PHONY: help sim test check lint bench soak wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ wheel: $(STAMP) ## build the wheel and run it in an empty environment
 
 bench: $(STAMP) ## measure speed and memory; prints ratios taken in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+soak: $(STAMP) ## 10,000 simulated runs of the executor under random faults
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis runs

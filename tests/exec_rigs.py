@@ -16,7 +16,7 @@ from worlds import MODEL, AsTold, TokenSeconds, cluster, guess
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.body import Body, World
+from maveriq.exec.body import Body
 from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
@@ -25,10 +25,11 @@ from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
 T = TypeVar("T")
-PATIENCE_S = 20.0  # for what takes milliseconds: a test machine may be busy
+PATIENCE_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
 
 
 @dataclass(frozen=True, kw_only=True)

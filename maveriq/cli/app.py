@@ -10,11 +10,14 @@ from typer.core import TyperCommand
 
 from maveriq import __version__
 from maveriq.cli.compare import compare
+from maveriq.cli.console import console
 from maveriq.cli.ending import ending, prepare_streams
+from maveriq.cli.engines import engines
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
 from maveriq.cli.run import run
+from maveriq.cli.serve import serve
 from maveriq.cli.sim import sim
 from maveriq.cli.testbed import app as testbed_app
 from maveriq.cli.trace import app as trace_app
@@ -44,6 +47,9 @@ app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
 app.command(cls=_Command)(fit)
 app.command(cls=_Command)(compare)
+app.command(cls=_Command)(engines)
+app.command(cls=_Command)(serve)
+app.command(cls=_Command)(console)
 app.add_typer(trace_app, name="trace")
 app.add_typer(testbed_app, name="testbed")
 

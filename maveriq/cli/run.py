@@ -19,7 +19,7 @@ def run(
     *,
     backend: Annotated[
         str | None,
-        typer.Option(metavar="emulated|torch", help="What engines are made of.", rich_help_panel=_ENGINES),
+        typer.Option(metavar="emulated|torch|vllm|trtllm", help="What engines are made of.", rich_help_panel=_ENGINES),
     ] = None,
     real: Annotated[bool, typer.Option("--real", help="TensorRT-LLM on GPUs.", rich_help_panel=_ENGINES)] = False,
     time_scale: Annotated[
@@ -55,7 +55,8 @@ def run(
     compared with its own. The emulated engine needs no GPU: a process that
     takes the estimated time. Ctrl-C ends the run early, with its records.
     """
-    from maveriq.cli.running import Engines, run_for_real
+    from maveriq.cli.engine_site import Engines
+    from maveriq.cli.running import run_for_real
     from maveriq.cli.simulating import Output
 
     run_for_real(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 import sys
@@ -13,12 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
+from maveriq.cli.engine_site import Engines, Site
 from maveriq.cli.simulating import Output, default_folder, meta_of, report
-from maveriq.errors import InputError, MaveriqError, UnknownNameError, cannot_write
-from maveriq.exec.engines.catalog import BACKENDS
+from maveriq.domain.records import NOT_YET
+from maveriq.errors import MaveriqError, cannot_write
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.life import SupervisionSettings
-from maveriq.exec.replay import Replayed, ReplaySettings, run_replay
+from maveriq.exec.replay import Replayed, ReplaySettings, check_faults, run_replay
 from maveriq.report.engine_csv import engine_lines
 from maveriq.report.folders import check_writable
 from maveriq.report.live import make_view
@@ -26,58 +27,6 @@ from maveriq.report.reading import read_meta
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import Scenario
-
-_EMULATED = "emulated"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engines:
-    """What a user says about engines; fields as the options of `maveriq run`.
-
-    Raises:
-        InputError: options that do not go together, or cannot be.
-        UnknownNameError: no such backend.
-    """
-
-    backend: str | None
-    real: bool
-    time_scale: float
-    start_timeout_s: float
-    hang_s: float
-    most_failures: int
-
-    def __post_init__(self) -> None:
-        for name in ("time_scale", "start_timeout_s", "hang_s"):
-            value = getattr(self, name)
-            if not 0 < value <= 1e6:  # nan too
-                raise InputError(f"--{name.replace('_', '-')} must be positive and at most 1,000,000, not {value}")
-        if self.most_failures < 1:
-            raise InputError(f"--most-failures must be at least 1, not {self.most_failures}")
-        self._check_backend()
-
-    def _check_backend(self) -> None:
-        if self.real and self.backend is not None:
-            raise InputError(f"--real means TensorRT-LLM; leave it out to run on {self.backend!r}")
-        if self.real:
-            raise InputError("--real needs TensorRT-LLM, which is not installed here; try --backend torch or emulated")
-        if self.backend is None:
-            raise InputError(
-                "say what to run on: --backend emulated (processes that take the estimated time, no GPU needed), "
-                "--backend torch, or --real (TensorRT-LLM); without any engine, try maveriq sim"
-            )
-        if self.backend not in BACKENDS:
-            raise UnknownNameError("backend", self.backend, BACKENDS)
-        if self.time_scale != 1 and self.backend != _EMULATED:
-            raise InputError(f"--time-scale {self.time_scale:g} is for emulated engines: real ones take their own time")
-
-    @property
-    def name(self) -> str:
-        """The backend, once that is checked."""
-        return self.backend or _EMULATED
-
-    def supervision(self) -> SupervisionSettings:
-        """Return how patient to be."""
-        return SupervisionSettings(start_s=self.start_timeout_s, hang_s=self.hang_s, most_failures=self.most_failures)
 
 
 def run_for_real(options: Options, engines: Engines, output: Output) -> None:
@@ -88,16 +37,39 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
         MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
         KeyboardInterrupt: the user ended the run early (the records are there all the same).
     """
-    scenario = build_scenario(options)
     folder = output.folder or _default_folder(options, engines)
     check_writable(folder)
-    settings = ReplaySettings(time_scale=engines.time_scale, supervision=engines.supervision())
+    with contextlib.closing(Site(engines.name)) as site:
+        scenario = build_scenario(options, planning=site.planning)
+        check_faults(scenario)
+        settings = ReplaySettings(
+            time_scale=engines.time_scale,
+            devices=site.devices(scenario.cluster),
+            supervision=engines.supervision(),
+            meter=site.meter,
+            watch=site.watch(),
+        )
+        _run(_Job(options=options, engines=engines, output=output, folder=folder), scenario, settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What was asked for, and where it goes."""
+
+    options: Options
+    engines: Engines
+    output: Output
+    folder: Path
+
+
+def _run(job: _Job, scenario: Scenario, settings: ReplaySettings) -> None:
+    output, folder = job.output, job.folder
     with _scratch(folder) as scratch:
         logs = Path(scratch)
         interactive = sys.stdout.isatty() and sys.stderr.isatty()
         quiet = output.quiet or output.as_json
         with (
-            ProcessLauncher(engines.name, logs=logs, devices=settings.devices) as launcher,
+            ProcessLauncher(job.engines.name, logs=logs, devices=settings.devices) as launcher,
             make_view(Console(stderr=True), quiet=quiet, interactive=interactive) as view,
         ):
             replayed = run_replay(scenario, launcher, settings, None if quiet else view)
@@ -111,12 +83,15 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
             replayed.record,
             output,
             folder,
-            _meta(options, engines, scenario, replayed),
+            _meta(job.options, job.engines, scenario, replayed),
             more=write_more,
-            last_line=_suggestion(options, folder),
+            last_line=_suggestion(job.options, folder),
         )
     if replayed.interrupted:
         raise KeyboardInterrupt
+    lost = [one for one in replayed.record.deployments if one.plan is not None]
+    if lost and all(one.ready_us == NOT_YET and one.status == "down" for one in lost):
+        raise MaveriqError(f"no engine came up: {lost[0].reason}; records: {folder}")
 
 
 def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:

@@ -74,6 +74,11 @@ class Deployment:
         """Its number and model, for reasons and messages."""
         return f"deployment {self.deployment_id} ({self.ask.model.name})"
 
+    @property
+    def gone_for_good(self) -> bool:
+        """Whether its engine failed and will not be back."""
+        return self.state is DeploymentState.DOWN and not self.returns
+
     def engine_gone(self) -> bool:
         """Note that it has no engine any more; says whether there was one until now."""
         was_alive, self.alive = self.alive, False
@@ -114,4 +119,6 @@ class Deployment:
             status=self.state.value,
             waiting=waiting,
             completed=self.completed,
+            reason=self.reason,
+            restarts=max(0, self.incarnation - 1),
         )

@@ -10,7 +10,10 @@ from maveriq.units import Bytes, Micros
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentStatus:
-    """A deployment as a live view shows it; `status` as in `DeploymentRecord`."""
+    """A deployment as a live view shows it; `status` and `reason` as in `DeploymentRecord`.
+
+    `restarts` counts the engines started for it after the first.
+    """
 
     deployment_id: int
     model: str
@@ -20,6 +23,8 @@ class DeploymentStatus:
     status: str
     waiting: int
     completed: int
+    reason: str = ""
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,9 @@ it is plain asyncio: tests run it on a loop whose time is simulated, with a laun
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import assert_never
 
-from maveriq.control.controller import Controller, ControllerSettings, ServiceGuess
+from maveriq.control.controller import Controller
 from maveriq.control.events import (
     Action,
     DeployAsked,
@@ -20,8 +18,6 @@ from maveriq.control.events import (
     EngineUp,
     Event,
     Execute,
-    ExecutionFailed,
-    ExecutionFinished,
     RemoveAsked,
     RequestArrived,
     RequestCancelled,
@@ -29,69 +25,25 @@ from maveriq.control.events import (
     StopEngine,
 )
 from maveriq.control.snapshot import snapshot
-from maveriq.domain.deployment import DeploymentPlan
-from maveriq.domain.hardware import Cluster
 from maveriq.domain.intents import DeployAsk
-from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
-from maveriq.domain.records import NOT_YET, RequestTable
+from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
-from maveriq.exec import messages
-from maveriq.exec.cluster import EndpointRequest, Outcome, Submission
-from maveriq.exec.devices import Devices
+from maveriq.exec.cluster import EndpointRequest, Submission
 from maveriq.exec.ground import Ground, MemoryWatch, NoMemoryWatch
+from maveriq.exec.inflight import InFlight
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import Order, SupervisionSettings
-from maveriq.exec.modelconfig import config_json
+from maveriq.exec.messages import Failed, Finished, Generate, Loaded
+from maveriq.exec.messages import Progress as StepProgress
 from maveriq.exec.supervisor import Supervisor
 from maveriq.exec.tickets import LiveTicket
-from maveriq.policy.base import Policy
-from maveriq.scenario.scenario import LoadTime
-from maveriq.scenario.service import ServiceModel
+from maveriq.exec.wording import one_line
+from maveriq.exec.world import EngineRecord, World
 from maveriq.units import MICROS_PER_SECOND, Micros, seconds
 
 _MOST_NOTES = 100
-_LONGEST_REASON = 300
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """What a body needs to know: the cluster, who decides, and what is believed about the hardware.
-
-    `service` and `load_time` are estimates: by them hangs are told from long executions, and emulated engines
-    take these times. `typical_prompt_tokens` is what latency is estimated for where nobody says.
-    """
-
-    cluster: Cluster
-    policy: Policy
-    settings: ControllerSettings
-    guess: ServiceGuess
-    service: ServiceModel
-    load_time: LoadTime
-    devices: Devices = field(default_factory=Devices)
-    config_of: Callable[[ModelSpec], str] = config_json
-    typical_prompt_tokens: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRecord:
-    """An engine that served: what it says of itself, and how long it took to start, in real seconds."""
-
-    order: Order
-    loaded: messages.Loaded
-    start_s: float
-
-
-@dataclass(slots=True)
-class _Execution:
-    """What an engine is at."""
-
-    execution_id: int
-    tickets: tuple[LiveTicket, ...]
-    started_us: Micros
-    positions: list[int]  # tokens of each sequence so far
-    first_token_us: Micros = NOT_YET
 
 
 class Body:
@@ -117,7 +69,6 @@ class Body:
         watch: MemoryWatch | None = None,
     ) -> None:
         self.controller = Controller(world.cluster, world.policy, world.settings, world.guess)
-        self.controller.ledger.on_end = self._request_ended
         self.engines: list[EngineRecord] = []
         self.notes: list[str] = []
         self._world = world
@@ -132,15 +83,10 @@ class Body:
         self._now_us: Micros = 0
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
-        self._plans: dict[int, DeploymentPlan] = {}
+        self._in_flight = InFlight(self.controller.ledger)
         self._start_asked_s: dict[int, float] = {}
-        self._executions: dict[int, _Execution] = {}
-        self._tickets: dict[int, LiveTicket] = {}  # of requests that have not ended
-        self._ended: list[int] = []
         self._last_request_id = 0
         self._last_endpoint_id = 0
-        self._nothing_open = asyncio.Event()
-        self._nothing_open.set()
         self._table: RequestTable | None = None
 
     @property
@@ -216,8 +162,7 @@ class Body:
         if self._table is not None:
             raise InputError("the cluster is shut down and takes no more requests")
         self._last_request_id = ticket.request_id
-        self._tickets[ticket.request_id] = ticket
-        self._nothing_open.clear()
+        self._in_flight.open(ticket)
         self._tell(RequestArrived(ticket.request))
 
     def cancel(self, request_id: int) -> None:
@@ -247,17 +192,15 @@ class Body:
 
     async def drained(self) -> None:
         """Wait until no request is waiting or running."""
-        await self._nothing_open.wait()
+        await self._in_flight.none_open()
 
     def end_requests(self) -> RequestTable:
         """Take no more requests, end all that are open as unfinished, and return the rows of all."""
         if self._table is None:
             if self._wake is not None:
                 self._wake.cancel()
-            still_open = list(self._tickets)
             self._table = self.controller.ledger.close()
-            self._ended.extend(still_open)
-            self._settle_ended()
+            self._in_flight.settle_all()
         return self._table
 
     async def close(self) -> None:
@@ -278,11 +221,16 @@ class Body:
         except Exception as error:
             self.broke(error)
             raise
-        self._settle_ended()
+        self._in_flight.settle()
         if self._wake is not None:
             self._wake.cancel()
         wake_us = self.controller.wake_us
-        self._wake = None if wake_us is None else self._loop.call_at(self.real_time_s(wake_us), self._tell)
+        self._wake = None if wake_us is None else self._loop.call_at(self.real_time_s(wake_us), self._wake_up, wake_us)
+
+    def _wake_up(self, due_us: Micros) -> None:
+        """Let the controller go on: it is that time, though a clock that is read in fractions may fall just short."""
+        self._now_us = max(self._now_us, due_us)
+        self._tell()
 
     def _carry_out(self, action: Action, now_us: Micros) -> None:
         match action:
@@ -291,87 +239,35 @@ class Body:
             case StartEngine():
                 self._start(action)
             case StopEngine(deployment_id):
-                self._executions.pop(deployment_id, None)
+                self._in_flight.drop(deployment_id)
                 self._supervisors[deployment_id].stop()
             case _ as never:
                 assert_never(never)
 
     def _start(self, action: StartEngine) -> None:
-        number, plan = action.deployment_id, action.plan
+        number = action.deployment_id
         if number not in self._supervisors:
             self._supervisors[number] = Supervisor(
                 number, launcher=self._launcher, overseer=self, settings=self._supervision, ground=self._ground
             )
-        self._plans[number] = plan
         self._start_asked_s[number] = self._loop.time()
-        self._supervisors[number].start(
-            Order(
-                spec=self._spec(action),
-                needed=dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)),
-                load_s=seconds(self._world.load_time(plan)),
-            )
-        )
-
-    def _spec(self, action: StartEngine) -> messages.EngineSpec:
-        plan, configuration = action.plan, action.plan.configuration
-        return messages.EngineSpec(
-            deployment_id=action.deployment_id,
-            incarnation=action.incarnation,
-            model=plan.model.name,
-            config_json=self._world.config_of(plan.model),
-            tp=configuration.tp,
-            pp=configuration.pp,
-            layer_split=plan.layer_split,
-            weights=configuration.weights.value,
-            kv=configuration.kv.value,
-            batch_size=configuration.batch_size,
-            devices=self._world.devices.names(plan.gpu_ids),
-            seed=self._world.settings.seed,
-            time_scale=self._time_scale,
-        )
+        self._supervisors[number].start(self._world.order(action, self._time_scale))
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         number = action.deployment_id
-        first_token_us, service_us = self._world.service.times_us(number, self._plans[number], action.requests)
-        tickets = tuple(self._tickets[request.request_id] for request in action.requests)
-        self._executions[number] = _Execution(action.execution_id, tickets, now_us, [0] * len(tickets))
-        work = messages.Generate(
+        plan = self.controller.fleet.deployments[number].layout
+        first_token_us, service_us = self._world.service.times_us(number, plan, action.requests)
+        work = Generate(
             execution_id=action.execution_id,
-            sequences=tuple(ticket.sequence() for ticket in tickets),
+            sequences=self._in_flight.begin(action, now_us),
             first_token_s=seconds(first_token_us),
             service_s=seconds(service_us),
         )
         self._supervisors[number].execute(work, seconds(service_us) * self._time_scale)
 
-    # What becomes of requests
-
-    def _request_ended(self, request_id: int) -> None:
-        self._ended.append(request_id)
-
-    def _settle_ended(self) -> None:
-        """Tell those who follow requests that these have ended."""
-        ended, self._ended = self._ended, []
-        for request_id in ended:
-            ticket = self._tickets.pop(request_id)
-            row = self.controller.ledger.row(request_id)
-            ticket.end(
-                Outcome(
-                    request_id=request_id,
-                    status=row.status,
-                    reason=row.reason,
-                    tokens=ticket.got,
-                    arrival_us=row.arrival_us,
-                    start_us=row.start_us,
-                    first_token_us=row.first_token_us,
-                    finish_us=row.finish_us,
-                )
-            )
-        if not self._tickets:
-            self._nothing_open.set()
-
     # What supervisors say (`maveriq.exec.supervisor.Overseer`)
 
-    def engine_up(self, order: Order, loaded: messages.Loaded) -> None:
+    def engine_up(self, order: Order, loaded: Loaded) -> None:
         """An engine serves."""
         number = order.spec.deployment_id
         start_s = self._loop.time() - self._start_asked_s[number]
@@ -380,63 +276,31 @@ class Body:
 
     def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
         """An engine failed."""
-        self._executions.pop(deployment_id, None)
+        self._in_flight.drop(deployment_id)
         self.noticed(deployment_id, reason)
-        self._tell(EngineDown(deployment_id, returns, _one_line(reason)))
+        self._tell(EngineDown(deployment_id, returns, one_line(reason)))
 
     def engine_repaired(self, deployment_id: int) -> None:
         """A failed engine may start again."""
         self._tell(EngineRepaired(deployment_id))
 
-    def stepped(self, deployment_id: int, progress: messages.Progress) -> None:
+    def stepped(self, deployment_id: int, progress: StepProgress) -> None:
         """An execution gave each of its sequences a token."""
-        execution = self._executions.get(deployment_id)
-        if execution is None or execution.execution_id != progress.execution_id:
-            return
-        if execution.first_token_us == NOT_YET:
-            execution.first_token_us = self.now_us
-        for index, token in enumerate(progress.tokens):
-            if token >= 0:
-                execution.tickets[index].add(execution.positions[index], (token,))
-                execution.positions[index] += 1
+        self._in_flight.stepped(deployment_id, progress, self.now_us)
 
-    def executed(self, deployment_id: int, ended: messages.Finished | messages.Failed) -> None:
+    def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
         """An execution is over."""
-        execution = self._executions.get(deployment_id)
-        if execution is None or execution.execution_id != ended.execution_id:
-            return
-        del self._executions[deployment_id]
-        if isinstance(ended, messages.Failed):
-            reason = _one_line(f"its engine could not do it ({ended.kind}): {ended.message}")
-            self._tell(ExecutionFailed(deployment_id, ended.execution_id, reason))
-            return
-        for ticket, output in zip(execution.tickets, ended.outputs, strict=True):
-            ticket.add(0, output)
-        first_token_us = execution.first_token_us
-        if first_token_us == NOT_YET:  # word of it was lost
-            first_token_us = execution.started_us + int(ended.first_token_s / self._time_scale * MICROS_PER_SECOND)
-        got = tuple(max(1, len(output)) for output in ended.outputs)
-        as_asked = all(
-            count == ticket.request.output_tokens for count, ticket in zip(got, execution.tickets, strict=True)
-        )
-        self._tell(
-            ExecutionFinished(
-                deployment_id, ended.execution_id, min(first_token_us, self.now_us), None if as_asked else got
-            )
-        )
+        event = self._in_flight.executed(deployment_id, ended, self.now_us, self._time_scale)
+        if event is not None:
+            self._tell(event)
 
     def noticed(self, deployment_id: int, warning: str) -> None:
         """Keep what a reader of the results should know."""
         if len(self.notes) < _MOST_NOTES:
             name = self.controller.fleet.deployments[deployment_id].name
-            self.notes.append(f"{name}, {seconds(self.now_us):.1f} s: {_one_line(warning)}")
+            self.notes.append(f"{name}, {seconds(self.now_us):.1f} s: {one_line(warning)}")
 
     def broke(self, error: BaseException) -> None:
         """Note that the executor itself has a fault."""
         if not self.fault.done():
             self.fault.set_exception(error)
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

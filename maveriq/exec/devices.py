@@ -20,6 +20,11 @@ class Devices:
 
     uuids: tuple[str, ...] = ()
 
+    @property
+    def shared(self) -> bool:
+        """Whether several GPUs share a device."""
+        return len(set(self.uuids)) < len(self.uuids)
+
     def visible_to(self, gpu_ids: Sequence[int]) -> tuple[str, ...]:
         """Return the devices that an engine on these GPUs may see, each once, in rank order.
 

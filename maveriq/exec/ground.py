@@ -32,12 +32,12 @@ class NoMemoryWatch:
 
 
 class Ground:
-    """Who is still leaving which GPU."""
+    """Who is still leaving which GPU, and who has been let in and has not taken its memory yet."""
 
     def __init__(self, watch: MemoryWatch) -> None:
         self._watch = watch
         self._leaving: Counter[int] = Counter()
-        self._left: set[int] = set()  # GPUs that an engine has left and whose memory was not seen back since
+        self._coming: Counter[int] = Counter()  # bytes
         self._changed = asyncio.Condition()
 
     def leave(self, gpu_ids: Sequence[int]) -> None:
@@ -48,11 +48,12 @@ class Ground:
         """Note that its processes are gone."""
         async with self._changed:
             self._leaving.subtract(gpu_ids)
-            self._left.update(gpu_ids)
             self._changed.notify_all()
 
     async def clear(self, needed: Mapping[int, Bytes], within_s: float) -> str:
-        """Wait until nobody is leaving these GPUs, and what an engine needs on each is seen to be free.
+        """Wait until nobody is leaving these GPUs, and what an engine needs on each is seen to be free; let it in.
+
+        Whoever is let in says `settled` later on.
 
         Args:
             needed: memory by GPU.
@@ -61,17 +62,28 @@ class Ground:
         Returns:
             A warning if it was not seen in time, else nothing.
         """
-        async with self._changed:
-            await self._changed.wait_for(lambda: not any(self._leaving[gpu_id] for gpu_id in needed))
         loop = asyncio.get_running_loop()
         latest_s = loop.time() + within_s
-        for gpu_id in [gpu_id for gpu_id in needed if gpu_id in self._left]:
-            while (free := self._watch.free_bytes(gpu_id)) is not None and free < needed[gpu_id]:
-                if loop.time() >= latest_s:
-                    return (
-                        f"GPU {gpu_id}: {gib(free):.2f} GiB were free {within_s:g} s after an engine left it, "
-                        f"not the {gib(needed[gpu_id]):.2f} GiB that the next one needs"
-                    )
-                await asyncio.sleep(_LOOK_EVERY_S)
-            self._left.discard(gpu_id)
+        while True:
+            async with self._changed:  # also after a while: somebody else may have begun to leave
+                await self._changed.wait_for(lambda: not any(self._leaving[gpu_id] for gpu_id in needed))
+            lacking = self._lacking(needed)
+            if not lacking or loop.time() >= latest_s:
+                self._coming.update(needed)
+                return f"{lacking} after {within_s:g} s" if lacking else ""
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def settled(self, needed: Mapping[int, Bytes]) -> None:
+        """Note that an engine has taken the memory that it was let in for, or will not do so any more."""
+        self._coming.subtract(needed)
+
+    def _lacking(self, needed: Mapping[int, Bytes]) -> str:
+        """Say what is not free yet of what an engine needs beside those that were let in before; empty if nothing."""
+        for gpu_id, amount in needed.items():
+            free = self._watch.free_bytes(gpu_id)
+            wanted = amount + self._coming[gpu_id]
+            if free is not None and free < wanted:
+                return (
+                    f"GPU {gpu_id} has {gib(free):.2f} GiB free, not the {gib(wanted):.2f} GiB that are to be loaded,"
+                )
         return ""

@@ -34,6 +34,7 @@ from maveriq.exec.messages import (
     ToEngine,
     decode_to_engine,
 )
+from maveriq.exec.orphans import die_with_parent
 from maveriq.exec.session import BROKEN, NO_PROTOCOL, STOPPED, Session
 
 _CLOSE_S = 5.0  # for an engine to free everything once its executor is gone
@@ -49,7 +50,7 @@ class Host:
         self._backend = backend
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
         self._engine: Engine | None = None
         self._session = Session(pid=os.getpid(), worker=self, send=channel.send, leave=self._end)
 
@@ -63,6 +64,7 @@ class Host:
         code = await self._exit
         await self._channel.flush()
         listening.cancel()
+        self._jobs.put(None)
         return code
 
     async def _listen(self) -> None:
@@ -107,8 +109,7 @@ class Host:
     # In the engine's thread; word to the session goes by the loop
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
             try:
                 job()
             except BaseException:  # whatever it was: nobody knows what state the engine is in
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--socket", required=True, help="where the executor listens")
     parser.add_argument("--backend", required=True, help="which engine to be")
     said = parser.parse_args()
+    die_with_parent()
     try:
         code = asyncio.run(_run(said.socket, said.backend))
     except OSError as error:

@@ -111,6 +111,7 @@ class Life:
         self._asked_s = self._loop.time()
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self._connection: EngineConnection | None = None
+        self._let_in = False  # to memory that it has not taken yet
         self._loaded = False
         self._work: Generate | None = None  # the execution that was asked for and has not ended
         self._steps = 0  # of it that were handed on
@@ -153,6 +154,7 @@ class Life:
         gpu_ids = tuple(self.order.needed)
         try:
             ending = await self._live()
+            self._settle()
             self._ground.leave(gpu_ids)
             self._listener.ended(self, ending)
             if self._connection is not None:
@@ -192,6 +194,7 @@ class Life:
 
     async def _launch(self) -> None:
         warning = await self._ground.clear(self.order.needed, self._settings.memory_back_s)
+        self._let_in = True
         if warning:
             self._listener.noticed(self, warning)
         self._heard_s = self._loop.time()
@@ -258,7 +261,13 @@ class Life:
     def _now_loaded(self, loaded: Loaded) -> None:
         if not self._loaded:
             self._loaded = True
+            self._settle()
             self._listener.loaded(self, loaded)
+
+    def _settle(self) -> None:
+        if self._let_in:
+            self._let_in = False
+            self._ground.settled(self.order.needed)
 
     def _stepped(self, progress: Progress) -> None:
         work = self._work

@@ -6,41 +6,34 @@ import asyncio
 import heapq
 import selectors
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from maveriq.domain.faults import FaultTarget
+from maveriq.domain.intents import DeployAsk
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
-from maveriq.exec.body import Body, EngineRecord, World
+from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
+from maveriq.exec.gpus import GpuMeter, GpuReading
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.prompts import Prompts
+from maveriq.exec.sampling import read_aside
 from maveriq.exec.tickets import LiveTicket
+from maveriq.exec.world import EngineRecord, world_of
 from maveriq.scenario.scenario import Scenario
-from maveriq.scenario.service import service_model
-from maveriq.units import Bytes, Micros
+from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
 _LOOK_EVERY_S = 0.1
 
 _Happening: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
 """When, which kind and which of them come first at one instant, and what to do."""
-
-
-class GpuMeter(Protocol):
-    """Somebody who reads what real GPUs say of themselves."""
-
-    def energy_mj(self) -> tuple[int | None, ...]:
-        """Return the energy that each GPU has taken since some instant in the past, in millijoules."""
-
-    def used_bytes(self) -> tuple[Bytes | None, ...]:
-        """Return the memory held on each GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +57,7 @@ class ReplaySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """What a run leaves: its record, the engines that served, what a reader must know, joules by GPU if measured."""
+    """What a run leaves: its record, the engines that served, what a reader must know, joules by device if measured."""
 
     record: RunRecord
     engines: tuple[EngineRecord, ...]
@@ -121,18 +114,14 @@ class _Replay:
         watcher: Watcher | None,
         interrupted: asyncio.Event,
     ) -> None:
-        for fault in scenario.faults:
-            if fault.target is FaultTarget.GPU:
-                raise InputError(
-                    f"fault of GPU {fault.target_id}: a real GPU cannot be made to fail; "
-                    "give deployment=NUMBER@TIME, which kills its engine"
-                )
+        check_faults(scenario)
         self._scenario = scenario
         self._settings = settings
         self._watcher = watcher
         self._interrupted = interrupted
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
         self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
+        self._asks_left = len(scenario.workload.asks)
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
         self._busy_us = [0] * len(scenario.cluster)
@@ -146,13 +135,14 @@ class _Replay:
 
     async def run(self) -> Replayed:
         """Run to the end: every request ended, the time to drain over, or interrupted."""
-        before_mj = self._energy_mj()
+        before = await self._read()
         try:
             await self._until_the_end()
             body = self._body
             ended_us = min(body.now_us, self._last_arrival_us + self._scenario.drain_us)
+            after = await self._read()
             if ended_us > self._sampled_us:
-                self._sample(ended_us)
+                self._sample(ended_us, after)
             if self._watcher:
                 self._watcher.update(self._progress())
             record = RunRecord(
@@ -168,7 +158,7 @@ class _Replay:
             record=record,
             engines=tuple(body.engines),
             notes=tuple(body.notes),
-            energy_j=_difference_j(before_mj, self._energy_mj()),
+            energy_j=tuple(_energy_j(*both) for both in zip(before, after, strict=True)),
             interrupted=self._interrupted.is_set(),
         )
 
@@ -213,7 +203,7 @@ class _Replay:
         for removal in scenario.removals:
             yield removal.at_us, 0, removal.endpoint_id, lambda one=removal: body.remove(one.endpoint_id)  # type: ignore[misc]
         for ask in scenario.workload.asks:
-            yield ask.asked_us, 1, ask.endpoint_id, lambda one=ask: body.ask(one)  # type: ignore[misc]
+            yield ask.asked_us, 1, ask.endpoint_id, lambda one=ask: self._ask(one)  # type: ignore[misc]
         for fault in scenario.faults:
             yield (
                 fault.at_us,
@@ -225,6 +215,10 @@ class _Replay:
     def _arriving(self) -> Iterator[_Happening]:
         for request in requests_of(self._scenario.workload.arrivals):
             yield request.arrival_us, 3, request.request_id, lambda one=request: self._arrive(one)  # type: ignore[misc]
+
+    def _ask(self, ask: DeployAsk) -> None:
+        self._asks_left -= 1
+        self._body.ask(ask)
 
     def _arrive(self, request: Request) -> None:
         self._body.arrive(LiveTicket(request, self._prompts.of(request)))
@@ -244,51 +238,55 @@ class _Replay:
 
     async def _sample_regularly(self) -> None:
         due_us = 0
-        while True:
+        while not self._nothing_left():
             due_us += self._scenario.sample_us
             await self._until(due_us)
-            self._sample(self._body.now_us)
+            readings = await self._read()
+            self._sample(self._body.now_us, readings)
 
-    def _sample(self, now_us: Micros) -> None:
+    def _nothing_left(self) -> bool:
+        """Say whether every engine was given up for good: all that is to come would be refused, in real time."""
+        failed = [one for one in self._body.controller.fleet.deployments.values() if one.plan]
+        return bool(failed) and not self._asks_left and all(one.gone_for_good for one in failed)
+
+    async def _read(self) -> Sequence[GpuReading]:
+        """Return what the GPUs say; nothing where nobody can ask them."""
+        return await read_aside(self._settings.meter) if self._settings.meter else ()
+
+    def _sample(self, now_us: Micros, readings: Sequence[GpuReading]) -> None:
         fleet = self._body.controller.fleet
-        measured = self._settings.meter.used_bytes() if self._settings.meter else ()
+        measured = bool(readings) and not self._settings.devices.shared
         for gpu_id, busy_before_us in enumerate(self._busy_us):
             busy_us = fleet.busy_us(gpu_id, now_us)
             self._busy_us[gpu_id] = busy_us
-            seen_bytes = measured[gpu_id] if measured else None
             self._samples.append(
                 GpuSample(
                     time_us=now_us,
                     gpu_id=gpu_id,
-                    memory_bytes=fleet.used_bytes(gpu_id) if seen_bytes is None else seen_bytes,
+                    memory_bytes=readings[gpu_id].used_bytes if measured else fleet.used_bytes(gpu_id),
                     busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
                 )
             )
         self._sampled_us = now_us
-
-    def _energy_mj(self) -> tuple[int | None, ...]:
-        return self._settings.meter.energy_mj() if self._settings.meter else ()
 
 
 def _order(happening: _Happening) -> tuple[Micros, int, int]:
     return happening[:3]
 
 
-def world_of(scenario: Scenario, devices: Devices) -> World:
-    """Return what a body needs to know of a scenario."""
-    return World(
-        cluster=scenario.cluster,
-        policy=scenario.policy,
-        settings=scenario.settings,
-        guess=scenario.guess,
-        service=service_model(scenario),
-        load_time=scenario.load_time,
-        devices=devices,
-    )
+def check_faults(scenario: Scenario) -> None:
+    """Refuse faults that cannot be made for real.
+
+    Raises:
+        InputError: a GPU is to fail.
+    """
+    for fault in scenario.faults:
+        if fault.target is FaultTarget.GPU:
+            raise InputError(
+                f"fault of GPU {fault.target_id}: a real GPU cannot be made to fail; "
+                "give deployment=NUMBER@TIME, which kills its engine"
+            )
 
 
-def _difference_j(before_mj: tuple[int | None, ...], after_mj: tuple[int | None, ...]) -> tuple[float | None, ...]:
-    return tuple(
-        None if before is None or after is None else (after - before) / 1000
-        for before, after in zip(before_mj, after_mj, strict=True)
-    )
+def _energy_j(before: GpuReading, after: GpuReading) -> float | None:
+    return None if before.energy_j is None or after.energy_j is None else after.energy_j - before.energy_j

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from maveriq.exec.body import EngineRecord
 from maveriq.exec.devices import Devices
+from maveriq.exec.world import EngineRecord
 from maveriq.report.request_csv import csv_cell
 from maveriq.units import gib
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from typing import TypeVar
@@ -34,18 +35,23 @@ RECORDED = "recorded"
 """The value of `serve_with` that takes the workload's own recorded times."""
 
 _MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
+_MOST_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def build_scenario(options: Options) -> Scenario:
+def build_scenario(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> Scenario:
     """Turn options into a scenario, reading every file that they name.
+
+    Args:
+        options: what the user says.
+        planning: turns the estimator that the options name for planning into the one that is planned with.
 
     Raises:
         InputError: an option or a file that cannot be used.
     """
     profile = load_profile(options.profile)
     cluster = cluster_for(options.gpus, profile)
-    planner = estimator(options.plan_with, profile)
+    planner = planning(estimator(options.plan_with, profile))
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
     policy, notes = _policy(options, profile, cluster, planner, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
@@ -60,18 +66,10 @@ def build_scenario(options: Options) -> Scenario:
         cluster=cluster,
         policy=policy,
         workload=workload,
-        settings=ControllerSettings(
-            timing=_timing(options, profile.timing),
-            discipline=_choice(Discipline, "queue", options.queue),
-            max_wait_us=micros(options.max_wait_s),
-            on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
-            replica=_choice(ReplicaChoice, "replica choice", options.replica),
-            seed=options.seed,
-            load_window=profile.load_window,
-        ),
-        guess=_guess_with(planner),
+        settings=controller_settings(options, profile),
+        guess=guess_with(planner),
         serve=_serve(options.serve_with, profile),
-        load_time=_load_time(options, profile),
+        load_time=load_time_for(options, profile),
         faults=faults,
         removals=removals,
         drain_us=drain_us,
@@ -138,6 +136,23 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
     return cluster
 
 
+def controller_settings(options: Options, profile: HardwareProfile) -> ControllerSettings:
+    """Return how the controller is to work.
+
+    Raises:
+        UnknownNameError: a queue or another choice that there is not.
+    """
+    return ControllerSettings(
+        timing=_timing(options, profile.timing),
+        discipline=_choice(Discipline, "queue", options.queue),
+        max_wait_us=micros(options.max_wait_s),
+        on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
+        replica=_choice(ReplicaChoice, "replica choice", options.replica),
+        seed=options.seed,
+        load_window=profile.load_window,
+    )
+
+
 def _choice(kind: type[_Choice], what: str, text: str) -> _Choice:
     try:
         return kind(text.replace("_", "-"))
@@ -168,7 +183,9 @@ def _serve(name: str, profile: HardwareProfile) -> Estimator | None:
     return estimator(name, profile)
 
 
-def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
+def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:
+    """Return how long engines are believed to load: as the user says, else as the profile does."""
+
     def load_time(plan: DeploymentPlan) -> Micros:
         if options.load_s is not None:
             return micros(options.load_s)
@@ -177,7 +194,7 @@ def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
     return load_time
 
 
-def _guess_with(planner: Estimator) -> ServiceGuess:
+def guess_with(planner: Estimator) -> ServiceGuess:
     """Guess a request's service from its prompt and the output length that was planned for.
 
     The true output length is not known before a request has run.
@@ -194,6 +211,8 @@ def _guess_with(planner: Estimator) -> ServiceGuess:
                 output_tokens=deployment.ask.output_tokens,
                 batch=1,
             )
+            if len(known) >= _MOST_KNOWN:  # a service never ends
+                known.clear()
             known[key] = duration_micros(service.latency_s)
         return known[key]
 

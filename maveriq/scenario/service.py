@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_MOST_KNOWN = 1_000_000
+
+
 class ServiceModel(Protocol):
     """Answers for the hardware that is not there."""
 
@@ -43,6 +46,8 @@ class EstimatedService:
         if times is None:
             estimate = self._estimate(plan, prompt_tokens, output_tokens, len(requests))
             service_us = duration_micros(estimate.latency_s)
+            if len(self._known) >= _MOST_KNOWN:  # a service never ends
+                self._known.clear()
             times = (min(duration_micros(estimate.first_token_s), service_us), service_us)
             self._known[key] = times
         return times

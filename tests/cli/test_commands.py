@@ -54,6 +54,8 @@ def answer(maveriq: Maveriq, command: str) -> Any:
         ("trace -h", ("show", "export", "check")),
         ("sim -h", ("--packing-threshold", "--fail", "--json")),
         ("plan --help", ("MODEL", "--slo-ms", "--why")),
+        ("serve --help", ("--backend", "--token-file", "--models-folder", "--drain-s")),
+        ("console --help", ("--url", "--command")),
         ("fit --help", ("--evaluate",)),
         ("compare --help", ("SIM", "REAL", "--tolerance", "--plot", "--json")),
         ("testbed", ("import", "replay")),

@@ -93,7 +93,9 @@ def anything() -> st.SearchStrategy[bytes]:
         max_leaves=10,
     )
     changed = st.tuples((TO_ENGINE | FROM_ENGINE).map(encode), st.integers(0, 10**6), st.integers(0, 255)).map(
-        lambda parts: parts[0][: parts[1] % len(parts[0])] + bytes([parts[2]]) + parts[0][parts[1] % len(parts[0]) + 1 :]
+        lambda parts: (
+            parts[0][: parts[1] % len(parts[0])] + bytes([parts[2]]) + parts[0][parts[1] % len(parts[0]) + 1 :]
+        )
     )
     nested = st.integers(1, 5_000).map(lambda depth: b"\x91" * depth)
     return st.one_of(st.binary(max_size=200), plain.map(msgspec.msgpack.encode), changed, nested)

@@ -12,11 +12,13 @@ from maveriq.control.events import (
     EngineRepaired,
     EngineUp,
     Execute,
+    ExecutionFailed,
     ExecutionFinished,
     GpuDown,
     GpuUp,
     RemoveAsked,
     RequestArrived,
+    RequestCancelled,
     StartEngine,
     StopEngine,
 )
@@ -394,3 +396,67 @@ def test_load_history_is_what_placement_sees() -> None:
     )
     simulate(replace(world, policy=Looking()))
     assert seen == [[0.0, 0.0], [0.25, 0.0]]
+
+
+def test_an_execution_that_fails_alone_fails_its_requests_and_the_engine_goes_on() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    brain.handle(2, [RequestArrived(request(2, at_us=2))])
+    assert ids(brain.handle(3, [ExecutionFailed(1, 1, "no room")])) == [2]
+    assert brain.handle(4, [ExecutionFailed(1, 1, "said twice")]) == []
+    brain.handle(5, [ExecutionFinished(1, 2, 5)])
+    table = brain.ledger.close()
+    assert [RequestStatus(value).label for value in table.status] == ["failed", "completed"]
+    assert table.reasons[table.reason[0]] == "deployment 1 (tiny): no room"
+
+
+def test_an_execution_that_fails_after_the_removal_stops_the_engine() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    assert brain.handle(2, [RemoveAsked(1)]) == []
+    assert brain.handle(3, [ExecutionFailed(1, 1, "no room")]) == [StopEngine(1)]
+
+
+@pytest.mark.parametrize("discipline", list(Discipline))
+def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(discipline: Discipline) -> None:
+    brain = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, max_wait_us=10)
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    for number in (2, 3, 4):
+        brain.handle(number, [RequestArrived(request(number, at_us=number))])
+    assert brain.handle(5, [RequestCancelled(2)]) == []
+    assert brain.handle(6, [RequestCancelled(2), RequestCancelled(1), RequestCancelled(99)]) == []
+    assert brain.queue.waiting(1) == len(brain.queue) == 2
+    served = []
+    for execution in (1, 2, 3):
+        served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
+    assert served == [3, 4]
+    table = brain.ledger.close()
+    assert [RequestStatus(value).label for value in table.status] == ["completed", "failed", "completed", "completed"]
+    assert table.reasons[table.reason[1]] == "the client went away"
+    assert (table.start_us[1], table.finish_us[1]) == (-1, -1)
+
+
+def test_a_request_that_waits_for_an_engine_that_is_down_can_be_cancelled() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    brain.handle(2, [EngineDown(1, returns=True)])
+    brain.handle(3, [RequestCancelled(1)])
+    assert statuses(brain) == ["failed"]
+
+
+def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
+    brain, ended = up({1: [(0,)]}), []
+    brain.ledger.on_end = ended.append
+    brain.handle(1, [RequestArrived(request(1, at_us=1, tokens=10)), RequestArrived(request(2, 7, 1))])
+    assert ended == [2]
+    brain.handle(2, [ExecutionFinished(1, 1, 2, output_tokens=(4,))])
+    assert ended == [2, 1]
+    assert brain.ledger.row(1).finish_us == 2
+    assert brain.ledger.row(2).reason == "nothing was deployed for endpoint 7"
+    assert brain.ledger.close().output_tokens.tolist() == [4, 10]
+
+
+def test_why_an_engine_failed_is_on_record() -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [EngineDown(1, returns=False, reason="out of memory")])
+    assert brain.fleet.deployments[1].record().reason == "out of memory"

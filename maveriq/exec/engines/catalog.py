@@ -12,6 +12,8 @@ from maveriq.exec.engines.base import Engine
 BACKENDS = {
     "emulated": "maveriq.exec.engines.emulated:EmulatedEngine",
     "torch": "maveriq.exec.engines.torch:TorchEngine",
+    "vllm": "maveriq.exec.engines.vllm:VllmEngine",
+    "trtllm": "maveriq.exec.engines.trtllm:TrtLlmEngine",
 }
 """Where each backend's engine is."""
 

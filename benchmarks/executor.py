@@ -1,0 +1,142 @@
+"""What the executor's control plane costs: from the arrival of a request to its engine's having it.
+
+    python benchmarks/executor.py [--rate 200] [--seconds 10] [--engines 8]
+
+Prints quantiles in milliseconds. The engines are real processes on this machine that answer with the instant at which
+they were asked; the monotonic clock is the same for all. The dispatcher is ideal and engines are nearly always idle, so
+that what is measured is neither a tick nor a queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from clock_engine import WORD
+
+from maveriq.control.controller import ControllerSettings
+from maveriq.control.deployments import Deployment
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.hardware import Cluster, Gpu
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.domain.requests import Request
+from maveriq.errors import MaveriqError
+from maveriq.exec.body import Body
+from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.world import World
+from maveriq.policy.base import Decision, Deploy
+from maveriq.units import Micros
+
+_MODEL = ModelSpec(
+    name="small",
+    architecture="llama",
+    layers=2,
+    hidden_size=64,
+    attention_heads=4,
+    kv_heads=4,
+    intermediate_size=128,
+    vocab_size=1000,
+)
+_GIB = 1 << 30
+_PROMPT = tuple(range(100))
+
+
+class _OneGpuEach:
+    """The policy that gives each endpoint the GPU of its number."""
+
+    name = "one-gpu-each"
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:  # noqa: ARG002
+        return Deploy(
+            plans=(
+                DeploymentPlan(
+                    model=ask.model,
+                    configuration=Configuration(tp=1, pp=1, weights=WeightType.FLOAT16),
+                    layer_split=(ask.model.layers,),
+                    gpu_ids=(ask.endpoint_id - 1,),
+                    gpu_bytes=(_GIB,),
+                    est_latency_s=0.0,
+                    est_memory_bytes=0,
+                ),
+            )
+        )
+
+
+class _NoTime:
+    """The service model of engines that take none."""
+
+    def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: object) -> tuple[Micros, Micros]:  # noqa: ARG002
+        return 1, 1
+
+
+def _guess(deployment: Deployment, request: Request) -> Micros:
+    raise MaveriqError(f"nobody asks: first come, first served ({deployment.name}, {request.request_id})")
+
+
+def _no_load_time(plan: DeploymentPlan) -> Micros:  # noqa: ARG001
+    return 0
+
+
+async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the overhead of each request in milliseconds."""
+    gpus = (Gpu(gpu_id=number, node=0, kind="none", capacity_bytes=2 * _GIB) for number in range(engines))
+    world = World(
+        cluster=Cluster(name="benchmark", gpus=tuple(gpus)),
+        policy=_OneGpuEach(),
+        settings=ControllerSettings(),
+        guess=_guess,
+        service=_NoTime(),
+        load_time=_no_load_time,
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        ProcessLauncher(
+            "clock_engine:ClockEngine", logs=Path(logs), environment=os.environ | {"PYTHONPATH": path}
+        ) as launcher,
+    ):
+        body = Body(world, launcher)
+        asked = EndpointRequest(model=_MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=2)
+        endpoints = [body.deploy(asked) for _ in range(engines)]
+        while any(body.endpoint(number)[0].status != "up" for number in endpoints):
+            await asyncio.sleep(0.05)
+        gaps_s = np.random.default_rng(42).exponential(1 / rate, int(rate * duration_s))
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + np.cumsum(gaps_s)
+        tickets = []
+        for number, at_s in enumerate(due_s):
+            await asyncio.sleep(max(0.0, at_s - loop.time()))
+            arrived_s = time.monotonic()
+            submission = Submission(endpoint_id=1 + number % engines, prompt=_PROMPT, output_tokens=2)
+            tickets.append((arrived_s, body.submit(submission)))
+        overhead_ms = []
+        for arrived_s, ticket in tickets:
+            high, low = (await ticket.outcome()).tokens
+            overhead_ms.append((high * WORD + low) / 1e3 - arrived_s * 1e3)
+        await body.close()
+    return np.array(overhead_ms)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rate", type=float, default=200.0, help="requests per second")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for how long")
+    parser.add_argument("--engines", type=int, default=8, help="how many engines")
+    said = parser.parse_args()
+    overhead_ms = asyncio.run(measure(said.rate, said.seconds, said.engines))
+    quantiles = {f"p{share}": round(float(np.percentile(overhead_ms, share)), 3) for share in (50, 95, 99)}
+    print(json.dumps({"requests": len(overhead_ms), "rate": said.rate, "overhead_ms": quantiles}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The work behind `maveriq console`: read, do, print."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, assert_never
+
+import typer
+
+from maveriq.cli.console_words import (
+    TOLD,
+    USAGE,
+    Command,
+    DeployModel,
+    Infer,
+    Register,
+    RemoveModel,
+    Show,
+    ShowModel,
+    completions,
+    parse,
+)
+from maveriq.cli.extras import extra
+from maveriq.domain.catalog import known_models
+from maveriq.errors import InputError, MaveriqError
+from maveriq.policy.catalog import RULES
+
+with extra("serve", for_whom="maveriq console"):
+    from maveriq.serve.client import ServiceClient
+    from maveriq.serve.secret import read_token
+
+_PROMPT = "maveriq> "
+
+
+def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
+    """Do the commands given, else those that are typed or piped in.
+
+    Raises:
+        MaveriqError: the first error, where nobody is typing.
+    """
+    with ServiceClient(url, read_token(token_file)) as client:
+        talk = Talk(client)
+        if commands:
+            _do_all(talk, commands)
+        elif sys.stdin.isatty():
+            _typed(talk)
+        else:
+            _do_all(talk, sys.stdin)
+
+
+def _do_all(talk: Talk, lines: Iterable[str]) -> None:
+    for number, line in enumerate(lines, 1):
+        try:
+            if not talk.do(line):
+                return
+        except MaveriqError as error:
+            kind = InputError if isinstance(error, InputError) else MaveriqError
+            raise kind(f"command {number} {line.strip()[:60]!r}: {error}") from None
+
+
+def _typed(talk: Talk) -> None:
+    """Read lines from a terminal until the user leaves; an error costs only its line."""
+    _complete_with(talk.completions)
+    typer.echo(f"{talk.greeting()} help lists the commands, Tab completes them.")
+    while True:
+        try:
+            if not talk.do(input(_PROMPT)):
+                return
+        except EOFError:
+            typer.echo()
+            return
+        except KeyboardInterrupt:
+            typer.echo()
+        except MaveriqError as error:
+            typer.echo(f"maveriq: {error}", file=sys.stderr)
+
+
+def _complete_with(candidates: Callable[[str], list[str]]) -> None:
+    """Let Tab complete, where this Python can."""
+    try:
+        import readline
+    except ImportError:
+        return
+    found: list[str] = []
+
+    def complete(_word: str, state: int) -> str | None:
+        if state == 0:
+            found[:] = candidates(readline.get_line_buffer()[: readline.get_endidx()])
+        return f"{found[state]} " if state < len(found) else None
+
+    readline.set_completer_delims(" \t")
+    readline.set_completer(complete)
+    # libedit, which some Pythons have instead, is told in other words.
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+
+class Talk:
+    """Does one command after the other and prints what comes of it."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
+
+    def do(self, line: str) -> bool:
+        """Do a line's command; False when the user wants to leave.
+
+        Raises:
+            MaveriqError: it is no command, or the server says no.
+        """
+        command = parse(line)
+        if command == Show("quit"):
+            return False
+        if command is not None:
+            self._do(command)
+        return True
+
+    def greeting(self) -> str:
+        """Return how the server is, in a sentence."""
+        return f"The server is {self._client.get('/health')['status']}."
+
+    def completions(self, before: str) -> list[str]:
+        """Return what the last word may become; nothing where the server cannot be asked."""
+        models: list[Any] = []
+        with contextlib.suppress(MaveriqError):
+            models = self._client.get("/models")
+        names = {*known_models(), *(model["name"] for model in models)}
+        return completions(before, models=names, ids=[model["id"] for model in models], placements=RULES)
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Register(model):
+                found = self._client.register(model)
+                typer.echo(f"{found['id']}  {found['name']}")
+            case Show(what):
+                self._show(what)
+            case DeployModel():
+                self._deploy(command)
+            case Infer():
+                self._infer(command)
+            case ShowModel(model_id):
+                _print_deployments(self._deployments_of(model_id))
+            case RemoveModel(model_id):
+                self._remove(model_id)
+            case _ as never:
+                assert_never(never)
+
+    def _show(self, what: str) -> None:
+        match what:
+            case "models":
+                for model in self._client.get("/models"):
+                    typer.echo(f"{model['id']}  {model['name']}")
+            case "deployments":
+                _print_deployments(self._client.get("/deployments"))
+            case "health":
+                health = self._client.get("/health")
+                typer.echo("\n".join([health["status"], *health["problems"]]))
+            case "help":
+                width = max(map(len, USAGE.values()))
+                for name, usage in USAGE.items():
+                    typer.echo(f"{usage:{width}}  {TOLD[name]}")
+
+    def _deploy(self, command: DeployModel) -> None:
+        model = self._model(command.model_id)
+        if command.model not in (model["name"], str(model["id"])):
+            raise InputError(
+                f"ID {model['id']} is {model['name']}, not {command.model!r}; register that one, or say {model['name']}"
+            )
+        ask = asdict(command) | {"model": model["name"]}
+        del ask["model_id"]
+        made = self._client.deploy(ask)
+        if made["status"] == "rejected":
+            self._client.remove(made["id"])
+            raise MaveriqError(f"{model['name']} cannot be deployed: {made['reason']}")
+        _print_deployments([made])
+
+    def _infer(self, command: Infer) -> None:
+        for text in self._client.infer(self._model(command.model_id)["name"], command.text, priority=command.priority):
+            typer.echo(text, nl=False)
+        typer.echo()
+
+    def _remove(self, model_id: int) -> None:
+        for deployment in self._deployments_of(model_id):
+            self._client.remove(deployment["id"])
+            typer.echo(f"deployment {deployment['id']} ({deployment['model']}) removed")
+
+    def _deployments_of(self, model_id: int) -> list[Any]:
+        model = self._model(model_id)
+        found = [one for one in self._client.get("/deployments") if one["model_id"] == model_id]
+        if not found:
+            usage = USAGE["deploy"].replace("ID", str(model_id), 1).replace("MODEL", model["name"])
+            raise MaveriqError(f"{model['name']} is not deployed; deploy it with: {usage}")
+        return found
+
+    def _model(self, model_id: int) -> Any:
+        models = {model["id"]: model for model in self._client.get("/models")}
+        if model_id not in models:
+            known = ", ".join(f"{number} is {model['name']}" for number, model in models.items())
+            raise InputError(f"no model has ID {model_id} ({known or 'none is registered'}); register MODEL gives one")
+        return models[model_id]
+
+
+def _print_deployments(deployments: Iterable[Any]) -> None:
+    for one in deployments:
+        engines = "; ".join(
+            f"{engine['configuration']} on GPU {' '.join(map(str, engine['gpus']))}"
+            for engine in one["engines"]
+            if engine["gpus"]
+        )
+        parts = [f"deployment {one['id']}", f"{one['model']} (ID {one['model_id']})", one["status"], engines]
+        parts += [f"waiting {one['waiting']}, completed {one['completed']}", one["reason"]]
+        typer.echo("  ".join(filter(None, parts)))

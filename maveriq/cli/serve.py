@@ -1,0 +1,110 @@
+"""`maveriq serve`: keep a cluster up for users over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maveriq.cli.flags import with_options
+from maveriq.scenario.options import Options
+
+_HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
+_MOST = 1_000_000
+
+CLUSTER_OPTIONS = (
+    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "replica", "on_failure", "plan_with",
+    "serve_with", "load_s", "seed",
+)  # fmt: skip
+"""The options of a run that a service has too."""
+
+
+@with_options(Options, only=CLUSTER_OPTIONS)
+def serve(
+    options: Options,
+    *,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="emulated|torch", help="What engines are made of.", rich_help_panel=_ENGINES),
+    ] = None,
+    real: Annotated[bool, typer.Option("--real", help="TensorRT-LLM on GPUs.", rich_help_panel=_ENGINES)] = False,
+    time_scale: Annotated[
+        float, typer.Option(help="Real seconds per second of the cluster (emulated alone).", rich_help_panel=_ENGINES)
+    ] = 1.0,
+    start_timeout_s: Annotated[
+        float, typer.Option(help="An engine that does not serve by then has failed.", rich_help_panel=_ENGINES)
+    ] = 900.0,
+    hang_s: Annotated[
+        float, typer.Option(help="An engine that is not heard for so long hangs.", rich_help_panel=_ENGINES)
+    ] = 30.0,
+    most_failures: Annotated[
+        int, typer.Option(help="Failures in a row after which an engine is given up.", rich_help_panel=_ENGINES)
+    ] = 5,
+    models_folder: Annotated[
+        Path | None, typer.Option(help="Models may be read from here as well.", rich_help_panel=_ENGINES)
+    ] = None,
+    state: Annotated[
+        Path, typer.Option(help="What survives a restart; engines' logs lie beside it.", rich_help_panel=_ENGINES)
+    ] = Path("maveriq-serve.db"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's needs a token.", rich_help_panel=_HTTP)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_HTTP)] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the token; or MAVERIQ_TOKEN in the environment.", rich_help_panel=_HTTP),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Requests in flight; more get 429.", rich_help_panel=_LIMITS)
+    ] = 256,
+    max_body_kib: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Size of a body; more gets 413.", rich_help_panel=_LIMITS)
+    ] = 1024,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Tokens of a prompt.", rich_help_panel=_LIMITS)
+    ] = 32_768,
+    max_output_tokens: Annotated[
+        int, typer.Option(min=1, max=_MOST, help="Tokens of an output.", rich_help_panel=_LIMITS)
+    ] = 4_096,
+    drain_s: Annotated[
+        float,
+        typer.Option(min=0.001, max=1e6, help="On the way down what runs gets so long.", rich_help_panel=_LIMITS),
+    ] = 30.0,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=_HTTP)
+    ] = False,
+) -> None:
+    """Serve many models on one cluster over HTTP.
+
+    OpenAI's API for what is deployed, /deployments to deploy by intent, /metrics
+    for Prometheus. Listens on this machine alone unless there is a token.
+    Ctrl-C or SIGTERM ends it in order. Deployments come back with the next start.
+    """
+    from maveriq.cli.engine_site import Engines
+    from maveriq.cli.serving import Serving, run_service
+
+    run_service(
+        options,
+        Engines(
+            backend=backend,
+            real=real,
+            time_scale=time_scale,
+            start_timeout_s=start_timeout_s,
+            hang_s=hang_s,
+            most_failures=most_failures,
+        ),
+        Serving(
+            models_folder=models_folder,
+            state=state,
+            host=host,
+            port=port,
+            token_file=token_file,
+            max_requests=max_requests,
+            max_body_kib=max_body_kib,
+            max_prompt_tokens=max_prompt_tokens,
+            max_output_tokens=max_output_tokens,
+            drain_s=drain_s,
+            quiet=quiet,
+        ),
+    )

@@ -1,0 +1,236 @@
+"""TensorRT-LLM (PyTorch backend): a configuration of maveriq as its arguments, and the engine itself.
+
+Its package can be imported only on a machine with an NVIDIA GPU, so that arguments are plain values here.
+Names are those of 1.2 (`TorchLlmArgs`, which refuses unknown ones).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from maveriq.domain.models import WeightType
+from maveriq.errors import InputError
+from maveriq.exec.engines.base import EngineError, FailureKind, Step
+from maveriq.exec.engines.stepping import StepAligner
+from maveriq.exec.engines.translation import Translation, as_engine_error, check_lengths, read_spec, write_files
+from maveriq.exec.messages import EngineSpec, Generate, Loaded, Sequence
+
+NAME = "trtllm"
+
+_BLOCK_TOKENS = 32
+_LEAST_BATCHED_TOKENS = 8192  # its default; more only where a prompt may be longer
+_ALGORITHMS = {WeightType.INT8: "W8A16", WeightType.INT4: "W4A16"}  # weights alone, a scale per channel
+_PYTHONS = ((3, 10), (3, 12))  # that its wheels are built for
+
+
+def translate(spec: EngineSpec, folder: str) -> Translation:
+    """Return what starts TensorRT-LLM for a specification.
+
+    Args:
+        spec: what to load.
+        folder: of the model; the translation's files are to be written there, unless weights are given.
+
+    Raises:
+        EngineError: TensorRT-LLM cannot do it.
+    """
+    wanted = read_spec(NAME, spec)
+    weights, given = wanted.configuration.weights, bool(spec.weights_folder)
+    if given and weights in _ALGORITHMS and not (Path(spec.weights_folder) / "hf_quant_config.json").is_file():
+        raise EngineError(
+            FailureKind.UNSUPPORTED,
+            f"trtllm does not quantise to {weights} while loading, and {spec.weights_folder} has no "
+            "hf_quant_config.json; quantise the weights first",
+        )
+    sequence_tokens = wanted.sequence_tokens
+    blocks = spec.batch_size * -(-sequence_tokens // _BLOCK_TOKENS)
+    arguments: dict[str, Any] = {
+        "model": spec.weights_folder or folder,
+        "skip_tokenizer_init": True,
+        "load_format": "auto" if given else "dummy",
+        "dtype": "float16",
+        "tensor_parallel_size": spec.tp,
+        "pipeline_parallel_size": spec.pp,
+        "max_batch_size": spec.batch_size,
+        "max_seq_len": sequence_tokens,
+        "max_num_tokens": max(_LEAST_BATCHED_TOKENS, sequence_tokens),
+        # Its KV type follows the activations. Prompts that come again must cost what they cost the first time.
+        "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": blocks * _BLOCK_TOKENS},
+        "cuda_graph_config": {"max_batch_size": spec.batch_size},
+    }
+    if spec.pp > 1:
+        arguments["pp_partition"] = list(spec.layer_split)
+    files = {} if given else {"config.json": wanted.own_config(None)}
+    if not given and weights in _ALGORITHMS:
+        files["hf_quant_config.json"] = json.dumps(_quantisation(_ALGORITHMS[weights]), indent=2)
+    environment = {"HF_HUB_OFFLINE": "1"}
+    if wanted.configuration.gpus == 1:
+        environment["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"  # else even one GPU gets a process beneath this one
+    return Translation(arguments=arguments, files=files, environment=environment)
+
+
+def _quantisation(algorithm: str) -> dict[str, Any]:
+    return {
+        "producer": {"name": "maveriq"},
+        "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]},
+    }
+
+
+def serve_command(arguments: Mapping[str, Any], *, options_file: str, port: int) -> tuple[list[str], str]:
+    """Return the command that serves the same over HTTP, on loopback, and the content of its options file.
+
+    JSON is YAML, which that file is to be. The server finds a tokenizer beside the model.
+    """
+    degrees = {"tp_size": "tensor_parallel_size", "pp_size": "pipeline_parallel_size"}
+    said = [word for flag, name in degrees.items() for word in (f"--{flag}", str(arguments[name]))]
+    kept = {name: value for name, value in arguments.items() if name not in ("model", "skip_tokenizer_init")}
+    place = ["--host", "127.0.0.1", "--port", str(port), "--backend", "pytorch", "--config", options_file]
+    return ["trtllm-serve", str(arguments["model"]), *place, *said], json.dumps(kept, indent=2) + "\n"
+
+
+def missing() -> str | None:
+    """Return in one line what TensorRT-LLM lacks here, None where it lacks nothing that can be seen from outside."""
+    from maveriq.exec.nvml import NvmlMeter
+
+    lacks: list[str] = []
+    if not sys.platform.startswith("linux"):
+        lacks.append(f"it runs on Linux, not on {sys.platform}")
+    try:
+        NvmlMeter().close()
+    except InputError as error:
+        lacks.append(str(error).partition(";")[0])  # what to do about it is clear here
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        lacks.append("the package tensorrt_llm is not installed (pip install tensorrt-llm, or NVIDIA's container)")
+        if sys.version_info[:2] not in _PYTHONS:
+            here = ".".join(map(str, sys.version_info[:2]))
+            wheels = " and ".join(".".join(map(str, one)) for one in _PYTHONS)
+            lacks.append(f"this is Python {here}, its wheels are for {wheels}")
+    return "; ".join(lacks) or None
+
+
+class TrtLlmEngine:
+    """TensorRT-LLM behind the `Engine` protocol: one model, its workers beneath this process."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+        self._folder: str | None = None
+        self._most_tokens = 0  # of a sequence
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        """Start TensorRT-LLM and serve a first token; see `Engine.load`."""
+        try:
+            return self._load(spec)
+        except Exception as error:
+            self.close()
+            raise as_engine_error(NAME, error) from error
+
+    def generate(self, work: Generate) -> Iterator[Step]:
+        """Yield the steps of an execution; see `Engine.generate`."""
+        try:
+            yield from self._steps(work.sequences)
+        except Exception as error:
+            raise as_engine_error(NAME, error) from error
+
+    def close(self) -> None:
+        """Stop the workers and forget the model; see `Engine.close`."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            _call_off(loop)
+            loop.close()
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown()
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self, spec: EngineSpec) -> Loaded:
+        self._folder = tempfile.mkdtemp(prefix="maveriq-trtllm-")
+        wanted = translate(spec, self._folder)
+        write_files(wanted.files, Path(self._folder))
+        os.environ.update(wanted.environment)
+        self._most_tokens = wanted.arguments["max_seq_len"]
+        try:
+            import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
+        except Exception as error:  # without a driver it fails in many ways
+            reason = missing() or str(error)
+            raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {reason}") from error
+        self._loop = asyncio.new_event_loop()
+        self._llm = tensorrt_llm.LLM(**wanted.arguments)
+        for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):
+            pass
+        return Loaded(backend=NAME, version=str(tensorrt_llm.__version__))
+
+    def _steps(self, sequences: tuple[Sequence, ...]) -> Iterator[Step]:
+        """Yield steps from streams that all run in this engine's own event loop, while it is asked for the next one."""
+        loop, llm = self._loop, self._llm
+        if loop is None or llm is None:
+            raise EngineError(FailureKind.ERROR, "trtllm: nothing is loaded")
+        check_lengths(NAME, sequences, self._most_tokens)
+        aligner, chunks = StepAligner(len(sequences)), asyncio.Queue[_Chunk]()
+        streams = [loop.create_task(_stream(llm, one, position, chunks)) for position, one in enumerate(sequences)]
+        try:
+            open_streams = len(streams)
+            while open_streams:
+                chunk = loop.run_until_complete(chunks.get())
+                if isinstance(chunk, Exception):
+                    raise chunk
+                position, tokens, ended = chunk
+                aligner.add(position, tokens, ended=ended)
+                open_streams -= ended
+                yield from aligner.steps()
+        finally:
+            _call_off(loop)
+
+
+def _call_off(loop: asyncio.AbstractEventLoop) -> None:
+    """End the streams that are still open; none is where the loop is closed."""
+    streams = set() if loop.is_closed() else asyncio.all_tasks(loop)
+    if streams:
+        for stream in streams:
+            stream.cancel()
+        loop.run_until_complete(asyncio.gather(*streams, return_exceptions=True))
+
+
+_Chunk: TypeAlias = tuple[int, list[int], bool] | Exception
+"""The next tokens of the sequence at a position, and whether they were its last; or why a stream broke."""
+
+
+async def _stream(llm: Any, one: Sequence, position: int, chunks: asyncio.Queue[_Chunk]) -> None:
+    """Ask for a sequence and pass its tokens on as they come."""
+    from tensorrt_llm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
+
+    sampling = SamplingParams(
+        max_tokens=one.output_tokens,
+        temperature=0.0,
+        top_k=1,
+        end_id=-1,  # without a tokenizer it must be told, and nothing ends by it
+        pad_id=0,
+        ignore_eos=True,
+        stop_token_ids=list(one.stop_token_ids) or None,
+        include_stop_str_in_output=True,
+        detokenize=False,
+    )
+    try:
+        result = llm.generate_async(list(one.prompt), sampling, streaming=True)
+        seen = 0
+        try:
+            async for output in result:
+                tokens = list(output.outputs[0].token_ids)  # all so far
+                chunks.put_nowait((position, tokens[seen:], False))
+                seen = len(tokens)
+        except asyncio.CancelledError:
+            result.abort()
+            raise
+        chunks.put_nowait((position, [], True))
+    except Exception as error:  # who waits for the chunks is to hear of it
+        chunks.put_nowait(error)

@@ -1,0 +1,88 @@
+"""What a body is told of the world, and how an engine is ordered from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from maveriq.control.controller import ControllerSettings, ServiceGuess
+from maveriq.control.events import StartEngine
+from maveriq.domain.hardware import Cluster
+from maveriq.domain.models import ModelSpec
+from maveriq.exec.devices import Devices
+from maveriq.exec.life import Order
+from maveriq.exec.messages import EngineSpec, Loaded
+from maveriq.exec.modelconfig import config_json
+from maveriq.policy.base import Policy
+from maveriq.scenario.scenario import LoadTime, Scenario
+from maveriq.scenario.service import ServiceModel, service_model
+from maveriq.units import seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What a body needs to know: the cluster, who decides, and what is believed about the hardware.
+
+    `service` and `load_time` are estimates: by them hangs are told from long executions, and emulated engines
+    take these times. `typical_prompt_tokens` is what latency is estimated for where nobody says. `weights_of` names
+    the folder of a model's weights, empty for random ones.
+    """
+
+    cluster: Cluster
+    policy: Policy
+    settings: ControllerSettings
+    guess: ServiceGuess
+    service: ServiceModel
+    load_time: LoadTime
+    devices: Devices = field(default_factory=Devices)
+    config_of: Callable[[ModelSpec], str] = config_json
+    weights_of: Callable[[ModelSpec], str] = lambda _model: ""
+    typical_prompt_tokens: int = 1
+
+    def order(self, action: StartEngine, time_scale: float) -> Order:
+        """Return the order for an engine that is to start; it takes `time_scale` real seconds per second of the run."""
+        plan, configuration = action.plan, action.plan.configuration
+        spec = EngineSpec(
+            deployment_id=action.deployment_id,
+            incarnation=action.incarnation,
+            model=plan.model.name,
+            config_json=self.config_of(plan.model),
+            tp=configuration.tp,
+            pp=configuration.pp,
+            layer_split=plan.layer_split,
+            weights=configuration.weights.value,
+            kv=configuration.kv.value,
+            batch_size=configuration.batch_size,
+            devices=self.devices.names(plan.gpu_ids),
+            seed=self.settings.seed,
+            weights_folder=self.weights_of(plan.model),
+            time_scale=time_scale,
+        )
+        needed = dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
+        return Order(spec=spec, needed=needed, load_s=seconds(self.load_time(plan)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """An engine that served: what it says of itself, and how long it took to start, in real seconds."""
+
+    order: Order
+    loaded: Loaded
+    start_s: float
+
+
+def world_of(scenario: Scenario, devices: Devices) -> World:
+    """Return what a body needs to know of a scenario.
+
+    Raises:
+        InputError: recorded service times are wanted, but the workload has none.
+    """
+    return World(
+        cluster=scenario.cluster,
+        policy=scenario.policy,
+        settings=scenario.settings,
+        guess=scenario.guess,
+        service=service_model(scenario),
+        load_time=scenario.load_time,
+        devices=devices,
+    )

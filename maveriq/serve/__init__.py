@@ -1,0 +1,1 @@
+"""The service: engines under one controller, kept up for users over HTTP."""

@@ -1,0 +1,118 @@
+"""A client of the service's own API, for the console."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from maveriq.errors import InputError, MaveriqError
+
+_CONNECT_S = 5.0
+
+
+class ServiceClient:
+    """Speaks to one server. Every method raises MaveriqError where it is not reached or says no."""
+
+    def __init__(self, url: str, token: str | None, *, transport: httpx.BaseTransport | None = None) -> None:
+        """Make a client.
+
+        Args:
+            url: of the server, as `maveriq serve` prints it.
+            token: None where the server wants none.
+            transport: how to get there, for tests.
+
+        Raises:
+            InputError: not a URL.
+        """
+        self._url = url
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._http = httpx.Client(
+            base_url=_checked(url),
+            headers=headers,
+            transport=transport,
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> Any:
+        """Return what a route shows."""
+        return self._call("GET", path)
+
+    def register(self, model: str) -> dict[str, Any]:
+        """Make a model known."""
+        found: dict[str, Any] = self._call("POST", "/models", {"model": model})
+        return found
+
+    def deploy(self, ask: dict[str, Any]) -> dict[str, Any]:
+        """Ask for a deployment; fields as `DeploymentAsk`."""
+        made: dict[str, Any] = self._call("POST", "/deployments", ask)
+        return made
+
+    def remove(self, number: int) -> None:
+        """Take a deployment away."""
+        self._call("DELETE", f"/deployments/{number}")
+
+    def infer(self, model: str, text: str, *, priority: bool) -> Iterator[str]:
+        """Yield a model's continuation of a text as it comes."""
+        body = {"model": model, "prompt": text, "stream": True, "priority": priority}
+        try:
+            with self._http.stream("POST", "/v1/completions", json=body) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise _refused(answer)
+                for line in answer.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        raise MaveriqError(chunk["error"]["message"])
+                    yield from (choice["text"] for choice in chunk["choices"])
+        except httpx.HTTPError as error:
+            raise self._unreached(error) from None
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        try:
+            answer = self._http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise self._unreached(error) from None
+        if answer.is_error and path != "/health":
+            raise _refused(answer)
+        return answer.json() if answer.content else None
+
+    def _unreached(self, error: httpx.HTTPError) -> MaveriqError:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return MaveriqError(f"no server answers at {self._url}; start one with maveriq serve, or give its --url")
+        return MaveriqError(f"the server at {self._url} went away: {str(error) or type(error).__name__}")
+
+
+def _checked(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"--url {url!r} is no URL of a server; give one like http://127.0.0.1:8000")
+    return parsed
+
+
+def _refused(answer: httpx.Response) -> MaveriqError:
+    """Return the server's own words, or at least its status."""
+    try:
+        said = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        said = f"the server answers {answer.status_code} {answer.reason_phrase}"
+    if answer.status_code == 401:
+        said += "; put it into the environment as MAVERIQ_TOKEN or give --token-file"
+    return (InputError if answer.status_code < 429 else MaveriqError)(said)

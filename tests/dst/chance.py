@@ -1,0 +1,69 @@
+"""What goes wrong in a run, drawn from its seed: the same seed, the same misfortune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maveriq.streams import generator
+
+
+class Chance:
+    """Draws of one seed. The order of the draws is the order of what happens, and time is simulated: both repeat."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = generator(seed, "simulation test")
+
+    def happens(self, probability: float) -> bool:
+        return probability > 0 and float(self._draw.random()) < probability
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * float(self._draw.random())
+
+    def wait_s(self, mean_s: float) -> float:
+        """A time that is short as a rule and long at times."""
+        return float(self._draw.exponential(mean_s))
+
+    def whole(self, low: int, high: int) -> int:
+        """A whole number from `low` to `high`."""
+        return int(self._draw.integers(low, high + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfortune:
+    """How likely things go wrong; after `until_s` nothing does, so that everything can come to its end.
+
+    Rates are per second of an engine's life, probabilities per message or per launch.
+    """
+
+    until_s: float
+    lost: float = 0.0
+    repeated: float = 0.0
+    mean_delay_s: float = 0.001
+    crash_rate: float = 0.0
+    hang_rate: float = 0.0
+    no_process: float = 0.0
+    never_connects: float = 0.0
+    too_large: float = 0.0
+    cannot_execute: float = 0.0
+    deaf_to_sigterm: float = 0.5
+    sabotage: bool = True
+
+    @classmethod
+    def drawn(cls, chance: Chance) -> Misfortune:
+        """Misfortunes of every kind and strength; each is absent in half of the runs, so that others show alone."""
+
+        def perhaps(most: float) -> float:
+            return chance.between(0, most) if chance.happens(0.5) else 0.0
+
+        return cls(
+            until_s=chance.between(20, 200),
+            lost=perhaps(0.3),
+            repeated=perhaps(0.3),
+            mean_delay_s=chance.between(0.0005, 0.2),
+            crash_rate=perhaps(0.1),
+            hang_rate=perhaps(0.05),
+            no_process=perhaps(0.2),
+            never_connects=perhaps(0.1),
+            too_large=perhaps(0.1),
+            cannot_execute=perhaps(0.1),
+        )

@@ -1,0 +1,225 @@
+"""One simulated run: users ask and send, engines fail, and in the end everything must add up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+
+from chance import Chance, Misfortune
+from engines import Machine, token
+from virtual_time import run_virtually
+from worlds import MODEL, TokenSeconds, cluster
+
+from maveriq.control.controller import ControllerSettings, OnFailure
+from maveriq.control.queues import Discipline
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.hardware import DispatchTiming
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.models import WeightType
+from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
+from maveriq.exec.body import Body, World
+from maveriq.exec.cluster import EndpointRequest, Outcome, Submission, Ticket
+from maveriq.exec.launcher import Launcher
+from maveriq.exec.life import SupervisionSettings
+from maveriq.exec.messages import EngineSpec
+from maveriq.policy.base import Decision, Deploy, Policy, Rejection
+from maveriq.scenario.service import EstimatedService
+from maveriq.units import BYTES_PER_GIB, micros
+
+LONGEST_S = 3_000.0
+_TOKEN_S = 0.05
+MOST_TOKENS = 20
+
+
+@dataclass
+class Ended:
+    """What was seen of a run."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    engines: int = 0
+    deployments: int = 0
+    failures: int = 0
+    simulated_s: float = 0.0
+
+
+class Anywhere:
+    """A policy that puts each model on random GPUs with room."""
+
+    name = "anywhere"
+
+    def __init__(self, chance: Chance) -> None:
+        self._chance = chance
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        shard = self._chance.whole(1, 5) * BYTES_PER_GIB
+        room = [gpu.gpu_id for gpu in view.gpus if gpu.free_bytes >= shard]
+        if not room:
+            return Rejection(reason="no room")
+        count = self._chance.whole(1, min(3, len(room)))
+        for at in range(count):
+            other = self._chance.whole(at, len(room) - 1)
+            room[at], room[other] = room[other], room[at]
+        plan = DeploymentPlan(
+            model=MODEL,
+            configuration=Configuration(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
+            layer_split=(MODEL.layers - count + 1, *[1] * (count - 1)),
+            gpu_ids=tuple(room[:count]),
+            gpu_bytes=(shard,) * count,
+            est_latency_s=1.0,
+            est_memory_bytes=shard * count,
+        )
+        return Deploy(plans=(plan,))
+
+
+class Drama:
+    """The users of one body, and what they see."""
+
+    def __init__(self, chance: Chance, body: Body, *, sabotages: bool) -> None:
+        self._chance = chance
+        self._body = body
+        self._sabotages = sabotages
+        self._endpoints: list[int] = []
+        self._followers: list[asyncio.Task[Outcome]] = []
+
+    async def play(self) -> list[Outcome]:
+        """Let users do what they do, then wait until every request has ended."""
+        await asyncio.gather(*(self._developer() for _ in range(self._chance.whole(1, 4))), self._saboteur())
+        await self._body.drained()
+        return await asyncio.gather(*self._followers)
+
+    async def _developer(self) -> None:
+        """Deploy, send, and perhaps take away again."""
+        await asyncio.sleep(self._chance.between(0, 30))
+        asked = EndpointRequest(
+            model=MODEL,
+            intent=Intent(objective=Objective.MIN_COST),
+            output_tokens=MOST_TOKENS,
+            batch_size=self._chance.whole(1, 3),
+        )
+        endpoint_id = self._body.deploy(asked)
+        self._endpoints.append(endpoint_id)
+        for _ in range(self._chance.whole(0, 25)):
+            await asyncio.sleep(self._chance.wait_s(3))
+            self._send(endpoint_id)
+        if self._chance.happens(0.3):
+            self._body.remove(endpoint_id)
+            self._send(endpoint_id)
+
+    def _send(self, endpoint_id: int) -> None:
+        submission = Submission(
+            endpoint_id=endpoint_id,
+            prompt=tuple(range(self._chance.whole(1, 5))),
+            output_tokens=self._chance.whole(1, MOST_TOKENS),
+            priority=self._chance.happens(0.1),
+        )
+        ticket = self._body.submit(submission)
+        self._followers.append(asyncio.create_task(follow(ticket, submission)))
+        if self._chance.happens(0.1):
+            delay_s = self._chance.wait_s(2)
+            asyncio.get_running_loop().call_later(delay_s, self._body.cancel, ticket.request_id)
+
+    async def _saboteur(self) -> None:
+        """Make engines fail on purpose."""
+        while self._sabotages and self._chance.happens(0.5):
+            await asyncio.sleep(self._chance.wait_s(20))
+            if self._endpoints:
+                victims = self._body.endpoint(self._endpoints[self._chance.whole(0, len(self._endpoints) - 1)])
+                for_us = micros(self._chance.between(0, 20)) if self._chance.happens(0.7) else None
+                self._body.break_engine(victims[0].deployment_id, for_us=for_us)
+
+
+async def follow(ticket: Ticket, submission: Submission) -> Outcome:
+    """Read a request to its end as a client does, and check what came."""
+    seen = [one async for one in ticket.tokens()]
+    ended = await ticket.outcome()
+    right = [token(submission.prompt, at) for at in range(submission.output_tokens)]
+    assert seen == right[: len(seen)], f"request {ticket.request_id}: tokens out of place: {seen} of {right}"
+    assert tuple(seen) == ended.tokens
+    assert ended.status in FINAL_STATUSES
+    assert (ended.reason == "") == (ended.status is RequestStatus.COMPLETED)
+    if ended.status is RequestStatus.COMPLETED:
+        assert len(seen) == submission.output_tokens
+        assert ended.arrival_us <= ended.start_us <= ended.first_token_us <= ended.finish_us
+    return ended
+
+
+def play(seed: int, misfortune: Misfortune | None = None) -> Ended:
+    """Run the drama of a seed, perhaps under a given misfortune.
+
+    Raises:
+        AssertionError: something did not add up.
+        TimeoutError: something never ended.
+    """
+    chance = Chance(seed)
+    drawn = Misfortune.drawn(chance)
+    return run_virtually(_play(chance, misfortune or drawn), longest_s=LONGEST_S)
+
+
+async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
+    machine = Machine(chance, misfortune)
+    body = body_on(chance, machine, Anywhere(chance), machine)
+    outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
+    failures = len(body.notes)
+    await body.close()
+    table = body.end_requests()
+    counts = Counter(outcome.status.label for outcome in outcomes)
+    assert {status.label: count for status, count in table.counts().items() if count} == counts
+    assert sorted(outcome.request_id for outcome in outcomes) == list(range(1, len(outcomes) + 1))
+    assert RequestStatus.UNFINISHED.label not in counts, "drained, and yet something had not ended"
+    assert not [process.name for process in machine.processes if process.alive], "processes outlive their executor"
+    await asyncio.sleep(5)
+    assert not machine.lingering
+    assert not machine.wrongs, machine.wrongs[0]
+    assert not machine.runs or max(machine.runs.values()) <= 2, "a request ran more often than twice"
+    assert not body.fault.done(), body.fault.exception()
+    return Ended(
+        statuses=counts,
+        reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
+        engines=len(machine.processes),
+        deployments=sum(1 for one in body.controller.fleet.deployments.values() if one.incarnation),
+        failures=failures,
+        simulated_s=asyncio.get_running_loop().time(),
+    )
+
+
+def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher) -> Body:
+    """Return a body on a machine, which gets GPUs if it has none."""
+    machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(chance.whole(1, 5)).gpus]
+    world = World(
+        cluster=cluster(len(machine.capacity)),
+        policy=policy,
+        settings=ControllerSettings(
+            timing=_timing(chance),
+            discipline=list(Discipline)[chance.whole(0, len(Discipline) - 1)],
+            on_failure=OnFailure.REQUEUE if chance.happens(0.7) else OnFailure.FAIL,
+        ),
+        guess=lambda *_: micros(1.0),
+        service=EstimatedService(TokenSeconds(_TOKEN_S)),
+        load_time=lambda _: micros(chance.between(0.1, 3)),
+        config_of=lambda _: "{}",
+    )
+    body = Body(
+        world,
+        launcher,
+        supervision=SupervisionSettings(
+            start_s=15.0, ping_s=chance.between(0.2, 1), hang_s=8.0, stop_s=1.0, backoff_s=0.5, longest_backoff_s=8.0,
+            most_failures=chance.whole(2, 6), memory_back_s=10.0,
+        ),
+        watch=machine,
+    )  # fmt: skip
+
+    def memory_of(spec: EngineSpec) -> dict[int, int]:
+        plan = body.controller.fleet.deployments[spec.deployment_id].layout
+        return dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
+
+    machine.memory_of = memory_of
+    return body
+
+
+def _timing(chance: Chance) -> DispatchTiming:
+    if chance.happens(0.5):
+        return DispatchTiming()
+    return DispatchTiming(tick_us=10_300, after_arrival_us=1_400, after_release_us=2_200, pause_us=2_000_000)

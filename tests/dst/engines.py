@@ -1,0 +1,318 @@
+"""Simulated engines: the real session of an engine's process, on simulated time, channels and devices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from chance import Chance, Misfortune
+
+from maveriq.exec.channel import ChannelClosedError
+from maveriq.exec.launcher import LaunchError
+from maveriq.exec.messages import EngineSpec, Failed, Finished, FromEngine, Generate, Loaded, ToEngine
+from maveriq.exec.session import BROKEN, Session
+
+_M = TypeVar("_M")
+
+
+def token(prompt: Sequence[int], position: int) -> int:
+    """What every engine generates, so that a token out of place is seen."""
+    return (sum(prompt) * 31 + position * 7) % 1000
+
+
+class Machine:
+    """GPUs and the processes on them, and what must never be seen there."""
+
+    def __init__(self, chance: Chance, misfortune: Misfortune) -> None:
+        self.chance = chance
+        self.misfortune = misfortune
+        self.loop = asyncio.get_running_loop()
+        self.processes: list[Process] = []
+        self.memory_of: Callable[[EngineSpec], dict[int, int]] = lambda _: {}
+        self.capacity: list[int] = []
+        self.lingering: list[dict[int, int]] = []  # memory of processes that are gone and is not back yet
+        self.runs: Counter[int] = Counter()  # executions that each request was in
+        self.wrongs: list[str] = []
+        self._pids = 0
+
+    @property
+    def rough(self) -> bool:
+        return self.loop.time() < self.misfortune.until_s
+
+    def goes_wrong(self, probability: float) -> bool:
+        return self.rough and self.chance.happens(probability)
+
+    def delay_s(self) -> float:
+        return self.chance.wait_s(self.misfortune.mean_delay_s) if self.rough else 0.0005
+
+    def next_pid(self) -> int:
+        self._pids += 1
+        return self._pids
+
+    def free_bytes(self, gpu_id: int) -> int:
+        """`MemoryWatch`: what nvidia-smi would show."""
+        held = [process.memory for process in self.processes if process.alive and process.holds_memory]
+        return self.capacity[gpu_id] - sum(memory.get(gpu_id, 0) for memory in (*held, *self.lingering))
+
+    def check_memory(self) -> None:
+        for gpu_id in range(len(self.capacity)):
+            if self.free_bytes(gpu_id) < 0:
+                self.wrongs.append(f"{self.loop.time():.3f} s: GPU {gpu_id} holds more than it has")
+
+    def check_alone(self, newcomer: Process) -> None:
+        for other in self.processes:
+            shared = set(other.gpu_ids) & set(newcomer.gpu_ids)
+            if other is not newcomer and other.executing and not other.doomed and shared:
+                self.wrongs.append(
+                    f"{self.loop.time():.3f} s: engines {other.name} and {newcomer.name} execute on GPU {min(shared)}"
+                )
+
+    def check_left(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> None:
+        for other in self.processes:
+            if other.alive and other.doomed and set(other.gpu_ids) & set(gpu_ids):
+                starts = f"{spec.deployment_id}.{spec.incarnation} starts"
+                self.wrongs.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
+
+    def orphan_all(self) -> None:
+        """Let the processes' executor be gone; the kernel sees to them (`maveriq.exec.orphans`)."""
+        for process in self.processes:
+            if process.alive:
+                process.orphaned()
+
+    def gone(self, process: Process) -> None:
+        """Let the memory of a process come back, which takes a while."""
+        if process.holds_memory:
+            self.lingering.append(process.memory)
+            self.loop.call_later(self.chance.between(0, 2), self.lingering.remove, process.memory)
+
+    async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> Connection:
+        """`Launcher.launch`."""
+        self.check_left(spec, gpu_ids)
+        await asyncio.sleep(self.delay_s())
+        if self.goes_wrong(self.misfortune.no_process):
+            raise LaunchError("no process today")
+        if self.goes_wrong(self.misfortune.never_connects):
+            await asyncio.get_running_loop().create_future()
+        process = Process(self, spec, tuple(gpu_ids))
+        self.processes.append(process)
+        return Connection(process)
+
+
+class Inbox:
+    """The receiving end of a channel."""
+
+    def __init__(self) -> None:
+        self._messages: deque[FromEngine] = deque()
+        self._news = asyncio.Event()
+        self._closed = False
+
+    def put(self, message: FromEngine) -> None:
+        if not self._closed:
+            self._messages.append(message)
+            self._news.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._news.set()
+
+    async def get(self) -> FromEngine:
+        while not self._messages:
+            if self._closed:
+                raise ChannelClosedError("the other side has closed the channel")
+            self._news.clear()
+            await self._news.wait()
+        return self._messages.popleft()
+
+
+class Connection:
+    """The executor's side: an `EngineConnection` that is its own `Channel`."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._open = True
+
+    @property
+    def channel(self) -> Connection:
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToEngine) -> None:
+        if self._open:
+            self._process.post(message, self._process.take)
+
+    async def receive(self) -> FromEngine:
+        return await self._process.inbox.get()
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self._process.executor_gone()
+
+    async def wait_exit(self) -> int:
+        return await asyncio.shield(self._process.exited)
+
+    def terminate(self) -> None:
+        self._process.signalled(-15)
+
+    def kill(self) -> None:
+        self._process.signalled(-9)
+
+    def last_words(self) -> str:
+        return ""
+
+
+class Process:
+    """An engine's process: a `Session`, and the `Worker` that it asks."""
+
+    def __init__(self, machine: Machine, spec: EngineSpec, gpu_ids: tuple[int, ...]) -> None:
+        self.machine = machine
+        self.gpu_ids = gpu_ids
+        self.memory = machine.memory_of(spec)
+        self.name = f"{spec.deployment_id}.{spec.incarnation}"
+        self.pid = machine.next_pid()
+        self.inbox = Inbox()
+        self.exited: asyncio.Future[int] = machine.loop.create_future()
+        self.holds_memory = False
+        self.executing = False
+        self.doomed = False  # somebody has decided that it is to end
+        self.deaf = False  # its executor is gone: nothing comes any more, not even signals
+        self._hangs = False
+        self._work: list[asyncio.TimerHandle] = []
+        self._session = Session(pid=self.pid, worker=self, send=self._send, leave=self._exit)
+        self._fate()
+        self._session.greet()
+
+    @property
+    def alive(self) -> bool:
+        return not self.exited.done()
+
+    def _fate(self) -> None:
+        machine = self.machine
+        for rate, strike in ((machine.misfortune.crash_rate, self._crash), (machine.misfortune.hang_rate, self._hang)):
+            if rate > 0:
+                machine.loop.call_later(machine.chance.wait_s(1 / rate), strike)
+
+    def _crash(self) -> None:
+        if self.machine.rough:
+            self._exit(-11)
+
+    def _hang(self) -> None:
+        if self.machine.rough and self.alive:
+            self._hangs = True
+            self._drop_work()
+
+    # Channels
+
+    def post(self, message: _M, deliver: Callable[[_M], None]) -> None:
+        """Carry a message over: perhaps never, perhaps twice, some time later, perhaps after later ones."""
+        machine = self.machine
+        if machine.goes_wrong(machine.misfortune.lost):
+            return
+        for _ in range(2 if machine.goes_wrong(machine.misfortune.repeated) else 1):
+            machine.loop.call_later(machine.delay_s(), deliver, message)
+
+    def _send(self, message: FromEngine) -> None:
+        if self.alive:
+            self.post(message, self.inbox.put)
+
+    def take(self, message: ToEngine) -> None:
+        if self.alive and not self._hangs and not self.deaf:
+            self._session.take(message)
+
+    def orphaned(self) -> None:
+        self.deaf = self.doomed = True
+        self.machine.loop.call_later(self.machine.chance.between(0, 0.1), self._exit, -9)
+
+    def executor_gone(self) -> None:
+        if self.alive and not self._hangs and not self.deaf:
+            self._session.stop(say_bye=False)
+
+    # Signals and the end
+
+    def signalled(self, code: int) -> None:
+        if self.deaf:
+            return
+        self.doomed = True
+        deaf = code == -15 and (self._hangs or self.machine.goes_wrong(self.machine.misfortune.deaf_to_sigterm))
+        if not deaf:
+            self.machine.loop.call_later(self.machine.chance.between(0, 0.3), self._exit, code)
+
+    def _exit(self, code: int) -> None:
+        if not self.alive:
+            return
+        self._drop_work()
+        self.exited.set_result(code)
+        self.machine.gone(self)
+        self.machine.loop.call_later(self.machine.delay_s(), self.inbox.close)
+
+    def _drop_work(self) -> None:
+        for timer in self._work:
+            timer.cancel()
+        self._work.clear()
+        # A hanging engine may still be executing; nobody is to run beside it before it is doomed.
+        self.executing = self.executing and self._hangs
+
+    # `Worker`
+
+    def load(self, spec: EngineSpec) -> None:
+        self._later(spec.load_s * spec.time_scale, self._loaded)
+
+    def _loaded(self) -> None:
+        if self.machine.goes_wrong(self.machine.misfortune.too_large):
+            self._session.load_failed(Failed(execution_id=0, kind="out-of-memory", message="too large today"))
+            return
+        self.holds_memory = True
+        self.machine.check_memory()
+        self._session.loaded(Loaded(backend="simulated", version="0"))
+
+    def generate(self, work: Generate) -> None:
+        self.executing = True
+        self.machine.check_alone(self)
+        self.machine.runs.update(sequence.request_id for sequence in work.sequences)
+        if self.machine.goes_wrong(self.machine.misfortune.cannot_execute):
+            self._later(0.01, lambda: self._over(Failed(execution_id=work.execution_id, kind="error", message="no")))
+            return
+        steps = max(sequence.output_tokens for sequence in work.sequences)
+        each_s = (work.service_s - work.first_token_s) / max(1, steps - 1)
+        for step in range(1, steps + 1):
+            self._later(work.first_token_s + (step - 1) * each_s, lambda step=step: self._step(work, step))
+        outputs = tuple(tuple(token(one.prompt, at) for at in range(one.output_tokens)) for one in work.sequences)
+        done = Finished(
+            execution_id=work.execution_id,
+            first_token_s=work.first_token_s,
+            service_s=work.service_s,
+            outputs=outputs,
+        )
+        self._later(work.service_s, lambda: self._over(done))
+
+    def _step(self, work: Generate, step: int) -> None:
+        tokens = [token(one.prompt, step - 1) if step <= one.output_tokens else -1 for one in work.sequences]
+        self._session.stepped(work, step, tokens)
+
+    def _over(self, ended: Finished | Failed) -> None:
+        self.executing = False
+        self._work.clear()
+        self._session.generated(ended)
+
+    def close(self, *, say_bye: bool) -> None:
+        self.doomed = True
+        self._drop_work()
+        self.executing = False
+        self._later(self.machine.chance.between(0, 0.5), lambda: self._session.closed(say_bye=say_bye))
+
+    def _later(self, delay_s: float, what: Callable[[], None]) -> None:
+        self._work.append(self.machine.loop.call_later(delay_s, self._if_able, what))
+
+    def _if_able(self, what: Callable[[], None]) -> None:
+        if not self.alive or self._hangs:
+            return
+        try:
+            what()
+        except Exception:
+            self._exit(BROKEN)
+            raise

@@ -1,0 +1,57 @@
+"""Controller and supervision under random faults, in simulated time (as FoundationDB and TigerBeetle test).
+
+Everything is drawn from a seed: what users do, when engines crash, hang or do not start, which messages are lost,
+repeated, late. A failing seed n plays again with `python scripts/soak.py --seed n`, always the same.
+"""
+
+from collections import Counter
+
+import pytest
+from chance import Misfortune
+from drama import play
+from lives import live
+
+SEEDS = 500
+LIVES = 40
+_CHUNK = 50
+_CHUNK_OF_LIVES = 20
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, _CHUNK))
+def test_nothing_is_lost_whatever_fails(first: int) -> None:
+    statuses: Counter[str] = Counter()
+    for seed in range(first, first + _CHUNK):
+        try:
+            seen = play(seed)
+        except BaseException as error:
+            error.add_note(f"seed {seed}; play it again with: python scripts/soak.py --seed {seed}")
+            raise
+        statuses += seen.statuses
+    # Not only ruins: in each chunk most requests are served, and every other end happens too.
+    assert statuses["completed"] > statuses["refused"] + statuses["failed"]
+    assert statuses["refused"]
+    assert statuses["failed"]
+
+
+def test_a_seed_plays_the_same_again() -> None:
+    assert play(7) == play(7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lost_and_late_messages_cost_time_and_no_engine(seed: int) -> None:
+    bad_line = Misfortune(until_s=1000, lost=0.1, repeated=0.3, mean_delay_s=0.05, sabotage=False)
+    seen = play(seed, bad_line)
+    assert seen.engines <= seen.deployments  # fewer where one is taken away before it has a process
+    assert (seen.failures, seen.statuses["failed"]) == (0, seen.reasons["the client went away"])
+
+
+@pytest.mark.parametrize("first", range(0, LIVES, _CHUNK_OF_LIVES))
+def test_what_a_service_accepted_has_an_end_however_often_it_is_killed(first: int) -> None:
+    statuses: Counter[str] = Counter()
+    for seed in range(first, first + _CHUNK_OF_LIVES):
+        try:
+            statuses += live(seed).statuses
+        except BaseException as error:
+            error.add_note(f"seed {seed}; play it again with: python scripts/soak.py --lives --seed {seed}")
+            raise
+    assert statuses["completed"] > statuses["failed"] > 0

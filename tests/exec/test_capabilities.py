@@ -1,0 +1,293 @@
+"""The capability matrix: what is refused, in which words, and the nearest that is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maveriq.domain.catalog import known_models, load_model
+from maveriq.domain.cluster import ClusterState
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.catalog import estimator
+from maveriq.estimate.clusters import cluster_from
+from maveriq.estimate.hardware import load_profile
+from maveriq.exec.capabilities import Refusal, why_not
+from maveriq.exec.capable import CapableEstimator
+from maveriq.exec.matrix import ANY, Arrangement, Device, engine_facts, known_engines, reason_against
+from maveriq.exec.nearest import distance, nearest, neighbours
+from maveriq.policy.configure import rank
+from maveriq.policy.split import even_split
+
+FLOAT16, INT8, INT4, GPTQ = WeightType
+
+
+def ask(
+    engine: str,
+    model: str | ModelSpec,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    weights: WeightType = FLOAT16,
+    kv: KvType = KvType.NATIVE,
+    split: tuple[int, ...] | None = None,
+    device: Device = Device.CUDA,
+) -> Refusal | None:
+    shape = load_model(model) if isinstance(model, str) else model
+    configuration = Configuration(tp=tp, pp=pp, weights=weights, kv=kv)
+    return why_not(engine, shape, configuration, split or even_split(shape.layers, pp), device)
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "asked"),
+    [
+        ("emulated", "falcon-7b", {"tp": 3, "pp": 2, "weights": GPTQ, "kv": KvType.INT8, "device": Device.CPU}),
+        ("torch", "falcon-7b", {"pp": 3, "weights": INT4, "kv": KvType.INT8, "split": (20, 6, 6)}),
+        ("torch", "gptj-6b", {"tp": 4, "weights": INT8, "device": Device.CPU}),
+        ("torch", "llama-2-70b", {"tp": 16}),  # 8 KV heads, each on two GPUs
+        ("vllm", "gptj-6b", {"tp": 2, "pp": 2, "weights": INT8, "kv": KvType.INT8, "split": (20, 8)}),
+        ("vllm", "llama-2-7b", {"tp": 2, "weights": GPTQ}),
+        ("vllm", "falcon-40b", {"weights": INT4}),
+        ("vllm", "llama-2-7b", {"tp": 2, "weights": INT8, "device": Device.CPU}),
+        ("trtllm", "llama-2-13b", {"tp": 2, "pp": 3, "weights": INT4, "split": (20, 10, 10)}),
+        ("trtllm-engine", "gptj-6b", {"tp": 2, "weights": INT8}),
+        ("trtllm-engine", "llama-2-7b", {"kv": KvType.INT8, "pp": 2}),
+    ],
+)
+def test_what_an_engine_can_is_not_refused(engine: str, model: str, asked: dict[str, object]) -> None:
+    assert ask(engine, model, **asked) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("engine", "model", "asked", "reason", "near"),
+    [
+        ("torch", "falcon-7b", {"tp": 2}, "TP 2 does not divide the 71 attention heads", "TP 1 x PP 2 float16"),
+        ("torch", "llama-2-7b", {"weights": GPTQ}, "not int4_gptq", "TP 1 x PP 1 int4"),
+        ("torch", "llama-2-70b", {"tp": 64, "weights": INT8, "split": (80,)}, None, None),
+        (
+            "vllm",
+            "llama-2-7b",
+            {"tp": 4, "weights": GPTQ},
+            "TP 4 cuts the feed-forward width 11008 through weight groups of 128",
+            "TP 4 x PP 1 int4",
+        ),
+        (
+            "vllm",
+            "llama-2-7b",
+            {"pp": 2, "weights": INT8, "split": (20, 12), "device": Device.CPU},
+            "PP 2 is more than its 1",
+            "TP 2 x PP 1 int8",
+        ),
+        (
+            "vllm",
+            "llama-2-7b",
+            {"weights": INT4, "device": Device.CPU},
+            "on a CPU it stores llama weights as float16 or int8, not int4",
+            "TP 1 x PP 1 int8",
+        ),
+        ("trtllm", "falcon-7b", {"weights": INT8}, "it runs llama models, not falcon", None),
+        (
+            "trtllm",
+            "llama-2-7b",
+            {"kv": KvType.INT8, "pp": 2, "split": (20, 12)},
+            "it stores the KV cache of llama as native, not int8, with float16 weights",
+            "TP 1 x PP 2 float16 (20+12 layers)",
+        ),
+        ("trtllm", "llama-2-7b", {"device": Device.CPU}, "it runs llama on a CUDA GPU, not on a CPU", None),
+        (
+            "trtllm-engine",
+            "llama-2-7b",
+            {"pp": 2, "split": (20, 12)},
+            "its pipeline stages must have equally many layers, not (20, 12)",
+            "TP 1 x PP 2 float16",
+        ),
+        (
+            "trtllm-engine",
+            "llama-2-7b",
+            {"weights": GPTQ, "kv": KvType.INT8},
+            "it stores the KV cache of llama as native, not int8, with int4_gptq weights",
+            "TP 1 x PP 1 int4+kv8",
+        ),
+    ],
+)
+def test_a_refusal_has_its_reason_and_the_nearest(
+    engine: str, model: str, asked: dict[str, object], reason: str | None, near: str | None
+) -> None:
+    refusal = ask(engine, model, **asked)  # type: ignore[arg-type]
+    if reason is None:
+        assert refusal is None
+        return
+    assert refusal is not None
+    assert reason in refusal.reason
+    assert (refusal.nearest and str(refusal.nearest)) == near
+    assert "\n" not in str(refusal)
+    assert all(part in str(refusal) for part in (engine, model, refusal.reason, near or "nothing near"))
+
+
+def test_kv_heads_are_dealt_or_copied_evenly() -> None:
+    shape = replace(load_model("llama-2-70b"), attention_heads=48, kv_heads=8)
+    refusal = ask("vllm", shape, tp=12)
+    assert refusal is not None
+    assert refusal.reason == "TP 12 neither divides the 8 KV heads nor is a multiple of them"
+    assert ask("vllm", shape, tp=16) is None
+
+
+def test_an_odd_feed_forward_part_is_not_cut() -> None:
+    refusal = ask("torch", replace(load_model("llama-2-7b"), intermediate_size=11007), tp=2)
+    assert refusal is not None
+    assert "feed-forward width 11007" in refusal.reason
+
+
+def test_group_limits_explain_what_did_not_run_on_the_testbed() -> None:
+    """All GPTQ configurations that the published testbed could not run are refused, and none of its others is."""
+    profile = load_profile("a6000-short")
+    llamas = [load_model(name) for name in profile.fingerprints.models() if "llama" in name]
+    assert llamas
+    for model, tp, pp in product(llamas, (1, 2, 4, 8), (1, 2, 4, 8)):
+        if tp * pp <= 8:
+            known = profile.supports(model.name, Configuration(tp=tp, pp=pp, weights=GPTQ))
+            assert (ask("trtllm-engine", model, tp=tp, pp=pp, weights=GPTQ) is None) == known
+
+
+@pytest.mark.parametrize(
+    ("split", "pp", "told"),
+    [((32, 1), 2, "add up to 32"), ((32,), 2, "each of 2 stages"), ((32, 0), 2, "at least one layer")],
+)
+def test_a_split_that_does_not_belong_is_bad_input(split: tuple[int, ...], pp: int, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        ask("torch", "llama-2-7b", pp=pp, split=split)
+
+
+def test_unknown_engines_and_devices_are_bad_input() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'trtllm'"):
+        ask("trtlm", "llama-2-7b")
+    with pytest.raises(UnknownNameError, match="tpu"):
+        Device.named("tpu:0")
+    assert (Device.named("cuda:3"), Device.named("cpu")) == (Device.CUDA, Device.CPU)
+
+
+def test_every_row_says_where_it_comes_from() -> None:
+    for facts in known_engines().values():
+        assert facts.can
+        for row in facts.can:
+            assert row.source
+            assert all((row.architectures, row.weights, row.kv, row.devices))
+            assert (row.architectures == (ANY,)) or ANY not in row.architectures
+
+
+# Laws
+
+ENGINES = sorted(known_engines())
+MODELS = sorted(known_models())
+
+
+@st.composite
+def arrangements(draw: st.DrawFn, model: ModelSpec) -> Arrangement:
+    pp = draw(st.integers(1, 8))
+    cuts = sorted(draw(st.sets(st.integers(1, model.layers - 1), min_size=pp - 1, max_size=pp - 1)))
+    split = tuple(b - a for a, b in zip([0, *cuts], [*cuts, model.layers], strict=True))
+    configuration = Configuration(
+        tp=draw(st.integers(1, 16)),
+        pp=pp,
+        weights=draw(st.sampled_from(WeightType)),
+        kv=draw(st.sampled_from(KvType)),
+        batch_size=draw(st.integers(1, 4)),
+    )
+    return Arrangement(
+        configuration=configuration, layer_split=draw(st.sampled_from([split, even_split(model.layers, pp)]))
+    )
+
+
+@settings(deadline=None)  # of the machine's other work
+@given(st.data(), st.sampled_from(ENGINES), st.sampled_from(MODELS), st.sampled_from(Device))
+def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
+    data: st.DataObject, engine: str, name: str, device: Device
+) -> None:
+    model = load_model(name)
+    asked = data.draw(arrangements(model))
+
+    def allowed(one: Arrangement) -> bool:
+        return reason_against(engine_facts(engine), model, one, device) is None
+
+    refusal = why_not(engine, model, asked.configuration, asked.layer_split, device)
+    assert (refusal is None) == allowed(asked)
+    if refusal is None:
+        return
+    possible = [one for one in neighbours(model, asked) if allowed(one)]
+    if refusal.nearest is None:
+        assert possible == []
+        return
+    found = refusal.nearest
+    assert allowed(found)
+    assert found.configuration.gpus <= asked.configuration.gpus
+    assert found.configuration.batch_size == asked.configuration.batch_size
+    assert sum(found.layer_split) == model.layers
+    assert distance(asked, found) == min(distance(asked, one) for one in possible)
+
+
+@given(st.data())
+def test_distance_is_a_metric(data: st.DataObject) -> None:
+    model = load_model("gptj-6b")
+    a, b, c = (data.draw(arrangements(model)) for _ in range(3))
+    batch = a.configuration.batch_size
+    a, b, c = (replace(one, configuration=replace(one.configuration, batch_size=batch)) for one in (a, b, c))
+    assert (distance(a, b) == 0) == (a == b)
+    assert distance(a, b) == distance(b, a)
+    same_stages = a.configuration.pp == b.configuration.pp == c.configuration.pp
+    if same_stages:  # a split counts only between equally many stages, so a detour over others may be shorter
+        assert distance(a, c) <= distance(a, b) + distance(b, c) + 1e-9
+
+
+@given(st.data(), st.sampled_from(MODELS))
+def test_what_is_allowed_is_nearest_to_itself(data: st.DataObject, name: str) -> None:
+    model = load_model(name)
+    asked = data.draw(arrangements(model))
+    if asked.configuration.pp <= model.layers:
+        assert nearest(model, asked, lambda _: True) == asked
+
+
+def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
+    model = load_model("llama-2-7b")
+    asked = Arrangement(configuration=Configuration(tp=1, pp=1, weights=INT8), layer_split=(32,))
+    found = nearest(model, asked, lambda one: one.configuration.weights is not INT8)
+    assert found is not None
+    assert found.configuration.weights is FLOAT16
+
+
+# Policies that choose among what really runs
+
+
+def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None:
+    profile = load_profile("a6000-short")
+    paper = estimator("paper", profile)
+    capable = CapableEstimator(base=paper, engine="trtllm", device=Device.CUDA)
+    assert capable.name == "paper"
+    view = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
+    for name, can in (("llama-2-7b", True), ("falcon-7b", False)):
+        question = DeployAsk(
+            endpoint_id=1,
+            model=load_model(name),
+            intent=Intent(objective=Objective.MIN_MEMORY),
+            asked_us=0,
+            prompt_tokens=10,
+            output_tokens=20,
+        )
+        plain = rank(question, view, paper, profile.accuracy).candidates
+        limited = rank(question, view, capable, profile.accuracy)
+        assert plain
+        assert bool(limited.candidates) == can
+        # The same order, without what the engine cannot do.
+        kept = [one.configuration for one in plain if ask_configuration("trtllm", name, one.configuration) is None]
+        assert [one.configuration for one in limited.candidates] == kept
+        assert len(kept) < len(plain)
+
+
+def ask_configuration(engine: str, model: str, configuration: Configuration) -> Refusal | None:
+    shape = load_model(model)
+    return why_not(engine, shape, configuration, even_split(shape.layers, configuration.pp), Device.CUDA)

@@ -1,0 +1,387 @@
+"""GPUs as meters see them: NVML against a stand-in, virtual ones, samples over time, memory that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maveriq.domain.hardware import LoadWindow
+from maveriq.errors import InputError, InvariantError, MaveriqError
+from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of, visible_devices
+from maveriq.exec.nvml import NvmlMeter, real_cluster
+from maveriq.exec.sampling import GpuSampler, MemoryWatch
+from maveriq.units import BYTES_PER_GIB
+
+GIB = BYTES_PER_GIB
+
+
+# NVML
+
+
+class NvmlError(Exception):
+    pass
+
+
+@dataclass
+class FakeGpu:
+    """A GPU of the stand-in; what it cannot tell is an error."""
+
+    uuid: str
+    name: str | bytes = "NVIDIA A6000"
+    total: int = 48 * GIB
+    used: int = GIB
+    reserved: int = GIB // 2
+    percent: int | Exception = 30
+    millijoules: int | Exception = 5_000
+    mig: bool = False
+    slices: list[FakeGpu | None] = field(default_factory=list)
+
+
+class FakeNvml(ModuleType):
+    """Stands in for pynvml."""
+
+    NVML_DEVICE_MIG_ENABLE = 1
+    nvmlMemory_v2 = 2  # noqa: N815
+
+    NVMLError = NvmlError
+    NVMLError_LibraryNotFound = type("NVMLError_LibraryNotFound", (NvmlError,), {})
+    NVMLError_NotSupported = type("NVMLError_NotSupported", (NvmlError,), {})
+    NVMLError_NoPermission = type("NVMLError_NoPermission", (NvmlError,), {})
+    NVMLError_NotFound = type("NVMLError_NotFound", (NvmlError,), {})
+    NVMLError_FunctionNotFound = type("NVMLError_FunctionNotFound", (NvmlError,), {})
+    NVMLError_InvalidArgument = type("NVMLError_InvalidArgument", (NvmlError,), {})
+    NVMLError_GpuIsLost = type("NVMLError_GpuIsLost", (NvmlError,), {})
+
+    def __init__(self, *gpus: FakeGpu) -> None:
+        super().__init__("pynvml")
+        self.fakes, self.users, self.no_driver, self.old, self.lost = list(gpus), 0, False, False, False
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if self.no_driver:
+            raise self.NVMLError_LibraryNotFound("NVML Shared Library Not Found")
+        self.users += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.users -= 1
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.fakes)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:  # noqa: N802
+        return self.fakes[index]
+
+    def nvmlDeviceGetMigMode(self, gpu: FakeGpu) -> list[int]:  # noqa: N802
+        if self.old:
+            raise self.NVMLError_NotSupported
+        return [int(gpu.mig), int(gpu.mig)]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, gpu: FakeGpu) -> int:  # noqa: N802
+        return len(gpu.slices)
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, gpu: FakeGpu, index: int) -> FakeGpu:  # noqa: N802
+        found = gpu.slices[index]
+        if found is None:
+            raise self.NVMLError_NotFound
+        return found
+
+    def nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:  # noqa: N802
+        return gpu.uuid
+
+    def nvmlDeviceGetName(self, gpu: FakeGpu) -> str | bytes:  # noqa: N802
+        return gpu.name
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu, version: int | None = None) -> Any:  # noqa: N802
+        if self.lost:
+            raise self.NVMLError_GpuIsLost("GPU is lost")
+        if version is None:
+            return SimpleNamespace(total=gpu.total, used=gpu.used + gpu.reserved)
+        if self.old:
+            raise self.NVMLError_FunctionNotFound
+        return SimpleNamespace(total=gpu.total, used=gpu.used, reserved=gpu.reserved)
+
+    def nvmlDeviceGetUtilizationRates(self, gpu: FakeGpu) -> Any:  # noqa: N802
+        if isinstance(gpu.percent, Exception):
+            raise gpu.percent
+        return SimpleNamespace(gpu=gpu.percent)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu: FakeGpu) -> int:  # noqa: N802
+        if isinstance(gpu.millijoules, Exception):
+            raise gpu.millijoules
+        return gpu.millijoules
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
+    def install(*gpus: FakeGpu) -> FakeNvml:
+        fake = FakeNvml(*gpus)
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        return fake
+
+    return install
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_readings_of_real_gpus(nvml: Callable[..., FakeNvml], old: bool) -> None:  # noqa: FBT001
+    fake = nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", name=b"T4", total=16 * GIB, percent=0, millijoules=7))
+    fake.old = old
+    meter = NvmlMeter()
+    assert meter.gpus == (
+        GpuIdentity(uuid="GPU-a", name="NVIDIA A6000", memory_bytes=48 * GIB),
+        GpuIdentity(uuid="GPU-b", name="T4", memory_bytes=16 * GIB),
+    )
+    # What the driver keeps for itself is used memory, however old the driver is.
+    assert meter.read() == (
+        GpuReading(used_bytes=GIB + GIB // 2, busy_share=0.3, energy_j=5.0),
+        GpuReading(used_bytes=GIB + GIB // 2, busy_share=0.0, energy_j=0.007),
+    )
+    meter.close()
+    meter.close()
+    assert fake.users == 0
+
+
+def test_what_a_gpu_cannot_tell_is_none(nvml: Callable[..., FakeNvml]) -> None:
+    fake = FakeNvml
+    nvml(FakeGpu("GPU-a", percent=fake.NVMLError_NoPermission(), millijoules=fake.NVMLError_NotSupported()))
+    assert NvmlMeter().read() == (GpuReading(used_bytes=GIB + GIB // 2),)
+
+
+def test_slices_stand_for_the_gpu_that_is_cut(nvml: Callable[..., FakeNvml]) -> None:
+    unsupported = FakeNvml.NVMLError_NotSupported()
+    slices = [FakeGpu(f"MIG-{k}", total=12 * GIB, percent=unsupported, millijoules=unsupported) for k in range(2)]
+    nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", mig=True, slices=[slices[0], None, slices[1]]))
+    gpus = NvmlMeter().gpus
+    assert [(gpu.uuid, gpu.is_slice) for gpu in gpus] == [("GPU-a", False), ("MIG-0", True), ("MIG-1", True)]
+    assert visible_devices(gpus, [1]) == {"CUDA_VISIBLE_DEVICES": "MIG-0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    for spread in ([0, 1], [1, 2]):
+        with pytest.raises(InputError, match="MIG is on"):
+            visible_devices(gpus, spread)
+
+
+def test_gpus_are_shown_by_uuid_in_the_order_asked_for(nvml: Callable[..., FakeNvml]) -> None:
+    nvml(*(FakeGpu(f"GPU-{k}") for k in range(4)))
+    gpus = NvmlMeter().gpus
+    assert visible_devices(gpus, [3, 0])["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-0"
+    assert visible_devices(gpus, [])["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_the_cluster_of_this_machine_counts_used_memory_as_held(nvml: Callable[..., FakeNvml]) -> None:
+    fake = nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", used=10 * GIB, reserved=0))
+    cluster = real_cluster()
+    assert [(gpu.gpu_id, gpu.node, gpu.kind) for gpu in cluster.gpus] == [
+        (0, 0, "NVIDIA A6000"),
+        (1, 0, "NVIDIA A6000"),
+    ]
+    assert [gpu.capacity_bytes for gpu in cluster.gpus] == [48 * GIB] * 2
+    assert [gpu.idle_bytes for gpu in cluster.gpus] == [GIB + GIB // 2, 10 * GIB]
+    assert fake.users == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [("no driver", "no NVIDIA driver"), ("no gpu", "knows no GPU"), ("lost", "GPU is lost"), ("no package", "maveriq")],
+)
+def test_without_gpus_there_is_one_clear_line(
+    nvml: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch, state: str, told: str
+) -> None:
+    fake = nvml(*([] if state == "no gpu" else [FakeGpu("GPU-a")]))
+    fake.no_driver, fake.lost = state == "no driver", state == "lost"
+    if state == "no package":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(InputError, match=told):
+        NvmlMeter()
+    assert fake.users == 0
+
+
+def test_a_gpu_that_is_lost_later_is_a_failure_not_bad_input(nvml: Callable[..., FakeNvml]) -> None:
+    fake = nvml(FakeGpu("GPU-a"))
+    meter = NvmlMeter()
+    fake.lost = True
+    with pytest.raises(MaveriqError, match=r"GPU 0 .* does not answer: GPU is lost") as failed:
+        meter.read()
+    assert not isinstance(failed.value, InputError)
+
+
+# Virtual GPUs
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_virtual_memory_comes_and_goes() -> None:
+    meter = VirtualMeter([8 * GIB, 4 * GIB], clock_s=Clock())
+    meter.reserve("a", {0: 3 * GIB, 1: GIB})
+    meter.reserve("b", {0: 5 * GIB})
+    assert [one.used_bytes for one in meter.read()] == [8 * GIB, GIB]
+    with pytest.raises(InvariantError, match="virtual GPU 0, which has"):
+        meter.reserve("c", {1: GIB, 0: 1})
+    with pytest.raises(InvariantError, match="already"):
+        meter.reserve("a", {1: 1})
+    meter.release("a")
+    meter.release("a")
+    meter.release("unknown")
+    assert [one.used_bytes for one in meter.read()] == [5 * GIB, 0]
+    meter.close()
+
+
+def test_virtual_gpus_are_busy_for_the_share_of_time_that_someone_computes() -> None:
+    clock = Clock()
+    meter = VirtualMeter([GIB] * 3, clock_s=clock)
+    meter.reserve("a", {0: 1, 1: 1})
+    meter.reserve("b", {1: 1})
+    assert [one.busy_share for one in meter.read()] == [0.0] * 3  # no time has passed
+    meter.work("a")
+    meter.work("a")
+    clock.now_s = 1.0
+    meter.rest("a")
+    meter.rest("a")
+    meter.work("b")
+    clock.now_s = 4.0
+    assert [one.busy_share for one in meter.read()] == [0.25, 1.0, 0.0]
+    clock.now_s = 6.0
+    assert [one.busy_share for one in meter.read()] == [0.0, 1.0, 0.0]
+    clock.now_s = 7.0
+    meter.release("b")  # ends its computing as well
+    clock.now_s = 8.0
+    assert [one.busy_share for one in meter.read()] == [0.0, 0.5, 0.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["reserve", "release", "work", "rest", "read"]))))
+def test_virtual_gpus_never_hold_more_than_they_have_nor_are_busier_than_busy(acts: list[tuple[int, str]]) -> None:
+    clock = Clock()
+    meter = VirtualMeter([10, 6], clock_s=clock)
+    holders: dict[str, dict[int, int]] = {}
+    for number, act in acts:
+        clock.now_s += 0.5
+        name, shares = f"h{number}", {number % 2: number + 1, (number + 1) % 2: 2}
+        if act == "reserve":
+            fits = all(
+                sum(one.get(k, 0) for one in holders.values()) + shares[k] <= most for k, most in ((0, 10), (1, 6))
+            )
+            if fits and name not in holders:
+                meter.reserve(name, shares)
+                holders[name] = shares
+            else:
+                with pytest.raises(InvariantError):
+                    meter.reserve(name, shares)
+        elif act == "release":
+            meter.release(name)
+            holders.pop(name, None)
+        elif act == "read":
+            assert all(0.0 <= one.busy_share <= 1.0 for one in meter.read() if one.busy_share is not None)
+        elif name in holders:
+            (meter.work if act == "work" else meter.rest)(name)
+    assert [one.used_bytes for one in meter.read()] == [sum(s.get(k, 0) for s in holders.values()) for k in (0, 1)]
+
+
+def test_a_virtual_cluster() -> None:
+    cluster = cluster_of(VirtualMeter([8 * GIB, 4 * GIB]), name="virtual")
+    assert [(gpu.capacity_bytes, gpu.idle_bytes) for gpu in cluster.gpus] == [(8 * GIB, 0), (4 * GIB, 0)]
+
+
+# Over time
+
+
+class Scripted:
+    """A meter that gives one reading after the other, the last again and again."""
+
+    def __init__(self, *readings: Sequence[GpuReading], slow: bool = False) -> None:
+        self.readings, self.slow, self.threads = list(readings), slow, set[int]()
+        self.gpus = [GpuIdentity(uuid=f"GPU-{k}", name="x", memory_bytes=48 * GIB) for k in range(len(readings[0]))]
+
+    def read(self) -> Sequence[GpuReading]:
+        self.threads.add(threading.get_ident())
+        return self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
+
+    def close(self) -> None:
+        pass
+
+
+def reading(used_gib: float = 0, busy: float | None = 0.0, energy_j: float | None = None) -> GpuReading:
+    return GpuReading(used_bytes=round(used_gib * GIB), busy_share=busy, energy_j=energy_j)
+
+
+def test_load_is_the_share_of_the_windows_samples_that_were_busy() -> None:
+    sampler = GpuSampler(Scripted([reading(), reading()]), LoadWindow(samples=4))
+    assert sampler.loads() == [0.0, 0.0]
+    for busy in (0.5, 0.01, 0.02):  # at the threshold it is idle
+        sampler.add([reading(busy=busy), reading(busy=None)])
+    assert sampler.loads() == [0.5, 0.0]
+    for _ in range(3):
+        sampler.add([reading(busy=0.0), reading(busy=1.0)])
+    assert sampler.loads() == [0.25, 0.75]
+
+
+def test_energy_is_counted_from_the_first_sample_even_when_that_is_forgotten() -> None:
+    sampler = GpuSampler(Scripted([reading(), reading()]), LoadWindow(samples=2))
+    assert sampler.energy_j() == [None, None]
+    for joules in (100.0, 150.0, 175.0, 260.0):
+        sampler.add([reading(energy_j=joules), reading()])
+    assert sampler.energy_j() == [160.0, None]
+
+
+def test_the_view_is_what_a_policy_gets() -> None:
+    meter = Scripted([reading(1), reading(2)])
+    cluster = cluster_of(meter)
+    sampler = GpuSampler(meter, LoadWindow(samples=2))
+    assert [gpu.free_bytes for gpu in sampler.view(cluster).gpus] == [47 * GIB, 46 * GIB]
+    sampler.add([reading(10, busy=1.0), reading(60)])  # more than there is, as drivers may say for a moment
+    view = sampler.view(cluster)
+    assert [(gpu.gpu_id, gpu.free_bytes, gpu.load) for gpu in view.gpus] == [(0, 38 * GIB, 0.5), (1, 0, 0.0)]
+    assert [gpu.capacity_bytes for gpu in view.gpus] == [48 * GIB] * 2
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_sampling_keeps_the_beat_and_slow_meters_out_of_the_loop(slow: bool) -> None:  # noqa: FBT001
+    meter, heard = Scripted([reading()], slow=slow), list[Sequence[GpuReading]]()
+
+    async def some_time() -> None:
+        sampler = GpuSampler(meter, LoadWindow(sample_us=10_000, look_us=10_000), heard=heard.append)
+        task = asyncio.create_task(sampler.run())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(some_time())
+    assert 2 <= len(heard) <= 11
+    assert (threading.get_ident() in meter.threads) == (not slow)
+
+
+def test_memory_is_waited_for_until_it_is_back() -> None:
+    meter = Scripted(
+        [reading(1), reading(1)], [reading(20), reading(9)], [reading(20), reading(1)], [reading(1.1), reading(40)]
+    )
+
+    async def wait() -> dict[int, int]:
+        watch = MemoryWatch(meter, poll_s=0.001)
+        before = await watch.used([0])
+        assert before == {0: GIB}
+        return await watch.back(before, within_s=5)
+
+    assert asyncio.run(wait()) == {}  # what is left is slack, and the other GPU is not asked about
+    assert len(meter.readings) == 1
+
+
+def test_waiting_for_memory_ends_and_what_is_free_is_told() -> None:
+    meter = Scripted([reading(1), reading(1)], [reading(20), reading(9)])
+
+    assert MemoryWatch(Scripted([reading(50), reading(8)])).free_bytes(0) == 0
+    assert MemoryWatch(Scripted([reading(50), reading(8)])).free_bytes(1) == 40 * GIB
+
+    async def wait() -> dict[int, int]:
+        watch = MemoryWatch(meter, poll_s=0.001)
+        return await watch.back(await watch.used([0, 1]), within_s=0.02)
+
+    assert asyncio.run(wait()) == {0: 19 * GIB, 1: 8 * GIB}

@@ -1,0 +1,27 @@
+"""Lining up sequences: whole steps, nothing lost, nothing early."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maveriq.exec.engines.stepping import ENDED, StepAligner
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 99), max_size=3), st.lists(st.integers(0, 99), max_size=3)), min_size=1),
+    st.data(),
+)
+def test_any_interleaving_gives_the_same_steps(halves: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
+    sequences = [first + second for first, second in halves]
+    # Each sequence says its first half, its second half, and that it has ended; who speaks when is free.
+    turns = data.draw(st.permutations([number for number in range(len(halves)) for _ in range(3)]))
+    aligner, steps, said = StepAligner(len(halves)), [], [0] * len(halves)
+    for number in turns:
+        chunks = [*halves[number], []]
+        aligner.add(number, chunks[said[number]], ended=said[number] == 2)
+        said[number] += 1
+        steps.extend(aligner.steps())
+        # Never a step that an open sequence has no token for yet.
+        open_ones = [k for k, times in enumerate(said) if times < 3]
+        assert all(len(steps) <= sum(map(len, halves[k][: said[k]])) for k in open_ones)
+    longest = max(map(len, sequences))
+    assert steps == [tuple(one[k] if k < len(one) else ENDED for one in sequences) for k in range(longest)]

@@ -1,0 +1,265 @@
+"""TensorRT-LLM's arguments, and its engine against a stand-in; the package itself needs an NVIDIA machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from engine_specs import TINY, spec
+
+from maveriq.errors import InputError
+from maveriq.exec import messages
+from maveriq.exec.engines import trtllm
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, serve_command, translate
+
+# Fields of `TorchLlmArgs` in 1.2, which refuses all others.
+FIELDS = {
+    "model", "skip_tokenizer_init", "load_format", "dtype", "tensor_parallel_size", "pipeline_parallel_size",
+    "pp_partition", "max_batch_size", "max_seq_len", "max_num_tokens", "kv_cache_config", "cuda_graph_config",
+}  # fmt: skip
+
+
+def test_uneven_stages_and_random_weights() -> None:
+    translation = translate(spec(tp=2, pp=2, layer_split=(3, 1), batch_size=4), "/models/a")
+    assert translation.arguments == {
+        "model": "/models/a",
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": "float16",
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "pp_partition": [3, 1],
+        "max_batch_size": 4,
+        "max_seq_len": 256,
+        "max_num_tokens": 8192,
+        "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": 4 * 256},
+        "cuda_graph_config": {"max_batch_size": 4},
+    }
+    assert set(translation.arguments) <= FIELDS
+    assert json.loads(translation.files["config.json"]) == TINY["llama"]
+    assert "TLLM_WORKER_USE_SINGLE_PROCESS" not in translation.environment
+
+
+def test_one_gpu_runs_in_one_process_and_needs_no_partition() -> None:
+    translation = translate(spec(), "/models/a")
+    assert translation.environment["TLLM_WORKER_USE_SINGLE_PROCESS"] == "1"
+    assert "pp_partition" not in translation.arguments
+
+
+@pytest.mark.parametrize(("weights", "algorithm"), [("float16", None), ("int8", "W8A16"), ("int4", "W4A16")])
+def test_forms_of_weights(weights: str, algorithm: str | None) -> None:
+    files = translate(spec(weights=weights), "/m").files
+    if algorithm is None:
+        assert set(files) == {"config.json"}
+        return
+    assert json.loads(files["hf_quant_config.json"])["quantization"] == {
+        "quant_algo": algorithm,
+        "kv_cache_quant_algo": None,
+        "exclude_modules": ["lm_head"],
+    }
+
+
+def test_given_weights_must_be_quantised_already(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"no hf_quant_config\.json"):
+        translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
+    (tmp_path / "hf_quant_config.json").write_text("{}", encoding="utf-8")
+    translation = translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
+    assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "auto")
+    assert translation.files == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("falcon", {}, "it runs llama models, not falcon; it has nothing near"),
+        ("gptj", {}, "it runs llama models, not gptj"),
+        ("llama", {"kv": "int8"}, "nearest that it can: TP 1 x PP 1 float16"),
+        ("llama", {"weights": "int4_gptq"}, "nearest that it can: TP 1 x PP 1 int4"),
+        ("llama", {"devices": ("cpu",)}, "not on a CPU"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(family: str, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(EngineError, match=told) as refused:
+        translate(spec(family, **changes), "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_the_command_and_its_options_file_say_the_same() -> None:
+    arguments = translate(spec(tp=2, pp=2, layer_split=(3, 1)), "/models/a").arguments
+    command, options = serve_command(arguments, options_file="o.yaml", port=8123)
+    assert command[:2] == ["trtllm-serve", "/models/a"]
+    assert command[command.index("--config") + 1] == "o.yaml"
+    assert (command[command.index("--tp_size") + 1], command[command.index("--pp_size") + 1]) == ("2", "2")
+    assert json.loads(options) == {
+        key: value for key, value in arguments.items() if key not in ("model", "skip_tokenizer_init")
+    }
+
+
+# What is missing
+
+
+def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoDriver:
+        def __init__(self) -> None:
+            raise InputError("no NVIDIA driver answers (not found)")
+
+    monkeypatch.setattr("maveriq.exec.nvml.NvmlMeter", NoDriver)
+    monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trtllm.sys, "version_info", (3, 11, 7))
+    told = missing()
+    assert told == (
+        "no NVIDIA driver answers (not found); the package tensorrt_llm is not installed (pip install tensorrt-llm, or "
+        "NVIDIA's container); this is Python 3.11, its wheels are for 3.10 and 3.12"
+    )
+    monkeypatch.setattr(trtllm.sys, "platform", "darwin")
+    assert (missing() or "").startswith("it runs on Linux, not on darwin; ")
+
+
+def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maveriq.exec.nvml.NvmlMeter", lambda: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: object())
+    assert missing() is None
+
+
+# The engine, against a stand-in for the package
+
+
+class FakeResult:
+    """Streams the numbers after a prompt's last token, all so far each time, now and then two at once."""
+
+    def __init__(self, llm: FakeLlm, prompt: list[int], sampling: Any) -> None:
+        self.llm, self.prompt, self.sampling = llm, prompt, sampling
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        tokens: list[int] = []
+        while len(tokens) < self.sampling.max_tokens:
+            await asyncio.sleep(0)
+            if self.llm.broken and len(tokens) >= 1:
+                raise RuntimeError(self.llm.broken)
+            for _ in range(2 if self.prompt[-1] >= 50 else 1):
+                tokens.append(self.prompt[-1] + len(tokens) + 1)
+            tokens = tokens[: self.sampling.max_tokens]
+            stops = [k for k, token in enumerate(tokens) if token in (self.sampling.stop_token_ids or ())]
+            tokens = tokens[: stops[0] + 1] if stops else tokens
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=list(tokens))])
+            if stops:
+                return
+
+    def abort(self) -> None:
+        self.llm.aborted.append(self.prompt)
+
+
+class FakeLlm:
+    made: list[FakeLlm]
+
+    def __init__(self, **arguments: Any) -> None:
+        assert set(arguments) <= FIELDS
+        self.arguments, self.aborted, self.down, self.broken = arguments, [], False, ""
+        self.made.append(self)
+
+    def generate_async(self, prompt: list[int], sampling: Any, *, streaming: bool) -> FakeResult:
+        asyncio.get_running_loop()  # without one the results cannot be iterated over
+        assert streaming
+        return FakeResult(self, prompt, sampling)
+
+    def shutdown(self) -> None:
+        self.down = True
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
+    """Put a stand-in where TensorRT-LLM would be; the engines that it made."""
+    FakeLlm.made = []
+    module = ModuleType("tensorrt_llm")
+    vars(module).update(LLM=FakeLlm, SamplingParams=SimpleNamespace, __version__="1.2.1")
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", module)
+    for name in ("TLLM_WORKER_USE_SINGLE_PROCESS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "")  # so that what the engine sets is undone
+    return FakeLlm.made
+
+
+def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
+    return messages.Generate(
+        execution_id=1,
+        sequences=tuple(
+            messages.Sequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
+            for number, (start, most) in enumerate(asked)
+        ),
+    )
+
+
+def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
+    engine = TrtLlmEngine()
+    loaded = engine.load(spec(weights="int8"))
+    [fake] = fakes
+    assert (loaded.backend, loaded.version) == ("trtllm", "1.2.1")
+    folder = Path(fake.arguments["model"])
+    assert {path.name for path in folder.iterdir()} == {"config.json", "hf_quant_config.json"}
+    assert list(engine.generate(work((10, 4), (50, 3)))) == [(11, 51), (12, 52), (13, 53), (14, -1)]
+    assert list(engine.generate(work((10, 4), (50, 9), stops=(12, 55)))) == [
+        (11, 51), (12, 52), (-1, 53), (-1, 54), (-1, 55),
+    ]  # fmt: skip
+    engine.close()
+    engine.close()
+    assert fake.down
+    assert not folder.exists()
+
+
+def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
+    engine = TrtLlmEngine()
+    engine.load(spec())
+    steps = engine.generate(work((10, 99), (50, 99)))
+    assert next(steps) == (11, 51)
+    steps.close()  # type: ignore[attr-defined]
+    assert sorted(fakes[0].aborted) == [[10], [50]]
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()
+
+
+def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TrtLlmEngine()
+    engine.load(spec())
+    fakes[0].broken = "CUDA out of memory"
+    with pytest.raises(EngineError) as failed:
+        list(engine.generate(work((10, 4), (50, 3))))
+    assert failed.value.kind is FailureKind.OUT_OF_MEMORY
+    fakes[0].broken = ""
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()
+    with pytest.raises(EngineError, match="nothing is loaded"):
+        list(engine.generate(work((1, 2))))
+    with pytest.raises(EngineError, match="nothing is loaded"):
+        list(TrtLlmEngine().generate(work((1, 2))))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
+    monkeypatch.setattr(trtllm, "missing", lambda: "no driver")
+    with pytest.raises(EngineError, match="cannot be imported: no driver") as failed:
+        TrtLlmEngine().load(spec())
+    assert failed.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
+    engine = TrtLlmEngine()
+    engine.close()
+    engine.load(spec())
+    steps = engine.generate(work((10, 99), (50, 99)))
+    assert next(steps) == (11, 51)
+    engine.close()
+    engine.close()
+    steps.close()  # type: ignore[attr-defined]
+
+
+def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+    engine = TrtLlmEngine()
+    engine.load(spec())
+    with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
+        list(engine.generate(work((1, 2), (1, 256))))
+    assert failed.value.kind is FailureKind.ERROR
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()

@@ -1,0 +1,316 @@
+"""vLLM's arguments, and its engine against a stand-in; test_vllm_cpu.py runs the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from engine_specs import TINY, spec
+
+from maveriq.exec import messages
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.translation import as_engine_error
+from maveriq.exec.engines.vllm import VllmEngine, serve_command, translate
+
+LLAMA_7B = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+
+
+def test_uneven_stages_and_random_weights() -> None:
+    translation = translate(spec(tp=2, pp=2, layer_split=(3, 1), batch_size=4, seed=7), "/models/a")
+    arguments = dict(translation.arguments)
+    kv_bytes = arguments.pop("kv_cache_memory_bytes")
+    assert arguments == {
+        "model": "/models/a",
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": "float16",
+        "seed": 7,
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "max_num_seqs": 4,
+        "max_model_len": 256,
+        "kv_cache_dtype": "auto",
+        "gpu_memory_utilization": 0.01,
+        "enable_prefix_caching": False,
+        "enforce_eager": False,
+    }
+    # Keys and values of 3 layers, one of 2 KV heads of 32 numbers, 2 bytes each; 4 sequences of 2 blocks, and one.
+    assert kv_bytes == 2 * 3 * 1 * 32 * 2 * (4 * 2 + 1) * 128
+    assert translation.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
+    assert json.loads(translation.files["config.json"]) == TINY["llama"]
+
+
+def test_one_stage_needs_no_partition_and_one_gpu_no_workers() -> None:
+    translation = translate(spec(), "/models/a")
+    assert "VLLM_PP_LAYER_PARTITION" not in translation.environment
+    assert "distributed_executor_backend" not in translation.arguments
+
+
+@pytest.mark.parametrize(
+    ("weights", "quantization", "method"),
+    [
+        ("float16", None, None),
+        ("int8", "int8_per_channel_weight_only", None),
+        ("int4", None, "compressed-tensors"),
+        ("int4_gptq", None, "gptq"),
+    ],
+)
+def test_forms_of_weights(weights: str, quantization: str | None, method: str | None) -> None:
+    # What the configuration said of an earlier form does not hold for random weights.
+    config = {**LLAMA_7B, "quantization_config": {"quant_method": "awq"}}
+    translation = translate(spec(config_json=json.dumps(config), layer_split=(32,), weights=weights), "/m")
+    assert translation.arguments.get("quantization") == quantization
+    written = json.loads(translation.files["config.json"])
+    assert written.get("quantization_config", {}).get("quant_method") == method
+    assert {key: value for key, value in written.items() if key != "quantization_config"} == LLAMA_7B
+
+
+def test_an_int8_cache_takes_a_byte_per_number_and_a_scale_per_head() -> None:
+    native, int8 = (translate(spec(kv=kv), "/m").arguments for kv in ("native", "int8"))
+    assert int8["kv_cache_dtype"] == "int8_per_token_head"
+    assert int8["kv_cache_memory_bytes"] / native["kv_cache_memory_bytes"] == (32 + 4) / (2 * 32)
+
+
+def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
+    translation = translate(spec(weights_folder=str(tmp_path), weights="int8"), "/unused")
+    assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "auto")
+    assert translation.files == {}
+    with pytest.raises(EngineError, match="are not quantised") as refused:
+        translate(spec(config_json=json.dumps(LLAMA_7B), layer_split=(32,), weights="int4", weights_folder="/w"), "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+    quantised = {**LLAMA_7B, "quantization_config": {"quant_method": "gptq"}}
+    assert (
+        translate(
+            spec(config_json=json.dumps(quantised), layer_split=(32,), weights="int4_gptq", weights_folder="/w"), "/m"
+        ).arguments["model"]
+        == "/w"
+    )
+
+
+def test_on_a_cpu() -> None:
+    translation = translate(spec(tp=2, devices=("cpu", "cpu")), "/m", cpus=(0, 1, 2, 5, 6))
+    assert (translation.arguments["dtype"], translation.arguments["enforce_eager"]) == ("float32", True)
+    assert translation.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,5"
+    assert translate(spec(devices=("cpu",), weights="int8"), "/m").arguments["dtype"] == "bfloat16"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in translate(spec(devices=("cpu",)), "/m", cpus=(0, 1)).environment
+
+
+def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
+    assert translate(spec("falcon"), "/m").arguments["max_model_len"] == 2048
+    assert translate(spec("gptj"), "/m").arguments["max_model_len"] == 256
+    long = {**TINY["llama"], "max_position_embeddings": 1 << 20}
+    assert translate(spec(config_json=json.dumps(long)), "/m").arguments["max_model_len"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tp": 3}, "nearest that it can: TP 1 x PP 3 float16"),
+        ({"pp": 2, "layer_split": (2, 2), "devices": ("cpu", "cpu")}, "PP 2 is more than its 1"),
+        ({"layer_split": (5,)}, "must add up to 4 layers"),
+        ({"weights": "int3"}, "int3"),
+        ({"devices": ("tpu:0",)}, "tpu"),
+        ({"devices": ()}, "device"),
+        ({"tp": 2, "devices": ("cuda:0", "cuda:0")}, "one for each rank"),
+        ({"tp": 2, "devices": ("cuda:1", "cuda:0")}, "in their order"),
+        ({"config_json": "{"}, "vllm"),
+        ({"config_json": "[1]"}, "vllm"),
+        ({"config_json": "{}"}, "is it the config.json"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(EngineError) as refused:
+        translate(spec(**changes), "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+    assert told in str(refused.value)
+
+
+def test_the_command_says_the_same() -> None:
+    command = serve_command(translate(spec(tp=2), "/models/a").arguments, port=8123)
+    assert command[:7] == ["vllm", "serve", "/models/a", "--host", "127.0.0.1", "--port", "8123"]
+    assert command[command.index("--tensor-parallel-size") + 1] == "2"
+    assert {"--no-enable-prefix-caching", "--no-enforce-eager"} <= set(command)
+    assert "--skip-tokenizer-init" not in command
+    assert serve_command({"model": "m", "hf_overrides": {"a": 1}}, port=1)[-2:] == ["--hf-overrides", '{"a": 1}']
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), FailureKind.OUT_OF_MEMORY),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FailureKind.OUT_OF_MEMORY),
+        (ValueError("No available memory for the cache blocks."), FailureKind.OUT_OF_MEMORY),
+        (ValueError("Free memory on device cuda:0 is less than desired"), FailureKind.OUT_OF_MEMORY),
+        (RuntimeError("two\nlines"), FailureKind.ERROR),
+        (EngineError(FailureKind.UNSUPPORTED, "no"), FailureKind.UNSUPPORTED),
+    ],
+)
+def test_exceptions_get_a_kind_and_one_line(error: Exception, kind: FailureKind) -> None:
+    ours = as_engine_error("vllm", error)
+    assert ours.kind is kind
+    assert "\n" not in str(ours)
+
+
+# The engine, against a stand-in for the package
+
+
+class FakeLlm:
+    """Counts upwards from a prompt's last token; gives the second request its tokens in pairs."""
+
+    broken: str | None = None
+    aborted: list[str]
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments, self.aborted, self.open = arguments, [], {}
+        self.environment = dict(os.environ)
+        self.engine_core = SimpleNamespace(shutdown=lambda: setattr(self, "down", True))
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], sampling: Any) -> None:
+        self.open[name] = [prompt["prompt_token_ids"][-1], 0, sampling]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.open)
+
+    def abort_request(self, names: Sequence[str]) -> None:
+        self.aborted += [name for name in names if self.open.pop(name, None)]
+
+    def step(self) -> list[Any]:
+        if FakeLlm.broken:
+            raise RuntimeError(FakeLlm.broken)
+        outputs = []
+        for name, (last, given, sampling) in list(self.open.items()):
+            count = min(2 if name.endswith("-1") else 1, sampling.max_tokens - given)
+            tokens = [last + given + k + 1 for k in range(count)]
+            stops = [k for k, token in enumerate(tokens) if token in sampling.stop_token_ids]
+            tokens = tokens[: stops[0] + 1] if stops else tokens
+            self.open[name][1] += len(tokens)
+            finished = bool(stops) or self.open[name][1] >= sampling.max_tokens
+            if finished:
+                del self.open[name]
+            outputs.append(
+                SimpleNamespace(request_id=name, finished=finished, outputs=[SimpleNamespace(token_ids=tokens)])
+            )
+        return outputs
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
+    """Put a stand-in where vLLM would be; the engines that it made."""
+    made: list[FakeLlm] = []
+
+    def from_engine_args(arguments: dict[str, Any]) -> FakeLlm:
+        made.append(FakeLlm(arguments))
+        return made[-1]
+
+    modules: dict[str, dict[str, Any]] = {
+        "vllm": {"EngineArgs": dict, "SamplingParams": SimpleNamespace, "__version__": "0.33.0"},
+        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA="delta")},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.llm_engine": {"LLMEngine": SimpleNamespace(from_engine_args=from_engine_args)},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("VLLM_PP_LAYER_PARTITION", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "")  # so that what the engine sets is undone
+    yield made
+    FakeLlm.broken = None
+
+
+def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
+    return messages.Generate(
+        execution_id=1,
+        sequences=tuple(
+            messages.Sequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
+            for number, (start, most) in enumerate(asked)
+        ),
+    )
+
+
+def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
+    engine = VllmEngine()
+    loaded = engine.load(spec(pp=2, layer_split=(3, 1)))
+    [fake] = fakes
+    assert (loaded.backend, loaded.version) == ("vllm", "0.33.0")
+    assert loaded.kv_cache_bytes == 2 * fake.arguments["kv_cache_memory_bytes"]
+    assert fake.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
+    folder = Path(fake.arguments["model"])
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == TINY["llama"]
+    assert list(engine.generate(work((10, 4), (50, 3)))) == [(11, 51), (12, 52), (13, 53), (14, -1)]
+    assert list(engine.generate(work((10, 4), (50, 9), stops=(12, 55)))) == [
+        (11, 51), (12, 52), (-1, 53), (-1, 54), (-1, 55),
+    ]  # fmt: skip
+    engine.close()
+    engine.close()
+    assert fake.down
+    assert not folder.exists()
+
+
+def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
+    engine = VllmEngine()
+    engine.load(spec())
+    steps = engine.generate(work((10, 4), (50, 3)))
+    assert next(steps) == (11, 51)
+    steps.close()  # type: ignore[attr-defined]
+    assert fakes[0].aborted
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+
+
+def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VllmEngine()
+    engine.load(spec())
+    FakeLlm.broken = "CUDA out of memory"
+    with pytest.raises(EngineError) as failed:
+        list(engine.generate(work((1, 2))))
+    assert failed.value.kind is FailureKind.OUT_OF_MEMORY
+    FakeLlm.broken = None
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()
+    with pytest.raises(EngineError, match="nothing is loaded"):
+        list(engine.generate(work((1, 2))))
+    with pytest.raises(EngineError, match="nothing is loaded"):
+        list(VllmEngine().generate(work((1, 2))))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(EngineError, match="cannot be imported") as failed:
+        VllmEngine().load(spec())
+    assert failed.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
+    engine = VllmEngine()
+    engine.close()
+    engine.load(spec())
+    steps = engine.generate(work((10, 99), (50, 99)))
+    assert next(steps) == (11, 51)
+    engine.close()
+    engine.close()
+    steps.close()  # type: ignore[attr-defined]
+
+
+def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+    engine = VllmEngine()
+    engine.load(spec())
+    with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
+        list(engine.generate(work((1, 2), (1, 256))))
+    assert failed.value.kind is FailureKind.ERROR
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()

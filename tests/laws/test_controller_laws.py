@@ -1,0 +1,115 @@
+"""Laws of the controller under any events in any order, as a real body may tell them: late, twice, of nothing."""
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+from worlds import ask, controller
+
+from maveriq.control.controller import Controller, OnFailure
+from maveriq.control.events import (
+    Action,
+    DeployAsked,
+    EngineDown,
+    EngineRepaired,
+    EngineUp,
+    Event,
+    Execute,
+    ExecutionFailed,
+    ExecutionFinished,
+    RemoveAsked,
+    RequestArrived,
+    RequestCancelled,
+    StartEngine,
+)
+from maveriq.control.queues import Discipline
+from maveriq.domain.requests import FINAL_STATUSES, Request, RequestStatus
+
+ENDPOINTS = {1: [(0,)], 2: [(0, 1)], 3: [(2,), (3,)]}
+DEPLOYMENTS = st.integers(1, 4)
+SOMETHING = st.sampled_from(
+    ["arrive", "finish", "finish", "fail", "up", "up", "down", "lost", "repair", "cancel", "remove"]
+)
+
+
+class _World:
+    """A body that knows nothing: it tells the controller what a script says, and keeps what it is told to do."""
+
+    def __init__(self, brain: Controller) -> None:
+        self.brain = brain
+        self.now_us = 0
+        self.arrived = 0
+        self.started: dict[int, StartEngine] = {}
+        self.executions: dict[int, Execute] = {}
+        self.ended: list[int] = []
+        brain.ledger.on_end = self.ended.append
+        for endpoint in ENDPOINTS:
+            self.tell(DeployAsked(ask(endpoint)))
+
+    def tell(self, *events: Event) -> None:
+        self.now_us += 1
+        for action in self.brain.handle(self.now_us, events):
+            self._keep(action)
+
+    def _keep(self, action: Action) -> None:
+        match action:
+            case StartEngine():
+                self.started[action.deployment_id] = action
+            case Execute():
+                self.executions[action.deployment_id] = action
+
+    def happen(self, what: str, deployment_id: int, number: int) -> None:
+        execution = self.executions.get(deployment_id)
+        execution_id = execution.execution_id if execution else number
+        match what:
+            case "arrive":
+                self.arrived += 1
+                self.tell(RequestArrived(self._request(number)))
+            case "finish":
+                # Sometimes a late word of the execution before.
+                counts = tuple(1 for _ in execution.requests) if execution and number % 2 else None
+                self.tell(ExecutionFinished(deployment_id, execution_id - number % 5 // 4, self.now_us, counts))
+            case "fail":
+                self.tell(ExecutionFailed(deployment_id, execution_id, "no room"))
+            case "up":
+                start = self.started.get(deployment_id)
+                self.tell(EngineUp(deployment_id, start.incarnation if start else number))
+            case "down" | "lost":
+                self.tell(EngineDown(deployment_id, returns=what == "down"))
+            case "repair":
+                self.tell(EngineRepaired(deployment_id))
+            case "cancel":
+                self.tell(RequestCancelled(number))
+            case "remove":
+                if number == 1:
+                    self.tell(RemoveAsked(deployment_id))
+
+    def _request(self, number: int) -> Request:
+        return Request(
+            request_id=self.arrived,
+            endpoint_id=1 + number % 3,
+            arrival_us=self.now_us + 1,
+            prompt_tokens=1,
+            output_tokens=3,
+            slo_us=number,
+            priority=number % 7 == 0,
+        )
+
+
+@given(
+    st.lists(st.tuples(SOMETHING, DEPLOYMENTS, st.integers(1, 30)), max_size=120),
+    st.sampled_from(Discipline),
+    st.sampled_from(OnFailure),
+)
+@settings(max_examples=250, deadline=None)
+def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline, on_failure) -> None:
+    brain = controller(ENDPOINTS, discipline=discipline, on_failure=on_failure, max_wait_us=20)
+    world = _World(brain)
+    for what, deployment_id, number in script:
+        world.happen(what, deployment_id, number)
+        waiting, running = (brain.ledger.count(one) for one in (RequestStatus.WAITING, RequestStatus.RUNNING))
+        assert len(brain.queue) == waiting
+        assert sum(len(one.running) for one in brain.fleet.deployments.values()) == running
+        assert len(world.ended) + waiting + running == world.arrived
+    assert len(set(world.ended)) == len(world.ended)
+    table = brain.ledger.close()
+    assert set(table.status.tolist()) <= {status.value for status in FINAL_STATUSES}
+    assert sum(table.counts().values()) == world.arrived

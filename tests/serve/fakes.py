@@ -1,0 +1,289 @@
+"""A cluster in memory that keeps the promises of `maveriq.exec.cluster`, and servers for tests."""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from maveriq.domain.cluster import ClusterState
+from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.domain.hardware import Cluster, Gpu
+from maveriq.domain.intents import DeployAsk
+from maveriq.domain.models import WeightType
+from maveriq.domain.progress import DeploymentStatus, GpuStatus, Progress
+from maveriq.domain.requests import RequestStatus
+from maveriq.errors import InputError
+from maveriq.exec.cluster import EndpointRequest, Outcome, Submission
+from maveriq.policy.base import Decision, Deploy, Rejection
+from maveriq.policy.endpoints import PerEndpoint
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneGpu:
+    """A policy that puts a model whole on the roomiest GPU, or on the last one that has room."""
+
+    name: str = "one-gpu"
+    last: bool = False
+
+    def decide(self, ask: DeployAsk, view: object) -> Decision:
+        needs = ask.model.layers * ask.model.hidden_size * 100_000
+        room = [gpu for gpu in view.by_free_memory() if gpu.free_bytes >= needs]  # type: ignore[attr-defined]
+        if not room:
+            return Rejection(reason=f"{ask.model.name} needs {needs} bytes on one GPU")
+        plan = DeploymentPlan(
+            model=ask.model,
+            configuration=Configuration(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
+            layer_split=(ask.model.layers,),
+            gpu_ids=(max(gpu.gpu_id for gpu in room) if self.last else room[0].gpu_id,),
+            gpu_bytes=(needs,),
+            est_latency_s=1.0,
+            est_memory_bytes=needs,
+        )
+        return Deploy(plans=(plan,))
+
+
+def placements() -> PerEndpoint:
+    return PerEndpoint(usual=OneGpu(), by_name={"first": OneGpu(), "last": OneGpu(name="last", last=True)})
+
+
+def gpus(count: int = 4) -> Cluster:
+    return Cluster(
+        name="fake",
+        gpus=tuple(Gpu(gpu_id=i, node=0, kind="fake", capacity_bytes=48 * GIB, idle_bytes=GIB) for i in range(count)),
+    )
+
+
+def token(prompt: tuple[int, ...], position: int, vocab_size: int) -> int:
+    """Return what the fake engine says: always the same after the same prompt."""
+    return hashlib.sha256(f"{prompt}{position}".encode()).digest()[0] % min(vocab_size, 96) + 35
+
+
+class FakeTicket:
+    def __init__(self, request_id: int, submission: Submission, arrival_us: int) -> None:
+        self.request_id = request_id
+        self.submission = submission
+        self.arrival_us = arrival_us
+        self.start_us = self.first_us = -1
+        self.got: list[int] = []
+        self.ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.news = asyncio.Event()
+
+    async def tokens(self) -> AsyncIterator[int]:
+        sent = 0
+        while True:
+            while sent < len(self.got):
+                yield self.got[sent]
+                sent += 1
+            if self.ended.done():
+                return
+            self.news.clear()
+            await self.news.wait()
+
+    async def outcome(self) -> Outcome:
+        return await asyncio.shield(self.ended)
+
+
+@dataclass
+class FakeEndpoint:
+    asked: EndpointRequest
+    deployment_id: int
+    plan: DeploymentPlan | None
+    reason: str = ""
+    status: str = "loading"
+    waiting: list[FakeTicket] = field(default_factory=list)
+    running: FakeTicket | None = None
+    completed: int = 0
+    restarts: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+class FakeCluster:
+    """One request at a time per endpoint; `token_s` per token, `load_s` until an engine is up.
+
+    `breaks` is how many of the next executions fail.
+    """
+
+    def __init__(
+        self, policy: PerEndpoint, *, token_s: float = 0.0, load_s: float = 0.0, cluster: Cluster | None = None
+    ):
+        self.policy = policy
+        self.token_s = token_s
+        self.load_s = load_s
+        self.breaks = 0
+        self.cancelled: list[int] = []
+        self.submitted: list[Submission] = []
+        self.closed = False
+        self._cluster = cluster or gpus()
+        self._state = ClusterState(self._cluster)
+        self._endpoints: dict[int, FakeEndpoint] = {}
+        self._gone: set[asyncio.Task[None]] = set()
+        self._tickets = 0
+        self._ends = [0] * len(RequestStatus)
+        self._loop = asyncio.get_running_loop()
+        self._started_s = self._loop.time()
+
+    @property
+    def now_us(self) -> int:
+        return int((self._loop.time() - self._started_s) * 1e6)
+
+    def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+        number = endpoint_id or len(self._endpoints) + 1
+        ask = DeployAsk(
+            endpoint_id=number, model=asked.model, intent=asked.intent, asked_us=self.now_us,
+            prompt_tokens=8, output_tokens=asked.output_tokens, batch_size=asked.batch_size,
+        )  # fmt: skip
+        decision = self.policy.decide(ask, self._state.view([0.0] * len(self._cluster)))
+        endpoint = FakeEndpoint(asked, len(self._endpoints) + 1, None)
+        self._endpoints[number] = endpoint
+        if isinstance(decision, Rejection):
+            endpoint.status, endpoint.reason = "rejected", decision.reason
+            return number
+        [endpoint.plan] = decision.plans
+        shares = dict(zip(endpoint.plan.gpu_ids, endpoint.plan.gpu_bytes, strict=True))
+        self._state.reserve(endpoint.deployment_id, shares)
+        endpoint.task = asyncio.create_task(self._serve(endpoint))
+        return number
+
+    def remove(self, endpoint_id: int) -> None:
+        endpoint = self._found(endpoint_id)
+        if endpoint.status == "removed":
+            return
+        if endpoint.plan is not None:
+            self._state.release(endpoint.deployment_id)
+        endpoint.status = "removed"
+        for ticket in endpoint.waiting:
+            self._end(ticket, RequestStatus.REFUSED, f"deployment {endpoint.deployment_id} was removed")
+        endpoint.waiting.clear()
+        endpoint.news.set()
+
+    def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
+        return (self._status(self._found(endpoint_id)),)
+
+    def submit(self, submission: Submission) -> FakeTicket:
+        endpoint = self._found(submission.endpoint_id)
+        self._tickets += 1
+        self.submitted.append(submission)
+        ticket = FakeTicket(self._tickets, submission, self.now_us)
+        if self.closed:
+            self._end(ticket, RequestStatus.UNFINISHED, "the cluster is closed")
+        elif endpoint.status != "up":
+            self._end(ticket, RequestStatus.REFUSED, f"deployment {endpoint.deployment_id} is still {endpoint.status}")
+        else:
+            endpoint.waiting.insert(0 if submission.priority else len(endpoint.waiting), ticket)
+            endpoint.news.set()
+        return ticket
+
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.append(request_id)
+        for endpoint in self._endpoints.values():
+            for ticket in endpoint.waiting:
+                if ticket.request_id == request_id:
+                    endpoint.waiting.remove(ticket)
+                    self._end(ticket, RequestStatus.FAILED, "nobody waits for it any more")
+                    return
+
+    def progress(self) -> Progress:
+        endpoints = self._endpoints.values()
+        waiting = sum(len(one.waiting) for one in endpoints)
+        return Progress(
+            now_us=self.now_us, last_arrival_us=self.now_us, total=self._tickets, arrived=self._tickets,
+            waiting=waiting, running=sum(one.running is not None for one in endpoints),
+            completed=self._ends[RequestStatus.COMPLETED], refused=self._ends[RequestStatus.REFUSED],
+            failed=self._ends[RequestStatus.FAILED], recent_p50_s=None, recent_p95_s=None, recent_slo_attainment=None,
+            deployments=tuple(map(self._status, endpoints)),
+            gpus=tuple(
+                GpuStatus(
+                    gpu_id=gpu.gpu_id, used_bytes=self._state.used_bytes(gpu.gpu_id),
+                    capacity_bytes=gpu.capacity_bytes, load=0.25, down=False,
+                )
+                for gpu in self._cluster.gpus
+            ),
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        for endpoint in self._endpoints.values():
+            if endpoint.task:
+                endpoint.task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await endpoint.task
+            for ticket in [*endpoint.waiting, *([endpoint.running] if endpoint.running else [])]:
+                self._end(ticket, RequestStatus.UNFINISHED, "the cluster was closed")
+            endpoint.waiting.clear()
+
+    def lose_engine(self, endpoint_id: int, status: str = "down") -> None:
+        endpoint = self._found(endpoint_id)
+        if endpoint.status == "removed":
+            return
+        endpoint.status, endpoint.reason, endpoint.restarts = status, "its engine failed", endpoint.restarts + 1
+
+    async def _serve(self, endpoint: FakeEndpoint) -> None:
+        await asyncio.sleep(self.load_s)
+        if endpoint.status == "loading":
+            endpoint.status = "up"
+        while True:
+            while not endpoint.waiting:
+                endpoint.news.clear()
+                await endpoint.news.wait()
+            endpoint.running = ticket = endpoint.waiting.pop(0)
+            await self._execute(endpoint, ticket)
+            endpoint.running = None
+
+    async def _execute(self, endpoint: FakeEndpoint, ticket: FakeTicket) -> None:
+        ticket.start_us = self.now_us
+        for position in range(ticket.submission.output_tokens):
+            await asyncio.sleep(self.token_s)
+            if self.breaks:
+                self.breaks -= 1
+                self._end(ticket, RequestStatus.FAILED, "its engine failed twice")
+                return
+            if ticket.first_us < 0:
+                ticket.first_us = self.now_us
+            ticket.got.append(token(ticket.submission.prompt, position, endpoint.asked.model.vocab_size))
+            ticket.news.set()
+            if ticket.got[-1] in ticket.submission.stop_token_ids:
+                break
+        endpoint.completed += 1
+        self._end(ticket, RequestStatus.COMPLETED, "")
+
+    def _end(self, ticket: FakeTicket, status: RequestStatus, reason: str) -> None:
+        self._ends[status] += 1
+        ticket.ended.set_result(
+            Outcome(
+                request_id=ticket.request_id,
+                status=status,
+                reason=reason,
+                tokens=tuple(ticket.got),
+                arrival_us=ticket.arrival_us,
+                start_us=ticket.start_us,
+                first_token_us=ticket.first_us,
+                finish_us=self.now_us,
+            )
+        )
+        ticket.news.set()
+
+    def _found(self, endpoint_id: int) -> FakeEndpoint:
+        if endpoint_id not in self._endpoints:
+            raise InputError(f"there is no endpoint {endpoint_id}")
+        return self._endpoints[endpoint_id]
+
+    def _status(self, endpoint: FakeEndpoint) -> DeploymentStatus:
+        plan = endpoint.plan
+        return DeploymentStatus(
+            deployment_id=endpoint.deployment_id,
+            model=endpoint.asked.model.name,
+            configuration=str(plan.configuration) if plan else "",
+            layer_split=plan.layer_split if plan else (),
+            gpu_ids=plan.gpu_ids if plan else (),
+            status=endpoint.status,
+            waiting=len(endpoint.waiting),
+            completed=endpoint.completed,
+            reason=endpoint.reason,
+            restarts=endpoint.restarts,
+        )

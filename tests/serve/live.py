@@ -1,0 +1,32 @@
+"""A server on the fake cluster, as a process of its own; prints its URL.
+
+python live.py STATE SECONDS_PER_TOKEN DRAIN_S
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from fakes import FakeCluster, placements
+
+from maveriq.serve.app import create_app
+from maveriq.serve.server import listen, serve, url_of
+from maveriq.serve.settings import ServeSettings
+from maveriq.serve.store import Store
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+async def main(state: str, step: str, drain: str) -> None:
+    settings = ServeSettings(drain_s=float(drain), most_in_flight=64)
+    listening = listen("127.0.0.1", 0, settings)
+    policy = placements()
+    app = create_app(FakeCluster(policy, token_s=float(step)), Store(Path(state)), settings, policy)
+    await serve(app, listening, lambda: say(url_of(listening)))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

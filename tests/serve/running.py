@@ -1,0 +1,82 @@
+"""A server on the fake cluster in a thread, on a port of its own."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from fakes import FakeCluster, placements
+
+from maveriq.policy.endpoints import PerEndpoint
+from maveriq.serve.app import create_app
+from maveriq.serve.server import listen, serve, url_of
+from maveriq.serve.service import Service
+from maveriq.serve.settings import ServeSettings
+from maveriq.serve.store import Store
+
+MODEL = "llama-2-7b"
+
+
+@dataclass
+class Running:
+    """A server; its parts live in another thread's loop, so only look at them, or use `call`."""
+
+    url: str
+    cluster: FakeCluster
+    service: Service
+    policy: PerEndpoint
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, **more: object) -> httpx.Client:
+        return httpx.Client(**{"base_url": self.url, "timeout": 20, **more})  # type: ignore[arg-type]
+
+    def call(self, function: Callable[[], None]) -> None:
+        done = threading.Event()
+        self.loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(10)
+
+    def deploy(self, model: str = MODEL, **more: object) -> int:
+        with self.client() as http:
+            made = http.post("/deployments", json={"model": model, "output_tokens": 6, **more}).json()
+            until(lambda: http.get(f"/deployments/{made['id']}").json()["status"] != "loading")
+        return int(made["id"])
+
+
+@contextlib.contextmanager
+def running(state: Path, settings: ServeSettings | None = None, **cluster: float) -> Iterator[Running]:
+    up: list[Running] = []
+    ends: list[asyncio.Future[None]] = []
+    ready = threading.Event()
+
+    async def main() -> None:
+        policy = placements()
+        fake = FakeCluster(policy, **cluster)  # type: ignore[arg-type]
+        limits = settings or ServeSettings(drain_s=2)
+        app = create_app(fake, Store(state), limits, policy)
+        listening = listen("127.0.0.1", 0, limits)
+        loop = asyncio.get_running_loop()
+        ends.append(loop.create_future())
+        up.append(Running(url_of(listening), fake, app.state.service, policy, loop))
+        await serve(app, listening, ready.set, fault=ends[0])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert ready.wait(10), "the server did not come up"
+    try:
+        yield up[0]
+    finally:
+        up[0].loop.call_soon_threadsafe(ends[0].set_result, None)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def until(holds: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Wait until something holds."""
+    latest_s = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < latest_s, "it never came"
+        time.sleep(0.005)

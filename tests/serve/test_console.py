@@ -1,0 +1,204 @@
+"""The console: a line becomes a command or an error that helps; the seed's commands against a real server."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import MODEL, Running, running
+
+from maveriq.cli.console_words import (
+    USAGE,
+    DeployModel,
+    Infer,
+    Register,
+    RemoveModel,
+    Show,
+    ShowModel,
+    completions,
+    parse,
+)
+from maveriq.cli.consoling import Talk, run_console
+from maveriq.errors import InputError, MaveriqError
+from maveriq.serve.client import ServiceClient
+from maveriq.serve.settings import ServeSettings
+
+TOKEN = "abc"  # noqa: S105
+DEPLOY = DeployModel(model_id=1, model="m", output_tokens=20, intent="min-cost")
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("", None),
+        ("   # a comment", None),
+        ("register llama-2-7b", Register("llama-2-7b")),
+        ("models", Show("models")),
+        ("exit", Show("quit")),
+        ("1 deploy m 20 min_cost", DEPLOY),
+        ("1 deploy m 20 min-cost 500ms", dataclasses.replace(DEPLOY, slo_ms=500)),
+        ("1 deploy m 20 min-cost 1.5s yes", dataclasses.replace(DEPLOY, slo_ms=1500, float16_only=True)),
+        ("1 deploy m 20 min-cost 0 no llf", dataclasses.replace(DEPLOY, placement="llf")),
+        (
+            "1 deploy m 20 min-cost 80 - - 4 95%",
+            dataclasses.replace(DEPLOY, slo_ms=80, batch_size=4, min_accuracy=95.0),
+        ),
+        ("7 inference  Once upon  a time \n", Infer(model_id=7, text="Once upon  a time ", priority=False)),
+        ("7 prior_inference now", Infer(model_id=7, text="now", priority=True)),
+        ("7 status", ShowModel(7)),
+        ("7 remove", RemoveModel(7)),
+    ],
+)
+def test_what_a_line_means(line: str, command: object) -> None:
+    assert parse(line) == command
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("regster x", "did you mean 'register MODEL'"),
+        ("register", USAGE["register"]),
+        ("deploy m 20 min-cost", "needs the ID of a model first"),
+        ("1", "what about model 1"),
+        ("1 deplyo m", "did you mean 'ID deploy"),
+        ("1 deploy m", USAGE["deploy"]),
+        ("1 deploy m x min-cost", "LEN must be a whole number of tokens, not 'x'"),
+        ("1 deploy m 20 min-cots", "did you mean 'min-cost'"),
+        ("1 deploy m 20 min-cost soon", "SLO must be a time as 500ms or 2s, not 'soon'"),
+        ("1 deploy m 20 min-cost nan", "SLO"),
+        ("1 deploy m 20 min-cost 1s perhaps", "FP16 must be yes or no"),
+        ("1 deploy m 20 min-cost 1s yes llf many", "BATCH"),
+        ("1 deploy m 20 min-cost 1s yes llf 1 good", "ACCURACY"),
+        ("1 inference", "needs a text"),
+        ("1 remove all", "takes nothing more, not 'all'"),
+        ("models please", "takes nothing more"),
+        ("frobnicate", "known: register"),
+    ],
+)
+def test_an_error_says_how_it_should_be(line: str, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(line)
+    assert words in str(error.value)
+
+
+@given(st.text() | st.lists(st.sampled_from(["1", "deploy", "m", "20", "min-cost", "-", "²", "9" * 30])).map(" ".join))
+def test_any_line_is_a_command_or_an_error(line: str) -> None:
+    with contextlib.suppress(InputError):
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [
+        ("reg", ["register"]),
+        ("", ["1", "deployments", "health", "help", "models", "quit", "register"]),
+        ("register lla", ["llama-2-7b"]),
+        ("1 ", ["deploy", "inference", "prior_inference", "remove", "status"]),
+        ("1 deploy ll", ["llama-2-7b"]),
+        ("1 deploy llama-2-7b 20 min-l", ["min-latency"]),
+        ("1 deploy llama-2-7b 20 min-cost 1s y", ["yes"]),
+        ("1 deploy llama-2-7b 20 min-cost 1s yes h", ["hybrid"]),
+        ("1 inference lla", []),
+        ("models ", []),
+    ],
+)
+def test_tab(before: str, found: list[str]) -> None:
+    assert completions(before, models=["llama-2-7b", "gptj-6b"], ids=[1], placements=["hybrid", "llf"]) == found
+
+
+@pytest.fixture
+def say(state: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], str]]:
+    """Type a line into a console on a fresh server and return what it prints."""
+    with running(state) as server, ServiceClient(server.url, None) as client:
+        talk = Talk(client)
+
+        def do(line: str) -> str:
+            assert talk.do(line)
+            return capsys.readouterr().out
+
+        yield do
+
+
+def test_a_session(say: Callable[[str], str]) -> None:
+    assert say(f"register {MODEL}") == f"1  {MODEL}\n"
+    assert say("register gptj-6b") == "2  gptj-6b\n"
+    assert say("models") == f"1  {MODEL}\n2  gptj-6b\n"
+    shown = say(f"1 deploy {MODEL} 20 min-cost 2s no last 2")
+    assert shown.startswith(f"deployment 1  {MODEL} (ID 1)  ")
+    assert "TP 1 x PP 1 float16 b2 on GPU 3" in shown
+    while "up" not in (told := say("1 status")):
+        pass
+    assert told == say("deployments")
+    assert len(say("1 inference Once upon a time")) == 21
+    assert say("1 inference Once upon a time") == say("1 prior_inference Once upon a time")
+    assert say("health") == "ready\n"
+    assert say("1 remove") == f"deployment 1 ({MODEL}) removed\n"
+    assert say("deployments") == ""
+    assert all(usage in say("help") for usage in USAGE.values())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("register lama-2-7b", "did you mean 'llama-2-7b'"),
+        ("1 inference x", "no model has ID 1 (none is registered); register MODEL gives one"),
+    ],
+)
+def test_the_servers_no_is_an_error(say: Callable[[str], str], line: str, words: str) -> None:
+    with pytest.raises(MaveriqError) as error:
+        say(line)
+    assert words in str(error.value)
+
+
+def test_what_cannot_be_done_leaves_nothing_behind(say: Callable[[str], str]) -> None:
+    say("register llama-2-70b")
+    with pytest.raises(MaveriqError, match="cannot be deployed: llama-2-70b needs"):
+        say("1 deploy llama-2-70b 20 min-cost")
+    assert say("deployments") == ""
+    with pytest.raises(InputError, match="ID 1 is llama-2-70b, not 'gptj-6b'"):
+        say("1 deploy gptj-6b 20 min-cost")
+    for line in ("1 remove", "1 status"):
+        with pytest.raises(MaveriqError, match="llama-2-70b is not deployed; deploy it with: 1 deploy llama-2-70b"):
+            say(line)
+    with pytest.raises(MaveriqError, match="not deployed"):
+        say("1 inference x")
+
+
+def test_commands_from_a_pipe_end_at_the_first_error(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("models\n\nmodles\nhealth\n"))
+    with pytest.raises(InputError, match=r"command 3 'modles': unknown command 'modles'; did you mean 'models'"):
+        run_console(server.url, None, [])
+    assert capsys.readouterr().out == f"1  {MODEL}\n"
+    run_console(server.url, None, ["health", "quit", "models"])
+    assert capsys.readouterr().out == "ready\n"
+
+
+def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MaveriqError, match=r"no server answers at .* start one with maveriq serve"):
+        run_console("http://127.0.0.1:1", None, ["health"])
+    for url in ("localhost:8000", "ftp://x", "http://", ""):
+        with pytest.raises(InputError, match="is no URL of a server"):
+            run_console(url, None, ["health"])
+
+
+def test_a_server_that_wants_a_token(state: Path, tmp_path: Path) -> None:
+    with running(state, ServeSettings(token=TOKEN)) as server:
+        with pytest.raises(InputError, match="MAVERIQ_TOKEN or give --token-file"):
+            run_console(server.url, None, ["models"])
+        (tmp_path / "token").write_text(TOKEN)
+        run_console(server.url, tmp_path / "token", ["models"])
+
+
+def test_completion_asks_the_server(server: Running) -> None:
+    with ServiceClient(server.url, None) as client:
+        assert Talk(client).completions("1 deploy llama-2-7b") == ["llama-2-7b"]
+        assert "1" in Talk(client).completions("")
+    with ServiceClient("http://127.0.0.1:1", None) as client:
+        assert Talk(client).completions("reg") == ["register"]

@@ -1,0 +1,172 @@
+"""Models and deployments over HTTP: by intent, with reasons, never outside the models folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from running import MODEL, Running, running, until
+
+from maveriq.serve.settings import ServeSettings
+
+CONFIG = {
+    "_name_or_path": "mine/tiny", "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
+    "num_attention_heads": 4, "vocab_size": 300,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A models folder with a model, and one outside of it."""
+    for name in ("models/tiny", "outside"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "models" / "broken").mkdir()
+    (tmp_path / "models" / "broken" / "config.json").write_text("{")
+    return tmp_path / "models"
+
+
+def test_a_deployment_from_birth_to_end(server: Running) -> None:
+    with server.client() as http:
+        asked = {
+            "model": "gptj-6b", "intent": "min_latency", "slo_ms": 1500, "min_accuracy": 90, "float16_only": True,
+            "placement": "last", "batch_size": 4, "output_tokens": 33,
+        }  # fmt: skip
+        answer = http.post("/deployments", json=asked)
+        made = answer.json()
+        assert answer.status_code == 201
+        assert {key: made[key] for key in asked} == asked | {"intent": "min-latency"}
+        until(lambda: http.get(f"/deployments/{made['id']}").json()["status"] == "up")
+        [engine] = http.get(f"/deployments/{made['id']}").json()["engines"]
+        assert (engine["gpus"], engine["layer_split"], engine["restarts"]) == ([3], [28], 0)
+        assert made["id"] in [one["id"] for one in http.get("/deployments").json()]
+        http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"})
+        until(lambda: http.get(f"/deployments/{made['id']}").json()["completed"] == 1)
+        assert http.delete(f"/deployments/{made['id']}").status_code == 204
+        assert http.get(f"/deployments/{made['id']}").status_code == 404
+        assert http.delete(f"/deployments/{made['id']}").status_code == 404
+        assert http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"}).status_code == 404
+
+
+def test_what_fits_nowhere_is_rejected_with_the_reason(server: Running) -> None:
+    with server.client() as http:
+        made = http.post("/deployments", json={"model": "llama-2-70b"}).json()
+        assert made["status"] == "rejected"
+        assert "on one GPU" in made["reason"]
+        assert http.get("/health").json()["status"] == "degraded"
+        assert http.delete(f"/deployments/{made['id']}").status_code == 204
+        assert http.get("/health").json() == {"status": "ready", "problems": [], "deployments": 1, "in_flight": 0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"model": "lama-2-7b"}, "did you mean 'llama-2-7b'"),
+        ({"model": MODEL, "intent": "min-cots"}, "did you mean 'min-cost'"),
+        ({"model": MODEL, "placement": "lats"}, "did you mean 'last'"),
+        ({"model": MODEL, "slo_ms": 0}, "slo_ms"),
+        ({"model": MODEL, "min_accuracy": 101}, "min_accuracy"),
+        ({"model": MODEL, "batch_size": 0}, "batch_size"),
+        ({"model": MODEL, "output_tokens": 10**7}, "output_tokens"),
+        ({"model": MODEL, "gpus": 4}, "gpus is not known here"),
+        ({"model": ""}, "model"),
+        ({}, "model: field required"),
+    ],
+)
+def test_what_cannot_be_asked(server: Running, asked: dict[str, object], words: str) -> None:
+    with server.client() as http:
+        before = len(http.get("/deployments").json())
+        answer = http.post("/deployments", json=asked)
+        assert answer.status_code in (400, 404)
+        assert words in answer.json()["error"]["message"]
+        assert len(http.get("/deployments").json()) == before
+
+
+def test_registering(server: Running) -> None:
+    with server.client() as http:
+        first, again = (http.post("/models", json={"model": MODEL}).json() for _ in range(2))
+        assert first == again, "a model keeps its number"
+        assert (first["name"], first["architecture"], first["own_files"]) == (MODEL, "llama", False)
+        assert first in http.get("/models").json()
+        assert http.post("/deployments", json={"model": str(first["id"])}).json()["model"] == MODEL
+
+
+def test_forgetting_a_model(server: Running) -> None:
+    with server.client() as http:
+        number = http.post("/models", json={"model": "gptj-6b"}).json()["id"]
+        made = http.post("/deployments", json={"model": "gptj-6b"}).json()
+        refused = http.delete(f"/models/{number}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_deployed")
+        http.delete(f"/deployments/{made['id']}")
+        assert http.delete(f"/models/{number}").status_code == 204
+        assert http.delete(f"/models/{number}").status_code == 404
+        assert number not in [model["id"] for model in http.get("/models").json()]
+        assert http.post("/models", json={"model": "gptj-6b"}).json()["id"] > number
+
+
+def test_a_model_of_the_models_folder(folder: Path, state: Path) -> None:
+    with running(state, ServeSettings(models_folder=folder)) as server, server.client() as http:
+        by_name = http.post("/models", json={"model": "tiny"}).json()
+        assert (by_name["name"], by_name["vocab_size"], by_name["own_files"]) == ("tiny", 300, True)
+        assert http.post("/models", json={"model": str(folder / "tiny" / "config.json")}).json() == by_name
+        assert server.service.models.folder_of(server.service.models.by_id(1).spec) == folder / "tiny"
+        number = server.deploy("tiny")
+        answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "hé", "max_tokens": 3})
+        assert answer.json()["usage"]["prompt_tokens"] == 3
+        assert number == 1
+        (folder / "other").mkdir()
+        (folder / "other" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3}))
+        taken = http.post("/models", json={"model": "other"})
+        assert (taken.status_code, taken.json()["error"]["code"]) == (409, "model_name_taken")
+        broken = http.post("/models", json={"model": "broken"})
+        assert (broken.status_code, "not valid JSON" in broken.text) == (400, True)
+
+
+def test_nothing_outside_the_models_folder_is_read(folder: Path, state: Path) -> None:
+    outside = str(folder.parent / "outside")
+    places = ["../outside", "link", "tiny/../../outside/config.json", "/etc/passwd", outside, ".", "x\0y", "a" * 900]
+    with running(state, ServeSettings(models_folder=folder)) as server, server.client() as http:
+        answers = {place: http.post("/models", json={"model": place}).status_code for place in places}
+    assert answers == dict.fromkeys(places, 404)
+
+
+def test_without_a_models_folder_no_path_is_read(server: Running, folder: Path) -> None:
+    with server.client() as http:
+        answer = http.post("/models", json={"model": str(folder / "tiny")})
+    assert answer.status_code == 404
+    assert "--models-folder" in answer.json()["error"]["message"]
+
+
+def test_there_is_a_most_of_everything(state: Path) -> None:
+    with running(state, ServeSettings(most_deployments=1, most_models=2)) as server, server.client() as http:
+        codes = [
+            http.post("/deployments", json={"model": model}).status_code for model in (MODEL, "gptj-6b", "falcon-7b")
+        ]
+        assert codes == [201, 409, 409]
+
+
+def test_the_status_of_a_request(server: Running) -> None:
+    with server.client() as http:
+        answer = http.post(
+            "/v1/completions",
+            json={"model": MODEL, "prompt": "abc", "max_tokens": 2},
+            headers={"X-Request-Id": "mine-1"},
+        )
+        assert answer.headers["x-request-id"] == answer.json()["id"] == "mine-1"
+        row = http.get("/requests/mine-1").json()
+        expected = {
+            "id": "mine-1",
+            "model": MODEL,
+            "status": "completed",
+            "reason": "",
+            "prompt_tokens": 3,
+            "output_tokens": 2,
+        }
+        assert {key: row[key] for key in expected} == expected
+        assert row["ended_s"] >= row["accepted_s"]
+        assert http.get("/requests", params={"status": "completed", "limit": 1}).json() == [row]
+        assert http.get("/requests/never").status_code == 404
+        again = http.post("/v1/completions", json={"model": MODEL, "prompt": "abc"}, headers={"X-Request-Id": "mine-1"})
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "request_id_taken")
+        odd = http.post("/v1/completions", json={"model": MODEL, "prompt": "abc"}, headers={"X-Request-Id": "a b"})
+        assert odd.status_code == 400

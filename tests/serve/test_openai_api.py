@@ -1,0 +1,242 @@
+"""The official OpenAI client against a real server: what it sends works, or is refused in its own words."""
+
+import json
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from fakes import token
+from running import MODEL, Running, running, until
+
+from maveriq.serve.tokens import ByteTokenizer, decode
+
+BYTES = ByteTokenizer(32_000)
+
+
+def said(prompt: str | tuple[int, ...], count: int) -> str:
+    """Return what the fake engine says after a prompt."""
+    ids = BYTES.encode(prompt) if isinstance(prompt, str) else prompt
+    return decode(BYTES, [token(ids, position, 32_000) for position in range(count)])
+
+
+def test_models_are_those_that_are_deployed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "maveriq"
+    with pytest.raises(openai.NotFoundError, match="did you mean 'llama-2-7b'"):
+        client.models.retrieve("lama-2-7b")
+
+
+def test_completion(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=4)
+    assert answer.choices[0].text == said("Hello", 4)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 4, 9)
+
+
+def test_without_max_tokens_the_deployments_length_counts(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="Hello")
+    assert answer.choices[0].text == said("Hello", 6)
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], [[7, 8, 9]]])
+def test_token_ids_are_a_prompt(client: openai.OpenAI, prompt: list[int]) -> None:
+    answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, extra_body={"return_token_ids": True})
+    assert answer.choices[0].text == said((7, 8, 9), 3)
+    assert answer.choices[0].model_extra["token_ids"] == [token((7, 8, 9), n, 32_000) for n in range(3)]
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]},
+        ],
+        max_completion_tokens=3,
+        temperature=0.7,
+    )
+    assert answer.choices[0].message.content == said("system: Be kind.\nuser: Hi!\nassistant:", 3)
+    assert answer.choices[0].message.role == "assistant"
+
+
+def test_a_stream_says_the_same_as_the_whole(client: openai.OpenAI) -> None:
+    chunks = list(client.completions.create(model=MODEL, prompt="Hello", max_tokens=5, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == said("Hello", 5)
+    assert len(chunks) == 6
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 5 + ["length"]
+
+
+def test_a_chat_stream_with_counts(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Hi"}],
+            max_tokens=4,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    *texts, counts = chunks
+    assert texts[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in texts) == said("user: Hi\nassistant:", 4)
+    assert counts.choices == []
+    assert counts.usage is not None
+    assert counts.usage.completion_tokens == 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stop_string_ends_the_text(client: openai.OpenAI, *, stream: bool) -> None:
+    whole = said("Hello", 6)
+    stop = whole[2:4]
+    answer = client.completions.create(model=MODEL, prompt="Hello", stop=["never said", stop], stream=stream)
+    if stream:
+        chunks = list(answer)
+        text, finish = "".join(chunk.choices[0].text for chunk in chunks), chunks[-1].choices[0].finish_reason
+    else:
+        text, finish = answer.choices[0].text, answer.choices[0].finish_reason
+    assert (text, finish) == (whole[: whole.index(stop)], "stop")
+
+
+def test_a_stop_of_one_token_ends_the_engines_work_too(server: Running, client: openai.OpenAI) -> None:
+    whole = said("Hello", 6)
+    answer = client.completions.create(model=MODEL, prompt="Hello", stop=whole[2])
+    assert answer.choices[0].text == whole[: whole.index(whole[2])]
+    assert server.cluster.submitted[-1].stop_token_ids == BYTES.encode(whole[2])
+
+
+def test_priority_and_slo_from_body_and_header(server: Running, client: openai.OpenAI) -> None:
+    client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+    assert (server.cluster.submitted[-1].priority, server.cluster.submitted[-1].slo_us) == (False, 0)
+    client.completions.create(model=MODEL, prompt="a", max_tokens=1, extra_body={"priority": True, "slo_ms": 250})
+    assert (server.cluster.submitted[-1].priority, server.cluster.submitted[-1].slo_us) == (True, 250_000)
+    headers = {"X-Priority": "true", "X-SLO-Ms": "1.5"}
+    client.completions.create(model=MODEL, prompt="a", max_tokens=1, extra_headers=headers)
+    assert (server.cluster.submitted[-1].priority, server.cluster.submitted[-1].slo_us) == (True, 1_500)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"suffix": "end"}, "suffix"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1_000_000}, "max_tokens"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [32_000]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"temprature": 1}, "temprature"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"slo_ms": -1}, "slo_ms"),
+        ({"prompt": "x" * 40_000}, "prompt"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, extra: dict[str, object], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL, prompt="a", extra_body=extra)
+    assert str(refused.value.param).split(".")[0] == param
+    assert refused.value.body["message"]
+    assert refused.value.body["type"] == "invalid_request_error"
+
+
+def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
+    client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=1,
+        n=1,
+        temperature=0.2,
+        top_p=0.9,
+        seed=7,
+        user="me",
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        response_format={"type": "text"},
+        tool_choice="none",
+    )
+
+
+def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="is not deployed"):
+        client.completions.create(model="gpt-5", prompt="a")
+
+
+def test_several_endpoints_of_a_model(state: Path) -> None:
+    with running(state) as server:
+        assert [server.deploy(), server.deploy()] == [1, 2]
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == [MODEL, f"{MODEL}@1", f"{MODEL}@2"]
+        for number in (1, 2):
+            answer = client.completions.create(model=f"{MODEL}@{number}", prompt="a", max_tokens=1)
+            assert answer.model == f"{MODEL}@{number}"
+            assert server.cluster.submitted[-1].endpoint_id == number
+        server.call(lambda: server.cluster.lose_engine(1))
+        client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+        assert server.cluster.submitted[-1].endpoint_id == 2, "one that is up is preferred"
+        client.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_how_a_request_ends_otherwise(state: Path, *, stream: bool) -> None:
+    with running(state) as server:
+        server.deploy()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        server.cluster.breaks = 1
+        with pytest.raises(openai.APIStatusError, match="its engine failed twice") as failed:
+            client.completions.create(model=MODEL, prompt="a", stream=stream)
+        assert (failed.value.status_code, failed.value.code) == (502, "engine_failed")
+        server.call(lambda: server.cluster.lose_engine(1))
+        with pytest.raises(openai.APIStatusError, match="down") as refused:
+            client.completions.create(model=MODEL, prompt="a", stream=stream)
+        assert (refused.value.status_code, refused.value.code) == (503, "refused")
+        assert refused.value.response.headers["retry-after"] == "5"
+        name = refused.value.response.headers["x-request-id"]
+        assert httpx.get(f"{server.url}/requests/{name}").json()["status"] == "refused"
+        client.close()
+
+
+def test_an_engine_that_fails_in_the_middle_of_a_stream_ends_it_with_an_error(state: Path) -> None:
+    with running(state, token_s=0.05) as server:
+        server.deploy()
+        body = {"model": MODEL, "prompt": "a", "stream": True}
+        with server.client() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            assert "choices" in next(lines)
+            server.cluster.breaks = 1
+            rest = [line for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert "[DONE]" not in "".join(rest)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_client_that_goes_away_is_not_waited_for(state: Path, *, stream: bool, waiting: bool) -> None:
+    with running(state, token_s=0.03) as server:
+        server.deploy()
+        body = {"model": MODEL, "prompt": "a", "stream": stream, "max_tokens": 20}
+        with server.client() as busy, server.client() as http:
+            if waiting:
+                ahead = busy.stream("POST", "/v1/completions", json=body | {"stream": True})
+                ahead.__enter__()
+            with (
+                pytest.raises(httpx.TimeoutException),
+                http.stream(
+                    "POST", "/v1/completions", json=body, timeout=httpx.Timeout(0.2, read=0.1 if not stream else 0.015)
+                ) as answer,
+            ):
+                answer.read()
+            until(lambda: len(server.cluster.cancelled) == 1)
+            if waiting:
+                ahead.__exit__(None, None, None)
+        until(lambda: len(server.service.tracker) == 0)
+        with server.client() as http:
+            ends = {row["status"] for row in http.get("/requests").json()}
+        assert ends == ({"completed", "failed"} if waiting else {"completed"})

@@ -1,0 +1,112 @@
+"""The policy that knows single endpoints: what was deployed comes back as it was, if it still fits."""
+
+import dataclasses
+
+import pytest
+from fakes import GIB, OneGpu, gpus, placements
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.cluster import ClusterState, ClusterView
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.errors import MaveriqError, UnknownNameError
+from maveriq.policy.base import Decision, Deploy, Rejection
+from maveriq.policy.endpoints import PerEndpoint, Plans
+
+ASK = DeployAsk(
+    endpoint_id=5, model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), asked_us=0,
+    prompt_tokens=8, output_tokens=20,
+)  # fmt: skip
+
+
+def empty() -> ClusterState:
+    return ClusterState(gpus())
+
+
+def view(state: ClusterState) -> ClusterView:
+    return state.view([0.0] * 4)
+
+
+def elsewhere() -> Plans:
+    """Plans that the usual policy would not make."""
+    decision = OneGpu(last=True).decide(ASK, view(empty()))
+    assert isinstance(decision, Deploy)
+    return decision.plans
+
+
+def test_pinned_plans_are_kept_and_others_are_told() -> None:
+    told: list[tuple[int, Plans]] = []
+    policy = placements()
+    policy.decided = lambda endpoint_id, plans: told.append((endpoint_id, plans))
+    policy.pin(5, elsewhere())
+    assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())
+    assert told == []
+    other = dataclasses.replace(ASK, endpoint_id=6)
+    decision = policy.decide(other, view(empty()))
+    assert decision == OneGpu().decide(other, view(empty()))
+    assert isinstance(decision, Deploy)
+    assert told == [(6, decision.plans)]
+    assert policy.name == "one-gpu"
+
+
+def full() -> ClusterState:
+    state = empty()
+    state.reserve(1, {3: 40 * GIB})
+    return state
+
+
+def down() -> ClusterState:
+    state = empty()
+    state.set_down(3, down=True)
+    return state
+
+
+@pytest.mark.parametrize("state", [full(), down()])
+def test_what_does_not_fit_any_more_is_decided_anew(state: ClusterState) -> None:
+    policy = placements()
+    policy.pin(5, elsewhere())
+    decision = policy.decide(ASK, view(state))
+    assert isinstance(decision, Deploy)
+    assert decision.plans[0].gpu_ids == (0,)
+
+
+def test_two_replicas_on_one_gpu_need_room_for_both() -> None:
+    policy = placements()
+    [plan] = elsewhere()
+    half = dataclasses.replace(plan, gpu_bytes=(30 * GIB,))
+    policy.pin(5, (half, half))
+    decision = policy.decide(ASK, view(empty()))
+    assert isinstance(decision, Deploy)
+    assert len(decision.plans) == 1
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [dataclasses.replace(ASK, model=load_model("gptj-6b")), dataclasses.replace(ASK, batch_size=2)],
+)
+def test_a_pin_of_something_else_does_not_count(ask: DeployAsk) -> None:
+    policy = placements()
+    policy.pin(5, elsewhere())
+    decision = policy.decide(ask, view(empty()))
+    assert decision == OneGpu().decide(ask, view(empty()))
+
+
+def test_a_placement_by_name_and_forgetting() -> None:
+    policy = placements()
+    policy.place_by(5, "last")
+    assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())
+    policy.forget(5)
+    assert policy.decide(ASK, view(empty())) == OneGpu().decide(ASK, view(empty()))
+    with pytest.raises(UnknownNameError, match="did you mean 'last'"):
+        policy.place_by(5, "lst")
+
+
+class Broken:
+    name = "broken"
+
+    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+        raise MaveriqError("policy 'broken' failed: it must return GPUs")
+
+
+def test_an_error_of_a_policy_is_a_rejection() -> None:
+    decision = PerEndpoint(usual=Broken()).decide(ASK, view(empty()))
+    assert decision == Rejection(reason="policy 'broken' failed: it must return GPUs")

@@ -1,0 +1,143 @@
+"""`maveriq serve` and `maveriq console` as a user runs them, with real engine processes."""
+
+import asyncio
+import contextlib
+import importlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fakes import FakeCluster
+from running import MODEL, until
+
+from maveriq.cli import serving as serving_module
+from maveriq.cli.app import app
+from maveriq.cli.ending import ending
+from maveriq.cli.extras import extra
+from maveriq.errors import InputError, MaveriqError
+from maveriq.serve.cluster import ClusterPlan
+
+SERVE = ["serve", "--backend", "emulated", "--time-scale", "0.001", "--port", "0"]
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Give a running `maveriq serve`, and its URL."""
+    command = [sys.executable, "-m", "maveriq", *SERVE, "--state", str(folder / "s.db"), *more]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment())
+    try:
+        assert server.stderr is not None
+        yield server, re.findall(r"http://\S+(?=;)", server.stderr.readline())[0]
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "MAVERIQ_TOKEN"}
+
+
+def engines_of(pid: int) -> list[int]:
+    """Return the processes whose parent is `pid`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def sample(http: httpx.Client, name: str) -> float:
+    [line] = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name)]
+    return float(line.rpartition(" ")[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
+    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=20) as http:
+        assert http.post("/deployments", json={"model": MODEL}).status_code == 201
+        until(lambda: http.get("/deployments/1").json()["status"] == "up", 20)
+        answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 7})
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 7)
+        [engine] = engines_of(server.pid)
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: sample(http, "maveriq_engine_restarts_total") == 1, 20)
+        until(lambda: http.get("/deployments/1").json()["status"] == "up", 20)
+        [again] = engines_of(server.pid)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert not Path(f"/proc/{again}").exists(), "no engine outlives the server"
+    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=20) as http:
+        until(lambda: http.get("/deployments/1").json()["status"] == "up", 20)
+        assert [row["status"] for row in http.get("/requests").json()] == ["completed"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("serve",), "say what to run on"),
+        ((*SERVE, "--host", "0.0.0.0"), "MAVERIQ_TOKEN"),  # noqa: S104
+        ((*SERVE, "--state", "nowhere/s.db"), "state file 'nowhere/s.db' cannot be opened"),
+        ((*SERVE, "--models-folder", "nowhere"), "--models-folder 'nowhere' is no folder"),
+        ((*SERVE, "--token-file", "nowhere"), "token file"),
+        ((*SERVE, "--policy", "alpaserve"), "unknown policy 'alpaserve'"),
+        ((*SERVE, "--port", "70000"), "70000"),
+        ((*SERVE[:-1], "{taken}"), "Address already in use; name another with --port"),
+        (("console", "-c", "modles"), "did you mean 'models'"),
+        (("console", "--url", "nonsense", "-c", "models"), "is no URL of a server"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        typed = [word.replace("{taken}", str(taken.getsockname()[1])) for word in words]
+        assert ending(lambda: app(typed, prog_name="maveriq", standalone_mode=False)) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    [line] = shown.err.splitlines()
+    assert told in line
+    assert line.startswith("maveriq: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_said_with_what_installs_it() -> None:
+    told = r"maveriq serve needs the package no_such_package; install it with pip install 'maveriq\[serve\]'"
+    with pytest.raises(InputError, match=told), extra("serve", for_whom="maveriq serve"):
+        importlib.import_module("no_such_package")
+    with pytest.raises(ModuleNotFoundError), extra("serve", for_whom="maveriq serve"):
+        importlib.import_module("maveriq.no_such_module")
+
+
+def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters: list[FakeCluster] = []
+
+    @contextlib.asynccontextmanager
+    async def open_broken(plan: ClusterPlan, **_options: object) -> AsyncIterator[FakeCluster]:
+        cluster = FakeCluster(plan.placements)
+        cluster.fault = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.1, cluster.fault.set_exception, ZeroDivisionError("by nought"))
+        clusters.append(cluster)
+        yield cluster
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
+    monkeypatch.setattr(serving_module, "open_cluster", open_broken)
+    with pytest.raises(MaveriqError, match=r"the executor failed \(ZeroDivisionError: by nought\)"):
+        app(SERVE, prog_name="maveriq", standalone_mode=False)
+    assert clusters[0].closed

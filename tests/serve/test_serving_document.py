@@ -1,0 +1,44 @@
+"""docs/serving.md says what is so: its routes, commands, series and example."""
+
+import re
+from pathlib import Path
+
+import openai
+import pytest
+from running import Running
+
+from maveriq.cli.console_words import USAGE
+
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def test_every_route_is_there(server: Running) -> None:
+    with server.client() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    for path in paths:
+        assert re.sub(r"\{(\w+)\}", r"", path).rstrip("/") in TEXT, path
+
+
+@pytest.mark.parametrize("usage", USAGE.values())
+def test_every_command_is_there(usage: str) -> None:
+    assert usage in TEXT.partition("## The console")[2]
+
+
+def test_every_series_is_there_and_no_other(server: Running, client: openai.OpenAI) -> None:
+    client.completions.create(model="llama-2-7b", prompt="a", max_tokens=2, extra_body={"slo_ms": 1000})
+    with server.client() as http:
+        http.get("/nowhere")
+        shown = http.get("/metrics").text
+    ours = {
+        name for name in re.findall(r"^# TYPE maveriq_(\w+) ", shown, re.MULTILINE) if not name.endswith("_created")
+    }
+    table = TEXT.partition("## Metrics")[2].partition("## ")[0]
+    cells = " ".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", cells)) == ours
+
+
+def test_the_example_runs(server: Running) -> None:
+    [example] = re.findall(r"^```py\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    scope: dict[str, openai.OpenAI] = {}
+    exec(example.replace("http://127.0.0.1:8000", server.url), scope)  # noqa: S102
+    scope["client"].close()

@@ -1,0 +1,151 @@
+"""The state file: what it says is so, it says even where the disk is full."""
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from fakes import OneGpu, gpus
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.cluster import ClusterState
+from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.requests import RequestStatus
+from maveriq.exec.cluster import EndpointRequest
+from maveriq.policy.base import Deploy
+from maveriq.serve import store as store_module
+from maveriq.serve.store import STOPPED_FIRST, EndedRequest, KnownModel, RequestRow, Store, StoredDeployment, StoreError
+
+MODEL = load_model("falcon-7b")
+INTENT = Intent(objective=Objective.MIN_LATENCY, slo_s=0.5, min_accuracy=90.5, float16_only=True)
+ASKED = EndpointRequest(model=MODEL, intent=INTENT, output_tokens=20, batch_size=3)
+
+
+def row(name: str) -> RequestRow:
+    return RequestRow(request_id=name, model="falcon-7b", endpoint_id=1, accepted_s=1.5, prompt_tokens=7)
+
+
+def ended(name: str, status: RequestStatus = RequestStatus.COMPLETED) -> EndedRequest:
+    return EndedRequest(request_id=name, status=status, reason="", output_tokens=4)
+
+
+def with_store(path: Path, test: Callable[[Store], Awaitable[None]], *, kept: int = 100) -> None:
+    store = Store(path, kept_requests=kept)
+    try:
+        asyncio.run(asyncio.wait_for(test(store), 20))  # type: ignore[arg-type]
+    finally:
+        store.close()
+
+
+def test_what_is_told_is_remembered(state: Path) -> None:
+    ask = DeployAsk(
+        endpoint_id=1, model=MODEL, intent=INTENT, asked_us=0, prompt_tokens=8, output_tokens=20, batch_size=3
+    )
+    decision = OneGpu().decide(ask, ClusterState(gpus()).view([0.0] * 4))
+    assert isinstance(decision, Deploy)
+
+    async def tell(store: Store) -> None:
+        assert await store.add_model(MODEL, "here") == KnownModel(model_id=1, spec=MODEL, folder="here")
+        assert await store.add_deployment(1, ASKED, "llf") == 1
+        await store.set_plans(1, decision.plans)
+        assert await store.add_deployment(1, ASKED, "") == 2
+        await store.remove_deployment(2)
+        assert await store.add_deployment(1, ASKED, "") == 3, "a number is never given twice"
+        assert await store.accept(row("a"))
+
+    async def ask_back(store: Store) -> None:
+        assert await store.models() == [KnownModel(model_id=1, spec=MODEL, folder="here")]
+        first = StoredDeployment(endpoint_id=1, model_id=1, asked=ASKED, placement="llf", plans=decision.plans)
+        assert await store.deployments() == [
+            first,
+            StoredDeployment(endpoint_id=3, model_id=1, asked=ASKED, placement=""),
+        ]
+        assert await store.request("a") == row("a")
+        assert await store.request("b") is None
+
+    with_store(state, tell)
+    with_store(state, ask_back)
+
+
+def test_a_request_ends_once(state: Path) -> None:
+    async def test(store: Store) -> None:
+        assert await store.accept(row("a"))
+        assert not await store.accept(row("a"))
+        await store.end(ended("a"))
+        await store.end(ended("a", RequestStatus.FAILED))
+        assert await store.end_all_of_last_life() == 0
+        assert not await store.accept(row("a"))
+        found = await store.request("a")
+        assert found is not None
+        assert (found.status, found.output_tokens) == ("completed", 4)
+
+    with_store(state, test)
+
+
+def test_what_has_no_end_fails_in_the_next_life(state: Path) -> None:
+    async def test(store: Store) -> None:
+        await asyncio.gather(*(store.accept(row(name)) for name in "abc"))
+        await store.end(ended("b"))
+        assert await store.end_all_of_last_life() == 2
+        failed = await store.requests(status="failed", most=10)
+        assert {(one.request_id, one.reason) for one in failed} == {("a", STOPPED_FIRST), ("c", STOPPED_FIRST)}
+        assert len(await store.requests(status=None, most=2)) == 2
+
+    with_store(state, test)
+
+
+def test_only_the_last_ended_are_kept_but_all_that_are_open(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_PRUNE_EVERY", 1)
+
+    async def test(store: Store) -> None:
+        await store.accept(row("open"))
+        for number in range(10):
+            await store.accept(row(str(number)))
+            await store.end(ended(str(number)))
+        kept = [one.request_id for one in await store.requests(status=None, most=100)]
+        assert kept == ["9", "8", "7", "open"]
+
+    with_store(state, test, kept=3)
+
+
+def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
+    async def test(store: Store) -> None:
+        async def most_pages(count: int) -> None:
+            def set_it(file: sqlite3.Connection) -> None:
+                file.execute(f"PRAGMA max_page_count = {count}")
+
+            await store._writer.do(set_it)
+
+        await store.accept(row("before"))
+        await most_pages(1)  # which SQLite takes to mean: no more than there are
+        told = await asyncio.gather(*(store.accept(row("x" * 60 + str(n))) for n in range(500)), return_exceptions=True)
+        full = [one for one in told if isinstance(one, StoreError)]
+        assert full
+        assert "database or disk is full" in str(full[0])
+        assert len(await store.requests(status=None, most=1_000)) == 501 - len(full), "who heard yes is there"
+        await most_pages(1_000_000)
+        assert await store.accept(row("after"))
+
+    with_store(state, test)
+
+
+def test_a_job_that_fails_hangs_nobody(state: Path) -> None:
+    async def test(store: Store) -> None:
+        told = await asyncio.gather(
+            store._writer.do(lambda _file: 1 // 0), store.accept(row("a")), return_exceptions=True
+        )
+        assert isinstance(told[0], StoreError)
+        assert (await store.request("a") is not None) == (told[1] is True)
+
+    with_store(state, test)
+
+
+def test_a_closed_store_says_so(state: Path) -> None:
+    async def test(store: Store) -> None:
+        store.close()
+        store.close()
+        with pytest.raises(StoreError, match="is closed"):
+            await store.models()
+
+    with_store(state, test)

@@ -1,0 +1,119 @@
+"""Text to tokens and back, and where it stops."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maveriq.errors import InputError
+from maveriq.serve.stopping import StopScanner
+from maveriq.serve.tokens import ByteTokenizer, decode, plain_chat, tokenizer_for
+
+VOCAB = ["<unk>", "<s>", "</s>", "hello", "world", "Ġhello", "Ġworld", "a", "user", "assistant", ":", "Ċ"]
+
+
+@given(st.text(), st.sampled_from([259, 300, 32_000]))
+def test_bytes_come_back_as_they_were(text: str, vocab_size: int) -> None:
+    bytes_ = ByteTokenizer(vocab_size)
+    ids = bytes_.encode(text)
+    assert all(0 <= one < vocab_size for one in ids)
+    assert decode(bytes_, ids) == text
+
+
+@given(st.text(), st.integers(1, 258))
+def test_any_vocabulary_will_do(text: str, vocab_size: int) -> None:
+    assert all(0 <= one < vocab_size for one in ByteTokenizer(vocab_size).encode(text))
+
+
+@given(st.lists(st.integers(0, 31_999)))
+def test_any_token_has_a_text(ids: list[int]) -> None:
+    text = decode(ByteTokenizer(32_000), ids)
+    text.encode()  # which can be sent
+    assert len(text) <= len(ids)
+    assert bool(text) == bool(ids)
+
+
+PIECES = st.lists(st.text("abc", max_size=3), max_size=12)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
+
+
+@given(PIECES, STOPS)
+def test_a_stream_stops_where_the_whole_text_does(pieces: list[str], stops: list[str]) -> None:
+    scanner = StopScanner(stops)
+    shown = "".join(map(scanner.step, pieces)) + scanner.end()
+    ends = [at for at in map("".join(pieces).find, stops) if at >= 0]
+    whole = "".join(pieces)
+    if ends:
+        assert scanner.stopped
+        # A longer stop string may begin earlier, but be whole only after a shorter one was seen.
+        assert whole.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+        assert any(whole.startswith(stop, len(shown)) for stop in stops)
+    else:
+        assert (shown, scanner.stopped) == (whole, False)
+
+
+@given(PIECES, STOPS)
+def test_what_is_shown_is_never_taken_back_nor_needlessly_held(pieces: list[str], stops: list[str]) -> None:
+    scanner, seen, shown = StopScanner(stops), "", ""
+    for piece in pieces:
+        seen += piece
+        shown += scanner.step(piece)
+        assert seen.startswith(shown)
+        if scanner.stopped:
+            break
+        held = seen[len(shown) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder with a small tokenizer of its own, a chat template, and an end token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(VOCAB)}, "<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    )
+    return tmp_path
+
+
+def test_a_models_own_tokenizer(folder: Path) -> None:
+    own = tokenizer_for(str(folder), 100)
+    assert own.encode("hello world") == (3, 6)
+    assert own.encode_chat([{"role": "user", "content": "hello"}]) == (1, 3)
+    assert own.stop_token_ids == (2,)
+    assert decode(own, [3, 6, 2]) == "hello world"
+    assert decode(own, [3, 99]) == "hello", "a model may have more ids than its tokenizer"
+
+
+def test_without_a_template_a_chat_is_lines(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    messages = [{"role": "user", "content": "hello"}]
+    assert plain_chat(messages) == "user: hello\nassistant:"
+    own = tokenizer_for(str(folder), 100)
+    assert own.encode_chat(messages) == own.encode(plain_chat(messages))
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for %}"])
+def test_a_template_that_misbehaves_is_refused(folder: Path, template: str) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(InputError, match="chat template"):
+        tokenizer_for(str(folder), 100).encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json.* cannot be read"):
+        tokenizer_for(str(folder), 100)
+
+
+def test_no_tokenizer_means_bytes(tmp_path: Path) -> None:
+    assert tokenizer_for("", 300) == tokenizer_for(str(tmp_path), 300) == ByteTokenizer(300)

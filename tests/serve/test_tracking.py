@@ -1,0 +1,285 @@
+"""Requests in flight: exactly one end each, whatever happens, and it is written down."""
+
+import asyncio
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from fakes import FakeCluster, placements
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
+from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.serve.metrics import Metrics
+from maveriq.serve.refusals import ApiError
+from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
+from maveriq.serve.tracking import Accepted, Tracker
+
+FINAL = {status.label for status in FINAL_STATUSES}
+
+
+class World:
+    """A tracker with all that it stands on, and an endpoint."""
+
+    def __init__(self, folder: Path, token_s: float) -> None:
+        self.cluster = FakeCluster(placements(), token_s=token_s)
+        self.store = Store(folder / "state.db")
+        self.metrics = Metrics()
+        self.tracker = Tracker(self.cluster, self.store, self.metrics, most=6)
+        asked = EndpointRequest(
+            model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
+        )
+        self.endpoint_id = self.cluster.deploy(asked)
+
+    async def send(self, name: str | None = None, *, output_tokens: int = 3, slo_us: int = 0) -> Accepted:
+        submission = Submission(endpoint_id=self.endpoint_id, prompt=(1, 2), output_tokens=output_tokens, slo_us=slo_us)
+        return await self.tracker.accept("llama-2-7b", submission, name)
+
+    async def rows(self) -> list[RequestRow]:
+        return await self.store.requests(status=None, most=1_000)
+
+
+@asynccontextmanager
+async def world(token_s: float = 0.0) -> AsyncIterator[World]:
+    with tempfile.TemporaryDirectory() as folder:
+        one = World(Path(folder), token_s)
+        await asyncio.sleep(0.001)
+        try:
+            yield one
+        finally:
+            await one.cluster.close()
+            await one.tracker.drained()
+            one.store.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 20))  # type: ignore[arg-type]
+
+
+class Chaos:
+    """Things that happen to a service."""
+
+    def __init__(self, one: World) -> None:
+        self.one = one
+        self.accepted: list[Accepted] = []
+        self.going: list[asyncio.Task[Accepted]] = []
+
+    async def send(self) -> None:
+        if len(self.one.tracker) < 6:
+            self.accepted.append(await self.one.send())
+        else:
+            with pytest.raises(ApiError, match="which is the most"):
+                await self.one.send()
+
+    async def client_goes(self) -> None:
+        if self.accepted:
+            self.one.tracker.abandon(self.accepted[-1])
+
+    async def client_goes_early(self) -> None:
+        """Go while the request is written down."""
+        task = asyncio.create_task(self.one.send())
+        await asyncio.sleep(0)
+        task.cancel()
+        self.going.append(task)
+
+    async def engine_fails(self) -> None:
+        self.one.cluster.breaks += 1
+
+    async def engine_is_lost(self) -> None:
+        self.one.cluster.lose_engine(self.one.endpoint_id)
+
+    async def remove(self) -> None:
+        self.one.cluster.remove(self.one.endpoint_id)
+
+    async def wait(self) -> None:
+        await asyncio.sleep(0.002)
+
+
+DOINGS = [
+    Chaos.send, Chaos.client_goes, Chaos.client_goes_early, Chaos.engine_fails, Chaos.engine_is_lost, Chaos.remove,
+    Chaos.wait,
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(DOINGS), min_size=1, max_size=20))
+@settings(max_examples=25, deadline=None)
+def test_every_accepted_request_has_exactly_one_final_status(doings: list[Callable[[Chaos], Awaitable[None]]]) -> None:
+    async def test() -> None:
+        async with world() as one:
+            chaos = Chaos(one)
+            for doing in doings:
+                await doing(chaos)
+            await one.cluster.close()
+            await one.tracker.drained()
+            await asyncio.gather(*chaos.going, return_exceptions=True)
+            rows = {row.request_id: row for row in await one.rows()}
+            assert {row.status for row in rows.values()} <= FINAL
+            assert ended(one) == Counter(row.status for row in rows.values())
+            for each in chaos.accepted:
+                row, outcome = rows[each.row.request_id], each.outcome.result()
+                assert (row.status, row.reason) == (outcome.status.label, outcome.reason)
+
+    run(test)
+
+
+def test_more_than_the_most_are_not_accepted() -> None:
+    async def test() -> None:
+        async with world(token_s=0.005) as one:
+            sent = await asyncio.gather(*(one.send() for _ in range(10)), return_exceptions=True)
+            refused = [error for error in sent if isinstance(error, ApiError)]
+            assert {error.status for error in refused} == {429}
+            assert len(refused) == 4
+            await one.tracker.drained()
+            assert len(await one.rows()) == 6
+            await one.send()
+
+    run(test)
+
+
+def test_an_id_that_is_taken() -> None:
+    async def test() -> None:
+        async with world() as one:
+            await one.send("mine")
+            with pytest.raises(ApiError, match="'mine' already"):
+                await one.send("mine")
+            await one.tracker.drained()
+            assert [row.status for row in await one.rows()] == ["completed"]
+
+    run(test)
+
+
+def test_an_endpoint_that_goes_while_a_request_is_written_down() -> None:
+    async def test() -> None:
+        async with world() as one:
+            one.endpoint_id = 99
+            accepted = await one.send()
+            outcome = await accepted.outcome
+            assert (outcome.status, outcome.reason) == (RequestStatus.REFUSED, "there is no endpoint 99")
+            assert [token async for token in accepted.ticket.result().tokens()] == []
+            assert await accepted.ticket.result().outcome() == outcome
+
+    run(test)
+
+
+def test_what_waits_is_refused_when_its_endpoint_is_removed() -> None:
+    async def test() -> None:
+        async with world(token_s=0.005) as one:
+            runs, waits = await one.send(), await one.send()
+            await asyncio.sleep(0.002)
+            one.cluster.remove(one.endpoint_id)
+            assert (await waits.outcome).status is RequestStatus.REFUSED
+            assert (await runs.outcome).status is RequestStatus.COMPLETED
+
+    run(test)
+
+
+class FailingStore(Store):
+    """A disk that is full for a while."""
+
+    full = ""
+
+    async def accept(self, row: RequestRow) -> bool:
+        if self.full == "accept":
+            raise StoreError("the disk is full")
+        return await super().accept(row)
+
+    async def end(self, ended: EndedRequest) -> None:
+        if self.full == "end":
+            raise StoreError("the disk is full")
+        await super().end(ended)
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("maveriq.serve.tracking._TRY_AGAIN_S", 0.01)
+        async with world() as one:
+            store = FailingStore(tmp_path / "other.db")
+            tracker = Tracker(one.cluster, store, one.metrics, most=6)
+            one.tracker = tracker
+            store.full = "accept"
+            with pytest.raises(ApiError, match="the disk is full") as error:
+                await one.send()
+            assert error.value.status == 503
+            assert one.cluster.submitted == [], "what cannot be written down is not begun"
+            store.full = "end"
+            accepted = await one.send("mine")
+            assert (await accepted.outcome).status is RequestStatus.COMPLETED, "its client is not kept waiting"
+            assert not tracker.store_works
+            assert len(tracker) == 1
+            store.full = ""
+            await tracker.drained()
+            assert tracker.store_works
+            found = await store.request("mine")
+            assert found is not None
+            assert found.status == "completed"
+            store.close()
+
+    run(test)
+
+
+def test_a_cluster_with_a_fault_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with world() as one:
+            monkeypatch.setattr(one.cluster, "submit", lambda _submission: 1 // 0)
+            accepted = await one.send()
+            outcome = await accepted.outcome
+            assert outcome.status is RequestStatus.FAILED
+            assert "the cluster failed" in outcome.reason
+
+    run(test)
+
+
+def test_the_metrics_say_what_happened() -> None:
+    async def test() -> None:
+        async with world(token_s=0.002) as one:
+            first = await one.send(slo_us=10_000_000)
+            second = await one.send(slo_us=1)
+            third = await one.send(output_tokens=1)
+            outcomes = [await each.outcome for each in (first, second, third)]
+            one.cluster.breaks = 1
+            await (await one.send(slo_us=10_000_000)).outcome
+            one.metrics.watch(one.cluster.progress, one.tracker.__len__)
+            assert value(one, "maveriq_requests_accepted_total", model="llama-2-7b") == 4
+            assert value(one, "maveriq_requests_total", model="llama-2-7b", status="completed") == 3
+            assert value(one, "maveriq_requests_total", model="llama-2-7b", status="failed") == 1
+            assert value(one, "maveriq_slo_requests_total", model="llama-2-7b", met="true") == 1
+            assert value(one, "maveriq_slo_requests_total", model="llama-2-7b", met="false") == 2
+            assert value(one, "maveriq_prompt_tokens_total", model="llama-2-7b") == 6
+            assert value(one, "maveriq_generated_tokens_total", model="llama-2-7b") == 7
+            latencies_s = [(each.finish_us - each.arrival_us) / 1e6 for each in outcomes]
+            firsts_s = [(each.first_token_us - each.arrival_us) / 1e6 for each in outcomes]
+            per_token_s = [(each.finish_us - each.first_token_us) / 2e6 for each in outcomes[:2]]
+            for name, figures in (
+                ("request_latency", latencies_s),
+                ("time_to_first_token", firsts_s),
+                ("time_per_output_token", per_token_s),
+            ):
+                assert value(one, f"maveriq_{name}_seconds_count", model="llama-2-7b") == len(figures)
+                assert value(one, f"maveriq_{name}_seconds_sum", model="llama-2-7b") == pytest.approx(sum(figures))
+            assert value(one, "maveriq_deployment_up", deployment="1", model="llama-2-7b") == 1
+            assert value(one, "maveriq_gpu_load_ratio", gpu="3") == 0.25
+            assert value(one, "maveriq_requests_in_flight") == len(one.tracker)
+            one.cluster.lose_engine(one.endpoint_id)
+            assert value(one, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") == 1
+            one.cluster.remove(one.endpoint_id)
+            assert value(one, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") is None
+
+    run(test)
+
+
+def ended(one: World) -> dict[str, int]:
+    """Return how many requests ended in each status, as the metrics say."""
+    counts = {status: value(one, "maveriq_requests_total", model="llama-2-7b", status=status) for status in FINAL}
+    return {status: int(count) for status, count in counts.items() if count}
+
+
+def value(one: World, name: str, **labels: str) -> float | None:
+    registry: CollectorRegistry = one.metrics.registry
+    return registry.get_sample_value(name, labels)
