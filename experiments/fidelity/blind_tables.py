@@ -56,10 +56,15 @@ def read_tables(folder: Path) -> BlindTables:
     Raises:
         InputError: a file is missing or is not such a table.
     """
-    return BlindTables(**{name: list(_read(folder / f"{name}.csv", kind)) for name, kind in _KINDS.items()})
+    return BlindTables(**{name: list(read_rows(folder / f"{name}.csv", kind)) for name, kind in _KINDS.items()})
 
 
-def _read(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+def read_rows(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+    """Yield the rows that `csv_of` wrote.
+
+    Raises:
+        InputError: the file is missing or is not such a table.
+    """
     known = fields(kind)  # type: ignore[arg-type]
     for row in read_csv(path, [field.name for field in known], what="results of blind runs"):
         yield kind(**{field.name: _value(row.cells[field.name], str(field.type)) for field in known})
