@@ -12,7 +12,7 @@ from blind_tables import allowed
 
 from maveriq.domain.records import RunRecord
 from maveriq.report.compare import Comparison
-from maveriq.report.compare_plot import REAL, SIM, TEXT, draw_curves, figure_at, headline, tidy
+from maveriq.report.compare_plot import DRAWN, REAL, SIM, TEXT, draw_curves, figure_at, headline, tidy
 from maveriq.report.curves import latency_curves, queue_curves
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ _GALLERY = "README.md"
 def draw_run(folder: Path, name: str, sim: RunRecord, recorded: RunRecord, comparison: Comparison) -> None:
     """Draw the latencies of a run and its queue over time, recorded and simulated, as `folder`/NAME.png."""
     curves = latency_curves(sim, recorded, points=_POINTS), queue_curves(sim, recorded, points=_POINTS)
+    drawn = [one for one in curves if one is not None]
     with figure_at(folder / f"{name}.png", inches=(10.5, 3.1), dots_per_inch=_DOTS_PER_INCH) as figure:
-        for axes, one in zip(figure.subplots(1, len(curves)), curves, strict=True):
-            if one is not None:
-                draw_curves(axes, one)
+        panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+        marks = [draw_curves(axes, one) for axes, one in zip(panels, drawn, strict=True)]
+        figure.legend(marks[0], DRAWN, loc="upper right", ncols=len(DRAWN), frameon=False)
         figure.suptitle(f"{name}\n", x=0.008, ha="left", fontsize=11, fontweight="bold", parse_math=False)
         figure.text(0.008, 0.905, headline(comparison), ha="left", va="center", fontsize=8.5)
 

@@ -21,7 +21,8 @@ from maveriq.sim.engine import simulate
 from maveriq.workload.recordings import run_record
 from maveriq.workload.testbed import RecordedRun, Scheduled, find_testbed, read_completed, read_runs, read_scheduled
 
-_PROFILE = "a6000-short"
+PROFILE = "a6000-short"
+"""Of the recorded system."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None 
     Raises:
         InputError: a file is missing or is not such a table.
     """
-    testbed, profile = find_testbed(data), load_profile(_PROFILE)
+    testbed, profile = find_testbed(data), load_profile(PROFILE)
     scheduled, completed = read_scheduled(testbed, names), read_completed(testbed, names)
     for run in read_runs(testbed):
         if names is None or run.name in names:

@@ -34,7 +34,7 @@ class Measure:
     more_is_better: bool = False
 
 
-MEAN = Measure(label="mean", value=attrgetter("mean_s"))
+MEAN = Measure(label="mean latency", value=attrgetter("mean_s"))
 P50 = Measure(label="p50", value=attrgetter("p50_s"))
 P95 = Measure(label="p95", value=attrgetter("p95_s"))
 P99 = Measure(label="p99", value=attrgetter("p99_s"))

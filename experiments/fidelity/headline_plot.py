@@ -77,7 +77,8 @@ def _recorded(axes: Axes, measure: Measure, pairs: Sequence[RecordedPair]) -> No
     recorded, blind = ([found[side] for found in both if found] for side in (0, 1))
     axes.scatter(recorded, places, marker="D", color=REAL, s=34, zorder=3)
     axes.scatter(blind, places, marker="o", color=SIM, s=13, zorder=4)
-    axes.set_title(f"{measure.label}, points" if measure.shares else measure.label, loc="left", fontweight="bold")
+    label = f"{measure.label}, points" if measure.shares else measure.label
+    axes.set_title(label, loc="left", fontsize=10, fontweight="bold")
 
 
 def _simulated(
@@ -120,8 +121,9 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
 
 def _recorded_name(pair: RecordedPair) -> str:
     ours, theirs = pair.recorded
+    known = "" if ours.planned_slo_scale in (0, ours.slo_scale) else f" for SLO {ours.planned_slo_scale:g}"
     overloaded = " (overloaded)" if theirs.verdict == VerdictLabel.OVERLOADED else ""
-    return f"{ours.load}: {_short(ours.policy)} / {_short(theirs.policy)}{overloaded}"
+    return f"{ours.load}: {_short(ours.policy)}{known} / {_short(theirs.policy)}{overloaded}"
 
 
 def _short(policy: str) -> str:

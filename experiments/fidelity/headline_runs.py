@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -44,14 +44,14 @@ def achieved_by(
             )
 
 
-def achieved_in_grid(plan: HeadlinePlan) -> Iterator[AchievedRow]:
-    """Simulate all cases of the grid on all cores and yield them in their order.
+def achieved_in_grid(plan: HeadlinePlan, cases: Iterable[Case]) -> Iterator[AchievedRow]:
+    """Simulate cases on all cores and yield what was achieved, in their order.
 
     Raises:
         InputError: the first fault among them.
     """
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for found in workers.map(partial(_row_or_fault, plan), plan.grid.cases(), chunksize=_CASES_AT_A_TIME):
+        for found in workers.map(partial(_row_or_fault, plan), cases, chunksize=_CASES_AT_A_TIME):
             if isinstance(found, str):
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise InputError(found)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 POINTS = 1200
+DRAWN = ("simulated", "real")
+"""What `draw_curves` returns the marks of, for a legend."""
 
 # Of the palette by Okabe and Ito, which colour-blind readers tell apart.
 SIM, REAL, AREA, TEXT, GRID = "#0072B2", "#D55E00", "#F7D9BF", "#333333", "#E4E4E4"
@@ -50,7 +52,7 @@ def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, titl
     title = title.encode(errors="replace").decode()  # a path may hold bytes that are no text
     with figure_at(path, inches=(9, 3.1 * len(curves) + 0.7)) as figure:
         for axes, one in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
-            draw_curves(axes, one)
+            axes.legend(draw_curves(axes, one), DRAWN, frameon=False, loc="lower right" if one.log_x else "upper right")
         figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
         figure.text(0.01, 0.944, headline(comparison), ha="left", va="center", fontsize=9.5)
 
@@ -78,8 +80,8 @@ def figure_at(path: Path, *, inches: tuple[float, float], dots_per_inch: int = 1
         figure.savefig(partial, format=kind, dpi=dots_per_inch, metadata=metadata)
 
 
-def draw_curves(axes: Axes, curves: Curves) -> None:
-    """Draw the real run as an area and the simulated one as a line, as the terminal does."""
+def draw_curves(axes: Axes, curves: Curves) -> tuple[Any, Any]:
+    """Draw the simulated run as a line and the real one as an area, as the terminal does; return both, see DRAWN."""
     from matplotlib.ticker import NullLocator
 
     x: Any = curves.x
@@ -95,9 +97,7 @@ def draw_curves(axes: Axes, curves: Curves) -> None:
     axes.set_title(curves.title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(f"{'latency' if curves.log_x else 'time'}, {curves.x_label}")
     tidy(axes)
-    axes.legend(
-        [line, area], ["simulated", "real"], frameon=False, loc="lower right" if curves.log_x else "upper right"
-    )
+    return line, area
 
 
 def tidy(axes: Axes) -> None:
