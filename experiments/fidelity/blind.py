@@ -40,7 +40,7 @@ from maveriq.workload.testbed import find_testbed, read_runs
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"
 _PAGE = _HERE.parents[1] / "docs" / "fidelity.md"
-_ACHIEVED, _PICTURES = "achieved.csv", "runs"
+ACHIEVED, PICTURES = "achieved.csv", "runs"
 _WIDTH_OF_NO_TERMINAL = 200
 _One = TypeVar("_One")
 
@@ -76,13 +76,13 @@ def page_grids(results: Path, plan: BlindPlan, headline: HeadlinePlan) -> list[G
     Raises:
         InputError: a file is missing or is not such a table.
     """
-    achieved = list(read_rows(results / _ACHIEVED, AchievedRow))
+    achieved = list(read_rows(results / ACHIEVED, AchievedRow))
     return [*grids(read_tables(results), plan), *headline_grids(achieved, headline)]
 
 
 def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> None:
     """Simulate everything, and write what came of it: rows and pictures."""
-    pictures = out / _PICTURES
+    pictures = out / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     runs = {run.name: run for run in read_runs(find_testbed(data))}
     profile, judged_by = load_profile(PROFILE), slo_scales(runs.values(), headline)
@@ -104,7 +104,7 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     draw_overview(out / "overview.png", tables.runs, plan.bars)
     cases = list(headline.grid.cases())
     achieved += _shown(achieved_in_grid(headline, cases), "Other comparisons", len(cases))
-    (out / _ACHIEVED).write_text(csv_of(AchievedRow, achieved), encoding="utf-8", newline="")
+    (out / ACHIEVED).write_text(csv_of(AchievedRow, achieved), encoding="utf-8", newline="")
     draw_headline(out / "headline.png", achieved, headline)
 
 

@@ -116,7 +116,7 @@ def _axis(panels: Sequence[Axes], measure: Measure) -> None:
 
 def _names(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
 
 
 def _recorded_name(pair: RecordedPair) -> str:
