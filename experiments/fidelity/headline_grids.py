@@ -65,7 +65,7 @@ def _recorded(pairs: Iterable[RecordedPair], plan: HeadlinePlan) -> Grid:
     )
 
 
-def _who(pair: Pair) -> tuple[str, str, str]:
+def _who(pair: Pair) -> tuple[str, ...]:
     """Return the load with the SLO that both are judged by, and both policies, with the SLO that each knew of."""
     ours = pair[0]
     names = (
@@ -74,7 +74,7 @@ def _who(pair: Pair) -> tuple[str, str, str]:
         + _MARKS[one.verdict]
         for one in pair
     )
-    return (f"{ours.load}, SLO {ours.slo_scale:g}", *names)  # type: ignore[return-value]  # a pair has two
+    return (f"{ours.load}, SLO {ours.slo_scale:g}", *names)
 
 
 def _two(measure: Measure, pair: RecordedPair, even: float) -> str:

@@ -73,6 +73,13 @@ def test_the_grid_comes_out_as_committed() -> None:
     assert csv_of(AchievedRow, achieved_in_grid(HEADLINE, again)) == csv_of(AchievedRow, committed), STALE
 
 
+def test_the_slo_scale_changes_hardly_any_run_of_the_grid() -> None:
+    runs: dict[tuple[str, str], set[float | None]] = {}
+    for row in achieved_as_committed(""):
+        runs.setdefault((row.policy, str(row.load)), set()).add(row.mean_s)
+    assert sum(len(means) > 1 for means in runs.values()) < 0.05 * len(runs)  # the page says so
+
+
 def test_the_page_shows_the_results() -> None:
     text = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
     tables = page_grids(HERE / "results", PLAN, HEADLINE)
