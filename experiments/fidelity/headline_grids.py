@@ -146,9 +146,8 @@ def _advantages(
 
 
 def _attainment(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
-    grid = plan.grid
+    under = list(product(plan.grid.model_sets, plan.grid.slo_scales))
     lines = []
-    under = list(product(grid.model_sets, grid.slo_scales))
     for policy in plan.order:
         cells = []
         for model_set, slo_scale in under:
@@ -164,10 +163,7 @@ def _attainment(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
     return Grid(
         name="headline attainment",
         title="SLO met, % of all scheduled requests (of completed ones), simulated; plain mean over loads",
-        columns=(
-            "policy",
-            *(f"{model_set}, SLO {slo:g}" for model_set, slo in product(grid.model_sets, grid.slo_scales)),
-        ),
+        columns=("policy", *(f"{model_set}, SLO {slo_scale:g}" for model_set, slo_scale in under)),
         rows=tuple(lines),
     )
 
