@@ -103,7 +103,8 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     write_gallery(pictures, list(runs))
     draw_overview(out / "overview.png", tables.runs, plan.bars)
     cases = list(headline.grid.cases())
-    achieved += _shown(achieved_in_grid(headline, cases), "Other comparisons", len(cases))
+    for rows in _shown(achieved_in_grid(headline, cases), "Other comparisons", len(cases)):
+        achieved += rows
     (out / ACHIEVED).write_text(csv_of(AchievedRow, achieved), encoding="utf-8", newline="")
     draw_headline(out / "headline.png", achieved, headline)
 

@@ -146,7 +146,7 @@ def _advantages(
 
 
 def _attainment(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
-    under = list(product(plan.grid.model_sets, plan.grid.slo_scales))
+    under = list(product(plan.grid.model_sets, plan.judged_by))
     lines = []
     for policy in plan.order:
         cells = []

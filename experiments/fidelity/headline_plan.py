@@ -24,7 +24,8 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     Args:
         plan_with: the estimator that all policies plan with.
         serve_with: the one that times service.
-        slo_scale: to judge a pair of recorded runs by, of which neither had SLOs.
+        slo_scale: of tables that show one; also to judge a pair of recorded runs by, of which neither had SLOs.
+        judged_by: SLO scales that each run of the grid is judged by.
         even: ratios within so many percent of 1, and shares within as many points, name no winner.
         contenders: policies of the grid that are held against the baselines.
         baselines: these; a contender may be one for the others.
@@ -35,6 +36,7 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     plan_with: str
     serve_with: str
     slo_scale: Annotated[float, msgspec.Meta(gt=0)]
+    judged_by: Annotated[list[Annotated[float, msgspec.Meta(gt=0)]], msgspec.Meta(min_length=1)]
     even: Annotated[float, msgspec.Meta(ge=0)]
     contenders: Annotated[list[str], msgspec.Meta(min_length=1)]
     baselines: Annotated[list[str], msgspec.Meta(min_length=1)]

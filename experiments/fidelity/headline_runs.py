@@ -13,7 +13,7 @@ from headline_plan import HeadlinePlan, Load, policy_of
 from headline_rows import BLIND, GRID, RECORDED, AchievedRow, achieved, judged_by
 
 from maveriq.errors import InputError, MaveriqError
-from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.scenario.build import build_scenario
 from maveriq.sim.engine import simulate
 from maveriq.workload.testbed import RecordedRun
@@ -44,35 +44,38 @@ def achieved_by(
             )
 
 
-def achieved_in_grid(plan: HeadlinePlan, cases: Iterable[Case]) -> Iterator[AchievedRow]:
-    """Simulate cases on all cores and yield what was achieved, in their order.
+def achieved_in_grid(plan: HeadlinePlan, cases: Iterable[Case]) -> Iterator[Sequence[AchievedRow]]:
+    """Simulate cases on all cores and yield what each achieved, in their order, judged by each of the plan's SLOs.
 
     Raises:
         InputError: the first fault among them.
     """
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for found in workers.map(partial(_row_or_fault, plan), cases, chunksize=_CASES_AT_A_TIME):
+        for found in workers.map(partial(_rows_or_fault, plan), cases, chunksize=_CASES_AT_A_TIME):
             if isinstance(found, str):
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise InputError(found)
             yield found
 
 
-def _row_or_fault(plan: HeadlinePlan, case: Case) -> AchievedRow | str:
+def _rows_or_fault(plan: HeadlinePlan, case: Case) -> Sequence[AchievedRow] | str:
     """Return the message of an error in place of the error, with the case that it is of."""
     try:
-        return _row(plan, case)
+        return list(_rows(plan, case))
     except MaveriqError as error:
         return f"{case.variant.name}, {case.model_set}, {case.trace}: {error}"
 
 
-def _row(plan: HeadlinePlan, case: Case) -> AchievedRow:
-    return achieved(
-        simulate(build_scenario(plan.options(case))),
-        source=GRID,
-        run="",
-        policy=case.variant.name,
-        load=Load(model_set=case.model_set, trace=case.trace, scale=case.scale),
-        planned_slo_scale=case.slo_scale,
-        slo_scale=case.slo_scale,
-    )
+def _rows(plan: HeadlinePlan, case: Case) -> Iterator[AchievedRow]:
+    options = plan.options(case)
+    profile, record = load_profile(options.profile), simulate(build_scenario(options))
+    for scale in plan.judged_by:
+        yield achieved(
+            judged_by(record, scale, profile),
+            source=GRID,
+            run="",
+            policy=case.variant.name,
+            load=Load(model_set=case.model_set, trace=case.trace, scale=case.scale),
+            planned_slo_scale=case.slo_scale,
+            slo_scale=scale,
+        )
