@@ -19,7 +19,7 @@ from maveriq.estimate.fingerprints import Point, Stored
 from maveriq.estimate.footprint import held_gib, is_measured
 from maveriq.estimate.formula import Fingerprint
 from maveriq.estimate.hardware import HardwareProfile
-from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_s
+from maveriq.estimate.physics import Law, Work, first_token_s, in_shared_process, latency_s, token_s
 from maveriq.units import Bytes, bytes_from_gib
 
 _ONE_GPU = Point(1, 1, 1)
@@ -154,6 +154,17 @@ class CalibratedEstimator:
         live = self._calibration.served if self._served else None
         across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
         return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
+
+    def has_neighbours(self, configuration: Configuration) -> bool:
+        """Say whether an engine shares a process of the host with others like it."""
+        return self._served and in_shared_process(configuration)
+
+    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+        """Return how much longer a token takes while so many neighbours are busy."""
+        live = self._calibration.served
+        if not live or not neighbours or not self.has_neighbours(configuration):
+            return 0.0
+        return 1e-6 * (model.layers * live.crowd.layer_us + (neighbours - 1) * live.crowd.turn_us)
 
     def _service(
         self,

@@ -54,6 +54,16 @@ class ServedTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     across_us: _NotNegative = 0.0
 
 
+class Crowd(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What a token costs more while neighbours are busy: engines that run in the same process of the host.
+
+    `layer_us` per layer with any neighbour, `turn_us` with every further one.
+    """
+
+    layer_us: _NotNegative
+    turn_us: _NotNegative
+
+
 class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """What the live system does otherwise than the benchmark: warm engines, rings, placement.
 
@@ -63,6 +73,7 @@ class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     request_ms: _NotNegative
     gpus_per_socket: Annotated[int, msgspec.Meta(ge=1)]
     tp: dict[str, ServedTp]
+    crowd: Crowd = Crowd(layer_us=0.0, turn_us=0.0)
 
 
 class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -206,7 +217,7 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
     return msgspec.structs.replace(calibration, served=runs[without_run])
 
 
-_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "gpus_per_socket", "all_reduce_us", "ring_gb_s", "across_us")
+_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "gpus_per_socket", "layer_us", "turn_us", "all_reduce_us", "ring_gb_s", "across_us")
 
 
 def read_served(path: Path) -> dict[str, Served]:
@@ -226,6 +237,7 @@ def read_served(path: Path) -> dict[str, Served]:
         found[run] = Served(
             request_ms=row.number("request_ms", least=0),
             gpus_per_socket=row.count("gpus_per_socket", least=1),
+            crowd=Crowd(layer_us=row.number("layer_us", least=0), turn_us=row.number("turn_us", least=0)),
             tp={**(found[run].tp if run in found else {}), tp: figures},
         )
     return found
@@ -239,7 +251,8 @@ def served_csv(without: Mapping[str, Served]) -> str:
     for run, served in without.items():
         for tp, figures in served.tp.items():
             links = (figures.all_reduce_us, figures.ring_gb_s, figures.across_us)
-            table.writerow([run, tp, served.request_ms, served.gpus_per_socket, *links])
+            common = (served.request_ms, served.gpus_per_socket, served.crowd.layer_us, served.crowd.turn_us)
+            table.writerow([run, tp, *common, *links])
     return text.getvalue()
 
 
