@@ -15,11 +15,12 @@ from pathlib import Path
 import msgspec
 
 from maveriq.embedded import data_path
-from maveriq.estimate.calibration import Calibration, served_csv, to_toml
+from maveriq.estimate.calibration import Calibration, to_toml
 from maveriq.estimate.crossfit import cross_fit
 from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
 from maveriq.estimate.hardware import load_profile
 from maveriq.estimate.recorded import read_engines
+from maveriq.estimate.served import served_csv
 from maveriq.estimate.servedfit import cross_fit_served
 
 _COMMENT = """Written by scripts/fit_calibrated.py: figures of the calibrated estimator (docs/calibrated.md), fitted to

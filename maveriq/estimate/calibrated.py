@@ -19,7 +19,8 @@ from maveriq.estimate.fingerprints import Point, Stored
 from maveriq.estimate.footprint import held_gib, is_measured
 from maveriq.estimate.formula import Fingerprint
 from maveriq.estimate.hardware import HardwareProfile
-from maveriq.estimate.physics import Law, Work, first_token_s, in_shared_process, latency_s, token_s
+from maveriq.estimate.host import in_shared_process, share_across
+from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_s
 from maveriq.units import Bytes, bytes_from_gib
 
 _ONE_GPU = Point(1, 1, 1)
@@ -247,12 +248,6 @@ class CalibratedEstimator:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
-
-
-def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
-    """Return the share of pipeline stages whose GPUs hang at several sockets."""
-    stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
-    return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
 
 
 def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from maveriq.estimate.calibration import Crowd
 from maveriq.estimate.fitting import Array
 from maveriq.estimate.recorded import MOST_NEIGHBOURS, RecordedEngine
+from maveriq.estimate.served import Crowd
 
 _FIRST_US = (25.0, 4000.0)
 _TYPICAL_ERROR = 0.03
@@ -34,7 +34,8 @@ def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]], *, output_tokens:
 
     def residuals(position: Array) -> Array:
         layer_us, turn_us = np.exp(position)
-        return np.log(crowded_s(alone_s, beside, _waits_s(layers, layer_us, turn_us), output_tokens)) - logs
+        taken_s = crowded_s(alone_s, beside, _waits_s(layers, layer_us, turn_us), output_tokens)
+        return np.asarray(np.log(taken_s) - logs)
 
     found = least_squares(residuals, np.log(_FIRST_US), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
     layer_us, turn_us = (float(f"{value:.4g}") for value in np.exp(found.x))

@@ -12,8 +12,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from maveriq.domain.deployment import Configuration
-
 Values: TypeAlias = Any
 """A number, or an array of them with one element per case."""
 
@@ -144,15 +142,6 @@ def all_reduce_s(law: Law, tp: Values, message_bytes: Values) -> Values:
         np.where(message_bytes > law.one_shot_limit, law.two_shot_bandwidth, law.one_shot_bandwidth),
     )
     return (np.asarray(tp) > 1) * (law.all_reduce_s + message_bytes / bandwidth)
-
-
-def in_shared_process(configuration: Configuration) -> bool:
-    """Say whether an engine runs in the host process that all such engines share, and so has neighbours.
-
-    One of several GPUs is started as processes of its own, one a GPU; it neither disturbs others nor
-    is disturbed by them.
-    """
-    return configuration.gpus == 1
 
 
 def _weights_s(work: Work, law: Law) -> Values:

@@ -14,7 +14,7 @@ from maveriq.domain.catalog import load_model
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.estimate.cells import choice
-from maveriq.estimate.physics import in_shared_process
+from maveriq.estimate.host import in_shared_process
 from maveriq.tables import Row, read_csv
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -49,9 +49,9 @@ class RecordedEngine:
     beside: Array
 
     @property
-    def calm(self) -> Array:
+    def calm(self) -> np.ndarray[Any, np.dtype[np.bool]]:
         """Which requests had no busy neighbour."""
-        calm: Array = self.beside[:, 0] > 1 - _CALM
+        calm: np.ndarray[Any, np.dtype[np.bool]] = self.beside[:, 0] > 1 - _CALM
         return calm
 
 
@@ -109,7 +109,9 @@ def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str
 
 
 def _neighbours(
-    key: tuple[str, str], configurations: Mapping[tuple[str, str], Configuration], served: Mapping[tuple[str, str], Array]
+    key: tuple[str, str],
+    configurations: Mapping[tuple[str, str], Configuration],
+    served: Mapping[tuple[str, str], Array],
 ) -> Iterator[Array]:
     """Yield the requests of engines in the same process as this one's."""
     if in_shared_process(configurations[key]):
@@ -120,15 +122,17 @@ def _neighbours(
 
 def _beside(requests: Array, neighbours: Sequence[Array]) -> Array:
     """Return the shares of `RecordedEngine.beside`; requests have start and finish in their first columns."""
-    edges = np.array([(at_s, step) for other in neighbours for row in other for at_s, step in ((row[0], 1), (row[1], -1))])
+    edges = np.array(
+        [(at_s, step) for other in neighbours for row in other for at_s, step in ((row[0], 1), (row[1], -1))]
+    )
     found = np.zeros((len(requests), MOST_NEIGHBOURS + 1))
     if not len(edges):
         found[:, 0] = 1.0
         return found
     edges = edges[np.lexsort((edges[:, 1], edges[:, 0]))]
     count = np.append(0, np.cumsum(edges[:, 1])).astype(int).clip(0, MOST_NEIGHBOURS)  # before each edge, and after all
-    for row, (start_s, finish_s, *_) in zip(found, requests, strict=True):
+    for shares, (start_s, finish_s, *_) in zip(found, requests, strict=True):
         first, last = np.searchsorted(edges[:, 0], start_s, "right"), np.searchsorted(edges[:, 0], finish_s, "left")
         lasted_s = np.diff([start_s, *edges[first:last, 0], finish_s])
-        row += np.bincount(count[first : last + 1], lasted_s, minlength=MOST_NEIGHBOURS + 1) / (finish_s - start_s)
+        shares[:] = np.bincount(count[first : last + 1], lasted_s, minlength=MOST_NEIGHBOURS + 1) / lasted_s.sum()
     return found

@@ -20,13 +20,15 @@ import numpy as np
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec, WeightType
-from maveriq.estimate.calibrated import CalibratedEstimator, share_across
-from maveriq.estimate.calibration import Calibration, Served, ServedTp, work
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.calibration import Calibration, work
 from maveriq.estimate.crowdfit import fit_crowd
 from maveriq.estimate.fitting import Array, picked, stacked
 from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.host import share_across
 from maveriq.estimate.physics import Law, Work, latency_s
 from maveriq.estimate.recorded import RecordedEngine, read_engines
+from maveriq.estimate.served import Served, ServedTp
 
 OUTPUT_TOKENS = 20
 """Output tokens of every recorded request."""

@@ -13,9 +13,8 @@ from typing import TypeAlias
 from maveriq.control.events import Execute, ExecutionFinished
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.hardware import Cluster
-from maveriq.estimate.base import KnowsNeighbours
+from maveriq.estimate.base import Estimator, KnowsNeighbours
 from maveriq.units import MICROS_PER_SECOND, Micros
-
 
 Due: TypeAlias = tuple[int, Micros]
 """A deployment whose execution will be done at another instant than it was to be, and that instant."""
@@ -133,6 +132,11 @@ class Crowd:
                 if member.finish_us != before_us:
                     due.append((deployment_id, member.finish_us))
         return due
+
+
+def crowd_for(cluster: Cluster, estimator: Estimator | None) -> Crowd | None:
+    """Return the crowd of a cluster; None where it does not matter to the estimator who is busy."""
+    return Crowd(cluster, estimator) if isinstance(estimator, KnowsNeighbours) else None
 
 
 def _advance(members: dict[int, _Member], now_us: Micros) -> None:

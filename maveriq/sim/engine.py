@@ -37,11 +37,9 @@ from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.progress import Progress
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
-from maveriq.errors import InputError
-from maveriq.estimate.base import KnowsNeighbours
 from maveriq.scenario.scenario import Scenario
-from maveriq.sim.crowd import Crowd, Due
-from maveriq.sim.service import EstimatedService, RecordedService, ServiceModel
+from maveriq.sim.crowd import Due, crowd_for
+from maveriq.sim.service import service_model
 from maveriq.units import Micros
 from maveriq.workload.base import Arrivals
 
@@ -73,8 +71,8 @@ class _Simulation:
         self._watcher = watcher
         self._env = simpy.Environment()
         self._controller = Controller(scenario.cluster, scenario.policy, scenario.settings, scenario.guess)
-        self._service = _service_model(scenario)
-        self._crowd = Crowd(scenario.cluster, scenario.serve) if isinstance(scenario.serve, KnowsNeighbours) else None
+        self._service = service_model(scenario)
+        self._crowd = crowd_for(scenario.cluster, scenario.serve)
         self._requests = _requests(arrivals)
         self._left_to_arrive = len(arrivals)
         self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
@@ -266,23 +264,6 @@ class _Simulation:
             models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
             ended_us=ended_us,
         )
-
-
-def _service_model(scenario: Scenario) -> ServiceModel:
-    """Return who answers for the hardware.
-
-    Raises:
-        InputError: recorded service times are wanted, but the workload has none.
-    """
-    if scenario.serve is not None:
-        return EstimatedService(scenario.serve)
-    service_us = scenario.workload.arrivals.service_us
-    if service_us is None:
-        raise InputError(
-            f"workload {scenario.workload.name!r} has no recorded service times; "
-            "give a schedule with a service_s column, or serve with an estimator"
-        )
-    return RecordedService(service_us)
 
 
 def _requests(arrivals: Arrivals) -> Iterator[Request]:
