@@ -136,7 +136,9 @@ class Crowd:
 
 def crowd_for(cluster: Cluster, estimator: Estimator | None) -> Crowd | None:
     """Return the crowd of a cluster; None where it does not matter to the estimator who is busy."""
-    return Crowd(cluster, estimator) if isinstance(estimator, KnowsNeighbours) else None
+    if estimator is not None and isinstance(estimator, KnowsNeighbours):
+        return Crowd(cluster, estimator)
+    return None
 
 
 def _advance(members: dict[int, _Member], now_us: Micros) -> None:
