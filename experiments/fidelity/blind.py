@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "alpaserve"))
 
 from blind_grids import grids
+from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
-from blind_runs import BlindResult, blind_results
+from blind_runs import PROFILE, BlindResult, blind_results
 from blind_tables import BlindTables, read_tables, write_tables
 from page import filled
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.progress import track
 
 from maveriq.embedded import measured_data_path
 from maveriq.errors import MaveriqError
+from maveriq.estimate.hardware import load_profile
 from maveriq.report.compare_plot import write_plot
 from maveriq.report.curves import latency_curves, queue_curves
 
@@ -63,13 +65,13 @@ def _run_all(data: Path, plan: BlindPlan, out: Path) -> BlindTables:
     for one in track(blind_results(data, plan), "Simulating", console=Console(stderr=True), transient=True):
         if one.row.run == plan.plotted:
             _plot(one, out)
-        kept.append((one.row, one.services, one.elsewhere, one.gain, one.toss))
+        kept.append((one.row, one.services, one.elsewhere, one.gain))
     return BlindTables(
         runs=[row for row, *_ in kept],
         services=[service for _, services, *_ in kept for service in services],
-        elsewhere=[row for _, _, rows, *_ in kept for row in rows],
-        gains=[gain for *_, gain, _ in kept if gain],
-        tosses=[toss for *_, toss in kept if toss],
+        elsewhere=[row for _, _, rows, _ in kept for row in rows],
+        gains=[gain for *_, gain in kept if gain],
+        placements=list(placement_rows(data, load_profile(PROFILE), plan.placement_draws)),
     )
 
 
