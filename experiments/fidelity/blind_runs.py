@@ -10,7 +10,7 @@ from statistics import fmean
 from blind_draws import Draws, draw
 from blind_plan import BlindPlan
 from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow
-from blind_world import Stretched, described, on_recorded_gpus
+from blind_world import Stretched, described, with_plans_of
 
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.records import RunRecord
@@ -67,8 +67,9 @@ def _result(
     # Baselines place ahead, before there is any load to sample.
     draws = draw(scenario, sim, recorded, plan.draws if run.by_maveriq else 1)
     found = draws.found[0]
-    placed = compare(simulate(on_recorded_gpus(scenario, recorded)), recorded)
-    stretched = compare(simulate(replace(scenario, serve=Stretched(serve, plan.service_factor))), sim)
+    placed = compare(simulate(with_plans_of(recorded, scenario)), recorded)
+    stretching = replace(with_plans_of(sim, scenario), serve=Stretched(serve, plan.service_factor))
+    stretched = compare(simulate(stretching), sim)
     gain = None
     if run.by_maveriq:
         other = replace(described(run, scheduled, recorded, plan_with=plan.gain_with), serve=serve)

@@ -104,21 +104,21 @@ class _ReplicaByReplica:
 
 
 @dataclass(frozen=True, slots=True)
-class _AsRecorded:
-    """What was recorded of each endpoint; None where it never came up."""
+class _AsBefore:
+    """What a run had of each endpoint; None where it never came up."""
 
     plans: Mapping[int, DeploymentPlan | None]
-    name: str = "as-recorded"
+    name: str = "as-before"
 
     def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:  # noqa: ARG002
         plan = self.plans.get(ask.endpoint_id)
         return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
 
 
-def on_recorded_gpus(scenario: Scenario, recorded: RunRecord) -> Scenario:
-    """Return a scenario with the recorded plans in place of its own, to see what placement does to its errors."""
-    plans = {one.ask.endpoint_id: one.plan for one in recorded.deployments}
-    return replace(scenario, policy=_AsRecorded(plans))
+def with_plans_of(run: RunRecord, scenario: Scenario) -> Scenario:
+    """Return a scenario with the plans of a run in place of its own, so that placement plays no part."""
+    plans = {one.ask.endpoint_id: one.plan for one in run.deployments}
+    return replace(scenario, policy=_AsBefore(plans))
 
 
 @dataclass(frozen=True, slots=True)
