@@ -18,6 +18,7 @@ from typing import TypeVar
 sys.path.append(str(Path(__file__).parents[1] / "alpaserve"))
 
 from blind_grids import grids
+from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
 from blind_plots import draw_overview, draw_run, write_gallery
 from blind_runs import PROFILE, blind_results
@@ -89,15 +90,15 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     kept = []
     achieved: list[AchievedRow] = []
     for one in _shown(blind_results(data, plan), "Recorded runs", len(runs)):
-        kept.append((one.row, one.services, one.elsewhere, one.gain, one.toss))
+        kept.append((one.row, one.services, one.elsewhere, one.gain))
         achieved += achieved_by(runs[one.row.run], one, judged_by, profile)
         draw_run(pictures, one.row.run, one.sim, one.recorded, one.comparison)
     tables = BlindTables(
         runs=[row for row, *_ in kept],
         services=[service for _, services, *_ in kept for service in services],
-        elsewhere=[row for _, _, rows, *_ in kept for row in rows],
-        gains=[gain for *_, gain, _ in kept if gain],
-        tosses=[toss for *_, toss in kept if toss],
+        elsewhere=[row for _, _, rows, _ in kept for row in rows],
+        gains=[gain for *_, gain in kept if gain],
+        placements=list(placement_rows(data, load_profile(PROFILE), plan.placement_draws)),
     )
     write_tables(out, tables)
     write_gallery(pictures, list(runs))

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from blind_plan import Bars
-from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow, TossRow
+from blind_rows import BlindRow, ElsewhereRow, GainRow, PlacementRow, ServiceRow
 
 from maveriq.tables import read_csv
 
@@ -24,7 +24,7 @@ class BlindTables:
     services: Sequence[ServiceRow]
     elsewhere: Sequence[ElsewhereRow]
     gains: Sequence[GainRow]
-    tosses: Sequence[TossRow]
+    placements: Sequence[PlacementRow]
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -32,7 +32,7 @@ _KINDS: dict[str, type[Any]] = {
     "services": ServiceRow,
     "elsewhere": ElsewhereRow,
     "gains": GainRow,
-    "tosses": TossRow,
+    "placements": PlacementRow,
 }
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.requests import Request
+from maveriq.errors import InputError
 from maveriq.estimate.base import Estimator, KnowsPlacement, ServiceEstimate
+from maveriq.scenario.scenario import Scenario
 from maveriq.units import Micros, duration_micros
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ class ServiceModel(Protocol):
     """Answers for the hardware that is not there."""
 
     def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:
-        """Return how long until the first token and until the last, both at least 1 µs."""
+        """Return how long until the first token and until the last, both at least 1 µs, if no neighbour is busy."""
 
 
 class EstimatedService:
@@ -65,3 +67,20 @@ class RecordedService:
         """Return the recorded time of the request that took longest, for first and last token."""
         service_us = max(int(self._service_us[request.request_id - 1]) for request in requests)
         return service_us, service_us
+
+
+def service_model(scenario: Scenario) -> ServiceModel:
+    """Return who answers for the hardware.
+
+    Raises:
+        InputError: recorded service times are wanted, but the workload has none.
+    """
+    if scenario.serve is not None:
+        return EstimatedService(scenario.serve)
+    service_us = scenario.workload.arrivals.service_us
+    if service_us is None:
+        raise InputError(
+            f"workload {scenario.workload.name!r} has no recorded service times; "
+            "give a schedule with a service_s column, or serve with an estimator"
+        )
+    return RecordedService(service_us)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from blind import ACHIEVED, PICTURES, page_grids
+from blind_placement import placement_rows
 from blind_plan import load_blind_plan
 from blind_rows import BlindRow, ServiceRow
 from blind_runs import PROFILE, blind_results
@@ -13,7 +14,6 @@ from blind_tables import allowed, csv_of, held, missed, read_rows, read_tables
 from headline_plan import Load, load_headline_plan
 from headline_rows import GRID, AchievedRow
 from headline_runs import achieved_by, achieved_in_grid, slo_scales
-from msgspec.structs import replace
 from page import filled
 
 from maveriq.estimate.hardware import load_profile
@@ -38,7 +38,7 @@ def achieved_as_committed(run: str) -> list[AchievedRow]:
 @pytest.mark.data
 def test_runs_come_out_as_committed(measured_data: Path) -> None:
     committed = read_tables(HERE / "results")
-    found = list(blind_results(measured_data, replace(PLAN, tosses=1), names=AGAIN))
+    found = list(blind_results(measured_data, PLAN, names=AGAIN))
     runs = {run.name: run for run in read_runs(find_testbed(measured_data))}
     judged_by = slo_scales(runs.values(), HEADLINE)
     assert {one.row.run for one in found} == set(AGAIN)
@@ -97,3 +97,13 @@ def test_bars_are_held_against_what_a_run_allows() -> None:
         assert ("mean" in missed(row, PLAN.bars)) == (abs(row.mean_error) > mean)
     bars = list(held(read_tables(HERE / "results"), PLAN.bars))
     assert bars[0].found == f"{sum('mean' not in missed(row, PLAN.bars) for row in rows)} runs"
+    assert all(one.holds for one in bars)
+
+
+@pytest.mark.data
+def test_recorded_placements_are_chance_but_not_out_of_reach(measured_data: Path) -> None:
+    in_step, *out_of_step = placement_rows(measured_data, load_profile(PROFILE), draws=20)
+    assert in_step.always + in_step.never == in_step.deployments == 61
+    for row in out_of_step:
+        assert row.expected >= in_step.expected - 1
+        assert row.never < in_step.never
