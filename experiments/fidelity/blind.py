@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "alpaserve"))
 
 from blind_grids import grids
+from blind_neighbours import Neighbours
 from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
 from blind_runs import PROFILE, BlindResult, blind_results
@@ -61,16 +62,18 @@ def main(arguments: list[str]) -> None:
 
 def _run_all(data: Path, plan: BlindPlan, out: Path) -> BlindTables:
     """Return the tables of all runs, and plot the run that `plan` names."""
-    kept = []
+    kept, neighbours = [], Neighbours()
     for one in track(blind_results(data, plan), "Simulating", console=Console(stderr=True), transient=True):
         if one.row.run == plan.plotted:
             _plot(one, out)
+        neighbours.add(one.recorded, one.sim)
         kept.append((one.row, one.services, one.elsewhere, one.gain))
     return BlindTables(
         runs=[row for row, *_ in kept],
         services=[service for _, services, *_ in kept for service in services],
         elsewhere=[row for _, _, rows, _ in kept for row in rows],
         gains=[gain for *_, gain in kept if gain],
+        neighbours=list(neighbours.rows()),
         placements=list(placement_rows(data, load_profile(PROFILE), plan.placement_draws)),
     )
 
