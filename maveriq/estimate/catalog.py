@@ -9,11 +9,13 @@ from maveriq.estimate.base import Estimator
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import HardwareProfile
 from maveriq.estimate.leaveoneout import LeaveOneOut
+from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.estimate.paper import PaperEstimator
 
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
     "paper": PaperEstimator,
     "calibrated": CalibratedEstimator.serving,
+    "measured": MeasuredEstimator,
 }
 
 EACH = "each"
