@@ -18,6 +18,7 @@ from typing import TypeVar
 sys.path.append(str(Path(__file__).parents[1] / "alpaserve"))
 
 from blind_grids import grids
+from blind_neighbours import Neighbours
 from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
 from blind_plots import draw_overview, draw_run, write_gallery
@@ -87,9 +88,10 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     pictures.mkdir(parents=True, exist_ok=True)
     runs = {run.name: run for run in read_runs(find_testbed(data))}
     profile, judged_by = load_profile(PROFILE), slo_scales(runs.values(), headline)
-    kept = []
+    kept, neighbours = [], Neighbours()
     achieved: list[AchievedRow] = []
     for one in _shown(blind_results(data, plan), "Recorded runs", len(runs)):
+        neighbours.add(one.recorded, one.sim)
         kept.append((one.row, one.services, one.elsewhere, one.gain))
         achieved += achieved_by(runs[one.row.run], one, judged_by, profile)
         draw_run(pictures, one.row.run, one.sim, one.recorded, one.comparison)
@@ -98,6 +100,7 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
         services=[service for _, services, *_ in kept for service in services],
         elsewhere=[row for _, _, rows, _ in kept for row in rows],
         gains=[gain for *_, gain in kept if gain],
+        neighbours=list(neighbours.rows()),
         placements=list(placement_rows(data, load_profile(PROFILE), plan.placement_draws)),
     )
     write_tables(out, tables)

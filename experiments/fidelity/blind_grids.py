@@ -19,6 +19,7 @@ def grids(tables: BlindTables, plan: BlindPlan) -> Iterator[Grid]:
     yield _elsewhere(tables)
     yield _draws(tables)
     yield _placements(tables)
+    yield _neighbours(tables)
     yield _gains(tables)
 
 
@@ -145,6 +146,25 @@ def _placements(tables: BlindTables) -> Grid:
                 str(row.never),
             )
             for row in tables.placements
+        ),
+    )
+
+
+def _neighbours(tables: BlindTables) -> Grid:
+    return Grid(
+        name="neighbours",
+        title="Service times beside other engines, over those of the same engine alone",
+        columns=("engines of", "beside", "engines", "requests", "recorded longer, %", "simulated longer, %"),
+        rows=tuple(
+            (
+                row.engine,
+                row.beside,
+                str(row.engines),
+                f"{row.requests:,}",
+                f"{row.recorded_longer:+.1f}",
+                f"{row.sim_longer:+.1f}",
+            )
+            for row in tables.neighbours
         ),
     )
 

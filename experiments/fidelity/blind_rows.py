@@ -127,6 +127,27 @@ class PlacementRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NeighbourRow:
+    """How many percent longer engines take beside others, in the median over engines.
+
+    Args:
+        engine: of how many GPUs.
+        beside: which others were executing in the middle of a request.
+        engines: recorded ones with enough requests beside such others and alone.
+        requests: of theirs, beside such others.
+        recorded_longer: median service time over that of the same engine alone.
+        sim_longer: likewise, simulated.
+    """
+
+    engine: str
+    beside: str
+    engines: int
+    requests: int
+    recorded_longer: float
+    sim_longer: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GainRow:
     """A run of MaverIQ simulated with the plans of one estimator, and by how many percent those of another change it.
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from blind_plan import Bars
-from blind_rows import BlindRow, ElsewhereRow, GainRow, PlacementRow, ServiceRow
+from blind_rows import BlindRow, ElsewhereRow, GainRow, NeighbourRow, PlacementRow, ServiceRow
 
 from maveriq.tables import read_csv
 
@@ -25,6 +25,7 @@ class BlindTables:
     elsewhere: Sequence[ElsewhereRow]
     gains: Sequence[GainRow]
     placements: Sequence[PlacementRow]
+    neighbours: Sequence[NeighbourRow]
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -33,6 +34,7 @@ _KINDS: dict[str, type[Any]] = {
     "elsewhere": ElsewhereRow,
     "gains": GainRow,
     "placements": PlacementRow,
+    "neighbours": NeighbourRow,
 }
 
 
