@@ -110,7 +110,7 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     for rows in _shown(achieved_in_grid(headline, cases), "Other comparisons", len(cases)):
         achieved += rows
     (out / ACHIEVED).write_text(csv_of(AchievedRow, achieved), encoding="utf-8", newline="")
-    draw_headline(out / "headline.png", achieved, headline)
+    draw_headline(out / "headline.png", list(read_rows(out / ACHIEVED, AchievedRow)), headline)
 
 
 def _shown(found: Iterable[_One], what: str, total: int) -> Iterable[_One]:

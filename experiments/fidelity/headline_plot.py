@@ -34,6 +34,7 @@ _SHOWN = (MEAN, P95, THROUGHPUT, COST, GPU_HOURS, MET_OF_ALL)
 _INCHES_PER_ROW = 0.25
 _APART = 0.25
 _FEW_DECADES = 100
+_MOST_TICKS = 12
 _COLOURS = (SIM, "#009E73", "#7F7F7F")
 _EXPLAINED = (
     "How many times MaverIQ is better than others under the same load (SLO: by how many points). "
@@ -107,7 +108,9 @@ def _axis(panels: Sequence[Axes], measure: Measure) -> None:
         if not measure.shares:
             axes.set_xscale("log")
             low, high = axes.get_xlim()
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _FEW_DECADES * low else (1,)))
+            axes.xaxis.set_major_locator(
+                LogLocator(subs=(1, 2, 5) if high < _FEW_DECADES * low else (1,), numticks=_MOST_TICKS)
+            )
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.axvline(0 if measure.shares else 1, color=TEXT, linewidth=0.9, zorder=2)
