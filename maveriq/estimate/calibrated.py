@@ -19,6 +19,7 @@ from maveriq.estimate.fingerprints import Point, Stored
 from maveriq.estimate.footprint import held_gib, is_measured
 from maveriq.estimate.formula import Fingerprint
 from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.host import in_shared_process, share_across
 from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_s
 from maveriq.units import Bytes, bytes_from_gib
 
@@ -155,6 +156,17 @@ class CalibratedEstimator:
         across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
         return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
 
+    def has_neighbours(self, configuration: Configuration) -> bool:
+        """Say whether an engine shares a process of the host with others like it."""
+        return self._served and in_shared_process(configuration)
+
+    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+        """Return how much longer a token takes while so many neighbours are busy."""
+        live = self._calibration.served
+        if not live or not neighbours or not self.has_neighbours(configuration):
+            return 0.0
+        return 1e-6 * (model.layers * live.crowd.layer_us + (neighbours - 1) * live.crowd.turn_us)
+
     def _service(
         self,
         model: ModelSpec,
@@ -236,12 +248,6 @@ class CalibratedEstimator:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
-
-
-def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
-    """Return the share of pipeline stages whose GPUs hang at several sockets."""
-    stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
-    return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
 
 
 def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:

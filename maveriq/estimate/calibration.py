@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,8 @@ import msgspec
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.physics import Law, Values, Work
-from maveriq.tables import exists, read_csv, read_toml
+from maveriq.estimate.served import Served, read_served
+from maveriq.tables import exists, read_toml
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -44,25 +43,6 @@ class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     ring_gb_s: _Positive = 1.0
     one_shot_limit_mb: _NotNegative = 0.0
     custom_limit_mb: _NotNegative = 0.0
-
-
-class ServedTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """All-reduces of the live system at a tensor-parallel degree; `across_us` more between sockets."""
-
-    all_reduce_us: _Positive
-    ring_gb_s: _Positive
-    across_us: _NotNegative = 0.0
-
-
-class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What the live system does otherwise than the benchmark: warm engines, rings, placement.
-
-    GPUs 0 to `gpus_per_socket` - 1 hang at one socket of the host, the next as many at another.
-    """
-
-    request_ms: _NotNegative
-    gpus_per_socket: Annotated[int, msgspec.Meta(ge=1)]
-    tp: dict[str, ServedTp]
 
 
 class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -204,43 +184,6 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
     if without_run not in runs:
         raise UnknownNameError("recorded run", without_run, runs)
     return msgspec.structs.replace(calibration, served=runs[without_run])
-
-
-_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "gpus_per_socket", "all_reduce_us", "ring_gb_s", "across_us")
-
-
-def read_served(path: Path) -> dict[str, Served]:
-    """Read the figures of the live system by the recorded run that was left out of their fit.
-
-    Raises:
-        InputError: not such a table, or a figure that cannot be.
-    """
-    found: dict[str, Served] = {}
-    for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
-        run, tp = row.text("without_run"), str(row.count("tp", least=2))
-        figures = ServedTp(
-            all_reduce_us=row.number("all_reduce_us", least=1e-6),
-            ring_gb_s=row.number("ring_gb_s", least=1e-9),
-            across_us=row.number("across_us", least=0),
-        )
-        found[run] = Served(
-            request_ms=row.number("request_ms", least=0),
-            gpus_per_socket=row.count("gpus_per_socket", least=1),
-            tp={**(found[run].tp if run in found else {}), tp: figures},
-        )
-    return found
-
-
-def served_csv(without: Mapping[str, Served]) -> str:
-    """Return the table that `read_served` reads."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(_SERVED_COLUMNS)
-    for run, served in without.items():
-        for tp, figures in served.tp.items():
-            links = (figures.all_reduce_us, figures.ring_gb_s, figures.across_us)
-            table.writerow([run, tp, served.request_ms, served.gpus_per_socket, *links])
-    return text.getvalue()
 
 
 def to_toml(calibration: Calibration, comment: str) -> str:

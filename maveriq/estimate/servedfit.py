@@ -4,35 +4,37 @@ The benchmark restarts its engines for every figure and sums up over GPUs with c
 live system's engines are warm, over more than two GPUs it behaves like rings, and where the GPUs of
 a stage hang at both sockets of the host, every all-reduce takes longer. Seven figures say so: the
 fixed time of a request, latency and bandwidth of all-reduces at TP 4 and 8, and what the second
-socket adds at TP 2 and 4 (at TP 8 it is always there).
+socket adds at TP 2 and 4 (at TP 8 it is always there). They are fitted to requests without busy
+neighbours; two more, fitted to the others, say what neighbours do (`crowdfit`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import msgspec
 import numpy as np
 
-from maveriq.domain.catalog import load_model
 from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.estimate.calibrated import CalibratedEstimator, share_across
-from maveriq.estimate.calibration import Calibration, Served, ServedTp, work
-from maveriq.estimate.cells import choice
+from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.calibration import Calibration, work
+from maveriq.estimate.crowdfit import fit_crowd
 from maveriq.estimate.fitting import Array, picked, stacked
 from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.host import share_across
 from maveriq.estimate.physics import Law, Work, latency_s
-from maveriq.tables import read_csv
+from maveriq.estimate.recorded import RecordedEngine, read_engines
+from maveriq.estimate.served import Served, ServedTp
 
 OUTPUT_TOKENS = 20
 """Output tokens of every recorded request."""
 
-CHARACTERS_PER_TOKEN = 4
+_BANDS = 4  # of prompt length, with as many requests each: their medians say what a prompt token costs
+_LEAST_CALM = 12  # requests; the medians of fewer say nothing
 _GPUS_PER_SOCKET = 4  # of the testbed
 _FITTED = (
     ("4", "all_reduce_us"), ("4", "ring_gb_s"), ("4", "across_us"), ("8", "all_reduce_us"), ("8", "ring_gb_s"),
@@ -41,15 +43,11 @@ _FITTED = (
 _FIRST = (10.0, 10.0, 30.0, 30.0, 3.0, 30.0)
 _FIRST_REQUEST_MS = 10.0
 _TYPICAL_ERROR = 0.03
-_DEPLOYMENTS = (
-    "run", "model_id", "model", "deploy_s", "deployed", "registered_s", "tp", "pp", "layer_split", "weight_dtype",
-    "int8_kv", "gpus", "est_gib_per_gpu", "used_gib_after",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """A deployment of a recorded run: medians over its requests."""
+    """Requests of a deployment of a recorded run: their medians."""
 
     run: str
     model: ModelSpec
@@ -60,51 +58,27 @@ class Recorded:
 
 
 def read_recorded(folder: Path) -> list[Recorded]:
-    """Read the deployments of a folder of recorded runs that served at least one request.
+    """Return the medians of each deployment of a folder of recorded runs, over requests without busy neighbours.
 
     Raises:
         InputError: a table is missing or wrong.
     """
-    deployed = {
-        (row.text("run"), row.text("model_id")): row
-        for row in read_csv(folder / "deployments.csv", _DEPLOYMENTS, what="recorded deployments")
-        if row.count("deployed")
-    }
-    characters = _admitted_characters(folder / "scheduled.csv.gz", set(deployed))
-    prompts: dict[tuple[str, str], list[int]] = defaultdict(list)
-    services: dict[tuple[str, str], list[float]] = defaultdict(list)
-    columns = ("run", "req_id", "model_id", "arrival_s", "latency_s", "service_s")
-    for row in read_csv(folder / "completed.csv.gz", columns, what="recorded requests"):
-        key = row.text("run"), row.text("model_id")
-        services[key].append(row.number("service_s"))
-        prompts[key].append(characters[key[0]][row.count("req_id", least=1) - 1])
-    return [
-        Recorded(
-            run=key[0],
-            model=load_model(row.text("model")),
-            configuration=Configuration(
-                tp=row.count("tp", least=1),
-                pp=row.count("pp", least=1),
-                weights=choice(row, "weight_dtype", WeightType),
-                kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
-            ),
-            gpu_ids=tuple(map(int, row.text("gpus").split())),
-            prompt_tokens=max(1, round(median(prompts[key]) / CHARACTERS_PER_TOKEN)),
-            service_s=median(services[key]),
-        )
-        for key, row in deployed.items()
-        if key in services
-    ]
+    return [one for engine in read_engines(folder) for one in calm_medians(engine, bands=1)]
 
 
-def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str, list[int]]:
-    """Return prompt lengths by run in the order of admission; requests of models never deployed were dropped."""
-    found: dict[str, list[int]] = defaultdict(list)
-    columns = ("run", "req_id", "model_id", "scheduled_s", "prompt_chars")
-    for row in read_csv(path, columns, what="scheduled requests"):
-        if (row.text("run"), row.text("model_id")) in deployed:
-            found[row.text("run")].append(row.count("prompt_chars"))
-    return found
+def calm_medians(engine: RecordedEngine, *, bands: int) -> Iterator[Recorded]:
+    """Yield medians over requests without busy neighbours, shortest prompts first; none where there are too few."""
+    calm = np.flatnonzero(engine.calm)
+    if len(calm) >= _LEAST_CALM:
+        for band in np.array_split(calm[np.argsort(engine.prompt_tokens[calm], kind="stable")], bands):
+            yield Recorded(
+                run=engine.run,
+                model=engine.model,
+                configuration=engine.configuration,
+                gpu_ids=engine.gpu_ids,
+                prompt_tokens=max(1, round(float(np.median(engine.prompt_tokens[band])))),
+                service_s=float(np.median(engine.service_s[band])),
+            )
 
 
 class Deployments:
@@ -144,8 +118,15 @@ def _kind(one: Recorded) -> tuple[WeightType, int, float]:
     return one.configuration.weights, one.configuration.tp, across
 
 
-def fit_served(profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> Served:
+def fit_served(profile: HardwareProfile, calibration: Calibration, engines: Sequence[RecordedEngine]) -> Served:
     """Return the figures of the live system under which the recorded service times are most likely."""
+    alone = _fit_alone(profile, calibration, [one for engine in engines for one in calm_medians(engine, bands=_BANDS)])
+    live = CalibratedEstimator(profile, msgspec.structs.replace(calibration, served=alone), served=True)
+    crowd = fit_crowd([(engine, _alone_s(live, engine)) for engine in engines], output_tokens=OUTPUT_TOKENS)
+    return msgspec.structs.replace(alone, crowd=crowd)
+
+
+def _fit_alone(profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]) -> Served:
     from scipy.optimize import least_squares
 
     table = Deployments(profile, calibration, recorded)
@@ -160,15 +141,26 @@ def fit_served(profile: HardwareProfile, calibration: Calibration, recorded: Seq
     return _at(found.x, calibration, digits=4)
 
 
+def _alone_s(live: CalibratedEstimator, engine: RecordedEngine) -> Array:
+    """Return what each request of an engine would take without neighbours."""
+    ask = partial(live.service_on, engine.gpu_ids, engine.model, engine.configuration)
+    return np.array(
+        [
+            ask(prompt_tokens=round(tokens), output_tokens=OUTPUT_TOKENS, batch=1).latency_s
+            for tokens in engine.prompt_tokens.tolist()
+        ]
+    )
+
+
 def cross_fit_served(
-    profile: HardwareProfile, calibration: Calibration, recorded: Sequence[Recorded]
+    profile: HardwareProfile, calibration: Calibration, engines: Sequence[RecordedEngine]
 ) -> tuple[Served, Mapping[str, Served]]:
     """Fit to all recorded runs, and to all but each one."""
     without = {
-        run: fit_served(profile, calibration, [one for one in recorded if one.run != run])
-        for run in dict.fromkeys(one.run for one in recorded)
+        run: fit_served(profile, calibration, [one for one in engines if one.run != run])
+        for run in dict.fromkeys(one.run for one in engines)
     }
-    return fit_served(profile, calibration, recorded), without
+    return fit_served(profile, calibration, engines), without
 
 
 def _at(position: Array, calibration: Calibration, digits: int = 17) -> Served:
