@@ -8,6 +8,7 @@ import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
 T = TypeVar("T")
-PATIENCE_S = 20.0  # for what takes milliseconds: a test machine may be busy
+PATIENCE_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class EngineCase:
 
 
 ENGINES = [EngineCase(backend="emulated")]
+if find_spec("torch") is not None:
+    ENGINES.append(EngineCase(backend="torch"))
 """Each of them passes the conformance suite (tests/exec/conformance)."""
 
 

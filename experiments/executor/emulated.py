@@ -1,6 +1,6 @@
 """Run the code trace on emulated engines and compare that with its simulation.
 
-Usage: python experiments/executor/emulated.py [--time-scale 0.4] [--runs DIR] [--out DIR]
+Usage: python experiments/executor/emulated.py [--time-scale 0.2] [--runs DIR] [--out DIR]
 
 With --runs the records are kept there, and runs that are there already are only compared. Exit code 1 says that mean
 or p95 latency is off by more than 5 %, or that a deployment differs.
@@ -24,7 +24,7 @@ _BAR_PERCENT = 5.0
 def main(arguments: list[str]) -> int:
     """Run, compare, write, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--time-scale", type=float, default=0.4, help="real seconds per second of the run")
+    parser.add_argument("--time-scale", type=float, default=0.2, help="real seconds per second of the run")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="where the records are kept")
     parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR")
     said = parser.parse_args(arguments)
@@ -34,8 +34,10 @@ def main(arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory() as runs:
             comparison = _compare(Path(runs), said.time_scale)
     said.out.mkdir(parents=True, exist_ok=True)
-    (said.out / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
-    _write_table(said.out / "errors.csv", comparison)
+    scale = f"{said.time_scale:g}"
+    whole = said.out / f"comparison-{scale}.json"
+    whole.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+    _write_table(said.out / f"errors-{scale}.csv", comparison)
     differences = comparison["overall"]["differences"]
     missed = [name for name in ("mean", "p95") if abs(differences[name]["error"]) > _BAR_PERCENT]
     missed += [

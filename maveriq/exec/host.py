@@ -34,6 +34,7 @@ from maveriq.exec.messages import (
     ToEngine,
     decode_to_engine,
 )
+from maveriq.exec.orphans import die_with_parent
 from maveriq.exec.session import BROKEN, NO_PROTOCOL, STOPPED, Session
 
 _CLOSE_S = 5.0  # for an engine to free everything once its executor is gone
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--socket", required=True, help="where the executor listens")
     parser.add_argument("--backend", required=True, help="which engine to be")
     said = parser.parse_args()
+    die_with_parent()
     try:
         code = asyncio.run(_run(said.socket, said.backend))
     except OSError as error:

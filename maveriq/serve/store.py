@@ -15,7 +15,7 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
 from maveriq.exec.cluster import EndpointRequest
 from maveriq.policy.endpoints import Plans
-from maveriq.serve.writer import StoreError, Writer
+from maveriq.serve.writer import OpenWriter, StoreError, Writer
 
 __all__ = ["EndedRequest", "KnownModel", "RequestRow", "Store", "StoreError", "StoredDeployment"]
 
@@ -117,10 +117,11 @@ class Store:
         StoreError: the file cannot be written or read (all methods).
     """
 
-    def __init__(self, path: Path, *, kept_requests: int = 100_000) -> None:
+    def __init__(self, path: Path, *, kept_requests: int = 100_000, writer: OpenWriter = Writer) -> None:
+        """Open or make the file; `writer` opens what does the work."""
         self._kept = kept_requests
         self._ends = 0
-        self._writer = Writer(path, _prepare)
+        self._writer = writer(path, _prepare)
 
     def close(self) -> None:
         """Close the file. May be called twice."""

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from maveriq.errors import InputError, MaveriqError
 
@@ -20,6 +20,20 @@ _MOST_IN_ONE_GO = 512
 
 class StoreError(MaveriqError):
     """The state file cannot be written or read now."""
+
+
+class DoesJobs(Protocol):
+    """Runs jobs on an SQLite file; `Writer` says how."""
+
+    async def do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a job and wait until what it wrote is safe."""
+
+    def close(self) -> None:
+        """Do what waits, then close the file."""
+
+
+Prepare: TypeAlias = Callable[[sqlite3.Connection], None]
+OpenWriter: TypeAlias = Callable[[Path, Prepare], DoesJobs]
 
 
 class _Job(Generic[T]):
@@ -49,7 +63,7 @@ class Writer:
     few flushes. Another process cannot open the file meanwhile.
     """
 
-    def __init__(self, path: Path, prepare: Callable[[sqlite3.Connection], None]) -> None:
+    def __init__(self, path: Path, prepare: Prepare) -> None:
         """Open or make the file.
 
         Args:
@@ -111,7 +125,7 @@ class Writer:
                 job.done.get_loop().call_soon_threadsafe(job.deliver)
 
 
-def _open(path: Path, prepare: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
+def _open(path: Path, prepare: Prepare) -> sqlite3.Connection:
     what = f"state file {str(path)!r}"
     try:
         file = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)

@@ -21,15 +21,16 @@ from maveriq.domain.models import WeightType
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.body import Body, World
 from maveriq.exec.cluster import EndpointRequest, Outcome, Submission, Ticket
+from maveriq.exec.launcher import Launcher
 from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec
-from maveriq.policy.base import Decision, Deploy, Rejection
+from maveriq.policy.base import Decision, Deploy, Policy, Rejection
 from maveriq.scenario.service import EstimatedService
 from maveriq.units import BYTES_PER_GIB, micros
 
-_LONGEST_S = 3_000.0
+LONGEST_S = 3_000.0
 _TOKEN_S = 0.05
-_MOST_TOKENS = 20
+MOST_TOKENS = 20
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Anywhere:
             other = self._chance.whole(at, len(room) - 1)
             room[at], room[other] = room[other], room[at]
         plan = DeploymentPlan(
-            model=ask.model,
+            model=MODEL,
             configuration=Configuration(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
             layer_split=(MODEL.layers - count + 1, *[1] * (count - 1)),
             gpu_ids=tuple(room[:count]),
@@ -95,7 +96,7 @@ class Drama:
         asked = EndpointRequest(
             model=MODEL,
             intent=Intent(objective=Objective.MIN_COST),
-            output_tokens=_MOST_TOKENS,
+            output_tokens=MOST_TOKENS,
             batch_size=self._chance.whole(1, 3),
         )
         endpoint_id = self._body.deploy(asked)
@@ -111,7 +112,7 @@ class Drama:
         submission = Submission(
             endpoint_id=endpoint_id,
             prompt=tuple(range(self._chance.whole(1, 5))),
-            output_tokens=self._chance.whole(1, _MOST_TOKENS),
+            output_tokens=self._chance.whole(1, MOST_TOKENS),
             priority=self._chance.happens(0.1),
         )
         ticket = self._body.submit(submission)
@@ -154,12 +155,12 @@ def play(seed: int, misfortune: Misfortune | None = None) -> Ended:
     """
     chance = Chance(seed)
     drawn = Misfortune.drawn(chance)
-    return run_virtually(_play(chance, misfortune or drawn), longest_s=_LONGEST_S)
+    return run_virtually(_play(chance, misfortune or drawn), longest_s=LONGEST_S)
 
 
 async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     machine = Machine(chance, misfortune)
-    body = _body(chance, machine)
+    body = body_on(chance, machine, Anywhere(chance), machine)
     outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
     failures = len(body.notes)
     await body.close()
@@ -184,11 +185,12 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     )
 
 
-def _body(chance: Chance, machine: Machine) -> Body:
-    gpus = chance.whole(1, 5)
+def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher) -> Body:
+    """Return a body on a machine, which gets GPUs if it has none."""
+    machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(chance.whole(1, 5)).gpus]
     world = World(
-        cluster=cluster(gpus),
-        policy=Anywhere(chance),
+        cluster=cluster(len(machine.capacity)),
+        policy=policy,
         settings=ControllerSettings(
             timing=_timing(chance),
             discipline=list(Discipline)[chance.whole(0, len(Discipline) - 1)],
@@ -201,7 +203,7 @@ def _body(chance: Chance, machine: Machine) -> Body:
     )
     body = Body(
         world,
-        machine,
+        launcher,
         supervision=SupervisionSettings(
             start_s=15.0, ping_s=chance.between(0.2, 1), hang_s=8.0, stop_s=1.0, backoff_s=0.5, longest_backoff_s=8.0,
             most_failures=chance.whole(2, 6), memory_back_s=10.0,
@@ -214,7 +216,6 @@ def _body(chance: Chance, machine: Machine) -> Body:
         return dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
 
     machine.memory_of = memory_of
-    machine.capacity = [gpu.capacity_bytes for gpu in world.cluster.gpus]
     return body
 
 

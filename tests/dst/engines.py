@@ -75,6 +75,12 @@ class Machine:
                 starts = f"{spec.deployment_id}.{spec.incarnation} starts"
                 self.wrongs.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
 
+    def orphan_all(self) -> None:
+        """Let the processes' executor be gone; the kernel sees to them (`maveriq.exec.orphans`)."""
+        for process in self.processes:
+            if process.alive:
+                process.orphaned()
+
     def gone(self, process: Process) -> None:
         """Let the memory of a process come back, which takes a while."""
         if process.holds_memory:
@@ -174,6 +180,7 @@ class Process:
         self.holds_memory = False
         self.executing = False
         self.doomed = False  # somebody has decided that it is to end
+        self.deaf = False  # its executor is gone: nothing comes any more, not even signals
         self._hangs = False
         self._work: list[asyncio.TimerHandle] = []
         self._session = Session(pid=self.pid, worker=self, send=self._send, leave=self._exit)
@@ -214,16 +221,22 @@ class Process:
             self.post(message, self.inbox.put)
 
     def take(self, message: ToEngine) -> None:
-        if self.alive and not self._hangs:
+        if self.alive and not self._hangs and not self.deaf:
             self._session.take(message)
 
+    def orphaned(self) -> None:
+        self.deaf = self.doomed = True
+        self.machine.loop.call_later(self.machine.chance.between(0, 0.1), self._exit, -9)
+
     def executor_gone(self) -> None:
-        if self.alive and not self._hangs:
+        if self.alive and not self._hangs and not self.deaf:
             self._session.stop(say_bye=False)
 
     # Signals and the end
 
     def signalled(self, code: int) -> None:
+        if self.deaf:
+            return
         self.doomed = True
         deaf = code == -15 and (self._hangs or self.machine.goes_wrong(self.machine.misfortune.deaf_to_sigterm))
         if not deaf:

@@ -9,9 +9,12 @@ from collections import Counter
 import pytest
 from chance import Misfortune
 from drama import play
+from lives import live
 
 SEEDS = 500
+LIVES = 40
 _CHUNK = 50
+_CHUNK_OF_LIVES = 20
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, _CHUNK))
@@ -40,3 +43,15 @@ def test_lost_and_late_messages_cost_time_and_no_engine(seed: int) -> None:
     seen = play(seed, bad_line)
     assert seen.engines <= seen.deployments  # fewer where one is taken away before it has a process
     assert (seen.failures, seen.statuses["failed"]) == (0, seen.reasons["the client went away"])
+
+
+@pytest.mark.parametrize("first", range(0, LIVES, _CHUNK_OF_LIVES))
+def test_what_a_service_accepted_has_an_end_however_often_it_is_killed(first: int) -> None:
+    statuses: Counter[str] = Counter()
+    for seed in range(first, first + _CHUNK_OF_LIVES):
+        try:
+            statuses += live(seed).statuses
+        except BaseException as error:
+            error.add_note(f"seed {seed}; play it again with: python scripts/soak.py --lives --seed {seed}")
+            raise
+    assert statuses["completed"] > statuses["failed"] > 0

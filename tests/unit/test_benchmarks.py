@@ -17,3 +17,10 @@ def test_a_large_run_in_small(world: str) -> None:
     assert set(figures) == {"simulate_us", "bare_events", "files_us", "memory_kib"}
     # Memory counts from the peak of the parent, which is that of all tests here: it can be 0.
     assert all(value > 0 for name, value in figures.items() if name != "memory_kib")
+
+
+def test_the_overhead_of_the_executor_in_small() -> None:
+    command = [sys.executable, str(BENCHMARKS / "executor.py"), "--seconds", "0.2", "--engines", "2"]
+    figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert figures["requests"] == 40
+    assert 0 < figures["overhead_ms"]["p50"] <= figures["overhead_ms"]["p99"]

@@ -1,0 +1,258 @@
+"""A service that is killed and started again, several times, on one state file: nothing accepted is without an end."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from chance import Chance, Misfortune
+from drama import LONGEST_S, MOST_TOKENS, Anywhere, Ended, body_on
+from engines import Connection, Machine
+from virtual_time import run_virtually
+from worlds import MODEL
+
+from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.requests import FINAL_STATUSES
+from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.exec.messages import EngineSpec
+from maveriq.policy.endpoints import PerEndpoint
+from maveriq.serve.refusals import ApiError
+from maveriq.serve.service import Service
+from maveriq.serve.settings import ServeSettings
+from maveriq.serve.store import Store, StoreError
+from maveriq.serve.tracking import Accepted
+from maveriq.serve.writer import Prepare
+
+_T = TypeVar("_T")
+_FINAL = {status.label for status in FINAL_STATUSES}
+
+
+class Disk:
+    """A state file that takes its time, fails at times, and keeps what was committed."""
+
+    def __init__(self, chance: Chance, full: float) -> None:
+        self._chance = chance
+        self._full = full
+        self.rough = True
+        self._file = sqlite3.connect(":memory:", isolation_level=None)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def open(self, power: Power) -> Callable[[Path, Prepare], File]:
+        """Return what a store opens in a life."""
+
+        def opened(_: Path, prepare: Prepare) -> File:
+            prepare(self._file)
+            return File(self, power)
+
+        return opened
+
+    async def do(self, work: Callable[[sqlite3.Connection], _T], power: Power) -> _T:
+        await asyncio.sleep(self._chance.wait_s(0.01))
+        await power.on()
+        if self.rough and self._chance.happens(self._full):
+            raise StoreError("the disk is full today")
+        self._file.execute("BEGIN")
+        result = work(self._file)
+        self._file.execute("COMMIT")
+        await asyncio.sleep(self._chance.wait_s(0.01))
+        await power.on()
+        return result
+
+
+@dataclass
+class File:
+    """`maveriq.serve.writer.DoesJobs` in one life."""
+
+    disk: Disk
+    power: Power
+
+    async def do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        return await self.disk.do(work, self.power)
+
+    def close(self) -> None:
+        pass
+
+
+class Power:
+    """Is on until a life is cut off; then nobody gets on with anything."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._cut = False
+
+    async def on(self) -> None:
+        if self._cut:
+            await asyncio.get_running_loop().create_future()
+
+    def cut(self) -> None:
+        self._cut = True
+        self._machine.orphan_all()
+
+    async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> Connection:
+        """`Launcher.launch`."""
+        await self.on()
+        return await self._machine.launch(spec, gpu_ids)
+
+
+class Clients:
+    """Who uses the service over all its lives, and what they were told."""
+
+    def __init__(self, chance: Chance) -> None:
+        self._chance = chance
+        self.told: dict[str, str | None] = {}  # by request: its end as far as a client heard of it
+        self.endpoints: set[int] = set()
+        self._uncertain: set[int] = set()
+
+    async def use(self, service: Service) -> None:
+        """Deploy, send, take away, in parallel, until done or cut off."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._chance.whole(1, 4)):
+                tasks.create_task(self._one(service))
+
+    async def _one(self, service: Service) -> None:
+        await asyncio.sleep(self._chance.between(0, 10))
+        endpoint_id = await self._deploy(service)
+        async with asyncio.TaskGroup() as followers:
+            for _ in range(self._chance.whole(0, 20)):
+                await asyncio.sleep(self._chance.wait_s(2))
+                endpoints = service.endpoints()
+                if endpoints:
+                    target = endpoints[self._chance.whole(0, len(endpoints) - 1)].endpoint_id
+                    await self._send(service, target, followers)
+        if endpoint_id and self._chance.happens(0.3):
+            await self._remove(service, endpoint_id)
+
+    async def _deploy(self, service: Service) -> int | None:
+        asked = EndpointRequest(
+            model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=MOST_TOKENS, batch_size=2
+        )
+        try:
+            endpoint = await service.deploy(next(iter(service.models)), asked, "")
+        except (StoreError, ApiError):
+            return None
+        self.endpoints.add(endpoint.endpoint_id)
+        return endpoint.endpoint_id
+
+    async def _remove(self, service: Service, endpoint_id: int) -> None:
+        self._uncertain.add(endpoint_id)  # cut off in the middle it may be there or not
+        try:
+            await service.remove(endpoint_id)
+        except ApiError:  # another client was first
+            pass
+        except StoreError:
+            return
+        self.endpoints.discard(endpoint_id)
+
+    async def _send(self, service: Service, endpoint_id: int, followers: asyncio.TaskGroup) -> None:
+        submission = Submission(
+            endpoint_id=endpoint_id,
+            prompt=tuple(range(self._chance.whole(1, 5))),
+            output_tokens=self._chance.whole(1, MOST_TOKENS),
+        )
+        try:
+            accepted = await service.tracker.accept(MODEL.name, submission, None)
+        except ApiError:
+            return
+        self.told[accepted.row.request_id] = None
+        followers.create_task(self._follow(accepted, service))
+
+    async def _follow(self, accepted: Accepted, service: Service) -> None:
+        if self._chance.happens(0.1):
+            service.tracker.abandon(accepted)
+        ended = await asyncio.shield(accepted.outcome)
+        if service.tracker.store_works:
+            self.told[accepted.row.request_id] = ended.status.label
+
+    def certain(self, endpoints: set[int]) -> set[int]:
+        return endpoints - self._uncertain
+
+
+def live(seed: int) -> Ended:
+    """Let a service live several times.
+
+    Raises:
+        AssertionError: something did not add up.
+        TimeoutError: something never ended.
+    """
+    return run_virtually(_live(Chance(seed)), longest_s=LONGEST_S)
+
+
+async def _live(chance: Chance) -> Ended:
+    machine = Machine(chance, Misfortune.drawn(chance))
+    disk = Disk(chance, full=chance.between(0, 0.1) if chance.happens(0.5) else 0.0)
+    clients = Clients(chance)
+    try:
+        for _ in range(chance.whole(1, 3)):
+            await _cut_off(chance, machine, disk, clients)
+        statuses = await _last_life(chance, machine, disk, clients)
+    finally:
+        disk.close()
+    return Ended(statuses=statuses, engines=len(machine.processes), simulated_s=machine.loop.time())
+
+
+async def _cut_off(chance: Chance, machine: Machine, disk: Disk, clients: Clients) -> None:
+    """Start a service, use it, and cut it off at any time."""
+    power = Power(machine)
+    before = asyncio.all_tasks()
+
+    async def life() -> None:
+        service = _service(chance, machine, disk, power)
+        if await _starts(service):
+            await clients.use(service)
+        await asyncio.get_running_loop().create_future()
+
+    living = asyncio.create_task(life())
+    await asyncio.wait({living}, timeout=chance.wait_s(40))
+    power.cut()
+    left = asyncio.all_tasks() - before
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await asyncio.sleep(0.2 + chance.wait_s(1))
+
+
+async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clients) -> Counter[str]:
+    """Start once more, use it until its disk is well again, stop it, and look at what is written down."""
+    service = _service(chance, machine, disk, Power(machine))
+    while not await _starts(service):
+        service = _service(chance, machine, disk, Power(machine))
+    back = {endpoint.endpoint_id for endpoint in service.endpoints() if endpoint.engines}
+    assert clients.certain(clients.endpoints) <= back, "a deployment did not come back"
+    await clients.use(service)
+    disk.rough = False
+    await service.tracker.drained()
+    rows = {row.request_id: row for row in await service.store.requests(status=None, most=100_000)}
+    await service.stop()
+    await asyncio.sleep(5)
+    for request_id, told in clients.told.items():
+        assert request_id in rows, "an accepted request is not written down"
+        assert told in (None, rows[request_id].status), f"told {told}, written down {rows[request_id].status}"
+    assert {row.status for row in rows.values()} <= _FINAL, "an accepted request has no end"
+    assert not [process.name for process in machine.processes if process.alive], "processes outlive their executor"
+    assert not machine.wrongs, machine.wrongs[0]
+    return Counter(row.status for row in rows.values())
+
+
+async def _starts(service: Service) -> bool:
+    """Start a service; one that cannot read its state says so and does not start."""
+    try:
+        if not await service.store.models():
+            await service.store.add_model(MODEL, "")
+        await service.start()
+    except StoreError:
+        return False
+    return True
+
+
+def _service(chance: Chance, machine: Machine, disk: Disk, power: Power) -> Service:
+    placements = PerEndpoint(usual=Anywhere(chance))
+    body = body_on(chance, machine, placements, power)
+    store = Store(Path("state"), writer=disk.open(power))
+    return Service(body, store, ServeSettings(), placements)

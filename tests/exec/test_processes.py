@@ -1,0 +1,113 @@
+"""What an engine's process is given, and what it does without."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from exec_rigs import EngineCase, rig, run_async
+
+from maveriq.errors import InputError
+from maveriq.exec.devices import Devices
+from maveriq.exec.engines.catalog import BACKENDS, make_engine
+from maveriq.exec.launcher import LaunchError, ProcessLauncher
+
+CASE = EngineCase(backend="emulated")
+
+
+def test_an_engine_imports_nothing_that_takes_long() -> None:
+    script = "import sys, maveriq.exec.host, maveriq.exec.engines.emulated; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    heavy = {"numpy", "typer", "rich", "simpy", "matplotlib", "torch", "maveriq.control", "maveriq.scenario"}
+    assert not heavy & set(loaded)
+
+
+def test_its_gpus_are_fixed_by_uuid_before_it_starts(tmp_path: Path) -> None:
+    async def check() -> None:
+        devices = Devices(uuids=("GPU-a", "GPU-b", "GPU-c"))
+        with ProcessLauncher("emulated", logs=tmp_path, devices=devices) as launcher:
+            connection = await launcher.launch(CASE.spec(pp=2, layer_split=(7, 1)), (2, 0))
+            environment = Path(f"/proc/{connection.pid}/environ").read_bytes().split(b"\0")
+            assert b"CUDA_VISIBLE_DEVICES=GPU-c,GPU-a" in environment
+            assert os.getpgid(connection.pid) == os.getsid(connection.pid) == connection.pid
+            connection.kill()
+            await connection.wait_exit()
+            connection.channel.close()
+
+    run_async(check)
+
+
+def test_sockets_lie_in_a_private_folder_that_goes(tmp_path: Path) -> None:
+    with ProcessLauncher("emulated", logs=tmp_path) as launcher:
+        folder = Path(launcher._sockets.name)
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert len(str(folder)) < 80
+    assert not folder.exists()
+
+
+def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with rig(CASE, tmp_path, load=False) as one:
+            one.connection.channel._writer.write(b"\0\0\0\1x")
+            await one.exit_code()
+            assert "does not speak this protocol" in one.connection.last_words()
+            assert (tmp_path / "1-1.log").read_text().startswith("maveriq engine: ")
+
+    run_async(check)
+
+
+def test_a_process_that_ends_at_once_is_a_launch_that_failed(tmp_path: Path, monkeypatch) -> None:
+    async def check() -> None:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with ProcessLauncher("emulated", logs=tmp_path) as launcher:
+            with pytest.raises(LaunchError, match="exit code 1"):
+                await launcher.launch(CASE.spec(), (0,))
+            monkeypatch.setattr(sys, "executable", "/no/such/python")
+            with pytest.raises(LaunchError, match="No such file"):
+                await launcher.launch(CASE.spec(), (0,))
+
+    asyncio.run(check())
+
+
+def test_a_launch_that_is_cancelled_leaves_no_process(tmp_path: Path, monkeypatch) -> None:
+    async def check() -> None:
+        sleeper = tmp_path / "sleeper"
+        sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+        sleeper.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(sleeper))
+        with ProcessLauncher("emulated", logs=tmp_path) as launcher:
+            launching = asyncio.create_task(launcher.launch(CASE.spec(), (0,)))
+            await asyncio.sleep(0.2)
+            launching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await launching
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        assert not [pid for pid in children if b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    run_async(check)
+
+
+def test_devices_are_named_as_a_process_counts_them() -> None:
+    devices = Devices(uuids=("A", "B", "A"))
+    assert devices.shared
+    assert devices.visible_to((1, 0, 2)) == ("B", "A")
+    assert devices.names((1, 0, 2)) == ("cuda:0", "cuda:1", "cuda:1")
+    assert Devices().names((5, 6)) == ("cpu", "cpu")
+    assert Devices().visible_to((5,)) == ()
+    with pytest.raises(InputError, match="GPU 3"):
+        devices.names((3,))
+
+
+@pytest.mark.parametrize("name", ["nothing", ""])
+def test_an_unknown_backend_is_named(name: str) -> None:
+    with pytest.raises(InputError, match="unknown backend"):
+        make_engine(name)
+
+
+def test_backends_are_known_where_engines_are() -> None:
+    """The catalogue and the capability matrix speak of the same engines."""
+    from maveriq.exec.matrix import known_engines
+
+    assert set(BACKENDS) == {name for name, facts in known_engines().items() if facts.started}

@@ -1,0 +1,177 @@
+"""The torch engine in real processes: its ranks, their death, and what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
+pytest.importorskip("transformers", reason="the expected tokens come from transformers")
+
+import torch
+from exec_rigs import EngineCase, alive_in_group, rig, run_async, until
+from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs, prompts_of, spec_of
+
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.torch import TorchEngine
+from maveriq.exec.engines.torch.engine import _all_loaded
+from maveriq.exec.engines.torch.ranks import RankLostError
+from maveriq.exec.engines.torch.wire import RankFailed
+from maveriq.exec.messages import Generate
+from maveriq.exec.session import BROKEN
+
+ROOT = Path(__file__).parents[2]
+DEATH_BOUND_S = 5.0
+
+
+@pytest.fixture
+def engine():
+    engine = TorchEngine()
+    yield engine
+    engine.close()
+
+
+def generate_of(execution_id=1, **asked):
+    return Generate(execution_id=execution_id, sequences=prompts_of(**asked))
+
+
+def too_large():
+    """Return an execution whose KV cache takes terabytes a layer."""
+    return generate_of(9, prompts=[PROMPTS[0]] * 10_000, output_tokens=1_000_000)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids):
+    deadline = time.monotonic() + DEATH_BOUND_S
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "ranks outlive their engine"
+        time.sleep(0.02)
+
+
+def test_tensor_and_pipeline_parallel_over_processes_until_one_is_killed(engine):
+    loaded = engine.load(spec_of(CONFIGS["llama"], tp=2, split=(1, 3)))
+    assert (loaded.backend, loaded.weights_bytes > 0, loaded.kv_cache_bytes > 0) == ("torch", True, True)
+    for execution in (1, 2):
+        assert outputs(list(engine.generate(generate_of(execution)))) == expected_tokens("llama")
+
+    pids = engine.pids
+    steps = engine.generate(generate_of(3, output_tokens=5000))
+    next(steps)
+    os.kill(pids[2], signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RankLostError):
+        list(steps)
+    assert time.monotonic() - started < DEATH_BOUND_S
+    with pytest.raises(RankLostError):
+        list(engine.generate(generate_of(4)))
+    engine.close()
+    wait_until_gone(pids)
+
+
+def test_three_uneven_stages_over_processes(engine):
+    engine.load(spec_of(CONFIGS["falcon-40b"], split=(2, 1, 1)))
+    steps = engine.generate(generate_of())
+    assert next(steps) == [tokens[0] for tokens in expected_tokens("falcon-40b")]
+    steps.close()  # who stops listening does not spoil the next execution
+    with pytest.raises(EngineError) as raised:
+        list(engine.generate(too_large()))
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY
+    assert outputs(list(engine.generate(generate_of(2)))) == expected_tokens("falcon-40b")
+    groups = {os.getpgid(pid) for pid in engine.pids}
+    assert groups == {os.getpgrp()}
+
+
+def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
+    engine.load(spec_of(CONFIGS["gpt-j"]))
+    with pytest.raises(EngineError, match="not in the vocabulary"):
+        list(engine.generate(generate_of(prompts=[(1, 5000)])))
+    with pytest.raises(EngineError) as raised:
+        list(engine.generate(too_large()))
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY
+    assert outputs(list(engine.generate(generate_of(3)))) == expected_tokens("gpt-j")
+    engine.close()
+    engine.close()
+    with pytest.raises(RankLostError):
+        list(engine.generate(generate_of(4)))
+
+
+def test_ranks_end_with_their_engine_however_it_ends():
+    script = (
+        "import sys, msgspec\n"
+        "from maveriq.exec.engines.torch import TorchEngine\n"
+        "from maveriq.exec.messages import EngineSpec\n"
+        "engine = TorchEngine(); engine.load(msgspec.json.decode(sys.argv[1], type=EngineSpec))\n"
+        "print(*engine.pids, flush=True); input()\n"
+    )
+    spec = msgspec.json.encode(spec_of(CONFIGS["llama"], split=(3, 1))).decode()
+    host = subprocess.Popen(
+        [sys.executable, "-c", script, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    with host:
+        pids = [int(pid) for pid in host.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(alive(pid) for pid in pids)
+        host.kill()
+    wait_until_gone(pids)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_not_tried_again():
+    with pytest.raises(EngineError, match="sees 0 GPUs") as raised:
+        load_worker(spec_of(CONFIGS["llama"], devices=("cuda:0",)))
+    assert raised.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_an_idle_engine_whose_rank_is_killed_ends_too(tmp_path):
+    async def check():
+        async with rig(EngineCase(backend="torch"), tmp_path, pp=2, layer_split=(6, 2)) as one:
+            ranks = [pid for pid in alive_in_group(one.connection.pid) if pid != one.connection.pid]
+            os.kill(ranks[1], signal.SIGKILL)
+            assert await one.exit_code() == BROKEN
+            await until(lambda: not alive_in_group(one.connection.pid))
+
+    run_async(check)
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "kind", "reason"),
+    [
+        ({}, (4,), FailureKind.ERROR, "cannot be read"),
+        ({"vocab_size": 2**38}, (3, 1), FailureKind.OUT_OF_MEMORY, "memory"),
+    ],
+)
+def test_a_rank_that_cannot_load_says_why(engine, tmp_path, config, split, kind, reason):
+    folder = "" if kind is FailureKind.OUT_OF_MEMORY else str(tmp_path)
+    with pytest.raises(EngineError, match=reason) as raised:
+        engine.load(spec_of({**CONFIGS["llama"], **config}, split=split, weights_folder=folder))
+    assert raised.value.kind is kind
+    assert engine.pids == ()
+
+
+def test_the_rank_that_ran_out_of_memory_is_the_cause_whoever_speaks_first():
+    missed = RankFailed(kind="error", message="connection closed by peer")
+    short = RankFailed(kind="out-of-memory", message="no memory left")
+
+    class Heard:
+        pids = (1, 2)
+
+        def hear(self):
+            return 0, missed
+
+        def failures(self):
+            return [short]
+
+    with pytest.raises(EngineError, match="no memory left") as raised:
+        _all_loaded(Heard())
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY

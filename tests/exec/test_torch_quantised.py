@@ -1,0 +1,160 @@
+"""Quantised weights and KV cache: near the unquantised model, and really smaller."""
+
+import gc
+
+import pytest
+
+pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
+pytest.importorskip("transformers", reason="tests/exec/torch_models.py draws models with it")
+
+import torch
+from torch_models import CONFIGS, OUTPUT_TOKENS, load_worker, outputs, prompts_of, run_split, spec_of
+
+from maveriq.exec.engines.torch.attention import prefill_positions
+from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linear, make_linear
+
+WIDE = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}  # offsets and scales of groups weigh little
+PROMPT = (5, 17, 101, 3, 77, 150, 42)
+
+
+def scores_of(worker):
+    """Return the scores of the token after PROMPT."""
+    stage = worker.stage
+    with torch.inference_mode():
+        x = torch.nn.functional.embedding(torch.tensor([PROMPT]), stage.embedding)
+        stage.make_room(1, len(PROMPT))
+        x = stage.run(x, prefill_positions(stage.arch.rotary, 1, len(PROMPT), like=x))
+        return stage.scores(x[:, -1])
+
+
+def scores_after_decoding(worker, monkeypatch):
+    """Return the scores of every step of a generation, each step's token taken from the first run that asked."""
+    seen = []
+    likeliest = type(worker.stage).likeliest
+
+    def spied(stage, x):
+        seen.append(stage.scores(x))
+        return likeliest(stage, x)
+
+    monkeypatch.setattr(type(worker.stage), "likeliest", spied)
+    list(worker.run(prompts_of([PROMPT], output_tokens=4)))
+    return torch.cat(seen)
+
+
+def distance(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.03), ("int4", 0.4)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_stay_near(name, weights, bound):
+    config = {**CONFIGS[name], "initializer_range": 0.05}  # wider, and errors grow from layer to layer
+    exact = scores_of(load_worker(spec_of(config)))
+    assert distance(scores_of(load_worker(spec_of(config, seed=1))), exact) > 1
+    away = distance(scores_of(load_worker(spec_of(config, weights=weights))), exact)
+    assert 0 < away < bound
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(("tp", "split"), [(2, (3, 1)), (1, (1, 1, 2))])
+def test_a_quantised_model_is_split_too(weights, tp, split):
+    config = CONFIGS["falcon-40b"]
+    ranks = run_split(spec_of(config, weights=weights, tp=tp, split=split), prompts_of())
+    assert all(steps == ranks[0] for steps in ranks)
+    if tp == 1:  # shards of rows have scales of their own
+        worker = load_worker(spec_of(config, weights=weights))
+        assert outputs(ranks[0]) == outputs([step for step, _ in worker.run(prompts_of())])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_8_bit_kv_cache_stays_near(name, monkeypatch):
+    exact, near = (
+        scores_after_decoding(load_worker(spec_of(CONFIGS[name], kv=kv)), monkeypatch) for kv in ("native", "int8")
+    )
+    assert torch.equal(exact[0], near[0])  # prefill looks at what it has just computed
+    assert 0 < distance(near[1:2], exact[1:2]) < 0.05
+
+
+def live_bytes():
+    """Return the memory of all tensors that anything holds."""
+    gc.collect()
+    # By type: asking torch's lazy objects for their class warns of old names.
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def test_memory_is_what_the_worker_says_and_really_smaller():
+    measured = {}
+    for weights in ("float16", "int8", "int4"):
+        before = live_bytes()
+        worker = load_worker(spec_of(WIDE, weights=weights))
+        said = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
+        assert live_bytes() - before == pytest.approx(said, rel=0.01)
+        embedding_and_output = 2 * worker.stage.embedding.nbytes
+        measured[weights] = worker.stage.weights_bytes - embedding_and_output
+        del worker
+    assert measured["int8"] / measured["float16"] < 0.27
+    assert measured["int4"] / measured["float16"] < 0.15
+
+
+def test_an_8_bit_kv_cache_is_really_smaller():
+    config = {**CONFIGS["llama"], "hidden_size": 512}
+    native, small = (load_worker(spec_of(config, kv=kv)).stage.kv_cache_bytes for kv in ("native", "int8"))
+    assert small / native == pytest.approx((1 + 4 / 64) / 4)
+
+
+def test_a_shard_does_not_keep_the_whole_matrix_alive():
+    spec = spec_of(CONFIGS["gpt-j"], tp=4, split=(4,))
+    before = live_bytes()
+    kept = []
+
+    class Links:
+        def add_up(self, x):
+            return x
+
+        def gather(self, x):
+            return [x] * 4
+
+        def tell_tokens(self, tokens):
+            return tokens
+
+        def agree(self, *, well):
+            return well
+
+    from maveriq.exec.engines.torch.worker import Worker
+
+    kept.append(Worker(spec, 2, Links()))
+    said = kept[0].stage.weights_bytes + kept[0].stage.kv_cache_bytes
+    assert live_bytes() - before == pytest.approx(said, rel=0.02)
+
+
+@pytest.mark.parametrize("inputs", [2, 6, 24, 96, 128, 384])
+def test_layers_of_any_even_width(inputs):
+    generator = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(40, inputs, generator=generator)
+    bias = torch.randn(40, generator=generator)
+    x = torch.randn(3, 2, inputs, generator=generator)
+    expected = DenseLinear(weight, bias)(x)
+    for layer, bound in ((Int8Linear(weight, bias), 0.02), (Int4Linear(weight, bias), 0.2)):
+        assert layer(x).shape == expected.shape
+        assert distance(layer(x), expected) < bound
+
+
+def test_odd_rows_stay_in_8_bits_and_zeroes_stay_zeroes():
+    assert isinstance(make_linear("int4", torch.ones(3, 5)), Int8Linear)
+    for layer in (Int8Linear(torch.zeros(3, 8)), Int4Linear(torch.zeros(3, 8))):
+        assert not layer(torch.ones(1, 8)).any()
+
+
+@pytest.mark.parametrize("kv", ["native", "int8"])
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_16_bits_as_on_a_gpu(name, weights, kv, monkeypatch):
+    """No step needs 32 bits, and none leaves what 16 can hold."""
+    monkeypatch.setattr("maveriq.exec.engines.torch.worker._type_of_numbers", lambda arch, device: torch.float16)
+    config = {**CONFIGS[name], "initializer_range": 0.05}
+    worker = load_worker(spec_of(config, weights=weights, kv=kv))
+    assert scores_of(worker).dtype is torch.float16
+    assert scores_of(worker).isfinite().all()
+    assert len(outputs([step for step, _ in worker.run(prompts_of())])[2]) == OUTPUT_TOKENS

@@ -1,0 +1,110 @@
+"""Weights: real ones from a folder, and random ones that do not depend on how a model is split."""
+
+import json
+
+import pytest
+
+pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
+pytest.importorskip("transformers", reason="the folders come from transformers")
+
+import torch
+from torch_models import CONFIGS, PROMPTS, greedy, load_worker, outputs, prompts_of, run_split, spec_of
+
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.torch.sources import RandomSource
+
+CPU = torch.device("cpu")
+FALCON_SEQUENTIAL = {**CONFIGS["falcon-7b"], "multi_query": False, "parallel_attn": False, "bias": True}
+LLAMA_31 = {
+    **CONFIGS["llama-gqa"],
+    "mlp_bias": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+FALCON_11B = {**CONFIGS["falcon-40b"], "num_ln_in_parallel_attn": 1}
+LLAMA_LINEAR = {**CONFIGS["llama"], "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}
+IN_A_FOLDER = {
+    **CONFIGS,
+    "falcon-sequential": FALCON_SEQUENTIAL,
+    "falcon-11b": FALCON_11B,
+    "llama-3.1": LLAMA_31,
+    "llama-linear": LLAMA_LINEAR,
+}
+
+
+def saved(config, folder, **how):
+    """Save a model of transformers whose every parameter is random, biases and norms too; return the model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    model.save_pretrained(folder, **how)
+    return model
+
+
+@pytest.mark.parametrize("name", IN_A_FOLDER)
+def test_a_saved_model_says_here_what_it_says_there(name, tmp_path):
+    model = saved(IN_A_FOLDER[name], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = [greedy(model, prompt) for prompt in PROMPTS]
+    for tp, split in ((1, (4,)), (2, (3, 1)), (4, (1, 1, 2))):
+        spec = spec_of(config, tp=tp, split=split, weights_folder=str(tmp_path))
+        for steps in run_split(spec, prompts_of()):
+            assert outputs(steps) == expected
+
+
+def test_a_model_in_several_files(tmp_path):
+    model = saved(CONFIGS["llama"], tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    worker = load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+    steps = [step for step, _ in worker.run(prompts_of())]
+    assert outputs(steps) == [greedy(model, prompt) for prompt in PROMPTS]
+
+
+def test_a_folder_of_another_model_is_an_error(tmp_path):
+    saved(CONFIGS["llama"], tmp_path)
+    for config, reason in (
+        (CONFIGS["gpt-j"], "no tensor transformer.wte.weight"),
+        ({**CONFIGS["llama"], "vocab_size": 200}, r"shape \(199, 64\), config.json says \(200, 64\)"),
+    ):
+        with pytest.raises(EngineError, match=reason) as raised:
+            load_worker(spec_of(config, weights_folder=str(tmp_path)))
+        assert raised.value.kind is FailureKind.ERROR
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100])
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_damaged_folder_is_an_error(file, content, tmp_path):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(EngineError, match="cannot be read"):
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+
+
+def test_an_index_leads_nowhere_else(tmp_path):
+    folder = tmp_path / "model"
+    saved(CONFIGS["llama"], tmp_path / "elsewhere")
+    folder.mkdir()
+    index = {"weight_map": {"model.embed_tokens.weight": "../elsewhere/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(EngineError, match="cannot be read"):
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(folder)))
+
+
+def test_random_weights_depend_on_seed_and_name_only():
+    def drawn(seed, name):
+        return RandomSource(seed=seed, spread=0.5, device=CPU, dtype=torch.float32).read(name, (300, 200))
+
+    assert torch.equal(drawn(1, "a.weight"), drawn(1, "a.weight"))
+    assert not torch.equal(drawn(1, "a.weight"), drawn(2, "a.weight"))
+    assert not torch.equal(drawn(1, "a.weight"), drawn(1, "b.weight"))
+    assert drawn(1, "a.weight").std().item() == pytest.approx(0.5, rel=0.02)
+    assert drawn(1, "a.weight").mean().item() == pytest.approx(0.0, abs=0.01)
