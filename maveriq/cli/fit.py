@@ -23,10 +23,14 @@ def fit(
         ),
     ] = None,
     profile: Annotated[
-        str, typer.Option(help="The hardware profile that the estimator is fed with: a name or a TOML file.")
-    ] = "a6000-short",
+        str | None,
+        typer.Option(
+            help="The hardware profile that the estimator is fed with: a name or a TOML file.",
+            show_default="the one with prompts like the table's",
+        ),
+    ] = None,
     estimator: Annotated[
-        str | None, typer.Option(help="Whom to compare: paper or calibrated.", show_default="paper")
+        str | None, typer.Option(help="Whom to compare: calibrated or paper.", show_default="calibrated")
     ] = None,
     leave_out: Annotated[
         str | None,
@@ -37,7 +41,9 @@ def fit(
     ] = None,
     prompt_tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=1_000_000, help="Length of the table's prompts.", show_default="the profile's"),
+        typer.Option(
+            min=1, max=1_000_000, help="Length of the table's prompts.", show_default="its own, or the profile's"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where a fit writes its files.", show_default="nowhere")
@@ -52,8 +58,10 @@ def fit(
     if table is not None:
         if out is not None:
             raise InputError("--out belongs to a fit; leave it away with --evaluate")
-        fitting.show_errors(table, profile, estimator or "paper", leave_out, prompt_tokens, as_json=as_json)
+        fitting.show_errors(table, profile, estimator, leave_out, prompt_tokens, as_json=as_json)
     elif data is not None:
-        if (estimator, leave_out, prompt_tokens) != (None, None, None):
-            raise InputError("--estimator, --leave-out and --prompt-tokens belong to --evaluate; leave them away")
+        if (profile, estimator, leave_out, prompt_tokens) != (None, None, None, None):
+            raise InputError(
+                "--profile, --estimator, --leave-out and --prompt-tokens belong to --evaluate; leave them away"
+            )
         fitting.show_fit(data, out, as_json=as_json)

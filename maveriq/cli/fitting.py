@@ -15,11 +15,12 @@ from rich.table import Table
 from maveriq.errors import InputError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.calibration import to_toml
-from maveriq.estimate.catalog import benchmarked_estimator
+from maveriq.estimate.catalog import benchmarked_estimator, usual
 from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trusted
-from maveriq.estimate.evaluate import Errors, Evaluation, Group, evaluate
+from maveriq.estimate.evaluate import Errors, Evaluation, Group, Subject, judge, read_measurements
 from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.matching import Matched, match
 from maveriq.report.tables import new_table
 from maveriq.report.wording import figure
 from maveriq.tables import is_folder
@@ -28,21 +29,53 @@ _DISTRUSTED = 12  # rows shown
 
 
 def show_errors(
-    table: Path, profile: str, name: str, leave_out: str | None, prompt_tokens: int | None, *, as_json: bool
+    table: Path,
+    profile: str | None,
+    name: str | None,
+    leave_out: str | None,
+    prompt_tokens: int | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Print the errors of an estimator on a table.
+
+    Args:
+        table: of measurements.
+        profile: feeds the estimator; None for the one with prompts like the table's.
+        name: of the estimator; None for the better one that the profile can feed.
+        leave_out: a model whose ground truth the estimator must not have seen.
+        prompt_tokens: of the table, where it does not say them itself.
+        as_json: print JSON alone.
 
     Raises:
         InputError: the table, the profile or the estimator cannot be used.
     """
-    hardware = load_profile(profile)
-    judged = benchmarked_estimator(name, hardware, without_model=leave_out)
-    prompt_tokens = prompt_tokens or hardware.prompt_tokens
-    evaluation = evaluate(table, judged, prompt_tokens=prompt_tokens)
+    rows = list(read_measurements(table))
+
+    def make(hardware: HardwareProfile) -> Estimator:
+        return benchmarked_estimator(name or usual(hardware), hardware, without_model=leave_out)
+
+    matched = match(rows, make, profile=profile, prompt_tokens=prompt_tokens)
+    evaluation = judge(rows, matched.subject_of)
     if as_json:
-        _print_json({"estimator": judged.name, "profile": hardware.name, **asdict(evaluation)})
+        _print_json(_fed_json(matched) | asdict(evaluation))
     else:
-        _show(evaluation, table, judged, hardware, prompt_tokens)
+        _show(evaluation, table, matched, found_out=profile is None)
+
+
+def _fed_json(matched: Matched) -> dict[str, object]:
+    """Return what the estimator was fed with; of several profiles each has its own prompts."""
+    return {
+        "estimator": _estimator_of(matched),
+        "profile": ", ".join(one.profile.name for one in matched.fed),
+        "prompt_tokens": None if matched.lengths_in_table else matched.fed[0].subject.prompt_tokens,
+        "profile_because": matched.why,
+        "profiles_tried": [asdict(one) for one in matched.tried],
+    }
+
+
+def _estimator_of(matched: Matched) -> str:
+    return matched.fed[0].subject.estimator.name
 
 
 def show_fit(data: Path, out: Path | None, *, as_json: bool) -> None:
@@ -88,22 +121,28 @@ def _print_json(answer: dict[str, object]) -> None:
     typer.echo(json.dumps(answer, indent=2, allow_nan=False))
 
 
-def _show(
-    evaluation: Evaluation, table: Path, judged: Estimator, hardware: HardwareProfile, prompt_tokens: int
-) -> None:
+def _show(evaluation: Evaluation, table: Path, matched: Matched, *, found_out: bool) -> None:
     console = Console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
+    prompts = "prompts as the table says" if matched.lengths_in_table else _prompts(matched.fed[0].subject)
     console.print(
-        f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by [bold]{judged.name}[/bold] with "
-        f"profile {escape(hardware.name)} (prompts of {prompt_tokens} tokens)",
+        f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by "
+        f"[bold]{_estimator_of(matched)}[/bold] with profile "
+        f"{escape(' and '.join(one.profile.name for one in matched.fed))} ({prompts})",
         soft_wrap=True,
     )
+    if found_out:
+        console.print(f"profile: {escape(matched.why)}; --profile takes another", soft_wrap=True, highlight=False)
     if evaluation.groups:
         _show_groups(console, evaluation.groups)
     for reason in evaluation.left_out:
         console.print(
             f"left out {reason.rows:,} rows: {escape(reason.reason)} (first: {escape(reason.first)})", soft_wrap=True
         )
+
+
+def _prompts(subject: Subject) -> str:
+    return f"prompts of {subject.prompt_tokens} tokens"
 
 
 def _show_groups(console: Console, groups: Sequence[Group]) -> None:

@@ -20,6 +20,11 @@ EACH = "each"
 """Said instead of a model: leave out each for its own rows."""
 
 
+def usual(profile: HardwareProfile) -> str:
+    """Return the name of the estimator to take where none is said: the better one that the profile can feed."""
+    return "calibrated" if profile.calibrated else "paper"
+
+
 def estimator(name: str, profile: HardwareProfile) -> Estimator:
     """Return the estimator of that name, fed by a hardware profile.
 

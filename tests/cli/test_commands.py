@@ -219,7 +219,7 @@ def test_fit_compares(maveriq: Maveriq, tmp_path: Path) -> None:
     header = "model,tp,pp,layer_split,weight_dtype,int8_kv,output_tokens,batch_size,latency_s,memory_after_run_gib"
     put(tmp_path, {"m.csv": f"{header}\nllama-2-7b,1,1,32,float16,0,20,1,0.5,14\n"})
     errors = answer(maveriq, "fit --evaluate m.csv")
-    assert (errors["estimator"], errors["profile"], errors["rows"]) == ("paper", "a6000-short", 1)
+    assert (errors["estimator"], errors["profile"], errors["rows"]) == ("calibrated", "a6000-long", 1)
     assert errors["groups"][0]["latency"]["n"] == 1
     ended = maveriq("fit --evaluate m.csv")
     assert (ended.code, ended.err) == (0, "")

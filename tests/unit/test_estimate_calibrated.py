@@ -125,11 +125,11 @@ def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, 
 
 
 @pytest.mark.data
-def test_the_length_of_a_tables_prompts_can_be_said(measured_data: Path) -> None:
+def test_the_profile_and_the_length_of_prompts_can_be_said(measured_data: Path) -> None:
     table = measured_data / "a6000" / "full_model_long_prompt.csv"
     app = typer.Typer()
     app.command()(fit)
-    command = ["--evaluate", str(table), "--estimator", "calibrated", "--json"]
+    command = ["--evaluate", str(table), "--profile", "a6000-short", "--json"]
     unsaid, said = (
         json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--prompt-tokens", "923"])
     )
