@@ -139,7 +139,8 @@ def _likeliest(rows: Sequence[Measurement], candidates: Sequence[Fed]) -> Matche
     best, *others = sorted(range(len(candidates)), key=rank)
     why = "no row tells the profiles apart"
     if tried[best].median is not None:
-        why = "latencies " + ", ".join(_off(tried[place]) for place in (best, *others) if tried[place].rows)
+        offs = ", ".join(_off(tried[place]) for place in (best, *others) if tried[place].rows)
+        why = f"off in latency by {offs} (medians)"
     only = candidates[best]
     return Matched(fed=(only,), subject_of=lambda _: only.subject, why=why, tried=tuple(tried))
 
@@ -161,4 +162,4 @@ def _tried(one: Fed, errors: Mapping[int, float], common: Sequence[int]) -> Trie
 
 
 def _off(one: Tried) -> str:
-    return f"{one.median:.1f} % off in the median with {one.profile}"
+    return f"{one.median:.1f} % with {one.profile}"

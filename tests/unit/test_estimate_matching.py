@@ -56,7 +56,7 @@ def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batc
 def test_latencies_tell_the_prompts(profile: str, name: str, noise: float) -> None:
     matched = match(imagined(profile, name=name, noise=noise), make(name))
     assert [one.profile.name for one in matched.fed] == [profile]
-    assert matched.why.startswith(f"latencies {100 * (noise - 1):.1f} % off in the median with {profile}, ")
+    assert matched.why.startswith(f"off in latency by {100 * (noise - 1):.1f} % with {profile}, ")
     assert {one.profile: one.rows for one in matched.tried} == {"a6000-short": 9, "a6000-long": 9}
 
 
@@ -154,7 +154,7 @@ def test_what_was_found_out_is_said(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("\n".join([",".join(COLUMNS), ROW]) + "\n")
     shown = run_fit("--evaluate", str(table))
-    assert "profile: latencies 0." in shown
+    assert "profile: off in latency by " in shown
     assert "profile:" not in run_fit("--evaluate", str(table), "--profile", "a6000-short")
     read = json.loads(run_fit("--evaluate", str(table), "--json"))
     assert [one["profile"] for one in read["profiles_tried"]] == ["a6000-short", "a6000-long"]
