@@ -19,8 +19,8 @@ from maveriq.estimate.catalog import benchmarked_estimator, usual
 from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trusted
 from maveriq.estimate.evaluate import Errors, Evaluation, Group, Subject, judge, read_measurements
 from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
-from maveriq.estimate.hardware import HardwareProfile
-from maveriq.estimate.matching import Matched, match
+from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.matching import DEFAULT_PROFILE, Matched, match
 from maveriq.report.tables import new_table
 from maveriq.report.wording import figure
 from maveriq.tables import is_folder
@@ -50,11 +50,12 @@ def show_errors(
     Raises:
         InputError: the table, the profile or the estimator cannot be used.
     """
-    rows = list(read_measurements(table))
 
     def make(hardware: HardwareProfile) -> Estimator:
         return benchmarked_estimator(name or usual(hardware), hardware, without_model=leave_out)
 
+    make(load_profile(profile or DEFAULT_PROFILE))  # what is wrong on the command line comes before what is in files
+    rows = list(read_measurements(table))
     matched = match(rows, make, profile=profile, prompt_tokens=prompt_tokens)
     evaluation = judge(rows, matched.subject_of)
     if as_json:

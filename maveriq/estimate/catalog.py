@@ -11,9 +11,11 @@ from maveriq.estimate.hardware import HardwareProfile
 from maveriq.estimate.leaveoneout import LeaveOneOut
 from maveriq.estimate.paper import PaperEstimator
 
+PAPER, CALIBRATED = "paper", "calibrated"
+
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
-    "paper": PaperEstimator,
-    "calibrated": CalibratedEstimator.serving,
+    PAPER: PaperEstimator,
+    CALIBRATED: CalibratedEstimator.serving,
 }
 
 EACH = "each"
@@ -22,7 +24,7 @@ EACH = "each"
 
 def usual(profile: HardwareProfile) -> str:
     """Return the name of the estimator to take where none is said: the better one that the profile can feed."""
-    return "calibrated" if profile.calibrated else "paper"
+    return CALIBRATED if profile.calibrated else PAPER
 
 
 def estimator(name: str, profile: HardwareProfile) -> Estimator:
@@ -48,9 +50,9 @@ def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model:
         UnknownNameError: there is no such estimator.
         InputError: the estimator is not fitted with models left out, or not with that one.
     """
-    if name == "calibrated" and without_model == EACH:
+    if name == CALIBRATED and without_model == EACH:
         return LeaveOneOut(profile)
-    if name == "calibrated":
+    if name == CALIBRATED:
         return CalibratedEstimator.benchmarked(profile, without_model=without_model)
     if without_model is not None:
         raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")
