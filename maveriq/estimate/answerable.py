@@ -45,7 +45,7 @@ def _what_exists(profile: HardwareProfile, stored: Stored) -> str:
     table = profile.fingerprints
     if not table.stored_as(stored.model):
         return (
-            f"profile {profile.name} has no fingerprint of {stored.model} (it has {', '.join(table.models())}); "
+            f"profile {profile.name} has no fingerprint of {stored.model} (it has {', '.join(table.models()) or 'none'}); "
             "give a profile that was measured with it"
         )
     return f"no fingerprint with {stored.weights} weights and {stored.kv} KV cache in profile {profile.name}"

@@ -9,13 +9,15 @@ from maveriq.estimate.base import Estimator
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import HardwareProfile
 from maveriq.estimate.leaveoneout import LeaveOneOut
+from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.estimate.paper import PaperEstimator
 
-PAPER, CALIBRATED = "paper", "calibrated"
+PAPER, CALIBRATED, MEASURED = "paper", "calibrated", "measured"
 
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
     PAPER: PaperEstimator,
     CALIBRATED: CalibratedEstimator.serving,
+    MEASURED: MeasuredEstimator,
 }
 
 EACH = "each"
@@ -23,8 +25,11 @@ EACH = "each"
 
 
 def usual(profile: HardwareProfile) -> str:
-    """Return the name of the estimator to take where none is said: the better one that the profile can feed."""
-    return CALIBRATED if profile.calibrated else PAPER
+    """Return the name of the estimator to take where none is said: the best one that the profile can feed."""
+    if profile.calibrated:
+        return CALIBRATED
+    # Measurements of whole models answer for these alone; without fingerprints there is nothing else to go by.
+    return MEASURED if profile.measured and not profile.fingerprints.constants else PAPER
 
 
 def estimator(name: str, profile: HardwareProfile) -> Estimator:

@@ -50,13 +50,14 @@ class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    exponents: str
-    accuracy: str
-    unsupported: str
-    slo: str
-    load_times: str
     load_fit: str
+    exponents: str | None = None
+    accuracy: str | None = None
+    unsupported: str | None = None
+    slo: str | None = None
+    load_times: str | None = None
     calibrated: str | None = None
+    measured: str | None = None
 
 
 class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -73,7 +74,7 @@ class _Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     name: str
     prompt_tokens: Annotated[int, msgspec.Meta(ge=1)]
     hardware: str
-    fingerprints: str
+    fingerprints: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,7 @@ class HardwareProfile:
         fingerprints: fingerprint constants and exponents, for estimators.
         facts: accuracy, unsupported configurations, SLOs, load times; better asked by the methods.
         calibrated: file of the calibrated estimator's figures, None where there is none.
+        measured: table of whole models that were measured, None where there is none.
     """
 
     name: str
@@ -116,6 +118,7 @@ class HardwareProfile:
     fingerprints: FingerprintTable
     facts: Facts
     calibrated: Path | None = None
+    measured: Path | None = None
 
     def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
         """Return the accuracy in percent of the float16 model's, None where it was never measured."""
@@ -170,8 +173,8 @@ def load_profile(name_or_path: str) -> HardwareProfile:
     hardware = _read_hardware(folder / profile.hardware)
     tables = (folder / profile.hardware).parent
     fingerprints = FingerprintTable(
-        constants=read_fingerprints(folder / profile.fingerprints),
-        exponents=read_exponents(tables / hardware.tables.exponents),
+        constants=read_fingerprints(folder / profile.fingerprints) if profile.fingerprints else {},
+        exponents=read_exponents(tables / hardware.tables.exponents) if hardware.tables.exponents else {},
     )
     read_facts = _read_facts(tables, hardware.tables)
     _check_names(read_facts.model_names(), {*known_models(), *fingerprints.models()})
@@ -188,6 +191,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         fingerprints=fingerprints,
         facts=read_facts,
         calibrated=tables / hardware.tables.calibrated if hardware.tables.calibrated else None,
+        measured=tables / hardware.tables.measured if hardware.tables.measured else None,
     )
 
 
@@ -215,10 +219,10 @@ def _read_hardware(path: Path) -> _Hardware:
 
 def _read_facts(folder: Path, tables: _Tables) -> Facts:
     return Facts(
-        accuracy=facts.read_accuracy(folder / tables.accuracy),
-        unsupported=facts.read_unsupported(folder / tables.unsupported),
-        slo=facts.read_slo(folder / tables.slo),
-        load_times=facts.read_load_times(folder / tables.load_times),
+        accuracy=facts.read_accuracy(folder / tables.accuracy) if tables.accuracy else {},
+        unsupported=facts.read_unsupported(folder / tables.unsupported) if tables.unsupported else frozenset(),
+        slo=facts.read_slo(folder / tables.slo) if tables.slo else {},
+        load_times=facts.read_load_times(folder / tables.load_times) if tables.load_times else {},
         load_fit=facts.read_load_fit(folder / tables.load_fit),
     )
 

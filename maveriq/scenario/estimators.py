@@ -28,7 +28,7 @@ class Estimators:
 
 
 def estimators_for(options: Options, profile: HardwareProfile) -> Estimators:
-    """Return the estimators that options name, or the better ones that the profile can feed.
+    """Return the estimators that options name, or the best ones that the profile can feed.
 
     Raises:
         InputError: an unknown name, a profile without what it needs, a recorded run that cannot be left out.
@@ -55,7 +55,7 @@ def _notes(options: Options, profile: HardwareProfile) -> tuple[str, ...]:
     if profile.calibrated or (options.plan_with and options.serve_with):
         return ()
     note = (
-        f"profile {profile.name} has no calibration, so the paper's estimator stands in for the calibrated one; "
-        "`maveriq fit DATA --out FOLDER` makes one"
+        f"profile {profile.name} has no calibration, so the estimator {usual(profile)!r} stands in for the calibrated "
+        "one; `maveriq fit DATA --out FOLDER` makes a calibration"
     )
     return (note,)

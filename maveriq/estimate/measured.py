@@ -1,0 +1,175 @@
+"""The estimator that looks up what was measured: whole models, on the very engines that will serve them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.base import ServiceEstimate
+from maveriq.estimate.cells import choice, unique
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.tables import Row, read_csv
+from maveriq.units import Bytes, bytes_from_gib
+
+COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", "prompt_tokens", "ttft_s", "tpot_s", "memory_gib")
+"""Columns of a table of measurements. `ttft_s` is the time at zero output tokens (the first token comes at
+`ttft_s + tpot_s`, as everywhere in maveriq); `memory_gib` is over all GPUs."""
+
+_LONGEST_S = 1e6
+
+
+class _Case(NamedTuple):
+    """What was measured, but for batch and prompt."""
+
+    model: str
+    weights: WeightType
+    kv: KvType
+    tp: int
+    pp: int
+
+
+class _Point(NamedTuple):
+    batch: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What was measured at a point."""
+
+    ttft_s: float
+    tpot_s: float
+    memory_gib: float
+
+
+class MeasuredEstimator:
+    """Answers for exactly the configurations of the profile's table of measurements.
+
+    Between measured prompts and batches it draws straight lines, and the outermost ones go on beyond.
+    """
+
+    def __init__(self, profile: HardwareProfile) -> None:
+        """Read the profile's measurements.
+
+        Raises:
+            InputError: it has none, or the table is wrong.
+        """
+        if profile.measured is None:
+            raise InputError(
+                f"profile {profile.name!r} has no table of measurements; name one as `measured` under [tables] of its "
+                "hardware description, or choose another estimator"
+            )
+        self._profile = profile
+        self._cases = _read(profile.measured)
+
+    @property
+    def name(self) -> str:
+        """The name by which `--plan-with` and `--serve-with` know it."""
+        return "measured"
+
+    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+        """Return why a configuration cannot be estimated or run here, None if it can."""
+        seen = self._cases.get(_case(model, configuration))
+        if seen is None:
+            return f"never measured ({self._what_was(model)})"
+        if configuration.batch_size > max(point.batch for point in seen):
+            return f"never measured with batches of {configuration.batch_size} or more"
+        if not self._profile.supports(model.name, configuration):
+            return f"known not to run on {self._profile.gpu_kind}"
+        return None
+
+    def service(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate one batch of `batch` equal requests that start together on an idle engine.
+
+        Raises:
+            InputError: the configuration was never measured.
+        """
+        seen = self._seen(model, configuration)
+        ttft_s = _at(seen, batch, prompt_tokens, "ttft_s")
+        tpot_s = _at(seen, batch, prompt_tokens, "tpot_s")
+        return ServiceEstimate(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens)
+
+    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+        """Return the most memory seen over all GPUs, at the configuration's batch size or the next larger measured.
+
+        Raises:
+            InputError: the configuration was never measured.
+        """
+        seen = self._seen(model, configuration)
+        batch = min(point.batch for point in seen if point.batch >= configuration.batch_size)
+        return bytes_from_gib(max(figures.memory_gib for point, figures in seen.items() if point.batch == batch))
+
+    def _seen(self, model: ModelSpec, configuration: Configuration) -> Mapping[_Point, _Seen]:
+        reason = self.why_not(model, configuration)
+        if reason is not None:
+            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+        return self._cases[_case(model, configuration)]
+
+    def _what_was(self, model: ModelSpec) -> str:
+        measured = [case for case in self._cases if case.model == model.name]
+        if not measured:
+            models = ", ".join(dict.fromkeys(case.model for case in self._cases))
+            return f"profile {self._profile.name} has measurements of {models}"
+        one = measured[0]
+        nearest = Configuration(tp=one.tp, pp=one.pp, weights=one.weights, kv=one.kv)
+        return f"{len(measured)} other configurations of it were, such as {nearest}"
+
+
+def _case(model: ModelSpec, configuration: Configuration) -> _Case:
+    return _Case(model.name, configuration.weights, configuration.kv, configuration.tp, configuration.pp)
+
+
+def _read(path: Path) -> dict[_Case, dict[_Point, _Seen]]:
+    rows = unique((_key(row), _figures(row), row) for row in read_csv(path, COLUMNS, what="table of measurements"))
+    cases: dict[_Case, dict[_Point, _Seen]] = {}
+    for (case, point), figures in rows.items():
+        cases.setdefault(case, {})[point] = figures
+    return cases
+
+
+def _key(row: Row) -> tuple[_Case, _Point]:
+    case = _Case(
+        row.text("model"),
+        choice(row, "weights", WeightType),
+        choice(row, "kv", KvType),
+        row.count("tp", least=1),
+        row.count("pp", least=1),
+    )
+    return case, _Point(row.count("batch", least=1), row.count("prompt_tokens", least=1))
+
+
+def _figures(row: Row) -> _Seen:
+    return _Seen(
+        ttft_s=row.number("ttft_s", least=-_LONGEST_S, most=_LONGEST_S),
+        tpot_s=row.number("tpot_s", least=0, most=_LONGEST_S),
+        memory_gib=row.number("memory_gib", least=1e-6, most=_LONGEST_S),
+    )
+
+
+def _at(seen: Mapping[_Point, _Seen], batch: int, prompt_tokens: int, figure: str) -> float:
+    """Return a figure at a batch and a prompt: along prompts first, then along batches."""
+    points = sorted((point.batch, point.prompt_tokens, getattr(figures, figure)) for point, figures in seen.items())
+    along_prompts = {
+        size: _line([(prompt, value) for _, prompt, value in group], prompt_tokens)
+        for size, group in groupby(points, key=itemgetter(0))
+    }
+    return _line(sorted(along_prompts.items()), batch)
+
+
+def _line(known: Sequence[tuple[int, float]], at: int) -> float:
+    """Return the value at a place on the broken line through the known ones, whose ends go on straight."""
+    if len(known) == 1:
+        return known[0][1]
+    right = min(max(1, bisect_left(known, at, key=itemgetter(0))), len(known) - 1)
+    (x0, y0), (x1, y1) = known[right - 1], known[right]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)

@@ -1,0 +1,198 @@
+"""What the executor and its engines say to each other: a few small typed messages, versioned.
+
+They travel as MessagePack frames over a Unix socket (`maveriq.exec.channel`). Delivery is assumed
+to be unreliable: a message may come late, twice or never, so that every one of them can be said
+again. An execution is named by its number; an engine that is told of one that it has finished
+repeats the end, of one that is under way does nothing, of an older one ignores it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from maveriq.errors import MaveriqError
+
+PROTOCOL_VERSION = 1
+
+MOST_FRAME_BYTES = 16 * 1024 * 1024
+"""A longer frame is not read: whoever sends it does not speak this protocol."""
+
+MOST_SEQUENCES = 10_000
+MOST_PROMPT_TOKENS = 1_000_000
+MOST_OUTPUT_TOKENS = 1_000_000
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class ProtocolError(MaveriqError):
+    """The other side does not speak this protocol, or not this version of it."""
+
+
+class Sequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One prompt of an execution, and how many tokens may follow it.
+
+    Generation ends after `output_tokens`, or before that at one of `stop_token_ids`.
+    """
+
+    request_id: _Count
+    prompt: Annotated[tuple[_TokenId, ...], msgspec.Meta(min_length=1, max_length=MOST_PROMPT_TOKENS)]
+    output_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_OUTPUT_TOKENS)]
+    stop_token_ids: Annotated[tuple[_TokenId, ...], msgspec.Meta(max_length=64)] = ()
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine is to load: everything but its devices' visibility, which its environment fixes.
+
+    `config_json` is the model's Hugging Face configuration. `devices` names one device per rank, stage-major
+    ("cpu", or "cuda:0" counted among those that the environment shows). Random weights are drawn from
+    `seed` where `weights_folder` is empty. `time_scale` is for engines that only pretend: so many real seconds
+    per second of the run.
+    """
+
+    deployment_id: _Count
+    incarnation: _Count
+    model: str
+    config_json: str
+    tp: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    pp: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    layer_split: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+    weights: str
+    kv: str
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEQUENCES)]
+    devices: tuple[str, ...]
+    seed: _Count = 42
+    weights_folder: str = ""
+    time_scale: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+
+
+# From the executor to an engine
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load", forbid_unknown_fields=True):
+    """Load this; answered by `Loaded` or `Failed`. The first message after the engine's `Hello`."""
+
+    spec: EngineSpec
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid_unknown_fields=True):
+    """Run these sequences together; answered by `Progress` per step and at last by `Finished` or `Failed`.
+
+    `first_token_s` and `service_s` say how long that is estimated to take, in seconds of the run; an
+    emulated engine takes exactly so long, others do not look at them.
+    """
+
+    execution_id: _Count
+    sequences: Annotated[tuple[Sequence, ...], msgspec.Meta(min_length=1, max_length=MOST_SEQUENCES)]
+    first_token_s: _NotNegative = 0.0
+    service_s: _NotNegative = 0.0
+
+
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping", forbid_unknown_fields=True):
+    """Are you there? Answered by a `Pong` of the same number."""
+
+    number: _Count
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop", forbid_unknown_fields=True):
+    """Free everything and exit; answered by `Bye`."""
+
+
+# From an engine to the executor
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unknown_fields=True):
+    """An engine's process is there and wants to know what to load."""
+
+    protocol: _Count
+    pid: _Count
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unknown_fields=True):
+    """The engine serves. Memory in bytes over all its devices, as far as the engine knows it (else 0)."""
+
+    backend: str
+    version: str
+    weights_bytes: _Count = 0
+    kv_cache_bytes: _Count = 0
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid_unknown_fields=True):
+    """Step `step` (from 1) of an execution gave each sequence a token; -1 for a sequence that had ended before."""
+
+    execution_id: _Count
+    step: _Count
+    tokens: tuple[int, ...]
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished", forbid_unknown_fields=True):
+    """An execution is done. Durations are the engine's own, in real seconds from the start of the execution."""
+
+    execution_id: _Count
+    first_token_s: _NotNegative
+    service_s: _NotNegative
+    outputs: tuple[tuple[_TokenId, ...], ...]
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unknown_fields=True):
+    """An execution could not be done, or loading could not (`execution_id` 0).
+
+    `kind` is one of `out-of-memory`, `unsupported`, `error`. After a failed execution the engine still
+    serves, after a failed load it exits.
+    """
+
+    execution_id: _Count
+    kind: str
+    message: str
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong", forbid_unknown_fields=True):
+    """Still there. `execution_id` is under way (0: none), `steps` of it are done."""
+
+    number: _Count
+    execution_id: _Count
+    steps: _Count
+
+
+class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye", forbid_unknown_fields=True):
+    """The engine has freed everything and exits."""
+
+
+ToEngine: TypeAlias = Load | Generate | Ping | Stop
+FromEngine: TypeAlias = Hello | Loaded | Progress | Finished | Failed | Pong | Bye
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """Return a message as the body of a frame."""
+    return _ENCODER.encode(message)
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """Return the message to an engine that a frame holds.
+
+    Raises:
+        ProtocolError: it holds none.
+    """
+    try:
+        return _TO_ENGINE.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message to an engine: {error}") from None
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """Return the message from an engine that a frame holds.
+
+    Raises:
+        ProtocolError: it holds none.
+    """
+    try:
+        return _FROM_ENGINE.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message from an engine: {error}") from None
