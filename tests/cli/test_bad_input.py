@@ -303,7 +303,12 @@ MALFORMED = [
         files={"t.csv": MEASURED["t.csv"].replace(",923", ",0")},
     ),
     bad("fit --evaluate t.csv --estimator guess", "unknown estimator 'guess'", files={"t.csv": TWO_REQUESTS}),
-    bad("sim --serve-without MaverIQ_large", "unknown recorded run 'MaverIQ_large'", "did you mean", "MaverIQ_large"),
+    bad(
+        "sim --serve-without MaverIQ_large_min_lat",
+        "unknown recorded run 'MaverIQ_large_min_lat'",
+        "did you mean",
+        "MaverIQ_large",
+    ),
     bad("sim --serve-without x --serve-with paper", "applies to --serve-with calibrated, not to 'paper'"),
     bad("fit --evaluate nowhere.csv", "table of measurements 'nowhere.csv' does not exist"),
     bad("fit --evaluate t.csv", "no column model, tp", files={"t.csv": TWO_REQUESTS}),
