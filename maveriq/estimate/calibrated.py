@@ -15,7 +15,7 @@ from maveriq.estimate import answerable
 from maveriq.estimate.answerable import stored_as
 from maveriq.estimate.base import ServiceEstimate
 from maveriq.estimate.calibration import Calibration, read_calibration, require, work
-from maveriq.estimate.fingerprints import Point, Stored
+from maveriq.estimate.fingerprints import OUTPUTS, Point, Stored
 from maveriq.estimate.footprint import held_gib, is_measured
 from maveriq.estimate.formula import Fingerprint
 from maveriq.estimate.hardware import HardwareProfile
@@ -23,8 +23,6 @@ from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_
 from maveriq.units import Bytes, bytes_from_gib
 
 _ONE_GPU = Point(1, 1, 1)
-_MEASURED_OUTPUTS = (10, 20)
-"""Output lengths of fingerprints; their constants give back exactly what was measured at these."""
 
 
 class _Case(NamedTuple):
@@ -200,13 +198,36 @@ class CalibratedEstimator:
     def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
 
+        The KV cache is taken to hold prompts as long as the profile's, and as many output tokens as
+        the calibration says.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        lengths = {
+            "prompt_tokens": self._profile.prompt_tokens,
+            "output_tokens": self._calibration.memory.output_tokens,
+        }
+        return self.memory_with(model, configuration, **lengths)
+
+    def memory_with(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate the memory as `memory`, where each request of a batch has come to such lengths.
+
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
         self._refuse(model, configuration)
-        fingerprints = self._fingerprints(model, configuration)
-        figures = self._calibration.memory
-        return bytes_from_gib(held_gib(model, configuration, fingerprints, figures, self._profile.prompt_tokens))
+        held = held_gib(
+            model,
+            configuration,
+            self._fingerprints(model, configuration),
+            self._calibration.memory,
+            tokens=prompt_tokens + output_tokens,
+            fingerprint_tokens=self._profile.prompt_tokens + OUTPUTS[0],
+        )
+        return bytes_from_gib(held)
 
     def _fingerprints(self, model: ModelSpec, configuration: Configuration) -> Mapping[Point, Fingerprint]:
         return self._profile.fingerprints.constants[stored_as(model, configuration)]
@@ -286,5 +307,5 @@ def measured_layers(
         for point, found in points.items():
             if (point.tp, point.pp) == (1, 1):
                 asked = work(model, stored.kv, tp=1, pp=1, batch=point.batch, prompt_tokens=prompt_tokens)
-                for output_tokens in _MEASURED_OUTPUTS:
+                for output_tokens in OUTPUTS:  # the constants give back exactly what was measured at these
                     yield asked, output_tokens, found.ttft_layer_s + output_tokens * found.tpot_layer_s

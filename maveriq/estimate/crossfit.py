@@ -12,7 +12,7 @@ import numpy as np
 from maveriq.estimate.calibrated import deviation, measured_layers
 from maveriq.estimate.calibration import Calibration, Margins, Memory
 from maveriq.estimate.evaluate import Answer, Group, compared, grouped
-from maveriq.estimate.fingerprints import Point, Stored
+from maveriq.estimate.fingerprints import OUTPUTS, Point, Stored
 from maveriq.estimate.fitting import (
     BATCHED_TRUTH,
     LONG_FINGERPRINTS,
@@ -29,7 +29,6 @@ from maveriq.estimate.footprint import held_gib
 from maveriq.estimate.formula import Fingerprint, derive
 
 _QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one
-_MEMORY_AT_OUTPUT_TOKENS = 10
 
 Constants = Mapping[Stored, Mapping[Point, Fingerprint]]
 
@@ -105,7 +104,7 @@ def constants_of(samples: Iterable[Sample], table: str) -> dict[Stored, dict[Poi
             row, asked = one.measured, one.measured.configuration
             key = Stored(row.model_name, asked.weights, asked.kv), Point(asked.tp, asked.pp, asked.batch_size)
             latency.setdefault(key, {})[row.layers, row.output_tokens] = row.latency_s
-            if row.output_tokens == _MEMORY_AT_OUTPUT_TOKENS:
+            if row.output_tokens == OUTPUTS[0]:
                 memory.setdefault(key, {})[row.layers] = row.memory_gib
     found: dict[Stored, dict[Point, Fingerprint]] = {}
     for (stored, point), latency_s in latency.items():
@@ -153,7 +152,14 @@ def _fit_memory(samples: Sequence[Sample], start: Memory, constants: Mapping[str
 
 def _held(sample: Sample, figures: Memory, constants: Mapping[str, Constants]) -> float:
     points = _points(sample, constants)
-    return held_gib(sample.model, sample.measured.configuration, points, figures, sample.prompt_tokens)
+    return held_gib(
+        sample.model,
+        sample.measured.configuration,
+        points,
+        figures,
+        tokens=sample.prompt_tokens + sample.measured.output_tokens,
+        fingerprint_tokens=sample.prompt_tokens + OUTPUTS[0],
+    )
 
 
 def _points(sample: Sample, constants: Mapping[str, Constants]) -> Mapping[Point, Fingerprint]:

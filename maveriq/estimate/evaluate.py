@@ -12,7 +12,7 @@ from maveriq.domain.catalog import shape_of
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError
-from maveriq.estimate.base import Estimator, KnowsMemoryErrors
+from maveriq.estimate.base import Estimator, KnowsMemoryErrors, KnowsMemoryOfLengths
 from maveriq.estimate.cells import choice
 from maveriq.tables import Row, read_csv
 from maveriq.units import gib
@@ -212,18 +212,20 @@ def answered(measured: Measurement, subject: Subject) -> Answer | str:
 
 def _compare(model: ModelSpec, measured: Measurement, subject: Subject) -> Answer:
     asked, estimator = measured.configuration, subject.estimator
-    service = estimator.service(
-        model,
-        asked,
-        prompt_tokens=measured.prompt_tokens or subject.prompt_tokens,
-        output_tokens=measured.output_tokens,
-        batch=asked.batch_size,
-    )
+    lengths = {
+        "prompt_tokens": measured.prompt_tokens or subject.prompt_tokens,
+        "output_tokens": measured.output_tokens,
+    }
+    service = estimator.service(model, asked, **lengths, batch=asked.batch_size)
+    if isinstance(estimator, KnowsMemoryOfLengths):
+        memory = estimator.memory_with(model, asked, **lengths)
+    else:
+        memory = estimator.memory(model, asked)
     memory_margin = estimator.memory_margin(model, asked) if isinstance(estimator, KnowsMemoryErrors) else None
     return compared(
         measured,
         (service.latency_s, service.margin),
-        (gib(estimator.memory(model, asked)), memory_margin),
+        (gib(memory), memory_margin),
     )
 
 

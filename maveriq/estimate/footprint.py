@@ -18,7 +18,9 @@ def held_gib(
     configuration: Configuration,
     fingerprints: Mapping[Point, Fingerprint],
     figures: Memory,
-    prompt_tokens: int,
+    *,
+    tokens: int,
+    fingerprint_tokens: int,
 ) -> float:
     """Return the memory over all GPUs of a deployment.
 
@@ -27,13 +29,13 @@ def held_gib(
         configuration: with its batch size.
         fingerprints: of the model as it is stored; (1, 1) at batch 1 must be there.
         figures: fitted ones; `is_measured` must hold.
-        prompt_tokens: of the requests, and of the fingerprints.
+        tokens: of prompt and output of a request together.
+        fingerprint_tokens: of those that the fingerprints were measured with.
     """
     batch, tp = configuration.batch_size, configuration.tp
-    tokens = prompt_tokens + figures.output_tokens
     return (
         layers_gib(model, configuration, model.layers, tokens, figures)
-        + fixed_gib(model, configuration, fingerprints[Point(1, 1, 1)], tokens, figures)
+        + fixed_gib(model, configuration, fingerprints[Point(1, 1, 1)], fingerprint_tokens, figures)
         + _beyond_one_gpu_gib(configuration, fingerprints, figures)
         + (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
     )
