@@ -16,7 +16,7 @@ from maveriq.estimate.answerable import stored_as
 from maveriq.estimate.base import ServiceEstimate
 from maveriq.estimate.calibration import Calibration, read_calibration, require, work
 from maveriq.estimate.fingerprints import OUTPUTS, Point, Stored
-from maveriq.estimate.footprint import held_gib, is_measured
+from maveriq.estimate.footprint import Held, held, is_measured, memory_margin
 from maveriq.estimate.formula import Fingerprint
 from maveriq.estimate.hardware import HardwareProfile
 from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_s
@@ -104,9 +104,8 @@ class CalibratedEstimator:
 
     def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
         """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
-        del model  # one margin for all
-        margins = self._calibration.margins
-        return margins.memory_single if configuration.batch_size == 1 else margins.memory_batched
+        margins, lengths = self._calibration.margins, self._usual_lengths()
+        return memory_margin(margins, self._held(model, configuration, **lengths))
 
     def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
@@ -204,11 +203,7 @@ class CalibratedEstimator:
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
-        lengths = {
-            "prompt_tokens": self._profile.prompt_tokens,
-            "output_tokens": self._calibration.memory.output_tokens,
-        }
-        return self.memory_with(model, configuration, **lengths)
+        return self.memory_with(model, configuration, **self._usual_lengths())
 
     def memory_with(
         self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
@@ -218,8 +213,18 @@ class CalibratedEstimator:
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
+        seen = self._held(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        return bytes_from_gib(seen.gib)
+
+    def _usual_lengths(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._profile.prompt_tokens,
+            "output_tokens": self._calibration.memory.output_tokens,
+        }
+
+    def _held(self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int) -> Held:
         self._refuse(model, configuration)
-        held = held_gib(
+        return held(
             model,
             configuration,
             self._fingerprints(model, configuration),
@@ -227,7 +232,6 @@ class CalibratedEstimator:
             tokens=prompt_tokens + output_tokens,
             fingerprint_tokens=self._profile.prompt_tokens + OUTPUTS[0],
         )
-        return bytes_from_gib(held)
 
     def _fingerprints(self, model: ModelSpec, configuration: Configuration) -> Mapping[Point, Fingerprint]:
         return self._profile.fingerprints.constants[stored_as(model, configuration)]

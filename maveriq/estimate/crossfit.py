@@ -25,7 +25,7 @@ from maveriq.estimate.fitting import (
     trust_of,
     usable,
 )
-from maveriq.estimate.footprint import held_gib
+from maveriq.estimate.footprint import Held, held, memory_margin
 from maveriq.estimate.formula import Fingerprint, derive
 
 _QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one
@@ -39,7 +39,7 @@ class Answered:
 
     sample: Sample
     latency_s: float
-    memory_gib: float
+    held: Held
     trust: float
 
     @property
@@ -50,7 +50,7 @@ class Answered:
     @property
     def memory_log_error(self) -> float:
         """Logarithm of predicted over measured memory."""
-        return math.log(self.memory_gib / self.sample.measured.memory_gib)
+        return math.log(self.held.gib / self.sample.measured.memory_gib)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
         told: is told what is being fitted.
     """
     constants = {table: constants_of(samples, table) for table in (LONG_FINGERPRINTS, SHORT_FINGERPRINTS)}
-    models = list(dict.fromkeys(one.measured.model_name for one in samples if one.table == LONG_TRUTH))
+    models = list(dict.fromkeys(one.measured.model_name for one in samples if not one.is_fingerprint))
     without: dict[str, Calibration] = {}
     answered: list[Answered] = []
     for model in models:
@@ -137,22 +137,23 @@ def _fit_memory(samples: Sequence[Sample], start: Memory, constants: Mapping[str
     if not batches:
         return memory
 
-    def at(position: Array) -> Memory:
-        request_kb, unsharded = (float(f"{value:.4g}") for value in position)
-        return msgspec.structs.replace(memory, request_kb=request_kb, unsharded=unsharded)
+    def at(position: Array, digits: int = 17) -> Memory:
+        request_kb, gated, unsharded = (float(f"{value:.{digits}g}") for value in position)
+        return msgspec.structs.replace(memory, request_kb=request_kb, gated=gated, unsharded=unsharded)
 
     def residuals(position: Array) -> Array:
-        figures = msgspec.structs.replace(memory, request_kb=float(position[0]), unsharded=float(position[1]))
-        return np.array([math.log(_held(one, figures, constants) / one.measured.memory_gib) for one in batches])
+        figures = at(position)
+        return np.array([math.log(_held(one, figures, constants).gib / one.measured.memory_gib) for one in batches])
 
-    first = np.array([start.request_kb, start.unsharded])
-    found = least_squares(residuals, first, bounds=([0.01, 0.0], [1000.0, 1.0]), loss="soft_l1", f_scale=0.05)
-    return at(found.x)
+    first = np.array([start.request_kb, start.gated, start.unsharded])
+    bounds = [0.01, 0.0, 0.0], [1000.0, 1.0, 1.0]
+    found = least_squares(residuals, first, bounds=bounds, loss="soft_l1", f_scale=0.05)
+    return at(found.x, digits=4)
 
 
-def _held(sample: Sample, figures: Memory, constants: Mapping[str, Constants]) -> float:
+def _held(sample: Sample, figures: Memory, constants: Mapping[str, Constants]) -> Held:
     points = _points(sample, constants)
-    return held_gib(
+    return held(
         sample.model,
         sample.measured.configuration,
         points,
@@ -185,8 +186,8 @@ def _answers(
     predicted_s = table.predict(calibration, slowness)
     trust = trust_of(np.log(predicted_s / table.latency_s))
     for one, latency_s, believed in zip(judged, predicted_s, trust, strict=True):
-        memory_gib = _held(one, calibration.memory, constants)
-        yield Answered(sample=one, latency_s=float(latency_s), memory_gib=memory_gib, trust=float(believed))
+        seen = _held(one, calibration.memory, constants)
+        yield Answered(sample=one, latency_s=float(latency_s), held=seen, trust=float(believed))
 
 
 def _slowness(sample: Sample, calibration: Calibration, constants: Mapping[str, Constants]) -> float:
@@ -205,9 +206,13 @@ def _with_margins(calibration: Calibration, answered: Sequence[Answered]) -> Cal
     of_single = {tp: found or widest for tp, found in by_tp.items()}
     # Batches were measured on several models at low TP, on one at high TP: how much they widen errors is one factor.
     wider = max(1.0, _quantile(abs(one.latency_log_error) / of_single[_tp(one)] for one in batched) or 1.0)
+    memory = _quantile(abs(one.memory_log_error) for one in truth)
+    per_share = _quantile(
+        max(0.0, abs(one.memory_log_error) - (memory or 0.0)) / one.held.request_share for one in batched
+    )
     margins = Margins(
-        memory_single=_margin(_quantile(abs(one.memory_log_error) for one in truth)),
-        memory_batched=_margin(_quantile(abs(one.memory_log_error) for one in batched)),
+        memory_single=_margin(memory),
+        memory_request=_margin(per_share),
         single={tp: _margin(found) for tp, found in of_single.items()},
         batched={tp: _margin(wider * found) for tp, found in of_single.items()},
     )
@@ -240,7 +245,7 @@ def _compared(one: Answered, calibration: Calibration) -> Answer:
     return compared(
         one.sample.measured,
         (one.latency_s, (margins.single if single else margins.batched)[str(asked.tp)]),
-        (one.memory_gib, margins.memory_single if single else margins.memory_batched),
+        (one.held.gib, memory_margin(margins, one.held)),
     )
 
 

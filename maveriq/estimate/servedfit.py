@@ -174,7 +174,7 @@ def cross_fit_served(
 def _at(position: Array, calibration: Calibration, digits: int = 17) -> Served:
     """Return the figures at a position; what is not fitted is the benchmark's."""
     request_ms, *fitted = (float(f"{value:.{digits}g}") for value in np.exp(position))
-    two_gpus = calibration.tp["2"].one_shot_gb_s
+    two_gpus = calibration.tp["2"].peer_gb_s
     links: dict[str, dict[str, float]] = {"2": {"all_reduce_us": calibration.all_reduce_us, "ring_gb_s": two_gpus}}
     for (tp, figure), value in zip(_FITTED, fitted, strict=True):
         links.setdefault(tp, {})[figure] = value
