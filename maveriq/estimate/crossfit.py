@@ -212,11 +212,21 @@ def _with_margins(calibration: Calibration, answered: Sequence[Answered]) -> Cal
     )
     margins = Margins(
         memory_single=_margin(memory),
-        memory_request=_margin(per_share),
+        memory_request=_margin(None if per_share is None else per_share * _few(batched)),
         single={tp: _margin(found) for tp, found in of_single.items()},
         batched={tp: _margin(wider * found) for tp, found in of_single.items()},
     )
     return msgspec.structs.replace(calibration, margins=margins)
+
+
+def _few(answered: Sequence[Answered]) -> float:
+    """Return how much wider an interval must be for a new model where few models were seen (Student's t)."""
+    from scipy.stats import norm, t
+
+    models = len({one.sample.measured.model_name for one in answered})
+    if models == 1:
+        return 2.0  # nothing is known of how models differ
+    return float(t.ppf(0.95, models - 1) * math.sqrt(1 + 1 / models) / norm.ppf(0.95))
 
 
 def _tp(one: Answered) -> str:
