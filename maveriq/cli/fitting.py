@@ -1,4 +1,4 @@
-"""The work behind `maveriq fit`."""
+"""The work behind `maveriq fit --evaluate`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from maveriq.errors import InputError
 from maveriq.estimate.base import Estimator
-from maveriq.estimate.calibration import to_toml
 from maveriq.estimate.catalog import benchmarked_estimator, usual
-from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trusted
 from maveriq.estimate.evaluate import Errors, Evaluation, Group, Subject, judge, read_measurements
-from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.estimate.matching import DEFAULT_PROFILE, Matched, match
 from maveriq.report.tables import new_table
 from maveriq.report.wording import figure
-from maveriq.tables import is_folder
-
-_DISTRUSTED = 12  # rows shown
 
 
 def show_errors(
@@ -59,7 +52,7 @@ def show_errors(
     matched = match(rows, make, profile=profile, prompt_tokens=prompt_tokens)
     evaluation = judge(rows, matched.subject_of)
     if as_json:
-        _print_json(_fed_json(matched) | asdict(evaluation))
+        print_json(_fed_json(matched) | asdict(evaluation))
     else:
         _show(evaluation, table, matched, found_out=profile is None)
 
@@ -79,46 +72,8 @@ def _estimator_of(matched: Matched) -> str:
     return matched.fed[0].subject.estimator.name
 
 
-def show_fit(data: Path, out: Path | None, *, as_json: bool) -> None:
-    """Fit the calibrated estimator to a folder of tables, and print how far it is from models left out.
-
-    Raises:
-        InputError: a table is missing or wrong, or files cannot be written there.
-    """
-    samples = read_samples(data, Prompts())
-    console = Console(stderr=True)
-    fitted = cross_fit(samples, start_calibration(), told=lambda what: console.print(f"fitting: {escape(what)}"))
-    if out is not None:
-        _write(fitted, out, data)
-    groups, rows = errors_of(fitted), least_trusted(fitted.answered, _DISTRUSTED)
-    if as_json:
-        distrusted = [{"row": row, "measured_s": seen, "predicted_s": said} for row, seen, said in rows]
-        _print_json({"groups": [asdict(group) for group in groups], "least_trusted": distrusted})
-        return
-    screen = Console()
-    screen.print("every model predicted by a fit to the others:")
-    _show_groups(screen, groups)
-    screen.print("rows that the fit trusts least:")
-    for row, seen, said in rows:
-        screen.print(f"  {escape(row)}: measured {seen:.3f} s, predicted {said:.3f} s", soft_wrap=True)
-
-
-def _write(fitted: CrossFit, out: Path, data: Path) -> None:
-    if not is_folder(out):
-        raise InputError(f"--out {str(out)!r} is no folder; make it first")
-    comment = f"Fitted by `maveriq fit` to {data.name}"
-    files = {"calibrated.toml": to_toml(fitted.calibration, f"{comment}.")} | {
-        f"calibrated-without-{model}.toml": to_toml(calibration, f"{comment}; full models of {model} left out.")
-        for model, calibration in fitted.without.items()
-    }
-    for name, text in files.items():
-        try:
-            (out / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--out {str(out)!r}: {name} cannot be written: {error.strerror or error}") from None
-
-
-def _print_json(answer: dict[str, object]) -> None:
+def print_json(answer: dict[str, object]) -> None:
+    """Print an answer and nothing else."""
     typer.echo(json.dumps(answer, indent=2, allow_nan=False))
 
 
@@ -135,7 +90,7 @@ def _show(evaluation: Evaluation, table: Path, matched: Matched, *, found_out: b
     if found_out:
         console.print(f"profile: {escape(matched.why)}; --profile takes another", soft_wrap=True, highlight=False)
     if evaluation.groups:
-        _show_groups(console, evaluation.groups)
+        show_groups(console, evaluation.groups)
     for reason in evaluation.left_out:
         console.print(
             f"left out {reason.rows:,} rows: {escape(reason.reason)} (first: {escape(reason.first)})", soft_wrap=True
@@ -146,9 +101,12 @@ def _prompts(subject: Subject) -> str:
     return f"prompts of {subject.prompt_tokens} tokens"
 
 
-def _show_groups(console: Console, groups: Sequence[Group]) -> None:
+def show_groups(console: Console, groups: Sequence[Group]) -> None:
+    """Print errors of latency and of memory, group by group."""
     console.print(_errors_table("latency", [(group, group.latency, group.latency_covered) for group in groups]))
-    console.print(_errors_table("memory", [(group, group.memory, group.memory_covered) for group in groups]))
+    memory = [(group, group.memory, group.memory_covered) for group in groups if group.memory]
+    if memory:
+        console.print(_errors_table("memory", memory))
 
 
 def _errors_table(what: str, rows: Iterable[tuple[Group, Errors, float | None]]) -> Table:

@@ -71,13 +71,13 @@ class Group:
     """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say).
 
     `*_covered` is the percentage of rows that lie within the estimate's 90 % interval, None where
-    the estimator gives none.
+    the estimator gives none. `memory` is None where nothing was said of it.
     """
 
     by: str
     value: str
     latency: Errors
-    memory: Errors
+    memory: Errors | None
     latency_covered: float | None = None
     memory_covered: float | None = None
 
@@ -106,7 +106,7 @@ class Answer:
 
     measured: Measurement
     latency_ape: float
-    memory_ape: float
+    memory_ape: float | None
     latency_within: bool | None
     memory_within: bool | None
 
@@ -229,21 +229,24 @@ def _compare(model: ModelSpec, measured: Measurement, subject: Subject) -> Answe
     )
 
 
-def compared(measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None]) -> Answer:
+def compared(
+    measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None] | None
+) -> Answer:
     """Return the errors of an estimate.
 
     Args:
         measured: the truth.
         latency: estimated, in seconds, and its margin.
-        memory: estimated, in GiB, and its margin.
+        memory: estimated, in GiB, and its margin; None where there is no estimate.
     """
-    latency_ratio, memory_ratio = latency[0] / measured.latency_s, memory[0] / measured.memory_gib
+    latency_ratio = latency[0] / measured.latency_s
+    memory_ratio = None if memory is None else memory[0] / measured.memory_gib
     return Answer(
         measured,
         100 * abs(latency_ratio - 1),
-        100 * abs(memory_ratio - 1),
+        None if memory_ratio is None else 100 * abs(memory_ratio - 1),
         _within(latency_ratio, latency[1]),
-        _within(memory_ratio, memory[1]),
+        None if memory is None or memory_ratio is None else _within(memory_ratio, memory[1]),
     )
 
 
@@ -259,11 +262,12 @@ def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | 
     # Numbers ascend; names keep the order of the table.
     numeric = all(isinstance(value, int) for value in members)
     for value in sorted(members) if numeric else members:
+        memory = [answer.memory_ape for answer in members[value] if answer.memory_ape is not None]
         yield Group(
             by=by,
             value=str(value),
             latency=_summary([answer.latency_ape for answer in members[value]]),
-            memory=_summary([answer.memory_ape for answer in members[value]]),
+            memory=_summary(memory) if memory else None,
             latency_covered=_covered([answer.latency_within for answer in members[value]]),
             memory_covered=_covered([answer.memory_within for answer in members[value]]),
         )

@@ -25,10 +25,11 @@ from maveriq.estimate.calibration import read_calibration, to_toml
 from maveriq.estimate.calibration import work as work_of
 from maveriq.estimate.catalog import EACH, benchmarked_estimator, estimator
 from maveriq.estimate.evaluate import Evaluation, Group, Measurement, evaluate
-from maveriq.estimate.fitting import Prompts, Sample, fit_calibration, read_samples, start_calibration, usable
+from maveriq.estimate.fitting import fit_calibration, start_calibration
 from maveriq.estimate.hardware import load_profile
 from maveriq.estimate.physics import latency_s
-from maveriq.estimate.servedfit import OUTPUT_TOKENS, read_recorded
+from maveriq.estimate.samples import Sample, read_samples, usable
+from maveriq.estimate.servedfit import read_recorded
 
 PATH = data_path("a6000", "calibrated.toml")
 GROUND_TRUTH = ("falcon-7b", "gptj-6b", "llama-2-7b", "llama-2-70b")
@@ -116,7 +117,7 @@ def test_service_times_of_recorded_runs_that_the_fit_has_not_seen(measured_data:
     errors: dict[tuple[str, str], list[float]] = {}
     for one in read_recorded(measured_data / "testbed"):
         unseen = CalibratedEstimator.serving(profile, without_run=one.run)
-        question = {"prompt_tokens": one.prompt_tokens, "output_tokens": OUTPUT_TOKENS, "batch": 1}
+        question = {"prompt_tokens": one.prompt_tokens, "output_tokens": one.output_tokens, "batch": 1}
         estimate = unseen.service_on(one.gpu_ids, one.model, one.configuration, **question)
         errors.setdefault((one.run, one.model.name), []).append(abs(estimate.latency_s / one.service_s - 1))
     per_model = [median(found) for found in errors.values()]
@@ -276,7 +277,7 @@ def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_da
 
 @pytest.mark.data
 def test_fingerprints_of_a_model_left_out_stay_in_the_fit(measured_data: Path) -> None:
-    samples = usable(read_samples(measured_data / "a6000", Prompts()), "gptj-6b")
+    samples = usable(read_samples(measured_data / "a6000"), "gptj-6b")
     of_it = [one for one in samples if one.measured.model_name == "gptj-6b"]
     assert of_it
     assert {one.table for one in of_it} == {"fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"}
