@@ -15,6 +15,7 @@ from maveriq.cli.fitting import print_json, show_groups
 from maveriq.errors import InputError
 from maveriq.estimate.calibration import Served, served_csv, to_toml
 from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trusted
+from maveriq.estimate.exponentfit import Kinds, exponents_csv, fit_exponents
 from maveriq.estimate.fitting import start_calibration, start_for
 from maveriq.estimate.samples import read_samples
 from maveriq.estimate.servedfit import Recorded, cross_fit_served, errors_without, read_recorded, recorded_of
@@ -62,7 +63,8 @@ def show_fit(question: FitQuestion) -> None:
         told("the live system")
         live = _live(fitted, recorded, question.gpus_per_socket)
     if question.out is not None:
-        _write(fitted, live, question.out, question.data)
+        told("the exponents of the paper's formula")
+        _write(fitted, live, fit_exponents(samples, fitted.constants), question.out, question.data)
     if question.as_json:
         print_json(_plain(fitted, live))
     else:
@@ -95,7 +97,7 @@ def _live(fitted: CrossFit, recorded: Sequence[Recorded], gpus_per_socket: int) 
     return _Live(served=served, without=without, errors=errors)
 
 
-def _write(fitted: CrossFit, live: _Live | None, out: Path, data: Path) -> None:
+def _write(fitted: CrossFit, live: _Live | None, exponents: Kinds, out: Path, data: Path) -> None:
     comment = f"Fitted by `maveriq fit` to {data.name}"
     whole = fitted.calibration if live is None else msgspec.structs.replace(fitted.calibration, served=live.served)
     files = {"calibrated.toml": to_toml(whole, f"{comment}.")} | {
@@ -104,6 +106,8 @@ def _write(fitted: CrossFit, live: _Live | None, out: Path, data: Path) -> None:
     }
     if live and live.without:
         files["calibrated-served.csv"] = served_csv(live.without)
+    if exponents:
+        files["exponents.csv"] = exponents_csv(exponents)
     for name, text in files.items():
         try:
             (out / name).write_text(text, encoding="utf-8")

@@ -12,13 +12,13 @@ import numpy as np
 
 from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.errors import InputError
-from maveriq.estimate.calibrated import deviation, measured_layers
 from maveriq.estimate.calibration import Calibration, Margins
 from maveriq.estimate.evaluate import Answer, Group, compared, grouped
 from maveriq.estimate.fitting import Table, fit_calibration, trust_of
 from maveriq.estimate.footprint import Held, memory_margin
 from maveriq.estimate.memoryfit import fit_memory, held_by
 from maveriq.estimate.samples import Constants, Sample, constants_of, nearest_fingerprints, usable
+from maveriq.estimate.slowness import deviation, measured_layers
 
 _UNKNOWN = math.log(2.0)  # the error where none was ever seen
 _QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one

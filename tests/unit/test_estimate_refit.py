@@ -16,7 +16,10 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError
 from maveriq.estimate.calibration import Calibration, Served, ServedTp, read_calibration, work
 from maveriq.estimate.evaluate import COLUMNS
+from maveriq.estimate.exponentfit import fit_exponents
+from maveriq.estimate.fingerprints import Point, read_exponents
 from maveriq.estimate.fitting import start_calibration
+from maveriq.estimate.formula import Exponents, ParallelLatency
 from maveriq.estimate.physics import latency_s
 from maveriq.estimate.samples import constants_of, read_samples
 from maveriq.estimate.servedfit import Deployments, Recorded, cross_fit_served, errors_without, recorded_of
@@ -100,6 +103,7 @@ def test_a_table_of_another_gpu_gives_back_its_law(tmp_path: Path) -> None:
     assert float16.prefill_tflops == pytest.approx(6 * 115, rel=0.05)
     assert set(fitted.memory.gpus_gib) == {"1x1", "1x2", "2x1"}
     assert fitted.memory.gpus_gib["2x1"] == pytest.approx(1.0, abs=0.01)
+    assert {weights for weights, _ in read_exponents(out / "exponents.csv")} == {WeightType.FLOAT16, WeightType.INT8}
 
 
 def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path: Path) -> None:
@@ -164,6 +168,27 @@ def test_one_model_alone_cannot_be_judged(tmp_path: Path) -> None:
     ended = run_fit(str(write(tmp_path / "t.csv", whole)))
     assert isinstance(ended.exception, InputError)
     assert "llama-2-7b is the only model measured" in str(ended.exception)
+
+
+def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
+    """Whole models take exactly what the paper's formula says, under exponents unlike those of the A6000."""
+    truth = Exponents(a=0.3, b=0.9, c=0.4, d=0.7)
+    samples = read_samples(write(tmp_path / "t.csv", rows(other_gpu(), noise=0)))
+    constants = constants_of(samples)
+    seen = []
+    for one in samples:
+        asked = one.measured.configuration
+        points = constants[one.prompt_tokens][
+            next(iter(constants[64]))._replace(model=one.model.name, weights=asked.weights)
+        ]
+        for tp, pp in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
+            lines = (points[point].line(one.model.layers) for point in (Point(1, 1, 1), Point(2, 1, 1)))
+            law = ParallelLatency.scaled(*lines, truth, tp=tp, pp=pp)
+            latency_s = law.at(one.measured.output_tokens)
+            measured = replace(one.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)
+            seen.append(replace(one, measured=measured))
+    for found in fit_exponents(seen, constants).values():
+        assert (found.a, found.b, found.c, found.d) == pytest.approx((0.3, 0.9, 0.4, 0.7), abs=0.02)
 
 
 def as_benchmarked(_model: ModelSpec, _weights: WeightType) -> float:
