@@ -31,6 +31,12 @@ CONFIG = (
 )
 
 
+MEASURED = {
+    "t.csv": "model,tp,pp,layer_split,weight_dtype,int8_kv,output_tokens,batch_size,latency_s,memory_after_run_gib,"
+    "prompt_tokens\nllama-2-7b,1,1,32,float16,0,10,1,0.5,14,923\n"
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A command line, the files it finds, and words that its one line must have."""
@@ -285,11 +291,30 @@ MALFORMED = [
     bad(f"trace export --out {'a' * 300}", "cannot be written: File name too long"),
     # Tables of measurements
     bad("fit . --evaluate t.csv", "not both", files={"t.csv": TWO_REQUESTS}),
-    bad("fit .", "data folder '.' has no full_model_long_prompt.csv"),
+    bad("fit .", "data folder '.' has no table of measurements with a column prompt_tokens"),
     bad("fit . --leave-out gptj-6b", "belong to --evaluate"),
-    bad("fit --evaluate t.csv --out .", "--out belongs to a fit", files={"t.csv": TWO_REQUESTS}),
-    bad("fit --evaluate t.csv --leave-out gptj-6b", "only the calibrated estimator", files={"t.csv": TWO_REQUESTS}),
+    bad("fit --evaluate t.csv --out .", "--out and --runs belong to a fit", files={"t.csv": TWO_REQUESTS}),
+    bad("fit --evaluate t.csv --runs .", "--out and --runs belong to a fit", files={"t.csv": TWO_REQUESTS}),
+    bad("fit t.csv --out nowhere", "--out 'nowhere' is no folder; make it first", files=MEASURED),
+    bad("fit t.csv --runs d", "--runs 'd' holds no run folder", files={**MEASURED, "d/": ""}),
+    bad("fit t.csv", "llama-2-7b is the only model measured", files=MEASURED),
+    bad("fit nowhere.csv", "table of measurements 'nowhere.csv' does not exist"),
+    bad("fit --evaluate t.csv --estimator paper --leave-out gptj-6b", "only the calibrated estimator"),
+    bad("fit . --profile a6000-long", "belong to --evaluate"),
+    bad("fit --evaluate t.csv --prompt-tokens 9", "column prompt_tokens; leave --prompt-tokens away", files=MEASURED),
+    bad(
+        "fit --evaluate t.csv",
+        "line 2: prompt_tokens must be a whole number of at least 1, not '0'",
+        files={"t.csv": MEASURED["t.csv"].replace(",923", ",0")},
+    ),
     bad("fit --evaluate t.csv --estimator guess", "unknown estimator 'guess'", files={"t.csv": TWO_REQUESTS}),
+    bad(
+        "sim --serve-without MaverIQ_large_min_lat",
+        "unknown recorded run 'MaverIQ_large_min_lat'",
+        "did you mean",
+        "MaverIQ_large",
+    ),
+    bad("sim --serve-without x --serve-with paper", "applies to --serve-with calibrated, not to 'paper'"),
     bad("fit --evaluate nowhere.csv", "table of measurements 'nowhere.csv' does not exist"),
     bad("fit --evaluate t.csv", "no column model, tp", files={"t.csv": TWO_REQUESTS}),
     bad("fit --evaluate t.csv", "is empty; it needs a header with model, tp", files={"t.csv": ""}),
