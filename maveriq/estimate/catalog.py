@@ -32,6 +32,16 @@ def usual(profile: HardwareProfile) -> str:
     return MEASURED if profile.measured and not profile.fingerprints.constants else PAPER
 
 
+def note_on_usual(profile: HardwareProfile) -> str | None:
+    """Return what to say where the usual estimator is not the calibrated one, None where it is."""
+    if profile.calibrated:
+        return None
+    return (
+        f"profile {profile.name} has no calibration, so the estimator {usual(profile)!r} stands in for the calibrated "
+        "one; `maveriq fit DATA --out FOLDER` makes a calibration"
+    )
+
+
 def estimator(name: str, profile: HardwareProfile) -> Estimator:
     """Return the estimator of that name, fed by a hardware profile.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.catalog import CALIBRATED, ESTIMATORS, estimator, usual
+from maveriq.estimate.catalog import CALIBRATED, ESTIMATORS, estimator, note_on_usual, usual
 from maveriq.estimate.hardware import HardwareProfile
 from maveriq.scenario.options import Options
 
@@ -33,10 +33,11 @@ def estimators_for(options: Options, profile: HardwareProfile) -> Estimators:
     Raises:
         InputError: an unknown name, a profile without what it needs, a recorded run that cannot be left out.
     """
+    note = note_on_usual(profile)  # who named both knows
     return Estimators(
         plan=estimator(options.plan_with or usual(profile), profile),
         serve=_server(options.serve_with or usual(profile), profile, options.serve_without),
-        notes=_notes(options, profile),
+        notes=(note,) if note and not (options.plan_with and options.serve_with) else (),
     )
 
 
@@ -48,14 +49,3 @@ def _server(name: str, profile: HardwareProfile, without_run: str | None) -> Est
             raise InputError(f"--serve-without applies to --serve-with calibrated, not to {name!r}; leave it out")
         return CalibratedEstimator.serving(profile, without_run=without_run)
     return None if name == RECORDED else estimator(name, profile)
-
-
-def _notes(options: Options, profile: HardwareProfile) -> tuple[str, ...]:
-    """Say that the default is not what it usually is; who named an estimator knows."""
-    if profile.calibrated or (options.plan_with and options.serve_with):
-        return ()
-    note = (
-        f"profile {profile.name} has no calibration, so the estimator {usual(profile)!r} stands in for the calibrated "
-        "one; `maveriq fit DATA --out FOLDER` makes a calibration"
-    )
-    return (note,)
