@@ -16,7 +16,6 @@ from maveriq.domain.hardware import Cluster, DispatchTiming
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import ESTIMATORS, estimator
 from maveriq.estimate.clusters import cluster_from
 from maveriq.estimate.hardware import GpuKind, HardwareProfile, load_profile
 from maveriq.policy.alpaserve.policy import PlacedAhead
@@ -24,14 +23,12 @@ from maveriq.policy.base import Policy
 from maveriq.policy.catalog import make_policy
 from maveriq.scenario.ahead import AHEAD, plan_ahead
 from maveriq.scenario.demand import workload_for
+from maveriq.scenario.estimators import estimators_for
 from maveriq.scenario.faults import check_fault, check_removal, parse_fault, parse_removal
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import LoadTime, Scenario
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
 from maveriq.workload.base import Workload
-
-RECORDED = "recorded"
-"""The value of `serve_with` that takes the workload's own recorded times."""
 
 _MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -45,9 +42,9 @@ def build_scenario(options: Options) -> Scenario:
     """
     profile = load_profile(options.profile)
     cluster = cluster_for(options.gpus, profile)
-    planner = estimator(options.plan_with, profile)
+    estimators = estimators_for(options, profile)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
-    policy, notes = _policy(options, profile, cluster, planner, workload)
+    policy, notes = _policy(options, profile, cluster, estimators.plan, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     last_arrival_us = int(workload.arrivals.arrival_us[-1])
     faults = tuple(parse_fault(text) for text in options.fail)
@@ -69,14 +66,15 @@ def build_scenario(options: Options) -> Scenario:
             seed=options.seed,
             load_window=profile.load_window,
         ),
-        guess=_guess_with(planner),
-        serve=_serve(options.serve_with, profile),
+        guess=_guess_with(estimators.plan),
+        plan_with=estimators.plan.name,
+        serve=estimators.serve,
         load_time=_load_time(options, profile),
         faults=faults,
         removals=removals,
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
-        notes=notes,
+        notes=(*estimators.notes, *notes),
     )
 
 
@@ -157,15 +155,6 @@ def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
         if value is not None:
             said[name] = micros(value * unit_s)
     return replace(DispatchTiming() if options.ideal else measured, **said)
-
-
-def _serve(name: str, profile: HardwareProfile) -> Estimator | None:
-    """Return who times simulated service; None for the workload's own recorded times."""
-    if name == RECORDED:
-        return None
-    if name not in ESTIMATORS:
-        raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
-    return estimator(name, profile)
 
 
 def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
