@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from cases import Case, Comparison
+from cases import Comparison
 
 from maveriq.domain.intents import Objective
 from maveriq.errors import UnknownNameError
 from maveriq.scenario.ahead import AHEAD
-from maveriq.scenario.options import Options
 from maveriq.tables import read_toml
 from maveriq.workload.testbed import RecordedRun
 
@@ -22,8 +21,6 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """What the headline tables compare.
 
     Args:
-        plan_with: the estimator that all policies plan with.
-        serve_with: the one that times service.
         slo_scale: of tables that show one; also to judge a pair of recorded runs by, of which neither had SLOs.
         judged_by: SLO scales that each run of the grid is judged by.
         even: ratios within so many percent of 1, and shares within as many points, name no winner.
@@ -33,8 +30,6 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         grid: what to simulate where nothing was recorded.
     """
 
-    plan_with: str
-    serve_with: str
     slo_scale: Annotated[float, msgspec.Meta(gt=0)]
     judged_by: Annotated[list[Annotated[float, msgspec.Meta(gt=0)]], msgspec.Meta(min_length=1)]
     even: Annotated[float, msgspec.Meta(ge=0)]
@@ -57,14 +52,6 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     def by_intent(self) -> set[str]:
         """Return the policies that go by intents: MaverIQ's."""
         return {variant.name for variant in self.grid.policies if variant.policy not in AHEAD}
-
-    def options(self, case: Case) -> Options:
-        """Return the options of a case of the grid.
-
-        Raises:
-            InputError: a number outside its range.
-        """
-        return replace(case.options(), plan_with=self.plan_with, serve_with=self.serve_with)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

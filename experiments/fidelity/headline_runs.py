@@ -67,7 +67,7 @@ def _rows_or_fault(plan: HeadlinePlan, case: Case) -> Sequence[AchievedRow] | st
 
 
 def _rows(plan: HeadlinePlan, case: Case) -> Iterator[AchievedRow]:
-    options = plan.options(case)
+    options = case.options()
     profile, record = load_profile(options.profile), simulate(build_scenario(options))
     for scale in plan.judged_by:
         yield achieved(

@@ -88,6 +88,16 @@ class KnowsNeighbours(Protocol):
 
 
 @runtime_checkable
+class KnowsMemoryOfLengths(Protocol):
+    """An estimator that knows how memory grows with the lengths of requests."""
+
+    def memory_with(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate as `Estimator.memory`, where each request of a batch has come to such lengths."""
+
+
+@runtime_checkable
 class KnowsMemoryErrors(Protocol):
     """An estimator that knows how far its estimates of memory are off."""
 

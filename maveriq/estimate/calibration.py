@@ -35,11 +35,14 @@ class ByWeights(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
 
 
 class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
-    """Figures of a tensor-parallel degree; limits are those of the serving software, TP 1 has no links."""
+    """Figures of a tensor-parallel degree; limits are those of the serving software, TP 1 has no links.
+
+    `peer_gb_s` is how fast a GPU reads the memory of others in a custom all-reduce, which it does
+    once for each of them (one shot), or for a part of each, twice (two shots).
+    """
 
     request_ms: _Positive
-    one_shot_gb_s: _Positive = 1.0
-    two_shot_gb_s: _Positive = 1.0
+    peer_gb_s: _Positive = 1.0
     ring_gb_s: _Positive = 1.0
     one_shot_limit_mb: _NotNegative = 0.0
     custom_limit_mb: _NotNegative = 0.0
@@ -48,13 +51,15 @@ class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Memory beside weights and KV cache.
 
-    `request_kb` is what a request of a batch adds on every GPU, per unit of width (twice the hidden
-    and once the intermediate size); `unsharded` is the share of it that TP does not divide.
+    `request_kb` is what a request of a batch adds on every GPU, per unit of width: twice the hidden
+    and once the intermediate size, and `gated` of it again where the feed-forward part is gated;
+    `unsharded` is the share of it that TP does not divide.
     `gpus_gib` is what (TP, PP) holds beyond (1, 1), by "TPxPP", for models not measured there. KV
     cache is allocated in blocks of tokens, for the prompt and so many output tokens.
     """
 
     request_kb: _Positive
+    gated: _Share
     unsharded: _Share
     kv_block_tokens: Annotated[int, msgspec.Meta(ge=1)]
     output_tokens: Annotated[int, msgspec.Meta(ge=1)]
@@ -62,10 +67,14 @@ class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
 
 class Margins(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Relative half-widths of 90 % intervals, at batch 1 and above it: latency by TP, and memory."""
+    """Relative half-widths of 90 % intervals: memory, and latency by TP at batch 1 and above it.
+
+    `memory_request` comes on top of `memory_single` by the share of a deployment's memory that
+    requests of a batch beyond the first add: that part is the least known.
+    """
 
     memory_single: _Positive
-    memory_batched: _Positive
+    memory_request: _NotNegative
     single: dict[str, _Positive]
     batched: dict[str, _Positive]
 
@@ -101,6 +110,7 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
         kind, degree = self.weights[weights], self.tp[str(tp)]
         live = self.served if served else None
         live_tp = live.tp.get(str(tp)) if live else None
+        others = max(1, tp - 1)
         return Law(
             weight_bytes=BYTES_PER_PARAMETER[weights],
             bandwidth=self.bandwidth_gb_s * 1e9,
@@ -116,8 +126,8 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
             boundary_s=self.boundary_us * 1e-6,
             boundary_bandwidth=self.boundary_gb_s * 1e9,
             all_reduce_s=1e-6 * (live_tp.all_reduce_us + across * live_tp.across_us if live_tp else self.all_reduce_us),
-            one_shot_bandwidth=degree.one_shot_gb_s * 1e9,
-            two_shot_bandwidth=degree.two_shot_gb_s * 1e9,
+            one_shot_bandwidth=degree.peer_gb_s * 1e9 / others,
+            two_shot_bandwidth=degree.peer_gb_s * 1e9 / (2 * others / tp),
             ring_bandwidth=(live_tp.ring_gb_s if live_tp else degree.ring_gb_s) * 1e9,
             one_shot_limit=0.0 if live_tp else degree.one_shot_limit_mb * 1e6,
             custom_limit=0.0 if live_tp else degree.custom_limit_mb * 1e6,

@@ -15,12 +15,11 @@ _TYPICAL_ERROR = 0.03
 _LEAST_CALM = 5  # requests that say how far an engine is off without neighbours
 
 
-def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]], *, output_tokens: int) -> Crowd:
+def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]]) -> Crowd:
     """Return what neighbours cost a token.
 
     Args:
         engines: with what each of their requests would take without neighbours, in seconds.
-        output_tokens: of every request.
     """
     from scipy.optimize import least_squares
 
@@ -30,6 +29,7 @@ def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]], *, output_tokens:
     layers = np.concatenate([np.full(len(alone_s), engine.model.layers) for engine, alone_s in pairs])
     alone_s = np.concatenate([alone_s for _, alone_s in pairs])
     beside = np.concatenate([engine.beside for engine, _ in pairs])
+    output_tokens = np.concatenate([engine.output_tokens for engine, _ in pairs])
     logs = np.log(np.concatenate([engine.service_s for engine, _ in pairs]))
 
     def residuals(position: Array) -> Array:
@@ -42,16 +42,16 @@ def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]], *, output_tokens:
     return Crowd(layer_us=layer_us, turn_us=turn_us)
 
 
-def crowded_s(alone_s: Array, beside: Array, waits_s: Array, output_tokens: int) -> Array:
+def crowded_s(alone_s: Array, beside: Array, waits_s: Array, output_tokens: Array) -> Array:
     """Return what requests take that would take `alone_s`.
 
     Args:
         alone_s: (requests).
         beside: (requests, neighbours + 1), the share of the service with so many neighbours.
         waits_s: likewise, how much longer a token takes with so many.
-        output_tokens: of each request; a service goes through its tokens at an even pace.
+        output_tokens: (requests); a service goes through its tokens at an even pace.
     """
-    pace = alone_s[:, None] / (alone_s[:, None] + output_tokens * waits_s)
+    pace = alone_s[:, None] / (alone_s[:, None] + output_tokens[:, None] * waits_s)
     crowded: Array = alone_s / (beside * pace).sum(axis=1)
     return crowded
 

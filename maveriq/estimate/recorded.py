@@ -13,13 +13,17 @@ import numpy as np
 from maveriq.domain.catalog import load_model
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import RequestStatus
 from maveriq.estimate.cells import choice
 from maveriq.estimate.host import in_shared_process
 from maveriq.tables import Row, read_csv
+from maveriq.units import MICROS_PER_SECOND
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-CHARACTERS_PER_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 4
+_PUBLISHED_OUTPUT_TOKENS = 20  # of every request of the published recordings
 MOST_NEIGHBOURS = 7
 """On eight GPUs; columns of `RecordedEngine.beside` are one more."""
 
@@ -45,6 +49,7 @@ class RecordedEngine:
     configuration: Configuration
     gpu_ids: tuple[int, ...]
     prompt_tokens: Array
+    output_tokens: Array
     service_s: Array
     beside: Array
 
@@ -70,7 +75,7 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
     requests: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
     for row in read_csv(folder / "completed.csv.gz", _COMPLETED, what="recorded requests"):
         key = row.text("run"), row.text("model_id")
-        tokens = max(1.0, characters[key[0]][row.count("req_id", least=1) - 1] / CHARACTERS_PER_TOKEN)
+        tokens = max(1.0, characters[key[0]][row.count("req_id", least=1) - 1] / _CHARACTERS_PER_TOKEN)
         finish_s = row.number("arrival_s") + row.number("latency_s")
         requests[key].append((finish_s - row.number("service_s"), finish_s, tokens))
     served = {key: np.array(sorted(rows)) for key, rows in requests.items()}
@@ -82,11 +87,43 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
             configuration=configurations[key],
             gpu_ids=tuple(map(int, row.text("gpus").split())),
             prompt_tokens=served[key][:, 2],
+            output_tokens=np.full(len(served[key]), float(_PUBLISHED_OUTPUT_TOKENS)),
             service_s=served[key][:, 1] - served[key][:, 0],
             beside=_beside(served[key], list(_neighbours(key, configurations, served))),
         )
         for key, row in deployed.items()
         if key in served
+    ]
+
+
+def engines_of(run: str, record: RunRecord) -> list[RecordedEngine]:
+    """Return the engines of a run that completed at least one request.
+
+    Requests of batches say nothing of a single one, so engines that take batches are left out.
+    """
+    table, plans = record.requests, {one.deployment_id: one.plan for one in record.deployments if one.plan}
+    done = table.status == RequestStatus.COMPLETED.value
+    start_s, finish_s = table.start_us / MICROS_PER_SECOND, table.finish_us / MICROS_PER_SECOND
+    requests = np.column_stack([start_s, finish_s, table.prompt_tokens, table.output_tokens])
+    served = {
+        (run, str(deployment_id)): requests[mine]
+        for deployment_id in plans
+        if (mine := done & (table.deployment_id == deployment_id)).any()
+    }
+    configurations = {(run, str(deployment_id)): plan.configuration for deployment_id, plan in plans.items()}
+    return [
+        RecordedEngine(
+            run=run,
+            model=plan.model,
+            configuration=plan.configuration,
+            gpu_ids=plan.gpu_ids,
+            prompt_tokens=served[key][:, 2],
+            output_tokens=served[key][:, 3],
+            service_s=served[key][:, 1] - served[key][:, 0],
+            beside=_beside(served[key], list(_neighbours(key, configurations, served))),
+        )
+        for deployment_id, plan in plans.items()
+        if (key := (run, str(deployment_id))) in served and plan.configuration.batch_size == 1
     ]
 
 

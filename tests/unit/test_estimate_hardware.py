@@ -94,7 +94,7 @@ def test_slo_grows_with_output_tokens(short: HardwareProfile) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("profile-short.toml", "prompt_tokens = 10", "prompt_tokens = 0", "int` >= 1"),
+        ("profile-short.toml", "prompt_tokens = 10", "prompt_tokens = 0", "must be a whole number of at least 1"),
         ("profile-short.toml", "prompt_tokens", "prompt_token", "prompt_token"),
         ("profile-short.toml", "fingerprints-short.csv", "nowhere.csv", "does not exist"),
         ("hardware.toml", "tick_ms = 10.3", "tick_ms = nan", "tick_ms"),

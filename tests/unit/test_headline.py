@@ -21,8 +21,6 @@ from maveriq.scenario.build import build_scenario
 COMMITTED = Path(__file__).parents[2] / "experiments" / "fidelity" / "headline.toml"
 S = 1_000_000
 PLAN = HeadlinePlan(
-    plan_with="paper",
-    serve_with="calibrated",
     slo_scale=5.0,
     judged_by=[5.0],
     even=1.0,
@@ -34,6 +32,8 @@ PLAN = HeadlinePlan(
         traces=["code"],
         scales=[0.1, 0.2],
         slo_scales=[5.0],
+        plan_with="paper",
+        serve_with="calibrated",
         policies=[
             Variant(name="Ours"),
             Variant(name="Ours fast", intent="min-latency"),
@@ -198,7 +198,7 @@ def test_policies_are_compared_under_the_very_same_requests() -> None:
     seen = []
     for case in plan.grid.cases():
         if (case.model_set, case.trace, case.scale) == ("regular", "code", 0.1):
-            options = plan.options(case)
+            options = case.options()
             assert (options.plan_with, options.serve_with) == ("paper", "calibrated")
             seen.append(build_scenario(options).workload.arrivals)
     assert len(seen) == len(plan.grid.policies)
