@@ -23,6 +23,11 @@ _REFUSED, _UNFINISHED = RequestStatus.REFUSED.value, RequestStatus.UNFINISHED.va
 RECENT_COMPLETIONS = 1_000
 """How many of the last completions live figures cover."""
 
+MOST_REASONS = 10_000
+"""Different reasons that are kept; a service that runs for long, with engines that always find new words, needs a bound."""
+
+_ONE_MORE_REASON = "a reason beyond those kept"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRow:

@@ -86,11 +86,11 @@ class Options:
     alpaserve_as_published: bool = _option(False, "AlpaServe with its naming defect and table.", _POLICY)  # noqa: FBT003
     alpaserve_star_rule: str = _option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
     plan_with: str | None = _option(
-        None, "What the policy plans with: calibrated or paper.", _POLICY, shown="calibrated"
+        None, "What the policy plans with: calibrated, paper, or measured.", _POLICY, shown="calibrated"
     )
 
     serve_with: str | None = _option(
-        None, "What times simulated service: calibrated, paper, or recorded.", _WORLD, shown="calibrated"
+        None, "What times simulated service: calibrated, paper, measured, or recorded.", _WORLD, shown="calibrated"
     )
     serve_without: str | None = _option(
         None, "A recorded run that calibrated service times must not have been fitted to.", _WORLD
