@@ -41,11 +41,12 @@ class FitQuestion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Live:
-    """The live system: its figures, those without each run, and errors in percent of runs left out."""
+    """The live system: its figures, those without each run, and errors in percent, of runs left out where possible."""
 
     served: Served
     without: Mapping[str, Served]
     errors: Sequence[float]
+    runs_left_out: bool
 
 
 def show_fit(question: FitQuestion) -> None:
@@ -95,8 +96,10 @@ def _recorded(folder: Path) -> list[RecordedEngine]:
 def _live(fitted: CrossFit, recorded: Sequence[RecordedEngine], gpus_per_socket: int) -> _Live:
     calibration = fitted.calibration
     served, without = cross_fit_served(fitted.slowness, calibration, recorded, gpus_per_socket)
-    errors = errors_without(fitted.slowness, calibration, recorded, without or {recorded[0].run: served})
-    return _Live(served=served, without=without, errors=errors)
+    left_out = errors_without(fitted.slowness, calibration, recorded, without)
+    same_runs = dict.fromkeys((one.run for one in recorded), served)
+    errors = left_out or errors_without(fitted.slowness, calibration, recorded, same_runs)
+    return _Live(served=served, without=without, errors=errors, runs_left_out=bool(left_out))
 
 
 def _write(fitted: CrossFit, live: _Live | None, exponents: Kinds, out: Path, data: Path) -> None:
@@ -125,7 +128,7 @@ def _plain(fitted: CrossFit, live: _Live | None) -> dict[str, object]:
     }
     if live:
         off = {"deployments": len(live.errors), "median": float(np.median(live.errors)), "worst": max(live.errors)}
-        answer["live"] = {**off, "runs_left_out": bool(live.without)}
+        answer["live"] = {**off, "runs_left_out": live.runs_left_out}
     return answer
 
 
@@ -138,9 +141,9 @@ def _show(fitted: CrossFit, live: _Live | None, recorded: Sequence[RecordedEngin
         screen.print(f"  {escape(row)}: measured {seen:.3f} s, predicted {said:.3f} s", soft_wrap=True)
     if live:
         runs = len({one.run for one in recorded})
-        how = "each by figures without its run" if live.without else "by figures fitted to that run"
+        how = "each by figures without its run" if live.runs_left_out else "by figures fitted to them"
         screen.print(
-            f"median service times of {len(recorded)} deployments in {runs} recorded runs, {how}: off by "
+            f"median service times of {len(live.errors)} deployments in {runs} recorded runs, {how}: off by "
             f"{np.median(live.errors):.1f} % in the median, {max(live.errors):.1f} % at worst",
             soft_wrap=True,
             highlight=False,

@@ -16,7 +16,7 @@ _LEAST_CALM = 5  # requests that say how far an engine is off without neighbours
 
 
 def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]]) -> Crowd:
-    """Return what neighbours cost a token.
+    """Return what neighbours cost a token; what nobody had, be it one neighbour or several, costs nothing.
 
     Args:
         engines: with what each of their requests would take without neighbours, in seconds.
@@ -25,20 +25,25 @@ def fit_crowd(engines: Sequence[tuple[RecordedEngine, Array]]) -> Crowd:
 
     pairs = [(engine, alone_s * _off(engine, alone_s)) for engine, alone_s in engines if not engine.calm.all()]
     if not pairs:
-        return Crowd(layer_us=0.0, turn_us=0.0)  # nobody ever had a neighbour
+        return Crowd(layer_us=0.0, turn_us=0.0)
     layers = np.concatenate([np.full(len(alone_s), engine.model.layers) for engine, alone_s in pairs])
     alone_s = np.concatenate([alone_s for _, alone_s in pairs])
     beside = np.concatenate([engine.beside for engine, _ in pairs])
     output_tokens = np.concatenate([engine.output_tokens for engine, _ in pairs])
     logs = np.log(np.concatenate([engine.service_s for engine, _ in pairs]))
+    first_us = _FIRST_US if beside[:, 2:].any() else _FIRST_US[:1]
+
+    def costs_us(position: Array) -> tuple[float, float]:
+        layer_us, *turn_us = np.exp(position).tolist()
+        return layer_us, *(turn_us or [0.0])
 
     def residuals(position: Array) -> Array:
-        layer_us, turn_us = np.exp(position)
+        layer_us, turn_us = costs_us(position)
         taken_s = crowded_s(alone_s, beside, _waits_s(layers, layer_us, turn_us), output_tokens)
         return np.asarray(np.log(taken_s) - logs)
 
-    found = least_squares(residuals, np.log(_FIRST_US), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
-    layer_us, turn_us = (float(f"{value:.4g}") for value in np.exp(found.x))
+    found = least_squares(residuals, np.log(first_us), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
+    layer_us, turn_us = (float(f"{value:.4g}") for value in costs_us(found.x))
     return Crowd(layer_us=layer_us, turn_us=turn_us)
 
 

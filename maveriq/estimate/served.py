@@ -10,7 +10,7 @@ from typing import Annotated
 
 import msgspec
 
-from maveriq.tables import read_csv
+from maveriq.tables import Row, read_csv
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -62,24 +62,30 @@ _SERVED_COLUMNS = (
 def read_served(path: Path) -> dict[str, Served]:
     """Read the figures of the live system by the recorded run that was left out of their fit.
 
+    A row is a run and a TP; one without a TP is of a fit that saw no tensor parallelism.
+
     Raises:
         InputError: not such a table, or a figure that cannot be.
     """
     found: dict[str, Served] = {}
     for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
-        run, tp = row.text("without_run"), str(row.count("tp", least=2))
-        figures = ServedTp(
-            all_reduce_us=row.number("all_reduce_us", least=1e-6),
-            ring_gb_s=row.number("ring_gb_s", least=1e-9),
-            across_us=row.number("across_us", least=0),
-        )
+        run = row.text("without_run")
         found[run] = Served(
             request_ms=row.number("request_ms", least=0),
             gpus_per_socket=row.count("gpus_per_socket", least=1),
             crowd=Crowd(layer_us=row.number("layer_us", least=0), turn_us=row.number("turn_us", least=0)),
-            tp={**(found[run].tp if run in found else {}), tp: figures},
+            tp={**(found[run].tp if run in found else {}), **(_links(row) if row.cells["tp"] else {})},
         )
     return found
+
+
+def _links(row: Row) -> dict[str, ServedTp]:
+    figures = ServedTp(
+        all_reduce_us=row.number("all_reduce_us", least=1e-6),
+        ring_gb_s=row.number("ring_gb_s", least=1e-9),
+        across_us=row.number("across_us", least=0),
+    )
+    return {str(row.count("tp", least=2)): figures}
 
 
 def served_csv(without: Mapping[str, Served]) -> str:
@@ -88,8 +94,9 @@ def served_csv(without: Mapping[str, Served]) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_SERVED_COLUMNS)
     for run, served in without.items():
+        common = (served.request_ms, served.gpus_per_socket, served.crowd.layer_us, served.crowd.turn_us)
         for tp, figures in served.tp.items():
-            links = (figures.all_reduce_us, figures.ring_gb_s, figures.across_us)
-            common = (served.request_ms, served.gpus_per_socket, served.crowd.layer_us, served.crowd.turn_us)
-            table.writerow([run, tp, *common, *links])
+            table.writerow([run, tp, *common, figures.all_reduce_us, figures.ring_gb_s, figures.across_us])
+        if not served.tp:
+            table.writerow([run, "", *common, "", "", ""])
     return text.getvalue()

@@ -20,6 +20,7 @@ import numpy as np
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.errors import InputError
 from maveriq.estimate.calibration import Calibration, work
 from maveriq.estimate.crowdfit import fit_crowd
 from maveriq.estimate.fitting import Array, picked, stacked
@@ -128,8 +129,17 @@ def fit_served(
     engines: Sequence[RecordedEngine],
     gpus_per_socket: int = TESTBED_GPUS_PER_SOCKET,
 ) -> Served:
-    """Return the figures of the live system under which the recorded service times are most likely."""
+    """Return the figures of the live system under which the recorded service times are most likely.
+
+    Raises:
+        InputError: no engine served enough requests without busy neighbours.
+    """
     medians = [one for engine in engines for one in calm_medians(engine, bands=_BANDS)]
+    if not medians:
+        raise InputError(
+            f"no deployment of these runs served {_LEAST_CALM} requests while its neighbours were idle, so that "
+            "nothing says what it takes alone; add a run with less load, or with one deployment"
+        )
     alone = _fit_alone(slowness, calibration, medians, gpus_per_socket)
     live = msgspec.structs.replace(calibration, served=alone)
     crowded = [engine for engine in engines if not engine.calm.all()]
@@ -189,22 +199,33 @@ def cross_fit_served(
     engines: Sequence[RecordedEngine],
     gpus_per_socket: int = TESTBED_GPUS_PER_SOCKET,
 ) -> tuple[Served, Mapping[str, Served]]:
-    """Fit to all recorded runs, and to all but each one, where there are several."""
-    runs = list(dict.fromkeys(one.run for one in engines))
+    """Fit to all recorded runs, and to all but each one, where the others tell something.
+
+    Raises:
+        InputError: no engine served enough requests without busy neighbours.
+    """
+    whole = fit_served(slowness, calibration, engines, gpus_per_socket)
+    telling = {one.run for one in engines if any(calm_medians(one))}
     without = {
         run: fit_served(slowness, calibration, [one for one in engines if one.run != run], gpus_per_socket)
-        for run in (runs if len(runs) > 1 else [])
+        for run in dict.fromkeys(one.run for one in engines)
+        if telling - {run}
     }
-    return fit_served(slowness, calibration, engines, gpus_per_socket), without
+    return whole, without
 
 
 def errors_without(
     slowness: Slowness, calibration: Calibration, engines: Sequence[RecordedEngine], without: Mapping[str, Served]
 ) -> list[float]:
-    """Return by how many percent each deployment is off without neighbours, predicted without its run."""
+    """Return by how many percent each deployment is off without neighbours, predicted without its run.
+
+    Those that were hardly ever without them have no say.
+    """
     errors: list[float] = []
     for run, served in without.items():
         of_run = [one for engine in engines if engine.run == run for one in calm_medians(engine)]
+        if not of_run:
+            continue
         table = Deployments(slowness, of_run, served.gpus_per_socket)
         predicted_s = table.predict_s(msgspec.structs.replace(calibration, served=served))
         errors.extend((100 * np.abs(predicted_s / table.service_s - 1)).tolist())
