@@ -28,6 +28,9 @@ class InputError(MaveriqError):
     exit_code = 2
 
 
+_MOST_NAMES, _FEW_NAMES = 16, 5
+
+
 class UnknownNameError(InputError):
     """A name that no catalogue knows."""
 
@@ -36,11 +39,19 @@ class UnknownNameError(InputError):
         near = difflib.get_close_matches(name, names, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
         tail = f" {hint}" if hint else ""
-        super().__init__(f"unknown {kind} {name!r}{guess} (known: {', '.join(names)}){tail}")
+        super().__init__(f"unknown {kind} {name!r}{guess} (known: {_listed(names, name)}){tail}")
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
         """Leave only the message to another process: the arguments cannot be had back from it."""
         return InputError, self.args
+
+
+def _listed(names: list[str], name: str) -> str:
+    """Return the names for one line: all, or of very many the nearest."""
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(names)
+    nearest = difflib.get_close_matches(name, names, n=_FEW_NAMES, cutoff=0.0)
+    return f"{', '.join(nearest)} and {len(names) - len(nearest)} more"
 
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})

@@ -69,7 +69,7 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {_in_plain_words(str(error))}") from None
+        raise InputError(f"{what} {str(path)!r}: {in_plain_words(str(error))}") from None
     except (ValueError, RecursionError):  # thousands of digits, thousands of brackets
         raise InputError(f"{what} {str(path)!r}: a number is too long, or brackets too deep; shorten it") from None
 
@@ -85,16 +85,51 @@ def read_json(path: Path, shape: type[T], *, what: str) -> T:
     try:
         return msgspec.json.decode(text, type=shape)
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {_in_plain_words(str(error))}") from None
+        raise InputError(f"{what} {str(path)!r}: {in_plain_words(str(error))}") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{what} {str(path)!r} is not valid JSON: {error}") from None
 
 
-def _in_plain_words(message: str) -> str:
-    """Turn msgspec's words for a key ("Object contains unknown field `x` - at `$.a[0]`") into ours."""
-    message = re.sub(r" - at `\$\.?([^`]*)`", lambda at: f" (in {at[1]})" if at[1] else "", message)
-    message = message.replace("Object contains unknown field", "unknown key")
-    return message.replace("Object missing required field", "missing key")
+_PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
+_EXPECTED = re.compile(
+    r"Expected `(?P<kind>\w+)[^`]*`(?P<length> of length)?(?: (?P<sign>[<>]=?) (?P<bound>[^ ,]+))?"
+    r"(?:, got `(?P<got>\w+)[^`]*`)?"
+)
+_KINDS = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list",
+    "object": "a table", "null": "nothing",
+}  # fmt: skip
+_GOT = _KINDS | {"float": "a fraction", "bool": "true or false"}
+_SIGNS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
+
+
+def in_plain_words(message: str) -> str:
+    """Turn msgspec's words for a key ("Object contains unknown field `x` - at `$.a[0]`") or a value into ours."""
+    at = _PLACE.search(message)
+    place, said = (at[1], message[: at.start()]) if at else ("", message)
+    expected = _EXPECTED.fullmatch(said)
+    if said == "Number out of range":
+        return f"{place or 'it'} is too long a number"
+    if expected:
+        return f"{place or 'it'} must be {_expected(expected)}"
+    said = said.replace("Object contains unknown field", "unknown key")
+    said = said.replace("Object missing required field", "missing key")
+    return f"{said} (in {place})" if place else said
+
+
+def _expected(found: re.Match[str]) -> str:
+    kind = _KINDS.get(found["kind"], found["kind"])
+    bound = got = ""
+    if found["sign"]:
+        bound = f" of {'length ' if found['length'] else ''}{_SIGNS[found['sign']]} {_short(found['bound'])}"
+    if found["got"]:
+        got = f", not {_GOT.get(found['got'], found['got'])}"
+    return f"{kind}{bound}{got}"
+
+
+def _short(number: str) -> str:
+    """Return a bound as people write it: 1 for 1.0, 1,000,000 for 1000000.0."""
+    return f"{float(number):,.12g}"
 
 
 @dataclass(frozen=True, slots=True)

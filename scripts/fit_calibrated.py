@@ -15,11 +15,15 @@ from pathlib import Path
 import msgspec
 
 from maveriq.embedded import data_path
-from maveriq.estimate.calibration import Calibration, served_csv, to_toml
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.calibration import Calibration, to_toml
 from maveriq.estimate.crossfit import cross_fit
-from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
+from maveriq.estimate.fitting import start_calibration
 from maveriq.estimate.hardware import load_profile
-from maveriq.estimate.servedfit import cross_fit_served, read_recorded
+from maveriq.estimate.recorded import read_engines
+from maveriq.estimate.samples import read_samples
+from maveriq.estimate.served import served_csv
+from maveriq.estimate.servedfit import cross_fit_served
 
 _COMMENT = """Written by scripts/fit_calibrated.py: figures of the calibrated estimator (docs/calibrated.md), fitted to
 the fingerprints and full-model measurements published with the MaverIQ paper (SC '25; repository UT-SysML/MaverIQ,
@@ -32,10 +36,11 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path, help="folder that holds a6000 and testbed")
     parser.add_argument("--out", type=Path, default=data_path("a6000"), help="where to write (default: the package)")
     arguments = parser.parse_args()
-    samples = read_samples(arguments.data_dir / "a6000", Prompts())
+    samples = read_samples(arguments.data_dir / "a6000")
     fitted = cross_fit(samples, start_calibration(), told=print)
-    recorded = read_recorded(arguments.data_dir / "testbed")
-    served, without_run = cross_fit_served(load_profile("a6000-short"), fitted.calibration, recorded)
+    engines = read_engines(arguments.data_dir / "testbed")
+    benchmarked = CalibratedEstimator(load_profile("a6000-short"), fitted.calibration, served=False)
+    served, without_run = cross_fit_served(benchmarked.slowness, fitted.calibration, engines)
     (arguments.out / "calibrated-served.csv").write_text(served_csv(without_run), encoding="utf-8")
     write(arguments.out / "calibrated.toml", msgspec.structs.replace(fitted.calibration, served=served), "")
     for model, calibration in fitted.without.items():

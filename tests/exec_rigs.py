@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -255,3 +256,20 @@ class EndsEarly(Broken):
             if step == 3:
                 return
             yield tokens
+
+
+FIRST_S, EACH_S = 0.03, 0.01
+
+
+class Paced(EmulatedEngine):
+    """An engine of known pace: the first token takes `FIRST_S` for each sequence of a batch, every other `EACH_S`."""
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        super().load(spec)
+        return Loaded(backend="paced", version="1", weights_bytes=3 << 30, kv_cache_bytes=1 << 30)
+
+    def generate(self, work: Generate) -> Any:
+        first_s = time.monotonic() + FIRST_S * len(work.sequences)
+        for step in range(max(one.output_tokens for one in work.sequences)):
+            time.sleep(max(0.0, first_s + step * EACH_S - time.monotonic()))
+            yield [step] * len(work.sequences)

@@ -44,12 +44,22 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     scales: _Scales
     slo_scales: _Scales
     policies: Annotated[list[Variant], msgspec.Meta(min_length=1)]
+    plan_with: str
+    serve_with: str
 
     def cases(self) -> Iterator[Case]:
         """Yield every case; the policies of one workload stand together."""
         grid = product(self.model_sets, self.traces, self.scales, self.slo_scales, self.policies)
         for model_set, trace, scale, slo_scale, variant in grid:
-            yield Case(model_set=model_set, trace=trace, scale=scale, slo_scale=slo_scale, variant=variant)
+            yield Case(
+                model_set=model_set,
+                trace=trace,
+                scale=scale,
+                slo_scale=slo_scale,
+                variant=variant,
+                plan_with=self.plan_with,
+                serve_with=self.serve_with,
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +71,8 @@ class Case:
     scale: float
     slo_scale: float
     variant: Variant
+    plan_with: str
+    serve_with: str
 
     def options(self) -> Options:
         """Return the options of the run.
@@ -73,6 +85,8 @@ class Case:
             trace=self.trace,
             scale=self.scale,
             slo_scale=self.slo_scale,
+            plan_with=self.plan_with,
+            serve_with=self.serve_with,
             **self.variant.options(),  # type: ignore[arg-type]  # they have the fields of Options
         )
 

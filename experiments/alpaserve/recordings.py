@@ -14,6 +14,7 @@ from pathlib import Path
 from cases import Case, Variant
 
 from maveriq.errors import InputError
+from maveriq.estimate.catalog import PAPER
 from maveriq.tables import read_csv
 
 _LATENCY_COLUMNS = (
@@ -55,6 +56,8 @@ class Recorded:
             scale=float(said["scale"]),
             slo_scale=float(said["slo"]),
             variant=_POLICIES.get(said["policy"]) or _maveriq(said["policy"], said["intent"]),
+            plan_with=PAPER,
+            serve_with=PAPER,
         )
 
 

@@ -1,5 +1,7 @@
 """Simulate every recorded run from its description, print how far off that is, and fill in the page.
 
+Then compare MaverIQ with the baselines: as recorded, as simulated blind, and where nothing was recorded.
+
 Usage: python experiments/fidelity/blind.py [--data DIR] [--out DIR] [--page FILE]
 
 DIR is the folder of measured data (else MAVERIQ_DATA). docs/fidelity.md tells what the tables mean.
@@ -9,35 +11,48 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.append(str(Path(__file__).parents[1] / "alpaserve"))
 
 from blind_grids import grids
+from blind_neighbours import Neighbours
+from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
-from blind_runs import BlindResult, blind_results
-from blind_tables import BlindTables, read_tables, write_tables
+from blind_plots import draw_overview, draw_run, write_gallery
+from blind_runs import PROFILE, blind_results
+from blind_tables import BlindTables, csv_of, read_rows, read_tables, write_tables
+from grids import Grid
+from headline_grids import headline_grids
+from headline_plan import HeadlinePlan, load_headline_plan
+from headline_plot import draw_headline
+from headline_rows import AchievedRow
+from headline_runs import achieved_by, achieved_in_grid, slo_scales
 from page import filled
 from rich.console import Console
 from rich.progress import track
 
 from maveriq.embedded import measured_data_path
 from maveriq.errors import MaveriqError
-from maveriq.report.compare_plot import write_plot
-from maveriq.report.curves import latency_curves, queue_curves
+from maveriq.estimate.hardware import load_profile
+from maveriq.workload.testbed import find_testbed, read_runs
 
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"
 _PAGE = _HERE.parents[1] / "docs" / "fidelity.md"
+ACHIEVED, PICTURES = "achieved.csv", "runs"
 _WIDTH_OF_NO_TERMINAL = 200
-_POINTS = 400
+_One = TypeVar("_One")
 
 
 def main(arguments: list[str]) -> None:
-    """Simulate, write results and plot, fill in the page, print."""
+    """Simulate, write results and pictures, fill in the page, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=measured_data_path(), metavar="DIR")
     parser.add_argument("--plan", type=Path, default=_HERE / "blind.toml", metavar="FILE")
+    parser.add_argument("--headline", type=Path, default=_HERE / "headline.toml", metavar="FILE")
     parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR")
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: that of the docs, unless --out is given")
     options = parser.parse_args(arguments)
@@ -45,9 +60,9 @@ def main(arguments: list[str]) -> None:
         parser.error("the measured data is absent; name its folder with --data or MAVERIQ_DATA")
     page = options.page or (_PAGE if options.out == _RESULTS else None)
     try:
-        plan = load_blind_plan(options.plan)
-        write_tables(options.out, _run_all(options.data, plan, options.out))
-        tables = list(grids(read_tables(options.out), plan))
+        plan, headline = load_blind_plan(options.plan), load_headline_plan(options.headline)
+        _run_all(options.data, plan, headline, options.out)
+        tables = page_grids(options.out, plan, headline)
         if page:
             page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8", newline="")
     except MaveriqError as error:
@@ -57,32 +72,49 @@ def main(arguments: list[str]) -> None:
         console.print(grid.table())
 
 
-def _run_all(data: Path, plan: BlindPlan, out: Path) -> BlindTables:
-    """Return the tables of all runs, and plot the run that `plan` names."""
-    kept = []
-    for one in track(blind_results(data, plan), "Simulating", console=Console(stderr=True), transient=True):
-        if one.row.run == plan.plotted:
-            _plot(one, out)
-        kept.append((one.row, one.services, one.elsewhere, one.gain, one.toss))
-    return BlindTables(
+def page_grids(results: Path, plan: BlindPlan, headline: HeadlinePlan) -> list[Grid]:
+    """Return the grids of the results in a folder, in the order in which they are printed.
+
+    Raises:
+        InputError: a file is missing or is not such a table.
+    """
+    achieved = list(read_rows(results / ACHIEVED, AchievedRow))
+    return [*grids(read_tables(results), plan), *headline_grids(achieved, headline)]
+
+
+def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> None:
+    """Simulate everything, and write what came of it: rows and pictures."""
+    pictures = out / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    runs = {run.name: run for run in read_runs(find_testbed(data))}
+    profile, judged_by = load_profile(PROFILE), slo_scales(runs.values(), headline)
+    kept, neighbours = [], Neighbours()
+    achieved: list[AchievedRow] = []
+    for one in _shown(blind_results(data, plan), "Recorded runs", len(runs)):
+        neighbours.add(one.recorded, one.sim)
+        kept.append((one.row, one.services, one.elsewhere, one.gain))
+        achieved += achieved_by(runs[one.row.run], one, judged_by, profile)
+        draw_run(pictures, one.row.run, one.sim, one.recorded, one.comparison)
+    tables = BlindTables(
         runs=[row for row, *_ in kept],
         services=[service for _, services, *_ in kept for service in services],
-        elsewhere=[row for _, _, rows, *_ in kept for row in rows],
-        gains=[gain for *_, gain, _ in kept if gain],
-        tosses=[toss for *_, toss in kept if toss],
+        elsewhere=[row for _, _, rows, _ in kept for row in rows],
+        gains=[gain for *_, gain in kept if gain],
+        neighbours=list(neighbours.rows()),
+        placements=list(placement_rows(data, load_profile(PROFILE), plan.placement_draws)),
     )
+    write_tables(out, tables)
+    write_gallery(pictures, list(runs))
+    draw_overview(out / "overview.png", tables.runs, plan.bars)
+    cases = list(headline.grid.cases())
+    for rows in _shown(achieved_in_grid(headline, cases), "Other comparisons", len(cases)):
+        achieved += rows
+    (out / ACHIEVED).write_text(csv_of(AchievedRow, achieved), encoding="utf-8", newline="")
+    draw_headline(out / "headline.png", list(read_rows(out / ACHIEVED, AchievedRow)), headline)
 
 
-def _plot(one: BlindResult, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    latencies = latency_curves(one.sim, one.recorded, points=_POINTS)
-    queues = queue_curves(one.sim, one.recorded, points=_POINTS)
-    write_plot(
-        out / "overlay.png",
-        one.comparison,
-        [curves for curves in (latencies, queues) if curves],
-        title=f"{one.row.run}, simulated blind",
-    )
+def _shown(found: Iterable[_One], what: str, total: int) -> Iterable[_One]:
+    return track(found, what, total=total, console=Console(stderr=True), transient=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ def grids(tables: BlindTables, plan: BlindPlan) -> Iterator[Grid]:
     yield _runs(tables, plan)
     yield _worst_services(tables, plan)
     yield _elsewhere(tables)
-    yield _tosses(tables)
+    yield _draws(tables)
+    yield _placements(tables)
+    yield _neighbours(tables)
     yield _gains(tables)
 
 
@@ -54,7 +56,7 @@ def _runs(tables: BlindTables, plan: BlindPlan) -> Grid:
                 _points(row.slo_error),
                 _points(row.slo_all_error),
                 f"{row.same_configuration} of {row.deployments}",
-                f"{row.same_gpus}",
+                f"{row.same_gpus:.1f}",
             )
         )
     return Grid(
@@ -94,7 +96,7 @@ def _elsewhere(tables: BlindTables) -> Grid:
     return Grid(
         name="elsewhere",
         title="Deployments that went elsewhere",
-        columns=("run", "endpoint", "recorded", "GPUs", "simulated", "GPUs"),
+        columns=("run", "endpoint", "recorded", "GPUs", "simulated", "GPUs", "there in draws"),
         rows=tuple(
             (
                 row.run,
@@ -103,26 +105,66 @@ def _elsewhere(tables: BlindTables) -> Grid:
                 row.recorded_gpus,
                 "the same" if row.sim == row.recorded else row.sim,
                 row.sim_gpus,
+                f"{row.draws_there} of {row.draws}",
             )
             for row in tables.elsewhere
         ),
     )
 
 
-def _tosses(tables: BlindTables) -> Grid:
+def _draws(tables: BlindTables) -> Grid:
+    rows = [row for row in tables.runs if row.draws > 1]
     return Grid(
-        name="tosses",
-        title="Random orders of equally busy GPUs",
-        columns=("run", "tosses", "mean off, %", "p95 off, %", "worst service off, %"),
+        name="draws",
+        title="What chance does to placement: the least and the most over draws, and what the usual seed gives",
+        columns=("run", "mean off, %", "usual seed", "p95 off, %", "usual seed", "on the recorded GPUs"),
         rows=tuple(
             (
                 row.run,
-                str(row.tosses),
                 f"{row.mean_error_low:+.1f} to {row.mean_error_high:+.1f}",
+                f"{row.mean_error_alone:+.1f}",
                 f"{row.p95_error_low:+.1f} to {row.p95_error_high:+.1f}",
-                f"{row.service_worst_low:.1f} to {row.service_worst_high:.1f}",
+                f"{row.p95_error_alone:+.1f}",
+                f"{row.same_gpus:.1f} of {row.deployments}",
             )
-            for row in tables.tosses
+            for row in rows
+        ),
+    )
+
+
+def _placements(tables: BlindTables) -> Grid:
+    return Grid(
+        name="placements",
+        title="Samplers of load against recorded placements, given the recorded executions",
+        columns=("readings of GPUs differ in age by", "draws", "as recorded, of them", "in every draw", "in none"),
+        rows=tuple(
+            (
+                f"up to {row.most_phase_s:.2f} s" if row.most_phase_s else "nothing",
+                str(row.draws),
+                f"{row.expected:.1f} of {row.deployments}",
+                str(row.always),
+                str(row.never),
+            )
+            for row in tables.placements
+        ),
+    )
+
+
+def _neighbours(tables: BlindTables) -> Grid:
+    return Grid(
+        name="neighbours",
+        title="Service times beside other engines, over those of the same engine alone",
+        columns=("engines of", "beside", "engines", "requests", "recorded longer, %", "simulated longer, %"),
+        rows=tuple(
+            (
+                row.engine,
+                row.beside,
+                str(row.engines),
+                f"{row.requests:,}",
+                f"{row.recorded_longer:+.1f}",
+                f"{row.sim_longer:+.1f}",
+            )
+            for row in tables.neighbours
         ),
     )
 

@@ -32,16 +32,16 @@ class BlindPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     Args:
         plan_with: the estimator that the recorded system planned with.
         gain_with: another one, whose plans are compared with those.
-        plotted: the run whose curves are drawn.
-        tosses: random orders of equally busy GPUs to try.
+        draws: of the phases in which GPUs are sampled; their mean is the prediction.
+        placement_draws: likewise, to hold against recorded placements.
         service_factor: by how much to stretch service to see how far queueing magnifies its errors.
         bars: to judge by.
     """
 
     plan_with: str
     gain_with: str
-    plotted: str
-    tosses: Annotated[int, msgspec.Meta(ge=1)]
+    draws: Annotated[int, msgspec.Meta(ge=1)]
+    placement_draws: Annotated[int, msgspec.Meta(ge=1)]
     service_factor: Annotated[float, msgspec.Meta(gt=0)]
     bars: Bars
 

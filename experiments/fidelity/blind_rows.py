@@ -29,7 +29,14 @@ class BlindRow:
         slo_all_error: over scheduled ones.
         deployments: that either has.
         same_configuration: of these, those that both have alike.
-        same_gpus: of these, those on the recorded GPUs.
+        same_gpus: of these, those on the recorded GPUs, their mean over draws.
+        mean_error_low: the least over draws of where chance has it; `mean_error` is their mean.
+        mean_error_high: the most.
+        mean_error_alone: of `maveriq sim` with the usual seed.
+        p95_error_low: likewise.
+        p95_error_high: likewise.
+        p95_error_alone: likewise.
+        draws: how many; 1 where nothing is left to chance.
         placed_mean_error: of a simulation with the recorded GPUs, which is not blind: what is left is not placement's.
         placed_p95_error: likewise.
     """
@@ -53,14 +60,21 @@ class BlindRow:
     slo_all_error: float | None
     deployments: int
     same_configuration: int
-    same_gpus: int
+    same_gpus: float
+    draws: int
+    mean_error_low: float
+    mean_error_high: float
+    mean_error_alone: float
+    p95_error_low: float
+    p95_error_high: float
+    p95_error_alone: float
     placed_mean_error: float
     placed_p95_error: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceRow:
-    """The median service time of a model in a run; `placed_error` with the recorded GPUs."""
+    """The median service time of a model in a run, its mean over draws; `placed_error` with the recorded GPUs."""
 
     run: str
     model: str
@@ -68,12 +82,17 @@ class ServiceRow:
     recorded_s: float
     sim_s: float
     error: float
+    error_low: float
+    error_high: float
     placed_error: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElsewhereRow:
-    """A deployment that went to other GPUs than the recorded one, or has another configuration."""
+    """A deployment that `maveriq sim` puts on other GPUs than the recorded ones, or in another configuration.
+
+    `draws_there` counts the draws that put it there.
+    """
 
     run: str
     endpoint_id: int
@@ -82,23 +101,50 @@ class ElsewhereRow:
     recorded_gpus: str
     sim: str
     sim_gpus: str
+    draws: int
+    draws_there: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TossRow:
-    """Errors of a run of MaverIQ over random orders of equally busy GPUs: from lowest to highest.
+class PlacementRow:
+    """How often a sampler of load, given the recorded executions, places as it was recorded.
 
-    `service_worst_*` is the largest error of a model's median service time in a toss, without its sign.
+    Args:
+        most_phase_s: readings of GPUs are up to so far apart; 0 sees all at one instant.
+        draws: of the phases.
+        deployments: that were recorded.
+        expected: of these, how many lie on the recorded GPUs, in the mean over draws.
+        always: how many do so in every draw.
+        never: in none.
     """
 
-    run: str
-    tosses: int
-    mean_error_low: float
-    mean_error_high: float
-    p95_error_low: float
-    p95_error_high: float
-    service_worst_low: float
-    service_worst_high: float
+    most_phase_s: float
+    draws: int
+    deployments: int
+    expected: float
+    always: int
+    never: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeighbourRow:
+    """How many percent longer engines take beside others, in the median over engines.
+
+    Args:
+        engine: of how many GPUs.
+        beside: which others were executing in the middle of a request.
+        engines: recorded ones with enough requests beside such others and alone.
+        requests: of theirs, beside such others.
+        recorded_longer: median service time over that of the same engine alone.
+        sim_longer: likewise, simulated.
+    """
+
+    engine: str
+    beside: str
+    engines: int
+    requests: int
+    recorded_longer: float
+    sim_longer: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

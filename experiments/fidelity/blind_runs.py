@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
+from blind_draws import Draws, draw
 from blind_plan import BlindPlan
-from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow, TossRow
-from blind_world import Stretched, described, on_recorded_gpus, ties_tossed
+from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow
+from blind_world import Stretched, described, with_plans_of
 
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.records import RunRecord
@@ -16,17 +18,17 @@ from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.gpu_use import busiest_gpu
-from maveriq.scenario.scenario import Scenario
 from maveriq.sim.engine import simulate
 from maveriq.workload.recordings import run_record
 from maveriq.workload.testbed import RecordedRun, Scheduled, find_testbed, read_completed, read_runs, read_scheduled
 
-_PROFILE = "a6000-short"
+PROFILE = "a6000-short"
+"""Of the recorded system."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlindResult:
-    """A run with both records, for whoever wants to draw them; gain and toss are None for baselines."""
+    """A run with both records, for whoever wants to plot them, `sim` with the usual seed; no gain for baselines."""
 
     recorded: RunRecord
     sim: RunRecord
@@ -35,7 +37,6 @@ class BlindResult:
     services: tuple[ServiceRow, ...]
     elsewhere: tuple[ElsewhereRow, ...]
     gain: GainRow | None
-    toss: TossRow | None
 
 
 def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None = None) -> Iterator[BlindResult]:
@@ -49,7 +50,7 @@ def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None 
     Raises:
         InputError: a file is missing or is not such a table.
     """
-    testbed, profile = find_testbed(data), load_profile(_PROFILE)
+    testbed, profile = find_testbed(data), load_profile(PROFILE)
     scheduled, completed = read_scheduled(testbed, names), read_completed(testbed, names)
     for run in read_runs(testbed):
         if names is None or run.name in names:
@@ -64,36 +65,38 @@ def _result(
     serve = CalibratedEstimator.serving(profile, without_run=run.name)
     scenario = replace(described(run, scheduled, recorded, plan_with=plan.plan_with), serve=serve)
     sim = simulate(scenario)
-    found = compare(sim, recorded)
-    placed = compare(simulate(on_recorded_gpus(scenario, recorded)), recorded)
-    stretched = compare(simulate(replace(scenario, serve=Stretched(serve, plan.service_factor))), sim)
-    gain = toss = None
+    # Baselines place ahead, before there is any load to sample.
+    draws = draw(scenario, sim, recorded, plan.draws if run.by_maveriq else 1)
+    found = draws.found[0]
+    placed = compare(simulate(with_plans_of(recorded, scenario)), recorded)
+    stretching = replace(with_plans_of(sim, scenario), serve=Stretched(serve, plan.service_factor))
+    stretched = compare(simulate(stretching), sim)
+    gain = None
     if run.by_maveriq:
         other = replace(described(run, scheduled, recorded, plan_with=plan.gain_with), serve=serve)
         gain = _gain(run.name, simulate(other), sim)
-        toss = _toss(run.name, scenario, recorded, plan.tosses)
     return BlindResult(
         recorded=recorded,
         sim=sim,
         comparison=found,
-        row=_row(run.name, found, placed, stretched, _busiest_percent(recorded), _busiest_percent(sim)),
-        services=tuple(_services(run.name, found, placed)),
-        elsewhere=tuple(_elsewhere(run.name, found)),
+        row=_row(run.name, draws, placed, stretched, _busiest_percent(recorded), _busiest_percent(sim)),
+        services=tuple(_services(run.name, draws, placed)),
+        elsewhere=tuple(_elsewhere(run.name, draws)),
         gain=gain,
-        toss=toss,
     )
 
 
 def _row(
     name: str,
-    found: Comparison,
+    draws: Draws,
     placed: Comparison,
     stretched: Comparison,
     busiest_percent: float,
     sim_busiest_percent: float,
 ) -> BlindRow:
+    found = draws.found[0]
     of, moves = found.overall.differences, stretched.overall.differences
-    mean, p95 = of["mean"], of["p95"]
+    means, p95s = draws.errors("mean"), draws.errors("p95")
     return BlindRow(
         run=name,
         busiest_percent=busiest_percent,
@@ -102,41 +105,51 @@ def _row(
         sim_verdict=found.sim_verdict.label.value,
         recorded_completed=found.overall.real_completed,
         sim_completed=found.overall.sim_completed,
-        recorded_mean_s=_known(mean.real),
-        sim_mean_s=_known(mean.sim),
-        mean_error=_known(mean.error),
+        recorded_mean_s=_known(of["mean"].real),
+        sim_mean_s=draws.sim("mean"),
+        mean_error=fmean(means),
         mean_moves=_known(moves["mean"].error),
-        recorded_p95_s=_known(p95.real),
-        sim_p95_s=_known(p95.sim),
-        p95_error=_known(p95.error),
+        recorded_p95_s=_known(of["p95"].real),
+        sim_p95_s=draws.sim("p95"),
+        p95_error=fmean(p95s),
         p95_moves=_known(moves["p95"].error),
-        slo_error=of["slo"].error,
-        slo_all_error=of["slo-all"].error,
+        slo_error=_mean(draws.errors("slo")),
+        slo_all_error=_mean(draws.errors("slo-all")),
         deployments=len(found.deployments),
         same_configuration=sum(one.same_configuration for one in found.deployments),
-        same_gpus=sum(one.same_configuration and one.same_gpus for one in found.deployments),
+        same_gpus=sum(draws.on_recorded_gpus(one.endpoint_id) for one in found.deployments) / len(draws.found),
+        draws=len(draws.found),
+        mean_error_low=min(means),
+        mean_error_high=max(means),
+        mean_error_alone=means[0],
+        p95_error_low=min(p95s),
+        p95_error_high=max(p95s),
+        p95_error_alone=p95s[0],
         placed_mean_error=_known(placed.overall.differences["mean"].error),
         placed_p95_error=_known(placed.overall.differences["p95"].error),
     )
 
 
-def _services(name: str, found: Comparison, placed: Comparison) -> Iterator[ServiceRow]:
-    for model, distance in found.models.items():
-        service = distance.differences["service-p50"]
-        if service.error is not None:
+def _services(name: str, draws: Draws, placed: Comparison) -> Iterator[ServiceRow]:
+    for model, distance in draws.found[0].models.items():
+        service, errors = distance.differences["service-p50"], draws.service_errors(model)
+        if errors:
+            recorded_s = _known(service.real)
             yield ServiceRow(
                 run=name,
                 model=model,
                 requests=distance.real_completed,
-                recorded_s=_known(service.real),
-                sim_s=_known(service.sim),
-                error=service.error,
+                recorded_s=recorded_s,
+                sim_s=recorded_s * (1 + fmean(errors) / 100),
+                error=fmean(errors),
+                error_low=min(errors),
+                error_high=max(errors),
                 placed_error=_known(placed.models[model].differences["service-p50"].error),
             )
 
 
-def _elsewhere(name: str, found: Comparison) -> Iterator[ElsewhereRow]:
-    for one in found.deployments:
+def _elsewhere(name: str, draws: Draws) -> Iterator[ElsewhereRow]:
+    for one in draws.found[0].deployments:
         if not (one.same_configuration and one.same_gpus):
             yield ElsewhereRow(
                 run=name,
@@ -146,6 +159,8 @@ def _elsewhere(name: str, found: Comparison) -> Iterator[ElsewhereRow]:
                 recorded_gpus=_gpus(one.real),
                 sim=str(one.sim.configuration) if one.sim else "none",
                 sim_gpus=_gpus(one.sim),
+                draws=len(draws.found),
+                draws_there=draws.on_recorded_gpus(one.endpoint_id),
             )
 
 
@@ -169,25 +184,13 @@ def _gain(name: str, other: RunRecord, usual: RunRecord) -> GainRow:
     )
 
 
-def _toss(name: str, scenario: Scenario, recorded: RunRecord, tosses: int) -> TossRow:
-    found = [compare(simulate(ties_tossed(scenario, toss)), recorded) for toss in range(tosses)]
-    means, p95s = ([_known(one.overall.differences[which].error) for one in found] for which in ("mean", "p95"))
-    worst = [max(abs(service.error) for service in _services(name, one, one)) for one in found]
-    return TossRow(
-        run=name,
-        tosses=tosses,
-        mean_error_low=min(means),
-        mean_error_high=max(means),
-        p95_error_low=min(p95s),
-        p95_error_high=max(p95s),
-        service_worst_low=min(worst),
-        service_worst_high=max(worst),
-    )
-
-
 def _busiest_percent(run: RunRecord) -> float:
     found = busiest_gpu(run.gpu_samples, until_us=int(run.requests.arrival_us.max()))
     return 100 * _known(found and found[1])
+
+
+def _mean(errors: list[float]) -> float | None:
+    return fmean(errors) if errors else None
 
 
 def _known(value: float | None) -> float:

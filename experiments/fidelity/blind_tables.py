@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from blind_plan import Bars
-from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow, TossRow
+from blind_rows import BlindRow, ElsewhereRow, GainRow, NeighbourRow, PlacementRow, ServiceRow
 
 from maveriq.tables import read_csv
 
@@ -24,7 +24,8 @@ class BlindTables:
     services: Sequence[ServiceRow]
     elsewhere: Sequence[ElsewhereRow]
     gains: Sequence[GainRow]
-    tosses: Sequence[TossRow]
+    placements: Sequence[PlacementRow]
+    neighbours: Sequence[NeighbourRow]
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -32,7 +33,8 @@ _KINDS: dict[str, type[Any]] = {
     "services": ServiceRow,
     "elsewhere": ElsewhereRow,
     "gains": GainRow,
-    "tosses": TossRow,
+    "placements": PlacementRow,
+    "neighbours": NeighbourRow,
 }
 
 
@@ -56,10 +58,15 @@ def read_tables(folder: Path) -> BlindTables:
     Raises:
         InputError: a file is missing or is not such a table.
     """
-    return BlindTables(**{name: list(_read(folder / f"{name}.csv", kind)) for name, kind in _KINDS.items()})
+    return BlindTables(**{name: list(read_rows(folder / f"{name}.csv", kind)) for name, kind in _KINDS.items()})
 
 
-def _read(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+def read_rows(path: Path, kind: type[_Row]) -> Iterator[_Row]:
+    """Yield the rows that `csv_of` wrote.
+
+    Raises:
+        InputError: the file is missing or is not such a table.
+    """
     known = fields(kind)  # type: ignore[arg-type]
     for row in read_csv(path, [field.name for field in known], what="results of blind runs"):
         yield kind(**{field.name: _value(row.cells[field.name], str(field.type)) for field in known})

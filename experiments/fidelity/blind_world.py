@@ -21,18 +21,14 @@ from maveriq.errors import InvariantError
 from maveriq.estimate.base import ServiceEstimate
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.policy.alpaserve.policy import PlacedAhead
-from maveriq.policy.base import Decision, Deploy, Policy, Rejection
+from maveriq.policy.base import Decision, Deploy, Rejection
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.recorded import options_of
 from maveriq.scenario.scenario import Scenario
-from maveriq.streams import generator
 from maveriq.units import MICROS_PER_SECOND, Bytes
 from maveriq.workload.arrivals import LOAD_SHIFT_S
 from maveriq.workload.base import Arrivals, Workload
 from maveriq.workload.testbed import RecordedRun, Scheduled
-
-_HARDLY = 1e-9
-"""Part of a load that tells two GPUs apart and changes nothing else."""
 
 
 def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, plan_with: str) -> Scenario:
@@ -108,43 +104,21 @@ class _ReplicaByReplica:
 
 
 @dataclass(frozen=True, slots=True)
-class _AsRecorded:
-    """What was recorded of each endpoint; None where it never came up."""
+class _AsBefore:
+    """What a run had of each endpoint; None where it never came up."""
 
     plans: Mapping[int, DeploymentPlan | None]
-    name: str = "as-recorded"
+    name: str = "as-before"
 
     def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:  # noqa: ARG002
         plan = self.plans.get(ask.endpoint_id)
         return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
 
 
-@dataclass(frozen=True, slots=True)
-class _TiesTossed:
-    """A policy that sees GPUs of equal load in a random order, as a system that samples the load does."""
-
-    policy: Policy
-    random: np.random.Generator
-
-    @property
-    def name(self) -> str:
-        return self.policy.name
-
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
-        # Idle GPUs stay tied: a sample of nothing is nothing.
-        tossed = (replace(gpu, load=gpu.load * (1 + _HARDLY * float(self.random.random()))) for gpu in view.gpus)
-        return self.policy.decide(ask, ClusterView(gpus=tuple(tossed)))
-
-
-def ties_tossed(scenario: Scenario, seed: int) -> Scenario:
-    """Return a scenario in which equally busy GPUs are taken in a random order, instead of that of their ids."""
-    return replace(scenario, policy=_TiesTossed(scenario.policy, generator(seed, "ties")))
-
-
-def on_recorded_gpus(scenario: Scenario, recorded: RunRecord) -> Scenario:
-    """Return a scenario with the recorded plans in place of its own, to see what placement does to its errors."""
-    plans = {one.ask.endpoint_id: one.plan for one in recorded.deployments}
-    return replace(scenario, policy=_AsRecorded(plans))
+def with_plans_of(run: RunRecord, scenario: Scenario) -> Scenario:
+    """Return a scenario with the plans of a run in place of its own, so that placement plays no part."""
+    plans = {one.ask.endpoint_id: one.plan for one in run.deployments}
+    return replace(scenario, policy=_AsBefore(plans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +167,14 @@ class Stretched:
                 gpu_ids, model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
             )
         )
+
+    def has_neighbours(self, configuration: Configuration) -> bool:
+        """Say whether an engine shares a process of the host with others like it."""
+        return self.estimator.has_neighbours(configuration)
+
+    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+        """Return how much longer a token takes while so many neighbours are busy."""
+        return self.factor * self.estimator.wait_s(model, configuration, neighbours=neighbours)
 
     def _stretched(self, one: ServiceEstimate) -> ServiceEstimate:
         return replace(one, ttft_s=self.factor * one.ttft_s, tpot_s=self.factor * one.tpot_s)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployment import Configuration, DeploymentPlan, LayerSplit
 from maveriq.domain.hardware import Cluster
+from maveriq.estimate.catalog import PAPER
 from maveriq.policy.base import Decision, Deploy
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.recorded import options_of
@@ -68,7 +69,8 @@ def compare_all(data: Path) -> Iterator[Compared]:
 
 def compare(run: RecordedRun) -> Iterator[Compared]:
     """Yield a comparison for each deployment of a run that came up."""
-    scenario = build_scenario(options_of(run))
+    # In the published world the paper's estimator answers for the hardware too.
+    scenario = build_scenario(replace(options_of(run), serve_with=PAPER))
     asks = {ask.endpoint_id: ask for ask in scenario.workload.asks}
     simulated = {one.ask.endpoint_id: one for one in simulate(scenario).deployments}
     used_gib: Sequence[float] = [gib(gpu.idle_bytes) for gpu in scenario.cluster.gpus]

@@ -16,6 +16,7 @@ from maveriq.cli.engines import engines
 from maveriq.cli.fit import fit
 from maveriq.cli.place import place
 from maveriq.cli.plan import plan
+from maveriq.cli.profile import profile
 from maveriq.cli.run import run
 from maveriq.cli.serve import serve
 from maveriq.cli.sim import sim
@@ -45,6 +46,7 @@ app.command(cls=_Command)(sim)
 app.command(cls=_Command)(run)
 app.command(cls=_Command)(plan)
 app.command(cls=_Command)(place)
+app.command(cls=_Command)(profile)
 app.command(cls=_Command)(fit)
 app.command(cls=_Command)(compare)
 app.command(cls=_Command)(engines)

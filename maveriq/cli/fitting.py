@@ -1,4 +1,4 @@
-"""The work behind `maveriq fit`."""
+"""The work behind `maveriq fit --evaluate`."""
 
 from __future__ import annotations
 
@@ -12,103 +12,101 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from maveriq.errors import InputError
 from maveriq.estimate.base import Estimator
-from maveriq.estimate.calibration import to_toml
-from maveriq.estimate.catalog import benchmarked_estimator
-from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trusted
-from maveriq.estimate.evaluate import Errors, Evaluation, Group, evaluate
-from maveriq.estimate.fitting import Prompts, read_samples, start_calibration
+from maveriq.estimate.catalog import benchmarked_estimator, usual
+from maveriq.estimate.evaluate import Errors, Evaluation, Group, Subject, judge, read_measurements
 from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.matching import DEFAULT_PROFILE, Matched, match
 from maveriq.report.tables import new_table
 from maveriq.report.wording import figure
-from maveriq.tables import is_folder
-
-_DISTRUSTED = 12  # rows shown
 
 
 def show_errors(
-    table: Path, profile: str, name: str, leave_out: str | None, prompt_tokens: int | None, *, as_json: bool
+    table: Path,
+    profile: str | None,
+    name: str | None,
+    leave_out: str | None,
+    prompt_tokens: int | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Print the errors of an estimator on a table.
+
+    Args:
+        table: of measurements.
+        profile: feeds the estimator; None for the one with prompts like the table's.
+        name: of the estimator; None for the better one that the profile can feed.
+        leave_out: a model whose ground truth the estimator must not have seen.
+        prompt_tokens: of the table, where it does not say them itself.
+        as_json: print JSON alone.
 
     Raises:
         InputError: the table, the profile or the estimator cannot be used.
     """
-    hardware = load_profile(profile)
-    judged = benchmarked_estimator(name, hardware, without_model=leave_out)
-    prompt_tokens = prompt_tokens or hardware.prompt_tokens
-    evaluation = evaluate(table, judged, prompt_tokens=prompt_tokens)
+
+    def make(hardware: HardwareProfile) -> Estimator:
+        return benchmarked_estimator(name or usual(hardware), hardware, without_model=leave_out)
+
+    make(load_profile(profile or DEFAULT_PROFILE))  # what is wrong on the command line comes before what is in files
+    rows = list(read_measurements(table))
+    matched = match(rows, make, profile=profile, prompt_tokens=prompt_tokens)
+    evaluation = judge(rows, matched.subject_of)
     if as_json:
-        _print_json({"estimator": judged.name, "profile": hardware.name, **asdict(evaluation)})
+        print_json(_fed_json(matched) | asdict(evaluation))
     else:
-        _show(evaluation, table, judged, hardware, prompt_tokens)
+        _show(evaluation, table, matched, found_out=profile is None)
 
 
-def show_fit(data: Path, out: Path | None, *, as_json: bool) -> None:
-    """Fit the calibrated estimator to a folder of tables, and print how far it is from models left out.
-
-    Raises:
-        InputError: a table is missing or wrong, or files cannot be written there.
-    """
-    samples = read_samples(data, Prompts())
-    console = Console(stderr=True)
-    fitted = cross_fit(samples, start_calibration(), told=lambda what: console.print(f"fitting: {escape(what)}"))
-    if out is not None:
-        _write(fitted, out, data)
-    groups, rows = errors_of(fitted), least_trusted(fitted.answered, _DISTRUSTED)
-    if as_json:
-        distrusted = [{"row": row, "measured_s": seen, "predicted_s": said} for row, seen, said in rows]
-        _print_json({"groups": [asdict(group) for group in groups], "least_trusted": distrusted})
-        return
-    screen = Console()
-    screen.print("every model predicted by a fit to the others:")
-    _show_groups(screen, groups)
-    screen.print("rows that the fit trusts least:")
-    for row, seen, said in rows:
-        screen.print(f"  {escape(row)}: measured {seen:.3f} s, predicted {said:.3f} s", soft_wrap=True)
-
-
-def _write(fitted: CrossFit, out: Path, data: Path) -> None:
-    if not is_folder(out):
-        raise InputError(f"--out {str(out)!r} is no folder; make it first")
-    comment = f"Fitted by `maveriq fit` to {data.name}"
-    files = {"calibrated.toml": to_toml(fitted.calibration, f"{comment}.")} | {
-        f"calibrated-without-{model}.toml": to_toml(calibration, f"{comment}; full models of {model} left out.")
-        for model, calibration in fitted.without.items()
+def _fed_json(matched: Matched) -> dict[str, object]:
+    """Return what the estimator was fed with; of several profiles each has its own prompts."""
+    return {
+        "estimator": _estimator_of(matched),
+        "profile": ", ".join(one.profile.name for one in matched.fed),
+        "prompt_tokens": None if matched.lengths_in_table else matched.fed[0].subject.prompt_tokens,
+        "profile_because": matched.why,
+        "profiles_tried": [asdict(one) for one in matched.tried],
     }
-    for name, text in files.items():
-        try:
-            (out / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--out {str(out)!r}: {name} cannot be written: {error.strerror or error}") from None
 
 
-def _print_json(answer: dict[str, object]) -> None:
+def _estimator_of(matched: Matched) -> str:
+    return matched.fed[0].subject.estimator.name
+
+
+def print_json(answer: dict[str, object]) -> None:
+    """Print an answer and nothing else."""
     typer.echo(json.dumps(answer, indent=2, allow_nan=False))
 
 
-def _show(
-    evaluation: Evaluation, table: Path, judged: Estimator, hardware: HardwareProfile, prompt_tokens: int
-) -> None:
+def _show(evaluation: Evaluation, table: Path, matched: Matched, *, found_out: bool) -> None:
     console = Console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
+    prompts = "prompts as the table says" if matched.lengths_in_table else _prompts(matched.fed[0].subject)
     console.print(
-        f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by [bold]{judged.name}[/bold] with "
-        f"profile {escape(hardware.name)} (prompts of {prompt_tokens} tokens)",
+        f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by "
+        f"[bold]{_estimator_of(matched)}[/bold] with profile "
+        f"{escape(' and '.join(one.profile.name for one in matched.fed))} ({prompts})",
         soft_wrap=True,
     )
+    if found_out:
+        console.print(f"profile: {escape(matched.why)}; --profile takes another", soft_wrap=True, highlight=False)
     if evaluation.groups:
-        _show_groups(console, evaluation.groups)
+        show_groups(console, evaluation.groups)
     for reason in evaluation.left_out:
         console.print(
             f"left out {reason.rows:,} rows: {escape(reason.reason)} (first: {escape(reason.first)})", soft_wrap=True
         )
 
 
-def _show_groups(console: Console, groups: Sequence[Group]) -> None:
+def _prompts(subject: Subject) -> str:
+    return f"prompts of {subject.prompt_tokens} tokens"
+
+
+def show_groups(console: Console, groups: Sequence[Group]) -> None:
+    """Print errors of latency and of memory, group by group."""
     console.print(_errors_table("latency", [(group, group.latency, group.latency_covered) for group in groups]))
-    console.print(_errors_table("memory", [(group, group.memory, group.memory_covered) for group in groups]))
+    memory = [(group, group.memory, group.memory_covered) for group in groups if group.memory]
+    if memory:
+        console.print(_errors_table("memory", memory))
 
 
 def _errors_table(what: str, rows: Iterable[tuple[Group, Errors, float | None]]) -> Table:

@@ -28,7 +28,9 @@ def plan(
     batch_size: Annotated[
         int, typer.Option(min=1, max=_MOST_BATCH, help="Requests that an engine serves at once.")
     ] = 1,
-    plan_with: Annotated[str, typer.Option(help="Estimator to plan with.")] = "paper",
+    plan_with: Annotated[
+        str | None, typer.Option(help="Estimator to plan with: calibrated or paper.", show_default="calibrated")
+    ] = None,
     profile: Annotated[
         str, typer.Option(help="Hardware profile: a6000-short, a6000-long, or a TOML file.")
     ] = "a6000-short",

@@ -12,7 +12,7 @@ from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.intents import DeployAsk, Intent, Objective
 from maveriq.errors import InputError, MaveriqError
-from maveriq.estimate.catalog import estimator
+from maveriq.estimate.catalog import estimator, note_on_usual, usual
 from maveriq.estimate.hardware import load_profile
 from maveriq.policy.configure import rank
 from maveriq.report.plans import left_out_table, ranking_json, ranking_table
@@ -32,7 +32,7 @@ class PlanQuestion:
     prompt_tokens: int | None
     output_tokens: int
     batch_size: int
-    plan_with: str
+    plan_with: str | None
     profile: str
 
 
@@ -66,16 +66,22 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
         batch_size=question.batch_size,
     )
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    ranking = rank(ask, view, estimator(question.plan_with, profile), profile.accuracy)
+    plan_with = question.plan_with or usual(profile)
+    ranking = rank(ask, view, estimator(plan_with, profile), profile.accuracy)
     failure = ranking.note if ranking.candidates else ranking.why_empty()
     if failure and not all_reasons:
         raise MaveriqError(f"{model.name}: {failure}; --why names every configuration")
     if as_json:
-        typer.echo(json.dumps(ranking_json(ask, ranking, cluster), indent=2, allow_nan=False))
+        typer.echo(
+            json.dumps({"plan_with": plan_with, **ranking_json(ask, ranking, cluster)}, indent=2, allow_nan=False)
+        )
     else:
         console = Console()
         if ranking.candidates:
             console.print(ranking_table(ask, ranking, cluster, top=top, width=console.width))
         console.print(left_out_table(ranking, every=all_reasons))
+        note = None if question.plan_with else note_on_usual(profile)
+        if note:
+            console.print(note, highlight=False, markup=False)
     if failure:
         raise MaveriqError(f"{model.name}: {failure}")

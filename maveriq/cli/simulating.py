@@ -25,6 +25,7 @@ from maveriq.report.runfiles import write_run
 from maveriq.report.tables import results_view
 from maveriq.report.verdict import judge
 from maveriq.scenario.build import build_scenario
+from maveriq.scenario.estimators import RECORDED
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import Scenario
 from maveriq.sim.engine import simulate
@@ -117,13 +118,18 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
+def _resolved(scenario: Scenario) -> dict[str, str]:
+    """Return the options whose default depends on the profile, as they turned out."""
+    return {"plan_with": scenario.plan_with, "serve_with": scenario.serve.name if scenario.serve else RECORDED}
+
+
 def meta_of(options: Options, scenario: Scenario, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:
     """Return what led to the results: enough to run the same again."""
     return {
         "kind": kind,
         "workload": scenario.workload.name,
         "notes": list(scenario.notes),
-        "options": asdict(options),
+        "options": asdict(options) | _resolved(scenario),
         "seed": options.seed,
         "versions": {
             "maveriq": __version__,

@@ -69,7 +69,7 @@ class Controller:
 
     def __init__(self, cluster: Cluster, policy: Policy, settings: ControllerSettings, guess: ServiceGuess) -> None:
         self.ledger = RequestLedger()
-        self.fleet = Fleet(cluster, policy, settings.load_window)
+        self.fleet = Fleet(cluster, policy, settings.load_window, settings.seed)
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings

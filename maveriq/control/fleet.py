@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from maveriq.control.deployments import Deployment, DeploymentState
 from maveriq.control.events import StartEngine
-from maveriq.control.load import BusyHistory, recent_load
+from maveriq.control.load import BusyHistory, recent_load, sampling_phases_us
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.hardware import Cluster, LoadWindow
@@ -25,12 +25,13 @@ class Fleet:
     to deploy until the engine is stopped or lost for good.
     """
 
-    def __init__(self, cluster: Cluster, policy: Policy, window: LoadWindow) -> None:
+    def __init__(self, cluster: Cluster, policy: Policy, window: LoadWindow, seed: int) -> None:
         self.deployments: dict[int, Deployment] = {}
         self.busy_mask = 0
         self._state = ClusterState(cluster)
         self._policy = policy
         self._window = window
+        self._phases_us = sampling_phases_us(window, len(cluster), seed)
         self._released_us = [0] * len(cluster)
         self._to_start: list[Deployment] = []
 
@@ -184,7 +185,8 @@ class Fleet:
     def loads(self, now_us: Micros) -> list[float]:
         """Return each GPU's recent load (0 to 1), in the order of ids."""
         return [
-            recent_load(self._spans(gpu_id, now_us), now_us, self._window) for gpu_id in range(len(self._released_us))
+            recent_load(self._spans(gpu_id, now_us), now_us, self._window, phase_us)
+            for gpu_id, phase_us in enumerate(self._phases_us)
         ]
 
     def _spans(self, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:

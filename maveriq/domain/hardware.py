@@ -81,21 +81,29 @@ class LoadWindow:
     """How the load of a GPU is measured (SPEC 5): the share of its last samples that were busy.
 
     A sample is taken each `sample_us`. It looks back over `look_us`, and is busy when the GPU
-    executed for more than `busy_share` of that.
+    executed for more than `busy_share` of that. Readings of a GPU are always equally old; how old,
+    from 0 to `most_phase_us`, differs between GPUs, so that those that work alike are seldom
+    found equally busy. 0 is a sampler that sees all GPUs at one instant.
 
     Raises:
-        InputError: no sample, one without length, one that overlaps its neighbour, or a share
-            outside 0 to 1.
+        InputError: no sample, one without length, one that overlaps its neighbour, a share
+            outside 0 to 1, or a phase outside 0 to the time between samples.
     """
 
     samples: int = 120
     sample_us: Micros = MICROS_PER_SECOND
     look_us: Micros = MICROS_PER_SECOND // 6
     busy_share: float = 0.01
+    most_phase_us: Micros = 0
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not 1 <= self.look_us <= self.sample_us or not 0 <= self.busy_share < 1:
             raise InputError(
                 "load window: needs at least one sample, a look back from 1 µs up to the time between samples, and a "
                 f"busy share from 0 to 1, not {self.samples}, {self.look_us} of {self.sample_us} µs, {self.busy_share}"
+            )
+        if not 0 <= self.most_phase_us <= self.sample_us:
+            raise InputError(
+                f"load window: the largest phase must lie between 0 and the {self.sample_us} µs between samples, "
+                f"not {self.most_phase_us} µs"
             )

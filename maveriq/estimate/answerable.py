@@ -44,8 +44,9 @@ def _what_exists(profile: HardwareProfile, stored: Stored) -> str:
     """Say which fingerprints there are instead of the ones asked for."""
     table = profile.fingerprints
     if not table.stored_as(stored.model):
+        has = ", ".join(table.models()) or "none"
         return (
-            f"profile {profile.name} has no fingerprint of {stored.model} (it has {', '.join(table.models()) or 'none'}); "
+            f"profile {profile.name} has no fingerprint of {stored.model} (it has {has}); "
             "give a profile that was measured with it"
         )
     return f"no fingerprint with {stored.weights} weights and {stored.kv} KV cache in profile {profile.name}"

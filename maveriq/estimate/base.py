@@ -77,6 +77,27 @@ class KnowsPlacement(Protocol):
 
 
 @runtime_checkable
+class KnowsNeighbours(Protocol):
+    """An estimator to which it matters what else runs on the host."""
+
+    def has_neighbours(self, configuration: Configuration) -> bool:
+        """Say whether an engine shares a process of the host with others like it: its neighbours."""
+
+    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+        """Return how much longer a token takes while so many neighbours are busy; nothing without any."""
+
+
+@runtime_checkable
+class KnowsMemoryOfLengths(Protocol):
+    """An estimator that knows how memory grows with the lengths of requests."""
+
+    def memory_with(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate as `Estimator.memory`, where each request of a batch has come to such lengths."""
+
+
+@runtime_checkable
 class KnowsMemoryErrors(Protocol):
     """An estimator that knows how far its estimates of memory are off."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from statistics import median
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from maveriq.domain.deployment import Configuration
@@ -15,16 +13,16 @@ from maveriq.estimate import answerable
 from maveriq.estimate.answerable import stored_as
 from maveriq.estimate.base import ServiceEstimate
 from maveriq.estimate.calibration import Calibration, read_calibration, require, work
-from maveriq.estimate.fingerprints import Point, Stored
-from maveriq.estimate.footprint import held_gib, is_measured
+from maveriq.estimate.fingerprints import OUTPUTS, Point
+from maveriq.estimate.footprint import Held, held, is_measured, memory_margin
 from maveriq.estimate.formula import Fingerprint
 from maveriq.estimate.hardware import HardwareProfile
-from maveriq.estimate.physics import Law, Work, first_token_s, latency_s, token_s
+from maveriq.estimate.host import in_shared_process, share_across
+from maveriq.estimate.physics import first_token_s, token_s
+from maveriq.estimate.slowness import deviation, measured_layers
 from maveriq.units import Bytes, bytes_from_gib
 
 _ONE_GPU = Point(1, 1, 1)
-_MEASURED_OUTPUTS = (10, 20)
-"""Output lengths of fingerprints; their constants give back exactly what was measured at these."""
 
 
 class _Case(NamedTuple):
@@ -106,9 +104,8 @@ class CalibratedEstimator:
 
     def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
         """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
-        del model  # one margin for all
-        margins = self._calibration.margins
-        return margins.memory_single if configuration.batch_size == 1 else margins.memory_batched
+        margins, lengths = self._calibration.margins, self._usual_lengths()
+        return memory_margin(margins, self._held(model, configuration, **lengths))
 
     def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
@@ -155,6 +152,17 @@ class CalibratedEstimator:
         across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
         return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
 
+    def has_neighbours(self, configuration: Configuration) -> bool:
+        """Say whether an engine shares a process of the host with others like it."""
+        return self._served and in_shared_process(configuration)
+
+    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+        """Return how much longer a token takes while so many neighbours are busy."""
+        live = self._calibration.served
+        if not live or not neighbours or not self.has_neighbours(configuration):
+            return 0.0
+        return 1e-6 * (model.layers * live.crowd.layer_us + (neighbours - 1) * live.crowd.turn_us)
+
     def _service(
         self,
         model: ModelSpec,
@@ -200,13 +208,41 @@ class CalibratedEstimator:
     def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
 
+        The KV cache is taken to hold prompts as long as the profile's, and as many output tokens as
+        the calibration says.
+
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
+        return self.memory_with(model, configuration, **self._usual_lengths())
+
+    def memory_with(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate the memory as `memory`, where each request of a batch has come to such lengths.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        seen = self._held(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        return bytes_from_gib(seen.gib)
+
+    def _usual_lengths(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._profile.prompt_tokens,
+            "output_tokens": self._calibration.memory.output_tokens,
+        }
+
+    def _held(self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int) -> Held:
         self._refuse(model, configuration)
-        fingerprints = self._fingerprints(model, configuration)
-        figures = self._calibration.memory
-        return bytes_from_gib(held_gib(model, configuration, fingerprints, figures, self._profile.prompt_tokens))
+        return held(
+            model,
+            configuration,
+            self._fingerprints(model, configuration),
+            self._calibration.memory,
+            tokens=prompt_tokens + output_tokens,
+            fingerprint_tokens=self._profile.prompt_tokens + OUTPUTS[0],
+        )
 
     def _fingerprints(self, model: ModelSpec, configuration: Configuration) -> Mapping[Point, Fingerprint]:
         return self._profile.fingerprints.constants[stored_as(model, configuration)]
@@ -236,55 +272,3 @@ class CalibratedEstimator:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
-
-
-def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
-    """Return the share of pipeline stages whose GPUs hang at several sockets."""
-    stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
-    return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
-
-
-def deviation(seen: Iterable[tuple[Work, int, float]], law: Law) -> float:
-    """Return the median logarithm of a layer's measured time over what the law says, on one GPU.
-
-    Args:
-        seen: what was asked of a layer, output tokens, and the time that the second layer took, in
-            seconds. Each alone is noisy, hence the median; noise that went below zero is left out.
-        law: at TP 1.
-    """
-    logs = [
-        math.log(measured_s / _second_layer_s(asked, law, output_tokens))
-        for asked, output_tokens, measured_s in seen
-        if measured_s > 0
-    ]
-    return median(logs) if logs else 0.0
-
-
-def _second_layer_s(asked: Work, law: Law, output_tokens: int) -> float:
-    two, one = (latency_s(replace(asked, layers=layers), law, output_tokens) for layers in (2, 1))
-    return float(two - one)
-
-
-def measured_layers(
-    constants: Mapping[Stored, Mapping[Point, Fingerprint]],
-    model: ModelSpec,
-    weights: WeightType,
-    *,
-    prompt_tokens: int,
-) -> Iterator[tuple[Work, int, float]]:
-    """Yield what a model's fingerprints on one GPU say of a layer, whatever their batch size and KV type.
-
-    Args:
-        constants: of all models.
-        model: whose layer.
-        weights: its weight type.
-        prompt_tokens: of the prompts that the fingerprints were taken with.
-    """
-    for stored, points in constants.items():
-        if (stored.model, stored.weights) != (model.name, weights):
-            continue
-        for point, found in points.items():
-            if (point.tp, point.pp) == (1, 1):
-                asked = work(model, stored.kv, tp=1, pp=1, batch=point.batch, prompt_tokens=prompt_tokens)
-                for output_tokens in _MEASURED_OUTPUTS:
-                    yield asked, output_tokens, found.ttft_layer_s + output_tokens * found.tpot_layer_s

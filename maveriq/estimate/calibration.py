@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,8 @@ import msgspec
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.physics import Law, Values, Work
-from maveriq.tables import exists, read_csv, read_toml
+from maveriq.estimate.served import Served, read_served
+from maveriq.tables import exists, read_toml
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -36,45 +35,31 @@ class ByWeights(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
 
 
 class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
-    """Figures of a tensor-parallel degree; limits are those of the serving software, TP 1 has no links."""
+    """Figures of a tensor-parallel degree; limits are those of the serving software, TP 1 has no links.
+
+    `peer_gb_s` is how fast a GPU reads the memory of others in a custom all-reduce, which it does
+    once for each of them (one shot), or for a part of each, twice (two shots).
+    """
 
     request_ms: _Positive
-    one_shot_gb_s: _Positive = 1.0
-    two_shot_gb_s: _Positive = 1.0
+    peer_gb_s: _Positive = 1.0
     ring_gb_s: _Positive = 1.0
     one_shot_limit_mb: _NotNegative = 0.0
     custom_limit_mb: _NotNegative = 0.0
 
 
-class ServedTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """All-reduces of the live system at a tensor-parallel degree; `across_us` more between sockets."""
-
-    all_reduce_us: _Positive
-    ring_gb_s: _Positive
-    across_us: _NotNegative = 0.0
-
-
-class Served(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What the live system does otherwise than the benchmark: warm engines, rings, placement.
-
-    GPUs 0 to `gpus_per_socket` - 1 hang at one socket of the host, the next as many at another.
-    """
-
-    request_ms: _NotNegative
-    gpus_per_socket: Annotated[int, msgspec.Meta(ge=1)]
-    tp: dict[str, ServedTp]
-
-
 class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Memory beside weights and KV cache.
 
-    `request_kb` is what a request of a batch adds on every GPU, per unit of width (twice the hidden
-    and once the intermediate size); `unsharded` is the share of it that TP does not divide.
+    `request_kb` is what a request of a batch adds on every GPU, per unit of width: twice the hidden
+    and once the intermediate size, and `gated` of it again where the feed-forward part is gated;
+    `unsharded` is the share of it that TP does not divide.
     `gpus_gib` is what (TP, PP) holds beyond (1, 1), by "TPxPP", for models not measured there. KV
     cache is allocated in blocks of tokens, for the prompt and so many output tokens.
     """
 
     request_kb: _Positive
+    gated: _Share
     unsharded: _Share
     kv_block_tokens: Annotated[int, msgspec.Meta(ge=1)]
     output_tokens: Annotated[int, msgspec.Meta(ge=1)]
@@ -82,10 +67,14 @@ class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
 
 class Margins(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Relative half-widths of 90 % intervals, at batch 1 and above it: latency by TP, and memory."""
+    """Relative half-widths of 90 % intervals: memory, and latency by TP at batch 1 and above it.
+
+    `memory_request` comes on top of `memory_single` by the share of a deployment's memory that
+    requests of a batch beyond the first add: that part is the least known.
+    """
 
     memory_single: _Positive
-    memory_batched: _Positive
+    memory_request: _NotNegative
     single: dict[str, _Positive]
     batched: dict[str, _Positive]
 
@@ -121,6 +110,7 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
         kind, degree = self.weights[weights], self.tp[str(tp)]
         live = self.served if served else None
         live_tp = live.tp.get(str(tp)) if live else None
+        others = max(1, tp - 1)
         return Law(
             weight_bytes=BYTES_PER_PARAMETER[weights],
             bandwidth=self.bandwidth_gb_s * 1e9,
@@ -136,8 +126,8 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
             boundary_s=self.boundary_us * 1e-6,
             boundary_bandwidth=self.boundary_gb_s * 1e9,
             all_reduce_s=1e-6 * (live_tp.all_reduce_us + across * live_tp.across_us if live_tp else self.all_reduce_us),
-            one_shot_bandwidth=degree.one_shot_gb_s * 1e9,
-            two_shot_bandwidth=degree.two_shot_gb_s * 1e9,
+            one_shot_bandwidth=degree.peer_gb_s * 1e9 / others,
+            two_shot_bandwidth=degree.peer_gb_s * 1e9 / (2 * others / tp),
             ring_bandwidth=(live_tp.ring_gb_s if live_tp else degree.ring_gb_s) * 1e9,
             one_shot_limit=0.0 if live_tp else degree.one_shot_limit_mb * 1e6,
             custom_limit=0.0 if live_tp else degree.custom_limit_mb * 1e6,
@@ -204,43 +194,6 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
     if without_run not in runs:
         raise UnknownNameError("recorded run", without_run, runs)
     return msgspec.structs.replace(calibration, served=runs[without_run])
-
-
-_SERVED_COLUMNS = ("without_run", "tp", "request_ms", "gpus_per_socket", "all_reduce_us", "ring_gb_s", "across_us")
-
-
-def read_served(path: Path) -> dict[str, Served]:
-    """Read the figures of the live system by the recorded run that was left out of their fit.
-
-    Raises:
-        InputError: not such a table, or a figure that cannot be.
-    """
-    found: dict[str, Served] = {}
-    for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
-        run, tp = row.text("without_run"), str(row.count("tp", least=2))
-        figures = ServedTp(
-            all_reduce_us=row.number("all_reduce_us", least=1e-6),
-            ring_gb_s=row.number("ring_gb_s", least=1e-9),
-            across_us=row.number("across_us", least=0),
-        )
-        found[run] = Served(
-            request_ms=row.number("request_ms", least=0),
-            gpus_per_socket=row.count("gpus_per_socket", least=1),
-            tp={**(found[run].tp if run in found else {}), tp: figures},
-        )
-    return found
-
-
-def served_csv(without: Mapping[str, Served]) -> str:
-    """Return the table that `read_served` reads."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(_SERVED_COLUMNS)
-    for run, served in without.items():
-        for tp, figures in served.tp.items():
-            links = (figures.all_reduce_us, figures.ring_gb_s, figures.across_us)
-            table.writerow([run, tp, served.request_ms, served.gpus_per_socket, *links])
-    return text.getvalue()
 
 
 def to_toml(calibration: Calibration, comment: str) -> str:

@@ -12,14 +12,34 @@ from maveriq.estimate.leaveoneout import LeaveOneOut
 from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.estimate.paper import PaperEstimator
 
+PAPER, CALIBRATED, MEASURED = "paper", "calibrated", "measured"
+
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
-    "paper": PaperEstimator,
-    "calibrated": CalibratedEstimator.serving,
-    "measured": MeasuredEstimator,
+    PAPER: PaperEstimator,
+    CALIBRATED: CalibratedEstimator.serving,
+    MEASURED: MeasuredEstimator,
 }
 
 EACH = "each"
 """Said instead of a model: leave out each for its own rows."""
+
+
+def usual(profile: HardwareProfile) -> str:
+    """Return the name of the estimator to take where none is said: the best one that the profile can feed."""
+    if profile.calibrated:
+        return CALIBRATED
+    # Measurements of whole models answer for these alone; without fingerprints there is nothing else to go by.
+    return MEASURED if profile.measured and not profile.fingerprints.constants else PAPER
+
+
+def note_on_usual(profile: HardwareProfile) -> str | None:
+    """Return what to say where the usual estimator is not the calibrated one, None where it is."""
+    if profile.calibrated:
+        return None
+    return (
+        f"profile {profile.name} has no calibration, so the estimator {usual(profile)!r} stands in for the calibrated "
+        "one; `maveriq fit DATA --out FOLDER` makes a calibration"
+    )
 
 
 def estimator(name: str, profile: HardwareProfile) -> Estimator:
@@ -45,9 +65,9 @@ def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model:
         UnknownNameError: there is no such estimator.
         InputError: the estimator is not fitted with models left out, or not with that one.
     """
-    if name == "calibrated" and without_model == EACH:
+    if name == CALIBRATED and without_model == EACH:
         return LeaveOneOut(profile)
-    if name == "calibrated":
+    if name == CALIBRATED:
         return CalibratedEstimator.benchmarked(profile, without_model=without_model)
     if without_model is not None:
         raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")

@@ -5,42 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 import numpy as np
 
-from maveriq.estimate.calibrated import deviation, measured_layers
-from maveriq.estimate.calibration import Calibration, Margins, Memory
+from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.calibration import Calibration, Margins
 from maveriq.estimate.evaluate import Answer, Group, compared, grouped
-from maveriq.estimate.fingerprints import Point, Stored
-from maveriq.estimate.fitting import (
-    BATCHED_TRUTH,
-    LONG_FINGERPRINTS,
-    LONG_TRUTH,
-    SHORT_FINGERPRINTS,
-    Array,
-    Sample,
-    Table,
-    fit_calibration,
-    trust_of,
-    usable,
-)
-from maveriq.estimate.footprint import held_gib
-from maveriq.estimate.formula import Fingerprint, derive
+from maveriq.estimate.fitting import Table, fit_calibration, trust_of
+from maveriq.estimate.footprint import Held, memory_margin
+from maveriq.estimate.memoryfit import fit_memory, held_by
+from maveriq.estimate.samples import Constants, Sample, constants_of, nearest_fingerprints, usable
+from maveriq.estimate.slowness import deviation, measured_layers
 
+_UNKNOWN = math.log(2.0)  # the error where none was ever seen
 _QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one
-_MEMORY_AT_OUTPUT_TOKENS = 10
-
-Constants = Mapping[Stored, Mapping[Point, Fingerprint]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """A sample and what was predicted of it by a calibration that had not seen its model's ground truth."""
+    """A sample and what was predicted of it by a calibration that had not seen its model's ground truth.
+
+    `held` is None where the model has no fingerprint to predict memory from.
+    """
 
     sample: Sample
     latency_s: float
-    memory_gib: float
+    held: Held | None
     trust: float
 
     @property
@@ -49,18 +42,30 @@ class Answered:
         return math.log(self.latency_s / self.sample.measured.latency_s)
 
     @property
-    def memory_log_error(self) -> float:
+    def memory_log_error(self) -> float | None:
         """Logarithm of predicted over measured memory."""
-        return math.log(self.memory_gib / self.sample.measured.memory_gib)
+        return None if self.held is None else math.log(self.held.gib / self.sample.measured.memory_gib)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossFit:
-    """A calibration fitted to all samples, one per model left out, and how those did on their model."""
+    """A calibration fitted to all samples, one per model left out, and how those did on their model.
+
+    `constants` are those of the fingerprints among the samples, by the length of their prompts.
+    """
 
     calibration: Calibration
     without: Mapping[str, Calibration]
     answered: Sequence[Answered]
+    constants: Mapping[int, Constants]
+
+    def slowness(self, model: ModelSpec, weights: WeightType) -> float:
+        """Return a layer's time over what the law says, as far as the model's fingerprints are believed."""
+        seen = chain.from_iterable(
+            measured_layers(constants, model, weights, prompt_tokens=prompt_tokens)
+            for prompt_tokens, constants in self.constants.items()
+        )
+        return math.exp(self.calibration.trust * deviation(seen, self.calibration.law(weights, 1)))
 
 
 def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str], None] = lambda _: None) -> CrossFit:
@@ -70,19 +75,20 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
         samples: as `read_samples` gives them.
         start: where every fit begins.
         told: is told what is being fitted.
+
+    Raises:
+        InputError: there is one model alone.
     """
-    constants = {table: constants_of(samples, table) for table in (LONG_FINGERPRINTS, SHORT_FINGERPRINTS)}
-    models = list(dict.fromkeys(one.measured.model_name for one in samples if one.table == LONG_TRUTH))
+    constants = constants_of(samples)
+    models = list(dict.fromkeys(one.measured.model_name for one in samples if not one.is_fingerprint))
+    if not usable(samples, models[0]):
+        raise InputError(f"{models[0]} is the only model measured; a fit is judged on models left out: measure another")
     without: dict[str, Calibration] = {}
     answered: list[Answered] = []
     for model in models:
         told(f"without {model}")
         without[model] = _fit(usable(samples, model), start, constants)
-        judged = [
-            one
-            for one in samples
-            if one.measured.model_name == model and not one.is_fingerprint and _points(one, constants)
-        ]
+        judged = [one for one in samples if one.measured.model_name == model and not one.is_fingerprint]
         answered.extend(_answers(judged, without[model], constants))
     told("all models")
     return CrossFit(
@@ -93,119 +99,73 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
             for model, fitted in without.items()
         },
         answered=answered,
+        constants=constants,
     )
 
 
-def constants_of(samples: Iterable[Sample], table: str) -> dict[Stored, dict[Point, Fingerprint]]:
-    """Return the fingerprint constants of the samples of a table."""
-    latency: dict[tuple[Stored, Point], dict[tuple[int, int], float]] = {}
-    memory: dict[tuple[Stored, Point], dict[int, float]] = {}
-    for one in samples:
-        if one.table == table:
-            row, asked = one.measured, one.measured.configuration
-            key = Stored(row.model_name, asked.weights, asked.kv), Point(asked.tp, asked.pp, asked.batch_size)
-            latency.setdefault(key, {})[row.layers, row.output_tokens] = row.latency_s
-            if row.output_tokens == _MEMORY_AT_OUTPUT_TOKENS:
-                memory.setdefault(key, {})[row.layers] = row.memory_gib
-    found: dict[Stored, dict[Point, Fingerprint]] = {}
-    for (stored, point), latency_s in latency.items():
-        found.setdefault(stored, {})[point] = derive(latency_s, memory[stored, point])
-    return found
-
-
-def _fit(samples: Sequence[Sample], start: Calibration, constants: Mapping[str, Constants]) -> Calibration:
+def _fit(samples: Sequence[Sample], start: Calibration, constants: Mapping[int, Constants]) -> Calibration:
     fitted = fit_calibration(samples, start)
-    return msgspec.structs.replace(fitted, memory=_fit_memory(samples, start.memory, constants))
-
-
-def _fit_memory(samples: Sequence[Sample], start: Memory, constants: Mapping[str, Constants]) -> Memory:
-    """Return memory figures: medians of what fingerprints on several GPUs held, and a fit to batches."""
-    from scipy.optimize import least_squares
-
-    beyond: dict[str, list[float]] = {}
-    for points in constants[LONG_FINGERPRINTS].values():
-        for point, found in points.items():
-            if Point(1, 1, 1) in points:
-                more_gib = found.memory_gib(point.pp) - points[Point(1, 1, 1)].memory_gib(point.pp)
-                beyond.setdefault(f"{point.tp}x{point.pp}", []).append(more_gib)
-    medians = {key: round(float(np.median(found)), 4) for key, found in beyond.items()}
-    memory = msgspec.structs.replace(start, gpus_gib=medians)
-    batches = [
-        one
-        for one in samples
-        if one.measured.configuration.batch_size > 1 and not one.is_fingerprint and _points(one, constants)
-    ]
-    if not batches:
-        return memory
-
-    def at(position: Array) -> Memory:
-        request_kb, unsharded = (float(f"{value:.4g}") for value in position)
-        return msgspec.structs.replace(memory, request_kb=request_kb, unsharded=unsharded)
-
-    def residuals(position: Array) -> Array:
-        figures = msgspec.structs.replace(memory, request_kb=float(position[0]), unsharded=float(position[1]))
-        return np.array([math.log(_held(one, figures, constants) / one.measured.memory_gib) for one in batches])
-
-    first = np.array([start.request_kb, start.unsharded])
-    found = least_squares(residuals, first, bounds=([0.01, 0.0], [1000.0, 1.0]), loss="soft_l1", f_scale=0.05)
-    return at(found.x)
-
-
-def _held(sample: Sample, figures: Memory, constants: Mapping[str, Constants]) -> float:
-    points = _points(sample, constants)
-    return held_gib(sample.model, sample.measured.configuration, points, figures, sample.prompt_tokens)
-
-
-def _points(sample: Sample, constants: Mapping[str, Constants]) -> Mapping[Point, Fingerprint]:
-    """Return a sample's fingerprints, rather those with its prompts; empty where its memory cannot be told."""
-    asked = sample.measured.configuration
-    stored = Stored(sample.model.name, asked.weights, asked.kv)
-    for found in (_fingerprints_for(sample, constants), constants[LONG_FINGERPRINTS]):
-        if Point(1, 1, 1) in found.get(stored, {}):
-            return found[stored]
-    return {}
-
-
-def _fingerprints_for(sample: Sample, constants: Mapping[str, Constants]) -> Constants:
-    """Return the fingerprints that were taken with the prompts of a sample."""
-    return constants[LONG_FINGERPRINTS if sample.table == LONG_TRUTH else SHORT_FINGERPRINTS]
+    return msgspec.structs.replace(fitted, memory=fit_memory(samples, start.memory, constants))
 
 
 def _answers(
-    judged: Sequence[Sample], calibration: Calibration, constants: Mapping[str, Constants]
+    judged: Sequence[Sample], calibration: Calibration, constants: Mapping[int, Constants]
 ) -> Iterator[Answered]:
     table = Table(judged)
     slowness = np.array([_slowness(one, calibration, constants) for one in judged])
     predicted_s = table.predict(calibration, slowness)
     trust = trust_of(np.log(predicted_s / table.latency_s))
     for one, latency_s, believed in zip(judged, predicted_s, trust, strict=True):
-        memory_gib = _held(one, calibration.memory, constants)
-        yield Answered(sample=one, latency_s=float(latency_s), memory_gib=memory_gib, trust=float(believed))
+        seen = held_by(one, calibration.memory, constants)
+        yield Answered(sample=one, latency_s=float(latency_s), held=seen, trust=float(believed))
 
 
-def _slowness(sample: Sample, calibration: Calibration, constants: Mapping[str, Constants]) -> float:
-    weights = sample.measured.configuration.weights
-    fingerprints = _fingerprints_for(sample, constants)
-    seen = measured_layers(fingerprints, sample.model, weights, prompt_tokens=sample.prompt_tokens)
+def _slowness(sample: Sample, calibration: Calibration, constants: Mapping[int, Constants]) -> float:
+    weights, found = sample.measured.configuration.weights, nearest_fingerprints(sample, constants)
+    if found is None:
+        return 1.0
+    prompt_tokens, _ = found
+    seen = measured_layers(constants[prompt_tokens], sample.model, weights, prompt_tokens=prompt_tokens)
     return math.exp(calibration.trust * deviation(seen, calibration.law(weights, 1)))
 
 
 def _with_margins(calibration: Calibration, answered: Sequence[Answered]) -> Calibration:
     single = [one for one in answered if one.sample.measured.configuration.batch_size == 1]
     batched = [one for one in answered if one.sample.measured.configuration.batch_size > 1]
-    truth = [one for one in single if one.sample.table in (LONG_TRUTH, BATCHED_TRUTH)]
-    by_tp = {tp: _quantile(abs(one.latency_log_error) for one in truth if _tp(one) == tp) for tp in calibration.tp}
-    widest = max(found for found in by_tp.values() if found)
+    by_tp = {tp: _quantile(abs(one.latency_log_error) for one in single if _tp(one) == tp) for tp in calibration.tp}
+    widest = max((found for found in by_tp.values() if found), default=_UNKNOWN)
     of_single = {tp: found or widest for tp, found in by_tp.items()}
     # Batches were measured on several models at low TP, on one at high TP: how much they widen errors is one factor.
     wider = max(1.0, _quantile(abs(one.latency_log_error) / of_single[_tp(one)] for one in batched) or 1.0)
     margins = Margins(
-        memory_single=_margin(_quantile(abs(one.memory_log_error) for one in truth)),
-        memory_batched=_margin(_quantile(abs(one.memory_log_error) for one in batched)),
+        **_memory_margins(single, batched),
         single={tp: _margin(found) for tp, found in of_single.items()},
         batched={tp: _margin(wider * found) for tp, found in of_single.items()},
     )
     return msgspec.structs.replace(calibration, margins=margins)
+
+
+def _memory_margins(single: Sequence[Answered], batched: Sequence[Answered]) -> dict[str, float]:
+    known = _quantile(abs(one.memory_log_error) for one in single if one.memory_log_error is not None)
+    per_share = _quantile(
+        max(0.0, abs(one.memory_log_error) - (known or 0.0)) / one.held.request_share
+        for one in batched
+        if one.held is not None and one.memory_log_error is not None
+    )
+    return {
+        "memory_single": _margin(known),
+        "memory_request": _margin(None if per_share is None else per_share * _few(batched)),
+    }
+
+
+def _few(answered: Sequence[Answered]) -> float:
+    """Return how much wider an interval must be for a new model where few models were seen (Student's t)."""
+    from scipy.stats import norm, t
+
+    models = len({one.sample.measured.model_name for one in answered})
+    if models == 1:
+        return 2.0  # nothing is known of how models differ
+    return float(t.ppf(0.95, models - 1) * math.sqrt(1 + 1 / models) / norm.ppf(0.95))
 
 
 def _tp(one: Answered) -> str:
@@ -219,8 +179,8 @@ def _quantile(errors: Iterable[float]) -> float | None:
 
 
 def _margin(log_error: float | None) -> float:
-    """Return a margin of a logarithmic error; 1, which is a factor of two, where none is known."""
-    return 1.0 if log_error is None else round(math.expm1(log_error), 4)
+    """Return a margin of a logarithmic error."""
+    return round(math.expm1(_UNKNOWN if log_error is None else log_error), 4)
 
 
 def errors_of(fitted: CrossFit) -> tuple[Group, ...]:
@@ -234,7 +194,7 @@ def _compared(one: Answered, calibration: Calibration) -> Answer:
     return compared(
         one.sample.measured,
         (one.latency_s, (margins.single if single else margins.batched)[str(asked.tp)]),
-        (one.memory_gib, margins.memory_single if single else margins.memory_batched),
+        None if one.held is None else (one.held.gib, memory_margin(margins, one.held)),
     )
 
 

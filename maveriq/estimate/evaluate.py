@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from maveriq.domain.catalog import shape_of
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError
-from maveriq.estimate.base import Estimator, KnowsMemoryErrors
+from maveriq.estimate.base import Estimator, KnowsMemoryErrors, KnowsMemoryOfLengths
 from maveriq.estimate.cells import choice
 from maveriq.tables import Row, read_csv
 from maveriq.units import gib
@@ -23,13 +23,18 @@ COLUMNS = (
 )  # fmt: skip
 """Columns that a table of measurements must have."""
 
-OPTIONAL_COLUMNS = ("layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s")
-"""Columns that it may have beside them; they play no part."""
+OPTIONAL_COLUMNS = (
+    "prompt_tokens", "layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
+)  # fmt: skip
+"""Columns that it may have beside them; of these, `prompt_tokens` alone plays a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One measured run: a model under a configuration, what it took and held over all its GPUs."""
+    """One measured run: a model under a configuration, what it took and held over all its GPUs.
+
+    `prompt_tokens` is None where the table does not say them.
+    """
 
     where: str
     model_name: str
@@ -38,6 +43,15 @@ class Measurement:
     output_tokens: int
     latency_s: float
     memory_gib: float
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """An estimator that is judged, and the prompts it is asked about where a row does not say its own."""
+
+    estimator: Estimator
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +71,13 @@ class Group:
     """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say).
 
     `*_covered` is the percentage of rows that lie within the estimate's 90 % interval, None where
-    the estimator gives none.
+    the estimator gives none. `memory` is None where nothing was said of it.
     """
 
     by: str
     value: str
     latency: Errors
-    memory: Errors
+    memory: Errors | None
     latency_covered: float | None = None
     memory_covered: float | None = None
 
@@ -92,7 +106,7 @@ class Answer:
 
     measured: Measurement
     latency_ape: float
-    memory_ape: float
+    memory_ape: float | None
     latency_within: bool | None
     memory_within: bool | None
 
@@ -115,22 +129,28 @@ def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evalua
     Args:
         table: a CSV file with `COLUMNS`, a row per measured run.
         estimator: whom to compare.
-        prompt_tokens: length of the prompts in the table, for estimators that look at it.
+        prompt_tokens: length of the prompts in the table where it does not say so itself.
 
     Raises:
         InputError: not such a table, or a figure in it that cannot be.
     """
+    subject = Subject(estimator=estimator, prompt_tokens=prompt_tokens)
+    return judge(read_measurements(table), lambda _: subject)
+
+
+def judge(rows: Iterable[Measurement], subject_of: Callable[[Measurement], Subject]) -> Evaluation:
+    """Compare measurements with estimates, each row's by the subject that is named for it."""
     answers: list[Answer] = []
     left_out: dict[str, LeftOut] = {}
-    for measured in read_measurements(table):
-        answer = _answer(measured, estimator, prompt_tokens)
+    for measured in rows:
+        answer = answered(measured, subject_of(measured))
         if isinstance(answer, Answer):
             answers.append(answer)
         else:
             before = left_out.get(answer) or LeftOut(reason=answer, rows=0, first=measured.where)
             left_out[answer] = replace(before, rows=before.rows + 1)
-    rows = len(answers) + sum(reason.rows for reason in left_out.values())
-    return Evaluation(rows=rows, groups=grouped(answers), left_out=tuple(left_out.values()))
+    total = len(answers) + sum(reason.rows for reason in left_out.values())
+    return Evaluation(rows=total, groups=grouped(answers), left_out=tuple(left_out.values()))
 
 
 def grouped(answers: list[Answer]) -> tuple[Group, ...]:
@@ -159,6 +179,7 @@ def read_measurements(table: Path) -> Iterator[Measurement]:
             output_tokens=row.count("output_tokens", least=1),
             latency_s=_positive(row, "latency_s"),
             memory_gib=_positive(row, "memory_after_run_gib"),
+            prompt_tokens=row.count("prompt_tokens", least=1) if "prompt_tokens" in row.cells else None,
         )
 
 
@@ -173,50 +194,59 @@ def _positive(row: Row, column: str) -> float:
     return row.number(column, least=1e-9)  # below it the share of an error says nothing, and may be infinite
 
 
-def _answer(measured: Measurement, estimator: Estimator, prompt_tokens: int) -> Answer | str:
+def answered(measured: Measurement, subject: Subject) -> Answer | str:
     """Return the errors of an estimate, or why there is none."""
     known = shape_of(measured.model_name)
     if known is None:
         return f"{measured.model_name} is not in the model catalogue"
     # The table's own layers count: fingerprints of few layers are measurements too.
     model = replace(known, layers=measured.layers)
-    reason = estimator.why_not(model, measured.configuration)
+    reason = subject.estimator.why_not(model, measured.configuration)
     if reason is not None:
         return f"{model.name}: {reason}"
     try:
-        return _compare(model, measured, estimator, prompt_tokens)
+        return _compare(model, measured, subject)
     except InputError as error:
         return str(error)
 
 
-def _compare(model: ModelSpec, measured: Measurement, estimator: Estimator, prompt_tokens: int) -> Answer:
-    asked = measured.configuration
-    service = estimator.service(
-        model, asked, prompt_tokens=prompt_tokens, output_tokens=measured.output_tokens, batch=asked.batch_size
-    )
+def _compare(model: ModelSpec, measured: Measurement, subject: Subject) -> Answer:
+    asked, estimator = measured.configuration, subject.estimator
+    lengths = {
+        "prompt_tokens": measured.prompt_tokens or subject.prompt_tokens,
+        "output_tokens": measured.output_tokens,
+    }
+    service = estimator.service(model, asked, **lengths, batch=asked.batch_size)
+    if isinstance(estimator, KnowsMemoryOfLengths):
+        memory = estimator.memory_with(model, asked, **lengths)
+    else:
+        memory = estimator.memory(model, asked)
     memory_margin = estimator.memory_margin(model, asked) if isinstance(estimator, KnowsMemoryErrors) else None
     return compared(
         measured,
         (service.latency_s, service.margin),
-        (gib(estimator.memory(model, asked)), memory_margin),
+        (gib(memory), memory_margin),
     )
 
 
-def compared(measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None]) -> Answer:
+def compared(
+    measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None] | None
+) -> Answer:
     """Return the errors of an estimate.
 
     Args:
         measured: the truth.
         latency: estimated, in seconds, and its margin.
-        memory: estimated, in GiB, and its margin.
+        memory: estimated, in GiB, and its margin; None where there is no estimate.
     """
-    latency_ratio, memory_ratio = latency[0] / measured.latency_s, memory[0] / measured.memory_gib
+    latency_ratio = latency[0] / measured.latency_s
+    memory_ratio = None if memory is None else memory[0] / measured.memory_gib
     return Answer(
         measured,
         100 * abs(latency_ratio - 1),
-        100 * abs(memory_ratio - 1),
+        None if memory_ratio is None else 100 * abs(memory_ratio - 1),
         _within(latency_ratio, latency[1]),
-        _within(memory_ratio, memory[1]),
+        None if memory is None or memory_ratio is None else _within(memory_ratio, memory[1]),
     )
 
 
@@ -232,11 +262,12 @@ def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | 
     # Numbers ascend; names keep the order of the table.
     numeric = all(isinstance(value, int) for value in members)
     for value in sorted(members) if numeric else members:
+        memory = [answer.memory_ape for answer in members[value] if answer.memory_ape is not None]
         yield Group(
             by=by,
             value=str(value),
             latency=_summary([answer.latency_ape for answer in members[value]]),
-            memory=_summary([answer.memory_ape for answer in members[value]]),
+            memory=_summary(memory) if memory else None,
             latency_covered=_covered([answer.latency_within for answer in members[value]]),
             memory_covered=_covered([answer.memory_within for answer in members[value]]),
         )

@@ -16,6 +16,9 @@ from maveriq.tables import Row, read_csv
 # Beyond any hardware; estimates from what lies within stay finite.
 _MOST, _MOST_EXPONENT = 1e6, 10
 
+OUTPUTS = (10, 20)
+"""Output tokens that fingerprints are measured with; their memory is that at the first."""
+
 CONSTANTS = tuple(field.name for field in fields(Fingerprint))
 """Columns of constants, in the order of the files."""
 

@@ -2,98 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from maveriq.domain.catalog import shape_of
-from maveriq.domain.models import ModelSpec
 from maveriq.embedded import data_path
-from maveriq.errors import InputError
 from maveriq.estimate.calibration import Calibration, work
-from maveriq.estimate.evaluate import Measurement, read_measurements
 from maveriq.estimate.physics import Law, Work, latency_s
-from maveriq.tables import exists, read_toml
+from maveriq.estimate.samples import Sample
+from maveriq.tables import read_toml
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _TYPICAL_ERROR = 0.03  # beyond it a row pulls with a constant force, not in proportion
 _WIDEST = 4.0  # fitted figures stay within this factor of where the fit begins
+_SPEEDS = tuple(2.0**power for power in range(-4, 7))
+_TIMES = tuple(2.0**power for power in range(-5, 6))
 _PULL = 0.02  # towards where the fit begins, for figures that no row speaks of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """A measured row, what it says and how much it counts."""
-
-    table: str
-    measured: Measurement
-    model: ModelSpec
-    prompt_tokens: int
-    influence: float
-
-    @property
-    def is_fingerprint(self) -> bool:
-        """Whether it was taken of a model of one or a few layers."""
-        return self.table.startswith("fingerprint")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """How many tokens the prompts of long- and short-prompt tables had."""
-
-    long: int = 923
-    short: int = 10
-
-
-LONG_TRUTH, BATCHED_TRUTH = "full_model_long_prompt.csv", "full_model_batched_short_prompt.csv"
-UNEVEN, BATCHES = "uneven_pipeline.csv", "batch_scaling.csv"
-LONG_FINGERPRINTS, SHORT_FINGERPRINTS = "fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"
-_TABLES = (LONG_TRUTH, BATCHED_TRUTH, UNEVEN, BATCHES, LONG_FINGERPRINTS, SHORT_FINGERPRINTS)
-_MOST_BATCH = 128  # beyond it the engine splits a batch, which nothing here describes
-
-
-def read_samples(folder: Path, prompts: Prompts) -> list[Sample]:
-    """Read all tables of a data folder that a fit can use; fingerprints must be there, and ground truth.
-
-    Raises:
-        InputError: a needed table is missing, or one is wrong.
-    """
-    for needed in (LONG_TRUTH, LONG_FINGERPRINTS):
-        if not exists(folder / needed):
-            raise InputError(f"data folder {str(folder)!r} has no {needed}; a fit needs it")
-    return [
-        Sample(
-            table=table,
-            measured=measured,
-            model=replace(model, layers=measured.layers),
-            prompt_tokens=prompts.long if table in (LONG_TRUTH, LONG_FINGERPRINTS) else prompts.short,
-            influence=_influence(table, measured),
-        )
-        for table in _TABLES
-        if exists(folder / table)
-        for measured in read_measurements(folder / table)
-        if (model := shape_of(measured.model_name)) is not None and measured.configuration.batch_size <= _MOST_BATCH
-    ]
-
-
-def _influence(table: str, measured: Measurement) -> float:
-    """Return how much a row counts: fingerprints little, for at one layer a moment's noise is all there is."""
-    if table in (LONG_FINGERPRINTS, SHORT_FINGERPRINTS):
-        tp, pp = measured.configuration.tp, measured.configuration.pp
-        if tp > 2:
-            return 0.015  # several GPUs wait for the slowest: noise of tens of milliseconds
-        return 0.3 if pp <= 2 else 0.1
-    return 0.5 if table == BATCHED_TRUTH else 1.0  # the table of one model alone
-
-
-def usable(samples: Iterable[Sample], without_model: str | None) -> list[Sample]:
-    """Return the samples that may be fitted to when a model is left out: of it its fingerprints alone."""
-    return [one for one in samples if one.is_fingerprint or one.measured.model_name != without_model]
 
 
 class Table:
@@ -160,8 +88,36 @@ def fit_calibration(samples: Sequence[Sample], start: Calibration) -> Calibratio
 
 
 def start_calibration() -> Calibration:
-    """Return where a fit begins."""
+    """Return where a fit to GPUs like the A6000 begins."""
     return read_toml(data_path("calibration-start.toml"), Calibration, what="start of a calibration")
+
+
+def start_for(samples: Sequence[Sample], start: Calibration) -> Calibration:
+    """Return a start for another GPU: all speeds, and all fixed times, scaled to what explains the samples best.
+
+    Fitted figures stay within a factor of the start, which would not reach from one kind of GPU to
+    another; these two factors do.
+    """
+    table = Table(samples)
+    logs = np.log(table.latency_s)
+
+    def cost(scaled: Calibration) -> float:
+        off = table.influence * (np.log(table.predict(scaled)) - logs) / _TYPICAL_ERROR
+        return float(np.sum(np.sqrt(1 + off**2)))
+
+    scaled = (_scaled(start, speed, time) for speed in _SPEEDS for time in _TIMES)
+    return min([start, *scaled], key=cost)
+
+
+def _scaled(start: Calibration, speed: float, time: float) -> Calibration:
+    """Return a calibration whose memory and arithmetic are faster, and whose fixed times are longer, by factors."""
+    tables: dict[str, Any] = msgspec.to_builtins(start)
+    for table, key in _places(tables):
+        if key in ("bandwidth_gb_s", "prefill_tflops", "decode_tflops"):
+            table[key] *= speed
+        elif key.endswith(("_us", "_ms")):
+            table[key] *= time
+    return msgspec.convert(tables, Calibration)
 
 
 class _Figures:
@@ -197,11 +153,3 @@ def _places(table: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 def trust_of(residual: Array) -> Array:
     """Return how much a fit believes each row, 1 to 0, by its logarithmic residual."""
     return np.asarray(1 / np.sqrt(1 + (residual / _TYPICAL_ERROR) ** 2))
-
-
-def by_model(samples: Iterable[Sample]) -> Mapping[str, list[Sample]]:
-    """Return samples by model."""
-    found: dict[str, list[Sample]] = {}
-    for one in samples:
-        found.setdefault(one.measured.model_name, []).append(one)
-    return found

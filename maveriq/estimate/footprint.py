@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec
-from maveriq.estimate.calibration import BYTES_PER_PARAMETER, Memory, kv_bytes, layer_parameters
+from maveriq.estimate.calibration import BYTES_PER_PARAMETER, Margins, Memory, kv_bytes, layer_parameters
 from maveriq.estimate.fingerprints import Point
 from maveriq.estimate.formula import Fingerprint
 from maveriq.units import BYTES_PER_GIB
 
 
-def held_gib(
+class Held(NamedTuple):
+    """Memory over all GPUs of a deployment; `requests_gib` of it is what a batch adds beside its KV cache."""
+
+    gib: float
+    requests_gib: float
+
+    @property
+    def request_share(self) -> float:
+        """The part that the requests of a batch beyond the first add."""
+        return self.requests_gib / self.gib
+
+
+def held(
     model: ModelSpec,
     configuration: Configuration,
     fingerprints: Mapping[Point, Fingerprint],
     figures: Memory,
-    prompt_tokens: int,
-) -> float:
+    *,
+    tokens: int,
+    fingerprint_tokens: int,
+) -> Held:
     """Return the memory over all GPUs of a deployment.
 
     Args:
@@ -27,16 +42,23 @@ def held_gib(
         configuration: with its batch size.
         fingerprints: of the model as it is stored; (1, 1) at batch 1 must be there.
         figures: fitted ones; `is_measured` must hold.
-        prompt_tokens: of the requests, and of the fingerprints.
+        tokens: of prompt and output of a request together.
+        fingerprint_tokens: of those that the fingerprints were measured with.
     """
     batch, tp = configuration.batch_size, configuration.tp
-    tokens = prompt_tokens + figures.output_tokens
-    return (
+    requests_gib = (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
+    total_gib = (
         layers_gib(model, configuration, model.layers, tokens, figures)
-        + fixed_gib(model, configuration, fingerprints[Point(1, 1, 1)], tokens, figures)
+        + fixed_gib(model, configuration, fingerprints[Point(1, 1, 1)], fingerprint_tokens, figures)
         + _beyond_one_gpu_gib(configuration, fingerprints, figures)
-        + (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
+        + requests_gib
     )
+    return Held(total_gib, requests_gib)
+
+
+def memory_margin(margins: Margins, seen: Held) -> float:
+    """Return the half-width of the 90 % interval of an estimate of memory."""
+    return margins.memory_single + seen.request_share * margins.memory_request
 
 
 def layers_gib(model: ModelSpec, configuration: Configuration, layers: int, tokens: int, figures: Memory) -> float:
@@ -57,7 +79,9 @@ def fixed_gib(
 
 def request_gib(model: ModelSpec, tp: int, figures: Memory) -> float:
     """Return what a request of a batch adds on every GPU, beside its KV cache."""
-    width = 2 * model.hidden_size + model.intermediate_size  # a layer's input, its residual, the wide part between
+    gates = model.feed_forward_matrices - 2
+    # A layer's input, its residual, and the wide part between, of which a gate is partly kept beside it.
+    width = 2 * model.hidden_size + model.intermediate_size * (1 + gates * figures.gated)
     return figures.request_kb * 1e3 * width * (figures.unsharded + (1 - figures.unsharded) / tp) / BYTES_PER_GIB
 
 

@@ -47,6 +47,7 @@ class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     sample_s: _Positive
     look_s: _Positive
     busy_percent: _NotNegative
+    most_phase_s: _NotNegative = 0.0
 
 
 class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -242,6 +243,7 @@ def _load_window(window: _LoadWindow) -> LoadWindow:
         sample_us=micros(window.sample_s),
         look_us=micros(window.look_s),
         busy_share=window.busy_percent / 100,
+        most_phase_us=micros(window.most_phase_s),
     )
 
 

@@ -38,6 +38,14 @@ class LeaveOneOut:
         """Estimate the memory of a deployment, as `CalibratedEstimator.memory`."""
         return self._for(model).memory(model, configuration)
 
+    def memory_with(
+        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate the memory with requests of such lengths, as `CalibratedEstimator.memory_with`."""
+        return self._for(model).memory_with(
+            model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        )
+
     def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
         """Return the margin of memory, as `CalibratedEstimator.memory_margin`."""
         return self._for(model).memory_margin(model, configuration)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,15 @@ from maveriq.report.wording import signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
 POINTS = 1200
+DRAWN = ("simulated", "real")
+"""What `draw_curves` returns the marks of, for a legend."""
 
 # Of the palette by Okabe and Ito, which colour-blind readers tell apart.
-_SIM, _REAL, _AREA, _TEXT, _GRID = "#0072B2", "#D55E00", "#F7D9BF", "#333333", "#E4E4E4"
+SIM, REAL, AREA, TEXT, GRID = "#0072B2", "#D55E00", "#F7D9BF", "#333333", "#E4E4E4"
 
 
 def check_plot_name(path: Path) -> None:
@@ -32,7 +37,7 @@ def check_plot_name(path: Path) -> None:
 
 
 def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, title: str) -> None:
-    """Draw the curves one above the other; the file appears whole or not at all, the same input giving the same bytes.
+    """Draw the curves one above the other; see `figure_at`.
 
     Args:
         path: the file.
@@ -44,30 +49,44 @@ def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, titl
         InputError: the name has another ending, or the place cannot be written to.
         MaveriqError: the disk is full.
     """
+    title = title.encode(errors="replace").decode()  # a path may hold bytes that are no text
+    with figure_at(path, inches=(9, 3.1 * len(curves) + 0.7)) as figure:
+        for axes, one in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
+            axes.legend(draw_curves(axes, one), DRAWN, frameon=False, loc="lower right" if one.log_x else "upper right")
+        figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+        figure.text(0.01, 0.944, headline(comparison), ha="left", va="center", fontsize=9.5)
+
+
+@contextmanager
+def figure_at(path: Path, *, inches: tuple[float, float], dots_per_inch: int = 150) -> Iterator[Figure]:
+    """Give an empty figure in the style of all plots, and write it unless an error came.
+
+    The file appears whole or not at all, the same figure giving the same bytes.
+
+    Raises:
+        InputError: the name has another ending, or the place cannot be written to.
+        MaveriqError: the disk is full.
+    """
     check_plot_name(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     kind = path.suffix.lower().removeprefix(".")
-    title = title.encode(errors="replace").decode()  # a path may hold bytes that are no text
-    style: Any = {"svg.hashsalt": "maveriq", "svg.fonttype": "path", "font.size": 10, "text.color": _TEXT}
+    style: Any = {"svg.hashsalt": "maveriq", "svg.fonttype": "path", "font.size": 10, "text.color": TEXT}
+    metadata: Any = {"Software": "maveriq"} if kind == "png" else {"Date": None, "Creator": "maveriq"}
     with mpl.rc_context(style), written_whole(path, what="plot") as partial:
-        figure = Figure(figsize=(9, 3.1 * len(curves) + 0.7), layout="constrained")
-        for axes, one in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
-            _draw(axes, one)
-        figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-        figure.text(0.01, 0.944, _headline(comparison), ha="left", va="center", fontsize=9.5)
-        metadata: Any = {"Software": "maveriq"} if kind == "png" else {"Date": None, "Creator": "maveriq"}
-        figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
+        figure = Figure(figsize=inches, layout="constrained")
+        yield figure
+        figure.savefig(partial, format=kind, dpi=dots_per_inch, metadata=metadata)
 
 
-def _draw(axes: Axes, curves: Curves) -> None:
-    """Draw the real run as an area and the simulated one as a line, as the terminal does."""
+def draw_curves(axes: Axes, curves: Curves) -> tuple[Any, Any]:
+    """Draw the simulated run as a line and the real one as an area, as the terminal does; return both, see DRAWN."""
     from matplotlib.ticker import NullLocator
 
     x: Any = curves.x
-    area = axes.fill_between(x, curves.real, step="pre", facecolor=_AREA, edgecolor=_REAL, linewidth=0.8)
-    (line,) = axes.plot(x, curves.sim, color=_SIM, linewidth=1.3 if curves.log_x else 0.9, drawstyle="steps-pre")
+    area = axes.fill_between(x, curves.real, step="pre", facecolor=AREA, edgecolor=REAL, linewidth=0.8)
+    (line,) = axes.plot(x, curves.sim, color=SIM, linewidth=1.3 if curves.log_x else 0.9, drawstyle="steps-pre")
     if curves.log_x:
         axes.set_xscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -77,16 +96,19 @@ def _draw(axes: Axes, curves: Curves) -> None:
     axes.set_ylim(0, curves.top * 1.03)
     axes.set_title(curves.title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(f"{'latency' if curves.log_x else 'time'}, {curves.x_label}")
-    axes.grid(color=_GRID, linewidth=0.8)
+    tidy(axes)
+    return line, area
+
+
+def tidy(axes: Axes) -> None:
+    """Leave of an axes what is read: a pale grid behind the data, and two of its four sides."""
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color=_TEXT, labelcolor=_TEXT)
-    axes.legend(
-        [line, area], ["simulated", "real"], frameon=False, loc="lower right" if curves.log_x else "upper right"
-    )
+    axes.tick_params(color=TEXT, labelcolor=TEXT)
 
 
-def _headline(comparison: Comparison) -> str:
+def headline(comparison: Comparison) -> str:
     """Return the errors that matter most, in one line."""
     overall = comparison.overall
     parts = [

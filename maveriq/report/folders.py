@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from maveriq.errors import InputError, MaveriqError, cannot_write
@@ -13,14 +13,14 @@ RUN_FILES = ("requests.csv", "deployments.csv", "gpus.csv", "run.json")
 """What makes a folder a run folder."""
 
 
-def check_writable(folder: Path) -> None:
-    """Check that a run folder can be written there, before a long run; leaves nothing behind.
+def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES) -> None:
+    """Check that a folder of these files can be written there, before long work; leaves nothing behind.
 
     Raises:
-        InputError: it is a file, or a folder that holds something else than a run, or its place
-            cannot be written to.
+        InputError: it is a file, or a folder that holds something else, or its place cannot be
+            written to.
     """
-    target = _checked(folder)
+    target = _checked(folder, files)
     ancestor = next(parent for parent in target.parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".maveriq-", dir=ancestor).cleanup()
@@ -28,17 +28,17 @@ def check_writable(folder: Path) -> None:
         raise _not_writable(target, error) from None
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], None], *, files: Collection[str] = RUN_FILES) -> None:
     """Let `fill` write into a new folder beside `folder`, then put that in its place.
 
     Whatever goes wrong, `folder` is left as it was. A folder that is there is replaced if it is
-    empty or a run folder.
+    empty or has all of `files`, by which its kind is known.
 
     Raises:
         InputError: as for `check_writable`.
         MaveriqError: the disk is full.
     """
-    target = _checked(folder)
+    target = _checked(folder, files)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # One private folder beside the target holds the new folder and, for a moment, the old one.
@@ -64,8 +64,8 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _checked(folder: Path) -> Path:
-    """Return the whole path of a folder that a run may be written to, as far as names tell."""
+def _checked(folder: Path, files: Collection[str]) -> Path:
+    """Return the whole path of a folder that may be written to, as far as names tell."""
     try:
         target = folder.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, links that go round
@@ -84,8 +84,9 @@ def _checked(folder: Path) -> Path:
             raise InputError(f"{where} would lie in {str(ancestor)!r}, which is a file; name another folder")
     except OSError as error:
         raise _not_writable(target, error) from None
-    if names and not names.issuperset(RUN_FILES):
-        raise InputError(f"{where} holds files that are no run ({min(names)}, ...); name an empty or a new folder")
+    if names and not names.issuperset(files):
+        what = "run" if files == RUN_FILES else f"folder with {', '.join(files)}"
+        raise InputError(f"{where} holds files that are no {what} ({min(names)}, ...); name an empty or a new folder")
     return target
 
 

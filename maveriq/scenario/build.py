@@ -17,7 +17,6 @@ from maveriq.domain.hardware import Cluster, DispatchTiming
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import ESTIMATORS, estimator
 from maveriq.estimate.clusters import cluster_from
 from maveriq.estimate.hardware import GpuKind, HardwareProfile, load_profile
 from maveriq.policy.alpaserve.policy import PlacedAhead
@@ -25,14 +24,12 @@ from maveriq.policy.base import Policy
 from maveriq.policy.catalog import make_policy
 from maveriq.scenario.ahead import AHEAD, plan_ahead
 from maveriq.scenario.demand import workload_for
+from maveriq.scenario.estimators import estimators_for
 from maveriq.scenario.faults import check_fault, check_removal, parse_fault, parse_removal
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import LoadTime, Scenario
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
 from maveriq.workload.base import Workload
-
-RECORDED = "recorded"
-"""The value of `serve_with` that takes the workload's own recorded times."""
 
 _MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
 _MOST_KNOWN = 1_000_000
@@ -51,7 +48,8 @@ def build_scenario(options: Options, *, planning: Callable[[Estimator], Estimato
     """
     profile = load_profile(options.profile)
     cluster = cluster_for(options.gpus, profile)
-    planner = planning(estimator(options.plan_with, profile))
+    estimators = estimators_for(options, profile)
+    planner = planning(estimators.plan)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
     policy, notes = _policy(options, profile, cluster, planner, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
@@ -68,13 +66,14 @@ def build_scenario(options: Options, *, planning: Callable[[Estimator], Estimato
         workload=workload,
         settings=controller_settings(options, profile),
         guess=guess_with(planner),
-        serve=_serve(options.serve_with, profile),
+        plan_with=estimators.plan.name,
+        serve=estimators.serve,
         load_time=load_time_for(options, profile),
         faults=faults,
         removals=removals,
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
-        notes=notes,
+        notes=(*estimators.notes, *notes),
     )
 
 
@@ -172,15 +171,6 @@ def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
         if value is not None:
             said[name] = micros(value * unit_s)
     return replace(DispatchTiming() if options.ideal else measured, **said)
-
-
-def _serve(name: str, profile: HardwareProfile) -> Estimator | None:
-    """Return who times simulated service; None for the workload's own recorded times."""
-    if name == RECORDED:
-        return None
-    if name not in ESTIMATORS:
-        raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
-    return estimator(name, profile)
 
 
 def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:

@@ -85,9 +85,16 @@ class Options:
     alpaserve_profile: str = _option("maveriq", "What AlpaServe knows of models: maveriq or published.", _POLICY)
     alpaserve_as_published: bool = _option(False, "AlpaServe with its naming defect and table.", _POLICY)  # noqa: FBT003
     alpaserve_star_rule: str = _option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
-    plan_with: str = _option("paper", "What the policy plans with: paper or calibrated.", _POLICY)
+    plan_with: str | None = _option(
+        None, "What the policy plans with: calibrated, paper, or measured.", _POLICY, shown="calibrated"
+    )
 
-    serve_with: str = _option("paper", "What times simulated service: paper, calibrated, or recorded.", _WORLD)
+    serve_with: str | None = _option(
+        None, "What times simulated service: calibrated, paper, measured, or recorded.", _WORLD, shown="calibrated"
+    )
+    serve_without: str | None = _option(
+        None, "A recorded run that calibrated service times must not have been fitted to.", _WORLD
+    )
     fail: tuple[str, ...] = _option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _WORLD)
     remove: tuple[str, ...] = _option((), "Take an endpoint away: endpoint=2@900s; repeatable.", _WORLD)
     on_failure: str = _option("requeue", "requeue (once) or fail what a failing engine was running.", _WORLD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from maveriq.errors import UnknownNameError
+from maveriq.estimate.catalog import PAPER
 from maveriq.scenario.options import Options
 from maveriq.workload.testbed import RecordedRun
 
@@ -10,7 +11,7 @@ _POLICIES = {"MaverIQ": "hybrid", "MaverIQ-FP16": "hybrid", "AlpaServe": "alpase
 
 
 def options_of(run: RecordedRun) -> Options:
-    """Return the options of a recorded run; MaverIQ placed with hybrid (SPEC 5).
+    """Return the options of a recorded run; MaverIQ planned with the paper's estimator and placed with hybrid (SPEC 5).
 
     The requests of AlpaServe's runs were drawn in another way (SPEC 7), so that these options give
     its trace, but not its very requests.
@@ -28,4 +29,5 @@ def options_of(run: RecordedRun) -> Options:
         scale=run.scale,
         models=run.model_set,
         slo_scale=run.slo_scale,
+        plan_with=PAPER,
     )

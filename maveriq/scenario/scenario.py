@@ -23,6 +23,7 @@ LoadTime: TypeAlias = Callable[[DeploymentPlan], Micros]
 class Scenario:
     """A cluster, a policy, a workload, and how the world behaves.
 
+    `plan_with` is the name of the estimator that the policy plans with, empty where it has none.
     `serve` times simulated requests; None takes the recorded times of the workload.
     The run stops when every request has ended, at the latest `drain_us` after the last arrival.
     GPU samples are taken every `sample_us`. `notes` say what a reader of the results must know.
@@ -33,6 +34,7 @@ class Scenario:
     workload: Workload
     settings: ControllerSettings
     guess: ServiceGuess
+    plan_with: str = ""
     serve: Estimator | None
     load_time: LoadTime
     faults: tuple[Fault, ...] = ()

@@ -24,7 +24,7 @@ class ServiceModel(Protocol):
     """Answers for the hardware that is not there."""
 
     def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:
-        """Return how long until the first token and until the last, both at least 1 µs."""
+        """Return how long until the first token and until the last, both at least 1 µs, if no neighbour is busy."""
 
 
 class EstimatedService:

@@ -11,7 +11,6 @@ from maveriq.domain.hardware import Cluster
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError
 from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
@@ -24,6 +23,7 @@ from maveriq.policy.base import Policy
 from maveriq.policy.catalog import RULES, make_policy
 from maveriq.policy.endpoints import PerEndpoint
 from maveriq.scenario.build import cluster_for, controller_settings, guess_with, load_time_for
+from maveriq.scenario.estimators import estimators_for
 from maveriq.scenario.options import Options
 from maveriq.scenario.service import EstimatedService
 from maveriq.tables import read_text
@@ -55,7 +55,10 @@ def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator]
     """
     options = replace(options, ideal=True)
     profile = load_profile(options.profile)
-    planner = planning(estimator(options.plan_with, profile))
+    estimators = estimators_for(options, profile)
+    if estimators.serve is None:
+        raise InputError("--serve-with recorded is for replaying recordings; a service has none")
+    planner = planning(estimators.plan)
 
     def policy(name: str) -> Policy:
         return make_policy(
@@ -67,7 +70,7 @@ def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator]
         profile=profile,
         cluster=cluster_for(options.gpus, profile),
         planner=planner,
-        believed=estimator(options.serve_with, profile),
+        believed=estimators.serve,
         placements=PerEndpoint(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
     )
 

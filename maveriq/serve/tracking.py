@@ -135,14 +135,14 @@ class Tracker:
             if accepted.abandoned:
                 self._cluster.cancel(ticket.request_id)
             accepted.ticket.set_result(ticket)
-            outcome = await ticket.outcome()
-            accepted.in_cluster = False
-            return outcome
+            return await ticket.outcome()
         except InputError as error:  # its endpoint was removed while it was written down
             return self._ended(accepted, RequestStatus.REFUSED, str(error))
         except Exception:
             _LOG.exception("request %s: the cluster failed", accepted.row.request_id)
             return self._ended(accepted, RequestStatus.FAILED, "the cluster failed; the server's log says how")
+        finally:
+            accepted.in_cluster = False
 
     def _ended(self, accepted: Accepted, status: RequestStatus, reason: str) -> Outcome:
         """Return the end of a request that the cluster never ended, and let go who waits for its ticket."""

@@ -7,7 +7,7 @@ calendar plays no part (the controller sorts them).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import assert_never
 
@@ -38,6 +38,7 @@ from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.scenario.scenario import Scenario
 from maveriq.scenario.service import service_model
+from maveriq.sim.crowd import Due, crowd_for
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
@@ -60,6 +61,7 @@ class _Simulation:
         self._controller = Controller(scenario.cluster, scenario.policy, scenario.settings, scenario.guess)
         self._service = service_model(scenario)
         self._requests = requests_of(arrivals)
+        self._crowd = crowd_for(scenario.cluster, scenario.serve)
         self._left_to_arrive = len(arrivals)
         self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
@@ -123,7 +125,10 @@ class _Simulation:
         if self._env.peek() <= now_us:
             return  # whatever is still due at this instant settles after it
         events, self._inbox = self._inbox, []
-        for action in self._controller.handle(now_us, events):
+        actions = self._controller.handle(now_us, events)
+        if self._crowd and self._scenario.faults:
+            self._expect(self._crowd.break_off(now_us, self._runs), now_us)
+        for action in actions:
             self._carry_out(action, now_us)
         wake_us = self._controller.wake_us
         if wake_us is not None and wake_us != self._last_wake_us:
@@ -147,12 +152,7 @@ class _Simulation:
     def _carry_out(self, action: Action, now_us: Micros) -> None:
         match action:
             case Execute():
-                deployment_id = action.deployment_id
-                first_token_us, service_us = self._service.times_us(
-                    deployment_id, self._plans[deployment_id], action.requests
-                )
-                finished = ExecutionFinished(deployment_id, action.execution_id, now_us + first_token_us)
-                self._post(service_us, finished)
+                self._execute(action, now_us)
             case StartEngine(deployment_id, incarnation, plan):
                 self._plans[deployment_id] = plan
                 self._post(self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
@@ -160,6 +160,35 @@ class _Simulation:
                 pass  # a simulated engine is gone at once; the controller has freed its memory
             case _ as never:
                 assert_never(never)
+
+    def _execute(self, action: Execute, now_us: Micros) -> None:
+        plan = self._plans[action.deployment_id]
+        first_token_us, service_us = self._service.times_us(action.deployment_id, plan, action.requests)
+        if self._crowd and self._crowd.takes(plan):
+            due = self._crowd.start(now_us, action, plan, first_token_us=first_token_us, service_us=service_us)
+            self._expect(due, now_us)
+        else:
+            finished = ExecutionFinished(action.deployment_id, action.execution_id, now_us + first_token_us)
+            self._post(service_us, finished)
+
+    def _expect(self, due: Iterable[Due], now_us: Micros) -> None:
+        """Look at the crowd again when an execution is due."""
+        for deployment_id, finish_us in due:
+            self._after(finish_us - now_us, partial(self._due, deployment_id))
+
+    def _due(self, deployment_id: int, _: simpy.Event) -> None:
+        assert self._crowd is not None  # noqa: S101  # only a crowd makes anything due
+        now_us = self._now_us
+        ended = self._crowd.end(now_us, deployment_id)
+        if ended:
+            finished, due = ended
+            self._inbox.append(finished)
+            self._expect(due, now_us)
+        self._settle()
+
+    def _runs(self, deployment_id: int, execution_id: int) -> bool:
+        deployment = self._controller.fleet.deployments[deployment_id]
+        return bool(deployment.running) and deployment.execution_id == execution_id
 
     def _post_fault(self, fault: Fault) -> None:
         """Put a fault, and its mending if there is one, on the calendar."""

@@ -168,7 +168,7 @@ def test_recorded_service_times_serve(maveriq: Maveriq, tmp_path: Path) -> None:
 
 
 def test_a_very_large_cluster_is_no_trouble(maveriq: Maveriq, tmp_path: Path) -> None:
-    assert len(answer(maveriq, "plan gptj-6b --gpus 10000xA6000")["candidates"]) > 100
+    assert len(answer(maveriq, "plan gptj-6b --gpus 10000xA6000 --plan-with paper")["candidates"]) > 100
     scenario = build_scenario(Options(gpus="10000xA6000"))
     instants = scenario.workload.arrivals.arrival_us[-1] / scenario.sample_us
     assert 50 < instants < 110  # times 10,000 GPUs
@@ -221,7 +221,7 @@ def test_fit_compares(maveriq: Maveriq, tmp_path: Path) -> None:
     header = "model,tp,pp,layer_split,weight_dtype,int8_kv,output_tokens,batch_size,latency_s,memory_after_run_gib"
     put(tmp_path, {"m.csv": f"{header}\nllama-2-7b,1,1,32,float16,0,20,1,0.5,14\n"})
     errors = answer(maveriq, "fit --evaluate m.csv")
-    assert (errors["estimator"], errors["profile"], errors["rows"]) == ("paper", "a6000-short", 1)
+    assert (errors["estimator"], errors["profile"], errors["rows"]) == ("calibrated", "a6000-short", 1)
     assert errors["groups"][0]["latency"]["n"] == 1
     ended = maveriq("fit --evaluate m.csv")
     assert (ended.code, ended.err) == (0, "")

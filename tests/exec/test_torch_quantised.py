@@ -12,6 +12,7 @@ from torch_models import CONFIGS, OUTPUT_TOKENS, load_worker, outputs, prompts_o
 
 from maveriq.exec.engines.torch.attention import prefill_positions
 from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linear, make_linear
+from maveriq.exec.engines.torch.worker import Worker
 
 WIDE = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}  # offsets and scales of groups weigh little
 PROMPT = (5, 17, 101, 3, 77, 150, 42)
@@ -104,28 +105,36 @@ def test_an_8_bit_kv_cache_is_really_smaller():
     assert small / native == pytest.approx((1 + 4 / 64) / 4)
 
 
-def test_a_shard_does_not_keep_the_whole_matrix_alive():
-    spec = spec_of(CONFIGS["gpt-j"], tp=4, split=(4,))
+class Unheard:
+    """Links of a rank that nobody answers."""
+
+    def add_up(self, x):
+        return x
+
+    def gather(self, x):
+        return [x] * 4
+
+    def pass_on(self, x):
+        pass
+
+    def take(self, like):
+        return like.zero_()
+
+    def tell_tokens(self, tokens):
+        return tokens.zero_()
+
+    def agree(self, *, well):
+        return well
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize(
+    ("name", "weights"), [("gpt-j", "float16"), ("falcon-40b", "float16"), ("llama-gqa", "float16"), ("llama", "int4")]
+)
+def test_a_shard_does_not_keep_whole_matrices_alive(name, weights, rank):
     before = live_bytes()
-    kept = []
-
-    class Links:
-        def add_up(self, x):
-            return x
-
-        def gather(self, x):
-            return [x] * 4
-
-        def tell_tokens(self, tokens):
-            return tokens
-
-        def agree(self, *, well):
-            return well
-
-    from maveriq.exec.engines.torch.worker import Worker
-
-    kept.append(Worker(spec, 2, Links()))
-    said = kept[0].stage.weights_bytes + kept[0].stage.kv_cache_bytes
+    worker = Worker(spec_of(CONFIGS[name], tp=4, split=(3, 1), weights=weights), rank, Unheard())
+    said = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
     assert live_bytes() - before == pytest.approx(said, rel=0.02)
 
 

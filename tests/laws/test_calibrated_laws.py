@@ -132,6 +132,22 @@ def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
     assert live().service_on((0, 4, 1, 5), llama, single, **asked) == live().service(llama, single, **asked)
 
 
+@given(questions(), st.integers(1, 7))
+def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict, neighbours: int) -> None:
+    model, alone = question["model"], Configuration(tp=1, pp=1, weights=WeightType.INT4)
+    waits_s = [live().wait_s(model, alone, neighbours=count) for count in (0, neighbours, neighbours + 1)]
+    assert 0 == waits_s[0] < waits_s[1] < waits_s[2] < 0.1
+    several = replace(alone, pp=2)
+    assert not live().has_neighbours(several)
+    assert live().wait_s(model, several, neighbours=neighbours) == 0
+
+
+def test_a_benchmark_has_no_neighbours() -> None:
+    alone = Configuration(tp=1, pp=1, weights=WeightType.INT4)
+    assert live().has_neighbours(alone)
+    assert not CalibratedEstimator.benchmarked(PROFILE).has_neighbours(alone)
+
+
 @pytest.mark.parametrize("kv", KvType)
 def test_smaller_kv_entries_are_read_faster(kv: KvType) -> None:
     asked = {"prompt_tokens": 2000, "output_tokens": 500, "batch": 16}

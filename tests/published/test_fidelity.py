@@ -1,23 +1,29 @@
 """The committed blind runs are what the code gives now, and the page shows them."""
 
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
-from blind_grids import grids
+from blind import ACHIEVED, PICTURES, page_grids
+from blind_placement import placement_rows
 from blind_plan import load_blind_plan
 from blind_rows import BlindRow, ServiceRow
-from blind_runs import blind_results
-from blind_tables import allowed, csv_of, held, missed, read_tables
-from msgspec.structs import replace
+from blind_runs import PROFILE, blind_results
+from blind_tables import allowed, csv_of, held, missed, read_rows, read_tables
+from headline_plan import Load, load_headline_plan
+from headline_rows import GRID, AchievedRow
+from headline_runs import achieved_by, achieved_in_grid, slo_scales
 from page import filled
 
+from maveriq.estimate.hardware import load_profile
 from maveriq.workload.testbed import find_testbed, read_runs
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "experiments" / "fidelity"
 STALE = "run experiments/fidelity/blind.py and look at what changed"
 PLAN = load_blind_plan(HERE / "blind.toml")
+HEADLINE = load_headline_plan(HERE / "headline.toml")
 AGAIN = (
     "AlpaServe_large_None_code_0.1_slo5",  # has replicas, and a model that was left out
     "AlpaServe-star_large_None_code_0.1_slo5",
@@ -25,16 +31,24 @@ AGAIN = (
 )
 
 
+def achieved_as_committed(run: str) -> list[AchievedRow]:
+    return [row for row in read_rows(HERE / "results" / ACHIEVED, AchievedRow) if row.run == run]
+
+
 @pytest.mark.data
 def test_runs_come_out_as_committed(measured_data: Path) -> None:
     committed = read_tables(HERE / "results")
-    found = list(blind_results(measured_data, replace(PLAN, tosses=1), names=AGAIN))
+    found = list(blind_results(measured_data, PLAN, names=AGAIN))
+    runs = {run.name: run for run in read_runs(find_testbed(measured_data))}
+    judged_by = slo_scales(runs.values(), HEADLINE)
     assert {one.row.run for one in found} == set(AGAIN)
     for one in found:
         rows = [row for row in committed.runs if row.run == one.row.run]
         services = [row for row in committed.services if row.run == one.row.run]
         assert csv_of(BlindRow, [one.row]) == csv_of(BlindRow, rows), STALE
         assert csv_of(ServiceRow, one.services) == csv_of(ServiceRow, services), STALE
+        achieved = list(achieved_by(runs[one.row.run], one, judged_by, load_profile(PROFILE)))
+        assert csv_of(AchievedRow, achieved) == csv_of(AchievedRow, achieved_as_committed(one.row.run)), STALE
         assert not one.comparison.unmatched  # request by request: the same models at the same times
 
 
@@ -45,11 +59,32 @@ def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
     ]
 
 
+def test_the_grid_comes_out_as_committed() -> None:
+    load = Load(model_set="large", trace="code", scale=0.1)
+    cases = [
+        case
+        for case in HEADLINE.grid.cases()
+        if Load(model_set=case.model_set, trace=case.trace, scale=case.scale) == load
+    ]
+    committed = [row for row in achieved_as_committed("") if row.load == load]
+    assert len(committed) == len(cases) * len(HEADLINE.judged_by)
+    assert all(row.source == GRID for row in committed)
+    again = chain.from_iterable(achieved_in_grid(HEADLINE, cases))
+    assert csv_of(AchievedRow, again) == csv_of(AchievedRow, committed), STALE
+
+
 def test_the_page_shows_the_results() -> None:
     text = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    tables = list(grids(read_tables(HERE / "results"), PLAN))
+    tables = page_grids(HERE / "results", PLAN, HEADLINE)
     assert filled(text, tables) == text, STALE
     assert set(re.findall("<!-- table: (.*) -->", text)) == {one.name for one in tables}
+
+
+def test_every_run_has_its_picture() -> None:
+    gallery = (HERE / "results" / PICTURES / "README.md").read_text(encoding="utf-8")
+    for row in read_tables(HERE / "results").runs:
+        assert f"({row.run}.png)" in gallery
+        assert (HERE / "results" / PICTURES / f"{row.run}.png").is_file(), STALE
 
 
 def test_bars_are_held_against_what_a_run_allows() -> None:
@@ -62,3 +97,13 @@ def test_bars_are_held_against_what_a_run_allows() -> None:
         assert ("mean" in missed(row, PLAN.bars)) == (abs(row.mean_error) > mean)
     bars = list(held(read_tables(HERE / "results"), PLAN.bars))
     assert bars[0].found == f"{sum('mean' not in missed(row, PLAN.bars) for row in rows)} runs"
+    assert all(one.holds for one in bars)
+
+
+@pytest.mark.data
+def test_recorded_placements_are_chance_but_not_out_of_reach(measured_data: Path) -> None:
+    in_step, *out_of_step = placement_rows(measured_data, load_profile(PROFILE), draws=20)
+    assert in_step.always + in_step.never == in_step.deployments == 61
+    for row in out_of_step:
+        assert row.expected >= in_step.expected - 1
+        assert row.never < in_step.never

@@ -79,4 +79,4 @@ def until(holds: Callable[[], bool], within_s: float = 10.0) -> None:
     latest_s = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < latest_s, "it never came"
-        time.sleep(0.005)
+        time.sleep(0.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import MODEL, Running, running
+from running import MODEL, Running, running, until
 
 from maveriq.cli.console_words import (
     USAGE,
@@ -131,8 +131,8 @@ def test_a_session(say: Callable[[str], str]) -> None:
     shown = say(f"1 deploy {MODEL} 20 min-cost 2s no last 2")
     assert shown.startswith(f"deployment 1  {MODEL} (ID 1)  ")
     assert "TP 1 x PP 1 float16 b2 on GPU 3" in shown
-    while "up" not in (told := say("1 status")):
-        pass
+    until(lambda: " up " in say("1 status"))
+    told = say("1 status")
     assert told == say("deployments")
     assert len(say("1 inference Once upon a time")) == 21
     assert say("1 inference Once upon a time") == say("1 prior_inference Once upon a time")

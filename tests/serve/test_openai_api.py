@@ -221,7 +221,7 @@ def test_an_engine_that_fails_in_the_middle_of_a_stream_ends_it_with_an_error(st
 def test_a_client_that_goes_away_is_not_waited_for(state: Path, *, stream: bool, waiting: bool) -> None:
     with running(state, token_s=0.03) as server:
         server.deploy()
-        body = {"model": MODEL, "prompt": "a", "stream": stream, "max_tokens": 20}
+        body = {"model": MODEL, "prompt": "a", "stream": stream, "max_tokens": 8}
         with server.client() as busy, server.client() as http:
             if waiting:
                 ahead = busy.stream("POST", "/v1/completions", json=body | {"stream": True})

@@ -11,7 +11,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 CHECKS = [not_a_server_error, response_schema_conformance, status_code_conformance]
-EXAMPLES = int(os.environ.get("MAVERIQ_FUZZ_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("MAVERIQ_FUZZ_EXAMPLES", "8"))
 ROUTES = {
     "GET /v1/models", "GET /v1/models/{model}", "POST /v1/completions", "POST /v1/chat/completions",
     "GET /models",

@@ -15,3 +15,10 @@ def test_errors_can_be_handed_to_another_process() -> None:
     for error in (UnknownNameError("policy", "x", ["llf"]), InputError("bad"), MaveriqError("failed")):
         again = copy.copy(error)  # by the protocol that pickle uses
         assert (str(again), again.exit_code) == (str(error), error.exit_code)
+
+
+def test_of_very_many_names_the_nearest_are_shown() -> None:
+    known = [f"run-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    message = str(UnknownNameError("run", "run-zz", known))
+    assert message.startswith("unknown run 'run-zz'; did you mean 'run-z'? (known: run-z, ")
+    assert message.endswith(" and 21 more)")

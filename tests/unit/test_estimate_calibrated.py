@@ -20,15 +20,17 @@ from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import WeightType
 from maveriq.embedded import data_path
 from maveriq.errors import InputError
-from maveriq.estimate.calibrated import CalibratedEstimator, deviation
+from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.calibration import read_calibration, to_toml
 from maveriq.estimate.calibration import work as work_of
 from maveriq.estimate.catalog import EACH, benchmarked_estimator, estimator
 from maveriq.estimate.evaluate import Evaluation, Group, Measurement, evaluate
-from maveriq.estimate.fitting import Prompts, Sample, fit_calibration, read_samples, start_calibration, usable
+from maveriq.estimate.fitting import fit_calibration, start_calibration
 from maveriq.estimate.hardware import load_profile
 from maveriq.estimate.physics import latency_s
-from maveriq.estimate.servedfit import OUTPUT_TOKENS, read_recorded
+from maveriq.estimate.samples import Sample, read_samples, usable
+from maveriq.estimate.servedfit import read_recorded
+from maveriq.estimate.slowness import deviation
 
 PATH = data_path("a6000", "calibrated.toml")
 GROUND_TRUTH = ("falcon-7b", "gptj-6b", "llama-2-7b", "llama-2-70b")
@@ -68,7 +70,11 @@ def test_bars_on_batches_with_the_model_left_out(measured_data: Path) -> None:
     by_batch = {batch: group.latency.median for batch, group in groups(found, "batch").items()}
     assert list(by_batch) == ["1", "8", "16", "32", "64"]
     assert max(by_batch.values()) <= 8, by_batch
-    assert 85 <= groups(found, "all")[""].latency_covered <= 95
+    overall = groups(found, "all")[""]
+    assert overall.latency.p90 <= 12
+    assert 85 <= overall.latency_covered <= 95
+    # Short of the bars (2, 8 and 85 percent): nothing else says what this model adds per request.
+    assert (overall.memory.median <= 2.5, overall.memory.p95 <= 9, overall.memory_covered >= 80) == (True, True, True)
 
 
 @pytest.mark.data
@@ -80,6 +86,30 @@ def test_bars_on_pruned_weights_and_uneven_splits(measured_data: Path, table: st
     assert found.left_out == ()
     assert groups(found, "all")[""].latency.median <= 4
     assert groups(found, "all")[""].memory.median <= 2
+    assert groups(found, "all")[""].memory.p95 <= 8
+
+
+@pytest.mark.data
+def test_what_is_known_of_all_models_meets_the_bars_of_memory(measured_data: Path) -> None:
+    """With no model left out, as `maveriq fit --evaluate` compares."""
+    hardware = load_profile("a6000-short")
+    table = measured_data / "a6000" / "full_model_batched_short_prompt.csv"
+    found = evaluate(table, benchmarked_estimator("calibrated", hardware), prompt_tokens=hardware.prompt_tokens)
+    overall = groups(found, "all")[""]
+    assert overall.memory.median <= 2
+    assert overall.memory.p95 <= 8
+    assert 85 <= overall.memory_covered <= 95
+
+
+def test_the_kv_cache_of_a_batch_grows_by_blocks_of_tokens() -> None:
+    subject = CalibratedEstimator.benchmarked(load_profile("a6000-short"))
+    model, asked = load_model("gptj-6b"), Configuration(tp=1, pp=1, weights=WeightType.INT8, batch_size=64)
+    at = {
+        tokens: subject.memory_with(model, asked, prompt_tokens=10, output_tokens=tokens) for tokens in (50, 118, 119)
+    }
+    assert at[50] == at[118] == subject.memory(model, asked)
+    block_bytes = 28 * 64 * 128 * 2 * 4096 * 2  # layers, requests, tokens, keys and values, width, bytes
+    assert at[119] - at[118] == pytest.approx(block_bytes, abs=1)
 
 
 @pytest.mark.data
@@ -88,7 +118,7 @@ def test_service_times_of_recorded_runs_that_the_fit_has_not_seen(measured_data:
     errors: dict[tuple[str, str], list[float]] = {}
     for one in read_recorded(measured_data / "testbed"):
         unseen = CalibratedEstimator.serving(profile, without_run=one.run)
-        question = {"prompt_tokens": one.prompt_tokens, "output_tokens": OUTPUT_TOKENS, "batch": 1}
+        question = {"prompt_tokens": one.prompt_tokens, "output_tokens": one.output_tokens, "batch": 1}
         estimate = unseen.service_on(one.gpu_ids, one.model, one.configuration, **question)
         errors.setdefault((one.run, one.model.name), []).append(abs(estimate.latency_s / one.service_s - 1))
     per_model = [median(found) for found in errors.values()]
@@ -125,11 +155,11 @@ def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, 
 
 
 @pytest.mark.data
-def test_the_length_of_a_tables_prompts_can_be_said(measured_data: Path) -> None:
+def test_the_profile_and_the_length_of_prompts_can_be_said(measured_data: Path) -> None:
     table = measured_data / "a6000" / "full_model_long_prompt.csv"
     app = typer.Typer()
     app.command()(fit)
-    command = ["--evaluate", str(table), "--estimator", "calibrated", "--json"]
+    command = ["--evaluate", str(table), "--profile", "a6000-short", "--json"]
     unsaid, said = (
         json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--prompt-tokens", "923"])
     )
@@ -187,9 +217,10 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
 
 def test_each_left_out_calibration_differs_and_a_model_without_ground_truth_leaves_nothing_out() -> None:
     whole = read_calibration(PATH)
-    without = [read_calibration(PATH, without_model=name) for name in GROUND_TRUTH]
-    assert len({one.bandwidth_gb_s for one in [whole, *without]}) == 5
-    assert read_calibration(PATH, without_model="llama-2-13b") == whole
+    # Of the last two there are full models with uneven splits alone.
+    without = [read_calibration(PATH, without_model=name) for name in (*GROUND_TRUTH, "llama-2-13b", "falcon-40b")]
+    assert len({one.bandwidth_gb_s for one in [whole, *without]}) == 7
+    assert read_calibration(PATH, without_model="stranger") == whole
 
 
 def test_a_run_nobody_recorded_cannot_be_left_out() -> None:
@@ -242,12 +273,14 @@ def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_da
     assert answer["groups"][0]["latency"]["median"] < 5
     assert len(answer["least_trusted"]) == 12
     assert read_calibration(out / "calibrated.toml").served is None
-    assert len(list(out.iterdir())) == 3
+    assert {path.name for path in out.iterdir()} == {
+        "calibrated.toml", "calibrated-without-falcon-7b.toml", "calibrated-without-gptj-6b.toml", "exponents.csv",
+    }  # fmt: skip
 
 
 @pytest.mark.data
 def test_fingerprints_of_a_model_left_out_stay_in_the_fit(measured_data: Path) -> None:
-    samples = usable(read_samples(measured_data / "a6000", Prompts()), "gptj-6b")
+    samples = usable(read_samples(measured_data / "a6000"), "gptj-6b")
     of_it = [one for one in samples if one.measured.model_name == "gptj-6b"]
     assert of_it
     assert {one.table for one in of_it} == {"fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"}

@@ -112,12 +112,12 @@ def run_fit(*arguments: str) -> str:
 
 def test_fit_prints_a_table_that_fits_a_terminal(tmp_path: Path) -> None:
     shown = run_fit("--evaluate", str(write(tmp_path, ROW, ROW.replace("gptj-6b", "stranger"))))
-    assert "1 of 2 rows answered by paper with profile a6000-short" in shown
+    assert "1 of 2 rows answered by calibrated with profile a6000-short" in shown
     assert "left out 1 rows: stranger is not in the model catalogue" in shown
     assert "…" not in shown
 
 
 def test_fit_prints_json_alone(tmp_path: Path) -> None:
     read = json.loads(run_fit("--evaluate", str(write(tmp_path, ROW)), "--profile", "a6000-long", "--json"))
-    assert (read["estimator"], read["profile"], read["rows"], read["left_out"]) == ("paper", "a6000-long", 1, [])
+    assert (read["estimator"], read["profile"], read["rows"], read["left_out"]) == ("calibrated", "a6000-long", 1, [])
     assert read["groups"][0]["latency"]["n"] == 1

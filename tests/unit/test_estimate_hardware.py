@@ -52,7 +52,9 @@ def test_the_testbed_is_as_measured(short: HardwareProfile) -> None:
     assert short.timing.tick_us == 10_300
     assert (short.timing.after_arrival_us, short.timing.after_release_us) == (1_400, 2_200)
     assert (short.timing.pause_us, short.drain_us) == (10_000_000, 300_000_000)
-    assert short.load_window == LoadWindow(samples=120, sample_us=1_000_000, look_us=166_667, busy_share=0.01)
+    assert short.load_window == LoadWindow(
+        samples=120, sample_us=1_000_000, look_us=166_667, busy_share=0.01, most_phase_us=166_667
+    )
 
 
 def test_accuracy_is_of_the_stored_model(short: HardwareProfile) -> None:
@@ -92,7 +94,7 @@ def test_slo_grows_with_output_tokens(short: HardwareProfile) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("profile-short.toml", "prompt_tokens = 10", "prompt_tokens = 0", "int` >= 1"),
+        ("profile-short.toml", "prompt_tokens = 10", "prompt_tokens = 0", "must be a whole number of at least 1"),
         ("profile-short.toml", "prompt_tokens", "prompt_token", "prompt_token"),
         ("profile-short.toml", "fingerprints-short.csv", "nowhere.csv", "does not exist"),
         ("hardware.toml", "tick_ms = 10.3", "tick_ms = nan", "tick_ms"),

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from measuredprofiles import write_profile
 
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError
 from maveriq.estimate.catalog import estimator
 from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.estimate.measured import COLUMNS, MeasuredEstimator
+from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
 from maveriq.sim.engine import simulate
@@ -31,20 +32,6 @@ tiny,float16,native,2,1,1,128,0.038,0.003,0.26
 tiny,float16,native,2,1,4,16,0.040,0.005,0.50
 tiny,int8,int8,1,3,1,16,0.030,0.008,0.10
 """
-
-
-def write_profile(folder: Path, rows: str) -> Path:
-    """A profile of a machine where nothing was measured but whole models."""
-    (folder / "measured.csv").write_text(",".join(COLUMNS) + "\n" + rows)
-    (folder / "load.toml").write_text("fixed_s = 1\nper_gpu_s = 0\nper_gib_s = 0\n")
-    (folder / "hardware.toml").write_text(
-        'kind = "cpu"\nmemory_gib = 1\nidle_gib = 0\n'
-        "[dispatch]\ntick_ms = 0\nafter_arrival_ms = 0\nafter_release_ms = 0\npause_s = 0\n"
-        "[run]\ndrain_s = 10\n[load_window]\nsamples = 120\nsample_s = 1\nlook_s = 0.2\nbusy_percent = 1\n"
-        '[tables]\nload_fit = "load.toml"\nmeasured = "measured.csv"\n'
-    )
-    (folder / "profile.toml").write_text('name = "mine"\nprompt_tokens = 16\nhardware = "hardware.toml"\n')
-    return folder / "profile.toml"
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """The load of a GPU, by example and against counting instant by instant."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from worlds import ask, controller
 
-from maveriq.control.load import BusyHistory, recent_load
+from maveriq.control.events import DeployAsked, EngineUp, ExecutionFinished, RequestArrived
+from maveriq.control.load import BusyHistory, recent_load, sampling_phases_us
 from maveriq.domain.hardware import LoadWindow
+from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 
 SMALL = LoadWindow(samples=5, sample_us=10, look_us=4, busy_share=0.25)
@@ -29,16 +34,18 @@ def test_load_by_example(spans, now_us: int, load: float) -> None:
     assert recent_load(spans, now_us, SMALL) == load
 
 
-@given(st.lists(st.integers(0, 200), max_size=12, unique=True), st.integers(0, 220), st.integers(1, 10))
-def test_load_is_what_counting_gives(edges: list[int], now_us: int, look_us: int) -> None:
+@given(
+    st.lists(st.integers(0, 200), max_size=12, unique=True), st.integers(0, 220), st.integers(1, 10), st.integers(0, 10)
+)
+def test_load_is_what_counting_gives(edges: list[int], now_us: int, look_us: int, phase_us: int) -> None:
     window = LoadWindow(samples=5, sample_us=10, look_us=look_us, busy_share=0.3)
     edges = sorted(edges)
     spans = [(a, min(b, now_us)) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < now_us]
     working = {at for start, end in spans for at in range(start, end)}
     last = now_us // 10 * 10
-    looks = [range(at - look_us, at) for at in range(last - 40, last + 1, 10)]
+    looks = [range(at - phase_us - look_us, at - phase_us) for at in range(last - 40, last + 1, 10)]
     busy = sum(sum(at in working for at in look) > 0.3 * look_us for look in looks)
-    assert recent_load(spans, now_us, window) == busy / 5
+    assert recent_load(spans, now_us, window, phase_us) == busy / 5
 
 
 def test_history_keeps_what_the_window_can_see_and_the_whole_sum() -> None:
@@ -52,6 +59,53 @@ def test_history_keeps_what_the_window_can_see_and_the_whole_sum() -> None:
     )
 
 
+def test_history_keeps_what_the_oldest_reading_can_see() -> None:
+    history = BusyHistory(SMALL)
+    spans = [(start, start + 5) for start in range(0, 1_000, 10)]
+    for start, end in spans:
+        history.add(start, end)
+    for phase_us in range(11):
+        assert recent_load(history.spans, 1_000, SMALL, phase_us) == recent_load(spans, 1_000, SMALL, phase_us)
+
+
+def test_readings_of_another_age_see_something_else() -> None:
+    assert recent_load([(56, 60)], 100, SMALL) == 0.2
+    assert recent_load([(56, 60)], 100, SMALL, 5) == 0.0
+    assert recent_load([(51, 55)], 100, SMALL, 5) == 0.2
+
+
+def test_phases_are_those_of_the_seed_and_differ_between_gpus() -> None:
+    window = replace(SMALL, sample_us=1_000, most_phase_us=1_000)
+    phases = sampling_phases_us(window, 8, seed=1)
+    assert phases == sampling_phases_us(window, 8, seed=1) != sampling_phases_us(window, 8, seed=2)
+    assert phases[:4] == sampling_phases_us(window, 4, seed=1)  # a larger cluster changes nothing for those it had
+    assert len(set(phases)) > 1
+    assert all(0 <= phase <= 1_000 for phase in phases)
+    assert sampling_phases_us(replace(window, most_phase_us=0), 8, seed=1) == (0,) * 8
+
+
+def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
+    def loads(most_phase_us: int) -> list[float]:
+        window = replace(SMALL, samples=50, most_phase_us=most_phase_us)
+        brain = controller({1: [(0, 1, 2)]}, load_window=window)
+        brain.handle(0, [DeployAsked(ask(1))])
+        brain.handle(1, [EngineUp(1, 1)])
+        for number in range(1, 40):
+            request = Request(
+                request_id=number, endpoint_id=1, arrival_us=13 * number, prompt_tokens=1, output_tokens=1, slo_us=0
+            )
+            brain.handle(13 * number, [RequestArrived(request)])
+            brain.handle(13 * number + 4, [ExecutionFinished(1, number, 13 * number + 4)])
+        return brain.fleet.loads(520)
+
+    in_step, out_of_step = loads(0), loads(10)
+    assert len(set(in_step[:3])) == 1
+    assert len(set(out_of_step[:3])) > 1
+    assert in_step[3] == out_of_step[3] == 0.0  # idle GPUs stay tied
+
+
 def test_a_window_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(InputError, match="load window: needs at least one sample"):
         LoadWindow(samples=5, sample_us=10, look_us=11)
+    with pytest.raises(InputError, match="largest phase must lie between 0 and the 10 µs"):
+        LoadWindow(samples=5, sample_us=10, look_us=5, most_phase_us=11)

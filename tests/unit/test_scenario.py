@@ -2,7 +2,10 @@
 
 import pytest
 
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import WeightType
 from maveriq.domain.requests import RequestStatus
+from maveriq.embedded import data_path
 from maveriq.errors import InputError
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
@@ -70,3 +73,44 @@ def test_a_fault_before_its_deployment_is_asked_for_is_refused() -> None:
 def test_when_every_gpu_is_down_the_rejection_says_so(replay) -> None:
     record = replay("100,1,9,20", fail=("gpu=0@0s",))
     assert record.deployments[0].reason == "every GPU is down"
+
+
+def profile_without_calibration(tmp_path):
+    """A copy of the A6000's profile from which the calibration is taken out, as for a GPU of one's own."""
+    for path in data_path("a6000").iterdir():
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text.replace('calibrated = "calibrated.toml"\n', ""))
+    return str(tmp_path / "profile-short.toml")
+
+
+def test_the_calibrated_estimator_plans_and_serves_where_there_is_one() -> None:
+    scenario = build_scenario(Options())
+    assert (scenario.plan_with, scenario.serve.name, scenario.notes) == ("calibrated", "calibrated", ())
+
+
+def test_without_a_calibration_the_papers_estimator_stands_in_and_the_run_says_so(tmp_path) -> None:
+    profile = profile_without_calibration(tmp_path)
+    scenario = build_scenario(Options(profile=profile))
+    assert (scenario.plan_with, scenario.serve.name) == ("paper", "paper")
+    [note] = scenario.notes
+    assert note.startswith("profile a6000-short has no calibration, so the estimator 'paper' stands in")
+    assert build_scenario(Options(profile=profile, plan_with="paper", serve_with="paper")).notes == ()
+    with pytest.raises(InputError, match="has no calibration, which the calibrated estimator needs"):
+        build_scenario(Options(profile=profile, plan_with="calibrated"))
+
+
+def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
+    run = "MaverIQ_large_min_cost_code_0.4_slo0"
+    usual, blind = (build_scenario(Options(scale=0.05, serve_without=name)) for name in (None, run))
+    model = usual.workload.asks[0].model
+    asked = Configuration(tp=4, pp=1, weights=WeightType.INT4)
+    seconds = [
+        one.serve.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s for one in (usual, blind)
+    ]
+    assert seconds[0] != seconds[1] == pytest.approx(seconds[0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["paper", "recorded"])
+def test_only_fitted_service_times_can_leave_a_run_out(name: str) -> None:
+    with pytest.raises(InputError, match=f"--serve-without applies to --serve-with calibrated, not to '{name}'"):
+        build_scenario(Options(serve_with=name, serve_without="x"))

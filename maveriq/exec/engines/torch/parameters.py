@@ -91,7 +91,7 @@ class Parameters:
         arch = self._arch
         mine = _slice(self._part.share(arch.vocabulary))
         if arch.tied:
-            return (self.embedding() if embedding is None else embedding)[mine], None
+            return (_own(self.embedding()[mine]) if embedding is None else embedding[mine]), None
         weight, bias = self._pair("lm_head", arch.vocabulary, arch.hidden, bias=arch.output_bias)
         return _own(weight[mine]), None if bias is None else bias[mine]
 

@@ -126,7 +126,7 @@ def _environment(ranks: int) -> dict[str, str]:
 
     Threads that wait must not spin: cores are shared with other ranks and engines (ten times slower where they do).
     """
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -1,0 +1,103 @@
+"""Where the recorded system placed, and how often placement by sampled load lands there.
+
+Recorded executions go through the sampler, so that nothing but the sampling is simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blind_rows import PlacementRow
+
+from maveriq.control.load import recent_load, sampling_phases_us
+from maveriq.domain.cluster import GpuView
+from maveriq.domain.hardware import LoadWindow
+from maveriq.domain.records import NOT_YET, RunRecord
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.policy.place import hybrid, place_shards
+from maveriq.scenario.options import Options
+from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, gib
+from maveriq.workload.recordings import run_record
+from maveriq.workload.testbed import TESTBED_GPUS, Layout, find_testbed, read_completed, read_runs, read_scheduled
+
+_RECENT_US = 180 * MICROS_PER_SECOND  # more than any sampler here looks back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decision:
+    """A recorded deployment: its layout, the free memory, and when each GPU was executing before."""
+
+    asked_us: Micros
+    layout: Layout
+    free_gib: Sequence[float]
+    spans: Sequence[Sequence[tuple[Micros, Micros]]]
+
+    def gpus(self, window: LoadWindow, phases_us: Sequence[Micros], profile: HardwareProfile) -> frozenset[int]:
+        """Return the GPUs that the hybrid rule takes."""
+        views = [
+            GpuView(
+                gpu_id=gpu_id,
+                node=0,
+                capacity_bytes=profile.capacity_bytes,
+                free_bytes=bytes_from_gib(self.free_gib[gpu_id]),
+                load=recent_load(self.spans[gpu_id], self.asked_us, window, phases_us[gpu_id]),
+            )
+            for gpu_id in range(TESTBED_GPUS)
+        ]
+        shards = [bytes_from_gib(amount) for amount in self.layout.gib_per_gpu]
+        return frozenset(place_shards(shards, hybrid(Options().packing_threshold)(views)) or ())
+
+
+def placement_rows(data: Path, profile: HardwareProfile, draws: int) -> Iterator[PlacementRow]:
+    """Yield how well samplers explain the recorded placements of MaverIQ: one in step, and several out of step."""
+    decisions = list(_decisions(data, profile))
+    window = profile.load_window
+    for most_phase_us in (0, window.look_us, window.sample_us):
+        sampler = replace(window, most_phase_us=most_phase_us)
+        there = [_share_there(one, sampler, draws if most_phase_us else 1, profile) for one in decisions]
+        yield PlacementRow(
+            most_phase_s=most_phase_us / 1e6,
+            draws=draws if most_phase_us else 1,
+            deployments=len(there),
+            expected=sum(there),
+            always=sum(share == 1 for share in there),
+            never=sum(share == 0 for share in there),
+        )
+
+
+def _share_there(decision: _Decision, window: LoadWindow, draws: int, profile: HardwareProfile) -> float:
+    recorded = frozenset(decision.layout.gpu_ids)
+    phases = (sampling_phases_us(window, TESTBED_GPUS, seed) for seed in range(draws))
+    return sum(decision.gpus(window, drawn, profile) == recorded for drawn in phases) / draws
+
+
+def _decisions(data: Path, profile: HardwareProfile) -> Iterator[_Decision]:
+    testbed = find_testbed(data)
+    runs = [run for run in read_runs(testbed) if run.by_maveriq]
+    names = [run.name for run in runs]
+    scheduled, completed = read_scheduled(testbed, names), read_completed(testbed, names)
+    for run in runs:
+        recorded = run_record(run, scheduled[run.name], completed[run.name], profile)
+        used_gib: Sequence[float] = (gib(profile.idle_bytes),) * TESTBED_GPUS
+        for one in run.deployments:
+            if one.layout:
+                yield _Decision(
+                    asked_us=one.asked_us,
+                    layout=one.layout,
+                    free_gib=[gib(profile.capacity_bytes) - used for used in used_gib],
+                    spans=[list(_spans(recorded, gpu_id, one.asked_us)) for gpu_id in range(TESTBED_GPUS)],
+                )
+            used_gib = one.used_gib_after or used_gib
+
+
+def _spans(recorded: RunRecord, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:
+    """Yield when a GPU was executing not long before an instant."""
+    mine = {one.deployment_id for one in recorded.deployments if one.plan and gpu_id in one.plan.gpu_ids}
+    table = recorded.requests
+    columns = (table.deployment_id, table.start_us, table.finish_us)
+    for deployment_id, start_us, finish_us in zip(*(column.tolist() for column in columns), strict=True):
+        recent = start_us != NOT_YET and start_us < now_us and finish_us > now_us - _RECENT_US
+        if deployment_id in mine and recent:
+            yield start_us, min(finish_us, now_us)

@@ -1,0 +1,124 @@
+"""What a run achieved, as a row of the results: the figures that policies are compared by (SPEC 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from headline_plan import Load
+
+from maveriq.domain.records import RunRecord
+from maveriq.estimate.hardware import HardwareProfile
+from maveriq.report.metrics import summarise
+from maveriq.report.verdict import judge
+from maveriq.units import duration_micros
+from maveriq.workload.recordings import OUTPUT_TOKENS
+
+RECORDED, BLIND, GRID = "recorded", "blind", "grid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AchievedRow:
+    """A run under one SLO; None where nothing completed.
+
+    Args:
+        source: RECORDED, or BLIND for its simulation, or GRID.
+        run: the name of the recorded run; "" in the grid.
+        policy: as the grid names it.
+        model_set: of its load.
+        trace: likewise.
+        scale: likewise.
+        planned_slo_scale: the SLO that the policy knew of; 0 for none.
+        slo_scale: the SLO that requests are judged by here.
+        scheduled: requests.
+        completed: requests.
+        verdict: that of `maveriq sim`.
+        mean_s: latency.
+        p50_s: likewise.
+        p95_s: likewise.
+        p99_s: likewise.
+        throughput_per_s: completed requests.
+        cost_gib_s: latency times memory, of a request.
+        gpu_hours: of all completed requests.
+        met_of_completed: SLO attainment in percent.
+        met_of_scheduled: likewise.
+    """
+
+    source: str
+    run: str
+    policy: str
+    model_set: str
+    trace: str
+    scale: float
+    planned_slo_scale: float
+    slo_scale: float
+    scheduled: int
+    completed: int
+    verdict: str
+    mean_s: float | None
+    p50_s: float | None
+    p95_s: float | None
+    p99_s: float | None
+    throughput_per_s: float | None
+    cost_gib_s: float | None
+    gpu_hours: float
+    met_of_completed: float | None
+    met_of_scheduled: float | None
+
+    @property
+    def load(self) -> Load:
+        """What the policy had to cope with."""
+        return Load(model_set=self.model_set, trace=self.trace, scale=self.scale)
+
+    @property
+    def gpu_s_of_a_request(self) -> float | None:
+        """GPU seconds of a completed request."""
+        return self.gpu_hours * 3600 / self.completed if self.completed else None
+
+
+def achieved(
+    record: RunRecord, *, source: str, run: str, policy: str, load: Load, planned_slo_scale: float, slo_scale: float
+) -> AchievedRow:
+    """Return the row of a run whose requests have the SLO to judge by; see `judged_by`.
+
+    Raises:
+        InvariantError: a request has no final status.
+    """
+    metrics = summarise(record).overall
+    latency, slo = metrics.latency_s, metrics.slo
+    return AchievedRow(
+        source=source,
+        run=run,
+        policy=policy,
+        model_set=load.model_set,
+        trace=load.trace,
+        scale=load.scale,
+        planned_slo_scale=planned_slo_scale,
+        slo_scale=slo_scale,
+        scheduled=metrics.counts.scheduled,
+        completed=metrics.counts.completed,
+        verdict=judge(record).label.value,
+        mean_s=latency.mean if latency else None,
+        p50_s=latency.p50 if latency else None,
+        p95_s=latency.p95 if latency else None,
+        p99_s=latency.p99 if latency else None,
+        throughput_per_s=metrics.throughput_per_s,
+        cost_gib_s=metrics.cost_gib_s.mean if metrics.cost_gib_s else None,
+        gpu_hours=metrics.operational_cost_gpu_hours,
+        met_of_completed=_percent(slo.over_completed if slo else None),
+        met_of_scheduled=_percent(slo.over_scheduled if slo else None),
+    )
+
+
+def judged_by(record: RunRecord, slo_scale: float, profile: HardwareProfile) -> RunRecord:
+    """Return a run whose requests have another SLO (SPEC 7), so that two runs can be judged by the same one."""
+    slo_us = np.zeros(len(record.requests), dtype=np.int64)
+    for endpoint_id, model in record.models.items():
+        slo_s = profile.slo_s(model, OUTPUT_TOKENS)
+        if slo_s is not None:
+            slo_us[record.requests.endpoint_id == endpoint_id] = duration_micros(slo_scale * slo_s)
+    return replace(record, requests=replace(record.requests, slo_us=slo_us))
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -1,0 +1,87 @@
+"""A hardware profile out of measurements: a folder for `--profile`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from maveriq.estimate.measured import COLUMNS
+from maveriq.profiling.measure import Measured
+from maveriq.report.folders import write_folder
+
+PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv")
+"""What makes a folder a profile of measurements."""
+
+_HARDWARE = """\
+# Written by `maveriq profile`. Engines are dispatched to without a tick, as maveriq's own executor does.
+kind = "{kind}"
+memory_gib = {memory_gib}
+idle_gib = {idle_gib}
+
+[dispatch]
+tick_ms = 0.0
+after_arrival_ms = 0.0
+after_release_ms = 0.0
+pause_s = 0.0
+
+[run]
+drain_s = 300.0
+
+[load_window]
+samples = 120
+sample_s = 1.0
+look_s = 0.166667
+busy_percent = 1.0
+
+[tables]
+load_fit = "load_fit.toml"
+measured = "measured.csv"
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What was measured on: a kind of GPU, or what plays one; memory in GiB."""
+
+    kind: str
+    memory_gib: float
+    idle_gib: float
+
+
+def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) -> None:
+    """Write profile.toml, hardware.toml, load_fit.toml and measured.csv, whole or not at all.
+
+    Raises:
+        InputError: the folder cannot be written, or holds something else.
+    """
+    prompt_tokens = min(one.question.prompt_tokens for one in measured)
+    load_s = median(one.start_s for one in measured)
+    texts = {
+        "profile.toml": (
+            "# Written by `maveriq profile`.\n"
+            f'name = "{folder.resolve().name}"\nprompt_tokens = {prompt_tokens}\nhardware = "hardware.toml"\n'
+        ),
+        "hardware.toml": _HARDWARE.format(kind=machine.kind, memory_gib=machine.memory_gib, idle_gib=machine.idle_gib),
+        "load_fit.toml": (
+            "# Seconds from the command to an engine that serves: the median of those measured.\n"
+            f"fixed_s = {load_s:.3f}\nper_gpu_s = 0.0\nper_gib_s = 0.0\n"
+        ),
+        "measured.csv": "\n".join([",".join(COLUMNS), *map(_line, measured), ""]),
+    }
+
+    def fill(fresh: Path) -> None:
+        for name, text in texts.items():
+            (fresh / name).write_text(text, encoding="utf-8")
+
+    write_folder(folder, fill, files=PROFILE_FILES)
+
+
+def _line(one: Measured) -> str:
+    configuration, question = one.configuration, one.question
+    cells = (
+        one.model.name, configuration.weights.value, configuration.kv.value, configuration.tp, configuration.pp,
+        question.batch, question.prompt_tokens, f"{one.ttft_s:.6f}", f"{one.tpot_s:.6f}", f"{one.memory_gib:.6f}",
+    )  # fmt: skip
+    return ",".join(map(str, cells))

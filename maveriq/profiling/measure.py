@@ -1,0 +1,220 @@
+"""Measuring an engine alone: load a configuration, ask it the same things a few times, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import ModelSpec
+from maveriq.errors import MaveriqError
+from maveriq.exec import messages
+from maveriq.exec.channel import ChannelClosedError
+from maveriq.exec.devices import Devices
+from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
+from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Hello, Load, Loaded, Stop
+from maveriq.exec.modelconfig import config_json
+from maveriq.streams import generator
+from maveriq.units import BYTES_PER_GIB
+
+_STOP_S = 10.0
+_WARM_UPS = 1
+
+
+class ProfilingError(MaveriqError):
+    """An engine could not be measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What an engine is asked: `batch` prompts of equal length, and so many tokens for each."""
+
+    batch: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a configuration took; medians over the repeats. `ttft_s` is the intercept at zero output tokens."""
+
+    model: ModelSpec
+    configuration: Configuration
+    question: Question
+    ttft_s: float
+    tpot_s: float
+    memory_gib: float
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """How to measure.
+
+    Args:
+        repeats: of each question, after one that does not count.
+        patience_s: for a start, and for an execution.
+        seed: of random weights and prompts.
+    """
+
+    repeats: int = 5
+    patience_s: float = 600.0
+    seed: int = 42
+
+
+async def measure(
+    launcher: Launcher,
+    model: ModelSpec,
+    configuration: Configuration,
+    questions: Sequence[Question],
+    *,
+    devices: Devices,
+    probe: Probe,
+) -> list[Measured]:
+    """Start an engine on the first GPUs, ask every question, and stop it.
+
+    Raises:
+        ProfilingError: it does not start, cannot do this, or takes longer than it may.
+    """
+    gpu_ids = tuple(range(configuration.gpus))
+    spec = _spec(model, configuration, max(one.batch for one in questions), devices.names(gpu_ids), probe.seed)
+    what = f"{model.name} with {configuration}"
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    try:
+        async with asyncio.timeout(probe.patience_s):
+            connection = await launcher.launch(spec, gpu_ids)
+    except TimeoutError:
+        raise ProfilingError(f"{what}: no engine within {probe.patience_s:g} s") from None
+    except LaunchError as error:
+        raise ProfilingError(f"{what}: {error}") from None
+    try:
+        talk = _Talk(connection, what, probe.patience_s)
+        loaded = await talk.load(spec)
+        start_s = loop.time() - started_s
+        memory_gib = (loaded.weights_bytes + loaded.kv_cache_bytes) / BYTES_PER_GIB
+        if not memory_gib:
+            raise ProfilingError(f"{what}: backend {loaded.backend} does not know what memory it holds")
+        timed = await _ask_all(talk, model, questions, probe)
+    finally:
+        await _stop(connection)
+    return [
+        Measured(
+            model=model,
+            configuration=configuration,
+            question=question,
+            ttft_s=first_s - each_s,
+            tpot_s=each_s,
+            memory_gib=memory_gib,
+            start_s=start_s,
+        )
+        for question, (first_s, each_s) in zip(questions, timed, strict=True)
+    ]
+
+
+def _spec(
+    model: ModelSpec, configuration: Configuration, batch: int, devices: tuple[str, ...], seed: int
+) -> EngineSpec:
+    return EngineSpec(
+        deployment_id=1,
+        incarnation=1,
+        model=model.name,
+        config_json=config_json(model),
+        tp=configuration.tp,
+        pp=configuration.pp,
+        layer_split=dealt(model.layers, configuration.pp),
+        weights=configuration.weights.value,
+        kv=configuration.kv.value,
+        batch_size=batch,
+        devices=devices,
+        seed=seed,
+    )
+
+
+def dealt(layers: int, stages: int) -> tuple[int, ...]:
+    """Return layers dealt round-robin, as placement deals them where memory does not matter (SPEC 4)."""
+    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
+
+
+class _Talk:
+    """A conversation with an engine that nobody else talks to; over a socket no word is lost."""
+
+    def __init__(self, connection: EngineConnection, what: str, patience_s: float) -> None:
+        self._channel = connection.channel
+        self._what = what
+        self._patience_s = patience_s
+        self._execution_id = 0
+
+    async def load(self, spec: EngineSpec) -> Loaded:
+        async with self._within("load"):
+            while True:
+                match await self._channel.receive():
+                    case Hello():
+                        self._channel.send(Load(spec=spec))
+                    case Loaded() as loaded:
+                        return loaded
+                    case Failed() as failed:
+                        raise ProfilingError(f"{self._what}: {failed.message}")
+
+    async def run(self, sequences: tuple[messages.Sequence, ...]) -> Finished:
+        self._execution_id += 1
+        async with self._within("answer"):
+            self._channel.send(Generate(execution_id=self._execution_id, sequences=sequences))
+            while True:
+                match await self._channel.receive():
+                    case Finished() as finished:
+                        return finished
+                    case Failed() as failed:
+                        raise ProfilingError(f"{self._what}: {failed.message}")
+
+    @contextlib.asynccontextmanager
+    async def _within(self, do: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                yield
+        except TimeoutError:
+            raise ProfilingError(f"{self._what}: its engine did not {do} within {self._patience_s:g} s") from None
+        except ChannelClosedError:
+            raise ProfilingError(f"{self._what}: its engine ended") from None
+
+
+async def _ask_all(
+    talk: _Talk, model: ModelSpec, questions: Sequence[Question], probe: Probe
+) -> list[tuple[float, float]]:
+    """Return until the first token and per token after it, medians over the repeats.
+
+    Question by question and then all again, so that a moment's noise falls on one repeat of each, not on all of one.
+    """
+    draw = generator(probe.seed, "profiling prompts")
+    first_s: list[list[float]] = [[] for _ in questions]
+    each_s: list[list[float]] = [[] for _ in questions]
+    for number in range(_WARM_UPS + probe.repeats):
+        for at, question in enumerate(questions):
+            prompts = draw.integers(0, model.vocab_size, (question.batch, question.prompt_tokens)).tolist()
+            finished = await talk.run(_sequences(prompts, question.output_tokens))
+            if number >= _WARM_UPS:
+                first_s[at].append(finished.first_token_s)
+                rest_s = finished.service_s - finished.first_token_s
+                each_s[at].append(rest_s / max(1, question.output_tokens - 1))
+    return [(median(first), median(each)) for first, each in zip(first_s, each_s, strict=True)]
+
+
+def _sequences(prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[messages.Sequence, ...]:
+    return tuple(
+        messages.Sequence(request_id=number, prompt=tuple(prompt), output_tokens=output_tokens)
+        for number, prompt in enumerate(prompts, 1)
+    )
+
+
+async def _stop(connection: EngineConnection) -> None:
+    connection.channel.send(Stop())
+    for put_down in (connection.terminate, connection.kill):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await connection.wait_exit()
+                break
+        put_down()
+    connection.channel.close()

@@ -1,0 +1,113 @@
+"""Bad command lines: names, numbers, options that do not go together, places that cannot be written to."""
+
+from pathlib import Path
+
+import pytest
+from badinput import AZURE, SCHEDULE, TWO_REQUESTS, Case, bad, refuse
+from sandbox import Maveriq
+
+MALFORMED = [
+    # The command line itself
+    bad("simulate", "no such command 'simulate'", "see maveriq --help"),
+    bad("trace sho", "no such command 'sho'", "did you mean 'show'", "see maveriq trace --help"),
+    bad("--colour", "no such option: --colour", "see maveriq --help"),
+    bad("sim --packing-treshold 1", "no such option", "--packing-threshold", "see maveriq sim --help"),
+    bad("sim stray", "unexpected extra argument", "stray"),
+    bad("sim --seed", "'--seed' requires an argument"),
+    bad("sim --scale abc", "'--scale'", "number", "'abc'", "see maveriq sim --help"),
+    bad("sim --seed 1.5", "'--seed'", "integer", "'1.5'"),
+    bad("sim --batch-size ''", "'--batch-size'", "integer"),
+    bad("plan", "missing argument 'MODEL'", "see maveriq plan --help"),
+    bad("plan llama-2-7b --top 0", "'--top'", "greater than or equal to 1", "'0'"),
+    bad("fit", "give --evaluate TABLE", "or a folder DATA"),
+    bad("trace export", "missing option '--out'"),
+    bad("trace check", "missing argument 'FILE'"),
+    # Numbers
+    bad("sim --scale 0", "scale must be a positive number, not 0"),
+    bad("sim --scale -1", "scale must be a positive number, not -1"),
+    bad("sim --scale nan", "--scale must be a finite number, not nan"),
+    bad("sim --scale inf", "--scale must be a finite number, not inf"),
+    bad("sim --scale 1e12", "scale 1e+12", "requests", "give a lower scale"),
+    bad("sim --scale 1e-300", "no request arrives", "raise the scale"),
+    bad("trace show poisson --scale 1e12", "give a lower scale"),
+    bad("trace show --scale nan", "--scale must be a finite number, not nan"),
+    bad("sim --remove endpoint=9@900s", "removal of endpoint 9", "endpoints 1 to 4"),
+    bad("sim --remove gpu=1@900s", "cannot read the removal 'gpu=1@900s'", "write endpoint=2@900s"),
+    bad("sim --remove endpoint=2@1s", "it is not asked for before 270 s"),
+    bad("sim --fail deployment=2@1s", "fault of deployment 2 at 1 s", "not asked for before 270 s"),
+    bad("sim --fail gpu=1@99999s", "fault of GPU 1 at 99999 s", "the run ends by"),
+    bad("sim --replica random", "unknown replica choice 'random'", "uniform"),
+    bad("sim --policy alpaserve --float16-only", "--float16-only applies to policies that go by intents"),
+    bad("sim --alpaserve-profile published", "--alpaserve-profile applies to alpaserve and alpaserve-star"),
+    bad("sim --packing-threshold 1.5", "packing threshold must lie between 0 and 1, not 1.5"),
+    bad("sim --packing-threshold -0.1", "packing threshold must lie between 0 and 1, not -0.1"),
+    bad("sim --packing-threshold nan", "--packing-threshold", "not nan"),
+    bad("sim --policy llf --packing-threshold 2", "packing threshold must lie between 0 and 1, not 2"),
+    bad("sim --min-accuracy 101", "accuracy must lie between 0 and 100 percent, not 101"),
+    bad("plan llama-2-7b --min-accuracy nan", "accuracy must lie between 0 and 100 percent, not nan"),
+    bad("sim --slo-scale -1", "--slo-scale must be at least 0, not -1"),
+    bad("sim --slo-scale 1e300", "--slo-scale must be at most 1,000,000, not 1e+300"),
+    bad("sim --batch-size 0", "--batch-size must be at least 1, not 0"),
+    bad(f"sim --batch-size 1{'0' * 30}", "--batch-size must be at most 10,000"),
+    bad("sim --seed -1", "seed must lie between 0 and 4294967295, not -1"),
+    bad(f"trace show --seed 1{'0' * 30}", "seed must lie between 0 and 4294967295"),
+    bad("sim --tick-ms -1", "--tick-ms must be at least 0, not -1"),
+    bad("sim --load-s inf", "--load-s must be a finite number"),
+    bad("sim --load-s -3", "--load-s must be at least 0"),
+    bad("sim --max-wait-s -1", "--max-wait-s must be at least 0"),
+    bad("sim --drain-s 1e300", "--drain-s must be at most 1,000,000,000"),
+    bad("sim --slo-ttft-ms 0", "--slo-ttft-ms must be a positive number of milliseconds, not 0"),
+    bad("sim --slo-tpot-ms nan", "--slo-tpot-ms must be a positive number of milliseconds, not nan"),
+    bad("sim --prompt-tokens x", "prompt tokens must be sharegpt, trace or a whole number", "'x'"),
+    bad("sim --prompt-tokens -5", "prompt tokens must be", "'-5'"),
+    bad("sim --output-tokens 0", "output tokens must be trace or a whole number from 1", "'0'"),
+    bad("sim --output-tokens 1000000000000", "output tokens must be", "'1000000000000'"),
+    bad("plan llama-2-7b --output-tokens 0", "'--output-tokens'", "greater than or equal to 1"),
+    bad("plan llama-2-7b --output-tokens 1000000000000", "'--output-tokens'", "less than or equal to 10000000"),
+    bad("plan llama-2-7b --prompt-tokens x", "'--prompt-tokens'", "integer", "'x'"),
+    bad("plan llama-2-7b --batch-size 0", "'--batch-size'", "greater than or equal to 1"),
+    bad("plan llama-2-7b --slo-ms -5", "SLO must be a positive number of seconds, not -0.005"),
+    bad("plan llama-2-7b --slo-ms nan", "SLO must be a positive number of seconds, not nan"),
+    # Names
+    bad("sim --trace cod", "unknown trace 'cod'", "did you mean 'code'?", "poisson"),
+    bad("sim --models larg", "unknown model set 'larg'", "did you mean 'large'?", "TOML"),
+    bad("plan llama-2-7", "unknown model 'llama-2-7'", "did you mean 'llama-2-7b'?", "config.json"),
+    bad("plan llama-2-7b --gpus 8xA600", "unknown kind of GPU 'A600'", "did you mean 'A6000'?"),
+    bad("plan llama-2-7b --profile a6000-shrt", "unknown profile 'a6000-shrt'", "did you mean 'a6000-short'?"),
+    bad("sim --policy hybri", "unknown policy 'hybri'", "did you mean 'hybrid'?", "file.py:function"),
+    bad("sim --intent min-cots", "unknown intent 'min-cots'", "did you mean 'min-cost'?"),
+    bad("sim --queue fif", "unknown queue 'fif'", "did you mean 'fifo'?"),
+    bad("sim --on-failure requeu", "unknown --on-failure 'requeu'", "did you mean 'requeue'?"),
+    bad("sim --plan-with papr", "unknown estimator 'papr'", "did you mean 'paper'?"),
+    bad("sim --serve-with recordd", "unknown estimator 'recordd'", "did you mean 'recorded'?"),
+    bad(f"plan {'a' * 300}", "unknown model", "known: "),
+    bad(f"sim --trace {'a' * 300}", "unknown trace", "known: "),
+    # Options that do not go together
+    bad("sim --serve-with recorded", "no recorded service times", "service_s column"),
+    bad("sim --trace t.csv --scale 1", "replayed as it was recorded", files={"t.csv": TWO_REQUESTS}),
+    bad("sim --poisson-as-published", "applies to the trace 'poisson'", "leave it out"),
+    bad("trace show poisson --prompt-tokens trace", "has no lengths of its own", "give a number"),
+    bad("trace show t.csv", "endpoint 9", "has 4 models", files={"t.csv": SCHEDULE + "1,9,1,1\n"}),
+    bad("trace show t.csv", "loads at bin 15, but the last bin of the trace is 0", files={"t.csv": AZURE}),
+    # Faults
+    bad("sim --fail gpu", "cannot read the fault 'gpu'", "gpu=3@600s,for=120s"),
+    bad("sim --fail gpu=3", "cannot read the fault 'gpu=3'"),
+    bad("sim --fail gpu=3@-5s", "cannot read the fault"),
+    bad("sim --fail gpu=3@nan", "cannot read the fault"),
+    bad("sim --fail gpu=99@5s", "fault of GPU 99", "GPUs 0 to 7"),
+    bad("sim --fail deployment=9@5s", "fault of deployment 9", "deployments 1 to 4"),
+    # Where results go
+    bad("sim --out f", "is a file", "name a folder", files={"f": ""}),
+    bad("sim --out f/x", "which is a file", files={"f": ""}),
+    bad("sim --out d", "holds files that are no run (notes.txt, ...)", files={"d/notes.txt": ""}),
+    bad("sim --out /proc/run", "cannot be written", "name another place"),
+    bad("sim --out ~nobody-of-this-name/x", "leads nowhere", "name another folder"),
+    bad("trace export --out d", "is a folder; name a file", files={"d/": ""}),
+    bad("trace export --out nowhere/s.csv", "cannot be written: No such file or directory"),
+    bad(f"trace export --out {'a' * 300}", "cannot be written: File name too long"),
+]
+
+
+@pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.command[:60])
+def test_it_is_refused_in_one_line_and_leaves_nothing(case: Case, maveriq: Maveriq, tmp_path: Path) -> None:
+    refuse(case, maveriq, tmp_path)

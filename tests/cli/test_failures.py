@@ -1,0 +1,201 @@
+"""What cannot be done, and what may happen at any time: one line, the right exit code, nothing half-written."""
+
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from badinput import CLUSTER, CONFIG, RULE, SCHEDULE, TINY_CLUSTER, TWO_REQUESTS, Case, bad, policy
+from sandbox import Maveriq, everything_in, put
+
+from maveriq.report import runfiles
+from maveriq.report.reading import read_run
+
+SLOW = "plan llama-2-7b --slo-ms 1"
+FAILING = [
+    bad(SLOW, "llama-2-7b: misses its SLO of 0.001 s", "the fastest that fits takes", "--why"),
+    bad(f"{SLOW} --json", "misses its SLO"),
+    bad("plan llama-2-7b --gpus c.toml", "does not fit the free memory", "--why", files={"c.toml": TINY_CLUSTER}),
+    bad("plan llama-2-7b --gpus c.toml --json", "none of 24", files={"c.toml": TINY_CLUSTER}),
+    bad("plan llama-2-7b --min-accuracy 99.9 --gpus c.toml", "none of 24", files={"c.toml": TINY_CLUSTER}),
+    bad("plan x.json", "does not fit", files={"x.json": CONFIG.replace(": 32,", f": {10**12},", 1)}),
+    policy(RULE + "1 / 0", "policy 'r.py:order' failed: ZeroDivisionError: division by zero (r.py, line 2)"),
+    policy(RULE + "import sys; sys.exit(0)", "policy 'r.py:order' failed: SystemExit"),
+    policy("def order(): pass", "policy 'r.py:order' failed: TypeError"),
+    policy(RULE + "return None", "policy 'r.py:order' failed: TypeError", "must return GPUs"),
+    policy(RULE + "return [3, 4]", "returned 3, which is none of the GPUs that it was given"),
+    policy(RULE + "return [{}]", "returned {}, which is none of the GPUs that it was given"),
+    policy(RULE + "return list(gpus) * 2", "returned a GPU twice"),
+]
+
+
+@pytest.mark.parametrize("case", FAILING, ids=lambda case: case.command + case.files.get("r.py", "")[17:])
+def test_what_cannot_be_done_gives_one_line_and_1_and_leaves_nothing(
+    case: Case, maveriq: Maveriq, tmp_path: Path
+) -> None:
+    put(tmp_path, case.files)
+    before = everything_in(tmp_path)
+    ended = maveriq(case.command)
+    line = ended.only_line
+    assert [word for word in case.words if word not in line] == [], line
+    assert ended.code == 1
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", ["--quiet", "--json"])
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [("--gpus c.toml", "does not fit the free memory"), ("--policy r.py:order", "found no GPU for a shard")],
+)
+def test_where_nothing_can_be_deployed_the_records_say_so(
+    maveriq: Maveriq, tmp_path: Path, said: str, why: str, form: str
+) -> None:
+    put(tmp_path, {"c.toml": TINY_CLUSTER, "r.py": RULE + "return []", "t.csv": TWO_REQUESTS})
+    ended = maveriq(f"sim --trace t.csv {said} --out run {form}")
+    assert ended.code == 1
+    assert "nothing could be deployed" in ended.only_line
+    assert why in ended.only_line
+    assert "records: run" in ended.only_line
+    run = read_run(tmp_path / "run")
+    assert {one.status for one in run.deployments} == {"rejected"}
+    assert len(run.requests) == 2
+
+
+def test_one_model_that_fits_nowhere_does_not_stop_the_others(maveriq: Maveriq, tmp_path: Path) -> None:
+    put(tmp_path, {"c.toml": CLUSTER + "memory_gib = 10\n", "t.csv": TWO_REQUESTS})
+    assert maveriq("sim --trace t.csv --models regular --gpus c.toml --out run --quiet --drain-s 2000").code == 0
+    statuses = [one.status for one in read_run(tmp_path / "run").deployments]
+    assert "rejected" in statuses
+    assert set(statuses) - {"rejected"}
+
+
+def test_why_shows_what_is_left_out_even_where_nothing_meets_the_slo(maveriq: Maveriq) -> None:
+    ended = maveriq(f"{SLOW} --why")
+    assert ended.code == 1
+    assert "known not to run" in ended.out
+    assert ended.err.startswith("maveriq: llama-2-7b: misses its SLO")
+
+
+# What may happen at any time
+
+
+@pytest.mark.parametrize("command", ["sim --trace t.csv --quiet --out run", "trace export --out new.csv"])
+def test_a_full_disk(command: str, maveriq: Maveriq, tmp_path: Path) -> None:
+    put(tmp_path, {"t.csv": TWO_REQUESTS})
+    before = everything_in(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        ended = maveriq(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.code == 1
+    assert "cannot be written: File too large; make room or name another place" in ended.only_line
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; no file is left half-written"),
+        (MemoryError(), 1, "not enough memory"),
+        (KeyError("x"), 1, "this is a bug in maveriq (KeyError: 'x'); MAVERIQ_TRACEBACK=1 shows where"),
+    ],
+)
+def test_whatever_happens_while_records_are_written_the_older_ones_stay(
+    maveriq: Maveriq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
+) -> None:
+    put(tmp_path, {"t.csv": TWO_REQUESTS})
+    assert maveriq("sim --trace t.csv --quiet --out run").code == 0
+    before = everything_in(tmp_path)
+
+    def fail(_samples: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runfiles, "_gpu_lines", fail)
+    ended = maveriq("sim --trace t.csv --quiet --out run")
+    assert ended.code == code
+    assert says in ended.only_line
+    assert everything_in(tmp_path) == before
+
+
+def test_a_stop_while_the_new_folder_is_put_in_place_keeps_the_old_one(
+    maveriq: Maveriq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, {"t.csv": TWO_REQUESTS})
+    maveriq("sim --trace t.csv --quiet --out run")
+    before = everything_in(tmp_path)
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    assert maveriq("sim --trace t.csv --quiet --out run").code == 130
+    assert everything_in(tmp_path) == before
+
+
+def test_a_traceback_is_there_for_who_asks(maveriq: Maveriq, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAVERIQ_TRACEBACK", "1")
+    ended = maveriq("plan nothing")
+    assert ended.err.startswith("Traceback")
+    assert ended.err.splitlines()[-1].startswith("maveriq: unknown model 'nothing'")
+
+
+# The installed command, in a process of its own
+
+COMMAND = Path(sys.executable).with_name("maveriq")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        (f"{COMMAND} sim --scale abc", 2, "'--scale'"),
+        (f"{sys.executable} -m maveriq trace check t.csv", 2, "line 2: prompt_tokens"),
+        (f"{COMMAND} sim --policy r.py:order", 130, "stopped; no file is left half-written"),
+        (f"sh -c '{COMMAND} plan llama-2-7b > /dev/full'", 1, "the output: No space left on device"),
+    ],
+)
+def test_the_installed_command_does_the_same(tmp_path: Path, command: str, code: int, says: str) -> None:
+    # Ctrl-C in the middle of the simulation, where the policy is asked for a placement.
+    stop = f"import os, signal\n{RULE}os.kill(os.getpid(), signal.SIGINT)\n    return gpus\n"
+    put(tmp_path, {"t.csv": SCHEDULE + "1,1,x,1\n", "r.py": stop})
+    before = everything_in(tmp_path)
+    ended = subprocess.run(
+        shlex.split(command),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        check=False,
+        # A shell that starts a job in the background lets it ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert ended.returncode == code
+    assert ended.stdout == ""
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("maveriq: ")
+    assert says in line
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["sim --trace t.csv --out run --quiet --json", "plan llama-2-7b"])
+def test_a_reader_that_has_seen_enough(tmp_path: Path, command: str) -> None:
+    put(tmp_path, {"t.csv": TWO_REQUESTS})
+    with subprocess.Popen(
+        [COMMAND, *shlex.split(command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+    if command.startswith("sim"):
+        assert len(read_run(tmp_path / "run").requests) == 2

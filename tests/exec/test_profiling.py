@@ -1,0 +1,77 @@
+"""Measuring engines, and the profile that comes of it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from exec_rigs import EACH_S, FIRST_S, environment
+from worlds import MODEL
+
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.measured import MeasuredEstimator
+from maveriq.exec.devices import Devices
+from maveriq.exec.launcher import ProcessLauncher
+from maveriq.profiling.folder import Machine, write_profile
+from maveriq.profiling.measure import Measured, Probe, ProfilingError, Question, dealt, measure
+
+TP2 = Configuration(tp=2, pp=1, weights=WeightType.INT8)
+QUESTIONS = [Question(batch=batch, prompt_tokens=prompt, output_tokens=6) for batch in (1, 2) for prompt in (4, 8)]
+
+
+def measured(folder: Path, backend: str = "exec_rigs:Paced", **probe) -> list[Measured]:
+    with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
+        found = measure(launcher, MODEL, TP2, QUESTIONS, devices=Devices(), probe=Probe(repeats=3, **probe))
+        return asyncio.run(found)
+
+
+def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tmp_path: Path) -> None:
+    found = measured(tmp_path)
+    assert [one.question for one in found] == QUESTIONS
+    for one in found:
+        assert one.ttft_s + one.tpot_s == pytest.approx(FIRST_S * one.question.batch, rel=0.3)
+        assert one.tpot_s == pytest.approx(EACH_S, rel=0.3)
+        assert one.memory_gib == 4
+    folder = tmp_path / "mine"
+    write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)
+    write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)  # a profile may be made anew
+    profile = load_profile(str(folder / "profile.toml"))
+    assert (profile.gpu_kind, profile.prompt_tokens, profile.timing.tick_us) == ("paced", 4, 0)
+    known = MeasuredEstimator(profile)
+    for one in found:
+        ask = one.question
+        service = known.service(
+            MODEL, TP2, prompt_tokens=ask.prompt_tokens, output_tokens=ask.output_tokens, batch=ask.batch
+        )
+        assert service.latency_s == pytest.approx(one.ttft_s + 6 * one.tpot_s, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "probe", "said"),
+    [
+        ("emulated", {}, "does not know what memory it holds"),
+        ("exec_rigs:Paced", {"patience_s": 1e-3}, "no engine within 0.001 s"),
+        ("exec_rigs:CannotLoad1", {}, "no attribute 'CannotLoad1'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(tmp_path: Path, backend: str, probe: dict[str, float], said: str) -> None:
+    with pytest.raises(ProfilingError, match=said):
+        measured(tmp_path, backend, **probe)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files that are no folder with profile\.toml"):
+        write_profile(tmp_path, Machine(kind="x", memory_gib=1, idle_gib=0), [_one()])
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def _one() -> Measured:
+    return Measured(model=MODEL, configuration=TP2, question=QUESTIONS[0], ttft_s=1, tpot_s=1, memory_gib=1, start_s=1)
+
+
+@pytest.mark.parametrize(("layers", "stages", "split"), [(8, 3, (3, 3, 2)), (4, 4, (1, 1, 1, 1)), (5, 2, (3, 2))])
+def test_layers_are_dealt_round_robin(layers: int, stages: int, split: tuple[int, ...]) -> None:
+    assert dealt(layers, stages) == split

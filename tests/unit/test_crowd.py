@@ -1,0 +1,119 @@
+"""Engines that share a host process: what they cost each other, by hand and by law."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from worlds import TokenSeconds, arrivals, scenario
+
+from maveriq.domain.faults import Fault, FaultTarget
+from maveriq.domain.hardware import Cluster
+from maveriq.sim.engine import simulate
+
+READY = 1_000
+
+
+class Sociable(TokenSeconds):
+    """A token takes 1 ms alone and `wait_s` per busy neighbour longer; engines of one GPU have neighbours."""
+
+    def __init__(self, wait_s: float = 0.001) -> None:
+        super().__init__()
+        self.per_neighbour_s = wait_s
+
+    def has_neighbours(self, configuration) -> bool:
+        return configuration.gpus == 1
+
+    def wait_s(self, model, configuration, *, neighbours: int) -> float:
+        return neighbours * self.per_neighbour_s
+
+
+def world(requests, gpus_of, *, estimator=None, **options):
+    return replace(scenario(requests, gpus_of, **options), serve=estimator or Sociable())
+
+
+def run(times_ms, endpoints, tokens, gpus_of, **options):
+    """Return starts and finishes in milliseconds after engines are ready."""
+    requests = arrivals([READY + 1_000 * at for at in times_ms], endpoints, tokens)
+    table = simulate(world(requests, gpus_of, **options)).requests
+    return ((table.start_us - READY) / 1e3).tolist(), ((table.finish_us - READY) / 1e3).tolist()
+
+
+THREE = {1: [(0,)], 2: [(1,)], 3: [(2,)]}
+
+
+def test_two_at_once_take_twice_as_long() -> None:
+    assert run([0, 0], [1, 2], [10, 10], THREE)[1] == [20, 20]
+
+
+def test_who_comes_later_slows_down_who_was_first() -> None:
+    # The first does 10 of 20 tokens alone; beside the second each does 5 in 10 ms; the first has 5 left, alone again.
+    starts, finishes = run([0, 10], [1, 2], [20, 5], THREE)
+    assert starts == [0, 10]
+    assert finishes == [25, 20]
+
+
+def test_three_wait_for_two_each() -> None:
+    assert run([0, 0, 0], [1, 2, 3], [10, 10, 10], THREE)[1] == [30, 30, 30]
+
+
+def test_engines_of_several_gpus_are_nobodys_neighbours() -> None:
+    assert run([0, 0], [1, 2], [10, 10], {1: [(0, 1)], 2: [(2,)]})[1] == [10, 10]
+
+
+def test_another_node_has_another_process() -> None:
+    requests = arrivals([READY, READY], [1, 2], [10, 10])
+    one = world(requests, THREE)
+    nodes = Cluster(name="two nodes", gpus=tuple(replace(gpu, node=gpu.gpu_id) for gpu in one.cluster.gpus))
+    table = simulate(replace(one, cluster=nodes)).requests
+    assert (table.finish_us - table.start_us).tolist() == [10_000, 10_000]
+
+
+def test_the_first_token_is_late_too() -> None:
+    requests = arrivals([READY, READY], [1, 2], [10, 10])
+    table = simulate(world(requests, THREE)).requests
+    assert (table.first_token_us - table.start_us).tolist() == [2_000, 2_000]
+
+
+def test_a_first_token_that_is_out_stays_where_it_was() -> None:
+    requests = arrivals([READY, READY + 5_000], [1, 2], [10, 10])
+    table = simulate(world(requests, THREE)).requests
+    assert (table.first_token_us - READY).tolist() == [1_000, 7_000]
+
+
+def test_an_engine_that_fails_disturbs_nobody_any_more() -> None:
+    fault = Fault(target=FaultTarget.GPU, target_id=1, at_us=READY + 10_000, for_us=None)
+    # Ten milliseconds beside the second are five tokens; the other five go alone.
+    _, finishes = run([0, 0], [1, 2], [10, 10], THREE, faults=(fault,))
+    assert finishes[0] == 15
+
+
+def test_an_estimator_that_knows_no_neighbours_has_none() -> None:
+    assert run([0, 0], [1, 2], [10, 10], THREE, estimator=TokenSeconds())[1] == [10, 10]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3), st.integers(1, 30)), min_size=1, max_size=12),
+    st.floats(0, 0.005),
+)
+def test_nobody_is_faster_in_company_nor_slower_than_with_all_the_others(requests, wait_s: float) -> None:
+    requests.sort()
+    times_ms, endpoints, tokens = zip(*requests, strict=True)
+    starts, finishes = run(times_ms, endpoints, tokens, THREE, estimator=Sociable(wait_s))
+    for start, finish, count in zip(starts, finishes, tokens, strict=True):
+        rounding = 0.001 * 2 * len(requests)
+        assert count - rounding <= finish - start <= count * (1 + 2_000 * wait_s) + rounding
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3), st.integers(1, 30)), min_size=1, max_size=12))
+def test_neighbours_that_cost_nothing_change_nothing(requests) -> None:
+    requests.sort()
+    times_ms, endpoints, tokens = zip(*requests, strict=True)
+    polite = run(times_ms, endpoints, tokens, THREE, estimator=Sociable(0.0))
+    assert polite == run(times_ms, endpoints, tokens, THREE, estimator=TokenSeconds())
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.0007])
+def test_a_run_is_the_same_twice(wait_s: float) -> None:
+    asked = ([0, 3, 3, 9, 9], [1, 2, 3, 1, 2], [7, 9, 4, 4, 4], THREE)
+    assert run(*asked, estimator=Sociable(wait_s)) == run(*asked, estimator=Sociable(wait_s))

@@ -1,0 +1,207 @@
+"""`maveriq fit DATA` for other hardware: tables that say their prompts, another GPU, runs of a live system."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from maveriq.cli.fit import fit
+from maveriq.domain.catalog import load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.calibration import Calibration, read_calibration, work
+from maveriq.estimate.evaluate import COLUMNS
+from maveriq.estimate.exponentfit import fit_exponents
+from maveriq.estimate.fingerprints import Point, read_exponents
+from maveriq.estimate.fitting import start_calibration
+from maveriq.estimate.formula import Exponents, ParallelLatency
+from maveriq.estimate.physics import latency_s
+from maveriq.estimate.samples import constants_of, read_samples
+from maveriq.report.runfiles import write_run
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.sim.engine import simulate
+from maveriq.streams import generator
+
+MODELS = ("llama-2-7b", "gptj-6b", "falcon-7b")
+HEADER = ",".join([*COLUMNS, "prompt_tokens"])
+
+
+def other_gpu() -> Calibration:
+    """A GPU with six times the bandwidth and arithmetic of an A6000, and software that is three times as slow."""
+    start = start_calibration()
+    return msgspec.structs.replace(
+        start,
+        bandwidth_gb_s=6 * start.bandwidth_gb_s,
+        host_layer_us=3 * start.host_layer_us,
+        token_us=3 * start.token_us,
+        weights={
+            name: msgspec.structs.replace(
+                kind, prefill_tflops=6 * kind.prefill_tflops, decode_tflops=6 * kind.decode_tflops
+            )
+            for name, kind in start.weights.items()
+        },
+    )
+
+
+def row(truth: Calibration, model: ModelSpec, asked: Configuration, outputs: int, prompt: int, noise: float) -> str:
+    split = [model.layers // asked.pp + (place < model.layers % asked.pp) for place in range(asked.pp)]
+    batch = asked.batch_size
+    todo = work(model, asked.kv, tp=asked.tp, pp=asked.pp, batch=batch, prompt_tokens=prompt)
+    latency = float(latency_s(todo, truth.law(asked.weights, asked.tp), outputs)) * noise
+    memory_gib = 1.0 * asked.gpus + model.layers * 0.4 + 0.1 * (batch - 1)
+    cells = [model.name, asked.tp, asked.pp, " ".join(map(str, split)), asked.weights, 0, outputs, batch]
+    return ",".join(map(str, [*cells, f"{latency:.6f}", f"{memory_gib:.4f}", prompt]))
+
+
+def rows(truth: Calibration, *, noise: float = 0.01, models: tuple[str, ...] = MODELS) -> list[str]:
+    """Fingerprints and whole models, with prompts of two lengths."""
+    chance, found = generator(7, "noise of measurements"), []
+    for name in models:
+        model = load_model(name)
+        for weights in (WeightType.FLOAT16, WeightType.INT8):
+            for prompt in (64, 1500):
+                for tp, pp in ((1, 1), (1, 2), (2, 1)):
+                    asked = Configuration(tp=tp, pp=pp, weights=weights, kv=KvType.NATIVE)
+                    of = [replace(model, layers=layers) for layers in (pp, pp + 1)]
+                    found += [row(truth, one, asked, outputs, prompt, 1.0) for one in of for outputs in (10, 20)]
+                    for batch in (1, 8):
+                        for outputs in (20, 200):
+                            spread = 1 + noise * chance.uniform(-1, 1)
+                            found.append(row(truth, model, replace(asked, batch_size=batch), outputs, prompt, spread))
+    return found
+
+
+def write(path: Path, lines: list[str], header: str = HEADER) -> Path:
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def run_fit(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(fit)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_a_table_of_another_gpu_gives_back_its_law(tmp_path: Path) -> None:
+    table, out = write(tmp_path / "mine.csv", rows(other_gpu())), tmp_path / "out"
+    out.mkdir()
+    ended = run_fit(str(table), "--out", str(out), "--json")
+    assert ended.exit_code == 0, ended.output
+    overall = json.loads(ended.stdout)["groups"][0]
+    assert overall["latency"]["n"] == 3 * 2 * 2 * 3 * 2 * 2
+    assert overall["latency"]["median"] < 1.5
+    fitted = read_calibration(out / "calibrated.toml")
+    assert fitted.bandwidth_gb_s == pytest.approx(other_gpu().bandwidth_gb_s, rel=0.05)
+    float16 = fitted.weights[WeightType.FLOAT16]
+    assert float16.prefill_tflops == pytest.approx(6 * 115, rel=0.05)
+    assert set(fitted.memory.gpus_gib) == {"1x1", "1x2", "2x1"}
+    assert fitted.memory.gpus_gib["2x1"] == pytest.approx(1.0, abs=0.01)
+    assert {weights for weights, _ in read_exponents(out / "exponents.csv")} == {WeightType.FLOAT16, WeightType.INT8}
+
+
+def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path: Path) -> None:
+    lines = rows(other_gpu(), models=MODELS[:2])
+    write(tmp_path / "a.csv", lines[::2])
+    write(tmp_path / "b.csv", lines[1::2])
+    (tmp_path / "notes.csv").write_text("what,when\nx,y\n")
+    samples = read_samples(tmp_path)
+    assert len(samples) == len(lines)
+    assert {one.prompt_tokens for one in samples} == {64, 1500}
+    assert {one.is_fingerprint for one in samples} == {True, False}
+    assert set(constants_of(samples)) == {64, 1500}
+
+
+def test_prompts_can_be_said_for_a_table_that_does_not_say_them(tmp_path: Path) -> None:
+    lines = [line.rpartition(",")[0] for line in rows(other_gpu()) if line.endswith(",64")]
+    table = write(tmp_path / "t.csv", lines, ",".join(COLUMNS))
+    assert {one.prompt_tokens for one in read_samples(table, prompt_tokens=64)} == {64}
+    assert {one.prompt_tokens for one in read_samples(tmp_path, prompt_tokens=64)} == {64}
+    with pytest.raises(InputError, match="no column prompt_tokens; add it, or give --prompt-tokens"):
+        read_samples(table)
+    with pytest.raises(InputError, match="no table of measurements with a column prompt_tokens"):
+        read_samples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gptj-6b", "stranger", r"'stranger' is not in the catalogue; put its Hugging Face configuration at"),
+        ("gptj-6b,1", "gptj-6b,16", "a calibration knows TP 1, 2, 4 and 8 only"),
+    ],
+)
+def test_rows_that_no_fit_can_use_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    table = write(tmp_path / "t.csv", [line.replace(old, new) for line in rows(other_gpu())])
+    with pytest.raises(InputError, match=message):
+        read_samples(table)
+
+
+def test_a_model_of_ones_own_has_its_configuration_beside_the_table(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(
+        '{"model_type": "llama", "num_hidden_layers": 28, "hidden_size": 4096, "num_attention_heads": 16,'
+        ' "intermediate_size": 16384, "vocab_size": 50400}'
+    )
+    table = write(tmp_path / "t.csv", [line.replace("gptj-6b", "mine") for line in rows(other_gpu())])
+    mine = [one.model for one in read_samples(table) if one.measured.model_name == "mine" and not one.is_fingerprint]
+    assert {(one.name, one.layers, one.feed_forward_matrices) for one in mine} == {("mine", 28, 3)}
+
+
+def test_without_fingerprints_latency_is_fitted_and_memory_is_not(tmp_path: Path) -> None:
+    whole = [line for line in rows(other_gpu()) if line.split(",")[3] in ("32", "16 16", "28", "14 14")]
+    ended = run_fit(str(write(tmp_path / "t.csv", whole)), "--json")
+    assert ended.exit_code == 0, ended.output
+    overall = json.loads(ended.stdout)["groups"][0]
+    assert overall["latency"]["median"] < 2
+    assert overall["memory"] is None
+    assert "memory" not in run_fit(str(tmp_path / "t.csv")).stdout
+
+
+def test_one_model_alone_cannot_be_judged(tmp_path: Path) -> None:
+    whole = [line for line in rows(other_gpu(), models=MODELS[:1]) if line.split(",")[3] in ("32", "16 16")]
+    ended = run_fit(str(write(tmp_path / "t.csv", whole)))
+    assert isinstance(ended.exception, InputError)
+    assert "llama-2-7b is the only model measured" in str(ended.exception)
+
+
+def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
+    """Whole models take exactly what the paper's formula says, under exponents unlike those of the A6000."""
+    truth = Exponents(a=0.3, b=0.9, c=0.4, d=0.7)
+    samples = read_samples(write(tmp_path / "t.csv", rows(other_gpu(), noise=0)))
+    constants = constants_of(samples)
+    seen = []
+    for one in samples:
+        asked = one.measured.configuration
+        points = constants[one.prompt_tokens][
+            next(iter(constants[64]))._replace(model=one.model.name, weights=asked.weights)
+        ]
+        for tp, pp in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
+            lines = (points[point].line(one.model.layers) for point in (Point(1, 1, 1), Point(2, 1, 1)))
+            law = ParallelLatency.scaled(*lines, truth, tp=tp, pp=pp)
+            latency_s = law.at(one.measured.output_tokens)
+            measured = replace(one.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)
+            seen.append(replace(one, measured=measured))
+    for found in fit_exponents(seen, constants).values():
+        assert (found.a, found.b, found.c, found.d) == pytest.approx((0.3, 0.9, 0.4, 0.7), abs=0.02)
+
+
+def test_runs_are_fitted_by_the_command(tmp_path: Path) -> None:
+    for scale in (0.03, 0.05):
+        write_run(tmp_path / "runs" / f"at-{scale}", simulate(build_scenario(Options(scale=scale))), {}, {})
+    out = tmp_path / "out"
+    out.mkdir()
+    table = write(tmp_path / "mine.csv", rows(start_calibration(), models=MODELS[:2]))
+    ended = run_fit(str(table), "--runs", str(tmp_path / "runs"), "--out", str(out))
+    assert ended.exit_code == 0, ended.output
+    assert "8 deployments in 2 recorded runs, each by figures without its run: off by" in ended.stdout
+    served = read_calibration(out / "calibrated.toml").served
+    assert served is not None
+    assert set(served.tp) == {"4"}
+    assert read_calibration(out / "calibrated.toml", without_run="at-0.03").served != served
+    nothing = run_fit(str(table), "--runs", str(out))
+    assert "holds no run folder" in str(nothing.exception)

@@ -1,0 +1,122 @@
+"""Fits of the live system's figures to recorded engines: with runs left out, other sockets, and neighbours."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from maveriq.domain.catalog import load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.calibration import Calibration
+from maveriq.estimate.fitting import start_calibration
+from maveriq.estimate.recorded import MOST_NEIGHBOURS, RecordedEngine, engines_of
+from maveriq.estimate.served import Served, ServedTp, read_served, served_csv
+from maveriq.estimate.servedfit import Deployments, Recorded, cross_fit_served, errors_without
+from maveriq.scenario.build import build_scenario
+from maveriq.scenario.options import Options
+from maveriq.sim.engine import simulate
+
+MODELS = ("llama-2-7b", "gptj-6b", "falcon-7b")
+
+
+def as_benchmarked(_model: ModelSpec, _weights: WeightType) -> float:
+    return 1.0
+
+
+def live() -> tuple[Calibration, list[RecordedEngine]]:
+    """A live system with known figures, and what it recorded."""
+    tps = {
+        "2": ServedTp(all_reduce_us=7.0, ring_gb_s=20.0, across_us=25.0),
+        "4": ServedTp(all_reduce_us=20.0, ring_gb_s=15.0, across_us=40.0),
+    }
+    truth = msgspec.structs.replace(start_calibration(), served=Served(request_ms=30.0, gpus_per_socket=2, tp=tps))
+    asked = [
+        Recorded(
+            run=f"run-{place % 3}",
+            model=load_model(name),
+            configuration=Configuration(tp=len(gpu_ids), pp=1, weights=WeightType.INT8),
+            gpu_ids=gpu_ids,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            service_s=1.0,
+        )
+        for place, (name, gpu_ids) in enumerate(
+            (name, gpus) for name in MODELS for gpus in ((0,), (0, 1), (1, 2), (0, 1, 2, 3), (3, 2, 1, 0), (3,), (2, 3))
+        )
+        for prompt_tokens in (30, 600)
+        for output_tokens in (20, 100)
+    ]
+    seconds = Deployments(as_benchmarked, asked, gpus_per_socket=2).predict_s(truth)
+    engines = []
+    for first in range(0, len(asked), 4):  # four lengths, a dozen requests of each
+        of_engine = asked[first : first + 4]
+        one = of_engine[0]
+        engines.append(
+            RecordedEngine(
+                run=one.run,
+                model=one.model,
+                configuration=one.configuration,
+                gpu_ids=one.gpu_ids,
+                prompt_tokens=np.repeat([float(each.prompt_tokens) for each in of_engine], 12),
+                output_tokens=np.repeat([float(each.output_tokens) for each in of_engine], 12),
+                service_s=np.repeat(seconds[first : first + 4], 12),
+                beside=np.eye(MOST_NEIGHBOURS + 1)[np.zeros(48, dtype=int)],
+            )
+        )
+    return truth, engines
+
+
+def test_figures_of_a_live_system_are_found_and_judged_with_runs_left_out() -> None:
+    truth, recorded = live()
+    benchmark = msgspec.structs.replace(truth, served=None)
+    served, without = cross_fit_served(as_benchmarked, benchmark, recorded, gpus_per_socket=2)
+    assert served.request_ms == pytest.approx(30, rel=0.01)
+    assert served.tp["2"].across_us == pytest.approx(25, rel=0.05)
+    assert set(served.tp) == {"2", "4"}  # of TP 8 nothing was recorded
+    assert set(without) == {"run-0", "run-1", "run-2"}
+    # A median over four lengths is not quite the time at the median lengths.
+    assert max(errors_without(as_benchmarked, benchmark, recorded, without)) < 1
+
+
+def beside_one(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
+    """The engine, had it always had one busy neighbour, and taken so much longer."""
+    always = np.eye(MOST_NEIGHBOURS + 1)[np.ones(len(engine.service_s), dtype=int)]
+    return replace(engine, beside=always, service_s=longer * engine.service_s)
+
+
+def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> None:
+    truth, recorded = live()
+    ones = [one for one in recorded if one.configuration.tp == 1]
+    _, without = cross_fit_served(as_benchmarked, msgspec.structs.replace(truth, served=None), ones, 2)
+    assert [served.tp for served in without.values()] == [{}, {}, {}]
+    (tmp_path / "served.csv").write_text(served_csv(without))
+    assert read_served(tmp_path / "served.csv") == without
+
+
+def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() -> None:
+    truth, recorded = live()
+    benchmark = msgspec.structs.replace(truth, served=None)
+    ones = [one for one in recorded if one.configuration.tp == 1]
+    crowded = [beside_one(one, 1.2) if one.run == "run-0" else one for one in ones]
+    served, without = cross_fit_served(as_benchmarked, benchmark, crowded, 2)
+    assert served.request_ms == pytest.approx(30, rel=0.01)
+    assert served.crowd.layer_us > 10
+    assert served.crowd.turn_us == 0  # nobody had two neighbours
+    assert without["run-0"].crowd.layer_us == 0
+    assert len(errors_without(as_benchmarked, benchmark, crowded, without)) == sum(one.run != "run-0" for one in ones)
+    with pytest.raises(InputError, match="while its neighbours were idle"):
+        cross_fit_served(as_benchmarked, benchmark, [beside_one(one) for one in ones], 2)
+
+
+def test_a_run_folder_tells_what_it_served() -> None:
+    record = simulate(build_scenario(Options(scale=0.05)))
+    found = engines_of("mine", record)
+    assert [one.model.name for one in found] == ["llama-2-70b", "falcon-40b", "llama-2-7b", "falcon-40b"]
+    assert {(one.run, *one.output_tokens.tolist()[:1]) for one in found} == {("mine", 20)}
+    assert [len(one.gpu_ids) for one in found] == [4, 4, 1, 4]
+    assert all(0.1 < service_s < 1 for one in found for service_s in one.service_s.tolist())
+    assert all(one.calm.all() for one in found)  # one engine of one GPU has no neighbour

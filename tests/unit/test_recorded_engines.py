@@ -1,0 +1,108 @@
+"""Recorded engines: who was busy beside whom, and what the fit makes of it."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maveriq.errors import InputError
+from maveriq.estimate.crowdfit import crowded_s, fit_crowd
+from maveriq.estimate.recorded import RecordedEngine, read_engines
+from maveriq.estimate.served import Crowd
+from maveriq.estimate.servedfit import calm_medians, read_recorded
+
+ENGINES = (
+    "run,model_id,model,deploy_s,deployed,registered_s,tp,pp,layer_split,weight_dtype,int8_kv,gpus,est_gib_per_gpu,"
+    "used_gib_after\n"
+    "one,1,llama-2-7b,0,1,,1,1,32,int4,1,0,4,\n"
+    "one,2,gptj-6b,0,1,,1,1,28,int4,0,1,4,\n"
+    "one,3,llama-2-7b,0,1,,2,1,32,int4,1,2 3,4 4,\n"
+    "one,4,falcon-7b,0,0,,,,,,,,,\n"
+    "two,1,gptj-6b,0,1,,1,1,28,int4,0,1,4,\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four engines; the first is at work from 10 to 14 s, the others meanwhile, the last in another run."""
+    requests = {("one", 1): (10, 14), ("one", 2): (11, 12), ("one", 3): (9, 20), ("two", 1): (10, 14)}
+    scheduled = ["run,req_id,model_id,scheduled_s,prompt_chars", "one,1,4,8,999"]  # dropped: it never came up
+    completed = ["run,req_id,model_id,arrival_s,latency_s,service_s"]
+    admitted = {"one": 0, "two": 0}
+    for number, ((run, model_id), (start_s, finish_s)) in enumerate(requests.items(), start=2):
+        admitted[run] += 1
+        scheduled.append(f"{run},{number},{model_id},{start_s - 1},{40 * model_id}")
+        completed.append(
+            f"{run},{admitted[run]},{model_id},{start_s - 1},{finish_s - start_s + 1},{finish_s - start_s}"
+        )
+    (tmp_path / "deployments.csv").write_text(ENGINES)
+    for name, lines in (("scheduled", scheduled), ("completed", completed)):
+        (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
+    return tmp_path
+
+
+def test_neighbours_are_engines_of_one_gpu_in_the_same_run(folder: Path) -> None:
+    first, second, several, elsewhere = read_engines(folder)
+    assert first.beside[0, :3].tolist() == pytest.approx([0.75, 0.25, 0])
+    assert second.beside[0, :3].tolist() == pytest.approx([0, 1, 0])
+    for lonely in (several, elsewhere):
+        assert lonely.beside[0].tolist() == pytest.approx([1] + 7 * [0])
+    assert (first.prompt_tokens.tolist(), several.prompt_tokens.tolist()) == ([10], [30])
+    assert [one.calm.tolist() for one in (first, second, several)] == [[False], [False], [True]]
+
+
+def test_a_table_that_is_none_is_refused(folder: Path) -> None:
+    (folder / "deployments.csv").write_text("run,model_id\n")
+    with pytest.raises(InputError, match="recorded deployments"):
+        read_engines(folder)
+
+
+def engine(model: str, beside: np.ndarray, service_s: np.ndarray, folder: Path) -> RecordedEngine:
+    like = next(one for one in read_engines(folder) if one.model.name == model)
+    return RecordedEngine(
+        run=like.run,
+        model=like.model,
+        configuration=like.configuration,
+        gpu_ids=like.gpu_ids,
+        prompt_tokens=np.linspace(10, 100, len(service_s)),
+        output_tokens=np.full(len(service_s), 20.0),
+        service_s=service_s,
+        beside=beside,
+    )
+
+
+def test_what_neighbours_cost_is_found_again(folder: Path) -> None:
+    truth, random = Crowd(layer_us=30.0, turn_us=4000.0), np.random.default_rng(1)
+    engines = []
+    for model in ("llama-2-7b", "gptj-6b"):
+        beside = random.dirichlet(np.full(8, 0.3), 400)
+        beside[:100] = np.eye(8)[0]
+        shape = engine(model, beside, np.ones(400), folder).model
+        counts = np.arange(8)
+        waits_s = 1e-6 * (shape.layers * truth.layer_us * (counts > 0) + truth.turn_us * np.maximum(counts - 1, 0))
+        alone_s = np.full(400, 0.2)
+        # It takes a tenth longer than it should even alone, which is no neighbour's fault.
+        taken_s = crowded_s(1.1 * alone_s, beside, waits_s, np.full(400, 20.0)) * np.exp(
+            0.01 * random.standard_normal(400)
+        )
+        engines.append((engine(model, beside, taken_s, folder), alone_s))
+    found = fit_crowd(engines)
+    assert found.layer_us == pytest.approx(truth.layer_us, rel=0.1)
+    assert found.turn_us == pytest.approx(truth.turn_us, rel=0.02)
+
+
+def test_who_never_had_a_neighbour_says_nothing_of_them(folder: Path) -> None:
+    lonely = engine("gptj-6b", np.eye(8)[np.zeros(20, dtype=int)], np.ones(20), folder)
+    assert fit_crowd([(lonely, np.ones(20))]) == Crowd(layer_us=0.0, turn_us=0.0)
+
+
+def test_medians_are_of_requests_without_neighbours_by_length_of_prompt(folder: Path) -> None:
+    beside = np.eye(8)[np.array([0] * 48 + [3] * 10)]
+    service_s = np.append(np.linspace(1, 2, 48), np.full(10, 9.0))
+    found = list(calm_medians(engine("gptj-6b", beside, service_s, folder), bands=4))
+    assert [one.service_s for one in found] == pytest.approx([1.117, 1.372, 1.628, 1.883], abs=1e-3)
+    assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
+    assert not list(calm_medians(engine("gptj-6b", beside[40:], service_s[40:], folder), bands=4))
+    # A request each is too few where it had a neighbour.
+    assert [one.configuration.gpus for one in read_recorded(folder)] == [2, 1]
