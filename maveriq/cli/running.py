@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,9 @@ def _run(job: _Job, scenario: Scenario, settings: ReplaySettings) -> None:
             lines = engine_lines(replayed.engines, settings.devices)
             (fresh / "engines.csv").write_text("".join(lines), encoding="utf-8")
 
-        report(
-            replayed.record,
-            output,
-            folder,
-            _meta(job.options, job.engines, scenario, replayed),
-            more=write_more,
-            last_line=_suggestion(job.options, folder),
-        )
+        meta = _meta(job.options, job.engines, scenario, replayed)
+        last_line = _suggestion(job.options, folder, meta)
+        report(replayed.record, output, folder, meta, more=write_more, last_line=last_line)
     if replayed.interrupted:
         raise KeyboardInterrupt
     lost = [one for one in replayed.record.deployments if one.plan is not None]
@@ -124,22 +119,23 @@ def _meta(options: Options, engines: Engines, scenario: Scenario, replayed: Repl
     return meta | more
 
 
-def _suggestion(options: Options, folder: Path) -> str:
+def _suggestion(options: Options, folder: Path, meta: Mapping[str, Any]) -> str:
     """Return the command that compares this run with a simulated one, after the one that simulates it if need be."""
     simulated = default_folder(options)
     compare = shlex.join(["maveriq", "compare", str(simulated), str(folder)])
-    if _is_simulation_of(options, simulated):
+    if _is_simulation_of(meta, simulated):
         return f"compare with the simulator: {compare}"
     return f"compare with the simulator: {shlex.join(['maveriq', 'sim', '--quiet', *_said(options)])} && {compare}"
 
 
-def _is_simulation_of(options: Options, folder: Path) -> bool:
+def _is_simulation_of(meta: Mapping[str, Any], folder: Path) -> bool:
+    """Say whether a folder holds a simulation under the options of a run."""
     try:
-        meta = read_meta(folder)
+        there = read_meta(folder)
     except MaveriqError:
         return False
-    said = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
-    return meta.get("kind") == "simulated" and meta.get("options") == said
+    said = {name: list(value) if isinstance(value, tuple) else value for name, value in meta["options"].items()}
+    return there.get("kind") == "simulated" and there.get("options") == said
 
 
 def _said(options: Options) -> Iterator[str]:
