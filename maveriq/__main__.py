@@ -1,5 +1,5 @@
 """`python -m maveriq` is the `maveriq` command."""
 
-from maveriq.cli.app import main
+from maveriq.cli.start import main
 
 main()

@@ -37,7 +37,7 @@ class _Command(TyperCommand):
 
 app = typer.Typer(
     name="maveriq",
-    help="Serve many LLMs on one GPU cluster by intent: plan, simulate, and check against real runs.",
+    help="Serve many LLMs on one GPU cluster by intent: plan, simulate, run, and serve.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -73,7 +73,7 @@ def root(
         help="Print the version and exit.",
     ),
 ) -> None:
-    """Serve many LLMs on one GPU cluster by intent."""
+    """Serve many LLMs on one GPU cluster by intent: plan, simulate, run, and serve."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 

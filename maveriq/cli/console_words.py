@@ -111,6 +111,8 @@ def parse(line: str) -> Command | None:
     Raises:
         InputError: it is none, with how it should be.
     """
+    if any("\ud800" <= character <= "\udfff" for character in line):  # bytes that no character was made of
+        raise InputError("the line is no text in UTF-8; type it anew, or save its file as UTF-8")
     words = line.split()
     if not words or words[0].startswith("#"):
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +36,7 @@ with extra("serve", for_whom="maveriq console"):
     from maveriq.serve.secret import read_token
 
 _PROMPT = "maveriq> "
+_HELP_WIDTH, _TOLD_AT = 80, 25
 
 
 def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
@@ -42,14 +45,16 @@ def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
     Raises:
         MaveriqError: the first error, where nobody is typing.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text costs its line alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     with ServiceClient(url, read_token(token_file)) as client:
         talk = Talk(client)
         if commands:
             _do_all(talk, commands)
-        elif sys.stdin.isatty():
+        elif sys.stdin is not None and sys.stdin.isatty():
             _typed(talk)
         else:
-            _do_all(talk, sys.stdin)
+            _do_all(talk, sys.stdin or ())
 
 
 def _do_all(talk: Talk, lines: Iterable[str]) -> None:
@@ -159,9 +164,7 @@ class Talk:
                 health = self._client.get("/health")
                 typer.echo("\n".join([health["status"], *health["problems"]]))
             case "help":
-                width = max(map(len, USAGE.values()))
-                for name, usage in USAGE.items():
-                    typer.echo(f"{usage:{width}}  {TOLD[name]}")
+                typer.echo("\n".join(map(_help, USAGE)))
 
     def _deploy(self, command: DeployModel) -> None:
         model = self._model(command.model_id)
@@ -201,6 +204,13 @@ class Talk:
             known = ", ".join(f"{number} is {model['name']}" for number, model in models.items())
             raise InputError(f"no model has ID {model_id} ({known or 'none is registered'}); register MODEL gives one")
         return models[model_id]
+
+
+def _help(name: str) -> str:
+    """Return how a command is written and what it does, within 80 columns."""
+    usage, told = USAGE[name], textwrap.wrap(TOLD[name], _HELP_WIDTH - _TOLD_AT)
+    lines = [f"{usage:{_TOLD_AT}}{told.pop(0)}" if len(usage) < _TOLD_AT else usage]
+    return "\n".join([*lines, *(" " * _TOLD_AT + line for line in told)])
 
 
 def _print_deployments(deployments: Iterable[Any]) -> None:

@@ -23,8 +23,8 @@ def engines(
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="float16|int8|int4|int4_gptq",
-            help="How weights are stored.",
+            metavar="TYPE",
+            help="How weights are stored: float16, int8, int4, int4_gptq.",
             show_default="float16",
             rich_help_panel=_QUESTION,
         ),

@@ -18,7 +18,7 @@ def profile(
             "--configuration",
             "-c",
             metavar="[MODEL=]TPxPP[:WEIGHTS][+kv8]",
-            help="What to measure: 2x1, 1x3:int8, llama-2-7b=4x1:int8+kv8; repeatable.",
+            help="What to measure, such as 2x1, 1x3:int8+kv8, or MODEL=4x1; repeatable.",
         ),
     ],
     backend: Annotated[str, typer.Option(metavar="torch|vllm|trtllm", help="What engines are made of.")] = "torch",
@@ -32,7 +32,9 @@ def profile(
     ] = None,
     kind: Annotated[str | None, typer.Option(help="Its name.", show_default="the GPU's, or cpu")] = None,
 ) -> None:
-    """Measure whole models under chosen configurations on this machine's engines.
+    """Measure models on this machine's engines.
+
+    Whole models, under the configurations that you choose.
 
     Writes a profile: maveriq sim --profile FOLDER/profile.toml --plan-with
     measured --serve-with measured then simulates these very engines.

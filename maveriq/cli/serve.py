@@ -26,7 +26,7 @@ def serve(
     *,
     backend: Annotated[
         str | None,
-        typer.Option(metavar="emulated|torch", help="What engines are made of.", rich_help_panel=_ENGINES),
+        typer.Option(metavar="emulated|torch|vllm|trtllm", help="What engines are made of.", rich_help_panel=_ENGINES),
     ] = None,
     real: Annotated[bool, typer.Option("--real", help="TensorRT-LLM on GPUs.", rich_help_panel=_ENGINES)] = False,
     time_scale: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -27,6 +28,8 @@ from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
 
 _LOG = logging.getLogger(__name__)
+_OTHER_TYPE = frozenset({"string_type", "list_type", "int_type"})
+_TYPE = re.compile(r"str|int|constrained-\w+|.*\[.*\]")  # in a path where pydantic tries several types
 
 
 def create_app(cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PerEndpoint) -> FastAPI:
@@ -92,9 +95,10 @@ def _explain_errors(app: FastAPI, service: Service) -> None:
         return told(_in_one_line(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        answer = told(ApiError(error.status_code, str(error.detail), code=code))
+        said = f"{error.detail}: {request.method} {request.url.path}; GET /openapi.json lists what there is"
+        answer = told(ApiError(error.status_code, said, code=code))
         answer.headers.update(error.headers or {})
         return answer
 
@@ -104,11 +108,18 @@ def _explain_errors(app: FastAPI, service: Service) -> None:
 
 
 def _in_one_line(faults: Sequence[Any]) -> ApiError:
-    """Return the first thing that is wrong with a body, by its place."""
-    fault = faults[0]
-    where = ".".join(str(step) for step in fault["loc"][1:]) or "the body"
+    """Return the first thing that is wrong with a body, by its place.
+
+    Where a field may be of several types there is a fault for each; one that says more than "not of this type" counts.
+    """
+    fault = next((one for one in faults if one["type"] not in _OTHER_TYPE), faults[0])
+    *steps, last = map(str, fault["loc"][1:] or ("",))
+    named = [step for step in steps if not _TYPE.fullmatch(step)]
+    if fault["type"] == "extra_forbidden" or not _TYPE.fullmatch(last):
+        named.append(last)
+    where = ".".join(named)
     if fault["type"] == "extra_forbidden":
         return bad(f"{where} is not known here; leave it out", where, code="unknown_parameter")
     if fault["type"] == "json_invalid":
         return bad("the body is not valid JSON", code="invalid_json")
-    return bad(f"{where}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", where)
+    return bad(f"{where or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", where or None)

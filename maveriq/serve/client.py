@@ -21,7 +21,7 @@ class ServiceClient:
         """Make a client.
 
         Args:
-            url: of the server, as `maveriq serve` prints it.
+            url: of the server, as `maveriq serve` prints it, or with /v1 after it, as OpenAI's clients have it.
             token: None where the server wants none.
             transport: how to get there, for tests.
 
@@ -48,7 +48,10 @@ class ServiceClient:
 
     def get(self, path: str) -> Any:
         """Return what a route shows."""
-        return self._call("GET", path)
+        found = self._call("GET", path)
+        if not _is_ours(path, found):
+            raise self._stranger()
+        return found
 
     def register(self, model: str) -> dict[str, Any]:
         """Make a model known."""
@@ -89,7 +92,13 @@ class ServiceClient:
             raise self._unreached(error) from None
         if answer.is_error and path != "/health":
             raise _refused(answer)
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise self._stranger() from None
+
+    def _stranger(self) -> MaveriqError:
+        return MaveriqError(f"what answers at {self._url} is no maveriq serve; name the right one with --url")
 
     def _unreached(self, error: httpx.HTTPError) -> MaveriqError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -97,9 +106,16 @@ class ServiceClient:
         return MaveriqError(f"the server at {self._url} went away: {str(error) or type(error).__name__}")
 
 
+def _is_ours(path: str, found: Any) -> bool:
+    """Say whether this is what `maveriq serve` shows there, as far as the console leans on it."""
+    if path == "/health":
+        return isinstance(found, dict) and "problems" in found
+    return path not in ("/models", "/deployments") or isinstance(found, list)
+
+
 def _checked(url: str) -> httpx.URL:
     try:
-        parsed = httpx.URL(url)
+        parsed = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except (httpx.InvalidURL, UnicodeError):
         parsed = httpx.URL()
     if parsed.scheme not in ("http", "https") or not parsed.host:

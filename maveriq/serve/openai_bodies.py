@@ -7,6 +7,7 @@ value that changes nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -92,7 +93,7 @@ class Generation(Body):
             value = getattr(self, field, None)
             # To Python 0 is False; to a client no log-probabilities and the likeliest one's are two things.
             if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
-                allowed = " or ".join(repr(one) for one in harmless if one is not None)
+                allowed = " or ".join(json.dumps(one) for one in harmless if one is not None)
                 instead = f"; it may only be {allowed}" if allowed else ""
                 raise bad(f"{field} is not supported{instead}", field, code="unsupported_parameter")
         if self.stream_options is not None and not self.stream:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,7 @@ def test_what_a_line_means(line: str, command: object) -> None:
         ("1 remove all", "takes nothing more, not 'all'"),
         ("models please", "takes nothing more"),
         ("frobnicate", "known: register"),
+        ("1 inference caf\udcff", "no text in UTF-8"),
     ],
 )
 def test_an_error_says_how_it_should_be(line: str, words: str) -> None:
@@ -178,6 +180,38 @@ def test_commands_from_a_pipe_end_at_the_first_error(
     assert capsys.readouterr().out == f"1  {MODEL}\n"
     run_console(server.url, None, ["health", "quit", "models"])
     assert capsys.readouterr().out == "ready\n"
+
+
+def test_bytes_that_are_no_text_cost_their_line(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"models\n1 inference caf\xff\n"), encoding="utf-8"))
+    with pytest.raises(InputError, match=r"command 2 .* no text in UTF-8"):
+        run_console(server.url, None, [])
+
+
+def test_without_a_stdin_there_is_nothing_to_do(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    run_console(server.url, None, [])
+
+
+def test_help_fits_80_columns(say: Callable[[str], str]) -> None:
+    assert max(map(len, say("help").splitlines())) <= 80
+
+
+def test_the_url_that_openai_clients_have_will_do(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    for ending in ("/v1", "/v1/", "/"):
+        run_console(server.url + ending, None, ["health"])
+    assert capsys.readouterr().out == "ready\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(path, body) for path in ("/health", "/models") for body in ("<html>", '{"status": "ok"}', "null")],
+)
+def test_another_server_is_told_from_ours(path: str, body: str) -> None:
+    answers = httpx.MockTransport(lambda _request: httpx.Response(200, text=body))
+    told = "what answers at http://other is no maveriq serve"
+    with ServiceClient("http://other", None, transport=answers) as client, pytest.raises(MaveriqError, match=told):
+        client.get(path)
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:

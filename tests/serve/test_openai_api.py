@@ -146,6 +146,31 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, extra: di
     assert refused.value.body["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": "x", "stop": list("abcde")}, "stop: list should have at most 4 items"),
+        ({"prompt": [-1]}, "prompt.0: input should be greater than or equal to 0"),
+        ({"prompt": []}, "prompt: list should have at least 1 item"),
+        ({"prompt": 5}, "prompt: input should be a valid string"),
+        ({"prompt": "x", "str": 1}, "str is not known here"),
+        ({"prompt": "x", "logprobs": 3}, "it may only be false"),
+    ],
+)
+def test_an_error_names_the_field_and_no_type_of_ours(server: Running, body: dict[str, object], told: str) -> None:
+    with server.client() as http:
+        answer = http.post("/v1/completions", json={"model": MODEL, **body})
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]["message"]
+
+
+def test_a_route_that_is_not_there_says_where_all_are_listed(server: Running) -> None:
+    with server.client() as http:
+        answer = http.get("/")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert "GET /openapi.json lists what there is" in answer.json()["error"]["message"]
+
+
 def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
     client.chat.completions.create(
         model=MODEL,
