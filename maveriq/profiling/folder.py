@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv
 
 _HARDWARE = """\
 # Written by `maveriq profile`. Engines are dispatched to without a tick, as maveriq's own executor does.
-kind = "{kind}"
+kind = {kind}
 memory_gib = {memory_gib}
 idle_gib = {idle_gib}
 
@@ -61,9 +62,11 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) 
     texts = {
         "profile.toml": (
             "# Written by `maveriq profile`.\n"
-            f'name = "{folder.resolve().name}"\nprompt_tokens = {prompt_tokens}\nhardware = "hardware.toml"\n'
+            f'name = {_quoted(folder.resolve().name)}\nprompt_tokens = {prompt_tokens}\nhardware = "hardware.toml"\n'
         ),
-        "hardware.toml": _HARDWARE.format(kind=machine.kind, memory_gib=machine.memory_gib, idle_gib=machine.idle_gib),
+        "hardware.toml": _HARDWARE.format(
+            kind=_quoted(machine.kind), memory_gib=machine.memory_gib, idle_gib=machine.idle_gib
+        ),
         "load_fit.toml": (
             "# Seconds from the command to an engine that serves: the median of those measured.\n"
             f"fixed_s = {load_s:.3f}\nper_gpu_s = 0.0\nper_gib_s = 0.0\n"
@@ -76,6 +79,11 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) 
             (fresh / name).write_text(text, encoding="utf-8")
 
     write_folder(folder, fill, files=PROFILE_FILES)
+
+
+def _quoted(text: str) -> str:
+    """Return a string as TOML writes it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _line(one: Measured) -> str:

@@ -61,6 +61,16 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, backend: str, probe: di
         measured(tmp_path, backend, **probe)
 
 
+def test_names_are_written_so_that_they_can_be_read(tmp_path: Path) -> None:
+    one = Measured(
+        model=MODEL, configuration=TP2, question=QUESTIONS[0], ttft_s=0.1, tpot_s=0.1, memory_gib=1.0, start_s=1.0
+    )
+    folder = tmp_path / 'the "new" one \\'
+    write_profile(folder, Machine(kind='H100 "big"', memory_gib=8, idle_gib=0), [one])
+    profile = load_profile(str(folder / "profile.toml"))
+    assert (profile.name, profile.gpu_kind) == (folder.name, 'H100 "big"')
+
+
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(InputError, match=r"holds files that are no folder with profile\.toml"):
