@@ -1,7 +1,9 @@
-# Everything runs in .venv, which the first target that needs it makes.
+# Everything runs in .venv, which the first target that needs it makes; who only simulates gets no tools and no torch.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PACKAGE := .venv/.package
+TOOLS := .venv/.tools
 
 .DEFAULT_GOAL := help
 .PHONY: help sim test check lint bench soak wheel clean
@@ -9,20 +11,24 @@ STAMP := .venv/.installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml
+$(PACKAGE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "maveriq needs Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) --editable .
 	@touch $@
 
-sim: $(STAMP) ## replay the Azure code trace on eight simulated A6000 under MaverIQ
+$(TOOLS): $(PACKAGE)
+	$(PIP) --group dev
+	@touch $@
+
+sim: $(PACKAGE) ## replay the Azure code trace on eight simulated A6000 under MaverIQ
 	$(BIN)/maveriq sim $(ARGS)
 
-test: $(STAMP) ## run the tests
+test: $(TOOLS) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) ## format, style, types, and the direction of imports
+lint: $(TOOLS) ## format, style, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -30,13 +36,13 @@ lint: $(STAMP) ## format, style, types, and the direction of imports
 
 check: lint wheel test ## all that CI runs
 
-wheel: $(STAMP) ## build the wheel and run it in an empty environment
+wheel: $(TOOLS) ## build the wheel and run it in an empty environment
 	$(BIN)/python scripts/check_wheel.py
 
-bench: $(STAMP) ## measure speed and memory; prints ratios taken in one run
+bench: $(TOOLS) ## measure speed and memory; prints ratios taken in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-soak: $(STAMP) ## 10,000 simulated runs of the executor under random faults
+soak: $(TOOLS) ## 10,000 simulated runs of the executor under random faults
 	$(BIN)/python scripts/soak.py $(ARGS)
 
 clean: ## remove the environment and everything built

@@ -12,7 +12,7 @@ from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.intents import DeployAsk, Intent, Objective
 from maveriq.errors import InputError, MaveriqError
-from maveriq.estimate.catalog import estimator, note_on_usual, usual
+from maveriq.estimate.catalog import MEASURED, estimator, note_on_usual, usual
 from maveriq.estimate.hardware import load_profile
 from maveriq.policy.configure import rank
 from maveriq.report.plans import left_out_table, ranking_json, ranking_table
@@ -46,7 +46,9 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
     profile = load_profile(question.profile)
     cluster = cluster_for(question.gpus, profile)
     model = load_model(question.model)
-    if model.name not in profile.fingerprints.models():
+    plan_with = question.plan_with or usual(profile)
+    # An estimator that goes by a table of its own says itself which models it knows.
+    if plan_with != MEASURED and model.name not in profile.fingerprints.models():
         raise InputError(
             f"model {model.name!r} has no fingerprint in profile {profile.name!r} (it has "
             f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"
@@ -66,7 +68,6 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
         batch_size=question.batch_size,
     )
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    plan_with = question.plan_with or usual(profile)
     ranking = rank(ask, view, estimator(plan_with, profile), profile.accuracy)
     failure = ranking.note if ranking.candidates else ranking.why_empty()
     if failure and not all_reasons:

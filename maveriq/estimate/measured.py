@@ -167,9 +167,16 @@ def _at(seen: Mapping[_Point, _Seen], batch: int, prompt_tokens: int, figure: st
 
 
 def _line(known: Sequence[tuple[int, float]], at: int) -> float:
-    """Return the value at a place on the broken line through the known ones, whose ends go on straight."""
+    """Return the value at a place on the broken line through the known ones.
+
+    Its ends go on straight where they rise, though not below nothing. One that falls is noise, which would end below
+    nothing far out: there the last value known stays.
+    """
     if len(known) == 1:
         return known[0][1]
     right = min(max(1, bisect_left(known, at, key=itemgetter(0))), len(known) - 1)
     (x0, y0), (x1, y1) = known[right - 1], known[right]
-    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    if y1 < y0:
+        at = min(max(at, x0), x1)
+    value = y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return max(value, min(0.0, y0)) if at < x0 else value

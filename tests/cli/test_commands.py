@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measuredprofiles import write_profile
 from sandbox import Maveriq, everything_in, put
 
 from maveriq import __version__
@@ -186,6 +187,15 @@ def test_plan_ranks(maveriq: Maveriq) -> None:
     assert scores == sorted(scores)
     assert (ranking["model"], ranking["cluster"], ranking["note"]) == ("llama-2-7b", "8xA6000", "")
     assert answer(maveriq, "plan llama-2-7b --intent min_cost") == ranking
+
+
+def test_plan_knows_what_was_measured(maveriq: Maveriq, tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, "gptj-6b,int8,native,2,1,1,16,0.010,0.002,0.25\n")
+    ranking = answer(maveriq, f"plan gptj-6b --profile {profile} --gpus 2xcpu")
+    assert [one["tp"] for one in ranking["candidates"]] == [2]
+    ended = maveriq(f"plan llama-2-7b --profile {profile} --gpus 2xcpu")
+    assert ended.code == 1
+    assert "has measurements of gptj-6b" in ended.err
 
 
 def test_plan_meets_an_slo(maveriq: Maveriq) -> None:

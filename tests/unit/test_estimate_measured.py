@@ -55,6 +55,22 @@ def test_measured_points_come_back_and_lines_lie_between(profile: HardwareProfil
     assert measured.memory(TINY, replace(TP2, batch_size=2)) == bytes_from_gib(0.50)
 
 
+def test_noise_does_not_go_on_beyond_what_was_measured(tmp_path: Path) -> None:
+    rows = "tiny,float16,native,2,1,1,8,0.010,0.016,0.25\ntiny,float16,native,2,1,1,32,0.030,0.013,0.25\n"
+    measured = MeasuredEstimator(load_profile(str(write_profile(tmp_path, rows))))
+    far, near = (measured.service(TINY, TP2, prompt_tokens=one, output_tokens=10, batch=1) for one in (2_000, 1))
+    assert (far.tpot_s, near.tpot_s) == (0.013, 0.016)  # it fell by chance: tokens never come in less than no time
+    assert far.ttft_s == pytest.approx(0.030 + 1968 / 24 * 0.020)
+    assert near.ttft_s == pytest.approx(0.010 - 7 / 24 * 0.020)
+
+
+def test_below_what_was_measured_nothing_takes_less_than_no_time(tmp_path: Path) -> None:
+    rows = "tiny,float16,native,2,1,1,256,0.010,0.001,0.25\ntiny,float16,native,2,1,1,300,0.030,0.013,0.25\n"
+    measured = MeasuredEstimator(load_profile(str(write_profile(tmp_path, rows))))
+    near = measured.service(TINY, TP2, prompt_tokens=1, output_tokens=10, batch=1)
+    assert (near.ttft_s, near.tpot_s) == (0, 0)
+
+
 @given(prompt=st.integers(16, 128), output=st.integers(1, 100))
 def test_estimates_lie_between_their_neighbours(
     prompt: int, output: int, tmp_path_factory: pytest.TempPathFactory
