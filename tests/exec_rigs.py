@@ -22,10 +22,10 @@ from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 

@@ -12,9 +12,9 @@ from maveriq.exec.devices import Devices
 from maveriq.exec.engines.catalog import BACKENDS
 from maveriq.exec.gpus import GpuReading
 from maveriq.exec.installed import installed, this_machine
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.matrix import Device
 from maveriq.exec.nvml import NvmlMeter
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.units import Bytes, gib
 
 EMULATED, _REAL = "emulated", "trtllm"

@@ -21,8 +21,8 @@ from maveriq.exec.devices import Devices
 from maveriq.exec.gpus import GpuMeter, GpuReading
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.prompts import Prompts
 from maveriq.exec.sampling import read_aside
 from maveriq.exec.tickets import LiveTicket
@@ -157,8 +157,8 @@ class _Replay:
             await self._body.close()
         return Replayed(
             record=record,
-            engines=tuple(body.engines),
-            notes=tuple(body.notes),
+            engines=tuple(body.chronicle.engines),
+            notes=tuple(body.chronicle.notes),
             energy_j=tuple(_energy_j(*both) for both in zip(before, after, strict=True)),
             interrupted=self._interrupted.is_set(),
         )
@@ -169,7 +169,7 @@ class _Replay:
         beside = [asyncio.create_task(doing) for doing in doings]
         ends = [
             asyncio.create_task(self._serve_all()),
-            asyncio.create_task(self._until(deadline_us + 1)),
+            asyncio.create_task(self._body.clock.sleep_until(deadline_us + 1)),
             asyncio.create_task(self._wait_interrupted()),
             self._body.fault,
         ]
@@ -185,16 +185,11 @@ class _Replay:
     async def _wait_interrupted(self) -> None:
         await self._interrupted.wait()
 
-    async def _until(self, time_us: Micros) -> None:
-        """Sleep until an instant of the run."""
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(max(0.0, self._body.real_time_s(time_us) - loop.time()))
-
     async def _serve_all(self) -> None:
         """Let everything happen at its time, and wait until every request has ended."""
         for time_us, _, _, happen in heapq.merge(sorted(self._planned(), key=_order), self._arriving(), key=_order):
             if time_us > self._body.now_us:
-                await self._until(time_us)
+                await self._body.clock.sleep_until(time_us)
             happen()
         await self._body.drained()
 
@@ -241,7 +236,7 @@ class _Replay:
         due_us = 0
         while not self._nothing_left():
             due_us += self._scenario.sample_us
-            await self._until(due_us)
+            await self._body.clock.sleep_until(due_us)
             readings = await self._read()
             self._sample(self._body.now_us, readings)
 

@@ -7,8 +7,9 @@ from typing import Protocol
 
 from maveriq.exec.ground import Ground
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import Ending, Life, Order, SupervisionSettings
+from maveriq.exec.life import Life
 from maveriq.exec.messages import Failed, Finished, Generate, Loaded, Progress
+from maveriq.exec.orders import Ending, Order, SupervisionSettings
 
 
 class Overseer(Protocol):

@@ -10,9 +10,9 @@ from maveriq.control.events import StartEngine
 from maveriq.domain.hardware import Cluster
 from maveriq.domain.models import ModelSpec
 from maveriq.exec.devices import Devices
-from maveriq.exec.life import Order
 from maveriq.exec.messages import EngineSpec, Loaded
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.orders import Order
 from maveriq.policy.base import Policy
 from maveriq.scenario.scenario import LoadTime, Scenario
 from maveriq.scenario.service import ServiceModel, service_model

@@ -16,8 +16,8 @@ from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.world import World
 from maveriq.policy.base import Policy
 from maveriq.policy.catalog import RULES, make_policy

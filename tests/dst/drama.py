@@ -22,8 +22,8 @@ from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.body import Body, World
 from maveriq.exec.cluster import EndpointRequest, Outcome, Submission, Ticket
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.policy.base import Decision, Deploy, Policy, Rejection
 from maveriq.scenario.service import EstimatedService
 from maveriq.units import BYTES_PER_GIB, micros
@@ -162,7 +162,7 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     machine = Machine(chance, misfortune)
     body = body_on(chance, machine, Anywhere(chance), machine)
     outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
-    failures = len(body.notes)
+    failures = len(body.chronicle.notes)
     await body.close()
     table = body.end_requests()
     counts = Counter(outcome.status.label for outcome in outcomes)

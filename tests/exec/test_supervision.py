@@ -14,7 +14,6 @@ from worlds import MODEL
 from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.ground import Ground, NoMemoryWatch
 from maveriq.exec.launcher import LaunchError
-from maveriq.exec.life import Order, SupervisionSettings
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -30,6 +29,7 @@ from maveriq.exec.messages import (
     Stop,
     ToEngine,
 )
+from maveriq.exec.orders import Order, SupervisionSettings
 from maveriq.exec.supervisor import Supervisor
 
 SETTINGS = SupervisionSettings(
