@@ -109,6 +109,7 @@ def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline,
         assert len(brain.queue) == waiting
         assert sum(len(one.running) for one in brain.fleet.deployments.values()) == running
         assert len(world.ended) + waiting + running == world.arrived
+        assert all(map(brain.ledger.runs, brain._unwanted))
     assert len(set(world.ended)) == len(world.ended)
     table = brain.ledger.close()
     assert set(table.status.tolist()) <= {status.value for status in FINAL_STATUSES}
