@@ -34,6 +34,7 @@ from maveriq.exec.messages import (
     Stop,
 )
 from maveriq.exec.orders import Ending, Order, SupervisionSettings
+from maveriq.exec.patience import Patience
 from maveriq.exec.putdown import put_down
 from maveriq.exec.underway import UnderWay
 
@@ -75,7 +76,7 @@ class Life:
         self._let_in = False  # to memory that it has not taken yet
         self._loaded = False
         self._under_way: UnderWay | None = None
-        self._heard_s = 0.0
+        self._patience = Patience(settings, self._asked_s)
         self._pings = 0
 
     # What the supervisor asks for
@@ -151,17 +152,14 @@ class Life:
         self._let_in = True
         if warning:
             self._listener.noticed(self, warning)
-        self._heard_s = self._loop.time()
+        self._patience = Patience(self._settings, self._loop.time())  # it begins with the launch
         try:
             async with asyncio.timeout(self._settings.start_s):
                 self._connection = await self._launcher.launch(self.order.spec, tuple(self.order.needed))
         except TimeoutError:
-            self._end(Ending(reason=self._too_slow()))
+            self._end(Ending(reason=self._patience.too_slow()))
         except LaunchError as error:
             self._end(Ending(reason=str(error)))
-
-    def _too_slow(self) -> str:
-        return f"its engine did not start within {self._settings.start_s:g} s"
 
     async def _listen(self, connection: EngineConnection) -> None:
         try:
@@ -184,7 +182,7 @@ class Life:
     def _take(self, message: FromEngine) -> None:
         if self._ending.done():
             return
-        self._heard_s = self._loop.time()
+        self._patience.heard(self._loop.time())
         match message:
             case Hello(protocol=protocol):
                 self._greeted(protocol)
@@ -253,17 +251,14 @@ class Life:
 
     async def _tick(self) -> None:
         """Ask for a sign of life, again and again."""
-        started_s = self._loop.time()
         while True:
+            due_s = self._loop.time() + self._settings.ping_s
             await asyncio.sleep(self._settings.ping_s)
             now_s = self._loop.time()
-            if not self._loaded:
-                if now_s - started_s > self._settings.start_s:
-                    self._end(Ending(reason=self._too_slow()))
-            elif now_s - self._heard_s > self._settings.hang_s:
-                self._end(Ending(reason=f"its engine was not heard for {self._settings.hang_s:g} s"))
-            elif self._under_way is not None and self._under_way.stands_still(now_s):
-                self._end(Ending(reason="its engine did not get on with an execution"))
+            if now_s - due_s > self._settings.ping_s:
+                self._patience.excuse(now_s - due_s, now_s, self._under_way)
+            if reason := self._patience.complaint(now_s, loaded=self._loaded, under_way=self._under_way):
+                self._end(Ending(reason=reason))
             self._pings += 1
             self._send(Ping(number=self._pings))
             if not self._loaded and self._pings > 1:

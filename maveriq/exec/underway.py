@@ -45,12 +45,22 @@ class UnderWay:
         """Say whether an engine that answers this ping and is not at it must be told again: word was lost."""
         return ping > self._pings
 
+    def excuse(self, late_s: float, now_s: float) -> None:
+        """Note that nobody listened for a while."""
+        self._moved_s = min(now_s, self._moved_s + late_s)
+
     def stands_still(self, now_s: float) -> bool:
         """Say whether the engine does not get on with it."""
         return now_s - self._moved_s > self._allowed_s
 
     def complaint(self, said: Progress | Finished) -> str:
         """Return what is wrong with what an engine says of it, empty if nothing is."""
+        given = said.tokens if isinstance(said, Progress) else said.outputs
+        if len(given) != len(self.work.sequences):
+            return "tokens for another number of sequences"
+        most = [sequence.output_tokens for sequence in self.work.sequences]
         if isinstance(said, Progress):
-            return "" if len(said.tokens) == len(self.work.sequences) else "tokens for another number of sequences"
-        return "" if len(said.outputs) == len(self.work.sequences) else "outputs for another number of sequences"
+            too_many = any(said.step > count and token >= 0 for count, token in zip(most, said.tokens, strict=True))
+        else:
+            too_many = any(len(output) > count for count, output in zip(most, said.outputs, strict=True))
+        return "more tokens than were asked for" if too_many else ""

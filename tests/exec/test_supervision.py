@@ -128,6 +128,7 @@ class Scene:
     engines: list[FakeEngine] = field(default_factory=list)
     told: list[tuple[float, str, object]] = field(default_factory=list)
     refusals: int = 0
+    launch_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -141,6 +142,7 @@ class Scene:
         if self.refusals:
             self.refusals -= 1
             raise LaunchError("no such file")
+        await asyncio.sleep(self.launch_s)
         engine = FakeEngine(self.answer)
         self.engines.append(engine)
         if self.greet:
@@ -261,6 +263,15 @@ def test_a_start_that_takes_too_long_is_a_failure_also_when_the_engine_answers()
     assert scene.details("down") == ["its engine did not start within 100 s"]
 
 
+def test_launch_and_load_share_the_time_to_start() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch_s = 80
+        scene.start()
+        await asyncio.sleep(150)
+
+    assert play(script, lambda engine, message: None).times("down") == [101.0]
+
+
 def test_a_process_that_cannot_be_started_is_a_failure() -> None:
     async def script(scene: Scene) -> None:
         scene.refusals = 2
@@ -284,6 +295,58 @@ def test_an_engine_that_is_not_heard_hangs() -> None:
     scene = play(script, falls_silent)
     assert scene.times("down") == [13.0]  # last heard at 2 s
     assert scene.engines[0].signals == ["KILL"]
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_an_executor_that_stood_still_holds_nothing_against_its_engines(*, at_work: bool) -> None:
+    """As after SIGSTOP and SIGCONT: nobody could be heard, so nobody was silent."""
+
+    def takes_long(engine: FakeEngine, message: ToEngine) -> None:
+        match message:
+            case Generate():
+                pass
+            case Ping(number=number):
+                engine.say(Pong(number=number, execution_id=int(at_work), steps=0))
+            case _:
+                well(engine, message)
+
+    async def script(scene: Scene) -> None:
+        scene.start()
+        await asyncio.sleep(0.5)
+        if at_work:
+            scene.supervisor.execute(work(1), 0.0)
+        await asyncio.sleep(5)
+        scene.loop.stand_still(1000)
+        await asyncio.sleep(3)
+
+    assert play(script, takes_long).times("down") == []
+
+
+@pytest.mark.parametrize(
+    "too_much",
+    [
+        Progress(execution_id=1, step=3, tokens=(5,)),
+        Progress(execution_id=1, step=1, tokens=(5, 6)),
+        Finished(execution_id=1, first_token_s=0, service_s=0, outputs=((5, 6, 7),)),
+        Finished(execution_id=1, first_token_s=0, service_s=0, outputs=()),
+    ],
+)
+def test_an_engine_that_gives_what_nobody_asked_for_has_failed(too_much: FromEngine) -> None:
+    def babbles(engine: FakeEngine, message: ToEngine) -> None:
+        if isinstance(message, Generate):
+            engine.say(too_much)
+        else:
+            well(engine, message)
+
+    async def script(scene: Scene) -> None:
+        scene.start()
+        await asyncio.sleep(0.5)
+        scene.supervisor.execute(work(1, tokens=2), 0.0)
+        await asyncio.sleep(0.5)
+
+    scene = play(script, babbles)
+    assert len(scene.details("down")) == 1
+    assert scene.details("executed") == []
 
 
 @pytest.mark.parametrize(("expected_s", "down_s"), [(0.0, 11.0), (100.0, 311.0)])
@@ -368,7 +431,7 @@ def test_steps_are_handed_on_once_and_in_order() -> None:
     async def script(scene: Scene) -> None:
         scene.start()
         await asyncio.sleep(0.5)
-        scene.supervisor.execute(work(1), 0.0)
+        scene.supervisor.execute(work(1, tokens=5), 0.0)
         await asyncio.sleep(0.5)
 
     scene = play(script, muddles)
