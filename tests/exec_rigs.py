@@ -248,6 +248,21 @@ class CannotDo(Broken):
         return super().generate(work)
 
 
+class Breaks(Broken):
+    """Breaks at its first execution, in a way that nobody foresaw."""
+
+    def generate(self, work: Generate) -> Any:
+        raise ZeroDivisionError("nobody foresaw this")
+
+
+class Chatters(Broken):
+    """Prints a lot."""
+
+    def generate(self, work: Generate) -> Any:
+        os.write(2, b"chatter " * 4_000 + b"\nchatter, chatter, the last\n")
+        return super().generate(work)
+
+
 class EndsEarly(Broken):
     """Generates three tokens at most."""
 
