@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maveriq.domain.hardware import Cluster
-from maveriq.errors import InputError, UnknownNameError
+from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.exec.capable import CapableEstimator
 from maveriq.exec.devices import Devices
@@ -124,13 +124,19 @@ class Site:
 
 
 class SiteMemory:
-    """Sees the memory of the devices behind a cluster's GPUs."""
+    """Sees the memory of the devices behind a cluster's GPUs; asking the driver takes a millisecond or so."""
 
     def __init__(self, meter: NvmlMeter) -> None:
         self._meter = meter
 
-    def free_bytes(self, gpu_id: int) -> Bytes:
-        """Return what is free on the device of a GPU."""
-        index = gpu_id % len(self._meter.gpus)
-        reading: GpuReading = self._meter.read()[index]
-        return max(0, self._meter.gpus[index].memory_bytes - reading.used_bytes)
+    def device_of(self, gpu_id: int) -> int:
+        """Return the GPU of this machine that stands behind one of the cluster's."""
+        return gpu_id % len(self._meter.gpus)
+
+    def free_bytes(self, device: int) -> Bytes | None:
+        """Return what is free on a GPU of this machine; None where its driver does not answer (any more)."""
+        try:
+            reading: GpuReading = self._meter.read()[device]
+        except MaveriqError:
+            return None
+        return max(0, self._meter.gpus[device].memory_bytes - reading.used_bytes)

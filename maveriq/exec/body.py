@@ -176,7 +176,10 @@ class Body:
 
     def break_engine(self, deployment_id: int, *, for_us: Micros | None) -> None:
         """Make an engine fail on purpose, for a while or for good."""
-        reason, supervisor = "its engine was killed on purpose", self._supervisors.get(deployment_id)
+        fleet, supervisor = self.controller.fleet, self._supervisors.get(deployment_id)
+        if deployment_id not in fleet.deployments or not fleet.holds_memory(fleet.deployments[deployment_id]):
+            return  # rejected, removed or lost: there is nothing to break
+        reason = "its engine was killed on purpose"
         repair_after_s = None if for_us is None else self.clock.real_s(for_us)
         if supervisor is not None and supervisor.break_off(reason, repair_after_s=repair_after_s):
             return

@@ -8,7 +8,9 @@ from maveriq.exec.wording import one_line
 from maveriq.exec.world import EngineRecord
 from maveriq.units import Micros, seconds
 
-_MOST_NOTES = 100
+MOST_ENGINES = 10_000
+MOST_NOTES = 100
+"""What comes after so many is left out: a service may run for months, and its engines fail as long."""
 
 
 class Chronicle:
@@ -25,10 +27,14 @@ class Chronicle:
 
     def served(self, order: Order, loaded: Loaded, now_s: float) -> None:
         """Note that it serves."""
+        if len(self.engines) == MOST_ENGINES:
+            return
         start_s = now_s - self._asked_s[order.spec.deployment_id]
         self.engines.append(EngineRecord(order=order, loaded=loaded, start_s=start_s))
 
     def note(self, name: str, now_us: Micros, what: str) -> None:
         """Note what happened to a deployment."""
-        if len(self.notes) < _MOST_NOTES:
+        if len(self.notes) == MOST_NOTES:
+            self.notes.append("what else happened to engines is left out here")
+        elif len(self.notes) < MOST_NOTES:
             self.notes.append(f"{name}, {seconds(now_us):.1f} s: {one_line(what)}")

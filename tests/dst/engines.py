@@ -51,6 +51,10 @@ class Machine:
         self._pids += 1
         return self._pids
 
+    def device_of(self, gpu_id: int) -> int:
+        """`MemoryWatch`: each GPU is a device."""
+        return gpu_id
+
     def free_bytes(self, gpu_id: int) -> int:
         """`MemoryWatch`: what nvidia-smi would show."""
         held = [process.memory for process in self.processes if process.alive and process.holds_memory]

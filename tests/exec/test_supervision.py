@@ -477,7 +477,10 @@ class _Memory:
     def __init__(self, back_s: float) -> None:
         self.back_s = back_s
 
-    def free_bytes(self, gpu_id: int) -> int:
+    def device_of(self, gpu_id: int) -> int:
+        return gpu_id
+
+    def free_bytes(self, device: int) -> int:
         return 10 if 0.2 < asyncio.get_running_loop().time() < self.back_s else 100
 
 
@@ -497,6 +500,34 @@ def test_the_next_engine_waits_for_memory_to_come_back_but_not_for_ever(
     scene = play(script, watch=_Memory(back_s))
     assert scene.times("up")[1] == pytest.approx(up_s, abs=0.2)
     assert len(scene.details("noticed")) == warned
+
+
+def test_gpus_that_share_a_device_need_its_memory_together() -> None:
+    class Shared(_Memory):
+        def device_of(self, gpu_id: int) -> int:
+            return 0
+
+        def free_bytes(self, device: int) -> int:
+            return 150 if asyncio.get_running_loop().time() < self.back_s else 200
+
+    async def script(scene: Scene) -> None:
+        scene.start()  # 100 on each of two
+        await asyncio.sleep(50)
+
+    assert play(script, watch=Shared(30.0)).times("up") == [pytest.approx(30.0, abs=0.2)]
+
+
+def test_what_is_broken_on_purpose_does_not_count_as_a_failure() -> None:
+    async def script(scene: Scene) -> None:
+        scene.start()
+        for _ in range(2 * SETTINGS.most_failures):
+            await asyncio.sleep(5)
+            assert scene.supervisor.break_off("killed on purpose", repair_after_s=1.0)
+        await asyncio.sleep(5)
+
+    scene = play(script)
+    assert scene.details("lost") == []
+    assert len(scene.times("up")) == 2 * SETTINGS.most_failures + 1
 
 
 def test_loading_is_told_how_long_is_left_of_what_it_should_take() -> None:

@@ -7,7 +7,7 @@ from maveriq.cli import engine_site
 from maveriq.cli.engine_site import Site
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, WeightType
-from maveriq.errors import InputError
+from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.gpus import VirtualMeter
 from maveriq.exec.installed import Installed, Machine
 from maveriq.units import BYTES_PER_GIB
@@ -32,7 +32,21 @@ def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> No
     assert site.devices(cluster(2, gib=8)).uuids == ("VIRTUAL-0", "VIRTUAL-1")
     watch = site.watch()
     assert watch is not None
+    assert [watch.device_of(gpu_id) for gpu_id in range(4)] == [0, 1, 2, 0]
     assert watch.free_bytes(1) == 16 * BYTES_PER_GIB
+
+
+def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
+    machine(monkeypatch, 16)
+    site = Site("torch")
+    watch = site.watch()
+    assert watch is not None
+
+    def lost(_: object) -> None:
+        raise MaveriqError("GPU 0 (big) does not answer: it is lost")
+
+    monkeypatch.setattr(VirtualMeter, "read", lost)
+    assert watch.free_bytes(0) is None
 
 
 def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> None:
