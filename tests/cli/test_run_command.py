@@ -189,6 +189,29 @@ def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Pa
     ]
 
 
+@pytest.mark.parametrize("gap_s", [0.005, 0.1])
+def test_impatience_costs_no_records(started: Started, tmp_path: Path, gap_s: float) -> None:
+    """Ctrl-C again and again, while engines are stopped and while records are written."""
+    process = started("--trace late.csv -q")
+    groups = engines_of(process)
+    while process.poll() is None and not (tmp_path / "run").exists():
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap_s)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert read_meta(tmp_path / "run")["kind"] == "run"
+    assert gone(groups)
+
+
+def test_a_folder_at_home_is_no_folder_called_tilde(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    ended = maveriq(f"{RUN} --trace soon.csv --models one.toml -q --out '~/a/run'")
+    assert ended.code == 0
+    assert (tmp_path / "home" / "a" / "run" / "engines" / "1-1.log").exists()
+    assert not (tmp_path / "~").exists()
+
+
 def test_its_engines_go_when_it_is_killed(started: Started) -> None:
     process = started("--trace late.csv -q")
     groups = engines_of(process)

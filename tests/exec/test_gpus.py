@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from worlds import controller
 
 from maveriq.domain.hardware import LoadWindow
 from maveriq.errors import InputError, InvariantError, MaveriqError
+from maveriq.exec.gpurecord import GpuRecord
 from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of, visible_devices
 from maveriq.exec.nvml import NvmlMeter, real_cluster
 from maveriq.exec.sampling import GpuSampler, MemoryWatch
@@ -357,6 +359,30 @@ def test_sampling_keeps_the_beat_and_slow_meters_out_of_the_loop(slow: bool) -> 
     asyncio.run(some_time())
     assert 2 <= len(heard) <= 11
     assert (threading.get_ident() in meter.threads) == (not slow)
+
+
+def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
+    class Lost(Scripted):
+        def read(self) -> Sequence[GpuReading]:
+            if len(self.readings) == 1:
+                raise MaveriqError("GPU 0 (x) does not answer: it is lost")
+            return super().read()
+
+    meter = Lost([reading(1, energy_j=5.0)], [reading(2, energy_j=8.0)], [reading(3)])
+
+    async def some_time() -> GpuRecord:
+        record = GpuRecord(controller({1: [(0,)]}).fleet, 1, meter, own_devices=True)
+        for time_us in (1, 2, 3):
+            await record.read()
+            record.sample(time_us)
+            if time_us == 2:
+                assert record.energy_j() == (3.0,)
+        return record
+
+    record = asyncio.run(some_time())
+    assert [one.memory_bytes for one in record.samples] == [GIB, 2 * GIB, 0]
+    assert record.energy_j() == ()
+    assert len(record.notes) == 1
 
 
 def test_memory_is_waited_for_until_it_is_back() -> None:
