@@ -20,6 +20,7 @@ from maveriq.domain.records import NOT_YET
 from maveriq.errors import MaveriqError, cannot_write
 from maveriq.exec.interruption import Interruption
 from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.modelfiles import ModelFiles
 from maveriq.exec.replay import Replayed, ReplaySettings, check_real, run_replay
 from maveriq.report.engine_csv import engine_lines
 from maveriq.report.folders import check_writable
@@ -28,6 +29,7 @@ from maveriq.report.reading import read_meta
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import Scenario
+from maveriq.workload.modelsets import load_model_set
 
 
 def run_for_real(options: Options, engines: Engines, output: Output) -> None:
@@ -45,6 +47,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
         check_real(scenario)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
+            files=ModelFiles(load_model_set(options.models).configs().get),
             devices=site.devices(scenario.cluster),
             supervision=engines.supervision(),
             meter=site.meter,

@@ -23,6 +23,7 @@ from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.interruption import Interruption
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
+from maveriq.exec.modelfiles import ModelFiles
 from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.prompts import Prompts
 from maveriq.exec.tickets import LiveTicket
@@ -44,6 +45,7 @@ class ReplaySettings:
     Args:
         time_scale: real seconds per second of the run.
         devices: what stands behind the cluster's GPUs.
+        files: where those of models lie.
         supervision: how long to be patient with engines.
         meter: reads real GPUs, None where there are none.
         watch: who sees the memory of real GPUs.
@@ -51,6 +53,7 @@ class ReplaySettings:
 
     time_scale: float = 1.0
     devices: Devices = field(default_factory=Devices)
+    files: ModelFiles = field(default_factory=ModelFiles)
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
     meter: GpuMeter | None = None
     watch: MemoryWatch | None = None
@@ -127,7 +130,7 @@ class _Replay:
         self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
         self._asks_left = len(scenario.workload.asks)
         self._body = Body(
-            world_of(scenario, settings.devices),
+            world_of(scenario, settings.devices, settings.files),
             launcher,
             time_scale=settings.time_scale,
             supervision=settings.supervision,

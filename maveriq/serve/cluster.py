@@ -16,7 +16,7 @@ from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.modelconfig import config_json
+from maveriq.exec.modelfiles import ModelFiles
 from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.world import World
 from maveriq.policy.base import Policy
@@ -26,7 +26,6 @@ from maveriq.scenario.build import cluster_for, controller_settings, guess_with,
 from maveriq.scenario.estimators import estimators_for
 from maveriq.scenario.options import Options
 from maveriq.scenario.service import EstimatedService
-from maveriq.tables import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +113,7 @@ async def open_cluster(
         service=EstimatedService(plan.believed),
         load_time=load_time_for(plan.options, plan.profile),
         devices=devices or Devices(),
-        config_of=lambda model: _config_of(model, folder_of(model)),
-        weights_of=lambda model: _weights_of(folder_of(model)),
+        files=ModelFiles(lambda model: (folder := folder_of(model)) and folder / "config.json"),
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
     with ProcessLauncher(backend, logs=logs, devices=world.devices) as launcher:
@@ -124,21 +122,3 @@ async def open_cluster(
             yield body
         finally:
             await body.close()
-
-
-def _config_of(model: ModelSpec, folder: Path | None) -> str:
-    """Return a model's own configuration, else one of its shape.
-
-    Where its own has gone it is empty: its engine then fails by itself, without bringing others down.
-    """
-    if folder is None:
-        return config_json(model)
-    try:
-        return read_text(folder / "config.json", what="model configuration")
-    except InputError:
-        return "{}"
-
-
-def _weights_of(folder: Path | None) -> str:
-    """Return the folder if there are weights in it, else nothing: then they are random."""
-    return str(folder) if folder is not None and any(folder.glob("*.safetensors")) else ""

@@ -14,6 +14,8 @@ import pytest
 from exec_rigs import PATIENCE_S, alive_in_group
 from sandbox import Maveriq, everything_in, put
 
+from maveriq.domain.catalog import load_model
+from maveriq.exec.modelconfig import config_json
 from maveriq.report.reading import read_meta, read_run
 
 HEAD = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
@@ -122,6 +124,22 @@ def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_p
     assert line.endswith("records: run")
     [deployment] = read_run(tmp_path / "run").deployments
     assert deployment.status == "down"
+
+
+def test_a_model_of_a_folder_is_run_with_the_weights_that_lie_there(maveriq: Maveriq, tmp_path: Path) -> None:
+    """Told by weights that cannot be read: random ones can."""
+    pytest.importorskip("torch")
+    config = json.loads(config_json(load_model("llama-2-7b"))) | {"_name_or_path": "me/llama-2-7b"}
+    put(tmp_path, {
+        "mine/config.json": json.dumps(config),
+        "mine/model.safetensors": "these are no weights",
+        "mine.toml": 'name = "mine"\n[[models]]\nmodel = "./mine"\nload_at = 0\n',
+        "now.csv": HEAD + "0.1,1,5,2\n",
+    })  # fmt: skip
+    ended = maveriq("run --backend torch --trace now.csv --models mine.toml --most-failures 1 --ideal --out run -q")
+    assert ended.code == 1
+    line = ended.err.splitlines()[-1]
+    assert f"weights {tmp_path / 'mine' / 'model.safetensors'} cannot be read" in line
 
 
 Started = Callable[..., subprocess.Popen[str]]

@@ -199,7 +199,6 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
         guess=lambda *_: micros(1.0),
         service=EstimatedService(TokenSeconds(_TOKEN_S)),
         load_time=lambda _: micros(chance.between(0.1, 3)),
-        config_of=lambda _: "{}",
     )
     body = Body(
         world,
