@@ -134,9 +134,9 @@ def test_a_model_of_a_folder_is_run_with_the_weights_that_lie_there(maveriq: Mav
         "mine/config.json": json.dumps(config),
         "mine/model.safetensors": "these are no weights",
         "mine.toml": 'name = "mine"\n[[models]]\nmodel = "./mine"\nload_at = 0\n',
-        "now.csv": HEAD + "0.1,1,5,2\n",
+        "wait.csv": HEAD + "600,1,5,2\n",
     })  # fmt: skip
-    ended = maveriq("run --backend torch --trace now.csv --models mine.toml --most-failures 1 --ideal --out run -q")
+    ended = maveriq("run --backend torch --trace wait.csv --models mine.toml --most-failures 1 --ideal --out run -q")
     assert ended.code == 1
     line = ended.err.splitlines()[-1]
     assert f"weights {tmp_path / 'mine' / 'model.safetensors'} cannot be read" in line
