@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from maveriq.cli.engine_site import Engines, Site
+from maveriq.cli.local_gpus import cluster_here
 from maveriq.cli.simulating import Output, default_folder, meta_of, report
 from maveriq.domain.records import NOT_YET
 from maveriq.errors import MaveriqError, cannot_write
@@ -43,7 +44,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
     folder = output.folder or _default_folder(options, engines)
     check_writable(folder)
     with contextlib.closing(Site(engines.name)) as site:
-        scenario = build_scenario(options, planning=site.planning)
+        scenario = build_scenario(options, planning=site.planning, clusters=cluster_here)
         check_real(scenario)
         settings = ReplaySettings(
             time_scale=engines.time_scale,

@@ -24,6 +24,7 @@ class Patience:
 
     def excuse(self, late_s: float, now_s: float, under_way: UnderWay | None) -> None:
         """Hold nothing against the engine: it was the executor that stood still (stopped, or short of a processor)."""
+        self._launched_s += late_s
         self._heard_s = min(now_s, self._heard_s + late_s)
         if under_way is not None:
             under_way.excuse(late_s, now_s)

@@ -40,7 +40,12 @@ class ClusterPlan:
     placements: PerEndpoint
 
 
-def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> ClusterPlan:
+def plan_cluster(
+    options: Options,
+    *,
+    planning: Callable[[Estimator], Estimator] = lambda one: one,
+    clusters: Callable[[str, HardwareProfile], Cluster] = cluster_for,
+) -> ClusterPlan:
     """Turn options into a cluster's plan, reading every file that they name.
 
     Requests go at once, without the delays of the testbed that the profile was measured on.
@@ -48,6 +53,7 @@ def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator]
     Args:
         options: what the user says.
         planning: turns the estimator that the options name for planning into the one that is planned with.
+        clusters: turns what the options say of GPUs into a cluster.
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -67,7 +73,7 @@ def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator]
     return ClusterPlan(
         options=options,
         profile=profile,
-        cluster=cluster_for(options.gpus, profile),
+        cluster=clusters(options.gpus, profile),
         planner=planner,
         believed=estimators.serve,
         placements=PerEndpoint(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),

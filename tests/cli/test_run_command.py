@@ -15,6 +15,7 @@ from exec_rigs import PATIENCE_S, alive_in_group
 from sandbox import Maveriq, everything_in, put
 
 from maveriq.domain.catalog import load_model
+from maveriq.exec import nvml
 from maveriq.exec.modelconfig import config_json
 from maveriq.report.reading import read_meta, read_run
 
@@ -82,6 +83,17 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
     assert not ((run.requests.start_us[hit] > 123_100_000) & (run.requests.start_us[hit] < 127_000_000)).any()
 
 
+class NoDriver:
+    """NVML on a machine without GPUs."""
+
+    class NVMLError(Exception):
+        pass
+
+    @classmethod
+    def nvmlInit(cls) -> None:  # noqa: N802
+        raise cls.NVMLError("Driver Not Loaded")
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
@@ -95,15 +107,17 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
         ("--backend emulated --start-timeout-s -1", ("--start-timeout-s", "-1")),
         ("--backend emulated --most-failures 0", ("--most-failures", "0")),
         ("--backend emulated --fail gpu=0@9s", ("GPU 0", "deployment=")),
+        ("--backend emulated --gpus local", ("--gpus local: ", "NVIDIA")),
         ("--backend emulated --trace long.csv", ("2,000,000", "1,000,000")),
         ("--backend emulated --slo-ttft-ms 0", ("--slo-ttft-ms", "0")),
         ("--backend emulated --out t.csv", ("t.csv", "folder")),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
-    maveriq: Maveriq, tmp_path: Path, said: str, words: tuple[str, ...]
+    maveriq: Maveriq, tmp_path: Path, monkeypatch, said: str, words: tuple[str, ...]
 ) -> None:
     put(tmp_path, {"long.csv": HEAD + "30,1,2000000,1\n"})
+    monkeypatch.setattr(nvml, "_import_nvml", lambda: NoDriver)
     before = everything_in(tmp_path)
     ended = maveriq(f"run {WORLD} {said}")
     assert ended.code == 2

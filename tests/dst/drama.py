@@ -42,6 +42,7 @@ class Ended:
     engines: int = 0
     deployments: int = 0
     failures: int = 0
+    hangs: int = 0
     simulated_s: float = 0.0
 
 
@@ -161,8 +162,10 @@ def play(seed: int, misfortune: Misfortune | None = None) -> Ended:
 async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     machine = Machine(chance, misfortune)
     body = body_on(chance, machine, Anywhere(chance), machine)
+    standing = asyncio.create_task(machine.stand_still_at_times())
     outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
-    failures = len(body.chronicle.notes)
+    standing.cancel()
+    notes = body.chronicle.notes
     await body.close()
     table = body.end_requests()
     counts = Counter(outcome.status.label for outcome in outcomes)
@@ -180,7 +183,8 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
         reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
         engines=len(machine.processes),
         deployments=sum(1 for one in body.controller.fleet.deployments.values() if one.incarnation),
-        failures=failures,
+        failures=len(notes),
+        hangs=sum("was not heard" in note or "did not get on" in note for note in notes),
         simulated_s=asyncio.get_running_loop().time(),
     )
 
