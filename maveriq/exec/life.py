@@ -93,8 +93,6 @@ class Life:
 
     def break_off(self, reason: str, *, final: bool) -> None:
         """Kill the engine, as if it had failed: this is how faults are made on purpose."""
-        if self._connection is not None:
-            self._connection.kill()
         self._end(Ending(reason=reason, final=final))
 
     @property

@@ -85,6 +85,8 @@ class Machine:
                 self.wrongs.append(f"{self.loop.time():.3f} s: GPU {gpu_id} holds more than it has")
 
     def check_alone(self, newcomer: Process) -> None:
+        if newcomer.doomed:
+            return  # it has been killed, and does not know yet
         for other in self.processes:
             shared = set(other.gpu_ids) & set(newcomer.gpu_ids)
             if other is not newcomer and other.executing and not other.doomed and shared:
