@@ -26,6 +26,7 @@ from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load,
 from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
 from maveriq.exec.orders import SupervisionSettings
+from maveriq.exec.sampling import GpuSampler
 from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
@@ -188,7 +189,7 @@ async def body(
     token_s: float = 0.001,
     supervision: SupervisionSettings = QUICK,
     batch_size: int = 1,
-    models: dict[int, str] | None = None,
+    sampler: GpuSampler | None = None,
     **settings: Any,
 ) -> AsyncIterator[Body]:
     """A body whose endpoints are asked for; a token takes `token_s`."""
@@ -199,6 +200,7 @@ async def body(
         guess=guess,
         service=EstimatedService(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
+        measured_loads=sampler.loads if sampler else None,
     )
     with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
         one = Body(world, launcher, supervision=supervision)

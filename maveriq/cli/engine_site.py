@@ -15,6 +15,7 @@ from maveriq.exec.installed import installed, this_machine
 from maveriq.exec.matrix import Device
 from maveriq.exec.nvml import NvmlMeter
 from maveriq.exec.orders import SupervisionSettings
+from maveriq.exec.sampling import GpuSampler
 from maveriq.units import Bytes, gib
 
 EMULATED, _REAL = "emulated", "trtllm"
@@ -116,6 +117,10 @@ class Site:
     def watch(self) -> SiteMemory | None:
         """Return who sees the memory of the GPUs, None where there are none."""
         return SiteMemory(self.meter) if self.meter else None
+
+    def sampler(self, cluster: Cluster) -> GpuSampler | None:
+        """Return who sees how busy the GPUs are; None where there are none, or several of the cluster's share one."""
+        return None if self.meter is None or self.devices(cluster).shared else GpuSampler(self.meter)
 
     def close(self) -> None:
         """Let the driver go."""

@@ -53,6 +53,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
             supervision=engines.supervision(),
             meter=site.meter,
             watch=site.watch(),
+            sampler=site.sampler(scenario.cluster),
         )
         _run(_Job(options=options, engines=engines, output=output, folder=folder), scenario, settings)
 

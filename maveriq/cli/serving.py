@@ -102,6 +102,7 @@ async def _serve(
         folder_of=folder_of,
         devices=site.devices(plan.cluster),
         watch=site.watch(),
+        sampler=site.sampler(plan.cluster),
     ) as body:
         app = create_app(body, store, settings, plan.placements)
         ready = partial(say, f"serving {plan.cluster.name} on {url}; Ctrl-C ends it")

@@ -69,6 +69,7 @@ class Body:
         watch: MemoryWatch | None = None,
     ) -> None:
         self.controller = Controller(world.cluster, world.policy, world.settings, world.guess)
+        self.controller.fleet.measured_loads = world.measured_loads
         self.chronicle = Chronicle()
         self.clock = RunClock(time_scale)
         self._world = world

@@ -26,6 +26,7 @@ from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
 from maveriq.exec.modelfiles import ModelFiles
 from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.prompts import Prompts
+from maveriq.exec.sampling import GpuSampler
 from maveriq.exec.tickets import LiveTicket
 from maveriq.exec.world import EngineRecord, world_of
 from maveriq.scenario.scenario import Scenario
@@ -49,6 +50,7 @@ class ReplaySettings:
         supervision: how long to be patient with engines.
         meter: reads real GPUs, None where there are none.
         watch: who sees the memory of real GPUs.
+        sampler: who sees how busy they are.
     """
 
     time_scale: float = 1.0
@@ -57,6 +59,7 @@ class ReplaySettings:
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
     meter: GpuMeter | None = None
     watch: MemoryWatch | None = None
+    sampler: GpuSampler | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +133,7 @@ class _Replay:
         self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
         self._asks_left = len(scenario.workload.asks)
         self._body = Body(
-            world_of(scenario, settings.devices, settings.files),
+            world_of(scenario, settings.devices, settings.files, settings.sampler.loads if settings.sampler else None),
             launcher,
             time_scale=settings.time_scale,
             supervision=settings.supervision,
@@ -174,7 +177,11 @@ class _Replay:
 
     async def _until_the_end(self) -> None:
         deadline_us = self._last_arrival_us + self._scenario.drain_us
-        doings = [self._sample_regularly(), *([self._show(self._watcher)] if self._watcher else [])]
+        doings = [
+            self._sample_regularly(),
+            *([self._show(self._watcher)] if self._watcher else []),
+            *([self._settings.sampler.run()] if self._settings.sampler else []),
+        ]
         beside = [asyncio.create_task(doing) for doing in doings]
         ends = [
             asyncio.create_task(self._serve_all()),

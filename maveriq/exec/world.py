@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from maveriq.control.controller import ControllerSettings, ServiceGuess
@@ -23,6 +24,7 @@ class World:
 
     `service` and `load_time` are estimates: by them hangs are told from long executions, and emulated engines
     take these times. `typical_prompt_tokens` is what latency is estimated for where nobody says.
+    `measured_loads` tells how busy each GPU was of late, where that is measured.
     """
 
     cluster: Cluster
@@ -34,6 +36,7 @@ class World:
     devices: Devices = field(default_factory=Devices)
     files: ModelFiles = field(default_factory=ModelFiles)
     typical_prompt_tokens: int = 1
+    measured_loads: Callable[[], Sequence[float]] | None = None
 
     def order(self, action: StartEngine, time_scale: float) -> Order:
         """Return the order for an engine that is to start; it takes `time_scale` real seconds per second of the run."""
@@ -67,7 +70,9 @@ class EngineRecord:
     start_s: float
 
 
-def world_of(scenario: Scenario, devices: Devices, files: ModelFiles) -> World:
+def world_of(
+    scenario: Scenario, devices: Devices, files: ModelFiles, measured_loads: Callable[[], Sequence[float]] | None
+) -> World:
     """Return what a body needs to know of a scenario.
 
     Raises:
@@ -82,4 +87,5 @@ def world_of(scenario: Scenario, devices: Devices, files: ModelFiles) -> World:
         load_time=scenario.load_time,
         devices=devices,
         files=files,
+        measured_loads=measured_loads,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.modelfiles import ModelFiles
 from maveriq.exec.orders import SupervisionSettings
+from maveriq.exec.sampling import GpuSampler
 from maveriq.exec.world import World
 from maveriq.policy.base import Policy
 from maveriq.policy.catalog import RULES, make_policy
@@ -91,6 +93,7 @@ async def open_cluster(
     folder_of: Callable[[ModelSpec], Path | None],
     devices: Devices | None = None,
     watch: MemoryWatch | None = None,
+    sampler: GpuSampler | None = None,
 ) -> AsyncIterator[Body]:
     """Give a cluster that is up, and close it at the end.
 
@@ -103,6 +106,7 @@ async def open_cluster(
         folder_of: says where the files of a model lie, None for one that is known by its shape alone.
         devices: what stands behind the cluster's GPUs; None where engines run on the CPU, or only pretend.
         watch: who sees the memory of real GPUs.
+        sampler: who sees how busy they are.
 
     Raises:
         InputError: the folder cannot be made.
@@ -119,12 +123,16 @@ async def open_cluster(
         service=EstimatedService(plan.believed),
         load_time=load_time_for(plan.options, plan.profile),
         devices=devices or Devices(),
+        measured_loads=sampler.loads if sampler else None,
         files=ModelFiles(lambda model: (folder := folder_of(model)) and folder / "config.json"),
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
     with ProcessLauncher(backend, logs=logs, devices=world.devices) as launcher:
         body = Body(world, launcher, time_scale=time_scale, supervision=supervision, watch=watch)
+        sampling = asyncio.create_task(sampler.run()) if sampler else None
         try:
             yield body
         finally:
+            if sampling is not None:
+                sampling.cancel()
             await body.close()

@@ -24,6 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = No
 def test_emulated_engines_have_no_devices() -> None:
     site = Site("emulated")
     assert (site.meter, site.watch(), site.devices(cluster(4)).uuids) == (None, None, ())
+    assert site.sampler(cluster(4)) is None
 
 
 def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> None:
@@ -53,6 +54,8 @@ def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> 
     machine(monkeypatch, 32)
     site = Site("torch")
     assert site.devices(cluster(4, gib=8)).uuids == ("VIRTUAL-0",) * 4
+    assert site.sampler(cluster(4, gib=8)) is None  # nobody knows whose work it is that the device does
+    assert site.sampler(cluster(1, gib=8)) is not None
     with pytest.raises(InputError, match=r"40\.0 GiB .* GPU 0 \(big\) has 32\.0 GiB"):
         site.devices(cluster(5, gib=8))
 
