@@ -97,7 +97,7 @@ def _write_table(path: Path, comparison: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["model", "figure", "simulated", "torch", "error_percent"])
-        groups = {"all": comparison["overall"], **{one["model"]: one for one in comparison["models"]}}
+        groups = {"all": comparison["overall"], **comparison["models"]}
         for model, group in groups.items():
             for name, one in group["differences"].items():
                 if None not in (one["sim"], one["real"], one["error"]):

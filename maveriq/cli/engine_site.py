@@ -94,7 +94,8 @@ class Site:
         if self.backend == EMULATED:
             return base
         device = Device.CUDA if self.meter else Device.CPU
-        return CapableEstimator(base=base, engine=self.backend, device=device)
+        slices = self.meter is not None and any(gpu.is_slice for gpu in self.meter.gpus)
+        return CapableEstimator(base=base, engine=self.backend, device=device, slices=slices)
 
     def devices(self, cluster: Cluster) -> Devices:
         """Return which device stands behind each GPU of a cluster; several share one where there are fewer.

@@ -82,10 +82,13 @@ class Crowd:
         node = self._node_of[action.deployment_id] = self._node_of_gpu[plan.gpu_ids[0]]
         members = self._members.setdefault(node, {})
         _advance(members, now_us)
+        requests = action.requests
+        # Nearly always it is one.
+        tokens = requests[0].output_tokens if len(requests) == 1 else max(one.output_tokens for one in requests)
         members[action.deployment_id] = _Member(
             plan=plan,
             execution_id=action.execution_id,
-            token_us=service_us / max(request.output_tokens for request in action.requests),
+            token_us=service_us / tokens,
             left_us=service_us,
             first_left_us=first_token_us,
             at_us=now_us,
@@ -126,12 +129,15 @@ class Crowd:
         for deployment_id, member in members.items():
             before_us = member.finish_us
             if before_us != member.at_us:  # else it is done at this very instant, whoever else comes or goes
-                plan = member.plan
-                wait_s = self._estimator.wait_s(plan.model, plan.configuration, neighbours=neighbours)
-                member.look_ahead(1 + wait_s * MICROS_PER_SECOND / member.token_us)
+                member.look_ahead(self._stretch(member, neighbours) if neighbours else 1.0)
                 if member.finish_us != before_us:
                     due.append((deployment_id, member.finish_us))
         return due
+
+    def _stretch(self, member: _Member, neighbours: int) -> float:
+        plan = member.plan
+        wait_s = self._estimator.wait_s(plan.model, plan.configuration, neighbours=neighbours)
+        return 1 + wait_s * MICROS_PER_SECOND / member.token_us
 
 
 def crowd_for(cluster: Cluster, estimator: Estimator | None) -> Crowd | None:

@@ -86,7 +86,7 @@ class Machine:
 
     def check_alone(self, newcomer: Process) -> None:
         if newcomer.doomed:
-            return  # it has been killed, and does not know yet
+            return  # a late word to one that is being killed
         for other in self.processes:
             shared = set(other.gpu_ids) & set(newcomer.gpu_ids)
             if other is not newcomer and other.executing and not other.doomed and shared:

@@ -19,7 +19,7 @@ from worlds import controller
 from maveriq.domain.hardware import LoadWindow
 from maveriq.errors import InputError, InvariantError, MaveriqError
 from maveriq.exec.gpurecord import GpuRecord
-from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of, visible_devices
+from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of
 from maveriq.exec.nvml import NvmlMeter, real_cluster
 from maveriq.exec.sampling import GpuSampler
 from maveriq.units import BYTES_PER_GIB
@@ -167,13 +167,6 @@ def test_slices_stand_for_the_gpu_that_is_cut(nvml: Callable[..., FakeNvml]) -> 
     for spread in ([0, 1], [1, 2]):
         with pytest.raises(InputError, match="MIG is on"):
             visible_devices(gpus, spread)
-
-
-def test_gpus_are_shown_by_uuid_in_the_order_asked_for(nvml: Callable[..., FakeNvml]) -> None:
-    nvml(*(FakeGpu(f"GPU-{k}") for k in range(4)))
-    gpus = NvmlMeter().gpus
-    assert visible_devices(gpus, [3, 0])["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-0"
-    assert visible_devices(gpus, [])["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_cluster_of_this_machine_counts_used_memory_as_held(nvml: Callable[..., FakeNvml]) -> None:

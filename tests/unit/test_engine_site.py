@@ -1,5 +1,7 @@
 """Where engines run: on the GPUs of the machine, each as its own or several on one, or on none."""
 
+from dataclasses import replace
+
 import pytest
 from worlds import MODEL, TokenSeconds, cluster
 
@@ -13,9 +15,13 @@ from maveriq.exec.installed import Installed, Machine
 from maveriq.units import BYTES_PER_GIB
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None) -> None:
+def machine(
+    monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False
+) -> None:
     """Let the machine have GPUs of so much memory."""
     meter = VirtualMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
+    sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
+    monkeypatch.setattr(VirtualMeter, "gpus", sliced)
     monkeypatch.setattr(engine_site, "this_machine", lambda: Machine(gpus=meter.gpus))
     monkeypatch.setattr(engine_site, "installed", lambda _engine, _machine: Installed(missing=missing))
     monkeypatch.setattr(engine_site, "NvmlMeter", lambda: meter)
@@ -72,4 +78,9 @@ def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
     gptq = Configuration(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
     assert Site("emulated").planning(believed) is believed
     assert believed.why_not(MODEL, gptq) is None
+    two, one = (Configuration(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
+    assert Site("torch").planning(believed).why_not(MODEL, two) is None
+    machine(monkeypatch, 32, 32, is_slice=True)
+    assert "slices" in (Site("torch").planning(believed).why_not(MODEL, two) or "")
+    assert Site("torch").planning(believed).why_not(MODEL, one) is None
     assert (Site("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")
