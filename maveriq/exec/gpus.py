@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from maveriq.domain.hardware import Cluster, Gpu
-from maveriq.errors import InputError, InvariantError
+from maveriq.errors import InvariantError
 from maveriq.units import Bytes, gib
 
 

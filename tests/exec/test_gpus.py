@@ -163,10 +163,6 @@ def test_slices_stand_for_the_gpu_that_is_cut(nvml: Callable[..., FakeNvml]) -> 
     nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", mig=True, slices=[slices[0], None, slices[1]]))
     gpus = NvmlMeter().gpus
     assert [(gpu.uuid, gpu.is_slice) for gpu in gpus] == [("GPU-a", False), ("MIG-0", True), ("MIG-1", True)]
-    assert visible_devices(gpus, [1]) == {"CUDA_VISIBLE_DEVICES": "MIG-0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    for spread in ([0, 1], [1, 2]):
-        with pytest.raises(InputError, match="MIG is on"):
-            visible_devices(gpus, spread)
 
 
 def test_the_cluster_of_this_machine_counts_used_memory_as_held(nvml: Callable[..., FakeNvml]) -> None:

@@ -15,9 +15,7 @@ from maveriq.exec.installed import Installed, Machine
 from maveriq.units import BYTES_PER_GIB
 
 
-def machine(
-    monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False
-) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False) -> None:
     """Let the machine have GPUs of so much memory."""
     meter = VirtualMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
     sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
