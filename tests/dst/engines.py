@@ -256,7 +256,7 @@ class Process:
         said: list[FromEngine | ProtocolError] = [
             ProtocolError("not a message"),
             Hello(protocol=10**6, pid=0),
-            Failed(execution_id=about and about + 1, kind="whatever", message="\0" * 1000),
+            Failed(execution_id=about and 2**53, kind="whatever", message="\0" * 1000),
             Finished(execution_id=about, first_token_s=1e9, service_s=0.0, outputs=()),
             Progress(execution_id=about, step=1, tokens=(1,) * 99),
             Progress(execution_id=about, step=2**53, tokens=()),
