@@ -1,5 +1,8 @@
 """Run the code trace on emulated engines and compare that with its simulation.
 
+Both sample the load of all GPUs at one instant: out of step, as on real GPUs, equally busy ones are told apart by
+chance, and a millisecond decides where a deployment comes to lie.
+
 Usage: python experiments/executor/emulated.py [--time-scale 0.2] [--runs DIR] [--out DIR]
 
 With --runs the records are kept there, and runs that are there already are only compared. Exit code 1 says that mean
@@ -11,11 +14,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from maveriq.embedded import data_path
 
 _RESULTS = Path(__file__).parent / "results"
 _BAR_PERCENT = 5.0
@@ -57,13 +64,25 @@ def main(arguments: list[str]) -> int:
 def _compare(runs: Path, time_scale: float) -> dict[str, Any]:
     """Return the comparison of both runs, after running what is not there."""
     simulated, real = runs / "simulated", runs / f"emulated-{time_scale:g}"
+    world = (*_WORLD, "--profile", str(_profile(runs / "profile")))
     if not simulated.exists():
-        _maveriq("sim", *_WORLD, "--quiet", "--out", str(simulated))
+        _maveriq("sim", *world, "--quiet", "--out", str(simulated))
     if not real.exists():
         scaled = ("--backend", "emulated", "--time-scale", f"{time_scale:g}")
-        _maveriq("run", *_WORLD, *scaled, "--quiet", "--out", str(real))
+        _maveriq("run", *world, *scaled, "--quiet", "--out", str(real))
     compared: dict[str, Any] = json.loads(_maveriq("compare", str(simulated), str(real), "--json"))
     return {**compared, "sim": simulated.name, "real": real.name}
+
+
+def _profile(folder: Path) -> Path:
+    """Return a copy of the usual profile in which the load of all GPUs is sampled at one instant."""
+    shutil.copytree(data_path("a6000"), folder, dirs_exist_ok=True)
+    hardware = folder / "hardware.toml"
+    in_step, found = re.subn(r"(?m)^most_phase_s = .*$", "most_phase_s = 0.0", hardware.read_text(encoding="utf-8"))
+    if found != 1:
+        raise ValueError(f"{hardware} says {found} times, not once, how far samples may be out of step")
+    hardware.write_text(in_step, encoding="utf-8")
+    return folder / "profile-short.toml"
 
 
 def _maveriq(*arguments: str) -> str:
