@@ -19,7 +19,8 @@ from maveriq.estimate.hardware import load_profile
 from maveriq.policy.alpaserve.groups import Group
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, PlacementModel, PlacementProblem, StageProfile
 from maveriq.policy.alpaserve.profiles import published_profiles_of
-from maveriq.policy.alpaserve.search import SearchSettings, search
+from maveriq.policy.alpaserve.search import search
+from maveriq.policy.alpaserve.settings import SearchSettings
 from maveriq.policy.alpaserve.simulate import simulate, warm_up
 from maveriq.units import bytes_from_gib
 from maveriq.workload.azure import embedded_trace

@@ -22,10 +22,11 @@ from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import Sequence as Prompt
 from maveriq.exec.modelconfig import config_json
+from maveriq.exec.orders import SupervisionSettings
+from maveriq.exec.sampling import GpuSampler
 from maveriq.exec.world import World
 from maveriq.scenario.service import EstimatedService
 
@@ -188,7 +189,7 @@ async def body(
     token_s: float = 0.001,
     supervision: SupervisionSettings = QUICK,
     batch_size: int = 1,
-    models: dict[int, str] | None = None,
+    sampler: GpuSampler | None = None,
     **settings: Any,
 ) -> AsyncIterator[Body]:
     """A body whose endpoints are asked for; a token takes `token_s`."""
@@ -199,6 +200,7 @@ async def body(
         guess=guess,
         service=EstimatedService(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
+        measured_loads=sampler.loads if sampler else None,
     )
     with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
         one = Body(world, launcher, supervision=supervision)
@@ -245,6 +247,21 @@ class CannotDo(Broken):
     def generate(self, work: Generate) -> Any:
         if any(sequence.prompt[0] == 13 for sequence in work.sequences):
             raise EngineError(FailureKind.OUT_OF_MEMORY, "no room for the KV cache of this one")
+        return super().generate(work)
+
+
+class Breaks(Broken):
+    """Breaks at its first execution, in a way that nobody foresaw."""
+
+    def generate(self, work: Generate) -> Any:
+        raise ZeroDivisionError("nobody foresaw this")
+
+
+class Chatters(Broken):
+    """Prints a lot."""
+
+    def generate(self, work: Generate) -> Any:
+        os.write(2, b"chatter " * 4_000 + b"\nchatter, chatter, the last\n")
         return super().generate(work)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maveriq.domain.hardware import Cluster
-from maveriq.errors import InputError, UnknownNameError
+from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.exec.capable import CapableEstimator
 from maveriq.exec.devices import Devices
 from maveriq.exec.engines.catalog import BACKENDS
 from maveriq.exec.gpus import GpuReading
 from maveriq.exec.installed import installed, this_machine
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.matrix import Device
 from maveriq.exec.nvml import NvmlMeter
+from maveriq.exec.orders import SupervisionSettings
+from maveriq.exec.sampling import GpuSampler
 from maveriq.units import Bytes, gib
 
 EMULATED, _REAL = "emulated", "trtllm"
@@ -93,7 +94,8 @@ class Site:
         if self.backend == EMULATED:
             return base
         device = Device.CUDA if self.meter else Device.CPU
-        return CapableEstimator(base=base, engine=self.backend, device=device)
+        slices = self.meter is not None and any(gpu.is_slice for gpu in self.meter.gpus)
+        return CapableEstimator(base=base, engine=self.backend, device=device, slices=slices)
 
     def devices(self, cluster: Cluster) -> Devices:
         """Return which device stands behind each GPU of a cluster; several share one where there are fewer.
@@ -117,6 +119,10 @@ class Site:
         """Return who sees the memory of the GPUs, None where there are none."""
         return SiteMemory(self.meter) if self.meter else None
 
+    def sampler(self, cluster: Cluster) -> GpuSampler | None:
+        """Return who sees how busy the GPUs are; None where there are none, or several of the cluster's share one."""
+        return None if self.meter is None or self.devices(cluster).shared else GpuSampler(self.meter)
+
     def close(self) -> None:
         """Let the driver go."""
         if self.meter is not None:
@@ -124,13 +130,19 @@ class Site:
 
 
 class SiteMemory:
-    """Sees the memory of the devices behind a cluster's GPUs."""
+    """Sees the memory of the devices behind a cluster's GPUs; asking the driver takes a millisecond or so."""
 
     def __init__(self, meter: NvmlMeter) -> None:
         self._meter = meter
 
-    def free_bytes(self, gpu_id: int) -> Bytes:
-        """Return what is free on the device of a GPU."""
-        index = gpu_id % len(self._meter.gpus)
-        reading: GpuReading = self._meter.read()[index]
-        return max(0, self._meter.gpus[index].memory_bytes - reading.used_bytes)
+    def device_of(self, gpu_id: int) -> int:
+        """Return the GPU of this machine that stands behind one of the cluster's."""
+        return gpu_id % len(self._meter.gpus)
+
+    def free_bytes(self, device: int) -> Bytes | None:
+        """Return what is free on a GPU of this machine; None where its driver does not answer (any more)."""
+        try:
+            reading: GpuReading = self._meter.read()[device]
+        except MaveriqError:
+            return None
+        return max(0, self._meter.gpus[device].memory_bytes - reading.used_bytes)

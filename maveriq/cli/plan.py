@@ -19,7 +19,7 @@ def plan(
     slo_ms: Annotated[float | None, typer.Option(help="Latency of a whole request must be below this.")] = None,
     min_accuracy: Annotated[float, typer.Option(help="Least accuracy, in percent of the float16 model's.")] = 0.0,
     float16_only: Annotated[bool, typer.Option("--float16-only", help="No quantised weights.")] = False,
-    gpus: Annotated[str, typer.Option(help="The cluster: 8xA6000, or a TOML file.")] = "8xA6000",
+    gpus: Annotated[str, typer.Option(help="The cluster: 8xA6000, a TOML file, or local.")] = "8xA6000",
     prompt_tokens: Annotated[
         int | None,
         typer.Option(min=1, max=_MOST_TOKENS, help="Length of a typical prompt.", show_default="the profile's"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import typer
 from rich.console import Console
 
+from maveriq.cli.local_gpus import cluster_here
 from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.intents import DeployAsk, Intent, Objective
@@ -16,7 +17,6 @@ from maveriq.estimate.catalog import MEASURED, estimator, note_on_usual, usual
 from maveriq.estimate.hardware import load_profile
 from maveriq.policy.configure import rank
 from maveriq.report.plans import left_out_table, ranking_json, ranking_table
-from maveriq.scenario.build import cluster_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
         MaveriqError: no configuration meets the intent.
     """
     profile = load_profile(question.profile)
-    cluster = cluster_for(question.gpus, profile)
+    cluster = cluster_here(question.gpus, profile)
     model = load_model(question.model)
     plan_with = question.plan_with or usual(profile)
     # An estimator that goes by a table of its own says itself which models it knows.

@@ -15,10 +15,13 @@ from typing import Any
 from rich.console import Console
 
 from maveriq.cli.engine_site import Engines, Site
+from maveriq.cli.local_gpus import cluster_here
 from maveriq.cli.simulating import Output, default_folder, meta_of, report
 from maveriq.domain.records import NOT_YET
 from maveriq.errors import MaveriqError, cannot_write
+from maveriq.exec.interruption import Interruption
 from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.modelfiles import ModelFiles
 from maveriq.exec.replay import Replayed, ReplaySettings, check_real, run_replay
 from maveriq.report.engine_csv import engine_lines
 from maveriq.report.folders import check_writable
@@ -27,6 +30,7 @@ from maveriq.report.reading import read_meta
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
 from maveriq.scenario.scenario import Scenario
+from maveriq.workload.modelsets import load_model_set
 
 
 def run_for_real(options: Options, engines: Engines, output: Output) -> None:
@@ -40,14 +44,16 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
     folder = output.folder or _default_folder(options, engines)
     check_writable(folder)
     with contextlib.closing(Site(engines.name)) as site:
-        scenario = build_scenario(options, planning=site.planning)
+        scenario = build_scenario(options, planning=site.planning, clusters=cluster_here)
         check_real(scenario)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
+            files=ModelFiles(load_model_set(options.models).configs().get),
             devices=site.devices(scenario.cluster),
             supervision=engines.supervision(),
             meter=site.meter,
             watch=site.watch(),
+            sampler=site.sampler(scenario.cluster),
         )
         _run(_Job(options=options, engines=engines, output=output, folder=folder), scenario, settings)
 
@@ -64,25 +70,26 @@ class _Job:
 
 def _run(job: _Job, scenario: Scenario, settings: ReplaySettings) -> None:
     output, folder = job.output, job.folder
-    with _scratch(folder) as scratch:
-        logs = Path(scratch)
+    with Interruption() as interruption, _scratch(folder) as scratch:
+        logs = Path(scratch) / "engines"
+        logs.mkdir()
         interactive = sys.stdout.isatty() and sys.stderr.isatty()
         quiet = output.quiet or output.as_json
         with (
             ProcessLauncher(job.engines.name, logs=logs, devices=settings.devices) as launcher,
             make_view(Console(stderr=True), quiet=quiet, interactive=interactive) as view,
         ):
-            replayed = run_replay(scenario, launcher, settings, None if quiet else view)
+            replayed = run_replay(scenario, launcher, settings, None if quiet else view, interruption)
 
         def write_more(fresh: Path) -> None:
-            shutil.copytree(logs, fresh / "engines")
+            shutil.move(logs, fresh)  # no copy: the disk may have no room for one
             lines = engine_lines(replayed.engines, settings.devices)
             (fresh / "engines.csv").write_text("".join(lines), encoding="utf-8")
 
         meta = _meta(job.options, job.engines, scenario, replayed)
         last_line = _suggestion(job.options, folder, meta)
         report(replayed.record, output, folder, meta, more=write_more, last_line=last_line)
-    if replayed.interrupted:
+    if interruption.came:
         raise KeyboardInterrupt
     lost = [one for one in replayed.record.deployments if one.plan is not None]
     if lost and all(one.ready_us == NOT_YET and one.status == "down" for one in lost):
@@ -97,8 +104,9 @@ def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
         MaveriqError: the disk is full.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{folder.name}-engines-", dir=folder.parent)
+        target = folder.expanduser().resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{target.name}-engines-", dir=target.parent)
     except OSError as error:
         raise cannot_write(f"output folder {str(folder)!r}", error) from None
 

@@ -16,6 +16,7 @@ import typer
 
 from maveriq.cli.engine_site import Engines, Site
 from maveriq.cli.extras import extra
+from maveriq.cli.local_gpus import cluster_here
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError
 from maveriq.scenario.options import Options
@@ -69,7 +70,7 @@ def run_service(options: Options, engines: Engines, serving: Serving) -> None:
     )
     with contextlib.ExitStack() as held:
         site = held.enter_context(contextlib.closing(Site(engines.name)))
-        plan = plan_cluster(options, planning=site.planning)
+        plan = plan_cluster(options, planning=site.planning, clusters=cluster_here)
         listening = held.enter_context(contextlib.closing(listen(serving.host, serving.port, settings)))
         store = held.enter_context(contextlib.closing(Store(serving.state, kept_requests=settings.kept_requests)))
         asyncio.run(_serve(plan, engines, site, serving, settings, listening, store))
@@ -101,6 +102,7 @@ async def _serve(
         folder_of=folder_of,
         devices=site.devices(plan.cluster),
         watch=site.watch(),
+        sampler=site.sampler(plan.cluster),
     ) as body:
         app = create_app(body, store, settings, plan.placements)
         ready = partial(say, f"serving {plan.cluster.name} on {url}; Ctrl-C ends it")

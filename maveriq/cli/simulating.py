@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from maveriq import __version__
+from maveriq.cli.local_gpus import cluster_here
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.folders import check_writable
@@ -60,7 +61,7 @@ def run_simulation(options: Options, output: Output) -> None:
         InputError: bad input, or a folder that cannot be written.
         MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
     """
-    scenario = build_scenario(options)
+    scenario = build_scenario(options, clusters=cluster_here)
     folder = output.folder or default_folder(options)
     check_writable(folder)
     interactive = sys.stdout.isatty() and sys.stderr.isatty()

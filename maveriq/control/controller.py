@@ -43,6 +43,8 @@ from maveriq.units import Micros
 ServiceGuess: TypeAlias = Callable[[Deployment, Request], Micros]
 """Estimated service of a request, from what is known before it runs; for `sjf` and `least-work`."""
 
+CLIENT_GONE = "the client went away"
+
 
 class OnFailure(StrEnum):
     """What becomes of a request whose engine fails under it."""
@@ -80,6 +82,7 @@ class Controller:
         self._endpoints: dict[int, list[Deployment]] = {}
         self._now_us: Micros = 0
         self._actions: list[Action] = []
+        self._unwanted: set[int] = set()  # requests that run, and nobody waits for
 
     def handle(self, now_us: Micros, events: Sequence[Event]) -> list[Action]:
         """Take in what happened at an instant and return what to do.
@@ -148,6 +151,7 @@ class Controller:
         if not deployment.running or deployment.execution_id != event.execution_id:
             return
         requests = self.fleet.end(deployment, self._now_us)
+        self._forget(requests)
         deployment.completed += len(requests)
         if event.output_tokens is not None:
             for request, output_tokens in zip(requests, event.output_tokens, strict=True):
@@ -162,14 +166,23 @@ class Controller:
         deployment = self.fleet.deployments[event.deployment_id]
         if not deployment.running or deployment.execution_id != event.execution_id:
             return
-        for request in self.fleet.end(deployment, self._now_us):
+        requests = self.fleet.end(deployment, self._now_us)
+        self._forget(requests)
+        for request in requests:
             self.ledger.failed(request, f"{deployment.name}: {event.reason}")
         if deployment.state is DeploymentState.REMOVED:
             self._stop(deployment)
 
     def _cancelled(self, request_id: int) -> None:
         if self.queue.withdraw(request_id, self.ledger.deployment_of(request_id)):
-            self.ledger.cancelled(request_id, "the client went away")
+            self.ledger.cancelled(request_id, CLIENT_GONE)
+        elif self.ledger.runs(request_id):
+            self._unwanted.add(request_id)
+
+    def _forget(self, requests: tuple[Request, ...]) -> None:
+        """Drop what was noted of requests that do not run any more."""
+        if self._unwanted:
+            self._unwanted.difference_update(request.request_id for request in requests)
 
     def _dispatch(self) -> None:
         """Send all that may go at this instant; note when the next one may."""
@@ -234,10 +247,12 @@ class Controller:
         if deployment.state is DeploymentState.REMOVED:
             for request in interrupted:
                 self.ledger.failed(request, reason)
+            self._forget(interrupted)
             self._stop(deployment)
             return
         self.fleet.engine_down(deployment, returns=returns, broken=broken, reason=what)
         again = [request for request in interrupted if self._may_retry(request, reason)]
+        self._forget(interrupted)
         for request in again:
             self.ledger.requeued(request)
         if self.queue.has_line(deployment.deployment_id):
@@ -257,9 +272,10 @@ class Controller:
             self._assign(request)
 
     def _may_retry(self, request: Request, reason: str) -> bool:
-        if self._settings.on_failure is OnFailure.REQUEUE and self.ledger.attempts(request) < 2:
+        unwanted = request.request_id in self._unwanted
+        if self._settings.on_failure is OnFailure.REQUEUE and self.ledger.attempts(request) < 2 and not unwanted:
             return True
-        self.ledger.failed(request, reason)
+        self.ledger.failed(request, f"{reason}; {CLIENT_GONE}" if unwanted else reason)
         return False
 
     def _remove(self, endpoint_id: int) -> None:

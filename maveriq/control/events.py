@@ -164,7 +164,10 @@ class RequestArrived:
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled:
-    """Nobody waits for a request any more: one that has not started fails, any other goes on."""
+    """Nobody waits for a request any more.
+
+    One that has not started fails; one that runs goes on, but is not run again should its engine fail.
+    """
 
     request_id: int
     rank: ClassVar[int] = 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from maveriq.control.deployments import Deployment, DeploymentState
 from maveriq.control.events import StartEngine
@@ -34,6 +34,8 @@ class Fleet:
         self._phases_us = sampling_phases_us(window, len(cluster), seed)
         self._released_us = [0] * len(cluster)
         self._to_start: list[Deployment] = []
+        self.measured_loads: Callable[[], Sequence[float]] | None = None
+        """Tells each GPU's recent load where it is measured; else it is what deployments are known to have executed."""
 
     def ask(self, ask: DeployAsk, now_us: Micros) -> list[Deployment]:
         """Let the policy decide on an ask; reserve memory for each plan, or note the rejection."""
@@ -184,6 +186,8 @@ class Fleet:
 
     def loads(self, now_us: Micros) -> list[float]:
         """Return each GPU's recent load (0 to 1), in the order of ids."""
+        if self.measured_loads is not None:
+            return list(self.measured_loads()[: len(self._phases_us)])
         return [
             recent_load(self._spans(gpu_id, now_us), now_us, self._window, phase_us)
             for gpu_id, phase_us in enumerate(self._phases_us)

@@ -151,6 +151,10 @@ class RequestLedger:
         if self.on_end is not None:
             self.on_end(request_id)
 
+    def runs(self, request_id: int) -> bool:
+        """Say whether a request runs; False where there is none of that number."""
+        return 0 < request_id <= len(self) and self._status[request_id - 1] == _RUNNING
+
     def deployment_of(self, request_id: int) -> int:
         """Return the deployment that a request waits for or ran on; 0 for none, or no such request."""
         return self._deployment_id[request_id - 1] if 0 < request_id <= len(self) else 0

@@ -30,20 +30,20 @@ from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
+from maveriq.exec.chronicle import Chronicle
 from maveriq.exec.cluster import EndpointRequest, Submission
 from maveriq.exec.ground import Ground, MemoryWatch, NoMemoryWatch
 from maveriq.exec.inflight import InFlight
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import Order, SupervisionSettings
 from maveriq.exec.messages import Failed, Finished, Generate, Loaded, check_sequence
 from maveriq.exec.messages import Progress as StepProgress
+from maveriq.exec.orders import Order, SupervisionSettings
+from maveriq.exec.runclock import RunClock
 from maveriq.exec.supervisor import Supervisor
 from maveriq.exec.tickets import LiveTicket
 from maveriq.exec.wording import one_line
-from maveriq.exec.world import EngineRecord, World
-from maveriq.units import MICROS_PER_SECOND, Micros, seconds
-
-_MOST_NOTES = 100
+from maveriq.exec.world import World
+from maveriq.units import Micros, seconds
 
 
 class Body:
@@ -69,22 +69,19 @@ class Body:
         watch: MemoryWatch | None = None,
     ) -> None:
         self.controller = Controller(world.cluster, world.policy, world.settings, world.guess)
-        self.engines: list[EngineRecord] = []
-        self.notes: list[str] = []
+        self.controller.fleet.measured_loads = world.measured_loads
+        self.chronicle = Chronicle()
+        self.clock = RunClock(time_scale)
         self._world = world
         self._launcher = launcher
-        self._time_scale = time_scale
         self._supervision = supervision or SupervisionSettings()
         self._ground = Ground(watch or NoMemoryWatch())
         self._loop = asyncio.get_running_loop()
         self.fault: asyncio.Future[None] = self._loop.create_future()
         """Gets an exception where the executor itself has a fault; nothing goes on then."""
-        self._started_s = self._loop.time()
-        self._now_us: Micros = 0
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
         self._in_flight = InFlight(self.controller.ledger)
-        self._start_asked_s: dict[int, float] = {}
         self._last_request_id = 0
         self._last_endpoint_id = 0
         self._table: RequestTable | None = None
@@ -92,13 +89,7 @@ class Body:
     @property
     def now_us(self) -> Micros:
         """The cluster's clock; it never goes back."""
-        passed_s = (self._loop.time() - self._started_s) / self._time_scale
-        self._now_us = max(self._now_us, int(passed_s * MICROS_PER_SECOND))
-        return self._now_us
-
-    def real_time_s(self, time_us: Micros) -> float:
-        """Return when an instant of the cluster's clock comes, on the event loop's clock."""
-        return self._started_s + seconds(time_us) * self._time_scale
+        return self.clock.now_us
 
     # What users ask for
 
@@ -186,8 +177,11 @@ class Body:
 
     def break_engine(self, deployment_id: int, *, for_us: Micros | None) -> None:
         """Make an engine fail on purpose, for a while or for good."""
-        reason, supervisor = "its engine was killed on purpose", self._supervisors.get(deployment_id)
-        repair_after_s = None if for_us is None else seconds(for_us) * self._time_scale
+        fleet, supervisor = self.controller.fleet, self._supervisors.get(deployment_id)
+        if deployment_id not in fleet.deployments or not fleet.holds_memory(fleet.deployments[deployment_id]):
+            return  # rejected, removed or lost: there is nothing to break
+        reason = "its engine was killed on purpose"
+        repair_after_s = None if for_us is None else self.clock.real_s(for_us)
         if supervisor is not None and supervisor.break_off(reason, repair_after_s=repair_after_s):
             return
         # There is no engine to kill at this instant; what was to start does not.
@@ -230,12 +224,7 @@ class Body:
         if self._wake is not None:
             self._wake.cancel()
         wake_us = self.controller.wake_us
-        self._wake = None if wake_us is None else self._loop.call_at(self.real_time_s(wake_us), self._wake_up, wake_us)
-
-    def _wake_up(self, due_us: Micros) -> None:
-        """Let the controller go on: it is that time, though a clock that is read in fractions may fall just short."""
-        self._now_us = max(self._now_us, due_us)
-        self._tell()
+        self._wake = None if wake_us is None else self.clock.call_at(wake_us, self._tell)
 
     def _carry_out(self, action: Action, now_us: Micros) -> None:
         match action:
@@ -255,8 +244,8 @@ class Body:
             self._supervisors[number] = Supervisor(
                 number, launcher=self._launcher, overseer=self, settings=self._supervision, ground=self._ground
             )
-        self._start_asked_s[number] = self._loop.time()
-        self._supervisors[number].start(self._world.order(action, self._time_scale))
+        self.chronicle.asked(number, self._loop.time())
+        self._supervisors[number].start(self._world.order(action, self.clock.time_scale))
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         number = action.deployment_id
@@ -268,16 +257,14 @@ class Body:
             first_token_s=seconds(first_token_us),
             service_s=seconds(service_us),
         )
-        self._supervisors[number].execute(work, seconds(service_us) * self._time_scale)
+        self._supervisors[number].execute(work, self.clock.real_s(service_us))
 
     # What supervisors say (`maveriq.exec.supervisor.Overseer`)
 
     def engine_up(self, order: Order, loaded: Loaded) -> None:
         """An engine serves."""
-        number = order.spec.deployment_id
-        start_s = self._loop.time() - self._start_asked_s[number]
-        self.engines.append(EngineRecord(order=order, loaded=loaded, start_s=start_s))
-        self._tell(EngineUp(number, order.spec.incarnation))
+        self.chronicle.served(order, loaded, self._loop.time())
+        self._tell(EngineUp(order.spec.deployment_id, order.spec.incarnation))
 
     def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
         """An engine failed."""
@@ -295,15 +282,13 @@ class Body:
 
     def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
         """An execution is over."""
-        event = self._in_flight.executed(deployment_id, ended, self.now_us, self._time_scale)
+        event = self._in_flight.executed(deployment_id, ended, self.now_us, self.clock.time_scale)
         if event is not None:
             self._tell(event)
 
     def noticed(self, deployment_id: int, warning: str) -> None:
         """Keep what a reader of the results should know."""
-        if len(self.notes) < _MOST_NOTES:
-            name = self.controller.fleet.deployments[deployment_id].name
-            self.notes.append(f"{name}, {seconds(self.now_us):.1f} s: {one_line(warning)}")
+        self.chronicle.note(self.controller.fleet.deployments[deployment_id].name, self.now_us, warning)
 
     def broke(self, error: BaseException) -> None:
         """Note that the executor itself has a fault."""

@@ -23,11 +23,13 @@ class CapableEstimator:
         base: answers everything else.
         engine: a key of `known_engines`.
         device: what the engine is to compute on.
+        slices: whether GPUs are cut into slices (MIG); CUDA shows a process only one of them.
     """
 
     base: Estimator
     engine: str
     device: Device
+    slices: bool = False
 
     @property
     def name(self) -> str:
@@ -39,6 +41,8 @@ class CapableEstimator:
         reason = self.base.why_not(model, configuration)
         if reason is not None or configuration.pp > model.layers:
             return reason
+        if self.slices and configuration.gpus > 1:
+            return "GPUs of this machine are slices (MIG), and no model spreads over several; turn MIG off"
         even = Arrangement(configuration=configuration, layer_split=even_split(model.layers, configuration.pp))
         refused = reason_against(engine_facts(self.engine), model, even, self.device)
         return refused and f"{self.engine}: {refused}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from maveriq.domain.hardware import Cluster, Gpu
-from maveriq.errors import InputError, InvariantError
+from maveriq.errors import InvariantError
 from maveriq.units import Bytes, gib
 
 
@@ -51,27 +51,6 @@ class GpuMeter(Protocol):
 
     def close(self) -> None:
         """Let the driver go. May be called twice."""
-
-
-def visible_devices(gpus: Sequence[GpuIdentity], gpu_ids: Sequence[int]) -> dict[str, str]:
-    """Return the environment in which a process sees these GPUs alone, as cuda:0, cuda:1, ... in this order.
-
-    They are named by UUID, for a driver and CUDA number GPUs differently.
-
-    Args:
-        gpus: all that there are.
-        gpu_ids: numbers among them; none makes all GPUs invisible.
-
-    Raises:
-        InputError: several, of which one is a slice; CUDA shows a process only one slice.
-    """
-    chosen = [gpus[gpu_id] for gpu_id in gpu_ids]
-    if len(chosen) > 1 and any(gpu.is_slice for gpu in chosen):
-        raise InputError(
-            f"GPUs {', '.join(map(str, gpu_ids))} are not all whole (MIG is on), and no model spreads over slices; "
-            "take TP 1 x PP 1, or turn MIG off"
-        )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in chosen), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def cluster_of(meter: GpuMeter, *, name: str = "local") -> Cluster:

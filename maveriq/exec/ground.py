@@ -17,16 +17,23 @@ _LOOK_EVERY_S = 0.1
 
 
 class MemoryWatch(Protocol):
-    """Somebody who can see how much of a GPU's memory is really free."""
+    """Somebody who can see how much memory is really free on the devices behind a cluster's GPUs."""
 
-    def free_bytes(self, gpu_id: int) -> Bytes | None:
-        """Return what is free, None where nobody can tell."""
+    def device_of(self, gpu_id: int) -> int:
+        """Return the device behind a GPU; several GPUs may share one."""
+
+    def free_bytes(self, device: int) -> Bytes | None:
+        """Return what is free on a device, None where nobody can tell."""
 
 
 class NoMemoryWatch:
     """For GPUs that are only thought of: their memory comes back at once."""
 
-    def free_bytes(self, gpu_id: int) -> Bytes | None:  # noqa: ARG002
+    def device_of(self, gpu_id: int) -> int:
+        """Return the GPU itself."""
+        return gpu_id
+
+    def free_bytes(self, device: int) -> Bytes | None:  # noqa: ARG002
         """Return None."""
         return None
 
@@ -37,7 +44,7 @@ class Ground:
     def __init__(self, watch: MemoryWatch) -> None:
         self._watch = watch
         self._leaving: Counter[int] = Counter()
-        self._coming: Counter[int] = Counter()  # bytes
+        self._coming: Counter[int] = Counter()  # bytes by device
         self._changed = asyncio.Condition()
 
     def leave(self, gpu_ids: Sequence[int]) -> None:
@@ -69,21 +76,27 @@ class Ground:
                 await self._changed.wait_for(lambda: not any(self._leaving[gpu_id] for gpu_id in needed))
             lacking = self._lacking(needed)
             if not lacking or loop.time() >= latest_s:
-                self._coming.update(needed)
+                self._coming.update(self._by_device(needed))
                 return f"{lacking} after {within_s:g} s" if lacking else ""
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def settled(self, needed: Mapping[int, Bytes]) -> None:
         """Note that an engine has taken the memory that it was let in for, or will not do so any more."""
-        self._coming.subtract(needed)
+        self._coming.subtract(self._by_device(needed))
+
+    def _by_device(self, needed: Mapping[int, Bytes]) -> Counter[int]:
+        """Return memory by device: of two GPUs that share one it must hold both parts."""
+        total: Counter[int] = Counter()
+        for gpu_id, amount in needed.items():
+            total[self._watch.device_of(gpu_id)] += amount
+        return total
 
     def _lacking(self, needed: Mapping[int, Bytes]) -> str:
         """Say what is not free yet of what an engine needs beside those that were let in before; empty if nothing."""
-        for gpu_id, amount in needed.items():
-            free = self._watch.free_bytes(gpu_id)
-            wanted = amount + self._coming[gpu_id]
+        for device, amount in self._by_device(needed).items():
+            free = self._watch.free_bytes(device)
+            wanted = amount + self._coming[device]
             if free is not None and free < wanted:
-                return (
-                    f"GPU {gpu_id} has {gib(free):.2f} GiB free, not the {gib(wanted):.2f} GiB that are to be loaded,"
-                )
+                told = f"{gib(free):.2f} GiB free, not the {gib(wanted):.2f} GiB that are to be loaded,"
+                return f"GPU {device} of this machine has {told}"
         return ""

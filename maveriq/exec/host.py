@@ -113,7 +113,7 @@ class Host:
             try:
                 job()
             except BaseException:  # whatever it was: nobody knows what state the engine is in
-                traceback.print_exc()
+                _log_error()
                 self._tell(lambda: self._end(BROKEN))
 
     def _tell(self, what: Callable[[], None]) -> None:
@@ -125,7 +125,7 @@ class Host:
             self._engine = make_engine(self._backend)
             loaded = self._engine.load(spec)
         except Exception as error:  # all is said to the executor, which decides
-            traceback.print_exc()
+            _log_error()
             failed = _failed(0, error)
             self._tell(lambda: self._session.load_failed(failed))
         else:
@@ -156,7 +156,7 @@ class Host:
                 outputs=tuple(map(tuple, outputs)),
             )
         except (EngineError, MemoryError) as error:
-            traceback.print_exc()
+            _log_error()
             ended = _failed(work.execution_id, error)
         self._tell(lambda: self._session.generated(ended))
 
@@ -179,6 +179,12 @@ def _failed(execution_id: int, error: BaseException) -> Failed:
     else:
         kind, told = FailureKind.ERROR, f"{type(error).__name__}: {error}"
     return Failed(execution_id=execution_id, kind=kind.value, message=told)
+
+
+def _log_error() -> None:
+    """Log the exception that is being handled; a disk that is full must not end the engine's thread."""
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
 
 
 def _log(line: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self, TypeAlias
 from maveriq.errors import MaveriqError
 from maveriq.exec.channel import Channel, StreamChannel
 from maveriq.exec.devices import Devices
+from maveriq.exec.logs import EngineLog
 from maveriq.exec.messages import EngineSpec, FromEngine, ToEngine, decode_from_engine
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
@@ -89,9 +90,8 @@ class ProcessLauncher:
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
         """Start an engine's process; see `Launcher`."""
-        name = f"{spec.deployment_id}-{spec.incarnation}"
-        path = Path(self._sockets.name) / name
-        log = self._logs / f"{name}.log"
+        path = Path(self._sockets.name) / f"{spec.deployment_id}-{spec.incarnation}"
+        log = EngineLog(self._logs, spec)
         connected: asyncio.Future[ToEngineChannel] = asyncio.get_running_loop().create_future()
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -111,7 +111,7 @@ class ProcessLauncher:
             path.unlink(missing_ok=True)
 
     async def _start(
-        self, path: Path, log: Path, visible: Sequence[str], connected: asyncio.Future[ToEngineChannel]
+        self, path: Path, log: EngineLog, visible: Sequence[str], connected: asyncio.Future[ToEngineChannel]
     ) -> EngineConnection:
         process = await self._spawn(path, log, visible)
         exited = asyncio.create_task(process.wait())
@@ -124,16 +124,16 @@ class ProcessLauncher:
             raise
         if connected.done():
             return ProcessConnection(process.pid, connected.result(), exited, log)
-        words = _last_line(log)
+        words = log.last_line()
         raise LaunchError(f"its process ended with {exit_words(exited.result())}" + (f": {words}" if words else ""))
 
-    async def _spawn(self, path: Path, log: Path, visible: Sequence[str]) -> asyncio.subprocess.Process:
+    async def _spawn(self, path: Path, log: EngineLog, visible: Sequence[str]) -> asyncio.subprocess.Process:
         command = [sys.executable, "-P", "-m", "maveriq.exec.host", "--socket", str(path), "--backend", self._backend]
         search = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
         # What an engine may see of GPUs is fixed before it starts: libraries read it once, when they are imported.
         environment = self._environment | {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
         try:
-            with log.open("ab") as output:
+            with log.path.open("ab") as output:
                 return await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -149,13 +149,19 @@ class ProcessLauncher:
 class ProcessConnection:
     """A process group on this machine."""
 
-    def __init__(self, pid: int, channel: ToEngineChannel, exited: asyncio.Task[int], log: Path) -> None:
+    def __init__(self, pid: int, channel: ToEngineChannel, exited: asyncio.Task[int], log: EngineLog) -> None:
         self._pid = pid
         self._channel = channel
         self._exited = exited
         self._log = log
-        # What is left of the group goes at once: later its number could be another's.
-        exited.add_done_callback(lambda _: _signal_group(pid, signal.SIGKILL))
+        tidying = asyncio.create_task(log.keep_short())
+
+        def ended(_: object) -> None:
+            # What is left of the group goes at once: later its number could be another's.
+            _signal_group(pid, signal.SIGKILL)
+            tidying.cancel()
+
+        exited.add_done_callback(ended)
 
     @property
     def channel(self) -> ToEngineChannel:
@@ -185,7 +191,7 @@ class ProcessConnection:
 
     def last_words(self) -> str:
         """Return the last line of the engine's log, if it left one."""
-        return _last_line(self._log)
+        return self._log.last_line()
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
@@ -201,14 +207,3 @@ def exit_words(code: int) -> str:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:
         return f"signal {-code}"
-
-
-def _last_line(log: Path) -> str:
-    """Return the last line of a log that says something, of its last few KiB."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -21,7 +20,6 @@ from maveriq.exec.ground import Ground
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError, exit_words
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
-    EngineSpec,
     Failed,
     Finished,
     FromEngine,
@@ -35,46 +33,10 @@ from maveriq.exec.messages import (
     ProtocolError,
     Stop,
 )
-from maveriq.units import Bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisionSettings:
-    """How long to be patient with engines; all in real seconds.
-
-    `start_s` is for launch, handshake and load together. An engine that serves and is not heard for `hang_s`, or does
-    not get on with an execution for that and `stretch` times its estimated service, hangs. A stopped one is
-    asked by word, after `stop_s` by SIGTERM, after as long again by SIGKILL. The n-th failure in a row is mended after
-    `backoff_s` * 2^(n-1), at most `longest_backoff_s`; the `most_failures`-th is the last.
-    """
-
-    start_s: float = 900.0
-    ping_s: float = 1.0
-    hang_s: float = 30.0
-    stretch: float = 3.0
-    stop_s: float = 5.0
-    backoff_s: float = 1.0
-    longest_backoff_s: float = 60.0
-    most_failures: int = 5
-    memory_back_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What engine to start: its specification, and the memory it needs on each of its GPUs, in rank order."""
-
-    spec: EngineSpec
-    needed: Mapping[int, Bytes]
-    load_s: float  # of the run, as estimated
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """Why a life ended. `failed` is False for one that was told to stop, `final` True for one that no repeat mends."""
-
-    reason: str
-    failed: bool = True
-    final: bool = False
+from maveriq.exec.orders import Ending, Order, SupervisionSettings
+from maveriq.exec.patience import Patience
+from maveriq.exec.putdown import put_down
+from maveriq.exec.underway import UnderWay
 
 
 class LifeListener(Protocol):
@@ -113,23 +75,16 @@ class Life:
         self._connection: EngineConnection | None = None
         self._let_in = False  # to memory that it has not taken yet
         self._loaded = False
-        self._work: Generate | None = None  # the execution that was asked for and has not ended
-        self._steps = 0  # of it that were handed on
-        self._steps_heard = 0
-        self._allowed_s = 0.0  # without a step
-        self._progress_s = 0.0
-        self._heard_s = 0.0
+        self._under_way: UnderWay | None = None
+        self._patience = Patience(settings, self._asked_s)
         self._pings = 0
-        self._pings_at_work = 0
 
     # What the supervisor asks for
 
     def execute(self, work: Generate, expected_s: float) -> None:
         """Let the engine execute; `expected_s` is how long that should take, in real seconds."""
-        self._work, self._steps, self._steps_heard = work, 0, 0
-        self._allowed_s = self._settings.hang_s + self._settings.stretch * expected_s
-        self._progress_s = self._loop.time()
-        self._pings_at_work = self._pings
+        allowed_s = self._settings.hang_s + self._settings.stretch * expected_s
+        self._under_way = UnderWay(work, now_s=self._loop.time(), allowed_s=allowed_s, pings=self._pings)
         self._send(work)
 
     def stop(self) -> None:
@@ -138,8 +93,6 @@ class Life:
 
     def break_off(self, reason: str, *, final: bool) -> None:
         """Kill the engine, as if it had failed: this is how faults are made on purpose."""
-        if self._connection is not None:
-            self._connection.kill()
         self._end(Ending(reason=reason, final=final))
 
     @property
@@ -197,17 +150,14 @@ class Life:
         self._let_in = True
         if warning:
             self._listener.noticed(self, warning)
-        self._heard_s = self._loop.time()
+        self._patience = Patience(self._settings, self._loop.time())  # it begins with the launch
         try:
             async with asyncio.timeout(self._settings.start_s):
                 self._connection = await self._launcher.launch(self.order.spec, tuple(self.order.needed))
         except TimeoutError:
-            self._end(Ending(reason=self._too_slow()))
+            self._end(Ending(reason=self._patience.too_slow()))
         except LaunchError as error:
             self._end(Ending(reason=str(error)))
-
-    def _too_slow(self) -> str:
-        return f"its engine did not start within {self._settings.start_s:g} s"
 
     async def _listen(self, connection: EngineConnection) -> None:
         try:
@@ -230,7 +180,7 @@ class Life:
     def _take(self, message: FromEngine) -> None:
         if self._ending.done():
             return
-        self._heard_s = self._loop.time()
+        self._patience.heard(self._loop.time())
         match message:
             case Hello(protocol=protocol):
                 self._greeted(protocol)
@@ -270,53 +220,43 @@ class Life:
             self._ground.settled(self.order.needed)
 
     def _stepped(self, progress: Progress) -> None:
-        work = self._work
-        if work is None or progress.execution_id != work.execution_id or progress.step != self._steps + 1:
-            return  # late, twice, or after one that was lost: `Finished` has them all
-        if len(progress.tokens) != len(work.sequences):
-            self._end(Ending(reason="its engine gave tokens for another number of sequences"))
+        under_way = self._under_way
+        if under_way is None or not under_way.concerns(progress.execution_id):
             return
-        self._steps = progress.step
-        self._got_to(progress.step)
-        self._listener.stepped(self, progress)
-
-    def _got_to(self, step: int) -> None:
-        if step > self._steps_heard:
-            self._steps_heard = step
-            self._progress_s = self._loop.time()
+        if complaint := under_way.complaint(progress):
+            self._end(Ending(reason=f"its engine gave {complaint}"))
+        elif under_way.take_step(progress, self._loop.time()):
+            self._listener.stepped(self, progress)
 
     def _executed(self, ended: Finished | Failed) -> None:
-        work = self._work
-        if work is None or ended.execution_id != work.execution_id:
+        under_way = self._under_way
+        if under_way is None or not under_way.concerns(ended.execution_id):
             return
-        if isinstance(ended, Finished) and len(ended.outputs) != len(work.sequences):
-            self._end(Ending(reason="its engine gave outputs for another number of sequences"))
+        if isinstance(ended, Finished) and (complaint := under_way.complaint(ended)):
+            self._end(Ending(reason=f"its engine gave {complaint}"))
             return
-        self._work = None
+        self._under_way = None
         self._listener.executed(self, ended)
 
     def _answered(self, pong: Pong) -> None:
-        work = self._work
-        if work is None:
+        under_way = self._under_way
+        if under_way is None:
             return
-        if pong.execution_id == work.execution_id:
-            self._got_to(pong.steps)  # though word of it may have been lost
-        elif pong.number > self._pings_at_work:
-            self._send(work)  # it was lost, or its end was
+        if under_way.concerns(pong.execution_id):
+            under_way.got_to(pong.steps, self._loop.time())
+        elif under_way.to_be_repeated(pong.number):
+            self._send(under_way.work)
 
     async def _tick(self) -> None:
         """Ask for a sign of life, again and again."""
-        started_s = self._loop.time()
         while True:
+            due_s = self._loop.time() + self._settings.ping_s
             await asyncio.sleep(self._settings.ping_s)
             now_s = self._loop.time()
-            if not self._loaded:
-                if now_s - started_s > self._settings.start_s:
-                    self._end(Ending(reason=self._too_slow()))
-            elif now_s - self._heard_s > self._settings.hang_s:
-                self._end(Ending(reason=f"its engine was not heard for {self._settings.hang_s:g} s"))
-            elif self._work is not None and now_s - self._progress_s > self._allowed_s:
-                self._end(Ending(reason="its engine did not get on with an execution"))
+            if now_s - due_s > self._settings.ping_s:
+                self._patience.excuse(now_s - due_s, now_s, self._under_way)
+            if reason := self._patience.complaint(now_s, loaded=self._loaded, under_way=self._under_way):
+                self._end(Ending(reason=reason))
             self._pings += 1
             self._send(Ping(number=self._pings))
             if not self._loaded and self._pings > 1:
@@ -340,25 +280,6 @@ class Life:
             self._ending.set_result(ending)
 
     async def _put_down(self, connection: EngineConnection, ending: Ending) -> None:
-        """Make the process group go."""
-        if not ending.failed:
-            self._send(Stop())
-            if await self._gone(connection):
-                connection.channel.close()
-                return
-            connection.terminate()
-            if await self._gone(connection):
-                connection.channel.close()
-                return
-        connection.kill()
-        if not await self._gone(connection):
+        ask = None if ending.failed else partial(self._send, Stop())
+        if not await put_down(connection, stop_s=self._settings.stop_s, ask=ask):
             self._listener.noticed(self, f"process group {connection.pid} cannot be killed")
-        connection.channel.close()
-
-    async def _gone(self, connection: EngineConnection) -> bool:
-        try:
-            async with asyncio.timeout(self._settings.stop_s):
-                await connection.wait_exit()
-        except TimeoutError:
-            return False
-        return True

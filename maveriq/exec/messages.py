@@ -25,6 +25,7 @@ MOST_OUTPUT_TOKENS = 1_000_000
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_TokenIdOrEnded = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
@@ -126,7 +127,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid
 
     execution_id: _Count
     step: _Count
-    tokens: tuple[int, ...]
+    tokens: tuple[_TokenIdOrEnded, ...]
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished", forbid_unknown_fields=True):

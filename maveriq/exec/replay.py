@@ -5,26 +5,28 @@ from __future__ import annotations
 import asyncio
 import heapq
 import selectors
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from maveriq.domain.faults import FaultTarget
 from maveriq.domain.intents import DeployAsk
 from maveriq.domain.progress import Progress, Watcher
-from maveriq.domain.records import GpuSample, RunRecord
+from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
-from maveriq.exec.gpus import GpuMeter, GpuReading
+from maveriq.exec.gpurecord import GpuRecord
+from maveriq.exec.gpus import GpuMeter
 from maveriq.exec.ground import MemoryWatch
+from maveriq.exec.interruption import Interruption
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
+from maveriq.exec.modelfiles import ModelFiles
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.exec.prompts import Prompts
-from maveriq.exec.sampling import read_aside
+from maveriq.exec.sampling import GpuSampler
 from maveriq.exec.tickets import LiveTicket
 from maveriq.exec.world import EngineRecord, world_of
 from maveriq.scenario.scenario import Scenario
@@ -44,16 +46,20 @@ class ReplaySettings:
     Args:
         time_scale: real seconds per second of the run.
         devices: what stands behind the cluster's GPUs.
+        files: where those of models lie.
         supervision: how long to be patient with engines.
         meter: reads real GPUs, None where there are none.
         watch: who sees the memory of real GPUs.
+        sampler: who sees how busy they are.
     """
 
     time_scale: float = 1.0
     devices: Devices = field(default_factory=Devices)
+    files: ModelFiles = field(default_factory=ModelFiles)
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
     meter: GpuMeter | None = None
     watch: MemoryWatch | None = None
+    sampler: GpuSampler | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +74,13 @@ class Replayed:
 
 
 def run_replay(
-    scenario: Scenario, launcher: Launcher, settings: ReplaySettings, watcher: Watcher | None = None
+    scenario: Scenario,
+    launcher: Launcher,
+    settings: ReplaySettings,
+    watcher: Watcher | None,
+    interruption: Interruption,
 ) -> Replayed:
-    """Replay a scenario on an event loop of its own; SIGINT or SIGTERM ends it early, with all records.
+    """Replay a scenario on an event loop of its own; an interruption ends it early, with all records.
 
     Raises:
         InputError: a fault that cannot be made for real.
@@ -79,9 +89,8 @@ def run_replay(
     async def with_signals() -> Replayed:
         interrupted = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupted.set)
-        return await execute(scenario, launcher, settings, watcher, interrupted=interrupted)
+        with interruption.telling(lambda: loop.call_soon_threadsafe(interrupted.set)):
+            return await execute(scenario, launcher, settings, watcher, interrupted=interrupted)
 
     # select() takes microseconds, where epoll would round every wait up to whole milliseconds.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
@@ -123,33 +132,36 @@ class _Replay:
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
         self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
         self._asks_left = len(scenario.workload.asks)
-        self._samples: list[GpuSample] = []
-        self._sampled_us: Micros = 0
-        self._busy_us = [0] * len(scenario.cluster)
         self._body = Body(
-            world_of(scenario, settings.devices),
+            world_of(scenario, settings.devices, settings.files, settings.sampler.loads if settings.sampler else None),
             launcher,
             time_scale=settings.time_scale,
             supervision=settings.supervision,
             watch=settings.watch,
         )
+        self._gpus = GpuRecord(
+            self._body.controller.fleet,
+            len(scenario.cluster),
+            settings.meter,
+            own_devices=not settings.devices.shared,
+        )
 
     async def run(self) -> Replayed:
         """Run to the end: every request ended, the time to drain over, or interrupted."""
-        before = await self._read()
+        await self._gpus.read()
         try:
             await self._until_the_end()
             body = self._body
             ended_us = min(body.now_us, self._last_arrival_us + self._scenario.drain_us)
-            after = await self._read()
-            if ended_us > self._sampled_us:
-                self._sample(ended_us, after)
+            await self._gpus.read()
+            if ended_us > self._gpus.sampled_us:
+                self._gpus.sample(ended_us)
             if self._watcher:
                 self._watcher.update(self._progress())
             record = RunRecord(
                 requests=body.end_requests(),
                 deployments=tuple(one.record() for one in body.controller.fleet.deployments.values()),
-                gpu_samples=tuple(self._samples),
+                gpu_samples=tuple(self._gpus.samples),
                 models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
                 ended_us=ended_us,
             )
@@ -157,19 +169,23 @@ class _Replay:
             await self._body.close()
         return Replayed(
             record=record,
-            engines=tuple(body.engines),
-            notes=tuple(body.notes),
-            energy_j=tuple(_energy_j(*both) for both in zip(before, after, strict=True)),
+            engines=tuple(body.chronicle.engines),
+            notes=(*body.chronicle.notes, *self._gpus.notes),
+            energy_j=self._gpus.energy_j(),
             interrupted=self._interrupted.is_set(),
         )
 
     async def _until_the_end(self) -> None:
         deadline_us = self._last_arrival_us + self._scenario.drain_us
-        doings = [self._sample_regularly(), *([self._show(self._watcher)] if self._watcher else [])]
+        doings = [
+            self._sample_regularly(),
+            *([self._show(self._watcher)] if self._watcher else []),
+            *([self._settings.sampler.run()] if self._settings.sampler else []),
+        ]
         beside = [asyncio.create_task(doing) for doing in doings]
         ends = [
             asyncio.create_task(self._serve_all()),
-            asyncio.create_task(self._until(deadline_us + 1)),
+            asyncio.create_task(self._body.clock.sleep_until(deadline_us + 1)),
             asyncio.create_task(self._wait_interrupted()),
             self._body.fault,
         ]
@@ -185,16 +201,11 @@ class _Replay:
     async def _wait_interrupted(self) -> None:
         await self._interrupted.wait()
 
-    async def _until(self, time_us: Micros) -> None:
-        """Sleep until an instant of the run."""
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(max(0.0, self._body.real_time_s(time_us) - loop.time()))
-
     async def _serve_all(self) -> None:
         """Let everything happen at its time, and wait until every request has ended."""
         for time_us, _, _, happen in heapq.merge(sorted(self._planned(), key=_order), self._arriving(), key=_order):
             if time_us > self._body.now_us:
-                await self._until(time_us)
+                await self._body.clock.sleep_until(time_us)
             happen()
         await self._body.drained()
 
@@ -241,34 +252,14 @@ class _Replay:
         due_us = 0
         while not self._nothing_left():
             due_us += self._scenario.sample_us
-            await self._until(due_us)
-            readings = await self._read()
-            self._sample(self._body.now_us, readings)
+            await self._body.clock.sleep_until(due_us)
+            await self._gpus.read()
+            self._gpus.sample(self._body.now_us)
 
     def _nothing_left(self) -> bool:
         """Say whether every engine was given up for good: all that is to come would be refused, in real time."""
         failed = [one for one in self._body.controller.fleet.deployments.values() if one.plan]
         return bool(failed) and not self._asks_left and all(one.gone_for_good for one in failed)
-
-    async def _read(self) -> Sequence[GpuReading]:
-        """Return what the GPUs say; nothing where nobody can ask them."""
-        return await read_aside(self._settings.meter) if self._settings.meter else ()
-
-    def _sample(self, now_us: Micros, readings: Sequence[GpuReading]) -> None:
-        fleet = self._body.controller.fleet
-        measured = bool(readings) and not self._settings.devices.shared
-        for gpu_id, busy_before_us in enumerate(self._busy_us):
-            busy_us = fleet.busy_us(gpu_id, now_us)
-            self._busy_us[gpu_id] = busy_us
-            self._samples.append(
-                GpuSample(
-                    time_us=now_us,
-                    gpu_id=gpu_id,
-                    memory_bytes=readings[gpu_id].used_bytes if measured else fleet.used_bytes(gpu_id),
-                    busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
-                )
-            )
-        self._sampled_us = now_us
 
 
 def _order(happening: _Happening) -> tuple[Micros, int, int]:
@@ -294,7 +285,3 @@ def check_real(scenario: Scenario) -> None:
                 f"fault of GPU {fault.target_id}: a real GPU cannot be made to fail; "
                 "give deployment=NUMBER@TIME, which kills its engine"
             )
-
-
-def _energy_j(before: GpuReading, after: GpuReading) -> float | None:
-    return None if before.energy_j is None or after.energy_j is None else after.energy_j - before.energy_j

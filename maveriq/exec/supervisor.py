@@ -7,8 +7,9 @@ from typing import Protocol
 
 from maveriq.exec.ground import Ground
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import Ending, Life, Order, SupervisionSettings
+from maveriq.exec.life import Life
 from maveriq.exec.messages import Failed, Finished, Generate, Loaded, Progress
+from maveriq.exec.orders import Ending, Order, SupervisionSettings
 
 
 class Overseer(Protocol):
@@ -131,13 +132,13 @@ class Supervisor:
         if life is not self._life or not ending.failed:
             return  # it was told to stop
         self._life = None
-        self._failures += 1
+        after_s, self._repair_after_s = self._repair_after_s, None
+        self._failures += after_s is None  # what was broken on purpose says nothing against the engine
         worn_out = self._failures >= self._settings.most_failures
         returns = not ending.final and not worn_out
         reason = f"{ending.reason}; given up after {self._failures} failures in a row" if worn_out else ending.reason
         self._overseer.engine_down(self._deployment_id, reason, returns=returns)
         if returns:
-            after_s, self._repair_after_s = self._repair_after_s, None
             self._repair = asyncio.get_running_loop().call_later(
                 self._backoff_s() if after_s is None else after_s, self._overseer.engine_repaired, self._deployment_id
             )

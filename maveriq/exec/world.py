@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from maveriq.control.controller import ControllerSettings, ServiceGuess
 from maveriq.control.events import StartEngine
 from maveriq.domain.hardware import Cluster
-from maveriq.domain.models import ModelSpec
 from maveriq.exec.devices import Devices
-from maveriq.exec.life import Order
 from maveriq.exec.messages import EngineSpec, Loaded
-from maveriq.exec.modelconfig import config_json
+from maveriq.exec.modelfiles import ModelFiles
+from maveriq.exec.orders import Order
 from maveriq.policy.base import Policy
 from maveriq.scenario.scenario import LoadTime, Scenario
 from maveriq.scenario.service import ServiceModel, service_model
@@ -24,8 +23,8 @@ class World:
     """What a body needs to know: the cluster, who decides, and what is believed about the hardware.
 
     `service` and `load_time` are estimates: by them hangs are told from long executions, and emulated engines
-    take these times. `typical_prompt_tokens` is what latency is estimated for where nobody says. `weights_of` names
-    the folder of a model's weights, empty for random ones.
+    take these times. `typical_prompt_tokens` is what latency is estimated for where nobody says.
+    `measured_loads` tells how busy each GPU was of late, where that is measured.
     """
 
     cluster: Cluster
@@ -35,9 +34,9 @@ class World:
     service: ServiceModel
     load_time: LoadTime
     devices: Devices = field(default_factory=Devices)
-    config_of: Callable[[ModelSpec], str] = config_json
-    weights_of: Callable[[ModelSpec], str] = lambda _model: ""
+    files: ModelFiles = field(default_factory=ModelFiles)
     typical_prompt_tokens: int = 1
+    measured_loads: Callable[[], Sequence[float]] | None = None
 
     def order(self, action: StartEngine, time_scale: float) -> Order:
         """Return the order for an engine that is to start; it takes `time_scale` real seconds per second of the run."""
@@ -46,7 +45,7 @@ class World:
             deployment_id=action.deployment_id,
             incarnation=action.incarnation,
             model=plan.model.name,
-            config_json=self.config_of(plan.model),
+            config_json=self.files.config(plan.model),
             tp=configuration.tp,
             pp=configuration.pp,
             layer_split=plan.layer_split,
@@ -55,7 +54,7 @@ class World:
             batch_size=configuration.batch_size,
             devices=self.devices.names(plan.gpu_ids),
             seed=self.settings.seed,
-            weights_folder=self.weights_of(plan.model),
+            weights_folder=self.files.weights_folder(plan.model),
             time_scale=time_scale,
         )
         needed = dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
@@ -71,7 +70,9 @@ class EngineRecord:
     start_s: float
 
 
-def world_of(scenario: Scenario, devices: Devices) -> World:
+def world_of(
+    scenario: Scenario, devices: Devices, files: ModelFiles, measured_loads: Callable[[], Sequence[float]] | None
+) -> World:
     """Return what a body needs to know of a scenario.
 
     Raises:
@@ -85,4 +86,6 @@ def world_of(scenario: Scenario, devices: Devices) -> World:
         service=service_model(scenario),
         load_time=scenario.load_time,
         devices=devices,
+        files=files,
+        measured_loads=measured_loads,
     )

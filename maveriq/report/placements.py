@@ -13,7 +13,8 @@ from rich.text import Text
 from maveriq.policy.alpaserve.groups import Placement, gpu_bytes
 from maveriq.policy.alpaserve.problem import GroupShape, PlacementProblem
 from maveriq.policy.alpaserve.progress import SearchProgress
-from maveriq.policy.alpaserve.search import FilledCandidate, PlacementSolution, SearchSettings
+from maveriq.policy.alpaserve.search import FilledCandidate, PlacementSolution
+from maveriq.policy.alpaserve.settings import SearchSettings
 from maveriq.report.tables import new_table
 from maveriq.report.wording import NONE, figure, gpu_list, share
 from maveriq.units import gib

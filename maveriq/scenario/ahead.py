@@ -18,7 +18,8 @@ from maveriq.estimate.hardware import HardwareProfile
 from maveriq.policy.alpaserve.policy import PlacedAhead, described
 from maveriq.policy.alpaserve.problem import ModelProfile, problem_for_cluster
 from maveriq.policy.alpaserve.profiles import profiles_from_estimator, published_profiles_of
-from maveriq.policy.alpaserve.search import PlacementPolicy, SearchSettings, search
+from maveriq.policy.alpaserve.search import search
+from maveriq.policy.alpaserve.settings import PlacementPolicy, SearchSettings
 from maveriq.policy.alpaserve.star import StarRule
 from maveriq.scenario.demand import workload_for
 from maveriq.scenario.options import Options

@@ -36,18 +36,24 @@ _MOST_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def build_scenario(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> Scenario:
+def build_scenario(
+    options: Options,
+    *,
+    planning: Callable[[Estimator], Estimator] = lambda one: one,
+    clusters: Callable[[str, HardwareProfile], Cluster] | None = None,
+) -> Scenario:
     """Turn options into a scenario, reading every file that they name.
 
     Args:
         options: what the user says.
         planning: turns the estimator that the options name for planning into the one that is planned with.
+        clusters: turns what the options say of GPUs into a cluster; None for `cluster_for`.
 
     Raises:
         InputError: an option or a file that cannot be used.
     """
     profile = load_profile(options.profile)
-    cluster = cluster_for(options.gpus, profile)
+    cluster = (clusters or cluster_for)(options.gpus, profile)
     estimators = estimators_for(options, profile)
     planner = planning(estimators.plan)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)

@@ -63,7 +63,7 @@ class Options:
     poisson_as_published: bool = _option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
     seed: int = _option(42, "Seed of all random streams.", _WORKLOAD)
 
-    gpus: str = _option("8xA6000", "The cluster: a number and a kind of GPU, or a TOML file.", _CLUSTER)
+    gpus: str = _option("8xA6000", "The cluster: a number and a kind of GPU, a TOML file, or local.", _CLUSTER)
     profile: str = _option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
 
     policy: str = _option(

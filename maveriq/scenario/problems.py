@@ -19,7 +19,7 @@ import numpy as np
 from maveriq.domain.forecast import DemandForecast
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, PlacementModel, PlacementProblem, StageProfile
-from maveriq.policy.alpaserve.search import Fill, PlacementPolicy, SearchSettings
+from maveriq.policy.alpaserve.settings import Fill, PlacementPolicy, SearchSettings
 from maveriq.policy.alpaserve.star import StarRule
 from maveriq.tables import Row, read_json, read_text
 from maveriq.workload.columns import name_fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from maveriq.exec.body import Body
 from maveriq.exec.devices import Devices
 from maveriq.exec.ground import MemoryWatch
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.life import SupervisionSettings
-from maveriq.exec.modelconfig import config_json
+from maveriq.exec.modelfiles import ModelFiles
+from maveriq.exec.orders import SupervisionSettings
+from maveriq.exec.sampling import GpuSampler
 from maveriq.exec.world import World
 from maveriq.policy.base import Policy
 from maveriq.policy.catalog import RULES, make_policy
@@ -26,7 +28,6 @@ from maveriq.scenario.build import cluster_for, controller_settings, guess_with,
 from maveriq.scenario.estimators import estimators_for
 from maveriq.scenario.options import Options
 from maveriq.scenario.service import EstimatedService
-from maveriq.tables import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,12 @@ class ClusterPlan:
     placements: PerEndpoint
 
 
-def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator] = lambda one: one) -> ClusterPlan:
+def plan_cluster(
+    options: Options,
+    *,
+    planning: Callable[[Estimator], Estimator] = lambda one: one,
+    clusters: Callable[[str, HardwareProfile], Cluster] = cluster_for,
+) -> ClusterPlan:
     """Turn options into a cluster's plan, reading every file that they name.
 
     Requests go at once, without the delays of the testbed that the profile was measured on.
@@ -49,6 +55,7 @@ def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator]
     Args:
         options: what the user says.
         planning: turns the estimator that the options name for planning into the one that is planned with.
+        clusters: turns what the options say of GPUs into a cluster.
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -68,7 +75,7 @@ def plan_cluster(options: Options, *, planning: Callable[[Estimator], Estimator]
     return ClusterPlan(
         options=options,
         profile=profile,
-        cluster=cluster_for(options.gpus, profile),
+        cluster=clusters(options.gpus, profile),
         planner=planner,
         believed=estimators.serve,
         placements=PerEndpoint(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
@@ -86,6 +93,7 @@ async def open_cluster(
     folder_of: Callable[[ModelSpec], Path | None],
     devices: Devices | None = None,
     watch: MemoryWatch | None = None,
+    sampler: GpuSampler | None = None,
 ) -> AsyncIterator[Body]:
     """Give a cluster that is up, and close it at the end.
 
@@ -98,6 +106,7 @@ async def open_cluster(
         folder_of: says where the files of a model lie, None for one that is known by its shape alone.
         devices: what stands behind the cluster's GPUs; None where engines run on the CPU, or only pretend.
         watch: who sees the memory of real GPUs.
+        sampler: who sees how busy they are.
 
     Raises:
         InputError: the folder cannot be made.
@@ -114,31 +123,16 @@ async def open_cluster(
         service=EstimatedService(plan.believed),
         load_time=load_time_for(plan.options, plan.profile),
         devices=devices or Devices(),
-        config_of=lambda model: _config_of(model, folder_of(model)),
-        weights_of=lambda model: _weights_of(folder_of(model)),
+        measured_loads=sampler.loads if sampler else None,
+        files=ModelFiles(lambda model: (folder := folder_of(model)) and folder / "config.json"),
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
     with ProcessLauncher(backend, logs=logs, devices=world.devices) as launcher:
         body = Body(world, launcher, time_scale=time_scale, supervision=supervision, watch=watch)
+        sampling = asyncio.create_task(sampler.run()) if sampler else None
         try:
             yield body
         finally:
+            if sampling is not None:
+                sampling.cancel()
             await body.close()
-
-
-def _config_of(model: ModelSpec, folder: Path | None) -> str:
-    """Return a model's own configuration, else one of its shape.
-
-    Where its own has gone it is empty: its engine then fails by itself, without bringing others down.
-    """
-    if folder is None:
-        return config_json(model)
-    try:
-        return read_text(folder / "config.json", what="model configuration")
-    except InputError:
-        return "{}"
-
-
-def _weights_of(folder: Path | None) -> str:
-    """Return the folder if there are weights in it, else nothing: then they are random."""
-    return str(folder) if folder is not None and any(folder.glob("*.safetensors")) else ""

@@ -15,7 +15,7 @@ from maveriq.domain.intents import Intent, Objective
 from maveriq.domain.models import ModelSpec
 from maveriq.embedded import traces_path
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.tables import read_toml
+from maveriq.tables import is_folder, read_toml
 
 _WHAT = "model set"
 
@@ -24,7 +24,8 @@ _WHAT = "model set"
 class ModelEntry:
     """One model of a set: what loads at which bin of 30 s, and how its intent differs from the run's.
 
-    None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is.
+    None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
+    model's configuration was read from, None for a model of the catalogue.
     """
 
     model: ModelSpec
@@ -32,6 +33,7 @@ class ModelEntry:
     objective: Objective | None = None
     min_accuracy: float | None = None
     float16_only: bool | None = None
+    config: Path | None = None
 
     def intent(self, of_run: Intent) -> Intent:
         """Return the run's intent with what this entry says instead.
@@ -73,6 +75,21 @@ class ModelSet:
         """The bin at which each model loads, ascending."""
         return tuple(entry.load_at for entry in self.entries)
 
+    def configs(self) -> dict[ModelSpec, Path]:
+        """Return where each model's own configuration lies; catalogue models have none.
+
+        Raises:
+            InputError: two configurations describe what looks like one model, perhaps with other weights.
+        """
+        found: dict[ModelSpec, Path] = {}
+        for entry in self.entries:
+            if entry.config is not None and found.setdefault(entry.model, entry.config) != entry.config:
+                raise InputError(
+                    f"{_WHAT} {self.name!r}: {str(found[entry.model])!r} and {str(entry.config)!r} are both called "
+                    f"{entry.model.name!r}; set _name_or_path in one of them to tell them apart"
+                )
+        return found
+
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     model: str
@@ -113,7 +130,8 @@ def load_model_set(name_or_path: str) -> ModelSet:
 
 def _entry(entry: _Entry, path: Path) -> ModelEntry:
     try:
-        model = _model(entry.model, path.parent)
+        config = _config(entry.model, path.parent)
+        model = load_model(entry.model if config is None else str(config))
         objective = None if entry.objective is None else _objective(entry.objective)
     except InputError as error:
         raise InputError(f"{_WHAT} {str(path)!r}: {error}") from None
@@ -123,13 +141,19 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         objective=objective,
         min_accuracy=entry.min_accuracy,
         float16_only=entry.float16_only,
+        config=config,
     )
 
 
-def _model(name_or_path: str, folder: Path) -> ModelSpec:
-    # A configuration named by a relative path lies beside the file that names it.
-    is_path = "/" in name_or_path or name_or_path.endswith(".json")
-    return load_model(str(folder / name_or_path) if is_path else name_or_path)
+def _config(name_or_path: str, folder: Path) -> Path | None:
+    """Return the path of a model's configuration, None for what is a name.
+
+    One named by a relative path lies beside the file that names it.
+    """
+    if not ("/" in name_or_path or name_or_path.endswith(".json")):
+        return None
+    path = folder / name_or_path
+    return path / "config.json" if is_folder(path) else path
 
 
 def _objective(name: str) -> Objective:

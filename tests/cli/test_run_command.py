@@ -14,6 +14,9 @@ import pytest
 from exec_rigs import PATIENCE_S, alive_in_group
 from sandbox import Maveriq, everything_in, put
 
+from maveriq.domain.catalog import load_model
+from maveriq.exec import nvml
+from maveriq.exec.modelconfig import config_json
 from maveriq.report.reading import read_meta, read_run
 
 HEAD = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
@@ -80,6 +83,17 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
     assert not ((run.requests.start_us[hit] > 123_100_000) & (run.requests.start_us[hit] < 127_000_000)).any()
 
 
+class NoDriver:
+    """NVML on a machine without GPUs."""
+
+    class NVMLError(Exception):
+        pass
+
+    @classmethod
+    def nvmlInit(cls) -> None:  # noqa: N802
+        raise cls.NVMLError("Driver Not Loaded")
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
@@ -93,15 +107,17 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
         ("--backend emulated --start-timeout-s -1", ("--start-timeout-s", "-1")),
         ("--backend emulated --most-failures 0", ("--most-failures", "0")),
         ("--backend emulated --fail gpu=0@9s", ("GPU 0", "deployment=")),
+        ("--backend emulated --gpus local", ("--gpus local: ", "NVIDIA")),
         ("--backend emulated --trace long.csv", ("2,000,000", "1,000,000")),
         ("--backend emulated --slo-ttft-ms 0", ("--slo-ttft-ms", "0")),
         ("--backend emulated --out t.csv", ("t.csv", "folder")),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
-    maveriq: Maveriq, tmp_path: Path, said: str, words: tuple[str, ...]
+    maveriq: Maveriq, tmp_path: Path, monkeypatch, said: str, words: tuple[str, ...]
 ) -> None:
     put(tmp_path, {"long.csv": HEAD + "30,1,2000000,1\n"})
+    monkeypatch.setattr(nvml, "_import_nvml", lambda: NoDriver)
     before = everything_in(tmp_path)
     ended = maveriq(f"run {WORLD} {said}")
     assert ended.code == 2
@@ -122,6 +138,22 @@ def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_p
     assert line.endswith("records: run")
     [deployment] = read_run(tmp_path / "run").deployments
     assert deployment.status == "down"
+
+
+def test_a_model_of_a_folder_is_run_with_the_weights_that_lie_there(maveriq: Maveriq, tmp_path: Path) -> None:
+    """Told by weights that cannot be read: random ones can."""
+    pytest.importorskip("torch")
+    config = json.loads(config_json(load_model("llama-2-7b"))) | {"_name_or_path": "me/llama-2-7b"}
+    put(tmp_path, {
+        "mine/config.json": json.dumps(config),
+        "mine/model.safetensors": "these are no weights",
+        "mine.toml": 'name = "mine"\n[[models]]\nmodel = "./mine"\nload_at = 0\n',
+        "wait.csv": HEAD + "600,1,5,2\n",
+    })  # fmt: skip
+    ended = maveriq("run --backend torch --trace wait.csv --models mine.toml --most-failures 1 --ideal --out run -q")
+    assert ended.code == 1
+    line = ended.err.splitlines()[-1]
+    assert f"weights {tmp_path / 'mine' / 'model.safetensors'} cannot be read" in line
 
 
 Started = Callable[..., subprocess.Popen[str]]
@@ -187,6 +219,29 @@ def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Pa
         "soon.csv",
         "t.csv",
     ]
+
+
+@pytest.mark.parametrize("gap_s", [0.005, 0.1])
+def test_impatience_costs_no_records(started: Started, tmp_path: Path, gap_s: float) -> None:
+    """Ctrl-C again and again, while engines are stopped and while records are written."""
+    process = started("--trace late.csv -q")
+    groups = engines_of(process)
+    while process.poll() is None and not (tmp_path / "run").exists():
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap_s)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert read_meta(tmp_path / "run")["kind"] == "run"
+    assert gone(groups)
+
+
+def test_a_folder_at_home_is_no_folder_called_tilde(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    ended = maveriq(f"{RUN} --trace soon.csv --models one.toml -q --out '~/a/run'")
+    assert ended.code == 0
+    assert (tmp_path / "home" / "a" / "run" / "engines" / "1-1.log").exists()
+    assert not (tmp_path / "~").exists()
 
 
 def test_its_engines_go_when_it_is_killed(started: Started) -> None:

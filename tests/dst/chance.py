@@ -45,6 +45,8 @@ class Misfortune:
     never_connects: float = 0.0
     too_large: float = 0.0
     cannot_execute: float = 0.0
+    garbled: float = 0.0
+    standstill_rate: float = 0.0
     deaf_to_sigterm: float = 0.5
     sabotage: bool = True
 
@@ -66,4 +68,6 @@ class Misfortune:
             never_connects=perhaps(0.1),
             too_large=perhaps(0.1),
             cannot_execute=perhaps(0.1),
+            garbled=perhaps(0.01),
+            standstill_rate=perhaps(0.05),
         )

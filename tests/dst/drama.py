@@ -22,8 +22,8 @@ from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.body import Body, World
 from maveriq.exec.cluster import EndpointRequest, Outcome, Submission, Ticket
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import SupervisionSettings
 from maveriq.exec.messages import EngineSpec
+from maveriq.exec.orders import SupervisionSettings
 from maveriq.policy.base import Decision, Deploy, Policy, Rejection
 from maveriq.scenario.service import EstimatedService
 from maveriq.units import BYTES_PER_GIB, micros
@@ -42,6 +42,7 @@ class Ended:
     engines: int = 0
     deployments: int = 0
     failures: int = 0
+    hangs: int = 0
     simulated_s: float = 0.0
 
 
@@ -161,8 +162,10 @@ def play(seed: int, misfortune: Misfortune | None = None) -> Ended:
 async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     machine = Machine(chance, misfortune)
     body = body_on(chance, machine, Anywhere(chance), machine)
+    standing = asyncio.create_task(machine.stand_still_at_times())
     outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
-    failures = len(body.notes)
+    standing.cancel()
+    notes = body.chronicle.notes
     await body.close()
     table = body.end_requests()
     counts = Counter(outcome.status.label for outcome in outcomes)
@@ -180,7 +183,8 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
         reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
         engines=len(machine.processes),
         deployments=sum(1 for one in body.controller.fleet.deployments.values() if one.incarnation),
-        failures=failures,
+        failures=len(notes),
+        hangs=sum("was not heard" in note or "did not get on" in note for note in notes),
         simulated_s=asyncio.get_running_loop().time(),
     )
 
@@ -199,7 +203,6 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
         guess=lambda *_: micros(1.0),
         service=EstimatedService(TokenSeconds(_TOKEN_S)),
         load_time=lambda _: micros(chance.between(0.1, 3)),
-        config_of=lambda _: "{}",
     )
     body = Body(
         world,

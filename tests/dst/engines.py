@@ -11,7 +11,20 @@ from chance import Chance, Misfortune
 
 from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.launcher import LaunchError
-from maveriq.exec.messages import EngineSpec, Failed, Finished, FromEngine, Generate, Loaded, ToEngine
+from maveriq.exec.messages import (
+    Bye,
+    EngineSpec,
+    Failed,
+    Finished,
+    FromEngine,
+    Generate,
+    Hello,
+    Loaded,
+    Pong,
+    Progress,
+    ProtocolError,
+    ToEngine,
+)
 from maveriq.exec.session import BROKEN, Session
 
 _M = TypeVar("_M")
@@ -47,9 +60,19 @@ class Machine:
     def delay_s(self) -> float:
         return self.chance.wait_s(self.misfortune.mean_delay_s) if self.rough else 0.0005
 
+    async def stand_still_at_times(self) -> None:
+        """Let nothing get on for a while, the executor first of all: stopped, or without a processor."""
+        while self.rough and self.misfortune.standstill_rate > 0:
+            await asyncio.sleep(self.chance.wait_s(1 / self.misfortune.standstill_rate))
+            self.loop.stand_still(self.chance.wait_s(10))
+
     def next_pid(self) -> int:
         self._pids += 1
         return self._pids
+
+    def device_of(self, gpu_id: int) -> int:
+        """`MemoryWatch`: each GPU is a device."""
+        return gpu_id
 
     def free_bytes(self, gpu_id: int) -> int:
         """`MemoryWatch`: what nvidia-smi would show."""
@@ -106,11 +129,11 @@ class Inbox:
     """The receiving end of a channel."""
 
     def __init__(self) -> None:
-        self._messages: deque[FromEngine] = deque()
+        self._messages: deque[FromEngine | ProtocolError] = deque()
         self._news = asyncio.Event()
         self._closed = False
 
-    def put(self, message: FromEngine) -> None:
+    def put(self, message: FromEngine | ProtocolError) -> None:
         if not self._closed:
             self._messages.append(message)
             self._news.set()
@@ -125,7 +148,10 @@ class Inbox:
                 raise ChannelClosedError("the other side has closed the channel")
             self._news.clear()
             await self._news.wait()
-        return self._messages.popleft()
+        message = self._messages.popleft()
+        if isinstance(message, ProtocolError):
+            raise message
+        return message
 
 
 class Connection:
@@ -184,6 +210,7 @@ class Process:
         self.doomed = False  # somebody has decided that it is to end
         self.deaf = False  # its executor is gone: nothing comes any more, not even signals
         self._hangs = False
+        self._at = 0  # the last execution that it was asked for
         self._work: list[asyncio.TimerHandle] = []
         self._session = Session(pid=self.pid, worker=self, send=self._send, leave=self._exit)
         self._fate()
@@ -220,7 +247,25 @@ class Process:
 
     def _send(self, message: FromEngine) -> None:
         if self.alive:
-            self.post(message, self.inbox.put)
+            garbled = self.machine.goes_wrong(self.machine.misfortune.garbled)
+            self.post(self._garbage() if garbled else message, self.inbox.put)
+
+    def _garbage(self) -> FromEngine | ProtocolError:
+        """What an engine that has lost its mind may say; lies that sound like the truth are not among it."""
+        about = self._at
+        said: list[FromEngine | ProtocolError] = [
+            ProtocolError("not a message"),
+            Hello(protocol=10**6, pid=0),
+            Failed(execution_id=about and 2**53, kind="whatever", message="\0" * 1000),
+            Finished(execution_id=about, first_token_s=1e9, service_s=0.0, outputs=()),
+            Progress(execution_id=about, step=1, tokens=(1,) * 99),
+            Progress(execution_id=about, step=2**53, tokens=()),
+            Pong(number=2**53, execution_id=0, steps=0),
+            Pong(number=0, execution_id=about, steps=2**53),
+            Loaded(backend="\n", version=""),
+            Bye(),
+        ]
+        return said[self.machine.chance.whole(0, len(said) - 1)]
 
     def take(self, message: ToEngine) -> None:
         if self.alive and not self._hangs and not self.deaf:
@@ -273,7 +318,7 @@ class Process:
         self._session.loaded(Loaded(backend="simulated", version="0"))
 
     def generate(self, work: Generate) -> None:
-        self.executing = True
+        self.executing, self._at = True, work.execution_id
         self.machine.check_alone(self)
         self.machine.runs.update(sequence.request_id for sequence in work.sequences)
         if self.machine.goes_wrong(self.machine.misfortune.cannot_execute):

@@ -45,6 +45,12 @@ def test_lost_and_late_messages_cost_time_and_no_engine(seed: int) -> None:
     assert (seen.failures, seen.statuses["failed"]) == (0, seen.reasons["the client went away"])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_an_executor_that_stands_still_blames_no_engine(seed: int) -> None:
+    seen = play(seed, Misfortune(until_s=1000, standstill_rate=0.1, sabotage=False))
+    assert seen.hangs == 0
+
+
 @pytest.mark.parametrize("first", range(0, LIVES, _CHUNK_OF_LIVES))
 def test_what_a_service_accepted_has_an_end_however_often_it_is_killed(first: int) -> None:
     statuses: Counter[str] = Counter()

@@ -32,6 +32,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Return the simulated time in seconds."""
         return self._now_s
 
+    def stand_still(self, duration_s: float) -> None:
+        """Let time pass in which nothing gets on, as where a process is stopped or has no processor."""
+        self._now_s += duration_s
+
     def select(self, timeout_s: float | None) -> list[object]:
         """Let time pass instead of sleeping.
 

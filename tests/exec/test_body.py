@@ -3,14 +3,17 @@
 import asyncio
 
 import pytest
-from exec_rigs import body, run_async, until
+from exec_rigs import EngineCase, body, run_async, until
 from test_faults import first_token, send, status, up
 from worlds import MODEL
 
 from maveriq.domain.intents import Intent, Objective
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
+from maveriq.exec.chronicle import Chronicle
 from maveriq.exec.cluster import EndpointRequest, LiveCluster, Ticket
+from maveriq.exec.messages import Loaded
+from maveriq.exec.orders import Order
 
 
 def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
@@ -111,6 +114,30 @@ def test_what_no_engine_takes_is_refused_and_harms_nobody(tmp_path, wrong) -> No
             assert (await send(one).outcome()).request_id == 1
 
     run_async(check)
+
+
+def test_where_there_is_no_engine_to_break_nothing_is_said_to_have_broken(tmp_path) -> None:
+    async def check() -> None:
+        async with body({1: []}, tmp_path) as one:
+            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            for deployment_id in (1, 2):
+                one.break_engine(deployment_id, for_us=None)
+            assert one.chronicle.notes == []
+
+    run_async(check)
+
+
+def test_what_a_long_life_leaves_is_bounded(monkeypatch) -> None:
+    monkeypatch.setattr("maveriq.exec.chronicle.MOST_ENGINES", 3)
+    chronicle = Chronicle()
+    order = Order(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
+    for number in range(200):
+        chronicle.asked(1, number)
+        chronicle.served(order, Loaded(backend="emulated", version="1"), number + 1)
+        chronicle.note("deployment 1 (tiny)", number, "it crashed")
+    assert [one.start_s for one in chronicle.engines] == [1, 1, 1]
+    assert len(chronicle.notes) == 101
+    assert "left out" in chronicle.notes[-1]
 
 
 def test_endpoints_keep_the_numbers_of_an_earlier_life(tmp_path) -> None:

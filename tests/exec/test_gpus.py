@@ -11,14 +11,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from exec_rigs import body, run_async
 from hypothesis import given
 from hypothesis import strategies as st
+from worlds import controller
 
 from maveriq.domain.hardware import LoadWindow
 from maveriq.errors import InputError, InvariantError, MaveriqError
-from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of, visible_devices
+from maveriq.exec.gpurecord import GpuRecord
+from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of
 from maveriq.exec.nvml import NvmlMeter, real_cluster
-from maveriq.exec.sampling import GpuSampler, MemoryWatch
+from maveriq.exec.sampling import GpuSampler
 from maveriq.units import BYTES_PER_GIB
 
 GIB = BYTES_PER_GIB
@@ -160,17 +163,6 @@ def test_slices_stand_for_the_gpu_that_is_cut(nvml: Callable[..., FakeNvml]) -> 
     nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", mig=True, slices=[slices[0], None, slices[1]]))
     gpus = NvmlMeter().gpus
     assert [(gpu.uuid, gpu.is_slice) for gpu in gpus] == [("GPU-a", False), ("MIG-0", True), ("MIG-1", True)]
-    assert visible_devices(gpus, [1]) == {"CUDA_VISIBLE_DEVICES": "MIG-0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    for spread in ([0, 1], [1, 2]):
-        with pytest.raises(InputError, match="MIG is on"):
-            visible_devices(gpus, spread)
-
-
-def test_gpus_are_shown_by_uuid_in_the_order_asked_for(nvml: Callable[..., FakeNvml]) -> None:
-    nvml(*(FakeGpu(f"GPU-{k}") for k in range(4)))
-    gpus = NvmlMeter().gpus
-    assert visible_devices(gpus, [3, 0])["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-0"
-    assert visible_devices(gpus, [])["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_cluster_of_this_machine_counts_used_memory_as_held(nvml: Callable[..., FakeNvml]) -> None:
@@ -324,64 +316,61 @@ def test_load_is_the_share_of_the_windows_samples_that_were_busy() -> None:
     assert sampler.loads() == [0.25, 0.75]
 
 
-def test_energy_is_counted_from_the_first_sample_even_when_that_is_forgotten() -> None:
-    sampler = GpuSampler(Scripted([reading(), reading()]), LoadWindow(samples=2))
-    assert sampler.energy_j() == [None, None]
-    for joules in (100.0, 150.0, 175.0, 260.0):
-        sampler.add([reading(energy_j=joules), reading()])
-    assert sampler.energy_j() == [160.0, None]
-
-
-def test_the_view_is_what_a_policy_gets() -> None:
-    meter = Scripted([reading(1), reading(2)])
-    cluster = cluster_of(meter)
-    sampler = GpuSampler(meter, LoadWindow(samples=2))
-    assert [gpu.free_bytes for gpu in sampler.view(cluster).gpus] == [47 * GIB, 46 * GIB]
-    sampler.add([reading(10, busy=1.0), reading(60)])  # more than there is, as drivers may say for a moment
-    view = sampler.view(cluster)
-    assert [(gpu.gpu_id, gpu.free_bytes, gpu.load) for gpu in view.gpus] == [(0, 38 * GIB, 0.5), (1, 0, 0.0)]
-    assert [gpu.capacity_bytes for gpu in view.gpus] == [48 * GIB] * 2
-
-
 @pytest.mark.parametrize("slow", [False, True])
 def test_sampling_keeps_the_beat_and_slow_meters_out_of_the_loop(slow: bool) -> None:  # noqa: FBT001
-    meter, heard = Scripted([reading()], slow=slow), list[Sequence[GpuReading]]()
+    meter = Scripted([reading()], slow=slow)
 
-    async def some_time() -> None:
-        sampler = GpuSampler(meter, LoadWindow(sample_us=10_000, look_us=10_000), heard=heard.append)
+    async def some_time() -> int:
+        sampler = GpuSampler(meter, LoadWindow(sample_us=10_000, look_us=10_000, samples=100))
         task = asyncio.create_task(sampler.run())
         await asyncio.sleep(0.1)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        return len(sampler._recent)
 
-    asyncio.run(some_time())
-    assert 2 <= len(heard) <= 11
+    assert 2 <= asyncio.run(some_time()) <= 11
     assert (threading.get_ident() in meter.threads) == (not slow)
 
 
-def test_memory_is_waited_for_until_it_is_back() -> None:
-    meter = Scripted(
-        [reading(1), reading(1)], [reading(20), reading(9)], [reading(20), reading(1)], [reading(1.1), reading(40)]
-    )
+def test_placement_sees_how_busy_real_gpus_are(tmp_path) -> None:
+    class Lost(Scripted):
+        def read(self) -> Sequence[GpuReading]:
+            if len(self.readings) == 1:
+                raise MaveriqError("GPU 0 (x) does not answer: it is lost")
+            return super().read()
 
-    async def wait() -> dict[int, int]:
-        watch = MemoryWatch(meter, poll_s=0.001)
-        before = await watch.used([0])
-        assert before == {0: GIB}
-        return await watch.back(before, within_s=5)
+    busy = [reading(busy=1.0), *[reading(busy=0.0)] * 7]
 
-    assert asyncio.run(wait()) == {}  # what is left is slack, and the other GPU is not asked about
-    assert len(meter.readings) == 1
+    async def check() -> None:
+        sampler = GpuSampler(Lost(busy, busy, busy), LoadWindow(sample_us=10_000, look_us=10_000, samples=100))
+        async with body({1: [(0,)]}, tmp_path, sampler=sampler) as one:
+            sampling = asyncio.create_task(sampler.run())
+            await asyncio.sleep(0.1)
+            sampling.cancel()
+            assert one.controller.fleet.loads(one.now_us) == [0.02, 0.0, 0.0, 0.0]
+
+    run_async(check)
 
 
-def test_waiting_for_memory_ends_and_what_is_free_is_told() -> None:
-    meter = Scripted([reading(1), reading(1)], [reading(20), reading(9)])
+def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
+    class Lost(Scripted):
+        def read(self) -> Sequence[GpuReading]:
+            if len(self.readings) == 1:
+                raise MaveriqError("GPU 0 (x) does not answer: it is lost")
+            return super().read()
 
-    assert MemoryWatch(Scripted([reading(50), reading(8)])).free_bytes(0) == 0
-    assert MemoryWatch(Scripted([reading(50), reading(8)])).free_bytes(1) == 40 * GIB
+    meter = Lost([reading(1, energy_j=5.0)], [reading(2, energy_j=8.0)], [reading(3)])
 
-    async def wait() -> dict[int, int]:
-        watch = MemoryWatch(meter, poll_s=0.001)
-        return await watch.back(await watch.used([0, 1]), within_s=0.02)
+    async def some_time() -> GpuRecord:
+        record = GpuRecord(controller({1: [(0,)]}).fleet, 1, meter, own_devices=True)
+        for time_us in (1, 2, 3):
+            await record.read()
+            record.sample(time_us)
+            if time_us == 2:
+                assert record.energy_j() == (3.0,)
+        return record
 
-    assert asyncio.run(wait()) == {0: 19 * GIB, 1: 8 * GIB}
+    record = asyncio.run(some_time())
+    assert [one.memory_bytes for one in record.samples] == [GIB, 2 * GIB, 0]
+    assert record.energy_j() == ()
+    assert len(record.notes) == 1

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from exec_rigs import EngineCase, rig, run_async
+from exec_rigs import EngineCase, rig, run_async, work
 
 from maveriq.errors import InputError
 from maveriq.exec.devices import Devices
 from maveriq.exec.engines.catalog import BACKENDS, make_engine
 from maveriq.exec.launcher import LaunchError, ProcessLauncher
+from maveriq.exec.logs import EngineLog
+from maveriq.exec.messages import Failed, Finished
 
 CASE = EngineCase(backend="emulated")
 
@@ -54,6 +56,49 @@ def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
             await one.exit_code()
             assert "does not speak this protocol" in one.connection.last_words()
             assert (tmp_path / "1-1.log").read_text().startswith("maveriq engine: ")
+
+    run_async(check)
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("exec_rigs:CannotDo", "out-of-memory"), ("exec_rigs:Breaks", None)])
+def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind: str | None) -> None:
+    """It says what it has to say, or ends: it must not fall silent."""
+    (tmp_path / "1-1.log").symlink_to("/dev/full")
+
+    async def check() -> None:
+        async with rig(EngineCase(backend=backend), tmp_path) as one:
+            one.say(work(1, [13]))
+            if kind is None:
+                await one.hear_nothing_more()
+            else:
+                assert (await one.hear(Failed)).kind == kind
+                one.say(work(2, [1]))
+                assert (await one.hear(Finished)).execution_id == 2
+
+    run_async(check)
+
+
+def test_logs_of_an_engine_that_is_restarted_for_ever_do_not_pile_up(tmp_path: Path) -> None:
+    for number in range(1, 200):
+        EngineLog(tmp_path, CASE.spec(incarnation=number)).path.write_text("it crashed")
+    EngineLog(tmp_path, CASE.spec(deployment_id=2)).path.write_text("another engine's")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {"1-1.log", "1-199.log", "1-198.log", "2-1.log"}  # the first failure says most
+    assert len(left) < 60
+
+
+def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("maveriq.exec.logs.MOST_BYTES", 100_000)
+    monkeypatch.setattr("maveriq.exec.logs.LOOK_EVERY_S", 0.02)
+
+    async def check() -> None:
+        async with rig(EngineCase(backend="exec_rigs:Chatters"), tmp_path) as one:
+            for number in range(1, 41):
+                one.say(work(number, tokens=1))
+                await one.hear(Finished)
+                await asyncio.sleep(0.03)
+        assert one.connection.last_words() == "chatter, chatter, the last"
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 350_000
 
     run_async(check)
 

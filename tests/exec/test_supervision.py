@@ -14,7 +14,6 @@ from worlds import MODEL
 from maveriq.exec.channel import ChannelClosedError
 from maveriq.exec.ground import Ground, NoMemoryWatch
 from maveriq.exec.launcher import LaunchError
-from maveriq.exec.life import Order, SupervisionSettings
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -30,6 +29,7 @@ from maveriq.exec.messages import (
     Stop,
     ToEngine,
 )
+from maveriq.exec.orders import Order, SupervisionSettings
 from maveriq.exec.supervisor import Supervisor
 
 SETTINGS = SupervisionSettings(
@@ -128,6 +128,7 @@ class Scene:
     engines: list[FakeEngine] = field(default_factory=list)
     told: list[tuple[float, str, object]] = field(default_factory=list)
     refusals: int = 0
+    launch_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -141,6 +142,7 @@ class Scene:
         if self.refusals:
             self.refusals -= 1
             raise LaunchError("no such file")
+        await asyncio.sleep(self.launch_s)
         engine = FakeEngine(self.answer)
         self.engines.append(engine)
         if self.greet:
@@ -261,6 +263,15 @@ def test_a_start_that_takes_too_long_is_a_failure_also_when_the_engine_answers()
     assert scene.details("down") == ["its engine did not start within 100 s"]
 
 
+def test_launch_and_load_share_the_time_to_start() -> None:
+    async def script(scene: Scene) -> None:
+        scene.launch_s = 80
+        scene.start()
+        await asyncio.sleep(150)
+
+    assert play(script, lambda engine, message: None).times("down") == [101.0]
+
+
 def test_a_process_that_cannot_be_started_is_a_failure() -> None:
     async def script(scene: Scene) -> None:
         scene.refusals = 2
@@ -284,6 +295,58 @@ def test_an_engine_that_is_not_heard_hangs() -> None:
     scene = play(script, falls_silent)
     assert scene.times("down") == [13.0]  # last heard at 2 s
     assert scene.engines[0].signals == ["KILL"]
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_an_executor_that_stood_still_holds_nothing_against_its_engines(*, at_work: bool) -> None:
+    """As after SIGSTOP and SIGCONT: nobody could be heard, so nobody was silent."""
+
+    def takes_long(engine: FakeEngine, message: ToEngine) -> None:
+        match message:
+            case Generate():
+                pass
+            case Ping(number=number):
+                engine.say(Pong(number=number, execution_id=int(at_work), steps=0))
+            case _:
+                well(engine, message)
+
+    async def script(scene: Scene) -> None:
+        scene.start()
+        await asyncio.sleep(0.5)
+        if at_work:
+            scene.supervisor.execute(work(1), 0.0)
+        await asyncio.sleep(5)
+        scene.loop.stand_still(1000)
+        await asyncio.sleep(3)
+
+    assert play(script, takes_long).times("down") == []
+
+
+@pytest.mark.parametrize(
+    "too_much",
+    [
+        Progress(execution_id=1, step=3, tokens=(5,)),
+        Progress(execution_id=1, step=1, tokens=(5, 6)),
+        Finished(execution_id=1, first_token_s=0, service_s=0, outputs=((5, 6, 7),)),
+        Finished(execution_id=1, first_token_s=0, service_s=0, outputs=()),
+    ],
+)
+def test_an_engine_that_gives_what_nobody_asked_for_has_failed(too_much: FromEngine) -> None:
+    def babbles(engine: FakeEngine, message: ToEngine) -> None:
+        if isinstance(message, Generate):
+            engine.say(too_much)
+        else:
+            well(engine, message)
+
+    async def script(scene: Scene) -> None:
+        scene.start()
+        await asyncio.sleep(0.5)
+        scene.supervisor.execute(work(1, tokens=2), 0.0)
+        await asyncio.sleep(0.5)
+
+    scene = play(script, babbles)
+    assert len(scene.details("down")) == 1
+    assert scene.details("executed") == []
 
 
 @pytest.mark.parametrize(("expected_s", "down_s"), [(0.0, 11.0), (100.0, 311.0)])
@@ -368,7 +431,7 @@ def test_steps_are_handed_on_once_and_in_order() -> None:
     async def script(scene: Scene) -> None:
         scene.start()
         await asyncio.sleep(0.5)
-        scene.supervisor.execute(work(1), 0.0)
+        scene.supervisor.execute(work(1, tokens=5), 0.0)
         await asyncio.sleep(0.5)
 
     scene = play(script, muddles)
@@ -414,7 +477,10 @@ class _Memory:
     def __init__(self, back_s: float) -> None:
         self.back_s = back_s
 
-    def free_bytes(self, gpu_id: int) -> int:
+    def device_of(self, gpu_id: int) -> int:
+        return gpu_id
+
+    def free_bytes(self, device: int) -> int:
         return 10 if 0.2 < asyncio.get_running_loop().time() < self.back_s else 100
 
 
@@ -434,6 +500,34 @@ def test_the_next_engine_waits_for_memory_to_come_back_but_not_for_ever(
     scene = play(script, watch=_Memory(back_s))
     assert scene.times("up")[1] == pytest.approx(up_s, abs=0.2)
     assert len(scene.details("noticed")) == warned
+
+
+def test_gpus_that_share_a_device_need_its_memory_together() -> None:
+    class Shared(_Memory):
+        def device_of(self, gpu_id: int) -> int:
+            return 0
+
+        def free_bytes(self, device: int) -> int:
+            return 150 if asyncio.get_running_loop().time() < self.back_s else 200
+
+    async def script(scene: Scene) -> None:
+        scene.start()  # 100 on each of two
+        await asyncio.sleep(50)
+
+    assert play(script, watch=Shared(30.0)).times("up") == [pytest.approx(30.0, abs=0.2)]
+
+
+def test_what_is_broken_on_purpose_does_not_count_as_a_failure() -> None:
+    async def script(scene: Scene) -> None:
+        scene.start()
+        for _ in range(2 * SETTINGS.most_failures):
+            await asyncio.sleep(5)
+            assert scene.supervisor.break_off("killed on purpose", repair_after_s=1.0)
+        await asyncio.sleep(5)
+
+    scene = play(script)
+    assert scene.details("lost") == []
+    assert len(scene.times("up")) == 2 * SETTINGS.most_failures + 1
 
 
 def test_loading_is_told_how_long_is_left_of_what_it_should_take() -> None:

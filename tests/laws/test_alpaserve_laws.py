@@ -11,7 +11,8 @@ from strategies_placement import all_placements, placements, problems
 from maveriq.policy.alpaserve.batching import simulate_batched
 from maveriq.policy.alpaserve.groups import gpu_bytes
 from maveriq.policy.alpaserve.problem import PlacementProblem
-from maveriq.policy.alpaserve.search import Fill, PlacementPolicy, SearchSettings, search
+from maveriq.policy.alpaserve.search import search
+from maveriq.policy.alpaserve.settings import Fill, PlacementPolicy, SearchSettings
 from maveriq.policy.alpaserve.simulate import PlacementSimulator, SimulatorSettings, simulate
 from maveriq.policy.alpaserve.star import StarRule
 

@@ -15,6 +15,8 @@ from maveriq.control.events import (
     Execute,
     ExecutionFailed,
     ExecutionFinished,
+    GpuDown,
+    GpuUp,
     RemoveAsked,
     RequestArrived,
     RequestCancelled,
@@ -26,7 +28,7 @@ from maveriq.domain.requests import FINAL_STATUSES, Request, RequestStatus
 ENDPOINTS = {1: [(0,)], 2: [(0, 1)], 3: [(2,), (3,)]}
 DEPLOYMENTS = st.integers(1, 4)
 SOMETHING = st.sampled_from(
-    ["arrive", "finish", "finish", "fail", "up", "up", "down", "lost", "repair", "cancel", "remove"]
+    ["arrive", "finish", "finish", "fail", "up", "up", "down", "lost", "repair", "cancel", "remove", "no gpu", "gpu"]
 )
 
 
@@ -69,6 +71,16 @@ class _World:
                 self.tell(ExecutionFinished(deployment_id, execution_id - number % 5 // 4, self.now_us, counts))
             case "fail":
                 self.tell(ExecutionFailed(deployment_id, execution_id, "no room"))
+            case "cancel":
+                self.tell(RequestCancelled(number))
+            case "remove":
+                if number == 1:
+                    self.tell(RemoveAsked(deployment_id))
+            case _:
+                self._happen_to_machines(what, deployment_id, number)
+
+    def _happen_to_machines(self, what: str, deployment_id: int, number: int) -> None:
+        match what:
             case "up":
                 start = self.started.get(deployment_id)
                 self.tell(EngineUp(deployment_id, start.incarnation if start else number))
@@ -76,11 +88,10 @@ class _World:
                 self.tell(EngineDown(deployment_id, returns=what == "down"))
             case "repair":
                 self.tell(EngineRepaired(deployment_id))
-            case "cancel":
-                self.tell(RequestCancelled(number))
-            case "remove":
-                if number == 1:
-                    self.tell(RemoveAsked(deployment_id))
+            case "no gpu":
+                self.tell(GpuDown(number % 4, returns=number % 3 > 0))
+            case "gpu":
+                self.tell(GpuUp(number % 4))
 
     def _request(self, number: int) -> Request:
         return Request(
@@ -109,6 +120,7 @@ def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline,
         assert len(brain.queue) == waiting
         assert sum(len(one.running) for one in brain.fleet.deployments.values()) == running
         assert len(world.ended) + waiting + running == world.arrived
+        assert all(map(brain.ledger.runs, brain._unwanted))
     assert len(set(world.ended)) == len(world.ended)
     table = brain.ledger.close()
     assert set(table.status.tolist()) <= {status.value for status in FINAL_STATUSES}

@@ -10,7 +10,8 @@ import pytest
 from maveriq.estimate.hardware import load_profile
 from maveriq.policy.alpaserve.problem import PlacementModel, PlacementProblem
 from maveriq.policy.alpaserve.profiles import published_profiles_of
-from maveriq.policy.alpaserve.search import PlacementPolicy, PlacementSolution, SearchSettings, search
+from maveriq.policy.alpaserve.search import PlacementSolution, search
+from maveriq.policy.alpaserve.settings import PlacementPolicy, SearchSettings
 from maveriq.policy.alpaserve.simulate import SimulatorSettings, warm_up
 from maveriq.policy.alpaserve.star import StarRule
 from maveriq.scenario.problems import load_problem, read_demand

@@ -15,7 +15,8 @@ from maveriq.policy.alpaserve.fill import beam_search, fast_greedy, round_robin
 from maveriq.policy.alpaserve.groups import Group, candidate_shapes, normal_form, verify
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, StageProfile, problem_for_cluster
 from maveriq.policy.alpaserve.progress import SearchProgress
-from maveriq.policy.alpaserve.search import PlacementPolicy, SearchSettings, search
+from maveriq.policy.alpaserve.search import search
+from maveriq.policy.alpaserve.settings import PlacementPolicy, SearchSettings
 from maveriq.policy.alpaserve.simulate import PlacementSimulator, SimulatorSettings, simulate
 from maveriq.policy.alpaserve.star import StarRule, qualifies
 from maveriq.units import BYTES_PER_GIB

@@ -444,6 +444,30 @@ def test_a_request_that_waits_for_an_engine_that_is_down_can_be_cancelled() -> N
     assert statuses(brain) == ["failed"]
 
 
+@pytest.mark.parametrize("failure", [EngineDown(1, returns=True, reason="it crashed"), GpuDown(0, returns=True)])
+def test_a_request_that_nobody_wants_is_not_run_again(failure) -> None:
+    brain = up({1: [(0,)]}, timing=DispatchTiming())
+    brain.handle(1, [RequestArrived(request(1, at_us=1)), RequestArrived(request(2, at_us=1))])
+    brain.handle(2, [RequestCancelled(1)])
+    assert brain.ledger.row(1).status is RequestStatus.RUNNING
+    brain.handle(3, [failure])
+    row = brain.ledger.row(1)
+    assert row.status is RequestStatus.FAILED
+    assert row.reason.endswith("; the client went away")
+    assert brain.ledger.row(2).status is RequestStatus.WAITING
+    assert not brain._unwanted
+
+
+@pytest.mark.parametrize("end", [ExecutionFinished(1, 1, 3), ExecutionFailed(1, 1, "no room")])
+def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
+    brain = up({1: [(0,)]})
+    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    brain.handle(2, [RequestCancelled(1)])
+    brain.handle(3, [end])
+    assert brain.ledger.row(1).reason in ("", "deployment 1 (tiny): no room")
+    assert not brain._unwanted
+
+
 def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
     brain, ended = up({1: [(0,)]}), []
     brain.ledger.on_end = ended.append

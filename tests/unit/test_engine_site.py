@@ -1,5 +1,7 @@
 """Where engines run: on the GPUs of the machine, each as its own or several on one, or on none."""
 
+from dataclasses import replace
+
 import pytest
 from worlds import MODEL, TokenSeconds, cluster
 
@@ -7,15 +9,17 @@ from maveriq.cli import engine_site
 from maveriq.cli.engine_site import Site
 from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, WeightType
-from maveriq.errors import InputError
+from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.gpus import VirtualMeter
 from maveriq.exec.installed import Installed, Machine
 from maveriq.units import BYTES_PER_GIB
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False) -> None:
     """Let the machine have GPUs of so much memory."""
     meter = VirtualMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
+    sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
+    monkeypatch.setattr(VirtualMeter, "gpus", sliced)
     monkeypatch.setattr(engine_site, "this_machine", lambda: Machine(gpus=meter.gpus))
     monkeypatch.setattr(engine_site, "installed", lambda _engine, _machine: Installed(missing=missing))
     monkeypatch.setattr(engine_site, "NvmlMeter", lambda: meter)
@@ -24,6 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = No
 def test_emulated_engines_have_no_devices() -> None:
     site = Site("emulated")
     assert (site.meter, site.watch(), site.devices(cluster(4)).uuids) == (None, None, ())
+    assert site.sampler(cluster(4)) is None
 
 
 def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> None:
@@ -32,13 +37,29 @@ def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> No
     assert site.devices(cluster(2, gib=8)).uuids == ("VIRTUAL-0", "VIRTUAL-1")
     watch = site.watch()
     assert watch is not None
+    assert [watch.device_of(gpu_id) for gpu_id in range(4)] == [0, 1, 2, 0]
     assert watch.free_bytes(1) == 16 * BYTES_PER_GIB
+
+
+def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
+    machine(monkeypatch, 16)
+    site = Site("torch")
+    watch = site.watch()
+    assert watch is not None
+
+    def lost(_: object) -> None:
+        raise MaveriqError("GPU 0 (big) does not answer: it is lost")
+
+    monkeypatch.setattr(VirtualMeter, "read", lost)
+    assert watch.free_bytes(0) is None
 
 
 def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> None:
     machine(monkeypatch, 32)
     site = Site("torch")
     assert site.devices(cluster(4, gib=8)).uuids == ("VIRTUAL-0",) * 4
+    assert site.sampler(cluster(4, gib=8)) is None  # nobody knows whose work it is that the device does
+    assert site.sampler(cluster(1, gib=8)) is not None
     with pytest.raises(InputError, match=r"40\.0 GiB .* GPU 0 \(big\) has 32\.0 GiB"):
         site.devices(cluster(5, gib=8))
 
@@ -55,4 +76,9 @@ def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
     gptq = Configuration(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
     assert Site("emulated").planning(believed) is believed
     assert believed.why_not(MODEL, gptq) is None
+    two, one = (Configuration(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
+    assert Site("torch").planning(believed).why_not(MODEL, two) is None
+    machine(monkeypatch, 32, 32, is_slice=True)
+    assert "slices" in (Site("torch").planning(believed).why_not(MODEL, two) or "")
+    assert Site("torch").planning(believed).why_not(MODEL, one) is None
     assert (Site("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")

@@ -1,0 +1,56 @@
+"""Where models' configurations and weights are found by a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from worlds import MODEL
+
+from maveriq.errors import InputError
+from maveriq.exec.modelconfig import config_json
+from maveriq.exec.modelfiles import ModelFiles
+from maveriq.workload.modelsets import load_model_set
+
+SET = """
+name = "mine"
+[[models]]
+model = "tiny/config.json"
+load_at = 0
+[[models]]
+model = "llama-2-7b"
+load_at = 0
+[[models]]
+model = "{third}"
+load_at = 0
+"""
+
+
+def put_model(folder: Path, **more: object) -> Path:
+    folder.mkdir()
+    config = json.loads(config_json(MODEL)) | {"rope_theta": 5e5} | more
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_read_from_a_folder_is_run_by_its_own_files(tmp_path: Path) -> None:
+    put_model(tmp_path / "tiny")
+    put_model(tmp_path / "other", num_hidden_layers=4)
+    (tmp_path / "set.toml").write_text(SET.format(third="./other"))
+    (tmp_path / "tiny" / "model.safetensors").touch()
+    models = load_model_set(str(tmp_path / "set.toml"))
+    files = ModelFiles(models.configs().get)
+    own, known, other = (entry.model for entry in models.entries)
+    assert json.loads(files.config(own))["rope_theta"] == 5e5
+    assert files.weights_folder(own) == str(tmp_path / "tiny")
+    assert (files.config(known), files.weights_folder(known)) == (config_json(known), "")
+    assert (json.loads(files.config(other))["num_hidden_layers"], files.weights_folder(other)) == (4, "")
+    (tmp_path / "tiny" / "config.json").unlink()
+    assert files.config(own) == "{}"
+
+
+def test_two_folders_that_look_like_one_model_are_told_apart_by_name(tmp_path: Path) -> None:
+    for folder in ("tiny", "twin"):
+        put_model(tmp_path / folder, _name_or_path="somebody/tiny")
+    (tmp_path / "set.toml").write_text(SET.format(third="twin/config.json"))
+    with pytest.raises(InputError, match="_name_or_path"):
+        load_model_set(str(tmp_path / "set.toml")).configs()

@@ -1,0 +1,34 @@
+"""`--gpus local`: the GPUs of this machine, as its driver tells them."""
+
+import pytest
+
+from maveriq.cli.local_gpus import cluster_here
+from maveriq.domain.hardware import Cluster, Gpu
+from maveriq.errors import InputError
+from maveriq.estimate.hardware import load_profile
+from maveriq.exec import nvml
+from maveriq.units import BYTES_PER_GIB
+
+PROFILE = load_profile("a6000-short")
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    gpus = (
+        Gpu(gpu_id=k, node=0, kind=name, capacity_bytes=48 * BYTES_PER_GIB, idle_bytes=k * BYTES_PER_GIB)
+        for k, name in enumerate(names)
+    )
+    monkeypatch.setattr(nvml, "real_cluster", lambda: Cluster(name="local", gpus=tuple(gpus)))
+
+
+def test_the_gpus_of_this_machine_are_a_cluster_of_the_profile(monkeypatch) -> None:
+    here(monkeypatch, "NVIDIA RTX A6000", "NVIDIA RTX A6000")
+    cluster = cluster_here("local", PROFILE)
+    assert [(gpu.kind, gpu.idle_bytes) for gpu in cluster.gpus] == [("A6000", 0), ("A6000", BYTES_PER_GIB)]
+    assert len(cluster_here("8xA6000", PROFILE).gpus) == 8
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H200", "NVIDIA A60001", "NVIDIA A600"])
+def test_gpus_of_another_kind_than_the_profile_are_refused(monkeypatch, name: str) -> None:
+    here(monkeypatch, "NVIDIA RTX A6000", name)
+    with pytest.raises(InputError, match=f"GPU 1 of this machine is a {name}, but profile 'a6000-short'"):
+        cluster_here("local", PROFILE)
