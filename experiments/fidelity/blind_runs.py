@@ -15,6 +15,7 @@ from blind_world import Stretched, described, with_plans_of
 from maveriq.domain.deployment import DeploymentPlan
 from maveriq.domain.records import RunRecord
 from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.calibration import require, served_without
 from maveriq.estimate.hardware import HardwareProfile, load_profile
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.gpu_use import busiest_gpu
@@ -62,7 +63,7 @@ def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None 
 def _result(
     run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, plan: BlindPlan, profile: HardwareProfile
 ) -> BlindResult:
-    serve = CalibratedEstimator.serving(profile, without_run=run.name)
+    serve = unseen(run.name, profile)
     scenario = replace(described(run, scheduled, recorded, plan_with=plan.plan_with), serve=serve)
     sim = simulate(scenario)
     # Baselines place ahead, before there is any load to sample.
@@ -84,6 +85,12 @@ def _result(
         elsewhere=tuple(_elsewhere(run.name, draws)),
         gain=gain,
     )
+
+
+def unseen(run: str, profile: HardwareProfile) -> CalibratedEstimator:
+    """Return the estimator whose figures have not seen a run: of one that no fit ever saw, the usual."""
+    entered_fit = run in served_without(require(profile.calibrated, profile.name))
+    return CalibratedEstimator.serving(profile, without_run=run if entered_fit else None)
 
 
 def _row(

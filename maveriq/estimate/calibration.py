@@ -190,10 +190,19 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
     calibration = read_toml(calibration_path(path, without_model), Calibration, what="calibration")
     if without_run is None:
         return calibration
-    runs = read_served(path.with_name(f"{path.stem}-served.csv"))
+    runs = served_without(path)
     if without_run not in runs:
         raise UnknownNameError("recorded run", without_run, runs)
     return msgspec.structs.replace(calibration, served=runs[without_run])
+
+
+def served_without(path: Path) -> dict[str, Served]:
+    """Return the figures of the live system by the recorded run that a calibration's fit left out: every run it saw.
+
+    Raises:
+        InputError: there are none, or not in such a table.
+    """
+    return read_served(path.with_name(f"{path.stem}-served.csv"))
 
 
 def to_toml(calibration: Calibration, comment: str) -> str:

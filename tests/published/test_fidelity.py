@@ -9,13 +9,17 @@ from blind import ACHIEVED, PICTURES, page_grids
 from blind_placement import placement_rows
 from blind_plan import load_blind_plan
 from blind_rows import BlindRow, ServiceRow
-from blind_runs import PROFILE, blind_results
+from blind_runs import PROFILE, blind_results, unseen
 from blind_tables import allowed, csv_of, held, missed, read_rows, read_tables
 from headline_plan import Load, load_headline_plan
 from headline_rows import GRID, AchievedRow
 from headline_runs import achieved_by, achieved_in_grid, slo_scales
 from page import filled
 
+from maveriq.domain.catalog import load_model
+from maveriq.domain.deployment import Configuration
+from maveriq.domain.models import WeightType
+from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.hardware import load_profile
 from maveriq.workload.testbed import find_testbed, read_runs
 
@@ -57,6 +61,19 @@ def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
     assert [run.name for run in read_runs(find_testbed(measured_data))] == [
         row.run for row in read_tables(HERE / "results").runs
     ]
+
+
+def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
+    profile = load_profile(PROFILE)
+    usual = CalibratedEstimator.serving(profile)
+    model, configuration = load_model("llama-2-7b"), Configuration(tp=2, pp=1, weights=WeightType.INT8)
+
+    def service_s(estimator: CalibratedEstimator) -> float:
+        asked = estimator.service(model, configuration, prompt_tokens=100, output_tokens=20, batch=1)
+        return asked.latency_s
+
+    assert service_s(unseen("recorded-elsewhere", profile)) == service_s(usual)
+    assert service_s(unseen(AGAIN[0], profile)) != service_s(usual)
 
 
 def test_the_grid_comes_out_as_committed() -> None:
