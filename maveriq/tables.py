@@ -169,7 +169,9 @@ class Row:
         return int(raw)
 
 
-def read_csv(path: Path, columns: Sequence[str], *, what: str, optional: Sequence[str] = ()) -> Iterator[Row]:
+def read_csv(
+    path: Path, columns: Sequence[str], *, what: str, optional: Sequence[str] = (), may_be_empty: bool = False
+) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header.
 
     Args:
@@ -177,6 +179,7 @@ def read_csv(path: Path, columns: Sequence[str], *, what: str, optional: Sequenc
         columns: columns that must be there.
         optional: columns that may be there; any other is refused.
         what: what the file is meant to be, for messages.
+        may_be_empty: a header without rows will do.
 
     Raises:
         InputError: the file cannot be read, a column is missing or unknown, a row has too few or
@@ -195,7 +198,7 @@ def read_csv(path: Path, columns: Sequence[str], *, what: str, optional: Sequenc
             raise InputError(f"{where}: {len(cells)} cells where the header has {len(header)}")
         empty = False
         yield Row(dict(zip(header, cells, strict=True)), where)
-    if empty:
+    if empty and not may_be_empty:
         raise InputError(f"{what} {str(path)!r} has a header but no row")
 
 

@@ -20,7 +20,7 @@ from maveriq.policy.place import hybrid, place_shards
 from maveriq.scenario.options import Options
 from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, gib
 from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import TESTBED_GPUS, Layout, find_testbed, read_completed, read_runs, read_scheduled
+from maveriq.workload.testbed import TESTBED_GPUS, Layout, find_testbed, read_requests, read_runs
 
 _RECENT_US = 180 * MICROS_PER_SECOND  # more than any sampler here looks back
 
@@ -76,8 +76,7 @@ def _share_there(decision: _Decision, window: LoadWindow, draws: int, profile: H
 def _decisions(data: Path, profile: HardwareProfile) -> Iterator[_Decision]:
     testbed = find_testbed(data)
     runs = [run for run in read_runs(testbed) if run.by_maveriq]
-    names = [run.name for run in runs]
-    scheduled, completed = read_scheduled(testbed, names), read_completed(testbed, names)
+    scheduled, completed = read_requests(testbed, [run.name for run in runs])
     for run in runs:
         recorded = run_record(run, scheduled[run.name], completed[run.name], profile)
         used_gib: Sequence[float] = (gib(profile.idle_bytes),) * TESTBED_GPUS

@@ -21,7 +21,7 @@ from maveriq.report.compare import Comparison, compare
 from maveriq.report.gpu_use import busiest_gpu
 from maveriq.sim.engine import simulate
 from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import RecordedRun, Scheduled, find_testbed, read_completed, read_runs, read_scheduled
+from maveriq.workload.testbed import RecordedRun, Scheduled, find_testbed, read_requests, read_runs
 
 PROFILE = "a6000-short"
 """Of the recorded system."""
@@ -52,12 +52,12 @@ def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None 
         InputError: a file is missing or is not such a table.
     """
     testbed, profile = find_testbed(data), load_profile(PROFILE)
-    scheduled, completed = read_scheduled(testbed, names), read_completed(testbed, names)
-    for run in read_runs(testbed):
-        if names is None or run.name in names:
-            schedule = scheduled[run.name]
-            recorded = run_record(run, schedule, completed[run.name], profile)
-            yield _result(run, schedule, recorded, plan, profile)
+    runs = [run for run in read_runs(testbed) if names is None or run.name in names]
+    scheduled, completed = read_requests(testbed, [run.name for run in runs])
+    for run in runs:
+        schedule = scheduled[run.name]
+        recorded = run_record(run, schedule, completed[run.name], profile)
+        yield _result(run, schedule, recorded, plan, profile)
 
 
 def _result(

@@ -68,7 +68,9 @@ def read_rows(path: Path, kind: type[_Row]) -> Iterator[_Row]:
         InputError: the file is missing or is not such a table.
     """
     known = fields(kind)  # type: ignore[arg-type]
-    for row in read_csv(path, [field.name for field in known], what="results of blind runs"):
+    columns = [field.name for field in known]
+    # Few runs may have no neighbours, say.
+    for row in read_csv(path, columns, what="results of blind runs", may_be_empty=True):
         yield kind(**{field.name: _value(row.cells[field.name], str(field.type)) for field in known})
 
 
@@ -119,8 +121,9 @@ def held(tables: BlindTables, bars: Bars) -> Iterator[Held]:
         ("SLO attainment of all", [row.slo_all_error for row in tables.runs]),
     ):
         off = [abs(error) for error in errors if error is not None]
-        yield _at_most(f"{what}, median", "points", median(off), bars.slo_median)
-        yield _at_most(f"{what}, worst", "points", max(off), bars.slo_worst)
+        if off:  # a run may have no SLO
+            yield _at_most(f"{what}, median", "points", median(off), bars.slo_median)
+            yield _at_most(f"{what}, worst", "points", max(off), bars.slo_worst)
     same, all_of_them = (
         sum(getattr(row, name) for row in tables.runs) for name in ("same_configuration", "deployments")
     )

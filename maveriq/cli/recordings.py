@@ -29,9 +29,8 @@ from maveriq.workload.testbed import (
     RecordedRun,
     find_testbed,
     pick_runs,
-    read_completed,
+    read_requests,
     read_runs,
-    read_scheduled,
 )
 
 _PROFILE = "a6000-short"  # the testbed's: what idle GPUs hold, SLOs, dispatcher
@@ -70,10 +69,7 @@ def recorded(names: Sequence[str] | None, data: Path | None, *, hint: str = "") 
     testbed, profile = find_testbed(data), load_profile(_PROFILE)
     known = read_runs(testbed)
     runs = list(known) if names is None else pick_runs(known, names, hint=hint)
-    chosen = {run.name for run in runs}
-    scheduled, completed = read_scheduled(testbed, chosen), read_completed(testbed, chosen)
-    for name in sorted(chosen - (scheduled.keys() & completed.keys())):
-        raise InputError(f"recorded run {name!r} has no scheduled or no completed requests in {str(testbed)!r}")
+    scheduled, completed = read_requests(testbed, [run.name for run in runs])
     return [
         Recorded(run=run, record=run_record(run, scheduled[run.name], completed[run.name], profile)) for run in runs
     ]

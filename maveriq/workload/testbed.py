@@ -179,6 +179,18 @@ def pick_runs(runs: Collection[RecordedRun], names: Collection[str], *, hint: st
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
+def read_requests(testbed: Path, runs: Collection[str]) -> tuple[Mapping[str, Scheduled], Mapping[str, Completed]]:
+    """Return the scheduled and the completed requests of each of these runs.
+
+    Raises:
+        InputError: a file is missing or is not such a table, or a run has none of either.
+    """
+    scheduled, completed = read_scheduled(testbed, runs), read_completed(testbed, runs)
+    for name in sorted(set(runs) - (scheduled.keys() & completed.keys())):
+        raise InputError(f"recorded run {name!r} has no scheduled or no completed requests in {str(testbed)!r}")
+    return scheduled, completed
+
+
 def read_scheduled(testbed: Path, runs: Collection[str] | None = None) -> Mapping[str, Scheduled]:
     """Return the scheduled requests of each run.
 

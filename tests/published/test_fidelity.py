@@ -1,16 +1,18 @@
 """The committed blind runs are what the code gives now, and the page shows them."""
 
 import re
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from blind import ACHIEVED, PICTURES, page_grids
+from blind_grids import grids
 from blind_placement import placement_rows
 from blind_plan import load_blind_plan
 from blind_rows import BlindRow, ServiceRow
 from blind_runs import PROFILE, blind_results, unseen
-from blind_tables import allowed, csv_of, held, missed, read_rows, read_tables
+from blind_tables import allowed, csv_of, held, missed, read_rows, read_tables, write_tables
 from headline_plan import Load, load_headline_plan
 from headline_rows import GRID, AchievedRow
 from headline_runs import achieved_by, achieved_in_grid, slo_scales
@@ -74,6 +76,17 @@ def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
 
     assert service_s(unseen("recorded-elsewhere", profile)) == service_s(usual)
     assert service_s(unseen(AGAIN[0], profile)) != service_s(usual)
+
+
+def test_one_run_alone_makes_a_page_too(tmp_path: Path) -> None:
+    every = read_tables(HERE / "results")
+    row = next(row for row in every.runs if row.slo_error is None)  # judged by no SLO
+    services = [one for one in every.services if one.run == row.run]
+    write_tables(tmp_path, replace(every, runs=[row], services=services, elsewhere=[], gains=[], neighbours=[]))
+    tables = read_tables(tmp_path)
+    assert not tables.neighbours
+    assert not any("SLO" in bar.what for bar in held(tables, PLAN.bars))
+    assert list(grids(tables, PLAN))
 
 
 def test_the_grid_comes_out_as_committed() -> None:

@@ -15,7 +15,7 @@ from maveriq.scenario.recorded import options_of
 from maveriq.sim.replay import replay
 from maveriq.units import gib
 from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import find_testbed, pick_runs, read_completed, read_runs, read_scheduled
+from maveriq.workload.testbed import find_testbed, pick_runs, read_completed, read_requests, read_runs, read_scheduled
 
 S = 1_000_000
 PROFILE = load_profile("a6000-short")
@@ -163,3 +163,10 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no recordings"):
         find_testbed(tmp_path / "elsewhere")
     assert find_testbed(tmp_path) == tmp_path
+
+
+def test_a_run_that_completed_nothing_is_named(tmp_path: Path) -> None:
+    testbed = put_testbed(tmp_path)
+    assert {len(found) for found in read_requests(testbed, [RUN])} == {1}
+    with pytest.raises(InputError, match="recorded run 'never' has no scheduled or no completed requests"):
+        read_requests(testbed, [RUN, "never"])
