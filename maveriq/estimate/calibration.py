@@ -192,7 +192,7 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
         return calibration
     runs = served_without(path)
     if without_run not in runs:
-        raise UnknownNameError("recorded run", without_run, runs)
+        raise UnknownNameError("recorded run", without_run, runs, hint="or leave none out: no fit saw any other run")
     return msgspec.structs.replace(calibration, served=runs[without_run])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from maveriq.domain.catalog import shape_of
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.base import Estimator
 from maveriq.estimate.calibrated import CalibratedEstimator
@@ -62,13 +63,24 @@ def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model:
         without_model: a model whose ground truth it must not have seen; `EACH` for every model its own.
 
     Raises:
-        UnknownNameError: there is no such estimator.
-        InputError: the estimator is not fitted with models left out, or not with that one.
+        UnknownNameError: there is no such estimator, or the profile knows no such model.
+        InputError: the estimator is not fitted with models left out.
     """
     if name == CALIBRATED and without_model == EACH:
         return LeaveOneOut(profile)
     if name == CALIBRATED:
-        return CalibratedEstimator.benchmarked(profile, without_model=without_model)
+        meant = None if without_model is None else _fingerprinted(without_model, profile)
+        return CalibratedEstimator.benchmarked(profile, without_model=meant)
     if without_model is not None:
         raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")
     return estimator(name, profile)
+
+
+def _fingerprinted(name: str, profile: HardwareProfile) -> str:
+    """Return the model that a profile has fingerprints of: of that name, or the one that a variant was made of."""
+    known, shape = profile.fingerprints.models(), shape_of(name)
+    if name in known:
+        return name
+    if shape is None or shape.name not in known:
+        raise UnknownNameError("model to leave out", name, known, hint=f"or say {EACH!r}")
+    return shape.name

@@ -223,8 +223,21 @@ def test_each_left_out_calibration_differs_and_a_model_without_ground_truth_leav
     assert read_calibration(PATH, without_model="stranger") == whole
 
 
+def test_a_variant_is_left_out_with_the_model_it_was_made_of_and_a_stranger_cannot_be() -> None:
+    hardware, model = load_profile("a6000-short"), load_model("llama-2-7b")
+
+    def latency_s(left_out: str | None) -> float:
+        judged = benchmarked_estimator("calibrated", hardware, without_model=left_out)
+        configuration = Configuration(tp=2, pp=1, weights=WeightType.INT8)
+        return judged.service(model, configuration, prompt_tokens=10, output_tokens=20, batch=1).latency_s
+
+    assert latency_s("llama-2-7b-wanda") == latency_s("llama-2-7b") != latency_s(None)
+    with pytest.raises(InputError, match=r"unknown model to leave out 'llama-2-7'; did you mean 'llama-2-7b'\?"):
+        latency_s("llama-2-7")
+
+
 def test_a_run_nobody_recorded_cannot_be_left_out() -> None:
-    with pytest.raises(InputError, match="unknown recorded run 'never'"):
+    with pytest.raises(InputError, match=r"unknown recorded run 'never'.*no fit saw any other run"):
         read_calibration(PATH, without_run="never")
 
 
