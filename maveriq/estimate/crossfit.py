@@ -80,7 +80,7 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
         InputError: there is one model alone.
     """
     constants = constants_of(samples)
-    models = list(dict.fromkeys(one.measured.model_name for one in samples if not one.is_fingerprint))
+    models = list(dict.fromkeys(one.model.name for one in samples if not one.is_fingerprint))
     if not usable(samples, models[0]):
         raise InputError(f"{models[0]} is the only model measured; a fit is judged on models left out: measure another")
     without: dict[str, Calibration] = {}
@@ -88,14 +88,14 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
     for model in models:
         told(f"without {model}")
         without[model] = _fit(usable(samples, model), start, constants)
-        judged = [one for one in samples if one.measured.model_name == model and not one.is_fingerprint]
+        judged = [one for one in samples if one.model.name == model and not one.is_fingerprint]
         answered.extend(_answers(judged, without[model], constants))
     told("all models")
     return CrossFit(
         calibration=_with_margins(_fit(samples, start, constants), answered),
         # Margins of a model come from the errors on the other models.
         without={
-            model: _with_margins(fitted, [one for one in answered if one.sample.measured.model_name != model])
+            model: _with_margins(fitted, [one for one in answered if one.sample.model.name != model])
             for model, fitted in without.items()
         },
         answered=answered,
@@ -162,7 +162,7 @@ def _few(answered: Sequence[Answered]) -> float:
     """Return how much wider an interval must be for a new model where few models were seen (Student's t)."""
     from scipy.stats import norm, t
 
-    models = len({one.sample.measured.model_name for one in answered})
+    models = len({one.sample.model.name for one in answered})
     if models == 1:
         return 2.0  # nothing is known of how models differ
     return float(t.ppf(0.95, models - 1) * math.sqrt(1 + 1 / models) / norm.ppf(0.95))
@@ -185,7 +185,7 @@ def _margin(log_error: float | None) -> float:
 
 def errors_of(fitted: CrossFit) -> tuple[Group, ...]:
     """Return the errors on models left out, and how many of their rows the margins cover, group by group."""
-    return grouped([_compared(one, fitted.without[one.sample.measured.model_name]) for one in fitted.answered])
+    return grouped([_compared(one, fitted.without[one.sample.model.name]) for one in fitted.answered])
 
 
 def _compared(one: Answered, calibration: Calibration) -> Answer:

@@ -131,8 +131,8 @@ def _influence(table: str, measured: Measurement, *, is_fingerprint: bool) -> fl
 
 
 def usable(samples: Iterable[Sample], without_model: str | None) -> list[Sample]:
-    """Return the samples that may be fitted to when a model is left out: of it its fingerprints alone."""
-    return [one for one in samples if one.is_fingerprint or one.measured.model_name != without_model]
+    """Return the samples for a fit without a model: of it, and of variants made of it, their fingerprints alone."""
+    return [one for one in samples if one.is_fingerprint or one.model.name != without_model]
 
 
 def constants_of(samples: Iterable[Sample]) -> dict[int, Constants]:

@@ -21,7 +21,7 @@ from maveriq.estimate.fingerprints import Point, read_exponents
 from maveriq.estimate.fitting import start_calibration
 from maveriq.estimate.formula import Exponents, ParallelLatency
 from maveriq.estimate.physics import latency_s
-from maveriq.estimate.samples import constants_of, read_samples
+from maveriq.estimate.samples import constants_of, read_samples, usable
 from maveriq.report.runfiles import write_run
 from maveriq.scenario.build import build_scenario
 from maveriq.scenario.options import Options
@@ -115,6 +115,24 @@ def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path
     assert {one.prompt_tokens for one in samples} == {64, 1500}
     assert {one.is_fingerprint for one in samples} == {True, False}
     assert set(constants_of(samples)) == {64, 1500}
+
+
+def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) -> None:
+    lines = rows(other_gpu(), models=MODELS[:2])
+    pruned = [line.replace("llama-2-7b,", "llama-2-7b-wanda,") for line in lines if line.startswith("llama-2-7b,")]
+    samples = read_samples(write(tmp_path / "t.csv", [*lines, *pruned]))
+    left = [one.measured.model_name for one in usable(samples, "llama-2-7b") if not one.is_fingerprint]
+    assert set(left) == {"gptj-6b"}
+    out = tmp_path / "out"
+    out.mkdir()
+    ended = run_fit(str(tmp_path / "t.csv"), "--out", str(out), "--json")
+    assert ended.exit_code == 0, ended.output
+    assert {path.name for path in out.glob("calibrated-without-*")} == {
+        "calibrated-without-llama-2-7b.toml",
+        "calibrated-without-gptj-6b.toml",
+    }
+    by_model = {one["value"]: one["latency"]["n"] for one in json.loads(ended.stdout)["groups"] if one["by"] == "model"}
+    assert by_model["llama-2-7b-wanda"] == by_model["llama-2-7b"]
 
 
 def test_prompts_can_be_said_for_a_table_that_does_not_say_them(tmp_path: Path) -> None:
