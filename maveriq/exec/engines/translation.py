@@ -52,13 +52,16 @@ class Wanted:
     def sequence_tokens(self) -> int:
         """Room for one sequence, in tokens."""
         known = [self.hf_config.get(key) for key in ("max_position_embeddings", "n_positions")]
-        of_model = next((most for most in known if isinstance(most, int)), _SHORT_MODEL_TOKENS)
+        of_model = next((most for most in known if isinstance(most, int) and most > 0), _SHORT_MODEL_TOKENS)
         return min(of_model, MOST_SEQUENCE_TOKENS)
 
     @property
-    def quantised_ahead(self) -> bool:
-        """Say whether the weights given are quantised by their own configuration."""
-        return "quantization_config" in self.hf_config
+    def quantised_ahead(self) -> str | None:
+        """How the model's own configuration says that its weights are quantised, None where it does not."""
+        said = self.hf_config.get("quantization_config")
+        if not said:
+            return None
+        return str(said.get("quant_method")) if isinstance(said, dict) else "something unknown"
 
     def own_config(self, quantisation: Mapping[str, Any] | None) -> str:
         """Return the `config.json` for random weights that are stored as given."""
