@@ -179,7 +179,12 @@ def test_a_gpu_that_is_not_there_is_not_tried_again():
     assert raised.value.kind is FailureKind.UNSUPPORTED
 
 
-def test_an_idle_engine_whose_rank_is_killed_ends_too(tmp_path):
+def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_path, monkeypatch):
+    scratch = tmp_path / "t"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
     async def check():
         async with rig(EngineCase(backend="torch"), tmp_path, pp=2, layer_split=(6, 2)) as one:
             ranks = [pid for pid in alive_in_group(one.connection.pid) if pid != one.connection.pid]
@@ -188,6 +193,7 @@ def test_an_idle_engine_whose_rank_is_killed_ends_too(tmp_path):
             await until(lambda: not alive_in_group(one.connection.pid))
 
     run_async(check)
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize(
