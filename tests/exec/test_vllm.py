@@ -153,8 +153,11 @@ def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
         ({"config_json": "{"}, "vllm"),
         ({"config_json": "[1]"}, "vllm"),
         ({"config_json": "{}"}, "is it the config.json"),
+        ({"config_json": "[" * 100_000}, "vllm"),
+        ({"config_json": json.dumps({**TINY["llama"], "head_dim": -32})}, "head_dim must be a positive whole number"),
+        ({"config_json": json.dumps({**TINY["llama"], "head_dim": "x"})}, "head_dim must be a positive whole number"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(EngineError) as refused:
