@@ -8,46 +8,41 @@ from typing import Annotated
 import typer
 
 from maveriq.cli.flags import with_options
+from maveriq.cli.shared_flags import (
+    AsJson,
+    Backend,
+    Hang,
+    MostFailures,
+    Quiet,
+    Real,
+    SloTpot,
+    SloTtft,
+    StartTimeout,
+    TimeScale,
+)
 from maveriq.scenario.options import Options
 
-_ENGINES, _OUTPUT = "Engines", "Output"
+_OUTPUT = "Output"
 
 
 @with_options(Options)
 def run(
     options: Options,
     *,
-    backend: Annotated[
-        str | None,
-        typer.Option(metavar="emulated|torch|vllm|trtllm", help="What engines are made of.", rich_help_panel=_ENGINES),
-    ] = None,
-    real: Annotated[bool, typer.Option("--real", help="TensorRT-LLM on GPUs.", rich_help_panel=_ENGINES)] = False,
-    time_scale: Annotated[
-        float, typer.Option(help="Real seconds per second of the run (emulated alone).", rich_help_panel=_ENGINES)
-    ] = 1.0,
-    start_timeout_s: Annotated[
-        float, typer.Option(help="An engine that does not serve by then has failed.", rich_help_panel=_ENGINES)
-    ] = 900.0,
-    hang_s: Annotated[
-        float, typer.Option(help="An engine that is not heard for so long hangs.", rich_help_panel=_ENGINES)
-    ] = 30.0,
-    most_failures: Annotated[
-        int, typer.Option(help="Failures in a row after which an engine is given up.", rich_help_panel=_ENGINES)
-    ] = 5,
-    slo_ttft_ms: Annotated[
-        float | None, typer.Option(help="Count goodput under this time to first token.", rich_help_panel=_OUTPUT)
-    ] = None,
-    slo_tpot_ms: Annotated[
-        float | None, typer.Option(help="Count goodput under this time per output token.", rich_help_panel=_OUTPUT)
-    ] = None,
+    backend: Backend = None,
+    real: Real = False,
+    time_scale: TimeScale = 1.0,
+    start_timeout_s: StartTimeout = 900.0,
+    hang_s: Hang = 30.0,
+    most_failures: MostFailures = 5,
+    slo_ttft_ms: SloTtft = None,
+    slo_tpot_ms: SloTpot = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the records.", show_default="runs/NAME-BACKEND", rich_help_panel=_OUTPUT),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.", rich_help_panel=_OUTPUT)] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No live view and no tables.", rich_help_panel=_OUTPUT)
-    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Replay a workload on engines that really run.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from maveriq.cli.flags import with_options
+from maveriq.cli.shared_flags import Backend, Hang, MostFailures, Real, StartTimeout, TimeScale
 from maveriq.scenario.options import Options
 
 _HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
@@ -24,23 +25,12 @@ CLUSTER_OPTIONS = (
 def serve(
     options: Options,
     *,
-    backend: Annotated[
-        str | None,
-        typer.Option(metavar="emulated|torch|vllm|trtllm", help="What engines are made of.", rich_help_panel=_ENGINES),
-    ] = None,
-    real: Annotated[bool, typer.Option("--real", help="TensorRT-LLM on GPUs.", rich_help_panel=_ENGINES)] = False,
-    time_scale: Annotated[
-        float, typer.Option(help="Real seconds per second of the cluster (emulated alone).", rich_help_panel=_ENGINES)
-    ] = 1.0,
-    start_timeout_s: Annotated[
-        float, typer.Option(help="An engine that does not serve by then has failed.", rich_help_panel=_ENGINES)
-    ] = 900.0,
-    hang_s: Annotated[
-        float, typer.Option(help="An engine that is not heard for so long hangs.", rich_help_panel=_ENGINES)
-    ] = 30.0,
-    most_failures: Annotated[
-        int, typer.Option(help="Failures in a row after which an engine is given up.", rich_help_panel=_ENGINES)
-    ] = 5,
+    backend: Backend = None,
+    real: Real = False,
+    time_scale: TimeScale = 1.0,
+    start_timeout_s: StartTimeout = 900.0,
+    hang_s: Hang = 30.0,
+    most_failures: MostFailures = 5,
     models_folder: Annotated[
         Path | None, typer.Option(help="Models may be read from here as well.", rich_help_panel=_ENGINES)
     ] = None,

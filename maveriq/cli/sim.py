@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from maveriq.cli.flags import with_options
+from maveriq.cli.shared_flags import AsJson, Quiet, SloTpot, SloTtft
 from maveriq.scenario.options import Options
 
 _OUTPUT = "Output"
@@ -17,20 +18,14 @@ _OUTPUT = "Output"
 def sim(
     options: Options,
     *,
-    slo_ttft_ms: Annotated[
-        float | None, typer.Option(help="Count goodput under this time to first token.", rich_help_panel=_OUTPUT)
-    ] = None,
-    slo_tpot_ms: Annotated[
-        float | None, typer.Option(help="Count goodput under this time per output token.", rich_help_panel=_OUTPUT)
-    ] = None,
+    slo_ttft_ms: SloTtft = None,
+    slo_tpot_ms: SloTpot = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the records.", show_default="runs/NAME", rich_help_panel=_OUTPUT),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.", rich_help_panel=_OUTPUT)] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No live view and no tables.", rich_help_panel=_OUTPUT)
-    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Replay a workload on a simulated GPU cluster.
 
