@@ -138,7 +138,7 @@ def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
     def start(*command, popen=subprocess.Popen, **how):
         if started:
             raise BlockingIOError("no more processes")
-        started.append(popen(["cat"], stdin=subprocess.PIPE))
+        started.append(popen(["sleep", "60"], **how))
         return started[0]
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -146,7 +146,6 @@ def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="could not start: no more processes"):
         engine.load(spec_of(CONFIGS["llama"], split=(3, 1)))
     assert started[0].returncode is not None
-    started[0].stdin.close()
     assert not list(tmp_path.iterdir())
 
 
