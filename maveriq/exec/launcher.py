@@ -131,7 +131,12 @@ class ProcessLauncher:
         command = [sys.executable, "-P", "-m", "maveriq.exec.host", "--socket", str(path), "--backend", self._backend]
         search = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
         # What an engine may see of GPUs is fixed before it starts: libraries read it once, when they are imported.
-        environment = self._environment | {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ",".join(visible)}
+        environment = self._environment | {
+            "PYTHONPATH": search,
+            "CUDA_VISIBLE_DEVICES": ",".join(visible),
+            # What an engine that was killed leaves behind goes with the sockets.
+            "TMPDIR": self._sockets.name,
+        }
         try:
             with log.path.open("ab") as output:
                 return await asyncio.create_subprocess_exec(

@@ -1,16 +1,19 @@
 """What an engine's process is given, and what it does without."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from exec_rigs import EngineCase, rig, run_async, work
 
 from maveriq.errors import InputError
 from maveriq.exec.devices import Devices
+from maveriq.exec.engines.base import EngineError
 from maveriq.exec.engines.catalog import BACKENDS, make_engine
 from maveriq.exec.launcher import LaunchError, ProcessLauncher
 from maveriq.exec.logs import EngineLog
@@ -156,3 +159,10 @@ def test_backends_are_known_where_engines_are() -> None:
     from maveriq.exec.matrix import known_engines
 
     assert set(BACKENDS) == {name for name, facts in known_engines().items() if facts.started}
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**31 + 1, "many"])
+def test_an_emulated_vocabulary_must_be_one_whose_tokens_can_be_said(size: object) -> None:
+    spec = msgspec.structs.replace(CASE.spec(), config_json=json.dumps({"vocab_size": size}))
+    with pytest.raises(EngineError, match="vocab_size"):
+        make_engine("emulated").load(spec)

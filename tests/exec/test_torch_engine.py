@@ -19,9 +19,11 @@ from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs
 
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
+from maveriq.exec.engines.torch.attention import KvCache
 from maveriq.exec.engines.torch.engine import _all_loaded
 from maveriq.exec.engines.torch.ranks import RankLostError
 from maveriq.exec.engines.torch.wire import RankFailed
+from maveriq.exec.engines.torch.worker import memory_errors
 from maveriq.exec.messages import Generate
 from maveriq.exec.session import BROKEN
 
@@ -79,7 +81,11 @@ def test_tensor_and_pipeline_parallel_over_processes_until_one_is_killed(engine)
     wait_until_gone(pids)
 
 
-def test_three_uneven_stages_over_processes(engine):
+def test_three_uneven_stages_over_processes(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)  # where a user may have a module of the name of one of ours
+    (tmp_path / "safetensors.py").write_text("raise SystemExit", encoding="utf-8")
+    (tmp_path / "torch.py").write_text("raise SystemExit", encoding="utf-8")
     engine.load(spec_of(CONFIGS["falcon-40b"], split=(2, 1, 1)))
     steps = engine.generate(generate_of())
     assert next(steps) == [tokens[0] for tokens in expected_tokens("falcon-40b")]
@@ -126,6 +132,45 @@ def test_ranks_end_with_their_engine_however_it_ends():
     wait_until_gone(pids)
 
 
+def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
+    started = []
+
+    def start(*command, popen=subprocess.Popen, **how):
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(popen(["sleep", "60"], **how))
+        return started[0]
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("maveriq.exec.engines.torch.ranks.subprocess.Popen", start)
+    with pytest.raises(EngineError, match="could not start: no more processes"):
+        engine.load(spec_of(CONFIGS["llama"], split=(3, 1)))
+    assert started[0].returncode is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_kept_from_other_executions_gives_way(monkeypatch):
+    """A batch and a length that each fit must not fail together for what was there before."""
+    allot = KvCache._allot
+
+    def limited(cache, batch, tokens):
+        if batch * tokens > 1000:
+            raise MemoryError
+        allot(cache, batch, tokens)
+
+    monkeypatch.setattr(KvCache, "_allot", limited)
+    worker = load_worker(spec_of(CONFIGS["llama"]))
+    for asked in ([PROMPTS[0] * 120], PROMPTS * 5):
+        list(worker.run(prompts_of(asked, output_tokens=1)))
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "NCCL error\nCuda failure 2 'out of memory'"])
+def test_want_of_a_gpus_memory_is_told_by_its_words(words):
+    with pytest.raises(EngineError) as raised, memory_errors():
+        raise RuntimeError(words)
+    assert raised.value.kind is FailureKind.OUT_OF_MEMORY
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_not_tried_again():
     with pytest.raises(EngineError, match="sees 0 GPUs") as raised:
@@ -133,7 +178,12 @@ def test_a_gpu_that_is_not_there_is_not_tried_again():
     assert raised.value.kind is FailureKind.UNSUPPORTED
 
 
-def test_an_idle_engine_whose_rank_is_killed_ends_too(tmp_path):
+def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_path, monkeypatch):
+    scratch = tmp_path / "t"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
     async def check():
         async with rig(EngineCase(backend="torch"), tmp_path, pp=2, layer_split=(6, 2)) as one:
             ranks = [pid for pid in alive_in_group(one.connection.pid) if pid != one.connection.pid]
@@ -142,6 +192,7 @@ def test_an_idle_engine_whose_rank_is_killed_ends_too(tmp_path):
             await until(lambda: not alive_in_group(one.connection.pid))
 
     run_async(check)
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize(

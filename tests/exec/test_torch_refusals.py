@@ -79,6 +79,10 @@ def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", 
         (spec_of({**LLAMA, "rope_scaling": "linear"}), "rope"),
         (spec_of({**LLAMA, "rms_norm_eps": "small"}), "rms_norm_eps"),
         (spec_of({**FALCON_7B, "alibi": True}, split=(32,)), "alibi"),
+        (spec_of({**LLAMA, "rms_norm_eps": 10**400}), "rms_norm_eps"),
+        (spec_of({**LLAMA, "rope_theta": 1e400}), "rope_theta"),
+        (spec_of({**LLAMA, "vocab_size": 2**62}), "no machine holds"),
+        (spec_of({**LLAMA, "vocab_size": 1}, tp=2), "without any of 1 tokens"),
     ],
 )
 def test_refused_with_the_reason(spec, reason):
@@ -106,7 +110,7 @@ def test_every_model_of_the_catalogue_is_read_as_the_catalogue_has_it(name):
 
 
 ODD = st.sampled_from(
-    [None, True, False, -1, 0, 1, 2, 7, 64, 2**40, 0.0, 0.5, 1e400, -1e400, "", "x", "gelu", [], [1], {}]
+    [None, True, False, -1, 0, 1, 2, 7, 64, 2**40, 10**400, 0.0, 0.5, 1e400, -1e400, "", "x", "gelu", [], [1], {}]
 )
 KEYS = st.sampled_from(
     [

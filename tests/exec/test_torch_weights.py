@@ -8,6 +8,7 @@ pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="the folders come from transformers")
 
 import torch
+from safetensors.torch import save_file
 from torch_models import CONFIGS, PROMPTS, greedy, load_worker, outputs, prompts_of, run_split, spec_of
 
 from maveriq.exec.engines.base import EngineError, FailureKind
@@ -29,10 +30,12 @@ LLAMA_31 = {
 }
 FALCON_11B = {**CONFIGS["falcon-40b"], "num_ln_in_parallel_attn": 1}
 LLAMA_LINEAR = {**CONFIGS["llama"], "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}
+GPTJ_TIED = {**CONFIGS["gpt-j"], "tie_word_embeddings": True}
 IN_A_FOLDER = {
     **CONFIGS,
     "falcon-sequential": FALCON_SEQUENTIAL,
     "falcon-11b": FALCON_11B,
+    "gpt-j-tied": GPTJ_TIED,
     "llama-3.1": LLAMA_31,
     "llama-linear": LLAMA_LINEAR,
 }
@@ -81,7 +84,15 @@ def test_a_folder_of_another_model_is_an_error(tmp_path):
         assert raised.value.kind is FailureKind.ERROR
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_are_not_taken_for_weights(dtype, tmp_path):
+    save_file({"model.embed_tokens.weight": torch.zeros(199, 64).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(EngineError, match="reads weights that are not quantised") as raised:
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+    assert raised.value.kind is FailureKind.UNSUPPORTED
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100, b"[" * 100_000])
 @pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
 def test_a_damaged_folder_is_an_error(file, content, tmp_path):
     (tmp_path / file).write_bytes(content)

@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 from engine_specs import TINY, spec
+from foreign_checks import (
+    check_that_a_sequence_without_room_fails_alone,
+    check_that_close_may_come_twice_and_at_any_time,
+    check_that_the_folder_goes_even_if_the_engine_will_not,
+    work,
+)
 
 from maveriq.errors import InputError
-from maveriq.exec import messages
 from maveriq.exec.engines import trtllm
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, serve_command, translate
@@ -22,7 +27,8 @@ from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, serve_command, tr
 # Fields of `TorchLlmArgs` in 1.2, which refuses all others.
 FIELDS = {
     "model", "skip_tokenizer_init", "load_format", "dtype", "tensor_parallel_size", "pipeline_parallel_size",
-    "pp_partition", "max_batch_size", "max_seq_len", "max_num_tokens", "kv_cache_config", "cuda_graph_config",
+    "pp_partition", "max_batch_size", "max_seq_len", "max_input_len", "max_num_tokens", "kv_cache_config",
+    "cuda_graph_config",
 }  # fmt: skip
 
 
@@ -38,6 +44,7 @@ def test_uneven_stages_and_random_weights() -> None:
         "pp_partition": [3, 1],
         "max_batch_size": 4,
         "max_seq_len": 256,
+        "max_input_len": 256,
         "max_num_tokens": 8192,
         "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": 4 * 256},
         "cuda_graph_config": {"max_batch_size": 4},
@@ -66,10 +73,22 @@ def test_forms_of_weights(weights: str, algorithm: str | None) -> None:
     }
 
 
+def quantised(algorithm: str) -> dict[str, Any]:
+    return {"quantization": {"quant_algo": algorithm}}
+
+
 def test_given_weights_must_be_quantised_already(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no hf_quant_config\.json"):
         translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
-    (tmp_path / "hf_quant_config.json").write_text("{}", encoding="utf-8")
+    beside = tmp_path / "hf_quant_config.json"
+    for content, told in (("{}", "cannot be read"), (json.dumps(quantised("W4A16")), "by W4A16, not int8")):
+        beside.write_text(content, encoding="utf-8")
+        with pytest.raises(EngineError, match=told):
+            translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
+    with pytest.raises(EngineError, match="by W4A16, not float16") as refused:
+        translate(spec(weights_folder=str(tmp_path)), "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+    beside.write_text(json.dumps(quantised("W8A16")), encoding="utf-8")
     translation = translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
     assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "auto")
     assert translation.files == {}
@@ -185,16 +204,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
     return FakeLlm.made
 
 
-def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
-    return messages.Generate(
-        execution_id=1,
-        sequences=tuple(
-            messages.Sequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
-            for number, (start, most) in enumerate(asked)
-        ),
-    )
-
-
 def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     engine = TrtLlmEngine()
     loaded = engine.load(spec(weights="int8"))
@@ -245,21 +254,14 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
 
 
 def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
-    engine = TrtLlmEngine()
-    engine.close()
-    engine.load(spec())
-    steps = engine.generate(work((10, 99), (50, 99)))
-    assert next(steps) == (11, 51)
-    engine.close()
-    engine.close()
-    steps.close()  # type: ignore[attr-defined]
+    check_that_close_may_come_twice_and_at_any_time(TrtLlmEngine())
 
 
 def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+    check_that_a_sequence_without_room_fails_alone(TrtLlmEngine())
+
+
+def test_the_folder_goes_even_if_the_engine_will_not(fakes: list[FakeLlm]) -> None:
     engine = TrtLlmEngine()
     engine.load(spec())
-    with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
-        list(engine.generate(work((1, 2), (1, 256))))
-    assert failed.value.kind is FailureKind.ERROR
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
-    engine.close()
+    check_that_the_folder_goes_even_if_the_engine_will_not(engine, Path(fakes[0].arguments["model"]))

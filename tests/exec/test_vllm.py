@@ -12,8 +12,13 @@ from typing import Any
 
 import pytest
 from engine_specs import TINY, spec
+from foreign_checks import (
+    check_that_a_sequence_without_room_fails_alone,
+    check_that_close_may_come_twice_and_at_any_time,
+    check_that_the_folder_goes_even_if_the_engine_will_not,
+    work,
+)
 
-from maveriq.exec import messages
 from maveriq.exec.engines.base import EngineError, FailureKind
 from maveriq.exec.engines.translation import as_engine_error
 from maveriq.exec.engines.vllm import VllmEngine, serve_command, translate
@@ -103,6 +108,20 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("weights", "method"), [("float16", "gptq"), ("int8", "awq"), ("int4", "gptq"), ("int4_gptq", "awq")]
+)
+def test_weights_that_are_stored_otherwise_are_no_substitute(weights: str, method: str) -> None:
+    config = json.dumps({**LLAMA_7B, "quantization_config": {"quant_method": method}})
+    with pytest.raises(EngineError, match=f"are quantised by {method}, not {weights}$") as refused:
+        translate(spec(config_json=config, layer_split=(32,), weights=weights, weights_folder="/w"), "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+
+
+def test_any_seed_is_one_that_numpy_takes() -> None:
+    assert translate(spec(seed=2**53), "/m").arguments["seed"] < 2**32
+
+
 def test_on_a_cpu() -> None:
     translation = translate(spec(tp=2, devices=("cpu", "cpu")), "/m", cpus=(0, 1, 2, 5, 6))
     assert (translation.arguments["dtype"], translation.arguments["enforce_eager"]) == ("float32", True)
@@ -114,6 +133,8 @@ def test_on_a_cpu() -> None:
 def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
     assert translate(spec("falcon"), "/m").arguments["max_model_len"] == 2048
     assert translate(spec("gptj"), "/m").arguments["max_model_len"] == 256
+    odd = {**TINY["llama"], "max_position_embeddings": -1}
+    assert translate(spec(config_json=json.dumps(odd)), "/m").arguments["max_model_len"] == 2048
     long = {**TINY["llama"], "max_position_embeddings": 1 << 20}
     assert translate(spec(config_json=json.dumps(long)), "/m").arguments["max_model_len"] == 4096
 
@@ -132,8 +153,11 @@ def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
         ({"config_json": "{"}, "vllm"),
         ({"config_json": "[1]"}, "vllm"),
         ({"config_json": "{}"}, "is it the config.json"),
+        ({"config_json": "[" * 100_000}, "vllm"),
+        ({"config_json": json.dumps({**TINY["llama"], "head_dim": -32})}, "head_dim must be a positive whole number"),
+        ({"config_json": json.dumps({**TINY["llama"], "head_dim": "x"})}, "head_dim must be a positive whole number"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(EngineError) as refused:
@@ -236,16 +260,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
     FakeLlm.broken = None
 
 
-def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
-    return messages.Generate(
-        execution_id=1,
-        sequences=tuple(
-            messages.Sequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
-            for number, (start, most) in enumerate(asked)
-        ),
-    )
-
-
 def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     engine = VllmEngine()
     loaded = engine.load(spec(pp=2, layer_split=(3, 1)))
@@ -296,21 +310,14 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
 
 
 def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
-    engine = VllmEngine()
-    engine.close()
-    engine.load(spec())
-    steps = engine.generate(work((10, 99), (50, 99)))
-    assert next(steps) == (11, 51)
-    engine.close()
-    engine.close()
-    steps.close()  # type: ignore[attr-defined]
+    check_that_close_may_come_twice_and_at_any_time(VllmEngine())
 
 
 def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+    check_that_a_sequence_without_room_fails_alone(VllmEngine())
+
+
+def test_the_folder_goes_even_if_the_engine_will_not(fakes: list[FakeLlm]) -> None:
     engine = VllmEngine()
     engine.load(spec())
-    with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
-        list(engine.generate(work((1, 2), (1, 256))))
-    assert failed.value.kind is FailureKind.ERROR
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
-    engine.close()
+    check_that_the_folder_goes_even_if_the_engine_will_not(engine, Path(fakes[0].arguments["model"]))

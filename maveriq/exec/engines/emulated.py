@@ -19,6 +19,7 @@ from maveriq.streams import pick
 
 _ENDED = -1
 _USUAL_VOCABULARY = 32_000
+_MOST_VOCABULARY = 2**31  # token ids go over the channel
 
 
 class EmulatedEngine:
@@ -82,7 +83,7 @@ def _vocabulary(config_json: str) -> int:
         size = json.loads(config_json).get("vocab_size", _USUAL_VOCABULARY)
     except (ValueError, AttributeError, RecursionError):
         raise EngineError(FailureKind.UNSUPPORTED, "the model's configuration is no JSON object") from None
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or not 1 <= size <= _MOST_VOCABULARY:
         raise EngineError(FailureKind.UNSUPPORTED, f"vocab_size must be a positive whole number, not {size!r}")
     return size
 

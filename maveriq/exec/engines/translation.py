@@ -52,13 +52,16 @@ class Wanted:
     def sequence_tokens(self) -> int:
         """Room for one sequence, in tokens."""
         known = [self.hf_config.get(key) for key in ("max_position_embeddings", "n_positions")]
-        of_model = next((most for most in known if isinstance(most, int)), _SHORT_MODEL_TOKENS)
+        of_model = next((most for most in known if isinstance(most, int) and most > 0), _SHORT_MODEL_TOKENS)
         return min(of_model, MOST_SEQUENCE_TOKENS)
 
     @property
-    def quantised_ahead(self) -> bool:
-        """Say whether the weights given are quantised by their own configuration."""
-        return "quantization_config" in self.hf_config
+    def quantised_ahead(self) -> str | None:
+        """How the model's own configuration says that its weights are quantised, None where it does not."""
+        said = self.hf_config.get("quantization_config")
+        if not said:
+            return None
+        return str(said.get("quant_method")) if isinstance(said, dict) else "something unknown"
 
     def own_config(self, quantisation: Mapping[str, Any] | None) -> str:
         """Return the `config.json` for random weights that are stored as given."""
@@ -74,7 +77,7 @@ class Wanted:
         """
         model, tp = self.model, self.configuration.tp
         heads = max(1, model.kv_heads // tp)
-        head_size = int(self.hf_config.get("head_dim") or model.hidden_size // model.attention_heads)
+        head_size = self.hf_config.get("head_dim") or model.hidden_size // model.attention_heads
         return 2 * max(self.spec.layer_split) * heads * (head_size * element_bytes + per_head_bytes)
 
 
@@ -94,9 +97,10 @@ def read_spec(engine: str, spec: EngineSpec) -> Wanted:
             kv=KvType(spec.kv),
             batch_size=spec.batch_size,
         )
+        _check_head_size(hf_config)
         device = Device.named(spec.devices[0] if spec.devices else "")
         refusal = why_not(engine, model, configuration, spec.layer_split, device)
-    except (InputError, ValueError, AttributeError) as error:
+    except (InputError, ValueError, AttributeError, RecursionError) as error:
         raise EngineError(FailureKind.UNSUPPORTED, f"{engine}: {error}") from None
     if refusal is not None:
         raise EngineError(FailureKind.UNSUPPORTED, str(refusal))
@@ -108,6 +112,12 @@ def read_spec(engine: str, spec: EngineSpec) -> Wanted:
             f"{', '.join(spec.devices)}",
         )
     return Wanted(spec=spec, hf_config=hf_config, model=model, configuration=configuration, device=device)
+
+
+def _check_head_size(hf_config: Mapping[str, Any]) -> None:
+    size = hf_config.get("head_dim")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise InputError(f"head_dim must be a positive whole number, not {size!r}")
 
 
 def check_lengths(engine: str, sequences: tuple[Sequence, ...], most_tokens: int) -> None:

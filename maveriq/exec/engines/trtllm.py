@@ -10,9 +10,7 @@ import asyncio
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,15 +18,22 @@ from typing import Any, TypeAlias
 from maveriq.domain.models import WeightType
 from maveriq.errors import InputError
 from maveriq.exec.engines.base import EngineError, FailureKind, Step
+from maveriq.exec.engines.foreign import ForeignEngine
 from maveriq.exec.engines.stepping import StepAligner
-from maveriq.exec.engines.translation import Translation, as_engine_error, check_lengths, read_spec, write_files
-from maveriq.exec.messages import EngineSpec, Generate, Loaded, Sequence
+from maveriq.exec.engines.translation import Translation, Wanted, check_lengths, read_spec, write_files
+from maveriq.exec.messages import EngineSpec, Loaded, Sequence
 
 NAME = "trtllm"
 
 _BLOCK_TOKENS = 32
 _LEAST_BATCHED_TOKENS = 8192  # its default; more only where a prompt may be longer
 _ALGORITHMS = {WeightType.INT8: "W8A16", WeightType.INT4: "W4A16"}  # weights alone, a scale per channel
+_GIVEN: Mapping[WeightType, tuple[str | None, ...]] = {
+    WeightType.FLOAT16: (None,),
+    WeightType.INT8: ("W8A16",),
+    WeightType.INT4: ("W4A16", "W4A16_AWQ"),
+}
+_QUANTISATION_FILE = "hf_quant_config.json"
 _PYTHONS = ((3, 10), (3, 12))  # that its wheels are built for
 
 
@@ -44,12 +49,8 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
     """
     wanted = read_spec(NAME, spec)
     weights, given = wanted.configuration.weights, bool(spec.weights_folder)
-    if given and weights in _ALGORITHMS and not (Path(spec.weights_folder) / "hf_quant_config.json").is_file():
-        raise EngineError(
-            FailureKind.UNSUPPORTED,
-            f"trtllm does not quantise to {weights} while loading, and {spec.weights_folder} has no "
-            "hf_quant_config.json; quantise the weights first",
-        )
+    if given:
+        _check_given(wanted)
     sequence_tokens = wanted.sequence_tokens
     blocks = spec.batch_size * -(-sequence_tokens // _BLOCK_TOKENS)
     arguments: dict[str, Any] = {
@@ -61,6 +62,7 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
         "pipeline_parallel_size": spec.pp,
         "max_batch_size": spec.batch_size,
         "max_seq_len": sequence_tokens,
+        "max_input_len": sequence_tokens,  # else 1024
         "max_num_tokens": max(_LEAST_BATCHED_TOKENS, sequence_tokens),
         # Its KV type follows the activations. Prompts that come again must cost what they cost the first time.
         "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": blocks * _BLOCK_TOKENS},
@@ -70,11 +72,31 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
         arguments["pp_partition"] = list(spec.layer_split)
     files = {} if given else {"config.json": wanted.own_config(None)}
     if not given and weights in _ALGORITHMS:
-        files["hf_quant_config.json"] = json.dumps(_quantisation(_ALGORITHMS[weights]), indent=2)
+        files[_QUANTISATION_FILE] = json.dumps(_quantisation(_ALGORITHMS[weights]), indent=2)
     environment = {"HF_HUB_OFFLINE": "1"}
     if wanted.configuration.gpus == 1:
         environment["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"  # else even one GPU gets a process beneath this one
     return Translation(arguments=arguments, files=files, environment=environment)
+
+
+def _check_given(wanted: Wanted) -> None:
+    """Make sure that weights that are given are stored as asked for: it goes by what lies beside them."""
+    weights, folder = wanted.configuration.weights, wanted.spec.weights_folder
+    file = Path(folder) / _QUANTISATION_FILE
+    if weights in _ALGORITHMS and not file.is_file():
+        raise EngineError(
+            FailureKind.UNSUPPORTED,
+            f"trtllm does not quantise to {weights} while loading, and {folder} has no {_QUANTISATION_FILE}; quantise "
+            "the weights first",
+        )
+    found = wanted.quantised_ahead
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EngineError(FailureKind.UNSUPPORTED, f"{file} cannot be read: {error!r}") from None
+    if found not in _GIVEN[weights]:
+        raise EngineError(FailureKind.UNSUPPORTED, f"the weights in {folder} are quantised by {found}, not {weights}")
 
 
 def _quantisation(algorithm: str) -> dict[str, Any]:
@@ -116,32 +138,17 @@ def missing() -> str | None:
     return "; ".join(lacks) or None
 
 
-class TrtLlmEngine:
+class TrtLlmEngine(ForeignEngine):
     """TensorRT-LLM behind the `Engine` protocol: one model, its workers beneath this process."""
 
+    name = NAME
+
     def __init__(self) -> None:
+        super().__init__()
         self._llm: Any = None
-        self._folder: str | None = None
-        self._most_tokens = 0  # of a sequence
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def load(self, spec: EngineSpec) -> Loaded:
-        """Start TensorRT-LLM and serve a first token; see `Engine.load`."""
-        try:
-            return self._load(spec)
-        except Exception as error:
-            self.close()
-            raise as_engine_error(NAME, error) from error
-
-    def generate(self, work: Generate) -> Iterator[Step]:
-        """Yield the steps of an execution; see `Engine.generate`."""
-        try:
-            yield from self._steps(work.sequences)
-        except Exception as error:
-            raise as_engine_error(NAME, error) from error
-
-    def close(self) -> None:
-        """Stop the workers and forget the model; see `Engine.close`."""
+    def _shut_down(self) -> None:
         loop, self._loop = self._loop, None
         if loop is not None:
             _call_off(loop)
@@ -149,14 +156,10 @@ class TrtLlmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    def _load(self, spec: EngineSpec) -> Loaded:
-        self._folder = tempfile.mkdtemp(prefix="maveriq-trtllm-")
-        wanted = translate(spec, self._folder)
-        write_files(wanted.files, Path(self._folder))
+    def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
+        wanted = translate(spec, str(folder))
+        write_files(wanted.files, folder)
         os.environ.update(wanted.environment)
         self._most_tokens = wanted.arguments["max_seq_len"]
         try:

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.exec.engines.base import EngineError, FailureKind, Step
+from maveriq.exec.engines.foreign import ForeignEngine
 from maveriq.exec.engines.stepping import StepAligner
 from maveriq.exec.engines.translation import (
     Translation,
     Wanted,
-    as_engine_error,
     check_lengths,
     read_spec,
     write_files,
 )
 from maveriq.exec.matrix import Device
-from maveriq.exec.messages import EngineSpec, Generate, Loaded, Sequence
+from maveriq.exec.messages import EngineSpec, Loaded, Sequence
 from maveriq.units import Bytes
 
 NAME = "vllm"
@@ -33,6 +31,7 @@ NAME = "vllm"
 _BLOCK_TOKENS = 128  # the largest of vLLM's cache blocks; room is counted in whole ones
 _SCALE_BYTES = 4
 _GROUP = 128
+_SEEDS = 2**32  # numpy's generator, which it seeds too, takes no others
 
 # Weights that vLLM quantises while it loads; others must come quantised, or random in that form.
 _ONLINE = {WeightType.INT8: "int8_per_channel_weight_only"}
@@ -60,6 +59,14 @@ _AHEAD: Mapping[WeightType, Mapping[str, Any]] = {
     },
 }
 
+# What the configuration of weights that are given may call the way they were quantised.
+_GIVEN: Mapping[WeightType, tuple[str | None, ...]] = {
+    WeightType.FLOAT16: (None,),
+    WeightType.INT8: (None,),
+    WeightType.INT4: ("compressed-tensors", "awq"),
+    WeightType.INT4_GPTQ: ("gptq",),
+}
+
 
 def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> Translation:
     """Return what starts vLLM for a specification.
@@ -75,17 +82,14 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     wanted = read_spec(NAME, spec)
     cfg = wanted.configuration
     given = bool(spec.weights_folder)
-    if given and cfg.weights in _AHEAD and not wanted.quantised_ahead:
-        raise EngineError(
-            FailureKind.UNSUPPORTED,
-            f"vllm does not quantise to {cfg.weights} while loading, and the weights of {spec.model} are not quantised",
-        )
+    if given:
+        _check_given(wanted)
     arguments: dict[str, Any] = {
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
         "load_format": "auto" if given else "dummy",
         "dtype": _dtype(wanted),
-        "seed": spec.seed,
+        "seed": spec.seed % _SEEDS,
         "tensor_parallel_size": spec.tp,
         "pipeline_parallel_size": spec.pp,
         "max_num_seqs": spec.batch_size,
@@ -103,6 +107,21 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
         arguments["quantization"] = _ONLINE[cfg.weights]
     files = {} if given else {"config.json": wanted.own_config(_AHEAD.get(cfg.weights))}
     return Translation(arguments=arguments, files=files, environment=_environment(wanted, cpus))
+
+
+def _check_given(wanted: Wanted) -> None:
+    """Make sure that weights that are given are stored as asked for: vLLM goes by what their configuration says."""
+    weights, method = wanted.configuration.weights, wanted.quantised_ahead
+    if weights in _AHEAD and method is None:
+        raise EngineError(
+            FailureKind.UNSUPPORTED,
+            f"vllm does not quantise to {weights} while loading, and the weights of {wanted.spec.model} are not "
+            "quantised",
+        )
+    if method not in _GIVEN[weights]:
+        raise EngineError(
+            FailureKind.UNSUPPORTED, f"the weights of {wanted.spec.model} are quantised by {method}, not {weights}"
+        )
 
 
 def serve_command(arguments: Mapping[str, Any], *, port: int) -> list[str]:
@@ -153,50 +172,31 @@ def _environment(wanted: Wanted, cpus: tuple[int, ...]) -> dict[str, str]:
     return said
 
 
-class VllmEngine:
+class VllmEngine(ForeignEngine):
     """vLLM behind the `Engine` protocol: one model, its workers beneath this process."""
 
+    name = NAME
+
     def __init__(self) -> None:
+        super().__init__()
         self._engine: Any = None
-        self._folder: str | None = None
-        self._most_tokens = 0  # of a sequence
         self._executions = 0
 
-    def load(self, spec: EngineSpec) -> Loaded:
-        """Start vLLM and serve a first token; see `Engine.load`."""
-        try:
-            return self._load(spec)
-        except ImportError as error:
-            self.close()
-            raise EngineError(FailureKind.UNSUPPORTED, f"vllm cannot be imported: {error}") from error
-        except Exception as error:
-            self.close()
-            raise as_engine_error(NAME, error) from error
-
-    def generate(self, work: Generate) -> Iterator[Step]:
-        """Yield the steps of an execution; see `Engine.generate`."""
-        try:
-            yield from self._steps(work.sequences)
-        except Exception as error:
-            raise as_engine_error(NAME, error) from error
-
-    def close(self) -> None:
-        """Stop the workers and forget the model; see `Engine.close`."""
+    def _shut_down(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    def _load(self, spec: EngineSpec) -> Loaded:
-        self._folder = tempfile.mkdtemp(prefix="maveriq-vllm-")
-        wanted = translate(spec, self._folder, cpus=tuple(sorted(os.sched_getaffinity(0))))
-        write_files(wanted.files, Path(self._folder))
+    def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
+        wanted = translate(spec, str(folder), cpus=tuple(sorted(os.sched_getaffinity(0))))
+        write_files(wanted.files, folder)
         os.environ.update(wanted.environment)
         self._most_tokens = wanted.arguments["max_model_len"]
-        import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
-        from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
+        try:
+            import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
+            from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise EngineError(FailureKind.UNSUPPORTED, f"vllm cannot be imported: {error}") from error
 
         self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**wanted.arguments))
         for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NoReturn
 
 from maveriq.exec.engines.base import EngineError, FailureKind
+
+_MOST_NUMBERS = 2**50
+"""Of a matrix; more would not be missed as memory, but break the arithmetic of sizes."""
 
 
 class Family(StrEnum):
@@ -104,6 +108,8 @@ def read_architecture(config_json: str) -> Architecture:
         refuse(f"{arch.heads} heads must divide hidden size {arch.hidden} and be divided by {arch.kv_heads} KV heads")
     if arch.rotary.size > arch.head_size or arch.rotary.size % 2:
         refuse(f"rotary size {arch.rotary.size} must be even and at most the head size {arch.head_size}")
+    if max(arch.vocabulary, arch.intermediate) * arch.hidden > _MOST_NUMBERS:
+        refuse(f"config.json: no machine holds matrices of {arch.vocabulary} or {arch.intermediate} by {arch.hidden}")
     return arch
 
 
@@ -218,7 +224,7 @@ def _number(config: Mapping[str, Any], key: str, default: float | None = None) -
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         refuse(f"config.json: {key} must be a positive number, not {value!r}")
     return float(value)
 

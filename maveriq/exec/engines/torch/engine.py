@@ -47,9 +47,9 @@ class TorchEngine:
         try:
             self._ranks = Ranks(spec)
             loaded = _all_loaded(self._ranks)
-        except RankLostError as error:
+        except (RankLostError, OSError) as error:
             self.close()
-            raise EngineError(FailureKind.ERROR, str(error)) from None
+            raise EngineError(FailureKind.ERROR, f"its ranks could not start: {error}") from None
         except EngineError:
             self.close()
             raise

@@ -87,13 +87,17 @@ class Parameters:
         return self._source.read(f"{self._names.embedding}.weight", (self._arch.vocabulary, self._arch.hidden))
 
     def output(self, embedding: torch.Tensor | None) -> Pair:
-        """Return this rank's share of the output matrix, by tokens; a view of the embedding where it is tied to it."""
+        """Return this rank's share of the output matrix, by tokens; a view of the embedding where it is tied to it.
+
+        The bias is never tied.
+        """
         arch = self._arch
         mine = _slice(self._part.share(arch.vocabulary))
-        if arch.tied:
-            return (_own(self.embedding()[mine]) if embedding is None else embedding[mine]), None
-        weight, bias = self._pair("lm_head", arch.vocabulary, arch.hidden, bias=arch.output_bias)
-        return _own(weight[mine]), None if bias is None else bias[mine]
+        shape = (arch.vocabulary,)
+        bias = _own(self._source.read("lm_head.bias", shape)[mine]) if arch.output_bias else None
+        if not arch.tied:
+            return _own(self._source.read("lm_head.weight", (*shape, arch.hidden))[mine]), bias
+        return (_own(self.embedding()[mine]) if embedding is None else embedding[mine]), bias
 
     def final_norm(self) -> Pair:
         """Return the norm before the output matrix."""

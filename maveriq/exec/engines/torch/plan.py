@@ -94,5 +94,7 @@ def _check_degree(tp: int, arch: Architecture) -> None:
                 degree for degree in range(1, tp) if not arch.heads % degree and not arch.intermediate % degree
             )
             refuse(f"TP {tp} does not divide {what} ({count}); the nearest that does is TP {fitting}")
+    if arch.vocabulary < tp:
+        refuse(f"TP {tp} leaves some rank without any of {arch.vocabulary} tokens")
     if arch.kv_heads % tp and tp % arch.kv_heads:
         refuse(f"TP {tp} and {arch.kv_heads} KV heads: neither divides the other")

@@ -37,18 +37,12 @@ class Ranks:
         self._folder = TemporaryDirectory(prefix="maveriq-torch-")
         self._channels: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        environment = _environment(len(spec.devices))
-        for rank in range(len(spec.devices)):
-            ours, theirs = socket.socketpair()
-            self._channels.append(ours)
-            with theirs:
-                command = [sys.executable, "-m", "maveriq.exec.engines.torch.rank", str(theirs.fileno())]
-                process = subprocess.Popen(  # noqa: S603 - our own module
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
-                )
-            self._processes.append(process)
-            meeting_point = str(Path(self._folder.name) / "ranks")
-            self._say(rank, LoadRank(spec=spec, rank=rank, meeting_point=meeting_point))
+        try:
+            for rank in range(len(spec.devices)):
+                self._start(spec, rank)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -93,6 +87,18 @@ class Ranks:
         for channel in self._channels:
             channel.close()
         self._folder.cleanup()
+
+    def _start(self, spec: EngineSpec, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        self._channels.append(ours)
+        with theirs:
+            # -P: modules of the folder that this happens to run in are none of its business.
+            command = [sys.executable, "-P", "-m", "maveriq.exec.engines.torch.rank", str(theirs.fileno())]
+            process = subprocess.Popen(  # noqa: S603 - our own module
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment(len(spec.devices))
+            )
+        self._processes.append(process)
+        self._say(rank, LoadRank(spec=spec, rank=rank, meeting_point=str(Path(self._folder.name) / "ranks")))
 
     def _heard(self, rank: int) -> tuple[int, FromRank]:
         body = hear(self._channels[rank])

@@ -19,6 +19,8 @@ from maveriq.exec.engines.base import EngineError, FailureKind
 Shape = tuple[int, ...]
 T = TypeVar("T")
 _ONLY_FILE = "model.safetensors"
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types of weights that are what they say; codes of 8 bits mean nothing without the scales beside them."""
 
 
 class Source(Protocol):
@@ -74,6 +76,11 @@ class FolderSource:
         if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
             raise EngineError(FailureKind.ERROR, f"{self._folder}: {name} has shape {found}, config.json says {shape}")
+        if tensor.dtype not in _PLAIN:
+            what = (
+                f"{self._folder}: {name} is stored as {tensor.dtype}; this engine reads weights that are not quantised"
+            )
+            raise EngineError(FailureKind.UNSUPPORTED, what)
         return tensor.to(device=self._device, dtype=self._dtype)
 
 
@@ -84,7 +91,7 @@ def _files_of_tensors(folder: Path) -> dict[str, str]:
         return _opened(folder, _ONLY_FILE, lambda opened: dict.fromkeys(opened.keys(), _ONLY_FILE))
     try:
         return {name: Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EngineError(FailureKind.ERROR, f"{index} cannot be read: {error!r}") from None
 
 

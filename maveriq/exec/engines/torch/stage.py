@@ -214,8 +214,9 @@ class Stage:
         if self.embedding is not None:
             total += self.embedding.nbytes
         if self._output is not None:
-            total += self._output.norm.size_bytes
-            total += 0 if self.arch.tied and self.part.first else self._output.matrix.size_bytes
+            total += self._output.norm.size_bytes + self._output.matrix.size_bytes
+            if self.arch.tied and self.embedding is not None:
+                total -= len(self.part.share(self.arch.vocabulary)) * self.embedding[0].nbytes
         return total
 
     @property

@@ -18,6 +18,7 @@ from maveriq.exec.engines.torch.stage import Stage
 from maveriq.exec.messages import EngineSpec, Sequence
 
 _WARM_UP_TOKENS = 8
+_NO_ROOM = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class NoRoomError(EngineError):
@@ -39,14 +40,14 @@ class Worker:
     def __init__(self, spec: EngineSpec, rank: int, links: Links) -> None:
         arch = read_architecture(spec.config_json)
         device = torch.device(spec.devices[rank])
-        if device.type == "cuda":
-            _check_there(device)
-            torch.cuda.set_device(device)  # else nccl and the allocator would open the first one too
         dtype = _type_of_numbers(arch, device)
         self._links = links
-        self._like = torch.empty(0, device=device, dtype=dtype)
         self.reports = rank == (spec.pp - 1) * spec.tp
         with torch.inference_mode(), memory_errors():
+            if device.type == "cuda":
+                _check_there(device)
+                torch.cuda.set_device(device)  # else nccl and the allocator would open the first one too
+            self._like = torch.empty(0, device=device, dtype=dtype)
             self.stage = Stage(arch, part_of(spec, rank), spec, _source(spec, arch, device, dtype), links)
         _give_back_unused(device)
         warm_up = Sequence(request_id=0, prompt=(0,) * _WARM_UP_TOKENS, output_tokens=2)
@@ -69,18 +70,25 @@ class Worker:
             raise
 
     def _make_room(self, prompts: tuple[Sequence, ...]) -> None:
-        short = None
-        try:
-            with memory_errors():
-                self.stage.make_room(len(prompts), max(len(each.prompt) + each.output_tokens for each in prompts))
-        except EngineError as error:
-            short = error
+        short = self._missed_room(prompts)
+        if short is not None:
+            # Room is kept, and made for the largest batch and the longest sequence that were; this one may want less.
+            self._give_room_back()
+            short = self._missed_room(prompts)
         if not self._links.agree(well=short is None):
             # What others got of it would be missed by the next execution.
             self._give_room_back()
             if short is None:
                 raise NoRoomError(FailureKind.ERROR, "another rank has no room")
             raise NoRoomError(short.kind, str(short))
+
+    def _missed_room(self, prompts: tuple[Sequence, ...]) -> EngineError | None:
+        try:
+            with memory_errors():
+                self.stage.make_room(len(prompts), max(len(each.prompt) + each.output_tokens for each in prompts))
+        except EngineError as error:
+            return error
+        return None
 
     def _give_room_back(self) -> None:
         self.stage.give_room_back()
@@ -102,8 +110,8 @@ def memory_errors() -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
     except RuntimeError as error:
-        # Memory of a CPU, and of cuBLAS's own, is missed in words only.
-        if "can't allocate memory" in str(error) or "ALLOC_FAILED" in str(error):
+        # Memory of a CPU, of a GPU's context, of nccl and of cuBLAS is missed in words only.
+        if any(words in str(error) for words in _NO_ROOM):
             raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
         raise
 

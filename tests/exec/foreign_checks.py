@@ -1,0 +1,55 @@
+"""What every engine that others have written must do behind the protocol, whichever stand-in it runs against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_specs import spec
+
+from maveriq.exec import messages
+from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.foreign import ForeignEngine
+
+
+def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
+    """Return an execution: for each sequence its prompt's only token, and how many may follow."""
+    return messages.Generate(
+        execution_id=1,
+        sequences=tuple(
+            messages.Sequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
+            for number, (start, most) in enumerate(asked)
+        ),
+    )
+
+
+def check_that_close_may_come_twice_and_at_any_time(engine: ForeignEngine) -> None:
+    engine.close()
+    engine.load(spec())
+    steps = engine.generate(work((10, 99), (50, 99)))
+    assert next(steps) == (11, 51)
+    engine.close()
+    engine.close()
+    steps.close()  # type: ignore[attr-defined]
+
+
+def check_that_a_sequence_without_room_fails_alone(engine: ForeignEngine) -> None:
+    engine.load(spec())
+    with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
+        list(engine.generate(work((1, 2), (1, 256))))
+    assert failed.value.kind is FailureKind.ERROR
+    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    engine.close()
+
+
+def check_that_the_folder_goes_even_if_the_engine_will_not(engine: ForeignEngine, folder: Path) -> None:
+    shut_down = engine._shut_down
+
+    def break_down() -> None:
+        shut_down()
+        raise RuntimeError("a worker hangs")
+
+    engine._shut_down = break_down  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="a worker hangs"):
+        engine.close()
+    assert not folder.exists()
