@@ -23,8 +23,9 @@ from maveriq.errors import InputError
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.matrix import Device
+from maveriq.policy.split import even_split
 from maveriq.profiling.folder import PROFILE_FILES, Machine, write_profile
-from maveriq.profiling.measure import Measured, Probe, Question, dealt, measure
+from maveriq.profiling.measure import Measured, Probe, Question, measure
 from maveriq.report.folders import check_writable
 from maveriq.units import bytes_from_gib, gib
 
@@ -129,7 +130,7 @@ def _lines(measured: Sequence[Measured]) -> Iterator[str]:
 
 
 def _refuse(backend: str, model: ModelSpec, configuration: Configuration, device: Device) -> None:
-    split = dealt(model.layers, configuration.pp)
+    split = even_split(model.layers, configuration.pp)
     if min(split) < 1:
         raise InputError(f"{model.name} has {model.layers} layers, too few for {configuration.pp} stages")
     refusal = why_not(backend, model, configuration, split, device)

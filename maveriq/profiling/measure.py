@@ -17,6 +17,7 @@ from maveriq.exec.devices import Devices
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
 from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Hello, Load, Loaded, Stop
 from maveriq.exec.modelconfig import config_json
+from maveriq.policy.split import even_split
 from maveriq.streams import generator
 from maveriq.units import BYTES_PER_GIB
 
@@ -125,18 +126,13 @@ def _spec(
         config_json=config_json(model),
         tp=configuration.tp,
         pp=configuration.pp,
-        layer_split=dealt(model.layers, configuration.pp),
+        layer_split=even_split(model.layers, configuration.pp),
         weights=configuration.weights.value,
         kv=configuration.kv.value,
         batch_size=batch,
         devices=devices,
         seed=seed,
     )
-
-
-def dealt(layers: int, stages: int) -> tuple[int, ...]:
-    """Return layers dealt round-robin, as placement deals them where memory does not matter (SPEC 4)."""
-    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
 
 
 class _Talk:

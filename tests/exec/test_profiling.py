@@ -14,8 +14,9 @@ from maveriq.estimate.hardware import load_profile
 from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.exec.devices import Devices
 from maveriq.exec.launcher import ProcessLauncher
+from maveriq.policy.split import even_split
 from maveriq.profiling.folder import Machine, write_profile
-from maveriq.profiling.measure import Measured, Probe, ProfilingError, Question, dealt, measure
+from maveriq.profiling.measure import Measured, Probe, ProfilingError, Question, measure
 
 TP2 = Configuration(tp=2, pp=1, weights=WeightType.INT8)
 QUESTIONS = [Question(batch=batch, prompt_tokens=prompt, output_tokens=6) for batch in (1, 2) for prompt in (4, 8)]
@@ -84,4 +85,4 @@ def _one() -> Measured:
 
 @pytest.mark.parametrize(("layers", "stages", "split"), [(8, 3, (3, 3, 2)), (4, 4, (1, 1, 1, 1)), (5, 2, (3, 2))])
 def test_layers_are_dealt_round_robin(layers: int, stages: int, split: tuple[int, ...]) -> None:
-    assert dealt(layers, stages) == split
+    assert even_split(layers, stages) == split
