@@ -14,18 +14,24 @@ from collections.abc import Callable
 
 import numpy as np
 
-from maveriq.domain.forecast import DemandForecast
-from maveriq.estimate.hardware import load_profile
-from maveriq.policy.alpaserve.groups import Group
-from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, PlacementModel, PlacementProblem, StageProfile
+from maveriq.domain.requests import DemandForecast
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.policy.alpaserve.problem import (
+    Group,
+    GroupShape,
+    ModelProfile,
+    PlacementModel,
+    PlacementProblem,
+    SearchSettings,
+    StageProfile,
+)
 from maveriq.policy.alpaserve.profiles import published_profiles_of
 from maveriq.policy.alpaserve.search import search
-from maveriq.policy.alpaserve.settings import SearchSettings
-from maveriq.policy.alpaserve.simulate import simulate, warm_up
+from maveriq.policy.alpaserve.simulator import simulate, warm_up
 from maveriq.units import bytes_from_gib
-from maveriq.workload.azure import embedded_trace
 from maveriq.workload.forecast import published_forecast
-from maveriq.workload.modelsets import load_model_set
+from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.traces import embedded_trace
 
 SETTINGS = SearchSettings(max_tp=8)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from maveriq.exec.engines.base import Step
 from maveriq.exec.engines.emulated import EmulatedEngine
+from maveriq.exec.engines.engine import Step
 from maveriq.exec.messages import Generate
 
 WORD = 1 << 30

@@ -21,19 +21,18 @@ import numpy as np
 from clock_engine import WORD
 
 from maveriq.control.controller import ControllerSettings
-from maveriq.control.deployments import Deployment
-from maveriq.domain.cluster import ClusterView
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.hardware import Cluster, Gpu
-from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.control.deployment_manager import Deployment
+from maveriq.domain.cluster import Cluster, ClusterView, Gpu
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.requests import Request
 from maveriq.errors import MaveriqError
-from maveriq.exec.body import Body
-from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.exec.executor import Executor
 from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.live_cluster import EndpointRequest, Submission
 from maveriq.exec.world import World
-from maveriq.policy.base import Decision, Deploy
+from maveriq.policy.policy import Decision, Deploy
 from maveriq.units import Micros
 
 _MODEL = ModelSpec(
@@ -55,12 +54,12 @@ class _OneGpuEach:
 
     name = "one-gpu-each"
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:  # noqa: ARG002
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
         return Deploy(
             plans=(
                 DeploymentPlan(
                     model=ask.model,
-                    configuration=Configuration(tp=1, pp=1, weights=WeightType.FLOAT16),
+                    configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16),
                     layer_split=(ask.model.layers,),
                     gpu_ids=(ask.endpoint_id - 1,),
                     gpu_bytes=(_GIB,),
@@ -104,7 +103,7 @@ async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tu
             "clock_engine:ClockEngine", logs=Path(logs), environment=os.environ | {"PYTHONPATH": path}
         ) as launcher,
     ):
-        body = Body(world, launcher)
+        body = Executor(world, launcher)
         asked = EndpointRequest(model=_MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=2)
         endpoints = [body.deploy(asked) for _ in range(engines)]
         while any(body.endpoint(number)[0].status != "up" for number in endpoints):

@@ -24,14 +24,14 @@ from large_worlds import WORLDS, World
 
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import RequestStatus
-from maveriq.report.runfiles import write_run
-from maveriq.scenario.build import build_scenario
+from maveriq.report.run_folder import write_run
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.scenario import Scenario
-from maveriq.sim.engine import simulate
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
 from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.arrivals import steady_poisson
-from maveriq.workload.base import Arrivals, Workload
+from maveriq.workload.requests import Arrivals, Workload
 
 LOAD = 0.7
 _STARTED_US = 600 * MICROS_PER_SECOND  # by then every engine is up
@@ -63,14 +63,14 @@ def measure(world: World, requests: int) -> dict[str, float]:
     }
 
 
-def _scenario(world: World) -> Scenario:
+def _scenario(world: World) -> ServingSystem:
     """Return the default scenario on another cluster, with the first models of a set, all asked for at 0."""
-    scenario = build_scenario(Options(gpus=world.gpus, models="regular"))
+    scenario = build_system(Options(gpus=world.gpus, models="regular"))
     asks = tuple(replace(ask, asked_us=0) for ask in scenario.workload.asks[: world.models])
     return replace(scenario, workload=replace(scenario.workload, asks=asks))
 
 
-def _with(scenario: Scenario, arrivals: Arrivals) -> Scenario:
+def _with(scenario: ServingSystem, arrivals: Arrivals) -> ServingSystem:
     workload = Workload(name="steady Poisson", asks=scenario.workload.asks, arrivals=arrivals)
     sample_us = max(MICROS_PER_SECOND, int(arrivals.arrival_us[-1]) // _SAMPLES)
     return replace(scenario, workload=workload, drain_us=_DRAIN_US, sample_us=sample_us)
@@ -81,7 +81,7 @@ def _arrivals(world: World, rate_per_s: float, requests: int) -> Arrivals:
     return replace(arrivals, arrival_us=arrivals.arrival_us + _STARTED_US)
 
 
-def _capacity_per_s(scenario: Scenario, world: World) -> float:
+def _capacity_per_s(scenario: ServingSystem, world: World) -> float:
     """Return what the cluster completes when it is never short of requests, dispatcher and all."""
     arrivals = _arrivals(world, 1.0, _PROBE_REQUESTS)
     at_once = replace(arrivals, arrival_us=np.full(_PROBE_REQUESTS, _STARTED_US, np.int64))

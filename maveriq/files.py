@@ -1,4 +1,10 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all.
+
+Where the tables that come with maveriq lie.
+
+Facts about models and GPUs are in `maveriq/data`. Workload tables are in `traces/`, which lies
+beside the package in a clone and inside it in a wheel.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maveriq.errors import InputError, cannot_write
-from maveriq.tables import is_folder
 
 
 @contextlib.contextmanager
@@ -34,3 +39,37 @@ def written_whole(path: Path, *, what: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+_PACKAGE = Path(__file__).parent
+
+
+def data_path(*parts: str) -> Path:
+    """Return the path of a file or folder in the package's `data`."""
+    return _PACKAGE.joinpath("data", *parts)
+
+
+def traces_path(*parts: str) -> Path:
+    """Return the path of a file or folder in `traces`."""
+    inside = _PACKAGE / "traces"
+    return (inside if inside.is_dir() else _PACKAGE.parent / "traces").joinpath(*parts)
+
+
+def measured_data_path() -> Path | None:
+    """Return the folder of measured data of others, None where there is none.
+
+    It is named by `MAVERIQ_DATA`, else it is `../shared/data` beside a clone.
+    """
+    named = os.environ.get("MAVERIQ_DATA")
+    folder = Path(named) if named else _PACKAGE.parent.parent / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+def exists(path: Path) -> bool:
+    """Say whether a file or folder is there; a name that no file can have (too long, say) is not."""
+    return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)
+
+
+def is_folder(path: Path) -> bool:
+    """Say whether a folder is there, for any name as `exists`."""
+    return os.path.isdir(path)  # noqa: PTH112  (as above)

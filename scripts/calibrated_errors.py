@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from maveriq.estimate.base import Estimator
+from maveriq.calibration.cross_validation import EACH, benchmarked_estimator
+from maveriq.calibration.evaluation import Evaluation, evaluate
+from maveriq.calibration.online import read_recorded
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.catalog import EACH, benchmarked_estimator, estimator
-from maveriq.estimate.evaluate import Evaluation, evaluate
-from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.estimate.servedfit import read_recorded
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.estimate.registry import make_estimator
 
 _BEGIN, _END = "<!-- written by scripts/calibrated_errors.py -->", "<!-- end -->"
 _TABLES = (
@@ -53,7 +54,7 @@ def benchmark_lines(folder: Path) -> list[str]:
     for title, name, profile_name, groupings in _TABLES:
         profile = load_profile(profile_name)
         unseen = _errors(folder / name, benchmarked_estimator("calibrated", profile, without_model=EACH), profile)
-        published = _errors(folder / name, estimator("paper", profile), profile)
+        published = _errors(folder / name, make_estimator("paper", profile), profile)
         medians = {(group.by, group.value): f"{group.latency.median:.1f}" for group in published.groups}
         for group in unseen.groups:
             if group.by in groupings:

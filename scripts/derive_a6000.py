@@ -16,14 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.models import KvType, WeightType
-from maveriq.embedded import data_path
-from maveriq.estimate.cells import choice
-from maveriq.estimate.facts import LoadedAs, Range, read_load_times
-from maveriq.estimate.fingerprints import COLUMNS, Point, Stored, read_fingerprints
-from maveriq.estimate.formula import derive, parallel_memory_gib
-from maveriq.tables import read_csv
+from maveriq.domain.models import KvType, WeightType, load_model
+from maveriq.estimate.fingerprints import (
+    COLUMNS,
+    ParallelPoint,
+    StoredFormat,
+    derive,
+    parallel_memory_gib,
+    read_fingerprints,
+)
+from maveriq.estimate.hardware_profile import LoadedAs, Range, read_load_times
+from maveriq.files import data_path
+from maveriq.tables import choice, read_csv
 
 MEASURED_COLUMNS = (
     "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
@@ -35,12 +39,12 @@ MEMORY_AT_OUTPUT_TOKENS = 10
 
 def derive_fingerprints(measured: Path, out: Path) -> None:
     """Write the constants of every group of measured fingerprints, in the order of the file."""
-    latency: dict[tuple[Stored, Point], dict[tuple[int, int], float]] = {}
-    memory: dict[tuple[Stored, Point], dict[int, float]] = {}
+    latency: dict[tuple[StoredFormat, ParallelPoint], dict[tuple[int, int], float]] = {}
+    memory: dict[tuple[StoredFormat, ParallelPoint], dict[int, float]] = {}
     for row in read_csv(measured, MEASURED_COLUMNS, what="measured fingerprints"):
         kv = KvType.INT8 if row.count("int8_kv") else KvType.NATIVE
-        stored = Stored(row.text("model"), choice(row, "weight_dtype", WeightType), kv)
-        key = stored, Point(row.count("tp"), row.count("pp"), row.count("batch_size"))
+        stored = StoredFormat(row.text("model"), choice(row, "weight_dtype", WeightType), kv)
+        key = stored, ParallelPoint(row.count("tp"), row.count("pp"), row.count("batch_size"))
         layers, output_tokens = sum(map(int, row.text("layer_split").split())), row.count("output_tokens")
         latency.setdefault(key, {})[layers, output_tokens] = row.number("latency_s")
         if output_tokens == MEMORY_AT_OUTPUT_TOKENS:
@@ -81,8 +85,10 @@ def fit_load_times(measured: dict[LoadedAs, Range], fingerprints: Path) -> str:
 
 def _gib_per_gpu(case: LoadedAs, fingerprints: Path) -> float:
     model = load_model(case.model)
-    constants = read_fingerprints(fingerprints)[Stored(case.model, case.weights, KvType.NATIVE)]
-    single, tp2, pp2 = (constants[Point(tp, pp, 1)].memory_gib(model.layers) for tp, pp in ((1, 1), (2, 1), (1, 2)))
+    constants = read_fingerprints(fingerprints)[StoredFormat(case.model, case.weights, KvType.NATIVE)]
+    single, tp2, pp2 = (
+        constants[ParallelPoint(tp, pp, 1)].memory_gib(model.layers) for tp, pp in ((1, 1), (2, 1), (1, 2))
+    )
     return parallel_memory_gib(single, tp2, pp2, tp=case.tp, pp=case.pp) / (case.tp * case.pp)
 
 

@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from maveriq.embedded import data_path
 from maveriq.errors import InputError
+from maveriq.files import data_path
 from maveriq.policy.alpaserve.profiles import PUBLISHED_COLUMNS
 
 

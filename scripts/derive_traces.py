@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.workload.azure import AzureTrace, read_azure
+from maveriq.workload.traces import AzureTrace, read_azure
 
 PUBLIC_FILES = {"code": "AzureLLMInferenceTrace_code.csv", "conversation": "AzureLLMInferenceTrace_conv.csv"}
 # Two more in the tail: between 99 and 100 % a straight line would raise the mean by up to 22 %.

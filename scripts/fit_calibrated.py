@@ -14,16 +14,15 @@ from pathlib import Path
 
 import msgspec
 
-from maveriq.embedded import data_path
+from maveriq.calibration.cross_validation import cross_fit
+from maveriq.calibration.fitting import start_calibration
+from maveriq.calibration.online import cross_fit_served
+from maveriq.calibration.samples import read_samples
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.calibration import Calibration, to_toml
-from maveriq.estimate.crossfit import cross_fit
-from maveriq.estimate.fitting import start_calibration
-from maveriq.estimate.hardware import load_profile
-from maveriq.estimate.recorded import read_engines
-from maveriq.estimate.samples import read_samples
-from maveriq.estimate.served import served_csv
-from maveriq.estimate.servedfit import cross_fit_served
+from maveriq.estimate.calibration_file import Calibration, online_csv, to_toml
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.files import data_path
+from maveriq.testbed.engines import read_engines
 
 _COMMENT = """Written by scripts/fit_calibrated.py: figures of the calibrated estimator (docs/calibrated.md), fitted to
 the fingerprints and full-model measurements published with the MaverIQ paper (SC '25; repository UT-SysML/MaverIQ,
@@ -41,7 +40,7 @@ def main() -> None:
     engines = read_engines(arguments.data_dir / "testbed")
     benchmarked = CalibratedEstimator(load_profile("a6000-short"), fitted.calibration, served=False)
     served, without_run = cross_fit_served(benchmarked.slowness, fitted.calibration, engines)
-    (arguments.out / "calibrated-served.csv").write_text(served_csv(without_run), encoding="utf-8")
+    (arguments.out / "calibrated-served.csv").write_text(online_csv(without_run), encoding="utf-8")
     write(arguments.out / "calibrated.toml", msgspec.structs.replace(fitted.calibration, served=served), "")
     for model, calibration in fitted.without.items():
         without = f"; full models of {model} left out"

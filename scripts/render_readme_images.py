@@ -18,15 +18,14 @@ from rich.terminal_theme import TerminalTheme
 
 from maveriq.domain.progress import Progress
 from maveriq.domain.records import RunRecord
-from maveriq.report.bars import UNICODE
-from maveriq.report.frame import Canvas, frame
-from maveriq.report.history import History
+from maveriq.report.formatting import UNICODE
+from maveriq.report.live import Canvas, History, frame
 from maveriq.report.metrics import summarise
+from maveriq.report.saturation import assess_saturation
 from maveriq.report.tables import results_view
-from maveriq.report.verdict import judge
-from maveriq.scenario.build import build_scenario
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 
 _WIDTH = 118  # the results of a wide terminal, in fewer tables
 _HEIGHT = 40
@@ -65,7 +64,7 @@ class _Camera:
 def main(folder: Path) -> None:
     """Run once and draw both pictures."""
     camera = _Camera()
-    run = simulate(build_scenario(Options()), camera)
+    run = simulate(build_system(Options()), camera)
     folder.mkdir(parents=True, exist_ok=True)
     if camera.picture is not None:
         (folder / "live.svg").write_text(_svg("while it runs", camera.picture), encoding="utf-8")
@@ -73,7 +72,7 @@ def main(folder: Path) -> None:
 
 
 def _results(run: RunRecord) -> RenderableType:
-    return results_view(summarise(run), judge(run), run.deployments, width=_WIDTH)
+    return results_view(summarise(run), assess_saturation(run), run.deployments, width=_WIDTH)
 
 
 def _svg(title: str, picture: RenderableType) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maveriq.embedded import measured_data_path
+from maveriq.files import measured_data_path
 
 
 @pytest.fixture(scope="session")

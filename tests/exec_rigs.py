@@ -17,18 +17,17 @@ from worlds import MODEL, AsTold, TokenSeconds, cluster, guess
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.body import Body
-from maveriq.exec.channel import ChannelClosedError
-from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.engines.emulated import EmulatedEngine
+from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.executor import Executor
+from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
-from maveriq.exec.messages import EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
-from maveriq.exec.messages import Sequence as Prompt
-from maveriq.exec.modelconfig import config_json
-from maveriq.exec.orders import SupervisionSettings
-from maveriq.exec.sampling import GpuSampler
+from maveriq.exec.messages import ChannelClosedError, EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
+from maveriq.exec.messages import PromptSequence as Prompt
+from maveriq.exec.model_files import hf_config_json
 from maveriq.exec.world import World
-from maveriq.scenario.service import EstimatedService
+from maveriq.scenario.service_times import EstimatedServiceTimes
 
 T = TypeVar("T")
 PATIENCE_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
@@ -48,7 +47,7 @@ class EngineCase:
             "deployment_id": 1,
             "incarnation": 1,
             "model": self.model.name,
-            "config_json": config_json(self.model),
+            "config_json": hf_config_json(self.model),
             "tp": 1,
             "pp": 1,
             "layer_split": (self.model.layers,),
@@ -191,19 +190,19 @@ async def body(
     batch_size: int = 1,
     sampler: GpuSampler | None = None,
     **settings: Any,
-) -> AsyncIterator[Body]:
+) -> AsyncIterator[Executor]:
     """A body whose endpoints are asked for; a token takes `token_s`."""
     world = World(
         cluster=cluster(4),
         policy=AsTold(gpus_of, batch_size),
         settings=ControllerSettings(**settings),
         guess=guess,
-        service=EstimatedService(TokenSeconds(token_s)),
+        service=EstimatedServiceTimes(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
         measured_loads=sampler.loads if sampler else None,
     )
     with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
-        one = Body(world, launcher, supervision=supervision)
+        one = Executor(world, launcher, supervision=supervision)
         try:
             yield one
         finally:

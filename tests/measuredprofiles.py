@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec
-from maveriq.estimate.base import Estimator
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.measured import COLUMNS
 from maveriq.units import gib
 
@@ -24,7 +24,7 @@ def write_profile(folder: Path, rows: str) -> Path:
     return folder / "profile.toml"
 
 
-def rows_of(source: Estimator, asked: Iterable[tuple[ModelSpec, Configuration]]) -> Iterator[str]:
+def rows_of(source: Estimator, asked: Iterable[tuple[ModelSpec, ParallelConfig]]) -> Iterator[str]:
     """Yield measurements of a machine that behaves as another estimator says, at two prompts and two batches."""
     for model, cfg in asked:
         memory_gib = gib(source.memory(model, cfg))

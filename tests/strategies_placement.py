@@ -7,14 +7,18 @@ from collections.abc import Iterator, Sequence
 import hypothesis.strategies as st
 import numpy as np
 
-from maveriq.domain.forecast import DemandForecast
-from maveriq.policy.alpaserve.groups import Group, Placement, candidate_shapes, gpu_bytes, normal_form
+from maveriq.domain.requests import DemandForecast
 from maveriq.policy.alpaserve.problem import (
+    Group,
     GroupShape,
     ModelProfile,
+    Placement,
     PlacementModel,
     PlacementProblem,
     StageProfile,
+    candidate_shapes,
+    gpu_bytes,
+    normal_form,
 )
 from maveriq.units import BYTES_PER_GIB
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import strategies as st
 
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.records import NOT_YET, DeploymentRecord, GpuSample, RequestTable, RunRecord
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.units import bytes_from_gib, micros
@@ -47,7 +47,7 @@ def deployment(
     spec = model_spec(model)
     plan = DeploymentPlan(
         model=spec,
-        configuration=Configuration(tp=len(gpu_ids), pp=1, weights=WeightType.INT4),
+        configuration=ParallelConfig(tp=len(gpu_ids), pp=1, weights=WeightType.INT4),
         layer_split=(spec.layers,),
         gpu_ids=tuple(gpu_ids),
         gpu_bytes=(bytes_from_gib(gib_per_gpu),) * len(gpu_ids),
@@ -57,7 +57,7 @@ def deployment(
     )
     return DeploymentRecord(
         deployment_id=deployment_id,
-        ask=DeployAsk(
+        ask=EndpointSpec(
             endpoint_id=endpoint_id,
             model=spec,
             intent=Intent(objective=Objective.MIN_COST, slo_s=slo_s),

@@ -6,21 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from maveriq.control.controller import Controller, ControllerSettings
-from maveriq.control.deployments import Deployment
-from maveriq.domain.cluster import ClusterView
-from maveriq.domain.deployment import Configuration, DeploymentPlan
+from maveriq.control.deployment_manager import Deployment
+from maveriq.domain.cluster import Cluster, ClusterView, Gpu
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.faults import Fault
-from maveriq.domain.hardware import Cluster, Gpu
-from maveriq.domain.intents import DeployAsk, Intent, Objective
 from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
-from maveriq.estimate.base import ServiceEstimate
-from maveriq.policy.base import Decision, Deploy, Rejection
-from maveriq.scenario.scenario import Scenario
-from maveriq.sim.engine import simulate
+from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.policy.policy import Decision, Deploy, Rejection
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, duration_micros
-from maveriq.workload.base import Arrivals, Workload
+from maveriq.workload.requests import Arrivals, Workload
 
 MODEL = ModelSpec(
     name="tiny",
@@ -61,7 +60,7 @@ class AsTold:
     batch_size: int = 1
     name: str = "as-told"
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
         replicas = self.gpus_of.get(ask.endpoint_id, [])
         if not replicas or any(free.get(gpu, 0) < SHARD_BYTES for gpus in replicas for gpu in gpus):
@@ -72,7 +71,7 @@ class AsTold:
 def plan(gpu_ids: Sequence[int], batch_size: int = 1) -> DeploymentPlan:
     return DeploymentPlan(
         model=MODEL,
-        configuration=Configuration(tp=1, pp=len(gpu_ids), weights=WeightType.FLOAT16, batch_size=batch_size),
+        configuration=ParallelConfig(tp=1, pp=len(gpu_ids), weights=WeightType.FLOAT16, batch_size=batch_size),
         layer_split=(MODEL.layers - len(gpu_ids) + 1, *[1] * (len(gpu_ids) - 1)),
         gpu_ids=tuple(gpu_ids),
         gpu_bytes=(SHARD_BYTES,) * len(gpu_ids),
@@ -88,8 +87,8 @@ def cluster(gpus: int, gib: int = 8) -> Cluster:
     )
 
 
-def ask(endpoint_id: int, asked_us: Micros = 0) -> DeployAsk:
-    return DeployAsk(
+def ask(endpoint_id: int, asked_us: Micros = 0) -> EndpointSpec:
+    return EndpointSpec(
         endpoint_id=endpoint_id,
         model=MODEL,
         intent=Intent(objective=Objective.MIN_COST),
@@ -122,11 +121,11 @@ def scenario(
     token_s: float = 0.001,
     asked_us: dict[int, Micros] | None = None,
     drain_us: Micros = 3_600 * MICROS_PER_SECOND,
-) -> Scenario:
+) -> ServingSystem:
     """A world whose requests take `token_s` per output token; all endpoints are asked for at 0."""
     estimator = TokenSeconds(token_s)
     asks = tuple(ask(endpoint_id, (asked_us or {}).get(endpoint_id, 0)) for endpoint_id in sorted(gpus_of))
-    return Scenario(
+    return ServingSystem(
         cluster=cluster(gpus),
         policy=AsTold(gpus_of, batch_size),
         workload=Workload(name="test", asks=asks, arrivals=requests),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec
-from maveriq.estimate.base import Estimator, ServiceEstimate
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.units import Bytes
 
 
@@ -25,12 +25,12 @@ class FasterGpu:
         """The name that records show."""
         return f"{self.base.name} x {self.speedup:g}"
 
-    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run, None if it can."""
         return self.base.why_not(model, configuration)
 
     def service(
-        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
     ) -> ServiceEstimate:
         """Estimate one batch that starts on an idle engine."""
         size = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
@@ -39,6 +39,6 @@ class FasterGpu:
             ttft_s=one.ttft_s / self.speedup, tpot_s=one.tpot_s / self.speedup, output_tokens=output_tokens
         )
 
-    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment."""
         return self.base.memory(model, configuration)

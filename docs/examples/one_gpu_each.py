@@ -1,6 +1,6 @@
 """A whole policy: every model whole and in float16 on one GPU.
 
-It shows the protocol of `maveriq.policy.base` at its smallest. Policies of one's own are given
+It shows the protocol of `maveriq.policy.policy` at its smallest. Policies of one's own are given
 through Python; docs/extending.md shows how.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maveriq.domain.cluster import ClusterView
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.intents import DeployAsk
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import WeightType
-from maveriq.estimate.base import Estimator
-from maveriq.policy.base import Decision, Deploy, Rejection
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
+from maveriq.estimate.estimator import Estimator
+from maveriq.policy.policy import Decision, Deploy, Rejection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +23,9 @@ class OneGpuEach:
     estimator: Estimator
     name: str = "one-gpu-each"
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
         """Return one deployment on one GPU, or why there is none."""
-        configuration = Configuration(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size)
+        configuration = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size)
         reason = self.estimator.why_not(ask.model, configuration)
         if reason:
             return Rejection(reason=reason)

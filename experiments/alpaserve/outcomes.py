@@ -13,12 +13,12 @@ from types import MappingProxyType
 from cases import Case
 
 from maveriq.domain.records import DeploymentRecord, RunRecord
-from maveriq.policy.alpaserve.policy import PlacedAhead
-from maveriq.policy.base import Policy
+from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
+from maveriq.policy.policy import Policy
 from maveriq.report.metrics import summarise
-from maveriq.report.verdict import judge
-from maveriq.scenario.build import build_scenario
-from maveriq.sim.engine import simulate
+from maveriq.report.saturation import assess_saturation
+from maveriq.scenario.build import build_system
+from maveriq.sim.simulator import simulate
 from maveriq.tables import Row, read_csv
 
 _Value = str | int | float | None
@@ -59,7 +59,7 @@ def outcome_of(case: Case) -> Outcome:
     Raises:
         InputError: options that do not go together.
     """
-    scenario = build_scenario(case.options())
+    scenario = build_system(case.options())
     run = simulate(scenario)
     metrics = summarise(run).overall
     latency, cost, slo = metrics.latency_s, metrics.cost_gib_s, metrics.slo
@@ -79,14 +79,14 @@ def outcome_of(case: Case) -> Outcome:
         p95_latency_s=latency.p95 if latency else None,
         gpu_hours=metrics.operational_cost_gpu_hours,
         mean_cost_gib_s=cost.mean if cost else None,
-        verdict=judge(run).label.value,
+        verdict=assess_saturation(run).label.value,
         expected_met=_expected_met(scenario.policy),
         placement=_placement(run),
     )
 
 
 def _expected_met(policy: Policy) -> float | None:
-    if isinstance(policy, PlacedAhead) and policy.solution.best is not None:
+    if isinstance(policy, StaticPlacementPolicy) and policy.solution.best is not None:
         return policy.solution.best.attainment
     return None
 

@@ -17,11 +17,11 @@ sys.path.append(str(Path(__file__).parents[1] / "published"))
 
 from recordings import SLO_COLUMNS
 
-from maveriq.embedded import measured_data_path
 from maveriq.errors import MaveriqError
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.files import measured_data_path
+from maveriq.testbed.recordings import Completed, RecordedRun, read_completed, read_runs, read_scheduled
 from maveriq.units import MICROS_PER_SECOND
-from maveriq.workload.testbed import Completed, RecordedRun, read_completed, read_runs, read_scheduled
 
 _RESULTS = Path(__file__).parent / "results" / "recorded_slo.csv"
 _OUTPUT_TOKENS = 20

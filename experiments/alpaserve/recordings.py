@@ -14,7 +14,7 @@ from pathlib import Path
 from cases import Case, Variant
 
 from maveriq.errors import InputError
-from maveriq.estimate.catalog import PAPER
+from maveriq.estimate.registry import PAPER
 from maveriq.tables import read_csv
 
 _LATENCY_COLUMNS = (

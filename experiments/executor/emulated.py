@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from maveriq.embedded import data_path
+from maveriq.files import data_path
 
 _RESULTS = Path(__file__).parent / "results"
 _BAR_PERCENT = 5.0

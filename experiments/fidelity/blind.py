@@ -34,10 +34,10 @@ from page import filled
 from rich.console import Console
 from rich.progress import track
 
-from maveriq.embedded import measured_data_path
 from maveriq.errors import MaveriqError
-from maveriq.estimate.hardware import load_profile
-from maveriq.workload.testbed import find_testbed, read_runs
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.files import measured_data_path
+from maveriq.testbed.recordings import find_testbed, read_runs
 
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"

@@ -11,8 +11,8 @@ from statistics import fmean
 
 from maveriq.domain.records import RunRecord
 from maveriq.report.compare import Comparison, compare
-from maveriq.scenario.scenario import Scenario
-from maveriq.sim.engine import simulate
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Draws:
         )
 
 
-def draw(scenario: Scenario, sim: RunRecord, recorded: RunRecord, draws: int) -> Draws:
+def draw(scenario: ServingSystem, sim: RunRecord, recorded: RunRecord, draws: int) -> Draws:
     """Return a scenario under so many draws; `sim` is what the scenario itself gives."""
     others = (simulate(other) for other in _redrawn(scenario, draws - 1))
     return Draws([compare(one, recorded) for one in (sim, *others)])
 
 
-def _redrawn(scenario: Scenario, draws: int) -> Iterator[Scenario]:
+def _redrawn(scenario: ServingSystem, draws: int) -> Iterator[ServingSystem]:
     # The seed of the settings draws phases, and among replicas, of which endpoints here have one each.
     for seed in range(draws):
         yield replace(scenario, settings=replace(scenario.settings, seed=seed))

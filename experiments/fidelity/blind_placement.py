@@ -11,16 +11,15 @@ from pathlib import Path
 
 from blind_rows import PlacementRow
 
-from maveriq.control.load import recent_load, sampling_phases_us
-from maveriq.domain.cluster import GpuView
-from maveriq.domain.hardware import LoadWindow
+from maveriq.control.utilization import recent_load, sampling_phases_us
+from maveriq.domain.cluster import GpuView, LoadWindow
 from maveriq.domain.records import NOT_YET, RunRecord
-from maveriq.estimate.hardware import HardwareProfile
-from maveriq.policy.place import hybrid, place_shards
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.policy.maveriq import hybrid, place_shards
 from maveriq.scenario.options import Options
+from maveriq.testbed.recordings import TESTBED_GPUS, RecordedLayout, find_testbed, read_requests, read_runs
+from maveriq.testbed.run_records import run_record
 from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, gib
-from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import TESTBED_GPUS, Layout, find_testbed, read_requests, read_runs
 
 _RECENT_US = 180 * MICROS_PER_SECOND  # more than any sampler here looks back
 
@@ -30,7 +29,7 @@ class _Decision:
     """A recorded deployment: its layout, the free memory, and when each GPU was executing before."""
 
     asked_us: Micros
-    layout: Layout
+    layout: RecordedLayout
     free_gib: Sequence[float]
     spans: Sequence[Sequence[tuple[Micros, Micros]]]
 

@@ -12,16 +12,16 @@ from blind_plan import BlindPlan
 from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow
 from blind_world import Stretched, described, with_plans_of
 
-from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.records import RunRecord
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.calibration import require, served_without
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.calibration_file import require, served_without
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.report.compare import Comparison, compare
-from maveriq.report.gpu_use import busiest_gpu
-from maveriq.sim.engine import simulate
-from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import RecordedRun, Scheduled, find_testbed, read_requests, read_runs
+from maveriq.report.metrics import busiest_gpu
+from maveriq.sim.simulator import simulate
+from maveriq.testbed.recordings import RecordedRun, Scheduled, find_testbed, read_requests, read_runs
+from maveriq.testbed.run_records import run_record
 
 PROFILE = "a6000-short"
 """Of the recorded system."""

@@ -13,25 +13,25 @@ from itertools import chain, repeat
 import numpy as np
 
 from maveriq.domain.cluster import ClusterView
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.intents import DeployAsk
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InvariantError
-from maveriq.estimate.base import ServiceEstimate
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.policy.alpaserve.policy import PlacedAhead
-from maveriq.policy.base import Decision, Deploy, Rejection
-from maveriq.scenario.build import build_scenario
-from maveriq.scenario.recorded import options_of
-from maveriq.scenario.scenario import Scenario
+from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
+from maveriq.policy.policy import Decision, Deploy, Rejection
+from maveriq.scenario.build import build_system
+from maveriq.scenario.system import ServingSystem
+from maveriq.testbed.recordings import RecordedRun, Scheduled
+from maveriq.testbed.replay import options_of
 from maveriq.units import MICROS_PER_SECOND, Bytes
 from maveriq.workload.arrivals import LOAD_SHIFT_S
-from maveriq.workload.base import Arrivals, Workload
-from maveriq.workload.testbed import RecordedRun, Scheduled
+from maveriq.workload.requests import Arrivals, Workload
 
 
-def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, plan_with: str) -> Scenario:
+def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, plan_with: str) -> ServingSystem:
     """Return the scenario of a recorded run; of the recording it takes the schedule, and that of baselines only.
 
     Args:
@@ -45,14 +45,14 @@ def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, pl
     """
     options = replace(options_of(run), plan_with=plan_with)
     if run.by_maveriq:
-        return build_scenario(options)
-    return _on_schedule(build_scenario(replace(options, alpaserve_as_published=True)), _arrivals(scheduled, recorded))
+        return build_system(options)
+    return _on_schedule(build_system(replace(options, alpaserve_as_published=True)), _arrivals(scheduled, recorded))
 
 
-def _on_schedule(scenario: Scenario, arrivals: Arrivals) -> Scenario:
+def _on_schedule(scenario: ServingSystem, arrivals: Arrivals) -> ServingSystem:
     """Return a baseline's scenario with the recorded schedule, in which each replica is an endpoint of its own."""
     policy = scenario.policy
-    if not isinstance(policy, PlacedAhead):
+    if not isinstance(policy, StaticPlacementPolicy):
         raise InvariantError(f"policy {policy.name!r} does not place ahead")
     entries = scenario.workload.asks
     # The published driver gives every entry a number, and one more per further replica.
@@ -85,14 +85,14 @@ def _arrivals(scheduled: Scheduled, recorded: RunRecord) -> Arrivals:
 class _ReplicaByReplica:
     """A placement whose replicas are asked for one by one; `entry_of` has the ask that each belongs to."""
 
-    placed: PlacedAhead
-    entry_of: Sequence[DeployAsk]
+    placed: StaticPlacementPolicy
+    entry_of: Sequence[EndpointSpec]
 
     @property
     def name(self) -> str:
         return self.placed.name
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
         entry = self.entry_of[ask.endpoint_id - 1]
         # On an idle cluster it names all replicas; on this one those that are up would not fit again.
         idle = ClusterView(gpus=tuple(replace(gpu, free_bytes=gpu.capacity_bytes) for gpu in view.gpus))
@@ -110,12 +110,12 @@ class _AsBefore:
     plans: Mapping[int, DeploymentPlan | None]
     name: str = "as-before"
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:  # noqa: ARG002
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
         plan = self.plans.get(ask.endpoint_id)
         return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
 
 
-def with_plans_of(run: RunRecord, scenario: Scenario) -> Scenario:
+def with_plans_of(run: RunRecord, scenario: ServingSystem) -> ServingSystem:
     """Return a scenario with the plans of a run in place of its own, so that placement plays no part."""
     plans = {one.ask.endpoint_id: one.plan for one in run.deployments}
     return replace(scenario, policy=_AsBefore(plans))
@@ -133,16 +133,16 @@ class Stretched:
         """The name of the one that is stretched."""
         return self.estimator.name
 
-    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated, None if it can."""
         return self.estimator.why_not(model, configuration)
 
-    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory, which stays as it is."""
         return self.estimator.memory(model, configuration)
 
     def service(
-        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
     ) -> ServiceEstimate:
         """Estimate a batch."""
         return self._stretched(
@@ -155,7 +155,7 @@ class Stretched:
         self,
         gpu_ids: Sequence[int],
         model: ModelSpec,
-        configuration: Configuration,
+        configuration: ParallelConfig,
         *,
         prompt_tokens: int,
         output_tokens: int,
@@ -168,11 +168,11 @@ class Stretched:
             )
         )
 
-    def has_neighbours(self, configuration: Configuration) -> bool:
+    def has_neighbours(self, configuration: ParallelConfig) -> bool:
         """Say whether an engine shares a process of the host with others like it."""
         return self.estimator.has_neighbours(configuration)
 
-    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+    def wait_s(self, model: ModelSpec, configuration: ParallelConfig, *, neighbours: int) -> float:
         """Return how much longer a token takes while so many neighbours are busy."""
         return self.factor * self.estimator.wait_s(model, configuration, neighbours=neighbours)
 

@@ -11,7 +11,7 @@ from statistics import fmean
 from headline_plan import HeadlinePlan
 from headline_rows import BLIND, RECORDED, AchievedRow
 
-from maveriq.report.verdict import VerdictLabel
+from maveriq.report.saturation import SaturationLabel
 
 Pair = tuple[AchievedRow, AchievedRow]
 """A policy's row, and that of the one that it is held against, under the same load and SLO."""
@@ -145,4 +145,4 @@ def counted(measure: Measure, pairs: Iterable[Pair]) -> Sequence[Pair]:
     """
     if measure.shares or measure is THROUGHPUT:
         return list(pairs)
-    return [pair for pair in pairs if all(one.completed and one.verdict != VerdictLabel.OVERLOADED for one in pair)]
+    return [pair for pair in pairs if all(one.completed and one.verdict != SaturationLabel.OVERLOADED for one in pair)]

@@ -10,11 +10,11 @@ from typing import Annotated
 import msgspec
 from cases import Comparison
 
-from maveriq.domain.intents import Objective
+from maveriq.domain.deployments import Objective
 from maveriq.errors import UnknownNameError
-from maveriq.scenario.ahead import AHEAD
+from maveriq.scenario.static_placement import STATIC_POLICIES
 from maveriq.tables import read_toml
-from maveriq.workload.testbed import RecordedRun
+from maveriq.testbed.recordings import RecordedRun
 
 
 class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -51,7 +51,7 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     @property
     def by_intent(self) -> set[str]:
         """Return the policies that go by intents: MaverIQ's."""
-        return {variant.name for variant in self.grid.policies if variant.policy not in AHEAD}
+        return {variant.name for variant in self.grid.policies if variant.policy not in STATIC_POLICIES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

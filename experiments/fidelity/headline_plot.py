@@ -25,7 +25,7 @@ from headline_plan import HeadlinePlan
 from headline_rows import GRID, AchievedRow
 
 from maveriq.report.compare_plot import REAL, SIM, TEXT, figure_at, tidy
-from maveriq.report.verdict import VerdictLabel
+from maveriq.report.saturation import SaturationLabel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
 def _recorded_name(pair: RecordedPair) -> str:
     ours, theirs = pair.recorded
     known = "" if ours.planned_slo_scale in (0, ours.slo_scale) else f" for SLO {ours.planned_slo_scale:g}"
-    overloaded = " (overloaded)" if theirs.verdict == VerdictLabel.OVERLOADED else ""
+    overloaded = " (overloaded)" if theirs.verdict == SaturationLabel.OVERLOADED else ""
     return f"{ours.load}: {_short(ours.policy)}{known} / {_short(theirs.policy)}{overloaded}"
 
 

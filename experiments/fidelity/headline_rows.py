@@ -8,11 +8,11 @@ import numpy as np
 from headline_plan import Load
 
 from maveriq.domain.records import RunRecord
-from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.report.metrics import summarise
-from maveriq.report.verdict import judge
+from maveriq.report.saturation import assess_saturation
+from maveriq.testbed.run_records import OUTPUT_TOKENS
 from maveriq.units import duration_micros
-from maveriq.workload.recordings import OUTPUT_TOKENS
 
 RECORDED, BLIND, GRID = "recorded", "blind", "grid"
 
@@ -97,7 +97,7 @@ def achieved(
         slo_scale=slo_scale,
         scheduled=metrics.counts.scheduled,
         completed=metrics.counts.completed,
-        verdict=judge(record).label.value,
+        verdict=assess_saturation(record).label.value,
         mean_s=latency.mean if latency else None,
         p50_s=latency.p50 if latency else None,
         p95_s=latency.p95 if latency else None,

@@ -13,10 +13,10 @@ from headline_plan import HeadlinePlan, Load, policy_of
 from headline_rows import BLIND, GRID, RECORDED, AchievedRow, achieved, judged_by
 
 from maveriq.errors import InputError, MaveriqError
-from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.scenario.build import build_scenario
-from maveriq.sim.engine import simulate
-from maveriq.workload.testbed import RecordedRun
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.scenario.build import build_system
+from maveriq.sim.simulator import simulate
+from maveriq.testbed.recordings import RecordedRun
 
 _CASES_AT_A_TIME = 8
 
@@ -68,7 +68,7 @@ def _rows_or_fault(plan: HeadlinePlan, case: Case) -> Sequence[AchievedRow] | st
 
 def _rows(plan: HeadlinePlan, case: Case) -> Iterator[AchievedRow]:
     options = case.options()
-    profile, record = load_profile(options.profile), simulate(build_scenario(options))
+    profile, record = load_profile(options.profile), simulate(build_system(options))
     for scale in plan.judged_by:
         yield achieved(
             judged_by(record, scale, profile),

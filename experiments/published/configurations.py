@@ -6,23 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.deployment import Configuration, DeploymentPlan, LayerSplit
-from maveriq.domain.hardware import Cluster
-from maveriq.estimate.catalog import PAPER
-from maveriq.policy.base import Decision, Deploy
-from maveriq.scenario.build import build_scenario
-from maveriq.scenario.recorded import options_of
-from maveriq.sim.engine import simulate
+from maveriq.domain.cluster import Cluster, ClusterView, GpuView
+from maveriq.domain.parallel import DeploymentPlan, LayerSplit, ParallelConfig
+from maveriq.estimate.registry import PAPER
+from maveriq.policy.policy import Decision, Deploy
+from maveriq.scenario.build import build_system
+from maveriq.sim.simulator import simulate
+from maveriq.testbed.recordings import RecordedLayout, RecordedRun, read_runs
+from maveriq.testbed.replay import options_of
 from maveriq.units import bytes_from_gib, gib
-from maveriq.workload.testbed import Layout, RecordedRun, read_runs
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A configuration with its layers dealt to stages: what has to be equal."""
 
-    configuration: Configuration
+    configuration: ParallelConfig
     layer_split: LayerSplit
 
     def __str__(self) -> str:
@@ -70,7 +69,7 @@ def compare_all(data: Path) -> Iterator[Compared]:
 def compare(run: RecordedRun) -> Iterator[Compared]:
     """Yield a comparison for each deployment of a run that came up."""
     # In the published world the paper's estimator answers for the hardware too.
-    scenario = build_scenario(replace(options_of(run), serve_with=PAPER))
+    scenario = build_system(replace(options_of(run), serve_with=PAPER))
     asks = {ask.endpoint_id: ask for ask in scenario.workload.asks}
     simulated = {one.ask.endpoint_id: one for one in simulate(scenario).deployments}
     used_gib: Sequence[float] = [gib(gpu.idle_bytes) for gpu in scenario.cluster.gpus]
@@ -120,7 +119,7 @@ def _choice(plan: DeploymentPlan | str) -> Choice | str:
     return plan if isinstance(plan, str) else Choice(plan.configuration, plan.layer_split)
 
 
-def _memory_error_gib(plan: DeploymentPlan | str, layout: Layout) -> float | None:
+def _memory_error_gib(plan: DeploymentPlan | str, layout: RecordedLayout) -> float | None:
     if isinstance(plan, str) or len(plan.gpu_bytes) != len(layout.gib_per_gpu):
         return None
     pairs = zip(plan.gpu_bytes, layout.gib_per_gpu, strict=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.evaluate import Group, evaluate
-from maveriq.estimate.hardware import load_profile
+from maveriq.calibration.evaluation import Group, evaluate
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
 
 # (table of full models, the profile with prompts like its own, what to group its rows by)
 _TABLES = (
@@ -33,7 +33,7 @@ def evaluate_all(data: Path) -> Iterator[EstimateErrors]:
     """
     for table, profile_name, wanted in _TABLES:
         profile = load_profile(profile_name)
-        paper = estimator("paper", profile)
+        paper = make_estimator("paper", profile)
         found = evaluate(data / "a6000" / f"full_model_{table}.csv", paper, prompt_tokens=profile.prompt_tokens)
         for group in found.groups:
             if group.by in wanted:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InvariantError
-from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.hardware_profile import load_profile
 from maveriq.report.compare import Comparison, compare
-from maveriq.sim.replay import replay
-from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import read_completed, read_runs, read_scheduled
+from maveriq.testbed.recordings import read_completed, read_runs, read_scheduled
+from maveriq.testbed.replay import replay
+from maveriq.testbed.run_records import run_record
 
 _PROFILE = "a6000-short"
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from schedules import redraw_all
 from sheets import Sheet, configurations_sheet, estimates_sheet, queue_sheet, schedules_sheet
 
-from maveriq.embedded import measured_data_path
 from maveriq.errors import MaveriqError
+from maveriq.files import measured_data_path
 
 _RESULTS = Path(__file__).parent / "results"
 _WIDTH_OF_NO_TERMINAL = 160

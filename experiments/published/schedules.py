@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
+from maveriq.testbed.recordings import RecordedRun, Scheduled, read_runs, read_scheduled
 from maveriq.workload.build import WorkloadOptions, build_workload
-from maveriq.workload.testbed import RecordedRun, Scheduled, read_runs, read_scheduled
 
 PUBLIC_FILES: Mapping[str, str] = MappingProxyType(
     {"code": "AzureLLMInferenceTrace_code.csv", "conversation": "AzureLLMInferenceTrace_conv.csv"}

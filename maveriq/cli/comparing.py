@@ -12,16 +12,13 @@ from rich.console import Console
 
 from maveriq.cli.recordings import recorded
 from maveriq.domain.records import RunRecord
-from maveriq.embedded import measured_data_path
 from maveriq.errors import InputError, MaveriqError
-from maveriq.report.compare import Comparison, compare
+from maveriq.files import exists, measured_data_path
+from maveriq.report.compare import Check, Comparison, check, compare, parse_tolerances
 from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
-from maveriq.report.compare_view import comparison_view, matching_line
+from maveriq.report.compare_view import comparison_view, dots_across, matching_line
 from maveriq.report.curves import Curves, latency_curves, queue_curves
-from maveriq.report.overlay import dots_across
 from maveriq.report.reading import read_run
-from maveriq.report.tolerances import Check, check, parse_tolerances
-from maveriq.tables import exists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from maveriq.domain.intents import Objective
+from maveriq.domain.deployments import Objective
 from maveriq.errors import InputError
 
 T = TypeVar("T")

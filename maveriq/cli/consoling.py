@@ -27,13 +27,13 @@ from maveriq.cli.console_words import (
     parse,
 )
 from maveriq.cli.extras import extra
-from maveriq.domain.catalog import known_models
+from maveriq.domain.models import known_models
 from maveriq.errors import InputError, MaveriqError
-from maveriq.policy.catalog import RULES
+from maveriq.policy.registry import RULES
 
 with extra("serve", for_whom="maveriq console"):
+    from maveriq.serve.auth import read_token
     from maveriq.serve.client import ServiceClient
-    from maveriq.serve.secret import read_token
 
 _PROMPT = "maveriq> "
 _HELP_WIDTH, _TOLD_AT = 80, 25

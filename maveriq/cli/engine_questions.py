@@ -10,14 +10,10 @@ from typing import TypeVar
 import typer
 from rich.console import Console
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration, LayerSplit
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import LayerSplit, ParallelConfig, even_split
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.exec.capabilities import why_not
-from maveriq.exec.installed import installed, this_machine
-from maveriq.exec.matrix import Arrangement, Device, known_engines
-from maveriq.policy.split import even_split
+from maveriq.exec.capabilities import Arrangement, Device, installed, known_engines, this_machine, why_not
 from maveriq.report.engines import answers_json, answers_table, installed_table, matrix_json, matrix_table
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -56,7 +52,7 @@ class EngineQuestion:
         if pp > model.layers:
             raise InputError(f"--pp {pp}: {model.name} has {model.layers} layers, and each stage needs one")
         return Arrangement(
-            configuration=Configuration(
+            configuration=ParallelConfig(
                 tp=self.tp or 1,
                 pp=pp,
                 weights=_choice(WeightType, "weights", self.weights or WeightType.FLOAT16),

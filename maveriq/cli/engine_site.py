@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maveriq.domain.hardware import Cluster
+from maveriq.domain.cluster import Cluster
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
-from maveriq.estimate.base import Estimator
-from maveriq.exec.capable import CapableEstimator
-from maveriq.exec.devices import Devices
-from maveriq.exec.engines.catalog import BACKENDS
-from maveriq.exec.gpus import GpuReading
-from maveriq.exec.installed import installed, this_machine
-from maveriq.exec.matrix import Device
-from maveriq.exec.nvml import NvmlMeter
-from maveriq.exec.orders import SupervisionSettings
-from maveriq.exec.sampling import GpuSampler
+from maveriq.estimate.estimator import Estimator
+from maveriq.exec.capabilities import Device, SupportedByEngine, installed, this_machine
+from maveriq.exec.engine_process import SupervisionSettings
+from maveriq.exec.engines.engine import BACKENDS
+from maveriq.exec.gpu_sampling import GpuSampler
+from maveriq.exec.gpus import Devices, GpuReading, NvmlMeter
 from maveriq.units import Bytes, gib
 
 EMULATED, _REAL = "emulated", "trtllm"
@@ -95,7 +91,7 @@ class Site:
             return base
         device = Device.CUDA if self.meter else Device.CPU
         slices = self.meter is not None and any(gpu.is_slice for gpu in self.meter.gpus)
-        return CapableEstimator(base=base, engine=self.backend, device=device, slices=slices)
+        return SupportedByEngine(base=base, engine=self.backend, device=device, slices=slices)
 
     def devices(self, cluster: Cluster) -> Devices:
         """Return which device stands behind each GPU of a cluster; several share one where there are fewer.

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import benchmarked_estimator, usual
-from maveriq.estimate.evaluate import Errors, Evaluation, Group, Subject, judge, read_measurements
-from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.estimate.matching import DEFAULT_PROFILE, Matched, match
+from maveriq.calibration.cross_validation import benchmarked_estimator
+from maveriq.calibration.evaluation import Errors, EvaluatedEstimator, Evaluation, Group, judge, read_measurements
+from maveriq.calibration.profile_matching import DEFAULT_PROFILE, ProfileMatch, match
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.estimate.registry import default_estimator
+from maveriq.report.formatting import figure
 from maveriq.report.tables import new_table
-from maveriq.report.wording import figure
 
 
 def show_errors(
@@ -45,7 +46,7 @@ def show_errors(
     """
 
     def make(hardware: HardwareProfile) -> Estimator:
-        return benchmarked_estimator(name or usual(hardware), hardware, without_model=leave_out)
+        return benchmarked_estimator(name or default_estimator(hardware), hardware, without_model=leave_out)
 
     make(load_profile(profile or DEFAULT_PROFILE))  # what is wrong on the command line comes before what is in files
     rows = list(read_measurements(table))
@@ -57,7 +58,7 @@ def show_errors(
         _show(evaluation, table, matched, found_out=profile is None)
 
 
-def _fed_json(matched: Matched) -> dict[str, object]:
+def _fed_json(matched: ProfileMatch) -> dict[str, object]:
     """Return what the estimator was fed with; of several profiles each has its own prompts."""
     return {
         "estimator": _estimator_of(matched),
@@ -68,7 +69,7 @@ def _fed_json(matched: Matched) -> dict[str, object]:
     }
 
 
-def _estimator_of(matched: Matched) -> str:
+def _estimator_of(matched: ProfileMatch) -> str:
     return matched.fed[0].subject.estimator.name
 
 
@@ -77,7 +78,7 @@ def print_json(answer: dict[str, object]) -> None:
     typer.echo(json.dumps(answer, indent=2, allow_nan=False))
 
 
-def _show(evaluation: Evaluation, table: Path, matched: Matched, *, found_out: bool) -> None:
+def _show(evaluation: Evaluation, table: Path, matched: ProfileMatch, *, found_out: bool) -> None:
     console = Console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
     prompts = "prompts as the table says" if matched.lengths_in_table else _prompts(matched.fed[0].subject)
@@ -97,7 +98,7 @@ def _show(evaluation: Evaluation, table: Path, matched: Matched, *, found_out: b
         )
 
 
-def _prompts(subject: Subject) -> str:
+def _prompts(subject: EvaluatedEstimator) -> str:
     return f"prompts of {subject.prompt_tokens} tokens"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from maveriq.domain.hardware import Cluster
+from maveriq.domain.cluster import Cluster
 from maveriq.errors import InputError
-from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.build import cluster_for
 
 LOCAL = "local"
@@ -20,7 +20,7 @@ def cluster_here(gpus: str, profile: HardwareProfile) -> Cluster:
     """
     if gpus != LOCAL:
         return cluster_for(gpus, profile)
-    from maveriq.exec.nvml import real_cluster
+    from maveriq.exec.gpus import real_cluster
 
     try:
         found = real_cluster()

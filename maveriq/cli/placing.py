@@ -12,11 +12,10 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from maveriq.policy.alpaserve.progress import SearchProgress
-from maveriq.policy.alpaserve.search import search
-from maveriq.policy.alpaserve.simulate import warm_up
+from maveriq.policy.alpaserve.search import SearchProgress, search
+from maveriq.policy.alpaserve.simulator import warm_up
 from maveriq.report.placements import placement_json, placement_view, progress_line
-from maveriq.scenario.problems import load_problem
+from maveriq.scenario.placement_problems import load_problem
 
 _FIRST_AFTER_S = 1.0
 _EVERY_S = 5.0

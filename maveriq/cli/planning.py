@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 
 from maveriq.cli.local_gpus import cluster_here
-from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState
-from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import load_model
 from maveriq.errors import InputError, MaveriqError
-from maveriq.estimate.catalog import MEASURED, estimator, note_on_usual, usual
-from maveriq.estimate.hardware import load_profile
-from maveriq.policy.configure import rank
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import MEASURED, default_estimator, make_estimator, note_on_default
+from maveriq.policy.configuration import rank
 from maveriq.report.plans import left_out_table, ranking_json, ranking_table
 
 
@@ -46,14 +46,14 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
     profile = load_profile(question.profile)
     cluster = cluster_here(question.gpus, profile)
     model = load_model(question.model)
-    plan_with = question.plan_with or usual(profile)
+    plan_with = question.plan_with or default_estimator(profile)
     # An estimator that goes by a table of its own says itself which models it knows.
     if plan_with != MEASURED and model.name not in profile.fingerprints.models():
         raise InputError(
             f"model {model.name!r} has no fingerprint in profile {profile.name!r} (it has "
             f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"
         )
-    ask = DeployAsk(
+    ask = EndpointSpec(
         endpoint_id=1,
         model=model,
         intent=Intent(
@@ -68,7 +68,7 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
         batch_size=question.batch_size,
     )
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    ranking = rank(ask, view, estimator(plan_with, profile), profile.accuracy)
+    ranking = rank(ask, view, make_estimator(plan_with, profile), profile.accuracy)
     failure = ranking.note if ranking.candidates else ranking.why_empty()
     if failure and not all_reasons:
         raise MaveriqError(f"{model.name}: {failure}; --why names every configuration")
@@ -81,7 +81,7 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
         if ranking.candidates:
             console.print(ranking_table(ask, ranking, cluster, top=top, width=console.width))
         console.print(left_out_table(ranking, every=all_reasons))
-        note = None if question.plan_with else note_on_usual(profile)
+        note = None if question.plan_with else note_on_default(profile)
         if note:
             console.print(note, highlight=False, markup=False)
     if failure:

@@ -15,18 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from maveriq.cli.engine_site import EMULATED, Site
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.hardware import Cluster, Gpu
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.cluster import Cluster, Gpu
+from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig, even_split
 from maveriq.errors import InputError
-from maveriq.exec.capabilities import why_not
+from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.matrix import Device
-from maveriq.policy.split import even_split
 from maveriq.profiling.folder import PROFILE_FILES, Machine, write_profile
-from maveriq.profiling.measure import Measured, Probe, Question, measure
-from maveriq.report.folders import check_writable
+from maveriq.profiling.measure import Measured, MeasurementCase, Probe, measure
+from maveriq.report.run_folder import check_writable
 from maveriq.units import bytes_from_gib, gib
 
 _CONFIGURATION = re.compile(r"(?:(?P<model>.+)=)?(?P<tp>\d{1,3})x(?P<pp>\d{1,3})(?::(?P<weights>\w+))?(?P<kv>\+kv8)?")
@@ -54,19 +51,19 @@ class Wanted:
         if self.memory_gib is not None and not 0 < self.memory_gib < 1e6:
             raise InputError(f"--memory-gib must be a positive number, not {self.memory_gib}")
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[MeasurementCase]:
         """Return every batch with every prompt."""
         batches = _counts("--batch-size", self.batch_sizes, _LARGEST_BATCH)
         prompts = _counts("--prompt-tokens", self.prompt_tokens, _LONGEST_PROMPT)
         return [
-            Question(batch=batch, prompt_tokens=tokens, output_tokens=self.output_tokens)
+            MeasurementCase(batch=batch, prompt_tokens=tokens, output_tokens=self.output_tokens)
             for batch, tokens in product(batches, prompts)
         ]
 
-    def engines(self) -> list[tuple[ModelSpec, Configuration]]:
+    def engines(self) -> list[tuple[ModelSpec, ParallelConfig]]:
         """Return which model is to be measured under which configuration."""
         models = {model.name: model for model in map(load_model, self.models)}
-        found: dict[tuple[str, Configuration], ModelSpec] = {}
+        found: dict[tuple[str, ParallelConfig], ModelSpec] = {}
         for text in self.configurations:
             name, configuration = _configuration(text)
             if name is not None and name not in models:
@@ -103,8 +100,8 @@ async def _measure_all(
     wanted: Wanted,
     site: Site,
     cluster: Cluster,
-    engines: Sequence[tuple[ModelSpec, Configuration]],
-    questions: Sequence[Question],
+    engines: Sequence[tuple[ModelSpec, ParallelConfig]],
+    questions: Sequence[MeasurementCase],
 ) -> list[Measured]:
     console, devices = Console(stderr=True), site.devices(cluster)
     probe = Probe(repeats=wanted.repeats)
@@ -129,7 +126,7 @@ def _lines(measured: Sequence[Measured]) -> Iterator[str]:
         )
 
 
-def _refuse(backend: str, model: ModelSpec, configuration: Configuration, device: Device) -> None:
+def _refuse(backend: str, model: ModelSpec, configuration: ParallelConfig, device: Device) -> None:
     split = even_split(model.layers, configuration.pp)
     if min(split) < 1:
         raise InputError(f"{model.name} has {model.layers} layers, too few for {configuration.pp} stages")
@@ -165,14 +162,14 @@ def _counts(option: str, text: str, most: int) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _configuration(text: str) -> tuple[str | None, Configuration]:
+def _configuration(text: str) -> tuple[str | None, ParallelConfig]:
     match = _CONFIGURATION.fullmatch(text)
     if match is None:
         raise InputError(f"--configuration {text!r} is none; write TPxPP, as 2x1, 1x3:int8 or NAME=4x1:int8+kv8")
     weights = match["weights"] or WeightType.FLOAT16.value
     if weights not in list(WeightType):
         raise InputError(f"--configuration {text!r}: weights must be one of {', '.join(WeightType)}, not {weights!r}")
-    configuration = Configuration(
+    configuration = ParallelConfig(
         tp=int(match["tp"]),
         pp=int(match["pp"]),
         weights=WeightType(weights),

@@ -16,22 +16,13 @@ from maveriq import __version__
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
-from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.report.folders import check_writable
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.report.metrics import summarise
-from maveriq.report.plain import summary_json
-from maveriq.report.runfiles import write_run
-from maveriq.report.verdict import judge
-from maveriq.scenario.recorded import options_of
-from maveriq.sim.replay import replay
-from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import (
-    RecordedRun,
-    find_testbed,
-    pick_runs,
-    read_requests,
-    read_runs,
-)
+from maveriq.report.run_folder import check_writable, summary_to_json, write_run
+from maveriq.report.saturation import assess_saturation
+from maveriq.testbed.recordings import RecordedRun, find_testbed, pick_runs, read_requests, read_runs
+from maveriq.testbed.replay import options_of, replay
+from maveriq.testbed.run_records import run_record
 
 _PROFILE = "a6000-short"  # the testbed's: what idle GPUs hold, SLOs, dispatcher
 
@@ -106,7 +97,7 @@ def _line(record: RunRecord, folder: Path) -> str:
 
 
 def _write(folder: Path, one: Recorded, profile: HardwareProfile, *, replayed: bool) -> None:
-    summary = summary_json(summarise(one.record), judge(one.record), one.record.deployments)
+    summary = summary_to_json(summarise(one.record), assess_saturation(one.record), one.record.deployments)
     write_run(folder, one.record, summary, _meta(one.run, profile, replayed=replayed))
 
 

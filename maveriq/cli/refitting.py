@@ -11,18 +11,16 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from maveriq.calibration.cross_validation import CrossFit, cross_fit, errors_of, least_trusted
+from maveriq.calibration.fitting import Kinds, exponents_csv, fit_exponents, start_calibration, start_for
+from maveriq.calibration.online import cross_fit_served, errors_without
+from maveriq.calibration.samples import read_samples
 from maveriq.cli.fitting import print_json, show_groups
 from maveriq.errors import InputError
-from maveriq.estimate.calibration import to_toml
-from maveriq.estimate.crossfit import CrossFit, cross_fit, errors_of, least_trusted
-from maveriq.estimate.exponentfit import Kinds, exponents_csv, fit_exponents
-from maveriq.estimate.fitting import start_calibration, start_for
-from maveriq.estimate.recorded import RecordedEngine, engines_of, read_engines
-from maveriq.estimate.samples import read_samples
-from maveriq.estimate.served import Served, served_csv
-from maveriq.estimate.servedfit import cross_fit_served, errors_without
+from maveriq.estimate.calibration_file import OnlineCalibration, online_csv, to_toml
+from maveriq.files import exists, is_folder
 from maveriq.report.reading import read_run
-from maveriq.tables import exists, is_folder
+from maveriq.testbed.engines import RecordedEngine, engines_of, read_engines
 
 _DISTRUSTED = 12  # rows shown
 
@@ -43,8 +41,8 @@ class FitQuestion:
 class _Live:
     """The live system: its figures, those without each run, and errors in percent, of runs left out where possible."""
 
-    served: Served
-    without: Mapping[str, Served]
+    served: OnlineCalibration
+    without: Mapping[str, OnlineCalibration]
     errors: Sequence[float]
     runs_left_out: bool
 
@@ -110,7 +108,7 @@ def _write(fitted: CrossFit, live: _Live | None, exponents: Kinds, out: Path, da
         for model, calibration in fitted.without.items()
     }
     if live and live.without:
-        files["calibrated-served.csv"] = served_csv(live.without)
+        files["calibrated-served.csv"] = online_csv(live.without)
     if exponents:
         files["exponents.csv"] = exponents_csv(exponents)
     for name, text in files.items():

@@ -19,18 +19,16 @@ from maveriq.cli.local_gpus import cluster_here
 from maveriq.cli.simulating import Output, default_folder, meta_of, report
 from maveriq.domain.records import NOT_YET
 from maveriq.errors import MaveriqError, cannot_write
-from maveriq.exec.interruption import Interruption
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.modelfiles import ModelFiles
-from maveriq.exec.replay import Replayed, ReplaySettings, check_real, run_replay
-from maveriq.report.engine_csv import engine_lines
-from maveriq.report.folders import check_writable
+from maveriq.exec.model_files import ModelFiles
+from maveriq.exec.replay import Interruption, Replayed, ReplaySettings, check_real, run_replay
 from maveriq.report.live import make_view
 from maveriq.report.reading import read_meta
-from maveriq.scenario.build import build_scenario
+from maveriq.report.run_folder import check_writable, engine_lines
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.scenario import Scenario
-from maveriq.workload.modelsets import load_model_set
+from maveriq.scenario.system import ServingSystem
+from maveriq.workload.model_sets import load_model_set
 
 
 def run_for_real(options: Options, engines: Engines, output: Output) -> None:
@@ -44,7 +42,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
     folder = output.folder or _default_folder(options, engines)
     check_writable(folder)
     with contextlib.closing(Site(engines.name)) as site:
-        scenario = build_scenario(options, planning=site.planning, clusters=cluster_here)
+        scenario = build_system(options, planning=site.planning, clusters=cluster_here)
         check_real(scenario)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
@@ -68,7 +66,7 @@ class _Job:
     folder: Path
 
 
-def _run(job: _Job, scenario: Scenario, settings: ReplaySettings) -> None:
+def _run(job: _Job, scenario: ServingSystem, settings: ReplaySettings) -> None:
     output, folder = job.output, job.folder
     with Interruption() as interruption, _scratch(folder) as scratch:
         logs = Path(scratch) / "engines"
@@ -116,7 +114,7 @@ def _default_folder(options: Options, engines: Engines) -> Path:
     return simulated.with_name(f"{simulated.name}-{engines.name}")
 
 
-def _meta(options: Options, engines: Engines, scenario: Scenario, replayed: Replayed) -> dict[str, Any]:
+def _meta(options: Options, engines: Engines, scenario: ServingSystem, replayed: Replayed) -> dict[str, Any]:
     meta = meta_of(options, scenario, kind="run", libraries=("numpy", "msgspec"))
     if replayed.interrupted:
         meta["notes"].append(f"ended early by the user, at {replayed.record.ended_us / 1e6:.1f} s")

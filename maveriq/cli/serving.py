@@ -19,13 +19,13 @@ from maveriq.cli.extras import extra
 from maveriq.cli.local_gpus import cluster_here
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError
+from maveriq.files import is_folder
 from maveriq.scenario.options import Options
-from maveriq.tables import is_folder
 
 with extra("serve", for_whom="maveriq serve"):
     from maveriq.serve.app import create_app
+    from maveriq.serve.auth import read_token
     from maveriq.serve.cluster import ClusterPlan, open_cluster, plan_cluster
-    from maveriq.serve.secret import read_token
     from maveriq.serve.server import listen, serve, url_of
     from maveriq.serve.service import Service
     from maveriq.serve.settings import ServeSettings

@@ -18,18 +18,15 @@ from maveriq import __version__
 from maveriq.cli.local_gpus import cluster_here
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError, MaveriqError
-from maveriq.report.folders import check_writable
 from maveriq.report.live import make_view
 from maveriq.report.metrics import summarise
-from maveriq.report.plain import summary_json
-from maveriq.report.runfiles import write_run
+from maveriq.report.run_folder import check_writable, summary_to_json, write_run
+from maveriq.report.saturation import assess_saturation
 from maveriq.report.tables import results_view
-from maveriq.report.verdict import judge
-from maveriq.scenario.build import build_scenario
-from maveriq.scenario.estimators import RECORDED
+from maveriq.scenario.build import RECORDED, build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.scenario import Scenario
-from maveriq.sim.engine import simulate
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
 from maveriq.workload.build import DEFAULT_SCALE
 
 
@@ -61,7 +58,7 @@ def run_simulation(options: Options, output: Output) -> None:
         InputError: bad input, or a folder that cannot be written.
         MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
     """
-    scenario = build_scenario(options, clusters=cluster_here)
+    scenario = build_system(options, clusters=cluster_here)
     folder = output.folder or default_folder(options)
     check_writable(folder)
     interactive = sys.stdout.isatty() and sys.stderr.isatty()
@@ -93,8 +90,8 @@ def report(
         MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
     """
     summary = summarise(run, slo_ttft_s=_seconds(output.slo_ttft_ms), slo_tpot_s=_seconds(output.slo_tpot_ms))
-    verdict = judge(run)
-    results = summary_json(summary, verdict, run.deployments)
+    verdict = assess_saturation(run)
+    results = summary_to_json(summary, verdict, run.deployments)
     write_run(folder, run, results, meta, more=more)
     if run.deployments and all(deployment.plan is None for deployment in run.deployments):
         raise MaveriqError(f"nothing could be deployed: {run.deployments[0].reason}; records: {folder}")
@@ -119,12 +116,12 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _resolved(scenario: Scenario) -> dict[str, str]:
+def _resolved(scenario: ServingSystem) -> dict[str, str]:
     """Return the options whose default depends on the profile, as they turned out."""
     return {"plan_with": scenario.plan_with, "serve_with": scenario.serve.name if scenario.serve else RECORDED}
 
 
-def meta_of(options: Options, scenario: Scenario, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:
+def meta_of(options: Options, scenario: ServingSystem, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:
     """Return what led to the results: enough to run the same again."""
     return {
         "kind": kind,

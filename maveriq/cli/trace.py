@@ -13,7 +13,7 @@ from maveriq.scenario.options import Options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from maveriq.workload.base import Workload
+    from maveriq.workload.requests import Workload
     from maveriq.workload.summary import WorkloadSummary
 
 app = typer.Typer(rich_markup_mode=None, help="Look at workloads, export and check them.")
@@ -73,7 +73,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a workload as a schedule, one request a row, which --trace can replay."""
-    from maveriq.workload.schedule import write_schedule
+    from maveriq.workload.traces import write_schedule
 
     workload = _workload(options, trace)
     write_schedule(workload.arrivals, out)
@@ -90,8 +90,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check a trace file; the first thing that is wrong is named with its line."""
-    from maveriq.workload.azure import AzureTrace
-    from maveriq.workload.traces import read_trace
+    from maveriq.workload.traces import AzureTrace, read_trace
 
     trace = read_trace(file)
     if isinstance(trace, AzureTrace):
@@ -109,8 +108,8 @@ def check(
 def _workload(options: Options, trace: str) -> Workload:
     from dataclasses import replace
 
-    from maveriq.estimate.hardware import load_profile
-    from maveriq.scenario.demand import workload_for
+    from maveriq.estimate.hardware_profile import load_profile
+    from maveriq.scenario.workload import workload_for
 
     profile = load_profile(options.profile)
     return workload_for(replace(options, trace=trace), profile, slo_scale=options.slo_scale)

@@ -1,8 +1,11 @@
-"""The controller: the clock-free brain that simulated and real clusters share.
+"""When a request may go: the dispatcher's tick, delays and pauses (SPEC 6).
+
+The controller: the clock-free brain that simulated and real clusters share.
 
 A body calls `handle` with what happened at an instant, carries out the actions that come back,
 and calls again at `wake_us` if nothing happens before. The controller keeps the fleet, the
 queue and the ledger of requests; policy and estimates come from outside.
+A snapshot of the controller for live views.
 """
 
 from __future__ import annotations
@@ -12,11 +15,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias, assert_never
 
-from maveriq.control.deployments import Deployment, DeploymentState
-from maveriq.control.dispatch import DispatchClock
+from maveriq.control.deployment_manager import Deployment, DeploymentManager, DeploymentState
 from maveriq.control.events import (
     Action,
-    DeployAsked,
+    EndpointAdded,
+    EndpointRemoved,
     EngineDown,
     EngineRepaired,
     EngineUp,
@@ -26,21 +29,55 @@ from maveriq.control.events import (
     ExecutionFinished,
     GpuDown,
     GpuUp,
-    RemoveAsked,
     RequestArrived,
     RequestCancelled,
     StopEngine,
 )
-from maveriq.control.fleet import Fleet
-from maveriq.control.ledger import RequestLedger
-from maveriq.control.queues import DEFAULT_MAX_WAIT_US, Discipline, RequestQueue
-from maveriq.control.replicas import ReplicaChoice, Replicas
-from maveriq.domain.hardware import Cluster, DispatchTiming, LoadWindow
-from maveriq.domain.requests import Request
-from maveriq.policy.base import Policy
-from maveriq.units import Micros
+from maveriq.control.queues import DEFAULT_MAX_WAIT_US, QueueDiscipline, RequestQueue
+from maveriq.control.request_tracker import RequestTracker
+from maveriq.control.router import Router, RoutingRule
+from maveriq.domain.cluster import Cluster, DispatchTiming, LoadWindow
+from maveriq.domain.progress import Progress
+from maveriq.domain.requests import Request, RequestStatus
+from maveriq.policy.policy import Policy
+from maveriq.units import Micros, seconds
 
-ServiceGuess: TypeAlias = Callable[[Deployment, Request], Micros]
+
+class DispatchDelays:
+    """Turns "could go from then on" into the instant at which the dispatcher sends it."""
+
+    __slots__ = ("_closed_until_us", "_timing")
+
+    def __init__(self, timing: DispatchTiming) -> None:
+        self._timing = timing
+        self._closed_until_us = 0
+
+    def pause(self, now_us: Micros) -> None:
+        """Send nothing for a while: an engine just registered."""
+        self._closed_until_us = max(self._closed_until_us, now_us + self._timing.pause_us)
+
+    def earliest_us(self, arrival_us: Micros, release_us: Micros) -> Micros:
+        """Return when a request may go.
+
+        Args:
+            arrival_us: when it arrived.
+            release_us: when the last of its GPUs became free.
+        """
+        timing = self._timing
+        ready_us = max(
+            arrival_us + timing.after_arrival_us, release_us + timing.after_release_us, self._closed_until_us
+        )
+        tick_us = timing.tick_us
+        return -(-ready_us // tick_us) * tick_us if tick_us else ready_us
+
+    def sent(self, now_us: Micros) -> None:
+        """Note a dispatch, at an instant at which it was allowed: until the next tick there is no other."""
+        tick_us = self._timing.tick_us
+        if tick_us:
+            self._closed_until_us = (now_us // tick_us + 1) * tick_us
+
+
+ServiceTimePredictor: TypeAlias = Callable[[Deployment, Request], Micros]
 """Estimated service of a request, from what is known before it runs; for `sjf` and `least-work`."""
 
 CLIENT_GONE = "the client went away"
@@ -58,10 +95,10 @@ class ControllerSettings:
     """How the controller works, beside the policy."""
 
     timing: DispatchTiming = field(default_factory=DispatchTiming)
-    discipline: Discipline = Discipline.FIFO
+    discipline: QueueDiscipline = QueueDiscipline.FIFO
     max_wait_us: Micros = DEFAULT_MAX_WAIT_US
     on_failure: OnFailure = OnFailure.REQUEUE
-    replica: ReplicaChoice = ReplicaChoice.UNIFORM
+    replica: RoutingRule = RoutingRule.UNIFORM
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
 
@@ -69,16 +106,18 @@ class ControllerSettings:
 class Controller:
     """Decides what is deployed where and which request runs next. Knows no clock."""
 
-    def __init__(self, cluster: Cluster, policy: Policy, settings: ControllerSettings, guess: ServiceGuess) -> None:
-        self.ledger = RequestLedger()
-        self.fleet = Fleet(cluster, policy, settings.load_window, settings.seed)
+    def __init__(
+        self, cluster: Cluster, policy: Policy, settings: ControllerSettings, guess: ServiceTimePredictor
+    ) -> None:
+        self.ledger = RequestTracker()
+        self.fleet = DeploymentManager(cluster, policy, settings.load_window, settings.seed)
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings
-        self._replicas = Replicas(settings.replica, settings.seed)
-        guesses = settings.discipline is Discipline.SJF or settings.replica is ReplicaChoice.LEAST_WORK
+        self._replicas = Router(settings.replica, settings.seed)
+        guesses = settings.discipline is QueueDiscipline.SJF or settings.replica is RoutingRule.LEAST_WORK
         self._guess = guess if guesses else None
-        self._clock = DispatchClock(settings.timing)
+        self._clock = DispatchDelays(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}
         self._now_us: Micros = 0
         self._actions: list[Action] = []
@@ -109,11 +148,11 @@ class Controller:
                 self._execution_failed(event)
             case RequestCancelled():
                 self._cancelled(event.request_id)
-            case DeployAsked():
+            case EndpointAdded():
                 self._endpoints.setdefault(event.ask.endpoint_id, []).extend(self.fleet.ask(event.ask, self._now_us))
             case EngineUp():
                 self._registered(event)
-            case RemoveAsked():
+            case EndpointRemoved():
                 self._remove(event.endpoint_id)
             case GpuDown() | GpuUp():
                 self._gpu_changed(event)
@@ -297,3 +336,41 @@ class Controller:
 def _order(event: Event) -> tuple[int, int]:
     """Return the place of an event among those of its instant."""
     return event.rank, event.key
+
+
+def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros, total: int) -> Progress:
+    """Return what a live view shows now.
+
+    Args:
+        controller: the run under way.
+        now_us: the present.
+        last_arrival_us: when the last request of the workload arrives.
+        total: requests of the workload.
+    """
+    ledger, fleet = controller.ledger, controller.fleet
+    recent = ledger.recent_rows()
+    latencies = sorted(latency_us for latency_us, _ in recent)
+    met = [latency_us <= slo_us for latency_us, slo_us in recent if slo_us]
+    return Progress(
+        now_us=now_us,
+        last_arrival_us=last_arrival_us,
+        total=total,
+        arrived=len(ledger),
+        waiting=ledger.count(RequestStatus.WAITING),
+        running=ledger.count(RequestStatus.RUNNING),
+        completed=ledger.count(RequestStatus.COMPLETED),
+        refused=ledger.count(RequestStatus.REFUSED),
+        failed=ledger.count(RequestStatus.FAILED),
+        recent_p50_s=_quantile_s(latencies, 0.50),
+        recent_p95_s=_quantile_s(latencies, 0.95),
+        recent_slo_attainment=sum(met) / len(met) if met else None,
+        deployments=tuple(
+            one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in fleet.deployments.values()
+        ),
+        gpus=fleet.gpu_statuses(now_us),
+    )
+
+
+def _quantile_s(ordered_us: list[Micros], share: float) -> float | None:
+    """Return the nearest-rank quantile of sorted durations, in seconds."""
+    return seconds(ordered_us[min(len(ordered_us) - 1, int(share * len(ordered_us)))]) if ordered_us else None

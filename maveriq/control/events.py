@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from maveriq.domain.deployment import DeploymentPlan
-from maveriq.domain.intents import DeployAsk
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.units import Micros
 
@@ -109,7 +109,7 @@ class EngineUp:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveAsked:
+class EndpointRemoved:
     """The developer takes an endpoint away; what runs may finish, what waits is refused."""
 
     endpoint_id: int
@@ -122,10 +122,10 @@ class RemoveAsked:
 
 
 @dataclass(frozen=True, slots=True)
-class DeployAsked:
+class EndpointAdded:
     """A developer asks for a model to be served."""
 
-    ask: DeployAsk
+    ask: EndpointSpec
     rank: ClassVar[int] = 6
 
     @property
@@ -186,8 +186,8 @@ Event: TypeAlias = (
     | GpuUp
     | EngineRepaired
     | EngineUp
-    | RemoveAsked
-    | DeployAsked
+    | EndpointRemoved
+    | EndpointAdded
     | RequestArrived
     | RequestCancelled
 )

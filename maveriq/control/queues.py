@@ -21,7 +21,7 @@ from maveriq.units import MICROS_PER_SECOND, Micros
 DEFAULT_MAX_WAIT_US = 60 * MICROS_PER_SECOND
 
 
-class Discipline(StrEnum):
+class QueueDiscipline(StrEnum):
     """Who goes next."""
 
     FIFO = "fifo"
@@ -35,7 +35,7 @@ Entry: TypeAlias = tuple[int, float, int, int, Request]
 
 
 @dataclass(slots=True)
-class Line:
+class DeploymentQueue:
     """The requests that wait for one deployment.
 
     `gpu_mask` has a bit for each GPU of the deployment; a parked line (its engine is down, but
@@ -73,7 +73,7 @@ class Line:
 class Head:
     """Who may go next: a request, its line, and whether it goes because it waited too long."""
 
-    line: Line
+    line: DeploymentQueue
     request: Request
     overdue: bool
 
@@ -83,12 +83,12 @@ class RequestQueue:
 
     __slots__ = ("_discipline", "_front", "_lines", "_max_wait_us", "_serial", "_single_line", "_waiting")
 
-    def __init__(self, discipline: Discipline, max_wait_us: Micros = DEFAULT_MAX_WAIT_US) -> None:
+    def __init__(self, discipline: QueueDiscipline, max_wait_us: Micros = DEFAULT_MAX_WAIT_US) -> None:
         self._discipline = discipline
-        self._single_line = discipline is Discipline.FIFO
+        self._single_line = discipline is QueueDiscipline.FIFO
         self._max_wait_us = max_wait_us
-        self._lines: dict[int, Line] = {}
-        self._front: Line | None = None  # whose head is first of all under fifo; None: not known
+        self._lines: dict[int, DeploymentQueue] = {}
+        self._front: DeploymentQueue | None = None  # whose head is first of all under fifo; None: not known
         self._serial = 0
         self._waiting = 0
 
@@ -97,7 +97,7 @@ class RequestQueue:
 
     def open_line(self, deployment_id: int, gpu_mask: int) -> None:
         """Let requests wait for a deployment."""
-        self._lines[deployment_id] = Line(deployment_id, gpu_mask)
+        self._lines[deployment_id] = DeploymentQueue(deployment_id, gpu_mask)
 
     def has_line(self, deployment_id: int) -> bool:
         """Say whether requests can wait for a deployment."""
@@ -154,7 +154,7 @@ class RequestQueue:
         # Rank minus infinity: whoever was being served stays first, even of priority requests.
         self._add(self._lines[deployment_id], 0, -math.inf, request)
 
-    def _add(self, line: Line, urgency: int, rank: float, request: Request) -> None:
+    def _add(self, line: DeploymentQueue, urgency: int, rank: float, request: Request) -> None:
         self._serial += 1
         entry = (urgency, rank, request.request_id, self._serial, request)
         heapq.heappush(line.heap, entry)
@@ -166,11 +166,11 @@ class RequestQueue:
 
     def _rank(self, request: Request, service_us: Micros) -> float:
         match self._discipline:
-            case Discipline.FIFO | Discipline.FIFO_PER_MODEL:
+            case QueueDiscipline.FIFO | QueueDiscipline.FIFO_PER_MODEL:
                 return request.request_id
-            case Discipline.SJF:
+            case QueueDiscipline.SJF:
                 return service_us
-            case Discipline.EDF:
+            case QueueDiscipline.EDF:
                 return request.arrival_us + request.slo_us if request.slo_us else math.inf
             case _ as never:
                 assert_never(never)
@@ -195,9 +195,9 @@ class RequestQueue:
         line = self._first(blocked_mask | held_mask)
         return Head(line, line.heap[0][4], overdue=False) if line else None
 
-    def _first(self, blocked_mask: int) -> Line | None:
+    def _first(self, blocked_mask: int) -> DeploymentQueue | None:
         """Return the line with the first head among those that use no blocked GPU."""
-        best: Line | None = None
+        best: DeploymentQueue | None = None
         best_entry: Entry | None = None
         for line in self._lines.values():
             if not line.heap or line.parked or line.gpu_mask & blocked_mask:

@@ -1,12 +1,17 @@
-"""What a user does to a run besides sending requests: faults, and the removal of endpoints."""
+"""What a user does to a run besides sending requests: faults, and the removal of endpoints.
+
+Reading faults and removals as a user writes them: `gpu=3@600s,for=120s`, `deployment=2@900s`, `endpoint=2@900s`.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from maveriq.errors import InputError
-from maveriq.units import Micros
+from maveriq.units import Micros, micros, seconds
 
 
 class FaultTarget(StrEnum):
@@ -48,3 +53,80 @@ class Removal:
     def __post_init__(self) -> None:
         if self.endpoint_id < 1 or self.at_us < 0:
             raise InputError(f"removal of endpoint {self.endpoint_id}: endpoints count from 1 and times from 0")
+
+
+_FAULT = re.compile(
+    r"(?P<target>gpu|deployment)=(?P<id>\d{1,9})@(?P<at>\d{1,9}(\.\d+)?)s?(,for=(?P<for>\d{1,9}(\.\d+)?)s?)?"
+)
+
+_REMOVAL = re.compile(r"endpoint=(?P<id>\d{1,9})@(?P<at>\d{1,9}(\.\d+)?)s?")
+
+
+def parse_fault(text: str) -> Fault:
+    """Read one fault; times are seconds since the run's start.
+
+    Raises:
+        InputError: it is written otherwise.
+    """
+    match = _FAULT.fullmatch(text.replace(" ", ""))
+    if not match:
+        raise InputError(f"cannot read the fault {text!r}; write gpu=3@600s,for=120s or deployment=2@900s")
+    return Fault(
+        target=FaultTarget(match["target"]),
+        target_id=int(match["id"]),
+        at_us=micros(float(match["at"])),
+        for_us=_duration(match["for"]),
+    )
+
+
+def _duration(text: str | None) -> Micros | None:
+    return None if text is None else micros(float(text))
+
+
+def parse_removal(text: str) -> Removal:
+    """Read one removal; the time is seconds since the run's start.
+
+    Raises:
+        InputError: it is written otherwise.
+    """
+    match = _REMOVAL.fullmatch(text.replace(" ", ""))
+    if not match:
+        raise InputError(f"cannot read the removal {text!r}; write endpoint=2@900s")
+    return Removal(endpoint_id=int(match["id"]), at_us=micros(float(match["at"])))
+
+
+def check_removal(removal: Removal, *, asked_us: Sequence[Micros]) -> None:
+    """Refuse the removal of an endpoint that the run has not, or has not yet.
+
+    Raises:
+        InputError: no such endpoint at that time.
+    """
+    if removal.endpoint_id > len(asked_us):
+        raise InputError(f"removal of endpoint {removal.endpoint_id}: the run has endpoints 1 to {len(asked_us)}")
+    asked_s = seconds(asked_us[removal.endpoint_id - 1])
+    if removal.at_us <= asked_us[removal.endpoint_id - 1]:
+        raise InputError(f"removal of endpoint {removal.endpoint_id}: it is not asked for before {asked_s:g} s")
+
+
+def check_fault(fault: Fault, *, gpus: int, asked_us: Sequence[Micros], end_us: Micros) -> None:
+    """Refuse a fault that can hit nothing.
+
+    Args:
+        fault: as the user wrote it.
+        gpus: of the cluster.
+        asked_us: when each deployment is asked for.
+        end_us: when the run ends at the latest.
+
+    Raises:
+        InputError: no such GPU or deployment, or not at that time.
+    """
+    what = f"fault of {'GPU' if fault.target is FaultTarget.GPU else 'deployment'} {fault.target_id}"
+    if fault.at_us > end_us:
+        raise InputError(f"{what} at {seconds(fault.at_us):g} s: the run ends by {seconds(end_us):g} s")
+    if fault.target is FaultTarget.GPU and fault.target_id >= gpus:
+        raise InputError(f"fault of GPU {fault.target_id}: the cluster has GPUs 0 to {gpus - 1}")
+    if fault.target is FaultTarget.DEPLOYMENT and not 1 <= fault.target_id <= len(asked_us):
+        raise InputError(f"fault of deployment {fault.target_id}: the run has deployments 1 to {len(asked_us)}")
+    if fault.target is FaultTarget.DEPLOYMENT and fault.at_us < asked_us[fault.target_id - 1]:
+        asked_s = seconds(asked_us[fault.target_id - 1])
+        raise InputError(f"{what} at {seconds(fault.at_us):g} s: it is not asked for before {asked_s:g} s")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from maveriq.domain.deployment import DeploymentPlan
-from maveriq.domain.intents import DeployAsk
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.errors import InvariantError
 from maveriq.units import Bytes, Micros
@@ -75,7 +75,7 @@ class DeploymentRecord:
     """
 
     deployment_id: int
-    ask: DeployAsk
+    ask: EndpointSpec
     plan: DeploymentPlan | None
     ready_us: Micros
     removed_us: Micros

@@ -1,11 +1,19 @@
-"""Requests: the users' work, and the one status each ends in."""
+"""Requests: the users' work, and the one status each ends in.
+
+Demand as it is expected: what a policy that plans ahead gets instead of the workload itself.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING, Any
 
+from maveriq.errors import InputError
 from maveriq.units import Micros
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class RequestStatus(IntEnum):
@@ -54,3 +62,42 @@ class Request:
     output_tokens: int
     slo_us: Micros = 0
     priority: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DemandForecast:
+    """Requests that are expected, in the order of arrival, a column each (NumPy, equal lengths).
+
+    Args:
+        models: what requests are addressed to, by names that differ.
+        arrival_s: times in seconds, not decreasing.
+        model_index: position in `models`; -1 for a request to a model that is not among them.
+        slo_s: latency objective in seconds, infinite for none.
+
+    Raises:
+        InputError: no request, columns that do not belong together, times that go back.
+    """
+
+    models: tuple[str, ...]
+    arrival_s: np.ndarray[Any, Any]
+    model_index: np.ndarray[Any, Any]
+    slo_s: np.ndarray[Any, Any]
+
+    def __post_init__(self) -> None:
+        if len(set(self.models)) != len(self.models):
+            raise InputError(f"demand forecast: a model stands twice among {', '.join(self.models)}")
+        lengths = {len(self.arrival_s), len(self.model_index), len(self.slo_s)}
+        if len(lengths) != 1:
+            raise InputError(f"demand forecast: columns have different lengths {sorted(lengths)}")
+        if lengths == {0}:
+            raise InputError("demand forecast: no request is expected; there is nothing to plan for")
+        # Asked this way round, a NaN fails too.
+        if not (self.arrival_s[1:] >= self.arrival_s[:-1]).all():
+            raise InputError("demand forecast: arrivals must be in order of time")
+        if not (self.slo_s > 0).all():
+            raise InputError("demand forecast: every SLO must be positive")
+        if self.model_index.min() < -1 or self.model_index.max() >= len(self.models):
+            raise InputError(f"demand forecast: model_index must lie between -1 and {len(self.models) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)

@@ -1,28 +1,46 @@
-"""The calibrated estimator: physics with figures fitted to a kind of GPU, and each model's own fingerprint."""
+"""The host of the GPUs: at which socket they hang, and which engines share a process.
+
+The calibrated estimator: physics with figures fitted to a kind of GPU, and each model's own fingerprint.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate import answerable
-from maveriq.estimate.answerable import stored_as
-from maveriq.estimate.base import ServiceEstimate
-from maveriq.estimate.calibration import Calibration, read_calibration, require, work
-from maveriq.estimate.fingerprints import OUTPUTS, Point
-from maveriq.estimate.footprint import Held, held, is_measured, memory_margin
-from maveriq.estimate.formula import Fingerprint
-from maveriq.estimate.hardware import HardwareProfile
-from maveriq.estimate.host import in_shared_process, share_across
-from maveriq.estimate.physics import first_token_s, token_s
-from maveriq.estimate.slowness import deviation, measured_layers
+from maveriq.estimate import coverage
+from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration, require
+from maveriq.estimate.coverage import stored_as
+from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.fingerprints import OUTPUTS, Fingerprint, ParallelPoint, StoredFormat
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.memory import MemoryEstimate, estimate_memory, is_measured, memory_margin
+from maveriq.estimate.roofline import OpCounts, RooflineParameters, first_token_s, latency_s, token_s
 from maveriq.units import Bytes, bytes_from_gib
 
-_ONE_GPU = Point(1, 1, 1)
+
+def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
+    """Return the share of pipeline stages whose GPUs hang at several sockets."""
+    stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
+    return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
+
+
+def in_shared_process(configuration: ParallelConfig) -> bool:
+    """Say whether an engine runs in the host process that all such engines share, and so has neighbours.
+
+    One of several GPUs is started as processes of its own, one a GPU; it neither disturbs others nor
+    is disturbed by them.
+    """
+    return configuration.gpus == 1
+
+
+_ONE_GPU = ParallelPoint(1, 1, 1)
 
 
 class _Case(NamedTuple):
@@ -102,14 +120,14 @@ class CalibratedEstimator:
         """The name by which `--plan-with` and `--serve-with` know it."""
         return "calibrated"
 
-    def memory_margin(self, model: ModelSpec, configuration: Configuration) -> float:
+    def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
         """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
         margins, lengths = self._calibration.margins, self._usual_lengths()
         return memory_margin(margins, self._held(model, configuration, **lengths))
 
-    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
-        reason = answerable.why_not(self._profile, model, configuration, [_ONE_GPU])
+        reason = coverage.why_not(self._profile, model, configuration, [_ONE_GPU])
         if reason is not None:
             return reason
         if configuration.weights not in self._calibration.weights:
@@ -121,7 +139,7 @@ class CalibratedEstimator:
         return None
 
     def service(
-        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
     ) -> ServiceEstimate:
         """Estimate one batch of `batch` equal requests that start together on an idle engine.
 
@@ -135,7 +153,7 @@ class CalibratedEstimator:
         self,
         gpu_ids: Sequence[int],
         model: ModelSpec,
-        configuration: Configuration,
+        configuration: ParallelConfig,
         *,
         prompt_tokens: int,
         output_tokens: int,
@@ -152,11 +170,11 @@ class CalibratedEstimator:
         across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
         return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
 
-    def has_neighbours(self, configuration: Configuration) -> bool:
+    def has_neighbours(self, configuration: ParallelConfig) -> bool:
         """Say whether an engine shares a process of the host with others like it."""
         return self._served and in_shared_process(configuration)
 
-    def wait_s(self, model: ModelSpec, configuration: Configuration, *, neighbours: int) -> float:
+    def wait_s(self, model: ModelSpec, configuration: ParallelConfig, *, neighbours: int) -> float:
         """Return how much longer a token takes while so many neighbours are busy."""
         live = self._calibration.served
         if not live or not neighbours or not self.has_neighbours(configuration):
@@ -166,7 +184,7 @@ class CalibratedEstimator:
     def _service(
         self,
         model: ModelSpec,
-        configuration: Configuration,
+        configuration: ParallelConfig,
         prompt_tokens: int,
         output_tokens: int,
         batch: int,
@@ -196,7 +214,7 @@ class CalibratedEstimator:
         found = self._slowness.get((model, weights))
         if found is None:
             law = self._calibration.law(weights, 1)
-            seen = deviation(
+            seen = layer_time_ratio(
                 measured_layers(
                     self._profile.fingerprints.constants, model, weights, prompt_tokens=self._profile.prompt_tokens
                 ),
@@ -205,7 +223,7 @@ class CalibratedEstimator:
             found = self._slowness[model, weights] = math.exp(self._calibration.trust * seen)
         return found
 
-    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
 
         The KV cache is taken to hold prompts as long as the profile's, and as many output tokens as
@@ -217,7 +235,7 @@ class CalibratedEstimator:
         return self.memory_with(model, configuration, **self._usual_lengths())
 
     def memory_with(
-        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> Bytes:
         """Estimate the memory as `memory`, where each request of a batch has come to such lengths.
 
@@ -233,9 +251,11 @@ class CalibratedEstimator:
             "output_tokens": self._calibration.memory.output_tokens,
         }
 
-    def _held(self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int) -> Held:
+    def _held(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> MemoryEstimate:
         self._refuse(model, configuration)
-        return held(
+        return estimate_memory(
             model,
             configuration,
             self._fingerprints(model, configuration),
@@ -244,12 +264,12 @@ class CalibratedEstimator:
             fingerprint_tokens=self._profile.prompt_tokens + OUTPUTS[0],
         )
 
-    def _fingerprints(self, model: ModelSpec, configuration: Configuration) -> Mapping[Point, Fingerprint]:
+    def _fingerprints(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[ParallelPoint, Fingerprint]:
         return self._profile.fingerprints.constants[stored_as(model, configuration)]
 
-    def _answer(self, case: _Case, configuration: Configuration) -> _Times:
+    def _answer(self, case: _Case, configuration: ParallelConfig) -> _Times:
         self._refuse(case.model, configuration)
-        asked = work(
+        asked = op_counts(
             case.model,
             case.kv,
             tp=case.tp,
@@ -268,7 +288,53 @@ class CalibratedEstimator:
         margins = self._calibration.margins
         return (margins.single if batch == 1 else margins.batched)[str(tp)]
 
-    def _refuse(self, model: ModelSpec, configuration: Configuration) -> None:
+    def _refuse(self, model: ModelSpec, configuration: ParallelConfig) -> None:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+
+
+def layer_time_ratio(seen: Iterable[tuple[OpCounts, int, float]], law: RooflineParameters) -> float:
+    """Return the median logarithm of a layer's measured time over what the law says, on one GPU.
+
+    Args:
+        seen: what was asked of a layer, output tokens, and the time that the second layer took, in
+            seconds. Each alone is noisy, hence the median; noise that went below zero is left out.
+        law: at TP 1.
+    """
+    logs = [
+        math.log(measured_s / _second_layer_s(asked, law, output_tokens))
+        for asked, output_tokens, measured_s in seen
+        if measured_s > 0
+    ]
+    return median(logs) if logs else 0.0
+
+
+def _second_layer_s(asked: OpCounts, law: RooflineParameters, output_tokens: int) -> float:
+    two, one = (latency_s(replace(asked, layers=layers), law, output_tokens) for layers in (2, 1))
+    return float(two - one)
+
+
+def measured_layers(
+    constants: Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]],
+    model: ModelSpec,
+    weights: WeightType,
+    *,
+    prompt_tokens: int,
+) -> Iterator[tuple[OpCounts, int, float]]:
+    """Yield what a model's fingerprints on one GPU say of a layer, whatever their batch size and KV type.
+
+    Args:
+        constants: of all models.
+        model: whose layer.
+        weights: its weight type.
+        prompt_tokens: of the prompts that the fingerprints were taken with.
+    """
+    for stored, points in constants.items():
+        if (stored.model, stored.weights) != (model.name, weights):
+            continue
+        for point, found in points.items():
+            if (point.tp, point.pp) == (1, 1):
+                asked = op_counts(model, stored.kv, tp=1, pp=1, batch=point.batch, prompt_tokens=prompt_tokens)
+                for output_tokens in OUTPUTS:  # the constants give back exactly what was measured at these
+                    yield asked, output_tokens, found.ttft_layer_s + output_tokens * found.tpot_layer_s

@@ -9,11 +9,153 @@ from typing import NamedTuple
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.errors import InputError
-from maveriq.estimate.cells import choice, unique
-from maveriq.estimate.formula import Exponents, Fingerprint
-from maveriq.tables import Row, read_csv
+from maveriq.tables import Row, choice, read_csv, unique
 
-# Beyond any hardware; estimates from what lies within stay finite.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What a layer and the rest of a model cost in time and memory, for one (TP, PP) and batch.
+
+    Times are seconds of the whole batch; memory is GiB over all GPUs used. `*_other` is what does
+    not grow with layers and may be negative, for it is an intercept.
+    """
+
+    ttft_layer_s: float
+    ttft_other_s: float
+    tpot_layer_s: float
+    tpot_other_s: float
+    memory_layer_gib: float
+    memory_other_gib: float
+
+    def line(self, layers: int) -> Line:
+        """Return latency as a function of output tokens for a model of so many layers."""
+        return Line(
+            ttft_s=layers * self.ttft_layer_s + self.ttft_other_s,
+            tpot_s=layers * self.tpot_layer_s + self.tpot_other_s,
+        )
+
+    def memory_gib(self, layers: int) -> float:
+        """Return the memory over all GPUs for a model of so many layers."""
+        return layers * self.memory_layer_gib + self.memory_other_gib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Latency that grows by `tpot_s` per output token from `ttft_s` at none."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def at(self, output_tokens: int) -> float:
+        """Return the latency in seconds."""
+        return self.ttft_s + output_tokens * self.tpot_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exponents:
+    """How latency changes with TP and PP: one fitted set per weight and KV type."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+
+
+def derive(latency_s: Mapping[tuple[int, int], float], memory_gib: Mapping[int, float]) -> Fingerprint:
+    """Derive the constants from four latencies and two memories.
+
+    Args:
+        latency_s: by (layers, output tokens), on a grid of two by two.
+        memory_gib: by layers, the same two.
+
+    Raises:
+        InputError: not a grid of two by two.
+    """
+    layers = sorted({n for n, _ in latency_s})
+    outputs = sorted({o for _, o in latency_s})
+    if (len(layers), len(outputs), len(latency_s)) != (2, 2, 4) or sorted(memory_gib) != layers:
+        raise InputError(
+            f"a fingerprint needs two layer counts by two output lengths, got latencies for {sorted(latency_s)} "
+            f"(layers, output tokens) and memory for {sorted(memory_gib)} layers"
+        )
+    (n1, n2), (o1, o2) = layers, outputs
+    l11, l12, l21, l22 = (latency_s[n, o] for n in layers for o in outputs)
+    tpot_layer = ((l22 - l12) - (l21 - l11)) / ((o2 - o1) * (n2 - n1))
+    tpot_other = (l12 - l11) / (o2 - o1) - n1 * tpot_layer
+    ttft_layer = (l21 - l11) / (n2 - n1) - o1 * tpot_layer
+    memory_layer = (memory_gib[n2] - memory_gib[n1]) / (n2 - n1)
+    return Fingerprint(
+        ttft_layer_s=ttft_layer,
+        ttft_other_s=l11 - n1 * ttft_layer - o1 * (n1 * tpot_layer + tpot_other),
+        tpot_layer_s=tpot_layer,
+        tpot_other_s=tpot_other,
+        memory_layer_gib=memory_layer,
+        memory_other_gib=memory_gib[n1] - n1 * memory_layer,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelLatency:
+    """Latency of one model under one (TP, PP) as a function of output tokens.
+
+    Built by `scaled`; the powers of TP and PP are taken once, for it is asked very often.
+    """
+
+    single: Line
+    tp2: Line | None
+    divisor: float
+    tp_factor: float
+    pp_factor: float
+    pp_share: float
+
+    @classmethod
+    def scaled(cls, single: Line, tp2: Line | None, exponents: Exponents, *, tp: int, pp: int) -> ParallelLatency:
+        """Scale latency from one GPU (and from TP 2, needed only where `tp` is above 1) to (TP, PP).
+
+        The paper takes L(1,2) = L(1,1), because a one-layer fingerprint overstates what a
+        pipeline costs; hence no fingerprint with PP 2 is asked for.
+        """
+        return cls(
+            single=single,
+            tp2=tp2 if tp > 1 else None,
+            divisor=tp * pp**exponents.a,
+            tp_factor=(tp - 1) ** exponents.b / pp**exponents.c,
+            pp_factor=(pp - 1) ** exponents.d if pp > 1 else 0.0,
+            pp_share=2**exponents.a,
+        )
+
+    def at(self, output_tokens: int) -> float:
+        """Return the latency in seconds."""
+        single_s = self.single.at(output_tokens)
+        latency_s = single_s / self.divisor + self.pp_factor * max(0.0, single_s - single_s / self.pp_share)
+        if self.tp2 is not None:
+            latency_s += self.tp_factor * max(0.0, self.tp2.at(output_tokens) - single_s / 2)
+        return latency_s
+
+
+def parallel_memory_gib(single: float, tp2: float | None, pp2: float | None, *, tp: int, pp: int) -> float:
+    """Return the memory over all GPUs at (TP, PP), in GiB.
+
+    Args:
+        single: memory of the whole model at (1, 1).
+        tp2: at (2, 1); needed only where `tp` is above 1.
+        pp2: at (1, 2); needed only where `pp` is above 1.
+        tp: tensor-parallel degree.
+        pp: pipeline-parallel degree.
+    """
+    memory = single
+    if tp > 1 and tp2 is not None:
+        memory += (tp - 1) * max(0.0, tp2 - single)
+    if pp > 1 and pp2 is not None:
+        memory += tp * (pp - 1) * max(0.0, pp2 - single)
+    return memory
+
+
+def at_batch(one: float, two: float, batch: int) -> float:
+    """Extrapolate a latency or a memory from batch 1 and 2 to any batch size."""
+    return one + (batch - 1) * max(0.0, two - one)
+
+
 _MOST, _MOST_EXPONENT = 1e6, 10
 
 OUTPUTS = (10, 20)
@@ -26,7 +168,7 @@ COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", *CONSTANTS)
 """All columns of a fingerprint file; `scripts/derive_a6000.py` writes them."""
 
 
-class Stored(NamedTuple):
+class StoredFormat(NamedTuple):
     """A model as it is stored: by name, weight type and KV type."""
 
     model: str
@@ -34,7 +176,7 @@ class Stored(NamedTuple):
     kv: KvType
 
 
-class Point(NamedTuple):
+class ParallelPoint(NamedTuple):
     """Where a fingerprint was taken."""
 
     tp: int
@@ -46,19 +188,19 @@ class Point(NamedTuple):
 class FingerprintTable:
     """Fingerprints by stored model and point, and the exponents of each weight and KV type."""
 
-    constants: Mapping[Stored, Mapping[Point, Fingerprint]]
+    constants: Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]]
     exponents: Mapping[tuple[WeightType, KvType], Exponents]
 
     def models(self) -> list[str]:
         """Return the names of the models that have fingerprints, in the order of the file."""
         return list(dict.fromkeys(stored.model for stored in self.constants))
 
-    def stored_as(self, model: str) -> list[Stored]:
+    def stored_as(self, model: str) -> list[StoredFormat]:
         """Return how a model's fingerprints are stored, in the order of the file."""
         return [stored for stored in self.constants if stored.model == model]
 
 
-def read_fingerprints(path: Path) -> dict[Stored, dict[Point, Fingerprint]]:
+def read_fingerprints(path: Path) -> dict[StoredFormat, dict[ParallelPoint, Fingerprint]]:
     """Read a fingerprint file.
 
     Raises:
@@ -67,15 +209,15 @@ def read_fingerprints(path: Path) -> dict[Stored, dict[Point, Fingerprint]]:
     keyed = (
         (
             (
-                Stored(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
-                Point(row.count("tp", least=1), row.count("pp", least=1), row.count("batch", least=1)),
+                StoredFormat(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
+                ParallelPoint(row.count("tp", least=1), row.count("pp", least=1), row.count("batch", least=1)),
             ),
             _fingerprint(row),
             row,
         )
         for row in read_csv(path, COLUMNS, what="fingerprint table")
     )
-    table: dict[Stored, dict[Point, Fingerprint]] = {}
+    table: dict[StoredFormat, dict[ParallelPoint, Fingerprint]] = {}
     for (stored, point), fingerprint in unique(keyed).items():
         table.setdefault(stored, {})[point] = fingerprint
     return table

@@ -10,13 +10,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.base import ServiceEstimate
-from maveriq.estimate.cells import choice, unique
-from maveriq.estimate.hardware import HardwareProfile
-from maveriq.tables import Row, read_csv
+from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.tables import Row, choice, read_csv, unique
 from maveriq.units import Bytes, bytes_from_gib
 
 COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", "prompt_tokens", "ttft_s", "tpot_s", "memory_gib")
@@ -75,7 +74,7 @@ class MeasuredEstimator:
         """The name by which `--plan-with` and `--serve-with` know it."""
         return "measured"
 
-    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
         seen = self._cases.get(_case(model, configuration))
         if seen is None:
@@ -87,7 +86,7 @@ class MeasuredEstimator:
         return None
 
     def service(
-        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
     ) -> ServiceEstimate:
         """Estimate one batch of `batch` equal requests that start together on an idle engine.
 
@@ -99,7 +98,7 @@ class MeasuredEstimator:
         tpot_s = _at(seen, batch, prompt_tokens, "tpot_s")
         return ServiceEstimate(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens)
 
-    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Return the most memory seen over all GPUs, at the configuration's batch size or the next larger measured.
 
         Raises:
@@ -109,7 +108,7 @@ class MeasuredEstimator:
         batch = min(point.batch for point in seen if point.batch >= configuration.batch_size)
         return bytes_from_gib(max(figures.memory_gib for point, figures in seen.items() if point.batch == batch))
 
-    def _seen(self, model: ModelSpec, configuration: Configuration) -> Mapping[_Point, _Seen]:
+    def _seen(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[_Point, _Seen]:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
@@ -121,11 +120,11 @@ class MeasuredEstimator:
             models = ", ".join(dict.fromkeys(case.model for case in self._cases))
             return f"profile {self._profile.name} has measurements of {models}"
         one = measured[0]
-        nearest = Configuration(tp=one.tp, pp=one.pp, weights=one.weights, kv=one.kv)
+        nearest = ParallelConfig(tp=one.tp, pp=one.pp, weights=one.weights, kv=one.kv)
         return f"{len(measured)} other configurations of it were, such as {nearest}"
 
 
-def _case(model: ModelSpec, configuration: Configuration) -> _Case:
+def _case(model: ModelSpec, configuration: ParallelConfig) -> _Case:
     return _Case(model.name, configuration.weights, configuration.kv, configuration.tp, configuration.pp)
 
 

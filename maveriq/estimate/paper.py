@@ -1,18 +1,28 @@
-"""The estimator of the MaverIQ paper (SC '25; SPEC 3): four fingerprints and seven sets of exponents."""
+"""The paper's formulas (SPEC 3), free of tables and names.
+
+From measured one- and two-layer models (fingerprints) to constants (`derive`), from constants to
+the whole model on one GPU (`Fingerprint`), and from there to any parallelism and batch size.
+
+The estimator of the MaverIQ paper (SC '25; SPEC 3): four fingerprints and seven sets of exponents.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate import answerable
-from maveriq.estimate.answerable import stored_as
-from maveriq.estimate.base import ServiceEstimate
-from maveriq.estimate.fingerprints import Point
-from maveriq.estimate.formula import ParallelLatency, at_batch, parallel_memory_gib
-from maveriq.estimate.hardware import HardwareProfile
+from maveriq.estimate import coverage
+from maveriq.estimate.coverage import stored_as
+from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.fingerprints import (
+    ParallelLatency,
+    ParallelPoint,
+    at_batch,
+    parallel_memory_gib,
+)
+from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.units import Bytes, bytes_from_gib
 
 
@@ -48,10 +58,10 @@ class PaperEstimator:
         """The name by which `--plan-with` and `--serve-with` know it."""
         return "paper"
 
-    def why_not(self, model: ModelSpec, configuration: Configuration) -> str | None:
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
         points = _points(configuration.tp, configuration.pp)
-        reason = answerable.why_not(self._profile, model, configuration, points)
+        reason = coverage.why_not(self._profile, model, configuration, points)
         if reason is not None:
             return reason
         if configuration.batch_size > 1 and not self._has_batch_two(model, configuration):
@@ -59,7 +69,7 @@ class PaperEstimator:
         return None
 
     def service(
-        self, model: ModelSpec, configuration: Configuration, *, prompt_tokens: int, output_tokens: int, batch: int
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
     ) -> ServiceEstimate:
         """Estimate one batch of `batch` equal requests that start together on an idle engine.
 
@@ -85,7 +95,7 @@ class PaperEstimator:
         tpot_s = (last_s - first_s) / (longest - 1)
         return ServiceEstimate(ttft_s=first_s - tpot_s, tpot_s=tpot_s, output_tokens=output_tokens)
 
-    def memory(self, model: ModelSpec, configuration: Configuration) -> Bytes:
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
 
         Raises:
@@ -99,7 +109,7 @@ class PaperEstimator:
         return bytes_from_gib(memory_gib)
 
     def _latency(
-        self, model: ModelSpec, configuration: Configuration
+        self, model: ModelSpec, configuration: ParallelConfig
     ) -> tuple[ParallelLatency, ParallelLatency | None]:
         """Return latency at batch 1, and at batch 2 where there are fingerprints of it."""
         case = _Case(
@@ -112,50 +122,50 @@ class PaperEstimator:
             found = self._latencies[case] = (self._scaled(model, configuration, 1), two)
         return found
 
-    def _scaled(self, model: ModelSpec, configuration: Configuration, batch: int) -> ParallelLatency:
+    def _scaled(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> ParallelLatency:
         table = self._profile.fingerprints
         constants = table.constants[stored_as(model, configuration)]
-        tp2 = constants.get(Point(2, 1, batch))
+        tp2 = constants.get(ParallelPoint(2, 1, batch))
         return ParallelLatency.scaled(
-            constants[Point(1, 1, batch)].line(model.layers),
+            constants[ParallelPoint(1, 1, batch)].line(model.layers),
             None if tp2 is None else tp2.line(model.layers),
             table.exponents[configuration.weights, configuration.kv],
             tp=configuration.tp,
             pp=configuration.pp,
         )
 
-    def _memory_gib(self, model: ModelSpec, configuration: Configuration, batch: int) -> float:
+    def _memory_gib(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> float:
         constants = self._profile.fingerprints.constants[stored_as(model, configuration)]
-        tp2, pp2 = constants.get(Point(2, 1, batch)), constants.get(Point(1, 2, batch))
+        tp2, pp2 = constants.get(ParallelPoint(2, 1, batch)), constants.get(ParallelPoint(1, 2, batch))
         return parallel_memory_gib(
-            constants[Point(1, 1, batch)].memory_gib(model.layers),
+            constants[ParallelPoint(1, 1, batch)].memory_gib(model.layers),
             None if tp2 is None else tp2.memory_gib(model.layers),
             None if pp2 is None else pp2.memory_gib(model.layers),
             tp=configuration.tp,
             pp=configuration.pp,
         )
 
-    def _has_batch_two(self, model: ModelSpec, configuration: Configuration) -> bool:
+    def _has_batch_two(self, model: ModelSpec, configuration: ParallelConfig) -> bool:
         constants = self._profile.fingerprints.constants[stored_as(model, configuration)]
         return all(point in constants for point in _points(configuration.tp, configuration.pp, batch=2))
 
-    def _refuse(self, model: ModelSpec, configuration: Configuration) -> None:
+    def _refuse(self, model: ModelSpec, configuration: ParallelConfig) -> None:
         reason = self.why_not(model, configuration)
         if reason is not None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
 
-    def _no_batch(self, model: ModelSpec, configuration: Configuration, batch: int) -> str:
+    def _no_batch(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> str:
         return (
             f"{model.name} with {configuration}: batch {batch} needs fingerprints of batch 2, which profile "
             f"{self._profile.name} has not; take batch 1 or another profile"
         )
 
 
-def _points(tp: int, pp: int, batch: int = 1) -> list[Point]:
+def _points(tp: int, pp: int, batch: int = 1) -> list[ParallelPoint]:
     """Return the fingerprints that (TP, PP) is estimated from."""
-    points = [Point(1, 1, batch)]
+    points = [ParallelPoint(1, 1, batch)]
     if tp > 1:
-        points.append(Point(2, 1, batch))
+        points.append(ParallelPoint(2, 1, batch))
     if pp > 1:
-        points.append(Point(1, 2, batch))
+        points.append(ParallelPoint(1, 2, batch))
     return points

@@ -1,4 +1,7 @@
-"""Starting engines: the `Launcher` protocol, and real processes."""
+"""What engines print, kept without filling the disk: engines may run for months, and be restarted for as long.
+
+Starting engines: the `Launcher` protocol, and real processes.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,64 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeAlias
 
 from maveriq.errors import MaveriqError
-from maveriq.exec.channel import Channel, StreamChannel
-from maveriq.exec.devices import Devices
-from maveriq.exec.logs import EngineLog
-from maveriq.exec.messages import EngineSpec, FromEngine, ToEngine, decode_from_engine
+from maveriq.exec.gpus import Devices
+from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
+
+MOST_BYTES = 16 << 20
+"""A log that has grown to this is put aside, in place of the one that was before, and begun anew."""
+
+MOST_LOGS = 20
+"""So many of the last logs of a deployment are kept, beside the first, which says best what is wrong."""
+
+LOOK_EVERY_S = 10.0
+
+_TAIL_BYTES = 4096
+_LONGEST_LINE = 200
+
+
+class EngineLog:
+    """The log of one engine; whoever writes to it appends (`O_APPEND`)."""
+
+    def __init__(self, folder: Path, spec: EngineSpec) -> None:
+        self.path = folder / f"{spec.deployment_id}-{spec.incarnation}.log"
+        self._before = self.path.with_suffix(".log.before")
+        oldest = folder / f"{spec.deployment_id}-{spec.incarnation - MOST_LOGS}.log"
+        if spec.incarnation - MOST_LOGS > 1:
+            for old in (oldest, oldest.with_suffix(".log.before")):
+                with contextlib.suppress(OSError):
+                    old.unlink()
+
+    async def keep_short(self) -> None:
+        """Look at its size now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            with contextlib.suppress(OSError):  # gone, or the disk is full: then cutting it is all the more right
+                if self.path.stat().st_size > MOST_BYTES:
+                    await asyncio.to_thread(self._cut)
+
+    def _cut(self) -> None:
+        """Put what is there aside; a line that is printed meanwhile may be lost."""
+        try:
+            with self.path.open("rb") as now, self._before.open("wb") as before:
+                while piece := now.read(1 << 20):
+                    before.write(piece)
+        finally:
+            os.truncate(self.path, 0)
+
+    def last_line(self) -> str:
+        """Return the last line that says something, of its last few KiB."""
+        return _last_line(self.path) or _last_line(self._before)
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip()[:_LONGEST_LINE] for line in reversed(lines) if line.strip()), "")
+
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
@@ -125,10 +182,19 @@ class ProcessLauncher:
         if connected.done():
             return ProcessConnection(process.pid, connected.result(), exited, log)
         words = log.last_line()
-        raise LaunchError(f"its process ended with {exit_words(exited.result())}" + (f": {words}" if words else ""))
+        raise LaunchError(f"its process ended with {describe_exit(exited.result())}" + (f": {words}" if words else ""))
 
     async def _spawn(self, path: Path, log: EngineLog, visible: Sequence[str]) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-P", "-m", "maveriq.exec.host", "--socket", str(path), "--backend", self._backend]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "maveriq.exec.engine_server",
+            "--socket",
+            str(path),
+            "--backend",
+            self._backend,
+        ]
         search = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
         # What an engine may see of GPUs is fixed before it starts: libraries read it once, when they are imported.
         environment = self._environment | {
@@ -204,7 +270,7 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
-def exit_words(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Return how a process ended, in words; minus a signal's number says that it was killed by that."""
     if code >= 0:
         return f"exit code {code}"

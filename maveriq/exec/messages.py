@@ -1,18 +1,36 @@
-"""What the executor and its engines say to each other: a few small typed messages, versioned.
+"""What engines say, made fit for a line in records.
 
-They travel as MessagePack frames over a Unix socket (`maveriq.exec.channel`). Delivery is assumed
+What the executor and its engines say to each other: a few small typed messages, versioned.
+
+They travel as MessagePack frames over a Unix socket (`maveriq.exec.messages`). Delivery is assumed
 to be unreliable: a message may come late, twice or never, so that every one of them can be said
 again. An execution is named by its number; an engine that is told of one that it has finished
 repeats the end, of one that is under way does nothing, of an older one ignores it.
+Channels: messages one by one between the executor and an engine.
+
+On the wire each message is a frame: its length in four bytes, most significant first, then the message. Whoever
+sends does not wait: what matters is repeated until it is answered (`maveriq.exec.messages`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Annotated, Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
 from maveriq.errors import InputError, MaveriqError
+
+_LONGEST = 300
+
+
+def one_line(text: str) -> str:
+    """Return a text on one line, shortened where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+
 
 PROTOCOL_VERSION = 1
 
@@ -33,7 +51,7 @@ class ProtocolError(MaveriqError):
     """The other side does not speak this protocol, or not this version of it."""
 
 
-class Sequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PromptSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One prompt of an execution, and how many tokens may follow it.
 
     Generation ends after `output_tokens`, or before that at one of `stop_token_ids`.
@@ -88,7 +106,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid
     """
 
     execution_id: _Count
-    sequences: Annotated[tuple[Sequence, ...], msgspec.Meta(min_length=1, max_length=MOST_SEQUENCES)]
+    sequences: Annotated[tuple[PromptSequence, ...], msgspec.Meta(min_length=1, max_length=MOST_SEQUENCES)]
     first_token_s: _NotNegative = 0.0
     service_s: _NotNegative = 0.0
 
@@ -122,7 +140,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unk
     kv_cache_bytes: _Count = 0
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid_unknown_fields=True):
+class StepProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid_unknown_fields=True):
     """Step `step` (from 1) of an execution gave each sequence a token; -1 for a sequence that had ended before."""
 
     execution_id: _Count
@@ -164,10 +182,10 @@ class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye", forbid_unknown_f
 
 
 ToEngine: TypeAlias = Load | Generate | Ping | Stop
-FromEngine: TypeAlias = Hello | Loaded | Progress | Finished | Failed | Pong | Bye
+FromEngine: TypeAlias = Hello | Loaded | StepProgress | Finished | Failed | Pong | Bye
 
 _ENCODER = msgspec.msgpack.Encoder()
-_SEQUENCE = msgspec.msgpack.Decoder(Sequence)
+_SEQUENCE = msgspec.msgpack.Decoder(PromptSequence)
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
@@ -177,7 +195,7 @@ def encode(message: ToEngine | FromEngine) -> bytes:
     return _ENCODER.encode(message)
 
 
-def check_sequence(sequence: Sequence) -> None:
+def check_sequence(sequence: PromptSequence) -> None:
     """Refuse a sequence that an engine would not take: it would end the conversation with everybody's engine.
 
     Raises:
@@ -211,3 +229,73 @@ def decode_from_engine(body: bytes) -> FromEngine:
         return _FROM_ENGINE.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message from an engine: {error}") from None
+
+
+_LENGTH_BYTES = 4
+
+Sent_contra = TypeVar("Sent_contra", bound=ToEngine | FromEngine, contravariant=True)
+Received_co = TypeVar("Received_co", bound=ToEngine | FromEngine, covariant=True)
+
+
+class ChannelClosedError(MaveriqError):
+    """The other side is gone, or has closed the channel."""
+
+
+class Channel(Protocol[Sent_contra, Received_co]):
+    """One end of a channel."""
+
+    def send(self, message: Sent_contra) -> None:
+        """Send a message, now or as soon as the other side takes it; to a closed channel it goes nowhere."""
+
+    async def receive(self) -> Received_co:
+        """Wait for the next message.
+
+        Raises:
+            ChannelClosedError: no more will come.
+            ProtocolError: what came is no message; the channel is of no more use.
+        """
+
+    def close(self) -> None:
+        """Close this end; may be called twice."""
+
+
+class StreamChannel(Generic[Sent_contra, Received_co]):
+    """A channel over a socket."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, decode: Callable[[bytes], Received_co]
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._decode = decode
+
+    def send(self, message: Sent_contra) -> None:
+        """Send a message; see `Channel`.
+
+        Raises:
+            ProtocolError: it is too long for a frame.
+        """
+        body = encode(message)
+        if len(body) > MOST_FRAME_BYTES:
+            raise ProtocolError(f"a message of {len(body):,} bytes is too long; at most {MOST_FRAME_BYTES:,} go")
+        if not self._writer.is_closing():
+            self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
+
+    async def receive(self) -> Received_co:
+        """Wait for the next message; see `Channel`."""
+        try:
+            length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
+            if length > MOST_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length:,} bytes is too long; at most {MOST_FRAME_BYTES:,} are read")
+            return self._decode(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, OSError):
+            raise ChannelClosedError("the other side has closed the channel") from None
+
+    async def flush(self) -> None:
+        """Wait until the other side's socket has taken everything, or is gone."""
+        with contextlib.suppress(OSError):
+            await self._writer.drain()
+
+    def close(self) -> None:
+        """Close this end; see `Channel`."""
+        self._writer.close()

@@ -1,41 +1,97 @@
-"""Replaying a scenario in real time, on engines that really run."""
+"""What a run leaves of its engines, beside the records of requests.
+
+Prompts for requests of which only the length is known.
+Ctrl-C and SIGTERM, noted instead of obeyed on the spot, so that a run ends in good order and writes its records.
+Replaying a scenario in real time, on engines that really run.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
 import selectors
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from types import FrameType
+from typing import Self, TypeAlias
 
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.faults import FaultTarget
-from maveriq.domain.intents import DeployAsk
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
-from maveriq.exec.body import Body
-from maveriq.exec.devices import Devices
-from maveriq.exec.gpurecord import GpuRecord
-from maveriq.exec.gpus import GpuMeter
-from maveriq.exec.ground import MemoryWatch
-from maveriq.exec.interruption import Interruption
+from maveriq.exec.engine_process import SupervisionSettings
+from maveriq.exec.executor import Executor
+from maveriq.exec.gpu_memory_gate import MemoryWatch
+from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
+from maveriq.exec.gpus import Devices, GpuMeter
+from maveriq.exec.in_flight import LiveRequestHandle
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
-from maveriq.exec.modelfiles import ModelFiles
-from maveriq.exec.orders import SupervisionSettings
-from maveriq.exec.prompts import Prompts
-from maveriq.exec.sampling import GpuSampler
-from maveriq.exec.tickets import LiveTicket
+from maveriq.exec.model_files import ModelFiles
 from maveriq.exec.world import EngineRecord, world_of
-from maveriq.scenario.scenario import Scenario
+from maveriq.scenario.system import ServingSystem
+from maveriq.streams import generator
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
+
+class Prompts:
+    """Made-up prompts, drawn per request from a stream of its own, so that each is the same in every run of a seed."""
+
+    def __init__(self, asks: Iterable[EndpointSpec], seed: int) -> None:
+        self._vocabulary = {ask.endpoint_id: ask.model.vocab_size for ask in asks}
+        self._seed = seed
+
+    def of(self, request: Request) -> tuple[int, ...]:
+        """Return the token ids of a request's prompt; any will do for an endpoint that nobody asks for."""
+        draw = generator(self._seed, f"prompt of request {request.request_id}")
+        return tuple(draw.integers(0, self._vocabulary.get(request.endpoint_id, 2), request.prompt_tokens).tolist())
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Whether somebody wants the run to end. Enter it in the main thread; until it is left, signals do nothing else.
+
+    So a second Ctrl-C, while engines are stopped or records written, cannot lose what the first one meant to keep.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._tell: Callable[[], object] = lambda: None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+        self._tell()
+
+    @contextmanager
+    def telling(self, tell: Callable[[], object]) -> Iterator[None]:
+        """Let somebody be told, at once if it has come already; from a signal's handler, in the main thread."""
+        self._tell = tell
+        if self.came:
+            tell()
+        try:
+            yield
+        finally:
+            self._tell = lambda: None
+
+
 _LOOK_EVERY_S = 0.1
 
-_Happening: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
+_TimedEvent: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
 """When, which kind and which of them come first at one instant, and what to do."""
 
 
@@ -74,7 +130,7 @@ class Replayed:
 
 
 def run_replay(
-    scenario: Scenario,
+    scenario: ServingSystem,
     launcher: Launcher,
     settings: ReplaySettings,
     watcher: Watcher | None,
@@ -98,7 +154,7 @@ def run_replay(
 
 
 async def execute(
-    scenario: Scenario,
+    scenario: ServingSystem,
     launcher: Launcher,
     settings: ReplaySettings,
     watcher: Watcher | None = None,
@@ -118,7 +174,7 @@ class _Replay:
 
     def __init__(
         self,
-        scenario: Scenario,
+        scenario: ServingSystem,
         launcher: Launcher,
         settings: ReplaySettings,
         watcher: Watcher | None,
@@ -132,14 +188,14 @@ class _Replay:
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
         self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
         self._asks_left = len(scenario.workload.asks)
-        self._body = Body(
+        self._body = Executor(
             world_of(scenario, settings.devices, settings.files, settings.sampler.loads if settings.sampler else None),
             launcher,
             time_scale=settings.time_scale,
             supervision=settings.supervision,
             watch=settings.watch,
         )
-        self._gpus = GpuRecord(
+        self._gpus = GpuRecorder(
             self._body.controller.fleet,
             len(scenario.cluster),
             settings.meter,
@@ -209,7 +265,7 @@ class _Replay:
             happen()
         await self._body.drained()
 
-    def _planned(self) -> Iterator[_Happening]:
+    def _planned(self) -> Iterator[_TimedEvent]:
         """Yield what is known beforehand, but for requests; at one instant in the order of the controller's events."""
         body, scenario = self._body, self._scenario
         for removal in scenario.removals:
@@ -224,16 +280,16 @@ class _Replay:
                 lambda one=fault: body.break_engine(one.target_id, for_us=one.for_us),  # type: ignore[misc]
             )
 
-    def _arriving(self) -> Iterator[_Happening]:
+    def _arriving(self) -> Iterator[_TimedEvent]:
         for request in requests_of(self._scenario.workload.arrivals):
             yield request.arrival_us, 3, request.request_id, lambda one=request: self._arrive(one)  # type: ignore[misc]
 
-    def _ask(self, ask: DeployAsk) -> None:
+    def _ask(self, ask: EndpointSpec) -> None:
         self._asks_left -= 1
         self._body.ask(ask)
 
     def _arrive(self, request: Request) -> None:
-        self._body.arrive(LiveTicket(request, self._prompts.of(request)))
+        self._body.arrive(LiveRequestHandle(request, self._prompts.of(request)))
 
     # Looking on
 
@@ -262,11 +318,11 @@ class _Replay:
         return bool(failed) and not self._asks_left and all(one.gone_for_good for one in failed)
 
 
-def _order(happening: _Happening) -> tuple[Micros, int, int]:
+def _order(happening: _TimedEvent) -> tuple[Micros, int, int]:
     return happening[:3]
 
 
-def check_real(scenario: Scenario) -> None:
+def check_real(scenario: ServingSystem) -> None:
     """Refuse what can be simulated, but not be done for real.
 
     Raises:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from maveriq.exec.ground import Ground
+from maveriq.exec.engine_process import EngineProcess, ExitReason, LaunchSpec, SupervisionSettings
+from maveriq.exec.gpu_memory_gate import GpuMemoryGate
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.life import Life
-from maveriq.exec.messages import Failed, Finished, Generate, Loaded, Progress
-from maveriq.exec.orders import Ending, Order, SupervisionSettings
+from maveriq.exec.messages import Failed, Finished, Generate, Loaded, StepProgress
 
 
-class Overseer(Protocol):
-    """Who is told how the engines of all deployments are; `maveriq.exec.body.Body` is one."""
+class SupervisorCallbacks(Protocol):
+    """Who is told how the engines of all deployments are; `maveriq.exec.executor.Body` is one."""
 
-    def engine_up(self, order: Order, loaded: Loaded) -> None:
+    def engine_up(self, order: LaunchSpec, loaded: Loaded) -> None:
         """An engine serves."""
 
     def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
@@ -24,7 +23,7 @@ class Overseer(Protocol):
     def engine_repaired(self, deployment_id: int) -> None:
         """The engine may be started again."""
 
-    def stepped(self, deployment_id: int, progress: Progress) -> None:
+    def stepped(self, deployment_id: int, progress: StepProgress) -> None:
         """The next step of an execution is done."""
 
     def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
@@ -45,24 +44,26 @@ class Supervisor:
         deployment_id: int,
         *,
         launcher: Launcher,
-        overseer: Overseer,
+        overseer: SupervisorCallbacks,
         settings: SupervisionSettings,
-        ground: Ground,
+        ground: GpuMemoryGate,
     ) -> None:
         self._deployment_id = deployment_id
         self._launcher = launcher
         self._overseer = overseer
         self._settings = settings
         self._ground = ground
-        self._life: Life | None = None
+        self._life: EngineProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # of this life, and of those before whose processes still go
         self._repair: asyncio.TimerHandle | None = None
         self._repair_after_s: float | None = None  # said by who broke the engine on purpose
         self._failures = 0
 
-    def start(self, order: Order) -> None:
+    def start(self, order: LaunchSpec) -> None:
         """Start an engine; the one before, if any, has ended or was stopped."""
-        life = Life(order, launcher=self._launcher, listener=self, settings=self._settings, ground=self._ground)
+        life = EngineProcess(
+            order, launcher=self._launcher, listener=self, settings=self._settings, ground=self._ground
+        )
         self._life = life
         task = asyncio.get_running_loop().create_task(life.run())
         self._tasks.add(task)
@@ -107,27 +108,27 @@ class Supervisor:
 
     # What its life says
 
-    def loaded(self, life: Life, loaded: Loaded) -> None:
+    def loaded(self, life: EngineProcess, loaded: Loaded) -> None:
         """Pass on that the engine serves."""
         if life is self._life:
             self._overseer.engine_up(life.order, loaded)
 
-    def stepped(self, life: Life, progress: Progress) -> None:
+    def stepped(self, life: EngineProcess, progress: StepProgress) -> None:
         """Pass on a step."""
         if life is self._life:
             self._overseer.stepped(self._deployment_id, progress)
 
-    def executed(self, life: Life, ended: Finished | Failed) -> None:
+    def executed(self, life: EngineProcess, ended: Finished | Failed) -> None:
         """Pass on that an execution is over."""
         if life is self._life:
             self._failures = 0
             self._overseer.executed(self._deployment_id, ended)
 
-    def noticed(self, life: Life, warning: str) -> None:  # noqa: ARG002
+    def noticed(self, life: EngineProcess, warning: str) -> None:  # noqa: ARG002
         """Pass on a warning."""
         self._overseer.noticed(self._deployment_id, warning)
 
-    def ended(self, life: Life, ending: Ending) -> None:
+    def ended(self, life: EngineProcess, ending: ExitReason) -> None:
         """Decide whether the engine comes back, and when."""
         if life is not self._life or not ending.failed:
             return  # it was told to stop

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from maveriq.control.controller import ControllerSettings, ServiceGuess
+from maveriq.control.controller import ControllerSettings, ServiceTimePredictor
 from maveriq.control.events import StartEngine
-from maveriq.domain.hardware import Cluster
-from maveriq.exec.devices import Devices
+from maveriq.domain.cluster import Cluster
+from maveriq.exec.engine_process import LaunchSpec
+from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import EngineSpec, Loaded
-from maveriq.exec.modelfiles import ModelFiles
-from maveriq.exec.orders import Order
-from maveriq.policy.base import Policy
-from maveriq.scenario.scenario import LoadTime, Scenario
-from maveriq.scenario.service import ServiceModel, service_model
+from maveriq.exec.model_files import ModelFiles
+from maveriq.policy.policy import Policy
+from maveriq.scenario.service_times import ServiceTimes, service_times_for
+from maveriq.scenario.system import LoadTime, ServingSystem
 from maveriq.units import seconds
 
 
@@ -30,15 +30,15 @@ class World:
     cluster: Cluster
     policy: Policy
     settings: ControllerSettings
-    guess: ServiceGuess
-    service: ServiceModel
+    guess: ServiceTimePredictor
+    service: ServiceTimes
     load_time: LoadTime
     devices: Devices = field(default_factory=Devices)
     files: ModelFiles = field(default_factory=ModelFiles)
     typical_prompt_tokens: int = 1
     measured_loads: Callable[[], Sequence[float]] | None = None
 
-    def order(self, action: StartEngine, time_scale: float) -> Order:
+    def order(self, action: StartEngine, time_scale: float) -> LaunchSpec:
         """Return the order for an engine that is to start; it takes `time_scale` real seconds per second of the run."""
         plan, configuration = action.plan, action.plan.configuration
         spec = EngineSpec(
@@ -58,20 +58,20 @@ class World:
             time_scale=time_scale,
         )
         needed = dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
-        return Order(spec=spec, needed=needed, load_s=seconds(self.load_time(plan)))
+        return LaunchSpec(spec=spec, needed=needed, load_s=seconds(self.load_time(plan)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRecord:
     """An engine that served: what it says of itself, and how long it took to start, in real seconds."""
 
-    order: Order
+    order: LaunchSpec
     loaded: Loaded
     start_s: float
 
 
 def world_of(
-    scenario: Scenario, devices: Devices, files: ModelFiles, measured_loads: Callable[[], Sequence[float]] | None
+    scenario: ServingSystem, devices: Devices, files: ModelFiles, measured_loads: Callable[[], Sequence[float]] | None
 ) -> World:
     """Return what a body needs to know of a scenario.
 
@@ -83,7 +83,7 @@ def world_of(
         policy=scenario.policy,
         settings=scenario.settings,
         guess=scenario.guess,
-        service=service_model(scenario),
+        service=service_times_for(scenario),
         load_time=scenario.load_time,
         devices=devices,
         files=files,

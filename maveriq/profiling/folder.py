@@ -10,7 +10,7 @@ from statistics import median
 
 from maveriq.estimate.measured import COLUMNS
 from maveriq.profiling.measure import Measured
-from maveriq.report.folders import write_folder
+from maveriq.report.run_folder import write_folder
 
 PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv")
 """What makes a folder a profile of measurements."""

@@ -8,16 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import ParallelConfig, even_split
 from maveriq.errors import MaveriqError
 from maveriq.exec import messages
-from maveriq.exec.channel import ChannelClosedError
-from maveriq.exec.devices import Devices
+from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
-from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Hello, Load, Loaded, Stop
-from maveriq.exec.modelconfig import config_json
-from maveriq.policy.split import even_split
+from maveriq.exec.messages import ChannelClosedError, EngineSpec, Failed, Finished, Generate, Hello, Load, Loaded, Stop
+from maveriq.exec.model_files import hf_config_json
 from maveriq.streams import generator
 from maveriq.units import BYTES_PER_GIB
 
@@ -30,7 +28,7 @@ class ProfilingError(MaveriqError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class MeasurementCase:
     """What an engine is asked: `batch` prompts of equal length, and so many tokens for each."""
 
     batch: int
@@ -43,8 +41,8 @@ class Measured:
     """What a configuration took; medians over the repeats. `ttft_s` is the intercept at zero output tokens."""
 
     model: ModelSpec
-    configuration: Configuration
-    question: Question
+    configuration: ParallelConfig
+    question: MeasurementCase
     ttft_s: float
     tpot_s: float
     memory_gib: float
@@ -69,8 +67,8 @@ class Probe:
 async def measure(
     launcher: Launcher,
     model: ModelSpec,
-    configuration: Configuration,
-    questions: Sequence[Question],
+    configuration: ParallelConfig,
+    questions: Sequence[MeasurementCase],
     *,
     devices: Devices,
     probe: Probe,
@@ -117,13 +115,13 @@ async def measure(
 
 
 def _spec(
-    model: ModelSpec, configuration: Configuration, batch: int, devices: tuple[str, ...], seed: int
+    model: ModelSpec, configuration: ParallelConfig, batch: int, devices: tuple[str, ...], seed: int
 ) -> EngineSpec:
     return EngineSpec(
         deployment_id=1,
         incarnation=1,
         model=model.name,
-        config_json=config_json(model),
+        config_json=hf_config_json(model),
         tp=configuration.tp,
         pp=configuration.pp,
         layer_split=even_split(model.layers, configuration.pp),
@@ -155,7 +153,7 @@ class _Talk:
                     case Failed() as failed:
                         raise ProfilingError(f"{self._what}: {failed.message}")
 
-    async def run(self, sequences: tuple[messages.Sequence, ...]) -> Finished:
+    async def run(self, sequences: tuple[messages.PromptSequence, ...]) -> Finished:
         self._execution_id += 1
         async with self._within("answer"):
             self._channel.send(Generate(execution_id=self._execution_id, sequences=sequences))
@@ -178,7 +176,7 @@ class _Talk:
 
 
 async def _ask_all(
-    talk: _Talk, model: ModelSpec, questions: Sequence[Question], probe: Probe
+    talk: _Talk, model: ModelSpec, questions: Sequence[MeasurementCase], probe: Probe
 ) -> list[tuple[float, float]]:
     """Return until the first token and per token after it, medians over the repeats.
 
@@ -198,9 +196,9 @@ async def _ask_all(
     return [(median(first), median(each)) for first, each in zip(first_s, each_s, strict=True)]
 
 
-def _sequences(prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[messages.Sequence, ...]:
+def _sequences(prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[messages.PromptSequence, ...]:
     return tuple(
-        messages.Sequence(request_id=number, prompt=tuple(prompt), output_tokens=output_tokens)
+        messages.PromptSequence(request_id=number, prompt=tuple(prompt), output_tokens=output_tokens)
         for number, prompt in enumerate(prompts, 1)
     )
 

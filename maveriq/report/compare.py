@@ -2,23 +2,28 @@
 
 Errors are signed: positive where the first run has more. Durations, rates and costs err in percent
 of the second run, shares in percentage points. Swapping the runs flips every sign.
+
+Tolerances on a comparison, as a user writes them: `mean=10%,p95=15%,slo=3pt`.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from maveriq.domain.deployment import DeploymentPlan
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
+from maveriq.errors import InputError, UnknownNameError
 from maveriq.report.metrics import Metrics, Summary, summarise
-from maveriq.report.verdict import Verdict, judge
+from maveriq.report.saturation import Saturation, assess_saturation
 from maveriq.units import MICROS_PER_SECOND
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -128,8 +133,8 @@ class Comparison:
     overall: Distance
     models: dict[str, Distance]
     deployments: tuple[PlanPair, ...]
-    sim_verdict: Verdict
-    real_verdict: Verdict
+    sim_verdict: Saturation
+    real_verdict: Saturation
 
 
 def compare(sim: RunRecord, real: RunRecord) -> Comparison:
@@ -150,8 +155,8 @@ def compare(sim: RunRecord, real: RunRecord) -> Comparison:
         overall=_distance(*sides, None, matched=not unmatched),
         models={name: _distance(*sides, name, matched=not unmatched) for name in names},
         deployments=tuple(_pairs(sim, real)),
-        sim_verdict=judge(sim),
-        real_verdict=judge(real),
+        sim_verdict=assess_saturation(sim),
+        real_verdict=assess_saturation(real),
     )
 
 
@@ -276,3 +281,92 @@ def _layout(plan: DeploymentPlan | None) -> object:
 
 def _gpus(plan: DeploymentPlan | None) -> object:
     return plan and frozenset(plan.gpu_ids)
+
+
+_KS, _REQUEST = "ks", "request"
+UNITS = {one.name: one.unit for one in QUANTITIES} | {_KS: POINTS, _REQUEST: PERCENT}
+"""The unit of every error that can be bounded; `ks` is a distance (0 to 100 points), `request` the
+median error over requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """The largest error allowed of one quantity, either way; in percent or points."""
+
+    name: str
+    limit: float
+
+    @property
+    def unit(self) -> str:
+        """PERCENT or POINTS."""
+        return UNITS[self.name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A tolerance and the error of the whole run; `error` is None where there is none to judge.
+
+    It is met where neither run has such a figure (no SLO, say), and missed where only one has it.
+    """
+
+    name: str
+    limit: float
+    unit: str
+    error: float | None
+    met: bool
+
+
+def parse_tolerances(text: str) -> tuple[Tolerance, ...]:
+    """Return tolerances from a text such as `mean=10%,p95=15%,slo=3pt`; `%` and `pt` may be left out.
+
+    Raises:
+        InputError: not that form, a unit that does not fit, a limit that is negative, a name twice.
+        UnknownNameError: no such quantity.
+    """
+    found = [_tolerance(part.strip()) for part in text.split(",")]
+    names = [one.name for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"tolerance on {name} stands twice in {text!r}; leave one")
+    return tuple(found)
+
+
+def _tolerance(part: str) -> Tolerance:
+    name, equals, said = (piece.strip() for piece in part.partition("="))
+    if not equals:
+        raise InputError(f"tolerance must be written as NAME=LIMIT, for example mean=10%, not {part!r}")
+    name = name.replace("_", "-")
+    if name not in UNITS:
+        raise UnknownNameError("tolerance", name, UNITS)
+    number = re.fullmatch(r"([0-9.eE+-]+) *(%|pt)?", said)
+    try:
+        limit = float(number[1]) if number else math.nan
+    except ValueError:
+        limit = math.nan
+    if number is None or not math.isfinite(limit) or limit < 0:
+        raise InputError(f"tolerance on {name} must be a number from 0 with {UNITS[name]}, not {said!r}")
+    if number[2] not in (None, UNITS[name]):
+        raise InputError(f"tolerance on {name} must be in {UNITS[name]}, not in {number[2]}")
+    return Tolerance(name=name, limit=limit)
+
+
+def check(comparison: Comparison, tolerances: Iterable[Tolerance]) -> tuple[Check, ...]:
+    """Return how the errors of the whole run stand against tolerances."""
+    return tuple(_check(comparison, one) for one in tolerances)
+
+
+def _check(comparison: Comparison, tolerance: Tolerance) -> Check:
+    error, applies = _tolerated_error(comparison, tolerance.name)
+    met = not applies if error is None else abs(error) <= tolerance.limit
+    return Check(name=tolerance.name, limit=tolerance.limit, unit=tolerance.unit, error=error, met=met)
+
+
+def _tolerated_error(comparison: Comparison, name: str) -> tuple[float | None, bool]:
+    """Return an error of the whole run, and whether at least one of the runs has such a figure."""
+    overall = comparison.overall
+    if name == _KS:
+        return (None if overall.ks is None else 100 * overall.ks), bool(overall.sim_completed or overall.real_completed)
+    if name == _REQUEST:
+        return overall.request_error, True
+    difference = overall.differences[name]
+    return difference.error, difference.sim is not None or difference.real is not None

@@ -11,7 +11,7 @@ from maveriq.errors import InputError
 from maveriq.files import written_whole
 from maveriq.report.compare import PERCENT, Comparison
 from maveriq.report.curves import Curves
-from maveriq.report.wording import signed
+from maveriq.report.formatting import signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
-from maveriq.report.backlog import waiting_at
+from maveriq.report.saturation import waiting_at
 from maveriq.units import MICROS_PER_SECOND
 
 Array: TypeAlias = npt.NDArray[Any]

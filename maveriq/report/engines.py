@@ -11,11 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.capabilities import Refusal
-from maveriq.exec.installed import Installed, Machine
-from maveriq.exec.matrix import Arrangement, Device, EngineFacts, Row
+from maveriq.exec.capabilities import Arrangement, CapabilityRow, Device, EngineFacts, Installed, Machine, Refusal
+from maveriq.report.formatting import NONE
 from maveriq.report.tables import new_table
-from maveriq.report.wording import NONE
 from maveriq.units import gib
 
 Here = Mapping[str, Installed]
@@ -43,14 +41,14 @@ def matrix_table(engines: Mapping[str, EngineFacts]) -> Table:
     return table
 
 
-def _tp(row: Row) -> str:
+def _tp(row: CapabilityRow) -> str:
     most = f"up to {row.most_tp}" if row.most_tp else ""
     heads = "divides heads" if row.heads else "" if most else "any"
     groups = f"no cut groups of {row.group}" if row.group else ""
     return ", ".join(part for part in (most, heads, groups) if part)
 
 
-def _pp(row: Row) -> str:
+def _pp(row: CapabilityRow) -> str:
     if row.most_pp == 1:
         return "1"
     return f"{f'up to {row.most_pp}, ' if row.most_pp else ''}{'also uneven' if row.uneven else 'equal stages'}"

@@ -10,13 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from maveriq.policy.alpaserve.groups import Placement, gpu_bytes
-from maveriq.policy.alpaserve.problem import GroupShape, PlacementProblem
-from maveriq.policy.alpaserve.progress import SearchProgress
-from maveriq.policy.alpaserve.search import FilledCandidate, PlacementSolution
-from maveriq.policy.alpaserve.settings import SearchSettings
+from maveriq.policy.alpaserve.problem import GroupShape, Placement, PlacementProblem, SearchSettings, gpu_bytes
+from maveriq.policy.alpaserve.search import FilledCandidate, PlacementSolution, SearchProgress
+from maveriq.report.formatting import NONE, figure, gpu_list, share
 from maveriq.report.tables import new_table
-from maveriq.report.wording import NONE, figure, gpu_list, share
 from maveriq.units import gib
 
 _NAMES_SHOWN = 8

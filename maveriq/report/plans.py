@@ -7,12 +7,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.hardware import Cluster
-from maveriq.domain.intents import DeployAsk, Objective
-from maveriq.policy.configure import Candidate, LeftOut, Ranking
+from maveriq.domain.cluster import Cluster
+from maveriq.domain.deployments import EndpointSpec, Objective
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.policy.configuration import Candidate, Ranking, RejectedConfig
+from maveriq.report.formatting import NONE, figure, layer_list
 from maveriq.report.tables import new_table
-from maveriq.report.wording import NONE, figure, layer_list
 from maveriq.units import gib
 
 _WIDE = 116
@@ -24,7 +24,7 @@ _UNITS = {
 }
 
 
-def ranking_table(ask: DeployAsk, ranking: Ranking, cluster: Cluster, *, top: int, width: int) -> Table:
+def ranking_table(ask: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top: int, width: int) -> Table:
     """Return the best configurations, best first.
 
     Args:
@@ -56,7 +56,7 @@ def ranking_table(ask: DeployAsk, ranking: Ranking, cluster: Cluster, *, top: in
     return table
 
 
-def _headers(ask: DeployAsk, *, wide: bool) -> list[str]:
+def _headers(ask: EndpointSpec, *, wide: bool) -> list[str]:
     narrow = ["latency\ns", "TPOT\nms", "GiB\nper GPU", "acc.\n%", _UNITS[ask.intent.objective]]
     if not wide:
         return narrow
@@ -92,7 +92,7 @@ def left_out_table(ranking: Ranking, *, every: bool) -> Table:
     table.add_column("how many", justify="right")
     table.add_column("reason")
     table.add_column("for example")
-    by_reason: dict[str, list[LeftOut]] = {}
+    by_reason: dict[str, list[RejectedConfig]] = {}
     for left in ranking.left_out:
         by_reason.setdefault(left.reason, []).append(left)
     for reason, several in sorted(by_reason.items(), key=lambda item: -len(item[1])):
@@ -102,7 +102,7 @@ def left_out_table(ranking: Ranking, *, every: bool) -> Table:
     return table
 
 
-def ranking_json(ask: DeployAsk, ranking: Ranking, cluster: Cluster) -> dict[str, Any]:
+def ranking_json(ask: EndpointSpec, ranking: Ranking, cluster: Cluster) -> dict[str, Any]:
     """Return the whole ranking as plain values; times in s, memory in GiB, accuracy in percent."""
     return {
         "model": ask.model.name,
@@ -135,7 +135,7 @@ def ranking_json(ask: DeployAsk, ranking: Ranking, cluster: Cluster) -> dict[str
     }
 
 
-def _configuration_json(configuration: Configuration) -> dict[str, Any]:
+def _configuration_json(configuration: ParallelConfig) -> dict[str, Any]:
     return {
         "tp": configuration.tp,
         "pp": configuration.pp,

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from maveriq.domain.records import NOT_YET, DeploymentRecord
+from maveriq.report.formatting import NONE, figure, gpu_list, layer_list, share
 from maveriq.report.metrics import Figures, Metrics, Summary
-from maveriq.report.verdict import Verdict, VerdictLabel
-from maveriq.report.wording import NONE, figure, gpu_list, layer_list, share
+from maveriq.report.saturation import Saturation, SaturationLabel
 from maveriq.units import gib, seconds
 
 _WIDE = 116
@@ -28,13 +28,15 @@ STATUS_STYLES = {
     "removed": "dim",
 }
 VERDICT_STYLES = {
-    VerdictLabel.STABLE: "green",
-    VerdictLabel.BACKLOGGED: "yellow",
-    VerdictLabel.OVERLOADED: "red",
+    SaturationLabel.STABLE: "green",
+    SaturationLabel.BACKLOGGED: "yellow",
+    SaturationLabel.OVERLOADED: "red",
 }
 
 
-def results_view(summary: Summary, verdict: Verdict, deployments: Sequence[DeploymentRecord], *, width: int) -> Group:
+def results_view(
+    summary: Summary, verdict: Saturation, deployments: Sequence[DeploymentRecord], *, width: int
+) -> Group:
     """Return all that a run's end shows: deployments, tables per model, verdict, notices."""
     return Group(
         deployments_table(deployments, width=width),
@@ -197,7 +199,7 @@ def _figure_column(header: str, metric: str, which: str) -> _Column:
     return _Column(header=header, cell=cell)
 
 
-def verdict_panel(verdict: Verdict, summary: Summary, *, width: int) -> Panel:
+def verdict_panel(verdict: Saturation, summary: Summary, *, width: int) -> Panel:
     """Return the verdict with the figures of the whole run beneath it."""
     style = VERDICT_STYLES[verdict.label]
     figures = Table.grid(padding=(0, 2))

@@ -1,47 +1,92 @@
-"""Building a scenario from options: the one place where names become objects."""
+"""Who plans and who times simulated service: names and defaults become estimators.
+
+The workload that options describe.
+Building a scenario from options: the one place where names become objects.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from maveriq.control.controller import ControllerSettings, OnFailure, ServiceGuess
-from maveriq.control.deployments import Deployment
-from maveriq.control.queues import Discipline
-from maveriq.control.replicas import ReplicaChoice
-from maveriq.domain.deployment import DeploymentPlan
-from maveriq.domain.hardware import Cluster, DispatchTiming
+from maveriq.control.controller import ControllerSettings, OnFailure, ServiceTimePredictor
+from maveriq.control.deployment_manager import Deployment
+from maveriq.control.queues import QueueDiscipline
+from maveriq.control.router import RoutingRule
+from maveriq.domain.cluster import Cluster, DispatchTiming
+from maveriq.domain.faults import check_fault, check_removal, parse_fault, parse_removal
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.base import Estimator
-from maveriq.estimate.clusters import cluster_from
-from maveriq.estimate.hardware import GpuKind, HardwareProfile, load_profile
-from maveriq.policy.alpaserve.policy import PlacedAhead
-from maveriq.policy.base import Policy
-from maveriq.policy.catalog import make_policy
-from maveriq.scenario.ahead import AHEAD, plan_ahead
-from maveriq.scenario.demand import workload_for
-from maveriq.scenario.estimators import estimators_for
-from maveriq.scenario.faults import check_fault, check_removal, parse_fault, parse_removal
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile, load_profile
+from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator, make_estimator, note_on_default
+from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
+from maveriq.policy.policy import Policy
+from maveriq.policy.registry import make_policy
 from maveriq.scenario.options import Options
-from maveriq.scenario.scenario import LoadTime, Scenario
+from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
+from maveriq.scenario.system import LoadTime, ServingSystem
+from maveriq.scenario.workload import workload_for
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
-from maveriq.workload.base import Workload
+from maveriq.workload.requests import Workload
+
+RECORDED = "recorded"
+"""The value of `serve_with` that takes the workload's own recorded times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimators:
+    """Belief and world: `plan` is what the policy plans with, `serve` times service (None: recorded times do).
+
+    `notes` say what a reader of the results must know of them.
+    """
+
+    plan: Estimator
+    serve: Estimator | None
+    notes: tuple[str, ...] = ()
+
+
+def estimators_for(options: Options, profile: HardwareProfile) -> Estimators:
+    """Return the estimators that options name, or the best ones that the profile can feed.
+
+    Raises:
+        InputError: an unknown name, a profile without what it needs, a recorded run that cannot be left out.
+    """
+    note = note_on_default(profile)  # who named both knows
+    return Estimators(
+        plan=make_estimator(options.plan_with or default_estimator(profile), profile),
+        serve=_server(options.serve_with or default_estimator(profile), profile, options.serve_without),
+        notes=(note,) if note and not (options.plan_with and options.serve_with) else (),
+    )
+
+
+def _server(name: str, profile: HardwareProfile, without_run: str | None) -> Estimator | None:
+    if name not in (*ESTIMATORS, RECORDED):
+        raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
+    if without_run is not None:
+        if name != CALIBRATED:
+            raise InputError(f"--serve-without applies to --serve-with calibrated, not to {name!r}; leave it out")
+        return CalibratedEstimator.serving(profile, without_run=without_run)
+    return None if name == RECORDED else make_estimator(name, profile)
+
 
 _MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
 _MOST_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def build_scenario(
+def build_system(
     options: Options,
     *,
     planning: Callable[[Estimator], Estimator] = lambda one: one,
     clusters: Callable[[str, HardwareProfile], Cluster] | None = None,
-) -> Scenario:
+) -> ServingSystem:
     """Turn options into a scenario, reading every file that they name.
 
     Args:
@@ -66,12 +111,12 @@ def build_scenario(
     removals = tuple(parse_removal(text) for text in options.remove)
     for removal in removals:
         check_removal(removal, asked_us=[ask.asked_us for ask in workload.asks])
-    return Scenario(
+    return ServingSystem(
         cluster=cluster,
         policy=policy,
         workload=workload,
         settings=controller_settings(options, profile),
-        guess=guess_with(planner),
+        guess=service_time_predictor(planner),
         plan_with=estimators.plan.name,
         serve=estimators.serve,
         load_time=load_time_for(options, profile),
@@ -88,28 +133,28 @@ def _policy(
 ) -> tuple[Policy, tuple[str, ...]]:
     """Return the policy, and what a reader of its results must know."""
     _refuse_without_effect(options)
-    if options.policy in AHEAD:
-        return plan_ahead(options, profile, cluster, planner, workload)
+    if options.policy in STATIC_POLICIES:
+        return search_static_placement(options, profile, cluster, planner, workload)
     policy = make_policy(
         options.policy,
         estimator=planner,
         accuracy=profile.accuracy,
         packing_threshold=options.packing_threshold,
-        others=AHEAD,
+        others=STATIC_POLICIES,
     )
     return policy, ()
 
 
 def _refuse_without_effect(options: Options) -> None:
     """Refuse what a user said to a policy that has no use for it: the run would not be what they think."""
-    ahead = options.policy in AHEAD
+    ahead = options.policy in STATIC_POLICIES
     useless = ("intent", "min_accuracy", "float16_only") if ahead else (
         "alpaserve_profile", "alpaserve_as_published", "alpaserve_star_rule",
     )  # fmt: skip
     usual = Options()
     for name in useless:
         if getattr(options, name) != getattr(usual, name):
-            for_whom = "policies that go by intents" if ahead else " and ".join(AHEAD)
+            for_whom = "policies that go by intents" if ahead else " and ".join(STATIC_POLICIES)
             raise InputError(
                 f"--{name.replace('_', '-')} applies to {for_whom}, not to {options.policy!r}; leave it out"
             )
@@ -120,7 +165,7 @@ def _asked_us(policy: Policy, workload: Workload) -> list[Micros]:
     return [
         ask.asked_us
         for ask in workload.asks
-        for _ in range(max(1, policy.replicas(ask.endpoint_id)) if isinstance(policy, PlacedAhead) else 1)
+        for _ in range(max(1, policy.replicas(ask.endpoint_id)) if isinstance(policy, StaticPlacementPolicy) else 1)
     ]
 
 
@@ -149,10 +194,10 @@ def controller_settings(options: Options, profile: HardwareProfile) -> Controlle
     """
     return ControllerSettings(
         timing=_timing(options, profile.timing),
-        discipline=_choice(Discipline, "queue", options.queue),
+        discipline=_choice(QueueDiscipline, "queue", options.queue),
         max_wait_us=micros(options.max_wait_s),
         on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
-        replica=_choice(ReplicaChoice, "replica choice", options.replica),
+        replica=_choice(RoutingRule, "replica choice", options.replica),
         seed=options.seed,
         load_window=profile.load_window,
     )
@@ -190,7 +235,7 @@ def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:
     return load_time
 
 
-def guess_with(planner: Estimator) -> ServiceGuess:
+def service_time_predictor(planner: Estimator) -> ServiceTimePredictor:
     """Guess a request's service from its prompt and the output length that was planned for.
 
     The true output length is not known before a request has run.

@@ -16,13 +16,11 @@ from starlette.exceptions import HTTPException
 
 from maveriq import __version__
 from maveriq.errors import InputError, MaveriqError
-from maveriq.exec.cluster import LiveCluster
-from maveriq.policy.endpoints import PerEndpoint
-from maveriq.serve.developer_routes import developer_routes
-from maveriq.serve.gate import Gate
-from maveriq.serve.openai_routes import openai_routes
-from maveriq.serve.operator_routes import operator_routes
-from maveriq.serve.refusals import ApiError, bad
+from maveriq.exec.live_cluster import LiveCluster
+from maveriq.policy.pinned import PinnedPlacementPolicy
+from maveriq.serve.auth import AuthMiddleware
+from maveriq.serve.errors import ApiError, bad_request
+from maveriq.serve.routes import developer_routes, openai_routes, operator_routes
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
@@ -32,7 +30,9 @@ _OTHER_TYPE = frozenset({"string_type", "list_type", "int_type"})
 _TYPE = re.compile(r"str|int|constrained-\w+|.*\[.*\]")  # in a path where pydantic tries several types
 
 
-def create_app(cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PerEndpoint) -> FastAPI:
+def create_app(
+    cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PinnedPlacementPolicy
+) -> FastAPI:
     """Return the application for a cluster that is up.
 
     Its lifespan brings back what the store knows, and at the end stops the service: cluster and
@@ -67,7 +67,9 @@ def create_app(cluster: LiveCluster, store: Store, settings: ServeSettings, plac
     app.include_router(developer_routes(service))
     app.include_router(operator_routes(service))
     _explain_errors(app, service)
-    app.add_middleware(Gate, settings=settings, rejected=lambda code: service.metrics.errors.labels(code).inc())
+    app.add_middleware(
+        AuthMiddleware, settings=settings, rejected=lambda code: service.metrics.errors.labels(code).inc()
+    )
     return app
 
 
@@ -84,7 +86,7 @@ def _explain_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(InputError)
     async def input_error(_request: Request, error: InputError) -> JSONResponse:
-        return told(bad(str(error)))
+        return told(bad_request(str(error)))
 
     @app.exception_handler(MaveriqError)
     async def cannot(_request: Request, error: MaveriqError) -> JSONResponse:
@@ -119,7 +121,7 @@ def _in_one_line(faults: Sequence[Any]) -> ApiError:
         named.append(last)
     where = ".".join(named)
     if fault["type"] == "extra_forbidden":
-        return bad(f"{where} is not known here; leave it out", where, code="unknown_parameter")
+        return bad_request(f"{where} is not known here; leave it out", where, code="unknown_parameter")
     if fault["type"] == "json_invalid":
-        return bad("the body is not valid JSON", code="invalid_json")
-    return bad(f"{where or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", where or None)
+        return bad_request("the body is not valid JSON", code="invalid_json")
+    return bad_request(f"{where or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", where or None)

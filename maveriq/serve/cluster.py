@@ -8,26 +8,31 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from maveriq.domain.hardware import Cluster
+from maveriq.domain.cluster import Cluster
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError
-from maveriq.estimate.base import Estimator
-from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.exec.body import Body
-from maveriq.exec.devices import Devices
-from maveriq.exec.ground import MemoryWatch
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.exec.engine_process import SupervisionSettings
+from maveriq.exec.executor import Executor
+from maveriq.exec.gpu_memory_gate import MemoryWatch
+from maveriq.exec.gpu_sampling import GpuSampler
+from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.modelfiles import ModelFiles
-from maveriq.exec.orders import SupervisionSettings
-from maveriq.exec.sampling import GpuSampler
+from maveriq.exec.model_files import ModelFiles
 from maveriq.exec.world import World
-from maveriq.policy.base import Policy
-from maveriq.policy.catalog import RULES, make_policy
-from maveriq.policy.endpoints import PerEndpoint
-from maveriq.scenario.build import cluster_for, controller_settings, guess_with, load_time_for
-from maveriq.scenario.estimators import estimators_for
+from maveriq.policy.pinned import PinnedPlacementPolicy
+from maveriq.policy.policy import Policy
+from maveriq.policy.registry import RULES, make_policy
+from maveriq.scenario.build import (
+    cluster_for,
+    controller_settings,
+    estimators_for,
+    load_time_for,
+    service_time_predictor,
+)
 from maveriq.scenario.options import Options
-from maveriq.scenario.service import EstimatedService
+from maveriq.scenario.service_times import EstimatedServiceTimes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +44,7 @@ class ClusterPlan:
     cluster: Cluster
     planner: Estimator
     believed: Estimator
-    placements: PerEndpoint
+    placements: PinnedPlacementPolicy
 
 
 def plan_cluster(
@@ -78,7 +83,7 @@ def plan_cluster(
         cluster=clusters(options.gpus, profile),
         planner=planner,
         believed=estimators.serve,
-        placements=PerEndpoint(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
+        placements=PinnedPlacementPolicy(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
     )
 
 
@@ -94,7 +99,7 @@ async def open_cluster(
     devices: Devices | None = None,
     watch: MemoryWatch | None = None,
     sampler: GpuSampler | None = None,
-) -> AsyncIterator[Body]:
+) -> AsyncIterator[Executor]:
     """Give a cluster that is up, and close it at the end.
 
     Args:
@@ -119,8 +124,8 @@ async def open_cluster(
         cluster=plan.cluster,
         policy=plan.placements,
         settings=controller_settings(plan.options, plan.profile),
-        guess=guess_with(plan.planner),
-        service=EstimatedService(plan.believed),
+        guess=service_time_predictor(plan.planner),
+        service=EstimatedServiceTimes(plan.believed),
         load_time=load_time_for(plan.options, plan.profile),
         devices=devices or Devices(),
         measured_loads=sampler.loads if sampler else None,
@@ -128,7 +133,7 @@ async def open_cluster(
         typical_prompt_tokens=plan.profile.prompt_tokens,
     )
     with ProcessLauncher(backend, logs=logs, devices=world.devices) as launcher:
-        body = Body(world, launcher, time_scale=time_scale, supervision=supervision, watch=watch)
+        body = Executor(world, launcher, time_scale=time_scale, supervision=supervision, watch=watch)
         sampling = asyncio.create_task(sampler.run()) if sampler else None
         try:
             yield body

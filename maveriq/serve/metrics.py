@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
-from maveriq.exec.cluster import Outcome
+from maveriq.exec.live_cluster import Outcome
 from maveriq.units import Micros, seconds
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from maveriq.domain.progress import DeploymentStatus
 from maveriq.errors import InputError
-from maveriq.exec.cluster import EndpointRequest, LiveCluster
-from maveriq.policy.endpoints import PerEndpoint, Plans
-from maveriq.serve.catalogue import Catalogue, did_you_mean
+from maveriq.exec.live_cluster import EndpointRequest, LiveCluster
+from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
+from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.metrics import Metrics
-from maveriq.serve.refusals import ApiError, bad, unknown
+from maveriq.serve.model_registry import ModelRegistry, did_you_mean
+from maveriq.serve.requests import RequestLifecycle
 from maveriq.serve.settings import ServeSettings
-from maveriq.serve.store import KnownModel, Store, StoredDeployment, StoreError
-from maveriq.serve.tracking import Tracker
+from maveriq.serve.store import Store, StoredEndpoint, StoredModel, StoreError
 
 _LOG = logging.getLogger(__name__)
 _LAST_WORDS_S = 5.0
@@ -29,8 +29,8 @@ _UP = "up"
 class Endpoint:
     """A deployment as its developer sees it, and the engines that serve it now."""
 
-    stored: StoredDeployment
-    model: KnownModel
+    stored: StoredEndpoint
+    model: StoredModel
     engines: tuple[DeploymentStatus, ...]
 
     @property
@@ -48,7 +48,9 @@ class Endpoint:
 class Service:
     """Serves one cluster from one state file. All of it is used from one event loop."""
 
-    def __init__(self, cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PerEndpoint) -> None:
+    def __init__(
+        self, cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PinnedPlacementPolicy
+    ) -> None:
         """Bring the parts together; `start` makes them work.
 
         Args:
@@ -59,13 +61,13 @@ class Service:
         """
         self.settings = settings
         self.metrics = Metrics()
-        self.models = Catalogue(store, folder=settings.models_folder, most=settings.most_models)
-        self.tracker = Tracker(cluster, store, self.metrics, most=settings.most_in_flight)
+        self.models = ModelRegistry(store, folder=settings.models_folder, most=settings.most_models)
+        self.tracker = RequestLifecycle(cluster, store, self.metrics, most=settings.most_in_flight)
         self.store = store
         self.started_s = int(time.time())
         self._cluster = cluster
         self._placements = placements
-        self._deployments: dict[int, StoredDeployment] = {}
+        self._deployments: dict[int, StoredEndpoint] = {}
         self._changing = asyncio.Lock()
         self._notes: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
@@ -125,7 +127,7 @@ class Service:
             deployed = any(one.model_id == model_id for one in self._deployments.values())
             await self.models.forget(model_id, deployed=deployed)
 
-    async def deploy(self, model: KnownModel, asked: EndpointRequest, placement: str) -> Endpoint:
+    async def deploy(self, model: StoredModel, asked: EndpointRequest, placement: str) -> Endpoint:
         """Ask for a model to be served.
 
         Raises:
@@ -142,11 +144,9 @@ class Service:
             names = self._placements.by_name
             if placement and placement not in names:
                 told = f"unknown placement {placement!r}{did_you_mean(placement, names)} (known: {', '.join(names)})"
-                raise bad(told, "placement")
+                raise bad_request(told, "placement")
             endpoint_id = await self.store.add_deployment(model.model_id, asked, placement)
-            stored = StoredDeployment(
-                endpoint_id=endpoint_id, model_id=model.model_id, asked=asked, placement=placement
-            )
+            stored = StoredEndpoint(endpoint_id=endpoint_id, model_id=model.model_id, asked=asked, placement=placement)
             self._deployments[endpoint_id] = stored
             self.metrics.model_known(model.spec.name)
             self._ask(stored)
@@ -174,7 +174,7 @@ class Service:
             ApiError: there is none.
         """
         if endpoint_id not in self._deployments:
-            raise unknown("deployment", f"there is no deployment {endpoint_id}; list them with GET /deployments")
+            raise not_found("deployment", f"there is no deployment {endpoint_id}; list them with GET /deployments")
         return self._view(self._deployments[endpoint_id])
 
     def endpoints(self) -> list[Endpoint]:
@@ -194,7 +194,7 @@ class Service:
         if not meant:
             names = {name for one in endpoints for name in (one.model.spec.name, address(one))}
             told = f"model {text!r} is not deployed{did_you_mean(text, names)}; GET /v1/models lists what is"
-            raise unknown("model", told)
+            raise not_found("model", told)
         return min(meant, key=lambda one: (one.status != _UP, self.tracker.waiting_for(one.endpoint_id)))
 
     def problems(self) -> list[str]:
@@ -208,13 +208,13 @@ class Service:
         ]
         return told if self.tracker.store_works else [*told, "the state file cannot be written"]
 
-    def _ask(self, stored: StoredDeployment) -> None:
+    def _ask(self, stored: StoredEndpoint) -> None:
         if stored.placement:
             with contextlib.suppress(InputError):  # a name that this life of the service does not know: the usual one
                 self._placements.place_by(stored.endpoint_id, stored.placement)
         self._cluster.deploy(stored.asked, endpoint_id=stored.endpoint_id)
 
-    def _view(self, stored: StoredDeployment) -> Endpoint:
+    def _view(self, stored: StoredEndpoint) -> Endpoint:
         engines: Iterable[DeploymentStatus] = ()
         with contextlib.suppress(InputError):  # not decided on yet
             engines = self._cluster.endpoint(stored.endpoint_id)

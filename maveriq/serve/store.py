@@ -1,23 +1,168 @@
-"""What must survive a restart: models, deployments, and each accepted request with its status."""
+"""One thread that owns an SQLite file: all that waits is done in one transaction, safe on disk.
+
+What must survive a restart: models, deployments, and each accepted request with its status.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import queue
 import sqlite3
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.requests import RequestStatus
-from maveriq.errors import InputError
-from maveriq.exec.cluster import EndpointRequest
-from maveriq.policy.endpoints import Plans
-from maveriq.serve.writer import OpenWriter, StoreError, Writer
+from maveriq.errors import InputError, MaveriqError
+from maveriq.exec.live_cluster import EndpointRequest
+from maveriq.policy.pinned import Plans
 
-__all__ = ["EndedRequest", "KnownModel", "RequestRow", "Store", "StoreError", "StoredDeployment"]
+T = TypeVar("T")
+
+_MOST_IN_ONE_GO = 512
+
+
+class StoreError(MaveriqError):
+    """The state file cannot be written or read now."""
+
+
+class JobWriter(Protocol):
+    """Runs jobs on an SQLite file; `Writer` says how."""
+
+    async def do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a job and wait until what it wrote is safe."""
+
+    def close(self) -> None:
+        """Do what waits, then close the file."""
+
+
+Prepare: TypeAlias = Callable[[sqlite3.Connection], None]
+OpenWriter: TypeAlias = Callable[[Path, Prepare], JobWriter]
+
+
+class _Job(Generic[T]):
+    """Something to do with the file, and who waits for it."""
+
+    __slots__ = ("done", "error", "result", "work")
+
+    def __init__(self, work: Callable[[sqlite3.Connection], T], done: asyncio.Future[T]) -> None:
+        self.work = work
+        self.done = done
+        self.result: T | None = None
+        self.error: Exception | None = None
+
+    def deliver(self) -> None:
+        if self.done.done():  # nobody waits any more
+            return
+        if self.error is not None:
+            self.done.set_exception(self.error)
+        else:
+            self.done.set_result(self.result)  # type: ignore[arg-type]  # the work has set it
+
+
+class Writer:
+    """Runs jobs on an SQLite file in their order, and answers when they are safe on disk.
+
+    Jobs that come while a transaction is under way share the next one, so that many requests cost
+    few flushes. Another process cannot open the file meanwhile.
+    """
+
+    def __init__(self, path: Path, prepare: Prepare) -> None:
+        """Open or make the file.
+
+        Args:
+            path: of the file; its folder must be there.
+            prepare: brings the tables up to date, in a transaction.
+
+        Raises:
+            InputError: it cannot be opened, is no such file, or another process holds it.
+        """
+        self._path = path
+        self._closed = False
+        self._file = _open(path, prepare)
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="maveriq-state", daemon=True)
+        self._thread.start()
+
+    async def do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a job and wait until what it wrote is safe on disk.
+
+        Raises:
+            StoreError: the file cannot be written or read, or is closed.
+        """
+        if self._closed:
+            raise StoreError(f"state file {str(self._path)!r} is closed")
+        job: _Job[T] = _Job(work, asyncio.get_running_loop().create_future())
+        self._jobs.put(job)
+        return await job.done
+
+    def close(self) -> None:
+        """Do what waits, then close the file. May be called twice."""
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ = True
+        while open_:
+            jobs = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(jobs) < _MOST_IN_ONE_GO:
+                    jobs.append(self._jobs.get_nowait())
+            open_ = None not in jobs
+            self._in_one_go([job for job in jobs if job is not None])
+        self._file.close()
+
+    def _in_one_go(self, jobs: list[_Job[Any]]) -> None:
+        try:
+            self._file.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                job.result = job.work(self._file)
+            self._file.execute("COMMIT")
+        except Exception as error:  # whatever it is, those who wait must hear of it
+            with contextlib.suppress(sqlite3.Error):
+                self._file.execute("ROLLBACK")
+            for job in jobs:
+                job.error = StoreError(f"state file {str(self._path)!r} cannot be used: {error}; make room or mend it")
+        for job in jobs:
+            with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody waits
+                job.done.get_loop().call_soon_threadsafe(job.deliver)
+
+
+def _open(path: Path, prepare: Prepare) -> sqlite3.Connection:
+    what = f"state file {str(path)!r}"
+    try:
+        file = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise InputError(f"{what} cannot be opened: {error}; name a file in a folder that exists") from None
+    try:
+        # Alone with the file: two services on one state would each believe in its own engines.
+        file.execute("PRAGMA locking_mode = EXCLUSIVE")
+        file.execute("PRAGMA journal_mode = WAL")
+        file.execute("PRAGMA synchronous = FULL")
+        file.execute("PRAGMA foreign_keys = ON")
+        file.execute("BEGIN IMMEDIATE")
+        prepare(file)
+        file.execute("COMMIT")
+    except sqlite3.Error as error:
+        file.close()
+        if "locked" in str(error):
+            raise InputError(f"{what} is in use by another maveriq serve; stop that one or name another file") from None
+        raise InputError(f"{what} cannot be used: {error}; name another file") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+__all__ = ["EndedRequest", "RequestRow", "Store", "StoreError", "StoredEndpoint", "StoredModel"]
 
 STOPPED_FIRST = "the server stopped first"
 """Why an accepted request failed that had no end when the server's last life ended."""
@@ -59,7 +204,7 @@ _COLUMNS = "request_id, model, endpoint_id, accepted_s, prompt_tokens, status, r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KnownModel:
+class StoredModel:
     """A registered model; `folder` is where its files lie, empty for one of the catalogue."""
 
     model_id: int
@@ -68,7 +213,7 @@ class KnownModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredDeployment:
+class StoredEndpoint:
     """An endpoint as it was asked for; `plans` as it was last decided on, empty if it never was.
 
     `placement` is the placement that its developer named, empty for the service's.
@@ -129,14 +274,14 @@ class Store:
 
     # Models
 
-    async def add_model(self, spec: ModelSpec, folder: str) -> KnownModel:
+    async def add_model(self, spec: ModelSpec, folder: str) -> StoredModel:
         """Register a model under the next number."""
 
         def add(file: sqlite3.Connection) -> int:
             values = (spec.name, _json(spec), folder)
             return _new_id(file.execute("INSERT INTO models (name, spec, folder) VALUES (?, ?, ?)", values))
 
-        return KnownModel(model_id=await self._writer.do(add), spec=spec, folder=folder)
+        return StoredModel(model_id=await self._writer.do(add), spec=spec, folder=folder)
 
     async def remove_model(self, model_id: int) -> None:
         """Drop a model that no deployment is of."""
@@ -146,12 +291,12 @@ class Store:
 
         await self._writer.do(remove)
 
-    async def models(self) -> list[KnownModel]:
+    async def models(self) -> list[StoredModel]:
         """Return all models, in the order of their numbers."""
 
-        def read(file: sqlite3.Connection) -> list[KnownModel]:
+        def read(file: sqlite3.Connection) -> list[StoredModel]:
             return [
-                KnownModel(model_id=number, spec=msgspec.json.decode(spec, type=ModelSpec), folder=folder)
+                StoredModel(model_id=number, spec=msgspec.json.decode(spec, type=ModelSpec), folder=folder)
                 for number, spec, folder in file.execute("SELECT model_id, spec, folder FROM models ORDER BY model_id")
             ]
 
@@ -186,15 +331,15 @@ class Store:
 
         await self._writer.do(remove)
 
-    async def deployments(self) -> list[StoredDeployment]:
+    async def deployments(self) -> list[StoredEndpoint]:
         """Return all endpoints that are wanted, in the order of their numbers."""
 
-        def read(file: sqlite3.Connection) -> list[StoredDeployment]:
+        def read(file: sqlite3.Connection) -> list[StoredEndpoint]:
             rows = file.execute(
                 "SELECT endpoint_id, model_id, asked, placement, plans FROM deployments ORDER BY endpoint_id"
             )
             return [
-                StoredDeployment(
+                StoredEndpoint(
                     endpoint_id=endpoint_id,
                     model_id=model_id,
                     asked=msgspec.json.decode(asked, type=EndpointRequest),

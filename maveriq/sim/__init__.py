@@ -1,4 +1,4 @@
 """The simulator: a SimPy clock that feeds the controller and answers with estimates.
 
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 """

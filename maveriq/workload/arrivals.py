@@ -11,9 +11,9 @@ import numpy as np
 
 from maveriq.errors import InputError
 from maveriq.streams import generator
+from maveriq.tables import micros_column
 from maveriq.units import MICROS_PER_SECOND, Micros
-from maveriq.workload.base import Arrivals
-from maveriq.workload.columns import micros_column
+from maveriq.workload.requests import Arrivals
 
 BIN_S = 30
 """A minute of trace is replayed in this many seconds; models load at multiples of it."""

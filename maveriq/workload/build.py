@@ -9,18 +9,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from maveriq.domain.intents import DeployAsk, Intent
+from maveriq.domain.deployments import EndpointSpec, Intent
 from maveriq.errors import InputError
 from maveriq.units import duration_micros
-from maveriq.workload.arrivals import (
-    Draw,
-    deploy_times,
-    published_draw,
-    staged_poisson,
-    staged_poisson_as_published,
-)
-from maveriq.workload.azure import AzureTrace
-from maveriq.workload.base import Arrivals, Workload
+from maveriq.workload.arrivals import Draw, deploy_times, published_draw, staged_poisson, staged_poisson_as_published
 from maveriq.workload.lengths import (
     Lengths,
     azure_lengths,
@@ -29,8 +21,9 @@ from maveriq.workload.lengths import (
     recorded_lengths,
     sharegpt_lengths,
 )
-from maveriq.workload.modelsets import ModelSet, load_model_set
-from maveriq.workload.traces import PoissonTrace, Schedule, Trace, load_trace
+from maveriq.workload.model_sets import ModelSet, load_model_set
+from maveriq.workload.requests import Arrivals, Workload
+from maveriq.workload.traces import AzureTrace, PoissonTrace, Schedule, Trace, load_trace
 
 DEFAULT_SCALE = 0.4
 DEFAULT_PROMPTS = "sharegpt"
@@ -117,7 +110,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         if options.slo_scale:
             wanted = replace(wanted, slo_s=options.slo_scale * _slo_s(slo_of, entry.model.name, outputs.typical))
         asks.append(
-            DeployAsk(
+            EndpointSpec(
                 endpoint_id=endpoint_id,
                 model=entry.model,
                 intent=wanted,

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.domain.forecast import DemandForecast
+from maveriq.domain.requests import DemandForecast
 from maveriq.errors import InputError
 from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.arrivals import published_draw
-from maveriq.workload.base import Arrivals
-from maveriq.workload.modelsets import ModelSet
+from maveriq.workload.model_sets import ModelSet
+from maveriq.workload.requests import Arrivals
 
 
 def forecast_of(arrivals: Arrivals, endpoints: int) -> DemandForecast:

@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from maveriq.embedded import traces_path
 from maveriq.errors import InputError
+from maveriq.files import traces_path
 from maveriq.streams import generator
 from maveriq.tables import read_csv
 from maveriq.workload.arrivals import Draw
-from maveriq.workload.azure import EMBEDDED_TRACES, AzureTrace, TokenRows
+from maveriq.workload.traces import EMBEDDED_TRACES, AzureTrace, TokenRows
 
 CHARS_PER_TOKEN = 4
 

@@ -1,13 +1,71 @@
-"""The requests of a workload, one by one."""
+"""The workload: who asks for which deployment when, and which requests follow.
+
+The requests of a workload, one by one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.requests import Request
-from maveriq.workload.base import Arrivals
+from maveriq.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """Requests in the order of arrival, a column each (NumPy int64, equal lengths).
+
+    Columns: `arrival_us` (not decreasing, from 0), `endpoint_id` (from 1), `prompt_tokens` and
+    `output_tokens` (at least 1), `slo_us` (0 for none), `service_us` (the recorded time of
+    service where the workload is a recording that has it, else None), `priority` (1 for a request
+    that goes to the head of the queue; None where there is none).
+
+    Raises:
+        InputError: columns of different lengths, no request, times that go back, counts below 1.
+    """
+
+    arrival_us: np.ndarray[Any, Any]
+    endpoint_id: np.ndarray[Any, Any]
+    prompt_tokens: np.ndarray[Any, Any]
+    output_tokens: np.ndarray[Any, Any]
+    slo_us: np.ndarray[Any, Any]
+    service_us: np.ndarray[Any, Any] | None = None
+    priority: np.ndarray[Any, Any] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.arrival_us), len(self.endpoint_id), len(self.prompt_tokens)}
+        lengths |= {len(self.output_tokens), len(self.slo_us)}
+        lengths |= {len(column) for column in (self.service_us, self.priority) if column is not None}
+        if len(lengths) != 1:
+            raise InputError(f"workload: columns have different lengths {sorted(lengths)}")
+        if lengths == {0}:
+            raise InputError("workload: no request arrives; raise the scale or give a longer trace")
+        if self.arrival_us[0] < 0 or (self.arrival_us[1:] < self.arrival_us[:-1]).any():
+            raise InputError("workload: arrivals must start at 0 or later and be in order of time")
+        for name in ("endpoint_id", "prompt_tokens", "output_tokens"):
+            if getattr(self, name).min() < 1:
+                raise InputError(f"workload: {name} must be at least 1 everywhere")
+
+    def __len__(self) -> int:
+        return len(self.arrival_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Deploy asks in the order of time, and the requests."""
+
+    name: str
+    asks: tuple[EndpointSpec, ...]
+    arrivals: Arrivals
+
 
 _CHUNK = 1 << 14
 

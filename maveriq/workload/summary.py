@@ -9,7 +9,7 @@ import numpy as np
 
 from maveriq.units import MICROS_PER_SECOND, seconds
 from maveriq.workload.arrivals import BIN_S
-from maveriq.workload.base import Workload
+from maveriq.workload.requests import Workload
 
 _MOST_BINS = 10_000
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from sandbox import Maveriq, everything_in, put
 from testbeds import RUN, recorded_files
 
-from maveriq.embedded import data_path
+from maveriq.files import data_path
 
 SCHEDULE = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
 TWO_REQUESTS = SCHEDULE + "100,1,10,20\n200,1,10,20\n"

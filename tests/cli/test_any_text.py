@@ -9,16 +9,15 @@ from hypothesis import strategies as st
 from testbeds import TABLES, put_testbed
 
 from maveriq.cli.recordings import recorded
-from maveriq.domain.catalog import load_model
+from maveriq.domain.faults import parse_fault
+from maveriq.domain.models import load_model
 from maveriq.errors import InputError
-from maveriq.estimate.clusters import cluster_from
-from maveriq.estimate.hardware import load_profile
-from maveriq.report.tolerances import parse_tolerances
-from maveriq.scenario.faults import parse_fault
-from maveriq.scenario.recorded import options_of
-from maveriq.sim.replay import replay
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.report.compare import parse_tolerances
 from maveriq.tables import read_csv
-from maveriq.workload.modelsets import load_model_set
+from maveriq.testbed.replay import options_of, replay
+from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.traces import load_trace, read_trace
 
 PROFILE = load_profile("a6000-short")

@@ -13,7 +13,7 @@ from sandbox import Maveriq, everything_in, put
 from maveriq import __version__
 from maveriq.domain.requests import RequestStatus
 from maveriq.report.reading import read_run
-from maveriq.scenario.build import build_scenario
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
 
 # Requests to both models of the set, long after they have loaded.
@@ -170,7 +170,7 @@ def test_recorded_service_times_serve(maveriq: Maveriq, tmp_path: Path) -> None:
 
 def test_a_very_large_cluster_is_no_trouble(maveriq: Maveriq, tmp_path: Path) -> None:
     assert len(answer(maveriq, "plan gptj-6b --gpus 10000xA6000 --plan-with paper")["candidates"]) > 100
-    scenario = build_scenario(Options(gpus="10000xA6000"))
+    scenario = build_system(Options(gpus="10000xA6000"))
     instants = scenario.workload.arrivals.arrival_us[-1] / scenario.sample_us
     assert 50 < instants < 110  # times 10,000 GPUs
 

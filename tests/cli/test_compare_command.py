@@ -7,9 +7,9 @@ import pytest
 from sandbox import Maveriq, everything_in
 from testbeds import BASELINE, RUN, put_testbed
 
-from maveriq.report.folders import RUN_FILES
+from maveriq.report.compare import UNITS
 from maveriq.report.reading import read_meta, read_run
-from maveriq.report.tolerances import UNITS
+from maveriq.report.run_folder import RUN_FILES
 
 REPLAYED, RECORDED = f"rep/{RUN}", f"rec/{RUN}"
 

@@ -7,10 +7,9 @@ import pytest
 from sandbox import Maveriq, put
 
 from maveriq.errors import InputError
-from maveriq.exec import installed as installed_module
+from maveriq.exec import capabilities as installed_module
+from maveriq.exec.capabilities import Machine, installed, known_engines
 from maveriq.exec.gpus import GpuIdentity
-from maveriq.exec.installed import Machine, installed
-from maveriq.exec.matrix import known_engines
 from maveriq.units import BYTES_PER_GIB
 
 A6000 = GpuIdentity(uuid="GPU-a", name="A6000", memory_bytes=48 * BYTES_PER_GIB)
@@ -24,7 +23,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_driver() -> None:
         raise InputError("no NVIDIA driver answers (none); run where there is one")
 
-    monkeypatch.setattr("maveriq.exec.nvml.NvmlMeter", no_driver)
+    monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", no_driver)
     monkeypatch.setattr(installed_module, "NvmlMeter", no_driver)
 
 

@@ -12,7 +12,7 @@ import pytest
 from badinput import CLUSTER, CONFIG, RULE, SCHEDULE, TINY_CLUSTER, TWO_REQUESTS, Case, bad, policy
 from sandbox import Maveriq, everything_in, put
 
-from maveriq.report import runfiles
+from maveriq.report import run_folder
 from maveriq.report.reading import read_run
 
 SLOW = "plan llama-2-7b --slo-ms 1"
@@ -116,7 +116,7 @@ def test_whatever_happens_while_records_are_written_the_older_ones_stay(
     def fail(_samples: object) -> None:
         raise error
 
-    monkeypatch.setattr(runfiles, "_gpu_lines", fail)
+    monkeypatch.setattr(run_folder, "_gpu_lines", fail)
     ended = maveriq("sim --trace t.csv --quiet --out run")
     assert ended.code == code
     assert says in ended.only_line

@@ -14,9 +14,9 @@ import pytest
 from exec_rigs import PATIENCE_S, alive_in_group
 from sandbox import Maveriq, everything_in, put
 
-from maveriq.domain.catalog import load_model
-from maveriq.exec import nvml
-from maveriq.exec.modelconfig import config_json
+from maveriq.domain.models import load_model
+from maveriq.exec import gpus
+from maveriq.exec.model_files import hf_config_json
 from maveriq.report.reading import read_meta, read_run
 
 HEAD = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
@@ -117,7 +117,7 @@ def test_what_cannot_be_is_said_in_one_line(
     maveriq: Maveriq, tmp_path: Path, monkeypatch, said: str, words: tuple[str, ...]
 ) -> None:
     put(tmp_path, {"long.csv": HEAD + "30,1,2000000,1\n"})
-    monkeypatch.setattr(nvml, "_import_nvml", lambda: NoDriver)
+    monkeypatch.setattr(gpus, "_import_nvml", lambda: NoDriver)
     before = everything_in(tmp_path)
     ended = maveriq(f"run {WORLD} {said}")
     assert ended.code == 2
@@ -143,7 +143,7 @@ def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_p
 def test_a_model_of_a_folder_is_run_with_the_weights_that_lie_there(maveriq: Maveriq, tmp_path: Path) -> None:
     """Told by weights that cannot be read: random ones can."""
     pytest.importorskip("torch")
-    config = json.loads(config_json(load_model("llama-2-7b"))) | {"_name_or_path": "me/llama-2-7b"}
+    config = json.loads(hf_config_json(load_model("llama-2-7b"))) | {"_name_or_path": "me/llama-2-7b"}
     put(tmp_path, {
         "mine/config.json": json.dumps(config),
         "mine/model.safetensors": "these are no weights",

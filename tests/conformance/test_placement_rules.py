@@ -10,22 +10,21 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.intents import DeployAsk, Intent, Objective
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.hardware import load_profile
-from maveriq.policy.base import Deploy, Policy, Rejection
-from maveriq.policy.catalog import RULES, make_policy
-from maveriq.policy.maveriq import MaverIQ
-from maveriq.policy.place import PlacementRule, place_shards
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import load_model
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
+from maveriq.policy.maveriq import MaverIQ, PlacementRule, place_shards
+from maveriq.policy.policy import Deploy, Policy, Rejection
+from maveriq.policy.registry import RULES, make_policy
 from maveriq.units import BYTES_PER_GIB, Bytes
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 OWN_RULES = (f"{EXAMPLES / 'best_fit.py'}:best_fit",)
 
 PROFILE = load_profile("a6000-short")
-PAPER = estimator("paper", PROFILE)
+PAPER = make_estimator("paper", PROFILE)
 MODELS = ("llama-2-7b", "falcon-7b", "llama-2-70b")
 
 
@@ -62,8 +61,8 @@ def views(draw, most_gpus: int = 8) -> ClusterView:
 
 
 @st.composite
-def asks(draw) -> DeployAsk:
-    return DeployAsk(
+def asks(draw) -> EndpointSpec:
+    return EndpointSpec(
         endpoint_id=1,
         model=load_model(draw(st.sampled_from(MODELS))),
         intent=Intent(
@@ -113,7 +112,7 @@ def test_shards_fit_and_a_placement_that_exists_is_found(
 @every_policy
 @given(ask=asks(), view=views())
 @settings(max_examples=20, deadline=None)
-def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, ask: DeployAsk, view: ClusterView) -> None:
+def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, ask: EndpointSpec, view: ClusterView) -> None:
     before = copy.deepcopy((ask, view))
     decision = policy.decide(ask, view)
     assert policy.decide(ask, view) == decision
@@ -133,7 +132,7 @@ def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, ask: DeployAsk, view
 @every_policy
 @given(ask=asks(), view=views())
 @settings(max_examples=20, deadline=None)
-def test_a_rule_never_loses_a_deployment_that_fits(policy: MaverIQ, ask: DeployAsk, view: ClusterView) -> None:
+def test_a_rule_never_loses_a_deployment_that_fits(policy: MaverIQ, ask: EndpointSpec, view: ClusterView) -> None:
     """The rule moves shards; whether there is a plan, and its configuration, is decided before it."""
     kept, moved = POLICIES["none"].decide(ask, view), policy.decide(ask, view)
     assert isinstance(kept, Deploy) == isinstance(moved, Deploy)

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.intents import DeployAsk, Intent, Objective
-from maveriq.domain.models import WeightType
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.hardware import load_profile
-from maveriq.policy.base import Deploy, Rejection
-from maveriq.scenario.build import build_scenario
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
+from maveriq.policy.policy import Deploy, Rejection
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 from maveriq.units import BYTES_PER_GIB
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -31,7 +30,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(policy: str) -> RunRecord:
-    return simulate(build_scenario(Options(policy=policy)))
+    return simulate(build_system(Options(policy=policy)))
 
 
 def gpus_of(record: RunRecord) -> list[set[int]]:
@@ -67,9 +66,9 @@ def test_best_fit_takes_the_fullest_gpu_that_still_fits() -> None:
 def test_a_faster_gpu_shortens_the_times_and_keeps_the_memory() -> None:
     from faster_gpu import FasterGpu
 
-    paper = estimator("paper", load_profile("a6000-short"))
+    paper = make_estimator("paper", load_profile("a6000-short"))
     twice = FasterGpu(base=paper, speedup=2.0)
-    model, configuration = load_model("llama-2-7b"), Configuration(tp=2, pp=2, weights=WeightType.INT8)
+    model, configuration = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=2, weights=WeightType.INT8)
     size = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
     slow, fast = paper.service(model, configuration, **size), twice.service(model, configuration, **size)
     assert fast.latency_s == pytest.approx(slow.latency_s / 2)
@@ -84,7 +83,7 @@ def test_a_world_served_by_an_estimator_of_ones_own() -> None:
     """What docs/extending.md does: plan with one estimator, serve with another."""
     from faster_gpu import FasterGpu
 
-    scenario = build_scenario(Options(scale=0.1))
+    scenario = build_system(Options(scale=0.1))
     assert scenario.serve is not None
     slow = simulate(scenario).requests
     fast = simulate(replace(scenario, serve=FasterGpu(base=scenario.serve, speedup=2.0))).requests
@@ -97,9 +96,9 @@ def test_a_world_served_by_an_estimator_of_ones_own() -> None:
 def test_a_policy_of_ones_own_decides_by_itself() -> None:
     from one_gpu_each import OneGpuEach
 
-    paper = estimator("paper", load_profile("a6000-short"))
+    paper = make_estimator("paper", load_profile("a6000-short"))
     policy = OneGpuEach(estimator=paper)
-    record = simulate(replace(build_scenario(Options(scale=0.1)), policy=policy))
+    record = simulate(replace(build_system(Options(scale=0.1)), policy=policy))
     plans = [one.plan for one in record.deployments]
     # Two of the four models have no float16 engine on one GPU of this kind.
     assert [plan.configuration.gpus for plan in plans if plan] == [1]
@@ -110,8 +109,8 @@ def test_a_policy_of_ones_own_decides_by_itself() -> None:
 def test_a_policy_of_ones_own_fits_or_rejects() -> None:
     from one_gpu_each import OneGpuEach
 
-    policy = OneGpuEach(estimator=estimator("paper", load_profile("a6000-short")))
-    ask = DeployAsk(
+    policy = OneGpuEach(estimator=make_estimator("paper", load_profile("a6000-short")))
+    ask = EndpointSpec(
         endpoint_id=1,
         model=load_model("llama-2-13b"),
         intent=Intent(objective=Objective.MIN_COST),

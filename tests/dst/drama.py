@@ -12,20 +12,19 @@ from virtual_time import run_virtually
 from worlds import MODEL, TokenSeconds, cluster
 
 from maveriq.control.controller import ControllerSettings, OnFailure
-from maveriq.control.queues import Discipline
-from maveriq.domain.cluster import ClusterView
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.hardware import DispatchTiming
-from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.control.queues import QueueDiscipline
+from maveriq.domain.cluster import ClusterView, DispatchTiming
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import WeightType
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
-from maveriq.exec.body import Body, World
-from maveriq.exec.cluster import EndpointRequest, Outcome, Submission, Ticket
+from maveriq.exec.engine_process import SupervisionSettings
+from maveriq.exec.executor import Executor, World
 from maveriq.exec.launcher import Launcher
+from maveriq.exec.live_cluster import EndpointRequest, Outcome, RequestHandle, Submission
 from maveriq.exec.messages import EngineSpec
-from maveriq.exec.orders import SupervisionSettings
-from maveriq.policy.base import Decision, Deploy, Policy, Rejection
-from maveriq.scenario.service import EstimatedService
+from maveriq.policy.policy import Decision, Deploy, Policy, Rejection
+from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.units import BYTES_PER_GIB, micros
 
 LONGEST_S = 3_000.0
@@ -54,7 +53,7 @@ class Anywhere:
     def __init__(self, chance: Chance) -> None:
         self._chance = chance
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
         shard = self._chance.whole(1, 5) * BYTES_PER_GIB
         room = [gpu.gpu_id for gpu in view.gpus if gpu.free_bytes >= shard]
         if not room:
@@ -65,7 +64,7 @@ class Anywhere:
             room[at], room[other] = room[other], room[at]
         plan = DeploymentPlan(
             model=MODEL,
-            configuration=Configuration(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
+            configuration=ParallelConfig(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
             layer_split=(MODEL.layers - count + 1, *[1] * (count - 1)),
             gpu_ids=tuple(room[:count]),
             gpu_bytes=(shard,) * count,
@@ -78,7 +77,7 @@ class Anywhere:
 class Drama:
     """The users of one body, and what they see."""
 
-    def __init__(self, chance: Chance, body: Body, *, sabotages: bool) -> None:
+    def __init__(self, chance: Chance, body: Executor, *, sabotages: bool) -> None:
         self._chance = chance
         self._body = body
         self._sabotages = sabotages
@@ -132,7 +131,7 @@ class Drama:
                 self._body.break_engine(victims[0].deployment_id, for_us=for_us)
 
 
-async def follow(ticket: Ticket, submission: Submission) -> Outcome:
+async def follow(ticket: RequestHandle, submission: Submission) -> Outcome:
     """Read a request to its end as a client does, and check what came."""
     seen = [one async for one in ticket.tokens()]
     ended = await ticket.outcome()
@@ -189,7 +188,7 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     )
 
 
-def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher) -> Body:
+def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher) -> Executor:
     """Return a body on a machine, which gets GPUs if it has none."""
     machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(chance.whole(1, 5)).gpus]
     world = World(
@@ -197,14 +196,14 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
         policy=policy,
         settings=ControllerSettings(
             timing=_timing(chance),
-            discipline=list(Discipline)[chance.whole(0, len(Discipline) - 1)],
+            discipline=list(QueueDiscipline)[chance.whole(0, len(QueueDiscipline) - 1)],
             on_failure=OnFailure.REQUEUE if chance.happens(0.7) else OnFailure.FAIL,
         ),
         guess=lambda *_: micros(1.0),
-        service=EstimatedService(TokenSeconds(_TOKEN_S)),
+        service=EstimatedServiceTimes(TokenSeconds(_TOKEN_S)),
         load_time=lambda _: micros(chance.between(0.1, 3)),
     )
-    body = Body(
+    body = Executor(
         world,
         launcher,
         supervision=SupervisionSettings(

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from chance import Chance, Misfortune
 
-from maveriq.exec.channel import ChannelClosedError
+from maveriq.exec.engine_protocol import BROKEN, EngineProtocol
 from maveriq.exec.launcher import LaunchError
 from maveriq.exec.messages import (
     Bye,
+    ChannelClosedError,
     EngineSpec,
     Failed,
     Finished,
@@ -21,11 +22,10 @@ from maveriq.exec.messages import (
     Hello,
     Loaded,
     Pong,
-    Progress,
     ProtocolError,
+    StepProgress,
     ToEngine,
 )
-from maveriq.exec.session import BROKEN, Session
 
 _M = TypeVar("_M")
 
@@ -101,7 +101,7 @@ class Machine:
                 self.wrongs.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
 
     def orphan_all(self) -> None:
-        """Let the processes' executor be gone; the kernel sees to them (`maveriq.exec.orphans`)."""
+        """Let the processes' executor be gone; the kernel sees to them (`maveriq.exec.engine_server`)."""
         for process in self.processes:
             if process.alive:
                 process.orphaned()
@@ -212,7 +212,7 @@ class Process:
         self._hangs = False
         self._at = 0  # the last execution that it was asked for
         self._work: list[asyncio.TimerHandle] = []
-        self._session = Session(pid=self.pid, worker=self, send=self._send, leave=self._exit)
+        self._session = EngineProtocol(pid=self.pid, worker=self, send=self._send, leave=self._exit)
         self._fate()
         self._session.greet()
 
@@ -258,8 +258,8 @@ class Process:
             Hello(protocol=10**6, pid=0),
             Failed(execution_id=about and 2**53, kind="whatever", message="\0" * 1000),
             Finished(execution_id=about, first_token_s=1e9, service_s=0.0, outputs=()),
-            Progress(execution_id=about, step=1, tokens=(1,) * 99),
-            Progress(execution_id=about, step=2**53, tokens=()),
+            StepProgress(execution_id=about, step=1, tokens=(1,) * 99),
+            StepProgress(execution_id=about, step=2**53, tokens=()),
             Pong(number=2**53, execution_id=0, steps=0),
             Pong(number=0, execution_id=about, steps=2**53),
             Loaded(backend="\n", version=""),

@@ -16,17 +16,16 @@ from engines import Connection, Machine
 from virtual_time import run_virtually
 from worlds import MODEL
 
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import FINAL_STATUSES
-from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.exec.live_cluster import EndpointRequest, Submission
 from maveriq.exec.messages import EngineSpec
-from maveriq.policy.endpoints import PerEndpoint
-from maveriq.serve.refusals import ApiError
+from maveriq.policy.pinned import PinnedPlacementPolicy
+from maveriq.serve.errors import ApiError
+from maveriq.serve.requests import AcceptedRequest
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
-from maveriq.serve.store import Store, StoreError
-from maveriq.serve.tracking import Accepted
-from maveriq.serve.writer import Prepare
+from maveriq.serve.store import Prepare, Store, StoreError
 
 _T = TypeVar("_T")
 _FINAL = {status.label for status in FINAL_STATUSES}
@@ -68,7 +67,7 @@ class Disk:
 
 @dataclass
 class File:
-    """`maveriq.serve.writer.DoesJobs` in one life."""
+    """`maveriq.serve.store.DoesJobs` in one life."""
 
     disk: Disk
     power: Power
@@ -163,7 +162,7 @@ class Clients:
         self.told[accepted.row.request_id] = None
         followers.create_task(self._follow(accepted, service))
 
-    async def _follow(self, accepted: Accepted, service: Service) -> None:
+    async def _follow(self, accepted: AcceptedRequest, service: Service) -> None:
         if self._chance.happens(0.1):
             service.tracker.abandon(accepted)
         ended = await asyncio.shield(accepted.outcome)
@@ -252,7 +251,7 @@ async def _starts(service: Service) -> bool:
 
 
 def _service(chance: Chance, machine: Machine, disk: Disk, power: Power) -> Service:
-    placements = PerEndpoint(usual=Anywhere(chance))
+    placements = PinnedPlacementPolicy(usual=Anywhere(chance))
     body = body_on(chance, machine, placements, power)
     store = Store(Path("state"), writer=disk.open(power))
     return Service(body, store, ServeSettings(), placements)

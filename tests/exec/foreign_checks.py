@@ -8,8 +8,8 @@ import pytest
 from engine_specs import spec
 
 from maveriq.exec import messages
-from maveriq.exec.engines.base import EngineError, FailureKind
-from maveriq.exec.engines.foreign import ForeignEngine
+from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.external import ExternalEngine
 
 
 def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
@@ -17,13 +17,13 @@ def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Gener
     return messages.Generate(
         execution_id=1,
         sequences=tuple(
-            messages.Sequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
+            messages.PromptSequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
             for number, (start, most) in enumerate(asked)
         ),
     )
 
 
-def check_that_close_may_come_twice_and_at_any_time(engine: ForeignEngine) -> None:
+def check_that_close_may_come_twice_and_at_any_time(engine: ExternalEngine) -> None:
     engine.close()
     engine.load(spec())
     steps = engine.generate(work((10, 99), (50, 99)))
@@ -33,7 +33,7 @@ def check_that_close_may_come_twice_and_at_any_time(engine: ForeignEngine) -> No
     steps.close()  # type: ignore[attr-defined]
 
 
-def check_that_a_sequence_without_room_fails_alone(engine: ForeignEngine) -> None:
+def check_that_a_sequence_without_room_fails_alone(engine: ExternalEngine) -> None:
     engine.load(spec())
     with pytest.raises(EngineError, match="of 257 tokens, where there is room for 256") as failed:
         list(engine.generate(work((1, 2), (1, 256))))
@@ -42,7 +42,7 @@ def check_that_a_sequence_without_room_fails_alone(engine: ForeignEngine) -> Non
     engine.close()
 
 
-def check_that_the_folder_goes_even_if_the_engine_will_not(engine: ForeignEngine, folder: Path) -> None:
+def check_that_the_folder_goes_even_if_the_engine_will_not(engine: ExternalEngine, folder: Path) -> None:
     shut_down = engine._shut_down
 
     def break_down() -> None:

@@ -7,13 +7,13 @@ from exec_rigs import EngineCase, body, run_async, until
 from test_faults import first_token, send, status, up
 from worlds import MODEL
 
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
-from maveriq.exec.chronicle import Chronicle
-from maveriq.exec.cluster import EndpointRequest, LiveCluster, Ticket
+from maveriq.exec.engine_process import LaunchSpec
+from maveriq.exec.executor import RunNotes
+from maveriq.exec.live_cluster import EndpointRequest, LiveCluster, RequestHandle
 from maveriq.exec.messages import Loaded
-from maveriq.exec.orders import Order
 
 
 def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
@@ -21,7 +21,7 @@ def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
         async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
             cluster: LiveCluster = one
             await up(one)
-            ticket: Ticket = send(one, tokens=10)
+            ticket: RequestHandle = send(one, tokens=10)
             arrived_us = cluster.now_us
             seen_us = [one.now_us async for _ in ticket.tokens()]
             ended = await ticket.outcome()
@@ -128,9 +128,9 @@ def test_where_there_is_no_engine_to_break_nothing_is_said_to_have_broken(tmp_pa
 
 
 def test_what_a_long_life_leaves_is_bounded(monkeypatch) -> None:
-    monkeypatch.setattr("maveriq.exec.chronicle.MOST_ENGINES", 3)
-    chronicle = Chronicle()
-    order = Order(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
+    monkeypatch.setattr("maveriq.exec.replay.MOST_ENGINES", 3)
+    chronicle = RunNotes()
+    order = LaunchSpec(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
     for number in range(200):
         chronicle.asked(1, number)
         chronicle.served(order, Loaded(backend="emulated", version="1"), number + 1)

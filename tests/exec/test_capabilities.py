@@ -9,21 +9,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maveriq.domain.catalog import known_models, load_model
 from maveriq.domain.cluster import ClusterState
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.intents import DeployAsk, Intent, Objective
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, load_model
+from maveriq.domain.parallel import ParallelConfig, even_split
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.clusters import cluster_from
-from maveriq.estimate.hardware import load_profile
-from maveriq.exec.capabilities import Refusal, why_not
-from maveriq.exec.capable import CapableEstimator
-from maveriq.exec.matrix import ANY, Arrangement, Device, engine_facts, known_engines, reason_against
-from maveriq.exec.nearest import distance, nearest, neighbours
-from maveriq.policy.configure import rank
-from maveriq.policy.split import even_split
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
+from maveriq.exec.capabilities import (
+    ANY,
+    Arrangement,
+    Device,
+    Refusal,
+    SupportedByEngine,
+    distance,
+    engine_facts,
+    known_engines,
+    nearest,
+    similar_configs,
+    unsupported_by,
+    why_not,
+)
+from maveriq.policy.configuration import rank
 
 FLOAT16, INT8, INT4, GPTQ = WeightType
 
@@ -40,7 +48,7 @@ def ask(
     device: Device = Device.CUDA,
 ) -> Refusal | None:
     shape = load_model(model) if isinstance(model, str) else model
-    configuration = Configuration(tp=tp, pp=pp, weights=weights, kv=kv)
+    configuration = ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv)
     return why_not(engine, shape, configuration, split or even_split(shape.layers, pp), device)
 
 
@@ -151,7 +159,7 @@ def test_group_limits_explain_what_did_not_run_on_the_testbed() -> None:
     assert llamas
     for model, tp, pp in product(llamas, (1, 2, 4, 8), (1, 2, 4, 8)):
         if tp * pp <= 8:
-            known = profile.supports(model.name, Configuration(tp=tp, pp=pp, weights=GPTQ))
+            known = profile.supports(model.name, ParallelConfig(tp=tp, pp=pp, weights=GPTQ))
             assert (ask("trtllm-engine", model, tp=tp, pp=pp, weights=GPTQ) is None) == known
 
 
@@ -192,7 +200,7 @@ def arrangements(draw: st.DrawFn, model: ModelSpec) -> Arrangement:
     pp = draw(st.integers(1, 8))
     cuts = sorted(draw(st.sets(st.integers(1, model.layers - 1), min_size=pp - 1, max_size=pp - 1)))
     split = tuple(b - a for a, b in zip([0, *cuts], [*cuts, model.layers], strict=True))
-    configuration = Configuration(
+    configuration = ParallelConfig(
         tp=draw(st.integers(1, 16)),
         pp=pp,
         weights=draw(st.sampled_from(WeightType)),
@@ -213,13 +221,13 @@ def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
     asked = data.draw(arrangements(model))
 
     def allowed(one: Arrangement) -> bool:
-        return reason_against(engine_facts(engine), model, one, device) is None
+        return unsupported_by(engine_facts(engine), model, one, device) is None
 
     refusal = why_not(engine, model, asked.configuration, asked.layer_split, device)
     assert (refusal is None) == allowed(asked)
     if refusal is None:
         return
-    possible = [one for one in neighbours(model, asked) if allowed(one)]
+    possible = [one for one in similar_configs(model, asked) if allowed(one)]
     if refusal.nearest is None:
         assert possible == []
         return
@@ -254,7 +262,7 @@ def test_what_is_allowed_is_nearest_to_itself(data: st.DataObject, name: str) ->
 
 def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
     model = load_model("llama-2-7b")
-    asked = Arrangement(configuration=Configuration(tp=1, pp=1, weights=INT8), layer_split=(32,))
+    asked = Arrangement(configuration=ParallelConfig(tp=1, pp=1, weights=INT8), layer_split=(32,))
     found = nearest(model, asked, lambda one: one.configuration.weights is not INT8)
     assert found is not None
     assert found.configuration.weights is FLOAT16
@@ -265,12 +273,12 @@ def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
 
 def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None:
     profile = load_profile("a6000-short")
-    paper = estimator("paper", profile)
-    capable = CapableEstimator(base=paper, engine="trtllm", device=Device.CUDA)
+    paper = make_estimator("paper", profile)
+    capable = SupportedByEngine(base=paper, engine="trtllm", device=Device.CUDA)
     assert capable.name == "paper"
     view = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
     for name, can in (("llama-2-7b", True), ("falcon-7b", False)):
-        question = DeployAsk(
+        question = EndpointSpec(
             endpoint_id=1,
             model=load_model(name),
             intent=Intent(objective=Objective.MIN_MEMORY),
@@ -288,6 +296,6 @@ def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None
         assert len(kept) < len(plain)
 
 
-def ask_configuration(engine: str, model: str, configuration: Configuration) -> Refusal | None:
+def ask_configuration(engine: str, model: str, configuration: ParallelConfig) -> Refusal | None:
     shape = load_model(model)
     return why_not(engine, shape, configuration, even_split(shape.layers, configuration.pp), Device.CUDA)

@@ -9,16 +9,16 @@ import pytest
 from exec_rigs import QUICK, alive_in_group, body, run_async, until
 from worlds import MODEL
 
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import RequestStatus
-from maveriq.exec.body import Body
-from maveriq.exec.cluster import EndpointRequest, Submission
-from maveriq.exec.tickets import LiveTicket
+from maveriq.exec.executor import Executor
+from maveriq.exec.in_flight import LiveRequestHandle
+from maveriq.exec.live_cluster import EndpointRequest, Submission
 
 COMPLETED, FAILED, REFUSED = RequestStatus.COMPLETED, RequestStatus.FAILED, RequestStatus.REFUSED
 
 
-async def up(one: Body, endpoints: int = 1) -> None:
+async def up(one: Executor, endpoints: int = 1) -> None:
     """Deploy endpoints 1, 2, ... and wait until all of them serve."""
     for _ in range(endpoints):
         one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
@@ -26,22 +26,24 @@ async def up(one: Body, endpoints: int = 1) -> None:
         await until(lambda: status(one, endpoint_id) == "up")  # noqa: B023
 
 
-def status(one: Body, endpoint_id: int = 1) -> str:
+def status(one: Executor, endpoint_id: int = 1) -> str:
     return one.endpoint(endpoint_id)[0].status
 
 
-def send(one: Body, endpoint_id: int = 1, tokens: int = 1, prompt: tuple[int, ...] = (1, 2, 3), **more) -> LiveTicket:
+def send(
+    one: Executor, endpoint_id: int = 1, tokens: int = 1, prompt: tuple[int, ...] = (1, 2, 3), **more
+) -> LiveRequestHandle:
     return one.submit(Submission(endpoint_id=endpoint_id, prompt=prompt, output_tokens=tokens, **more))
 
 
-def pid_of(one: Body, deployment_id: int = 1) -> int:
+def pid_of(one: Executor, deployment_id: int = 1) -> int:
     life = one._supervisors[deployment_id]._life
     assert life is not None
     assert life._connection is not None
     return life._connection.pid
 
 
-async def first_token(ticket: LiveTicket) -> int:
+async def first_token(ticket: LiveRequestHandle) -> int:
     async for token in ticket.tokens():
         return token
     raise AssertionError("it ended without a token")

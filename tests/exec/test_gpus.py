@@ -16,12 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import controller
 
-from maveriq.domain.hardware import LoadWindow
+from maveriq.domain.cluster import LoadWindow
 from maveriq.errors import InputError, InvariantError, MaveriqError
-from maveriq.exec.gpurecord import GpuRecord
-from maveriq.exec.gpus import GpuIdentity, GpuReading, VirtualMeter, cluster_of
-from maveriq.exec.nvml import NvmlMeter, real_cluster
-from maveriq.exec.sampling import GpuSampler
+from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
+from maveriq.exec.gpus import GpuIdentity, GpuReading, NvmlMeter, VirtualMeter, cluster_of, real_cluster
 from maveriq.units import BYTES_PER_GIB
 
 GIB = BYTES_PER_GIB
@@ -361,8 +359,8 @@ def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
 
     meter = Lost([reading(1, energy_j=5.0)], [reading(2, energy_j=8.0)], [reading(3)])
 
-    async def some_time() -> GpuRecord:
-        record = GpuRecord(controller({1: [(0,)]}).fleet, 1, meter, own_devices=True)
+    async def some_time() -> GpuRecorder:
+        record = GpuRecorder(controller({1: [(0,)]}).fleet, 1, meter, own_devices=True)
         for time_us in (1, 2, 3):
             await record.read()
             record.sample(time_us)

@@ -7,9 +7,8 @@ import pytest
 from worlds import MODEL
 
 from maveriq.errors import InputError
-from maveriq.exec.modelconfig import config_json
-from maveriq.exec.modelfiles import ModelFiles
-from maveriq.workload.modelsets import load_model_set
+from maveriq.exec.model_files import ModelFiles, hf_config_json
+from maveriq.workload.model_sets import load_model_set
 
 SET = """
 name = "mine"
@@ -27,7 +26,7 @@ load_at = 0
 
 def put_model(folder: Path, **more: object) -> Path:
     folder.mkdir()
-    config = json.loads(config_json(MODEL)) | {"rope_theta": 5e5} | more
+    config = json.loads(hf_config_json(MODEL)) | {"rope_theta": 5e5} | more
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -42,7 +41,7 @@ def test_a_model_read_from_a_folder_is_run_by_its_own_files(tmp_path: Path) -> N
     own, known, other = (entry.model for entry in models.entries)
     assert json.loads(files.config(own))["rope_theta"] == 5e5
     assert files.weights_folder(own) == str(tmp_path / "tiny")
-    assert (files.config(known), files.weights_folder(known)) == (config_json(known), "")
+    assert (files.config(known), files.weights_folder(known)) == (hf_config_json(known), "")
     assert (json.loads(files.config(other))["num_hidden_layers"], files.weights_folder(other)) == (4, "")
     (tmp_path / "tiny" / "config.json").unlink()
     assert files.config(own) == "{}"

@@ -11,7 +11,7 @@ import pytest
 
 CHILD = """
 import os, sys, time
-from maveriq.exec.orphans import die_with_parent
+from maveriq.exec.engine_server import die_with_parent
 die_with_parent()
 print(os.getpid(), flush=True)
 time.sleep(60)

@@ -12,18 +12,16 @@ import pytest
 from exec_rigs import EngineCase, rig, run_async, work
 
 from maveriq.errors import InputError
-from maveriq.exec.devices import Devices
-from maveriq.exec.engines.base import EngineError
-from maveriq.exec.engines.catalog import BACKENDS, make_engine
-from maveriq.exec.launcher import LaunchError, ProcessLauncher
-from maveriq.exec.logs import EngineLog
+from maveriq.exec.engines.engine import BACKENDS, EngineError, make_engine
+from maveriq.exec.gpus import Devices
+from maveriq.exec.launcher import EngineLog, LaunchError, ProcessLauncher
 from maveriq.exec.messages import Failed, Finished
 
 CASE = EngineCase(backend="emulated")
 
 
 def test_an_engine_imports_nothing_that_takes_long() -> None:
-    script = "import sys, maveriq.exec.host, maveriq.exec.engines.emulated; print(*sys.modules)"
+    script = "import sys, maveriq.exec.engine_server, maveriq.exec.engines.emulated; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     heavy = {"numpy", "typer", "rich", "simpy", "matplotlib", "torch", "maveriq.control", "maveriq.scenario"}
     assert not heavy & set(loaded)
@@ -91,8 +89,8 @@ def test_logs_of_an_engine_that_is_restarted_for_ever_do_not_pile_up(tmp_path: P
 
 
 def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("maveriq.exec.logs.MOST_BYTES", 100_000)
-    monkeypatch.setattr("maveriq.exec.logs.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("maveriq.exec.launcher.MOST_BYTES", 100_000)
+    monkeypatch.setattr("maveriq.exec.launcher.LOOK_EVERY_S", 0.02)
 
     async def check() -> None:
         async with rig(EngineCase(backend="exec_rigs:Chatters"), tmp_path) as one:
@@ -156,7 +154,7 @@ def test_an_unknown_backend_is_named(name: str) -> None:
 
 def test_backends_are_known_where_engines_are() -> None:
     """The catalogue and the capability matrix speak of the same engines."""
-    from maveriq.exec.matrix import known_engines
+    from maveriq.exec.capabilities import known_engines
 
     assert set(BACKENDS) == {name for name, facts in known_engines().items() if facts.started}
 

@@ -7,19 +7,20 @@ import pytest
 from exec_rigs import EACH_S, FIRST_S, environment
 from worlds import MODEL
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import WeightType
+from maveriq.domain.parallel import ParallelConfig, even_split
 from maveriq.errors import InputError
-from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.measured import MeasuredEstimator
-from maveriq.exec.devices import Devices
+from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.policy.split import even_split
 from maveriq.profiling.folder import Machine, write_profile
-from maveriq.profiling.measure import Measured, Probe, ProfilingError, Question, measure
+from maveriq.profiling.measure import Measured, MeasurementCase, Probe, ProfilingError, measure
 
-TP2 = Configuration(tp=2, pp=1, weights=WeightType.INT8)
-QUESTIONS = [Question(batch=batch, prompt_tokens=prompt, output_tokens=6) for batch in (1, 2) for prompt in (4, 8)]
+TP2 = ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
+QUESTIONS = [
+    MeasurementCase(batch=batch, prompt_tokens=prompt, output_tokens=6) for batch in (1, 2) for prompt in (4, 8)
+]
 
 
 def measured(folder: Path, backend: str = "exec_rigs:Paced", **probe) -> list[Measured]:

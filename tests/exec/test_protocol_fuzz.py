@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from maveriq.exec.channel import ChannelClosedError, StreamChannel
-from maveriq.exec.host import Host
+from maveriq.exec.engine_server import EngineServer
 from maveriq.exec.messages import (
     MOST_FRAME_BYTES,
+    ChannelClosedError,
     EngineSpec,
     Failed,
     Finished,
@@ -22,10 +22,11 @@ from maveriq.exec.messages import (
     Loaded,
     Ping,
     Pong,
-    Progress,
+    PromptSequence,
     ProtocolError,
-    Sequence,
+    StepProgress,
     Stop,
+    StreamChannel,
     decode_from_engine,
     decode_to_engine,
     encode,
@@ -51,7 +52,7 @@ SPECS = st.builds(
     load_s=SECONDS,
 )
 SEQUENCES = st.builds(
-    Sequence,
+    PromptSequence,
     request_id=COUNTS,
     prompt=st.lists(IDS, min_size=1, max_size=5).map(tuple),
     output_tokens=st.integers(1, 5),
@@ -72,7 +73,7 @@ TO_ENGINE = st.one_of(
 FROM_ENGINE = st.one_of(
     st.builds(Hello, protocol=COUNTS, pid=COUNTS),
     st.builds(Loaded, backend=TEXTS, version=TEXTS, weights_bytes=COUNTS, kv_cache_bytes=COUNTS),
-    st.builds(Progress, execution_id=COUNTS, step=COUNTS, tokens=st.lists(st.integers(-1, 9)).map(tuple)),
+    st.builds(StepProgress, execution_id=COUNTS, step=COUNTS, tokens=st.lists(st.integers(-1, 9)).map(tuple)),
     st.builds(
         Finished,
         execution_id=COUNTS,
@@ -121,7 +122,7 @@ async def host_told(*frames: bytes) -> int:
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_unix_connection(sock=theirs)
     _, our_writer = await asyncio.open_unix_connection(sock=ours)
-    host = Host(StreamChannel(reader, writer, decode_to_engine), "emulated")
+    host = EngineServer(StreamChannel(reader, writer, decode_to_engine), "emulated")
     running = asyncio.create_task(host.run())
     try:
         async with asyncio.timeout(10):

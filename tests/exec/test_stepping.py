@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maveriq.exec.engines.stepping import ENDED, StepAligner
+from maveriq.exec.engines.engine import ENDED, StepAligner
 
 
 @given(

@@ -11,11 +11,12 @@ from exec_rigs import EngineCase, work
 from virtual_time import run_virtually
 from worlds import MODEL
 
-from maveriq.exec.channel import ChannelClosedError
-from maveriq.exec.ground import Ground, NoMemoryWatch
+from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
+from maveriq.exec.gpu_memory_gate import GpuMemoryGate, NoMemoryWatch
 from maveriq.exec.launcher import LaunchError
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
+    ChannelClosedError,
     Failed,
     Finished,
     FromEngine,
@@ -25,11 +26,10 @@ from maveriq.exec.messages import (
     Loaded,
     Ping,
     Pong,
-    Progress,
+    StepProgress,
     Stop,
     ToEngine,
 )
-from maveriq.exec.orders import Order, SupervisionSettings
 from maveriq.exec.supervisor import Supervisor
 
 SETTINGS = SupervisionSettings(
@@ -109,7 +109,7 @@ def well(engine: FakeEngine, message: ToEngine) -> None:
         case Ping(number=number):
             engine.say(Pong(number=number, execution_id=0, steps=0))
         case Generate(execution_id=number):
-            engine.say(Progress(execution_id=number, step=1, tokens=(5,)), finished(number))
+            engine.say(StepProgress(execution_id=number, step=1, tokens=(5,)), finished(number))
         case Stop():
             engine.exit(0)
 
@@ -132,11 +132,13 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.supervisor = Supervisor(1, launcher=self, overseer=self, settings=SETTINGS, ground=Ground(self.watch))
+        self.supervisor = Supervisor(
+            1, launcher=self, overseer=self, settings=SETTINGS, ground=GpuMemoryGate(self.watch)
+        )
 
     def start(self) -> None:
         case = EngineCase(backend="fake", model=MODEL)
-        self.supervisor.start(Order(spec=case.spec(), needed=NEEDED, load_s=50))
+        self.supervisor.start(LaunchSpec(spec=case.spec(), needed=NEEDED, load_s=50))
 
     async def launch(self, spec, gpu_ids) -> FakeEngine:
         if self.refusals:
@@ -325,8 +327,8 @@ def test_an_executor_that_stood_still_holds_nothing_against_its_engines(*, at_wo
 @pytest.mark.parametrize(
     "too_much",
     [
-        Progress(execution_id=1, step=3, tokens=(5,)),
-        Progress(execution_id=1, step=1, tokens=(5, 6)),
+        StepProgress(execution_id=1, step=3, tokens=(5,)),
+        StepProgress(execution_id=1, step=1, tokens=(5, 6)),
         Finished(execution_id=1, first_token_s=0, service_s=0, outputs=((5, 6, 7),)),
         Finished(execution_id=1, first_token_s=0, service_s=0, outputs=()),
     ],
@@ -356,7 +358,7 @@ def test_an_execution_that_does_not_get_on_hangs_after_a_time_that_fits_it(expec
     def stands_still(engine: FakeEngine, message: ToEngine) -> None:
         match message:
             case Generate(execution_id=number):
-                engine.say(Progress(execution_id=number, step=1, tokens=(5,)))
+                engine.say(StepProgress(execution_id=number, step=1, tokens=(5,)))
             case Ping(number=number):
                 engine.say(Pong(number=number, execution_id=1, steps=1))
             case _:
@@ -402,7 +404,7 @@ def test_what_is_lost_is_said_again() -> None:
             lost.add(name)
         elif isinstance(message, Generate) and "end" not in lost:
             lost.add("end")
-            engine.say(Progress(execution_id=1, step=1, tokens=(5,)))
+            engine.say(StepProgress(execution_id=1, step=1, tokens=(5,)))
         else:
             well(engine, message)
 
@@ -423,8 +425,8 @@ def test_steps_are_handed_on_once_and_in_order() -> None:
     def muddles(engine: FakeEngine, message: ToEngine) -> None:
         if isinstance(message, Generate):
             for step in (2, 1, 1, 3, 2, 3, 5):
-                engine.say(Progress(execution_id=1, step=step, tokens=(step,)))
-            engine.say(Progress(execution_id=7, step=4, tokens=(4,)), finished(7), finished(1), finished(1))
+                engine.say(StepProgress(execution_id=1, step=step, tokens=(step,)))
+            engine.say(StepProgress(execution_id=7, step=4, tokens=(4,)), finished(7), finished(1), finished(1))
         else:
             well(engine, message)
 

@@ -17,15 +17,14 @@ import torch
 from exec_rigs import EngineCase, alive_in_group, rig, run_async, until
 from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs, prompts_of, spec_of
 
-from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engine_protocol import BROKEN
+from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
-from maveriq.exec.engines.torch.attention import KvCache
-from maveriq.exec.engines.torch.engine import _all_loaded
-from maveriq.exec.engines.torch.ranks import RankLostError
-from maveriq.exec.engines.torch.wire import RankFailed
-from maveriq.exec.engines.torch.worker import memory_errors
+from maveriq.exec.engines.torch.engine import RankLostError, _all_loaded
+from maveriq.exec.engines.torch.messages import RankFailed
+from maveriq.exec.engines.torch.model import KvCache
+from maveriq.exec.engines.torch.rank import memory_errors
 from maveriq.exec.messages import Generate
-from maveriq.exec.session import BROKEN
 
 ROOT = Path(__file__).parents[2]
 DEATH_BOUND_S = 5.0
@@ -142,7 +141,7 @@ def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
         return started[0]
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("maveriq.exec.engines.torch.ranks.subprocess.Popen", start)
+    monkeypatch.setattr("maveriq.exec.engines.torch.engine.subprocess.Popen", start)
     with pytest.raises(EngineError, match="could not start: no more processes"):
         engine.load(spec_of(CONFIGS["llama"], split=(3, 1)))
     assert started[0].returncode is not None

@@ -10,9 +10,9 @@ pytest.importorskip("transformers", reason="tests/exec/torch_models.py draws mod
 import torch
 from torch_models import CONFIGS, OUTPUT_TOKENS, load_worker, outputs, prompts_of, run_split, spec_of
 
-from maveriq.exec.engines.torch.attention import prefill_positions
-from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linear, make_linear
-from maveriq.exec.engines.torch.worker import Worker
+from maveriq.exec.engines.torch.model import prefill_positions
+from maveriq.exec.engines.torch.rank import Worker
+from maveriq.exec.engines.torch.weights import DenseLinear, Int4Linear, Int8Linear, make_linear
 
 WIDE = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}  # offsets and scales of groups weigh little
 PROMPT = (5, 17, 101, 3, 77, 150, 42)
@@ -161,7 +161,7 @@ def test_odd_rows_stay_in_8_bits_and_zeroes_stay_zeroes():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_16_bits_as_on_a_gpu(name, weights, kv, monkeypatch):
     """No step needs 32 bits, and none leaves what 16 can hold."""
-    monkeypatch.setattr("maveriq.exec.engines.torch.worker._type_of_numbers", lambda arch, device: torch.float16)
+    monkeypatch.setattr("maveriq.exec.engines.torch.rank._type_of_numbers", lambda arch, device: torch.float16)
     config = {**CONFIGS[name], "initializer_range": 0.05}
     worker = load_worker(spec_of(config, weights=weights, kv=kv))
     assert scores_of(worker).dtype is torch.float16

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maveriq.domain.catalog import known_models
-from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.domain.models import known_models
+from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
-from maveriq.exec.engines.torch.architecture import Family, read_architecture
+from maveriq.exec.engines.torch.config import Family, read_decoder_config
 from maveriq.exec.messages import EngineSpec
-from maveriq.exec.modelconfig import config_json
+from maveriq.exec.model_files import hf_config_json
 
 LLAMA = {
     "model_type": "llama",
@@ -24,7 +24,7 @@ LLAMA = {
     "intermediate_size": 128,
     "vocab_size": 100,
 }
-FALCON_7B = json.loads(config_json(known_models()["falcon-7b"]))
+FALCON_7B = json.loads(hf_config_json(known_models()["falcon-7b"]))
 
 
 def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", kv="native"):
@@ -96,7 +96,7 @@ def test_refused_with_the_reason(spec, reason):
 @pytest.mark.parametrize("name", ["falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b"])
 def test_every_model_of_the_catalogue_is_read_as_the_catalogue_has_it(name):
     shape = known_models()[name]
-    read = read_architecture(config_json(shape))
+    read = read_decoder_config(hf_config_json(shape))
     assert (read.layers, read.hidden, read.heads, read.kv_heads, read.intermediate, read.vocabulary) == (
         shape.layers,
         shape.hidden_size,
@@ -129,7 +129,7 @@ POSITIONS = st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "rop
 )
 def test_any_config_json_is_read_or_refused(model, changed):
     try:
-        arch = read_architecture(json.dumps(json.loads(config_json(model)) | changed))
+        arch = read_decoder_config(json.dumps(json.loads(hf_config_json(model)) | changed))
     except EngineError:
         return
     assert min(arch.layers, arch.hidden, arch.heads, arch.kv_heads, arch.head_size, arch.rotary.size) >= 1
@@ -138,7 +138,7 @@ def test_any_config_json_is_read_or_refused(model, changed):
 @pytest.mark.parametrize("text", ["", "nul", "[" * 20_000, "1", '"x"', '{"model_type": ["llama"]}'])
 def test_no_text_does_more_than_be_refused(text):
     with pytest.raises(EngineError):
-        read_architecture(text)
+        read_decoder_config(text)
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch_models import CONFIGS, PROMPTS, greedy, load_worker, outputs, prompts_of, run_split, spec_of
 
-from maveriq.exec.engines.base import EngineError, FailureKind
-from maveriq.exec.engines.torch.sources import RandomSource
+from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.torch.weights import RandomSource
 
 CPU = torch.device("cpu")
 FALCON_SEQUENTIAL = {**CONFIGS["falcon-7b"], "multi_query": False, "parallel_attn": False, "bias": True}

@@ -21,7 +21,7 @@ from foreign_checks import (
 
 from maveriq.errors import InputError
 from maveriq.exec.engines import trtllm
-from maveriq.exec.engines.base import EngineError, FailureKind
+from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, serve_command, translate
 
 # Fields of `TorchLlmArgs` in 1.2, which refuses all others.
@@ -129,7 +129,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None:
             raise InputError("no NVIDIA driver answers (not found)")
 
-    monkeypatch.setattr("maveriq.exec.nvml.NvmlMeter", NoDriver)
+    monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", NoDriver)
     monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(trtllm.sys, "version_info", (3, 11, 7))
     told = missing()
@@ -142,7 +142,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maveriq.exec.nvml.NvmlMeter", lambda: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", lambda: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: object())
     assert missing() is None
 

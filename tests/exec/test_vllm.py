@@ -19,8 +19,8 @@ from foreign_checks import (
     work,
 )
 
-from maveriq.exec.engines.base import EngineError, FailureKind
-from maveriq.exec.engines.translation import as_engine_error
+from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.external import as_engine_error
 from maveriq.exec.engines.vllm import VllmEngine, serve_command, translate
 
 LLAMA_7B = {

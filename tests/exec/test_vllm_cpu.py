@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from engine_specs import TINY, spec
 
-from maveriq.exec.engines.base import EngineError, FailureKind
-from maveriq.exec.engines.translation import write_files
+from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.external import write_files
 from maveriq.exec.engines.vllm import VllmEngine, serve_command, translate
-from maveriq.exec.messages import Generate, Sequence
+from maveriq.exec.messages import Generate, PromptSequence
 
 if os.environ.get("MAVERIQ_VLLM") != "1":
     pytest.skip("set MAVERIQ_VLLM=1 to run vLLM", allow_module_level=True)
@@ -29,7 +29,7 @@ def generate_work(stop_token_ids: tuple[int, ...] = ()) -> Generate:
     return Generate(
         execution_id=1,
         sequences=tuple(
-            Sequence(request_id=number, prompt=prompt, output_tokens=most, stop_token_ids=stop_token_ids)
+            PromptSequence(request_id=number, prompt=prompt, output_tokens=most, stop_token_ids=stop_token_ids)
             for number, (prompt, most) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
         ),
     )

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from maveriq.exec import messages
-from maveriq.exec.engines.torch.links import Alone
-from maveriq.exec.engines.torch.plan import Part, part_of
-from maveriq.exec.engines.torch.sources import RandomSource
-from maveriq.exec.engines.torch.worker import Worker
+from maveriq.exec.engines.torch.collectives import SingleRank
+from maveriq.exec.engines.torch.config import RankSlice, rank_slice
+from maveriq.exec.engines.torch.rank import Worker
+from maveriq.exec.engines.torch.weights import RandomSource
 
 # Tiny models gain nothing by threads, and threads that wait take the cores from the rest.
 torch.set_num_threads(1)
@@ -86,9 +86,9 @@ def spec_of(config: Mapping[str, Any], *, tp: int = 1, split: Sequence[int] = (L
 
 def prompts_of(
     prompts: Sequence[Sequence[int]] = PROMPTS, *, output_tokens: int = OUTPUT_TOKENS, stop: Sequence[int] = ()
-) -> tuple[messages.Sequence, ...]:
+) -> tuple[messages.PromptSequence, ...]:
     return tuple(
-        messages.Sequence(request_id=n, prompt=tuple(p), output_tokens=output_tokens, stop_token_ids=tuple(stop))
+        messages.PromptSequence(request_id=n, prompt=tuple(p), output_tokens=output_tokens, stop_token_ids=tuple(stop))
         for n, p in enumerate(prompts, 1)
     )
 
@@ -145,7 +145,7 @@ class World:
 class ThreadLinks:
     """Links between threads: what gloo does between processes, without its start."""
 
-    def __init__(self, world: World, part: Part) -> None:
+    def __init__(self, world: World, part: RankSlice) -> None:
         self._world = world
         self._part = part
 
@@ -184,13 +184,13 @@ class ThreadLinks:
         return agreed
 
 
-def run_split(spec: Any, prompts: Sequence[messages.Sequence]) -> list[list[list[int]]]:
+def run_split(spec: Any, prompts: Sequence[messages.PromptSequence]) -> list[list[list[int]]]:
     """Run a split model with all ranks in threads; return each rank's steps."""
     ranks = spec.tp * spec.pp
     world = World(spec.tp, spec.pp)
 
     def run(rank: int) -> list[list[int]]:
-        links = Alone() if ranks == 1 else ThreadLinks(world, part_of(spec, rank))
+        links = SingleRank() if ranks == 1 else ThreadLinks(world, rank_slice(spec, rank))
         return [step for step, _ in Worker(spec, rank, links).run(tuple(prompts))]
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -204,4 +204,4 @@ def outputs(steps: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def load_worker(spec: Any) -> Worker:
     """Load an unsplit model."""
-    return Worker(spec, 0, Alone())
+    return Worker(spec, 0, SingleRank())

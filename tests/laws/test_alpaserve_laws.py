@@ -8,13 +8,18 @@ import pytest
 from hypothesis import given, settings
 from strategies_placement import all_placements, placements, problems
 
-from maveriq.policy.alpaserve.batching import simulate_batched
-from maveriq.policy.alpaserve.groups import gpu_bytes
-from maveriq.policy.alpaserve.problem import PlacementProblem
+from maveriq.policy.alpaserve.batching_simulator import simulate_batched
+from maveriq.policy.alpaserve.problem import (
+    Fill,
+    PlacementPolicy,
+    PlacementProblem,
+    SearchSettings,
+    SimulatorSettings,
+    StarRule,
+    gpu_bytes,
+)
 from maveriq.policy.alpaserve.search import search
-from maveriq.policy.alpaserve.settings import Fill, PlacementPolicy, SearchSettings
-from maveriq.policy.alpaserve.simulate import PlacementSimulator, SimulatorSettings, simulate
-from maveriq.policy.alpaserve.star import StarRule
+from maveriq.policy.alpaserve.simulator import PlacementSimulator, simulate
 
 POLICIES = [
     SearchSettings(max_tp=8),

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.models import KvType, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.calibration import Calibration, read_calibration, require
-from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.calibration_file import Calibration, read_calibration, require
+from maveriq.estimate.hardware_profile import load_profile
 
 MODELS = ("falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b")
 PROFILE = load_profile("a6000-short")
@@ -35,7 +34,7 @@ def questions(draw: st.DrawFn) -> dict:
     model = load_model(draw(st.sampled_from(MODELS)))
     tp = draw(st.sampled_from(model.tensor_parallel_degrees(8)))
     weights = draw(st.sampled_from([WeightType.FLOAT16, WeightType.INT8, WeightType.INT4]))
-    configuration = Configuration(tp=tp, pp=draw(st.integers(1, 8 // tp)), weights=weights)
+    configuration = ParallelConfig(tp=tp, pp=draw(st.integers(1, 8 // tp)), weights=weights)
     # Whether it runs on the testbed is a fact of the testbed, not of physics.
     runs = live().why_not(model, configuration) is None
     return {
@@ -96,7 +95,7 @@ def test_float16_is_slower_than_int8_is_slower_than_int4_where_weights_are_what_
             live()
             .service(
                 load_model(name),
-                Configuration(tp=1, pp=4, weights=weights),
+                ParallelConfig(tp=1, pp=4, weights=weights),
                 prompt_tokens=30,
                 output_tokens=100,
                 batch=1,
@@ -111,30 +110,30 @@ def test_two_all_reduces_cost_more_than_one() -> None:
     llama = load_model("llama-2-7b")
     once = replace(llama, all_reduces_per_layer=1)
     for tp, pp in itertools.product((2, 4), (1, 2)):
-        question = {"configuration": Configuration(tp=tp, pp=pp, weights=WeightType.INT8), "prompt_tokens": 30}
+        question = {"configuration": ParallelConfig(tp=tp, pp=pp, weights=WeightType.INT8), "prompt_tokens": 30}
         times = [live().service(model, **question, output_tokens=20, batch=1).latency_s for model in (once, llama)]
         assert times[0] < times[1]
 
 
 def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
     llama, asked = load_model("llama-2-7b"), {"prompt_tokens": 30, "output_tokens": 20, "batch": 1}
-    four = Configuration(tp=4, pp=1, weights=WeightType.FLOAT16)
+    four = ParallelConfig(tp=4, pp=1, weights=WeightType.FLOAT16)
     together, across = (
         live().service_on(gpus, llama, four, **asked).latency_s for gpus in ((4, 5, 6, 7), (1, 2, 3, 4))
     )
     assert together == live().service(llama, four, **asked).latency_s < across
-    two = Configuration(tp=2, pp=2, weights=WeightType.FLOAT16)
+    two = ParallelConfig(tp=2, pp=2, weights=WeightType.FLOAT16)
     none, one, both = (
         live().service_on(gpus, llama, two, **asked).latency_s for gpus in ((0, 1, 4, 5), (0, 1, 3, 4), (0, 4, 1, 5))
     )
     assert none < one < both
-    single = Configuration(tp=1, pp=4, weights=WeightType.FLOAT16)
+    single = ParallelConfig(tp=1, pp=4, weights=WeightType.FLOAT16)
     assert live().service_on((0, 4, 1, 5), llama, single, **asked) == live().service(llama, single, **asked)
 
 
 @given(questions(), st.integers(1, 7))
 def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict, neighbours: int) -> None:
-    model, alone = question["model"], Configuration(tp=1, pp=1, weights=WeightType.INT4)
+    model, alone = question["model"], ParallelConfig(tp=1, pp=1, weights=WeightType.INT4)
     waits_s = [live().wait_s(model, alone, neighbours=count) for count in (0, neighbours, neighbours + 1)]
     assert 0 == waits_s[0] < waits_s[1] < waits_s[2] < 0.1
     several = replace(alone, pp=2)
@@ -143,7 +142,7 @@ def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict,
 
 
 def test_a_benchmark_has_no_neighbours() -> None:
-    alone = Configuration(tp=1, pp=1, weights=WeightType.INT4)
+    alone = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4)
     assert live().has_neighbours(alone)
     assert not CalibratedEstimator.benchmarked(PROFILE).has_neighbours(alone)
 
@@ -151,7 +150,7 @@ def test_a_benchmark_has_no_neighbours() -> None:
 @pytest.mark.parametrize("kv", KvType)
 def test_smaller_kv_entries_are_read_faster(kv: KvType) -> None:
     asked = {"prompt_tokens": 2000, "output_tokens": 500, "batch": 16}
-    configuration = Configuration(tp=1, pp=4, weights=WeightType.INT8, kv=kv)
-    native = Configuration(tp=1, pp=4, weights=WeightType.INT8)
+    configuration = ParallelConfig(tp=1, pp=4, weights=WeightType.INT8, kv=kv)
+    native = ParallelConfig(tp=1, pp=4, weights=WeightType.INT8)
     model = load_model("llama-2-7b")
     assert live().service(model, configuration, **asked).latency_s <= live().service(model, native, **asked).latency_s

@@ -10,8 +10,7 @@ from strategies_records import runs
 
 from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.domain.requests import RequestStatus
-from maveriq.report.compare import QUANTITIES, compare, ks_distance
-from maveriq.report.tolerances import UNITS, Tolerance, check
+from maveriq.report.compare import QUANTITIES, UNITS, Tolerance, check, compare, ks_distance
 
 few = settings(max_examples=40, deadline=None)
 samples = st.lists(st.integers(0, 50), min_size=1, max_size=30).map(np.array)

@@ -7,7 +7,8 @@ from worlds import ask, controller
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (
     Action,
-    DeployAsked,
+    EndpointAdded,
+    EndpointRemoved,
     EngineDown,
     EngineRepaired,
     EngineUp,
@@ -17,12 +18,11 @@ from maveriq.control.events import (
     ExecutionFinished,
     GpuDown,
     GpuUp,
-    RemoveAsked,
     RequestArrived,
     RequestCancelled,
     StartEngine,
 )
-from maveriq.control.queues import Discipline
+from maveriq.control.queues import QueueDiscipline
 from maveriq.domain.requests import FINAL_STATUSES, Request, RequestStatus
 
 ENDPOINTS = {1: [(0,)], 2: [(0, 1)], 3: [(2,), (3,)]}
@@ -44,7 +44,7 @@ class _World:
         self.ended: list[int] = []
         brain.ledger.on_end = self.ended.append
         for endpoint in ENDPOINTS:
-            self.tell(DeployAsked(ask(endpoint)))
+            self.tell(EndpointAdded(ask(endpoint)))
 
     def tell(self, *events: Event) -> None:
         self.now_us += 1
@@ -75,7 +75,7 @@ class _World:
                 self.tell(RequestCancelled(number))
             case "remove":
                 if number == 1:
-                    self.tell(RemoveAsked(deployment_id))
+                    self.tell(EndpointRemoved(deployment_id))
             case _:
                 self._happen_to_machines(what, deployment_id, number)
 
@@ -107,7 +107,7 @@ class _World:
 
 @given(
     st.lists(st.tuples(SOMETHING, DEPLOYMENTS, st.integers(1, 30)), max_size=120),
-    st.sampled_from(Discipline),
+    st.sampled_from(QueueDiscipline),
     st.sampled_from(OnFailure),
 )
 @settings(max_examples=250, deadline=None)

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuredprofiles import rows_of, write_profile
 
-from maveriq.domain.catalog import known_models, load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import CALIBRATED, ESTIMATORS, MEASURED, estimator
-from maveriq.estimate.formula import Exponents, Line, ParallelLatency, at_batch, derive, parallel_memory_gib
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, load_model
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.fingerprints import Exponents, Line, ParallelLatency, at_batch, derive, parallel_memory_gib
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, MEASURED, make_estimator
 
 GPUS = 8
 seconds = st.floats(1e-4, 100.0)
@@ -23,10 +22,10 @@ gibs = st.floats(0.01, 500.0)
 degrees = st.integers(1, 8)
 
 
-def configurations() -> list[Configuration]:
+def configurations() -> list[ParallelConfig]:
     degrees = [(tp, pp) for tp in (1, 2, 4, 8) for pp in range(1, GPUS // tp + 1)]
     return [
-        Configuration(tp=tp, pp=pp, weights=weights, kv=kv)
+        ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv)
         for (tp, pp), weights, kv in itertools.product(degrees, WeightType, KvType)
     ]
 
@@ -39,7 +38,7 @@ def profile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
         profile = load_profile(embedded)
         if name != MEASURED:
             return profile
-        source = estimator(CALIBRATED, profile)
+        source = make_estimator(CALIBRATED, profile)
         rows = "\n".join(rows_of(source, answered(source)))
         return load_profile(str(write_profile(tmp_path_factory.mktemp(embedded), rows)))
 
@@ -49,17 +48,17 @@ def profile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
 @pytest.fixture(scope="module", params=itertools.product(ESTIMATORS, ["a6000-short", "a6000-long"]), ids="/".join)
 def subject(request: pytest.FixtureRequest, profile_for: Callable[[str, str], HardwareProfile]) -> Estimator:
     name, profile = request.param
-    return estimator(name, profile_for(name, profile))
+    return make_estimator(name, profile_for(name, profile))
 
 
-def answered(subject: Estimator) -> list[tuple[ModelSpec, Configuration]]:
+def answered(subject: Estimator) -> list[tuple[ModelSpec, ParallelConfig]]:
     pairs = itertools.product(known_models().values(), configurations())
     found = [(model, cfg) for model, cfg in pairs if subject.why_not(model, cfg) is None]
     assert len(found) > 300, "the profile covers too little for these laws to say anything"
     return found
 
 
-def latencies_s(subject: Estimator, model: ModelSpec, cfg: Configuration, tokens: list[int]) -> list[float]:
+def latencies_s(subject: Estimator, model: ModelSpec, cfg: ParallelConfig, tokens: list[int]) -> list[float]:
     return [subject.service(model, cfg, prompt_tokens=10, output_tokens=o, batch=1).latency_s for o in tokens]
 
 
@@ -88,7 +87,7 @@ def test_memory_is_positive_and_every_gpu_more_takes_no_less(subject: Estimator)
     memory = {(model.name, cfg): subject.memory(model, cfg) for model, cfg in answered(subject)}
     assert min(memory.values()) > 0
     for (name, cfg), held in memory.items():
-        longer = Configuration(tp=cfg.tp, pp=cfg.pp + 1, weights=cfg.weights, kv=cfg.kv)
+        longer = ParallelConfig(tp=cfg.tp, pp=cfg.pp + 1, weights=cfg.weights, kv=cfg.kv)
         assert memory.get((name, longer), held) >= held
 
 
@@ -97,7 +96,7 @@ def test_equal_questions_get_equal_answers_in_any_order(
     name: str, profile_for: Callable[[str, str], HardwareProfile]
 ) -> None:
     profile = profile_for(name, "a6000-short")
-    once, again = (estimator(name, profile) for _ in range(2))
+    once, again = (make_estimator(name, profile) for _ in range(2))
     asked = answered(again)
     ask = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
     forward = {(model.name, cfg): once.service(model, cfg, **ask) for model, cfg in asked}
@@ -113,7 +112,7 @@ def test_a_model_whose_heads_are_odd_has_no_tensor_parallelism(subject: Estimato
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_greater_batch_takes_no_less(name: str, profile_for: Callable[[str, str], HardwareProfile]) -> None:
-    subject = estimator(name, profile_for(name, "a6000-short"))
+    subject = make_estimator(name, profile_for(name, "a6000-short"))
     rounding = 1 - 1e-12
     for model, cfg in answered(subject):
         ask = {"prompt_tokens": 10, "output_tokens": 20}

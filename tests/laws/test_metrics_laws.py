@@ -13,8 +13,8 @@ from strategies_records import runs
 from maveriq.domain.records import RunRecord
 from maveriq.report.metrics import Figures, Metrics, summarise
 from maveriq.report.reading import read_run
-from maveriq.report.runfiles import write_run
-from maveriq.report.verdict import judge
+from maveriq.report.run_folder import write_run
+from maveriq.report.saturation import assess_saturation
 
 few = settings(max_examples=60, deadline=None)
 
@@ -68,7 +68,7 @@ def test_the_order_of_rows_changes_nothing(run, random):
     columns = {name: getattr(run.requests, name)[order] for name in run.requests.__slots__ if name != "reasons"}
     shuffled = replace(run, requests=replace(run.requests, **columns))
     assert all_metrics(shuffled) == all_metrics(run)
-    assert judge(shuffled) == judge(run)
+    assert assess_saturation(shuffled) == assess_saturation(run)
 
 
 @few

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from worlds import arrivals, run, scenario
 
 from maveriq.control.controller import ControllerSettings, OnFailure
-from maveriq.control.queues import Discipline
+from maveriq.control.queues import QueueDiscipline
+from maveriq.domain.cluster import DispatchTiming
 from maveriq.domain.faults import Fault, FaultTarget
-from maveriq.domain.hardware import DispatchTiming
 from maveriq.domain.records import NOT_YET
 from maveriq.domain.requests import RequestStatus
-from maveriq.scenario.scenario import Scenario
-from maveriq.sim.engine import simulate
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
 from maveriq.units import MICROS_PER_SECOND, seconds
 
 GPUS = 4
@@ -39,8 +39,8 @@ def faults(draw):
 
 @st.composite
 def worlds(
-    draw, *, with_faults: bool = True, discipline: Discipline | None = None, batch_size: int | None = None
-) -> Scenario:
+    draw, *, with_faults: bool = True, discipline: QueueDiscipline | None = None, batch_size: int | None = None
+) -> ServingSystem:
     """A few endpoints on overlapping GPUs, up to 60 requests within three seconds."""
     placements = st.lists(st.integers(0, GPUS - 1), min_size=1, max_size=3, unique=True).map(tuple)
     gpus_of = {
@@ -59,7 +59,7 @@ def worlds(
         gpus=GPUS,
         settings=ControllerSettings(
             timing=draw(st.sampled_from(TIMINGS)),
-            discipline=discipline or draw(st.sampled_from(Discipline)),
+            discipline=discipline or draw(st.sampled_from(QueueDiscipline)),
             max_wait_us=draw(st.sampled_from([100_000, 10_000_000])),
             on_failure=draw(st.sampled_from(OnFailure)),
         ),
@@ -72,7 +72,7 @@ def worlds(
 
 @given(worlds())
 @settings(max_examples=150, deadline=None)
-def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: Scenario) -> None:
+def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: ServingSystem) -> None:
     record = simulate(world)
     table = record.requests
     assert len(table) == sum(table.counts().values()) == len(world.workload.arrivals)
@@ -90,7 +90,7 @@ def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: 
 
 @given(worlds(with_faults=False))
 @settings(max_examples=150, deadline=None)
-def test_nobody_starts_before_its_engine_is_up(world: Scenario) -> None:
+def test_nobody_starts_before_its_engine_is_up(world: ServingSystem) -> None:
     record = simulate(world)
     ready_us = {one.deployment_id: one.ready_us for one in record.deployments}
     for deployment_id, start_us in zip(record.requests.deployment_id, record.requests.start_us, strict=True):
@@ -100,7 +100,7 @@ def test_nobody_starts_before_its_engine_is_up(world: Scenario) -> None:
 
 @given(worlds())
 @settings(max_examples=150, deadline=None)
-def test_a_gpu_runs_one_execution_at_a_time(world: Scenario) -> None:
+def test_a_gpu_runs_one_execution_at_a_time(world: ServingSystem) -> None:
     record = simulate(world)
     table = record.requests
     gpus_of = {one.deployment_id: one.plan.gpu_ids for one in record.deployments if one.plan}
@@ -116,15 +116,15 @@ def test_a_gpu_runs_one_execution_at_a_time(world: Scenario) -> None:
 
 @given(worlds())
 @settings(max_examples=100, deadline=None)
-def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(world: Scenario) -> None:
+def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(world: ServingSystem) -> None:
     for sample in simulate(world).gpu_samples:
         assert 0 <= sample.memory_bytes <= world.cluster.gpus[sample.gpu_id].capacity_bytes
         assert 0 <= sample.busy_share <= 1
 
 
-@given(worlds(discipline=Discipline.FIFO, batch_size=1))
+@given(worlds(discipline=QueueDiscipline.FIFO, batch_size=1))
 @settings(max_examples=200, deadline=None)
-def test_fifo_starts_in_order_of_arrival(world: Scenario) -> None:
+def test_fifo_starts_in_order_of_arrival(world: ServingSystem) -> None:
     """Also when engines fail: what one was serving goes first again, what waited keeps its place.
 
     A line whose engine is down waits aside and holds nobody, so the order is that of each deployment then.
@@ -139,7 +139,7 @@ def test_fifo_starts_in_order_of_arrival(world: Scenario) -> None:
 
 @given(worlds())
 @settings(max_examples=200, deadline=None)
-def test_nothing_runs_on_a_gpu_that_is_down(world: Scenario) -> None:
+def test_nothing_runs_on_a_gpu_that_is_down(world: ServingSystem) -> None:
     record = simulate(world)
     gpus_of = {one.deployment_id: one.plan.gpu_ids for one in record.deployments if one.plan}
     table = record.requests
@@ -156,7 +156,7 @@ def test_nothing_runs_on_a_gpu_that_is_down(world: Scenario) -> None:
 
 @given(worlds(), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
-def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: Scenario, random) -> None:
+def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: ServingSystem, random) -> None:
     asks, faults_ = list(world.workload.asks), list(world.faults)
     random.shuffle(asks)
     random.shuffle(faults_)
@@ -169,11 +169,11 @@ def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: Scenari
 
 @given(worlds(with_faults=False))
 @settings(max_examples=100, deadline=None)
-def test_doubling_every_time_scale_doubles_every_time(world: Scenario) -> None:
+def test_doubling_every_time_scale_doubles_every_time(world: ServingSystem) -> None:
     """With an ideal dispatcher nothing in the system knows a second: a law that finds hidden constants."""
     ideal = replace(
         world,
-        settings=replace(world.settings, timing=DispatchTiming(), discipline=Discipline.FIFO_PER_MODEL),
+        settings=replace(world.settings, timing=DispatchTiming(), discipline=QueueDiscipline.FIFO_PER_MODEL),
         load_time=lambda _plan: 1_000,
         drain_us=3_600 * MICROS_PER_SECOND,
     )
@@ -194,8 +194,8 @@ def test_doubling_every_time_scale_doubles_every_time(world: Scenario) -> None:
     assert (fast_table.status == slow_table.status).all()
 
 
-@pytest.mark.parametrize("discipline", [Discipline.FIFO_PER_MODEL, Discipline.SJF, Discipline.EDF])
-def test_a_wide_deployment_does_not_starve_behind_narrow_ones(discipline: Discipline) -> None:
+@pytest.mark.parametrize("discipline", [QueueDiscipline.FIFO_PER_MODEL, QueueDiscipline.SJF, QueueDiscipline.EDF])
+def test_a_wide_deployment_does_not_starve_behind_narrow_ones(discipline: QueueDiscipline) -> None:
     """Two single-GPU models busy 99 % of the time, out of step, and one request that needs both GPUs."""
     times_us = [1_000 * i for i in range(1_000, 9_000, 45)]
     endpoints = [1 + i % 2 for i in range(len(times_us))]

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from maveriq.estimate.hardware import load_profile
-from maveriq.policy.alpaserve.problem import PlacementModel, PlacementProblem
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.policy.alpaserve.problem import (
+    PlacementModel,
+    PlacementPolicy,
+    PlacementProblem,
+    SearchSettings,
+    SimulatorSettings,
+    StarRule,
+)
 from maveriq.policy.alpaserve.profiles import published_profiles_of
 from maveriq.policy.alpaserve.search import PlacementSolution, search
-from maveriq.policy.alpaserve.settings import PlacementPolicy, SearchSettings
-from maveriq.policy.alpaserve.simulate import SimulatorSettings, warm_up
-from maveriq.policy.alpaserve.star import StarRule
-from maveriq.scenario.problems import load_problem, read_demand
+from maveriq.policy.alpaserve.simulator import warm_up
+from maveriq.scenario.placement_problems import load_problem, read_demand
 from maveriq.units import bytes_from_gib
-from maveriq.workload.azure import embedded_trace
 from maveriq.workload.forecast import published_forecast
-from maveriq.workload.modelsets import load_model_set
+from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.traces import embedded_trace
 
 pytestmark = pytest.mark.data
 

@@ -12,10 +12,10 @@ from recorded_slo import recorded_slo_csv
 from recordings import read_recorded
 
 from maveriq.errors import InputError
-from maveriq.estimate.hardware import load_profile
-from maveriq.workload.azure import embedded_trace
+from maveriq.estimate.hardware_profile import load_profile
 from maveriq.workload.forecast import published_forecast
-from maveriq.workload.modelsets import load_model_set
+from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.traces import embedded_trace
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "experiments" / "alpaserve"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 from configurations import Choice, Compared, compare
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.testbed.recordings import RecordedDeployment, RecordedLayout, RecordedRun
 from maveriq.units import micros
-from maveriq.workload.testbed import Layout, RecordedDeployment, RecordedRun
 
 LEAST_EQUAL_FREE = 0.95
 MOST_GIB_ERROR = 1e-3
@@ -43,9 +43,9 @@ def test_running_freely_nearly_every_configuration_equals_the_recorded_one(compa
     assert len(different) <= (1 - LEAST_EQUAL_FREE) * len(compared), listed(different)
 
 
-def layout(configuration: Configuration, layers: int, gib_per_gpu: float) -> Layout:
+def layout(configuration: ParallelConfig, layers: int, gib_per_gpu: float) -> RecordedLayout:
     gpu_ids = tuple(range(configuration.gpus))
-    return Layout(
+    return RecordedLayout(
         configuration=configuration,
         layer_split=(layers,),
         gpu_ids=gpu_ids,
@@ -54,7 +54,7 @@ def layout(configuration: Configuration, layers: int, gib_per_gpu: float) -> Lay
 
 
 def recorded_deployment(
-    endpoint_id: int, model_name: str, came_up_as: Layout | None, used_gib_after: tuple[float, ...]
+    endpoint_id: int, model_name: str, came_up_as: RecordedLayout | None, used_gib_after: tuple[float, ...]
 ) -> RecordedDeployment:
     return RecordedDeployment(
         endpoint_id=endpoint_id,
@@ -67,8 +67,8 @@ def recorded_deployment(
 
 
 def test_a_comparison_sees_what_differs_and_goes_on_after_a_deploy_that_never_came_up() -> None:
-    chosen = Configuration(tp=4, pp=1, weights=WeightType.INT4, kv=KvType.INT8)
-    other = Configuration(tp=8, pp=1, weights=WeightType.FLOAT16)
+    chosen = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4, kv=KvType.INT8)
+    other = ParallelConfig(tp=8, pp=1, weights=WeightType.FLOAT16)
     run = RecordedRun(
         name="made up",
         policy="MaverIQ",

@@ -18,12 +18,11 @@ from headline_rows import GRID, AchievedRow
 from headline_runs import achieved_by, achieved_in_grid, slo_scales
 from page import filled
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import WeightType
+from maveriq.domain.models import WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.hardware import load_profile
-from maveriq.workload.testbed import find_testbed, read_runs
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.testbed.recordings import find_testbed, read_runs
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "experiments" / "fidelity"
@@ -68,7 +67,7 @@ def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
 def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
     profile = load_profile(PROFILE)
     usual = CalibratedEstimator.serving(profile)
-    model, configuration = load_model("llama-2-7b"), Configuration(tp=2, pp=1, weights=WeightType.INT8)
+    model, configuration = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
 
     def service_s(estimator: CalibratedEstimator) -> float:
         asked = estimator.service(model, configuration, prompt_tokens=100, output_tokens=20, batch=1)

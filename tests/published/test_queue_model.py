@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import pytest
 from queue_model import QueueErrors
 
-from maveriq.embedded import measured_data_path
-from maveriq.workload.testbed import read_runs
+from maveriq.files import measured_data_path
+from maveriq.testbed.recordings import read_runs
 
 pytestmark = pytest.mark.data
 

@@ -8,10 +8,10 @@ import pytest
 
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
-from maveriq.scenario.build import build_scenario
-from maveriq.scenario.recorded import options_of
+from maveriq.scenario.build import build_system
 from maveriq.tables import read_csv
-from maveriq.workload.testbed import read_runs
+from maveriq.testbed.recordings import read_runs
+from maveriq.testbed.replay import options_of
 
 pytestmark = pytest.mark.data
 
@@ -50,7 +50,7 @@ def test_descriptions_give_the_recorded_requests_of_maveriq(
 ) -> None:
     """What a blind run starts from: the same requests in the same order, models and SLOs as well."""
     run = next(run for run in read_runs(measured_data / "testbed") if run.by_maveriq and run.slo_scale)
-    drawn, table = build_scenario(options_of(run)).workload.arrivals, recordings[run.name].requests
+    drawn, table = build_system(options_of(run)).workload.arrivals, recordings[run.name].requests
     order = np.argsort(table.request_id)
     assert np.array_equal(table.endpoint_id[order], drawn.endpoint_id)
     assert np.array_equal(table.slo_us[order], drawn.slo_us)

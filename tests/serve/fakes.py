@@ -1,4 +1,4 @@
-"""A cluster in memory that keeps the promises of `maveriq.exec.cluster`, and servers for tests."""
+"""A cluster in memory that keeps the promises of `maveriq.exec.live_cluster`, and servers for tests."""
 
 import asyncio
 import contextlib
@@ -6,17 +6,16 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from maveriq.domain.cluster import ClusterState
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.hardware import Cluster, Gpu
-from maveriq.domain.intents import DeployAsk
+from maveriq.domain.cluster import Cluster, ClusterState, Gpu
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import WeightType
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.progress import DeploymentStatus, GpuStatus, Progress
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
-from maveriq.exec.cluster import EndpointRequest, Outcome, Submission
-from maveriq.policy.base import Decision, Deploy, Rejection
-from maveriq.policy.endpoints import PerEndpoint
+from maveriq.exec.live_cluster import EndpointRequest, Outcome, Submission
+from maveriq.policy.pinned import PinnedPlacementPolicy
+from maveriq.policy.policy import Decision, Deploy, Rejection
 
 GIB = 1 << 30
 
@@ -28,14 +27,14 @@ class OneGpu:
     name: str = "one-gpu"
     last: bool = False
 
-    def decide(self, ask: DeployAsk, view: object) -> Decision:
+    def decide(self, ask: EndpointSpec, view: object) -> Decision:
         needs = ask.model.layers * ask.model.hidden_size * 100_000
         room = [gpu for gpu in view.by_free_memory() if gpu.free_bytes >= needs]  # type: ignore[attr-defined]
         if not room:
             return Rejection(reason=f"{ask.model.name} needs {needs} bytes on one GPU")
         plan = DeploymentPlan(
             model=ask.model,
-            configuration=Configuration(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
+            configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
             layer_split=(ask.model.layers,),
             gpu_ids=(max(gpu.gpu_id for gpu in room) if self.last else room[0].gpu_id,),
             gpu_bytes=(needs,),
@@ -45,8 +44,8 @@ class OneGpu:
         return Deploy(plans=(plan,))
 
 
-def placements() -> PerEndpoint:
-    return PerEndpoint(usual=OneGpu(), by_name={"first": OneGpu(), "last": OneGpu(name="last", last=True)})
+def placements() -> PinnedPlacementPolicy:
+    return PinnedPlacementPolicy(usual=OneGpu(), by_name={"first": OneGpu(), "last": OneGpu(name="last", last=True)})
 
 
 def gpus(count: int = 4) -> Cluster:
@@ -108,7 +107,12 @@ class FakeCluster:
     """
 
     def __init__(
-        self, policy: PerEndpoint, *, token_s: float = 0.0, load_s: float = 0.0, cluster: Cluster | None = None
+        self,
+        policy: PinnedPlacementPolicy,
+        *,
+        token_s: float = 0.0,
+        load_s: float = 0.0,
+        cluster: Cluster | None = None,
     ):
         self.policy = policy
         self.token_s = token_s
@@ -132,7 +136,7 @@ class FakeCluster:
 
     def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
         number = endpoint_id or len(self._endpoints) + 1
-        ask = DeployAsk(
+        ask = EndpointSpec(
             endpoint_id=number, model=asked.model, intent=asked.intent, asked_us=self.now_us,
             prompt_tokens=8, output_tokens=asked.output_tokens, batch_size=asked.batch_size,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 from fakes import FakeCluster, placements
 
-from maveriq.policy.endpoints import PerEndpoint
+from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.app import create_app
 from maveriq.serve.server import listen, serve, url_of
 from maveriq.serve.service import Service
@@ -28,7 +28,7 @@ class Running:
     url: str
     cluster: FakeCluster
     service: Service
-    policy: PerEndpoint
+    policy: PinnedPlacementPolicy
     loop: asyncio.AbstractEventLoop
 
     def client(self, **more: object) -> httpx.Client:

@@ -10,9 +10,8 @@ import pytest
 from running import MODEL, Running, running, until
 
 from maveriq.errors import InputError
-from maveriq.serve import patience
-from maveriq.serve.gate import is_loopback
-from maveriq.serve.secret import read_token
+from maveriq.serve import server
+from maveriq.serve.auth import is_loopback, read_token
 from maveriq.serve.server import listen
 from maveriq.serve.settings import ServeSettings
 
@@ -138,7 +137,7 @@ def test_headers_without_end(narrow: Running) -> None:
 def test_a_head_that_does_not_come(
     narrow: Running, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
 ) -> None:
-    monkeypatch.setattr(patience, "HEAD_S", 0.1)
+    monkeypatch.setattr(server, "HEAD_S", 0.1)
     with _connected(narrow) as wire:
         if before:
             wire.sendall(before)
@@ -152,7 +151,7 @@ def test_a_head_that_does_not_come(
 
 
 def test_a_slow_answer_is_waited_for(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "HEAD_S", 0.1)
+    monkeypatch.setattr(server, "HEAD_S", 0.1)
     with narrow.client() as http:
         for _ in range(2):
             answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 6})

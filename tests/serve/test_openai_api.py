@@ -9,7 +9,7 @@ import pytest
 from fakes import token
 from running import MODEL, Running, running, until
 
-from maveriq.serve.tokens import ByteTokenizer, decode
+from maveriq.serve.tokenizers import ByteTokenizer, decode
 
 BYTES = ByteTokenizer(32_000)
 

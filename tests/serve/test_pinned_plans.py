@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 from fakes import GIB, OneGpu, gpus, placements
 
-from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState, ClusterView
-from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import load_model
 from maveriq.errors import MaveriqError, UnknownNameError
-from maveriq.policy.base import Decision, Deploy, Rejection
-from maveriq.policy.endpoints import PerEndpoint, Plans
+from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
+from maveriq.policy.policy import Decision, Deploy, Rejection
 
-ASK = DeployAsk(
+ASK = EndpointSpec(
     endpoint_id=5, model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), asked_us=0,
     prompt_tokens=8, output_tokens=20,
 )  # fmt: skip
@@ -83,7 +83,7 @@ def test_two_replicas_on_one_gpu_need_room_for_both() -> None:
     "ask",
     [dataclasses.replace(ASK, model=load_model("gptj-6b")), dataclasses.replace(ASK, batch_size=2)],
 )
-def test_a_pin_of_something_else_does_not_count(ask: DeployAsk) -> None:
+def test_a_pin_of_something_else_does_not_count(ask: EndpointSpec) -> None:
     policy = placements()
     policy.pin(5, elsewhere())
     decision = policy.decide(ask, view(empty()))
@@ -103,10 +103,10 @@ def test_a_placement_by_name_and_forgetting() -> None:
 class Broken:
     name = "broken"
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
         raise MaveriqError("policy 'broken' failed: it must return GPUs")
 
 
 def test_an_error_of_a_policy_is_a_rejection() -> None:
-    decision = PerEndpoint(usual=Broken()).decide(ASK, view(empty()))
+    decision = PinnedPlacementPolicy(usual=Broken()).decide(ASK, view(empty()))
     assert decision == Rejection(reason="policy 'broken' failed: it must return GPUs")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from fakes import OneGpu, gpus
 
-from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState
-from maveriq.domain.intents import DeployAsk, Intent, Objective
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import load_model
 from maveriq.domain.requests import RequestStatus
-from maveriq.exec.cluster import EndpointRequest
-from maveriq.policy.base import Deploy
+from maveriq.exec.live_cluster import EndpointRequest
+from maveriq.policy.policy import Deploy
 from maveriq.serve import store as store_module
-from maveriq.serve.store import STOPPED_FIRST, EndedRequest, KnownModel, RequestRow, Store, StoredDeployment, StoreError
+from maveriq.serve.store import STOPPED_FIRST, EndedRequest, RequestRow, Store, StoredEndpoint, StoredModel, StoreError
 
 MODEL = load_model("falcon-7b")
 INTENT = Intent(objective=Objective.MIN_LATENCY, slo_s=0.5, min_accuracy=90.5, float16_only=True)
@@ -39,14 +39,14 @@ def with_store(path: Path, test: Callable[[Store], Awaitable[None]], *, kept: in
 
 
 def test_what_is_told_is_remembered(state: Path) -> None:
-    ask = DeployAsk(
+    ask = EndpointSpec(
         endpoint_id=1, model=MODEL, intent=INTENT, asked_us=0, prompt_tokens=8, output_tokens=20, batch_size=3
     )
     decision = OneGpu().decide(ask, ClusterState(gpus()).view([0.0] * 4))
     assert isinstance(decision, Deploy)
 
     async def tell(store: Store) -> None:
-        assert await store.add_model(MODEL, "here") == KnownModel(model_id=1, spec=MODEL, folder="here")
+        assert await store.add_model(MODEL, "here") == StoredModel(model_id=1, spec=MODEL, folder="here")
         assert await store.add_deployment(1, ASKED, "llf") == 1
         await store.set_plans(1, decision.plans)
         assert await store.add_deployment(1, ASKED, "") == 2
@@ -55,11 +55,11 @@ def test_what_is_told_is_remembered(state: Path) -> None:
         assert await store.accept(row("a"))
 
     async def ask_back(store: Store) -> None:
-        assert await store.models() == [KnownModel(model_id=1, spec=MODEL, folder="here")]
-        first = StoredDeployment(endpoint_id=1, model_id=1, asked=ASKED, placement="llf", plans=decision.plans)
+        assert await store.models() == [StoredModel(model_id=1, spec=MODEL, folder="here")]
+        first = StoredEndpoint(endpoint_id=1, model_id=1, asked=ASKED, placement="llf", plans=decision.plans)
         assert await store.deployments() == [
             first,
-            StoredDeployment(endpoint_id=3, model_id=1, asked=ASKED, placement=""),
+            StoredEndpoint(endpoint_id=3, model_id=1, asked=ASKED, placement=""),
         ]
         assert await store.request("a") == row("a")
         assert await store.request("b") is None

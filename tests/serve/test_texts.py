@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maveriq.errors import InputError
-from maveriq.serve.stopping import StopScanner
-from maveriq.serve.tokens import ByteTokenizer, decode, plain_chat, tokenizer_for
+from maveriq.serve.completions import StopStrings
+from maveriq.serve.tokenizers import ByteTokenizer, decode, plain_chat, tokenizer_for
 
 VOCAB = ["<unk>", "<s>", "</s>", "hello", "world", "Ġhello", "Ġworld", "a", "user", "assistant", ":", "Ċ"]
 
@@ -41,7 +41,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 @given(PIECES, STOPS)
 def test_a_stream_stops_where_the_whole_text_does(pieces: list[str], stops: list[str]) -> None:
-    scanner = StopScanner(stops)
+    scanner = StopStrings(stops)
     shown = "".join(map(scanner.step, pieces)) + scanner.end()
     ends = [at for at in map("".join(pieces).find, stops) if at >= 0]
     whole = "".join(pieces)
@@ -57,7 +57,7 @@ def test_a_stream_stops_where_the_whole_text_does(pieces: list[str], stops: list
 
 @given(PIECES, STOPS)
 def test_what_is_shown_is_never_taken_back_nor_needlessly_held(pieces: list[str], stops: list[str]) -> None:
-    scanner, seen, shown = StopScanner(stops), "", ""
+    scanner, seen, shown = StopStrings(stops), "", ""
     for piece in pieces:
         seen += piece
         shown += scanner.step(piece)

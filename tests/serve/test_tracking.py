@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
+from maveriq.domain.models import load_model
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
-from maveriq.exec.cluster import EndpointRequest, Submission
+from maveriq.exec.live_cluster import EndpointRequest, Submission
+from maveriq.serve.errors import ApiError
 from maveriq.serve.metrics import Metrics
-from maveriq.serve.refusals import ApiError
+from maveriq.serve.requests import AcceptedRequest, RequestLifecycle
 from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
-from maveriq.serve.tracking import Accepted, Tracker
 
 FINAL = {status.label for status in FINAL_STATUSES}
 
@@ -32,13 +32,13 @@ class World:
         self.cluster = FakeCluster(placements(), token_s=token_s)
         self.store = Store(folder / "state.db")
         self.metrics = Metrics()
-        self.tracker = Tracker(self.cluster, self.store, self.metrics, most=6)
+        self.tracker = RequestLifecycle(self.cluster, self.store, self.metrics, most=6)
         asked = EndpointRequest(
             model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
         )
         self.endpoint_id = self.cluster.deploy(asked)
 
-    async def send(self, name: str | None = None, *, output_tokens: int = 3, slo_us: int = 0) -> Accepted:
+    async def send(self, name: str | None = None, *, output_tokens: int = 3, slo_us: int = 0) -> AcceptedRequest:
         submission = Submission(endpoint_id=self.endpoint_id, prompt=(1, 2), output_tokens=output_tokens, slo_us=slo_us)
         return await self.tracker.accept("llama-2-7b", submission, name)
 
@@ -68,8 +68,8 @@ class Chaos:
 
     def __init__(self, one: World) -> None:
         self.one = one
-        self.accepted: list[Accepted] = []
-        self.going: list[asyncio.Task[Accepted]] = []
+        self.accepted: list[AcceptedRequest] = []
+        self.going: list[asyncio.Task[AcceptedRequest]] = []
 
     async def send(self) -> None:
         if len(self.one.tracker) < 6:
@@ -198,10 +198,10 @@ class FailingStore(Store):
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        monkeypatch.setattr("maveriq.serve.tracking._TRY_AGAIN_S", 0.01)
+        monkeypatch.setattr("maveriq.serve.requests._TRY_AGAIN_S", 0.01)
         async with world() as one:
             store = FailingStore(tmp_path / "other.db")
-            tracker = Tracker(one.cluster, store, one.metrics, most=6)
+            tracker = RequestLifecycle(one.cluster, store, one.metrics, most=6)
             one.tracker = tracker
             store.full = "accept"
             with pytest.raises(ApiError, match="the disk is full") as error:

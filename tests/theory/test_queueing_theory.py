@@ -52,13 +52,13 @@ def test_lindleys_recursion_matches_m_m_1(load: float) -> None:
 def test_littles_law(discipline: str) -> None:
     """L = lambda W, with L counted second by second and W from the records."""
     from maveriq.control.controller import ControllerSettings
-    from maveriq.control.queues import Discipline
+    from maveriq.control.queues import QueueDiscipline
 
     rng = np.random.default_rng(5)
     count = 20_000
     times_us = np.cumsum(rng.exponential(0.05 * MICROS_PER_SECOND, count)).astype(np.int64) + 10
     tokens = rng.integers(1, 140, count)
-    settings = ControllerSettings(discipline=Discipline(discipline))
+    settings = ControllerSettings(discipline=QueueDiscipline(discipline))
     record = run(
         arrivals(times_us, rng.integers(1, 4, count), tokens),
         {1: [(0,)], 2: [(0, 1)], 3: [(2,)]},

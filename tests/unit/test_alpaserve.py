@@ -7,18 +7,35 @@ import numpy as np
 import pytest
 from strategies_placement import demand, problem, profile
 
-from maveriq.domain.hardware import Cluster, Gpu
+from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.errors import InputError, InvariantError
-from maveriq.policy.alpaserve.batching import simulate_batched
-from maveriq.policy.alpaserve.buckets import bucket_models, device_splits, sub_problem
-from maveriq.policy.alpaserve.fill import beam_search, fast_greedy, round_robin
-from maveriq.policy.alpaserve.groups import Group, candidate_shapes, normal_form, verify
-from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, StageProfile, problem_for_cluster
-from maveriq.policy.alpaserve.progress import SearchProgress
-from maveriq.policy.alpaserve.search import search
-from maveriq.policy.alpaserve.settings import PlacementPolicy, SearchSettings
-from maveriq.policy.alpaserve.simulate import PlacementSimulator, SimulatorSettings, simulate
-from maveriq.policy.alpaserve.star import StarRule, qualifies
+from maveriq.policy.alpaserve.batching_simulator import simulate_batched
+from maveriq.policy.alpaserve.problem import (
+    Group,
+    GroupShape,
+    ModelProfile,
+    PlacementPolicy,
+    SearchSettings,
+    SimulatorSettings,
+    StageProfile,
+    StarRule,
+    candidate_shapes,
+    normal_form,
+    problem_for_cluster,
+    qualifies,
+    verify,
+)
+from maveriq.policy.alpaserve.search import (
+    SearchProgress,
+    beam_search,
+    bucket_models,
+    device_splits,
+    fast_greedy,
+    round_robin,
+    search,
+    sub_problem,
+)
+from maveriq.policy.alpaserve.simulator import PlacementSimulator, simulate
 from maveriq.units import BYTES_PER_GIB
 
 ONE, PIPE2 = GroupShape(1, 1), GroupShape(1, 2)

@@ -8,16 +8,16 @@ from maveriq.cli.app import main
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.scenario.build import build_scenario
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.scenario import Scenario
-from maveriq.sim.engine import simulate
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
 
 SHORT = {"scale": 0.1, "slo_scale": 5.0}
 
 
-def built(policy: str = "alpaserve", **options) -> Scenario:
-    return build_scenario(Options(policy=policy, **SHORT | options))
+def built(policy: str = "alpaserve", **options) -> ServingSystem:
+    return build_system(Options(policy=policy, **SHORT | options))
 
 
 def groups_of(run: RunRecord) -> dict[tuple[int, ...], tuple[int, int, list[int]]]:

@@ -5,11 +5,11 @@ import pytest
 from worlds import MODEL, TokenSeconds, arrivals
 
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.base import ServiceEstimate
+from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.policy.alpaserve.problem import GroupShape, StageProfile
 from maveriq.policy.alpaserve.profiles import profiles_from_estimator, published_profiles, published_profiles_of
 from maveriq.workload.forecast import forecast_of, published_forecast
-from maveriq.workload.modelsets import load_model_set
+from maveriq.workload.model_sets import load_model_set
 
 
 class Refusing(TokenSeconds):

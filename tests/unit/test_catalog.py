@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maveriq.domain.catalog import known_models, load_model
+from maveriq.domain.models import known_models, load_model
 from maveriq.errors import InputError, UnknownNameError
 
 LLAMA = {

@@ -8,8 +8,7 @@ from strategies_records import deployment, rejected, run_record, single_server, 
 
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError
-from maveriq.report.compare import Comparison, compare
-from maveriq.report.tolerances import check, parse_tolerances
+from maveriq.report.compare import Comparison, check, compare, parse_tolerances
 
 S = 1_000_000
 

@@ -7,7 +7,8 @@ from worlds import arrivals, ask, controller, plan, run, scenario
 
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (
-    DeployAsked,
+    EndpointAdded,
+    EndpointRemoved,
     EngineDown,
     EngineRepaired,
     EngineUp,
@@ -16,21 +17,19 @@ from maveriq.control.events import (
     ExecutionFinished,
     GpuDown,
     GpuUp,
-    RemoveAsked,
     RequestArrived,
     RequestCancelled,
     StartEngine,
     StopEngine,
 )
-from maveriq.control.queues import Discipline
-from maveriq.control.replicas import ReplicaChoice
-from maveriq.domain.faults import Fault, FaultTarget
-from maveriq.domain.hardware import DispatchTiming
+from maveriq.control.queues import QueueDiscipline
+from maveriq.control.router import RoutingRule
+from maveriq.domain.cluster import DispatchTiming
+from maveriq.domain.faults import Fault, FaultTarget, parse_fault
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.errors import InvariantError
-from maveriq.policy.base import Deploy
-from maveriq.scenario.faults import parse_fault
-from maveriq.sim.engine import simulate
+from maveriq.policy.policy import Deploy
+from maveriq.sim.simulator import simulate
 from maveriq.units import MICROS_PER_SECOND
 
 
@@ -49,7 +48,7 @@ def up(gpus_of, **settings) -> Controller:
     """A controller whose endpoints are all up at time 0."""
     brain = controller(gpus_of, **settings)
     for endpoint in gpus_of:
-        for start in brain.handle(0, [DeployAsked(ask(endpoint))]):
+        for start in brain.handle(0, [EndpointAdded(ask(endpoint))]):
             assert brain.handle(0, [EngineUp(start.deployment_id, start.incarnation)]) == []
     return brain
 
@@ -64,7 +63,7 @@ def statuses(brain: Controller) -> list[str]:
 
 def test_a_deployment_loads_registers_and_serves() -> None:
     brain = controller({1: [(0, 1)]})
-    (start,) = brain.handle(0, [DeployAsked(ask(1))])
+    (start,) = brain.handle(0, [EndpointAdded(ask(1))])
     assert start == StartEngine(1, 1, plan((0, 1)))
     assert brain.handle(5, [EngineUp(1, 1)]) == []
     (execute,) = brain.handle(7, [RequestArrived(request(1, at_us=7))])
@@ -78,7 +77,7 @@ def test_a_deployment_loads_registers_and_serves() -> None:
     ("prepare", "reason"),
     [
         (lambda brain: None, "nothing was deployed for endpoint 1"),
-        (lambda brain: brain.handle(0, [DeployAsked(ask(1))]), "deployment 1 (tiny) is still loading"),
+        (lambda brain: brain.handle(0, [EndpointAdded(ask(1))]), "deployment 1 (tiny) is still loading"),
     ],
 )
 def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
@@ -92,7 +91,7 @@ def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
 
 def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
     brain = controller({1: []})
-    assert brain.handle(0, [DeployAsked(ask(1))]) == []
+    assert brain.handle(0, [EndpointAdded(ask(1))]) == []
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
     table = brain.ledger.close()
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny) was rejected"
@@ -108,7 +107,7 @@ def test_the_head_of_the_line_holds_everybody_behind_it() -> None:
 
 
 def test_a_line_per_model_lets_the_others_pass() -> None:
-    brain = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]}, discipline=Discipline.FIFO_PER_MODEL)
+    brain = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]}, discipline=QueueDiscipline.FIFO_PER_MODEL)
     brain.handle(1, [RequestArrived(request(1, 3, 1))])
     brain.handle(2, [RequestArrived(request(2, 1, 2))])
     assert ids(brain.handle(3, [RequestArrived(request(3, 2, 3))])) == [3]
@@ -127,7 +126,7 @@ def test_priority_requests_go_first_the_latest_before_all() -> None:
 
 
 def test_shortest_first_and_earliest_deadline_first() -> None:
-    for discipline, expected in ((Discipline.SJF, [4, 3, 2]), (Discipline.EDF, [3, 2, 4])):
+    for discipline, expected in ((QueueDiscipline.SJF, [4, 3, 2]), (QueueDiscipline.EDF, [3, 2, 4])):
         brain = up({1: [(0,)]}, discipline=discipline)
         brain.handle(1, [RequestArrived(request(1, at_us=1))])
         brain.handle(2, [RequestArrived(request(2, at_us=2, tokens=90, slo_us=900))])
@@ -154,7 +153,7 @@ def served_by(brain: Controller, count: int, tokens=lambda number: 10) -> list[i
 
 
 def test_least_work_goes_by_what_was_committed() -> None:
-    brain = up({1: [(0,), (1,)]}, replica=ReplicaChoice.LEAST_WORK)
+    brain = up({1: [(0,), (1,)]}, replica=RoutingRule.LEAST_WORK)
     assert served_by(brain, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
 
 
@@ -166,8 +165,8 @@ def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> N
     assert given[:50] == served_by(up(three, seed=1), 50)
 
 
-@pytest.mark.parametrize("choice", ReplicaChoice)
-def test_a_replica_that_is_up_is_preferred_to_one_that_will_be_back(choice: ReplicaChoice) -> None:
+@pytest.mark.parametrize("choice", RoutingRule)
+def test_a_replica_that_is_up_is_preferred_to_one_that_will_be_back(choice: RoutingRule) -> None:
     brain = up({1: [(0,), (1,)]}, replica=choice)
     brain.handle(0, [EngineDown(1, returns=True)])
     assert set(served_by(brain, 20)) == {2}
@@ -177,7 +176,7 @@ def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
     brain = up({1: [(0,)]})
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
     brain.handle(2, [RequestArrived(request(2, at_us=2))])
-    assert brain.handle(3, [RemoveAsked(1)]) == []
+    assert brain.handle(3, [EndpointRemoved(1)]) == []
     assert brain.fleet.used_bytes(0) > 0
     brain.handle(4, [RequestArrived(request(3, at_us=4))])
     assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == [StopEngine(1)]
@@ -187,7 +186,7 @@ def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
 
 
 def test_removal_of_an_idle_deployment_stops_it_at_once() -> None:
-    assert up({1: [(0,)]}).handle(3, [RemoveAsked(1)]) == [StopEngine(1)]
+    assert up({1: [(0,)]}).handle(3, [EndpointRemoved(1)]) == [StopEngine(1)]
 
 
 @pytest.mark.parametrize("returns", [True, False])
@@ -238,7 +237,7 @@ def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
 
 
 def test_requests_of_a_lost_replica_go_to_the_other() -> None:
-    brain = up({1: [(0,), (1,)]}, replica=ReplicaChoice.LEAST_WORK)
+    brain = up({1: [(0,), (1,)]}, replica=RoutingRule.LEAST_WORK)
     for at in (1, 2, 3):
         brain.handle(at, [RequestArrived(request(at, at_us=at))])
     brain.handle(4, [EngineDown(1, returns=False)])
@@ -248,7 +247,7 @@ def test_requests_of_a_lost_replica_go_to_the_other() -> None:
 
 
 def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
-    brain = up({1: [(0,), (1,)], 2: [(1,)]}, replica=ReplicaChoice.LEAST_WORK)
+    brain = up({1: [(0,), (1,)], 2: [(1,)]}, replica=RoutingRule.LEAST_WORK)
     brain.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
     brain.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
     brain.handle(3, [RequestArrived(request(3, 1, 3, tokens=50))])  # waits for the replica on GPU 1
@@ -263,8 +262,8 @@ def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
     assert served == [1, 3, 4, 5]
 
 
-@pytest.mark.parametrize("discipline", [Discipline.FIFO_PER_MODEL, Discipline.SJF, Discipline.EDF])
-def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: Discipline) -> None:
+@pytest.mark.parametrize("discipline", [QueueDiscipline.FIFO_PER_MODEL, QueueDiscipline.SJF, QueueDiscipline.EDF])
+def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: QueueDiscipline) -> None:
     brain = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, timing=DispatchTiming(after_release_us=1_000))
     brain.handle(2_000, [RequestArrived(request(1, 1, 2_000))])
     brain.handle(2_001, [RequestArrived(request(2, 1, 2_001))])
@@ -278,16 +277,16 @@ def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: Disciplin
 def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
     brain = up({1: [(0, 1)]})
     assert brain.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
-    assert brain.handle(2, [RemoveAsked(1)]) == []
+    assert brain.handle(2, [EndpointRemoved(1)]) == []
     assert up({1: [(0,)]}).handle(1, [EngineDown(1, returns=True)]) == []  # it is dead already
     leaving = up({1: [(0,)]})
     leaving.handle(1, [RequestArrived(request(1, at_us=1))])
-    assert leaving.handle(2, [RemoveAsked(1)]) == []  # its request may finish
+    assert leaving.handle(2, [EndpointRemoved(1)]) == []  # its request may finish
     assert leaving.handle(3, [EngineDown(1, returns=False)]) == []  # dead before it could be stopped
     assert leaving.fleet.used_bytes(0) == 0
     loading = controller({1: [(0,)]})
-    loading.handle(0, [DeployAsked(ask(1))])
-    assert loading.handle(1, [RemoveAsked(1)]) == [StopEngine(1)]
+    loading.handle(0, [EndpointAdded(ask(1))])
+    assert loading.handle(1, [EndpointRemoved(1)]) == [StopEngine(1)]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +319,7 @@ def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> N
     brain.handle(2, [RequestArrived(request(2, 2, 2))])
     late = brain.fleet._policy.gpus_of
     late[3] = [(0, 1)]
-    assert brain.handle(3, [DeployAsked(ask(3))]) == []
+    assert brain.handle(3, [EndpointAdded(ask(3))]) == []
     assert brain.handle(4, [ExecutionFinished(1, 1, 4)]) == []
     (start,) = brain.handle(5, [ExecutionFinished(2, 1, 5)])
     assert isinstance(start, StartEngine)
@@ -336,9 +335,9 @@ def test_a_policy_that_overfills_a_gpu_is_found_out() -> None:
     brain = controller({})
     brain.fleet._policy = Greedy()
     for endpoint in range(1, 9):  # eight times 1 GiB fill the GPU
-        brain.handle(endpoint, [DeployAsked(ask(endpoint))])
+        brain.handle(endpoint, [EndpointAdded(ask(endpoint))])
     with pytest.raises(InvariantError, match=r"wants 1\.000 GiB on GPU 0, which has 0\.000 GiB free"):
-        brain.handle(9, [DeployAsked(ask(9))])
+        brain.handle(9, [EndpointAdded(ask(9))])
 
 
 def test_the_tick_the_delays_and_the_pause() -> None:
@@ -413,12 +412,12 @@ def test_an_execution_that_fails_alone_fails_its_requests_and_the_engine_goes_on
 def test_an_execution_that_fails_after_the_removal_stops_the_engine() -> None:
     brain = up({1: [(0,)]})
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    assert brain.handle(2, [RemoveAsked(1)]) == []
+    assert brain.handle(2, [EndpointRemoved(1)]) == []
     assert brain.handle(3, [ExecutionFailed(1, 1, "no room")]) == [StopEngine(1)]
 
 
-@pytest.mark.parametrize("discipline", list(Discipline))
-def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(discipline: Discipline) -> None:
+@pytest.mark.parametrize("discipline", list(QueueDiscipline))
+def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(discipline: QueueDiscipline) -> None:
     brain = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, max_wait_us=10)
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
     for number in (2, 3, 4):

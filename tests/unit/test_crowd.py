@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from worlds import TokenSeconds, arrivals, scenario
 
+from maveriq.domain.cluster import Cluster
 from maveriq.domain.faults import Fault, FaultTarget
-from maveriq.domain.hardware import Cluster
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 
 READY = 1_000
 

@@ -7,11 +7,11 @@ from worlds import MODEL, TokenSeconds, cluster
 
 from maveriq.cli import engine_site
 from maveriq.cli.engine_site import Site
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, MaveriqError
+from maveriq.exec.capabilities import Installed, Machine
 from maveriq.exec.gpus import VirtualMeter
-from maveriq.exec.installed import Installed, Machine
 from maveriq.units import BYTES_PER_GIB
 
 
@@ -73,10 +73,10 @@ def test_what_is_missing_is_said(monkeypatch) -> None:
 def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
     machine(monkeypatch, 32)
     believed = TokenSeconds()
-    gptq = Configuration(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
+    gptq = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
     assert Site("emulated").planning(believed) is believed
     assert believed.why_not(MODEL, gptq) is None
-    two, one = (Configuration(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
+    two, one = (ParallelConfig(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
     assert Site("torch").planning(believed).why_not(MODEL, two) is None
     machine(monkeypatch, 32, 32, is_slice=True)
     assert "slices" in (Site("torch").planning(believed).why_not(MODEL, two) or "")

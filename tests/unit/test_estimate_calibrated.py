@@ -14,23 +14,22 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from maveriq.calibration.cross_validation import EACH, benchmarked_estimator
+from maveriq.calibration.evaluation import Evaluation, Group, Measurement, evaluate
+from maveriq.calibration.fitting import fit_calibration, start_calibration
+from maveriq.calibration.online import read_recorded
+from maveriq.calibration.samples import Sample, read_samples, usable
 from maveriq.cli.fit import fit
-from maveriq.domain.catalog import load_model, shape_of
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import WeightType
-from maveriq.embedded import data_path
+from maveriq.domain.models import WeightType, load_model, shape_of
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.calibration import read_calibration, to_toml
-from maveriq.estimate.calibration import work as work_of
-from maveriq.estimate.catalog import EACH, benchmarked_estimator, estimator
-from maveriq.estimate.evaluate import Evaluation, Group, Measurement, evaluate
-from maveriq.estimate.fitting import fit_calibration, start_calibration
-from maveriq.estimate.hardware import load_profile
-from maveriq.estimate.physics import latency_s
-from maveriq.estimate.samples import Sample, read_samples, usable
-from maveriq.estimate.servedfit import read_recorded
-from maveriq.estimate.slowness import deviation
+from maveriq.estimate.calibrated import CalibratedEstimator, layer_time_ratio
+from maveriq.estimate.calibration_file import op_counts as work_of
+from maveriq.estimate.calibration_file import read_calibration, to_toml
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
+from maveriq.estimate.roofline import latency_s
+from maveriq.files import data_path
 
 PATH = data_path("a6000", "calibrated.toml")
 GROUND_TRUTH = ("falcon-7b", "gptj-6b", "llama-2-7b", "llama-2-70b")
@@ -103,7 +102,7 @@ def test_what_is_known_of_all_models_meets_the_bars_of_memory(measured_data: Pat
 
 def test_the_kv_cache_of_a_batch_grows_by_blocks_of_tokens() -> None:
     subject = CalibratedEstimator.benchmarked(load_profile("a6000-short"))
-    model, asked = load_model("gptj-6b"), Configuration(tp=1, pp=1, weights=WeightType.INT8, batch_size=64)
+    model, asked = load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8, batch_size=64)
     at = {
         tokens: subject.memory_with(model, asked, prompt_tokens=10, output_tokens=tokens) for tokens in (50, 118, 119)
     }
@@ -135,7 +134,7 @@ def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_pa
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == sorted(path.name for path in data_path("a6000").glob("calibrated*"))
     profile = replace(load_profile("a6000-short"), calibrated=tmp_path / PATH.name)
-    model, asked = load_model("llama-2-70b"), Configuration(tp=4, pp=2, weights=WeightType.INT8)
+    model, asked = load_model("llama-2-70b"), ParallelConfig(tp=4, pp=2, weights=WeightType.INT8)
     question = {"prompt_tokens": 30, "output_tokens": 20, "batch": 4}
     again, embedded = (
         CalibratedEstimator.serving(one).service(model, asked, **question).latency_s
@@ -175,7 +174,7 @@ def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
         for pp in (1, 2, 4):
             for weights in (WeightType.FLOAT16, WeightType.INT8):
                 for output_tokens in (10, 200):
-                    asked = Configuration(tp=1, pp=pp, weights=weights)
+                    asked = ParallelConfig(tp=1, pp=pp, weights=weights)
                     work = work_of(model, asked.kv, tp=1, pp=pp, batch=1, prompt_tokens=923)
                     measured = Measurement(
                         where="imagined",
@@ -200,12 +199,12 @@ def test_a_layer_that_ran_slower_than_the_law_is_seen() -> None:
     calibration = read_calibration(PATH)
     law = calibration.law(WeightType.FLOAT16, 1)
     asked = work_of(
-        model, Configuration(tp=1, pp=1, weights=WeightType.FLOAT16).kv, tp=1, pp=1, batch=1, prompt_tokens=10
+        model, ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16).kv, tp=1, pp=1, batch=1, prompt_tokens=10
     )
     two, one = (float(latency_s(replace(asked, layers=n), law, 20)) for n in (2, 1))
     seen = [(asked, 20, 1.2 * (two - one)), (asked, 20, 1.2 * (two - one)), (asked, 20, -1.0)]
-    assert deviation(seen, law) == pytest.approx(np.log(1.2))
-    assert deviation([], law) == 0
+    assert layer_time_ratio(seen, law) == pytest.approx(np.log(1.2))
+    assert layer_time_ratio([], law) == 0
 
 
 def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_variant_is_left_out_with_the_model_it_was_made_of_and_a_stranger_cann
 
     def latency_s(left_out: str | None) -> float:
         judged = benchmarked_estimator("calibrated", hardware, without_model=left_out)
-        configuration = Configuration(tp=2, pp=1, weights=WeightType.INT8)
+        configuration = ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
         return judged.service(model, configuration, prompt_tokens=10, output_tokens=20, batch=1).latency_s
 
     assert latency_s("llama-2-7b-wanda") == latency_s("llama-2-7b") != latency_s(None)
@@ -244,20 +243,20 @@ def test_a_run_nobody_recorded_cannot_be_left_out() -> None:
 def test_a_profile_without_calibration_says_how_to_get_one() -> None:
     bare = replace(load_profile("a6000-short"), calibrated=None)
     with pytest.raises(InputError, match=r"profile a6000-short has no calibration.*maveriq fit DATA"):
-        estimator("calibrated", bare)
+        make_estimator("calibrated", bare)
 
 
 @pytest.mark.parametrize("what", ["prompt_tokens", "output_tokens", "batch"])
 def test_nothing_to_do_is_refused(what: str) -> None:
     asked = {"prompt_tokens": 1, "output_tokens": 1, "batch": 1} | {what: 0}
-    subject = estimator("calibrated", load_profile("a6000-short"))
+    subject = make_estimator("calibrated", load_profile("a6000-short"))
     with pytest.raises(InputError, match="must be at least 1"):
-        subject.service(load_model("gptj-6b"), Configuration(tp=1, pp=1, weights=WeightType.INT8), **asked)
+        subject.service(load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8), **asked)
 
 
 def test_reasons_are_those_of_the_profile() -> None:
-    subject = estimator("calibrated", load_profile("a6000-short"))
-    asked = Configuration(tp=1, pp=1, weights=WeightType.FLOAT16)
+    subject = make_estimator("calibrated", load_profile("a6000-short"))
+    asked = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
     assert subject.why_not(load_model("falcon-40b"), asked) == "known not to run on A6000"
     assert "no fingerprint" in str(subject.why_not(load_model("gptj-6b"), replace(asked, weights=WeightType.INT4_GPTQ)))
     assert "knows TP 1, 2, 4, 8 only" in str(subject.why_not(load_model("gptj-6b"), replace(asked, tp=16)))

@@ -9,19 +9,19 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from maveriq.calibration.evaluation import COLUMNS, Evaluation, Group, evaluate
 from maveriq.cli.fit import fit
-from maveriq.embedded import data_path
 from maveriq.errors import InputError
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.evaluate import COLUMNS, Evaluation, Group, evaluate
-from maveriq.estimate.hardware import load_profile
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
+from maveriq.files import data_path
 
 ROW = "gptj-6b,1,1,28,float16,0,50,1,0.97,11.86"
 
 
 def errors_of(table: Path, profile: str) -> Evaluation:
     hardware = load_profile(profile)
-    return evaluate(table, estimator("paper", hardware), prompt_tokens=hardware.prompt_tokens)
+    return evaluate(table, make_estimator("paper", hardware), prompt_tokens=hardware.prompt_tokens)
 
 
 def groups(evaluation: Evaluation, by: str) -> dict[str, Group]:

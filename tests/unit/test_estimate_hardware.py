@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from maveriq.domain.catalog import known_models, load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.hardware import LoadWindow
-from maveriq.domain.models import KvType, WeightType
-from maveriq.embedded import data_path, traces_path
+from maveriq.domain.cluster import LoadWindow
+from maveriq.domain.models import KvType, WeightType, known_models, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.clusters import cluster_from
-from maveriq.estimate.facts import LoadFit
-from maveriq.estimate.hardware import HardwareProfile, known_profiles, load_gpu_kind, load_profile
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.hardware_profile import HardwareProfile, LoadFit, known_profiles, load_gpu_kind, load_profile
+from maveriq.files import data_path, traces_path
 from maveriq.units import bytes_from_gib
 
 Edit = Callable[[str, str, str], Path]
@@ -67,7 +65,7 @@ def test_accuracy_is_of_the_stored_model(short: HardwareProfile) -> None:
 @pytest.mark.parametrize("kv", KvType)
 def test_an_empty_kv_means_any(short: HardwareProfile, kv: KvType) -> None:
     def supports(name: str, tp: int, pp: int, weights: WeightType) -> bool:
-        return short.supports(name, Configuration(tp=tp, pp=pp, weights=weights, kv=kv))
+        return short.supports(name, ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv))
 
     assert not supports("llama-2-70b", 1, 1, WeightType.INT8)
     assert supports("llama-2-70b", 1, 2, WeightType.INT8)
@@ -77,10 +75,10 @@ def test_an_empty_kv_means_any(short: HardwareProfile, kv: KvType) -> None:
 
 def test_load_time_is_measured_or_fitted(short: HardwareProfile) -> None:
     falcon = load_model("falcon-40b")
-    measured = Configuration(tp=4, pp=2, weights=WeightType.FLOAT16)
+    measured = ParallelConfig(tp=4, pp=2, weights=WeightType.FLOAT16)
     assert short.load_time_s(falcon, measured, gib_per_gpu=1000) == 35.0
     fit = short.facts.load_fit
-    other = Configuration(tp=2, pp=2, weights=WeightType.FLOAT16)
+    other = ParallelConfig(tp=2, pp=2, weights=WeightType.FLOAT16)
     assert short.load_time_s(falcon, other, gib_per_gpu=20.0) == fit.fixed_s + 4 * fit.per_gpu_s + 20 * fit.per_gib_s
     assert LoadFit(fixed_s=1, per_gpu_s=2, per_gib_s=3).seconds(gpus=4, gib_per_gpu=5) == 24
 

@@ -9,16 +9,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from maveriq.calibration.cross_validation import benchmarked_estimator
+from maveriq.calibration.evaluation import COLUMNS, Measurement
+from maveriq.calibration.profile_matching import match
 from maveriq.cli.fit import fit
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import WeightType
+from maveriq.domain.models import WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import benchmarked_estimator
-from maveriq.estimate.evaluate import COLUMNS, Measurement
-from maveriq.estimate.hardware import HardwareProfile, load_profile
-from maveriq.estimate.matching import match
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 
 ROW = "gptj-6b,1,1,28,float16,0,50,1,0.97,11.86"
 
@@ -32,7 +31,7 @@ def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batc
     hardware, model = load_profile(profile), load_model("llama-2-7b")
     estimator, rows = benchmarked_estimator(name, hardware), []
     for pp in (1, 2, 4):
-        asked = Configuration(tp=1, pp=pp, weights=WeightType.INT8, batch_size=batch)
+        asked = ParallelConfig(tp=1, pp=pp, weights=WeightType.INT8, batch_size=batch)
         for place, output_tokens in enumerate((10, 20, 100)):
             size = {"prompt_tokens": hardware.prompt_tokens, "output_tokens": output_tokens, "batch": batch}
             latency_s = estimator.service(model, asked, **size).latency_s

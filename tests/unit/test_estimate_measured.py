@@ -9,22 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from measuredprofiles import write_profile
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.estimate.measured import MeasuredEstimator
-from maveriq.scenario.build import build_scenario
+from maveriq.estimate.registry import make_estimator
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 from maveriq.units import bytes_from_gib
 
 TINY = ModelSpec(
     name="tiny", architecture="llama", layers=4, hidden_size=64, attention_heads=4, kv_heads=4, intermediate_size=128,
     vocab_size=256,
 )  # fmt: skip
-TP2 = Configuration(tp=2, pp=1, weights=WeightType.FLOAT16)
+TP2 = ParallelConfig(tp=2, pp=1, weights=WeightType.FLOAT16)
 ROWS = """\
 tiny,float16,native,2,1,1,16,0.010,0.002,0.25
 tiny,float16,native,2,1,1,64,0.022,0.002,0.25
@@ -89,7 +89,7 @@ def test_estimates_lie_between_their_neighbours(
         (replace(TP2, kv=KvType.INT8), "never measured"),
     ],
 )
-def test_what_was_not_measured_is_refused(profile: HardwareProfile, configuration: Configuration, said: str) -> None:
+def test_what_was_not_measured_is_refused(profile: HardwareProfile, configuration: ParallelConfig, said: str) -> None:
     measured = MeasuredEstimator(profile)
     assert said in str(measured.why_not(TINY, configuration))
     with pytest.raises(InputError, match="cannot be estimated"):
@@ -114,7 +114,7 @@ def test_a_wrong_table_is_refused(tmp_path: Path, row: str, said: str) -> None:
 
 def test_a_profile_without_measurements_says_what_is_missing() -> None:
     with pytest.raises(InputError, match="no table of measurements"):
-        estimator("measured", load_profile("a6000-short"))
+        make_estimator("measured", load_profile("a6000-short"))
 
 
 def test_a_model_of_ones_own_is_simulated_from_its_measurements(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_model_of_ones_own_is_simulated_from_its_measurements(tmp_path: Path) 
         trace=str(tmp_path / "s.csv"), models=str(models), gpus="3xcpu", profile=str(profile), intent="min-latency",
         plan_with="measured", serve_with="measured",
     )  # fmt: skip
-    run = simulate(build_scenario(options))
+    run = simulate(build_system(options))
     assert str(run.deployments[0].plan and run.deployments[0].plan.configuration) == "TP 2 x PP 1 float16"
     services = (run.requests.finish_us - run.requests.start_us).tolist()
     assert services == [30_000, 42_000]

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.models import KvType, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.base import Estimator
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.fingerprints import Point, Stored
-from maveriq.estimate.hardware import HardwareProfile, load_profile
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.fingerprints import ParallelPoint, StoredFormat
+from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.estimate.registry import make_estimator
 from maveriq.units import bytes_from_gib
 
 F16, INT8, INT4, GPTQ = WeightType
@@ -24,17 +23,17 @@ def short() -> HardwareProfile:
 
 @pytest.fixture(scope="module")
 def paper(short: HardwareProfile) -> Estimator:
-    return estimator("paper", short)
+    return make_estimator("paper", short)
 
 
-def latency_by_hand(profile: HardwareProfile, name: str, cfg: Configuration, output_tokens: int, batch: int) -> float:
+def latency_by_hand(profile: HardwareProfile, name: str, cfg: ParallelConfig, output_tokens: int, batch: int) -> float:
     """SPEC 3 once more, term by term, with its own letters."""
     n, tp, pp = load_model(name).layers, cfg.tp, cfg.pp
-    constants = profile.fingerprints.constants[Stored(name, cfg.weights, cfg.kv)]
+    constants = profile.fingerprints.constants[StoredFormat(name, cfg.weights, cfg.kv)]
     e = profile.fingerprints.exponents[cfg.weights, cfg.kv]
 
     def small(tensor: int, of: int) -> float:
-        c = constants[Point(tensor, 1, of)]
+        c = constants[ParallelPoint(tensor, 1, of)]
         ttft, tpot = n * c.ttft_layer_s + c.ttft_other_s, n * c.tpot_layer_s + c.tpot_other_s
         return ttft + output_tokens * tpot
 
@@ -51,15 +50,15 @@ def latency_by_hand(profile: HardwareProfile, name: str, cfg: Configuration, out
 @pytest.mark.parametrize(
     ("name", "cfg"),
     [
-        ("falcon-7b", Configuration(tp=1, pp=3, weights=INT4)),
-        ("gptj-6b", Configuration(tp=8, pp=1, weights=INT8)),
-        ("llama-2-7b", Configuration(tp=1, pp=1, weights=GPTQ)),
-        ("llama-2-70b", Configuration(tp=2, pp=4, weights=F16, kv=KvType.INT8)),
+        ("falcon-7b", ParallelConfig(tp=1, pp=3, weights=INT4)),
+        ("gptj-6b", ParallelConfig(tp=8, pp=1, weights=INT8)),
+        ("llama-2-7b", ParallelConfig(tp=1, pp=1, weights=GPTQ)),
+        ("llama-2-70b", ParallelConfig(tp=2, pp=4, weights=F16, kv=KvType.INT8)),
     ],
     ids=str,
 )
 def test_latency_is_the_formula(
-    short: HardwareProfile, paper: Estimator, name: str, cfg: Configuration, output_tokens: int, batch: int
+    short: HardwareProfile, paper: Estimator, name: str, cfg: ParallelConfig, output_tokens: int, batch: int
 ) -> None:
     service = paper.service(load_model(name), cfg, prompt_tokens=10, output_tokens=output_tokens, batch=batch)
     assert service.latency_s == pytest.approx(latency_by_hand(short, name, cfg, output_tokens, batch), rel=1e-12)
@@ -68,7 +67,7 @@ def test_latency_is_the_formula(
 
 
 def test_one_output_token_still_has_a_pace(paper: Estimator) -> None:
-    model, cfg = load_model("llama-2-7b"), Configuration(tp=2, pp=1, weights=F16)
+    model, cfg = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=F16)
     one = paper.service(model, cfg, prompt_tokens=10, output_tokens=1, batch=1)
     two = paper.service(model, cfg, prompt_tokens=10, output_tokens=2, batch=1)
     assert one.tpot_s == two.tpot_s == pytest.approx(two.latency_s - one.latency_s)
@@ -76,20 +75,20 @@ def test_one_output_token_still_has_a_pace(paper: Estimator) -> None:
 
 def test_memory_is_the_formula(short: HardwareProfile, paper: Estimator) -> None:
     model = load_model("llama-2-13b")
-    constants = short.fingerprints.constants[Stored(model.name, INT8, KvType.INT8)]
+    constants = short.fingerprints.constants[StoredFormat(model.name, INT8, KvType.INT8)]
 
     def by_hand(batch: int) -> float:
-        m11, m21, m12 = (constants[Point(tp, pp, batch)].memory_gib(40) for tp, pp in ((1, 1), (2, 1), (1, 2)))
+        m11, m21, m12 = (constants[ParallelPoint(tp, pp, batch)].memory_gib(40) for tp, pp in ((1, 1), (2, 1), (1, 2)))
         return m11 + 3 * max(0, m21 - m11) + 4 * 1 * max(0, m12 - m11)
 
-    cfg = Configuration(tp=4, pp=2, weights=INT8, kv=KvType.INT8)
+    cfg = ParallelConfig(tp=4, pp=2, weights=INT8, kv=KvType.INT8)
     assert paper.memory(model, cfg) == bytes_from_gib(by_hand(1))
     batched = by_hand(1) + 7 * max(0, by_hand(2) - by_hand(1))
     assert paper.memory(model, replace(cfg, batch_size=8)) == bytes_from_gib(batched)
 
 
 def test_layers_are_the_models_own(paper: Estimator) -> None:
-    model, cfg = load_model("llama-2-7b"), Configuration(tp=1, pp=1, weights=F16)
+    model, cfg = load_model("llama-2-7b"), ParallelConfig(tp=1, pp=1, weights=F16)
     halved = replace(model, layers=16)
     assert paper.memory(halved, cfg) < paper.memory(model, cfg)
     ask = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
@@ -99,15 +98,15 @@ def test_layers_are_the_models_own(paper: Estimator) -> None:
 @pytest.mark.parametrize(
     ("name", "cfg", "reason"),
     [
-        ("falcon-7b", Configuration(tp=2, pp=1, weights=F16), "TP 2 is not a power of two that divides the 71"),
-        ("llama-2-70b", Configuration(tp=3, pp=1, weights=F16), "TP 3 is not a power of two"),
-        ("llama-2-70b", Configuration(tp=1, pp=1, weights=INT8), "known not to run on A6000"),
-        ("gptj-6b", Configuration(tp=1, pp=1, weights=GPTQ), "no fingerprint with int4_gptq weights and native KV"),
-        ("gptj-6b", Configuration(tp=1, pp=1, weights=F16, kv=KvType.INT8), "with float16 weights and int8 KV cache"),
+        ("falcon-7b", ParallelConfig(tp=2, pp=1, weights=F16), "TP 2 is not a power of two that divides the 71"),
+        ("llama-2-70b", ParallelConfig(tp=3, pp=1, weights=F16), "TP 3 is not a power of two"),
+        ("llama-2-70b", ParallelConfig(tp=1, pp=1, weights=INT8), "known not to run on A6000"),
+        ("gptj-6b", ParallelConfig(tp=1, pp=1, weights=GPTQ), "no fingerprint with int4_gptq weights and native KV"),
+        ("gptj-6b", ParallelConfig(tp=1, pp=1, weights=F16, kv=KvType.INT8), "with float16 weights and int8 KV cache"),
     ],
 )
 def test_what_cannot_run_has_a_reason_and_is_refused(
-    paper: Estimator, name: str, cfg: Configuration, reason: str
+    paper: Estimator, name: str, cfg: ParallelConfig, reason: str
 ) -> None:
     model = load_model(name)
     assert reason in str(paper.why_not(model, cfg))
@@ -120,24 +119,24 @@ def test_what_cannot_run_has_a_reason_and_is_refused(
 def test_a_model_without_fingerprints_needs_a_profile(paper: Estimator) -> None:
     stranger = replace(load_model("llama-2-7b"), name="stranger")
     for tp in (1, 64):
-        reason = paper.why_not(stranger, Configuration(tp=tp, pp=1, weights=F16))
+        reason = paper.why_not(stranger, ParallelConfig(tp=tp, pp=1, weights=F16))
         assert reason is not None
         assert "profile a6000-short has no fingerprint of stranger" in reason
         assert "give a profile" in reason
 
 
 def test_a_profile_without_the_needed_points_says_which(short: HardwareProfile) -> None:
-    stored = Stored("llama-2-7b", F16, KvType.NATIVE)
-    only = {stored: {Point(1, 1, 1): short.fingerprints.constants[stored][Point(1, 1, 1)]}}
-    alone = estimator("paper", replace(short, fingerprints=replace(short.fingerprints, constants=only)))
+    stored = StoredFormat("llama-2-7b", F16, KvType.NATIVE)
+    only = {stored: {ParallelPoint(1, 1, 1): short.fingerprints.constants[stored][ParallelPoint(1, 1, 1)]}}
+    alone = make_estimator("paper", replace(short, fingerprints=replace(short.fingerprints, constants=only)))
     model = load_model("llama-2-7b")
-    assert alone.why_not(model, Configuration(tp=1, pp=1, weights=F16)) is None
-    assert "at TP 2 x PP 1 and TP 1 x PP 2" in str(alone.why_not(model, Configuration(tp=4, pp=2, weights=F16)))
+    assert alone.why_not(model, ParallelConfig(tp=1, pp=1, weights=F16)) is None
+    assert "at TP 2 x PP 1 and TP 1 x PP 2" in str(alone.why_not(model, ParallelConfig(tp=4, pp=2, weights=F16)))
 
 
 def test_a_batch_needs_fingerprints_of_batch_two() -> None:
-    long = estimator("paper", load_profile("a6000-long"))
-    model, single = load_model("llama-2-7b"), Configuration(tp=1, pp=1, weights=F16)
+    long = make_estimator("paper", load_profile("a6000-long"))
+    model, single = load_model("llama-2-7b"), ParallelConfig(tp=1, pp=1, weights=F16)
     batched = replace(single, batch_size=4)
     assert long.why_not(model, single) is None
     assert "no fingerprint of batch 2 in profile a6000-long" in str(long.why_not(model, batched))
@@ -149,11 +148,11 @@ def test_a_batch_needs_fingerprints_of_batch_two() -> None:
 
 @pytest.mark.parametrize(("output_tokens", "batch"), [(0, 1), (20, 0)])
 def test_nothing_to_do_is_refused(paper: Estimator, output_tokens: int, batch: int) -> None:
-    cfg = Configuration(tp=1, pp=1, weights=F16)
+    cfg = ParallelConfig(tp=1, pp=1, weights=F16)
     with pytest.raises(InputError, match="must be at least 1"):
         paper.service(load_model("gptj-6b"), cfg, prompt_tokens=10, output_tokens=output_tokens, batch=batch)
 
 
 def test_an_unknown_estimator_is_refused(short: HardwareProfile) -> None:
     with pytest.raises(UnknownNameError, match="unknown estimator 'papper'; did you mean 'paper'"):
-        estimator("papper", short)
+        make_estimator("papper", short)

@@ -9,23 +9,20 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from maveriq.calibration.evaluation import COLUMNS
+from maveriq.calibration.fitting import fit_exponents, start_calibration
+from maveriq.calibration.samples import constants_of, read_samples, usable
 from maveriq.cli.fit import fit
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.calibration import Calibration, read_calibration, work
-from maveriq.estimate.evaluate import COLUMNS
-from maveriq.estimate.exponentfit import fit_exponents
-from maveriq.estimate.fingerprints import Point, read_exponents
-from maveriq.estimate.fitting import start_calibration
-from maveriq.estimate.formula import Exponents, ParallelLatency
-from maveriq.estimate.physics import latency_s
-from maveriq.estimate.samples import constants_of, read_samples, usable
-from maveriq.report.runfiles import write_run
-from maveriq.scenario.build import build_scenario
+from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration
+from maveriq.estimate.fingerprints import Exponents, ParallelLatency, ParallelPoint, read_exponents
+from maveriq.estimate.roofline import latency_s
+from maveriq.report.run_folder import write_run
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 from maveriq.streams import generator
 
 MODELS = ("llama-2-7b", "gptj-6b", "falcon-7b")
@@ -49,10 +46,10 @@ def other_gpu() -> Calibration:
     )
 
 
-def row(truth: Calibration, model: ModelSpec, asked: Configuration, outputs: int, prompt: int, noise: float) -> str:
+def row(truth: Calibration, model: ModelSpec, asked: ParallelConfig, outputs: int, prompt: int, noise: float) -> str:
     split = [model.layers // asked.pp + (place < model.layers % asked.pp) for place in range(asked.pp)]
     batch = asked.batch_size
-    todo = work(model, asked.kv, tp=asked.tp, pp=asked.pp, batch=batch, prompt_tokens=prompt)
+    todo = op_counts(model, asked.kv, tp=asked.tp, pp=asked.pp, batch=batch, prompt_tokens=prompt)
     latency = float(latency_s(todo, truth.law(asked.weights, asked.tp), outputs)) * noise
     memory_gib = 1.0 * asked.gpus + model.layers * 0.4 + 0.1 * (batch - 1)
     cells = [model.name, asked.tp, asked.pp, " ".join(map(str, split)), asked.weights, 0, outputs, batch]
@@ -67,7 +64,7 @@ def rows(truth: Calibration, *, noise: float = 0.01, models: tuple[str, ...] = M
         for weights in (WeightType.FLOAT16, WeightType.INT8):
             for prompt in (64, 1500):
                 for tp, pp in ((1, 1), (1, 2), (2, 1)):
-                    asked = Configuration(tp=tp, pp=pp, weights=weights, kv=KvType.NATIVE)
+                    asked = ParallelConfig(tp=tp, pp=pp, weights=weights, kv=KvType.NATIVE)
                     of = [replace(model, layers=layers) for layers in (pp, pp + 1)]
                     found += [row(truth, one, asked, outputs, prompt, 1.0) for one in of for outputs in (10, 20)]
                     for batch in (1, 8):
@@ -199,7 +196,7 @@ def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
             next(iter(constants[64]))._replace(model=one.model.name, weights=asked.weights)
         ]
         for tp, pp in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
-            lines = (points[point].line(one.model.layers) for point in (Point(1, 1, 1), Point(2, 1, 1)))
+            lines = (points[point].line(one.model.layers) for point in (ParallelPoint(1, 1, 1), ParallelPoint(2, 1, 1)))
             law = ParallelLatency.scaled(*lines, truth, tp=tp, pp=pp)
             latency_s = law.at(one.measured.output_tokens)
             measured = replace(one.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)
@@ -210,7 +207,7 @@ def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
 
 def test_runs_are_fitted_by_the_command(tmp_path: Path) -> None:
     for scale in (0.03, 0.05):
-        write_run(tmp_path / "runs" / f"at-{scale}", simulate(build_scenario(Options(scale=scale))), {}, {})
+        write_run(tmp_path / "runs" / f"at-{scale}", simulate(build_system(Options(scale=scale))), {}, {})
     out = tmp_path / "out"
     out.mkdir()
     table = write(tmp_path / "mine.csv", rows(start_calibration(), models=MODELS[:2]))

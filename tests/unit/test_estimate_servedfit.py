@@ -7,18 +7,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from maveriq.domain.catalog import load_model
-from maveriq.domain.deployment import Configuration
-from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.calibration.fitting import start_calibration
+from maveriq.calibration.online import RecordedService, _Predictions, cross_fit_served, errors_without
+from maveriq.domain.models import ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.calibration import Calibration
-from maveriq.estimate.fitting import start_calibration
-from maveriq.estimate.recorded import MOST_NEIGHBOURS, RecordedEngine, engines_of
-from maveriq.estimate.served import Served, ServedTp, read_served, served_csv
-from maveriq.estimate.servedfit import Deployments, Recorded, cross_fit_served, errors_without
-from maveriq.scenario.build import build_scenario
+from maveriq.estimate.calibration_file import Calibration, OnlineCalibration, OnlineTp, online_csv, read_online
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
+from maveriq.testbed.engines import MAX_CO_LOCATED, RecordedEngine, engines_of
 
 MODELS = ("llama-2-7b", "gptj-6b", "falcon-7b")
 
@@ -30,15 +28,17 @@ def as_benchmarked(_model: ModelSpec, _weights: WeightType) -> float:
 def live() -> tuple[Calibration, list[RecordedEngine]]:
     """A live system with known figures, and what it recorded."""
     tps = {
-        "2": ServedTp(all_reduce_us=7.0, ring_gb_s=20.0, across_us=25.0),
-        "4": ServedTp(all_reduce_us=20.0, ring_gb_s=15.0, across_us=40.0),
+        "2": OnlineTp(all_reduce_us=7.0, ring_gb_s=20.0, across_us=25.0),
+        "4": OnlineTp(all_reduce_us=20.0, ring_gb_s=15.0, across_us=40.0),
     }
-    truth = msgspec.structs.replace(start_calibration(), served=Served(request_ms=30.0, gpus_per_socket=2, tp=tps))
+    truth = msgspec.structs.replace(
+        start_calibration(), served=OnlineCalibration(request_ms=30.0, gpus_per_socket=2, tp=tps)
+    )
     asked = [
-        Recorded(
+        RecordedService(
             run=f"run-{place % 3}",
             model=load_model(name),
-            configuration=Configuration(tp=len(gpu_ids), pp=1, weights=WeightType.INT8),
+            configuration=ParallelConfig(tp=len(gpu_ids), pp=1, weights=WeightType.INT8),
             gpu_ids=gpu_ids,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
@@ -50,7 +50,7 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
         for prompt_tokens in (30, 600)
         for output_tokens in (20, 100)
     ]
-    seconds = Deployments(as_benchmarked, asked, gpus_per_socket=2).predict_s(truth)
+    seconds = _Predictions(as_benchmarked, asked, gpus_per_socket=2).predict_s(truth)
     engines = []
     for first in range(0, len(asked), 4):  # four lengths, a dozen requests of each
         of_engine = asked[first : first + 4]
@@ -64,7 +64,7 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
                 prompt_tokens=np.repeat([float(each.prompt_tokens) for each in of_engine], 12),
                 output_tokens=np.repeat([float(each.output_tokens) for each in of_engine], 12),
                 service_s=np.repeat(seconds[first : first + 4], 12),
-                beside=np.eye(MOST_NEIGHBOURS + 1)[np.zeros(48, dtype=int)],
+                beside=np.eye(MAX_CO_LOCATED + 1)[np.zeros(48, dtype=int)],
             )
         )
     return truth, engines
@@ -84,7 +84,7 @@ def test_figures_of_a_live_system_are_found_and_judged_with_runs_left_out() -> N
 
 def beside_one(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
     """The engine, had it always had one busy neighbour, and taken so much longer."""
-    always = np.eye(MOST_NEIGHBOURS + 1)[np.ones(len(engine.service_s), dtype=int)]
+    always = np.eye(MAX_CO_LOCATED + 1)[np.ones(len(engine.service_s), dtype=int)]
     return replace(engine, beside=always, service_s=longer * engine.service_s)
 
 
@@ -93,8 +93,8 @@ def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> Non
     ones = [one for one in recorded if one.configuration.tp == 1]
     _, without = cross_fit_served(as_benchmarked, msgspec.structs.replace(truth, served=None), ones, 2)
     assert [served.tp for served in without.values()] == [{}, {}, {}]
-    (tmp_path / "served.csv").write_text(served_csv(without))
-    assert read_served(tmp_path / "served.csv") == without
+    (tmp_path / "served.csv").write_text(online_csv(without))
+    assert read_online(tmp_path / "served.csv") == without
 
 
 def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() -> None:
@@ -113,7 +113,7 @@ def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() ->
 
 
 def test_a_run_folder_tells_what_it_served() -> None:
-    record = simulate(build_scenario(Options(scale=0.05)))
+    record = simulate(build_system(Options(scale=0.05)))
     found = engines_of("mine", record)
     assert [one.model.name for one in found] == ["llama-2-70b", "falcon-40b", "llama-2-7b", "falcon-40b"]
     assert {(one.run, *one.output_tokens.tolist()[:1]) for one in found} == {("mine", 20)}

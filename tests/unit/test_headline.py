@@ -15,8 +15,8 @@ from headline_rows import BLIND, GRID, RECORDED, AchievedRow, achieved, judged_b
 from strategies_records import run_record, table
 
 from maveriq.errors import UnknownNameError
-from maveriq.estimate.hardware import load_profile
-from maveriq.scenario.build import build_scenario
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.scenario.build import build_system
 
 COMMITTED = Path(__file__).parents[2] / "experiments" / "fidelity" / "headline.toml"
 S = 1_000_000
@@ -200,7 +200,7 @@ def test_policies_are_compared_under_the_very_same_requests() -> None:
         if (case.model_set, case.trace, case.scale) == ("regular", "code", 0.1):
             options = case.options()
             assert (options.plan_with, options.serve_with) == ("paper", "calibrated")
-            seen.append(build_scenario(options).workload.arrivals)
+            seen.append(build_system(options).workload.arrivals)
     assert len(seen) == len(plan.grid.policies)
     for arrivals in seen[1:]:
         for column in ("arrival_us", "endpoint_id", "prompt_tokens", "output_tokens", "slo_us"):

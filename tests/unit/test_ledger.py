@@ -1,11 +1,11 @@
 """The ledger of requests where a service runs for long."""
 
-from maveriq.control.ledger import MOST_REASONS, RequestLedger
+from maveriq.control.request_tracker import MOST_REASONS, RequestTracker
 from maveriq.domain.requests import Request
 
 
 def test_reasons_without_end_are_bounded_and_no_request_is_lost() -> None:
-    ledger = RequestLedger()
+    ledger = RequestTracker()
     count = 40_000  # more than a 16-bit number holds
     for number in range(1, count + 1):
         request = Request(request_id=number, endpoint_id=1, arrival_us=number, prompt_tokens=1, output_tokens=1)

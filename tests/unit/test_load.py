@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from worlds import ask, controller
 
-from maveriq.control.events import DeployAsked, EngineUp, ExecutionFinished, RequestArrived
-from maveriq.control.load import BusyHistory, recent_load, sampling_phases_us
-from maveriq.domain.hardware import LoadWindow
+from maveriq.control.events import EndpointAdded, EngineUp, ExecutionFinished, RequestArrived
+from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
+from maveriq.domain.cluster import LoadWindow
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 
@@ -49,7 +49,7 @@ def test_load_is_what_counting_gives(edges: list[int], now_us: int, look_us: int
 
 
 def test_history_keeps_what_the_window_can_see_and_the_whole_sum() -> None:
-    history = BusyHistory(SMALL)
+    history = UtilizationWindow(SMALL)
     for start in range(0, 1_000, 10):
         history.add(start, start + 5)
     assert history.total_us == 500
@@ -60,7 +60,7 @@ def test_history_keeps_what_the_window_can_see_and_the_whole_sum() -> None:
 
 
 def test_history_keeps_what_the_oldest_reading_can_see() -> None:
-    history = BusyHistory(SMALL)
+    history = UtilizationWindow(SMALL)
     spans = [(start, start + 5) for start in range(0, 1_000, 10)]
     for start, end in spans:
         history.add(start, end)
@@ -88,7 +88,7 @@ def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
     def loads(most_phase_us: int) -> list[float]:
         window = replace(SMALL, samples=50, most_phase_us=most_phase_us)
         brain = controller({1: [(0, 1, 2)]}, load_window=window)
-        brain.handle(0, [DeployAsked(ask(1))])
+        brain.handle(0, [EndpointAdded(ask(1))])
         brain.handle(1, [EngineUp(1, 1)])
         for number in range(1, 40):
             request = Request(

@@ -3,10 +3,9 @@
 import pytest
 
 from maveriq.cli.local_gpus import cluster_here
-from maveriq.domain.hardware import Cluster, Gpu
+from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.errors import InputError
-from maveriq.estimate.hardware import load_profile
-from maveriq.exec import nvml
+from maveriq.estimate.hardware_profile import load_profile
 from maveriq.units import BYTES_PER_GIB
 
 PROFILE = load_profile("a6000-short")
@@ -17,7 +16,7 @@ def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         Gpu(gpu_id=k, node=0, kind=name, capacity_bytes=48 * BYTES_PER_GIB, idle_bytes=k * BYTES_PER_GIB)
         for k, name in enumerate(names)
     )
-    monkeypatch.setattr(nvml, "real_cluster", lambda: Cluster(name="local", gpus=tuple(gpus)))
+    monkeypatch.setattr(gpus, "real_cluster", lambda: Cluster(name="local", gpus=tuple(gpus)))
 
 
 def test_the_gpus_of_this_machine_are_a_cluster_of_the_profile(monkeypatch) -> None:

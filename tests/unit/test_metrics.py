@@ -9,10 +9,9 @@ from worlds import arrivals, run
 
 from maveriq.domain.records import NOT_YET, GpuSample
 from maveriq.errors import InvariantError
-from maveriq.report.gpu_use import busiest_gpu, gpu_use
-from maveriq.report.metrics import Attainment, summarise
-from maveriq.report.plain import summary_json
-from maveriq.report.verdict import judge
+from maveriq.report.metrics import Attainment, busiest_gpu, gpu_use, summarise
+from maveriq.report.run_folder import summary_to_json
+from maveriq.report.saturation import assess_saturation
 from maveriq.units import BYTES_PER_GIB, micros
 
 S = 1_000_000
@@ -130,7 +129,7 @@ def test_a_large_run_is_summarised_by_columns():
 def test_summary_in_plain_values():
     run = run_record(table(ROWS), deployments=[deployment(1, note="misses its SLO")])
     run = replace(run, requests=run.requests)
-    body = summary_json(summarise(run), judge(run), run.deployments)
+    body = summary_to_json(summarise(run), assess_saturation(run), run.deployments)
     assert body["verdict"]["label"] == "stable"
     assert body["overall"]["counts"]["scheduled"] == 5
     assert body["overall"]["goodput"] is None

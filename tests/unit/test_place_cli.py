@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from maveriq.cli.app import main
-from maveriq.scenario.problems import load_problem
+from maveriq.scenario.placement_problems import load_problem
 
 GOOD = {
     "gpus": 2,

@@ -7,23 +7,22 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from maveriq.domain.catalog import load_model
 from maveriq.domain.cluster import ClusterState, ClusterView, GpuView
-from maveriq.domain.intents import DeployAsk, Intent, Objective
-from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import KvType, WeightType, load_model
+from maveriq.domain.parallel import deal_layers, shard_bytes, stage_room
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.catalog import estimator
-from maveriq.estimate.clusters import cluster_from
-from maveriq.estimate.hardware import load_profile
-from maveriq.policy.base import Deploy, Rejection
-from maveriq.policy.catalog import make_policy
-from maveriq.policy.configure import Ranking, enumerate_configurations, rank
-from maveriq.policy.place import hybrid, least_loaded_first, packing, place_shards
-from maveriq.policy.split import deal_layers, shard_bytes, stage_room
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.registry import make_estimator
+from maveriq.policy.configuration import Ranking, enumerate_configurations, rank
+from maveriq.policy.maveriq import hybrid, least_loaded_first, packing, place_shards
+from maveriq.policy.policy import Deploy, Rejection
+from maveriq.policy.registry import make_policy
 from maveriq.units import BYTES_PER_GIB, bytes_from_gib
 
 PROFILE = load_profile("a6000-short")
-PAPER = estimator("paper", PROFILE)
+PAPER = make_estimator("paper", PROFILE)
 
 
 def gpus(*loads: float, free_gib: float = 48.0) -> tuple[GpuView, ...]:
@@ -46,8 +45,8 @@ def view_with_free(*free_gib: float) -> ClusterView:
     )
 
 
-def ask(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COST, **intent) -> DeployAsk:
-    return DeployAsk(
+def ask(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COST, **intent) -> EndpointSpec:
+    return EndpointSpec(
         endpoint_id=1,
         model=load_model(model),
         intent=Intent(objective=objective, **intent),
@@ -57,7 +56,7 @@ def ask(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COST, **
     )
 
 
-def ranked(the_ask: DeployAsk, view: ClusterView | None = None) -> Ranking:
+def ranked(the_ask: EndpointSpec, view: ClusterView | None = None) -> Ranking:
     empty = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
     return rank(the_ask, view or empty, PAPER, PROFILE.accuracy)
 

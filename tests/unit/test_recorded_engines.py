@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maveriq.calibration.online import contended_s, fit_contention, read_recorded, uncontended_medians
 from maveriq.errors import InputError
-from maveriq.estimate.crowdfit import crowded_s, fit_crowd
-from maveriq.estimate.recorded import RecordedEngine, read_engines
-from maveriq.estimate.served import Crowd
-from maveriq.estimate.servedfit import calm_medians, read_recorded
+from maveriq.estimate.calibration_file import ContentionCosts
+from maveriq.testbed.engines import RecordedEngine, read_engines
 
 ENGINES = (
     "run,model_id,model,deploy_s,deployed,registered_s,tp,pp,layer_split,weight_dtype,int8_kv,gpus,est_gib_per_gpu,"
@@ -73,7 +72,7 @@ def engine(model: str, beside: np.ndarray, service_s: np.ndarray, folder: Path) 
 
 
 def test_what_neighbours_cost_is_found_again(folder: Path) -> None:
-    truth, random = Crowd(layer_us=30.0, turn_us=4000.0), np.random.default_rng(1)
+    truth, random = ContentionCosts(layer_us=30.0, turn_us=4000.0), np.random.default_rng(1)
     engines = []
     for model in ("llama-2-7b", "gptj-6b"):
         beside = random.dirichlet(np.full(8, 0.3), 400)
@@ -83,26 +82,26 @@ def test_what_neighbours_cost_is_found_again(folder: Path) -> None:
         waits_s = 1e-6 * (shape.layers * truth.layer_us * (counts > 0) + truth.turn_us * np.maximum(counts - 1, 0))
         alone_s = np.full(400, 0.2)
         # It takes a tenth longer than it should even alone, which is no neighbour's fault.
-        taken_s = crowded_s(1.1 * alone_s, beside, waits_s, np.full(400, 20.0)) * np.exp(
+        taken_s = contended_s(1.1 * alone_s, beside, waits_s, np.full(400, 20.0)) * np.exp(
             0.01 * random.standard_normal(400)
         )
         engines.append((engine(model, beside, taken_s, folder), alone_s))
-    found = fit_crowd(engines)
+    found = fit_contention(engines)
     assert found.layer_us == pytest.approx(truth.layer_us, rel=0.1)
     assert found.turn_us == pytest.approx(truth.turn_us, rel=0.02)
 
 
 def test_who_never_had_a_neighbour_says_nothing_of_them(folder: Path) -> None:
     lonely = engine("gptj-6b", np.eye(8)[np.zeros(20, dtype=int)], np.ones(20), folder)
-    assert fit_crowd([(lonely, np.ones(20))]) == Crowd(layer_us=0.0, turn_us=0.0)
+    assert fit_contention([(lonely, np.ones(20))]) == ContentionCosts(layer_us=0.0, turn_us=0.0)
 
 
 def test_medians_are_of_requests_without_neighbours_by_length_of_prompt(folder: Path) -> None:
     beside = np.eye(8)[np.array([0] * 48 + [3] * 10)]
     service_s = np.append(np.linspace(1, 2, 48), np.full(10, 9.0))
-    found = list(calm_medians(engine("gptj-6b", beside, service_s, folder), bands=4))
+    found = list(uncontended_medians(engine("gptj-6b", beside, service_s, folder), bands=4))
     assert [one.service_s for one in found] == pytest.approx([1.117, 1.372, 1.628, 1.883], abs=1e-3)
     assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
-    assert not list(calm_medians(engine("gptj-6b", beside[40:], service_s[40:], folder), bands=4))
+    assert not list(uncontended_medians(engine("gptj-6b", beside[40:], service_s[40:], folder), bands=4))
     # A request each is too few where it had a neighbour.
     assert [one.configuration.gpus for one in read_recorded(folder)] == [2, 1]

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from testbeds import BASELINE, RUN, put_testbed
 
-from maveriq.domain.intents import Objective
+from maveriq.domain.deployments import Objective
 from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.hardware import load_profile
-from maveriq.scenario.recorded import options_of
-from maveriq.sim.replay import replay
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.testbed.recordings import find_testbed, pick_runs, read_completed, read_requests, read_runs, read_scheduled
+from maveriq.testbed.replay import options_of, replay
+from maveriq.testbed.run_records import run_record
 from maveriq.units import gib
-from maveriq.workload.recordings import run_record
-from maveriq.workload.testbed import find_testbed, pick_runs, read_completed, read_requests, read_runs, read_scheduled
 
 S = 1_000_000
 PROFILE = load_profile("a6000-short")

@@ -7,10 +7,8 @@ import pytest
 from rich.console import Console
 
 from maveriq.domain.progress import DeploymentStatus, GpuStatus, Progress
-from maveriq.report.bars import ASCII, UNICODE, bar, sparkline
-from maveriq.report.frame import Canvas, frame
-from maveriq.report.history import History, Series
-from maveriq.report.live import LiveView, PlainView, QuietView, make_view
+from maveriq.report.formatting import ASCII, UNICODE, bar, sparkline
+from maveriq.report.live import Canvas, History, LiveView, PlainView, QuietView, Series, frame, make_view
 
 DEPLOYMENT = DeploymentStatus(
     deployment_id=1,

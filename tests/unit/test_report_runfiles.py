@@ -11,9 +11,8 @@ from strategies_records import REASONS, deployment, rejected, run_record, single
 
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, REQUEST_COLUMNS, GpuSample
 from maveriq.errors import InputError, InvariantError, MaveriqError
-from maveriq.report.folders import RUN_FILES, check_writable, write_folder
 from maveriq.report.reading import read_meta, read_run
-from maveriq.report.runfiles import write_run
+from maveriq.report.run_folder import RUN_FILES, check_writable, write_folder, write_run
 from maveriq.units import BYTES_PER_GIB
 
 S = 1_000_000

@@ -9,10 +9,10 @@ from strategies_records import deployment, rejected, single_server
 
 from maveriq.domain.records import GpuSample
 from maveriq.domain.requests import RequestStatus
+from maveriq.report.formatting import clock, figure, gpu_list, layer_list, share
 from maveriq.report.metrics import summarise
+from maveriq.report.saturation import assess_saturation
 from maveriq.report.tables import notices, results_view
-from maveriq.report.verdict import judge
-from maveriq.report.wording import clock, figure, gpu_list, layer_list, share
 
 MODELS = {1: "somewhat-long-model-70b", 2: "another-40b"}
 
@@ -50,7 +50,7 @@ def printed(renderable: RenderableType, width: int) -> str:
 def test_results_fit_without_cutting_anything(width):
     run = a_run()
     summary = summarise(run, slo_ttft_s=1.0, slo_tpot_s=0.1)
-    text = printed(results_view(summary, judge(run), run.deployments, width=width), width)
+    text = printed(results_view(summary, assess_saturation(run), run.deployments, width=width), width)
     assert "…" not in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
     for name in (*MODELS.values(), "huge-180b", "stable", "TP 4 x PP 1 int4", "0-1 4-5", "p99", "SLO met", "GPU h"):
@@ -61,14 +61,14 @@ def test_results_fit_without_cutting_anything(width):
 def test_without_slos_their_columns_are_not_there():
     run = a_run()
     run = replace(run, requests=replace(run.requests, slo_us=np.zeros(400, dtype=np.int64)))
-    text = printed(results_view(summarise(run), judge(run), run.deployments, width=120), 120)
+    text = printed(results_view(summarise(run), assess_saturation(run), run.deployments, width=120), 120)
     assert "SLO met" not in text
     assert "put" not in text.split("latency")[0].replace("output", "")
 
 
 def test_an_overloaded_run_says_so():
     run = a_run(load=2.0)
-    assert "overloaded" in printed(results_view(summarise(run), judge(run), run.deployments, width=80), 80)
+    assert "overloaded" in printed(results_view(summarise(run), assess_saturation(run), run.deployments, width=80), 80)
 
 
 def test_notices_name_the_deployment_and_its_reason():

@@ -11,9 +11,8 @@ from strategies_records import run_record, runs, single_server, table
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError
 from maveriq.report import reading
-from maveriq.report.reading import read_run
-from maveriq.report.request_columns import read_columns
-from maveriq.report.runfiles import write_run
+from maveriq.report.reading import read_columns, read_run
+from maveriq.report.run_folder import write_run
 
 TEXTS = {"model": {"tiny": 1}, "status": {"completed": 2, "refused": 3}, "reason": {"": 0, "not deployed": 1}}
 

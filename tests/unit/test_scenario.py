@@ -2,14 +2,14 @@
 
 import pytest
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.requests import RequestStatus
-from maveriq.embedded import data_path
 from maveriq.errors import InputError
-from maveriq.scenario.build import build_scenario
+from maveriq.files import data_path
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.sim.engine import simulate
+from maveriq.sim.simulator import simulate
 from maveriq.units import micros
 
 ONE_MODEL = 'name = "one"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n'
@@ -23,7 +23,7 @@ def replay(tmp_path):
         (tmp_path / "one.toml").write_text(ONE_MODEL)
         (tmp_path / "requests.csv").write_text(f"{columns}\n{rows}\n")
         return simulate(
-            build_scenario(
+            build_system(
                 Options(
                     trace=str(tmp_path / "requests.csv"),
                     models=str(tmp_path / "one.toml"),
@@ -67,7 +67,7 @@ def test_what_can_hit_nothing_is_refused(replay, options: dict, message: str) ->
 
 def test_a_fault_before_its_deployment_is_asked_for_is_refused() -> None:
     with pytest.raises(InputError, match="fault of deployment 2 at 100 s: it is not asked for before 270 s"):
-        build_scenario(Options(fail=("deployment=2@100s",)))
+        build_system(Options(fail=("deployment=2@100s",)))
 
 
 def test_when_every_gpu_is_down_the_rejection_says_so(replay) -> None:
@@ -84,26 +84,26 @@ def profile_without_calibration(tmp_path):
 
 
 def test_the_calibrated_estimator_plans_and_serves_where_there_is_one() -> None:
-    scenario = build_scenario(Options())
+    scenario = build_system(Options())
     assert (scenario.plan_with, scenario.serve.name, scenario.notes) == ("calibrated", "calibrated", ())
 
 
 def test_without_a_calibration_the_papers_estimator_stands_in_and_the_run_says_so(tmp_path) -> None:
     profile = profile_without_calibration(tmp_path)
-    scenario = build_scenario(Options(profile=profile))
+    scenario = build_system(Options(profile=profile))
     assert (scenario.plan_with, scenario.serve.name) == ("paper", "paper")
     [note] = scenario.notes
     assert note.startswith("profile a6000-short has no calibration, so the estimator 'paper' stands in")
-    assert build_scenario(Options(profile=profile, plan_with="paper", serve_with="paper")).notes == ()
+    assert build_system(Options(profile=profile, plan_with="paper", serve_with="paper")).notes == ()
     with pytest.raises(InputError, match="has no calibration, which the calibrated estimator needs"):
-        build_scenario(Options(profile=profile, plan_with="calibrated"))
+        build_system(Options(profile=profile, plan_with="calibrated"))
 
 
 def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
     run = "MaverIQ_large_min_cost_code_0.4_slo0"
-    usual, blind = (build_scenario(Options(scale=0.05, serve_without=name)) for name in (None, run))
+    usual, blind = (build_system(Options(scale=0.05, serve_without=name)) for name in (None, run))
     model = usual.workload.asks[0].model
-    asked = Configuration(tp=4, pp=1, weights=WeightType.INT4)
+    asked = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
     seconds = [
         one.serve.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s for one in (usual, blind)
     ]
@@ -113,4 +113,4 @@ def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
 @pytest.mark.parametrize("name", ["paper", "recorded"])
 def test_only_fitted_service_times_can_leave_a_run_out(name: str) -> None:
     with pytest.raises(InputError, match=f"--serve-without applies to --serve-with calibrated, not to '{name}'"):
-        build_scenario(Options(serve_with=name, serve_without="x"))
+        build_system(Options(serve_with=name, serve_without="x"))

@@ -8,11 +8,10 @@ from strategies_records import run_record, single_server, table
 
 from maveriq.domain.records import NOT_YET, GpuSample, RunRecord
 from maveriq.domain.requests import RequestStatus
-from maveriq.report.backlog import queue_of
-from maveriq.report.verdict import Verdict, VerdictLabel, judge
+from maveriq.report.saturation import Saturation, SaturationLabel, assess_saturation, queue_of
 from maveriq.units import micros
 
-STABLE, BACKLOGGED, OVERLOADED = VerdictLabel.STABLE, VerdictLabel.BACKLOGGED, VerdictLabel.OVERLOADED
+STABLE, BACKLOGGED, OVERLOADED = SaturationLabel.STABLE, SaturationLabel.BACKLOGGED, SaturationLabel.OVERLOADED
 
 
 def m_d_1(load: float, requests: int, *, seed: int = 0, pauses: tuple = ()) -> RunRecord:
@@ -32,8 +31,8 @@ def stages(*loads_and_seconds: tuple[float, float]) -> RunRecord:
     return single_server(gaps_s, np.ones(len(gaps_s)))
 
 
-def labels(load: float, requests: int, *, seeds: int = 20) -> list[VerdictLabel]:
-    return [judge(m_d_1(load, requests, seed=seed)).label for seed in range(seeds)]
+def labels(load: float, requests: int, *, seeds: int = 20) -> list[SaturationLabel]:
+    return [assess_saturation(m_d_1(load, requests, seed=seed)).label for seed in range(seeds)]
 
 
 @pytest.mark.parametrize("requests", [50, 200, 2000])
@@ -49,7 +48,7 @@ def test_high_load_is_stable_but_for_rare_chance(requests):
 def test_service_times_that_vary_are_no_backlog():
     random = np.random.default_rng(5)
     runs = [single_server(random.exponential(1 / 0.9, 1000), random.exponential(1.0, 1000)) for _ in range(20)]
-    assert [judge(run).label for run in runs].count(STABLE) >= 18
+    assert [assess_saturation(run).label for run in runs].count(STABLE) >= 18
 
 
 @pytest.mark.parametrize("requests", [500, 2000])
@@ -58,7 +57,7 @@ def test_more_than_it_can_serve_is_overloaded(requests):
 
 
 def test_a_slight_overload_shows_in_a_long_run():
-    assert judge(m_d_1(1.05, 20_000)).label is OVERLOADED
+    assert assess_saturation(m_d_1(1.05, 20_000)).label is OVERLOADED
 
 
 def test_a_short_run_at_twice_the_load_is_overloaded():
@@ -66,14 +65,14 @@ def test_a_short_run_at_twice_the_load_is_overloaded():
 
 
 def test_overload_is_stated_with_its_numbers():
-    verdict = judge(m_d_1(1.3, 2000))
+    verdict = assess_saturation(m_d_1(1.3, 2000))
     assert verdict.evidence.drift_share == pytest.approx(1 - 1 / 1.3, abs=0.06)
     assert verdict.evidence.left_waiting == pytest.approx(2000 * (1 - 1 / 1.3), rel=0.2)
     assert f"{verdict.evidence.left_waiting - 1:,} still waited" in verdict.sentence  # beside the last arrival
 
 
 def test_a_burst_that_drains_is_backlogged():
-    verdict = judge(stages((0.5, 600), (2.0, 200), (0.5, 1200)))
+    verdict = assess_saturation(stages((0.5, 600), (2.0, 200), (0.5, 1200)))
     assert verdict.label is BACKLOGGED
     # 200 more arrive in the burst than can be served; half of the capacity is then left to drain them.
     assert verdict.evidence.worst_backlog_s == pytest.approx(600, rel=0.2)
@@ -82,44 +81,44 @@ def test_a_burst_that_drains_is_backlogged():
 
 def test_bursts_that_come_and_go_add_up():
     high_and_low = [(1.6, 100), (0.4, 400)] * 6
-    assert judge(stages(*high_and_low)).label is BACKLOGGED
+    assert assess_saturation(stages(*high_and_low)).label is BACKLOGGED
 
 
 def test_a_burst_at_the_very_end_is_no_overload():
-    assert judge(stages((0.5, 1900), (3.0, 100))).label is BACKLOGGED
+    assert assess_saturation(stages((0.5, 1900), (3.0, 100))).label is BACKLOGGED
 
 
 def test_pauses_after_deploys_that_drain_at_once_are_minor():
     pauses = tuple((since_s, since_s + 10.0) for since_s in (100.0, 400.0, 700.0, 1000.0))
     gaps_s = np.random.default_rng(3).exponential(0.2, 9000)
     paused = single_server(gaps_s, np.full(9000, 0.1), pauses=pauses)
-    verdict = judge(paused)
+    verdict = assess_saturation(paused)
     assert verdict.label is STABLE
     assert verdict.evidence.peak_waiting > 30
     assert verdict.evidence.worst_backlog_s == pytest.approx(20, rel=0.4)
 
 
 def test_a_pause_in_a_short_run_is_minor():
-    assert judge(m_d_1(0.5, 50, pauses=((40.0, 50.0),))).label is STABLE
+    assert assess_saturation(m_d_1(0.5, 50, pauses=((40.0, 50.0),))).label is STABLE
 
 
 def test_all_at_once_is_backlogged():
     run = single_server(np.array([1.0] + [0.0] * 99), np.ones(100))
-    assert judge(run).label is BACKLOGGED
-    assert judge(run).evidence.worst_backlog_s == pytest.approx(99, rel=0.01)
+    assert assess_saturation(run).label is BACKLOGGED
+    assert assess_saturation(run).evidence.worst_backlog_s == pytest.approx(99, rel=0.01)
 
 
 def test_a_dispatcher_that_always_takes_a_while_is_stable():
     run = m_d_1(0.5, 5000)
     delayed = replace(run, requests=replace(run.requests, start_us=run.requests.start_us + micros(8.0)))
-    assert judge(delayed).label is STABLE
+    assert assess_saturation(delayed).label is STABLE
 
 
 def test_the_order_of_rows_does_not_matter():
     run = m_d_1(1.3, 500)
     order = np.random.default_rng(0).permutation(500)
     columns = {name: getattr(run.requests, name)[order] for name in run.requests.__slots__ if name != "reasons"}
-    assert judge(replace(run, requests=replace(run.requests, **columns))) == judge(run)
+    assert assess_saturation(replace(run, requests=replace(run.requests, **columns))) == assess_saturation(run)
 
 
 def test_refused_requests_never_wait_and_unfinished_ones_wait_to_the_end():
@@ -136,9 +135,9 @@ def test_refused_requests_never_wait_and_unfinished_ones_wait_to_the_end():
 
 
 def test_no_request_or_only_refused_ones():
-    assert judge(run_record(table([]))).label is STABLE
-    assert judge(run_record(table([]))).evidence is None
-    one = judge(run_record(table([[1, 1, 1, 5, 5, 6, 7, 2, 0, 5, 5, 0]])))
+    assert assess_saturation(run_record(table([]))).label is STABLE
+    assert assess_saturation(run_record(table([]))).evidence is None
+    one = assess_saturation(run_record(table([[1, 1, 1, 5, 5, 6, 7, 2, 0, 5, 5, 0]])))
     assert one.label is STABLE
 
 
@@ -146,9 +145,9 @@ def test_a_verdict_per_model():
     run = m_d_1(1.3, 1000)
     late = replace(run.requests, endpoint_id=np.where(np.arange(1000) < 20, 2, 1))
     run = replace(run, requests=late, models={1: "tiny", 2: "big"})
-    assert judge(run, model="tiny").label is OVERLOADED
-    assert judge(run, model="big").label is not OVERLOADED
-    assert isinstance(judge(run, model="unheard of"), Verdict)
+    assert assess_saturation(run, model="tiny").label is OVERLOADED
+    assert assess_saturation(run, model="big").label is not OVERLOADED
+    assert isinstance(assess_saturation(run, model="unheard of"), Saturation)
 
 
 def test_the_busiest_gpu_is_named():
@@ -158,7 +157,7 @@ def test_the_busiest_gpu_is_named():
         for t in (10, 20)
         for gpu, share in ((0, 0.2), (3, 0.8))
     )
-    verdict = judge(replace(run, gpu_samples=samples))
+    verdict = assess_saturation(replace(run, gpu_samples=samples))
     assert (verdict.evidence.busiest_gpu, verdict.evidence.busiest_gpu_share) == (3, pytest.approx(0.8))
     assert "The busiest GPU, 3, worked 80.0 % of the time." in verdict.sentence
 
@@ -167,6 +166,6 @@ def test_refused_requests_are_named_beside_the_verdict():
     from worlds import arrivals, run
 
     half = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [(0,)], 2: []})
-    assert judge(half).sentence.endswith("1 of 2 requests were refused and count for nothing here.")
+    assert assess_saturation(half).sentence.endswith("1 of 2 requests were refused and count for nothing here.")
     nobody = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [], 2: []})
-    assert judge(nobody).sentence == "No request was served: all were refused."
+    assert assess_saturation(nobody).sentence == "No request was served: all were refused."

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maveriq.errors import InputError
-from maveriq.workload.azure import read_azure
+from maveriq.workload.traces import read_azure
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:17:03.9799600,4808,10\n"

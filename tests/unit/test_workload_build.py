@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.workload.build import WorkloadOptions, build_workload
 

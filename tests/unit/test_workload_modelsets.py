@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from maveriq.domain.intents import Intent, Objective
+from maveriq.domain.deployments import Intent, Objective
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.workload.modelsets import load_model_set
+from maveriq.workload.model_sets import load_model_set
 
 ENTRY = '[[models]]\nmodel = "llama-2-7b"\nload_at = {load_at}\n'
 

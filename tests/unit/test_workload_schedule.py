@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from maveriq.errors import InputError
-from maveriq.workload.base import Arrivals
-from maveriq.workload.schedule import read_schedule, write_schedule
+from maveriq.workload.requests import Arrivals
+from maveriq.workload.traces import read_schedule, write_schedule
 
 HEADER = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
 GOOD = "1.5,1,30,20\n"

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maveriq.embedded import traces_path
-from maveriq.workload.azure import embedded_trace, read_azure
-from maveriq.workload.modelsets import known_model_sets, load_model_set
-from maveriq.workload.schedule import read_schedule
+from maveriq.files import traces_path
+from maveriq.workload.model_sets import known_model_sets, load_model_set
+from maveriq.workload.traces import embedded_trace, read_azure, read_schedule
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "derive_traces.py"
 README = traces_path("README.md").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ import zlib
 from array import array
 from collections.abc import Iterator
 
-from maveriq.exec.engines.base import EngineError, FailureKind, Step
-from maveriq.exec.messages import EngineSpec, Generate, Loaded, Sequence
+from maveriq.exec.engines.engine import EngineError, FailureKind, Step
+from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.streams import pick
 
 _ENDED = -1
@@ -68,7 +68,7 @@ class EmulatedEngine:
             stage.communicate()  # closes its input
 
 
-def _drawn(sequence: Sequence, vocabulary: int) -> Iterator[int]:
+def _drawn(sequence: PromptSequence, vocabulary: int) -> Iterator[int]:
     """Yield a sequence's tokens; they depend on its prompt alone, as greedy ones do."""
     seed = zlib.crc32(array("i", sequence.prompt).tobytes())
     for position in range(sequence.output_tokens):

@@ -17,11 +17,16 @@ from typing import Any, TypeAlias
 
 from maveriq.domain.models import WeightType
 from maveriq.errors import InputError
-from maveriq.exec.engines.base import EngineError, FailureKind, Step
-from maveriq.exec.engines.foreign import ForeignEngine
-from maveriq.exec.engines.stepping import StepAligner
-from maveriq.exec.engines.translation import Translation, Wanted, check_lengths, read_spec, write_files
-from maveriq.exec.messages import EngineSpec, Loaded, Sequence
+from maveriq.exec.engines.engine import EngineError, FailureKind, Step, StepAligner
+from maveriq.exec.engines.external import (
+    EngineRequirements,
+    ExternalEngine,
+    Translation,
+    check_lengths,
+    read_spec,
+    write_files,
+)
+from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
 
 NAME = "trtllm"
 
@@ -79,7 +84,7 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
     return Translation(arguments=arguments, files=files, environment=environment)
 
 
-def _check_given(wanted: Wanted) -> None:
+def _check_given(wanted: EngineRequirements) -> None:
     """Make sure that weights that are given are stored as asked for: it goes by what lies beside them."""
     weights, folder = wanted.configuration.weights, wanted.spec.weights_folder
     file = Path(folder) / _QUANTISATION_FILE
@@ -120,7 +125,7 @@ def serve_command(arguments: Mapping[str, Any], *, options_file: str, port: int)
 
 def missing() -> str | None:
     """Return in one line what TensorRT-LLM lacks here, None where it lacks nothing that can be seen from outside."""
-    from maveriq.exec.nvml import NvmlMeter
+    from maveriq.exec.gpus import NvmlMeter
 
     lacks: list[str] = []
     if not sys.platform.startswith("linux"):
@@ -138,7 +143,7 @@ def missing() -> str | None:
     return "; ".join(lacks) or None
 
 
-class TrtLlmEngine(ForeignEngine):
+class TrtLlmEngine(ExternalEngine):
     """TensorRT-LLM behind the `Engine` protocol: one model, its workers beneath this process."""
 
     name = NAME
@@ -169,11 +174,11 @@ class TrtLlmEngine(ForeignEngine):
             raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {reason}") from error
         self._loop = asyncio.new_event_loop()
         self._llm = tensorrt_llm.LLM(**wanted.arguments)
-        for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):
+        for _ in self._steps((PromptSequence(request_id=0, prompt=(1,), output_tokens=2),)):
             pass
         return Loaded(backend=NAME, version=str(tensorrt_llm.__version__))
 
-    def _steps(self, sequences: tuple[Sequence, ...]) -> Iterator[Step]:
+    def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
         """Yield steps from streams that all run in this engine's own event loop, while it is asked for the next one."""
         loop, llm = self._loop, self._llm
         if loop is None or llm is None:
@@ -208,7 +213,7 @@ _Chunk: TypeAlias = tuple[int, list[int], bool] | Exception
 """The next tokens of the sequence at a position, and whether they were its last; or why a stream broke."""
 
 
-async def _stream(llm: Any, one: Sequence, position: int, chunks: asyncio.Queue[_Chunk]) -> None:
+async def _stream(llm: Any, one: PromptSequence, position: int, chunks: asyncio.Queue[_Chunk]) -> None:
     """Ask for a sequence and pass its tokens on as they come."""
     from tensorrt_llm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
 

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from maveriq.domain.models import KvType, WeightType
-from maveriq.exec.engines.base import EngineError, FailureKind, Step
-from maveriq.exec.engines.foreign import ForeignEngine
-from maveriq.exec.engines.stepping import StepAligner
-from maveriq.exec.engines.translation import (
+from maveriq.exec.capabilities import Device
+from maveriq.exec.engines.engine import EngineError, FailureKind, Step, StepAligner
+from maveriq.exec.engines.external import (
+    EngineRequirements,
+    ExternalEngine,
     Translation,
-    Wanted,
     check_lengths,
     read_spec,
     write_files,
 )
-from maveriq.exec.matrix import Device
-from maveriq.exec.messages import EngineSpec, Loaded, Sequence
+from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
 from maveriq.units import Bytes
 
 NAME = "vllm"
@@ -109,7 +108,7 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     return Translation(arguments=arguments, files=files, environment=_environment(wanted, cpus))
 
 
-def _check_given(wanted: Wanted) -> None:
+def _check_given(wanted: EngineRequirements) -> None:
     """Make sure that weights that are given are stored as asked for: vLLM goes by what their configuration says."""
     weights, method = wanted.configuration.weights, wanted.quantised_ahead
     if weights in _AHEAD and method is None:
@@ -137,14 +136,14 @@ def _flag(name: str, value: object) -> list[str]:
     return [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
 
 
-def _dtype(wanted: Wanted) -> str:
+def _dtype(wanted: EngineRequirements) -> str:
     if wanted.device is Device.CUDA:
         return "float16"
     # CPUs compute float32; the kernel for int8 weights wants bfloat16.
     return "bfloat16" if wanted.configuration.weights is WeightType.INT8 else "float32"
 
 
-def _kv_bytes(wanted: Wanted) -> Bytes:
+def _kv_bytes(wanted: EngineRequirements) -> Bytes:
     """Return the KV cache of a GPU: whole blocks for each sequence of a batch, and the one that vLLM keeps empty."""
     int8 = wanted.configuration.kv is KvType.INT8
     native_bytes = 4 if _dtype(wanted) == "float32" else 2
@@ -155,7 +154,7 @@ def _kv_bytes(wanted: Wanted) -> Bytes:
     return blocks * _BLOCK_TOKENS * per_token
 
 
-def _environment(wanted: Wanted, cpus: tuple[int, ...]) -> dict[str, str]:
+def _environment(wanted: EngineRequirements, cpus: tuple[int, ...]) -> dict[str, str]:
     cfg = wanted.configuration
     said = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its core runs here, so that errors are seen as they are
@@ -172,7 +171,7 @@ def _environment(wanted: Wanted, cpus: tuple[int, ...]) -> dict[str, str]:
     return said
 
 
-class VllmEngine(ForeignEngine):
+class VllmEngine(ExternalEngine):
     """vLLM behind the `Engine` protocol: one model, its workers beneath this process."""
 
     name = NAME
@@ -199,12 +198,12 @@ class VllmEngine(ForeignEngine):
             raise EngineError(FailureKind.UNSUPPORTED, f"vllm cannot be imported: {error}") from error
 
         self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**wanted.arguments))
-        for _ in self._steps((Sequence(request_id=0, prompt=(1,), output_tokens=2),)):
+        for _ in self._steps((PromptSequence(request_id=0, prompt=(1,), output_tokens=2),)):
             pass
         kv_bytes = wanted.arguments["kv_cache_memory_bytes"] * spec.tp * spec.pp
         return Loaded(backend=NAME, version=str(vllm.__version__), kv_cache_bytes=kv_bytes)
 
-    def _steps(self, sequences: tuple[Sequence, ...]) -> Iterator[Step]:
+    def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
         if self._engine is None:
             raise EngineError(FailureKind.ERROR, "vllm: nothing is loaded")
         check_lengths(NAME, sequences, self._most_tokens)

@@ -6,18 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from maveriq.domain.cluster import ClusterView
-from maveriq.domain.deployment import Configuration, DeploymentPlan
-from maveriq.domain.intents import DeployAsk
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import WeightType
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig, even_split
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile
 from maveriq.policy.alpaserve.search import PlacementSolution
-from maveriq.policy.base import Decision, Deploy, Rejection
-from maveriq.policy.split import even_split
+from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.units import Bytes, gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedAhead:
+class StaticPlacementPolicy:
     """Deploys each endpoint on every group that hosts it; one that no group hosts is rejected.
 
     Args:
@@ -30,7 +29,7 @@ class PlacedAhead:
     solution: PlacementSolution
     profiles: Sequence[ModelProfile]
 
-    def decide(self, ask: DeployAsk, view: ClusterView) -> Decision:
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
         """Return a replica on each group that hosts the endpoint and has the memory now."""
         plans = list(self._plans(ask))
         if not plans:
@@ -45,7 +44,7 @@ class PlacedAhead:
         """Return on how many groups the placement has an endpoint."""
         return sum(endpoint_id - 1 in group.model_indices for group in self.solution.groups)
 
-    def _plans(self, ask: DeployAsk) -> Iterator[DeploymentPlan]:
+    def _plans(self, ask: EndpointSpec) -> Iterator[DeploymentPlan]:
         """Yield the replicas; groups take the GPUs in the order of their ids."""
         model, first = ask.endpoint_id - 1, 0
         for group in self.solution.groups:
@@ -57,7 +56,7 @@ class PlacedAhead:
             gpu_bytes = tuple(round(size) for size in stages.stage_weight_bytes for _ in range(group.tp))
             yield DeploymentPlan(
                 model=ask.model,
-                configuration=Configuration(
+                configuration=ParallelConfig(
                     tp=group.tp, pp=group.pp, weights=WeightType.FLOAT16, batch_size=ask.batch_size
                 ),
                 layer_split=even_split(ask.model.layers, group.pp),

@@ -1,15 +1,25 @@
-"""What a placement search is given: GPUs, models with their profiles, and the demand expected."""
+"""What a placement search is given: GPUs, models with their profiles, and the demand expected.
+
+Placements: groups of GPUs and the models that each hosts.
+AlpaServe*: AlpaServe that must keep every model.
+
+No code of it was published. Rule F is the definition here: the one of three rules that meet all
+published placements that still means something on more than one node.
+What a placement search may look at, and how hard it looks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import StrEnum
+from types import MappingProxyType
+from typing import NamedTuple, TypeAlias
 
-from maveriq.domain.forecast import DemandForecast
-from maveriq.domain.hardware import Cluster
-from maveriq.errors import InputError
+from maveriq.domain.cluster import Cluster
+from maveriq.domain.requests import DemandForecast
+from maveriq.errors import InputError, InvariantError
 
 
 class GroupShape(NamedTuple):
@@ -163,3 +173,210 @@ def problem_for_cluster(
         ),
         demand=forecast,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """GPUs that serve together, and the models they host, by position in the problem."""
+
+    shape: GroupShape
+    models: tuple[int, ...] = ()
+
+    def with_model(self, model: int) -> Group:
+        """Return the group hosting one model more."""
+        return Group(self.shape, (*self.models, model))
+
+
+Placement: TypeAlias = tuple[Group, ...]
+"""Groups in the order of the GPUs they take; their numbers break ties of dispatch."""
+
+
+def empty_placement(shapes: Iterable[GroupShape]) -> Placement:
+    """Return groups that host nothing yet."""
+    return tuple(Group(shape) for shape in shapes)
+
+
+def replicas(placement: Placement) -> int:
+    """Count the copies of models over all groups."""
+    return sum(len(group.models) for group in placement)
+
+
+def normal_form(placement: Placement) -> Placement:
+    """Sort the models of each group, then the groups by their models; equal groups keep their order."""
+    sorted_groups = (Group(group.shape, tuple(sorted(group.models))) for group in placement)
+    return tuple(sorted(sorted_groups, key=lambda group: group.models))
+
+
+def gpu_bytes(group: Group, problem: PlacementProblem) -> float:
+    """Return what one GPU of a group holds for its models, on its fullest stage."""
+    return sum(problem.models[model].profile.gpu_bytes(group.shape) for model in group.models)
+
+
+def verify(placement: Placement, problem: PlacementProblem) -> None:
+    """Check the laws of a placement.
+
+    Raises:
+        InvariantError: more GPUs or memory than there are, or a model twice in a group.
+    """
+    if sum(group.shape.gpus for group in placement) > problem.gpus:
+        raise InvariantError(f"placement {placement} takes more than {problem.gpus} GPUs")
+    for group in placement:
+        if len(set(group.models)) != len(group.models):
+            raise InvariantError(f"group {group} hosts a model twice")
+        if gpu_bytes(group, problem) > problem.memory_bytes:
+            raise InvariantError(f"group {group} holds more than {problem.memory_bytes:g} bytes on a GPU")
+
+
+def candidate_shapes(gpus: int, gpus_per_node: int, *, max_pp: int, max_tp: int) -> Iterator[tuple[GroupShape, ...]]:
+    """Yield the ways to cut a cluster into groups that the search tries, in its order.
+
+    Groups have a power of two of GPUs and one shape; what is left over becomes pure pipelines of
+    ascending powers of two. A group larger than a node takes whole nodes.
+    """
+    for size in _powers_of_two(gpus):
+        if size > gpus_per_node and size % gpus_per_node:
+            continue
+        for pp in _powers_of_two(size):
+            tp = size // pp
+            if pp <= max_pp and tp <= max_tp:
+                yield (GroupShape(tp, pp),) * (gpus // size) + pure_pipelines(gpus % size)
+
+
+def pure_pipelines(gpus: int) -> tuple[GroupShape, ...]:
+    """Cut GPUs into pipelines of powers of two that add up to them, ascending."""
+    return tuple(GroupShape(1, size) for size in _powers_of_two(gpus) if gpus & size)
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << exponent for exponent in range(most.bit_length())]
+
+
+class StarRule(StrEnum):
+    """Which candidates count; the best score among them wins. None of them leaves a model out.
+
+    A: no model is left out. B: one group spans all GPUs. C: every model stands exactly once.
+    F: every group hosts every model.
+    """
+
+    A = "A"
+    B = "B"
+    C = "C"
+    F = "F"
+
+
+def qualifies(rule: StarRule, placement: Placement, models: int) -> bool:
+    """Say whether a placement of so many models meets a rule."""
+    hosted = {model for group in placement for model in group.models}
+    return len(hosted) == models and _RULES[rule](placement, models)
+
+
+_RULES: Mapping[StarRule, Callable[[Placement, int], bool]] = MappingProxyType(
+    {
+        StarRule.A: lambda _placement, _models: True,
+        # Candidates use all GPUs, so a single group spans them.
+        StarRule.B: lambda placement, _models: len(placement) == 1,
+        StarRule.C: lambda placement, models: replicas(placement) == models,
+        StarRule.F: lambda placement, models: all(len(group.models) == models for group in placement),
+    }
+)
+RULE_DESCRIPTIONS: Mapping[StarRule, str] = MappingProxyType(
+    {
+        StarRule.A: "hosts every model",
+        StarRule.B: "hosts every model in one group of all GPUs",
+        StarRule.C: "hosts every model exactly once",
+        StarRule.F: "hosts every model in every group",
+    }
+)
+
+
+class PlacementPolicy(StrEnum):
+    """Which placements are looked at."""
+
+    ALPASERVE = "alpaserve"
+    ALPASERVE_STAR = "alpaserve-star"
+    SELECTIVE_REPLICATION = "selective-replication"
+    MODEL_PARALLELISM = "model-parallelism"
+    ROUND_ROBIN = "round-robin"
+
+
+class Fill(StrEnum):
+    """How groups are filled with models."""
+
+    GREEDY = "greedy"
+    BEAM = "beam"
+
+
+BEAM_WIDTH = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatorSettings:
+    """The constants of the published simulator.
+
+    Args:
+        penalty_per_stage: a stage takes this share longer for each stage of its pipeline.
+        overhead_s: added to every request, charged to no GPU.
+        single_precision: round stage times and SLOs to float32, as the published code does. It
+            decides about requests that end exactly at their deadline.
+        compiled: None for the compiled inner loop where numba can be imported, else plain Python.
+
+    Raises:
+        InputError: a constant that is negative or not finite.
+    """
+
+    penalty_per_stage: float = 0.009
+    overhead_s: float = 0.011
+    single_precision: bool = True
+    compiled: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("penalty_per_stage", "overhead_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"placement simulator: {name} must be finite and not negative, not {value}")
+
+    def penalty(self, shape: GroupShape) -> float:
+        """Return the factor on the stage times of a shape."""
+        return 1 + self.penalty_per_stage * shape.pp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """How to search.
+
+    Args:
+        policy: which placements are looked at.
+        fill: how groups are filled; round robin has a fill of its own.
+        beam: placements that the beam fill keeps at each step.
+        group_size: pipeline stages of each group, for model parallelism alone.
+        max_pp: pipeline stages of a candidate at most.
+        max_tp: tensor parallel GPUs of a candidate at most.
+        bucket: also try to keep models of different latency on GPUs of their own (AlpaServe alone).
+        star_rule: what AlpaServe* takes for keeping every model.
+        simulator: the constants of the simulator.
+        workers: threads; None for all cores where the problem is large.
+
+    Raises:
+        InputError: a number below 1, or a policy with what it cannot use.
+    """
+
+    policy: PlacementPolicy = PlacementPolicy.ALPASERVE
+    fill: Fill = Fill.GREEDY
+    beam: int = BEAM_WIDTH
+    group_size: int | None = None
+    max_pp: int = 8
+    max_tp: int = 4
+    bucket: bool = False
+    star_rule: StarRule = StarRule.F
+    simulator: SimulatorSettings = field(default_factory=SimulatorSettings)
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "group_size", "max_pp", "max_tp", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"placement search: {name} must be at least 1, not {value}")
+        if self.policy is PlacementPolicy.MODEL_PARALLELISM and self.group_size is None:
+            raise InputError("placement search: model-parallelism needs a group_size")
+        if self.bucket and self.policy is not PlacementPolicy.ALPASERVE:
+            raise InputError(f"placement search: bucket applies to alpaserve, not to {self.policy}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from maveriq.domain.deployment import Configuration
 from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.embedded import data_path
+from maveriq.domain.parallel import ParallelConfig, even_split, shard_bytes
 from maveriq.errors import UnknownNameError
-from maveriq.estimate.base import Estimator
+from maveriq.estimate.estimator import Estimator
+from maveriq.files import data_path
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile, StageProfile
-from maveriq.policy.split import even_split, shard_bytes
 from maveriq.tables import read_csv
 from maveriq.units import Bytes
 
@@ -45,7 +44,7 @@ def _shapes(
 ) -> Iterator[tuple[GroupShape, StageProfile]]:
     for tp in model.tensor_parallel_degrees(gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
-            configuration = Configuration(
+            configuration = ParallelConfig(
                 tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE, batch_size=batch_size
             )
             if estimator.why_not(model, configuration):

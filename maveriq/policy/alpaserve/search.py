@@ -1,22 +1,188 @@
-"""The placement search: cut the cluster into groups, fill them, keep the best (AlpaServe), and its kin."""
+"""How far a search has come.
+
+Filling groups with models: the fast greedy fill, beam search, round robin.
+The placement search: cut the cluster into groups, fill them, keep the best (AlpaServe), and its kin.
+Bucketing: models of similar latency, and shares of the cluster for them.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from maveriq.errors import InputError
-from maveriq.policy.alpaserve.buckets import bucket_models, device_splits, sub_problem
-from maveriq.policy.alpaserve.fill import beam_search, fast_greedy, round_robin
-from maveriq.policy.alpaserve.groups import Group, Placement, candidate_shapes, pure_pipelines, verify
-from maveriq.policy.alpaserve.problem import GroupShape, PlacementProblem
-from maveriq.policy.alpaserve.progress import ProgressTally, SearchProgress
-from maveriq.policy.alpaserve.settings import Fill, PlacementPolicy, SearchSettings
-from maveriq.policy.alpaserve.simulate import PlacementSimulator, PlacementStats
-from maveriq.policy.alpaserve.star import WORDS, qualifies
+from maveriq.policy.alpaserve.problem import (
+    BEAM_WIDTH,
+    RULE_DESCRIPTIONS,
+    Fill,
+    Group,
+    GroupShape,
+    Placement,
+    PlacementPolicy,
+    PlacementProblem,
+    SearchSettings,
+    candidate_shapes,
+    empty_placement,
+    gpu_bytes,
+    normal_form,
+    pure_pipelines,
+    qualifies,
+    verify,
+)
+from maveriq.policy.alpaserve.simulator import PlacementSimulator, PlacementStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchProgress:
+    """Counts so far. `candidates` grows while a search with buckets goes on."""
+
+    candidates: int = 0
+    candidates_done: int = 0
+    simulations: int = 0
+    requests: int = 0
+
+
+class SearchStopped(Exception):  # noqa: N818  (no error, and never seen outside a search)
+    """Ends the threads of a search that was interrupted."""
+
+
+class ProgressTally:
+    """Counts what the threads of a search report, and tells one listener after each report."""
+
+    def __init__(self, listener: Callable[[SearchProgress], None] | None) -> None:
+        """Start at zero; without a listener nobody is told."""
+        self._listener = listener
+        self._lock = threading.Lock()
+        self._progress = SearchProgress()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let every thread end at its next report."""
+        self._stopped = True
+
+    def expect(self, candidates: int) -> None:
+        """So many candidates more are to be filled."""
+        self._add(candidates=candidates)
+
+    def filled(self) -> None:
+        """One of them is done."""
+        self._add(candidates_done=1)
+
+    def simulated(self, requests: int) -> None:
+        """A placement was simulated with so many requests."""
+        self._add(simulations=1, requests=requests)
+
+    def _add(self, **counts: int) -> None:
+        if self._stopped:
+            raise SearchStopped
+        if self._listener is None:
+            return
+        with self._lock:
+            now = {name: getattr(self._progress, name) + more for name, more in counts.items()}
+            self._progress = replace(self._progress, **now)
+            self._listener(self._progress)
+
+
+def fast_greedy(simulator: PlacementSimulator, shapes: tuple[GroupShape, ...]) -> Placement:
+    """Give the model with most unserved requests to the group with fewest, until nothing fits.
+
+    Whether an addition helps is not checked: memory is always filled, and nothing makes sure that
+    every model is placed. Sorting is stable: of equal models the last comes first, of equal
+    groups the first.
+    """
+    placement = normal_form(empty_placement(shapes))
+    while True:
+        counts = simulator.count(placement)
+        requests = simulator.requests
+        # The small number is the published guard against models without requests; it leaves
+        # rounding noise in place of 0, which decides between models that are served in full.
+        unserved = requests * (1 - counts.served / (requests + 1e-6))
+        by_unserved = np.argsort(unserved, kind="stable")[::-1].tolist()
+        by_load = np.argsort(counts.dispatched, kind="stable").tolist()
+        addition = _first_fitting(placement, by_load, by_unserved, simulator.problem)
+        if addition is None:
+            return placement
+        placement = _with(placement, *addition)
+
+
+def _first_fitting(
+    placement: Placement, groups: list[int], models: list[int], problem: PlacementProblem
+) -> tuple[int, int] | None:
+    """Return the first group, and for it the first model, that fits together."""
+    for number in groups:
+        group = placement[number]
+        used = gpu_bytes(group, problem)
+        for model in models:
+            if model in group.models:
+                continue
+            if used + problem.models[model].profile.gpu_bytes(group.shape) <= problem.memory_bytes:
+                return number, model
+    return None
+
+
+def _with(placement: Placement, number: int, model: int) -> Placement:
+    grown = placement[number].with_model(model)
+    return normal_form((*placement[:number], grown, *placement[number + 1 :]))
+
+
+def beam_search(simulator: PlacementSimulator, shapes: tuple[GroupShape, ...], *, width: int = BEAM_WIDTH) -> Placement:
+    """Add one model at a time in every way, keep the best few, return the best placement ever seen.
+
+    Unlike the other fills it leaves a group short of full: what it adds must leave memory over.
+    Equal scores keep the order in which they were found.
+    """
+    initial = normal_form(empty_placement(shapes))
+    best, best_score = initial, -1.0
+    beam = [initial]
+    while beam:
+        seen: set[tuple[tuple[int, ...], ...]] = set()
+        scored: list[tuple[float, Placement]] = []
+        for placement in (grown for member in beam for grown in _grown(member, simulator.problem)):
+            hosted = tuple(group.models for group in placement)
+            if hosted not in seen:
+                seen.add(hosted)
+                scored.append((simulator.run(placement).score, placement))
+        scored.sort(key=lambda one: -one[0])
+        if scored and scored[0][0] > best_score:
+            best_score, best = scored[0]
+        beam = [placement for _, placement in scored[:width]]
+    return best
+
+
+def _grown(placement: Placement, problem: PlacementProblem) -> Iterator[Placement]:
+    for number, group in enumerate(placement):
+        used = gpu_bytes(group, problem)
+        for model, spec in enumerate(problem.models):
+            if model not in group.models and used + spec.profile.gpu_bytes(group.shape) < problem.memory_bytes:
+                yield _with(placement, number, model)
+
+
+def round_robin(problem: PlacementProblem, shapes: tuple[GroupShape, ...]) -> Placement:
+    """Deal models in turn to groups in turn, over and over.
+
+    The turn passes only with a success, so the deal ends at the first full group even where
+    others have room, as in the published code. Groups keep their order.
+    """
+    placement = list(empty_placement(shapes))
+    turn, dealt = 0, True
+    while dealt:
+        dealt = False
+        for model, spec in enumerate(problem.models):
+            group = placement[turn]
+            needed = gpu_bytes(group, problem) + spec.profile.gpu_bytes(group.shape)
+            if model not in group.models and needed <= problem.memory_bytes:
+                placement[turn] = group.with_model(model)
+                turn = (turn + 1) % len(placement)
+                dealt = True
+    return tuple(placement)
+
 
 ROUND_ROBIN_STAGES = 4
 _WORTH_THREADS = 20_000_000
@@ -195,7 +361,10 @@ def _choose(
         models = len(problem.models)
         counting = [one for one in candidates if qualifies(settings.star_rule, one.placement, models)]
     if not counting:
-        return None, f"none of {len(candidates)} candidates {WORDS[settings.star_rule]} within the memory of the GPUs"
+        return (
+            None,
+            f"none of {len(candidates)} candidates {RULE_DESCRIPTIONS[settings.star_rule]} within the memory of the GPUs",
+        )
     return max(counting, key=lambda one: one.score), ""
 
 
@@ -241,3 +410,97 @@ class _Buckets:
         if best is None:
             return ()
         return tuple(Group(group.shape, tuple(bucket[model] for model in group.models)) for group in best.placement)
+
+
+_SIMILAR = 0.38
+_GPUS_PER_STEP = 8
+_THRESHOLDS = (1.0, 0.5, 0.3, 0.2, 0.1)
+_FEW = 100
+
+Bucket = tuple[int, ...]
+
+
+def bucket_models(problem: PlacementProblem) -> list[Bucket]:
+    """Put each model into the first bucket whose first model takes about as long on one GPU.
+
+    Raises:
+        InputError: a model that does not run on one GPU, so that its latency is not known.
+    """
+    latency_s = [_single_gpu_s(problem, model) for model in range(len(problem.models))]
+    buckets: list[Bucket] = []
+    for model, took_s in enumerate(latency_s):
+        for number, bucket in enumerate(buckets):
+            first_s = latency_s[bucket[0]]
+            if abs(took_s - first_s) <= _SIMILAR * first_s:
+                buckets[number] = (*bucket, model)
+                break
+        else:
+            buckets.append((model,))
+    return buckets
+
+
+def _single_gpu_s(problem: PlacementProblem, model: int) -> float:
+    profile = problem.models[model].profile.shapes.get(GroupShape(1, 1))
+    if profile is None:
+        raise InputError(
+            f"placement search: bucket needs the latency of every model on one GPU (tp 1, pp 1), and the profile of "
+            f"{problem.models[model].name!r} has none; add it or leave bucket out"
+        )
+    return profile.slowest_stage_s
+
+
+def device_splits(problem: PlacementProblem, buckets: Sequence[Bucket]) -> list[tuple[int, ...]]:
+    """Return how many GPUs each bucket may get: the ordered splits that come near its share of the load.
+
+    Raises:
+        InputError: a model without rate, or rates that are all 0.
+    """
+    rates = [sum(_rate(problem, model) for model in bucket) for bucket in buckets]
+    if not sum(rates) > 0:
+        raise InputError("placement search: bucket needs a positive rate_per_s of at least one model")
+    wanted = np.array(rates) / sum(rates)
+    latency_s = np.array([_single_gpu_s(problem, bucket[0]) for bucket in buckets])
+    if not (latency_s > 0).all():
+        raise InputError("placement search: bucket needs a positive latency of every model on one GPU")
+    splits = list(_ordered_splits(problem.gpus, len(buckets)))
+    for threshold in _THRESHOLDS:
+        splits = [split for split in splits if _distance(split, latency_s, wanted) < threshold]
+        if len(splits) < _FEW:
+            break
+    return splits
+
+
+def _rate(problem: PlacementProblem, model: int) -> float:
+    rate = problem.models[model].rate_per_s
+    if rate is None:
+        raise InputError(f"placement search: bucket needs the rate_per_s of model {problem.models[model].name!r}")
+    return rate
+
+
+def _ordered_splits(gpus: int, parts: int) -> Iterator[tuple[int, ...]]:
+    if parts == 1:
+        yield (gpus,)
+        return
+    for last in range(1, gpus):
+        rest = gpus - last
+        # A part that is cut off must not break up a node of eight more than the remainder does.
+        if last <= gpus % _GPUS_PER_STEP or rest % _GPUS_PER_STEP == 0 or gpus % _GPUS_PER_STEP == 0:
+            yield from ((*split, last) for split in _ordered_splits(rest, parts - 1))
+
+
+def _distance(split: tuple[int, ...], latency_s: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    power = np.array(split) / latency_s
+    return float(np.abs(power / power.sum() - wanted).max())
+
+
+def sub_problem(problem: PlacementProblem, bucket: Bucket, gpus: int) -> PlacementProblem:
+    """Return the problem of one bucket on so many GPUs; requests to other models are to unknown ones."""
+    position = np.full(len(problem.models) + 1, -1)  # the last entry is where -1 looks
+    position[list(bucket)] = range(len(bucket))
+    models = tuple(problem.models[model] for model in bucket)
+    demand = replace(
+        problem.demand,
+        models=tuple(model.name for model in models),
+        model_index=position[problem.demand.model_index],
+    )
+    return replace(problem, gpus=gpus, models=models, demand=demand)

@@ -9,8 +9,8 @@ import time
 import pytest
 from exec_rigs import ENGINES, EngineCase, alive_in_group, rig, run_async, until, work
 
-from maveriq.exec.engines.catalog import make_engine
-from maveriq.exec.host import NO_PROTOCOL, STOPPED
+from maveriq.exec.engine_server import NO_PROTOCOL, STOPPED
+from maveriq.exec.engines.engine import make_engine
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
     Bye,
@@ -21,7 +21,7 @@ from maveriq.exec.messages import (
     Loaded,
     Ping,
     Pong,
-    Progress,
+    StepProgress,
     Stop,
 )
 
@@ -57,7 +57,7 @@ def test_steps_come_in_order_and_add_up_to_the_outputs(case: EngineCase, tmp_pat
             one.say(work(1, tokens=5))
             *steps, finished = await one.hear_until(Finished)
             assert [step.step for step in steps] == [1, 2, 3, 4, 5]
-            assert all(isinstance(step, Progress) and step.execution_id == 1 for step in steps)
+            assert all(isinstance(step, StepProgress) and step.execution_id == 1 for step in steps)
             assert finished.outputs == (tuple(step.tokens[0] for step in steps),)
             assert all(0 <= token < case.model.vocab_size for token in finished.outputs[0])
             assert 0 < finished.first_token_s <= finished.service_s
@@ -141,7 +141,7 @@ def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with rig(case, tmp_path) as one:
             one.say(work(1, tokens=200, service_s=0.4))
-            await one.hear(Progress)
+            await one.hear(StepProgress)
             steps = []
             for number in (1, 2):
                 asked_s = time.monotonic()
@@ -150,7 +150,7 @@ def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
                 assert time.monotonic() - asked_s < 1.0
                 assert pong.execution_id == 1
                 steps.append(pong.steps)
-                await one.hear(Progress)
+                await one.hear(StepProgress)
             assert 0 < steps[0] <= steps[1]
 
     run_async(check)
@@ -186,7 +186,7 @@ def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
         layers = (case.model.layers - 1, 1)
         async with rig(case, tmp_path, pp=2, layer_split=layers) as one:
             one.say(work(1, tokens=100, service_s=1.0))
-            await one.hear(Progress)
+            await one.hear(StepProgress)
             one.connection.channel.close()
             assert await one.exit_code() == STOPPED
             await until(lambda: not alive_in_group(one.connection.pid))

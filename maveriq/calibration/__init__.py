@@ -1,0 +1,1 @@
+"""Fits the calibrated estimator to measurements, cross-validates it and evaluates estimators."""

@@ -1,0 +1,287 @@
+"""How far an estimator is from measured latencies and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from maveriq.domain.models import KvType, ModelSpec, WeightType, shape_of
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError
+from maveriq.estimate.estimator import Estimator, LengthAwareMemory, MemoryMarginAware
+from maveriq.tables import Row, choice, read_csv
+from maveriq.units import gib
+
+COLUMNS = (
+    "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
+    "memory_after_run_gib",
+)  # fmt: skip
+"""Columns that a table of measurements must have."""
+
+OPTIONAL_COLUMNS = (
+    "prompt_tokens", "layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
+)  # fmt: skip
+"""Columns that it may have beside them; of these, `prompt_tokens` alone plays a part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One measured run: a model under a configuration, what it took and held over all its GPUs.
+
+    `prompt_tokens` is None where the table does not say them.
+    """
+
+    where: str
+    model_name: str
+    layers: int
+    configuration: ParallelConfig
+    output_tokens: int
+    latency_s: float
+    memory_gib: float
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedEstimator:
+    """An estimator that is judged, and the prompts it is asked about where a row does not say its own."""
+
+    estimator: Estimator
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Absolute percentage errors of `n` estimates, in percent."""
+
+    n: int
+    median: float
+    mean: float
+    p90: float
+    p95: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say).
+
+    `*_covered` is the percentage of rows that lie within the estimate's 90 % interval, None where
+    the estimator gives none. `memory` is None where nothing was said of it.
+    """
+
+    by: str
+    value: str
+    latency: Errors
+    memory: Errors | None
+    latency_covered: float | None = None
+    memory_covered: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedRows:
+    """Rows that the estimator cannot answer: why, how many, and where the first stands."""
+
+    reason: str
+    rows: int
+    first: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Errors over a table: overall first (none where every row was left out), then group by group."""
+
+    rows: int
+    groups: tuple[Group, ...]
+    left_out: tuple[SkippedRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The errors of one estimate in percent, and whether the truth lay in its intervals."""
+
+    measured: Measurement
+    latency_ape: float
+    memory_ape: float | None
+    latency_within: bool | None
+    memory_within: bool | None
+
+
+_GROUPINGS: tuple[tuple[str, Callable[[Measurement], str | int]], ...] = (
+    ("all", lambda _: ""),
+    ("model", lambda row: row.model_name),
+    ("weights", lambda row: row.configuration.weights),
+    ("weights/kv", lambda row: f"{row.configuration.weights}/{row.configuration.kv}"),
+    ("tp", lambda row: row.configuration.tp),
+    ("pp", lambda row: row.configuration.pp),
+    ("batch", lambda row: row.configuration.batch_size),
+    ("output tokens", lambda row: row.output_tokens),
+)
+
+
+def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evaluation:
+    """Compare an estimator with a table of measurements.
+
+    Args:
+        table: a CSV file with `COLUMNS`, a row per measured run.
+        estimator: whom to compare.
+        prompt_tokens: length of the prompts in the table where it does not say so itself.
+
+    Raises:
+        InputError: not such a table, or a figure in it that cannot be.
+    """
+    subject = EvaluatedEstimator(estimator=estimator, prompt_tokens=prompt_tokens)
+    return judge(read_measurements(table), lambda _: subject)
+
+
+def judge(rows: Iterable[Measurement], subject_of: Callable[[Measurement], EvaluatedEstimator]) -> Evaluation:
+    """Compare measurements with estimates, each row's by the subject that is named for it."""
+    answers: list[Answer] = []
+    left_out: dict[str, SkippedRows] = {}
+    for measured in rows:
+        answer = answered(measured, subject_of(measured))
+        if isinstance(answer, Answer):
+            answers.append(answer)
+        else:
+            before = left_out.get(answer) or SkippedRows(reason=answer, rows=0, first=measured.where)
+            left_out[answer] = replace(before, rows=before.rows + 1)
+    total = len(answers) + sum(reason.rows for reason in left_out.values())
+    return Evaluation(rows=total, groups=grouped(answers), left_out=tuple(left_out.values()))
+
+
+def grouped(answers: list[Answer]) -> tuple[Group, ...]:
+    """Return the errors of all answers, then group by group."""
+    return tuple(group for by, key in _GROUPINGS for group in _grouped(answers, by, key))
+
+
+def read_measurements(table: Path) -> Iterator[Measurement]:
+    """Yield the rows of a table of measurements.
+
+    Raises:
+        InputError: not such a table, a time or a memory that is not positive, an unknown type.
+    """
+    for row in read_csv(table, COLUMNS, what="table of measurements", optional=OPTIONAL_COLUMNS):
+        yield Measurement(
+            where=row.where,
+            model_name=row.text("model"),
+            layers=_layers(row),
+            configuration=ParallelConfig(
+                tp=row.count("tp", least=1),
+                pp=row.count("pp", least=1),
+                weights=choice(row, "weight_dtype", WeightType),
+                kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
+                batch_size=row.count("batch_size", least=1),
+            ),
+            output_tokens=row.count("output_tokens", least=1),
+            latency_s=_positive(row, "latency_s"),
+            memory_gib=_positive(row, "memory_after_run_gib"),
+            prompt_tokens=row.count("prompt_tokens", least=1) if "prompt_tokens" in row.cells else None,
+        )
+
+
+def _layers(row: Row) -> int:
+    split = row.text("layer_split").split()
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in split) or not sum(map(int, split)):
+        raise InputError(f"{row.where}: layer_split must be layers of each stage, such as '16 16', not {split!r}")
+    return sum(map(int, split))
+
+
+def _positive(row: Row, column: str) -> float:
+    return row.number(column, least=1e-9)  # below it the share of an error says nothing, and may be infinite
+
+
+def answered(measured: Measurement, subject: EvaluatedEstimator) -> Answer | str:
+    """Return the errors of an estimate, or why there is none."""
+    known = shape_of(measured.model_name)
+    if known is None:
+        return f"{measured.model_name} is not in the model catalogue"
+    # The table's own layers count: fingerprints of few layers are measurements too.
+    model = replace(known, layers=measured.layers)
+    reason = subject.estimator.why_not(model, measured.configuration)
+    if reason is not None:
+        return f"{model.name}: {reason}"
+    try:
+        return _compare(model, measured, subject)
+    except InputError as error:
+        return str(error)
+
+
+def _compare(model: ModelSpec, measured: Measurement, subject: EvaluatedEstimator) -> Answer:
+    asked, estimator = measured.configuration, subject.estimator
+    lengths = {
+        "prompt_tokens": measured.prompt_tokens or subject.prompt_tokens,
+        "output_tokens": measured.output_tokens,
+    }
+    service = estimator.service(model, asked, **lengths, batch=asked.batch_size)
+    if isinstance(estimator, LengthAwareMemory):
+        memory = estimator.memory_with(model, asked, **lengths)
+    else:
+        memory = estimator.memory(model, asked)
+    memory_margin = estimator.memory_margin(model, asked) if isinstance(estimator, MemoryMarginAware) else None
+    return compared(
+        measured,
+        (service.latency_s, service.margin),
+        (gib(memory), memory_margin),
+    )
+
+
+def compared(
+    measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None] | None
+) -> Answer:
+    """Return the errors of an estimate.
+
+    Args:
+        measured: the truth.
+        latency: estimated, in seconds, and its margin.
+        memory: estimated, in GiB, and its margin; None where there is no estimate.
+    """
+    latency_ratio = latency[0] / measured.latency_s
+    memory_ratio = None if memory is None else memory[0] / measured.memory_gib
+    return Answer(
+        measured,
+        100 * abs(latency_ratio - 1),
+        None if memory_ratio is None else 100 * abs(memory_ratio - 1),
+        _within(latency_ratio, latency[1]),
+        None if memory is None or memory_ratio is None else _within(memory_ratio, memory[1]),
+    )
+
+
+def _within(ratio: float, margin: float | None) -> bool | None:
+    """Say whether an estimate, by its ratio to the truth, has the truth in its interval."""
+    return None if margin is None else 1 / (1 + margin) <= ratio <= 1 + margin
+
+
+def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | int]) -> Iterator[Group]:
+    members: dict[str | int, list[Answer]] = {}
+    for answer in answers:
+        members.setdefault(key(answer.measured), []).append(answer)
+    # Numbers ascend; names keep the order of the table.
+    numeric = all(isinstance(value, int) for value in members)
+    for value in sorted(members) if numeric else members:
+        memory = [answer.memory_ape for answer in members[value] if answer.memory_ape is not None]
+        yield Group(
+            by=by,
+            value=str(value),
+            latency=_summary([answer.latency_ape for answer in members[value]]),
+            memory=_summary(memory) if memory else None,
+            latency_covered=_covered([answer.latency_within for answer in members[value]]),
+            memory_covered=_covered([answer.memory_within for answer in members[value]]),
+        )
+
+
+def _covered(within: list[bool | None]) -> float | None:
+    known = [one for one in within if one is not None]
+    return 100 * sum(known) / len(known) if known else None
+
+
+def _summary(percent: list[float]) -> Errors:
+    return Errors(
+        n=len(percent),
+        median=float(np.median(percent)),
+        mean=float(np.mean(percent)),
+        p90=float(np.percentile(percent, 90)),
+        p95=float(np.percentile(percent, 95)),
+        worst=max(percent),
+    )

@@ -1,0 +1,182 @@
+"""What a fit of the calibrated estimator goes by: rows of measured tables, and how much each counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from maveriq.calibration.evaluation import COLUMNS, Measurement, read_measurements
+from maveriq.domain.models import ModelSpec, load_model, shape_of
+from maveriq.errors import InputError
+from maveriq.estimate.fingerprints import Fingerprint, ParallelPoint, StoredFormat, derive
+from maveriq.files import exists, is_folder
+from maveriq.tables import read_text
+
+LONG_TRUTH, BATCHED_TRUTH = "full_model_long_prompt.csv", "full_model_batched_short_prompt.csv"
+_LONG_FINGERPRINTS, _SHORT_FINGERPRINTS = "fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"
+_PUBLISHED_PROMPTS: Mapping[str, int] = {
+    LONG_TRUTH: 923,
+    BATCHED_TRUTH: 10,
+    "uneven_pipeline.csv": 10,
+    "batch_scaling.csv": 10,
+    _LONG_FINGERPRINTS: 923,
+    _SHORT_FINGERPRINTS: 10,
+}
+"""The published tables, which do not say their prompts, and what these were."""
+
+_MOST_BATCH = 128  # beyond it the engine splits a batch, which nothing here describes
+_TENSOR_PARALLEL = (1, 2, 4, 8)
+
+Constants = Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]]
+"""Fingerprint constants of all models, taken with prompts of one length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A measured row, what it says and how much it counts; a fingerprint is of a model cut to few layers."""
+
+    table: str
+    measured: Measurement
+    model: ModelSpec
+    prompt_tokens: int
+    influence: float
+    is_fingerprint: bool = False
+
+
+def read_samples(data: Path, *, prompt_tokens: int | None = None) -> list[Sample]:
+    """Read the rows that a fit can use.
+
+    Args:
+        data: a table of measurements, or a folder of them: tables with a column `prompt_tokens` under
+            any name, and the published ones under theirs. A model that is not in the catalogue has
+            its Hugging Face configuration in the same folder, as MODEL/config.json.
+        prompt_tokens: of tables that do not say them themselves; None for what the published ones had.
+
+    Raises:
+        InputError: no such table, one that is wrong, no row of a whole model, or an unknown model.
+    """
+    folder = data if is_folder(data) else data.parent
+    samples = [
+        sample
+        for table, usual in _tables(data, prompt_tokens)
+        for measured in read_measurements(table)
+        if (sample := _sample(table.name, measured, usual, folder)).measured.configuration.batch_size <= _MOST_BATCH
+    ]
+    if all(one.is_fingerprint for one in samples):
+        raise InputError(f"{str(data)!r} has no row of a whole model, which a fit needs; add measurements of some")
+    return samples
+
+
+def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int | None]]:
+    """Yield the tables, and the length of the prompts of those that do not say it."""
+    if not is_folder(data):
+        yield data, prompt_tokens or _PUBLISHED_PROMPTS.get(data.name)
+        return
+    known = [data / name for name in _PUBLISHED_PROMPTS if exists(data / name)]
+    others = [path for path in sorted(data.glob("*.csv")) if path not in known and _is_table(path, prompt_tokens)]
+    if not [*known, *others]:
+        raise InputError(
+            f"data folder {str(data)!r} has no table of measurements with a column prompt_tokens; add the column, or "
+            "give --prompt-tokens"
+        )
+    for path in [*known, *others]:
+        yield path, prompt_tokens or _PUBLISHED_PROMPTS.get(path.name)
+
+
+def _is_table(path: Path, prompt_tokens: int | None) -> bool:
+    """Say whether a file is a table of measurements whose prompts are known."""
+    header = read_text(path, what="table of measurements").partition("\n")[0].strip().split(",")
+    return set(COLUMNS) <= set(header) and ("prompt_tokens" in header or prompt_tokens is not None)
+
+
+def _sample(table: str, measured: Measurement, usual: int | None, folder: Path) -> Sample:
+    model = _model(measured, folder)
+    prompt_tokens = measured.prompt_tokens or usual
+    if prompt_tokens is None:
+        raise InputError(f"{measured.where}: no column prompt_tokens; add it, or give --prompt-tokens")
+    if measured.configuration.tp not in _TENSOR_PARALLEL:
+        raise InputError(f"{measured.where}: a calibration knows TP 1, 2, 4 and 8 only; take the row out")
+    is_fingerprint = measured.layers < model.layers
+    return Sample(
+        table=table,
+        measured=measured,
+        model=replace(model, layers=measured.layers),
+        prompt_tokens=prompt_tokens,
+        influence=_influence(table, measured, is_fingerprint=is_fingerprint),
+        is_fingerprint=is_fingerprint,
+    )
+
+
+def _model(measured: Measurement, folder: Path) -> ModelSpec:
+    known, config = shape_of(measured.model_name), folder / measured.model_name / "config.json"
+    if known is None and not exists(config):
+        raise InputError(
+            f"{measured.where}: model {measured.model_name!r} is not in the catalogue; put its Hugging Face "
+            f"configuration at {config}, or take its rows out"
+        )
+    return known or replace(load_model(str(config)), name=measured.model_name)
+
+
+def _influence(table: str, measured: Measurement, *, is_fingerprint: bool) -> float:
+    """Return how much a row counts: fingerprints little, for at one layer a moment's noise is all there is."""
+    if is_fingerprint:
+        tp, pp = measured.configuration.tp, measured.configuration.pp
+        if tp > 2:
+            return 0.015  # several GPUs wait for the slowest: noise of tens of milliseconds
+        return 0.3 if pp <= 2 else 0.1
+    return 0.5 if table == BATCHED_TRUTH else 1.0  # the table of one model alone
+
+
+def usable(samples: Iterable[Sample], without_model: str | None) -> list[Sample]:
+    """Return the samples for a fit without a model: of it, and of variants made of it, their fingerprints alone."""
+    return [one for one in samples if one.is_fingerprint or one.model.name != without_model]
+
+
+def constants_of(samples: Iterable[Sample]) -> dict[int, Constants]:
+    """Return the constants of fingerprints by the prompts that these were taken with.
+
+    A fingerprint is what the two least numbers of layers took and held at the two least output
+    lengths; a point that lacks one of the four gives none.
+    """
+    seen: dict[int, dict[StoredFormat, dict[ParallelPoint, list[Measurement]]]] = {}
+    for one in samples:
+        if one.is_fingerprint:
+            row, asked = one.measured, one.measured.configuration
+            stored = StoredFormat(row.model_name, asked.weights, asked.kv)
+            point = ParallelPoint(asked.tp, asked.pp, asked.batch_size)
+            seen.setdefault(one.prompt_tokens, {}).setdefault(stored, {}).setdefault(point, []).append(row)
+    found: dict[int, Constants] = {}
+    for prompt_tokens, by_stored in seen.items():
+        found[prompt_tokens] = {
+            stored: {point: fingerprint for point, rows in points.items() if (fingerprint := _derived(rows))}
+            for stored, points in by_stored.items()
+        }
+    return found
+
+
+def _derived(rows: Sequence[Measurement]) -> Fingerprint | None:
+    layers = sorted({row.layers for row in rows})[:2]
+    outputs = sorted({row.output_tokens for row in rows})[:2]
+    kept = [row for row in rows if row.layers in layers and row.output_tokens in outputs]
+    latency_s = {(row.layers, row.output_tokens): row.latency_s for row in kept}
+    if (len(layers), len(outputs), len(latency_s)) != (2, 2, 4):
+        return None
+    return derive(latency_s, {row.layers: row.memory_gib for row in kept if row.output_tokens == outputs[0]})
+
+
+def nearest_fingerprints(
+    sample: Sample, constants: Mapping[int, Constants]
+) -> tuple[int, Mapping[ParallelPoint, Fingerprint]] | None:
+    """Return a sample's fingerprints that were taken with the nearest prompts, and the length of these.
+
+    None where its model, stored as it is, has no fingerprint on one GPU.
+    """
+    asked = sample.measured.configuration
+    stored = StoredFormat(sample.model.name, asked.weights, asked.kv)
+    for prompt_tokens in sorted(constants, key=lambda seen: abs(math.log(seen / sample.prompt_tokens))):
+        points = constants[prompt_tokens].get(stored, {})
+        if ParallelPoint(1, 1, 1) in points:
+            return prompt_tokens, points
+    return None

@@ -1,0 +1,338 @@
+"""A deployment's life: waiting, loading, up, down, removed or rejected.
+
+The fleet: deployments over their lives, the GPUs and memory they hold, what runs where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from maveriq.control.events import StartEngine
+from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
+from maveriq.domain.cluster import Cluster, ClusterState, LoadWindow
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.parallel import DeploymentPlan
+from maveriq.domain.progress import DeploymentStatus, GpuStatus
+from maveriq.domain.records import NOT_YET, DeploymentRecord
+from maveriq.domain.requests import Request
+from maveriq.errors import InvariantError
+from maveriq.policy.policy import Policy, Rejection
+from maveriq.units import Bytes, Micros
+
+
+class DeploymentState(StrEnum):
+    """Where a deployment is."""
+
+    WAITING = "waiting"  # planned, its memory reserved; loads at the first instant all its GPUs are idle
+    LOADING = "loading"
+    UP = "up"
+    DOWN = "down"
+    REMOVED = "removed"
+    REJECTED = "rejected"
+
+
+@dataclass(slots=True, kw_only=True)
+class Deployment:
+    """One deployment as the controller keeps it.
+
+    `serves` says whether requests may wait for it: from its first registration until it is
+    removed or lost. `returns` says, while it is down, whether it will be back. `alive` says
+    whether there is an engine, loading or up, that somebody must stop; `open_failures` how many
+    of its own failures are not mended (a failed GPU is not among them). `incarnation` counts the
+    engines started for it, `execution_id` the executions: late words about earlier ones are told
+    apart by them.
+    """
+
+    deployment_id: int
+    ask: EndpointSpec
+    plan: DeploymentPlan | None
+    state: DeploymentState
+    busy: UtilizationWindow
+    reason: str = ""
+    gpu_ids: tuple[int, ...] = ()
+    gpu_mask: int = 0
+    ready_us: Micros = NOT_YET
+    removed_us: Micros = NOT_YET
+    serves: bool = False
+    returns: bool = True
+    open_failures: int = 0
+    alive: bool = False
+    incarnation: int = 0
+    execution_id: int = 0
+    running: tuple[Request, ...] = ()
+    started_us: Micros = NOT_YET
+    completed: int = 0
+
+    @property
+    def layout(self) -> DeploymentPlan:
+        """The plan of a deployment that has one.
+
+        Raises:
+            InvariantError: the ask was rejected.
+        """
+        if self.plan is None:
+            raise InvariantError(f"deployment {self.deployment_id} was rejected and has no plan")
+        return self.plan
+
+    @property
+    def name(self) -> str:
+        """Its number and model, for reasons and messages."""
+        return f"deployment {self.deployment_id} ({self.ask.model.name})"
+
+    @property
+    def gone_for_good(self) -> bool:
+        """Whether its engine failed and will not be back."""
+        return self.state is DeploymentState.DOWN and not self.returns
+
+    def engine_gone(self) -> bool:
+        """Note that it has no engine any more; says whether there was one until now."""
+        was_alive, self.alive = self.alive, False
+        return was_alive
+
+    def why_refused(self) -> str:
+        """Return why a request for it is refused now."""
+        match self.state:
+            case DeploymentState.REJECTED:
+                return f"{self.name} was rejected"
+            case DeploymentState.REMOVED:
+                return f"{self.name} was removed"
+            case DeploymentState.DOWN:
+                return f"{self.name} is down" + (", not for good" if self.returns else " for good")
+            case _:
+                return f"{self.name} is still {self.state}"
+
+    def record(self) -> DeploymentRecord:
+        """Return its row for the records."""
+        return DeploymentRecord(
+            deployment_id=self.deployment_id,
+            ask=self.ask,
+            plan=self.plan,
+            ready_us=self.ready_us,
+            removed_us=self.removed_us,
+            status=self.state.value,
+            reason=self.reason,
+        )
+
+    def status(self, waiting: int) -> DeploymentStatus:
+        """Return what a live view shows of it."""
+        return DeploymentStatus(
+            deployment_id=self.deployment_id,
+            model=self.ask.model.name,
+            configuration=str(self.plan.configuration) if self.plan else "",
+            layer_split=self.plan.layer_split if self.plan else (),
+            gpu_ids=self.gpu_ids,
+            status=self.state.value,
+            waiting=waiting,
+            completed=self.completed,
+            reason=self.reason,
+            restarts=max(0, self.incarnation - 1),
+        )
+
+
+class DeploymentManager:
+    """All deployments and the cluster they share. Knows requests only as what an engine runs.
+
+    Laws: a GPU executes for one deployment at a time; memory stays reserved from the decision
+    to deploy until the engine is stopped or lost for good.
+    """
+
+    def __init__(self, cluster: Cluster, policy: Policy, window: LoadWindow, seed: int) -> None:
+        self.deployments: dict[int, Deployment] = {}
+        self.busy_mask = 0
+        self._state = ClusterState(cluster)
+        self._policy = policy
+        self._window = window
+        self._phases_us = sampling_phases_us(window, len(cluster), seed)
+        self._released_us = [0] * len(cluster)
+        self._to_start: list[Deployment] = []
+        self.measured_loads: Callable[[], Sequence[float]] | None = None
+        """Tells each GPU's recent load where it is measured; else it is what deployments are known to have executed."""
+
+    def ask(self, ask: EndpointSpec, now_us: Micros) -> list[Deployment]:
+        """Let the policy decide on an ask; reserve memory for each plan, or note the rejection."""
+        decision = self._policy.decide(ask, self._state.view(self.loads(now_us)))
+        if isinstance(decision, Rejection):
+            rejected = self._add(ask, None, DeploymentState.REJECTED)
+            rejected.reason = decision.reason
+            return [rejected]
+        return [self._reserve(ask, plan) for plan in decision.plans]
+
+    def _reserve(self, ask: EndpointSpec, plan: DeploymentPlan) -> Deployment:
+        gone = [gpu for gpu in plan.gpu_ids if gpu not in range(len(self._released_us)) or self._state.is_down(gpu)]
+        if gone:
+            raise InvariantError(f"policy {self._policy.name!r} put {ask.model.name} on GPU {gone[0]}, which is not up")
+        deployment = self._add(ask, plan, DeploymentState.WAITING)
+        self._state.reserve(deployment.deployment_id, dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)))
+        deployment.gpu_ids = plan.gpu_ids
+        deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
+        self._to_start.append(deployment)
+        return deployment
+
+    def _add(self, ask: EndpointSpec, plan: DeploymentPlan | None, state: DeploymentState) -> Deployment:
+        deployment = Deployment(
+            deployment_id=len(self.deployments) + 1,
+            ask=ask,
+            plan=plan,
+            state=state,
+            busy=UtilizationWindow(self._window),
+        )
+        self.deployments[deployment.deployment_id] = deployment
+        return deployment
+
+    def start_idle(self) -> list[StartEngine]:
+        """Start loading each waiting deployment whose GPUs are all up and idle at this instant."""
+        if not self._to_start:
+            return []  # as nearly always
+        return [self._start(deployment) for deployment in list(self._to_start) if self._may_start(deployment)]
+
+    def _may_start(self, deployment: Deployment) -> bool:
+        down = any(map(self._state.is_down, deployment.gpu_ids))
+        return not down and not deployment.gpu_mask & self.busy_mask
+
+    def _start(self, deployment: Deployment) -> StartEngine:
+        self._to_start.remove(deployment)
+        deployment.state = DeploymentState.LOADING
+        deployment.incarnation += 1
+        deployment.alive = True
+        return StartEngine(deployment.deployment_id, deployment.incarnation, deployment.layout)
+
+    def registered(self, deployment_id: int, incarnation: int, now_us: Micros) -> Deployment | None:
+        """Note that an engine is up; None if that engine was given up meanwhile."""
+        deployment = self.deployments[deployment_id]
+        if deployment.state is not DeploymentState.LOADING or deployment.incarnation != incarnation:
+            return None
+        deployment.state = DeploymentState.UP
+        deployment.serves = True
+        if deployment.reason:
+            deployment.reason = f"up again after: {deployment.reason}"
+        if deployment.ready_us < 0:
+            deployment.ready_us = now_us
+        return deployment
+
+    def begin(self, deployment: Deployment, requests: tuple[Request, ...], now_us: Micros) -> int:
+        """Note that an engine starts on requests; returns the number of this execution."""
+        if deployment.gpu_mask & self.busy_mask:
+            raise InvariantError(f"{deployment.name} was to execute on GPUs that are busy")
+        self.busy_mask |= deployment.gpu_mask
+        deployment.running = requests
+        deployment.started_us = now_us
+        deployment.execution_id += 1
+        return deployment.execution_id
+
+    def end(self, deployment: Deployment, now_us: Micros) -> tuple[Request, ...]:
+        """Note that an engine stopped executing, done or not; returns what it was running."""
+        requests = deployment.running
+        if requests:
+            self.busy_mask &= ~deployment.gpu_mask
+            deployment.running = ()
+            deployment.busy.add(deployment.started_us, now_us)
+            for gpu_id in deployment.gpu_ids:
+                self._released_us[gpu_id] = now_us
+        return requests
+
+    def released_us(self, deployment: Deployment) -> Micros:
+        """Return when the last of a deployment's GPUs stopped executing; 0 if none ever did."""
+        return max(map(self._released_us.__getitem__, deployment.gpu_ids))
+
+    def holds_memory(self, deployment: Deployment) -> bool:
+        """Say whether a deployment holds GPU memory: it is planned, and not gone for good."""
+        return self._state.holds(deployment.deployment_id)
+
+    def on_gpu(self, gpu_id: int) -> list[Deployment]:
+        """Return the deployments that hold memory on a GPU."""
+        return [deployment for deployment in self._ever_on(gpu_id) if self.holds_memory(deployment)]
+
+    def _ever_on(self, gpu_id: int) -> Iterator[Deployment]:
+        return (one for one in self.deployments.values() if one.gpu_mask >> gpu_id & 1)
+
+    def gpu_down(self, gpu_id: int) -> None:
+        """Mark a GPU as failed; its deployments are to be told one by one (`engine_down`)."""
+        self._state.set_down(gpu_id, down=True)
+
+    def gpu_up(self, gpu_id: int) -> None:
+        """Note that a GPU's failure is over; if it was the last, deployments that waited for it start again."""
+        self._state.set_down(gpu_id, down=False)
+        if not self._state.is_down(gpu_id):
+            for deployment in self.on_gpu(gpu_id):
+                self._start_again(deployment)
+
+    def engine_down(self, deployment: Deployment, *, returns: bool, broken: bool, reason: str) -> None:
+        """Note that an engine is gone, until it is repaired or for good (then its memory is free).
+
+        Args:
+            deployment: whose engine it was; nothing runs on it any more (`end`).
+            returns: whether it will be back.
+            broken: whether it must be repaired itself, not only its GPUs.
+            reason: what happened.
+        """
+        if deployment in self._to_start:
+            self._to_start.remove(deployment)
+        deployment.state = DeploymentState.DOWN
+        deployment.returns = deployment.returns and returns
+        deployment.open_failures += broken
+        deployment.reason = reason
+        if not deployment.returns:
+            deployment.serves = False
+            self._state.release(deployment.deployment_id)
+
+    def repaired(self, deployment: Deployment) -> None:
+        """Note that what broke an engine is mended; it starts again when nothing else is broken."""
+        deployment.open_failures = max(0, deployment.open_failures - 1)
+        self._start_again(deployment)
+
+    def _start_again(self, deployment: Deployment) -> None:
+        if deployment.state is DeploymentState.DOWN and deployment.returns and not deployment.open_failures:
+            deployment.state = DeploymentState.WAITING
+            self._to_start.append(deployment)
+
+    def withdraw(self, deployment: Deployment) -> None:
+        """Take a deployment out of service; `removed` follows once nothing runs on it."""
+        if deployment in self._to_start:
+            self._to_start.remove(deployment)
+        deployment.state = DeploymentState.REMOVED
+        deployment.serves = False
+
+    def removed(self, deployment: Deployment, now_us: Micros) -> bool:
+        """Free the memory of a withdrawn deployment; says whether there is an engine to stop."""
+        deployment.removed_us = now_us
+        if self.holds_memory(deployment):
+            self._state.release(deployment.deployment_id)
+        return deployment.engine_gone()
+
+    def loads(self, now_us: Micros) -> list[float]:
+        """Return each GPU's recent load (0 to 1), in the order of ids."""
+        if self.measured_loads is not None:
+            return list(self.measured_loads()[: len(self._phases_us)])
+        return [
+            recent_load(self._spans(gpu_id, now_us), now_us, self._window, phase_us)
+            for gpu_id, phase_us in enumerate(self._phases_us)
+        ]
+
+    def _spans(self, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:
+        for deployment in self._ever_on(gpu_id):
+            yield from deployment.busy.spans
+            if deployment.running:
+                yield deployment.started_us, now_us
+
+    def busy_us(self, gpu_id: int, now_us: Micros) -> Micros:
+        """Return how long a GPU has executed since the start."""
+        return sum(one.busy.total_us + (now_us - one.started_us if one.running else 0) for one in self._ever_on(gpu_id))
+
+    def used_bytes(self, gpu_id: int) -> Bytes:
+        """Return the memory held on a GPU."""
+        return self._state.used_bytes(gpu_id)
+
+    def gpu_statuses(self, now_us: Micros) -> tuple[GpuStatus, ...]:
+        """Return what a live view shows of each GPU."""
+        return tuple(
+            GpuStatus(
+                gpu_id=gpu.gpu_id,
+                used_bytes=self._state.used_bytes(gpu.gpu_id),
+                capacity_bytes=gpu.capacity_bytes,
+                load=load,
+                down=self._state.is_down(gpu.gpu_id),
+            )
+            for gpu, load in zip(self._state.cluster.gpus, self.loads(now_us), strict=True)
+        )

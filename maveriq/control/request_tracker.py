@@ -1,0 +1,234 @@
+"""The ledger of requests: what became of each, and that none is lost."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from maveriq.domain.records import NOT_YET, RequestTable
+from maveriq.domain.requests import Request, RequestStatus
+from maveriq.errors import InvariantError
+from maveriq.units import Micros
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+_WAITING, _RUNNING = RequestStatus.WAITING.value, RequestStatus.RUNNING.value
+_COMPLETED, _FAILED = RequestStatus.COMPLETED.value, RequestStatus.FAILED.value
+_REFUSED, _UNFINISHED = RequestStatus.REFUSED.value, RequestStatus.UNFINISHED.value
+
+RECENT_COMPLETIONS = 1_000
+"""How many of the last completions live figures cover."""
+
+MOST_REASONS = 10_000
+"""Different reasons that are kept: a service that runs for long, on engines that find ever new words, needs a bound."""
+
+_ONE_MORE_REASON = "a reason beyond those kept"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRow:
+    """One request as the ledger has it; times are `NOT_YET` where it has not got there."""
+
+    status: RequestStatus
+    reason: str
+    arrival_us: Micros
+    start_us: Micros
+    first_token_us: Micros
+    finish_us: Micros
+
+
+class RequestTracker:
+    """A row per request, a packed column per field, so that millions take little memory.
+
+    Request ids are 1, 2, 3, ... in the order of arrival. Status changes are checked: a request
+    goes waiting, running (and back to waiting if its engine fails), then to one final status.
+    """
+
+    def __init__(self) -> None:
+        self._endpoint_id = array("i")
+        self._deployment_id = array("i")
+        self._arrival_us = array("q")
+        self._start_us = array("q")
+        self._first_token_us = array("q")
+        self._finish_us = array("q")
+        self._status = array("b")
+        self._reason = array("i")
+        self._attempts = array("b")
+        self._prompt_tokens = array("i")
+        self._output_tokens = array("i")
+        self._slo_us = array("q")
+        self._reasons = [""]
+        self._reason_indices = {"": 0}
+        self._count = [0] * len(RequestStatus)
+        self._recent: deque[int] = deque(maxlen=RECENT_COMPLETIONS)
+        self.on_end: Callable[[int], None] | None = None
+        """Told the number of each request that ends before the run does."""
+
+    def __len__(self) -> int:
+        return len(self._status)
+
+    def count(self, status: RequestStatus) -> int:
+        """Return how many requests have a status now."""
+        return self._count[status]
+
+    def arrived(self, request: Request) -> None:
+        """Open the row of a request.
+
+        Raises:
+            InvariantError: ids are not 1, 2, 3, ... in order of arrival.
+        """
+        if request.request_id != len(self._status) + 1:
+            raise InvariantError(f"request {request.request_id} arrived as number {len(self._status) + 1}")
+        self._endpoint_id.append(request.endpoint_id)
+        self._deployment_id.append(0)
+        self._arrival_us.append(request.arrival_us)
+        self._start_us.append(NOT_YET)
+        self._first_token_us.append(NOT_YET)
+        self._finish_us.append(NOT_YET)
+        self._status.append(_WAITING)
+        self._reason.append(0)
+        self._attempts.append(0)
+        self._prompt_tokens.append(request.prompt_tokens)
+        self._output_tokens.append(request.output_tokens)
+        self._slo_us.append(request.slo_us)
+        self._count[_WAITING] += 1
+
+    def assigned(self, request: Request, deployment_id: int) -> None:
+        """Note the deployment that a request waits for."""
+        self._deployment_id[request.request_id - 1] = deployment_id
+
+    def started(self, request: Request, now_us: Micros) -> None:
+        """Note that a waiting request runs."""
+        row = request.request_id - 1
+        self._move(row, _WAITING, _RUNNING)
+        self._start_us[row] = now_us
+        self._attempts[row] += 1
+
+    def completed(self, request: Request, first_token_us: Micros, now_us: Micros) -> None:
+        """Note that a running request got its last token."""
+        row = request.request_id - 1
+        self._move(row, _RUNNING, _COMPLETED)
+        self._first_token_us[row] = first_token_us
+        self._finish_us[row] = now_us
+        self._recent.append(row)
+        if self.on_end is not None:
+            self.on_end(request.request_id)
+
+    def generated(self, request: Request, output_tokens: int) -> None:
+        """Note how many tokens a request really got, where that is not as many as were asked for."""
+        self._output_tokens[request.request_id - 1] = output_tokens
+
+    def requeued(self, request: Request) -> None:
+        """Note that a running request waits again because its engine failed."""
+        row = request.request_id - 1
+        self._move(row, _RUNNING, _WAITING)
+        self._start_us[row] = NOT_YET
+
+    def attempts(self, request: Request) -> int:
+        """Return how often a request was started."""
+        return self._attempts[request.request_id - 1]
+
+    def refused(self, request: Request, reason: str) -> None:
+        """Note that a waiting request will not be served."""
+        self._end(request.request_id, _WAITING, _REFUSED, reason)
+
+    def failed(self, request: Request, reason: str) -> None:
+        """Note that a running request was lost, with its engine or alone."""
+        self._end(request.request_id, _RUNNING, _FAILED, reason)
+
+    def cancelled(self, request_id: int, reason: str) -> None:
+        """Note that a waiting request will not be served because nobody wants it any more."""
+        self._end(request_id, _WAITING, _FAILED, reason)
+
+    def _end(self, request_id: int, before: int, after: int, reason: str) -> None:
+        row = request_id - 1
+        self._move(row, before, after)
+        self._reason[row] = self._reason_index(reason)
+        if self.on_end is not None:
+            self.on_end(request_id)
+
+    def runs(self, request_id: int) -> bool:
+        """Say whether a request runs; False where there is none of that number."""
+        return 0 < request_id <= len(self) and self._status[request_id - 1] == _RUNNING
+
+    def deployment_of(self, request_id: int) -> int:
+        """Return the deployment that a request waits for or ran on; 0 for none, or no such request."""
+        return self._deployment_id[request_id - 1] if 0 < request_id <= len(self) else 0
+
+    def row(self, request_id: int) -> RequestRow:
+        """Return what is known of a request that has arrived."""
+        row = request_id - 1
+        return RequestRow(
+            status=RequestStatus(self._status[row]),
+            reason=self._reasons[self._reason[row]],
+            arrival_us=self._arrival_us[row],
+            start_us=self._start_us[row],
+            first_token_us=self._first_token_us[row],
+            finish_us=self._finish_us[row],
+        )
+
+    def _move(self, row: int, before: int, after: int) -> None:
+        if self._status[row] != before:
+            raise InvariantError(
+                f"request {row + 1} cannot become {RequestStatus(after).label}: "
+                f"it is {RequestStatus(self._status[row]).label}"
+            )
+        self._status[row] = after
+        self._count[before] -= 1
+        self._count[after] += 1
+
+    def _reason_index(self, reason: str) -> int:
+        if reason not in self._reason_indices and len(self._reasons) >= MOST_REASONS:
+            reason = _ONE_MORE_REASON
+        index = self._reason_indices.setdefault(reason, len(self._reasons))
+        if index == len(self._reasons):
+            self._reasons.append(reason)
+        return index
+
+    def recent_rows(self) -> list[tuple[Micros, Micros]]:
+        """Return (latency, SLO) of the last completions, 1,000 at most; SLO 0 where there is none."""
+        return [(self._finish_us[row] - self._arrival_us[row], self._slo_us[row]) for row in self._recent]
+
+    def close(self) -> RequestTable:
+        """End the run: what still waits or runs becomes unfinished. Returns all rows.
+
+        The columns are views of the ledger's own memory, which must not change afterwards.
+
+        Raises:
+            InvariantError: the counts do not add up.
+        """
+        reason = self._reason_index("the run ended first")
+        for row, status in enumerate(self._status):
+            if status in (_WAITING, _RUNNING):
+                self._move(row, status, _UNFINISHED)
+                self._reason[row] = reason
+        table = self._table()
+        table.counts()
+        return table
+
+    def _table(self) -> RequestTable:
+        import numpy as np
+
+        def column(values: array[int]) -> np.ndarray[Any, Any]:
+            return np.frombuffer(values, dtype=values.typecode) if values else np.empty(0, dtype=values.typecode)
+
+        return RequestTable(
+            request_id=np.arange(1, len(self) + 1, dtype=np.int64),
+            endpoint_id=column(self._endpoint_id),
+            deployment_id=column(self._deployment_id),
+            arrival_us=column(self._arrival_us),
+            start_us=column(self._start_us),
+            first_token_us=column(self._first_token_us),
+            finish_us=column(self._finish_us),
+            status=column(self._status),
+            reason=column(self._reason),
+            prompt_tokens=column(self._prompt_tokens),
+            output_tokens=column(self._output_tokens),
+            slo_us=column(self._slo_us),
+            reasons=tuple(self._reasons),
+        )

@@ -1,0 +1,101 @@
+"""Intents: what a developer wants of a deployment, instead of a configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+from maveriq.domain.models import ModelSpec
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.units import Bytes, Micros, gib
+
+
+class Objective(StrEnum):
+    """What to minimise (SPEC 4)."""
+
+    MIN_COST = "min-cost"
+    MIN_LATENCY = "min-latency"
+    MIN_MEMORY = "min-memory"
+    MIN_GPU_COST = "min-gpu-cost"
+
+    @classmethod
+    def named(cls, text: str) -> Objective:
+        """Return the objective of a name; `min_cost` and the paper's `min_lat` and `min_mem` count too.
+
+        Raises:
+            UnknownNameError: no such objective.
+        """
+        name = text.replace("_", "-")
+        name = {"min-lat": "min-latency", "min-mem": "min-memory"}.get(name, name)
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownNameError("intent", text, [one.value for one in cls]) from None
+
+    def score(self, *, latency_s: float, memory_bytes: Bytes, gpus: int) -> float:
+        """Return the figure to minimise: GiB s for cost, s, GiB, or GPU s for GPU cost."""
+        match self:
+            case Objective.MIN_COST:
+                return latency_s * gib(memory_bytes)
+            case Objective.MIN_LATENCY:
+                return latency_s
+            case Objective.MIN_MEMORY:
+                return gib(memory_bytes)
+            case Objective.MIN_GPU_COST:
+                return latency_s * gpus
+            case _ as never:
+                assert_never(never)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """An objective and what must hold besides.
+
+    Args:
+        slo_s: the latency of a whole request must be below this; None for no SLO.
+        min_accuracy: least accuracy in percent of the float16 model's MMLU score.
+        float16_only: leave out quantised weights (the KV cache may still be int8).
+
+    Raises:
+        InputError: an SLO that is not positive, an accuracy outside 0 to 100, NaN.
+    """
+
+    objective: Objective
+    slo_s: float | None = None
+    min_accuracy: float = 0.0
+    float16_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.slo_s is not None and not (math.isfinite(self.slo_s) and self.slo_s > 0):
+            raise InputError(f"latency SLO must be a positive number of seconds, not {self.slo_s}")
+        if not 0 <= self.min_accuracy <= 100:
+            raise InputError(f"least accuracy must lie between 0 and 100 percent, not {self.min_accuracy}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointSpec:
+    """A developer asks for a model to be served under an intent.
+
+    `endpoint_id` (from 1) is what requests address; one or more deployments serve it.
+    `prompt_tokens` and `output_tokens` are the typical request that latency is estimated for.
+
+    Raises:
+        InputError: a count below 1, a time before the start.
+    """
+
+    endpoint_id: int
+    model: ModelSpec
+    intent: Intent
+    asked_us: Micros
+    prompt_tokens: int
+    output_tokens: int
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("endpoint_id", "prompt_tokens", "output_tokens", "batch_size"):
+            if getattr(self, field) < 1:
+                raise InputError(f"deploy {self.model.name}: {field} must be at least 1, not {getattr(self, field)}")
+        if self.asked_us < 0:
+            raise InputError(f"deploy {self.model.name}: asked at {self.asked_us} µs, before the run starts")

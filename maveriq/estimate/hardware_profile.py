@@ -1,0 +1,422 @@
+"""Measured facts of a testbed beside its fingerprints: accuracy, what does not run, SLOs, load times.
+
+Hardware profiles: everything measured on a kind of GPU that maveriq plans and simulates with.
+
+A profile is a TOML file that names the tables beside it; those of the A6000 testbed lie in
+`maveriq/data/a6000` and show the format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from maveriq.domain.cluster import DispatchTiming, LoadWindow
+from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.fingerprints import FingerprintTable, StoredFormat, read_exponents, read_fingerprints
+from maveriq.files import data_path
+from maveriq.tables import Row, choice, read_csv, read_toml, unique
+from maveriq.units import Bytes, Micros, bytes_from_gib, micros
+
+
+class ShardedFormat(NamedTuple):
+    """A stored model under a (TP, PP)."""
+
+    stored: StoredFormat
+    tp: int
+    pp: int
+
+
+class LoadedAs(NamedTuple):
+    """What a load time was measured for; the KV type plays no part in loading."""
+
+    model: str
+    weights: WeightType
+    tp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """The least and the greatest value seen."""
+
+    low: float
+    high: float
+
+    @property
+    def middle(self) -> float:
+        """Half way between the two."""
+        return (self.low + self.high) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloBase:
+    """The latency that SLOs are multiples of: `ttft_s + tpot_s` times the output tokens."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+class LoadFit(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Seconds to load an engine that was never measured, from its size: a fit to those that were."""
+
+    fixed_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    per_gpu_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    per_gib_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+    def seconds(self, *, gpus: int, gib_per_gpu: float) -> float:
+        """Return the load time of an engine over `gpus` GPUs with `gib_per_gpu` on each."""
+        return self.fixed_s + self.per_gpu_s * gpus + self.per_gib_s * gib_per_gpu
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasuredFacts:
+    """All tables together; `accuracy` is None where it was never measured."""
+
+    accuracy: Mapping[StoredFormat, float | None]
+    unsupported: frozenset[ShardedFormat]
+    slo: Mapping[str, SloBase]
+    load_times: Mapping[LoadedAs, Range]
+    load_fit: LoadFit
+
+    def model_names(self) -> set[str]:
+        """Return every model that a table speaks of."""
+        stored = [*self.accuracy, *(layout.stored for layout in self.unsupported)]
+        return {*(key.model for key in stored), *self.slo, *(key.model for key in self.load_times)}
+
+
+def read_accuracy(path: Path) -> dict[StoredFormat, float | None]:
+    """Read accuracy in percent of the float16 model's; an empty cell was never measured.
+
+    Raises:
+        InputError: not such a table, a key that stands twice, a value outside 0 to 100.
+    """
+    return unique(
+        (
+            StoredFormat(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
+            _percent(row),
+            row,
+        )
+        for row in read_csv(path, ("model", "weights", "kv", "percent"), what="accuracy table")
+    )
+
+
+def _percent(row: Row) -> float | None:
+    if not row.cells["percent"]:
+        return None
+    percent = row.number("percent", least=0)
+    if percent > 100:
+        raise InputError(f"{row.where}: percent must be at most 100, not {percent:g}")
+    return percent
+
+
+def read_unsupported(path: Path) -> frozenset[ShardedFormat]:
+    """Read what does not run on this hardware; an empty `kv` means both KV types.
+
+    Raises:
+        InputError: not such a table, a row that repeats another.
+    """
+    rows = read_csv(path, ("model", "tp", "pp", "weights", "kv"), what="table of unsupported configurations")
+    return frozenset(unique((layout, None, row) for row in rows for layout in _layouts(row)))
+
+
+def _layouts(row: Row) -> Iterator[ShardedFormat]:
+    for kv in [choice(row, "kv", KvType)] if row.cells["kv"] else KvType:
+        stored = StoredFormat(row.text("model"), choice(row, "weights", WeightType), kv)
+        yield ShardedFormat(stored, row.count("tp", least=1), row.count("pp", least=1))
+
+
+def read_slo(path: Path) -> dict[str, SloBase]:
+    """Read what SLOs are multiples of.
+
+    Raises:
+        InputError: not such a table, a model that stands twice, a negative time.
+    """
+    return unique(
+        (row.text("model"), SloBase(ttft_s=_seconds(row, "ttft_s"), tpot_s=_seconds(row, "tpot_s")), row)
+        for row in read_csv(path, ("model", "ttft_s", "tpot_s"), what="SLO table")
+    )
+
+
+def read_load_times(path: Path) -> dict[LoadedAs, Range]:
+    """Read measured seconds from the deploy command to registration.
+
+    Raises:
+        InputError: not such a table, a key that stands twice, a range that is none.
+    """
+    columns = ("model", "weights", "tp", "pp", "low_s", "high_s")
+    return unique(
+        (
+            LoadedAs(
+                row.text("model"),
+                choice(row, "weights", WeightType),
+                row.count("tp", least=1),
+                row.count("pp", least=1),
+            ),
+            _range_s(row),
+            row,
+        )
+        for row in read_csv(path, columns, what="table of load times")
+    )
+
+
+def _range_s(row: Row) -> Range:
+    low = _seconds(row, "low_s")
+    return Range(low=low, high=_seconds(row, "high_s", least=low))
+
+
+def _seconds(row: Row, column: str, *, least: float = 0.0) -> float:
+    return row.number(column, least=least, most=1e6)
+
+
+def read_load_fit(path: Path) -> LoadFit:
+    """Read the coefficients that `scripts/derive_a6000.py` fits.
+
+    Raises:
+        InputError: not such a file, a negative coefficient.
+    """
+    return read_toml(path, LoadFit, what="load time fit")
+
+
+# The upper bound also keeps infinity out, which TOML can say.
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+
+class _Dispatch(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    tick_ms: _NotNegative
+    after_arrival_ms: _NotNegative
+    after_release_ms: _NotNegative
+    pause_s: _NotNegative
+
+
+class _Run(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    drain_s: _NotNegative
+
+
+class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    samples: int
+    sample_s: _Positive
+    look_s: _Positive
+    busy_percent: _NotNegative
+    most_phase_s: _NotNegative = 0.0
+
+
+class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    load_fit: str
+    exponents: str | None = None
+    accuracy: str | None = None
+    unsupported: str | None = None
+    slo: str | None = None
+    load_times: str | None = None
+    calibrated: str | None = None
+    measured: str | None = None
+
+
+class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    kind: str
+    memory_gib: _Positive
+    idle_gib: _NotNegative
+    dispatch: _Dispatch
+    run: _Run
+    load_window: _LoadWindow
+    tables: _Tables
+
+
+class _Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    name: str
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    hardware: str
+    fingerprints: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuKind:
+    """A kind of GPU: its memory, and what of it the driver holds while nothing is loaded."""
+
+    name: str
+    capacity_bytes: Bytes
+    idle_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HardwareProfile:
+    """What was measured on one kind of GPU with prompts of one length.
+
+    Compared by identity, because its tables are large; load it once.
+
+    Args:
+        name: by which `--profile` knows it.
+        gpu_kind: name of the kind of GPU.
+        capacity_bytes: memory of one GPU.
+        idle_bytes: of which so much is held while nothing is loaded.
+        prompt_tokens: length of the prompts that the fingerprints were measured with.
+        timing: what the testbed's dispatcher costs.
+        drain_us: a run ends so long after its last arrival.
+        load_window: how the testbed measures load.
+        fingerprints: fingerprint constants and exponents, for estimators.
+        facts: accuracy, unsupported configurations, SLOs, load times; better asked by the methods.
+        calibrated: file of the calibrated estimator's figures, None where there is none.
+        measured: table of whole models that were measured, None where there is none.
+    """
+
+    name: str
+    gpu_kind: str
+    capacity_bytes: Bytes
+    idle_bytes: Bytes
+    prompt_tokens: int
+    timing: DispatchTiming
+    drain_us: Micros
+    load_window: LoadWindow
+    fingerprints: FingerprintTable
+    facts: MeasuredFacts
+    calibrated: Path | None = None
+    measured: Path | None = None
+
+    def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
+        """Return the accuracy in percent of the float16 model's, None where it was never measured."""
+        return self.facts.accuracy.get(StoredFormat(model_name, weights, kv))
+
+    def supports(self, model_name: str, configuration: ParallelConfig) -> bool:
+        """Say whether a configuration runs on this hardware; False where it is known not to."""
+        stored = StoredFormat(model_name, configuration.weights, configuration.kv)
+        return ShardedFormat(stored, configuration.tp, configuration.pp) not in self.facts.unsupported
+
+    def load_time_s(self, model: ModelSpec, configuration: ParallelConfig, gib_per_gpu: float) -> float:
+        """Return the seconds from the deploy command to registration, engine already built.
+
+        It is the middle of the measured range where this very case was measured, else the fit
+        by the number of GPUs and the memory that the engine holds on the fullest of them.
+        """
+        seen = self.facts.load_times.get(
+            LoadedAs(model.name, configuration.weights, configuration.tp, configuration.pp)
+        )
+        if seen is not None:
+            return seen.middle
+        return self.facts.load_fit.seconds(gpus=configuration.gpus, gib_per_gpu=gib_per_gpu)
+
+    def slo_s(self, model_name: str, output_tokens: int) -> float | None:
+        """Return the latency SLO of a request at scale 1, None where the model has none (SPEC 7)."""
+        base = self.facts.slo.get(model_name)
+        return None if base is None else base.ttft_s + base.tpot_s * output_tokens
+
+
+def known_profiles() -> Mapping[str, Path]:
+    """Return the files of the embedded profiles by name: `<folder>-<file's name after profile->`."""
+    paths = sorted(data_path().glob("*/profile-*.toml"))
+    return {f"{path.parent.name}-{path.stem.removeprefix('profile-')}": path for path in paths}
+
+
+def load_profile(name_or_path: str) -> HardwareProfile:
+    """Read a hardware profile with its tables, and check that they belong together.
+
+    Args:
+        name_or_path: a name of `known_profiles`, or the path of a profile's TOML file.
+
+    Raises:
+        UnknownNameError: neither a known name nor a path.
+        InputError: a file is missing or wrong, or a model's tables have gaps.
+    """
+    known = known_profiles()
+    path = known.get(name_or_path, Path(name_or_path))
+    if name_or_path not in known and not (path.suffix == ".toml" or os.sep in name_or_path):
+        raise UnknownNameError("profile", name_or_path, known, "or give the path of a profile's TOML file")
+    profile = read_toml(path, _Profile, what="profile")
+    folder = path.parent
+    hardware = _read_hardware(folder / profile.hardware)
+    tables = (folder / profile.hardware).parent
+    fingerprints = FingerprintTable(
+        constants=read_fingerprints(folder / profile.fingerprints) if profile.fingerprints else {},
+        exponents=read_exponents(tables / hardware.tables.exponents) if hardware.tables.exponents else {},
+    )
+    read_facts = _read_facts(tables, hardware.tables)
+    _check_names(read_facts.model_names(), {*known_models(), *fingerprints.models()})
+    _check_coverage(profile.name, fingerprints, read_facts)
+    return HardwareProfile(
+        name=profile.name,
+        gpu_kind=hardware.kind,
+        capacity_bytes=bytes_from_gib(hardware.memory_gib),
+        idle_bytes=bytes_from_gib(hardware.idle_gib),
+        prompt_tokens=profile.prompt_tokens,
+        timing=_timing(hardware.dispatch),
+        drain_us=micros(hardware.run.drain_s),
+        load_window=_load_window(hardware.load_window),
+        fingerprints=fingerprints,
+        facts=read_facts,
+        calibrated=tables / hardware.tables.calibrated if hardware.tables.calibrated else None,
+        measured=tables / hardware.tables.measured if hardware.tables.measured else None,
+    )
+
+
+def load_gpu_kind(name: str) -> GpuKind:
+    """Return a kind of GPU that comes with maveriq; upper and lower case are the same.
+
+    Raises:
+        UnknownNameError: there is no such kind.
+    """
+    kinds = {}
+    for path in sorted(data_path().glob("*/hardware.toml")):
+        read = _read_hardware(path)
+        kinds[read.kind] = GpuKind(
+            name=read.kind, capacity_bytes=bytes_from_gib(read.memory_gib), idle_bytes=bytes_from_gib(read.idle_gib)
+        )
+    for kind in kinds.values():
+        if kind.name.casefold() == name.casefold():
+            return kind
+    raise UnknownNameError("kind of GPU", name, kinds)
+
+
+def _read_hardware(path: Path) -> _Hardware:
+    return read_toml(path, _Hardware, what="hardware description")
+
+
+def _read_facts(folder: Path, tables: _Tables) -> MeasuredFacts:
+    return MeasuredFacts(
+        accuracy=read_accuracy(folder / tables.accuracy) if tables.accuracy else {},
+        unsupported=read_unsupported(folder / tables.unsupported) if tables.unsupported else frozenset(),
+        slo=read_slo(folder / tables.slo) if tables.slo else {},
+        load_times=read_load_times(folder / tables.load_times) if tables.load_times else {},
+        load_fit=read_load_fit(folder / tables.load_fit),
+    )
+
+
+def _timing(dispatch: _Dispatch) -> DispatchTiming:
+    return DispatchTiming(
+        tick_us=micros(dispatch.tick_ms / 1e3),
+        after_arrival_us=micros(dispatch.after_arrival_ms / 1e3),
+        after_release_us=micros(dispatch.after_release_ms / 1e3),
+        pause_us=micros(dispatch.pause_s),
+    )
+
+
+def _load_window(window: _LoadWindow) -> LoadWindow:
+    return LoadWindow(
+        samples=window.samples,
+        sample_us=micros(window.sample_s),
+        look_us=micros(window.look_s),
+        busy_share=window.busy_percent / 100,
+        most_phase_us=micros(window.most_phase_s),
+    )
+
+
+def _check_names(named: Collection[str], known: Collection[str]) -> None:
+    """Refuse a table that speaks of a model nobody knows: a slip of the pen would hide its figures."""
+    for name in sorted(set(named) - set(known)):
+        raise UnknownNameError("model", name, known, "in the tables of the hardware profile")
+
+
+def _check_coverage(name: str, fingerprints: FingerprintTable, read_facts: MeasuredFacts) -> None:
+    for stored in fingerprints.constants:
+        what = f"profile {name!r}: {stored.model} has fingerprints with {stored.weights} weights and {stored.kv} KV"
+        if (stored.weights, stored.kv) not in fingerprints.exponents:
+            raise InputError(f"{what}, but the table of exponents has no row for these types; add one")
+        if stored not in read_facts.accuracy:
+            remedy = "add one, with percent left empty if it was never measured"
+            raise InputError(f"{what}, but the accuracy table has no row for it; {remedy}")

@@ -1,0 +1,49 @@
+"""Estimators by the names that `--plan-with` and `--serve-with` take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from maveriq.errors import UnknownNameError
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.measured import MeasuredEstimator
+from maveriq.estimate.paper import PaperEstimator
+
+PAPER, CALIBRATED, MEASURED = "paper", "calibrated", "measured"
+
+ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
+    PAPER: PaperEstimator,
+    CALIBRATED: CalibratedEstimator.serving,
+    MEASURED: MeasuredEstimator,
+}
+
+
+def default_estimator(profile: HardwareProfile) -> str:
+    """Return the name of the estimator to take where none is said: the best one that the profile can feed."""
+    if profile.calibrated:
+        return CALIBRATED
+    # Measurements of whole models answer for these alone; without fingerprints there is nothing else to go by.
+    return MEASURED if profile.measured and not profile.fingerprints.constants else PAPER
+
+
+def note_on_default(profile: HardwareProfile) -> str | None:
+    """Return what to say where the usual estimator is not the calibrated one, None where it is."""
+    if profile.calibrated:
+        return None
+    return (
+        f"profile {profile.name} has no calibration, so the estimator {default_estimator(profile)!r} stands in for the calibrated "
+        "one; `maveriq fit DATA --out FOLDER` makes a calibration"
+    )
+
+
+def make_estimator(name: str, profile: HardwareProfile) -> Estimator:
+    """Return the estimator of that name, fed by a hardware profile.
+
+    Raises:
+        UnknownNameError: there is no such estimator.
+    """
+    if name not in ESTIMATORS:
+        raise UnknownNameError("estimator", name, ESTIMATORS)
+    return ESTIMATORS[name](profile)

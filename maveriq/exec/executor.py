@@ -1,0 +1,325 @@
+"""The body that is real: the controller on the event loop's clock, its actions carried out by supervised engines.
+
+It knows no policy. What happens becomes an event of the controller's, and what the controller answers is done. All of
+it is plain asyncio: tests run it on a loop whose time is simulated, with a launcher whose engines are too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import assert_never
+
+from maveriq.control.controller import Controller, snapshot
+from maveriq.control.events import (
+    Action,
+    EndpointAdded,
+    EndpointRemoved,
+    EngineDown,
+    EngineRepaired,
+    EngineUp,
+    Event,
+    Execute,
+    RequestArrived,
+    RequestCancelled,
+    StartEngine,
+    StopEngine,
+)
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.progress import DeploymentStatus, Progress
+from maveriq.domain.records import RequestTable
+from maveriq.domain.requests import Request
+from maveriq.errors import InputError
+from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
+from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryWatch, NoMemoryWatch
+from maveriq.exec.in_flight import InFlight, LiveRequestHandle
+from maveriq.exec.launcher import Launcher
+from maveriq.exec.live_cluster import EndpointRequest, Submission
+from maveriq.exec.messages import Failed, Finished, Generate, Loaded, StepProgress, check_sequence, one_line
+from maveriq.exec.scaled_clock import ScaledClock
+from maveriq.exec.supervisor import Supervisor
+from maveriq.exec.world import EngineRecord, World
+from maveriq.units import Micros, seconds
+
+
+class Executor:
+    """A cluster that is up; `maveriq.exec.live_cluster.LiveCluster`.
+
+    Make and use it within one running event loop.
+
+    Args:
+        world: see there.
+        launcher: starts the engines.
+        time_scale: real seconds per second of the cluster's clock.
+        supervision: how long to be patient with engines.
+        watch: who sees the memory of real GPUs.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        launcher: Launcher,
+        *,
+        time_scale: float = 1.0,
+        supervision: SupervisionSettings | None = None,
+        watch: MemoryWatch | None = None,
+    ) -> None:
+        self.controller = Controller(world.cluster, world.policy, world.settings, world.guess)
+        self.controller.fleet.measured_loads = world.measured_loads
+        self.chronicle = RunNotes()
+        self.clock = ScaledClock(time_scale)
+        self._world = world
+        self._launcher = launcher
+        self._supervision = supervision or SupervisionSettings()
+        self._ground = GpuMemoryGate(watch or NoMemoryWatch())
+        self._loop = asyncio.get_running_loop()
+        self.fault: asyncio.Future[None] = self._loop.create_future()
+        """Gets an exception where the executor itself has a fault; nothing goes on then."""
+        self._wake: asyncio.TimerHandle | None = None
+        self._supervisors: dict[int, Supervisor] = {}
+        self._in_flight = InFlight(self.controller.ledger)
+        self._last_request_id = 0
+        self._last_endpoint_id = 0
+        self._table: RequestTable | None = None
+
+    @property
+    def now_us(self) -> Micros:
+        """The cluster's clock; it never goes back."""
+        return self.clock.now_us
+
+    # What users ask for
+
+    def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+        """Ask for a model to be served; see `LiveCluster`."""
+        number = self._last_endpoint_id + 1 if endpoint_id is None else endpoint_id
+        self.ask(
+            EndpointSpec(
+                endpoint_id=number,
+                model=asked.model,
+                intent=asked.intent,
+                asked_us=self.now_us,
+                prompt_tokens=self._world.typical_prompt_tokens,
+                output_tokens=asked.output_tokens,
+                batch_size=asked.batch_size,
+            )
+        )
+        return number
+
+    def ask(self, ask: EndpointSpec) -> None:
+        """Take in an ask."""
+        self._last_endpoint_id = max(self._last_endpoint_id, ask.endpoint_id)
+        self._tell(EndpointAdded(ask))
+
+    def remove(self, endpoint_id: int) -> None:
+        """Take an endpoint away; see `LiveCluster`."""
+        self.endpoint(endpoint_id)
+        self._tell(EndpointRemoved(endpoint_id))
+
+    def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
+        """Return the deployments of an endpoint as they are now; see `LiveCluster`."""
+        controller = self.controller
+        deployments = controller.deployments_of(endpoint_id)
+        if not deployments:
+            raise InputError(f"there is no endpoint {endpoint_id}")
+        return tuple(one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in deployments)
+
+    def submit(self, submission: Submission) -> LiveRequestHandle:
+        """Take in a request; see `LiveCluster`.
+
+        Raises:
+            InputError: besides, a count or a token id that no engine takes, or the body is closed.
+        """
+        if not self.controller.deployments_of(submission.endpoint_id):
+            raise InputError(f"there is no endpoint {submission.endpoint_id}")
+        request = Request(
+            request_id=self._last_request_id + 1,
+            endpoint_id=submission.endpoint_id,
+            arrival_us=self.now_us,
+            prompt_tokens=len(submission.prompt),
+            output_tokens=submission.output_tokens,
+            slo_us=submission.slo_us,
+            priority=submission.priority,
+        )
+        ticket = LiveRequestHandle(request, submission.prompt, submission.stop_token_ids)
+        check_sequence(ticket.sequence())
+        self.arrive(ticket)
+        return ticket
+
+    def arrive(self, ticket: LiveRequestHandle) -> None:
+        """Take in a request that is numbered already, after all before it.
+
+        Raises:
+            InputError: the body is closed.
+        """
+        if self._table is not None:
+            raise InputError("the cluster is shut down and takes no more requests")
+        self._last_request_id = ticket.request_id
+        self._in_flight.open(ticket)
+        self._tell(RequestArrived(ticket.request))
+
+    def cancel(self, request_id: int) -> None:
+        """Nobody waits for this request any more; see `LiveCluster`."""
+        self._tell(RequestCancelled(request_id))
+
+    def progress(self, *, last_arrival_us: Micros | None = None, total: int | None = None) -> Progress:
+        """Return what live views and metrics show; a replay knows what is still to arrive."""
+        now_us = self.now_us
+        return snapshot(
+            self.controller,
+            now_us,
+            last_arrival_us=now_us if last_arrival_us is None else last_arrival_us,
+            total=len(self.controller.ledger) if total is None else total,
+        )
+
+    def break_engine(self, deployment_id: int, *, for_us: Micros | None) -> None:
+        """Make an engine fail on purpose, for a while or for good."""
+        fleet, supervisor = self.controller.fleet, self._supervisors.get(deployment_id)
+        if deployment_id not in fleet.deployments or not fleet.holds_memory(fleet.deployments[deployment_id]):
+            return  # rejected, removed or lost: there is nothing to break
+        reason = "its engine was killed on purpose"
+        repair_after_s = None if for_us is None else self.clock.real_s(for_us)
+        if supervisor is not None and supervisor.break_off(reason, repair_after_s=repair_after_s):
+            return
+        # There is no engine to kill at this instant; what was to start does not.
+        self.engine_down(deployment_id, reason, returns=for_us is not None)
+        if repair_after_s is not None:
+            self._loop.call_later(repair_after_s, self.engine_repaired, deployment_id)
+
+    async def drained(self) -> None:
+        """Wait until no request is waiting or running."""
+        await self._in_flight.none_open()
+
+    def end_requests(self) -> RequestTable:
+        """Take no more requests, end all that are open as unfinished, and return the rows of all."""
+        if self._table is None:
+            if self._wake is not None:
+                self._wake.cancel()
+            self._table = self.controller.ledger.close()
+            self._in_flight.settle_all()
+        return self._table
+
+    async def close(self) -> None:
+        """End all requests, stop all engines, and return when every process is gone."""
+        self.end_requests()
+        await asyncio.gather(*(one.close() for one in self._supervisors.values()))
+
+    # The loop: events in, actions out
+
+    def _tell(self, *events: Event) -> None:
+        """Let the controller take in what happened, and do what it says."""
+        if self._table is not None or self.fault.done():
+            return
+        try:
+            now_us = self.now_us
+            for action in self.controller.handle(now_us, events):
+                self._carry_out(action, now_us)
+        except Exception as error:
+            self.broke(error)
+            raise
+        self._in_flight.settle()
+        if self._wake is not None:
+            self._wake.cancel()
+        wake_us = self.controller.wake_us
+        self._wake = None if wake_us is None else self.clock.call_at(wake_us, self._tell)
+
+    def _carry_out(self, action: Action, now_us: Micros) -> None:
+        match action:
+            case Execute():
+                self._execute(action, now_us)
+            case StartEngine():
+                self._start(action)
+            case StopEngine(deployment_id):
+                self._in_flight.drop(deployment_id)
+                self._supervisors[deployment_id].stop()
+            case _ as never:
+                assert_never(never)
+
+    def _start(self, action: StartEngine) -> None:
+        number = action.deployment_id
+        if number not in self._supervisors:
+            self._supervisors[number] = Supervisor(
+                number, launcher=self._launcher, overseer=self, settings=self._supervision, ground=self._ground
+            )
+        self.chronicle.asked(number, self._loop.time())
+        self._supervisors[number].start(self._world.order(action, self.clock.time_scale))
+
+    def _execute(self, action: Execute, now_us: Micros) -> None:
+        number = action.deployment_id
+        plan = self.controller.fleet.deployments[number].layout
+        first_token_us, service_us = self._world.service.times_us(number, plan, action.requests)
+        work = Generate(
+            execution_id=action.execution_id,
+            sequences=self._in_flight.begin(action, now_us),
+            first_token_s=seconds(first_token_us),
+            service_s=seconds(service_us),
+        )
+        self._supervisors[number].execute(work, self.clock.real_s(service_us))
+
+    # What supervisors say (`maveriq.exec.supervisor.Overseer`)
+
+    def engine_up(self, order: LaunchSpec, loaded: Loaded) -> None:
+        """An engine serves."""
+        self.chronicle.served(order, loaded, self._loop.time())
+        self._tell(EngineUp(order.spec.deployment_id, order.spec.incarnation))
+
+    def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
+        """An engine failed."""
+        self._in_flight.drop(deployment_id)
+        self.noticed(deployment_id, reason)
+        self._tell(EngineDown(deployment_id, returns, one_line(reason)))
+
+    def engine_repaired(self, deployment_id: int) -> None:
+        """A failed engine may start again."""
+        self._tell(EngineRepaired(deployment_id))
+
+    def stepped(self, deployment_id: int, progress: StepProgress) -> None:
+        """An execution gave each of its sequences a token."""
+        self._in_flight.stepped(deployment_id, progress, self.now_us)
+
+    def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
+        """An execution is over."""
+        event = self._in_flight.executed(deployment_id, ended, self.now_us, self.clock.time_scale)
+        if event is not None:
+            self._tell(event)
+
+    def noticed(self, deployment_id: int, warning: str) -> None:
+        """Keep what a reader of the results should know."""
+        self.chronicle.note(self.controller.fleet.deployments[deployment_id].name, self.now_us, warning)
+
+    def broke(self, error: BaseException) -> None:
+        """Note that the executor itself has a fault."""
+        if not self.fault.done():
+            self.fault.set_exception(error)
+
+
+MOST_ENGINES = 10_000
+
+
+MOST_NOTES = 100
+"""What comes after so many is left out: a service may run for months, and its engines fail as long."""
+
+
+class RunNotes:
+    """The engines that served, and what a reader of the results must know."""
+
+    def __init__(self) -> None:
+        self.engines: list[EngineRecord] = []
+        self.notes: list[str] = []
+        self._asked_s: dict[int, float] = {}  # by deployment: when its last engine was to start
+
+    def asked(self, deployment_id: int, now_s: float) -> None:
+        """Note that an engine is to start; times are the event loop's."""
+        self._asked_s[deployment_id] = now_s
+
+    def served(self, order: LaunchSpec, loaded: Loaded, now_s: float) -> None:
+        """Note that it serves."""
+        if len(self.engines) == MOST_ENGINES:
+            return
+        start_s = now_s - self._asked_s[order.spec.deployment_id]
+        self.engines.append(EngineRecord(order=order, loaded=loaded, start_s=start_s))
+
+    def note(self, name: str, now_us: Micros, what: str) -> None:
+        """Note what happened to a deployment."""
+        if len(self.notes) == MOST_NOTES:
+            self.notes.append("what else happened to engines is left out here")
+        elif len(self.notes) < MOST_NOTES:
+            self.notes.append(f"{name}, {seconds(now_us):.1f} s: {one_line(what)}")

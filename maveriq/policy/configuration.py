@@ -1,0 +1,178 @@
+"""Choosing a configuration for an intent (SPEC 4).
+
+`rank` enumerates every configuration, keeps those that run here, fit and meet the constraints,
+and orders them by the objective. What it leaves out it leaves out with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from maveriq.domain.cluster import ClusterView, GpuView
+from maveriq.domain.deployments import EndpointSpec, Intent
+from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import LayerSplit, ParallelConfig, deal_layers, shard_bytes, stage_room
+from maveriq.estimate.estimator import Estimator, ServiceEstimate
+from maveriq.units import Bytes, gib
+
+AccuracyLookup: TypeAlias = Callable[[str, WeightType, KvType], float | None]
+"""Percent of the float16 score for (model name, weights, KV type); None where nobody measured it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A configuration that runs here and fits, with what is believed of it.
+
+    `gpu_ids` are the GPUs with most free memory that it was fitted to, stage-major; a placement
+    rule may move the shards. `score` is what the intent minimises.
+    """
+
+    configuration: ParallelConfig
+    layer_split: LayerSplit
+    gpu_ids: tuple[int, ...]
+    gpu_bytes: tuple[Bytes, ...]
+    service: ServiceEstimate
+    memory_bytes: Bytes
+    accuracy: float | None
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RejectedConfig:
+    """A configuration that was left out, and why; `detail` is what its own figure was."""
+
+    configuration: ParallelConfig
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Candidates, best first, and what was left out.
+
+    `left_out` keeps the order of enumeration; those that only miss the SLO come last.
+
+    `note` is empty, or says that no candidate meets the SLO; then the candidates are those that
+    meet everything else, fastest first.
+    """
+
+    candidates: tuple[Candidate, ...]
+    left_out: tuple[RejectedConfig, ...]
+    note: str = ""
+
+    def why_empty(self) -> str:
+        """Return one clause on why nothing is left: each reason with how often it applied."""
+        counts: dict[str, int] = {}
+        for left in self.left_out:
+            counts[left.reason] = counts.get(left.reason, 0) + 1
+        told = sorted(counts.items(), key=lambda item: -item[1])
+        listed = "; ".join(f"{count} x {reason}" for reason, count in told[:3])
+        rest = f"; and {len(told) - 3} other reasons" if len(told) > 3 else ""
+        return f"none of {len(self.left_out)} configurations can be used: {listed}{rest}"
+
+
+def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -> Iterator[ParallelConfig]:
+    """Yield every configuration for up to `gpus` GPUs, in the order that breaks ties.
+
+    A stage needs a layer, so there are no more stages than layers, however large the cluster.
+    """
+    for tp in model.tensor_parallel_degrees(gpus):
+        for pp in range(1, min(gpus // tp, model.layers) + 1):
+            for weights in WeightType:
+                for kv in KvType:
+                    yield ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)
+
+
+def rank(ask: EndpointSpec, view: ClusterView, estimator: Estimator, accuracy: AccuracyLookup) -> Ranking:
+    """Order the configurations that can meet an ask on the cluster as it is."""
+    gpus = view.by_free_memory()
+    fitting: list[Candidate] = []
+    left_out: list[RejectedConfig] = []
+    for configuration in enumerate_configurations(ask.model, len(gpus), ask.batch_size):
+        outcome = _consider(ask, configuration, gpus, estimator, accuracy)
+        if isinstance(outcome, Candidate):
+            fitting.append(outcome)
+        else:
+            left_out.append(outcome)
+    return _order(ask.intent, fitting, left_out)
+
+
+def _consider(
+    ask: EndpointSpec,
+    configuration: ParallelConfig,
+    gpus: list[GpuView],
+    estimator: Estimator,
+    accuracy: AccuracyLookup,
+) -> Candidate | RejectedConfig:
+    """Return the configuration as a candidate, or the reason against it."""
+    score = accuracy(ask.model.name, configuration.weights, configuration.kv)
+    reason = estimator.why_not(ask.model, configuration) or _breaks(ask.intent, configuration, score)
+    if reason:
+        return RejectedConfig(configuration=configuration, reason=reason)
+    memory_bytes = estimator.memory(ask.model, configuration)
+    chosen = gpus[: configuration.gpus]
+    sizes = {"tp": configuration.tp, "layers": ask.model.layers, "memory_bytes": memory_bytes}
+    split = deal_layers(ask.model.layers, stage_room([gpu.free_bytes for gpu in chosen], **sizes))
+    if split is None:
+        detail = f"needs {gib(memory_bytes):.1f} GiB over {configuration.gpus} GPUs"
+        return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)
+    service = estimator.service(
+        ask.model,
+        configuration,
+        prompt_tokens=ask.prompt_tokens,
+        output_tokens=ask.output_tokens,
+        batch=configuration.batch_size,
+    )
+    return Candidate(
+        configuration=configuration,
+        layer_split=split,
+        gpu_ids=tuple(gpu.gpu_id for gpu in chosen),
+        gpu_bytes=shard_bytes(split, **sizes),
+        service=service,
+        memory_bytes=memory_bytes,
+        accuracy=score,
+        score=ask.intent.objective.score(
+            latency_s=service.latency_s, memory_bytes=memory_bytes, gpus=configuration.gpus
+        ),
+    )
+
+
+def _breaks(intent: Intent, configuration: ParallelConfig, accuracy: float | None) -> str | None:
+    """Return which constraint other than the SLO a configuration breaks, if any."""
+    if intent.float16_only and configuration.weights is not WeightType.FLOAT16:
+        return "weights are not float16"
+    if intent.min_accuracy > 0 and accuracy is None:
+        return "its accuracy was never measured"
+    if accuracy is not None and accuracy < intent.min_accuracy:
+        return f"accuracy {accuracy:g} % is below {intent.min_accuracy:g} %"
+    return None
+
+
+def _order(intent: Intent, fitting: list[Candidate], left_out: list[RejectedConfig]) -> Ranking:
+    """Order by the objective those that meet the SLO; by latency all, where none does."""
+    slo_s = intent.slo_s
+    meeting = [one for one in fitting if slo_s is None or one.service.latency_s < slo_s]
+    if fitting and not meeting and slo_s is not None:
+        fastest = sorted(fitting, key=lambda one: one.service.latency_s)
+        note = f"misses its SLO of {slo_s:.3f} s: the fastest that fits takes {fastest[0].service.latency_s:.3f} s"
+        return Ranking(candidates=tuple(fastest), left_out=tuple(left_out), note=note)
+    slow = [
+        RejectedConfig(
+            configuration=one.configuration,
+            reason=f"not below the SLO of {slo_s:.3f} s",
+            detail=f"takes {one.service.latency_s:.3f} s",
+        )
+        for one in fitting
+        if slo_s is not None and one.service.latency_s >= slo_s
+    ]
+    return Ranking(
+        candidates=tuple(sorted(meeting, key=lambda one: one.score)),
+        left_out=tuple(left_out + slow),
+    )
+
+
+def room_sentence(view: ClusterView) -> str:
+    """Return the free memory of each GPU in words, for a rejection."""
+    return "free GiB: " + " ".join(f"{gib(gpu.free_bytes):.1f}" for gpu in view.gpus)

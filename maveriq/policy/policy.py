@@ -1,0 +1,50 @@
+"""The policy's protocol: pure decisions from a view, without clock, randomness or I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from maveriq.domain.cluster import ClusterView
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.parallel import DeploymentPlan
+from maveriq.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deploy:
+    """Start these deployments; each serves the endpoint that was asked for.
+
+    Raises:
+        InputError: no plan at all (a `Rejection` says that better).
+    """
+
+    plans: tuple[DeploymentPlan, ...]
+
+    def __post_init__(self) -> None:
+        if not self.plans:
+            raise InputError("a Deploy needs at least one plan; return a Rejection with its reason instead")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """The ask cannot be met; `reason` is one clause that a user can act on."""
+
+    reason: str
+
+
+Decision: TypeAlias = Deploy | Rejection
+
+
+class Policy(Protocol):
+    """Decides how an ask is met on the cluster as it is."""
+
+    @property
+    def name(self) -> str:
+        """The name by which `--policy` knows it."""
+
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+        """Return the deployments to start, or why there are none.
+
+        Equal arguments must give equal decisions. Plans must fit the free memory of the view.
+        """

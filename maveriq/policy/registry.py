@@ -1,0 +1,109 @@
+"""Policies by name, and a user's own placement rule by where it stands."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from maveriq.domain.cluster import GpuView
+from maveriq.errors import InputError, MaveriqError, UnknownNameError
+from maveriq.estimate.estimator import Estimator
+from maveriq.policy.configuration import AccuracyLookup
+from maveriq.policy.maveriq import MaverIQ, PlacementRule, hybrid, least_loaded_first, packing
+from maveriq.policy.policy import Policy
+
+RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
+    {
+        "hybrid": hybrid,
+        "packing": lambda _threshold: packing,
+        "llf": lambda _threshold: least_loaded_first,
+        "none": lambda _threshold: None,
+    }
+)
+"""Placement rules by name, each made from the packing threshold; None keeps the roomiest GPUs."""
+
+
+def make_policy(
+    name: str, *, estimator: Estimator, accuracy: AccuracyLookup, packing_threshold: float, others: Sequence[str] = ()
+) -> Policy:
+    """Return the policy of a name.
+
+    Args:
+        name: `hybrid`, `packing`, `llf`, `none`, or `module:function` or `file.py:function` for
+            a placement rule of one's own (docs/extending.md).
+        estimator: what the policy plans with.
+        accuracy: measured accuracy of quantised models.
+        packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
+        others: names of policies that are made elsewhere, for the message about an unknown name.
+
+    Raises:
+        InputError: no such policy, a rule that cannot be loaded, a threshold outside 0 to 1.
+    """
+    hybrid(packing_threshold)  # a bad threshold is refused even where this policy has no use for it
+    if ":" in name:
+        rule: PlacementRule | None = _load_rule(name)
+    elif name in RULES:
+        rule = RULES[name](packing_threshold)
+    else:
+        raise UnknownNameError(
+            "policy",
+            name,
+            (*RULES, *others),
+            hint="or a rule of your own as file.py:function",
+        )
+    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
+
+
+def _load_rule(name: str) -> PlacementRule:
+    """Import `module:function` or `file.py:function`; whatever goes wrong in it has the policy's name."""
+    place, _, function = name.rpartition(":")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # the user's code: anything may come
+        raise InputError(f"policy {name!r}: {place or 'nothing'} cannot be imported: {_told(error)}") from None
+    rule = getattr(module, function, None)
+    if not callable(rule):
+        raise InputError(f"policy {name!r}: {place} has no function {function!r}; name one that it defines")
+    return _guarded(rule, name)
+
+
+def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
+    """Return a rule that says by its name when it fails or answers with something else than GPUs."""
+
+    def order(gpus: Sequence[GpuView]) -> list[GpuView]:
+        try:
+            answer: list[Any] = list(rule(gpus))
+        except (Exception, SystemExit) as error:
+            raise MaveriqError(f"policy {name!r} failed: {_told(error)}; it must return GPUs") from error
+        given = set(gpus)
+        for gpu in answer:
+            if not (isinstance(gpu, GpuView) and gpu in given):
+                raise MaveriqError(f"policy {name!r} returned {gpu!r:.60}, which is none of the GPUs that it was given")
+        if len({gpu.gpu_id for gpu in answer}) < len(answer):
+            raise MaveriqError(f"policy {name!r} returned a GPU twice; each GPU takes one shard")
+        return answer
+
+    return order
+
+
+def _told(error: BaseException) -> str:
+    """Return an error with the line of the user's code that it comes from, if it does."""
+    ours = (__file__, importlib.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [one for one in frames if one.filename not in ours and not one.filename.startswith("<")]
+    where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

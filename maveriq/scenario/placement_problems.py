@@ -1,0 +1,230 @@
+"""Placement problems from files: a JSON file, and a CSV file of requests beside it.
+
+The JSON has `gpus, gpus_per_node, memory_bytes, models, profiles, workload, search`; the CSV has
+`arrival_s, model, slo_s`. What the published problems carry besides (`id`, `expected`) is let be.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from maveriq.domain.requests import DemandForecast
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.policy.alpaserve.problem import (
+    Fill,
+    GroupShape,
+    ModelProfile,
+    PlacementModel,
+    PlacementPolicy,
+    PlacementProblem,
+    SearchSettings,
+    StageProfile,
+    StarRule,
+)
+from maveriq.tables import Row, name_fault, read_json, read_text
+
+_WHAT = "placement problem"
+_REQUESTS = "workload"
+_COLUMNS = ("arrival_s", "model", "slo_s")
+
+_Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+_Bytes = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    tp: _Count
+    pp: _Count
+    stage_latency_s: list[_Seconds]
+    stage_weight_bytes: list[_Bytes]
+
+
+class _Model(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    profile: str
+    slo_s: _Seconds | None = None
+    rate_per_s: _Seconds | None = None
+    cv: _Seconds | None = None
+
+
+class _Search(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    policy: str = PlacementPolicy.ALPASERVE.value
+    fill: str | None = None
+    beam: _Count | None = None
+    group_size: _Count | None = None
+    max_pp: _Count | None = None
+    max_tp: _Count | None = None
+    bucket: bool | None = None
+    rule: str | None = None
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    gpus: _Count
+    memory_bytes: _Bytes
+    models: Annotated[list[_Model], msgspec.Meta(min_length=1)]
+    profiles: dict[str, list[_Entry]]
+    workload: str
+    gpus_per_node: _Count = 8
+    search: _Search = msgspec.field(default_factory=_Search)
+    id: str = ""
+    expected: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemFile:
+    """A problem as it stands in a file, how its author wants it searched, and what has no effect there."""
+
+    problem: PlacementProblem
+    settings: SearchSettings
+    without_effect: tuple[str, ...]
+
+
+def load_problem(path: Path) -> ProblemFile:
+    """Read a placement problem.
+
+    Raises:
+        InputError: a file is missing or wrong; the message names the key or the line.
+    """
+    file = read_json(path, _File, what=_WHAT)
+    where = f"{_WHAT} {str(path)!r}"
+    names = [model.name for model in file.models]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{where}: model {name!r} stands twice; give each model a name of its own")
+    profiles = {name: _profile(name, entries, where) for name, entries in file.profiles.items()}
+    for model in file.models:
+        if model.profile not in profiles:
+            raise InputError(
+                f"{where}: model {model.name!r} has profile {model.profile!r}, which is missing from profiles "
+                f"(there are {', '.join(sorted(profiles)) or 'none'})"
+            )
+    problem = PlacementProblem(
+        gpus=file.gpus,
+        gpus_per_node=file.gpus_per_node,
+        memory_bytes=file.memory_bytes,
+        models=tuple(
+            PlacementModel(name=model.name, profile=profiles[model.profile], rate_per_s=model.rate_per_s)
+            for model in file.models
+        ),
+        demand=read_demand(path.parent / file.workload, names),
+    )
+    try:
+        settings = _settings(file.search)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return ProblemFile(problem=problem, settings=settings, without_effect=_without_effect(file.search, settings))
+
+
+def _profile(name: str, entries: Sequence[_Entry], where: str) -> ModelProfile:
+    shapes: dict[GroupShape, StageProfile] = {}
+    for entry in entries:
+        for key in ("stage_latency_s", "stage_weight_bytes"):
+            if len(getattr(entry, key)) != entry.pp:
+                raise InputError(
+                    f"{where}: profile {name!r}, tp {entry.tp}, pp {entry.pp}: {key} has {len(getattr(entry, key))} "
+                    f"stages; give one number for each of the {entry.pp} stages"
+                )
+        shape = GroupShape(entry.tp, entry.pp)
+        profile = StageProfile(
+            stage_latency_s=tuple(entry.stage_latency_s), stage_weight_bytes=tuple(entry.stage_weight_bytes)
+        )
+        # Of two measurements of one shape the one with the faster slowest stage counts.
+        if shape not in shapes or profile.slowest_stage_s < shapes[shape].slowest_stage_s:
+            shapes[shape] = profile
+    return ModelProfile(shapes=shapes)
+
+
+def _settings(search: _Search) -> SearchSettings:
+    said = msgspec.structs.asdict(search)
+    for key, kind in (("policy", PlacementPolicy), ("fill", Fill), ("rule", StarRule)):
+        if said[key] is not None:
+            said[key] = _choice(key, said[key], kind)
+    said["star_rule"] = said.pop("rule")
+    return SearchSettings(**{key: value for key, value in said.items() if value is not None})
+
+
+def _choice(key: str, text: str, kind: type[Any]) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UnknownNameError(f"search.{key}", text, [one.value for one in kind]) from None
+
+
+_USED_BY: Mapping[str, tuple[PlacementPolicy, ...]] = {
+    "fill": tuple(policy for policy in PlacementPolicy if policy is not PlacementPolicy.ROUND_ROBIN),
+    "group_size": (PlacementPolicy.MODEL_PARALLELISM,),
+    "max_pp": (PlacementPolicy.ALPASERVE, PlacementPolicy.ALPASERVE_STAR),
+    "max_tp": (PlacementPolicy.ALPASERVE, PlacementPolicy.ALPASERVE_STAR),
+    "rule": (PlacementPolicy.ALPASERVE_STAR,),
+}
+
+
+def _without_effect(search: _Search, settings: SearchSettings) -> tuple[str, ...]:
+    """Return the keys that are there, but that the policy has no use for."""
+    idle = [key for key, users in _USED_BY.items() if getattr(search, key) is not None and settings.policy not in users]
+    if search.beam is not None and settings.fill is not Fill.BEAM:
+        idle.append("beam")
+    return tuple(idle)
+
+
+def read_demand(path: Path, models: Sequence[str]) -> DemandForecast:
+    """Read requests from a CSV file with the columns arrival_s, model, slo_s, in order of time.
+
+    An empty slo_s is no SLO: such a request is served wherever its model is placed. A model that
+    is not among `models` makes a request that fails.
+
+    Raises:
+        InputError: the file or a row is wrong; the message names the line.
+    """
+    text = read_text(path, what=_REQUESTS)
+    try:
+        arrival_s, model_index, slo_s = _parse(text, models)
+    except ValueError as error:
+        name_fault(path, _COLUMNS, what=_REQUESTS, check=_check_rows, reason=error)
+    return DemandForecast(models=tuple(models), arrival_s=arrival_s, model_index=model_index, slo_s=slo_s)
+
+
+def _parse(text: str, models: Sequence[str]) -> tuple[np.ndarray[Any, Any], ...]:
+    """Parse all rows at once.
+
+    Raises:
+        ValueError: something is wrong with one of them.
+    """
+    try:
+        header, *rows = [cells for cells in csv.reader(io.StringIO(text, newline=""), strict=True) if cells]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+    if sorted(header) != sorted(_COLUMNS):
+        raise ValueError("wrong columns")
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    arrival_s = np.array(columns["arrival_s"], np.float64)
+    slo_s = np.array([cell or "inf" for cell in columns["slo_s"]], np.float64)
+    position = {name: index for index, name in enumerate(models)}
+    model_index = np.array([position.get(name, -1) for name in columns["model"]], np.int64)
+    if not (
+        np.isfinite(arrival_s).all() and (slo_s > 0).all() and "inf" not in columns["slo_s"] and all(columns["model"])
+    ):
+        raise ValueError("a value is out of range")
+    if arrival_s[0] < 0 or (arrival_s[1:] < arrival_s[:-1]).any():
+        raise ValueError("arrival_s goes back")
+    return arrival_s, model_index, slo_s
+
+
+def _check_rows(rows: Iterator[Row]) -> None:
+    last = 0.0
+    for row in rows:
+        arrival_s = row.number("arrival_s", least=0)
+        row.text("model")
+        if row.cells["slo_s"] and row.number("slo_s") <= 0:
+            raise InputError(f"{row.where}: slo_s must be positive, not {row.cells['slo_s']!r}")
+        if arrival_s < last:
+            raise InputError(f"{row.where}: arrival_s {arrival_s!r} is before {last!r} of the row above; sort by time")
+        last = arrival_s

@@ -1,0 +1,132 @@
+"""Policies that plan ahead: AlpaServe and AlpaServe* search their placement from the expected demand.
+
+The honest default knows the run's own requests, SLOs and names, and profiles of the whole
+generation from maveriq's estimator. `as published` has what the published search had instead:
+its table (prefill and weights alone), 48 GiB of each GPU, the trace twice in a row, and model
+names that are off by one (docs/alpaserve.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from maveriq.domain.cluster import Cluster
+from maveriq.domain.requests import DemandForecast
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.policy.alpaserve.policy import StaticPlacementPolicy, described
+from maveriq.policy.alpaserve.problem import (
+    ModelProfile,
+    PlacementPolicy,
+    SearchSettings,
+    StarRule,
+    problem_for_cluster,
+)
+from maveriq.policy.alpaserve.profiles import profiles_from_estimator, published_profiles_of
+from maveriq.policy.alpaserve.search import search
+from maveriq.scenario.options import Options
+from maveriq.scenario.workload import workload_for
+from maveriq.units import Bytes, bytes_from_gib
+from maveriq.workload.build import DEFAULT_SCALE
+from maveriq.workload.forecast import forecast_of, published_forecast
+from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.requests import Workload
+from maveriq.workload.traces import AzureTrace, load_trace
+
+STATIC_POLICIES = (PlacementPolicy.ALPASERVE.value, PlacementPolicy.ALPASERVE_STAR.value)
+"""The policies that plan ahead, by name."""
+
+_USUAL_SLO_SCALE = 5.0
+"""For a run without SLOs, which the search cannot do without: the published driver's default."""
+
+_MAX_TP = 8
+"""Of the published runs; AlpaServe's own default is 4."""
+
+_PUBLISHED_MEMORY_BYTES: Bytes = bytes_from_gib(48)
+_PROFILES = ("maveriq", "published")
+
+
+def search_static_placement(
+    options: Options, profile: HardwareProfile, cluster: Cluster, planner: Estimator, workload: Workload
+) -> tuple[StaticPlacementPolicy, tuple[str, ...]]:
+    """Search the placement, and return it as a policy with notes on how it came about.
+
+    Raises:
+        InputError: options that do not go with the trace, GPUs that differ, a model without profile.
+    """
+    published = options.alpaserve_as_published
+    profiles = _profiles(options, cluster, planner, workload)
+    forecast = _published_forecast(options, profile, workload) if published else _forecast(options, profile, workload)
+    solution = search(
+        problem_for_cluster(forecast, cluster, profiles, memory_bytes=_PUBLISHED_MEMORY_BYTES if published else None),
+        SearchSettings(policy=PlacementPolicy(options.policy), max_tp=_MAX_TP, star_rule=_star_rule(options)),
+    )
+    names = [f"{ask.endpoint_id}:{ask.model.name}" for ask in workload.asks]
+    notes = [f"{options.policy}: {described(solution, names)}"]
+    if published:
+        notes.append(
+            f"{options.policy} as published: each model is placed for the requests of the one before it, by a table of "
+            "prefill times and weights; this is a defect of the published comparison, kept for the record"
+        )
+    return StaticPlacementPolicy(name=options.policy, solution=solution, profiles=profiles), tuple(notes)
+
+
+def _profiles(options: Options, cluster: Cluster, planner: Estimator, workload: Workload) -> Sequence[ModelProfile]:
+    if options.alpaserve_profile not in _PROFILES:
+        raise UnknownNameError("AlpaServe profile", options.alpaserve_profile, _PROFILES)
+    models = [ask.model for ask in workload.asks]
+    if options.alpaserve_as_published or options.alpaserve_profile == "published":
+        return published_profiles_of([model.name for model in models])
+    first = workload.asks[0]
+    return profiles_from_estimator(
+        models,
+        planner,
+        gpus=len(cluster),
+        prompt_tokens=first.prompt_tokens,
+        output_tokens=first.output_tokens,
+        batch_size=options.batch_size,
+    )
+
+
+def _forecast(options: Options, profile: HardwareProfile, workload: Workload) -> DemandForecast:
+    """Return the run's own requests; where they have no SLO, the usual one."""
+    arrivals = workload.arrivals
+    if not arrivals.slo_us.any():
+        arrivals = workload_for(options, profile, slo_scale=_USUAL_SLO_SCALE).arrivals
+    return forecast_of(arrivals, len(workload.asks))
+
+
+def _published_forecast(options: Options, profile: HardwareProfile, workload: Workload) -> DemandForecast:
+    trace = load_trace(options.trace)
+    if not isinstance(trace, AzureTrace):
+        raise InputError(
+            f"--alpaserve-as-published needs an Azure trace, not {trace.name!r}; give code or conversation"
+        )
+    models = load_model_set(options.models)
+    tokens = workload.asks[0].output_tokens
+    slo_scale = options.slo_scale or _USUAL_SLO_SCALE
+
+    def slo_s(model_name: str) -> float:
+        base_s = profile.slo_s(model_name, tokens)
+        if base_s is None:
+            raise InputError(f"model {model_name!r} has no measured latency to scale an SLO from; AlpaServe needs one")
+        return slo_scale * base_s
+
+    return published_forecast(
+        trace.requests_per_minute,
+        models,
+        scale=DEFAULT_SCALE if options.scale is None else options.scale,
+        slo_s=slo_s,
+        name_offset=1,
+        seed=options.seed,
+    )
+
+
+def _star_rule(options: Options) -> StarRule:
+    try:
+        return StarRule(options.alpaserve_star_rule.upper())
+    except ValueError:
+        raise UnknownNameError(
+            "AlpaServe* rule", options.alpaserve_star_rule, [rule.value for rule in StarRule]
+        ) from None

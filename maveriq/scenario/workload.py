@@ -1,0 +1,36 @@
+"""The workload that options describe."""
+
+from __future__ import annotations
+
+from maveriq.domain.deployments import Intent, Objective
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.scenario.options import Options
+from maveriq.workload.build import WorkloadOptions, build_workload
+from maveriq.workload.requests import Workload
+
+
+def workload_for(options: Options, profile: HardwareProfile, *, slo_scale: float) -> Workload:
+    """Return the workload that options describe, under an SLO scale.
+
+    Raises:
+        InputError: as `build_workload`.
+    """
+    return build_workload(
+        WorkloadOptions(
+            trace=options.trace,
+            scale=options.scale,
+            models=options.models,
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            slo_scale=slo_scale,
+            seed=options.seed,
+            poisson_as_published=options.poisson_as_published,
+        ),
+        intent=Intent(
+            objective=Objective.named(options.intent),
+            min_accuracy=options.min_accuracy,
+            float16_only=options.float16_only,
+        ),
+        slo_of=profile.slo_s,
+        batch_size=options.batch_size,
+    )

@@ -1,0 +1,253 @@
+"""The simulator's main loop: a SimPy clock feeds the controller, estimates answer for engines.
+
+SimPy keeps the calendar; each timeout carries one event for the controller. Events of one
+instant are collected and handed over together, so that the order in which they were put on the
+calendar plays no part (the controller sorts them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import assert_never
+
+import simpy
+
+from maveriq.control.controller import Controller, snapshot
+from maveriq.control.events import (
+    Action,
+    EndpointAdded,
+    EndpointRemoved,
+    EngineDown,
+    EngineRepaired,
+    EngineUp,
+    Event,
+    Execute,
+    ExecutionFinished,
+    GpuDown,
+    GpuUp,
+    RequestArrived,
+    StartEngine,
+    StopEngine,
+)
+from maveriq.domain.faults import Fault, FaultTarget
+from maveriq.domain.parallel import DeploymentPlan
+from maveriq.domain.progress import Progress, Watcher
+from maveriq.domain.records import GpuSample, RunRecord
+from maveriq.domain.requests import Request, RequestStatus
+from maveriq.scenario.service_times import service_times_for
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.contention import Due, contention_model
+from maveriq.units import Micros
+from maveriq.workload.requests import requests_of
+
+_STEPS_BETWEEN_LOOKS = 256
+
+
+def simulate(scenario: ServingSystem, watcher: Watcher | None = None) -> RunRecord:
+    """Run a scenario from its first event to its end and return what happened."""
+    return _Simulation(scenario, watcher).run()
+
+
+class _Simulation:
+    """One run. SimPy's time is in whole microseconds."""
+
+    def __init__(self, scenario: ServingSystem, watcher: Watcher | None) -> None:
+        arrivals = scenario.workload.arrivals
+        self._scenario = scenario
+        self._watcher = watcher
+        self._env = simpy.Environment()
+        self._controller = Controller(scenario.cluster, scenario.policy, scenario.settings, scenario.guess)
+        self._service = service_times_for(scenario)
+        self._requests = requests_of(arrivals)
+        self._crowd = contention_model(scenario.cluster, scenario.serve)
+        self._left_to_arrive = len(arrivals)
+        self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
+        self._last_arrival_us = int(arrivals.arrival_us[-1])
+        self._plans: dict[int, DeploymentPlan] = {}
+        self._inbox: list[Event] = []
+        self._last_wake_us: Micros | None = None  # the last wake put on the calendar
+        self._steps = 0
+        self._samples: list[GpuSample] = []
+        self._sampled_us: Micros = 0
+        self._busy_us = [0] * len(scenario.cluster)
+
+    def run(self) -> RunRecord:
+        """Run to the end: every request ended, or the time to drain is over."""
+        for ask in self._scenario.workload.asks:
+            self._post(ask.asked_us, EndpointAdded(ask))
+        for fault in self._scenario.faults:
+            self._post_fault(fault)
+        for removal in self._scenario.removals:
+            self._post(removal.at_us, EndpointRemoved(removal.endpoint_id))
+        self._post_next_arrival(0)
+        self._after(self._scenario.sample_us, self._sample_regularly)
+        deadline_us = self._last_arrival_us + self._scenario.drain_us
+        # What is due at the deadline itself still happens; hence the microsecond more.
+        self._env.run(until=deadline_us + 1)
+        return self._record(min(self._now_us, deadline_us))
+
+    # The calendar
+
+    @property
+    def _now_us(self) -> Micros:
+        return self._env.now  # type: ignore[return-value]  # whole, because every delay is
+
+    def _after(self, delay_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
+        self._env.timeout(delay_us).callbacks.append(callback)
+
+    def _post(self, delay_us: Micros, event: Event) -> None:
+        """Put an event for the controller on the calendar."""
+        self._after(delay_us, partial(self._deliver, event))
+
+    def _deliver(self, event: Event, _: simpy.Event) -> None:
+        self._inbox.append(event)
+        self._settle()
+
+    def _post_next_arrival(self, now_us: Micros) -> None:
+        request = next(self._requests, None)
+        if request:
+            self._after(request.arrival_us - now_us, partial(self._deliver_arrival, request))
+
+    def _deliver_arrival(self, request: Request, timeout: simpy.Event) -> None:
+        self._left_to_arrive -= 1
+        self._post_next_arrival(request.arrival_us)
+        self._deliver(RequestArrived(request), timeout)
+
+    def _settle(self) -> None:
+        """Hand over what came in, once nothing more is due at this instant.
+
+        Raises:
+            StopSimulation: nothing is left to happen; it ends SimPy's `run`.
+        """
+        now_us = self._now_us
+        if self._env.peek() <= now_us:
+            return  # whatever is still due at this instant settles after it
+        events, self._inbox = self._inbox, []
+        actions = self._controller.handle(now_us, events)
+        if self._crowd and self._scenario.faults:
+            self._expect(self._crowd.break_off(now_us, self._runs), now_us)
+        for action in actions:
+            self._carry_out(action, now_us)
+        wake_us = self._controller.wake_us
+        if wake_us is not None and wake_us != self._last_wake_us:
+            self._last_wake_us = wake_us
+            self._after(wake_us - now_us, self._wake)
+        if self._watcher:
+            self._look(self._watcher, now_us)
+        if not self._left_to_arrive and self._all_ended():
+            raise simpy.core.StopSimulation("every request has ended")
+
+    def _wake(self, _: simpy.Event) -> None:
+        self._settle()
+
+    def _all_ended(self) -> bool:
+        ledger = self._controller.ledger
+        still_open = ledger.count(RequestStatus.WAITING) + ledger.count(RequestStatus.RUNNING)
+        return not still_open and self._now_us >= self._last_ask_us
+
+    # The simulated world
+
+    def _carry_out(self, action: Action, now_us: Micros) -> None:
+        match action:
+            case Execute():
+                self._execute(action, now_us)
+            case StartEngine(deployment_id, incarnation, plan):
+                self._plans[deployment_id] = plan
+                self._post(self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
+            case StopEngine():
+                pass  # a simulated engine is gone at once; the controller has freed its memory
+            case _ as never:
+                assert_never(never)
+
+    def _execute(self, action: Execute, now_us: Micros) -> None:
+        plan = self._plans[action.deployment_id]
+        first_token_us, service_us = self._service.times_us(action.deployment_id, plan, action.requests)
+        if self._crowd and self._crowd.takes(plan):
+            due = self._crowd.start(now_us, action, plan, first_token_us=first_token_us, service_us=service_us)
+            self._expect(due, now_us)
+        else:
+            finished = ExecutionFinished(action.deployment_id, action.execution_id, now_us + first_token_us)
+            self._post(service_us, finished)
+
+    def _expect(self, due: Iterable[Due], now_us: Micros) -> None:
+        """Look at the crowd again when an execution is due."""
+        for deployment_id, finish_us in due:
+            self._after(finish_us - now_us, partial(self._due, deployment_id))
+
+    def _due(self, deployment_id: int, _: simpy.Event) -> None:
+        assert self._crowd is not None  # noqa: S101  # only a crowd makes anything due
+        now_us = self._now_us
+        ended = self._crowd.end(now_us, deployment_id)
+        if ended:
+            finished, due = ended
+            self._inbox.append(finished)
+            self._expect(due, now_us)
+        self._settle()
+
+    def _runs(self, deployment_id: int, execution_id: int) -> bool:
+        deployment = self._controller.fleet.deployments[deployment_id]
+        return bool(deployment.running) and deployment.execution_id == execution_id
+
+    def _post_fault(self, fault: Fault) -> None:
+        """Put a fault, and its mending if there is one, on the calendar."""
+        returns = fault.for_us is not None
+        down: Event
+        up: Event
+        if fault.target is FaultTarget.GPU:
+            down, up = GpuDown(fault.target_id, returns), GpuUp(fault.target_id)
+        else:
+            down, up = EngineDown(fault.target_id, returns), EngineRepaired(fault.target_id)
+        self._post(fault.at_us, down)
+        if fault.for_us is not None:
+            self._post(fault.at_us + max(1, fault.for_us), up)  # never before the fault itself
+
+    # Looking on
+
+    def _look(self, watcher: Watcher, now_us: Micros) -> None:
+        self._steps += 1
+        if self._steps % _STEPS_BETWEEN_LOOKS == 0 and watcher.wants_update():
+            watcher.update(self._progress(now_us))
+
+    def _progress(self, now_us: Micros) -> Progress:
+        return snapshot(
+            self._controller,
+            now_us,
+            last_arrival_us=self._last_arrival_us,
+            total=len(self._scenario.workload.arrivals),
+        )
+
+    def _sample_regularly(self, _: simpy.Event) -> None:
+        now_us = self._now_us
+        self._sample(now_us)
+        self._after(self._scenario.sample_us, self._sample_regularly)
+        self._settle()
+
+    def _sample(self, now_us: Micros) -> None:
+        fleet = self._controller.fleet
+        for gpu_id, busy_before_us in enumerate(self._busy_us):
+            busy_us = fleet.busy_us(gpu_id, now_us)
+            self._busy_us[gpu_id] = busy_us
+            self._samples.append(
+                GpuSample(
+                    time_us=now_us,
+                    gpu_id=gpu_id,
+                    memory_bytes=fleet.used_bytes(gpu_id),
+                    busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
+                )
+            )
+        self._sampled_us = now_us
+
+    def _record(self, ended_us: Micros) -> RunRecord:
+        controller = self._controller
+        if ended_us > self._sampled_us:
+            self._sample(ended_us)
+        if self._watcher:
+            self._watcher.update(self._progress(ended_us))
+        return RunRecord(
+            requests=controller.ledger.close(),
+            deployments=tuple(one.record() for one in controller.fleet.deployments.values()),
+            gpu_samples=tuple(self._samples),
+            models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
+            ended_us=ended_us,
+        )

@@ -1,0 +1,1 @@
+"""The published recordings of the testbed: reading, run records, and replay."""

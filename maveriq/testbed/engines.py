@@ -1,0 +1,173 @@
+"""Engines of recorded runs: every service time, and how many others were busy in the same process meanwhile."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.records import RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.estimate.calibrated import in_shared_process
+from maveriq.tables import Row, choice, read_csv
+from maveriq.units import MICROS_PER_SECOND
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_CHARACTERS_PER_TOKEN = 4
+_PUBLISHED_OUTPUT_TOKENS = 20  # of every request of the published recordings
+MAX_CO_LOCATED = 7
+"""On eight GPUs; columns of `RecordedEngine.beside` are one more."""
+
+_DEPLOYMENTS = (
+    "run", "model_id", "model", "deploy_s", "deployed", "registered_s", "tp", "pp", "layer_split", "weight_dtype",
+    "int8_kv", "gpus", "est_gib_per_gpu", "used_gib_after",
+)  # fmt: skip
+_SCHEDULED = ("run", "req_id", "model_id", "scheduled_s", "prompt_chars")
+_COMPLETED = ("run", "req_id", "model_id", "arrival_s", "latency_s", "service_s")
+_CALM = 1e-3  # of a service: a neighbour that was busy for so short a time is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RecordedEngine:
+    """A deployment of a recorded run and the requests it served, an element each.
+
+    `beside[i, k]` is the share of the service of request i in which k neighbours were busy: other
+    engines that run in the process that this one runs in.
+    """
+
+    run: str
+    model: ModelSpec
+    configuration: ParallelConfig
+    gpu_ids: tuple[int, ...]
+    prompt_tokens: Array
+    output_tokens: Array
+    service_s: Array
+    beside: Array
+
+    @property
+    def calm(self) -> np.ndarray[Any, np.dtype[np.bool]]:
+        """Which requests had no busy neighbour."""
+        calm: np.ndarray[Any, np.dtype[np.bool]] = self.beside[:, 0] > 1 - _CALM
+        return calm
+
+
+def read_engines(folder: Path) -> list[RecordedEngine]:
+    """Read the deployments of a folder of recorded runs that served at least one request.
+
+    Raises:
+        InputError: a table is missing or wrong.
+    """
+    deployed = {
+        (row.text("run"), row.text("model_id")): row
+        for row in read_csv(folder / "deployments.csv", _DEPLOYMENTS, what="recorded deployments")
+        if row.count("deployed")
+    }
+    characters = _admitted_characters(folder / "scheduled.csv.gz", set(deployed))
+    requests: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
+    for row in read_csv(folder / "completed.csv.gz", _COMPLETED, what="recorded requests"):
+        key = row.text("run"), row.text("model_id")
+        tokens = max(1.0, characters[key[0]][row.count("req_id", least=1) - 1] / _CHARACTERS_PER_TOKEN)
+        finish_s = row.number("arrival_s") + row.number("latency_s")
+        requests[key].append((finish_s - row.number("service_s"), finish_s, tokens))
+    served = {key: np.array(sorted(rows)) for key, rows in requests.items()}
+    configurations = {key: _configuration(row) for key, row in deployed.items()}
+    return [
+        RecordedEngine(
+            run=key[0],
+            model=load_model(row.text("model")),
+            configuration=configurations[key],
+            gpu_ids=tuple(map(int, row.text("gpus").split())),
+            prompt_tokens=served[key][:, 2],
+            output_tokens=np.full(len(served[key]), float(_PUBLISHED_OUTPUT_TOKENS)),
+            service_s=served[key][:, 1] - served[key][:, 0],
+            beside=_beside(served[key], list(_neighbours(key, configurations, served))),
+        )
+        for key, row in deployed.items()
+        if key in served
+    ]
+
+
+def engines_of(run: str, record: RunRecord) -> list[RecordedEngine]:
+    """Return the engines of a run that completed at least one request.
+
+    Requests of batches say nothing of a single one, so engines that take batches are left out.
+    """
+    table, plans = record.requests, {one.deployment_id: one.plan for one in record.deployments if one.plan}
+    done = table.status == RequestStatus.COMPLETED.value
+    start_s, finish_s = table.start_us / MICROS_PER_SECOND, table.finish_us / MICROS_PER_SECOND
+    requests = np.column_stack([start_s, finish_s, table.prompt_tokens, table.output_tokens])
+    served = {
+        (run, str(deployment_id)): requests[mine]
+        for deployment_id in plans
+        if (mine := done & (table.deployment_id == deployment_id)).any()
+    }
+    configurations = {(run, str(deployment_id)): plan.configuration for deployment_id, plan in plans.items()}
+    return [
+        RecordedEngine(
+            run=run,
+            model=plan.model,
+            configuration=plan.configuration,
+            gpu_ids=plan.gpu_ids,
+            prompt_tokens=served[key][:, 2],
+            output_tokens=served[key][:, 3],
+            service_s=served[key][:, 1] - served[key][:, 0],
+            beside=_beside(served[key], list(_neighbours(key, configurations, served))),
+        )
+        for deployment_id, plan in plans.items()
+        if (key := (run, str(deployment_id))) in served and plan.configuration.batch_size == 1
+    ]
+
+
+def _configuration(row: Row) -> ParallelConfig:
+    return ParallelConfig(
+        tp=row.count("tp", least=1),
+        pp=row.count("pp", least=1),
+        weights=choice(row, "weight_dtype", WeightType),
+        kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
+    )
+
+
+def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str, list[int]]:
+    """Return prompt lengths by run in the order of admission; requests of models never deployed were dropped."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for row in read_csv(path, _SCHEDULED, what="scheduled requests"):
+        if (row.text("run"), row.text("model_id")) in deployed:
+            found[row.text("run")].append(row.count("prompt_chars"))
+    return found
+
+
+def _neighbours(
+    key: tuple[str, str],
+    configurations: Mapping[tuple[str, str], ParallelConfig],
+    served: Mapping[tuple[str, str], Array],
+) -> Iterator[Array]:
+    """Yield the requests of engines in the same process as this one's."""
+    if in_shared_process(configurations[key]):
+        for other, requests in served.items():
+            if other != key and other[0] == key[0] and in_shared_process(configurations[other]):
+                yield requests
+
+
+def _beside(requests: Array, neighbours: Sequence[Array]) -> Array:
+    """Return the shares of `RecordedEngine.beside`; requests have start and finish in their first columns."""
+    edges = np.array(
+        [(at_s, step) for other in neighbours for row in other for at_s, step in ((row[0], 1), (row[1], -1))]
+    )
+    found = np.zeros((len(requests), MAX_CO_LOCATED + 1))
+    if not len(edges):
+        found[:, 0] = 1.0
+        return found
+    edges = edges[np.lexsort((edges[:, 1], edges[:, 0]))]
+    count = np.append(0, np.cumsum(edges[:, 1])).astype(int).clip(0, MAX_CO_LOCATED)  # before each edge, and after all
+    for shares, (start_s, finish_s, *_) in zip(found, requests, strict=True):
+        first, last = np.searchsorted(edges[:, 0], start_s, "right"), np.searchsorted(edges[:, 0], finish_s, "left")
+        lasted_s = np.diff([start_s, *edges[first:last, 0], finish_s])
+        shares[:] = np.bincount(count[first : last + 1], lasted_s, minlength=MAX_CO_LOCATED + 1) / lasted_s.sum()
+    return found

@@ -1,0 +1,181 @@
+"""A recorded run once more: its arrivals, service times and plans, with maveriq's queue and dispatcher.
+
+What is left to maveriq is when each request goes (SPEC 6), so its latencies say how right that is.
+Nothing is fitted.
+
+What to tell maveriq to run a recorded run again from its description alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from maveriq.control.controller import ControllerSettings
+from maveriq.control.deployment_manager import Deployment
+from maveriq.domain.cluster import Cluster, ClusterView, Gpu
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.parallel import DeploymentPlan
+from maveriq.domain.records import NOT_YET, DeploymentRecord, RequestTable, RunRecord
+from maveriq.domain.requests import Request, RequestStatus
+from maveriq.errors import InputError, InvariantError, UnknownNameError
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.registry import PAPER
+from maveriq.policy.policy import Decision, Deploy
+from maveriq.scenario.options import Options
+from maveriq.scenario.system import ServingSystem
+from maveriq.sim.simulator import simulate
+from maveriq.testbed.recordings import RecordedRun
+from maveriq.testbed.run_records import MemoryStep, gpu_history
+from maveriq.units import MICROS_PER_SECOND, Micros
+from maveriq.workload.requests import Arrivals, Workload
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_NO_END_US: Micros = 1 << 60  # 36,000 years: every request of a recording was completed, so the replay ends by itself
+# Where nobody knows when an engine registered, nobody was waiting: no request arrives from 29 s
+# before a deploy to 60 s after it, and any loading time from 16 to 48 s gives the same figures.
+_UNNOTICED_LOAD_US: Micros = 30 * MICROS_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class _AsRecorded:
+    """The policy that deploys as it was recorded; each deployment is an endpoint of its own."""
+
+    plans: Mapping[int, DeploymentPlan]
+    name: str = "as-recorded"
+
+    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
+        return Deploy(plans=(self.plans[ask.endpoint_id],))
+
+
+def replay(recorded: RunRecord, profile: HardwareProfile) -> RunRecord:
+    """Return a recorded run with the starts and finishes that maveriq's controller gives its completed requests.
+
+    Those that were refused or unfinished stay so. They change nothing: the queue is first come,
+    first served, so what was still waiting at the end went behind all that was completed.
+
+    Args:
+        recorded: the run; engines that take one request at a time.
+        profile: whose dispatcher to take.
+
+    Raises:
+        InputError: no request was completed, or one was that could not be: it came before its engine had loaded.
+    """
+    done = recorded.requests.status == RequestStatus.COMPLETED.value
+    if not done.any():
+        raise InputError("a recorded run without a completed request cannot be replayed")
+    table = simulate(_scenario(recorded, done, profile)).requests
+    lost = np.flatnonzero(table.status != RequestStatus.COMPLETED.value)
+    if len(lost):
+        request_id = recorded.requests.request_id[done][lost[0]]
+        raise InputError(
+            f"recorded request {request_id} was completed, which cannot be with its plan: "
+            f"{table.reasons[table.reason[lost[0]]]}; check the times of its deployment"
+        )
+    return _with_times(recorded, done, table)
+
+
+def _with_times(recorded: RunRecord, done: Array, table: RequestTable) -> RunRecord:
+    start_us, finish_us = recorded.requests.start_us.copy(), recorded.requests.finish_us.copy()
+    start_us[done], finish_us[done] = table.start_us, table.finish_us
+    requests = replace(recorded.requests, start_us=start_us, finish_us=finish_us)
+    ended_us = max(recorded.ended_us, int(table.finish_us.max()))
+    samples = gpu_history(requests, recorded.deployments, memory=_memory(recorded), ended_us=ended_us)
+    return replace(recorded, requests=requests, gpu_samples=samples, ended_us=ended_us)
+
+
+def _memory(recorded: RunRecord) -> list[MemoryStep]:
+    steps = [
+        MemoryStep(since_us=time_us, used_bytes=[sample.memory_bytes for sample in samples])
+        for time_us, samples in groupby(recorded.gpu_samples, key=lambda sample: sample.time_us)
+    ]
+    return [MemoryStep(since_us=0, used_bytes=steps[0].used_bytes), *steps] if steps else []
+
+
+def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> ServingSystem:
+    table = recorded.requests
+    plans = {one.deployment_id: _plan(one, one.plan) for one in recorded.deployments if one.plan}
+    came_up = [one for one in recorded.deployments if one.plan]
+    registered_us = {plans[one.deployment_id]: _registered_us(one) for one in came_up}
+    ones = np.ones(int(done.sum()), dtype=np.int64)
+    return ServingSystem(
+        cluster=_cluster(came_up, profile),
+        policy=_AsRecorded(plans),
+        workload=Workload(
+            name="recorded",
+            # All are asked for at the start, when every GPU is idle, and load until they were
+            # registered: an engine comes up exactly when it did.
+            asks=tuple(replace(one.ask, endpoint_id=one.deployment_id, asked_us=0) for one in came_up),
+            arrivals=Arrivals(
+                arrival_us=table.arrival_us[done],
+                endpoint_id=table.deployment_id[done],
+                prompt_tokens=ones,
+                output_tokens=ones,
+                slo_us=0 * ones,
+                service_us=(table.finish_us - table.start_us)[done],
+            ),
+        ),
+        settings=ControllerSettings(timing=profile.timing, load_window=profile.load_window),
+        guess=_no_guess,
+        serve=None,
+        load_time=registered_us.__getitem__,
+        drain_us=_NO_END_US,
+        sample_us=_NO_END_US,
+    )
+
+
+def _cluster(came_up: list[DeploymentRecord], profile: HardwareProfile) -> Cluster:
+    last = max(gpu_id for one in came_up if one.plan for gpu_id in one.plan.gpu_ids)
+    gpus = (
+        Gpu(gpu_id=gpu_id, node=0, kind=profile.gpu_kind, capacity_bytes=profile.capacity_bytes)
+        for gpu_id in range(last + 1)
+    )
+    return Cluster(name="recorded", gpus=tuple(gpus))
+
+
+def _plan(deployment: DeploymentRecord, plan: DeploymentPlan) -> DeploymentPlan:
+    """Return the recorded plan without its memory, which plays no part in a replay."""
+    # The note tells equal plans of a run apart.
+    return replace(plan, gpu_bytes=(1,) * len(plan.gpu_ids), note=f"deployment {deployment.deployment_id}")
+
+
+def _registered_us(deployment: DeploymentRecord) -> Micros:
+    if deployment.ready_us == NOT_YET:
+        return deployment.ask.asked_us + _UNNOTICED_LOAD_US
+    return deployment.ready_us
+
+
+def _no_guess(deployment: Deployment, request: Request) -> Micros:
+    raise InvariantError(f"first come, first served: nobody guesses request {request.request_id} of {deployment.name}")
+
+
+_POLICIES = {"MaverIQ": "hybrid", "MaverIQ-FP16": "hybrid", "AlpaServe": "alpaserve", "AlpaServe*": "alpaserve-star"}
+
+
+def options_of(run: RecordedRun) -> Options:
+    """Return the options of a recorded run; MaverIQ planned with the paper's estimator and placed with hybrid (SPEC 5).
+
+    The requests of AlpaServe's runs were drawn in another way (SPEC 7), so that these options give
+    its trace, but not its very requests.
+
+    Raises:
+        UnknownNameError: a policy that maveriq does not have.
+    """
+    if run.policy not in _POLICIES:
+        raise UnknownNameError("policy of a recorded run", run.policy, _POLICIES)
+    return Options(
+        policy=_POLICIES[run.policy],
+        intent=run.intent or "min-cost",
+        float16_only=run.float16_only,
+        trace=run.trace,
+        scale=run.scale,
+        models=run.model_set,
+        slo_scale=run.slo_scale,
+        plan_with=PAPER,
+    )

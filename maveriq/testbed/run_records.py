@@ -1,0 +1,319 @@
+"""A recorded run in the schema of all runs, so that simulated and recorded ones need no translation.
+
+What a recording does not say stays empty: the first token, the estimated latency, and where no
+request waited for it, when an engine registered. Every request of the schedule ends in one status:
+
+- completed, where it has a row: it started at arrival + latency - service;
+- refused, where its model never had a deployment: it was dropped on arrival;
+- unfinished otherwise: the run ended while it waited.
+
+What GPUs held and how long they worked, from the records of a run that did not sample them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.models import ModelSpec, load_model
+from maveriq.domain.parallel import DeploymentPlan
+from maveriq.domain.records import NOT_YET, DeploymentRecord, GpuSample, RequestTable, RunRecord
+from maveriq.domain.requests import RequestStatus
+from maveriq.errors import InputError
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.testbed.recordings import (
+    TESTBED_GPUS,
+    Completed,
+    RecordedDeployment,
+    RecordedLayout,
+    RecordedRun,
+    Scheduled,
+)
+from maveriq.units import MICROS_PER_SECOND, Bytes, Micros, bytes_from_gib, duration_micros
+from maveriq.workload.arrivals import BIN_S, LOAD_SHIFT_S
+from maveriq.workload.lengths import CHARS_PER_TOKEN
+from maveriq.workload.model_sets import load_model_set
+
+Array: TypeAlias = npt.NDArray[Any]
+
+OUTPUT_TOKENS = 20
+"""Of every request of the recorded runs (SPEC 7)."""
+
+_REASONS = ("", "its model was never deployed", "the run ended first")
+_NEVER_DEPLOYED, _RUN_ENDED = 1, 2
+
+
+def run_record(run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile) -> RunRecord:
+    """Return the records of a recorded run.
+
+    Args:
+        run: which run.
+        scheduled: its schedule.
+        completed: its completed requests.
+        profile: the testbed's: what idle GPUs hold, latency objectives at scale 1, time to drain.
+
+    Raises:
+        InputError: the tables do not belong together.
+    """
+    deployments = _deployments(run, scheduled, profile)
+    requests = _requests(run, scheduled, completed, profile)
+    finished_us = int(requests.finish_us.max())
+    stopped_us = int(scheduled.arrival_us[-1]) + profile.drain_us
+    unfinished = bool((requests.status == RequestStatus.UNFINISHED.value).any())
+    ended_us = max(finished_us, stopped_us) if unfinished else finished_us
+    return RunRecord(
+        requests=requests,
+        deployments=deployments,
+        gpu_samples=gpu_history(requests, deployments, memory=_memory(run, profile), ended_us=ended_us),
+        models=_models(run, scheduled),
+        ended_us=ended_us,
+    )
+
+
+def _requests(run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile) -> RequestTable:
+    """Return all requests of the schedule in order of arrival."""
+    deployment_of = {one.endpoint_id: number for number, one in enumerate(_came_up(run), start=1)}
+    deployment_id = np.array([deployment_of.get(one, 0) for one in scheduled.endpoint_id.tolist()], dtype=np.int64)
+    done = _rows_of(run, completed, scheduled.endpoint_id, np.flatnonzero(deployment_id))
+    arrival_us = scheduled.arrival_us.copy()
+    start_us, finish_us = (np.full(len(scheduled), NOT_YET, dtype=np.int64) for _ in range(2))
+    status = np.where(deployment_id > 0, RequestStatus.UNFINISHED.value, RequestStatus.REFUSED.value)
+    reason = np.where(deployment_id > 0, _RUN_ENDED, _NEVER_DEPLOYED)
+    arrival_us[done] = completed.arrival_us
+    finish_us[done] = completed.arrival_us + completed.latency_us
+    start_us[done] = finish_us[done] - completed.service_us
+    status[done], reason[done] = RequestStatus.COMPLETED.value, 0
+    table = RequestTable(
+        request_id=scheduled.request_id,
+        endpoint_id=scheduled.endpoint_id,
+        deployment_id=deployment_id,
+        arrival_us=arrival_us,
+        start_us=start_us,
+        first_token_us=np.full(len(scheduled), NOT_YET, dtype=np.int64),
+        finish_us=finish_us,
+        status=status,
+        reason=reason,
+        prompt_tokens=_tokens(scheduled.prompt_chars),
+        output_tokens=np.full(len(scheduled), OUTPUT_TOKENS, dtype=np.int64),
+        slo_us=_slos_us(run, scheduled, profile),
+        reasons=_REASONS,
+    )
+    return _in_order_of_arrival(table)
+
+
+def _rows_of(run: RecordedRun, completed: Completed, endpoint_id: Array, admitted: Array) -> Array:
+    """Return the row in the schedule of each completed request.
+
+    Requests of models that are not deployed were dropped before they got a number, so the k-th
+    number belongs to the k-th request of the rest.
+    """
+    if len(np.unique(completed.admitted_id)) < len(completed) or completed.admitted_id.max() > len(admitted):
+        raise InputError(f"recorded run {run.name!r}: a request was completed twice, or was never scheduled")
+    rows: Array = admitted[completed.admitted_id - 1]
+    wrong = np.flatnonzero(endpoint_id[rows] != completed.endpoint_id)
+    if len(wrong):
+        raise InputError(
+            f"recorded run {run.name!r}: request {completed.admitted_id[wrong[0]]} was completed by model "
+            f"{completed.endpoint_id[wrong[0]]} but scheduled for {endpoint_id[rows[wrong[0]]]}"
+        )
+    return rows
+
+
+def _in_order_of_arrival(table: RequestTable) -> RequestTable:
+    order = np.argsort(table.arrival_us, kind="stable")
+    columns = {name: getattr(table, name)[order] for name in table.__slots__ if name != "reasons"}
+    return RequestTable(**columns, reasons=table.reasons)
+
+
+def _tokens(chars: Array) -> Array:
+    tokens: Array = np.maximum(np.rint(chars / CHARS_PER_TOKEN), 1).astype(np.int64)
+    return tokens
+
+
+def _slos_us(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> Array:
+    models = _models(run, scheduled)
+    slos_us = {endpoint_id: _slo_us(run, name, profile) for endpoint_id, name in models.items()}
+    return np.array([slos_us[one] for one in scheduled.endpoint_id.tolist()], dtype=np.int64)
+
+
+def _slo_us(run: RecordedRun, model_name: str, profile: HardwareProfile) -> Micros:
+    slo_s = profile.slo_s(model_name, OUTPUT_TOKENS)
+    return duration_micros(run.slo_scale * slo_s) if run.slo_scale and slo_s else 0
+
+
+def _models(run: RecordedRun, scheduled: Scheduled) -> dict[int, str]:
+    """Return the model of each endpoint.
+
+    The recording does not name one that was never asked for; it is a model of the set that no
+    deployment has, and they stand in the order of the set.
+    """
+    models = {one.endpoint_id: one.model_name for one in run.deployments}
+    absent = sorted(set(np.unique(scheduled.endpoint_id).tolist()) - set(models))
+    if absent:
+        left = iter(_not_deployed(run))
+        last = load_model_set(run.model_set).entries[-1].model.name
+        models |= {endpoint_id: next(left, last) for endpoint_id in absent}
+    return dict(sorted(models.items()))
+
+
+def _not_deployed(run: RecordedRun) -> list[str]:
+    """Return the models of the set that no deploy command asked for: the time of a command tells its bin."""
+    bins = {_load_bin(one) for one in run.deployments}
+    return [entry.model.name for entry in load_model_set(run.model_set).entries if entry.load_at not in bins]
+
+
+def _load_bin(deployment: RecordedDeployment) -> int:
+    """Return the bin at which a model of a set loads, as `arrivals.deploy_times` put it into time."""
+    at_s = deployment.asked_us // MICROS_PER_SECOND - LOAD_SHIFT_S * (deployment.endpoint_id - 1)
+    return max(0, at_s // BIN_S - 1)
+
+
+def _came_up(run: RecordedRun) -> Iterator[RecordedDeployment]:
+    return (one for one in run.deployments if one.layout)
+
+
+def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> tuple[DeploymentRecord, ...]:
+    """Return the deployments that came up, numbered from 1, then those that did not."""
+    typical = int(np.median(_tokens(scheduled.prompt_chars)))
+    held = _idle(profile)
+    after: dict[int, tuple[Sequence[Bytes], Sequence[Bytes]]] = {}
+    for one in run.deployments:
+        used = _used(one, profile)
+        after[one.endpoint_id] = held, used
+        held = used
+    ordered = sorted(run.deployments, key=lambda one: one.layout is None)  # stable: in order of time otherwise
+    return tuple(
+        _deployment(run, one, number, typical, after[one.endpoint_id], profile)
+        for number, one in enumerate(ordered, start=1)
+    )
+
+
+def _deployment(
+    run: RecordedRun,
+    one: RecordedDeployment,
+    number: int,
+    prompt_tokens: int,
+    memory: tuple[Sequence[Bytes], Sequence[Bytes]],
+    profile: HardwareProfile,
+) -> DeploymentRecord:
+    model = load_model(one.model_name)
+    slo_s = profile.slo_s(model.name, OUTPUT_TOKENS)
+    # A baseline is told no objective. The schema has no word for that, and its default misleads nobody.
+    objective = Objective.named(run.intent) if run.intent else Objective.MIN_COST
+    ask = EndpointSpec(
+        endpoint_id=one.endpoint_id,
+        model=model,
+        intent=Intent(
+            objective=objective,
+            slo_s=run.slo_scale * slo_s if run.slo_scale and slo_s else None,
+            float16_only=run.float16_only,
+        ),
+        asked_us=one.asked_us,
+        prompt_tokens=prompt_tokens,
+        output_tokens=OUTPUT_TOKENS,
+    )
+    return DeploymentRecord(
+        deployment_id=number,
+        ask=ask,
+        plan=_plan(model, one.layout, *memory) if one.layout else None,
+        ready_us=NOT_YET if one.registered_us is None or one.layout is None else one.registered_us,
+        removed_us=NOT_YET,
+        status="up" if one.layout else "rejected",
+        reason="" if one.layout else "it never came up",
+    )
+
+
+def _plan(model: ModelSpec, layout: RecordedLayout, before: Sequence[Bytes], after: Sequence[Bytes]) -> DeploymentPlan:
+    """Return the recorded plan with the memory that it was measured to take."""
+    return DeploymentPlan(
+        model=model,
+        configuration=layout.configuration,
+        layer_split=layout.layer_split,
+        gpu_ids=layout.gpu_ids,
+        # What others gave back meanwhile must not make it nothing.
+        gpu_bytes=tuple(max(1, after[gpu_id] - before[gpu_id]) for gpu_id in layout.gpu_ids),
+        est_latency_s=0.0,
+        est_memory_bytes=bytes_from_gib(sum(layout.gib_per_gpu)),
+    )
+
+
+def _idle(profile: HardwareProfile) -> tuple[Bytes, ...]:
+    return (profile.idle_bytes,) * TESTBED_GPUS
+
+
+def _used(deployment: RecordedDeployment, profile: HardwareProfile) -> tuple[Bytes, ...]:
+    return tuple(map(bytes_from_gib, deployment.used_gib_after)) or _idle(profile)
+
+
+def _memory(run: RecordedRun, profile: HardwareProfile) -> list[MemoryStep]:
+    """Return what GPUs held over time; a deployment holds its memory from the command on."""
+    later = (
+        MemoryStep(since_us=one.asked_us, used_bytes=_used(one, profile))
+        for one in run.deployments
+        if one.used_gib_after
+    )
+    return [MemoryStep(since_us=0, used_bytes=_idle(profile)), *later]
+
+
+_MOST_SAMPLES = 2_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStep:
+    """What each GPU holds from an instant on, in the order of GPU ids."""
+
+    since_us: Micros
+    used_bytes: Sequence[Bytes]
+
+
+def gpu_history(
+    requests: RequestTable,
+    deployments: Sequence[DeploymentRecord],
+    *,
+    memory: Sequence[MemoryStep],
+    ended_us: Micros,
+) -> tuple[GpuSample, ...]:
+    """Return a sample of each GPU every second, or rarer in a long run, and at the end.
+
+    Args:
+        requests: a GPU works from the start to the finish of each request of its deployments.
+        deployments: which GPUs they have.
+        memory: steps in order of time, the first at 0.
+        ended_us: when the run ended.
+    """
+    every_us = MICROS_PER_SECOND * max(1, -(-ended_us // (MICROS_PER_SECOND * _MOST_SAMPLES)))
+    instants_us = np.unique(np.append(np.arange(every_us, ended_us, every_us), ended_us))
+    step_at = np.searchsorted([step.since_us for step in memory], instants_us, side="right") - 1
+    busy = [_busy_shares(requests, deployments, gpu_id, instants_us) for gpu_id in range(len(memory[0].used_bytes))]
+    return tuple(
+        GpuSample(
+            time_us=time_us, gpu_id=gpu_id, memory_bytes=memory[step].used_bytes[gpu_id], busy_share=float(shares[row])
+        )
+        for row, (time_us, step) in enumerate(zip(instants_us.tolist(), step_at.tolist(), strict=True))
+        for gpu_id, shares in enumerate(busy)
+    )
+
+
+def _busy_shares(
+    requests: RequestTable, deployments: Sequence[DeploymentRecord], gpu_id: int, instants_us: Array
+) -> Array:
+    """Return the share of the time since the last instant in which a GPU worked."""
+    mine = [one.deployment_id for one in deployments if one.plan and gpu_id in one.plan.gpu_ids]
+    ran = np.isin(requests.deployment_id, mine) & (requests.start_us != NOT_YET) & (requests.finish_us != NOT_YET)
+    busy_us = _past(requests.start_us[ran], instants_us) - _past(requests.finish_us[ran], instants_us)
+    shares: Array = np.diff(busy_us, prepend=0) / np.diff(instants_us, prepend=0)
+    return np.clip(shares, 0.0, 1.0)  # recorded times are rounded, so that neighbours may overlap by some µs
+
+
+def _past(moments_us: Array, instants_us: Array) -> Array:
+    """Return for each instant the sum of the time since those moments that have passed."""
+    ordered = np.sort(moments_us)
+    count = np.searchsorted(ordered, instants_us, side="right")
+    sums: Array = np.concatenate(([0], np.cumsum(ordered)))
+    past: Array = count * instants_us - sums[count]
+    return past

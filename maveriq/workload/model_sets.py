@@ -1,0 +1,162 @@
+"""Model sets: which models are asked for, in which order, and when (TOML, see `traces/README.md`)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from maveriq.domain.deployments import Intent, Objective
+from maveriq.domain.models import ModelSpec, load_model
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.files import is_folder, traces_path
+from maveriq.tables import read_toml
+
+_WHAT = "model set"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """One model of a set: what loads at which bin of 30 s, and how its intent differs from the run's.
+
+    None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
+    model's configuration was read from, None for a model of the catalogue.
+    """
+
+    model: ModelSpec
+    load_at: int
+    objective: Objective | None = None
+    min_accuracy: float | None = None
+    float16_only: bool | None = None
+    config: Path | None = None
+
+    def intent(self, of_run: Intent) -> Intent:
+        """Return the run's intent with what this entry says instead.
+
+        Raises:
+            InputError: an accuracy outside 0 to 100.
+        """
+        return replace(
+            of_run,
+            objective=of_run.objective if self.objective is None else self.objective,
+            min_accuracy=of_run.min_accuracy if self.min_accuracy is None else self.min_accuracy,
+            float16_only=of_run.float16_only if self.float16_only is None else self.float16_only,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSet:
+    """Models in the order in which they load; the k-th (from 1) is endpoint k.
+
+    Raises:
+        InputError: no model, or bins that go back.
+    """
+
+    name: str
+    entries: tuple[ModelEntry, ...]
+
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise InputError(f"{_WHAT} {self.name!r} has no model")
+        for earlier, later in pairwise(self.entries):
+            if later.load_at < earlier.load_at:
+                raise InputError(
+                    f"{_WHAT} {self.name!r}: {later.model.name} loads at bin {later.load_at}, after a model that loads"
+                    f" at bin {earlier.load_at}; list the models by load_at"
+                )
+
+    @property
+    def load_at(self) -> tuple[int, ...]:
+        """The bin at which each model loads, ascending."""
+        return tuple(entry.load_at for entry in self.entries)
+
+    def configs(self) -> dict[ModelSpec, Path]:
+        """Return where each model's own configuration lies; catalogue models have none.
+
+        Raises:
+            InputError: two configurations describe what looks like one model, perhaps with other weights.
+        """
+        found: dict[ModelSpec, Path] = {}
+        for entry in self.entries:
+            if entry.config is not None and found.setdefault(entry.model, entry.config) != entry.config:
+                raise InputError(
+                    f"{_WHAT} {self.name!r}: {str(found[entry.model])!r} and {str(entry.config)!r} are both called "
+                    f"{entry.model.name!r}; set _name_or_path in one of them to tell them apart"
+                )
+        return found
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    model: str
+    load_at: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+    objective: str | None = None
+    min_accuracy: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    float16_only: bool | None = None
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    name: str
+    models: Annotated[list[_Entry], msgspec.Meta(min_length=1)]
+    source: str = ""
+
+
+def known_model_sets() -> list[str]:
+    """Return the names of the model sets that come with maveriq, sorted."""
+    return sorted(path.stem for path in traces_path().glob("*.toml") if not path.stem.startswith("cluster-"))
+
+
+def load_model_set(name_or_path: str) -> ModelSet:
+    """Return a model set by its name, or read it from a TOML file.
+
+    Raises:
+        UnknownNameError: neither a known name nor a path; a model that is neither.
+        InputError: the file is not such a file, or a value in it is wrong.
+    """
+    known = known_model_sets()
+    if name_or_path in known:
+        path = traces_path(f"{name_or_path}.toml")
+    elif name_or_path.endswith(".toml") or os.sep in name_or_path:
+        path = Path(name_or_path)
+    else:
+        raise UnknownNameError(_WHAT, name_or_path, known, "or give the path of a TOML file")
+    file = read_toml(path, _File, what=_WHAT)
+    return ModelSet(name=file.name, entries=tuple(_entry(entry, path) for entry in file.models))
+
+
+def _entry(entry: _Entry, path: Path) -> ModelEntry:
+    try:
+        config = _config(entry.model, path.parent)
+        model = load_model(entry.model if config is None else str(config))
+        objective = None if entry.objective is None else _objective(entry.objective)
+    except InputError as error:
+        raise InputError(f"{_WHAT} {str(path)!r}: {error}") from None
+    return ModelEntry(
+        model=model,
+        load_at=entry.load_at,
+        objective=objective,
+        min_accuracy=entry.min_accuracy,
+        float16_only=entry.float16_only,
+        config=config,
+    )
+
+
+def _config(name_or_path: str, folder: Path) -> Path | None:
+    """Return the path of a model's configuration, None for what is a name.
+
+    One named by a relative path lies beside the file that names it.
+    """
+    if not ("/" in name_or_path or name_or_path.endswith(".json")):
+        return None
+    path = folder / name_or_path
+    return path / "config.json" if is_folder(path) else path
+
+
+def _objective(name: str) -> Objective:
+    try:
+        return Objective(name.replace("_", "-"))
+    except ValueError:
+        raise UnknownNameError("objective", name, [objective.value for objective in Objective]) from None
