@@ -18,6 +18,6 @@ class ClockEngine(EmulatedEngine):
 
     def generate(self, work: Generate) -> Iterator[Step]:
         """Yield the parts."""
-        asked_us = int(time.monotonic() * 1e6)
-        for token in divmod(asked_us, WORD):
+        requested_us = int(time.monotonic() * 1e6)
+        for token in divmod(requested_us, WORD):
             yield [token] * len(work.sequences)

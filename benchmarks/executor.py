@@ -54,14 +54,14 @@ class _OneGpuEach:
 
     name = "one-gpu-each"
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
         return Deploy(
             plans=(
                 DeploymentPlan(
-                    model=ask.model,
+                    model=endpoint.model,
                     configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16),
-                    layer_split=(ask.model.layers,),
-                    gpu_ids=(ask.endpoint_id - 1,),
+                    layer_split=(endpoint.model.layers,),
+                    gpu_ids=(endpoint.endpoint_id - 1,),
                     gpu_bytes=(_GIB,),
                     est_latency_s=0.0,
                     est_memory_bytes=0,
@@ -77,7 +77,7 @@ class _NoTime:
         return 1, 1
 
 
-def _guess(deployment: Deployment, request: Request) -> Micros:
+def _predict_service_time(deployment: Deployment, request: Request) -> Micros:
     raise MaveriqError(f"nobody asks: first come, first served ({deployment.name}, {request.request_id})")
 
 
@@ -92,7 +92,7 @@ async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tu
         cluster=Cluster(name="benchmark", gpus=tuple(gpus)),
         policy=_OneGpuEach(),
         settings=ControllerSettings(),
-        guess=_guess,
+        predict_service_time=_predict_service_time,
         service=_NoTime(),
         load_time=_no_load_time,
     )
@@ -111,15 +111,15 @@ async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tu
         gaps_s = np.random.default_rng(42).exponential(1 / rate, int(rate * duration_s))
         loop = asyncio.get_running_loop()
         due_s = loop.time() + np.cumsum(gaps_s)
-        tickets = []
+        handles = []
         for number, at_s in enumerate(due_s):
             await asyncio.sleep(max(0.0, at_s - loop.time()))
             arrived_s = time.monotonic()
             submission = Submission(endpoint_id=1 + number % engines, prompt=_PROMPT, output_tokens=2)
-            tickets.append((arrived_s, body.submit(submission)))
+            handles.append((arrived_s, body.submit(submission)))
         overhead_ms = []
-        for arrived_s, ticket in tickets:
-            high, low = (await ticket.outcome()).tokens
+        for arrived_s, handle in handles:
+            high, low = (await handle.outcome()).tokens
             overhead_ms.append((high * WORD + low) / 1e3 - arrived_s * 1e3)
         await body.close()
     return np.array(overhead_ms)

@@ -66,12 +66,12 @@ def measure(world: World, requests: int) -> dict[str, float]:
 def _scenario(world: World) -> ServingSystem:
     """Return the default scenario on another cluster, with the first models of a set, all asked for at 0."""
     scenario = build_system(Options(gpus=world.gpus, models="regular"))
-    asks = tuple(replace(ask, asked_us=0) for ask in scenario.workload.asks[: world.models])
-    return replace(scenario, workload=replace(scenario.workload, asks=asks))
+    endpoints = tuple(replace(endpoint, requested_us=0) for endpoint in scenario.workload.endpoints[: world.models])
+    return replace(scenario, workload=replace(scenario.workload, endpoints=endpoints))
 
 
 def _with(scenario: ServingSystem, arrivals: Arrivals) -> ServingSystem:
-    workload = Workload(name="steady Poisson", asks=scenario.workload.asks, arrivals=arrivals)
+    workload = Workload(name="steady Poisson", endpoints=scenario.workload.endpoints, arrivals=arrivals)
     sample_us = max(MICROS_PER_SECOND, int(arrivals.arrival_us[-1]) // _SAMPLES)
     return replace(scenario, workload=workload, drain_us=_DRAIN_US, sample_us=sample_us)
 

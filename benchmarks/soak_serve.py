@@ -31,7 +31,7 @@ MODELS = ("llama-2-7b", "gptj-6b", "falcon-7b")
 LENGTHS = (1, 5, 20, 33)
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 WARM_UP = 0.25  # share of the requests after which memory must be steady
-MOST_GROWTH_MIB = 8.0
+MAX_GROWTH_MIB = 8.0
 SAMPLE_EVERY_S = 0.5
 
 
@@ -235,7 +235,7 @@ def faults_of(results: dict[str, Any]) -> list[str]:
         "nothing else happened": server["failed"] == server["refused"] == server["unfinished"] == nothing,
         "nothing is left": server["in_flight"] == 0,
         "all are remembered": set(results["remembered"]) == {"completed"},
-        "memory is flat": memory["steady_last"] - memory["steady_first"] <= MOST_GROWTH_MIB,
+        "memory is flat": memory["steady_last"] - memory["steady_first"] <= MAX_GROWTH_MIB,
         "it ended in order": results["exit_code"] == 0,
     }
     return [name for name, holds in checks.items() if not holds]

@@ -28,7 +28,7 @@ class InputError(MaveriqError):
     exit_code = 2
 
 
-_MOST_NAMES, _FEW_NAMES = 16, 5
+_MAX_NAMES, _FEW_NAMES = 16, 5
 
 
 class UnknownNameError(InputError):
@@ -48,7 +48,7 @@ class UnknownNameError(InputError):
 
 def _listed(names: list[str], name: str) -> str:
     """Return the names for one line: all, or of very many the nearest."""
-    if len(names) <= _MOST_NAMES:
+    if len(names) <= _MAX_NAMES:
         return ", ".join(names)
     nearest = difflib.get_close_matches(name, names, n=_FEW_NAMES, cutoff=0.0)
     return f"{', '.join(nearest)} and {len(names) - len(nearest)} more"

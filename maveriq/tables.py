@@ -145,26 +145,26 @@ class Row:
             raise InputError(f"{self.where}: {column} is empty")
         return value
 
-    def number(self, column: str, *, least: float = -math.inf, most: float = math.inf) -> float:
+    def number(self, column: str, *, minimum: float = -math.inf, maximum: float = math.inf) -> float:
         """Return a finite number from `least` to `most`."""
         raw = self.cells[column]
         try:
             value = float(raw)
         except ValueError:
             raise InputError(f"{self.where}: {column} must be a number, not {raw!r}") from None
-        if not math.isfinite(value) or not least <= value <= most:
-            bound = f" of at least {least:g}" if least > -math.inf else ""
-            if most < math.inf:
-                bound = f" from {least:g} to {most:g}"
+        if not math.isfinite(value) or not minimum <= value <= maximum:
+            bound = f" of at least {minimum:g}" if minimum > -math.inf else ""
+            if maximum < math.inf:
+                bound = f" from {minimum:g} to {maximum:g}"
             raise InputError(f"{self.where}: {column} must be a finite number{bound}, not {raw!r}")
         return value
 
-    def count(self, column: str, *, least: int = 0) -> int:
+    def count(self, column: str, *, minimum: int = 0) -> int:
         """Return a whole number of at least `least`."""
         raw = self.cells[column]
         # At most 15 digits: every such number survives a float, and no cell can exhaust memory.
-        if not re.fullmatch(r"-?\d{1,15}", raw) or int(raw) < least:
-            raise InputError(f"{self.where}: {column} must be a whole number of at least {least}, not {raw!r}")
+        if not re.fullmatch(r"-?\d{1,15}", raw) or int(raw) < minimum:
+            raise InputError(f"{self.where}: {column} must be a whole number of at least {minimum}, not {raw!r}")
         return int(raw)
 
 
@@ -282,14 +282,14 @@ def parse_columns(text: str, dtypes: Mapping[str, str], *, needed: Sequence[str]
     return {name: table[name] for name in header}
 
 
-def whole_numbers(column: np.ndarray[Any, Any], name: str, *, least: int, most: int) -> np.ndarray[Any, Any]:
+def whole_numbers(column: np.ndarray[Any, Any], name: str, *, minimum: int, maximum: int) -> np.ndarray[Any, Any]:
     """Return a float column as int64.
 
     Raises:
         ValueError: a cell is not a whole number from `least` to `most`.
     """
-    if not ((column >= least) & (column <= most) & (column == np.floor(column))).all():
-        raise ValueError(f"{name} must be whole numbers from {least} to {most}")
+    if not ((column >= minimum) & (column <= maximum) & (column == np.floor(column))).all():
+        raise ValueError(f"{name} must be whole numbers from {minimum} to {maximum}")
     return column.astype(np.int64)
 
 
@@ -309,16 +309,16 @@ def micros_column(seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return nearest
 
 
-def check_whole(row: Row, column: str, *, least: int, most: int) -> None:
+def check_whole(row: Row, column: str, *, minimum: int, maximum: int) -> None:
     """Check one cell as `whole_numbers` does.
 
     Raises:
         InputError: the cell is not a whole number from `least` to `most`.
     """
     value = row.number(column)
-    if not (least <= value <= most and value.is_integer()):
+    if not (minimum <= value <= maximum and value.is_integer()):
         raise InputError(
-            f"{row.where}: {column} must be a whole number from {least} to {most}, not {row.cells[column]!r}"
+            f"{row.where}: {column} must be a whole number from {minimum} to {maximum}, not {row.cells[column]!r}"
         )
 
 

@@ -98,14 +98,14 @@ def nonnegative_least_squares(inputs: np.ndarray, wanted: np.ndarray) -> np.ndar
     With few columns the exact way is the simplest: solve for every subset of them, keep the best.
     """
     columns = inputs.shape[1]
-    best, least = np.zeros(columns), float(wanted @ wanted)
+    best, minimum = np.zeros(columns), float(wanted @ wanted)
     for size in range(1, columns + 1):
         for subset in itertools.combinations(range(columns), size):
             solution = np.zeros(columns)
             solution[list(subset)] = np.linalg.lstsq(inputs[:, subset], wanted, rcond=None)[0]
             left = float(((wanted - inputs @ solution) ** 2).sum())
-            if solution.min() >= 0 and left < least:
-                best, least = solution, left
+            if solution.min() >= 0 and left < minimum:
+                best, minimum = solution, left
     return best
 
 

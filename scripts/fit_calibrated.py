@@ -39,7 +39,7 @@ def main() -> None:
     fitted = cross_fit(samples, start_calibration(), told=print)
     engines = read_engines(arguments.data_dir / "testbed")
     benchmarked = CalibratedEstimator(load_profile("a6000-short"), fitted.calibration, served=False)
-    served, without_run = cross_fit_served(benchmarked.slowness, fitted.calibration, engines)
+    served, without_run = cross_fit_served(benchmarked.layer_time_ratio, fitted.calibration, engines)
     (arguments.out / "calibrated-served.csv").write_text(online_csv(without_run), encoding="utf-8")
     write(arguments.out / "calibrated.toml", msgspec.structs.replace(fitted.calibration, served=served), "")
     for model, calibration in fitted.without.items():

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from worlds import MODEL, AsTold, TokenSeconds, cluster, guess
+from worlds import MODEL, AsTold, TokenSeconds, cluster, predict_service_time
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
@@ -30,7 +30,7 @@ from maveriq.exec.world import World
 from maveriq.scenario.service_times import EstimatedServiceTimes
 
 T = TypeVar("T")
-PATIENCE_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
+TIMEOUT_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class EngineCase:
 
     backend: str
     model: ModelSpec = MODEL
-    most_ranks: int = 4
+    max_ranks: int = 4
 
     def spec(self, **more: Any) -> EngineSpec:
         ranks = more.get("tp", 1) * more.get("pp", 1)
-        usual: dict[str, Any] = {
+        default: dict[str, Any] = {
             "deployment_id": 1,
             "incarnation": 1,
             "model": self.model.name,
@@ -56,7 +56,7 @@ class EngineCase:
             "batch_size": 4,
             "devices": ("cpu",) * ranks,
         }
-        return EngineSpec(**usual | more)
+        return EngineSpec(**default | more)
 
 
 ENGINES = [EngineCase(backend="emulated")]
@@ -78,7 +78,7 @@ class Rig:
 
     async def hear(self, *kinds: type[FromEngine]) -> Any:
         """Return the next message of one of these kinds (of any, if none is given); others before it are skipped."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while True:
                 message = await self.connection.channel.receive()
                 if not kinds or isinstance(message, kinds):
@@ -103,7 +103,7 @@ class Rig:
             pass
 
     async def exit_code(self) -> int:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             return await self.connection.wait_exit()
 
 
@@ -161,21 +161,21 @@ def alive_in_group(pgid: int) -> list[int]:
 
 async def until(true: Callable[[], object], *, every_s: float = 0.005) -> None:
     """Wait until something holds."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while not true():
             await asyncio.sleep(every_s)
 
 
 def run_async(test: Callable[[], Awaitable[T]]) -> T:
     async def bounded() -> T:
-        async with asyncio.timeout(3 * PATIENCE_S):
+        async with asyncio.timeout(3 * TIMEOUT_S):
             return await test()
 
     return asyncio.run(bounded())
 
 
 QUICK = SupervisionSettings(
-    start_s=10, ping_s=0.05, hang_s=1.0, stop_s=2.0, backoff_s=0.02, longest_backoff_s=0.1, most_failures=3
+    start_s=10, ping_s=0.05, hang_timeout_s=1.0, stop_s=2.0, backoff_s=0.02, longest_backoff_s=0.1, max_restarts=3
 )
 
 
@@ -196,7 +196,7 @@ async def body(
         cluster=cluster(4),
         policy=AsTold(gpus_of, batch_size),
         settings=ControllerSettings(**settings),
-        guess=guess,
+        predict_service_time=predict_service_time,
         service=EstimatedServiceTimes(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
         measured_loads=sampler.loads if sampler else None,

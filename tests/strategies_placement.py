@@ -70,9 +70,9 @@ def problem(
 
 
 @st.composite
-def problems(draw, most_gpus: int = 6, most_models: int = 5, most_requests: int = 40) -> PlacementProblem:
+def problems(draw, max_gpus: int = 6, max_models: int = 5, max_requests: int = 40) -> PlacementProblem:
     """Random problems, some of whose models cannot run everywhere and some of whose requests are to no model."""
-    models = draw(st.integers(1, most_models))
+    models = draw(st.integers(1, max_models))
     profiles = [
         profile(
             draw(st.sampled_from([0.05, 0.1, 0.25, 1.0])),
@@ -87,13 +87,13 @@ def problems(draw, most_gpus: int = 6, most_models: int = 5, most_requests: int 
                 st.floats(0, 3, width=32), st.integers(-1, models - 1), st.sampled_from([0.05, 0.2, 0.6, math.inf])
             ),
             min_size=1,
-            max_size=most_requests,
+            max_size=max_requests,
         )
     )
     return problem(
         profiles,
         sorted(requests),
-        gpus=draw(st.integers(1, most_gpus)),
+        gpus=draw(st.integers(1, max_gpus)),
         memory_gib=draw(st.sampled_from([0.4, 2.0, 3.0, 5.0])),
     )
 

@@ -57,11 +57,11 @@ def deployment(
     )
     return DeploymentRecord(
         deployment_id=deployment_id,
-        ask=EndpointSpec(
+        endpoint=EndpointSpec(
             endpoint_id=endpoint_id,
             model=spec,
             intent=Intent(objective=Objective.MIN_COST, slo_s=slo_s),
-            asked_us=micros(10.0 * deployment_id),
+            requested_us=micros(10.0 * deployment_id),
             prompt_tokens=32,
             output_tokens=20,
         ),

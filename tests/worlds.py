@@ -60,9 +60,9 @@ class AsTold:
     batch_size: int = 1
     name: str = "as-told"
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
-        replicas = self.gpus_of.get(ask.endpoint_id, [])
+        replicas = self.gpus_of.get(endpoint.endpoint_id, [])
         if not replicas or any(free.get(gpu, 0) < SHARD_BYTES for gpus in replicas for gpu in gpus):
             return Rejection(reason="told to reject")
         return Deploy(plans=tuple(plan(gpus, self.batch_size) for gpus in replicas))
@@ -87,12 +87,12 @@ def cluster(gpus: int, gib: int = 8) -> Cluster:
     )
 
 
-def ask(endpoint_id: int, asked_us: Micros = 0) -> EndpointSpec:
+def endpoint_spec(endpoint_id: int, requested_us: Micros = 0) -> EndpointSpec:
     return EndpointSpec(
         endpoint_id=endpoint_id,
         model=MODEL,
         intent=Intent(objective=Objective.MIN_COST),
-        asked_us=asked_us,
+        requested_us=requested_us,
         prompt_tokens=1,
         output_tokens=1,
     )
@@ -119,18 +119,20 @@ def scenario(
     load_us: Micros = 1,
     batch_size: int = 1,
     token_s: float = 0.001,
-    asked_us: dict[int, Micros] | None = None,
+    requested_us: dict[int, Micros] | None = None,
     drain_us: Micros = 3_600 * MICROS_PER_SECOND,
 ) -> ServingSystem:
     """A world whose requests take `token_s` per output token; all endpoints are asked for at 0."""
     estimator = TokenSeconds(token_s)
-    asks = tuple(ask(endpoint_id, (asked_us or {}).get(endpoint_id, 0)) for endpoint_id in sorted(gpus_of))
+    endpoints = tuple(
+        endpoint_spec(endpoint_id, (requested_us or {}).get(endpoint_id, 0)) for endpoint_id in sorted(gpus_of)
+    )
     return ServingSystem(
         cluster=cluster(gpus),
         policy=AsTold(gpus_of, batch_size),
-        workload=Workload(name="test", asks=asks, arrivals=requests),
+        workload=Workload(name="test", endpoints=endpoints, arrivals=requests),
         settings=settings or ControllerSettings(),
-        guess=guess,
+        predict_service_time=predict_service_time,
         serve=estimator,
         load_time=lambda _plan: load_us,
         faults=faults,
@@ -139,7 +141,7 @@ def scenario(
     )
 
 
-def guess(deployment: Deployment, request: Request) -> Micros:
+def predict_service_time(deployment: Deployment, request: Request) -> Micros:
     """What shortest job first goes by: here it knows the truth, so that tests can tell its order."""
     return duration_micros(request.output_tokens / 1e3)
 
@@ -150,4 +152,4 @@ def run(*args, **kwargs) -> RunRecord:
 
 def controller(gpus_of: dict[int, list[tuple[int, ...]]], *, gpus: int = 4, **settings) -> Controller:
     """A controller to be driven by hand."""
-    return Controller(cluster(gpus), AsTold(gpus_of), ControllerSettings(**settings), guess)
+    return Controller(cluster(gpus), AsTold(gpus_of), ControllerSettings(**settings), predict_service_time)

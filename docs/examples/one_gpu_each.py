@@ -23,27 +23,27 @@ class OneGpuEach:
     estimator: Estimator
     name: str = "one-gpu-each"
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return one deployment on one GPU, or why there is none."""
-        configuration = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size)
-        reason = self.estimator.why_not(ask.model, configuration)
+        configuration = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size)
+        reason = self.estimator.why_not(endpoint.model, configuration)
         if reason:
             return Rejection(reason=reason)
-        needed = self.estimator.memory(ask.model, configuration)
+        needed = self.estimator.memory(endpoint.model, configuration)
         roomiest = view.by_free_memory()[:1]
         if not roomiest or roomiest[0].free_bytes < needed:
             return Rejection(reason="no GPU has room for the whole model")
         service = self.estimator.service(
-            ask.model,
+            endpoint.model,
             configuration,
-            prompt_tokens=ask.prompt_tokens,
-            output_tokens=ask.output_tokens,
-            batch=ask.batch_size,
+            prompt_tokens=endpoint.prompt_tokens,
+            output_tokens=endpoint.output_tokens,
+            batch=endpoint.batch_size,
         )
         plan = DeploymentPlan(
-            model=ask.model,
+            model=endpoint.model,
             configuration=configuration,
-            layer_split=(ask.model.layers,),
+            layer_split=(endpoint.model.layers,),
             gpu_ids=(roomiest[0].gpu_id,),
             gpu_bytes=(needed,),
             est_latency_s=service.latency_s,

@@ -44,8 +44,8 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     scales: _Scales
     slo_scales: _Scales
     policies: Annotated[list[Variant], msgspec.Meta(min_length=1)]
-    plan_with: str
-    serve_with: str
+    estimator: str
+    service_times: str
 
     def cases(self) -> Iterator[Case]:
         """Yield every case; the policies of one workload stand together."""
@@ -57,8 +57,8 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
                 scale=scale,
                 slo_scale=slo_scale,
                 variant=variant,
-                plan_with=self.plan_with,
-                serve_with=self.serve_with,
+                estimator=self.estimator,
+                service_times=self.service_times,
             )
 
 
@@ -71,8 +71,8 @@ class Case:
     scale: float
     slo_scale: float
     variant: Variant
-    plan_with: str
-    serve_with: str
+    estimator: str
+    service_times: str
 
     def options(self) -> Options:
         """Return the options of the run.
@@ -85,8 +85,8 @@ class Case:
             trace=self.trace,
             scale=self.scale,
             slo_scale=self.slo_scale,
-            plan_with=self.plan_with,
-            serve_with=self.serve_with,
+            estimator=self.estimator,
+            service_times=self.service_times,
             **self.variant.options(),  # type: ignore[arg-type]  # they have the fields of Options
         )
 

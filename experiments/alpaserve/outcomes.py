@@ -97,10 +97,10 @@ def _placement(run: RunRecord) -> str:
 
 def _deployed(one: DeploymentRecord) -> str:
     if one.plan is None:
-        return f"{one.ask.endpoint_id}:none"
+        return f"{one.endpoint.endpoint_id}:none"
     shape = one.plan.configuration
     gpus = "+".join(map(str, one.plan.gpu_ids))
-    return f"{one.ask.endpoint_id}:{shape.tp}x{shape.pp}:{shape.weights.value}@{gpus}"
+    return f"{one.endpoint.endpoint_id}:{shape.tp}x{shape.pp}:{shape.weights.value}@{gpus}"
 
 
 def to_csv(outcomes: Iterable[Outcome]) -> str:

@@ -56,8 +56,8 @@ class Recorded:
             scale=float(said["scale"]),
             slo_scale=float(said["slo"]),
             variant=_POLICIES.get(said["policy"]) or _maveriq(said["policy"], said["intent"]),
-            plan_with=PAPER,
-            serve_with=PAPER,
+            estimator=PAPER,
+            service_times=PAPER,
         )
 
 
@@ -77,7 +77,7 @@ def read_recorded(latencies: Path, slo: Path) -> Iterator[Recorded]:
         InputError: not such a file.
     """
     met = {
-        row.text("run"): row.count("met") / row.count("scheduled", least=1)
+        row.text("run"): row.count("met") / row.count("scheduled", minimum=1)
         for row in read_csv(slo, SLO_COLUMNS, what="recorded SLOs")
     }
     for row in read_csv(latencies, _LATENCY_COLUMNS, what="results of the queue model"):

@@ -27,7 +27,7 @@ from maveriq.files import data_path
 _RESULTS = Path(__file__).parent / "results"
 _BAR_PERCENT = 5.0
 # Emulated engines do not slow each other down; the calibrated estimator's simulated ones do.
-_WORLD = ("--plan-with", "paper", "--serve-with", "paper")
+_WORLD = ("--estimator", "paper", "--service-times", "paper")
 
 
 def main(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ def _bars(tables: BlindTables, plan: BlindPlan) -> Grid:
 def _runs(tables: BlindTables, plan: BlindPlan) -> Grid:
     rows = []
     for row in tables.runs:
-        most_mean, most_p95 = allowed(row, plan.bars)
+        max_mean, max_p95 = allowed(row, plan.bars)
         off = missed(row, plan.bars)
         rows.append(
             (
@@ -47,10 +47,10 @@ def _runs(tables: BlindTables, plan: BlindPlan) -> Grid:
                 f"{row.recorded_mean_s:.2f}",
                 _bold(f"{row.mean_error:+.1f}", on="mean" in off),
                 f"{row.mean_moves:.1f}",
-                f"{most_mean:.1f}",
+                f"{max_mean:.1f}",
                 _bold(f"{row.p95_error:+.1f}", on="p95" in off),
                 f"{row.p95_moves:.1f}",
-                f"{most_p95:.1f}",
+                f"{max_p95:.1f}",
                 f"{row.placed_mean_error:+.1f}",
                 f"{row.placed_p95_error:+.1f}",
                 _points(row.slo_error),
@@ -139,7 +139,7 @@ def _placements(tables: BlindTables) -> Grid:
         columns=("readings of GPUs differ in age by", "draws", "as recorded, of them", "in every draw", "in none"),
         rows=tuple(
             (
-                f"up to {row.most_phase_s:.2f} s" if row.most_phase_s else "nothing",
+                f"up to {row.max_phase_s:.2f} s" if row.max_phase_s else "nothing",
                 str(row.draws),
                 f"{row.expected:.1f} of {row.deployments}",
                 str(row.always),

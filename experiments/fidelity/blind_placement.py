@@ -28,7 +28,7 @@ _RECENT_US = 180 * MICROS_PER_SECOND  # more than any sampler here looks back
 class _Decision:
     """A recorded deployment: its layout, the free memory, and when each GPU was executing before."""
 
-    asked_us: Micros
+    requested_us: Micros
     layout: RecordedLayout
     free_gib: Sequence[float]
     spans: Sequence[Sequence[tuple[Micros, Micros]]]
@@ -41,7 +41,7 @@ class _Decision:
                 node=0,
                 capacity_bytes=profile.capacity_bytes,
                 free_bytes=bytes_from_gib(self.free_gib[gpu_id]),
-                load=recent_load(self.spans[gpu_id], self.asked_us, window, phases_us[gpu_id]),
+                load=recent_load(self.spans[gpu_id], self.requested_us, window, phases_us[gpu_id]),
             )
             for gpu_id in range(TESTBED_GPUS)
         ]
@@ -53,12 +53,12 @@ def placement_rows(data: Path, profile: HardwareProfile, draws: int) -> Iterator
     """Yield how well samplers explain the recorded placements of MaverIQ: one in step, and several out of step."""
     decisions = list(_decisions(data, profile))
     window = profile.load_window
-    for most_phase_us in (0, window.look_us, window.sample_us):
-        sampler = replace(window, most_phase_us=most_phase_us)
-        there = [_share_there(one, sampler, draws if most_phase_us else 1, profile) for one in decisions]
+    for max_phase_us in (0, window.look_us, window.sample_us):
+        sampler = replace(window, max_phase_us=max_phase_us)
+        there = [_share_there(one, sampler, draws if max_phase_us else 1, profile) for one in decisions]
         yield PlacementRow(
-            most_phase_s=most_phase_us / 1e6,
-            draws=draws if most_phase_us else 1,
+            max_phase_s=max_phase_us / 1e6,
+            draws=draws if max_phase_us else 1,
             deployments=len(there),
             expected=sum(there),
             always=sum(share == 1 for share in there),
@@ -82,10 +82,10 @@ def _decisions(data: Path, profile: HardwareProfile) -> Iterator[_Decision]:
         for one in run.deployments:
             if one.layout:
                 yield _Decision(
-                    asked_us=one.asked_us,
+                    requested_us=one.requested_us,
                     layout=one.layout,
                     free_gib=[gib(profile.capacity_bytes) - used for used in used_gib],
-                    spans=[list(_spans(recorded, gpu_id, one.asked_us)) for gpu_id in range(TESTBED_GPUS)],
+                    spans=[list(_spans(recorded, gpu_id, one.requested_us)) for gpu_id in range(TESTBED_GPUS)],
                 )
             used_gib = one.used_gib_after or used_gib
 

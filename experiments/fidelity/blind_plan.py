@@ -30,7 +30,7 @@ class BlindPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     """How to simulate every recorded run.
 
     Args:
-        plan_with: the estimator that the recorded system planned with.
+        estimator: the estimator that the recorded system planned with.
         gain_with: another one, whose plans are compared with those.
         draws: of the phases in which GPUs are sampled; their mean is the prediction.
         placement_draws: likewise, to hold against recorded placements.
@@ -38,7 +38,7 @@ class BlindPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
         bars: to judge by.
     """
 
-    plan_with: str
+    estimator: str
     gain_with: str
     draws: Annotated[int, msgspec.Meta(ge=1)]
     placement_draws: Annotated[int, msgspec.Meta(ge=1)]

@@ -49,9 +49,9 @@ def draw_overview(path: Path, rows: Sequence[BlindRow], bars: Bars) -> None:
     with figure_at(path, inches=(12, 6.6), dots_per_inch=100) as figure:
         panels = figure.subplot_mosaic([["mean", "mean off", "p95 off"], ["p95", "mean off", "p95 off"]])
         for column, which in enumerate(("mean", "p95")):
-            most = [allowed(row, bars)[column] for row in ordered]
-            _predicted(panels[which], ordered, which, most)
-            _errors(panels[f"{which} off"], ordered, which, most, named=column == 0)
+            maximum = [allowed(row, bars)[column] for row in ordered]
+            _predicted(panels[which], ordered, which, maximum)
+            _errors(panels[f"{which} off"], ordered, which, maximum, named=column == 0)
         figure.legend(
             handles=[_mark("s", _BAND, "what the run's bar allows"), *(_mark(*_looks(ours)) for ours in (True, False))],
             loc="outside upper right",
@@ -61,11 +61,11 @@ def draw_overview(path: Path, rows: Sequence[BlindRow], bars: Bars) -> None:
         figure.suptitle(f"{len(rows)} recorded runs, simulated blind", x=0.01, ha="left", fontweight="bold")
 
 
-def _predicted(axes: Axes, rows: Sequence[BlindRow], which: str, most: Sequence[float]) -> None:
+def _predicted(axes: Axes, rows: Sequence[BlindRow], which: str, maximum: Sequence[float]) -> None:
     recorded, sim = ([float(getattr(row, f"{kind}_{which}_s")) for row in rows] for kind in ("recorded", "sim"))
     ends = min(recorded) / 1.6, max(recorded) * 1.6
     axes.plot(ends, ends, color=TEXT, linewidth=0.8, zorder=1)
-    low, high = ([at * (1 + sign * off / 100) for at, off in zip(recorded, most, strict=True)] for sign in (-1, 1))
+    low, high = ([at * (1 + sign * off / 100) for at, off in zip(recorded, maximum, strict=True)] for sign in (-1, 1))
     axes.vlines(recorded, low, high, color=_BAND, linewidth=7, zorder=2)
     _dots(axes, rows, recorded, sim)
     axes.set_xscale("log")
@@ -80,9 +80,9 @@ def _predicted(axes: Axes, rows: Sequence[BlindRow], which: str, most: Sequence[
     tidy(axes)
 
 
-def _errors(axes: Axes, rows: Sequence[BlindRow], which: str, most: Sequence[float], *, named: bool) -> None:
+def _errors(axes: Axes, rows: Sequence[BlindRow], which: str, maximum: Sequence[float], *, named: bool) -> None:
     places = list(range(len(rows)))
-    axes.hlines(places, [-off for off in most], most, color=_BAND, linewidth=8, zorder=2)
+    axes.hlines(places, [-off for off in maximum], maximum, color=_BAND, linewidth=8, zorder=2)
     axes.axvline(0, color=TEXT, linewidth=0.8, zorder=3)
     _dots(axes, rows, [float(getattr(row, f"{which}_error")) for row in rows], places)
     axes.set_yticks(places, [row.run for row in rows] if named else [""] * len(rows), fontsize=7.5)

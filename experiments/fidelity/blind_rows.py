@@ -118,7 +118,7 @@ class PlacementRow:
         never: in none.
     """
 
-    most_phase_s: float
+    max_phase_s: float
     draws: int
     deployments: int
     expected: float

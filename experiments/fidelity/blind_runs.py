@@ -64,7 +64,7 @@ def _result(
     run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, plan: BlindPlan, profile: HardwareProfile
 ) -> BlindResult:
     serve = unseen(run.name, profile)
-    scenario = replace(described(run, scheduled, recorded, plan_with=plan.plan_with), serve=serve)
+    scenario = replace(described(run, scheduled, recorded, estimator=plan.estimator), serve=serve)
     sim = simulate(scenario)
     # Baselines place ahead, before there is any load to sample.
     draws = draw(scenario, sim, recorded, plan.draws if run.by_maveriq else 1)
@@ -74,7 +74,7 @@ def _result(
     stretched = compare(simulate(stretching), sim)
     gain = None
     if run.by_maveriq:
-        other = replace(described(run, scheduled, recorded, plan_with=plan.gain_with), serve=serve)
+        other = replace(described(run, scheduled, recorded, estimator=plan.gain_with), serve=serve)
         gain = _gain(run.name, simulate(other), sim)
     return BlindResult(
         recorded=recorded,
@@ -175,8 +175,8 @@ def _gpus(plan: DeploymentPlan | None) -> str:
     return " ".join(map(str, sorted(plan.gpu_ids))) if plan else ""
 
 
-def _gain(name: str, other: RunRecord, usual: RunRecord) -> GainRow:
-    found = compare(other, usual)
+def _gain(name: str, other: RunRecord, default: RunRecord) -> GainRow:
+    found = compare(other, default)
     of = found.overall.differences
     return GainRow(
         run=name,

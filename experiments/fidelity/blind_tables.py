@@ -98,8 +98,8 @@ def allowed(row: BlindRow, bars: Bars) -> tuple[float, float]:
 def missed(row: BlindRow, bars: Bars, *, placed: bool = False) -> list[str]:
     """Return which of a run's figures miss their bar; `placed`: on the recorded GPUs."""
     mean, p95 = (row.placed_mean_error, row.placed_p95_error) if placed else (row.mean_error, row.p95_error)
-    most_mean, most_p95 = allowed(row, bars)
-    return [name for name, error, most in (("mean", mean, most_mean), ("p95", p95, most_p95)) if abs(error) > most]
+    max_mean, max_p95 = allowed(row, bars)
+    return [name for name, error, maximum in (("mean", mean, max_mean), ("p95", p95, max_p95)) if abs(error) > maximum]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +151,11 @@ def _latency(runs: Sequence[BlindRow], bars: Bars) -> Iterator[Held]:
         )
 
 
-def _at_most(what: str, unit: str, found: float, most: float, placed: float | None = None) -> Held:
+def _at_most(what: str, unit: str, found: float, maximum: float, placed: float | None = None) -> Held:
     return Held(
         what=what,
-        wanted=f"<= {most:g} {unit}",
+        wanted=f"<= {maximum:g} {unit}",
         found=f"{found:.1f} {unit}",
-        holds=found <= most,
+        holds=found <= maximum,
         placed="" if placed is None else f"{placed:.1f} {unit}",
     )

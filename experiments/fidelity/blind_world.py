@@ -31,19 +31,19 @@ from maveriq.workload.arrivals import LOAD_SHIFT_S
 from maveriq.workload.requests import Arrivals, Workload
 
 
-def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, plan_with: str) -> ServingSystem:
+def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, estimator: str) -> ServingSystem:
     """Return the scenario of a recorded run; of the recording it takes the schedule, and that of baselines only.
 
     Args:
         run: whose description.
         scheduled: its schedule.
         recorded: its records, for the lengths and SLOs that go with the schedule.
-        plan_with: the estimator to plan with.
+        estimator: the estimator to plan with.
 
     Raises:
         InputError: a description that maveriq has no scenario for.
     """
-    options = replace(options_of(run), plan_with=plan_with)
+    options = replace(options_of(run), estimator=estimator)
     if run.by_maveriq:
         return build_system(options)
     return _on_schedule(build_system(replace(options, alpaserve_as_published=True)), _arrivals(scheduled, recorded))
@@ -54,18 +54,21 @@ def _on_schedule(scenario: ServingSystem, arrivals: Arrivals) -> ServingSystem:
     policy = scenario.policy
     if not isinstance(policy, StaticPlacementPolicy):
         raise InvariantError(f"policy {policy.name!r} does not place ahead")
-    entries = scenario.workload.asks
+    entries = scenario.workload.endpoints
     # The published driver gives every entry a number, and one more per further replica.
-    entry_of = tuple(chain.from_iterable(repeat(ask, max(1, policy.replicas(ask.endpoint_id))) for ask in entries))
-    asks = tuple(
-        replace(
-            ask,
-            endpoint_id=endpoint_id,
-            asked_us=ask.asked_us + (endpoint_id - ask.endpoint_id) * LOAD_SHIFT_S * MICROS_PER_SECOND,
-        )
-        for endpoint_id, ask in enumerate(entry_of, start=1)
+    entry_of = tuple(
+        chain.from_iterable(repeat(endpoint, max(1, policy.replicas(endpoint.endpoint_id))) for endpoint in entries)
     )
-    workload = Workload(name=scenario.workload.name, asks=asks, arrivals=arrivals)
+    endpoints = tuple(
+        replace(
+            endpoint,
+            endpoint_id=endpoint_id,
+            requested_us=endpoint.requested_us
+            + (endpoint_id - endpoint.endpoint_id) * LOAD_SHIFT_S * MICROS_PER_SECOND,
+        )
+        for endpoint_id, endpoint in enumerate(entry_of, start=1)
+    )
+    workload = Workload(name=scenario.workload.name, endpoints=endpoints, arrivals=arrivals)
     return replace(scenario, policy=_ReplicaByReplica(policy, entry_of), workload=workload)
 
 
@@ -92,15 +95,15 @@ class _ReplicaByReplica:
     def name(self) -> str:
         return self.placed.name
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
-        entry = self.entry_of[ask.endpoint_id - 1]
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
+        entry = self.entry_of[endpoint.endpoint_id - 1]
         # On an idle cluster it names all replicas; on this one those that are up would not fit again.
         idle = ClusterView(gpus=tuple(replace(gpu, free_bytes=gpu.capacity_bytes) for gpu in view.gpus))
         decision = self.placed.decide(entry, idle)
         if not isinstance(decision, Deploy):
             return decision
         first = 1 + self.entry_of.index(entry)
-        return Deploy(plans=(decision.plans[ask.endpoint_id - first],))
+        return Deploy(plans=(decision.plans[endpoint.endpoint_id - first],))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +113,14 @@ class _AsBefore:
     plans: Mapping[int, DeploymentPlan | None]
     name: str = "as-before"
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
-        plan = self.plans.get(ask.endpoint_id)
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
+        plan = self.plans.get(endpoint.endpoint_id)
         return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
 
 
 def with_plans_of(run: RunRecord, scenario: ServingSystem) -> ServingSystem:
     """Return a scenario with the plans of a run in place of its own, so that placement plays no part."""
-    plans = {one.ask.endpoint_id: one.plan for one in run.deployments}
+    plans = {one.endpoint.endpoint_id: one.plan for one in run.deployments}
     return replace(scenario, policy=_AsBefore(plans))
 
 

@@ -34,7 +34,7 @@ _SHOWN = (MEAN, P95, THROUGHPUT, COST, GPU_HOURS, MET_OF_ALL)
 _INCHES_PER_ROW = 0.25
 _APART = 0.25
 _FEW_DECADES = 100
-_MOST_TICKS = 12
+_MAX_TICKS = 12
 _COLOURS = (SIM, "#009E73", "#7F7F7F")
 _EXPLAINED = (
     "How many times MaverIQ is better than others under the same load (SLO: by how many points). "
@@ -109,7 +109,7 @@ def _axis(panels: Sequence[Axes], measure: Measure) -> None:
             axes.set_xscale("log")
             low, high = axes.get_xlim()
             axes.xaxis.set_major_locator(
-                LogLocator(subs=(1, 2, 5) if high < _FEW_DECADES * low else (1,), numticks=_MOST_TICKS)
+                LogLocator(subs=(1, 2, 5) if high < _FEW_DECADES * low else (1,), numticks=_MAX_TICKS)
             )
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())

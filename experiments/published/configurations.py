@@ -69,16 +69,16 @@ def compare_all(data: Path) -> Iterator[Compared]:
 def compare(run: RecordedRun) -> Iterator[Compared]:
     """Yield a comparison for each deployment of a run that came up."""
     # In the published world the paper's estimator answers for the hardware too.
-    scenario = build_system(replace(options_of(run), serve_with=PAPER))
-    asks = {ask.endpoint_id: ask for ask in scenario.workload.asks}
-    simulated = {one.ask.endpoint_id: one for one in simulate(scenario).deployments}
+    scenario = build_system(replace(options_of(run), service_times=PAPER))
+    endpoints = {endpoint.endpoint_id: endpoint for endpoint in scenario.workload.endpoints}
+    simulated = {one.endpoint.endpoint_id: one for one in simulate(scenario).deployments}
     used_gib: Sequence[float] = [gib(gpu.idle_bytes) for gpu in scenario.cluster.gpus]
     for deployment in run.deployments:
         view = _view(scenario.cluster, used_gib)
         used_gib = deployment.used_gib_after
         if deployment.layout is None:
             continue
-        given = _plan_or_reason(scenario.policy.decide(asks[deployment.endpoint_id], view))
+        given = _plan_or_reason(scenario.policy.decide(endpoints[deployment.endpoint_id], view))
         free = simulated[deployment.endpoint_id]
         yield Compared(
             run=run.name,

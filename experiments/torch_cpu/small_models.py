@@ -66,7 +66,7 @@ def _compare(work: Path) -> tuple[dict[str, Any], str]:
         _write_schedule(schedule)
     scenario = [
         "--trace", str(schedule), "--models", str(_HERE / "set.toml"), "--gpus", "3xcpu",
-        "--profile", str(profile / "profile.toml"), "--plan-with", "measured", "--serve-with", "measured",
+        "--profile", str(profile / "profile.toml"), "--estimator", "measured", "--service-times", "measured",
         "--intent", "min-latency", "--quiet",
     ]  # fmt: skip
     simulated, real = work / "simulated", work / "torch"

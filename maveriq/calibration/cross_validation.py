@@ -66,7 +66,7 @@ class CrossFit:
     answered: Sequence[HeldOutPrediction]
     constants: Mapping[int, Constants]
 
-    def slowness(self, model: ModelSpec, weights: WeightType) -> float:
+    def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:
         """Return a layer's time over what the law says, as far as the model's fingerprints are believed."""
         seen = chain.from_iterable(
             measured_layers(constants, model, weights, prompt_tokens=prompt_tokens)
@@ -119,15 +119,15 @@ def _answers(
     judged: Sequence[Sample], calibration: Calibration, constants: Mapping[int, Constants]
 ) -> Iterator[HeldOutPrediction]:
     table = Table(judged)
-    slowness = np.array([_slowness(one, calibration, constants) for one in judged])
-    predicted_s = table.predict(calibration, slowness)
+    layer_time_ratio = np.array([_layer_time_ratio(one, calibration, constants) for one in judged])
+    predicted_s = table.predict(calibration, layer_time_ratio)
     trust = trust_of(np.log(predicted_s / table.latency_s))
-    for one, latency_s, believed in zip(judged, predicted_s, trust, strict=True):
+    for one, latency_s, service_estimator in zip(judged, predicted_s, trust, strict=True):
         seen = held_by(one, calibration.memory, constants)
-        yield HeldOutPrediction(sample=one, latency_s=float(latency_s), held=seen, trust=float(believed))
+        yield HeldOutPrediction(sample=one, latency_s=float(latency_s), held=seen, trust=float(service_estimator))
 
 
-def _slowness(sample: Sample, calibration: Calibration, constants: Mapping[int, Constants]) -> float:
+def _layer_time_ratio(sample: Sample, calibration: Calibration, constants: Mapping[int, Constants]) -> float:
     weights, found = sample.measured.configuration.weights, nearest_fingerprints(sample, constants)
     if found is None:
         return 1.0

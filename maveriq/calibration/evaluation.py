@@ -168,16 +168,16 @@ def read_measurements(table: Path) -> Iterator[Measurement]:
             model_name=row.text("model"),
             layers=_layers(row),
             configuration=ParallelConfig(
-                tp=row.count("tp", least=1),
-                pp=row.count("pp", least=1),
+                tp=row.count("tp", minimum=1),
+                pp=row.count("pp", minimum=1),
                 weights=choice(row, "weight_dtype", WeightType),
                 kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
-                batch_size=row.count("batch_size", least=1),
+                batch_size=row.count("batch_size", minimum=1),
             ),
-            output_tokens=row.count("output_tokens", least=1),
+            output_tokens=row.count("output_tokens", minimum=1),
             latency_s=_positive(row, "latency_s"),
             memory_gib=_positive(row, "memory_after_run_gib"),
-            prompt_tokens=row.count("prompt_tokens", least=1) if "prompt_tokens" in row.cells else None,
+            prompt_tokens=row.count("prompt_tokens", minimum=1) if "prompt_tokens" in row.cells else None,
         )
 
 
@@ -189,7 +189,7 @@ def _layers(row: Row) -> int:
 
 
 def _positive(row: Row, column: str) -> float:
-    return row.number(column, least=1e-9)  # below it the share of an error says nothing, and may be infinite
+    return row.number(column, minimum=1e-9)  # below it the share of an error says nothing, and may be infinite
 
 
 def answered(measured: Measurement, subject: EvaluatedEstimator) -> Answer | str:

@@ -40,19 +40,19 @@ class Table:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
         self.latency_s = np.array([one.measured.latency_s for one in samples])
-        self.influence = np.array([one.influence for one in samples])
+        self.sample_weight = np.array([one.sample_weight for one in samples])
         self._output_tokens = np.array([one.measured.output_tokens for one in samples])
         self._work = stacked(OpCounts, [_work(one) for one in samples])
         keys = [(one.measured.configuration.weights, one.measured.configuration.tp) for one in samples]
         self._kinds = list(dict.fromkeys(keys))
         self._kind_of = np.array([self._kinds.index(key) for key in keys])
 
-    def predict(self, calibration: Calibration, slowness: Array | float = 1.0) -> Array:
+    def predict(self, calibration: Calibration, layer_time_ratio: Array | float = 1.0) -> Array:
         """Return the latency of every sample in seconds."""
         law = picked(
             stacked(RooflineParameters, [calibration.law(weights, tp) for weights, tp in self._kinds]), self._kind_of
         )
-        predicted: Array = latency_s(replace(self._work, slowness=slowness), law, self._output_tokens)
+        predicted: Array = latency_s(replace(self._work, layer_time_ratio=layer_time_ratio), law, self._output_tokens)
         return predicted
 
 
@@ -90,7 +90,7 @@ def fit_calibration(samples: Sequence[Sample], start: Calibration) -> Calibratio
     logs = np.log(table.latency_s)
 
     def residuals(position: Array) -> Array:
-        off = table.influence * (np.log(table.predict(figures.at(position))) - logs)
+        off = table.sample_weight * (np.log(table.predict(figures.at(position))) - logs)
         return np.concatenate([off, _PULL * (position - figures.start)])
 
     found = least_squares(
@@ -114,7 +114,7 @@ def start_for(samples: Sequence[Sample], start: Calibration) -> Calibration:
     logs = np.log(table.latency_s)
 
     def cost(scaled: Calibration) -> float:
-        off = table.influence * (np.log(table.predict(scaled)) - logs) / _TYPICAL_ERROR
+        off = table.sample_weight * (np.log(table.predict(scaled)) - logs) / _TYPICAL_ERROR
         return float(np.sum(np.sqrt(1 + off**2)))
 
     scaled = (_scaled(start, speed, time) for speed in _SPEEDS for time in _TIMES)
@@ -256,7 +256,7 @@ def _size(constants: Constants) -> int:
 _START = Exponents(a=0.1, b=0.6, c=0.6, d=0.5)  # near those that were published for the A6000
 _LARGEST = 3.0
 _TYPICAL_ERROR = 0.03
-_LEAST_S = 1e-6  # noise of fingerprints can take a formula below zero
+_MIN_S = 1e-6  # noise of fingerprints can take a formula below zero
 
 Kinds = Mapping[tuple[WeightType, KvType], Exponents]
 
@@ -285,7 +285,7 @@ def _fitted(rows: Sequence[tuple[Sample, Mapping[ParallelPoint, Fingerprint]]]) 
 
     def residuals(position: Array) -> Array:
         exponents = _at(position)
-        return np.log([max(_LEAST_S, _latency_s(one, points, exponents)) for one, points in rows]) - logs
+        return np.log([max(_MIN_S, _latency_s(one, points, exponents)) for one, points in rows]) - logs
 
     found = least_squares(
         residuals, astuple(_START), bounds=(0.0, _LARGEST), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=60

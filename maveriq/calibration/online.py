@@ -71,11 +71,11 @@ def read_recorded(folder: Path) -> list[RecordedService]:
 
 def uncontended_medians(engine: RecordedEngine, *, bands: int = 1) -> Iterator[RecordedService]:
     """Yield medians over requests without busy neighbours, shortest prompts first; none where there are too few."""
-    calm = np.flatnonzero(engine.calm)
-    if len(calm) < (1 if engine.calm.all() else _MIN_UNCONTENDED):
+    uncontended = np.flatnonzero(engine.uncontended)
+    if len(uncontended) < (1 if engine.uncontended.all() else _MIN_UNCONTENDED):
         return
-    by_prompt = calm[np.argsort(engine.prompt_tokens[calm], kind="stable")]
-    for band in np.array_split(by_prompt, max(1, min(bands, len(calm) // _MIN_UNCONTENDED))):
+    by_prompt = uncontended[np.argsort(engine.prompt_tokens[uncontended], kind="stable")]
+    for band in np.array_split(by_prompt, max(1, min(bands, len(uncontended) // _MIN_UNCONTENDED))):
         yield RecordedService(
             run=engine.run,
             model=engine.model,
@@ -90,13 +90,15 @@ def uncontended_medians(engine: RecordedEngine, *, bands: int = 1) -> Iterator[R
 class _Predictions:
     """Recorded deployments as arrays, to be predicted at once under any figures of the live system."""
 
-    def __init__(self, slowness: LayerTimeRatio, recorded: Sequence[RecordedService], gpus_per_socket: int) -> None:
+    def __init__(
+        self, layer_time_ratio: LayerTimeRatio, recorded: Sequence[RecordedService], gpus_per_socket: int
+    ) -> None:
         kinds = [_kind(one, gpus_per_socket) for one in recorded]
         self._kinds = list(dict.fromkeys(kinds))
         self._kind_of = np.array([self._kinds.index(kind) for kind in kinds])
         self.service_s = np.array([one.service_s for one in recorded])
         self._output_tokens = np.array([one.output_tokens for one in recorded])
-        self._work = stacked(OpCounts, [_work(one, slowness) for one in recorded])
+        self._work = stacked(OpCounts, [_work(one, layer_time_ratio) for one in recorded])
 
     def predict_s(self, calibration: Calibration) -> Array:
         """Return the service time of every deployment in seconds."""
@@ -107,7 +109,7 @@ class _Predictions:
         return predicted
 
 
-def _work(one: RecordedService, slowness: LayerTimeRatio) -> OpCounts:
+def _work(one: RecordedService, layer_time_ratio: LayerTimeRatio) -> OpCounts:
     asked = one.configuration
     return op_counts(
         one.model,
@@ -116,7 +118,7 @@ def _work(one: RecordedService, slowness: LayerTimeRatio) -> OpCounts:
         pp=asked.pp,
         batch=1,
         prompt_tokens=one.prompt_tokens,
-        slowness=slowness(one.model, asked.weights),
+        layer_time_ratio=layer_time_ratio(one.model, asked.weights),
     )
 
 
@@ -126,7 +128,7 @@ def _kind(one: RecordedService, gpus_per_socket: int) -> tuple[WeightType, int, 
 
 
 def fit_served(
-    slowness: LayerTimeRatio,
+    layer_time_ratio: LayerTimeRatio,
     calibration: Calibration,
     engines: Sequence[RecordedEngine],
     gpus_per_socket: int = TESTBED_GPUS_PER_SOCKET,
@@ -142,14 +144,18 @@ def fit_served(
             f"no deployment of these runs served {_MIN_UNCONTENDED} requests while its neighbours were idle, so that "
             "nothing says what it takes alone; add a run with less load, or with one deployment"
         )
-    alone = _fit_alone(slowness, calibration, medians, gpus_per_socket)
+    alone = _fit_alone(layer_time_ratio, calibration, medians, gpus_per_socket)
     live = msgspec.structs.replace(calibration, served=alone)
-    crowded = [engine for engine in engines if not engine.calm.all()]
-    crowd = fit_contention([(engine, _uncontended_s(slowness, live, engine, gpus_per_socket)) for engine in crowded])
-    return msgspec.structs.replace(alone, crowd=crowd)
+    contended = [engine for engine in engines if not engine.uncontended.all()]
+    contention = fit_contention(
+        [(engine, _uncontended_s(layer_time_ratio, live, engine, gpus_per_socket)) for engine in contended]
+    )
+    return msgspec.structs.replace(alone, contention=contention)
 
 
-def _uncontended_s(slowness: LayerTimeRatio, live: Calibration, engine: RecordedEngine, gpus_per_socket: int) -> Array:
+def _uncontended_s(
+    layer_time_ratio: LayerTimeRatio, live: Calibration, engine: RecordedEngine, gpus_per_socket: int
+) -> Array:
     """Return what each request of an engine would take without neighbours."""
     lengths = np.column_stack([np.rint(engine.prompt_tokens), engine.output_tokens]).astype(int)
     kinds, kind_of = np.unique(lengths, axis=0, return_inverse=True)
@@ -165,12 +171,15 @@ def _uncontended_s(slowness: LayerTimeRatio, live: Calibration, engine: Recorded
         )
         for prompt_tokens, output_tokens in kinds.tolist()
     ]
-    alone_s: Array = _Predictions(slowness, asked, gpus_per_socket).predict_s(live)[kind_of.ravel()]
+    alone_s: Array = _Predictions(layer_time_ratio, asked, gpus_per_socket).predict_s(live)[kind_of.ravel()]
     return alone_s
 
 
 def _fit_alone(
-    slowness: LayerTimeRatio, calibration: Calibration, recorded: Sequence[RecordedService], gpus_per_socket: int
+    layer_time_ratio: LayerTimeRatio,
+    calibration: Calibration,
+    recorded: Sequence[RecordedService],
+    gpus_per_socket: int,
 ) -> OnlineCalibration:
     """Return the figures of engines without neighbours.
 
@@ -178,7 +187,7 @@ def _fit_alone(
     """
     from scipy.optimize import least_squares
 
-    table = _Predictions(slowness, recorded, gpus_per_socket)
+    table = _Predictions(layer_time_ratio, recorded, gpus_per_socket)
     logs = np.log(table.service_s)
     seen = {str(one.configuration.tp) for one in recorded}
     fitted = [(tp, figure, first) for tp, figure, first in _FITTED if tp in seen]
@@ -196,7 +205,7 @@ def _fit_alone(
 
 
 def cross_fit_served(
-    slowness: LayerTimeRatio,
+    layer_time_ratio: LayerTimeRatio,
     calibration: Calibration,
     engines: Sequence[RecordedEngine],
     gpus_per_socket: int = TESTBED_GPUS_PER_SOCKET,
@@ -206,10 +215,10 @@ def cross_fit_served(
     Raises:
         InputError: no engine served enough requests without busy neighbours.
     """
-    whole = fit_served(slowness, calibration, engines, gpus_per_socket)
+    whole = fit_served(layer_time_ratio, calibration, engines, gpus_per_socket)
     telling = {one.run for one in engines if any(uncontended_medians(one))}
     without = {
-        run: fit_served(slowness, calibration, [one for one in engines if one.run != run], gpus_per_socket)
+        run: fit_served(layer_time_ratio, calibration, [one for one in engines if one.run != run], gpus_per_socket)
         for run in dict.fromkeys(one.run for one in engines)
         if telling - {run}
     }
@@ -217,7 +226,7 @@ def cross_fit_served(
 
 
 def errors_without(
-    slowness: LayerTimeRatio,
+    layer_time_ratio: LayerTimeRatio,
     calibration: Calibration,
     engines: Sequence[RecordedEngine],
     without: Mapping[str, OnlineCalibration],
@@ -231,7 +240,7 @@ def errors_without(
         of_run = [one for engine in engines if engine.run == run for one in uncontended_medians(engine)]
         if not of_run:
             continue
-        table = _Predictions(slowness, of_run, served.gpus_per_socket)
+        table = _Predictions(layer_time_ratio, of_run, served.gpus_per_socket)
         predicted_s = table.predict_s(msgspec.structs.replace(calibration, served=served))
         errors.extend((100 * np.abs(predicted_s / table.service_s - 1)).tolist())
     return errors
@@ -266,7 +275,7 @@ def fit_contention(engines: Sequence[tuple[RecordedEngine, Array]]) -> Contentio
     """
     from scipy.optimize import least_squares
 
-    pairs = [(engine, alone_s * _off(engine, alone_s)) for engine, alone_s in engines if not engine.calm.all()]
+    pairs = [(engine, alone_s * _off(engine, alone_s)) for engine, alone_s in engines if not engine.uncontended.all()]
     if not pairs:
         return ContentionCosts(layer_us=0.0, turn_us=0.0)
     layers = np.concatenate([np.full(len(alone_s), engine.model.layers) for engine, alone_s in pairs])
@@ -300,8 +309,8 @@ def contended_s(alone_s: Array, beside: Array, waits_s: Array, output_tokens: Ar
         output_tokens: (requests); a service goes through its tokens at an even pace.
     """
     pace = alone_s[:, None] / (alone_s[:, None] + output_tokens[:, None] * waits_s)
-    crowded: Array = alone_s / (beside * pace).sum(axis=1)
-    return crowded
+    contended: Array = alone_s / (beside * pace).sum(axis=1)
+    return contended
 
 
 def _waits_s(layers: Array, layer_us: float, turn_us: float) -> Array:
@@ -312,5 +321,9 @@ def _waits_s(layers: Array, layer_us: float, turn_us: float) -> Array:
 
 def _off(engine: RecordedEngine, alone_s: Array) -> float:
     """Return how much longer an engine takes without neighbours than it should; that is not theirs to answer for."""
-    calm = engine.calm
-    return float(np.median(engine.service_s[calm] / alone_s[calm])) if calm.sum() >= _MIN_UNCONTENDED_OF_ENGINE else 1.0
+    uncontended = engine.uncontended
+    return (
+        float(np.median(engine.service_s[uncontended] / alone_s[uncontended]))
+        if uncontended.sum() >= _MIN_UNCONTENDED_OF_ENGINE
+        else 1.0
+    )

@@ -100,9 +100,9 @@ def _fed(
 
 def _of_the_usual_kind() -> list[HardwareProfile]:
     """Return the embedded profiles of the default's kind of GPU, the default first."""
-    usual = load_profile(DEFAULT_PROFILE)
-    others = (load_profile(name) for name in known_profiles() if name != usual.name)
-    return [usual, *(other for other in others if other.gpu_kind == usual.gpu_kind)]
+    default = load_profile(DEFAULT_PROFILE)
+    others = (load_profile(name) for name in known_profiles() if name != default.name)
+    return [default, *(other for other in others if other.gpu_kind == default.gpu_kind)]
 
 
 def _nearest(

@@ -26,7 +26,7 @@ _PUBLISHED_PROMPTS: Mapping[str, int] = {
 }
 """The published tables, which do not say their prompts, and what these were."""
 
-_MOST_BATCH = 128  # beyond it the engine splits a batch, which nothing here describes
+_MAX_BATCH = 128  # beyond it the engine splits a batch, which nothing here describes
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 
 Constants = Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]]
@@ -41,7 +41,7 @@ class Sample:
     measured: Measurement
     model: ModelSpec
     prompt_tokens: int
-    influence: float
+    sample_weight: float
     is_fingerprint: bool = False
 
 
@@ -60,9 +60,9 @@ def read_samples(data: Path, *, prompt_tokens: int | None = None) -> list[Sample
     folder = data if is_folder(data) else data.parent
     samples = [
         sample
-        for table, usual in _tables(data, prompt_tokens)
+        for table, default in _tables(data, prompt_tokens)
         for measured in read_measurements(table)
-        if (sample := _sample(table.name, measured, usual, folder)).measured.configuration.batch_size <= _MOST_BATCH
+        if (sample := _sample(table.name, measured, default, folder)).measured.configuration.batch_size <= _MAX_BATCH
     ]
     if all(one.is_fingerprint for one in samples):
         raise InputError(f"{str(data)!r} has no row of a whole model, which a fit needs; add measurements of some")
@@ -91,9 +91,9 @@ def _is_table(path: Path, prompt_tokens: int | None) -> bool:
     return set(COLUMNS) <= set(header) and ("prompt_tokens" in header or prompt_tokens is not None)
 
 
-def _sample(table: str, measured: Measurement, usual: int | None, folder: Path) -> Sample:
+def _sample(table: str, measured: Measurement, default: int | None, folder: Path) -> Sample:
     model = _model(measured, folder)
-    prompt_tokens = measured.prompt_tokens or usual
+    prompt_tokens = measured.prompt_tokens or default
     if prompt_tokens is None:
         raise InputError(f"{measured.where}: no column prompt_tokens; add it, or give --prompt-tokens")
     if measured.configuration.tp not in _TENSOR_PARALLEL:
@@ -104,7 +104,7 @@ def _sample(table: str, measured: Measurement, usual: int | None, folder: Path) 
         measured=measured,
         model=replace(model, layers=measured.layers),
         prompt_tokens=prompt_tokens,
-        influence=_influence(table, measured, is_fingerprint=is_fingerprint),
+        sample_weight=_sample_weight(table, measured, is_fingerprint=is_fingerprint),
         is_fingerprint=is_fingerprint,
     )
 
@@ -119,7 +119,7 @@ def _model(measured: Measurement, folder: Path) -> ModelSpec:
     return known or replace(load_model(str(config)), name=measured.model_name)
 
 
-def _influence(table: str, measured: Measurement, *, is_fingerprint: bool) -> float:
+def _sample_weight(table: str, measured: Measurement, *, is_fingerprint: bool) -> float:
     """Return how much a row counts: fingerprints little, for at one layer a moment's noise is all there is."""
     if is_fingerprint:
         tp, pp = measured.configuration.tp, measured.configuration.pp

@@ -30,16 +30,16 @@ class Engines:
     real: bool
     time_scale: float
     start_timeout_s: float
-    hang_s: float
-    most_failures: int
+    hang_timeout_s: float
+    max_restarts: int
 
     def __post_init__(self) -> None:
-        for name in ("time_scale", "start_timeout_s", "hang_s"):
+        for name in ("time_scale", "start_timeout_s", "hang_timeout_s"):
             value = getattr(self, name)
             if not 0 < value <= 1e6:  # nan too
                 raise InputError(f"--{name.replace('_', '-')} must be positive and at most 1,000,000, not {value}")
-        if self.most_failures < 1:
-            raise InputError(f"--most-failures must be at least 1, not {self.most_failures}")
+        if self.max_restarts < 1:
+            raise InputError(f"--max-restarts must be at least 1, not {self.max_restarts}")
         self._check_backend()
 
     def _check_backend(self) -> None:
@@ -62,7 +62,9 @@ class Engines:
 
     def supervision(self) -> SupervisionSettings:
         """Return how patient to be."""
-        return SupervisionSettings(start_s=self.start_timeout_s, hang_s=self.hang_s, most_failures=self.most_failures)
+        return SupervisionSettings(
+            start_s=self.start_timeout_s, hang_timeout_s=self.hang_timeout_s, max_restarts=self.max_restarts
+        )
 
 
 class Site:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 _QUESTION = "Ask about a model"
-_MOST_DEGREE = 1024
+_MAX_DEGREE = 1024
 
 
 def engines(
@@ -40,13 +40,13 @@ def engines(
     ] = None,
     tp: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST_DEGREE, help="GPUs of a stage.", show_default="1", rich_help_panel=_QUESTION),
+        typer.Option(min=1, max=_MAX_DEGREE, help="GPUs of a stage.", show_default="1", rich_help_panel=_QUESTION),
     ] = None,
     pp: Annotated[
         int | None,
         typer.Option(
             min=1,
-            max=_MOST_DEGREE,
+            max=_MAX_DEGREE,
             help="Pipeline stages.",
             show_default="1, or those of the split",
             rich_help_panel=_QUESTION,

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-_MOST_TOKENS = 10_000_000
-_MOST_BATCH = 10_000
+_MAX_TOKENS = 10_000_000
+_MAX_BATCH = 10_000
 
 
 def plan(
@@ -22,27 +22,25 @@ def plan(
     gpus: Annotated[str, typer.Option(help="The cluster: 8xA6000, a TOML file, or local.")] = "8xA6000",
     prompt_tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST_TOKENS, help="Length of a typical prompt.", show_default="the profile's"),
+        typer.Option(min=1, max=_MAX_TOKENS, help="Length of a typical prompt.", show_default="the profile's"),
     ] = None,
-    output_tokens: Annotated[int, typer.Option(min=1, max=_MOST_TOKENS, help="Length of a typical output.")] = 20,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=_MOST_BATCH, help="Requests that an engine serves at once.")
-    ] = 1,
-    plan_with: Annotated[
+    output_tokens: Annotated[int, typer.Option(min=1, max=_MAX_TOKENS, help="Length of a typical output.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, max=_MAX_BATCH, help="Requests that an engine serves at once.")] = 1,
+    estimator: Annotated[
         str | None, typer.Option(help="Estimator to plan with: calibrated or paper.", show_default="calibrated")
     ] = None,
     profile: Annotated[
         str, typer.Option(help="Hardware profile: a6000-short, a6000-long, or a TOML file.")
     ] = "a6000-short",
     top: Annotated[int, typer.Option(min=1, help="How many configurations to show.")] = 10,
-    all_reasons: Annotated[bool, typer.Option("--why", help="Name every configuration that was left out.")] = False,
+    all_reasons: Annotated[bool, typer.Option("--explain", help="Name every configuration that was left out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone, with everything in it.")] = False,
 ) -> None:
     """Rank a model's configurations for an intent.
 
     The cluster is taken as empty. Shows what is estimated of each configuration,
     and why the rest was left out. Exits with 1 where none fits or meets the SLO;
-    then --why shows the rest.
+    then --explain shows the rest.
     """
     from maveriq.cli.planning import PlanQuestion, answer
 
@@ -57,7 +55,7 @@ def plan(
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             batch_size=batch_size,
-            plan_with=plan_with,
+            estimator=estimator,
             profile=profile,
         ),
         top=top,

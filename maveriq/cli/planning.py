@@ -32,7 +32,7 @@ class PlanQuestion:
     prompt_tokens: int | None
     output_tokens: int
     batch_size: int
-    plan_with: str | None
+    estimator: str | None
     profile: str
 
 
@@ -46,14 +46,14 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
     profile = load_profile(question.profile)
     cluster = cluster_here(question.gpus, profile)
     model = load_model(question.model)
-    plan_with = question.plan_with or default_estimator(profile)
+    estimator = question.estimator or default_estimator(profile)
     # An estimator that goes by a table of its own says itself which models it knows.
-    if plan_with != MEASURED and model.name not in profile.fingerprints.models():
+    if estimator != MEASURED and model.name not in profile.fingerprints.models():
         raise InputError(
             f"model {model.name!r} has no fingerprint in profile {profile.name!r} (it has "
             f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"
         )
-    ask = EndpointSpec(
+    endpoint = EndpointSpec(
         endpoint_id=1,
         model=model,
         intent=Intent(
@@ -62,26 +62,26 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
             min_accuracy=question.min_accuracy,
             float16_only=question.float16_only,
         ),
-        asked_us=0,
+        requested_us=0,
         prompt_tokens=profile.prompt_tokens if question.prompt_tokens is None else question.prompt_tokens,
         output_tokens=question.output_tokens,
         batch_size=question.batch_size,
     )
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    ranking = rank(ask, view, make_estimator(plan_with, profile), profile.accuracy)
+    ranking = rank(endpoint, view, make_estimator(estimator, profile), profile.accuracy)
     failure = ranking.note if ranking.candidates else ranking.why_empty()
     if failure and not all_reasons:
-        raise MaveriqError(f"{model.name}: {failure}; --why names every configuration")
+        raise MaveriqError(f"{model.name}: {failure}; --explain names every configuration")
     if as_json:
         typer.echo(
-            json.dumps({"plan_with": plan_with, **ranking_json(ask, ranking, cluster)}, indent=2, allow_nan=False)
+            json.dumps({"estimator": estimator, **ranking_json(endpoint, ranking, cluster)}, indent=2, allow_nan=False)
         )
     else:
         console = Console()
         if ranking.candidates:
-            console.print(ranking_table(ask, ranking, cluster, top=top, width=console.width))
+            console.print(ranking_table(endpoint, ranking, cluster, top=top, width=console.width))
         console.print(left_out_table(ranking, every=all_reasons))
-        note = None if question.plan_with else note_on_default(profile)
+        note = None if question.estimator else note_on_default(profile)
         if note:
             console.print(note, highlight=False, markup=False)
     if failure:

@@ -36,8 +36,8 @@ def profile(
 
     Whole models, under the configurations that you choose.
 
-    Writes a profile: maveriq sim --profile FOLDER/profile.toml --plan-with
-    measured --serve-with measured then simulates these very engines.
+    Writes a profile: maveriq sim --profile FOLDER/profile.toml --estimator
+    measured --service-times measured then simulates these very engines.
     """
     from maveriq.cli.profiling import Wanted, measure_and_write
 

@@ -91,7 +91,7 @@ def measure_and_write(wanted: Wanted, out: Path) -> None:
     write_profile(out, machine, measured)
     profile = out / "profile.toml"
     Console().print(
-        f"profile: {profile}\nuse it: --profile {profile} --plan-with measured --serve-with measured",
+        f"profile: {profile}\nuse it: --profile {profile} --estimator measured --service-times measured",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -155,10 +155,10 @@ def _cluster(machine: Machine, gpus: int) -> Cluster:
     )
 
 
-def _counts(option: str, text: str, most: int) -> list[int]:
+def _counts(option: str, text: str, maximum: int) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and 1 <= int(word) <= most for word in words):
-        raise InputError(f"{option} must be whole numbers from 1 to {most:,} with commas between, not {text!r}")
+    if not all(word.isascii() and word.isdigit() and 1 <= int(word) <= maximum for word in words):
+        raise InputError(f"{option} must be whole numbers from 1 to {maximum:,} with commas between, not {text!r}")
     return sorted({int(word) for word in words})
 
 

@@ -93,10 +93,10 @@ def _recorded(folder: Path) -> list[RecordedEngine]:
 
 def _live(fitted: CrossFit, recorded: Sequence[RecordedEngine], gpus_per_socket: int) -> _Live:
     calibration = fitted.calibration
-    served, without = cross_fit_served(fitted.slowness, calibration, recorded, gpus_per_socket)
-    left_out = errors_without(fitted.slowness, calibration, recorded, without)
+    served, without = cross_fit_served(fitted.layer_time_ratio, calibration, recorded, gpus_per_socket)
+    left_out = errors_without(fitted.layer_time_ratio, calibration, recorded, without)
     same_runs = dict.fromkeys((one.run for one in recorded), served)
-    errors = left_out or errors_without(fitted.slowness, calibration, recorded, same_runs)
+    errors = left_out or errors_without(fitted.layer_time_ratio, calibration, recorded, same_runs)
     return _Live(served=served, without=without, errors=errors, runs_left_out=bool(left_out))
 
 

@@ -33,8 +33,8 @@ def run(
     real: Real = False,
     time_scale: TimeScale = 1.0,
     start_timeout_s: StartTimeout = 900.0,
-    hang_s: Hang = 30.0,
-    most_failures: MostFailures = 5,
+    hang_timeout_s: Hang = 30.0,
+    max_restarts: MostFailures = 5,
     slo_ttft_ms: SloTtft = None,
     slo_tpot_ms: SloTpot = None,
     out: Annotated[
@@ -61,8 +61,8 @@ def run(
             real=real,
             time_scale=time_scale,
             start_timeout_s=start_timeout_s,
-            hang_s=hang_s,
-            most_failures=most_failures,
+            hang_timeout_s=hang_timeout_s,
+            max_restarts=max_restarts,
         ),
         Output(folder=out, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, as_json=as_json, quiet=quiet),
     )

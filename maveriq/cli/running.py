@@ -146,10 +146,10 @@ def _is_simulation_of(meta: Mapping[str, Any], folder: Path) -> bool:
 
 def _said(options: Options) -> Iterator[str]:
     """Yield the options that differ from their defaults, as a user writes them."""
-    usual = Options()
+    default = Options()
     for one in fields(options):
         value = getattr(options, one.name)
-        if value == getattr(usual, one.name):
+        if value == getattr(default, one.name):
             continue
         name = f"--{one.name.replace('_', '-')}"
         if isinstance(value, bool):

@@ -15,8 +15,8 @@ _HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
 _MOST = 1_000_000
 
 CLUSTER_OPTIONS = (
-    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "replica", "on_failure", "plan_with",
-    "serve_with", "load_s", "seed",
+    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "replica", "on_failure", "estimator",
+    "service_times", "load_s", "seed",
 )  # fmt: skip
 """The options of a run that a service has too."""
 
@@ -29,8 +29,8 @@ def serve(
     real: Real = False,
     time_scale: TimeScale = 1.0,
     start_timeout_s: StartTimeout = 900.0,
-    hang_s: Hang = 30.0,
-    most_failures: MostFailures = 5,
+    hang_timeout_s: Hang = 30.0,
+    max_restarts: MostFailures = 5,
     models_folder: Annotated[
         Path | None, typer.Option(help="Models may be read from here as well.", rich_help_panel=_ENGINES)
     ] = None,
@@ -81,8 +81,8 @@ def serve(
             real=real,
             time_scale=time_scale,
             start_timeout_s=start_timeout_s,
-            hang_s=hang_s,
-            most_failures=most_failures,
+            hang_timeout_s=hang_timeout_s,
+            max_restarts=max_restarts,
         ),
         Serving(
             models_folder=models_folder,

@@ -62,10 +62,10 @@ def run_service(options: Options, engines: Engines, serving: Serving) -> None:
     settings = ServeSettings(
         token=read_token(serving.token_file),
         models_folder=serving.models_folder,
-        most_in_flight=serving.max_requests,
-        most_body_bytes=serving.max_body_kib * 1024,
-        most_prompt_tokens=serving.max_prompt_tokens,
-        most_output_tokens=serving.max_output_tokens,
+        max_in_flight=serving.max_requests,
+        max_body_bytes=serving.max_body_kib * 1024,
+        max_prompt_tokens=serving.max_prompt_tokens,
+        max_output_tokens=serving.max_output_tokens,
         drain_s=serving.drain_s,
     )
     with contextlib.ExitStack() as held:

@@ -118,7 +118,7 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 def _resolved(scenario: ServingSystem) -> dict[str, str]:
     """Return the options whose default depends on the profile, as they turned out."""
-    return {"plan_with": scenario.plan_with, "serve_with": scenario.serve.name if scenario.serve else RECORDED}
+    return {"estimator": scenario.estimator, "service_times": scenario.serve.name if scenario.serve else RECORDED}
 
 
 def meta_of(options: Options, scenario: ServingSystem, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:

@@ -132,13 +132,13 @@ def _view(summary: WorkloadSummary, width: int) -> list[RenderableType]:
     for column in ("asked at s", "requests"):
         models.add_column(column, justify="right")
     for endpoint in summary.endpoints:
-        models.add_row(str(endpoint.endpoint), endpoint.model, f"{endpoint.asked_s:,.0f}", f"{endpoint.requests:,}")
+        models.add_row(str(endpoint.endpoint), endpoint.model, f"{endpoint.requested_s:,.0f}", f"{endpoint.requests:,}")
     lengths = new_table("Lengths in tokens")
     lengths.add_column("")
     for column in ("least", "p25", "median", "p75", "p90", "p99", "most", "mean"):
         lengths.add_column(column, justify="right")
     for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens)):
-        quantiles = (tokens.least, tokens.p25, tokens.median, tokens.p75, tokens.p90, tokens.p99, tokens.most)
+        quantiles = (tokens.minimum, tokens.p25, tokens.median, tokens.p75, tokens.p90, tokens.p99, tokens.maximum)
         lengths.add_row(name, *(f"{value:,}" for value in quantiles), f"{tokens.mean:,.1f}")
     headline = (
         f"{summary.name}: {summary.requests:,} requests from {summary.first_arrival_s:,.1f} s"

@@ -54,7 +54,7 @@ class DispatchDelays:
 
     def pause(self, now_us: Micros) -> None:
         """Send nothing for a while: an engine just registered."""
-        self._closed_until_us = max(self._closed_until_us, now_us + self._timing.pause_us)
+        self._closed_until_us = max(self._closed_until_us, now_us + self._timing.registration_delay_us)
 
     def earliest_us(self, arrival_us: Micros, release_us: Micros) -> Micros:
         """Return when a request may go.
@@ -107,16 +107,16 @@ class Controller:
     """Decides what is deployed where and which request runs next. Knows no clock."""
 
     def __init__(
-        self, cluster: Cluster, policy: Policy, settings: ControllerSettings, guess: ServiceTimePredictor
+        self, cluster: Cluster, policy: Policy, settings: ControllerSettings, predict_service_time: ServiceTimePredictor
     ) -> None:
-        self.ledger = RequestTracker()
-        self.fleet = DeploymentManager(cluster, policy, settings.load_window, settings.seed)
+        self.tracker = RequestTracker()
+        self.manager = DeploymentManager(cluster, policy, settings.load_window, settings.seed)
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings
         self._replicas = Router(settings.replica, settings.seed)
         guesses = settings.discipline is QueueDiscipline.SJF or settings.replica is RoutingRule.LEAST_WORK
-        self._guess = guess if guesses else None
+        self._predict_service_time = predict_service_time if guesses else None
         self._clock = DispatchDelays(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}
         self._now_us: Micros = 0
@@ -134,7 +134,7 @@ class Controller:
         self._actions = []
         for event in events if len(events) < 2 else sorted(events, key=_order):
             self._take_in(event)
-        self._actions.extend(self.fleet.start_idle())
+        self._actions.extend(self.manager.start_idle())
         self._dispatch()
         return self._actions
 
@@ -149,7 +149,9 @@ class Controller:
             case RequestCancelled():
                 self._cancelled(event.request_id)
             case EndpointAdded():
-                self._endpoints.setdefault(event.ask.endpoint_id, []).extend(self.fleet.ask(event.ask, self._now_us))
+                self._endpoints.setdefault(event.endpoint.endpoint_id, []).extend(
+                    self.manager.endpoint(event.endpoint, self._now_us)
+                )
             case EngineUp():
                 self._registered(event)
             case EndpointRemoved():
@@ -164,21 +166,21 @@ class Controller:
     # Requests
 
     def _arrived(self, request: Request) -> None:
-        self.ledger.arrived(request)
+        self.tracker.arrived(request)
         self._assign(request)
 
     def _assign(self, request: Request, *, first: bool = False) -> None:
         """Let a request wait for a deployment of its endpoint, first of all if so asked, or refuse it."""
         replicas = self._endpoints.get(request.endpoint_id)
         if not replicas:
-            self.ledger.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
+            self.tracker.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
             return
         deployment = replicas[0] if len(replicas) == 1 else self._replicas.choose(replicas, request)
-        self.ledger.assigned(request, deployment.deployment_id)
+        self.tracker.assigned(request, deployment.deployment_id)
         if not deployment.serves:
-            self.ledger.refused(request, deployment.why_refused())
+            self.tracker.refused(request, deployment.why_refused())
             return
-        service_us = self._guess(deployment, request) if self._guess else 0
+        service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
         self._replicas.committed(deployment, self._now_us, service_us)
         if first:
             self.queue.push_back(request, deployment.deployment_id)
@@ -186,36 +188,36 @@ class Controller:
             self.queue.push(request, deployment.deployment_id, service_us)
 
     def _finished(self, event: ExecutionFinished) -> None:
-        deployment = self.fleet.deployments[event.deployment_id]
+        deployment = self.manager.deployments[event.deployment_id]
         if not deployment.running or deployment.execution_id != event.execution_id:
             return
-        requests = self.fleet.end(deployment, self._now_us)
+        requests = self.manager.end(deployment, self._now_us)
         self._forget(requests)
         deployment.completed += len(requests)
         if event.output_tokens is not None:
             for request, output_tokens in zip(requests, event.output_tokens, strict=True):
-                self.ledger.generated(request, output_tokens)
+                self.tracker.generated(request, output_tokens)
         for request in requests:
-            self.ledger.completed(request, event.first_token_us, self._now_us)
+            self.tracker.completed(request, event.first_token_us, self._now_us)
         if deployment.state is DeploymentState.REMOVED:
             self._stop(deployment)
 
     def _execution_failed(self, event: ExecutionFailed) -> None:
         """Fail what ran: the engine is well, so that the same requests would fail again."""
-        deployment = self.fleet.deployments[event.deployment_id]
+        deployment = self.manager.deployments[event.deployment_id]
         if not deployment.running or deployment.execution_id != event.execution_id:
             return
-        requests = self.fleet.end(deployment, self._now_us)
+        requests = self.manager.end(deployment, self._now_us)
         self._forget(requests)
         for request in requests:
-            self.ledger.failed(request, f"{deployment.name}: {event.reason}")
+            self.tracker.failed(request, f"{deployment.name}: {event.reason}")
         if deployment.state is DeploymentState.REMOVED:
             self._stop(deployment)
 
     def _cancelled(self, request_id: int) -> None:
-        if self.queue.withdraw(request_id, self.ledger.deployment_of(request_id)):
-            self.ledger.cancelled(request_id, CLIENT_GONE)
-        elif self.ledger.runs(request_id):
+        if self.queue.withdraw(request_id, self.tracker.deployment_of(request_id)):
+            self.tracker.cancelled(request_id, CLIENT_GONE)
+        elif self.tracker.runs(request_id):
             self._unwanted.add(request_id)
 
     def _forget(self, requests: tuple[Request, ...]) -> None:
@@ -227,18 +229,18 @@ class Controller:
         """Send all that may go at this instant; note when the next one may."""
         self.wake_us = None
         later_mask = 0  # GPUs of heads that may go, but not yet
-        while head := self.queue.next(self._now_us, self.fleet.busy_mask | later_mask):
-            deployment = self.fleet.deployments[head.line.deployment_id]
-            go_us = self._clock.earliest_us(head.request.arrival_us, self.fleet.released_us(deployment))
+        while head := self.queue.next(self._now_us, self.manager.busy_mask | later_mask):
+            deployment = self.manager.deployments[head.line.deployment_id]
+            go_us = self._clock.earliest_us(head.request.arrival_us, self.manager.released_us(deployment))
             if go_us > self._now_us:
                 self.wake_us = go_us if self.wake_us is None else min(self.wake_us, go_us)
                 later_mask |= deployment.gpu_mask
                 continue
             requests = self.queue.take(head, deployment.layout.configuration.batch_size)
-            execution_id = self.fleet.begin(deployment, requests, self._now_us)
+            execution_id = self.manager.begin(deployment, requests, self._now_us)
             self._clock.sent(self._now_us)
             for request in requests:
-                self.ledger.started(request, self._now_us)
+                self.tracker.started(request, self._now_us)
             self._actions.append(Execute(deployment.deployment_id, execution_id, requests))
 
     # Deployments
@@ -248,63 +250,63 @@ class Controller:
         return tuple(self._endpoints.get(endpoint_id, ()))
 
     def _registered(self, event: EngineUp) -> None:
-        deployment = self.fleet.registered(event.deployment_id, event.incarnation, self._now_us)
+        deployment = self.manager.registered(event.deployment_id, event.generation, self._now_us)
         if deployment is None:
             return
         self._clock.pause(self._now_us)
-        if self.queue.has_line(deployment.deployment_id):
-            self.queue.park(deployment.deployment_id, parked=False)
+        if self.queue.has_queue(deployment.deployment_id):
+            self.queue.pause(deployment.deployment_id, paused=False)
         else:
-            self.queue.open_line(deployment.deployment_id, deployment.gpu_mask)
+            self.queue.open_queue(deployment.deployment_id, deployment.gpu_mask)
 
     def _gpu_changed(self, event: GpuDown | GpuUp) -> None:
         if isinstance(event, GpuUp):
-            self.fleet.gpu_up(event.gpu_id)
+            self.manager.gpu_up(event.gpu_id)
             return
-        self.fleet.gpu_down(event.gpu_id)
-        for deployment in self.fleet.on_gpu(event.gpu_id):
+        self.manager.gpu_down(event.gpu_id)
+        for deployment in self.manager.on_gpu(event.gpu_id):
             self._engine_down(deployment, f"GPU {event.gpu_id} failed", returns=event.returns, broken=False)
 
     def _engine_changed(self, event: EngineDown | EngineRepaired) -> None:
-        deployment = self.fleet.deployments.get(event.deployment_id)
+        deployment = self.manager.deployments.get(event.deployment_id)
         if deployment is None:
             return
         if isinstance(event, EngineRepaired):
-            self.fleet.repaired(deployment)
+            self.manager.repaired(deployment)
         else:
             self._engine_down(deployment, event.reason, returns=event.returns, broken=True)
 
     def _engine_down(self, deployment: Deployment, what: str, *, returns: bool, broken: bool) -> None:
         """Take in that an engine is gone; nothing that was accepted is lost."""
-        if not self.fleet.holds_memory(deployment):
+        if not self.manager.holds_memory(deployment):
             return  # rejected, removed, or lost for good before
         if deployment.engine_gone() and not broken:
             # One of its GPUs is gone; what runs of it on the others has to be stopped.
             self._actions.append(StopEngine(deployment.deployment_id))
-        interrupted = self.fleet.end(deployment, self._now_us)
+        interrupted = self.manager.end(deployment, self._now_us)
         reason = f"{deployment.name}: {what}"
         if deployment.state is DeploymentState.REMOVED:
             for request in interrupted:
-                self.ledger.failed(request, reason)
+                self.tracker.failed(request, reason)
             self._forget(interrupted)
             self._stop(deployment)
             return
-        self.fleet.engine_down(deployment, returns=returns, broken=broken, reason=what)
+        self.manager.engine_down(deployment, returns=returns, broken=broken, reason=what)
         again = [request for request in interrupted if self._may_retry(request, reason)]
         self._forget(interrupted)
         for request in again:
-            self.ledger.requeued(request)
-        if self.queue.has_line(deployment.deployment_id):
+            self.tracker.requeued(request)
+        if self.queue.has_queue(deployment.deployment_id):
             self._keep_or_move(deployment, again)
 
     def _keep_or_move(self, deployment: Deployment, again: list[Request]) -> None:
         """Let requests wait until an engine is back, those that it was serving first; or find them another."""
         if deployment.returns:
-            self.queue.park(deployment.deployment_id, parked=True)
+            self.queue.pause(deployment.deployment_id, paused=True)
             for request in again:
                 self.queue.push_back(request, deployment.deployment_id)
             return
-        waiting = self.queue.close_line(deployment.deployment_id)
+        waiting = self.queue.close_queue(deployment.deployment_id)
         for request in again:
             self._assign(request, first=True)
         for request in waiting:
@@ -312,24 +314,24 @@ class Controller:
 
     def _may_retry(self, request: Request, reason: str) -> bool:
         unwanted = request.request_id in self._unwanted
-        if self._settings.on_failure is OnFailure.REQUEUE and self.ledger.attempts(request) < 2 and not unwanted:
+        if self._settings.on_failure is OnFailure.REQUEUE and self.tracker.attempts(request) < 2 and not unwanted:
             return True
-        self.ledger.failed(request, f"{reason}; {CLIENT_GONE}" if unwanted else reason)
+        self.tracker.failed(request, f"{reason}; {CLIENT_GONE}" if unwanted else reason)
         return False
 
     def _remove(self, endpoint_id: int) -> None:
         for deployment in self._endpoints.get(endpoint_id, []):
             if deployment.state in (DeploymentState.REJECTED, DeploymentState.REMOVED):
                 continue
-            self.fleet.withdraw(deployment)
-            if self.queue.has_line(deployment.deployment_id):
-                for request in self.queue.close_line(deployment.deployment_id):
-                    self.ledger.refused(request, deployment.why_refused())
+            self.manager.withdraw(deployment)
+            if self.queue.has_queue(deployment.deployment_id):
+                for request in self.queue.close_queue(deployment.deployment_id):
+                    self.tracker.refused(request, deployment.why_refused())
             if not deployment.running:
                 self._stop(deployment)
 
     def _stop(self, deployment: Deployment) -> None:
-        if self.fleet.removed(deployment, self._now_us):
+        if self.manager.removed(deployment, self._now_us):
             self._actions.append(StopEngine(deployment.deployment_id))
 
 
@@ -347,27 +349,27 @@ def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros,
         last_arrival_us: when the last request of the workload arrives.
         total: requests of the workload.
     """
-    ledger, fleet = controller.ledger, controller.fleet
-    recent = ledger.recent_rows()
+    tracker, manager = controller.tracker, controller.manager
+    recent = tracker.recent_rows()
     latencies = sorted(latency_us for latency_us, _ in recent)
     met = [latency_us <= slo_us for latency_us, slo_us in recent if slo_us]
     return Progress(
         now_us=now_us,
         last_arrival_us=last_arrival_us,
         total=total,
-        arrived=len(ledger),
-        waiting=ledger.count(RequestStatus.WAITING),
-        running=ledger.count(RequestStatus.RUNNING),
-        completed=ledger.count(RequestStatus.COMPLETED),
-        refused=ledger.count(RequestStatus.REFUSED),
-        failed=ledger.count(RequestStatus.FAILED),
+        arrived=len(tracker),
+        waiting=tracker.count(RequestStatus.WAITING),
+        running=tracker.count(RequestStatus.RUNNING),
+        completed=tracker.count(RequestStatus.COMPLETED),
+        refused=tracker.count(RequestStatus.REFUSED),
+        failed=tracker.count(RequestStatus.FAILED),
         recent_p50_s=_quantile_s(latencies, 0.50),
         recent_p95_s=_quantile_s(latencies, 0.95),
         recent_slo_attainment=sum(met) / len(met) if met else None,
         deployments=tuple(
-            one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in fleet.deployments.values()
+            one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in manager.deployments.values()
         ),
-        gpus=fleet.gpu_statuses(now_us),
+        gpus=manager.gpu_statuses(now_us),
     )
 
 

@@ -46,7 +46,7 @@ class Deployment:
     """
 
     deployment_id: int
-    ask: EndpointSpec
+    endpoint: EndpointSpec
     plan: DeploymentPlan | None
     state: DeploymentState
     busy: UtilizationWindow
@@ -59,7 +59,7 @@ class Deployment:
     returns: bool = True
     open_failures: int = 0
     alive: bool = False
-    incarnation: int = 0
+    generation: int = 0
     execution_id: int = 0
     running: tuple[Request, ...] = ()
     started_us: Micros = NOT_YET
@@ -79,7 +79,7 @@ class Deployment:
     @property
     def name(self) -> str:
         """Its number and model, for reasons and messages."""
-        return f"deployment {self.deployment_id} ({self.ask.model.name})"
+        return f"deployment {self.deployment_id} ({self.endpoint.model.name})"
 
     @property
     def gone_for_good(self) -> bool:
@@ -107,7 +107,7 @@ class Deployment:
         """Return its row for the records."""
         return DeploymentRecord(
             deployment_id=self.deployment_id,
-            ask=self.ask,
+            endpoint=self.endpoint,
             plan=self.plan,
             ready_us=self.ready_us,
             removed_us=self.removed_us,
@@ -119,7 +119,7 @@ class Deployment:
         """Return what a live view shows of it."""
         return DeploymentStatus(
             deployment_id=self.deployment_id,
-            model=self.ask.model.name,
+            model=self.endpoint.model.name,
             configuration=str(self.plan.configuration) if self.plan else "",
             layer_split=self.plan.layer_split if self.plan else (),
             gpu_ids=self.gpu_ids,
@@ -127,7 +127,7 @@ class Deployment:
             waiting=waiting,
             completed=self.completed,
             reason=self.reason,
-            restarts=max(0, self.incarnation - 1),
+            restarts=max(0, self.generation - 1),
         )
 
 
@@ -150,30 +150,32 @@ class DeploymentManager:
         self.measured_loads: Callable[[], Sequence[float]] | None = None
         """Tells each GPU's recent load where it is measured; else it is what deployments are known to have executed."""
 
-    def ask(self, ask: EndpointSpec, now_us: Micros) -> list[Deployment]:
+    def endpoint(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
         """Let the policy decide on an ask; reserve memory for each plan, or note the rejection."""
-        decision = self._policy.decide(ask, self._state.view(self.loads(now_us)))
+        decision = self._policy.decide(endpoint, self._state.view(self.loads(now_us)))
         if isinstance(decision, Rejection):
-            rejected = self._add(ask, None, DeploymentState.REJECTED)
+            rejected = self._add(endpoint, None, DeploymentState.REJECTED)
             rejected.reason = decision.reason
             return [rejected]
-        return [self._reserve(ask, plan) for plan in decision.plans]
+        return [self._reserve(endpoint, plan) for plan in decision.plans]
 
-    def _reserve(self, ask: EndpointSpec, plan: DeploymentPlan) -> Deployment:
+    def _reserve(self, endpoint: EndpointSpec, plan: DeploymentPlan) -> Deployment:
         gone = [gpu for gpu in plan.gpu_ids if gpu not in range(len(self._released_us)) or self._state.is_down(gpu)]
         if gone:
-            raise InvariantError(f"policy {self._policy.name!r} put {ask.model.name} on GPU {gone[0]}, which is not up")
-        deployment = self._add(ask, plan, DeploymentState.WAITING)
+            raise InvariantError(
+                f"policy {self._policy.name!r} put {endpoint.model.name} on GPU {gone[0]}, which is not up"
+            )
+        deployment = self._add(endpoint, plan, DeploymentState.WAITING)
         self._state.reserve(deployment.deployment_id, dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)))
         deployment.gpu_ids = plan.gpu_ids
         deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
         self._to_start.append(deployment)
         return deployment
 
-    def _add(self, ask: EndpointSpec, plan: DeploymentPlan | None, state: DeploymentState) -> Deployment:
+    def _add(self, endpoint: EndpointSpec, plan: DeploymentPlan | None, state: DeploymentState) -> Deployment:
         deployment = Deployment(
             deployment_id=len(self.deployments) + 1,
-            ask=ask,
+            endpoint=endpoint,
             plan=plan,
             state=state,
             busy=UtilizationWindow(self._window),
@@ -194,14 +196,14 @@ class DeploymentManager:
     def _start(self, deployment: Deployment) -> StartEngine:
         self._to_start.remove(deployment)
         deployment.state = DeploymentState.LOADING
-        deployment.incarnation += 1
+        deployment.generation += 1
         deployment.alive = True
-        return StartEngine(deployment.deployment_id, deployment.incarnation, deployment.layout)
+        return StartEngine(deployment.deployment_id, deployment.generation, deployment.layout)
 
-    def registered(self, deployment_id: int, incarnation: int, now_us: Micros) -> Deployment | None:
+    def registered(self, deployment_id: int, generation: int, now_us: Micros) -> Deployment | None:
         """Note that an engine is up; None if that engine was given up meanwhile."""
         deployment = self.deployments[deployment_id]
-        if deployment.state is not DeploymentState.LOADING or deployment.incarnation != incarnation:
+        if deployment.state is not DeploymentState.LOADING or deployment.generation != generation:
             return None
         deployment.state = DeploymentState.UP
         deployment.serves = True

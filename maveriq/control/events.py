@@ -99,7 +99,7 @@ class EngineUp:
     """An engine has loaded and registers. A stale `incarnation` is ignored."""
 
     deployment_id: int
-    incarnation: int
+    generation: int
     rank: ClassVar[int] = 4
 
     @property
@@ -125,13 +125,13 @@ class EndpointRemoved:
 class EndpointAdded:
     """A developer asks for a model to be served."""
 
-    ask: EndpointSpec
+    endpoint: EndpointSpec
     rank: ClassVar[int] = 6
 
     @property
     def key(self) -> int:
         """Order among events of this kind."""
-        return self.ask.endpoint_id
+        return self.endpoint.endpoint_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class StartEngine:
     """Load an engine; answer with `EngineUp` of the same incarnation."""
 
     deployment_id: int
-    incarnation: int
+    generation: int
     plan: DeploymentPlan
 
 

@@ -47,7 +47,7 @@ class DeploymentQueue:
 
     deployment_id: int
     gpu_mask: int
-    parked: bool = False
+    paused: bool = False
     heap: list[Entry] = field(default_factory=list)
     by_arrival: list[tuple[int, int, Request]] = field(default_factory=list)
     taken_by_rank: set[int] = field(default_factory=set)
@@ -95,20 +95,20 @@ class RequestQueue:
     def __len__(self) -> int:
         return self._waiting
 
-    def open_line(self, deployment_id: int, gpu_mask: int) -> None:
+    def open_queue(self, deployment_id: int, gpu_mask: int) -> None:
         """Let requests wait for a deployment."""
         self._lines[deployment_id] = DeploymentQueue(deployment_id, gpu_mask)
 
-    def has_line(self, deployment_id: int) -> bool:
+    def has_queue(self, deployment_id: int) -> bool:
         """Say whether requests can wait for a deployment."""
         return deployment_id in self._lines
 
-    def park(self, deployment_id: int, *, parked: bool) -> None:
+    def pause(self, deployment_id: int, *, paused: bool) -> None:
         """Pass over a deployment's requests while its engine is down, or take them up again."""
-        self._lines[deployment_id].parked = parked
+        self._lines[deployment_id].paused = paused
         self._front = None
 
-    def close_line(self, deployment_id: int) -> list[Request]:
+    def close_queue(self, deployment_id: int) -> list[Request]:
         """Drop a deployment's line and return the requests that waited in it, in order of arrival."""
         line = self._lines.pop(deployment_id)
         self._front = None
@@ -200,7 +200,7 @@ class RequestQueue:
         best: DeploymentQueue | None = None
         best_entry: Entry | None = None
         for line in self._lines.values():
-            if not line.heap or line.parked or line.gpu_mask & blocked_mask:
+            if not line.heap or line.paused or line.gpu_mask & blocked_mask:
                 continue
             entry = line.head()
             if entry is not None and (best_entry is None or entry < best_entry):
@@ -213,7 +213,7 @@ class RequestQueue:
         late = []
         for line in self._lines.values():
             oldest = line.oldest()
-            if oldest and not line.parked and oldest.arrival_us < latest_us:
+            if oldest and not line.paused and oldest.arrival_us < latest_us:
                 late.append((oldest.request_id, Head(line, oldest, overdue=True)))
         held_mask = 0
         for _, head in sorted(late, key=lambda one: one[0]):
@@ -222,7 +222,7 @@ class RequestQueue:
             held_mask |= head.line.gpu_mask
         return None, held_mask
 
-    def take(self, head: Head, most: int) -> tuple[Request, ...]:
+    def take(self, head: Head, maximum: int) -> tuple[Request, ...]:
         """Take the head, and after it up to `most - 1` more of its line by rank."""
         line = head.line
         taken = []
@@ -230,7 +230,7 @@ class RequestQueue:
             _, serial, request = heapq.heappop(line.by_arrival)
             line.taken_by_arrival.add(serial)
             taken.append(request)
-        while len(taken) < most and line.head():
+        while len(taken) < maximum and line.head():
             _, _, _, serial, request = heapq.heappop(line.heap)
             if not self._single_line:
                 line.taken_by_rank.add(serial)

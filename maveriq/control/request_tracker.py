@@ -24,7 +24,7 @@ _REFUSED, _UNFINISHED = RequestStatus.REFUSED.value, RequestStatus.UNFINISHED.va
 RECENT_COMPLETIONS = 1_000
 """How many of the last completions live figures cover."""
 
-MOST_REASONS = 10_000
+MAX_REASONS = 10_000
 """Different reasons that are kept: a service that runs for long, on engines that find ever new words, needs a bound."""
 
 _ONE_MORE_REASON = "a reason beyond those kept"
@@ -183,7 +183,7 @@ class RequestTracker:
         self._count[after] += 1
 
     def _reason_index(self, reason: str) -> int:
-        if reason not in self._reason_indices and len(self._reasons) >= MOST_REASONS:
+        if reason not in self._reason_indices and len(self._reasons) >= MAX_REASONS:
             reason = _ONE_MORE_REASON
         index = self._reason_indices.setdefault(reason, len(self._reasons))
         if index == len(self._reasons):

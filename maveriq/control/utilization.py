@@ -42,9 +42,9 @@ class UtilizationWindow:
 def sampling_phases_us(window: LoadWindow, gpus: int, seed: int) -> tuple[Micros, ...]:
     """Return how old each GPU's readings are when they are sampled, in the order of ids.
 
-    Drawn once per run, evenly from 0 to `most_phase_us`; a GPU keeps its phase, since its counter ticks evenly.
+    Drawn once per run, evenly from 0 to `max_phase_us`; a GPU keeps its phase, since its counter ticks evenly.
     """
-    return tuple(pick(seed, "load sampling", gpu_id, window.most_phase_us + 1) for gpu_id in range(gpus))
+    return tuple(pick(seed, "load sampling", gpu_id, window.max_phase_us + 1) for gpu_id in range(gpus))
 
 
 def recent_load(

@@ -64,7 +64,7 @@ class DispatchTiming:
 
     A request goes at the first tick not before its arrival plus `after_arrival_us` and the
     release of its last GPU plus `after_release_us`, at most one dispatch per tick; nothing goes
-    within `pause_us` after an engine registers.
+    within `registration_delay_us` after an engine registers.
 
     Raises:
         InputError: a negative duration.
@@ -73,10 +73,10 @@ class DispatchTiming:
     tick_us: Micros = 0
     after_arrival_us: Micros = 0
     after_release_us: Micros = 0
-    pause_us: Micros = 0
+    registration_delay_us: Micros = 0
 
     def __post_init__(self) -> None:
-        for name in ("tick_us", "after_arrival_us", "after_release_us", "pause_us"):
+        for name in ("tick_us", "after_arrival_us", "after_release_us", "registration_delay_us"):
             if getattr(self, name) < 0:
                 raise InputError(f"dispatch timing: {name} must not be negative, not {getattr(self, name)}")
 
@@ -87,7 +87,7 @@ class LoadWindow:
 
     A sample is taken each `sample_us`. It looks back over `look_us`, and is busy when the GPU
     executed for more than `busy_share` of that. Readings of a GPU are always equally old; how old,
-    from 0 to `most_phase_us`, differs between GPUs, so that those that work alike are seldom
+    from 0 to `max_phase_us`, differs between GPUs, so that those that work alike are seldom
     found equally busy. 0 is a sampler that sees all GPUs at one instant.
 
     Raises:
@@ -99,7 +99,7 @@ class LoadWindow:
     sample_us: Micros = MICROS_PER_SECOND
     look_us: Micros = MICROS_PER_SECOND // 6
     busy_share: float = 0.01
-    most_phase_us: Micros = 0
+    max_phase_us: Micros = 0
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not 1 <= self.look_us <= self.sample_us or not 0 <= self.busy_share < 1:
@@ -107,10 +107,10 @@ class LoadWindow:
                 "load window: needs at least one sample, a look back from 1 µs up to the time between samples, and a "
                 f"busy share from 0 to 1, not {self.samples}, {self.look_us} of {self.sample_us} µs, {self.busy_share}"
             )
-        if not 0 <= self.most_phase_us <= self.sample_us:
+        if not 0 <= self.max_phase_us <= self.sample_us:
             raise InputError(
                 f"load window: the largest phase must lie between 0 and the {self.sample_us} µs between samples, "
-                f"not {self.most_phase_us} µs"
+                f"not {self.max_phase_us} µs"
             )
 
 

@@ -88,7 +88,7 @@ class EndpointSpec:
     endpoint_id: int
     model: ModelSpec
     intent: Intent
-    asked_us: Micros
+    requested_us: Micros
     prompt_tokens: int
     output_tokens: int
     batch_size: int = 1
@@ -97,5 +97,5 @@ class EndpointSpec:
         for field in ("endpoint_id", "prompt_tokens", "output_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise InputError(f"deploy {self.model.name}: {field} must be at least 1, not {getattr(self, field)}")
-        if self.asked_us < 0:
-            raise InputError(f"deploy {self.model.name}: asked at {self.asked_us} µs, before the run starts")
+        if self.requested_us < 0:
+            raise InputError(f"deploy {self.model.name}: asked at {self.requested_us} µs, before the run starts")

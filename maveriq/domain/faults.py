@@ -95,26 +95,26 @@ def parse_removal(text: str) -> Removal:
     return Removal(endpoint_id=int(match["id"]), at_us=micros(float(match["at"])))
 
 
-def check_removal(removal: Removal, *, asked_us: Sequence[Micros]) -> None:
+def check_removal(removal: Removal, *, requested_us: Sequence[Micros]) -> None:
     """Refuse the removal of an endpoint that the run has not, or has not yet.
 
     Raises:
         InputError: no such endpoint at that time.
     """
-    if removal.endpoint_id > len(asked_us):
-        raise InputError(f"removal of endpoint {removal.endpoint_id}: the run has endpoints 1 to {len(asked_us)}")
-    asked_s = seconds(asked_us[removal.endpoint_id - 1])
-    if removal.at_us <= asked_us[removal.endpoint_id - 1]:
-        raise InputError(f"removal of endpoint {removal.endpoint_id}: it is not asked for before {asked_s:g} s")
+    if removal.endpoint_id > len(requested_us):
+        raise InputError(f"removal of endpoint {removal.endpoint_id}: the run has endpoints 1 to {len(requested_us)}")
+    requested_s = seconds(requested_us[removal.endpoint_id - 1])
+    if removal.at_us <= requested_us[removal.endpoint_id - 1]:
+        raise InputError(f"removal of endpoint {removal.endpoint_id}: it is not asked for before {requested_s:g} s")
 
 
-def check_fault(fault: Fault, *, gpus: int, asked_us: Sequence[Micros], end_us: Micros) -> None:
+def check_fault(fault: Fault, *, gpus: int, requested_us: Sequence[Micros], end_us: Micros) -> None:
     """Refuse a fault that can hit nothing.
 
     Args:
         fault: as the user wrote it.
         gpus: of the cluster.
-        asked_us: when each deployment is asked for.
+        requested_us: when each deployment is asked for.
         end_us: when the run ends at the latest.
 
     Raises:
@@ -125,8 +125,8 @@ def check_fault(fault: Fault, *, gpus: int, asked_us: Sequence[Micros], end_us: 
         raise InputError(f"{what} at {seconds(fault.at_us):g} s: the run ends by {seconds(end_us):g} s")
     if fault.target is FaultTarget.GPU and fault.target_id >= gpus:
         raise InputError(f"fault of GPU {fault.target_id}: the cluster has GPUs 0 to {gpus - 1}")
-    if fault.target is FaultTarget.DEPLOYMENT and not 1 <= fault.target_id <= len(asked_us):
-        raise InputError(f"fault of deployment {fault.target_id}: the run has deployments 1 to {len(asked_us)}")
-    if fault.target is FaultTarget.DEPLOYMENT and fault.at_us < asked_us[fault.target_id - 1]:
-        asked_s = seconds(asked_us[fault.target_id - 1])
-        raise InputError(f"{what} at {seconds(fault.at_us):g} s: it is not asked for before {asked_s:g} s")
+    if fault.target is FaultTarget.DEPLOYMENT and not 1 <= fault.target_id <= len(requested_us):
+        raise InputError(f"fault of deployment {fault.target_id}: the run has deployments 1 to {len(requested_us)}")
+    if fault.target is FaultTarget.DEPLOYMENT and fault.at_us < requested_us[fault.target_id - 1]:
+        requested_s = seconds(requested_us[fault.target_id - 1])
+        raise InputError(f"{what} at {seconds(fault.at_us):g} s: it is not asked for before {requested_s:g} s")

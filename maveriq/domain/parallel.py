@@ -115,7 +115,7 @@ def deal_layers(layers: int, room: Sequence[int]) -> LayerSplit | None:
     """
     split = [0] * len(room)
     while layers:
-        open_stages = [stage for stage, most in enumerate(room) if split[stage] < most]
+        open_stages = [stage for stage, maximum in enumerate(room) if split[stage] < maximum]
         if not open_stages:
             return None
         for stage in open_stages[:layers]:

@@ -22,7 +22,7 @@ REQUEST_COLUMNS = (
     "prompt_tokens", "output_tokens", "queue_s", "service_s", "latency_s", "ttft_s", "tpot_s", "slo_s", "slo_met",
 )  # fmt: skip
 DEPLOYMENT_COLUMNS = (
-    "deployment_id", "model", "intent", "slo_s", "asked_s", "ready_s", "removed_s", "status", "reason", "tp", "pp",
+    "deployment_id", "model", "intent", "slo_s", "requested_s", "ready_s", "removed_s", "status", "reason", "tp", "pp",
     "layer_split", "weights", "kv", "batch_size", "gpus", "gib_per_gpu", "est_latency_s", "est_memory_gib",
 )  # fmt: skip
 GPU_COLUMNS = ("time_s", "gpu", "memory_gib", "busy_share")
@@ -75,7 +75,7 @@ class DeploymentRecord:
     """
 
     deployment_id: int
-    ask: EndpointSpec
+    endpoint: EndpointSpec
     plan: DeploymentPlan | None
     ready_us: Micros
     removed_us: Micros

@@ -85,7 +85,7 @@ class CalibratedEstimator:
         self._served = served
         # Filled as cases are asked for; they change how fast answers come, never what they are.
         self._times: dict[_Case, _Times] = {}
-        self._slowness: dict[tuple[ModelSpec, WeightType], float] = {}
+        self._layer_time_ratio: dict[tuple[ModelSpec, WeightType], float] = {}
 
     @classmethod
     def serving(cls, profile: HardwareProfile, *, without_run: str | None = None) -> CalibratedEstimator:
@@ -117,12 +117,12 @@ class CalibratedEstimator:
 
     @property
     def name(self) -> str:
-        """The name by which `--plan-with` and `--serve-with` know it."""
+        """The name by which `--estimator` and `--service-times` know it."""
         return "calibrated"
 
     def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
         """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
-        margins, lengths = self._calibration.margins, self._usual_lengths()
+        margins, lengths = self._calibration.margins, self._default_lengths()
         return memory_margin(margins, self._held(model, configuration, **lengths))
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
@@ -179,7 +179,7 @@ class CalibratedEstimator:
         live = self._calibration.served
         if not live or not neighbours or not self.has_neighbours(configuration):
             return 0.0
-        return 1e-6 * (model.layers * live.crowd.layer_us + (neighbours - 1) * live.crowd.turn_us)
+        return 1e-6 * (model.layers * live.contention.layer_us + (neighbours - 1) * live.contention.turn_us)
 
     def _service(
         self,
@@ -209,9 +209,9 @@ class CalibratedEstimator:
             margin=self._margin(configuration.tp, batch),
         )
 
-    def slowness(self, model: ModelSpec, weights: WeightType) -> float:
+    def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:
         """Return a layer's time over what the law says, as far as its fingerprints are believed."""
-        found = self._slowness.get((model, weights))
+        found = self._layer_time_ratio.get((model, weights))
         if found is None:
             law = self._calibration.law(weights, 1)
             seen = layer_time_ratio(
@@ -220,7 +220,7 @@ class CalibratedEstimator:
                 ),
                 law,
             )
-            found = self._slowness[model, weights] = math.exp(self._calibration.trust * seen)
+            found = self._layer_time_ratio[model, weights] = math.exp(self._calibration.trust * seen)
         return found
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
@@ -232,7 +232,7 @@ class CalibratedEstimator:
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
-        return self.memory_with(model, configuration, **self._usual_lengths())
+        return self.memory_with(model, configuration, **self._default_lengths())
 
     def memory_with(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
@@ -245,7 +245,7 @@ class CalibratedEstimator:
         seen = self._held(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         return bytes_from_gib(seen.gib)
 
-    def _usual_lengths(self) -> dict[str, int]:
+    def _default_lengths(self) -> dict[str, int]:
         return {
             "prompt_tokens": self._profile.prompt_tokens,
             "output_tokens": self._calibration.memory.output_tokens,
@@ -276,7 +276,7 @@ class CalibratedEstimator:
             pp=case.pp,
             batch=case.batch,
             prompt_tokens=case.prompt_tokens,
-            slowness=self.slowness(case.model, case.weights),
+            layer_time_ratio=self.layer_time_ratio(case.model, case.weights),
         )
         law = self._calibration.law(case.weights, case.tp, served=self._served, across=case.across)
         # Time is linear in the context, whose mean is the prompt and half of the output.

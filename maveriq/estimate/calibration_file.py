@@ -50,7 +50,7 @@ class OnlineCalibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True,
     request_ms: _NotNegative
     gpus_per_socket: Annotated[int, msgspec.Meta(ge=1)]
     tp: dict[str, OnlineTp]
-    crowd: ContentionCosts = ContentionCosts(layer_us=0.0, turn_us=0.0)
+    contention: ContentionCosts = ContentionCosts(layer_us=0.0, turn_us=0.0)
 
 
 _SERVED_COLUMNS = (
@@ -78,9 +78,11 @@ def read_online(path: Path) -> dict[str, OnlineCalibration]:
     for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
         run = row.text("without_run")
         found[run] = OnlineCalibration(
-            request_ms=row.number("request_ms", least=0),
-            gpus_per_socket=row.count("gpus_per_socket", least=1),
-            crowd=ContentionCosts(layer_us=row.number("layer_us", least=0), turn_us=row.number("turn_us", least=0)),
+            request_ms=row.number("request_ms", minimum=0),
+            gpus_per_socket=row.count("gpus_per_socket", minimum=1),
+            contention=ContentionCosts(
+                layer_us=row.number("layer_us", minimum=0), turn_us=row.number("turn_us", minimum=0)
+            ),
             tp={**(found[run].tp if run in found else {}), **(_links(row) if row.cells["tp"] else {})},
         )
     return found
@@ -88,11 +90,11 @@ def read_online(path: Path) -> dict[str, OnlineCalibration]:
 
 def _links(row: Row) -> dict[str, OnlineTp]:
     figures = OnlineTp(
-        all_reduce_us=row.number("all_reduce_us", least=1e-6),
-        ring_gb_s=row.number("ring_gb_s", least=1e-9),
-        across_us=row.number("across_us", least=0),
+        all_reduce_us=row.number("all_reduce_us", minimum=1e-6),
+        ring_gb_s=row.number("ring_gb_s", minimum=1e-9),
+        across_us=row.number("across_us", minimum=0),
     )
-    return {str(row.count("tp", least=2)): figures}
+    return {str(row.count("tp", minimum=2)): figures}
 
 
 def online_csv(without: Mapping[str, OnlineCalibration]) -> str:
@@ -101,7 +103,7 @@ def online_csv(without: Mapping[str, OnlineCalibration]) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_SERVED_COLUMNS)
     for run, served in without.items():
-        common = (served.request_ms, served.gpus_per_socket, served.crowd.layer_us, served.crowd.turn_us)
+        common = (served.request_ms, served.gpus_per_socket, served.contention.layer_us, served.contention.turn_us)
         for tp, figures in served.tp.items():
             table.writerow([run, tp, *common, figures.all_reduce_us, figures.ring_gb_s, figures.across_us])
         if not served.tp:
@@ -241,7 +243,14 @@ def kv_bytes(model: ModelSpec, kv: KvType, tp: int = 1) -> int:
 
 
 def op_counts(
-    model: ModelSpec, kv: KvType, *, tp: int, pp: int, batch: Values, prompt_tokens: Values, slowness: Values = 1.0
+    model: ModelSpec,
+    kv: KvType,
+    *,
+    tp: int,
+    pp: int,
+    batch: Values,
+    prompt_tokens: Values,
+    layer_time_ratio: Values = 1.0,
 ) -> OpCounts:
     """Return what a model has to do under (TP, PP)."""
     return OpCounts(
@@ -255,7 +264,7 @@ def op_counts(
         pp=pp,
         batch=batch,
         prompt_tokens=prompt_tokens,
-        slowness=slowness,
+        layer_time_ratio=layer_time_ratio,
     )
 
 

@@ -15,7 +15,7 @@ from maveriq.estimate.hardware_profile import GpuKind, load_gpu_kind
 from maveriq.tables import read_toml
 from maveriq.units import Bytes, bytes_from_gib
 
-MOST_GPUS = 10_000
+MAX_GPUS = 10_000
 """More GPUs than this are taken for a slip of the pen."""
 
 _Gib = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -24,7 +24,7 @@ _Gib = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 class _ClusterFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     name: str
     gpu: str
-    count: Annotated[int, msgspec.Meta(ge=1, le=MOST_GPUS)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_GPUS)]
     gpus_per_node: Annotated[int, msgspec.Meta(ge=1)] | None = None
     memory_gib: _Gib | None = None
     used_gib: list[_Gib] | None = None
@@ -55,8 +55,8 @@ def _kind(name: str, own: GpuKind | None) -> GpuKind:
 
 
 def _from_short(text: str, count: int, kind: GpuKind) -> Cluster:
-    if not 1 <= count <= MOST_GPUS:
-        raise InputError(f"GPUs {text!r}: the count must lie between 1 and {MOST_GPUS}")
+    if not 1 <= count <= MAX_GPUS:
+        raise InputError(f"GPUs {text!r}: the count must lie between 1 and {MAX_GPUS}")
     # Named as the catalogue spells the kind, so that 8xa6000 is no second cluster.
     return _cluster(f"{count}x{kind.name}", kind, gpus_per_node=count, used_bytes=[0] * count)
 

@@ -45,7 +45,7 @@ class Estimator(Protocol):
 
     @property
     def name(self) -> str:
-        """The name by which `--plan-with` and `--serve-with` know it."""
+        """The name by which `--estimator` and `--service-times` know it."""
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can.

@@ -156,7 +156,7 @@ def at_batch(one: float, two: float, batch: int) -> float:
     return one + (batch - 1) * max(0.0, two - one)
 
 
-_MOST, _MOST_EXPONENT = 1e6, 10
+_MOST, _MAX_EXPONENT = 1e6, 10
 
 OUTPUTS = (10, 20)
 """Output tokens that fingerprints are measured with; their memory is that at the first."""
@@ -210,7 +210,7 @@ def read_fingerprints(path: Path) -> dict[StoredFormat, dict[ParallelPoint, Fing
         (
             (
                 StoredFormat(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
-                ParallelPoint(row.count("tp", least=1), row.count("pp", least=1), row.count("batch", least=1)),
+                ParallelPoint(row.count("tp", minimum=1), row.count("pp", minimum=1), row.count("batch", minimum=1)),
             ),
             _fingerprint(row),
             row,
@@ -225,8 +225,8 @@ def read_fingerprints(path: Path) -> dict[StoredFormat, dict[ParallelPoint, Fing
 
 def _fingerprint(row: Row) -> Fingerprint:
     """Return a row's constants; times may be a little below zero, as measuring gives them, memory may not."""
-    constants = {name: row.number(name, least=-_MOST, most=_MOST) for name in CONSTANTS}
-    row.number("memory_layer_gib", least=1e-6)
+    constants = {name: row.number(name, minimum=-_MOST, maximum=_MOST) for name in CONSTANTS}
+    row.number("memory_layer_gib", minimum=1e-6)
     if constants["memory_layer_gib"] + constants["memory_other_gib"] <= 0:
         raise InputError(f"{row.where}: a model of one layer would take no memory; correct the memory constants")
     return Fingerprint(**constants)
@@ -242,7 +242,7 @@ def read_exponents(path: Path) -> dict[tuple[WeightType, KvType], Exponents]:
     return unique(
         (
             (choice(row, "weights", WeightType), choice(row, "kv", KvType)),
-            Exponents(**{name: row.number(name, least=0, most=_MOST_EXPONENT) for name in names}),
+            Exponents(**{name: row.number(name, minimum=0, maximum=_MAX_EXPONENT) for name in names}),
             row,
         )
         for row in read_csv(path, ("weights", "kv", *names), what="table of exponents")

@@ -111,7 +111,7 @@ def read_accuracy(path: Path) -> dict[StoredFormat, float | None]:
 def _percent(row: Row) -> float | None:
     if not row.cells["percent"]:
         return None
-    percent = row.number("percent", least=0)
+    percent = row.number("percent", minimum=0)
     if percent > 100:
         raise InputError(f"{row.where}: percent must be at most 100, not {percent:g}")
     return percent
@@ -130,7 +130,7 @@ def read_unsupported(path: Path) -> frozenset[ShardedFormat]:
 def _layouts(row: Row) -> Iterator[ShardedFormat]:
     for kv in [choice(row, "kv", KvType)] if row.cells["kv"] else KvType:
         stored = StoredFormat(row.text("model"), choice(row, "weights", WeightType), kv)
-        yield ShardedFormat(stored, row.count("tp", least=1), row.count("pp", least=1))
+        yield ShardedFormat(stored, row.count("tp", minimum=1), row.count("pp", minimum=1))
 
 
 def read_slo(path: Path) -> dict[str, SloBase]:
@@ -157,8 +157,8 @@ def read_load_times(path: Path) -> dict[LoadedAs, Range]:
             LoadedAs(
                 row.text("model"),
                 choice(row, "weights", WeightType),
-                row.count("tp", least=1),
-                row.count("pp", least=1),
+                row.count("tp", minimum=1),
+                row.count("pp", minimum=1),
             ),
             _range_s(row),
             row,
@@ -169,11 +169,11 @@ def read_load_times(path: Path) -> dict[LoadedAs, Range]:
 
 def _range_s(row: Row) -> Range:
     low = _seconds(row, "low_s")
-    return Range(low=low, high=_seconds(row, "high_s", least=low))
+    return Range(low=low, high=_seconds(row, "high_s", minimum=low))
 
 
-def _seconds(row: Row, column: str, *, least: float = 0.0) -> float:
-    return row.number(column, least=least, most=1e6)
+def _seconds(row: Row, column: str, *, minimum: float = 0.0) -> float:
+    return row.number(column, minimum=minimum, maximum=1e6)
 
 
 def read_load_fit(path: Path) -> LoadFit:
@@ -194,7 +194,7 @@ class _Dispatch(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tick_ms: _NotNegative
     after_arrival_ms: _NotNegative
     after_release_ms: _NotNegative
-    pause_s: _NotNegative
+    registration_delay_s: _NotNegative
 
 
 class _Run(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -206,7 +206,7 @@ class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     sample_s: _Positive
     look_s: _Positive
     busy_percent: _NotNegative
-    most_phase_s: _NotNegative = 0.0
+    max_phase_s: _NotNegative = 0.0
 
 
 class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -392,7 +392,7 @@ def _timing(dispatch: _Dispatch) -> DispatchTiming:
         tick_us=micros(dispatch.tick_ms / 1e3),
         after_arrival_us=micros(dispatch.after_arrival_ms / 1e3),
         after_release_us=micros(dispatch.after_release_ms / 1e3),
-        pause_us=micros(dispatch.pause_s),
+        registration_delay_us=micros(dispatch.registration_delay_s),
     )
 
 
@@ -402,7 +402,7 @@ def _load_window(window: _LoadWindow) -> LoadWindow:
         sample_us=micros(window.sample_s),
         look_us=micros(window.look_s),
         busy_share=window.busy_percent / 100,
-        most_phase_us=micros(window.most_phase_s),
+        max_phase_us=micros(window.max_phase_s),
     )
 
 

@@ -71,7 +71,7 @@ class MeasuredEstimator:
 
     @property
     def name(self) -> str:
-        """The name by which `--plan-with` and `--serve-with` know it."""
+        """The name by which `--estimator` and `--service-times` know it."""
         return "measured"
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
@@ -141,17 +141,17 @@ def _key(row: Row) -> tuple[_Case, _Point]:
         row.text("model"),
         choice(row, "weights", WeightType),
         choice(row, "kv", KvType),
-        row.count("tp", least=1),
-        row.count("pp", least=1),
+        row.count("tp", minimum=1),
+        row.count("pp", minimum=1),
     )
-    return case, _Point(row.count("batch", least=1), row.count("prompt_tokens", least=1))
+    return case, _Point(row.count("batch", minimum=1), row.count("prompt_tokens", minimum=1))
 
 
 def _figures(row: Row) -> _Seen:
     return _Seen(
-        ttft_s=row.number("ttft_s", least=-_LONGEST_S, most=_LONGEST_S),
-        tpot_s=row.number("tpot_s", least=0, most=_LONGEST_S),
-        memory_gib=row.number("memory_gib", least=1e-6, most=_LONGEST_S),
+        ttft_s=row.number("ttft_s", minimum=-_LONGEST_S, maximum=_LONGEST_S),
+        tpot_s=row.number("tpot_s", minimum=0, maximum=_LONGEST_S),
+        memory_gib=row.number("memory_gib", minimum=1e-6, maximum=_LONGEST_S),
     )
 
 

@@ -55,7 +55,7 @@ class PaperEstimator:
 
     @property
     def name(self) -> str:
-        """The name by which `--plan-with` and `--serve-with` know it."""
+        """The name by which `--estimator` and `--service-times` know it."""
         return "paper"
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:

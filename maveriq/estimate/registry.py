@@ -1,4 +1,4 @@
-"""Estimators by the names that `--plan-with` and `--serve-with` take."""
+"""Estimators by the names that `--estimator` and `--service-times` take."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class OpCounts:
         pp: pipeline-parallel degree.
         batch: requests at once.
         prompt_tokens: of each.
-        slowness: time of a layer over what the law says; 1 where nothing is known of the model.
+        layer_time_ratio: time of a layer over what the law says; 1 where nothing is known of the model.
     """
 
     layers: Values
@@ -48,7 +48,7 @@ class OpCounts:
     pp: Values
     batch: Values
     prompt_tokens: Values
-    slowness: Values = 1.0
+    layer_time_ratio: Values = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ def first_token_s(work: OpCounts, law: RooflineParameters) -> Values:
     # Causal attention needs half of 4 x tokens x context x hidden operations.
     attention_flop = 2 * tokens * work.prompt_tokens * work.hidden
     operations_s = (2 * work.layer_parameters * tokens + attention_flop) / work.tp / law.prefill_flops
-    layer_s = work.slowness * (_together(_weights_s(work, law), operations_s, law.overlap) + law.layer_s)
+    layer_s = work.layer_time_ratio * (_together(_weights_s(work, law), operations_s, law.overlap) + law.layer_s)
     boundaries = work.pp - 1
     return (
         work.layers * (layer_s + work.all_reduces * all_reduce_s(law, work.tp, _message_bytes(work, tokens)))
@@ -125,7 +125,7 @@ def token_s(work: OpCounts, law: RooflineParameters, context_tokens: Values) -> 
     """Return the time of one more token of each request, with so many tokens in each KV cache."""
     operations_s = 2 * work.layer_parameters * work.batch / work.tp / law.decode_flops
     kv_s = work.batch * context_tokens * work.kv_bytes / law.bandwidth
-    layer_s = work.slowness * (_together(_weights_s(work, law), operations_s, law.overlap) + kv_s + law.layer_s)
+    layer_s = work.layer_time_ratio * (_together(_weights_s(work, law), operations_s, law.overlap) + kv_s + law.layer_s)
     message = _message_bytes(work, work.batch)
     return (
         work.layers * (layer_s + work.all_reduces * all_reduce_s(law, work.tp, message))

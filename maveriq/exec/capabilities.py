@@ -70,8 +70,8 @@ class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     heads: bool = True
     feed_forward: bool = True
     group: _Bound = 0
-    most_tp: _Bound = 0
-    most_pp: _Bound = 0
+    max_tp: _Bound = 0
+    max_pp: _Bound = 0
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,10 +166,10 @@ def _names(rows: Sequence[CapabilityRow], of: Callable[[CapabilityRow], Sequence
 def _limit(row: CapabilityRow, model: ModelSpec, arrangement: Arrangement) -> str | None:
     """Return what of a row's limits the arrangement breaks."""
     cfg = arrangement.configuration
-    if row.most_tp and cfg.tp > row.most_tp:
-        return f"TP {cfg.tp} is more than its {row.most_tp}"
-    if row.most_pp and cfg.pp > row.most_pp:
-        return f"PP {cfg.pp} is more than its {row.most_pp}"
+    if row.max_tp and cfg.tp > row.max_tp:
+        return f"TP {cfg.tp} is more than its {row.max_tp}"
+    if row.max_pp and cfg.pp > row.max_pp:
+        return f"PP {cfg.pp} is more than its {row.max_pp}"
     if arrangement.uneven and not row.uneven:
         return f"its pipeline stages must have equally many layers, not {arrangement.layer_split}"
     return _cut(row, model, cfg.tp)

@@ -57,20 +57,20 @@ class LaunchSpec:
 class SupervisionSettings:
     """How long to be patient with engines; all in real seconds.
 
-    `start_s` is for launch, handshake and load together. An engine that serves and is not heard for `hang_s`, or does
+    `start_s` is for launch, handshake and load together. An engine that serves and is not heard for `hang_timeout_s`, or does
     not get on with an execution for that and `stretch` times its estimated service, hangs. A stopped one is
     asked by word, after `stop_s` by SIGTERM, after as long again by SIGKILL. The n-th failure in a row is mended after
-    `backoff_s` * 2^(n-1), at most `longest_backoff_s`; the `most_failures`-th is the last.
+    `backoff_s` * 2^(n-1), at most `longest_backoff_s`; the `max_restarts`-th is the last.
     """
 
     start_s: float = 900.0
     ping_s: float = 1.0
-    hang_s: float = 30.0
+    hang_timeout_s: float = 30.0
     stretch: float = 3.0
     stop_s: float = 5.0
     backoff_s: float = 1.0
     longest_backoff_s: float = 60.0
-    most_failures: int = 5
+    max_restarts: int = 5
     memory_back_s: float = 60.0
 
 
@@ -110,8 +110,8 @@ class Watchdog:
         """Return why there is no patience left; empty while there is."""
         if not loaded:
             return self.too_slow() if now_s - self._launched_s > self._settings.start_s else ""
-        if now_s - self._heard_s > self._settings.hang_s:
-            return f"its engine was not heard for {self._settings.hang_s:g} s"
+        if now_s - self._heard_s > self._settings.hang_timeout_s:
+            return f"its engine was not heard for {self._settings.hang_timeout_s:g} s"
         if under_way is not None and under_way.stands_still(now_s):
             return "its engine did not get on with an execution"
         return ""
@@ -174,11 +174,11 @@ class CurrentExecution:
         given = said.tokens if isinstance(said, StepProgress) else said.outputs
         if len(given) != len(self.work.sequences):
             return "tokens for another number of sequences"
-        most = [sequence.output_tokens for sequence in self.work.sequences]
+        maximum = [sequence.output_tokens for sequence in self.work.sequences]
         if isinstance(said, StepProgress):
-            too_many = any(said.step > count and token >= 0 for count, token in zip(most, said.tokens, strict=True))
+            too_many = any(said.step > count and token >= 0 for count, token in zip(maximum, said.tokens, strict=True))
         else:
-            too_many = any(len(output) > count for count, output in zip(most, said.outputs, strict=True))
+            too_many = any(len(output) > count for count, output in zip(maximum, said.outputs, strict=True))
         return "more tokens than were asked for" if too_many else ""
 
 
@@ -188,7 +188,7 @@ async def terminate(connection: EngineConnection, *, stop_s: float, ask: Callabl
     Args:
         connection: to the group.
         stop_s: time for each step.
-        ask: asks it to stop in order; None for one that is not worth asking.
+        endpoint: asks it to stop in order; None for one that is not worth asking.
     """
     try:
         for step in (ask, connection.terminate) if ask else ():
@@ -239,13 +239,13 @@ class EngineProcess:
         launcher: Launcher,
         listener: EngineCallbacks,
         settings: SupervisionSettings,
-        ground: GpuMemoryGate,
+        gate: GpuMemoryGate,
     ) -> None:
         self.order = order
         self._launcher = launcher
         self._listener = listener
         self._settings = settings
-        self._ground = ground
+        self._gate = gate
         self._loop = asyncio.get_running_loop()
         self._asked_s = self._loop.time()
         self._ending: asyncio.Future[ExitReason] = self._loop.create_future()
@@ -253,14 +253,14 @@ class EngineProcess:
         self._let_in = False  # to memory that it has not taken yet
         self._loaded = False
         self._under_way: CurrentExecution | None = None
-        self._patience = Watchdog(settings, self._asked_s)
+        self._watchdog = Watchdog(settings, self._asked_s)
         self._pings = 0
 
     # What the supervisor asks for
 
     def execute(self, work: Generate, expected_s: float) -> None:
         """Let the engine execute; `expected_s` is how long that should take, in real seconds."""
-        allowed_s = self._settings.hang_s + self._settings.stretch * expected_s
+        allowed_s = self._settings.hang_timeout_s + self._settings.stretch * expected_s
         self._under_way = CurrentExecution(work, now_s=self._loop.time(), allowed_s=allowed_s, pings=self._pings)
         self._send(work)
 
@@ -268,7 +268,7 @@ class EngineProcess:
         """Stop the engine."""
         self._end(ExitReason(reason="stopped", failed=False))
 
-    def break_off(self, reason: str, *, final: bool) -> None:
+    def abort(self, reason: str, *, final: bool) -> None:
         """Kill the engine, as if it had failed: this is how faults are made on purpose."""
         self._end(ExitReason(reason=reason, final=final))
 
@@ -285,11 +285,11 @@ class EngineProcess:
         try:
             ending = await self._live()
             self._settle()
-            self._ground.leave(gpu_ids)
+            self._gate.leave(gpu_ids)
             self._listener.ended(self, ending)
             if self._connection is not None:
                 await self._put_down(self._connection, ending)
-            await self._ground.gone(gpu_ids)
+            await self._gate.gone(gpu_ids)
         except BaseException:  # a bug, or the loop is being closed: leave no process behind
             if self._connection is not None:
                 self._connection.kill()
@@ -323,16 +323,16 @@ class EngineProcess:
             self._ending.set_exception(error)
 
     async def _launch(self) -> None:
-        warning = await self._ground.clear(self.order.needed, self._settings.memory_back_s)
+        warning = await self._gate.clear(self.order.needed, self._settings.memory_back_s)
         self._let_in = True
         if warning:
             self._listener.noticed(self, warning)
-        self._patience = Watchdog(self._settings, self._loop.time())  # it begins with the launch
+        self._watchdog = Watchdog(self._settings, self._loop.time())  # it begins with the launch
         try:
             async with asyncio.timeout(self._settings.start_s):
                 self._connection = await self._launcher.launch(self.order.spec, tuple(self.order.needed))
         except TimeoutError:
-            self._end(ExitReason(reason=self._patience.too_slow()))
+            self._end(ExitReason(reason=self._watchdog.too_slow()))
         except LaunchError as error:
             self._end(ExitReason(reason=str(error)))
 
@@ -349,7 +349,7 @@ class EngineProcess:
     async def _await_exit(self, connection: EngineConnection) -> None:
         code = await connection.wait_exit()
         await asyncio.sleep(0.05)  # what it said last is still to be read
-        words = connection.last_words()
+        words = connection.last_output()
         if words:
             self._listener.noticed(self, f"the last words of its engine: {words}")
         self._end(ExitReason(reason=f"its engine ended with {describe_exit(code)}"))
@@ -357,7 +357,7 @@ class EngineProcess:
     def _take(self, message: FromEngine) -> None:
         if self._ending.done():
             return
-        self._patience.heard(self._loop.time())
+        self._watchdog.heard(self._loop.time())
         match message:
             case Hello(protocol=protocol):
                 self._greeted(protocol)
@@ -396,7 +396,7 @@ class EngineProcess:
     def _settle(self) -> None:
         if self._let_in:
             self._let_in = False
-            self._ground.settled(self.order.needed)
+            self._gate.settled(self.order.needed)
 
     def _stepped(self, progress: StepProgress) -> None:
         under_way = self._under_way
@@ -433,8 +433,8 @@ class EngineProcess:
             await asyncio.sleep(self._settings.ping_s)
             now_s = self._loop.time()
             if now_s - due_s > self._settings.ping_s:
-                self._patience.excuse(now_s - due_s, now_s, self._under_way)
-            if reason := self._patience.complaint(now_s, loaded=self._loaded, under_way=self._under_way):
+                self._watchdog.excuse(now_s - due_s, now_s, self._under_way)
+            if reason := self._watchdog.complaint(now_s, loaded=self._loaded, under_way=self._under_way):
                 self._end(ExitReason(reason=reason))
             self._pings += 1
             self._send(Ping(number=self._pings))

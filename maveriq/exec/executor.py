@@ -63,20 +63,20 @@ class Executor:
         supervision: SupervisionSettings | None = None,
         watch: MemoryWatch | None = None,
     ) -> None:
-        self.controller = Controller(world.cluster, world.policy, world.settings, world.guess)
-        self.controller.fleet.measured_loads = world.measured_loads
-        self.chronicle = RunNotes()
+        self.controller = Controller(world.cluster, world.policy, world.settings, world.predict_service_time)
+        self.controller.manager.measured_loads = world.measured_loads
+        self.notes = RunNotes()
         self.clock = ScaledClock(time_scale)
         self._world = world
         self._launcher = launcher
         self._supervision = supervision or SupervisionSettings()
-        self._ground = GpuMemoryGate(watch or NoMemoryWatch())
+        self._gate = GpuMemoryGate(watch or NoMemoryWatch())
         self._loop = asyncio.get_running_loop()
         self.fault: asyncio.Future[None] = self._loop.create_future()
         """Gets an exception where the executor itself has a fault; nothing goes on then."""
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
-        self._in_flight = InFlight(self.controller.ledger)
+        self._in_flight = InFlight(self.controller.tracker)
         self._last_request_id = 0
         self._last_endpoint_id = 0
         self._table: RequestTable | None = None
@@ -91,12 +91,12 @@ class Executor:
     def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
         """Ask for a model to be served; see `LiveCluster`."""
         number = self._last_endpoint_id + 1 if endpoint_id is None else endpoint_id
-        self.ask(
+        self.add_endpoint(
             EndpointSpec(
                 endpoint_id=number,
                 model=asked.model,
                 intent=asked.intent,
-                asked_us=self.now_us,
+                requested_us=self.now_us,
                 prompt_tokens=self._world.typical_prompt_tokens,
                 output_tokens=asked.output_tokens,
                 batch_size=asked.batch_size,
@@ -104,10 +104,10 @@ class Executor:
         )
         return number
 
-    def ask(self, ask: EndpointSpec) -> None:
+    def add_endpoint(self, endpoint: EndpointSpec) -> None:
         """Take in an ask."""
-        self._last_endpoint_id = max(self._last_endpoint_id, ask.endpoint_id)
-        self._tell(EndpointAdded(ask))
+        self._last_endpoint_id = max(self._last_endpoint_id, endpoint.endpoint_id)
+        self._tell(EndpointAdded(endpoint))
 
     def remove(self, endpoint_id: int) -> None:
         """Take an endpoint away; see `LiveCluster`."""
@@ -139,12 +139,12 @@ class Executor:
             slo_us=submission.slo_us,
             priority=submission.priority,
         )
-        ticket = LiveRequestHandle(request, submission.prompt, submission.stop_token_ids)
-        check_sequence(ticket.sequence())
-        self.arrive(ticket)
-        return ticket
+        handle = LiveRequestHandle(request, submission.prompt, submission.stop_token_ids)
+        check_sequence(handle.sequence())
+        self.arrive(handle)
+        return handle
 
-    def arrive(self, ticket: LiveRequestHandle) -> None:
+    def arrive(self, handle: LiveRequestHandle) -> None:
         """Take in a request that is numbered already, after all before it.
 
         Raises:
@@ -152,9 +152,9 @@ class Executor:
         """
         if self._table is not None:
             raise InputError("the cluster is shut down and takes no more requests")
-        self._last_request_id = ticket.request_id
-        self._in_flight.open(ticket)
-        self._tell(RequestArrived(ticket.request))
+        self._last_request_id = handle.request_id
+        self._in_flight.open(handle)
+        self._tell(RequestArrived(handle.request))
 
     def cancel(self, request_id: int) -> None:
         """Nobody waits for this request any more; see `LiveCluster`."""
@@ -167,17 +167,17 @@ class Executor:
             self.controller,
             now_us,
             last_arrival_us=now_us if last_arrival_us is None else last_arrival_us,
-            total=len(self.controller.ledger) if total is None else total,
+            total=len(self.controller.tracker) if total is None else total,
         )
 
     def break_engine(self, deployment_id: int, *, for_us: Micros | None) -> None:
         """Make an engine fail on purpose, for a while or for good."""
-        fleet, supervisor = self.controller.fleet, self._supervisors.get(deployment_id)
-        if deployment_id not in fleet.deployments or not fleet.holds_memory(fleet.deployments[deployment_id]):
+        manager, supervisor = self.controller.manager, self._supervisors.get(deployment_id)
+        if deployment_id not in manager.deployments or not manager.holds_memory(manager.deployments[deployment_id]):
             return  # rejected, removed or lost: there is nothing to break
         reason = "its engine was killed on purpose"
         repair_after_s = None if for_us is None else self.clock.real_s(for_us)
-        if supervisor is not None and supervisor.break_off(reason, repair_after_s=repair_after_s):
+        if supervisor is not None and supervisor.abort(reason, repair_after_s=repair_after_s):
             return
         # There is no engine to kill at this instant; what was to start does not.
         self.engine_down(deployment_id, reason, returns=for_us is not None)
@@ -193,7 +193,7 @@ class Executor:
         if self._table is None:
             if self._wake is not None:
                 self._wake.cancel()
-            self._table = self.controller.ledger.close()
+            self._table = self.controller.tracker.close()
             self._in_flight.settle_all()
         return self._table
 
@@ -237,14 +237,14 @@ class Executor:
         number = action.deployment_id
         if number not in self._supervisors:
             self._supervisors[number] = Supervisor(
-                number, launcher=self._launcher, overseer=self, settings=self._supervision, ground=self._ground
+                number, launcher=self._launcher, callbacks=self, settings=self._supervision, gate=self._gate
             )
-        self.chronicle.asked(number, self._loop.time())
+        self.notes.asked(number, self._loop.time())
         self._supervisors[number].start(self._world.order(action, self.clock.time_scale))
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         number = action.deployment_id
-        plan = self.controller.fleet.deployments[number].layout
+        plan = self.controller.manager.deployments[number].layout
         first_token_us, service_us = self._world.service.times_us(number, plan, action.requests)
         work = Generate(
             execution_id=action.execution_id,
@@ -258,8 +258,8 @@ class Executor:
 
     def engine_up(self, order: LaunchSpec, loaded: Loaded) -> None:
         """An engine serves."""
-        self.chronicle.served(order, loaded, self._loop.time())
-        self._tell(EngineUp(order.spec.deployment_id, order.spec.incarnation))
+        self.notes.served(order, loaded, self._loop.time())
+        self._tell(EngineUp(order.spec.deployment_id, order.spec.generation))
 
     def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
         """An engine failed."""
@@ -283,7 +283,7 @@ class Executor:
 
     def noticed(self, deployment_id: int, warning: str) -> None:
         """Keep what a reader of the results should know."""
-        self.chronicle.note(self.controller.fleet.deployments[deployment_id].name, self.now_us, warning)
+        self.notes.note(self.controller.manager.deployments[deployment_id].name, self.now_us, warning)
 
     def broke(self, error: BaseException) -> None:
         """Note that the executor itself has a fault."""
@@ -291,10 +291,10 @@ class Executor:
             self.fault.set_exception(error)
 
 
-MOST_ENGINES = 10_000
+MAX_ENGINES = 10_000
 
 
-MOST_NOTES = 100
+MAX_NOTES = 100
 """What comes after so many is left out: a service may run for months, and its engines fail as long."""
 
 
@@ -312,14 +312,14 @@ class RunNotes:
 
     def served(self, order: LaunchSpec, loaded: Loaded, now_s: float) -> None:
         """Note that it serves."""
-        if len(self.engines) == MOST_ENGINES:
+        if len(self.engines) == MAX_ENGINES:
             return
         start_s = now_s - self._asked_s[order.spec.deployment_id]
         self.engines.append(EngineRecord(order=order, loaded=loaded, start_s=start_s))
 
     def note(self, name: str, now_us: Micros, what: str) -> None:
         """Note what happened to a deployment."""
-        if len(self.notes) == MOST_NOTES:
+        if len(self.notes) == MAX_NOTES:
             self.notes.append("what else happened to engines is left out here")
-        elif len(self.notes) < MOST_NOTES:
+        elif len(self.notes) < MAX_NOTES:
             self.notes.append(f"{name}, {seconds(now_us):.1f} s: {one_line(what)}")

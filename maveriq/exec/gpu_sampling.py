@@ -69,16 +69,16 @@ class GpuRecorder:
     """Samples of a cluster's GPUs; memory as its devices tell it where each GPU has its own, else as it was reserved.
 
     Args:
-        fleet: what is deployed on them.
+        manager: what is deployed on them.
         count: how many they are.
         meter: reads real GPUs, None where there are none.
         own_devices: whether each GPU has a device of its own.
     """
 
-    def __init__(self, fleet: DeploymentManager, count: int, meter: GpuMeter | None, *, own_devices: bool) -> None:
+    def __init__(self, manager: DeploymentManager, count: int, meter: GpuMeter | None, *, own_devices: bool) -> None:
         self.samples: list[GpuSample] = []
         self.notes: list[str] = []
-        self._fleet = fleet
+        self._fleet = manager
         self._meter = meter
         self._own_devices = own_devices
         self._first: Sequence[GpuReading] = ()

@@ -80,7 +80,7 @@ class _Execution:
     """What an engine is at."""
 
     execution_id: int
-    tickets: tuple[LiveRequestHandle, ...]
+    handles: tuple[LiveRequestHandle, ...]
     started_us: Micros
     positions: list[int]  # tokens of each sequence so far
     first_token_us: Micros = NOT_YET
@@ -89,18 +89,18 @@ class _Execution:
 class InFlight:
     """Keeps tickets by request and executions by deployment, and hears from the ledger which requests have ended."""
 
-    def __init__(self, ledger: RequestTracker) -> None:
-        self._ledger = ledger
-        self._tickets: dict[int, LiveRequestHandle] = {}
+    def __init__(self, tracker: RequestTracker) -> None:
+        self._ledger = tracker
+        self._handles: dict[int, LiveRequestHandle] = {}
         self._executions: dict[int, _Execution] = {}
         self._ended: list[int] = []
         self._none_open = asyncio.Event()
         self._none_open.set()
-        ledger.on_end = self._ended.append
+        tracker.on_end = self._ended.append
 
-    def open(self, ticket: LiveRequestHandle) -> None:
+    def open(self, handle: LiveRequestHandle) -> None:
         """Take in a request that arrives."""
-        self._tickets[ticket.request_id] = ticket
+        self._handles[handle.request_id] = handle
         self._none_open.clear()
 
     async def none_open(self) -> None:
@@ -111,9 +111,9 @@ class InFlight:
 
     def begin(self, action: Execute, now_us: Micros) -> tuple[PromptSequence, ...]:
         """Note that an engine starts on requests, and return them as it is asked."""
-        tickets = tuple(self._tickets[request.request_id] for request in action.requests)
-        self._executions[action.deployment_id] = _Execution(action.execution_id, tickets, now_us, [0] * len(tickets))
-        return tuple(ticket.sequence() for ticket in tickets)
+        handles = tuple(self._handles[request.request_id] for request in action.requests)
+        self._executions[action.deployment_id] = _Execution(action.execution_id, handles, now_us, [0] * len(handles))
+        return tuple(handle.sequence() for handle in handles)
 
     def drop(self, deployment_id: int) -> None:
         """Note that an engine is gone; what it was at will be run again, or has failed."""
@@ -128,7 +128,7 @@ class InFlight:
             execution.first_token_us = now_us
         for index, token in enumerate(progress.tokens):
             if token >= 0:
-                execution.tickets[index].add(execution.positions[index], (token,))
+                execution.handles[index].add(execution.positions[index], (token,))
                 execution.positions[index] += 1
 
     def executed(
@@ -142,12 +142,12 @@ class InFlight:
         if isinstance(ended, Failed):
             reason = one_line(f"its engine could not do it ({ended.kind}): {ended.message}")
             return ExecutionFailed(deployment_id, ended.execution_id, reason)
-        for ticket, output in zip(execution.tickets, ended.outputs, strict=True):
-            ticket.add(0, output)
+        for handle, output in zip(execution.handles, ended.outputs, strict=True):
+            handle.add(0, output)
         first_token_us = execution.first_token_us
         if first_token_us == NOT_YET:  # word of it was lost
             first_token_us = execution.started_us + micros(ended.first_token_s / time_scale)
-        asked = tuple(ticket.request.output_tokens for ticket in execution.tickets)
+        asked = tuple(handle.request.output_tokens for handle in execution.handles)
         got = tuple(max(1, len(output)) for output in ended.outputs)
         return ExecutionFinished(
             deployment_id, ended.execution_id, min(first_token_us, now_us), None if got == asked else got
@@ -164,26 +164,26 @@ class InFlight:
         for request_id in self._ended:
             self._settle(request_id)
         self._ended.clear()
-        if not self._tickets:
+        if not self._handles:
             self._none_open.set()
 
     def settle_all(self) -> None:
         """Tell those who follow requests that all have ended, after the ledger was closed."""
         self._ended.clear()
-        for request_id in list(self._tickets):
+        for request_id in list(self._handles):
             self._settle(request_id)
         self._executions.clear()
         self._none_open.set()
 
     def _settle(self, request_id: int) -> None:
-        ticket = self._tickets.pop(request_id)
+        handle = self._handles.pop(request_id)
         row = self._ledger.row(request_id)
-        ticket.end(
+        handle.end(
             Outcome(
                 request_id=request_id,
                 status=row.status,
                 reason=row.reason,
-                tokens=ticket.got,
+                tokens=handle.got,
                 arrival_us=row.arrival_us,
                 start_us=row.start_us,
                 first_token_us=row.first_token_us,

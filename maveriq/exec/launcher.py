@@ -19,10 +19,10 @@ from maveriq.errors import MaveriqError
 from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
 
-MOST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 """A log that has grown to this is put aside, in place of the one that was before, and begun anew."""
 
-MOST_LOGS = 20
+MAX_LOGS = 20
 """So many of the last logs of a deployment are kept, beside the first, which says best what is wrong."""
 
 LOOK_EVERY_S = 10.0
@@ -35,10 +35,10 @@ class EngineLog:
     """The log of one engine; whoever writes to it appends (`O_APPEND`)."""
 
     def __init__(self, folder: Path, spec: EngineSpec) -> None:
-        self.path = folder / f"{spec.deployment_id}-{spec.incarnation}.log"
+        self.path = folder / f"{spec.deployment_id}-{spec.generation}.log"
         self._before = self.path.with_suffix(".log.before")
-        oldest = folder / f"{spec.deployment_id}-{spec.incarnation - MOST_LOGS}.log"
-        if spec.incarnation - MOST_LOGS > 1:
+        oldest = folder / f"{spec.deployment_id}-{spec.generation - MAX_LOGS}.log"
+        if spec.generation - MAX_LOGS > 1:
             for old in (oldest, oldest.with_suffix(".log.before")):
                 with contextlib.suppress(OSError):
                     old.unlink()
@@ -48,7 +48,7 @@ class EngineLog:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             with contextlib.suppress(OSError):  # gone, or the disk is full: then cutting it is all the more right
-                if self.path.stat().st_size > MOST_BYTES:
+                if self.path.stat().st_size > MAX_BYTES:
                     await asyncio.to_thread(self._cut)
 
     def _cut(self) -> None:
@@ -104,7 +104,7 @@ class EngineConnection(Protocol):
     def kill(self) -> None:
         """End the whole group."""
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the last line of the engine's log, if it left one."""
 
 
@@ -147,7 +147,7 @@ class ProcessLauncher:
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
         """Start an engine's process; see `Launcher`."""
-        path = Path(self._sockets.name) / f"{spec.deployment_id}-{spec.incarnation}"
+        path = Path(self._sockets.name) / f"{spec.deployment_id}-{spec.generation}"
         log = EngineLog(self._logs, spec)
         connected: asyncio.Future[ToEngineChannel] = asyncio.get_running_loop().create_future()
 
@@ -260,7 +260,7 @@ class ProcessConnection:
         if not self._exited.done():
             _signal_group(self._pid, number)
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the last line of the engine's log, if it left one."""
         return self._log.last_line()
 

@@ -34,12 +34,12 @@ def one_line(text: str) -> str:
 
 PROTOCOL_VERSION = 1
 
-MOST_FRAME_BYTES = 16 * 1024 * 1024
+MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A longer frame is not read: whoever sends it does not speak this protocol."""
 
-MOST_SEQUENCES = 10_000
-MOST_PROMPT_TOKENS = 1_000_000
-MOST_OUTPUT_TOKENS = 1_000_000
+MAX_SEQUENCES = 10_000
+MAX_PROMPT_TOKENS = 1_000_000
+MAX_OUTPUT_TOKENS = 1_000_000
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -58,8 +58,8 @@ class PromptSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     request_id: _Count
-    prompt: Annotated[tuple[_TokenId, ...], msgspec.Meta(min_length=1, max_length=MOST_PROMPT_TOKENS)]
-    output_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_OUTPUT_TOKENS)]
+    prompt: Annotated[tuple[_TokenId, ...], msgspec.Meta(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+    output_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_OUTPUT_TOKENS)]
     stop_token_ids: Annotated[tuple[_TokenId, ...], msgspec.Meta(max_length=64)] = ()
 
 
@@ -73,7 +73,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     deployment_id: _Count
-    incarnation: _Count
+    generation: _Count
     model: str
     config_json: str
     tp: Annotated[int, msgspec.Meta(ge=1, le=1024)]
@@ -81,7 +81,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     layer_split: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
     weights: str
     kv: str
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEQUENCES)]
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_SEQUENCES)]
     devices: tuple[str, ...]
     seed: _Count = 42
     weights_folder: str = ""
@@ -106,7 +106,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid
     """
 
     execution_id: _Count
-    sequences: Annotated[tuple[PromptSequence, ...], msgspec.Meta(min_length=1, max_length=MOST_SEQUENCES)]
+    sequences: Annotated[tuple[PromptSequence, ...], msgspec.Meta(min_length=1, max_length=MAX_SEQUENCES)]
     first_token_s: _NotNegative = 0.0
     service_s: _NotNegative = 0.0
 
@@ -276,8 +276,8 @@ class StreamChannel(Generic[Sent_contra, Received_co]):
             ProtocolError: it is too long for a frame.
         """
         body = encode(message)
-        if len(body) > MOST_FRAME_BYTES:
-            raise ProtocolError(f"a message of {len(body):,} bytes is too long; at most {MOST_FRAME_BYTES:,} go")
+        if len(body) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a message of {len(body):,} bytes is too long; at most {MAX_FRAME_BYTES:,} go")
         if not self._writer.is_closing():
             self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
 
@@ -285,8 +285,8 @@ class StreamChannel(Generic[Sent_contra, Received_co]):
         """Wait for the next message; see `Channel`."""
         try:
             length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
-            if length > MOST_FRAME_BYTES:
-                raise ProtocolError(f"a frame of {length:,} bytes is too long; at most {MOST_FRAME_BYTES:,} are read")
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length:,} bytes is too long; at most {MAX_FRAME_BYTES:,} are read")
             return self._decode(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, OSError):
             raise ChannelClosedError("the other side has closed the channel") from None

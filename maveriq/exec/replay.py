@@ -30,7 +30,7 @@ from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
 from maveriq.exec.gpus import Devices, GpuMeter
 from maveriq.exec.in_flight import LiveRequestHandle
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.messages import MOST_OUTPUT_TOKENS, MOST_PROMPT_TOKENS
+from maveriq.exec.messages import MAX_OUTPUT_TOKENS, MAX_PROMPT_TOKENS
 from maveriq.exec.model_files import ModelFiles
 from maveriq.exec.world import EngineRecord, world_of
 from maveriq.scenario.system import ServingSystem
@@ -42,8 +42,8 @@ from maveriq.workload.requests import requests_of
 class Prompts:
     """Made-up prompts, drawn per request from a stream of its own, so that each is the same in every run of a seed."""
 
-    def __init__(self, asks: Iterable[EndpointSpec], seed: int) -> None:
-        self._vocabulary = {ask.endpoint_id: ask.model.vocab_size for ask in asks}
+    def __init__(self, endpoints: Iterable[EndpointSpec], seed: int) -> None:
+        self._vocabulary = {endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in endpoints}
         self._seed = seed
 
     def of(self, request: Request) -> tuple[int, ...]:
@@ -186,8 +186,8 @@ class _Replay:
         self._watcher = watcher
         self._interrupted = interrupted
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
-        self._prompts = Prompts(scenario.workload.asks, scenario.settings.seed)
-        self._asks_left = len(scenario.workload.asks)
+        self._prompts = Prompts(scenario.workload.endpoints, scenario.settings.seed)
+        self._asks_left = len(scenario.workload.endpoints)
         self._body = Executor(
             world_of(scenario, settings.devices, settings.files, settings.sampler.loads if settings.sampler else None),
             launcher,
@@ -196,7 +196,7 @@ class _Replay:
             watch=settings.watch,
         )
         self._gpus = GpuRecorder(
-            self._body.controller.fleet,
+            self._body.controller.manager,
             len(scenario.cluster),
             settings.meter,
             own_devices=not settings.devices.shared,
@@ -216,17 +216,17 @@ class _Replay:
                 self._watcher.update(self._progress())
             record = RunRecord(
                 requests=body.end_requests(),
-                deployments=tuple(one.record() for one in body.controller.fleet.deployments.values()),
+                deployments=tuple(one.record() for one in body.controller.manager.deployments.values()),
                 gpu_samples=tuple(self._gpus.samples),
-                models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
+                models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._scenario.workload.endpoints},
                 ended_us=ended_us,
             )
         finally:
             await self._body.close()
         return Replayed(
             record=record,
-            engines=tuple(body.chronicle.engines),
-            notes=(*body.chronicle.notes, *self._gpus.notes),
+            engines=tuple(body.notes.engines),
+            notes=(*body.notes.notes, *self._gpus.notes),
             energy_j=self._gpus.energy_j(),
             interrupted=self._interrupted.is_set(),
         )
@@ -270,8 +270,8 @@ class _Replay:
         body, scenario = self._body, self._scenario
         for removal in scenario.removals:
             yield removal.at_us, 0, removal.endpoint_id, lambda one=removal: body.remove(one.endpoint_id)  # type: ignore[misc]
-        for ask in scenario.workload.asks:
-            yield ask.asked_us, 1, ask.endpoint_id, lambda one=ask: self._ask(one)  # type: ignore[misc]
+        for endpoint in scenario.workload.endpoints:
+            yield endpoint.requested_us, 1, endpoint.endpoint_id, lambda one=endpoint: self._ask(one)  # type: ignore[misc]
         for fault in scenario.faults:
             yield (
                 fault.at_us,
@@ -284,9 +284,9 @@ class _Replay:
         for request in requests_of(self._scenario.workload.arrivals):
             yield request.arrival_us, 3, request.request_id, lambda one=request: self._arrive(one)  # type: ignore[misc]
 
-    def _ask(self, ask: EndpointSpec) -> None:
+    def _ask(self, endpoint: EndpointSpec) -> None:
         self._asks_left -= 1
-        self._body.ask(ask)
+        self._body.add_endpoint(endpoint)
 
     def _arrive(self, request: Request) -> None:
         self._body.arrive(LiveRequestHandle(request, self._prompts.of(request)))
@@ -314,7 +314,7 @@ class _Replay:
 
     def _nothing_left(self) -> bool:
         """Say whether every engine was given up for good: all that is to come would be refused, in real time."""
-        failed = [one for one in self._body.controller.fleet.deployments.values() if one.plan]
+        failed = [one for one in self._body.controller.manager.deployments.values() if one.plan]
         return bool(failed) and not self._asks_left and all(one.gone_for_good for one in failed)
 
 
@@ -329,12 +329,12 @@ def check_real(scenario: ServingSystem) -> None:
         InputError: a GPU is to fail, or a request is too long to be put to an engine.
     """
     arrivals = scenario.workload.arrivals
-    for what, most, longest in (
-        ("prompt", MOST_PROMPT_TOKENS, arrivals.prompt_tokens.max()),
-        ("output", MOST_OUTPUT_TOKENS, arrivals.output_tokens.max()),
+    for what, maximum, longest in (
+        ("prompt", MAX_PROMPT_TOKENS, arrivals.prompt_tokens.max()),
+        ("output", MAX_OUTPUT_TOKENS, arrivals.output_tokens.max()),
     ):
-        if longest > most:
-            raise InputError(f"workload: {what} of {longest:,} tokens; engines are asked for {most:,} at most")
+        if longest > maximum:
+            raise InputError(f"workload: {what} of {longest:,} tokens; engines are asked for {maximum:,} at most")
     for fault in scenario.faults:
         if fault.target is FaultTarget.GPU:
             raise InputError(

@@ -44,15 +44,15 @@ class Supervisor:
         deployment_id: int,
         *,
         launcher: Launcher,
-        overseer: SupervisorCallbacks,
+        callbacks: SupervisorCallbacks,
         settings: SupervisionSettings,
-        ground: GpuMemoryGate,
+        gate: GpuMemoryGate,
     ) -> None:
         self._deployment_id = deployment_id
         self._launcher = launcher
-        self._overseer = overseer
+        self._callbacks = callbacks
         self._settings = settings
-        self._ground = ground
+        self._gate = gate
         self._life: EngineProcess | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # of this life, and of those before whose processes still go
         self._repair: asyncio.TimerHandle | None = None
@@ -61,9 +61,7 @@ class Supervisor:
 
     def start(self, order: LaunchSpec) -> None:
         """Start an engine; the one before, if any, has ended or was stopped."""
-        life = EngineProcess(
-            order, launcher=self._launcher, listener=self, settings=self._settings, ground=self._ground
-        )
+        life = EngineProcess(order, launcher=self._launcher, listener=self, settings=self._settings, gate=self._gate)
         self._life = life
         task = asyncio.get_running_loop().create_task(life.run())
         self._tasks.add(task)
@@ -85,12 +83,12 @@ class Supervisor:
             self._life.stop()
             self._life = None
 
-    def break_off(self, reason: str, *, repair_after_s: float | None) -> bool:
+    def abort(self, reason: str, *, repair_after_s: float | None) -> bool:
         """Make the engine fail on purpose, to be mended after some real seconds or never; says whether there is one."""
         if self._life is None or self._life.is_over:
             return False
         self._repair_after_s = repair_after_s
-        self._life.break_off(reason, final=repair_after_s is None)
+        self._life.abort(reason, final=repair_after_s is None)
         return True
 
     async def close(self) -> None:
@@ -104,29 +102,29 @@ class Supervisor:
     def _is_over(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._overseer.broke(error)
+            self._callbacks.broke(error)
 
     # What its life says
 
     def loaded(self, life: EngineProcess, loaded: Loaded) -> None:
         """Pass on that the engine serves."""
         if life is self._life:
-            self._overseer.engine_up(life.order, loaded)
+            self._callbacks.engine_up(life.order, loaded)
 
     def stepped(self, life: EngineProcess, progress: StepProgress) -> None:
         """Pass on a step."""
         if life is self._life:
-            self._overseer.stepped(self._deployment_id, progress)
+            self._callbacks.stepped(self._deployment_id, progress)
 
     def executed(self, life: EngineProcess, ended: Finished | Failed) -> None:
         """Pass on that an execution is over."""
         if life is self._life:
             self._failures = 0
-            self._overseer.executed(self._deployment_id, ended)
+            self._callbacks.executed(self._deployment_id, ended)
 
     def noticed(self, life: EngineProcess, warning: str) -> None:  # noqa: ARG002
         """Pass on a warning."""
-        self._overseer.noticed(self._deployment_id, warning)
+        self._callbacks.noticed(self._deployment_id, warning)
 
     def ended(self, life: EngineProcess, ending: ExitReason) -> None:
         """Decide whether the engine comes back, and when."""
@@ -135,13 +133,13 @@ class Supervisor:
         self._life = None
         after_s, self._repair_after_s = self._repair_after_s, None
         self._failures += after_s is None  # what was broken on purpose says nothing against the engine
-        worn_out = self._failures >= self._settings.most_failures
+        worn_out = self._failures >= self._settings.max_restarts
         returns = not ending.final and not worn_out
         reason = f"{ending.reason}; given up after {self._failures} failures in a row" if worn_out else ending.reason
-        self._overseer.engine_down(self._deployment_id, reason, returns=returns)
+        self._callbacks.engine_down(self._deployment_id, reason, returns=returns)
         if returns:
             self._repair = asyncio.get_running_loop().call_later(
-                self._backoff_s() if after_s is None else after_s, self._overseer.engine_repaired, self._deployment_id
+                self._backoff_s() if after_s is None else after_s, self._callbacks.engine_repaired, self._deployment_id
             )
 
     def _backoff_s(self) -> float:

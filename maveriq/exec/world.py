@@ -30,7 +30,7 @@ class World:
     cluster: Cluster
     policy: Policy
     settings: ControllerSettings
-    guess: ServiceTimePredictor
+    predict_service_time: ServiceTimePredictor
     service: ServiceTimes
     load_time: LoadTime
     devices: Devices = field(default_factory=Devices)
@@ -43,7 +43,7 @@ class World:
         plan, configuration = action.plan, action.plan.configuration
         spec = EngineSpec(
             deployment_id=action.deployment_id,
-            incarnation=action.incarnation,
+            generation=action.generation,
             model=plan.model.name,
             config_json=self.files.config(plan.model),
             tp=configuration.tp,
@@ -82,7 +82,7 @@ def world_of(
         cluster=scenario.cluster,
         policy=scenario.policy,
         settings=scenario.settings,
-        guess=scenario.guess,
+        predict_service_time=scenario.predict_service_time,
         service=service_times_for(scenario),
         load_time=scenario.load_time,
         devices=devices,

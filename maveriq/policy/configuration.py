@@ -85,44 +85,44 @@ def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -
                     yield ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)
 
 
-def rank(ask: EndpointSpec, view: ClusterView, estimator: Estimator, accuracy: AccuracyLookup) -> Ranking:
+def rank(endpoint: EndpointSpec, view: ClusterView, estimator: Estimator, accuracy: AccuracyLookup) -> Ranking:
     """Order the configurations that can meet an ask on the cluster as it is."""
     gpus = view.by_free_memory()
     fitting: list[Candidate] = []
     left_out: list[RejectedConfig] = []
-    for configuration in enumerate_configurations(ask.model, len(gpus), ask.batch_size):
-        outcome = _consider(ask, configuration, gpus, estimator, accuracy)
+    for configuration in enumerate_configurations(endpoint.model, len(gpus), endpoint.batch_size):
+        outcome = _consider(endpoint, configuration, gpus, estimator, accuracy)
         if isinstance(outcome, Candidate):
             fitting.append(outcome)
         else:
             left_out.append(outcome)
-    return _order(ask.intent, fitting, left_out)
+    return _order(endpoint.intent, fitting, left_out)
 
 
 def _consider(
-    ask: EndpointSpec,
+    endpoint: EndpointSpec,
     configuration: ParallelConfig,
     gpus: list[GpuView],
     estimator: Estimator,
     accuracy: AccuracyLookup,
 ) -> Candidate | RejectedConfig:
     """Return the configuration as a candidate, or the reason against it."""
-    score = accuracy(ask.model.name, configuration.weights, configuration.kv)
-    reason = estimator.why_not(ask.model, configuration) or _breaks(ask.intent, configuration, score)
+    score = accuracy(endpoint.model.name, configuration.weights, configuration.kv)
+    reason = estimator.why_not(endpoint.model, configuration) or _breaks(endpoint.intent, configuration, score)
     if reason:
         return RejectedConfig(configuration=configuration, reason=reason)
-    memory_bytes = estimator.memory(ask.model, configuration)
+    memory_bytes = estimator.memory(endpoint.model, configuration)
     chosen = gpus[: configuration.gpus]
-    sizes = {"tp": configuration.tp, "layers": ask.model.layers, "memory_bytes": memory_bytes}
-    split = deal_layers(ask.model.layers, stage_room([gpu.free_bytes for gpu in chosen], **sizes))
+    sizes = {"tp": configuration.tp, "layers": endpoint.model.layers, "memory_bytes": memory_bytes}
+    split = deal_layers(endpoint.model.layers, stage_room([gpu.free_bytes for gpu in chosen], **sizes))
     if split is None:
         detail = f"needs {gib(memory_bytes):.1f} GiB over {configuration.gpus} GPUs"
         return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)
     service = estimator.service(
-        ask.model,
+        endpoint.model,
         configuration,
-        prompt_tokens=ask.prompt_tokens,
-        output_tokens=ask.output_tokens,
+        prompt_tokens=endpoint.prompt_tokens,
+        output_tokens=endpoint.output_tokens,
         batch=configuration.batch_size,
     )
     return Candidate(
@@ -133,7 +133,7 @@ def _consider(
         service=service,
         memory_bytes=memory_bytes,
         accuracy=score,
-        score=ask.intent.objective.score(
+        score=endpoint.intent.objective.score(
             latency_s=service.latency_s, memory_bytes=memory_bytes, gpus=configuration.gpus
         ),
     )

@@ -82,11 +82,11 @@ class MaverIQ:
     accuracy: AccuracyLookup
     rule: PlacementRule | None
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return one deployment of the best candidate, or why none can be made."""
         if not view.gpus:
             return Rejection(reason="every GPU is down")
-        ranking = rank(ask, view, self.estimator, self.accuracy)
+        ranking = rank(endpoint, view, self.estimator, self.accuracy)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({room_sentence(view)})")
         best = ranking.candidates[0]
@@ -94,7 +94,7 @@ class MaverIQ:
         if gpu_ids is None:
             return Rejection(reason=f"policy {self.name!r} found no GPU for a shard of {best.configuration}")
         plan = DeploymentPlan(
-            model=ask.model,
+            model=endpoint.model,
             configuration=best.configuration,
             layer_split=best.layer_split,
             gpu_ids=gpu_ids,

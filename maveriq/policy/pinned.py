@@ -29,7 +29,7 @@ class PinnedPlacementPolicy:
         decided: told of each new decision to deploy, so that it can be pinned after a restart.
     """
 
-    usual: Policy
+    default: Policy
     by_name: Mapping[str, Policy] = field(default_factory=dict)
     decided: Callable[[int, Plans], None] | None = None
     _named: dict[int, Policy] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class PinnedPlacementPolicy:
     @property
     def name(self) -> str:
         """The name of the usual policy."""
-        return self.usual.name
+        return self.default.name
 
     def place_by(self, endpoint_id: int, name: str) -> None:
         """Let the policy of a name decide on an endpoint.
@@ -59,25 +59,25 @@ class PinnedPlacementPolicy:
         self._named.pop(endpoint_id, None)
         self._pinned.pop(endpoint_id, None)
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return the pinned plans where they fit, else what the endpoint's policy decides.
 
         An error of that policy becomes a rejection: one ask must not end a cluster that serves others.
         """
-        pinned = self._pinned.get(ask.endpoint_id, ())
-        if pinned and _belongs(pinned, ask) and _fits(pinned, view):
+        pinned = self._pinned.get(endpoint.endpoint_id, ())
+        if pinned and _belongs(pinned, endpoint) and _fits(pinned, view):
             return Deploy(plans=pinned)
         try:
-            decision = self._named.get(ask.endpoint_id, self.usual).decide(ask, view)
+            decision = self._named.get(endpoint.endpoint_id, self.default).decide(endpoint, view)
         except MaveriqError as error:
             return Rejection(reason=str(error))
         if isinstance(decision, Deploy) and self.decided:
-            self.decided(ask.endpoint_id, decision.plans)
+            self.decided(endpoint.endpoint_id, decision.plans)
         return decision
 
 
-def _belongs(plans: Sequence[DeploymentPlan], ask: EndpointSpec) -> bool:
-    return all(plan.model == ask.model and plan.configuration.batch_size == ask.batch_size for plan in plans)
+def _belongs(plans: Sequence[DeploymentPlan], endpoint: EndpointSpec) -> bool:
+    return all(plan.model == endpoint.model and plan.configuration.batch_size == endpoint.batch_size for plan in plans)
 
 
 def _fits(plans: Sequence[DeploymentPlan], view: ClusterView) -> bool:

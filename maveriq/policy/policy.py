@@ -43,7 +43,7 @@ class Policy(Protocol):
     def name(self) -> str:
         """The name by which `--policy` knows it."""
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return the deployments to start, or why there are none.
 
         Equal arguments must give equal decisions. Plans must fit the free memory of the view.

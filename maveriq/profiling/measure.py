@@ -60,7 +60,7 @@ class Probe:
     """
 
     repeats: int = 5
-    patience_s: float = 600.0
+    timeout_s: float = 600.0
     seed: int = 42
 
 
@@ -84,14 +84,14 @@ async def measure(
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     try:
-        async with asyncio.timeout(probe.patience_s):
+        async with asyncio.timeout(probe.timeout_s):
             connection = await launcher.launch(spec, gpu_ids)
     except TimeoutError:
-        raise ProfilingError(f"{what}: no engine within {probe.patience_s:g} s") from None
+        raise ProfilingError(f"{what}: no engine within {probe.timeout_s:g} s") from None
     except LaunchError as error:
         raise ProfilingError(f"{what}: {error}") from None
     try:
-        talk = _Talk(connection, what, probe.patience_s)
+        talk = _Talk(connection, what, probe.timeout_s)
         loaded = await talk.load(spec)
         start_s = loop.time() - started_s
         memory_gib = (loaded.weights_bytes + loaded.kv_cache_bytes) / BYTES_PER_GIB
@@ -119,7 +119,7 @@ def _spec(
 ) -> EngineSpec:
     return EngineSpec(
         deployment_id=1,
-        incarnation=1,
+        generation=1,
         model=model.name,
         config_json=hf_config_json(model),
         tp=configuration.tp,
@@ -136,10 +136,10 @@ def _spec(
 class _Talk:
     """A conversation with an engine that nobody else talks to; over a socket no word is lost."""
 
-    def __init__(self, connection: EngineConnection, what: str, patience_s: float) -> None:
+    def __init__(self, connection: EngineConnection, what: str, timeout_s: float) -> None:
         self._channel = connection.channel
         self._what = what
-        self._patience_s = patience_s
+        self._patience_s = timeout_s
         self._execution_id = 0
 
     async def load(self, spec: EngineSpec) -> Loaded:

@@ -270,8 +270,8 @@ def _plans(run: RunRecord) -> dict[tuple[int, int], DeploymentPlan]:
     plans: dict[tuple[int, int], DeploymentPlan] = {}
     for one in run.deployments:
         if one.plan:
-            replicas[one.ask.endpoint_id] += 1
-            plans[one.ask.endpoint_id, replicas[one.ask.endpoint_id]] = one.plan
+            replicas[one.endpoint.endpoint_id] += 1
+            plans[one.endpoint.endpoint_id, replicas[one.endpoint.endpoint_id]] = one.plan
     return plans
 
 

@@ -16,7 +16,7 @@ from maveriq.units import MICROS_PER_SECOND
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_LEAST_S = 1e-6
+_MIN_S = 1e-6
 _LOOKS_PER_POINT = 16
 _FEW = 1000
 
@@ -53,7 +53,7 @@ def latency_curves(sim: RunRecord, real: RunRecord, *, points: int) -> Curves | 
     # The few shortest would stretch a logarithmic axis; the longest are what matters.
     low = min(one[len(one) // _FEW] for one in (ours, theirs))
     high = max(ours[-1], theirs[-1])
-    x = np.geomspace(max(low, _LEAST_S) / 1.05, max(high, _LEAST_S) * 1.05, points)
+    x = np.geomspace(max(low, _MIN_S) / 1.05, max(high, _MIN_S) * 1.05, points)
     return Curves(
         title="Share of completed requests up to a latency",
         x_label="s",

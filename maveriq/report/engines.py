@@ -42,16 +42,16 @@ def matrix_table(engines: Mapping[str, EngineFacts]) -> Table:
 
 
 def _tp(row: CapabilityRow) -> str:
-    most = f"up to {row.most_tp}" if row.most_tp else ""
-    heads = "divides heads" if row.heads else "" if most else "any"
+    maximum = f"up to {row.max_tp}" if row.max_tp else ""
+    heads = "divides heads" if row.heads else "" if maximum else "any"
     groups = f"no cut groups of {row.group}" if row.group else ""
-    return ", ".join(part for part in (most, heads, groups) if part)
+    return ", ".join(part for part in (maximum, heads, groups) if part)
 
 
 def _pp(row: CapabilityRow) -> str:
-    if row.most_pp == 1:
+    if row.max_pp == 1:
         return "1"
-    return f"{f'up to {row.most_pp}, ' if row.most_pp else ''}{'also uneven' if row.uneven else 'equal stages'}"
+    return f"{f'up to {row.max_pp}, ' if row.max_pp else ''}{'also uneven' if row.uneven else 'equal stages'}"
 
 
 def installed_table(engines: Mapping[str, EngineFacts], here: Here, machine: Machine) -> Table:

@@ -94,7 +94,7 @@ class History:
         return (completed - before) * MICROS_PER_SECOND / (now_us - since_us) if now_us > since_us else None
 
 
-_MOST_GPU_BARS = 16
+_MAX_GPU_BARS = 16
 _WIDE = 110
 _GPU_GAP = 3
 _FIXED_LINES = 11  # everything but the rows of deployments and GPUs, and a line for the cursor
@@ -233,7 +233,7 @@ def _deployment_cells(deployment: DeploymentStatus, *, wide: bool) -> list[Rende
 
 def _gpus(gpus: Sequence[GpuStatus], width: int, glyphs: Glyphs) -> Table:
     """Return two GPUs to a line with bars, or, where they are many, a character for each."""
-    return _gpu_strips(gpus, width, glyphs) if len(gpus) > _MOST_GPU_BARS else _gpu_bars(gpus, width, glyphs)
+    return _gpu_strips(gpus, width, glyphs) if len(gpus) > _MAX_GPU_BARS else _gpu_bars(gpus, width, glyphs)
 
 
 def _gpu_bars(gpus: Sequence[GpuStatus], width: int, glyphs: Glyphs) -> Table:
@@ -286,7 +286,7 @@ def _gpu_strips(gpus: Sequence[GpuStatus], width: int, glyphs: Glyphs) -> Table:
 
 _FRAME_S = 0.2
 _LINE_S = 10.0
-_LEAST_SHARE = 0.02  # below it, the time left would be a guess
+_MIN_SHARE = 0.02  # below it, the time left would be a guess
 
 Clock = Callable[[], float]
 
@@ -345,7 +345,7 @@ class _PacedView:
     def _left_s(self, progress: Progress) -> float | None:
         """Return the wall time left at the pace so far, None while that would be a guess."""
         done = finished_share(progress)
-        return (self._now() - self._started_s) * (1 - done) / done if done >= _LEAST_SHARE else None
+        return (self._now() - self._started_s) * (1 - done) / done if done >= _MIN_SHARE else None
 
     def _pace(self) -> None:
         # From the end of drawing, so that a slow terminal cannot take all the time there is.

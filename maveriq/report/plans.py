@@ -24,11 +24,11 @@ _UNITS = {
 }
 
 
-def ranking_table(ask: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top: int, width: int) -> Table:
+def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top: int, width: int) -> Table:
     """Return the best configurations, best first.
 
     Args:
-        ask: what was asked for.
+        endpoint: what was asked for.
         ranking: the answer, with at least one candidate.
         cluster: what it was fitted to.
         top: how many rows at most.
@@ -37,13 +37,13 @@ def ranking_table(ask: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top:
     wide = width >= _WIDE
     shown, total = min(top, len(ranking.candidates)), len(ranking.candidates)
     table = new_table(
-        f"{ask.model.name} for {ask.intent.objective.value} on {cluster.name}: {shown} of {total} configurations, "
-        f"{ask.prompt_tokens} tokens in, {ask.output_tokens} out"
+        f"{endpoint.model.name} for {endpoint.intent.objective.value} on {cluster.name}: {shown} of {total} configurations, "
+        f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out"
     )
     table.add_column("\n#", justify="right", style="dim")
     table.add_column("\nconfiguration", no_wrap=True)
     table.add_column("\nlayers", no_wrap=wide)
-    for header in _headers(ask, wide=wide):
+    for header in _headers(endpoint, wide=wide):
         table.add_column(header, justify="right", no_wrap=True)
     for place, candidate in enumerate(ranking.candidates[:top], start=1):
         table.add_row(
@@ -56,8 +56,8 @@ def ranking_table(ask: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top:
     return table
 
 
-def _headers(ask: EndpointSpec, *, wide: bool) -> list[str]:
-    narrow = ["latency\ns", "TPOT\nms", "GiB\nper GPU", "acc.\n%", _UNITS[ask.intent.objective]]
+def _headers(endpoint: EndpointSpec, *, wide: bool) -> list[str]:
+    narrow = ["latency\ns", "TPOT\nms", "GiB\nper GPU", "acc.\n%", _UNITS[endpoint.intent.objective]]
     if not wide:
         return narrow
     return ["latency\ns", "first\ntoken s", "TPOT\nms", "memory\nGiB", "GiB\nper GPU", "accuracy\n%", narrow[-1]]
@@ -102,15 +102,15 @@ def left_out_table(ranking: Ranking, *, every: bool) -> Table:
     return table
 
 
-def ranking_json(ask: EndpointSpec, ranking: Ranking, cluster: Cluster) -> dict[str, Any]:
+def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> dict[str, Any]:
     """Return the whole ranking as plain values; times in s, memory in GiB, accuracy in percent."""
     return {
-        "model": ask.model.name,
+        "model": endpoint.model.name,
         "cluster": cluster.name,
-        "intent": ask.intent.objective.value,
-        "slo_s": ask.intent.slo_s,
-        "prompt_tokens": ask.prompt_tokens,
-        "output_tokens": ask.output_tokens,
+        "intent": endpoint.intent.objective.value,
+        "slo_s": endpoint.intent.slo_s,
+        "prompt_tokens": endpoint.prompt_tokens,
+        "output_tokens": endpoint.output_tokens,
         "note": ranking.note if ranking.candidates else ranking.why_empty(),
         "candidates": [
             {

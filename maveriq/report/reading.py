@@ -35,7 +35,7 @@ from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, micros
 Array: TypeAlias = npt.NDArray[Any]
 
 _ROWS_AT_ONCE = 256  # more at once are slower: they leave the processor's cache
-_MOST_DIGITS = 15
+_MAX_DIGITS = 15
 
 # Beside these, `deployment_id` and `slo_s` may be empty and are then 0.
 _COUNTS = ("request_id", "prompt_tokens", "output_tokens")
@@ -87,7 +87,7 @@ def _counts(cells: Sequence[str]) -> Array:
     joined = "".join(cells)
     if (
         not (joined.isascii() and joined.isdigit())
-        or not 0 < len(min(cells, key=len)) <= len(max(cells, key=len)) <= _MOST_DIGITS
+        or not 0 < len(min(cells, key=len)) <= len(max(cells, key=len)) <= _MAX_DIGITS
     ):
         raise ValueError("not whole numbers")
     return np.fromiter(map(int, cells), dtype=np.int64, count=len(cells))
@@ -203,7 +203,7 @@ class _Lookup:
         self._endpoint_of_model: dict[str, int] = {}
         for endpoint_id, model in sorted(record.models.items()):
             self._endpoint_of_model.setdefault(model, endpoint_id)
-        self._endpoint_of_deployment = {d.deployment_id: d.ask.endpoint_id for d in record.deployments}
+        self._endpoint_of_deployment = {d.deployment_id: d.endpoint.endpoint_id for d in record.deployments}
         self._statuses = {status.label: status.value for status in FINAL_STATUSES}
         self._reasons = {reason: index for index, reason in reversed(list(enumerate(record.reasons)))}
 
@@ -230,7 +230,7 @@ class _Lookup:
         }
 
     def values(self, row: Row) -> dict[str, int]:
-        deployment_id = row.count("deployment_id", least=1) if row.cells["deployment_id"] else 0
+        deployment_id = row.count("deployment_id", minimum=1) if row.cells["deployment_id"] else 0
         endpoint_of_model = self._known(row, "model", self._endpoint_of_model)
         return {
             "request_id": row.count("request_id"),
@@ -253,7 +253,7 @@ class _Lookup:
 
 
 def _time_us(row: Row, column: str, absent: int) -> Micros:
-    return micros(row.number(column, least=0, most=LONGEST_S)) if row.cells[column] else absent
+    return micros(row.number(column, minimum=0, maximum=LONGEST_S)) if row.cells[column] else absent
 
 
 def _read_samples(path: Path, record: _Record) -> Iterator[GpuSample]:
@@ -261,6 +261,6 @@ def _read_samples(path: Path, record: _Record) -> Iterator[GpuSample]:
         yield GpuSample(
             time_us=_time_us(row, "time_s", 0),
             gpu_id=row.count("gpu"),
-            memory_bytes=bytes_from_gib(row.number("memory_gib", least=0)),
-            busy_share=row.number("busy_share", least=0),
+            memory_bytes=bytes_from_gib(row.number("memory_gib", minimum=0)),
+            busy_share=row.number("busy_share", minimum=0),
         )

@@ -127,7 +127,7 @@ def engine_lines(engines: Iterable[EngineRecord], devices: Devices) -> Iterator[
     for engine in engines:
         spec, loaded, gpu_ids = engine.order.spec, engine.loaded, tuple(engine.order.needed)
         cells = (
-            f"{spec.deployment_id}-{spec.incarnation}",
+            f"{spec.deployment_id}-{spec.generation}",
             str(spec.deployment_id),
             loaded.backend,
             loaded.version,
@@ -159,13 +159,13 @@ def summary_to_json(summary: Summary, verdict: Saturation, deployments: Iterable
 
 
 def _deployment(deployment: DeploymentRecord) -> dict[str, Any]:
-    ask, plan = deployment.ask, deployment.plan
+    endpoint, plan = deployment.endpoint, deployment.plan
     return {
         "deployment_id": deployment.deployment_id,
-        "model": ask.model.name,
-        "intent": ask.intent.objective.value,
-        "slo_s": ask.intent.slo_s,
-        "asked_s": seconds(ask.asked_us),
+        "model": endpoint.model.name,
+        "intent": endpoint.intent.objective.value,
+        "slo_s": endpoint.intent.slo_s,
+        "requested_s": seconds(endpoint.requested_us),
         "ready_s": _time_s(deployment.ready_us),
         "removed_s": _time_s(deployment.removed_us),
         "status": deployment.status,
@@ -232,18 +232,18 @@ def _deployment_lines(deployments: Iterable[DeploymentRecord]) -> Iterable[str]:
 
 
 def _deployment_cells(deployment: DeploymentRecord) -> dict[str, str]:
-    ask, plan = deployment.ask, deployment.plan
+    endpoint, plan = deployment.endpoint, deployment.plan
     cells = {
         "deployment_id": str(deployment.deployment_id),
-        "model": ask.model.name,
-        "intent": ask.intent.objective.value,
-        "slo_s": "" if ask.intent.slo_s is None else f"{ask.intent.slo_s:.6f}",
-        "asked_s": _time_cell(ask.asked_us),
+        "model": endpoint.model.name,
+        "intent": endpoint.intent.objective.value,
+        "slo_s": "" if endpoint.intent.slo_s is None else f"{endpoint.intent.slo_s:.6f}",
+        "requested_s": _time_cell(endpoint.requested_us),
         "ready_s": _time_cell(deployment.ready_us),
         "removed_s": _time_cell(deployment.removed_us),
         "status": deployment.status,
         "reason": deployment.reason,
-        "batch_size": str(ask.batch_size),
+        "batch_size": str(endpoint.batch_size),
     }
     if plan is None:
         return cells

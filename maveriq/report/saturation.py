@@ -88,12 +88,12 @@ class Queue:
 
     def backlogs(self) -> list[Backlog]:
         """Return the stretches with more waiting than in the calmest tenth of the time."""
-        calm = float(np.percentile(self.waiting, _CALM_PERCENTILE)) if self.span_us > 1 else 0.0
-        edges = np.flatnonzero(np.diff(self.waiting > calm, prepend=False, append=False))
+        uncontended = float(np.percentile(self.waiting, _CALM_PERCENTILE)) if self.span_us > 1 else 0.0
+        edges = np.flatnonzero(np.diff(self.waiting > uncontended, prepend=False, append=False))
         pairs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-        return [self._backlog(since, until, calm) for since, until in pairs]
+        return [self._backlog(since, until, uncontended) for since, until in pairs]
 
-    def _backlog(self, since: int, until: int, calm: float) -> Backlog:
+    def _backlog(self, since: int, until: int, uncontended: float) -> Backlog:
         stands = until == len(self.waiting)
         arrived = int(self.arrived[until - 1]) - (int(self.arrived[since - 1]) if since else 0)
         peak = int(self.waiting[since:until].max())
@@ -103,7 +103,7 @@ class Queue:
             lasted_us=until_us - since_us,
             peak=peak,
             stands=stands,
-            beyond_chance=peak - calm > _BEYOND_CHANCE * self.spread * arrived**0.5,
+            beyond_chance=peak - uncontended > _BEYOND_CHANCE * self.spread * arrived**0.5,
         )
 
     def later_half(self) -> tuple[float, float]:

@@ -83,13 +83,13 @@ def deployments_table(deployments: Sequence[DeploymentRecord], *, width: int) ->
 
 
 def _deployment_cells(deployment: DeploymentRecord, *, wide: bool) -> list[RenderableType]:
-    ask, plan = deployment.ask, deployment.plan
+    endpoint, plan = deployment.endpoint, deployment.plan
     layers = [layer_list(plan.layer_split) if plan else NONE]
     ready = NONE if deployment.ready_us == NOT_YET else f"{seconds(deployment.ready_us):,.1f}"
-    asked = [ask.intent.objective.value, f"{seconds(ask.asked_us):,.1f}", ready]
+    asked = [endpoint.intent.objective.value, f"{seconds(endpoint.requested_us):,.1f}", ready]
     return [
         str(deployment.deployment_id),
-        Text(ask.model.name),
+        Text(endpoint.model.name),
         str(plan.configuration) if plan else NONE,
         *(layers if wide else []),
         gpu_list(plan.gpu_ids) if plan else NONE,
@@ -236,7 +236,7 @@ def notices(deployments: Iterable[DeploymentRecord]) -> list[Text]:
 
 
 def _notice(deployment: DeploymentRecord) -> Text | None:
-    who = f"{deployment.ask.model.name} (deployment {deployment.deployment_id})"
+    who = f"{deployment.endpoint.model.name} (deployment {deployment.deployment_id})"
     if deployment.plan is None:
         return Text.assemble(("rejected ", "bold red"), f"{who}: {deployment.reason}")
     if deployment.status == "down":

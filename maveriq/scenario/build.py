@@ -37,7 +37,7 @@ from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micro
 from maveriq.workload.requests import Workload
 
 RECORDED = "recorded"
-"""The value of `serve_with` that takes the workload's own recorded times."""
+"""The value of `service_times` that takes the workload's own recorded times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +60,9 @@ def estimators_for(options: Options, profile: HardwareProfile) -> Estimators:
     """
     note = note_on_default(profile)  # who named both knows
     return Estimators(
-        plan=make_estimator(options.plan_with or default_estimator(profile), profile),
-        serve=_server(options.serve_with or default_estimator(profile), profile, options.serve_without),
-        notes=(note,) if note and not (options.plan_with and options.serve_with) else (),
+        plan=make_estimator(options.estimator or default_estimator(profile), profile),
+        serve=_server(options.service_times or default_estimator(profile), profile, options.exclude_run),
+        notes=(note,) if note and not (options.estimator and options.service_times) else (),
     )
 
 
@@ -71,13 +71,13 @@ def _server(name: str, profile: HardwareProfile, without_run: str | None) -> Est
         raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
     if without_run is not None:
         if name != CALIBRATED:
-            raise InputError(f"--serve-without applies to --serve-with calibrated, not to {name!r}; leave it out")
+            raise InputError(f"--exclude-run applies to --service-times calibrated, not to {name!r}; leave it out")
         return CalibratedEstimator.serving(profile, without_run=without_run)
     return None if name == RECORDED else make_estimator(name, profile)
 
 
-_MOST_SAMPLES, _MOST_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
-_MOST_KNOWN = 1_000_000
+_MAX_SAMPLES, _MAX_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
+_MAX_KNOWN = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
@@ -107,17 +107,19 @@ def build_system(
     last_arrival_us = int(workload.arrivals.arrival_us[-1])
     faults = tuple(parse_fault(text) for text in options.fail)
     for fault in faults:
-        check_fault(fault, gpus=len(cluster), asked_us=_asked_us(policy, workload), end_us=last_arrival_us + drain_us)
+        check_fault(
+            fault, gpus=len(cluster), requested_us=_asked_us(policy, workload), end_us=last_arrival_us + drain_us
+        )
     removals = tuple(parse_removal(text) for text in options.remove)
     for removal in removals:
-        check_removal(removal, asked_us=[ask.asked_us for ask in workload.asks])
+        check_removal(removal, requested_us=[endpoint.requested_us for endpoint in workload.endpoints])
     return ServingSystem(
         cluster=cluster,
         policy=policy,
         workload=workload,
         settings=controller_settings(options, profile),
-        guess=service_time_predictor(planner),
-        plan_with=estimators.plan.name,
+        predict_service_time=service_time_predictor(planner),
+        estimator=estimators.plan.name,
         serve=estimators.serve,
         load_time=load_time_for(options, profile),
         faults=faults,
@@ -151,9 +153,9 @@ def _refuse_without_effect(options: Options) -> None:
     useless = ("intent", "min_accuracy", "float16_only") if ahead else (
         "alpaserve_profile", "alpaserve_as_published", "alpaserve_star_rule",
     )  # fmt: skip
-    usual = Options()
+    default = Options()
     for name in useless:
-        if getattr(options, name) != getattr(usual, name):
+        if getattr(options, name) != getattr(default, name):
             for_whom = "policies that go by intents" if ahead else " and ".join(STATIC_POLICIES)
             raise InputError(
                 f"--{name.replace('_', '-')} applies to {for_whom}, not to {options.policy!r}; leave it out"
@@ -163,9 +165,11 @@ def _refuse_without_effect(options: Options) -> None:
 def _asked_us(policy: Policy, workload: Workload) -> list[Micros]:
     """Return when each deployment is asked for, in the order of their numbers; a rejected ask takes one too."""
     return [
-        ask.asked_us
-        for ask in workload.asks
-        for _ in range(max(1, policy.replicas(ask.endpoint_id)) if isinstance(policy, StaticPlacementPolicy) else 1)
+        endpoint.requested_us
+        for endpoint in workload.endpoints
+        for _ in range(
+            max(1, policy.replicas(endpoint.endpoint_id)) if isinstance(policy, StaticPlacementPolicy) else 1
+        )
     ]
 
 
@@ -217,11 +221,11 @@ def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
         ("tick_us", options.tick_ms, 1e-3),
         ("after_arrival_us", options.after_arrival_ms, 1e-3),
         ("after_release_us", options.after_release_ms, 1e-3),
-        ("pause_us", options.pause_s, 1.0),
+        ("registration_delay_us", options.registration_delay_s, 1.0),
     ):
         if value is not None:
             said[name] = micros(value * unit_s)
-    return replace(DispatchTiming() if options.ideal else measured, **said)
+    return replace(DispatchTiming() if options.no_dispatch_overhead else measured, **said)
 
 
 def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:
@@ -242,26 +246,26 @@ def service_time_predictor(planner: Estimator) -> ServiceTimePredictor:
     """
     known: dict[tuple[int, int], Micros] = {}
 
-    def guess(deployment: Deployment, request: Request) -> Micros:
+    def predict_service_time(deployment: Deployment, request: Request) -> Micros:
         key = (deployment.deployment_id, request.prompt_tokens)
         if key not in known:
             service = planner.service(
-                deployment.ask.model,
+                deployment.endpoint.model,
                 deployment.layout.configuration,
                 prompt_tokens=request.prompt_tokens,
-                output_tokens=deployment.ask.output_tokens,
+                output_tokens=deployment.endpoint.output_tokens,
                 batch=1,
             )
-            if len(known) >= _MOST_KNOWN:  # a service never ends
+            if len(known) >= _MAX_KNOWN:  # a service never ends
                 known.clear()
             known[key] = duration_micros(service.latency_s)
         return known[key]
 
-    return guess
+    return predict_service_time
 
 
 def _sample_us(workload: Workload, drain_us: Micros, gpus: int) -> Micros:
     """Return how often to sample GPUs: each second, or rarer in a long run or on a very large cluster."""
     longest_us = int(workload.arrivals.arrival_us[-1]) + drain_us
-    samples = min(_MOST_SAMPLES, max(1, _MOST_SAMPLES_OF_ALL_GPUS // gpus))
+    samples = min(_MAX_SAMPLES, max(1, _MAX_SAMPLES_OF_ALL_GPUS // gpus))
     return MICROS_PER_SECOND * max(1, math.ceil(longest_us / MICROS_PER_SECOND / samples))

@@ -25,8 +25,8 @@ def _option(
     panel: str,
     *,
     shown: str | None = None,
-    least: float | None = None,
-    most: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
 ) -> Any:
     """Describe an option.
 
@@ -35,10 +35,10 @@ def _option(
         explained: one line for the help.
         panel: the group in the help.
         shown: the default in words, where the value would not tell.
-        least: the smallest number allowed.
-        most: the largest.
+        minimum: the smallest number allowed.
+        maximum: the largest.
     """
-    said = {"help": explained, "panel": panel, "shown": shown, "least": least, "most": most}
+    said = {"help": explained, "panel": panel, "shown": shown, "least": minimum, "most": maximum}
     return field(default=default, metadata=said)
 
 
@@ -71,63 +71,70 @@ class Options:
     )
     intent: str = _option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
     slo_scale: float = _option(
-        0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, least=0, most=1e6
+        0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, minimum=0, maximum=1e6
     )
     min_accuracy: float = _option(0.0, "Least accuracy, in percent of the float16 model's.", _POLICY)
     float16_only: bool = _option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
     packing_threshold: float = _option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
-    batch_size: int = _option(1, "Requests that an engine serves at once, at most.", _POLICY, least=1, most=10_000)
+    batch_size: int = _option(1, "Requests that an engine serves at once, at most.", _POLICY, minimum=1, maximum=10_000)
     queue: str = _option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
     max_wait_s: float = _option(
-        60.0, "Who has waited longer goes next (not with fifo).", _POLICY, least=0, most=_LONGEST_S
+        60.0, "Who has waited longer goes next (not with fifo).", _POLICY, minimum=0, maximum=_LONGEST_S
     )
     replica: str = _option("uniform", "Among replicas of a model: uniform or least-work.", _POLICY)
     alpaserve_profile: str = _option("maveriq", "What AlpaServe knows of models: maveriq or published.", _POLICY)
     alpaserve_as_published: bool = _option(False, "AlpaServe with its naming defect and table.", _POLICY)  # noqa: FBT003
     alpaserve_star_rule: str = _option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
-    plan_with: str | None = _option(
+    estimator: str | None = _option(
         None, "What the policy plans with: calibrated, paper, or measured.", _POLICY, shown="calibrated"
     )
 
-    serve_with: str | None = _option(
+    service_times: str | None = _option(
         None, "What times simulated service: calibrated, paper, measured, or recorded.", _WORLD, shown="calibrated"
     )
-    serve_without: str | None = _option(
+    exclude_run: str | None = _option(
         None, "A recorded run that calibrated service times must not have been fitted to.", _WORLD
     )
     fail: tuple[str, ...] = _option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _WORLD)
     remove: tuple[str, ...] = _option((), "Take an endpoint away: endpoint=2@900s; repeatable.", _WORLD)
     on_failure: str = _option("requeue", "requeue (once) or fail what a failing engine was running.", _WORLD)
-    tick_ms: float | None = _option(None, "The dispatcher's tick.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_MS)
+    tick_ms: float | None = _option(
+        None, "The dispatcher's tick.", _WORLD, shown=_PROFILE, minimum=0, maximum=_LONGEST_MS
+    )
     after_arrival_ms: float | None = _option(
-        None, "Least delay from arrival to dispatch.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_MS
+        None, "Least delay from arrival to dispatch.", _WORLD, shown=_PROFILE, minimum=0, maximum=_LONGEST_MS
     )
     after_release_ms: float | None = _option(
         None,
         "Least delay from a GPU's release to its next dispatch.",
         _WORLD,
         shown=_PROFILE,
-        least=0,
-        most=_LONGEST_MS,
+        minimum=0,
+        maximum=_LONGEST_MS,
     )
-    pause_s: float | None = _option(
-        None, "No dispatch for so long after an engine registers.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_S
+    registration_delay_s: float | None = _option(
+        None,
+        "No dispatch for so long after an engine registers.",
+        _WORLD,
+        shown=_PROFILE,
+        minimum=0,
+        maximum=_LONGEST_S,
     )
     load_s: float | None = _option(
-        None, "Time that an engine takes to load.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_S
+        None, "Time that an engine takes to load.", _WORLD, shown=_PROFILE, minimum=0, maximum=_LONGEST_S
     )
-    ideal: bool = _option(False, "A dispatcher without tick, delays and pause.", _WORLD)  # noqa: FBT003
+    no_dispatch_overhead: bool = _option(False, "A dispatcher without tick, delays and pause.", _WORLD)  # noqa: FBT003
     drain_s: float | None = _option(
-        None, "Stop so long after the last arrival.", _WORLD, shown=_PROFILE, least=0, most=_LONGEST_S
+        None, "Stop so long after the last arrival.", _WORLD, shown=_PROFILE, minimum=0, maximum=_LONGEST_S
     )
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, least, most = getattr(self, one.name), one.metadata["least"], one.metadata["most"]
+            value, minimum, maximum = getattr(self, one.name), one.metadata["least"], one.metadata["most"]
             name = f"--{one.name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, not {value}")
-            if value is not None and least is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, not {value}")
-            if value is not None and most is not None and value > most:
-                raise InputError(f"{name} must be at most {most:,.0f}, not {value}")
+            if value is not None and minimum is not None and value < minimum:
+                raise InputError(f"{name} must be at least {minimum}, not {value}")
+            if value is not None and maximum is not None and value > maximum:
+                raise InputError(f"{name} must be at most {maximum:,.0f}, not {value}")

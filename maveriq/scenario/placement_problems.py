@@ -221,7 +221,7 @@ def _parse(text: str, models: Sequence[str]) -> tuple[np.ndarray[Any, Any], ...]
 def _check_rows(rows: Iterator[Row]) -> None:
     last = 0.0
     for row in rows:
-        arrival_s = row.number("arrival_s", least=0)
+        arrival_s = row.number("arrival_s", minimum=0)
         row.text("model")
         if row.cells["slo_s"] and row.number("slo_s") <= 0:
             raise InputError(f"{row.where}: slo_s must be positive, not {row.cells['slo_s']!r}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-_MOST_KNOWN = 1_000_000
+_MAX_KNOWN = 1_000_000
 
 
 class ServiceTimes(Protocol):
@@ -46,7 +46,7 @@ class EstimatedServiceTimes:
         if times is None:
             estimate = self._estimate(plan, prompt_tokens, output_tokens, len(requests))
             service_us = duration_micros(estimate.latency_s)
-            if len(self._known) >= _MOST_KNOWN:  # a service never ends
+            if len(self._known) >= _MAX_KNOWN:  # a service never ends
                 self._known.clear()
             times = (min(duration_micros(estimate.first_token_s), service_us), service_us)
             self._known[key] = times
@@ -54,10 +54,10 @@ class EstimatedServiceTimes:
 
     def _estimate(self, plan: DeploymentPlan, prompt_tokens: int, output_tokens: int, batch: int) -> ServiceEstimate:
         estimator = self._estimator
-        ask = (
+        endpoint = (
             partial(estimator.service_on, plan.gpu_ids) if isinstance(estimator, PlacementAware) else estimator.service
         )
-        return ask(
+        return endpoint(
             plan.model, plan.configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
         )
 

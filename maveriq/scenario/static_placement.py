@@ -37,7 +37,7 @@ from maveriq.workload.traces import AzureTrace, load_trace
 STATIC_POLICIES = (PlacementPolicy.ALPASERVE.value, PlacementPolicy.ALPASERVE_STAR.value)
 """The policies that plan ahead, by name."""
 
-_USUAL_SLO_SCALE = 5.0
+_DEFAULT_SLO_SCALE = 5.0
 """For a run without SLOs, which the search cannot do without: the published driver's default."""
 
 _MAX_TP = 8
@@ -62,7 +62,7 @@ def search_static_placement(
         problem_for_cluster(forecast, cluster, profiles, memory_bytes=_PUBLISHED_MEMORY_BYTES if published else None),
         SearchSettings(policy=PlacementPolicy(options.policy), max_tp=_MAX_TP, star_rule=_star_rule(options)),
     )
-    names = [f"{ask.endpoint_id}:{ask.model.name}" for ask in workload.asks]
+    names = [f"{endpoint.endpoint_id}:{endpoint.model.name}" for endpoint in workload.endpoints]
     notes = [f"{options.policy}: {described(solution, names)}"]
     if published:
         notes.append(
@@ -75,10 +75,10 @@ def search_static_placement(
 def _profiles(options: Options, cluster: Cluster, planner: Estimator, workload: Workload) -> Sequence[ModelProfile]:
     if options.alpaserve_profile not in _PROFILES:
         raise UnknownNameError("AlpaServe profile", options.alpaserve_profile, _PROFILES)
-    models = [ask.model for ask in workload.asks]
+    models = [endpoint.model for endpoint in workload.endpoints]
     if options.alpaserve_as_published or options.alpaserve_profile == "published":
         return published_profiles_of([model.name for model in models])
-    first = workload.asks[0]
+    first = workload.endpoints[0]
     return profiles_from_estimator(
         models,
         planner,
@@ -93,8 +93,8 @@ def _forecast(options: Options, profile: HardwareProfile, workload: Workload) ->
     """Return the run's own requests; where they have no SLO, the usual one."""
     arrivals = workload.arrivals
     if not arrivals.slo_us.any():
-        arrivals = workload_for(options, profile, slo_scale=_USUAL_SLO_SCALE).arrivals
-    return forecast_of(arrivals, len(workload.asks))
+        arrivals = workload_for(options, profile, slo_scale=_DEFAULT_SLO_SCALE).arrivals
+    return forecast_of(arrivals, len(workload.endpoints))
 
 
 def _published_forecast(options: Options, profile: HardwareProfile, workload: Workload) -> DemandForecast:
@@ -104,8 +104,8 @@ def _published_forecast(options: Options, profile: HardwareProfile, workload: Wo
             f"--alpaserve-as-published needs an Azure trace, not {trace.name!r}; give code or conversation"
         )
     models = load_model_set(options.models)
-    tokens = workload.asks[0].output_tokens
-    slo_scale = options.slo_scale or _USUAL_SLO_SCALE
+    tokens = workload.endpoints[0].output_tokens
+    slo_scale = options.slo_scale or _DEFAULT_SLO_SCALE
 
     def slo_s(model_name: str) -> float:
         base_s = profile.slo_s(model_name, tokens)

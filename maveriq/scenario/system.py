@@ -23,7 +23,7 @@ LoadTime: TypeAlias = Callable[[DeploymentPlan], Micros]
 class ServingSystem:
     """A cluster, a policy, a workload, and how the world behaves.
 
-    `plan_with` is the name of the estimator that the policy plans with, empty where it has none.
+    `estimator` is the name of the estimator that the policy plans with, empty where it has none.
     `serve` times simulated requests; None takes the recorded times of the workload.
     The run stops when every request has ended, at the latest `drain_us` after the last arrival.
     GPU samples are taken every `sample_us`. `notes` say what a reader of the results must know.
@@ -33,8 +33,8 @@ class ServingSystem:
     policy: Policy
     workload: Workload
     settings: ControllerSettings
-    guess: ServiceTimePredictor
-    plan_with: str = ""
+    predict_service_time: ServiceTimePredictor
+    estimator: str = ""
     serve: Estimator | None
     load_time: LoadTime
     faults: tuple[Fault, ...] = ()

@@ -47,7 +47,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_MOST_HEAD_BYTES = 32 * 1024
+_MAX_HEAD_BYTES = 32 * 1024
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -94,10 +94,10 @@ class AuthMiddleware:
 
     async def _body(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """Return the whole body; None if who sent it went away."""
-        most = self._settings.most_body_bytes
-        too_large = ApiError(413, f"the body is longer than {most} bytes", code="body_too_large")
+        maximum = self._settings.max_body_bytes
+        too_large = ApiError(413, f"the body is longer than {maximum} bytes", code="body_too_large")
         announced = headers.get(b"content-length", b"0")
-        if announced.isdigit() and (len(announced) > 18 or int(announced) > most):
+        if announced.isdigit() and (len(announced) > 18 or int(announced) > maximum):
             raise too_large
         parts, size, more = [], 0, True
         try:
@@ -108,7 +108,7 @@ class AuthMiddleware:
                         return None
                     part = message.get("body", b"")
                     size += len(part)
-                    if size > most:
+                    if size > maximum:
                         raise too_large
                     parts.append(part)
                     more = message.get("more_body", False)
@@ -125,8 +125,8 @@ def _check_size(scope: Scope) -> None:
     """Refuse a head that is longer than any client's; the server's own bound is for one that never ends."""
     size = len(scope["query_string"]) + len(scope["path"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
-    if size > _MOST_HEAD_BYTES:
-        raise ApiError(431, f"address and headers are longer than {_MOST_HEAD_BYTES} bytes", code="headers_too_large")
+    if size > _MAX_HEAD_BYTES:
+        raise ApiError(431, f"address and headers are longer than {_MAX_HEAD_BYTES} bytes", code="headers_too_large")
 
 
 def is_loopback(host: str) -> bool:

@@ -43,7 +43,7 @@ class ClusterPlan:
     profile: HardwareProfile
     cluster: Cluster
     planner: Estimator
-    believed: Estimator
+    service_estimator: Estimator
     placements: PinnedPlacementPolicy
 
 
@@ -65,11 +65,11 @@ def plan_cluster(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    options = replace(options, ideal=True)
+    options = replace(options, no_dispatch_overhead=True)
     profile = load_profile(options.profile)
     estimators = estimators_for(options, profile)
     if estimators.serve is None:
-        raise InputError("--serve-with recorded is for replaying recordings; a service has none")
+        raise InputError("--service-times recorded is for replaying recordings; a service has none")
     planner = planning(estimators.plan)
 
     def policy(name: str) -> Policy:
@@ -82,8 +82,10 @@ def plan_cluster(
         profile=profile,
         cluster=clusters(options.gpus, profile),
         planner=planner,
-        believed=estimators.serve,
-        placements=PinnedPlacementPolicy(usual=policy(options.policy), by_name={name: policy(name) for name in RULES}),
+        service_estimator=estimators.serve,
+        placements=PinnedPlacementPolicy(
+            default=policy(options.policy), by_name={name: policy(name) for name in RULES}
+        ),
     )
 
 
@@ -124,8 +126,8 @@ async def open_cluster(
         cluster=plan.cluster,
         policy=plan.placements,
         settings=controller_settings(plan.options, plan.profile),
-        guess=service_time_predictor(plan.planner),
-        service=EstimatedServiceTimes(plan.believed),
+        predict_service_time=service_time_predictor(plan.planner),
+        service=EstimatedServiceTimes(plan.service_estimator),
         load_time=load_time_for(plan.options, plan.profile),
         devices=devices or Devices(),
         measured_loads=sampler.loads if sampler else None,

@@ -58,8 +58,8 @@ class StopStrings:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that `stop` begins with."""
-    most = min(len(text), len(stop) - 1)
-    return next((size for size in range(most, 0, -1) if stop.startswith(text[-size:])), 0)
+    maximum = min(len(text), len(stop) - 1)
+    return next((size for size in range(maximum, 0, -1) if stop.startswith(text[-size:])), 0)
 
 
 Json = dict[str, Any]
@@ -179,10 +179,10 @@ async def answer(service: Service, request: Request, prompt: Prompt, dialect: ty
             return await _stream(service, request, prompt, accepted, wire)
         outcome = await _unless_gone(request, _outcome(accepted))
     except BaseException:
-        service.tracker.abandon(accepted)
+        service.tracker.cancel(accepted)
         raise
     if outcome is None:
-        service.tracker.abandon(accepted)
+        service.tracker.cancel(accepted)
         return Response(status_code=_NOBODY_WAITS)
     _check(outcome, accepted)
     text = _Text(prompt, submission)
@@ -196,12 +196,12 @@ def _submission(service: Service, prompt: Prompt) -> Submission:
     said, limits, asked = prompt.said, service.settings, prompt.endpoint.stored.asked
     if not prompt.token_ids:
         raise bad_request("the prompt is empty; give at least one token", "prompt")
-    if len(prompt.token_ids) > limits.most_prompt_tokens:
-        told = f"the prompt has {len(prompt.token_ids)} tokens; the most is {limits.most_prompt_tokens}"
+    if len(prompt.token_ids) > limits.max_prompt_tokens:
+        told = f"the prompt has {len(prompt.token_ids)} tokens; the most is {limits.max_prompt_tokens}"
         raise bad_request(told, "prompt", code="context_length_exceeded")
-    output_tokens = said.wanted_tokens or min(asked.output_tokens, limits.most_output_tokens)
-    if output_tokens > limits.most_output_tokens:
-        told = f"max_tokens is {output_tokens}; the most is {limits.most_output_tokens}"
+    output_tokens = said.wanted_tokens or min(asked.output_tokens, limits.max_output_tokens)
+    if output_tokens > limits.max_output_tokens:
+        told = f"max_tokens is {output_tokens}; the most is {limits.max_output_tokens}"
         raise bad_request(told, "max_tokens", code="context_length_exceeded")
     ends = () if said.ignore_eos else prompt.tokenizer.stop_token_ids
     # A stop string of one token ends the engine's work too, not only the text.
@@ -264,10 +264,10 @@ async def _stream(
     service: Service, request: Request, prompt: Prompt, accepted: AcceptedRequest, wire: CompletionResponse
 ) -> Response:
     """Return a stream. It begins with the first token, so that what is refused before has a status of its own."""
-    tokens = aiter(accepted.ticket.result().tokens())
+    tokens = aiter(accepted.handle.result().tokens())
     first = await _unless_gone(request, _next(tokens))
     if first is None:
-        service.tracker.abandon(accepted)
+        service.tracker.cancel(accepted)
         return Response(status_code=_NOBODY_WAITS)
     if first == _NONE_LEFT:
         _check(await _outcome(accepted), accepted)
@@ -288,7 +288,7 @@ async def _stream(
             for line in _last(await _outcome(accepted), accepted, text, wire, prompt):
                 yield line
         finally:
-            service.tracker.abandon(accepted)
+            service.tracker.cancel(accepted)
 
     return StreamingResponse(
         lines(), media_type="text/event-stream", headers=_headers(accepted) | {"Cache-Control": "no-cache"}

@@ -17,10 +17,10 @@ from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
 class ModelRegistry:
     """Models by number and by name. A name means one model."""
 
-    def __init__(self, store: Store, *, folder: Path | None, most: int) -> None:
+    def __init__(self, store: Store, *, folder: Path | None, maximum: int) -> None:
         self._store = store
         self._folder = None if folder is None else folder.resolve()
-        self._most = most
+        self._most = maximum
         self._by_id: dict[int, StoredModel] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._registering = asyncio.Lock()

@@ -33,22 +33,22 @@ class AcceptedRequest:
 
     row: RequestRow
     submission: Submission
-    ticket: asyncio.Future[RequestHandle] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    handle: asyncio.Future[RequestHandle] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     outcome: asyncio.Future[Outcome] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     in_cluster: bool = False
-    abandoned: bool = False
+    cancelled: bool = False
 
 
 class RequestLifecycle:
     """Takes requests in, up to a bound, and follows each to its end whether or not somebody still waits."""
 
-    def __init__(self, cluster: LiveCluster, store: Store, metrics: Metrics, *, most: int) -> None:
+    def __init__(self, cluster: LiveCluster, store: Store, metrics: Metrics, *, maximum: int) -> None:
         self._cluster = cluster
         self._store = store
         self._metrics = metrics
-        self._most = most
+        self._most = maximum
         self._tasks: dict[asyncio.Task[None], AcceptedRequest] = {}
-        self._usual_s = 1.0
+        self._default_s = 1.0
         self.open = True
         self.store_works = True
 
@@ -86,19 +86,19 @@ class RequestLifecycle:
         self._tasks[task] = accepted
         task.add_done_callback(self._tasks.pop)
         try:
-            await asyncio.shield(accepted.ticket)
+            await asyncio.shield(accepted.handle)
         except asyncio.CancelledError:
-            self.abandon(accepted)
+            self.cancel(accepted)
             raise
         return accepted
 
-    def abandon(self, accepted: AcceptedRequest) -> None:
+    def cancel(self, accepted: AcceptedRequest) -> None:
         """Note that nobody waits for a request any more."""
-        if accepted.abandoned or accepted.outcome.done():
+        if accepted.cancelled or accepted.outcome.done():
             return
-        accepted.abandoned = True
+        accepted.cancelled = True
         if accepted.in_cluster:
-            self._cluster.cancel(accepted.ticket.result().request_id)
+            self._cluster.cancel(accepted.handle.result().request_id)
 
     async def drained(self) -> None:
         """Wait until every request has ended and its end is written down."""
@@ -107,7 +107,7 @@ class RequestLifecycle:
 
     def _retry_after_s(self) -> int:
         """Return about how long until a place is free: a usual latency."""
-        return max(1, min(round(self._usual_s), _LONGEST_RETRY_AFTER_S))
+        return max(1, min(round(self._default_s), _LONGEST_RETRY_AFTER_S))
 
     async def _follow(self, accepted: AcceptedRequest) -> None:
         row = accepted.row
@@ -124,18 +124,18 @@ class RequestLifecycle:
         self._metrics.accepted.labels(row.model).inc()
         outcome = await self._run(accepted)
         self._metrics.finished(row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=accepted.submission.slo_us)
-        self._usual_s += _NEWEST_COUNTS * (time.time() - row.accepted_s - self._usual_s)
+        self._default_s += _NEWEST_COUNTS * (time.time() - row.accepted_s - self._default_s)
         await self._write_end(accepted, outcome)
 
     async def _run(self, accepted: AcceptedRequest) -> Outcome:
         """Give a request to the cluster and return how it ended there."""
         try:
-            ticket = self._cluster.submit(accepted.submission)
+            handle = self._cluster.submit(accepted.submission)
             accepted.in_cluster = True
-            if accepted.abandoned:
-                self._cluster.cancel(ticket.request_id)
-            accepted.ticket.set_result(ticket)
-            return await ticket.outcome()
+            if accepted.cancelled:
+                self._cluster.cancel(handle.request_id)
+            accepted.handle.set_result(handle)
+            return await handle.outcome()
         except InputError as error:  # its endpoint was removed while it was written down
             return self._ended(accepted, RequestStatus.REFUSED, str(error))
         except Exception:
@@ -151,8 +151,8 @@ class RequestLifecycle:
             request_id=0, status=status, reason=reason, tokens=(),
             arrival_us=now_us, start_us=-1, first_token_us=-1, finish_us=now_us,
         )  # fmt: skip
-        if not accepted.ticket.done():
-            accepted.ticket.set_result(_Ended(outcome))
+        if not accepted.handle.done():
+            accepted.handle.set_result(_Ended(outcome))
         return outcome
 
     async def _write_end(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
@@ -180,10 +180,10 @@ class RequestLifecycle:
 
 def _fail(accepted: AcceptedRequest, error: ApiError) -> None:
     """Tell who waits that a request was not accepted; nobody may be left."""
-    if accepted.abandoned:
-        accepted.ticket.cancel()
+    if accepted.cancelled:
+        accepted.handle.cancel()
     else:
-        accepted.ticket.set_exception(error)
+        accepted.handle.set_exception(error)
 
 
 class _Ended:

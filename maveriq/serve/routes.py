@@ -93,7 +93,7 @@ def developer_routes(service: Service) -> APIRouter:
     return router
 
 
-_MOST_LISTED = 1_000
+_MAX_LISTED = 1_000
 
 
 def operator_routes(service: Service) -> APIRouter:
@@ -103,10 +103,10 @@ def operator_routes(service: Service) -> APIRouter:
     @router.get("/requests")
     async def list_requests(
         status: Annotated[RequestStatusName | None, Query()] = None,
-        limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = 100,
+        limit: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 100,
     ) -> list[RequestView]:
         """List the last accepted requests, the newest first."""
-        return [RequestView.of(row) for row in await service.store.requests(status=status, most=limit)]
+        return [RequestView.of(row) for row in await service.store.requests(status=status, maximum=limit)]
 
     @router.get("/requests/{request_id}")
     async def get_request(request_id: Annotated[str, Path(max_length=64)]) -> RequestView:
@@ -139,7 +139,7 @@ def operator_routes(service: Service) -> APIRouter:
 
 _IN_A_THREAD_FROM = 4_096  # characters; what is shorter is tokenised at once
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_MOST_SLO_MS = 1e9
+_MAX_SLO_MS = 1e9
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -248,7 +248,7 @@ def _milliseconds(header: str | None) -> float | None:
         value = float(header)
     except ValueError:
         value = math.nan
-    if not 0 < value <= _MOST_SLO_MS:
+    if not 0 < value <= _MAX_SLO_MS:
         raise bad_request(f"X-SLO-Ms must be a positive number of milliseconds, not {header!r}", "X-SLO-Ms")
     return value
 

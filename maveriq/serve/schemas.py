@@ -20,12 +20,12 @@ from maveriq.serve.errors import bad_request
 from maveriq.serve.service import Endpoint
 from maveriq.serve.store import RequestRow, StoredModel
 
-_MOST_TOKENS = 1_000_000
-_MOST_BATCH = 10_000
-_MOST_MS = 1e9
+_MAX_TOKENS = 1_000_000
+_MAX_BATCH = 10_000
+_MAX_MS = 1e9
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Milliseconds = Annotated[float, Field(gt=0, le=_MOST_MS, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, le=_MAX_MS, allow_inf_nan=False)]
 
 
 class Body(BaseModel):
@@ -81,10 +81,10 @@ class CreateEndpoint(Body):
     placement: Annotated[str, Field(max_length=64)] | None = Field(
         default=None, description="hybrid, packing, llf or none; the service's where nothing is said."
     )
-    batch_size: Annotated[int, Field(ge=1, le=_MOST_BATCH)] = Field(
+    batch_size: Annotated[int, Field(ge=1, le=_MAX_BATCH)] = Field(
         default=1, description="Requests that an engine serves at once, at most."
     )
-    output_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] = Field(
+    output_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] = Field(
         default=20, description="Length of a typical output; also what a request gets that asks for no length."
     )
 
@@ -229,8 +229,8 @@ def micros_of(slo_ms: float | None, slo_s: float | None) -> int:
     return 0 if slo_s is None else max(1, round(slo_s * 1e6))
 
 
-_MOST_MESSAGES = 10_000
-_MOST_STOPS = 4
+_MAX_MESSAGES = 10_000
+_MAX_STOPS = 4
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -273,7 +273,7 @@ class Generation(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Tokens to generate; the deployment's output length where nothing is said."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -379,7 +379,7 @@ class ChatMessage(Body):
 class ChatCompletionRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     reasoning_effort: str | None = Field(default=None, description="Without effect.")

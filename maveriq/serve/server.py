@@ -76,7 +76,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 1_024
 _LAST_ANSWERS_S = 10
 _IDLE_CONNECTION_S = 30
-_MOST_HEADER_BYTES = 32 * 1024
+_MAX_HEADER_BYTES = 32 * 1024
 _SPARE_CONNECTIONS = 256  # beside those of requests in flight: metrics, health, idle ones
 
 
@@ -134,9 +134,9 @@ async def serve(
         log_level="warning",
         access_log=False,
         server_header=False,
-        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_keep_alive=_IDLE_CONNECTION_S,
-        limit_concurrency=2 * limits.most_in_flight + _SPARE_CONNECTIONS,
+        limit_concurrency=2 * limits.max_in_flight + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=int(limits.drain_s) + _LAST_ANSWERS_S,
     )
     try:
@@ -160,7 +160,7 @@ class _Server(uvicorn.Server):
 
     def end_at_once(self) -> None:
         """End without waiting for what runs."""
-        self._service.hurry()
+        self._service.end_grace_period()
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -176,7 +176,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            self._service.hurry()
+            self._service.end_grace_period()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager

@@ -61,8 +61,8 @@ class Service:
         """
         self.settings = settings
         self.metrics = Metrics()
-        self.models = ModelRegistry(store, folder=settings.models_folder, most=settings.most_models)
-        self.tracker = RequestLifecycle(cluster, store, self.metrics, most=settings.most_in_flight)
+        self.models = ModelRegistry(store, folder=settings.models_folder, maximum=settings.max_models)
+        self.tracker = RequestLifecycle(cluster, store, self.metrics, maximum=settings.max_in_flight)
         self.store = store
         self.started_s = int(time.time())
         self._cluster = cluster
@@ -71,7 +71,7 @@ class Service:
         self._changing = asyncio.Lock()
         self._notes: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
-        self._hurry = asyncio.Event()
+        self._end_grace_period = asyncio.Event()
 
     # Life
 
@@ -100,12 +100,12 @@ class Service:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
-    def hurry(self) -> None:
+    def end_grace_period(self) -> None:
         """Do not wait for what runs any longer."""
-        self._hurry.set()
+        self._end_grace_period.set()
 
     async def _stop(self) -> None:
-        ends = [asyncio.create_task(self.tracker.drained()), asyncio.create_task(self._hurry.wait())]
+        ends = [asyncio.create_task(self.tracker.drained()), asyncio.create_task(self._end_grace_period.wait())]
         await asyncio.wait(ends, timeout=self.settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
         for one in ends:
             one.cancel()
@@ -137,8 +137,8 @@ class Service:
         async with self._changing:
             if not self.tracker.open:
                 raise ApiError(503, "the server is stopping", code="server_stopping")
-            if len(self._deployments) >= self.settings.most_deployments:
-                told = f"{self.settings.most_deployments} deployments are there, which is the most; remove one first"
+            if len(self._deployments) >= self.settings.max_deployments:
+                told = f"{self.settings.max_deployments} deployments are there, which is the most; remove one first"
                 raise ApiError(409, told, code="too_many_deployments")
             self.models.by_id(model.model_id)  # it may have been forgotten meanwhile
             names = self._placements.by_name

@@ -15,13 +15,13 @@ class ServeSettings:
     Args:
         token: what every request must carry; None serves everybody who can reach a loopback address.
         models_folder: models may be read from here, and from nowhere else; None for known models alone.
-        most_in_flight: accepted requests that have not ended; more are told to come back (429).
-        most_body_bytes: a longer body is not read (413).
+        max_in_flight: accepted requests that have not ended; more are told to come back (429).
+        max_body_bytes: a longer body is not read (413).
         body_s: a body must be there in this time (408).
-        most_prompt_tokens: of one request.
-        most_output_tokens: of one request.
-        most_deployments: at a time.
-        most_models: registered at a time.
+        max_prompt_tokens: of one request.
+        max_output_tokens: of one request.
+        max_deployments: at a time.
+        max_models: registered at a time.
         drain_s: on the way down, what runs gets so long to end.
         kept_requests: so many ended requests keep their status.
 
@@ -31,13 +31,13 @@ class ServeSettings:
 
     token: str | None = field(default=None, repr=False)
     models_folder: Path | None = None
-    most_in_flight: int = 256
-    most_body_bytes: int = 1024 * 1024
+    max_in_flight: int = 256
+    max_body_bytes: int = 1024 * 1024
     body_s: float = 30.0
-    most_prompt_tokens: int = 32_768
-    most_output_tokens: int = 4_096
-    most_deployments: int = 256
-    most_models: int = 1_024
+    max_prompt_tokens: int = 32_768
+    max_output_tokens: int = 4_096
+    max_deployments: int = 256
+    max_models: int = 1_024
     drain_s: float = 30.0
     kept_requests: int = 100_000
 

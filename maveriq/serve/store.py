@@ -26,7 +26,7 @@ from maveriq.policy.pinned import Plans
 
 T = TypeVar("T")
 
-_MOST_IN_ONE_GO = 512
+_MAX_IN_ONE_GO = 512
 
 
 class StoreError(MaveriqError):
@@ -114,7 +114,7 @@ class Writer:
         while open_:
             jobs = [self._jobs.get()]
             with contextlib.suppress(queue.Empty):
-                while len(jobs) < _MOST_IN_ONE_GO:
+                while len(jobs) < _MAX_IN_ONE_GO:
                     jobs.append(self._jobs.get_nowait())
             open_ = None not in jobs
             self._in_one_go([job for job in jobs if job is not None])
@@ -406,13 +406,13 @@ class Store:
 
         return await self._writer.do(read)
 
-    async def requests(self, *, status: str | None, most: int) -> list[RequestRow]:
+    async def requests(self, *, status: str | None, maximum: int) -> list[RequestRow]:
         """Return the last accepted requests, the newest first, perhaps only those of one status."""
         where, values = ("WHERE status = ?", (status,)) if status else ("", ())
 
         def read(file: sqlite3.Connection) -> list[RequestRow]:
             asked = f"SELECT {_COLUMNS} FROM requests {where} ORDER BY number DESC LIMIT ?"  # noqa: S608
-            return [_row(found) for found in file.execute(asked, (*values, most))]
+            return [_row(found) for found in file.execute(asked, (*values, maximum))]
 
         return await self._writer.do(read)
 

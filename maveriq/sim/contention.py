@@ -104,7 +104,7 @@ class ContentionModel:
         finished = ExecutionFinished(deployment_id, member.execution_id, member.first_token_us)
         return finished, self._leave(now_us, members, [deployment_id])
 
-    def break_off(self, now_us: Micros, runs: Callable[[int, int], bool]) -> list[Due]:
+    def abort(self, now_us: Micros, runs: Callable[[int, int], bool]) -> list[Due]:
         """Let go what does not run any more though it was not done; return who is due when then.
 
         Args:

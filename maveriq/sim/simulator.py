@@ -57,12 +57,14 @@ class _Simulation:
         self._scenario = scenario
         self._watcher = watcher
         self._env = simpy.Environment()
-        self._controller = Controller(scenario.cluster, scenario.policy, scenario.settings, scenario.guess)
+        self._controller = Controller(
+            scenario.cluster, scenario.policy, scenario.settings, scenario.predict_service_time
+        )
         self._service = service_times_for(scenario)
         self._requests = requests_of(arrivals)
-        self._crowd = contention_model(scenario.cluster, scenario.serve)
+        self._contention = contention_model(scenario.cluster, scenario.serve)
         self._left_to_arrive = len(arrivals)
-        self._last_ask_us = max((ask.asked_us for ask in scenario.workload.asks), default=0)
+        self._last_endpoint_us = max((endpoint.requested_us for endpoint in scenario.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
         self._plans: dict[int, DeploymentPlan] = {}
         self._inbox: list[Event] = []
@@ -74,8 +76,8 @@ class _Simulation:
 
     def run(self) -> RunRecord:
         """Run to the end: every request ended, or the time to drain is over."""
-        for ask in self._scenario.workload.asks:
-            self._post(ask.asked_us, EndpointAdded(ask))
+        for endpoint in self._scenario.workload.endpoints:
+            self._post(endpoint.requested_us, EndpointAdded(endpoint))
         for fault in self._scenario.faults:
             self._post_fault(fault)
         for removal in self._scenario.removals:
@@ -125,8 +127,8 @@ class _Simulation:
             return  # whatever is still due at this instant settles after it
         events, self._inbox = self._inbox, []
         actions = self._controller.handle(now_us, events)
-        if self._crowd and self._scenario.faults:
-            self._expect(self._crowd.break_off(now_us, self._runs), now_us)
+        if self._contention and self._scenario.faults:
+            self._expect(self._contention.abort(now_us, self._runs), now_us)
         for action in actions:
             self._carry_out(action, now_us)
         wake_us = self._controller.wake_us
@@ -142,9 +144,9 @@ class _Simulation:
         self._settle()
 
     def _all_ended(self) -> bool:
-        ledger = self._controller.ledger
-        still_open = ledger.count(RequestStatus.WAITING) + ledger.count(RequestStatus.RUNNING)
-        return not still_open and self._now_us >= self._last_ask_us
+        tracker = self._controller.tracker
+        still_open = tracker.count(RequestStatus.WAITING) + tracker.count(RequestStatus.RUNNING)
+        return not still_open and self._now_us >= self._last_endpoint_us
 
     # The simulated world
 
@@ -152,9 +154,9 @@ class _Simulation:
         match action:
             case Execute():
                 self._execute(action, now_us)
-            case StartEngine(deployment_id, incarnation, plan):
+            case StartEngine(deployment_id, generation, plan):
                 self._plans[deployment_id] = plan
-                self._post(self._scenario.load_time(plan), EngineUp(deployment_id, incarnation))
+                self._post(self._scenario.load_time(plan), EngineUp(deployment_id, generation))
             case StopEngine():
                 pass  # a simulated engine is gone at once; the controller has freed its memory
             case _ as never:
@@ -163,8 +165,8 @@ class _Simulation:
     def _execute(self, action: Execute, now_us: Micros) -> None:
         plan = self._plans[action.deployment_id]
         first_token_us, service_us = self._service.times_us(action.deployment_id, plan, action.requests)
-        if self._crowd and self._crowd.takes(plan):
-            due = self._crowd.start(now_us, action, plan, first_token_us=first_token_us, service_us=service_us)
+        if self._contention and self._contention.takes(plan):
+            due = self._contention.start(now_us, action, plan, first_token_us=first_token_us, service_us=service_us)
             self._expect(due, now_us)
         else:
             finished = ExecutionFinished(action.deployment_id, action.execution_id, now_us + first_token_us)
@@ -176,9 +178,9 @@ class _Simulation:
             self._after(finish_us - now_us, partial(self._due, deployment_id))
 
     def _due(self, deployment_id: int, _: simpy.Event) -> None:
-        assert self._crowd is not None  # noqa: S101  # only a crowd makes anything due
+        assert self._contention is not None  # noqa: S101  # only a crowd makes anything due
         now_us = self._now_us
-        ended = self._crowd.end(now_us, deployment_id)
+        ended = self._contention.end(now_us, deployment_id)
         if ended:
             finished, due = ended
             self._inbox.append(finished)
@@ -186,7 +188,7 @@ class _Simulation:
         self._settle()
 
     def _runs(self, deployment_id: int, execution_id: int) -> bool:
-        deployment = self._controller.fleet.deployments[deployment_id]
+        deployment = self._controller.manager.deployments[deployment_id]
         return bool(deployment.running) and deployment.execution_id == execution_id
 
     def _post_fault(self, fault: Fault) -> None:
@@ -224,15 +226,15 @@ class _Simulation:
         self._settle()
 
     def _sample(self, now_us: Micros) -> None:
-        fleet = self._controller.fleet
+        manager = self._controller.manager
         for gpu_id, busy_before_us in enumerate(self._busy_us):
-            busy_us = fleet.busy_us(gpu_id, now_us)
+            busy_us = manager.busy_us(gpu_id, now_us)
             self._busy_us[gpu_id] = busy_us
             self._samples.append(
                 GpuSample(
                     time_us=now_us,
                     gpu_id=gpu_id,
-                    memory_bytes=fleet.used_bytes(gpu_id),
+                    memory_bytes=manager.used_bytes(gpu_id),
                     busy_share=(busy_us - busy_before_us) / (now_us - self._sampled_us),
                 )
             )
@@ -245,9 +247,9 @@ class _Simulation:
         if self._watcher:
             self._watcher.update(self._progress(ended_us))
         return RunRecord(
-            requests=controller.ledger.close(),
-            deployments=tuple(one.record() for one in controller.fleet.deployments.values()),
+            requests=controller.tracker.close(),
+            deployments=tuple(one.record() for one in controller.manager.deployments.values()),
             gpu_samples=tuple(self._samples),
-            models={ask.endpoint_id: ask.model.name for ask in self._scenario.workload.asks},
+            models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._scenario.workload.endpoints},
             ended_us=ended_us,
         )

@@ -31,7 +31,7 @@ _DEPLOYMENTS = (
 )  # fmt: skip
 _SCHEDULED = ("run", "req_id", "model_id", "scheduled_s", "prompt_chars")
 _COMPLETED = ("run", "req_id", "model_id", "arrival_s", "latency_s", "service_s")
-_CALM = 1e-3  # of a service: a neighbour that was busy for so short a time is none
+_UNCONTENDED = 1e-3  # of a service: a neighbour that was busy for so short a time is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,10 +52,10 @@ class RecordedEngine:
     beside: Array
 
     @property
-    def calm(self) -> np.ndarray[Any, np.dtype[np.bool]]:
+    def uncontended(self) -> np.ndarray[Any, np.dtype[np.bool]]:
         """Which requests had no busy neighbour."""
-        calm: np.ndarray[Any, np.dtype[np.bool]] = self.beside[:, 0] > 1 - _CALM
-        return calm
+        uncontended: np.ndarray[Any, np.dtype[np.bool]] = self.beside[:, 0] > 1 - _UNCONTENDED
+        return uncontended
 
 
 def read_engines(folder: Path) -> list[RecordedEngine]:
@@ -73,7 +73,7 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
     requests: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
     for row in read_csv(folder / "completed.csv.gz", _COMPLETED, what="recorded requests"):
         key = row.text("run"), row.text("model_id")
-        tokens = max(1.0, characters[key[0]][row.count("req_id", least=1) - 1] / _CHARACTERS_PER_TOKEN)
+        tokens = max(1.0, characters[key[0]][row.count("req_id", minimum=1) - 1] / _CHARACTERS_PER_TOKEN)
         finish_s = row.number("arrival_s") + row.number("latency_s")
         requests[key].append((finish_s - row.number("service_s"), finish_s, tokens))
     served = {key: np.array(sorted(rows)) for key, rows in requests.items()}
@@ -127,8 +127,8 @@ def engines_of(run: str, record: RunRecord) -> list[RecordedEngine]:
 
 def _configuration(row: Row) -> ParallelConfig:
     return ParallelConfig(
-        tp=row.count("tp", least=1),
-        pp=row.count("pp", least=1),
+        tp=row.count("tp", minimum=1),
+        pp=row.count("pp", minimum=1),
         weights=choice(row, "weight_dtype", WeightType),
         kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
     )

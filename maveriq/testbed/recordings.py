@@ -33,8 +33,8 @@ _COMPLETED_COLUMNS = ("run", "req_id", "model_id", "arrival_s", "latency_s", "se
 _Number = TypeVar("_Number", int, float)
 
 TESTBED_GPUS = 8
-_MOST_S = 1e9  # thirty years
-_MOST_GIB, _MOST_SCALE, _MOST_LAYERS = 1e6, 1e6, 10_000
+_MAX_S = 1e9  # thirty years
+_MAX_GIB, _MAX_SCALE, _MAX_LAYERS = 1e6, 1e6, 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class RecordedDeployment:
 
     endpoint_id: int
     model_name: str
-    asked_us: Micros
+    requested_us: Micros
     registered_us: Micros | None
     layout: RecordedLayout | None
     used_gib_after: tuple[float, ...]
@@ -152,9 +152,9 @@ def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
             model_set=row.text("model_set"),
             intent=row.cells["intent"],  # the baselines have none
             trace=row.text("trace"),
-            scale=row.number("rate_scale", least=0, most=_MOST_SCALE),
-            slo_scale=row.number("slo_scale", least=0, most=_MOST_SCALE),
-            deployments=tuple(sorted(deployments.get(row.text("run"), []), key=lambda one: one.asked_us)),
+            scale=row.number("rate_scale", minimum=0, maximum=_MAX_SCALE),
+            slo_scale=row.number("slo_scale", minimum=0, maximum=_MAX_SCALE),
+            deployments=tuple(sorted(deployments.get(row.text("run"), []), key=lambda one: one.requested_us)),
         )
         for row in read_csv(testbed / "runs.csv", _RUN_COLUMNS, what="recorded runs")
     )
@@ -220,8 +220,8 @@ def _scheduled(row: Row) -> tuple[int, ...]:
     """Return the fields of `Scheduled`; the first two are what requests are ordered by."""
     return (
         _time_us(row, "scheduled_s"),
-        row.count("req_id", least=1),
-        row.count("model_id", least=1),
+        row.count("req_id", minimum=1),
+        row.count("model_id", minimum=1),
         row.count("prompt_chars"),
     )
 
@@ -230,10 +230,10 @@ def _completed(row: Row) -> tuple[int, ...]:
     """Return the fields of `Completed`; the first two are what requests are ordered by."""
     return (
         _time_us(row, "arrival_s"),
-        row.count("req_id", least=1),
-        row.count("model_id", least=1),
+        row.count("req_id", minimum=1),
+        row.count("model_id", minimum=1),
         _time_us(row, "latency_s"),
-        _time_us(row, "service_s", least=1e-6),
+        _time_us(row, "service_s", minimum=1e-6),
     )
 
 
@@ -249,8 +249,8 @@ def _tables(
     return {run: np.array(sorted(found), dtype=np.int64) for run, found in by_run.items()}
 
 
-def _time_us(row: Row, column: str, *, least: float = 0.0) -> Micros:
-    return micros(row.number(column, least=least, most=_MOST_S))
+def _time_us(row: Row, column: str, *, minimum: float = 0.0) -> Micros:
+    return micros(row.number(column, minimum=minimum, maximum=_MAX_S))
 
 
 def _run_name(row: Row) -> str:
@@ -261,13 +261,13 @@ def _run_name(row: Row) -> str:
 
 
 def _deployment(row: Row) -> RecordedDeployment:
-    used_gib_after = _list(row, "used_gib_after", float, most=_MOST_GIB)
+    used_gib_after = _list(row, "used_gib_after", float, maximum=_MAX_GIB)
     if len(used_gib_after) not in (0, TESTBED_GPUS):
         raise InputError(f"{row.where}: used_gib_after must be the memory of {TESTBED_GPUS} GPUs")
     return RecordedDeployment(
-        endpoint_id=row.count("model_id", least=1),
+        endpoint_id=row.count("model_id", minimum=1),
         model_name=row.text("model"),
-        asked_us=_time_us(row, "deploy_s"),
+        requested_us=_time_us(row, "deploy_s"),
         registered_us=_time_us(row, "registered_s") if row.cells["registered_s"] else None,
         layout=_layout(row) if row.count("deployed") else None,
         used_gib_after=used_gib_after,
@@ -282,18 +282,18 @@ def _layout(row: Row) -> RecordedLayout:
             weights=choice(row, "weight_dtype", WeightType),
             kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
         ),
-        layer_split=_list(row, "layer_split", int, most=_MOST_LAYERS),
-        gpu_ids=_list(row, "gpus", int, most=TESTBED_GPUS - 1),
-        gib_per_gpu=_list(row, "est_gib_per_gpu", float, most=_MOST_GIB),
+        layer_split=_list(row, "layer_split", int, maximum=_MAX_LAYERS),
+        gpu_ids=_list(row, "gpus", int, maximum=TESTBED_GPUS - 1),
+        gib_per_gpu=_list(row, "est_gib_per_gpu", float, maximum=_MAX_GIB),
     )
 
 
-def _list(row: Row, column: str, number: Callable[[str], _Number], *, most: float) -> tuple[_Number, ...]:
+def _list(row: Row, column: str, number: Callable[[str], _Number], *, maximum: float) -> tuple[_Number, ...]:
     """Return the numbers of a cell that holds several, with spaces between; none below 0."""
     try:
         found = tuple(map(number, row.cells[column].split()))
     except ValueError:
         raise InputError(f"{row.where}: {column} must be numbers, not {row.cells[column]!r}") from None
-    if not all(0 <= one <= most for one in found):
-        raise InputError(f"{row.where}: {column} must be numbers from 0 to {most:g}, not {row.cells[column]!r}")
+    if not all(0 <= one <= maximum for one in found):
+        raise InputError(f"{row.where}: {column} must be numbers from 0 to {maximum:g}, not {row.cells[column]!r}")
     return found

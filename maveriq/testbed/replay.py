@@ -50,8 +50,8 @@ class _AsRecorded:
     plans: Mapping[int, DeploymentPlan]
     name: str = "as-recorded"
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
-        return Deploy(plans=(self.plans[ask.endpoint_id],))
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
+        return Deploy(plans=(self.plans[endpoint.endpoint_id],))
 
 
 def replay(recorded: RunRecord, profile: HardwareProfile) -> RunRecord:
@@ -111,7 +111,7 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Ser
             name="recorded",
             # All are asked for at the start, when every GPU is idle, and load until they were
             # registered: an engine comes up exactly when it did.
-            asks=tuple(replace(one.ask, endpoint_id=one.deployment_id, asked_us=0) for one in came_up),
+            endpoints=tuple(replace(one.endpoint, endpoint_id=one.deployment_id, requested_us=0) for one in came_up),
             arrivals=Arrivals(
                 arrival_us=table.arrival_us[done],
                 endpoint_id=table.deployment_id[done],
@@ -122,7 +122,7 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Ser
             ),
         ),
         settings=ControllerSettings(timing=profile.timing, load_window=profile.load_window),
-        guess=_no_guess,
+        predict_service_time=_no_guess,
         serve=None,
         load_time=registered_us.__getitem__,
         drain_us=_NO_END_US,
@@ -147,7 +147,7 @@ def _plan(deployment: DeploymentRecord, plan: DeploymentPlan) -> DeploymentPlan:
 
 def _registered_us(deployment: DeploymentRecord) -> Micros:
     if deployment.ready_us == NOT_YET:
-        return deployment.ask.asked_us + _UNNOTICED_LOAD_US
+        return deployment.endpoint.requested_us + _UNNOTICED_LOAD_US
     return deployment.ready_us
 
 
@@ -177,5 +177,5 @@ def options_of(run: RecordedRun) -> Options:
         scale=run.scale,
         models=run.model_set,
         slo_scale=run.slo_scale,
-        plan_with=PAPER,
+        estimator=PAPER,
     )

@@ -169,7 +169,7 @@ def _not_deployed(run: RecordedRun) -> list[str]:
 
 def _load_bin(deployment: RecordedDeployment) -> int:
     """Return the bin at which a model of a set loads, as `arrivals.deploy_times` put it into time."""
-    at_s = deployment.asked_us // MICROS_PER_SECOND - LOAD_SHIFT_S * (deployment.endpoint_id - 1)
+    at_s = deployment.requested_us // MICROS_PER_SECOND - LOAD_SHIFT_S * (deployment.endpoint_id - 1)
     return max(0, at_s // BIN_S - 1)
 
 
@@ -205,7 +205,7 @@ def _deployment(
     slo_s = profile.slo_s(model.name, OUTPUT_TOKENS)
     # A baseline is told no objective. The schema has no word for that, and its default misleads nobody.
     objective = Objective.named(run.intent) if run.intent else Objective.MIN_COST
-    ask = EndpointSpec(
+    endpoint = EndpointSpec(
         endpoint_id=one.endpoint_id,
         model=model,
         intent=Intent(
@@ -213,13 +213,13 @@ def _deployment(
             slo_s=run.slo_scale * slo_s if run.slo_scale and slo_s else None,
             float16_only=run.float16_only,
         ),
-        asked_us=one.asked_us,
+        requested_us=one.requested_us,
         prompt_tokens=prompt_tokens,
         output_tokens=OUTPUT_TOKENS,
     )
     return DeploymentRecord(
         deployment_id=number,
-        ask=ask,
+        endpoint=endpoint,
         plan=_plan(model, one.layout, *memory) if one.layout else None,
         ready_us=NOT_YET if one.registered_us is None or one.layout is None else one.registered_us,
         removed_us=NOT_YET,
@@ -253,14 +253,14 @@ def _used(deployment: RecordedDeployment, profile: HardwareProfile) -> tuple[Byt
 def _memory(run: RecordedRun, profile: HardwareProfile) -> list[MemoryStep]:
     """Return what GPUs held over time; a deployment holds its memory from the command on."""
     later = (
-        MemoryStep(since_us=one.asked_us, used_bytes=_used(one, profile))
+        MemoryStep(since_us=one.requested_us, used_bytes=_used(one, profile))
         for one in run.deployments
         if one.used_gib_after
     )
     return [MemoryStep(since_us=0, used_bytes=_idle(profile)), *later]
 
 
-_MOST_SAMPLES = 2_000
+_MAX_SAMPLES = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +286,7 @@ def gpu_history(
         memory: steps in order of time, the first at 0.
         ended_us: when the run ended.
     """
-    every_us = MICROS_PER_SECOND * max(1, -(-ended_us // (MICROS_PER_SECOND * _MOST_SAMPLES)))
+    every_us = MICROS_PER_SECOND * max(1, -(-ended_us // (MICROS_PER_SECOND * _MAX_SAMPLES)))
     instants_us = np.unique(np.append(np.arange(every_us, ended_us, every_us), ended_us))
     step_at = np.searchsorted([step.since_us for step in memory], instants_us, side="right") - 1
     busy = [_busy_shares(requests, deployments, gpu_id, instants_us) for gpu_id in range(len(memory[0].used_bytes))]

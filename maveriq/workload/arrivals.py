@@ -19,7 +19,7 @@ BIN_S = 30
 """A minute of trace is replayed in this many seconds; models load at multiples of it."""
 LOAD_SHIFT_S = 90
 """How much later everything after a deploy happens, to leave its engine time to load."""
-MOST_REQUESTS = 100_000_000
+MAX_REQUESTS = 100_000_000
 """A workload larger than this would not fit into memory."""
 
 _DRAW_WIDTH_S = 29.9
@@ -158,8 +158,8 @@ def steady_poisson(
     """
     if not (math.isfinite(rate_per_s) and rate_per_s > 0):
         raise InputError(f"rate must be a positive number of requests a second, not {rate_per_s}")
-    if not 1 <= requests <= MOST_REQUESTS:
-        raise InputError(f"requests must lie between 1 and {MOST_REQUESTS:,}, not {requests}")
+    if not 1 <= requests <= MAX_REQUESTS:
+        raise InputError(f"requests must lie between 1 and {MAX_REQUESTS:,}, not {requests}")
     if endpoints < 1:
         raise InputError(f"endpoints must be at least 1, not {endpoints}")
     gaps = generator(seed, "poisson-arrivals").exponential(1 / rate_per_s, requests)
@@ -197,7 +197,7 @@ def _check_scale(scale: float) -> None:
 
 
 def _check_total(requests: float, scale: float) -> None:
-    if requests > MOST_REQUESTS:
+    if requests > MAX_REQUESTS:
         raise InputError(
-            f"scale {scale:g} gives {requests:.3g} requests, more than {MOST_REQUESTS:,}; give a lower scale"
+            f"scale {scale:g} gives {requests:.3g} requests, more than {MAX_REQUESTS:,}; give a lower scale"
         )

@@ -102,25 +102,25 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         service_us=recorded.service_us if recorded else None,
         priority=recorded.priority if recorded else None,
     )
-    asks = []
-    for endpoint_id, (entry, asked_us) in enumerate(
+    endpoints = []
+    for endpoint_id, (entry, requested_us) in enumerate(
         zip(models.entries, deploy_times(models.load_at), strict=True), start=1
     ):
         wanted = entry.intent(intent)
         if options.slo_scale:
             wanted = replace(wanted, slo_s=options.slo_scale * _slo_s(slo_of, entry.model.name, outputs.typical))
-        asks.append(
+        endpoints.append(
             EndpointSpec(
                 endpoint_id=endpoint_id,
                 model=entry.model,
                 intent=wanted,
-                asked_us=asked_us,
+                requested_us=requested_us,
                 prompt_tokens=prompts.typical,
                 output_tokens=outputs.typical,
                 batch_size=batch_size,
             )
         )
-    return Workload(name=f"{trace.name} on {models.name}", asks=tuple(asks), arrivals=arrivals)
+    return Workload(name=f"{trace.name} on {models.name}", endpoints=tuple(endpoints), arrivals=arrivals)
 
 
 def _draw(trace: Trace, options: WorkloadOptions, load_at: tuple[int, ...]) -> Draw:
@@ -151,9 +151,9 @@ def _recorded_draw(trace: Schedule, options: WorkloadOptions, models: int) -> Dr
 
 def _lengths(trace: Trace, options: WorkloadOptions, draw: Draw) -> tuple[Lengths, Lengths]:
     """Return prompts and outputs."""
-    usual = ("trace", "trace") if isinstance(trace, Schedule) else (DEFAULT_PROMPTS, DEFAULT_OUTPUTS)
-    prompt_spec = usual[0] if options.prompt_tokens is None else options.prompt_tokens
-    output_spec = usual[1] if options.output_tokens is None else options.output_tokens
+    default = ("trace", "trace") if isinstance(trace, Schedule) else (DEFAULT_PROMPTS, DEFAULT_OUTPUTS)
+    prompt_spec = default[0] if options.prompt_tokens is None else options.prompt_tokens
+    output_spec = default[1] if options.output_tokens is None else options.output_tokens
     prompt = parse_length(prompt_spec, "prompt tokens", ("sharegpt", "trace"))
     output = parse_length(output_spec, "output tokens", ("trace",))
     own = _own_lengths(trace, draw, options.seed) if "trace" in (prompt, output) else None

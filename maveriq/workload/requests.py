@@ -63,7 +63,7 @@ class Workload:
     """Deploy asks in the order of time, and the requests."""
 
     name: str
-    asks: tuple[EndpointSpec, ...]
+    endpoints: tuple[EndpointSpec, ...]
     arrivals: Arrivals
 
 

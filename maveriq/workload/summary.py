@@ -11,20 +11,20 @@ from maveriq.units import MICROS_PER_SECOND, seconds
 from maveriq.workload.arrivals import BIN_S
 from maveriq.workload.requests import Workload
 
-_MOST_BINS = 10_000
+_MAX_BINS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthSummary:
     """Tokens of all requests: observed quantiles, and the mean."""
 
-    least: int
+    minimum: int
     p25: int
     median: int
     p75: int
     p90: int
     p99: int
-    most: int
+    maximum: int
     mean: float
 
 
@@ -34,7 +34,7 @@ class EndpointSummary:
 
     endpoint: int
     model: str
-    asked_s: float
+    requested_s: float
     requests: int
 
 
@@ -63,8 +63,8 @@ def summarise(workload: Workload) -> WorkloadSummary:
     """Return the figures of a workload."""
     arrivals = workload.arrivals
     last_s = int(arrivals.arrival_us[-1]) // MICROS_PER_SECOND
-    bin_s = BIN_S * -(-(last_s + 1) // (BIN_S * _MOST_BINS))
-    asked = np.bincount(arrivals.endpoint_id, minlength=len(workload.asks) + 1)
+    bin_s = BIN_S * -(-(last_s + 1) // (BIN_S * _MAX_BINS))
+    asked = np.bincount(arrivals.endpoint_id, minlength=len(workload.endpoints) + 1)
     return WorkloadSummary(
         name=workload.name,
         requests=len(arrivals),
@@ -76,12 +76,12 @@ def summarise(workload: Workload) -> WorkloadSummary:
         output_tokens=_lengths(arrivals.output_tokens),
         endpoints=tuple(
             EndpointSummary(
-                endpoint=ask.endpoint_id,
-                model=ask.model.name,
-                asked_s=seconds(ask.asked_us),
-                requests=int(asked[ask.endpoint_id]),
+                endpoint=endpoint.endpoint_id,
+                model=endpoint.model.name,
+                requested_s=seconds(endpoint.requested_us),
+                requests=int(asked[endpoint.endpoint_id]),
             )
-            for ask in workload.asks
+            for endpoint in workload.endpoints
         ),
     )
 

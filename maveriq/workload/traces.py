@@ -42,8 +42,8 @@ AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 EMBEDDED_TRACES = ("code", "conversation")
 
 _AZURE = "Azure trace"
-_MOST_TOKENS = 100_000_000
-_MOST_MINUTES = 1_000_000  # almost two years; a wrong year would ask for more memory than there is
+_MAX_TOKENS = 100_000_000
+_MAX_MINUTES = 1_000_000  # almost two years; a wrong year would ask for more memory than there is
 _NS_PER_MINUTE = 60_000_000_000
 # Between these years nanoseconds fit into 64 bits.
 _TIMESTAMP = re.compile(rb"(19[7-9]\d|20\d\d|21\d\d|22[0-5]\d)-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d{1,9})?")
@@ -103,7 +103,7 @@ def parse_azure(text: str, path: Path) -> AzureTrace:
         minutes = _minutes(columns["TIMESTAMP"])
         tokens = {
             # A few public rows have no token at all; a request has at least one.
-            name: np.maximum(whole_numbers(columns[name], name, least=0, most=_MOST_TOKENS), 1)
+            name: np.maximum(whole_numbers(columns[name], name, minimum=0, maximum=_MAX_TOKENS), 1)
             for name in AZURE_COLUMNS[1:]
         }
     except ValueError as error:
@@ -124,8 +124,8 @@ def _minutes(timestamps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     minutes, rest = np.divmod(nanoseconds, _NS_PER_MINUTE)
     half = _NS_PER_MINUTE // 2
     nearest: np.ndarray[Any, Any] = minutes + ((rest > half) | ((rest == half) & (minutes % 2 == 1)))
-    if nearest[-1] - nearest[0] >= _MOST_MINUTES:
-        raise ValueError(f"it spans more than {_MOST_MINUTES:,} minutes; is a year wrong?")
+    if nearest[-1] - nearest[0] >= _MAX_MINUTES:
+        raise ValueError(f"it spans more than {_MAX_MINUTES:,} minutes; is a year wrong?")
     return nearest
 
 
@@ -143,17 +143,17 @@ def _check_azure_rows(rows: Iterator[Row]) -> None:
             raise InputError(f"{row.where}: TIMESTAMP {cell!r} is before that of the row above; sort the file by time")
         last = moment
         for column in AZURE_COLUMNS[1:]:
-            check_whole(row, column, least=0, most=_MOST_TOKENS)
+            check_whole(row, column, minimum=0, maximum=_MAX_TOKENS)
 
 
 SCHEDULE_COLUMNS = ("arrival_s", "endpoint", "prompt_tokens", "output_tokens")
 SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority")
 
 _SCHEDULE = "schedule"
-_MOST_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
+_MAX_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
 _MOST = 100_000_000
 _DTYPES = dict.fromkeys((*SCHEDULE_COLUMNS, *SCHEDULE_OPTIONAL_COLUMNS), "f8")
-_LEAST_SECONDS = {"arrival_s": 0.0, "slo_s": 0.0, "service_s": 1e-6}
+_MIN_SECONDS = {"arrival_s": 0.0, "slo_s": 0.0, "service_s": 1e-6}
 
 
 def read_schedule(path: Path) -> Arrivals:
@@ -169,9 +169,11 @@ def parse_schedule(text: str, path: Path) -> Arrivals:
     """Do as `read_schedule` where the file's text is at hand already."""
     try:
         columns = parse_columns(text, _DTYPES, needed=SCHEDULE_COLUMNS)
-        times = {name: _micros(columns[name], name) for name in _LEAST_SECONDS if name in columns}
-        counts = {name: whole_numbers(columns[name], name, least=1, most=_MOST) for name in SCHEDULE_COLUMNS[1:]}
-        priority = whole_numbers(columns["priority"], "priority", least=0, most=1) if "priority" in columns else None
+        times = {name: _micros(columns[name], name) for name in _MIN_SECONDS if name in columns}
+        counts = {name: whole_numbers(columns[name], name, minimum=1, maximum=_MOST) for name in SCHEDULE_COLUMNS[1:]}
+        priority = (
+            whole_numbers(columns["priority"], "priority", minimum=0, maximum=1) if "priority" in columns else None
+        )
         check_ascending(times["arrival_s"], "arrival_s")
     except ValueError as error:
         name_fault(
@@ -194,21 +196,21 @@ def parse_schedule(text: str, path: Path) -> Arrivals:
 
 
 def _micros(seconds: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    if not ((seconds >= _LEAST_SECONDS[name]) & (seconds <= _MOST_SECONDS)).all():
-        raise ValueError(f"{name} must lie between {_LEAST_SECONDS[name]:g} and {_MOST_SECONDS:g}")
+    if not ((seconds >= _MIN_SECONDS[name]) & (seconds <= _MAX_SECONDS)).all():
+        raise ValueError(f"{name} must lie between {_MIN_SECONDS[name]:g} and {_MAX_SECONDS:g}")
     return micros_column(seconds)
 
 
 def _check_schedule_rows(rows: Iterator[Row]) -> None:
     last = 0.0
     for row in rows:
-        for name in (name for name in _LEAST_SECONDS if name in row.cells):
-            if row.number(name, least=_LEAST_SECONDS[name]) > _MOST_SECONDS:
-                raise InputError(f"{row.where}: {name} must be at most {_MOST_SECONDS:g}, not {row.cells[name]!r}")
+        for name in (name for name in _MIN_SECONDS if name in row.cells):
+            if row.number(name, minimum=_MIN_SECONDS[name]) > _MAX_SECONDS:
+                raise InputError(f"{row.where}: {name} must be at most {_MAX_SECONDS:g}, not {row.cells[name]!r}")
         for name in SCHEDULE_COLUMNS[1:]:
-            check_whole(row, name, least=1, most=_MOST)
+            check_whole(row, name, minimum=1, maximum=_MOST)
         if "priority" in row.cells:
-            check_whole(row, "priority", least=0, most=1)
+            check_whole(row, "priority", minimum=0, maximum=1)
         arrival = row.number("arrival_s")
         if arrival < last:
             raise InputError(f"{row.where}: arrival_s {arrival:g} is before {last:g} of the row above; sort by time")

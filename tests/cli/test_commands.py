@@ -54,7 +54,7 @@ def answer(maveriq: Maveriq, command: str) -> Any:
         ("trace", ("show", "export", "check")),
         ("trace -h", ("show", "export", "check")),
         ("sim -h", ("--packing-threshold", "--fail", "--json")),
-        ("plan --help", ("MODEL", "--slo-ms", "--why")),
+        ("plan --help", ("MODEL", "--slo-ms", "--explain")),
         ("serve --help", ("--backend", "--token-file", "--models-folder", "--drain-s")),
         ("console --help", ("--url", "--command")),
         ("fit --help", ("--evaluate",)),
@@ -150,8 +150,8 @@ def queue_delays(maveriq: Maveriq, said: str) -> dict[str, float]:
 
 
 def test_what_is_said_of_timing_holds_over_ideal(maveriq: Maveriq) -> None:
-    assert queue_delays(maveriq, "--ideal")["mean"] == 0
-    assert queue_delays(maveriq, "--ideal --after-arrival-ms 50")["mean"] == pytest.approx(0.05)
+    assert queue_delays(maveriq, "--no-dispatch-overhead")["mean"] == 0
+    assert queue_delays(maveriq, "--no-dispatch-overhead --after-arrival-ms 50")["mean"] == pytest.approx(0.05)
     assert queue_delays(maveriq, "")["mean"] > 0  # as the testbed's dispatcher
 
 
@@ -165,11 +165,11 @@ def test_a_fault_is_repeatable(maveriq: Maveriq) -> None:
 def test_recorded_service_times_serve(maveriq: Maveriq, tmp_path: Path) -> None:
     rows = [line + (",2.5" if line[0].isdigit() else ",service_s") for line in SCHEDULE.splitlines()]
     put(tmp_path, {"t.csv": "\n".join(rows) + "\n"})
-    assert answer(maveriq, f"{SIM} --serve-with recorded")["overall"]["service_s"]["mean"] == 2.5
+    assert answer(maveriq, f"{SIM} --service-times recorded")["overall"]["service_s"]["mean"] == 2.5
 
 
 def test_a_very_large_cluster_is_no_trouble(maveriq: Maveriq, tmp_path: Path) -> None:
-    assert len(answer(maveriq, "plan gptj-6b --gpus 10000xA6000 --plan-with paper")["candidates"]) > 100
+    assert len(answer(maveriq, "plan gptj-6b --gpus 10000xA6000 --estimator paper")["candidates"]) > 100
     scenario = build_system(Options(gpus="10000xA6000"))
     instants = scenario.workload.arrivals.arrival_us[-1] / scenario.sample_us
     assert 50 < instants < 110  # times 10,000 GPUs

@@ -17,9 +17,9 @@ from maveriq.report.reading import read_run
 
 SLOW = "plan llama-2-7b --slo-ms 1"
 FAILING = [
-    bad(SLOW, "llama-2-7b: misses its SLO of 0.001 s", "the fastest that fits takes", "--why"),
+    bad(SLOW, "llama-2-7b: misses its SLO of 0.001 s", "the fastest that fits takes", "--explain"),
     bad(f"{SLOW} --json", "misses its SLO"),
-    bad("plan llama-2-7b --gpus c.toml", "does not fit the free memory", "--why", files={"c.toml": TINY_CLUSTER}),
+    bad("plan llama-2-7b --gpus c.toml", "does not fit the free memory", "--explain", files={"c.toml": TINY_CLUSTER}),
     bad("plan llama-2-7b --gpus c.toml --json", "none of 24", files={"c.toml": TINY_CLUSTER}),
     bad("plan llama-2-7b --min-accuracy 99.9 --gpus c.toml", "none of 24", files={"c.toml": TINY_CLUSTER}),
     bad("plan x.json", "does not fit", files={"x.json": CONFIG.replace(": 32,", f": {10**12},", 1)}),
@@ -74,7 +74,7 @@ def test_one_model_that_fits_nowhere_does_not_stop_the_others(maveriq: Maveriq, 
 
 
 def test_why_shows_what_is_left_out_even_where_nothing_meets_the_slo(maveriq: Maveriq) -> None:
-    ended = maveriq(f"{SLOW} --why")
+    ended = maveriq(f"{SLOW} --explain")
     assert ended.code == 1
     assert "known not to run" in ended.out
     assert ended.err.startswith("maveriq: llama-2-7b: misses its SLO")

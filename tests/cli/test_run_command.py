@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from exec_rigs import PATIENCE_S, alive_in_group
+from exec_rigs import TIMEOUT_S, alive_in_group
 from sandbox import Maveriq, everything_in, put
 
 from maveriq.domain.models import load_model
@@ -30,7 +30,7 @@ MODELS = (
     'name = "two"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n\n[[models]]\nmodel = "llama-2-13b"\nload_at = 0\n'
 )
 ONE_MODEL = MODELS.partition('\n[[models]]\nmodel = "llama-2-13b"')[0]
-WORLD = "--trace t.csv --models m.toml --ideal --load-s 3"
+WORLD = "--trace t.csv --models m.toml --no-dispatch-overhead --load-s 3"
 RUN = f"run {WORLD} --backend emulated --time-scale 0.02"
 
 
@@ -69,7 +69,7 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
     # There is no simulation of the same options yet.
     assert ended.out.splitlines()[-1] == (
         "compare with the simulator: maveriq sim --quiet --trace t.csv --models m.toml --fail deployment=1@123s,for=4s "
-        "--remove endpoint=2@130s --load-s 3.0 --ideal && maveriq compare runs/hybrid-min-cost-m-t run"
+        "--remove endpoint=2@130s --load-s 3.0 --no-dispatch-overhead && maveriq compare runs/hybrid-min-cost-m-t run"
     )
     notes = read_meta(tmp_path / "run")["notes"]
     assert any("its engine was killed on purpose" in note for note in notes)
@@ -105,7 +105,7 @@ class NoDriver:
         ("--backend emulated --time-scale 0", ("--time-scale", "0")),
         ("--backend emulated --time-scale nan", ("--time-scale", "nan")),
         ("--backend emulated --start-timeout-s -1", ("--start-timeout-s", "-1")),
-        ("--backend emulated --most-failures 0", ("--most-failures", "0")),
+        ("--backend emulated --max-restarts 0", ("--max-restarts", "0")),
         ("--backend emulated --fail gpu=0@9s", ("GPU 0", "deployment=")),
         ("--backend emulated --gpus local", ("--gpus local: ", "NVIDIA")),
         ("--backend emulated --trace long.csv", ("2,000,000", "1,000,000")),
@@ -130,7 +130,7 @@ def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_p
     put(tmp_path, {"big.toml": ONE_MODEL.replace("llama-2-7b", "llama-2-70b")})
     monkeypatch.setenv("PATH", "")  # the other ranks of an emulated engine are `cat`
     ended = maveriq(
-        "run --trace late.csv --models big.toml --backend emulated --time-scale 0.02 --most-failures 1 --out run"
+        "run --trace late.csv --models big.toml --backend emulated --time-scale 0.02 --max-restarts 1 --out run"
     )
     assert ended.code == 1
     line = ended.err.splitlines()[-1]
@@ -150,7 +150,9 @@ def test_a_model_of_a_folder_is_run_with_the_weights_that_lie_there(maveriq: Mav
         "mine.toml": 'name = "mine"\n[[models]]\nmodel = "./mine"\nload_at = 0\n',
         "wait.csv": HEAD + "600,1,5,2\n",
     })  # fmt: skip
-    ended = maveriq("run --backend torch --trace wait.csv --models mine.toml --most-failures 1 --ideal --out run -q")
+    ended = maveriq(
+        "run --backend torch --trace wait.csv --models mine.toml --max-restarts 1 --no-dispatch-overhead --out run -q"
+    )
     assert ended.code == 1
     line = ended.err.splitlines()[-1]
     assert f"weights {tmp_path / 'mine' / 'model.safetensors'} cannot be read" in line
@@ -180,7 +182,7 @@ def started(tmp_path: Path) -> Iterator[Started]:
 
 def engines_of(process: subprocess.Popen[str]) -> list[int]:
     """Wait until a run has its first engine, and return the group."""
-    latest_s = time.monotonic() + PATIENCE_S
+    latest_s = time.monotonic() + TIMEOUT_S
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while time.monotonic() < latest_s:
         pids = [int(pid) for pid in listed.read_text().split()]
@@ -191,7 +193,7 @@ def engines_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def gone(groups: list[int]) -> bool:
-    latest_s = time.monotonic() + PATIENCE_S
+    latest_s = time.monotonic() + TIMEOUT_S
     while any(alive_in_group(pid) for pid in groups):
         if time.monotonic() > latest_s:
             return False
@@ -204,7 +206,7 @@ def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Pa
     process = started("--trace late.csv -q")
     groups = engines_of(process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=PATIENCE_S)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out) == (130, "")
     assert "stopped" in err
     run = read_run(tmp_path / "run")
@@ -229,7 +231,7 @@ def test_impatience_costs_no_records(started: Started, tmp_path: Path, gap_s: fl
     while process.poll() is None and not (tmp_path / "run").exists():
         process.send_signal(signal.SIGINT)
         time.sleep(gap_s)
-    out, err = process.communicate(timeout=PATIENCE_S)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert read_meta(tmp_path / "run")["kind"] == "run"
@@ -259,7 +261,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(started: Started, tm
     process = started(
         "--trace soon.csv --models one.toml -q", preexec_fn=no_room, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     )
-    out, err = process.communicate(timeout=3 * PATIENCE_S)
+    out, err = process.communicate(timeout=3 * TIMEOUT_S)
     assert (process.returncode, out) == (1, "")
     [line] = err.splitlines()
     assert "cannot be written" in line

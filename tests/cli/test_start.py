@@ -9,12 +9,12 @@ from maveriq.cli.start import main
 
 
 def test_ctrl_c_while_modules_are_read_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = builtins.__import__
+    default = builtins.__import__
 
     def interrupted(name: str, *more: Any, **named: Any) -> Any:
         if name == "maveriq.cli.app":
             raise KeyboardInterrupt
-        return usual(name, *more, **named)
+        return default(name, *more, **named)
 
     monkeypatch.setattr(builtins, "__import__", interrupted)
     with pytest.raises(SystemExit) as ended:

@@ -42,9 +42,9 @@ every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES
 
 
 @st.composite
-def views(draw, most_gpus: int = 8) -> ClusterView:
+def views(draw, max_gpus: int = 8) -> ClusterView:
     """A cluster in use: GPUs in two nodes, some of them gone, with equal and unequal memory and load."""
-    ids = draw(st.lists(st.integers(0, most_gpus - 1), min_size=1, max_size=most_gpus, unique=True).map(sorted))
+    ids = draw(st.lists(st.integers(0, max_gpus - 1), min_size=1, max_size=max_gpus, unique=True).map(sorted))
     free_gib = st.sampled_from([0, 4, 4.5, 12, 30, 47.5])
     return ClusterView(
         gpus=tuple(
@@ -61,7 +61,7 @@ def views(draw, most_gpus: int = 8) -> ClusterView:
 
 
 @st.composite
-def asks(draw) -> EndpointSpec:
+def endpoints(draw) -> EndpointSpec:
     return EndpointSpec(
         endpoint_id=1,
         model=load_model(draw(st.sampled_from(MODELS))),
@@ -70,7 +70,7 @@ def asks(draw) -> EndpointSpec:
             slo_s=draw(st.none() | st.sampled_from([0.05, 0.5])),
             float16_only=draw(st.booleans()),
         ),
-        asked_us=0,
+        requested_us=0,
         prompt_tokens=10,
         output_tokens=20,
     )
@@ -110,19 +110,19 @@ def test_shards_fit_and_a_placement_that_exists_is_found(
 
 
 @every_policy
-@given(ask=asks(), view=views())
+@given(endpoint=endpoints(), view=views())
 @settings(max_examples=20, deadline=None)
-def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, ask: EndpointSpec, view: ClusterView) -> None:
-    before = copy.deepcopy((ask, view))
-    decision = policy.decide(ask, view)
-    assert policy.decide(ask, view) == decision
-    assert (ask, view) == before
+def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, endpoint: EndpointSpec, view: ClusterView) -> None:
+    before = copy.deepcopy((endpoint, view))
+    decision = policy.decide(endpoint, view)
+    assert policy.decide(endpoint, view) == decision
+    assert (endpoint, view) == before
     if isinstance(decision, Rejection):
         assert decision.reason
         return
     free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
     for plan in decision.plans:
-        assert plan.model == ask.model
+        assert plan.model == endpoint.model
         assert len(set(plan.gpu_ids)) == len(plan.gpu_ids)
         for gpu_id, amount in zip(plan.gpu_ids, plan.gpu_bytes, strict=True):
             free[gpu_id] -= amount  # plans of one decision share the memory
@@ -130,11 +130,11 @@ def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, ask: EndpointSpec, v
 
 
 @every_policy
-@given(ask=asks(), view=views())
+@given(endpoint=endpoints(), view=views())
 @settings(max_examples=20, deadline=None)
-def test_a_rule_never_loses_a_deployment_that_fits(policy: MaverIQ, ask: EndpointSpec, view: ClusterView) -> None:
+def test_a_rule_never_loses_a_deployment_that_fits(policy: MaverIQ, endpoint: EndpointSpec, view: ClusterView) -> None:
     """The rule moves shards; whether there is a plan, and its configuration, is decided before it."""
-    kept, moved = POLICIES["none"].decide(ask, view), policy.decide(ask, view)
+    kept, moved = POLICIES["none"].decide(endpoint, view), policy.decide(endpoint, view)
     assert isinstance(kept, Deploy) == isinstance(moved, Deploy)
     if isinstance(kept, Deploy) and isinstance(moved, Deploy):
         assert kept.plans[0].configuration == moved.plans[0].configuration

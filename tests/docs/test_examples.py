@@ -21,7 +21,7 @@ from maveriq.units import BYTES_PER_GIB
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 BEST_FIT = f"{EXAMPLES / 'best_fit.py'}:best_fit"
-MOST_LINES = 60
+MAX_LINES = 60
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def gpus_of(record: RunRecord) -> list[set[int]]:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
 
 def test_best_fit_fills_gpus_that_hybrid_leaves_and_leaves_others_free() -> None:
@@ -110,11 +110,11 @@ def test_a_policy_of_ones_own_fits_or_rejects() -> None:
     from one_gpu_each import OneGpuEach
 
     policy = OneGpuEach(estimator=make_estimator("paper", load_profile("a6000-short")))
-    ask = EndpointSpec(
+    endpoint = EndpointSpec(
         endpoint_id=1,
         model=load_model("llama-2-13b"),
         intent=Intent(objective=Objective.MIN_COST),
-        asked_us=0,
+        requested_us=0,
         prompt_tokens=10,
         output_tokens=20,
     )
@@ -124,7 +124,7 @@ def test_a_policy_of_ones_own_fits_or_rejects() -> None:
             GpuView(gpu_id=i, node=0, capacity_bytes=48 * BYTES_PER_GIB, free_bytes=int(gib * BYTES_PER_GIB), load=0.0)
             for i, gib in enumerate(free_gib)
         )
-        return policy.decide(ask, ClusterView(gpus=tuple(gpus)))
+        return policy.decide(endpoint, ClusterView(gpus=tuple(gpus)))
 
     chosen = decide(30, 40, 20)
     assert isinstance(chosen, Deploy)

@@ -54,8 +54,8 @@ class Misfortune:
     def drawn(cls, chance: Chance) -> Misfortune:
         """Misfortunes of every kind and strength; each is absent in half of the runs, so that others show alone."""
 
-        def perhaps(most: float) -> float:
-            return chance.between(0, most) if chance.happens(0.5) else 0.0
+        def perhaps(maximum: float) -> float:
+            return chance.between(0, maximum) if chance.happens(0.5) else 0.0
 
         return cls(
             until_s=chance.between(20, 200),

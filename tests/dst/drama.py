@@ -29,7 +29,7 @@ from maveriq.units import BYTES_PER_GIB, micros
 
 LONGEST_S = 3_000.0
 _TOKEN_S = 0.05
-MOST_TOKENS = 20
+MAX_TOKENS = 20
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Anywhere:
     def __init__(self, chance: Chance) -> None:
         self._chance = chance
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         shard = self._chance.whole(1, 5) * BYTES_PER_GIB
         room = [gpu.gpu_id for gpu in view.gpus if gpu.free_bytes >= shard]
         if not room:
@@ -64,7 +64,7 @@ class Anywhere:
             room[at], room[other] = room[other], room[at]
         plan = DeploymentPlan(
             model=MODEL,
-            configuration=ParallelConfig(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
+            configuration=ParallelConfig(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size),
             layer_split=(MODEL.layers - count + 1, *[1] * (count - 1)),
             gpu_ids=tuple(room[:count]),
             gpu_bytes=(shard,) * count,
@@ -96,7 +96,7 @@ class Drama:
         asked = EndpointRequest(
             model=MODEL,
             intent=Intent(objective=Objective.MIN_COST),
-            output_tokens=MOST_TOKENS,
+            output_tokens=MAX_TOKENS,
             batch_size=self._chance.whole(1, 3),
         )
         endpoint_id = self._body.deploy(asked)
@@ -112,14 +112,14 @@ class Drama:
         submission = Submission(
             endpoint_id=endpoint_id,
             prompt=tuple(range(self._chance.whole(1, 5))),
-            output_tokens=self._chance.whole(1, MOST_TOKENS),
+            output_tokens=self._chance.whole(1, MAX_TOKENS),
             priority=self._chance.happens(0.1),
         )
-        ticket = self._body.submit(submission)
-        self._followers.append(asyncio.create_task(follow(ticket, submission)))
+        handle = self._body.submit(submission)
+        self._followers.append(asyncio.create_task(follow(handle, submission)))
         if self._chance.happens(0.1):
             delay_s = self._chance.wait_s(2)
-            asyncio.get_running_loop().call_later(delay_s, self._body.cancel, ticket.request_id)
+            asyncio.get_running_loop().call_later(delay_s, self._body.cancel, handle.request_id)
 
     async def _saboteur(self) -> None:
         """Make engines fail on purpose."""
@@ -131,12 +131,12 @@ class Drama:
                 self._body.break_engine(victims[0].deployment_id, for_us=for_us)
 
 
-async def follow(ticket: RequestHandle, submission: Submission) -> Outcome:
+async def follow(handle: RequestHandle, submission: Submission) -> Outcome:
     """Read a request to its end as a client does, and check what came."""
-    seen = [one async for one in ticket.tokens()]
-    ended = await ticket.outcome()
+    seen = [one async for one in handle.tokens()]
+    ended = await handle.outcome()
     right = [token(submission.prompt, at) for at in range(submission.output_tokens)]
-    assert seen == right[: len(seen)], f"request {ticket.request_id}: tokens out of place: {seen} of {right}"
+    assert seen == right[: len(seen)], f"request {handle.request_id}: tokens out of place: {seen} of {right}"
     assert tuple(seen) == ended.tokens
     assert ended.status in FINAL_STATUSES
     assert (ended.reason == "") == (ended.status is RequestStatus.COMPLETED)
@@ -181,7 +181,7 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
         statuses=counts,
         reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
         engines=len(machine.processes),
-        deployments=sum(1 for one in body.controller.fleet.deployments.values() if one.incarnation),
+        deployments=sum(1 for one in body.controller.manager.deployments.values() if one.generation),
         failures=len(notes),
         hangs=sum("was not heard" in note or "did not get on" in note for note in notes),
         simulated_s=asyncio.get_running_loop().time(),
@@ -199,7 +199,7 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
             discipline=list(QueueDiscipline)[chance.whole(0, len(QueueDiscipline) - 1)],
             on_failure=OnFailure.REQUEUE if chance.happens(0.7) else OnFailure.FAIL,
         ),
-        guess=lambda *_: micros(1.0),
+        predict_service_time=lambda *_: micros(1.0),
         service=EstimatedServiceTimes(TokenSeconds(_TOKEN_S)),
         load_time=lambda _: micros(chance.between(0.1, 3)),
     )
@@ -207,14 +207,14 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
         world,
         launcher,
         supervision=SupervisionSettings(
-            start_s=15.0, ping_s=chance.between(0.2, 1), hang_s=8.0, stop_s=1.0, backoff_s=0.5, longest_backoff_s=8.0,
-            most_failures=chance.whole(2, 6), memory_back_s=10.0,
+            start_s=15.0, ping_s=chance.between(0.2, 1), hang_timeout_s=8.0, stop_s=1.0, backoff_s=0.5, longest_backoff_s=8.0,
+            max_restarts=chance.whole(2, 6), memory_back_s=10.0,
         ),
         watch=machine,
     )  # fmt: skip
 
     def memory_of(spec: EngineSpec) -> dict[int, int]:
-        plan = body.controller.fleet.deployments[spec.deployment_id].layout
+        plan = body.controller.manager.deployments[spec.deployment_id].layout
         return dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
 
     machine.memory_of = memory_of
@@ -224,4 +224,6 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
 def _timing(chance: Chance) -> DispatchTiming:
     if chance.happens(0.5):
         return DispatchTiming()
-    return DispatchTiming(tick_us=10_300, after_arrival_us=1_400, after_release_us=2_200, pause_us=2_000_000)
+    return DispatchTiming(
+        tick_us=10_300, after_arrival_us=1_400, after_release_us=2_200, registration_delay_us=2_000_000
+    )

@@ -97,7 +97,7 @@ class Machine:
     def check_left(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> None:
         for other in self.processes:
             if other.alive and other.doomed and set(other.gpu_ids) & set(gpu_ids):
-                starts = f"{spec.deployment_id}.{spec.incarnation} starts"
+                starts = f"{spec.deployment_id}.{spec.generation} starts"
                 self.wrongs.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
 
     def orphan_all(self) -> None:
@@ -190,7 +190,7 @@ class Connection:
     def kill(self) -> None:
         self._process.signalled(-9)
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         return ""
 
 
@@ -201,7 +201,7 @@ class Process:
         self.machine = machine
         self.gpu_ids = gpu_ids
         self.memory = machine.memory_of(spec)
-        self.name = f"{spec.deployment_id}.{spec.incarnation}"
+        self.name = f"{spec.deployment_id}.{spec.generation}"
         self.pid = machine.next_pid()
         self.inbox = Inbox()
         self.exited: asyncio.Future[int] = machine.loop.create_future()

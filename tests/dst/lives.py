@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from chance import Chance, Misfortune
-from drama import LONGEST_S, MOST_TOKENS, Anywhere, Ended, body_on
+from drama import LONGEST_S, MAX_TOKENS, Anywhere, Ended, body_on
 from engines import Connection, Machine
 from virtual_time import run_virtually
 from worlds import MODEL
@@ -130,7 +130,7 @@ class Clients:
 
     async def _deploy(self, service: Service) -> int | None:
         asked = EndpointRequest(
-            model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=MOST_TOKENS, batch_size=2
+            model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=MAX_TOKENS, batch_size=2
         )
         try:
             endpoint = await service.deploy(next(iter(service.models)), asked, "")
@@ -153,7 +153,7 @@ class Clients:
         submission = Submission(
             endpoint_id=endpoint_id,
             prompt=tuple(range(self._chance.whole(1, 5))),
-            output_tokens=self._chance.whole(1, MOST_TOKENS),
+            output_tokens=self._chance.whole(1, MAX_TOKENS),
         )
         try:
             accepted = await service.tracker.accept(MODEL.name, submission, None)
@@ -164,7 +164,7 @@ class Clients:
 
     async def _follow(self, accepted: AcceptedRequest, service: Service) -> None:
         if self._chance.happens(0.1):
-            service.tracker.abandon(accepted)
+            service.tracker.cancel(accepted)
         ended = await asyncio.shield(accepted.outcome)
         if service.tracker.store_works:
             self.told[accepted.row.request_id] = ended.status.label
@@ -227,7 +227,7 @@ async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clie
     await clients.use(service)
     disk.rough = False
     await service.tracker.drained()
-    rows = {row.request_id: row for row in await service.store.requests(status=None, most=100_000)}
+    rows = {row.request_id: row for row in await service.store.requests(status=None, maximum=100_000)}
     await service.stop()
     await asyncio.sleep(5)
     for request_id, told in clients.told.items():
@@ -251,7 +251,7 @@ async def _starts(service: Service) -> bool:
 
 
 def _service(chance: Chance, machine: Machine, disk: Disk, power: Power) -> Service:
-    placements = PinnedPlacementPolicy(usual=Anywhere(chance))
+    placements = PinnedPlacementPolicy(default=Anywhere(chance))
     body = body_on(chance, machine, placements, power)
     store = Store(Path("state"), writer=disk.open(power))
     return Service(body, store, ServeSettings(), placements)

@@ -17,8 +17,8 @@ def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Gener
     return messages.Generate(
         execution_id=1,
         sequences=tuple(
-            messages.PromptSequence(request_id=number, prompt=(start,), output_tokens=most, stop_token_ids=stops)
-            for number, (start, most) in enumerate(asked)
+            messages.PromptSequence(request_id=number, prompt=(start,), output_tokens=maximum, stop_token_ids=stops)
+            for number, (start, maximum) in enumerate(asked)
         ),
     )
 

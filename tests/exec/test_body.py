@@ -21,16 +21,16 @@ def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
         async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
             cluster: LiveCluster = one
             await up(one)
-            ticket: RequestHandle = send(one, tokens=10)
+            handle: RequestHandle = send(one, tokens=10)
             arrived_us = cluster.now_us
-            seen_us = [one.now_us async for _ in ticket.tokens()]
-            ended = await ticket.outcome()
+            seen_us = [one.now_us async for _ in handle.tokens()]
+            ended = await handle.outcome()
             assert len(seen_us) == 10
             assert seen_us[-1] - seen_us[0] > 50_000
             assert ended.status is RequestStatus.COMPLETED
             assert ended.arrival_us <= arrived_us <= ended.first_token_us <= ended.finish_us
             assert ended.start_us <= ended.first_token_us
-            assert [token async for token in ticket.tokens()] == list(ended.tokens)  # whoever comes late gets all
+            assert [token async for token in handle.tokens()] == list(ended.tokens)  # whoever comes late gets all
 
     run_async(check)
 
@@ -57,7 +57,7 @@ def test_a_batch_starts_and_ends_together(tmp_path) -> None:
         async with body({1: [(0,)]}, tmp_path, token_s=0.002, batch_size=3) as one:
             await up(one)
             first, *others = [send(one, tokens=count, prompt=(count,)) for count in (5, 2, 9, 1)]
-            ends = [await ticket.outcome() for ticket in others]
+            ends = [await handle.outcome() for handle in others]
             assert [len(end.tokens) for end in ends] == [2, 9, 1]
             assert len({(end.start_us, end.finish_us) for end in ends}) == 1
             assert (await first.outcome()).finish_us <= ends[0].start_us
@@ -156,9 +156,9 @@ def test_progress_counts(tmp_path) -> None:
     async def check() -> None:
         async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
             await up(one)
-            ticket = send(one, tokens=30)
+            handle = send(one, tokens=30)
             send(one)
-            await first_token(ticket)
+            await first_token(handle)
             seen = one.progress()
             assert (seen.arrived, seen.running, seen.waiting, seen.total) == (2, 1, 1, 2)
             await asyncio.wait_for(one.drained(), 10)

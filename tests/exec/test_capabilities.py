@@ -282,7 +282,7 @@ def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None
             endpoint_id=1,
             model=load_model(name),
             intent=Intent(objective=Objective.MIN_MEMORY),
-            asked_us=0,
+            requested_us=0,
             prompt_tokens=10,
             output_tokens=20,
         )

@@ -43,8 +43,8 @@ def pid_of(one: Executor, deployment_id: int = 1) -> int:
     return life._connection.pid
 
 
-async def first_token(ticket: LiveRequestHandle) -> int:
-    async for token in ticket.tokens():
+async def first_token(handle: LiveRequestHandle) -> int:
+    async for token in handle.tokens():
         return token
     raise AssertionError("it ended without a token")
 
@@ -53,18 +53,18 @@ def test_a_killed_engine_comes_back_and_its_request_is_run_again(tmp_path) -> No
     async def check() -> None:
         async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
             await up(one, 2)
-            ticket, other = send(one, tokens=40), send(one, 2, tokens=60)
-            first = await first_token(ticket)
+            handle, other = send(one, tokens=40), send(one, 2, tokens=60)
+            first = await first_token(handle)
             os.kill(pid_of(one), signal.SIGKILL)
-            streamed = [token async for token in ticket.tokens()]
-            ended = await ticket.outcome()
+            streamed = [token async for token in handle.tokens()]
+            ended = await handle.outcome()
             assert (ended.status, ended.reason) == (COMPLETED, "")
             assert list(ended.tokens) == streamed
             assert len(streamed) == 40
             assert streamed[0] == first
-            assert one.controller.fleet.deployments[1].incarnation == 2
+            assert one.controller.manager.deployments[1].generation == 2
             assert (await other.outcome()).status is COMPLETED
-            assert one.controller.fleet.deployments[2].incarnation == 1
+            assert one.controller.manager.deployments[2].generation == 1
             assert any("signal SIGKILL" in note for note in one.chronicle.notes)
 
     run_async(check)
@@ -74,13 +74,13 @@ def test_a_request_that_kills_its_engine_twice_fails_and_the_next_is_served(tmp_
     async def check() -> None:
         async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
             await up(one)
-            ticket, after = send(one, tokens=100), send(one)
-            for incarnation in (1, 2):
-                await until(lambda: one.controller.fleet.deployments[1].incarnation == incarnation)  # noqa: B023
-                await until(lambda: one.controller.fleet.deployments[1].running)
+            handle, after = send(one, tokens=100), send(one)
+            for generation in (1, 2):
+                await until(lambda: one.controller.manager.deployments[1].generation == generation)  # noqa: B023
+                await until(lambda: one.controller.manager.deployments[1].running)
                 os.kill(pid_of(one), signal.SIGKILL)
-                await until(lambda: not one.controller.fleet.deployments[1].running)
-            ended = await ticket.outcome()
+                await until(lambda: not one.controller.manager.deployments[1].running)
+            ended = await handle.outcome()
             assert (ended.status, ended.reason) == (
                 FAILED,
                 "deployment 1 (tiny): its engine ended with signal SIGKILL",
@@ -94,13 +94,13 @@ def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
     async def check() -> None:
         async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
             await up(one, 2)
-            ticket = send(one, tokens=20)
-            await first_token(ticket)
+            handle = send(one, tokens=20)
+            await first_token(handle)
             stopped = pid_of(one)
             os.kill(stopped, signal.SIGSTOP)
             assert (await send(one, 2).outcome()).status is COMPLETED
-            assert (await ticket.outcome()).status is COMPLETED
-            assert one.controller.fleet.deployments[1].incarnation == 2
+            assert (await handle.outcome()).status is COMPLETED
+            assert one.controller.manager.deployments[1].generation == 2
             assert any("was not heard for 1 s" in note for note in one.chronicle.notes)
             await until(lambda: not alive_in_group(stopped))
 
@@ -111,13 +111,13 @@ def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
     async def check() -> None:
         async with body({1: [(0, 1, 2)]}, tmp_path, token_s=0.005) as one:
             await up(one)
-            ticket = send(one, tokens=40)
-            await first_token(ticket)
+            handle = send(one, tokens=40)
+            await first_token(handle)
             leader, group = pid_of(one), alive_in_group(pid_of(one))
             assert len(group) == 3
             os.kill(next(pid for pid in group if pid != leader), signal.SIGKILL)
-            assert (await ticket.outcome()).status is COMPLETED
-            assert one.controller.fleet.deployments[1].incarnation == 2
+            assert (await handle.outcome()).status is COMPLETED
+            assert one.controller.manager.deployments[1].generation == 2
             await until(lambda: not alive_in_group(leader))
 
     run_async(check)
@@ -129,10 +129,10 @@ def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
             await up(one)
             one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             await until(lambda: status(one, 2) == "down")
-            deployment = one.controller.fleet.deployments[2]
-            assert deployment.incarnation == 1
+            deployment = one.controller.manager.deployments[2]
+            assert deployment.generation == 1
             assert deployment.reason == "its engine could not load (out-of-memory): out of memory"
-            assert not one.controller.fleet.holds_memory(deployment)
+            assert not one.controller.manager.holds_memory(deployment)
             ended = await send(one, 2).outcome()
             assert (ended.status, ended.reason) == (REFUSED, "deployment 2 (tiny) is down for good")
             assert (await send(one).outcome()).status is COMPLETED
@@ -145,9 +145,9 @@ def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) ->
         async with body({1: [(0,)], 2: [(0,)]}, tmp_path, backend="exec_rigs:CannotLoad") as one:
             await up(one)
             one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
-            deployment = one.controller.fleet.deployments[2]
+            deployment = one.controller.manager.deployments[2]
             await until(lambda: deployment.state == "down" and not deployment.returns)
-            assert deployment.incarnation == QUICK.most_failures
+            assert deployment.generation == QUICK.max_restarts
             assert deployment.reason == "its engine ended with exit code 9; given up after 3 failures in a row"
             assert (await send(one).outcome()).status is COMPLETED
 
@@ -165,7 +165,7 @@ def test_an_execution_that_cannot_be_done_fails_alone(tmp_path) -> None:
                 "deployment 1 (tiny): its engine could not do it (out-of-memory): no room for the KV cache of this one"
             )
             assert (await good.outcome()).status is COMPLETED
-            assert one.controller.fleet.deployments[1].incarnation == 1
+            assert one.controller.manager.deployments[1].generation == 1
 
     run_async(check)
 
@@ -207,12 +207,12 @@ def test_closing_ends_every_request_and_every_process(tmp_path) -> None:
     async def check() -> None:
         async with body({1: [(0, 1)]}, tmp_path) as one:
             await up(one)
-            tickets = [send(one, tokens=100_000) for _ in range(3)]
-            await first_token(tickets[0])
+            handles = [send(one, tokens=100_000) for _ in range(3)]
+            await first_token(handles[0])
             group = pid_of(one)
             await one.close()
             assert not alive_in_group(group)
-            ends = [await ticket.outcome() for ticket in tickets]
+            ends = [await handle.outcome() for handle in handles]
             assert {(end.status, end.reason) for end in ends} == {
                 (RequestStatus.UNFINISHED, "the run ended first"),
             }

@@ -258,7 +258,8 @@ def test_virtual_gpus_never_hold_more_than_they_have_nor_are_busier_than_busy(ac
         name, shares = f"h{number}", {number % 2: number + 1, (number + 1) % 2: 2}
         if act == "reserve":
             fits = all(
-                sum(one.get(k, 0) for one in holders.values()) + shares[k] <= most for k, most in ((0, 10), (1, 6))
+                sum(one.get(k, 0) for one in holders.values()) + shares[k] <= maximum
+                for k, maximum in ((0, 10), (1, 6))
             )
             if fits and name not in holders:
                 meter.reserve(name, shares)
@@ -345,7 +346,7 @@ def test_placement_sees_how_busy_real_gpus_are(tmp_path) -> None:
             sampling = asyncio.create_task(sampler.run())
             await asyncio.sleep(0.1)
             sampling.cancel()
-            assert one.controller.fleet.loads(one.now_us) == [0.02, 0.0, 0.0, 0.0]
+            assert one.controller.manager.loads(one.now_us) == [0.02, 0.0, 0.0, 0.0]
 
     run_async(check)
 
@@ -360,7 +361,7 @@ def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
     meter = Lost([reading(1, energy_j=5.0)], [reading(2, energy_j=8.0)], [reading(3)])
 
     async def some_time() -> GpuRecorder:
-        record = GpuRecorder(controller({1: [(0,)]}).fleet, 1, meter, own_devices=True)
+        record = GpuRecorder(controller({1: [(0,)]}).manager, 1, meter, own_devices=True)
         for time_us in (1, 2, 3):
             await record.read()
             record.sample(time_us)

@@ -55,7 +55,7 @@ def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
         async with rig(CASE, tmp_path, load=False) as one:
             one.connection.channel._writer.write(b"\0\0\0\1x")
             await one.exit_code()
-            assert "does not speak this protocol" in one.connection.last_words()
+            assert "does not speak this protocol" in one.connection.last_output()
             assert (tmp_path / "1-1.log").read_text().startswith("maveriq engine: ")
 
     run_async(check)
@@ -81,7 +81,7 @@ def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind
 
 def test_logs_of_an_engine_that_is_restarted_for_ever_do_not_pile_up(tmp_path: Path) -> None:
     for number in range(1, 200):
-        EngineLog(tmp_path, CASE.spec(incarnation=number)).path.write_text("it crashed")
+        EngineLog(tmp_path, CASE.spec(generation=number)).path.write_text("it crashed")
     EngineLog(tmp_path, CASE.spec(deployment_id=2)).path.write_text("another engine's")
     left = {path.name for path in tmp_path.iterdir()}
     assert left >= {"1-1.log", "1-199.log", "1-198.log", "2-1.log"}  # the first failure says most
@@ -98,7 +98,7 @@ def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> N
                 one.say(work(number, tokens=1))
                 await one.hear(Finished)
                 await asyncio.sleep(0.03)
-        assert one.connection.last_words() == "chatter, chatter, the last"
+        assert one.connection.last_output() == "chatter, chatter, the last"
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 350_000
 
     run_async(check)

@@ -54,7 +54,7 @@ def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tm
     ("backend", "probe", "said"),
     [
         ("emulated", {}, "does not know what memory it holds"),
-        ("exec_rigs:Paced", {"patience_s": 1e-3}, "no engine within 0.001 s"),
+        ("exec_rigs:Paced", {"timeout_s": 1e-3}, "no engine within 0.001 s"),
         ("exec_rigs:CannotLoad1", {}, "no attribute 'CannotLoad1'"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from maveriq.exec.engine_server import EngineServer
 from maveriq.exec.messages import (
-    MOST_FRAME_BYTES,
+    MAX_FRAME_BYTES,
     ChannelClosedError,
     EngineSpec,
     Failed,
@@ -38,7 +38,7 @@ TEXTS = st.text(max_size=20)
 SPECS = st.builds(
     EngineSpec,
     deployment_id=COUNTS,
-    incarnation=COUNTS,
+    generation=COUNTS,
     model=TEXTS,
     config_json=st.sampled_from(["{}", "[]", "", '{"vocab_size": 0}', '{"vocab_size": 9}']),
     tp=st.just(1),
@@ -145,7 +145,7 @@ def test_a_host_that_is_told_anything_ends(said, rest: bytes | None) -> None:
     assert asyncio.run(host_told(*(framed(encode(one)) for one in said), rest or b"")) in (0, 1, 3)
 
 
-@pytest.mark.parametrize("frame", [b"", b"\0", b"\0\0\0\5abc", (MOST_FRAME_BYTES + 1).to_bytes(4, "big")])
+@pytest.mark.parametrize("frame", [b"", b"\0", b"\0\0\0\5abc", (MAX_FRAME_BYTES + 1).to_bytes(4, "big")])
 def test_a_frame_that_is_cut_short_or_too_long_ends_the_channel(frame: bytes) -> None:
     async def check() -> None:
         reader = asyncio.StreamReader()

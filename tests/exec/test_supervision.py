@@ -33,7 +33,7 @@ from maveriq.exec.messages import (
 from maveriq.exec.supervisor import Supervisor
 
 SETTINGS = SupervisionSettings(
-    start_s=100, ping_s=1, hang_s=10, stretch=3, stop_s=5, backoff_s=1, longest_backoff_s=5, most_failures=5
+    start_s=100, ping_s=1, hang_timeout_s=10, stretch=3, stop_s=5, backoff_s=1, longest_backoff_s=5, max_restarts=5
 )
 NEEDED = {0: 100, 1: 100}
 
@@ -84,7 +84,7 @@ class FakeEngine:
         if self.killable:
             self.exit(-9)
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         return ""
 
     # What a script does
@@ -133,7 +133,7 @@ class Scene:
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.supervisor = Supervisor(
-            1, launcher=self, overseer=self, settings=SETTINGS, ground=GpuMemoryGate(self.watch)
+            1, launcher=self, callbacks=self, settings=SETTINGS, gate=GpuMemoryGate(self.watch)
         )
 
     def start(self) -> None:
@@ -522,14 +522,14 @@ def test_gpus_that_share_a_device_need_its_memory_together() -> None:
 def test_what_is_broken_on_purpose_does_not_count_as_a_failure() -> None:
     async def script(scene: Scene) -> None:
         scene.start()
-        for _ in range(2 * SETTINGS.most_failures):
+        for _ in range(2 * SETTINGS.max_restarts):
             await asyncio.sleep(5)
-            assert scene.supervisor.break_off("killed on purpose", repair_after_s=1.0)
+            assert scene.supervisor.abort("killed on purpose", repair_after_s=1.0)
         await asyncio.sleep(5)
 
     scene = play(script)
     assert scene.details("lost") == []
-    assert len(scene.times("up")) == 2 * SETTINGS.most_failures + 1
+    assert len(scene.times("up")) == 2 * SETTINGS.max_restarts + 1
 
 
 def test_loading_is_told_how_long_is_left_of_what_it_should_take() -> None:

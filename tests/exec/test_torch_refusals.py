@@ -30,7 +30,7 @@ FALCON_7B = json.loads(hf_config_json(known_models()["falcon-7b"]))
 def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", kv="native"):
     return EngineSpec(
         deployment_id=1,
-        incarnation=1,
+        generation=1,
         model="refused",
         config_json=config if isinstance(config, str) else json.dumps(config),
         tp=tp,

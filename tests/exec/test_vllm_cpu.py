@@ -29,8 +29,8 @@ def generate_work(stop_token_ids: tuple[int, ...] = ()) -> Generate:
     return Generate(
         execution_id=1,
         sequences=tuple(
-            PromptSequence(request_id=number, prompt=prompt, output_tokens=most, stop_token_ids=stop_token_ids)
-            for number, (prompt, most) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
+            PromptSequence(request_id=number, prompt=prompt, output_tokens=maximum, stop_token_ids=stop_token_ids)
+            for number, (prompt, maximum) in enumerate(zip(PROMPTS, LENGTHS, strict=True))
         ),
     )
 
@@ -51,13 +51,13 @@ def save_random(family: str, folder: Path) -> Any:
     return model
 
 
-def greedy(model: Any, prompt: tuple[int, ...], most: int) -> list[int]:
+def greedy(model: Any, prompt: tuple[int, ...], maximum: int) -> list[int]:
     """Return the tokens that transformers gives."""
     import torch
 
     ids = torch.tensor([prompt])
     with torch.inference_mode():
-        for _ in range(most):
+        for _ in range(maximum):
             ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return [int(token) for token in ids[0, len(prompt) :]]
 
@@ -73,7 +73,7 @@ def engine() -> Iterator[VllmEngine]:
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_tokens_are_those_of_transformers(engine: VllmEngine, tmp_path: Path, family: str) -> None:
     model = save_random(family, tmp_path / "model")
-    expected = [greedy(model, prompt, most) for prompt, most in zip(PROMPTS, LENGTHS, strict=True)]
+    expected = [greedy(model, prompt, maximum) for prompt, maximum in zip(PROMPTS, LENGTHS, strict=True)]
     loaded = engine.load(spec(family, devices=("cpu",), batch_size=3, weights_folder=str(tmp_path / "model")))
     assert (loaded.backend, bool(loaded.version)) == ("vllm", True)
     steps = list(engine.generate(generate_work()))
@@ -82,16 +82,16 @@ def test_tokens_are_those_of_transformers(engine: VllmEngine, tmp_path: Path, fa
     assert got == expected
     # A stop token ends a sequence and is given too; an execution left halfway does not spoil the next.
     stop = expected[0][3]
-    abandoned = engine.generate(generate_work())
-    next(abandoned)
-    abandoned.close()
+    cancelled = engine.generate(generate_work())
+    next(cancelled)
+    cancelled.close()
     stopped = [step[0] for step in engine.generate(generate_work((stop,))) if step[0] != -1]
     assert stopped == expected[0][: expected[0].index(stop) + 1]
 
 
 def test_two_shards_give_the_tokens_of_the_whole(engine: VllmEngine, tmp_path: Path) -> None:
     model = save_random("llama", tmp_path / "model")
-    expected = [greedy(model, prompt, most) for prompt, most in zip(PROMPTS, LENGTHS, strict=True)]
+    expected = [greedy(model, prompt, maximum) for prompt, maximum in zip(PROMPTS, LENGTHS, strict=True)]
     engine.load(
         spec(devices=("cpu", "cpu"), tp=2, layer_split=(4,), batch_size=3, weights_folder=str(tmp_path / "model"))
     )

@@ -70,17 +70,17 @@ OUTPUT_TOKENS = 12
 
 
 def spec_of(config: Mapping[str, Any], *, tp: int = 1, split: Sequence[int] = (LAYERS,), **other: Any) -> Any:
-    usual = {"weights": "float16", "kv": "native", "seed": SEED, "devices": ("cpu",) * (tp * len(split))}
+    default = {"weights": "float16", "kv": "native", "seed": SEED, "devices": ("cpu",) * (tp * len(split))}
     return messages.EngineSpec(
         deployment_id=1,
-        incarnation=1,
+        generation=1,
         model="tiny",
         config_json=json.dumps(config),
         tp=tp,
         pp=len(split),
         layer_split=tuple(split),
         batch_size=1,
-        **usual | other,
+        **default | other,
     )
 
 

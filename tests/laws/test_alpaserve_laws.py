@@ -67,7 +67,7 @@ def test_what_is_served_is_served_within_its_slo(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("how", POLICIES, ids=lambda how: f"{how.policy}-{how.fill}-{how.star_rule}")
-@given(problem=problems(most_gpus=4, most_models=4, most_requests=15))
+@given(problem=problems(max_gpus=4, max_models=4, max_requests=15))
 @settings(max_examples=25, deadline=None)
 def test_a_placement_fits_and_hosts_no_model_twice(how: SearchSettings, problem: PlacementProblem) -> None:
     solution = search(problem, how)
@@ -86,7 +86,7 @@ def test_a_placement_fits_and_hosts_no_model_twice(how: SearchSettings, problem:
         assert {model for group in solution.groups for model in group.model_indices} == set(range(len(problem.models)))
 
 
-@given(problem=problems(most_gpus=2, most_models=3, most_requests=15))
+@given(problem=problems(max_gpus=2, max_models=3, max_requests=15))
 @settings(max_examples=60, deadline=None)
 def test_more_memory_never_lowers_the_best_score(problem: PlacementProblem) -> None:
     """With the memory of one GPU more on each, the exhaustive search does as well or better; no fill beats it."""

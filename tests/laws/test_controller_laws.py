@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from worlds import ask, controller
+from worlds import controller
 
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (
@@ -42,9 +42,9 @@ class _World:
         self.started: dict[int, StartEngine] = {}
         self.executions: dict[int, Execute] = {}
         self.ended: list[int] = []
-        brain.ledger.on_end = self.ended.append
+        brain.tracker.on_end = self.ended.append
         for endpoint in ENDPOINTS:
-            self.tell(EndpointAdded(ask(endpoint)))
+            self.tell(EndpointAdded(endpoint_spec(endpoint)))
 
     def tell(self, *events: Event) -> None:
         self.now_us += 1
@@ -83,7 +83,7 @@ class _World:
         match what:
             case "up":
                 start = self.started.get(deployment_id)
-                self.tell(EngineUp(deployment_id, start.incarnation if start else number))
+                self.tell(EngineUp(deployment_id, start.generation if start else number))
             case "down" | "lost":
                 self.tell(EngineDown(deployment_id, returns=what == "down"))
             case "repair":
@@ -116,12 +116,12 @@ def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline,
     world = _World(brain)
     for what, deployment_id, number in script:
         world.happen(what, deployment_id, number)
-        waiting, running = (brain.ledger.count(one) for one in (RequestStatus.WAITING, RequestStatus.RUNNING))
+        waiting, running = (brain.tracker.count(one) for one in (RequestStatus.WAITING, RequestStatus.RUNNING))
         assert len(brain.queue) == waiting
-        assert sum(len(one.running) for one in brain.fleet.deployments.values()) == running
+        assert sum(len(one.running) for one in brain.manager.deployments.values()) == running
         assert len(world.ended) + waiting + running == world.arrived
-        assert all(map(brain.ledger.runs, brain._unwanted))
+        assert all(map(brain.tracker.runs, brain._unwanted))
     assert len(set(world.ended)) == len(world.ended)
-    table = brain.ledger.close()
+    table = brain.tracker.close()
     assert set(table.status.tolist()) <= {status.value for status in FINAL_STATUSES}
     assert sum(table.counts().values()) == world.arrived

@@ -78,8 +78,8 @@ def test_latency_grows_with_output_tokens(subject: Estimator) -> None:
 
 def test_the_first_token_does_not_depend_on_how_many_follow(subject: Estimator) -> None:
     for model, cfg in answered(subject):
-        ask = {"prompt_tokens": 10, "batch": 1}
-        few, many = (subject.service(model, cfg, output_tokens=tokens, **ask) for tokens in (1, 500))
+        endpoint = {"prompt_tokens": 10, "batch": 1}
+        few, many = (subject.service(model, cfg, output_tokens=tokens, **endpoint) for tokens in (1, 500))
         assert few.first_token_s == pytest.approx(many.first_token_s, rel=1e-9)
 
 
@@ -98,9 +98,9 @@ def test_equal_questions_get_equal_answers_in_any_order(
     profile = profile_for(name, "a6000-short")
     once, again = (make_estimator(name, profile) for _ in range(2))
     asked = answered(again)
-    ask = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
-    forward = {(model.name, cfg): once.service(model, cfg, **ask) for model, cfg in asked}
-    backward = {(model.name, cfg): again.service(model, cfg, **ask) for model, cfg in reversed(asked)}
+    endpoint = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
+    forward = {(model.name, cfg): once.service(model, cfg, **endpoint) for model, cfg in asked}
+    backward = {(model.name, cfg): again.service(model, cfg, **endpoint) for model, cfg in reversed(asked)}
     assert forward == backward
 
 
@@ -115,8 +115,8 @@ def test_a_greater_batch_takes_no_less(name: str, profile_for: Callable[[str, st
     subject = make_estimator(name, profile_for(name, "a6000-short"))
     rounding = 1 - 1e-12
     for model, cfg in answered(subject):
-        ask = {"prompt_tokens": 10, "output_tokens": 20}
-        latencies = [subject.service(model, cfg, batch=batch, **ask).latency_s for batch in (1, 2, 16)]
+        endpoint = {"prompt_tokens": 10, "output_tokens": 20}
+        latencies = [subject.service(model, cfg, batch=batch, **endpoint).latency_s for batch in (1, 2, 16)]
         assert all(less * rounding <= more for less, more in itertools.pairwise(latencies)), (model.name, cfg)
         memory = [subject.memory(model, replace(cfg, batch_size=batch)) for batch in (1, 2, 16)]
         assert memory == sorted(memory), (model.name, cfg)

@@ -22,7 +22,7 @@ from maveriq.units import MICROS_PER_SECOND, seconds
 GPUS = 4
 TIMINGS = (
     DispatchTiming(),
-    DispatchTiming(tick_us=10_300, after_arrival_us=1_400, after_release_us=2_200, pause_us=200_000),
+    DispatchTiming(tick_us=10_300, after_arrival_us=1_400, after_release_us=2_200, registration_delay_us=200_000),
 )
 
 
@@ -95,7 +95,7 @@ def test_nobody_starts_before_its_engine_is_up(world: ServingSystem) -> None:
     ready_us = {one.deployment_id: one.ready_us for one in record.deployments}
     for deployment_id, start_us in zip(record.requests.deployment_id, record.requests.start_us, strict=True):
         if start_us != NOT_YET:
-            assert start_us >= ready_us[deployment_id] + world.settings.timing.pause_us
+            assert start_us >= ready_us[deployment_id] + world.settings.timing.registration_delay_us
 
 
 @given(worlds())
@@ -157,10 +157,10 @@ def test_nothing_runs_on_a_gpu_that_is_down(world: ServingSystem) -> None:
 @given(worlds(), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
 def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: ServingSystem, random) -> None:
-    asks, faults_ = list(world.workload.asks), list(world.faults)
-    random.shuffle(asks)
+    endpoints, faults_ = list(world.workload.endpoints), list(world.faults)
+    random.shuffle(endpoints)
     random.shuffle(faults_)
-    shuffled = replace(world, workload=replace(world.workload, asks=tuple(asks)), faults=tuple(faults_))
+    shuffled = replace(world, workload=replace(world.workload, endpoints=tuple(endpoints)), faults=tuple(faults_))
     one, other = simulate(world), simulate(shuffled)
     for name in ("deployment_id", "start_us", "first_token_us", "finish_us", "status"):
         assert getattr(one.requests, name).tolist() == getattr(other.requests, name).tolist()
@@ -171,7 +171,7 @@ def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: Serving
 @settings(max_examples=100, deadline=None)
 def test_doubling_every_time_scale_doubles_every_time(world: ServingSystem) -> None:
     """With an ideal dispatcher nothing in the system knows a second: a law that finds hidden constants."""
-    ideal = replace(
+    no_dispatch_overhead = replace(
         world,
         settings=replace(world.settings, timing=DispatchTiming(), discipline=QueueDiscipline.FIFO_PER_MODEL),
         load_time=lambda _plan: 1_000,
@@ -183,12 +183,12 @@ def test_doubling_every_time_scale_doubles_every_time(world: ServingSystem) -> N
         output_tokens=2 * world.workload.arrivals.output_tokens,
     )
     slow = replace(
-        ideal,
-        settings=replace(ideal.settings, max_wait_us=2 * ideal.settings.max_wait_us),
+        no_dispatch_overhead,
+        settings=replace(no_dispatch_overhead.settings, max_wait_us=2 * no_dispatch_overhead.settings.max_wait_us),
         load_time=lambda _plan: 2_000,
         workload=replace(world.workload, arrivals=slow_arrivals),
     )
-    fast_table, slow_table = simulate(ideal).requests, simulate(slow).requests
+    fast_table, slow_table = simulate(no_dispatch_overhead).requests, simulate(slow).requests
     started = fast_table.start_us != NOT_YET
     assert (2 * fast_table.start_us[started] == slow_table.start_us[started]).all()
     assert (fast_table.status == slow_table.status).all()

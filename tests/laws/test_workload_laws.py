@@ -76,8 +76,8 @@ def test_lengths_never_move_arrivals(trace, lengths, seed):
 @given(data=st.data(), times=st.lists(st.integers(0, 10**15), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=60)
 def test_schedules_are_read_back_to_the_microsecond(data, times, tmp_path_factory):
-    def column(least, most):
-        return np.array(data.draw(st.lists(st.integers(least, most), min_size=len(times), max_size=len(times))))
+    def column(minimum, maximum):
+        return np.array(data.draw(st.lists(st.integers(minimum, maximum), min_size=len(times), max_size=len(times))))
 
     written = Arrivals(
         arrival_us=np.array(sorted(times)),

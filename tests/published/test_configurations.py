@@ -11,7 +11,7 @@ from maveriq.testbed.recordings import RecordedDeployment, RecordedLayout, Recor
 from maveriq.units import micros
 
 LEAST_EQUAL_FREE = 0.95
-MOST_GIB_ERROR = 1e-3
+MAX_GIB_ERROR = 1e-3
 IDLE_GIB, FULL_GIB = (0.465,) * 8, (47.9,) * 8
 
 
@@ -33,7 +33,7 @@ def test_given_the_recorded_memory_every_configuration_equals_the_recorded_one(c
 
 @pytest.mark.data
 def test_estimated_memory_of_each_gpu_equals_the_recorded_estimate(compared: Sequence[Compared]) -> None:
-    different = [one for one in compared if one.memory_error_gib is None or one.memory_error_gib > MOST_GIB_ERROR]
+    different = [one for one in compared if one.memory_error_gib is None or one.memory_error_gib > MAX_GIB_ERROR]
     assert not different, listed(different)
 
 
@@ -59,7 +59,7 @@ def recorded_deployment(
     return RecordedDeployment(
         endpoint_id=endpoint_id,
         model_name=model_name,
-        asked_us=micros(240.0 * (endpoint_id - 1)),
+        requested_us=micros(240.0 * (endpoint_id - 1)),
         registered_us=None,
         layout=came_up_as,
         used_gib_after=used_gib_after,
@@ -86,7 +86,7 @@ def test_a_comparison_sees_what_differs_and_goes_on_after_a_deploy_that_never_ca
     )
     first, second, fourth = compare(run)
     assert first.given_memory == first.free == first.recorded == Choice(chosen, (80,))
-    assert first.memory_error_gib == pytest.approx(0, abs=MOST_GIB_ERROR)
+    assert first.memory_error_gib == pytest.approx(0, abs=MAX_GIB_ERROR)
     assert second.endpoint_id == 2
     assert second.given_memory != second.recorded
     assert second.memory_error_gib is None

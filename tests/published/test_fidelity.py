@@ -66,15 +66,15 @@ def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
 
 def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
     profile = load_profile(PROFILE)
-    usual = CalibratedEstimator.serving(profile)
+    default = CalibratedEstimator.serving(profile)
     model, configuration = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
 
     def service_s(estimator: CalibratedEstimator) -> float:
         asked = estimator.service(model, configuration, prompt_tokens=100, output_tokens=20, batch=1)
         return asked.latency_s
 
-    assert service_s(unseen("recorded-elsewhere", profile)) == service_s(usual)
-    assert service_s(unseen(AGAIN[0], profile)) != service_s(usual)
+    assert service_s(unseen("recorded-elsewhere", profile)) == service_s(default)
+    assert service_s(unseen(AGAIN[0], profile)) != service_s(default)
 
 
 def test_one_run_alone_makes_a_page_too(tmp_path: Path) -> None:

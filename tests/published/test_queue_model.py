@@ -10,7 +10,7 @@ from maveriq.testbed.recordings import read_runs
 
 pytestmark = pytest.mark.data
 
-MOST_PERCENT = 2.0
+MAX_PERCENT = 2.0
 DATA = measured_data_path()
 RUNS = [run.name for run in read_runs(DATA / "testbed")] if DATA else []
 
@@ -24,6 +24,6 @@ def test_every_recorded_run_is_replayed_whole(replayed: Mapping[str, QueueErrors
 @pytest.mark.parametrize("run", RUNS)
 def test_latencies_equal_the_recorded_ones_within_two_percent(run: str, replayed: Mapping[str, QueueErrors]) -> None:
     errors = replayed[run]
-    assert abs(errors.mean_error) <= MOST_PERCENT, errors
-    assert abs(errors.p95_error) <= MOST_PERCENT, errors
-    assert errors.median_request_error < MOST_PERCENT, errors
+    assert abs(errors.mean_error) <= MAX_PERCENT, errors
+    assert abs(errors.p95_error) <= MAX_PERCENT, errors
+    assert errors.median_request_error < MAX_PERCENT, errors

@@ -27,15 +27,15 @@ class OneGpu:
     name: str = "one-gpu"
     last: bool = False
 
-    def decide(self, ask: EndpointSpec, view: object) -> Decision:
-        needs = ask.model.layers * ask.model.hidden_size * 100_000
+    def decide(self, endpoint: EndpointSpec, view: object) -> Decision:
+        needs = endpoint.model.layers * endpoint.model.hidden_size * 100_000
         room = [gpu for gpu in view.by_free_memory() if gpu.free_bytes >= needs]  # type: ignore[attr-defined]
         if not room:
-            return Rejection(reason=f"{ask.model.name} needs {needs} bytes on one GPU")
+            return Rejection(reason=f"{endpoint.model.name} needs {needs} bytes on one GPU")
         plan = DeploymentPlan(
-            model=ask.model,
-            configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=ask.batch_size),
-            layer_split=(ask.model.layers,),
+            model=endpoint.model,
+            configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size),
+            layer_split=(endpoint.model.layers,),
             gpu_ids=(max(gpu.gpu_id for gpu in room) if self.last else room[0].gpu_id,),
             gpu_bytes=(needs,),
             est_latency_s=1.0,
@@ -45,7 +45,7 @@ class OneGpu:
 
 
 def placements() -> PinnedPlacementPolicy:
-    return PinnedPlacementPolicy(usual=OneGpu(), by_name={"first": OneGpu(), "last": OneGpu(name="last", last=True)})
+    return PinnedPlacementPolicy(default=OneGpu(), by_name={"first": OneGpu(), "last": OneGpu(name="last", last=True)})
 
 
 def gpus(count: int = 4) -> Cluster:
@@ -60,7 +60,7 @@ def token(prompt: tuple[int, ...], position: int, vocab_size: int) -> int:
     return hashlib.sha256(f"{prompt}{position}".encode()).digest()[0] % min(vocab_size, 96) + 35
 
 
-class FakeTicket:
+class FakeRequestHandle:
     def __init__(self, request_id: int, submission: Submission, arrival_us: int) -> None:
         self.request_id = request_id
         self.submission = submission
@@ -92,8 +92,8 @@ class FakeEndpoint:
     plan: DeploymentPlan | None
     reason: str = ""
     status: str = "loading"
-    waiting: list[FakeTicket] = field(default_factory=list)
-    running: FakeTicket | None = None
+    waiting: list[FakeRequestHandle] = field(default_factory=list)
+    running: FakeRequestHandle | None = None
     completed: int = 0
     restarts: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -125,7 +125,7 @@ class FakeCluster:
         self._state = ClusterState(self._cluster)
         self._endpoints: dict[int, FakeEndpoint] = {}
         self._gone: set[asyncio.Task[None]] = set()
-        self._tickets = 0
+        self._handles = 0
         self._ends = [0] * len(RequestStatus)
         self._loop = asyncio.get_running_loop()
         self._started_s = self._loop.time()
@@ -136,11 +136,11 @@ class FakeCluster:
 
     def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
         number = endpoint_id or len(self._endpoints) + 1
-        ask = EndpointSpec(
-            endpoint_id=number, model=asked.model, intent=asked.intent, asked_us=self.now_us,
+        endpoint = EndpointSpec(
+            endpoint_id=number, model=asked.model, intent=asked.intent, requested_us=self.now_us,
             prompt_tokens=8, output_tokens=asked.output_tokens, batch_size=asked.batch_size,
         )  # fmt: skip
-        decision = self.policy.decide(ask, self._state.view([0.0] * len(self._cluster)))
+        decision = self.policy.decide(endpoint, self._state.view([0.0] * len(self._cluster)))
         endpoint = FakeEndpoint(asked, len(self._endpoints) + 1, None)
         self._endpoints[number] = endpoint
         if isinstance(decision, Rejection):
@@ -159,42 +159,42 @@ class FakeCluster:
         if endpoint.plan is not None:
             self._state.release(endpoint.deployment_id)
         endpoint.status = "removed"
-        for ticket in endpoint.waiting:
-            self._end(ticket, RequestStatus.REFUSED, f"deployment {endpoint.deployment_id} was removed")
+        for handle in endpoint.waiting:
+            self._end(handle, RequestStatus.REFUSED, f"deployment {endpoint.deployment_id} was removed")
         endpoint.waiting.clear()
         endpoint.news.set()
 
     def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
         return (self._status(self._found(endpoint_id)),)
 
-    def submit(self, submission: Submission) -> FakeTicket:
+    def submit(self, submission: Submission) -> FakeRequestHandle:
         endpoint = self._found(submission.endpoint_id)
-        self._tickets += 1
+        self._handles += 1
         self.submitted.append(submission)
-        ticket = FakeTicket(self._tickets, submission, self.now_us)
+        handle = FakeRequestHandle(self._handles, submission, self.now_us)
         if self.closed:
-            self._end(ticket, RequestStatus.UNFINISHED, "the cluster is closed")
+            self._end(handle, RequestStatus.UNFINISHED, "the cluster is closed")
         elif endpoint.status != "up":
-            self._end(ticket, RequestStatus.REFUSED, f"deployment {endpoint.deployment_id} is still {endpoint.status}")
+            self._end(handle, RequestStatus.REFUSED, f"deployment {endpoint.deployment_id} is still {endpoint.status}")
         else:
-            endpoint.waiting.insert(0 if submission.priority else len(endpoint.waiting), ticket)
+            endpoint.waiting.insert(0 if submission.priority else len(endpoint.waiting), handle)
             endpoint.news.set()
-        return ticket
+        return handle
 
     def cancel(self, request_id: int) -> None:
         self.cancelled.append(request_id)
         for endpoint in self._endpoints.values():
-            for ticket in endpoint.waiting:
-                if ticket.request_id == request_id:
-                    endpoint.waiting.remove(ticket)
-                    self._end(ticket, RequestStatus.FAILED, "nobody waits for it any more")
+            for handle in endpoint.waiting:
+                if handle.request_id == request_id:
+                    endpoint.waiting.remove(handle)
+                    self._end(handle, RequestStatus.FAILED, "nobody waits for it any more")
                     return
 
     def progress(self) -> Progress:
         endpoints = self._endpoints.values()
         waiting = sum(len(one.waiting) for one in endpoints)
         return Progress(
-            now_us=self.now_us, last_arrival_us=self.now_us, total=self._tickets, arrived=self._tickets,
+            now_us=self.now_us, last_arrival_us=self.now_us, total=self._handles, arrived=self._handles,
             waiting=waiting, running=sum(one.running is not None for one in endpoints),
             completed=self._ends[RequestStatus.COMPLETED], refused=self._ends[RequestStatus.REFUSED],
             failed=self._ends[RequestStatus.FAILED], recent_p50_s=None, recent_p95_s=None, recent_slo_attainment=None,
@@ -217,8 +217,8 @@ class FakeCluster:
                 endpoint.task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await endpoint.task
-            for ticket in [*endpoint.waiting, *([endpoint.running] if endpoint.running else [])]:
-                self._end(ticket, RequestStatus.UNFINISHED, "the cluster was closed")
+            for handle in [*endpoint.waiting, *([endpoint.running] if endpoint.running else [])]:
+                self._end(handle, RequestStatus.UNFINISHED, "the cluster was closed")
             endpoint.waiting.clear()
 
     def lose_engine(self, endpoint_id: int, status: str = "down") -> None:
@@ -235,42 +235,42 @@ class FakeCluster:
             while not endpoint.waiting:
                 endpoint.news.clear()
                 await endpoint.news.wait()
-            endpoint.running = ticket = endpoint.waiting.pop(0)
-            await self._execute(endpoint, ticket)
+            endpoint.running = handle = endpoint.waiting.pop(0)
+            await self._execute(endpoint, handle)
             endpoint.running = None
 
-    async def _execute(self, endpoint: FakeEndpoint, ticket: FakeTicket) -> None:
-        ticket.start_us = self.now_us
-        for position in range(ticket.submission.output_tokens):
+    async def _execute(self, endpoint: FakeEndpoint, handle: FakeRequestHandle) -> None:
+        handle.start_us = self.now_us
+        for position in range(handle.submission.output_tokens):
             await asyncio.sleep(self.token_s)
             if self.breaks:
                 self.breaks -= 1
-                self._end(ticket, RequestStatus.FAILED, "its engine failed twice")
+                self._end(handle, RequestStatus.FAILED, "its engine failed twice")
                 return
-            if ticket.first_us < 0:
-                ticket.first_us = self.now_us
-            ticket.got.append(token(ticket.submission.prompt, position, endpoint.asked.model.vocab_size))
-            ticket.news.set()
-            if ticket.got[-1] in ticket.submission.stop_token_ids:
+            if handle.first_us < 0:
+                handle.first_us = self.now_us
+            handle.got.append(token(handle.submission.prompt, position, endpoint.asked.model.vocab_size))
+            handle.news.set()
+            if handle.got[-1] in handle.submission.stop_token_ids:
                 break
         endpoint.completed += 1
-        self._end(ticket, RequestStatus.COMPLETED, "")
+        self._end(handle, RequestStatus.COMPLETED, "")
 
-    def _end(self, ticket: FakeTicket, status: RequestStatus, reason: str) -> None:
+    def _end(self, handle: FakeRequestHandle, status: RequestStatus, reason: str) -> None:
         self._ends[status] += 1
-        ticket.ended.set_result(
+        handle.ended.set_result(
             Outcome(
-                request_id=ticket.request_id,
+                request_id=handle.request_id,
                 status=status,
                 reason=reason,
-                tokens=tuple(ticket.got),
-                arrival_us=ticket.arrival_us,
-                start_us=ticket.start_us,
-                first_token_us=ticket.first_us,
+                tokens=tuple(handle.got),
+                arrival_us=handle.arrival_us,
+                start_us=handle.start_us,
+                first_token_us=handle.first_us,
                 finish_us=self.now_us,
             )
         )
-        ticket.news.set()
+        handle.news.set()
 
     def _found(self, endpoint_id: int) -> FakeEndpoint:
         if endpoint_id not in self._endpoints:

@@ -138,7 +138,7 @@ def test_without_a_models_folder_no_path_is_read(server: Running, folder: Path) 
 
 
 def test_there_is_a_most_of_everything(state: Path) -> None:
-    with running(state, ServeSettings(most_deployments=1, most_models=2)) as server, server.client() as http:
+    with running(state, ServeSettings(max_deployments=1, max_models=2)) as server, server.client() as http:
         codes = [
             http.post("/deployments", json={"model": model}).status_code for model in (MODEL, "gptj-6b", "falcon-7b")
         ]

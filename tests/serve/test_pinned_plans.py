@@ -13,7 +13,7 @@ from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
 from maveriq.policy.policy import Decision, Deploy, Rejection
 
 ASK = EndpointSpec(
-    endpoint_id=5, model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), asked_us=0,
+    endpoint_id=5, model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), requested_us=0,
     prompt_tokens=8, output_tokens=20,
 )  # fmt: skip
 
@@ -83,11 +83,11 @@ def test_two_replicas_on_one_gpu_need_room_for_both() -> None:
     "ask",
     [dataclasses.replace(ASK, model=load_model("gptj-6b")), dataclasses.replace(ASK, batch_size=2)],
 )
-def test_a_pin_of_something_else_does_not_count(ask: EndpointSpec) -> None:
+def test_a_pin_of_something_else_does_not_count(endpoint: EndpointSpec) -> None:
     policy = placements()
     policy.pin(5, elsewhere())
-    decision = policy.decide(ask, view(empty()))
-    assert decision == OneGpu().decide(ask, view(empty()))
+    decision = policy.decide(endpoint, view(empty()))
+    assert decision == OneGpu().decide(endpoint, view(empty()))
 
 
 def test_a_placement_by_name_and_forgetting() -> None:
@@ -103,10 +103,10 @@ def test_a_placement_by_name_and_forgetting() -> None:
 class Broken:
     name = "broken"
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         raise MaveriqError("policy 'broken' failed: it must return GPUs")
 
 
 def test_an_error_of_a_policy_is_a_rejection() -> None:
-    decision = PinnedPlacementPolicy(usual=Broken()).decide(ASK, view(empty()))
+    decision = PinnedPlacementPolicy(default=Broken()).decide(ASK, view(empty()))
     assert decision == Rejection(reason="policy 'broken' failed: it must return GPUs")

@@ -104,7 +104,7 @@ def test_told_to_stop_it_finishes_what_it_took_in(state: Path) -> None:
             server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 0
     store = Store(state)
-    rows = {row.request_id: row for row in asyncio.run(store.requests(status=None, most=1000))}
+    rows = {row.request_id: row for row in asyncio.run(store.requests(status=None, maximum=1000))}
     store.close()
     assert {row.status for row in rows.values()} == {"completed"}
     assert sum(one == "completed" for one in seen.values()) == len(rows)
@@ -126,7 +126,7 @@ def test_what_does_not_end_in_time_is_ended(state: Path, *, twice: bool) -> None
         assert time.monotonic() - begun_s < 5
     assert set(seen.values()) <= {"503", "sent"}, "told so, or cut off where the user was in a hurry"
     store = Store(state)
-    rows = asyncio.run(store.requests(status=None, most=1000))
+    rows = asyncio.run(store.requests(status=None, maximum=1000))
     store.close()
     assert Counter(row.status for row in rows) == {"unfinished": CLIENTS}
 

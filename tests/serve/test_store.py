@@ -39,10 +39,10 @@ def with_store(path: Path, test: Callable[[Store], Awaitable[None]], *, kept: in
 
 
 def test_what_is_told_is_remembered(state: Path) -> None:
-    ask = EndpointSpec(
-        endpoint_id=1, model=MODEL, intent=INTENT, asked_us=0, prompt_tokens=8, output_tokens=20, batch_size=3
+    endpoint = EndpointSpec(
+        endpoint_id=1, model=MODEL, intent=INTENT, requested_us=0, prompt_tokens=8, output_tokens=20, batch_size=3
     )
-    decision = OneGpu().decide(ask, ClusterState(gpus()).view([0.0] * 4))
+    decision = OneGpu().decide(endpoint, ClusterState(gpus()).view([0.0] * 4))
     assert isinstance(decision, Deploy)
 
     async def tell(store: Store) -> None:
@@ -88,9 +88,9 @@ def test_what_has_no_end_fails_in_the_next_life(state: Path) -> None:
         await asyncio.gather(*(store.accept(row(name)) for name in "abc"))
         await store.end(ended("b"))
         assert await store.end_all_of_last_life() == 2
-        failed = await store.requests(status="failed", most=10)
+        failed = await store.requests(status="failed", maximum=10)
         assert {(one.request_id, one.reason) for one in failed} == {("a", STOPPED_FIRST), ("c", STOPPED_FIRST)}
-        assert len(await store.requests(status=None, most=2)) == 2
+        assert len(await store.requests(status=None, maximum=2)) == 2
 
     with_store(state, test)
 
@@ -103,7 +103,7 @@ def test_only_the_last_ended_are_kept_but_all_that_are_open(state: Path, monkeyp
         for number in range(10):
             await store.accept(row(str(number)))
             await store.end(ended(str(number)))
-        kept = [one.request_id for one in await store.requests(status=None, most=100)]
+        kept = [one.request_id for one in await store.requests(status=None, maximum=100)]
         assert kept == ["9", "8", "7", "open"]
 
     with_store(state, test, kept=3)
@@ -111,20 +111,20 @@ def test_only_the_last_ended_are_kept_but_all_that_are_open(state: Path, monkeyp
 
 def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
     async def test(store: Store) -> None:
-        async def most_pages(count: int) -> None:
+        async def max_pages(count: int) -> None:
             def set_it(file: sqlite3.Connection) -> None:
                 file.execute(f"PRAGMA max_page_count = {count}")
 
             await store._writer.do(set_it)
 
         await store.accept(row("before"))
-        await most_pages(1)  # which SQLite takes to mean: no more than there are
+        await max_pages(1)  # which SQLite takes to mean: no more than there are
         told = await asyncio.gather(*(store.accept(row("x" * 60 + str(n))) for n in range(500)), return_exceptions=True)
         full = [one for one in told if isinstance(one, StoreError)]
         assert full
         assert "database or disk is full" in str(full[0])
-        assert len(await store.requests(status=None, most=1_000)) == 501 - len(full), "who heard yes is there"
-        await most_pages(1_000_000)
+        assert len(await store.requests(status=None, maximum=1_000)) == 501 - len(full), "who heard yes is there"
+        await max_pages(1_000_000)
         assert await store.accept(row("after"))
 
     with_store(state, test)

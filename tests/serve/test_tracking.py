@@ -32,7 +32,7 @@ class World:
         self.cluster = FakeCluster(placements(), token_s=token_s)
         self.store = Store(folder / "state.db")
         self.metrics = Metrics()
-        self.tracker = RequestLifecycle(self.cluster, self.store, self.metrics, most=6)
+        self.tracker = RequestLifecycle(self.cluster, self.store, self.metrics, maximum=6)
         asked = EndpointRequest(
             model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
         )
@@ -43,7 +43,7 @@ class World:
         return await self.tracker.accept("llama-2-7b", submission, name)
 
     async def rows(self) -> list[RequestRow]:
-        return await self.store.requests(status=None, most=1_000)
+        return await self.store.requests(status=None, maximum=1_000)
 
 
 @asynccontextmanager
@@ -80,7 +80,7 @@ class Chaos:
 
     async def client_goes(self) -> None:
         if self.accepted:
-            self.one.tracker.abandon(self.accepted[-1])
+            self.one.tracker.cancel(self.accepted[-1])
 
     async def client_goes_early(self) -> None:
         """Go while the request is written down."""
@@ -162,8 +162,8 @@ def test_an_endpoint_that_goes_while_a_request_is_written_down() -> None:
             accepted = await one.send()
             outcome = await accepted.outcome
             assert (outcome.status, outcome.reason) == (RequestStatus.REFUSED, "there is no endpoint 99")
-            assert [token async for token in accepted.ticket.result().tokens()] == []
-            assert await accepted.ticket.result().outcome() == outcome
+            assert [token async for token in accepted.handle.result().tokens()] == []
+            assert await accepted.handle.result().outcome() == outcome
 
     run(test)
 
@@ -201,7 +201,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("maveriq.serve.requests._TRY_AGAIN_S", 0.01)
         async with world() as one:
             store = FailingStore(tmp_path / "other.db")
-            tracker = RequestLifecycle(one.cluster, store, one.metrics, most=6)
+            tracker = RequestLifecycle(one.cluster, store, one.metrics, maximum=6)
             one.tracker = tracker
             store.full = "accept"
             with pytest.raises(ApiError, match="the disk is full") as error:

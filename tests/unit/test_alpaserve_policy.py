@@ -27,7 +27,7 @@ def groups_of(run: RunRecord) -> dict[tuple[int, ...], tuple[int, int, list[int]
         if one.plan:
             configuration = one.plan.configuration
             group = groups.setdefault(one.plan.gpu_ids, (configuration.tp, configuration.pp, []))
-            group[2].append(one.ask.endpoint_id)
+            group[2].append(one.endpoint.endpoint_id)
     return groups
 
 
@@ -62,7 +62,7 @@ def test_the_star_keeps_every_model_or_none() -> None:
 
 def test_a_replicated_model_shares_its_requests_evenly() -> None:
     run = simulate(built(alpaserve_as_published=True))
-    replicas = [one.deployment_id for one in run.deployments if one.ask.endpoint_id == 3]
+    replicas = [one.deployment_id for one in run.deployments if one.endpoint.endpoint_id == 3]
     served = [int((run.requests.deployment_id == replica).sum()) for replica in replicas]
     assert len(served) == 2
     assert abs(served[0] - served[1]) < 4 * sum(served) ** 0.5

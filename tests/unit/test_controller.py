@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from worlds import arrivals, ask, controller, plan, run, scenario
+from worlds import arrivals, controller, endpoint_spec, plan, run, scenario
 
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (
@@ -48,8 +48,8 @@ def up(gpus_of, **settings) -> Controller:
     """A controller whose endpoints are all up at time 0."""
     brain = controller(gpus_of, **settings)
     for endpoint in gpus_of:
-        for start in brain.handle(0, [EndpointAdded(ask(endpoint))]):
-            assert brain.handle(0, [EngineUp(start.deployment_id, start.incarnation)]) == []
+        for start in brain.handle(0, [EndpointAdded(endpoint_spec(endpoint))]):
+            assert brain.handle(0, [EngineUp(start.deployment_id, start.generation)]) == []
     return brain
 
 
@@ -58,18 +58,18 @@ def ids(actions) -> list[int]:
 
 
 def statuses(brain: Controller) -> list[str]:
-    return [RequestStatus(value).label for value in brain.ledger.close().status]
+    return [RequestStatus(value).label for value in brain.tracker.close().status]
 
 
 def test_a_deployment_loads_registers_and_serves() -> None:
     brain = controller({1: [(0, 1)]})
-    (start,) = brain.handle(0, [EndpointAdded(ask(1))])
+    (start,) = brain.handle(0, [EndpointAdded(endpoint_spec(1))])
     assert start == StartEngine(1, 1, plan((0, 1)))
     assert brain.handle(5, [EngineUp(1, 1)]) == []
     (execute,) = brain.handle(7, [RequestArrived(request(1, at_us=7))])
     assert (execute.deployment_id, ids([execute])) == (1, [1])
     assert brain.handle(9, [ExecutionFinished(1, execute.execution_id, 8)]) == []
-    table = brain.ledger.close()
+    table = brain.tracker.close()
     assert (table.start_us[0], table.first_token_us[0], table.finish_us[0]) == (7, 8, 9)
 
 
@@ -77,25 +77,25 @@ def test_a_deployment_loads_registers_and_serves() -> None:
     ("prepare", "reason"),
     [
         (lambda brain: None, "nothing was deployed for endpoint 1"),
-        (lambda brain: brain.handle(0, [EndpointAdded(ask(1))]), "deployment 1 (tiny) is still loading"),
+        (lambda brain: brain.handle(0, [EndpointAdded(endpoint_spec(1))]), "deployment 1 (tiny) is still loading"),
     ],
 )
 def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
     brain = controller({1: [(0,)]})
     prepare(brain)
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    table = brain.ledger.close()
+    table = brain.tracker.close()
     assert table.status[0] == RequestStatus.REFUSED
     assert table.reasons[table.reason[0]] == reason
 
 
 def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
     brain = controller({1: []})
-    assert brain.handle(0, [EndpointAdded(ask(1))]) == []
+    assert brain.handle(0, [EndpointAdded(endpoint_spec(1))]) == []
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    table = brain.ledger.close()
+    table = brain.tracker.close()
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny) was rejected"
-    assert brain.fleet.deployments[1].record().reason == "told to reject"
+    assert brain.manager.deployments[1].record().reason == "told to reject"
 
 
 def test_the_head_of_the_line_holds_everybody_behind_it() -> None:
@@ -149,7 +149,7 @@ def served_by(brain: Controller, count: int, tokens=lambda number: 10) -> list[i
     """Send requests one after another, nothing finishing; return the replica that each was given to."""
     for number in range(1, count + 1):
         brain.handle(number, [RequestArrived(request(number, at_us=number, tokens=tokens(number)))])
-    return brain.ledger.close().deployment_id.tolist()
+    return brain.tracker.close().deployment_id.tolist()
 
 
 def test_least_work_goes_by_what_was_committed() -> None:
@@ -177,12 +177,12 @@ def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
     brain.handle(2, [RequestArrived(request(2, at_us=2))])
     assert brain.handle(3, [EndpointRemoved(1)]) == []
-    assert brain.fleet.used_bytes(0) > 0
+    assert brain.manager.used_bytes(0) > 0
     brain.handle(4, [RequestArrived(request(3, at_us=4))])
     assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == [StopEngine(1)]
-    assert brain.fleet.used_bytes(0) == 0
+    assert brain.manager.used_bytes(0) == 0
     assert statuses(brain) == ["completed", "refused", "refused"]
-    assert brain.fleet.deployments[1].record().removed_us == 5
+    assert brain.manager.deployments[1].record().removed_us == 5
 
 
 def test_removal_of_an_idle_deployment_stops_it_at_once() -> None:
@@ -200,11 +200,11 @@ def test_what_an_engine_was_running_when_it_failed(on_failure: OnFailure, *, ret
     assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == []  # a late word of the dead engine
     if not returns:
         lost = "refused" if on_failure is OnFailure.REQUEUE else "failed"
-        assert brain.fleet.used_bytes(0) == 0
+        assert brain.manager.used_bytes(0) == 0
         assert statuses(brain) == [lost, "refused", "refused"]
         return
     (start,) = brain.handle(6, [EngineRepaired(1)])
-    assert start.incarnation == 2
+    assert start.generation == 2
     assert brain.handle(7, [EngineUp(1, 1)]) == []  # the first engine's word, late
     served = ids(brain.handle(8, [EngineUp(1, 2)]))
     assert served == ([1] if on_failure is OnFailure.REQUEUE else [2])
@@ -213,11 +213,11 @@ def test_what_an_engine_was_running_when_it_failed(on_failure: OnFailure, *, ret
 def test_a_request_is_requeued_once_then_failed() -> None:
     brain = up({1: [(0,)]})
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    for incarnation in (2, 3):
-        brain.handle(10 * incarnation, [EngineDown(1, returns=True)])
-        brain.handle(10 * incarnation + 1, [EngineRepaired(1)])
-        brain.handle(10 * incarnation + 2, [EngineUp(1, incarnation)])
-    table = brain.ledger.close()
+    for generation in (2, 3):
+        brain.handle(10 * generation, [EngineDown(1, returns=True)])
+        brain.handle(10 * generation + 1, [EngineRepaired(1)])
+        brain.handle(10 * generation + 2, [EngineUp(1, generation)])
+    table = brain.tracker.close()
     assert statuses_of(table) == ["failed"]
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny): its engine failed"
 
@@ -229,7 +229,7 @@ def statuses_of(table) -> list[str]:
 def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
     brain = up({1: [(0, 1)], 2: [(1,)], 3: [(2,)]})
     brain.handle(1, [GpuDown(1, returns=True)])
-    assert [one.state for one in brain.fleet.deployments.values()] == ["down", "down", "up"]
+    assert [one.state for one in brain.manager.deployments.values()] == ["down", "down", "up"]
     brain.handle(2, [RequestArrived(request(1, 1, 2))])
     assert ids(brain.handle(3, [RequestArrived(request(2, 3, 3))])) == [2]  # a line that is down holds nobody
     assert [start.deployment_id for start in brain.handle(4, [GpuUp(1)])] == [1, 2]
@@ -257,7 +257,7 @@ def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
     served = []
     for at, finished in ((7, 3), (8, 2), (9, 2), (10, 2)):
         served += ids(
-            brain.handle(at, [ExecutionFinished(finished, brain.fleet.deployments[finished].execution_id, at)])
+            brain.handle(at, [ExecutionFinished(finished, brain.manager.deployments[finished].execution_id, at)])
         )
     assert served == [1, 3, 4, 5]
 
@@ -283,9 +283,9 @@ def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
     leaving.handle(1, [RequestArrived(request(1, at_us=1))])
     assert leaving.handle(2, [EndpointRemoved(1)]) == []  # its request may finish
     assert leaving.handle(3, [EngineDown(1, returns=False)]) == []  # dead before it could be stopped
-    assert leaving.fleet.used_bytes(0) == 0
+    assert leaving.manager.used_bytes(0) == 0
     loading = controller({1: [(0,)]})
-    loading.handle(0, [EndpointAdded(ask(1))])
+    loading.handle(0, [EndpointAdded(endpoint_spec(1))])
     assert loading.handle(1, [EndpointRemoved(1)]) == [StopEngine(1)]
 
 
@@ -317,9 +317,9 @@ def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> N
     brain = up({1: [(0,)], 2: [(1,)]})
     brain.handle(1, [RequestArrived(request(1, 1, 1))])
     brain.handle(2, [RequestArrived(request(2, 2, 2))])
-    late = brain.fleet._policy.gpus_of
+    late = brain.manager._policy.gpus_of
     late[3] = [(0, 1)]
-    assert brain.handle(3, [EndpointAdded(ask(3))]) == []
+    assert brain.handle(3, [EndpointAdded(endpoint_spec(3))]) == []
     assert brain.handle(4, [ExecutionFinished(1, 1, 4)]) == []
     (start,) = brain.handle(5, [ExecutionFinished(2, 1, 5)])
     assert isinstance(start, StartEngine)
@@ -329,19 +329,19 @@ def test_a_policy_that_overfills_a_gpu_is_found_out() -> None:
     class Greedy:
         name = "greedy"
 
-        def decide(self, ask, view):
+        def decide(self, endpoint, view):
             return Deploy(plans=(plan((0,)),))
 
     brain = controller({})
-    brain.fleet._policy = Greedy()
+    brain.manager._policy = Greedy()
     for endpoint in range(1, 9):  # eight times 1 GiB fill the GPU
-        brain.handle(endpoint, [EndpointAdded(ask(endpoint))])
+        brain.handle(endpoint, [EndpointAdded(endpoint_spec(endpoint))])
     with pytest.raises(InvariantError, match=r"wants 1\.000 GiB on GPU 0, which has 0\.000 GiB free"):
-        brain.handle(9, [EndpointAdded(ask(9))])
+        brain.handle(9, [EndpointAdded(endpoint_spec(9))])
 
 
 def test_the_tick_the_delays_and_the_pause() -> None:
-    timing = DispatchTiming(tick_us=100, after_arrival_us=14, after_release_us=22, pause_us=1_000)
+    timing = DispatchTiming(tick_us=100, after_arrival_us=14, after_release_us=22, registration_delay_us=1_000)
     brain = up({1: [(0,)], 2: [(1,)]}, timing=timing)
     assert brain.handle(950, [RequestArrived(request(1, 1, 950))]) == []
     assert brain.wake_us == 1_000  # the pause ends, a tick
@@ -383,15 +383,15 @@ def test_load_history_is_what_placement_sees() -> None:
     class Looking:
         name = "looking"
 
-        def decide(self, ask, view):
+        def decide(self, endpoint, view):
             seen.append([gpu.load for gpu in view.gpus])
-            return Deploy(plans=(plan((ask.endpoint_id - 1,)),))
+            return Deploy(plans=(plan((endpoint.endpoint_id - 1,)),))
 
     world = scenario(
         arrivals([10 * MICROS_PER_SECOND], [1], [30_000]),
         {1: [], 2: []},
         gpus=2,
-        asked_us={2: 100 * MICROS_PER_SECOND},
+        requested_us={2: 100 * MICROS_PER_SECOND},
     )
     simulate(replace(world, policy=Looking()))
     assert seen == [[0.0, 0.0], [0.25, 0.0]]
@@ -404,7 +404,7 @@ def test_an_execution_that_fails_alone_fails_its_requests_and_the_engine_goes_on
     assert ids(brain.handle(3, [ExecutionFailed(1, 1, "no room")])) == [2]
     assert brain.handle(4, [ExecutionFailed(1, 1, "said twice")]) == []
     brain.handle(5, [ExecutionFinished(1, 2, 5)])
-    table = brain.ledger.close()
+    table = brain.tracker.close()
     assert [RequestStatus(value).label for value in table.status] == ["failed", "completed"]
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny): no room"
 
@@ -429,7 +429,7 @@ def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(
     for execution in (1, 2, 3):
         served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
     assert served == [3, 4]
-    table = brain.ledger.close()
+    table = brain.tracker.close()
     assert [RequestStatus(value).label for value in table.status] == ["completed", "failed", "completed", "completed"]
     assert table.reasons[table.reason[1]] == "the client went away"
     assert (table.start_us[1], table.finish_us[1]) == (-1, -1)
@@ -448,12 +448,12 @@ def test_a_request_that_nobody_wants_is_not_run_again(failure) -> None:
     brain = up({1: [(0,)]}, timing=DispatchTiming())
     brain.handle(1, [RequestArrived(request(1, at_us=1)), RequestArrived(request(2, at_us=1))])
     brain.handle(2, [RequestCancelled(1)])
-    assert brain.ledger.row(1).status is RequestStatus.RUNNING
+    assert brain.tracker.row(1).status is RequestStatus.RUNNING
     brain.handle(3, [failure])
-    row = brain.ledger.row(1)
+    row = brain.tracker.row(1)
     assert row.status is RequestStatus.FAILED
     assert row.reason.endswith("; the client went away")
-    assert brain.ledger.row(2).status is RequestStatus.WAITING
+    assert brain.tracker.row(2).status is RequestStatus.WAITING
     assert not brain._unwanted
 
 
@@ -463,23 +463,23 @@ def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
     brain.handle(2, [RequestCancelled(1)])
     brain.handle(3, [end])
-    assert brain.ledger.row(1).reason in ("", "deployment 1 (tiny): no room")
+    assert brain.tracker.row(1).reason in ("", "deployment 1 (tiny): no room")
     assert not brain._unwanted
 
 
 def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
     brain, ended = up({1: [(0,)]}), []
-    brain.ledger.on_end = ended.append
+    brain.tracker.on_end = ended.append
     brain.handle(1, [RequestArrived(request(1, at_us=1, tokens=10)), RequestArrived(request(2, 7, 1))])
     assert ended == [2]
     brain.handle(2, [ExecutionFinished(1, 1, 2, output_tokens=(4,))])
     assert ended == [2, 1]
-    assert brain.ledger.row(1).finish_us == 2
-    assert brain.ledger.row(2).reason == "nothing was deployed for endpoint 7"
-    assert brain.ledger.close().output_tokens.tolist() == [4, 10]
+    assert brain.tracker.row(1).finish_us == 2
+    assert brain.tracker.row(2).reason == "nothing was deployed for endpoint 7"
+    assert brain.tracker.close().output_tokens.tolist() == [4, 10]
 
 
 def test_why_an_engine_failed_is_on_record() -> None:
     brain = up({1: [(0,)]})
     brain.handle(1, [EngineDown(1, returns=False, reason="out of memory")])
-    assert brain.fleet.deployments[1].record().reason == "out of memory"
+    assert brain.manager.deployments[1].record().reason == "out of memory"

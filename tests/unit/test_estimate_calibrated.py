@@ -185,7 +185,9 @@ def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
                         latency_s=float(latency_s(work, truth.law(weights, 1), output_tokens)),
                         memory_gib=1.0,
                     )
-                    found.append(Sample(table="t", measured=measured, model=model, prompt_tokens=923, influence=1.0))
+                    found.append(
+                        Sample(table="t", measured=measured, model=model, prompt_tokens=923, sample_weight=1.0)
+                    )
     return found
 
 

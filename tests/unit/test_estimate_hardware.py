@@ -49,9 +49,9 @@ def test_the_testbed_is_as_measured(short: HardwareProfile) -> None:
     assert (short.capacity_bytes, short.idle_bytes) == (bytes_from_gib(47.988), bytes_from_gib(0.465))
     assert short.timing.tick_us == 10_300
     assert (short.timing.after_arrival_us, short.timing.after_release_us) == (1_400, 2_200)
-    assert (short.timing.pause_us, short.drain_us) == (10_000_000, 300_000_000)
+    assert (short.timing.registration_delay_us, short.drain_us) == (10_000_000, 300_000_000)
     assert short.load_window == LoadWindow(
-        samples=120, sample_us=1_000_000, look_us=166_667, busy_share=0.01, most_phase_us=166_667
+        samples=120, sample_us=1_000_000, look_us=166_667, busy_share=0.01, max_phase_us=166_667
     )
 
 

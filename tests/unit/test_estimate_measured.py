@@ -127,7 +127,7 @@ def test_a_model_of_ones_own_is_simulated_from_its_measurements(tmp_path: Path) 
     (tmp_path / "s.csv").write_text("arrival_s,endpoint,prompt_tokens,output_tokens\n5,1,16,10\n6,1,64,10\n")
     options = Options(
         trace=str(tmp_path / "s.csv"), models=str(models), gpus="3xcpu", profile=str(profile), intent="min-latency",
-        plan_with="measured", serve_with="measured",
+        estimator="measured", service_times="measured",
     )  # fmt: skip
     run = simulate(build_system(options))
     assert str(run.deployments[0].plan and run.deployments[0].plan.configuration) == "TP 2 x PP 1 float16"

@@ -91,8 +91,8 @@ def test_layers_are_the_models_own(paper: Estimator) -> None:
     model, cfg = load_model("llama-2-7b"), ParallelConfig(tp=1, pp=1, weights=F16)
     halved = replace(model, layers=16)
     assert paper.memory(halved, cfg) < paper.memory(model, cfg)
-    ask = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
-    assert paper.service(halved, cfg, **ask).latency_s < paper.service(model, cfg, **ask).latency_s
+    endpoint = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
+    assert paper.service(halved, cfg, **endpoint).latency_s < paper.service(model, cfg, **endpoint).latency_s
 
 
 @pytest.mark.parametrize(

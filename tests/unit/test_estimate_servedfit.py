@@ -101,13 +101,13 @@ def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() ->
     truth, recorded = live()
     benchmark = msgspec.structs.replace(truth, served=None)
     ones = [one for one in recorded if one.configuration.tp == 1]
-    crowded = [beside_one(one, 1.2) if one.run == "run-0" else one for one in ones]
-    served, without = cross_fit_served(as_benchmarked, benchmark, crowded, 2)
+    contended = [beside_one(one, 1.2) if one.run == "run-0" else one for one in ones]
+    served, without = cross_fit_served(as_benchmarked, benchmark, contended, 2)
     assert served.request_ms == pytest.approx(30, rel=0.01)
-    assert served.crowd.layer_us > 10
-    assert served.crowd.turn_us == 0  # nobody had two neighbours
-    assert without["run-0"].crowd.layer_us == 0
-    assert len(errors_without(as_benchmarked, benchmark, crowded, without)) == sum(one.run != "run-0" for one in ones)
+    assert served.contention.layer_us > 10
+    assert served.contention.turn_us == 0  # nobody had two neighbours
+    assert without["run-0"].contention.layer_us == 0
+    assert len(errors_without(as_benchmarked, benchmark, contended, without)) == sum(one.run != "run-0" for one in ones)
     with pytest.raises(InputError, match="while its neighbours were idle"):
         cross_fit_served(as_benchmarked, benchmark, [beside_one(one) for one in ones], 2)
 
@@ -119,4 +119,4 @@ def test_a_run_folder_tells_what_it_served() -> None:
     assert {(one.run, *one.output_tokens.tolist()[:1]) for one in found} == {("mine", 20)}
     assert [len(one.gpu_ids) for one in found] == [4, 4, 1, 4]
     assert all(0.1 < service_s < 1 for one in found for service_s in one.service_s.tolist())
-    assert all(one.calm.all() for one in found)  # one engine of one GPU has no neighbour
+    assert all(one.uncontended.all() for one in found)  # one engine of one GPU has no neighbour

@@ -32,8 +32,8 @@ PLAN = HeadlinePlan(
         traces=["code"],
         scales=[0.1, 0.2],
         slo_scales=[5.0],
-        plan_with="paper",
-        serve_with="calibrated",
+        estimator="paper",
+        service_times="calibrated",
         policies=[
             Variant(name="Ours"),
             Variant(name="Ours fast", intent="min-latency"),
@@ -44,7 +44,7 @@ PLAN = HeadlinePlan(
 
 
 def row(policy: str, mean_s: float | None = 1.0, **said: object) -> AchievedRow:
-    usual = AchievedRow(
+    default = AchievedRow(
         source=GRID,
         run="",
         policy=policy,
@@ -66,7 +66,7 @@ def row(policy: str, mean_s: float | None = 1.0, **said: object) -> AchievedRow:
         met_of_completed=90.0 if mean_s else None,
         met_of_scheduled=90.0,
     )
-    return replace(usual, **said)
+    return replace(default, **said)
 
 
 def grid_of(name: str, rows: list[AchievedRow]) -> list[list[str]]:
@@ -199,7 +199,7 @@ def test_policies_are_compared_under_the_very_same_requests() -> None:
     for case in plan.grid.cases():
         if (case.model_set, case.trace, case.scale) == ("regular", "code", 0.1):
             options = case.options()
-            assert (options.plan_with, options.serve_with) == ("paper", "calibrated")
+            assert (options.estimator, options.service_times) == ("paper", "calibrated")
             seen.append(build_system(options).workload.arrivals)
     assert len(seen) == len(plan.grid.policies)
     for arrivals in seen[1:]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from worlds import ask, controller
+from worlds import controller, endpoint_spec
 
 from maveriq.control.events import EndpointAdded, EngineUp, ExecutionFinished, RequestArrived
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
@@ -75,20 +75,20 @@ def test_readings_of_another_age_see_something_else() -> None:
 
 
 def test_phases_are_those_of_the_seed_and_differ_between_gpus() -> None:
-    window = replace(SMALL, sample_us=1_000, most_phase_us=1_000)
+    window = replace(SMALL, sample_us=1_000, max_phase_us=1_000)
     phases = sampling_phases_us(window, 8, seed=1)
     assert phases == sampling_phases_us(window, 8, seed=1) != sampling_phases_us(window, 8, seed=2)
     assert phases[:4] == sampling_phases_us(window, 4, seed=1)  # a larger cluster changes nothing for those it had
     assert len(set(phases)) > 1
     assert all(0 <= phase <= 1_000 for phase in phases)
-    assert sampling_phases_us(replace(window, most_phase_us=0), 8, seed=1) == (0,) * 8
+    assert sampling_phases_us(replace(window, max_phase_us=0), 8, seed=1) == (0,) * 8
 
 
 def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
-    def loads(most_phase_us: int) -> list[float]:
-        window = replace(SMALL, samples=50, most_phase_us=most_phase_us)
+    def loads(max_phase_us: int) -> list[float]:
+        window = replace(SMALL, samples=50, max_phase_us=max_phase_us)
         brain = controller({1: [(0, 1, 2)]}, load_window=window)
-        brain.handle(0, [EndpointAdded(ask(1))])
+        brain.handle(0, [EndpointAdded(endpoint_spec(1))])
         brain.handle(1, [EngineUp(1, 1)])
         for number in range(1, 40):
             request = Request(
@@ -96,7 +96,7 @@ def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
             )
             brain.handle(13 * number, [RequestArrived(request)])
             brain.handle(13 * number + 4, [ExecutionFinished(1, number, 13 * number + 4)])
-        return brain.fleet.loads(520)
+        return brain.manager.loads(520)
 
     in_step, out_of_step = loads(0), loads(10)
     assert len(set(in_step[:3])) == 1
@@ -108,4 +108,4 @@ def test_a_window_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(InputError, match="load window: needs at least one sample"):
         LoadWindow(samples=5, sample_us=10, look_us=11)
     with pytest.raises(InputError, match="largest phase must lie between 0 and the 10 µs"):
-        LoadWindow(samples=5, sample_us=10, look_us=5, most_phase_us=11)
+        LoadWindow(samples=5, sample_us=10, look_us=5, max_phase_us=11)

@@ -45,12 +45,12 @@ def view_with_free(*free_gib: float) -> ClusterView:
     )
 
 
-def ask(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COST, **intent) -> EndpointSpec:
+def endpoint(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COST, **intent) -> EndpointSpec:
     return EndpointSpec(
         endpoint_id=1,
         model=load_model(model),
         intent=Intent(objective=objective, **intent),
-        asked_us=0,
+        requested_us=0,
         prompt_tokens=10,
         output_tokens=20,
     )
@@ -71,10 +71,10 @@ def test_dealt_layers_fill_every_stage_within_its_room(layers: int, room: list[i
         assert sum(room) < layers or min(room) == 0 or layers < len(room)
         return
     assert sum(split) == layers
-    assert all(1 <= held <= most for held, most in zip(split, room, strict=True))
+    assert all(1 <= held <= maximum for held, maximum in zip(split, room, strict=True))
     # Dealt in turns: a stage that is behind another by more than one has no room left.
-    for held, most in zip(split, room, strict=True):
-        assert held == most or held >= max(split) - 1
+    for held, maximum in zip(split, room, strict=True):
+        assert held == maximum or held >= max(split) - 1
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_enumeration_is_in_the_order_that_breaks_ties() -> None:
 
 @pytest.mark.parametrize("objective", Objective)
 def test_candidates_are_in_the_order_of_the_objective(objective: Objective) -> None:
-    scores = [one.score for one in ranked(ask("falcon-40b", objective)).candidates]
+    scores = [one.score for one in ranked(endpoint("falcon-40b", objective)).candidates]
     assert scores == sorted(scores)
     assert len(scores) > 10
 
 
 def test_everything_enumerated_is_ranked_or_left_out() -> None:
-    the_ask = ask("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
+    the_ask = endpoint("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
     ranking = ranked(the_ask)
     everything = list(enumerate_configurations(the_ask.model, 8))
     told = [one.configuration for one in (*ranking.candidates, *ranking.left_out)]
@@ -164,15 +164,17 @@ def test_everything_enumerated_is_ranked_or_left_out() -> None:
 
 
 def test_an_slo_that_nothing_meets_falls_back_to_the_fastest() -> None:
-    unmet, free = ranked(ask(slo_s=0.001)), ranked(ask(objective=Objective.MIN_LATENCY))
+    unmet, free = ranked(endpoint(slo_s=0.001)), ranked(endpoint(objective=Objective.MIN_LATENCY))
     assert unmet.candidates[0].configuration == free.candidates[0].configuration
     assert unmet.note.startswith("misses its SLO of 0.001 s: the fastest that fits takes 0.")
-    floor = ranked(ask(slo_s=0.001, min_accuracy=99.9, float16_only=True))
+    floor = ranked(endpoint(slo_s=0.001, min_accuracy=99.9, float16_only=True))
     assert {one.configuration.weights for one in floor.candidates} == {WeightType.FLOAT16}
 
 
 def test_float16_only_keeps_the_kv_cache_free() -> None:
-    kinds = {(one.configuration.weights, one.configuration.kv) for one in ranked(ask(float16_only=True)).candidates}
+    kinds = {
+        (one.configuration.weights, one.configuration.kv) for one in ranked(endpoint(float16_only=True)).candidates
+    }
     assert kinds == {(WeightType.FLOAT16, KvType.INT8), (WeightType.FLOAT16, KvType.NATIVE)}
 
 
@@ -181,8 +183,8 @@ def test_an_unmeasured_accuracy_fails_a_floor_and_nothing_else() -> None:
         return None
 
     view = view_with_free(*[47.5] * 8)
-    assert rank(ask(), view, PAPER, unknown).candidates
-    floor = rank(ask(min_accuracy=1.0), view, PAPER, unknown)
+    assert rank(endpoint(), view, PAPER, unknown).candidates
+    floor = rank(endpoint(min_accuracy=1.0), view, PAPER, unknown)
     assert not floor.candidates
     assert "its accuracy was never measured" in floor.why_empty()
 
@@ -190,7 +192,7 @@ def test_an_unmeasured_accuracy_fails_a_floor_and_nothing_else() -> None:
 def test_layers_go_where_memory_is() -> None:
     """Three GPUs with little memory and one with much: the split is uneven, and it fits."""
     view = view_with_free(3.0, 3.0, 12.0, 3.0)
-    split = {one.configuration.pp: one for one in ranked(ask(float16_only=True), view).candidates}[4]
+    split = {one.configuration.pp: one for one in ranked(endpoint(float16_only=True), view).candidates}[4]
     assert split.gpu_ids == (2, 0, 1, 3)
     assert split.layer_split[0] > split.layer_split[1] >= 1
     assert sum(split.layer_split) == 32
@@ -198,7 +200,7 @@ def test_layers_go_where_memory_is() -> None:
 
 def test_what_fits_nowhere_is_rejected_with_the_reason() -> None:
     policy = make_policy("hybrid", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
-    decision = policy.decide(ask("llama-2-70b"), view_with_free(1.0, 0.5))
+    decision = policy.decide(endpoint("llama-2-70b"), view_with_free(1.0, 0.5))
     assert isinstance(decision, Rejection)
     assert "does not fit the free memory" in decision.reason
     assert decision.reason.endswith("(free GiB: 1.0 0.5)")
@@ -208,10 +210,10 @@ def test_what_fits_nowhere_is_rejected_with_the_reason() -> None:
 def test_every_rule_places_the_same_configuration(name: str) -> None:
     policy = make_policy(name, estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
     view = ClusterView(gpus=tuple(replace(gpu, load=0.1 * gpu.gpu_id) for gpu in view_with_free(*[40.0] * 8).gpus))
-    decision = policy.decide(ask(), view)
+    decision = policy.decide(endpoint(), view)
     assert isinstance(decision, Deploy)
     (plan,) = decision.plans
-    assert plan.configuration == ranked(ask()).candidates[0].configuration
+    assert plan.configuration == ranked(endpoint()).candidates[0].configuration
     assert plan.gpu_ids == {"hybrid": (6,), "packing": (7,), "llf": (0,), "none": (0,)}[name]
 
 

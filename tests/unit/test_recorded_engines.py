@@ -48,7 +48,7 @@ def test_neighbours_are_engines_of_one_gpu_in_the_same_run(folder: Path) -> None
     for lonely in (several, elsewhere):
         assert lonely.beside[0].tolist() == pytest.approx([1] + 7 * [0])
     assert (first.prompt_tokens.tolist(), several.prompt_tokens.tolist()) == ([10], [30])
-    assert [one.calm.tolist() for one in (first, second, several)] == [[False], [False], [True]]
+    assert [one.uncontended.tolist() for one in (first, second, several)] == [[False], [False], [True]]
 
 
 def test_a_table_that_is_none_is_refused(folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_slos_are_those_of_the_profile(recorded: RunRecord) -> None:
     slo_s = PROFILE.slo_s("llama-2-7b", 20)
     assert slo_s is not None
     assert recorded.requests.slo_us[2] == pytest.approx(5 * slo_s * S, abs=1)
-    assert recorded.deployments[1].ask.intent.slo_s == pytest.approx(5 * slo_s)
+    assert recorded.deployments[1].endpoint.intent.slo_s == pytest.approx(5 * slo_s)
 
 
 def test_plans_hold_what_was_measured_and_say_what_was_estimated(recorded: RunRecord) -> None:
@@ -78,7 +78,7 @@ def test_plans_hold_what_was_measured_and_say_what_was_estimated(recorded: RunRe
 def test_a_baseline_has_no_intent_and_no_estimate(tmp_path: Path) -> None:
     baseline = record(put_testbed(tmp_path), BASELINE)
     [deployment] = baseline.deployments
-    assert deployment.ask.intent.objective is Objective.MIN_COST
+    assert deployment.endpoint.intent.objective is Objective.MIN_COST
     assert deployment.plan is not None
     assert deployment.plan.est_memory_bytes == 0
     assert baseline.ended_us == 101_510_000  # nothing was left, so it ended with the last request

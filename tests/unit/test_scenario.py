@@ -28,7 +28,7 @@ def replay(tmp_path):
                     trace=str(tmp_path / "requests.csv"),
                     models=str(tmp_path / "one.toml"),
                     gpus="1xA6000",
-                    ideal=True,
+                    no_dispatch_overhead=True,
                     **options,
                 )
             )
@@ -85,32 +85,33 @@ def profile_without_calibration(tmp_path):
 
 def test_the_calibrated_estimator_plans_and_serves_where_there_is_one() -> None:
     scenario = build_system(Options())
-    assert (scenario.plan_with, scenario.serve.name, scenario.notes) == ("calibrated", "calibrated", ())
+    assert (scenario.estimator, scenario.serve.name, scenario.notes) == ("calibrated", "calibrated", ())
 
 
 def test_without_a_calibration_the_papers_estimator_stands_in_and_the_run_says_so(tmp_path) -> None:
     profile = profile_without_calibration(tmp_path)
     scenario = build_system(Options(profile=profile))
-    assert (scenario.plan_with, scenario.serve.name) == ("paper", "paper")
+    assert (scenario.estimator, scenario.serve.name) == ("paper", "paper")
     [note] = scenario.notes
     assert note.startswith("profile a6000-short has no calibration, so the estimator 'paper' stands in")
-    assert build_system(Options(profile=profile, plan_with="paper", serve_with="paper")).notes == ()
+    assert build_system(Options(profile=profile, estimator="paper", service_times="paper")).notes == ()
     with pytest.raises(InputError, match="has no calibration, which the calibrated estimator needs"):
-        build_system(Options(profile=profile, plan_with="calibrated"))
+        build_system(Options(profile=profile, estimator="calibrated"))
 
 
 def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
     run = "MaverIQ_large_min_cost_code_0.4_slo0"
-    usual, blind = (build_system(Options(scale=0.05, serve_without=name)) for name in (None, run))
-    model = usual.workload.asks[0].model
+    default, blind = (build_system(Options(scale=0.05, exclude_run=name)) for name in (None, run))
+    model = default.workload.endpoints[0].model
     asked = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
     seconds = [
-        one.serve.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s for one in (usual, blind)
+        one.serve.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s
+        for one in (default, blind)
     ]
     assert seconds[0] != seconds[1] == pytest.approx(seconds[0], rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["paper", "recorded"])
 def test_only_fitted_service_times_can_leave_a_run_out(name: str) -> None:
-    with pytest.raises(InputError, match=f"--serve-without applies to --serve-with calibrated, not to '{name}'"):
-        build_system(Options(serve_with=name, serve_without="x"))
+    with pytest.raises(InputError, match=f"--exclude-run applies to --service-times calibrated, not to '{name}'"):
+        build_system(Options(service_times=name, exclude_run="x"))

@@ -22,8 +22,8 @@ def build(batch_size=1, **options):
 def test_the_defaults_are_the_published_run():
     workload = build()
     assert len(workload.arrivals) == 3508
-    assert [ask.asked_us / 1e6 for ask in workload.asks] == [0, 270, 510, 750]
-    assert all(ask.intent == INTENT and ask.batch_size == 1 for ask in workload.asks)
+    assert [endpoint.requested_us / 1e6 for endpoint in workload.endpoints] == [0, 270, 510, 750]
+    assert all(endpoint.intent == INTENT and endpoint.batch_size == 1 for endpoint in workload.endpoints)
     assert (workload.arrivals.output_tokens == 20).all()
     assert not workload.arrivals.slo_us.any()
     assert workload.arrivals.service_us is None
@@ -39,15 +39,17 @@ def test_sharegpt_prompts_have_the_measured_mean_and_median():
 
 def test_fixed_lengths_plan_for_themselves():
     workload = build(prompt_tokens="128", output_tokens="7", batch_size=4)
-    assert {(ask.prompt_tokens, ask.output_tokens, ask.batch_size) for ask in workload.asks} == {(128, 7, 4)}
+    assert {
+        (endpoint.prompt_tokens, endpoint.output_tokens, endpoint.batch_size) for endpoint in workload.endpoints
+    } == {(128, 7, 4)}
     assert (workload.arrivals.prompt_tokens == 128).all()
     assert (workload.arrivals.output_tokens == 7).all()
 
 
 def test_trace_lengths_from_the_embedded_quantiles():
     workload = build(trace="code", prompt_tokens="trace", output_tokens="trace", scale=1.0)
-    assert workload.asks[0].prompt_tokens == 1469
-    assert workload.asks[0].output_tokens == 13
+    assert workload.endpoints[0].prompt_tokens == 1469
+    assert workload.endpoints[0].output_tokens == 13
     assert workload.arrivals.prompt_tokens.mean() == pytest.approx(2048, rel=0.03)
     assert workload.arrivals.output_tokens.mean() == pytest.approx(27.9, rel=0.15)
 
@@ -83,13 +85,13 @@ def test_each_row_is_used_once_before_any_is_used_twice(small_trace):
 
 def test_slos_follow_the_model_and_the_requests_own_output():
     workload = build(trace="conversation", output_tokens="trace", slo_scale=2.5)
-    models = {ask.endpoint_id: ask.model.name for ask in workload.asks}
+    models = {endpoint.endpoint_id: endpoint.model.name for endpoint in workload.endpoints}
     arrivals = workload.arrivals
     columns = (arrivals.endpoint_id, arrivals.output_tokens, arrivals.slo_us)
     for endpoint, tokens, slo_us in zip(*(column[:500].tolist() for column in columns), strict=True):
         assert slo_us == pytest.approx(2.5 * slo_of(models[endpoint], tokens) * 1e6, abs=1)
-    assert [ask.intent.slo_s for ask in workload.asks] == [
-        pytest.approx(2.5 * slo_of(ask.model.name, 129)) for ask in workload.asks
+    assert [endpoint.intent.slo_s for endpoint in workload.endpoints] == [
+        pytest.approx(2.5 * slo_of(endpoint.model.name, 129)) for endpoint in workload.endpoints
     ]
 
 
@@ -116,7 +118,7 @@ def test_a_schedule_is_replayed_as_it_stands(recording):
     assert arrivals.output_tokens.tolist() == [30, 10, 20]
     assert arrivals.slo_us.tolist() == [2_000_000, 0, 3_000_000]
     assert arrivals.service_us.tolist() == [500_000, 250_000, 1_000_000]
-    assert (workload.asks[0].prompt_tokens, workload.asks[0].output_tokens) == (11, 20)
+    assert (workload.endpoints[0].prompt_tokens, workload.endpoints[0].output_tokens) == (11, 20)
 
 
 def test_options_replace_what_a_schedule_says(recording):

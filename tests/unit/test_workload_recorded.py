@@ -54,5 +54,7 @@ def test_deploys_equal_the_recorded_ones(measured_data, maveriq_runs):
         recorded[row["run"]].append((int(row["model_id"]), row["model"], micros(float(row["deploy_s"]))))
     for run in maveriq_runs:
         options = WorkloadOptions(scale=float(run["rate_scale"]), models=run["model_set"])
-        asks = build_workload(options, intent=INTENT, slo_of=lambda _model, _tokens: None).asks
-        assert [(ask.endpoint_id, ask.model.name, ask.asked_us) for ask in asks] == recorded[run["run"]]
+        endpoints = build_workload(options, intent=INTENT, slo_of=lambda _model, _tokens: None).endpoints
+        assert [
+            (endpoint.endpoint_id, endpoint.model.name, endpoint.requested_us) for endpoint in endpoints
+        ] == recorded[run["run"]]

@@ -18,8 +18,8 @@ from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.streams import pick
 
 _ENDED = -1
-_USUAL_VOCABULARY = 32_000
-_MOST_VOCABULARY = 2**31  # token ids go over the channel
+_DEFAULT_VOCABULARY = 32_000
+_MAX_VOCABULARY = 2**31  # token ids go over the channel
 
 
 class EmulatedEngine:
@@ -27,7 +27,7 @@ class EmulatedEngine:
 
     def __init__(self) -> None:
         self._time_scale = 1.0
-        self._vocabulary = _USUAL_VOCABULARY
+        self._vocabulary = _DEFAULT_VOCABULARY
         self._stages: list[subprocess.Popen[bytes]] = []
 
     def load(self, spec: EngineSpec) -> Loaded:
@@ -80,10 +80,10 @@ def _drawn(sequence: PromptSequence, vocabulary: int) -> Iterator[int]:
 
 def _vocabulary(config_json: str) -> int:
     try:
-        size = json.loads(config_json).get("vocab_size", _USUAL_VOCABULARY)
+        size = json.loads(config_json).get("vocab_size", _DEFAULT_VOCABULARY)
     except (ValueError, AttributeError, RecursionError):
         raise EngineError(FailureKind.UNSUPPORTED, "the model's configuration is no JSON object") from None
-    if not isinstance(size, int) or not 1 <= size <= _MOST_VOCABULARY:
+    if not isinstance(size, int) or not 1 <= size <= _MAX_VOCABULARY:
         raise EngineError(FailureKind.UNSUPPORTED, f"vocab_size must be a positive whole number, not {size!r}")
     return size
 

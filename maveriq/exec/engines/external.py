@@ -22,7 +22,7 @@ from maveriq.exec.engines.engine import EngineError, FailureKind, Step
 from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.units import Bytes
 
-MOST_SEQUENCE_TOKENS = 4096
+MAX_SEQUENCE_TOKENS = 4096
 """Room for one sequence, prompt and output, in a KV cache; less where the model ends before that."""
 
 _SHORT_MODEL_TOKENS = 2048  # where a configuration does not say; falcon's does not
@@ -57,8 +57,8 @@ class EngineRequirements:
     def sequence_tokens(self) -> int:
         """Room for one sequence, in tokens."""
         known = [self.hf_config.get(key) for key in ("max_position_embeddings", "n_positions")]
-        of_model = next((most for most in known if isinstance(most, int) and most > 0), _SHORT_MODEL_TOKENS)
-        return min(of_model, MOST_SEQUENCE_TOKENS)
+        of_model = next((maximum for maximum in known if isinstance(maximum, int) and maximum > 0), _SHORT_MODEL_TOKENS)
+        return min(of_model, MAX_SEQUENCE_TOKENS)
 
     @property
     def quantised_ahead(self) -> str | None:
@@ -125,16 +125,16 @@ def _check_head_size(hf_config: Mapping[str, Any]) -> None:
         raise InputError(f"head_dim must be a positive whole number, not {size!r}")
 
 
-def check_lengths(engine: str, sequences: tuple[PromptSequence, ...], most_tokens: int) -> None:
+def check_lengths(engine: str, sequences: tuple[PromptSequence, ...], max_tokens: int) -> None:
     """Make sure that every sequence has room; engines themselves would end it early without a word.
 
     Raises:
         EngineError: one has not.
     """
     longest = max(len(one.prompt) + one.output_tokens for one in sequences)
-    if longest > most_tokens:
+    if longest > max_tokens:
         raise EngineError(
-            FailureKind.ERROR, f"{engine}: a sequence of {longest} tokens, where there is room for {most_tokens}"
+            FailureKind.ERROR, f"{engine}: a sequence of {longest} tokens, where there is room for {max_tokens}"
         )
 
 
@@ -164,7 +164,7 @@ class ExternalEngine(ABC):
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._most_tokens = 0  # of a sequence
+        self._max_tokens = 0  # of a sequence
 
     def load(self, spec: EngineSpec) -> Loaded:
         """Start the engine and serve a first token; see `Engine.load`."""

@@ -31,7 +31,7 @@ from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
 NAME = "trtllm"
 
 _BLOCK_TOKENS = 32
-_LEAST_BATCHED_TOKENS = 8192  # its default; more only where a prompt may be longer
+_MIN_BATCHED_TOKENS = 8192  # its default; more only where a prompt may be longer
 _ALGORITHMS = {WeightType.INT8: "W8A16", WeightType.INT4: "W4A16"}  # weights alone, a scale per channel
 _GIVEN: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.FLOAT16: (None,),
@@ -68,7 +68,7 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
         "max_batch_size": spec.batch_size,
         "max_seq_len": sequence_tokens,
         "max_input_len": sequence_tokens,  # else 1024
-        "max_num_tokens": max(_LEAST_BATCHED_TOKENS, sequence_tokens),
+        "max_num_tokens": max(_MIN_BATCHED_TOKENS, sequence_tokens),
         # Its KV type follows the activations. Prompts that come again must cost what they cost the first time.
         "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": blocks * _BLOCK_TOKENS},
         "cuda_graph_config": {"max_batch_size": spec.batch_size},
@@ -166,7 +166,7 @@ class TrtLlmEngine(ExternalEngine):
         wanted = translate(spec, str(folder))
         write_files(wanted.files, folder)
         os.environ.update(wanted.environment)
-        self._most_tokens = wanted.arguments["max_seq_len"]
+        self._max_tokens = wanted.arguments["max_seq_len"]
         try:
             import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
         except Exception as error:  # without a driver it fails in many ways
@@ -183,7 +183,7 @@ class TrtLlmEngine(ExternalEngine):
         loop, llm = self._loop, self._llm
         if loop is None or llm is None:
             raise EngineError(FailureKind.ERROR, "trtllm: nothing is loaded")
-        check_lengths(NAME, sequences, self._most_tokens)
+        check_lengths(NAME, sequences, self._max_tokens)
         aligner, chunks = StepAligner(len(sequences)), asyncio.Queue[_Chunk]()
         streams = [loop.create_task(_stream(llm, one, position, chunks)) for position, one in enumerate(sequences)]
         try:

@@ -190,7 +190,7 @@ class VllmEngine(ExternalEngine):
         wanted = translate(spec, str(folder), cpus=tuple(sorted(os.sched_getaffinity(0))))
         write_files(wanted.files, folder)
         os.environ.update(wanted.environment)
-        self._most_tokens = wanted.arguments["max_model_len"]
+        self._max_tokens = wanted.arguments["max_model_len"]
         try:
             import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
             from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
@@ -206,7 +206,7 @@ class VllmEngine(ExternalEngine):
     def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
         if self._engine is None:
             raise EngineError(FailureKind.ERROR, "vllm: nothing is loaded")
-        check_lengths(NAME, sequences, self._most_tokens)
+        check_lengths(NAME, sequences, self._max_tokens)
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found, unused-ignore]
 

@@ -37,12 +37,12 @@ def simulate_requests(
 ) -> None:
     """Do as `reference.simulate_requests`."""
     groups = len(group_stages)
-    most_stages = 1
+    max_stages = 1
     for group in range(groups):
-        most_stages = max(most_stages, group_stages[group])
-    clocks = np.zeros((groups, most_stages))
+        max_stages = max(max_stages, group_stages[group])
+    clocks = np.zeros((groups, max_stages))
     last = np.zeros(groups)  # the clock of each last stage again, close together for the dispatch
-    ends = np.empty(most_stages)
+    ends = np.empty(max_stages)
     keep = len(finish_s) > 0
     for number in range(len(arrival_s)):
         arrival = arrival_s[number]
@@ -50,11 +50,11 @@ def simulate_requests(
         if model < 0 or host_start[model] == host_start[model + 1]:
             continue
         group = hosts[host_start[model]]
-        least = last[group]
+        minimum = last[group]
         for position in range(host_start[model] + 1, host_start[model + 1]):
             other = hosts[position]
-            if last[other] < least:
-                least = last[other]
+            if last[other] < minimum:
+                minimum = last[other]
                 group = other
         dispatched[group] += 1
         stages = group_stages[group]

@@ -29,9 +29,9 @@ class StaticPlacementPolicy:
     solution: PlacementSolution
     profiles: Sequence[ModelProfile]
 
-    def decide(self, ask: EndpointSpec, view: ClusterView) -> Decision:
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return a replica on each group that hosts the endpoint and has the memory now."""
-        plans = list(self._plans(ask))
+        plans = list(self._plans(endpoint))
         if not plans:
             return Rejection(reason=self._why_left_out())
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
@@ -44,9 +44,9 @@ class StaticPlacementPolicy:
         """Return on how many groups the placement has an endpoint."""
         return sum(endpoint_id - 1 in group.model_indices for group in self.solution.groups)
 
-    def _plans(self, ask: EndpointSpec) -> Iterator[DeploymentPlan]:
+    def _plans(self, endpoint: EndpointSpec) -> Iterator[DeploymentPlan]:
         """Yield the replicas; groups take the GPUs in the order of their ids."""
-        model, first = ask.endpoint_id - 1, 0
+        model, first = endpoint.endpoint_id - 1, 0
         for group in self.solution.groups:
             gpu_ids = tuple(range(first, first + group.tp * group.pp))
             first += len(gpu_ids)
@@ -55,11 +55,11 @@ class StaticPlacementPolicy:
             stages = self.profiles[model].shapes[GroupShape(group.tp, group.pp)]
             gpu_bytes = tuple(round(size) for size in stages.stage_weight_bytes for _ in range(group.tp))
             yield DeploymentPlan(
-                model=ask.model,
+                model=endpoint.model,
                 configuration=ParallelConfig(
-                    tp=group.tp, pp=group.pp, weights=WeightType.FLOAT16, batch_size=ask.batch_size
+                    tp=group.tp, pp=group.pp, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size
                 ),
-                layer_split=even_split(ask.model.layers, group.pp),
+                layer_split=even_split(endpoint.model.layers, group.pp),
                 gpu_ids=gpu_ids,
                 gpu_bytes=gpu_bytes,
                 est_latency_s=sum(stages.stage_latency_s),

@@ -247,8 +247,8 @@ def pure_pipelines(gpus: int) -> tuple[GroupShape, ...]:
     return tuple(GroupShape(1, size) for size in _powers_of_two(gpus) if gpus & size)
 
 
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << exponent for exponent in range(most.bit_length())]
+def _powers_of_two(maximum: int) -> list[int]:
+    return [1 << exponent for exponent in range(maximum.bit_length())]
 
 
 class StarRule(StrEnum):

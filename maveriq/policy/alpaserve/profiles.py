@@ -73,7 +73,7 @@ def published_profiles() -> Mapping[str, ModelProfile]:
     """
     shapes: dict[str, dict[GroupShape, StageProfile]] = {}
     for row in read_csv(data_path("alpaserve", "profile-float16.csv"), PUBLISHED_COLUMNS, what="AlpaServe profile"):
-        shape = GroupShape(row.count("tp", least=1), row.count("pp", least=1))
+        shape = GroupShape(row.count("tp", minimum=1), row.count("pp", minimum=1))
         shapes.setdefault(row.text("model"), {})[shape] = StageProfile(
             stage_latency_s=(row.number("stage_latency_s"),) * shape.pp,
             stage_weight_bytes=(row.number("stage_weight_bytes"),) * shape.pp,

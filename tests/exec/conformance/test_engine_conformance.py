@@ -144,10 +144,10 @@ def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
             await one.hear(StepProgress)
             steps = []
             for number in (1, 2):
-                asked_s = time.monotonic()
+                requested_s = time.monotonic()
                 one.say(Ping(number=number))
                 pong = await one.hear(Pong)
-                assert time.monotonic() - asked_s < 1.0
+                assert time.monotonic() - requested_s < 1.0
                 assert pong.execution_id == 1
                 steps.append(pong.steps)
                 await one.hear(StepProgress)

@@ -16,7 +16,7 @@ from maveriq.domain.models import KvType, WeightType
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.messages import EngineSpec
 
-_MOST_NUMBERS = 2**50
+_MAX_NUMBERS = 2**50
 """Of a matrix; more would not be missed as memory, but break the arithmetic of sizes."""
 
 
@@ -113,7 +113,7 @@ def read_decoder_config(config_json: str) -> DecoderConfig:
         refuse(f"{arch.heads} heads must divide hidden size {arch.hidden} and be divided by {arch.kv_heads} KV heads")
     if arch.rotary.size > arch.head_size or arch.rotary.size % 2:
         refuse(f"rotary size {arch.rotary.size} must be even and at most the head size {arch.head_size}")
-    if max(arch.vocabulary, arch.intermediate) * arch.hidden > _MOST_NUMBERS:
+    if max(arch.vocabulary, arch.intermediate) * arch.hidden > _MAX_NUMBERS:
         refuse(f"config.json: no machine holds matrices of {arch.vocabulary} or {arch.intermediate} by {arch.hidden}")
     return arch
 

@@ -121,7 +121,7 @@ def _opened(folder: Path, file: str, use: Callable[[Any], T]) -> T:
 
 _SLICE_ELEMENTS = MappingProxyType({"cpu": 2**18, "cuda": 2**24})
 """On a CPU a slice should fit its cache: five times as fast as whole matrices, twice as fast as torch's int8 kernel."""
-_LEAST_SCALE = 1e-7  # so that rows of zeroes stay zeroes, and 16 bits hold it
+_MIN_SCALE = 1e-7  # so that rows of zeroes stay zeroes, and 16 bits hold it
 _GROUP_SIZES = (128, 64, 32, 16, 8, 4, 2)
 
 
@@ -161,7 +161,7 @@ class Int8Linear:
         self._scale = weight.new_empty(len(weight))
         self._bias = bias
         for part in _slices(weight, weight.shape[1]):
-            scale = weight[part].abs().amax(dim=1, keepdim=True).float().clamp_min(_LEAST_SCALE) / 127
+            scale = weight[part].abs().amax(dim=1, keepdim=True).float().clamp_min(_MIN_SCALE) / 127
             self._codes[part] = (weight[part] / scale).round_()
             self._scale[part] = scale.squeeze(1)
 
@@ -197,7 +197,7 @@ class Int4Linear:
         for part in _slices(weight, inputs):
             grouped = weight[part].unflatten(1, (-1, group)).float()
             low, high = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)
-            scale = ((high - low) / 15).clamp_min(_LEAST_SCALE)
+            scale = ((high - low) / 15).clamp_min(_MIN_SCALE)
             codes = ((grouped - low) / scale).round_().clamp_(0, 15).to(torch.uint8).flatten(1)
             # One byte holds numbers of the two halves of a row, so that expanding it is a concatenation.
             self._packed[part] = codes[:, : inputs // 2] | codes[:, inputs // 2 :] << 4
