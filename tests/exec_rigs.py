@@ -45,7 +45,7 @@ class EngineCase:
         ranks = more.get("tp", 1) * more.get("pp", 1)
         default: dict[str, Any] = {
             "deployment_id": 1,
-            "incarnation": 1,
+            "generation": 1,
             "model": self.model.name,
             "config_json": hf_config_json(self.model),
             "tp": 1,

@@ -16,7 +16,7 @@ def write_profile(folder: Path, rows: str) -> Path:
     (folder / "load.toml").write_text("fixed_s = 1\nper_gpu_s = 0\nper_gib_s = 0\n")
     (folder / "hardware.toml").write_text(
         'kind = "cpu"\nmemory_gib = 1\nidle_gib = 0\n'
-        "[dispatch]\ntick_ms = 0\nafter_arrival_ms = 0\nafter_release_ms = 0\npause_s = 0\n"
+        "[dispatch]\ntick_ms = 0\nafter_arrival_ms = 0\nafter_release_ms = 0\nregistration_delay_s = 0\n"
         "[run]\ndrain_s = 10\n[load_window]\nsamples = 120\nsample_s = 1\nlook_s = 0.2\nbusy_percent = 1\n"
         '[tables]\nload_fit = "load.toml"\nmeasured = "measured.csv"\n'
     )

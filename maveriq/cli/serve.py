@@ -15,7 +15,7 @@ _HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
 _MOST = 1_000_000
 
 CLUSTER_OPTIONS = (
-    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "replica", "on_failure", "estimator",
+    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "router", "on_failure", "estimator",
     "service_times", "load_s", "seed",
 )  # fmt: skip
 """The options of a run that a service has too."""

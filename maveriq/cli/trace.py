@@ -135,7 +135,7 @@ def _view(summary: WorkloadSummary, width: int) -> list[RenderableType]:
         models.add_row(str(endpoint.endpoint), endpoint.model, f"{endpoint.requested_s:,.0f}", f"{endpoint.requests:,}")
     lengths = new_table("Lengths in tokens")
     lengths.add_column("")
-    for column in ("least", "p25", "median", "p75", "p90", "p99", "most", "mean"):
+    for column in ("minimum", "p25", "median", "p75", "p90", "p99", "maximum", "mean"):
         lengths.add_column(column, justify="right")
     for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens)):
         quantiles = (tokens.minimum, tokens.p25, tokens.median, tokens.p75, tokens.p90, tokens.p99, tokens.maximum)

@@ -98,7 +98,7 @@ class ControllerSettings:
     discipline: QueueDiscipline = QueueDiscipline.FIFO
     max_wait_us: Micros = DEFAULT_MAX_WAIT_US
     on_failure: OnFailure = OnFailure.REQUEUE
-    replica: RoutingRule = RoutingRule.UNIFORM
+    router: RoutingRule = RoutingRule.UNIFORM
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
 
@@ -114,8 +114,8 @@ class Controller:
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings
-        self._replicas = Router(settings.replica, settings.seed)
-        guesses = settings.discipline is QueueDiscipline.SJF or settings.replica is RoutingRule.LEAST_WORK
+        self._router = Router(settings.router, settings.seed)
+        guesses = settings.discipline is QueueDiscipline.SJF or settings.router is RoutingRule.LEAST_WORK
         self._predict_service_time = predict_service_time if guesses else None
         self._clock = DispatchDelays(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}
@@ -175,13 +175,13 @@ class Controller:
         if not replicas:
             self.tracker.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
             return
-        deployment = replicas[0] if len(replicas) == 1 else self._replicas.choose(replicas, request)
+        deployment = replicas[0] if len(replicas) == 1 else self._router.choose(replicas, request)
         self.tracker.assigned(request, deployment.deployment_id)
         if not deployment.serves:
             self.tracker.refused(request, deployment.why_refused())
             return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
-        self._replicas.committed(deployment, self._now_us, service_us)
+        self._router.committed(deployment, self._now_us, service_us)
         if first:
             self.queue.push_back(request, deployment.deployment_id)
         else:

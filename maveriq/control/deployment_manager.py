@@ -40,7 +40,7 @@ class Deployment:
     `serves` says whether requests may wait for it: from its first registration until it is
     removed or lost. `returns` says, while it is down, whether it will be back. `alive` says
     whether there is an engine, loading or up, that somebody must stop; `open_failures` how many
-    of its own failures are not mended (a failed GPU is not among them). `incarnation` counts the
+    of its own failures are not mended (a failed GPU is not among them). `generation` counts the
     engines started for it, `execution_id` the executions: late words about earlier ones are told
     apart by them.
     """

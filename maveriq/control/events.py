@@ -96,7 +96,7 @@ class EngineRepaired:
 
 @dataclass(frozen=True, slots=True)
 class EngineUp:
-    """An engine has loaded and registers. A stale `incarnation` is ignored."""
+    """An engine has loaded and registers. A stale `generation` is ignored."""
 
     deployment_id: int
     generation: int
@@ -195,7 +195,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class StartEngine:
-    """Load an engine; answer with `EngineUp` of the same incarnation."""
+    """Load an engine; answer with `EngineUp` of the same generation."""
 
     deployment_id: int
     generation: int

@@ -188,7 +188,7 @@ async def terminate(connection: EngineConnection, *, stop_s: float, ask: Callabl
     Args:
         connection: to the group.
         stop_s: time for each step.
-        endpoint: asks it to stop in order; None for one that is not worth asking.
+        ask: asks it to stop in order; None for one that is not worth asking.
     """
     try:
         for step in (ask, connection.terminate) if ask else ():

@@ -25,7 +25,7 @@ idle_gib = {idle_gib}
 tick_ms = 0.0
 after_arrival_ms = 0.0
 after_release_ms = 0.0
-pause_s = 0.0
+registration_delay_s = 0.0
 
 [run]
 drain_s = 300.0

@@ -201,7 +201,7 @@ def controller_settings(options: Options, profile: HardwareProfile) -> Controlle
         discipline=_choice(QueueDiscipline, "queue", options.queue),
         max_wait_us=micros(options.max_wait_s),
         on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
-        replica=_choice(RoutingRule, "replica choice", options.replica),
+        router=_choice(RoutingRule, "router", options.router),
         seed=options.seed,
         load_window=profile.load_window,
     )

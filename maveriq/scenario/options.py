@@ -38,7 +38,7 @@ def _option(
         minimum: the smallest number allowed.
         maximum: the largest.
     """
-    said = {"help": explained, "panel": panel, "shown": shown, "least": minimum, "most": maximum}
+    said = {"help": explained, "panel": panel, "shown": shown, "minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=said)
 
 
@@ -81,7 +81,7 @@ class Options:
     max_wait_s: float = _option(
         60.0, "Who has waited longer goes next (not with fifo).", _POLICY, minimum=0, maximum=_LONGEST_S
     )
-    replica: str = _option("uniform", "Among replicas of a model: uniform or least-work.", _POLICY)
+    router: str = _option("uniform", "Among replicas of a model: uniform or least-work.", _POLICY)
     alpaserve_profile: str = _option("maveriq", "What AlpaServe knows of models: maveriq or published.", _POLICY)
     alpaserve_as_published: bool = _option(False, "AlpaServe with its naming defect and table.", _POLICY)  # noqa: FBT003
     alpaserve_star_rule: str = _option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
@@ -130,7 +130,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, minimum, maximum = getattr(self, one.name), one.metadata["least"], one.metadata["most"]
+            value, minimum, maximum = getattr(self, one.name), one.metadata["minimum"], one.metadata["maximum"]
             name = f"--{one.name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, not {value}")

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from maveriq.csv_columns import name_fault
 from maveriq.domain.requests import DemandForecast
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.policy.alpaserve.problem import (
@@ -29,7 +30,7 @@ from maveriq.policy.alpaserve.problem import (
     StageProfile,
     StarRule,
 )
-from maveriq.tables import Row, name_fault, read_json, read_text
+from maveriq.tables import Row, read_json, read_text
 
 _WHAT = "placement problem"
 _REQUESTS = "workload"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from maveriq.csv_columns import micros_column
 from maveriq.errors import InputError
 from maveriq.streams import generator
-from maveriq.tables import micros_column
 from maveriq.units import MICROS_PER_SECOND, Micros
 from maveriq.workload.requests import Arrivals
 

@@ -88,5 +88,5 @@ def summarise(workload: Workload) -> WorkloadSummary:
 
 def _lengths(tokens: np.ndarray[Any, Any]) -> LengthSummary:
     quantiles = np.percentile(tokens, (0, 25, 50, 75, 90, 99, 100), method="inverted_cdf").tolist()
-    names = ("least", "p25", "median", "p75", "p90", "p99", "most")
+    names = ("minimum", "p25", "median", "p75", "p90", "p99", "maximum")
     return LengthSummary(**dict(zip(names, quantiles, strict=True)), mean=float(tokens.mean()))

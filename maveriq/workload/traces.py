@@ -21,20 +21,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from maveriq.errors import InputError, UnknownNameError
-from maveriq.files import exists, traces_path, written_whole
-from maveriq.tables import (
-    Row,
+from maveriq.csv_columns import (
     check_ascending,
     check_whole,
     header_of,
     micros_column,
     name_fault,
     parse_columns,
-    read_csv,
-    read_text,
     whole_numbers,
 )
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.files import exists, traces_path, written_whole
+from maveriq.tables import Row, read_csv, read_text
 from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.requests import Arrivals
 

@@ -36,7 +36,7 @@ MALFORMED = [
     bad("sim --remove endpoint=2@1s", "it is not asked for before 270 s"),
     bad("sim --fail deployment=2@1s", "fault of deployment 2 at 1 s", "not asked for before 270 s"),
     bad("sim --fail gpu=1@99999s", "fault of GPU 1 at 99999 s", "the run ends by"),
-    bad("sim --router random", "unknown replica choice 'random'", "uniform"),
+    bad("sim --router random", "unknown router 'random'", "uniform"),
     bad("sim --policy alpaserve --float16-only", "--float16-only applies to policies that go by intents"),
     bad("sim --alpaserve-profile published", "--alpaserve-profile applies to alpaserve and alpaserve-star"),
     bad("sim --packing-threshold 1.5", "packing threshold must lie between 0 and 1, not 1.5"),

@@ -164,7 +164,7 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     standing = asyncio.create_task(machine.stand_still_at_times())
     outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
     standing.cancel()
-    notes = body.chronicle.notes
+    notes = body.notes.notes
     await body.close()
     table = body.end_requests()
     counts = Counter(outcome.status.label for outcome in outcomes)

@@ -55,7 +55,7 @@ def spec(family: str = "llama", **changes: Any) -> EngineSpec:
     """Return what to load of a tiny model: whole, in float16, on one GPU, but for the changes."""
     fields: dict[str, Any] = {
         "deployment_id": 1,
-        "incarnation": 1,
+        "generation": 1,
         "model": f"tiny-{family}",
         "config_json": json.dumps(TINY[family]),
         "tp": 1,

@@ -65,7 +65,7 @@ def test_a_killed_engine_comes_back_and_its_request_is_run_again(tmp_path) -> No
             assert one.controller.manager.deployments[1].generation == 2
             assert (await other.outcome()).status is COMPLETED
             assert one.controller.manager.deployments[2].generation == 1
-            assert any("signal SIGKILL" in note for note in one.chronicle.notes)
+            assert any("signal SIGKILL" in note for note in one.notes.notes)
 
     run_async(check)
 
@@ -101,7 +101,7 @@ def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
             assert (await send(one, 2).outcome()).status is COMPLETED
             assert (await handle.outcome()).status is COMPLETED
             assert one.controller.manager.deployments[1].generation == 2
-            assert any("was not heard for 1 s" in note for note in one.chronicle.notes)
+            assert any("was not heard for 1 s" in note for note in one.notes.notes)
             await until(lambda: not alive_in_group(stopped))
 
     run_async(check)

@@ -11,8 +11,8 @@ import pytest
 
 CHILD = """
 import os, sys, time
-from maveriq.exec.engine_server import die_with_parent
-die_with_parent()
+from maveriq.exec.engine_server import exit_with_parent
+exit_with_parent()
 print(os.getpid(), flush=True)
 time.sleep(60)
 """

@@ -89,7 +89,7 @@ def test_logs_of_an_engine_that_is_restarted_for_ever_do_not_pile_up(tmp_path: P
 
 
 def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("maveriq.exec.launcher.MOST_BYTES", 100_000)
+    monkeypatch.setattr("maveriq.exec.launcher.MAX_BYTES", 100_000)
     monkeypatch.setattr("maveriq.exec.launcher.LOOK_EVERY_S", 0.02)
 
     async def check() -> None:

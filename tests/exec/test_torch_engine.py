@@ -216,7 +216,7 @@ def test_the_rank_that_ran_out_of_memory_is_the_cause_whoever_speaks_first():
     class Heard:
         pids = (1, 2)
 
-        def hear(self):
+        def receive(self):
             return 0, missed
 
         def failures(self):

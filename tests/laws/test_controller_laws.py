@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from worlds import controller
+from worlds import controller, endpoint_spec
 
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (

@@ -93,7 +93,7 @@ def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
         ({"policy": "llf", "alpaserve_star_rule": "Z"}, InputError, "--alpaserve-star-rule applies to alpaserve and"),
         ({"float16_only": True}, InputError, "--float16-only applies to policies that go by intents"),
         ({"alpaserve_as_published": True, "trace": "poisson"}, InputError, "needs an Azure trace, not 'poisson'"),
-        ({"replica": "random"}, UnknownNameError, "unknown replica choice 'random'"),
+        ({"router": "random"}, UnknownNameError, "unknown router 'random'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict, error: type, message: str) -> None:

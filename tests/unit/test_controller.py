@@ -153,7 +153,7 @@ def served_by(brain: Controller, count: int, tokens=lambda number: 10) -> list[i
 
 
 def test_least_work_goes_by_what_was_committed() -> None:
-    brain = up({1: [(0,), (1,)]}, replica=RoutingRule.LEAST_WORK)
+    brain = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
     assert served_by(brain, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
 
 
@@ -167,7 +167,7 @@ def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> N
 
 @pytest.mark.parametrize("choice", RoutingRule)
 def test_a_replica_that_is_up_is_preferred_to_one_that_will_be_back(choice: RoutingRule) -> None:
-    brain = up({1: [(0,), (1,)]}, replica=choice)
+    brain = up({1: [(0,), (1,)]}, router=choice)
     brain.handle(0, [EngineDown(1, returns=True)])
     assert set(served_by(brain, 20)) == {2}
 
@@ -237,7 +237,7 @@ def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
 
 
 def test_requests_of_a_lost_replica_go_to_the_other() -> None:
-    brain = up({1: [(0,), (1,)]}, replica=RoutingRule.LEAST_WORK)
+    brain = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
     for at in (1, 2, 3):
         brain.handle(at, [RequestArrived(request(at, at_us=at))])
     brain.handle(4, [EngineDown(1, returns=False)])
@@ -247,7 +247,7 @@ def test_requests_of_a_lost_replica_go_to_the_other() -> None:
 
 
 def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
-    brain = up({1: [(0,), (1,)], 2: [(1,)]}, replica=RoutingRule.LEAST_WORK)
+    brain = up({1: [(0,), (1,)], 2: [(1,)]}, router=RoutingRule.LEAST_WORK)
     brain.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
     brain.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
     brain.handle(3, [RequestArrived(request(3, 1, 3, tokens=50))])  # waits for the replica on GPU 1

@@ -12,11 +12,11 @@ PROFILE = load_profile("a6000-short")
 
 
 def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    gpus = (
+    here = tuple(
         Gpu(gpu_id=k, node=0, kind=name, capacity_bytes=48 * BYTES_PER_GIB, idle_bytes=k * BYTES_PER_GIB)
         for k, name in enumerate(names)
     )
-    monkeypatch.setattr(gpus, "real_cluster", lambda: Cluster(name="local", gpus=tuple(gpus)))
+    monkeypatch.setattr(gpus, "real_cluster", lambda: Cluster(name="local", gpus=here))
 
 
 def test_the_gpus_of_this_machine_are_a_cluster_of_the_profile(monkeypatch) -> None:

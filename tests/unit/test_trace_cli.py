@@ -34,7 +34,7 @@ def test_show_json_holds_the_same_figures():
     shown = json.loads(run("show", "conversation", "--scale", "0.1", "--models", "regular", "--json"))
     assert shown["requests"] == sum(shown["requests_per_bin"]) == 1913
     assert sum(endpoint["requests"] for endpoint in shown["endpoints"]) == 1913
-    assert shown["output_tokens"]["most"] == 20
+    assert shown["output_tokens"]["maximum"] == 20
     assert shown["mean_rate_per_s"] == pytest.approx(1913 / (shown["last_arrival_s"] - shown["first_arrival_s"]))
 
 
