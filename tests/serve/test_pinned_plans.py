@@ -80,7 +80,7 @@ def test_two_replicas_on_one_gpu_need_room_for_both() -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "endpoint",
     [dataclasses.replace(ASK, model=load_model("gptj-6b")), dataclasses.replace(ASK, batch_size=2)],
 )
 def test_a_pin_of_something_else_does_not_count(endpoint: EndpointSpec) -> None:

@@ -6,6 +6,7 @@ from maveriq.cli.local_gpus import cluster_here
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.errors import InputError
 from maveriq.estimate.hardware_profile import load_profile
+from maveriq.exec import gpus
 from maveriq.units import BYTES_PER_GIB
 
 PROFILE = load_profile("a6000-short")
