@@ -1,8 +1,9 @@
-"""requests.csv, fast: a million rows in a few seconds and little memory.
+"""The columns of requests.csv and their fast writing: a million rows in a few seconds and little memory.
 
-Rows of one kind (which cells are there) share one `%`-template, filled from integers alone: a time
-is whole seconds and microseconds, never a formatted float. A cell that is not there is swallowed
-by `%.0s`, so that all kinds take the same arguments.
+Rows with the same empty cells share one `%`-template. Templates are filled from integers alone: a
+time is whole seconds and microseconds, never a formatted float. `%.0s` prints nothing for an
+argument, so all templates take the same arguments. docs/decisions/0013-libraries.md compares this
+with pandas and pyarrow.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _ROWS_AT_ONCE = 8192
 
-# What makes a cell appear, a bit each; derived cells need a completed request.
+# The conditions under which cells are filled, one bit each; derived cells need a completed request.
 _DEPLOYED, _STARTED, _TOKEN_SEEN, _FINISHED, _COMPLETED, _TTFT, _TPOT, _SLO = (1 << bit for bit in range(8))
-_NEEDS = {
+_CONDITIONS = {
     "deployment_id": _DEPLOYED,
     "start_s": _STARTED,
     "first_token_s": _TOKEN_SEEN,
@@ -74,18 +75,18 @@ class _Texts:
 
 
 class _Templates(dict[int, Callable[[tuple[object, ...]], str]]):
-    """From the kind of a row to what fills its template, made when first asked for."""
+    """Maps the filled bits of a row to the function that fills its template; made on first use."""
 
-    def __missing__(self, kind: int) -> Callable[[tuple[object, ...]], str]:
-        cells = ",".join(_cell_template(column, kind) for column in REQUEST_COLUMNS)
-        fill = self[kind] = (cells + "\n").__mod__
+    def __missing__(self, bits: int) -> Callable[[tuple[object, ...]], str]:
+        cells = ",".join(_cell_template(column, bits) for column in REQUEST_COLUMNS)
+        fill = self[bits] = (cells + "\n").__mod__
         return fill
 
 
-def _cell_template(column: str, kind: int) -> str:
+def _cell_template(column: str, bits: int) -> str:
     is_time = column.endswith("_s")
-    needs = _NEEDS.get(column, 0)
-    if needs & kind != needs:
+    condition = _CONDITIONS.get(column, 0)
+    if condition & bits != condition:
         return "%.0s%.0s" if is_time else "%.0s"
     if is_time:
         return "%d.%06d"
@@ -93,7 +94,7 @@ def _cell_template(column: str, kind: int) -> str:
 
 
 def _lines(table: RequestTable, rows: slice, texts: _Texts, templates: _Templates) -> str:
-    column = _row_columns(table, rows)
+    column = numeric_columns(table, rows)
     text_columns = {
         "model": [texts.models.get(endpoint_id, "") for endpoint_id in table.endpoint_id[rows].tolist()],
         "status": list(map(texts.statuses.__getitem__, table.status[rows].tolist())),
@@ -107,12 +108,15 @@ def _lines(table: RequestTable, rows: slice, texts: _Texts, templates: _Template
             arguments += (part.tolist() for part in np.divmod(column[name], MICROS_PER_SECOND))
         else:
             arguments.append(column[name].tolist())
-    kinds = _kinds(column).tolist()
-    return "".join([templates[kind](row) for kind, row in zip(kinds, zip(*arguments, strict=True), strict=True)])
+    bits = filled_bits(column).tolist()
+    return "".join([templates[filled](row) for filled, row in zip(bits, zip(*arguments, strict=True), strict=True)])
 
 
-def _row_columns(table: RequestTable, rows: slice) -> dict[str, Array]:
-    """Return the numeric columns of some rows by their CSV names; times in microseconds."""
+def numeric_columns(table: RequestTable, rows: slice = slice(None)) -> dict[str, Array]:
+    """Return the numeric columns of rows by their CSV names, with times in microseconds.
+
+    Where a cell of requests.csv is empty, the value has no meaning; see `is_filled`.
+    """
     names = ("arrival", "start", "first_token", "finish", "slo")
     column: dict[str, Array] = {f"{name}_s": getattr(table, f"{name}_us")[rows].astype(np.int64) for name in names}
     for name in ("request_id", "deployment_id", "prompt_tokens", "output_tokens", "status"):
@@ -129,10 +133,15 @@ def _row_columns(table: RequestTable, rows: slice) -> dict[str, Array]:
     return column
 
 
-def _kinds(column: dict[str, Array]) -> Array:
+def filled_bits(column: dict[str, Array]) -> Array:
+    """Return for each row which conditions of `_CONDITIONS` hold, as the sum of their bits.
+
+    Args:
+        column: the result of `numeric_columns`.
+    """
     completed = column["status"] == RequestStatus.COMPLETED.value
     token_seen = column["first_token_s"] != NOT_YET
-    kinds: Array = (
+    bits: Array = (
         _DEPLOYED * (column["deployment_id"] > 0)
         + _STARTED * (column["start_s"] != NOT_YET)
         + _TOKEN_SEEN * token_seen
@@ -142,4 +151,16 @@ def _kinds(column: dict[str, Array]) -> Array:
         + _TPOT * (completed & token_seen & (column["output_tokens"] > 1))
         + _SLO * (column["slo_s"] > 0)
     )
-    return kinds
+    return bits
+
+
+def is_filled(name: str, bits: Array) -> Array:
+    """Return for each row whether the cell of a column is filled.
+
+    Args:
+        name: the column's name in requests.csv.
+        bits: the result of `filled_bits`.
+    """
+    condition = _CONDITIONS.get(name, 0)
+    filled: Array = (bits & condition) == condition
+    return filled
