@@ -95,8 +95,8 @@ def _worst_services(tables: BlindTables, plan: BlindPlan) -> Grid:
 def _elsewhere(tables: BlindTables) -> Grid:
     return Grid(
         name="elsewhere",
-        title="Deployments that went elsewhere",
-        columns=("run", "endpoint", "recorded", "GPUs", "simulated", "GPUs", "there in draws"),
+        title="Deployments on other GPUs than recorded",
+        columns=("run", "endpoint", "recorded", "GPUs", "simulated", "GPUs", "recorded GPUs in draws"),
         rows=tuple(
             (
                 row.run,
@@ -116,8 +116,8 @@ def _draws(tables: BlindTables) -> Grid:
     rows = [row for row in tables.runs if row.draws > 1]
     return Grid(
         name="draws",
-        title="What chance does to placement: the least and the most over draws, and what the usual seed gives",
-        columns=("run", "mean off, %", "usual seed", "p95 off, %", "usual seed", "on the recorded GPUs"),
+        title="The effect of chance on placement: minimum and maximum over draws, and the default seed",
+        columns=("run", "mean off, %", "default seed", "p95 off, %", "default seed", "on the recorded GPUs"),
         rows=tuple(
             (
                 row.run,
@@ -136,7 +136,7 @@ def _placements(tables: BlindTables) -> Grid:
     return Grid(
         name="placements",
         title="Samplers of load against recorded placements, given the recorded executions",
-        columns=("readings of GPUs differ in age by", "draws", "as recorded, of them", "in every draw", "in none"),
+        columns=("readings of GPUs differ in age by", "draws", "as recorded", "in every draw", "in no draw"),
         rows=tuple(
             (
                 f"up to {row.max_phase_s:.2f} s" if row.max_phase_s else "nothing",
@@ -152,9 +152,9 @@ def _placements(tables: BlindTables) -> Grid:
 
 def _neighbours(tables: BlindTables) -> Grid:
     return Grid(
-        name="neighbours",
-        title="Service times beside other engines, over those of the same engine alone",
-        columns=("engines of", "beside", "engines", "requests", "recorded longer, %", "simulated longer, %"),
+        name="contention",
+        title="Service times while other engines are busy, relative to those of the same engine alone",
+        columns=("engine on", "other busy engines", "engines", "requests", "recorded longer, %", "simulated longer, %"),
         rows=tuple(
             (
                 row.engine,
