@@ -103,9 +103,9 @@ async def soak(url: str, requests: int, clients: int) -> dict[str, Any]:
 
 async def deploy(plain: httpx.AsyncClient) -> None:
     for model in MODELS:
-        answer = await plain.post("/deployments", json={"model": model, "intent": "min-cost"})
+        answer = await plain.post("/endpoints", json={"model": model, "intent": "min-cost"})
         answer.raise_for_status()
-    while any(one["status"] != "up" for one in (await plain.get("/deployments")).json()):
+    while any(one["status"] != "up" for one in (await plain.get("/endpoints")).json()):
         await asyncio.sleep(0.1)
 
 

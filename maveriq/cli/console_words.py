@@ -19,7 +19,7 @@ _YES, _NO = ("yes", "true", "fp16", "1"), ("no", "false", "0")
 USAGE = {
     "register": "register MODEL",
     "models": "models",
-    "deployments": "deployments",
+    "endpoints": "endpoints",
     "health": "health",
     "help": "help",
     "quit": "quit",
@@ -34,19 +34,19 @@ USAGE = {
 TOLD = {
     "register": "make a model known: its name, or its place in the server's models folder; gives its ID",
     "models": "list the models and their IDs",
-    "deployments": "list what is deployed, and where",
+    "endpoints": "list the endpoints and the GPUs of their deployments",
     "health": "say whether all is well",
     "help": "show this",
     "quit": "leave (or Ctrl-D)",
     "deploy": "have a model served; LEN is the usual output in tokens, SLO as 500ms or 2s, ACCURACY in percent",
     "inference": "let the model continue a text",
     "prior_inference": "the same, at the head of the queue",
-    "status": "show the deployments of a model",
-    "remove": "take its deployments away",
+    "status": "show the endpoints of a model",
+    "remove": "remove the endpoints of a model",
 }
 """What each command does."""
 
-_PLAIN = ("register", "models", "deployments", "health", "help", "quit")
+_PLAIN = ("register", "models", "endpoints", "health", "help", "quit")
 _OF_A_MODEL = ("deploy", "inference", "prior_inference", "status", "remove")
 
 
@@ -59,7 +59,7 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """`models`, `deployments`, `health`, `help` or `quit`."""
+    """`models`, `endpoints`, `health`, `help` or `quit`."""
 
     what: str
 

@@ -147,7 +147,7 @@ class Talk:
             case Infer():
                 self._infer(command)
             case ShowModel(model_id):
-                _print_deployments(self._deployments_of(model_id))
+                _print_endpoints(self._endpoints_of(model_id))
             case RemoveModel(model_id):
                 self._remove(model_id)
             case _ as never:
@@ -158,8 +158,8 @@ class Talk:
             case "models":
                 for model in self._client.get("/models"):
                     typer.echo(f"{model['id']}  {model['name']}")
-            case "deployments":
-                _print_deployments(self._client.get("/deployments"))
+            case "endpoints":
+                _print_endpoints(self._client.get("/endpoints"))
             case "health":
                 health = self._client.get("/health")
                 typer.echo("\n".join([health["status"], *health["problems"]]))
@@ -174,11 +174,11 @@ class Talk:
             )
         ask = asdict(command) | {"model": model["name"]}
         del ask["model_id"]
-        made = self._client.deploy(ask)
+        made = self._client.create_endpoint(ask)
         if made["status"] == "rejected":
-            self._client.remove(made["id"])
+            self._client.remove_endpoint(made["id"])
             raise MaveriqError(f"{model['name']} cannot be deployed: {made['reason']}")
-        _print_deployments([made])
+        _print_endpoints([made])
 
     def _infer(self, command: Infer) -> None:
         for text in self._client.infer(self._model(command.model_id)["name"], command.text, priority=command.priority):
@@ -186,13 +186,13 @@ class Talk:
         typer.echo()
 
     def _remove(self, model_id: int) -> None:
-        for deployment in self._deployments_of(model_id):
-            self._client.remove(deployment["id"])
-            typer.echo(f"deployment {deployment['id']} ({deployment['model']}) removed")
+        for endpoint in self._endpoints_of(model_id):
+            self._client.remove_endpoint(endpoint["id"])
+            typer.echo(f"endpoint {endpoint['id']} ({endpoint['model']}) removed")
 
-    def _deployments_of(self, model_id: int) -> list[Any]:
+    def _endpoints_of(self, model_id: int) -> list[Any]:
         model = self._model(model_id)
-        found = [one for one in self._client.get("/deployments") if one["model_id"] == model_id]
+        found = [one for one in self._client.get("/endpoints") if one["model_id"] == model_id]
         if not found:
             usage = USAGE["deploy"].replace("ID", str(model_id), 1).replace("MODEL", model["name"])
             raise MaveriqError(f"{model['name']} is not deployed; deploy it with: {usage}")
@@ -213,13 +213,18 @@ def _help(name: str) -> str:
     return "\n".join([*lines, *(" " * _TOLD_AT + line for line in told)])
 
 
-def _print_deployments(deployments: Iterable[Any]) -> None:
-    for one in deployments:
-        engines = "; ".join(
-            f"{engine['configuration']} on GPU {' '.join(map(str, engine['gpus']))}"
-            for engine in one["engines"]
-            if engine["gpus"]
+def _print_endpoints(endpoints: Iterable[Any]) -> None:
+    for endpoint in endpoints:
+        configurations = "; ".join(
+            f"{deployment['configuration']} on GPU {' '.join(map(str, deployment['gpus']))}"
+            for deployment in endpoint["deployments"]
+            if deployment["gpus"]
         )
-        parts = [f"deployment {one['id']}", f"{one['model']} (ID {one['model_id']})", one["status"], engines]
-        parts += [f"waiting {one['waiting']}, completed {one['completed']}", one["reason"]]
+        parts = [
+            f"endpoint {endpoint['id']}",
+            f"{endpoint['model']} (ID {endpoint['model_id']})",
+            endpoint["status"],
+            configurations,
+        ]
+        parts += [f"waiting {endpoint['waiting']}, completed {endpoint['completed']}", endpoint["reason"]]
         typer.echo("  ".join(filter(None, parts)))

@@ -57,9 +57,11 @@ def serve(
     max_output_tokens: Annotated[
         int, typer.Option(min=1, max=_MOST, help="Tokens of an output.", rich_help_panel=_LIMITS)
     ] = 4_096,
-    drain_s: Annotated[
+    grace_period_s: Annotated[
         float,
-        typer.Option(min=0.001, max=1e6, help="On the way down what runs gets so long.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0.001, max=1e6, help="Time for running requests to finish at shutdown.", rich_help_panel=_LIMITS
+        ),
     ] = 30.0,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=_HTTP)
@@ -67,9 +69,9 @@ def serve(
 ) -> None:
     """Serve many models on one cluster over HTTP.
 
-    OpenAI's API for what is deployed, /deployments to deploy by intent, /metrics
+    OpenAI's API for what is deployed, /endpoints to deploy by intent, /metrics
     for Prometheus. Listens on this machine alone unless there is a token.
-    Ctrl-C or SIGTERM ends it in order. Deployments come back with the next start.
+    Ctrl-C or SIGTERM ends it in order. Endpoints come back with the next start.
     """
     from maveriq.cli.engine_site import Engines
     from maveriq.cli.serving import Serving, run_service
@@ -94,7 +96,7 @@ def serve(
             max_body_kib=max_body_kib,
             max_prompt_tokens=max_prompt_tokens,
             max_output_tokens=max_output_tokens,
-            drain_s=drain_s,
+            grace_period_s=grace_period_s,
             quiet=quiet,
         ),
     )

@@ -45,7 +45,7 @@ class Serving:
     max_body_kib: int
     max_prompt_tokens: int
     max_output_tokens: int
-    drain_s: float
+    grace_period_s: float
     quiet: bool
 
 
@@ -66,7 +66,7 @@ def run_service(options: Options, engines: Engines, serving: Serving) -> None:
         max_body_bytes=serving.max_body_kib * 1024,
         max_prompt_tokens=serving.max_prompt_tokens,
         max_output_tokens=serving.max_output_tokens,
-        drain_s=serving.drain_s,
+        grace_period_s=serving.grace_period_s,
     )
     with contextlib.ExitStack() as held:
         site = held.enter_context(contextlib.closing(Site(engines.name)))

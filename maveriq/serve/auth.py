@@ -101,7 +101,7 @@ class AuthMiddleware:
             raise too_large
         parts, size, more = [], 0, True
         try:
-            async with asyncio.timeout(self._settings.body_s):
+            async with asyncio.timeout(self._settings.body_timeout_s):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":

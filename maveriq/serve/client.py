@@ -58,14 +58,14 @@ class ServiceClient:
         found: dict[str, Any] = self._call("POST", "/models", {"model": model})
         return found
 
-    def deploy(self, ask: dict[str, Any]) -> dict[str, Any]:
-        """Ask for a deployment; fields as `DeploymentAsk`."""
-        made: dict[str, Any] = self._call("POST", "/deployments", ask)
+    def create_endpoint(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Create an endpoint; fields as in `CreateEndpoint`."""
+        made: dict[str, Any] = self._call("POST", "/endpoints", request)
         return made
 
-    def remove(self, number: int) -> None:
-        """Take a deployment away."""
-        self._call("DELETE", f"/deployments/{number}")
+    def remove_endpoint(self, endpoint_id: int) -> None:
+        """Remove an endpoint."""
+        self._call("DELETE", f"/endpoints/{endpoint_id}")
 
     def infer(self, model: str, text: str, *, priority: bool) -> Iterator[str]:
         """Yield a model's continuation of a text as it comes."""
@@ -110,7 +110,7 @@ def _is_ours(path: str, found: Any) -> bool:
     """Say whether this is what `maveriq serve` shows there, as far as the console leans on it."""
     if path == "/health":
         return isinstance(found, dict) and "problems" in found
-    return path not in ("/models", "/deployments") or isinstance(found, list)
+    return path not in ("/models", "/endpoints") or isinstance(found, list)
 
 
 def _checked(url: str) -> httpx.URL:

@@ -193,7 +193,7 @@ async def answer(service: Service, request: Request, prompt: Prompt, dialect: ty
 
 def _submission(service: Service, prompt: Prompt) -> Submission:
     """Return what the cluster is asked, within the service's limits."""
-    said, limits, asked = prompt.said, service.settings, prompt.endpoint.stored.asked
+    said, limits, asked = prompt.said, service.settings, prompt.endpoint.stored.request
     if not prompt.token_ids:
         raise bad_request("the prompt is empty; give at least one token", "prompt")
     if len(prompt.token_ids) > limits.max_prompt_tokens:

@@ -77,7 +77,7 @@ class ModelRegistry:
             self._tokenizers[model.model_id] = tokenizer
             return model
 
-    async def forget(self, model_id: int, *, deployed: bool) -> None:
+    async def unregister(self, model_id: int, *, deployed: bool) -> None:
         """Take a model out of the register.
 
         Raises:
@@ -86,7 +86,7 @@ class ModelRegistry:
         async with self._registering:
             name = self.by_id(model_id).spec.name
             if deployed:
-                raise ApiError(409, f"{name} is deployed; remove its deployments first", code="model_deployed")
+                raise ApiError(409, f"{name} is deployed; remove its endpoints first", code="model_deployed")
             await self._store.remove_model(model_id)
             del self._by_id[model_id]
             self._tokenizers.pop(model_id, None)

@@ -1,4 +1,4 @@
-"""The routes of developers: models and deployments.
+"""The routes of developers: models and endpoints.
 
 The routes of operators: what became of requests, health, metrics.
 The routes that OpenAI clients know.
@@ -36,11 +36,11 @@ from maveriq.serve.schemas import (
 from maveriq.serve.service import Service, address
 from maveriq.serve.tokenizers import Tokenizer
 
-Number = Annotated[int, Path(ge=0, le=2**53)]
+Id = Annotated[int, Path(ge=0, le=2**53)]
 
 
 def developer_routes(service: Service) -> APIRouter:
-    """Return the routes under /models and /deployments."""
+    """Return the routes under /models and /endpoints."""
     router = APIRouter(tags=["maveriq"], responses=ERRORS)
 
     @router.get("/models")
@@ -53,19 +53,19 @@ def developer_routes(service: Service) -> APIRouter:
         """Make a model known; one that is known already keeps its number."""
         return ModelView.of(await service.models.register(body.model))
 
-    @router.delete("/models/{number}", status_code=204)
-    async def forget_model(number: Number) -> Response:
+    @router.delete("/models/{model_id}", status_code=204)
+    async def unregister_model(model_id: Id) -> Response:
         """Take a model that is not deployed out of the register."""
-        await service.forget(number)
+        await service.unregister_model(model_id)
         return Response(status_code=204)
 
-    @router.get("/deployments")
-    async def list_deployments() -> list[EndpointView]:
-        """List the deployments."""
+    @router.get("/endpoints")
+    async def list_endpoints() -> list[EndpointView]:
+        """List the endpoints."""
         return [EndpointView.of(endpoint) for endpoint in service.endpoints()]
 
-    @router.post("/deployments", status_code=201)
-    async def create_deployment(body: CreateEndpoint) -> EndpointView:
+    @router.post("/endpoints", status_code=201)
+    async def create_endpoint(body: CreateEndpoint) -> EndpointView:
         """Have a model served by intent. One that fits nowhere is listed as rejected, with the reason."""
         intent = Intent(
             objective=Objective.named(body.intent),
@@ -77,17 +77,17 @@ def developer_routes(service: Service) -> APIRouter:
         asked = EndpointRequest(
             model=model.spec, intent=intent, output_tokens=body.output_tokens, batch_size=body.batch_size
         )
-        return EndpointView.of(await service.deploy(model, asked, body.placement or ""))
+        return EndpointView.of(await service.create_endpoint(model, asked, body.placement or ""))
 
-    @router.get("/deployments/{number}")
-    async def get_deployment(number: Number) -> EndpointView:
-        """Return one deployment as it is now."""
-        return EndpointView.of(service.endpoint(number))
+    @router.get("/endpoints/{endpoint_id}")
+    async def get_endpoint(endpoint_id: Id) -> EndpointView:
+        """Return one endpoint."""
+        return EndpointView.of(service.endpoint(endpoint_id))
 
-    @router.delete("/deployments/{number}", status_code=204)
-    async def delete_deployment(number: Number) -> Response:
-        """Take a deployment away: what runs is finished, what waits is refused."""
-        await service.remove(number)
+    @router.delete("/endpoints/{endpoint_id}", status_code=204)
+    async def delete_endpoint(endpoint_id: Id) -> Response:
+        """Remove an endpoint: running requests finish, waiting ones are refused."""
+        await service.remove_endpoint(endpoint_id)
         return Response(status_code=204)
 
     return router
@@ -124,7 +124,7 @@ def operator_routes(service: Service) -> APIRouter:
         view = HealthView(
             status="stopping" if stopping else "degraded" if problems else "ready",
             problems=problems,
-            deployments=len(service.endpoints()),
+            endpoints=len(service.endpoints()),
             in_flight=len(service.tracker),
         )
         return JSONResponse(view.model_dump(), status_code=503 if stopping else 200)

@@ -90,9 +90,9 @@ class CreateEndpoint(Body):
 
 
 class DeploymentView(Body):
-    """An engine of a deployment."""
+    """A deployment: one replica of an endpoint, served by one engine."""
 
-    deployment_id: int
+    id: int
     configuration: str
     layer_split: list[int]
     gpus: list[int]
@@ -103,23 +103,23 @@ class DeploymentView(Body):
     restarts: int
 
     @classmethod
-    def of(cls, engine: DeploymentStatus) -> DeploymentView:
-        """Return the view of an engine."""
+    def of(cls, deployment: DeploymentStatus) -> DeploymentView:
+        """Return the view of a deployment."""
         return cls(
-            deployment_id=engine.deployment_id,
-            configuration=engine.configuration,
-            layer_split=list(engine.layer_split),
-            gpus=list(engine.gpu_ids),
-            status=engine.status,
-            reason=engine.reason,
-            waiting=engine.waiting,
-            completed=engine.completed,
-            restarts=engine.restarts,
+            id=deployment.deployment_id,
+            configuration=deployment.configuration,
+            layer_split=list(deployment.layer_split),
+            gpus=list(deployment.gpu_ids),
+            status=deployment.status,
+            reason=deployment.reason,
+            waiting=deployment.waiting,
+            completed=deployment.completed,
+            restarts=deployment.restarts,
         )
 
 
 class EndpointView(Body):
-    """A deployment: what was asked for, and what serves it now."""
+    """An endpoint: what was requested, and the deployments that serve it."""
 
     id: int
     model: str
@@ -135,28 +135,28 @@ class EndpointView(Body):
     reason: str
     waiting: int
     completed: int
-    engines: list[DeploymentView]
+    deployments: list[DeploymentView]
 
     @classmethod
     def of(cls, endpoint: Endpoint) -> EndpointView:
         """Return the view of an endpoint."""
-        asked, engines = endpoint.stored.asked, endpoint.engines
+        requested, deployments = endpoint.stored.request, endpoint.deployments
         return cls(
             id=endpoint.endpoint_id,
             model=endpoint.model.spec.name,
             model_id=endpoint.model.model_id,
-            intent=asked.intent.objective.value,
-            slo_ms=None if asked.intent.slo_s is None else asked.intent.slo_s * 1e3,
-            min_accuracy=asked.intent.min_accuracy,
-            float16_only=asked.intent.float16_only,
+            intent=requested.intent.objective.value,
+            slo_ms=None if requested.intent.slo_s is None else requested.intent.slo_s * 1e3,
+            min_accuracy=requested.intent.min_accuracy,
+            float16_only=requested.intent.float16_only,
             placement=endpoint.stored.placement or None,
-            batch_size=asked.batch_size,
-            output_tokens=asked.output_tokens,
+            batch_size=requested.batch_size,
+            output_tokens=requested.output_tokens,
             status=endpoint.status,
-            reason="; ".join(engine.reason for engine in engines if engine.reason),
-            waiting=sum(engine.waiting for engine in engines),
-            completed=sum(engine.completed for engine in engines),
-            engines=[DeploymentView.of(engine) for engine in engines],
+            reason="; ".join(deployment.reason for deployment in deployments if deployment.reason),
+            waiting=sum(deployment.waiting for deployment in deployments),
+            completed=sum(deployment.completed for deployment in deployments),
+            deployments=[DeploymentView.of(deployment) for deployment in deployments],
         )
 
 
@@ -168,7 +168,7 @@ class RequestView(Body):
 
     id: str
     model: str
-    deployment: int
+    endpoint_id: int
     status: RequestStatusName
     reason: str
     prompt_tokens: int
@@ -183,7 +183,7 @@ class RequestView(Body):
             {
                 "id": row.request_id,
                 "model": row.model,
-                "deployment": row.endpoint_id,
+                "endpoint_id": row.endpoint_id,
                 "status": row.status,
                 "reason": row.reason,
                 "prompt_tokens": row.prompt_tokens,
@@ -199,7 +199,7 @@ class HealthView(Body):
 
     status: Literal["ready", "degraded", "stopping"]
     problems: list[str]
-    deployments: int
+    endpoints: int
     in_flight: int
 
 
@@ -223,7 +223,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorView}, "5XX": {
 
 
 def micros_of(slo_ms: float | None, slo_s: float | None) -> int:
-    """Return a request's SLO in µs: its own, else its deployment's, else 0 for none."""
+    """Return a request's SLO in µs: its own, else its endpoint's, else 0 for none."""
     if slo_ms is not None:
         return max(1, round(slo_ms * 1e3))
     return 0 if slo_s is None else max(1, round(slo_s * 1e6))
@@ -269,9 +269,9 @@ class StreamOptions(Body):
 class Generation(Body):
     """What both kinds of completion take."""
 
-    model: Name = Field(description="A deployed model, or MODEL@ENDPOINT for one of its endpoints.")
+    model: Name = Field(description="A model with an endpoint, or MODEL@ENDPOINT_ID for one endpoint.")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Tokens to generate; the deployment's output length where nothing is said."
+        default=None, description="Tokens to generate; the endpoint's output length where nothing is said."
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] | None = None
     stream: bool | None = None

@@ -137,7 +137,7 @@ async def serve(
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_keep_alive=_IDLE_CONNECTION_S,
         limit_concurrency=2 * limits.max_in_flight + _SPARE_CONNECTIONS,
-        timeout_graceful_shutdown=int(limits.drain_s) + _LAST_ANSWERS_S,
+        timeout_graceful_shutdown=int(limits.grace_period_s) + _LAST_ANSWERS_S,
     )
     try:
         await service.start()

@@ -27,11 +27,11 @@ _UP = "up"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """A deployment as its developer sees it, and the engines that serve it now."""
+    """An endpoint and the deployments that serve it."""
 
     stored: StoredEndpoint
     model: StoredModel
-    engines: tuple[DeploymentStatus, ...]
+    deployments: tuple[DeploymentStatus, ...]
 
     @property
     def endpoint_id(self) -> int:
@@ -41,7 +41,7 @@ class Endpoint:
     @property
     def status(self) -> str:
         """`up` if any engine is, else what the first engine is; `waiting` before it is decided on."""
-        statuses = [engine.status for engine in self.engines]
+        statuses = [deployment.status for deployment in self.deployments]
         return _UP if _UP in statuses else (statuses or ["waiting"])[0]
 
 
@@ -67,7 +67,7 @@ class Service:
         self.started_s = int(time.time())
         self._cluster = cluster
         self._placements = placements
-        self._deployments: dict[int, StoredEndpoint] = {}
+        self._endpoints: dict[int, StoredEndpoint] = {}
         self._changing = asyncio.Lock()
         self._notes: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
@@ -84,10 +84,10 @@ class Service:
         for model in self.models:
             self.metrics.model_known(model.spec.name)
         self._placements.decided = self._note_plans
-        stored = await self.store.deployments()
+        stored = await self.store.endpoints()
         # Those with a plan first, so that no new decision takes their place.
         for one in sorted(stored, key=lambda one: not one.plans):
-            self._deployments[one.endpoint_id] = one
+            self._endpoints[one.endpoint_id] = one
             if one.plans:
                 self._placements.pin(one.endpoint_id, one.plans)
             self._ask(one)
@@ -106,7 +106,7 @@ class Service:
 
     async def _stop(self) -> None:
         ends = [asyncio.create_task(self.tracker.drained()), asyncio.create_task(self._end_grace_period.wait())]
-        await asyncio.wait(ends, timeout=self.settings.drain_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, timeout=self.settings.grace_period_s, return_when=asyncio.FIRST_COMPLETED)
         for one in ends:
             one.cancel()
         await self._cluster.close()
@@ -115,44 +115,46 @@ class Service:
         await asyncio.gather(*self._notes, return_exceptions=True)
         self.store.close()
 
-    # Deployments
+    # Endpoints
 
-    async def forget(self, model_id: int) -> None:
+    async def unregister_model(self, model_id: int) -> None:
         """Take a model out of the register.
 
         Raises:
             ApiError: there is none of that number, or it is deployed.
         """
         async with self._changing:
-            deployed = any(one.model_id == model_id for one in self._deployments.values())
-            await self.models.forget(model_id, deployed=deployed)
+            deployed = any(one.model_id == model_id for one in self._endpoints.values())
+            await self.models.unregister(model_id, deployed=deployed)
 
-    async def deploy(self, model: StoredModel, asked: EndpointRequest, placement: str) -> Endpoint:
+    async def create_endpoint(self, model: StoredModel, request: EndpointRequest, placement: str) -> Endpoint:
         """Ask for a model to be served.
 
         Raises:
-            ApiError: no such placement, too many deployments, the server stops.
+            ApiError: no such placement, too many endpoints, the server stops.
             StoreError: the state cannot be written.
         """
         async with self._changing:
             if not self.tracker.open:
                 raise ApiError(503, "the server is stopping", code="server_stopping")
-            if len(self._deployments) >= self.settings.max_deployments:
-                told = f"{self.settings.max_deployments} deployments are there, which is the most; remove one first"
-                raise ApiError(409, told, code="too_many_deployments")
+            if len(self._endpoints) >= self.settings.max_endpoints:
+                told = f"{self.settings.max_endpoints} endpoints exist, which is the maximum; remove one first"
+                raise ApiError(409, told, code="too_many_endpoints")
             self.models.by_id(model.model_id)  # it may have been forgotten meanwhile
             names = self._placements.by_name
             if placement and placement not in names:
                 told = f"unknown placement {placement!r}{did_you_mean(placement, names)} (known: {', '.join(names)})"
                 raise bad_request(told, "placement")
-            endpoint_id = await self.store.add_deployment(model.model_id, asked, placement)
-            stored = StoredEndpoint(endpoint_id=endpoint_id, model_id=model.model_id, asked=asked, placement=placement)
-            self._deployments[endpoint_id] = stored
+            endpoint_id = await self.store.add_endpoint(model.model_id, request, placement)
+            stored = StoredEndpoint(
+                endpoint_id=endpoint_id, model_id=model.model_id, request=request, placement=placement
+            )
+            self._endpoints[endpoint_id] = stored
             self.metrics.model_known(model.spec.name)
             self._ask(stored)
             return self._view(stored)
 
-    async def remove(self, endpoint_id: int) -> None:
+    async def remove_endpoint(self, endpoint_id: int) -> None:
         """Take an endpoint away: what runs is finished, what waits is refused.
 
         Raises:
@@ -161,8 +163,8 @@ class Service:
         """
         async with self._changing:
             self.endpoint(endpoint_id)
-            await self.store.remove_deployment(endpoint_id)
-            del self._deployments[endpoint_id]
+            await self.store.remove_endpoint(endpoint_id)
+            del self._endpoints[endpoint_id]
             self._placements.forget(endpoint_id)
             with contextlib.suppress(InputError):  # it never got so far
                 self._cluster.remove(endpoint_id)
@@ -173,13 +175,13 @@ class Service:
         Raises:
             ApiError: there is none.
         """
-        if endpoint_id not in self._deployments:
-            raise not_found("deployment", f"there is no deployment {endpoint_id}; list them with GET /deployments")
-        return self._view(self._deployments[endpoint_id])
+        if endpoint_id not in self._endpoints:
+            raise not_found("endpoint", f"there is no endpoint {endpoint_id}; list them with GET /endpoints")
+        return self._view(self._endpoints[endpoint_id])
 
     def endpoints(self) -> list[Endpoint]:
         """Return all endpoints, in the order of their numbers."""
-        return [self._view(self._deployments[endpoint_id]) for endpoint_id in sorted(self._deployments)]
+        return [self._view(self._endpoints[endpoint_id]) for endpoint_id in sorted(self._endpoints)]
 
     def target(self, text: str) -> Endpoint:
         """Return the endpoint that is to serve a request for `MODEL` or `MODEL@ENDPOINT`.
@@ -202,7 +204,7 @@ class Service:
         now = self._cluster.progress()
         told = [f"GPU {gpu.gpu_id} is down" for gpu in now.gpus if gpu.down]
         told += [
-            f"deployment {one.endpoint_id} ({one.model.spec.name}) is {one.status}"
+            f"endpoint {one.endpoint_id} ({one.model.spec.name}) is {one.status}"
             for one in self.endpoints()
             if one.status in ("down", "rejected")
         ]
@@ -212,13 +214,13 @@ class Service:
         if stored.placement:
             with contextlib.suppress(InputError):  # a name that this life of the service does not know: the usual one
                 self._placements.place_by(stored.endpoint_id, stored.placement)
-        self._cluster.deploy(stored.asked, endpoint_id=stored.endpoint_id)
+        self._cluster.deploy(stored.request, endpoint_id=stored.endpoint_id)
 
     def _view(self, stored: StoredEndpoint) -> Endpoint:
-        engines: Iterable[DeploymentStatus] = ()
+        deployments: Iterable[DeploymentStatus] = ()
         with contextlib.suppress(InputError):  # not decided on yet
-            engines = self._cluster.endpoint(stored.endpoint_id)
-        return Endpoint(stored=stored, model=self.models.by_id(stored.model_id), engines=tuple(engines))
+            deployments = self._cluster.endpoint(stored.endpoint_id)
+        return Endpoint(stored=stored, model=self.models.by_id(stored.model_id), deployments=tuple(deployments))
 
     def _note_plans(self, endpoint_id: int, plans: Plans) -> None:
         """Write down how an endpoint was deployed, without holding up whoever decided it."""
@@ -227,7 +229,7 @@ class Service:
             try:
                 await self.store.set_plans(endpoint_id, plans)
             except StoreError as error:
-                _LOG.warning("deployment %d may come back elsewhere after a restart: %s", endpoint_id, error)
+                _LOG.warning("endpoint %d may come back elsewhere after a restart: %s", endpoint_id, error)
 
         task = asyncio.get_running_loop().create_task(note())
         self._notes.add(task)

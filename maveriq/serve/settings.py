@@ -17,12 +17,12 @@ class ServeSettings:
         models_folder: models may be read from here, and from nowhere else; None for known models alone.
         max_in_flight: accepted requests that have not ended; more are told to come back (429).
         max_body_bytes: a longer body is not read (413).
-        body_s: a body must be there in this time (408).
+        body_timeout_s: a body must be there in this time (408).
         max_prompt_tokens: of one request.
         max_output_tokens: of one request.
-        max_deployments: at a time.
+        max_endpoints: at a time.
         max_models: registered at a time.
-        drain_s: on the way down, what runs gets so long to end.
+        grace_period_s: on the way down, what runs gets so long to end.
         kept_requests: so many ended requests keep their status.
 
     Raises:
@@ -33,12 +33,12 @@ class ServeSettings:
     models_folder: Path | None = None
     max_in_flight: int = 256
     max_body_bytes: int = 1024 * 1024
-    body_s: float = 30.0
+    body_timeout_s: float = 30.0
     max_prompt_tokens: int = 32_768
     max_output_tokens: int = 4_096
-    max_deployments: int = 256
+    max_endpoints: int = 256
     max_models: int = 1_024
-    drain_s: float = 30.0
+    grace_period_s: float = 30.0
     kept_requests: int = 100_000
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """One thread that owns an SQLite file: all that waits is done in one transaction, safe on disk.
 
-What must survive a restart: models, deployments, and each accepted request with its status.
+What must survive a restart: models, endpoints, and each accepted request with its status.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ __all__ = ["EndedRequest", "RequestRow", "Store", "StoreError", "StoredEndpoint"
 STOPPED_FIRST = "the server stopped first"
 """Why an accepted request failed that had no end when the server's last life ended."""
 
-_VERSION = 1
+_VERSION = 2
 _PRUNE_EVERY = 1_000
 
 _TABLES = """
@@ -177,10 +177,10 @@ CREATE TABLE models (
     spec TEXT NOT NULL,
     folder TEXT NOT NULL
 );
-CREATE TABLE deployments (
+CREATE TABLE endpoints (
     endpoint_id INTEGER PRIMARY KEY AUTOINCREMENT,
     model_id INTEGER NOT NULL REFERENCES models,
-    asked TEXT NOT NULL,
+    request TEXT NOT NULL,
     placement TEXT NOT NULL,
     plans TEXT NOT NULL
 );
@@ -221,7 +221,7 @@ class StoredEndpoint:
 
     endpoint_id: int
     model_id: int
-    asked: EndpointRequest
+    request: EndpointRequest
     placement: str
     plans: Plans = ()
 
@@ -284,7 +284,7 @@ class Store:
         return StoredModel(model_id=await self._writer.do(add), spec=spec, folder=folder)
 
     async def remove_model(self, model_id: int) -> None:
-        """Drop a model that no deployment is of."""
+        """Drop a model that no endpoint serves."""
 
         def remove(file: sqlite3.Connection) -> None:
             file.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
@@ -302,15 +302,15 @@ class Store:
 
         return await self._writer.do(read)
 
-    # Deployments
+    # Endpoints
 
-    async def add_deployment(self, model_id: int, asked: EndpointRequest, placement: str) -> int:
+    async def add_endpoint(self, model_id: int, request: EndpointRequest, placement: str) -> int:
         """Note that an endpoint is wanted and return its number, which was never given before."""
 
         def add(file: sqlite3.Connection) -> int:
-            values = (model_id, _json(asked), placement, "[]")
+            values = (model_id, _json(request), placement, "[]")
             return _new_id(
-                file.execute("INSERT INTO deployments (model_id, asked, placement, plans) VALUES (?, ?, ?, ?)", values)
+                file.execute("INSERT INTO endpoints (model_id, request, placement, plans) VALUES (?, ?, ?, ?)", values)
             )
 
         return await self._writer.do(add)
@@ -319,34 +319,34 @@ class Store:
         """Note how an endpoint was deployed."""
 
         def update(file: sqlite3.Connection) -> None:
-            file.execute("UPDATE deployments SET plans = ? WHERE endpoint_id = ?", (_json(plans), endpoint_id))
+            file.execute("UPDATE endpoints SET plans = ? WHERE endpoint_id = ?", (_json(plans), endpoint_id))
 
         await self._writer.do(update)
 
-    async def remove_deployment(self, endpoint_id: int) -> None:
+    async def remove_endpoint(self, endpoint_id: int) -> None:
         """Note that an endpoint is not wanted any more."""
 
         def remove(file: sqlite3.Connection) -> None:
-            file.execute("DELETE FROM deployments WHERE endpoint_id = ?", (endpoint_id,))
+            file.execute("DELETE FROM endpoints WHERE endpoint_id = ?", (endpoint_id,))
 
         await self._writer.do(remove)
 
-    async def deployments(self) -> list[StoredEndpoint]:
+    async def endpoints(self) -> list[StoredEndpoint]:
         """Return all endpoints that are wanted, in the order of their numbers."""
 
         def read(file: sqlite3.Connection) -> list[StoredEndpoint]:
             rows = file.execute(
-                "SELECT endpoint_id, model_id, asked, placement, plans FROM deployments ORDER BY endpoint_id"
+                "SELECT endpoint_id, model_id, request, placement, plans FROM endpoints ORDER BY endpoint_id"
             )
             return [
                 StoredEndpoint(
                     endpoint_id=endpoint_id,
                     model_id=model_id,
-                    asked=msgspec.json.decode(asked, type=EndpointRequest),
+                    request=msgspec.json.decode(request, type=EndpointRequest),
                     placement=placement,
                     plans=msgspec.json.decode(plans, type=Plans),
                 )
-                for endpoint_id, model_id, asked, placement, plans in rows
+                for endpoint_id, model_id, request, placement, plans in rows
             ]
 
         return await self._writer.do(read)
@@ -422,7 +422,9 @@ def _prepare(file: sqlite3.Connection) -> None:
     if version == _VERSION:
         return
     if version != 0 or file.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
-        raise InputError("the state file is not one of this version of maveriq serve; name another file with --state")
+        raise InputError(
+            "the state file is of another program or another version of maveriq serve; name another file with --state"
+        )
     for statement in filter(str.strip, _TABLES.split(";")):
         file.execute(statement)
     file.execute(f"PRAGMA user_version = {_VERSION}")

@@ -55,7 +55,7 @@ def answer(maveriq: Maveriq, command: str) -> Any:
         ("trace -h", ("show", "export", "check")),
         ("sim -h", ("--packing-threshold", "--fail", "--json")),
         ("plan --help", ("MODEL", "--slo-ms", "--explain")),
-        ("serve --help", ("--backend", "--token-file", "--models-folder", "--drain-s")),
+        ("serve --help", ("--backend", "--token-file", "--models-folder", "--grace-period-s")),
         ("console --help", ("--url", "--command")),
         ("fit --help", ("--evaluate",)),
         ("compare --help", ("SIM", "REAL", "--tolerance", "--plot", "--json")),

@@ -133,7 +133,7 @@ class Clients:
             model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=MAX_TOKENS, batch_size=2
         )
         try:
-            endpoint = await service.deploy(next(iter(service.models)), asked, "")
+            endpoint = await service.create_endpoint(next(iter(service.models)), asked, "")
         except (StoreError, ApiError):
             return None
         self.endpoints.add(endpoint.endpoint_id)
@@ -142,7 +142,7 @@ class Clients:
     async def _remove(self, service: Service, endpoint_id: int) -> None:
         self._uncertain.add(endpoint_id)  # cut off in the middle it may be there or not
         try:
-            await service.remove(endpoint_id)
+            await service.remove_endpoint(endpoint_id)
         except ApiError:  # another client was first
             pass
         except StoreError:
@@ -222,8 +222,8 @@ async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clie
     service = _service(chance, machine, disk, Power(machine))
     while not await _starts(service):
         service = _service(chance, machine, disk, Power(machine))
-    back = {endpoint.endpoint_id for endpoint in service.endpoints() if endpoint.engines}
-    assert clients.certain(clients.endpoints) <= back, "a deployment did not come back"
+    back = {endpoint.endpoint_id for endpoint in service.endpoints() if endpoint.deployments}
+    assert clients.certain(clients.endpoints) <= back, "an endpoint did not come back"
     await clients.use(service)
     disk.rough = False
     await service.tracker.drained()

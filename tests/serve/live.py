@@ -21,7 +21,7 @@ def say(line: str) -> None:
 
 
 async def main(state: str, step: str, drain: str) -> None:
-    settings = ServeSettings(drain_s=float(drain), max_in_flight=64)
+    settings = ServeSettings(grace_period_s=float(drain), max_in_flight=64)
     listening = listen("127.0.0.1", 0, settings)
     policy = placements()
     app = create_app(FakeCluster(policy, token_s=float(step)), Store(Path(state)), settings, policy)

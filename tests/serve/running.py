@@ -41,8 +41,8 @@ class Running:
 
     def deploy(self, model: str = MODEL, **more: object) -> int:
         with self.client() as http:
-            made = http.post("/deployments", json={"model": model, "output_tokens": 6, **more}).json()
-            until(lambda: http.get(f"/deployments/{made['id']}").json()["status"] != "loading")
+            made = http.post("/endpoints", json={"model": model, "output_tokens": 6, **more}).json()
+            until(lambda: http.get(f"/endpoints/{made['id']}").json()["status"] != "loading")
         return int(made["id"])
 
 
@@ -55,7 +55,7 @@ def running(state: Path, settings: ServeSettings | None = None, **cluster: float
     async def main() -> None:
         policy = placements()
         fake = FakeCluster(policy, **cluster)  # type: ignore[arg-type]
-        limits = settings or ServeSettings(drain_s=2)
+        limits = settings or ServeSettings(grace_period_s=2)
         app = create_app(fake, Store(state), limits, policy)
         listening = listen("127.0.0.1", 0, limits)
         loop = asyncio.get_running_loop()

@@ -98,7 +98,7 @@ def test_any_line_is_a_command_or_an_error(line: str) -> None:
     ("before", "found"),
     [
         ("reg", ["register"]),
-        ("", ["1", "deployments", "health", "help", "models", "quit", "register"]),
+        ("", ["1", "endpoints", "health", "help", "models", "quit", "register"]),
         ("register lla", ["llama-2-7b"]),
         ("1 ", ["deploy", "inference", "prior_inference", "remove", "status"]),
         ("1 deploy ll", ["llama-2-7b"]),
@@ -131,16 +131,16 @@ def test_a_session(say: Callable[[str], str]) -> None:
     assert say("register gptj-6b") == "2  gptj-6b\n"
     assert say("models") == f"1  {MODEL}\n2  gptj-6b\n"
     shown = say(f"1 deploy {MODEL} 20 min-cost 2s no last 2")
-    assert shown.startswith(f"deployment 1  {MODEL} (ID 1)  ")
+    assert shown.startswith(f"endpoint 1  {MODEL} (ID 1)  ")
     assert "TP 1 x PP 1 float16 b2 on GPU 3" in shown
     until(lambda: " up " in say("1 status"))
     told = say("1 status")
-    assert told == say("deployments")
+    assert told == say("endpoints")
     assert len(say("1 inference Once upon a time")) == 21
     assert say("1 inference Once upon a time") == say("1 prior_inference Once upon a time")
     assert say("health") == "ready\n"
-    assert say("1 remove") == f"deployment 1 ({MODEL}) removed\n"
-    assert say("deployments") == ""
+    assert say("1 remove") == f"endpoint 1 ({MODEL}) removed\n"
+    assert say("endpoints") == ""
     assert all(usage in say("help") for usage in USAGE.values())
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_done_leaves_nothing_behind(say: Callable[[str], str]) ->
     say("register llama-2-70b")
     with pytest.raises(MaveriqError, match="cannot be deployed: llama-2-70b needs"):
         say("1 deploy llama-2-70b 20 min-cost")
-    assert say("deployments") == ""
+    assert say("endpoints") == ""
     with pytest.raises(InputError, match="ID 1 is llama-2-70b, not 'gptj-6b'"):
         say("1 deploy gptj-6b 20 min-cost")
     for line in ("1 remove", "1 status"):

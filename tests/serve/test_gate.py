@@ -17,7 +17,7 @@ from maveriq.serve.settings import ServeSettings
 
 TOKEN = "s3cret-of-the-test"  # noqa: S105
 EVERYWHERE = "0.0.0.0"  # noqa: S104
-ROUTES = ["/health", "/metrics", "/v1/models", "/models", "/deployments", "/requests", "/openapi.json", "/nowhere"]
+ROUTES = ["/health", "/metrics", "/v1/models", "/models", "/endpoints", "/requests", "/openapi.json", "/nowhere"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server with low limits and slow engines."""
-    limits = ServeSettings(max_in_flight=1, max_body_bytes=2_000, body_s=0.3, drain_s=0.05)
+    limits = ServeSettings(max_in_flight=1, max_body_bytes=2_000, body_timeout_s=0.3, grace_period_s=0.05)
     with running(tmp_path_factory.mktemp("narrow") / "s.db", limits, token_s=0.05) as one:
         one.deploy()
         yield one

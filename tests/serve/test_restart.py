@@ -24,10 +24,10 @@ CLIENTS = 8
 
 
 @contextmanager
-def process(state: Path, *, step: float, drain_s: float = 5) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(state: Path, *, step: float, grace_period_s: float = 5) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Give a server as a process of its own, and its URL."""
     server = subprocess.Popen(
-        [sys.executable, str(LIVE), str(state), str(step), str(drain_s)], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(LIVE), str(state), str(step), str(grace_period_s)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert server.stdout is not None
@@ -71,8 +71,8 @@ def clients(url: str) -> Iterator[dict[str, str]]:
 
 def up(url: str) -> None:
     with httpx.Client(base_url=url, timeout=20) as http:
-        http.post("/deployments", json={"model": MODEL})
-        until(lambda: http.get("/deployments/1").json()["status"] == "up")
+        http.post("/endpoints", json={"model": MODEL})
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
 
 
 def test_killed_in_the_middle_of_load(state: Path) -> None:
@@ -91,7 +91,7 @@ def test_killed_in_the_middle_of_load(state: Path) -> None:
         lost = [name for name, row in rows.items() if row["status"] == "failed"]
         assert 1 <= len(lost) <= CLIENTS
         assert all(seen[name] == "sent" for name in lost)
-        until(lambda: http.get("/deployments/1").json()["status"] == "up")
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 1})
         assert answer.status_code == 200, "and it serves as before"
 
@@ -112,7 +112,7 @@ def test_told_to_stop_it_finishes_what_it_took_in(state: Path) -> None:
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_what_does_not_end_in_time_is_ended(state: Path, *, twice: bool) -> None:
-    with process(state, step=0.5, drain_s=30 if twice else 0.3) as (server, url):
+    with process(state, step=0.5, grace_period_s=30 if twice else 0.3) as (server, url):
         up(url)
         with clients(url) as seen:
             with httpx.Client(base_url=url) as http:
@@ -135,13 +135,13 @@ def test_deployments_come_back_where_they_were(state: Path) -> None:
     with running(state) as server, server.client() as http:
         for placement in ("last", None, "first"):
             server.deploy(placement=placement, slo_ms=900, batch_size=2)
-        http.delete("/deployments/2")
-        before = http.get("/deployments").json()
+        http.delete("/endpoints/2")
+        before = http.get("/endpoints").json()
     with running(state) as server, server.client() as http:
-        until(lambda: all(one["status"] == "up" for one in http.get("/deployments").json()))
-        after = http.get("/deployments").json()
-        assert [one["engines"][0]["gpus"] for one in after] == [one["engines"][0]["gpus"] for one in before]
-        same = [key for key in before[0] if key not in ("engines", "status", "completed")]
+        until(lambda: all(one["status"] == "up" for one in http.get("/endpoints").json()))
+        after = http.get("/endpoints").json()
+        assert [one["deployments"][0]["gpus"] for one in after] == [one["deployments"][0]["gpus"] for one in before]
+        same = [key for key in before[0] if key not in ("deployments", "status", "completed")]
         assert [[one[key] for key in same] for one in after] == [[one[key] for key in same] for one in before]
         assert server.deploy() == 4, "a number is never given twice"
         assert [model["name"] for model in http.get("/models").json()] == [MODEL]
@@ -168,9 +168,11 @@ def test_a_state_in_no_folder(tmp_path: Path) -> None:
         Store(tmp_path / "nowhere" / "state.db")
 
 
-def test_a_state_of_another_kind(state: Path) -> None:
+@pytest.mark.parametrize("user_version", [0, 1, 99])
+def test_a_state_file_of_another_program_or_version_is_refused(state: Path, user_version: int) -> None:
     other = sqlite3.connect(state)
-    other.execute("CREATE TABLE mine (a)")
+    other.execute("CREATE TABLE deployments (a)")
+    other.execute(f"PRAGMA user_version = {user_version}")
     other.close()
-    with pytest.raises(InputError, match="not one of this version"):
+    with pytest.raises(InputError, match="another version"):
         Store(state)

@@ -15,8 +15,8 @@ EXAMPLES = int(os.environ.get("MAVERIQ_FUZZ_EXAMPLES", "8"))
 ROUTES = {
     "GET /v1/models", "GET /v1/models/{model}", "POST /v1/completions", "POST /v1/chat/completions",
     "GET /models",
-    "POST /models", "DELETE /models/{number}", "GET /deployments", "POST /deployments", "GET /deployments/{number}",
-    "DELETE /deployments/{number}",
+    "POST /models", "DELETE /models/{model_id}", "GET /endpoints", "POST /endpoints", "GET /endpoints/{endpoint_id}",
+    "DELETE /endpoints/{endpoint_id}",
     "GET /requests", "GET /requests/{request_id}", "GET /health", "GET /metrics",
 }  # fmt: skip
 

@@ -47,19 +47,19 @@ def test_what_is_told_is_remembered(state: Path) -> None:
 
     async def tell(store: Store) -> None:
         assert await store.add_model(MODEL, "here") == StoredModel(model_id=1, spec=MODEL, folder="here")
-        assert await store.add_deployment(1, ASKED, "llf") == 1
+        assert await store.add_endpoint(1, ASKED, "llf") == 1
         await store.set_plans(1, decision.plans)
-        assert await store.add_deployment(1, ASKED, "") == 2
-        await store.remove_deployment(2)
-        assert await store.add_deployment(1, ASKED, "") == 3, "a number is never given twice"
+        assert await store.add_endpoint(1, ASKED, "") == 2
+        await store.remove_endpoint(2)
+        assert await store.add_endpoint(1, ASKED, "") == 3, "a number is never given twice"
         assert await store.accept(row("a"))
 
     async def ask_back(store: Store) -> None:
         assert await store.models() == [StoredModel(model_id=1, spec=MODEL, folder="here")]
-        first = StoredEndpoint(endpoint_id=1, model_id=1, asked=ASKED, placement="llf", plans=decision.plans)
-        assert await store.deployments() == [
+        first = StoredEndpoint(endpoint_id=1, model_id=1, request=ASKED, placement="llf", plans=decision.plans)
+        assert await store.endpoints() == [
             first,
-            StoredEndpoint(endpoint_id=3, model_id=1, asked=ASKED, placement=""),
+            StoredEndpoint(endpoint_id=3, model_id=1, request=ASKED, placement=""),
         ]
         assert await store.request("a") == row("a")
         assert await store.request("b") is None

@@ -32,30 +32,30 @@ def test_a_deployment_from_birth_to_end(server: Running) -> None:
             "model": "gptj-6b", "intent": "min_latency", "slo_ms": 1500, "min_accuracy": 90, "float16_only": True,
             "placement": "last", "batch_size": 4, "output_tokens": 33,
         }  # fmt: skip
-        answer = http.post("/deployments", json=asked)
+        answer = http.post("/endpoints", json=asked)
         made = answer.json()
         assert answer.status_code == 201
         assert {key: made[key] for key in asked} == asked | {"intent": "min-latency"}
-        until(lambda: http.get(f"/deployments/{made['id']}").json()["status"] == "up")
-        [engine] = http.get(f"/deployments/{made['id']}").json()["engines"]
+        until(lambda: http.get(f"/endpoints/{made['id']}").json()["status"] == "up")
+        [engine] = http.get(f"/endpoints/{made['id']}").json()["deployments"]
         assert (engine["gpus"], engine["layer_split"], engine["restarts"]) == ([3], [28], 0)
-        assert made["id"] in [one["id"] for one in http.get("/deployments").json()]
+        assert made["id"] in [one["id"] for one in http.get("/endpoints").json()]
         http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"})
-        until(lambda: http.get(f"/deployments/{made['id']}").json()["completed"] == 1)
-        assert http.delete(f"/deployments/{made['id']}").status_code == 204
-        assert http.get(f"/deployments/{made['id']}").status_code == 404
-        assert http.delete(f"/deployments/{made['id']}").status_code == 404
+        until(lambda: http.get(f"/endpoints/{made['id']}").json()["completed"] == 1)
+        assert http.delete(f"/endpoints/{made['id']}").status_code == 204
+        assert http.get(f"/endpoints/{made['id']}").status_code == 404
+        assert http.delete(f"/endpoints/{made['id']}").status_code == 404
         assert http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"}).status_code == 404
 
 
 def test_what_fits_nowhere_is_rejected_with_the_reason(server: Running) -> None:
     with server.client() as http:
-        made = http.post("/deployments", json={"model": "llama-2-70b"}).json()
+        made = http.post("/endpoints", json={"model": "llama-2-70b"}).json()
         assert made["status"] == "rejected"
         assert "on one GPU" in made["reason"]
         assert http.get("/health").json()["status"] == "degraded"
-        assert http.delete(f"/deployments/{made['id']}").status_code == 204
-        assert http.get("/health").json() == {"status": "ready", "problems": [], "deployments": 1, "in_flight": 0}
+        assert http.delete(f"/endpoints/{made['id']}").status_code == 204
+        assert http.get("/health").json() == {"status": "ready", "problems": [], "endpoints": 1, "in_flight": 0}
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_what_fits_nowhere_is_rejected_with_the_reason(server: Running) -> None:
 )
 def test_what_cannot_be_asked(server: Running, asked: dict[str, object], words: str) -> None:
     with server.client() as http:
-        before = len(http.get("/deployments").json())
-        answer = http.post("/deployments", json=asked)
+        before = len(http.get("/endpoints").json())
+        answer = http.post("/endpoints", json=asked)
         assert answer.status_code in (400, 404)
         assert words in answer.json()["error"]["message"]
-        assert len(http.get("/deployments").json()) == before
+        assert len(http.get("/endpoints").json()) == before
 
 
 def test_registering(server: Running) -> None:
@@ -88,16 +88,16 @@ def test_registering(server: Running) -> None:
         assert first == again, "a model keeps its number"
         assert (first["name"], first["architecture"], first["own_files"]) == (MODEL, "llama", False)
         assert first in http.get("/models").json()
-        assert http.post("/deployments", json={"model": str(first["id"])}).json()["model"] == MODEL
+        assert http.post("/endpoints", json={"model": str(first["id"])}).json()["model"] == MODEL
 
 
 def test_forgetting_a_model(server: Running) -> None:
     with server.client() as http:
         number = http.post("/models", json={"model": "gptj-6b"}).json()["id"]
-        made = http.post("/deployments", json={"model": "gptj-6b"}).json()
+        made = http.post("/endpoints", json={"model": "gptj-6b"}).json()
         refused = http.delete(f"/models/{number}")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_deployed")
-        http.delete(f"/deployments/{made['id']}")
+        http.delete(f"/endpoints/{made['id']}")
         assert http.delete(f"/models/{number}").status_code == 204
         assert http.delete(f"/models/{number}").status_code == 404
         assert number not in [model["id"] for model in http.get("/models").json()]
@@ -138,9 +138,9 @@ def test_without_a_models_folder_no_path_is_read(server: Running, folder: Path) 
 
 
 def test_there_is_a_most_of_everything(state: Path) -> None:
-    with running(state, ServeSettings(max_deployments=1, max_models=2)) as server, server.client() as http:
+    with running(state, ServeSettings(max_endpoints=1, max_models=2)) as server, server.client() as http:
         codes = [
-            http.post("/deployments", json={"model": model}).status_code for model in (MODEL, "gptj-6b", "falcon-7b")
+            http.post("/endpoints", json={"model": model}).status_code for model in (MODEL, "gptj-6b", "falcon-7b")
         ]
         assert codes == [201, 409, 409]
 
