@@ -1,26 +1,254 @@
-"""`maveriq console`: type commands to a running service."""
+"""`maveriq console`: send commands to a running `maveriq serve`.
+
+Commands come from `--command`, from a terminal, or from a pipe. `maveriq.cli.console_commands` parses them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, assert_never
 
 import typer
+
+from maveriq.cli.console_commands import (
+    USAGE,
+    Command,
+    DeployModel,
+    Infer,
+    Register,
+    RemoveModel,
+    Show,
+    ShowModel,
+    completions,
+    help_text,
+    parse,
+)
+from maveriq.errors import InputError, MaveriqError
+
+if TYPE_CHECKING:
+    from maveriq.serve.client import ServiceClient
+
+_PROMPT = "maveriq> "
 
 
 def console(
     *,
-    url: Annotated[str, typer.Option(help="Where maveriq serve listens.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8000",
     token_file: Annotated[
-        Path | None, typer.Option(help="File with the token; or MAVERIQ_TOKEN in the environment.")
+        Path | None, typer.Option(help="File with the token; default: environment variable MAVERIQ_TOKEN.")
     ] = None,
-    commands: Annotated[list[str] | None, typer.Option("--command", "-c", help="Do this and end; repeatable.")] = None,
+    commands: Annotated[
+        list[str] | None, typer.Option("--command", "-c", help="Run this command and exit; repeatable.")
+    ] = None,
 ) -> None:
-    """Register, deploy and ask models of a running service.
+    """Register, deploy and query models of a running server.
 
-    Reads commands from the terminal, with Tab to complete them, or from a pipe;
-    help lists them. What is not typed ends at the first error.
+    Reads commands from the terminal, with Tab completion, or from a pipe; `help`
+    lists them. Commands from a pipe or -c stop at the first error.
     """
-    from maveriq.cli.consoling import run_console
-
     run_console(url, token_file, commands or [])
+
+
+def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
+    """Run the given commands, or else those from the terminal or pipe.
+
+    Raises:
+        MaveriqError: the first error of commands that are not typed at a terminal.
+    """
+    from maveriq.cli.extras import extra
+    from maveriq.serve.auth import read_token
+
+    with extra("serve", for_whom="maveriq console"):
+        from maveriq.serve.client import ServiceClient
+
+    if isinstance(sys.stdin, io.TextIOWrapper):  # let `parse` report bytes that are not UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")
+    with ServiceClient(url, read_token(token_file)) as client:
+        session = ConsoleSession(client)
+        if commands:
+            _run_batch(session, commands)
+        elif sys.stdin is not None and sys.stdin.isatty():
+            _run_interactive(session)
+        else:
+            _run_batch(session, sys.stdin or ())
+
+
+def _run_batch(session: ConsoleSession, lines: Iterable[str]) -> None:
+    for number, line in enumerate(lines, 1):
+        try:
+            if not session.run(line):
+                return
+        except MaveriqError as error:
+            kind = InputError if isinstance(error, InputError) else MaveriqError
+            raise kind(f"command {number} {line.strip()[:60]!r}: {error}") from None
+
+
+def _run_interactive(session: ConsoleSession) -> None:
+    """Read lines from a terminal until the user quits; an error does not end the session."""
+    _enable_tab_completion(session.completions)
+    typer.echo(f"{session.greeting()} Type help for a list of commands; Tab completes them.")
+    while True:
+        try:
+            if not session.run(input(_PROMPT)):
+                return
+        except EOFError:
+            typer.echo()
+            return
+        except KeyboardInterrupt:
+            typer.echo()
+        except MaveriqError as error:
+            typer.echo(f"maveriq: {error}", file=sys.stderr)
+
+
+def _enable_tab_completion(candidates: Callable[[str], list[str]]) -> None:
+    try:
+        import readline
+    except ImportError:  # this Python was built without it
+        return
+    matches: list[str] = []
+
+    def complete(_text: str, state: int) -> str | None:
+        if state == 0:
+            matches[:] = candidates(readline.get_line_buffer()[: readline.get_endidx()])
+        return f"{matches[state]} " if state < len(matches) else None
+
+    readline.set_completer_delims(" \t")
+    readline.set_completer(complete)
+    is_libedit = "libedit" in (readline.__doc__ or "")  # some Pythons use it in place of GNU readline
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+
+
+class ConsoleSession:
+    """Runs commands against one server and prints the results."""
+
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
+
+    def run(self, line: str) -> bool:
+        """Run the command in a line; return False if the user quits.
+
+        Raises:
+            MaveriqError: the line is not a command, or the server answers with an error.
+        """
+        command = parse(line)
+        if command == Show("quit"):
+            return False
+        if command is not None:
+            self._run(command)
+        return True
+
+    def greeting(self) -> str:
+        """Return a sentence with the health of the server."""
+        return f"The server is {self._client.get('/health')['status']}."
+
+    def completions(self, before: str) -> list[str]:
+        """Return the Tab completions of a partly typed line; without a server, those that need none."""
+        from maveriq.domain.models import known_models
+        from maveriq.policy.registry import RULES
+
+        models: list[Any] = []
+        with contextlib.suppress(MaveriqError):
+            models = self._client.get("/models")
+        names = {*known_models(), *(model["name"] for model in models)}
+        return completions(before, models=names, model_ids=[model["id"] for model in models], placements=RULES)
+
+    def _run(self, command: Command) -> None:
+        match command:
+            case Register(model):
+                _print_models([self._client.register(model)])
+            case Show(what):
+                self._show(what)
+            case DeployModel():
+                self._deploy(command)
+            case Infer():
+                self._infer(command)
+            case ShowModel(model_id):
+                _print_endpoints(self._endpoints_of(model_id))
+            case RemoveModel(model_id):
+                self._remove(model_id)
+            case _ as never:
+                assert_never(never)
+
+    def _show(self, what: str) -> None:
+        match what:
+            case "models":
+                _print_models(self._client.get("/models"))
+            case "endpoints":
+                _print_endpoints(self._client.get("/endpoints"))
+            case "health":
+                health = self._client.get("/health")
+                typer.echo("\n".join([health["status"], *health["problems"]]))
+            case "help":
+                typer.echo(help_text())
+
+    def _deploy(self, command: DeployModel) -> None:
+        model = self._model(command.model_id)
+        if command.model not in (model["name"], str(model["id"])):
+            raise InputError(
+                f"model ID {model['id']} is {model['name']}, not {command.model!r}; "
+                f"register {command.model!r}, or write {model['name']}"
+            )
+        request = asdict(command) | {"model": model["name"]}
+        del request["model_id"]
+        endpoint = self._client.create_endpoint(request)
+        if endpoint["status"] == "rejected":
+            self._client.remove_endpoint(endpoint["id"])
+            raise MaveriqError(f"{model['name']} cannot be deployed: {endpoint['reason']}")
+        _print_endpoints([endpoint])
+
+    def _infer(self, command: Infer) -> None:
+        model = self._model(command.model_id)
+        for text in self._client.complete(model["name"], command.text, priority=command.priority):
+            typer.echo(text, nl=False)
+        typer.echo()
+
+    def _remove(self, model_id: int) -> None:
+        for endpoint in self._endpoints_of(model_id):
+            self._client.remove_endpoint(endpoint["id"])
+            typer.echo(f"endpoint {endpoint['id']} ({endpoint['model']}) removed")
+
+    def _endpoints_of(self, model_id: int) -> list[Any]:
+        model = self._model(model_id)
+        endpoints = [endpoint for endpoint in self._client.get("/endpoints") if endpoint["model_id"] == model_id]
+        if not endpoints:
+            usage = USAGE["deploy"].replace("ID", str(model_id), 1).replace("MODEL", model["name"])
+            raise MaveriqError(f"{model['name']} has no endpoint; create one with: {usage}")
+        return endpoints
+
+    def _model(self, model_id: int) -> Any:
+        models = {model["id"]: model for model in self._client.get("/models")}
+        if model_id not in models:
+            known = ", ".join(f"{number} is {model['name']}" for number, model in models.items())
+            raise InputError(
+                f"there is no model with ID {model_id} ({known or 'none is registered'}); "
+                "register MODEL registers one and prints its ID"
+            )
+        return models[model_id]
+
+
+def _print_models(models: Iterable[Any]) -> None:
+    for model in models:
+        typer.echo(f"{model['id']}  {model['name']}")
+
+
+def _print_endpoints(endpoints: Iterable[Any]) -> None:
+    for endpoint in endpoints:
+        placements = "; ".join(
+            f"{deployment['configuration']} on GPU {' '.join(map(str, deployment['gpus']))}"
+            for deployment in endpoint["deployments"]
+            if deployment["gpus"]
+        )
+        columns = (
+            f"endpoint {endpoint['id']}",
+            f"{endpoint['model']} (ID {endpoint['model_id']})",
+            endpoint["status"],
+            placements,
+            f"waiting {endpoint['waiting']}, completed {endpoint['completed']}",
+            endpoint["reason"],
+        )
+        typer.echo("  ".join(filter(None, columns)))

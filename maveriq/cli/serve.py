@@ -1,9 +1,12 @@
-"""`maveriq serve`: keep a cluster up for users over HTTP."""
+"""`maveriq serve`: serve many models on one cluster over HTTP until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,14 +14,22 @@ from maveriq.cli.flags import with_options
 from maveriq.cli.shared_flags import Backend, Hang, MostFailures, Real, StartTimeout, TimeScale
 from maveriq.scenario.options import Options
 
+if TYPE_CHECKING:
+    import socket
+
+    from maveriq.cli.engine_site import Engines, Site
+    from maveriq.serve.cluster import ClusterPlan
+    from maveriq.serve.settings import ServeSettings
+    from maveriq.serve.store import Store
+
 _HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
-_MOST = 1_000_000
+_MAX_LIMIT = 1_000_000
 
 CLUSTER_OPTIONS = (
     "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "router", "on_failure", "estimator",
     "service_times", "load_s", "seed",
 )  # fmt: skip
-"""The options of a run that a service has too."""
+"""The options of `maveriq run` that `maveriq serve` also takes."""
 
 
 @with_options(Options, only=CLUSTER_OPTIONS)
@@ -32,30 +43,33 @@ def serve(
     hang_timeout_s: Hang = 30.0,
     max_restarts: MostFailures = 5,
     models_folder: Annotated[
-        Path | None, typer.Option(help="Models may be read from here as well.", rich_help_panel=_ENGINES)
+        Path | None, typer.Option(help="Folder from which models may be registered.", rich_help_panel=_ENGINES)
     ] = None,
     state: Annotated[
-        Path, typer.Option(help="What survives a restart; engines' logs lie beside it.", rich_help_panel=_ENGINES)
+        Path,
+        typer.Option(help="State file that survives restarts; engine logs go next to it.", rich_help_panel=_ENGINES),
     ] = Path("maveriq-serve.db"),
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's needs a token.", rich_help_panel=_HTTP)
+        str, typer.Option(help="Address to listen on; all but loopback need a token.", rich_help_panel=_HTTP)
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=_HTTP)] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.", rich_help_panel=_HTTP)
+    ] = 8000,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="File with the token; or MAVERIQ_TOKEN in the environment.", rich_help_panel=_HTTP),
+        typer.Option(help="File with the token; default: environment variable MAVERIQ_TOKEN.", rich_help_panel=_HTTP),
     ] = None,
     max_requests: Annotated[
-        int, typer.Option(min=1, max=_MOST, help="Requests in flight; more get 429.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, max=_MAX_LIMIT, help="Requests in flight; more get 429.", rich_help_panel=_LIMITS)
     ] = 256,
     max_body_kib: Annotated[
-        int, typer.Option(min=1, max=_MOST, help="Size of a body; more gets 413.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, max=_MAX_LIMIT, help="Size of an HTTP body; more gets 413.", rich_help_panel=_LIMITS)
     ] = 1024,
     max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, max=_MOST, help="Tokens of a prompt.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, max=_MAX_LIMIT, help="Tokens of a prompt.", rich_help_panel=_LIMITS)
     ] = 32_768,
     max_output_tokens: Annotated[
-        int, typer.Option(min=1, max=_MOST, help="Tokens of an output.", rich_help_panel=_LIMITS)
+        int, typer.Option(min=1, max=_MAX_LIMIT, help="Tokens of an output.", rich_help_panel=_LIMITS)
     ] = 4_096,
     grace_period_s: Annotated[
         float,
@@ -63,40 +77,114 @@ def serve(
             min=0.001, max=1e6, help="Time for running requests to finish at shutdown.", rich_help_panel=_LIMITS
         ),
     ] = 30.0,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but errors.", rich_help_panel=_HTTP)
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_HTTP)] = False,
 ) -> None:
     """Serve many models on one cluster over HTTP.
 
-    OpenAI's API for what is deployed, /endpoints to deploy by intent, /metrics
-    for Prometheus. Listens on this machine alone unless there is a token.
-    Ctrl-C or SIGTERM ends it in order. Endpoints come back with the next start.
+    Offers OpenAI's API for served models, /endpoints to deploy by intent, and /metrics
+    for Prometheus. Listens on loopback unless there is a token. Ctrl-C or SIGTERM
+    shuts down gracefully; the next start restores the endpoints.
     """
     from maveriq.cli.engine_site import Engines
-    from maveriq.cli.serving import Serving, run_service
+    from maveriq.errors import InputError
+    from maveriq.files import is_folder
+    from maveriq.serve.auth import read_token
+    from maveriq.serve.settings import ServeSettings
 
-    run_service(
-        options,
-        Engines(
-            backend=backend,
-            real=real,
-            time_scale=time_scale,
-            start_timeout_s=start_timeout_s,
-            hang_timeout_s=hang_timeout_s,
-            max_restarts=max_restarts,
-        ),
-        Serving(
-            models_folder=models_folder,
-            state=state,
-            host=host,
-            port=port,
-            token_file=token_file,
-            max_requests=max_requests,
-            max_body_kib=max_body_kib,
-            max_prompt_tokens=max_prompt_tokens,
-            max_output_tokens=max_output_tokens,
-            grace_period_s=grace_period_s,
-            quiet=quiet,
-        ),
+    engines = Engines(
+        backend=backend,
+        real=real,
+        time_scale=time_scale,
+        start_timeout_s=start_timeout_s,
+        hang_timeout_s=hang_timeout_s,
+        max_restarts=max_restarts,
     )
+    if models_folder is not None and not is_folder(models_folder):
+        raise InputError(f"--models-folder {str(models_folder)!r} is not a folder")
+    settings = ServeSettings(
+        token=read_token(token_file),
+        models_folder=models_folder,
+        max_in_flight=max_requests,
+        max_body_bytes=max_body_kib * 1024,
+        max_prompt_tokens=max_prompt_tokens,
+        max_output_tokens=max_output_tokens,
+        grace_period_s=grace_period_s,
+    )
+    _run_service(options, engines, settings, state=state, host=host, port=port, quiet=quiet)
+
+
+def _run_service(
+    options: Options, engines: Engines, settings: ServeSettings, *, state: Path, host: str, port: int, quiet: bool
+) -> None:
+    """Open the socket and the state file, then serve until a signal.
+
+    Raises:
+        InputError: an option, a file or an address that cannot be used.
+        MaveriqError: the executor failed.
+    """
+    import asyncio
+
+    from maveriq.cli.engine_site import Site
+    from maveriq.cli.extras import extra
+    from maveriq.cli.local_gpus import cluster_here
+
+    with extra("serve", for_whom="maveriq serve"):
+        from maveriq.serve.cluster import plan_cluster
+        from maveriq.serve.server import listen
+        from maveriq.serve.store import Store
+
+    logging.basicConfig(format="maveriq: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
+    with contextlib.ExitStack() as resources:
+        site = resources.enter_context(contextlib.closing(Site(engines.name)))
+        plan = plan_cluster(options, planning=site.planning, clusters=cluster_here)
+        listener = resources.enter_context(contextlib.closing(listen(host, port, settings)))
+        store = resources.enter_context(contextlib.closing(Store(state, kept_requests=settings.kept_requests)))
+        serving = _serve(
+            plan, engines, site, settings, listener=listener, store=store, logs=state.with_suffix(".logs"), quiet=quiet
+        )
+        asyncio.run(serving)
+
+
+async def _serve(
+    plan: ClusterPlan,
+    engines: Engines,
+    site: Site,
+    settings: ServeSettings,
+    *,
+    listener: socket.socket,
+    store: Store,
+    logs: Path,
+    quiet: bool,
+) -> None:
+    from maveriq.errors import MaveriqError
+    from maveriq.serve.app import create_app
+    from maveriq.serve.cluster import open_cluster
+    from maveriq.serve.model_registry import ModelRegistry
+    from maveriq.serve.server import serve, url_of
+
+    models = ModelRegistry(store, folder=settings.models_folder, max_models=settings.max_models)
+    async with open_cluster(
+        plan,
+        backend=engines.name,
+        time_scale=engines.time_scale,
+        supervision=engines.supervision(),
+        logs=logs,
+        folder_of=models.folder_of,
+        devices=site.devices(plan.cluster),
+        watch=site.watch(),
+        sampler=site.sampler(plan.cluster),
+    ) as executor:
+        app = create_app(executor, store, settings, plan.placements, models)
+
+        def report_ready() -> None:
+            _print_status(f"serving {plan.cluster.name} on {url_of(listener)}; Ctrl-C stops it", quiet=quiet)
+
+        await serve(app, listener, report_ready, fault=executor.fault)
+        if executor.fault.done() and (fault := executor.fault.exception()) is not None:
+            raise MaveriqError(f"the executor failed ({type(fault).__name__}: {fault}); all requests ended") from fault
+    _print_status("stopped", quiet=quiet)
+
+
+def _print_status(line: str, *, quiet: bool) -> None:
+    if not quiet:
+        typer.echo(line, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""A policy that knows what was said of single endpoints before it is asked about them.
+"""A policy with per-endpoint overrides: pinned plans and a placement policy chosen by name.
 
-A service brings its engines back as they were deployed, and lets a developer name the placement
-of one deployment. Neither is part of an ask (`DeployAsk`), so both are told to this wrapper.
+`maveriq serve` restores deployments on the GPUs they had before a restart and lets an endpoint name its
+placement policy. `EndpointSpec` holds neither, so the service sets both on this wrapper.
 """
 
 from __future__ import annotations
@@ -21,48 +21,51 @@ Plans: TypeAlias = tuple[DeploymentPlan, ...]
 
 @dataclass(slots=True, kw_only=True)
 class PinnedPlacementPolicy:
-    """Asks `usual`, except for endpoints of which something else was said.
+    """Decides by the default policy, except for endpoints with an override.
 
     Args:
-        usual: decides where nothing was said.
-        by_name: the policies that an endpoint may be given instead, by the name of their placement.
-        decided: told of each new decision to deploy, so that it can be pinned after a restart.
+        default: decides on endpoints without an override.
+        by_name: the policies that `place_by` can choose from.
     """
 
     default: Policy
     by_name: Mapping[str, Policy] = field(default_factory=dict)
-    decided: Callable[[int, Plans], None] | None = None
     _named: dict[int, Policy] = field(default_factory=dict)
     _pinned: dict[int, Plans] = field(default_factory=dict)
+    _listener: Callable[[int, Plans], None] | None = None
 
     @property
     def name(self) -> str:
-        """The name of the usual policy."""
+        """The name of the default policy."""
         return self.default.name
 
     def place_by(self, endpoint_id: int, name: str) -> None:
-        """Let the policy of a name decide on an endpoint.
+        """Let the policy with this name decide on an endpoint.
 
         Raises:
-            UnknownNameError: no such policy.
+            UnknownNameError: there is no such policy.
         """
         if name not in self.by_name:
             raise UnknownNameError("placement", name, self.by_name)
         self._named[endpoint_id] = self.by_name[name]
 
     def pin(self, endpoint_id: int, plans: Plans) -> None:
-        """Deploy an endpoint by these plans, if they still fit when it is asked for."""
+        """Use these plans for an endpoint if they still fit when it is decided on."""
         self._pinned[endpoint_id] = plans
 
     def forget(self, endpoint_id: int) -> None:
-        """Drop what was said of an endpoint."""
+        """Drop the overrides of an endpoint."""
         self._named.pop(endpoint_id, None)
         self._pinned.pop(endpoint_id, None)
 
-    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
-        """Return the pinned plans where they fit, else what the endpoint's policy decides.
+    def on_decision(self, listener: Callable[[int, Plans], None]) -> None:
+        """Call `listener` with the endpoint ID and the plans of each new decision to deploy."""
+        self._listener = listener
 
-        An error of that policy becomes a rejection: one ask must not end a cluster that serves others.
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
+        """Return the pinned plans if they fit, else the decision of the endpoint's policy.
+
+        An error of that policy becomes a rejection, because one endpoint must not stop a cluster that serves others.
         """
         pinned = self._pinned.get(endpoint.endpoint_id, ())
         if pinned and _belongs(pinned, endpoint) and _fits(pinned, view):
@@ -71,8 +74,8 @@ class PinnedPlacementPolicy:
             decision = self._named.get(endpoint.endpoint_id, self.default).decide(endpoint, view)
         except MaveriqError as error:
             return Rejection(reason=str(error))
-        if isinstance(decision, Deploy) and self.decided:
-            self.decided(endpoint.endpoint_id, decision.plans)
+        if isinstance(decision, Deploy) and self._listener:
+            self._listener(endpoint.endpoint_id, decision.plans)
         return decision
 
 
@@ -81,7 +84,7 @@ def _belongs(plans: Sequence[DeploymentPlan], endpoint: EndpointSpec) -> bool:
 
 
 def _fits(plans: Sequence[DeploymentPlan], view: ClusterView) -> bool:
-    """Say whether every GPU of the plans is up and has room for all that they put on it."""
+    """Return whether every GPU of the plans is up and has room for all of them."""
     free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
     for plan in plans:
         for gpu_id, amount in zip(plan.gpu_ids, plan.gpu_bytes, strict=True):

@@ -20,6 +20,7 @@ from maveriq.exec.live_cluster import LiveCluster
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.auth import AuthMiddleware
 from maveriq.serve.errors import ApiError, bad_request
+from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.routes import developer_routes, openai_routes, operator_routes
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
@@ -31,7 +32,11 @@ _TYPE = re.compile(r"str|int|constrained-\w+|.*\[.*\]")  # in a path where pydan
 
 
 def create_app(
-    cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PinnedPlacementPolicy
+    cluster: LiveCluster,
+    store: Store,
+    settings: ServeSettings,
+    placements: PinnedPlacementPolicy,
+    models: ModelRegistry,
 ) -> FastAPI:
     """Return the application for a cluster that is up.
 
@@ -42,9 +47,10 @@ def create_app(
         cluster: serves.
         store: what survives a restart.
         settings: the limits and the token.
-        placements: the policy that `cluster` asks.
+        placements: the policy of `cluster`.
+        models: the registered models.
     """
-    service = Service(cluster, store, settings, placements)
+    service = Service(cluster, store, settings, placements, models)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

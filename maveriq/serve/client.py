@@ -1,4 +1,4 @@
-"""A client of the service's own API, for the console."""
+"""HTTP client of a `maveriq serve` process; `maveriq console` uses it."""
 
 from __future__ import annotations
 
@@ -11,71 +11,71 @@ import httpx
 
 from maveriq.errors import InputError, MaveriqError
 
-_CONNECT_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 class ServiceClient:
-    """Speaks to one server. Every method raises MaveriqError where it is not reached or says no."""
+    """Calls one server. Every method raises MaveriqError if the server cannot be reached or answers with an error."""
 
     def __init__(self, url: str, token: str | None, *, transport: httpx.BaseTransport | None = None) -> None:
-        """Make a client.
+        """Create a client; it connects on the first call.
 
         Args:
-            url: of the server, as `maveriq serve` prints it, or with /v1 after it, as OpenAI's clients have it.
-            token: None where the server wants none.
-            transport: how to get there, for tests.
+            url: base URL of the server, with or without the `/v1` that OpenAI clients need.
+            token: None if the server needs none.
+            transport: replaces the network, for tests.
 
         Raises:
-            InputError: not a URL.
+            InputError: `url` is not an HTTP URL.
         """
         self._url = url
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(
-            base_url=_checked(url),
+            base_url=_base_url(url),
             headers=headers,
             transport=transport,
             trust_env=False,
-            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         self._http.close()
 
     def get(self, path: str) -> Any:
-        """Return what a route shows."""
-        found = self._call("GET", path)
-        if not _is_ours(path, found):
-            raise self._stranger()
-        return found
+        """Return the JSON of a GET route."""
+        content = self._call("GET", path)
+        if not _is_expected(path, content):
+            raise self._wrong_server()
+        return content
 
     def register(self, model: str) -> dict[str, Any]:
-        """Make a model known."""
-        found: dict[str, Any] = self._call("POST", "/models", {"model": model})
-        return found
+        """Register a model and return its `ModelView`."""
+        view: dict[str, Any] = self._call("POST", "/models", {"model": model})
+        return view
 
     def create_endpoint(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Create an endpoint; fields as in `CreateEndpoint`."""
-        made: dict[str, Any] = self._call("POST", "/endpoints", request)
-        return made
+        """Create an endpoint from the fields of `CreateEndpoint` and return its `EndpointView`."""
+        view: dict[str, Any] = self._call("POST", "/endpoints", request)
+        return view
 
     def remove_endpoint(self, endpoint_id: int) -> None:
         """Remove an endpoint."""
         self._call("DELETE", f"/endpoints/{endpoint_id}")
 
-    def infer(self, model: str, text: str, *, priority: bool) -> Iterator[str]:
-        """Yield a model's continuation of a text as it comes."""
-        body = {"model": model, "prompt": text, "stream": True, "priority": priority}
+    def complete(self, model: str, prompt: str, *, priority: bool) -> Iterator[str]:
+        """Stream a completion: yield its text piece by piece."""
+        body = {"model": model, "prompt": prompt, "stream": True, "priority": priority}
         try:
-            with self._http.stream("POST", "/v1/completions", json=body) as answer:
-                if answer.is_error:
-                    answer.read()
-                    raise _refused(answer)
-                for line in answer.iter_lines():
+            with self._http.stream("POST", "/v1/completions", json=body) as response:
+                if response.is_error:
+                    response.read()
+                    raise _api_error(response)
+                for line in response.iter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
                     chunk = json.loads(line.removeprefix("data: "))
@@ -83,52 +83,52 @@ class ServiceClient:
                         raise MaveriqError(chunk["error"]["message"])
                     yield from (choice["text"] for choice in chunk["choices"])
         except httpx.HTTPError as error:
-            raise self._unreached(error) from None
+            raise self._connection_error(error) from None
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         try:
-            answer = self._http.request(method, path, json=body)
+            response = self._http.request(method, path, json=body)
         except httpx.HTTPError as error:
-            raise self._unreached(error) from None
-        if answer.is_error and path != "/health":
-            raise _refused(answer)
+            raise self._connection_error(error) from None
+        if response.is_error and path != "/health":
+            raise _api_error(response)
         try:
-            return answer.json() if answer.content else None
+            return response.json() if response.content else None
         except ValueError:
-            raise self._stranger() from None
+            raise self._wrong_server() from None
 
-    def _stranger(self) -> MaveriqError:
-        return MaveriqError(f"what answers at {self._url} is no maveriq serve; name the right one with --url")
+    def _wrong_server(self) -> MaveriqError:
+        return MaveriqError(f"the server at {self._url} is not maveriq serve; give the right address with --url")
 
-    def _unreached(self, error: httpx.HTTPError) -> MaveriqError:
+    def _connection_error(self, error: httpx.HTTPError) -> MaveriqError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            return MaveriqError(f"no server answers at {self._url}; start one with maveriq serve, or give its --url")
-        return MaveriqError(f"the server at {self._url} went away: {str(error) or type(error).__name__}")
+            return MaveriqError(f"no server answers at {self._url}; start maveriq serve, or give its URL with --url")
+        return MaveriqError(f"lost the connection to {self._url}: {str(error) or type(error).__name__}")
 
 
-def _is_ours(path: str, found: Any) -> bool:
-    """Say whether this is what `maveriq serve` shows there, as far as the console leans on it."""
-    if path == "/health":
-        return isinstance(found, dict) and "problems" in found
-    return path not in ("/models", "/endpoints") or isinstance(found, list)
-
-
-def _checked(url: str) -> httpx.URL:
+def _base_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except (httpx.InvalidURL, UnicodeError):
         parsed = httpx.URL()
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InputError(f"--url {url!r} is no URL of a server; give one like http://127.0.0.1:8000")
+        raise InputError(f"--url {url!r} is not an HTTP URL; give one like http://127.0.0.1:8000")
     return parsed
 
 
-def _refused(answer: httpx.Response) -> MaveriqError:
-    """Return the server's own words, or at least its status."""
+def _is_expected(path: str, content: Any) -> bool:
+    """Return whether the content of a route has the shape that `maveriq serve` gives it."""
+    if path == "/health":
+        return isinstance(content, dict) and "problems" in content
+    return path not in ("/models", "/endpoints") or isinstance(content, list)
+
+
+def _api_error(response: httpx.Response) -> MaveriqError:
+    """Return the server's error message, or at least its status."""
     try:
-        said = answer.json()["error"]["message"]
+        message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        said = f"the server answers {answer.status_code} {answer.reason_phrase}"
-    if answer.status_code == 401:
-        said += "; put it into the environment as MAVERIQ_TOKEN or give --token-file"
-    return (InputError if answer.status_code < 429 else MaveriqError)(said)
+        message = f"the server answers {response.status_code} {response.reason_phrase}"
+    if response.status_code == 401:
+        message += "; set MAVERIQ_TOKEN in the environment or give --token-file"
+    return (InputError if response.status_code < 429 else MaveriqError)(message)

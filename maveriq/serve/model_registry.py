@@ -17,10 +17,10 @@ from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
 class ModelRegistry:
     """Models by number and by name. A name means one model."""
 
-    def __init__(self, store: Store, *, folder: Path | None, maximum: int) -> None:
+    def __init__(self, store: Store, *, folder: Path | None, max_models: int) -> None:
         self._store = store
         self._folder = None if folder is None else folder.resolve()
-        self._most = maximum
+        self._max_models = max_models
         self._by_id: dict[int, StoredModel] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._registering = asyncio.Lock()
@@ -69,8 +69,10 @@ class ModelRegistry:
                     f"another model is registered as {spec.name!r}; set _name_or_path in config.json to tell them apart"
                 )
                 raise ApiError(409, told, code="model_name_taken", param="model")
-            if len(self._by_id) >= self._most:
-                raise ApiError(409, f"{self._most} models are registered, which is the most", code="too_many_models")
+            if len(self._by_id) >= self._max_models:
+                raise ApiError(
+                    409, f"{self._max_models} models are registered, which is the maximum", code="too_many_models"
+                )
             tokenizer = await asyncio.to_thread(tokenizer_for, folder, spec.vocab_size)
             model = await self._store.add_model(spec, folder)
             self._by_id[model.model_id] = model

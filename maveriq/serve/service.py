@@ -49,19 +49,25 @@ class Service:
     """Serves one cluster from one state file. All of it is used from one event loop."""
 
     def __init__(
-        self, cluster: LiveCluster, store: Store, settings: ServeSettings, placements: PinnedPlacementPolicy
+        self,
+        cluster: LiveCluster,
+        store: Store,
+        settings: ServeSettings,
+        placements: PinnedPlacementPolicy,
+        models: ModelRegistry,
     ) -> None:
-        """Bring the parts together; `start` makes them work.
+        """Connect the parts; `start` makes them work.
 
         Args:
             cluster: serves; it is closed by `stop`.
             store: remembers; it is closed by `stop`.
             settings: the limits.
-            placements: the policy that `cluster` asks; here it is told of single endpoints.
+            placements: the policy of `cluster`; it receives the overrides of endpoints.
+            models: the registered models.
         """
         self.settings = settings
         self.metrics = Metrics()
-        self.models = ModelRegistry(store, folder=settings.models_folder, maximum=settings.max_models)
+        self.models = models
         self.tracker = RequestLifecycle(cluster, store, self.metrics, maximum=settings.max_in_flight)
         self.store = store
         self.started_s = int(time.time())
@@ -83,7 +89,7 @@ class Service:
         await self.models.restore()
         for model in self.models:
             self.metrics.model_known(model.spec.name)
-        self._placements.decided = self._note_plans
+        self._placements.on_decision(self._note_plans)
         stored = await self.store.endpoints()
         # Those with a plan first, so that no new decision takes their place.
         for one in sorted(stored, key=lambda one: not one.plans):

@@ -22,6 +22,7 @@ from maveriq.exec.live_cluster import EndpointRequest, Submission
 from maveriq.exec.messages import EngineSpec
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.errors import ApiError
+from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.requests import AcceptedRequest
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
@@ -254,4 +255,5 @@ def _service(chance: Chance, machine: Machine, disk: Disk, power: Power) -> Serv
     placements = PinnedPlacementPolicy(default=Anywhere(chance))
     body = body_on(chance, machine, placements, power)
     store = Store(Path("state"), writer=disk.open(power))
-    return Service(body, store, ServeSettings(), placements)
+    models = ModelRegistry(store, folder=None, max_models=ServeSettings().max_models)
+    return Service(body, store, ServeSettings(), placements, models)

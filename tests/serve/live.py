@@ -10,6 +10,7 @@ from pathlib import Path
 from fakes import FakeCluster, placements
 
 from maveriq.serve.app import create_app
+from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.server import listen, serve, url_of
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
@@ -24,7 +25,9 @@ async def main(state: str, step: str, drain: str) -> None:
     settings = ServeSettings(grace_period_s=float(drain), max_in_flight=64)
     listening = listen("127.0.0.1", 0, settings)
     policy = placements()
-    app = create_app(FakeCluster(policy, token_s=float(step)), Store(Path(state)), settings, policy)
+    store = Store(Path(state))
+    models = ModelRegistry(store, folder=None, max_models=settings.max_models)
+    app = create_app(FakeCluster(policy, token_s=float(step)), store, settings, policy, models)
     await serve(app, listening, lambda: say(url_of(listening)))
 
 

@@ -13,6 +13,7 @@ from fakes import FakeCluster, placements
 
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.app import create_app
+from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.server import listen, serve, url_of
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
@@ -56,7 +57,9 @@ def running(state: Path, settings: ServeSettings | None = None, **cluster: float
         policy = placements()
         fake = FakeCluster(policy, **cluster)  # type: ignore[arg-type]
         limits = settings or ServeSettings(grace_period_s=2)
-        app = create_app(fake, Store(state), limits, policy)
+        store = Store(state)
+        models = ModelRegistry(store, folder=limits.models_folder, max_models=limits.max_models)
+        app = create_app(fake, store, limits, policy, models)
         listening = listen("127.0.0.1", 0, limits)
         loop = asyncio.get_running_loop()
         ends.append(loop.create_future())

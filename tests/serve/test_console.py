@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import MODEL, Running, running, until
 
-from maveriq.cli.console_words import (
+from maveriq.cli.console import ConsoleSession, run_console
+from maveriq.cli.console_commands import (
     USAGE,
     DeployModel,
     Infer,
@@ -24,7 +25,6 @@ from maveriq.cli.console_words import (
     completions,
     parse,
 )
-from maveriq.cli.consoling import Talk, run_console
 from maveriq.errors import InputError, MaveriqError
 from maveriq.serve.client import ServiceClient
 from maveriq.serve.settings import ServeSettings
@@ -64,22 +64,22 @@ def test_what_a_line_means(line: str, command: object) -> None:
     [
         ("regster x", "did you mean 'register MODEL'"),
         ("register", USAGE["register"]),
-        ("deploy m 20 min-cost", "needs the ID of a model first"),
-        ("1", "what about model 1"),
+        ("deploy m 20 min-cost", "needs a model ID in front"),
+        ("1", "a command is missing after model ID 1"),
         ("1 deplyo m", "did you mean 'ID deploy"),
         ("1 deploy m", USAGE["deploy"]),
         ("1 deploy m x min-cost", "LEN must be a whole number of tokens, not 'x'"),
         ("1 deploy m 20 min-cots", "did you mean 'min-cost'"),
-        ("1 deploy m 20 min-cost soon", "SLO must be a time as 500ms or 2s, not 'soon'"),
+        ("1 deploy m 20 min-cost soon", "SLO must be a time like 500ms or 2s, not 'soon'"),
         ("1 deploy m 20 min-cost nan", "SLO"),
         ("1 deploy m 20 min-cost 1s perhaps", "FP16 must be yes or no"),
         ("1 deploy m 20 min-cost 1s yes llf many", "BATCH"),
         ("1 deploy m 20 min-cost 1s yes llf 1 good", "ACCURACY"),
         ("1 inference", "needs a text"),
-        ("1 remove all", "takes nothing more, not 'all'"),
-        ("models please", "takes nothing more"),
+        ("1 remove all", "takes no more arguments, not 'all'"),
+        ("models please", "takes no more arguments"),
         ("frobnicate", "known: register"),
-        ("1 inference caf\udcff", "no text in UTF-8"),
+        ("1 inference caf\udcff", "not UTF-8 text"),
     ],
 )
 def test_an_error_says_how_it_should_be(line: str, words: str) -> None:
@@ -110,17 +110,17 @@ def test_any_line_is_a_command_or_an_error(line: str) -> None:
     ],
 )
 def test_tab(before: str, found: list[str]) -> None:
-    assert completions(before, models=["llama-2-7b", "gptj-6b"], ids=[1], placements=["hybrid", "llf"]) == found
+    assert completions(before, models=["llama-2-7b", "gptj-6b"], model_ids=[1], placements=["hybrid", "llf"]) == found
 
 
 @pytest.fixture
 def say(state: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], str]]:
     """Type a line into a console on a fresh server and return what it prints."""
     with running(state) as server, ServiceClient(server.url, None) as client:
-        talk = Talk(client)
+        session = ConsoleSession(client)
 
         def do(line: str) -> str:
-            assert talk.do(line)
+            assert session.run(line)
             return capsys.readouterr().out
 
         yield do
@@ -134,8 +134,7 @@ def test_a_session(say: Callable[[str], str]) -> None:
     assert shown.startswith(f"endpoint 1  {MODEL} (ID 1)  ")
     assert "TP 1 x PP 1 float16 b2 on GPU 3" in shown
     until(lambda: " up " in say("1 status"))
-    told = say("1 status")
-    assert told == say("endpoints")
+    assert say("1 status") == say("endpoints")
     assert len(say("1 inference Once upon a time")) == 21
     assert say("1 inference Once upon a time") == say("1 prior_inference Once upon a time")
     assert say("health") == "ready\n"
@@ -148,7 +147,7 @@ def test_a_session(say: Callable[[str], str]) -> None:
     ("line", "words"),
     [
         ("register lama-2-7b", "did you mean 'llama-2-7b'"),
-        ("1 inference x", "no model has ID 1 (none is registered); register MODEL gives one"),
+        ("1 inference x", "there is no model with ID 1 (none is registered); register MODEL"),
     ],
 )
 def test_the_servers_no_is_an_error(say: Callable[[str], str], line: str, words: str) -> None:
@@ -162,10 +161,10 @@ def test_what_cannot_be_done_leaves_nothing_behind(say: Callable[[str], str]) ->
     with pytest.raises(MaveriqError, match="cannot be deployed: llama-2-70b needs"):
         say("1 deploy llama-2-70b 20 min-cost")
     assert say("endpoints") == ""
-    with pytest.raises(InputError, match="ID 1 is llama-2-70b, not 'gptj-6b'"):
+    with pytest.raises(InputError, match="model ID 1 is llama-2-70b, not 'gptj-6b'"):
         say("1 deploy gptj-6b 20 min-cost")
     for line in ("1 remove", "1 status"):
-        with pytest.raises(MaveriqError, match="llama-2-70b is not deployed; deploy it with: 1 deploy llama-2-70b"):
+        with pytest.raises(MaveriqError, match="llama-2-70b has no endpoint; create one with: 1 deploy llama-2-70b"):
             say(line)
     with pytest.raises(MaveriqError, match="not deployed"):
         say("1 inference x")
@@ -184,7 +183,7 @@ def test_commands_from_a_pipe_end_at_the_first_error(
 
 def test_bytes_that_are_no_text_cost_their_line(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"models\n1 inference caf\xff\n"), encoding="utf-8"))
-    with pytest.raises(InputError, match=r"command 2 .* no text in UTF-8"):
+    with pytest.raises(InputError, match=r"command 2 .* not UTF-8 text"):
         run_console(server.url, None, [])
 
 
@@ -209,22 +208,22 @@ def test_the_url_that_openai_clients_have_will_do(server: Running, capsys: pytes
 )
 def test_another_server_is_told_from_ours(path: str, body: str) -> None:
     answers = httpx.MockTransport(lambda _request: httpx.Response(200, text=body))
-    told = "what answers at http://other is no maveriq serve"
-    with ServiceClient("http://other", None, transport=answers) as client, pytest.raises(MaveriqError, match=told):
+    message = "the server at http://other is not maveriq serve"
+    with ServiceClient("http://other", None, transport=answers) as client, pytest.raises(MaveriqError, match=message):
         client.get(path)
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MaveriqError, match=r"no server answers at .* start one with maveriq serve"):
+    with pytest.raises(MaveriqError, match=r"no server answers at .* start maveriq serve"):
         run_console("http://127.0.0.1:1", None, ["health"])
     for url in ("localhost:8000", "ftp://x", "http://", ""):
-        with pytest.raises(InputError, match="is no URL of a server"):
+        with pytest.raises(InputError, match="is not an HTTP URL"):
             run_console(url, None, ["health"])
 
 
 def test_a_server_that_wants_a_token(state: Path, tmp_path: Path) -> None:
     with running(state, ServeSettings(token=TOKEN)) as server:
-        with pytest.raises(InputError, match="MAVERIQ_TOKEN or give --token-file"):
+        with pytest.raises(InputError, match="MAVERIQ_TOKEN in the environment or give"):
             run_console(server.url, None, ["models"])
         (tmp_path / "token").write_text(TOKEN)
         run_console(server.url, tmp_path / "token", ["models"])
@@ -232,7 +231,7 @@ def test_a_server_that_wants_a_token(state: Path, tmp_path: Path) -> None:
 
 def test_completion_asks_the_server(server: Running) -> None:
     with ServiceClient(server.url, None) as client:
-        assert Talk(client).completions("1 deploy llama-2-7b") == ["llama-2-7b"]
-        assert "1" in Talk(client).completions("")
+        assert ConsoleSession(client).completions("1 deploy llama-2-7b") == ["llama-2-7b"]
+        assert "1" in ConsoleSession(client).completions("")
     with ServiceClient("http://127.0.0.1:1", None) as client:
-        assert Talk(client).completions("reg") == ["register"]
+        assert ConsoleSession(client).completions("reg") == ["register"]

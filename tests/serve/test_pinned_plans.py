@@ -33,18 +33,18 @@ def elsewhere() -> Plans:
     return decision.plans
 
 
-def test_pinned_plans_are_kept_and_others_are_told() -> None:
-    told: list[tuple[int, Plans]] = []
+def test_pinned_plans_are_kept_and_new_decisions_are_reported() -> None:
+    decided: list[tuple[int, Plans]] = []
     policy = placements()
-    policy.decided = lambda endpoint_id, plans: told.append((endpoint_id, plans))
+    policy.on_decision(lambda endpoint_id, plans: decided.append((endpoint_id, plans)))
     policy.pin(5, elsewhere())
     assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())
-    assert told == []
+    assert decided == []
     other = dataclasses.replace(ASK, endpoint_id=6)
     decision = policy.decide(other, view(empty()))
     assert decision == OneGpu().decide(other, view(empty()))
     assert isinstance(decision, Deploy)
-    assert told == [(6, decision.plans)]
+    assert decided == [(6, decision.plans)]
     assert policy.name == "one-gpu"
 
 

@@ -17,7 +17,6 @@ import pytest
 from fakes import FakeCluster
 from running import MODEL, until
 
-from maveriq.cli import serving as serving_module
 from maveriq.cli.app import app
 from maveriq.cli.ending import ending
 from maveriq.cli.extras import extra
@@ -87,13 +86,13 @@ def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
         (("serve",), "say what to run on"),
         ((*SERVE, "--host", "0.0.0.0"), "MAVERIQ_TOKEN"),  # noqa: S104
         ((*SERVE, "--state", "nowhere/s.db"), "state file 'nowhere/s.db' cannot be opened"),
-        ((*SERVE, "--models-folder", "nowhere"), "--models-folder 'nowhere' is no folder"),
+        ((*SERVE, "--models-folder", "nowhere"), "--models-folder 'nowhere' is not a folder"),
         ((*SERVE, "--token-file", "nowhere"), "token file"),
         ((*SERVE, "--policy", "alpaserve"), "unknown policy 'alpaserve'"),
         ((*SERVE, "--port", "70000"), "70000"),
         ((*SERVE[:-1], "{taken}"), "Address already in use; name another with --port"),
         (("console", "-c", "modles"), "did you mean 'models'"),
-        (("console", "--url", "nonsense", "-c", "models"), "is no URL of a server"),
+        (("console", "--url", "nonsense", "-c", "models"), "is not an HTTP URL"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -137,7 +136,7 @@ def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: p
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
-    monkeypatch.setattr(serving_module, "open_cluster", open_broken)
+    monkeypatch.setattr("maveriq.serve.cluster.open_cluster", open_broken)
     with pytest.raises(MaveriqError, match=r"the executor failed \(ZeroDivisionError: by nought\)"):
         app(SERVE, prog_name="maveriq", standalone_mode=False)
     assert clusters[0].closed

@@ -7,7 +7,7 @@ import openai
 import pytest
 from running import Running
 
-from maveriq.cli.console_words import USAGE
+from maveriq.cli.console_commands import USAGE
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
