@@ -21,8 +21,8 @@ from maveriq.domain.records import RunRecord
 from maveriq.report.formatting import UNICODE
 from maveriq.report.live import Canvas, History, frame
 from maveriq.report.metrics import summarise
+from maveriq.report.results import results_view
 from maveriq.report.saturation import assess_saturation
-from maveriq.report.tables import results_view
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
 from maveriq.sim.simulator import simulate

@@ -16,9 +16,10 @@ from maveriq.errors import InputError, MaveriqError
 from maveriq.files import exists, measured_data_path
 from maveriq.report.compare import Check, Comparison, check, compare, parse_tolerances
 from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
-from maveriq.report.compare_view import comparison_view, dots_across, matching_line
+from maveriq.report.compare_view import comparison_view, matching_line
 from maveriq.report.curves import Curves, latency_curves, queue_curves
 from maveriq.report.reading import read_run
+from maveriq.report.text_plot import dots_across
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from maveriq.calibration.cross_validation import benchmarked_estimator
 from maveriq.calibration.evaluation import Errors, EvaluatedEstimator, Evaluation, Group, judge, read_measurements
@@ -19,7 +18,7 @@ from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.estimate.registry import default_estimator
 from maveriq.report.formatting import figure
-from maveriq.report.tables import new_table
+from maveriq.report.view import Column, Table, number_column, row
 
 
 def show_errors(
@@ -113,20 +112,15 @@ def show_groups(console: Console, groups: Sequence[Group]) -> None:
 def _errors_table(what: str, rows: Iterable[tuple[Group, Errors, float | None]]) -> Table:
     rows = list(rows)
     covered = any(share is not None for _, _, share in rows)
-    table = new_table(f"{what}: absolute error in percent")
-    table.padding = (0, 1, 0, 0)  # nine columns into 80 characters
-    for column in ("by", "value"):
-        table.add_column(column, no_wrap=True)
-    for column in ("n", "median", "mean", "p90", "p95", "worst", *(["in 90%"] if covered else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    shown = ""
+    headers = ["n", "median", "mean", "p90", "p95", "worst", *(["in 90%"] if covered else [])]
+    table_rows, shown = [], ""
     for group, errors, share in rows:
-        if shown not in ("", group.by):
-            table.add_section()
         figures = [*_figures(errors), *([_percent(share)] if covered else [])]
-        table.add_row("" if group.by == shown else group.by, escape(group.value), *figures)
+        new = group.by != shown
+        table_rows.append(row(group.by if new else "", group.value, *figures, starts_section=new))
         shown = group.by
-    return table
+    columns = [Column("by"), Column("value"), *map(number_column, headers)]
+    return Table(f"{what}: absolute error in percent", columns, table_rows, dense=True)
 
 
 def _figures(errors: Errors) -> list[str]:

@@ -16,7 +16,7 @@ from maveriq.errors import InputError, MaveriqError
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import MEASURED, default_estimator, make_estimator, note_on_default
 from maveriq.policy.configuration import rank
-from maveriq.report.plans import left_out_table, ranking_json, ranking_table
+from maveriq.report.plans import ranking_json, ranking_table, rejected_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def answer(question: PlanQuestion, *, top: int, all_reasons: bool, as_json: bool
         console = Console()
         if ranking.candidates:
             console.print(ranking_table(endpoint, ranking, cluster, top=top, width=console.width))
-        console.print(left_out_table(ranking, every=all_reasons))
+        console.print(rejected_table(ranking, every=all_reasons))
         note = None if question.estimator else note_on_default(profile)
         if note:
             console.print(note, highlight=False, markup=False)

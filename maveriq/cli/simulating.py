@@ -20,9 +20,9 @@ from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.live import make_view
 from maveriq.report.metrics import summarise
+from maveriq.report.results import results_view
 from maveriq.report.run_folder import check_writable, summary_to_json, write_run
 from maveriq.report.saturation import assess_saturation
-from maveriq.report.tables import results_view
 from maveriq.scenario.build import RECORDED, build_system
 from maveriq.scenario.options import Options
 from maveriq.scenario.system import ServingSystem

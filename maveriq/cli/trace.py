@@ -11,8 +11,7 @@ from maveriq.cli.flags import with_options
 from maveriq.scenario.options import Options
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from maveriq.report.view import Part
     from maveriq.workload.requests import Workload
     from maveriq.workload.summary import WorkloadSummary
 
@@ -121,30 +120,31 @@ def _print_json(value: dict[str, object]) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
-def _view(summary: WorkloadSummary, width: int) -> list[RenderableType]:
-    from rich.text import Text
+def _view(summary: WorkloadSummary, width: int) -> list[Part]:
+    from maveriq.report.view import BLANK, Column, Table, Text, number_column, row
 
-    from maveriq.report.tables import new_table
-
-    models = new_table("Models")
-    models.add_column("#", justify="right")
-    models.add_column("model")
-    for column in ("asked at s", "requests"):
-        models.add_column(column, justify="right")
-    for endpoint in summary.endpoints:
-        models.add_row(str(endpoint.endpoint), endpoint.model, f"{endpoint.requested_s:,.0f}", f"{endpoint.requests:,}")
-    lengths = new_table("Lengths in tokens")
-    lengths.add_column("")
-    for column in ("minimum", "p25", "median", "p75", "p90", "p99", "maximum", "mean"):
-        lengths.add_column(column, justify="right")
-    for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens)):
-        quantiles = (tokens.minimum, tokens.p25, tokens.median, tokens.p75, tokens.p90, tokens.p99, tokens.maximum)
-        lengths.add_row(name, *(f"{value:,}" for value in quantiles), f"{tokens.mean:,.1f}")
+    models = Table(
+        "Models",
+        [Column("#", align="right"), Column("model"), number_column("asked at s"), number_column("requests")],
+        [
+            row(str(endpoint.endpoint), endpoint.model, f"{endpoint.requested_s:,.0f}", f"{endpoint.requests:,}")
+            for endpoint in summary.endpoints
+        ],
+    )
+    quantiles = ("minimum", "p25", "median", "p75", "p90", "p99", "maximum")
+    lengths = Table(
+        "Lengths in tokens",
+        [Column(""), *map(number_column, (*quantiles, "mean"))],
+        [
+            row(name, *(f"{getattr(tokens, quantile):,}" for quantile in quantiles), f"{tokens.mean:,.1f}")
+            for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens))
+        ],
+    )
     headline = (
         f"{summary.name}: {summary.requests:,} requests from {summary.first_arrival_s:,.1f} s"
         f" to {summary.last_arrival_s:,.1f} s, {summary.mean_rate_per_s:.2f} a second"
     )
-    return [Text(headline), Text(rate_plot(summary.requests_per_bin, summary.bin_s, width)), models, Text(), lengths]
+    return [Text(headline), Text(rate_plot(summary.requests_per_bin, summary.bin_s, width)), models, BLANK, lengths]
 
 
 def rate_plot(requests_per_bin: tuple[int, ...], bin_s: int, width: int) -> str:

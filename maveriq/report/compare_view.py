@@ -1,148 +1,17 @@
-"""Two curves over one another in characters: the real run as a dotted area, the simulated one as a line.
-
-A cell of braille has two dots across and four down. The shapes differ, not the colours alone, so
-that the picture reads the same without colour. Where a terminal knows no braille, `:` and `*` serve.
-
-The comparison of two runs on a terminal.
-"""
+"""The comparison of two runs as a view."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.report.compare import PERCENT, QUANTITIES, Check, Comparison, Distance, PlanPair, Quantity
 from maveriq.report.curves import Curves
 from maveriq.report.formatting import NONE, figure, gpu_list, layer_list, share, signed
+from maveriq.report.results import SATURATION_STYLES
 from maveriq.report.saturation import Saturation
-from maveriq.report.tables import VERDICT_STYLES, new_table
-
-Array: TypeAlias = npt.NDArray[Any]
-
-SIM_STYLE, REAL_STYLE = "bold cyan", "yellow"
-_BRAILLE = 0x2800
-# The bit of each dot in a cell of braille, by row and column.
-_BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
-_LABEL_WIDTH = 7
-
-
-def dots_across(width: int) -> int:
-    """Return how many points a picture of so many characters can show."""
-    return 2 * max(8, width - _LABEL_WIDTH - 1)
-
-
-def overlay(curves: Curves, *, rows: int, ascii_only: bool) -> Text:
-    """Return the picture: a title with its key, the plot, an axis.
-
-    Args:
-        curves: with `dots_across(width)` points.
-        rows: lines of the plot itself.
-        ascii_only: use no braille and no line characters.
-    """
-    sim, real = (_heights(values, curves.top, rows) for values in (curves.sim, curves.real))
-    text = _heading(curves, ascii_only=ascii_only)
-    cells = zip(_cells(_line(sim, rows)), _cells(_area(real, rows)), strict=True)
-    for row, (line, area) in enumerate(cells):
-        text.append(_label(curves, row, rows).rjust(_LABEL_WIDTH), style="dim")
-        text.append("|" if ascii_only else "│", style="dim")
-        for bits_of_line, bits_of_area in zip(line.tolist(), area.tolist(), strict=True):
-            style = SIM_STYLE if bits_of_line else REAL_STYLE
-            text.append(_glyph(bits_of_line, bits_of_area, ascii_only=ascii_only), style=style)
-        text.append("\n")
-    text.append(_axis(curves, len(sim) // 2, ascii_only=ascii_only), style="dim")
-    return text
-
-
-def _heading(curves: Curves, *, ascii_only: bool) -> Text:
-    line, area = ("**", "::") if ascii_only else ("⣀⡠⠤⠒⠉", "⡂⡂⡂")
-    return Text.assemble(
-        (curves.title, "bold"),
-        f" ({curves.x_label})  ",
-        (line, SIM_STYLE),
-        " simulated  ",
-        (area, REAL_STYLE),
-        " real\n",
-    )
-
-
-def _glyph(line: int, area: int, *, ascii_only: bool) -> str:
-    if ascii_only:
-        return "*" if line else ":" if area else " "
-    return chr(_BRAILLE | (line or area)) if line or area else " "
-
-
-def _heights(values: Array, top: float, rows: int) -> Array:
-    """Return the dot, from 0 at the bottom, that each value lies on; -1 for nothing at all."""
-    heights: Array = np.ceil(np.clip(values / top, 0, 1) * 4 * rows).astype(int) - 1
-    return heights
-
-
-def _line(heights: Array, rows: int) -> Array:
-    """Return the dots of a line through all heights, top row first."""
-    levels = np.arange(4 * rows)[:, None]
-    shown = np.maximum(heights, 0)  # a line at nothing runs along the bottom
-    before = np.concatenate((shown[:1], shown[:-1]))
-    # A step is drawn whole, in the column where it arrives.
-    low = np.where(before < shown, np.minimum(before + 1, shown), shown)
-    high = np.where(before > shown, np.maximum(before - 1, shown), shown)
-    dots: Array = ((levels >= low) & (levels <= high))[::-1]
-    return dots
-
-
-def _area(heights: Array, rows: int) -> Array:
-    """Return the dots of a thinly dotted area below all heights, with a closed upper edge."""
-    levels, across = np.arange(4 * rows)[:, None], np.arange(len(heights))[None, :]
-    thin = (across % 2 == 0) & (levels % 2 == 0)
-    dots: Array = ((levels <= heights) & thin)[::-1]
-    return dots
-
-
-def _cells(dots: Array) -> Iterator[Array]:
-    """Yield the braille bits of each row of cells."""
-    rows, columns = dots.shape[0] // 4, dots.shape[1] // 2
-    blocks = dots.reshape(rows, 4, columns, 2) * _BITS[None, :, None, :]
-    yield from blocks.sum(axis=(1, 3))
-
-
-def _label(curves: Curves, row: int, rows: int) -> str:
-    """Return what stands beside the top, the middle and the bottom row."""
-    for at, value in ((0, curves.top), (rows // 2, curves.top / 2), (rows - 1, 0.0)):
-        if row == at:
-            return f"{100 * value:.0f} % " if curves.log_x else f"{value:,.4g} "
-    return ""
-
-
-def _axis(curves: Curves, width: int, *, ascii_only: bool) -> str:
-    """Return the line below the plot, with ticks, and the numbers at them."""
-    rule, tick, corner = ("-", "+", "+") if ascii_only else ("─", "┬", "└")
-    line, labels = [rule] * width, [" "] * (width + _LABEL_WIDTH + 1)
-    taken = 0
-    for value in curves.ticks():
-        at = _column(curves, value, width)
-        label = f"{figure(value) if value < 1 else f'{value:,.0f}'}"
-        start = at + _LABEL_WIDTH + 1 - len(label) // 2
-        if start < taken or start + len(label) > len(labels):
-            continue
-        line[at] = tick
-        labels[start : start + len(label)] = label
-        taken = start + len(label) + 1
-    return " " * _LABEL_WIDTH + corner + "".join(line) + "\n" + "".join(labels).rstrip()
-
-
-def _column(curves: Curves, value: float, width: int) -> int:
-    low, high, at = float(curves.x[0]), float(curves.x[-1]), value
-    if curves.log_x:
-        low, high, at = math.log(low), math.log(high), math.log(value)
-    return min(width - 1, round((at - low) / (high - low) * (width - 1)))
-
+from maveriq.report.text_plot import overlay
+from maveriq.report.view import Column, Part, Row, Table, Text, View, number_column, row, spaced
 
 _WIDE = 110
 _CDF_ROWS, _QUEUE_ROWS = 10, 6
@@ -166,32 +35,36 @@ _FIRST_OF_SECTION = ("mean", "queue-mean", "service-mean", "slo", "throughput")
 
 
 def comparison_view(
-    comparison: Comparison, curves: Sequence[Curves], checks: Sequence[Check], *, width: int, ascii_only: bool
-) -> Group:
-    """Return everything: figures, errors per model, plans, curves, verdicts, tolerances.
+    comparison: Comparison,
+    curves: Sequence[Curves] = (),
+    checks: Sequence[Check] = (),
+    *,
+    width: int = _WIDE,
+    ascii_only: bool = False,
+) -> View:
+    """Return figures, errors per model, deployments, curves, saturation and tolerances.
 
     Args:
         comparison: of the runs.
-        curves: with `overlay.dots_across(width)` points each.
-        checks: on tolerances; none where the user gave none.
-        width: of the terminal.
+        curves: to draw with characters, with `text_plot.dots_across(width)` points each.
+        checks: of tolerances.
+        width: in characters.
         ascii_only: draw with plain characters.
     """
-    pictures = (overlay(one, rows=_CDF_ROWS if one.log_x else _QUEUE_ROWS, ascii_only=ascii_only) for one in curves)
-    parts: list[RenderableType] = [
+    parts: list[Part] = [
         _overall_table(comparison),
         _models_table(comparison, wide=width >= _WIDE),
-        _plans_table(comparison.deployments),
-        *pictures,
-        _verdicts(comparison),
+        _deployments_table(comparison.deployments),
+        *(overlay(curve, rows=_CDF_ROWS if curve.log_x else _QUEUE_ROWS, ascii_only=ascii_only) for curve in curves),
+        _saturations(comparison),
     ]
     if checks:
-        parts.append(_checks(checks))
-    return Group(*(piece for part in parts for piece in (part, "")))
+        parts.append(_checks_table(checks))
+    return View(spaced(parts))
 
 
 def matching_line(comparison: Comparison) -> str:
-    """Return one sentence on whether requests could be matched one by one, and what came of it."""
+    """Return one sentence on whether requests were matched one by one, and the median error of those."""
     if comparison.unmatched:
         return f"Requests cannot be matched one by one ({comparison.unmatched}): distributions only."
     error = comparison.overall.request_error
@@ -202,64 +75,80 @@ def matching_line(comparison: Comparison) -> str:
 
 def _overall_table(comparison: Comparison) -> Table:
     overall = comparison.overall
-    table = new_table("All requests")
-    table.add_column("", no_wrap=True)
-    for header in ("simulated", "real", "error"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_row("completed", f"{overall.sim_completed:,}", f"{overall.real_completed:,}", "")
-    for one in QUANTITIES:
-        difference = overall.differences[one.name]
+    return Table(
+        "All requests",
+        [Column(""), *map(number_column, ("simulated", "real", "error"))],
+        [
+            row("completed", f"{overall.sim_completed:,}", f"{overall.real_completed:,}", ""),
+            *_quantity_rows(overall),
+            row(
+                "KS distance of latencies",
+                "",
+                "",
+                NONE if overall.ks is None else f"{overall.ks:.3f}",
+                starts_section=True,
+            ),
+        ],
+    )
+
+
+def _quantity_rows(overall: Distance) -> Iterator[Row]:
+    for quantity in QUANTITIES:
+        difference = overall.differences[quantity.name]
         if difference.sim is None and difference.real is None:
             continue
-        if one.name in _FIRST_OF_SECTION:
-            table.add_section()
-        told = share if one.unit != PERCENT else figure
-        table.add_row(one.label, told(difference.sim), told(difference.real), signed(difference.error, one.unit))
-    table.add_section()
-    table.add_row("KS distance of latencies", "", "", NONE if overall.ks is None else f"{overall.ks:.3f}")
-    return table
+        formatted = figure if quantity.unit == PERCENT else share
+        yield row(
+            quantity.label,
+            formatted(difference.sim),
+            formatted(difference.real),
+            signed(difference.error, quantity.unit),
+            starts_section=quantity.name in _FIRST_OF_SECTION,
+        )
 
 
 def _models_table(comparison: Comparison, *, wide: bool) -> Table:
-    known = {one.name: one for one in QUANTITIES}
-    shown = [known[name] for name in (_COLUMNS if wide else _NARROW_COLUMNS)]
+    by_name = {quantity.name: quantity for quantity in QUANTITIES}
+    quantities = [by_name[name] for name in (_COLUMNS if wide else _NARROW_COLUMNS)]
     if comparison.overall.differences["slo"].error is None:
-        shown.remove(known["slo"])
-    table = new_table("Errors by model, %")
-    table.add_column("\nmodel", overflow="fold")
-    for one in shown:
-        table.add_column(_COLUMNS[one.name], justify="right", no_wrap=True)
-    table.add_column("\nKS", justify="right", no_wrap=True)
-    for model, distance in comparison.models.items():
-        table.add_row(Text(model), *_error_cells(distance, shown))
-    table.add_section()
-    table.add_row("all", *_error_cells(comparison.overall, shown), style="bold")
-    return table
+        quantities.remove(by_name["slo"])
+    headers = [_COLUMNS[quantity.name] for quantity in quantities]
+    return Table(
+        "Errors by model, %",
+        [Column("\nmodel", wrap="fold"), *map(number_column, headers), number_column("\nKS")],
+        [
+            *(row(model, *_error_cells(distance, quantities)) for model, distance in comparison.models.items()),
+            row("all", *_error_cells(comparison.overall, quantities), style="bold", starts_section=True),
+        ],
+    )
 
 
 def _error_cells(distance: Distance, quantities: Iterable[Quantity]) -> list[str]:
-    errors = [signed(distance.differences[one.name].error) for one in quantities]
+    errors = [signed(distance.differences[quantity.name].error) for quantity in quantities]
     return [*errors, NONE if distance.ks is None else f"{distance.ks:.3f}"]
 
 
-def _plans_table(pairs: Sequence[PlanPair]) -> Table:
-    """Return what was deployed; where the runs differ, the real one stands below the simulated one."""
-    table = new_table("Deployments")
-    table.add_column("#", justify="right", style="dim", no_wrap=True)
-    table.add_column("model", no_wrap=True)
-    table.add_column("configuration", no_wrap=True)
-    table.add_column("layers", overflow="fold")
-    table.add_column("GPUs", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for pair in pairs:
-        who = (str(pair.endpoint_id), Text(pair.model))
-        if pair.same_configuration and pair.same_gpus:
-            table.add_row(*who, *_plan_cells(pair.sim), Text("equal", style="green"))
-            continue
-        what = "other GPUs" if pair.same_configuration else "different"
-        table.add_row(*who, *_plan_cells(pair.sim), Text(f"{what}, simulated", style="yellow"))
-        table.add_row("", "", *_plan_cells(pair.real), Text("real", style="dim"))
-    return table
+def _deployments_table(pairs: Sequence[PlanPair]) -> Table:
+    """Return what was deployed; where the runs differ, the real plan stands below the simulated one."""
+    columns = [
+        Column("#", align="right", style="dim"),
+        Column("model"),
+        Column("configuration"),
+        Column("layers", wrap="fold"),
+        Column("GPUs"),
+        Column(""),
+    ]
+    return Table("Deployments", columns, [plan_row for pair in pairs for plan_row in _plan_rows(pair)])
+
+
+def _plan_rows(pair: PlanPair) -> Iterator[Row]:
+    endpoint = str(pair.endpoint_id)
+    if pair.same_configuration and pair.same_gpus:
+        yield row(endpoint, pair.model, *_plan_cells(pair.sim), Text("equal", "green"))
+        return
+    difference = "other GPUs" if pair.same_configuration else "different"
+    yield row(endpoint, pair.model, *_plan_cells(pair.sim), Text(f"{difference}, simulated", "yellow"))
+    yield row("", "", *_plan_cells(pair.real), Text("real", "dim"))
 
 
 def _plan_cells(plan: DeploymentPlan | None) -> tuple[str, str, str]:
@@ -268,26 +157,28 @@ def _plan_cells(plan: DeploymentPlan | None) -> tuple[str, str, str]:
     return str(plan.configuration), layer_list(plan.layer_split), gpu_list(plan.gpu_ids)
 
 
-def _verdicts(comparison: Comparison) -> Text:
-    told = Text()
-    for name, verdict in (("simulated", comparison.sim_verdict), ("real", comparison.real_verdict)):
-        told.append_text(_verdict(name, verdict))
-    told.append(matching_line(comparison))
-    return told
+def _saturations(comparison: Comparison) -> Text:
+    return Text.of(
+        _saturation_line("simulated", comparison.sim_verdict),
+        _saturation_line("real", comparison.real_verdict),
+        matching_line(comparison),
+    )
 
 
-def _verdict(name: str, verdict: Saturation) -> Text:
-    style = f"bold {VERDICT_STYLES[verdict.label]}"
-    return Text.assemble((f"{name:9} ", "dim"), (f"{verdict.label.value}: ", style), verdict.sentence, "\n")
+def _saturation_line(name: str, saturation: Saturation) -> Text:
+    style = f"bold {SATURATION_STYLES[saturation.label]}"
+    return Text.of((f"{name:9} ", "dim"), (f"{saturation.label.value}: ", style), saturation.sentence, "\n")
 
 
-def _checks(checks: Sequence[Check]) -> Table:
-    table = new_table("Tolerances")
-    table.add_column("error of", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for one in checks:
-        outcome = Text("met", style="green") if one.met else Text("MISSED", style="bold red")
-        table.add_row(one.name, signed(one.error, one.unit), f"{one.limit:g} {one.unit}", outcome)
-    return table
+def _checks_table(checks: Sequence[Check]) -> Table:
+    columns = [Column("error of"), number_column(""), number_column("allowed"), Column("")]
+    rows = [
+        row(
+            check.name,
+            signed(check.error, check.unit),
+            f"{check.limit:g} {check.unit}",
+            Text("met", "green") if check.met else Text("MISSED", "bold red"),
+        )
+        for check in checks
+    ]
+    return Table("Tolerances", columns, rows)

@@ -1,4 +1,4 @@
-"""The engines' capability matrix, what of it is installed, and answers to "can it?", as tables and as JSON."""
+"""What engines can run, which are installed, and whether they can run a model, as tables and as JSON values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from maveriq.domain.models import ModelSpec
 from maveriq.exec.capabilities import Arrangement, CapabilityRow, Device, EngineFacts, Installed, Machine, Refusal
 from maveriq.report.formatting import NONE
-from maveriq.report.tables import new_table
+from maveriq.report.view import Column, Row, Table, Text, row
 from maveriq.units import gib
 
 Here = Mapping[str, Installed]
@@ -21,24 +18,36 @@ Here = Mapping[str, Installed]
 
 
 def matrix_table(engines: Mapping[str, EngineFacts]) -> Table:
-    """Return the matrix: a row for each set of things that go together."""
-    table = new_table("What engines can do")
-    for header in ("engine", "models", "weights", "KV cache", "on", "TP", "PP"):
-        table.add_column(header, no_wrap=header in ("engine", "on"), min_width=9 if header == "weights" else None)
-    for name, facts in engines.items():
-        for position, row in enumerate(facts.can):
-            table.add_row(
-                name if position == 0 else "",
-                " ".join("any" if one == "*" else one for one in row.architectures),
-                " ".join(row.weights),
-                " ".join(row.kv),
-                " ".join(device.value for device in row.devices),
-                _tp(row),
-                _pp(row),
-                style="" if facts.started else "dim",
-                end_section=position == len(facts.can) - 1,
-            )
-    return table
+    """Return the capability matrix: a row for each set of capabilities that go together."""
+    columns = [
+        Column("engine"),
+        Column("models", wrap="words"),
+        Column("weights", wrap="words", min_width=9),
+        Column("KV cache", wrap="words"),
+        Column("on"),
+        Column("TP", wrap="words"),
+        Column("PP", wrap="words"),
+    ]
+    rows = [
+        _matrix_row(name if position == 0 else "", capability, dim=not facts.started)
+        for name, facts in engines.items()
+        for position, capability in enumerate(facts.can)
+    ]
+    return Table("What engines can do", columns, rows)
+
+
+def _matrix_row(name: str, capability: CapabilityRow, *, dim: bool) -> Row:
+    return row(
+        name,
+        " ".join("any" if architecture == "*" else architecture for architecture in capability.architectures),
+        " ".join(capability.weights),
+        " ".join(capability.kv),
+        " ".join(device.value for device in capability.devices),
+        _tp(capability),
+        _pp(capability),
+        style="dim" if dim else "",
+        starts_section=bool(name),
+    )
 
 
 def _tp(row: CapabilityRow) -> str:
@@ -57,22 +66,19 @@ def _pp(row: CapabilityRow) -> str:
 def installed_table(engines: Mapping[str, EngineFacts], here: Here, machine: Machine) -> Table:
     """Return which engines can start on this machine, and what the others lack."""
     gpus = ", ".join(f"{gpu.name} ({gib(gpu.memory_bytes):.0f} GiB)" for gpu in machine.gpus)
-    table = new_table(escape(f"Here: {gpus or 'no GPU'}"))
-    table.add_column("engine", no_wrap=True)
-    table.add_column("what it is", overflow="fold")
-    table.add_column("installed", overflow="fold")
-    table.add_column("lacks", overflow="fold")
-    for name, facts in engines.items():
-        found = here[name]
-        versions = ", ".join(f"{package} {version}" for package, version in found.versions.items())
-        own = "comes with maveriq" if not facts.packages else NONE
-        table.add_row(
-            Text(name, style="green" if found.missing is None else "dim"),
-            f"{facts.title} ({facts.version})" if facts.packages else facts.title,
-            versions or own,
-            Text(found.missing or ""),  # its brackets are no markup
-        )
-    return table
+    columns = [Column("engine"), *(Column(header, wrap="fold") for header in ("what it is", "installed", "lacks"))]
+    rows = [_installed_row(name, facts, here[name]) for name, facts in engines.items()]
+    return Table(f"Here: {gpus or 'no GPU'}", columns, rows)
+
+
+def _installed_row(name: str, facts: EngineFacts, found: Installed) -> Row:
+    versions = ", ".join(f"{package} {version}" for package, version in found.versions.items())
+    return row(
+        Text(name, "green" if found.missing is None else "dim"),
+        f"{facts.title} ({facts.version})" if facts.packages else facts.title,
+        versions or (NONE if facts.packages else "comes with maveriq"),
+        found.missing or "",
+    )
 
 
 def matrix_json(engines: Mapping[str, EngineFacts], here: Here, machine: Machine) -> dict[str, Any]:
@@ -97,18 +103,20 @@ def matrix_json(engines: Mapping[str, EngineFacts], here: Here, machine: Machine
 
 
 def answers_table(model: ModelSpec, asked: Arrangement, device: Device, answers: Mapping[str, Refusal | None]) -> Table:
-    """Return for each engine whether it can run a model as asked, or what comes nearest."""
-    table = new_table(escape(f"{model.name} as {asked} on {device}"))
-    table.add_column("engine", no_wrap=True)
-    table.add_column("can")
-    table.add_column("why not", overflow="fold")
-    table.add_column("nearest that it can", overflow="fold")
-    for name, refusal in answers.items():
-        if refusal is None:
-            table.add_row(name, Text("yes", style="green"), "", "")
-        else:
-            table.add_row(name, Text("no", style="red"), Text(refusal.reason), str(refusal.nearest or NONE))
-    return table
+    """Return for each engine whether it can run a model as requested, or the nearest thing that it can run."""
+    columns = [
+        Column("engine"),
+        Column("can", wrap="words"),
+        Column("why not", wrap="fold"),
+        Column("nearest that it can", wrap="fold"),
+    ]
+    rows = [
+        row(name, Text("yes", "green"), "", "")
+        if refusal is None
+        else row(name, Text("no", "red"), refusal.reason, str(refusal.nearest or NONE))
+        for name, refusal in answers.items()
+    ]
+    return Table(f"{model.name} as {asked} on {device}", columns, rows)
 
 
 def answers_json(

@@ -39,7 +39,8 @@ from maveriq.report.formatting import (
     share,
     sparkline,
 )
-from maveriq.report.tables import STATUS_STYLES, new_table
+from maveriq.report.results import STATUS_STYLES
+from maveriq.report.terminal import empty_table
 from maveriq.units import MICROS_PER_SECOND, Micros, gib, seconds
 
 _POINTS = 256
@@ -196,7 +197,7 @@ def _queue(progress: Progress, history: History, width: int, glyphs: Glyphs) -> 
 
 
 def _deployments(deployments: Sequence[DeploymentStatus], room: int, *, wide: bool) -> RenderableType:
-    table = new_table()
+    table = empty_table()
     table.add_column("model", no_wrap=True, overflow="ellipsis")
     table.add_column("configuration", no_wrap=True)
     if wide:

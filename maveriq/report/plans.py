@@ -1,21 +1,19 @@
-"""Rankings of configurations, as tables and as JSON."""
+"""Rankings of configurations, as tables and as JSON values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.deployments import EndpointSpec, Objective
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.policy.configuration import Candidate, Ranking, RejectedConfig
 from maveriq.report.formatting import NONE, figure, layer_list
-from maveriq.report.tables import new_table
+from maveriq.report.results import WIDE
+from maveriq.report.view import Column, Row, Table, number_column, row
 from maveriq.units import gib
 
-_WIDE = 116
 _UNITS = {
     Objective.MIN_COST: "cost\nGiB s",
     Objective.MIN_LATENCY: "latency\ns",
@@ -24,36 +22,40 @@ _UNITS = {
 }
 
 
-def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top: int, width: int) -> Table:
+def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top: int, width: int = WIDE) -> Table:
     """Return the best configurations, best first.
 
     Args:
-        endpoint: what was asked for.
+        endpoint: the model, its intent and its tokens.
         ranking: the answer, with at least one candidate.
-        cluster: what it was fitted to.
-        top: how many rows at most.
-        width: of the terminal, in characters; wide ones also show the time to first token and total memory.
+        cluster: the cluster that the configurations fit.
+        top: maximum number of rows.
+        width: in characters; from `WIDE` on, the table has all its columns.
     """
-    wide = width >= _WIDE
-    shown, total = min(top, len(ranking.candidates)), len(ranking.candidates)
-    table = new_table(
-        f"{endpoint.model.name} for {endpoint.intent.objective.value} on {cluster.name}: {shown} of {total} configurations, "
+    wide = width >= WIDE
+    total = len(ranking.candidates)
+    title = (
+        f"{endpoint.model.name} for {endpoint.intent.objective.value} on {cluster.name}: "
+        f"{min(top, total)} of {total} configurations, "
         f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out"
     )
-    table.add_column("\n#", justify="right", style="dim")
-    table.add_column("\nconfiguration", no_wrap=True)
-    table.add_column("\nlayers", no_wrap=wide)
-    for header in _headers(endpoint, wide=wide):
-        table.add_column(header, justify="right", no_wrap=True)
-    for place, candidate in enumerate(ranking.candidates[:top], start=1):
-        table.add_row(
+    columns = [
+        Column("\n#", align="right", style="dim", wrap="words"),
+        Column("\nconfiguration"),
+        Column("\nlayers", wrap="never" if wide else "words"),
+        *map(number_column, _headers(endpoint, wide=wide)),
+    ]
+    rows = [
+        row(
             str(place),
             str(candidate.configuration),
             layer_list(candidate.layer_split),
             *_cells(candidate, wide=wide),
             style="bold green" if place == 1 else "",
         )
-    return table
+        for place, candidate in enumerate(ranking.candidates[:top], start=1)
+    ]
+    return Table(title, columns, rows)
 
 
 def _headers(endpoint: EndpointSpec, *, wide: bool) -> list[str]:
@@ -78,28 +80,37 @@ def _cells(candidate: Candidate, *, wide: bool) -> list[str]:
     ]
 
 
-def left_out_table(ranking: Ranking, *, every: bool) -> Table:
-    """Return why configurations were left out: a row per reason, or per configuration."""
-    table = new_table(f"Left out: {len(ranking.left_out)} configurations")
+def rejected_table(ranking: Ranking, *, every: bool) -> Table:
+    """Return why configurations were rejected: a row per reason, or per configuration if `every`."""
+    title = f"Left out: {len(ranking.left_out)} configurations"
     if every:
-        table.add_column("configuration", no_wrap=True)
-        table.add_column("reason")
-        for left in ranking.left_out:
-            table.add_row(
-                str(left.configuration), Text(f"{left.reason}: {left.detail}" if left.detail else left.reason)
-            )
-        return table
-    table.add_column("how many", justify="right")
-    table.add_column("reason")
-    table.add_column("for example")
+        return Table(
+            title,
+            [Column("configuration"), Column("reason", wrap="words")],
+            [row(str(rejected.configuration), _full_reason(rejected)) for rejected in ranking.left_out],
+        )
     by_reason: dict[str, list[RejectedConfig]] = {}
-    for left in ranking.left_out:
-        by_reason.setdefault(left.reason, []).append(left)
-    for reason, several in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        first = several[0]
-        detail = f" {first.detail}" if first.detail else ""
-        table.add_row(str(len(several)), Text(reason), Text(f"{first.configuration}{detail}"))
-    return table
+    for rejected in ranking.left_out:
+        by_reason.setdefault(rejected.reason, []).append(rejected)
+    most_common_first = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    return Table(
+        title,
+        [
+            Column("how many", align="right", wrap="words"),
+            Column("reason", wrap="words"),
+            Column("for example", wrap="words"),
+        ],
+        [_reason_row(reason, rejected) for reason, rejected in most_common_first],
+    )
+
+
+def _full_reason(rejected: RejectedConfig) -> str:
+    return f"{rejected.reason}: {rejected.detail}" if rejected.detail else rejected.reason
+
+
+def _reason_row(reason: str, rejected: Sequence[RejectedConfig]) -> Row:
+    example = rejected[0]
+    return row(str(len(rejected)), reason, f"{example.configuration} {example.detail}".rstrip())
 
 
 def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError
 from maveriq.report.compare import compare
 from maveriq.report.compare_plot import write_plot
-from maveriq.report.compare_view import dots_across, overlay
 from maveriq.report.curves import Curves, latency_curves, queue_curves
+from maveriq.report.text_plot import dots_across, overlay
 
 POINTS = dots_across(60)
 

@@ -11,8 +11,8 @@ from maveriq.domain.records import GpuSample
 from maveriq.domain.requests import RequestStatus
 from maveriq.report.formatting import clock, figure, gpu_list, layer_list, share
 from maveriq.report.metrics import summarise
+from maveriq.report.results import notices, results_view
 from maveriq.report.saturation import assess_saturation
-from maveriq.report.tables import notices, results_view
 
 MODELS = {1: "somewhat-long-model-70b", 2: "another-40b"}
 
