@@ -80,7 +80,7 @@ def served_lines(folder: Path) -> list[str]:
     runs = len({run for run, _ in errors})
     median, p90, worst = np.median(off), np.percentile(off, 90), off.max()
     return [
-        f"Median service time without neighbours, {len(off)} (run, model) pairs of {runs} recorded runs: off by",
+        f"Median service time without contention, {len(off)} (run, model) pairs of {runs} recorded runs: off by",
         f"{median:.1f} % in the median, {p90:.1f} % at the 90th percentile, {worst:.1f} % at worst.",
     ]
 
