@@ -15,7 +15,7 @@ DOCUMENTS = sorted(
 )
 QUOTED = re.compile(r"`([^`\n]+)`")
 SOURCE = re.compile(r"(?<![\w:/])[\w./-]+\.py\b")
-FOLDER = re.compile(r"maveriq/[\w/.-]+")
+FOLDER = re.compile(r"(?<![\w/.])maveriq/[\w/.-]+(?![\w/.*-])")
 DOTTED = re.compile(r"(?<![/\w.-])maveriq(?:\.\w+)+")
 RELATIVE_TO = (ROOT, ROOT / "maveriq", ROOT / "maveriq" / "policy" / "alpaserve", ROOT / "docs")
 OF_THE_READER = re.compile(r"FILE|NAME|mine|my")
