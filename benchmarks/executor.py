@@ -31,8 +31,8 @@ from maveriq.errors import MaveriqError
 from maveriq.exec.executor import Executor
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.live_cluster import EndpointRequest, Submission
-from maveriq.exec.world import World
 from maveriq.policy.policy import Decision, Deploy
+from maveriq.scenario.system import ServingSystem
 from maveriq.units import Micros
 
 _MODEL = ModelSpec(
@@ -71,9 +71,12 @@ class _OneGpuEach:
 
 
 class _NoTime:
-    """The service model of engines that take none."""
+    """The service times of engines that take none."""
 
-    def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: object) -> tuple[Micros, Micros]:  # noqa: ARG002
+    name = "none"
+    contention = None
+
+    def times_us(self, plan: DeploymentPlan, requests: object) -> tuple[Micros, Micros]:  # noqa: ARG002
         return 1, 1
 
 
@@ -88,12 +91,12 @@ def _no_load_time(plan: DeploymentPlan) -> Micros:  # noqa: ARG001
 async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the overhead of each request in milliseconds."""
     gpus = (Gpu(gpu_id=number, node=0, kind="none", capacity_bytes=2 * _GIB) for number in range(engines))
-    world = World(
+    system = ServingSystem(
         cluster=Cluster(name="benchmark", gpus=tuple(gpus)),
         policy=_OneGpuEach(),
         settings=ControllerSettings(),
         predict_service_time=_predict_service_time,
-        service=_NoTime(),
+        service_times=_NoTime(),
         load_time=_no_load_time,
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -103,7 +106,7 @@ async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tu
             "clock_engine:ClockEngine", logs=Path(logs), environment=os.environ | {"PYTHONPATH": path}
         ) as launcher,
     ):
-        body = Executor(world, launcher)
+        body = Executor(system, launcher)
         asked = EndpointRequest(model=_MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=2)
         endpoints = [body.deploy(asked) for _ in range(engines)]
         while any(body.endpoint(number)[0].status != "up" for number in endpoints):

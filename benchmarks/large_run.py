@@ -27,7 +27,7 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.report.run_folder import write_run
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.arrivals import steady_poisson
@@ -63,14 +63,14 @@ def measure(world: World, requests: int) -> dict[str, float]:
     }
 
 
-def _scenario(world: World) -> ServingSystem:
+def _scenario(world: World) -> ReplaySystem:
     """Return the default scenario on another cluster, with the first models of a set, all asked for at 0."""
     scenario = build_system(Options(gpus=world.gpus, models="regular"))
     endpoints = tuple(replace(endpoint, requested_us=0) for endpoint in scenario.workload.endpoints[: world.models])
     return replace(scenario, workload=replace(scenario.workload, endpoints=endpoints))
 
 
-def _with(scenario: ServingSystem, arrivals: Arrivals) -> ServingSystem:
+def _with(scenario: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
     workload = Workload(name="steady Poisson", endpoints=scenario.workload.endpoints, arrivals=arrivals)
     sample_us = max(MICROS_PER_SECOND, int(arrivals.arrival_us[-1]) // _SAMPLES)
     return replace(scenario, workload=workload, drain_us=_DRAIN_US, sample_us=sample_us)
@@ -81,7 +81,7 @@ def _arrivals(world: World, rate_per_s: float, requests: int) -> Arrivals:
     return replace(arrivals, arrival_us=arrivals.arrival_us + _STARTED_US)
 
 
-def _capacity_per_s(scenario: ServingSystem, world: World) -> float:
+def _capacity_per_s(scenario: ReplaySystem, world: World) -> float:
     """Return what the cluster completes when it is never short of requests, dispatcher and all."""
     arrivals = _arrivals(world, 1.0, _PROBE_REQUESTS)
     at_once = replace(arrivals, arrival_us=np.full(_PROBE_REQUESTS, _STARTED_US, np.int64))

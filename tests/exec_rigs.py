@@ -26,8 +26,8 @@ from maveriq.exec.launcher import EngineConnection, ProcessLauncher
 from maveriq.exec.messages import ChannelClosedError, EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import PromptSequence as Prompt
 from maveriq.exec.model_files import hf_config_json
-from maveriq.exec.world import World
 from maveriq.scenario.service_times import EstimatedServiceTimes
+from maveriq.scenario.system import ServingSystem
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
@@ -192,17 +192,21 @@ async def body(
     **settings: Any,
 ) -> AsyncIterator[Executor]:
     """A body whose endpoints are asked for; a token takes `token_s`."""
-    world = World(
+    system = ServingSystem(
         cluster=cluster(4),
         policy=AsTold(gpus_of, batch_size),
         settings=ControllerSettings(**settings),
         predict_service_time=predict_service_time,
-        service=EstimatedServiceTimes(TokenSeconds(token_s)),
+        service_times=EstimatedServiceTimes(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
-        measured_loads=sampler.loads if sampler else None,
     )
     with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
-        one = Executor(world, launcher, supervision=supervision)
+        one = Executor(
+            system,
+            launcher,
+            supervision=supervision,
+            measured_loads=sampler.loads if sampler else None,
+        )
         try:
             yield one
         finally:

@@ -16,7 +16,8 @@ from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
 from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.policy.policy import Decision, Deploy, Rejection
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.service_times import EstimatedServiceTimes
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, duration_micros
 from maveriq.workload.requests import Arrivals, Workload
@@ -121,19 +122,19 @@ def scenario(
     token_s: float = 0.001,
     requested_us: dict[int, Micros] | None = None,
     drain_us: Micros = 3_600 * MICROS_PER_SECOND,
-) -> ServingSystem:
+) -> ReplaySystem:
     """A world whose requests take `token_s` per output token; all endpoints are asked for at 0."""
     estimator = TokenSeconds(token_s)
     endpoints = tuple(
         endpoint_spec(endpoint_id, (requested_us or {}).get(endpoint_id, 0)) for endpoint_id in sorted(gpus_of)
     )
-    return ServingSystem(
+    return ReplaySystem(
         cluster=cluster(gpus),
         policy=AsTold(gpus_of, batch_size),
         workload=Workload(name="test", endpoints=endpoints, arrivals=requests),
         settings=settings or ControllerSettings(),
         predict_service_time=predict_service_time,
-        serve=estimator,
+        service_times=EstimatedServiceTimes(estimator),
         load_time=lambda _plan: load_us,
         faults=faults,
         drain_us=drain_us,
@@ -150,6 +151,14 @@ def run(*args, **kwargs) -> RunRecord:
     return simulate(scenario(*args, **kwargs))
 
 
-def controller(gpus_of: dict[int, list[tuple[int, ...]]], *, gpus: int = 4, **settings) -> Controller:
+def controller(
+    gpus_of: dict[int, list[tuple[int, ...]]], *, gpus: int = 4, on_request_end=None, **settings
+) -> Controller:
     """A controller to be driven by hand."""
-    return Controller(cluster(gpus), AsTold(gpus_of), ControllerSettings(**settings), predict_service_time)
+    return Controller(
+        cluster(gpus),
+        AsTold(gpus_of),
+        ControllerSettings(**settings),
+        predict_service_time,
+        on_request_end=on_request_end,
+    )

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from maveriq.domain.records import RunRecord
 from maveriq.report.compare import Comparison, compare
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 
 
@@ -45,13 +45,13 @@ class Draws:
         )
 
 
-def draw(scenario: ServingSystem, sim: RunRecord, recorded: RunRecord, draws: int) -> Draws:
+def draw(scenario: ReplaySystem, sim: RunRecord, recorded: RunRecord, draws: int) -> Draws:
     """Return a scenario under so many draws; `sim` is what the scenario itself gives."""
     others = (simulate(other) for other in _redrawn(scenario, draws - 1))
     return Draws([compare(one, recorded) for one in (sim, *others)])
 
 
-def _redrawn(scenario: ServingSystem, draws: int) -> Iterator[ServingSystem]:
+def _redrawn(scenario: ReplaySystem, draws: int) -> Iterator[ReplaySystem]:
     # The seed of the settings draws phases, and among replicas, of which endpoints here have one each.
     for seed in range(draws):
         yield replace(scenario, settings=replace(scenario.settings, seed=seed))

@@ -19,6 +19,7 @@ from maveriq.estimate.calibration_file import require, served_without
 from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.metrics import busiest_gpu
+from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.sim.simulator import simulate
 from maveriq.testbed.recordings import RecordedRun, Scheduled, find_testbed, read_requests, read_runs
 from maveriq.testbed.run_records import run_record
@@ -63,18 +64,22 @@ def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None 
 def _result(
     run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, plan: BlindPlan, profile: HardwareProfile
 ) -> BlindResult:
-    serve = unseen(run.name, profile)
-    scenario = replace(described(run, scheduled, recorded, estimator=plan.estimator), serve=serve)
+    estimator = unseen(run.name, profile)
+    service_times = EstimatedServiceTimes(estimator)
+    scenario = replace(described(run, scheduled, recorded, estimator=plan.estimator), service_times=service_times)
     sim = simulate(scenario)
     # Baselines place ahead, before there is any load to sample.
     draws = draw(scenario, sim, recorded, plan.draws if run.by_maveriq else 1)
     found = draws.found[0]
     placed = compare(simulate(with_plans_of(recorded, scenario)), recorded)
-    stretching = replace(with_plans_of(sim, scenario), serve=Stretched(serve, plan.service_factor))
+    stretching = replace(
+        with_plans_of(sim, scenario),
+        service_times=EstimatedServiceTimes(Stretched(estimator, plan.service_factor)),
+    )
     stretched = compare(simulate(stretching), sim)
     gain = None
     if run.by_maveriq:
-        other = replace(described(run, scheduled, recorded, estimator=plan.gain_with), serve=serve)
+        other = replace(described(run, scheduled, recorded, estimator=plan.gain_with), service_times=service_times)
         gain = _gain(run.name, simulate(other), sim)
     return BlindResult(
         recorded=recorded,

@@ -23,7 +23,7 @@ from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
 from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.scenario.build import build_system
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.testbed.recordings import RecordedRun, Scheduled
 from maveriq.testbed.replay import options_of
 from maveriq.units import MICROS_PER_SECOND, Bytes
@@ -31,7 +31,7 @@ from maveriq.workload.arrivals import LOAD_SHIFT_S
 from maveriq.workload.requests import Arrivals, Workload
 
 
-def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, estimator: str) -> ServingSystem:
+def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, estimator: str) -> ReplaySystem:
     """Return the scenario of a recorded run; of the recording it takes the schedule, and that of baselines only.
 
     Args:
@@ -49,7 +49,7 @@ def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, es
     return _on_schedule(build_system(replace(options, alpaserve_as_published=True)), _arrivals(scheduled, recorded))
 
 
-def _on_schedule(scenario: ServingSystem, arrivals: Arrivals) -> ServingSystem:
+def _on_schedule(scenario: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
     """Return a baseline's scenario with the recorded schedule, in which each replica is an endpoint of its own."""
     policy = scenario.policy
     if not isinstance(policy, StaticPlacementPolicy):
@@ -118,7 +118,7 @@ class _AsBefore:
         return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
 
 
-def with_plans_of(run: RunRecord, scenario: ServingSystem) -> ServingSystem:
+def with_plans_of(run: RunRecord, scenario: ReplaySystem) -> ReplaySystem:
     """Return a scenario with the plans of a run in place of its own, so that placement plays no part."""
     plans = {one.endpoint.endpoint_id: one.plan for one in run.deployments}
     return replace(scenario, policy=_AsBefore(plans))

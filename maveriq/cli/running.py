@@ -27,7 +27,7 @@ from maveriq.report.reading import read_meta
 from maveriq.report.run_folder import check_writable, engine_lines
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.workload.model_sets import load_model_set
 
 
@@ -42,7 +42,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
     folder = output.folder or _default_folder(options, engines)
     check_writable(folder)
     with contextlib.closing(Site(engines.name)) as site:
-        scenario = build_system(options, planning=site.planning, clusters=cluster_here)
+        scenario = build_system(options, wrap_estimator=site.planning, make_cluster=cluster_here)
         check_real(scenario)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
@@ -66,7 +66,7 @@ class _Job:
     folder: Path
 
 
-def _run(job: _Job, scenario: ServingSystem, settings: ReplaySettings) -> None:
+def _run(job: _Job, scenario: ReplaySystem, settings: ReplaySettings) -> None:
     output, folder = job.output, job.folder
     with Interruption() as interruption, _scratch(folder) as scratch:
         logs = Path(scratch) / "engines"
@@ -114,7 +114,7 @@ def _default_folder(options: Options, engines: Engines) -> Path:
     return simulated.with_name(f"{simulated.name}-{engines.name}")
 
 
-def _meta(options: Options, engines: Engines, scenario: ServingSystem, replayed: Replayed) -> dict[str, Any]:
+def _meta(options: Options, engines: Engines, scenario: ReplaySystem, replayed: Replayed) -> dict[str, Any]:
     meta = meta_of(options, scenario, kind="run", libraries=("numpy", "msgspec"))
     if replayed.interrupted:
         meta["notes"].append(f"ended early by the user, at {replayed.record.ended_us / 1e6:.1f} s")

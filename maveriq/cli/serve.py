@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     import socket
 
     from maveriq.cli.engine_site import Engines, Site
-    from maveriq.serve.cluster import ClusterPlan
+    from maveriq.domain.models import ModelSpec
+    from maveriq.policy.pinned import PinnedPlacementPolicy
+    from maveriq.scenario.system import ServingSystem
     from maveriq.serve.settings import ServeSettings
     from maveriq.serve.store import Store
 
@@ -127,26 +129,35 @@ def _run_service(
     from maveriq.cli.engine_site import Site
     from maveriq.cli.extras import extra
     from maveriq.cli.local_gpus import cluster_here
+    from maveriq.scenario.build import build_live_system
 
     with extra("serve", for_whom="maveriq serve"):
-        from maveriq.serve.cluster import plan_cluster
         from maveriq.serve.server import listen
         from maveriq.serve.store import Store
 
     logging.basicConfig(format="maveriq: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
     with contextlib.ExitStack() as resources:
         site = resources.enter_context(contextlib.closing(Site(engines.name)))
-        plan = plan_cluster(options, planning=site.planning, clusters=cluster_here)
+        system, placements = build_live_system(options, wrap_estimator=site.planning, make_cluster=cluster_here)
         listener = resources.enter_context(contextlib.closing(listen(host, port, settings)))
         store = resources.enter_context(contextlib.closing(Store(state, kept_requests=settings.kept_requests)))
         serving = _serve(
-            plan, engines, site, settings, listener=listener, store=store, logs=state.with_suffix(".logs"), quiet=quiet
+            system,
+            placements,
+            engines,
+            site,
+            settings,
+            listener=listener,
+            store=store,
+            logs=state.with_suffix(".logs"),
+            quiet=quiet,
         )
         asyncio.run(serving)
 
 
 async def _serve(
-    plan: ClusterPlan,
+    system: ServingSystem,
+    placements: PinnedPlacementPolicy,
     engines: Engines,
     site: Site,
     settings: ServeSettings,
@@ -157,27 +168,33 @@ async def _serve(
     quiet: bool,
 ) -> None:
     from maveriq.errors import MaveriqError
+    from maveriq.exec.executor import open_executor
+    from maveriq.exec.model_files import ModelFiles
     from maveriq.serve.app import create_app
-    from maveriq.serve.cluster import open_cluster
     from maveriq.serve.model_registry import ModelRegistry
     from maveriq.serve.server import serve, url_of
 
     models = ModelRegistry(store, folder=settings.models_folder, max_models=settings.max_models)
-    async with open_cluster(
-        plan,
+
+    def config_of(model: ModelSpec) -> Path | None:
+        folder = models.folder_of(model)
+        return folder and folder / "config.json"
+
+    async with open_executor(
+        system,
         backend=engines.name,
         time_scale=engines.time_scale,
         supervision=engines.supervision(),
         logs=logs,
-        folder_of=models.folder_of,
-        devices=site.devices(plan.cluster),
+        files=ModelFiles(config_of),
+        devices=site.devices(system.cluster),
         watch=site.watch(),
-        sampler=site.sampler(plan.cluster),
+        sampler=site.sampler(system.cluster),
     ) as executor:
-        app = create_app(executor, store, settings, plan.placements, models)
+        app = create_app(executor, store, settings, placements, models)
 
         def report_ready() -> None:
-            _print_status(f"serving {plan.cluster.name} on {url_of(listener)}; Ctrl-C stops it", quiet=quiet)
+            _print_status(f"serving {system.cluster.name} on {url_of(listener)}; Ctrl-C stops it", quiet=quiet)
 
         await serve(app, listener, report_ready, fault=executor.fault)
         if executor.fault.done() and (fault := executor.fault.exception()) is not None:

@@ -23,9 +23,9 @@ from maveriq.report.metrics import summarise
 from maveriq.report.results import results_view
 from maveriq.report.run_folder import check_writable, summary_to_json, write_run
 from maveriq.report.saturation import assess_saturation
-from maveriq.scenario.build import RECORDED, build_system
+from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 from maveriq.workload.build import DEFAULT_SCALE
 
@@ -58,7 +58,7 @@ def run_simulation(options: Options, output: Output) -> None:
         InputError: bad input, or a folder that cannot be written.
         MaveriqError: the disk is full, or nothing could be deployed (the records are there all the same).
     """
-    scenario = build_system(options, clusters=cluster_here)
+    scenario = build_system(options, make_cluster=cluster_here)
     folder = output.folder or default_folder(options)
     check_writable(folder)
     interactive = sys.stdout.isatty() and sys.stderr.isatty()
@@ -116,12 +116,12 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _resolved(scenario: ServingSystem) -> dict[str, str]:
+def _resolved(scenario: ReplaySystem) -> dict[str, str]:
     """Return the options whose default depends on the profile, as they turned out."""
-    return {"estimator": scenario.estimator, "service_times": scenario.serve.name if scenario.serve else RECORDED}
+    return {"estimator": scenario.estimator, "service_times": scenario.service_times.name}
 
 
-def meta_of(options: Options, scenario: ServingSystem, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:
+def meta_of(options: Options, scenario: ReplaySystem, *, kind: str, libraries: Iterable[str]) -> dict[str, Any]:
     """Return what led to the results: enough to run the same again."""
     return {
         "kind": kind,

@@ -107,10 +107,19 @@ class Controller:
     """Decides what is deployed where and which request runs next. Knows no clock."""
 
     def __init__(
-        self, cluster: Cluster, policy: Policy, settings: ControllerSettings, predict_service_time: ServiceTimePredictor
+        self,
+        cluster: Cluster,
+        policy: Policy,
+        settings: ControllerSettings,
+        predict_service_time: ServiceTimePredictor,
+        *,
+        measured_loads: Callable[[], Sequence[float]] | None = None,
+        on_request_end: Callable[[int], None] | None = None,
     ) -> None:
-        self.tracker = RequestTracker()
-        self.manager = DeploymentManager(cluster, policy, settings.load_window, settings.seed)
+        self.tracker = RequestTracker(on_end=on_request_end)
+        self.manager = DeploymentManager(
+            cluster, policy, settings.load_window, settings.seed, measured_loads=measured_loads
+        )
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings

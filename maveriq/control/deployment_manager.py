@@ -138,7 +138,15 @@ class DeploymentManager:
     to deploy until the engine is stopped or lost for good.
     """
 
-    def __init__(self, cluster: Cluster, policy: Policy, window: LoadWindow, seed: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        policy: Policy,
+        window: LoadWindow,
+        seed: int,
+        *,
+        measured_loads: Callable[[], Sequence[float]] | None = None,
+    ) -> None:
         self.deployments: dict[int, Deployment] = {}
         self.busy_mask = 0
         self._state = ClusterState(cluster)
@@ -147,8 +155,7 @@ class DeploymentManager:
         self._phases_us = sampling_phases_us(window, len(cluster), seed)
         self._released_us = [0] * len(cluster)
         self._to_start: list[Deployment] = []
-        self.measured_loads: Callable[[], Sequence[float]] | None = None
-        """Tells each GPU's recent load where it is measured; else it is what deployments are known to have executed."""
+        self._measured_loads = measured_loads
 
     def endpoint(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
         """Let the policy decide on an ask; reserve memory for each plan, or note the rejection."""
@@ -305,8 +312,8 @@ class DeploymentManager:
 
     def loads(self, now_us: Micros) -> list[float]:
         """Return each GPU's recent load (0 to 1), in the order of ids."""
-        if self.measured_loads is not None:
-            return list(self.measured_loads()[: len(self._phases_us)])
+        if self._measured_loads is not None:
+            return list(self._measured_loads()[: len(self._phases_us)])
         return [
             recent_load(self._spans(gpu_id, now_us), now_us, self._window, phase_us)
             for gpu_id, phase_us in enumerate(self._phases_us)

@@ -49,7 +49,7 @@ class RequestTracker:
     goes waiting, running (and back to waiting if its engine fails), then to one final status.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_end: Callable[[int], None] | None = None) -> None:
         self._endpoint_id = array("i")
         self._deployment_id = array("i")
         self._arrival_us = array("q")
@@ -66,8 +66,7 @@ class RequestTracker:
         self._reason_indices = {"": 0}
         self._count = [0] * len(RequestStatus)
         self._recent: deque[int] = deque(maxlen=RECENT_COMPLETIONS)
-        self.on_end: Callable[[int], None] | None = None
-        """Told the number of each request that ends before the run does."""
+        self._on_end = on_end
 
     def __len__(self) -> int:
         return len(self._status)
@@ -116,8 +115,8 @@ class RequestTracker:
         self._first_token_us[row] = first_token_us
         self._finish_us[row] = now_us
         self._recent.append(row)
-        if self.on_end is not None:
-            self.on_end(request.request_id)
+        if self._on_end is not None:
+            self._on_end(request.request_id)
 
     def generated(self, request: Request, output_tokens: int) -> None:
         """Note how many tokens a request really got, where that is not as many as were asked for."""
@@ -149,8 +148,8 @@ class RequestTracker:
         row = request_id - 1
         self._move(row, before, after)
         self._reason[row] = self._reason_index(reason)
-        if self.on_end is not None:
-            self.on_end(request_id)
+        if self._on_end is not None:
+            self._on_end(request_id)
 
     def runs(self, request_id: int) -> bool:
         """Say whether a request runs; False where there is none of that number."""

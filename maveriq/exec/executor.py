@@ -7,6 +7,10 @@ it is plain asyncio: tests run it on a loop whose time is simulated, with a laun
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import assert_never
 
 from maveriq.control.controller import Controller, snapshot
@@ -31,13 +35,16 @@ from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryWatch, NoMemoryWatch
+from maveriq.exec.gpu_sampling import GpuSampler
+from maveriq.exec.gpus import Devices
 from maveriq.exec.in_flight import InFlight, LiveRequestHandle
-from maveriq.exec.launcher import Launcher
+from maveriq.exec.launcher import Launcher, ProcessLauncher
 from maveriq.exec.live_cluster import EndpointRequest, Submission
-from maveriq.exec.messages import Failed, Finished, Generate, Loaded, StepProgress, check_sequence, one_line
+from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Loaded, StepProgress, check_sequence, one_line
+from maveriq.exec.model_files import ModelFiles
 from maveriq.exec.scaled_clock import ScaledClock
 from maveriq.exec.supervisor import Supervisor
-from maveriq.exec.world import EngineRecord, World
+from maveriq.scenario.system import ServingSystem
 from maveriq.units import Micros, seconds
 
 
@@ -47,27 +54,42 @@ class Executor:
     Make and use it within one running event loop.
 
     Args:
-        world: see there.
+        system: what to run.
         launcher: starts the engines.
+        devices: the devices behind the cluster's GPUs; None where engines run on the CPU or are emulated.
+        files: where the files of models are; None for models that are known by their shape alone.
         time_scale: real seconds per second of the cluster's clock.
         supervision: how long to be patient with engines.
-        watch: who sees the memory of real GPUs.
+        watch: reads the free memory of real GPUs.
+        measured_loads: returns the recent load of each GPU, where it is measured.
     """
 
     def __init__(
         self,
-        world: World,
+        system: ServingSystem,
         launcher: Launcher,
         *,
+        devices: Devices | None = None,
+        files: ModelFiles | None = None,
         time_scale: float = 1.0,
         supervision: SupervisionSettings | None = None,
         watch: MemoryWatch | None = None,
+        measured_loads: Callable[[], Sequence[float]] | None = None,
     ) -> None:
-        self.controller = Controller(world.cluster, world.policy, world.settings, world.predict_service_time)
-        self.controller.manager.measured_loads = world.measured_loads
+        self._in_flight = InFlight()
+        self.controller = Controller(
+            system.cluster,
+            system.policy,
+            system.settings,
+            system.predict_service_time,
+            measured_loads=measured_loads,
+            on_request_end=self._in_flight.request_ended,
+        )
         self.notes = RunNotes()
         self.clock = ScaledClock(time_scale)
-        self._world = world
+        self._system = system
+        self._devices = devices or Devices()
+        self._files = files or ModelFiles()
         self._launcher = launcher
         self._supervision = supervision or SupervisionSettings()
         self._gate = GpuMemoryGate(watch or NoMemoryWatch())
@@ -76,7 +98,6 @@ class Executor:
         """Gets an exception where the executor itself has a fault; nothing goes on then."""
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
-        self._in_flight = InFlight(self.controller.tracker)
         self._last_request_id = 0
         self._last_endpoint_id = 0
         self._table: RequestTable | None = None
@@ -97,7 +118,7 @@ class Executor:
                 model=asked.model,
                 intent=asked.intent,
                 requested_us=self.now_us,
-                prompt_tokens=self._world.typical_prompt_tokens,
+                prompt_tokens=self._system.prompt_tokens,
                 output_tokens=asked.output_tokens,
                 batch_size=asked.batch_size,
             )
@@ -194,7 +215,7 @@ class Executor:
             if self._wake is not None:
                 self._wake.cancel()
             self._table = self.controller.tracker.close()
-            self._in_flight.settle_all()
+            self._in_flight.settle_all(self.controller.tracker)
         return self._table
 
     async def close(self) -> None:
@@ -215,7 +236,7 @@ class Executor:
         except Exception as error:
             self.broke(error)
             raise
-        self._in_flight.settle()
+        self._in_flight.settle(self.controller.tracker)
         if self._wake is not None:
             self._wake.cancel()
         wake_us = self.controller.wake_us
@@ -240,12 +261,33 @@ class Executor:
                 number, launcher=self._launcher, callbacks=self, settings=self._supervision, gate=self._gate
             )
         self.notes.asked(number, self._loop.time())
-        self._supervisors[number].start(self._world.order(action, self.clock.time_scale))
+        self._supervisors[number].start(self._launch_spec(action))
+
+    def _launch_spec(self, action: StartEngine) -> LaunchSpec:
+        plan, configuration = action.plan, action.plan.configuration
+        spec = EngineSpec(
+            deployment_id=action.deployment_id,
+            generation=action.generation,
+            model=plan.model.name,
+            config_json=self._files.config(plan.model),
+            tp=configuration.tp,
+            pp=configuration.pp,
+            layer_split=plan.layer_split,
+            weights=configuration.weights.value,
+            kv=configuration.kv.value,
+            batch_size=configuration.batch_size,
+            devices=self._devices.names(plan.gpu_ids),
+            seed=self._system.settings.seed,
+            weights_folder=self._files.weights_folder(plan.model),
+            time_scale=self.clock.time_scale,
+        )
+        needed = dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
+        return LaunchSpec(spec=spec, needed=needed, load_s=seconds(self._system.load_time(plan)))
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         number = action.deployment_id
         plan = self.controller.manager.deployments[number].layout
-        first_token_us, service_us = self._world.service.times_us(number, plan, action.requests)
+        first_token_us, service_us = self._system.service_times.times_us(plan, action.requests)
         work = Generate(
             execution_id=action.execution_id,
             sequences=self._in_flight.begin(action, now_us),
@@ -289,6 +331,68 @@ class Executor:
         """Note that the executor itself has a fault."""
         if not self.fault.done():
             self.fault.set_exception(error)
+
+
+@contextlib.asynccontextmanager
+async def open_executor(
+    system: ServingSystem,
+    *,
+    backend: str,
+    logs: Path,
+    devices: Devices | None = None,
+    files: ModelFiles | None = None,
+    time_scale: float = 1.0,
+    supervision: SupervisionSettings | None = None,
+    watch: MemoryWatch | None = None,
+    sampler: GpuSampler | None = None,
+) -> AsyncIterator[Executor]:
+    """Yield an executor whose engines are processes on this machine, and close it at the end.
+
+    Args:
+        system: what to run.
+        backend: which engines serve.
+        logs: folder for the output of engines; created if it does not exist.
+        devices: see `Executor`.
+        files: see `Executor`.
+        time_scale: see `Executor`.
+        supervision: see `Executor`.
+        watch: see `Executor`.
+        sampler: measures the load of real GPUs.
+
+    Raises:
+        InputError: the folder cannot be created.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {str(logs)!r} for logs cannot be made: {error.strerror}; name another") from None
+    with ProcessLauncher(backend, logs=logs, devices=devices) as launcher:
+        executor = Executor(
+            system,
+            launcher,
+            devices=devices,
+            files=files,
+            time_scale=time_scale,
+            supervision=supervision,
+            watch=watch,
+            measured_loads=sampler.loads if sampler else None,
+        )
+        sampling = asyncio.create_task(sampler.run()) if sampler else None
+        try:
+            yield executor
+        finally:
+            if sampling is not None:
+                sampling.cancel()
+            await executor.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """An engine that served: how it was launched, what it reported, and how long it took to start, in real seconds."""
+
+    order: LaunchSpec
+    loaded: Loaded
+    start_s: float
 
 
 MAX_ENGINES = 10_000

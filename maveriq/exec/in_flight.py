@@ -89,14 +89,12 @@ class _Execution:
 class InFlight:
     """Keeps tickets by request and executions by deployment, and hears from the ledger which requests have ended."""
 
-    def __init__(self, tracker: RequestTracker) -> None:
-        self._ledger = tracker
+    def __init__(self) -> None:
         self._handles: dict[int, LiveRequestHandle] = {}
         self._executions: dict[int, _Execution] = {}
         self._ended: list[int] = []
         self._none_open = asyncio.Event()
         self._none_open.set()
-        tracker.on_end = self._ended.append
 
     def open(self, handle: LiveRequestHandle) -> None:
         """Take in a request that arrives."""
@@ -159,25 +157,29 @@ class InFlight:
 
     # Ends
 
-    def settle(self) -> None:
+    def request_ended(self, request_id: int) -> None:
+        """Note that the controller ended a request; `settle` passes it on."""
+        self._ended.append(request_id)
+
+    def settle(self, tracker: RequestTracker) -> None:
         """Tell those who follow requests which of them have ended since the last time."""
         for request_id in self._ended:
-            self._settle(request_id)
+            self._settle(request_id, tracker)
         self._ended.clear()
         if not self._handles:
             self._none_open.set()
 
-    def settle_all(self) -> None:
+    def settle_all(self, tracker: RequestTracker) -> None:
         """Tell those who follow requests that all have ended, after the ledger was closed."""
         self._ended.clear()
         for request_id in list(self._handles):
-            self._settle(request_id)
+            self._settle(request_id, tracker)
         self._executions.clear()
         self._none_open.set()
 
-    def _settle(self, request_id: int) -> None:
+    def _settle(self, request_id: int, tracker: RequestTracker) -> None:
         handle = self._handles.pop(request_id)
-        row = self._ledger.row(request_id)
+        row = tracker.row(request_id)
         handle.end(
             Outcome(
                 request_id=request_id,

@@ -24,7 +24,7 @@ from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.engine_process import SupervisionSettings
-from maveriq.exec.executor import Executor
+from maveriq.exec.executor import EngineRecord, Executor
 from maveriq.exec.gpu_memory_gate import MemoryWatch
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
 from maveriq.exec.gpus import Devices, GpuMeter
@@ -32,8 +32,7 @@ from maveriq.exec.in_flight import LiveRequestHandle
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.messages import MAX_OUTPUT_TOKENS, MAX_PROMPT_TOKENS
 from maveriq.exec.model_files import ModelFiles
-from maveriq.exec.world import EngineRecord, world_of
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.streams import generator
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
@@ -130,7 +129,7 @@ class Replayed:
 
 
 def run_replay(
-    scenario: ServingSystem,
+    scenario: ReplaySystem,
     launcher: Launcher,
     settings: ReplaySettings,
     watcher: Watcher | None,
@@ -154,7 +153,7 @@ def run_replay(
 
 
 async def execute(
-    scenario: ServingSystem,
+    scenario: ReplaySystem,
     launcher: Launcher,
     settings: ReplaySettings,
     watcher: Watcher | None = None,
@@ -174,7 +173,7 @@ class _Replay:
 
     def __init__(
         self,
-        scenario: ServingSystem,
+        scenario: ReplaySystem,
         launcher: Launcher,
         settings: ReplaySettings,
         watcher: Watcher | None,
@@ -189,11 +188,14 @@ class _Replay:
         self._prompts = Prompts(scenario.workload.endpoints, scenario.settings.seed)
         self._asks_left = len(scenario.workload.endpoints)
         self._body = Executor(
-            world_of(scenario, settings.devices, settings.files, settings.sampler.loads if settings.sampler else None),
+            scenario,
             launcher,
+            devices=settings.devices,
+            files=settings.files,
             time_scale=settings.time_scale,
             supervision=settings.supervision,
             watch=settings.watch,
+            measured_loads=settings.sampler.loads if settings.sampler else None,
         )
         self._gpus = GpuRecorder(
             self._body.controller.manager,
@@ -322,7 +324,7 @@ def _order(happening: _TimedEvent) -> tuple[Micros, int, int]:
     return happening[:3]
 
 
-def check_real(scenario: ServingSystem) -> None:
+def check_real(scenario: ReplaySystem) -> None:
     """Refuse what can be simulated, but not be done for real.
 
     Raises:

@@ -22,8 +22,8 @@ import msgspec
 
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, DeploymentRecord, GpuSample, RunRecord
 from maveriq.errors import InputError, InvariantError, MaveriqError, cannot_write
+from maveriq.exec.executor import EngineRecord
 from maveriq.exec.gpus import Devices
-from maveriq.exec.world import EngineRecord
 from maveriq.report.metrics import Summary
 from maveriq.report.requests_csv import csv_cell, request_lines
 from maveriq.report.saturation import Saturation

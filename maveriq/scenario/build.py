@@ -1,14 +1,10 @@
-"""Who plans and who times simulated service: names and defaults become estimators.
-
-The workload that options describe.
-Building a scenario from options: the one place where names become objects.
-"""
+"""Building a serving system from options: the one place where names become objects."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -17,7 +13,7 @@ from maveriq.control.deployment_manager import Deployment
 from maveriq.control.queues import QueueDiscipline
 from maveriq.control.router import RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming
-from maveriq.domain.faults import check_fault, check_removal, parse_fault, parse_removal
+from maveriq.domain.faults import Fault, Removal, check_fault, check_removal, parse_fault, parse_removal
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
@@ -27,119 +23,167 @@ from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile, load_profile
 from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator, make_estimator, note_on_default
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
+from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
-from maveriq.policy.registry import make_policy
+from maveriq.policy.registry import RULES, make_policy
 from maveriq.scenario.options import Options
+from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
-from maveriq.scenario.system import LoadTime, ServingSystem
+from maveriq.scenario.system import LoadTime, ReplaySystem, ServingSystem
 from maveriq.scenario.workload import workload_for
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
 from maveriq.workload.requests import Workload
 
-RECORDED = "recorded"
-"""The value of `service_times` that takes the workload's own recorded times."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimators:
-    """Belief and world: `plan` is what the policy plans with, `serve` times service (None: recorded times do).
-
-    `notes` say what a reader of the results must know of them.
-    """
-
-    plan: Estimator
-    serve: Estimator | None
-    notes: tuple[str, ...] = ()
-
-
-def estimators_for(options: Options, profile: HardwareProfile) -> Estimators:
-    """Return the estimators that options name, or the best ones that the profile can feed.
-
-    Raises:
-        InputError: an unknown name, a profile without what it needs, a recorded run that cannot be left out.
-    """
-    note = note_on_default(profile)  # who named both knows
-    return Estimators(
-        plan=make_estimator(options.estimator or default_estimator(profile), profile),
-        serve=_server(options.service_times or default_estimator(profile), profile, options.exclude_run),
-        notes=(note,) if note and not (options.estimator and options.service_times) else (),
-    )
-
-
-def _server(name: str, profile: HardwareProfile, without_run: str | None) -> Estimator | None:
-    if name not in (*ESTIMATORS, RECORDED):
-        raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
-    if without_run is not None:
-        if name != CALIBRATED:
-            raise InputError(f"--exclude-run applies to --service-times calibrated, not to {name!r}; leave it out")
-        return CalibratedEstimator.serving(profile, without_run=without_run)
-    return None if name == RECORDED else make_estimator(name, profile)
-
-
 _MAX_SAMPLES, _MAX_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
-_MAX_KNOWN = 1_000_000
+_MAX_CACHED = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
 def build_system(
     options: Options,
     *,
-    planning: Callable[[Estimator], Estimator] = lambda one: one,
-    clusters: Callable[[str, HardwareProfile], Cluster] | None = None,
-) -> ServingSystem:
-    """Turn options into a scenario, reading every file that they name.
+    wrap_estimator: Callable[[Estimator], Estimator] | None = None,
+    make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
+) -> ReplaySystem:
+    """Build the system that options describe, with the workload that it replays; read every file that they name.
 
     Args:
-        options: what the user says.
-        planning: turns the estimator that the options name for planning into the one that is planned with.
-        clusters: turns what the options say of GPUs into a cluster; None for `cluster_for`.
+        options: the user's options.
+        wrap_estimator: wraps the estimator that the policy plans with, for instance to rule out what an
+            engine does not support.
+        make_cluster: makes the cluster from `options.gpus`; None for `cluster_for`.
 
     Raises:
         InputError: an option or a file that cannot be used.
     """
     profile = load_profile(options.profile)
-    cluster = (clusters or cluster_for)(options.gpus, profile)
-    estimators = estimators_for(options, profile)
-    planner = planning(estimators.plan)
+    cluster = (make_cluster or cluster_for)(options.gpus, profile)
+    name, estimator = _estimator(options, profile, wrap_estimator)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
-    policy, notes = _policy(options, profile, cluster, planner, workload)
+    policy, notes = _policy(options, profile, cluster, estimator, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
-    last_arrival_us = int(workload.arrivals.arrival_us[-1])
-    faults = tuple(parse_fault(text) for text in options.fail)
-    for fault in faults:
-        check_fault(
-            fault, gpus=len(cluster), requested_us=_asked_us(policy, workload), end_us=last_arrival_us + drain_us
-        )
-    removals = tuple(parse_removal(text) for text in options.remove)
-    for removal in removals:
-        check_removal(removal, requested_us=[endpoint.requested_us for endpoint in workload.endpoints])
-    return ServingSystem(
+    return ReplaySystem(
         cluster=cluster,
         policy=policy,
+        settings=_controller_settings(options, profile),
+        predict_service_time=_service_time_predictor(estimator),
+        service_times=_service_times(options, profile, workload),
+        load_time=_load_time(options, profile),
+        estimator=name,
+        prompt_tokens=profile.prompt_tokens,
+        notes=(*_notes(options, profile), *notes),
         workload=workload,
-        settings=controller_settings(options, profile),
-        predict_service_time=service_time_predictor(planner),
-        estimator=estimators.plan.name,
-        serve=estimators.serve,
-        load_time=load_time_for(options, profile),
-        faults=faults,
-        removals=removals,
+        faults=_faults(options, cluster, policy, workload, drain_us),
+        removals=_removals(options, workload),
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
-        notes=(*estimators.notes, *notes),
     )
 
 
+def build_live_system(
+    options: Options,
+    *,
+    wrap_estimator: Callable[[Estimator], Estimator] | None = None,
+    make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
+) -> tuple[ServingSystem, PinnedPlacementPolicy]:
+    """Build a system without a workload, for `maveriq serve`, and return it with its policy.
+
+    Requests are dispatched at once, without the delays of the testbed that the profile was measured on.
+
+    Args:
+        options: the user's options; those of workloads, intents and faults are not used.
+        wrap_estimator: as in `build_system`.
+        make_cluster: as in `build_system`.
+
+    Raises:
+        InputError: an option or a file that cannot be used.
+    """
+    options = replace(options, no_dispatch_overhead=True)
+    profile = load_profile(options.profile)
+    name, estimator = _estimator(options, profile, wrap_estimator)
+
+    def policy(name: str) -> Policy:
+        return make_policy(
+            name, estimator=estimator, accuracy=profile.accuracy, packing_threshold=options.packing_threshold
+        )
+
+    placements = PinnedPlacementPolicy(default=policy(options.policy), by_name={rule: policy(rule) for rule in RULES})
+    system = ServingSystem(
+        cluster=(make_cluster or cluster_for)(options.gpus, profile),
+        policy=placements,
+        settings=_controller_settings(options, profile),
+        predict_service_time=_service_time_predictor(estimator),
+        service_times=_service_times(options, profile, workload=None),
+        load_time=_load_time(options, profile),
+        estimator=name,
+        prompt_tokens=profile.prompt_tokens,
+        notes=_notes(options, profile),
+    )
+    return system, placements
+
+
+def _estimator(
+    options: Options, profile: HardwareProfile, wrap: Callable[[Estimator], Estimator] | None
+) -> tuple[str, Estimator]:
+    """Return the name of the estimator to plan with, and the estimator."""
+    estimator = make_estimator(options.estimator or default_estimator(profile), profile)
+    return estimator.name, wrap(estimator) if wrap else estimator
+
+
+def _service_times(options: Options, profile: HardwareProfile, workload: Workload | None) -> ServiceTimes:
+    """Return what `--service-times` names, by default the best that the profile has data for."""
+    name = options.service_times or default_estimator(profile)
+    if name not in (*ESTIMATORS, RECORDED):
+        raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
+    if options.exclude_run is not None:
+        if name != CALIBRATED:
+            raise InputError(f"--exclude-run applies to --service-times calibrated, not to {name!r}; leave it out")
+        return EstimatedServiceTimes(CalibratedEstimator.serving(profile, without_run=options.exclude_run))
+    if name != RECORDED:
+        return EstimatedServiceTimes(make_estimator(name, profile))
+    if workload is None:
+        raise InputError("--service-times recorded replays recorded times, and a live service has none; leave it out")
+    if workload.arrivals.service_us is None:
+        raise InputError(
+            f"workload {workload.name!r} has no recorded service times; "
+            "give a schedule with a service_s column, or another --service-times"
+        )
+    return RecordedServiceTimes(workload.arrivals.service_us)
+
+
+def _notes(options: Options, profile: HardwareProfile) -> tuple[str, ...]:
+    """Return the note on default estimators, unless the user named both."""
+    note = note_on_default(profile)
+    return (note,) if note and not (options.estimator and options.service_times) else ()
+
+
+def _faults(
+    options: Options, cluster: Cluster, policy: Policy, workload: Workload, drain_us: Micros
+) -> tuple[Fault, ...]:
+    faults = tuple(parse_fault(text) for text in options.fail)
+    end_us = int(workload.arrivals.arrival_us[-1]) + drain_us
+    for fault in faults:
+        check_fault(fault, gpus=len(cluster), requested_us=_deployments_requested_us(policy, workload), end_us=end_us)
+    return faults
+
+
+def _removals(options: Options, workload: Workload) -> tuple[Removal, ...]:
+    removals = tuple(parse_removal(text) for text in options.remove)
+    for removal in removals:
+        check_removal(removal, requested_us=[endpoint.requested_us for endpoint in workload.endpoints])
+    return removals
+
+
 def _policy(
-    options: Options, profile: HardwareProfile, cluster: Cluster, planner: Estimator, workload: Workload
+    options: Options, profile: HardwareProfile, cluster: Cluster, estimator: Estimator, workload: Workload
 ) -> tuple[Policy, tuple[str, ...]]:
-    """Return the policy, and what a reader of its results must know."""
-    _refuse_without_effect(options)
+    """Return the policy, and notes on it."""
+    _refuse_ignored_options(options)
     if options.policy in STATIC_POLICIES:
-        return search_static_placement(options, profile, cluster, planner, workload)
+        return search_static_placement(options, profile, cluster, estimator, workload)
     policy = make_policy(
         options.policy,
-        estimator=planner,
+        estimator=estimator,
         accuracy=profile.accuracy,
         packing_threshold=options.packing_threshold,
         others=STATIC_POLICIES,
@@ -147,23 +191,21 @@ def _policy(
     return policy, ()
 
 
-def _refuse_without_effect(options: Options) -> None:
-    """Refuse what a user said to a policy that has no use for it: the run would not be what they think."""
-    ahead = options.policy in STATIC_POLICIES
-    useless = ("intent", "min_accuracy", "float16_only") if ahead else (
+def _refuse_ignored_options(options: Options) -> None:
+    """Refuse options that the policy ignores, since the run would not be what the user expects."""
+    static = options.policy in STATIC_POLICIES
+    ignored = ("intent", "min_accuracy", "float16_only") if static else (
         "alpaserve_profile", "alpaserve_as_published", "alpaserve_star_rule",
     )  # fmt: skip
     default = Options()
-    for name in useless:
+    for name in ignored:
         if getattr(options, name) != getattr(default, name):
-            for_whom = "policies that go by intents" if ahead else " and ".join(STATIC_POLICIES)
-            raise InputError(
-                f"--{name.replace('_', '-')} applies to {for_whom}, not to {options.policy!r}; leave it out"
-            )
+            users = "policies that go by intents" if static else " and ".join(STATIC_POLICIES)
+            raise InputError(f"--{name.replace('_', '-')} applies to {users}, not to {options.policy!r}; leave it out")
 
 
-def _asked_us(policy: Policy, workload: Workload) -> list[Micros]:
-    """Return when each deployment is asked for, in the order of their numbers; a rejected ask takes one too."""
+def _deployments_requested_us(policy: Policy, workload: Workload) -> list[Micros]:
+    """Return when each deployment is requested, in the order of their numbers; a rejected endpoint takes one too."""
     return [
         endpoint.requested_us
         for endpoint in workload.endpoints
@@ -174,10 +216,10 @@ def _asked_us(policy: Policy, workload: Workload) -> list[Micros]:
 
 
 def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
-    """Return the cluster of a text or file, checked against the profile.
+    """Return the cluster that `--gpus` describes, checked against the profile.
 
     Raises:
-        InputError: not a cluster, or GPUs that the profile was not measured on.
+        InputError: no cluster can be read, or the profile was not measured on its GPUs.
     """
     own = GpuKind(name=profile.gpu_kind, capacity_bytes=profile.capacity_bytes, idle_bytes=profile.idle_bytes)
     cluster = cluster_from(gpus, own)
@@ -190,11 +232,11 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
     return cluster
 
 
-def controller_settings(options: Options, profile: HardwareProfile) -> ControllerSettings:
-    """Return how the controller is to work.
+def _controller_settings(options: Options, profile: HardwareProfile) -> ControllerSettings:
+    """Return the controller's settings.
 
     Raises:
-        UnknownNameError: a queue or another choice that there is not.
+        UnknownNameError: an unknown queue discipline, router or reaction to failures.
     """
     return ControllerSettings(
         timing=_timing(options, profile.timing),
@@ -211,12 +253,12 @@ def _choice(kind: type[_Choice], what: str, text: str) -> _Choice:
     try:
         return kind(text.replace("_", "-"))
     except ValueError:
-        raise UnknownNameError(what, text, [one.value for one in kind]) from None
+        raise UnknownNameError(what, text, [choice.value for choice in kind]) from None
 
 
 def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
-    """Return the testbed's timing with what the user set or switched off."""
-    said: dict[str, Micros] = {}
+    """Return the profile's timing, with what the user set or switched off."""
+    given: dict[str, Micros] = {}
     for name, value, unit_s in (
         ("tick_us", options.tick_ms, 1e-3),
         ("after_arrival_us", options.after_arrival_ms, 1e-3),
@@ -224,12 +266,12 @@ def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
         ("registration_delay_us", options.registration_delay_s, 1.0),
     ):
         if value is not None:
-            said[name] = micros(value * unit_s)
-    return replace(DispatchTiming() if options.no_dispatch_overhead else measured, **said)
+            given[name] = micros(value * unit_s)
+    return replace(DispatchTiming() if options.no_dispatch_overhead else measured, **given)
 
 
-def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:
-    """Return how long engines are believed to load: as the user says, else as the profile does."""
+def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
+    """Return how long engines load: as the user says, else as the profile does."""
 
     def load_time(plan: DeploymentPlan) -> Micros:
         if options.load_s is not None:
@@ -239,33 +281,37 @@ def load_time_for(options: Options, profile: HardwareProfile) -> LoadTime:
     return load_time
 
 
-def service_time_predictor(planner: Estimator) -> ServiceTimePredictor:
-    """Guess a request's service from its prompt and the output length that was planned for.
+def _service_time_predictor(estimator: Estimator) -> ServiceTimePredictor:
+    """Predict a request's service time from its prompt and the output length that the endpoint was planned for.
 
     The true output length is not known before a request has run.
     """
-    known: dict[tuple[int, int], Micros] = {}
+    cache: dict[tuple[int, int, int], Micros] = {}
+    plans: dict[int, DeploymentPlan] = {}  # keeps those alive whose identity is part of a key
 
     def predict_service_time(deployment: Deployment, request: Request) -> Micros:
-        key = (deployment.deployment_id, request.prompt_tokens)
-        if key not in known:
-            service = planner.service(
-                deployment.endpoint.model,
-                deployment.layout.configuration,
+        plan, output_tokens = deployment.layout, deployment.endpoint.output_tokens
+        key = (id(plan), request.prompt_tokens, output_tokens)
+        if key not in cache:
+            service = estimator.service(
+                plan.model,
+                plan.configuration,
                 prompt_tokens=request.prompt_tokens,
-                output_tokens=deployment.endpoint.output_tokens,
+                output_tokens=output_tokens,
                 batch=1,
             )
-            if len(known) >= _MAX_KNOWN:  # a service never ends
-                known.clear()
-            known[key] = duration_micros(service.latency_s)
-        return known[key]
+            if len(cache) >= _MAX_CACHED:  # a live cluster may run for months
+                cache.clear()
+                plans.clear()
+            cache[key] = duration_micros(service.latency_s)
+            plans[id(plan)] = plan
+        return cache[key]
 
     return predict_service_time
 
 
 def _sample_us(workload: Workload, drain_us: Micros, gpus: int) -> Micros:
-    """Return how often to sample GPUs: each second, or rarer in a long run or on a very large cluster."""
-    longest_us = int(workload.arrivals.arrival_us[-1]) + drain_us
+    """Return the interval between GPU samples: one second, or more in a long run or on a very large cluster."""
+    end_us = int(workload.arrivals.arrival_us[-1]) + drain_us
     samples = min(_MAX_SAMPLES, max(1, _MAX_SAMPLES_OF_ALL_GPUS // gpus))
-    return MICROS_PER_SECOND * max(1, math.ceil(longest_us / MICROS_PER_SECOND / samples))
+    return MICROS_PER_SECOND * max(1, math.ceil(end_us / MICROS_PER_SECOND / samples))

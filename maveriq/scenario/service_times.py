@@ -8,84 +8,93 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
-from maveriq.errors import InputError
-from maveriq.estimate.estimator import Estimator, PlacementAware, ServiceEstimate
-from maveriq.scenario.system import ServingSystem
+from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, ServiceEstimate
 from maveriq.units import Micros, duration_micros
 
 if TYPE_CHECKING:
     import numpy as np
 
+RECORDED = "recorded"
+"""The name of `RecordedServiceTimes`, as `--service-times` takes it."""
 
-_MAX_KNOWN = 1_000_000
+_MAX_CACHED = 1_000_000
 
 
 class ServiceTimes(Protocol):
-    """Answers for the hardware that is not there."""
+    """Answers for the hardware: how long a deployment takes for requests."""
 
-    def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:
-        """Return how long until the first token and until the last, both at least 1 µs, if no neighbour is busy."""
+    @property
+    def name(self) -> str:
+        """The name, as `--service-times` takes it."""
+
+    @property
+    def contention(self) -> ContentionAware | None:
+        """How co-located engines slow each other down; None if they do not."""
+
+    def times_us(self, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:
+        """Return how long a batch takes to its first and to its last token, both at least 1 µs, without contention."""
 
 
 class EstimatedServiceTimes:
-    """An estimator answers. A batch takes as long as its longest prompt and output together."""
+    """An estimator answers. A batch takes as long as its longest prompt and longest output together."""
 
     def __init__(self, estimator: Estimator) -> None:
-        self._estimator = estimator
-        self._known: dict[tuple[int, int, int, int], tuple[Micros, Micros]] = {}
+        self.estimator = estimator
+        self.contention = estimator if isinstance(estimator, ContentionAware) else None
+        # Hashing a plan takes longer than the rest of a lookup, so the keys hold its identity,
+        # and `_plans` keeps it alive.
+        self._cache: dict[tuple[int, int, int, int], tuple[Micros, Micros]] = {}
+        self._plans: dict[int, DeploymentPlan] = {}
 
-    def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:
-        """Return the estimated times; equal questions are estimated once."""
+    @property
+    def name(self) -> str:
+        """The estimator's name."""
+        return self.estimator.name
+
+    def times_us(self, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:
+        """Return the estimated times; each distinct question is estimated once."""
         if len(requests) == 1:
             prompt_tokens, output_tokens = requests[0].prompt_tokens, requests[0].output_tokens
         else:
             prompt_tokens = max(request.prompt_tokens for request in requests)
             output_tokens = max(request.output_tokens for request in requests)
-        key = (deployment_id, prompt_tokens, output_tokens, len(requests))  # a deployment's plan never changes
-        times = self._known.get(key)
+        key = (id(plan), prompt_tokens, output_tokens, len(requests))
+        times = self._cache.get(key)
         if times is None:
             estimate = self._estimate(plan, prompt_tokens, output_tokens, len(requests))
             service_us = duration_micros(estimate.latency_s)
-            if len(self._known) >= _MAX_KNOWN:  # a service never ends
-                self._known.clear()
             times = (min(duration_micros(estimate.first_token_s), service_us), service_us)
-            self._known[key] = times
+            if len(self._cache) >= _MAX_CACHED:  # a live cluster may run for months
+                self._cache.clear()
+                self._plans.clear()
+            self._cache[key] = times
+            self._plans[id(plan)] = plan
         return times
 
     def _estimate(self, plan: DeploymentPlan, prompt_tokens: int, output_tokens: int, batch: int) -> ServiceEstimate:
-        estimator = self._estimator
-        endpoint = (
+        estimator = self.estimator
+        service = (
             partial(estimator.service_on, plan.gpu_ids) if isinstance(estimator, PlacementAware) else estimator.service
         )
-        return endpoint(
+        return service(
             plan.model, plan.configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
         )
 
 
 class RecordedServiceTimes:
-    """The workload's own recorded times of service; only the last token's time is known."""
+    """The recorded service times of a workload; only the time of the last token is known.
+
+    Args:
+        service_us: recorded service time of each request, in the order of arrival.
+    """
+
+    name = RECORDED
+    contention = None
 
     def __init__(self, service_us: np.ndarray[Any, Any]) -> None:
         self._service_us = service_us
 
-    def times_us(self, deployment_id: int, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:  # noqa: ARG002
-        """Return the recorded time of the request that took longest, for first and last token."""
+    def times_us(self, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:  # noqa: ARG002
+        """Return the longest recorded time among the requests, for first and last token."""
         service_us = max(int(self._service_us[request.request_id - 1]) for request in requests)
         return service_us, service_us
-
-
-def service_times_for(scenario: ServingSystem) -> ServiceTimes:
-    """Return who answers for the hardware.
-
-    Raises:
-        InputError: recorded service times are wanted, but the workload has none.
-    """
-    if scenario.serve is not None:
-        return EstimatedServiceTimes(scenario.serve)
-    service_us = scenario.workload.arrivals.service_us
-    if service_us is None:
-        raise InputError(
-            f"workload {scenario.workload.name!r} has no recorded service times; "
-            "give a schedule with a service_s column, or serve with an estimator"
-        )
-    return RecordedServiceTimes(service_us)

@@ -1,4 +1,4 @@
-"""A scenario: everything a body needs to run, simulated or real."""
+"""What the simulator and the executor run: a serving system, and the workload that is replayed on it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,53 @@ from maveriq.control.controller import ControllerSettings, ServiceTimePredictor
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.faults import Fault, Removal
 from maveriq.domain.parallel import DeploymentPlan
-from maveriq.estimate.estimator import Estimator
 from maveriq.policy.policy import Policy
+from maveriq.scenario.service_times import ServiceTimes
 from maveriq.units import Micros
 from maveriq.workload.requests import Workload
 
 LoadTime: TypeAlias = Callable[[DeploymentPlan], Micros]
-"""How long an engine takes from the command to its registration."""
+"""How long an engine takes from the start command to its registration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingSystem:
-    """A cluster, a policy, a workload, and how the world behaves.
+    """A cluster, the policy and settings of its controller, and estimates of how long things take on it.
 
-    `estimator` is the name of the estimator that the policy plans with, empty where it has none.
-    `serve` times simulated requests; None takes the recorded times of the workload.
-    The run stops when every request has ended, at the latest `drain_us` after the last arrival.
-    GPU samples are taken every `sample_us`. `notes` say what a reader of the results must know.
+    Args:
+        cluster: nodes and GPUs.
+        policy: decides configurations and placement.
+        settings: of the controller.
+        predict_service_time: what `sjf` and `least-work` go by.
+        service_times: how long an execution takes. The simulator and emulated engines take exactly this long;
+            the executor's watchdog compares real engines with it.
+        load_time: how long an engine takes to load.
+        estimator: name of the estimator that the policy plans with; empty if there is none.
+        prompt_tokens: length of a typical prompt, for endpoints that do not give one.
+        notes: what a reader of the results must know.
     """
 
     cluster: Cluster
     policy: Policy
-    workload: Workload
     settings: ControllerSettings
     predict_service_time: ServiceTimePredictor
-    estimator: str = ""
-    serve: Estimator | None
+    service_times: ServiceTimes
     load_time: LoadTime
+    estimator: str = ""
+    prompt_tokens: int = 1
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySystem(ServingSystem):
+    """A serving system and the workload that it replays, with the faults and removals of the run.
+
+    The run stops when every request has ended, at the latest `drain_us` after the last arrival.
+    GPUs are sampled every `sample_us`.
+    """
+
+    workload: Workload
     faults: tuple[Fault, ...] = ()
     removals: tuple[Removal, ...] = ()
     drain_us: Micros
     sample_us: Micros
-    notes: tuple[str, ...] = ()

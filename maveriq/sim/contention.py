@@ -13,7 +13,7 @@ from typing import TypeAlias
 from maveriq.control.events import Execute, ExecutionFinished
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.parallel import DeploymentPlan
-from maveriq.estimate.estimator import ContentionAware, Estimator
+from maveriq.estimate.estimator import ContentionAware
 from maveriq.units import MICROS_PER_SECOND, Micros
 
 Due: TypeAlias = tuple[int, Micros]
@@ -140,11 +140,9 @@ class ContentionModel:
         return 1 + wait_s * MICROS_PER_SECOND / member.token_us
 
 
-def contention_model(cluster: Cluster, estimator: Estimator | None) -> ContentionModel | None:
-    """Return the crowd of a cluster; None where it does not matter to the estimator who is busy."""
-    if estimator is not None and isinstance(estimator, ContentionAware):
-        return ContentionModel(cluster, estimator)
-    return None
+def contention_model(cluster: Cluster, estimator: ContentionAware | None) -> ContentionModel | None:
+    """Return the contention model of a cluster; None where co-located engines do not slow each other down."""
+    return None if estimator is None else ContentionModel(cluster, estimator)
 
 
 def _advance(members: dict[int, _CoLocatedExecution], now_us: Micros) -> None:

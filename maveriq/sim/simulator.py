@@ -35,8 +35,7 @@ from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
-from maveriq.scenario.service_times import service_times_for
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.contention import Due, contention_model
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
@@ -44,7 +43,7 @@ from maveriq.workload.requests import requests_of
 _STEPS_BETWEEN_LOOKS = 256
 
 
-def simulate(scenario: ServingSystem, watcher: Watcher | None = None) -> RunRecord:
+def simulate(scenario: ReplaySystem, watcher: Watcher | None = None) -> RunRecord:
     """Run a scenario from its first event to its end and return what happened."""
     return _Simulation(scenario, watcher).run()
 
@@ -52,7 +51,7 @@ def simulate(scenario: ServingSystem, watcher: Watcher | None = None) -> RunReco
 class _Simulation:
     """One run. SimPy's time is in whole microseconds."""
 
-    def __init__(self, scenario: ServingSystem, watcher: Watcher | None) -> None:
+    def __init__(self, scenario: ReplaySystem, watcher: Watcher | None) -> None:
         arrivals = scenario.workload.arrivals
         self._scenario = scenario
         self._watcher = watcher
@@ -60,9 +59,9 @@ class _Simulation:
         self._controller = Controller(
             scenario.cluster, scenario.policy, scenario.settings, scenario.predict_service_time
         )
-        self._service = service_times_for(scenario)
+        self._service = scenario.service_times
         self._requests = requests_of(arrivals)
-        self._contention = contention_model(scenario.cluster, scenario.serve)
+        self._contention = contention_model(scenario.cluster, scenario.service_times.contention)
         self._left_to_arrive = len(arrivals)
         self._last_endpoint_us = max((endpoint.requested_us for endpoint in scenario.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
@@ -164,7 +163,7 @@ class _Simulation:
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         plan = self._plans[action.deployment_id]
-        first_token_us, service_us = self._service.times_us(action.deployment_id, plan, action.requests)
+        first_token_us, service_us = self._service.times_us(plan, action.requests)
         if self._contention and self._contention.takes(plan):
             due = self._contention.start(now_us, action, plan, first_token_us=first_token_us, service_us=service_us)
             self._expect(due, now_us)

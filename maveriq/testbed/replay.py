@@ -28,7 +28,8 @@ from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.registry import PAPER
 from maveriq.policy.policy import Decision, Deploy
 from maveriq.scenario.options import Options
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.service_times import RecordedServiceTimes
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 from maveriq.testbed.recordings import RecordedRun
 from maveriq.testbed.run_records import MemoryStep, gpu_history
@@ -98,13 +99,13 @@ def _memory(recorded: RunRecord) -> list[MemoryStep]:
     return [MemoryStep(since_us=0, used_bytes=steps[0].used_bytes), *steps] if steps else []
 
 
-def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> ServingSystem:
+def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> ReplaySystem:
     table = recorded.requests
     plans = {one.deployment_id: _plan(one, one.plan) for one in recorded.deployments if one.plan}
     came_up = [one for one in recorded.deployments if one.plan]
     registered_us = {plans[one.deployment_id]: _registered_us(one) for one in came_up}
     ones = np.ones(int(done.sum()), dtype=np.int64)
-    return ServingSystem(
+    return ReplaySystem(
         cluster=_cluster(came_up, profile),
         policy=_AsRecorded(plans),
         workload=Workload(
@@ -118,12 +119,11 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Ser
                 prompt_tokens=ones,
                 output_tokens=ones,
                 slo_us=0 * ones,
-                service_us=(table.finish_us - table.start_us)[done],
             ),
         ),
         settings=ControllerSettings(timing=profile.timing, load_window=profile.load_window),
         predict_service_time=_no_guess,
-        serve=None,
+        service_times=RecordedServiceTimes((table.finish_us - table.start_us)[done]),
         load_time=registered_us.__getitem__,
         drain_us=_NO_END_US,
         sample_us=_NO_END_US,

@@ -16,6 +16,7 @@ from maveriq.estimate.registry import make_estimator
 from maveriq.policy.policy import Deploy, Rejection
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
+from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.sim.simulator import simulate
 from maveriq.units import BYTES_PER_GIB
 
@@ -83,10 +84,10 @@ def test_a_world_served_by_an_estimator_of_ones_own() -> None:
     """What docs/extending.md does: plan with one estimator, serve with another."""
     from faster_gpu import FasterGpu
 
-    scenario = build_system(Options(scale=0.1))
-    assert scenario.serve is not None
-    slow = simulate(scenario).requests
-    fast = simulate(replace(scenario, serve=FasterGpu(base=scenario.serve, speedup=2.0))).requests
+    faster = FasterGpu(base=make_estimator("calibrated", load_profile("a6000-short")), speedup=2.0)
+    system = build_system(Options(scale=0.1))
+    slow = simulate(system).requests
+    fast = simulate(replace(system, service_times=EstimatedServiceTimes(faster))).requests
     done = (slow.status == RequestStatus.COMPLETED) & (fast.status == RequestStatus.COMPLETED)
     assert done.all()
     slow_us, fast_us = (slow.finish_us - slow.start_us)[done], (fast.finish_us - fast.start_us)[done]

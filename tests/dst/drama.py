@@ -19,12 +19,13 @@ from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.engine_process import SupervisionSettings
-from maveriq.exec.executor import Executor, World
+from maveriq.exec.executor import Executor
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.live_cluster import EndpointRequest, Outcome, RequestHandle, Submission
 from maveriq.exec.messages import EngineSpec
 from maveriq.policy.policy import Decision, Deploy, Policy, Rejection
 from maveriq.scenario.service_times import EstimatedServiceTimes
+from maveriq.scenario.system import ServingSystem
 from maveriq.units import BYTES_PER_GIB, micros
 
 LONGEST_S = 3_000.0
@@ -191,7 +192,7 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
 def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher) -> Executor:
     """Return a body on a machine, which gets GPUs if it has none."""
     machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(chance.whole(1, 5)).gpus]
-    world = World(
+    system = ServingSystem(
         cluster=cluster(len(machine.capacity)),
         policy=policy,
         settings=ControllerSettings(
@@ -200,11 +201,11 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
             on_failure=OnFailure.REQUEUE if chance.happens(0.7) else OnFailure.FAIL,
         ),
         predict_service_time=lambda *_: micros(1.0),
-        service=EstimatedServiceTimes(TokenSeconds(_TOKEN_S)),
+        service_times=EstimatedServiceTimes(TokenSeconds(_TOKEN_S)),
         load_time=lambda _: micros(chance.between(0.1, 3)),
     )
     body = Executor(
-        world,
+        system,
         launcher,
         supervision=SupervisionSettings(
             start_s=15.0, ping_s=chance.between(0.2, 1), hang_timeout_s=8.0, stop_s=1.0, backoff_s=0.5, longest_backoff_s=8.0,

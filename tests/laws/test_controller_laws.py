@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 from worlds import controller, endpoint_spec
 
-from maveriq.control.controller import Controller, OnFailure
+from maveriq.control.controller import OnFailure
 from maveriq.control.events import (
     Action,
     EndpointAdded,
@@ -35,14 +35,13 @@ SOMETHING = st.sampled_from(
 class _World:
     """A body that knows nothing: it tells the controller what a script says, and keeps what it is told to do."""
 
-    def __init__(self, brain: Controller) -> None:
-        self.brain = brain
+    def __init__(self, **settings) -> None:
+        self.ended: list[int] = []
+        self.brain = controller(ENDPOINTS, on_request_end=self.ended.append, **settings)
         self.now_us = 0
         self.arrived = 0
         self.started: dict[int, StartEngine] = {}
         self.executions: dict[int, Execute] = {}
-        self.ended: list[int] = []
-        brain.tracker.on_end = self.ended.append
         for endpoint in ENDPOINTS:
             self.tell(EndpointAdded(endpoint_spec(endpoint)))
 
@@ -112,8 +111,8 @@ class _World:
 )
 @settings(max_examples=250, deadline=None)
 def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline, on_failure) -> None:
-    brain = controller(ENDPOINTS, discipline=discipline, on_failure=on_failure, max_wait_us=20)
-    world = _World(brain)
+    world = _World(discipline=discipline, on_failure=on_failure, max_wait_us=20)
+    brain = world.brain
     for what, deployment_id, number in script:
         world.happen(what, deployment_id, number)
         waiting, running = (brain.tracker.count(one) for one in (RequestStatus.WAITING, RequestStatus.RUNNING))

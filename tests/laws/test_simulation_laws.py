@@ -15,7 +15,7 @@ from maveriq.domain.cluster import DispatchTiming
 from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.records import NOT_YET
 from maveriq.domain.requests import RequestStatus
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 from maveriq.units import MICROS_PER_SECOND, seconds
 
@@ -40,7 +40,7 @@ def faults(draw):
 @st.composite
 def worlds(
     draw, *, with_faults: bool = True, discipline: QueueDiscipline | None = None, batch_size: int | None = None
-) -> ServingSystem:
+) -> ReplaySystem:
     """A few endpoints on overlapping GPUs, up to 60 requests within three seconds."""
     placements = st.lists(st.integers(0, GPUS - 1), min_size=1, max_size=3, unique=True).map(tuple)
     gpus_of = {
@@ -72,7 +72,7 @@ def worlds(
 
 @given(worlds())
 @settings(max_examples=150, deadline=None)
-def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: ServingSystem) -> None:
+def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: ReplaySystem) -> None:
     record = simulate(world)
     table = record.requests
     assert len(table) == sum(table.counts().values()) == len(world.workload.arrivals)
@@ -90,7 +90,7 @@ def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: 
 
 @given(worlds(with_faults=False))
 @settings(max_examples=150, deadline=None)
-def test_nobody_starts_before_its_engine_is_up(world: ServingSystem) -> None:
+def test_nobody_starts_before_its_engine_is_up(world: ReplaySystem) -> None:
     record = simulate(world)
     ready_us = {one.deployment_id: one.ready_us for one in record.deployments}
     for deployment_id, start_us in zip(record.requests.deployment_id, record.requests.start_us, strict=True):
@@ -100,7 +100,7 @@ def test_nobody_starts_before_its_engine_is_up(world: ServingSystem) -> None:
 
 @given(worlds())
 @settings(max_examples=150, deadline=None)
-def test_a_gpu_runs_one_execution_at_a_time(world: ServingSystem) -> None:
+def test_a_gpu_runs_one_execution_at_a_time(world: ReplaySystem) -> None:
     record = simulate(world)
     table = record.requests
     gpus_of = {one.deployment_id: one.plan.gpu_ids for one in record.deployments if one.plan}
@@ -116,7 +116,7 @@ def test_a_gpu_runs_one_execution_at_a_time(world: ServingSystem) -> None:
 
 @given(worlds())
 @settings(max_examples=100, deadline=None)
-def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(world: ServingSystem) -> None:
+def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(world: ReplaySystem) -> None:
     for sample in simulate(world).gpu_samples:
         assert 0 <= sample.memory_bytes <= world.cluster.gpus[sample.gpu_id].capacity_bytes
         assert 0 <= sample.busy_share <= 1
@@ -124,7 +124,7 @@ def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(wo
 
 @given(worlds(discipline=QueueDiscipline.FIFO, batch_size=1))
 @settings(max_examples=200, deadline=None)
-def test_fifo_starts_in_order_of_arrival(world: ServingSystem) -> None:
+def test_fifo_starts_in_order_of_arrival(world: ReplaySystem) -> None:
     """Also when engines fail: what one was serving goes first again, what waited keeps its place.
 
     A line whose engine is down waits aside and holds nobody, so the order is that of each deployment then.
@@ -139,7 +139,7 @@ def test_fifo_starts_in_order_of_arrival(world: ServingSystem) -> None:
 
 @given(worlds())
 @settings(max_examples=200, deadline=None)
-def test_nothing_runs_on_a_gpu_that_is_down(world: ServingSystem) -> None:
+def test_nothing_runs_on_a_gpu_that_is_down(world: ReplaySystem) -> None:
     record = simulate(world)
     gpus_of = {one.deployment_id: one.plan.gpu_ids for one in record.deployments if one.plan}
     table = record.requests
@@ -156,7 +156,7 @@ def test_nothing_runs_on_a_gpu_that_is_down(world: ServingSystem) -> None:
 
 @given(worlds(), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
-def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: ServingSystem, random) -> None:
+def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: ReplaySystem, random) -> None:
     endpoints, faults_ = list(world.workload.endpoints), list(world.faults)
     random.shuffle(endpoints)
     random.shuffle(faults_)
@@ -169,7 +169,7 @@ def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: Serving
 
 @given(worlds(with_faults=False))
 @settings(max_examples=100, deadline=None)
-def test_doubling_every_time_scale_doubles_every_time(world: ServingSystem) -> None:
+def test_doubling_every_time_scale_doubles_every_time(world: ReplaySystem) -> None:
     """With an ideal dispatcher nothing in the system knows a second: a law that finds hidden constants."""
     no_dispatch_overhead = replace(
         world,

@@ -21,7 +21,7 @@ from maveriq.cli.app import app
 from maveriq.cli.ending import ending
 from maveriq.cli.extras import extra
 from maveriq.errors import InputError, MaveriqError
-from maveriq.serve.cluster import ClusterPlan
+from maveriq.scenario.system import ServingSystem
 
 SERVE = ["serve", "--backend", "emulated", "--time-scale", "0.001", "--port", "0"]
 
@@ -127,8 +127,8 @@ def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: p
     clusters: list[FakeCluster] = []
 
     @contextlib.asynccontextmanager
-    async def open_broken(plan: ClusterPlan, **_options: object) -> AsyncIterator[FakeCluster]:
-        cluster = FakeCluster(plan.placements)
+    async def open_broken(system: ServingSystem, **_options: object) -> AsyncIterator[FakeCluster]:
+        cluster = FakeCluster(system.policy)
         cluster.fault = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_later(0.1, cluster.fault.set_exception, ZeroDivisionError("by nought"))
         clusters.append(cluster)
@@ -136,7 +136,7 @@ def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: p
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
-    monkeypatch.setattr("maveriq.serve.cluster.open_cluster", open_broken)
+    monkeypatch.setattr("maveriq.exec.executor.open_executor", open_broken)
     with pytest.raises(MaveriqError, match=r"the executor failed \(ZeroDivisionError: by nought\)"):
         app(SERVE, prog_name="maveriq", standalone_mode=False)
     assert clusters[0].closed

@@ -10,13 +10,13 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
-from maveriq.scenario.system import ServingSystem
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 
 SHORT = {"scale": 0.1, "slo_scale": 5.0}
 
 
-def built(policy: str = "alpaserve", **options) -> ServingSystem:
+def built(policy: str = "alpaserve", **options) -> ReplaySystem:
     return build_system(Options(policy=policy, **SHORT | options))
 
 

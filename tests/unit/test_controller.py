@@ -468,8 +468,8 @@ def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
 
 
 def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
-    brain, ended = up({1: [(0,)]}), []
-    brain.tracker.on_end = ended.append
+    ended: list[int] = []
+    brain = up({1: [(0,)]}, on_request_end=ended.append)
     brain.handle(1, [RequestArrived(request(1, at_us=1, tokens=10)), RequestArrived(request(2, 7, 1))])
     assert ended == [2]
     brain.handle(2, [ExecutionFinished(1, 1, 2, output_tokens=(4,))])

@@ -9,6 +9,7 @@ from worlds import TokenSeconds, arrivals, scenario
 
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.faults import Fault, FaultTarget
+from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.sim.simulator import simulate
 
 READY = 1_000
@@ -29,7 +30,7 @@ class Sociable(TokenSeconds):
 
 
 def world(requests, gpus_of, *, estimator=None, **options):
-    return replace(scenario(requests, gpus_of, **options), serve=estimator or Sociable())
+    return replace(scenario(requests, gpus_of, **options), service_times=EstimatedServiceTimes(estimator or Sociable()))
 
 
 def run(times_ms, endpoints, tokens, gpus_of, **options):

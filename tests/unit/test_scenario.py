@@ -85,13 +85,13 @@ def profile_without_calibration(tmp_path):
 
 def test_the_calibrated_estimator_plans_and_serves_where_there_is_one() -> None:
     scenario = build_system(Options())
-    assert (scenario.estimator, scenario.serve.name, scenario.notes) == ("calibrated", "calibrated", ())
+    assert (scenario.estimator, scenario.service_times.name, scenario.notes) == ("calibrated", "calibrated", ())
 
 
 def test_without_a_calibration_the_papers_estimator_stands_in_and_the_run_says_so(tmp_path) -> None:
     profile = profile_without_calibration(tmp_path)
     scenario = build_system(Options(profile=profile))
-    assert (scenario.estimator, scenario.serve.name) == ("paper", "paper")
+    assert (scenario.estimator, scenario.service_times.name) == ("paper", "paper")
     [note] = scenario.notes
     assert note.startswith("profile a6000-short has no calibration, so the estimator 'paper' stands in")
     assert build_system(Options(profile=profile, estimator="paper", service_times="paper")).notes == ()
@@ -105,7 +105,7 @@ def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
     model = default.workload.endpoints[0].model
     asked = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
     seconds = [
-        one.serve.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s
+        one.service_times.estimator.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s
         for one in (default, blind)
     ]
     assert seconds[0] != seconds[1] == pytest.approx(seconds[0], rel=0.02)
