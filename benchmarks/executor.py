@@ -60,7 +60,6 @@ class _OneGpuEach:
                 DeploymentPlan(
                     model=endpoint.model,
                     configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16),
-                    layer_split=(endpoint.model.layers,),
                     gpu_ids=(endpoint.endpoint_id - 1,),
                     gpu_bytes=(_GIB,),
                     est_latency_s=0.0,

@@ -17,15 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from maveriq.domain.models import KvType, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.fingerprints import (
     COLUMNS,
-    ParallelPoint,
-    StoredFormat,
     derive,
     parallel_memory_gib,
     read_fingerprints,
 )
-from maveriq.estimate.hardware_profile import LoadedAs, Range, read_load_times
+from maveriq.estimate.hardware_profile import ModelConfig, Range, read_load_times
 from maveriq.files import data_path
 from maveriq.tables import choice, read_csv
 
@@ -39,37 +38,45 @@ MEMORY_AT_OUTPUT_TOKENS = 10
 
 def derive_fingerprints(measured: Path, out: Path) -> None:
     """Write the constants of every group of measured fingerprints, in the order of the file."""
-    latency: dict[tuple[StoredFormat, ParallelPoint], dict[tuple[int, int], float]] = {}
-    memory: dict[tuple[StoredFormat, ParallelPoint], dict[int, float]] = {}
+    latency: dict[tuple[str, ParallelConfig], dict[tuple[int, int], float]] = {}
+    memory: dict[tuple[str, ParallelConfig], dict[int, float]] = {}
     for row in read_csv(measured, MEASURED_COLUMNS, what="measured fingerprints"):
-        kv = KvType.INT8 if row.count("int8_kv") else KvType.NATIVE
-        stored = StoredFormat(row.text("model"), choice(row, "weight_dtype", WeightType), kv)
-        key = stored, ParallelPoint(row.count("tp"), row.count("pp"), row.count("batch_size"))
+        configuration = ParallelConfig(
+            tp=row.count("tp"),
+            pp=row.count("pp"),
+            weights=choice(row, "weight_dtype", WeightType),
+            kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
+            batch_size=row.count("batch_size"),
+        )
+        key = row.text("model"), configuration
         layers, output_tokens = sum(map(int, row.text("layer_split").split())), row.count("output_tokens")
         latency.setdefault(key, {})[layers, output_tokens] = row.number("latency_s")
         if output_tokens == MEMORY_AT_OUTPUT_TOKENS:
             memory.setdefault(key, {})[layers] = row.number("memory_after_run_gib")
     lines = [",".join(COLUMNS)]
-    for (stored, point), latency_s in latency.items():
-        constants = astuple(derive(latency_s, memory[stored, point]))
-        lines.append(",".join([*stored, *map(str, point), *map(repr, constants)]))
+    for (model, at), latency_s in latency.items():
+        constants = astuple(derive(latency_s, memory[model, at]))
+        key_cells = [model, at.weights, at.kv, str(at.tp), str(at.pp), str(at.batch_size)]
+        lines.append(",".join([*key_cells, *map(repr, constants)]))
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def fit_load_times(measured: dict[LoadedAs, Range], fingerprints: Path) -> str:
+def fit_load_times(measured: dict[ModelConfig, Range], fingerprints: Path) -> str:
     """Return load_fit.toml: nonnegative least squares of load seconds on [1, GPUs, GiB per GPU].
 
     Seconds are the middles of the measured ranges, GiB the paper's estimate for an even split.
     """
-    sizes = [_gib_per_gpu(case, fingerprints) for case in measured]
-    inputs = np.array([[1.0, case.tp * case.pp, size] for case, size in zip(measured, sizes, strict=True)])
+    sizes = [_gib_per_gpu(model, configuration, fingerprints) for model, configuration in measured]
+    inputs = np.array(
+        [[1.0, configuration.gpus, size] for (_, configuration), size in zip(measured, sizes, strict=True)]
+    )
     seconds = np.array([seen.middle for seen in measured.values()])
     coefficients = nonnegative_least_squares(inputs, seconds).round(4)
     residuals = seconds - inputs @ coefficients
     mean, scatter = np.abs(residuals).mean(), seconds.std()
     compared = [
-        f"#   {case.model} {case.weights} {case.tp}x{case.pp}, {size:.1f} GiB per GPU: {took:.1f} s, {off:+.1f} s"
-        for case, size, took, off in zip(measured, sizes, seconds, residuals, strict=True)
+        f"#   {model} {at.weights} {at.tp}x{at.pp}, {size:.1f} GiB per GPU: {took:.1f} s, {off:+.1f} s"
+        for (model, at), size, took, off in zip(measured, sizes, seconds, residuals, strict=True)
     ]
     names = ("fixed_s", "per_gpu_s", "per_gib_s")
     lines = [
@@ -83,13 +90,11 @@ def fit_load_times(measured: dict[LoadedAs, Range], fingerprints: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _gib_per_gpu(case: LoadedAs, fingerprints: Path) -> float:
-    model = load_model(case.model)
-    constants = read_fingerprints(fingerprints)[StoredFormat(case.model, case.weights, KvType.NATIVE)]
-    single, tp2, pp2 = (
-        constants[ParallelPoint(tp, pp, 1)].memory_gib(model.layers) for tp, pp in ((1, 1), (2, 1), (1, 2))
-    )
-    return parallel_memory_gib(single, tp2, pp2, tp=case.tp, pp=case.pp) / (case.tp * case.pp)
+def _gib_per_gpu(model_name: str, configuration: ParallelConfig, fingerprints: Path) -> float:
+    layers, of_model = load_model(model_name).layers, read_fingerprints(fingerprints)[model_name]
+    single, tp2, pp2 = (of_model[configuration.at(tp, pp)].memory_gib(layers) for tp, pp in ((1, 1), (2, 1), (1, 2)))
+    memory_gib = parallel_memory_gib(single, tp2, pp2, tp=configuration.tp, pp=configuration.pp)
+    return memory_gib / configuration.gpus
 
 
 def nonnegative_least_squares(inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:

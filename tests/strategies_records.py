@@ -48,7 +48,6 @@ def deployment(
     plan = DeploymentPlan(
         model=spec,
         configuration=ParallelConfig(tp=len(gpu_ids), pp=1, weights=WeightType.INT4),
-        layer_split=(spec.layers,),
         gpu_ids=tuple(gpu_ids),
         gpu_bytes=(bytes_from_gib(gib_per_gpu),) * len(gpu_ids),
         est_latency_s=1.25,

@@ -72,8 +72,13 @@ class AsTold:
 def plan(gpu_ids: Sequence[int], batch_size: int = 1) -> DeploymentPlan:
     return DeploymentPlan(
         model=MODEL,
-        configuration=ParallelConfig(tp=1, pp=len(gpu_ids), weights=WeightType.FLOAT16, batch_size=batch_size),
-        layer_split=(MODEL.layers - len(gpu_ids) + 1, *[1] * (len(gpu_ids) - 1)),
+        configuration=ParallelConfig(
+            tp=1,
+            pp=len(gpu_ids),
+            weights=WeightType.FLOAT16,
+            batch_size=batch_size,
+            layer_split=(MODEL.layers - len(gpu_ids) + 1, *[1] * (len(gpu_ids) - 1)),
+        ),
         gpu_ids=tuple(gpu_ids),
         gpu_bytes=(SHARD_BYTES,) * len(gpu_ids),
         est_latency_s=1.0,

@@ -43,7 +43,6 @@ class OneGpuEach:
         plan = DeploymentPlan(
             model=endpoint.model,
             configuration=configuration,
-            layer_split=(endpoint.model.layers,),
             gpu_ids=(roomiest[0].gpu_id,),
             gpu_bytes=(needed,),
             est_latency_s=service.latency_s,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maveriq.domain.cluster import Cluster, ClusterView, GpuView
-from maveriq.domain.parallel import DeploymentPlan, LayerSplit, ParallelConfig
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.estimate.registry import PAPER
 from maveriq.policy.policy import Decision, Deploy
 from maveriq.scenario.build import build_system
@@ -15,17 +15,6 @@ from maveriq.sim.simulator import simulate
 from maveriq.testbed.recordings import RecordedLayout, RecordedRun, read_runs
 from maveriq.testbed.replay import options_of
 from maveriq.units import bytes_from_gib, gib
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A configuration with its layers dealt to stages: what has to be equal."""
-
-    configuration: ParallelConfig
-    layer_split: LayerSplit
-
-    def __str__(self) -> str:
-        return f"{self.configuration} layers {' '.join(map(str, self.layer_split))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +31,10 @@ class Compared:
     run: str
     endpoint_id: int
     model_name: str
-    recorded: Choice
-    given_memory: Choice | str
+    recorded: ParallelConfig
+    given_memory: ParallelConfig | str
     memory_error_gib: float | None
-    free: Choice | str
+    free: ParallelConfig | str
     same_gpus: bool
 
     def __str__(self) -> str:
@@ -84,7 +73,7 @@ def compare(run: RecordedRun) -> Iterator[Compared]:
             run=run.name,
             endpoint_id=deployment.endpoint_id,
             model_name=deployment.model_name,
-            recorded=Choice(deployment.layout.configuration, deployment.layout.layer_split),
+            recorded=deployment.layout.configuration,
             given_memory=_choice(given),
             memory_error_gib=_memory_error_gib(given, deployment.layout),
             free=_choice(free.plan or free.reason),
@@ -115,8 +104,8 @@ def _plan_or_reason(decision: Decision) -> DeploymentPlan | str:
     return decision.reason
 
 
-def _choice(plan: DeploymentPlan | str) -> Choice | str:
-    return plan if isinstance(plan, str) else Choice(plan.configuration, plan.layer_split)
+def _choice(plan: DeploymentPlan | str) -> ParallelConfig | str:
+    return plan if isinstance(plan, str) else plan.configuration
 
 
 def _memory_error_gib(plan: DeploymentPlan | str, layout: RecordedLayout) -> float | None:

@@ -69,7 +69,7 @@ class CrossFit:
     def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:
         """Return a layer's time over what the law says, as far as the model's fingerprints are believed."""
         seen = chain.from_iterable(
-            measured_layers(constants, model, weights, prompt_tokens=prompt_tokens)
+            measured_layers(constants.get(model.name, {}), model, weights, prompt_tokens=prompt_tokens)
             for prompt_tokens, constants in self.constants.items()
         )
         return math.exp(self.calibration.trust * layer_time_ratio(seen, self.calibration.law(weights, 1)))
@@ -131,8 +131,8 @@ def _layer_time_ratio(sample: Sample, calibration: Calibration, constants: Mappi
     weights, found = sample.measured.configuration.weights, nearest_fingerprints(sample, constants)
     if found is None:
         return 1.0
-    prompt_tokens, _ = found
-    seen = measured_layers(constants[prompt_tokens], sample.model, weights, prompt_tokens=prompt_tokens)
+    prompt_tokens, fingerprints = found
+    seen = measured_layers(fingerprints, sample.model, weights, prompt_tokens=prompt_tokens)
     return math.exp(calibration.trust * layer_time_ratio(seen, calibration.law(weights, 1)))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from maveriq.calibration.samples import Constants, Sample, nearest_fingerprints
 from maveriq.domain.models import KvType, WeightType
 from maveriq.estimate.calibration_file import Calibration, Memory, op_counts
-from maveriq.estimate.fingerprints import OUTPUTS, Exponents, Fingerprint, ParallelLatency, ParallelPoint
+from maveriq.estimate.fingerprints import OUTPUTS, Exponents, Fingerprints, ParallelLatency
 from maveriq.estimate.memory import MemoryEstimate, estimate_memory, gpus_key, is_measured
 from maveriq.estimate.roofline import OpCounts, RooflineParameters, latency_s
 from maveriq.files import data_path
@@ -226,10 +226,11 @@ def _beyond_one_gpu(samples: Sequence[Sample], start: Memory, constants: Mapping
     seen: dict[str, list[float]] = {}
     # Prompts change nothing about it, so those with the most fingerprints speak for all.
     for points in max(constants.values(), key=_size, default={}).values():
-        for point, found in points.items():
-            if ParallelPoint(1, 1, 1) in points:
-                more_gib = found.memory_gib(point.pp) - points[ParallelPoint(1, 1, 1)].memory_gib(point.pp)
-                seen.setdefault(f"{point.tp}x{point.pp}", []).append(more_gib)
+        for at, fingerprint in points.items():
+            one_gpu = points.get(at.at(1, 1))
+            if one_gpu is not None:
+                more_gib = fingerprint.memory_gib(at.pp) - one_gpu.memory_gib(at.pp)
+                seen.setdefault(gpus_key(at), []).append(more_gib)
     for key, more in _beyond_by_whole_models(samples, start, constants).items():
         seen.setdefault(key, more)
     return {key: round(float(np.median(more)), 4) for key, more in seen.items()}
@@ -267,18 +268,18 @@ def fit_exponents(samples: Sequence[Sample], constants: Mapping[int, Constants])
     The published ones made the mean absolute percentage error least; this is as robust as the
     calibrated fit is: logarithms of latency under a soft L1 loss.
     """
-    rows: dict[tuple[WeightType, KvType], list[tuple[Sample, Mapping[ParallelPoint, Fingerprint]]]] = {}
+    rows: dict[tuple[WeightType, KvType], list[tuple[Sample, Fingerprints]]] = {}
     for one in samples:
         asked = one.measured.configuration
         found = nearest_fingerprints(one, constants)
         if one.is_fingerprint or found is None or asked.batch_size > 1 or asked.gpus == 1:
             continue
-        if asked.tp == 1 or ParallelPoint(2, 1, 1) in found[1]:
+        if asked.tp == 1 or asked.at(2, 1) in found[1]:
             rows.setdefault((asked.weights, asked.kv), []).append((one, found[1]))
     return {kind: _fitted(of_kind) for kind, of_kind in rows.items()}
 
 
-def _fitted(rows: Sequence[tuple[Sample, Mapping[ParallelPoint, Fingerprint]]]) -> Exponents:
+def _fitted(rows: Sequence[tuple[Sample, Fingerprints]]) -> Exponents:
     from scipy.optimize import least_squares
 
     logs = np.log([one.measured.latency_s for one, _ in rows])
@@ -298,9 +299,10 @@ def _at(position: Array) -> Exponents:
     return Exponents(a=a, b=b, c=c, d=d)
 
 
-def _latency_s(sample: Sample, points: Mapping[ParallelPoint, Fingerprint], exponents: Exponents) -> float:
-    asked, layers, tp2 = sample.measured.configuration, sample.model.layers, points.get(ParallelPoint(2, 1, 1))
-    single = points[ParallelPoint(1, 1, 1)].line(layers)
+def _latency_s(sample: Sample, points: Fingerprints, exponents: Exponents) -> float:
+    asked, layers = sample.measured.configuration, sample.model.layers
+    tp2 = points.get(asked.at(2, 1))
+    single = points[asked.at(1, 1)].line(layers)
     scaled = ParallelLatency.scaled(single, tp2.line(layers) if tp2 else None, exponents, tp=asked.tp, pp=asked.pp)
     return scaled.at(sample.measured.output_tokens)
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from maveriq.calibration.evaluation import COLUMNS, Measurement, read_measurements
 from maveriq.domain.models import ModelSpec, load_model, shape_of
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.estimate.fingerprints import Fingerprint, ParallelPoint, StoredFormat, derive
+from maveriq.estimate.fingerprints import Fingerprint, Fingerprints, derive
 from maveriq.files import exists, is_folder
 from maveriq.tables import read_text
 
@@ -29,8 +31,8 @@ _PUBLISHED_PROMPTS: Mapping[str, int] = {
 _MAX_BATCH = 128  # beyond it the engine splits a batch, which nothing here describes
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 
-Constants = Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]]
-"""Fingerprint constants of all models, taken with prompts of one length."""
+Constants: TypeAlias = Mapping[str, Fingerprints]
+"""Fingerprints of all models by name, taken with prompts of one length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,20 +142,19 @@ def constants_of(samples: Iterable[Sample]) -> dict[int, Constants]:
     A fingerprint is what the two least numbers of layers took and held at the two least output
     lengths; a point that lacks one of the four gives none.
     """
-    seen: dict[int, dict[StoredFormat, dict[ParallelPoint, list[Measurement]]]] = {}
-    for one in samples:
-        if one.is_fingerprint:
-            row, asked = one.measured, one.measured.configuration
-            stored = StoredFormat(row.model_name, asked.weights, asked.kv)
-            point = ParallelPoint(asked.tp, asked.pp, asked.batch_size)
-            seen.setdefault(one.prompt_tokens, {}).setdefault(stored, {}).setdefault(point, []).append(row)
-    found: dict[int, Constants] = {}
-    for prompt_tokens, by_stored in seen.items():
-        found[prompt_tokens] = {
-            stored: {point: fingerprint for point, rows in points.items() if (fingerprint := _derived(rows))}
-            for stored, points in by_stored.items()
+    rows_of: dict[int, dict[str, dict[ParallelConfig, list[Measurement]]]] = {}
+    for sample in samples:
+        if sample.is_fingerprint:
+            row = sample.measured
+            by_model = rows_of.setdefault(sample.prompt_tokens, {})
+            by_model.setdefault(row.model_name, {}).setdefault(row.configuration, []).append(row)
+    return {
+        prompt_tokens: {
+            model: {at: fingerprint for at, rows in points.items() if (fingerprint := _derived(rows))}
+            for model, points in by_model.items()
         }
-    return found
+        for prompt_tokens, by_model in rows_of.items()
+    }
 
 
 def _derived(rows: Sequence[Measurement]) -> Fingerprint | None:
@@ -166,17 +167,14 @@ def _derived(rows: Sequence[Measurement]) -> Fingerprint | None:
     return derive(latency_s, {row.layers: row.memory_gib for row in kept if row.output_tokens == outputs[0]})
 
 
-def nearest_fingerprints(
-    sample: Sample, constants: Mapping[int, Constants]
-) -> tuple[int, Mapping[ParallelPoint, Fingerprint]] | None:
+def nearest_fingerprints(sample: Sample, constants: Mapping[int, Constants]) -> tuple[int, Fingerprints] | None:
     """Return a sample's fingerprints that were taken with the nearest prompts, and the length of these.
 
     None where its model, stored as it is, has no fingerprint on one GPU.
     """
-    asked = sample.measured.configuration
-    stored = StoredFormat(sample.model.name, asked.weights, asked.kv)
+    one_gpu = sample.measured.configuration.at(1, 1)
     for prompt_tokens in sorted(constants, key=lambda seen: abs(math.log(seen / sample.prompt_tokens))):
-        points = constants[prompt_tokens].get(stored, {})
-        if ParallelPoint(1, 1, 1) in points:
-            return prompt_tokens, points
+        fingerprints = constants[prompt_tokens].get(sample.model.name, {})
+        if one_gpu in fingerprints:
+            return prompt_tokens, fingerprints
     return None

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
-from maveriq.domain.parallel import LayerSplit, ParallelConfig, even_split
+from maveriq.domain.parallel import LayerSplit, ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.exec.capabilities import Arrangement, Device, installed, known_engines, this_machine, why_not
+from maveriq.exec.capabilities import Device, installed, known_engines, this_machine, why_not
 from maveriq.report.engines import answers_json, answers_table, installed_table, matrix_json, matrix_table
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
@@ -41,8 +41,8 @@ class EngineQuestion:
         if said:
             raise InputError(f"--{said[0].replace('_', '-')} asks about a model; name it with --model")
 
-    def arrangement(self, model: ModelSpec) -> Arrangement:
-        """Return the configuration and the split that are asked about.
+    def configuration(self, model: ModelSpec) -> ParallelConfig:
+        """Return the configuration that the options name.
 
         Raises:
             InputError: an option that cannot be used.
@@ -51,15 +51,13 @@ class EngineQuestion:
         pp = self.pp or (len(split) if split else 1)
         if pp > model.layers:
             raise InputError(f"--pp {pp}: {model.name} has {model.layers} layers, and each stage needs one")
-        return Arrangement(
-            configuration=ParallelConfig(
-                tp=self.tp or 1,
-                pp=pp,
-                weights=_choice(WeightType, "weights", self.weights or WeightType.FLOAT16),
-                kv=_choice(KvType, "KV type", self.kv or KvType.NATIVE),
-            ),
-            layer_split=split or even_split(model.layers, pp),
-        )
+        return ParallelConfig(
+            tp=self.tp or 1,
+            pp=pp,
+            weights=_choice(WeightType, "weights", self.weights or WeightType.FLOAT16),
+            kv=_choice(KvType, "KV type", self.kv or KvType.NATIVE),
+            layer_split=split or (),
+        ).normalised(model.layers)
 
 
 def show_engines(*, as_json: bool) -> None:
@@ -82,8 +80,8 @@ def answer_question(question: EngineQuestion, model_name: str, *, as_json: bool)
     """
     model = load_model(model_name)
     device = Device.named(question.device or Device.CUDA.value)
-    asked = question.arrangement(model)
-    answers = {name: why_not(name, model, asked.configuration, asked.layer_split, device) for name in known_engines()}
+    asked = question.configuration(model)
+    answers = {name: why_not(name, model, asked, device) for name in known_engines()}
     if as_json:
         typer.echo(json.dumps(answers_json(model, asked, device, answers), indent=2, allow_nan=False))
     else:

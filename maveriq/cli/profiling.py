@@ -17,7 +17,7 @@ from rich.markup import escape
 from maveriq.cli.engine_site import EMULATED, Site
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
-from maveriq.domain.parallel import ParallelConfig, even_split
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.launcher import ProcessLauncher
@@ -127,10 +127,9 @@ def _lines(measured: Sequence[Measured]) -> Iterator[str]:
 
 
 def _refuse(backend: str, model: ModelSpec, configuration: ParallelConfig, device: Device) -> None:
-    split = even_split(model.layers, configuration.pp)
-    if min(split) < 1:
+    if configuration.pp > model.layers:
         raise InputError(f"{model.name} has {model.layers} layers, too few for {configuration.pp} stages")
-    refusal = why_not(backend, model, configuration, split, device)
+    refusal = why_not(backend, model, configuration, device)
     if refusal is not None:
         raise InputError(str(refusal))
 

@@ -67,11 +67,6 @@ class ModelSpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"model {self.name!r}: {field} must be a positive whole number, not {value!r}")
 
-    def tensor_parallel_degrees(self, gpus: int) -> list[int]:
-        """Return the powers of two up to `gpus` that divide the attention heads, ascending."""
-        degrees = (1 << k for k in range(gpus.bit_length()))
-        return [tp for tp in degrees if tp <= gpus and self.attention_heads % tp == 0]
-
 
 # Hugging Face names one thing differently per family; the first key present wins.
 _HF_KEYS: Mapping[str, tuple[str, ...]] = {

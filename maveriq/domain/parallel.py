@@ -1,12 +1,15 @@
-"""Configurations, layer splits, and plans: a model laid out over GPUs.
+"""Parallel configurations: how a model is split over GPUs and stored, and the rules that a split obeys.
 
-Dealing layers to pipeline stages, unevenly where free memory is uneven (SPEC 4).
+`ParallelConfig` is the key under which estimates, measurements and caches are kept. The rules of
+pipeline parallelism (which layers on which stage) and of tensor parallelism (which degrees divide
+a layer) stand here once; estimators, policies, engines and readers of tables call them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypeAlias
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
@@ -21,25 +24,58 @@ LayerSplit: TypeAlias = tuple[int, ...]
 class ParallelConfig:
     """How a model is parallelised and stored.
 
+    Args:
+        tp: tensor-parallel degree, GPUs of a stage.
+        pp: pipeline-parallel degree, stages.
+        weights: how weights are stored.
+        kv: how the KV cache is stored.
+        layer_split: layers of each stage; () for an even split, whatever the model's layers.
+        batch_size: requests that an engine takes into one batch at most.
+
     Raises:
-        InputError: a degree or the batch size is below 1.
+        InputError: a degree or the batch size is below 1, or the split does not give each stage a layer.
     """
 
     tp: int
     pp: int
     weights: WeightType
     kv: KvType = KvType.NATIVE
+    layer_split: LayerSplit = ()
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("tp", "pp", "batch_size"):
-            if getattr(self, field) < 1:
-                raise InputError(f"configuration: {field} must be at least 1, not {getattr(self, field)}")
+        if self.tp < 1 or self.pp < 1 or self.batch_size < 1:
+            field = next(field for field in ("tp", "pp", "batch_size") if getattr(self, field) < 1)
+            raise InputError(f"configuration: {field} must be at least 1, not {getattr(self, field)}")
+        if self.layer_split:
+            check_layer_split(self.layer_split, self.pp)
 
     @property
     def gpus(self) -> int:
         """GPUs that one deployment takes: TP times PP."""
         return self.tp * self.pp
+
+    def at(self, tp: int, pp: int, batch_size: int = 1) -> ParallelConfig:
+        """Return the same storage types at other degrees, split evenly."""
+        return _even_config(tp, pp, self.weights, self.kv, batch_size)
+
+    def layers_per_stage(self, layers: int) -> LayerSplit:
+        """Return the layers of each stage for a model of so many layers."""
+        return self.layer_split or even_split(layers, self.pp)
+
+    def normalised(self, layers: int) -> ParallelConfig:
+        """Return the one spelling of this configuration for a model of so many layers: an even split becomes ().
+
+        Raises:
+            InputError: the split does not add up to the model's layers, or there are more stages than layers.
+        """
+        check_layer_split(self.layers_per_stage(layers), self.pp, layers)
+        return replace(self, layer_split=()) if self.layer_split == even_split(layers, self.pp) else self
+
+    def describe(self, layers: int) -> str:
+        """Return the configuration as text, with the layers of each stage where these differ."""
+        split = self.layers_per_stage(layers)
+        return f"{self} ({_plus(split)} layers)" if len(set(split)) > 1 else str(self)
 
     def __str__(self) -> str:
         kv = "+kv8" if self.kv is KvType.INT8 else ""
@@ -47,22 +83,26 @@ class ParallelConfig:
         return f"TP {self.tp} x PP {self.pp} {self.weights}{kv}{batch}"
 
 
+@cache
+def _even_config(tp: int, pp: int, weights: WeightType, kv: KvType, batch_size: int) -> ParallelConfig:
+    return ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentPlan:
-    """A configuration with its layers dealt to stages and its shards put on GPUs.
+    """A model, its parallel configuration, and the GPUs of its shards.
 
     `gpu_ids` and `gpu_bytes` are stage-major: stage i owns positions i*TP to i*TP+TP-1, so that
-    a shard's position is its identity (stage, rank) wherever it lies. `est_*` are what the
-    planning estimator believed, 0 where nobody estimated; they are kept for the records, not used
-    to serve.
+    a shard's position is its identity (stage, rank) on whatever GPU it lies. `est_*` are the
+    planning estimator's figures, 0 where there was no estimate; they are kept for the records and
+    not used to serve.
 
     Raises:
-        InputError: the parts do not belong together (counts, a GPU used twice, an empty stage).
+        InputError: the parts do not belong together (counts, a GPU used twice, a wrong layer split).
     """
 
     model: ModelSpec
     configuration: ParallelConfig
-    layer_split: LayerSplit
     gpu_ids: tuple[int, ...]
     gpu_bytes: tuple[Bytes, ...]
     est_latency_s: float
@@ -70,15 +110,20 @@ class DeploymentPlan:
     note: str = ""
 
     def __post_init__(self) -> None:
-        cfg, who = self.configuration, f"plan for {self.model.name} ({self.configuration})"
-        if len(self.layer_split) != cfg.pp or min(self.layer_split) < 1:
-            raise InputError(f"{who}: layer split {self.layer_split} must give each of {cfg.pp} stages a layer")
-        if sum(self.layer_split) != self.model.layers:
-            raise InputError(f"{who}: layer split {self.layer_split} must add up to {self.model.layers} layers")
+        cfg, where = self.configuration, f"plan for {self.model.name} ({self.configuration})"
+        try:
+            object.__setattr__(self, "configuration", cfg.normalised(self.model.layers))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         if len(self.gpu_ids) != cfg.gpus or len(set(self.gpu_ids)) != cfg.gpus:
-            raise InputError(f"{who}: needs {cfg.gpus} different GPUs, got {self.gpu_ids}")
+            raise InputError(f"{where}: needs {cfg.gpus} different GPUs, got {self.gpu_ids}")
         if len(self.gpu_bytes) != cfg.gpus or min(self.gpu_bytes) <= 0:
-            raise InputError(f"{who}: needs a positive memory for each of {cfg.gpus} shards, got {self.gpu_bytes}")
+            raise InputError(f"{where}: needs a positive memory for each of {cfg.gpus} shards, got {self.gpu_bytes}")
+
+    @property
+    def layer_split(self) -> LayerSplit:
+        """Layers of each pipeline stage."""
+        return self.configuration.layers_per_stage(self.model.layers)
 
     @property
     def memory_bytes(self) -> Bytes:
@@ -90,7 +135,29 @@ class DeploymentPlan:
         return " ".join(f"{gib(amount):.4f}" for amount in self.gpu_bytes)
 
 
-def stage_room(free_bytes: Sequence[Bytes], *, tp: int, layers: int, memory_bytes: Bytes) -> list[int]:
+def even_split(layers: int, stages: int) -> LayerSplit:
+    """Return the most even split there is; the first stages take the remainder."""
+    each, rest = divmod(layers, stages)
+    return (each + 1,) * rest + (each,) * (stages - rest)
+
+
+def check_layer_split(split: Sequence[int], stages: int, layers: int | None = None) -> None:
+    """Check that a split gives every stage a layer and, where `layers` is given, all layers of the model.
+
+    Raises:
+        InputError: it does not.
+    """
+    if len(split) != stages or min(split) < 1:
+        raise InputError(f"layer split {_plus(split)} must give each of {stages} stages at least one layer")
+    if layers is not None and sum(split) != layers:
+        raise InputError(f"layer split {_plus(split)} must add up to {layers} layers")
+
+
+def _plus(split: Sequence[int]) -> str:
+    return "+".join(map(str, split))
+
+
+def max_layers_per_stage(free_bytes: Sequence[Bytes], *, tp: int, layers: int, memory_bytes: Bytes) -> list[int]:
     """Return how many layers each stage can hold.
 
     Stage i owns the GPUs at positions i*tp to i*tp+tp-1, and each of them holds 1/tp of each of
@@ -107,15 +174,15 @@ def stage_room(free_bytes: Sequence[Bytes], *, tp: int, layers: int, memory_byte
     return [max(0, min(stage)) * tp * layers // memory_bytes for stage in stages]
 
 
-def deal_layers(layers: int, room: Sequence[int]) -> LayerSplit | None:
-    """Deal layers one by one to each stage in turn that has room for one more.
+def deal_layers(layers: int, max_layers: Sequence[int]) -> LayerSplit | None:
+    """Deal layers one by one to each stage in turn that can hold one more (SPEC 4).
 
     Returns:
         Layers of each stage, or None if some are left over or a stage got none.
     """
-    split = [0] * len(room)
+    split = [0] * len(max_layers)
     while layers:
-        open_stages = [stage for stage, maximum in enumerate(room) if split[stage] < maximum]
+        open_stages = [stage for stage, maximum in enumerate(max_layers) if split[stage] < maximum]
         if not open_stages:
             return None
         for stage in open_stages[:layers]:
@@ -124,12 +191,32 @@ def deal_layers(layers: int, room: Sequence[int]) -> LayerSplit | None:
     return tuple(split) if all(split) else None
 
 
-def even_split(layers: int, stages: int) -> LayerSplit:
-    """Return as even a split as there is; the first stages take the remainder."""
-    each, rest = divmod(layers, stages)
-    return (each + 1,) * rest + (each,) * (stages - rest)
-
-
 def shard_bytes(split: LayerSplit, *, tp: int, layers: int, memory_bytes: Bytes) -> tuple[Bytes, ...]:
     """Return the memory of each shard, stage-major, rounded up to whole bytes."""
     return tuple(-(-held * memory_bytes // (tp * layers)) for held in split for _ in range(tp))
+
+
+def tensor_parallel_degrees(model: ModelSpec, gpus: int) -> list[int]:
+    """Return the degrees that policies consider: powers of two up to `gpus` that divide the attention heads."""
+    degrees = (1 << k for k in range(gpus.bit_length()))
+    return [tp for tp in degrees if tp <= gpus and why_tp_does_not_divide(tp, heads=model.attention_heads) is None]
+
+
+def why_tp_does_not_divide(
+    tp: int, *, heads: int | None = None, kv_heads: int | None = None, feed_forward: int | None = None
+) -> str | None:
+    """Return which part of a layer `tp` GPUs cannot share, None where they can share all of them.
+
+    Args:
+        tp: tensor-parallel degree.
+        heads: attention heads, of which each GPU takes equally many; None if they need not be shared.
+        kv_heads: KV heads, which are shared or, below TP, replicated.
+        feed_forward: width of the feed-forward part.
+    """
+    if heads is not None and heads % tp:
+        return f"TP {tp} does not divide the {heads} attention heads"
+    if kv_heads is not None and kv_heads % tp and tp % kv_heads:
+        return f"TP {tp} neither divides the {kv_heads} KV heads nor is a multiple of them"
+    if feed_forward is not None and feed_forward % tp:
+        return f"TP {tp} does not divide the feed-forward width {feed_forward}"
+    return None

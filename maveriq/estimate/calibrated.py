@@ -6,19 +6,18 @@ The calibrated estimator: physics with figures fitted to a kind of GPU, and each
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate import coverage
 from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration, require
-from maveriq.estimate.coverage import stored_as
 from maveriq.estimate.estimator import ServiceEstimate
-from maveriq.estimate.fingerprints import OUTPUTS, Fingerprint, ParallelPoint, StoredFormat
+from maveriq.estimate.fingerprints import OUTPUTS, Fingerprints
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.memory import MemoryEstimate, estimate_memory, is_measured, memory_margin
 from maveriq.estimate.roofline import OpCounts, RooflineParameters, first_token_s, latency_s, token_s
@@ -40,24 +39,8 @@ def in_shared_process(configuration: ParallelConfig) -> bool:
     return configuration.gpus == 1
 
 
-_ONE_GPU = ParallelPoint(1, 1, 1)
-
-
-class _Case(NamedTuple):
-    """What the time of a request depends on, beside its output tokens."""
-
-    model: ModelSpec
-    weights: WeightType
-    kv: KvType
-    tp: int
-    pp: int
-    batch: int
-    prompt_tokens: int
-    across: float
-
-
 class _Times(NamedTuple):
-    """A case answered: the first token, then tokens that cost more the longer the context is."""
+    """Times of a request: the first token, then tokens that cost more the longer the context is."""
 
     first_s: float
     token_s: float
@@ -83,8 +66,8 @@ class CalibratedEstimator:
         self._profile = profile
         self._calibration = calibration
         self._served = served
-        # Filled as cases are asked for; they change how fast answers come, never what they are.
-        self._times: dict[_Case, _Times] = {}
+        # Caches; the key of times is model, configuration, batch, prompt tokens and the share of stages across sockets.
+        self._times: dict[tuple[ModelSpec, ParallelConfig, int, int, float], _Times] = {}
         self._layer_time_ratio: dict[tuple[ModelSpec, WeightType], float] = {}
 
     @classmethod
@@ -127,14 +110,14 @@ class CalibratedEstimator:
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
-        reason = coverage.why_not(self._profile, model, configuration, [_ONE_GPU])
+        reason = coverage.why_not(self._profile, model, configuration, [configuration.at(1, 1)])
         if reason is not None:
             return reason
         if configuration.weights not in self._calibration.weights:
             return f"the calibration knows no {configuration.weights} weights"
         if str(configuration.tp) not in self._calibration.tp:
             return f"the calibration knows TP {', '.join(self._calibration.tp)} only"
-        if not is_measured(configuration, self._fingerprints(model, configuration), self._calibration.memory):
+        if not is_measured(configuration, self._profile.fingerprints.of(model.name), self._calibration.memory):
             return f"no memory was ever measured at TP {configuration.tp} x PP {configuration.pp}"
         return None
 
@@ -196,11 +179,10 @@ class CalibratedEstimator:
                 f"{model.name}: prompt tokens, output tokens and batch must be at least 1, "
                 f"not {prompt_tokens}, {output_tokens} and {batch}"
             )
-        asked = configuration
-        case = _Case(model, asked.weights, asked.kv, asked.tp, asked.pp, batch, prompt_tokens, across)
-        times = self._times.get(case)
+        key = (model, configuration, batch, prompt_tokens, across)
+        times = self._times.get(key)
         if times is None:
-            times = self._times[case] = self._answer(case, configuration)
+            times = self._times[key] = self._request_times(*key)
         tpot_s = times.token_s + output_tokens * times.per_output_token_s
         return ServiceEstimate(
             ttft_s=times.first_s - tpot_s,
@@ -216,7 +198,7 @@ class CalibratedEstimator:
             law = self._calibration.law(weights, 1)
             seen = layer_time_ratio(
                 measured_layers(
-                    self._profile.fingerprints.constants, model, weights, prompt_tokens=self._profile.prompt_tokens
+                    self._profile.fingerprints.of(model.name), model, weights, prompt_tokens=self._profile.prompt_tokens
                 ),
                 law,
             )
@@ -258,30 +240,29 @@ class CalibratedEstimator:
         return estimate_memory(
             model,
             configuration,
-            self._fingerprints(model, configuration),
+            self._profile.fingerprints.of(model.name),
             self._calibration.memory,
             tokens=prompt_tokens + output_tokens,
             fingerprint_tokens=self._profile.prompt_tokens + OUTPUTS[0],
         )
 
-    def _fingerprints(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[ParallelPoint, Fingerprint]:
-        return self._profile.fingerprints.constants[stored_as(model, configuration)]
-
-    def _answer(self, case: _Case, configuration: ParallelConfig) -> _Times:
-        self._refuse(case.model, configuration)
+    def _request_times(
+        self, model: ModelSpec, configuration: ParallelConfig, batch: int, prompt_tokens: int, across: float
+    ) -> _Times:
+        self._refuse(model, configuration)
         asked = op_counts(
-            case.model,
-            case.kv,
-            tp=case.tp,
-            pp=case.pp,
-            batch=case.batch,
-            prompt_tokens=case.prompt_tokens,
-            layer_time_ratio=self.layer_time_ratio(case.model, case.weights),
+            model,
+            configuration.kv,
+            tp=configuration.tp,
+            pp=configuration.pp,
+            batch=batch,
+            prompt_tokens=prompt_tokens,
+            layer_time_ratio=self.layer_time_ratio(model, configuration.weights),
         )
-        law = self._calibration.law(case.weights, case.tp, served=self._served, across=case.across)
+        law = self._calibration.law(configuration.weights, configuration.tp, served=self._served, across=across)
         # Time is linear in the context, whose mean is the prompt and half of the output.
-        short_s = float(token_s(asked, law, case.prompt_tokens))
-        per_context_token_s = float(token_s(asked, law, case.prompt_tokens + 1)) - short_s
+        short_s = float(token_s(asked, law, prompt_tokens))
+        per_context_token_s = float(token_s(asked, law, prompt_tokens + 1)) - short_s
         return _Times(float(first_token_s(asked, law)), short_s, per_context_token_s / 2)
 
     def _margin(self, tp: int, batch: int) -> float:
@@ -316,7 +297,7 @@ def _second_layer_s(asked: OpCounts, law: RooflineParameters, output_tokens: int
 
 
 def measured_layers(
-    constants: Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]],
+    fingerprints: Fingerprints,
     model: ModelSpec,
     weights: WeightType,
     *,
@@ -325,16 +306,13 @@ def measured_layers(
     """Yield what a model's fingerprints on one GPU say of a layer, whatever their batch size and KV type.
 
     Args:
-        constants: of all models.
+        fingerprints: the model's.
         model: whose layer.
         weights: its weight type.
         prompt_tokens: of the prompts that the fingerprints were taken with.
     """
-    for stored, points in constants.items():
-        if (stored.model, stored.weights) != (model.name, weights):
-            continue
-        for point, found in points.items():
-            if (point.tp, point.pp) == (1, 1):
-                asked = op_counts(model, stored.kv, tp=1, pp=1, batch=point.batch, prompt_tokens=prompt_tokens)
-                for output_tokens in OUTPUTS:  # the constants give back exactly what was measured at these
-                    yield asked, output_tokens, found.ttft_layer_s + output_tokens * found.tpot_layer_s
+    for at, fingerprint in fingerprints.items():
+        if (at.tp, at.pp, at.weights) == (1, 1, weights):
+            asked = op_counts(model, at.kv, tp=1, pp=1, batch=at.batch_size, prompt_tokens=prompt_tokens)
+            for output_tokens in OUTPUTS:  # the constants give back exactly what was measured at these
+                yield asked, output_tokens, fingerprint.ttft_layer_s + output_tokens * fingerprint.tpot_layer_s

@@ -1,52 +1,53 @@
-"""TODO."""
+"""Coverage: which configurations can be estimated from a profile's fingerprints, and why others cannot."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from maveriq.domain.models import ModelSpec
-from maveriq.domain.parallel import ParallelConfig
-from maveriq.estimate.fingerprints import ParallelPoint, StoredFormat
+from maveriq.domain.parallel import ParallelConfig, tensor_parallel_degrees
 from maveriq.estimate.hardware_profile import HardwareProfile
 
 
-def stored_as(model: ModelSpec, configuration: ParallelConfig) -> StoredFormat:
-    """Return the key of a model's fingerprints."""
-    return StoredFormat(model.name, configuration.weights, configuration.kv)
-
-
 def why_not(
-    profile: HardwareProfile, model: ModelSpec, configuration: ParallelConfig, points: Sequence[ParallelPoint]
+    profile: HardwareProfile, model: ModelSpec, configuration: ParallelConfig, needed: Sequence[ParallelConfig]
 ) -> str | None:
     """Return why a configuration cannot be estimated or run, None if it can.
 
     Args:
-        profile: what was measured.
+        profile: the measurements.
         model: the model.
-        configuration: of which the batch size plays no part.
-        points: fingerprints that the estimate needs.
+        configuration: the configuration, whatever its batch size.
+        needed: configurations with the same storage types whose fingerprints the estimate needs.
     """
-    stored, tp = stored_as(model, configuration), configuration.tp
-    fingerprints = profile.fingerprints.constants.get(stored)
-    if fingerprints is None:
-        return _what_exists(profile, stored)
-    if tp not in model.tensor_parallel_degrees(tp):
+    fingerprints, tp = profile.fingerprints.of(model.name), configuration.tp
+    missing = [point for point in needed if point not in fingerprints]
+    if missing and not _has_storage_types(profile, model, configuration):
+        return _without_fingerprints(profile, model, configuration)
+    if tp not in tensor_parallel_degrees(model, tp):
         return f"TP {tp} is not a power of two that divides the {model.attention_heads} attention heads"
     if not profile.supports(model.name, configuration):
         return f"known not to run on {profile.gpu_kind}"
-    missing = [f"TP {point.tp} x PP {point.pp}" for point in points if point not in fingerprints]
     if missing:
-        return f"profile {profile.name} has no fingerprint of it at {' and '.join(missing)}"
+        points = " and ".join(f"TP {point.tp} x PP {point.pp}" for point in missing)
+        return f"profile {profile.name} has no fingerprint of it at {points}"
     return None
 
 
-def _what_exists(profile: HardwareProfile, stored: StoredFormat) -> str:
-    """Say which fingerprints there are instead of the ones asked for."""
+def _has_storage_types(profile: HardwareProfile, model: ModelSpec, configuration: ParallelConfig) -> bool:
+    stored_as = (configuration.weights, configuration.kv)
+    return any((measured.weights, measured.kv) == stored_as for measured in profile.fingerprints.of(model.name))
+
+
+def _without_fingerprints(profile: HardwareProfile, model: ModelSpec, configuration: ParallelConfig) -> str:
+    """Return the reason for a model without any fingerprint, or without one of these storage types."""
     table = profile.fingerprints
-    if not table.stored_as(stored.model):
+    if not table.of(model.name):
         has = ", ".join(table.models()) or "none"
         return (
-            f"profile {profile.name} has no fingerprint of {stored.model} (it has {has}); "
+            f"profile {profile.name} has no fingerprint of {model.name} (it has {has}); "
             "give a profile that was measured with it"
         )
-    return f"no fingerprint with {stored.weights} weights and {stored.kv} KV cache in profile {profile.name}"
+    return (
+        f"no fingerprint with {configuration.weights} weights and {configuration.kv} KV cache in profile {profile.name}"
+    )

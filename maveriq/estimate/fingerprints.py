@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.tables import Row, choice, read_csv, unique
 
@@ -168,59 +169,64 @@ COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", *CONSTANTS)
 """All columns of a fingerprint file; `scripts/derive_a6000.py` writes them."""
 
 
-class StoredFormat(NamedTuple):
-    """A model as it is stored: by name, weight type and KV type."""
-
-    model: str
-    weights: WeightType
-    kv: KvType
-
-
-class ParallelPoint(NamedTuple):
-    """Where a fingerprint was taken."""
-
-    tp: int
-    pp: int
-    batch: int
+Fingerprints: TypeAlias = Mapping[ParallelConfig, Fingerprint]
+"""A model's fingerprints by the configuration and batch size they were taken with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FingerprintTable:
-    """Fingerprints by stored model and point, and the exponents of each weight and KV type."""
+    """Fingerprints by model name and configuration, and the exponents of each weight and KV type."""
 
-    constants: Mapping[StoredFormat, Mapping[ParallelPoint, Fingerprint]]
+    by_model: Mapping[str, Fingerprints]
     exponents: Mapping[tuple[WeightType, KvType], Exponents]
 
     def models(self) -> list[str]:
         """Return the names of the models that have fingerprints, in the order of the file."""
-        return list(dict.fromkeys(stored.model for stored in self.constants))
+        return list(self.by_model)
 
-    def stored_as(self, model: str) -> list[StoredFormat]:
-        """Return how a model's fingerprints are stored, in the order of the file."""
-        return [stored for stored in self.constants if stored.model == model]
+    def of(self, model_name: str) -> Fingerprints:
+        """Return a model's fingerprints, an empty mapping where it has none."""
+        return self.by_model.get(model_name, {})
 
 
-def read_fingerprints(path: Path) -> dict[StoredFormat, dict[ParallelPoint, Fingerprint]]:
-    """Read a fingerprint file.
+def read_fingerprints(path: Path) -> dict[str, dict[ParallelConfig, Fingerprint]]:
+    """Read a fingerprint file: fingerprints by model name and configuration.
 
     Raises:
         InputError: not such a table, a key that stands twice, a constant that cannot be.
     """
     keyed = (
         (
-            (
-                StoredFormat(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
-                ParallelPoint(row.count("tp", minimum=1), row.count("pp", minimum=1), row.count("batch", minimum=1)),
-            ),
+            (row.text("model"), read_config(row, batch="batch")),
             _fingerprint(row),
             row,
         )
         for row in read_csv(path, COLUMNS, what="fingerprint table")
     )
-    table: dict[StoredFormat, dict[ParallelPoint, Fingerprint]] = {}
-    for (stored, point), fingerprint in unique(keyed).items():
-        table.setdefault(stored, {})[point] = fingerprint
+    table: dict[str, dict[ParallelConfig, Fingerprint]] = {}
+    for (model, configuration), fingerprint in unique(keyed).items():
+        table.setdefault(model, {})[configuration] = fingerprint
     return table
+
+
+def read_config(row: Row, *, kv: KvType | None = None, batch: str | None = None) -> ParallelConfig:
+    """Return the configuration of a row with the columns `tp`, `pp` and `weights`.
+
+    Args:
+        row: the row.
+        kv: the KV type; None for the one in the column `kv`.
+        batch: the column of the batch size; None for batch 1.
+
+    Raises:
+        InputError: a degree that is none, or an unknown type.
+    """
+    return ParallelConfig(
+        tp=row.count("tp", minimum=1),
+        pp=row.count("pp", minimum=1),
+        weights=choice(row, "weights", WeightType),
+        kv=choice(row, "kv", KvType) if kv is None else kv,
+        batch_size=row.count(batch, minimum=1) if batch else 1,
+    )
 
 
 def _fingerprint(row: Row) -> Fingerprint:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -20,27 +20,16 @@ from maveriq.domain.cluster import DispatchTiming, LoadWindow
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.fingerprints import FingerprintTable, StoredFormat, read_exponents, read_fingerprints
+from maveriq.estimate.fingerprints import FingerprintTable, read_config, read_exponents, read_fingerprints
 from maveriq.files import data_path
 from maveriq.tables import Row, choice, read_csv, read_toml, unique
 from maveriq.units import Bytes, Micros, bytes_from_gib, micros
 
+StorageTypes: TypeAlias = tuple[str, WeightType, KvType]
+"""A model's name, and how its weights and KV cache are stored: what accuracy depends on."""
 
-class ShardedFormat(NamedTuple):
-    """A stored model under a (TP, PP)."""
-
-    stored: StoredFormat
-    tp: int
-    pp: int
-
-
-class LoadedAs(NamedTuple):
-    """What a load time was measured for; the KV type plays no part in loading."""
-
-    model: str
-    weights: WeightType
-    tp: int
-    pp: int
+ModelConfig: TypeAlias = tuple[str, ParallelConfig]
+"""A model's name and a configuration at batch 1 with an even split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +67,28 @@ class LoadFit(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredFacts:
-    """All tables together; `accuracy` is None where it was never measured."""
+    """All tables together.
 
-    accuracy: Mapping[StoredFormat, float | None]
-    unsupported: frozenset[ShardedFormat]
+    Args:
+        accuracy: percent of the float16 model's score, None where it was never measured.
+        unsupported: configurations that are known not to run.
+        slo: what each model's SLOs are multiples of.
+        load_times: measured seconds to load an engine; the KV type is `NATIVE` in the key, for it plays no part.
+        load_fit: the fit for engines that were never measured.
+    """
+
+    accuracy: Mapping[StorageTypes, float | None]
+    unsupported: frozenset[ModelConfig]
     slo: Mapping[str, SloBase]
-    load_times: Mapping[LoadedAs, Range]
+    load_times: Mapping[ModelConfig, Range]
     load_fit: LoadFit
 
     def model_names(self) -> set[str]:
-        """Return every model that a table speaks of."""
-        stored = [*self.accuracy, *(layout.stored for layout in self.unsupported)]
-        return {*(key.model for key in stored), *self.slo, *(key.model for key in self.load_times)}
+        """Return the names of all models in the tables."""
+        return {*self.slo, *(k[0] for k in self.accuracy), *(k[0] for k in self.unsupported | self.load_times.keys())}
 
 
-def read_accuracy(path: Path) -> dict[StoredFormat, float | None]:
+def read_accuracy(path: Path) -> dict[StorageTypes, float | None]:
     """Read accuracy in percent of the float16 model's; an empty cell was never measured.
 
     Raises:
@@ -100,7 +96,7 @@ def read_accuracy(path: Path) -> dict[StoredFormat, float | None]:
     """
     return unique(
         (
-            StoredFormat(row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
+            (row.text("model"), choice(row, "weights", WeightType), choice(row, "kv", KvType)),
             _percent(row),
             row,
         )
@@ -117,20 +113,19 @@ def _percent(row: Row) -> float | None:
     return percent
 
 
-def read_unsupported(path: Path) -> frozenset[ShardedFormat]:
+def read_unsupported(path: Path) -> frozenset[ModelConfig]:
     """Read what does not run on this hardware; an empty `kv` means both KV types.
 
     Raises:
         InputError: not such a table, a row that repeats another.
     """
     rows = read_csv(path, ("model", "tp", "pp", "weights", "kv"), what="table of unsupported configurations")
-    return frozenset(unique((layout, None, row) for row in rows for layout in _layouts(row)))
+    return frozenset(unique((key, None, row) for row in rows for key in _unsupported(row)))
 
 
-def _layouts(row: Row) -> Iterator[ShardedFormat]:
+def _unsupported(row: Row) -> Iterator[ModelConfig]:
     for kv in [choice(row, "kv", KvType)] if row.cells["kv"] else KvType:
-        stored = StoredFormat(row.text("model"), choice(row, "weights", WeightType), kv)
-        yield ShardedFormat(stored, row.count("tp", minimum=1), row.count("pp", minimum=1))
+        yield row.text("model"), read_config(row, kv=kv)
 
 
 def read_slo(path: Path) -> dict[str, SloBase]:
@@ -145,7 +140,7 @@ def read_slo(path: Path) -> dict[str, SloBase]:
     )
 
 
-def read_load_times(path: Path) -> dict[LoadedAs, Range]:
+def read_load_times(path: Path) -> dict[ModelConfig, Range]:
     """Read measured seconds from the deploy command to registration.
 
     Raises:
@@ -154,12 +149,7 @@ def read_load_times(path: Path) -> dict[LoadedAs, Range]:
     columns = ("model", "weights", "tp", "pp", "low_s", "high_s")
     return unique(
         (
-            LoadedAs(
-                row.text("model"),
-                choice(row, "weights", WeightType),
-                row.count("tp", minimum=1),
-                row.count("pp", minimum=1),
-            ),
+            (row.text("model"), read_config(row, kv=KvType.NATIVE)),
             _range_s(row),
             row,
         )
@@ -282,12 +272,11 @@ class HardwareProfile:
 
     def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
         """Return the accuracy in percent of the float16 model's, None where it was never measured."""
-        return self.facts.accuracy.get(StoredFormat(model_name, weights, kv))
+        return self.facts.accuracy.get((model_name, weights, kv))
 
     def supports(self, model_name: str, configuration: ParallelConfig) -> bool:
         """Say whether a configuration runs on this hardware; False where it is known not to."""
-        stored = StoredFormat(model_name, configuration.weights, configuration.kv)
-        return ShardedFormat(stored, configuration.tp, configuration.pp) not in self.facts.unsupported
+        return (model_name, configuration.at(configuration.tp, configuration.pp)) not in self.facts.unsupported
 
     def load_time_s(self, model: ModelSpec, configuration: ParallelConfig, gib_per_gpu: float) -> float:
         """Return the seconds from the deploy command to registration, engine already built.
@@ -295,11 +284,10 @@ class HardwareProfile:
         It is the middle of the measured range where this very case was measured, else the fit
         by the number of GPUs and the memory that the engine holds on the fullest of them.
         """
-        seen = self.facts.load_times.get(
-            LoadedAs(model.name, configuration.weights, configuration.tp, configuration.pp)
-        )
-        if seen is not None:
-            return seen.middle
+        key = ParallelConfig(tp=configuration.tp, pp=configuration.pp, weights=configuration.weights)
+        measured = self.facts.load_times.get((model.name, key))
+        if measured is not None:
+            return measured.middle
         return self.facts.load_fit.seconds(gpus=configuration.gpus, gib_per_gpu=gib_per_gpu)
 
     def slo_s(self, model_name: str, output_tokens: int) -> float | None:
@@ -333,7 +321,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
     hardware = _read_hardware(folder / profile.hardware)
     tables = (folder / profile.hardware).parent
     fingerprints = FingerprintTable(
-        constants=read_fingerprints(folder / profile.fingerprints) if profile.fingerprints else {},
+        by_model=read_fingerprints(folder / profile.fingerprints) if profile.fingerprints else {},
         exponents=read_exponents(tables / hardware.tables.exponents) if hardware.tables.exponents else {},
     )
     read_facts = _read_facts(tables, hardware.tables)
@@ -413,10 +401,11 @@ def _check_names(named: Collection[str], known: Collection[str]) -> None:
 
 
 def _check_coverage(name: str, fingerprints: FingerprintTable, read_facts: MeasuredFacts) -> None:
-    for stored in fingerprints.constants:
-        what = f"profile {name!r}: {stored.model} has fingerprints with {stored.weights} weights and {stored.kv} KV"
-        if (stored.weights, stored.kv) not in fingerprints.exponents:
+    keys = ((model, at.weights, at.kv) for model, points in fingerprints.by_model.items() for at in points)
+    for model, weights, kv in dict.fromkeys(keys):
+        what = f"profile {name!r}: {model} has fingerprints with {weights} weights and {kv} KV"
+        if (weights, kv) not in fingerprints.exponents:
             raise InputError(f"{what}, but the table of exponents has no row for these types; add one")
-        if stored not in read_facts.accuracy:
+        if (model, weights, kv) not in read_facts.accuracy:
             remedy = "add one, with percent left empty if it was never measured"
             raise InputError(f"{what}, but the accuracy table has no row for it; {remedy}")

@@ -10,12 +10,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import ServiceEstimate
-from maveriq.estimate.hardware_profile import HardwareProfile
-from maveriq.tables import Row, choice, read_csv, unique
+from maveriq.estimate.fingerprints import read_config
+from maveriq.estimate.hardware_profile import HardwareProfile, ModelConfig
+from maveriq.tables import Row, read_csv, unique
 from maveriq.units import Bytes, bytes_from_gib
 
 COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", "prompt_tokens", "ttft_s", "tpot_s", "memory_gib")
@@ -25,24 +26,14 @@ COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", "prompt_tokens", "ttft
 _LONGEST_S = 1e6
 
 
-class _Case(NamedTuple):
-    """What was measured, but for batch and prompt."""
-
-    model: str
-    weights: WeightType
-    kv: KvType
-    tp: int
-    pp: int
-
-
 class _Point(NamedTuple):
     batch: int
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    """What was measured at a point."""
+class _Measured:
+    """What was measured at a batch size and prompt length."""
 
     ttft_s: float
     tpot_s: float
@@ -67,7 +58,7 @@ class MeasuredEstimator:
                 "hardware description, or choose another estimator"
             )
         self._profile = profile
-        self._cases = _read(profile.measured)
+        self._measured = _read(profile.measured)
 
     @property
     def name(self) -> str:
@@ -76,7 +67,7 @@ class MeasuredEstimator:
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
-        seen = self._cases.get(_case(model, configuration))
+        seen = self._points(model, configuration)
         if seen is None:
             return f"never measured ({self._what_was(model)})"
         if configuration.batch_size > max(point.batch for point in seen):
@@ -93,7 +84,7 @@ class MeasuredEstimator:
         Raises:
             InputError: the configuration was never measured.
         """
-        seen = self._seen(model, configuration)
+        seen = self._required_points(model, configuration)
         ttft_s = _at(seen, batch, prompt_tokens, "ttft_s")
         tpot_s = _at(seen, batch, prompt_tokens, "tpot_s")
         return ServiceEstimate(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens)
@@ -104,58 +95,49 @@ class MeasuredEstimator:
         Raises:
             InputError: the configuration was never measured.
         """
-        seen = self._seen(model, configuration)
+        seen = self._required_points(model, configuration)
         batch = min(point.batch for point in seen if point.batch >= configuration.batch_size)
         return bytes_from_gib(max(figures.memory_gib for point, figures in seen.items() if point.batch == batch))
 
-    def _seen(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[_Point, _Seen]:
-        reason = self.why_not(model, configuration)
-        if reason is not None:
+    def _points(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[_Point, _Measured] | None:
+        return self._measured.get((model.name, configuration.at(configuration.tp, configuration.pp)))
+
+    def _required_points(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[_Point, _Measured]:
+        reason, points = self.why_not(model, configuration), self._points(model, configuration)
+        if reason is not None or points is None:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
-        return self._cases[_case(model, configuration)]
+        return points
 
     def _what_was(self, model: ModelSpec) -> str:
-        measured = [case for case in self._cases if case.model == model.name]
+        measured = [configuration for name, configuration in self._measured if name == model.name]
         if not measured:
-            models = ", ".join(dict.fromkeys(case.model for case in self._cases))
+            models = ", ".join(dict.fromkeys(name for name, _ in self._measured))
             return f"profile {self._profile.name} has measurements of {models}"
-        one = measured[0]
-        nearest = ParallelConfig(tp=one.tp, pp=one.pp, weights=one.weights, kv=one.kv)
-        return f"{len(measured)} other configurations of it were, such as {nearest}"
+        return f"{len(measured)} other configurations of it were, such as {measured[0]}"
 
 
-def _case(model: ModelSpec, configuration: ParallelConfig) -> _Case:
-    return _Case(model.name, configuration.weights, configuration.kv, configuration.tp, configuration.pp)
-
-
-def _read(path: Path) -> dict[_Case, dict[_Point, _Seen]]:
+def _read(path: Path) -> dict[ModelConfig, dict[_Point, _Measured]]:
     rows = unique((_key(row), _figures(row), row) for row in read_csv(path, COLUMNS, what="table of measurements"))
-    cases: dict[_Case, dict[_Point, _Seen]] = {}
-    for (case, point), figures in rows.items():
-        cases.setdefault(case, {})[point] = figures
-    return cases
+    measured: dict[ModelConfig, dict[_Point, _Measured]] = {}
+    for (key, point), figures in rows.items():
+        measured.setdefault(key, {})[point] = figures
+    return measured
 
 
-def _key(row: Row) -> tuple[_Case, _Point]:
-    case = _Case(
-        row.text("model"),
-        choice(row, "weights", WeightType),
-        choice(row, "kv", KvType),
-        row.count("tp", minimum=1),
-        row.count("pp", minimum=1),
-    )
-    return case, _Point(row.count("batch", minimum=1), row.count("prompt_tokens", minimum=1))
+def _key(row: Row) -> tuple[ModelConfig, _Point]:
+    point = _Point(row.count("batch", minimum=1), row.count("prompt_tokens", minimum=1))
+    return (row.text("model"), read_config(row)), point
 
 
-def _figures(row: Row) -> _Seen:
-    return _Seen(
+def _figures(row: Row) -> _Measured:
+    return _Measured(
         ttft_s=row.number("ttft_s", minimum=-_LONGEST_S, maximum=_LONGEST_S),
         tpot_s=row.number("tpot_s", minimum=0, maximum=_LONGEST_S),
         memory_gib=row.number("memory_gib", minimum=1e-6, maximum=_LONGEST_S),
     )
 
 
-def _at(seen: Mapping[_Point, _Seen], batch: int, prompt_tokens: int, figure: str) -> float:
+def _at(seen: Mapping[_Point, _Measured], batch: int, prompt_tokens: int, figure: str) -> float:
     """Return a figure at a batch and a prompt: along prompts first, then along batches."""
     points = sorted((point.batch, point.prompt_tokens, getattr(figures, figure)) for point, figures in seen.items())
     along_prompts = {
@@ -168,8 +150,8 @@ def _at(seen: Mapping[_Point, _Seen], batch: int, prompt_tokens: int, figure: st
 def _line(known: Sequence[tuple[int, float]], at: int) -> float:
     """Return the value at a place on the broken line through the known ones.
 
-    Its ends go on straight where they rise, though not below nothing. One that falls is noise, which would end below
-    nothing far out: there the last value known stays.
+    Beyond the ends it is extrapolated linearly and clamped at zero. An end that falls is noise, and extrapolating it
+    would end below zero: there the last known value stays.
     """
     if len(known) == 1:
         return known[0][1]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.calibration_file import BYTES_PER_PARAMETER, Margins, Memory, kv_bytes, layer_parameters
-from maveriq.estimate.fingerprints import Fingerprint, ParallelPoint
+from maveriq.estimate.fingerprints import Fingerprint, Fingerprints
 from maveriq.units import BYTES_PER_GIB
 
 
@@ -28,7 +27,7 @@ class MemoryEstimate(NamedTuple):
 def estimate_memory(
     model: ModelSpec,
     configuration: ParallelConfig,
-    fingerprints: Mapping[ParallelPoint, Fingerprint],
+    fingerprints: Fingerprints,
     figures: Memory,
     *,
     tokens: int,
@@ -48,7 +47,7 @@ def estimate_memory(
     requests_gib = (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
     total_gib = (
         layers_gib(model, configuration, model.layers, tokens, figures)
-        + fixed_gib(model, configuration, fingerprints[ParallelPoint(1, 1, 1)], fingerprint_tokens, figures)
+        + fixed_gib(model, configuration, fingerprints[configuration.at(1, 1)], fingerprint_tokens, figures)
         + _beyond_one_gpu_gib(configuration, fingerprints, figures)
         + requests_gib
     )
@@ -71,7 +70,7 @@ def fixed_gib(
     model: ModelSpec, configuration: ParallelConfig, fingerprint: Fingerprint, tokens: int, figures: Memory
 ) -> float:
     """Return what one GPU holds beside layers: the mean of what its two fingerprints leave over."""
-    single = ParallelConfig(tp=1, pp=1, weights=configuration.weights, kv=configuration.kv)
+    single = configuration.at(1, 1)
     left = (fingerprint.memory_gib(n) - layers_gib(model, single, n, tokens, figures) for n in (1, 2))
     return sum(left) / 2
 
@@ -84,23 +83,20 @@ def request_gib(model: ModelSpec, tp: int, figures: Memory) -> float:
     return figures.request_kb * 1e3 * width * (figures.unsharded + (1 - figures.unsharded) / tp) / BYTES_PER_GIB
 
 
-def _beyond_one_gpu_gib(
-    configuration: ParallelConfig, fingerprints: Mapping[ParallelPoint, Fingerprint], figures: Memory
-) -> float:
+def _beyond_one_gpu_gib(configuration: ParallelConfig, fingerprints: Fingerprints, figures: Memory) -> float:
     """Return what (TP, PP) holds more than one GPU: as its own fingerprint did, else as others' did."""
-    point = ParallelPoint(configuration.tp, configuration.pp, 1)
-    if point in fingerprints:
+    pp = configuration.pp
+    measured = fingerprints.get(configuration.at(configuration.tp, pp))
+    if measured is not None:
         # One layer per stage is what was measured there; at (1, 1) nothing is left.
-        return fingerprints[point].memory_gib(point.pp) - fingerprints[ParallelPoint(1, 1, 1)].memory_gib(point.pp)
+        return measured.memory_gib(pp) - fingerprints[configuration.at(1, 1)].memory_gib(pp)
     return figures.gpus_gib[gpus_key(configuration)]
 
 
-def is_measured(
-    configuration: ParallelConfig, fingerprints: Mapping[ParallelPoint, Fingerprint], figures: Memory
-) -> bool:
+def is_measured(configuration: ParallelConfig, fingerprints: Fingerprints, figures: Memory) -> bool:
     """Say whether any model's memory was measured at (TP, PP)."""
     return (
-        ParallelPoint(configuration.tp, configuration.pp, 1) in fingerprints
+        configuration.at(configuration.tp, configuration.pp) in fingerprints
         or gpus_key(configuration) in figures.gpus_gib
     )
 

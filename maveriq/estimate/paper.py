@@ -8,33 +8,18 @@ The estimator of the MaverIQ paper (SC '25; SPEC 3): four fingerprints and seven
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate import coverage
-from maveriq.estimate.coverage import stored_as
 from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.estimate.fingerprints import (
     ParallelLatency,
-    ParallelPoint,
     at_batch,
     parallel_memory_gib,
 )
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.units import Bytes, bytes_from_gib
-
-
-class _Case(NamedTuple):
-    """What latency depends on, beside output tokens and batch."""
-
-    model: str
-    layers: int
-    weights: WeightType
-    kv: KvType
-    tp: int
-    pp: int
 
 
 class PaperEstimator:
@@ -50,8 +35,8 @@ class PaperEstimator:
 
     def __init__(self, profile: HardwareProfile) -> None:
         self._profile = profile
-        # Filled as cases are asked for; it changes how fast answers come, never what they are.
-        self._latencies: dict[_Case, tuple[ParallelLatency, ParallelLatency | None]] = {}
+        # A cache by model name, layers and configuration.
+        self._latencies: dict[tuple[str, int, ParallelConfig], tuple[ParallelLatency, ParallelLatency | None]] = {}
 
     @property
     def name(self) -> str:
@@ -60,8 +45,7 @@ class PaperEstimator:
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
-        points = _points(configuration.tp, configuration.pp)
-        reason = coverage.why_not(self._profile, model, configuration, points)
+        reason = coverage.why_not(self._profile, model, configuration, _needed(configuration))
         if reason is not None:
             return reason
         if configuration.batch_size > 1 and not self._has_batch_two(model, configuration):
@@ -112,22 +96,20 @@ class PaperEstimator:
         self, model: ModelSpec, configuration: ParallelConfig
     ) -> tuple[ParallelLatency, ParallelLatency | None]:
         """Return latency at batch 1, and at batch 2 where there are fingerprints of it."""
-        case = _Case(
-            model.name, model.layers, configuration.weights, configuration.kv, configuration.tp, configuration.pp
-        )
-        found = self._latencies.get(case)
+        key = (model.name, model.layers, configuration)
+        found = self._latencies.get(key)
         if found is None:
             self._refuse(model, configuration)
             two = self._scaled(model, configuration, 2) if self._has_batch_two(model, configuration) else None
-            found = self._latencies[case] = (self._scaled(model, configuration, 1), two)
+            found = self._latencies[key] = (self._scaled(model, configuration, 1), two)
         return found
 
     def _scaled(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> ParallelLatency:
         table = self._profile.fingerprints
-        constants = table.constants[stored_as(model, configuration)]
-        tp2 = constants.get(ParallelPoint(2, 1, batch))
+        fingerprints = table.of(model.name)
+        tp2 = fingerprints.get(configuration.at(2, 1, batch))
         return ParallelLatency.scaled(
-            constants[ParallelPoint(1, 1, batch)].line(model.layers),
+            fingerprints[configuration.at(1, 1, batch)].line(model.layers),
             None if tp2 is None else tp2.line(model.layers),
             table.exponents[configuration.weights, configuration.kv],
             tp=configuration.tp,
@@ -135,10 +117,10 @@ class PaperEstimator:
         )
 
     def _memory_gib(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> float:
-        constants = self._profile.fingerprints.constants[stored_as(model, configuration)]
-        tp2, pp2 = constants.get(ParallelPoint(2, 1, batch)), constants.get(ParallelPoint(1, 2, batch))
+        fingerprints = self._profile.fingerprints.of(model.name)
+        tp2, pp2 = fingerprints.get(configuration.at(2, 1, batch)), fingerprints.get(configuration.at(1, 2, batch))
         return parallel_memory_gib(
-            constants[ParallelPoint(1, 1, batch)].memory_gib(model.layers),
+            fingerprints[configuration.at(1, 1, batch)].memory_gib(model.layers),
             None if tp2 is None else tp2.memory_gib(model.layers),
             None if pp2 is None else pp2.memory_gib(model.layers),
             tp=configuration.tp,
@@ -146,8 +128,8 @@ class PaperEstimator:
         )
 
     def _has_batch_two(self, model: ModelSpec, configuration: ParallelConfig) -> bool:
-        constants = self._profile.fingerprints.constants[stored_as(model, configuration)]
-        return all(point in constants for point in _points(configuration.tp, configuration.pp, batch=2))
+        fingerprints = self._profile.fingerprints.of(model.name)
+        return all(needed in fingerprints for needed in _needed(configuration, batch=2))
 
     def _refuse(self, model: ModelSpec, configuration: ParallelConfig) -> None:
         reason = self.why_not(model, configuration)
@@ -161,11 +143,11 @@ class PaperEstimator:
         )
 
 
-def _points(tp: int, pp: int, batch: int = 1) -> list[ParallelPoint]:
-    """Return the fingerprints that (TP, PP) is estimated from."""
-    points = [ParallelPoint(1, 1, batch)]
-    if tp > 1:
-        points.append(ParallelPoint(2, 1, batch))
-    if pp > 1:
-        points.append(ParallelPoint(1, 2, batch))
-    return points
+def _needed(configuration: ParallelConfig, batch: int = 1) -> list[ParallelConfig]:
+    """Return the configurations whose fingerprints an estimate needs."""
+    needed = [configuration.at(1, 1, batch)]
+    if configuration.tp > 1:
+        needed.append(configuration.at(2, 1, batch))
+    if configuration.pp > 1:
+        needed.append(configuration.at(1, 2, batch))
+    return needed

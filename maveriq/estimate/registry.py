@@ -25,7 +25,7 @@ def default_estimator(profile: HardwareProfile) -> str:
     if profile.calibrated:
         return CALIBRATED
     # Measurements of whole models answer for these alone; without fingerprints there is nothing else to go by.
-    return MEASURED if profile.measured and not profile.fingerprints.constants else PAPER
+    return MEASURED if profile.measured and not profile.fingerprints.by_model else PAPER
 
 
 def note_on_default(profile: HardwareProfile) -> str | None:

@@ -22,7 +22,7 @@ from typing import Annotated
 import msgspec
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.domain.parallel import LayerSplit, ParallelConfig, even_split
+from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.exec.gpus import GpuIdentity, NvmlMeter
@@ -84,36 +84,6 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     started: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrangement:
-    """A configuration and its layers per stage.
-
-    Raises:
-        InputError: not one stage per pipeline degree, or a stage without a layer.
-    """
-
-    configuration: ParallelConfig
-    layer_split: LayerSplit
-
-    def __post_init__(self) -> None:
-        if len(self.layer_split) != self.configuration.pp or min(self.layer_split) < 1:
-            raise InputError(
-                f"layer split {self._layers} must give each of {self.configuration.pp} stages at least one layer"
-            )
-
-    @property
-    def _layers(self) -> str:
-        return "+".join(map(str, self.layer_split))
-
-    @property
-    def uneven(self) -> bool:
-        """Say whether stages differ in their number of layers."""
-        return min(self.layer_split) != max(self.layer_split)
-
-    def __str__(self) -> str:
-        return f"{self.configuration} ({self._layers} layers)" if self.uneven else str(self.configuration)
-
-
 @cache
 def known_engines() -> Mapping[str, EngineFacts]:
     """Return what is known of each engine, by name."""
@@ -132,12 +102,12 @@ def engine_facts(name: str) -> EngineFacts:
     return known[name]
 
 
-def unsupported_by(engine: EngineFacts, model: ModelSpec, arrangement: Arrangement, device: Device) -> str | None:
-    """Return why an engine cannot run a model so, in one clause, or None where it can.
+def unsupported_by(engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, device: Device) -> str | None:
+    """Return why an engine cannot run a model with a configuration, in one clause, or None where it can.
 
     Rows are narrowed down by one property after the other; the first that leaves none is the reason.
     """
-    cfg, family = arrangement.configuration, model.architecture
+    family = model.architecture
     rows = [row for row in engine.can if family in row.architectures or ANY in row.architectures]
     if not rows:
         return f"it runs {_names(engine.can, lambda row: row.architectures)} models, not {family}"
@@ -153,7 +123,7 @@ def unsupported_by(engine: EngineFacts, model: ModelSpec, arrangement: Arrangeme
     if not cached:
         kept = _names(stored, lambda row: row.kv)
         return f"on {device} it stores the KV cache of {family} as {kept}, not {cfg.kv}, with {cfg.weights} weights"
-    limits = [_limit(row, model, arrangement) for row in cached]
+    limits = [_limit(row, model, cfg) for row in cached]
     return None if None in limits else limits[0]
 
 
@@ -163,32 +133,31 @@ def _names(rows: Sequence[CapabilityRow], of: Callable[[CapabilityRow], Sequence
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _limit(row: CapabilityRow, model: ModelSpec, arrangement: Arrangement) -> str | None:
-    """Return what of a row's limits the arrangement breaks."""
-    cfg = arrangement.configuration
+def _limit(row: CapabilityRow, model: ModelSpec, cfg: ParallelConfig) -> str | None:
+    """Return which of a row's limits the configuration breaks."""
     if row.max_tp and cfg.tp > row.max_tp:
         return f"TP {cfg.tp} is more than its {row.max_tp}"
     if row.max_pp and cfg.pp > row.max_pp:
         return f"PP {cfg.pp} is more than its {row.max_pp}"
-    if arrangement.uneven and not row.uneven:
-        return f"its pipeline stages must have equally many layers, not {arrangement.layer_split}"
-    return _cut(row, model, cfg.tp)
+    split = cfg.layers_per_stage(model.layers)
+    if len(set(split)) > 1 and not row.uneven:
+        return f"its pipeline stages must have equally many layers, not {split}"
+    return _undivided(row, model, cfg.tp)
 
 
-def _cut(row: CapabilityRow, model: ModelSpec, tp: int) -> str | None:
-    """Return what of a layer cannot be cut into `tp` shards."""
-    heads, kv_heads = model.attention_heads, model.kv_heads
-    if row.heads and heads % tp:
-        return f"TP {tp} does not divide the {heads} attention heads"
-    if row.heads and kv_heads % tp and tp % kv_heads:
-        return f"TP {tp} neither divides the {kv_heads} KV heads nor is a multiple of them"
-    if row.feed_forward and model.intermediate_size % tp:
-        return f"TP {tp} does not divide the feed-forward width {model.intermediate_size}"
-    if row.group:
+def _undivided(row: CapabilityRow, model: ModelSpec, tp: int) -> str | None:
+    """Return which part of a layer cannot be split into `tp` shards."""
+    reason = why_tp_does_not_divide(
+        tp,
+        heads=model.attention_heads if row.heads else None,
+        kv_heads=model.kv_heads if row.heads else None,
+        feed_forward=model.intermediate_size if row.feed_forward else None,
+    )
+    if reason is None and row.group:
         for what, width in (("hidden size", model.hidden_size), ("feed-forward width", model.intermediate_size)):
             if width % (tp * row.group):
                 return f"TP {tp} cuts the {what} {width} through weight groups of {row.group}"
-    return None
+    return reason
 
 
 # What a change costs. What users notice most, the number of GPUs, costs most; the least is what changes answers least.
@@ -207,29 +176,27 @@ _BITS: Mapping[WeightType, int] = {
 }
 
 
-def distance(one: Arrangement, other: Arrangement) -> float:
-    """Return how far two arrangements of one model lie apart; 0 where they are equal.
+def distance(a: ParallelConfig, b: ParallelConfig) -> float:
+    """Return how different two normalised configurations of one model are; 0 where they are equal.
 
-    Each doubling of the GPUs counts 4, each of TP 2, each of the bits of a weight 2; 1 counts with or without GPTQ,
-    another KV type, and layers dealt otherwise to as many stages.
+    Each doubling of the GPUs counts 4, each of TP 2, each of the bits of a weight 2. With or without GPTQ, another KV
+    type, and another layer split over as many stages count 1 each.
     """
-    a, b = one.configuration, other.configuration
     return (
         _GPU_DOUBLING * abs(log2(a.gpus) - log2(b.gpus))
         + _TP_DOUBLING * abs(log2(a.tp) - log2(b.tp))
         + _BITS_DOUBLING * abs(log2(_BITS[a.weights]) - log2(_BITS[b.weights]))
         + _GPTQ * ((a.weights is WeightType.INT4_GPTQ) != (b.weights is WeightType.INT4_GPTQ))
         + _KV * (a.kv is not b.kv)
-        + _SPLIT * (a.pp == b.pp and one.layer_split != other.layer_split)
+        + _SPLIT * (a.pp == b.pp and a.layer_split != b.layer_split)
     )
 
 
-def similar_configs(model: ModelSpec, asked: Arrangement) -> Iterator[Arrangement]:
-    """Yield arrangements on no more GPUs than asked for: all storage types, and TP and PP in powers of two.
+def similar_configs(model: ModelSpec, cfg: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Yield configurations on no more GPUs than `cfg`: all storage types, and TP and PP in powers of two.
 
-    The degrees asked for, and the PP that uses all GPUs, are among them; the split asked for as well, beside even ones.
+    The degrees of `cfg`, the PP that uses all its GPUs, and its layer split are among them.
     """
-    cfg = asked.configuration
     powers = [1 << k for k in range(cfg.gpus.bit_length()) if 1 << k <= cfg.gpus]
     degrees = {
         (tp, pp)
@@ -238,21 +205,20 @@ def similar_configs(model: ModelSpec, asked: Arrangement) -> Iterator[Arrangemen
         if tp * pp <= cfg.gpus and pp <= model.layers
     }
     for weights, kv, (tp, pp) in product(WeightType, KvType, sorted(degrees, reverse=True)):
-        changed = replace(cfg, tp=tp, pp=pp, weights=weights, kv=kv)
-        if pp == cfg.pp and asked.uneven:
-            yield Arrangement(configuration=changed, layer_split=asked.layer_split)
-        yield Arrangement(configuration=changed, layer_split=even_split(model.layers, pp))
+        if pp == cfg.pp and cfg.layer_split:
+            yield replace(cfg, tp=tp, weights=weights, kv=kv)
+        yield replace(cfg, tp=tp, pp=pp, weights=weights, kv=kv, layer_split=())
 
 
-def nearest(model: ModelSpec, asked: Arrangement, allows: Callable[[Arrangement], bool]) -> Arrangement | None:
-    """Return the neighbour that lies nearest among those allowed, None where none is.
+def nearest(model: ModelSpec, asked: ParallelConfig, allows: Callable[[ParallelConfig], bool]) -> ParallelConfig | None:
+    """Return the allowed configuration that differs least from the one asked for, None where none is allowed.
 
-    Of equally near ones the one with the more exact weights is taken, then the one with more TP.
+    Ties go to the more exact weights, then to the higher TP.
     """
-    # Sorted first, for asking is dearer than measuring; the sort is stable.
-    for one in sorted(similar_configs(model, asked), key=lambda one: distance(asked, one)):
-        if allows(one):
-            return one
+    # Sorted first, because `allows` costs more than `distance`; the sort is stable.
+    for candidate in sorted(similar_configs(model, asked), key=lambda candidate: distance(asked, candidate)):
+        if allows(candidate):
+            return candidate
     return None
 
 
@@ -332,43 +298,43 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why an engine cannot run a model so, and the nearest that it can, None where there is nothing near."""
+    """Why an engine cannot run a model with a configuration, and the most similar one it can run, None without any."""
 
     engine: str
-    model: str
-    asked: Arrangement
+    model: ModelSpec
+    asked: ParallelConfig
     reason: str
-    nearest: Arrangement | None
+    nearest: ParallelConfig | None
 
     def __str__(self) -> str:
-        near = "it has nothing near" if self.nearest is None else f"nearest that it can: {self.nearest}"
-        return f"{self.engine} cannot run {self.model} as {self.asked}: {self.reason}; {near}"
+        near = f"nearest that it can: {self.describe_nearest()}" if self.nearest else "it has nothing near"
+        asked = self.asked.describe(self.model.layers)
+        return f"{self.engine} cannot run {self.model.name} as {asked}: {self.reason}; {near}"
+
+    def describe_nearest(self) -> str:
+        """Return the nearest configuration as text, "" where there is none."""
+        return self.nearest.describe(self.model.layers) if self.nearest else ""
 
 
-def why_not(
-    engine: str, model: ModelSpec, configuration: ParallelConfig, layer_split: LayerSplit, device: Device
-) -> Refusal | None:
-    """Return why an engine cannot run a model so, or None where it can.
+def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device: Device) -> Refusal | None:
+    """Return why an engine cannot run a model with a configuration, or None where it can.
 
     Args:
         engine: its name, a key of `known_engines`.
         model: its shape.
-        configuration: how it is cut and stored.
-        layer_split: layers of each pipeline stage; they must add up to the model's.
-        device: what the engine is to compute on.
+        configuration: how it is split and stored.
+        device: what the engine computes on.
 
     Raises:
         UnknownNameError: no such engine.
-        InputError: the split does not belong to the model or the configuration.
+        InputError: the layer split does not add up to the model's layers.
     """
-    facts, asked = engine_facts(engine), Arrangement(configuration=configuration, layer_split=layer_split)
-    if sum(layer_split) != model.layers:
-        raise InputError(f"layer split {layer_split} of {model.name} must add up to {model.layers} layers")
+    facts, asked = engine_facts(engine), configuration.normalised(model.layers)
     reason = unsupported_by(facts, model, asked, device)
     if reason is None:
         return None
-    near = nearest(model, asked, lambda one: unsupported_by(facts, model, one, device) is None)
-    return Refusal(engine=engine, model=model.name, asked=asked, reason=reason, nearest=near)
+    near = nearest(model, asked, lambda candidate: unsupported_by(facts, model, candidate, device) is None)
+    return Refusal(engine=engine, model=model, asked=asked, reason=reason, nearest=near)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,8 +368,7 @@ class SupportedByEngine:
             return reason
         if self.slices and configuration.gpus > 1:
             return "GPUs of this machine are slices (MIG), and no model spreads over several; turn MIG off"
-        even = Arrangement(configuration=configuration, layer_split=even_split(model.layers, configuration.pp))
-        refused = unsupported_by(engine_facts(self.engine), model, even, self.device)
+        refused = unsupported_by(engine_facts(self.engine), model, configuration, self.device)
         return refused and f"{self.engine}: {refused}"
 
     def service(

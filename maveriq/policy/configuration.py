@@ -13,7 +13,14 @@ from typing import TypeAlias
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployments import EndpointSpec, Intent
 from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.domain.parallel import LayerSplit, ParallelConfig, deal_layers, shard_bytes, stage_room
+from maveriq.domain.parallel import (
+    LayerSplit,
+    ParallelConfig,
+    deal_layers,
+    max_layers_per_stage,
+    shard_bytes,
+    tensor_parallel_degrees,
+)
 from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.units import Bytes, gib
 
@@ -78,7 +85,7 @@ def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -
 
     A stage needs a layer, so there are no more stages than layers, however large the cluster.
     """
-    for tp in model.tensor_parallel_degrees(gpus):
+    for tp in tensor_parallel_degrees(model, gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
             for weights in WeightType:
                 for kv in KvType:
@@ -114,7 +121,7 @@ def _consider(
     memory_bytes = estimator.memory(endpoint.model, configuration)
     chosen = gpus[: configuration.gpus]
     sizes = {"tp": configuration.tp, "layers": endpoint.model.layers, "memory_bytes": memory_bytes}
-    split = deal_layers(endpoint.model.layers, stage_room([gpu.free_bytes for gpu in chosen], **sizes))
+    split = deal_layers(endpoint.model.layers, max_layers_per_stage([gpu.free_bytes for gpu in chosen], **sizes))
     if split is None:
         detail = f"needs {gib(memory_bytes):.1f} GiB over {configuration.gpus} GPUs"
         return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)

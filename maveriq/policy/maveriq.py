@@ -9,7 +9,7 @@ MaverIQ's policy: the best configuration for the intent, its shards placed by lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
@@ -95,8 +95,7 @@ class MaverIQ:
             return Rejection(reason=f"policy {self.name!r} found no GPU for a shard of {best.configuration}")
         plan = DeploymentPlan(
             model=endpoint.model,
-            configuration=best.configuration,
-            layer_split=best.layer_split,
+            configuration=replace(best.configuration, layer_split=best.layer_split),
             gpu_ids=gpu_ids,
             gpu_bytes=best.gpu_bytes,
             est_latency_s=best.service.latency_s,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from maveriq.domain.models import ModelSpec
-from maveriq.domain.parallel import ParallelConfig, even_split
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import MaveriqError
 from maveriq.exec import messages
 from maveriq.exec.gpus import Devices
@@ -124,7 +124,7 @@ def _spec(
         config_json=hf_config_json(model),
         tp=configuration.tp,
         pp=configuration.pp,
-        layer_split=even_split(model.layers, configuration.pp),
+        layer_split=configuration.layers_per_stage(model.layers),
         weights=configuration.weights.value,
         kv=configuration.kv.value,
         batch_size=batch,

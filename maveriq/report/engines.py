@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.capabilities import Arrangement, CapabilityRow, Device, EngineFacts, Installed, Machine, Refusal
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.exec.capabilities import CapabilityRow, Device, EngineFacts, Installed, Machine, Refusal
 from maveriq.report.formatting import NONE
 from maveriq.report.view import Column, Row, Table, Text, row
 from maveriq.units import gib
@@ -102,7 +103,9 @@ def matrix_json(engines: Mapping[str, EngineFacts], here: Here, machine: Machine
     }
 
 
-def answers_table(model: ModelSpec, asked: Arrangement, device: Device, answers: Mapping[str, Refusal | None]) -> Table:
+def answers_table(
+    model: ModelSpec, asked: ParallelConfig, device: Device, answers: Mapping[str, Refusal | None]
+) -> Table:
     """Return for each engine whether it can run a model as requested, or the nearest thing that it can run."""
     columns = [
         Column("engine"),
@@ -113,37 +116,36 @@ def answers_table(model: ModelSpec, asked: Arrangement, device: Device, answers:
     rows = [
         row(name, Text("yes", "green"), "", "")
         if refusal is None
-        else row(name, Text("no", "red"), refusal.reason, str(refusal.nearest or NONE))
+        else row(name, Text("no", "red"), refusal.reason, refusal.describe_nearest() or NONE)
         for name, refusal in answers.items()
     ]
-    return Table(f"{model.name} as {asked} on {device}", columns, rows)
+    return Table(f"{model.name} as {asked.describe(model.layers)} on {device}", columns, rows)
 
 
 def answers_json(
-    model: ModelSpec, asked: Arrangement, device: Device, answers: Mapping[str, Refusal | None]
+    model: ModelSpec, asked: ParallelConfig, device: Device, answers: Mapping[str, Refusal | None]
 ) -> dict[str, Any]:
     """Return the answers for programs."""
     return {
         "model": model.name,
         "device": device.value,
-        "asked": _arrangement_json(asked),
+        "asked": _config_json(asked, model),
         "engines": {
             name: {
                 "can": refusal is None,
                 "reason": refusal and refusal.reason,
-                "nearest": refusal and refusal.nearest and _arrangement_json(refusal.nearest),
+                "nearest": refusal and refusal.nearest and _config_json(refusal.nearest, model),
             }
             for name, refusal in answers.items()
         },
     }
 
 
-def _arrangement_json(one: Arrangement) -> dict[str, Any]:
-    cfg = one.configuration
+def _config_json(cfg: ParallelConfig, model: ModelSpec) -> dict[str, Any]:
     return {
         "tp": cfg.tp,
         "pp": cfg.pp,
-        "layer_split": list(one.layer_split),
+        "layer_split": list(cfg.layers_per_stage(model.layers)),
         "weights": cfg.weights.value,
         "kv": cfg.kv.value,
     }

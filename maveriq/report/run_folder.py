@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, DeploymentRecord, GpuSample, RunRecord
 from maveriq.errors import InputError, InvariantError, MaveriqError, cannot_write
 from maveriq.exec.executor import EngineRecord
@@ -158,6 +159,13 @@ def summary_to_json(summary: Summary, verdict: Saturation, deployments: Iterable
     }
 
 
+def _configuration(plan: DeploymentPlan) -> dict[str, Any]:
+    """Return the fields of a plan's configuration but for the layer split, which stands beside it."""
+    fields: dict[str, Any] = msgspec.to_builtins(plan.configuration)
+    del fields["layer_split"]
+    return fields
+
+
 def _deployment(deployment: DeploymentRecord) -> dict[str, Any]:
     endpoint, plan = deployment.endpoint, deployment.plan
     return {
@@ -170,7 +178,7 @@ def _deployment(deployment: DeploymentRecord) -> dict[str, Any]:
         "removed_s": _time_s(deployment.removed_us),
         "status": deployment.status,
         "reason": deployment.reason or (plan.note if plan else ""),
-        "configuration": msgspec.to_builtins(plan.configuration) if plan else None,
+        "configuration": _configuration(plan) if plan else None,
         "layer_split": list(plan.layer_split) if plan else None,
         "gpus": list(plan.gpu_ids) if plan else None,
         "gib_per_gpu": [gib(amount) for amount in plan.gpu_bytes] if plan else None,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from maveriq.domain.models import KvType, WeightType
-from maveriq.domain.parallel import LayerSplit, ParallelConfig
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import exists, measured_data_path
 from maveriq.tables import Row, choice, read_csv
@@ -42,7 +42,6 @@ class RecordedLayout:
     """What was deployed, and where. `gib_per_gpu` is the estimate it was placed by, () where none was noted."""
 
     configuration: ParallelConfig
-    layer_split: LayerSplit
     gpu_ids: tuple[int, ...]
     gib_per_gpu: tuple[float, ...]
 
@@ -275,14 +274,16 @@ def _deployment(row: Row) -> RecordedDeployment:
 
 
 def _layout(row: Row) -> RecordedLayout:
+    split = _list(row, "layer_split", int, maximum=_MAX_LAYERS)
+    configuration = ParallelConfig(
+        tp=row.count("tp"),
+        pp=row.count("pp"),
+        weights=choice(row, "weight_dtype", WeightType),
+        kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
+        layer_split=split,
+    )
     return RecordedLayout(
-        configuration=ParallelConfig(
-            tp=row.count("tp"),
-            pp=row.count("pp"),
-            weights=choice(row, "weight_dtype", WeightType),
-            kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
-        ),
-        layer_split=_list(row, "layer_split", int, maximum=_MAX_LAYERS),
+        configuration=configuration.normalised(sum(split)),
         gpu_ids=_list(row, "gpus", int, maximum=TESTBED_GPUS - 1),
         gib_per_gpu=_list(row, "est_gib_per_gpu", float, maximum=_MAX_GIB),
     )

@@ -233,7 +233,6 @@ def _plan(model: ModelSpec, layout: RecordedLayout, before: Sequence[Bytes], aft
     return DeploymentPlan(
         model=model,
         configuration=layout.configuration,
-        layer_split=layout.layer_split,
         gpu_ids=layout.gpu_ids,
         # What others gave back meanwhile must not make it nothing.
         gpu_bytes=tuple(max(1, after[gpu_id] - before[gpu_id]) for gpu_id in layout.gpu_ids),

@@ -91,7 +91,7 @@ def test_names_with_brackets_are_shown_as_they_are(maveriq: Maveriq, tmp_path: P
         ("engines --model llama-2-7b --kv fp8", ("fp8", "native")),
         ("engines --model llama-2-7b --device tpu", ("tpu", "cuda")),
         ("engines --model llama-2-7b --layer-split 20+12", ("20+12", "20,12")),
-        ("engines --model llama-2-7b --layer-split 20,11", ("(20, 11)", "32 layers")),
+        ("engines --model llama-2-7b --layer-split 20,11", ("20+11", "32 layers")),
         ("engines --model llama-2-7b --layer-split 32,0", ("32+0", "at least one layer")),
         ("engines --model llama-2-7b --layer-split 20,12 --pp 3", ("20+12", "3 stages")),
         ("engines --model llama-2-7b --pp 33", ("33", "32 layers")),

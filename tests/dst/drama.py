@@ -65,8 +65,13 @@ class Anywhere:
             room[at], room[other] = room[other], room[at]
         plan = DeploymentPlan(
             model=MODEL,
-            configuration=ParallelConfig(tp=1, pp=count, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size),
-            layer_split=(MODEL.layers - count + 1, *[1] * (count - 1)),
+            configuration=ParallelConfig(
+                tp=1,
+                pp=count,
+                weights=WeightType.FLOAT16,
+                batch_size=endpoint.batch_size,
+                layer_split=(MODEL.layers - count + 1, *[1] * (count - 1)),
+            ),
             gpu_ids=tuple(room[:count]),
             gpu_bytes=(shard,) * count,
             est_latency_s=1.0,

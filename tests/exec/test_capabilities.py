@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, load_model
-from maveriq.domain.parallel import ParallelConfig, even_split
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import make_estimator
 from maveriq.exec.capabilities import (
     ANY,
-    Arrangement,
     Device,
     Refusal,
     SupportedByEngine,
@@ -49,7 +48,7 @@ def ask(
 ) -> Refusal | None:
     shape = load_model(model) if isinstance(model, str) else model
     configuration = ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv)
-    return why_not(engine, shape, configuration, split or even_split(shape.layers, pp), device)
+    return why_not(engine, shape, replace(configuration, layer_split=split or ()), device)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_a_refusal_has_its_reason_and_the_nearest(
         return
     assert refusal is not None
     assert reason in refusal.reason
-    assert (refusal.nearest and str(refusal.nearest)) == near
+    assert (refusal.describe_nearest() or None) == near
     assert "\n" not in str(refusal)
     assert all(part in str(refusal) for part in (engine, model, refusal.reason, near or "nothing near"))
 
@@ -196,20 +195,18 @@ MODELS = sorted(known_models())
 
 
 @st.composite
-def arrangements(draw: st.DrawFn, model: ModelSpec) -> Arrangement:
+def configurations(draw: st.DrawFn, model: ModelSpec) -> ParallelConfig:
     pp = draw(st.integers(1, 8))
     cuts = sorted(draw(st.sets(st.integers(1, model.layers - 1), min_size=pp - 1, max_size=pp - 1)))
     split = tuple(b - a for a, b in zip([0, *cuts], [*cuts, model.layers], strict=True))
-    configuration = ParallelConfig(
+    return ParallelConfig(
         tp=draw(st.integers(1, 16)),
         pp=pp,
         weights=draw(st.sampled_from(WeightType)),
         kv=draw(st.sampled_from(KvType)),
+        layer_split=draw(st.sampled_from([split, ()])),
         batch_size=draw(st.integers(1, 4)),
-    )
-    return Arrangement(
-        configuration=configuration, layer_split=draw(st.sampled_from([split, even_split(model.layers, pp)]))
-    )
+    ).normalised(model.layers)
 
 
 @settings(deadline=None)  # of the machine's other work
@@ -218,12 +215,12 @@ def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
     data: st.DataObject, engine: str, name: str, device: Device
 ) -> None:
     model = load_model(name)
-    asked = data.draw(arrangements(model))
+    asked = data.draw(configurations(model))
 
-    def allowed(one: Arrangement) -> bool:
+    def allowed(one: ParallelConfig) -> bool:
         return unsupported_by(engine_facts(engine), model, one, device) is None
 
-    refusal = why_not(engine, model, asked.configuration, asked.layer_split, device)
+    refusal = why_not(engine, model, asked, device)
     assert (refusal is None) == allowed(asked)
     if refusal is None:
         return
@@ -233,21 +230,20 @@ def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
         return
     found = refusal.nearest
     assert allowed(found)
-    assert found.configuration.gpus <= asked.configuration.gpus
-    assert found.configuration.batch_size == asked.configuration.batch_size
-    assert sum(found.layer_split) == model.layers
+    assert found.gpus <= asked.gpus
+    assert found.batch_size == asked.batch_size
+    assert sum(found.layers_per_stage(model.layers)) == model.layers
     assert distance(asked, found) == min(distance(asked, one) for one in possible)
 
 
 @given(st.data())
 def test_distance_is_a_metric(data: st.DataObject) -> None:
     model = load_model("gptj-6b")
-    a, b, c = (data.draw(arrangements(model)) for _ in range(3))
-    batch = a.configuration.batch_size
-    a, b, c = (replace(one, configuration=replace(one.configuration, batch_size=batch)) for one in (a, b, c))
+    a, b, c = (data.draw(configurations(model)) for _ in range(3))
+    a, b, c = (replace(one, batch_size=a.batch_size) for one in (a, b, c))
     assert (distance(a, b) == 0) == (a == b)
     assert distance(a, b) == distance(b, a)
-    same_stages = a.configuration.pp == b.configuration.pp == c.configuration.pp
+    same_stages = a.pp == b.pp == c.pp
     if same_stages:  # a split counts only between equally many stages, so a detour over others may be shorter
         assert distance(a, c) <= distance(a, b) + distance(b, c) + 1e-9
 
@@ -255,17 +251,17 @@ def test_distance_is_a_metric(data: st.DataObject) -> None:
 @given(st.data(), st.sampled_from(MODELS))
 def test_what_is_allowed_is_nearest_to_itself(data: st.DataObject, name: str) -> None:
     model = load_model(name)
-    asked = data.draw(arrangements(model))
-    if asked.configuration.pp <= model.layers:
+    asked = data.draw(configurations(model))
+    if asked.pp <= model.layers:
         assert nearest(model, asked, lambda _: True) == asked
 
 
 def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
     model = load_model("llama-2-7b")
-    asked = Arrangement(configuration=ParallelConfig(tp=1, pp=1, weights=INT8), layer_split=(32,))
-    found = nearest(model, asked, lambda one: one.configuration.weights is not INT8)
+    asked = ParallelConfig(tp=1, pp=1, weights=INT8)
+    found = nearest(model, asked, lambda one: one.weights is not INT8)
     assert found is not None
-    assert found.configuration.weights is FLOAT16
+    assert found.weights is FLOAT16
 
 
 # Policies that choose among what really runs
@@ -298,4 +294,4 @@ def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None
 
 def ask_configuration(engine: str, model: str, configuration: ParallelConfig) -> Refusal | None:
     shape = load_model(model)
-    return why_not(engine, shape, configuration, even_split(shape.layers, configuration.pp), Device.CUDA)
+    return why_not(engine, shape, configuration, Device.CUDA)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maveriq.domain.models import KvType, WeightType, load_model
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.parallel import ParallelConfig, tensor_parallel_degrees
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.calibration_file import Calibration, read_calibration, require
 from maveriq.estimate.hardware_profile import load_profile
@@ -32,7 +32,7 @@ def live() -> CalibratedEstimator:
 @st.composite
 def questions(draw: st.DrawFn) -> dict:
     model = load_model(draw(st.sampled_from(MODELS)))
-    tp = draw(st.sampled_from(model.tensor_parallel_degrees(8)))
+    tp = draw(st.sampled_from(tensor_parallel_degrees(model, 8)))
     weights = draw(st.sampled_from([WeightType.FLOAT16, WeightType.INT8, WeightType.INT4]))
     configuration = ParallelConfig(tp=tp, pp=draw(st.integers(1, 8 // tp)), weights=weights)
     # Whether it runs on the testbed is a fact of the testbed, not of physics.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from configurations import Choice, Compared, compare
+from configurations import Compared, compare
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import ParallelConfig
@@ -43,11 +43,10 @@ def test_running_freely_nearly_every_configuration_equals_the_recorded_one(compa
     assert len(different) <= (1 - LEAST_EQUAL_FREE) * len(compared), listed(different)
 
 
-def layout(configuration: ParallelConfig, layers: int, gib_per_gpu: float) -> RecordedLayout:
+def layout(configuration: ParallelConfig, gib_per_gpu: float) -> RecordedLayout:
     gpu_ids = tuple(range(configuration.gpus))
     return RecordedLayout(
         configuration=configuration,
-        layer_split=(layers,),
         gpu_ids=gpu_ids,
         gib_per_gpu=(gib_per_gpu,) * len(gpu_ids),
     )
@@ -78,14 +77,14 @@ def test_a_comparison_sees_what_differs_and_goes_on_after_a_deploy_that_never_ca
         scale=0.05,
         slo_scale=0.0,
         deployments=(
-            recorded_deployment(1, "llama-2-70b", layout(chosen, 80, 10.8691), IDLE_GIB),
-            recorded_deployment(2, "falcon-40b", layout(other, 60, 1.0), IDLE_GIB),
+            recorded_deployment(1, "llama-2-70b", layout(chosen, 10.8691), IDLE_GIB),
+            recorded_deployment(2, "falcon-40b", layout(other, 1.0), IDLE_GIB),
             recorded_deployment(3, "llama-2-7b", None, FULL_GIB),
-            recorded_deployment(4, "falcon-40b", layout(other, 60, 1.0), FULL_GIB),
+            recorded_deployment(4, "falcon-40b", layout(other, 1.0), FULL_GIB),
         ),
     )
     first, second, fourth = compare(run)
-    assert first.given_memory == first.free == first.recorded == Choice(chosen, (80,))
+    assert first.given_memory == first.free == first.recorded == chosen
     assert first.memory_error_gib == pytest.approx(0, abs=MAX_GIB_ERROR)
     assert second.endpoint_id == 2
     assert second.given_memory != second.recorded
@@ -93,4 +92,4 @@ def test_a_comparison_sees_what_differs_and_goes_on_after_a_deploy_that_never_ca
     assert fourth.endpoint_id == 4
     assert isinstance(fourth.given_memory, str)
     assert "does not fit the free memory" in fourth.given_memory
-    assert isinstance(fourth.free, Choice)
+    assert isinstance(fourth.free, ParallelConfig)

@@ -35,7 +35,6 @@ class OneGpu:
         plan = DeploymentPlan(
             model=endpoint.model,
             configuration=ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size),
-            layer_split=(endpoint.model.layers,),
             gpu_ids=(max(gpu.gpu_id for gpu in room) if self.last else room[0].gpu_id,),
             gpu_bytes=(needs,),
             est_latency_s=1.0,

@@ -122,7 +122,10 @@ def test_another_layer_split_is_another_configuration() -> None:
     assert one.plan is not None
     shape = replace(one.plan.configuration, tp=1, pp=2)
     even, uneven = (
-        replace(served(1), deployments=(replace(one, plan=replace(one.plan, configuration=shape, layer_split=split)),))
+        replace(
+            served(1),
+            deployments=(replace(one, plan=replace(one.plan, configuration=replace(shape, layer_split=split))),),
+        )
         for split in ((2, 2), (3, 1))
     )
     [found] = compare(even, uneven).deployments

@@ -8,7 +8,6 @@ from maveriq.domain.models import KvType, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
-from maveriq.estimate.fingerprints import ParallelPoint, StoredFormat
 from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.estimate.registry import make_estimator
 from maveriq.units import bytes_from_gib
@@ -29,11 +28,11 @@ def paper(short: HardwareProfile) -> Estimator:
 def latency_by_hand(profile: HardwareProfile, name: str, cfg: ParallelConfig, output_tokens: int, batch: int) -> float:
     """SPEC 3 once more, term by term, with its own letters."""
     n, tp, pp = load_model(name).layers, cfg.tp, cfg.pp
-    constants = profile.fingerprints.constants[StoredFormat(name, cfg.weights, cfg.kv)]
+    constants = profile.fingerprints.of(name)
     e = profile.fingerprints.exponents[cfg.weights, cfg.kv]
 
     def small(tensor: int, of: int) -> float:
-        c = constants[ParallelPoint(tensor, 1, of)]
+        c = constants[cfg.at(tensor, 1, of)]
         ttft, tpot = n * c.ttft_layer_s + c.ttft_other_s, n * c.tpot_layer_s + c.tpot_other_s
         return ttft + output_tokens * tpot
 
@@ -75,13 +74,13 @@ def test_one_output_token_still_has_a_pace(paper: Estimator) -> None:
 
 def test_memory_is_the_formula(short: HardwareProfile, paper: Estimator) -> None:
     model = load_model("llama-2-13b")
-    constants = short.fingerprints.constants[StoredFormat(model.name, INT8, KvType.INT8)]
+    constants = short.fingerprints.of(model.name)
+    cfg = ParallelConfig(tp=4, pp=2, weights=INT8, kv=KvType.INT8)
 
     def by_hand(batch: int) -> float:
-        m11, m21, m12 = (constants[ParallelPoint(tp, pp, batch)].memory_gib(40) for tp, pp in ((1, 1), (2, 1), (1, 2)))
+        m11, m21, m12 = (constants[cfg.at(tp, pp, batch)].memory_gib(40) for tp, pp in ((1, 1), (2, 1), (1, 2)))
         return m11 + 3 * max(0, m21 - m11) + 4 * 1 * max(0, m12 - m11)
 
-    cfg = ParallelConfig(tp=4, pp=2, weights=INT8, kv=KvType.INT8)
     assert paper.memory(model, cfg) == bytes_from_gib(by_hand(1))
     batched = by_hand(1) + 7 * max(0, by_hand(2) - by_hand(1))
     assert paper.memory(model, replace(cfg, batch_size=8)) == bytes_from_gib(batched)
@@ -126,9 +125,9 @@ def test_a_model_without_fingerprints_needs_a_profile(paper: Estimator) -> None:
 
 
 def test_a_profile_without_the_needed_points_says_which(short: HardwareProfile) -> None:
-    stored = StoredFormat("llama-2-7b", F16, KvType.NATIVE)
-    only = {stored: {ParallelPoint(1, 1, 1): short.fingerprints.constants[stored][ParallelPoint(1, 1, 1)]}}
-    alone = make_estimator("paper", replace(short, fingerprints=replace(short.fingerprints, constants=only)))
+    single = ParallelConfig(tp=1, pp=1, weights=F16)
+    only = {"llama-2-7b": {single: short.fingerprints.of("llama-2-7b")[single]}}
+    alone = make_estimator("paper", replace(short, fingerprints=replace(short.fingerprints, by_model=only)))
     model = load_model("llama-2-7b")
     assert alone.why_not(model, ParallelConfig(tp=1, pp=1, weights=F16)) is None
     assert "at TP 2 x PP 1 and TP 1 x PP 2" in str(alone.why_not(model, ParallelConfig(tp=4, pp=2, weights=F16)))

@@ -17,7 +17,7 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration
-from maveriq.estimate.fingerprints import Exponents, ParallelLatency, ParallelPoint, read_exponents
+from maveriq.estimate.fingerprints import Exponents, ParallelLatency, read_exponents
 from maveriq.estimate.roofline import latency_s
 from maveriq.report.run_folder import write_run
 from maveriq.scenario.build import build_system
@@ -192,11 +192,9 @@ def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
     seen = []
     for one in samples:
         asked = one.measured.configuration
-        points = constants[one.prompt_tokens][
-            next(iter(constants[64]))._replace(model=one.model.name, weights=asked.weights)
-        ]
+        points = constants[one.prompt_tokens][one.model.name]
         for tp, pp in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
-            lines = (points[point].line(one.model.layers) for point in (ParallelPoint(1, 1, 1), ParallelPoint(2, 1, 1)))
+            lines = (points[point].line(one.model.layers) for point in (asked.at(1, 1), asked.at(2, 1)))
             law = ParallelLatency.scaled(*lines, truth, tp=tp, pp=pp)
             latency_s = law.at(one.measured.output_tokens)
             measured = replace(one.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)

@@ -10,7 +10,7 @@ from hypothesis import given
 from maveriq.domain.cluster import ClusterState, ClusterView, GpuView
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import KvType, WeightType, load_model
-from maveriq.domain.parallel import deal_layers, shard_bytes, stage_room
+from maveriq.domain.parallel import deal_layers, max_layers_per_stage, shard_bytes
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.hardware_profile import load_profile
@@ -87,7 +87,7 @@ def test_dealing_by_example(layers: int, room: list[int], split: tuple[int, ...]
 
 def test_a_stage_holds_what_its_fullest_gpu_holds() -> None:
     # Two layers of 8 bytes over TP 2: 4 bytes a layer on each GPU.
-    assert stage_room([9, 8, 100, 3], tp=2, layers=2, memory_bytes=16) == [2, 0]
+    assert max_layers_per_stage([9, 8, 100, 3], tp=2, layers=2, memory_bytes=16) == [2, 0]
     assert shard_bytes((1, 1), tp=2, layers=2, memory_bytes=15) == (4, 4, 4, 4)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, model_from_hf_config
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.parallel import ParallelConfig, check_layer_split
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
@@ -100,11 +100,13 @@ def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
             pp=spec.pp,
             weights=WeightType(spec.weights),
             kv=KvType(spec.kv),
+            layer_split=spec.layer_split,
             batch_size=spec.batch_size,
         )
         _check_head_size(hf_config)
         device = Device.named(spec.devices[0] if spec.devices else "")
-        refusal = why_not(engine, model, configuration, spec.layer_split, device)
+        check_layer_split(spec.layer_split, spec.pp)
+        refusal = why_not(engine, model, configuration, device)
     except (InputError, ValueError, AttributeError, RecursionError) as error:
         raise EngineError(FailureKind.UNSUPPORTED, f"{engine}: {error}") from None
     if refusal is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from maveriq.domain.cluster import ClusterView
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import WeightType
-from maveriq.domain.parallel import DeploymentPlan, ParallelConfig, even_split
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile
 from maveriq.policy.alpaserve.search import PlacementSolution
 from maveriq.policy.policy import Decision, Deploy, Rejection
@@ -59,7 +59,6 @@ class StaticPlacementPolicy:
                 configuration=ParallelConfig(
                     tp=group.tp, pp=group.pp, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size
                 ),
-                layer_split=even_split(endpoint.model.layers, group.pp),
                 gpu_ids=gpu_ids,
                 gpu_bytes=gpu_bytes,
                 est_latency_s=sum(stages.stage_latency_s),

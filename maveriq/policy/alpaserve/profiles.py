@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.domain.parallel import ParallelConfig, even_split, shard_bytes
+from maveriq.domain.parallel import ParallelConfig, even_split, shard_bytes, tensor_parallel_degrees
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.files import data_path
@@ -42,7 +42,7 @@ def profiles_from_estimator(
 def _shapes(
     model: ModelSpec, estimator: Estimator, gpus: int, prompt_tokens: int, output_tokens: int, batch_size: int
 ) -> Iterator[tuple[GroupShape, StageProfile]]:
-    for tp in model.tensor_parallel_degrees(gpus):
+    for tp in tensor_parallel_degrees(model, gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
             configuration = ParallelConfig(
                 tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE, batch_size=batch_size

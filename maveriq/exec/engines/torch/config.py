@@ -13,6 +13,8 @@ from enum import StrEnum
 from typing import Any, NoReturn
 
 from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
+from maveriq.errors import InputError
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.messages import EngineSpec
 
@@ -331,8 +333,10 @@ def _check_split(spec: EngineSpec, arch: DecoderConfig) -> None:
     ranks = spec.tp * spec.pp
     if len(spec.devices) != ranks:
         refuse(f"TP {spec.tp} x PP {spec.pp} needs {ranks} devices, got {len(spec.devices)}")
-    if len(spec.layer_split) != spec.pp or sum(spec.layer_split) != arch.layers:
-        refuse(f"layer split {list(spec.layer_split)} must deal {arch.layers} layers to {spec.pp} stages")
+    try:
+        check_layer_split(spec.layer_split, spec.pp, arch.layers)
+    except InputError as error:
+        refuse(str(error))
     if len({device.partition(":")[0] for device in spec.devices}) > 1:
         refuse(f"devices {', '.join(spec.devices)} are of more than one kind")
     for device in spec.devices:
@@ -342,13 +346,13 @@ def _check_split(spec: EngineSpec, arch: DecoderConfig) -> None:
 
 
 def _check_degree(tp: int, arch: DecoderConfig) -> None:
-    for what, count in (("attention heads", arch.heads), ("feed-forward width", arch.intermediate)):
-        if count % tp:
-            fitting = max(
-                degree for degree in range(1, tp) if not arch.heads % degree and not arch.intermediate % degree
-            )
-            refuse(f"TP {tp} does not divide {what} ({count}); the nearest that does is TP {fitting}")
+    def reason_against(degree: int) -> str | None:
+        return why_tp_does_not_divide(degree, heads=arch.heads, feed_forward=arch.intermediate)
+
+    if reason := reason_against(tp):
+        fitting = max(degree for degree in range(1, tp) if reason_against(degree) is None)
+        refuse(f"{reason}; the nearest that does is TP {fitting}")
     if arch.vocabulary < tp:
         refuse(f"TP {tp} leaves some rank without any of {arch.vocabulary} tokens")
-    if arch.kv_heads % tp and tp % arch.kv_heads:
-        refuse(f"TP {tp} and {arch.kv_heads} KV heads: neither divides the other")
+    if reason := why_tp_does_not_divide(tp, kv_heads=arch.kv_heads):
+        refuse(reason)
