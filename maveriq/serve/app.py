@@ -1,9 +1,8 @@
-"""The HTTP application: routes behind the gate, every error in OpenAI's shape."""
+"""The HTTP application: the routes, the authentication in front of them, and OpenAI's shape for every error."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
@@ -21,14 +20,10 @@ from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.auth import AuthMiddleware
 from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.model_registry import ModelRegistry
-from maveriq.serve.routes import developer_routes, openai_routes, operator_routes
+from maveriq.serve.routes import endpoint_routes, openai_routes, operator_routes
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
-
-_LOG = logging.getLogger(__name__)
-_OTHER_TYPE = frozenset({"string_type", "list_type", "int_type"})
-_TYPE = re.compile(r"str|int|constrained-\w+|.*\[.*\]")  # in a path where pydantic tries several types
 
 
 def create_app(
@@ -38,14 +33,14 @@ def create_app(
     placements: PinnedPlacementPolicy,
     models: ModelRegistry,
 ) -> FastAPI:
-    """Return the application for a cluster that is up.
+    """Return the application for a running cluster; its service is `app.state.service`.
 
-    Its lifespan brings back what the store knows, and at the end stops the service: cluster and
-    store are closed then. The service is `app.state.service`.
+    The app's lifespan starts the service, which restores the endpoints in the store, and stops it, which closes
+    cluster and store.
 
     Args:
-        cluster: serves.
-        store: what survives a restart.
+        cluster: runs the requests.
+        store: the state that survives a restart.
         settings: the limits and the token.
         placements: the policy of `cluster`.
         models: the registered models.
@@ -65,69 +60,76 @@ def create_app(
         version=__version__,
         summary="Many LLMs on one GPU cluster, deployed by intent.",
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
     )
     app.state.service = service
     app.include_router(openai_routes(service))
-    app.include_router(developer_routes(service))
+    app.include_router(endpoint_routes(service))
     app.include_router(operator_routes(service))
-    _explain_errors(app, service)
+    _add_error_handlers(app, service)
     app.add_middleware(
-        AuthMiddleware, settings=settings, rejected=lambda code: service.metrics.errors.labels(code).inc()
+        AuthMiddleware, settings=settings, on_rejected=lambda code: service.metrics.http_errors.labels(code).inc()
     )
     return app
 
 
-def _explain_errors(app: FastAPI, service: Service) -> None:
-    """Give every error OpenAI's shape and count it."""
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
+    """Turn every exception into an error in OpenAI's shape, and count it."""
 
-    def told(error: ApiError) -> JSONResponse:
-        service.metrics.errors.labels(error.code).inc()
-        return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+    def response(error: ApiError) -> JSONResponse:
+        service.metrics.http_errors.labels(error.code).inc()
+        return JSONResponse(error.to_json(), status_code=error.status, headers=error.headers())
 
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> JSONResponse:
-        return told(error)
+        return response(error)
 
     @app.exception_handler(InputError)
     async def input_error(_request: Request, error: InputError) -> JSONResponse:
-        return told(bad_request(str(error)))
+        return response(bad_request(str(error)))
 
     @app.exception_handler(MaveriqError)
-    async def cannot(_request: Request, error: MaveriqError) -> JSONResponse:
-        return told(ApiError(503, str(error), code="not_possible_now", retry_after_s=10))
+    async def maveriq_error(_request: Request, error: MaveriqError) -> JSONResponse:
+        return response(ApiError(503, str(error), code="not_possible_now", retry_after_s=10))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return told(_in_one_line(error.errors()))
+    async def validation_error(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return response(_first_validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        said = f"{error.detail}: {request.method} {request.url.path}; GET /openapi.json lists what there is"
-        answer = told(ApiError(error.status_code, said, code=code))
+        message = f"{error.detail}: {request.method} {request.url.path}; GET /openapi.json lists the routes"
+        answer = response(ApiError(error.status_code, message, code=code))
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(Exception)
-    async def bug(_request: Request, _error: Exception) -> JSONResponse:
-        return told(ApiError(500, "this is a bug in maveriq; the server's log says where", code="internal_error"))
+    async def internal_error(_request: Request, _error: Exception) -> JSONResponse:
+        message = "internal error: this is a bug in maveriq; see the server's log"
+        return response(ApiError(500, message, code="internal_error"))
 
 
-def _in_one_line(faults: Sequence[Any]) -> ApiError:
-    """Return the first thing that is wrong with a body, by its place.
+# Where a field may have several types, pydantic reports one error per type and names the type in the path.
+_WRONG_TYPE_ERRORS = frozenset({"string_type", "list_type", "int_type"})
+_TYPE_IN_PATH = re.compile(r"str|int|constrained-\w+|.*\[.*\]")
 
-    Where a field may be of several types there is a fault for each; one that says more than "not of this type" counts.
+
+def _first_validation_error(errors: Sequence[Any]) -> ApiError:
+    """Return the first error of a body with the path of its field.
+
+    An error that says more than "not of this type" takes precedence.
     """
-    fault = next((one for one in faults if one["type"] not in _OTHER_TYPE), faults[0])
-    *steps, last = map(str, fault["loc"][1:] or ("",))
-    named = [step for step in steps if not _TYPE.fullmatch(step)]
-    if fault["type"] == "extra_forbidden" or not _TYPE.fullmatch(last):
-        named.append(last)
-    where = ".".join(named)
-    if fault["type"] == "extra_forbidden":
-        return bad_request(f"{where} is not known here; leave it out", where, code="unknown_parameter")
-    if fault["type"] == "json_invalid":
+    error = next((error for error in errors if error["type"] not in _WRONG_TYPE_ERRORS), errors[0])
+    *steps, last = map(str, error["loc"][1:] or ("",))
+    path = [step for step in steps if not _TYPE_IN_PATH.fullmatch(step)]
+    if error["type"] == "extra_forbidden" or not _TYPE_IN_PATH.fullmatch(last):
+        path.append(last)
+    field = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return bad_request(f"unknown field {field}; leave it out", field, code="unknown_parameter")
+    if error["type"] == "json_invalid":
         return bad_request("the body is not valid JSON", code="invalid_json")
-    return bad_request(f"{where or 'the body'}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", where or None)
+    message = error["msg"]
+    return bad_request(f"{field or 'the body'}: {message[:1].lower()}{message[1:]}", field or None)

@@ -1,7 +1,8 @@
-"""Ending a text at one of the stop strings that a user gave.
+"""Answers one completion request: submits it, follows its tokens, and formats the response, whole or streamed.
 
-How completions look on the wire: OpenAI's two dialects, whole and in a stream.
-Answering one request for a completion: take it in, follow it, write it down as the client wants it.
+`maveriq.serve.routes` prepares the request; `complete` is the entry point here. The rest of the module turns tokens
+into text up to a stop string (`OutputText`, `StopStrings`) and text into OpenAI's two formats (`CompletionResponse`,
+`ChatResponse`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -20,98 +21,346 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.exec.live_cluster import Outcome, Submission
 from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.requests import AcceptedRequest
-from maveriq.serve.schemas import Generation, micros_of
+from maveriq.serve.schemas import GenerationRequest
 from maveriq.serve.service import Endpoint, Service
 from maveriq.serve.tokenizers import Tokenizer
+from maveriq.units import Micros
+
+T = TypeVar("T")
+Json: TypeAlias = dict[str, Any]
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status; the client does not see it
+_RETRY_AFTER_S = 5
+_MAX_STOP_TOKENS = 64
+_END_OF_TOKENS = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """A completion request with its endpoint and its prompt as token IDs; headers and body are merged."""
+
+    endpoint: Endpoint
+    tokenizer: Tokenizer
+    token_ids: tuple[int, ...]
+    body: GenerationRequest
+    priority: bool
+    slo_ms: float | None
+    request_id: str | None
+
+
+async def complete(
+    service: Service, request: Request, prepared: PreparedRequest, response_type: type[CompletionResponse]
+) -> Response:
+    """Run a completion request and return the response.
+
+    A client that disconnects cancels its request.
+
+    Raises:
+        ApiError: the request is not accepted, or it did not complete.
+    """
+    submission = _submission(service, prepared)
+    model = prepared.endpoint.model.spec.name
+    accepted = await service.requests.accept(model, submission, prepared.request_id)
+    response = response_type(request_id=accepted.row.request_id, model=prepared.body.model)
+    try:
+        if prepared.body.stream:
+            return await _streaming_response(service, request, prepared, accepted, response)
+        outcome = await _unless_disconnected(request, _outcome(accepted))
+    except BaseException:
+        service.requests.cancel(accepted)
+        raise
+    if outcome is None:
+        service.requests.cancel(accepted)
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    _check_completed(outcome, accepted)
+    output = OutputText(prepared)
+    text = "".join(map(output.feed, outcome.tokens)) + output.flush()
+    content = response.full(text, output.token_ids, output.finish_reason, output.usage)
+    return JSONResponse(content, headers=_headers(accepted))
+
+
+def _submission(service: Service, prepared: PreparedRequest) -> Submission:
+    """Return what to submit to the cluster.
+
+    Raises:
+        ApiError: the prompt is empty, or prompt or output are over the limits.
+    """
+    body, settings, endpoint = prepared.body, service.settings, prepared.endpoint.stored.request
+    if not prepared.token_ids:
+        raise bad_request("the prompt is empty; give at least one token", "prompt")
+    if len(prepared.token_ids) > settings.max_prompt_tokens:
+        message = f"the prompt has {len(prepared.token_ids)} tokens; the maximum is {settings.max_prompt_tokens}"
+        raise bad_request(message, "prompt", code="context_length_exceeded")
+    output_tokens = body.requested_tokens or min(endpoint.output_tokens, settings.max_output_tokens)
+    if output_tokens > settings.max_output_tokens:
+        message = f"max_tokens is {output_tokens}; the maximum is {settings.max_output_tokens}"
+        raise bad_request(message, "max_tokens", code="context_length_exceeded")
+    end_tokens = () if body.ignore_eos else prepared.tokenizer.stop_token_ids
+    # A stop string of a single token also stops the engine, not only the text.
+    stop_tokens = tuple(ids[0] for ids in map(prepared.tokenizer.encode, body.stop_strings) if len(ids) == 1)
+    return Submission(
+        endpoint_id=prepared.endpoint.endpoint_id,
+        prompt=prepared.token_ids,
+        output_tokens=output_tokens,
+        stop_token_ids=tuple(dict.fromkeys((*end_tokens, *stop_tokens)))[:_MAX_STOP_TOKENS],
+        slo_us=_slo_us(prepared.slo_ms, endpoint.intent.slo_s),
+        priority=prepared.priority,
+    )
+
+
+def _slo_us(request_slo_ms: float | None, endpoint_slo_s: float | None) -> Micros:
+    """Return the SLO of the request, else that of its endpoint, else 0 for none."""
+    if request_slo_ms is not None:
+        return max(1, round(request_slo_ms * 1e3))
+    return 0 if endpoint_slo_s is None else max(1, round(endpoint_slo_s * 1e6))
+
+
+async def _streaming_response(
+    service: Service,
+    request: Request,
+    prepared: PreparedRequest,
+    accepted: AcceptedRequest,
+    response: CompletionResponse,
+) -> Response:
+    """Return a stream of server-sent events.
+
+    The first token is awaited before the stream begins, so that earlier errors have an HTTP status.
+    """
+    tokens = aiter(accepted.handle.result().tokens())
+    first_token = await _unless_disconnected(request, _next_token(tokens))
+    if first_token is None:
+        service.requests.cancel(accepted)
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    if first_token == _END_OF_TOKENS:
+        _check_completed(await _outcome(accepted), accepted)
+    output = OutputText(prepared)
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            first_chunk = response.first_chunk()
+            if first_chunk is not None:
+                yield _event(first_chunk)
+            token = first_token
+            while token != _END_OF_TOKENS:
+                text = output.feed(token)
+                token_ids = [token] if prepared.body.return_token_ids and not output.stopped else None
+                if text or token_ids:
+                    yield _event(response.chunk(text, token_ids))
+                token = await _next_token(tokens)
+            for event in _last_events(await _outcome(accepted), accepted, output, response, prepared):
+                yield event
+        finally:
+            service.requests.cancel(accepted)  # has no effect on a request that ended
+
+    headers = _headers(accepted) | {"Cache-Control": "no-cache"}
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+
+
+def _last_events(
+    outcome: Outcome,
+    accepted: AcceptedRequest,
+    output: OutputText,
+    response: CompletionResponse,
+    prepared: PreparedRequest,
+) -> list[bytes]:
+    """Return the end of a stream: the finish reason, the usage if the client wants it, and `[DONE]`; or an error."""
+    try:
+        _check_completed(outcome, accepted)
+    except ApiError as error:
+        return [_event(error.to_json())]
+    events = []
+    text = output.flush()
+    if text:
+        events.append(_event(response.chunk(text)))
+    events.append(_event(response.chunk("", finish_reason=output.finish_reason)))
+    if prepared.body.include_usage:
+        events.append(_event(response.usage_chunk(output.usage)))
+    return [*events, b"data: [DONE]\n\n"]
+
+
+def _check_completed(outcome: Outcome, accepted: AcceptedRequest) -> None:
+    """Raise the error of a request that did not complete.
+
+    Raises:
+        ApiError: the request was refused, failed, or is unfinished.
+    """
+    request_id = accepted.row.request_id
+    match outcome.status:
+        case RequestStatus.COMPLETED:
+            return
+        case RequestStatus.REFUSED:
+            raise ApiError(503, outcome.reason, code="refused", retry_after_s=_RETRY_AFTER_S, request_id=request_id)
+        case RequestStatus.FAILED:
+            raise ApiError(502, outcome.reason, code="engine_failed", request_id=request_id)
+        case _:
+            message = outcome.reason or "the server stopped before the request ended"
+            raise ApiError(503, message, code="server_stopping", retry_after_s=_RETRY_AFTER_S, request_id=request_id)
+
+
+async def _outcome(accepted: AcceptedRequest) -> Outcome:
+    return await asyncio.shield(accepted.outcome)
+
+
+async def _next_token(tokens: AsyncIterator[int]) -> int:
+    return await anext(tokens, _END_OF_TOKENS)
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return the result of `work`, or None if the client disconnects first."""
+    working, disconnected = asyncio.create_task(work), asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait((working, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        disconnected.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    """Wait until the client disconnects."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(content: Json) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _headers(accepted: AcceptedRequest) -> dict[str, str]:
+    return {"X-Request-Id": accepted.row.request_id}
+
+
+class OutputText:
+    """Turns the tokens of one output into text, up to an end token or a stop string."""
+
+    def __init__(self, prepared: PreparedRequest) -> None:
+        self._stream = prepared.tokenizer.stream()
+        self._stop_strings = StopStrings(prepared.body.stop_strings)
+        self._end_tokens = frozenset(() if prepared.body.ignore_eos else prepared.tokenizer.stop_token_ids)
+        self._prompt_tokens = len(prepared.token_ids)
+        self._return_token_ids = prepared.body.return_token_ids
+        self._token_ids: list[int] = []
+        self.stopped = False
+
+    def feed(self, token_id: int) -> str:
+        """Return the text that this token completes."""
+        if self.stopped:
+            return ""
+        self._token_ids.append(token_id)
+        if token_id in self._end_tokens:
+            self.stopped = True
+            return ""
+        text = self._stop_strings.feed(self._stream.feed(token_id))
+        self.stopped = self._stop_strings.stopped
+        return text
+
+    def flush(self) -> str:
+        """Return the text that was held back."""
+        if self._stop_strings.stopped:
+            return ""
+        return self._stop_strings.feed(self._stream.flush()) + self._stop_strings.flush()
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the text ends: `stop` or `length`."""
+        return "stop" if self.stopped or self._stop_strings.stopped else "length"
+
+    @property
+    def token_ids(self) -> list[int] | None:
+        """The tokens so far, or None if the client does not want them."""
+        return self._token_ids if self._return_token_ids else None
+
+    @property
+    def usage(self) -> Usage:
+        """The token counts so far."""
+        return Usage(prompt_tokens=self._prompt_tokens, output_tokens=len(self._token_ids))
 
 
 class StopStrings:
-    """Lets text through until a stop string, which is not part of it.
+    """Passes text on until a stop string, which is not part of the output.
 
-    Text that may be the beginning of a stop string is held back until that is known.
+    Text that may be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(filter(None, stops))
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = tuple(filter(None, stop_strings))
         self._held = ""
         self.stopped = False
 
-    def step(self, text: str) -> str:
-        """Return the text that may be shown now."""
-        if self.stopped or not self._stops:
+    def feed(self, text: str) -> str:
+        """Return the text that can be output now."""
+        if self.stopped or not self._stop_strings:
             return "" if self.stopped else text
         self._held += text
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
-        if found:
+        positions = [position for position in map(self._held.find, self._stop_strings) if position >= 0]
+        if positions:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+            output, self._held = self._held[: min(positions)], ""
+            return output
+        keep = max(_overlap(self._held, stop_string) for stop_string in self._stop_strings)
+        output, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return output
 
-    def end(self) -> str:
-        """Return what was held back: it was no stop string after all."""
+    def flush(self) -> str:
+        """Return the text that was held back and turned out not to be a stop string."""
         held, self._held = self._held, ""
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with."""
-    maximum = min(len(text), len(stop) - 1)
-    return next((size for size in range(maximum, 0, -1) if stop.startswith(text[-size:])), 0)
-
-
-Json = dict[str, Any]
+def _overlap(text: str, stop_string: str) -> int:
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop_string`."""
+    max_length = min(len(text), len(stop_string) - 1)
+    return next((length for length in range(max_length, 0, -1) if stop_string.startswith(text[-length:])), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of a request."""
+    """Token counts of a request."""
 
-    prompt: int
-    output: int
+    prompt_tokens: int
+    output_tokens: int
 
-    def body(self) -> Json:
-        """Return OpenAI's object."""
+    def to_json(self) -> Json:
+        """Return OpenAI's usage object."""
         return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.output,
-            "total_tokens": self.prompt + self.output,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self.prompt_tokens + self.output_tokens,
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionResponse:
-    """The dialect of `/v1/completions`."""
+    """The response format of `/v1/completions`."""
 
     request_id: str
     model: str
     created_s: int = field(default_factory=lambda: int(time.time()))
 
-    kind: ClassVar[str] = "text_completion"
-    chunk_kind: ClassVar[str] = "text_completion"
+    object_name: ClassVar[str] = "text_completion"
+    chunk_name: ClassVar[str] = "text_completion"
 
-    def opening(self) -> Json | None:
-        """Return the chunk before the first text, if this dialect has one."""
+    def first_chunk(self) -> Json | None:
+        """Return the chunk before the first text, or None if the format has none."""
         return None
 
-    def chunk(self, text: str, token_ids: Sequence[int] | None = None, finish: str | None = None) -> Json:
+    def chunk(self, text: str, token_ids: Sequence[int] | None = None, finish_reason: str | None = None) -> Json:
         """Return a chunk of a stream."""
-        return self._frame(self.chunk_kind, [_choice({"text": text}, token_ids, finish)])
+        return self._response(self.chunk_name, [_choice({"text": text}, token_ids, finish_reason)])
 
-    def whole(self, text: str, token_ids: Sequence[int] | None, finish: str, usage: Usage) -> Json:
-        """Return a whole answer."""
-        return self._frame(self.kind, [_choice({"text": text}, token_ids, finish)]) | {"usage": usage.body()}
+    def full(self, text: str, token_ids: Sequence[int] | None, finish_reason: str, usage: Usage) -> Json:
+        """Return the response of a request without `stream`."""
+        choices = [_choice({"text": text}, token_ids, finish_reason)]
+        return self._response(self.object_name, choices) | {"usage": usage.to_json()}
 
-    def usage(self, usage: Usage) -> Json:
-        """Return the last chunk of a stream whose client wants counts."""
-        return self._frame(self.chunk_kind, []) | {"usage": usage.body()}
+    def usage_chunk(self, usage: Usage) -> Json:
+        """Return the last chunk of a stream with `include_usage`."""
+        return self._response(self.chunk_name, []) | {"usage": usage.to_json()}
 
-    def _frame(self, kind: str, choices: list[Json]) -> Json:
+    def _response(self, object_name: str, choices: list[Json]) -> Json:
         return {
             "id": self.request_id,
-            "object": kind,
+            "object": object_name,
             "created": self.created_s,
             "model": self.model,
             "choices": choices,
@@ -120,248 +369,27 @@ class CompletionResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatResponse(CompletionResponse):
-    """The dialect of `/v1/chat/completions`."""
+    """The response format of `/v1/chat/completions`."""
 
-    kind: ClassVar[str] = "chat.completion"
-    chunk_kind: ClassVar[str] = "chat.completion.chunk"
+    object_name: ClassVar[str] = "chat.completion"
+    chunk_name: ClassVar[str] = "chat.completion.chunk"
 
-    def opening(self) -> Json | None:
-        """Return the chunk that says who speaks."""
-        return self._frame(self.chunk_kind, [_choice({"delta": {"role": "assistant", "content": ""}}, None, None)])
+    def first_chunk(self) -> Json | None:
+        """Return the chunk with the role."""
+        return self._response(self.chunk_name, [_choice({"delta": {"role": "assistant", "content": ""}}, None, None)])
 
-    def chunk(self, text: str, token_ids: Sequence[int] | None = None, finish: str | None = None) -> Json:
+    def chunk(self, text: str, token_ids: Sequence[int] | None = None, finish_reason: str | None = None) -> Json:
         """Return a chunk of a stream."""
         delta: Json = {"content": text} if text else {}
-        return self._frame(self.chunk_kind, [_choice({"delta": delta}, token_ids, finish)])
+        return self._response(self.chunk_name, [_choice({"delta": delta}, token_ids, finish_reason)])
 
-    def whole(self, text: str, token_ids: Sequence[int] | None, finish: str, usage: Usage) -> Json:
-        """Return a whole answer."""
+    def full(self, text: str, token_ids: Sequence[int] | None, finish_reason: str, usage: Usage) -> Json:
+        """Return the response of a request without `stream`."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return self._frame(self.kind, [_choice({"message": message}, token_ids, finish)]) | {"usage": usage.body()}
+        choices = [_choice({"message": message}, token_ids, finish_reason)]
+        return self._response(self.object_name, choices) | {"usage": usage.to_json()}
 
 
-def _choice(content: Json, token_ids: Sequence[int] | None, finish: str | None) -> Json:
-    choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+def _choice(content: Json, token_ids: Sequence[int] | None, finish_reason: str | None) -> Json:
+    choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
     return choice if token_ids is None else choice | {"token_ids": list(token_ids)}
-
-
-T = TypeVar("T")
-
-_NOBODY_WAITS = 499  # as nginx has it; nobody reads it
-_AGAIN_S = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A request for a completion, made out of its body and headers."""
-
-    endpoint: Endpoint
-    tokenizer: Tokenizer
-    token_ids: tuple[int, ...]
-    said: Generation
-    priority: bool
-    slo_ms: float | None
-    request_id: str | None
-
-
-async def answer(service: Service, request: Request, prompt: Prompt, dialect: type[CompletionResponse]) -> Response:
-    """Serve one request, to its end or until its client goes away.
-
-    Raises:
-        ApiError: it cannot be taken in, or it ended otherwise than completed.
-    """
-    submission = _submission(service, prompt)
-    model = prompt.endpoint.model.spec.name
-    accepted = await service.tracker.accept(model, submission, prompt.request_id)
-    wire = dialect(request_id=accepted.row.request_id, model=prompt.said.model)
-    try:
-        if prompt.said.stream:
-            return await _stream(service, request, prompt, accepted, wire)
-        outcome = await _unless_gone(request, _outcome(accepted))
-    except BaseException:
-        service.tracker.cancel(accepted)
-        raise
-    if outcome is None:
-        service.tracker.cancel(accepted)
-        return Response(status_code=_NOBODY_WAITS)
-    _check(outcome, accepted)
-    text = _Text(prompt, submission)
-    shown = "".join(map(text.step, outcome.tokens)) + text.end()
-    body = wire.whole(shown, text.token_ids, text.finish, text.usage)
-    return JSONResponse(body, headers=_headers(accepted))
-
-
-def _submission(service: Service, prompt: Prompt) -> Submission:
-    """Return what the cluster is asked, within the service's limits."""
-    said, limits, asked = prompt.said, service.settings, prompt.endpoint.stored.request
-    if not prompt.token_ids:
-        raise bad_request("the prompt is empty; give at least one token", "prompt")
-    if len(prompt.token_ids) > limits.max_prompt_tokens:
-        told = f"the prompt has {len(prompt.token_ids)} tokens; the most is {limits.max_prompt_tokens}"
-        raise bad_request(told, "prompt", code="context_length_exceeded")
-    output_tokens = said.wanted_tokens or min(asked.output_tokens, limits.max_output_tokens)
-    if output_tokens > limits.max_output_tokens:
-        told = f"max_tokens is {output_tokens}; the most is {limits.max_output_tokens}"
-        raise bad_request(told, "max_tokens", code="context_length_exceeded")
-    ends = () if said.ignore_eos else prompt.tokenizer.stop_token_ids
-    # A stop string of one token ends the engine's work too, not only the text.
-    single = tuple(ids[0] for ids in map(prompt.tokenizer.encode, said.stops) if len(ids) == 1)
-    return Submission(
-        endpoint_id=prompt.endpoint.endpoint_id,
-        prompt=prompt.token_ids,
-        output_tokens=output_tokens,
-        stop_token_ids=tuple(dict.fromkeys((*ends, *single)))[:64],
-        slo_us=micros_of(prompt.slo_ms, asked.intent.slo_s),
-        priority=prompt.priority,
-    )
-
-
-class _Text:
-    """The text of one output as it comes, up to where it stops."""
-
-    def __init__(self, prompt: Prompt, submission: Submission) -> None:
-        self._stream = prompt.tokenizer.stream()
-        self._scanner = StopStrings(prompt.said.stops)
-        self._ends = frozenset(prompt.tokenizer.stop_token_ids if not prompt.said.ignore_eos else ())
-        self._prompt_tokens = len(submission.prompt)
-        self._ids: list[int] = []
-        self._wants_ids = prompt.said.return_token_ids
-        self.stopped = False
-
-    def step(self, token_id: int) -> str:
-        """Return what can be shown with this token."""
-        if self.stopped:
-            return ""
-        self._ids.append(token_id)
-        self.stopped = token_id in self._ends
-        shown = "" if self.stopped else self._scanner.step(self._stream.step(token_id))
-        self.stopped = self.stopped or self._scanner.stopped
-        return shown
-
-    def end(self) -> str:
-        """Return what was held back."""
-        if self._scanner.stopped:
-            return ""
-        return self._scanner.step(self._stream.end()) + self._scanner.end()
-
-    @property
-    def finish(self) -> str:
-        """Why the text ends: `stop` or `length`."""
-        return "stop" if self.stopped or self._scanner.stopped else "length"
-
-    @property
-    def token_ids(self) -> list[int] | None:
-        """The tokens, if the client wants them."""
-        return self._ids if self._wants_ids else None
-
-    @property
-    def usage(self) -> Usage:
-        """The tokens so far."""
-        return Usage(prompt=self._prompt_tokens, output=len(self._ids))
-
-
-async def _stream(
-    service: Service, request: Request, prompt: Prompt, accepted: AcceptedRequest, wire: CompletionResponse
-) -> Response:
-    """Return a stream. It begins with the first token, so that what is refused before has a status of its own."""
-    tokens = aiter(accepted.handle.result().tokens())
-    first = await _unless_gone(request, _next(tokens))
-    if first is None:
-        service.tracker.cancel(accepted)
-        return Response(status_code=_NOBODY_WAITS)
-    if first == _NONE_LEFT:
-        _check(await _outcome(accepted), accepted)
-    text = _Text(prompt, accepted.submission)
-
-    async def lines() -> AsyncIterator[bytes]:
-        try:
-            opening = wire.opening()
-            if opening is not None:
-                yield _line(opening)
-            token = first
-            while token != _NONE_LEFT:
-                shown = text.step(token)
-                ids = [token] if prompt.said.return_token_ids and not text.stopped else None
-                if shown or ids:
-                    yield _line(wire.chunk(shown, ids))
-                token = await _next(tokens)
-            for line in _last(await _outcome(accepted), accepted, text, wire, prompt):
-                yield line
-        finally:
-            service.tracker.cancel(accepted)
-
-    return StreamingResponse(
-        lines(), media_type="text/event-stream", headers=_headers(accepted) | {"Cache-Control": "no-cache"}
-    )
-
-
-def _last(
-    outcome: Outcome, accepted: AcceptedRequest, text: _Text, wire: CompletionResponse, prompt: Prompt
-) -> list[bytes]:
-    """Return the end of a stream: why it ends, counts if they are wanted, and the word for done; or an error."""
-    try:
-        _check(outcome, accepted)
-    except ApiError as error:
-        return [_line(error.body())]
-    lines = []
-    held = text.end()
-    if held:
-        lines.append(_line(wire.chunk(held)))
-    lines.append(_line(wire.chunk("", finish=text.finish)))
-    if prompt.said.wants_usage:
-        lines.append(_line(wire.usage(text.usage)))
-    return [*lines, b"data: [DONE]\n\n"]
-
-
-def _check(outcome: Outcome, accepted: AcceptedRequest) -> None:
-    """Let a completed request pass.
-
-    Raises:
-        ApiError: it ended otherwise.
-    """
-    name = accepted.row.request_id
-    match outcome.status:
-        case RequestStatus.COMPLETED:
-            return
-        case RequestStatus.REFUSED:
-            raise ApiError(503, outcome.reason, code="refused", retry_after_s=_AGAIN_S, request_id=name)
-        case RequestStatus.FAILED:
-            raise ApiError(502, outcome.reason, code="engine_failed", request_id=name)
-        case _:
-            told = outcome.reason or "the server stopped before the request had ended"
-            raise ApiError(503, told, code="server_stopping", retry_after_s=_AGAIN_S, request_id=name)
-
-
-async def _outcome(accepted: AcceptedRequest) -> Outcome:
-    return await asyncio.shield(accepted.outcome)
-
-
-_NONE_LEFT = -1
-
-
-async def _next(tokens: AsyncIterator[int]) -> int:
-    return await anext(tokens, _NONE_LEFT)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return what comes of `work`, or None if the client goes away before."""
-    wanted, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait((wanted, gone), return_when=asyncio.FIRST_COMPLETED)
-        return wanted.result() if wanted.done() else None
-    finally:
-        wanted.cancel()
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _line(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _headers(accepted: AcceptedRequest) -> dict[str, str]:
-    return {"X-Request-Id": accepted.row.request_id}

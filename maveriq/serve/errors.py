@@ -1,4 +1,4 @@
-"""Errors as an OpenAI client expects them: a status, and an object with message, type, param and code."""
+"""API errors: an HTTP status and OpenAI's error object with message, type, param and code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from maveriq.errors import MaveriqError
 
 
 class ApiError(MaveriqError):
-    """A request that is answered with an error; the message is for whoever sent it.
+    """An error response; the message is for the client.
 
-    `request_id` is that of a request which was accepted and then ended otherwise than completed.
+    Args:
+        status: HTTP status.
+        message: what is wrong and what to do about it.
+        code: machine-readable name of the error.
+        param: the field, parameter or header that caused it.
+        retry_after_s: when the client may try again.
+        request_id: the ID of an accepted request that did not complete; None if no request was accepted.
     """
 
     def __init__(
@@ -30,29 +36,29 @@ class ApiError(MaveriqError):
         self.retry_after_s = retry_after_s
         self.request_id = request_id
 
-    def body(self) -> dict[str, Any]:
-        """Return the JSON body."""
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+    def to_json(self) -> dict[str, Any]:
+        """Return the body of the response."""
         if self.status == 429:
-            kind = "rate_limit_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+            error_type = "rate_limit_error"
+        else:
+            error_type = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that belong to it."""
-        said = {
+        """Return the headers of the response that belong to the error."""
+        headers = {
             "Retry-After": self.retry_after_s,
             "X-Request-Id": self.request_id,
             "WWW-Authenticate": "Bearer" if self.status == 401 else None,
         }
-        return {name: str(value) for name, value in said.items() if value is not None}
+        return {name: str(value) for name, value in headers.items() if value is not None}
 
 
 def bad_request(message: str, param: str | None = None, *, code: str = "invalid_value") -> ApiError:
-    """Return the error of a body or parameter that cannot be used."""
+    """Return the error for a body or parameter that is not valid."""
     return ApiError(400, message, code=code, param=param)
 
 
 def not_found(what: str, message: str) -> ApiError:
-    """Return the error of a name that leads nowhere; `what` is the parameter."""
+    """Return the error for an unknown name or ID; `what` is the parameter."""
     return ApiError(404, message, code=f"{what}_not_found", param=what)

@@ -15,89 +15,56 @@ from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
 
 
 class ModelRegistry:
-    """Models by number and by name. A name means one model."""
+    """Registered models by ID and by name. Names are unique."""
 
     def __init__(self, store: Store, *, folder: Path | None, max_models: int) -> None:
+        """Create an empty registry; `restore` fills it from the store.
+
+        Args:
+            store: keeps the models across restarts.
+            folder: the only folder from which models are read; None allows known models only.
+            max_models: registered models at a time.
+        """
         self._store = store
         self._folder = None if folder is None else folder.resolve()
         self._max_models = max_models
-        self._by_id: dict[int, StoredModel] = {}
+        self._models: dict[int, StoredModel] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
-        self._registering = asyncio.Lock()
+        self._changing = asyncio.Lock()
 
     def __iter__(self) -> Iterator[StoredModel]:
-        return iter(self._by_id.values())
+        return iter(self._models.values())
 
     async def restore(self) -> None:
-        """Read what was registered in an earlier life."""
-        self._by_id = {model.model_id: model for model in await self._store.models()}
+        """Read the registered models from the store."""
+        self._models = {model.model_id: model for model in await self._store.models()}
 
     def by_id(self, model_id: int) -> StoredModel:
         """Return a registered model.
 
         Raises:
-            ApiError: there is none of that number.
+            ApiError: there is no model with this ID.
         """
-        if model_id not in self._by_id:
+        if model_id not in self._models:
             raise not_found("model", f"there is no model {model_id}; register it first, or list them with GET /models")
-        return self._by_id[model_id]
+        return self._models[model_id]
 
-    def named(self, text: str) -> StoredModel | None:
-        """Return the registered model of a name or of a number in digits."""
-        if text.isdecimal() and len(text) < 10 and int(text) in self._by_id:
-            return self._by_id[int(text)]
-        return next((model for model in self._by_id.values() if model.spec.name == text), None)
+    def find(self, name: str) -> StoredModel | None:
+        """Return the registered model with this name or, in digits, this ID."""
+        if name.isdecimal() and len(name) < 10 and int(name) in self._models:
+            return self._models[int(name)]
+        return next((model for model in self._models.values() if model.spec.name == name), None)
 
-    async def register(self, text: str) -> StoredModel:
-        """Make a model known, by its name in maveriq's catalogue or its place in the models folder.
-
-        One that is known already keeps its number.
-
-        Raises:
-            ApiError: no such model, a place outside the folder, another model has the name, too many.
-        """
-        async with self._registering:
-            found = self.named(text)
-            if found is not None:
-                return found
-            spec, folder = self._read(text)
-            same_name = self.named(spec.name)
-            if same_name is not None:
-                if (same_name.spec, same_name.folder) == (spec, folder):
-                    return same_name
-                told = (
-                    f"another model is registered as {spec.name!r}; set _name_or_path in config.json to tell them apart"
-                )
-                raise ApiError(409, told, code="model_name_taken", param="model")
-            if len(self._by_id) >= self._max_models:
-                raise ApiError(
-                    409, f"{self._max_models} models are registered, which is the maximum", code="too_many_models"
-                )
-            tokenizer = await asyncio.to_thread(tokenizer_for, folder, spec.vocab_size)
-            model = await self._store.add_model(spec, folder)
-            self._by_id[model.model_id] = model
-            self._tokenizers[model.model_id] = tokenizer
-            return model
-
-    async def unregister(self, model_id: int, *, deployed: bool) -> None:
-        """Take a model out of the register.
-
-        Raises:
-            ApiError: there is none of that number, or it is deployed.
-        """
-        async with self._registering:
-            name = self.by_id(model_id).spec.name
-            if deployed:
-                raise ApiError(409, f"{name} is deployed; remove its endpoints first", code="model_deployed")
-            await self._store.remove_model(model_id)
-            del self._by_id[model_id]
-            self._tokenizers.pop(model_id, None)
+    def folder_of(self, spec: ModelSpec) -> Path | None:
+        """Return the folder with a registered model's files, or None if it has none."""
+        model = self.find(spec.name)
+        return Path(model.folder) if model is not None and model.folder else None
 
     def tokenizer(self, model: StoredModel) -> Tokenizer:
         """Return a model's tokenizer.
 
         Raises:
-            ApiError: its files have gone or changed since it was registered.
+            ApiError: its files are missing or not valid since the model was registered.
         """
         if model.model_id not in self._tokenizers:
             try:
@@ -106,42 +73,82 @@ class ModelRegistry:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
         return self._tokenizers[model.model_id]
 
-    def folder_of(self, spec: ModelSpec) -> Path | None:
-        """Return where a registered model's files lie, None for one of the catalogue."""
-        model = self.named(spec.name)
-        return Path(model.folder) if model is not None and model.folder else None
+    async def register(self, name: str) -> StoredModel:
+        """Register a known model by name, or a model of the models folder by path, and return it.
 
-    def _read(self, text: str) -> tuple[ModelSpec, str]:
-        """Return a model's shape, and the folder it was read from (empty for one of the catalogue)."""
-        if text in known_models():
-            return load_model(text), ""
-        path = self._inside(text)
-        if path is None:
-            raise not_found("model", f"unknown model {text!r}{did_you_mean(text, known_models())}{self._how()}")
+        A registered model is returned as it is.
+
+        Raises:
+            ApiError: there is no such model, the path leads out of the models folder, another model has the same
+                name, or too many models are registered.
+        """
+        async with self._changing:
+            registered = self.find(name)
+            if registered is not None:
+                return registered
+            spec, folder = self._load(name)
+            same_name = self.find(spec.name)
+            if same_name is not None:
+                if (same_name.spec, same_name.folder) == (spec, folder):
+                    return same_name
+                message = f"another model is registered as {spec.name!r}; set a different _name_or_path in config.json"
+                raise ApiError(409, message, code="model_name_taken", param="model")
+            if len(self._models) >= self._max_models:
+                message = f"{self._max_models} models are registered, which is the maximum; remove one first"
+                raise ApiError(409, message, code="too_many_models")
+            tokenizer = await asyncio.to_thread(tokenizer_for, folder, spec.vocab_size)
+            model = await self._store.add_model(spec, folder)
+            self._models[model.model_id] = model
+            self._tokenizers[model.model_id] = tokenizer
+            return model
+
+    async def unregister(self, model_id: int, *, has_endpoints: bool) -> None:
+        """Remove a model from the registry.
+
+        Raises:
+            ApiError: there is no model with this ID, or it has endpoints.
+        """
+        async with self._changing:
+            name = self.by_id(model_id).spec.name
+            if has_endpoints:
+                raise ApiError(409, f"{name} has endpoints; remove them first", code="model_deployed")
+            await self._store.remove_model(model_id)
+            del self._models[model_id]
+            self._tokenizers.pop(model_id, None)
+
+    def _load(self, name: str) -> tuple[ModelSpec, str]:
+        """Return the spec of a model and the folder of its files (empty for a known model)."""
+        if name in known_models():
+            return load_model(name), ""
+        config = self._config_path(name)
+        if config is None:
+            if self._folder is None:
+                where = " (start the server with --models-folder to use models from a folder)"
+            else:
+                where = " (or give the path of its config.json in the models folder)"
+            raise not_found("model", f"unknown model {name!r}{did_you_mean(name, known_models())}{where}")
         try:
-            return load_model(str(path)), str(path.parent)
+            return load_model(str(config)), str(config.parent)
         except InputError as error:
             raise bad_request(str(error), "model") from None
 
-    def _inside(self, text: str) -> Path | None:
-        """Return the configuration that a text names, if it lies in the models folder."""
-        if self._folder is None or "\0" in text:
+    def _config_path(self, name: str) -> Path | None:
+        """Return the model configuration at a path, or None if it does not exist inside the models folder.
+
+        Links are resolved before the check, so none leads out of the folder.
+        """
+        if self._folder is None or "\0" in name:
             return None
         try:
-            path = (self._folder / text).resolve()
+            path = (self._folder / name).resolve()
             path = path if path.suffix == ".json" else path / "config.json"
             inside = path.resolve().is_relative_to(self._folder)
             return path.resolve() if inside and path.is_file() else None
-        except (OSError, RuntimeError):  # too long a name, links in a ring
+        except (OSError, RuntimeError):  # the name is too long, or links form a loop
             return None
 
-    def _how(self) -> str:
-        if self._folder is None:
-            return " (a server with --models-folder also takes models from there)"
-        return " (or give the place of its config.json in the models folder)"
 
-
-def did_you_mean(text: str, names: Iterable[str]) -> str:
-    """Return a clause with the nearest name, empty if none is near."""
-    near = difflib.get_close_matches(text, list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a clause with the closest known name, or an empty string if none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Requests in flight: each is written down before it runs, and has exactly one end that is written down too."""
+"""The life cycle of accepted requests: each is stored before it runs, and its one final status is stored too."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ from maveriq.serve.metrics import Metrics
 from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
 
 _LOG = logging.getLogger(__name__)
-_TRY_AGAIN_S = 1.0
-_NEWEST_COUNTS = 0.1  # of the newest latency, in the average that says when to come back
-_LONGEST_RETRY_AFTER_S = 60
+_STORE_RETRY_S = 1.0
+_LATENCY_SMOOTHING = 0.1  # weight of the newest latency in the moving average
+_MAX_RETRY_AFTER_S = 60
+_STOPPING_RETRY_AFTER_S = 10
 
 
 @dataclass(slots=True, eq=False)
 class AcceptedRequest:
-    """A request on its way through the service.
+    """A request in flight.
 
-    `ticket` comes when it is written down and given to the cluster; `outcome` when its end is
-    written down (or could not be at the first try; it is tried until it can). `in_cluster` says
-    whether it is under way there.
+    Args:
+        row: as stored when it was accepted.
+        submission: what the cluster runs.
+        handle: done once the request is stored and submitted to the cluster.
+        outcome: done once the final status is stored. If the first attempt to store it fails, `outcome` is done all
+            the same and storing is retried.
+        in_cluster: whether the cluster is processing it.
+        cancelled: whether its client disconnected.
     """
 
     row: RequestRow
@@ -40,37 +46,42 @@ class AcceptedRequest:
 
 
 class RequestLifecycle:
-    """Takes requests in, up to a bound, and follows each to its end whether or not somebody still waits."""
+    """Accepts requests up to a limit and follows each one to its end, even if its client disconnects.
 
-    def __init__(self, cluster: LiveCluster, store: Store, metrics: Metrics, *, maximum: int) -> None:
+    `open` says whether new requests are accepted; `store_works` whether the last write to the state file succeeded.
+    """
+
+    def __init__(self, cluster: LiveCluster, store: Store, metrics: Metrics, *, max_in_flight: int) -> None:
         self._cluster = cluster
         self._store = store
         self._metrics = metrics
-        self._most = maximum
-        self._tasks: dict[asyncio.Task[None], AcceptedRequest] = {}
-        self._default_s = 1.0
+        self._max_in_flight = max_in_flight
+        self._in_flight: dict[asyncio.Task[None], AcceptedRequest] = {}
+        self._average_latency_s = 1.0
         self.open = True
         self.store_works = True
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        """The number of requests in flight."""
+        return len(self._in_flight)
 
-    def waiting_for(self, endpoint_id: int) -> int:
-        """Return how many requests in flight an endpoint has."""
-        return sum(1 for one in self._tasks.values() if one.submission.endpoint_id == endpoint_id)
+    def in_flight_at(self, endpoint_id: int) -> int:
+        """Return the number of requests in flight of an endpoint."""
+        return sum(accepted.submission.endpoint_id == endpoint_id for accepted in self._in_flight.values())
 
     async def accept(self, model: str, submission: Submission, request_id: str | None) -> AcceptedRequest:
-        """Take in a request and return it when it is written down and given to the cluster.
+        """Accept a request and return it once it is stored and submitted to the cluster.
 
         Raises:
-            ApiError: too many are in flight, the id is taken, the state cannot be written, the server stops.
+            ApiError: too many requests are in flight, the ID is taken, the state file cannot be written, or the
+                server is stopping.
         """
         if not self.open:
-            raise ApiError(503, "the server is stopping", code="server_stopping", retry_after_s=10)
-        if len(self._tasks) >= self._most:
+            raise ApiError(503, "the server is stopping", code="server_stopping", retry_after_s=_STOPPING_RETRY_AFTER_S)
+        if len(self._in_flight) >= self._max_in_flight:
             raise ApiError(
                 429,
-                f"{self._most} requests are in flight, which is the most; try again later",
+                f"{self._max_in_flight} requests are in flight, which is the maximum; try again later",
                 code="queue_full",
                 retry_after_s=self._retry_after_s(),
             )
@@ -83,8 +94,8 @@ class RequestLifecycle:
         )
         accepted = AcceptedRequest(row, submission)
         task = asyncio.create_task(self._follow(accepted))
-        self._tasks[task] = accepted
-        task.add_done_callback(self._tasks.pop)
+        self._in_flight[task] = accepted
+        task.add_done_callback(self._in_flight.pop)
         try:
             await asyncio.shield(accepted.handle)
         except asyncio.CancelledError:
@@ -93,7 +104,7 @@ class RequestLifecycle:
         return accepted
 
     def cancel(self, accepted: AcceptedRequest) -> None:
-        """Note that nobody waits for a request any more."""
+        """Cancel a request whose client disconnected. It has no effect on a request that ended."""
         if accepted.cancelled or accepted.outcome.done():
             return
         accepted.cancelled = True
@@ -101,34 +112,38 @@ class RequestLifecycle:
             self._cluster.cancel(accepted.handle.result().request_id)
 
     async def drained(self) -> None:
-        """Wait until every request has ended and its end is written down."""
-        while self._tasks:
-            await asyncio.wait(list(self._tasks))
+        """Wait until no requests are in flight and all final statuses are stored."""
+        while self._in_flight:
+            await asyncio.wait(list(self._in_flight))
 
     def _retry_after_s(self) -> int:
-        """Return about how long until a place is free: a usual latency."""
-        return max(1, min(round(self._default_s), _LONGEST_RETRY_AFTER_S))
+        """Return an estimate of the time until a request ends: the average latency."""
+        return max(1, min(round(self._average_latency_s), _MAX_RETRY_AFTER_S))
 
     async def _follow(self, accepted: AcceptedRequest) -> None:
+        """Store a request, run it, and store its final status."""
         row = accepted.row
         try:
             if not await self._store.accept(row):
-                taken = f"there is a request {row.request_id!r} already; give each request an id of its own"
-                _fail(accepted, ApiError(409, taken, code="request_id_taken", param="X-Request-Id"))
+                message = f"request ID {row.request_id!r} is taken; give each request its own ID"
+                _reject(accepted, ApiError(409, message, code="request_id_taken", param="X-Request-Id"))
                 return
         except StoreError as error:
             self.store_works = False
-            _fail(accepted, ApiError(503, str(error), code="state_not_writable", retry_after_s=10))
+            _reject(accepted, ApiError(503, str(error), code="state_not_writable", retry_after_s=10))
             return
         self.store_works = True
         self._metrics.accepted.labels(row.model).inc()
         outcome = await self._run(accepted)
-        self._metrics.finished(row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=accepted.submission.slo_us)
-        self._default_s += _NEWEST_COUNTS * (time.time() - row.accepted_s - self._default_s)
-        await self._write_end(accepted, outcome)
+        self._metrics.count_ended(
+            row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=accepted.submission.slo_us
+        )
+        latency_s = time.time() - row.accepted_s
+        self._average_latency_s += _LATENCY_SMOOTHING * (latency_s - self._average_latency_s)
+        await self._store_end(accepted, outcome)
 
     async def _run(self, accepted: AcceptedRequest) -> Outcome:
-        """Give a request to the cluster and return how it ended there."""
+        """Submit a request to the cluster and return its outcome."""
         try:
             handle = self._cluster.submit(accepted.submission)
             accepted.in_cluster = True
@@ -136,26 +151,28 @@ class RequestLifecycle:
                 self._cluster.cancel(handle.request_id)
             accepted.handle.set_result(handle)
             return await handle.outcome()
-        except InputError as error:  # its endpoint was removed while it was written down
-            return self._ended(accepted, RequestStatus.REFUSED, str(error))
+        except InputError as error:  # its endpoint was removed while the request was stored
+            return self._end_without_cluster(accepted, RequestStatus.REFUSED, str(error))
         except Exception:
             _LOG.exception("request %s: the cluster failed", accepted.row.request_id)
-            return self._ended(accepted, RequestStatus.FAILED, "the cluster failed; the server's log says how")
+            reason = "the cluster failed; see the server's log"
+            return self._end_without_cluster(accepted, RequestStatus.FAILED, reason)
         finally:
             accepted.in_cluster = False
 
-    def _ended(self, accepted: AcceptedRequest, status: RequestStatus, reason: str) -> Outcome:
-        """Return the end of a request that the cluster never ended, and let go who waits for its ticket."""
+    def _end_without_cluster(self, accepted: AcceptedRequest, status: RequestStatus, reason: str) -> Outcome:
+        """Return the outcome of a request that the cluster did not end, and resolve its handle."""
         now_us = self._cluster.now_us
         outcome = Outcome(
             request_id=0, status=status, reason=reason, tokens=(),
             arrival_us=now_us, start_us=-1, first_token_us=-1, finish_us=now_us,
         )  # fmt: skip
         if not accepted.handle.done():
-            accepted.handle.set_result(_Ended(outcome))
+            accepted.handle.set_result(_EndedHandle(outcome))
         return outcome
 
-    async def _write_end(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
+    async def _store_end(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
+        """Store the final status, retrying until it succeeds."""
         ended = EndedRequest(
             request_id=accepted.row.request_id,
             status=outcome.status,
@@ -175,19 +192,19 @@ class RequestLifecycle:
             finally:
                 if not accepted.outcome.done():
                     accepted.outcome.set_result(outcome)
-            await asyncio.sleep(_TRY_AGAIN_S)
+            await asyncio.sleep(_STORE_RETRY_S)
 
 
-def _fail(accepted: AcceptedRequest, error: ApiError) -> None:
-    """Tell who waits that a request was not accepted; nobody may be left."""
+def _reject(accepted: AcceptedRequest, error: ApiError) -> None:
+    """Raise an error in the caller of `accept`, unless it was cancelled."""
     if accepted.cancelled:
         accepted.handle.cancel()
     else:
         accepted.handle.set_exception(error)
 
 
-class _Ended:
-    """The ticket of a request that never came into the cluster."""
+class _EndedHandle:
+    """The handle of a request that the cluster never accepted."""
 
     request_id = 0
 

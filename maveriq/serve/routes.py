@@ -1,7 +1,7 @@
-"""The routes of developers: models and endpoints.
+"""The HTTP routes: OpenAI's under /v1, models and endpoints, and those for operators.
 
-The routes of operators: what became of requests, health, metrics.
-The routes that OpenAI clients know.
+Handlers convert between `maveriq.serve.schemas` and `maveriq.serve.service`; completions continue in
+`maveriq.serve.completions`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
@@ -18,30 +18,92 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.exec.live_cluster import EndpointRequest
-from maveriq.serve.completions import ChatResponse, CompletionResponse, Prompt, answer
+from maveriq.serve.completions import ChatResponse, CompletionResponse, PreparedRequest, complete
 from maveriq.serve.errors import bad_request, not_found
 from maveriq.serve.schemas import (
-    ERRORS,
+    ERROR_RESPONSES,
     ChatCompletionRequest,
     CompletionRequest,
     CreateEndpoint,
     EndpointView,
-    Generation,
+    GenerationRequest,
     HealthView,
     ModelView,
     RegisterModel,
     RequestStatusName,
     RequestView,
 )
-from maveriq.serve.service import Service, address
+from maveriq.serve.service import Service
 from maveriq.serve.tokenizers import Tokenizer
 
 Id = Annotated[int, Path(ge=0, le=2**53)]
+PriorityHeader = Annotated[str | None, Header(alias="X-Priority", max_length=16)]
+SloHeader = Annotated[str | None, Header(alias="X-SLO-Ms", max_length=32)]
+RequestIdHeader = Annotated[str | None, Header(alias="X-Request-Id", max_length=64)]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_MAX_SLO_MS = 1e9
+_MAX_LISTED_REQUESTS = 1_000
+_MAX_INLINE_CHARACTERS = 4_096  # longer texts are tokenized in a thread
 
 
-def developer_routes(service: Service) -> APIRouter:
+def openai_routes(service: Service) -> APIRouter:
+    """Return the routes under /v1."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERROR_RESPONSES)
+
+    @router.get("/models")
+    async def list_models() -> JSONResponse:
+        """List the models that have an endpoint, and each endpoint of a model that has several."""
+        return JSONResponse({"object": "list", "data": [_model(name, service) for name in _served_names(service)]})
+
+    @router.get("/models/{model}")
+    async def retrieve_model(model: Annotated[str, Path(max_length=1024)]) -> JSONResponse:
+        """Return one model that has an endpoint."""
+        service.endpoint_for(model)
+        return JSONResponse(_model(model, service))
+
+    @router.post("/completions")
+    async def create_completion(
+        request: Request,
+        body: CompletionRequest,
+        x_priority: PriorityHeader = None,
+        x_slo_ms: SloHeader = None,
+        x_request_id: RequestIdHeader = None,
+    ) -> Response:
+        """Complete a prompt: text or token IDs."""
+
+        async def token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+            prompt = body.single_prompt()
+            if isinstance(prompt, str):
+                return await _encode(tokenizer.encode, prompt, len(prompt))
+            return tuple(prompt)
+
+        prepared = await _prepare(service, body, token_ids, x_priority, x_slo_ms, x_request_id)
+        return await complete(service, request, prepared, CompletionResponse)
+
+    @router.post("/chat/completions")
+    async def create_chat_completion(
+        request: Request,
+        body: ChatCompletionRequest,
+        x_priority: PriorityHeader = None,
+        x_slo_ms: SloHeader = None,
+        x_request_id: RequestIdHeader = None,
+    ) -> Response:
+        """Complete a conversation."""
+
+        async def token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+            messages = [message.to_dict() for message in body.messages]
+            return await _encode(tokenizer.encode_chat, messages, sum(len(message["content"]) for message in messages))
+
+        prepared = await _prepare(service, body, token_ids, x_priority, x_slo_ms, x_request_id)
+        return await complete(service, request, prepared, ChatResponse)
+
+    return router
+
+
+def endpoint_routes(service: Service) -> APIRouter:
     """Return the routes under /models and /endpoints."""
-    router = APIRouter(tags=["maveriq"], responses=ERRORS)
+    router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES)
 
     @router.get("/models")
     async def list_registered_models() -> list[ModelView]:
@@ -50,12 +112,12 @@ def developer_routes(service: Service) -> APIRouter:
 
     @router.post("/models", status_code=201)
     async def register_model(body: RegisterModel) -> ModelView:
-        """Make a model known; one that is known already keeps its number."""
+        """Register a model; a registered model keeps its ID."""
         return ModelView.of(await service.models.register(body.model))
 
     @router.delete("/models/{model_id}", status_code=204)
     async def unregister_model(model_id: Id) -> Response:
-        """Take a model that is not deployed out of the register."""
+        """Remove a model that has no endpoints from the registry."""
         await service.unregister_model(model_id)
         return Response(status_code=204)
 
@@ -66,7 +128,7 @@ def developer_routes(service: Service) -> APIRouter:
 
     @router.post("/endpoints", status_code=201)
     async def create_endpoint(body: CreateEndpoint) -> EndpointView:
-        """Have a model served by intent. One that fits nowhere is listed as rejected, with the reason."""
+        """Create an endpoint by intent; one that does not fit has the status `rejected` and a reason."""
         intent = Intent(
             objective=Objective.named(body.intent),
             slo_s=None if body.slo_ms is None else body.slo_ms / 1e3,
@@ -74,10 +136,10 @@ def developer_routes(service: Service) -> APIRouter:
             float16_only=body.float16_only,
         )
         model = await service.models.register(body.model)
-        asked = EndpointRequest(
+        request = EndpointRequest(
             model=model.spec, intent=intent, output_tokens=body.output_tokens, batch_size=body.batch_size
         )
-        return EndpointView.of(await service.create_endpoint(model, asked, body.placement or ""))
+        return EndpointView.of(await service.create_endpoint(model, request, body.placement or ""))
 
     @router.get("/endpoints/{endpoint_id}")
     async def get_endpoint(endpoint_id: Id) -> EndpointView:
@@ -86,46 +148,45 @@ def developer_routes(service: Service) -> APIRouter:
 
     @router.delete("/endpoints/{endpoint_id}", status_code=204)
     async def delete_endpoint(endpoint_id: Id) -> Response:
-        """Remove an endpoint: running requests finish, waiting ones are refused."""
+        """Remove an endpoint: running requests finish, waiting requests are refused."""
         await service.remove_endpoint(endpoint_id)
         return Response(status_code=204)
 
     return router
 
 
-_MAX_LISTED = 1_000
-
-
 def operator_routes(service: Service) -> APIRouter:
     """Return the routes under /requests, /health and /metrics."""
-    router = APIRouter(tags=["maveriq"], responses=ERRORS)
+    router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES)
 
     @router.get("/requests")
     async def list_requests(
         status: Annotated[RequestStatusName | None, Query()] = None,
-        limit: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 100,
+        limit: Annotated[int, Query(ge=1, le=_MAX_LISTED_REQUESTS)] = 100,
     ) -> list[RequestView]:
-        """List the last accepted requests, the newest first."""
-        return [RequestView.of(row) for row in await service.store.requests(status=status, maximum=limit)]
+        """List accepted requests, newest first."""
+        return [RequestView.of(row) for row in await service.store.requests(status=status, limit=limit)]
 
     @router.get("/requests/{request_id}")
     async def get_request(request_id: Annotated[str, Path(max_length=64)]) -> RequestView:
-        """Return what became of an accepted request."""
+        """Return the status of an accepted request."""
         row = await service.store.request(request_id)
         if row is None:
-            raise not_found("request", f"there is no request {request_id!r}; it was never accepted, or ended long ago")
+            raise not_found(
+                "request", f"there is no request {request_id!r}; it was not accepted, or its status is no longer kept"
+            )
         return RequestView.of(row)
 
     @router.get("/health", responses={503: {"model": HealthView}})
     async def health() -> JSONResponse:
-        """Say whether all is well: ready, degraded (it serves, but not everything), or stopping (503)."""
+        """Return `ready`, `degraded` (it serves, but not everything) or `stopping` (503)."""
         problems = service.problems()
-        stopping = not service.tracker.open
+        stopping = not service.requests.open
         view = HealthView(
             status="stopping" if stopping else "degraded" if problems else "ready",
             problems=problems,
             endpoints=len(service.endpoints()),
-            in_flight=len(service.tracker),
+            in_flight=len(service.requests),
         )
         return JSONResponse(view.model_dump(), status_code=503 if stopping else 200)
 
@@ -137,103 +198,47 @@ def operator_routes(service: Service) -> APIRouter:
     return router
 
 
-_IN_A_THREAD_FROM = 4_096  # characters; what is shorter is tokenised at once
-_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_MAX_SLO_MS = 1e9
-
-
-def openai_routes(service: Service) -> APIRouter:
-    """Return the routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERRORS)
-
-    @router.get("/models")
-    async def list_models() -> JSONResponse:
-        """List what is deployed: each model, and each endpoint of those that have several."""
-        return JSONResponse({"object": "list", "data": [_model(name, service) for name in _deployed(service)]})
-
-    @router.get("/models/{model}")
-    async def retrieve_model(model: Annotated[str, Path(max_length=1024)]) -> JSONResponse:
-        """Return one deployed model."""
-        service.target(model)
-        return JSONResponse(_model(model, service))
-
-    @router.post("/completions")
-    async def create_completion(
-        request: Request,
-        body: CompletionRequest,
-        x_priority: Annotated[str | None, Header(max_length=16)] = None,
-        x_slo_ms: Annotated[str | None, Header(max_length=32)] = None,
-        x_request_id: Annotated[str | None, Header(max_length=64)] = None,
-    ) -> Response:
-        """Continue a prompt: text, or token ids."""
-
-        async def token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-            prompt = body.one_prompt()
-            return await _encoded(tokenizer.encode, prompt, len(prompt)) if isinstance(prompt, str) else tuple(prompt)
-
-        prompt = await _prompt(service, body, token_ids, x_priority, x_slo_ms, x_request_id)
-        return await answer(service, request, prompt, CompletionResponse)
-
-    @router.post("/chat/completions")
-    async def create_chat_completion(
-        request: Request,
-        body: ChatCompletionRequest,
-        x_priority: Annotated[str | None, Header(max_length=16)] = None,
-        x_slo_ms: Annotated[str | None, Header(max_length=32)] = None,
-        x_request_id: Annotated[str | None, Header(max_length=64)] = None,
-    ) -> Response:
-        """Continue a conversation."""
-
-        async def token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-            messages = [message.plain() for message in body.messages]
-            size = sum(len(message["content"]) for message in messages)
-            return await _encoded(tokenizer.encode_chat, messages, size)
-
-        prompt = await _prompt(service, body, token_ids, x_priority, x_slo_ms, x_request_id)
-        return await answer(service, request, prompt, ChatResponse)
-
-    return router
-
-
-async def _prompt(
+async def _prepare(
     service: Service,
-    body: Generation,
-    token_ids: Callable[[Tokenizer], Any],
+    body: GenerationRequest,
+    token_ids: Callable[[Tokenizer], Awaitable[tuple[int, ...]]],
     priority: str | None,
     slo_ms: str | None,
     request_id: str | None,
-) -> Prompt:
-    """Put a request together; a header counts where the body says nothing.
+) -> PreparedRequest:
+    """Find the endpoint of a completion request and tokenize its prompt; a header counts if the body has no value.
 
     Raises:
-        ApiError: something about it cannot be used.
+        ApiError: a parameter is not supported or not valid, or the model has no endpoint.
     """
-    body.check()
-    if request_id is not None and not _ID.fullmatch(request_id):
-        raise bad_request("X-Request-Id may hold up to 64 letters, digits and . _ : -", "X-Request-Id")
-    endpoint = service.target(body.model)
+    body.check_supported()
+    if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
+        raise bad_request("X-Request-Id may have up to 64 letters, digits and . _ : -", "X-Request-Id")
+    endpoint = service.endpoint_for(body.model)
     tokenizer = service.models.tokenizer(endpoint.model)
     ids = await token_ids(tokenizer)
     vocab_size = endpoint.model.spec.vocab_size
     if ids and max(ids) >= vocab_size:
-        raise bad_request(f"token id {max(ids)} is beyond the model's vocabulary of {vocab_size}", "prompt")
-    return Prompt(
+        raise bad_request(f"token ID {max(ids)} is beyond the model's vocabulary of {vocab_size}", "prompt")
+    return PreparedRequest(
         endpoint=endpoint,
         tokenizer=tokenizer,
         token_ids=ids,
-        said=body,
-        priority=body.priority or _is_true(priority),
-        slo_ms=body.slo_ms if body.slo_ms is not None else _milliseconds(slo_ms),
+        body=body,
+        priority=body.priority or _priority(priority),
+        slo_ms=body.slo_ms if body.slo_ms is not None else _slo_ms(slo_ms),
         request_id=request_id,
     )
 
 
-async def _encoded(encode: Callable[[Any], tuple[int, ...]], what: Any, size: int) -> tuple[int, ...]:
-    """Tokenise; what is long does not hold up others meanwhile."""
-    return encode(what) if size < _IN_A_THREAD_FROM else await asyncio.to_thread(encode, what)
+async def _encode(encode: Callable[[Any], tuple[int, ...]], content: Any, characters: int) -> tuple[int, ...]:
+    """Tokenize; a long text does not block the event loop."""
+    if characters < _MAX_INLINE_CHARACTERS:
+        return encode(content)
+    return await asyncio.to_thread(encode, content)
 
 
-def _is_true(header: str | None) -> bool:
+def _priority(header: str | None) -> bool:
     if header is None or header.lower() in ("false", "0"):
         return False
     if header.lower() in ("true", "1"):
@@ -241,7 +246,7 @@ def _is_true(header: str | None) -> bool:
     raise bad_request(f"X-Priority must be true or false, not {header!r}", "X-Priority")
 
 
-def _milliseconds(header: str | None) -> float | None:
+def _slo_ms(header: str | None) -> float | None:
     if header is None:
         return None
     try:
@@ -253,11 +258,11 @@ def _milliseconds(header: str | None) -> float | None:
     return value
 
 
-def _deployed(service: Service) -> list[str]:
-    endpoints = [one for one in service.endpoints() if one.status != "rejected"]
-    names = [one.model.spec.name for one in endpoints]
-    several = [address(one) for one in endpoints if names.count(one.model.spec.name) > 1]
-    return [*dict.fromkeys(names), *several]
+def _served_names(service: Service) -> list[str]:
+    endpoints = [endpoint for endpoint in service.endpoints() if endpoint.status != "rejected"]
+    models = [endpoint.model.spec.name for endpoint in endpoints]
+    addresses = [endpoint.address for endpoint in endpoints if models.count(endpoint.model.spec.name) > 1]
+    return [*dict.fromkeys(models), *addresses]
 
 
 def _model(name: str, service: Service) -> dict[str, Any]:

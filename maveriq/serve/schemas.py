@@ -1,10 +1,7 @@
-"""What clients send and get: the JSON bodies of the service's own routes.
+"""The JSON bodies of the HTTP API: what clients send and receive.
 
-What OpenAI clients send, and what of it maveriq can do.
-
-Every field of the official client is in one of three groups: it works; it has no effect here and does no
-harm; or it would change the answer in a way that maveriq cannot, and is refused unless it has the
-value that changes nothing.
+Each field of OpenAI's completion bodies is in one of three groups: supported; accepted without effect because it does
+no harm; or refused unless it has a value that changes nothing, because maveriq cannot do what it asks for.
 """
 
 from __future__ import annotations
@@ -21,23 +18,32 @@ from maveriq.serve.service import Endpoint
 from maveriq.serve.store import RequestRow, StoredModel
 
 _MAX_TOKENS = 1_000_000
-_MAX_BATCH = 10_000
+_MAX_BATCH_SIZE = 10_000
 _MAX_MS = 1e9
+_MAX_MESSAGES = 10_000
+_MAX_STOP_STRINGS = 4
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Milliseconds = Annotated[float, Field(gt=0, le=_MAX_MS, allow_inf_nan=False)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+RequestStatusName = Literal["accepted", "completed", "refused", "failed", "unfinished"]
 
 
 class Body(BaseModel):
-    """A body in which nothing unknown may stand, so that a slip of the pen is not passed over."""
+    """A JSON body that rejects unknown fields, so that a misspelled field is not silently ignored."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class RegisterModel(Body):
-    """Make a model known."""
+# Models
 
-    model: Name = Field(description="A name that maveriq knows, or the place of a config.json in the models folder.")
+
+class RegisterModel(Body):
+    """POST /models: register a model."""
+
+    model: Name = Field(description="A known model's name, or the path of a config.json in the models folder.")
 
 
 class ModelView(Body):
@@ -66,31 +72,34 @@ class ModelView(Body):
         )
 
 
-class CreateEndpoint(Body):
-    """Have a model served by intent; a model that is not registered is registered first."""
+# Endpoints
 
-    model: Name = Field(description="Name or number of a registered model, or what POST /models takes.")
+
+class CreateEndpoint(Body):
+    """POST /endpoints: serve a model by intent. A model that is not registered is registered first."""
+
+    model: Name = Field(description="Name or ID of a registered model, or what POST /models takes.")
     intent: Annotated[str, Field(max_length=64)] = Field(
         default="min-cost", description="min-cost, min-latency, min-memory, or min-gpu-cost."
     )
-    slo_ms: Milliseconds | None = Field(default=None, description="A whole request must be done in this time.")
+    slo_ms: Milliseconds | None = Field(default=None, description="Objective for the latency of a request.")
     min_accuracy: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
-        default=0.0, description="In percent of the float16 model's."
+        default=0.0, description="In percent of the float16 model's accuracy."
     )
-    float16_only: bool = Field(default=False, description="No quantised weights.")
+    float16_only: bool = Field(default=False, description="No quantized weights.")
     placement: Annotated[str, Field(max_length=64)] | None = Field(
-        default=None, description="hybrid, packing, llf or none; the service's where nothing is said."
+        default=None, description="hybrid, packing, llf or none; default: the server's policy."
     )
-    batch_size: Annotated[int, Field(ge=1, le=_MAX_BATCH)] = Field(
-        default=1, description="Requests that an engine serves at once, at most."
+    batch_size: Annotated[int, Field(ge=1, le=_MAX_BATCH_SIZE)] = Field(
+        default=1, description="Maximum number of requests that an engine runs at once."
     )
     output_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] = Field(
-        default=20, description="Length of a typical output; also what a request gets that asks for no length."
+        default=20, description="Typical length of an output; also the default of max_tokens."
     )
 
 
 class DeploymentView(Body):
-    """A deployment: one replica of an endpoint, served by one engine."""
+    """A deployment: one replica of an endpoint, run by one engine."""
 
     id: int
     configuration: str
@@ -140,18 +149,18 @@ class EndpointView(Body):
     @classmethod
     def of(cls, endpoint: Endpoint) -> EndpointView:
         """Return the view of an endpoint."""
-        requested, deployments = endpoint.stored.request, endpoint.deployments
+        request, deployments = endpoint.stored.request, endpoint.deployments
         return cls(
             id=endpoint.endpoint_id,
             model=endpoint.model.spec.name,
             model_id=endpoint.model.model_id,
-            intent=requested.intent.objective.value,
-            slo_ms=None if requested.intent.slo_s is None else requested.intent.slo_s * 1e3,
-            min_accuracy=requested.intent.min_accuracy,
-            float16_only=requested.intent.float16_only,
+            intent=request.intent.objective.value,
+            slo_ms=None if request.intent.slo_s is None else request.intent.slo_s * 1e3,
+            min_accuracy=request.intent.min_accuracy,
+            float16_only=request.intent.float16_only,
             placement=endpoint.stored.placement or None,
-            batch_size=requested.batch_size,
-            output_tokens=requested.output_tokens,
+            batch_size=request.batch_size,
+            output_tokens=request.output_tokens,
             status=endpoint.status,
             reason="; ".join(deployment.reason for deployment in deployments if deployment.reason),
             waiting=sum(deployment.waiting for deployment in deployments),
@@ -160,11 +169,11 @@ class EndpointView(Body):
         )
 
 
-RequestStatusName = Literal["accepted", "completed", "refused", "failed", "unfinished"]
+# Requests, health, errors
 
 
 class RequestView(Body):
-    """An accepted request; times are seconds since 1970."""
+    """An accepted request; times are in seconds since 1970."""
 
     id: str
     model: str
@@ -195,7 +204,7 @@ class RequestView(Body):
 
 
 class HealthView(Body):
-    """Whether the service is as it should be."""
+    """The health of the service."""
 
     status: Literal["ready", "degraded", "stopping"]
     problems: list[str]
@@ -204,7 +213,7 @@ class HealthView(Body):
 
 
 class ErrorDetail(Body):
-    """What went wrong, in OpenAI's shape."""
+    """An error in OpenAI's shape."""
 
     message: str
     type: str
@@ -213,31 +222,19 @@ class ErrorDetail(Body):
 
 
 class ErrorView(Body):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorView}, "5XX": {"model": ErrorView}}
-"""What a route answers where it cannot do what it is asked; FastAPI's own 422 is one of them and becomes a 400."""
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorView}, "5XX": {"model": ErrorView}}
+"""The error responses of every route, for the OpenAPI schema. FastAPI's own 422 becomes a 400."""
 
 
-def micros_of(slo_ms: float | None, slo_s: float | None) -> int:
-    """Return a request's SLO in µs: its own, else its endpoint's, else 0 for none."""
-    if slo_ms is not None:
-        return max(1, round(slo_ms * 1e3))
-    return 0 if slo_s is None else max(1, round(slo_s * 1e6))
+# Completions, as OpenAI clients send them
 
-
-_MAX_MESSAGES = 10_000
-_MAX_STOPS = 4
-
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-
-# Values that change nothing; anything else is refused.
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+# Values of unsupported fields that change nothing; other values are refused.
+_ALLOWED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -260,35 +257,35 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(Body):
-    """What a stream carries besides text."""
+    """What a stream contains in addition to text."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(default=None, description="Without effect.")
+    include_obfuscation: bool | None = Field(default=None, description="No effect.")
 
 
-class Generation(Body):
-    """What both kinds of completion take."""
+class GenerationRequest(Body):
+    """The fields that text and chat completions share."""
 
-    model: Name = Field(description="A model with an endpoint, or MODEL@ENDPOINT_ID for one endpoint.")
+    model: Name = Field(description="A model with an endpoint, or MODEL@ENDPOINT_ID for one of its endpoints.")
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Tokens to generate; the endpoint's output length where nothing is said."
+        default=None, description="Tokens to generate; default: the endpoint's output_tokens."
     )
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    priority: bool = Field(default=False, description="maveriq's: go to the head of the queue.")
-    slo_ms: Milliseconds | None = Field(default=None, description="maveriq's: be done in this time.")
-    ignore_eos: bool = Field(default=False, description="vLLM's: go on after the model's end token.")
-    return_token_ids: bool = Field(default=False, description="vLLM's: the tokens, beside the text.")
+    priority: bool = Field(default=False, description="maveriq extension: go to the head of the queue.")
+    slo_ms: Milliseconds | None = Field(default=None, description="maveriq extension: objective for the latency.")
+    ignore_eos: bool = Field(default=False, description="vLLM extension: continue after the end token.")
+    return_token_ids: bool = Field(default=False, description="vLLM extension: return token IDs with the text.")
 
-    temperature: float | None = Field(default=None, description="Without effect: engines take the likeliest token.")
-    top_p: float | None = Field(default=None, description="Without effect.")
-    seed: int | None = Field(default=None, description="Without effect.")
-    user: str | None = Field(default=None, description="Without effect.")
-    metadata: dict[str, str] | None = Field(default=None, description="Without effect.")
-    store: bool | None = Field(default=None, description="Without effect.")
-    service_tier: str | None = Field(default=None, description="Without effect.")
+    temperature: float | None = Field(default=None, description="No effect: decoding is greedy.")
+    top_p: float | None = Field(default=None, description="No effect.")
+    seed: int | None = Field(default=None, description="No effect.")
+    user: str | None = Field(default=None, description="No effect.")
+    metadata: dict[str, str] | None = Field(default=None, description="No effect.")
+    store: bool | None = Field(default=None, description="No effect.")
+    service_tier: str | None = Field(default=None, description="No effect.")
 
     n: Any = Field(default=None, description="Only 1.")
     logprobs: Any = Field(default=None, description="Not supported.")
@@ -296,63 +293,65 @@ class Generation(Body):
     frequency_penalty: Any = Field(default=None, description="Only 0.")
     logit_bias: Any = Field(default=None, description="Not supported.")
 
-    def check(self) -> None:
-        """Refuse what would change the answer in a way that maveriq cannot.
+    def check_supported(self) -> None:
+        """Refuse unsupported fields whose values would change the result.
 
         Raises:
-            ApiError: such a field, by its name.
+            ApiError: there is such a field; the error names it.
         """
-        for field, harmless in _HARMLESS.items():
+        for field, allowed_values in _ALLOWED_VALUES.items():
             value = getattr(self, field, None)
-            # To Python 0 is False; to a client no log-probabilities and the likeliest one's are two things.
-            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
-                allowed = " or ".join(json.dumps(one) for one in harmless if one is not None)
-                instead = f"; it may only be {allowed}" if allowed else ""
-                raise bad_request(f"{field} is not supported{instead}", field, code="unsupported_parameter")
+            # False == 0 in Python, but `logprobs: 0` asks for log probabilities and `logprobs: false` does not.
+            if not any(
+                value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in allowed_values
+            ):
+                allowed_text = " or ".join(json.dumps(allowed) for allowed in allowed_values if allowed is not None)
+                hint = f"; it may only be {allowed_text}" if allowed_text else ""
+                raise bad_request(f"{field} is not supported{hint}", field, code="unsupported_parameter")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options needs stream to be true", "stream_options")
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """How many tokens the client asks for at most, None if it does not say."""
+    def requested_tokens(self) -> int | None:
+        """The maximum number of output tokens, or None for the endpoint's default."""
         return self.max_tokens
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether the stream is to end with the counts of tokens."""
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)] = Field(
-        description="A text, or token ids. A list may hold one prompt."
+        description="A text or token IDs; a list may have one prompt."
     )
     best_of: Any = Field(default=None, description="Only 1.")
     echo: Any = Field(default=None, description="Not supported.")
     suffix: Any = Field(default=None, description="Not supported.")
 
-    def one_prompt(self) -> str | list[int]:
-        """Return the prompt.
+    def single_prompt(self) -> str | list[int]:
+        """Return the prompt: a text or token IDs.
 
         Raises:
             ApiError: there are several.
         """
         if isinstance(self.prompt, str):
             return self.prompt
-        numbers = [one for one in self.prompt if isinstance(one, int)]
-        if numbers:
-            return numbers
+        token_ids = [token_id for token_id in self.prompt if isinstance(token_id, int)]
+        if token_ids:
+            return token_ids
         if len(self.prompt) > 1:
             raise bad_request("give one prompt per request", "prompt", code="unsupported_parameter")
-        [only] = self.prompt
-        return only if isinstance(only, (str, list)) else [only]
+        [prompt] = self.prompt
+        return prompt if isinstance(prompt, (str, list)) else [prompt]
 
 
 class TextPart(Body):
@@ -370,23 +369,23 @@ class ChatMessage(Body):
     name: str | None = None
     refusal: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Return role and text."""
+    def to_dict(self) -> dict[str, str]:
+        """Return `role` and `content`, as chat templates take them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text}
 
 
-class ChatCompletionRequest(Generation):
+class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    reasoning_effort: str | None = Field(default=None, description="Without effect.")
-    verbosity: str | None = Field(default=None, description="Without effect.")
-    parallel_tool_calls: bool | None = Field(default=None, description="Without effect.")
-    prompt_cache_key: str | None = Field(default=None, description="Without effect.")
-    safety_identifier: str | None = Field(default=None, description="Without effect.")
+    reasoning_effort: str | None = Field(default=None, description="No effect.")
+    verbosity: str | None = Field(default=None, description="No effect.")
+    parallel_tool_calls: bool | None = Field(default=None, description="No effect.")
+    prompt_cache_key: str | None = Field(default=None, description="No effect.")
+    safety_identifier: str | None = Field(default=None, description="No effect.")
 
     top_logprobs: Any = Field(default=None, description="Not supported.")
     tools: Any = Field(default=None, description="Not supported.")
@@ -400,6 +399,6 @@ class ChatCompletionRequest(Generation):
     web_search_options: Any = Field(default=None, description="Not supported.")
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """How many tokens the client asks for at most; the newer name wins."""
+    def requested_tokens(self) -> int | None:
+        """The maximum number of output tokens; `max_completion_tokens` takes precedence over `max_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -1,4 +1,4 @@
-"""A service: what is registered and deployed, what is in flight, over the life of a server."""
+"""The service behind the HTTP API: its models, its endpoints, its requests in flight, and how it starts and stops."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store, StoredEndpoint, StoredModel, StoreError
 
 _LOG = logging.getLogger(__name__)
-_LAST_WORDS_S = 5.0
+_FINAL_STATUSES_S = 5.0  # to store final statuses after the engines have stopped
 _UP = "up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """An endpoint and the deployments that serve it."""
+    """A snapshot of an endpoint and the deployments that serve it."""
 
     stored: StoredEndpoint
     model: StoredModel
@@ -35,18 +35,23 @@ class Endpoint:
 
     @property
     def endpoint_id(self) -> int:
-        """Its number."""
+        """The ID of the endpoint."""
         return self.stored.endpoint_id
 
     @property
+    def address(self) -> str:
+        """The model name that addresses this endpoint only: `MODEL@ENDPOINT_ID`."""
+        return f"{self.model.spec.name}@{self.endpoint_id}"
+
+    @property
     def status(self) -> str:
-        """`up` if any engine is, else what the first engine is; `waiting` before it is decided on."""
+        """`up` if a deployment is up, else the status of the first deployment; `waiting` before there is one."""
         statuses = [deployment.status for deployment in self.deployments]
         return _UP if _UP in statuses else (statuses or ["waiting"])[0]
 
 
 class Service:
-    """Serves one cluster from one state file. All of it is used from one event loop."""
+    """Serves one cluster from one state file. All methods are called from one event loop."""
 
     def __init__(
         self,
@@ -59,189 +64,194 @@ class Service:
         """Connect the parts; `start` makes them work.
 
         Args:
-            cluster: serves; it is closed by `stop`.
-            store: remembers; it is closed by `stop`.
+            cluster: runs the requests; `stop` closes it.
+            store: the state that survives a restart; `stop` closes it.
             settings: the limits.
             placements: the policy of `cluster`; it receives the overrides of endpoints.
             models: the registered models.
         """
         self.settings = settings
-        self.metrics = Metrics()
-        self.models = models
-        self.tracker = RequestLifecycle(cluster, store, self.metrics, maximum=settings.max_in_flight)
         self.store = store
+        self.models = models
+        self.metrics = Metrics()
+        self.requests = RequestLifecycle(cluster, store, self.metrics, max_in_flight=settings.max_in_flight)
         self.started_s = int(time.time())
         self._cluster = cluster
         self._placements = placements
         self._endpoints: dict[int, StoredEndpoint] = {}
-        self._changing = asyncio.Lock()
-        self._notes: set[asyncio.Task[None]] = set()
+        self._changing = asyncio.Lock()  # held while models or endpoints change
+        self._plan_writes: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
-        self._end_grace_period = asyncio.Event()
+        self._grace_period_ended = asyncio.Event()
 
-    # Life
+    # Start and stop
 
     async def start(self) -> None:
-        """Bring back what was deployed, and end what an earlier life left open."""
-        lost = await self.store.end_all_of_last_life()
-        if lost:
-            _LOG.warning("%d accepted requests had no end when the server stopped; they are marked failed", lost)
+        """Restore models and endpoints, and fail the requests that a crash interrupted.
+
+        Raises:
+            StoreError: the state file cannot be read or written.
+        """
+        interrupted = await self.store.fail_interrupted_requests()
+        if interrupted:
+            _LOG.warning("%d requests were in flight when the server last stopped; they are marked failed", interrupted)
         await self.models.restore()
         for model in self.models:
-            self.metrics.model_known(model.spec.name)
-        self._placements.on_decision(self._note_plans)
-        stored = await self.store.endpoints()
-        # Those with a plan first, so that no new decision takes their place.
-        for one in sorted(stored, key=lambda one: not one.plans):
-            self._endpoints[one.endpoint_id] = one
-            if one.plans:
-                self._placements.pin(one.endpoint_id, one.plans)
-            self._ask(one)
-        self.metrics.watch(self._cluster.progress, self.tracker.__len__)
+            self.metrics.add_model(model.spec.name)
+        self._placements.on_decision(self._store_plans)
+        # Endpoints with plans first, so that new decisions do not take their GPUs.
+        for stored in sorted(await self.store.endpoints(), key=lambda stored: not stored.plans):
+            self._endpoints[stored.endpoint_id] = stored
+            if stored.plans:
+                self._placements.pin(stored.endpoint_id, stored.plans)
+            self._deploy(stored)
+        self.metrics.add_cluster(self._cluster.progress, self.requests.__len__)
 
     async def stop(self) -> None:
-        """Take nothing in any more, let what runs end within its time, stop all engines. May be called twice."""
-        self.tracker.open = False
+        """Refuse new requests, let requests in flight end within the grace period, stop all engines.
+
+        It may be called twice.
+        """
+        self.requests.open = False
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
     def end_grace_period(self) -> None:
-        """Do not wait for what runs any longer."""
-        self._end_grace_period.set()
+        """Let `stop` continue without waiting for requests in flight."""
+        self._grace_period_ended.set()
 
     async def _stop(self) -> None:
-        ends = [asyncio.create_task(self.tracker.drained()), asyncio.create_task(self._end_grace_period.wait())]
-        await asyncio.wait(ends, timeout=self.settings.grace_period_s, return_when=asyncio.FIRST_COMPLETED)
-        for one in ends:
-            one.cancel()
+        waits = [asyncio.create_task(self.requests.drained()), asyncio.create_task(self._grace_period_ended.wait())]
+        await asyncio.wait(waits, timeout=self.settings.grace_period_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         await self._cluster.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.tracker.drained(), _LAST_WORDS_S)
-        await asyncio.gather(*self._notes, return_exceptions=True)
+            await asyncio.wait_for(self.requests.drained(), _FINAL_STATUSES_S)
+        await asyncio.gather(*self._plan_writes, return_exceptions=True)
         self.store.close()
 
-    # Endpoints
+    # Models and endpoints
 
     async def unregister_model(self, model_id: int) -> None:
-        """Take a model out of the register.
+        """Remove a model from the registry.
 
         Raises:
-            ApiError: there is none of that number, or it is deployed.
+            ApiError: there is no such model, or it has endpoints.
         """
         async with self._changing:
-            deployed = any(one.model_id == model_id for one in self._endpoints.values())
-            await self.models.unregister(model_id, deployed=deployed)
+            has_endpoints = any(stored.model_id == model_id for stored in self._endpoints.values())
+            await self.models.unregister(model_id, has_endpoints=has_endpoints)
 
     async def create_endpoint(self, model: StoredModel, request: EndpointRequest, placement: str) -> Endpoint:
-        """Ask for a model to be served.
+        """Create an endpoint; `placement` is the name of its placement policy, or empty for the server's.
 
         Raises:
-            ApiError: no such placement, too many endpoints, the server stops.
-            StoreError: the state cannot be written.
+            ApiError: there is no such placement, there are too many endpoints, or the server is stopping.
+            StoreError: the state file cannot be written.
         """
         async with self._changing:
-            if not self.tracker.open:
+            if not self.requests.open:
                 raise ApiError(503, "the server is stopping", code="server_stopping")
             if len(self._endpoints) >= self.settings.max_endpoints:
-                told = f"{self.settings.max_endpoints} endpoints exist, which is the maximum; remove one first"
-                raise ApiError(409, told, code="too_many_endpoints")
-            self.models.by_id(model.model_id)  # it may have been forgotten meanwhile
+                message = f"{self.settings.max_endpoints} endpoints exist, which is the maximum; remove one first"
+                raise ApiError(409, message, code="too_many_endpoints")
+            self.models.by_id(model.model_id)  # raises if it was unregistered in the meantime
             names = self._placements.by_name
             if placement and placement not in names:
-                told = f"unknown placement {placement!r}{did_you_mean(placement, names)} (known: {', '.join(names)})"
-                raise bad_request(told, "placement")
+                hint = did_you_mean(placement, names)
+                raise bad_request(f"unknown placement {placement!r}{hint} (known: {', '.join(names)})", "placement")
             endpoint_id = await self.store.add_endpoint(model.model_id, request, placement)
             stored = StoredEndpoint(
                 endpoint_id=endpoint_id, model_id=model.model_id, request=request, placement=placement
             )
             self._endpoints[endpoint_id] = stored
-            self.metrics.model_known(model.spec.name)
-            self._ask(stored)
-            return self._view(stored)
+            self.metrics.add_model(model.spec.name)
+            self._deploy(stored)
+            return self._snapshot(stored)
 
     async def remove_endpoint(self, endpoint_id: int) -> None:
-        """Take an endpoint away: what runs is finished, what waits is refused.
+        """Remove an endpoint: running requests finish, waiting requests are refused.
 
         Raises:
-            ApiError: there is none.
-            StoreError: the state cannot be written.
+            ApiError: there is no such endpoint.
+            StoreError: the state file cannot be written.
         """
         async with self._changing:
             self.endpoint(endpoint_id)
             await self.store.remove_endpoint(endpoint_id)
             del self._endpoints[endpoint_id]
             self._placements.forget(endpoint_id)
-            with contextlib.suppress(InputError):  # it never got so far
+            with contextlib.suppress(InputError):  # the cluster has not seen it yet
                 self._cluster.remove(endpoint_id)
 
     def endpoint(self, endpoint_id: int) -> Endpoint:
-        """Return an endpoint as it is now.
+        """Return a snapshot of an endpoint.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is no such endpoint.
         """
         if endpoint_id not in self._endpoints:
             raise not_found("endpoint", f"there is no endpoint {endpoint_id}; list them with GET /endpoints")
-        return self._view(self._endpoints[endpoint_id])
+        return self._snapshot(self._endpoints[endpoint_id])
 
     def endpoints(self) -> list[Endpoint]:
-        """Return all endpoints, in the order of their numbers."""
-        return [self._view(self._endpoints[endpoint_id]) for endpoint_id in sorted(self._endpoints)]
+        """Return snapshots of all endpoints, ordered by ID."""
+        return [self._snapshot(self._endpoints[endpoint_id]) for endpoint_id in sorted(self._endpoints)]
 
-    def target(self, text: str) -> Endpoint:
-        """Return the endpoint that is to serve a request for `MODEL` or `MODEL@ENDPOINT`.
+    def endpoint_for(self, name: str) -> Endpoint:
+        """Return the endpoint for a request to `MODEL` or `MODEL@ENDPOINT_ID`.
 
-        Of several endpoints of one model, one that is up and has the fewest requests in flight.
+        Among several endpoints of a model: one that is up and has the fewest requests in flight.
 
         Raises:
-            ApiError: nothing of that name is deployed.
+            ApiError: no endpoint has this name.
         """
         endpoints = self.endpoints()
-        meant = [one for one in endpoints if text in (one.model.spec.name, address(one))]
-        if not meant:
-            names = {name for one in endpoints for name in (one.model.spec.name, address(one))}
-            told = f"model {text!r} is not deployed{did_you_mean(text, names)}; GET /v1/models lists what is"
-            raise not_found("model", told)
-        return min(meant, key=lambda one: (one.status != _UP, self.tracker.waiting_for(one.endpoint_id)))
+        matches = [endpoint for endpoint in endpoints if name in (endpoint.model.spec.name, endpoint.address)]
+        if not matches:
+            names = {name for endpoint in endpoints for name in (endpoint.model.spec.name, endpoint.address)}
+            hint = did_you_mean(name, names)
+            raise not_found("model", f"model {name!r} is not deployed{hint}; GET /v1/models lists those that are")
+        return min(
+            matches,
+            key=lambda endpoint: (endpoint.status != _UP, self.requests.in_flight_at(endpoint.endpoint_id)),
+        )
 
     def problems(self) -> list[str]:
-        """Return what is not as it should be, in words; empty where all is well."""
-        now = self._cluster.progress()
-        told = [f"GPU {gpu.gpu_id} is down" for gpu in now.gpus if gpu.down]
-        told += [
-            f"endpoint {one.endpoint_id} ({one.model.spec.name}) is {one.status}"
-            for one in self.endpoints()
-            if one.status in ("down", "rejected")
+        """Return what is wrong, one sentence each; empty if the service is healthy."""
+        problems = [f"GPU {gpu.gpu_id} is down" for gpu in self._cluster.progress().gpus if gpu.down]
+        problems += [
+            f"endpoint {endpoint.endpoint_id} ({endpoint.model.spec.name}) is {endpoint.status}"
+            for endpoint in self.endpoints()
+            if endpoint.status in ("down", "rejected")
         ]
-        return told if self.tracker.store_works else [*told, "the state file cannot be written"]
+        if not self.requests.store_works:
+            problems.append("the state file cannot be written")
+        return problems
 
-    def _ask(self, stored: StoredEndpoint) -> None:
+    def _deploy(self, stored: StoredEndpoint) -> None:
         if stored.placement:
-            with contextlib.suppress(InputError):  # a name that this life of the service does not know: the usual one
+            with contextlib.suppress(InputError):  # a restored endpoint whose placement no longer exists: the default
                 self._placements.place_by(stored.endpoint_id, stored.placement)
         self._cluster.deploy(stored.request, endpoint_id=stored.endpoint_id)
 
-    def _view(self, stored: StoredEndpoint) -> Endpoint:
+    def _snapshot(self, stored: StoredEndpoint) -> Endpoint:
         deployments: Iterable[DeploymentStatus] = ()
-        with contextlib.suppress(InputError):  # not decided on yet
+        with contextlib.suppress(InputError):  # the policy has not decided yet
             deployments = self._cluster.endpoint(stored.endpoint_id)
         return Endpoint(stored=stored, model=self.models.by_id(stored.model_id), deployments=tuple(deployments))
 
-    def _note_plans(self, endpoint_id: int, plans: Plans) -> None:
-        """Write down how an endpoint was deployed, without holding up whoever decided it."""
+    def _store_plans(self, endpoint_id: int, plans: Plans) -> None:
+        """Store the plans of an endpoint in the background."""
 
-        async def note() -> None:
+        async def write() -> None:
             try:
                 await self.store.set_plans(endpoint_id, plans)
             except StoreError as error:
-                _LOG.warning("endpoint %d may come back elsewhere after a restart: %s", endpoint_id, error)
+                _LOG.warning("endpoint %d may move to other GPUs after a restart: %s", endpoint_id, error)
 
-        task = asyncio.get_running_loop().create_task(note())
-        self._notes.add(task)
-        task.add_done_callback(self._notes.discard)
-
-
-def address(endpoint: Endpoint) -> str:
-    """Return the name that means this endpoint alone."""
-    return f"{endpoint.model.spec.name}@{endpoint.endpoint_id}"
+        task = asyncio.get_running_loop().create_task(write())
+        self._plan_writes.add(task)
+        task.add_done_callback(self._plan_writes.discard)

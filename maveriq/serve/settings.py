@@ -1,4 +1,4 @@
-"""What a service allows: its limits, its secret, its folders."""
+"""Settings of a service: limits, timeouts, the token, and the models folder."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from maveriq.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """Limits of a service, and who may use it.
+    """Limits of a service and who may use it.
 
     Args:
-        token: what every request must carry; None serves everybody who can reach a loopback address.
-        models_folder: models may be read from here, and from nowhere else; None for known models alone.
-        max_in_flight: accepted requests that have not ended; more are told to come back (429).
-        max_body_bytes: a longer body is not read (413).
-        body_timeout_s: a body must be there in this time (408).
-        max_prompt_tokens: of one request.
-        max_output_tokens: of one request.
-        max_endpoints: at a time.
-        max_models: registered at a time.
-        grace_period_s: on the way down, what runs gets so long to end.
-        kept_requests: so many ended requests keep their status.
+        token: every request must carry it; None serves everyone who can reach the loopback address.
+        models_folder: the only folder from which models are read; None allows known models only.
+        max_in_flight: accepted requests that have not ended; more get 429.
+        max_body_bytes: size of an HTTP body; a longer one gets 413.
+        body_timeout_s: time within which a body must arrive; a slower one gets 408.
+        max_prompt_tokens: tokens of one prompt.
+        max_output_tokens: tokens of one output.
+        max_endpoints: endpoints at a time.
+        max_models: registered models at a time.
+        grace_period_s: time for running requests to finish at shutdown.
+        kept_requests: number of ended requests whose status is kept.
 
     Raises:
-        InputError: a limit that is not positive, or an empty token.
+        InputError: a limit is not positive, or the token is empty.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -42,9 +42,9 @@ class ServeSettings:
     kept_requests: int = 100_000
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
             if isinstance(value, (int, float)) and not 0 < value < float("inf"):
-                raise InputError(f"{one.name} must be positive, not {value}")
+                raise InputError(f"{setting.name} must be positive, not {value}")
         if self.token is not None and not self.token.strip():
-            raise InputError("the token is empty; put at least one character into it")
+            raise InputError("the token is empty; it needs at least one character")

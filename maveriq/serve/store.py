@@ -1,6 +1,7 @@
-"""One thread that owns an SQLite file: all that waits is done in one transaction, safe on disk.
+"""The state file: an SQLite database with the models, the endpoints, and every accepted request with its status.
 
-What must survive a restart: models, endpoints, and each accepted request with its status.
+`Store` has a method for each change and query. `SqliteJobWriter` runs them in a thread that owns the file, and
+answers when they are on disk.
 """
 
 from __future__ import annotations
@@ -26,150 +27,10 @@ from maveriq.policy.pinned import Plans
 
 T = TypeVar("T")
 
-_MAX_IN_ONE_GO = 512
-
-
-class StoreError(MaveriqError):
-    """The state file cannot be written or read now."""
-
-
-class JobWriter(Protocol):
-    """Runs jobs on an SQLite file; `Writer` says how."""
-
-    async def do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a job and wait until what it wrote is safe."""
-
-    def close(self) -> None:
-        """Do what waits, then close the file."""
-
-
-Prepare: TypeAlias = Callable[[sqlite3.Connection], None]
-OpenWriter: TypeAlias = Callable[[Path, Prepare], JobWriter]
-
-
-class _Job(Generic[T]):
-    """Something to do with the file, and who waits for it."""
-
-    __slots__ = ("done", "error", "result", "work")
-
-    def __init__(self, work: Callable[[sqlite3.Connection], T], done: asyncio.Future[T]) -> None:
-        self.work = work
-        self.done = done
-        self.result: T | None = None
-        self.error: Exception | None = None
-
-    def deliver(self) -> None:
-        if self.done.done():  # nobody waits any more
-            return
-        if self.error is not None:
-            self.done.set_exception(self.error)
-        else:
-            self.done.set_result(self.result)  # type: ignore[arg-type]  # the work has set it
-
-
-class Writer:
-    """Runs jobs on an SQLite file in their order, and answers when they are safe on disk.
-
-    Jobs that come while a transaction is under way share the next one, so that many requests cost
-    few flushes. Another process cannot open the file meanwhile.
-    """
-
-    def __init__(self, path: Path, prepare: Prepare) -> None:
-        """Open or make the file.
-
-        Args:
-            path: of the file; its folder must be there.
-            prepare: brings the tables up to date, in a transaction.
-
-        Raises:
-            InputError: it cannot be opened, is no such file, or another process holds it.
-        """
-        self._path = path
-        self._closed = False
-        self._file = _open(path, prepare)
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="maveriq-state", daemon=True)
-        self._thread.start()
-
-    async def do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a job and wait until what it wrote is safe on disk.
-
-        Raises:
-            StoreError: the file cannot be written or read, or is closed.
-        """
-        if self._closed:
-            raise StoreError(f"state file {str(self._path)!r} is closed")
-        job: _Job[T] = _Job(work, asyncio.get_running_loop().create_future())
-        self._jobs.put(job)
-        return await job.done
-
-    def close(self) -> None:
-        """Do what waits, then close the file. May be called twice."""
-        self._closed = True
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        open_ = True
-        while open_:
-            jobs = [self._jobs.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(jobs) < _MAX_IN_ONE_GO:
-                    jobs.append(self._jobs.get_nowait())
-            open_ = None not in jobs
-            self._in_one_go([job for job in jobs if job is not None])
-        self._file.close()
-
-    def _in_one_go(self, jobs: list[_Job[Any]]) -> None:
-        try:
-            self._file.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                job.result = job.work(self._file)
-            self._file.execute("COMMIT")
-        except Exception as error:  # whatever it is, those who wait must hear of it
-            with contextlib.suppress(sqlite3.Error):
-                self._file.execute("ROLLBACK")
-            for job in jobs:
-                job.error = StoreError(f"state file {str(self._path)!r} cannot be used: {error}; make room or mend it")
-        for job in jobs:
-            with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody waits
-                job.done.get_loop().call_soon_threadsafe(job.deliver)
-
-
-def _open(path: Path, prepare: Prepare) -> sqlite3.Connection:
-    what = f"state file {str(path)!r}"
-    try:
-        file = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise InputError(f"{what} cannot be opened: {error}; name a file in a folder that exists") from None
-    try:
-        # Alone with the file: two services on one state would each believe in its own engines.
-        file.execute("PRAGMA locking_mode = EXCLUSIVE")
-        file.execute("PRAGMA journal_mode = WAL")
-        file.execute("PRAGMA synchronous = FULL")
-        file.execute("PRAGMA foreign_keys = ON")
-        file.execute("BEGIN IMMEDIATE")
-        prepare(file)
-        file.execute("COMMIT")
-    except sqlite3.Error as error:
-        file.close()
-        if "locked" in str(error):
-            raise InputError(f"{what} is in use by another maveriq serve; stop that one or name another file") from None
-        raise InputError(f"{what} cannot be used: {error}; name another file") from None
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-__all__ = ["EndedRequest", "RequestRow", "Store", "StoreError", "StoredEndpoint", "StoredModel"]
-
-STOPPED_FIRST = "the server stopped first"
-"""Why an accepted request failed that had no end when the server's last life ended."""
+INTERRUPTED = "the server stopped before the request ended"
+"""The reason of a request that was in flight when the server crashed."""
 
 _VERSION = 2
-_PRUNE_EVERY = 1_000
-
 _TABLES = """
 CREATE TABLE models (
     model_id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -198,14 +59,19 @@ CREATE TABLE requests (
 );
 CREATE INDEX requests_by_status ON requests (status, number);
 """
-
+_REQUEST_COLUMNS = "request_id, model, endpoint_id, accepted_s, prompt_tokens, status, reason, output_tokens, ended_s"
 _ACCEPTED = "accepted"
-_COLUMNS = "request_id, model, endpoint_id, accepted_s, prompt_tokens, status, reason, output_tokens, ended_s"
+_PRUNE_EVERY = 1_000
+_MAX_JOBS_PER_TRANSACTION = 512
+
+
+class StoreError(MaveriqError):
+    """The state file cannot be read or written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredModel:
-    """A registered model; `folder` is where its files lie, empty for one of the catalogue."""
+    """A registered model; `folder` has its files and is empty for a known model."""
 
     model_id: int
     spec: ModelSpec
@@ -214,9 +80,14 @@ class StoredModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEndpoint:
-    """An endpoint as it was asked for; `plans` as it was last decided on, empty if it never was.
+    """An endpoint.
 
-    `placement` is the placement that its developer named, empty for the service's.
+    Args:
+        endpoint_id: never used again after the endpoint is removed.
+        model_id: of its model.
+        request: what was requested.
+        placement: name of its placement policy; empty for the server's.
+        plans: of its deployments, from the last decision of the policy; empty before the first.
     """
 
     endpoint_id: int
@@ -228,9 +99,9 @@ class StoredEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRow:
-    """An accepted request: `status` is `accepted` until it ends, then one of the four final ones.
+    """An accepted request: `status` is `accepted` until it ends, then one of the four final statuses.
 
-    Times are seconds since 1970; `ended_s` is None until it ends.
+    Times are in seconds since 1970; `ended_s` is None until it ends.
     """
 
     request_id: str
@@ -255,87 +126,90 @@ class EndedRequest:
 
 
 class Store:
-    """The state file. Every method returns when what it says is safe on disk.
+    """The state file. Every method returns when its change is on disk.
 
     Raises:
         InputError: the file cannot be used (construction).
-        StoreError: the file cannot be written or read (all methods).
+        StoreError: the file cannot be read or written (all methods).
     """
 
-    def __init__(self, path: Path, *, kept_requests: int = 100_000, writer: OpenWriter = Writer) -> None:
-        """Open or make the file; `writer` opens what does the work."""
-        self._kept = kept_requests
-        self._ends = 0
-        self._writer = writer(path, _prepare)
+    def __init__(self, path: Path, *, kept_requests: int = 100_000, open_writer: OpenWriter | None = None) -> None:
+        """Open or create the file; `open_writer` replaces `SqliteJobWriter` in tests."""
+        self._kept_requests = kept_requests
+        self._ended_requests = 0
+        self._writer: JobWriter = (open_writer or SqliteJobWriter)(path, _prepare)
 
     def close(self) -> None:
-        """Close the file. May be called twice."""
+        """Close the file. It may be called twice."""
         self._writer.close()
 
     # Models
 
     async def add_model(self, spec: ModelSpec, folder: str) -> StoredModel:
-        """Register a model under the next number."""
+        """Add a model with a new ID."""
 
-        def add(file: sqlite3.Connection) -> int:
-            values = (spec.name, _json(spec), folder)
-            return _new_id(file.execute("INSERT INTO models (name, spec, folder) VALUES (?, ?, ?)", values))
+        def insert(database: sqlite3.Connection) -> int:
+            values = (spec.name, _to_json(spec), folder)
+            return _new_id(database.execute("INSERT INTO models (name, spec, folder) VALUES (?, ?, ?)", values))
 
-        return StoredModel(model_id=await self._writer.do(add), spec=spec, folder=folder)
+        return StoredModel(model_id=await self._writer.run(insert), spec=spec, folder=folder)
 
     async def remove_model(self, model_id: int) -> None:
-        """Drop a model that no endpoint serves."""
+        """Remove a model that has no endpoints."""
 
-        def remove(file: sqlite3.Connection) -> None:
-            file.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
+        def delete(database: sqlite3.Connection) -> None:
+            database.execute("DELETE FROM models WHERE model_id = ?", (model_id,))
 
-        await self._writer.do(remove)
+        await self._writer.run(delete)
 
     async def models(self) -> list[StoredModel]:
-        """Return all models, in the order of their numbers."""
+        """Return all models, ordered by ID."""
 
-        def read(file: sqlite3.Connection) -> list[StoredModel]:
+        def select(database: sqlite3.Connection) -> list[StoredModel]:
+            rows = database.execute("SELECT model_id, spec, folder FROM models ORDER BY model_id")
             return [
-                StoredModel(model_id=number, spec=msgspec.json.decode(spec, type=ModelSpec), folder=folder)
-                for number, spec, folder in file.execute("SELECT model_id, spec, folder FROM models ORDER BY model_id")
+                StoredModel(model_id=model_id, spec=msgspec.json.decode(spec, type=ModelSpec), folder=folder)
+                for model_id, spec, folder in rows
             ]
 
-        return await self._writer.do(read)
+        return await self._writer.run(select)
 
     # Endpoints
 
     async def add_endpoint(self, model_id: int, request: EndpointRequest, placement: str) -> int:
-        """Note that an endpoint is wanted and return its number, which was never given before."""
+        """Add an endpoint and return its ID, which was never used before."""
 
-        def add(file: sqlite3.Connection) -> int:
-            values = (model_id, _json(request), placement, "[]")
+        def insert(database: sqlite3.Connection) -> int:
+            values = (model_id, _to_json(request), placement, "[]")
             return _new_id(
-                file.execute("INSERT INTO endpoints (model_id, request, placement, plans) VALUES (?, ?, ?, ?)", values)
+                database.execute(
+                    "INSERT INTO endpoints (model_id, request, placement, plans) VALUES (?, ?, ?, ?)", values
+                )
             )
 
-        return await self._writer.do(add)
+        return await self._writer.run(insert)
 
     async def set_plans(self, endpoint_id: int, plans: Plans) -> None:
-        """Note how an endpoint was deployed."""
+        """Set the plans of an endpoint's deployments."""
 
-        def update(file: sqlite3.Connection) -> None:
-            file.execute("UPDATE endpoints SET plans = ? WHERE endpoint_id = ?", (_json(plans), endpoint_id))
+        def update(database: sqlite3.Connection) -> None:
+            database.execute("UPDATE endpoints SET plans = ? WHERE endpoint_id = ?", (_to_json(plans), endpoint_id))
 
-        await self._writer.do(update)
+        await self._writer.run(update)
 
     async def remove_endpoint(self, endpoint_id: int) -> None:
-        """Note that an endpoint is not wanted any more."""
+        """Remove an endpoint."""
 
-        def remove(file: sqlite3.Connection) -> None:
-            file.execute("DELETE FROM endpoints WHERE endpoint_id = ?", (endpoint_id,))
+        def delete(database: sqlite3.Connection) -> None:
+            database.execute("DELETE FROM endpoints WHERE endpoint_id = ?", (endpoint_id,))
 
-        await self._writer.do(remove)
+        await self._writer.run(delete)
 
     async def endpoints(self) -> list[StoredEndpoint]:
-        """Return all endpoints that are wanted, in the order of their numbers."""
+        """Return all endpoints, ordered by ID."""
 
-        def read(file: sqlite3.Connection) -> list[StoredEndpoint]:
-            rows = file.execute(
+        def select(database: sqlite3.Connection) -> list[StoredEndpoint]:
+            rows = database.execute(
                 "SELECT endpoint_id, model_id, request, placement, plans FROM endpoints ORDER BY endpoint_id"
             )
             return [
@@ -349,96 +223,233 @@ class Store:
                 for endpoint_id, model_id, request, placement, plans in rows
             ]
 
-        return await self._writer.do(read)
+        return await self._writer.run(select)
 
     # Requests
 
     async def accept(self, row: RequestRow) -> bool:
-        """Note that a request was accepted; False if its id is taken."""
+        """Add an accepted request; return False if its ID is taken."""
 
-        def add(file: sqlite3.Connection) -> bool:
-            done = file.execute(
+        def insert(database: sqlite3.Connection) -> bool:
+            cursor = database.execute(
                 "INSERT INTO requests (request_id, model, endpoint_id, accepted_s, prompt_tokens, status, reason,"
                 " output_tokens) VALUES (?, ?, ?, ?, ?, ?, '', 0) ON CONFLICT DO NOTHING",
                 (row.request_id, row.model, row.endpoint_id, row.accepted_s, row.prompt_tokens, _ACCEPTED),
             )
-            return done.rowcount == 1
+            return cursor.rowcount == 1
 
-        return await self._writer.do(add)
+        return await self._writer.run(insert)
 
     async def end(self, ended: EndedRequest) -> None:
-        """Note how a request ended; of one that has ended before, the first end stays."""
-        self._ends += 1
-        prune = self._ends % _PRUNE_EVERY == 0
+        """Set the final status of a request. A request that already ended keeps its status."""
+        self._ended_requests += 1
+        prune = self._ended_requests % _PRUNE_EVERY == 0
 
-        def update(file: sqlite3.Connection) -> None:
-            file.execute(
+        def update(database: sqlite3.Connection) -> None:
+            database.execute(
                 "UPDATE requests SET status = ?, reason = ?, output_tokens = ?, ended_s = ?"
                 " WHERE request_id = ? AND status = ?",
                 (ended.status.label, ended.reason, ended.output_tokens, time.time(), ended.request_id, _ACCEPTED),
             )
             if prune:
-                file.execute(
+                database.execute(
                     "DELETE FROM requests WHERE status != ? AND number <= (SELECT max(number) FROM requests) - ?",
-                    (_ACCEPTED, self._kept),
+                    (_ACCEPTED, self._kept_requests),
                 )
 
-        await self._writer.do(update)
+        await self._writer.run(update)
 
-    async def end_all_of_last_life(self) -> int:
-        """Fail what was accepted and has no end; returns how many there were."""
+    async def fail_interrupted_requests(self) -> int:
+        """Fail the requests that a crash left without a final status; return their number."""
 
-        def update(file: sqlite3.Connection) -> int:
-            done = file.execute(
+        def update(database: sqlite3.Connection) -> int:
+            cursor = database.execute(
                 "UPDATE requests SET status = ?, reason = ?, ended_s = ? WHERE status = ?",
-                (RequestStatus.FAILED.label, STOPPED_FIRST, time.time(), _ACCEPTED),
+                (RequestStatus.FAILED.label, INTERRUPTED, time.time(), _ACCEPTED),
             )
-            return done.rowcount
+            return cursor.rowcount
 
-        return await self._writer.do(update)
+        return await self._writer.run(update)
 
     async def request(self, request_id: str) -> RequestRow | None:
-        """Return a request, None if there is none (or it ended long ago)."""
+        """Return a request, or None if its ID is unknown."""
 
-        def read(file: sqlite3.Connection) -> RequestRow | None:
-            found = file.execute(f"SELECT {_COLUMNS} FROM requests WHERE request_id = ?", (request_id,)).fetchone()  # noqa: S608
-            return None if found is None else _row(found)
+        def select(database: sqlite3.Connection) -> RequestRow | None:
+            query = f"SELECT {_REQUEST_COLUMNS} FROM requests WHERE request_id = ?"  # noqa: S608
+            values = database.execute(query, (request_id,)).fetchone()
+            return None if values is None else _request_row(values)
 
-        return await self._writer.do(read)
+        return await self._writer.run(select)
 
-    async def requests(self, *, status: str | None, maximum: int) -> list[RequestRow]:
-        """Return the last accepted requests, the newest first, perhaps only those of one status."""
+    async def requests(self, *, status: str | None, limit: int) -> list[RequestRow]:
+        """Return the latest accepted requests, newest first; with `status`, only those in it."""
         where, values = ("WHERE status = ?", (status,)) if status else ("", ())
 
-        def read(file: sqlite3.Connection) -> list[RequestRow]:
-            asked = f"SELECT {_COLUMNS} FROM requests {where} ORDER BY number DESC LIMIT ?"  # noqa: S608
-            return [_row(found) for found in file.execute(asked, (*values, maximum))]
+        def select(database: sqlite3.Connection) -> list[RequestRow]:
+            query = f"SELECT {_REQUEST_COLUMNS} FROM requests {where} ORDER BY number DESC LIMIT ?"  # noqa: S608
+            return [_request_row(row) for row in database.execute(query, (*values, limit))]
 
-        return await self._writer.do(read)
+        return await self._writer.run(select)
 
 
-def _prepare(file: sqlite3.Connection) -> None:
-    [version] = file.execute("PRAGMA user_version").fetchone()
+def _prepare(database: sqlite3.Connection) -> None:
+    """Create the tables of an empty file.
+
+    Raises:
+        InputError: the file has other tables.
+    """
+    [version] = database.execute("PRAGMA user_version").fetchone()
     if version == _VERSION:
         return
-    if version != 0 or file.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
+    if version != 0 or database.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
         raise InputError(
-            "the state file is of another program or another version of maveriq serve; name another file with --state"
+            "the state file is of another program or another version of maveriq serve; choose another with --state"
         )
     for statement in filter(str.strip, _TABLES.split(";")):
-        file.execute(statement)
-    file.execute(f"PRAGMA user_version = {_VERSION}")
+        database.execute(statement)
+    database.execute(f"PRAGMA user_version = {_VERSION}")
 
 
-def _json(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
 def _new_id(cursor: sqlite3.Cursor) -> int:
     if cursor.lastrowid is None:
-        raise sqlite3.DatabaseError("an inserted row has no number")
+        raise sqlite3.DatabaseError("an inserted row has no ID")
     return cursor.lastrowid
 
 
-def _row(found: tuple[Any, ...]) -> RequestRow:
-    return RequestRow(**dict(zip(_COLUMNS.split(", "), found, strict=True)))
+def _request_row(values: tuple[Any, ...]) -> RequestRow:
+    return RequestRow(**dict(zip(_REQUEST_COLUMNS.split(", "), values, strict=True)))
+
+
+class JobWriter(Protocol):
+    """Runs jobs on an SQLite database, as `SqliteJobWriter` does."""
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a job and return its result when its changes are on disk."""
+
+    def close(self) -> None:
+        """Run the jobs that wait, then close the file."""
+
+
+Prepare: TypeAlias = Callable[[sqlite3.Connection], None]
+OpenWriter: TypeAlias = Callable[[Path, Prepare], JobWriter]
+
+
+class SqliteJobWriter:
+    """Runs jobs on an SQLite file in order, in one thread.
+
+    Jobs that arrive during a transaction share the next one, so many requests need few flushes. The file is locked
+    against other processes.
+    """
+
+    def __init__(self, path: Path, prepare: Prepare) -> None:
+        """Open or create the file.
+
+        Args:
+            path: of the file; its folder must exist.
+            prepare: creates the tables, in a transaction.
+
+        Raises:
+            InputError: the file cannot be opened, is not a database, or is locked by another process.
+        """
+        self._path = path
+        self._closed = False
+        self._database = _open_database(path, prepare)
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()  # None: close
+        self._thread = threading.Thread(target=self._run_jobs, name="maveriq-state", daemon=True)
+        self._thread.start()
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a job and return its result when its changes are on disk.
+
+        Raises:
+            StoreError: the file cannot be read or written, or is closed.
+        """
+        if self._closed:
+            raise StoreError(f"state file {str(self._path)!r} is closed")
+        job: _Job[T] = _Job(work, asyncio.get_running_loop().create_future())
+        self._jobs.put(job)
+        return await job.future
+
+    def close(self) -> None:
+        """Run the jobs that wait, then close the file. It may be called twice."""
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run_jobs(self) -> None:
+        is_open = True
+        while is_open:
+            jobs = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(jobs) < _MAX_JOBS_PER_TRANSACTION:
+                    jobs.append(self._jobs.get_nowait())
+            is_open = None not in jobs
+            self._run_transaction([job for job in jobs if job is not None])
+        self._database.close()
+
+    def _run_transaction(self, jobs: list[_Job[Any]]) -> None:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                job.result = job.work(self._database)
+            self._database.execute("COMMIT")
+        except Exception as error:  # any error must reach the callers of `run`
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("ROLLBACK")
+            for job in jobs:
+                job.error = StoreError(
+                    f"state file {str(self._path)!r} cannot be used: {error}; free disk space or repair the file"
+                )
+        for job in jobs:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                job.future.get_loop().call_soon_threadsafe(job.set_future)
+
+
+class _Job(Generic[T]):
+    """A function to run on the database, and the future of its result."""
+
+    __slots__ = ("error", "future", "result", "work")
+
+    def __init__(self, work: Callable[[sqlite3.Connection], T], future: asyncio.Future[T]) -> None:
+        self.work = work
+        self.future = future
+        self.result: T | None = None
+        self.error: Exception | None = None
+
+    def set_future(self) -> None:
+        if self.future.done():  # cancelled
+            return
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)  # type: ignore[arg-type]  # `work` has set it
+
+
+def _open_database(path: Path, prepare: Prepare) -> sqlite3.Connection:
+    name = f"state file {str(path)!r}"
+    try:
+        database = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise InputError(f"{name} cannot be opened: {error}; choose a file in a folder that exists") from None
+    try:
+        # Exclusive, because two services on one state file would both start its endpoints.
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+        database.execute("BEGIN IMMEDIATE")
+        prepare(database)
+        database.execute("COMMIT")
+    except sqlite3.Error as error:
+        database.close()
+        if "locked" in str(error):
+            raise InputError(f"{name} is in use by another maveriq serve; stop it or choose another file") from None
+        raise InputError(f"{name} cannot be used: {error}; choose another file") from None
+    except BaseException:
+        database.close()
+        raise
+    return database

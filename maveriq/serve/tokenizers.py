@@ -1,4 +1,4 @@
-"""Text to token ids and back: a model's own tokenizer, else one of bytes that any model can take."""
+"""Tokenizers: a model's own `tokenizer.json`, or bytes for models that have none."""
 
 from __future__ import annotations
 
@@ -15,77 +15,77 @@ from maveriq.files import exists
 from maveriq.tables import read_text
 
 _BYTES = 256
-_SPECIAL = 3  # ids 0 to 2 are left to padding, end and unknown, as in byte-level models
-_PRINTABLE_FROM, _PRINTABLE = 33, 94
+_SPECIAL_TOKENS = 3  # IDs 0 to 2 are padding, end and unknown, as in byte-level models
+_FIRST_PRINTABLE, _PRINTABLE_CHARACTERS = 33, 94  # of ASCII
 
 
 class TextStream(Protocol):
-    """Turns one request's tokens into text as they come."""
+    """Decodes the output of one request token by token."""
 
-    def step(self, token_id: int) -> str:
-        """Return the text that is certain with this token; may be empty."""
+    def feed(self, token_id: int) -> str:
+        """Return the text that this token completes; it may be empty."""
 
-    def end(self) -> str:
-        """Return what was held back."""
+    def flush(self) -> str:
+        """Return the text that was held back."""
 
 
 class Tokenizer(Protocol):
-    """What the service needs of a tokenizer."""
+    """What the service needs from a tokenizer."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text of their own accord."""
+        """Tokens with which the model ends a text."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the ids of a text."""
+        """Return the token IDs of a text."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the ids of a conversation (`role` and `content` each) that the model is to continue."""
+        """Return the token IDs of messages with `role` and `content`, followed by the assistant's turn."""
 
     def stream(self) -> TextStream:
-        """Return a new stream for one request's output."""
+        """Return a new decoder for one output."""
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """Return the text of an output."""
+    """Return the text of token IDs."""
     stream = tokenizer.stream()
-    return "".join(map(stream.step, token_ids)) + stream.end()
+    return "".join(map(stream.feed, token_ids)) + stream.flush()
 
 
 def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return a conversation for a model without a template: `role: content` lines and an open last one."""
-    return "".join(f"{one['role']}: {one['content']}\n" for one in messages) + "assistant:"
+    """Return messages as `role: content` lines, for models without a chat template."""
+    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
 
 
 @dataclass(frozen=True, slots=True)
 class ByteTokenizer:
-    """A token per byte of UTF-8, for models without a tokenizer (random weights, emulated engines).
+    """One token per byte of UTF-8, for models without a tokenizer (random weights, emulated engines).
 
-    Byte b is id b + 3, or b modulo the vocabulary where that is too small. An id that stands for no byte
-    is shown as some printable character, so that every token can be seen.
+    Byte b has ID b + 3, or b modulo the vocabulary size if that is too small. An ID without a byte decodes to some
+    printable character, so that every token is visible.
     """
 
     vocab_size: int
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """None: what random weights say last means nothing."""
+        """None: outputs of random weights have no end token."""
         return ()
 
     @property
     def _offset(self) -> int:
-        return _SPECIAL if self.vocab_size >= _BYTES + _SPECIAL else 0
+        return _SPECIAL_TOKENS if self.vocab_size >= _BYTES + _SPECIAL_TOKENS else 0
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return an id per byte."""
+        """Return one ID per byte."""
         return tuple((byte + self._offset) % self.vocab_size for byte in text.encode())
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the bytes of the conversation in lines."""
+        """Return the bytes of `plain_chat`."""
         return self.encode(plain_chat(messages))
 
     def stream(self) -> TextStream:
-        """Return a stream that puts characters of several bytes together."""
+        """Return a decoder that joins the bytes of a character."""
         return _ByteStream(self._offset)
 
 
@@ -94,25 +94,25 @@ class _ByteStream:
         self._offset = offset
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def step(self, token_id: int) -> str:
+    def feed(self, token_id: int) -> str:
         byte = token_id - self._offset
         if not 0 <= byte < _BYTES:
-            byte = _PRINTABLE_FROM + token_id % _PRINTABLE
+            byte = _FIRST_PRINTABLE + token_id % _PRINTABLE_CHARACTERS
         return self._decoder.decode(bytes((byte,)))
 
-    def end(self) -> str:
+    def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
 
 def tokenizer_for(folder: str, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer that lies in a model's folder, else one of bytes.
+    """Return the tokenizer in a model's folder, or a byte tokenizer if there is none.
 
     Args:
-        folder: where the model's files lie; empty for none.
+        folder: with the model's files; empty for none.
         vocab_size: of the model.
 
     Raises:
-        InputError: there is a tokenizer that cannot be read, or the package `tokenizers` is missing for it.
+        InputError: `tokenizer.json` cannot be read, or the package `tokenizers` is not installed.
     """
     path = Path(folder) / "tokenizer.json"
     if not folder or not exists(path):
@@ -125,20 +125,20 @@ def tokenizer_for(folder: str, vocab_size: int) -> Tokenizer:
         ) from None
     try:
         inner = tokenizers.Tokenizer.from_str(read_text(path, what="tokenizer"))
-    except Exception as error:  # the package raises nothing more special
+    except Exception as error:  # the package raises plain Exception
         raise InputError(f"tokenizer {str(path)!r} cannot be read: {error}") from None
-    configured = _optional_json(path.with_name("tokenizer_config.json"))
-    ends = _end_ids(_optional_json(path.with_name("config.json")))
-    return _FileTokenizer(inner, ends, _chat_template(configured, str(path)))
+    config = _optional_json(path.with_name("tokenizer_config.json"))
+    end_tokens = _end_tokens(_optional_json(path.with_name("config.json")))
+    return _FileTokenizer(inner, end_tokens, _chat_template(config, str(path)))
 
 
 class _FileTokenizer:
-    """A tokenizer of the `tokenizers` package, with its model's chat template if there is one."""
+    """A tokenizer of the `tokenizers` package, with the model's chat template if it has one."""
 
-    def __init__(self, inner: Any, ends: tuple[int, ...], template: Callable[..., str] | None) -> None:
+    def __init__(self, inner: Any, end_tokens: tuple[int, ...], template: Callable[..., str] | None) -> None:
         self._inner = inner
         self._template = template
-        self.stop_token_ids = ends
+        self.stop_token_ids = end_tokens
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._inner.encode(text).ids)
@@ -146,7 +146,7 @@ class _FileTokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         if self._template is None:
             return self.encode(plain_chat(messages))
-        # A template writes the special tokens itself.
+        # A template adds the special tokens itself.
         return tuple(self._inner.encode(self._template(messages), add_special_tokens=False).ids)
 
     def stream(self) -> TextStream:
@@ -160,13 +160,13 @@ class _FileStream:
         self._inner = inner
         self._stream = DecodeStream(skip_special_tokens=True)
 
-    def step(self, token_id: int) -> str:
-        # Models are built with more ids than their tokenizer has; those have no text.
+    def feed(self, token_id: int) -> str:
+        # Models may have more IDs than their tokenizer; those have no text.
         with contextlib.suppress(Exception):
             return self._stream.step(self._inner, token_id) or ""
         return ""
 
-    def end(self) -> str:
+    def flush(self) -> str:
         return ""
 
 
@@ -174,21 +174,21 @@ def _optional_json(path: Path) -> Mapping[str, Any]:
     if not exists(path):
         return {}
     try:
-        found = json.loads(read_text(path, what="tokenizer's configuration"))
+        content = json.loads(read_text(path, what="tokenizer configuration"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not valid JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    said = config.get("eos_token_id")
-    ids = said if isinstance(said, list) else [said]
-    return tuple(one for one in ids if isinstance(one, int) and one >= 0)
+def _end_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    value = config.get("eos_token_id")
+    token_ids = value if isinstance(value, list) else [value]
+    return tuple(token_id for token_id in token_ids if isinstance(token_id, int) and token_id >= 0)
 
 
-def _chat_template(configured: Mapping[str, Any], where: str) -> Callable[..., str] | None:
-    """Return the chat template as a function; it comes with the model, so it runs in a sandbox."""
-    text = configured.get("chat_template")
+def _chat_template(config: Mapping[str, Any], path: str) -> Callable[..., str] | None:
+    """Return the chat template as a function. It comes with the model and is not trusted, so it runs in a sandbox."""
+    text = config.get("chat_template")
     if not isinstance(text, str):
         return None
     try:
@@ -196,21 +196,21 @@ def _chat_template(configured: Mapping[str, Any], where: str) -> Callable[..., s
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         return None
-    specials = {name: _special(configured, name) for name in ("bos_token", "eos_token")}
+    special_tokens = {name: _special_token(config, name) for name in ("bos_token", "eos_token")}
     try:
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
     except TemplateError as error:
-        raise InputError(f"the chat template beside {where!r} cannot be read: {error}") from None
+        raise InputError(f"the chat template next to {path!r} cannot be read: {error}") from None
 
     def render(messages: Sequence[Mapping[str, str]]) -> str:
         try:
-            return template.render(messages=messages, add_generation_prompt=True, **specials)
-        except Exception as error:  # templates raise what they like
-            raise InputError(f"the model's chat template cannot take these messages: {error}") from None
+            return template.render(messages=messages, add_generation_prompt=True, **special_tokens)
+        except Exception as error:  # a template can raise anything
+            raise InputError(f"the model's chat template cannot format these messages: {error}") from None
 
     return render
 
 
-def _special(configured: Mapping[str, Any], name: str) -> str:
-    said = configured.get(name)
-    return str(said.get("content", "")) if isinstance(said, dict) else str(said or "")
+def _special_token(config: Mapping[str, Any], name: str) -> str:
+    value = config.get(name)
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")

@@ -68,12 +68,12 @@ class Disk:
 
 @dataclass
 class File:
-    """`maveriq.serve.store.DoesJobs` in one life."""
+    """`maveriq.serve.store.JobWriter` in one life."""
 
     disk: Disk
     power: Power
 
-    async def do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         return await self.disk.do(work, self.power)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Clients:
             output_tokens=self._chance.whole(1, MAX_TOKENS),
         )
         try:
-            accepted = await service.tracker.accept(MODEL.name, submission, None)
+            accepted = await service.requests.accept(MODEL.name, submission, None)
         except ApiError:
             return
         self.told[accepted.row.request_id] = None
@@ -165,9 +165,9 @@ class Clients:
 
     async def _follow(self, accepted: AcceptedRequest, service: Service) -> None:
         if self._chance.happens(0.1):
-            service.tracker.cancel(accepted)
+            service.requests.cancel(accepted)
         ended = await asyncio.shield(accepted.outcome)
-        if service.tracker.store_works:
+        if service.requests.store_works:
             self.told[accepted.row.request_id] = ended.status.label
 
     def certain(self, endpoints: set[int]) -> set[int]:
@@ -227,8 +227,8 @@ async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clie
     assert clients.certain(clients.endpoints) <= back, "an endpoint did not come back"
     await clients.use(service)
     disk.rough = False
-    await service.tracker.drained()
-    rows = {row.request_id: row for row in await service.store.requests(status=None, maximum=100_000)}
+    await service.requests.drained()
+    rows = {row.request_id: row for row in await service.store.requests(status=None, limit=100_000)}
     await service.stop()
     await asyncio.sleep(5)
     for request_id, told in clients.told.items():
@@ -254,6 +254,6 @@ async def _starts(service: Service) -> bool:
 def _service(chance: Chance, machine: Machine, disk: Disk, power: Power) -> Service:
     placements = PinnedPlacementPolicy(default=Anywhere(chance))
     body = body_on(chance, machine, placements, power)
-    store = Store(Path("state"), writer=disk.open(power))
+    store = Store(Path("state"), open_writer=disk.open(power))
     models = ModelRegistry(store, folder=None, max_models=ServeSettings().max_models)
     return Service(body, store, ServeSettings(), placements, models)

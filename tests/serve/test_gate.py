@@ -104,7 +104,7 @@ def test_what_is_loopback() -> None:
 
 def test_a_port_in_use_is_said_in_a_line() -> None:
     taken = listen("127.0.0.1", 0, ServeSettings())
-    with pytest.raises(InputError, match=r"port \d+: Address already in use; name another with --port"):
+    with pytest.raises(InputError, match=r"port \d+: Address already in use; choose another with --port"):
         listen("127.0.0.1", taken.getsockname()[1], ServeSettings())
     taken.close()
     with pytest.raises(InputError, match="cannot be found"):
@@ -137,7 +137,7 @@ def test_headers_without_end(narrow: Running) -> None:
 def test_a_head_that_does_not_come(
     narrow: Running, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
 ) -> None:
-    monkeypatch.setattr(server, "HEAD_S", 0.1)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.1)
     with _connected(narrow) as wire:
         if before:
             wire.sendall(before)
@@ -151,7 +151,7 @@ def test_a_head_that_does_not_come(
 
 
 def test_a_slow_answer_is_waited_for(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_S", 0.1)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.1)
     with narrow.client() as http:
         for _ in range(2):
             answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 6})
@@ -187,7 +187,7 @@ def test_a_full_queue_says_when_to_come_back(narrow: Running) -> None:
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert late.get("/health").json()["in_flight"] == 1, "what is not accepted takes no place"
         assert "[DONE]" in "".join(lines)
-        until(lambda: len(narrow.service.tracker) == 0)
+        until(lambda: len(narrow.service.requests) == 0)
         assert http.post("/v1/completions", json=body | {"max_tokens": 1}).status_code == 200
 
 

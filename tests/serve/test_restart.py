@@ -17,7 +17,7 @@ import pytest
 from running import MODEL, running, until
 
 from maveriq.errors import InputError
-from maveriq.serve.store import STOPPED_FIRST, Store
+from maveriq.serve.store import INTERRUPTED, Store
 
 LIVE = Path(__file__).with_name("live.py")
 CLIENTS = 8
@@ -84,7 +84,7 @@ def test_killed_in_the_middle_of_load(state: Path) -> None:
     with process(state, step=0.002) as (_, url), httpx.Client(base_url=url, timeout=20) as http:
         rows = {row["id"]: row for row in http.get("/requests", params={"limit": 1000}).json()}
         assert {row["status"] for row in rows.values()} == {"completed", "failed"}
-        assert {row["reason"] for row in rows.values()} == {"", STOPPED_FIRST}
+        assert {row["reason"] for row in rows.values()} == {"", INTERRUPTED}
         for name, came_to in seen.items():
             if came_to == "completed":
                 assert rows[name]["status"] == "completed", "what a client was told is what is remembered"
@@ -104,7 +104,7 @@ def test_told_to_stop_it_finishes_what_it_took_in(state: Path) -> None:
             server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 0
     store = Store(state)
-    rows = {row.request_id: row for row in asyncio.run(store.requests(status=None, maximum=1000))}
+    rows = {row.request_id: row for row in asyncio.run(store.requests(status=None, limit=1000))}
     store.close()
     assert {row.status for row in rows.values()} == {"completed"}
     assert sum(one == "completed" for one in seen.values()) == len(rows)
@@ -126,7 +126,7 @@ def test_what_does_not_end_in_time_is_ended(state: Path, *, twice: bool) -> None
         assert time.monotonic() - begun_s < 5
     assert set(seen.values()) <= {"503", "sent"}, "told so, or cut off where the user was in a hurry"
     store = Store(state)
-    rows = asyncio.run(store.requests(status=None, maximum=1000))
+    rows = asyncio.run(store.requests(status=None, limit=1000))
     store.close()
     assert Counter(row.status for row in rows) == {"unfinished": CLIENTS}
 

@@ -90,7 +90,7 @@ def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
         ((*SERVE, "--token-file", "nowhere"), "token file"),
         ((*SERVE, "--policy", "alpaserve"), "unknown policy 'alpaserve'"),
         ((*SERVE, "--port", "70000"), "70000"),
-        ((*SERVE[:-1], "{taken}"), "Address already in use; name another with --port"),
+        ((*SERVE[:-1], "{taken}"), "Address already in use; choose another with --port"),
         (("console", "-c", "modles"), "did you mean 'models'"),
         (("console", "--url", "nonsense", "-c", "models"), "is not an HTTP URL"),
     ],

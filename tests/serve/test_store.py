@@ -15,7 +15,7 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.exec.live_cluster import EndpointRequest
 from maveriq.policy.policy import Deploy
 from maveriq.serve import store as store_module
-from maveriq.serve.store import STOPPED_FIRST, EndedRequest, RequestRow, Store, StoredEndpoint, StoredModel, StoreError
+from maveriq.serve.store import INTERRUPTED, EndedRequest, RequestRow, Store, StoredEndpoint, StoredModel, StoreError
 
 MODEL = load_model("falcon-7b")
 INTENT = Intent(objective=Objective.MIN_LATENCY, slo_s=0.5, min_accuracy=90.5, float16_only=True)
@@ -74,7 +74,7 @@ def test_a_request_ends_once(state: Path) -> None:
         assert not await store.accept(row("a"))
         await store.end(ended("a"))
         await store.end(ended("a", RequestStatus.FAILED))
-        assert await store.end_all_of_last_life() == 0
+        assert await store.fail_interrupted_requests() == 0
         assert not await store.accept(row("a"))
         found = await store.request("a")
         assert found is not None
@@ -87,10 +87,10 @@ def test_what_has_no_end_fails_in_the_next_life(state: Path) -> None:
     async def test(store: Store) -> None:
         await asyncio.gather(*(store.accept(row(name)) for name in "abc"))
         await store.end(ended("b"))
-        assert await store.end_all_of_last_life() == 2
-        failed = await store.requests(status="failed", maximum=10)
-        assert {(one.request_id, one.reason) for one in failed} == {("a", STOPPED_FIRST), ("c", STOPPED_FIRST)}
-        assert len(await store.requests(status=None, maximum=2)) == 2
+        assert await store.fail_interrupted_requests() == 2
+        failed = await store.requests(status="failed", limit=10)
+        assert {(one.request_id, one.reason) for one in failed} == {("a", INTERRUPTED), ("c", INTERRUPTED)}
+        assert len(await store.requests(status=None, limit=2)) == 2
 
     with_store(state, test)
 
@@ -103,7 +103,7 @@ def test_only_the_last_ended_are_kept_but_all_that_are_open(state: Path, monkeyp
         for number in range(10):
             await store.accept(row(str(number)))
             await store.end(ended(str(number)))
-        kept = [one.request_id for one in await store.requests(status=None, maximum=100)]
+        kept = [one.request_id for one in await store.requests(status=None, limit=100)]
         assert kept == ["9", "8", "7", "open"]
 
     with_store(state, test, kept=3)
@@ -115,7 +115,7 @@ def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
             def set_it(file: sqlite3.Connection) -> None:
                 file.execute(f"PRAGMA max_page_count = {count}")
 
-            await store._writer.do(set_it)
+            await store._writer.run(set_it)
 
         await store.accept(row("before"))
         await max_pages(1)  # which SQLite takes to mean: no more than there are
@@ -123,7 +123,7 @@ def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
         full = [one for one in told if isinstance(one, StoreError)]
         assert full
         assert "database or disk is full" in str(full[0])
-        assert len(await store.requests(status=None, maximum=1_000)) == 501 - len(full), "who heard yes is there"
+        assert len(await store.requests(status=None, limit=1_000)) == 501 - len(full), "who heard yes is there"
         await max_pages(1_000_000)
         assert await store.accept(row("after"))
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
 def test_a_job_that_fails_hangs_nobody(state: Path) -> None:
     async def test(store: Store) -> None:
         told = await asyncio.gather(
-            store._writer.do(lambda _file: 1 // 0), store.accept(row("a")), return_exceptions=True
+            store._writer.run(lambda _file: 1 // 0), store.accept(row("a")), return_exceptions=True
         )
         assert isinstance(told[0], StoreError)
         assert (await store.request("a") is not None) == (told[1] is True)

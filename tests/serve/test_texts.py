@@ -42,7 +42,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 @given(PIECES, STOPS)
 def test_a_stream_stops_where_the_whole_text_does(pieces: list[str], stops: list[str]) -> None:
     scanner = StopStrings(stops)
-    shown = "".join(map(scanner.step, pieces)) + scanner.end()
+    shown = "".join(map(scanner.feed, pieces)) + scanner.flush()
     ends = [at for at in map("".join(pieces).find, stops) if at >= 0]
     whole = "".join(pieces)
     if ends:
@@ -60,7 +60,7 @@ def test_what_is_shown_is_never_taken_back_nor_needlessly_held(pieces: list[str]
     scanner, seen, shown = StopStrings(stops), "", ""
     for piece in pieces:
         seen += piece
-        shown += scanner.step(piece)
+        shown += scanner.feed(piece)
         assert seen.startswith(shown)
         if scanner.stopped:
             break

@@ -32,7 +32,7 @@ class World:
         self.cluster = FakeCluster(placements(), token_s=token_s)
         self.store = Store(folder / "state.db")
         self.metrics = Metrics()
-        self.tracker = RequestLifecycle(self.cluster, self.store, self.metrics, maximum=6)
+        self.tracker = RequestLifecycle(self.cluster, self.store, self.metrics, max_in_flight=6)
         asked = EndpointRequest(
             model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
         )
@@ -43,7 +43,7 @@ class World:
         return await self.tracker.accept("llama-2-7b", submission, name)
 
     async def rows(self) -> list[RequestRow]:
-        return await self.store.requests(status=None, maximum=1_000)
+        return await self.store.requests(status=None, limit=1_000)
 
 
 @asynccontextmanager
@@ -75,7 +75,7 @@ class Chaos:
         if len(self.one.tracker) < 6:
             self.accepted.append(await self.one.send())
         else:
-            with pytest.raises(ApiError, match="which is the most"):
+            with pytest.raises(ApiError, match="which is the maximum"):
                 await self.one.send()
 
     async def client_goes(self) -> None:
@@ -147,7 +147,7 @@ def test_an_id_that_is_taken() -> None:
     async def test() -> None:
         async with world() as one:
             await one.send("mine")
-            with pytest.raises(ApiError, match="'mine' already"):
+            with pytest.raises(ApiError, match="'mine' is taken"):
                 await one.send("mine")
             await one.tracker.drained()
             assert [row.status for row in await one.rows()] == ["completed"]
@@ -198,10 +198,10 @@ class FailingStore(Store):
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        monkeypatch.setattr("maveriq.serve.requests._TRY_AGAIN_S", 0.01)
+        monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
         async with world() as one:
             store = FailingStore(tmp_path / "other.db")
-            tracker = RequestLifecycle(one.cluster, store, one.metrics, maximum=6)
+            tracker = RequestLifecycle(one.cluster, store, one.metrics, max_in_flight=6)
             one.tracker = tracker
             store.full = "accept"
             with pytest.raises(ApiError, match="the disk is full") as error:
@@ -245,7 +245,7 @@ def test_the_metrics_say_what_happened() -> None:
             outcomes = [await each.outcome for each in (first, second, third)]
             one.cluster.breaks = 1
             await (await one.send(slo_us=10_000_000)).outcome
-            one.metrics.watch(one.cluster.progress, one.tracker.__len__)
+            one.metrics.add_cluster(one.cluster.progress, one.tracker.__len__)
             assert value(one, "maveriq_requests_accepted_total", model="llama-2-7b") == 4
             assert value(one, "maveriq_requests_total", model="llama-2-7b", status="completed") == 3
             assert value(one, "maveriq_requests_total", model="llama-2-7b", status="failed") == 1
