@@ -6,10 +6,10 @@ PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
 .DEFAULT_GOAL := help
-.PHONY: help sim test check lint bench soak wheel clean
+.PHONY: help sim test test-heavy test-all check lint bench soak wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(PACKAGE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "maveriq needs Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 1; }
@@ -25,8 +25,17 @@ $(TOOLS): $(PACKAGE)
 sim: $(PACKAGE) ## replay the Azure code trace on eight simulated A6000 under MaverIQ
 	$(BIN)/maveriq sim $(ARGS)
 
-test: $(TOOLS) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+# Processes that share the tests; 0 runs them in one process.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: $(TOOLS) ## run the tests but the heavy ones, on all cores
+	$(PYTEST) -m "not heavy" $(ARGS)
+
+test-heavy: $(TOOLS) ## run the heavy tests alone
+	$(PYTEST) -m heavy $(ARGS)
+
+test-all: test test-heavy ## run all tests
 
 lint: $(TOOLS) ## format, style, types, and the direction of imports
 	$(BIN)/ruff format --check .
@@ -34,7 +43,7 @@ lint: $(TOOLS) ## format, style, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint wheel test ## all that CI runs
+check: lint wheel test-all ## lint, wheel and all tests: what CI runs
 
 wheel: $(TOOLS) ## build the wheel and run it in an empty environment
 	$(BIN)/python scripts/check_wheel.py
@@ -42,7 +51,7 @@ wheel: $(TOOLS) ## build the wheel and run it in an empty environment
 bench: $(TOOLS) ## measure speed and memory; prints ratios taken in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-soak: $(TOOLS) ## 10,000 simulated runs of the executor under random faults
+soak: $(TOOLS) ## random search: 10,000 simulated runs under faults, then the laws on random examples
 	$(BIN)/python scripts/soak.py $(ARGS)
 
 clean: ## remove the environment and everything built

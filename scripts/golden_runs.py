@@ -1,7 +1,8 @@
-"""Runs the runs of tests/golden/runs.toml and compares their tables with the recorded SHA-256.
+"""Simulate the runs of tests/golden/runs.toml and compare the SHA-256 of their tables with the recorded hashes.
 
-`python scripts/golden_runs.py` prints what differs and exits with 1; `--record` writes the hashes anew.
-A table is hashed twice: whole, and with its `reason` column left out, whose wording may improve.
+`python scripts/golden_runs.py` prints the differences and exits with 1 if there are any; `--record` replaces the hashes.
+Each table is hashed twice: with all its columns, and without the `reason` column, whose wording may change.
+The header line, with the names of the columns, is not hashed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TABLES = ("requests.csv", "deployments.csv", "gpus.csv")
+
+Hashes: TypeAlias = dict[str, dict[str, str]]
+"""By table and by what was hashed: "rows" or "rows without reason"."""
 
 
 def main() -> int:
@@ -30,38 +34,45 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write hashes.json")
     parser.add_argument("--only", default="", help="a part of the names of the runs")
     arguments = parser.parse_args()
-    runs = tomllib.loads((GOLDEN / "runs.toml").read_text())
-    chosen = {name: options for name, options in runs.items() if arguments.only in name}
+    chosen = [name for name in runs() if arguments.only in name]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = dict(zip(chosen, threads.map(hashes, chosen.values()), strict=True))
-    path = GOLDEN / "hashes.json"
+        found = dict(zip(chosen, threads.map(hashes, chosen), strict=True))
     if arguments.record:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        (GOLDEN / "hashes.json").write_text(json.dumps(found, indent=1) + "\n")
         return 0
-    recorded = json.loads(path.read_text())
-    different = [
-        f"{name}: {table} differs in {part}"
-        for name in chosen
-        for table in TABLES
-        for part, value in found[name][table].items()
-        if recorded[name][table][part] != value
-    ]
+    different = [line for name in chosen for line in differences(name, found[name])]
     print("\n".join(different) or f"{len(chosen)} runs: all tables as recorded")
     return bool(different)
 
 
-def hashes(options: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Run `maveriq sim` with options and return each table's hashes."""
-    words = [word for name, value in options.items() for word in _words(name, value)]
+def runs() -> dict[str, dict[str, Any]]:
+    """Return the options of each run."""
+    return tomllib.loads((GOLDEN / "runs.toml").read_text())
+
+
+def differences(name: str, found: Hashes) -> list[str]:
+    """Compare a run's hashes with the recorded ones; return a line for each difference."""
+    recorded = json.loads((GOLDEN / "hashes.json").read_text())[name]
+    return [
+        f"{name}: {table} differs in {part}"
+        for table in TABLES
+        for part, value in found[table].items()
+        if recorded[table][part] != value
+    ]
+
+
+def hashes(name: str) -> Hashes:
+    """Run `maveriq sim` with the options of a run and return the hashes of its tables."""
+    options = [word for option, value in runs()[name].items() for word in _arguments(option, value)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "maveriq", "sim", *words, "--quiet", "--out", str(out)]
+        command = [sys.executable, "-m", "maveriq", "sim", *options, "--quiet", "--out", str(out)]
         subprocess.run(command, check=True, cwd=GOLDEN)  # noqa: S603  (the tree's own command)
         return {table: _table_hashes((out / table).read_text()) for table in TABLES}
 
 
-def _words(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
+def _arguments(option: str, value: Any) -> list[str]:
+    flag = f"--{option.replace('_', '-')}"
     if value is True:
         return [flag]
     return [word for each in (value if isinstance(value, list) else [value]) for word in (flag, str(each))]

@@ -1,11 +1,21 @@
-"""Fixtures that all tests share."""
+"""Fixtures that all tests share, and hypothesis' profiles.
+
+"ci" is the default: the same examples in every run. "soak" draws at random and keeps failing examples in .hypothesis;
+`make soak` uses it.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from maveriq.files import measured_data_path
+
+SLOW_MACHINE = (HealthCheck.too_slow,)
+settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=SLOW_MACHINE)
+settings.register_profile("soak", deadline=None, print_blob=True, suppress_health_check=SLOW_MACHINE)
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.scenario.system import ServingSystem
 
 T = TypeVar("T")
-TIMEOUT_S = 60.0  # for what takes milliseconds, or a library some seconds to load: a test machine may be busy
+TIMEOUT_S = 120.0  # generous: what takes milliseconds, or a library seconds to load, takes longer on a busy machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,13 @@ def run_async(test: Callable[[], Awaitable[T]]) -> T:
 
 
 QUICK = SupervisionSettings(
-    start_s=10, ping_s=0.05, hang_timeout_s=1.0, stop_s=2.0, backoff_s=0.02, longest_backoff_s=0.1, max_restarts=3
+    start_s=TIMEOUT_S,
+    ping_s=0.05,
+    hang_timeout_s=TIMEOUT_S,
+    stop_s=TIMEOUT_S,
+    backoff_s=0.02,
+    longest_backoff_s=0.1,
+    max_restarts=3,
 )
 
 

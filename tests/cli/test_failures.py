@@ -172,7 +172,7 @@ def test_the_installed_command_does_the_same(tmp_path: Path, command: str, code:
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=60,
+        timeout=300,
         check=False,
         # A shell that starts a job in the background lets it ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

@@ -8,18 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
+from exec_rigs import TIMEOUT_S
 
 CHILD = """
 import os, sys, time
 from maveriq.exec.engine_server import exit_with_parent
 exit_with_parent()
 print(os.getpid(), flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 PARENT = f"""
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", {CHILD!r}])
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -30,7 +31,7 @@ def test_a_stopped_engine_dies_with_its_executor() -> None:
         child = int(parent.stdout.readline())
         os.kill(child, signal.SIGSTOP)
         parent.kill()
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + TIMEOUT_S
         while is_alive(child):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

@@ -7,6 +7,7 @@ import socket
 import hypothesis.strategies as st
 import msgspec
 import pytest
+from exec_rigs import TIMEOUT_S
 from hypothesis import given, settings
 
 from maveriq.exec.engine_server import EngineServer
@@ -125,7 +126,7 @@ async def host_told(*frames: bytes) -> int:
     host = EngineServer(StreamChannel(reader, writer, decode_to_engine), "emulated")
     running = asyncio.create_task(host.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(TIMEOUT_S):
             for frame in frames:
                 our_writer.write(frame)
             our_writer.close()

@@ -27,7 +27,7 @@ from maveriq.exec.engines.torch.rank import memory_errors
 from maveriq.exec.messages import Generate
 
 ROOT = Path(__file__).parents[2]
-DEATH_BOUND_S = 5.0
+DEATH_BOUND_S = 60.0  # seconds are usual; a test machine may be busy
 
 
 @pytest.fixture

@@ -135,9 +135,9 @@ class World:
 
     def __post_init__(self) -> None:
         self.places = [[None] * self.tp for _ in range(self.pp)]
-        self.barriers = [threading.Barrier(self.tp, timeout=30) for _ in range(self.pp)]
+        self.barriers = [threading.Barrier(self.tp, timeout=120) for _ in range(self.pp)]
         self.pipes = [[SimpleQueue() for _ in range(self.tp)] for _ in range(self.pp)]
-        self.all_there = threading.Barrier(self.tp * self.pp, timeout=30)
+        self.all_there = threading.Barrier(self.tp * self.pp, timeout=120)
         self.words = [True] * (self.tp * self.pp)
         self.tokens = [SimpleQueue() for _ in range(self.tp * self.pp)]
 
@@ -165,7 +165,7 @@ class ThreadLinks:
         self._world.pipes[self._part.stage + 1][self._part.place].put(x)
 
     def take(self, like: Any) -> Any:
-        got = self._world.pipes[self._part.stage][self._part.place].get(timeout=30)
+        got = self._world.pipes[self._part.stage][self._part.place].get(timeout=120)
         assert got.shape == like.shape
         assert got.dtype == like.dtype
         return got
@@ -174,7 +174,7 @@ class ThreadLinks:
         if self._part.last and self._part.place == 0:
             for told in self._world.tokens:
                 told.put(tokens)
-        return self._world.tokens[self._part.stage * self._part.tp + self._part.place].get(timeout=30)
+        return self._world.tokens[self._part.stage * self._part.tp + self._part.place].get(timeout=120)
 
     def agree(self, *, well: bool) -> bool:
         self._world.words[self._part.stage * self._part.tp + self._part.place] = well

@@ -20,6 +20,7 @@ from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
 
 MODEL = "llama-2-7b"
+TIMEOUT_S = 120.0  # generous: a test machine may be busy
 
 
 @dataclass
@@ -33,12 +34,12 @@ class Running:
     loop: asyncio.AbstractEventLoop
 
     def client(self, **more: object) -> httpx.Client:
-        return httpx.Client(**{"base_url": self.url, "timeout": 20, **more})  # type: ignore[arg-type]
+        return httpx.Client(**{"base_url": self.url, "timeout": TIMEOUT_S, **more})  # type: ignore[arg-type]
 
     def call(self, function: Callable[[], None]) -> None:
         done = threading.Event()
         self.loop.call_soon_threadsafe(lambda: (function(), done.set()))
-        assert done.wait(10)
+        assert done.wait(TIMEOUT_S)
 
     def deploy(self, model: str = MODEL, **more: object) -> int:
         with self.client() as http:
@@ -68,18 +69,18 @@ def running(state: Path, settings: ServeSettings | None = None, **cluster: float
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert ready.wait(10), "the server did not come up"
+    assert ready.wait(TIMEOUT_S), "the server did not come up"
     try:
         yield up[0]
     finally:
         up[0].loop.call_soon_threadsafe(ends[0].set_result, None)
-        thread.join(20)
+        thread.join(TIMEOUT_S)
         assert not thread.is_alive()
 
 
-def until(holds: Callable[[], bool], within_s: float = 10.0) -> None:
+def until(holds: Callable[[], bool]) -> None:
     """Wait until something holds."""
-    latest_s = time.monotonic() + within_s
+    latest_s = time.monotonic() + TIMEOUT_S
     while not holds():
         assert time.monotonic() < latest_s, "it never came"
         time.sleep(0.02)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import MODEL, Running, running, until
+from running import MODEL, TIMEOUT_S, Running, running, until
 
 from maveriq.errors import InputError
 from maveriq.serve import server
@@ -193,4 +193,4 @@ def test_a_full_queue_says_when_to_come_back(narrow: Running) -> None:
 
 def _connected(server: Running) -> socket.socket:
     host, _, port = server.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=TIMEOUT_S)

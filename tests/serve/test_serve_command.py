@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fakes import FakeCluster
-from running import MODEL, until
+from running import MODEL, TIMEOUT_S, until
 
 from maveriq.cli.app import app
 from maveriq.cli.ending import ending
@@ -60,24 +60,24 @@ def sample(http: httpx.Client, name: str) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
-    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=20) as http:
+    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
         assert http.post("/endpoints", json={"model": MODEL}).status_code == 201
-        until(lambda: http.get("/endpoints/1").json()["status"] == "up", 20)
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 7})
         assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 7)
         [engine] = engines_of(server.pid)
         os.kill(engine, signal.SIGKILL)
-        until(lambda: sample(http, "maveriq_engine_restarts_total") == 1, 20)
-        until(lambda: http.get("/endpoints/1").json()["status"] == "up", 20)
+        until(lambda: sample(http, "maveriq_engine_restarts_total") == 1)
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         [again] = engines_of(server.pid)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        assert server.wait(TIMEOUT_S) == 0
         assert not Path(f"/proc/{again}").exists(), "no engine outlives the server"
-    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=20) as http:
-        until(lambda: http.get("/endpoints/1").json()["status"] == "up", 20)
+    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         assert [row["status"] for row in http.get("/requests").json()] == ["completed"]
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
+        assert server.wait(TIMEOUT_S) == 0
 
 
 @pytest.mark.parametrize(

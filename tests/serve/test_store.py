@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakes import OneGpu, gpus
+from running import TIMEOUT_S
 
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
@@ -33,7 +34,7 @@ def ended(name: str, status: RequestStatus = RequestStatus.COMPLETED) -> EndedRe
 def with_store(path: Path, test: Callable[[Store], Awaitable[None]], *, kept: int = 100) -> None:
     store = Store(path, kept_requests=kept)
     try:
-        asyncio.run(asyncio.wait_for(test(store), 20))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(test(store), TIMEOUT_S))  # type: ignore[arg-type]
     finally:
         store.close()
 

@@ -12,6 +12,7 @@ from fakes import FakeCluster, placements
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from running import TIMEOUT_S
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.models import load_model
@@ -60,7 +61,7 @@ async def world(token_s: float = 0.0) -> AsyncIterator[World]:
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 20))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))  # type: ignore[arg-type]
 
 
 class Chaos:

@@ -1,0 +1,14 @@
+"""Results do not change: the tables of recorded runs, byte for byte."""
+
+import pytest
+from golden_runs import differences, hashes, runs
+
+QUICK_EVERY = 8  # `make test` takes one run in so many
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.heavy] if at % QUICK_EVERY else []) for at, name in enumerate(runs())],
+)
+def test_the_tables_are_as_recorded(name: str) -> None:
+    assert differences(name, hashes(name)) == []
