@@ -1,6 +1,7 @@
 """Every fault, made for real: what becomes of requests, and of the engines beside."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -53,14 +54,14 @@ def test_a_killed_engine_comes_back_and_its_request_is_run_again(tmp_path) -> No
     async def check() -> None:
         async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
             await up(one, 2)
-            handle, other = send(one, tokens=40), send(one, 2, tokens=60)
+            handle, other = send(one, tokens=200), send(one, 2, tokens=300)
             first = await first_token(handle)
             os.kill(pid_of(one), signal.SIGKILL)
             streamed = [token async for token in handle.tokens()]
             ended = await handle.outcome()
             assert (ended.status, ended.reason) == (COMPLETED, "")
             assert list(ended.tokens) == streamed
-            assert len(streamed) == 40
+            assert len(streamed) == 200
             assert streamed[0] == first
             assert one.controller.manager.deployments[1].generation == 2
             assert (await other.outcome()).status is COMPLETED
@@ -92,15 +93,16 @@ def test_a_request_that_kills_its_engine_twice_fails_and_the_next_is_served(tmp_
 
 def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
+        quick = dataclasses.replace(QUICK, hang_timeout_s=1.0)
+        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005, supervision=quick) as one:
             await up(one, 2)
-            handle = send(one, tokens=20)
+            handle = send(one, tokens=200)
             await first_token(handle)
             stopped = pid_of(one)
             os.kill(stopped, signal.SIGSTOP)
             assert (await send(one, 2).outcome()).status is COMPLETED
             assert (await handle.outcome()).status is COMPLETED
-            assert one.controller.manager.deployments[1].generation == 2
+            assert one.controller.manager.deployments[1].generation >= 2  # more on a machine that starves engines
             assert any("was not heard for 1 s" in note for note in one.notes.notes)
             await until(lambda: not alive_in_group(stopped))
 
@@ -111,7 +113,7 @@ def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
     async def check() -> None:
         async with body({1: [(0, 1, 2)]}, tmp_path, token_s=0.005) as one:
             await up(one)
-            handle = send(one, tokens=40)
+            handle = send(one, tokens=200)
             await first_token(handle)
             leader, group = pid_of(one), alive_in_group(pid_of(one))
             assert len(group) == 3
@@ -174,7 +176,7 @@ def test_removal_stops_the_engine_and_all_its_ranks(tmp_path) -> None:
     async def check() -> None:
         async with body({1: [(0, 1)]}, tmp_path, token_s=0.005) as one:
             await up(one)
-            running, waiting = send(one, tokens=20), send(one)
+            running, waiting = send(one, tokens=200), send(one)
             await first_token(running)
             group = pid_of(one)
             one.remove(1)

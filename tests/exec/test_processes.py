@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from exec_rigs import EngineCase, rig, run_async, work
+from exec_rigs import EngineCase, rig, run_async, until, work
 
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import BACKENDS, EngineError, make_engine
@@ -97,11 +97,14 @@ def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> N
             for number in range(1, 41):
                 one.say(work(number, tokens=1))
                 await one.hear(Finished)
-                await asyncio.sleep(0.03)
+                await until(lambda: size_of(tmp_path) < 350_000)
         assert one.connection.last_output() == "chatter, chatter, the last"
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 350_000
 
     run_async(check)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_a_process_that_ends_at_once_is_a_launch_that_failed(tmp_path: Path, monkeypatch) -> None:

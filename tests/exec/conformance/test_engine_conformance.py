@@ -3,8 +3,7 @@
 A new engine joins by a line in `ENGINES` of tests/exec_rigs.py.
 """
 
-import asyncio
-import time
+from pathlib import Path
 
 import pytest
 from exec_rigs import ENGINES, EngineCase, alive_in_group, rig, run_async, until, work
@@ -140,14 +139,12 @@ def test_nothing_can_be_executed_before_loading(case: EngineCase, tmp_path) -> N
 def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with rig(case, tmp_path) as one:
-            one.say(work(1, tokens=200, service_s=0.4))
+            one.say(work(1, tokens=10_000, service_s=20.0))
             await one.hear(StepProgress)
             steps = []
             for number in (1, 2):
-                requested_s = time.monotonic()
                 one.say(Ping(number=number))
                 pong = await one.hear(Pong)
-                assert time.monotonic() - requested_s < 1.0
                 assert pong.execution_id == 1
                 steps.append(pong.steps)
                 await one.hear(StepProgress)
@@ -185,7 +182,7 @@ def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         layers = (case.model.layers - 1, 1)
         async with rig(case, tmp_path, pp=2, layer_split=layers) as one:
-            one.say(work(1, tokens=100, service_s=1.0))
+            one.say(work(1, tokens=10_000, service_s=20.0))
             await one.hear(StepProgress)
             one.connection.channel.close()
             assert await one.exit_code() == STOPPED
@@ -213,12 +210,14 @@ def test_close_may_come_twice_and_at_any_time(case: EngineCase) -> None:
     engine.close()
 
 
-def test_a_process_starts_quickly_when_nothing_is_loaded(case: EngineCase, tmp_path) -> None:
-    """Also a backend with heavy libraries answers at once: they are imported when it loads."""
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_heavy_libraries_are_imported_when_it_loads(case: EngineCase, tmp_path) -> None:
+    """So that also a backend with heavy libraries answers at once."""
 
-    async def check() -> float:
-        started_s = time.monotonic()
-        async with rig(case, tmp_path, load=False):
-            return time.monotonic() - started_s
+    async def check() -> None:
+        async with rig(case, tmp_path, load=False) as one:
+            maps = Path(f"/proc/{one.connection.pid}/maps").read_text()
+            assert "python" in maps
+            assert not [name for name in ("libtorch", "numpy", "cuda") if name in maps]
 
-    assert min(asyncio.run(check()) for _ in range(3)) < 1.0
+    run_async(check)
