@@ -1,6 +1,7 @@
 """Simulate the runs of tests/golden/runs.toml and compare the SHA-256 of their tables with the recorded hashes.
 
-`python scripts/golden_runs.py` prints the differences and exits with 1 if there are any; `--record` replaces the hashes.
+`python scripts/golden_runs.py` prints the differences and exits with 1 if there are any. `--record` replaces the
+hashes.
 Each table is hashed twice: with all its columns, and without the `reason` column, whose wording may change.
 The header line, with the names of the columns, is not hashed.
 """
