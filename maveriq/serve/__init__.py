@@ -1,1 +1,1 @@
-"""The service: engines under one controller, kept up for users over HTTP."""
+"""The HTTP service: OpenAI's API for served models, endpoints by intent, state that survives restarts, metrics."""
