@@ -1,4 +1,1 @@
-"""The simulator: a SimPy clock that feeds the controller and answers with estimates.
-
-from maveriq.sim.simulator import simulate
-"""
+"""The simulator: a SimPy clock feeds the controller, and estimates take the place of engines."""

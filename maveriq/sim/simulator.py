@@ -1,8 +1,8 @@
-"""The simulator's main loop: a SimPy clock feeds the controller, estimates answer for engines.
+"""The simulator: a SimPy clock feeds the controller, and estimates take the place of engines.
 
-SimPy keeps the calendar; each timeout carries one event for the controller. Events of one
-instant are collected and handed over together, so that the order in which they were put on the
-calendar plays no part (the controller sorts them).
+SimPy holds the event queue; each timeout carries one event for the controller. Events of the same
+instant go to the controller together, and it sorts them, so that the order in which they were
+scheduled does not matter.
 """
 
 from __future__ import annotations
@@ -36,69 +36,67 @@ from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.scenario.system import ReplaySystem
-from maveriq.sim.contention import Due, contention_model
+from maveriq.sim.contention import ContentionModel, ScheduledEnd
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
-_STEPS_BETWEEN_LOOKS = 256
+_STEPS_BETWEEN_UPDATES = 256
 
 
-def simulate(scenario: ReplaySystem, watcher: Watcher | None = None) -> RunRecord:
-    """Run a scenario from its first event to its end and return what happened."""
-    return _Simulation(scenario, watcher).run()
+def simulate(system: ReplaySystem, watcher: Watcher | None = None) -> RunRecord:
+    """Simulate a run from its first event to its end, and return its record."""
+    return _Simulation(system, watcher).run()
 
 
 class _Simulation:
     """One run. SimPy's time is in whole microseconds."""
 
-    def __init__(self, scenario: ReplaySystem, watcher: Watcher | None) -> None:
-        arrivals = scenario.workload.arrivals
-        self._scenario = scenario
+    def __init__(self, system: ReplaySystem, watcher: Watcher | None) -> None:
+        arrivals = system.workload.arrivals
+        self._system = system
         self._watcher = watcher
         self._env = simpy.Environment()
-        self._controller = Controller(
-            scenario.cluster, scenario.policy, scenario.settings, scenario.predict_service_time
-        )
-        self._service = scenario.service_times
+        self._controller = Controller(system.cluster, system.policy, system.settings, system.predict_service_time)
+        self._service_times = system.service_times
         self._requests = requests_of(arrivals)
-        self._contention = contention_model(scenario.cluster, scenario.service_times.contention)
+        self._contention = ContentionModel(system.cluster, system.service_times.contention)
         self._left_to_arrive = len(arrivals)
-        self._last_endpoint_us = max((endpoint.requested_us for endpoint in scenario.workload.endpoints), default=0)
+        self._last_endpoint_us = max((endpoint.requested_us for endpoint in system.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
         self._plans: dict[int, DeploymentPlan] = {}
         self._inbox: list[Event] = []
-        self._last_wake_us: Micros | None = None  # the last wake put on the calendar
+        self._last_wake_us: Micros | None = None  # the last wake-up that was scheduled
         self._steps = 0
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
-        self._busy_us = [0] * len(scenario.cluster)
+        self._busy_us = [0] * len(system.cluster)
 
     def run(self) -> RunRecord:
-        """Run to the end: every request ended, or the time to drain is over."""
-        for endpoint in self._scenario.workload.endpoints:
+        """Run until every request has ended, at the latest until the drain time is over."""
+        for endpoint in self._system.workload.endpoints:
             self._post(endpoint.requested_us, EndpointAdded(endpoint))
-        for fault in self._scenario.faults:
+        for fault in self._system.faults:
             self._post_fault(fault)
-        for removal in self._scenario.removals:
+        for removal in self._system.removals:
             self._post(removal.at_us, EndpointRemoved(removal.endpoint_id))
         self._post_next_arrival(0)
-        self._after(self._scenario.sample_us, self._sample_regularly)
-        deadline_us = self._last_arrival_us + self._scenario.drain_us
-        # What is due at the deadline itself still happens; hence the microsecond more.
+        self._after(self._system.sample_us, self._sample_regularly)
+        deadline_us = self._last_arrival_us + self._system.drain_us
+        # Events at the deadline itself still happen.
         self._env.run(until=deadline_us + 1)
         return self._record(min(self._now_us, deadline_us))
 
-    # The calendar
+    # Scheduling
 
     @property
     def _now_us(self) -> Micros:
-        return self._env.now  # type: ignore[return-value]  # whole, because every delay is
+        return self._env.now  # type: ignore[return-value]  # every delay is a whole number
 
     def _after(self, delay_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
         self._env.timeout(delay_us).callbacks.append(callback)
 
     def _post(self, delay_us: Micros, event: Event) -> None:
-        """Put an event for the controller on the calendar."""
+        """Schedule an event for the controller."""
         self._after(delay_us, partial(self._deliver, event))
 
     def _deliver(self, event: Event, _: simpy.Event) -> None:
@@ -116,18 +114,18 @@ class _Simulation:
         self._deliver(RequestArrived(request), timeout)
 
     def _settle(self) -> None:
-        """Hand over what came in, once nothing more is due at this instant.
+        """Pass the collected events to the controller, once no more are due at this instant.
 
         Raises:
-            StopSimulation: nothing is left to happen; it ends SimPy's `run`.
+            StopSimulation: every request has ended; this ends SimPy's `run`.
         """
         now_us = self._now_us
         if self._env.peek() <= now_us:
-            return  # whatever is still due at this instant settles after it
+            return  # the last event of this instant settles
         events, self._inbox = self._inbox, []
         actions = self._controller.handle(now_us, events)
-        if self._contention and self._scenario.faults:
-            self._expect(self._contention.abort(now_us, self._runs), now_us)
+        if self._system.faults:
+            self._schedule_ends(self._contention.abort(now_us, self._is_running), now_us)
         for action in actions:
             self._carry_out(action, now_us)
         wake_us = self._controller.wake_us
@@ -135,7 +133,7 @@ class _Simulation:
             self._last_wake_us = wake_us
             self._after(wake_us - now_us, self._wake)
         if self._watcher:
-            self._look(self._watcher, now_us)
+            self._update(self._watcher, now_us)
         if not self._left_to_arrive and self._all_ended():
             raise simpy.core.StopSimulation("every request has ended")
 
@@ -147,7 +145,7 @@ class _Simulation:
         still_open = tracker.count(RequestStatus.WAITING) + tracker.count(RequestStatus.RUNNING)
         return not still_open and self._now_us >= self._last_endpoint_us
 
-    # The simulated world
+    # Actions of the controller
 
     def _carry_out(self, action: Action, now_us: Micros) -> None:
         match action:
@@ -155,43 +153,37 @@ class _Simulation:
                 self._execute(action, now_us)
             case StartEngine(deployment_id, generation, plan):
                 self._plans[deployment_id] = plan
-                self._post(self._scenario.load_time(plan), EngineUp(deployment_id, generation))
+                self._post(self._system.load_time(plan), EngineUp(deployment_id, generation))
             case StopEngine():
-                pass  # a simulated engine is gone at once; the controller has freed its memory
+                pass  # a simulated engine stops at once; the controller has freed its memory
             case _ as never:
                 assert_never(never)
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         plan = self._plans[action.deployment_id]
-        first_token_us, service_us = self._service.times_us(plan, action.requests)
-        if self._contention and self._contention.takes(plan):
-            due = self._contention.start(now_us, action, plan, first_token_us=first_token_us, service_us=service_us)
-            self._expect(due, now_us)
-        else:
-            finished = ExecutionFinished(action.deployment_id, action.execution_id, now_us + first_token_us)
-            self._post(service_us, finished)
+        first_token_us, service_us = self._service_times.times_us(plan, action.requests)
+        finished = ExecutionFinished(action.deployment_id, action.execution_id, now_us + first_token_us)
+        ends = self._contention.start(now_us, finished, plan, action.requests, service_us=service_us)
+        self._schedule_ends(ends, now_us)
 
-    def _expect(self, due: Iterable[Due], now_us: Micros) -> None:
-        """Look at the crowd again when an execution is due."""
-        for deployment_id, finish_us in due:
-            self._after(finish_us - now_us, partial(self._due, deployment_id))
+    def _schedule_ends(self, ends: Iterable[ScheduledEnd], now_us: Micros) -> None:
+        for finished, finish_us in ends:
+            self._after(finish_us - now_us, partial(self._end_execution, finished))
 
-    def _due(self, deployment_id: int, _: simpy.Event) -> None:
-        assert self._contention is not None  # noqa: S101  # only a crowd makes anything due
+    def _end_execution(self, finished: ExecutionFinished, _: simpy.Event) -> None:
         now_us = self._now_us
-        ended = self._contention.end(now_us, deployment_id)
-        if ended:
-            finished, due = ended
+        ends = self._contention.end(now_us, finished)
+        if ends is not None:
+            self._schedule_ends(ends, now_us)
             self._inbox.append(finished)
-            self._expect(due, now_us)
         self._settle()
 
-    def _runs(self, deployment_id: int, execution_id: int) -> bool:
+    def _is_running(self, deployment_id: int, execution_id: int) -> bool:
         deployment = self._controller.manager.deployments[deployment_id]
         return bool(deployment.running) and deployment.execution_id == execution_id
 
     def _post_fault(self, fault: Fault) -> None:
-        """Put a fault, and its mending if there is one, on the calendar."""
+        """Schedule a fault, and its end if it has one."""
         returns = fault.for_us is not None
         down: Event
         up: Event
@@ -201,13 +193,13 @@ class _Simulation:
             down, up = EngineDown(fault.target_id, returns), EngineRepaired(fault.target_id)
         self._post(fault.at_us, down)
         if fault.for_us is not None:
-            self._post(fault.at_us + max(1, fault.for_us), up)  # never before the fault itself
+            self._post(fault.at_us + max(1, fault.for_us), up)  # after the fault
 
-    # Looking on
+    # Live views and GPU samples
 
-    def _look(self, watcher: Watcher, now_us: Micros) -> None:
+    def _update(self, watcher: Watcher, now_us: Micros) -> None:
         self._steps += 1
-        if self._steps % _STEPS_BETWEEN_LOOKS == 0 and watcher.wants_update():
+        if self._steps % _STEPS_BETWEEN_UPDATES == 0 and watcher.wants_update():
             watcher.update(self._progress(now_us))
 
     def _progress(self, now_us: Micros) -> Progress:
@@ -215,13 +207,13 @@ class _Simulation:
             self._controller,
             now_us,
             last_arrival_us=self._last_arrival_us,
-            total=len(self._scenario.workload.arrivals),
+            total=len(self._system.workload.arrivals),
         )
 
     def _sample_regularly(self, _: simpy.Event) -> None:
         now_us = self._now_us
         self._sample(now_us)
-        self._after(self._scenario.sample_us, self._sample_regularly)
+        self._after(self._system.sample_us, self._sample_regularly)
         self._settle()
 
     def _sample(self, now_us: Micros) -> None:
@@ -247,8 +239,8 @@ class _Simulation:
             self._watcher.update(self._progress(ended_us))
         return RunRecord(
             requests=controller.tracker.close(),
-            deployments=tuple(one.record() for one in controller.manager.deployments.values()),
+            deployments=tuple(deployment.record() for deployment in controller.manager.deployments.values()),
             gpu_samples=tuple(self._samples),
-            models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._scenario.workload.endpoints},
+            models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._system.workload.endpoints},
             ended_us=ended_us,
         )
