@@ -55,7 +55,7 @@ def gpus(count: int = 4) -> Cluster:
 
 
 def token(prompt: tuple[int, ...], position: int, vocab_size: int) -> int:
-    """Return what the fake engine says: always the same after the same prompt."""
+    """Return a token of the fake engine, a function of prompt and position."""
     return hashlib.sha256(f"{prompt}{position}".encode()).digest()[0] % min(vocab_size, 96) + 35
 
 
@@ -102,7 +102,8 @@ class FakeEndpoint:
 class FakeCluster:
     """One request at a time per endpoint; `token_s` per token, `load_s` until an engine is up.
 
-    `breaks` is how many of the next executions fail.
+    `breaks` is how many of the next executions fail. With `permits` each token takes one, so that a test decides when
+    tokens come.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class FakeCluster:
         self.token_s = token_s
         self.load_s = load_s
         self.breaks = 0
+        self.permits: asyncio.Semaphore | None = None
         self.cancelled: list[int] = []
         self.submitted: list[Submission] = []
         self.closed = False
@@ -186,7 +188,7 @@ class FakeCluster:
             for handle in endpoint.waiting:
                 if handle.request_id == request_id:
                     endpoint.waiting.remove(handle)
-                    self._end(handle, RequestStatus.FAILED, "nobody waits for it any more")
+                    self._end(handle, RequestStatus.FAILED, "the client disconnected")
                     return
 
     def progress(self) -> Progress:
@@ -242,6 +244,8 @@ class FakeCluster:
         handle.start_us = self.now_us
         for position in range(handle.submission.output_tokens):
             await asyncio.sleep(self.token_s)
+            if self.permits is not None:
+                await self.permits.acquire()
             if self.breaks:
                 self.breaks -= 1
                 self._end(handle, RequestStatus.FAILED, "its engine failed twice")

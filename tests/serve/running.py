@@ -41,6 +41,20 @@ class Running:
         self.loop.call_soon_threadsafe(lambda: (function(), done.set()))
         assert done.wait(TIMEOUT_S)
 
+    def hold_tokens(self) -> None:
+        """Let the fake engine generate no tokens until `release_tokens`."""
+        self.call(lambda: setattr(self.cluster, "permits", asyncio.Semaphore(0)))
+
+    def release_tokens(self, count: int = 100_000) -> None:
+        """Let the fake engine generate more tokens."""
+
+        def release() -> None:
+            assert self.cluster.permits is not None
+            for _ in range(count):
+                self.cluster.permits.release()
+
+        self.call(release)
+
     def deploy(self, model: str = MODEL, **more: object) -> int:
         with self.client() as http:
             made = http.post("/endpoints", json={"model": model, "output_tokens": 6, **more}).json()

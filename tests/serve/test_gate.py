@@ -30,7 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server with low limits and slow engines."""
-    limits = ServeSettings(max_in_flight=1, max_body_bytes=2_000, body_timeout_s=0.3, grace_period_s=0.05)
+    limits = ServeSettings(max_in_flight=1, max_body_bytes=2_000, body_timeout_s=1.0, grace_period_s=0.05)
     with running(tmp_path_factory.mktemp("narrow") / "s.db", limits, token_s=0.05) as one:
         one.deploy()
         yield one
@@ -137,7 +137,7 @@ def test_headers_without_end(narrow: Running) -> None:
 def test_a_head_that_does_not_come(
     narrow: Running, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
 ) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.5)
     with _connected(narrow) as wire:
         if before:
             wire.sendall(before)
@@ -151,10 +151,10 @@ def test_a_head_that_does_not_come(
 
 
 def test_a_slow_answer_is_waited_for(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.3)
     with narrow.client() as http:
         for _ in range(2):
-            answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 6})
+            answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 12})
             assert answer.status_code == 200
 
 
@@ -177,6 +177,8 @@ def test_a_body_that_is_none(server: Running, body: bytes) -> None:
 
 def test_a_full_queue_says_when_to_come_back(narrow: Running) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 20}
+    narrow.hold_tokens()
+    narrow.release_tokens(1)
     with narrow.client() as http, http.stream("POST", "/v1/completions", json=body | {"stream": True}) as running_one:
         lines = running_one.iter_lines()
         next(lines)
@@ -186,6 +188,7 @@ def test_a_full_queue_says_when_to_come_back(narrow: Running) -> None:
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert late.get("/health").json()["in_flight"] == 1, "what is not accepted takes no place"
+        narrow.release_tokens()
         assert "[DONE]" in "".join(lines)
         until(lambda: len(narrow.service.requests) == 0)
         assert http.post("/v1/completions", json=body | {"max_tokens": 1}).status_code == 200

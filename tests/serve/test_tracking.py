@@ -171,11 +171,14 @@ def test_an_endpoint_that_goes_while_a_request_is_written_down() -> None:
 
 def test_what_waits_is_refused_when_its_endpoint_is_removed() -> None:
     async def test() -> None:
-        async with world(token_s=0.005) as one:
+        async with world() as one:
+            one.cluster.permits = permits = asyncio.Semaphore(0)
             runs, waits = await one.send(), await one.send()
             await asyncio.sleep(0.002)
             one.cluster.remove(one.endpoint_id)
             assert (await waits.outcome).status is RequestStatus.REFUSED
+            for _ in range(3):
+                permits.release()
             assert (await runs.outcome).status is RequestStatus.COMPLETED
 
     run(test)
