@@ -1,18 +1,17 @@
-"""requests.csv read fast, a chunk of rows at a time, where all in it is as maveriq writes it.
+"""Reads run folders back, strictly: what is missing or does not fit together is refused with its place.
 
-Anything else makes it give up; `reading` then goes row by row, which is slower but names the fault.
-
-Reading a run folder back, strictly: what does not fit together is refused with its place.
+requests.csv and gpus.csv are read by pyarrow, column by column. Where anything in a file is not as
+maveriq writes it, the file is read again row by row: that is slower but names the line, the column
+and the value. Times never pass through floats: pyarrow parses them as decimals of six places, which
+are whole microseconds.
 """
 
 from __future__ import annotations
 
-import csv
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -30,83 +29,19 @@ from maveriq.domain.records import (
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
 from maveriq.tables import Row, in_plain_words, read_csv, read_text
-from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, micros
+from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, bytes_from_gib, micros
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Array: TypeAlias = npt.NDArray[Any]
-
-_ROWS_AT_ONCE = 256  # more at once are slower: they leave the processor's cache
-_MAX_DIGITS = 15
-
-# Beside these, `deployment_id` and `slo_s` may be empty and are then 0.
-_COUNTS = ("request_id", "prompt_tokens", "output_tokens")
-_TIME_COLUMNS = ("arrival_s", "start_s", "first_token_s", "finish_s")
-
-LONGEST_S = 9e9
-"""285 years: the microseconds of any shorter time are exact in a float."""
-
-
-def read_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict[str, Array] | None:
-    """Return the columns of requests.csv as int64, times in microseconds; None where anything is unusual.
-
-    Args:
-        path: the file.
-        texts: the number of each known text, for each column of texts.
-    """
-    found: dict[str, array[int]] = {
-        name: array("q") for name in (*_COUNTS, *_TIME_COLUMNS, "deployment_id", "slo_s", *texts)
-    }
-    try:
-        for cells in _chunks(path):
-            for name in _COUNTS:
-                found[name].frombytes(_counts(cells[name]).tobytes())
-            if "0" in cells["deployment_id"]:  # none is said by an empty cell
-                return None
-            found["deployment_id"].frombytes(_counts([cell or "0" for cell in cells["deployment_id"]]).tobytes())
-            for name, absent in (*((name, NOT_YET) for name in _TIME_COLUMNS), ("slo_s", 0)):
-                found[name].frombytes(_micros(cells[name], absent).tobytes())
-            for name, numbers in texts.items():
-                found[name].extend(map(numbers.__getitem__, cells[name]))
-    except (OSError, ValueError, KeyError, OverflowError, csv.Error):
-        return None
-    return {name: np.frombuffer(values, dtype=np.int64) for name, values in found.items() if values}
-
-
-def _chunks(path: Path) -> Iterator[dict[str, Sequence[str]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        if tuple(next(rows, ())) != REQUEST_COLUMNS:
-            raise ValueError("other columns")
-        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-            columns = list(zip(*chunk, strict=True))
-            if len(columns) != len(REQUEST_COLUMNS):
-                raise ValueError("other numbers of cells")
-            yield dict(zip(REQUEST_COLUMNS, columns, strict=True))
-
-
-def _counts(cells: Sequence[str]) -> Array:
-    joined = "".join(cells)
-    if (
-        not (joined.isascii() and joined.isdigit())
-        or not 0 < len(min(cells, key=len)) <= len(max(cells, key=len)) <= _MAX_DIGITS
-    ):
-        raise ValueError("not whole numbers")
-    return np.fromiter(map(int, cells), dtype=np.int64, count=len(cells))
-
-
-def _micros(cells: Sequence[str], absent: int) -> Array:
-    """Return seconds as whole microseconds, `absent` where a cell is empty."""
-    empty = np.fromiter((not cell for cell in cells), dtype=bool, count=len(cells))
-    seconds = np.fromiter((float(cell or 0) for cell in cells), dtype=np.float64, count=len(cells))
-    if not ((seconds >= 0) & (seconds <= LONGEST_S)).all():
-        raise ValueError("not times")
-    micros: Array = np.rint(seconds * MICROS_PER_SECOND).astype(np.int64)
-    micros[empty] = absent
-    return micros
-
 
 T = TypeVar("T")
 
 _TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
+_COUNTS = ("request_id", "prompt_tokens", "output_tokens")
+_MAX_COUNT = 10**15 - 1
+_MAX_S = 9e9  # 285 years; the microseconds of any shorter time are exact in a float
 
 
 class _Rows(msgspec.Struct, forbid_unknown_fields=True):
@@ -131,11 +66,11 @@ class _RunFile(msgspec.Struct):
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
-    The request table comes back exactly, but for one thing: a request that no deployment took is
-    given the first endpoint of its model. GPU memory comes back to the KiB.
+    The request table comes back exactly, except that a request without a deployment gets the first
+    endpoint of its model. GPU memory is exact to the KiB.
 
     Raises:
-        InputError: a file is missing, is not what it should be, or they do not belong together.
+        InputError: a file is missing, is not as maveriq writes it, or does not belong to the others.
     """
     record = _decode(folder / "run.json", _RunFile).record
     return RunRecord(
@@ -148,13 +83,13 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return run.json but for its record: resolved configuration, seed, versions, summary.
+    """Return run.json without its record: resolved configuration, seed, versions, summary.
 
     Raises:
-        InputError: it is missing or is not JSON.
+        InputError: the file is missing or is not JSON.
     """
-    body = _decode(folder / "run.json", dict[str, Any])
-    return {key: value for key, value in body.items() if key != "record"}
+    content = _decode(folder / "run.json", dict[str, Any])
+    return {key: value for key, value in content.items() if key != "record"}
 
 
 def _decode(path: Path, shape: type[T]) -> T:
@@ -166,7 +101,7 @@ def _decode(path: Path, shape: type[T]) -> T:
 
 
 def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int) -> Iterator[Row]:
-    if not expected:  # a table with no row is no error here
+    if not expected:  # `read_csv` refuses a table without rows
         return
     count = 0
     for count, row in enumerate(read_csv(path, columns, what=what), start=1):  # noqa: B007 - counts
@@ -177,10 +112,128 @@ def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int
 
 def _read_requests(path: Path, record: _Record) -> RequestTable:
     lookup = _Lookup(record)
-    fast = read_columns(path, lookup.texts) if record.rows.requests else None
-    if fast is not None and len(fast["request_id"]) == record.rows.requests:
-        return RequestTable(**lookup.columns(fast), reasons=record.reasons)
+    columns = _request_columns(path, lookup.texts) if record.rows.requests else None
+    if columns is not None and len(columns["request_id"]) == record.rows.requests:
+        return RequestTable(**lookup.columns(columns), reasons=record.reasons)
     return _read_row_by_row(path, record, lookup)
+
+
+def _request_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict[str, Array] | None:
+    """Return the columns of requests.csv as int64, or None if anything is not as maveriq writes it.
+
+    Times are in microseconds; an empty `deployment_id` or `slo_s` is 0.
+
+    Args:
+        path: the file.
+        texts: for each column of texts, the number of each known text.
+    """
+    times = _TIMES.values()
+    table = _arrow_table(
+        path,
+        REQUEST_COLUMNS,
+        times=(*times, "slo_s"),
+        counts=(*_COUNTS, "deployment_id"),
+        texts=tuple(texts),
+    )
+    if table is None:
+        return None
+    try:
+        return {
+            **{name: _whole_numbers(table[name]) for name in _COUNTS},
+            "deployment_id": _whole_numbers(table["deployment_id"], minimum=1, empty=0),
+            **{name: _micros(table[name], empty=NOT_YET) for name in times},
+            "slo_s": _micros(table["slo_s"], empty=0),
+            **{name: _numbers_of_texts(table[name], numbers) for name, numbers in texts.items()},
+        }
+    except (ValueError, KeyError):
+        return None
+
+
+def _arrow_table(
+    path: Path,
+    columns: tuple[str, ...],
+    *,
+    times: Iterable[str] = (),
+    counts: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+    texts: Iterable[str] = (),
+) -> pa.Table | None:
+    """Return the named columns of a CSV file, or None if it has another header or a cell of another type."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    types = {
+        **dict.fromkeys(times, pa.decimal128(16, 6)),
+        **dict.fromkeys(counts, pa.string()),
+        **dict.fromkeys(numbers, pa.float64()),
+        **dict.fromkeys(texts, pa.dictionary(pa.int32(), pa.string())),
+    }
+    try:
+        with path.open("rb") as file:
+            if file.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") != ",".join(columns).encode():
+                return None
+            file.seek(0)
+            return csv.read_csv(
+                file,
+                parse_options=csv.ParseOptions(newlines_in_values=True),
+                convert_options=csv.ConvertOptions(
+                    column_types=types, include_columns=list(types), null_values=[""], strings_can_be_null=False
+                ),
+            )
+    except (OSError, pa.ArrowInvalid):
+        return None
+
+
+def _whole_numbers(column: pa.ChunkedArray, *, minimum: int = 0, empty: int | None = None) -> Array:
+    """Return a column of texts as whole numbers; `empty` stands for an empty cell.
+
+    Raises:
+        ValueError: a cell is not a whole number of digits alone, is out of range, or is empty and may not be.
+    """
+    from pyarrow import compute
+
+    # As texts, because pyarrow's integers may be written with spaces or as 0x1.
+    is_empty: Array = compute.equal(column, "").to_numpy()
+    if empty is not None:
+        column = compute.replace_with_mask(column.combine_chunks(), is_empty, str(minimum))
+    if not compute.all(compute.ascii_is_decimal(column)).as_py():
+        raise ValueError("not a whole number")
+    values: Array = column.cast("int64").to_numpy()
+    if not ((values >= minimum) & (values <= _MAX_COUNT)).all():
+        raise ValueError("number out of range")
+    return values if empty is None else np.where(is_empty, empty, values)
+
+
+def _micros(column: pa.ChunkedArray, *, empty: int) -> Array:
+    """Return a column of decimals with six places as whole microseconds; `empty` stands for an empty cell.
+
+    Raises:
+        ValueError: a time is out of range.
+    """
+    # A decimal is stored as its number of microseconds in 16 bytes; the lower 8 hold all numbers in range.
+    low = [
+        np.frombuffer(chunk.buffers()[1], np.int64)[2 * chunk.offset : 2 * (chunk.offset + len(chunk)) : 2]
+        for chunk in column.chunks
+    ]
+    is_empty: Array = column.is_null().to_numpy()
+    values: Array = np.where(is_empty, 0, np.concatenate(low))
+    if not ((values >= 0) & (values <= _MAX_S * MICROS_PER_SECOND)).all():
+        raise ValueError("time out of range")
+    return np.where(is_empty, empty, values)
+
+
+def _numbers_of_texts(column: pa.ChunkedArray, numbers: Mapping[str, int]) -> Array:
+    """Return the number of each text.
+
+    Raises:
+        KeyError: a text has no number.
+    """
+    return np.concatenate(
+        [
+            np.array([numbers[text] for text in chunk.dictionary.to_pylist()], dtype=np.int64)[chunk.indices.to_numpy()]
+            for chunk in column.chunks
+        ]
+    )
 
 
 def _read_row_by_row(path: Path, record: _Record, lookup: _Lookup) -> RequestTable:
@@ -197,7 +250,7 @@ def _read_row_by_row(path: Path, record: _Record, lookup: _Lookup) -> RequestTab
 
 
 class _Lookup:
-    """From the cells of requests.csv to the numbers of the table."""
+    """Maps the texts of requests.csv to numbers, and its columns to those of the request table."""
 
     def __init__(self, record: _Record) -> None:
         self._endpoint_of_model: dict[str, int] = {}
@@ -209,13 +262,13 @@ class _Lookup:
 
     @property
     def texts(self) -> dict[str, dict[str, int]]:
-        """The number of each text: of a model its first endpoint."""
+        """The number of each text, by column; the number of a model is its first endpoint."""
         return {"model": self._endpoint_of_model, "status": self._statuses, "reason": {**self._reasons, "": 0}}
 
     def columns(self, read: dict[str, Array]) -> dict[str, Array]:
-        """Return the columns of the table from those of the file; the same as `values` row by row."""
+        """Return the columns of the request table from those of the file."""
         deployments, which = np.unique(read["deployment_id"], return_inverse=True)
-        of_deployment = [self._endpoint_of_deployment.get(one, 0) for one in deployments.tolist()]
+        of_deployment = [self._endpoint_of_deployment.get(key, 0) for key in deployments.tolist()]
         endpoint_id = np.array(of_deployment, dtype=np.int64)[which]
         return {
             "request_id": read["request_id"],
@@ -230,6 +283,11 @@ class _Lookup:
         }
 
     def values(self, row: Row) -> dict[str, int]:
+        """Return the values of one row of the request table; `columns` does the same for all rows.
+
+        Raises:
+            InputError: a cell is not as maveriq writes it.
+        """
         deployment_id = row.count("deployment_id", minimum=1) if row.cells["deployment_id"] else 0
         endpoint_of_model = self._known(row, "model", self._endpoint_of_model)
         return {
@@ -253,10 +311,15 @@ class _Lookup:
 
 
 def _time_us(row: Row, column: str, absent: int) -> Micros:
-    return micros(row.number(column, minimum=0, maximum=LONGEST_S)) if row.cells[column] else absent
+    return micros(row.number(column, minimum=0, maximum=_MAX_S)) if row.cells[column] else absent
 
 
 def _read_samples(path: Path, record: _Record) -> Iterator[GpuSample]:
+    columns = _sample_columns(path) if record.rows.gpus else None
+    if columns is not None and len(columns[0]) == record.rows.gpus:
+        for time_us, gpu_id, memory_bytes, busy_share in zip(*(part.tolist() for part in columns), strict=True):
+            yield GpuSample(time_us=time_us, gpu_id=gpu_id, memory_bytes=memory_bytes, busy_share=busy_share)
+        return
     for row in _read_rows(path, GPU_COLUMNS, what="GPU samples", expected=record.rows.gpus):
         yield GpuSample(
             time_us=_time_us(row, "time_s", 0),
@@ -264,3 +327,28 @@ def _read_samples(path: Path, record: _Record) -> Iterator[GpuSample]:
             memory_bytes=bytes_from_gib(row.number("memory_gib", minimum=0)),
             busy_share=row.number("busy_share", minimum=0),
         )
+
+
+def _sample_columns(path: Path) -> tuple[Array, Array, Array, Array] | None:
+    """Return times in microseconds, GPUs, bytes and busy shares; None if anything is not as maveriq writes it."""
+    table = _arrow_table(path, GPU_COLUMNS, times=["time_s"], counts=["gpu"], numbers=["memory_gib", "busy_share"])
+    if table is None:
+        return None
+    try:
+        memory_gib, busy_share = (_finite_numbers(table[name]) for name in ("memory_gib", "busy_share"))
+        memory_bytes = np.rint(memory_gib * BYTES_PER_GIB).astype(np.int64)
+        return _micros(table["time_s"], empty=0), _whole_numbers(table["gpu"]), memory_bytes, busy_share
+    except ValueError:
+        return None
+
+
+def _finite_numbers(column: pa.ChunkedArray) -> Array:
+    """Return a column of numbers from zero.
+
+    Raises:
+        ValueError: a number is out of range, or a cell is empty.
+    """
+    values: Array = column.to_numpy()  # an empty cell is NaN
+    if not ((values >= 0) & (values < _MAX_COUNT)).all():
+        raise ValueError("number out of range")
+    return values

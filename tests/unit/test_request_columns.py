@@ -1,4 +1,4 @@
-"""requests.csv by column gives what it gives row by row, and gives way where anything is unusual."""
+"""Tables of a run folder are the same read by column or by row; unusual ones are read by row."""
 
 import tempfile
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from strategies_records import run_record, runs, single_server, table
 
-from maveriq.domain.records import RunRecord
+from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.errors import InputError
 from maveriq.report import reading
-from maveriq.report.reading import read_columns, read_run
+from maveriq.report.reading import _request_columns, read_run
 from maveriq.report.run_folder import write_run
 
 TEXTS = {"model": {"tiny": 1}, "status": {"completed": 2, "refused": 3}, "reason": {"": 0, "not deployed": 1}}
@@ -19,13 +19,15 @@ TEXTS = {"model": {"tiny": 1}, "status": {"completed": 2, "refused": 3}, "reason
 
 def row_by_row(folder: Path) -> RunRecord:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "read_columns", lambda _path, _texts: None)
+        patch.setattr(reading, "_arrow_table", lambda *_, **__: None)
         return read_run(folder)
 
 
 def same(one: RunRecord, other: RunRecord) -> bool:
     names = one.requests.__slots__
-    return all(np.array_equal(getattr(one.requests, name), getattr(other.requests, name)) for name in names)
+    return one.gpu_samples == other.gpu_samples and all(
+        np.array_equal(getattr(one.requests, name), getattr(other.requests, name)) for name in names
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,10 +38,27 @@ def test_both_ways_give_the_same(run: RunRecord) -> None:
         assert same(read_run(Path(scratch) / "run"), row_by_row(Path(scratch) / "run"))
 
 
+@pytest.mark.parametrize("finish_us", [1, 999_999, 1_000_001, 86_400 * 10**6 + 7, 8_999_999_999_123_457])
+def test_times_keep_every_microsecond(tmp_path: Path, finish_us: int) -> None:
+    run = run_record(table([[1, 1, 1, 0, 0, -1, finish_us, 2, 0, 10, 6, finish_us]]))
+    write_run(tmp_path / "run", run, {}, {})
+    assert same(read_run(tmp_path / "run"), run)
+
+
+@pytest.mark.parametrize("cells", ["nan,0,1,1", "0,0x1,1,1", "0,-1,1,1", "0,0,-1,1", "0,0,1,nan", "0,0,,1", "0,0,1"])
+def test_wrong_gpu_samples_are_refused_with_their_line(tmp_path: Path, cells: str) -> None:
+    sample = GpuSample(time_us=10, gpu_id=0, memory_bytes=1 << 30, busy_share=0.5)
+    write_run(tmp_path / "run", run_record(table([]), gpu_samples=[sample]), {}, {})
+    path = tmp_path / "run" / "gpus.csv"
+    path.write_text(path.read_text().splitlines()[0] + f"\n{cells}\n")
+    with pytest.raises(InputError, match=r"gpus\.csv', line 2"):
+        read_run(tmp_path / "run")
+
+
 def test_more_rows_than_are_read_at_once(tmp_path: Path) -> None:
     run = single_server(np.full(1000, 0.7), np.full(1000, 0.3))
     write_run(tmp_path / "run", run, {}, {})
-    columns = read_columns(tmp_path / "run" / "requests.csv", TEXTS)
+    columns = _request_columns(tmp_path / "run" / "requests.csv", TEXTS)
     assert columns is not None
     assert np.array_equal(columns["finish_s"], run.requests.finish_us)
     assert same(read_run(tmp_path / "run"), run)
@@ -68,11 +87,11 @@ def test_more_rows_than_are_read_at_once(tmp_path: Path) -> None:
 def test_what_is_unusual_is_left_to_the_other_way(tmp_path: Path, old: str, new: str) -> None:
     write_run(tmp_path / "run", single_server(np.full(3, 10.0), np.full(3, 1.0)), {}, {})
     path = tmp_path / "run" / "requests.csv"
-    assert read_columns(path, TEXTS) is not None
+    assert _request_columns(path, TEXTS) is not None
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    assert read_columns(path, TEXTS) is None
+    assert _request_columns(path, TEXTS) is None
     with pytest.raises(InputError, match=r"requests\.csv"):
         read_run(tmp_path / "run")
 
@@ -89,6 +108,6 @@ def test_other_orders_of_columns_are_read_as_well(tmp_path: Path) -> None:
     run = run_record(table([[1, 1, 1, 0, 500_000, -1, 3_000_000, 2, 0, 10, 6, 0]]))
     write_run(tmp_path / "run", run, {}, {})
     path = tmp_path / "run" / "requests.csv"
-    path.write_text("\n".join(",".join(reversed(one.split(","))) for one in path.read_text().splitlines()) + "\n")
-    assert read_columns(path, TEXTS) is None
+    path.write_text("\n".join(",".join(reversed(line.split(","))) for line in path.read_text().splitlines()) + "\n")
+    assert _request_columns(path, TEXTS) is None
     assert same(read_run(tmp_path / "run"), run)
