@@ -104,10 +104,3 @@ def test_every_section_of_the_spec_that_code_refers_to_is_there() -> None:
     referred = {number for text in code for number in re.findall(r"SPEC (\d+)", text)}
     assert referred
     assert referred <= sections
-
-
-def test_the_readme_says_what_is_not_there_yet() -> None:
-    """The executor and its promise must change together."""
-    executor = [path for path in (ROOT / "maveriq" / "exec").glob("*.py") if path.name != "__init__.py"]
-    told = "does not exist yet" in text_of(Path("README.md"))
-    assert told != bool(executor), "the README's first paragraph is out of date about the executor"
