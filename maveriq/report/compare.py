@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -135,6 +136,18 @@ class Comparison:
     deployments: tuple[PlanPair, ...]
     sim_verdict: Saturation
     real_verdict: Saturation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain values for JSON; a figure that does not apply is None."""
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        return values
+
+    def _repr_html_(self) -> str:
+        """Return the tables of the comparison for a notebook."""
+        from maveriq.report.compare_view import comparison_view
+        from maveriq.report.html import to_html
+
+        return to_html(comparison_view(self))
 
 
 def compare(sim: RunRecord, real: RunRecord) -> Comparison:

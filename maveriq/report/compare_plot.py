@@ -50,11 +50,29 @@ def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, titl
         MaveriqError: the disk is full.
     """
     title = title.encode(errors="replace").decode()  # a path may hold bytes that are no text
-    with figure_at(path, inches=(9, 3.1 * len(curves) + 0.7)) as figure:
-        for axes, one in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
-            axes.legend(draw_curves(axes, one), DRAWN, frameon=False, loc="lower right" if one.log_x else "upper right")
-        figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
-        figure.text(0.01, 0.944, headline(comparison), ha="left", va="center", fontsize=9.5)
+    with figure_at(path, inches=_inches(curves)) as figure:
+        _draw(figure, comparison, curves, title=title)
+
+
+def comparison_figure(comparison: Comparison, curves: list[Curves], *, title: str) -> Figure:
+    """Return the plot of `write_plot` as a matplotlib figure, for notebooks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_inches(curves), layout="constrained")
+    _draw(figure, comparison, curves, title=title)
+    return figure
+
+
+def _inches(curves: list[Curves]) -> tuple[float, float]:
+    return 9, 3.1 * len(curves) + 0.7
+
+
+def _draw(figure: Figure, comparison: Comparison, curves: list[Curves], *, title: str) -> None:
+    for axes, curve in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
+        place = "lower right" if curve.log_x else "upper right"
+        axes.legend(draw_curves(axes, curve), DRAWN, frameon=False, loc=place)
+    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+    figure.text(0.01, 0.944, headline(comparison), ha="left", va="center", fontsize=9.5)
 
 
 @contextmanager

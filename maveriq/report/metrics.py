@@ -1,10 +1,8 @@
-"""What a run achieved: latencies, SLOs, goodput, cost, overall and per model (SPEC 9).
+"""The metrics of a run, overall and per model: latencies, SLO attainment, goodput, cost, use of GPUs (SPEC 9).
 
-Figures of latency and cost cover completed requests; shares "over scheduled" count every request
-that arrived, so that one refused, failed or left unfinished is a miss. Every figure is the same
-whatever the order of the rows: values are sorted before they are added.
-
-GPUs and memory in use over time, from the samples of a run.
+Figures of latency and cost cover completed requests. Shares "over scheduled" count every request
+that arrived: a refused, failed or unfinished request misses its SLO. The order of the rows changes
+no figure, because values are sorted before they are added.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -107,6 +106,11 @@ class Summary:
     gpus: GpuUse | None
     slo_ttft_s: float | None
     slo_tpot_s: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as plain values for JSON; a figure that does not apply is None."""
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        return values
 
 
 def summarise(run: RunRecord, *, slo_ttft_s: float | None = None, slo_tpot_s: float | None = None) -> Summary:

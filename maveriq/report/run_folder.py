@@ -154,7 +154,7 @@ def summary_to_json(summary: Summary, verdict: Saturation, deployments: Iterable
     """Return verdict, metrics and deployments in plain values, named as in their classes."""
     return {
         "verdict": msgspec.to_builtins(verdict),
-        **msgspec.to_builtins(summary),
+        **summary.to_dict(),
         "deployments": [_deployment(deployment) for deployment in deployments],
     }
 
@@ -204,7 +204,7 @@ def write_run(
     Args:
         folder: the folder to make, with its parents; see `folders.check_writable`.
         run: what happened.
-        summary: the results in plain values, as `summary_json` gives them.
+        summary: the results in plain values, as `summary_to_json` returns them.
         meta: what led to them: resolved configuration, seed, versions. Its keys stand first in
             run.json, in their order, before "summary" and "record".
         more: writes more files into the folder that it is given.

@@ -10,7 +10,7 @@ from strategies_records import run_record, single_server, table
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError
 from maveriq.report.compare import compare
-from maveriq.report.compare_plot import write_plot
+from maveriq.report.compare_plot import comparison_figure, write_plot
 from maveriq.report.curves import Curves, latency_curves, queue_curves
 from maveriq.report.text_plot import dots_across, overlay
 
@@ -112,3 +112,12 @@ def test_a_plot_that_cannot_be_written(tmp_path: Path, name: str, words: str) ->
     with pytest.raises(InputError, match=words):
         write_plot(tmp_path / name, compare(run, run), pictures(run, run), title="")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_has_a_figure_and_tables_for_notebooks() -> None:
+    sim, real = queue(1.5), queue(1.2)
+    comparison = compare(sim, real)
+    figure = comparison_figure(comparison, pictures(sim, real), title="a against b")
+    assert len(figure.axes) == 2
+    assert "Errors by model" in comparison._repr_html_()
+    assert comparison.to_dict()["overall"]["ks"] == comparison.overall.ks
