@@ -1,4 +1,4 @@
-"""A placement rule: best fit. Fill the fullest GPUs first, so that others stay free for what is large.
+"""A placement rule: best fit. Fill the fullest GPUs first, so that others stay free for large models.
 
 Try it with `maveriq sim --policy docs/examples/best_fit.py:best_fit`.
 """

@@ -1,6 +1,6 @@
 """An estimator: what if the same engines ran on a GPU that is faster by a factor?
 
-An estimator may be made from nothing but numbers; this one asks another and divides.
+This estimator calls another one and divides its times.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class FasterGpu:
     ) -> ServiceEstimate:
         """Estimate one batch that starts on an idle engine."""
         size = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
-        one = self.base.service(model, configuration, **size)
+        base = self.base.service(model, configuration, **size)
         return ServiceEstimate(
-            ttft_s=one.ttft_s / self.speedup, tpot_s=one.tpot_s / self.speedup, output_tokens=output_tokens
+            ttft_s=base.ttft_s / self.speedup, tpot_s=base.tpot_s / self.speedup, output_tokens=output_tokens
         )
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:

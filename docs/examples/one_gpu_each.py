@@ -1,7 +1,6 @@
 """A whole policy: every model whole and in float16 on one GPU.
 
-It shows the protocol of `maveriq.policy.policy` at its smallest. Policies of one's own are given
-through Python; docs/extending.md shows how.
+This is the smallest policy. Policies of your own are passed through Python; see docs/extending.md.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from maveriq.policy.policy import Decision, Deploy, Rejection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneGpuEach:
-    """Puts a model on the GPU with most free memory, whole and unquantised."""
+    """Places a whole, unquantised model on the GPU with most free memory."""
 
     estimator: Estimator
     name: str = "one-gpu-each"
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
-        """Return one deployment on one GPU, or why there is none."""
+        """Return one deployment on one GPU, or a rejection with the reason."""
         configuration = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size)
         reason = self.estimator.why_not(endpoint.model, configuration)
         if reason:
