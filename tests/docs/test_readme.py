@@ -43,7 +43,15 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("document", [one for one in DOCUMENTS if scripts(one)], ids=str)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(one, marks=[] if one.name == "README.md" else [pytest.mark.heavy])
+        for one in DOCUMENTS
+        if scripts(one)
+    ],
+    ids=str,
+)
 def test_commands_run(document: Path, tmp_path: Path) -> None:
     """All `sh` blocks of a document, one after the other, in a folder with the clone's tables and docs."""
     for folder in ("docs", "traces"):

@@ -80,6 +80,7 @@ def test_tensor_and_pipeline_parallel_over_processes_until_one_is_killed(engine)
     wait_until_gone(pids)
 
 
+@pytest.mark.heavy
 def test_three_uneven_stages_over_processes(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)  # where a user may have a module of the name of one of ours
@@ -111,6 +112,7 @@ def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
         list(engine.generate(generate_of(4)))
 
 
+@pytest.mark.heavy
 def test_ranks_end_with_their_engine_however_it_ends():
     script = (
         "import sys, msgspec\n"
@@ -177,6 +179,7 @@ def test_a_gpu_that_is_not_there_is_not_tried_again():
     assert raised.value.kind is FailureKind.UNSUPPORTED
 
 
+@pytest.mark.heavy
 def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_path, monkeypatch):
     scratch = tmp_path / "t"
     scratch.mkdir()
@@ -194,6 +197,7 @@ def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_pat
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("config", "split", "kind", "reason"),
     [

@@ -85,6 +85,7 @@ def live_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.heavy
 def test_memory_is_what_the_worker_says_and_really_smaller():
     measured = {}
     for weights in ("float16", "int8", "int4"):
@@ -127,7 +128,7 @@ class Unheard:
         return well
 
 
-@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize("rank", [2, pytest.param(6, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(
     ("name", "weights"), [("gpt-j", "float16"), ("falcon-40b", "float16"), ("llama-gqa", "float16"), ("llama", "int4")]
 )

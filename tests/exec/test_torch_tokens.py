@@ -15,7 +15,7 @@ def compositions(total):
         yield from ((first, *rest) for rest in compositions(total - first))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_split_says_what_the_unsplit_model_says(name, tp):
     for split in compositions(LAYERS):

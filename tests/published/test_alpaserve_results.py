@@ -22,6 +22,7 @@ HERE = ROOT / "experiments" / "alpaserve"
 RESULTS = HERE / "results"
 STALE = "run experiments/alpaserve/compare.py and look at what changed"
 CASES = list(load_comparison(HERE / "comparison.toml").cases())
+QUICK_EVERY = 6  # `make test` takes one row in so many
 AS_PUBLISHED, REPAIRED = "AlpaServe as published", "AlpaServe repaired (published table)"
 TOLD_APART = ("large", "regular")
 
@@ -52,7 +53,14 @@ def test_every_case_has_a_row(committed: list[Outcome]) -> None:
     assert [(*key(one), one.policy) for one in committed] == wanted, STALE
 
 
-@pytest.mark.parametrize("case", list(filter(checked, CASES)), ids=lambda case: f"{case.model_set}-{case.variant.name}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.heavy] if at % QUICK_EVERY else [])
+        for at, case in enumerate(filter(checked, CASES))
+    ],
+    ids=lambda case: f"{case.model_set}-{case.variant.name}",
+)
 def test_a_row_is_what_the_code_gives(case: Case) -> None:
     _, row = to_csv([outcome_of(case)]).splitlines()
     assert row in (RESULTS / "comparison.csv").read_text(encoding="utf-8").splitlines(), STALE
@@ -65,6 +73,7 @@ def test_a_recorded_scenario_is_what_the_code_gives() -> None:
     assert row in (RESULTS / "recorded.csv").read_text(encoding="utf-8").splitlines(), STALE
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_the_recorded_slos_are_those_of_the_data(measured_data: Path) -> None:
     assert recorded_slo_csv(measured_data) == (RESULTS / "recorded_slo.csv").read_text(encoding="utf-8")

@@ -40,6 +40,7 @@ def achieved_as_committed(run: str) -> list[AchievedRow]:
     return [row for row in read_rows(HERE / "results" / ACHIEVED, AchievedRow) if row.run == run]
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_runs_come_out_as_committed(measured_data: Path) -> None:
     committed = read_tables(HERE / "results")
@@ -88,6 +89,7 @@ def test_one_run_alone_makes_a_page_too(tmp_path: Path) -> None:
     assert list(grids(tables, PLAN))
 
 
+@pytest.mark.heavy
 def test_the_grid_comes_out_as_committed() -> None:
     load = Load(model_set="large", trace="code", scale=0.1)
     cases = [
@@ -129,6 +131,7 @@ def test_bars_are_held_against_what_a_run_allows() -> None:
     assert all(one.holds for one in bars)
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_recorded_placements_are_chance_but_not_out_of_reach(measured_data: Path) -> None:
     in_step, *out_of_step = placement_rows(measured_data, load_profile(PROFILE), draws=20)

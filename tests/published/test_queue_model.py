@@ -8,7 +8,7 @@ from queue_model import QueueErrors
 from maveriq.files import measured_data_path
 from maveriq.testbed.recordings import read_runs
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.heavy]
 
 MAX_PERCENT = 2.0
 DATA = measured_data_path()

@@ -126,6 +126,7 @@ def test_service_times_of_recorded_runs_that_the_fit_has_not_seen(measured_data:
     assert max(per_model) <= 0.12
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_path: Path) -> None:
     """Figures may differ in their last digits with the linear algebra of the machine."""
@@ -269,6 +270,7 @@ def test_variants_have_the_shape_of_the_model_they_are_named_after() -> None:
     assert shape_of("llama-2-7bee") is None
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_data: Path, tmp_path: Path) -> None:
     few, out = tmp_path / "few", tmp_path / "out"

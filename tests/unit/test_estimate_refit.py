@@ -114,6 +114,7 @@ def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path
     assert set(constants_of(samples)) == {64, 1500}
 
 
+@pytest.mark.heavy
 def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) -> None:
     lines = rows(other_gpu(), models=MODELS[:2])
     pruned = [line.replace("llama-2-7b,", "llama-2-7b-wanda,") for line in lines if line.startswith("llama-2-7b,")]

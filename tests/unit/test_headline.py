@@ -216,6 +216,7 @@ def test_a_policy_that_the_grid_does_not_have_is_named(tmp_path: Path) -> None:
         load_headline_plan(tmp_path / "headline.toml")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recorded", [False, True])
 def test_there_is_a_picture_with_recordings_or_without(tmp_path: Path, *, recorded: bool) -> None:
     rows = [row("Ours"), row("Theirs", 2.0), row("Ours fast")]

@@ -24,7 +24,13 @@ from maveriq.exec.messages import (
     Stop,
 )
 
-pytestmark = pytest.mark.parametrize("case", ENGINES, ids=lambda case: case.backend)
+pytestmark = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case.backend == "emulated" else [pytest.mark.heavy], id=case.backend)
+        for case in ENGINES
+    ],
+)
 
 
 def test_it_introduces_itself_until_it_is_told_what_to_load(case: EngineCase, tmp_path) -> None:
