@@ -1,13 +1,17 @@
-"""Plays many simulated runs under faults, or one again: `python scripts/soak.py [--count N] [--lives --seed N]`.
+"""Search for failures with random seeds: `python scripts/soak.py [--count N] [--rounds N] [--restarts --seed N]`.
 
-Runs are of a body with its users (tests/dst/drama.py) and, a tenth as many, of a service that is killed and started
-again (tests/dst/lives.py). Exit code 1 where a seed fails; its number is all that is needed to see it again.
+Three parts: simulated runs of the executor under random faults (tests/dst/cluster_sim.py); a tenth as many of a service
+that is killed and restarted (tests/dst/restart_sim.py); the hypothesis tests on random examples. The exit code is 1 if
+anything failed. Failing seeds are printed and appended to soak-failures.txt; hypothesis keeps failing examples in
+.hypothesis.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import secrets
+import subprocess
 import sys
 import time
 import traceback
@@ -17,65 +21,87 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-_TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(_TESTS), str(_TESTS / "dst")]
+_ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tests" / "dst")]
 
-from drama import Ended, play  # noqa: E402  (they lie beside the tests)
-from lives import live  # noqa: E402
+from cluster_sim import RunSummary, simulate_cluster  # noqa: E402  (beside the tests)
+from restart_sim import simulate_restarts  # noqa: E402
 
 _CHUNK = 100
-_PLAYS: dict[str, Callable[[int], Ended]] = {"drama": play, "lives": live}
+_SIMULATIONS: dict[str, Callable[[int], RunSummary]] = {"cluster": simulate_cluster, "restarts": simulate_restarts}
+_FAILURES = _ROOT / "soak-failures.txt"
 
 
 def main() -> int:
-    """Do what the command line says and return the exit code."""
+    """Run what the command line asks for and return the exit code."""
     parser = argparse.ArgumentParser(description="Run controller, supervision and service under random faults.")
-    parser.add_argument("--count", type=int, default=10_000, help="how many seeds (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="play this one alone and say what was seen")
+    parser.add_argument("--count", type=int, default=10_000, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the hypothesis tests (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="run this seed alone and print its summary")
     parser.add_argument(
-        "--lives", action="store_true", help="with --seed: of a service that is killed and started again"
+        "--restarts", action="store_true", help="with --seed: of a service that is killed and restarted"
     )
-    said = parser.parse_args()
-    if said.seed is not None:
-        print(_PLAYS["lives" if said.lives else "drama"](said.seed))
+    options = parser.parse_args()
+    if options.seed is not None:
+        print(_SIMULATIONS["restarts" if options.restarts else "cluster"](options.seed))
         return 0
-    bad = soak("drama", said.first, said.count) + soak("lives", said.first, max(1, said.count // 10))
-    return 1 if bad else 0
+    failures = soak("cluster", options.first, options.count)
+    failures += soak("restarts", options.first, max(1, options.count // 10))
+    failures += sum(not hypothesis_round() for _ in range(options.rounds))
+    return 1 if failures else 0
 
 
 def soak(name: str, first: int, count: int) -> int:
-    """Play seeds on all cores, say what was seen, and return how many failed."""
+    """Simulate seeds on all cores, print a summary, and return how many failed."""
     started_s = time.monotonic()
     statuses: Counter[str] = Counter()
-    engines, simulated_s, bad = 0, 0.0, 0
+    engines, simulated_s, failures = 0, 0.0, 0
     chunks = [range(start, min(start + _CHUNK, first + count)) for start in range(first, first + count, _CHUNK)]
     with ProcessPoolExecutor() as pool:
-        for seen, failed in pool.map(partial(_play_all, name), chunks):
-            for one in seen:
-                statuses += one.statuses
-                engines += one.engines
-                simulated_s += one.simulated_s
-            for seed, told in failed:
-                print(f"{name}, seed {seed}:\n{told}")
-            bad += len(failed)
-    requests = ", ".join(f"{status} {n:,}" for status, n in sorted(statuses.items()))
+        for summaries, failed in pool.map(partial(_run_seeds, name), chunks):
+            for summary in summaries:
+                statuses += summary.statuses
+                engines += summary.engines
+                simulated_s += summary.simulated_s
+            for seed, trace in failed:
+                print(f"{name}, seed {seed}:\n{trace}")
+                _record(f"python scripts/soak.py --seed {seed}{' --restarts' if name == 'restarts' else ''}")
+            failures += len(failed)
+    requests = ", ".join(f"{status} {number:,}" for status, number in sorted(statuses.items()))
     print(
         f"{name}: {count:,} seeds in {time.monotonic() - started_s:.0f} s, {simulated_s / 3600:,.0f} simulated hours, "
-        f"{engines:,} engines, {statuses.total():,} requests ({requests}); {bad} seeds failed"
+        f"{engines:,} engines, {statuses.total():,} requests ({requests}); {failures} seeds failed"
     )
-    return bad
+    return failures
 
 
-def _play_all(name: str, seeds: range) -> tuple[list[Ended], list[tuple[int, str]]]:
-    logging.disable()  # a service says much of its misfortunes
-    seen, failed = [], []
+def hypothesis_round() -> bool:
+    """Run the hypothesis tests on random examples of a new seed; return whether they passed."""
+    arguments = ["-m", "hypothesis", "--hypothesis-profile=soak", f"--hypothesis-seed={secrets.randbelow(2**32)}"]
+    command = [sys.executable, "-m", "pytest", "-n", "auto", *arguments, "tests"]
+    print(" ".join(["pytest", *arguments]), flush=True)
+    passed = subprocess.run(command, cwd=_ROOT, check=False).returncode == 0  # noqa: S603  (the tree's own tests)
+    if not passed:
+        _record(" ".join(["pytest", *arguments]))
+    return passed
+
+
+def _record(command: str) -> None:
+    """Keep the command that repeats a failure."""
+    with _FAILURES.open("a", encoding="utf-8") as file:
+        file.write(f"{command}\n")
+
+
+def _run_seeds(name: str, seeds: range) -> tuple[list[RunSummary], list[tuple[int, str]]]:
+    logging.disable()  # the service logs every fault
+    summaries, failed = [], []
     for seed in seeds:
         try:
-            seen.append(_PLAYS[name](seed))
+            summaries.append(_SIMULATIONS[name](seed))
         except BaseException:
             failed.append((seed, traceback.format_exc(limit=-4)))
-    return seen, failed
+    return summaries, failed
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from chance import Chance, Misfortune
+from fault_injection import FaultRates, RandomDraws
 
 from maveriq.exec.engine_protocol import BROKEN, EngineProtocol
 from maveriq.exec.launcher import LaunchError
@@ -38,33 +38,33 @@ def token(prompt: Sequence[int], position: int) -> int:
 class Machine:
     """GPUs and the processes on them, and what must never be seen there."""
 
-    def __init__(self, chance: Chance, misfortune: Misfortune) -> None:
-        self.chance = chance
-        self.misfortune = misfortune
+    def __init__(self, draws: RandomDraws, fault_rates: FaultRates) -> None:
+        self.draws = draws
+        self.fault_rates = fault_rates
         self.loop = asyncio.get_running_loop()
         self.processes: list[Process] = []
         self.memory_of: Callable[[EngineSpec], dict[int, int]] = lambda _: {}
         self.capacity: list[int] = []
         self.lingering: list[dict[int, int]] = []  # memory of processes that are gone and is not back yet
         self.runs: Counter[int] = Counter()  # executions that each request was in
-        self.wrongs: list[str] = []
+        self.violations: list[str] = []
         self._pids = 0
 
     @property
-    def rough(self) -> bool:
-        return self.loop.time() < self.misfortune.until_s
+    def faulty(self) -> bool:
+        return self.loop.time() < self.fault_rates.until_s
 
-    def goes_wrong(self, probability: float) -> bool:
-        return self.rough and self.chance.happens(probability)
+    def fault_occurs(self, probability: float) -> bool:
+        return self.faulty and self.draws.happens(probability)
 
     def delay_s(self) -> float:
-        return self.chance.wait_s(self.misfortune.mean_delay_s) if self.rough else 0.0005
+        return self.draws.wait_s(self.fault_rates.mean_delay_s) if self.faulty else 0.0005
 
-    async def stand_still_at_times(self) -> None:
+    async def stall_at_random(self) -> None:
         """Let nothing get on for a while, the executor first of all: stopped, or without a processor."""
-        while self.rough and self.misfortune.standstill_rate > 0:
-            await asyncio.sleep(self.chance.wait_s(1 / self.misfortune.standstill_rate))
-            self.loop.stand_still(self.chance.wait_s(10))
+        while self.faulty and self.fault_rates.stall_rate > 0:
+            await asyncio.sleep(self.draws.wait_s(1 / self.fault_rates.stall_rate))
+            self.loop.stall(self.draws.wait_s(10))
 
     def next_pid(self) -> int:
         self._pids += 1
@@ -82,23 +82,23 @@ class Machine:
     def check_memory(self) -> None:
         for gpu_id in range(len(self.capacity)):
             if self.free_bytes(gpu_id) < 0:
-                self.wrongs.append(f"{self.loop.time():.3f} s: GPU {gpu_id} holds more than it has")
+                self.violations.append(f"{self.loop.time():.3f} s: GPU {gpu_id} holds more than it has")
 
     def check_alone(self, newcomer: Process) -> None:
-        if newcomer.doomed:
+        if newcomer.ending:
             return  # a late word to one that is being killed
         for other in self.processes:
             shared = set(other.gpu_ids) & set(newcomer.gpu_ids)
-            if other is not newcomer and other.executing and not other.doomed and shared:
-                self.wrongs.append(
+            if other is not newcomer and other.executing and not other.ending and shared:
+                self.violations.append(
                     f"{self.loop.time():.3f} s: engines {other.name} and {newcomer.name} execute on GPU {min(shared)}"
                 )
 
     def check_left(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> None:
         for other in self.processes:
-            if other.alive and other.doomed and set(other.gpu_ids) & set(gpu_ids):
+            if other.alive and other.ending and set(other.gpu_ids) & set(gpu_ids):
                 starts = f"{spec.deployment_id}.{spec.generation} starts"
-                self.wrongs.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
+                self.violations.append(f"{self.loop.time():.3f} s: {starts} while {other.name} is leaving")
 
     def orphan_all(self) -> None:
         """Let the processes' executor be gone; the kernel sees to them (`maveriq.exec.engine_server`)."""
@@ -110,15 +110,15 @@ class Machine:
         """Let the memory of a process come back, which takes a while."""
         if process.holds_memory:
             self.lingering.append(process.memory)
-            self.loop.call_later(self.chance.between(0, 2), self.lingering.remove, process.memory)
+            self.loop.call_later(self.draws.between(0, 2), self.lingering.remove, process.memory)
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> Connection:
         """`Launcher.launch`."""
         self.check_left(spec, gpu_ids)
         await asyncio.sleep(self.delay_s())
-        if self.goes_wrong(self.misfortune.no_process):
+        if self.fault_occurs(self.fault_rates.no_process):
             raise LaunchError("no process today")
-        if self.goes_wrong(self.misfortune.never_connects):
+        if self.fault_occurs(self.fault_rates.never_connects):
             await asyncio.get_running_loop().create_future()
         process = Process(self, spec, tuple(gpu_ids))
         self.processes.append(process)
@@ -207,8 +207,8 @@ class Process:
         self.exited: asyncio.Future[int] = machine.loop.create_future()
         self.holds_memory = False
         self.executing = False
-        self.doomed = False  # somebody has decided that it is to end
-        self.deaf = False  # its executor is gone: nothing comes any more, not even signals
+        self.ending = False  # somebody has decided that it is to end
+        self.unreachable = False  # its executor is gone: nothing comes any more, not even signals
         self._hangs = False
         self._at = 0  # the last execution that it was asked for
         self._work: list[asyncio.TimerHandle] = []
@@ -222,16 +222,19 @@ class Process:
 
     def _fate(self) -> None:
         machine = self.machine
-        for rate, strike in ((machine.misfortune.crash_rate, self._crash), (machine.misfortune.hang_rate, self._hang)):
+        for rate, strike in (
+            (machine.fault_rates.crash_rate, self._crash),
+            (machine.fault_rates.hang_rate, self._hang),
+        ):
             if rate > 0:
-                machine.loop.call_later(machine.chance.wait_s(1 / rate), strike)
+                machine.loop.call_later(machine.draws.wait_s(1 / rate), strike)
 
     def _crash(self) -> None:
-        if self.machine.rough:
+        if self.machine.faulty:
             self._exit(-11)
 
     def _hang(self) -> None:
-        if self.machine.rough and self.alive:
+        if self.machine.faulty and self.alive:
             self._hangs = True
             self._drop_work()
 
@@ -240,14 +243,14 @@ class Process:
     def post(self, message: _M, deliver: Callable[[_M], None]) -> None:
         """Carry a message over: perhaps never, perhaps twice, some time later, perhaps after later ones."""
         machine = self.machine
-        if machine.goes_wrong(machine.misfortune.lost):
+        if machine.fault_occurs(machine.fault_rates.lost):
             return
-        for _ in range(2 if machine.goes_wrong(machine.misfortune.repeated) else 1):
+        for _ in range(2 if machine.fault_occurs(machine.fault_rates.repeated) else 1):
             machine.loop.call_later(machine.delay_s(), deliver, message)
 
     def _send(self, message: FromEngine) -> None:
         if self.alive:
-            garbled = self.machine.goes_wrong(self.machine.misfortune.garbled)
+            garbled = self.machine.fault_occurs(self.machine.fault_rates.garbled)
             self.post(self._garbage() if garbled else message, self.inbox.put)
 
     def _garbage(self) -> FromEngine | ProtocolError:
@@ -265,29 +268,29 @@ class Process:
             Loaded(backend="\n", version=""),
             Bye(),
         ]
-        return said[self.machine.chance.whole(0, len(said) - 1)]
+        return said[self.machine.draws.integer(0, len(said) - 1)]
 
     def take(self, message: ToEngine) -> None:
-        if self.alive and not self._hangs and not self.deaf:
+        if self.alive and not self._hangs and not self.unreachable:
             self._session.take(message)
 
     def orphaned(self) -> None:
-        self.deaf = self.doomed = True
-        self.machine.loop.call_later(self.machine.chance.between(0, 0.1), self._exit, -9)
+        self.unreachable = self.ending = True
+        self.machine.loop.call_later(self.machine.draws.between(0, 0.1), self._exit, -9)
 
     def executor_gone(self) -> None:
-        if self.alive and not self._hangs and not self.deaf:
+        if self.alive and not self._hangs and not self.unreachable:
             self._session.stop(say_bye=False)
 
     # Signals and the end
 
     def signalled(self, code: int) -> None:
-        if self.deaf:
+        if self.unreachable:
             return
-        self.doomed = True
-        deaf = code == -15 and (self._hangs or self.machine.goes_wrong(self.machine.misfortune.deaf_to_sigterm))
-        if not deaf:
-            self.machine.loop.call_later(self.machine.chance.between(0, 0.3), self._exit, code)
+        self.ending = True
+        ignored = code == -15 and (self._hangs or self.machine.fault_occurs(self.machine.fault_rates.ignores_sigterm))
+        if not ignored:
+            self.machine.loop.call_later(self.machine.draws.between(0, 0.3), self._exit, code)
 
     def _exit(self, code: int) -> None:
         if not self.alive:
@@ -301,7 +304,7 @@ class Process:
         for timer in self._work:
             timer.cancel()
         self._work.clear()
-        # A hanging engine may still be executing; nobody is to run beside it before it is doomed.
+        # A hanging engine may still be executing; nobody is to run beside it before it is ending.
         self.executing = self.executing and self._hangs
 
     # `Worker`
@@ -310,7 +313,7 @@ class Process:
         self._later(spec.load_s * spec.time_scale, self._loaded)
 
     def _loaded(self) -> None:
-        if self.machine.goes_wrong(self.machine.misfortune.too_large):
+        if self.machine.fault_occurs(self.machine.fault_rates.too_large):
             self._session.load_failed(Failed(execution_id=0, kind="out-of-memory", message="too large today"))
             return
         self.holds_memory = True
@@ -321,7 +324,7 @@ class Process:
         self.executing, self._at = True, work.execution_id
         self.machine.check_alone(self)
         self.machine.runs.update(sequence.request_id for sequence in work.sequences)
-        if self.machine.goes_wrong(self.machine.misfortune.cannot_execute):
+        if self.machine.fault_occurs(self.machine.fault_rates.cannot_execute):
             self._later(0.01, lambda: self._over(Failed(execution_id=work.execution_id, kind="error", message="no")))
             return
         steps = max(sequence.output_tokens for sequence in work.sequences)
@@ -347,10 +350,10 @@ class Process:
         self._session.generated(ended)
 
     def close(self, *, say_bye: bool) -> None:
-        self.doomed = True
+        self.ending = True
         self._drop_work()
         self.executing = False
-        self._later(self.machine.chance.between(0, 0.5), lambda: self._session.closed(say_bye=say_bye))
+        self._later(self.machine.draws.between(0, 0.5), lambda: self._session.closed(say_bye=say_bye))
 
     def _later(self, delay_s: float, what: Callable[[], None]) -> None:
         self._work.append(self.machine.loop.call_later(delay_s, self._if_able, what))

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-class Stuck(Exception):  # noqa: N818  (it names a state, as StopIteration does)
-    """Everybody waits for somebody else, and no timer will wake anybody."""
+class Deadlock(Exception):  # noqa: N818  (it names a state, as StopIteration does)
+    """No task can go on and no timer is set."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -32,7 +32,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Return the simulated time in seconds."""
         return self._now_s
 
-    def stand_still(self, duration_s: float) -> None:
+    def stall(self, duration_s: float) -> None:
         """Let time pass in which nothing gets on, as where a process is stopped or has no processor."""
         self._now_s += duration_s
 
@@ -40,10 +40,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Let time pass instead of sleeping.
 
         Raises:
-            Stuck: there is nothing to wait for.
+            Deadlock: there is nothing to wait for.
         """
         if timeout_s is None:
-            raise Stuck("no task can go on and no timer is set")
+            raise Deadlock("no task can go on and no timer is set")
         self._now_s += max(0.0, timeout_s)
         return []
 
@@ -51,7 +51,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """There are no sockets, hence no events."""
 
     def _write_to_self(self) -> None:
-        """Nobody sleeps, so nobody has to be woken."""
+        """The loop never sleeps, so it needs no wake-up."""
 
 
 def run_virtually(main: Coroutine[Any, Any, _T], *, longest_s: float) -> _T:
@@ -62,7 +62,7 @@ def run_virtually(main: Coroutine[Any, Any, _T], *, longest_s: float) -> _T:
         longest_s: simulated seconds after which it counts as hanging.
 
     Raises:
-        Stuck: nobody can go on.
+        Deadlock: no task can go on and no timer is set.
         TimeoutError: it takes longer than that.
         AssertionError: a task of its failed and nobody looked.
     """

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, drawn from its seed: the same seed, the same misfortune."""
+"""What goes wrong in a run, drawn from its seed: the same seed, the same fault_rates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from maveriq.streams import generator
 
 
-class Chance:
-    """Draws of one seed. The order of the draws is the order of what happens, and time is simulated: both repeat."""
+class RandomDraws:
+    """Random draws of one seed. Time is simulated, so the order of the draws repeats, and with it the run."""
 
     def __init__(self, seed: int) -> None:
         self._draw = generator(seed, "simulation test")
@@ -20,16 +20,16 @@ class Chance:
         return low + (high - low) * float(self._draw.random())
 
     def wait_s(self, mean_s: float) -> float:
-        """A time that is short as a rule and long at times."""
+        """An exponentially distributed time."""
         return float(self._draw.exponential(mean_s))
 
-    def whole(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """A whole number from `low` to `high`."""
         return int(self._draw.integers(low, high + 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Misfortune:
+class FaultRates:
     """How likely things go wrong; after `until_s` nothing does, so that everything can come to its end.
 
     Rates are per second of an engine's life, probabilities per message or per launch.
@@ -46,22 +46,22 @@ class Misfortune:
     too_large: float = 0.0
     cannot_execute: float = 0.0
     garbled: float = 0.0
-    standstill_rate: float = 0.0
-    deaf_to_sigterm: float = 0.5
-    sabotage: bool = True
+    stall_rate: float = 0.0
+    ignores_sigterm: float = 0.5
+    break_engines: bool = True
 
     @classmethod
-    def drawn(cls, chance: Chance) -> Misfortune:
-        """Misfortunes of every kind and strength; each is absent in half of the runs, so that others show alone."""
+    def drawn(cls, draws: RandomDraws) -> FaultRates:
+        """Rates of every kind of fault; each kind is absent from half of the runs."""
 
         def perhaps(maximum: float) -> float:
-            return chance.between(0, maximum) if chance.happens(0.5) else 0.0
+            return draws.between(0, maximum) if draws.happens(0.5) else 0.0
 
         return cls(
-            until_s=chance.between(20, 200),
+            until_s=draws.between(20, 200),
             lost=perhaps(0.3),
             repeated=perhaps(0.3),
-            mean_delay_s=chance.between(0.0005, 0.2),
+            mean_delay_s=draws.between(0.0005, 0.2),
             crash_rate=perhaps(0.1),
             hang_rate=perhaps(0.05),
             no_process=perhaps(0.2),
@@ -69,5 +69,5 @@ class Misfortune:
             too_large=perhaps(0.1),
             cannot_execute=perhaps(0.1),
             garbled=perhaps(0.01),
-            standstill_rate=perhaps(0.05),
+            stall_rate=perhaps(0.05),
         )

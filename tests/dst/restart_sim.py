@@ -1,4 +1,4 @@
-"""A service that is killed and started again, several times, on one state file: nothing accepted is without an end."""
+"""A service that is killed and restarted several times on one state file: every accepted request must end."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from chance import Chance, Misfortune
-from drama import LONGEST_S, MAX_TOKENS, Anywhere, Ended, body_on
+from cluster_sim import LONGEST_S, MAX_TOKENS, RandomPlacement, RunSummary, executor_on
 from engines import Connection, Machine
+from fault_injection import FaultRates, RandomDraws
 from virtual_time import run_virtually
 from worlds import MODEL
 
@@ -35,16 +35,16 @@ _FINAL = {status.label for status in FINAL_STATUSES}
 class Disk:
     """A state file that takes its time, fails at times, and keeps what was committed."""
 
-    def __init__(self, chance: Chance, full: float) -> None:
-        self._chance = chance
+    def __init__(self, draws: RandomDraws, full: float) -> None:
+        self._draws = draws
         self._full = full
-        self.rough = True
+        self.faulty = True
         self._file = sqlite3.connect(":memory:", isolation_level=None)
 
     def close(self) -> None:
         self._file.close()
 
-    def open(self, power: Power) -> Callable[[Path, Prepare], File]:
+    def open(self, power: ServicePower) -> Callable[[Path, Prepare], File]:
         """Return what a store opens in a life."""
 
         def opened(_: Path, prepare: Prepare) -> File:
@@ -53,15 +53,15 @@ class Disk:
 
         return opened
 
-    async def do(self, work: Callable[[sqlite3.Connection], _T], power: Power) -> _T:
-        await asyncio.sleep(self._chance.wait_s(0.01))
+    async def do(self, work: Callable[[sqlite3.Connection], _T], power: ServicePower) -> _T:
+        await asyncio.sleep(self._draws.wait_s(0.01))
         await power.on()
-        if self.rough and self._chance.happens(self._full):
+        if self.faulty and self._draws.happens(self._full):
             raise StoreError("the disk is full today")
         self._file.execute("BEGIN")
         result = work(self._file)
         self._file.execute("COMMIT")
-        await asyncio.sleep(self._chance.wait_s(0.01))
+        await asyncio.sleep(self._draws.wait_s(0.01))
         await power.on()
         return result
 
@@ -71,7 +71,7 @@ class File:
     """`maveriq.serve.store.JobWriter` in one life."""
 
     disk: Disk
-    power: Power
+    power: ServicePower
 
     async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         return await self.disk.do(work, self.power)
@@ -80,8 +80,8 @@ class File:
         pass
 
 
-class Power:
-    """Is on until a life is cut off; then nobody gets on with anything."""
+class ServicePower:
+    """On until a run of the service is killed; then none of its tasks goes on."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -102,31 +102,31 @@ class Power:
 
 
 class Clients:
-    """Who uses the service over all its lives, and what they were told."""
+    """The clients of the service over all its runs, and the statuses they received."""
 
-    def __init__(self, chance: Chance) -> None:
-        self._chance = chance
-        self.told: dict[str, str | None] = {}  # by request: its end as far as a client heard of it
+    def __init__(self, draws: RandomDraws) -> None:
+        self._draws = draws
+        self.reported: dict[str, str | None] = {}  # by request: its end as far as a client heard of it
         self.endpoints: set[int] = set()
         self._uncertain: set[int] = set()
 
     async def use(self, service: Service) -> None:
         """Deploy, send, take away, in parallel, until done or cut off."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._chance.whole(1, 4)):
+            for _ in range(self._draws.integer(1, 4)):
                 tasks.create_task(self._one(service))
 
     async def _one(self, service: Service) -> None:
-        await asyncio.sleep(self._chance.between(0, 10))
+        await asyncio.sleep(self._draws.between(0, 10))
         endpoint_id = await self._deploy(service)
         async with asyncio.TaskGroup() as followers:
-            for _ in range(self._chance.whole(0, 20)):
-                await asyncio.sleep(self._chance.wait_s(2))
+            for _ in range(self._draws.integer(0, 20)):
+                await asyncio.sleep(self._draws.wait_s(2))
                 endpoints = service.endpoints()
                 if endpoints:
-                    target = endpoints[self._chance.whole(0, len(endpoints) - 1)].endpoint_id
+                    target = endpoints[self._draws.integer(0, len(endpoints) - 1)].endpoint_id
                     await self._send(service, target, followers)
-        if endpoint_id and self._chance.happens(0.3):
+        if endpoint_id and self._draws.happens(0.3):
             await self._remove(service, endpoint_id)
 
     async def _deploy(self, service: Service) -> int | None:
@@ -153,90 +153,92 @@ class Clients:
     async def _send(self, service: Service, endpoint_id: int, followers: asyncio.TaskGroup) -> None:
         submission = Submission(
             endpoint_id=endpoint_id,
-            prompt=tuple(range(self._chance.whole(1, 5))),
-            output_tokens=self._chance.whole(1, MAX_TOKENS),
+            prompt=tuple(range(self._draws.integer(1, 5))),
+            output_tokens=self._draws.integer(1, MAX_TOKENS),
         )
         try:
             accepted = await service.requests.accept(MODEL.name, submission, None)
         except ApiError:
             return
-        self.told[accepted.row.request_id] = None
+        self.reported[accepted.row.request_id] = None
         followers.create_task(self._follow(accepted, service))
 
     async def _follow(self, accepted: AcceptedRequest, service: Service) -> None:
-        if self._chance.happens(0.1):
+        if self._draws.happens(0.1):
             service.requests.cancel(accepted)
         ended = await asyncio.shield(accepted.outcome)
         if service.requests.store_works:
-            self.told[accepted.row.request_id] = ended.status.label
+            self.reported[accepted.row.request_id] = ended.status.label
 
     def certain(self, endpoints: set[int]) -> set[int]:
         return endpoints - self._uncertain
 
 
-def live(seed: int) -> Ended:
-    """Let a service live several times.
+def simulate_restarts(seed: int) -> RunSummary:
+    """Simulate a service that is killed and restarted several times.
 
     Raises:
-        AssertionError: something did not add up.
+        AssertionError: a check failed.
         TimeoutError: something never ended.
     """
-    return run_virtually(_live(Chance(seed)), longest_s=LONGEST_S)
+    return run_virtually(_simulate(RandomDraws(seed)), longest_s=LONGEST_S)
 
 
-async def _live(chance: Chance) -> Ended:
-    machine = Machine(chance, Misfortune.drawn(chance))
-    disk = Disk(chance, full=chance.between(0, 0.1) if chance.happens(0.5) else 0.0)
-    clients = Clients(chance)
+async def _simulate(draws: RandomDraws) -> RunSummary:
+    machine = Machine(draws, FaultRates.drawn(draws))
+    disk = Disk(draws, full=draws.between(0, 0.1) if draws.happens(0.5) else 0.0)
+    clients = Clients(draws)
     try:
-        for _ in range(chance.whole(1, 3)):
-            await _cut_off(chance, machine, disk, clients)
-        statuses = await _last_life(chance, machine, disk, clients)
+        for _ in range(draws.integer(1, 3)):
+            await _run_and_kill(draws, machine, disk, clients)
+        statuses = await _final_run(draws, machine, disk, clients)
     finally:
         disk.close()
-    return Ended(statuses=statuses, engines=len(machine.processes), simulated_s=machine.loop.time())
+    return RunSummary(statuses=statuses, engines=len(machine.processes), simulated_s=machine.loop.time())
 
 
-async def _cut_off(chance: Chance, machine: Machine, disk: Disk, clients: Clients) -> None:
+async def _run_and_kill(draws: RandomDraws, machine: Machine, disk: Disk, clients: Clients) -> None:
     """Start a service, use it, and cut it off at any time."""
-    power = Power(machine)
+    power = ServicePower(machine)
     before = asyncio.all_tasks()
 
-    async def life() -> None:
-        service = _service(chance, machine, disk, power)
+    async def one_run() -> None:
+        service = _service(draws, machine, disk, power)
         if await _starts(service):
             await clients.use(service)
         await asyncio.get_running_loop().create_future()
 
-    living = asyncio.create_task(life())
-    await asyncio.wait({living}, timeout=chance.wait_s(40))
+    running = asyncio.create_task(one_run())
+    await asyncio.wait({running}, timeout=draws.wait_s(40))
     power.cut()
     left = asyncio.all_tasks() - before
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
-    await asyncio.sleep(0.2 + chance.wait_s(1))
+    await asyncio.sleep(0.2 + draws.wait_s(1))
 
 
-async def _last_life(chance: Chance, machine: Machine, disk: Disk, clients: Clients) -> Counter[str]:
+async def _final_run(draws: RandomDraws, machine: Machine, disk: Disk, clients: Clients) -> Counter[str]:
     """Start once more, use it until its disk is well again, stop it, and look at what is written down."""
-    service = _service(chance, machine, disk, Power(machine))
+    service = _service(draws, machine, disk, ServicePower(machine))
     while not await _starts(service):
-        service = _service(chance, machine, disk, Power(machine))
+        service = _service(draws, machine, disk, ServicePower(machine))
     back = {endpoint.endpoint_id for endpoint in service.endpoints() if endpoint.deployments}
     assert clients.certain(clients.endpoints) <= back, "an endpoint did not come back"
     await clients.use(service)
-    disk.rough = False
+    disk.faulty = False
     await service.requests.drained()
     rows = {row.request_id: row for row in await service.store.requests(status=None, limit=100_000)}
     await service.stop()
     await asyncio.sleep(5)
-    for request_id, told in clients.told.items():
+    for request_id, reported in clients.reported.items():
         assert request_id in rows, "an accepted request is not written down"
-        assert told in (None, rows[request_id].status), f"told {told}, written down {rows[request_id].status}"
+        assert reported in (None, rows[request_id].status), (
+            f"reported {reported}, written down {rows[request_id].status}"
+        )
     assert {row.status for row in rows.values()} <= _FINAL, "an accepted request has no end"
     assert not [process.name for process in machine.processes if process.alive], "processes outlive their executor"
-    assert not machine.wrongs, machine.wrongs[0]
+    assert not machine.violations, machine.violations[0]
     return Counter(row.status for row in rows.values())
 
 
@@ -251,9 +253,9 @@ async def _starts(service: Service) -> bool:
     return True
 
 
-def _service(chance: Chance, machine: Machine, disk: Disk, power: Power) -> Service:
-    placements = PinnedPlacementPolicy(default=Anywhere(chance))
-    body = body_on(chance, machine, placements, power)
+def _service(draws: RandomDraws, machine: Machine, disk: Disk, power: ServicePower) -> Service:
+    placements = PinnedPlacementPolicy(default=RandomPlacement(draws))
+    body = executor_on(draws, machine, placements, power)
     store = Store(Path("state"), open_writer=disk.open(power))
     models = ModelRegistry(store, folder=None, max_models=ServeSettings().max_models)
     return Service(body, store, ServeSettings(), placements, models)

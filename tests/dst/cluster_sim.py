@@ -1,4 +1,4 @@
-"""One simulated run: users ask and send, engines fail, and in the end everything must add up."""
+"""One simulated run of the executor: users deploy and send, engines fail, and the checks at the end must hold."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 
-from chance import Chance, Misfortune
 from engines import Machine, token
+from fault_injection import FaultRates, RandomDraws
 from virtual_time import run_virtually
 from worlds import MODEL, TokenSeconds, cluster
 
@@ -34,8 +34,8 @@ MAX_TOKENS = 20
 
 
 @dataclass
-class Ended:
-    """What was seen of a run."""
+class RunSummary:
+    """Counts of a run."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -46,22 +46,22 @@ class Ended:
     simulated_s: float = 0.0
 
 
-class Anywhere:
+class RandomPlacement:
     """A policy that puts each model on random GPUs with room."""
 
     name = "anywhere"
 
-    def __init__(self, chance: Chance) -> None:
-        self._chance = chance
+    def __init__(self, draws: RandomDraws) -> None:
+        self._draws = draws
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
-        shard = self._chance.whole(1, 5) * BYTES_PER_GIB
+        shard = self._draws.integer(1, 5) * BYTES_PER_GIB
         room = [gpu.gpu_id for gpu in view.gpus if gpu.free_bytes >= shard]
         if not room:
             return Rejection(reason="no room")
-        count = self._chance.whole(1, min(3, len(room)))
+        count = self._draws.integer(1, min(3, len(room)))
         for at in range(count):
-            other = self._chance.whole(at, len(room) - 1)
+            other = self._draws.integer(at, len(room) - 1)
             room[at], room[other] = room[other], room[at]
         plan = DeploymentPlan(
             model=MODEL,
@@ -80,60 +80,62 @@ class Anywhere:
         return Deploy(plans=(plan,))
 
 
-class Drama:
-    """The users of one body, and what they see."""
+class Users:
+    """The users of one executor, and what they receive."""
 
-    def __init__(self, chance: Chance, body: Executor, *, sabotages: bool) -> None:
-        self._chance = chance
+    def __init__(self, draws: RandomDraws, body: Executor, *, break_engines: bool) -> None:
+        self._draws = draws
         self._body = body
-        self._sabotages = sabotages
+        self._break_engines = break_engines
         self._endpoints: list[int] = []
         self._followers: list[asyncio.Task[Outcome]] = []
 
-    async def play(self) -> list[Outcome]:
-        """Let users do what they do, then wait until every request has ended."""
-        await asyncio.gather(*(self._developer() for _ in range(self._chance.whole(1, 4))), self._saboteur())
+    async def run(self) -> list[Outcome]:
+        """Run all users, then wait until every request has ended."""
+        await asyncio.gather(
+            *(self._developer() for _ in range(self._draws.integer(1, 4))), self._break_engines_at_random()
+        )
         await self._body.drained()
         return await asyncio.gather(*self._followers)
 
     async def _developer(self) -> None:
-        """Deploy, send, and perhaps take away again."""
-        await asyncio.sleep(self._chance.between(0, 30))
+        """Deploy an endpoint, send requests, and sometimes remove it."""
+        await asyncio.sleep(self._draws.between(0, 30))
         asked = EndpointRequest(
             model=MODEL,
             intent=Intent(objective=Objective.MIN_COST),
             output_tokens=MAX_TOKENS,
-            batch_size=self._chance.whole(1, 3),
+            batch_size=self._draws.integer(1, 3),
         )
         endpoint_id = self._body.deploy(asked)
         self._endpoints.append(endpoint_id)
-        for _ in range(self._chance.whole(0, 25)):
-            await asyncio.sleep(self._chance.wait_s(3))
+        for _ in range(self._draws.integer(0, 25)):
+            await asyncio.sleep(self._draws.wait_s(3))
             self._send(endpoint_id)
-        if self._chance.happens(0.3):
+        if self._draws.happens(0.3):
             self._body.remove(endpoint_id)
             self._send(endpoint_id)
 
     def _send(self, endpoint_id: int) -> None:
         submission = Submission(
             endpoint_id=endpoint_id,
-            prompt=tuple(range(self._chance.whole(1, 5))),
-            output_tokens=self._chance.whole(1, MAX_TOKENS),
-            priority=self._chance.happens(0.1),
+            prompt=tuple(range(self._draws.integer(1, 5))),
+            output_tokens=self._draws.integer(1, MAX_TOKENS),
+            priority=self._draws.happens(0.1),
         )
         handle = self._body.submit(submission)
         self._followers.append(asyncio.create_task(follow(handle, submission)))
-        if self._chance.happens(0.1):
-            delay_s = self._chance.wait_s(2)
+        if self._draws.happens(0.1):
+            delay_s = self._draws.wait_s(2)
             asyncio.get_running_loop().call_later(delay_s, self._body.cancel, handle.request_id)
 
-    async def _saboteur(self) -> None:
+    async def _break_engines_at_random(self) -> None:
         """Make engines fail on purpose."""
-        while self._sabotages and self._chance.happens(0.5):
-            await asyncio.sleep(self._chance.wait_s(20))
+        while self._break_engines and self._draws.happens(0.5):
+            await asyncio.sleep(self._draws.wait_s(20))
             if self._endpoints:
-                victims = self._body.endpoint(self._endpoints[self._chance.whole(0, len(self._endpoints) - 1)])
-                for_us = micros(self._chance.between(0, 20)) if self._chance.happens(0.7) else None
+                victims = self._body.endpoint(self._endpoints[self._draws.integer(0, len(self._endpoints) - 1)])
+                for_us = micros(self._draws.between(0, 20)) if self._draws.happens(0.7) else None
                 self._body.break_engine(victims[0].deployment_id, for_us=for_us)
 
 
@@ -152,23 +154,23 @@ async def follow(handle: RequestHandle, submission: Submission) -> Outcome:
     return ended
 
 
-def play(seed: int, misfortune: Misfortune | None = None) -> Ended:
-    """Run the drama of a seed, perhaps under a given misfortune.
+def simulate_cluster(seed: int, fault_rates: FaultRates | None = None) -> RunSummary:
+    """Run the drama of a seed, perhaps under a given fault_rates.
 
     Raises:
-        AssertionError: something did not add up.
+        AssertionError: a check failed.
         TimeoutError: something never ended.
     """
-    chance = Chance(seed)
-    drawn = Misfortune.drawn(chance)
-    return run_virtually(_play(chance, misfortune or drawn), longest_s=LONGEST_S)
+    draws = RandomDraws(seed)
+    drawn = FaultRates.drawn(draws)
+    return run_virtually(_simulate(draws, fault_rates or drawn), longest_s=LONGEST_S)
 
 
-async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
-    machine = Machine(chance, misfortune)
-    body = body_on(chance, machine, Anywhere(chance), machine)
-    standing = asyncio.create_task(machine.stand_still_at_times())
-    outcomes = await Drama(chance, body, sabotages=misfortune.sabotage).play()
+async def _simulate(draws: RandomDraws, fault_rates: FaultRates) -> RunSummary:
+    machine = Machine(draws, fault_rates)
+    body = executor_on(draws, machine, RandomPlacement(draws), machine)
+    standing = asyncio.create_task(machine.stall_at_random())
+    outcomes = await Users(draws, body, break_engines=fault_rates.break_engines).run()
     standing.cancel()
     notes = body.notes.notes
     await body.close()
@@ -180,10 +182,10 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     assert not [process.name for process in machine.processes if process.alive], "processes outlive their executor"
     await asyncio.sleep(5)
     assert not machine.lingering
-    assert not machine.wrongs, machine.wrongs[0]
+    assert not machine.violations, machine.violations[0]
     assert not machine.runs or max(machine.runs.values()) <= 2, "a request ran more often than twice"
     assert not body.fault.done(), body.fault.exception()
-    return Ended(
+    return RunSummary(
         statuses=counts,
         reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
         engines=len(machine.processes),
@@ -194,30 +196,36 @@ async def _play(chance: Chance, misfortune: Misfortune) -> Ended:
     )
 
 
-def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher) -> Executor:
-    """Return a body on a machine, which gets GPUs if it has none."""
-    machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(chance.whole(1, 5)).gpus]
+def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: Launcher) -> Executor:
+    """Return an executor on a machine, which gets GPUs if it has none."""
+    machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(draws.integer(1, 5)).gpus]
     system = ServingSystem(
         cluster=cluster(len(machine.capacity)),
         policy=policy,
         settings=ControllerSettings(
-            timing=_timing(chance),
-            discipline=list(QueueDiscipline)[chance.whole(0, len(QueueDiscipline) - 1)],
-            on_failure=OnFailure.REQUEUE if chance.happens(0.7) else OnFailure.FAIL,
+            timing=_timing(draws),
+            discipline=list(QueueDiscipline)[draws.integer(0, len(QueueDiscipline) - 1)],
+            on_failure=OnFailure.REQUEUE if draws.happens(0.7) else OnFailure.FAIL,
         ),
         predict_service_time=lambda *_: micros(1.0),
         service_times=EstimatedServiceTimes(TokenSeconds(_TOKEN_S)),
-        load_time=lambda _: micros(chance.between(0.1, 3)),
+        load_time=lambda _: micros(draws.between(0.1, 3)),
     )
     body = Executor(
         system,
         launcher,
         supervision=SupervisionSettings(
-            start_s=15.0, ping_s=chance.between(0.2, 1), hang_timeout_s=8.0, stop_s=1.0, backoff_s=0.5, longest_backoff_s=8.0,
-            max_restarts=chance.whole(2, 6), memory_back_s=10.0,
+            start_s=15.0,
+            ping_s=draws.between(0.2, 1),
+            hang_timeout_s=8.0,
+            stop_s=1.0,
+            backoff_s=0.5,
+            longest_backoff_s=8.0,
+            max_restarts=draws.integer(2, 6),
+            memory_back_s=10.0,
         ),
         watch=machine,
-    )  # fmt: skip
+    )
 
     def memory_of(spec: EngineSpec) -> dict[int, int]:
         plan = body.controller.manager.deployments[spec.deployment_id].layout
@@ -227,8 +235,8 @@ def body_on(chance: Chance, machine: Machine, policy: Policy, launcher: Launcher
     return body
 
 
-def _timing(chance: Chance) -> DispatchTiming:
-    if chance.happens(0.5):
+def _timing(draws: RandomDraws) -> DispatchTiming:
+    if draws.happens(0.5):
         return DispatchTiming()
     return DispatchTiming(
         tick_us=10_300, after_arrival_us=1_400, after_release_us=2_200, registration_delay_us=2_000_000
