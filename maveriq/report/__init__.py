@@ -1,1 +1,1 @@
-"""What a run leaves: metrics, verdict, run folders, tables, the live view."""
+"""Metrics, saturation, run folders, comparisons, and how they are shown and drawn."""

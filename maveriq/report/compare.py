@@ -1,9 +1,8 @@
-"""Two runs side by side, a simulated one and a real one as a rule: how far the first is from the second.
+"""The errors of a run, usually simulated, against another run, usually real; and tolerances on them.
 
-Errors are signed: positive where the first run has more. Durations, rates and costs err in percent
-of the second run, shares in percentage points. Swapping the runs flips every sign.
-
-Tolerances on a comparison, as a user writes them: `mean=10%,p95=15%,slo=3pt`.
+Errors are signed: positive where the first run has more. Errors of durations, rates and costs are
+percent of the second run; errors of shares are percentage points. Swapping the runs flips every
+sign. Users write tolerances as `mean=10%,p95=15%,slo=3pt`.
 """
 
 from __future__ import annotations
@@ -134,8 +133,8 @@ class Comparison:
     overall: Distance
     models: dict[str, Distance]
     deployments: tuple[PlanPair, ...]
-    sim_verdict: Saturation
-    real_verdict: Saturation
+    sim_saturation: Saturation
+    real_saturation: Saturation
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON; a figure that does not apply is None."""
@@ -168,8 +167,8 @@ def compare(sim: RunRecord, real: RunRecord) -> Comparison:
         overall=_distance(*sides, None, matched=not unmatched),
         models={name: _distance(*sides, name, matched=not unmatched) for name in names},
         deployments=tuple(_pairs(sim, real)),
-        sim_verdict=assess_saturation(sim),
-        real_verdict=assess_saturation(real),
+        sim_saturation=assess_saturation(sim),
+        real_saturation=assess_saturation(real),
     )
 
 
@@ -234,7 +233,9 @@ def _distance(sim: _Side, real: _Side, model: str | None, *, matched: bool) -> D
     return Distance(
         sim_completed=int(ours.sum()),
         real_completed=int(theirs.sum()),
-        differences={one.name: _difference(one, sim.metrics(model), real.metrics(model)) for one in QUANTITIES},
+        differences={
+            quantity.name: _difference(quantity, sim.metrics(model), real.metrics(model)) for quantity in QUANTITIES
+        },
         ks=ks_distance(sim.latency_us[ours], real.latency_us[theirs]),
         request_error=_request_error(sim, real, ours & theirs) if matched else None,
     )
@@ -266,14 +267,14 @@ def _pairs(sim: RunRecord, real: RunRecord) -> Iterator[PlanPair]:
     """Yield the plans of each endpoint side by side, its replicas in the order of their deployment."""
     ours, theirs = _plans(sim), _plans(real)
     for key in sorted(ours.keys() | theirs.keys()):
-        one, other = ours.get(key), theirs.get(key)
+        sim_plan, real_plan = ours.get(key), theirs.get(key)
         yield PlanPair(
             endpoint_id=key[0],
-            model=next(plan.model.name for plan in (other, one) if plan),
-            sim=one,
-            real=other,
-            same_configuration=_layout(one) == _layout(other),
-            same_gpus=_gpus(one) == _gpus(other),
+            model=next(plan.model.name for plan in (real_plan, sim_plan) if plan),
+            sim=sim_plan,
+            real=real_plan,
+            same_configuration=_layout(sim_plan) == _layout(real_plan),
+            same_gpus=_gpus(sim_plan) == _gpus(real_plan),
         )
 
 
@@ -281,10 +282,11 @@ def _plans(run: RunRecord) -> dict[tuple[int, int], DeploymentPlan]:
     """Return the plans by endpoint and number of the replica."""
     replicas: Counter[int] = Counter()
     plans: dict[tuple[int, int], DeploymentPlan] = {}
-    for one in run.deployments:
-        if one.plan:
-            replicas[one.endpoint.endpoint_id] += 1
-            plans[one.endpoint.endpoint_id, replicas[one.endpoint.endpoint_id]] = one.plan
+    for deployment in run.deployments:
+        if deployment.plan:
+            endpoint_id = deployment.endpoint.endpoint_id
+            replicas[endpoint_id] += 1
+            plans[endpoint_id, replicas[endpoint_id]] = deployment.plan
     return plans
 
 
@@ -297,7 +299,7 @@ def _gpus(plan: DeploymentPlan | None) -> object:
 
 
 _KS, _REQUEST = "ks", "request"
-UNITS = {one.name: one.unit for one in QUANTITIES} | {_KS: POINTS, _REQUEST: PERCENT}
+UNITS = {quantity.name: quantity.unit for quantity in QUANTITIES} | {_KS: POINTS, _REQUEST: PERCENT}
 """The unit of every error that can be bounded; `ks` is a distance (0 to 100 points), `request` the
 median error over requests."""
 
@@ -337,7 +339,7 @@ def parse_tolerances(text: str) -> tuple[Tolerance, ...]:
         UnknownNameError: no such quantity.
     """
     found = [_tolerance(part.strip()) for part in text.split(",")]
-    names = [one.name for one in found]
+    names = [tolerance.name for tolerance in found]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"tolerance on {name} stands twice in {text!r}; leave one")
@@ -345,19 +347,19 @@ def parse_tolerances(text: str) -> tuple[Tolerance, ...]:
 
 
 def _tolerance(part: str) -> Tolerance:
-    name, equals, said = (piece.strip() for piece in part.partition("="))
+    name, equals, bound = (piece.strip() for piece in part.partition("="))
     if not equals:
         raise InputError(f"tolerance must be written as NAME=LIMIT, for example mean=10%, not {part!r}")
     name = name.replace("_", "-")
     if name not in UNITS:
         raise UnknownNameError("tolerance", name, UNITS)
-    number = re.fullmatch(r"([0-9.eE+-]+) *(%|pt)?", said)
+    number = re.fullmatch(r"([0-9.eE+-]+) *(%|pt)?", bound)
     try:
         limit = float(number[1]) if number else math.nan
     except ValueError:
         limit = math.nan
     if number is None or not math.isfinite(limit) or limit < 0:
-        raise InputError(f"tolerance on {name} must be a number from 0 with {UNITS[name]}, not {said!r}")
+        raise InputError(f"tolerance on {name} must be a number from 0 with {UNITS[name]}, not {bound!r}")
     if number[2] not in (None, UNITS[name]):
         raise InputError(f"tolerance on {name} must be in {UNITS[name]}, not in {number[2]}")
     return Tolerance(name=name, limit=limit)
@@ -365,7 +367,7 @@ def _tolerance(part: str) -> Tolerance:
 
 def check(comparison: Comparison, tolerances: Iterable[Tolerance]) -> tuple[Check, ...]:
     """Return how the errors of the whole run stand against tolerances."""
-    return tuple(_check(comparison, one) for one in tolerances)
+    return tuple(_check(comparison, tolerance) for tolerance in tolerances)
 
 
 def _check(comparison: Comparison, tolerance: Tolerance) -> Check:

@@ -159,8 +159,8 @@ def _plan_cells(plan: DeploymentPlan | None) -> tuple[str, str, str]:
 
 def _saturations(comparison: Comparison) -> Text:
     return Text.of(
-        _saturation_line("simulated", comparison.sim_verdict),
-        _saturation_line("real", comparison.real_verdict),
+        _saturation_line("simulated", comparison.sim_saturation),
+        _saturation_line("real", comparison.real_saturation),
         matching_line(comparison),
     )
 

@@ -51,7 +51,7 @@ def latency_curves(sim: RunRecord, real: RunRecord, *, points: int) -> Curves | 
     if not len(ours) or not len(theirs):
         return None
     # The few shortest would stretch a logarithmic axis; the longest are what matters.
-    low = min(one[len(one) // _FEW] for one in (ours, theirs))
+    low = min(latencies[len(latencies) // _FEW] for latencies in (ours, theirs))
     high = max(ours[-1], theirs[-1])
     x = np.geomspace(max(low, _MIN_S) / 1.05, max(high, _MIN_S) * 1.05, points)
     return Curves(

@@ -1,7 +1,4 @@
-"""How numbers and short lists are written in tables and live views.
-
-Bars and sparklines of text, with plain characters where a terminal knows no others.
-"""
+"""Formats numbers, durations and short lists, and draws bars and sparklines in characters."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""The past of a live view: a series that keeps a whole run in few points, and recent throughput.
+"""Shows the progress of a run: a live display, plain lines, or nothing.
 
-One frame of the live view, drawn from a snapshot of the run.
-Views of a run under way: a live display, plain lines, or nothing.
-
-A simulator asks `wants_update()` as often as it likes, which reads a clock and no more, and makes
-a snapshot only when told that it is time.
+The simulator calls `wants_update()` often, which only reads a clock. It makes a snapshot and calls
+`update()` only when `wants_update()` returns true.
 """
 
 from __future__ import annotations

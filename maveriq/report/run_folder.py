@@ -1,11 +1,8 @@
-"""Writing a folder whole or not at all.
+"""Writes run folders: requests.csv, deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
 
-engines.csv: a row for each engine that served in a real run.
-Results as plain values, for `--json` and run.json. A figure that does not apply is null.
-Run folders: requests.csv, deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
-
-run.json also keeps, under "record", what the tables cannot hold (whole asks and plans, endpoints,
-reasons), so that a folder reads back into the `RunRecord` it was written from.
+A folder is written whole or not at all. run.json also keeps, under "record", what the tables cannot
+hold (endpoints, plans, reasons), so that `reading.read_run` returns the same `RunRecord`. Real runs
+also have engines.csv with a row for each engine.
 """
 
 from __future__ import annotations
@@ -150,10 +147,12 @@ def _gib_cell(amount: int) -> str:
     return f"{gib(amount):.6f}" if amount else ""
 
 
-def summary_to_json(summary: Summary, verdict: Saturation, deployments: Iterable[DeploymentRecord]) -> dict[str, Any]:
-    """Return verdict, metrics and deployments in plain values, named as in their classes."""
+def summary_to_json(
+    summary: Summary, saturation: Saturation, deployments: Iterable[DeploymentRecord]
+) -> dict[str, Any]:
+    """Return saturation, metrics and deployments as plain values for JSON; a figure that does not apply is None."""
     return {
-        "verdict": msgspec.to_builtins(verdict),
+        "saturation": msgspec.to_builtins(saturation),
         **summary.to_dict(),
         "deployments": [_deployment(deployment) for deployment in deployments],
     }
@@ -202,7 +201,7 @@ def write_run(
     """Write a run folder, whole or not at all. The same input gives the same bytes.
 
     Args:
-        folder: the folder to make, with its parents; see `folders.check_writable`.
+        folder: the folder to make, with its parents; see `check_writable`.
         run: what happened.
         summary: the results in plain values, as `summary_to_json` returns them.
         meta: what led to them: resolved configuration, seed, versions. Its keys stand first in
@@ -265,7 +264,7 @@ def _deployment_cells(deployment: DeploymentRecord) -> dict[str, str]:
         "batch_size": str(plan.configuration.batch_size),
         "gpus": " ".join(map(str, plan.gpu_ids)),
         "gib_per_gpu": plan.describe_memory(),
-        # 0 where nobody estimated: a recorded run.
+        # 0 means that there is no estimate: a recorded run.
         "est_latency_s": f"{plan.est_latency_s:.6f}" if plan.est_latency_s else "",
         "est_memory_gib": f"{gib(plan.est_memory_bytes):.6f}" if plan.est_memory_bytes else "",
     }
@@ -296,7 +295,7 @@ def _as_json(body: Mapping[str, object]) -> str:
     try:
         text = json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InvariantError(f"run.json cannot hold what it was given: {error}") from error
+        raise InvariantError(f"a value cannot be written to run.json: {error}") from error
     # Short lists stand on one line: json would give each GPU id a line of its own. A line break
     # after the bracket cannot lie inside a string, where JSON writes it as \\n.
     return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", _on_one_line, text) + "\n"

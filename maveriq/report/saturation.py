@@ -1,8 +1,7 @@
-"""The number of requests waiting over time, and the stretches in which they piled up.
+"""Whether the cluster kept up with its requests, judged by the requests waiting over time.
 
-Did the cluster keep up? A mean latency means nothing without this beside it.
-
-Only backlogs beyond chance count (`Backlog.beyond_chance`). A run is
+The mean latency of an overloaded run grows with the length of the run, so it is read together with
+the saturation. Only backlogs beyond chance count (`Backlog.beyond_chance`). A run is
 
 - overloaded, if such a backlog stands when arrivals end, has lasted for a quarter of the arrivals'
   time or longer, is still at least half of its peak, and in the later half of that time the number
@@ -34,13 +33,13 @@ from maveriq.units import MICROS_PER_SECOND, Micros
 Array: TypeAlias = npt.NDArray[Any]
 
 _INSTANTS = 4096  # one each 0.03 % of the arrivals' time
-_CALM_PERCENTILE = 10
+_BASELINE_PERCENTILE = 10
 _BEYOND_CHANCE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backlog:
-    """A stretch with more waiting than in the calmest tenth of the time.
+    """A stretch with more waiting than in the quietest tenth of the time.
 
     Args:
         duration_us: its length; one that stands when arrivals end lasts until it has drained.
@@ -87,13 +86,13 @@ class Queue:
         return int(self.waiting[-1])
 
     def backlogs(self) -> list[Backlog]:
-        """Return the stretches with more waiting than in the calmest tenth of the time."""
-        uncontended = float(np.percentile(self.waiting, _CALM_PERCENTILE)) if self.span_us > 1 else 0.0
-        edges = np.flatnonzero(np.diff(self.waiting > uncontended, prepend=False, append=False))
+        """Return the stretches with more waiting than in the quietest tenth of the time."""
+        baseline = float(np.percentile(self.waiting, _BASELINE_PERCENTILE)) if self.span_us > 1 else 0.0
+        edges = np.flatnonzero(np.diff(self.waiting > baseline, prepend=False, append=False))
         pairs = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-        return [self._backlog(since, until, uncontended) for since, until in pairs]
+        return [self._backlog(since, until, baseline) for since, until in pairs]
 
-    def _backlog(self, since: int, until: int, uncontended: float) -> Backlog:
+    def _backlog(self, since: int, until: int, baseline: float) -> Backlog:
         stands = until == len(self.waiting)
         arrived = int(self.arrived[until - 1]) - (int(self.arrived[since - 1]) if since else 0)
         peak = int(self.waiting[since:until].max())
@@ -103,7 +102,7 @@ class Queue:
             lasted_us=until_us - since_us,
             peak=peak,
             stands=stands,
-            beyond_chance=peak - uncontended > _BEYOND_CHANCE * self.spread * arrived**0.5,
+            beyond_chance=peak - baseline > _BEYOND_CHANCE * self.spread * arrived**0.5,
         )
 
     def later_half(self) -> tuple[float, float]:
@@ -152,7 +151,9 @@ def _waits(run: RunRecord, model: str | None) -> Array:
     chosen: Array = run.requests.status != RequestStatus.REFUSED.value
     if model is None:
         return chosen
-    return chosen & np.isin(run.requests.endpoint_id, [one for one, name in run.models.items() if name == model])
+    return chosen & np.isin(
+        run.requests.endpoint_id, [endpoint_id for endpoint_id, name in run.models.items() if name == model]
+    )
 
 
 def _departures_us(start_us: Array, finish_us: Array) -> Array:
@@ -198,7 +199,7 @@ class SaturationLabel(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a verdict rests on.
+    """The numbers that the saturation follows from.
 
     Args:
         arrival_rate_per_s: requests arriving per second in the later half of the arrivals' time.
@@ -225,7 +226,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saturation:
-    """The verdict, in one plain sentence with its numbers, and the evidence; None if nothing arrived."""
+    """The load state, a sentence with its numbers, and the evidence; evidence is None if no request was served."""
 
     label: SaturationLabel
     sentence: str
@@ -233,7 +234,7 @@ class Saturation:
 
 
 def assess_saturation(run: RunRecord, *, model: str | None = None) -> Saturation:
-    """Return the verdict on a run, or on one model's requests in it. Refused requests do not count."""
+    """Return the saturation of a run, or of one model's requests in it. Refused requests do not count."""
     queue = queue_of(run, model=model)
     if queue is None:
         return Saturation(

@@ -110,7 +110,7 @@ def test_sim_prints_tables_and_leaves_a_folder(maveriq: Maveriq, tmp_path: Path)
 def test_sim_json_and_records_say_the_same(maveriq: Maveriq, tmp_path: Path) -> None:
     results = answer(maveriq, SIM)
     assert results["folder"] == "run"
-    assert {"verdict", "overall", "models", "gpus", "deployments"} < set(results)
+    assert {"saturation", "overall", "models", "gpus", "deployments"} < set(results)
     kept = strict_json((tmp_path / "run" / "run.json").read_text())
     assert kept["summary"] == {key: value for key, value in results.items() if key not in ("folder", "notes")}
     assert kept["notes"] == results["notes"] == []

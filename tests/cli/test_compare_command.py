@@ -73,7 +73,7 @@ def test_json_has_every_figure(maveriq: Maveriq, both: None) -> None:
     assert (found["within_tolerance"], found["unmatched"]) == (True, "")
     assert found["checks"][0]["name"] == "mean"
     assert [one["same_gpus"] for one in found["deployments"]] == [True, True]
-    assert found["sim_verdict"]["label"] == found["real_verdict"]["label"] == "stable"
+    assert found["sim_saturation"]["label"] == found["real_saturation"]["label"] == "stable"
 
 
 @pytest.mark.parametrize("form", ["", "--json"])

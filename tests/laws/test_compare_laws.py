@@ -38,7 +38,7 @@ def test_a_run_equals_itself(run: RunRecord) -> None:
         assert distance.ks in (0.0, None)
         assert distance.request_error in (0.0, None)
     assert all(pair.same_configuration and pair.same_gpus for pair in found.deployments)
-    assert found.sim_verdict == found.real_verdict
+    assert found.sim_saturation == found.real_saturation
     assert all(one.met for one in check(found, [Tolerance(name=name, limit=0) for name in UNITS if name != "request"]))
 
 
@@ -53,7 +53,7 @@ def test_swapping_two_runs_swaps_their_figures_and_flips_signs(one: RunRecord, o
             assert np.sign(ours.error) == -np.sign(theirs.error)
     assert there.overall.ks == back.overall.ks
     assert bool(there.unmatched) == bool(back.unmatched)
-    assert (there.sim_verdict, there.real_verdict) == (back.real_verdict, back.sim_verdict)
+    assert (there.sim_saturation, there.real_saturation) == (back.real_saturation, back.sim_saturation)
 
 
 @few

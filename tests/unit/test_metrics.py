@@ -130,7 +130,7 @@ def test_summary_in_plain_values():
     run = run_record(table(ROWS), deployments=[deployment(1, note="misses its SLO")])
     run = replace(run, requests=run.requests)
     body = summary_to_json(summarise(run), assess_saturation(run), run.deployments)
-    assert body["verdict"]["label"] == "stable"
+    assert body["saturation"]["label"] == "stable"
     assert body["overall"]["counts"]["scheduled"] == 5
     assert body["overall"]["goodput"] is None
     assert body["deployments"][0]["reason"] == "misses its SLO"

@@ -44,7 +44,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_run(tmp_path / "run", RUN, {"verdict": "stable"}, META)
+    write_run(tmp_path / "run", RUN, {"saturation": "stable"}, META)
     return tmp_path / "run"
 
 
@@ -95,7 +95,7 @@ def test_run_json_keeps_the_order_and_is_readable(folder):
     text = (folder / "run.json").read_text()
     assert list(json.loads(text)) == ["seed", "config", "summary", "record"]
     assert '"gpus": [0, 1, 2, 3, 4, 5, 6, 7]' in text
-    assert read_meta(folder) == {**META, "summary": {"verdict": "stable"}}
+    assert read_meta(folder) == {**META, "summary": {"saturation": "stable"}}
 
 
 def test_reading_gives_the_run_back(folder):
@@ -119,7 +119,7 @@ def test_a_run_of_nothing_round_trips(tmp_path):
 
 
 def test_the_same_run_gives_the_same_bytes(folder, tmp_path):
-    write_run(tmp_path / "again", RUN, {"verdict": "stable"}, META)
+    write_run(tmp_path / "again", RUN, {"saturation": "stable"}, META)
     for name in RUN_FILES:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
@@ -164,7 +164,7 @@ def test_a_place_that_cannot_be_written_to(write):
 
 def test_nothing_is_left_when_writing_fails(folder, tmp_path):
     before = (folder / "run.json").read_bytes()
-    with pytest.raises(InvariantError, match=r"run\.json cannot hold"):
+    with pytest.raises(InvariantError, match=r"cannot be written to run\.json"):
         write_run(folder, RUN, {"share": float("nan")}, {})
     with pytest.raises(InvariantError):
         write_run(tmp_path / "new", RUN, {}, {"seed": object()})

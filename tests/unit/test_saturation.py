@@ -1,4 +1,4 @@
-"""Verdicts on single-server queues whose answer queueing theory knows."""
+"""Saturation of single-server queues whose answer queueing theory knows."""
 
 from dataclasses import replace
 
@@ -65,18 +65,18 @@ def test_a_short_run_at_twice_the_load_is_overloaded():
 
 
 def test_overload_is_stated_with_its_numbers():
-    verdict = assess_saturation(m_d_1(1.3, 2000))
-    assert verdict.evidence.drift_share == pytest.approx(1 - 1 / 1.3, abs=0.06)
-    assert verdict.evidence.left_waiting == pytest.approx(2000 * (1 - 1 / 1.3), rel=0.2)
-    assert f"{verdict.evidence.left_waiting - 1:,} still waited" in verdict.sentence  # beside the last arrival
+    saturation = assess_saturation(m_d_1(1.3, 2000))
+    assert saturation.evidence.drift_share == pytest.approx(1 - 1 / 1.3, abs=0.06)
+    assert saturation.evidence.left_waiting == pytest.approx(2000 * (1 - 1 / 1.3), rel=0.2)
+    assert f"{saturation.evidence.left_waiting - 1:,} still waited" in saturation.sentence  # beside the last arrival
 
 
 def test_a_burst_that_drains_is_backlogged():
-    verdict = assess_saturation(stages((0.5, 600), (2.0, 200), (0.5, 1200)))
-    assert verdict.label is BACKLOGGED
+    saturation = assess_saturation(stages((0.5, 600), (2.0, 200), (0.5, 1200)))
+    assert saturation.label is BACKLOGGED
     # 200 more arrive in the burst than can be served; half of the capacity is then left to drain them.
-    assert verdict.evidence.worst_backlog_s == pytest.approx(600, rel=0.2)
-    assert verdict.evidence.peak_waiting == pytest.approx(200, rel=0.15)
+    assert saturation.evidence.worst_backlog_s == pytest.approx(600, rel=0.2)
+    assert saturation.evidence.peak_waiting == pytest.approx(200, rel=0.15)
 
 
 def test_bursts_that_come_and_go_add_up():
@@ -92,10 +92,10 @@ def test_pauses_after_deploys_that_drain_at_once_are_minor():
     pauses = tuple((since_s, since_s + 10.0) for since_s in (100.0, 400.0, 700.0, 1000.0))
     gaps_s = np.random.default_rng(3).exponential(0.2, 9000)
     paused = single_server(gaps_s, np.full(9000, 0.1), pauses=pauses)
-    verdict = assess_saturation(paused)
-    assert verdict.label is STABLE
-    assert verdict.evidence.peak_waiting > 30
-    assert verdict.evidence.worst_backlog_s == pytest.approx(20, rel=0.4)
+    saturation = assess_saturation(paused)
+    assert saturation.label is STABLE
+    assert saturation.evidence.peak_waiting > 30
+    assert saturation.evidence.worst_backlog_s == pytest.approx(20, rel=0.4)
 
 
 def test_a_pause_in_a_short_run_is_minor():
@@ -141,7 +141,7 @@ def test_no_request_or_only_refused_ones():
     assert one.label is STABLE
 
 
-def test_a_verdict_per_model():
+def test_a_saturation_per_model():
     run = m_d_1(1.3, 1000)
     late = replace(run.requests, endpoint_id=np.where(np.arange(1000) < 20, 2, 1))
     run = replace(run, requests=late, models={1: "tiny", 2: "big"})
@@ -157,12 +157,12 @@ def test_the_busiest_gpu_is_named():
         for t in (10, 20)
         for gpu, share in ((0, 0.2), (3, 0.8))
     )
-    verdict = assess_saturation(replace(run, gpu_samples=samples))
-    assert (verdict.evidence.busiest_gpu, verdict.evidence.busiest_gpu_share) == (3, pytest.approx(0.8))
-    assert "The busiest GPU, 3, worked 80.0 % of the time." in verdict.sentence
+    saturation = assess_saturation(replace(run, gpu_samples=samples))
+    assert (saturation.evidence.busiest_gpu, saturation.evidence.busiest_gpu_share) == (3, pytest.approx(0.8))
+    assert "The busiest GPU, 3, worked 80.0 % of the time." in saturation.sentence
 
 
-def test_refused_requests_are_named_beside_the_verdict():
+def test_refused_requests_are_named_beside_the_saturation():
     from worlds import arrivals, run
 
     half = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [(0,)], 2: []})
