@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exec_rigs import TIMEOUT_S, alive_in_group
 from sandbox import Maveriq, everything_in, put
@@ -21,8 +22,8 @@ from maveriq.report.reading import read_meta, read_run
 
 HEAD = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
 SCHEDULE = HEAD + "".join(
-    f"{120 + 0.45 * i:.2f},{1 + i % 2},{10 + i},20\n"
-    for i in range(30)  # the second model joins after 90 s, and a process takes some to start
+    f"{400 + 0.45 * i:.2f},{1 + i % 2},{10 + i},20\n"
+    for i in range(30)  # the second model joins after 90 s; a process may take 6 real seconds to start
 )
 LATE = HEAD + "9000,1,10,20\n"
 SOON = HEAD + "".join(f"{30 + 0.1 * i:.1f},1,10,20\n" for i in range(50))
@@ -63,13 +64,13 @@ def test_it_leaves_what_the_simulator_leaves(maveriq: Maveriq, tmp_path: Path) -
 
 
 def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -> None:
-    said = "--fail deployment=1@123s,for=4s --remove endpoint=2@130s"
+    said = "--fail deployment=1@403s,for=4s --remove endpoint=2@410s"
     ended = maveriq(f"{RUN} --out run {said}")
     assert ended.code == 0
     # There is no simulation of the same options yet.
     assert ended.out.splitlines()[-1] == (
-        "compare with the simulator: maveriq sim --quiet --trace t.csv --models m.toml --fail deployment=1@123s,for=4s "
-        "--remove endpoint=2@130s --load-s 3.0 --no-dispatch-overhead && maveriq compare runs/hybrid-min-cost-m-t run"
+        "compare with the simulator: maveriq sim --quiet --trace t.csv --models m.toml --fail deployment=1@403s,for=4s "
+        "--remove endpoint=2@410s --load-s 3.0 --no-dispatch-overhead && maveriq compare runs/hybrid-min-cost-m-t run"
     )
     notes = read_meta(tmp_path / "run")["notes"]
     assert any("its engine was killed on purpose" in note for note in notes)
@@ -80,7 +81,8 @@ def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -
     labels = {run.requests.reasons[index] for index in run.requests.reason}
     assert labels == {"", "deployment 2 (llama-2-13b) was removed"}
     hit = run.requests.deployment_id == 1
-    assert not ((run.requests.start_us[hit] > 123_100_000) & (run.requests.start_us[hit] < 127_000_000)).any()
+    # A busy machine may kill it late, but then it is down for as long.
+    assert np.diff(np.sort(run.requests.start_us[hit])).max() >= 3_900_000
 
 
 class NoDriver:

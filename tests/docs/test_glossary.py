@@ -13,20 +13,10 @@ ROWS = re.findall(
 )
 # Words of no identifier: each has a standard term, in the glossary.
 FORBIDDEN = frozenset(
-    [
-        "believed",
-        "chronicle",
-        "crowd",
-        "drama",
-        "incarnation",
-        "nobody",
-        "overseer",
-        "putdown",
-        "slowness",
-        "somebody",
-        "underway",
-        "whoever",
-    ]
+    {
+        *("believed", "chronicle", "crowd", "drama", "incarnation", "nobody", "overseer", "putdown", "slowness"),
+        *("somebody", "underway", "whoever"),
+    }
 )
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
