@@ -20,7 +20,7 @@ from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs
 from maveriq.exec.engine_protocol import BROKEN
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
-from maveriq.exec.engines.torch.engine import RankLostError, _all_loaded
+from maveriq.exec.engines.torch.engine import RankLostError, _wait_until_loaded
 from maveriq.exec.engines.torch.messages import RankFailed
 from maveriq.exec.engines.torch.model import KvCache
 from maveriq.exec.engines.torch.rank import memory_errors
@@ -152,14 +152,14 @@ def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
 
 def test_room_kept_from_other_executions_gives_way(monkeypatch):
     """A batch and a length that each fit must not fail together for what was there before."""
-    allot = KvCache._allot
+    allot = KvCache._allocate
 
     def limited(cache, batch, tokens):
         if batch * tokens > 1000:
             raise MemoryError
         allot(cache, batch, tokens)
 
-    monkeypatch.setattr(KvCache, "_allot", limited)
+    monkeypatch.setattr(KvCache, "_allocate", limited)
     worker = load_worker(spec_of(CONFIGS["llama"]))
     for asked in ([PROMPTS[0] * 120], PROMPTS * 5):
         list(worker.run(prompts_of(asked, output_tokens=1)))
@@ -227,5 +227,5 @@ def test_the_rank_that_ran_out_of_memory_is_the_cause_whoever_speaks_first():
             return [short]
 
     with pytest.raises(EngineError, match="no memory left") as raised:
-        _all_loaded(Heard())
+        _wait_until_loaded(Heard())
     assert raised.value.kind is FailureKind.OUT_OF_MEMORY

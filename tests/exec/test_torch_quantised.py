@@ -10,9 +10,9 @@ pytest.importorskip("transformers", reason="tests/exec/torch_models.py draws mod
 import torch
 from torch_models import CONFIGS, OUTPUT_TOKENS, load_worker, outputs, prompts_of, run_split, spec_of
 
+from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linear, make_linear
 from maveriq.exec.engines.torch.model import prefill_positions
-from maveriq.exec.engines.torch.rank import Worker
-from maveriq.exec.engines.torch.weights import DenseLinear, Int4Linear, Int8Linear, make_linear
+from maveriq.exec.engines.torch.rank import RankWorker
 
 WIDE = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}  # offsets and scales of groups weigh little
 PROMPT = (5, 17, 101, 3, 77, 150, 42)
@@ -23,21 +23,21 @@ def scores_of(worker):
     stage = worker.stage
     with torch.inference_mode():
         x = torch.nn.functional.embedding(torch.tensor([PROMPT]), stage.embedding)
-        stage.make_room(1, len(PROMPT))
+        stage.reserve(1, len(PROMPT))
         x = stage.run(x, prefill_positions(stage.arch.rotary, 1, len(PROMPT), like=x))
-        return stage.scores(x[:, -1])
+        return stage.logits(x[:, -1])
 
 
 def scores_after_decoding(worker, monkeypatch):
     """Return the scores of every step of a generation, each step's token taken from the first run that asked."""
     seen = []
-    likeliest = type(worker.stage).likeliest
+    greedy_tokens = type(worker.stage).greedy_tokens
 
     def spied(stage, x):
-        seen.append(stage.scores(x))
-        return likeliest(stage, x)
+        seen.append(stage.logits(x))
+        return greedy_tokens(stage, x)
 
-    monkeypatch.setattr(type(worker.stage), "likeliest", spied)
+    monkeypatch.setattr(type(worker.stage), "greedy_tokens", spied)
     list(worker.run(prompts_of([PROMPT], output_tokens=4)))
     return torch.cat(seen)
 
@@ -109,23 +109,23 @@ def test_an_8_bit_kv_cache_is_really_smaller():
 class Unheard:
     """Links of a rank that nobody answers."""
 
-    def add_up(self, x):
+    def all_reduce(self, x):
         return x
 
-    def gather(self, x):
+    def all_gather(self, x):
         return [x] * 4
 
-    def pass_on(self, x):
+    def send(self, x):
         pass
 
-    def take(self, like):
+    def recv(self, like):
         return like.zero_()
 
-    def tell_tokens(self, tokens):
+    def broadcast_tokens(self, tokens):
         return tokens.zero_()
 
-    def agree(self, *, well):
-        return well
+    def all_ok(self, *, ok):
+        return ok
 
 
 @pytest.mark.parametrize("rank", [2, pytest.param(6, marks=pytest.mark.heavy)])
@@ -134,7 +134,7 @@ class Unheard:
 )
 def test_a_shard_does_not_keep_whole_matrices_alive(name, weights, rank):
     before = live_bytes()
-    worker = Worker(spec_of(CONFIGS[name], tp=4, split=(3, 1), weights=weights), rank, Unheard())
+    worker = RankWorker(spec_of(CONFIGS[name], tp=4, split=(3, 1), weights=weights), rank, Unheard())
     said = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
     assert live_bytes() - before == pytest.approx(said, rel=0.02)
 
@@ -162,7 +162,7 @@ def test_odd_rows_stay_in_8_bits_and_zeroes_stay_zeroes():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_16_bits_as_on_a_gpu(name, weights, kv, monkeypatch):
     """No step needs 32 bits, and none leaves what 16 can hold."""
-    monkeypatch.setattr("maveriq.exec.engines.torch.rank._type_of_numbers", lambda arch, device: torch.float16)
+    monkeypatch.setattr("maveriq.exec.engines.torch.rank._activation_dtype", lambda arch, device: torch.float16)
     config = {**CONFIGS[name], "initializer_range": 0.05}
     worker = load_worker(spec_of(config, weights=weights, kv=kv))
     assert scores_of(worker).dtype is torch.float16

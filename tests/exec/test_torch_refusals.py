@@ -106,7 +106,7 @@ def test_every_model_of_the_catalogue_is_read_as_the_catalogue_has_it(name):
         shape.vocab_size,
     )
     assert read.gated == (shape.feed_forward_matrices == 3)
-    assert read.parallel == (shape.all_reduces_per_layer == 1)
+    assert read.parallel_attention == (shape.all_reduces_per_layer == 1)
 
 
 ODD = st.sampled_from(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch_models import CONFIGS, PROMPTS, greedy, load_worker, outputs, prompts_of, run_split, spec_of
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
-from maveriq.exec.engines.torch.weights import RandomSource
+from maveriq.exec.engines.torch.weights import RandomWeights
 
 CPU = torch.device("cpu")
 FALCON_SEQUENTIAL = {**CONFIGS["falcon-7b"], "multi_query": False, "parallel_attn": False, "bias": True}
@@ -112,7 +112,7 @@ def test_an_index_leads_nowhere_else(tmp_path):
 
 def test_random_weights_depend_on_seed_and_name_only():
     def drawn(seed, name):
-        return RandomSource(seed=seed, spread=0.5, device=CPU, dtype=torch.float32).read(name, (300, 200))
+        return RandomWeights(seed=seed, initializer_range=0.5, device=CPU, dtype=torch.float32).read(name, (300, 200))
 
     assert torch.equal(drawn(1, "a.weight"), drawn(1, "a.weight"))
     assert not torch.equal(drawn(1, "a.weight"), drawn(2, "a.weight"))

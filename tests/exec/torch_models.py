@@ -1,4 +1,4 @@
-"""Tiny models of every family, what transformers makes of them, and a world of ranks in threads of one process."""
+"""Tiny models of every family, their transformers twins, and ranks in threads of one process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 
 from maveriq.exec import messages
 from maveriq.exec.engines.torch.collectives import SingleRank
-from maveriq.exec.engines.torch.config import RankSlice, rank_slice
-from maveriq.exec.engines.torch.rank import Worker
-from maveriq.exec.engines.torch.weights import RandomSource
+from maveriq.exec.engines.torch.config import Shard, shard_of
+from maveriq.exec.engines.torch.rank import RankWorker
+from maveriq.exec.engines.torch.weights import RandomWeights
 
 # Tiny models gain nothing by threads, and threads that wait take the cores from the rest.
 torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def transformers_model(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIGS[name]), dtype=torch.float32).eval()
-    source = RandomSource(seed=SEED, spread=SPREAD, device=torch.device("cpu"), dtype=torch.float32)
+    source = RandomWeights(seed=SEED, initializer_range=SPREAD, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.copy_(source.read(parameter_name, tuple(parameter.shape)))
@@ -121,77 +121,101 @@ def expected_tokens(name: str) -> list[list[int]]:
 
 
 @dataclass
-class World:
+class ThreadGroupState:
     """What the ranks in threads share."""
 
     tp: int
     pp: int
-    places: list[list[Any]] = field(init=False)
+    gathered: list[list[Any]] = field(init=False)
     barriers: list[threading.Barrier] = field(init=False)
     pipes: list[list[SimpleQueue[Any]]] = field(init=False)
     tokens: list[SimpleQueue[Any]] = field(init=False)
-    all_there: threading.Barrier = field(init=False)
-    words: list[bool] = field(init=False)
+    all_ranks: threading.Barrier = field(init=False)
+    flags: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
+<<<<<<< HEAD
         self.places = [[None] * self.tp for _ in range(self.pp)]
         self.barriers = [threading.Barrier(self.tp, timeout=120) for _ in range(self.pp)]
         self.pipes = [[SimpleQueue() for _ in range(self.tp)] for _ in range(self.pp)]
         self.all_there = threading.Barrier(self.tp * self.pp, timeout=120)
         self.words = [True] * (self.tp * self.pp)
+=======
+        self.gathered = [[None] * self.tp for _ in range(self.pp)]
+        self.barriers = [threading.Barrier(self.tp, timeout=30) for _ in range(self.pp)]
+        self.pipes = [[SimpleQueue() for _ in range(self.tp)] for _ in range(self.pp)]
+        self.all_ranks = threading.Barrier(self.tp * self.pp, timeout=30)
+        self.flags = [True] * (self.tp * self.pp)
+>>>>>>> 62e3acc (Torch engine: collective operations, shards and the decoder in the field's terms; linear layers in a module of their own)
         self.tokens = [SimpleQueue() for _ in range(self.tp * self.pp)]
 
 
-class ThreadLinks:
-    """Links between threads: what gloo does between processes, without its start."""
+class ThreadCollectives:
+    """`Collectives` between threads: as gloo between processes, without its startup time."""
 
-    def __init__(self, world: World, part: RankSlice) -> None:
-        self._world = world
-        self._part = part
+    def __init__(self, state: ThreadGroupState, shard: Shard) -> None:
+        self._state = state
+        self._shard = shard
 
-    def add_up(self, x: Any) -> Any:
-        parts = self.gather(x)
+    def all_reduce(self, x: Any) -> Any:
+        parts = self.all_gather(x)
         return sum(parts[1:], parts[0])
 
-    def gather(self, x: Any) -> list[Any]:
-        places, barrier = self._world.places[self._part.stage], self._world.barriers[self._part.stage]
-        places[self._part.place] = x
+    def all_gather(self, x: Any) -> list[Any]:
+        gathered, barrier = (
+            self._state.gathered[self._shard.stage],
+            self._state.barriers[self._shard.stage],
+        )
+        gathered[self._shard.tp_rank] = x
         barrier.wait()
-        found = list(places)
+        found = list(gathered)
         barrier.wait()
         return found
 
-    def pass_on(self, x: Any) -> None:
-        self._world.pipes[self._part.stage + 1][self._part.place].put(x)
+    def send(self, x: Any) -> None:
+        self._state.pipes[self._shard.stage + 1][self._shard.tp_rank].put(x)
 
+<<<<<<< HEAD
     def take(self, like: Any) -> Any:
         got = self._world.pipes[self._part.stage][self._part.place].get(timeout=120)
+=======
+    def recv(self, like: Any) -> Any:
+        got = self._state.pipes[self._shard.stage][self._shard.tp_rank].get(timeout=30)
+>>>>>>> 62e3acc (Torch engine: collective operations, shards and the decoder in the field's terms; linear layers in a module of their own)
         assert got.shape == like.shape
         assert got.dtype == like.dtype
         return got
 
+<<<<<<< HEAD
     def tell_tokens(self, tokens: Any) -> Any:
         if self._part.last and self._part.place == 0:
             for told in self._world.tokens:
                 told.put(tokens)
         return self._world.tokens[self._part.stage * self._part.tp + self._part.place].get(timeout=120)
+=======
+    def broadcast_tokens(self, tokens: Any) -> Any:
+        if self._shard.is_last_stage and self._shard.tp_rank == 0:
+            for queue in self._state.tokens:
+                queue.put(tokens)
+        return self._state.tokens[self._shard.stage * self._shard.tp + self._shard.tp_rank].get(timeout=30)
+>>>>>>> 62e3acc (Torch engine: collective operations, shards and the decoder in the field's terms; linear layers in a module of their own)
 
-    def agree(self, *, well: bool) -> bool:
-        self._world.words[self._part.stage * self._part.tp + self._part.place] = well
-        self._world.all_there.wait()
-        agreed = all(self._world.words)
-        self._world.all_there.wait()
+    def all_ok(self, *, ok: bool) -> bool:
+        self._state.flags[self._shard.stage * self._shard.tp + self._shard.tp_rank] = ok
+        self._state.all_ranks.wait()
+        agreed = all(self._state.flags)
+        self._state.all_ranks.wait()
         return agreed
 
 
 def run_split(spec: Any, prompts: Sequence[messages.PromptSequence]) -> list[list[list[int]]]:
     """Run a split model with all ranks in threads; return each rank's steps."""
     ranks = spec.tp * spec.pp
-    world = World(spec.tp, spec.pp)
+    state = ThreadGroupState(spec.tp, spec.pp)
 
     def run(rank: int) -> list[list[int]]:
-        links = SingleRank() if ranks == 1 else ThreadLinks(world, rank_slice(spec, rank))
-        return [step for step, _ in Worker(spec, rank, links).run(tuple(prompts))]
+        collectives = SingleRank() if ranks == 1 else ThreadCollectives(state, shard_of(spec, rank))
+        return [step for step, _ in RankWorker(spec, rank, collectives).run(tuple(prompts))]
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(run, range(ranks)))
@@ -202,6 +226,6 @@ def outputs(steps: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[token for token in tokens if token >= 0] for tokens in zip(*steps, strict=True)]
 
 
-def load_worker(spec: Any) -> Worker:
+def load_worker(spec: Any) -> RankWorker:
     """Load an unsplit model."""
-    return Worker(spec, 0, SingleRank())
+    return RankWorker(spec, 0, SingleRank())

@@ -1,7 +1,4 @@
-"""The processes of a model's ranks, as the engine sees them.
-
-The engine as its host sees it.
-"""
+"""The torch engine's leader: starts one process per rank, and turns their reports into the steps of an execution."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ from tempfile import TemporaryDirectory
 
 from maveriq.errors import MaveriqError
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
-from maveriq.exec.engines.torch.config import check_split, read_decoder_config, refuse
+from maveriq.exec.engines.torch.config import check_split, raise_unsupported, read_decoder_config
 from maveriq.exec.engines.torch.messages import (
     FROM_RANK,
     FromRank,
     LoadRank,
     RankFailed,
     RankLoaded,
-    Run,
+    RunExecution,
     Stepped,
     receive,
     send,
@@ -39,16 +36,16 @@ _STOP_TIMEOUT_S = 10.0
 
 
 class RankLostError(MaveriqError):
-    """A rank's process is gone, or the ranks can no longer work together; the engine cannot go on."""
+    """A rank's process has exited, or the ranks are out of step. The engine cannot continue."""
 
 
-class Ranks:
-    """One process per rank, children of this one and in its process group.
+class RankProcesses:
+    """One process per rank: children of this process, in its process group.
 
-    They end when this process does, whatever way, since their sockets close.
+    A rank exits when this process does, for whatever reason, because its socket closes.
 
     Args:
-        spec: what they are to load.
+        spec: what the ranks load.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -64,39 +61,39 @@ class Ranks:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids, in the order of ranks."""
+        """Process ids, in rank order."""
         return tuple(process.pid for process in self._processes)
 
     def run(self, work: Generate) -> None:
-        """Tell every rank to begin.
+        """Start an execution on every rank.
 
         Raises:
-            RankLostError: one is gone.
+            RankLostError: a rank has exited.
         """
         for rank in range(len(self._processes)):
-            self._say(rank, Run(work=work))
+            self._send_to(rank, RunExecution(work=work))
 
     def receive(self) -> tuple[int, FromRank]:
         """Wait for a message and return it with the rank that sent it.
 
         Raises:
-            RankLostError: one is gone.
+            RankLostError: a rank has exited.
         """
         ready = wait(self._channels)
-        return self._heard(next(rank for rank, channel in enumerate(self._channels) if channel in ready))
+        return self._receive_from(next(rank for rank, channel in enumerate(self._channels) if channel in ready))
 
-    def failures(self) -> list[RankFailed]:
-        """Return what else failed, as far as ranks have said by now: where one fails, others miss it and fail too."""
+    def pending_failures(self) -> list[RankFailed]:
+        """Return the failures that have arrived by now. One rank's failure makes the others fail too."""
         found = []
         for rank, channel in enumerate(self._channels):
             with suppress(RankLostError):
                 while wait([channel], timeout=0):
-                    _, message = self._heard(rank)
+                    _, message = self._receive_from(rank)
                     found += [message] if isinstance(message, RankFailed) else []
         return found
 
     def close(self) -> None:
-        """End all of them at once: they hold nothing that is worth saving."""
+        """Kill all ranks; they hold no state worth saving."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -110,21 +107,21 @@ class Ranks:
         ours, theirs = socket.socketpair()
         self._channels.append(ours)
         with theirs:
-            # -P: modules of the folder that this happens to run in are none of its business.
+            # -P: do not import modules from the current folder.
             command = [sys.executable, "-P", "-m", "maveriq.exec.engines.torch.rank", str(theirs.fileno())]
             process = subprocess.Popen(  # noqa: S603 - our own module
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment(len(spec.devices))
             )
         self._processes.append(process)
-        self._say(rank, LoadRank(spec=spec, rank=rank, meeting_point=str(Path(self._folder.name) / "ranks")))
+        self._send_to(rank, LoadRank(spec=spec, rank=rank, rendezvous_file=str(Path(self._folder.name) / "ranks")))
 
-    def _heard(self, rank: int) -> tuple[int, FromRank]:
+    def _receive_from(self, rank: int) -> tuple[int, FromRank]:
         body = receive(self._channels[rank])
         if body is None:
             raise self._lost(rank)
         return rank, FROM_RANK.decode(body)
 
-    def _say(self, rank: int, message: LoadRank | Run) -> None:
+    def _send_to(self, rank: int, message: LoadRank | RunExecution) -> None:
         try:
             send(self._channels[rank], message)
         except OSError:
@@ -134,21 +131,23 @@ class Ranks:
         process = self._processes[rank]
         with suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_TIMEOUT_S)
-        return RankLostError(f"the process of rank {rank} (pid {process.pid}) is gone: {_how(process.returncode)}")
+        return RankLostError(
+            f"the process of rank {rank} (pid {process.pid}) is gone: {_describe_exit(process.returncode)}"
+        )
 
 
-def _how(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None:
         return "it closed its channel"
     if code == -signal.SIGKILL:
-        return "killed, perhaps for want of memory"
+        return "killed, perhaps out of memory"
     return f"ended by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """Return the environment of a rank: its share of the cores, nothing beyond this machine.
+    """Return the environment of a rank: its share of the cores, and communication over loopback only.
 
-    Threads that wait must not spin: cores are shared with other ranks and engines (ten times slower where they do).
+    Waiting threads must not spin, because ranks and engines share the cores (spinning is ten times slower).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
@@ -167,13 +166,13 @@ BACKEND = "torch"
 class TorchEngine:
     """Runs a model in one process per shard (the `Engine` protocol).
 
-    Where a rank is lost `RankLostError` is raised instead of an `EngineError`: nothing can be run any more.
+    A lost rank raises `RankLostError` instead of `EngineError`: the engine can run nothing afterwards.
     """
 
     def __init__(self) -> None:
-        self._ranks: Ranks | None = None
+        self._ranks: RankProcesses | None = None
         self._vocabulary = 0
-        self._done = True  # of the execution: whether its last step was heard
+        self._done = True  # whether the last step of the current execution has arrived
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -181,19 +180,19 @@ class TorchEngine:
         return () if self._ranks is None else self._ranks.pids
 
     def load(self, spec: EngineSpec) -> Loaded:
-        """Start the ranks and wait until each has loaded and warmed up its part.
+        """Start the ranks and wait until each has loaded and warmed up its shard.
 
         Raises:
-            EngineError: the model or the split is not supported, does not fit, or a rank failed.
+            EngineError: the model or the parallel configuration is not supported, does not fit, or a rank failed.
         """
         arch = read_decoder_config(spec.config_json)
         check_split(spec, arch)
         if find_spec("torch") is None:
-            refuse("torch is not installed here: pip install 'maveriq[torch]'")
+            raise_unsupported("torch is not installed here: pip install 'maveriq[torch]'")
         self._vocabulary = arch.vocabulary
         try:
-            self._ranks = Ranks(spec)
-            loaded = _all_loaded(self._ranks)
+            self._ranks = RankProcesses(spec)
+            loaded = _wait_until_loaded(self._ranks)
         except (RankLostError, OSError) as error:
             self.close()
             raise EngineError(FailureKind.ERROR, f"its ranks could not start: {error}") from None
@@ -211,18 +210,17 @@ class TorchEngine:
         """Yield each step as the last stage reports it.
 
         Raises:
-            EngineError: a token is not in the vocabulary, or there is not memory enough.
-            RankLostError: a rank is gone, or they failed in the midst of working together.
+            EngineError: a token is not in the vocabulary, or memory is short.
+            RankLostError: a rank has exited, or failed in the middle of an execution.
         """
         if self._ranks is None:
             raise RankLostError("the engine is not loaded")
-        beyond = max(max(sequence.prompt) for sequence in work.sequences)
-        if beyond >= self._vocabulary:
-            message = f"token {beyond} is not in the vocabulary of {self._vocabulary}"
-            raise EngineError(FailureKind.ERROR, message)
+        max_token = max(max(sequence.prompt) for sequence in work.sequences)
+        if max_token >= self._vocabulary:
+            raise EngineError(FailureKind.ERROR, f"token {max_token} is not in the vocabulary of {self._vocabulary}")
         ranks = self._ranks
         with suppress(EngineError):
-            # Where nobody listened to the end of the execution before: the ranks know no other end.
+            # The caller may have dropped the previous execution; the ranks still run it to its end.
             while not self._done:
                 self._next_step(ranks)
         ranks.run(work)
@@ -231,45 +229,49 @@ class TorchEngine:
             yield self._next_step(ranks)
 
     def close(self) -> None:
-        """Kill the ranks and wait until they are gone."""
+        """Kill the ranks and wait until they have exited."""
         ranks, self._ranks = self._ranks, None
         if ranks is not None:
             ranks.close()
 
-    def _next_step(self, ranks: Ranks) -> Step:
-        """Wait for a step and note whether it is the execution's last; after a failure there is none either way."""
+    def _next_step(self, ranks: RankProcesses) -> Step:
+        """Wait for a step and record whether it ends the execution. A failure ends it too."""
         self._done = True
         while True:
             rank, message = ranks.receive()
             if isinstance(message, RankFailed):
-                raise _refused(ranks, message) if message.serves else RankLostError(f"rank {rank}: {message.message}")
+                raise (
+                    _execution_error(ranks, message)
+                    if message.serves
+                    else RankLostError(f"rank {rank}: {message.message}")
+                )
             if isinstance(message, Stepped):
                 self._done = message.last
                 return message.tokens
 
 
-def _all_loaded(ranks: Ranks) -> list[RankLoaded]:
+def _wait_until_loaded(ranks: RankProcesses) -> list[RankLoaded]:
     loaded: dict[int, RankLoaded] = {}
     while len(loaded) < len(ranks.pids):
         rank, message = ranks.receive()
         if isinstance(message, RankFailed):
-            raise _cause([message, *ranks.failures()])
+            raise _root_cause([message, *ranks.pending_failures()])
         if isinstance(message, RankLoaded):
             loaded[rank] = message
     return list(loaded.values())
 
 
-def _refused(ranks: Ranks, first: RankFailed) -> EngineError:
-    """Return why an execution cannot be, when all ranks have said so."""
+def _execution_error(ranks: RankProcesses, first: RankFailed) -> EngineError:
+    """Wait until every rank has reported its failure to start an execution, and return the root cause."""
     failures = [first]
     while len(failures) < len(ranks.pids):
         _, message = ranks.receive()
         if isinstance(message, RankFailed):
             failures.append(message)
-    return _cause(failures)
+    return _root_cause(failures)
 
 
-def _cause(failures: list[RankFailed]) -> EngineError:
-    """Return the failure that tells why: a plain error may be only that another rank is missed."""
+def _root_cause(failures: list[RankFailed]) -> EngineError:
+    """Return the most specific failure: a plain `error` may only report that another rank failed."""
     cause = next((failure for failure in failures if failure.kind != FailureKind.ERROR), failures[0])
     return EngineError(FailureKind(cause.kind), cause.message)

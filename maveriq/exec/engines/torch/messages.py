@@ -1,6 +1,6 @@
-"""What an engine and its ranks say to each other: msgspec messages in frames over a pair of sockets.
+"""Messages between the torch engine and its ranks: msgspec structs in length-prefixed frames over a socket pair.
 
-Unlike the executor's, this channel is within one group of processes and loses nothing.
+Unlike the executor's protocol, delivery within one process group is taken to be reliable.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ _LENGTH_BYTES = 8
 
 
 class LoadRank(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
-    """Load a rank's part and meet the other ranks at a file; answered by `RankLoaded`."""
+    """Load a rank's shard and connect to the other ranks through a file. The answer is `RankLoaded`."""
 
     spec: EngineSpec
     rank: int
-    meeting_point: str
+    rendezvous_file: str
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
-    """Generate; every rank takes part, the one that reports answers by `Stepped` after `Stepped`."""
+class RunExecution(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
+    """Run an execution on every rank. The first rank of the last stage sends a `Stepped` per step."""
 
     work: Generate
 
 
 class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
-    """A rank is ready."""
+    """A rank has loaded and warmed up its shard."""
 
     weights_bytes: int
     kv_cache_bytes: int
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag="stepped"):
-    """A step of an execution is done; `last` says that the execution is."""
+    """A step of an execution is done; `last` says whether it ends the execution."""
 
     tokens: list[int]
     last: bool
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """A rank could not do what it was told; `kind` is a `FailureKind`.
+    """A rank failed; `kind` is a `FailureKind`.
 
-    Where it `serves` on, so do all others, and each of them says the same. Else it ends.
+    With `serves` all ranks report the failure and accept the next execution; without it the rank exits.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     serves: bool = False
 
 
-ToRank: TypeAlias = LoadRank | Run
+ToRank: TypeAlias = LoadRank | RunExecution
 FromRank: TypeAlias = RankLoaded | Stepped | RankFailed
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -66,19 +66,19 @@ def send(channel: socket.socket, message: ToRank | FromRank) -> None:
     """Send a message.
 
     Raises:
-        OSError: nobody is there any more.
+        OSError: the other side has closed the socket.
     """
     body = _ENCODER.encode(message)
     channel.sendall(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
 
 
 def receive(channel: socket.socket) -> bytes | None:
-    """Wait for a message and return its body; None when the other side has gone."""
-    head = _exactly(channel, _LENGTH_BYTES)
-    return None if head is None else _exactly(channel, int.from_bytes(head, "big"))
+    """Wait for a message and return its encoded body; None once the other side has closed the socket."""
+    head = _receive_exactly(channel, _LENGTH_BYTES)
+    return None if head is None else _receive_exactly(channel, int.from_bytes(head, "big"))
 
 
-def _exactly(channel: socket.socket, count: int) -> bytes | None:
+def _receive_exactly(channel: socket.socket, count: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < count:
         try:

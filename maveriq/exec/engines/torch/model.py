@@ -1,10 +1,8 @@
-"""Positions, the KV cache, and attention over it.
+"""A rank's part of a decoder: rotary positions, KV cache, attention, layers, and the greedy decoding loop.
 
-Token p of a sequence lies in place p of the cache, whatever the lengths of its neighbours: prompts of a batch are
-filled up on the right, and what the filling wrote is overwritten before it is ever looked at.
-
-A rank's part of a decoder: its layers, and at the ends the embedding and the output matrix.
-Greedy decoding, the same loop on every rank.
+Every rank runs the same loop (`generate_tokens`) over its own `Stage`. Token p of a sequence is stored at index p of
+the cache, whatever the other prompts' lengths are: prompts are padded on the right, and what padding tokens wrote is
+overwritten before any token attends to it.
 """
 
 from __future__ import annotations
@@ -19,68 +17,70 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from maveriq.domain.models import KvType
 from maveriq.exec.engines.torch.collectives import Collectives
-from maveriq.exec.engines.torch.config import Activation, DecoderConfig, RankSlice, Rotary
-from maveriq.exec.engines.torch.weights import DenseLinear, Linear, Pair, Parameters, Source, make_linear
+from maveriq.exec.engines.torch.config import Activation, DecoderConfig, Rotary, Shard
+from maveriq.exec.engines.torch.linear import DenseLinear, Linear, make_linear
+from maveriq.exec.engines.torch.weights import Parameters, WeightAndBias, WeightSource
 from maveriq.exec.messages import EngineSpec
 from maveriq.exec.messages import PromptSequence as Prompt
 
 _ROUND_TOKENS = 64
-"""Rooms are made so many tokens at a time, so that a slightly longer prompt does not make another."""
+"""The KV cache grows in multiples of this, so that a slightly longer prompt does not reallocate it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Positions:
-    """Where the tokens of a step stand.
+    """The positions of the tokens of one step.
 
     Attributes:
-        index: [batch, tokens], the place of each token in its sequence.
-        reach: places of the cache that any of them sees.
-        mask: [batch, 1, 1, reach] for one token a sequence where lengths differ, True where it looks; else None.
+        index: [batch, tokens], the position of each token in its sequence.
+        context_length: cache entries up to the last one that any token attends to.
+        mask: [batch, 1, 1, context_length], True where a token attends; only when decoding sequences of different
+            lengths, else None.
         cos: [batch, 1, tokens, size of the rotary part].
         sin: likewise.
     """
 
     index: torch.Tensor
-    reach: int
+    context_length: int
     mask: torch.Tensor | None
     cos: torch.Tensor
     sin: torch.Tensor
 
     @property
-    def many(self) -> bool:
+    def is_prefill(self) -> bool:
         """Whether this is a prefill."""
         return bool(self.index.shape[1] > 1)
 
 
 def prefill_positions(rotary: Rotary, batch: int, tokens: int, *, like: torch.Tensor) -> Positions:
-    """Return the positions of prompts filled up to `tokens`; `like` gives device and type."""
+    """Return the positions of prompts padded to `tokens`; `like` gives device and dtype."""
     index = torch.arange(tokens, device=like.device).expand(batch, tokens)
-    cos, sin = _turns(rotary, index[:1], like.dtype)
-    return Positions(index=index, reach=tokens, mask=None, cos=cos, sin=sin)
+    cos, sin = _cos_sin(rotary, index[:1], like.dtype)
+    return Positions(index=index, context_length=tokens, mask=None, cos=cos, sin=sin)
 
 
-def decode_positions(rotary: Rotary, places: list[int], *, like: torch.Tensor) -> Positions:
-    """Return the positions of one more token per sequence, each at its place."""
-    index = torch.tensor(places, device=like.device)[:, None]
-    reach = max(places) + 1
+def decode_positions(rotary: Rotary, lengths_so_far: list[int], *, like: torch.Tensor) -> Positions:
+    """Return the positions of one new token per sequence, after `lengths_so_far` tokens."""
+    index = torch.tensor(lengths_so_far, device=like.device)[:, None]
+    context_length = max(lengths_so_far) + 1
     mask = None
-    if min(places) + 1 < reach:
-        mask = (torch.arange(reach, device=like.device) <= index)[:, None, None, :]
-    cos, sin = _turns(rotary, index, like.dtype)
-    return Positions(index=index, reach=reach, mask=mask, cos=cos, sin=sin)
+    if min(lengths_so_far) + 1 < context_length:
+        mask = (torch.arange(context_length, device=like.device) <= index)[:, None, None, :]
+    cos, sin = _cos_sin(rotary, index, like.dtype)
+    return Positions(index=index, context_length=context_length, mask=mask, cos=cos, sin=sin)
 
 
-def _turns(rotary: Rotary, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine of each position's angles. They are computed in float32 as everywhere."""
+def _cos_sin(rotary: Rotary, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine of each position's angles, computed in float32 as in transformers."""
     exponents = torch.arange(0, rotary.size, 2, device=index.device, dtype=torch.float32) / rotary.size
     frequencies = _scaled(1.0 / rotary.theta**exponents, rotary)
-    angles = index[:, None, :, None].float() / rotary.stretch * frequencies
+    angles = index[:, None, :, None].float() / rotary.position_scale * frequencies
     angles = angles.repeat_interleave(2, dim=-1) if rotary.interleaved else torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _scaled(frequencies: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Slow down low frequencies as llama 3.1 does (transformers, `_compute_llama3_parameters`)."""
+    """Scale low frequencies down as llama 3.1 does (transformers, `_compute_llama3_parameters`)."""
     if not rotary.frequency_scaling:
         return frequencies
     factor, low, high, context = rotary.frequency_scaling
@@ -89,22 +89,22 @@ def _scaled(frequencies: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return (1 - smooth) * frequencies / factor + smooth * frequencies
 
 
-def turn(x: torch.Tensor, positions: Positions, rotary: Rotary) -> torch.Tensor:
-    """Turn queries or keys [batch, heads, tokens, head size] by their positions."""
-    turned = x[..., : rotary.size]
+def apply_rotary(x: torch.Tensor, positions: Positions, rotary: Rotary) -> torch.Tensor:
+    """Rotate queries or keys [batch, heads, tokens, head size] by their positions."""
+    rotated = x[..., : rotary.size]
     if rotary.interleaved:
-        across = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        across = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
     else:
         half = rotary.size // 2
-        across = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
-    turned = turned * positions.cos + across * positions.sin
-    return turned if rotary.size == x.shape[-1] else torch.cat((turned, x[..., rotary.size :]), dim=-1)
+        across = torch.cat((-rotated[..., half:], rotated[..., :half]), dim=-1)
+    rotated = rotated * positions.cos + across * positions.sin
+    return rotated if rotary.size == x.shape[-1] else torch.cat((rotated, x[..., rotary.size :]), dim=-1)
 
 
 class KvCache:
     """Keys or values of one layer: [batch, KV heads, tokens, head size].
 
-    It makes room when an execution begins and keeps it for the next one.
+    Memory is reserved when an execution begins and kept for the next one.
     """
 
     def __init__(self, *, kind: str, kv_heads: int, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -112,99 +112,97 @@ class KvCache:
         self._device = device
         self._dtype = dtype
         self._quantised = kind == KvType.INT8
-        self.give_room_back()
+        self.release()
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it takes now."""
+        """Memory that is reserved now."""
         return sum(part.nbytes for part in (self._store, self._scale) if part is not None)
 
-    def make_room(self, batch: int, tokens: int) -> None:
-        """Make room for so many tokens of so many sequences."""
-        batches, _, room, _ = self._store.shape
-        if batch <= batches and tokens <= room:
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Reserve memory for `batch` sequences of `tokens` tokens; never shrinks."""
+        old_batch, _, old_tokens, _ = self._store.shape
+        if batch <= old_batch and tokens <= old_tokens:
             return
-        # The old room goes before the new one comes.
-        self.give_room_back()
-        self._allot(max(batch, batches), max(-(-tokens // _ROUND_TOKENS) * _ROUND_TOKENS, room))
+        # Free the old memory before allocating the new.
+        self.release()
+        self._allocate(max(batch, old_batch), max(-(-tokens // _ROUND_TOKENS) * _ROUND_TOKENS, old_tokens))
 
-    def give_room_back(self) -> None:
-        """Give all memory back."""
-        self._allot(0, 0)
+    def release(self) -> None:
+        """Free all memory."""
+        self._allocate(0, 0)
 
-    def _allot(self, batch: int, tokens: int) -> None:
+    def _allocate(self, batch: int, tokens: int) -> None:
         heads, size = self._shape
-        # Zeroes, since a place that is masked still enters a product.
-        stored_as = torch.int8 if self._quantised else self._dtype
-        self._store = torch.zeros(batch, heads, tokens, size, device=self._device, dtype=stored_as)
+        # Zeros, because masked entries still enter a product, where NaN would spread.
+        store_dtype = torch.int8 if self._quantised else self._dtype
+        self._store = torch.zeros(batch, heads, tokens, size, device=self._device, dtype=store_dtype)
         self._scale = None
         if self._quantised:
             self._scale = torch.zeros(batch, heads, tokens, 1, device=self._device, dtype=self._dtype)
 
-    def put(self, new: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Add what is new, [batch, KV heads, tokens, head size], and return all that `positions` reaches."""
-        batch, reach = new.shape[0], positions.reach
+    def update(self, new: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Store the new keys or values, [batch, KV heads, tokens, head size], and return all up to `context_length`."""
+        batch, context_length = new.shape[0], positions.context_length
         if self._scale is None:
             _write(self._store, new, positions)
-            return self._store[:batch, :, :reach]
-        # 8 bits: one scale per token and head.
+            return self._store[:batch, :, :context_length]
+        # int8: one scale per token and head.
         scale = new.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-8) / 127
         _write(self._store, (new / scale).round_().to(torch.int8), positions)
         _write(self._scale, scale.to(self._dtype), positions)
-        if positions.many:
+        if positions.is_prefill:
             return new
-        return self._store[:batch, :, :reach].to(self._dtype) * self._scale[:batch, :, :reach]
+        return self._store[:batch, :, :context_length].to(self._dtype) * self._scale[:batch, :, :context_length]
 
 
 def _write(store: torch.Tensor, new: torch.Tensor, positions: Positions) -> None:
     batch = new.shape[0]
-    if positions.many:
+    if positions.is_prefill:
         store[:batch, :, : new.shape[2]] = new
     elif positions.mask is None:
-        store[:batch, :, positions.reach - 1] = new[:, :, 0]
+        store[:batch, :, positions.context_length - 1] = new[:, :, 0]
     else:
         store[torch.arange(batch, device=new.device), :, positions.index[:, 0]] = new[:, :, 0]
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: Positions) -> torch.Tensor:
-    """Return [batch, heads, tokens, head size]: causal within a prefill, everything up to itself for one token."""
-    if positions.many:
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """Return [batch, heads, tokens, head size]: causal attention for a prefill, over the whole context for a decode."""
+    if positions.is_prefill:
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-    # The queries that share a KV head take the place of tokens, so that nothing is repeated.
+    # Queries that share a KV head are laid out along the token dimension, so that keys and values are not repeated.
     batch, heads, _, size = query.shape
     query = query.view(batch, key.shape[1], -1, size)
     return scaled_dot_product_attention(query, key, value, attn_mask=positions.mask).reshape(batch, heads, 1, size)
 
 
 class Norm:
-    """Root mean square norm, or layer norm where there is a bias."""
+    """RMS norm, or layer norm if there is a bias."""
 
-    def __init__(self, pair: Pair, epsilon: float) -> None:
+    def __init__(self, pair: WeightAndBias, epsilon: float) -> None:
         self._weight, self._bias = pair
         self._epsilon = epsilon
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply it over the last dimension."""
+        """Normalise over the last dimension."""
         if self._bias is None:
             return functional.rms_norm(x, x.shape[-1:], self._weight, self._epsilon)
         return functional.layer_norm(x, x.shape[-1:], self._weight, self._bias, self._epsilon)
 
     @property
     def size_bytes(self) -> int:
-        """Memory of its vectors."""
+        """Memory of the weight and bias."""
         return sum(part.nbytes for part in (self._weight, self._bias) if part is not None)
 
 
 class Attention:
-    """This rank's heads. What it returns is its part of a sum over the stage, without the bias."""
+    """Attention over this rank's heads. Returns this rank's term of the sum over the stage, without the bias."""
 
-    def __init__(
-        self, arch: DecoderConfig, part: RankSlice, spec: EngineSpec, layer: int, parameters: Parameters
-    ) -> None:
+    def __init__(self, arch: DecoderConfig, shard: Shard, spec: EngineSpec, layer: int, parameters: Parameters) -> None:
         weight, bias = parameters.queries_keys_values(layer)
-        self._heads = len(part.share(arch.heads))
-        self._kv_heads = len(part.kv_share(arch.kv_heads))
+        self._heads = len(shard.partition(arch.heads))
+        self._kv_heads = len(shard.partition_kv_heads(arch.kv_heads))
         self._rotary = arch.rotary
         self._in = make_linear(spec.weights, weight, bias)
         out, self.bias = parameters.attention_out(layer)
@@ -226,9 +224,9 @@ class Attention:
         batch, tokens, _ = x.shape
         joint = self._in(x).view(batch, tokens, self._heads + 2 * self._kv_heads, -1).transpose(1, 2)
         query, key, value = joint.split((self._heads, self._kv_heads, self._kv_heads), dim=1)
-        keys = self.caches[0].put(turn(key, positions, self._rotary), positions)
-        values = self.caches[1].put(value, positions)
-        mixed = attend(turn(query, positions, self._rotary), keys, values, positions)
+        keys = self.caches[0].update(apply_rotary(key, positions, self._rotary), positions)
+        values = self.caches[1].update(value, positions)
+        mixed = attention(apply_rotary(query, positions, self._rotary), keys, values, positions)
         return self._out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -240,7 +238,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class FeedForward:
-    """This rank's share of the width. What it returns is its part of a sum over the stage, without the bias."""
+    """This rank's shard of the feed-forward block. Returns its term of the sum over the stage, without the bias."""
 
     def __init__(self, arch: DecoderConfig, spec: EngineSpec, layer: int, parameters: Parameters) -> None:
         self._in = make_linear(spec.weights, *parameters.feed_forward_in(layer))
@@ -259,20 +257,20 @@ class FeedForward:
 
 
 class Layer:
-    """Attention and feed-forward part, one after the other (two sums over the stage) or side by side (one sum)."""
+    """Attention and feed-forward block, sequential (two all-reduces over the stage) or parallel (one)."""
 
     def __init__(
         self,
         arch: DecoderConfig,
-        part: RankSlice,
+        shard: Shard,
         spec: EngineSpec,
         layer: int,
         parameters: Parameters,
-        links: Collectives,
+        collectives: Collectives,
     ) -> None:
-        self._parallel = arch.parallel
-        self._links = links
-        self.attention = Attention(arch, part, spec, layer, parameters)
+        self._parallel_attention = arch.parallel_attention
+        self._collectives = collectives
+        self.attention = Attention(arch, shard, spec, layer, parameters)
         self._feed_forward = FeedForward(arch, spec, layer, parameters)
         self._attention_norm = Norm(parameters.attention_norm(layer), arch.norm_epsilon)
         own = arch.feed_forward_norm
@@ -284,15 +282,15 @@ class Layer:
         """Apply it; [batch, tokens, hidden] to the same."""
         normed = self._attention_norm(x)
         attended = self.attention(normed, positions)
-        if self._parallel:
-            beside = normed if self._feed_forward_norm is None else self._feed_forward_norm(x)
-            return x + self._sum(attended + self._feed_forward(beside), self._bias_of_both)
+        if self._parallel_attention:
+            mlp_input = normed if self._feed_forward_norm is None else self._feed_forward_norm(x)
+            return x + self._sum(attended + self._feed_forward(mlp_input), self._bias_of_both)
         x = x + self._sum(attended, self.attention.bias)
         normed = x if self._feed_forward_norm is None else self._feed_forward_norm(x)
         return x + self._sum(self._feed_forward(normed), self._feed_forward.bias)
 
     def _sum(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        x = self._links.add_up(x)
+        x = self._collectives.all_reduce(x)
         return x if bias is None else x + bias
 
     @property
@@ -305,38 +303,38 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Output:
-    """The end of a model: the last norm, and this rank's share of the tokens' scores."""
+class LmHead:
+    """The last norm, and this rank's rows of the output matrix."""
 
     norm: Norm
     matrix: Linear
 
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [batch, this rank's tokens] for the hidden states [batch, hidden] of one token each."""
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, this rank's tokens] for the hidden states [batch, hidden] of one token each."""
         return self.matrix(self.norm(x))
 
 
 class Stage:
-    """A rank's part of a model, loaded.
+    """A rank's shard of a model, loaded.
 
     Attributes:
-        arch: the whole model's.
-        part: which part it is.
-        embedding: [vocabulary, hidden] at the first stage, else None.
+        arch: the configuration of the whole model.
+        shard: which part of it this is.
+        embedding: [vocabulary, hidden] on the first stage, else None.
     """
 
     def __init__(
-        self, arch: DecoderConfig, part: RankSlice, spec: EngineSpec, source: Source, links: Collectives
+        self, arch: DecoderConfig, shard: Shard, spec: EngineSpec, source: WeightSource, collectives: Collectives
     ) -> None:
-        parameters = Parameters(arch, part, source)
+        parameters = Parameters(arch, shard, source)
         self.arch = arch
-        self.part = part
-        self._links = links
-        self.embedding = parameters.embedding() if part.first else None
-        self._layers = [Layer(arch, part, spec, layer, parameters, links) for layer in part.layers]
-        self._output = None
-        if part.last:
-            self._output = Output(
+        self.shard = shard
+        self._collectives = collectives
+        self.embedding = parameters.embedding() if shard.is_first_stage else None
+        self._layers = [Layer(arch, shard, spec, layer, parameters, collectives) for layer in shard.layers]
+        self._lm_head = None
+        if shard.is_last_stage:
+            self._lm_head = LmHead(
                 norm=Norm(parameters.final_norm(), arch.norm_epsilon),
                 matrix=DenseLinear(*parameters.output(self.embedding)),
             )
@@ -347,110 +345,119 @@ class Stage:
             x = layer(x, positions)
         return x
 
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Return this rank's scores of the next token, [batch, its tokens]; at the last stage only."""
-        if self._output is None:
-            raise RuntimeError("only the last stage knows the next token")
-        return self._output.scores(x)
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's logits of the next token, [batch, this rank's tokens]; on the last stage only."""
+        if self._lm_head is None:
+            raise RuntimeError("only the last stage computes logits")
+        return self._lm_head.logits(x)
 
-    def likeliest(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the likeliest next token of each sequence, [batch]; the lowest of several."""
-        scores = self.scores(x)
-        best, token = scores.max(dim=-1)
-        if self.part.tp == 1:
+    def greedy_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the token with the largest logit for each sequence, [batch]; the lowest one of equals."""
+        logits = self.logits(x)
+        best, token = logits.max(dim=-1)
+        if self.shard.tp == 1:
             return token
-        token += self.part.share(self.arch.vocabulary).start  # counted among this rank's until here
-        bests = torch.stack(self._links.gather(best))
-        tokens = torch.stack(self._links.gather(token))
+        token += self.shard.partition(self.arch.vocabulary).start  # from this rank's index to the token id
+        bests = torch.stack(self._collectives.all_gather(best))
+        tokens = torch.stack(self._collectives.all_gather(token))
         return tokens.gather(0, bests.argmax(dim=0, keepdim=True)).squeeze(0)
 
-    def make_room(self, batch: int, tokens: int) -> None:
-        """Make room in the KV cache for so many tokens of so many sequences."""
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Reserve KV cache for `batch` sequences of `tokens` tokens."""
         for layer in self._layers:
             for cache in layer.attention.caches:
-                cache.make_room(batch, tokens)
+                cache.reserve(batch, tokens)
 
-    def give_room_back(self) -> None:
-        """Give the KV cache's memory back."""
+    def release(self) -> None:
+        """Free the KV cache."""
         for layer in self._layers:
             for cache in layer.attention.caches:
-                cache.give_room_back()
+                cache.release()
 
     @property
     def weights_bytes(self) -> int:
-        """Memory of its weights; what is tied counts once."""
+        """Memory of the weights; tied matrices count once."""
         total = sum(layer.size_bytes for layer in self._layers)
         if self.embedding is not None:
             total += self.embedding.nbytes
-        if self._output is not None:
-            total += self._output.norm.size_bytes + self._output.matrix.size_bytes
-            if self.arch.tied and self.embedding is not None:
-                total -= len(self.part.share(self.arch.vocabulary)) * self.embedding[0].nbytes
+        if self._lm_head is not None:
+            total += self._lm_head.norm.size_bytes + self._lm_head.matrix.size_bytes
+            if self.arch.tie_word_embeddings and self.embedding is not None:
+                total -= len(self.shard.partition(self.arch.vocabulary)) * self.embedding[0].nbytes
         return total
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Memory of its KV cache as it is now."""
+        """Memory that the KV cache has reserved now."""
         return sum(cache.size_bytes for layer in self._layers for cache in layer.attention.caches)
 
 
 ENDED = -1
-"""Stands for the token of a sequence that had ended before."""
+"""In a step: the sequence ended before."""
 
 
-def decode(
-    stage: Stage, links: Collectives, prompts: Sequence[Prompt], *, like: torch.Tensor
+def generate_tokens(
+    stage: Stage, collectives: Collectives, prompts: Sequence[Prompt], *, like: torch.Tensor
 ) -> Iterator[tuple[list[int], bool]]:
-    """Yield a token for each sequence, step by step until all have ended, and whether this step is the last.
+    """Prefill, then decode until all sequences have ended; yield each step's tokens and whether it is the last step.
 
-    There must be room for all of it in the KV cache.
+    The KV cache must be reserved for the longest sequence.
 
     Args:
-        stage: this rank's part.
-        links: to the others.
-        prompts: what to go on from.
-        like: gives device and type of hidden states.
+        stage: this rank's shard.
+        collectives: connects it to the other ranks.
+        prompts: the sequences of the execution.
+        like: gives device and dtype of hidden states.
     """
     lengths = [len(prompt.prompt) for prompt in prompts]
     longest = max(lengths)
-    filled = [[*prompt.prompt, *[0] * (longest - len(prompt.prompt))] for prompt in prompts]
-    tokens = torch.tensor(filled, device=like.device)
+    padded = [[*prompt.prompt, *[0] * (longest - len(prompt.prompt))] for prompt in prompts]
+    tokens = torch.tensor(padded, device=like.device)
     positions = prefill_positions(stage.arch.rotary, len(prompts), longest, like=like)
-    told = _step(stage, links, tokens, positions, [length - 1 for length in lengths], like=like)
-    left = [prompt.output_tokens for prompt in prompts]
-    places = lengths
+    next_tokens = _step(stage, collectives, tokens, positions, [length - 1 for length in lengths], like=like)
+    remaining = [prompt.output_tokens for prompt in prompts]
     while True:
-        step = [token if count else ENDED for token, count in zip(told.tolist(), left, strict=True)]
-        left = [_left(prompt, token, count) for prompt, token, count in zip(prompts, step, left, strict=True)]
-        last = not any(left)
+        step = [token if count else ENDED for token, count in zip(next_tokens.tolist(), remaining, strict=True)]
+        remaining = [_remaining(*sequence) for sequence in zip(prompts, step, remaining, strict=True)]
+        last = not any(remaining)
         yield step, last
         if last:
             return
-        positions = decode_positions(stage.arch.rotary, places, like=like)
-        told = _step(stage, links, told[:, None], positions, [0] * len(prompts), like=like)
-        # A sequence that has ended goes on, unheard, in its last place, so that it never outgrows its room.
-        places = [place + 1 if count > 1 else place for place, count in zip(places, left, strict=True)]
+        positions = decode_positions(stage.arch.rotary, lengths, like=like)
+        next_tokens = _step(stage, collectives, next_tokens[:, None], positions, [0] * len(prompts), like=like)
+        # An ended sequence stays in the batch and overwrites its last cache entry, so that it never outgrows the cache.
+        lengths = [length + 1 if count > 1 else length for length, count in zip(lengths, remaining, strict=True)]
 
 
-def _left(prompt: Prompt, token: int, count: int) -> int:
-    """Return how many tokens a sequence still wants after this one."""
+def _remaining(prompt: Prompt, token: int, count: int) -> int:
+    """Return how many tokens a sequence still generates after this one."""
     return 0 if token in prompt.stop_token_ids else max(count - 1, 0)
 
 
 def _step(
-    stage: Stage, links: Collectives, tokens: torch.Tensor, positions: Positions, ends: list[int], *, like: torch.Tensor
+    stage: Stage,
+    collectives: Collectives,
+    tokens: torch.Tensor,
+    positions: Positions,
+    last_indices: list[int],
+    *,
+    like: torch.Tensor,
 ) -> torch.Tensor:
-    """Run tokens [batch, tokens] through all stages and return the next ones, [batch]."""
+    """Run tokens [batch, tokens] through all stages and return the next tokens, [batch].
+
+    `last_indices` holds the index of each sequence's last token, whose hidden state gives the next one.
+    """
     with torch.inference_mode():
         if stage.embedding is not None:
             x = torch.nn.functional.embedding(tokens, stage.embedding)
         else:
-            x = links.take(like.new_empty(*tokens.shape, stage.arch.hidden))
+            x = collectives.recv(like.new_empty(*tokens.shape, stage.arch.hidden))
         x = stage.run(x, positions)
-        batch = len(ends)
-        if stage.part.last:
-            told = stage.likeliest(x[torch.arange(batch, device=x.device), torch.tensor(ends, device=x.device)])
+        batch = len(last_indices)
+        if stage.shard.is_last_stage:
+            last = torch.tensor(last_indices, device=x.device)
+            next_tokens = stage.greedy_tokens(x[torch.arange(batch, device=x.device), last])
         else:
-            links.pass_on(x)
-            told = torch.empty(batch, dtype=torch.long, device=x.device)
-        return links.tell_tokens(told)
+            collectives.send(x)
+            next_tokens = torch.empty(batch, dtype=torch.long, device=x.device)
+        return collectives.broadcast_tokens(next_tokens)

@@ -1,9 +1,7 @@
-"""What a rank does: load its part, then run what it is told.
+"""The process of one rank: `python -m maveriq.exec.engines.torch.rank FD`, where FD is its end of a socket pair.
 
-The process of one rank: `python -m maveriq.exec.engines.torch.rank FD`, where FD is its end of a socket.
-
-It lives as long as the other end is open. A thread of its own waits on the socket, so that the process ends at once
-with its engine even while it computes or waits for another rank.
+A rank loads its shard, connects to the other ranks, then runs executions until the engine closes the socket. A thread
+of its own reads the socket, so that the process exits at once even while it computes or waits for another rank.
 """
 
 from __future__ import annotations
@@ -22,56 +20,59 @@ import torch
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch.collectives import Collectives, DistributedRanks, SingleRank
-from maveriq.exec.engines.torch.config import DecoderConfig, rank_slice, read_decoder_config
+from maveriq.exec.engines.torch.config import DecoderConfig, read_decoder_config, shard_of
 from maveriq.exec.engines.torch.messages import (
     TO_RANK,
     FromRank,
     LoadRank,
     RankFailed,
     RankLoaded,
-    Run,
+    RunExecution,
     Stepped,
     ToRank,
     receive,
     send,
 )
-from maveriq.exec.engines.torch.model import Stage, decode
-from maveriq.exec.engines.torch.weights import FolderSource, RandomSource, Source
+from maveriq.exec.engines.torch.model import Stage, generate_tokens
+from maveriq.exec.engines.torch.weights import RandomWeights, SafetensorsWeights, WeightSource
 from maveriq.exec.messages import EngineSpec, PromptSequence
 
 _WARM_UP_TOKENS = 8
-_NO_ROOM = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
-class NoRoomError(EngineError):
-    """Some rank has no room for an execution. All of them refuse it together, so that they can take the next one."""
+class KvCacheAllocationError(EngineError):
+    """A rank has no memory for the KV cache of an execution.
 
-
-class Worker:
-    """One rank of a model, loaded and warm.
-
-    Args:
-        spec: the model and how it is split.
-        rank: which part this is.
-        links: to the other ranks.
-
-    Raises:
-        EngineError: weights cannot be had, or do not fit.
+    All ranks reject the execution together, before any of them starts it, so that they can run the next one.
     """
 
-    def __init__(self, spec: EngineSpec, rank: int, links: Collectives) -> None:
+
+class RankWorker:
+    """One rank of a model, loaded and warmed up.
+
+    Args:
+        spec: the model and its parallel configuration.
+        rank: this rank's number.
+        collectives: connects it to the other ranks.
+
+    Raises:
+        EngineError: weights cannot be read, or do not fit.
+    """
+
+    def __init__(self, spec: EngineSpec, rank: int, collectives: Collectives) -> None:
         arch = read_decoder_config(spec.config_json)
         device = torch.device(spec.devices[rank])
-        dtype = _type_of_numbers(arch, device)
-        self._links = links
-        self.reports = rank == (spec.pp - 1) * spec.tp
+        dtype = _activation_dtype(arch, device)
+        self._collectives = collectives
+        self.reports_steps = rank == (spec.pp - 1) * spec.tp
         with torch.inference_mode(), memory_errors():
             if device.type == "cuda":
-                _check_there(device)
-                torch.cuda.set_device(device)  # else nccl and the allocator would open the first one too
+                _check_device(device)
+                torch.cuda.set_device(device)  # else NCCL and the allocator would also use the first device
             self._like = torch.empty(0, device=device, dtype=dtype)
-            self.stage = Stage(arch, rank_slice(spec, rank), spec, _source(spec, arch, device, dtype), links)
-        _give_back_unused(device)
+            self.stage = Stage(arch, shard_of(spec, rank), spec, _weight_source(spec, arch, device, dtype), collectives)
+        _free_unused_memory(device)
         warm_up = PromptSequence(request_id=0, prompt=(0,) * _WARM_UP_TOKENS, output_tokens=2)
         for _ in self.run((warm_up,) * spec.batch_size):
             pass
@@ -80,75 +81,75 @@ class Worker:
         """Yield each step's tokens, and whether it is the last.
 
         Raises:
-            NoRoomError: there is no room for the KV cache.
-            EngineError: there is not memory enough for something else.
+            KvCacheAllocationError: a rank has no memory for the KV cache.
+            EngineError: memory for something else is short.
         """
-        self._make_room(prompts)
+        self._reserve_kv_cache(prompts)
         try:
             with memory_errors():
-                yield from decode(self.stage, self._links, prompts, like=self._like)
+                yield from generate_tokens(self.stage, self._collectives, prompts, like=self._like)
         except EngineError:
-            self._give_room_back()
+            self._release_kv_cache()
             raise
 
-    def _make_room(self, prompts: tuple[PromptSequence, ...]) -> None:
-        short = self._missed_room(prompts)
-        if short is not None:
-            # Room is kept, and made for the largest batch and the longest sequence that were; this one may want less.
-            self._give_room_back()
-            short = self._missed_room(prompts)
-        if not self._links.agree(well=short is None):
-            # What others got of it would be missed by the next execution.
-            self._give_room_back()
-            if short is None:
-                raise NoRoomError(FailureKind.ERROR, "another rank has no room")
-            raise NoRoomError(short.kind, str(short))
+    def _reserve_kv_cache(self, prompts: tuple[PromptSequence, ...]) -> None:
+        error = self._try_reserve(prompts)
+        if error is not None:
+            # The cache only grows, to the largest batch and the longest sequence so far. This batch may need less.
+            self._release_kv_cache()
+            error = self._try_reserve(prompts)
+        if not self._collectives.all_ok(ok=error is None):
+            # Free what was allocated for this execution: the next one may need the memory elsewhere.
+            self._release_kv_cache()
+            if error is None:
+                raise KvCacheAllocationError(FailureKind.ERROR, "another rank is out of memory")
+            raise KvCacheAllocationError(error.kind, str(error))
 
-    def _missed_room(self, prompts: tuple[PromptSequence, ...]) -> EngineError | None:
+    def _try_reserve(self, prompts: tuple[PromptSequence, ...]) -> EngineError | None:
         try:
             with memory_errors():
-                self.stage.make_room(len(prompts), max(len(each.prompt) + each.output_tokens for each in prompts))
+                self.stage.reserve(len(prompts), max(len(prompt.prompt) + prompt.output_tokens for prompt in prompts))
         except EngineError as error:
             return error
         return None
 
-    def _give_room_back(self) -> None:
-        self.stage.give_room_back()
-        _give_back_unused(self._like.device)
+    def _release_kv_cache(self) -> None:
+        self.stage.release()
+        _free_unused_memory(self._like.device)
 
 
-def links_of(spec: EngineSpec, rank: int, meeting_point: Path) -> Collectives:
-    """Return a rank's links to the others, once all are there."""
+def connect_ranks(spec: EngineSpec, rank: int, rendezvous_file: Path) -> Collectives:
+    """Connect a rank to the others; returns once all have connected."""
     if len(spec.devices) == 1:
         return SingleRank()
-    return DistributedRanks(rank_slice(spec, rank), rank, meeting_point=meeting_point, devices=spec.devices)
+    return DistributedRanks(shard_of(spec, rank), rank, rendezvous_file=rendezvous_file, devices=spec.devices)
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn what torch raises for want of memory into an `EngineError`."""
+    """Turn torch's out-of-memory errors into `EngineError`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
     except RuntimeError as error:
-        # Memory of a CPU, of a GPU's context, of nccl and of cuBLAS is missed in words only.
-        if any(words in str(error) for words in _NO_ROOM):
+        # A CPU, a GPU's context, NCCL and cuBLAS report it only by a text.
+        if any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS):
             raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
         raise
 
 
-def _give_back_unused(device: torch.device) -> None:
-    """Let other processes have what torch keeps of a GPU for later."""
+def _free_unused_memory(device: torch.device) -> None:
+    """Return the memory that torch's allocator caches on a GPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _check_there(device: torch.device) -> None:
+def _check_device(device: torch.device) -> None:
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= seen:
         raise EngineError(
-            FailureKind.UNSUPPORTED, f"there is no {device} here: torch {torch.__version__} sees {seen} GPUs"
+            FailureKind.UNSUPPORTED, f"no {device} on this machine: torch {torch.__version__} sees {seen} GPUs"
         )
 
 
@@ -156,22 +157,22 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _type_of_numbers(arch: DecoderConfig, device: torch.device) -> torch.dtype:
-    """Return the type of what is not quantised: 16 bits on a GPU, 32 on a CPU, where 16 are slower."""
+def _activation_dtype(arch: DecoderConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations and unquantised weights: 16 bits on a GPU, 32 on a CPU, where 16 are slower."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if arch.bfloat16 else torch.float16
 
 
-def _source(spec: EngineSpec, arch: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Source:
+def _weight_source(spec: EngineSpec, arch: DecoderConfig, device: torch.device, dtype: torch.dtype) -> WeightSource:
     if spec.weights_folder:
-        return FolderSource(Path(spec.weights_folder), device=device, dtype=dtype)
-    return RandomSource(seed=spec.seed, spread=arch.spread, device=device, dtype=dtype)
+        return SafetensorsWeights(Path(spec.weights_folder), device=device, dtype=dtype)
+    return RandomWeights(seed=spec.seed, initializer_range=arch.initializer_range, device=device, dtype=dtype)
 
 
 def main(argument: str) -> None:
-    """Serve the engine at the other end of a socket until it goes away."""
-    # Ctrl-C is for the executor, which stops its engines in order.
+    """Serve the engine at the other end of a socket until it closes the socket."""
+    # Ctrl-C reaches the whole process group; the executor handles it and stops its engines.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = socket.socket(fileno=int(argument))
     inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
@@ -182,7 +183,7 @@ def main(argument: str) -> None:
         _fail(channel, error.kind, str(error))
     except BrokenPipeError:
         return
-    except Exception as error:  # whatever it is, the engine must hear of it
+    except Exception as error:  # report anything to the engine
         _fail(channel, FailureKind.ERROR, f"{type(error).__name__}: {error}")
         raise
 
@@ -190,29 +191,28 @@ def main(argument: str) -> None:
 def _listen(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
     while (body := receive(channel)) is not None:
         inbox.put(TO_RANK.decode(body))
-    # Not sys.exit: the thread that computes may be waiting for ranks that are gone.
+    # Not sys.exit: the computing thread may be waiting for ranks that have exited.
     os._exit(0)
 
 
 def _serve(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
-
     load = inbox.get()
     if not isinstance(load, LoadRank):
         raise TypeError(f"the first message must be a LoadRank, not {load!r}")
-    worker = Worker(load.spec, load.rank, links_of(load.spec, load.rank, Path(load.meeting_point)))
+    worker = RankWorker(load.spec, load.rank, connect_ranks(load.spec, load.rank, Path(load.rendezvous_file)))
     stage = worker.stage
     send(channel, RankLoaded(weights_bytes=stage.weights_bytes, kv_cache_bytes=stage.kv_cache_bytes))
     while True:
-        order = inbox.get()
-        if not isinstance(order, Run):
-            raise TypeError(f"a loaded rank can only run, not {order!r}")
+        message = inbox.get()
+        if not isinstance(message, RunExecution):
+            raise TypeError(f"a loaded rank takes only RunExecution, not {message!r}")
         try:
-            for tokens, last in worker.run(order.work.sequences):
-                if worker.reports:
+            for tokens, last in worker.run(message.work.sequences):
+                if worker.reports_steps:
                     send(channel, Stepped(tokens=tokens, last=last))
         except EngineError as error:
-            # In the midst of an execution other ranks are left waiting.
-            if len(load.spec.devices) > 1 and not isinstance(error, NoRoomError):
+            # In the middle of an execution the other ranks wait for this one and cannot be resumed.
+            if len(load.spec.devices) > 1 and not isinstance(error, KvCacheAllocationError):
                 raise
             send(channel, RankFailed(kind=error.kind, message=str(error), serves=True))
 
