@@ -175,12 +175,12 @@ def run_async(test: Callable[[], Awaitable[T]]) -> T:
 
 
 QUICK = SupervisionSettings(
-    start_s=TIMEOUT_S,
-    ping_s=0.05,
+    start_timeout_s=TIMEOUT_S,
+    heartbeat_interval_s=0.05,
     hang_timeout_s=TIMEOUT_S,
-    stop_s=TIMEOUT_S,
-    backoff_s=0.02,
-    longest_backoff_s=0.1,
+    grace_period_s=TIMEOUT_S,
+    initial_backoff_s=0.02,
+    max_backoff_s=0.1,
     max_restarts=3,
 )
 
@@ -217,7 +217,7 @@ async def body(
             yield one
         finally:
             await one.close()
-            assert not one.fault.done() or one.fault.exception() is None
+            assert not one.internal_error.done() or one.internal_error.exception() is None
 
 
 class Broken(EmulatedEngine):

@@ -63,7 +63,7 @@ class Engines:
     def supervision(self) -> SupervisionSettings:
         """Return how patient to be."""
         return SupervisionSettings(
-            start_s=self.start_timeout_s, hang_timeout_s=self.hang_timeout_s, max_restarts=self.max_restarts
+            start_timeout_s=self.start_timeout_s, hang_timeout_s=self.hang_timeout_s, max_restarts=self.max_restarts
         )
 
 
@@ -113,7 +113,7 @@ class Site:
                 )
         return Devices(uuids=tuple(there[gpu.gpu_id % len(there)].uuid for gpu in cluster.gpus))
 
-    def watch(self) -> SiteMemory | None:
+    def memory_probe(self) -> SiteMemory | None:
         """Return who sees the memory of the GPUs, None where there are none."""
         return SiteMemory(self.meter) if self.meter else None
 

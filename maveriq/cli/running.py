@@ -50,7 +50,7 @@ def run_for_real(options: Options, engines: Engines, output: Output) -> None:
             devices=site.devices(scenario.cluster),
             supervision=engines.supervision(),
             meter=site.meter,
-            watch=site.watch(),
+            memory_probe=site.memory_probe(),
             sampler=site.sampler(scenario.cluster),
         )
         _run(_Job(options=options, engines=engines, output=output, folder=folder), scenario, settings)

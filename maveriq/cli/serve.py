@@ -188,7 +188,7 @@ async def _serve(
         logs=logs,
         files=ModelFiles(config_of),
         devices=site.devices(system.cluster),
-        watch=site.watch(),
+        memory_probe=site.memory_probe(),
         sampler=site.sampler(system.cluster),
     ) as executor:
         app = create_app(executor, store, settings, placements, models)
@@ -196,8 +196,8 @@ async def _serve(
         def report_ready() -> None:
             _print_status(f"serving {system.cluster.name} on {url_of(listener)}; Ctrl-C stops it", quiet=quiet)
 
-        await serve(app, listener, report_ready, fault=executor.fault)
-        if executor.fault.done() and (fault := executor.fault.exception()) is not None:
+        await serve(app, listener, report_ready, fault=executor.internal_error)
+        if executor.internal_error.done() and (fault := executor.internal_error.exception()) is not None:
             raise MaveriqError(f"the executor failed ({type(fault).__name__}: {fault}); all requests ended") from fault
     _print_status("stopped", quiet=quiet)
 

@@ -1,13 +1,12 @@
-"""What is said about one engine beside its messages: what to start, how long to be patient with it, why it ended.
+"""One engine process, from launch to exit: load, heartbeat, executions, hang detection, termination.
 
-Judging an engine by the clock: whether it starts, answers, and gets on.
-The execution that an engine was asked for, as far as word of it has come.
-Making an engine's process group go: by word, by SIGTERM, by SIGKILL.
-One engine from its start to its end: launch, handshake, load, watch, stop.
+`EngineProcess` runs one engine. It waits for GPU memory, launches the process, sends it `Load`, then executions, and a
+`Ping` at every heartbeat interval. `Watchdog` decides whether the engine hangs: it sends nothing for `hang_timeout_s`,
+or its current execution makes no progress for that plus a multiple of its estimated service time. The first of a hang,
+a failure, the exit of the process and a stop gives the `ExitReason`. Then `terminate` ends the process group with
+`Stop`, SIGTERM, SIGKILL. `maveriq.exec.supervisor` decides whether the engine restarts.
 
-A life is a state machine over what comes in (messages, the end of the process, the ticks of a clock). Whatever happens
-first ends it; then its process group is made to go, by word, by SIGTERM, by SIGKILL. Nothing here reads a clock
-but the event loop's, so that tests run it on a loop whose time is simulated.
+The only clock is the event loop's, so that tests run on a loop with simulated time.
 """
 
 from __future__ import annotations
@@ -43,167 +42,185 @@ from maveriq.exec.messages import (
 )
 from maveriq.units import Bytes
 
+_OUTPUT_FLUSH_S = 0.05  # messages sent just before the process exited are still to be read
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
-    """What engine to start: its specification, and the memory it needs on each of its GPUs, in rank order."""
+    """An engine to launch.
+
+    Args:
+        spec: what the engine loads.
+        needed: memory by GPU id, in rank order.
+        load_s: estimated load time, in seconds of the run.
+    """
 
     spec: EngineSpec
     needed: Mapping[int, Bytes]
-    load_s: float  # of the run, as estimated
+    load_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisionSettings:
-    """How long to be patient with engines; all in real seconds.
+    """Timeouts and restarts of engines, in real seconds.
 
-    `start_s` is for launch, handshake and load together. An engine that serves and is not heard for `hang_timeout_s`, or does
-    not get on with an execution for that and `stretch` times its estimated service, hangs. A stopped one is
-    asked by word, after `stop_s` by SIGTERM, after as long again by SIGKILL. The n-th failure in a row is mended after
-    `backoff_s` * 2^(n-1), at most `longest_backoff_s`; the `max_restarts`-th is the last.
+    Args:
+        start_timeout_s: for launch, handshake and load together.
+        heartbeat_interval_s: between pings.
+        hang_timeout_s: how long an engine may send nothing.
+        service_time_factor: an execution may take `hang_timeout_s` plus this many times its estimated service time
+            from one step to the next.
+        grace_period_s: between `Stop`, SIGTERM and SIGKILL when an engine is terminated.
+        initial_backoff_s: restart delay after the first failure; it doubles with each failure in a row.
+        max_backoff_s: the longest restart delay.
+        max_restarts: the deployment is given up at this many failures in a row.
+        memory_timeout_s: how long a start waits for GPU memory of stopped engines to become free.
     """
 
-    start_s: float = 900.0
-    ping_s: float = 1.0
+    start_timeout_s: float = 900.0
+    heartbeat_interval_s: float = 1.0
     hang_timeout_s: float = 30.0
-    stretch: float = 3.0
-    stop_s: float = 5.0
-    backoff_s: float = 1.0
-    longest_backoff_s: float = 60.0
+    service_time_factor: float = 3.0
+    grace_period_s: float = 5.0
+    initial_backoff_s: float = 1.0
+    max_backoff_s: float = 60.0
     max_restarts: int = 5
-    memory_back_s: float = 60.0
+    memory_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitReason:
-    """Why a life ended. `failed` is False for one that was told to stop, `final` True for one that no repeat mends."""
+    """Why an engine process ended. `failed` is False after a stop; `retryable` is False where a restart cannot help."""
 
     reason: str
     failed: bool = True
-    final: bool = False
+    retryable: bool = True
+
+
+class CurrentExecution:
+    """The execution that an engine runs: which steps have arrived, and when it last made progress.
+
+    Args:
+        work: the execution.
+        now_s: when it was sent, on the event loop's clock.
+        step_timeout_s: how long it may take from one step to the next.
+        pings: how many pings had been sent by then.
+    """
+
+    def __init__(self, work: Generate, *, now_s: float, step_timeout_s: float, pings: int) -> None:
+        self.work = work
+        self._step_timeout_s = step_timeout_s
+        self._pings = pings
+        self._steps_delivered = 0
+        self._steps_done = 0  # also counts steps whose message was lost
+        self._progress_s = now_s
+
+    def matches(self, execution_id: int) -> bool:
+        """Return whether a message is about this execution."""
+        return execution_id == self.work.execution_id
+
+    def accept_step(self, progress: StepProgress, now_s: float) -> bool:
+        """Record a step; return whether it is the next one to deliver, not a duplicate and not after a lost one."""
+        if progress.step != self._steps_delivered + 1:
+            return False
+        self._steps_delivered = progress.step
+        self.record_progress(progress.step, now_s)
+        return True
+
+    def record_progress(self, steps: int, now_s: float) -> None:
+        """Record how many steps the engine has done, which may be more than have arrived."""
+        if steps > self._steps_done:
+            self._steps_done = steps
+            self._progress_s = now_s
+
+    def must_resend(self, ping: int) -> bool:
+        """Return whether the `Generate` was lost: the engine is idle and answers a ping that was sent after it."""
+        return ping > self._pings
+
+    def discount_stall(self, stall_s: float, now_s: float) -> None:
+        """Do not count a time in which the executor itself did not run."""
+        self._progress_s = min(now_s, self._progress_s + stall_s)
+
+    def has_stalled(self, now_s: float) -> bool:
+        """Return whether the current step takes longer than allowed."""
+        return now_s - self._progress_s > self._step_timeout_s
+
+    def output_error(self, message: StepProgress | Finished) -> str:
+        """Return what is wrong with the engine's output, or "" if nothing is."""
+        outputs = message.tokens if isinstance(message, StepProgress) else message.outputs
+        if len(outputs) != len(self.work.sequences):
+            return "tokens for another number of sequences"
+        limits = [sequence.output_tokens for sequence in self.work.sequences]
+        if isinstance(message, StepProgress):
+            tokens_and_limits = zip(message.tokens, limits, strict=True)
+            too_many = any(message.step > limit and token >= 0 for token, limit in tokens_and_limits)
+        else:
+            too_many = any(len(output) > limit for output, limit in zip(message.outputs, limits, strict=True))
+        return "more tokens than were asked for" if too_many else ""
 
 
 class Watchdog:
-    """What is left of it with one engine. Times are the event loop's, in seconds.
+    """Decides whether an engine hangs. Times are on the event loop's clock.
 
     Args:
-        settings: how much there is.
+        settings: the timeouts.
         now_s: when the engine is launched.
     """
 
     def __init__(self, settings: SupervisionSettings, now_s: float) -> None:
         self._settings = settings
-        self._launched_s = self._heard_s = now_s
+        self._launched_s = self._last_message_s = now_s
 
-    def heard(self, now_s: float) -> None:
-        """Note a sign of life."""
-        self._heard_s = now_s
+    def message_received(self, now_s: float) -> None:
+        """Record that the engine has sent a message."""
+        self._last_message_s = now_s
 
-    def excuse(self, late_s: float, now_s: float, under_way: CurrentExecution | None) -> None:
-        """Hold nothing against the engine: it was the executor that stood still (stopped, or short of a processor)."""
-        self._launched_s += late_s
-        self._heard_s = min(now_s, self._heard_s + late_s)
-        if under_way is not None:
-            under_way.excuse(late_s, now_s)
+    def discount_stall(self, stall_s: float, now_s: float, execution: CurrentExecution | None) -> None:
+        """Do not count a time in which the executor itself did not run (stopped, or short of CPU)."""
+        self._launched_s += stall_s
+        self._last_message_s = min(now_s, self._last_message_s + stall_s)
+        if execution is not None:
+            execution.discount_stall(stall_s, now_s)
 
-    def complaint(self, now_s: float, *, loaded: bool, under_way: CurrentExecution | None) -> str:
-        """Return why there is no patience left; empty while there is."""
+    def hang_reason(self, now_s: float, *, loaded: bool, execution: CurrentExecution | None) -> str:
+        """Return which timeout the engine has exceeded, or "" if none."""
         if not loaded:
-            return self.too_slow() if now_s - self._launched_s > self._settings.start_s else ""
-        if now_s - self._heard_s > self._settings.hang_timeout_s:
-            return f"its engine was not heard for {self._settings.hang_timeout_s:g} s"
-        if under_way is not None and under_way.stands_still(now_s):
-            return "its engine did not get on with an execution"
+            return self.start_timeout_reason() if now_s - self._launched_s > self._settings.start_timeout_s else ""
+        if now_s - self._last_message_s > self._settings.hang_timeout_s:
+            return f"heartbeat timeout: its engine sent nothing for {self._settings.hang_timeout_s:g} s"
+        if execution is not None and execution.has_stalled(now_s):
+            return "its engine hangs: the current execution makes no progress"
         return ""
 
-    def too_slow(self) -> str:
-        """Return what to say of an engine that takes too long to start."""
-        return f"its engine did not start within {self._settings.start_s:g} s"
+    def start_timeout_reason(self) -> str:
+        """Return the reason for an engine that takes too long to start."""
+        return f"its engine did not start within {self._settings.start_timeout_s:g} s"
 
 
-class CurrentExecution:
-    """Which steps were handed on, and whether the engine gets on.
-
-    Args:
-        work: what was asked for.
-        now_s: when.
-        allowed_s: how long it may take from one step to the next.
-        pings: how many pings had been sent by then.
-    """
-
-    def __init__(self, work: Generate, *, now_s: float, allowed_s: float, pings: int) -> None:
-        self.work = work
-        self._allowed_s = allowed_s
-        self._pings = pings
-        self._handed_on = 0  # steps
-        self._heard_of = 0
-        self._moved_s = now_s
-
-    def concerns(self, execution_id: int) -> bool:
-        """Say whether a message is about it."""
-        return execution_id == self.work.execution_id
-
-    def take_step(self, progress: StepProgress, now_s: float) -> bool:
-        """Note a step; says whether it is the next one to hand on, and not late, twice, or after one that was lost."""
-        if progress.step != self._handed_on + 1:
-            return False
-        self._handed_on = progress.step
-        self.got_to(progress.step, now_s)
-        return True
-
-    def got_to(self, step: int, now_s: float) -> None:
-        """Note that so many steps are done, though word of some may have been lost."""
-        if step > self._heard_of:
-            self._heard_of = step
-            self._moved_s = now_s
-
-    def to_be_repeated(self, ping: int) -> bool:
-        """Say whether an engine that answers this ping and is not at it must be told again: word was lost."""
-        return ping > self._pings
-
-    def excuse(self, late_s: float, now_s: float) -> None:
-        """Note that nobody listened for a while."""
-        self._moved_s = min(now_s, self._moved_s + late_s)
-
-    def stands_still(self, now_s: float) -> bool:
-        """Say whether the engine does not get on with it."""
-        return now_s - self._moved_s > self._allowed_s
-
-    def complaint(self, said: StepProgress | Finished) -> str:
-        """Return what is wrong with what an engine says of it, empty if nothing is."""
-        given = said.tokens if isinstance(said, StepProgress) else said.outputs
-        if len(given) != len(self.work.sequences):
-            return "tokens for another number of sequences"
-        maximum = [sequence.output_tokens for sequence in self.work.sequences]
-        if isinstance(said, StepProgress):
-            too_many = any(said.step > count and token >= 0 for count, token in zip(maximum, said.tokens, strict=True))
-        else:
-            too_many = any(len(output) > count for count, output in zip(maximum, said.outputs, strict=True))
-        return "more tokens than were asked for" if too_many else ""
-
-
-async def terminate(connection: EngineConnection, *, stop_s: float, ask: Callable[[], None] | None) -> bool:
-    """Return once the group is gone, and its channel closed; False if it could not be killed.
+async def terminate(
+    connection: EngineConnection, *, grace_period_s: float, send_stop: Callable[[], None] | None
+) -> bool:
+    """End a process group and close its channel; return whether it has ended, False if it cannot be killed.
 
     Args:
         connection: to the group.
-        stop_s: time for each step.
-        ask: asks it to stop in order; None for one that is not worth asking.
+        grace_period_s: how long to wait after each of `Stop`, SIGTERM and SIGKILL.
+        send_stop: sends `Stop`; None to kill the group at once, as after a failure.
     """
     try:
-        for step in (ask, connection.terminate) if ask else ():
-            step()
-            if await _gone(connection, stop_s):
+        for ask_to_exit in (send_stop, connection.terminate) if send_stop else ():
+            ask_to_exit()
+            if await _exited_within(connection, grace_period_s):
                 return True
         connection.kill()
-        return await _gone(connection, stop_s)
+        return await _exited_within(connection, grace_period_s)
     finally:
         connection.channel.close()
 
 
-async def _gone(connection: EngineConnection, within_s: float) -> bool:
+async def _exited_within(connection: EngineConnection, timeout_s: float) -> bool:
     try:
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(timeout_s):
             await connection.wait_exit()
     except TimeoutError:
         return False
@@ -211,254 +228,258 @@ async def _gone(connection: EngineConnection, within_s: float) -> bool:
 
 
 class EngineCallbacks(Protocol):
-    """Who is told what happens to an engine. Calls come from the event loop, never from within a call to a life."""
+    """Receives the events of an engine, from the event loop and never from within a call to `EngineProcess`."""
 
-    def loaded(self, life: EngineProcess, loaded: Loaded) -> None:
-        """It serves."""
+    def on_loaded(self, engine: EngineProcess, loaded: Loaded) -> None:
+        """The engine is ready to serve."""
 
-    def stepped(self, life: EngineProcess, progress: StepProgress) -> None:
-        """The next step of its execution is done; steps come in order, each once, some perhaps not at all."""
+    def on_step(self, engine: EngineProcess, progress: StepProgress) -> None:
+        """A step of the current execution is done. Steps come in order, each at most once; some may be lost."""
 
-    def executed(self, life: EngineProcess, ended: Finished | Failed) -> None:
-        """Its execution is over."""
+    def on_execution_end(self, engine: EngineProcess, result: Finished | Failed) -> None:
+        """The current execution has ended."""
 
-    def noticed(self, life: EngineProcess, warning: str) -> None:
-        """Something that a reader of the results should know."""
+    def on_warning(self, engine: EngineProcess, warning: str) -> None:
+        """A warning for the notes of the run."""
 
-    def ended(self, life: EngineProcess, ending: ExitReason) -> None:
-        """It is over with the engine, which may yet be going; told once."""
+    def on_exit(self, engine: EngineProcess, exit_reason: ExitReason) -> None:
+        """The engine has ended or is being terminated; called once."""
 
 
 class EngineProcess:
-    """One engine. `run` it in a task of its own."""
+    """One engine. Call `run` in a task of its own."""
 
     def __init__(
         self,
-        order: LaunchSpec,
+        launch_spec: LaunchSpec,
         *,
         launcher: Launcher,
-        listener: EngineCallbacks,
+        callbacks: EngineCallbacks,
         settings: SupervisionSettings,
         gate: GpuMemoryGate,
     ) -> None:
-        self.order = order
+        self.launch_spec = launch_spec
         self._launcher = launcher
-        self._listener = listener
+        self._callbacks = callbacks
         self._settings = settings
         self._gate = gate
         self._loop = asyncio.get_running_loop()
-        self._asked_s = self._loop.time()
-        self._ending: asyncio.Future[ExitReason] = self._loop.create_future()
+        self._requested_s = self._loop.time()
+        self._exit_reason: asyncio.Future[ExitReason] = self._loop.create_future()
         self._connection: EngineConnection | None = None
-        self._let_in = False  # to memory that it has not taken yet
+        self._holds_memory_claim = False
         self._loaded = False
-        self._under_way: CurrentExecution | None = None
-        self._watchdog = Watchdog(settings, self._asked_s)
+        self._execution: CurrentExecution | None = None
+        self._watchdog = Watchdog(settings, self._requested_s)
         self._pings = 0
 
-    # What the supervisor asks for
+    # Called by the supervisor
 
     def execute(self, work: Generate, expected_s: float) -> None:
-        """Let the engine execute; `expected_s` is how long that should take, in real seconds."""
-        allowed_s = self._settings.hang_timeout_s + self._settings.stretch * expected_s
-        self._under_way = CurrentExecution(work, now_s=self._loop.time(), allowed_s=allowed_s, pings=self._pings)
+        """Start an execution; `expected_s` is its estimated service time, in real seconds."""
+        step_timeout_s = self._settings.hang_timeout_s + self._settings.service_time_factor * expected_s
+        self._execution = CurrentExecution(
+            work, now_s=self._loop.time(), step_timeout_s=step_timeout_s, pings=self._pings
+        )
         self._send(work)
 
     def stop(self) -> None:
         """Stop the engine."""
-        self._end(ExitReason(reason="stopped", failed=False))
+        self._exit(ExitReason(reason="stopped", failed=False))
 
-    def abort(self, reason: str, *, final: bool) -> None:
-        """Kill the engine, as if it had failed: this is how faults are made on purpose."""
-        self._end(ExitReason(reason=reason, final=final))
+    def abort(self, reason: str, *, retryable: bool) -> None:
+        """Kill the engine as if it had failed (fault injection)."""
+        self._exit(ExitReason(reason=reason, retryable=retryable))
 
     @property
-    def is_over(self) -> bool:
-        """Whether its end has come."""
-        return self._ending.done()
+    def has_exited(self) -> bool:
+        """Whether the exit reason is known; processes may still be running."""
+        return self._exit_reason.done()
 
-    # The life
+    # Lifecycle
 
     async def run(self) -> None:
-        """Live until the engine's processes are gone."""
-        gpu_ids = tuple(self.order.needed)
+        """Run the engine until all of its processes have ended."""
+        gpu_ids = tuple(self.launch_spec.needed)
         try:
-            ending = await self._live()
-            self._settle()
-            self._gate.leave(gpu_ids)
-            self._listener.ended(self, ending)
+            exit_reason = await self._run_until_exit()
+            self._release_memory_claim()
+            self._gate.engine_stopping(gpu_ids)
+            self._callbacks.on_exit(self, exit_reason)
             if self._connection is not None:
-                await self._put_down(self._connection, ending)
-            await self._gate.gone(gpu_ids)
+                await self._terminate(self._connection, exit_reason)
+            await self._gate.engine_gone(gpu_ids)
         except BaseException:  # a bug, or the loop is being closed: leave no process behind
             if self._connection is not None:
                 self._connection.kill()
             raise
 
-    async def _live(self) -> ExitReason:
-        """Return why it ended, once that is known."""
-        starting = asyncio.create_task(self._launch())
-        either: tuple[asyncio.Future[Any], ...] = (starting, self._ending)
+    async def _run_until_exit(self) -> ExitReason:
+        """Launch the engine, watch it, and return the exit reason."""
+        launch = asyncio.create_task(self._launch())
+        either: tuple[asyncio.Future[Any], ...] = (launch, self._exit_reason)
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
+        if not launch.done():
+            launch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await starting
+            await launch
         connection = self._connection
         if connection is None:
-            return await self._ending
-        doings = (self._listen(connection), self._tick(), self._await_exit(connection))
-        tasks = [asyncio.create_task(doing) for doing in doings]
+            return await self._exit_reason
+        coroutines = (self._receive(connection), self._heartbeat(), self._watch_process(connection))
+        tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
         for task in tasks:
-            task.add_done_callback(self._check)
+            task.add_done_callback(self._propagate_error)
         try:
-            return await self._ending
+            return await self._exit_reason
         finally:
             for task in tasks:
                 task.cancel()
 
-    def _check(self, task: asyncio.Task[None]) -> None:
-        """Let an error of one of its tasks come up where the life is awaited."""
-        if not task.cancelled() and (error := task.exception()) and not self._ending.done():
-            self._ending.set_exception(error)
+    def _propagate_error(self, task: asyncio.Task[None]) -> None:
+        """Raise an error of a background task in `run`."""
+        if not task.cancelled() and (error := task.exception()) and not self._exit_reason.done():
+            self._exit_reason.set_exception(error)
 
     async def _launch(self) -> None:
-        warning = await self._gate.clear(self.order.needed, self._settings.memory_back_s)
-        self._let_in = True
+        warning = await self._gate.claim(self.launch_spec.needed, self._settings.memory_timeout_s)
+        self._holds_memory_claim = True
         if warning:
-            self._listener.noticed(self, warning)
-        self._watchdog = Watchdog(self._settings, self._loop.time())  # it begins with the launch
+            self._callbacks.on_warning(self, warning)
+        self._watchdog = Watchdog(self._settings, self._loop.time())  # waiting for memory does not count
         try:
-            async with asyncio.timeout(self._settings.start_s):
-                self._connection = await self._launcher.launch(self.order.spec, tuple(self.order.needed))
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                self._connection = await self._launcher.launch(self.launch_spec.spec, tuple(self.launch_spec.needed))
         except TimeoutError:
-            self._end(ExitReason(reason=self._watchdog.too_slow()))
+            self._exit(ExitReason(reason=self._watchdog.start_timeout_reason()))
         except LaunchError as error:
-            self._end(ExitReason(reason=str(error)))
+            self._exit(ExitReason(reason=str(error)))
 
-    async def _listen(self, connection: EngineConnection) -> None:
+    async def _receive(self, connection: EngineConnection) -> None:
         try:
             while True:
-                self._take(await connection.channel.receive())
+                self._on_message(await connection.channel.receive())
         except ProtocolError as error:
-            self._end(ExitReason(reason=f"its engine does not speak the protocol: {error}"))
+            self._exit(ExitReason(reason=f"its engine does not speak the protocol: {error}"))
         except ChannelClosedError:
-            await asyncio.sleep(self._settings.stop_s)  # the end of the process says more
-            self._end(ExitReason(reason="its engine closed the channel"))
+            await asyncio.sleep(self._settings.grace_period_s)  # the exit of the process gives a better reason
+            self._exit(ExitReason(reason="its engine closed the channel"))
 
-    async def _await_exit(self, connection: EngineConnection) -> None:
+    async def _watch_process(self, connection: EngineConnection) -> None:
         code = await connection.wait_exit()
-        await asyncio.sleep(0.05)  # what it said last is still to be read
-        words = connection.last_output()
-        if words:
-            self._listener.noticed(self, f"the last words of its engine: {words}")
-        self._end(ExitReason(reason=f"its engine ended with {describe_exit(code)}"))
+        await asyncio.sleep(_OUTPUT_FLUSH_S)
+        output = connection.last_output()
+        if output:
+            self._callbacks.on_warning(self, f"last output of its engine: {output}")
+        self._exit(ExitReason(reason=f"its engine ended with {describe_exit(code)}"))
 
-    def _take(self, message: FromEngine) -> None:
-        if self._ending.done():
-            return
-        self._watchdog.heard(self._loop.time())
-        match message:
-            case Hello(protocol=protocol):
-                self._greeted(protocol)
-            case Loaded():
-                self._now_loaded(message)
-            case Failed(execution_id=0):
-                final = message.kind in (FailureKind.OUT_OF_MEMORY, FailureKind.UNSUPPORTED)
-                self._end(
-                    ExitReason(reason=f"its engine could not load ({message.kind}): {message.message}", final=final)
-                )
-            case StepProgress():
-                self._stepped(message)
-            case Finished() | Failed():
-                self._executed(message)
-            case Pong():
-                self._answered(message)
-
-    def _greeted(self, protocol: int) -> None:
-        if protocol != PROTOCOL_VERSION:
-            reason = f"its engine speaks version {protocol} of the protocol, not {PROTOCOL_VERSION}"
-            self._end(ExitReason(reason=reason, final=True))
-        else:
-            self._send_load()
-
-    def _send_load(self) -> None:
-        spec = self.order.spec
-        past_s = (self._loop.time() - self._asked_s) / spec.time_scale
-        self._send(Load(spec=msgspec.structs.replace(spec, load_s=max(0.0, self.order.load_s - past_s))))
-
-    def _now_loaded(self, loaded: Loaded) -> None:
-        if not self._loaded:
-            self._loaded = True
-            self._settle()
-            self._listener.loaded(self, loaded)
-
-    def _settle(self) -> None:
-        if self._let_in:
-            self._let_in = False
-            self._gate.settled(self.order.needed)
-
-    def _stepped(self, progress: StepProgress) -> None:
-        under_way = self._under_way
-        if under_way is None or not under_way.concerns(progress.execution_id):
-            return
-        if complaint := under_way.complaint(progress):
-            self._end(ExitReason(reason=f"its engine gave {complaint}"))
-        elif under_way.take_step(progress, self._loop.time()):
-            self._listener.stepped(self, progress)
-
-    def _executed(self, ended: Finished | Failed) -> None:
-        under_way = self._under_way
-        if under_way is None or not under_way.concerns(ended.execution_id):
-            return
-        if isinstance(ended, Finished) and (complaint := under_way.complaint(ended)):
-            self._end(ExitReason(reason=f"its engine gave {complaint}"))
-            return
-        self._under_way = None
-        self._listener.executed(self, ended)
-
-    def _answered(self, pong: Pong) -> None:
-        under_way = self._under_way
-        if under_way is None:
-            return
-        if under_way.concerns(pong.execution_id):
-            under_way.got_to(pong.steps, self._loop.time())
-        elif under_way.to_be_repeated(pong.number):
-            self._send(under_way.work)
-
-    async def _tick(self) -> None:
-        """Ask for a sign of life, again and again."""
+    async def _heartbeat(self) -> None:
+        """Ping the engine and check the watchdog at every interval."""
+        interval_s = self._settings.heartbeat_interval_s
         while True:
-            due_s = self._loop.time() + self._settings.ping_s
-            await asyncio.sleep(self._settings.ping_s)
+            due_s = self._loop.time() + interval_s
+            await asyncio.sleep(interval_s)
             now_s = self._loop.time()
-            if now_s - due_s > self._settings.ping_s:
-                self._watchdog.excuse(now_s - due_s, now_s, self._under_way)
-            if reason := self._watchdog.complaint(now_s, loaded=self._loaded, under_way=self._under_way):
-                self._end(ExitReason(reason=reason))
+            if now_s - due_s > interval_s:
+                self._watchdog.discount_stall(now_s - due_s, now_s, self._execution)
+            if reason := self._watchdog.hang_reason(now_s, loaded=self._loaded, execution=self._execution):
+                self._exit(ExitReason(reason=reason))
             self._pings += 1
             self._send(Ping(number=self._pings))
             if not self._loaded and self._pings > 1:
                 self._send_load()
+
+    def _exit(self, exit_reason: ExitReason) -> None:
+        if not self._exit_reason.done():
+            self._exit_reason.set_result(exit_reason)
+
+    async def _terminate(self, connection: EngineConnection, exit_reason: ExitReason) -> None:
+        send_stop = None if exit_reason.failed else partial(self._send, Stop())
+        if not await terminate(connection, grace_period_s=self._settings.grace_period_s, send_stop=send_stop):
+            self._callbacks.on_warning(self, f"process group {connection.pid} cannot be killed")
+
+    # Messages
+
+    def _on_message(self, message: FromEngine) -> None:
+        if self._exit_reason.done():
+            return
+        self._watchdog.message_received(self._loop.time())
+        match message:
+            case Hello(protocol=protocol):
+                self._on_hello(protocol)
+            case Loaded():
+                self._on_loaded(message)
+            case Failed(execution_id=0):
+                retryable = message.kind not in (FailureKind.OUT_OF_MEMORY, FailureKind.UNSUPPORTED)
+                reason = f"its engine could not load ({message.kind}): {message.message}"
+                self._exit(ExitReason(reason=reason, retryable=retryable))
+            case StepProgress():
+                self._on_step(message)
+            case Finished() | Failed():
+                self._on_execution_end(message)
+            case Pong():
+                self._on_pong(message)
+
+    def _on_hello(self, protocol: int) -> None:
+        if protocol != PROTOCOL_VERSION:
+            reason = f"its engine speaks version {protocol} of the protocol, not {PROTOCOL_VERSION}"
+            self._exit(ExitReason(reason=reason, retryable=False))
+        else:
+            self._send_load()
+
+    def _on_loaded(self, loaded: Loaded) -> None:
+        if not self._loaded:
+            self._loaded = True
+            self._release_memory_claim()
+            self._callbacks.on_loaded(self, loaded)
+
+    def _on_step(self, progress: StepProgress) -> None:
+        execution = self._execution
+        if execution is None or not execution.matches(progress.execution_id):
+            return
+        if error := execution.output_error(progress):
+            self._exit(ExitReason(reason=f"its engine gave {error}"))
+        elif execution.accept_step(progress, self._loop.time()):
+            self._callbacks.on_step(self, progress)
+
+    def _on_execution_end(self, result: Finished | Failed) -> None:
+        execution = self._execution
+        if execution is None or not execution.matches(result.execution_id):
+            return
+        if isinstance(result, Finished) and (error := execution.output_error(result)):
+            self._exit(ExitReason(reason=f"its engine gave {error}"))
+            return
+        self._execution = None
+        self._callbacks.on_execution_end(self, result)
+
+    def _on_pong(self, pong: Pong) -> None:
+        execution = self._execution
+        if execution is None:
+            return
+        if execution.matches(pong.execution_id):
+            execution.record_progress(pong.steps, self._loop.time())
+        elif execution.must_resend(pong.number):
+            self._send(execution.work)
+
+    def _send_load(self) -> None:
+        spec = self.launch_spec.spec
+        elapsed_s = (self._loop.time() - self._requested_s) / spec.time_scale
+        load_s = max(0.0, self.launch_spec.load_s - elapsed_s)
+        self._send(Load(spec=msgspec.structs.replace(spec, load_s=load_s)))
 
     def _send(self, message: Load | Generate | Ping | Stop) -> None:
         if self._connection is None:
             return
         try:
             self._connection.channel.send(message)
-        except ProtocolError as error:
-            # Too long a message is no failure of the engine; whoever made it hears of it as of one that cannot be done.
+        except ProtocolError as error:  # the message is too long, which is not the engine's failure
             if isinstance(message, Generate):
-                told = Failed(execution_id=message.execution_id, kind=FailureKind.ERROR.value, message=str(error))
-                self._loop.call_soon(self._executed, told)
+                result = Failed(execution_id=message.execution_id, kind=FailureKind.ERROR.value, message=str(error))
+                self._loop.call_soon(self._on_execution_end, result)
             else:
-                self._end(ExitReason(reason=str(error), final=True))
+                self._exit(ExitReason(reason=str(error), retryable=False))
 
-    def _end(self, ending: ExitReason) -> None:
-        if not self._ending.done():
-            self._ending.set_result(ending)
-
-    async def _put_down(self, connection: EngineConnection, ending: ExitReason) -> None:
-        ask = None if ending.failed else partial(self._send, Stop())
-        if not await terminate(connection, stop_s=self._settings.stop_s, ask=ask):
-            self._listener.noticed(self, f"process group {connection.pid} cannot be killed")
+    def _release_memory_claim(self) -> None:
+        if self._holds_memory_claim:
+            self._holds_memory_claim = False
+            self._gate.release_claim(self.launch_spec.needed)

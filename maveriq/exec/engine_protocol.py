@@ -1,7 +1,6 @@
-"""An engine's side of the protocol: what to do with a message, also with one that comes twice, late or at a bad time.
+"""The engine's side of the protocol as a state machine that tolerates duplicated, late and unexpected messages.
 
-A session knows no thread, no socket and no clock. `maveriq.exec.engine_server` gives it those of a process; tests give it
-simulated ones.
+It uses no thread, no socket and no clock: `maveriq.exec.engine_server` provides those of a process, tests simulated ones.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from maveriq.exec.messages import (
 )
 
 STOPPED, LOAD_FAILED, NO_PROTOCOL, BROKEN = 0, 1, 3, 4
-"""Exit codes of an engine's process; 2 is for a wrong command line."""
+"""Exit codes of an engine's process; 2 is a wrong command line."""
 
 
-class Worker(Protocol):
-    """Who does the work, one thing after the other, and tells the session (`loaded`, `stepped`, ...)."""
+class EngineWorker(Protocol):
+    """Runs the engine, one job after the other, and reports to the protocol (`on_loaded`, `on_step`, ...)."""
 
     def load(self, spec: EngineSpec) -> None:
         """Begin to load."""
@@ -41,69 +40,74 @@ class Worker(Protocol):
     def generate(self, work: Generate) -> None:
         """Begin an execution."""
 
-    def close(self, *, say_bye: bool) -> None:
-        """End what is under way at its next step, then free everything."""
+    def close(self, *, send_bye: bool) -> None:
+        """End the current execution at its next step, then free everything."""
 
 
 class EngineProtocol:
-    """The rules.
+    """Answers the executor's messages and reports what the worker does.
 
     Args:
-        pid: of the process, for the greeting.
-        worker: does the work.
+        pid: of the process, for `Hello`.
+        worker: runs the engine.
         send: sends a message to the executor.
-        leave: ends the process with an exit code; later calls do nothing.
+        exit_process: ends the process with an exit code; later calls do nothing.
     """
 
     def __init__(
-        self, *, pid: int, worker: Worker, send: Callable[[FromEngine], None], leave: Callable[[int], None]
+        self,
+        *,
+        pid: int,
+        worker: EngineWorker,
+        send: Callable[[FromEngine], None],
+        exit_process: Callable[[int], None],
     ) -> None:
         self._pid = pid
         self._worker = worker
         self._send = send
-        self._leave = leave
+        self._exit_process = exit_process
         self._spec: EngineSpec | None = None
         self._loaded: Loaded | None = None
-        self._under_way = 0  # the execution that the engine is at
+        self._execution_id = 0  # of the current execution, 0 for none
         self._steps = 0
-        self._ended: Finished | Failed | None = None  # how the last execution ended
+        self._last_result: Finished | Failed | None = None
         self._stopping = False
 
     @property
-    def serves(self) -> bool:
-        """Whether the engine is loaded and was not told to stop."""
+    def is_serving(self) -> bool:
+        """Whether the engine is loaded and not stopping."""
         return self._loaded is not None and not self._stopping
 
     @property
-    def stopping(self) -> bool:
-        """Whether an execution is to end at its next step."""
+    def is_stopping(self) -> bool:
+        """Whether the current execution is to end at its next step."""
         return self._stopping
 
-    # What the executor says
+    # Messages from the executor
 
-    def greet(self) -> None:
-        """Say that the process is there."""
+    def send_hello(self) -> None:
+        """Report that the process is ready for `Load`."""
         self._send(Hello(protocol=PROTOCOL_VERSION, pid=self._pid))
 
-    def take(self, message: ToEngine) -> None:
-        """Take in a message."""
+    def on_message(self, message: ToEngine) -> None:
+        """Handle a message."""
         match message:
             case Ping(number=number):
                 if self._spec is None:
-                    self.greet()
-                self._send(Pong(number=number, execution_id=self._under_way, steps=self._steps))
+                    self.send_hello()
+                self._send(Pong(number=number, execution_id=self._execution_id, steps=self._steps))
             case Load(spec=spec):
                 self._load(spec)
             case Generate():
                 self._generate(message)
             case Stop():
-                self.stop(say_bye=True)
+                self.stop(send_bye=True)
 
-    def stop(self, *, say_bye: bool) -> None:
-        """Free everything and leave; without a word if nobody is there to hear it."""
+    def stop(self, *, send_bye: bool) -> None:
+        """Free everything and exit. `send_bye` is False after the executor closed the channel."""
         if not self._stopping:
             self._stopping = True
-            self._worker.close(say_bye=say_bye)
+            self._worker.close(send_bye=send_bye)
 
     def _load(self, spec: EngineSpec) -> None:
         if self._loaded is not None:
@@ -114,50 +118,52 @@ class EngineProtocol:
 
     def _generate(self, work: Generate) -> None:
         execution_id = work.execution_id
-        if self._ended is not None and execution_id == self._ended.execution_id:
-            self._send(self._ended)
-        elif execution_id <= self._under_way or (self._ended and execution_id < self._ended.execution_id):
-            return  # it is at it, or that is long over
-        elif why_not := self._why_not(work):
-            self._send(Failed(execution_id=execution_id, kind=FailureKind.ERROR.value, message=why_not))
+        last = self._last_result
+        if last is not None and execution_id == last.execution_id:
+            self._send(last)
+        elif execution_id <= self._execution_id or (last and execution_id < last.execution_id):
+            return  # a duplicate of the current execution, or of an earlier one
+        elif reason := self._rejection(work):
+            self._send(Failed(execution_id=execution_id, kind=FailureKind.ERROR.value, message=reason))
         else:
-            self._under_way, self._steps = execution_id, 0
+            self._execution_id, self._steps = execution_id, 0
             self._worker.generate(work)
 
-    def _why_not(self, work: Generate) -> str:
+    def _rejection(self, work: Generate) -> str:
+        """Return why an execution cannot start, or "" if it can."""
         if self._spec is None or self._loaded is None:
             return "nothing is loaded"
-        if self._under_way:
-            return f"execution {self._under_way} is under way"
+        if self._execution_id:
+            return f"execution {self._execution_id} is running"
         if len(work.sequences) > self._spec.batch_size:
-            return f"{len(work.sequences)} sequences, where batches are of {self._spec.batch_size} at most"
+            return f"{len(work.sequences)} sequences exceed the batch size of {self._spec.batch_size}"
         return ""
 
-    # What the worker says
+    # Reports from the worker
 
-    def loaded(self, loaded: Loaded) -> None:
-        """The engine serves."""
+    def on_loaded(self, loaded: Loaded) -> None:
+        """The engine is ready to serve."""
         self._loaded = loaded
         self._send(loaded)
 
-    def load_failed(self, failed: Failed) -> None:
-        """It never will."""
+    def on_load_failed(self, failed: Failed) -> None:
+        """Loading failed."""
         self._send(failed)
-        self._leave(LOAD_FAILED)
+        self._exit_process(LOAD_FAILED)
 
-    def stepped(self, work: Generate, number: int, tokens: Step) -> None:
-        """A step is done."""
-        self._steps = number
-        self._send(StepProgress(execution_id=work.execution_id, step=number, tokens=tuple(tokens)))
+    def on_step(self, work: Generate, step: int, tokens: Step) -> None:
+        """A step of the current execution is done."""
+        self._steps = step
+        self._send(StepProgress(execution_id=work.execution_id, step=step, tokens=tuple(tokens)))
 
-    def generated(self, ended: Finished | Failed) -> None:
-        """An execution is over."""
-        self._ended = ended
-        self._under_way = self._steps = 0
-        self._send(ended)
+    def on_execution_end(self, result: Finished | Failed) -> None:
+        """The current execution has ended."""
+        self._last_result = result
+        self._execution_id = self._steps = 0
+        self._send(result)
 
-    def closed(self, *, say_bye: bool) -> None:
+    def on_closed(self, *, send_bye: bool) -> None:
         """Everything is freed."""
-        if say_bye:
+        if send_bye:
             self._send(Bye())
-        self._leave(STOPPED)
+        self._exit_process(STOPPED)

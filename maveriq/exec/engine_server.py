@@ -1,9 +1,7 @@
-"""No engine outlives its executor, not even one that hangs.
+"""The process of an engine: `python -m maveriq.exec.engine_server --socket PATH --backend NAME`.
 
-An engine's process: `python -m maveriq.exec.engine_server --socket PATH --backend NAME`.
-
-The event loop owns the socket and always answers; the engine works in one thread beside it. The process ends when
-it is told to, when loading fails, when its engine or one of its child processes breaks, and when the executor is gone.
+The event loop owns the socket and answers pings at any time. The engine runs in one thread. The process exits after
+`Stop`, if loading fails, if the engine or one of its child processes fails, and when the executor has ended.
 """
 
 from __future__ import annotations
@@ -43,26 +41,26 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def exit_with_parent() -> None:
-    """Ask the kernel to kill this process when the one that started it ends; elsewhere than on Linux nothing happens.
+    """Ask the kernel to kill this process when its parent ends; on Linux only.
 
-    An engine that still listens ends in good order when its socket closes. This is for one that does not any more.
+    An engine exits when its socket closes. This is for one that hangs.
     """
     if not sys.platform.startswith("linux"):
         return
     parent_pid = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it has just ended
+    if os.getppid() != parent_pid:  # the parent ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_CLOSE_S = 5.0  # for an engine to free everything once its executor is gone
+_CLOSE_TIMEOUT_S = 5.0  # for an engine to free everything after the executor has ended
 
 _Job: TypeAlias = Callable[[], None]
 
 
 class EngineServer:
-    """A session in a process: its socket in the event loop, its engine in a thread (it is the session's `Worker`)."""
+    """Connects the protocol to a process: the socket in the event loop, the engine in a thread (`EngineWorker`)."""
 
     def __init__(self, channel: StreamChannel[FromEngine, ToEngine], backend: str) -> None:
         self._channel = channel
@@ -71,14 +69,14 @@ class EngineServer:
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
         self._engine: Engine | None = None
-        self._session = EngineProtocol(pid=os.getpid(), worker=self, send=channel.send, leave=self._end)
+        self._protocol = EngineProtocol(pid=os.getpid(), worker=self, send=channel.send, exit_process=self._end)
 
     async def run(self) -> int:
         """Serve until the end, and return the exit code."""
-        Thread(target=self._work, daemon=True).start()
+        Thread(target=self._run_jobs, daemon=True).start()
         if hasattr(os, "waitid"):
-            self._loop.add_signal_handler(signal.SIGCHLD, self._child_ended)
-        self._session.greet()
+            self._loop.add_signal_handler(signal.SIGCHLD, self._on_child_exit)
+        self._protocol.send_hello()
         listening = asyncio.create_task(self._listen())
         code = await self._exit
         await self._channel.flush()
@@ -89,10 +87,10 @@ class EngineServer:
     async def _listen(self) -> None:
         try:
             while True:
-                self._session.take(await self._channel.receive())
+                self._protocol.on_message(await self._channel.receive())
         except ChannelClosedError:
-            self._session.stop(say_bye=False)
-            self._loop.call_later(_CLOSE_S, self._end, STOPPED)
+            self._protocol.stop(send_bye=False)
+            self._loop.call_later(_CLOSE_TIMEOUT_S, self._end, STOPPED)
         except ProtocolError as error:
             _log(f"the executor does not speak this protocol: {error}")
             self._end(NO_PROTOCOL)
@@ -101,17 +99,17 @@ class EngineServer:
         if not self._exit.done():
             self._exit.set_result(code)
 
-    def _child_ended(self) -> None:
-        """Give up when one of the engine's own processes failed: the others would wait for it forever."""
-        if not self._session.serves:
+    def _on_child_exit(self) -> None:
+        """Exit if one of the engine's own processes failed: the others would wait for it forever."""
+        if not self._protocol.is_serving:
             return
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is not None and ended.si_status != 0:
-                _log(f"process {ended.si_pid} of this engine is gone (status {ended.si_status})")
+                _log(f"process {ended.si_pid} of this engine has exited (status {ended.si_status})")
                 self._end(BROKEN)
 
-    # What the session asks for
+    # `EngineWorker`
 
     def load(self, spec: EngineSpec) -> None:
         """Begin to load."""
@@ -121,34 +119,34 @@ class EngineServer:
         """Begin an execution."""
         self._jobs.put(lambda: self._do_generate(work))
 
-    def close(self, *, say_bye: bool) -> None:
-        """Free everything after what is under way."""
-        self._jobs.put(lambda: self._do_close(say_bye=say_bye))
+    def close(self, *, send_bye: bool) -> None:
+        """Free everything after the current execution."""
+        self._jobs.put(lambda: self._do_close(send_bye=send_bye))
 
-    # In the engine's thread; word to the session goes by the loop
+    # In the engine's thread
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except BaseException:  # whatever it was: nobody knows what state the engine is in
+            except BaseException:  # the state of the engine is unknown
                 _log_error()
-                self._tell(lambda: self._end(BROKEN))
+                self._call_in_loop(lambda: self._end(BROKEN))
 
-    def _tell(self, what: Callable[[], None]) -> None:
+    def _call_in_loop(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
-            self._loop.call_soon_threadsafe(what)
+            self._loop.call_soon_threadsafe(function)
 
     def _do_load(self, spec: EngineSpec) -> None:
         try:
             self._engine = make_engine(self._backend)
             loaded = self._engine.load(spec)
-        except Exception as error:  # all is said to the executor, which decides
+        except Exception as error:  # the executor decides what to do about it
             _log_error()
             failed = _failed(0, error)
-            self._tell(lambda: self._session.load_failed(failed))
+            self._call_in_loop(lambda: self._protocol.on_load_failed(failed))
         else:
-            self._tell(lambda: self._session.loaded(loaded))
+            self._call_in_loop(lambda: self._protocol.on_loaded(loaded))
 
     def _do_generate(self, work: Generate) -> None:
         engine = self._engine
@@ -157,18 +155,18 @@ class EngineServer:
         started_s = time.monotonic()
         first_token_s = 0.0
         outputs: list[list[int]] = [[] for _ in work.sequences]
-        ended: Finished | Failed
+        result: Finished | Failed
         try:
-            for number, tokens in enumerate(engine.generate(work), 1):
-                if number == 1:
+            for step, tokens in enumerate(engine.generate(work), 1):
+                if step == 1:
                     first_token_s = time.monotonic() - started_s
                 for output, token in zip(outputs, tokens, strict=True):
                     if token >= 0:
                         output.append(token)
-                self._tell(partial(self._session.stepped, work, number, tokens))
-                if self._session.stopping:
+                self._call_in_loop(partial(self._protocol.on_step, work, step, tokens))
+                if self._protocol.is_stopping:
                     return
-            ended = Finished(
+            result = Finished(
                 execution_id=work.execution_id,
                 first_token_s=first_token_s,
                 service_s=time.monotonic() - started_s,
@@ -176,13 +174,13 @@ class EngineServer:
             )
         except (EngineError, MemoryError) as error:
             _log_error()
-            ended = _failed(work.execution_id, error)
-        self._tell(lambda: self._session.generated(ended))
+            result = _failed(work.execution_id, error)
+        self._call_in_loop(lambda: self._protocol.on_execution_end(result))
 
-    def _do_close(self, *, say_bye: bool) -> None:
+    def _do_close(self, *, send_bye: bool) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._tell(lambda: self._session.closed(say_bye=say_bye))
+        self._call_in_loop(lambda: self._protocol.on_closed(send_bye=send_bye))
 
 
 def _failed(execution_id: int, error: BaseException) -> Failed:
@@ -190,18 +188,18 @@ def _failed(execution_id: int, error: BaseException) -> Failed:
     if isinstance(error, EngineError):
         return Failed(execution_id=execution_id, kind=error.kind.value, message=str(error))
     if isinstance(error, MemoryError):
-        kind, told = FailureKind.OUT_OF_MEMORY, "out of memory"
+        kind, message = FailureKind.OUT_OF_MEMORY, "out of memory"
     elif isinstance(error, ImportError):
-        kind, told = FailureKind.UNSUPPORTED, f"something is not installed: {error}"
+        kind, message = FailureKind.UNSUPPORTED, f"something is not installed: {error}"
     elif isinstance(error, MaveriqError):
-        kind, told = FailureKind.ERROR, str(error)
+        kind, message = FailureKind.ERROR, str(error)
     else:
-        kind, told = FailureKind.ERROR, f"{type(error).__name__}: {error}"
-    return Failed(execution_id=execution_id, kind=kind.value, message=told)
+        kind, message = FailureKind.ERROR, f"{type(error).__name__}: {error}"
+    return Failed(execution_id=execution_id, kind=kind.value, message=message)
 
 
 def _log_error() -> None:
-    """Log the exception that is being handled; a disk that is full must not end the engine's thread."""
+    """Log the exception that is being handled. A full disk must not end the engine's thread."""
     with contextlib.suppress(OSError):
         traceback.print_exc()
 
@@ -217,24 +215,24 @@ async def _run(socket: str, backend: str) -> int:
 
 
 def main() -> None:
-    """Be an engine; the only place of an engine's process that exits."""
+    """Run an engine until it exits."""
     parser = argparse.ArgumentParser(
         prog="maveriq.exec.engine_server", description="An engine's process; maveriq starts it."
     )
     parser.add_argument("--socket", required=True, help="where the executor listens")
-    parser.add_argument("--backend", required=True, help="which engine to be")
-    said = parser.parse_args()
+    parser.add_argument("--backend", required=True, help="which engine to run")
+    arguments = parser.parse_args()
     exit_with_parent()
     try:
-        code = asyncio.run(_run(said.socket, said.backend))
+        code = asyncio.run(_run(arguments.socket, arguments.backend))
     except OSError as error:
-        _log(f"the executor cannot be reached at {said.socket}: {error.strerror or error}")
+        _log(f"the executor cannot be reached at {arguments.socket}: {error.strerror or error}")
         code = BROKEN
     _exit(code)
 
 
 def _exit(code: int) -> None:
-    """End at once, whatever the engine's thread is at, and with it the engine's other processes."""
+    """Exit at once, without waiting for the engine's thread, and end the engine's other processes."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

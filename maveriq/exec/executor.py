@@ -1,7 +1,8 @@
-"""The body that is real: the controller on the event loop's clock, its actions carried out by supervised engines.
+"""The executor: runs the controller on a real clock and carries out its actions with supervised engines.
 
-It knows no policy. What happens becomes an event of the controller's, and what the controller answers is done. All of
-it is plain asyncio: tests run it on a loop whose time is simulated, with a launcher whose engines are too.
+Whatever happens becomes an event of the controller: a request arrives, an engine starts, fails, or ends an execution.
+The controller answers with actions (start or stop an engine, execute a batch). The executor itself makes no
+scheduling decision. It is plain asyncio, so that tests run it with simulated time and simulated engines.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
-from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryWatch, NoMemoryWatch
+from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
 from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.gpus import Devices
 from maveriq.exec.in_flight import InFlight, LiveRequestHandle
@@ -49,9 +50,7 @@ from maveriq.units import Micros, seconds
 
 
 class Executor:
-    """A cluster that is up; `maveriq.exec.live_cluster.LiveCluster`.
-
-    Make and use it within one running event loop.
+    """A running cluster (`maveriq.exec.live_cluster.LiveCluster`). Create and use it within one running event loop.
 
     Args:
         system: what to run.
@@ -59,8 +58,8 @@ class Executor:
         devices: the devices behind the cluster's GPUs; None where engines run on the CPU or are emulated.
         files: where the files of models are; None for models that are known by their shape alone.
         time_scale: real seconds per second of the cluster's clock.
-        supervision: how long to be patient with engines.
-        watch: reads the free memory of real GPUs.
+        supervision: timeouts and restarts of engines.
+        memory_probe: reads the free memory of real GPUs.
         measured_loads: returns the recent load of each GPU, where it is measured.
     """
 
@@ -73,7 +72,7 @@ class Executor:
         files: ModelFiles | None = None,
         time_scale: float = 1.0,
         supervision: SupervisionSettings | None = None,
-        watch: MemoryWatch | None = None,
+        memory_probe: MemoryProbe | None = None,
         measured_loads: Callable[[], Sequence[float]] | None = None,
     ) -> None:
         self._in_flight = InFlight()
@@ -92,10 +91,10 @@ class Executor:
         self._files = files or ModelFiles()
         self._launcher = launcher
         self._supervision = supervision or SupervisionSettings()
-        self._gate = GpuMemoryGate(watch or NoMemoryWatch())
+        self._gate = GpuMemoryGate(memory_probe or NoMemoryProbe())
         self._loop = asyncio.get_running_loop()
-        self.fault: asyncio.Future[None] = self._loop.create_future()
-        """Gets an exception where the executor itself has a fault; nothing goes on then."""
+        self.internal_error: asyncio.Future[None] = self._loop.create_future()
+        """Gets the exception if the executor itself has a bug; it then handles no more events."""
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
         self._last_request_id = 0
@@ -107,10 +106,10 @@ class Executor:
         """The cluster's clock; it never goes back."""
         return self.clock.now_us
 
-    # What users ask for
+    # For users and replays
 
     def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
-        """Ask for a model to be served; see `LiveCluster`."""
+        """Create an endpoint; see `LiveCluster`."""
         number = self._last_endpoint_id + 1 if endpoint_id is None else endpoint_id
         self.add_endpoint(
             EndpointSpec(
@@ -126,28 +125,30 @@ class Executor:
         return number
 
     def add_endpoint(self, endpoint: EndpointSpec) -> None:
-        """Take in an ask."""
+        """Add an endpoint that has its id already."""
         self._last_endpoint_id = max(self._last_endpoint_id, endpoint.endpoint_id)
-        self._tell(EndpointAdded(endpoint))
+        self._handle(EndpointAdded(endpoint))
 
     def remove(self, endpoint_id: int) -> None:
-        """Take an endpoint away; see `LiveCluster`."""
+        """Remove an endpoint; see `LiveCluster`."""
         self.endpoint(endpoint_id)
-        self._tell(EndpointRemoved(endpoint_id))
+        self._handle(EndpointRemoved(endpoint_id))
 
     def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
-        """Return the deployments of an endpoint as they are now; see `LiveCluster`."""
+        """Return the current status of an endpoint's deployments; see `LiveCluster`."""
         controller = self.controller
         deployments = controller.deployments_of(endpoint_id)
         if not deployments:
             raise InputError(f"there is no endpoint {endpoint_id}")
-        return tuple(one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in deployments)
+        return tuple(
+            deployment.status(waiting=controller.queue.waiting(deployment.deployment_id)) for deployment in deployments
+        )
 
     def submit(self, submission: Submission) -> LiveRequestHandle:
-        """Take in a request; see `LiveCluster`.
+        """Submit a request; see `LiveCluster`.
 
         Raises:
-            InputError: besides, a count or a token id that no engine takes, or the body is closed.
+            InputError: there is no such endpoint, a count or token id is out of range, or the executor is closed.
         """
         if not self.controller.deployments_of(submission.endpoint_id):
             raise InputError(f"there is no endpoint {submission.endpoint_id}")
@@ -166,23 +167,28 @@ class Executor:
         return handle
 
     def arrive(self, handle: LiveRequestHandle) -> None:
-        """Take in a request that is numbered already, after all before it.
+        """Add a request that has its id already; ids must increase.
 
         Raises:
-            InputError: the body is closed.
+            InputError: the executor is closed.
         """
         if self._table is not None:
             raise InputError("the cluster is shut down and takes no more requests")
         self._last_request_id = handle.request_id
-        self._in_flight.open(handle)
-        self._tell(RequestArrived(handle.request))
+        self._in_flight.add(handle)
+        self._handle(RequestArrived(handle.request))
 
     def cancel(self, request_id: int) -> None:
-        """Nobody waits for this request any more; see `LiveCluster`."""
-        self._tell(RequestCancelled(request_id))
+        """Cancel a request; see `LiveCluster`."""
+        self._handle(RequestCancelled(request_id))
 
     def progress(self, *, last_arrival_us: Micros | None = None, total: int | None = None) -> Progress:
-        """Return what live views and metrics show; a replay knows what is still to arrive."""
+        """Return the progress for live views and metrics.
+
+        Args:
+            last_arrival_us: arrival of the last request of a replay, None where more may come at any time.
+            total: number of requests of a replay, None likewise.
+        """
         now_us = self.now_us
         return snapshot(
             self.controller,
@@ -191,65 +197,65 @@ class Executor:
             total=len(self.controller.tracker) if total is None else total,
         )
 
-    def break_engine(self, deployment_id: int, *, for_us: Micros | None) -> None:
-        """Make an engine fail on purpose, for a while or for good."""
+    def inject_fault(self, deployment_id: int, *, for_us: Micros | None) -> None:
+        """Make an engine fail, for a time or for good (None)."""
         manager, supervisor = self.controller.manager, self._supervisors.get(deployment_id)
         if deployment_id not in manager.deployments or not manager.holds_memory(manager.deployments[deployment_id]):
-            return  # rejected, removed or lost: there is nothing to break
+            return  # rejected, removed or lost: no engine
         reason = "its engine was killed on purpose"
         repair_after_s = None if for_us is None else self.clock.real_s(for_us)
         if supervisor is not None and supervisor.abort(reason, repair_after_s=repair_after_s):
             return
-        # There is no engine to kill at this instant; what was to start does not.
-        self.engine_down(deployment_id, reason, returns=for_us is not None)
+        # There is no engine at this instant, for example during a backoff; an engine that was to start does not.
+        self.on_engine_down(deployment_id, reason, restarts=for_us is not None)
         if repair_after_s is not None:
-            self._loop.call_later(repair_after_s, self.engine_repaired, deployment_id)
+            self._loop.call_later(repair_after_s, self.on_engine_repaired, deployment_id)
 
     async def drained(self) -> None:
         """Wait until no request is waiting or running."""
-        await self._in_flight.none_open()
+        await self._in_flight.wait_empty()
 
     def end_requests(self) -> RequestTable:
-        """Take no more requests, end all that are open as unfinished, and return the rows of all."""
+        """Accept no more requests, end the open ones as unfinished, and return the rows of all requests."""
         if self._table is None:
             if self._wake is not None:
                 self._wake.cancel()
             self._table = self.controller.tracker.close()
-            self._in_flight.settle_all(self.controller.tracker)
+            self._in_flight.complete_all(self.controller.tracker)
         return self._table
 
     async def close(self) -> None:
-        """End all requests, stop all engines, and return when every process is gone."""
+        """End all requests, stop all engines, and return when every process has ended."""
         self.end_requests()
-        await asyncio.gather(*(one.close() for one in self._supervisors.values()))
+        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
 
-    # The loop: events in, actions out
+    # Events to the controller, actions from it
 
-    def _tell(self, *events: Event) -> None:
-        """Let the controller take in what happened, and do what it says."""
-        if self._table is not None or self.fault.done():
+    def _handle(self, *events: Event) -> None:
+        """Pass events to the controller, carry out its actions, and schedule its next wake-up."""
+        if self._table is not None or self.internal_error.done():
             return
         try:
             now_us = self.now_us
             for action in self.controller.handle(now_us, events):
-                self._carry_out(action, now_us)
+                self._execute_action(action, now_us)
         except Exception as error:
-            self.broke(error)
+            self.on_internal_error(error)
             raise
-        self._in_flight.settle(self.controller.tracker)
+        self._in_flight.complete_ended(self.controller.tracker)
         if self._wake is not None:
             self._wake.cancel()
         wake_us = self.controller.wake_us
-        self._wake = None if wake_us is None else self.clock.call_at(wake_us, self._tell)
+        self._wake = None if wake_us is None else self.clock.call_at(wake_us, self._handle)
 
-    def _carry_out(self, action: Action, now_us: Micros) -> None:
+    def _execute_action(self, action: Action, now_us: Micros) -> None:
         match action:
             case Execute():
                 self._execute(action, now_us)
             case StartEngine():
                 self._start(action)
             case StopEngine(deployment_id):
-                self._in_flight.drop(deployment_id)
+                self._in_flight.drop_execution(deployment_id)
                 self._supervisors[deployment_id].stop()
             case _ as never:
                 assert_never(never)
@@ -260,7 +266,7 @@ class Executor:
             self._supervisors[number] = Supervisor(
                 number, launcher=self._launcher, callbacks=self, settings=self._supervision, gate=self._gate
             )
-        self.notes.asked(number, self._loop.time())
+        self.notes.engine_starting(number, self._loop.time())
         self._supervisors[number].start(self._launch_spec(action))
 
     def _launch_spec(self, action: StartEngine) -> LaunchSpec:
@@ -290,47 +296,47 @@ class Executor:
         first_token_us, service_us = self._system.service_times.times_us(plan, action.requests)
         work = Generate(
             execution_id=action.execution_id,
-            sequences=self._in_flight.begin(action, now_us),
+            sequences=self._in_flight.start_execution(action, now_us),
             first_token_s=seconds(first_token_us),
             service_s=seconds(service_us),
         )
         self._supervisors[number].execute(work, self.clock.real_s(service_us))
 
-    # What supervisors say (`maveriq.exec.supervisor.Overseer`)
+    # `maveriq.exec.supervisor.SupervisorCallbacks`
 
-    def engine_up(self, order: LaunchSpec, loaded: Loaded) -> None:
-        """An engine serves."""
-        self.notes.served(order, loaded, self._loop.time())
-        self._tell(EngineUp(order.spec.deployment_id, order.spec.generation))
+    def on_engine_up(self, launch_spec: LaunchSpec, loaded: Loaded) -> None:
+        """An engine is ready to serve."""
+        self.notes.engine_loaded(launch_spec, loaded, self._loop.time())
+        self._handle(EngineUp(launch_spec.spec.deployment_id, launch_spec.spec.generation))
 
-    def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
+    def on_engine_down(self, deployment_id: int, reason: str, *, restarts: bool) -> None:
         """An engine failed."""
-        self._in_flight.drop(deployment_id)
-        self.noticed(deployment_id, reason)
-        self._tell(EngineDown(deployment_id, returns, one_line(reason)))
+        self._in_flight.drop_execution(deployment_id)
+        self.on_warning(deployment_id, reason)
+        self._handle(EngineDown(deployment_id, restarts, one_line(reason)))
 
-    def engine_repaired(self, deployment_id: int) -> None:
+    def on_engine_repaired(self, deployment_id: int) -> None:
         """A failed engine may start again."""
-        self._tell(EngineRepaired(deployment_id))
+        self._handle(EngineRepaired(deployment_id))
 
-    def stepped(self, deployment_id: int, progress: StepProgress) -> None:
-        """An execution gave each of its sequences a token."""
-        self._in_flight.stepped(deployment_id, progress, self.now_us)
+    def on_step(self, deployment_id: int, progress: StepProgress) -> None:
+        """A step of an execution is done."""
+        self._in_flight.on_step(deployment_id, progress, self.now_us)
 
-    def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
-        """An execution is over."""
-        event = self._in_flight.executed(deployment_id, ended, self.now_us, self.clock.time_scale)
+    def on_execution_end(self, deployment_id: int, result: Finished | Failed) -> None:
+        """An execution has ended."""
+        event = self._in_flight.end_execution(deployment_id, result, self.now_us, self.clock.time_scale)
         if event is not None:
-            self._tell(event)
+            self._handle(event)
 
-    def noticed(self, deployment_id: int, warning: str) -> None:
-        """Keep what a reader of the results should know."""
-        self.notes.note(self.controller.manager.deployments[deployment_id].name, self.now_us, warning)
+    def on_warning(self, deployment_id: int, warning: str) -> None:
+        """Add a warning to the notes of the run."""
+        self.notes.add_note(self.controller.manager.deployments[deployment_id].name, self.now_us, warning)
 
-    def broke(self, error: BaseException) -> None:
-        """Note that the executor itself has a fault."""
-        if not self.fault.done():
-            self.fault.set_exception(error)
+    def on_internal_error(self, error: BaseException) -> None:
+        """Record a bug in the executor or a supervisor."""
+        if not self.internal_error.done():
+            self.internal_error.set_exception(error)
 
 
 @contextlib.asynccontextmanager
@@ -343,7 +349,7 @@ async def open_executor(
     files: ModelFiles | None = None,
     time_scale: float = 1.0,
     supervision: SupervisionSettings | None = None,
-    watch: MemoryWatch | None = None,
+    memory_probe: MemoryProbe | None = None,
     sampler: GpuSampler | None = None,
 ) -> AsyncIterator[Executor]:
     """Yield an executor whose engines are processes on this machine, and close it at the end.
@@ -356,7 +362,7 @@ async def open_executor(
         files: see `Executor`.
         time_scale: see `Executor`.
         supervision: see `Executor`.
-        watch: see `Executor`.
+        memory_probe: see `Executor`.
         sampler: measures the load of real GPUs.
 
     Raises:
@@ -365,7 +371,7 @@ async def open_executor(
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"folder {str(logs)!r} for logs cannot be made: {error.strerror}; name another") from None
+        raise InputError(f"folder {str(logs)!r} for logs cannot be created: {error.strerror}; name another") from None
     with ProcessLauncher(backend, logs=logs, devices=devices) as launcher:
         executor = Executor(
             system,
@@ -374,7 +380,7 @@ async def open_executor(
             files=files,
             time_scale=time_scale,
             supervision=supervision,
-            watch=watch,
+            memory_probe=memory_probe,
             measured_loads=sampler.loads if sampler else None,
         )
         sampling = asyncio.create_task(sampler.run()) if sampler else None
@@ -396,34 +402,32 @@ class EngineRecord:
 
 
 MAX_ENGINES = 10_000
-
-
 MAX_NOTES = 100
-"""What comes after so many is left out: a service may run for months, and its engines fail as long."""
+"""Limits of `RunNotes`: a service may run, and its engines may fail, for months."""
 
 
 class RunNotes:
-    """The engines that served, and what a reader of the results must know."""
+    """The engines that have served, and warnings for readers of the results."""
 
     def __init__(self) -> None:
         self.engines: list[EngineRecord] = []
         self.notes: list[str] = []
-        self._asked_s: dict[int, float] = {}  # by deployment: when its last engine was to start
+        self._start_requested_s: dict[int, float] = {}  # by deployment, of its last engine
 
-    def asked(self, deployment_id: int, now_s: float) -> None:
-        """Note that an engine is to start; times are the event loop's."""
-        self._asked_s[deployment_id] = now_s
+    def engine_starting(self, deployment_id: int, now_s: float) -> None:
+        """Record that an engine is to start; times are on the event loop's clock."""
+        self._start_requested_s[deployment_id] = now_s
 
-    def served(self, order: LaunchSpec, loaded: Loaded, now_s: float) -> None:
-        """Note that it serves."""
+    def engine_loaded(self, launch_spec: LaunchSpec, loaded: Loaded, now_s: float) -> None:
+        """Record that the engine is ready to serve."""
         if len(self.engines) == MAX_ENGINES:
             return
-        start_s = now_s - self._asked_s[order.spec.deployment_id]
-        self.engines.append(EngineRecord(order=order, loaded=loaded, start_s=start_s))
+        start_s = now_s - self._start_requested_s[launch_spec.spec.deployment_id]
+        self.engines.append(EngineRecord(order=launch_spec, loaded=loaded, start_s=start_s))
 
-    def note(self, name: str, now_us: Micros, what: str) -> None:
-        """Note what happened to a deployment."""
+    def add_note(self, deployment: str, now_us: Micros, text: str) -> None:
+        """Add a note about a deployment."""
         if len(self.notes) == MAX_NOTES:
-            self.notes.append("what else happened to engines is left out here")
+            self.notes.append("further events of engines are omitted")
         elif len(self.notes) < MAX_NOTES:
-            self.notes.append(f"{name}, {seconds(now_us):.1f} s: {one_line(what)}")
+            self.notes.append(f"{deployment}, {seconds(now_us):.1f} s: {one_line(text)}")

@@ -1,7 +1,7 @@
-"""The ground that engines stand on: which GPUs are still being left by an engine that was stopped.
+"""Delays a starting engine until the memory of stopped engines on its GPUs is free.
 
-For the controller the memory of a stopped engine is free at once, as in the simulator. Real memory comes back
-a little later, and the next engine on a GPU is held back until it is seen to be there.
+The controller counts the memory of a stopped engine as free at once, as in the simulator. On a real GPU it becomes free
+when the processes have exited, a little later.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Protocol
 
 from maveriq.units import Bytes, gib
 
-_LOOK_EVERY_S = 0.1
+_POLL_INTERVAL_S = 0.1
 
 
-class MemoryWatch(Protocol):
-    """Somebody who can see how much memory is really free on the devices behind a cluster's GPUs."""
+class MemoryProbe(Protocol):
+    """Reads how much memory is free on the devices behind a cluster's GPUs."""
 
     def device_of(self, gpu_id: int) -> int:
         """Return the device behind a GPU; several GPUs may share one."""
 
     def free_bytes(self, device: int) -> Bytes | None:
-        """Return what is free on a device, None where nobody can tell."""
+        """Return the free memory of a device, None if unknown."""
 
 
-class NoMemoryWatch:
-    """For GPUs that are only thought of: their memory comes back at once."""
+class NoMemoryProbe:
+    """For virtual GPUs, whose memory is free at once."""
 
     def device_of(self, gpu_id: int) -> int:
         """Return the GPU itself."""
@@ -39,64 +39,66 @@ class NoMemoryWatch:
 
 
 class GpuMemoryGate:
-    """Who is still leaving which GPU, and who has been let in and has not taken its memory yet."""
+    """Tracks GPUs that stopping engines still hold, and memory that starting engines have claimed."""
 
-    def __init__(self, watch: MemoryWatch) -> None:
-        self._watch = watch
-        self._leaving: Counter[int] = Counter()
-        self._coming: Counter[int] = Counter()  # bytes by device
+    def __init__(self, probe: MemoryProbe) -> None:
+        self._probe = probe
+        self._stopping: Counter[int] = Counter()  # engines by GPU
+        self._claimed: Counter[int] = Counter()  # bytes by device
         self._changed = asyncio.Condition()
 
-    def leave(self, gpu_ids: Sequence[int]) -> None:
-        """Note that an engine is being stopped."""
-        self._leaving.update(gpu_ids)
+    def engine_stopping(self, gpu_ids: Sequence[int]) -> None:
+        """Record that an engine on these GPUs is being terminated."""
+        self._stopping.update(gpu_ids)
 
-    async def gone(self, gpu_ids: Sequence[int]) -> None:
-        """Note that its processes are gone."""
+    async def engine_gone(self, gpu_ids: Sequence[int]) -> None:
+        """Record that the processes of a stopping engine have ended."""
         async with self._changed:
-            self._leaving.subtract(gpu_ids)
+            self._stopping.subtract(gpu_ids)
             self._changed.notify_all()
 
-    async def clear(self, needed: Mapping[int, Bytes], within_s: float) -> str:
-        """Wait until nobody is leaving these GPUs, and what an engine needs on each is seen to be free; let it in.
+    async def claim(self, needed: Mapping[int, Bytes], timeout_s: float) -> str:
+        """Wait until no engine is stopping on these GPUs and the needed memory is free, then claim it.
 
-        Whoever is let in says `settled` later on.
+        The caller must call `release_claim` once the engine has allocated the memory, or has failed.
 
         Args:
             needed: memory by GPU.
-            within_s: how long to wait for memory.
+            timeout_s: how long to wait for free memory; then the claim is granted with a warning.
 
         Returns:
-            A warning if it was not seen in time, else nothing.
+            The warning, or "" if the memory is free.
         """
         loop = asyncio.get_running_loop()
-        latest_s = loop.time() + within_s
+        deadline_s = loop.time() + timeout_s
         while True:
-            async with self._changed:  # also after a while: somebody else may have begun to leave
-                await self._changed.wait_for(lambda: not any(self._leaving[gpu_id] for gpu_id in needed))
-            lacking = self._lacking(needed)
-            if not lacking or loop.time() >= latest_s:
-                self._coming.update(self._by_device(needed))
-                return f"{lacking} after {within_s:g} s" if lacking else ""
-            await asyncio.sleep(_LOOK_EVERY_S)
+            async with self._changed:  # in every round: another engine may have begun to stop
+                await self._changed.wait_for(lambda: not any(self._stopping[gpu_id] for gpu_id in needed))
+            shortage = self._shortage(needed)
+            if not shortage or loop.time() >= deadline_s:
+                self._claimed.update(self._by_device(needed))
+                return f"{shortage} after {timeout_s:g} s" if shortage else ""
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
-    def settled(self, needed: Mapping[int, Bytes]) -> None:
-        """Note that an engine has taken the memory that it was let in for, or will not do so any more."""
-        self._coming.subtract(self._by_device(needed))
+    def release_claim(self, needed: Mapping[int, Bytes]) -> None:
+        """Drop a claim: the engine has allocated its memory, or has failed."""
+        self._claimed.subtract(self._by_device(needed))
 
     def _by_device(self, needed: Mapping[int, Bytes]) -> Counter[int]:
-        """Return memory by device: of two GPUs that share one it must hold both parts."""
+        """Return memory by device; GPUs that share a device add up."""
         total: Counter[int] = Counter()
         for gpu_id, amount in needed.items():
-            total[self._watch.device_of(gpu_id)] += amount
+            total[self._probe.device_of(gpu_id)] += amount
         return total
 
-    def _lacking(self, needed: Mapping[int, Bytes]) -> str:
-        """Say what is not free yet of what an engine needs beside those that were let in before; empty if nothing."""
+    def _shortage(self, needed: Mapping[int, Bytes]) -> str:
+        """Return which device lacks memory for an engine and all earlier claims, or "" if none does."""
         for device, amount in self._by_device(needed).items():
-            free = self._watch.free_bytes(device)
-            wanted = amount + self._coming[device]
-            if free is not None and free < wanted:
-                told = f"{gib(free):.2f} GiB free, not the {gib(wanted):.2f} GiB that are to be loaded,"
-                return f"GPU {device} of this machine has {told}"
+            free = self._probe.free_bytes(device)
+            claimed = amount + self._claimed[device]
+            if free is not None and free < claimed:
+                return (
+                    f"GPU {device} of this machine has {gib(free):.2f} GiB free, "
+                    f"not the {gib(claimed):.2f} GiB that are to be loaded,"
+                )
         return ""

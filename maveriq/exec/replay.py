@@ -25,7 +25,7 @@ from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.executor import EngineRecord, Executor
-from maveriq.exec.gpu_memory_gate import MemoryWatch
+from maveriq.exec.gpu_memory_gate import MemoryProbe
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
 from maveriq.exec.gpus import Devices, GpuMeter
 from maveriq.exec.in_flight import LiveRequestHandle
@@ -104,7 +104,7 @@ class ReplaySettings:
         files: where those of models lie.
         supervision: how long to be patient with engines.
         meter: reads real GPUs, None where there are none.
-        watch: who sees the memory of real GPUs.
+        memory_probe: reads the free memory of real GPUs.
         sampler: who sees how busy they are.
     """
 
@@ -113,7 +113,7 @@ class ReplaySettings:
     files: ModelFiles = field(default_factory=ModelFiles)
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
     meter: GpuMeter | None = None
-    watch: MemoryWatch | None = None
+    memory_probe: MemoryProbe | None = None
     sampler: GpuSampler | None = None
 
 
@@ -194,7 +194,7 @@ class _Replay:
             files=settings.files,
             time_scale=settings.time_scale,
             supervision=settings.supervision,
-            watch=settings.watch,
+            memory_probe=settings.memory_probe,
             measured_loads=settings.sampler.loads if settings.sampler else None,
         )
         self._gpus = GpuRecorder(
@@ -245,7 +245,7 @@ class _Replay:
             asyncio.create_task(self._serve_all()),
             asyncio.create_task(self._body.clock.sleep_until(deadline_us + 1)),
             asyncio.create_task(self._wait_interrupted()),
-            self._body.fault,
+            self._body.internal_error,
         ]
         try:
             await asyncio.wait([*ends, *beside], return_when=asyncio.FIRST_COMPLETED)
@@ -279,7 +279,7 @@ class _Replay:
                 fault.at_us,
                 2,
                 fault.target_id,
-                lambda one=fault: body.break_engine(one.target_id, for_us=one.for_us),  # type: ignore[misc]
+                lambda one=fault: body.inject_fault(one.target_id, for_us=one.for_us),  # type: ignore[misc]
             )
 
     def _arriving(self) -> Iterator[_TimedEvent]:

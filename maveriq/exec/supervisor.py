@@ -1,4 +1,4 @@
-"""The supervisor of a deployment: one engine after another, with backoff between failures, until it gives up."""
+"""The supervisor of one deployment: runs its engine, restarts it with backoff after failures, or gives it up."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from maveriq.exec.messages import Failed, Finished, Generate, Loaded, StepProgre
 
 
 class SupervisorCallbacks(Protocol):
-    """Who is told how the engines of all deployments are; `maveriq.exec.executor.Body` is one."""
+    """Receives the events of all supervisors; `maveriq.exec.executor.Executor` implements it."""
 
-    def engine_up(self, order: LaunchSpec, loaded: Loaded) -> None:
-        """An engine serves."""
+    def on_engine_up(self, launch_spec: LaunchSpec, loaded: Loaded) -> None:
+        """An engine is ready to serve."""
 
-    def engine_down(self, deployment_id: int, reason: str, *, returns: bool) -> None:
-        """An engine failed; if it `returns`, `engine_repaired` follows."""
+    def on_engine_down(self, deployment_id: int, reason: str, *, restarts: bool) -> None:
+        """An engine failed. If it `restarts`, `on_engine_repaired` follows after the backoff."""
 
-    def engine_repaired(self, deployment_id: int) -> None:
-        """The engine may be started again."""
+    def on_engine_repaired(self, deployment_id: int) -> None:
+        """The backoff is over; the engine may start again."""
 
-    def stepped(self, deployment_id: int, progress: StepProgress) -> None:
-        """The next step of an execution is done."""
+    def on_step(self, deployment_id: int, progress: StepProgress) -> None:
+        """A step of an execution is done."""
 
-    def executed(self, deployment_id: int, ended: Finished | Failed) -> None:
-        """An execution is over."""
+    def on_execution_end(self, deployment_id: int, result: Finished | Failed) -> None:
+        """An execution has ended."""
 
-    def noticed(self, deployment_id: int, warning: str) -> None:
-        """Something that a reader of the results should know."""
+    def on_warning(self, deployment_id: int, warning: str) -> None:
+        """A warning for the notes of the run."""
 
-    def broke(self, error: BaseException) -> None:
-        """The executor itself has a fault."""
+    def on_internal_error(self, error: BaseException) -> None:
+        """The supervisor itself has a bug."""
 
 
 class Supervisor:
@@ -53,95 +53,106 @@ class Supervisor:
         self._callbacks = callbacks
         self._settings = settings
         self._gate = gate
-        self._life: EngineProcess | None = None
-        self._tasks: set[asyncio.Task[None]] = set()  # of this life, and of those before whose processes still go
+        self._engine: EngineProcess | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # of this engine, and of earlier ones that are still terminating
         self._repair: asyncio.TimerHandle | None = None
-        self._repair_after_s: float | None = None  # said by who broke the engine on purpose
-        self._failures = 0
+        self._repair_after_s: float | None = None  # overrides the backoff after an injected fault
+        self._failures = 0  # in a row
 
-    def start(self, order: LaunchSpec) -> None:
-        """Start an engine; the one before, if any, has ended or was stopped."""
-        life = EngineProcess(order, launcher=self._launcher, listener=self, settings=self._settings, gate=self._gate)
-        self._life = life
-        task = asyncio.get_running_loop().create_task(life.run())
+    def start(self, launch_spec: LaunchSpec) -> None:
+        """Start an engine. The previous one, if any, has ended or was stopped."""
+        engine = EngineProcess(
+            launch_spec, launcher=self._launcher, callbacks=self, settings=self._settings, gate=self._gate
+        )
+        self._engine = engine
+        task = asyncio.get_running_loop().create_task(engine.run())
         self._tasks.add(task)
-        task.add_done_callback(self._is_over)
+        task.add_done_callback(self._on_task_done)
 
     def execute(self, work: Generate, expected_s: float) -> None:
-        """Let the engine execute.
+        """Start an execution on the engine.
 
         Args:
-            work: what.
-            expected_s: how long that should take, in real seconds.
+            work: the execution.
+            expected_s: its estimated service time, in real seconds.
         """
-        if self._life is not None:
-            self._life.execute(work, expected_s)
+        if self._engine is not None:
+            self._engine.execute(work, expected_s)
 
     def stop(self) -> None:
         """Stop the engine, if there is one."""
-        if self._life is not None:
-            self._life.stop()
-            self._life = None
+        if self._engine is not None:
+            self._engine.stop()
+            self._engine = None
 
     def abort(self, reason: str, *, repair_after_s: float | None) -> bool:
-        """Make the engine fail on purpose, to be mended after some real seconds or never; says whether there is one."""
-        if self._life is None or self._life.is_over:
+        """Make the engine fail (fault injection); return False if there is no engine.
+
+        Args:
+            reason: the reason to report.
+            repair_after_s: real seconds until it may start again, None for never.
+        """
+        if self._engine is None or self._engine.has_exited:
             return False
         self._repair_after_s = repair_after_s
-        self._life.abort(reason, final=repair_after_s is None)
+        self._engine.abort(reason, retryable=repair_after_s is not None)
         return True
 
     async def close(self) -> None:
-        """Stop the engine and wait until the processes of all are gone."""
+        """Stop the engine and wait until the processes of all engines have ended."""
         if self._repair is not None:
             self._repair.cancel()
         self.stop()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _is_over(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            self._callbacks.broke(error)
+            self._callbacks.on_internal_error(error)
 
-    # What its life says
+    # `EngineCallbacks`: events of a previous engine are ignored
 
-    def loaded(self, life: EngineProcess, loaded: Loaded) -> None:
-        """Pass on that the engine serves."""
-        if life is self._life:
-            self._callbacks.engine_up(life.order, loaded)
+    def on_loaded(self, engine: EngineProcess, loaded: Loaded) -> None:
+        """Report that the engine is ready to serve."""
+        if engine is self._engine:
+            self._callbacks.on_engine_up(engine.launch_spec, loaded)
 
-    def stepped(self, life: EngineProcess, progress: StepProgress) -> None:
-        """Pass on a step."""
-        if life is self._life:
-            self._callbacks.stepped(self._deployment_id, progress)
+    def on_step(self, engine: EngineProcess, progress: StepProgress) -> None:
+        """Report a step."""
+        if engine is self._engine:
+            self._callbacks.on_step(self._deployment_id, progress)
 
-    def executed(self, life: EngineProcess, ended: Finished | Failed) -> None:
-        """Pass on that an execution is over."""
-        if life is self._life:
+    def on_execution_end(self, engine: EngineProcess, result: Finished | Failed) -> None:
+        """Report the end of an execution."""
+        if engine is self._engine:
             self._failures = 0
-            self._callbacks.executed(self._deployment_id, ended)
+            self._callbacks.on_execution_end(self._deployment_id, result)
 
-    def noticed(self, life: EngineProcess, warning: str) -> None:  # noqa: ARG002
-        """Pass on a warning."""
-        self._callbacks.noticed(self._deployment_id, warning)
+    def on_warning(self, engine: EngineProcess, warning: str) -> None:  # noqa: ARG002
+        """Report a warning."""
+        self._callbacks.on_warning(self._deployment_id, warning)
 
-    def ended(self, life: EngineProcess, ending: ExitReason) -> None:
-        """Decide whether the engine comes back, and when."""
-        if life is not self._life or not ending.failed:
-            return  # it was told to stop
-        self._life = None
-        after_s, self._repair_after_s = self._repair_after_s, None
-        self._failures += after_s is None  # what was broken on purpose says nothing against the engine
-        worn_out = self._failures >= self._settings.max_restarts
-        returns = not ending.final and not worn_out
-        reason = f"{ending.reason}; given up after {self._failures} failures in a row" if worn_out else ending.reason
-        self._callbacks.engine_down(self._deployment_id, reason, returns=returns)
-        if returns:
-            self._repair = asyncio.get_running_loop().call_later(
-                self._backoff_s() if after_s is None else after_s, self._callbacks.engine_repaired, self._deployment_id
-            )
+    def on_exit(self, engine: EngineProcess, exit_reason: ExitReason) -> None:
+        """Decide whether and when a failed engine restarts."""
+        if engine is not self._engine or not exit_reason.failed:
+            return  # it was stopped
+        self._engine = None
+        repair_after_s, self._repair_after_s = self._repair_after_s, None
+        self._failures += repair_after_s is None  # an injected fault does not count
+        given_up = self._failures >= self._settings.max_restarts
+        restarts = exit_reason.retryable and not given_up
+        reason = (
+            f"{exit_reason.reason}; given up after {self._failures} failures in a row"
+            if given_up
+            else exit_reason.reason
+        )
+        self._callbacks.on_engine_down(self._deployment_id, reason, restarts=restarts)
+        if restarts:
+            delay_s = self._backoff_s() if repair_after_s is None else repair_after_s
+            loop = asyncio.get_running_loop()
+            self._repair = loop.call_later(delay_s, self._callbacks.on_engine_repaired, self._deployment_id)
 
     def _backoff_s(self) -> float:
         settings = self._settings
-        return float(min(settings.longest_backoff_s, settings.backoff_s * 2.0 ** (self._failures - 1)))
+        return float(min(settings.max_backoff_s, settings.initial_backoff_s * 2.0 ** (self._failures - 1)))

@@ -136,7 +136,7 @@ class Users:
             if self._endpoints:
                 victims = self._body.endpoint(self._endpoints[self._draws.integer(0, len(self._endpoints) - 1)])
                 for_us = micros(self._draws.between(0, 20)) if self._draws.happens(0.7) else None
-                self._body.break_engine(victims[0].deployment_id, for_us=for_us)
+                self._body.inject_fault(victims[0].deployment_id, for_us=for_us)
 
 
 async def follow(handle: RequestHandle, submission: Submission) -> Outcome:
@@ -184,14 +184,14 @@ async def _simulate(draws: RandomDraws, fault_rates: FaultRates) -> RunSummary:
     assert not machine.lingering
     assert not machine.violations, machine.violations[0]
     assert not machine.runs or max(machine.runs.values()) <= 2, "a request ran more often than twice"
-    assert not body.fault.done(), body.fault.exception()
+    assert not body.internal_error.done(), body.internal_error.exception()
     return RunSummary(
         statuses=counts,
         reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
         engines=len(machine.processes),
         deployments=sum(1 for one in body.controller.manager.deployments.values() if one.generation),
         failures=len(notes),
-        hangs=sum("was not heard" in note or "did not get on" in note for note in notes),
+        hangs=sum("heartbeat timeout" in note or "makes no progress" in note for note in notes),
         simulated_s=asyncio.get_running_loop().time(),
     )
 
@@ -215,16 +215,16 @@ def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: 
         system,
         launcher,
         supervision=SupervisionSettings(
-            start_s=15.0,
-            ping_s=draws.between(0.2, 1),
+            start_timeout_s=15.0,
+            heartbeat_interval_s=draws.between(0.2, 1),
             hang_timeout_s=8.0,
-            stop_s=1.0,
-            backoff_s=0.5,
-            longest_backoff_s=8.0,
+            grace_period_s=1.0,
+            initial_backoff_s=0.5,
+            max_backoff_s=8.0,
             max_restarts=draws.integer(2, 6),
-            memory_back_s=10.0,
+            memory_timeout_s=10.0,
         ),
-        watch=machine,
+        memory_probe=machine,
     )
 
     def memory_of(spec: EngineSpec) -> dict[int, int]:

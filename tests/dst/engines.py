@@ -71,11 +71,11 @@ class Machine:
         return self._pids
 
     def device_of(self, gpu_id: int) -> int:
-        """`MemoryWatch`: each GPU is a device."""
+        """`MemoryProbe`: each GPU is a device."""
         return gpu_id
 
     def free_bytes(self, gpu_id: int) -> int:
-        """`MemoryWatch`: what nvidia-smi would show."""
+        """`MemoryProbe`: what nvidia-smi would show."""
         held = [process.memory for process in self.processes if process.alive and process.holds_memory]
         return self.capacity[gpu_id] - sum(memory.get(gpu_id, 0) for memory in (*held, *self.lingering))
 
@@ -195,7 +195,7 @@ class Connection:
 
 
 class Process:
-    """An engine's process: a `Session`, and the `Worker` that it asks."""
+    """An engine's process: an `EngineProtocol` and its `EngineWorker`."""
 
     def __init__(self, machine: Machine, spec: EngineSpec, gpu_ids: tuple[int, ...]) -> None:
         self.machine = machine
@@ -212,9 +212,9 @@ class Process:
         self._hangs = False
         self._at = 0  # the last execution that it was asked for
         self._work: list[asyncio.TimerHandle] = []
-        self._session = EngineProtocol(pid=self.pid, worker=self, send=self._send, leave=self._exit)
+        self._protocol = EngineProtocol(pid=self.pid, worker=self, send=self._send, exit_process=self._exit)
         self._fate()
-        self._session.greet()
+        self._protocol.send_hello()
 
     @property
     def alive(self) -> bool:
@@ -272,7 +272,7 @@ class Process:
 
     def take(self, message: ToEngine) -> None:
         if self.alive and not self._hangs and not self.unreachable:
-            self._session.take(message)
+            self._protocol.on_message(message)
 
     def orphaned(self) -> None:
         self.unreachable = self.ending = True
@@ -280,7 +280,7 @@ class Process:
 
     def executor_gone(self) -> None:
         if self.alive and not self._hangs and not self.unreachable:
-            self._session.stop(say_bye=False)
+            self._protocol.stop(send_bye=False)
 
     # Signals and the end
 
@@ -307,18 +307,18 @@ class Process:
         # A hanging engine may still be executing; nobody is to run beside it before it is ending.
         self.executing = self.executing and self._hangs
 
-    # `Worker`
+    # `EngineWorker`
 
     def load(self, spec: EngineSpec) -> None:
         self._later(spec.load_s * spec.time_scale, self._loaded)
 
     def _loaded(self) -> None:
         if self.machine.fault_occurs(self.machine.fault_rates.too_large):
-            self._session.load_failed(Failed(execution_id=0, kind="out-of-memory", message="too large today"))
+            self._protocol.on_load_failed(Failed(execution_id=0, kind="out-of-memory", message="too large today"))
             return
         self.holds_memory = True
         self.machine.check_memory()
-        self._session.loaded(Loaded(backend="simulated", version="0"))
+        self._protocol.on_loaded(Loaded(backend="simulated", version="0"))
 
     def generate(self, work: Generate) -> None:
         self.executing, self._at = True, work.execution_id
@@ -342,18 +342,18 @@ class Process:
 
     def _step(self, work: Generate, step: int) -> None:
         tokens = [token(one.prompt, step - 1) if step <= one.output_tokens else -1 for one in work.sequences]
-        self._session.stepped(work, step, tokens)
+        self._protocol.on_step(work, step, tokens)
 
     def _over(self, ended: Finished | Failed) -> None:
         self.executing = False
         self._work.clear()
-        self._session.generated(ended)
+        self._protocol.on_execution_end(ended)
 
-    def close(self, *, say_bye: bool) -> None:
+    def close(self, *, send_bye: bool) -> None:
         self.ending = True
         self._drop_work()
         self.executing = False
-        self._later(self.machine.draws.between(0, 0.5), lambda: self._session.closed(say_bye=say_bye))
+        self._later(self.machine.draws.between(0, 0.5), lambda: self._protocol.on_closed(send_bye=send_bye))
 
     def _later(self, delay_s: float, what: Callable[[], None]) -> None:
         self._work.append(self.machine.loop.call_later(delay_s, self._if_able, what))

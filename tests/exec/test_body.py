@@ -122,7 +122,7 @@ def test_where_there_is_no_engine_to_break_nothing_is_said_to_have_broken(tmp_pa
         async with body({1: []}, tmp_path) as one:
             one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             for deployment_id in (1, 2):
-                one.break_engine(deployment_id, for_us=None)
+                one.inject_fault(deployment_id, for_us=None)
             assert one.notes.notes == []
 
     run_async(check)
@@ -133,12 +133,12 @@ def test_what_a_long_life_leaves_is_bounded(monkeypatch) -> None:
     notes = RunNotes()
     order = LaunchSpec(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
     for number in range(200):
-        notes.asked(1, number)
-        notes.served(order, Loaded(backend="emulated", version="1"), number + 1)
-        notes.note("deployment 1 (tiny)", number, "it crashed")
+        notes.engine_starting(1, number)
+        notes.engine_loaded(order, Loaded(backend="emulated", version="1"), number + 1)
+        notes.add_note("deployment 1 (tiny)", number, "it crashed")
     assert [one.start_s for one in notes.engines] == [1, 1, 1]
     assert len(notes.notes) == 101
-    assert "left out" in notes.notes[-1]
+    assert "omitted" in notes.notes[-1]
 
 
 def test_endpoints_keep_the_numbers_of_an_earlier_life(tmp_path) -> None:

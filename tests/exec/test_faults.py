@@ -38,7 +38,7 @@ def send(
 
 
 def pid_of(one: Executor, deployment_id: int = 1) -> int:
-    life = one._supervisors[deployment_id]._life
+    life = one._supervisors[deployment_id]._engine
     assert life is not None
     assert life._connection is not None
     return life._connection.pid
@@ -103,7 +103,7 @@ def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
             assert (await send(one, 2).outcome()).status is COMPLETED
             assert (await handle.outcome()).status is COMPLETED
             assert one.controller.manager.deployments[1].generation >= 2  # more on a machine that starves engines
-            assert any("was not heard for 1 s" in note for note in one.notes.notes)
+            assert any("sent nothing for 1 s" in note for note in one.notes.notes)
             await until(lambda: not alive_in_group(stopped))
 
     run_async(check)

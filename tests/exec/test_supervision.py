@@ -12,7 +12,7 @@ from virtual_time import run_virtually
 from worlds import MODEL
 
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
-from maveriq.exec.gpu_memory_gate import GpuMemoryGate, NoMemoryWatch
+from maveriq.exec.gpu_memory_gate import GpuMemoryGate, NoMemoryProbe
 from maveriq.exec.launcher import LaunchError
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
@@ -33,7 +33,14 @@ from maveriq.exec.messages import (
 from maveriq.exec.supervisor import Supervisor
 
 SETTINGS = SupervisionSettings(
-    start_s=100, ping_s=1, hang_timeout_s=10, stretch=3, stop_s=5, backoff_s=1, longest_backoff_s=5, max_restarts=5
+    start_timeout_s=100,
+    heartbeat_interval_s=1,
+    hang_timeout_s=10,
+    service_time_factor=3,
+    grace_period_s=5,
+    initial_backoff_s=1,
+    max_backoff_s=5,
+    max_restarts=5,
 )
 NEEDED = {0: 100, 1: 100}
 
@@ -124,7 +131,7 @@ class Scene:
 
     answer: Callable[[FakeEngine, ToEngine], None]
     greet: bool = True
-    watch: object = field(default_factory=NoMemoryWatch)
+    watch: object = field(default_factory=NoMemoryProbe)
     engines: list[FakeEngine] = field(default_factory=list)
     told: list[tuple[float, str, object]] = field(default_factory=list)
     refusals: int = 0
@@ -154,26 +161,26 @@ class Scene:
     def _note(self, what: str, detail: object = None) -> None:
         self.told.append((self.loop.time(), what, detail))
 
-    def engine_up(self, order, loaded) -> None:
+    def on_engine_up(self, launch_spec, loaded) -> None:
         self._note("up")
 
-    def engine_down(self, deployment_id, reason, *, returns) -> None:
-        self._note("down" if returns else "lost", reason)
+    def on_engine_down(self, deployment_id, reason, *, restarts) -> None:
+        self._note("down" if restarts else "lost", reason)
 
-    def engine_repaired(self, deployment_id) -> None:
+    def on_engine_repaired(self, deployment_id) -> None:
         self._note("repaired")
         self.start()
 
-    def stepped(self, deployment_id, progress) -> None:
+    def on_step(self, deployment_id, progress) -> None:
         self._note("step", progress.step)
 
-    def executed(self, deployment_id, ended) -> None:
-        self._note("executed", ended.execution_id)
+    def on_execution_end(self, deployment_id, result) -> None:
+        self._note("executed", result.execution_id)
 
-    def noticed(self, deployment_id, warning) -> None:
-        self._note("noticed", warning)
+    def on_warning(self, deployment_id, warning) -> None:
+        self._note("warning", warning)
 
-    def broke(self, error) -> None:
+    def on_internal_error(self, error) -> None:
         raise AssertionError(error)
 
     def times(self, what: str) -> list[float]:
@@ -470,7 +477,7 @@ def test_a_process_that_cannot_be_killed_is_noticed_and_waited_for_no_longer() -
         scene.start()
         await asyncio.sleep(0.5)
 
-    assert play(script, answer).details("noticed") == ["process group 4711 cannot be killed"]
+    assert play(script, answer).details("warning") == ["process group 4711 cannot be killed"]
 
 
 class _Memory:
@@ -501,7 +508,7 @@ def test_the_next_engine_waits_for_memory_to_come_back_but_not_for_ever(
 
     scene = play(script, watch=_Memory(back_s))
     assert scene.times("up")[1] == pytest.approx(up_s, abs=0.2)
-    assert len(scene.details("noticed")) == warned
+    assert len(scene.details("warning")) == warned
 
 
 def test_gpus_that_share_a_device_need_its_memory_together() -> None:

@@ -223,7 +223,7 @@ def test_the_rank_that_ran_out_of_memory_is_the_cause_whoever_speaks_first():
         def receive(self):
             return 0, missed
 
-        def failures(self):
+        def pending_failures(self):
             return [short]
 
     with pytest.raises(EngineError, match="no memory left") as raised:

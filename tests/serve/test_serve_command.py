@@ -129,8 +129,8 @@ def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: p
     @contextlib.asynccontextmanager
     async def open_broken(system: ServingSystem, **_options: object) -> AsyncIterator[FakeCluster]:
         cluster = FakeCluster(system.policy)
-        cluster.fault = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_later(0.1, cluster.fault.set_exception, ZeroDivisionError("by nought"))
+        cluster.internal_error = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.1, cluster.internal_error.set_exception, ZeroDivisionError("by nought"))
         clusters.append(cluster)
         yield cluster
 

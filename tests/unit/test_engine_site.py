@@ -27,7 +27,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = No
 
 def test_emulated_engines_have_no_devices() -> None:
     site = Site("emulated")
-    assert (site.meter, site.watch(), site.devices(cluster(4)).uuids) == (None, None, ())
+    assert (site.meter, site.memory_probe(), site.devices(cluster(4)).uuids) == (None, None, ())
     assert site.sampler(cluster(4)) is None
 
 
@@ -35,7 +35,7 @@ def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> No
     machine(monkeypatch, 16, 16, 16)
     site = Site("torch")
     assert site.devices(cluster(2, gib=8)).uuids == ("VIRTUAL-0", "VIRTUAL-1")
-    watch = site.watch()
+    watch = site.memory_probe()
     assert watch is not None
     assert [watch.device_of(gpu_id) for gpu_id in range(4)] == [0, 1, 2, 0]
     assert watch.free_bytes(1) == 16 * BYTES_PER_GIB
@@ -44,7 +44,7 @@ def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> No
 def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
     machine(monkeypatch, 16)
     site = Site("torch")
-    watch = site.watch()
+    watch = site.memory_probe()
     assert watch is not None
 
     def lost(_: object) -> None:
