@@ -134,19 +134,11 @@ class ThreadGroupState:
     flags: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
-        self.places = [[None] * self.tp for _ in range(self.pp)]
+        self.gathered = [[None] * self.tp for _ in range(self.pp)]
         self.barriers = [threading.Barrier(self.tp, timeout=120) for _ in range(self.pp)]
         self.pipes = [[SimpleQueue() for _ in range(self.tp)] for _ in range(self.pp)]
-        self.all_there = threading.Barrier(self.tp * self.pp, timeout=120)
-        self.words = [True] * (self.tp * self.pp)
-=======
-        self.gathered = [[None] * self.tp for _ in range(self.pp)]
-        self.barriers = [threading.Barrier(self.tp, timeout=30) for _ in range(self.pp)]
-        self.pipes = [[SimpleQueue() for _ in range(self.tp)] for _ in range(self.pp)]
-        self.all_ranks = threading.Barrier(self.tp * self.pp, timeout=30)
+        self.all_ranks = threading.Barrier(self.tp * self.pp, timeout=120)
         self.flags = [True] * (self.tp * self.pp)
->>>>>>> 62e3acc (Torch engine: collective operations, shards and the decoder in the field's terms; linear layers in a module of their own)
         self.tokens = [SimpleQueue() for _ in range(self.tp * self.pp)]
 
 
@@ -175,30 +167,17 @@ class ThreadCollectives:
     def send(self, x: Any) -> None:
         self._state.pipes[self._shard.stage + 1][self._shard.tp_rank].put(x)
 
-<<<<<<< HEAD
-    def take(self, like: Any) -> Any:
-        got = self._world.pipes[self._part.stage][self._part.place].get(timeout=120)
-=======
     def recv(self, like: Any) -> Any:
-        got = self._state.pipes[self._shard.stage][self._shard.tp_rank].get(timeout=30)
->>>>>>> 62e3acc (Torch engine: collective operations, shards and the decoder in the field's terms; linear layers in a module of their own)
+        got = self._state.pipes[self._shard.stage][self._shard.tp_rank].get(timeout=120)
         assert got.shape == like.shape
         assert got.dtype == like.dtype
         return got
 
-<<<<<<< HEAD
-    def tell_tokens(self, tokens: Any) -> Any:
-        if self._part.last and self._part.place == 0:
-            for told in self._world.tokens:
-                told.put(tokens)
-        return self._world.tokens[self._part.stage * self._part.tp + self._part.place].get(timeout=120)
-=======
     def broadcast_tokens(self, tokens: Any) -> Any:
         if self._shard.is_last_stage and self._shard.tp_rank == 0:
             for queue in self._state.tokens:
                 queue.put(tokens)
-        return self._state.tokens[self._shard.stage * self._shard.tp + self._shard.tp_rank].get(timeout=30)
->>>>>>> 62e3acc (Torch engine: collective operations, shards and the decoder in the field's terms; linear layers in a module of their own)
+        return self._state.tokens[self._shard.stage * self._shard.tp + self._shard.tp_rank].get(timeout=120)
 
     def all_ok(self, *, ok: bool) -> bool:
         self._state.flags[self._shard.stage * self._shard.tp + self._shard.tp_rank] = ok
