@@ -1,6 +1,6 @@
 """The engine's side of the protocol as a state machine that tolerates duplicated, late and unexpected messages.
 
-It uses no thread, socket or clock: `maveriq.exec.engine_server` provides those of a process, tests provide simulated ones.
+It uses no thread, socket or clock. `maveriq.exec.engine_server` provides those of a process, tests simulated ones.
 """
 
 from __future__ import annotations
