@@ -1,26 +1,24 @@
-"""What GPUs really hold and do: the protocol of a meter, and virtual GPUs for machines that have none.
+"""The GPUs of this machine: their identity and memory (NVML), and which of them a cluster's GPUs are.
 
-Which real devices stand behind the GPUs of a cluster.
-The GPUs of this machine, as NVIDIA's driver tells of them (NVML).
+`pynvml` is imported when a `NvmlMeter` is created, not with this module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from maveriq.domain.cluster import Cluster, Gpu
-from maveriq.errors import InputError, InvariantError, MaveriqError
-from maveriq.units import Bytes, gib
+from maveriq.errors import InputError, MaveriqError
+from maveriq.units import Bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuIdentity:
-    """A GPU, or a slice of one that the driver gives out as a GPU (MIG)."""
+    """A GPU, or a MIG slice of one."""
 
     uuid: str
     name: str
@@ -30,12 +28,12 @@ class GpuIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuReading:
-    """What a GPU holds and does now.
+    """The state of a GPU at one instant.
 
     Args:
-        used_bytes: memory in use, by whomever.
-        busy_share: share of the recent past in which it computed, 0 to 1; None where it cannot tell.
-        energy_j: joules since some start that stays the same; None where it cannot tell.
+        used_bytes: memory in use by all processes.
+        busy_share: utilization over the recent past, 0 to 1; None if unknown.
+        energy_j: energy counter in joules, from a fixed but unknown start; None if unknown.
     """
 
     used_bytes: Bytes
@@ -44,7 +42,7 @@ class GpuReading:
 
 
 class GpuMeter(Protocol):
-    """Looks at GPUs, numbered from 0. `slow` says that a reading asks a driver and is not for an event loop."""
+    """Reads GPUs, numbered from 0. `slow` says that a reading calls a driver and must not run in an event loop."""
 
     slow: bool
 
@@ -56,14 +54,14 @@ class GpuMeter(Protocol):
         """Return a reading of each GPU."""
 
     def close(self) -> None:
-        """Let the driver go. May be called twice."""
+        """Release the driver. May be called twice."""
 
 
 def cluster_of(meter: GpuMeter, *, name: str = "local") -> Cluster:
-    """Return the metered GPUs as a cluster of one node; what they hold now counts as held when idle.
+    """Return the metered GPUs as a cluster of one node; memory that is in use now counts as used when idle.
 
     Raises:
-        InputError: there is none, or one has no memory left.
+        InputError: there is no GPU, or one has no memory left.
     """
     return Cluster(
         name=name,
@@ -74,108 +72,11 @@ def cluster_of(meter: GpuMeter, *, name: str = "local") -> Cluster:
     )
 
 
-@dataclass(slots=True)
-class _Held:
-    """What someone has of the virtual GPUs."""
-
-    shares: Mapping[int, Bytes]
-    busy_since_s: float | None = None
-
-
-@dataclass(slots=True)
-class VirtualMeter:
-    """GPUs that are only numbers: memory is reserved and released by word, and so is computing.
-
-    Args:
-        memory_bytes: of each GPU.
-        kind: their name.
-        clock_s: tells the time.
-    """
-
-    memory_bytes: Sequence[Bytes]
-    kind: str = "virtual"
-    clock_s: Callable[[], float] = time.monotonic
-    slow: bool = field(default=False, init=False)
-    _held: dict[str, _Held] = field(default_factory=dict, init=False)
-    _busy_s: list[float] = field(init=False)
-    _read_s: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._busy_s = [0.0] * len(self.memory_bytes)
-        self._read_s = self.clock_s()
-
-    @property
-    def gpus(self) -> tuple[GpuIdentity, ...]:
-        """The GPUs, in the order of their numbers."""
-        return tuple(
-            GpuIdentity(uuid=f"VIRTUAL-{gpu_id}", name=self.kind, memory_bytes=memory)
-            for gpu_id, memory in enumerate(self.memory_bytes)
-        )
-
-    def reserve(self, holder: str, shares: Mapping[int, Bytes]) -> None:
-        """Give memory on each GPU to a holder.
-
-        Raises:
-            InvariantError: it holds some already, or a GPU lacks the room.
-        """
-        if holder in self._held:
-            raise InvariantError(f"{holder} holds memory of virtual GPUs already")
-        for gpu_id, amount in shares.items():
-            free = self.memory_bytes[gpu_id] - self._used(gpu_id)
-            if amount > free:
-                raise InvariantError(
-                    f"{holder} wants {gib(amount):.3f} GiB on virtual GPU {gpu_id}, which has {gib(free):.3f} GiB free"
-                )
-        self._held[holder] = _Held(shares=dict(shares))
-
-    def release(self, holder: str) -> None:
-        """Take a holder's memory back, all at once; nothing happens where it holds none."""
-        self.rest(holder)
-        self._held.pop(holder, None)
-
-    def work(self, holder: str) -> None:
-        """Note that a holder computes from now on; all its GPUs are busy."""
-        held = self._held[holder]
-        if held.busy_since_s is None:
-            held.busy_since_s = self.clock_s()
-
-    def rest(self, holder: str) -> None:
-        """Note that a holder no longer computes."""
-        held = self._held.get(holder)
-        if held is not None:
-            self._add_busy(held, self.clock_s())
-            held.busy_since_s = None
-
-    def read(self) -> tuple[GpuReading, ...]:
-        """Return a reading of each GPU; its busy share is that since the last reading."""
-        now_s = self.clock_s()
-        for held in self._held.values():
-            if held.busy_since_s is not None:
-                self._add_busy(held, now_s)
-                held.busy_since_s = now_s
-        passed_s, self._read_s = now_s - self._read_s, now_s
-        # Holders that share a GPU may compute at once, which makes it no busier than busy.
-        shares = [min(1.0, busy_s / passed_s) if passed_s > 0 else 0.0 for busy_s in self._busy_s]
-        self._busy_s = [0.0] * len(self.memory_bytes)
-        return tuple(GpuReading(used_bytes=self._used(gpu_id), busy_share=share) for gpu_id, share in enumerate(shares))
-
-    def close(self) -> None:
-        """Nothing needs closing."""
-
-    def _used(self, gpu_id: int) -> Bytes:
-        return sum(held.shares.get(gpu_id, 0) for held in self._held.values())
-
-    def _add_busy(self, held: _Held, now_s: float) -> None:
-        if held.busy_since_s is not None:
-            for gpu_id in held.shares:
-                self._busy_s[gpu_id] += now_s - held.busy_since_s
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """The device of each GPU of a cluster, in the order of their ids; none where engines run on the CPU.
+    """The device behind each GPU of a cluster, by GPU id; empty if engines run on the CPU.
 
-    Several GPUs may share a device: then one big GPU plays several.
+    Several GPUs of the cluster may share one device.
 
     Args:
         uuids: of the devices ("GPU-..."), one per GPU of the cluster.
@@ -189,17 +90,17 @@ class Devices:
         return len(set(self.uuids)) < len(self.uuids)
 
     def visible_to(self, gpu_ids: Sequence[int]) -> tuple[str, ...]:
-        """Return the devices that an engine on these GPUs may see, each once, in rank order.
+        """Return the UUIDs for `CUDA_VISIBLE_DEVICES` of an engine on these GPUs, each once, in rank order.
 
         Raises:
-            InputError: there is no device for a GPU.
+            InputError: a GPU has no device.
         """
         if self.uuids and max(gpu_ids) >= len(self.uuids):
             raise InputError(f"there is no device for GPU {max(gpu_ids)}: {len(self.uuids)} are known")
         return tuple(dict.fromkeys(self.uuids[gpu_id] for gpu_id in gpu_ids)) if self.uuids else ()
 
     def names(self, gpu_ids: Sequence[int]) -> tuple[str, ...]:
-        """Return the device of each rank as the engine's process counts those that it sees."""
+        """Return the device name of each rank ("cuda:0", ...) among the visible devices, or "cpu"."""
         visible = self.visible_to(gpu_ids)
         if not visible:
             return ("cpu",) * len(gpu_ids)
@@ -210,10 +111,10 @@ _MILLIJOULES = 1000.0
 
 
 class NvmlMeter:
-    """Reads GPUs through NVML, all of the machine's in the order of the PCI bus.
+    """Reads all GPUs of the machine through NVML, in PCI bus order.
 
-    It does not look at CUDA_VISIBLE_DEVICES. Where a GPU is cut into slices (MIG), each slice stands for one; it tells
-    its memory, but neither how busy it is nor its energy.
+    CUDA_VISIBLE_DEVICES is ignored. Each slice of a partitioned GPU (MIG) counts as a GPU; NVML reports its memory, but
+    not its utilization or energy.
 
     Raises:
         InputError: the package or the driver is missing, or there is no GPU.
@@ -236,7 +137,7 @@ class NvmlMeter:
             self._gpus = tuple(self._identity(handle, is_slice=is_slice) for handle, is_slice in devices)
         except self._nvml.NVMLError as error:
             self.close()
-            raise InputError(f"the NVIDIA driver does not tell its GPUs: {error}") from None
+            raise InputError(f"the NVIDIA driver does not list its GPUs: {error}") from None
         if not self._gpus:
             self.close()
             raise InputError("the NVIDIA driver knows no GPU; run where there is one")
@@ -247,31 +148,31 @@ class NvmlMeter:
         return self._gpus
 
     def read(self) -> tuple[GpuReading, ...]:
-        """Return a reading of each GPU; its busy share is the driver's own, over the last 1/6 s to 1 s.
+        """Return a reading of each GPU; `busy_share` is the driver's, over the last 1/6 s to 1 s.
 
         Raises:
-            MaveriqError: a GPU does not answer any more.
+            MaveriqError: a GPU no longer answers.
         """
         return tuple(self._read_one(number, handle) for number, handle in enumerate(self._handles))
 
     def close(self) -> None:
-        """Let the driver go. May be called twice."""
+        """Release the driver. May be called twice."""
         if self._open:
             self._open = False
             with contextlib.suppress(self._nvml.NVMLError):
                 self._nvml.nvmlShutdown()
 
     def _devices(self) -> Iterator[tuple[Any, bool]]:
-        """Yield handles of GPUs, and of slices in place of the GPUs that are cut, and whether it is a slice."""
+        """Yield handles of GPUs, or of the slices of partitioned GPUs, and whether it is a slice."""
         nvml = self._nvml
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            mode = self._told(nvml.nvmlDeviceGetMigMode, handle)
+            mode = self._query(nvml.nvmlDeviceGetMigMode, handle)
             if mode is None or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
                 yield handle, False
                 continue
             for position in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-                piece = self._told(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, position)
+                piece = self._query(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, position)
                 if piece is not None:
                     yield piece, True
 
@@ -285,19 +186,19 @@ class NvmlMeter:
         )
 
     def _memory(self, handle: Any) -> Any:
-        # Version 2 tells what the driver keeps for itself apart, which is not the models' doing; old drivers lack it.
+        # Version 2 reports the driver's reserved memory separately; old drivers lack it.
         nvml = self._nvml
-        told = self._told(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
-        return nvml.nvmlDeviceGetMemoryInfo(handle) if told is None else told
+        memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
+        return nvml.nvmlDeviceGetMemoryInfo(handle) if memory is None else memory
 
     def _read_one(self, number: int, handle: Any) -> GpuReading:
         nvml = self._nvml
         try:
             memory = self._memory(handle)
-            # What the driver keeps for itself is no room for models either.
+            # Memory that the driver reserves is not available to models.
             used_bytes = int(memory.used) + int(getattr(memory, "reserved", 0))
-            rates = self._told(nvml.nvmlDeviceGetUtilizationRates, handle)
-            millijoules = self._told(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+            rates = self._query(nvml.nvmlDeviceGetUtilizationRates, handle)
+            millijoules = self._query(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         except nvml.NVMLError as error:
             raise MaveriqError(f"GPU {number} ({self._gpus[number].name}) does not answer: {error}") from None
         return GpuReading(
@@ -306,10 +207,10 @@ class NvmlMeter:
             energy_j=None if millijoules is None else millijoules / _MILLIJOULES,
         )
 
-    def _told(self, ask: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what the driver tells, None where this GPU cannot tell it, or not to us."""
+    def _query(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the driver's answer, None if this GPU does not support the query or does not permit it."""
         nvml = self._nvml
-        soft = (
+        unsupported = (
             nvml.NVMLError_NotSupported,
             nvml.NVMLError_NoPermission,
             nvml.NVMLError_NotFound,
@@ -317,16 +218,16 @@ class NvmlMeter:
             nvml.NVMLError_InvalidArgument,
         )
         try:
-            return ask(*arguments)
-        except soft:
+            return function(*arguments)
+        except unsupported:
             return None
 
 
 def real_cluster() -> Cluster:
-    """Return the GPUs of this machine as a cluster; memory that is in use now counts as held when idle.
+    """Return the GPUs of this machine as a cluster; memory that is in use now counts as used when idle.
 
     Raises:
-        InputError: there is none to be seen.
+        InputError: no GPU is visible.
     """
     meter = NvmlMeter()
     try:

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from exec_rigs import body, run_async, until
-from hypothesis import given
-from hypothesis import strategies as st
+from gpu_fakes import FakeMeter
 from worlds import controller
 
 from maveriq.domain.cluster import LoadWindow
-from maveriq.errors import InputError, InvariantError, MaveriqError
+from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
-from maveriq.exec.gpus import GpuIdentity, GpuReading, NvmlMeter, VirtualMeter, cluster_of, real_cluster
+from maveriq.exec.gpus import GpuIdentity, GpuReading, NvmlMeter, cluster_of, real_cluster
 from maveriq.units import BYTES_PER_GIB
 
 GIB = BYTES_PER_GIB
@@ -204,82 +203,8 @@ def test_a_gpu_that_is_lost_later_is_a_failure_not_bad_input(nvml: Callable[...,
 # Virtual GPUs
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def test_virtual_memory_comes_and_goes() -> None:
-    meter = VirtualMeter([8 * GIB, 4 * GIB], clock_s=Clock())
-    meter.reserve("a", {0: 3 * GIB, 1: GIB})
-    meter.reserve("b", {0: 5 * GIB})
-    assert [one.used_bytes for one in meter.read()] == [8 * GIB, GIB]
-    with pytest.raises(InvariantError, match="virtual GPU 0, which has"):
-        meter.reserve("c", {1: GIB, 0: 1})
-    with pytest.raises(InvariantError, match="already"):
-        meter.reserve("a", {1: 1})
-    meter.release("a")
-    meter.release("a")
-    meter.release("unknown")
-    assert [one.used_bytes for one in meter.read()] == [5 * GIB, 0]
-    meter.close()
-
-
-def test_virtual_gpus_are_busy_for_the_share_of_time_that_someone_computes() -> None:
-    clock = Clock()
-    meter = VirtualMeter([GIB] * 3, clock_s=clock)
-    meter.reserve("a", {0: 1, 1: 1})
-    meter.reserve("b", {1: 1})
-    assert [one.busy_share for one in meter.read()] == [0.0] * 3  # no time has passed
-    meter.work("a")
-    meter.work("a")
-    clock.now_s = 1.0
-    meter.rest("a")
-    meter.rest("a")
-    meter.work("b")
-    clock.now_s = 4.0
-    assert [one.busy_share for one in meter.read()] == [0.25, 1.0, 0.0]
-    clock.now_s = 6.0
-    assert [one.busy_share for one in meter.read()] == [0.0, 1.0, 0.0]
-    clock.now_s = 7.0
-    meter.release("b")  # ends its computing as well
-    clock.now_s = 8.0
-    assert [one.busy_share for one in meter.read()] == [0.0, 0.5, 0.0]
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["reserve", "release", "work", "rest", "read"]))))
-def test_virtual_gpus_never_hold_more_than_they_have_nor_are_busier_than_busy(acts: list[tuple[int, str]]) -> None:
-    clock = Clock()
-    meter = VirtualMeter([10, 6], clock_s=clock)
-    holders: dict[str, dict[int, int]] = {}
-    for number, act in acts:
-        clock.now_s += 0.5
-        name, shares = f"h{number}", {number % 2: number + 1, (number + 1) % 2: 2}
-        if act == "reserve":
-            fits = all(
-                sum(one.get(k, 0) for one in holders.values()) + shares[k] <= maximum
-                for k, maximum in ((0, 10), (1, 6))
-            )
-            if fits and name not in holders:
-                meter.reserve(name, shares)
-                holders[name] = shares
-            else:
-                with pytest.raises(InvariantError):
-                    meter.reserve(name, shares)
-        elif act == "release":
-            meter.release(name)
-            holders.pop(name, None)
-        elif act == "read":
-            assert all(0.0 <= one.busy_share <= 1.0 for one in meter.read() if one.busy_share is not None)
-        elif name in holders:
-            (meter.work if act == "work" else meter.rest)(name)
-    assert [one.used_bytes for one in meter.read()] == [sum(s.get(k, 0) for s in holders.values()) for k in (0, 1)]
-
-
 def test_a_virtual_cluster() -> None:
-    cluster = cluster_of(VirtualMeter([8 * GIB, 4 * GIB]), name="virtual")
+    cluster = cluster_of(FakeMeter([8 * GIB, 4 * GIB]), name="virtual")
     assert [(gpu.capacity_bytes, gpu.idle_bytes) for gpu in cluster.gpus] == [(8 * GIB, 0), (4 * GIB, 0)]
 
 

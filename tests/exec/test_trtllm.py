@@ -22,7 +22,7 @@ from foreign_checks import (
 from maveriq.errors import InputError
 from maveriq.exec.engines import trtllm
 from maveriq.exec.engines.engine import EngineError, FailureKind
-from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, serve_command, translate
+from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, translate
 
 # Fields of `TorchLlmArgs` in 1.2, which refuses all others.
 FIELDS = {
@@ -108,17 +108,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(family: str, changes: 
     with pytest.raises(EngineError, match=told) as refused:
         translate(spec(family, **changes), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
-
-
-def test_the_command_and_its_options_file_say_the_same() -> None:
-    arguments = translate(spec(tp=2, pp=2, layer_split=(3, 1)), "/models/a").arguments
-    command, options = serve_command(arguments, options_file="o.yaml", port=8123)
-    assert command[:2] == ["trtllm-serve", "/models/a"]
-    assert command[command.index("--config") + 1] == "o.yaml"
-    assert (command[command.index("--tp_size") + 1], command[command.index("--pp_size") + 1]) == ("2", "2")
-    assert json.loads(options) == {
-        key: value for key, value in arguments.items() if key not in ("model", "skip_tokenizer_init")
-    }
 
 
 # What is missing

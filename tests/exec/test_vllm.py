@@ -21,7 +21,7 @@ from foreign_checks import (
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import as_engine_error
-from maveriq.exec.engines.vllm import VllmEngine, serve_command, translate
+from maveriq.exec.engines.vllm import VllmEngine, translate
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -164,15 +164,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any
         translate(spec(**changes), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
     assert told in str(refused.value)
-
-
-def test_the_command_says_the_same() -> None:
-    command = serve_command(translate(spec(tp=2), "/models/a").arguments, port=8123)
-    assert command[:7] == ["vllm", "serve", "/models/a", "--host", "127.0.0.1", "--port", "8123"]
-    assert command[command.index("--tensor-parallel-size") + 1] == "2"
-    assert {"--no-enable-prefix-caching", "--no-enforce-eager"} <= set(command)
-    assert "--skip-tokenizer-init" not in command
-    assert serve_command({"model": "m", "hf_overrides": {"a": 1}}, port=1)[-2:] == ["--hf-overrides", '{"a": 1}']
 
 
 @pytest.mark.parametrize(

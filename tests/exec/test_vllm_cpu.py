@@ -12,7 +12,7 @@ from engine_specs import TINY, spec
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import write_files
-from maveriq.exec.engines.vllm import VllmEngine, serve_command, translate
+from maveriq.exec.engines.vllm import VllmEngine, translate
 from maveriq.exec.messages import Generate, PromptSequence
 
 if os.environ.get("MAVERIQ_VLLM") != "1":
@@ -136,8 +136,6 @@ def test_vllms_own_parser_and_checks_take_our_arguments(
     tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import EngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     wide = {**TINY["llama"], "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512}
     translation = translate(spec(config_json=json.dumps(wide), **changes), str(tmp_path))
@@ -148,10 +146,3 @@ def test_vllms_own_parser_and_checks_take_our_arguments(
     here = {**translation.arguments, "kv_cache_dtype": "auto", "dtype": "bfloat16"}
     config = EngineArgs(**here).create_engine_config()
     assert config.parallel_config.pipeline_parallel_size == changes.get("pp", 1)
-    command = serve_command(translation.arguments, port=8000)
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command[2:])
-    served = EngineArgs.from_cli_args(parsed)
-    kept = {
-        name: value for name, value in translation.arguments.items() if name not in ("model", "skip_tokenizer_init")
-    }
-    assert {name: getattr(served, name) for name in kept} == kept

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from gpu_fakes import FakeMeter
 from worlds import MODEL, TokenSeconds, cluster
 
 from maveriq.cli import engine_site
@@ -11,15 +12,14 @@ from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.capabilities import Installed, Machine
-from maveriq.exec.gpus import VirtualMeter
 from maveriq.units import BYTES_PER_GIB
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False) -> None:
     """Let the machine have GPUs of so much memory."""
-    meter = VirtualMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
+    meter = FakeMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
     sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
-    monkeypatch.setattr(VirtualMeter, "gpus", sliced)
+    monkeypatch.setattr(FakeMeter, "gpus", sliced)
     monkeypatch.setattr(engine_site, "this_machine", lambda: Machine(gpus=meter.gpus))
     monkeypatch.setattr(engine_site, "installed", lambda _engine, _machine: Installed(missing=missing))
     monkeypatch.setattr(engine_site, "NvmlMeter", lambda: meter)
@@ -50,7 +50,7 @@ def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
     def lost(_: object) -> None:
         raise MaveriqError("GPU 0 (big) does not answer: it is lost")
 
-    monkeypatch.setattr(VirtualMeter, "read", lost)
+    monkeypatch.setattr(FakeMeter, "read", lost)
     assert watch.free_bytes(0) is None
 
 

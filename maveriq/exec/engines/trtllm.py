@@ -111,18 +111,6 @@ def _quantisation(algorithm: str) -> dict[str, Any]:
     }
 
 
-def serve_command(arguments: Mapping[str, Any], *, options_file: str, port: int) -> tuple[list[str], str]:
-    """Return the command that serves the same over HTTP, on loopback, and the content of its options file.
-
-    JSON is YAML, which that file is to be. The server finds a tokenizer beside the model.
-    """
-    degrees = {"tp_size": "tensor_parallel_size", "pp_size": "pipeline_parallel_size"}
-    said = [word for flag, name in degrees.items() for word in (f"--{flag}", str(arguments[name]))]
-    kept = {name: value for name, value in arguments.items() if name not in ("model", "skip_tokenizer_init")}
-    place = ["--host", "127.0.0.1", "--port", str(port), "--backend", "pytorch", "--config", options_file]
-    return ["trtllm-serve", str(arguments["model"]), *place, *said], json.dumps(kept, indent=2) + "\n"
-
-
 def missing() -> str | None:
     """Return in one line what TensorRT-LLM lacks here, None where it lacks nothing that can be seen from outside."""
     from maveriq.exec.gpus import NvmlMeter

@@ -5,7 +5,6 @@ Names of arguments, of quantisations and of variables are those of vLLM 0.32 and
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -121,19 +120,6 @@ def _check_given(wanted: EngineRequirements) -> None:
         raise EngineError(
             FailureKind.UNSUPPORTED, f"the weights of {wanted.spec.model} are quantised by {method}, not {weights}"
         )
-
-
-def serve_command(arguments: Mapping[str, Any], *, port: int) -> list[str]:
-    """Return the command that serves the same over HTTP, on loopback; it finds a tokenizer beside the model."""
-    flags = {name: value for name, value in arguments.items() if name not in ("model", "skip_tokenizer_init")}
-    said = [word for name, value in flags.items() for word in _flag(name.replace("_", "-"), value)]
-    return ["vllm", "serve", str(arguments["model"]), "--host", "127.0.0.1", "--port", str(port), *said]
-
-
-def _flag(name: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
 
 
 def _dtype(wanted: EngineRequirements) -> str:
