@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maveriq.calibration.cross_validation import EACH, benchmarked_estimator
-from maveriq.calibration.evaluation import Evaluation, evaluate
+from maveriq.calibration.evaluation import EACH, Evaluation, benchmarked_estimator, evaluate
 from maveriq.calibration.online import read_recorded
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.estimator import Estimator

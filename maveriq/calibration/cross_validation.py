@@ -12,20 +12,16 @@ from itertools import chain
 
 import msgspec
 import numpy as np
+from scipy.stats import norm, t
 
 from maveriq.calibration.evaluation import Answer, Group, compared, grouped
 from maveriq.calibration.fitting import Table, fit_calibration, fit_memory, held_by, trust_of
 from maveriq.calibration.samples import Constants, Sample, constants_of, nearest_fingerprints, usable
-from maveriq.domain.models import ModelSpec, WeightType, shape_of
-from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.calibrated import CalibratedEstimator, layer_time_ratio, measured_layers
+from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.errors import InputError
+from maveriq.estimate.calibrated import layer_time_ratio, measured_layers
 from maveriq.estimate.calibration_file import Calibration, Margins
-from maveriq.estimate.estimator import Estimator, ServiceEstimate
-from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.memory import MemoryEstimate, memory_margin
-from maveriq.estimate.registry import CALIBRATED, make_estimator
-from maveriq.units import Bytes
 
 _UNKNOWN = math.log(2.0)  # the error where none was ever seen
 _QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one
@@ -167,8 +163,6 @@ def _memory_margins(single: Sequence[HeldOutPrediction], batched: Sequence[HeldO
 
 def _few(answered: Sequence[HeldOutPrediction]) -> float:
     """Return how much wider an interval must be for a new model where few models were seen (Student's t)."""
-    from scipy.stats import norm, t
-
     models = len({one.sample.model.name for one in answered})
     if models == 1:
         return 2.0  # nothing is known of how models differ
@@ -209,87 +203,3 @@ def least_trusted(answered: Sequence[HeldOutPrediction], count: int) -> list[tup
     """Return the rows that the fit believes least: where they stand, measured and predicted seconds."""
     worst = sorted(answered, key=lambda one: one.trust)[:count]
     return [(one.sample.measured.where, one.sample.measured.latency_s, one.latency_s) for one in worst]
-
-
-class LeaveOneOutEstimator:
-    """The calibrated estimator as a benchmark's tables judge it: every model as if it were new."""
-
-    def __init__(self, profile: HardwareProfile) -> None:
-        self._profile = profile
-        self._without: dict[str, CalibratedEstimator] = {}
-
-    @property
-    def name(self) -> str:
-        """What it is called in reports."""
-        return "calibrated, each model left out"
-
-    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
-        """Return why a configuration cannot be estimated, None if it can."""
-        return self._for(model).why_not(model, configuration)
-
-    def service(
-        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
-    ) -> ServiceEstimate:
-        """Estimate one batch of equal requests, as `CalibratedEstimator.service`."""
-        return self._for(model).service(
-            model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
-        )
-
-    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
-        """Estimate the memory of a deployment, as `CalibratedEstimator.memory`."""
-        return self._for(model).memory(model, configuration)
-
-    def memory_with(
-        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
-    ) -> Bytes:
-        """Estimate the memory with requests of such lengths, as `CalibratedEstimator.memory_with`."""
-        return self._for(model).memory_with(
-            model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens
-        )
-
-    def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
-        """Return the margin of memory, as `CalibratedEstimator.memory_margin`."""
-        return self._for(model).memory_margin(model, configuration)
-
-    def _for(self, model: ModelSpec) -> CalibratedEstimator:
-        found = self._without.get(model.name)
-        if found is None:
-            found = CalibratedEstimator.benchmarked(self._profile, without_model=model.name)
-            self._without[model.name] = found
-        return found
-
-
-EACH = "each"
-"""Said instead of a model: leave out each for its own rows."""
-
-
-def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model: str | None = None) -> Estimator:
-    """Return an estimator to be compared with a benchmark's tables, not with the live system.
-
-    Args:
-        name: of `ESTIMATORS`.
-        profile: feeds it.
-        without_model: a model whose ground truth it must not have seen; `EACH` for every model its own.
-
-    Raises:
-        UnknownNameError: there is no such estimator, or the profile knows no such model.
-        InputError: the estimator is not fitted with models left out.
-    """
-    if name == CALIBRATED and without_model == EACH:
-        return LeaveOneOutEstimator(profile)
-    if name == CALIBRATED:
-        meant = None if without_model is None else _fingerprinted(without_model, profile)
-        return CalibratedEstimator.benchmarked(profile, without_model=meant)
-    if without_model is not None:
-        raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")
-    return make_estimator(name, profile)
-
-
-def _fingerprinted(name: str, profile: HardwareProfile) -> str:
-    """Return the model that a profile has fingerprints of: of that name, or the one that a variant was made of."""
-    known, shape = profile.fingerprints.models(), shape_of(name)
-    if name in known:
-        return name
-    if shape is None or shape.name not in known:
-        raise UnknownNameError("model to leave out", name, known, hint=f"or say {EACH!r}")
-    return shape.name

@@ -10,10 +10,13 @@ import numpy as np
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, shape_of
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError
-from maveriq.estimate.estimator import Estimator, LengthAwareMemory, MemoryMarginAware
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.estimator import Estimator, LengthAwareMemory, MemoryMarginAware, ServiceEstimate
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.registry import CALIBRATED, make_estimator
 from maveriq.tables import Row, choice, read_csv
-from maveriq.units import gib
+from maveriq.units import Bytes, gib
 
 COLUMNS = (
     "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
@@ -285,3 +288,87 @@ def _summary(percent: list[float]) -> Errors:
         p95=float(np.percentile(percent, 95)),
         worst=max(percent),
     )
+
+
+class LeaveOneOutEstimator:
+    """The calibrated estimator as a benchmark's tables judge it: every model as if it were new."""
+
+    def __init__(self, profile: HardwareProfile) -> None:
+        self._profile = profile
+        self._without: dict[str, CalibratedEstimator] = {}
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return "calibrated, each model left out"
+
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
+        """Return why a configuration cannot be estimated, None if it can."""
+        return self._for(model).why_not(model, configuration)
+
+    def service(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate one batch of equal requests, as `CalibratedEstimator.service`."""
+        return self._for(model).service(
+            model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
+        )
+
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
+        """Estimate the memory of a deployment, as `CalibratedEstimator.memory`."""
+        return self._for(model).memory(model, configuration)
+
+    def memory_with(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate the memory with requests of such lengths, as `CalibratedEstimator.memory_with`."""
+        return self._for(model).memory_with(
+            model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        )
+
+    def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
+        """Return the margin of memory, as `CalibratedEstimator.memory_margin`."""
+        return self._for(model).memory_margin(model, configuration)
+
+    def _for(self, model: ModelSpec) -> CalibratedEstimator:
+        found = self._without.get(model.name)
+        if found is None:
+            found = CalibratedEstimator.benchmarked(self._profile, without_model=model.name)
+            self._without[model.name] = found
+        return found
+
+
+EACH = "each"
+"""Said instead of a model: leave out each for its own rows."""
+
+
+def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model: str | None = None) -> Estimator:
+    """Return an estimator to be compared with a benchmark's tables, not with the live system.
+
+    Args:
+        name: of `ESTIMATORS`.
+        profile: feeds it.
+        without_model: a model whose ground truth it must not have seen; `EACH` for every model its own.
+
+    Raises:
+        UnknownNameError: there is no such estimator, or the profile knows no such model.
+        InputError: the estimator is not fitted with models left out.
+    """
+    if name == CALIBRATED and without_model == EACH:
+        return LeaveOneOutEstimator(profile)
+    if name == CALIBRATED:
+        meant = None if without_model is None else _fingerprinted(without_model, profile)
+        return CalibratedEstimator.benchmarked(profile, without_model=meant)
+    if without_model is not None:
+        raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")
+    return make_estimator(name, profile)
+
+
+def _fingerprinted(name: str, profile: HardwareProfile) -> str:
+    """Return the model that a profile has fingerprints of: of that name, or the one that a variant was made of."""
+    known, shape = profile.fingerprints.models(), shape_of(name)
+    if name in known:
+        return name
+    if shape is None or shape.name not in known:
+        raise UnknownNameError("model to leave out", name, known, hint=f"or say {EACH!r}")
+    return shape.name

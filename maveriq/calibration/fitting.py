@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from scipy.optimize import least_squares
 
 from maveriq.calibration.samples import Constants, Sample, nearest_fingerprints
 from maveriq.domain.models import KvType, WeightType
@@ -84,8 +85,6 @@ def fit_calibration(samples: Sequence[Sample], start: Calibration) -> Calibratio
         samples: rows to fit to.
         start: where to begin; its limits, memory and margins are kept.
     """
-    from scipy.optimize import least_squares
-
     table, figures = Table(samples), _Figures(start)
     logs = np.log(table.latency_s)
 
@@ -176,8 +175,6 @@ def fit_memory(samples: Sequence[Sample], start: Memory, constants: Mapping[int,
     What (TP, PP) holds beyond one GPU is the median over fingerprints, where these are (else over
     whole models); what a request of a batch adds is fitted to whole models.
     """
-    from scipy.optimize import least_squares
-
     memory = msgspec.structs.replace(start, gpus_gib=_beyond_one_gpu(samples, start, constants))
     batches = [
         one
@@ -280,8 +277,6 @@ def fit_exponents(samples: Sequence[Sample], constants: Mapping[int, Constants])
 
 
 def _fitted(rows: Sequence[tuple[Sample, Fingerprints]]) -> Exponents:
-    from scipy.optimize import least_squares
-
     logs = np.log([one.measured.latency_s for one, _ in rows])
 
     def residuals(position: Array) -> Array:

@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 import msgspec
 import numpy as np
+from scipy.optimize import least_squares
 
 from maveriq.calibration.fitting import Array, picked, stacked
 from maveriq.domain.models import ModelSpec, WeightType
@@ -185,8 +186,6 @@ def _fit_alone(
 
     Of a TP that no recorded engine had nothing is said, and the benchmark's figures hold.
     """
-    from scipy.optimize import least_squares
-
     table = _Predictions(layer_time_ratio, recorded, gpus_per_socket)
     logs = np.log(table.service_s)
     seen = {str(one.configuration.tp) for one in recorded}
@@ -273,8 +272,6 @@ def fit_contention(engines: Sequence[tuple[RecordedEngine, Array]]) -> Contentio
     Args:
         engines: with what each of their requests would take without neighbours, in seconds.
     """
-    from scipy.optimize import least_squares
-
     pairs = [(engine, alone_s * _off(engine, alone_s)) for engine, alone_s in engines if not engine.uncontended.all()]
     if not pairs:
         return ContentionCosts(layer_us=0.0, turn_us=0.0)

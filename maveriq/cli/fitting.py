@@ -11,8 +11,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from maveriq.calibration.cross_validation import benchmarked_estimator
-from maveriq.calibration.evaluation import Errors, EvaluatedEstimator, Evaluation, Group, judge, read_measurements
+from maveriq.calibration.evaluation import (
+    Errors,
+    EvaluatedEstimator,
+    Evaluation,
+    Group,
+    benchmarked_estimator,
+    judge,
+    read_measurements,
+)
 from maveriq.calibration.profile_matching import DEFAULT_PROFILE, ProfileMatch, match
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, load_profile

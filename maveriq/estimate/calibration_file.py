@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -309,22 +309,11 @@ def served_without(path: Path) -> dict[str, OnlineCalibration]:
 
 def to_toml(calibration: Calibration, comment: str) -> str:
     """Return the TOML file of a calibration, comment lines first."""
-    lines = [*(f"# {line}".rstrip() for line in comment.splitlines()), ""]
-    _append(lines, "", msgspec.to_builtins(calibration))
-    return "\n".join(lines).rstrip() + "\n"
+    import tomli_w
 
-
-def _append(lines: list[str], name: str, table: dict[str, Any]) -> None:
-    lines.extend(f"{_key(key)} = {value!r}" for key, value in table.items() if isinstance(value, int | float))
-    for key, value in table.items():
-        if isinstance(value, dict):
-            inner = f"{name}.{_key(key)}" if name else _key(key)
-            lines.extend(["", f"[{inner}]"])
-            _append(lines, inner, value)
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "").isalnum() else f'"{key}"'
+    tables = {key: value for key, value in msgspec.to_builtins(calibration).items() if value is not None}
+    lines = (f"# {line}".rstrip() for line in comment.splitlines())
+    return "\n".join(lines) + "\n\n" + tomli_w.dumps(tables)
 
 
 def require(path: Path | None, profile: str) -> Path:

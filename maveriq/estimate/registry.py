@@ -33,8 +33,8 @@ def note_on_default(profile: HardwareProfile) -> str | None:
     if profile.calibrated:
         return None
     return (
-        f"profile {profile.name} has no calibration, so the estimator {default_estimator(profile)!r} stands in for the calibrated "
-        "one; `maveriq fit DATA --out FOLDER` makes a calibration"
+        f"profile {profile.name} has no calibration, so the estimator {default_estimator(profile)!r} stands in for the "
+        "calibrated one; `maveriq fit DATA --out FOLDER` makes a calibration"
     )
 
 

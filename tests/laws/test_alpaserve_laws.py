@@ -1,14 +1,15 @@
 """Laws of placements, of the simulator, and of the search."""
 
 from dataclasses import replace
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from placement_reference import plain_loop
 from strategies_placement import all_placements, placements, problems
 
-from maveriq.policy.alpaserve.batching_simulator import simulate_batched
 from maveriq.policy.alpaserve.problem import (
     Fill,
     PlacementPolicy,
@@ -38,10 +39,10 @@ POLICIES = [
 def test_the_compiled_loop_agrees_with_plain_python(single_precision, data: st.DataObject) -> None:
     problem = data.draw(problems())
     placement = data.draw(placements(problem))
-    compiled, plain = (
-        simulate(problem, placement, SimulatorSettings(compiled=compiled, single_precision=single_precision))
-        for compiled in (True, False)
-    )
+    constants = SimulatorSettings(single_precision=single_precision)
+    compiled = simulate(problem, placement, constants)
+    with mock.patch("maveriq.policy.alpaserve.kernel.simulate_requests", plain_loop):
+        plain = simulate(problem, placement, constants)
     for field in ("ok", "finish_s", "requests", "served", "dispatched"):
         np.testing.assert_array_equal(getattr(compiled, field), getattr(plain, field))
     assert (compiled.attainment, compiled.mean_latency_s) == (plain.attainment, plain.mean_latency_s)
@@ -109,27 +110,3 @@ def _best_score(problem: PlacementProblem) -> float:
 def test_threads_do_not_change_the_answer(problem: PlacementProblem) -> None:
     alone, together = (search(problem, SearchSettings(workers=workers)) for workers in (1, 3))
     assert replace(alone, search_s=0) == replace(together, search_s=0)
-
-
-@given(st.data())
-@settings(max_examples=40, deadline=None)
-def test_batching_ends_every_request(data: st.DataObject) -> None:
-    """With batches that take as long as one request, no fewer heads are in time; every request ends."""
-    problem = data.draw(problems())
-    problem = replace(problem, models=tuple(map(_batched, problem.models)))
-    placement = tuple(
-        replace(group, models=tuple(m for m in group.models if group.shape in problem.models[m].profile.shapes))
-        for group in data.draw(placements(problem))
-    )
-    stats = simulate_batched(problem, placement)
-    assert (stats.finish_s >= problem.demand.arrival_s).all()
-    assert stats.served.sum() == stats.ok.sum()
-    assert (stats.served <= stats.requests).all()
-
-
-def _batched(model):
-    shapes = {
-        shape: replace(one, batched_latency_s=dict.fromkeys((2, 4, 8, 16), one.stage_latency_s))
-        for shape, one in model.profile.shapes.items()
-    }
-    return replace(model, profile=replace(model.profile, shapes=shapes))

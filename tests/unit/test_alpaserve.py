@@ -9,7 +9,6 @@ from strategies_placement import demand, problem, profile
 
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.errors import InputError, InvariantError
-from maveriq.policy.alpaserve.batching_simulator import simulate_batched
 from maveriq.policy.alpaserve.problem import (
     Group,
     GroupShape,
@@ -17,7 +16,6 @@ from maveriq.policy.alpaserve.problem import (
     PlacementPolicy,
     SearchSettings,
     SimulatorSettings,
-    StageProfile,
     StarRule,
     candidate_shapes,
     normal_form,
@@ -119,14 +117,6 @@ def test_a_model_that_cannot_run_on_its_group_serves_nothing() -> None:
     case = problem([profile(shapes=[PIPE2])], [(0, 0, 9)])
     stats = simulate(case, (Group(ONE, (0,)),), EXACT)
     assert (stats.attainment, stats.dispatched.tolist()) == (0, [1])
-
-
-def test_without_numba_plain_python_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "maveriq.policy.alpaserve.kernel", None)
-    case = problem([profile(0.5)], [(0, 0, 0.6)])
-    assert simulate(case, (Group(ONE, (0,)),)).attainment == 1
-    with pytest.raises(InputError, match="numba"):
-        PlacementSimulator(case, SimulatorSettings(compiled=True))
 
 
 def test_greedy_starts_with_the_last_of_equal_models_and_the_first_of_equal_groups() -> None:
@@ -247,27 +237,6 @@ def test_progress_counts_candidates_and_simulations() -> None:
     search(case, progress=told.append)
     assert told[-1].candidates == told[-1].candidates_done == 6
     assert told[-1].requests == 2 * told[-1].simulations > 0
-
-
-def test_batches_grow_with_the_queue_as_far_as_the_first_request_allows() -> None:
-    """Two arrive while the first runs; together they take 0.6 s, and the first of them allows it."""
-    single = StageProfile(
-        stage_latency_s=(0.5,),
-        stage_weight_bytes=(1.0,),
-        batched_latency_s={2: (0.6,), 4: (1.0,), 8: (2.0,), 16: (4.0,)},
-    )
-    model = ModelProfile(shapes={ONE: single})
-    case = problem([model], [(0, 0, 2.0), (0.1, 0, 2.0), (0.2, 0, 0.7), (0.3, 0, 0.8)])
-    stats = simulate_batched(case, (Group(ONE, (0,)),), EXACT)
-    # At 0.5 s three wait: only two make a listed batch. At 1.1 s the last is too late and dropped.
-    assert stats.finish_s.tolist() == pytest.approx([0.5, 1.1, 1.1, 0.3])
-    assert (stats.ok.tolist(), stats.dispatched.tolist()) == ([True, True, True, False], [4])
-
-
-def test_batching_needs_the_latency_of_every_batch_size() -> None:
-    case = problem([profile()], [(0, 0, 1)])
-    with pytest.raises(InputError, match="batches of 2"):
-        simulate_batched(case, (Group(ONE, (0,)),))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from maveriq.calibration.cross_validation import EACH, benchmarked_estimator
-from maveriq.calibration.evaluation import Evaluation, Group, Measurement, evaluate
+from maveriq.calibration.evaluation import EACH, Evaluation, Group, Measurement, benchmarked_estimator, evaluate
 from maveriq.calibration.fitting import fit_calibration, start_calibration
 from maveriq.calibration.online import read_recorded
 from maveriq.calibration.samples import Sample, read_samples, usable

@@ -9,8 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from maveriq.calibration.cross_validation import benchmarked_estimator
-from maveriq.calibration.evaluation import COLUMNS, Measurement
+from maveriq.calibration.evaluation import COLUMNS, Measurement, benchmarked_estimator
 from maveriq.calibration.profile_matching import match
 from maveriq.cli.fit import fit
 from maveriq.domain.models import WeightType, load_model

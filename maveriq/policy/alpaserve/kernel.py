@@ -1,7 +1,4 @@
-"""The placement simulator's inner loop, compiled; import it late, compiling takes a second.
-
-The contract is that of `reference.simulate_requests`, with NumPy arrays.
-"""
+"""The placement simulator's inner loop, compiled with numba. Import it late: compiling takes a second."""
 
 from __future__ import annotations
 
@@ -35,7 +32,26 @@ def simulate_requests(
     dispatched: np.ndarray[Any, Any],
     finish_s: np.ndarray[Any, Any],
 ) -> None:
-    """Do as `reference.simulate_requests`."""
+    """Serve requests in the order of arrival, each within its SLO or not at all.
+
+    A request goes to the group of its model whose last stage is free first, the first such group
+    on a tie. It passes the stages one after the other, FIFO on each; where it would then miss its
+    SLO it is dropped at its arrival and leaves no trace but in `dispatched`.
+
+    Args:
+        arrival_s: of each request, not decreasing.
+        model_index: of each request; -1 is unknown and fails.
+        slo_s: of each request.
+        host_start: where the groups of each model start in `hosts`; one more entry than models.
+        hosts: groups that host a model, ascending, one model after the other.
+        group_stages: pipeline stages of each group.
+        group_offset: where the table of a group starts in `stage_s`.
+        stage_s: model m takes `stage_s[offset + m * stages + k]` seconds on stage k.
+        overhead_s: added to every request at its end, charged to no GPU.
+        served: written: requests served, per model.
+        dispatched: written: requests sent to each group, dropped ones included.
+        finish_s: written where a request is served: its end; nothing is written if empty.
+    """
     groups = len(group_stages)
     max_stages = 1
     for group in range(groups):

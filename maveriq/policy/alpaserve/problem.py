@@ -38,19 +38,16 @@ class GroupShape(NamedTuple):
 class StageProfile:
     """A model under one shape: seconds of one request on each stage, bytes on each GPU of a stage.
 
-    `batched_latency_s` has the same per batch size above 1, for the simulator that batches.
-
     Raises:
         InputError: no stage, stages that do not belong together, a time or size that cannot be.
     """
 
     stage_latency_s: tuple[float, ...]
     stage_weight_bytes: tuple[float, ...]
-    batched_latency_s: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stages = len(self.stage_latency_s)
-        if not stages or {stages, *map(len, self.batched_latency_s.values())} != {len(self.stage_weight_bytes)}:
+        if not stages or stages != len(self.stage_weight_bytes):
             raise InputError(
                 f"profile: {stages} stage latencies and {len(self.stage_weight_bytes)} stage weights must be as many"
             )
@@ -58,18 +55,6 @@ class StageProfile:
             raise InputError(f"profile: stage latencies must be finite and not negative, not {self.stage_latency_s}")
         if not all(math.isfinite(value) and value > 0 for value in self.stage_weight_bytes):
             raise InputError(f"profile: stage weights must be finite and positive, not {self.stage_weight_bytes}")
-
-    def latency_s(self, batch_size: int) -> tuple[float, ...]:
-        """Return the seconds of each stage for a batch.
-
-        Raises:
-            InputError: that batch size was never measured.
-        """
-        if batch_size == 1:
-            return self.stage_latency_s
-        if batch_size not in self.batched_latency_s:
-            raise InputError(f"profile: no latency for batches of {batch_size}, which the batching simulator needs")
-        return self.batched_latency_s[batch_size]
 
     @property
     def slowest_stage_s(self) -> float:
@@ -318,7 +303,6 @@ class SimulatorSettings:
         overhead_s: added to every request, charged to no GPU.
         single_precision: round stage times and SLOs to float32, as the published code does. It
             decides about requests that end exactly at their deadline.
-        compiled: None for the compiled inner loop where numba can be imported, else plain Python.
 
     Raises:
         InputError: a constant that is negative or not finite.
@@ -327,7 +311,6 @@ class SimulatorSettings:
     penalty_per_stage: float = 0.009
     overhead_s: float = 0.011
     single_precision: bool = True
-    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("penalty_per_stage", "overhead_s"):

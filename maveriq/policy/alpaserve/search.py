@@ -361,11 +361,9 @@ def _choose(
         models = len(problem.models)
         counting = [one for one in candidates if qualifies(settings.star_rule, one.placement, models)]
     if not counting:
-        return (
-            None,
-            f"none of {len(candidates)} candidates {RULE_DESCRIPTIONS[settings.star_rule]} within the memory of the GPUs",
-        )
-    return max(counting, key=lambda one: one.score), ""
+        rule = RULE_DESCRIPTIONS[settings.star_rule]
+        return None, f"none of {len(candidates)} candidates {rule} within the memory of the GPUs"
+    return max(counting, key=lambda candidate: candidate.score), ""
 
 
 def _named(placement: Placement, problem: PlacementProblem) -> tuple[PlacedGroup, ...]:

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.errors import InputError
-from maveriq.policy.alpaserve import reference
 from maveriq.policy.alpaserve.problem import GroupShape, Placement, PlacementProblem, SimulatorSettings, replicas
 
 LATENCY_WEIGHT_PER_S = 1e-4
@@ -78,14 +76,13 @@ class PlacementSimulator:
             problem: what is placed.
             settings: constants; None for the published ones.
             on_simulated: is told after each simulation how many requests it had, from any thread.
-
-        Raises:
-            InputError: the compiled loop was asked for, and numba cannot be imported.
         """
+        from maveriq.policy.alpaserve.kernel import simulate_requests  # late: importing numba takes a second
+
         self.problem = problem
         self._settings = settings or SimulatorSettings()
         self._on_simulated = on_simulated
-        self._loop = compiled_loop(self._settings.compiled)
+        self._loop = simulate_requests
         demand = problem.demand
         # Copies, because the compiled loop would be compiled again for arrays that are read-only.
         self._arrival_s = np.array(demand.arrival_s, np.float64)
@@ -170,41 +167,13 @@ def simulate(
     return PlacementSimulator(problem, settings).run(placement)
 
 
-def compiled_loop(compiled: bool | None) -> Callable[..., None]:  # noqa: FBT001  (a setting, not a switch)
-    """Return the inner loop: compiled, plain Python, or (None) compiled where numba can be imported.
-
-    Raises:
-        InputError: compiled was asked for, and numba cannot be imported.
-    """
-    if compiled is False:
-        return _plain_loop
-    try:
-        from maveriq.policy.alpaserve.kernel import simulate_requests
-    except ImportError as error:
-        if compiled:
-            raise InputError(f"the compiled placement simulator needs numba: {error}") from None
-        return _plain_loop
-    loop: Callable[..., None] = simulate_requests
-    return loop
-
-
 def warm_up() -> None:
     """Import and compile the inner loop now; the first simulation does it otherwise."""
+    from maveriq.policy.alpaserve.kernel import simulate_requests
+
     ints, floats = np.zeros(1, np.int64), np.zeros(1)
     bounds = np.array([0, 1])
-    compiled_loop(None)(
-        floats, ints, floats, bounds, ints, ints + 1, ints, floats, 0.0, ints + 0, ints + 0, np.empty(0)
-    )
-
-
-def _plain_loop(*arguments: Any) -> None:
-    """Call the reference with lists, which plain Python goes through several times faster."""
-    *given, served, dispatched, finish_s = arguments
-    outputs = [served.tolist(), dispatched.tolist(), finish_s.tolist()]
-    lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in given]
-    reference.simulate_requests(*lists, *outputs)
-    for array, values in zip((served, dispatched, finish_s), outputs, strict=True):
-        array[:] = values
+    simulate_requests(floats, ints, floats, bounds, ints, ints + 1, ints, floats, 0.0, ints + 0, ints + 0, np.empty(0))
 
 
 def _hosts(placement: Placement, models: int) -> tuple[Array, Array]:

@@ -1,8 +1,11 @@
-"""The placement simulator's inner loop in plain Python: what the compiled one must agree with."""
+"""The placement simulator's inner loop in plain Python, which the compiled one must agree with."""
 
 from __future__ import annotations
 
 from collections.abc import MutableSequence, Sequence
+from typing import Any
+
+import numpy as np
 
 
 def simulate_requests(
@@ -19,26 +22,7 @@ def simulate_requests(
     dispatched: MutableSequence[int],
     finish_s: MutableSequence[float],
 ) -> None:
-    """Serve requests in the order of arrival, each within its SLO or not at all.
-
-    A request goes to the group of its model whose last stage is free first, the first such group
-    on a tie. It passes the stages one after the other, FIFO on each; where it would then miss its
-    SLO it is dropped at its arrival and leaves no trace but in `dispatched`.
-
-    Args:
-        arrival_s: of each request, not decreasing.
-        model_index: of each request; -1 is unknown and fails.
-        slo_s: of each request.
-        host_start: where the groups of each model start in `hosts`; one more entry than models.
-        hosts: groups that host a model, ascending, one model after the other.
-        group_stages: pipeline stages of each group.
-        group_offset: where the table of a group starts in `stage_s`.
-        stage_s: model m takes `stage_s[offset + m * stages + k]` seconds on stage k.
-        overhead_s: added to every request at its end, charged to no GPU.
-        served: written: requests served, per model.
-        dispatched: written: requests sent to each group, dropped ones included.
-        finish_s: written where a request is served: its end; nothing is written if empty.
-    """
+    """Do as `maveriq.policy.alpaserve.kernel.simulate_requests`, with lists."""
     clocks = [[0.0] * stages for stages in group_stages]
     for number, (arrival, model, slo) in enumerate(zip(arrival_s, model_index, slo_s, strict=True)):
         mine = hosts[host_start[model] : host_start[model + 1]] if model >= 0 else ()
@@ -59,3 +43,13 @@ def simulate_requests(
             served[model] += 1
             if finish_s:
                 finish_s[number] = finish
+
+
+def plain_loop(*arguments: Any) -> None:
+    """Call `simulate_requests` with the kernel's arrays."""
+    *given, served, dispatched, finish_s = arguments
+    outputs = [served.tolist(), dispatched.tolist(), finish_s.tolist()]
+    lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in given]
+    simulate_requests(*lists, *outputs)
+    for array, values in zip((served, dispatched, finish_s), outputs, strict=True):
+        array[:] = values
