@@ -1,9 +1,6 @@
-"""Writing a file whole or not at all.
+"""Files: the package's data, the workload tables in `traces/`, and files written whole or not at all.
 
-Where the tables that come with maveriq lie.
-
-Facts about models and GPUs are in `maveriq/data`. Workload tables are in `traces/`, which lies
-beside the package in a clone and inside it in a wheel.
+`traces/` is beside the package in a clone and inside it in a wheel.
 """
 
 from __future__ import annotations

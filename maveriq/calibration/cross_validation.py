@@ -1,7 +1,4 @@
-"""Fitting with every model left out in turn: calibrations that can be judged, and margins that are earned.
-
-An estimator that never answers from what it has seen: each model by the calibration that left it out.
-"""
+"""Cross-validation: fits with each model left out in turn, whose errors give the margins of the calibration."""
 
 from __future__ import annotations
 

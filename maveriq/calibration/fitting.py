@@ -1,7 +1,6 @@
-"""Fitting the calibrated estimator: robust least squares on the logarithm of latency.
+"""Fitting: latency, memory, and the exponents of the paper's formula (SPEC 3).
 
-Fitting what the calibrated estimator knows of memory: to fingerprints on several GPUs, and to batches.
-Fitting the exponents of the paper's formula (SPEC 3) to whole models of another kind of GPU.
+All fits are robust least squares on logarithms of predicted over measured values.
 """
 
 from __future__ import annotations

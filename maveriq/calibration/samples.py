@@ -1,4 +1,4 @@
-"""What a fit of the calibrated estimator goes by: rows of measured tables, and how much each counts."""
+"""Samples of a fit: rows of measured tables with their weights."""
 
 from __future__ import annotations
 

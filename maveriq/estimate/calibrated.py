@@ -1,7 +1,4 @@
-"""The host of the GPUs: at which socket they hang, and which engines share a process.
-
-The calibrated estimator: physics with figures fitted to a kind of GPU, and each model's own fingerprint.
-"""
+"""The calibrated estimator: a roofline with figures fitted to a kind of GPU, and each model's own fingerprints."""
 
 from __future__ import annotations
 

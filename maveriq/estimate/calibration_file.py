@@ -1,6 +1,6 @@
-"""Figures of the live system: what it does otherwise than the benchmark that all others were fitted to.
+"""Calibrations: the calibrated estimator's fitted figures for one kind of GPU, read from and written to TOML.
 
-Calibrations: the fitted figures of the calibrated estimator, for one kind of GPU and its software.
+`OnlineCalibration` holds the figures in which the live system differs from the benchmark.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The estimator's protocol: how long a request takes and how much memory a deployment holds.
-
-Why a configuration cannot be estimated from a profile: what every estimator asks first.
-"""
+"""The estimator protocols: how long a request takes and how much memory a deployment holds."""
 
 from __future__ import annotations
 

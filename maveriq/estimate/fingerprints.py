@@ -1,4 +1,8 @@
-"""Tables of fingerprint constants, and of the exponents that go with them."""
+"""Fingerprints: constants derived from measured one- and two-layer models, and the paper's formulas (SPEC 3).
+
+`derive` turns measurements into constants, `Fingerprint` scales these to the whole model on one
+GPU, and `ParallelLatency` and `parallel_memory_gib` to any parallelism and batch size.
+"""
 
 from __future__ import annotations
 

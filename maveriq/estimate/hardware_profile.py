@@ -1,9 +1,7 @@
-"""Measured facts of a testbed beside its fingerprints: accuracy, what does not run, SLOs, load times.
+"""Hardware profiles: everything measured on a kind of GPU that maveriq plans and simulates with.
 
-Hardware profiles: everything measured on a kind of GPU that maveriq plans and simulates with.
-
-A profile is a TOML file that names the tables beside it; those of the A6000 testbed lie in
-`maveriq/data/a6000` and show the format.
+A profile is a TOML file that names the tables beside it: fingerprints, accuracy, unsupported
+configurations, SLOs and load times. The A6000 testbed's in `maveriq/data/a6000` show the format.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""The paper's formulas (SPEC 3), free of tables and names.
-
-From measured one- and two-layer models (fingerprints) to constants (`derive`), from constants to
-the whole model on one GPU (`Fingerprint`), and from there to any parallelism and batch size.
-
-The estimator of the MaverIQ paper (SC '25; SPEC 3): four fingerprints and seven sets of exponents.
-"""
+"""The estimator of the MaverIQ paper (SC '25; SPEC 3): four fingerprints and seven sets of exponents."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""How long a transformer takes: bytes over bandwidth, operations over speed, messages over links.
+"""A roofline of transformer inference: bytes over bandwidth, operations over speed, messages over links.
 
-The formulas of the calibrated estimator, free of tables and names. Every field of `Work` and `Law`
-is one number or an array of them, so that a fit evaluates thousands of rows at once; times are
-seconds, amounts bytes and floating-point operations.
-
-What a model's own fingerprints say of it: how much longer a layer took than the law says.
+These are the calibrated estimator's formulas, free of tables and names. Every field of `OpCounts`
+and `RooflineParameters` is a number or an array, so that a fit evaluates thousands of rows at
+once. Times are seconds, amounts are bytes and floating-point operations.
 """
 
 from __future__ import annotations

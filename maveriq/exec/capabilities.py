@@ -1,9 +1,8 @@
-"""What each engine can do, as data (`maveriq/data/engines.toml`), and whether that holds a given arrangement.
+"""Capabilities: which engine runs which model, storage types and parallel configuration, and what is installed here.
 
-How far two arrangements of a model lie apart, and the nearest that something allows.
-What of the engines is installed on this machine, and what one that cannot start here lacks.
-Whether an engine can run a model as configured: asked before anything starts.
-An estimator that also knows what the engine cannot do, so that policies choose among what really runs.
+The matrix is data (`maveriq/data/engines.toml`). `why_not` answers before anything starts and names
+the most similar configuration that the engine can run. `SupportedByEngine` wraps an estimator so
+that policies choose only what the engine can run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Placing shards on GPUs by load (SPEC 5).
+"""MaverIQ's policy: the best configuration for the intent (SPEC 4), its shards placed by load (SPEC 5).
 
-A placement rule orders the GPUs; `place_shards` puts the largest shard first on the first GPU
-in that order that has room, one shard on a GPU.
-
-MaverIQ's policy: the best configuration for the intent, its shards placed by load.
+A placement rule orders the GPUs. `place_shards` puts the largest shard first on the first GPU in
+that order that has enough free memory, one shard on a GPU.
 """
 
 from __future__ import annotations

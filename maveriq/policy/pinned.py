@@ -1,7 +1,7 @@
-"""A policy with per-endpoint overrides: pinned plans and a placement policy chosen by name.
+"""A policy wrapper that pins endpoints to given plans or to a policy of their own.
 
-`maveriq serve` restores deployments on the GPUs they had before a restart and lets an endpoint name its
-placement policy. `EndpointSpec` holds neither, so the service sets both on this wrapper.
+The service uses it to bring engines back as they were deployed, and to let a developer choose the
+placement of one deployment.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""A recorded run in the schema of all runs, so that simulated and recorded ones need no translation.
+"""Recorded runs as `RunRecord`, the schema of all runs, so that simulated and recorded ones compare directly.
 
-What a recording does not say stays empty: the first token, the estimated latency, and where no
-request waited for it, when an engine registered. Every request of the schedule ends in one status:
+Values that a recording lacks stay empty: the first token, the estimated latency, and, where no
+request waited for it, when an engine registered. Every request of the schedule gets one status:
 
-- completed, where it has a row: it started at arrival + latency - service;
-- refused, where its model never had a deployment: it was dropped on arrival;
+- completed if it has a row: it started at arrival + latency - service;
+- refused if its model never had a deployment: it was dropped on arrival;
 - unfinished otherwise: the run ended while it waited.
 
-What GPUs held and how long they worked, from the records of a run that did not sample them.
+`gpu_history` derives memory and utilization of GPUs from records without samples.
 """
 
 from __future__ import annotations

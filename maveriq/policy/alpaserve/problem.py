@@ -1,11 +1,9 @@
-"""What a placement search is given: GPUs, models with their profiles, and the demand expected.
+"""Placement problems, placements, and the settings of a search.
 
-Placements: groups of GPUs and the models that each hosts.
-AlpaServe*: AlpaServe that must keep every model.
-
-No code of it was published. Rule F is the definition here: the one of three rules that meet all
-published placements that still means something on more than one node.
-What a placement search may look at, and how hard it looks.
+A problem holds GPUs, models with their profiles, and the expected demand. A placement is groups of
+GPUs and the models that each hosts. AlpaServe* keeps every model; its code was not published, and
+rule F is the definition here, the one of three rules that meet all published placements which
+also means something on more than one node.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""How far a search has come.
+"""The placement search: divide the cluster into groups, fill them with models, keep the best (AlpaServe and variants).
 
-Filling groups with models: the fast greedy fill, beam search, round robin.
-The placement search: cut the cluster into groups, fill them, keep the best (AlpaServe), and its kin.
-Bucketing: models of similar latency, and shares of the cluster for them.
+Groups are filled greedily, by beam search or round robin. Buckets keep models of different
+latency on GPUs of their own.
 """
 
 from __future__ import annotations
