@@ -1,11 +1,9 @@
-"""When a request may go: the dispatcher's tick, delays and pauses (SPEC 6).
+"""The controller, which the simulator and the executor share. It uses no clock, thread or I/O.
 
-The controller: the clock-free brain that simulated and real clusters share.
-
-A body calls `handle` with what happened at an instant, carries out the actions that come back,
-and calls again at `wake_us` if nothing happens before. The controller keeps the fleet, the
-queue and the ledger of requests; policy and estimates come from outside.
-A snapshot of the controller for live views.
+A driver (the simulator or the executor) calls `Controller.handle` with the events of an instant,
+carries out the actions that it returns, and calls it again at `wake_us` if nothing happens before.
+The controller holds the deployments, the queue and the state of every request; the policy and the
+predicted service times come from outside.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from maveriq.units import Micros, seconds
 
 
 class DispatchDelays:
-    """Turns "could go from then on" into the instant at which the dispatcher sends it."""
+    """Computes when a request may be dispatched: tick, delays and pauses of the dispatcher (SPEC 6)."""
 
     __slots__ = ("_closed_until_us", "_timing")
 
@@ -53,11 +51,11 @@ class DispatchDelays:
         self._closed_until_us = 0
 
     def pause(self, now_us: Micros) -> None:
-        """Send nothing for a while: an engine just registered."""
+        """Dispatch nothing for a while, because an engine just registered."""
         self._closed_until_us = max(self._closed_until_us, now_us + self._timing.registration_delay_us)
 
     def earliest_us(self, arrival_us: Micros, release_us: Micros) -> Micros:
-        """Return when a request may go.
+        """Return the earliest dispatch time of a request.
 
         Args:
             arrival_us: when it arrived.
@@ -71,28 +69,28 @@ class DispatchDelays:
         return -(-ready_us // tick_us) * tick_us if tick_us else ready_us
 
     def sent(self, now_us: Micros) -> None:
-        """Note a dispatch, at an instant at which it was allowed: until the next tick there is no other."""
+        """Record a dispatch; the next one is possible at the next tick."""
         tick_us = self._timing.tick_us
         if tick_us:
             self._closed_until_us = (now_us // tick_us + 1) * tick_us
 
 
 ServiceTimePredictor: TypeAlias = Callable[[Deployment, Request], Micros]
-"""Estimated service of a request, from what is known before it runs; for `sjf` and `least-work`."""
+"""Predicted service time of a request, from what is known before it runs; for `sjf` and `least-work`."""
 
 CLIENT_GONE = "the client went away"
 
 
 class OnFailure(StrEnum):
-    """What becomes of a request whose engine fails under it."""
+    """What happens to a request when its engine fails."""
 
-    REQUEUE = "requeue"  # it goes first again, once; the second failure fails it
+    REQUEUE = "requeue"  # retry it once, before all others; after a second failure it fails
     FAIL = "fail"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings:
-    """How the controller works, beside the policy."""
+    """The settings of the controller, except the policy."""
 
     timing: DispatchTiming = field(default_factory=DispatchTiming)
     discipline: QueueDiscipline = QueueDiscipline.FIFO
@@ -104,7 +102,16 @@ class ControllerSettings:
 
 
 class Controller:
-    """Decides what is deployed where and which request runs next. Knows no clock."""
+    """Decides what is deployed where, and which request runs next.
+
+    Args:
+        cluster: its GPUs.
+        policy: decides configurations and placement.
+        settings: see there.
+        predict_service_time: see `ServiceTimePredictor`.
+        measured_loads: returns the recent load of each GPU, where it is measured; None to compute it from executions.
+        on_request_end: called with the ID of each request that ends before the run does.
+    """
 
     def __init__(
         self,
@@ -124,30 +131,30 @@ class Controller:
         self.wake_us: Micros | None = None
         self._settings = settings
         self._router = Router(settings.router, settings.seed)
-        guesses = settings.discipline is QueueDiscipline.SJF or settings.router is RoutingRule.LEAST_WORK
-        self._predict_service_time = predict_service_time if guesses else None
+        predicts = settings.discipline.uses_service_time or settings.router is RoutingRule.LEAST_WORK
+        self._predict_service_time = predict_service_time if predicts else None
         self._clock = DispatchDelays(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}
         self._now_us: Micros = 0
         self._actions: list[Action] = []
-        self._unwanted: set[int] = set()  # requests that run, and nobody waits for
+        self._cancelled_ids: set[int] = set()  # cancelled requests that still run
 
     def handle(self, now_us: Micros, events: Sequence[Event]) -> list[Action]:
-        """Take in what happened at an instant and return what to do.
+        """Handle the events of an instant, and return the actions to carry out.
 
         Args:
             now_us: the instant; never earlier than in the last call.
-            events: in any order; none when it is merely `wake_us`.
+            events: in any order; empty at `wake_us`.
         """
         self._now_us = now_us
         self._actions = []
         for event in events if len(events) < 2 else sorted(events, key=_order):
-            self._take_in(event)
-        self._actions.extend(self.manager.start_idle())
+            self._handle(event)
+        self._actions.extend(self.manager.start_waiting())
         self._dispatch()
         return self._actions
 
-    def _take_in(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
             case RequestArrived():
                 self._arrived(event.request)
@@ -159,7 +166,7 @@ class Controller:
                 self._cancelled(event.request_id)
             case EndpointAdded():
                 self._endpoints.setdefault(event.endpoint.endpoint_id, []).extend(
-                    self.manager.endpoint(event.endpoint, self._now_us)
+                    self.manager.deploy(event.endpoint, self._now_us)
                 )
             case EngineUp():
                 self._registered(event)
@@ -179,7 +186,7 @@ class Controller:
         self._assign(request)
 
     def _assign(self, request: Request, *, first: bool = False) -> None:
-        """Let a request wait for a deployment of its endpoint, first of all if so asked, or refuse it."""
+        """Queue a request for a deployment of its endpoint, before all others if `first`, or refuse it."""
         replicas = self._endpoints.get(request.endpoint_id)
         if not replicas:
             self.tracker.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
@@ -187,12 +194,12 @@ class Controller:
         deployment = replicas[0] if len(replicas) == 1 else self._router.choose(replicas, request)
         self.tracker.assigned(request, deployment.deployment_id)
         if not deployment.serves:
-            self.tracker.refused(request, deployment.why_refused())
+            self.tracker.refused(request, deployment.refusal_reason())
             return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
         self._router.committed(deployment, self._now_us, service_us)
         if first:
-            self.queue.push_back(request, deployment.deployment_id)
+            self.queue.push_front(request, deployment.deployment_id)
         else:
             self.queue.push(request, deployment.deployment_id, service_us)
 
@@ -200,7 +207,7 @@ class Controller:
         deployment = self.manager.deployments[event.deployment_id]
         if not deployment.running or deployment.execution_id != event.execution_id:
             return
-        requests = self.manager.end(deployment, self._now_us)
+        requests = self.manager.end_execution(deployment, self._now_us)
         self._forget(requests)
         deployment.completed += len(requests)
         if event.output_tokens is not None:
@@ -212,11 +219,11 @@ class Controller:
             self._stop(deployment)
 
     def _execution_failed(self, event: ExecutionFailed) -> None:
-        """Fail what ran: the engine is well, so that the same requests would fail again."""
+        """Fail the requests. The engine works, so they would fail again."""
         deployment = self.manager.deployments[event.deployment_id]
         if not deployment.running or deployment.execution_id != event.execution_id:
             return
-        requests = self.manager.end(deployment, self._now_us)
+        requests = self.manager.end_execution(deployment, self._now_us)
         self._forget(requests)
         for request in requests:
             self.tracker.failed(request, f"{deployment.name}: {event.reason}")
@@ -224,29 +231,29 @@ class Controller:
             self._stop(deployment)
 
     def _cancelled(self, request_id: int) -> None:
-        if self.queue.withdraw(request_id, self.tracker.deployment_of(request_id)):
+        if self.queue.remove(request_id, self.tracker.deployment_of(request_id)):
             self.tracker.cancelled(request_id, CLIENT_GONE)
-        elif self.tracker.runs(request_id):
-            self._unwanted.add(request_id)
+        elif self.tracker.is_running(request_id):
+            self._cancelled_ids.add(request_id)
 
     def _forget(self, requests: tuple[Request, ...]) -> None:
-        """Drop what was noted of requests that do not run any more."""
-        if self._unwanted:
-            self._unwanted.difference_update(request.request_id for request in requests)
+        """Drop requests that no longer run from the cancelled ones."""
+        if self._cancelled_ids:
+            self._cancelled_ids.difference_update(request.request_id for request in requests)
 
     def _dispatch(self) -> None:
-        """Send all that may go at this instant; note when the next one may."""
+        """Dispatch all requests that may go now, and set `wake_us` to when the next one may."""
         self.wake_us = None
-        later_mask = 0  # GPUs of heads that may go, but not yet
+        later_mask = 0  # GPUs of requests that may go later
         while head := self.queue.next(self._now_us, self.manager.busy_mask | later_mask):
-            deployment = self.manager.deployments[head.line.deployment_id]
+            deployment = self.manager.deployments[head.queue.deployment_id]
             go_us = self._clock.earliest_us(head.request.arrival_us, self.manager.released_us(deployment))
             if go_us > self._now_us:
                 self.wake_us = go_us if self.wake_us is None else min(self.wake_us, go_us)
                 later_mask |= deployment.gpu_mask
                 continue
-            requests = self.queue.take(head, deployment.layout.configuration.batch_size)
-            execution_id = self.manager.begin(deployment, requests, self._now_us)
+            requests = self.queue.take(head, deployment.required_plan.configuration.batch_size)
+            execution_id = self.manager.start_execution(deployment, requests, self._now_us)
             self._clock.sent(self._now_us)
             for request in requests:
                 self.tracker.started(request, self._now_us)
@@ -255,16 +262,16 @@ class Controller:
     # Deployments
 
     def deployments_of(self, endpoint_id: int) -> tuple[Deployment, ...]:
-        """Return all deployments that an endpoint ever had; none for an endpoint that nobody asked for."""
+        """Return all deployments that an endpoint ever had; none for an unknown endpoint."""
         return tuple(self._endpoints.get(endpoint_id, ()))
 
     def _registered(self, event: EngineUp) -> None:
-        deployment = self.manager.registered(event.deployment_id, event.generation, self._now_us)
+        deployment = self.manager.engine_registered(event.deployment_id, event.generation, self._now_us)
         if deployment is None:
             return
         self._clock.pause(self._now_us)
         if self.queue.has_queue(deployment.deployment_id):
-            self.queue.pause(deployment.deployment_id, paused=False)
+            self.queue.resume(deployment.deployment_id)
         else:
             self.queue.open_queue(deployment.deployment_id, deployment.gpu_mask)
 
@@ -273,7 +280,7 @@ class Controller:
             self.manager.gpu_up(event.gpu_id)
             return
         self.manager.gpu_down(event.gpu_id)
-        for deployment in self.manager.on_gpu(event.gpu_id):
+        for deployment in self.manager.deployments_on_gpu(event.gpu_id):
             self._engine_down(deployment, f"GPU {event.gpu_id} failed", returns=event.returns, broken=False)
 
     def _engine_changed(self, event: EngineDown | EngineRepaired) -> None:
@@ -281,18 +288,18 @@ class Controller:
         if deployment is None:
             return
         if isinstance(event, EngineRepaired):
-            self.manager.repaired(deployment)
+            self.manager.engine_repaired(deployment)
         else:
             self._engine_down(deployment, event.reason, returns=event.returns, broken=True)
 
     def _engine_down(self, deployment: Deployment, what: str, *, returns: bool, broken: bool) -> None:
-        """Take in that an engine is gone; nothing that was accepted is lost."""
+        """Handle the failure of an engine: requeue or fail its running requests, and keep or move its waiting ones."""
         if not self.manager.holds_memory(deployment):
             return  # rejected, removed, or lost for good before
-        if deployment.engine_gone() and not broken:
-            # One of its GPUs is gone; what runs of it on the others has to be stopped.
+        if deployment.clear_engine() and not broken:
+            # One of its GPUs failed; its processes on the others must be stopped.
             self._actions.append(StopEngine(deployment.deployment_id))
-        interrupted = self.manager.end(deployment, self._now_us)
+        interrupted = self.manager.end_execution(deployment, self._now_us)
         reason = f"{deployment.name}: {what}"
         if deployment.state is DeploymentState.REMOVED:
             for request in interrupted:
@@ -309,11 +316,11 @@ class Controller:
             self._keep_or_move(deployment, again)
 
     def _keep_or_move(self, deployment: Deployment, again: list[Request]) -> None:
-        """Let requests wait until an engine is back, those that it was serving first; or find them another."""
+        """Keep requests until the engine is back, those it was running first, or move them to another deployment."""
         if deployment.returns:
-            self.queue.pause(deployment.deployment_id, paused=True)
+            self.queue.pause(deployment.deployment_id)
             for request in again:
-                self.queue.push_back(request, deployment.deployment_id)
+                self.queue.push_front(request, deployment.deployment_id)
             return
         waiting = self.queue.close_queue(deployment.deployment_id)
         for request in again:
@@ -322,38 +329,38 @@ class Controller:
             self._assign(request)
 
     def _may_retry(self, request: Request, reason: str) -> bool:
-        unwanted = request.request_id in self._unwanted
-        if self._settings.on_failure is OnFailure.REQUEUE and self.tracker.attempts(request) < 2 and not unwanted:
+        cancelled = request.request_id in self._cancelled_ids
+        if self._settings.on_failure is OnFailure.REQUEUE and self.tracker.attempts(request) < 2 and not cancelled:
             return True
-        self.tracker.failed(request, f"{reason}; {CLIENT_GONE}" if unwanted else reason)
+        self.tracker.failed(request, f"{reason}; {CLIENT_GONE}" if cancelled else reason)
         return False
 
     def _remove(self, endpoint_id: int) -> None:
         for deployment in self._endpoints.get(endpoint_id, []):
             if deployment.state in (DeploymentState.REJECTED, DeploymentState.REMOVED):
                 continue
-            self.manager.withdraw(deployment)
+            self.manager.remove(deployment)
             if self.queue.has_queue(deployment.deployment_id):
                 for request in self.queue.close_queue(deployment.deployment_id):
-                    self.tracker.refused(request, deployment.why_refused())
+                    self.tracker.refused(request, deployment.refusal_reason())
             if not deployment.running:
                 self._stop(deployment)
 
     def _stop(self, deployment: Deployment) -> None:
-        if self.manager.removed(deployment, self._now_us):
+        if self.manager.release(deployment, self._now_us):
             self._actions.append(StopEngine(deployment.deployment_id))
 
 
 def _order(event: Event) -> tuple[int, int]:
-    """Return the place of an event among those of its instant."""
+    """Return the sort key of an event among those of its instant."""
     return event.rank, event.key
 
 
 def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros, total: int) -> Progress:
-    """Return what a live view shows now.
+    """Return the figures of a live view.
 
     Args:
-        controller: the run under way.
+        controller: of the run.
         now_us: the present.
         last_arrival_us: when the last request of the workload arrives.
         total: requests of the workload.
@@ -376,7 +383,8 @@ def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros,
         recent_p95_s=_quantile_s(latencies, 0.95),
         recent_slo_attainment=sum(met) / len(met) if met else None,
         deployments=tuple(
-            one.status(waiting=controller.queue.waiting(one.deployment_id)) for one in manager.deployments.values()
+            deployment.status(waiting=controller.queue.waiting(deployment.deployment_id))
+            for deployment in manager.deployments.values()
         ),
         gpus=manager.gpu_statuses(now_us),
     )

@@ -1,7 +1,4 @@
-"""A deployment's life: waiting, loading, up, down, removed or rejected.
-
-The fleet: deployments over their lives, the GPUs and memory they hold, what runs where.
-"""
+"""Deployments and their states, the GPU memory that they hold, and what each one executes."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from maveriq.units import Bytes, Micros
 
 
 class DeploymentState(StrEnum):
-    """Where a deployment is."""
+    """The state of a deployment."""
 
-    WAITING = "waiting"  # planned, its memory reserved; loads at the first instant all its GPUs are idle
+    WAITING = "waiting"  # its memory is reserved; it loads as soon as all its GPUs are idle
     LOADING = "loading"
     UP = "up"
     DOWN = "down"
@@ -35,14 +32,13 @@ class DeploymentState(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Deployment:
-    """One deployment as the controller keeps it.
+    """The controller's state of one deployment.
 
-    `serves` says whether requests may wait for it: from its first registration until it is
-    removed or lost. `returns` says, while it is down, whether it will be back. `alive` says
-    whether there is an engine, loading or up, that somebody must stop; `open_failures` how many
-    of its own failures are not mended (a failed GPU is not among them). `generation` counts the
-    engines started for it, `execution_id` the executions: late words about earlier ones are told
-    apart by them.
+    `serves`: requests may wait for it, from its first registration until it is removed or lost.
+    `returns`: if it is down, it will be up again. `alive`: it has an engine, loading or up, that
+    must be stopped. `open_failures`: failures of its engines that are not repaired; failed GPUs do
+    not count. `generation` counts its engines and `execution_id` its executions; messages with
+    earlier numbers are ignored.
     """
 
     deployment_id: int
@@ -66,11 +62,11 @@ class Deployment:
     completed: int = 0
 
     @property
-    def layout(self) -> DeploymentPlan:
+    def required_plan(self) -> DeploymentPlan:
         """The plan of a deployment that has one.
 
         Raises:
-            InvariantError: the ask was rejected.
+            InvariantError: it was rejected.
         """
         if self.plan is None:
             raise InvariantError(f"deployment {self.deployment_id} was rejected and has no plan")
@@ -86,13 +82,13 @@ class Deployment:
         """Whether its engine failed and will not be back."""
         return self.state is DeploymentState.DOWN and not self.returns
 
-    def engine_gone(self) -> bool:
-        """Note that it has no engine any more; says whether there was one until now."""
+    def clear_engine(self) -> bool:
+        """Record that it has no engine, and return whether it had one."""
         was_alive, self.alive = self.alive, False
         return was_alive
 
-    def why_refused(self) -> str:
-        """Return why a request for it is refused now."""
+    def refusal_reason(self) -> str:
+        """Return why it refuses requests now."""
         match self.state:
             case DeploymentState.REJECTED:
                 return f"{self.name} was rejected"
@@ -132,9 +128,9 @@ class Deployment:
 
 
 class DeploymentManager:
-    """All deployments and the cluster they share. Knows requests only as what an engine runs.
+    """All deployments and the cluster that they share.
 
-    Laws: a GPU executes for one deployment at a time; memory stays reserved from the decision
+    Invariants: a GPU executes for one deployment at a time; memory stays reserved from the decision
     to deploy until the engine is stopped or lost for good.
     """
 
@@ -157,8 +153,8 @@ class DeploymentManager:
         self._to_start: list[Deployment] = []
         self._measured_loads = measured_loads
 
-    def endpoint(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
-        """Let the policy decide on an ask; reserve memory for each plan, or note the rejection."""
+    def deploy(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
+        """Let the policy decide on an endpoint, and return its deployments: with memory reserved, or rejected."""
         decision = self._policy.decide(endpoint, self._state.view(self.loads(now_us)))
         if isinstance(decision, Rejection):
             rejected = self._add(endpoint, None, DeploymentState.REJECTED)
@@ -190,10 +186,10 @@ class DeploymentManager:
         self.deployments[deployment.deployment_id] = deployment
         return deployment
 
-    def start_idle(self) -> list[StartEngine]:
+    def start_waiting(self) -> list[StartEngine]:
         """Start loading each waiting deployment whose GPUs are all up and idle at this instant."""
         if not self._to_start:
-            return []  # as nearly always
+            return []
         return [self._start(deployment) for deployment in list(self._to_start) if self._may_start(deployment)]
 
     def _may_start(self, deployment: Deployment) -> bool:
@@ -205,10 +201,10 @@ class DeploymentManager:
         deployment.state = DeploymentState.LOADING
         deployment.generation += 1
         deployment.alive = True
-        return StartEngine(deployment.deployment_id, deployment.generation, deployment.layout)
+        return StartEngine(deployment.deployment_id, deployment.generation, deployment.required_plan)
 
-    def registered(self, deployment_id: int, generation: int, now_us: Micros) -> Deployment | None:
-        """Note that an engine is up; None if that engine was given up meanwhile."""
+    def engine_registered(self, deployment_id: int, generation: int, now_us: Micros) -> Deployment | None:
+        """Mark an engine as up, and return its deployment; None if the engine was stopped or failed meanwhile."""
         deployment = self.deployments[deployment_id]
         if deployment.state is not DeploymentState.LOADING or deployment.generation != generation:
             return None
@@ -220,8 +216,8 @@ class DeploymentManager:
             deployment.ready_us = now_us
         return deployment
 
-    def begin(self, deployment: Deployment, requests: tuple[Request, ...], now_us: Micros) -> int:
-        """Note that an engine starts on requests; returns the number of this execution."""
+    def start_execution(self, deployment: Deployment, requests: tuple[Request, ...], now_us: Micros) -> int:
+        """Mark a deployment as executing, and return the ID of the execution."""
         if deployment.gpu_mask & self.busy_mask:
             raise InvariantError(f"{deployment.name} was to execute on GPUs that are busy")
         self.busy_mask |= deployment.gpu_mask
@@ -230,8 +226,8 @@ class DeploymentManager:
         deployment.execution_id += 1
         return deployment.execution_id
 
-    def end(self, deployment: Deployment, now_us: Micros) -> tuple[Request, ...]:
-        """Note that an engine stopped executing, done or not; returns what it was running."""
+    def end_execution(self, deployment: Deployment, now_us: Micros) -> tuple[Request, ...]:
+        """Mark a deployment as idle, whether its execution finished or failed, and return what it executed."""
         requests = deployment.running
         if requests:
             self.busy_mask &= ~deployment.gpu_mask
@@ -246,34 +242,34 @@ class DeploymentManager:
         return max(map(self._released_us.__getitem__, deployment.gpu_ids))
 
     def holds_memory(self, deployment: Deployment) -> bool:
-        """Say whether a deployment holds GPU memory: it is planned, and not gone for good."""
+        """Return whether a deployment holds GPU memory."""
         return self._state.holds(deployment.deployment_id)
 
-    def on_gpu(self, gpu_id: int) -> list[Deployment]:
+    def deployments_on_gpu(self, gpu_id: int) -> list[Deployment]:
         """Return the deployments that hold memory on a GPU."""
         return [deployment for deployment in self._ever_on(gpu_id) if self.holds_memory(deployment)]
 
     def _ever_on(self, gpu_id: int) -> Iterator[Deployment]:
-        return (one for one in self.deployments.values() if one.gpu_mask >> gpu_id & 1)
+        return (deployment for deployment in self.deployments.values() if deployment.gpu_mask >> gpu_id & 1)
 
     def gpu_down(self, gpu_id: int) -> None:
-        """Mark a GPU as failed; its deployments are to be told one by one (`engine_down`)."""
+        """Mark a GPU as failed; the caller then calls `engine_down` for each of its deployments."""
         self._state.set_down(gpu_id, down=True)
 
     def gpu_up(self, gpu_id: int) -> None:
-        """Note that a GPU's failure is over; if it was the last, deployments that waited for it start again."""
+        """End a failure of a GPU; after the last one, deployments that waited for it start again."""
         self._state.set_down(gpu_id, down=False)
         if not self._state.is_down(gpu_id):
-            for deployment in self.on_gpu(gpu_id):
+            for deployment in self.deployments_on_gpu(gpu_id):
                 self._start_again(deployment)
 
     def engine_down(self, deployment: Deployment, *, returns: bool, broken: bool, reason: str) -> None:
-        """Note that an engine is gone, until it is repaired or for good (then its memory is free).
+        """Mark a deployment as down. If it does not return, free its memory.
 
         Args:
-            deployment: whose engine it was; nothing runs on it any more (`end`).
-            returns: whether it will be back.
-            broken: whether it must be repaired itself, not only its GPUs.
+            deployment: whose engine failed; its execution was ended with `end_execution`.
+            returns: whether it will be up again.
+            broken: whether the engine itself failed, and not one of its GPUs.
             reason: what happened.
         """
         if deployment in self._to_start:
@@ -286,8 +282,8 @@ class DeploymentManager:
             deployment.serves = False
             self._state.release(deployment.deployment_id)
 
-    def repaired(self, deployment: Deployment) -> None:
-        """Note that what broke an engine is mended; it starts again when nothing else is broken."""
+    def engine_repaired(self, deployment: Deployment) -> None:
+        """End a failure of an engine; after the last one, it starts again."""
         deployment.open_failures = max(0, deployment.open_failures - 1)
         self._start_again(deployment)
 
@@ -296,19 +292,19 @@ class DeploymentManager:
             deployment.state = DeploymentState.WAITING
             self._to_start.append(deployment)
 
-    def withdraw(self, deployment: Deployment) -> None:
-        """Take a deployment out of service; `removed` follows once nothing runs on it."""
+    def remove(self, deployment: Deployment) -> None:
+        """Stop accepting requests; the caller calls `release` once nothing runs on the deployment."""
         if deployment in self._to_start:
             self._to_start.remove(deployment)
         deployment.state = DeploymentState.REMOVED
         deployment.serves = False
 
-    def removed(self, deployment: Deployment, now_us: Micros) -> bool:
-        """Free the memory of a withdrawn deployment; says whether there is an engine to stop."""
+    def release(self, deployment: Deployment, now_us: Micros) -> bool:
+        """Free the memory of a removed deployment, and return whether it has an engine to stop."""
         deployment.removed_us = now_us
         if self.holds_memory(deployment):
             self._state.release(deployment.deployment_id)
-        return deployment.engine_gone()
+        return deployment.clear_engine()
 
     def loads(self, now_us: Micros) -> list[float]:
         """Return each GPU's recent load (0 to 1), in the order of ids."""
@@ -327,7 +323,10 @@ class DeploymentManager:
 
     def busy_us(self, gpu_id: int, now_us: Micros) -> Micros:
         """Return how long a GPU has executed since the start."""
-        return sum(one.busy.total_us + (now_us - one.started_us if one.running else 0) for one in self._ever_on(gpu_id))
+        return sum(
+            deployment.busy.total_us + (now_us - deployment.started_us if deployment.running else 0)
+            for deployment in self._ever_on(gpu_id)
+        )
 
     def used_bytes(self, gpu_id: int) -> Bytes:
         """Return the memory held on a GPU."""

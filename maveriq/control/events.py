@@ -1,8 +1,8 @@
-"""What the controller is told, and what it asks for in return.
+"""The events that the controller handles, and the actions that it returns.
 
-A body (the simulator, the executor) tells the controller what happened at an instant and
-carries out the actions that come back. Events of one instant are handled in the order of their
-`rank`, then of their `key`, so that the order in which a body learned of them plays no part.
+The simulator or the executor passes the events of an instant to `Controller.handle` and carries
+out the actions. Events of the same instant are handled in order of `rank`, then of `key`, so that
+the order in which they are passed does not matter.
 """
 
 from __future__ import annotations
@@ -16,12 +16,37 @@ from maveriq.domain.requests import Request
 from maveriq.units import Micros
 
 
-@dataclass(slots=True)
-class ExecutionFinished:
-    """A deployment is done with an execution; `first_token_us` is when its first token came.
+class _DeploymentEvent:
+    """An event of one deployment."""
 
-    An `execution_id` other than that under way is a late word from before a failure: ignored.
-    `output_tokens` says how many tokens each request got, in the order of the execution; None for as many as asked.
+    __slots__ = ()
+    deployment_id: int
+
+    @property
+    def key(self) -> int:
+        """The order among events of this kind at one instant."""
+        return self.deployment_id
+
+
+class _GpuEvent:
+    """An event of one GPU."""
+
+    __slots__ = ()
+    gpu_id: int
+
+    @property
+    def key(self) -> int:
+        """The order among events of this kind at one instant."""
+        return self.gpu_id
+
+
+@dataclass(slots=True)
+class ExecutionFinished(_DeploymentEvent):
+    """A deployment finished an execution; its first token came at `first_token_us`.
+
+    Ignored if `execution_id` is not the current one: it then belongs to an engine that has failed.
+    `output_tokens` holds the tokens that each request got, in the order of the execution; None if
+    each got as many as it asked for.
     """
 
     deployment_id: int
@@ -30,17 +55,12 @@ class ExecutionFinished:
     output_tokens: tuple[int, ...] | None = None
     rank: ClassVar[int] = 0
 
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.deployment_id
-
 
 @dataclass(frozen=True, slots=True)
-class ExecutionFailed:
-    """A deployment could not do an execution, and still serves; its requests have failed.
+class ExecutionFailed(_DeploymentEvent):
+    """An execution failed, and its requests with it; the engine goes on.
 
-    Late words are ignored as for `ExecutionFinished`.
+    Ignored if `execution_id` is not the current one.
     """
 
     deployment_id: int
@@ -48,105 +68,75 @@ class ExecutionFailed:
     reason: str
     rank: ClassVar[int] = 0
 
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.deployment_id
-
 
 @dataclass(frozen=True, slots=True)
-class GpuDown:
+class GpuDown(_GpuEvent):
     """A GPU fails; `returns` says whether a `GpuUp` will follow."""
 
     gpu_id: int
     returns: bool
     rank: ClassVar[int] = 1
 
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.gpu_id
-
 
 @dataclass(frozen=True, slots=True)
-class GpuUp:
-    """A failed GPU is back; deployments that wait for it start again."""
+class GpuUp(_GpuEvent):
+    """A failed GPU works again; deployments that wait for it start again."""
 
     gpu_id: int
     rank: ClassVar[int] = 2
 
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.gpu_id
-
 
 @dataclass(frozen=True, slots=True)
-class EngineRepaired:
-    """What made an engine fail is mended; it starts again."""
+class EngineRepaired(_DeploymentEvent):
+    """A failed engine may start again."""
 
     deployment_id: int
     rank: ClassVar[int] = 3
 
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.deployment_id
-
 
 @dataclass(frozen=True, slots=True)
-class EngineUp:
-    """An engine has loaded and registers. A stale `generation` is ignored."""
+class EngineUp(_DeploymentEvent):
+    """An engine has loaded and registers. Ignored if `generation` is not the current one."""
 
     deployment_id: int
     generation: int
     rank: ClassVar[int] = 4
 
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.deployment_id
-
 
 @dataclass(frozen=True, slots=True)
 class EndpointRemoved:
-    """The developer takes an endpoint away; what runs may finish, what waits is refused."""
+    """An endpoint is removed: its running requests finish, and its waiting requests are refused."""
 
     endpoint_id: int
     rank: ClassVar[int] = 5
 
     @property
     def key(self) -> int:
-        """Order among events of this kind."""
+        """The order among events of this kind at one instant."""
         return self.endpoint_id
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointAdded:
-    """A developer asks for a model to be served."""
+    """A model is to be served."""
 
     endpoint: EndpointSpec
     rank: ClassVar[int] = 6
 
     @property
     def key(self) -> int:
-        """Order among events of this kind."""
+        """The order among events of this kind at one instant."""
         return self.endpoint.endpoint_id
 
 
 @dataclass(frozen=True, slots=True)
-class EngineDown:
+class EngineDown(_DeploymentEvent):
     """A deployment's engine fails; `returns` says whether an `EngineRepaired` will follow."""
 
     deployment_id: int
     returns: bool
     reason: str = "its engine failed"
-    rank: ClassVar[int] = 7  # an engine can fail at the very instant it is asked for
-
-    @property
-    def key(self) -> int:
-        """Order among events of this kind."""
-        return self.deployment_id
+    rank: ClassVar[int] = 7  # an engine may fail at the instant at which its endpoint is added
 
 
 @dataclass(slots=True)
@@ -158,15 +148,15 @@ class RequestArrived:
 
     @property
     def key(self) -> int:
-        """Order among events of this kind."""
+        """The order among events of this kind at one instant."""
         return self.request.request_id
 
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled:
-    """Nobody waits for a request any more.
+    """The client cancelled a request or disconnected.
 
-    One that has not started fails; one that runs goes on, but is not run again should its engine fail.
+    A waiting request fails. A running one continues, but is not retried if its engine fails.
     """
 
     request_id: int
@@ -174,7 +164,7 @@ class RequestCancelled:
 
     @property
     def key(self) -> int:
-        """Order among events of this kind."""
+        """The order among events of this kind at one instant."""
         return self.request_id
 
 
@@ -204,14 +194,14 @@ class StartEngine:
 
 @dataclass(frozen=True, slots=True)
 class StopEngine:
-    """Stop an engine; nothing runs on it."""
+    """Stop an engine, on which nothing runs."""
 
     deployment_id: int
 
 
 @dataclass(slots=True)
 class Execute:
-    """Run these requests together (one unless the batch size is larger); answer with `ExecutionFinished`."""
+    """Execute these requests as one batch; answer with `ExecutionFinished`."""
 
     deployment_id: int
     execution_id: int

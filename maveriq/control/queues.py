@@ -1,10 +1,14 @@
 """The request queue and its disciplines.
 
-`fifo` is the published one (SPEC 6): one line for all, whose head holds everybody behind it
-until all GPUs of its deployment are idle. The others keep a line per deployment, and a blocked
-head holds its own line only: `fifo-per-model` by arrival, `sjf` by estimated service, `edf` by
-deadline. With them a request that has waited longer than `max_wait_us` goes next, in order of
-arrival, and until it goes nothing starts on its GPUs: that bound keeps all from starving.
+To add a discipline, add a member to `QueueDiscipline` and its rank to `rank_of`: among waiting
+requests the lowest rank goes first. `--queue` takes it by its value.
+
+Priority requests go before all others, the latest first. `fifo` keeps one order over all deployments, as the
+published system did (SPEC 6): the first request blocks all behind it until the GPUs of its
+deployment are idle. The other disciplines order each deployment's queue by itself, so a blocked
+request blocks only its own deployment. To prevent starvation they give way to requests that have
+waited longer than `max_wait_us`: these go first, in order of arrival, and until one goes, nothing
+else starts on its GPUs.
 """
 
 from __future__ import annotations
@@ -22,27 +26,51 @@ DEFAULT_MAX_WAIT_US = 60 * MICROS_PER_SECOND
 
 
 class QueueDiscipline(StrEnum):
-    """Who goes next."""
+    """Which request goes next."""
 
-    FIFO = "fifo"
-    FIFO_PER_MODEL = "fifo-per-model"
-    SJF = "sjf"
-    EDF = "edf"
+    FIFO = "fifo"  # first in, first out, over all deployments
+    FIFO_PER_MODEL = "fifo-per-model"  # first in, first out, for each deployment by itself
+    SJF = "sjf"  # shortest job first, by predicted service time
+    EDF = "edf"  # earliest deadline first, by SLO
+
+    @property
+    def uses_service_time(self) -> bool:
+        """Whether the discipline needs the predicted service time of a request."""
+        return self is QueueDiscipline.SJF
+
+
+def rank_of(discipline: QueueDiscipline, request: Request, service_us: Micros) -> float:
+    """Return the rank of a request; the lowest goes first, and ties go by arrival.
+
+    Args:
+        discipline: how the queue is ordered.
+        request: the waiting request.
+        service_us: its predicted service time; 0 unless the discipline uses it.
+    """
+    match discipline:
+        case QueueDiscipline.FIFO | QueueDiscipline.FIFO_PER_MODEL:
+            return request.request_id
+        case QueueDiscipline.SJF:
+            return service_us
+        case QueueDiscipline.EDF:
+            return request.arrival_us + request.slo_us if request.slo_us else math.inf
+        case _ as never:
+            assert_never(never)
 
 
 Entry: TypeAlias = tuple[int, float, int, int, Request]
-"""Urgency, rank, request id, serial, request; compared in this order, and never as far as the request."""
+"""Urgency, rank, request ID, serial number, request. Compared in this order; the serial number is unique."""
 
 
 @dataclass(slots=True)
 class DeploymentQueue:
     """The requests that wait for one deployment.
 
-    `gpu_mask` has a bit for each GPU of the deployment; a parked line (its engine is down, but
-    will return) is passed over. The heap is ordered by urgency (0 for priority requests, 1 for
-    the rest), then by rank. Where there is a bound on waiting, `by_arrival` holds the same
-    requests in order of arrival; one that was taken from either is skipped in the other when it
-    comes up there (`taken_by_rank`, `taken_by_arrival`: serials).
+    `gpu_mask` has a bit for each GPU of the deployment. A paused queue is skipped, because the
+    deployment's engine is down but will return. The heap is ordered by urgency (0 for priority
+    requests, 1 for others), then by rank. Unless the discipline is `fifo`, `by_arrival` holds the
+    same requests in order of arrival. A request taken from one heap stays in the other until it
+    comes up there; `taken_by_rank` and `taken_by_arrival` hold the serial numbers of those.
     """
 
     deployment_id: int
@@ -57,7 +85,7 @@ class DeploymentQueue:
         return len(self.heap) - len(self.taken_by_arrival)
 
     def head(self) -> Entry | None:
-        """Return the entry that goes first by rank."""
+        """Return the entry of lowest rank."""
         while self.heap and self.heap[0][3] in self.taken_by_arrival:
             self.taken_by_arrival.discard(heapq.heappop(self.heap)[3])
         return self.heap[0] if self.heap else None
@@ -71,112 +99,111 @@ class DeploymentQueue:
 
 @dataclass(slots=True)
 class Head:
-    """Who may go next: a request, its line, and whether it goes because it waited too long."""
+    """The request that may go next, its queue, and whether it goes because it waited too long."""
 
-    line: DeploymentQueue
+    queue: DeploymentQueue
     request: Request
     overdue: bool
 
 
 class RequestQueue:
-    """All waiting requests, and the choice of the next one."""
+    """All waiting requests, in one queue per deployment, and the choice of the next one."""
 
-    __slots__ = ("_discipline", "_front", "_lines", "_max_wait_us", "_serial", "_single_line", "_waiting")
+    __slots__ = ("_discipline", "_first_queue", "_max_wait_us", "_queues", "_serial", "_shared_order", "_waiting")
 
     def __init__(self, discipline: QueueDiscipline, max_wait_us: Micros = DEFAULT_MAX_WAIT_US) -> None:
         self._discipline = discipline
-        self._single_line = discipline is QueueDiscipline.FIFO
+        self._shared_order = discipline is QueueDiscipline.FIFO
         self._max_wait_us = max_wait_us
-        self._lines: dict[int, DeploymentQueue] = {}
-        self._front: DeploymentQueue | None = None  # whose head is first of all under fifo; None: not known
+        self._queues: dict[int, DeploymentQueue] = {}
+        self._first_queue: DeploymentQueue | None = None  # under `fifo`, the queue with the first head; None: unknown
         self._serial = 0
         self._waiting = 0
 
     def __len__(self) -> int:
         return self._waiting
 
+    def waiting(self, deployment_id: int) -> int:
+        """Return how many requests wait for a deployment."""
+        queue = self._queues.get(deployment_id)
+        return len(queue) if queue else 0
+
+    # Queues
+
     def open_queue(self, deployment_id: int, gpu_mask: int) -> None:
-        """Let requests wait for a deployment."""
-        self._lines[deployment_id] = DeploymentQueue(deployment_id, gpu_mask)
+        """Add the queue of a deployment."""
+        self._queues[deployment_id] = DeploymentQueue(deployment_id, gpu_mask)
 
     def has_queue(self, deployment_id: int) -> bool:
-        """Say whether requests can wait for a deployment."""
-        return deployment_id in self._lines
+        """Return whether a deployment has a queue."""
+        return deployment_id in self._queues
 
-    def pause(self, deployment_id: int, *, paused: bool) -> None:
-        """Pass over a deployment's requests while its engine is down, or take them up again."""
-        self._lines[deployment_id].paused = paused
-        self._front = None
+    def pause(self, deployment_id: int) -> None:
+        """Skip a deployment's requests while its engine is down."""
+        self._queues[deployment_id].paused = True
+        self._first_queue = None
+
+    def resume(self, deployment_id: int) -> None:
+        """Consider a deployment's requests again."""
+        self._queues[deployment_id].paused = False
+        self._first_queue = None
 
     def close_queue(self, deployment_id: int) -> list[Request]:
-        """Drop a deployment's line and return the requests that waited in it, in order of arrival."""
-        line = self._lines.pop(deployment_id)
-        self._front = None
-        self._waiting -= len(line)
-        left = (entry[4] for entry in line.heap if entry[3] not in line.taken_by_arrival)
+        """Remove a deployment's queue, and return the requests that waited in it, in order of arrival."""
+        queue = self._queues.pop(deployment_id)
+        self._first_queue = None
+        self._waiting -= len(queue)
+        left = (entry[4] for entry in queue.heap if entry[3] not in queue.taken_by_arrival)
         return sorted(left, key=lambda request: request.request_id)
 
-    def withdraw(self, request_id: int, deployment_id: int) -> bool:
-        """Take a request out of a deployment's line; says whether it waited there. Takes time in proportion to it."""
-        line = self._lines.get(deployment_id)
-        if line is None:
+    # Requests
+
+    def push(self, request: Request, deployment_id: int, service_us: Micros = 0) -> None:
+        """Let a request wait for a deployment.
+
+        A request that moves here from another deployment keeps its place by arrival.
+        """
+        if request.priority:
+            self._add(self._queues[deployment_id], 0, -request.request_id, request)
+        else:
+            self._add(self._queues[deployment_id], 1, rank_of(self._discipline, request, service_us), request)
+
+    def push_front(self, request: Request, deployment_id: int) -> None:
+        """Let a request wait before all others, even before priority requests: its engine failed while it ran."""
+        self._add(self._queues[deployment_id], 0, -math.inf, request)
+
+    def remove(self, request_id: int, deployment_id: int) -> bool:
+        """Remove a waiting request; return whether it waited for this deployment. Linear in the queue's length."""
+        queue = self._queues.get(deployment_id)
+        if queue is None:
             return False
-        for entry in line.heap:
-            if entry[2] == request_id and entry[3] not in line.taken_by_arrival:
+        for entry in queue.heap:
+            if entry[2] == request_id and entry[3] not in queue.taken_by_arrival:
                 break
         else:
             return False
-        line.heap.remove(entry)
-        heapq.heapify(line.heap)
-        line.by_arrival = [one for one in line.by_arrival if one[1] != entry[3]]
-        heapq.heapify(line.by_arrival)
-        self._front = None
+        queue.heap.remove(entry)
+        heapq.heapify(queue.heap)
+        queue.by_arrival = [other for other in queue.by_arrival if other[1] != entry[3]]
+        heapq.heapify(queue.by_arrival)
+        self._first_queue = None
         self._waiting -= 1
         return True
 
-    def waiting(self, deployment_id: int) -> int:
-        """Return how many requests wait for a deployment."""
-        line = self._lines.get(deployment_id)
-        return len(line) if line else 0
-
-    def push(self, request: Request, deployment_id: int, service_us: Micros = 0) -> None:
-        """Let a request wait; `service_us` is its estimated service, used by `sjf` alone.
-
-        A request keeps its place by its number, also when it comes late because its replica was lost.
-        """
-        if request.priority:
-            self._add(self._lines[deployment_id], 0, -request.request_id, request)
-        else:
-            self._add(self._lines[deployment_id], 1, self._rank(request, service_us), request)
-
-    def push_back(self, request: Request, deployment_id: int) -> None:
-        """Return a request that was already taken to the very front, because its engine failed."""
-        # Rank minus infinity: whoever was being served stays first, even of priority requests.
-        self._add(self._lines[deployment_id], 0, -math.inf, request)
-
-    def _add(self, line: DeploymentQueue, urgency: int, rank: float, request: Request) -> None:
+    def _add(self, queue: DeploymentQueue, urgency: int, rank: float, request: Request) -> None:
         self._serial += 1
         entry = (urgency, rank, request.request_id, self._serial, request)
-        heapq.heappush(line.heap, entry)
+        heapq.heappush(queue.heap, entry)
         self._waiting += 1
-        if not self._single_line:
-            heapq.heappush(line.by_arrival, (request.request_id, self._serial, request))
-        elif self._front and entry < self._front.heap[0]:
-            self._front = None  # it goes before the front that was known
+        if not self._shared_order:
+            heapq.heappush(queue.by_arrival, (request.request_id, self._serial, request))
+        elif self._first_queue and entry < self._first_queue.heap[0]:
+            self._first_queue = None  # the new entry goes first
 
-    def _rank(self, request: Request, service_us: Micros) -> float:
-        match self._discipline:
-            case QueueDiscipline.FIFO | QueueDiscipline.FIFO_PER_MODEL:
-                return request.request_id
-            case QueueDiscipline.SJF:
-                return service_us
-            case QueueDiscipline.EDF:
-                return request.arrival_us + request.slo_us if request.slo_us else math.inf
-            case _ as never:
-                assert_never(never)
+    # The next request
 
     def next(self, now_us: Micros, blocked_mask: int) -> Head | None:
-        """Return who may go next, None if nobody may or waits.
+        """Return the request that goes next; None if none waits or all are blocked.
 
         Args:
             now_us: the present, for the bound on waiting.
@@ -184,57 +211,59 @@ class RequestQueue:
         """
         if not self._waiting:
             return None
-        if self._single_line:
-            if self._front is None:
-                self._front = self._first(0)
-            line = self._front
-            return None if line is None or line.gpu_mask & blocked_mask else Head(line, line.heap[0][4], overdue=False)
+        if self._shared_order:
+            if self._first_queue is None:
+                self._first_queue = self._first(0)
+            queue = self._first_queue
+            if queue is None or queue.gpu_mask & blocked_mask:
+                return None
+            return Head(queue, queue.heap[0][4], overdue=False)
         overdue, held_mask = self._overdue(now_us, blocked_mask)
         if overdue:
             return overdue
-        line = self._first(blocked_mask | held_mask)
-        return Head(line, line.heap[0][4], overdue=False) if line else None
+        queue = self._first(blocked_mask | held_mask)
+        return Head(queue, queue.heap[0][4], overdue=False) if queue else None
 
     def _first(self, blocked_mask: int) -> DeploymentQueue | None:
-        """Return the line with the first head among those that use no blocked GPU."""
+        """Return the queue whose head goes first, among those that use no blocked GPU."""
         best: DeploymentQueue | None = None
         best_entry: Entry | None = None
-        for line in self._lines.values():
-            if not line.heap or line.paused or line.gpu_mask & blocked_mask:
+        for queue in self._queues.values():
+            if not queue.heap or queue.paused or queue.gpu_mask & blocked_mask:
                 continue
-            entry = line.head()
+            entry = queue.head()
             if entry is not None and (best_entry is None or entry < best_entry):
-                best, best_entry = line, entry
+                best, best_entry = queue, entry
         return best
 
     def _overdue(self, now_us: Micros, blocked_mask: int) -> tuple[Head | None, int]:
         """Return the first overdue request that can go, and the GPUs held for others."""
         latest_us = now_us - self._max_wait_us
         late = []
-        for line in self._lines.values():
-            oldest = line.oldest()
-            if oldest and not line.paused and oldest.arrival_us < latest_us:
-                late.append((oldest.request_id, Head(line, oldest, overdue=True)))
+        for queue in self._queues.values():
+            oldest = queue.oldest()
+            if oldest and not queue.paused and oldest.arrival_us < latest_us:
+                late.append((oldest.request_id, Head(queue, oldest, overdue=True)))
         held_mask = 0
-        for _, head in sorted(late, key=lambda one: one[0]):
-            if not head.line.gpu_mask & (blocked_mask | held_mask):
+        for _, head in sorted(late, key=lambda item: item[0]):
+            if not head.queue.gpu_mask & (blocked_mask | held_mask):
                 return head, held_mask
-            held_mask |= head.line.gpu_mask
+            held_mask |= head.queue.gpu_mask
         return None, held_mask
 
     def take(self, head: Head, maximum: int) -> tuple[Request, ...]:
-        """Take the head, and after it up to `most - 1` more of its line by rank."""
-        line = head.line
+        """Take a batch: the head, and up to `maximum - 1` more requests of its queue by rank."""
+        queue = head.queue
         taken = []
         if head.overdue:
-            _, serial, request = heapq.heappop(line.by_arrival)
-            line.taken_by_arrival.add(serial)
+            _, serial, request = heapq.heappop(queue.by_arrival)
+            queue.taken_by_arrival.add(serial)
             taken.append(request)
-        while len(taken) < maximum and line.head():
-            _, _, _, serial, request = heapq.heappop(line.heap)
-            if not self._single_line:
-                line.taken_by_rank.add(serial)
+        while len(taken) < maximum and queue.head():
+            _, _, _, serial, request = heapq.heappop(queue.heap)
+            if not self._shared_order:
+                queue.taken_by_rank.add(serial)
             taken.append(request)
         self._waiting -= len(taken)
-        self._front = None
+        self._first_queue = None
         return tuple(taken)

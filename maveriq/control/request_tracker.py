@@ -1,4 +1,4 @@
-"""The ledger of requests: what became of each, and that none is lost."""
+"""The state of every request, from arrival to its one final status."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ RECENT_COMPLETIONS = 1_000
 """How many of the last completions live figures cover."""
 
 MAX_REASONS = 10_000
-"""Different reasons that are kept: a service that runs for long, on engines that find ever new words, needs a bound."""
+"""Distinct reasons that are kept; a live cluster may run for months."""
 
 _ONE_MORE_REASON = "a reason beyond those kept"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRow:
-    """One request as the ledger has it; times are `NOT_YET` where it has not got there."""
+class TrackedRequest:
+    """The state of one request; times are `NOT_YET` until they are known."""
 
     status: RequestStatus
     reason: str
@@ -43,7 +43,7 @@ class RequestRow:
 
 
 class RequestTracker:
-    """A row per request, a packed column per field, so that millions take little memory.
+    """One row per request and one packed column per field, so that millions take little memory.
 
     Request ids are 1, 2, 3, ... in the order of arrival. Status changes are checked: a request
     goes waiting, running (and back to waiting if its engine fails), then to one final status.
@@ -98,18 +98,18 @@ class RequestTracker:
         self._count[_WAITING] += 1
 
     def assigned(self, request: Request, deployment_id: int) -> None:
-        """Note the deployment that a request waits for."""
+        """Record the deployment that a request waits for."""
         self._deployment_id[request.request_id - 1] = deployment_id
 
     def started(self, request: Request, now_us: Micros) -> None:
-        """Note that a waiting request runs."""
+        """Record that a waiting request runs."""
         row = request.request_id - 1
         self._move(row, _WAITING, _RUNNING)
         self._start_us[row] = now_us
         self._attempts[row] += 1
 
     def completed(self, request: Request, first_token_us: Micros, now_us: Micros) -> None:
-        """Note that a running request got its last token."""
+        """Record that a running request got its last token."""
         row = request.request_id - 1
         self._move(row, _RUNNING, _COMPLETED)
         self._first_token_us[row] = first_token_us
@@ -119,11 +119,11 @@ class RequestTracker:
             self._on_end(request.request_id)
 
     def generated(self, request: Request, output_tokens: int) -> None:
-        """Note how many tokens a request really got, where that is not as many as were asked for."""
+        """Record how many tokens a request got, if not as many as it asked for."""
         self._output_tokens[request.request_id - 1] = output_tokens
 
     def requeued(self, request: Request) -> None:
-        """Note that a running request waits again because its engine failed."""
+        """Record that a running request waits again because its engine failed."""
         row = request.request_id - 1
         self._move(row, _RUNNING, _WAITING)
         self._start_us[row] = NOT_YET
@@ -133,15 +133,15 @@ class RequestTracker:
         return self._attempts[request.request_id - 1]
 
     def refused(self, request: Request, reason: str) -> None:
-        """Note that a waiting request will not be served."""
+        """Record that a waiting request will not be served."""
         self._end(request.request_id, _WAITING, _REFUSED, reason)
 
     def failed(self, request: Request, reason: str) -> None:
-        """Note that a running request was lost, with its engine or alone."""
+        """Record that a running request was lost, with its engine or alone."""
         self._end(request.request_id, _RUNNING, _FAILED, reason)
 
     def cancelled(self, request_id: int, reason: str) -> None:
-        """Note that a waiting request will not be served because nobody wants it any more."""
+        """Record that a waiting request was cancelled."""
         self._end(request_id, _WAITING, _FAILED, reason)
 
     def _end(self, request_id: int, before: int, after: int, reason: str) -> None:
@@ -151,18 +151,18 @@ class RequestTracker:
         if self._on_end is not None:
             self._on_end(request_id)
 
-    def runs(self, request_id: int) -> bool:
-        """Say whether a request runs; False where there is none of that number."""
+    def is_running(self, request_id: int) -> bool:
+        """Return whether a request runs; False if there is no such request."""
         return 0 < request_id <= len(self) and self._status[request_id - 1] == _RUNNING
 
     def deployment_of(self, request_id: int) -> int:
         """Return the deployment that a request waits for or ran on; 0 for none, or no such request."""
         return self._deployment_id[request_id - 1] if 0 < request_id <= len(self) else 0
 
-    def row(self, request_id: int) -> RequestRow:
+    def row(self, request_id: int) -> TrackedRequest:
         """Return what is known of a request that has arrived."""
         row = request_id - 1
-        return RequestRow(
+        return TrackedRequest(
             status=RequestStatus(self._status[row]),
             reason=self._reasons[self._reason[row]],
             arrival_us=self._arrival_us[row],
@@ -196,7 +196,7 @@ class RequestTracker:
     def close(self) -> RequestTable:
         """End the run: what still waits or runs becomes unfinished. Returns all rows.
 
-        The columns are views of the ledger's own memory, which must not change afterwards.
+        The columns are views of the tracker's own memory, which must not change afterwards.
 
         Raises:
             InvariantError: the counts do not add up.

@@ -1,4 +1,4 @@
-"""Which replica of an endpoint a request goes to."""
+"""The router: picks the replica that a request goes to."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from maveriq.units import Micros
 
 
 class RoutingRule(StrEnum):
-    """How to choose among replicas that are equally ready."""
+    """How to pick among replicas that are equally ready."""
 
-    UNIFORM = "uniform"  # at random, as the published AlpaServe runs did
-    LEAST_WORK = "least-work"  # whose committed work ends first, as AlpaServe itself does
+    UNIFORM = "uniform"  # at random, as in the published AlpaServe runs
+    LEAST_WORK = "least-work"  # the replica whose assigned work ends first, as AlpaServe itself does
 
 
 class Router:
-    """Chooses replicas. A request's choice depends on the seed and its number, not on who asked before."""
+    """Picks replicas. A random pick depends on the seed and the request ID alone."""
 
     __slots__ = ("_busy_until_us", "_choice", "_seed")
 
@@ -30,25 +30,25 @@ class Router:
         self._busy_until_us: dict[int, Micros] = {}
 
     def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
-        """Return the replica for a request: one that is up if any is, else one that will be back."""
-        up = [one for one in replicas if one.state is DeploymentState.UP]
-        ready = up or [one for one in replicas if one.serves] or self._latest(replicas)
+        """Return the replica for a request: one that is up, else one that will be up again."""
+        up = [replica for replica in replicas if replica.state is DeploymentState.UP]
+        ready = up or [replica for replica in replicas if replica.serves] or self._latest(replicas)
         match self._choice:
             case RoutingRule.UNIFORM:
                 return ready[pick(self._seed, "replicas", request.request_id, len(ready))]
             case RoutingRule.LEAST_WORK:
-                return min(ready, key=lambda one: self._busy_until_us.get(one.deployment_id, 0))
+                return min(ready, key=lambda replica: self._busy_until_us.get(replica.deployment_id, 0))
             case _ as never:
                 assert_never(never)
 
     @staticmethod
     def _latest(replicas: Sequence[Deployment]) -> Sequence[Deployment]:
-        """Return the replica that explains best why none serves: the last that is neither removed nor rejected."""
+        """Return the replica that best explains why none serves: the last one neither removed nor rejected."""
         gone = (DeploymentState.REMOVED, DeploymentState.REJECTED)
-        return [one for one in replicas if one.state not in gone][-1:] or replicas[-1:]
+        return [replica for replica in replicas if replica.state not in gone][-1:] or replicas[-1:]
 
     def committed(self, deployment: Deployment, now_us: Micros, service_us: Micros) -> None:
-        """Note that a request of so much estimated service was given to a replica."""
+        """Record that a replica was assigned a request of this predicted service time."""
         if self._choice is RoutingRule.LEAST_WORK:
             busy_until_us = self._busy_until_us.get(deployment.deployment_id, 0)
             self._busy_until_us[deployment.deployment_id] = max(busy_until_us, now_us) + service_us

@@ -1,4 +1,4 @@
-"""How busy GPUs were: the recent history that placement looks at (SPEC 5)."""
+"""Recent load of GPUs, as placement policies see it (SPEC 5)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maveriq.units import Micros
 
 
 class UtilizationWindow:
-    """When a deployment was executing, as far back as the window reaches, and for how long in all."""
+    """The recent executions of a deployment, within the window, and its total execution time."""
 
     __slots__ = ("_horizon_us", "_spans", "_total_us")
 
@@ -21,7 +21,7 @@ class UtilizationWindow:
         self._total_us = 0
 
     def add(self, start_us: Micros, end_us: Micros) -> None:
-        """Note an execution that just ended; ends must not go back."""
+        """Add an execution that just ended; ends must not decrease."""
         spans = self._spans
         spans.append((start_us, end_us))
         self._total_us += end_us - start_us
@@ -30,7 +30,7 @@ class UtilizationWindow:
 
     @property
     def total_us(self) -> Micros:
-        """All time spent executing since the start."""
+        """Total time spent executing."""
         return self._total_us
 
     @property

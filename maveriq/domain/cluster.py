@@ -1,7 +1,4 @@
-"""GPUs and clusters: what there is to place models on.
-
-The ledger of GPU memory, and the view of the cluster that a policy gets.
-"""
+"""GPUs and clusters, the memory reserved on them, and the view that a policy gets."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ class Gpu:
     `idle_bytes` is what the driver holds while no model is loaded; it counts against capacity.
 
     Raises:
-        InputError: there is no capacity beside what is held when idle.
+        InputError: the capacity is not larger than the idle memory.
     """
 
     gpu_id: int
@@ -60,7 +57,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchTiming:
-    """What a serving system's dispatcher costs (SPEC 6); all zero is an ideal one.
+    """The overhead of a dispatcher (SPEC 6); all zero means none.
 
     A request goes at the first tick not before its arrival plus `after_arrival_us` and the
     release of its last GPU plus `after_release_us`, at most one dispatch per tick; nothing goes
@@ -88,10 +85,10 @@ class LoadWindow:
     A sample is taken each `sample_us`. It looks back over `look_us`, and is busy when the GPU
     executed for more than `busy_share` of that. Readings of a GPU are always equally old; how old,
     from 0 to `max_phase_us`, differs between GPUs, so that those that work alike are seldom
-    found equally busy. 0 is a sampler that sees all GPUs at one instant.
+    found equally busy. With 0, all GPUs are sampled at the same instant.
 
     Raises:
-        InputError: no sample, one without length, one that overlaps its neighbour, a share
+        InputError: no sample, an empty one, one that overlaps the next, a share
             outside 0 to 1, or a phase outside 0 to the time between samples.
     """
 
@@ -131,7 +128,7 @@ class GpuView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """The cluster at one instant: GPUs in the order of their ids. Nothing of the future."""
+    """The cluster at one instant: GPUs in the order of their IDs."""
 
     gpus: tuple[GpuView, ...]
 
@@ -142,7 +139,7 @@ class ClusterView:
 
 @dataclass(slots=True)
 class ClusterState:
-    """Who holds how much memory on which GPU, and which GPUs are down.
+    """How much memory each deployment holds on each GPU, and which GPUs are down.
 
     Invariant: no GPU ever holds more than its capacity (checked at each reservation).
     """
@@ -156,10 +153,10 @@ class ClusterState:
         self._used = [gpu.idle_bytes for gpu in self.cluster.gpus]
 
     def reserve(self, deployment_id: int, shares: Mapping[int, Bytes]) -> None:
-        """Give a deployment its memory on each GPU.
+        """Reserve memory for a deployment on each of its GPUs.
 
         Raises:
-            InvariantError: it holds memory already, or a GPU lacks the room.
+            InvariantError: it holds memory already, or a GPU has too little.
         """
         if deployment_id in self._held:
             raise InvariantError(f"deployment {deployment_id} holds memory already")
@@ -174,7 +171,7 @@ class ClusterState:
             self._used[gpu_id] += amount
 
     def release(self, deployment_id: int) -> None:
-        """Take a deployment's memory back.
+        """Free the memory of a deployment.
 
         Raises:
             InvariantError: it holds none.
@@ -185,23 +182,23 @@ class ClusterState:
             self._used[gpu_id] -= amount
 
     def holds(self, deployment_id: int) -> bool:
-        """Say whether a deployment holds memory."""
+        """Return whether a deployment holds memory."""
         return deployment_id in self._held
 
     def used_bytes(self, gpu_id: int) -> Bytes:
-        """Return what is held on a GPU, idle memory included."""
+        """Return the used memory of a GPU, idle memory included."""
         return self._used[gpu_id]
 
     def free_bytes(self, gpu_id: int) -> Bytes:
-        """Return what is left on a GPU."""
+        """Return the free memory of a GPU."""
         return self.cluster.gpus[gpu_id].capacity_bytes - self._used[gpu_id]
 
     def set_down(self, gpu_id: int, *, down: bool) -> None:
-        """Note that a GPU failed, or that what made it fail is over; it is down while anything is."""
+        """Start or end a failure of a GPU; it is down until the last one ends."""
         self._open_faults[gpu_id] += 1 if down else -1
 
     def is_down(self, gpu_id: int) -> bool:
-        """Say whether a GPU has failed."""
+        """Return whether a GPU is down."""
         return self._open_faults[gpu_id] > 0
 
     def view(self, loads: Sequence[float]) -> ClusterView:

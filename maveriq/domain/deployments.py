@@ -1,4 +1,4 @@
-"""Intents: what a developer wants of a deployment, instead of a configuration."""
+"""Intents and endpoints: what a developer asks for instead of a configuration."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Objective(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
-    """An objective and what must hold besides.
+    """An objective and its constraints.
 
     Args:
         slo_s: the latency of a whole request must be below this; None for no SLO.
-        min_accuracy: least accuracy in percent of the float16 model's MMLU score.
-        float16_only: leave out quantised weights (the KV cache may still be int8).
+        min_accuracy: minimum accuracy in percent of the float16 model's MMLU score.
+        float16_only: rule out quantised weights (the KV cache may still be int8).
 
     Raises:
         InputError: an SLO that is not positive, an accuracy outside 0 to 100, NaN.
@@ -76,7 +76,7 @@ class Intent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointSpec:
-    """A developer asks for a model to be served under an intent.
+    """A model to be served under an intent.
 
     `endpoint_id` (from 1) is what requests address; one or more deployments serve it.
     `prompt_tokens` and `output_tokens` are the typical request that latency is estimated for.

@@ -1,7 +1,4 @@
-"""What a user does to a run besides sending requests: faults, and the removal of endpoints.
-
-Reading faults and removals as a user writes them: `gpu=3@600s,for=120s`, `deployment=2@900s`, `endpoint=2@900s`.
-"""
+"""Faults and removals of endpoints: `gpu=3@600s,for=120s`, `deployment=2@900s`, `endpoint=2@900s`."""
 
 from __future__ import annotations
 
@@ -41,10 +38,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """A developer takes an endpoint away at an instant.
+    """An endpoint is removed at an instant.
 
     Raises:
-        InputError: a number or a time that cannot be.
+        InputError: a number below 1 or a negative time.
     """
 
     endpoint_id: int
@@ -96,7 +93,7 @@ def parse_removal(text: str) -> Removal:
 
 
 def check_removal(removal: Removal, *, requested_us: Sequence[Micros]) -> None:
-    """Refuse the removal of an endpoint that the run has not, or has not yet.
+    """Refuse the removal of an endpoint that does not exist at that time.
 
     Raises:
         InputError: no such endpoint at that time.
@@ -109,12 +106,12 @@ def check_removal(removal: Removal, *, requested_us: Sequence[Micros]) -> None:
 
 
 def check_fault(fault: Fault, *, gpus: int, requested_us: Sequence[Micros], end_us: Micros) -> None:
-    """Refuse a fault that can hit nothing.
+    """Refuse a fault without a target.
 
     Args:
-        fault: as the user wrote it.
+        fault: the fault.
         gpus: of the cluster.
-        requested_us: when each deployment is asked for.
+        requested_us: when each deployment is requested.
         end_us: when the run ends at the latest.
 
     Raises:

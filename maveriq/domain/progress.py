@@ -64,10 +64,10 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Somebody who looks on while the run goes, a live view for one."""
+    """Watches a run while it goes, for instance a live view."""
 
     def wants_update(self) -> bool:
-        """Say, cheaply, whether it is time for another look."""
+        """Return whether `update` should be called now; called often, so it must be cheap."""
 
     def update(self, progress: Progress) -> None:
-        """Look."""
+        """Show the progress."""

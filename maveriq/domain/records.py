@@ -32,8 +32,8 @@ GPU_COLUMNS = ("time_s", "gpu", "memory_gib", "busy_share")
 class RequestTable:
     """All requests of a run, a column each, in the order of arrival.
 
-    Times are microseconds since the run's start, `NOT_YET` where the request never got there.
-    `deployment_id` is 0 where nothing was asked for at the request's endpoint; `slo_us` is 0 where there is none.
+    Times are microseconds since the run's start, `NOT_YET` for what never happened.
+    `deployment_id` is 0 where the endpoint had no deployment; `slo_us` is 0 where there is no SLO.
     `reason` is an index into `reasons` (0: none).
     """
 
@@ -68,9 +68,9 @@ class RequestTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentRecord:
-    """One deployment as it was asked for, planned, and what became of it.
+    """One deployment: its endpoint, its plan and its final status.
 
-    `plan` is None where the ask was rejected; `reason` then says why. Times are microseconds,
+    `plan` is None where it was rejected; `reason` then says why. Times are microseconds,
     `NOT_YET` where they never came. `status` is one of waiting, loading, up, down, removed, rejected.
     """
 
@@ -95,7 +95,7 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """Everything that a run leaves: the input of metrics, files and comparisons.
+    """All records of a run: the input of metrics, files and comparisons.
 
     `models` maps endpoint ids to model names (refused requests have an endpoint, not always a
     deployment). `ended_us` is when the run stopped.

@@ -1,7 +1,4 @@
-"""Requests: the users' work, and the one status each ends in.
-
-Demand as it is expected: what a policy that plans ahead gets instead of the workload itself.
-"""
+"""Requests and their statuses, and the demand forecast that a static placement policy gets."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RequestStatus(IntEnum):
-    """Where a request is; every one that arrives ends in exactly one of the last four."""
+    """The status of a request; each ends in exactly one of the last four."""
 
     WAITING = 0
     RUNNING = 1
@@ -28,7 +25,7 @@ class RequestStatus(IntEnum):
 
     @property
     def label(self) -> str:
-        """The word that records and tables use."""
+        """The name in records and tables."""
         return self.name.lower()
 
 
@@ -44,9 +41,8 @@ FINAL_STATUSES = (
 class Request:
     """One prompt to one endpoint.
 
-    Not frozen, for speed alone (a frozen one takes three times as long to make, and a run makes
-    millions); nothing changes a request once it is made. Counts are checked where a workload
-    is read, once for all its requests.
+    Nothing changes a request once it is made. It is not frozen because a frozen one takes three times
+    as long to make, and a run makes millions. Counts are checked once per workload, where it is read.
 
     Args:
         request_id: position in the workload, from 1.

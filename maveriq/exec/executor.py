@@ -292,7 +292,7 @@ class Executor:
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         number = action.deployment_id
-        plan = self.controller.manager.deployments[number].layout
+        plan = self.controller.manager.deployments[number].required_plan
         first_token_us, service_us = self._system.service_times.times_us(plan, action.requests)
         work = Generate(
             execution_id=action.execution_id,

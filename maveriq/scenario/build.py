@@ -290,7 +290,7 @@ def _service_time_predictor(estimator: Estimator) -> ServiceTimePredictor:
     plans: dict[int, DeploymentPlan] = {}  # keeps those alive whose identity is part of a key
 
     def predict_service_time(deployment: Deployment, request: Request) -> Micros:
-        plan, output_tokens = deployment.layout, deployment.endpoint.output_tokens
+        plan, output_tokens = deployment.required_plan, deployment.endpoint.output_tokens
         key = (id(plan), request.prompt_tokens, output_tokens)
         if key not in cache:
             service = estimator.service(

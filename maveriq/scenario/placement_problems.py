@@ -1,7 +1,7 @@
 """Placement problems from files: a JSON file, and a CSV file of requests beside it.
 
 The JSON has `gpus, gpus_per_node, memory_bytes, models, profiles, workload, search`; the CSV has
-`arrival_s, model, slo_s`. What the published problems carry besides (`id`, `expected`) is let be.
+`arrival_s, model, slo_s`. The further keys of the published problems (`id`, `expected`) are ignored.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemFile:
-    """A problem as it stands in a file, how its author wants it searched, and what has no effect there."""
+    """A problem from a file, its search settings, and the keys that have no effect."""
 
     problem: PlacementProblem
     settings: SearchSettings
@@ -144,19 +144,19 @@ def _profile(name: str, entries: Sequence[_Entry], where: str) -> ModelProfile:
 
 
 def _settings(search: _Search) -> SearchSettings:
-    said = msgspec.structs.asdict(search)
+    keys = msgspec.structs.asdict(search)
     for key, kind in (("policy", PlacementPolicy), ("fill", Fill), ("rule", StarRule)):
-        if said[key] is not None:
-            said[key] = _choice(key, said[key], kind)
-    said["star_rule"] = said.pop("rule")
-    return SearchSettings(**{key: value for key, value in said.items() if value is not None})
+        if keys[key] is not None:
+            keys[key] = _choice(key, keys[key], kind)
+    keys["star_rule"] = keys.pop("rule")
+    return SearchSettings(**{key: value for key, value in keys.items() if value is not None})
 
 
 def _choice(key: str, text: str, kind: type[Any]) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise UnknownNameError(f"search.{key}", text, [one.value for one in kind]) from None
+        raise UnknownNameError(f"search.{key}", text, [choice.value for choice in kind]) from None
 
 
 _USED_BY: Mapping[str, tuple[PlacementPolicy, ...]] = {
@@ -169,7 +169,7 @@ _USED_BY: Mapping[str, tuple[PlacementPolicy, ...]] = {
 
 
 def _without_effect(search: _Search, settings: SearchSettings) -> tuple[str, ...]:
-    """Return the keys that are there, but that the policy has no use for."""
+    """Return the given keys that the policy ignores."""
     idle = [key for key, users in _USED_BY.items() if getattr(search, key) is not None and settings.policy not in users]
     if search.beam is not None and settings.fill is not Fill.BEAM:
         idle.append("beam")

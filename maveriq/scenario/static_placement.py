@@ -1,4 +1,4 @@
-"""Policies that plan ahead: AlpaServe and AlpaServe* search their placement from the expected demand.
+"""Static placement: AlpaServe and AlpaServe* search a placement for the expected demand before the run.
 
 The honest default knows the run's own requests, SLOs and names, and profiles of the whole
 generation from maveriq's estimator. `as published` has what the published search had instead:
@@ -35,10 +35,10 @@ from maveriq.workload.requests import Workload
 from maveriq.workload.traces import AzureTrace, load_trace
 
 STATIC_POLICIES = (PlacementPolicy.ALPASERVE.value, PlacementPolicy.ALPASERVE_STAR.value)
-"""The policies that plan ahead, by name."""
+"""The names of the policies with static placement."""
 
 _DEFAULT_SLO_SCALE = 5.0
-"""For a run without SLOs, which the search cannot do without: the published driver's default."""
+"""For a run without SLOs, since the search needs one; the published driver's default."""
 
 _MAX_TP = 8
 """Of the published runs; AlpaServe's own default is 4."""
@@ -48,15 +48,15 @@ _PROFILES = ("maveriq", "published")
 
 
 def search_static_placement(
-    options: Options, profile: HardwareProfile, cluster: Cluster, planner: Estimator, workload: Workload
+    options: Options, profile: HardwareProfile, cluster: Cluster, estimator: Estimator, workload: Workload
 ) -> tuple[StaticPlacementPolicy, tuple[str, ...]]:
-    """Search the placement, and return it as a policy with notes on how it came about.
+    """Search the placement, and return it as a policy with notes for a reader of the results.
 
     Raises:
-        InputError: options that do not go with the trace, GPUs that differ, a model without profile.
+        InputError: options that do not match the trace, GPUs that differ, a model without profile.
     """
     published = options.alpaserve_as_published
-    profiles = _profiles(options, cluster, planner, workload)
+    profiles = _profiles(options, cluster, estimator, workload)
     forecast = _published_forecast(options, profile, workload) if published else _forecast(options, profile, workload)
     solution = search(
         problem_for_cluster(forecast, cluster, profiles, memory_bytes=_PUBLISHED_MEMORY_BYTES if published else None),
@@ -72,7 +72,7 @@ def search_static_placement(
     return StaticPlacementPolicy(name=options.policy, solution=solution, profiles=profiles), tuple(notes)
 
 
-def _profiles(options: Options, cluster: Cluster, planner: Estimator, workload: Workload) -> Sequence[ModelProfile]:
+def _profiles(options: Options, cluster: Cluster, estimator: Estimator, workload: Workload) -> Sequence[ModelProfile]:
     if options.alpaserve_profile not in _PROFILES:
         raise UnknownNameError("AlpaServe profile", options.alpaserve_profile, _PROFILES)
     models = [endpoint.model for endpoint in workload.endpoints]
@@ -81,7 +81,7 @@ def _profiles(options: Options, cluster: Cluster, planner: Estimator, workload: 
     first = workload.endpoints[0]
     return profiles_from_estimator(
         models,
-        planner,
+        estimator,
         gpus=len(cluster),
         prompt_tokens=first.prompt_tokens,
         output_tokens=first.output_tokens,
@@ -90,7 +90,7 @@ def _profiles(options: Options, cluster: Cluster, planner: Estimator, workload: 
 
 
 def _forecast(options: Options, profile: HardwareProfile, workload: Workload) -> DemandForecast:
-    """Return the run's own requests; where they have no SLO, the usual one."""
+    """Return the run's own requests; where they have no SLO, under the default one."""
     arrivals = workload.arrivals
     if not arrivals.slo_us.any():
         arrivals = workload_for(options, profile, slo_scale=_DEFAULT_SLO_SCALE).arrivals

@@ -29,7 +29,7 @@ DEFAULT_SCALE = 0.4
 DEFAULT_PROMPTS = "sharegpt"
 DEFAULT_OUTPUTS = "20"
 
-_LONGEST_SLO_S = 1e9  # nobody misses it, and its microseconds fit into 64 bits
+_MAX_SLO_S = 1e9  # no request misses it, and its microseconds fit into 64 bits
 
 SloOf: TypeAlias = Callable[[str, int], float | None]
 """Latency in seconds of a model's request with so many output tokens at SLO scale 1; None if unknown."""
@@ -37,7 +37,7 @@ SloOf: TypeAlias = Callable[[str, int], float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadOptions:
-    """What a user says about the workload; every default is the published one.
+    """The options of a workload; the defaults are those of the published runs.
 
     Args:
         trace: `code`, `conversation`, `poisson`, or the path of an Azure trace or a schedule.
@@ -75,14 +75,14 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
     """Put a workload together.
 
     Args:
-        options: what the user said.
-        intent: of every deployment, but for what its model set says instead; where there is an
-            SLO scale, each deployment gets its own SLO for a typical request.
+        options: the options.
+        intent: of every endpoint, unless its model set overrides it; with an SLO scale, each
+            endpoint gets the SLO of a typical request.
         slo_of: latency at SLO scale 1, see `SloOf`.
-        batch_size: of every deployment.
+        batch_size: of every endpoint.
 
     Returns:
-        Asks in list order of the model set (endpoint 1, 2, ...) and the requests.
+        Endpoints 1, 2, ... in the order of the model set, and the requests.
 
     Raises:
         InputError: options that do not fit together, a file that cannot be used, no request at all.
@@ -190,7 +190,7 @@ def _request_slos(
         mine = draw.endpoint_id == endpoint_id
         lengths, which = np.unique(outputs.tokens[mine], return_inverse=True)
         slos_s = (slo_scale * _slo_s(slo_of, entry.model.name, tokens) for tokens in lengths.tolist())
-        slos = [duration_micros(min(slo_s, _LONGEST_SLO_S)) for slo_s in slos_s]
+        slos = [duration_micros(min(slo_s, _MAX_SLO_S)) for slo_s in slos_s]
         slo_us[mine] = np.array(slos, np.int64)[which]
     return slo_us
 

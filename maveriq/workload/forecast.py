@@ -1,4 +1,4 @@
-"""Forecasts from workloads: what a policy that plans ahead is told of the demand.
+"""Demand forecasts from workloads, for policies with static placement.
 
 A forecast names models by their endpoint (`m1`, `m2`, ...), because a set may hold a model twice.
 """

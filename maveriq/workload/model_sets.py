@@ -1,4 +1,4 @@
-"""Model sets: which models are asked for, in which order, and when (TOML, see `traces/README.md`)."""
+"""Model sets: which models are served, and when each one is requested (TOML, see `traces/README.md`)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelEntry:
     config: Path | None = None
 
     def intent(self, of_run: Intent) -> Intent:
-        """Return the run's intent with what this entry says instead.
+        """Return the run's intent with the overrides of this entry.
 
         Raises:
             InputError: an accuracy outside 0 to 100.

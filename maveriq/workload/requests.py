@@ -1,7 +1,4 @@
-"""The workload: who asks for which deployment when, and which requests follow.
-
-The requests of a workload, one by one.
-"""
+"""A workload: the endpoints, and the requests that arrive at them."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Deploy asks in the order of time, and the requests."""
+    """Endpoints in the order of time, and the requests."""
 
     name: str
     endpoints: tuple[EndpointSpec, ...]

@@ -30,7 +30,7 @@ class LengthSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointSummary:
-    """A model of the set: when it is asked for and how many requests it gets."""
+    """A model of the set: when it is requested and how many requests it gets."""
 
     endpoint: int
     model: str
@@ -64,7 +64,7 @@ def summarise(workload: Workload) -> WorkloadSummary:
     arrivals = workload.arrivals
     last_s = int(arrivals.arrival_us[-1]) // MICROS_PER_SECOND
     bin_s = BIN_S * -(-(last_s + 1) // (BIN_S * _MAX_BINS))
-    asked = np.bincount(arrivals.endpoint_id, minlength=len(workload.endpoints) + 1)
+    requests = np.bincount(arrivals.endpoint_id, minlength=len(workload.endpoints) + 1)
     return WorkloadSummary(
         name=workload.name,
         requests=len(arrivals),
@@ -79,7 +79,7 @@ def summarise(workload: Workload) -> WorkloadSummary:
                 endpoint=endpoint.endpoint_id,
                 model=endpoint.model.name,
                 requested_s=seconds(endpoint.requested_us),
-                requests=int(asked[endpoint.endpoint_id]),
+                requests=int(requests[endpoint.endpoint_id]),
             )
             for endpoint in workload.endpoints
         ),

@@ -1,14 +1,12 @@
-"""Azure LLM inference traces: requests per minute, and each request's own lengths.
+"""Traces by name or file: Azure LLM inference traces, Poisson stages, and recorded schedules.
 
-The counts of the 2023 traces come with maveriq; the public files (and those of 2024, which have
-the same columns) can be given instead. Patel et al., "Splitwise: Efficient generative LLM
-inference using phase splitting", ISCA 2024.
+Azure traces hold requests per minute and the lengths of each request. The counts of the 2023
+traces come with maveriq; the public files, and those of 2024 with the same columns, can be given
+instead. Patel et al., "Splitwise: Efficient generative LLM inference using phase splitting", ISCA 2024.
 
-Recorded schedules: a CSV file with one request a row, replayed as it stands.
-
-Columns `arrival_s, endpoint, prompt_tokens, output_tokens`, and optional `service_s` (recorded
-time of service) and `slo_s` (0 for none). Times have microseconds.
-Traces by name or file: Azure counts, Poisson stages, recorded schedules.
+A schedule is a CSV file with one request per row, replayed as recorded: columns `arrival_s,
+endpoint, prompt_tokens, output_tokens`, and optional `service_s` (recorded service time), `slo_s`
+(0 for none) and `priority` (0 or 1). Times have a resolution of one microsecond.
 """
 
 from __future__ import annotations
@@ -149,7 +147,7 @@ SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority")
 
 _SCHEDULE = "schedule"
 _MAX_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
-_MOST = 100_000_000
+_MAX_COUNT = 100_000_000
 _DTYPES = dict.fromkeys((*SCHEDULE_COLUMNS, *SCHEDULE_OPTIONAL_COLUMNS), "f8")
 _MIN_SECONDS = {"arrival_s": 0.0, "slo_s": 0.0, "service_s": 1e-6}
 
@@ -168,7 +166,9 @@ def parse_schedule(text: str, path: Path) -> Arrivals:
     try:
         columns = parse_columns(text, _DTYPES, needed=SCHEDULE_COLUMNS)
         times = {name: _micros(columns[name], name) for name in _MIN_SECONDS if name in columns}
-        counts = {name: whole_numbers(columns[name], name, minimum=1, maximum=_MOST) for name in SCHEDULE_COLUMNS[1:]}
+        counts = {
+            name: whole_numbers(columns[name], name, minimum=1, maximum=_MAX_COUNT) for name in SCHEDULE_COLUMNS[1:]
+        }
         priority = (
             whole_numbers(columns["priority"], "priority", minimum=0, maximum=1) if "priority" in columns else None
         )
@@ -206,7 +206,7 @@ def _check_schedule_rows(rows: Iterator[Row]) -> None:
             if row.number(name, minimum=_MIN_SECONDS[name]) > _MAX_SECONDS:
                 raise InputError(f"{row.where}: {name} must be at most {_MAX_SECONDS:g}, not {row.cells[name]!r}")
         for name in SCHEDULE_COLUMNS[1:]:
-            check_whole(row, name, minimum=1, maximum=_MOST)
+            check_whole(row, name, minimum=1, maximum=_MAX_COUNT)
         if "priority" in row.cells:
             check_whole(row, "priority", minimum=0, maximum=1)
         arrival = row.number("arrival_s")

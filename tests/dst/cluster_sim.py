@@ -228,7 +228,7 @@ def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: 
     )
 
     def memory_of(spec: EngineSpec) -> dict[int, int]:
-        plan = body.controller.manager.deployments[spec.deployment_id].layout
+        plan = body.controller.manager.deployments[spec.deployment_id].required_plan
         return dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
 
     machine.memory_of = memory_of

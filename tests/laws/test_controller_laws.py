@@ -119,7 +119,7 @@ def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline,
         assert len(brain.queue) == waiting
         assert sum(len(one.running) for one in brain.manager.deployments.values()) == running
         assert len(world.ended) + waiting + running == world.arrived
-        assert all(map(brain.tracker.runs, brain._unwanted))
+        assert all(map(brain.tracker.is_running, brain._cancelled_ids))
     assert len(set(world.ended)) == len(world.ended)
     table = brain.tracker.close()
     assert set(table.status.tolist()) <= {status.value for status in FINAL_STATUSES}

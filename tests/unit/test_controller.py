@@ -454,7 +454,7 @@ def test_a_request_that_nobody_wants_is_not_run_again(failure) -> None:
     assert row.status is RequestStatus.FAILED
     assert row.reason.endswith("; the client went away")
     assert brain.tracker.row(2).status is RequestStatus.WAITING
-    assert not brain._unwanted
+    assert not brain._cancelled_ids
 
 
 @pytest.mark.parametrize("end", [ExecutionFinished(1, 1, 3), ExecutionFailed(1, 1, "no room")])
@@ -464,7 +464,7 @@ def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
     brain.handle(2, [RequestCancelled(1)])
     brain.handle(3, [end])
     assert brain.tracker.row(1).reason in ("", "deployment 1 (tiny): no room")
-    assert not brain._unwanted
+    assert not brain._cancelled_ids
 
 
 def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
