@@ -325,7 +325,7 @@ def test_an_executor_that_stood_still_holds_nothing_against_its_engines(*, at_wo
         if at_work:
             scene.supervisor.execute(work(1), 0.0)
         await asyncio.sleep(5)
-        scene.loop.stand_still(1000)
+        scene.loop.stall(1000)
         await asyncio.sleep(3)
 
     assert play(script, takes_long).times("down") == []
