@@ -1,4 +1,4 @@
-"""Strict reading of TOML and CSV: what is wrong is said with its file, line or key, and value.
+"""Strict reading of TOML and CSV: errors name the file, line or key, and value.
 
 Reading what tables of estimates share: cells with a fixed choice, rows with a key.
 Large CSV files as NumPy columns, fast where they are right and exact about what is wrong.
@@ -103,15 +103,15 @@ _SIGNS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
 def in_plain_words(message: str) -> str:
     """Turn msgspec's words for a key ("Object contains unknown field `x` - at `$.a[0]`") or a value into ours."""
     at = _PLACE.search(message)
-    place, said = (at[1], message[: at.start()]) if at else ("", message)
-    expected = _EXPECTED.fullmatch(said)
-    if said == "Number out of range":
+    place, text = (at[1], message[: at.start()]) if at else ("", message)
+    expected = _EXPECTED.fullmatch(text)
+    if text == "Number out of range":
         return f"{place or 'it'} is too long a number"
     if expected:
         return f"{place or 'it'} must be {_expected(expected)}"
-    said = said.replace("Object contains unknown field", "unknown key")
-    said = said.replace("Object missing required field", "missing key")
-    return f"{said} (in {place})" if place else said
+    text = text.replace("Object contains unknown field", "unknown key")
+    text = text.replace("Object missing required field", "missing key")
+    return f"{text} (in {place})" if place else text
 
 
 def _expected(found: re.Match[str]) -> str:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=data_path("a6000"), help="where to write (default: the package)")
     arguments = parser.parse_args()
     samples = read_samples(arguments.data_dir / "a6000")
-    fitted = cross_fit(samples, start_calibration(), told=print)
+    fitted = cross_fit(samples, start_calibration(), on_fit=print)
     engines = read_engines(arguments.data_dir / "testbed")
     benchmarked = CalibratedEstimator(load_profile("a6000-short"), fitted.calibration, served=False)
     served, without_run = cross_fit_served(benchmarked.layer_time_ratio, fitted.calibration, engines)

@@ -68,13 +68,15 @@ class CrossFit:
         return math.exp(self.calibration.trust * layer_time_ratio(seen, self.calibration.law(weights, 1)))
 
 
-def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str], None] = lambda _: None) -> CrossFit:
+def cross_fit(
+    samples: Sequence[Sample], start: Calibration, on_fit: Callable[[str], None] = lambda _: None
+) -> CrossFit:
     """Fit to all samples, and again with each model of the ground truth left out.
 
     Args:
         samples: as `read_samples` gives them.
         start: where every fit begins.
-        told: is told what is being fitted.
+        on_fit: called with the name of each fit as it begins.
 
     Raises:
         InputError: there is one model alone.
@@ -86,11 +88,11 @@ def cross_fit(samples: Sequence[Sample], start: Calibration, told: Callable[[str
     without: dict[str, Calibration] = {}
     answered: list[HeldOutPrediction] = []
     for model in models:
-        told(f"without {model}")
+        on_fit(f"without {model}")
         without[model] = _fit(usable(samples, model), start, constants)
         judged = [one for one in samples if one.model.name == model and not one.is_fingerprint]
         answered.extend(_answers(judged, without[model], constants))
-    told("all models")
+    on_fit("all models")
     return CrossFit(
         calibration=_with_margins(_fit(samples, start, constants), answered),
         # Margins of a model come from the errors on the other models.

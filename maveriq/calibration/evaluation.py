@@ -72,7 +72,7 @@ class Group:
     """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say).
 
     `*_covered` is the percentage of rows that lie within the estimate's 90 % interval, None where
-    the estimator gives none. `memory` is None where nothing was said of it.
+    the estimator gives none. `memory` is None without an estimate.
     """
 
     by: str

@@ -184,7 +184,7 @@ def _fit_alone(
 ) -> OnlineCalibration:
     """Return the figures of engines without neighbours.
 
-    Of a TP that no recorded engine had nothing is said, and the benchmark's figures hold.
+    A TP that no recorded engine had is left out; the benchmark's figures hold.
     """
     table = _Predictions(layer_time_ratio, recorded, gpus_per_socket)
     logs = np.log(table.service_s)
@@ -267,7 +267,7 @@ _MIN_UNCONTENDED_OF_ENGINE = 5  # requests that say how far an engine is off wit
 
 
 def fit_contention(engines: Sequence[tuple[RecordedEngine, Array]]) -> ContentionCosts:
-    """Return what neighbours cost a token; what nobody had, be it one neighbour or several, costs nothing.
+    """Return what neighbours cost a token; a number of co-located engines that was never recorded costs nothing.
 
     Args:
         engines: with what each of their requests would take without neighbours, in seconds.

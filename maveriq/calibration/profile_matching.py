@@ -72,11 +72,11 @@ def match(
     Args:
         rows: of the table.
         make: returns the estimator that a profile feeds.
-        profile: said by the user; then nothing is found out.
-        prompt_tokens: said by the user, for a table that does not say them itself.
+        profile: given by the user; no other is tried.
+        prompt_tokens: given by the user, for a table without that column.
 
     Raises:
-        InputError: prompt tokens both in the table and said; a profile that cannot be used.
+        InputError: prompt tokens both in the table and given; a profile that cannot be used.
     """
     in_table = any(row.prompt_tokens for row in rows)
     if in_table and prompt_tokens is not None:

@@ -58,7 +58,7 @@ def show_fit(question: FitQuestion) -> None:
     recorded = _recorded(question.runs) if question.runs else []
     samples = read_samples(question.data, prompt_tokens=question.prompt_tokens)
     told = _teller()
-    fitted = cross_fit(samples, start_for(samples, start_calibration()), told=told)
+    fitted = cross_fit(samples, start_for(samples, start_calibration()), on_fit=told)
     live = None
     if recorded:
         told("the live system")

@@ -127,7 +127,7 @@ def _times(value: Any, factor: int) -> Any:
 
 def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
     # Falcon's `num_kv_heads` counts only in the new decoder; the old one has a single KV head
-    # when `multi_query` is set, as it is unless said otherwise (transformers, FalconConfig).
+    # when `multi_query` is set, which is the default (transformers, FalconConfig).
     multi_query = config.get("multi_query", config.get("model_type") == "falcon")
     if multi_query and not config.get("new_decoder_architecture"):
         return 1

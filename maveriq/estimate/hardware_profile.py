@@ -393,7 +393,7 @@ def _load_window(window: _LoadWindow) -> LoadWindow:
 
 
 def _check_names(named: Collection[str], known: Collection[str]) -> None:
-    """Refuse a table that speaks of a model nobody knows: a slip of the pen would hide its figures."""
+    """Refuse a table with an unknown model: a misspelt name would hide its figures."""
     for name in sorted(set(named) - set(known)):
         raise UnknownNameError("model", name, known, "in the tables of the hardware profile")
 

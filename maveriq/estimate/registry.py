@@ -21,7 +21,7 @@ ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
 
 
 def default_estimator(profile: HardwareProfile) -> str:
-    """Return the name of the estimator to take where none is said: the best one that the profile can feed."""
+    """Return the name of the default estimator: the best one that the profile has the data for."""
     if profile.calibrated:
         return CALIBRATED
     # Measurements of whole models answer for these alone; without fingerprints there is nothing else to go by.

@@ -25,7 +25,7 @@ from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.units import Bytes, gib
 
 AccuracyLookup: TypeAlias = Callable[[str, WeightType, KvType], float | None]
-"""Percent of the float16 score for (model name, weights, KV type); None where nobody measured it."""
+"""Percent of the float16 score for (model name, weights, KV type); None where it was never measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +74,9 @@ class Ranking:
         counts: dict[str, int] = {}
         for left in self.left_out:
             counts[left.reason] = counts.get(left.reason, 0) + 1
-        told = sorted(counts.items(), key=lambda item: -item[1])
-        listed = "; ".join(f"{count} x {reason}" for reason, count in told[:3])
-        rest = f"; and {len(told) - 3} other reasons" if len(told) > 3 else ""
+        by_count = sorted(counts.items(), key=lambda item: -item[1])
+        listed = "; ".join(f"{count} x {reason}" for reason, count in by_count[:3])
+        rest = f"; and {len(by_count) - 3} other reasons" if len(by_count) > 3 else ""
         return f"none of {len(self.left_out)} configurations can be used: {listed}{rest}"
 
 

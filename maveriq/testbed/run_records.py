@@ -203,7 +203,7 @@ def _deployment(
 ) -> DeploymentRecord:
     model = load_model(one.model_name)
     slo_s = profile.slo_s(model.name, OUTPUT_TOKENS)
-    # A baseline is told no objective. The schema has no word for that, and its default misleads nobody.
+    # A baseline has no objective, which the schema cannot express; the default stands in.
     objective = Objective.named(run.intent) if run.intent else Objective.MIN_COST
     endpoint = EndpointSpec(
         endpoint_id=one.endpoint_id,

@@ -56,7 +56,7 @@ class ProgressTally:
     """Counts what the threads of a search report, and tells one listener after each report."""
 
     def __init__(self, listener: Callable[[SearchProgress], None] | None) -> None:
-        """Start at zero; without a listener nobody is told."""
+        """Start at zero; `listener` may be None."""
         self._listener = listener
         self._lock = threading.Lock()
         self._progress = SearchProgress()
@@ -244,7 +244,7 @@ def search(
     Args:
         problem: what to place where, for which requests.
         settings: how; None for AlpaServe as its code has it.
-        progress: is told after each simulation, from any thread, one call at a time.
+        progress: called after each simulation, from any thread, one call at a time.
 
     Raises:
         InputError: settings that the problem cannot be searched with.

@@ -75,7 +75,7 @@ class PlacementSimulator:
         Args:
             problem: what is placed.
             settings: constants; None for the published ones.
-            on_simulated: is told after each simulation how many requests it had, from any thread.
+            on_simulated: called after each simulation with its number of requests, from any thread.
         """
         from maveriq.policy.alpaserve.kernel import simulate_requests  # late: importing numba takes a second
 
