@@ -1,4 +1,4 @@
-"""A cluster in memory that keeps the promises of `maveriq.exec.live_cluster`, and servers for tests."""
+"""An in-memory `LiveCluster` for tests."""
 
 import asyncio
 import contextlib
@@ -193,10 +193,10 @@ class FakeCluster:
 
     def progress(self) -> Progress:
         endpoints = self._endpoints.values()
-        waiting = sum(len(one.waiting) for one in endpoints)
+        waiting = sum(len(endpoint.waiting) for endpoint in endpoints)
         return Progress(
             now_us=self.now_us, last_arrival_us=self.now_us, total=self._handles, arrived=self._handles,
-            waiting=waiting, running=sum(one.running is not None for one in endpoints),
+            waiting=waiting, running=sum(endpoint.running is not None for endpoint in endpoints),
             completed=self._ends[RequestStatus.COMPLETED], refused=self._ends[RequestStatus.REFUSED],
             failed=self._ends[RequestStatus.FAILED], recent_p50_s=None, recent_p95_s=None, recent_slo_attainment=None,
             deployments=tuple(map(self._status, endpoints)),

@@ -93,8 +93,8 @@ def running(state: Path, settings: ServeSettings | None = None, **cluster: float
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     latest_s = time.monotonic() + TIMEOUT_S
     while not holds():
-        assert time.monotonic() < latest_s, "it never came"
+        assert time.monotonic() < latest_s, "the condition did not become true"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The console: a line becomes a command or an error that helps; the seed's commands against a real server."""
+"""The console: parsing of commands, and a session against a real server."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ DEPLOY = DeployModel(model_id=1, model="m", output_tokens=20, intent="min-cost")
         ("7 remove", RemoveModel(7)),
     ],
 )
-def test_what_a_line_means(line: str, command: object) -> None:
+def test_parse(line: str, command: object) -> None:
     assert parse(line) == command
 
 
@@ -82,7 +82,7 @@ def test_what_a_line_means(line: str, command: object) -> None:
         ("1 inference caf\udcff", "not UTF-8 text"),
     ],
 )
-def test_an_error_says_how_it_should_be(line: str, words: str) -> None:
+def test_parse_errors_show_the_syntax(line: str, words: str) -> None:
     with pytest.raises(InputError) as error:
         parse(line)
     assert words in str(error.value)
@@ -109,7 +109,7 @@ def test_any_line_is_a_command_or_an_error(line: str) -> None:
         ("models ", []),
     ],
 )
-def test_tab(before: str, found: list[str]) -> None:
+def test_tab_completion(before: str, found: list[str]) -> None:
     assert completions(before, models=["llama-2-7b", "gptj-6b"], model_ids=[1], placements=["hybrid", "llf"]) == found
 
 
@@ -150,13 +150,13 @@ def test_a_session(say: Callable[[str], str]) -> None:
         ("1 inference x", "there is no model with ID 1 (none is registered); register MODEL"),
     ],
 )
-def test_the_servers_no_is_an_error(say: Callable[[str], str], line: str, words: str) -> None:
+def test_server_errors_are_raised(say: Callable[[str], str], line: str, words: str) -> None:
     with pytest.raises(MaveriqError) as error:
         say(line)
     assert words in str(error.value)
 
 
-def test_what_cannot_be_done_leaves_nothing_behind(say: Callable[[str], str]) -> None:
+def test_failed_commands_leave_no_endpoint(say: Callable[[str], str]) -> None:
     say("register llama-2-70b")
     with pytest.raises(MaveriqError, match="cannot be deployed: llama-2-70b needs"):
         say("1 deploy llama-2-70b 20 min-cost")
@@ -181,13 +181,13 @@ def test_commands_from_a_pipe_end_at_the_first_error(
     assert capsys.readouterr().out == "ready\n"
 
 
-def test_bytes_that_are_no_text_cost_their_line(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_are_not_utf8_are_an_error_of_their_line(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"models\n1 inference caf\xff\n"), encoding="utf-8"))
     with pytest.raises(InputError, match=r"command 2 .* not UTF-8 text"):
         run_console(server.url, None, [])
 
 
-def test_without_a_stdin_there_is_nothing_to_do(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_stdin(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     run_console(server.url, None, [])
 
@@ -196,7 +196,7 @@ def test_help_fits_80_columns(say: Callable[[str], str]) -> None:
     assert max(map(len, say("help").splitlines())) <= 80
 
 
-def test_the_url_that_openai_clients_have_will_do(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+def test_url_with_v1_suffix(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     for ending in ("/v1", "/v1/", "/"):
         run_console(server.url + ending, None, ["health"])
     assert capsys.readouterr().out == "ready\n" * 3
@@ -206,7 +206,7 @@ def test_the_url_that_openai_clients_have_will_do(server: Running, capsys: pytes
     ("path", "body"),
     [(path, body) for path in ("/health", "/models") for body in ("<html>", '{"status": "ok"}', "null")],
 )
-def test_another_server_is_told_from_ours(path: str, body: str) -> None:
+def test_another_server_is_recognized(path: str, body: str) -> None:
     answers = httpx.MockTransport(lambda _request: httpx.Response(200, text=body))
     message = "the server at http://other is not maveriq serve"
     with ServiceClient("http://other", None, transport=answers) as client, pytest.raises(MaveriqError, match=message):
@@ -221,7 +221,7 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
             run_console(url, None, ["health"])
 
 
-def test_a_server_that_wants_a_token(state: Path, tmp_path: Path) -> None:
+def test_server_with_token(state: Path, tmp_path: Path) -> None:
     with running(state, ServeSettings(token=TOKEN)) as server:
         with pytest.raises(InputError, match="MAVERIQ_TOKEN in the environment or give"):
             run_console(server.url, None, ["models"])
@@ -229,7 +229,7 @@ def test_a_server_that_wants_a_token(state: Path, tmp_path: Path) -> None:
         run_console(server.url, tmp_path / "token", ["models"])
 
 
-def test_completion_asks_the_server(server: Running) -> None:
+def test_tab_completion_reads_models_from_the_server(server: Running) -> None:
     with ServiceClient(server.url, None) as client:
         assert ConsoleSession(client).completions("1 deploy llama-2-7b") == ["llama-2-7b"]
         assert "1" in ConsoleSession(client).completions("")

@@ -1,4 +1,4 @@
-"""Models and deployments over HTTP: by intent, with reasons, never outside the models folder."""
+"""Models and endpoints over HTTP."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def test_a_deployment_from_birth_to_end(server: Running) -> None:
+def test_endpoint_life_cycle(server: Running) -> None:
     with server.client() as http:
         asked = {
             "model": "gptj-6b", "intent": "min_latency", "slo_ms": 1500, "min_accuracy": 90, "float16_only": True,
@@ -39,7 +39,7 @@ def test_a_deployment_from_birth_to_end(server: Running) -> None:
         until(lambda: http.get(f"/endpoints/{made['id']}").json()["status"] == "up")
         [engine] = http.get(f"/endpoints/{made['id']}").json()["deployments"]
         assert (engine["gpus"], engine["layer_split"], engine["restarts"]) == ([3], [28], 0)
-        assert made["id"] in [one["id"] for one in http.get("/endpoints").json()]
+        assert made["id"] in [endpoint["id"] for endpoint in http.get("/endpoints").json()]
         http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"})
         until(lambda: http.get(f"/endpoints/{made['id']}").json()["completed"] == 1)
         assert http.delete(f"/endpoints/{made['id']}").status_code == 204
@@ -48,7 +48,7 @@ def test_a_deployment_from_birth_to_end(server: Running) -> None:
         assert http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"}).status_code == 404
 
 
-def test_what_fits_nowhere_is_rejected_with_the_reason(server: Running) -> None:
+def test_endpoint_that_does_not_fit_is_rejected(server: Running) -> None:
     with server.client() as http:
         made = http.post("/endpoints", json={"model": "llama-2-70b"}).json()
         assert made["status"] == "rejected"
@@ -73,7 +73,7 @@ def test_what_fits_nowhere_is_rejected_with_the_reason(server: Running) -> None:
         ({}, "model: field required"),
     ],
 )
-def test_what_cannot_be_asked(server: Running, asked: dict[str, object], words: str) -> None:
+def test_invalid_endpoints(server: Running, asked: dict[str, object], words: str) -> None:
     with server.client() as http:
         before = len(http.get("/endpoints").json())
         answer = http.post("/endpoints", json=asked)
@@ -82,7 +82,7 @@ def test_what_cannot_be_asked(server: Running, asked: dict[str, object], words: 
         assert len(http.get("/endpoints").json()) == before
 
 
-def test_registering(server: Running) -> None:
+def test_register_model(server: Running) -> None:
     with server.client() as http:
         first, again = (http.post("/models", json={"model": MODEL}).json() for _ in range(2))
         assert first == again, "a model keeps its number"
@@ -91,7 +91,7 @@ def test_registering(server: Running) -> None:
         assert http.post("/endpoints", json={"model": str(first["id"])}).json()["model"] == MODEL
 
 
-def test_forgetting_a_model(server: Running) -> None:
+def test_unregister_model(server: Running) -> None:
     with server.client() as http:
         number = http.post("/models", json={"model": "gptj-6b"}).json()["id"]
         made = http.post("/endpoints", json={"model": "gptj-6b"}).json()
@@ -137,7 +137,7 @@ def test_without_a_models_folder_no_path_is_read(server: Running, folder: Path) 
     assert "--models-folder" in answer.json()["error"]["message"]
 
 
-def test_there_is_a_most_of_everything(state: Path) -> None:
+def test_limits_of_endpoints_and_models(state: Path) -> None:
     with running(state, ServeSettings(max_endpoints=1, max_models=2)) as server, server.client() as http:
         codes = [
             http.post("/endpoints", json={"model": model}).status_code for model in (MODEL, "gptj-6b", "falcon-7b")

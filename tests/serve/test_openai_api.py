@@ -1,4 +1,4 @@
-"""The official OpenAI client against a real server: what it sends works, or is refused in its own words."""
+"""The official OpenAI client against a real server."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from maveriq.serve.tokenizers import ByteTokenizer, decode
 BYTES = ByteTokenizer(32_000)
 
 
-def said(prompt: str | tuple[int, ...], count: int) -> str:
-    """Return what the fake engine says after a prompt."""
+def expected_text(prompt: str | tuple[int, ...], count: int) -> str:
+    """Return the output of the fake engine for a prompt."""
     ids = BYTES.encode(prompt) if isinstance(prompt, str) else prompt
     return decode(BYTES, [token(ids, position, 32_000) for position in range(count)])
 
 
-def test_models_are_those_that_are_deployed(client: openai.OpenAI) -> None:
+def test_list_and_retrieve_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "maveriq"
     with pytest.raises(openai.NotFoundError, match="did you mean 'llama-2-7b'"):
@@ -32,21 +32,21 @@ def test_models_are_those_that_are_deployed(client: openai.OpenAI) -> None:
 
 def test_completion(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=4)
-    assert answer.choices[0].text == said("Hello", 4)
+    assert answer.choices[0].text == expected_text("Hello", 4)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 4, 9)
 
 
-def test_without_max_tokens_the_deployments_length_counts(client: openai.OpenAI) -> None:
+def test_default_of_max_tokens(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="Hello")
-    assert answer.choices[0].text == said("Hello", 6)
+    assert answer.choices[0].text == expected_text("Hello", 6)
 
 
 @pytest.mark.parametrize("prompt", [[7, 8, 9], [[7, 8, 9]]])
-def test_token_ids_are_a_prompt(client: openai.OpenAI, prompt: list[int]) -> None:
+def test_token_ids_as_prompt(client: openai.OpenAI, prompt: list[int]) -> None:
     answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, extra_body={"return_token_ids": True})
-    assert answer.choices[0].text == said((7, 8, 9), 3)
+    assert answer.choices[0].text == expected_text((7, 8, 9), 3)
     assert answer.choices[0].model_extra["token_ids"] == [token((7, 8, 9), n, 32_000) for n in range(3)]
 
 
@@ -60,18 +60,18 @@ def test_chat(client: openai.OpenAI) -> None:
         max_completion_tokens=3,
         temperature=0.7,
     )
-    assert answer.choices[0].message.content == said("system: Be kind.\nuser: Hi!\nassistant:", 3)
+    assert answer.choices[0].message.content == expected_text("system: Be kind.\nuser: Hi!\nassistant:", 3)
     assert answer.choices[0].message.role == "assistant"
 
 
-def test_a_stream_says_the_same_as_the_whole(client: openai.OpenAI) -> None:
+def test_stream(client: openai.OpenAI) -> None:
     chunks = list(client.completions.create(model=MODEL, prompt="Hello", max_tokens=5, stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == said("Hello", 5)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected_text("Hello", 5)
     assert len(chunks) == 6
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 5 + ["length"]
 
 
-def test_a_chat_stream_with_counts(client: openai.OpenAI) -> None:
+def test_chat_stream_with_usage(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model=MODEL,
@@ -83,7 +83,7 @@ def test_a_chat_stream_with_counts(client: openai.OpenAI) -> None:
     )
     *texts, counts = chunks
     assert texts[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in texts) == said("user: Hi\nassistant:", 4)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in texts) == expected_text("user: Hi\nassistant:", 4)
     assert counts.choices == []
     assert counts.usage is not None
     assert counts.usage.completion_tokens == 4
@@ -91,7 +91,7 @@ def test_a_chat_stream_with_counts(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_stop_string_ends_the_text(client: openai.OpenAI, *, stream: bool) -> None:
-    whole = said("Hello", 6)
+    whole = expected_text("Hello", 6)
     stop = whole[2:4]
     answer = client.completions.create(model=MODEL, prompt="Hello", stop=["never said", stop], stream=stream)
     if stream:
@@ -102,8 +102,8 @@ def test_a_stop_string_ends_the_text(client: openai.OpenAI, *, stream: bool) -> 
     assert (text, finish) == (whole[: whole.index(stop)], "stop")
 
 
-def test_a_stop_of_one_token_ends_the_engines_work_too(server: Running, client: openai.OpenAI) -> None:
-    whole = said("Hello", 6)
+def test_stop_string_of_one_token_stops_the_engine(server: Running, client: openai.OpenAI) -> None:
+    whole = expected_text("Hello", 6)
     answer = client.completions.create(model=MODEL, prompt="Hello", stop=whole[2])
     assert answer.choices[0].text == whole[: whole.index(whole[2])]
     assert server.cluster.submitted[-1].stop_token_ids == BYTES.encode(whole[2])
@@ -141,7 +141,7 @@ def test_priority_and_slo_from_body_and_header(server: Running, client: openai.O
         ({"prompt": "x" * 40_000}, "prompt"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, extra: dict[str, object], param: str) -> None:
+def test_unsupported_parameters_are_refused(client: openai.OpenAI, extra: dict[str, object], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model=MODEL, prompt="a", extra_body=extra)
     assert str(refused.value.param).split(".")[0] == param
@@ -150,7 +150,7 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, extra: di
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ({"prompt": "x", "stop": list("abcde")}, "stop: list should have at most 4 items"),
         ({"prompt": [-1]}, "prompt.0: input should be greater than or equal to 0"),
@@ -160,21 +160,21 @@ def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI, extra: di
         ({"prompt": "x", "logprobs": 3}, "it may only be false"),
     ],
 )
-def test_an_error_names_the_field_and_no_type_of_ours(server: Running, body: dict[str, object], told: str) -> None:
+def test_validation_errors_name_the_field(server: Running, body: dict[str, object], message: str) -> None:
     with server.client() as http:
         answer = http.post("/v1/completions", json={"model": MODEL, **body})
     assert answer.status_code == 400
-    assert told in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
 
 
-def test_a_route_that_is_not_there_says_where_all_are_listed(server: Running) -> None:
+def test_unknown_route(server: Running) -> None:
     with server.client() as http:
         answer = http.get("/")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert "GET /openapi.json lists the routes" in answer.json()["error"]["message"]
 
 
-def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
+def test_parameters_without_effect_are_accepted(client: openai.OpenAI) -> None:
     client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Hi"}],
@@ -213,7 +213,7 @@ def test_several_endpoints_of_a_model(state: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_how_a_request_ends_otherwise(state: Path, *, stream: bool) -> None:
+def test_failed_and_refused_requests(state: Path, *, stream: bool) -> None:
     with running(state) as server:
         server.deploy()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -231,7 +231,7 @@ def test_how_a_request_ends_otherwise(state: Path, *, stream: bool) -> None:
         client.close()
 
 
-def test_an_engine_that_fails_in_the_middle_of_a_stream_ends_it_with_an_error(state: Path) -> None:
+def test_engine_failure_ends_a_stream_with_an_error(state: Path) -> None:
     with running(state) as server:
         server.deploy()
         server.hold_tokens()

@@ -1,4 +1,4 @@
-"""The policy that knows single endpoints: what was deployed comes back as it was, if it still fits."""
+"""The policy with per-endpoint overrides: pinned plans and placements by name."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def view(state: ClusterState) -> ClusterView:
 
 
 def elsewhere() -> Plans:
-    """Plans that the usual policy would not make."""
+    """Plans that the default policy would not make."""
     decision = OneGpu(last=True).decide(ASK, view(empty()))
     assert isinstance(decision, Deploy)
     return decision.plans
@@ -61,7 +61,7 @@ def down() -> ClusterState:
 
 
 @pytest.mark.parametrize("state", [full(), down()])
-def test_what_does_not_fit_any_more_is_decided_anew(state: ClusterState) -> None:
+def test_plans_that_no_longer_fit_are_replaced(state: ClusterState) -> None:
     policy = placements()
     policy.pin(5, elsewhere())
     decision = policy.decide(ASK, view(state))
@@ -83,14 +83,14 @@ def test_two_replicas_on_one_gpu_need_room_for_both() -> None:
     "endpoint",
     [dataclasses.replace(ASK, model=load_model("gptj-6b")), dataclasses.replace(ASK, batch_size=2)],
 )
-def test_a_pin_of_something_else_does_not_count(endpoint: EndpointSpec) -> None:
+def test_plans_of_another_model_or_batch_size_are_ignored(endpoint: EndpointSpec) -> None:
     policy = placements()
     policy.pin(5, elsewhere())
     decision = policy.decide(endpoint, view(empty()))
     assert decision == OneGpu().decide(endpoint, view(empty()))
 
 
-def test_a_placement_by_name_and_forgetting() -> None:
+def test_place_by_name_and_forget() -> None:
     policy = placements()
     policy.place_by(5, "last")
     assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())

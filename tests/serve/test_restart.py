@@ -77,7 +77,7 @@ def up(url: str) -> None:
         until(lambda: http.get("/endpoints/1").json()["status"] == "up")
 
 
-def test_killed_in_the_middle_of_load(state: Path) -> None:
+def test_kill_under_load(state: Path) -> None:
     with process(state, step=0.002) as (server, url):
         up(url)
         with clients(url) as seen:
@@ -107,14 +107,14 @@ def test_a_graceful_stop_finishes_accepted_requests(state: Path) -> None:
     with process(state, step=0.002) as (server, url):
         up(url)
         with clients(url) as seen:
-            until(lambda: sum(one == "completed" for one in list(seen.values())) > 20)
+            until(lambda: sum(result == "completed" for result in list(seen.values())) > 20)
             server.send_signal(signal.SIGTERM)
         assert server.wait(TIMEOUT_S) == 0
     store = Store(state)
     rows = {row.request_id: row for row in asyncio.run(store.requests(status=None, limit=1000))}
     store.close()
     assert {row.status for row in rows.values()} == {"completed"}
-    assert sum(one == "completed" for one in seen.values()) == len(rows)
+    assert sum(result == "completed" for result in seen.values()) == len(rows)
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -152,11 +152,15 @@ def test_endpoints_are_restored_on_the_same_gpus(state: Path) -> None:
         http.delete("/endpoints/2")
         before = http.get("/endpoints").json()
     with running(state) as server, server.client() as http:
-        until(lambda: all(one["status"] == "up" for one in http.get("/endpoints").json()))
+        until(lambda: all(endpoint["status"] == "up" for endpoint in http.get("/endpoints").json()))
         after = http.get("/endpoints").json()
-        assert [one["deployments"][0]["gpus"] for one in after] == [one["deployments"][0]["gpus"] for one in before]
+        assert [endpoint["deployments"][0]["gpus"] for endpoint in after] == [
+            endpoint["deployments"][0]["gpus"] for endpoint in before
+        ]
         same = [key for key in before[0] if key not in ("deployments", "status", "completed")]
-        assert [[one[key] for key in same] for one in after] == [[one[key] for key in same] for one in before]
+        assert [[endpoint[key] for key in same] for endpoint in after] == [
+            [endpoint[key] for key in same] for endpoint in before
+        ]
         assert server.deploy() == 4, "a number is never given twice"
         assert [model["name"] for model in http.get("/models").json()] == [MODEL]
 
@@ -167,7 +171,7 @@ def test_two_servers_do_not_share_a_state(state: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, but long enough to be one" * 30, b""])
-def test_a_file_that_is_no_state(state: Path, content: bytes) -> None:
+def test_file_that_is_not_a_database(state: Path, content: bytes) -> None:
     state.write_bytes(content)
     if content:
         with pytest.raises(InputError, match=r"state\.db"):
@@ -177,7 +181,7 @@ def test_a_file_that_is_no_state(state: Path, content: bytes) -> None:
     assert not content or state.read_bytes() == content
 
 
-def test_a_state_in_no_folder(tmp_path: Path) -> None:
+def test_state_file_in_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be opened"):
         Store(tmp_path / "nowhere" / "state.db")
 

@@ -1,4 +1,4 @@
-"""Schemathesis over the OpenAPI schema of a real server: no 5xx whatever is sent, and answers as the schema says."""
+"""Schemathesis over the OpenAPI schema of a real server: no 5xx, and responses match the schema."""
 
 import os
 from collections.abc import Iterator
@@ -23,17 +23,17 @@ ROUTES = {
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server for fuzzing alone: what is fuzzed into being should disturb nobody."""
-    with running(tmp_path_factory.mktemp("fuzzed") / "s.db") as one:
-        one.deploy()
-        yield one
+    """A server of its own, because fuzzing creates models and endpoints."""
+    with running(tmp_path_factory.mktemp("fuzzed") / "s.db") as server:
+        server.deploy()
+        yield server
 
 
 @pytest.fixture(scope="module")
 def operations(fuzzed: Running) -> dict[str, schemathesis.schemas.APIOperation]:
     schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
-    found = [one.ok() for one in schema.get_all_operations()]
-    return {one.label: one for one in found}
+    found = [operation.ok() for operation in schema.get_all_operations()]
+    return {operation.label: operation for operation in found}
 
 
 @pytest.mark.parametrize("route", sorted(ROUTES))

@@ -59,7 +59,7 @@ def sample(http: httpx.Client, name: str) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
+def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
         assert http.post("/endpoints", json={"model": MODEL}).status_code == 201
         until(lambda: http.get("/endpoints/1").json()["status"] == "up")
@@ -81,7 +81,7 @@ def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("serve",), "say what to run on"),
         ((*SERVE, "--host", "0.0.0.0"), "MAVERIQ_TOKEN"),  # noqa: S104
@@ -97,7 +97,7 @@ def test_from_the_first_start_to_the_second(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_line(
     words: tuple[str, ...],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -110,20 +110,20 @@ def test_bad_input_is_one_line(
     shown = capfd.readouterr()
     assert shown.out == ""
     [line] = shown.err.splitlines()
-    assert told in line
+    assert message in line
     assert line.startswith("maveriq: ")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_said_with_what_installs_it() -> None:
-    told = r"maveriq serve needs the package no_such_package; install it with pip install 'maveriq\[serve\]'"
-    with pytest.raises(InputError, match=told), extra("serve", for_whom="maveriq serve"):
+def test_missing_package() -> None:
+    message = r"maveriq serve needs the package no_such_package; install it with pip install 'maveriq\[serve\]'"
+    with pytest.raises(InputError, match=message), extra("serve", for_whom="maveriq serve"):
         importlib.import_module("no_such_package")
     with pytest.raises(ModuleNotFoundError), extra("serve", for_whom="maveriq serve"):
         importlib.import_module("maveriq.no_such_module")
 
 
-def test_a_fault_of_the_executor_ends_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_executor_failure_stops_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clusters: list[FakeCluster] = []
 
     @contextlib.asynccontextmanager

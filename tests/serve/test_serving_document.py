@@ -1,4 +1,4 @@
-"""docs/serving.md says what is so: its routes, commands, series and example."""
+"""docs/serving.md lists the routes, console commands and metrics, and its example works."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_every_command_is_there(usage: str) -> None:
     assert usage in TEXT.partition("## The console")[2]
 
 
-def test_every_series_is_there_and_no_other(server: Running, client: openai.OpenAI) -> None:
+def test_every_metric_is_there_and_no_other(server: Running, client: openai.OpenAI) -> None:
     client.completions.create(model="llama-2-7b", prompt="a", max_tokens=2, extra_body={"slo_ms": 1000})
     with server.client() as http:
         http.get("/nowhere")

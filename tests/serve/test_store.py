@@ -1,4 +1,4 @@
-"""The state file: what it says is so, it says even where the disk is full."""
+"""The state file."""
 
 import asyncio
 import sqlite3
@@ -39,7 +39,7 @@ def with_store(path: Path, test: Callable[[Store], Awaitable[None]], *, kept: in
         store.close()
 
 
-def test_what_is_told_is_remembered(state: Path) -> None:
+def test_store_keeps_models_endpoints_and_requests(state: Path) -> None:
     endpoint = EndpointSpec(
         endpoint_id=1, model=MODEL, intent=INTENT, requested_us=0, prompt_tokens=8, output_tokens=20, batch_size=3
     )
@@ -84,19 +84,19 @@ def test_a_request_ends_once(state: Path) -> None:
     with_store(state, test)
 
 
-def test_what_has_no_end_fails_in_the_next_life(state: Path) -> None:
+def test_interrupted_requests_fail_at_the_next_start(state: Path) -> None:
     async def test(store: Store) -> None:
         await asyncio.gather(*(store.accept(row(name)) for name in "abc"))
         await store.end(ended("b"))
         assert await store.fail_interrupted_requests() == 2
         failed = await store.requests(status="failed", limit=10)
-        assert {(one.request_id, one.reason) for one in failed} == {("a", INTERRUPTED), ("c", INTERRUPTED)}
+        assert {(row.request_id, row.reason) for row in failed} == {("a", INTERRUPTED), ("c", INTERRUPTED)}
         assert len(await store.requests(status=None, limit=2)) == 2
 
     with_store(state, test)
 
 
-def test_only_the_last_ended_are_kept_but_all_that_are_open(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_ended_requests_are_pruned(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_PRUNE_EVERY", 1)
 
     async def test(store: Store) -> None:
@@ -104,13 +104,13 @@ def test_only_the_last_ended_are_kept_but_all_that_are_open(state: Path, monkeyp
         for number in range(10):
             await store.accept(row(str(number)))
             await store.end(ended(str(number)))
-        kept = [one.request_id for one in await store.requests(status=None, limit=100)]
+        kept = [row.request_id for row in await store.requests(status=None, limit=100)]
         assert kept == ["9", "8", "7", "open"]
 
     with_store(state, test, kept=3)
 
 
-def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
+def test_full_disk_and_recovery(state: Path) -> None:
     async def test(store: Store) -> None:
         async def max_pages(count: int) -> None:
             def set_it(file: sqlite3.Connection) -> None:
@@ -120,8 +120,10 @@ def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
 
         await store.accept(row("before"))
         await max_pages(1)  # which SQLite takes to mean: no more than there are
-        told = await asyncio.gather(*(store.accept(row("x" * 60 + str(n))) for n in range(500)), return_exceptions=True)
-        full = [one for one in told if isinstance(one, StoreError)]
+        results = await asyncio.gather(
+            *(store.accept(row("x" * 60 + str(n))) for n in range(500)), return_exceptions=True
+        )
+        full = [result for result in results if isinstance(result, StoreError)]
         assert full
         assert "database or disk is full" in str(full[0])
         assert len(await store.requests(status=None, limit=1_000)) == 501 - len(full), "who heard yes is there"
@@ -131,18 +133,18 @@ def test_a_full_disk_is_said_and_gets_over(state: Path) -> None:
     with_store(state, test)
 
 
-def test_a_job_that_fails_hangs_nobody(state: Path) -> None:
+def test_failing_job_raises_in_all_jobs_of_its_transaction(state: Path) -> None:
     async def test(store: Store) -> None:
-        told = await asyncio.gather(
+        results = await asyncio.gather(
             store._writer.run(lambda _file: 1 // 0), store.accept(row("a")), return_exceptions=True
         )
-        assert isinstance(told[0], StoreError)
-        assert (await store.request("a") is not None) == (told[1] is True)
+        assert isinstance(results[0], StoreError)
+        assert (await store.request("a") is not None) == (results[1] is True)
 
     with_store(state, test)
 
 
-def test_a_closed_store_says_so(state: Path) -> None:
+def test_closed_store(state: Path) -> None:
     async def test(store: Store) -> None:
         store.close()
         store.close()

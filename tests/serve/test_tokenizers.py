@@ -1,4 +1,4 @@
-"""Text to tokens and back, and where it stops."""
+"""Tokenizers and stop strings."""
 
 import json
 from pathlib import Path
@@ -15,20 +15,20 @@ VOCAB = ["<unk>", "<s>", "</s>", "hello", "world", "Ġhello", "Ġworld", "a", "u
 
 
 @given(st.text(), st.sampled_from([259, 300, 32_000]))
-def test_bytes_come_back_as_they_were(text: str, vocab_size: int) -> None:
+def test_byte_tokenizer_round_trip(text: str, vocab_size: int) -> None:
     bytes_ = ByteTokenizer(vocab_size)
     ids = bytes_.encode(text)
-    assert all(0 <= one < vocab_size for one in ids)
+    assert all(0 <= token_id < vocab_size for token_id in ids)
     assert decode(bytes_, ids) == text
 
 
 @given(st.text(), st.integers(1, 258))
-def test_any_vocabulary_will_do(text: str, vocab_size: int) -> None:
-    assert all(0 <= one < vocab_size for one in ByteTokenizer(vocab_size).encode(text))
+def test_byte_tokenizer_with_a_small_vocabulary(text: str, vocab_size: int) -> None:
+    assert all(0 <= token_id < vocab_size for token_id in ByteTokenizer(vocab_size).encode(text))
 
 
 @given(st.lists(st.integers(0, 31_999)))
-def test_any_token_has_a_text(ids: list[int]) -> None:
+def test_every_token_decodes_to_text(ids: list[int]) -> None:
     text = decode(ByteTokenizer(32_000), ids)
     text.encode()  # which can be sent
     assert len(text) <= len(ids)
@@ -40,7 +40,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 
 @given(PIECES, STOPS)
-def test_a_stream_stops_where_the_whole_text_does(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings_in_pieces_equal_those_in_the_whole_text(pieces: list[str], stops: list[str]) -> None:
     scanner = StopStrings(stops)
     shown = "".join(map(scanner.feed, pieces)) + scanner.flush()
     ends = [at for at in map("".join(pieces).find, stops) if at >= 0]
@@ -56,7 +56,7 @@ def test_a_stream_stops_where_the_whole_text_does(pieces: list[str], stops: list
 
 
 @given(PIECES, STOPS)
-def test_what_is_shown_is_never_taken_back_nor_needlessly_held(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings_hold_back_only_what_they_must(pieces: list[str], stops: list[str]) -> None:
     scanner, seen, shown = StopStrings(stops), "", ""
     for piece in pieces:
         seen += piece
@@ -85,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_models_own_tokenizer(folder: Path) -> None:
+def test_tokenizer_file(folder: Path) -> None:
     own = tokenizer_for(str(folder), 100)
     assert own.encode("hello world") == (3, 6)
     assert own.encode_chat([{"role": "user", "content": "hello"}]) == (1, 3)
@@ -94,7 +94,7 @@ def test_a_models_own_tokenizer(folder: Path) -> None:
     assert decode(own, [3, 99]) == "hello", "a model may have more ids than its tokenizer"
 
 
-def test_without_a_template_a_chat_is_lines(folder: Path) -> None:
+def test_chat_without_a_template(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     messages = [{"role": "user", "content": "hello"}]
     assert plain_chat(messages) == "user: hello\nassistant:"
@@ -103,17 +103,17 @@ def test_without_a_template_a_chat_is_lines(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for %}"])
-def test_a_template_that_misbehaves_is_refused(folder: Path, template: str) -> None:
+def test_bad_chat_template(folder: Path, template: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(InputError, match="chat template"):
         tokenizer_for(str(folder), 100).encode_chat([{"role": "user", "content": "hello"}])
 
 
-def test_a_tokenizer_that_cannot_be_read(folder: Path) -> None:
+def test_unreadable_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json.* cannot be read"):
         tokenizer_for(str(folder), 100)
 
 
-def test_no_tokenizer_means_bytes(tmp_path: Path) -> None:
+def test_no_tokenizer_file_means_bytes(tmp_path: Path) -> None:
     assert tokenizer_for("", 300) == tokenizer_for(str(tmp_path), 300) == ByteTokenizer(300)

@@ -1,4 +1,4 @@
-"""Requests in flight: exactly one end each, whatever happens, and it is written down."""
+"""The life cycle of requests: each gets exactly one final status, and it is stored."""
 
 import asyncio
 import tempfile
@@ -26,14 +26,14 @@ from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
 FINAL = {status.label for status in FINAL_STATUSES}
 
 
-class World:
-    """A tracker with all that it stands on, and an endpoint."""
+class Rig:
+    """A request life cycle on a fake cluster with one endpoint."""
 
     def __init__(self, folder: Path, token_s: float) -> None:
         self.cluster = FakeCluster(placements(), token_s=token_s)
         self.store = Store(folder / "state.db")
         self.metrics = Metrics()
-        self.tracker = RequestLifecycle(self.cluster, self.store, self.metrics, max_in_flight=6)
+        self.requests = RequestLifecycle(self.cluster, self.store, self.metrics, max_in_flight=6)
         asked = EndpointRequest(
             model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
         )
@@ -41,23 +41,23 @@ class World:
 
     async def send(self, name: str | None = None, *, output_tokens: int = 3, slo_us: int = 0) -> AcceptedRequest:
         submission = Submission(endpoint_id=self.endpoint_id, prompt=(1, 2), output_tokens=output_tokens, slo_us=slo_us)
-        return await self.tracker.accept("llama-2-7b", submission, name)
+        return await self.requests.accept("llama-2-7b", submission, name)
 
     async def rows(self) -> list[RequestRow]:
         return await self.store.requests(status=None, limit=1_000)
 
 
 @asynccontextmanager
-async def world(token_s: float = 0.0) -> AsyncIterator[World]:
+async def new_rig(token_s: float = 0.0) -> AsyncIterator[Rig]:
     with tempfile.TemporaryDirectory() as folder:
-        one = World(Path(folder), token_s)
+        rig = Rig(Path(folder), token_s)
         await asyncio.sleep(0.001)
         try:
-            yield one
+            yield rig
         finally:
-            await one.cluster.close()
-            await one.tracker.drained()
-            one.store.close()
+            await rig.cluster.close()
+            await rig.requests.drained()
+            rig.store.close()
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -67,37 +67,37 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 class Chaos:
     """Things that happen to a service."""
 
-    def __init__(self, one: World) -> None:
-        self.one = one
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
         self.accepted: list[AcceptedRequest] = []
         self.going: list[asyncio.Task[AcceptedRequest]] = []
 
     async def send(self) -> None:
-        if len(self.one.tracker) < 6:
-            self.accepted.append(await self.one.send())
+        if len(self.rig.requests) < 6:
+            self.accepted.append(await self.rig.send())
         else:
             with pytest.raises(ApiError, match="which is the maximum"):
-                await self.one.send()
+                await self.rig.send()
 
     async def client_goes(self) -> None:
         if self.accepted:
-            self.one.tracker.cancel(self.accepted[-1])
+            self.rig.requests.cancel(self.accepted[-1])
 
     async def client_goes_early(self) -> None:
         """Go while the request is written down."""
-        task = asyncio.create_task(self.one.send())
+        task = asyncio.create_task(self.rig.send())
         await asyncio.sleep(0)
         task.cancel()
         self.going.append(task)
 
     async def engine_fails(self) -> None:
-        self.one.cluster.breaks += 1
+        self.rig.cluster.breaks += 1
 
     async def engine_is_lost(self) -> None:
-        self.one.cluster.lose_engine(self.one.endpoint_id)
+        self.rig.cluster.lose_engine(self.rig.endpoint_id)
 
     async def remove(self) -> None:
-        self.one.cluster.remove(self.one.endpoint_id)
+        self.rig.cluster.remove(self.rig.endpoint_id)
 
     async def wait(self) -> None:
         await asyncio.sleep(0.002)
@@ -113,16 +113,16 @@ DOINGS = [
 @settings(max_examples=25, deadline=None)
 def test_every_accepted_request_has_exactly_one_final_status(doings: list[Callable[[Chaos], Awaitable[None]]]) -> None:
     async def test() -> None:
-        async with world() as one:
-            chaos = Chaos(one)
+        async with new_rig() as rig:
+            chaos = Chaos(rig)
             for doing in doings:
                 await doing(chaos)
-            await one.cluster.close()
-            await one.tracker.drained()
+            await rig.cluster.close()
+            await rig.requests.drained()
             await asyncio.gather(*chaos.going, return_exceptions=True)
-            rows = {row.request_id: row for row in await one.rows()}
+            rows = {row.request_id: row for row in await rig.rows()}
             assert {row.status for row in rows.values()} <= FINAL
-            assert ended(one) == Counter(row.status for row in rows.values())
+            assert ended(rig) == Counter(row.status for row in rows.values())
             for each in chaos.accepted:
                 row, outcome = rows[each.row.request_id], each.outcome.result()
                 assert (row.status, row.reason) == (outcome.status.label, outcome.reason)
@@ -130,37 +130,37 @@ def test_every_accepted_request_has_exactly_one_final_status(doings: list[Callab
     run(test)
 
 
-def test_more_than_the_most_are_not_accepted() -> None:
+def test_limit_of_requests_in_flight() -> None:
     async def test() -> None:
-        async with world(token_s=0.005) as one:
-            sent = await asyncio.gather(*(one.send() for _ in range(10)), return_exceptions=True)
+        async with new_rig(token_s=0.005) as rig:
+            sent = await asyncio.gather(*(rig.send() for _ in range(10)), return_exceptions=True)
             refused = [error for error in sent if isinstance(error, ApiError)]
             assert {error.status for error in refused} == {429}
             assert len(refused) == 4
-            await one.tracker.drained()
-            assert len(await one.rows()) == 6
-            await one.send()
+            await rig.requests.drained()
+            assert len(await rig.rows()) == 6
+            await rig.send()
 
     run(test)
 
 
-def test_an_id_that_is_taken() -> None:
+def test_request_id_taken() -> None:
     async def test() -> None:
-        async with world() as one:
-            await one.send("mine")
+        async with new_rig() as rig:
+            await rig.send("mine")
             with pytest.raises(ApiError, match="'mine' is taken"):
-                await one.send("mine")
-            await one.tracker.drained()
-            assert [row.status for row in await one.rows()] == ["completed"]
+                await rig.send("mine")
+            await rig.requests.drained()
+            assert [row.status for row in await rig.rows()] == ["completed"]
 
     run(test)
 
 
-def test_an_endpoint_that_goes_while_a_request_is_written_down() -> None:
+def test_endpoint_removed_while_a_request_is_stored() -> None:
     async def test() -> None:
-        async with world() as one:
-            one.endpoint_id = 99
-            accepted = await one.send()
+        async with new_rig() as rig:
+            rig.endpoint_id = 99
+            accepted = await rig.send()
             outcome = await accepted.outcome
             assert (outcome.status, outcome.reason) == (RequestStatus.REFUSED, "there is no endpoint 99")
             assert [token async for token in accepted.handle.result().tokens()] == []
@@ -169,13 +169,13 @@ def test_an_endpoint_that_goes_while_a_request_is_written_down() -> None:
     run(test)
 
 
-def test_what_waits_is_refused_when_its_endpoint_is_removed() -> None:
+def test_removing_an_endpoint_refuses_waiting_requests() -> None:
     async def test() -> None:
-        async with world() as one:
-            one.cluster.permits = permits = asyncio.Semaphore(0)
-            runs, waits = await one.send(), await one.send()
+        async with new_rig() as rig:
+            rig.cluster.permits = permits = asyncio.Semaphore(0)
+            runs, waits = await rig.send(), await rig.send()
             await asyncio.sleep(0.002)
-            one.cluster.remove(one.endpoint_id)
+            rig.cluster.remove(rig.endpoint_id)
             assert (await waits.outcome).status is RequestStatus.REFUSED
             for _ in range(3):
                 permits.release()
@@ -203,17 +203,17 @@ class FailingStore(Store):
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
-        async with world() as one:
+        async with new_rig() as rig:
             store = FailingStore(tmp_path / "other.db")
-            tracker = RequestLifecycle(one.cluster, store, one.metrics, max_in_flight=6)
-            one.tracker = tracker
+            tracker = RequestLifecycle(rig.cluster, store, rig.metrics, max_in_flight=6)
+            rig.requests = tracker
             store.full = "accept"
             with pytest.raises(ApiError, match="the disk is full") as error:
-                await one.send()
+                await rig.send()
             assert error.value.status == 503
-            assert one.cluster.submitted == [], "what cannot be written down is not begun"
+            assert rig.cluster.submitted == [], "what cannot be written down is not begun"
             store.full = "end"
-            accepted = await one.send("mine")
+            accepted = await rig.send("mine")
             assert (await accepted.outcome).status is RequestStatus.COMPLETED, "its client is not kept waiting"
             assert not tracker.store_works
             assert len(tracker) == 1
@@ -228,11 +228,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
-def test_a_cluster_with_a_fault_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_error_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        async with world() as one:
-            monkeypatch.setattr(one.cluster, "submit", lambda _submission: 1 // 0)
-            accepted = await one.send()
+        async with new_rig() as rig:
+            monkeypatch.setattr(rig.cluster, "submit", lambda _submission: 1 // 0)
+            accepted = await rig.send()
             outcome = await accepted.outcome
             assert outcome.status is RequestStatus.FAILED
             assert "the cluster failed" in outcome.reason
@@ -240,23 +240,23 @@ def test_a_cluster_with_a_fault_fails_the_request(monkeypatch: pytest.MonkeyPatc
     run(test)
 
 
-def test_the_metrics_say_what_happened() -> None:
+def test_metrics() -> None:
     async def test() -> None:
-        async with world(token_s=0.002) as one:
-            first = await one.send(slo_us=10_000_000)
-            second = await one.send(slo_us=1)
-            third = await one.send(output_tokens=1)
+        async with new_rig(token_s=0.002) as rig:
+            first = await rig.send(slo_us=10_000_000)
+            second = await rig.send(slo_us=1)
+            third = await rig.send(output_tokens=1)
             outcomes = [await each.outcome for each in (first, second, third)]
-            one.cluster.breaks = 1
-            await (await one.send(slo_us=10_000_000)).outcome
-            one.metrics.add_cluster(one.cluster.progress, one.tracker.__len__)
-            assert value(one, "maveriq_requests_accepted_total", model="llama-2-7b") == 4
-            assert value(one, "maveriq_requests_total", model="llama-2-7b", status="completed") == 3
-            assert value(one, "maveriq_requests_total", model="llama-2-7b", status="failed") == 1
-            assert value(one, "maveriq_slo_requests_total", model="llama-2-7b", met="true") == 1
-            assert value(one, "maveriq_slo_requests_total", model="llama-2-7b", met="false") == 2
-            assert value(one, "maveriq_prompt_tokens_total", model="llama-2-7b") == 6
-            assert value(one, "maveriq_generated_tokens_total", model="llama-2-7b") == 7
+            rig.cluster.breaks = 1
+            await (await rig.send(slo_us=10_000_000)).outcome
+            rig.metrics.add_cluster(rig.cluster.progress, rig.requests.__len__)
+            assert value(rig, "maveriq_requests_accepted_total", model="llama-2-7b") == 4
+            assert value(rig, "maveriq_requests_total", model="llama-2-7b", status="completed") == 3
+            assert value(rig, "maveriq_requests_total", model="llama-2-7b", status="failed") == 1
+            assert value(rig, "maveriq_slo_requests_total", model="llama-2-7b", met="true") == 1
+            assert value(rig, "maveriq_slo_requests_total", model="llama-2-7b", met="false") == 2
+            assert value(rig, "maveriq_prompt_tokens_total", model="llama-2-7b") == 6
+            assert value(rig, "maveriq_generated_tokens_total", model="llama-2-7b") == 7
             latencies_s = [(each.finish_us - each.arrival_us) / 1e6 for each in outcomes]
             firsts_s = [(each.first_token_us - each.arrival_us) / 1e6 for each in outcomes]
             per_token_s = [(each.finish_us - each.first_token_us) / 2e6 for each in outcomes[:2]]
@@ -265,25 +265,25 @@ def test_the_metrics_say_what_happened() -> None:
                 ("time_to_first_token", firsts_s),
                 ("time_per_output_token", per_token_s),
             ):
-                assert value(one, f"maveriq_{name}_seconds_count", model="llama-2-7b") == len(figures)
-                assert value(one, f"maveriq_{name}_seconds_sum", model="llama-2-7b") == pytest.approx(sum(figures))
-            assert value(one, "maveriq_deployment_up", deployment="1", model="llama-2-7b") == 1
-            assert value(one, "maveriq_gpu_load_ratio", gpu="3") == 0.25
-            assert value(one, "maveriq_requests_in_flight") == len(one.tracker)
-            one.cluster.lose_engine(one.endpoint_id)
-            assert value(one, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") == 1
-            one.cluster.remove(one.endpoint_id)
-            assert value(one, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") is None
+                assert value(rig, f"maveriq_{name}_seconds_count", model="llama-2-7b") == len(figures)
+                assert value(rig, f"maveriq_{name}_seconds_sum", model="llama-2-7b") == pytest.approx(sum(figures))
+            assert value(rig, "maveriq_deployment_up", deployment="1", model="llama-2-7b") == 1
+            assert value(rig, "maveriq_gpu_load_ratio", gpu="3") == 0.25
+            assert value(rig, "maveriq_requests_in_flight") == len(rig.requests)
+            rig.cluster.lose_engine(rig.endpoint_id)
+            assert value(rig, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") == 1
+            rig.cluster.remove(rig.endpoint_id)
+            assert value(rig, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") is None
 
     run(test)
 
 
-def ended(one: World) -> dict[str, int]:
+def ended(rig: Rig) -> dict[str, int]:
     """Return how many requests ended in each status, as the metrics say."""
-    counts = {status: value(one, "maveriq_requests_total", model="llama-2-7b", status=status) for status in FINAL}
+    counts = {status: value(rig, "maveriq_requests_total", model="llama-2-7b", status=status) for status in FINAL}
     return {status: int(count) for status, count in counts.items() if count}
 
 
-def value(one: World, name: str, **labels: str) -> float | None:
-    registry: CollectorRegistry = one.metrics.registry
+def value(rig: Rig, name: str, **labels: str) -> float | None:
+    registry: CollectorRegistry = rig.metrics.registry
     return registry.get_sample_value(name, labels)
