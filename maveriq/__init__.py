@@ -1,7 +1,48 @@
-"""maveriq: serve many LLMs on one GPU cluster by intent.
+"""maveriq plans, simulates and runs many LLMs on one GPU cluster, by intent.
 
-Start reading at docs/reading-guide.md. From Python: `maveriq.scenario` turns options into a
-scenario, `maveriq.sim` runs it, `maveriq.report` measures and writes what happened.
+::
+
+    import maveriq
+
+    run = maveriq.simulate(policy="hybrid", slo_scale=5)
+    run.requests            # a pandas DataFrame
+
+docs/python.md describes the functions. They load on first use, so that the import itself stays fast.
 """
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Options",
+    "PlacementResult",
+    "Run",
+    "__version__",
+    "compare",
+    "errors",
+    "load_run",
+    "place",
+    "plan",
+    "run",
+    "simulate",
+]
+
+if TYPE_CHECKING:
+    from maveriq import errors
+    from maveriq.api import PlacementResult, Run, compare, load_run, place, plan, run, simulate
+    from maveriq.scenario.options import Options
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("maveriq.errors")
+    if name in __all__:
+        return getattr(importlib.import_module("maveriq.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,63 +1,73 @@
-"""The `maveriq` command: registers the commands, turns errors into one line and an exit code."""
+"""The `maveriq` command: a table of subcommands, each loaded from its module when it is used."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from maveriq import __version__
-from maveriq.cli.compare import compare
-from maveriq.cli.console import console
-from maveriq.cli.ending import ending, prepare_streams
-from maveriq.cli.engines import engines
-from maveriq.cli.fit import fit
-from maveriq.cli.place import place
-from maveriq.cli.plan import plan
-from maveriq.cli.profile import profile
-from maveriq.cli.run import run
-from maveriq.cli.serve import serve
-from maveriq.cli.sim import sim
-from maveriq.cli.testbed import app as testbed_app
-from maveriq.cli.trace import app as trace_app
+from maveriq.cli.error_handler import prepare_streams, run_command
+
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "sim": "Replay a workload on a simulated GPU cluster.",
+        "run": "Replay a workload on engines that really run.",
+        "plan": "Rank a model's configurations for an intent.",
+        "place": "Search the best placement of models on GPUs, as AlpaServe does.",
+        "profile": "Measure models on this machine's engines.",
+        "fit": "Evaluate an estimator on measurements, or fit the calibrated estimator to them.",
+        "compare": "Show how far a simulated run is from a real one.",
+        "engines": "Show what engines can do, and which can start here.",
+        "serve": "Serve many models on one cluster over HTTP.",
+        "console": "Register, deploy and query models of a running service.",
+        "trace": "Show, export and check workloads.",
+        "testbed": "Import the recorded runs of the testbed, and replay them.",
+    }
+)
+"""Each subcommand with the first line of its help, so that `maveriq --help` loads none of them."""
 
 
-class _Command(TyperCommand):
-    """A command whose own help is set in panels.
+class _LazyGroup(TyperGroup):
+    """Lists the commands from the table, and imports `maveriq.cli.NAME` only to run a command."""
 
-    The list of commands is set plainly: what it takes to draw panels doubles the time until
-    `maveriq --help` answers.
-    """
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name, summary in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=summary))
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"rich_markup_mode": "rich"})
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if command is not None and name else command, rest
+
+
+def load_command(name: str) -> Any:
+    """Return a subcommand, with its options, from the function or the Typer app that its module defines."""
+    module = importlib.import_module(f"maveriq.cli.{name}")
+    command_app = getattr(module, "app", None)
+    if command_app is None:
+        command_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+        command_app.command(name)(getattr(module, name))
+    return typer.main.get_command(command_app)
 
 
 app = typer.Typer(
     name="maveriq",
+    cls=_LazyGroup,
     help="Serve many LLMs on one GPU cluster by intent: plan, simulate, run, and serve.",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None,  # plain help: drawing panels doubles the time until `maveriq --help` answers
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=_Command)(sim)
-app.command(cls=_Command)(run)
-app.command(cls=_Command)(plan)
-app.command(cls=_Command)(place)
-app.command(cls=_Command)(profile)
-app.command(cls=_Command)(fit)
-app.command(cls=_Command)(compare)
-app.command(cls=_Command)(engines)
-app.command(cls=_Command)(serve)
-app.command(cls=_Command)(console)
-app.add_typer(trace_app, name="trace")
-app.add_typer(testbed_app, name="testbed")
 
 
-def _version(asked: bool) -> None:  # noqa: FBT001  (typer calls it so)
-    if asked:
+def _print_version(requested: bool) -> None:  # noqa: FBT001  (Typer calls it with a positional argument)
+    if requested:
         typer.echo(f"maveriq {__version__}")
         raise typer.Exit
 
@@ -65,10 +75,10 @@ def _version(asked: bool) -> None:  # noqa: FBT001  (typer calls it so)
 @app.callback(invoke_without_command=True)
 def root(
     ctx: typer.Context,
-    version: bool = typer.Option(  # noqa: ARG001, FBT001  (its callback answers)
+    version: bool = typer.Option(  # noqa: ARG001, FBT001  (handled by the callback)
         False,  # noqa: FBT003
         "--version",
-        callback=_version,
+        callback=_print_version,
         is_eager=True,
         help="Print the version and exit.",
     ),
@@ -81,4 +91,4 @@ def root(
 def main() -> None:
     """Run the command line; the only place that exits."""
     prepare_streams()
-    sys.exit(ending(lambda: app(prog_name="maveriq", standalone_mode=False)))
+    sys.exit(run_command(lambda: app(prog_name="maveriq", standalone_mode=False)))

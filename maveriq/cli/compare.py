@@ -1,11 +1,24 @@
-"""`maveriq compare`: how far a simulated run is from a real one."""
+"""`maveriq compare`: shows how far a simulated run is from a real one."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
+from rich.console import Console
+
+from maveriq import api
+from maveriq.cli.options import JsonFlag
+from maveriq.domain.records import RunRecord
+from maveriq.errors import MaveriqError
+from maveriq.report.compare import check, parse_tolerances
+from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
+from maveriq.report.compare_view import comparison_view, matching_line
+from maveriq.report.curves import Curves, latency_curves, queue_curves
+from maveriq.report.text_plot import dots_across
 
 
 def compare(
@@ -18,18 +31,19 @@ def compare(
         str | None,
         typer.Option(
             metavar="mean=10%,slo=3pt,...",
-            help="Largest errors allowed of the whole run; exit code 1 where one is missed.",
+            help="Largest errors allowed of the whole run; exit code 1 where one is exceeded.",
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png|svg", help="Draw both runs into a file.")] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where recorded runs lie.", show_default="MAVERIQ_DATA")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The folder of recorded runs.", show_default="MAVERIQ_DATA"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Show how far a simulated run is from a real one.
 
-    Signed errors of the whole run and by model: latency, queue delay,
+    Signed errors of the whole run and by model: latency, queueing delay,
     service time, SLOs, throughput, cost; plans side by side; latency
     distributions and queues over one another.
 
@@ -37,6 +51,38 @@ def compare(
     throughput, cost, gpu-hours, request (median error of a request); in pt:
     slo, slo-all, ks.
     """
-    from maveriq.cli.comparing import Question, show_comparison
+    tolerances = parse_tolerances(tolerance) if tolerance is not None else ()
+    if plot is not None:
+        check_plot_name(plot)
+    sim_run, real_run = (api.load_run(name, data=data) for name in (sim, real))
+    comparison = api.compare(sim_run, real_run)
+    checks = check(comparison, tolerances)
+    if plot is not None:
+        title = f"{Path(sim).name} against {Path(real).name}"
+        write_plot(plot, comparison, _curves(sim_run.record, real_run.record, POINTS), title=title)
+    if as_json:
+        answer = {
+            "sim": sim,
+            "real": real,
+            "within_tolerance": all(one.met for one in checks) if checks else None,
+            "checks": msgspec.to_builtins(checks),
+            "matching": matching_line(comparison),
+            **msgspec.to_builtins(comparison),
+        }
+        typer.echo(json.dumps(answer, indent=2, allow_nan=False))
+    else:
+        console = Console()
+        console.print(f"simulated {sim}\nreal      {real}\n", markup=False, highlight=False)
+        curves = _curves(sim_run.record, real_run.record, dots_across(console.width))
+        ascii_only = console.options.ascii_only
+        console.print(comparison_view(comparison, curves, checks, width=console.width, ascii_only=ascii_only))
+        if plot is not None:
+            console.print(f"plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+    missed = [one.name for one in checks if not one.met]
+    if missed:
+        raise MaveriqError(f"out of tolerance: {', '.join(missed)}")
 
-    show_comparison(Question(sim=sim, real=real, tolerance=tolerance, plot=plot, data=data, as_json=as_json))
+
+def _curves(sim: RunRecord, real: RunRecord, points: int) -> list[Curves]:
+    latencies = latency_curves(sim, real, points=points)
+    return [*([latencies] if latencies else []), queue_curves(sim, real, points=points)]

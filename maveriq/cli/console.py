@@ -60,10 +60,10 @@ def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
     Raises:
         MaveriqError: the first error of commands that are not typed at a terminal.
     """
-    from maveriq.cli.extras import extra
+    from maveriq.cli.error_handler import extra
     from maveriq.serve.auth import read_token
 
-    with extra("serve", for_whom="maveriq console"):
+    with extra("serve", needed_by="maveriq console"):
         from maveriq.serve.client import ServiceClient
 
     if isinstance(sys.stdin, io.TextIOWrapper):  # let `parse` report bytes that are not UTF-8

@@ -1,11 +1,25 @@
-"""`maveriq place`: AlpaServe's placement search on a problem of one's own."""
+"""`maveriq place`: searches AlpaServe's placement for a problem from a file."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
+from maveriq import api
+from maveriq.cli.options import JsonFlag
+from maveriq.policy.alpaserve.search import SearchProgress
+from maveriq.report.placements import placement_view, progress_line
+
+_FIRST_LINE_S = 1.0
+_LINE_EVERY_S = 5.0
+_REFRESH_EVERY_S = 0.1
 
 
 def place(
@@ -17,14 +31,47 @@ def place(
         bool, typer.Option("--float64", help="Do not round stage times and SLOs to float32, as AlpaServe does.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on long searches.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Search the best placement of models on GPUs, as AlpaServe does.
 
-    Shows the groups of GPUs with the models that each hosts, and every way of
-    cutting the cluster that was tried. Where AlpaServe* cannot keep every model,
-    it says so: that is an answer, and exits with 0.
+    Shows the groups of GPUs with the models on each, and every way of dividing
+    the cluster that was tried. Where AlpaServe* cannot keep every model, the
+    answer is "infeasible" and the exit code 0.
     """
-    from maveriq.cli.placing import show_placement
+    with _progress(quiet=quiet or as_json) as progress:
+        result = api.place(problem, float64=float64, progress=progress)
+    for note in result.notes:
+        typer.echo(f"maveriq: {note}", err=True)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
+    else:
+        console = Console()
+        console.print(placement_view(result.problem, result.settings, result.solution, width=console.width))
 
-    show_placement(problem, single_precision=not float64, quiet=quiet or as_json, as_json=as_json)
+
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[SearchProgress], None] | None]:
+    """Show the progress of a long search on stderr: one changing line, or in a file a line every few seconds."""
+    if quiet:
+        yield None
+        return
+    console = Console(stderr=True)
+    started_s = time.monotonic()
+    with console.status("searching") if console.is_terminal else contextlib.nullcontext() as status:
+        interval_s = _REFRESH_EVERY_S if status else _LINE_EVERY_S
+        due_s = started_s + (0 if status else _FIRST_LINE_S)
+
+        def show(progress: SearchProgress) -> None:
+            nonlocal due_s
+            now_s = time.monotonic()
+            if now_s < due_s:
+                return
+            due_s = now_s + interval_s
+            line = progress_line(progress, now_s - started_s)
+            if status:
+                status.update(line)
+            else:
+                console.print(line, soft_wrap=True, highlight=False)
+
+        yield show

@@ -1,11 +1,36 @@
-"""`maveriq profile`: measure models on the engines of this machine."""
+"""`maveriq profile`: measures models on the engines of this machine and writes a hardware profile."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+
+from maveriq.domain.cluster import Cluster, Gpu
+from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError
+from maveriq.exec.capabilities import Device, why_not
+from maveriq.exec.launcher import ProcessLauncher
+from maveriq.exec.local_machine import EMULATED, LocalMachine
+from maveriq.profiling.folder import PROFILE_FILES, Machine, write_profile
+from maveriq.profiling.measure import Measured, MeasurementCase, Probe, measure
+from maveriq.report.run_folder import check_writable
+from maveriq.units import bytes_from_gib, gib
+
+_CONFIGURATION = re.compile(r"(?:(?P<model>.+)=)?(?P<tp>\d{1,3})x(?P<pp>\d{1,3})(?::(?P<weights>\w+))?(?P<kv>\+kv8)?")
+_CPU_MEMORY_GIB = 4.0
+_MAX_PROMPT_TOKENS, _MAX_BATCH = 100_000, 1_000
 
 
 def profile(
@@ -21,37 +46,157 @@ def profile(
             help="What to measure, such as 2x1, 1x3:int8+kv8, or MODEL=4x1; repeatable.",
         ),
     ],
-    backend: Annotated[str, typer.Option(metavar="torch|vllm|trtllm", help="What engines are made of.")] = "torch",
-    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts, with commas.")] = "16,64,256",
+    backend: Annotated[str, typer.Option(metavar="torch|vllm|trtllm", help="The engine.")] = "torch",
+    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts, separated by commas.")] = "16,64,256",
     output_tokens: Annotated[int, typer.Option(min=2, max=100_000, help="Tokens to generate.")] = 20,
-    batch_size: Annotated[str, typer.Option(help="Sizes of batches, with commas.")] = "1",
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Each question is asked so often.")] = 5,
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Repetitions of each measurement.")] = 5,
     memory_gib: Annotated[
         float | None,
-        typer.Option(help="Memory of one GPU, or of what plays one on a CPU.", show_default="the GPU's, or 4"),
+        typer.Option(help="Memory of one GPU, or of one process on a CPU.", show_default="the GPU's, or 4"),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Its name.", show_default="the GPU's, or cpu")] = None,
+    kind: Annotated[str | None, typer.Option(help="Name of the GPU kind.", show_default="the GPU's, or cpu")] = None,
 ) -> None:
     """Measure models on this machine's engines.
 
-    Whole models, under the configurations that you choose.
+    Measures whole models under the configurations that you choose.
 
     Writes a profile: maveriq sim --profile FOLDER/profile.toml --estimator
-    measured --service-times measured then simulates these very engines.
+    measured --service-times measured then simulates these engines.
     """
-    from maveriq.cli.profiling import Wanted, measure_and_write
+    if backend == EMULATED:
+        raise InputError("an emulated engine takes the estimated time; there is nothing to measure")
+    if memory_gib is not None and not 0 < memory_gib < 1e6:
+        raise InputError(f"--memory-gib must be a positive number, not {memory_gib}")
+    check_writable(out, files=PROFILE_FILES)
+    engines = _engines(models, configuration)
+    cases = _cases(batch_size, prompt_tokens, output_tokens)
+    with contextlib.closing(LocalMachine(backend)) as local:
+        for model, parallel_config in engines:
+            _check_supported(backend, model, parallel_config, Device.CUDA if local.meter else Device.CPU)
+        machine = _machine(local, kind, memory_gib)
+        job = _Job(local=local, machine=machine, engines=engines, cases=cases, probe=Probe(repeats=repeats))
+        measured = asyncio.run(_measure_all(job))
+    write_profile(out, machine, measured)
+    file = out / "profile.toml"
+    Console().print(
+        f"profile: {file}\nuse it: --profile {file} --estimator measured --service-times measured",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
-    measure_and_write(
-        Wanted(
-            models=tuple(models),
-            configurations=tuple(configuration),
-            backend=backend,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            batch_sizes=batch_size,
-            repeats=repeats,
-            memory_gib=memory_gib,
-            kind=kind,
-        ),
-        out,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    local: LocalMachine
+    machine: Machine
+    engines: Sequence[tuple[ModelSpec, ParallelConfig]]
+    cases: Sequence[MeasurementCase]
+    probe: Probe
+
+
+async def _measure_all(job: _Job) -> list[Measured]:
+    """Measure one engine after the other, and report each on stderr.
+
+    Raises:
+        ProfilingError: an engine failed.
+    """
+    console = Console(stderr=True)
+    devices = job.local.devices(_cluster(job.machine, max(config.gpus for _, config in job.engines)))
+    found: list[Measured] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="maveriq-profile-") as logs,
+        ProcessLauncher(job.local.backend, logs=Path(logs), devices=devices) as launcher,
+    ):
+        for number, (model, config) in enumerate(job.engines, 1):
+            console.print(f"{number} of {len(job.engines)}: {escape(model.name)} with {config}", highlight=False)
+            measured = await measure(launcher, model, config, job.cases, devices=devices, probe=job.probe)
+            console.print("\n".join(_lines(measured)), highlight=False)
+            found += measured
+    return found
+
+
+def _lines(measured: Sequence[Measured]) -> Iterator[str]:
+    for measurement in measured:
+        case = measurement.question
+        yield (
+            f"  batch {case.batch}, prompts of {case.prompt_tokens}: first token after "
+            f"{1e3 * (measurement.ttft_s + measurement.tpot_s):.1f} ms, then {1e3 * measurement.tpot_s:.2f} ms each"
+        )
+
+
+def _cases(batch_sizes: str, prompt_tokens: str, output_tokens: int) -> list[MeasurementCase]:
+    """Return every combination of a batch size and a prompt length."""
+    batches = _counts("--batch-size", batch_sizes, _MAX_BATCH)
+    prompts = _counts("--prompt-tokens", prompt_tokens, _MAX_PROMPT_TOKENS)
+    return [
+        MeasurementCase(batch=batch, prompt_tokens=tokens, output_tokens=output_tokens)
+        for batch, tokens in product(batches, prompts)
+    ]
+
+
+def _counts(option: str, text: str, maximum: int) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= maximum for part in parts):
+        raise InputError(f"{option} must be whole numbers from 1 to {maximum:,} with commas between, not {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _engines(model_names: Sequence[str], configurations: Sequence[str]) -> list[tuple[ModelSpec, ParallelConfig]]:
+    """Return each model with each of its configurations."""
+    models = {model.name: model for model in map(load_model, model_names)}
+    found: dict[tuple[str, ParallelConfig], ModelSpec] = {}
+    for text in configurations:
+        name, configuration = _configuration(text)
+        if name is not None and name not in models:
+            raise InputError(f"--configuration {text!r}: {name!r} is not among the models ({', '.join(models)})")
+        for model in models.values() if name is None else [models[name]]:
+            found[model.name, configuration] = model
+    return [(model, configuration) for (_, configuration), model in found.items()]
+
+
+def _configuration(text: str) -> tuple[str | None, ParallelConfig]:
+    """Return the model, if the text names one, and the configuration."""
+    match = _CONFIGURATION.fullmatch(text)
+    if match is None:
+        raise InputError(f"--configuration {text!r} is none; write TPxPP, as 2x1, 1x3:int8 or NAME=4x1:int8+kv8")
+    weights = match["weights"] or WeightType.FLOAT16.value
+    if weights not in list(WeightType):
+        raise InputError(f"--configuration {text!r}: weights must be one of {', '.join(WeightType)}, not {weights!r}")
+    configuration = ParallelConfig(
+        tp=int(match["tp"]),
+        pp=int(match["pp"]),
+        weights=WeightType(weights),
+        kv=KvType.INT8 if match["kv"] else KvType.NATIVE,
+    )
+    return match["model"], configuration
+
+
+def _check_supported(backend: str, model: ModelSpec, configuration: ParallelConfig, device: Device) -> None:
+    if configuration.pp > model.layers:
+        raise InputError(f"{model.name} has {model.layers} layers, too few for {configuration.pp} stages")
+    refusal = why_not(backend, model, configuration, device)
+    if refusal is not None:
+        raise InputError(str(refusal))
+
+
+def _machine(local: LocalMachine, kind: str | None, memory_gib: float | None) -> Machine:
+    """Return what the profile says about the GPU; on a CPU one process stands for one GPU."""
+    if local.meter is None:
+        return Machine(kind=kind or "cpu", memory_gib=memory_gib or _CPU_MEMORY_GIB, idle_gib=0.0)
+    gpu = local.meter.gpus[0]
+    idle_gib = round(gib(local.meter.read()[0].used_bytes), 3)
+    return Machine(
+        kind=kind or gpu.name.removeprefix("NVIDIA ").replace(" ", "-"),
+        memory_gib=memory_gib or round(gib(gpu.memory_bytes), 3),
+        idle_gib=0.0 if memory_gib else idle_gib,
+    )
+
+
+def _cluster(machine: Machine, gpus: int) -> Cluster:
+    capacity = bytes_from_gib(machine.memory_gib)
+    return Cluster(
+        name="measured",
+        gpus=tuple(Gpu(gpu_id=i, node=0, kind=machine.kind, capacity_bytes=capacity) for i in range(gpus)),
     )

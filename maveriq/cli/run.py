@@ -1,68 +1,82 @@
-"""`maveriq run`: replay a workload on engines that really run."""
+"""`maveriq run`: replays a workload on engines that really run."""
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from maveriq.cli.flags import with_options
-from maveriq.cli.shared_flags import (
-    AsJson,
-    Backend,
-    Hang,
-    MostFailures,
-    Quiet,
-    Real,
-    SloTpot,
-    SloTtft,
-    StartTimeout,
-    TimeScale,
-)
-from maveriq.scenario.options import Options
-
-_OUTPUT = "Output"
+from maveriq import api
+from maveriq.cli.options import OutputOptions, with_options
+from maveriq.cli.results import default_folder, live_view, show_run
+from maveriq.domain.records import NOT_YET
+from maveriq.errors import MaveriqError
+from maveriq.exec.local_machine import EngineOptions
+from maveriq.report.reading import read_meta
+from maveriq.report.run_folder import check_writable
+from maveriq.scenario.options import Options, flag
 
 
-@with_options(Options)
-def run(
-    options: Options,
-    *,
-    backend: Backend = None,
-    real: Real = False,
-    time_scale: TimeScale = 1.0,
-    start_timeout_s: StartTimeout = 900.0,
-    hang_timeout_s: Hang = 30.0,
-    max_restarts: MostFailures = 5,
-    slo_ttft_ms: SloTtft = None,
-    slo_tpot_ms: SloTpot = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the records.", show_default="runs/NAME-BACKEND", rich_help_panel=_OUTPUT),
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+@with_options(Options, EngineOptions, OutputOptions)
+def run(options: Options, engines: EngineOptions, output: OutputOptions) -> None:
     """Replay a workload on engines that really run.
 
-    Takes the options of `maveriq sim`, and leaves the same records, to be
-    compared with its own. The emulated engine needs no GPU: a process that
-    takes the estimated time. Ctrl-C ends the run early, with its records.
+    Takes the options of `maveriq sim`, and writes the same records, so that the
+    two can be compared. The emulated engine needs no GPU: a process that takes
+    the estimated time. Ctrl-C ends the run early, with its records.
     """
-    from maveriq.cli.engine_site import Engines
-    from maveriq.cli.running import run_for_real
-    from maveriq.cli.simulating import Output
+    simulated = default_folder(options)
+    folder = output.out or simulated.with_name(f"{simulated.name}-{engines.name}")
+    check_writable(folder)
+    quiet = output.quiet or output.as_json
+    with live_view(output) as view:
+        finished = api.run(
+            options,
+            out=folder,
+            slo_ttft_ms=output.slo_ttft_ms,
+            slo_tpot_ms=output.slo_tpot_ms,
+            watcher=None if quiet else view,
+            **asdict(engines),
+        )
+    show_run(finished, output, folder, last_line=_suggestion(options, finished, folder))
+    if finished.interrupted:
+        raise KeyboardInterrupt
+    planned = [deployment for deployment in finished.record.deployments if deployment.plan is not None]
+    if planned and all(deployment.ready_us == NOT_YET and deployment.status == "down" for deployment in planned):
+        raise MaveriqError(f"no engine came up: {planned[0].reason}; records: {folder}")
 
-    run_for_real(
-        options,
-        Engines(
-            backend=backend,
-            real=real,
-            time_scale=time_scale,
-            start_timeout_s=start_timeout_s,
-            hang_timeout_s=hang_timeout_s,
-            max_restarts=max_restarts,
-        ),
-        Output(folder=out, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, as_json=as_json, quiet=quiet),
-    )
+
+def _suggestion(options: Options, finished: api.Run, folder: Path) -> str:
+    """Return the command that compares the run with a simulated one, after the one that simulates it if needed."""
+    simulated = default_folder(options)
+    compare = shlex.join(["maveriq", "compare", str(simulated), str(folder)])
+    if not _is_simulation_of(finished, simulated):
+        simulate = shlex.join(["maveriq", "sim", "--quiet", *_changed_options(options)])
+        compare = f"{simulate} && {compare}"
+    return f"compare with the simulator: {compare}"
+
+
+def _is_simulation_of(finished: api.Run, folder: Path) -> bool:
+    """Return whether a folder holds a simulation with the options of a run."""
+    try:
+        meta = read_meta(folder)
+    except MaveriqError:
+        return False
+    options = finished.meta["options"]
+    as_read = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return meta.get("kind") == "simulated" and meta.get("options") == as_read
+
+
+def _changed_options(options: Options) -> Iterator[str]:
+    """Yield the options that differ from their defaults, as the command line spells them."""
+    default = Options()
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value == getattr(default, field.name):
+            continue
+        if isinstance(value, bool):
+            yield flag(field.name)
+        else:
+            for single in value if isinstance(value, tuple) else (value,):
+                yield from (flag(field.name), str(single))

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maveriq.cli.flags import with_options
-from maveriq.cli.shared_flags import Backend, Hang, MostFailures, Real, StartTimeout, TimeScale
+from maveriq.cli.options import with_options
+from maveriq.exec.local_machine import EngineOptions
 from maveriq.scenario.options import Options
 
 if TYPE_CHECKING:
     import socket
 
-    from maveriq.cli.engine_site import Engines, Site
     from maveriq.domain.models import ModelSpec
+    from maveriq.exec.local_machine import LocalMachine
     from maveriq.policy.pinned import PinnedPlacementPolicy
     from maveriq.scenario.system import ServingSystem
     from maveriq.serve.settings import ServeSettings
@@ -34,16 +34,11 @@ CLUSTER_OPTIONS = (
 """The options of `maveriq run` that `maveriq serve` also takes."""
 
 
-@with_options(Options, only=CLUSTER_OPTIONS)
+@with_options((Options, CLUSTER_OPTIONS), EngineOptions)
 def serve(
     options: Options,
+    engines: EngineOptions,
     *,
-    backend: Backend = None,
-    real: Real = False,
-    time_scale: TimeScale = 1.0,
-    start_timeout_s: StartTimeout = 900.0,
-    hang_timeout_s: Hang = 30.0,
-    max_restarts: MostFailures = 5,
     models_folder: Annotated[
         Path | None, typer.Option(help="Folder from which models may be registered.", rich_help_panel=_ENGINES)
     ] = None,
@@ -87,20 +82,11 @@ def serve(
     for Prometheus. Listens on loopback unless there is a token. Ctrl-C or SIGTERM
     shuts down gracefully; the next start restores the endpoints.
     """
-    from maveriq.cli.engine_site import Engines
     from maveriq.errors import InputError
     from maveriq.files import is_folder
     from maveriq.serve.auth import read_token
     from maveriq.serve.settings import ServeSettings
 
-    engines = Engines(
-        backend=backend,
-        real=real,
-        time_scale=time_scale,
-        start_timeout_s=start_timeout_s,
-        hang_timeout_s=hang_timeout_s,
-        max_restarts=max_restarts,
-    )
     if models_folder is not None and not is_folder(models_folder):
         raise InputError(f"--models-folder {str(models_folder)!r} is not a folder")
     settings = ServeSettings(
@@ -116,7 +102,7 @@ def serve(
 
 
 def _run_service(
-    options: Options, engines: Engines, settings: ServeSettings, *, state: Path, host: str, port: int, quiet: bool
+    options: Options, engines: EngineOptions, settings: ServeSettings, *, state: Path, host: str, port: int, quiet: bool
 ) -> None:
     """Open the socket and the state file, then serve until a signal.
 
@@ -126,26 +112,25 @@ def _run_service(
     """
     import asyncio
 
-    from maveriq.cli.engine_site import Site
-    from maveriq.cli.extras import extra
-    from maveriq.cli.local_gpus import cluster_here
+    from maveriq.cli.error_handler import extra
+    from maveriq.exec.local_machine import LocalMachine, local_cluster
     from maveriq.scenario.build import build_live_system
 
-    with extra("serve", for_whom="maveriq serve"):
+    with extra("serve", needed_by="maveriq serve"):
         from maveriq.serve.server import listen
         from maveriq.serve.store import Store
 
     logging.basicConfig(format="maveriq: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
     with contextlib.ExitStack() as resources:
-        site = resources.enter_context(contextlib.closing(Site(engines.name)))
-        system, placements = build_live_system(options, wrap_estimator=site.planning, make_cluster=cluster_here)
+        machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name)))
+        system, placements = build_live_system(options, wrap_estimator=machine.planning, make_cluster=local_cluster)
         listener = resources.enter_context(contextlib.closing(listen(host, port, settings)))
         store = resources.enter_context(contextlib.closing(Store(state, kept_requests=settings.kept_requests)))
         serving = _serve(
             system,
             placements,
             engines,
-            site,
+            machine,
             settings,
             listener=listener,
             store=store,
@@ -158,8 +143,8 @@ def _run_service(
 async def _serve(
     system: ServingSystem,
     placements: PinnedPlacementPolicy,
-    engines: Engines,
-    site: Site,
+    engines: EngineOptions,
+    machine: LocalMachine,
     settings: ServeSettings,
     *,
     listener: socket.socket,
@@ -187,9 +172,9 @@ async def _serve(
         supervision=engines.supervision(),
         logs=logs,
         files=ModelFiles(config_of),
-        devices=site.devices(system.cluster),
-        memory_probe=site.memory_probe(),
-        sampler=site.sampler(system.cluster),
+        devices=machine.devices(system.cluster),
+        memory_probe=machine.memory_probe(),
+        sampler=machine.sampler(system.cluster),
     ) as executor:
         app = create_app(executor, store, settings, placements, models)
 

@@ -1,21 +1,25 @@
-"""`maveriq trace`: look at a workload, write it as a schedule, check a file."""
+"""`maveriq trace`: shows a workload, exports it as a schedule, and checks trace files."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from maveriq.cli.flags import with_options
+from maveriq.cli.options import JsonFlag, with_options
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.report.view import BLANK, Column, Part, Table, Text, number_column, row
 from maveriq.scenario.options import Options
+from maveriq.scenario.workload import workload_for
+from maveriq.workload.requests import Workload
+from maveriq.workload.summary import WorkloadSummary, summarise
+from maveriq.workload.traces import AzureTrace, read_trace, write_schedule
 
-if TYPE_CHECKING:
-    from maveriq.report.view import Part
-    from maveriq.workload.requests import Workload
-    from maveriq.workload.summary import WorkloadSummary
-
-app = typer.Typer(rich_markup_mode=None, help="Look at workloads, export and check them.")
+app = typer.Typer(rich_markup_mode=None, help="Show, export and check workloads.")
 
 TraceArgument = Annotated[
     str,
@@ -23,12 +27,11 @@ TraceArgument = Annotated[
         metavar="TRACE", help="code, conversation, poisson, or the CSV file of an Azure trace or a schedule."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 
-_SHAPING = (
+_WORKLOAD_OPTIONS = (
     "scale", "models", "prompt_tokens", "output_tokens", "poisson_as_published", "seed", "slo_scale", "profile",
 )  # fmt: skip
-"""The options of a run that shape its workload, beside the trace itself."""
+"""The options of a run that shape its workload, in addition to the trace itself."""
 
 _PLOT_ROWS = 8
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -36,24 +39,19 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 @app.callback(invoke_without_command=True)
 def root(ctx: typer.Context) -> None:
-    """Look at workloads, export and check them."""
+    """Show, export and check workloads."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
 
 @app.command()
-@with_options(Options, only=_SHAPING)
-def show(options: Options, *, trace: TraceArgument = "code", as_json: JsonOption = False) -> None:
+@with_options((Options, _WORKLOAD_OPTIONS))
+def show(options: Options, *, trace: TraceArgument = "code", as_json: JsonFlag = False) -> None:
     """Show a workload: counts, rate over time, models, lengths."""
-    from maveriq.workload.summary import summarise
-
     summary = summarise(_workload(options, trace))
     if as_json:
-        from dataclasses import asdict
-
         _print_json(asdict(summary) | {"mean_rate_per_s": summary.mean_rate_per_s})
         return
-    from rich.console import Console
 
     console = Console()
     for part in _view(summary, console.width):
@@ -61,19 +59,15 @@ def show(options: Options, *, trace: TraceArgument = "code", as_json: JsonOption
 
 
 @app.command()
-@with_options(Options, only=_SHAPING)
+@with_options((Options, _WORKLOAD_OPTIONS))
 def export(
     options: Options,
     *,
     trace: TraceArgument = "code",
-    out: Annotated[
-        Path, typer.Option(metavar="FILE.csv", help="The schedule to write; it appears whole or not at all.")
-    ],
-    as_json: JsonOption = False,
+    out: Annotated[Path, typer.Option(metavar="FILE.csv", help="The schedule to write, whole or not at all.")],
+    as_json: JsonFlag = False,
 ) -> None:
-    """Write a workload as a schedule, one request a row, which --trace can replay."""
-    from maveriq.workload.traces import write_schedule
-
+    """Write a workload as a schedule: one request per row, for --trace to replay."""
     workload = _workload(options, trace)
     write_schedule(workload.arrivals, out)
     if as_json:
@@ -86,11 +80,9 @@ def export(
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The CSV file of an Azure trace or a schedule.")],
     *,
-    as_json: JsonOption = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Check a trace file; the first thing that is wrong is named with its line."""
-    from maveriq.workload.traces import AzureTrace, read_trace
-
+    """Check a trace file, and report the first error with its line."""
     trace = read_trace(file)
     if isinstance(trace, AzureTrace):
         kind, requests = "Azure trace", int(trace.requests_per_minute.sum())
@@ -105,23 +97,16 @@ def check(
 
 
 def _workload(options: Options, trace: str) -> Workload:
-    from dataclasses import replace
-
-    from maveriq.estimate.hardware_profile import load_profile
-    from maveriq.scenario.workload import workload_for
 
     profile = load_profile(options.profile)
     return workload_for(replace(options, trace=trace), profile, slo_scale=options.slo_scale)
 
 
 def _print_json(value: dict[str, object]) -> None:
-    import json
-
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def _view(summary: WorkloadSummary, width: int) -> list[Part]:
-    from maveriq.report.view import BLANK, Column, Table, Text, number_column, row
 
     models = Table(
         "Models",
@@ -153,17 +138,17 @@ def rate_plot(requests_per_bin: tuple[int, ...], bin_s: int, width: int) -> str:
     Args:
         requests_per_bin: arrivals in each bin.
         bin_s: seconds of a bin.
-        width: characters to fit into; neighbouring bins share a column where there are too many.
+        width: characters to fit into; adjacent bins share a column where there are too many.
     """
     per_column = -(-len(requests_per_bin) // max(1, width - 10))
     starts = range(0, len(requests_per_bin), per_column)
     rates = [sum(requests_per_bin[start : start + per_column]) / (per_column * bin_s) for start in starts]
     highest = max(rates)
     lines = []
-    for row in reversed(range(_PLOT_ROWS)):
-        # Each column has eight steps a row; this row shows those between its floor and its ceiling.
-        steps = (round(rate / highest * _PLOT_ROWS * 8) - row * 8 for rate in rates)
-        label = f"{highest * (row + 1) / _PLOT_ROWS:6.2f}/s" if row % 2 else " " * 8
+    for level in reversed(range(_PLOT_ROWS)):
+        # Each column has eight steps a level; this level shows those between its floor and its ceiling.
+        steps = (round(rate / highest * _PLOT_ROWS * 8) - level * 8 for rate in rates)
+        label = f"{highest * (level + 1) / _PLOT_ROWS:6.2f}/s" if level % 2 else " " * 8
         lines.append(f"{label} " + "".join(_EIGHTHS[min(8, max(0, step))] for step in steps))
     end = f"{len(requests_per_bin) * bin_s:,} s"
     lines.append(" " * 9 + "0 s" + end.rjust(max(len(end) + 1, len(rates) - 3)))

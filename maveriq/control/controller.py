@@ -33,7 +33,7 @@ from maveriq.control.events import (
 )
 from maveriq.control.queues import DEFAULT_MAX_WAIT_US, QueueDiscipline, RequestQueue
 from maveriq.control.request_tracker import RequestTracker
-from maveriq.control.router import Router, RoutingRule
+from maveriq.control.router import RequestRouter, Router, RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming, LoadWindow
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import Request, RequestStatus
@@ -96,7 +96,7 @@ class ControllerSettings:
     discipline: QueueDiscipline = QueueDiscipline.FIFO
     max_wait_us: Micros = DEFAULT_MAX_WAIT_US
     on_failure: OnFailure = OnFailure.REQUEUE
-    router: RoutingRule = RoutingRule.UNIFORM
+    router: RoutingRule | RequestRouter = RoutingRule.UNIFORM
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
 
@@ -130,8 +130,9 @@ class Controller:
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self._settings = settings
-        self._router = Router(settings.router, settings.seed)
-        predicts = settings.discipline.uses_service_time or settings.router is RoutingRule.LEAST_WORK
+        router = settings.router
+        self._router = Router(router, settings.seed) if isinstance(router, RoutingRule) else router
+        predicts = settings.discipline.uses_service_time or router is not RoutingRule.UNIFORM
         self._predict_service_time = predict_service_time if predicts else None
         self._clock = DispatchDelays(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from maveriq.control.deployment_manager import Deployment, DeploymentState
 from maveriq.domain.requests import Request
@@ -17,6 +17,16 @@ class RoutingRule(StrEnum):
 
     UNIFORM = "uniform"  # at random, as in the published AlpaServe runs
     LEAST_WORK = "least-work"  # the replica whose assigned work ends first, as AlpaServe itself does
+
+
+class RequestRouter(Protocol):
+    """Chooses a replica for each request of an endpoint that has several."""
+
+    def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
+        """Return one of the replicas; equal calls in an equal order must give equal answers."""
+
+    def committed(self, deployment: Deployment, now_us: Micros, service_us: Micros) -> None:
+        """Note that a request with this predicted service time was assigned to a replica."""
 
 
 class Router:

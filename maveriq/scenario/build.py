@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
 from maveriq.control.controller import ControllerSettings, OnFailure, ServiceTimePredictor
 from maveriq.control.deployment_manager import Deployment
 from maveriq.control.queues import QueueDiscipline
-from maveriq.control.router import RoutingRule
+from maveriq.control.router import RequestRouter, RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming
 from maveriq.domain.faults import Fault, Removal, check_fault, check_removal, parse_fault, parse_removal
 from maveriq.domain.parallel import DeploymentPlan
@@ -39,9 +39,23 @@ _MAX_CACHED = 1_000_000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """Objects that replace what options name; None where the options decide.
+
+    A router keeps state: give each run a new one.
+    """
+
+    policy: Policy | None = None
+    estimator: Estimator | None = None
+    service_times: Estimator | ServiceTimes | None = None
+    router: RequestRouter | None = None
+
+
 def build_system(
     options: Options,
     *,
+    components: Components = Components(),
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
     make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
 ) -> ReplaySystem:
@@ -49,6 +63,7 @@ def build_system(
 
     Args:
         options: the user's options.
+        components: objects to use instead of what the options name.
         wrap_estimator: wraps the estimator that the policy plans with, for instance to rule out what an
             engine does not support.
         make_cluster: makes the cluster from `options.gpus`; None for `cluster_for`.
@@ -58,20 +73,23 @@ def build_system(
     """
     profile = load_profile(options.profile)
     cluster = (make_cluster or cluster_for)(options.gpus, profile)
-    name, estimator = _estimator(options, profile, wrap_estimator)
+    name, estimator = _estimator(options, profile, wrap_estimator, components.estimator)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
-    policy, notes = _policy(options, profile, cluster, estimator, workload)
+    if components.policy is None:
+        policy, notes = _policy(options, profile, cluster, estimator, workload)
+    else:
+        policy, notes = components.policy, ()
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     return ReplaySystem(
         cluster=cluster,
         policy=policy,
-        settings=_controller_settings(options, profile),
+        settings=_controller_settings(options, profile, components.router),
         predict_service_time=_service_time_predictor(estimator),
-        service_times=_service_times(options, profile, workload),
+        service_times=_given_service_times(components) or _service_times(options, profile, workload),
         load_time=_load_time(options, profile),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
-        notes=(*_notes(options, profile), *notes),
+        notes=(*_notes(options, profile, components), *notes),
         workload=workload,
         faults=_faults(options, cluster, policy, workload, drain_us),
         removals=_removals(options, workload),
@@ -123,11 +141,21 @@ def build_live_system(
 
 
 def _estimator(
-    options: Options, profile: HardwareProfile, wrap: Callable[[Estimator], Estimator] | None
+    options: Options,
+    profile: HardwareProfile,
+    wrap: Callable[[Estimator], Estimator] | None,
+    given: Estimator | None = None,
 ) -> tuple[str, Estimator]:
     """Return the name of the estimator to plan with, and the estimator."""
-    estimator = make_estimator(options.estimator or default_estimator(profile), profile)
+    estimator = given or make_estimator(options.estimator or default_estimator(profile), profile)
     return estimator.name, wrap(estimator) if wrap else estimator
+
+
+def _given_service_times(components: Components) -> ServiceTimes | None:
+    given = components.service_times
+    if given is None or isinstance(given, ServiceTimes):
+        return given
+    return EstimatedServiceTimes(given)
 
 
 def _service_times(options: Options, profile: HardwareProfile, workload: Workload | None) -> ServiceTimes:
@@ -151,10 +179,11 @@ def _service_times(options: Options, profile: HardwareProfile, workload: Workloa
     return RecordedServiceTimes(workload.arrivals.service_us)
 
 
-def _notes(options: Options, profile: HardwareProfile) -> tuple[str, ...]:
-    """Return the note on default estimators, unless the user named both."""
+def _notes(options: Options, profile: HardwareProfile, components: Components = Components()) -> tuple[str, ...]:
+    """Return the note on default estimators, unless the user chose both."""
     note = note_on_default(profile)
-    return (note,) if note and not (options.estimator and options.service_times) else ()
+    chosen = (options.estimator or components.estimator) and (options.service_times or components.service_times)
+    return (note,) if note and not chosen else ()
 
 
 def _faults(
@@ -232,7 +261,9 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
     return cluster
 
 
-def _controller_settings(options: Options, profile: HardwareProfile) -> ControllerSettings:
+def _controller_settings(
+    options: Options, profile: HardwareProfile, router: RequestRouter | None = None
+) -> ControllerSettings:
     """Return the controller's settings.
 
     Raises:
@@ -243,7 +274,7 @@ def _controller_settings(options: Options, profile: HardwareProfile) -> Controll
         discipline=_choice(QueueDiscipline, "queue", options.queue),
         max_wait_us=micros(options.max_wait_s),
         on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
-        router=_choice(RoutingRule, "router", options.router),
+        router=router or _choice(RoutingRule, "router", options.router),
         seed=options.seed,
         load_window=profile.load_window,
     )

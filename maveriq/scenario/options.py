@@ -6,10 +6,14 @@ The command line and the Python API are generated from this table.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from numbers import Number
+from pathlib import PurePath
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from maveriq.errors import InputError
+from maveriq.errors import InputError, UnknownNameError
 
 _WORKLOAD, _CLUSTER, _POLICY, _RUN = "Workload", "Cluster", "Policy", "Service times and faults"
 _PROFILE = "the profile's"
@@ -18,7 +22,7 @@ _MAX_MS = 1e12
 _PUBLISHED_THRESHOLD = 0.7  # of the published runs (MaverIQ, SC '25)
 
 
-def _option(
+def option(
     default: Any,
     help_text: str,
     panel: str,
@@ -26,6 +30,7 @@ def _option(
     shown: str | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    flags: tuple[str, ...] = (),
 ) -> Any:
     """Describe an option.
 
@@ -36,8 +41,11 @@ def _option(
         shown: the default as the help shows it, if not the value itself.
         minimum: the smallest number allowed.
         maximum: the largest.
+        flags: how the command line spells the option; () derives `--slo-scale` from `slo_scale`.
     """
-    metadata = {"help": help_text, "panel": panel, "shown": shown, "minimum": minimum, "maximum": maximum}
+    metadata = {
+        "help": help_text, "panel": panel, "shown": shown, "minimum": minimum, "maximum": maximum, "flags": flags,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -52,56 +60,56 @@ class Options:
         InputError: a number that is not finite, or outside its range.
     """
 
-    trace: str = _option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
-    scale: float | None = _option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4")
-    models: str = _option("large", "Model set: large, regular, twentyone, or a TOML file.", _WORKLOAD)
-    prompt_tokens: str | None = _option(
+    trace: str = option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
+    scale: float | None = option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4")
+    models: str = option("large", "Model set: large, regular, twentyone, or a TOML file.", _WORKLOAD)
+    prompt_tokens: str | None = option(
         None, "Length of prompts: sharegpt, trace, or a number of tokens.", _WORKLOAD, shown="sharegpt"
     )
-    output_tokens: str | None = _option(None, "Length of outputs: trace, or a number of tokens.", _WORKLOAD, shown="20")
-    poisson_as_published: bool = _option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
-    seed: int = _option(42, "Seed of all random streams.", _WORKLOAD)
+    output_tokens: str | None = option(None, "Length of outputs: trace, or a number of tokens.", _WORKLOAD, shown="20")
+    poisson_as_published: bool = option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
+    seed: int = option(42, "Seed of all random streams.", _WORKLOAD)
 
-    gpus: str = _option("8xA6000", "The cluster: count and kind of GPU (8xA6000), a TOML file, or local.", _CLUSTER)
-    profile: str = _option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
+    gpus: str = option("8xA6000", "The cluster: count and kind of GPU (8xA6000), a TOML file, or local.", _CLUSTER)
+    profile: str = option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
 
-    policy: str = _option(
+    policy: str = option(
         "hybrid", "hybrid, packing, llf, none, alpaserve, alpaserve-star, or your own FILE.py:FUNCTION.", _POLICY
     )
-    intent: str = _option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
-    slo_scale: float = _option(
+    intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
+    slo_scale: float = option(
         0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, minimum=0, maximum=1e6
     )
-    min_accuracy: float = _option(0.0, "Minimum accuracy, in percent of the float16 model's.", _POLICY)
-    float16_only: bool = _option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
-    packing_threshold: float = _option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
-    batch_size: int = _option(1, "Maximum requests in a batch.", _POLICY, minimum=1, maximum=10_000)
-    queue: str = _option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
-    max_wait_s: float = _option(
+    min_accuracy: float = option(0.0, "Minimum accuracy, in percent of the float16 model's.", _POLICY)
+    float16_only: bool = option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
+    packing_threshold: float = option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
+    batch_size: int = option(1, "Maximum requests in a batch.", _POLICY, minimum=1, maximum=10_000)
+    queue: str = option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
+    max_wait_s: float = option(
         60.0, "Requests that have waited longer go next (except with fifo).", _POLICY, minimum=0, maximum=_MAX_S
     )
-    router: str = _option("uniform", "How a request picks a replica: uniform or least-work.", _POLICY)
-    alpaserve_profile: str = _option(
+    router: str = option("uniform", "How a request picks a replica: uniform or least-work.", _POLICY)
+    alpaserve_profile: str = option(
         "maveriq", "Model profiles that AlpaServe plans with: maveriq or published.", _POLICY
     )
-    alpaserve_as_published: bool = _option(False, "AlpaServe as published, with its naming defect.", _POLICY)  # noqa: FBT003
-    alpaserve_star_rule: str = _option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
-    estimator: str | None = _option(
+    alpaserve_as_published: bool = option(False, "AlpaServe as published, with its naming defect.", _POLICY)  # noqa: FBT003
+    alpaserve_star_rule: str = option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
+    estimator: str | None = option(
         None, "Estimator that the policy plans with: calibrated, paper, or measured.", _POLICY, shown="calibrated"
     )
 
-    service_times: str | None = _option(
+    service_times: str | None = option(
         None, "How long simulated requests take: calibrated, paper, measured, or recorded.", _RUN, shown="calibrated"
     )
-    exclude_run: str | None = _option(None, "Fit calibrated service times without this recorded run.", _RUN)
-    fail: tuple[str, ...] = _option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _RUN)
-    remove: tuple[str, ...] = _option((), "Remove an endpoint: endpoint=2@900s; repeatable.", _RUN)
-    on_failure: str = _option("requeue", "Requests of a failed engine: requeue (once) or fail.", _RUN)
-    tick_ms: float | None = _option(None, "Tick of the dispatcher.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_MS)
-    after_arrival_ms: float | None = _option(
+    exclude_run: str | None = option(None, "Fit calibrated service times without this recorded run.", _RUN)
+    fail: tuple[str, ...] = option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _RUN)
+    remove: tuple[str, ...] = option((), "Remove an endpoint: endpoint=2@900s; repeatable.", _RUN)
+    on_failure: str = option("requeue", "Requests of a failed engine: requeue (once) or fail.", _RUN)
+    tick_ms: float | None = option(None, "Tick of the dispatcher.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_MS)
+    after_arrival_ms: float | None = option(
         None, "Minimum delay from arrival to dispatch.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_MS
     )
-    after_release_ms: float | None = _option(
+    after_release_ms: float | None = option(
         None,
         "Minimum delay from a GPU's release to its next dispatch.",
         _RUN,
@@ -109,7 +117,7 @@ class Options:
         minimum=0,
         maximum=_MAX_MS,
     )
-    registration_delay_s: float | None = _option(
+    registration_delay_s: float | None = option(
         None,
         "Pause of the dispatcher after an engine registers.",
         _RUN,
@@ -117,9 +125,9 @@ class Options:
         minimum=0,
         maximum=_MAX_S,
     )
-    load_s: float | None = _option(None, "Load time of an engine.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_S)
-    no_dispatch_overhead: bool = _option(False, "Dispatch at once: no tick, delays or pause.", _RUN)  # noqa: FBT003
-    drain_s: float | None = _option(
+    load_s: float | None = option(None, "Load time of an engine.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_S)
+    no_dispatch_overhead: bool = option(False, "Dispatch at once: no tick, delays or pause.", _RUN)  # noqa: FBT003
+    drain_s: float | None = option(
         None,
         "Maximum time from the last arrival to the end of the run.",
         _RUN,
@@ -129,13 +137,65 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            minimum, maximum = option.metadata["minimum"], option.metadata["maximum"]
-            name = f"--{option.name.replace('_', '-')}"
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{name} must be a finite number, not {value}")
-            if value is not None and minimum is not None and value < minimum:
-                raise InputError(f"{name} must be at least {minimum}, not {value}")
-            if value is not None and maximum is not None and value > maximum:
-                raise InputError(f"{name} must be at most {maximum:,.0f}, not {value}")
+        check_ranges(self)
+
+
+def check_ranges(options: Any) -> None:
+    """Check the numbers of a dataclass of options against their limits.
+
+    Raises:
+        InputError: a number is not finite, or outside its range.
+    """
+    for one in fields(options):
+        value, minimum, maximum = getattr(options, one.name), one.metadata["minimum"], one.metadata["maximum"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag(one.name)} must be a finite number, not {value}")
+        if value is not None and minimum is not None and value < minimum:
+            raise InputError(f"{flag(one.name)} must be at least {minimum}, not {value}")
+        if value is not None and maximum is not None and value > maximum:
+            raise InputError(f"{flag(one.name)} must be at most {maximum:,.0f}, not {value}")
+
+
+def flag(name: str) -> str:
+    """Return how the command line spells an option: `slo_scale` is `--slo-scale`."""
+    return f"--{name.replace('_', '-')}"
+
+
+_Options = TypeVar("_Options")
+
+
+def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _Options | None = None) -> _Options:
+    """Return options from Python values: numbers and paths may stand for text, lists for tuples.
+
+    Args:
+        shape: the dataclass of options.
+        values: the values by name.
+        base: gives the options that `values` does not name; None takes the defaults.
+
+    Raises:
+        UnknownNameError: there is no option of a name.
+        InputError: a value of another type, or out of range.
+    """
+    types = get_type_hints(shape)
+    unknown = [name for name in values if name not in types]
+    if unknown:
+        raise UnknownNameError("option", unknown[0], types)
+    converted = {name: _converted(name, value, types[name]) for name, value in values.items()}
+    return shape(**converted) if base is None else replace(base, **converted)  # type: ignore[type-var]
+
+
+def _converted(name: str, value: object, hint: Any) -> object:
+    """Return the value of an option in its own type."""
+    allowed = set(get_args(hint)) if isinstance(hint, UnionType) else {get_origin(hint) or hint}
+    if type(value) in allowed or (isinstance(value, tuple(allowed)) and not isinstance(value, bool)):
+        return value
+    if str in allowed and isinstance(value, (int, PurePath)) and not isinstance(value, bool):
+        return str(value)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if tuple in allowed and isinstance(value, (list, str)):
+        return (value,) if isinstance(value, str) else tuple(map(str, value))
+    if isinstance(value, Number) and hasattr(value, "item"):  # a NumPy scalar
+        return _converted(name, value.item(), hint)
+    wanted = " or ".join(sorted(kind.__name__.replace("NoneType", "None") for kind in allowed))
+    raise InputError(f"{name} must be {wanted}, not {value!r:.60}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
@@ -20,6 +20,7 @@ RECORDED = "recorded"
 _MAX_CACHED = 1_000_000
 
 
+@runtime_checkable
 class ServiceTimes(Protocol):
     """Answers for the hardware: how long a deployment takes for requests."""
 

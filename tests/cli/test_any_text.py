@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from testbeds import TABLES, put_testbed
 
-from maveriq.cli.recordings import recorded
 from maveriq.domain.faults import parse_fault
 from maveriq.domain.models import load_model
 from maveriq.errors import InputError
@@ -16,6 +15,7 @@ from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.report.compare import parse_tolerances
 from maveriq.tables import read_csv
+from maveriq.testbed.recorded_runs import load_recorded_runs
 from maveriq.testbed.replay import options_of, replay
 from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.traces import load_trace, read_trace
@@ -96,7 +96,7 @@ def test_recordings(tmp_path: Path, table: str, data: st.DataObject) -> None:
 
 
 def import_all(testbed: Path) -> None:
-    for one in recorded(None, testbed):
+    for one in load_recorded_runs(None, testbed):
         options_of(one.run)
         replay(one.record, PROFILE)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from maveriq.cli.start import main
+from maveriq.__main__ import main
 
 
 def test_ctrl_c_while_modules_are_read_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

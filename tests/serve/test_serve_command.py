@@ -18,8 +18,7 @@ from fakes import FakeCluster
 from running import MODEL, TIMEOUT_S, until
 
 from maveriq.cli.app import app
-from maveriq.cli.ending import ending
-from maveriq.cli.extras import extra
+from maveriq.cli.error_handler import extra, run_command
 from maveriq.errors import InputError, MaveriqError
 from maveriq.scenario.system import ServingSystem
 
@@ -106,7 +105,7 @@ def test_bad_input_is_one_line(
     monkeypatch.delenv("MAVERIQ_TOKEN", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         typed = [word.replace("{taken}", str(taken.getsockname()[1])) for word in words]
-        assert ending(lambda: app(typed, prog_name="maveriq", standalone_mode=False)) == 2
+        assert run_command(lambda: app(typed, prog_name="maveriq", standalone_mode=False)) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
     [line] = shown.err.splitlines()
@@ -117,9 +116,9 @@ def test_bad_input_is_one_line(
 
 def test_missing_package() -> None:
     message = r"maveriq serve needs the package no_such_package; install it with pip install 'maveriq\[serve\]'"
-    with pytest.raises(InputError, match=message), extra("serve", for_whom="maveriq serve"):
+    with pytest.raises(InputError, match=message), extra("serve", needed_by="maveriq serve"):
         importlib.import_module("no_such_package")
-    with pytest.raises(ModuleNotFoundError), extra("serve", for_whom="maveriq serve"):
+    with pytest.raises(ModuleNotFoundError), extra("serve", needed_by="maveriq serve"):
         importlib.import_module("maveriq.no_such_module")
 
 

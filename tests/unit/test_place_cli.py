@@ -196,10 +196,10 @@ def test_a_bad_workload_is_one_clear_line(place, requests: str, words: str) -> N
 
 
 def test_long_searches_say_how_far_they_are(place, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maveriq.cli import placing
+    import maveriq.cli.place as placing
 
-    monkeypatch.setattr(placing, "_FIRST_AFTER_S", 0.0)
-    monkeypatch.setattr(placing, "_EVERY_S", 0.0)
+    monkeypatch.setattr(placing, "_FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(placing, "_LINE_EVERY_S", 0.0)
     _, _, err = place(GOOD, REQUESTS)
     assert "3 of 3 candidates filled" in err.splitlines()[-1]
     for silent in ("--json", "--quiet"):

@@ -6,12 +6,12 @@ import pytest
 from gpu_fakes import FakeMeter
 from worlds import MODEL, TokenSeconds, cluster
 
-from maveriq.cli import engine_site
-from maveriq.cli.engine_site import Site
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, MaveriqError
+from maveriq.exec import local_machine
 from maveriq.exec.capabilities import Installed, Machine
+from maveriq.exec.local_machine import LocalMachine
 from maveriq.units import BYTES_PER_GIB
 
 
@@ -20,20 +20,20 @@ def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = No
     meter = FakeMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
     sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
     monkeypatch.setattr(FakeMeter, "gpus", sliced)
-    monkeypatch.setattr(engine_site, "this_machine", lambda: Machine(gpus=meter.gpus))
-    monkeypatch.setattr(engine_site, "installed", lambda _engine, _machine: Installed(missing=missing))
-    monkeypatch.setattr(engine_site, "NvmlMeter", lambda: meter)
+    monkeypatch.setattr(local_machine, "this_machine", lambda: Machine(gpus=meter.gpus))
+    monkeypatch.setattr(local_machine, "installed", lambda _engine, _machine: Installed(missing=missing))
+    monkeypatch.setattr(local_machine, "NvmlMeter", lambda: meter)
 
 
 def test_emulated_engines_have_no_devices() -> None:
-    site = Site("emulated")
+    site = LocalMachine("emulated")
     assert (site.meter, site.memory_probe(), site.devices(cluster(4)).uuids) == (None, None, ())
     assert site.sampler(cluster(4)) is None
 
 
 def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> None:
     machine(monkeypatch, 16, 16, 16)
-    site = Site("torch")
+    site = LocalMachine("torch")
     assert site.devices(cluster(2, gib=8)).uuids == ("VIRTUAL-0", "VIRTUAL-1")
     watch = site.memory_probe()
     assert watch is not None
@@ -43,7 +43,7 @@ def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> No
 
 def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
     machine(monkeypatch, 16)
-    site = Site("torch")
+    site = LocalMachine("torch")
     watch = site.memory_probe()
     assert watch is not None
 
@@ -56,7 +56,7 @@ def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
 
 def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> None:
     machine(monkeypatch, 32)
-    site = Site("torch")
+    site = LocalMachine("torch")
     assert site.devices(cluster(4, gib=8)).uuids == ("VIRTUAL-0",) * 4
     assert site.sampler(cluster(4, gib=8)) is None  # nobody knows whose work it is that the device does
     assert site.sampler(cluster(1, gib=8)) is not None
@@ -67,18 +67,18 @@ def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> 
 def test_what_is_missing_is_said(monkeypatch) -> None:
     machine(monkeypatch, missing="not installed: vllm")
     with pytest.raises(InputError, match="--backend vllm cannot run here: not installed: vllm"):
-        Site("vllm")
+        LocalMachine("vllm")
 
 
 def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
     machine(monkeypatch, 32)
     believed = TokenSeconds()
     gptq = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
-    assert Site("emulated").planning(believed) is believed
+    assert LocalMachine("emulated").planning(believed) is believed
     assert believed.why_not(MODEL, gptq) is None
     two, one = (ParallelConfig(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
-    assert Site("torch").planning(believed).why_not(MODEL, two) is None
+    assert LocalMachine("torch").planning(believed).why_not(MODEL, two) is None
     machine(monkeypatch, 32, 32, is_slice=True)
-    assert "slices" in (Site("torch").planning(believed).why_not(MODEL, two) or "")
-    assert Site("torch").planning(believed).why_not(MODEL, one) is None
-    assert (Site("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")
+    assert "slices" in (LocalMachine("torch").planning(believed).why_not(MODEL, two) or "")
+    assert LocalMachine("torch").planning(believed).why_not(MODEL, one) is None
+    assert (LocalMachine("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")
