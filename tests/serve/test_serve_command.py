@@ -82,7 +82,7 @@ def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("serve",), "say what to run on"),
+        (("serve",), "choose an engine"),
         ((*SERVE, "--host", "0.0.0.0"), "MAVERIQ_TOKEN"),  # noqa: S104
         ((*SERVE, "--state", "nowhere/s.db"), "state file 'nowhere/s.db' cannot be opened"),
         ((*SERVE, "--models-folder", "nowhere"), "--models-folder 'nowhere' is not a folder"),
