@@ -26,8 +26,8 @@ def generator(seed: int, name: str) -> np.random.Generator:
 def pick(seed: int, name: str, index: int, choices: int) -> int:
     """Return draw number `index` of the stream `name`: a whole number from 0 to `choices` - 1.
 
-    Unlike a generator it keeps no state: the same index gives the same number, whoever asked for
-    which others before. The mixing is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+    Unlike a generator it keeps no state: the same index gives the same number, whatever else
+    was drawn before. The mixing is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
     """
     mask = (1 << 64) - 1
     state = (zlib.crc32(name.encode()) << 32 ^ seed) + index * 0x9E3779B97F4A7C15 & mask

@@ -83,7 +83,7 @@ def match(
         raise InputError("the table has a column prompt_tokens; leave --prompt-tokens away")
     if profile is not None:
         only = _fed(load_profile(profile), make, prompt_tokens)
-        why = "as said"
+        why = "as requested"
         return ProfileMatch(fed=(only,), subject_of=lambda _: only.subject, why=why, lengths_in_table=in_table)
     candidates = [_fed(hardware, make, prompt_tokens) for hardware in _of_the_usual_kind()]
     if in_table or prompt_tokens is not None:

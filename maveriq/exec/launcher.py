@@ -32,7 +32,7 @@ _LONGEST_LINE = 200
 
 
 class EngineLog:
-    """The log of one engine; whoever writes to it appends (`O_APPEND`)."""
+    """The log of one engine. Writers append to it (`O_APPEND`)."""
 
     def __init__(self, folder: Path, spec: EngineSpec) -> None:
         self.path = folder / f"{spec.deployment_id}-{spec.generation}.log"

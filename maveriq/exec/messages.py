@@ -1,15 +1,9 @@
-"""What engines say, made fit for a line in records.
+"""The messages between the executor and its engines, versioned, and the channels that carry them.
 
-What the executor and its engines say to each other: a few small typed messages, versioned.
-
-They travel as MessagePack frames over a Unix socket (`maveriq.exec.messages`). Delivery is assumed
-to be unreliable: a message may come late, twice or never, so that every one of them can be said
-again. An execution is named by its number; an engine that is told of one that it has finished
-repeats the end, of one that is under way does nothing, of an older one ignores it.
-Channels: messages one by one between the executor and an engine.
-
-On the wire each message is a frame: its length in four bytes, most significant first, then the message. Whoever
-sends does not wait: what matters is repeated until it is answered (`maveriq.exec.messages`).
+A message travels as one frame over a Unix socket: its length in four bytes, most significant first, then
+MessagePack. Delivery counts as unreliable: a message may come late, twice or never, so every message may be sent
+again. Executions are numbered. An engine that gets a finished execution again repeats its result, ignores an older
+one, and does nothing for one that runs. Senders do not wait; they repeat what matters until it is answered.
 """
 
 from __future__ import annotations
@@ -35,7 +29,7 @@ def one_line(text: str) -> str:
 PROTOCOL_VERSION = 1
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
-"""A longer frame is not read: whoever sends it does not speak this protocol."""
+"""A longer frame is not read: its sender does not speak this protocol."""
 
 MAX_SEQUENCES = 10_000
 MAX_PROMPT_TOKENS = 1_000_000

@@ -69,7 +69,7 @@ def _gptj(model: ModelSpec) -> dict[str, Any]:
 
 
 class ModelFiles:
-    """What engines are told of models.
+    """The model files that engines get.
 
     Args:
         config_path: says where the configuration of a model lies, None for one that is known by its shape alone.

@@ -46,7 +46,7 @@ class Prompts:
         self._seed = seed
 
     def of(self, request: Request) -> tuple[int, ...]:
-        """Return the token ids of a request's prompt; any will do for an endpoint that nobody asks for."""
+        """Return the token ids of a request's prompt. An unknown endpoint gets any valid ids."""
         draw = generator(self._seed, f"prompt of request {request.request_id}")
         return tuple(draw.integers(0, self._vocabulary.get(request.endpoint_id, 2), request.prompt_tokens).tolist())
 
@@ -55,7 +55,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Whether somebody wants the run to end. Enter it in the main thread; until it is left, signals do nothing else.
+    """Notes SIGINT and SIGTERM instead of ending the process. Enter it in the main thread.
 
     So a second Ctrl-C, while engines are stopped or records written, cannot lose what the first one meant to keep.
     """
@@ -78,7 +78,7 @@ class Interruption:
 
     @contextmanager
     def telling(self, tell: Callable[[], object]) -> Iterator[None]:
-        """Let somebody be told, at once if it has come already; from a signal's handler, in the main thread."""
+        """Call back on a signal, at once if one has come; it runs in the signal handler, in the main thread."""
         self._tell = tell
         if self.came:
             tell()

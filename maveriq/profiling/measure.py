@@ -134,7 +134,7 @@ def _spec(
 
 
 class _Talk:
-    """A conversation with an engine that nobody else talks to; over a socket no word is lost."""
+    """The connection to an engine with one client. The socket loses no message."""
 
     def __init__(self, connection: EngineConnection, what: str, timeout_s: float) -> None:
         self._channel = connection.channel

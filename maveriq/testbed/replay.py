@@ -39,7 +39,7 @@ from maveriq.workload.requests import Arrivals, Workload
 Array: TypeAlias = npt.NDArray[Any]
 
 _NO_END_US: Micros = 1 << 60  # 36,000 years: every request of a recording was completed, so the replay ends by itself
-# Where nobody knows when an engine registered, nobody was waiting: no request arrives from 29 s
+# Where the registration time is unknown, no request was waiting: no request arrives from 29 s
 # before a deploy to 60 s after it, and any loading time from 16 to 48 s gives the same figures.
 _UNNOTICED_LOAD_US: Micros = 30 * MICROS_PER_SECOND
 
@@ -152,7 +152,7 @@ def _registered_us(deployment: DeploymentRecord) -> Micros:
 
 
 def _no_guess(deployment: Deployment, request: Request) -> Micros:
-    raise InvariantError(f"first come, first served: nobody guesses request {request.request_id} of {deployment.name}")
+    raise InvariantError(f"FIFO needs no prediction of request {request.request_id} of {deployment.name}")
 
 
 _POLICIES = {"MaverIQ": "hybrid", "MaverIQ-FP16": "hybrid", "AlpaServe": "alpaserve", "AlpaServe*": "alpaserve-star"}

@@ -306,7 +306,7 @@ def read_trace(path: Path) -> AzureTrace | Schedule:
     if not text.strip():
         raise InputError(f"trace {str(path)!r} is empty; give an Azure trace or a schedule")
     header = header_of(text)
-    # A column of one kind is enough to tell them apart; what else is wrong with the header is said by the reader.
+    # One column of a kind is enough to tell the formats apart. The reader reports what else is wrong with the header.
     if set(header) & set(AZURE_COLUMNS):
         return parse_azure(text, path)
     if set(header) & set(SCHEDULE_COLUMNS):

@@ -63,10 +63,10 @@ class EngineRequirements:
     @property
     def quantised_ahead(self) -> str | None:
         """How the model's own configuration says that its weights are quantised, None where it does not."""
-        said = self.hf_config.get("quantization_config")
-        if not said:
+        quantization = self.hf_config.get("quantization_config")
+        if not quantization:
             return None
-        return str(said.get("quant_method")) if isinstance(said, dict) else "something unknown"
+        return str(quantization.get("quant_method")) if isinstance(quantization, dict) else "something unknown"
 
     def own_config(self, quantisation: Mapping[str, Any] | None) -> str:
         """Return the `config.json` for random weights that are stored as given."""
@@ -150,13 +150,13 @@ _NO_ROOM = ("out of memory", "no available memory", "free memory on device", "no
 
 
 def as_engine_error(engine: str, error: BaseException) -> EngineError:
-    """Return an engine's exception as ours; want of memory is told by its words, for workers pass on no more."""
+    """Return an engine's exception as an `EngineError`; out of memory is recognised by its message alone."""
     if isinstance(error, EngineError):
         return error
-    told = " ".join(str(error).split()) or "no message"
-    no_room = isinstance(error, MemoryError) or any(words in told.lower() for words in _NO_ROOM)
+    message = " ".join(str(error).split()) or "no message"
+    no_room = isinstance(error, MemoryError) or any(words in message.lower() for words in _NO_ROOM)
     kind = FailureKind.OUT_OF_MEMORY if no_room else FailureKind.ERROR
-    return EngineError(kind, f"{engine}: {type(error).__name__}: {told[:500]}")
+    return EngineError(kind, f"{engine}: {type(error).__name__}: {message[:500]}")
 
 
 class ExternalEngine(ABC):

@@ -209,7 +209,7 @@ async def _stream(llm: Any, one: PromptSequence, position: int, chunks: asyncio.
         max_tokens=one.output_tokens,
         temperature=0.0,
         top_k=1,
-        end_id=-1,  # without a tokenizer it must be told, and nothing ends by it
+        end_id=-1,  # required without a tokenizer; no token has this id, so it ends nothing
         pad_id=0,
         ignore_eos=True,
         stop_token_ids=list(one.stop_token_ids) or None,

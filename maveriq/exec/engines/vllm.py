@@ -142,19 +142,19 @@ def _kv_bytes(wanted: EngineRequirements) -> Bytes:
 
 def _environment(wanted: EngineRequirements, cpus: tuple[int, ...]) -> dict[str, str]:
     cfg = wanted.configuration
-    said = {
+    variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its core runs here, so that errors are seen as they are
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     if cfg.pp > 1:
-        said["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, wanted.spec.layer_split))
+        variables["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, wanted.spec.layer_split))
     if wanted.device is Device.CPU and len(cpus) >= cfg.tp > 1:
         # Without this every rank asks for a NUMA node of its own.
         each = len(cpus) // cfg.tp
         shares = [cpus[rank * each : (rank + 1) * each] for rank in range(cfg.tp)]
-        said["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
-    return said
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+    return variables
 
 
 class VllmEngine(ExternalEngine):

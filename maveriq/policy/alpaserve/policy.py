@@ -90,7 +90,7 @@ def described(solution: PlacementSolution, names: Sequence[str]) -> str:
     if solution.best is None:
         return f"no placement: {solution.reason}"
     groups = "; ".join(
-        f"TP {group.tp} x PP {group.pp} for {' '.join(names[model] for model in group.model_indices) or 'nobody'}"
+        f"TP {group.tp} x PP {group.pp} for {' '.join(names[model] for model in group.model_indices) or 'no model'}"
         for group in solution.groups
     )
     return f"{groups} (attainment {100 * solution.best.attainment:.1f} % in the search's own simulator)"
