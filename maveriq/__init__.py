@@ -30,7 +30,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from maveriq import errors
-    from maveriq.api import PlacementResult, Run, compare, load_run, place, plan, run, simulate
+    from maveriq.api import PlacementResult, compare, place, plan, run, simulate
+    from maveriq.runs import Run, load_run
     from maveriq.scenario.options import Options
 
 
@@ -40,7 +41,8 @@ def __getattr__(name: str) -> Any:
     if name == "errors":
         return importlib.import_module("maveriq.errors")
     if name in __all__:
-        return getattr(importlib.import_module("maveriq.api"), name)
+        module = "maveriq.runs" if name in ("Run", "load_run") else "maveriq.api"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

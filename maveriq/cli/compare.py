@@ -19,6 +19,7 @@ from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
 from maveriq.report.compare_view import comparison_view, matching_line
 from maveriq.report.curves import Curves, latency_curves, queue_curves
 from maveriq.report.text_plot import dots_across
+from maveriq.runs import load_run
 
 
 def compare(
@@ -54,7 +55,7 @@ def compare(
     tolerances = parse_tolerances(tolerance) if tolerance is not None else ()
     if plot is not None:
         check_plot_name(plot)
-    sim_run, real_run = (api.load_run(name, data=data) for name in (sim, real))
+    sim_run, real_run = (load_run(name, data=data) for name in (sim, real))
     comparison = api.compare(sim_run, real_run)
     checks = check(comparison, tolerances)
     if plot is not None:

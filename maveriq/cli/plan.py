@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from maveriq.api import PlanOptions, rank_configurations
 from maveriq.cli.options import JsonFlag, with_options
 from maveriq.errors import MaveriqError
+from maveriq.planning import PlanOptions, rank_configurations
 
 
 @with_options(PlanOptions)

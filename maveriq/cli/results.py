@@ -9,11 +9,11 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from maveriq.api import Run
 from maveriq.cli.options import OutputOptions
 from maveriq.errors import MaveriqError
 from maveriq.report.live import ProgressView, make_view
 from maveriq.report.results import results_view
+from maveriq.runs import Run
 from maveriq.scenario.options import Options
 from maveriq.workload.build import DEFAULT_SCALE
 

@@ -15,6 +15,7 @@ from maveriq.errors import MaveriqError
 from maveriq.exec.local_machine import EngineOptions
 from maveriq.report.reading import read_meta
 from maveriq.report.run_folder import check_writable
+from maveriq.runs import Run
 from maveriq.scenario.options import Options, flag
 
 
@@ -47,7 +48,7 @@ def run(options: Options, engines: EngineOptions, output: OutputOptions) -> None
         raise MaveriqError(f"no engine came up: {planned[0].reason}; records: {folder}")
 
 
-def _suggestion(options: Options, finished: api.Run, folder: Path) -> str:
+def _suggestion(options: Options, finished: Run, folder: Path) -> str:
     """Return the command that compares the run with a simulated one, after the one that simulates it if needed."""
     simulated = default_folder(options)
     compare = shlex.join(["maveriq", "compare", str(simulated), str(folder)])
@@ -57,7 +58,7 @@ def _suggestion(options: Options, finished: api.Run, folder: Path) -> str:
     return f"compare with the simulator: {compare}"
 
 
-def _is_simulation_of(finished: api.Run, folder: Path) -> bool:
+def _is_simulation_of(finished: Run, folder: Path) -> bool:
     """Return whether a folder holds a simulation with the options of a run."""
     try:
         meta = read_meta(folder)

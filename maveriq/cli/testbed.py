@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from maveriq.api import Run
 from maveriq.cli.options import JsonFlag
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
 from maveriq.report.run_folder import check_writable
+from maveriq.runs import Run
 from maveriq.testbed.recorded_runs import load_recorded_runs, meta_of_recorded, testbed_profile
 from maveriq.testbed.replay import replay
 

@@ -1,0 +1,117 @@
+"""Rankings of a model's configurations for an intent, on an empty cluster: what `maveriq plan` answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maveriq.errors import InputError
+from maveriq.scenario.options import check_ranges, option
+
+if TYPE_CHECKING:
+    from maveriq.domain.cluster import Cluster
+    from maveriq.domain.deployments import EndpointSpec
+    from maveriq.policy.configuration import Ranking
+
+_PANEL = "Model"
+_MAX_TOKENS, _MAX_BATCH = 10_000_000, 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """The options of `maveriq plan`.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _PANEL)
+    slo_ms: float | None = option(None, "Upper limit of a whole request's latency.", _PANEL)
+    min_accuracy: float = option(0.0, "Least accuracy, in percent of the float16 model's.", _PANEL)
+    float16_only: bool = option(False, "No quantised weights.", _PANEL)  # noqa: FBT003
+    gpus: str = option("8xA6000", "The cluster: 8xA6000, a TOML file, or local.", _PANEL)
+    prompt_tokens: int | None = option(
+        None, "Length of a typical prompt.", _PANEL, shown="the profile's", minimum=1, maximum=_MAX_TOKENS
+    )
+    output_tokens: int = option(20, "Length of a typical output.", _PANEL, minimum=1, maximum=_MAX_TOKENS)
+    batch_size: int = option(1, "Largest batch of an engine.", _PANEL, minimum=1, maximum=_MAX_BATCH)
+    estimator: str | None = option(None, "The estimator: calibrated, paper, or measured.", _PANEL, shown="calibrated")
+    profile: str = option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _PANEL)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedPlan:
+    """The configurations of a model, ranked for an intent; `failure` says why none meets it, "" where one does."""
+
+    endpoint: EndpointSpec
+    ranking: Ranking
+    cluster: Cluster
+    estimator: str
+    failure: str
+    note: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ranking in plain values, as `maveriq plan --json` prints it."""
+        from maveriq.report.plans import ranking_json
+
+        return {"estimator": self.estimator, **ranking_json(self.endpoint, self.ranking, self.cluster)}
+
+
+def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: Any = None) -> RankedPlan:
+    """Return the ranking behind `plan`.
+
+    Args:
+        model: a model's name, or the path of a Hugging Face config.json.
+        options: the intent and the cluster.
+        estimator: an estimator object to plan with instead of the one that the options name.
+
+    Raises:
+        InputError: an option that cannot be used, or a model without a profile.
+    """
+    from maveriq.domain.cluster import ClusterState
+    from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+    from maveriq.domain.models import load_model
+    from maveriq.estimate.hardware_profile import load_profile
+    from maveriq.estimate.registry import MEASURED, default_estimator, make_estimator, note_on_default
+    from maveriq.exec.local_machine import local_cluster
+    from maveriq.policy.configuration import rank
+
+    profile = load_profile(options.profile)
+    cluster = local_cluster(options.gpus, profile)
+    spec = load_model(str(model))
+    name = options.estimator or default_estimator(profile)
+    # Estimators with a table of their own report themselves which models they know.
+    if estimator is None and name != MEASURED and spec.name not in profile.fingerprints.models():
+        raise InputError(
+            f"model {spec.name!r} has no fingerprint in profile {profile.name!r} (it has "
+            f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"
+        )
+    endpoint = EndpointSpec(
+        endpoint_id=1,
+        model=spec,
+        intent=Intent(
+            objective=Objective.named(options.intent),
+            slo_s=None if options.slo_ms is None else options.slo_ms / 1e3,
+            min_accuracy=options.min_accuracy,
+            float16_only=options.float16_only,
+        ),
+        requested_us=0,
+        prompt_tokens=profile.prompt_tokens if options.prompt_tokens is None else options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        batch_size=options.batch_size,
+    )
+    view = ClusterState(cluster).view([0.0] * len(cluster))
+    planner = estimator or make_estimator(name, profile)
+    ranking = rank(endpoint, view, planner, profile.accuracy)
+    return RankedPlan(
+        endpoint=endpoint,
+        ranking=ranking,
+        cluster=cluster,
+        estimator=planner.name,
+        failure=ranking.note if ranking.candidates else ranking.why_empty(),
+        note=None if estimator or options.estimator else note_on_default(profile),
+    )

@@ -1,0 +1,214 @@
+"""`Run`: what one run did, as tables, metrics, a plot and a folder; `load_run` reads a folder back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maveriq.errors import InputError
+from maveriq.scenario.options import Options, options_from
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from maveriq.domain.records import RunRecord
+    from maveriq.report.metrics import Summary
+    from maveriq.report.saturation import Saturation
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Run:
+    """What one run did, simulated or real. Pickles; `save` and `load_run` keep it in a folder.
+
+    Args:
+        record: every request, deployment and GPU sample.
+        meta: what led to it, as in run.json: kind, workload, notes, options, seed, versions.
+        options: the options with their defaults resolved; None where another version of maveriq wrote the folder.
+        slo_ttft_ms: time to first token within which a request counts as goodput.
+        slo_tpot_ms: time per output token within which a request counts as goodput.
+        engines_csv: engines.csv of a run on engines, "" without one.
+        interrupted: Ctrl-C or SIGTERM ended the run early.
+    """
+
+    record: RunRecord
+    meta: Mapping[str, Any]
+    options: Options | None
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    engines_csv: str = ""
+    interrupted: bool = False
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row per request, with the columns of requests.csv."""
+        from maveriq.report.frames import requests_frame
+
+        return requests_frame(self.record)
+
+    @cached_property
+    def deployments(self) -> pd.DataFrame:
+        """One row per deployment, with the columns of deployments.csv."""
+        from maveriq.report.frames import deployments_frame
+
+        return deployments_frame(self.record)
+
+    @cached_property
+    def gpus(self) -> pd.DataFrame:
+        """One row per GPU and sample, with the columns of gpus.csv."""
+        from maveriq.report.frames import gpus_frame
+
+        return gpus_frame(self.record)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row for the whole run ("all") and one per model; seconds, shares and GiB s as the columns say."""
+        import pandas as pd
+
+        rows = {"all": self.summary.overall, **self.summary.models}
+        return pd.DataFrame({name: _metrics_row(metrics) for name, metrics in rows.items()}).T
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Latency, SLO attainment, goodput, throughput and cost, of the run and of each model."""
+        from maveriq.report.metrics import summarise
+
+        return summarise(self.record, slo_ttft_s=_seconds(self.slo_ttft_ms), slo_tpot_s=_seconds(self.slo_tpot_ms))
+
+    @cached_property
+    def saturation(self) -> Saturation:
+        """Whether the cluster kept up with the requests, and the evidence."""
+        from maveriq.report.saturation import assess_saturation
+
+        return assess_saturation(self.record)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results must know."""
+        return tuple(self.meta["notes"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return saturation, summary and deployments in plain values, as `--json` prints them."""
+        from maveriq.report.run_folder import summary_to_json
+
+        return summary_to_json(self.summary, self.saturation, self.record.deployments)
+
+    def save(self, path: str | Path) -> None:
+        """Write a run folder, whole or not at all. A run folder or an empty folder of that name is replaced.
+
+        Raises:
+            InputError: the folder cannot be written, or holds something else.
+            MaveriqError: the disk is full.
+        """
+        self._save(Path(path))
+
+    def _save(self, folder: Path, logs: Path | None = None) -> None:
+        """Write a run folder; the folder of engine logs moves into it."""
+        from maveriq.report.run_folder import write_run
+
+        def write_engines(fresh: Path) -> None:
+            if logs is not None:
+                shutil.move(logs, fresh)  # a copy would need the space twice
+            if self.engines_csv:
+                (fresh / "engines.csv").write_text(self.engines_csv, encoding="utf-8")
+
+        write_run(folder, self.record, self.to_dict(), self.meta, more=write_engines)
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: the latency of each request, and the requests waiting, over time."""
+        from maveriq.report.run_plot import run_figure
+
+        return run_figure(self.record, title=str(self.meta["workload"]))
+
+    def __repr__(self) -> str:
+        counts = self.summary.overall.counts
+        return (
+            f"<Run {self.meta['kind']}: {self.meta['workload']}, {counts.completed:,} of {counts.scheduled:,} requests "
+            f"completed, {self.saturation.label.value}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the metrics of the run as HTML, for notebooks."""
+        heading = f"<p><b>{escape(str(self.meta['workload']))}</b>: {escape(self.saturation.sentence)}</p>"
+        table: str = self.metrics.to_html(float_format="{:.3f}".format, na_rep="", border=0)
+        return heading + table
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the computed tables out of pickles."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+def _metrics_row(metrics: Any) -> dict[str, float]:
+    counts, row = metrics.counts, {}
+    row["requests"], row["completed"] = counts.scheduled, counts.completed
+    for name in ("latency_s", "queue_s", "service_s", "user_ttft_s", "tpot_s"):
+        figures = getattr(metrics, name)
+        for which in ("mean", "p50", "p95", "p99"):
+            column = f"{name.removeprefix('user_').removesuffix('_s')}_{which}_s"
+            row[column] = float("nan") if figures is None else getattr(figures, which)
+    row["slo_attainment"] = float("nan") if metrics.slo is None else metrics.slo.over_scheduled
+    row["goodput"] = float("nan") if metrics.goodput is None else metrics.goodput.share
+    row["throughput_per_s"] = float("nan") if metrics.throughput_per_s is None else metrics.throughput_per_s
+    row["cost_gib_s_mean"] = float("nan") if metrics.cost_gib_s is None else metrics.cost_gib_s.mean
+    row["gpu_hours"] = metrics.operational_cost_gpu_hours
+    return row
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
+    """Read a run folder, or a recorded run of the published testbed by its name.
+
+    Args:
+        path: the folder, or the name of a recorded run.
+        data: the folder of recordings; None takes MAVERIQ_DATA.
+
+    Raises:
+        InputError: there is no such run, or its files do not fit together.
+    """
+    from maveriq.files import exists, measured_data_path
+    from maveriq.report.reading import read_meta, read_run
+
+    folder = Path(path)
+    if not exists(folder):
+        if data is None and measured_data_path() is None:
+            raise InputError(
+                f"run {str(path)!r} is no folder; name one, or the folder of recorded runs with --data or MAVERIQ_DATA"
+            )
+        return _recorded_run(str(path), data)
+    record, meta = read_run(folder), read_meta(folder)
+    summary = meta.pop("summary", {})
+    meta = {"kind": "", "workload": folder.name, "notes": []} | meta
+    return Run(
+        record=record,
+        meta=meta,
+        options=_options_of(meta),
+        slo_ttft_ms=_milliseconds(summary.get("slo_ttft_s")),
+        slo_tpot_ms=_milliseconds(summary.get("slo_tpot_s")),
+    )
+
+
+def _recorded_run(name: str, data: str | Path | None) -> Run:
+    from maveriq.testbed.recorded_runs import load_recorded_runs, meta_of_recorded
+
+    (recorded,) = load_recorded_runs([name], None if data is None else Path(data), hint="or give the folder of a run")
+    meta = meta_of_recorded(recorded.run, replayed=False)
+    return Run(record=recorded.record, meta=meta, options=_options_of(meta))
+
+
+def _options_of(meta: Mapping[str, Any]) -> Options | None:
+    try:
+        return options_from(Options, meta["options"])
+    except (InputError, KeyError, TypeError):  # written by another version
+        return None
