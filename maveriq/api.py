@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from maveriq.domain.progress import Watcher
+    from maveriq.exec.interrupt import InterruptHandler
     from maveriq.exec.local_machine import EngineOptions
-    from maveriq.exec.replay import Interruption, Replayed, ReplaySettings
+    from maveriq.exec.replay import ReplayResult, ReplaySettings
     from maveriq.policy.alpaserve.problem import PlacementProblem, SearchSettings
     from maveriq.policy.alpaserve.search import PlacementSolution, SearchProgress
     from maveriq.report.compare import Comparison
@@ -105,7 +106,7 @@ def run(
     """
     from maveriq.exec.local_machine import EngineOptions, LocalMachine, local_cluster
     from maveriq.exec.model_files import ModelFiles
-    from maveriq.exec.replay import ReplaySettings, check_real
+    from maveriq.exec.replay import ReplaySettings, check_replayable
     from maveriq.report.run_folder import check_writable
     from maveriq.scenario.build import build_system
     from maveriq.workload.model_sets import load_model_set
@@ -120,7 +121,7 @@ def run(
         system = build_system(
             chosen, components=components, wrap_estimator=machine.planning, make_cluster=local_cluster
         )
-        check_real(system)
+        check_replayable(system)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
             files=ModelFiles(load_model_set(chosen.models).configs().get),
@@ -130,13 +131,13 @@ def run(
             memory_probe=machine.memory_probe(),
             sampler=machine.sampler(system.cluster),
         )
-        with _interruption() as interruption, _scratch_folder(out) as scratch:
+        with _interrupt_handler() as interrupt, _scratch_folder(out) as scratch:
             logs = Path(scratch) / "engines"
             logs.mkdir()
-            replayed = _replay(system, engines, settings, logs, watcher, interruption)
+            replayed = _replay(system, engines, settings, logs, watcher, interrupt)
             finished = _finished_run(
                 _resolved(chosen, system, components), system, components, engines, replayed, settings,
-                slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, interrupted=interruption.came,
+                slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, interrupted=interrupt.interrupted,
             )  # fmt: skip
             if out is not None:
                 finished._save(Path(out), logs)  # noqa: SLF001
@@ -149,13 +150,13 @@ def _replay(
     settings: ReplaySettings,
     logs: Path,
     watcher: Watcher | None,
-    interruption: Interruption,
-) -> Replayed:
+    interrupt: InterruptHandler,
+) -> ReplayResult:
     from maveriq.exec.launcher import ProcessLauncher
     from maveriq.exec.replay import run_replay
 
     with ProcessLauncher(engines.name, logs=logs, devices=settings.devices) as launcher:
-        return _outside_event_loop(lambda: run_replay(system, launcher, settings, watcher, interruption))
+        return _outside_event_loop(lambda: run_replay(system, launcher, settings, watcher, interrupt))
 
 
 def _finished_run(
@@ -163,7 +164,7 @@ def _finished_run(
     system: ReplaySystem,
     components: Components,
     engines: EngineOptions,
-    replayed: Replayed,
+    replayed: ReplayResult,
     settings: ReplaySettings,
     *,
     slo_ttft_ms: float | None,
@@ -191,16 +192,16 @@ def _finished_run(
 
 
 @contextlib.contextmanager
-def _interruption() -> Iterator[Interruption]:
+def _interrupt_handler() -> Iterator[InterruptHandler]:
     """Handle Ctrl-C and SIGTERM during a run; only the main thread may set signal handlers."""
-    from maveriq.exec.replay import Interruption
+    from maveriq.exec.interrupt import InterruptHandler
 
-    interruption = Interruption()
+    interrupt = InterruptHandler()
     if threading.current_thread() is not threading.main_thread():
-        yield interruption
+        yield interrupt
         return
-    with interruption:
-        yield interruption
+    with interrupt:
+        yield interrupt
 
 
 def _outside_event_loop(call: Callable[[], _T]) -> _T:

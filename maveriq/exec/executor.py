@@ -108,18 +108,18 @@ class Executor:
 
     # For users and replays
 
-    def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
         """Create an endpoint; see `LiveCluster`."""
         number = self._last_endpoint_id + 1 if endpoint_id is None else endpoint_id
         self.add_endpoint(
             EndpointSpec(
                 endpoint_id=number,
-                model=asked.model,
-                intent=asked.intent,
+                model=endpoint.model,
+                intent=endpoint.intent,
                 requested_us=self.now_us,
                 prompt_tokens=self._system.prompt_tokens,
-                output_tokens=asked.output_tokens,
-                batch_size=asked.batch_size,
+                output_tokens=endpoint.output_tokens,
+                batch_size=endpoint.batch_size,
             )
         )
         return number
@@ -396,7 +396,7 @@ async def open_executor(
 class EngineRecord:
     """An engine that served: how it was launched, what it reported, and how long it took to start, in real seconds."""
 
-    order: LaunchSpec
+    launch_spec: LaunchSpec
     loaded: Loaded
     start_s: float
 
@@ -423,7 +423,7 @@ class RunNotes:
         if len(self.engines) == MAX_ENGINES:
             return
         start_s = now_s - self._start_requested_s[launch_spec.spec.deployment_id]
-        self.engines.append(EngineRecord(order=launch_spec, loaded=loaded, start_s=start_s))
+        self.engines.append(EngineRecord(launch_spec=launch_spec, loaded=loaded, start_s=start_s))
 
     def add_note(self, deployment: str, now_us: Micros, text: str) -> None:
         """Add a note about a deployment."""

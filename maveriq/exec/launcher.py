@@ -1,6 +1,7 @@
-"""What engines print, kept without filling the disk: engines may run for months, and be restarted for as long.
+"""Launches engine processes, connects to them, and keeps their output in log files of limited size.
 
-Starting engines: the `Launcher` protocol, and real processes.
+`Launcher` and `EngineConnection` are the protocols that the executor uses; tests implement them with simulated engines.
+`ProcessLauncher` starts a process group on this machine and waits until its leader connects to a Unix socket.
 """
 
 from __future__ import annotations
@@ -19,69 +20,13 @@ from maveriq.errors import MaveriqError
 from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
 
-MAX_BYTES = 16 << 20
-"""A log that has grown to this is put aside, in place of the one that was before, and begun anew."""
-
-MAX_LOGS = 20
-"""So many of the last logs of a deployment are kept, beside the first, which says best what is wrong."""
-
-LOOK_EVERY_S = 10.0
-
-_TAIL_BYTES = 4096
-_LONGEST_LINE = 200
-
-
-class EngineLog:
-    """The log of one engine. Writers append to it (`O_APPEND`)."""
-
-    def __init__(self, folder: Path, spec: EngineSpec) -> None:
-        self.path = folder / f"{spec.deployment_id}-{spec.generation}.log"
-        self._before = self.path.with_suffix(".log.before")
-        oldest = folder / f"{spec.deployment_id}-{spec.generation - MAX_LOGS}.log"
-        if spec.generation - MAX_LOGS > 1:
-            for old in (oldest, oldest.with_suffix(".log.before")):
-                with contextlib.suppress(OSError):
-                    old.unlink()
-
-    async def keep_short(self) -> None:
-        """Look at its size now and then, until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            with contextlib.suppress(OSError):  # gone, or the disk is full: then cutting it is all the more right
-                if self.path.stat().st_size > MAX_BYTES:
-                    await asyncio.to_thread(self._cut)
-
-    def _cut(self) -> None:
-        """Put what is there aside; a line that is printed meanwhile may be lost."""
-        try:
-            with self.path.open("rb") as now, self._before.open("wb") as before:
-                while piece := now.read(1 << 20):
-                    before.write(piece)
-        finally:
-            os.truncate(self.path, 0)
-
-    def last_line(self) -> str:
-        """Return the last line that says something, of its last few KiB."""
-        return _last_line(self.path) or _last_line(self._before)
-
-
-def _last_line(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read(_TAIL_BYTES).decode(errors="replace").split("\n")
-    except OSError:
-        return ""
-    return next((line.strip()[:_LONGEST_LINE] for line in reversed(lines) if line.strip()), "")
-
-
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 ToEngineChannel: TypeAlias = Channel[ToEngine, FromEngine]
 
 
 class LaunchError(MaveriqError):
-    """An engine's process could not be started, or ended before it was heard of."""
+    """An engine's process could not be started, or exited before it connected."""
 
 
 class EngineConnection(Protocol):
@@ -93,40 +38,47 @@ class EngineConnection(Protocol):
 
     @property
     def pid(self) -> int:
-        """The leader, which is also the number of the group."""
+        """The PID of the leader, which is also the id of the process group."""
 
     async def wait_exit(self) -> int:
-        """Wait until the leader is gone, end what is left of its group, and return its exit code (minus the signal)."""
+        """Wait until the leader has exited and return its exit code, or minus the number of the signal that killed it.
+
+        The rest of its group is killed then.
+        """
 
     def terminate(self) -> None:
-        """Ask the whole group to end."""
+        """Send SIGTERM to the whole group."""
 
     def kill(self) -> None:
-        """End the whole group."""
+        """Send SIGKILL to the whole group."""
 
     def last_output(self) -> str:
-        """Return the last line of the engine's log, if it left one."""
+        """Return the last line of the engine's log, "" if there is none."""
 
 
 class Launcher(Protocol):
     """Starts engines."""
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
-        """Start an engine's process on these GPUs and return once it has connected. When cancelled it leaves nothing.
+        """Start an engine's process on these GPUs and return once it has connected.
+
+        If the call is cancelled, the process is killed.
 
         Raises:
-            LaunchError: it could not be started, or ended at once.
+            LaunchError: the process cannot be started, or exits before it connects.
         """
 
 
 class ProcessLauncher:
-    """Starts engines as process groups of their own on this machine. Enter it first; leaving it removes its sockets.
+    """Starts each engine as a process group on this machine.
+
+    Use it as a context manager: leaving it removes the sockets and the temporary files of engines.
 
     Args:
-        backend: which engine they are to be.
-        logs: an existing folder for what they print, a file per engine.
-        devices: which devices stand behind the cluster's GPUs.
-        environment: what they inherit, None for all of this process's.
+        backend: the name of the engine to start.
+        logs: an existing folder for the output of engines, one file each.
+        devices: the devices behind the cluster's GPUs.
+        environment: the environment that engines inherit; None for that of this process.
     """
 
     def __init__(
@@ -136,7 +88,7 @@ class ProcessLauncher:
         self._logs = logs
         self._devices = devices or Devices()
         self._environment = dict(os.environ if environment is None else environment)
-        # A private folder (mode 700) with a short path: a socket's path may have some 100 bytes.
+        # A private folder (mode 700) with a short path: socket paths are limited to about 100 bytes.
         self._sockets = tempfile.TemporaryDirectory(prefix="maveriq-")
 
     def __enter__(self) -> Self:
@@ -173,16 +125,17 @@ class ProcessLauncher:
         process = await self._spawn(path, log, visible)
         exited = asyncio.create_task(process.wait())
         try:
-            either: tuple[asyncio.Future[Any], ...] = (connected, exited)
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            first_of: tuple[asyncio.Future[Any], ...] = (connected, exited)
+            await asyncio.wait(first_of, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             _signal_group(process.pid, signal.SIGKILL)
             await exited
             raise
         if connected.done():
             return ProcessConnection(process.pid, connected.result(), exited, log)
-        words = log.last_line()
-        raise LaunchError(f"its process ended with {describe_exit(exited.result())}" + (f": {words}" if words else ""))
+        output = log.last_line()
+        reason = f"its process ended with {describe_exit(exited.result())}"
+        raise LaunchError(f"{reason}: {output}" if output else reason)
 
     async def _spawn(self, path: Path, log: EngineLog, visible: Sequence[str]) -> asyncio.subprocess.Process:
         command = [
@@ -195,12 +148,12 @@ class ProcessLauncher:
             "--backend",
             self._backend,
         ]
-        search = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
-        # What an engine may see of GPUs is fixed before it starts: libraries read it once, when they are imported.
+        python_path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
+        # Libraries read CUDA_VISIBLE_DEVICES once, when they are imported, so it is set before the process starts.
         environment = self._environment | {
-            "PYTHONPATH": search,
+            "PYTHONPATH": python_path,
             "CUDA_VISIBLE_DEVICES": ",".join(visible),
-            # What an engine that was killed leaves behind goes with the sockets.
+            # Temporary files of killed engines are removed together with the sockets.
             "TMPDIR": self._sockets.name,
         }
         try:
@@ -218,21 +171,21 @@ class ProcessLauncher:
 
 
 class ProcessConnection:
-    """A process group on this machine."""
+    """A connection to a process group on this machine."""
 
     def __init__(self, pid: int, channel: ToEngineChannel, exited: asyncio.Task[int], log: EngineLog) -> None:
         self._pid = pid
         self._channel = channel
         self._exited = exited
         self._log = log
-        tidying = asyncio.create_task(log.keep_short())
+        limiting_log = asyncio.create_task(log.limit_size())
 
-        def ended(_: object) -> None:
-            # What is left of the group goes at once: later its number could be another's.
+        def on_exit(_: object) -> None:
+            # Kill the rest of the group at once: the PID may be reused later.
             _signal_group(pid, signal.SIGKILL)
-            tidying.cancel()
+            limiting_log.cancel()
 
-        exited.add_done_callback(ended)
+        exited.add_done_callback(on_exit)
 
     @property
     def channel(self) -> ToEngineChannel:
@@ -241,19 +194,19 @@ class ProcessConnection:
 
     @property
     def pid(self) -> int:
-        """The leader, which is also the number of the group."""
+        """The PID of the leader, which is also the id of the process group."""
         return self._pid
 
     async def wait_exit(self) -> int:
-        """Wait until the leader is gone; see `EngineConnection`."""
+        """Wait until the leader has exited; see `EngineConnection`."""
         return await asyncio.shield(self._exited)
 
     def terminate(self) -> None:
-        """Ask the whole group to end."""
+        """Send SIGTERM to the whole group."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the whole group."""
+        """Send SIGKILL to the whole group."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -261,20 +214,80 @@ class ProcessConnection:
             _signal_group(self._pid, number)
 
     def last_output(self) -> str:
-        """Return the last line of the engine's log, if it left one."""
+        """Return the last line of the engine's log, "" if there is none."""
         return self._log.last_line()
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the group has ended
         os.killpg(pid, number)
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended, in words; minus a signal's number says that it was killed by that."""
+    """Return an exit code as text; a negative code is minus the number of the signal that killed the process."""
     if code >= 0:
         return f"exit code {code}"
     try:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:
         return f"signal {-code}"
+
+
+MAX_LOG_BYTES = 16 << 20
+"""A log that exceeds this is moved to `.log.before`, replacing the previous one, and starts again empty."""
+
+MAX_LOGS = 20
+"""Logs kept per deployment: the most recent ones, and the first, which best shows what is wrong."""
+
+SIZE_CHECK_INTERVAL_S = 10.0
+
+_TAIL_BYTES = 4096
+_MAX_LINE_LENGTH = 200
+
+
+class EngineLog:
+    """The log file of one engine. The engine appends to it (`O_APPEND`); its size and the number of logs are limited.
+
+    Engines may run, and restart, for months.
+    """
+
+    def __init__(self, folder: Path, spec: EngineSpec) -> None:
+        self.path = folder / f"{spec.deployment_id}-{spec.generation}.log"
+        self._rotated = self.path.with_suffix(".log.before")
+        expired_generation = spec.generation - MAX_LOGS
+        if expired_generation > 1:
+            expired = folder / f"{spec.deployment_id}-{expired_generation}.log"
+            for path in (expired, expired.with_suffix(".log.before")):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    async def limit_size(self) -> None:
+        """Rotate the log whenever it is too large, until cancelled."""
+        while True:
+            await asyncio.sleep(SIZE_CHECK_INTERVAL_S)
+            with contextlib.suppress(OSError):  # the file is gone or the disk is full; rotating truncates it anyway
+                if self.path.stat().st_size > MAX_LOG_BYTES:
+                    await asyncio.to_thread(self._rotate)
+
+    def _rotate(self) -> None:
+        """Copy the log aside and truncate it; lines that are printed meanwhile may be lost."""
+        try:
+            with self.path.open("rb") as log, self._rotated.open("wb") as rotated:
+                while chunk := log.read(1 << 20):
+                    rotated.write(chunk)
+        finally:
+            os.truncate(self.path, 0)
+
+    def last_line(self) -> str:
+        """Return the last line that is not blank, shortened; "" if there is none in the last few KiB."""
+        return _last_line(self.path) or _last_line(self._rotated)
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip()[:_MAX_LINE_LENGTH] for line in reversed(lines) if line.strip()), "")

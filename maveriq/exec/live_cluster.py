@@ -1,6 +1,7 @@
-"""A cluster that is up: what a service over HTTP, or a replay, may ask of it.
+"""The interface of a running cluster: deploy and remove endpoints, submit and cancel requests, read the progress.
 
-`maveriq.exec.executor.Body` is one. All of it is called from one event loop.
+`maveriq.exec.executor.Executor` implements it; the HTTP service and replays use it. Call everything from one event
+loop.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from maveriq.units import Micros
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A prompt to an endpoint, as token ids, and how many tokens may follow."""
+    """A request to submit: the endpoint, the token ids of the prompt, and how many tokens to generate."""
 
     endpoint_id: int
     prompt: tuple[int, ...]
@@ -30,9 +31,9 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a request ended; times on the cluster's clock, -1 for what never happened.
+    """How a request ended. Times are on the cluster's clock, -1 for what did not happen.
 
-    `reason` is empty for a completed one. `tokens` is all that was generated.
+    `reason` is empty for a completed request. `tokens` are all tokens that were generated.
     """
 
     request_id: int
@@ -46,25 +47,26 @@ class Outcome:
 
 
 class RequestHandle(Protocol):
-    """A submitted request, to be followed."""
+    """A submitted request."""
 
     @property
     def request_id(self) -> int:
-        """Its number, from 1."""
+        """The id of the request, from 1."""
 
     def tokens(self) -> AsyncIterator[int]:
-        """Yield its tokens as they come; ends when the request does, however that is.
+        """Yield the tokens as they arrive, until the request ends in any way.
 
-        A request that is run again after its engine failed continues where it was: greedy tokens are the same.
+        If an engine fails and the request is retried, the stream continues where it was: greedy decoding gives the same
+        tokens again.
         """
 
     async def outcome(self) -> Outcome:
-        """Wait for its end. Always comes, at the latest when the cluster closes."""
+        """Wait for the end of the request, which comes at the latest when the cluster closes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointRequest:
-    """What a developer asks to be served, and how (the fields of `DeployAsk` that are theirs to say)."""
+    """An endpoint to create: the part of an `EndpointSpec` that a user chooses."""
 
     model: ModelSpec
     intent: Intent
@@ -73,46 +75,46 @@ class EndpointRequest:
 
 
 class LiveCluster(Protocol):
-    """Engines under one controller."""
+    """A cluster whose engines are managed by one controller."""
 
     @property
     def now_us(self) -> Micros:
         """The cluster's clock."""
 
-    def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
-        """Ask for a model to be served and return the endpoint's number; what became of it is in `endpoint`.
+    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+        """Create an endpoint and return its id; `endpoint` returns whether and how it is deployed.
 
         Args:
-            asked: what is wanted.
-            endpoint_id: number of an endpoint of an earlier life of the service; None for the next free one.
+            endpoint: the endpoint to create.
+            endpoint_id: the id of an endpoint that the service restores after a restart; None for the next free id.
         """
 
     def remove(self, endpoint_id: int) -> None:
-        """Take an endpoint away: what runs is finished, what waits is refused.
+        """Remove an endpoint. Running requests finish, waiting requests are refused.
 
         Raises:
             InputError: there is no such endpoint.
         """
 
     def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
-        """Return the deployments of an endpoint as they are now.
+        """Return the current status of an endpoint's deployments.
 
         Raises:
             InputError: there is no such endpoint.
         """
 
     def submit(self, submission: Submission) -> RequestHandle:
-        """Take in a request. One that cannot be served comes back refused by its ticket, with the reason.
+        """Submit a request. If it cannot be served, it ends as refused, with the reason.
 
         Raises:
             InputError: there is no such endpoint.
         """
 
     def cancel(self, request_id: int) -> None:
-        """Nobody waits for this request any more: if it has not started it ends as failed, else it is finished."""
+        """Cancel a request whose client disconnected. A waiting request ends as failed; a running one finishes."""
 
     def progress(self) -> Progress:
-        """Return what live views and metrics show."""
+        """Return the progress for live views and metrics."""
 
     async def close(self) -> None:
-        """Stop all engines, end all requests (as unfinished), and return when every process is gone."""
+        """End all requests as unfinished, stop all engines, and return when every process has ended."""

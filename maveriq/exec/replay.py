@@ -1,8 +1,8 @@
-"""What a run leaves of its engines, beside the records of requests.
+"""Replays a scenario in real time on real engines, as `maveriq.sim` does with simulated ones.
 
-Prompts for requests of which only the length is known.
-Ctrl-C and SIGTERM, noted instead of obeyed on the spot, so that a run ends in good order and writes its records.
-Replaying a scenario in real time, on engines that really run.
+`run_replay` runs an event loop and handles Ctrl-C; `execute` runs within an event loop. The events of the scenario
+(endpoints, removals, faults, requests) happen at their times. Prompts are random token ids, since workloads contain
+only their lengths. The result has the records of requests, deployments and GPUs, and a record of each engine.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import selectors
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Self, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.faults import FaultTarget
@@ -29,6 +27,7 @@ from maveriq.exec.gpu_memory_gate import MemoryProbe
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
 from maveriq.exec.gpus import Devices, GpuMeter
 from maveriq.exec.in_flight import LiveRequestHandle
+from maveriq.exec.interrupt import InterruptHandler
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.messages import MAX_OUTPUT_TOKENS, MAX_PROMPT_TOKENS
 from maveriq.exec.model_files import ModelFiles
@@ -37,75 +36,24 @@ from maveriq.streams import generator
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
-
-class Prompts:
-    """Made-up prompts, drawn per request from a stream of its own, so that each is the same in every run of a seed."""
-
-    def __init__(self, endpoints: Iterable[EndpointSpec], seed: int) -> None:
-        self._vocabulary = {endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in endpoints}
-        self._seed = seed
-
-    def of(self, request: Request) -> tuple[int, ...]:
-        """Return the token ids of a request's prompt. An unknown endpoint gets any valid ids."""
-        draw = generator(self._seed, f"prompt of request {request.request_id}")
-        return tuple(draw.integers(0, self._vocabulary.get(request.endpoint_id, 2), request.prompt_tokens).tolist())
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interruption:
-    """Notes SIGINT and SIGTERM instead of ending the process. Enter it in the main thread.
-
-    So a second Ctrl-C, while engines are stopped or records written, cannot lose what the first one meant to keep.
-    """
-
-    def __init__(self) -> None:
-        self.came = False
-        self._tell: Callable[[], object] = lambda: None
-
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.came = True
-        self._tell()
-
-    @contextmanager
-    def telling(self, tell: Callable[[], object]) -> Iterator[None]:
-        """Call back on a signal, at once if one has come; it runs in the signal handler, in the main thread."""
-        self._tell = tell
-        if self.came:
-            tell()
-        try:
-            yield
-        finally:
-            self._tell = lambda: None
-
-
-_LOOK_EVERY_S = 0.1
+_WATCHER_INTERVAL_S = 0.1
 
 _TimedEvent: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
-"""When, which kind and which of them come first at one instant, and what to do."""
+"""A time, the order among events of one time (kind, then id), and the action."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySettings:
-    """How a scenario is run.
+    """Settings of a replay.
 
     Args:
         time_scale: real seconds per second of the run.
-        devices: what stands behind the cluster's GPUs.
-        files: where those of models lie.
-        supervision: how long to be patient with engines.
-        meter: reads real GPUs, None where there are none.
+        devices: the devices behind the cluster's GPUs.
+        files: where the files of models are.
+        supervision: timeouts and restarts of engines.
+        meter: reads real GPUs, None without GPUs.
         memory_probe: reads the free memory of real GPUs.
-        sampler: who sees how busy they are.
+        sampler: measures the load of real GPUs.
     """
 
     time_scale: float = 1.0
@@ -118,8 +66,16 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replayed:
-    """What a run leaves: its record, the engines that served, what a reader must know, joules by device if measured."""
+class ReplayResult:
+    """The result of a replay.
+
+    Args:
+        record: the records of requests, deployments and GPUs.
+        engines: the engines that served.
+        notes: warnings for readers of the results.
+        energy_j: energy of each device in joules, None where unknown; empty if it was not measured.
+        interrupted: whether the replay was ended early.
+    """
 
     record: RunRecord
     engines: tuple[EngineRecord, ...]
@@ -133,23 +89,23 @@ def run_replay(
     launcher: Launcher,
     settings: ReplaySettings,
     watcher: Watcher | None,
-    interruption: Interruption,
-) -> Replayed:
-    """Replay a scenario on an event loop of its own; an interruption ends it early, with all records.
+    interrupt: InterruptHandler,
+) -> ReplayResult:
+    """Replay a scenario on a new event loop; an interrupt ends it early, with all records.
 
     Raises:
-        InputError: a fault that cannot be made for real.
+        InputError: the scenario cannot run on real engines (`check_replayable`).
     """
 
-    async def with_signals() -> Replayed:
+    async def interruptible() -> ReplayResult:
         interrupted = asyncio.Event()
         loop = asyncio.get_running_loop()
-        with interruption.telling(lambda: loop.call_soon_threadsafe(interrupted.set)):
+        with interrupt.calling(lambda: loop.call_soon_threadsafe(interrupted.set)):
             return await execute(scenario, launcher, settings, watcher, interrupted=interrupted)
 
-    # select() takes microseconds, where epoll would round every wait up to whole milliseconds.
+    # select() waits with microsecond resolution; epoll rounds every wait up to milliseconds.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
-        return runner.run(with_signals())
+        return runner.run(interruptible())
 
 
 async def execute(
@@ -159,17 +115,17 @@ async def execute(
     watcher: Watcher | None = None,
     *,
     interrupted: asyncio.Event | None = None,
-) -> Replayed:
+) -> ReplayResult:
     """Replay a scenario on the running event loop; it ends early when `interrupted` is set.
 
     Raises:
-        InputError: a fault that cannot be made for real.
+        InputError: the scenario cannot run on real engines (`check_replayable`).
     """
     return await _Replay(scenario, launcher, settings, watcher, interrupted or asyncio.Event()).run()
 
 
 class _Replay:
-    """One run."""
+    """One replay."""
 
     def __init__(
         self,
@@ -179,15 +135,17 @@ class _Replay:
         watcher: Watcher | None,
         interrupted: asyncio.Event,
     ) -> None:
-        check_real(scenario)
+        check_replayable(scenario)
         self._scenario = scenario
         self._settings = settings
         self._watcher = watcher
         self._interrupted = interrupted
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
-        self._prompts = Prompts(scenario.workload.endpoints, scenario.settings.seed)
-        self._asks_left = len(scenario.workload.endpoints)
-        self._body = Executor(
+        self._vocabulary_sizes = {
+            endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in scenario.workload.endpoints
+        }
+        self._endpoints_left = len(scenario.workload.endpoints)
+        self._executor = Executor(
             scenario,
             launcher,
             devices=settings.devices,
@@ -198,145 +156,158 @@ class _Replay:
             measured_loads=settings.sampler.loads if settings.sampler else None,
         )
         self._gpus = GpuRecorder(
-            self._body.controller.manager,
+            self._executor.controller.manager,
             len(scenario.cluster),
             settings.meter,
             own_devices=not settings.devices.shared,
         )
 
-    async def run(self) -> Replayed:
-        """Run to the end: every request ended, the time to drain over, or interrupted."""
+    async def run(self) -> ReplayResult:
+        """Run until every request has ended, the drain time is over, or the replay is interrupted."""
         await self._gpus.read()
         try:
-            await self._until_the_end()
-            body = self._body
-            ended_us = min(body.now_us, self._last_arrival_us + self._scenario.drain_us)
+            await self._wait_for_end()
+            executor = self._executor
+            ended_us = min(executor.now_us, self._last_arrival_us + self._scenario.drain_us)
             await self._gpus.read()
             if ended_us > self._gpus.sampled_us:
                 self._gpus.sample(ended_us)
             if self._watcher:
                 self._watcher.update(self._progress())
             record = RunRecord(
-                requests=body.end_requests(),
-                deployments=tuple(one.record() for one in body.controller.manager.deployments.values()),
+                requests=executor.end_requests(),
+                deployments=tuple(
+                    deployment.record() for deployment in executor.controller.manager.deployments.values()
+                ),
                 gpu_samples=tuple(self._gpus.samples),
                 models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._scenario.workload.endpoints},
                 ended_us=ended_us,
             )
         finally:
-            await self._body.close()
-        return Replayed(
+            await self._executor.close()
+        return ReplayResult(
             record=record,
-            engines=tuple(body.notes.engines),
-            notes=(*body.notes.notes, *self._gpus.notes),
+            engines=tuple(executor.notes.engines),
+            notes=(*executor.notes.notes, *self._gpus.notes),
             energy_j=self._gpus.energy_j(),
             interrupted=self._interrupted.is_set(),
         )
 
-    async def _until_the_end(self) -> None:
+    async def _wait_for_end(self) -> None:
         deadline_us = self._last_arrival_us + self._scenario.drain_us
-        doings = [
-            self._sample_regularly(),
-            *([self._show(self._watcher)] if self._watcher else []),
+        coroutines = [
+            self._sample_gpus(),
+            *([self._update_watcher(self._watcher)] if self._watcher else []),
             *([self._settings.sampler.run()] if self._settings.sampler else []),
         ]
-        beside = [asyncio.create_task(doing) for doing in doings]
+        background = [asyncio.create_task(coroutine) for coroutine in coroutines]
         ends = [
-            asyncio.create_task(self._serve_all()),
-            asyncio.create_task(self._body.clock.sleep_until(deadline_us + 1)),
+            asyncio.create_task(self._replay_events()),
+            asyncio.create_task(self._executor.clock.sleep_until(deadline_us + 1)),
             asyncio.create_task(self._wait_interrupted()),
-            self._body.internal_error,
+            self._executor.internal_error,
         ]
         try:
-            await asyncio.wait([*ends, *beside], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*ends, *background], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (*ends[:3], *beside):
+            for task in (*ends[:3], *background):
                 task.cancel()
-        for task in (*ends, *beside):
+        for task in (*ends, *background):
             if task.done() and not task.cancelled():
-                task.result()  # a fault of the executor's own comes up here
+                task.result()  # raises if the executor or a task failed
 
     async def _wait_interrupted(self) -> None:
         await self._interrupted.wait()
 
-    async def _serve_all(self) -> None:
-        """Let everything happen at its time, and wait until every request has ended."""
-        for time_us, _, _, happen in heapq.merge(sorted(self._planned(), key=_order), self._arriving(), key=_order):
-            if time_us > self._body.now_us:
-                await self._body.clock.sleep_until(time_us)
-            happen()
-        await self._body.drained()
+    async def _replay_events(self) -> None:
+        """Run every event at its time, then wait until every request has ended."""
+        events = heapq.merge(sorted(self._scenario_events(), key=_event_order), self._arrivals(), key=_event_order)
+        for time_us, _, _, action in events:
+            if time_us > self._executor.now_us:
+                await self._executor.clock.sleep_until(time_us)
+            action()
+        await self._executor.drained()
 
-    def _planned(self) -> Iterator[_TimedEvent]:
-        """Yield what is known beforehand, but for requests; at one instant in the order of the controller's events."""
-        body, scenario = self._body, self._scenario
+    def _scenario_events(self) -> Iterator[_TimedEvent]:
+        """Yield all events except arrivals of requests. Kinds are in the order in which the controller handles them."""
+        executor, scenario = self._executor, self._scenario
         for removal in scenario.removals:
-            yield removal.at_us, 0, removal.endpoint_id, lambda one=removal: body.remove(one.endpoint_id)  # type: ignore[misc]
+            yield removal.at_us, 0, removal.endpoint_id, partial(executor.remove, removal.endpoint_id)
         for endpoint in scenario.workload.endpoints:
-            yield endpoint.requested_us, 1, endpoint.endpoint_id, lambda one=endpoint: self._ask(one)  # type: ignore[misc]
+            yield endpoint.requested_us, 1, endpoint.endpoint_id, partial(self._add_endpoint, endpoint)
         for fault in scenario.faults:
-            yield (
-                fault.at_us,
-                2,
-                fault.target_id,
-                lambda one=fault: body.inject_fault(one.target_id, for_us=one.for_us),  # type: ignore[misc]
-            )
+            inject = partial(executor.inject_fault, fault.target_id, for_us=fault.for_us)
+            yield fault.at_us, 2, fault.target_id, inject
 
-    def _arriving(self) -> Iterator[_TimedEvent]:
+    def _arrivals(self) -> Iterator[_TimedEvent]:
         for request in requests_of(self._scenario.workload.arrivals):
-            yield request.arrival_us, 3, request.request_id, lambda one=request: self._arrive(one)  # type: ignore[misc]
+            yield request.arrival_us, 3, request.request_id, partial(self._arrive, request)
 
-    def _ask(self, endpoint: EndpointSpec) -> None:
-        self._asks_left -= 1
-        self._body.add_endpoint(endpoint)
+    def _add_endpoint(self, endpoint: EndpointSpec) -> None:
+        self._endpoints_left -= 1
+        self._executor.add_endpoint(endpoint)
 
     def _arrive(self, request: Request) -> None:
-        self._body.arrive(LiveRequestHandle(request, self._prompts.of(request)))
+        self._executor.arrive(LiveRequestHandle(request, self._random_prompt(request)))
 
-    # Looking on
+    def _random_prompt(self, request: Request) -> tuple[int, ...]:
+        """Return random token ids of the prompt's length, the same in every run with the same seed."""
+        draw = generator(self._scenario.settings.seed, f"prompt of request {request.request_id}")
+        vocabulary_size = self._vocabulary_sizes.get(request.endpoint_id, 2)  # 2: the endpoint does not exist
+        return tuple(draw.integers(0, vocabulary_size, request.prompt_tokens).tolist())
 
-    async def _show(self, watcher: Watcher) -> None:
+    # Observation
+
+    async def _update_watcher(self, watcher: Watcher) -> None:
         loop = asyncio.get_running_loop()
         while True:
             if watcher.wants_update():
-                # Drawing takes longer than a request may wait for its engine.
+                # In a thread: drawing would delay requests.
                 await loop.run_in_executor(None, watcher.update, self._progress())
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_WATCHER_INTERVAL_S)
 
     def _progress(self) -> Progress:
-        return self._body.progress(last_arrival_us=self._last_arrival_us, total=len(self._scenario.workload.arrivals))
+        return self._executor.progress(
+            last_arrival_us=self._last_arrival_us, total=len(self._scenario.workload.arrivals)
+        )
 
-    async def _sample_regularly(self) -> None:
+    async def _sample_gpus(self) -> None:
         due_us = 0
-        while not self._nothing_left():
+        while not self._all_engines_failed():
             due_us += self._scenario.sample_us
-            await self._body.clock.sleep_until(due_us)
+            await self._executor.clock.sleep_until(due_us)
             await self._gpus.read()
-            self._gpus.sample(self._body.now_us)
+            self._gpus.sample(self._executor.now_us)
 
-    def _nothing_left(self) -> bool:
-        """Say whether every engine was given up for good: all that is to come would be refused, in real time."""
-        failed = [one for one in self._body.controller.manager.deployments.values() if one.plan]
-        return bool(failed) and not self._asks_left and all(one.gone_for_good for one in failed)
+    def _all_engines_failed(self) -> bool:
+        """Return whether every deployment was given up, so that all later requests would only be refused."""
+        deployments = [
+            deployment for deployment in self._executor.controller.manager.deployments.values() if deployment.plan
+        ]
+        return (
+            bool(deployments)
+            and not self._endpoints_left
+            and all(deployment.gone_for_good for deployment in deployments)
+        )
 
 
-def _order(happening: _TimedEvent) -> tuple[Micros, int, int]:
-    return happening[:3]
+def _event_order(event: _TimedEvent) -> tuple[Micros, int, int]:
+    return event[:3]
 
 
-def check_real(scenario: ReplaySystem) -> None:
-    """Refuse what can be simulated, but not be done for real.
+def check_replayable(scenario: ReplaySystem) -> None:
+    """Reject a scenario that can be simulated but not run on real engines.
 
     Raises:
-        InputError: a GPU is to fail, or a request is too long to be put to an engine.
+        InputError: a GPU is to fail, or a request is too long for an engine.
     """
     arrivals = scenario.workload.arrivals
-    for what, maximum, longest in (
+    for part, maximum, longest in (
         ("prompt", MAX_PROMPT_TOKENS, arrivals.prompt_tokens.max()),
         ("output", MAX_OUTPUT_TOKENS, arrivals.output_tokens.max()),
     ):
         if longest > maximum:
-            raise InputError(f"workload: {what} of {longest:,} tokens; engines are asked for {maximum:,} at most")
+            raise InputError(f"workload: {part} of {longest:,} tokens; engines take at most {maximum:,}")
     for fault in scenario.faults:
         if fault.target is FaultTarget.GPU:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The clock of a run: the event loop's, at the run's pace."""
+"""The clock of a run: the event loop's clock, in microseconds since the start of the run and scaled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from maveriq.units import MICROS_PER_SECOND, Micros, seconds
 
 
 class ScaledClock:
-    """Tells microseconds since it was made; it never goes back.
+    """Counts microseconds of the run since it was created; it never goes back.
 
     Args:
         time_scale: real seconds per second of the run.
@@ -23,28 +23,28 @@ class ScaledClock:
 
     @property
     def now_us(self) -> Micros:
-        """The instant of the run."""
-        passed_s = (self._loop.time() - self._started_s) / self.time_scale
-        self._now_us = max(self._now_us, int(passed_s * MICROS_PER_SECOND))
+        """The current time of the run."""
+        elapsed_s = (self._loop.time() - self._started_s) / self.time_scale
+        self._now_us = max(self._now_us, int(elapsed_s * MICROS_PER_SECOND))
         return self._now_us
 
-    def call_at(self, time_us: Micros, what: Callable[[], None]) -> asyncio.TimerHandle:
-        """Let something happen at an instant of the run."""
+    def call_at(self, time_us: Micros, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Schedule a callback; `now_us` is at least `time_us` when it runs."""
 
-        def due() -> None:
-            # It is that time, though a clock that is read in fractions may fall just short.
+        def run_callback() -> None:
+            # The float arithmetic of the loop's clock may give a time just before `time_us`.
             self._now_us = max(self._now_us, time_us)
-            what()
+            callback()
 
-        return self._loop.call_at(self._loop_time_s(time_us), due)
+        return self._loop.call_at(self._loop_time_s(time_us), run_callback)
 
     async def sleep_until(self, time_us: Micros) -> None:
-        """Wait for an instant of the run."""
+        """Sleep until a time of the run."""
         await asyncio.sleep(max(0.0, self._loop_time_s(time_us) - self._loop.time()))
 
     def _loop_time_s(self, time_us: Micros) -> float:
         return self._started_s + seconds(time_us) * self.time_scale
 
     def real_s(self, time_us: Micros) -> float:
-        """Return how many real seconds a duration of the run takes."""
+        """Convert a duration of the run to real seconds."""
         return seconds(time_us) * self.time_scale

@@ -123,7 +123,8 @@ def engine_lines(engines: Iterable[EngineRecord], devices: Devices) -> Iterator[
     """Yield the lines of engines.csv; `start_time_s` is in real seconds, memory empty where unknown."""
     yield ",".join(ENGINE_COLUMNS) + "\n"
     for engine in engines:
-        spec, loaded, gpu_ids = engine.order.spec, engine.loaded, tuple(engine.order.needed)
+        launched, loaded = engine.launch_spec, engine.loaded
+        spec, gpu_ids = launched.spec, tuple(launched.needed)
         cells = (
             f"{spec.deployment_id}-{spec.generation}",
             str(spec.deployment_id),

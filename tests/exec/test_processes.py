@@ -92,8 +92,8 @@ LOG = "1-1.log"
 
 
 def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("maveriq.exec.launcher.MAX_BYTES", 100_000)
-    monkeypatch.setattr("maveriq.exec.launcher.LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("maveriq.exec.launcher.MAX_LOG_BYTES", 100_000)
+    monkeypatch.setattr("maveriq.exec.launcher.SIZE_CHECK_INTERVAL_S", 0.02)
 
     async def check() -> None:
         async with rig(EngineCase(backend="exec_rigs:Chatters"), tmp_path) as one:

@@ -135,22 +135,22 @@ class FakeCluster:
     def now_us(self) -> int:
         return int((self._loop.time() - self._started_s) * 1e6)
 
-    def deploy(self, asked: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
         number = endpoint_id or len(self._endpoints) + 1
-        endpoint = EndpointSpec(
-            endpoint_id=number, model=asked.model, intent=asked.intent, requested_us=self.now_us,
-            prompt_tokens=8, output_tokens=asked.output_tokens, batch_size=asked.batch_size,
+        spec = EndpointSpec(
+            endpoint_id=number, model=endpoint.model, intent=endpoint.intent, requested_us=self.now_us,
+            prompt_tokens=8, output_tokens=endpoint.output_tokens, batch_size=endpoint.batch_size,
         )  # fmt: skip
-        decision = self.policy.decide(endpoint, self._state.view([0.0] * len(self._cluster)))
-        endpoint = FakeEndpoint(asked, len(self._endpoints) + 1, None)
-        self._endpoints[number] = endpoint
+        decision = self.policy.decide(spec, self._state.view([0.0] * len(self._cluster)))
+        fake = FakeEndpoint(endpoint, len(self._endpoints) + 1, None)
+        self._endpoints[number] = fake
         if isinstance(decision, Rejection):
-            endpoint.status, endpoint.reason = "rejected", decision.reason
+            fake.status, fake.reason = "rejected", decision.reason
             return number
-        [endpoint.plan] = decision.plans
-        shares = dict(zip(endpoint.plan.gpu_ids, endpoint.plan.gpu_bytes, strict=True))
-        self._state.reserve(endpoint.deployment_id, shares)
-        endpoint.task = asyncio.create_task(self._serve(endpoint))
+        [fake.plan] = decision.plans
+        shares = dict(zip(fake.plan.gpu_ids, fake.plan.gpu_bytes, strict=True))
+        self._state.reserve(fake.deployment_id, shares)
+        fake.task = asyncio.create_task(self._serve(fake))
         return number
 
     def remove(self, endpoint_id: int) -> None:

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM during a run: they end it early and in order, so that its records are written."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptHandler:
+    """Records SIGINT and SIGTERM, which then do not end the process. Enter it in the main thread.
+
+    A second Ctrl-C, while engines stop or records are written, is only recorded again and loses nothing.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._callback: Callable[[], object] = lambda: None
+
+    def __enter__(self) -> Self:
+        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.interrupted = True
+        self._callback()
+
+    @contextmanager
+    def calling(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Call `callback` on each signal, and at once if one has arrived before.
+
+        It runs in the main thread, in the signal handler.
+        """
+        self._callback = callback
+        if self.interrupted:
+            callback()
+        try:
+            yield
+        finally:
+            self._callback = lambda: None
