@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "Options",
     "PlacementResult",
     "Run",
@@ -31,8 +32,18 @@ __all__ = [
 if TYPE_CHECKING:
     from maveriq import errors
     from maveriq.api import PlacementResult, compare, place, plan, run, simulate
+    from maveriq.report.compare import Comparison
     from maveriq.runs import Run, load_run
     from maveriq.scenario.options import Options
+
+
+_MODULES = {
+    "Comparison": "maveriq.report.compare",
+    "Options": "maveriq.scenario.options",
+    "Run": "maveriq.runs",
+    "load_run": "maveriq.runs",
+}
+"""Where the public names are that maveriq.api does not define."""
 
 
 def __getattr__(name: str) -> Any:
@@ -41,8 +52,7 @@ def __getattr__(name: str) -> Any:
     if name == "errors":
         return importlib.import_module("maveriq.errors")
     if name in __all__:
-        module = "maveriq.runs" if name in ("Run", "load_run") else "maveriq.api"
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(_MODULES.get(name, "maveriq.api")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,12 +12,10 @@ from rich.console import Console
 
 from maveriq import api
 from maveriq.cli.options import JsonFlag
-from maveriq.domain.records import RunRecord
 from maveriq.errors import MaveriqError
 from maveriq.report.compare import check, parse_tolerances
 from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
 from maveriq.report.compare_view import comparison_view, matching_line
-from maveriq.report.curves import Curves, latency_curves, queue_curves
 from maveriq.report.text_plot import dots_across
 from maveriq.runs import load_run
 
@@ -60,7 +58,7 @@ def compare(
     checks = check(comparison, tolerances)
     if plot is not None:
         title = f"{Path(sim).name} against {Path(real).name}"
-        write_plot(plot, comparison, _curves(sim_run.record, real_run.record, POINTS), title=title)
+        write_plot(plot, comparison, comparison.curves(POINTS), title=title)
     if as_json:
         answer = {
             "sim": sim,
@@ -68,13 +66,13 @@ def compare(
             "within_tolerance": all(one.met for one in checks) if checks else None,
             "checks": msgspec.to_builtins(checks),
             "matching": matching_line(comparison),
-            **msgspec.to_builtins(comparison),
+            **comparison.to_dict(),
         }
         typer.echo(json.dumps(answer, indent=2, allow_nan=False))
     else:
         console = Console()
         console.print(f"simulated {sim}\nreal      {real}\n", markup=False, highlight=False)
-        curves = _curves(sim_run.record, real_run.record, dots_across(console.width))
+        curves = comparison.curves(dots_across(console.width))
         ascii_only = console.options.ascii_only
         console.print(comparison_view(comparison, curves, checks, width=console.width, ascii_only=ascii_only))
         if plot is not None:
@@ -82,8 +80,3 @@ def compare(
     missed = [one.name for one in checks if not one.met]
     if missed:
         raise MaveriqError(f"out of tolerance: {', '.join(missed)}")
-
-
-def _curves(sim: RunRecord, real: RunRecord, points: int) -> list[Curves]:
-    latencies = latency_curves(sim, real, points=points)
-    return [*([latencies] if latencies else []), queue_curves(sim, real, points=points)]

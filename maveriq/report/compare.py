@@ -11,8 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -25,6 +25,11 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.report.metrics import Metrics, Summary, summarise
 from maveriq.report.saturation import Saturation, assess_saturation
 from maveriq.units import MICROS_PER_SECOND
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from maveriq.report.curves import Curves
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -135,11 +140,26 @@ class Comparison:
     deployments: tuple[PlanPair, ...]
     sim_saturation: Saturation
     real_saturation: Saturation
+    runs: tuple[RunRecord, RunRecord] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON; a figure that does not apply is None."""
-        values: dict[str, Any] = msgspec.to_builtins(self)
-        return values
+        return {
+            part.name: msgspec.to_builtins(getattr(self, part.name)) for part in fields(self) if part.name != "runs"
+        }
+
+    def curves(self, points: int) -> list[Curves]:
+        """Return latency distributions, where requests completed, and queues over time, with so many points each."""
+        from maveriq.report.curves import latency_curves, queue_curves
+
+        latencies = latency_curves(*self.runs, points=points)
+        return [*([latencies] if latencies else []), queue_curves(*self.runs, points=points)]
+
+    def plot(self, title: str = "simulated against real") -> Figure:
+        """Return a matplotlib figure of the curves."""
+        from maveriq.report.compare_plot import POINTS, comparison_figure
+
+        return comparison_figure(self, self.curves(POINTS), title=title)
 
     def _repr_html_(self) -> str:
         """Return the tables of the comparison for a notebook."""
@@ -169,6 +189,7 @@ def compare(sim: RunRecord, real: RunRecord) -> Comparison:
         deployments=tuple(_pairs(sim, real)),
         sim_saturation=assess_saturation(sim),
         real_saturation=assess_saturation(real),
+        runs=(sim, real),
     )
 
 

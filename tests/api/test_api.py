@@ -65,6 +65,8 @@ def test_a_run_against_itself_differs_by_nothing(small) -> None:
     comparison = maveriq.compare(small, small)
     assert not comparison.unmatched
     assert all(not difference.error for difference in comparison.overall.differences.values())
+    assert comparison.plot().axes
+    assert "runs" not in comparison.to_dict()
 
 
 def test_plan_ranks_best_first() -> None:
