@@ -1,5 +1,5 @@
-"""The executor: the controller on a real clock, driving engines that are processes of their own.
+"""The executor: runs the controller on a real clock, with engines in processes of their own.
 
-`maveriq.exec.replay` runs a scenario as `maveriq.sim` does, `maveriq.exec.executor` keeps a cluster up;
-docs/executor.md tells how they work. Nothing is imported here: an engine's process starts with this package.
+`maveriq.exec.replay` replays a scenario, as `maveriq.sim` does; `maveriq.exec.executor` keeps a cluster running for a
+service. docs/executor.md explains how they work. This package imports nothing, because every engine process imports it.
 """

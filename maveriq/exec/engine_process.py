@@ -101,14 +101,14 @@ class CurrentExecution:
     """The execution that an engine runs: which steps have arrived, and when it last made progress.
 
     Args:
-        work: the execution.
+        batch: the execution.
         now_s: when it was sent, on the event loop's clock.
         step_timeout_s: how long it may take from one step to the next.
         pings: how many pings had been sent by then.
     """
 
-    def __init__(self, work: Generate, *, now_s: float, step_timeout_s: float, pings: int) -> None:
-        self.work = work
+    def __init__(self, batch: Generate, *, now_s: float, step_timeout_s: float, pings: int) -> None:
+        self.batch = batch
         self._step_timeout_s = step_timeout_s
         self._pings = pings
         self._steps_delivered = 0
@@ -117,7 +117,7 @@ class CurrentExecution:
 
     def matches(self, execution_id: int) -> bool:
         """Return whether a message is about this execution."""
-        return execution_id == self.work.execution_id
+        return execution_id == self.batch.execution_id
 
     def accept_step(self, progress: StepProgress, now_s: float) -> bool:
         """Record a step; return whether it is the next one to deliver, not a duplicate and not after a lost one."""
@@ -148,9 +148,9 @@ class CurrentExecution:
     def output_error(self, message: StepProgress | Finished) -> str:
         """Return what is wrong with the engine's output, or "" if nothing is."""
         outputs = message.tokens if isinstance(message, StepProgress) else message.outputs
-        if len(outputs) != len(self.work.sequences):
+        if len(outputs) != len(self.batch.sequences):
             return "tokens for another number of sequences"
-        limits = [sequence.output_tokens for sequence in self.work.sequences]
+        limits = [sequence.output_tokens for sequence in self.batch.sequences]
         if isinstance(message, StepProgress):
             tokens_and_limits = zip(message.tokens, limits, strict=True)
             too_many = any(message.step > limit and token >= 0 for token, limit in tokens_and_limits)
@@ -275,13 +275,13 @@ class EngineProcess:
 
     # Called by the supervisor
 
-    def execute(self, work: Generate, expected_s: float) -> None:
+    def execute(self, batch: Generate, expected_s: float) -> None:
         """Start an execution; `expected_s` is its estimated service time, in real seconds."""
         step_timeout_s = self._settings.hang_timeout_s + self._settings.service_time_factor * expected_s
         self._execution = CurrentExecution(
-            work, now_s=self._loop.time(), step_timeout_s=step_timeout_s, pings=self._pings
+            batch, now_s=self._loop.time(), step_timeout_s=step_timeout_s, pings=self._pings
         )
-        self._send(work)
+        self._send(batch)
 
     def stop(self) -> None:
         """Stop the engine."""
@@ -459,7 +459,7 @@ class EngineProcess:
         if execution.matches(pong.execution_id):
             execution.record_progress(pong.steps, self._loop.time())
         elif execution.must_resend(pong.number):
-            self._send(execution.work)
+            self._send(execution.batch)
 
     def _send_load(self) -> None:
         spec = self.launch_spec.spec

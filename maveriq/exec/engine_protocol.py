@@ -37,7 +37,7 @@ class EngineWorker(Protocol):
     def load(self, spec: EngineSpec) -> None:
         """Begin to load."""
 
-    def generate(self, work: Generate) -> None:
+    def generate(self, batch: Generate) -> None:
         """Begin an execution."""
 
     def close(self, *, send_bye: bool) -> None:
@@ -116,27 +116,27 @@ class EngineProtocol:
             self._spec = spec
             self._worker.load(spec)
 
-    def _generate(self, work: Generate) -> None:
-        execution_id = work.execution_id
+    def _generate(self, batch: Generate) -> None:
+        execution_id = batch.execution_id
         last = self._last_result
         if last is not None and execution_id == last.execution_id:
             self._send(last)
         elif execution_id <= self._execution_id or (last and execution_id < last.execution_id):
             return  # a duplicate of the current execution, or of an earlier one
-        elif reason := self._rejection(work):
+        elif reason := self._rejection(batch):
             self._send(Failed(execution_id=execution_id, kind=FailureKind.ERROR.value, message=reason))
         else:
             self._execution_id, self._steps = execution_id, 0
-            self._worker.generate(work)
+            self._worker.generate(batch)
 
-    def _rejection(self, work: Generate) -> str:
+    def _rejection(self, batch: Generate) -> str:
         """Return why an execution cannot start, or "" if it can."""
         if self._spec is None or self._loaded is None:
             return "nothing is loaded"
         if self._execution_id:
             return f"execution {self._execution_id} is running"
-        if len(work.sequences) > self._spec.batch_size:
-            return f"{len(work.sequences)} sequences exceed the batch size of {self._spec.batch_size}"
+        if len(batch.sequences) > self._spec.batch_size:
+            return f"{len(batch.sequences)} sequences exceed the batch size of {self._spec.batch_size}"
         return ""
 
     # Reports from the worker
@@ -151,10 +151,10 @@ class EngineProtocol:
         self._send(failed)
         self._exit_process(LOAD_FAILED)
 
-    def on_step(self, work: Generate, step: int, tokens: Step) -> None:
+    def on_step(self, batch: Generate, step: int, tokens: Step) -> None:
         """A step of the current execution is done."""
         self._steps = step
-        self._send(StepProgress(execution_id=work.execution_id, step=step, tokens=tuple(tokens)))
+        self._send(StepProgress(execution_id=batch.execution_id, step=step, tokens=tuple(tokens)))
 
     def on_execution_end(self, result: Finished | Failed) -> None:
         """The current execution has ended."""

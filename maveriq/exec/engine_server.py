@@ -115,9 +115,9 @@ class EngineServer:
         """Begin to load."""
         self._jobs.put(lambda: self._do_load(spec))
 
-    def generate(self, work: Generate) -> None:
+    def generate(self, batch: Generate) -> None:
         """Begin an execution."""
-        self._jobs.put(lambda: self._do_generate(work))
+        self._jobs.put(lambda: self._do_generate(batch))
 
     def close(self, *, send_bye: bool) -> None:
         """Free everything after the current execution."""
@@ -148,33 +148,33 @@ class EngineServer:
         else:
             self._call_in_loop(lambda: self._protocol.on_loaded(loaded))
 
-    def _do_generate(self, work: Generate) -> None:
+    def _do_generate(self, batch: Generate) -> None:
         engine = self._engine
         if engine is None:
             return
         started_s = time.monotonic()
         first_token_s = 0.0
-        outputs: list[list[int]] = [[] for _ in work.sequences]
+        outputs: list[list[int]] = [[] for _ in batch.sequences]
         result: Finished | Failed
         try:
-            for step, tokens in enumerate(engine.generate(work), 1):
+            for step, tokens in enumerate(engine.generate(batch), 1):
                 if step == 1:
                     first_token_s = time.monotonic() - started_s
                 for output, token in zip(outputs, tokens, strict=True):
                     if token >= 0:
                         output.append(token)
-                self._call_in_loop(partial(self._protocol.on_step, work, step, tokens))
+                self._call_in_loop(partial(self._protocol.on_step, batch, step, tokens))
                 if self._protocol.is_stopping:
                     return
             result = Finished(
-                execution_id=work.execution_id,
+                execution_id=batch.execution_id,
                 first_token_s=first_token_s,
                 service_s=time.monotonic() - started_s,
                 outputs=tuple(map(tuple, outputs)),
             )
         except (EngineError, MemoryError) as error:
             _log_error()
-            result = _failed(work.execution_id, error)
+            result = _failed(batch.execution_id, error)
         self._call_in_loop(lambda: self._protocol.on_execution_end(result))
 
     def _do_close(self, *, send_bye: bool) -> None:

@@ -275,7 +275,7 @@ class Executor:
             deployment_id=action.deployment_id,
             generation=action.generation,
             model=plan.model.name,
-            config_json=self._files.config(plan.model),
+            config_json=self._files.config_json(plan.model),
             tp=configuration.tp,
             pp=configuration.pp,
             layer_split=plan.layer_split,
@@ -294,13 +294,13 @@ class Executor:
         number = action.deployment_id
         plan = self.controller.manager.deployments[number].required_plan
         first_token_us, service_us = self._system.service_times.times_us(plan, action.requests)
-        work = Generate(
+        batch = Generate(
             execution_id=action.execution_id,
             sequences=self._in_flight.start_execution(action, now_us),
             first_token_s=seconds(first_token_us),
             service_s=seconds(service_us),
         )
-        self._supervisors[number].execute(work, self.clock.real_s(service_us))
+        self._supervisors[number].execute(batch, self.clock.real_s(service_us))
 
     # `maveriq.exec.supervisor.SupervisorCallbacks`
 

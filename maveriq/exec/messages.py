@@ -1,9 +1,9 @@
-"""The messages between the executor and its engines, versioned, and the channels that carry them.
+"""The messages between the executor and its engines, and the channels that carry them.
 
-A message travels as one frame over a Unix socket: its length in four bytes, most significant first, then
-MessagePack. Delivery counts as unreliable: a message may come late, twice or never, so every message may be sent
-again. Executions are numbered. An engine that gets a finished execution again repeats its result, ignores an older
-one, and does nothing for one that runs. Senders do not wait; they repeat what matters until it is answered.
+A message is one frame on a Unix socket: its length in four bytes, big-endian, then MessagePack. The protocol has a
+version. Delivery counts as unreliable: a message may arrive late, twice or never, so every message may be sent again.
+Executions are numbered. An engine that receives a `Generate` again repeats the result if the execution has finished,
+and ignores it if the execution is running or older. Senders do not wait for answers; they repeat unanswered messages.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import msgspec
 
 from maveriq.errors import InputError, MaveriqError
 
-_LONGEST = 300
+_MAX_LINE_LENGTH = 300
 
 
 def one_line(text: str) -> str:
-    """Return a text on one line, shortened where it is long."""
+    """Return a text on one line, shortened to 300 characters."""
     line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+    return line if len(line) <= _MAX_LINE_LENGTH else line[: _MAX_LINE_LENGTH - 3] + "..."
 
 
 PROTOCOL_VERSION = 1
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
-"""A longer frame is not read: its sender does not speak this protocol."""
+"""A longer frame is a protocol error."""
 
 MAX_SEQUENCES = 10_000
 MAX_PROMPT_TOKENS = 1_000_000
@@ -42,13 +42,13 @@ _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class ProtocolError(MaveriqError):
-    """The other side does not speak this protocol, or not this version of it."""
+    """The other side sends something that is not a message of this protocol, or a message is too long to send."""
 
 
 class PromptSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One prompt of an execution, and how many tokens may follow it.
+    """One prompt of an execution, and the maximum number of tokens to generate.
 
-    Generation ends after `output_tokens`, or before that at one of `stop_token_ids`.
+    Generation ends after `output_tokens`, or earlier at one of `stop_token_ids`.
     """
 
     request_id: _Count
@@ -58,12 +58,12 @@ class PromptSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine is to load: everything but its devices' visibility, which its environment fixes.
+    """What an engine loads. Which devices it sees is fixed by the environment of its process.
 
-    `config_json` is the model's Hugging Face configuration. `devices` names one device per rank, stage-major
-    ("cpu", or "cuda:0" counted among those that the environment shows). Random weights are drawn from
-    `seed` where `weights_folder` is empty. `time_scale` and `load_s` are for engines that only pretend: so many real
-    seconds per second of the run, and how long loading still takes, in seconds of the run.
+    `config_json` is the model's Hugging Face configuration. `devices` names one device per rank, stage-major: "cpu", or
+    "cuda:0" counted among the visible devices. If `weights_folder` is empty, random weights are drawn from `seed`. Only
+    the emulated engine uses `time_scale` (real seconds per second of the run) and `load_s` (the rest of the estimated
+    load time, in seconds of the run).
     """
 
     deployment_id: _Count
@@ -87,16 +87,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load", forbid_unknown_fields=True):
-    """Load this; answered by `Loaded` or `Failed`. The first message after the engine's `Hello`."""
+    """Load a model: the first message after the engine's `Hello`. The answer is `Loaded` or `Failed`."""
 
     spec: EngineSpec
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid_unknown_fields=True):
-    """Run these sequences together; answered by `Progress` per step and at last by `Finished` or `Failed`.
+    """Run these sequences as one batch. The answers are a `StepProgress` per step, then `Finished` or `Failed`.
 
-    `first_token_s` and `service_s` say how long that is estimated to take, in seconds of the run; an
-    emulated engine takes exactly so long, others do not look at them.
+    `first_token_s` and `service_s` are the estimated times, in seconds of the run. The emulated engine takes exactly
+    these times; other engines ignore them.
     """
 
     execution_id: _Count
@@ -106,27 +106,27 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid
 
 
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping", forbid_unknown_fields=True):
-    """Are you there? Answered by a `Pong` of the same number."""
+    """A heartbeat. The answer is a `Pong` with the same number."""
 
     number: _Count
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop", forbid_unknown_fields=True):
-    """Free everything and exit; answered by `Bye`."""
+    """Free everything and exit. The answer is `Bye`."""
 
 
 # From an engine to the executor
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unknown_fields=True):
-    """An engine's process is there and wants to know what to load. Said again at each `Ping` until it knows."""
+    """The engine's process is connected and waits for `Load`. It is repeated at each `Ping` until `Load` arrives."""
 
     protocol: _Count
     pid: _Count
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unknown_fields=True):
-    """The engine serves. Memory in bytes over all its devices, as far as the engine knows it (else 0)."""
+    """The engine is ready to serve. Memory is in bytes, over all its devices; 0 if unknown."""
 
     backend: str
     version: str
@@ -135,7 +135,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unk
 
 
 class StepProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid_unknown_fields=True):
-    """Step `step` (from 1) of an execution gave each sequence a token; -1 for a sequence that had ended before."""
+    """Step `step` (from 1) of an execution is done: one token per sequence, -1 if the sequence ended earlier."""
 
     execution_id: _Count
     step: _Count
@@ -143,7 +143,7 @@ class StepProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", fo
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished", forbid_unknown_fields=True):
-    """An execution is done. Durations are the engine's own, in real seconds from the start of the execution."""
+    """An execution is done. The engine measures the times, in real seconds from the start of the execution."""
 
     execution_id: _Count
     first_token_s: _NotNegative
@@ -152,10 +152,10 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished", forbid
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unknown_fields=True):
-    """An execution could not be done, or loading could not (`execution_id` 0).
+    """An execution failed, or loading failed (`execution_id` 0).
 
     `kind` is one of `out-of-memory`, `unsupported`, `error`. After a failed execution the engine still
-    serves, after a failed load it exits.
+    serves; after a failed load it exits.
     """
 
     execution_id: _Count
@@ -164,7 +164,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unk
 
 
 class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong", forbid_unknown_fields=True):
-    """Still there. `execution_id` is under way (0: none), `steps` of it are done."""
+    """The answer to a `Ping`: the running execution (0 if none) and how many of its steps are done."""
 
     number: _Count
     execution_id: _Count
@@ -185,12 +185,12 @@ _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
-    """Return a message as the body of a frame."""
+    """Encode a message as the payload of a frame."""
     return _ENCODER.encode(message)
 
 
 def check_sequence(sequence: PromptSequence) -> None:
-    """Refuse a sequence that an engine would not take: it would end the conversation with everybody's engine.
+    """Reject a sequence that violates the protocol: an engine that receives one exits.
 
     Raises:
         InputError: a count or a token id is out of range.
@@ -201,26 +201,26 @@ def check_sequence(sequence: PromptSequence) -> None:
         raise InputError(f"request {sequence.request_id} cannot be put to an engine: {error}") from None
 
 
-def decode_to_engine(body: bytes) -> ToEngine:
-    """Return the message to an engine that a frame holds.
+def decode_to_engine(payload: bytes) -> ToEngine:
+    """Decode the payload of a frame to an engine.
 
     Raises:
-        ProtocolError: it holds none.
+        ProtocolError: it is not such a message.
     """
     try:
-        return _TO_ENGINE.decode(body)
+        return _TO_ENGINE.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message to an engine: {error}") from None
 
 
-def decode_from_engine(body: bytes) -> FromEngine:
-    """Return the message from an engine that a frame holds.
+def decode_from_engine(payload: bytes) -> FromEngine:
+    """Decode the payload of a frame from an engine.
 
     Raises:
-        ProtocolError: it holds none.
+        ProtocolError: it is not such a message.
     """
     try:
-        return _FROM_ENGINE.decode(body)
+        return _FROM_ENGINE.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message from an engine: {error}") from None
 
@@ -232,21 +232,21 @@ Received_co = TypeVar("Received_co", bound=ToEngine | FromEngine, covariant=True
 
 
 class ChannelClosedError(MaveriqError):
-    """The other side is gone, or has closed the channel."""
+    """The other side has closed the channel or exited."""
 
 
 class Channel(Protocol[Sent_contra, Received_co]):
     """One end of a channel."""
 
     def send(self, message: Sent_contra) -> None:
-        """Send a message, now or as soon as the other side takes it; to a closed channel it goes nowhere."""
+        """Queue a message for sending. If the channel is closed, the message is dropped."""
 
     async def receive(self) -> Received_co:
         """Wait for the next message.
 
         Raises:
-            ChannelClosedError: no more will come.
-            ProtocolError: what came is no message; the channel is of no more use.
+            ChannelClosedError: the other side has closed the channel.
+            ProtocolError: the data is not a message; the channel cannot be used any more.
         """
 
     def close(self) -> None:
@@ -267,13 +267,13 @@ class StreamChannel(Generic[Sent_contra, Received_co]):
         """Send a message; see `Channel`.
 
         Raises:
-            ProtocolError: it is too long for a frame.
+            ProtocolError: the message is too long for a frame.
         """
-        body = encode(message)
-        if len(body) > MAX_FRAME_BYTES:
-            raise ProtocolError(f"a message of {len(body):,} bytes is too long; at most {MAX_FRAME_BYTES:,} go")
+        payload = encode(message)
+        if len(payload) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a message of {len(payload):,} bytes is too long; at most {MAX_FRAME_BYTES:,} go")
         if not self._writer.is_closing():
-            self._writer.write(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
+            self._writer.write(len(payload).to_bytes(_LENGTH_BYTES, "big") + payload)
 
     async def receive(self) -> Received_co:
         """Wait for the next message; see `Channel`."""
@@ -286,7 +286,7 @@ class StreamChannel(Generic[Sent_contra, Received_co]):
             raise ChannelClosedError("the other side has closed the channel") from None
 
     async def flush(self) -> None:
-        """Wait until the other side's socket has taken everything, or is gone."""
+        """Wait until all messages are written to the socket, or the other side has closed it."""
         with contextlib.suppress(OSError):
             await self._writer.drain()
 

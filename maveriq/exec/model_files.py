@@ -1,6 +1,6 @@
-"""The Hugging Face configuration of a model that is known by its shape alone.
+"""The model files that engines load: the Hugging Face `config.json`, and the weights if there are any.
 
-Where the files of models lie: their own configurations, and weights if there are any.
+A model that comes without files gets a `config.json` made from its shape, and random weights.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError
 from maveriq.tables import read_text
 
-_LONGEST_TEXT = 4096
-_GPTJ_ROTARY = 64
+_CONTEXT_TOKENS = 4096
+_GPTJ_ROTARY_SIZE = 64
 
 
 def hf_config_json(model: ModelSpec) -> str:
-    """Return a `config.json` of the model's shape, as its family writes one (an unknown one: as llama)."""
-    write = {"falcon": _falcon, "gptj": _gptj}.get(model.architecture, _llama)
-    return json.dumps({"model_type": model.architecture, "vocab_size": model.vocab_size} | write(model))
+    """Return a `config.json` with the model's shape in the format of its architecture; llama's if that is unknown."""
+    architecture_keys = {"falcon": _falcon_keys, "gptj": _gptj_keys}.get(model.architecture, _llama_keys)
+    return json.dumps({"model_type": model.architecture, "vocab_size": model.vocab_size} | architecture_keys(model))
 
 
-def _llama(model: ModelSpec) -> dict[str, Any]:
+def _llama_keys(model: ModelSpec) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": model.layers,
@@ -32,12 +32,12 @@ def _llama(model: ModelSpec) -> dict[str, Any]:
         "num_attention_heads": model.attention_heads,
         "num_key_value_heads": model.kv_heads,
         "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": _LONGEST_TEXT,
+        "max_position_embeddings": _CONTEXT_TOKENS,
         "tie_word_embeddings": False,
     }
 
 
-def _falcon(model: ModelSpec) -> dict[str, Any]:
+def _falcon_keys(model: ModelSpec) -> dict[str, Any]:
     return {
         "architectures": ["FalconForCausalLM"],
         "num_hidden_layers": model.layers,
@@ -45,43 +45,43 @@ def _falcon(model: ModelSpec) -> dict[str, Any]:
         "num_attention_heads": model.attention_heads,
         "num_kv_heads": model.kv_heads,
         "ffn_hidden_size": model.intermediate_size,
-        # One KV head is the first decoder's way; with more of them it is the second's.
+        # Falcon's first decoder has one KV head, its new decoder several.
         "multi_query": model.kv_heads == 1,
         "new_decoder_architecture": model.kv_heads > 1,
         "parallel_attn": True,
         "bias": False,
         "alibi": False,
-        "max_position_embeddings": _LONGEST_TEXT,
+        "max_position_embeddings": _CONTEXT_TOKENS,
     }
 
 
-def _gptj(model: ModelSpec) -> dict[str, Any]:
+def _gptj_keys(model: ModelSpec) -> dict[str, Any]:
     return {
         "architectures": ["GPTJForCausalLM"],
         "n_layer": model.layers,
         "n_embd": model.hidden_size,
         "n_head": model.attention_heads,
         "n_inner": model.intermediate_size,
-        "rotary_dim": min(_GPTJ_ROTARY, model.hidden_size // model.attention_heads),
-        "n_positions": _LONGEST_TEXT,
+        "rotary_dim": min(_GPTJ_ROTARY_SIZE, model.hidden_size // model.attention_heads),
+        "n_positions": _CONTEXT_TOKENS,
         "tie_word_embeddings": False,
     }
 
 
 class ModelFiles:
-    """The model files that engines get.
+    """Finds the files of models.
 
     Args:
-        config_path: says where the configuration of a model lies, None for one that is known by its shape alone.
+        config_path: returns the path of a model's `config.json`, None if it has no files.
     """
 
     def __init__(self, config_path: Callable[[ModelSpec], Path | None] = lambda _model: None) -> None:
         self._config_path = config_path
 
-    def config(self, model: ModelSpec) -> str:
-        """Return a model's own configuration, else one of its shape.
+    def config_json(self, model: ModelSpec) -> str:
+        """Return the content of a model's `config.json`, or one made from its shape.
 
-        Where its own has gone it is empty: its engine then fails by itself, without bringing others down.
+        If the file can no longer be read, return "{}": then only the engine of this model fails.
         """
         path = self._config_path(model)
         if path is None:
@@ -92,6 +92,6 @@ class ModelFiles:
             return "{}"
 
     def weights_folder(self, model: ModelSpec) -> str:
-        """Return the folder of its configuration if there are weights in it, else nothing: then they are random."""
+        """Return the folder of a model's weights, "" if it has none (random weights)."""
         path = self._config_path(model)
         return str(path.parent.resolve()) if path is not None and any(path.parent.glob("*.safetensors")) else ""

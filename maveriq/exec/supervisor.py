@@ -69,15 +69,15 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
 
-    def execute(self, work: Generate, expected_s: float) -> None:
+    def execute(self, batch: Generate, expected_s: float) -> None:
         """Start an execution on the engine.
 
         Args:
-            work: the execution.
+            batch: the execution.
             expected_s: its estimated service time, in real seconds.
         """
         if self._engine is not None:
-            self._engine.execute(work, expected_s)
+            self._engine.execute(batch, expected_s)
 
     def stop(self) -> None:
         """Stop the engine, if there is one."""

@@ -320,29 +320,29 @@ class Process:
         self.machine.check_memory()
         self._protocol.on_loaded(Loaded(backend="simulated", version="0"))
 
-    def generate(self, work: Generate) -> None:
-        self.executing, self._at = True, work.execution_id
+    def generate(self, batch: Generate) -> None:
+        self.executing, self._at = True, batch.execution_id
         self.machine.check_alone(self)
-        self.machine.runs.update(sequence.request_id for sequence in work.sequences)
+        self.machine.runs.update(sequence.request_id for sequence in batch.sequences)
         if self.machine.fault_occurs(self.machine.fault_rates.cannot_execute):
-            self._later(0.01, lambda: self._over(Failed(execution_id=work.execution_id, kind="error", message="no")))
+            self._later(0.01, lambda: self._over(Failed(execution_id=batch.execution_id, kind="error", message="no")))
             return
-        steps = max(sequence.output_tokens for sequence in work.sequences)
-        each_s = (work.service_s - work.first_token_s) / max(1, steps - 1)
+        steps = max(sequence.output_tokens for sequence in batch.sequences)
+        each_s = (batch.service_s - batch.first_token_s) / max(1, steps - 1)
         for step in range(1, steps + 1):
-            self._later(work.first_token_s + (step - 1) * each_s, lambda step=step: self._step(work, step))
-        outputs = tuple(tuple(token(one.prompt, at) for at in range(one.output_tokens)) for one in work.sequences)
+            self._later(batch.first_token_s + (step - 1) * each_s, lambda step=step: self._step(batch, step))
+        outputs = tuple(tuple(token(one.prompt, at) for at in range(one.output_tokens)) for one in batch.sequences)
         done = Finished(
-            execution_id=work.execution_id,
-            first_token_s=work.first_token_s,
-            service_s=work.service_s,
+            execution_id=batch.execution_id,
+            first_token_s=batch.first_token_s,
+            service_s=batch.service_s,
             outputs=outputs,
         )
-        self._later(work.service_s, lambda: self._over(done))
+        self._later(batch.service_s, lambda: self._over(done))
 
-    def _step(self, work: Generate, step: int) -> None:
-        tokens = [token(one.prompt, step - 1) if step <= one.output_tokens else -1 for one in work.sequences]
-        self._protocol.on_step(work, step, tokens)
+    def _step(self, batch: Generate, step: int) -> None:
+        tokens = [token(one.prompt, step - 1) if step <= one.output_tokens else -1 for one in batch.sequences]
+        self._protocol.on_step(batch, step, tokens)
 
     def _over(self, ended: Finished | Failed) -> None:
         self.executing = False

@@ -39,12 +39,12 @@ def test_a_model_read_from_a_folder_is_run_by_its_own_files(tmp_path: Path) -> N
     models = load_model_set(str(tmp_path / "set.toml"))
     files = ModelFiles(models.configs().get)
     own, known, other = (entry.model for entry in models.entries)
-    assert json.loads(files.config(own))["rope_theta"] == 5e5
+    assert json.loads(files.config_json(own))["rope_theta"] == 5e5
     assert files.weights_folder(own) == str(tmp_path / "tiny")
-    assert (files.config(known), files.weights_folder(known)) == (hf_config_json(known), "")
-    assert (json.loads(files.config(other))["num_hidden_layers"], files.weights_folder(other)) == (4, "")
+    assert (files.config_json(known), files.weights_folder(known)) == (hf_config_json(known), "")
+    assert (json.loads(files.config_json(other))["num_hidden_layers"], files.weights_folder(other)) == (4, "")
     (tmp_path / "tiny" / "config.json").unlink()
-    assert files.config(own) == "{}"
+    assert files.config_json(own) == "{}"
 
 
 def test_two_folders_that_look_like_one_model_are_told_apart_by_name(tmp_path: Path) -> None:

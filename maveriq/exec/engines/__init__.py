@@ -1,1 +1,1 @@
-"""Engines: what runs a model in processes of its own. Nothing heavy is imported before an engine is asked for."""
+"""Engines: run a model in processes of their own. The libraries of an engine are imported when it is created."""

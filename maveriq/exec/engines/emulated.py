@@ -1,7 +1,7 @@
-"""The emulated engine: a real process that takes the estimated time, and holds no GPU.
+"""The emulated engine: a real process that takes the estimated time and needs no GPU.
 
-It is for tests, demonstrations, and for measuring what the control plane itself costs. Its ranks beyond the first
-are processes too, that do nothing but end with it, so that an engine's process group is a real one.
+It serves tests, demonstrations, and measurements of the control plane's own overhead. Each rank after the first is an
+idle child process that ends with the engine, so that the engine is a real process group.
 """
 
 from __future__ import annotations
@@ -13,77 +13,76 @@ import zlib
 from array import array
 from collections.abc import Iterator
 
-from maveriq.exec.engines.engine import EngineError, FailureKind, Step
+from maveriq.exec.engines.engine import ENDED, EngineError, FailureKind, Step
 from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.streams import pick
 
-_ENDED = -1
-_DEFAULT_VOCABULARY = 32_000
-_MAX_VOCABULARY = 2**31  # token ids go over the channel
+_DEFAULT_VOCABULARY_SIZE = 32_000
+_MAX_VOCABULARY_SIZE = 2**31  # token ids are 32-bit in messages
 
 
 class EmulatedEngine:
-    """Yields made-up tokens when the estimate says that they would come."""
+    """Yields pseudo-random tokens at their estimated times."""
 
     def __init__(self) -> None:
         self._time_scale = 1.0
-        self._vocabulary = _DEFAULT_VOCABULARY
-        self._stages: list[subprocess.Popen[bytes]] = []
+        self._vocabulary_size = _DEFAULT_VOCABULARY_SIZE
+        self._ranks: list[subprocess.Popen[bytes]] = []
 
     def load(self, spec: EngineSpec) -> Loaded:
-        """Take the time that loading is estimated to take.
+        """Start the other ranks and take the estimated load time.
 
         Raises:
-            EngineError: the model's configuration is no JSON object.
+            EngineError: the model's configuration is not a JSON object.
         """
         due_s = time.monotonic() + spec.load_s * spec.time_scale
         self._time_scale = spec.time_scale
-        self._vocabulary = _vocabulary(spec.config_json)
-        # A rank is `cat`: it waits for input that never comes, and ends when this process does.
-        self._stages = [
+        self._vocabulary_size = _vocabulary_size(spec.config_json)
+        # `cat` waits for input; its stdin closes, and it exits, when this process ends.
+        self._ranks = [
             subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)  # noqa: S607
             for _ in range(spec.tp * spec.pp - 1)
         ]
         _sleep_until(due_s)
         return Loaded(backend="emulated", version="1")
 
-    def generate(self, work: Generate) -> Iterator[Step]:
-        """Yield made-up tokens, evenly spread from the first token's time to the last's."""
+    def generate(self, batch: Generate) -> Iterator[Step]:
+        """Yield pseudo-random tokens; steps are spaced evenly from the first token to the end of the service time."""
         started_s = time.monotonic()
-        steps = max(sequence.output_tokens for sequence in work.sequences)
-        rest_s = max(0.0, work.service_s - work.first_token_s) / max(1, steps - 1)
-        drawn = [_drawn(sequence, self._vocabulary) for sequence in work.sequences]
+        steps = max(sequence.output_tokens for sequence in batch.sequences)
+        step_s = max(0.0, batch.service_s - batch.first_token_s) / max(1, steps - 1)
+        streams = [_tokens(sequence, self._vocabulary_size) for sequence in batch.sequences]
         for step in range(steps):
-            tokens = [next(one, _ENDED) for one in drawn]
-            if all(token == _ENDED for token in tokens):
+            tokens = [next(stream, ENDED) for stream in streams]
+            if all(token == ENDED for token in tokens):
                 return
-            after_s = work.first_token_s + step * rest_s if steps > 1 else work.service_s
-            _sleep_until(started_s + after_s * self._time_scale)
+            elapsed_s = batch.first_token_s + step * step_s if steps > 1 else batch.service_s
+            _sleep_until(started_s + elapsed_s * self._time_scale)
             yield tokens
 
     def close(self) -> None:
         """End the other ranks."""
-        stages, self._stages = self._stages, []
-        for stage in stages:
-            stage.communicate()  # closes its input
+        ranks, self._ranks = self._ranks, []
+        for rank in ranks:
+            rank.communicate()  # closes its stdin
 
 
-def _drawn(sequence: PromptSequence, vocabulary: int) -> Iterator[int]:
-    """Yield a sequence's tokens; they depend on its prompt alone, as greedy ones do."""
+def _tokens(sequence: PromptSequence, vocabulary_size: int) -> Iterator[int]:
+    """Yield a sequence's tokens. They depend only on its prompt, as with greedy decoding."""
     seed = zlib.crc32(array("i", sequence.prompt).tobytes())
     for position in range(sequence.output_tokens):
-        token = pick(seed, "emulated", position, vocabulary)
+        token = pick(seed, "emulated", position, vocabulary_size)
         yield token
         if token in sequence.stop_token_ids:
             return
 
 
-def _vocabulary(config_json: str) -> int:
+def _vocabulary_size(config_json: str) -> int:
     try:
-        size = json.loads(config_json).get("vocab_size", _DEFAULT_VOCABULARY)
+        size = json.loads(config_json).get("vocab_size", _DEFAULT_VOCABULARY_SIZE)
     except (ValueError, AttributeError, RecursionError):
-        raise EngineError(FailureKind.UNSUPPORTED, "the model's configuration is no JSON object") from None
-    if not isinstance(size, int) or not 1 <= size <= _MAX_VOCABULARY:
+        raise EngineError(FailureKind.UNSUPPORTED, "the model's configuration is not a JSON object") from None
+    if not isinstance(size, int) or not 1 <= size <= _MAX_VOCABULARY_SIZE:
         raise EngineError(FailureKind.UNSUPPORTED, f"vocab_size must be a positive whole number, not {size!r}")
     return size
 

@@ -1,7 +1,8 @@
-"""The `Engine` protocol: what runs inside an engine's own process (`maveriq.exec.engine_server`).
+"""The `Engine` protocol and the list of backends.
 
-Lining up sequences that an engine serves at their own pace, so that every step has a token of each.
-Engines by the name of their backend; what one needs is imported when it is asked for.
+An engine runs inside a process of its own (`maveriq.exec.engine_server`). `make_engine` creates one by the name of its
+backend and imports only what that backend needs. `StepAligner` is for engines whose sequences advance at different
+paces.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from maveriq.exec.messages import EngineSpec, Generate, Loaded
 
 
 class FailureKind(StrEnum):
-    """Why an engine could not do something; `Failed.kind`."""
+    """The kind of an engine's failure; `Failed.kind`."""
 
     OUT_OF_MEMORY = "out-of-memory"
     UNSUPPORTED = "unsupported"
@@ -25,51 +26,49 @@ class FailureKind(StrEnum):
 
 
 class EngineError(MaveriqError):
-    """An engine cannot load or run something, and says why in one line."""
+    """An engine cannot load a model or run an execution. The message is one line."""
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
+ENDED = -1
+"""In a step: the sequence ended in an earlier step."""
+
 Step: TypeAlias = Sequence[int]
-"""A token for each sequence of the execution; -1 for a sequence that had ended before."""
+"""One token for each sequence of the execution, or `ENDED`."""
 
 
 class Engine(Protocol):
-    """One model, loaded in this process and perhaps in others of its process group.
+    """One model, loaded in this process and possibly in others of its process group.
 
-    The host calls an engine from one thread, one call at a time, in the order load, any number
-    of generate, close. Time is measured by the host.
+    The engine server calls an engine from one thread, one call at a time: `load`, then `generate` any number of times,
+    then `close`. The server measures times.
     """
 
     def load(self, spec: EngineSpec) -> Loaded:
-        """Load weights, make room for the KV cache, warm up; return once requests can be served.
+        """Load the weights, allocate the KV cache, warm up, and return when the engine can serve.
 
         Raises:
-            EngineError: it does not fit, is not supported, or something else failed.
+            EngineError: the model does not fit, the spec is not supported, or loading failed otherwise.
         """
 
-    def generate(self, work: Generate) -> Iterator[Step]:
-        """Yield one step after the other; the first when prefill is done, the last ends the execution.
+    def generate(self, batch: Generate) -> Iterator[Step]:
+        """Run an execution and yield its steps: the first after prefill, the last when all sequences have ended.
 
-        Greedy: each token is the likeliest. A sequence ends after its `output_tokens` or with one of its stop tokens,
-        which is yielded too.
+        Decoding is greedy. A sequence ends after its `output_tokens` or with one of its stop tokens (yielded too).
 
         Raises:
-            EngineError: the execution cannot go on; the engine can still take the next one.
+            EngineError: the execution failed; the engine can still run the next one.
         """
 
     def close(self) -> None:
-        """Free everything and end the processes that `load` began. May be called at any time, also twice."""
-
-
-ENDED = -1
-"""In a step: this sequence had ended before."""
+        """Free all memory and end the processes that `load` started. May be called at any time, and repeatedly."""
 
 
 class StepAligner:
-    """Takes tokens as they come, in any interleaving, and gives whole steps (`Engine.generate`)."""
+    """Assembles the tokens of sequences, which arrive in any interleaving, into whole steps (`Engine.generate`)."""
 
     __slots__ = ("_ended", "_waiting")
 
@@ -78,17 +77,17 @@ class StepAligner:
         self._ended = [False] * sequences
 
     def add(self, sequence: int, tokens: Iterable[int], *, ended: bool) -> None:
-        """Note the next tokens of a sequence, counted from 0, and whether they were its last."""
+        """Add the next tokens of a sequence (index from 0); `ended` if they are its last."""
         self._waiting[sequence].extend(tokens)
         self._ended[sequence] = self._ended[sequence] or ended
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps that are whole by now."""
-        while any(self._waiting) and all(map(self._settled, self._waiting, self._ended)):
+        """Yield the steps that are complete: every sequence has a token or has ended."""
+        while any(self._waiting) and all(map(self._is_ready, self._waiting, self._ended)):
             yield tuple(tokens.popleft() if tokens else ENDED for tokens in self._waiting)
 
     @staticmethod
-    def _settled(tokens: deque[int], ended: bool) -> bool:  # noqa: FBT001  (mapped)
+    def _is_ready(tokens: deque[int], ended: bool) -> bool:  # noqa: FBT001  (mapped)
         return bool(tokens) or ended
 
 
@@ -98,21 +97,21 @@ BACKENDS = {
     "vllm": "maveriq.exec.engines.vllm:VllmEngine",
     "trtllm": "maveriq.exec.engines.trtllm:TrtLlmEngine",
 }
-"""Where each backend's engine is."""
+"""The engine class of each backend, as `module:Class`."""
 
 
 def make_engine(backend: str) -> Engine:
-    """Return a new engine.
+    """Create an engine.
 
     Args:
-        backend: a name of `BACKENDS`, or where a class of your own is: `module:Class`.
+        backend: a name of `BACKENDS`, or another class that implements `Engine`, as `module:Class`.
 
     Raises:
-        UnknownNameError: no such backend.
-        ImportError: it needs what is not installed.
+        UnknownNameError: there is no such backend.
+        ImportError: a package that it needs is not installed.
     """
-    place = BACKENDS.get(backend, backend)
-    module, colon, name = place.partition(":")
+    location = BACKENDS.get(backend, backend)
+    module, colon, name = location.partition(":")
     if not colon:
         raise UnknownNameError("backend", backend, BACKENDS, "or MODULE:CLASS")
     return cast(Callable[[], Engine], getattr(import_module(module), name))()

@@ -1,6 +1,7 @@
-"""What the translators to foreign engines share: what comes out, and what they read off a specification.
+"""What the engines of other projects (vLLM, TensorRT-LLM) have in common behind the `Engine` protocol.
 
-What engines that others have written have in common behind the `Engine` protocol.
+`read_spec` parses an `EngineSpec` and rejects what the engine does not support. Each engine's module translates the
+result into a `Translation`: the arguments of its constructor. `ExternalEngine` is their base class.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.units import Bytes
 
 MAX_SEQUENCE_TOKENS = 4096
-"""Room for one sequence, prompt and output, in a KV cache; less where the model ends before that."""
+"""KV cache capacity for one sequence (prompt and output); less if the model's context is shorter."""
 
-_SHORT_MODEL_TOKENS = 2048  # where a configuration does not say; falcon's does not
+_DEFAULT_CONTEXT_TOKENS = 2048  # for configurations without a context length, such as falcon's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """What starts a foreign engine.
+    """How to start an external engine.
 
     Args:
-        arguments: keywords of the engine's constructor.
-        files: content of the files to write into the model's folder, by name; none where weights are given.
-        environment: variables that must be set before the engine's package is imported.
+        arguments: keyword arguments of the engine's constructor.
+        files: contents of the files to write into the model's folder, by name; empty if the spec has weights.
+        environment: variables to set before the engine's package is imported.
     """
 
     arguments: Mapping[str, Any]
@@ -45,7 +46,7 @@ class Translation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequirements:
-    """A specification, read: the model, how to cut and store it, and on what."""
+    """A parsed `EngineSpec`: the model, its parallel configuration and the kind of device."""
 
     spec: EngineSpec
     hf_config: Mapping[str, Any]
@@ -55,30 +56,32 @@ class EngineRequirements:
 
     @property
     def sequence_tokens(self) -> int:
-        """Room for one sequence, in tokens."""
-        known = [self.hf_config.get(key) for key in ("max_position_embeddings", "n_positions")]
-        of_model = next((maximum for maximum in known if isinstance(maximum, int) and maximum > 0), _SHORT_MODEL_TOKENS)
-        return min(of_model, MAX_SEQUENCE_TOKENS)
+        """KV cache capacity for one sequence, in tokens."""
+        context_lengths = [self.hf_config.get(key) for key in ("max_position_embeddings", "n_positions")]
+        context_tokens = next(
+            (length for length in context_lengths if isinstance(length, int) and length > 0), _DEFAULT_CONTEXT_TOKENS
+        )
+        return min(context_tokens, MAX_SEQUENCE_TOKENS)
 
     @property
-    def quantised_ahead(self) -> str | None:
-        """How the model's own configuration says that its weights are quantised, None where it does not."""
+    def checkpoint_quantisation(self) -> str | None:
+        """The quantisation method in the model's own configuration, None if its weights are not quantised."""
         quantization = self.hf_config.get("quantization_config")
         if not quantization:
             return None
         return str(quantization.get("quant_method")) if isinstance(quantization, dict) else "something unknown"
 
-    def own_config(self, quantisation: Mapping[str, Any] | None) -> str:
-        """Return the `config.json` for random weights that are stored as given."""
+    def random_weights_config(self, quantisation: Mapping[str, Any] | None) -> str:
+        """Return the `config.json` for random weights with this `quantization_config` (None: not quantised)."""
         config = {key: value for key, value in self.hf_config.items() if key != "quantization_config"}
         return json.dumps(config if quantisation is None else config | {"quantization_config": quantisation}, indent=2)
 
     def kv_bytes_per_token(self, *, element_bytes: int, per_head_bytes: int = 0) -> Bytes:
-        """Return what a token takes in the KV cache on a GPU of the stage with the most layers.
+        """Return the KV cache size of one token on a GPU of the stage with the most layers.
 
         Args:
-            element_bytes: of a number.
-            per_head_bytes: of what is kept beside each vector, such as its scale.
+            element_bytes: size of one element.
+            per_head_bytes: size of what is stored with each head's vector, such as its scale.
         """
         model, tp = self.model, self.configuration.tp
         heads = max(1, model.kv_heads // tp)
@@ -87,10 +90,10 @@ class EngineRequirements:
 
 
 def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
-    """Read a specification, and make sure that the engine can do what it asks.
+    """Parse a spec and check that the engine supports it.
 
     Raises:
-        EngineError: the engine cannot, or the specification contradicts itself.
+        EngineError: the engine does not support it, or it is inconsistent.
     """
     try:
         hf_config = json.loads(spec.config_json)
@@ -111,11 +114,11 @@ def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
         raise EngineError(FailureKind.UNSUPPORTED, f"{engine}: {error}") from None
     if refusal is not None:
         raise EngineError(FailureKind.UNSUPPORTED, str(refusal))
-    each_its_own = tuple(f"cuda:{rank}" for rank in range(configuration.gpus))
-    if device is Device.CUDA and spec.devices != each_its_own:
+    expected_devices = tuple(f"cuda:{rank}" for rank in range(configuration.gpus))
+    if device is Device.CUDA and spec.devices != expected_devices:
         raise EngineError(
             FailureKind.UNSUPPORTED,
-            f"{engine} takes the {configuration.gpus} GPUs that it sees, one for each rank in their order, not "
+            f"{engine} uses the {configuration.gpus} GPUs that it sees, one per rank in order, not "
             f"{', '.join(spec.devices)}",
         )
     return EngineRequirements(spec=spec, hf_config=hf_config, model=model, configuration=configuration, device=device)
@@ -128,15 +131,15 @@ def _check_head_size(hf_config: Mapping[str, Any]) -> None:
 
 
 def check_lengths(engine: str, sequences: tuple[PromptSequence, ...], max_tokens: int) -> None:
-    """Make sure that every sequence has room; engines themselves would end it early without a word.
+    """Check that every sequence fits; the engines would silently truncate a longer one.
 
     Raises:
-        EngineError: one has not.
+        EngineError: a sequence is too long.
     """
-    longest = max(len(one.prompt) + one.output_tokens for one in sequences)
+    longest = max(len(sequence.prompt) + sequence.output_tokens for sequence in sequences)
     if longest > max_tokens:
         raise EngineError(
-            FailureKind.ERROR, f"{engine}: a sequence of {longest} tokens, where there is room for {max_tokens}"
+            FailureKind.ERROR, f"{engine}: a sequence of {longest} tokens is too long (limit {max_tokens})"
         )
 
 
@@ -146,7 +149,13 @@ def write_files(files: Mapping[str, str], folder: Path) -> None:
         (folder / name).write_text(content, encoding="utf-8")
 
 
-_NO_ROOM = ("out of memory", "no available memory", "free memory on device", "not enough memory", "less than requested")
+_OUT_OF_MEMORY_TEXTS = (
+    "out of memory",
+    "no available memory",
+    "free memory on device",
+    "not enough memory",
+    "less than requested",
+)
 
 
 def as_engine_error(engine: str, error: BaseException) -> EngineError:
@@ -154,22 +163,23 @@ def as_engine_error(engine: str, error: BaseException) -> EngineError:
     if isinstance(error, EngineError):
         return error
     message = " ".join(str(error).split()) or "no message"
-    no_room = isinstance(error, MemoryError) or any(words in message.lower() for words in _NO_ROOM)
-    kind = FailureKind.OUT_OF_MEMORY if no_room else FailureKind.ERROR
+    lower = message.lower()
+    out_of_memory = isinstance(error, MemoryError) or any(text in lower for text in _OUT_OF_MEMORY_TEXTS)
+    kind = FailureKind.OUT_OF_MEMORY if out_of_memory else FailureKind.ERROR
     return EngineError(kind, f"{engine}: {type(error).__name__}: {message[:500]}")
 
 
 class ExternalEngine(ABC):
-    """One model in a package of its own: a folder for its files, and its exceptions as ours."""
+    """Base class of external engines: gives the model a temporary folder and converts exceptions to `EngineError`."""
 
     name: ClassVar[str]
 
     def __init__(self) -> None:
         self._folder: Path | None = None
-        self._max_tokens = 0  # of a sequence
+        self._max_tokens = 0  # per sequence
 
     def load(self, spec: EngineSpec) -> Loaded:
-        """Start the engine and serve a first token; see `Engine.load`."""
+        """Start the engine and warm it up; see `Engine.load`."""
         self._folder = Path(tempfile.mkdtemp(prefix=f"maveriq-{self.name}-"))
         try:
             return self._load(spec, self._folder)
@@ -177,15 +187,15 @@ class ExternalEngine(ABC):
             self.close()
             raise as_engine_error(self.name, error) from error
 
-    def generate(self, work: Generate) -> Iterator[Step]:
+    def generate(self, batch: Generate) -> Iterator[Step]:
         """Yield the steps of an execution; see `Engine.generate`."""
         try:
-            yield from self._steps(work.sequences)
+            yield from self._steps(batch.sequences)
         except Exception as error:
             raise as_engine_error(self.name, error) from error
 
     def close(self) -> None:
-        """Stop the workers and forget the model; see `Engine.close`."""
+        """Stop the workers and remove the folder; see `Engine.close`."""
         folder, self._folder = self._folder, None
         try:
             self._shut_down()
@@ -195,7 +205,7 @@ class ExternalEngine(ABC):
 
     @abstractmethod
     def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
-        """Start the engine and serve a first token."""
+        """Start the engine and warm it up."""
 
     @abstractmethod
     def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
@@ -203,4 +213,4 @@ class ExternalEngine(ABC):
 
     @abstractmethod
     def _shut_down(self) -> None:
-        """Stop what runs; there may be nothing."""
+        """Stop the engine if it runs."""

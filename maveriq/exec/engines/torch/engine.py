@@ -64,14 +64,14 @@ class RankProcesses:
         """Process ids, in rank order."""
         return tuple(process.pid for process in self._processes)
 
-    def run(self, work: Generate) -> None:
+    def run(self, batch: Generate) -> None:
         """Start an execution on every rank.
 
         Raises:
             RankLostError: a rank has exited.
         """
         for rank in range(len(self._processes)):
-            self._send_to(rank, RunExecution(work=work))
+            self._send_to(rank, RunExecution(batch=batch))
 
     def receive(self) -> tuple[int, FromRank]:
         """Wait for a message and return it with the rank that sent it.
@@ -206,7 +206,7 @@ class TorchEngine:
             kv_cache_bytes=sum(rank.kv_cache_bytes for rank in loaded),
         )
 
-    def generate(self, work: Generate) -> Iterator[Step]:
+    def generate(self, batch: Generate) -> Iterator[Step]:
         """Yield each step as the last stage reports it.
 
         Raises:
@@ -215,7 +215,7 @@ class TorchEngine:
         """
         if self._ranks is None:
             raise RankLostError("the engine is not loaded")
-        max_token = max(max(sequence.prompt) for sequence in work.sequences)
+        max_token = max(max(sequence.prompt) for sequence in batch.sequences)
         if max_token >= self._vocabulary:
             raise EngineError(FailureKind.ERROR, f"token {max_token} is not in the vocabulary of {self._vocabulary}")
         ranks = self._ranks
@@ -223,7 +223,7 @@ class TorchEngine:
             # The caller may have dropped the previous execution; the ranks still run it to its end.
             while not self._done:
                 self._next_step(ranks)
-        ranks.run(work)
+        ranks.run(batch)
         self._done = False
         while not self._done:
             yield self._next_step(ranks)

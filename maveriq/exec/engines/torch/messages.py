@@ -26,7 +26,7 @@ class LoadRank(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 class RunExecution(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
     """Run an execution on every rank. The first rank of the last stage sends a `Stepped` per step."""
 
-    work: Generate
+    batch: Generate
 
 
 class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):

@@ -207,7 +207,7 @@ def _serve(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
         if not isinstance(message, RunExecution):
             raise TypeError(f"a loaded rank takes only RunExecution, not {message!r}")
         try:
-            for tokens, last in worker.run(message.work.sequences):
+            for tokens, last in worker.run(message.batch.sequences):
                 if worker.reports_steps:
                     send(channel, Stepped(tokens=tokens, last=last))
         except EngineError as error:
