@@ -240,20 +240,44 @@ def _check_goodput_limits(slo_ttft_ms: float | None, slo_tpot_ms: float | None) 
             raise InputError(f"--{name} must be a positive number of milliseconds, not {value}")
 
 
-_COMPONENTS = ("policy", "estimator", "service_times", "router")
+_ESTIMATOR_MEMBERS = ("name", "why_not", "service", "memory")
+_COMPONENTS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "policy": [("name", "decide")],
+    "estimator": [_ESTIMATOR_MEMBERS],
+    "service_times": [("name", "contention", "times_us"), _ESTIMATOR_MEMBERS],
+    "router": [("choose", "committed")],
+}
+"""The options that take objects, and the members that such an object needs."""
 
 
 def _options_and_components(options: Options | None, changes: Mapping[str, Any]) -> tuple[Options, Components]:
     """Return the options, and the objects that were given in place of names."""
     from maveriq.scenario.build import Components
 
+    if not (options is None or isinstance(options, Options)):
+        raise InputError(f"options must be a maveriq.Options, not {options!r:.60}; give single options by name")
     objects = {
         name: changes[name]
         for name in _COMPONENTS
         if name in changes and not (changes[name] is None or isinstance(changes[name], str))
     }
+    for name, component in objects.items():
+        _check_component(name, component)
     named = {name: value for name, value in changes.items() if name not in objects}
     return options_from(Options, named, base=options), Components(**objects)
+
+
+def _check_component(name: str, component: object) -> None:
+    """Raise InputError unless an object has the members that its option needs."""
+    choices = _COMPONENTS[name]
+    if not isinstance(component, type) and any(
+        all(hasattr(component, member) for member in members) for members in choices
+    ):
+        return
+    wanted = " or ".join(f"an object with {', '.join(members)}" for members in choices)
+    is_rule = name == "policy" and callable(component) and not isinstance(component, type)
+    hint = "; name a placement rule as 'FILE.py:FUNCTION'" if is_rule else ""
+    raise InputError(f"{name} must be a name or {wanted}, not {component!r:.60}{hint}")
 
 
 def _resolved(options: Options, system: ReplaySystem, components: Components) -> Options:
@@ -322,6 +346,8 @@ def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **o
     import pandas as pd
 
     named = estimator is None or isinstance(estimator, str)
+    if not named:
+        _check_component("estimator", estimator)
     values = options | ({"estimator": estimator} if named else {})
     ranked = rank_configurations(model, options_from(PlanOptions, values), estimator=None if named else estimator)
     if ranked.failure and not explain:

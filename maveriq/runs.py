@@ -182,10 +182,10 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
 
     folder = Path(path)
     if not exists(folder):
-        if data is None and measured_data_path() is None:
-            raise InputError(
-                f"run {str(path)!r} is no folder; name one, or the folder of recorded runs with --data or MAVERIQ_DATA"
-            )
+        no_recordings = data is None and measured_data_path() is None
+        if no_recordings or folder.name != str(path):  # names of recorded runs have no slash
+            others = ", or give the folder of recorded runs with --data or MAVERIQ_DATA" if no_recordings else ""
+            raise InputError(f"run folder {str(path)!r} does not exist; check the path{others}")
         return _recorded_run(str(path), data)
     record, meta = read_run(folder), read_meta(folder)
     summary = meta.pop("summary", {})

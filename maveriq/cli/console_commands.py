@@ -35,7 +35,7 @@ HELP = {
     "health": "show the health of the server",
     "help": "show this help",
     "quit": "leave the console (or Ctrl-D)",
-    "deploy": "create an endpoint; LEN: typical output tokens, SLO: like 500ms or 2s, ACCURACY: in percent",
+    "deploy": "create an endpoint; LEN: typical output tokens, SLO: 500ms, 2s (no unit: ms), ACCURACY: in percent",
     "inference": "complete a text",
     "prior_inference": "complete a text, at the head of the queue",
     "status": "show the endpoints of the model",

@@ -81,7 +81,7 @@ def engines(
         }  # fmt: skip
         for name, value in about_model.items():
             if value is not None:
-                raise InputError(f"--{name} asks about a model; name it with --model")
+                raise InputError(f"--{name} needs a model; name it with --model")
         _show_engines(as_json=as_json)
         return
     spec = load_model(model)

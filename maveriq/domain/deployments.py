@@ -71,7 +71,7 @@ class Intent:
         if self.slo_s is not None and not (math.isfinite(self.slo_s) and self.slo_s > 0):
             raise InputError(f"latency SLO must be a positive number of seconds, not {self.slo_s}")
         if not 0 <= self.min_accuracy <= 100:
-            raise InputError(f"least accuracy must lie between 0 and 100 percent, not {self.min_accuracy}")
+            raise InputError(f"minimum accuracy must lie between 0 and 100 percent, not {self.min_accuracy}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

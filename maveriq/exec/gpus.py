@@ -240,7 +240,8 @@ def _import_nvml() -> Any:
     try:
         return importlib.import_module("pynvml")
     except ImportError:
-        raise InputError("GPUs are read with nvidia-ml-py; install it with: pip install 'maveriq[gpu]'") from None
+        message = "nvidia-ml-py, which reads the GPUs, is not installed; install it with: pip install 'maveriq[gpu]'"
+        raise InputError(message) from None
 
 
 def _text(name: str | bytes) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from maveriq.domain.cluster import GpuView
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
+from maveriq.files import exists
 from maveriq.policy.configuration import AccuracyLookup
 from maveriq.policy.maveriq import MaverIQ, PlacementRule, hybrid, least_loaded_first, packing
 from maveriq.policy.policy import Policy
@@ -62,6 +63,8 @@ def make_policy(
 def _load_rule(name: str) -> PlacementRule:
     """Import `module:function` or `file.py:function`; whatever goes wrong in it has the policy's name."""
     place, _, function = name.rpartition(":")
+    if place.endswith(".py") and not exists(Path(place)):
+        raise InputError(f"policy {name!r}: {place} does not exist; check the path")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's code: anything may come

@@ -54,7 +54,7 @@ def _matrix_row(name: str, capability: CapabilityRow, *, dim: bool) -> Row:
 def _tp(row: CapabilityRow) -> str:
     maximum = f"up to {row.max_tp}" if row.max_tp else ""
     heads = "divides heads" if row.heads else "" if maximum else "any"
-    groups = f"no cut groups of {row.group}" if row.group else ""
+    groups = f"whole groups of {row.group}" if row.group else ""
     return ", ".join(part for part in (maximum, heads, groups) if part)
 
 

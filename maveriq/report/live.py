@@ -416,9 +416,9 @@ def progress_line(progress: Progress, *, left_s: float | None) -> str:
     parts += [f"{progress.refused:,} refused"] if progress.refused else []
     parts += [f"{progress.failed:,} failed"] if progress.failed else []
     if progress.recent_p50_s is not None:
-        parts.append(f"p50 {figure(progress.recent_p50_s)} s, p95 {figure(progress.recent_p95_s)} s")
+        parts.append(f"recent p50 {figure(progress.recent_p50_s)} s, p95 {figure(progress.recent_p95_s)} s")
     if progress.recent_slo_attainment is not None:
-        parts.append(f"SLO {share(progress.recent_slo_attainment)}")
+        parts.append(f"recent SLO {share(progress.recent_slo_attainment)}")
     if left_s is not None:
         parts.append(f"{clock(left_s)} left")
     return ", ".join(parts)

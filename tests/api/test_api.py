@@ -56,6 +56,31 @@ def test_wrong_options_are_input_errors(options) -> None:
         maveriq.simulate(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": sorted}, "must be a name or an object with name, decide.*'FILE.py:FUNCTION'"),
+        ({"policy": object()}, "policy must be a name or an object with name, decide"),
+        ({"estimator": 3}, "estimator must be a name or an object with name, why_not, service, memory"),
+        ({"service_times": 3}, "contention, times_us or an object with name, why_not, service, memory"),
+        ({"router": 3}, "router must be a name or an object with choose, committed"),
+    ],
+)
+def test_objects_without_the_members_of_their_option_are_input_errors(options, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        maveriq.simulate(**options)
+
+
+def test_options_are_given_by_name() -> None:
+    with pytest.raises(InputError, match="give single options by name"):
+        maveriq.simulate(0.1)
+
+
+def test_a_run_folder_that_does_not_exist_is_named() -> None:
+    with pytest.raises(InputError, match="run folder 'runs/nowhere' does not exist; check the path"):
+        maveriq.load_run("runs/nowhere")
+
+
 def test_a_run_draws_and_shows_itself(small) -> None:
     assert small.plot().axes
     assert "<table" in small._repr_html_()

@@ -9,7 +9,7 @@ from testbeds import RUN
 
 MALFORMED = [
     # Policies of one's own
-    bad("sim --policy r.py:order", "policy 'r.py:order'", "cannot be imported", "No such file"),
+    bad("sim --policy r.py:order", "policy 'r.py:order'", "r.py does not exist; check the path"),
     bad("sim --policy nosuchmodule:order", "cannot be imported", "No module named 'nosuchmodule'"),
     bad("sim --policy .x:order", "policy '.x:order'", "cannot be imported"),
     bad("sim --policy :order", "policy ':order'", "cannot be imported"),

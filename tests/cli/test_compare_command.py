@@ -127,7 +127,7 @@ def test_without_recordings_a_name_is_no_run(
     monkeypatch.setenv("MAVERIQ_DATA", str(tmp_path / "nowhere"))
     ended = maveriq(f"compare {REPLAYED} {RUN}")
     assert ended.code == 2
-    assert f"run '{RUN}' is no folder; name one" in ended.only_line
+    assert f"run folder '{RUN}' does not exist" in ended.only_line
     monkeypatch.setenv("MAVERIQ_DATA", str(tmp_path / "data"))
     ended = maveriq(f"compare {REPLAYED} MaverIQ_tin")
     assert "or give the folder of a run" in ended.only_line

@@ -124,7 +124,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     told = missing()
     assert told == (
         "no NVIDIA driver answers (not found); the package tensorrt_llm is not installed (pip install tensorrt-llm, or "
-        "NVIDIA's container); this is Python 3.11, its wheels are for 3.10 and 3.12"
+        "NVIDIA's container); its wheels need Python 3.10 or 3.12, this is 3.11"
     )
     monkeypatch.setattr(trtllm.sys, "platform", "darwin")
     assert (missing() or "").startswith("it runs on Linux, not on darwin; ")

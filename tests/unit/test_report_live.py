@@ -132,7 +132,7 @@ def test_a_plain_view_prints_a_line_now_and_then():
         assert not view.wants_update()
     assert console.file.getvalue() == (
         "clock 20:00 of 35:00, 2,488 of 5,000 completed, 3 running, 57 waiting, 12 refused, "
-        "p50 1.23 s, p95 7.50 s, SLO 93.1 %, 0:10 left\n"
+        "recent p50 1.23 s, p95 7.50 s, recent SLO 93.1 %, 0:10 left\n"
     )
 
 

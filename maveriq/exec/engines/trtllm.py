@@ -130,8 +130,8 @@ def missing() -> str | None:
         )
         if sys.version_info[:2] not in _WHEEL_PYTHONS:
             python = ".".join(map(str, sys.version_info[:2]))
-            wheels = " and ".join(".".join(map(str, version)) for version in _WHEEL_PYTHONS)
-            missing_parts.append(f"this is Python {python}, its wheels are for {wheels}")
+            wheels = " or ".join(".".join(map(str, version)) for version in _WHEEL_PYTHONS)
+            missing_parts.append(f"its wheels need Python {wheels}, this is {python}")
     return "; ".join(missing_parts) or None
 
 
