@@ -16,7 +16,7 @@ import msgspec
 
 from maveriq.calibration.cross_validation import cross_fit
 from maveriq.calibration.fitting import start_calibration
-from maveriq.calibration.online import cross_fit_served
+from maveriq.calibration.online import cross_fit_online
 from maveriq.calibration.samples import read_samples
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.calibration_file import Calibration, online_csv, to_toml
@@ -38,10 +38,10 @@ def main() -> None:
     samples = read_samples(arguments.data_dir / "a6000")
     fitted = cross_fit(samples, start_calibration(), on_fit=print)
     engines = read_engines(arguments.data_dir / "testbed")
-    benchmarked = CalibratedEstimator(load_profile("a6000-short"), fitted.calibration, served=False)
-    served, without_run = cross_fit_served(benchmarked.layer_time_ratio, fitted.calibration, engines)
+    benchmarked = CalibratedEstimator(load_profile("a6000-short"), fitted.calibration, online=False)
+    online, without_run = cross_fit_online(benchmarked.layer_time_ratio, fitted.calibration, engines)
     (arguments.out / "calibrated-served.csv").write_text(online_csv(without_run), encoding="utf-8")
-    write(arguments.out / "calibrated.toml", msgspec.structs.replace(fitted.calibration, served=served), "")
+    write(arguments.out / "calibrated.toml", msgspec.structs.replace(fitted.calibration, online=online), "")
     for model, calibration in fitted.without.items():
         without = f"; full models of {model} left out"
         write(arguments.out / f"calibrated-without-{model}.toml", calibration, without)

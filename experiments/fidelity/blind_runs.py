@@ -15,7 +15,7 @@ from blind_world import Stretched, described, with_plans_of
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.records import RunRecord
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.calibration_file import require, served_without
+from maveriq.estimate.calibration_file import online_by_excluded_run, require
 from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.metrics import busiest_gpu
@@ -94,7 +94,7 @@ def _result(
 
 def unseen(run: str, profile: HardwareProfile) -> CalibratedEstimator:
     """Return the estimator whose figures have not seen a run: of one that no fit ever saw, the usual."""
-    entered_fit = run in served_without(require(profile.calibrated, profile.name))
+    entered_fit = run in online_by_excluded_run(require(profile.calibrated, profile.name))
     return CalibratedEstimator.serving(profile, without_run=run if entered_fit else None)
 
 

@@ -171,13 +171,13 @@ class Stretched:
             )
         )
 
-    def has_neighbours(self, configuration: ParallelConfig) -> bool:
+    def shares_process(self, configuration: ParallelConfig) -> bool:
         """Say whether an engine shares a process of the host with others like it."""
-        return self.estimator.has_neighbours(configuration)
+        return self.estimator.shares_process(configuration)
 
-    def wait_s(self, model: ModelSpec, configuration: ParallelConfig, *, neighbours: int) -> float:
+    def contention_delay_s(self, model: ModelSpec, configuration: ParallelConfig, *, co_located: int) -> float:
         """Return how much longer a token takes while so many neighbours are busy."""
-        return self.factor * self.estimator.wait_s(model, configuration, neighbours=neighbours)
+        return self.factor * self.estimator.contention_delay_s(model, configuration, co_located=co_located)
 
     def _stretched(self, one: ServiceEstimate) -> ServiceEstimate:
         return replace(one, ttft_s=self.factor * one.ttft_s, tpot_s=self.factor * one.tpot_s)

@@ -1,4 +1,4 @@
-"""Cross-validation: fits with each model left out in turn, whose errors give the margins of the calibration."""
+"""Cross-validation: fits a calibration without each model in turn; the errors give the calibration's margins."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ import msgspec
 import numpy as np
 from scipy.stats import norm, t
 
-from maveriq.calibration.evaluation import Answer, Group, compared, grouped
-from maveriq.calibration.fitting import Table, fit_calibration, fit_memory, held_by, trust_of
-from maveriq.calibration.samples import Constants, Sample, constants_of, nearest_fingerprints, usable
+from maveriq.calibration.evaluation import Answer, Group, errors_of_estimate, grouped_errors
+from maveriq.calibration.fitting import Table, fit_calibration, fit_memory, memory_of, trust_weights
+from maveriq.calibration.samples import Constants, Sample, constants_of, nearest_fingerprints, without_ground_truth
 from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.errors import InputError
 from maveriq.estimate.calibrated import layer_time_ratio, measured_layers
 from maveriq.estimate.calibration_file import Calibration, Margins
 from maveriq.estimate.memory import MemoryEstimate, memory_margin
 
-_UNKNOWN = math.log(2.0)  # the error where none was ever seen
-_QUANTILE = 93  # percent of the errors on known models that hold 90 % of those on the next one
+_UNKNOWN = math.log(2.0)  # the error assumed where none was measured
+_QUANTILE = 93  # percentile of the errors on known models that covers 90 % of the errors on a new one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutPrediction:
-    """A sample and what was predicted of it by a calibration that had not seen its model's ground truth.
+    """A sample and its prediction by a calibration fitted without the ground truth of its model.
 
-    `held` is None where the model has no fingerprint to predict memory from.
+    `memory` is None if the model has no fingerprint to predict memory from. `trust` is the weight of
+    the row in the loss, 1 to 0.
     """
 
     sample: Sample
     latency_s: float
-    held: MemoryEstimate | None
+    memory: MemoryEstimate | None
     trust: float
 
     @property
@@ -44,28 +45,28 @@ class HeldOutPrediction:
     @property
     def memory_log_error(self) -> float | None:
         """Logarithm of predicted over measured memory."""
-        return None if self.held is None else math.log(self.held.gib / self.sample.measured.memory_gib)
+        return None if self.memory is None else math.log(self.memory.gib / self.sample.measured.memory_gib)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossFit:
-    """A calibration fitted to all samples, one per model left out, and how those did on their model.
+    """A calibration fitted to all samples, one without each model, and the predictions of each for its model.
 
-    `constants` are those of the fingerprints among the samples, by the length of their prompts.
+    `constants` are those of the fingerprints among the samples, by prompt length in tokens.
     """
 
     calibration: Calibration
     without: Mapping[str, Calibration]
-    answered: Sequence[HeldOutPrediction]
+    predictions: Sequence[HeldOutPrediction]
     constants: Mapping[int, Constants]
 
     def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:
-        """Return a layer's time over what the law says, as far as the model's fingerprints are believed."""
-        seen = chain.from_iterable(
+        """Return measured over predicted time of a layer, from the model's fingerprints, weighted by `trust`."""
+        layers = chain.from_iterable(
             measured_layers(constants.get(model.name, {}), model, weights, prompt_tokens=prompt_tokens)
             for prompt_tokens, constants in self.constants.items()
         )
-        return math.exp(self.calibration.trust * layer_time_ratio(seen, self.calibration.law(weights, 1)))
+        return math.exp(self.calibration.trust * layer_time_ratio(layers, self.calibration.roofline(weights, 1)))
 
 
 def cross_fit(
@@ -74,33 +75,35 @@ def cross_fit(
     """Fit to all samples, and again with each model of the ground truth left out.
 
     Args:
-        samples: as `read_samples` gives them.
-        start: where every fit begins.
-        on_fit: called with the name of each fit as it begins.
+        samples: as `read_samples` returns them.
+        start: the start of every fit.
+        on_fit: called with the name of each fit when it starts.
 
     Raises:
-        InputError: there is one model alone.
+        InputError: the samples have only one model.
     """
     constants = constants_of(samples)
-    models = list(dict.fromkeys(one.model.name for one in samples if not one.is_fingerprint))
-    if not usable(samples, models[0]):
-        raise InputError(f"{models[0]} is the only model measured; a fit is judged on models left out: measure another")
+    models = list(dict.fromkeys(sample.model.name for sample in samples if not sample.is_fingerprint))
+    if not without_ground_truth(samples, models[0]):
+        raise InputError(
+            f"{models[0]} is the only model measured; a fit needs a second one to be checked against: measure another"
+        )
     without: dict[str, Calibration] = {}
-    answered: list[HeldOutPrediction] = []
+    predictions: list[HeldOutPrediction] = []
     for model in models:
         on_fit(f"without {model}")
-        without[model] = _fit(usable(samples, model), start, constants)
-        judged = [one for one in samples if one.model.name == model and not one.is_fingerprint]
-        answered.extend(_answers(judged, without[model], constants))
+        without[model] = _fit(without_ground_truth(samples, model), start, constants)
+        judged = [sample for sample in samples if sample.model.name == model and not sample.is_fingerprint]
+        predictions.extend(_predictions(judged, without[model], constants))
     on_fit("all models")
     return CrossFit(
-        calibration=_with_margins(_fit(samples, start, constants), answered),
+        calibration=_with_margins(_fit(samples, start, constants), predictions),
         # Margins of a model come from the errors on the other models.
         without={
-            model: _with_margins(fitted, [one for one in answered if one.sample.model.name != model])
+            model: _with_margins(fitted, [sample for sample in predictions if sample.sample.model.name != model])
             for model, fitted in without.items()
         },
-        answered=answered,
+        predictions=predictions,
         constants=constants,
     )
 
@@ -110,16 +113,16 @@ def _fit(samples: Sequence[Sample], start: Calibration, constants: Mapping[int, 
     return msgspec.structs.replace(fitted, memory=fit_memory(samples, start.memory, constants))
 
 
-def _answers(
-    judged: Sequence[Sample], calibration: Calibration, constants: Mapping[int, Constants]
+def _predictions(
+    samples: Sequence[Sample], calibration: Calibration, constants: Mapping[int, Constants]
 ) -> Iterator[HeldOutPrediction]:
-    table = Table(judged)
-    layer_time_ratio = np.array([_layer_time_ratio(one, calibration, constants) for one in judged])
+    table = Table(samples)
+    layer_time_ratio = np.array([_layer_time_ratio(sample, calibration, constants) for sample in samples])
     predicted_s = table.predict(calibration, layer_time_ratio)
-    trust = trust_of(np.log(predicted_s / table.latency_s))
-    for one, latency_s, service_estimator in zip(judged, predicted_s, trust, strict=True):
-        seen = held_by(one, calibration.memory, constants)
-        yield HeldOutPrediction(sample=one, latency_s=float(latency_s), held=seen, trust=float(service_estimator))
+    trust = trust_weights(np.log(predicted_s / table.latency_s))
+    for sample, latency_s, row_trust in zip(samples, predicted_s, trust, strict=True):
+        memory = memory_of(sample, calibration.memory, constants)
+        yield HeldOutPrediction(sample=sample, latency_s=float(latency_s), memory=memory, trust=float(row_trust))
 
 
 def _layer_time_ratio(sample: Sample, calibration: Calibration, constants: Mapping[int, Constants]) -> float:
@@ -127,18 +130,23 @@ def _layer_time_ratio(sample: Sample, calibration: Calibration, constants: Mappi
     if found is None:
         return 1.0
     prompt_tokens, fingerprints = found
-    seen = measured_layers(fingerprints, sample.model, weights, prompt_tokens=prompt_tokens)
-    return math.exp(calibration.trust * layer_time_ratio(seen, calibration.law(weights, 1)))
+    layers = measured_layers(fingerprints, sample.model, weights, prompt_tokens=prompt_tokens)
+    return math.exp(calibration.trust * layer_time_ratio(layers, calibration.roofline(weights, 1)))
 
 
-def _with_margins(calibration: Calibration, answered: Sequence[HeldOutPrediction]) -> Calibration:
-    single = [one for one in answered if one.sample.measured.configuration.batch_size == 1]
-    batched = [one for one in answered if one.sample.measured.configuration.batch_size > 1]
-    by_tp = {tp: _quantile(abs(one.latency_log_error) for one in single if _tp(one) == tp) for tp in calibration.tp}
+def _with_margins(calibration: Calibration, predictions: Sequence[HeldOutPrediction]) -> Calibration:
+    single = [prediction for prediction in predictions if prediction.sample.measured.configuration.batch_size == 1]
+    batched = [prediction for prediction in predictions if prediction.sample.measured.configuration.batch_size > 1]
+    by_tp = {
+        tp: _quantile(abs(prediction.latency_log_error) for prediction in single if _tp(prediction) == tp)
+        for tp in calibration.tp
+    }
     widest = max((found for found in by_tp.values() if found), default=_UNKNOWN)
     of_single = {tp: found or widest for tp, found in by_tp.items()}
-    # Batches were measured on several models at low TP, on one at high TP: how much they widen errors is one factor.
-    wider = max(1.0, _quantile(abs(one.latency_log_error) / of_single[_tp(one)] for one in batched) or 1.0)
+    # At high TP batches were measured on one model only, so one factor for all TP widens the margins of batches.
+    wider = max(
+        1.0, _quantile(abs(prediction.latency_log_error) / of_single[_tp(prediction)] for prediction in batched) or 1.0
+    )
     margins = Margins(
         **_memory_margins(single, batched),
         single={tp: _margin(found) for tp, found in of_single.items()},
@@ -148,11 +156,13 @@ def _with_margins(calibration: Calibration, answered: Sequence[HeldOutPrediction
 
 
 def _memory_margins(single: Sequence[HeldOutPrediction], batched: Sequence[HeldOutPrediction]) -> dict[str, float]:
-    known = _quantile(abs(one.memory_log_error) for one in single if one.memory_log_error is not None)
+    known = _quantile(
+        abs(prediction.memory_log_error) for prediction in single if prediction.memory_log_error is not None
+    )
     per_share = _quantile(
-        max(0.0, abs(one.memory_log_error) - (known or 0.0)) / one.held.request_share
-        for one in batched
-        if one.held is not None and one.memory_log_error is not None
+        max(0.0, abs(prediction.memory_log_error) - (known or 0.0)) / prediction.memory.request_share
+        for prediction in batched
+        if prediction.memory is not None and prediction.memory_log_error is not None
     )
     return {
         "memory_single": _margin(known),
@@ -160,45 +170,50 @@ def _memory_margins(single: Sequence[HeldOutPrediction], batched: Sequence[HeldO
     }
 
 
-def _few(answered: Sequence[HeldOutPrediction]) -> float:
-    """Return how much wider an interval must be for a new model where few models were seen (Student's t)."""
-    models = len({one.sample.model.name for one in answered})
+def _few(predictions: Sequence[HeldOutPrediction]) -> float:
+    """Return how much wider an interval for a new model must be when few models were measured (Student's t)."""
+    models = len({prediction.sample.model.name for prediction in predictions})
     if models == 1:
-        return 2.0  # nothing is known of how models differ
+        return 2.0  # the difference between models is unknown
     return float(t.ppf(0.95, models - 1) * math.sqrt(1 + 1 / models) / norm.ppf(0.95))
 
 
-def _tp(one: HeldOutPrediction) -> str:
-    return str(one.sample.measured.configuration.tp)
+def _tp(prediction: HeldOutPrediction) -> str:
+    return str(prediction.sample.measured.configuration.tp)
 
 
 def _quantile(errors: Iterable[float]) -> float | None:
-    """Return what the given share of the errors stays below, None where there is none."""
+    """Return the `_QUANTILE` percentile of the errors, None if there are none."""
     known = list(errors)
     return float(np.percentile(known, _QUANTILE)) if known else None
 
 
 def _margin(log_error: float | None) -> float:
-    """Return a margin of a logarithmic error."""
+    """Return a logarithmic error as a relative margin."""
     return round(math.expm1(_UNKNOWN if log_error is None else log_error), 4)
 
 
 def errors_of(fitted: CrossFit) -> tuple[Group, ...]:
-    """Return the errors on models left out, and how many of their rows the margins cover, group by group."""
-    return grouped([_compared(one, fitted.without[one.sample.model.name]) for one in fitted.answered])
-
-
-def _compared(one: HeldOutPrediction, calibration: Calibration) -> Answer:
-    margins, asked = calibration.margins, one.sample.measured.configuration
-    single = asked.batch_size == 1
-    return compared(
-        one.sample.measured,
-        (one.latency_s, (margins.single if single else margins.batched)[str(asked.tp)]),
-        None if one.held is None else (one.held.gib, memory_margin(margins, one.held)),
+    """Return the errors on left-out models and the share of their rows that the margins cover, group by group."""
+    return grouped_errors(
+        [_compared(prediction, fitted.without[prediction.sample.model.name]) for prediction in fitted.predictions]
     )
 
 
-def least_trusted(answered: Sequence[HeldOutPrediction], count: int) -> list[tuple[str, float, float]]:
-    """Return the rows that the fit believes least: where they stand, measured and predicted seconds."""
-    worst = sorted(answered, key=lambda one: one.trust)[:count]
-    return [(one.sample.measured.where, one.sample.measured.latency_s, one.latency_s) for one in worst]
+def _compared(prediction: HeldOutPrediction, calibration: Calibration) -> Answer:
+    margins, configuration = calibration.margins, prediction.sample.measured.configuration
+    single = configuration.batch_size == 1
+    return errors_of_estimate(
+        prediction.sample.measured,
+        (prediction.latency_s, (margins.single if single else margins.batched)[str(configuration.tp)]),
+        None if prediction.memory is None else (prediction.memory.gib, memory_margin(margins, prediction.memory)),
+    )
+
+
+def least_trusted(predictions: Sequence[HeldOutPrediction], count: int) -> list[tuple[str, float, float]]:
+    """Return the rows with the least weight in the fit: file and line, measured and predicted seconds."""
+    worst = sorted(predictions, key=lambda prediction: prediction.trust)[:count]
+    return [
+        (prediction.sample.measured.where, prediction.sample.measured.latency_s, prediction.latency_s)
+        for prediction in worst
+    ]

@@ -1,4 +1,4 @@
-"""How far an estimator is from measured latencies and memory."""
+"""Compares estimates with measured latencies and memory: percentage errors and coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ COLUMNS = (
 OPTIONAL_COLUMNS = (
     "prompt_tokens", "layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
 )  # fmt: skip
-"""Columns that it may have beside them; of these, `prompt_tokens` alone plays a part."""
+"""Columns that it may also have; only `prompt_tokens` is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One measured run: a model under a configuration, what it took and held over all its GPUs.
+    """One measured run of a model with a configuration: its latency, and its memory over all GPUs.
 
-    `prompt_tokens` is None where the table does not say them.
+    `prompt_tokens` is None if the table has no such column.
     """
 
     where: str
@@ -49,7 +49,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluatedEstimator:
-    """An estimator that is judged, and the prompts it is asked about where a row does not say its own."""
+    """An estimator to evaluate, and the prompt length for rows without `prompt_tokens`."""
 
     estimator: Estimator
     prompt_tokens: int
@@ -69,10 +69,10 @@ class Errors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Errors of the rows that have one thing in common (`by` "tp", `value` "4", say).
+    """Errors of the rows that share a value, such as `by` "tp" and `value` "4".
 
-    `*_covered` is the percentage of rows that lie within the estimate's 90 % interval, None where
-    the estimator gives none. `memory` is None without an estimate.
+    `*_covered` is the percentage of rows within the estimate's 90 % interval, None if the estimator
+    gives no interval. `memory` is None without an estimate.
     """
 
     by: str
@@ -85,7 +85,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedRows:
-    """Rows that the estimator cannot answer: why, how many, and where the first stands."""
+    """Rows that the estimator cannot estimate: the reason, their number, and the file and line of the first."""
 
     reason: str
     rows: int
@@ -94,7 +94,7 @@ class SkippedRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Errors over a table: overall first (none where every row was left out), then group by group."""
+    """Errors over a table: overall first, then group by group; no groups if every row was left out."""
 
     rows: int
     groups: tuple[Group, ...]
@@ -103,7 +103,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The errors of one estimate in percent, and whether the truth lay in its intervals."""
+    """The errors of one estimate in percent, and whether the measurement lies in its intervals."""
 
     measured: Measurement
     latency_ape: float
@@ -129,32 +129,32 @@ def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evalua
 
     Args:
         table: a CSV file with `COLUMNS`, a row per measured run.
-        estimator: whom to compare.
-        prompt_tokens: length of the prompts in the table where it does not say so itself.
+        estimator: the estimator to compare.
+        prompt_tokens: prompt length for rows without `prompt_tokens`.
 
     Raises:
-        InputError: not such a table, or a figure in it that cannot be.
+        InputError: not such a table, or an impossible value in it.
     """
     subject = EvaluatedEstimator(estimator=estimator, prompt_tokens=prompt_tokens)
-    return judge(read_measurements(table), lambda _: subject)
+    return evaluate_rows(read_measurements(table), lambda _: subject)
 
 
-def judge(rows: Iterable[Measurement], subject_of: Callable[[Measurement], EvaluatedEstimator]) -> Evaluation:
-    """Compare measurements with estimates, each row's by the subject that is named for it."""
+def evaluate_rows(rows: Iterable[Measurement], subject_of: Callable[[Measurement], EvaluatedEstimator]) -> Evaluation:
+    """Compare measurements with estimates, each row with the estimator that `subject_of` returns for it."""
     answers: list[Answer] = []
     left_out: dict[str, SkippedRows] = {}
     for measured in rows:
-        answer = answered(measured, subject_of(measured))
+        answer = compare_row(measured, subject_of(measured))
         if isinstance(answer, Answer):
             answers.append(answer)
         else:
             before = left_out.get(answer) or SkippedRows(reason=answer, rows=0, first=measured.where)
             left_out[answer] = replace(before, rows=before.rows + 1)
     total = len(answers) + sum(reason.rows for reason in left_out.values())
-    return Evaluation(rows=total, groups=grouped(answers), left_out=tuple(left_out.values()))
+    return Evaluation(rows=total, groups=grouped_errors(answers), left_out=tuple(left_out.values()))
 
 
-def grouped(answers: list[Answer]) -> tuple[Group, ...]:
+def grouped_errors(answers: list[Answer]) -> tuple[Group, ...]:
     """Return the errors of all answers, then group by group."""
     return tuple(group for by, key in _GROUPINGS for group in _grouped(answers, by, key))
 
@@ -192,15 +192,15 @@ def _layers(row: Row) -> int:
 
 
 def _positive(row: Row, column: str) -> float:
-    return row.number(column, minimum=1e-9)  # below it the share of an error says nothing, and may be infinite
+    return row.number(column, minimum=1e-9)  # a percentage error of a smaller value is meaningless, and may be infinite
 
 
-def answered(measured: Measurement, subject: EvaluatedEstimator) -> Answer | str:
-    """Return the errors of an estimate, or why there is none."""
+def compare_row(measured: Measurement, subject: EvaluatedEstimator) -> Answer | str:
+    """Return the errors of the estimate for a row, or the reason why there is no estimate."""
     known = shape_of(measured.model_name)
     if known is None:
         return f"{measured.model_name} is not in the model catalogue"
-    # The table's own layers count: fingerprints of few layers are measurements too.
+    # Use the layers of the table: fingerprints of few layers are measurements too.
     model = replace(known, layers=measured.layers)
     reason = subject.estimator.why_not(model, measured.configuration)
     if reason is not None:
@@ -212,33 +212,33 @@ def answered(measured: Measurement, subject: EvaluatedEstimator) -> Answer | str
 
 
 def _compare(model: ModelSpec, measured: Measurement, subject: EvaluatedEstimator) -> Answer:
-    asked, estimator = measured.configuration, subject.estimator
+    configuration, estimator = measured.configuration, subject.estimator
     lengths = {
         "prompt_tokens": measured.prompt_tokens or subject.prompt_tokens,
         "output_tokens": measured.output_tokens,
     }
-    service = estimator.service(model, asked, **lengths, batch=asked.batch_size)
+    service = estimator.service(model, configuration, **lengths, batch=configuration.batch_size)
     if isinstance(estimator, LengthAwareMemory):
-        memory = estimator.memory_with(model, asked, **lengths)
+        memory = estimator.memory_with(model, configuration, **lengths)
     else:
-        memory = estimator.memory(model, asked)
-    memory_margin = estimator.memory_margin(model, asked) if isinstance(estimator, MemoryMarginAware) else None
-    return compared(
+        memory = estimator.memory(model, configuration)
+    memory_margin = estimator.memory_margin(model, configuration) if isinstance(estimator, MemoryMarginAware) else None
+    return errors_of_estimate(
         measured,
         (service.latency_s, service.margin),
         (gib(memory), memory_margin),
     )
 
 
-def compared(
+def errors_of_estimate(
     measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None] | None
 ) -> Answer:
     """Return the errors of an estimate.
 
     Args:
-        measured: the truth.
-        latency: estimated, in seconds, and its margin.
-        memory: estimated, in GiB, and its margin; None where there is no estimate.
+        measured: the measurement.
+        latency: the estimate in seconds, and its margin.
+        memory: the estimate in GiB, and its margin; None if there is no estimate.
     """
     latency_ratio = latency[0] / measured.latency_s
     memory_ratio = None if memory is None else memory[0] / measured.memory_gib
@@ -252,7 +252,7 @@ def compared(
 
 
 def _within(ratio: float, margin: float | None) -> bool | None:
-    """Say whether an estimate, by its ratio to the truth, has the truth in its interval."""
+    """Return whether the interval contains the measurement, given estimated over measured value."""
     return None if margin is None else 1 / (1 + margin) <= ratio <= 1 + margin
 
 
@@ -260,7 +260,7 @@ def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | 
     members: dict[str | int, list[Answer]] = {}
     for answer in answers:
         members.setdefault(key(answer.measured), []).append(answer)
-    # Numbers ascend; names keep the order of the table.
+    # Numbers are sorted; names keep the order of the table.
     numeric = all(isinstance(value, int) for value in members)
     for value in sorted(members) if numeric else members:
         memory = [answer.memory_ape for answer in members[value] if answer.memory_ape is not None]
@@ -275,7 +275,7 @@ def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | 
 
 
 def _covered(within: list[bool | None]) -> float | None:
-    known = [one for one in within if one is not None]
+    known = [inside for inside in within if inside is not None]
     return 100 * sum(known) / len(known) if known else None
 
 
@@ -291,7 +291,7 @@ def _summary(percent: list[float]) -> Errors:
 
 
 class LeaveOneOutEstimator:
-    """The calibrated estimator as a benchmark's tables judge it: every model as if it were new."""
+    """The calibrated estimator with, for each model, the calibration fitted without that model."""
 
     def __init__(self, profile: HardwareProfile) -> None:
         self._profile = profile
@@ -299,7 +299,7 @@ class LeaveOneOutEstimator:
 
     @property
     def name(self) -> str:
-        """What it is called in reports."""
+        """Name in reports."""
         return "calibrated, each model left out"
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
@@ -339,33 +339,33 @@ class LeaveOneOutEstimator:
 
 
 EACH = "each"
-"""Said instead of a model: leave out each for its own rows."""
+"""Value of --leave-out that leaves out each model for its own rows."""
 
 
 def benchmarked_estimator(name: str, profile: HardwareProfile, *, without_model: str | None = None) -> Estimator:
-    """Return an estimator to be compared with a benchmark's tables, not with the live system.
+    """Return an estimator for comparison with a benchmark's tables, not with the live system.
 
     Args:
-        name: of `ESTIMATORS`.
-        profile: feeds it.
-        without_model: a model whose ground truth it must not have seen; `EACH` for every model its own.
+        name: a key of `ESTIMATORS`.
+        profile: the profile it reads.
+        without_model: a model whose ground truth its fit must not include; `EACH` for each model its own.
 
     Raises:
-        UnknownNameError: there is no such estimator, or the profile knows no such model.
-        InputError: the estimator is not fitted with models left out.
+        UnknownNameError: no such estimator, or the profile has no such model.
+        InputError: the estimator has no fits with models left out.
     """
     if name == CALIBRATED and without_model == EACH:
         return LeaveOneOutEstimator(profile)
     if name == CALIBRATED:
-        meant = None if without_model is None else _fingerprinted(without_model, profile)
-        return CalibratedEstimator.benchmarked(profile, without_model=meant)
+        left_out = None if without_model is None else _fingerprinted_model(without_model, profile)
+        return CalibratedEstimator.benchmarked(profile, without_model=left_out)
     if without_model is not None:
         raise InputError(f"--leave-out {without_model}: only the calibrated estimator is fitted with models left out")
     return make_estimator(name, profile)
 
 
-def _fingerprinted(name: str, profile: HardwareProfile) -> str:
-    """Return the model that a profile has fingerprints of: of that name, or the one that a variant was made of."""
+def _fingerprinted_model(name: str, profile: HardwareProfile) -> str:
+    """Return the fingerprinted model of that name, or the fingerprinted base model of a variant."""
     known, shape = profile.fingerprints.models(), shape_of(name)
     if name in known:
         return name

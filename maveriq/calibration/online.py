@@ -1,13 +1,13 @@
-"""Fitting what the live system does otherwise than the benchmark, on recorded runs, each left out in turn.
+"""Fits the online calibration: the figures in which the live system differs from the benchmark.
 
-The benchmark restarts its engines for every figure and sums up over GPUs with custom kernels; the
-live system's engines are warm, over more than two GPUs it behaves like rings, and where the GPUs of
-a stage hang at both sockets of the host, every all-reduce takes longer. Seven figures say so: the
-fixed time of a request, latency and bandwidth of all-reduces at TP 4 and 8, and what the second
-socket adds at TP 2 and 4 (at TP 8 it is always there). They are fitted to requests without busy
-neighbours; two more, fitted to the others, say what neighbours do (`crowdfit`).
+The benchmark restarts its engines for every measurement and uses custom all-reduce kernels. The
+live system's engines are warm, and above two GPUs its all-reduces take as long as ring all-reduces.
+They take longer still if the GPUs of a stage span both sockets of the host.
 
-Fitting what busy neighbours cost, on recorded requests that had some.
+`fit_online` fits seven figures to recorded requests without contention: the fixed time of a
+request, the latency and bandwidth of all-reduces at TP 4 and 8, and the extra latency across
+sockets at TP 2 and 4 (TP 8 always spans both). `fit_contention` fits two more to the other
+requests: what co-located engines cost. `cross_fit_online` repeats the fit with each run left out.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from maveriq.estimate.calibration_file import Calibration, ContentionCosts, Onli
 from maveriq.estimate.roofline import OpCounts, RooflineParameters, latency_s
 from maveriq.testbed.engines import MAX_CO_LOCATED, RecordedEngine, read_engines
 
-_BANDS = 4  # of prompt length, with as many requests each: their medians say what a prompt token costs
-_MIN_UNCONTENDED = 12  # requests of a band, or of an engine that had neighbours; the medians of fewer say little
+_BANDS = 4  # of prompt length, with equally many requests; the medians of the bands give the cost of a prompt token
+_MIN_UNCONTENDED = 12  # requests of a band, or of an engine with contention; the median of fewer is too noisy
 TESTBED_GPUS_PER_SOCKET = 4
-"""Of the published testbed: GPUs 0 to 3 hang at one socket of the host, 4 to 7 at the other."""
+"""Of the published testbed: GPUs 0 to 3 belong to one socket of the host, 4 to 7 to the other."""
 
 LayerTimeRatio: TypeAlias = Callable[[ModelSpec, WeightType], float]
-"""How much longer a layer of a model took than the law says, as `CalibratedEstimator.slowness`."""
+"""Returns measured over predicted time of a layer, as `CalibratedEstimator.layer_time_ratio`."""
 
 _FITTED = (
     ("4", "all_reduce_us", 10.0), ("4", "ring_gb_s", 10.0), ("4", "across_us", 30.0), ("8", "all_reduce_us", 30.0),
     ("8", "ring_gb_s", 3.0), ("2", "across_us", 30.0),
 )  # fmt: skip
-"""TP, figure, and where its fit begins."""
+"""TP, figure, and the start of its fit."""
 
 _FIRST_REQUEST_MS = 10.0
 _TYPICAL_ERROR = 0.03
@@ -50,7 +50,7 @@ _TYPICAL_ERROR = 0.03
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedService:
-    """Requests of a deployment of a recorded run: their medians."""
+    """Medians over requests of one deployment of a recorded run."""
 
     run: str
     model: ModelSpec
@@ -62,16 +62,16 @@ class RecordedService:
 
 
 def read_recorded(folder: Path) -> list[RecordedService]:
-    """Return the medians of each deployment of a folder of recorded runs, over requests without busy neighbours.
+    """Return the medians of each deployment of a folder of recorded runs, over requests without contention.
 
     Raises:
         InputError: a table is missing or wrong.
     """
-    return [one for engine in read_engines(folder) for one in uncontended_medians(engine)]
+    return [service for engine in read_engines(folder) for service in uncontended_medians(engine)]
 
 
 def uncontended_medians(engine: RecordedEngine, *, bands: int = 1) -> Iterator[RecordedService]:
-    """Yield medians over requests without busy neighbours, shortest prompts first; none where there are too few."""
+    """Yield medians over requests without contention, shortest prompts first; none if there are too few requests."""
     uncontended = np.flatnonzero(engine.uncontended)
     if len(uncontended) < (1 if engine.uncontended.all() else _MIN_UNCONTENDED):
         return
@@ -89,64 +89,66 @@ def uncontended_medians(engine: RecordedEngine, *, bands: int = 1) -> Iterator[R
 
 
 class _Predictions:
-    """Recorded deployments as arrays, to be predicted at once under any figures of the live system."""
+    """Recorded deployments as arrays, to predict all service times at once under any online calibration."""
 
     def __init__(
         self, layer_time_ratio: LayerTimeRatio, recorded: Sequence[RecordedService], gpus_per_socket: int
     ) -> None:
-        kinds = [_kind(one, gpus_per_socket) for one in recorded]
+        kinds = [_kind(service, gpus_per_socket) for service in recorded]
         self._kinds = list(dict.fromkeys(kinds))
         self._kind_of = np.array([self._kinds.index(kind) for kind in kinds])
-        self.service_s = np.array([one.service_s for one in recorded])
-        self._output_tokens = np.array([one.output_tokens for one in recorded])
-        self._work = stacked(OpCounts, [_work(one, layer_time_ratio) for one in recorded])
+        self.service_s = np.array([service.service_s for service in recorded])
+        self._output_tokens = np.array([service.output_tokens for service in recorded])
+        self._ops = stacked(OpCounts, [_op_counts(service, layer_time_ratio) for service in recorded])
 
     def predict_s(self, calibration: Calibration) -> Array:
         """Return the service time of every deployment in seconds."""
-        laws = [calibration.law(weights, tp, served=True, across=across) for weights, tp, across in self._kinds]
+        rooflines = [
+            calibration.roofline(weights, tp, online=True, across=across) for weights, tp, across in self._kinds
+        ]
         predicted: Array = latency_s(
-            self._work, picked(stacked(RooflineParameters, laws), self._kind_of), self._output_tokens
+            self._ops, picked(stacked(RooflineParameters, rooflines), self._kind_of), self._output_tokens
         )
         return predicted
 
 
-def _work(one: RecordedService, layer_time_ratio: LayerTimeRatio) -> OpCounts:
-    asked = one.configuration
+def _op_counts(service: RecordedService, layer_time_ratio: LayerTimeRatio) -> OpCounts:
+    configuration = service.configuration
     return op_counts(
-        one.model,
-        asked.kv,
-        tp=asked.tp,
-        pp=asked.pp,
+        service.model,
+        configuration.kv,
+        tp=configuration.tp,
+        pp=configuration.pp,
         batch=1,
-        prompt_tokens=one.prompt_tokens,
-        layer_time_ratio=layer_time_ratio(one.model, asked.weights),
+        prompt_tokens=service.prompt_tokens,
+        layer_time_ratio=layer_time_ratio(service.model, configuration.weights),
     )
 
 
-def _kind(one: RecordedService, gpus_per_socket: int) -> tuple[WeightType, int, float]:
-    across = share_across(one.gpu_ids, one.configuration.tp, gpus_per_socket)
-    return one.configuration.weights, one.configuration.tp, across
+def _kind(service: RecordedService, gpus_per_socket: int) -> tuple[WeightType, int, float]:
+    across = share_across(service.gpu_ids, service.configuration.tp, gpus_per_socket)
+    return service.configuration.weights, service.configuration.tp, across
 
 
-def fit_served(
+def fit_online(
     layer_time_ratio: LayerTimeRatio,
     calibration: Calibration,
     engines: Sequence[RecordedEngine],
     gpus_per_socket: int = TESTBED_GPUS_PER_SOCKET,
 ) -> OnlineCalibration:
-    """Return the figures of the live system under which the recorded service times are most likely.
+    """Return the online calibration that fits the recorded service times best.
 
     Raises:
-        InputError: no engine served enough requests without busy neighbours.
+        InputError: no engine served enough requests without contention.
     """
-    medians = [one for engine in engines for one in uncontended_medians(engine, bands=_BANDS)]
+    medians = [service for engine in engines for service in uncontended_medians(engine, bands=_BANDS)]
     if not medians:
         raise InputError(
-            f"no deployment of these runs served {_MIN_UNCONTENDED} requests while its neighbours were idle, so that "
-            "nothing says what it takes alone; add a run with less load, or with one deployment"
+            f"no deployment of these runs served {_MIN_UNCONTENDED} requests without contention, so its service time "
+            "alone is unknown; add a run with less load, or with one deployment"
         )
     alone = _fit_alone(layer_time_ratio, calibration, medians, gpus_per_socket)
-    live = msgspec.structs.replace(calibration, served=alone)
+    live = msgspec.structs.replace(calibration, online=alone)
     contended = [engine for engine in engines if not engine.uncontended.all()]
     contention = fit_contention(
         [(engine, _uncontended_s(layer_time_ratio, live, engine, gpus_per_socket)) for engine in contended]
@@ -157,10 +159,10 @@ def fit_served(
 def _uncontended_s(
     layer_time_ratio: LayerTimeRatio, live: Calibration, engine: RecordedEngine, gpus_per_socket: int
 ) -> Array:
-    """Return what each request of an engine would take without neighbours."""
+    """Return the predicted service time without contention of each request of an engine."""
     lengths = np.column_stack([np.rint(engine.prompt_tokens), engine.output_tokens]).astype(int)
     kinds, kind_of = np.unique(lengths, axis=0, return_inverse=True)
-    asked = [
+    services = [
         RecordedService(
             run=engine.run,
             model=engine.model,
@@ -172,7 +174,7 @@ def _uncontended_s(
         )
         for prompt_tokens, output_tokens in kinds.tolist()
     ]
-    alone_s: Array = _Predictions(layer_time_ratio, asked, gpus_per_socket).predict_s(live)[kind_of.ravel()]
+    alone_s: Array = _Predictions(layer_time_ratio, services, gpus_per_socket).predict_s(live)[kind_of.ravel()]
     return alone_s
 
 
@@ -182,20 +184,20 @@ def _fit_alone(
     recorded: Sequence[RecordedService],
     gpus_per_socket: int,
 ) -> OnlineCalibration:
-    """Return the figures of engines without neighbours.
+    """Fit the figures of engines without contention.
 
-    A TP that no recorded engine had is left out; the benchmark's figures hold.
+    A TP degree that no recorded engine has is left out, so the benchmark's figures apply to it.
     """
     table = _Predictions(layer_time_ratio, recorded, gpus_per_socket)
     logs = np.log(table.service_s)
-    seen = {str(one.configuration.tp) for one in recorded}
-    fitted = [(tp, figure, first) for tp, figure, first in _FITTED if tp in seen]
+    tp_degrees = {str(service.configuration.tp) for service in recorded}
+    fitted = [(tp, figure, first) for tp, figure, first in _FITTED if tp in tp_degrees]
 
     def at(position: Array, digits: int = 17) -> OnlineCalibration:
         return _at(position, [(tp, figure) for tp, figure, _ in fitted], calibration, gpus_per_socket, digits)
 
     def residuals(position: Array) -> Array:
-        live = msgspec.structs.replace(calibration, served=at(position))
+        live = msgspec.structs.replace(calibration, online=at(position))
         return np.asarray(np.log(table.predict_s(live)) - logs)
 
     first = np.log([_FIRST_REQUEST_MS, *(first for _, _, first in fitted)])
@@ -203,23 +205,25 @@ def _fit_alone(
     return at(found.x, digits=4)
 
 
-def cross_fit_served(
+def cross_fit_online(
     layer_time_ratio: LayerTimeRatio,
     calibration: Calibration,
     engines: Sequence[RecordedEngine],
     gpus_per_socket: int = TESTBED_GPUS_PER_SOCKET,
 ) -> tuple[OnlineCalibration, Mapping[str, OnlineCalibration]]:
-    """Fit to all recorded runs, and to all but each one, where the others tell something.
+    """Fit to all recorded runs, and to all but each one if the others have requests without contention.
 
     Raises:
-        InputError: no engine served enough requests without busy neighbours.
+        InputError: no engine served enough requests without contention.
     """
-    whole = fit_served(layer_time_ratio, calibration, engines, gpus_per_socket)
-    telling = {one.run for one in engines if any(uncontended_medians(one))}
+    whole = fit_online(layer_time_ratio, calibration, engines, gpus_per_socket)
+    informative = {engine.run for engine in engines if any(uncontended_medians(engine))}
     without = {
-        run: fit_served(layer_time_ratio, calibration, [one for one in engines if one.run != run], gpus_per_socket)
-        for run in dict.fromkeys(one.run for one in engines)
-        if telling - {run}
+        run: fit_online(
+            layer_time_ratio, calibration, [engine for engine in engines if engine.run != run], gpus_per_socket
+        )
+        for run in dict.fromkeys(engine.run for engine in engines)
+        if informative - {run}
     }
     return whole, without
 
@@ -230,17 +234,17 @@ def errors_without(
     engines: Sequence[RecordedEngine],
     without: Mapping[str, OnlineCalibration],
 ) -> list[float]:
-    """Return by how many percent each deployment is off without neighbours, predicted without its run.
+    """Return the error of each deployment in percent, without contention, predicted by the fit without its run.
 
-    Those that were hardly ever without them have no say.
+    Deployments with too few requests without contention are left out.
     """
     errors: list[float] = []
-    for run, served in without.items():
-        of_run = [one for engine in engines if engine.run == run for one in uncontended_medians(engine)]
+    for run, online in without.items():
+        of_run = [service for engine in engines if engine.run == run for service in uncontended_medians(engine)]
         if not of_run:
             continue
-        table = _Predictions(layer_time_ratio, of_run, served.gpus_per_socket)
-        predicted_s = table.predict_s(msgspec.structs.replace(calibration, served=served))
+        table = _Predictions(layer_time_ratio, of_run, online.gpus_per_socket)
+        predicted_s = table.predict_s(msgspec.structs.replace(calibration, online=online))
         errors.extend((100 * np.abs(predicted_s / table.service_s - 1)).tolist())
     return errors
 
@@ -252,7 +256,7 @@ def _at(
     gpus_per_socket: int,
     digits: int,
 ) -> OnlineCalibration:
-    """Return the figures at a position; what is not fitted is the benchmark's."""
+    """Return the figures at a position of the fit; figures that are not fitted keep the benchmark's value."""
     request_ms, *values = (float(f"{value:.{digits}g}") for value in np.exp(position))
     links: dict[str, dict[str, float]] = {}
     for (tp, figure), value in zip(fitted, values, strict=True):
@@ -263,24 +267,28 @@ def _at(
 
 
 _FIRST_US = (25.0, 4000.0)
-_MIN_UNCONTENDED_OF_ENGINE = 5  # requests that say how far an engine is off without neighbours
+_MIN_UNCONTENDED_OF_ENGINE = 5  # requests that give the ratio of an engine without contention
 
 
 def fit_contention(engines: Sequence[tuple[RecordedEngine, Array]]) -> ContentionCosts:
-    """Return what neighbours cost a token; a number of co-located engines that was never recorded costs nothing.
+    """Return what co-located engines cost a token; a number of them that was never recorded costs nothing.
 
     Args:
-        engines: with what each of their requests would take without neighbours, in seconds.
+        engines: each with the predicted service times of its requests without contention, in seconds.
     """
-    pairs = [(engine, alone_s * _off(engine, alone_s)) for engine, alone_s in engines if not engine.uncontended.all()]
+    pairs = [
+        (engine, alone_s * _uncontended_ratio(engine, alone_s))
+        for engine, alone_s in engines
+        if not engine.uncontended.all()
+    ]
     if not pairs:
         return ContentionCosts(layer_us=0.0, turn_us=0.0)
     layers = np.concatenate([np.full(len(alone_s), engine.model.layers) for engine, alone_s in pairs])
     alone_s = np.concatenate([alone_s for _, alone_s in pairs])
-    beside = np.concatenate([engine.beside for engine, _ in pairs])
+    busy_shares = np.concatenate([engine.busy_shares for engine, _ in pairs])
     output_tokens = np.concatenate([engine.output_tokens for engine, _ in pairs])
     logs = np.log(np.concatenate([engine.service_s for engine, _ in pairs]))
-    first_us = _FIRST_US if beside[:, 2:].any() else _FIRST_US[:1]
+    first_us = _FIRST_US if busy_shares[:, 2:].any() else _FIRST_US[:1]
 
     def costs_us(position: Array) -> tuple[float, float]:
         layer_us, *turn_us = np.exp(position).tolist()
@@ -288,7 +296,7 @@ def fit_contention(engines: Sequence[tuple[RecordedEngine, Array]]) -> Contentio
 
     def residuals(position: Array) -> Array:
         layer_us, turn_us = costs_us(position)
-        taken_s = contended_s(alone_s, beside, _waits_s(layers, layer_us, turn_us), output_tokens)
+        taken_s = contended_s(alone_s, busy_shares, _delays_s(layers, layer_us, turn_us), output_tokens)
         return np.asarray(np.log(taken_s) - logs)
 
     found = least_squares(residuals, np.log(first_us), loss="soft_l1", f_scale=_TYPICAL_ERROR, max_nfev=40)
@@ -296,28 +304,28 @@ def fit_contention(engines: Sequence[tuple[RecordedEngine, Array]]) -> Contentio
     return ContentionCosts(layer_us=layer_us, turn_us=turn_us)
 
 
-def contended_s(alone_s: Array, beside: Array, waits_s: Array, output_tokens: Array) -> Array:
-    """Return what requests take that would take `alone_s`.
+def contended_s(alone_s: Array, busy_shares: Array, delays_s: Array, output_tokens: Array) -> Array:
+    """Return the service times of requests under contention, in seconds.
 
     Args:
-        alone_s: (requests).
-        beside: (requests, neighbours + 1), the share of the service with so many neighbours.
-        waits_s: likewise, how much longer a token takes with so many.
-        output_tokens: (requests); a service goes through its tokens at an even pace.
+        alone_s: (requests,), the service times without contention.
+        busy_shares: (requests, n), the share of the service time with 0 to n - 1 busy co-located engines.
+        delays_s: likewise, how much longer a token takes with that many.
+        output_tokens: (requests,), generated at an even pace.
     """
-    pace = alone_s[:, None] / (alone_s[:, None] + output_tokens[:, None] * waits_s)
-    contended: Array = alone_s / (beside * pace).sum(axis=1)
+    pace = alone_s[:, None] / (alone_s[:, None] + output_tokens[:, None] * delays_s)
+    contended: Array = alone_s / (busy_shares * pace).sum(axis=1)
     return contended
 
 
-def _waits_s(layers: Array, layer_us: float, turn_us: float) -> Array:
-    neighbours = np.arange(MAX_CO_LOCATED + 1)
-    waits: Array = 1e-6 * (layers[:, None] * layer_us * (neighbours > 0) + turn_us * np.maximum(neighbours - 1, 0))
-    return waits
+def _delays_s(layers: Array, layer_us: float, turn_us: float) -> Array:
+    busy = np.arange(MAX_CO_LOCATED + 1)
+    delays: Array = 1e-6 * (layers[:, None] * layer_us * (busy > 0) + turn_us * np.maximum(busy - 1, 0))
+    return delays
 
 
-def _off(engine: RecordedEngine, alone_s: Array) -> float:
-    """Return how much longer an engine takes without neighbours than it should; that is not theirs to answer for."""
+def _uncontended_ratio(engine: RecordedEngine, alone_s: Array) -> float:
+    """Return measured over predicted service time of an engine without contention, the part that is not contention."""
     uncontended = engine.uncontended
     return (
         float(np.median(engine.service_s[uncontended] / alone_s[uncontended]))

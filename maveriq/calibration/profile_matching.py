@@ -1,7 +1,8 @@
-"""Which profile a table of measurements is compared with: the one taken with prompts like the table's.
+"""Chooses the profile to compare a table of measurements with.
 
-Fingerprints are taken with prompts of one length, and a table rarely says the length of its own. Where
-it does, or the user does, the profile with the nearest prompts is taken; else the table's latencies tell.
+The fingerprints of a profile are measured at one prompt length. If the table or the user gives the
+prompt length, the profile with the nearest one is used. Otherwise the profile whose estimates agree
+best with the table's latencies is used.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from maveriq.calibration.evaluation import Answer, EvaluatedEstimator, Measurement, answered
+from maveriq.calibration.evaluation import Answer, EvaluatedEstimator, Measurement, compare_row
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, known_profiles, load_profile
 
 DEFAULT_PROFILE = "a6000-short"
-"""The profile where nothing speaks for another; a table is compared with those of its kind of GPU."""
+"""The default profile; only profiles of its kind of GPU are candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileInput:
-    """A profile, the estimator it feeds, and the prompts that one is asked about."""
+    """A profile, and the estimator made from it with the prompt length to use."""
 
     profile: HardwareProfile
     subject: EvaluatedEstimator
@@ -30,9 +31,9 @@ class ProfileInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileTrial:
-    """How a profile did on a table: the median error of latency in percent, on rows that all profiles answer.
+    """Median error of latency of a profile on a table, in percent, over the rows that all profiles can estimate.
 
-    The median is None where it answers none of them.
+    The median is None if it can estimate none of them.
     """
 
     profile: str
@@ -43,21 +44,21 @@ class ProfileTrial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileMatch:
-    """What the rows are compared with, and why.
+    """The profiles that a table is compared with, and why.
 
     Args:
-        fed: profiles that feed at least one row.
-        subject_of: who answers a row.
-        why: these profiles, in a few words.
-        lengths_in_table: rows say their prompts themselves.
-        tried: how profiles did; empty where nothing had to be found out.
+        inputs: profiles used for at least one row.
+        subject_of: returns the estimator for a row.
+        why: a short reason for these profiles.
+        lengths_in_table: the table has a column `prompt_tokens`.
+        trials: errors of the candidates; empty if the prompt length or the user decided.
     """
 
-    fed: tuple[ProfileInput, ...]
+    inputs: tuple[ProfileInput, ...]
     subject_of: Callable[[Measurement], EvaluatedEstimator]
     why: str
     lengths_in_table: bool = False
-    tried: tuple[ProfileTrial, ...] = ()
+    trials: tuple[ProfileTrial, ...] = ()
 
 
 def match(
@@ -67,13 +68,13 @@ def match(
     profile: str | None = None,
     prompt_tokens: int | None = None,
 ) -> ProfileMatch:
-    """Settle which profile feeds the estimator that a table is compared with, and about which prompts it is asked.
+    """Choose the profile and prompt length that a table is compared with.
 
     Args:
-        rows: of the table.
-        make: returns the estimator that a profile feeds.
-        profile: given by the user; no other is tried.
-        prompt_tokens: given by the user, for a table without that column.
+        rows: rows of the table.
+        make: makes an estimator from a profile.
+        profile: the profile that the user chose; no other is considered.
+        prompt_tokens: the prompt length that the user gave, for a table without that column.
 
     Raises:
         InputError: prompt tokens both in the table and given; a profile that cannot be used.
@@ -82,23 +83,23 @@ def match(
     if in_table and prompt_tokens is not None:
         raise InputError("the table has a column prompt_tokens; leave --prompt-tokens away")
     if profile is not None:
-        only = _fed(load_profile(profile), make, prompt_tokens)
+        only = _profile_input(load_profile(profile), make, prompt_tokens)
         why = "as requested"
-        return ProfileMatch(fed=(only,), subject_of=lambda _: only.subject, why=why, lengths_in_table=in_table)
-    candidates = [_fed(hardware, make, prompt_tokens) for hardware in _of_the_usual_kind()]
+        return ProfileMatch(inputs=(only,), subject_of=lambda _: only.subject, why=why, lengths_in_table=in_table)
+    candidates = [_profile_input(hardware, make, prompt_tokens) for hardware in _profiles_of_default_gpu()]
     if in_table or prompt_tokens is not None:
         return _nearest(rows, candidates, lengths_in_table=in_table)
-    return _likeliest(rows, candidates)
+    return _most_accurate(rows, candidates)
 
 
-def _fed(
+def _profile_input(
     profile: HardwareProfile, make: Callable[[HardwareProfile], Estimator], prompt_tokens: int | None
 ) -> ProfileInput:
     subject = EvaluatedEstimator(estimator=make(profile), prompt_tokens=prompt_tokens or profile.prompt_tokens)
     return ProfileInput(profile=profile, subject=subject)
 
 
-def _of_the_usual_kind() -> list[HardwareProfile]:
+def _profiles_of_default_gpu() -> list[HardwareProfile]:
     """Return the embedded profiles of the default's kind of GPU, the default first."""
     default = load_profile(DEFAULT_PROFILE)
     others = (load_profile(name) for name in known_profiles() if name != default.name)
@@ -108,62 +109,62 @@ def _of_the_usual_kind() -> list[HardwareProfile]:
 def _nearest(
     rows: Sequence[Measurement], candidates: Sequence[ProfileInput], *, lengths_in_table: bool
 ) -> ProfileMatch:
-    """Take for each row the profile whose prompts are nearest by ratio: times grow in proportion to them."""
+    """Choose for each row the profile with the nearest prompt length by ratio, because times scale with it."""
 
     def nearest(row: Measurement) -> ProfileInput:
-        def distance(one: ProfileInput) -> float:
-            asked = row.prompt_tokens or one.subject.prompt_tokens
-            return abs(math.log(asked / one.profile.prompt_tokens))
+        def distance(candidate: ProfileInput) -> float:
+            prompt_tokens = row.prompt_tokens or candidate.subject.prompt_tokens
+            return abs(math.log(prompt_tokens / candidate.profile.prompt_tokens))
 
         return min(candidates, key=distance)
 
-    used = {one.profile.name: one for one in map(nearest, rows)}
+    used = {candidate.profile.name: candidate for candidate in map(nearest, rows)}
     return ProfileMatch(
-        fed=tuple(used.values()),
+        inputs=tuple(used.values()),
         subject_of=lambda row: nearest(row).subject,
         why="its prompts are the nearest",
         lengths_in_table=lengths_in_table,
     )
 
 
-def _likeliest(rows: Sequence[Measurement], candidates: Sequence[ProfileInput]) -> ProfileMatch:
-    """Take the profile that agrees best with the latencies of the table, by the median over rows that all answer.
+def _most_accurate(rows: Sequence[Measurement], candidates: Sequence[ProfileInput]) -> ProfileMatch:
+    """Choose the profile with the smallest median latency error over the rows that all profiles can estimate.
 
-    One profile is taken for the whole table, so that no row can pick what suits it.
+    One profile serves the whole table: choosing per row would hide errors.
     """
-    errors = [_latency_errors(rows, one.subject) for one in candidates]
-    common = [place for place in range(len(rows)) if all(place in found for found in errors if found)]
-    tried = [_tried(one, found, common) for one, found in zip(candidates, errors, strict=True)]
+    errors = [_latency_errors(rows, candidate.subject) for candidate in candidates]
+    common = [index for index in range(len(rows)) if all(index in found for found in errors if found)]
+    trials = [_trial(candidate, found, common) for candidate, found in zip(candidates, errors, strict=True)]
 
-    def rank(place: int) -> tuple[float, int]:
-        off = tried[place].median
-        return (math.inf if off is None else off, -len(errors[place]))
+    def rank(index: int) -> tuple[float, int]:
+        error = trials[index].median
+        return (math.inf if error is None else error, -len(errors[index]))
 
-    # The first of equals: the default.
+    # The sort is stable, so the default wins a tie.
     best, *others = sorted(range(len(candidates)), key=rank)
     why = "no row tells the profiles apart"
-    if tried[best].median is not None:
-        offs = ", ".join(_off(tried[place]) for place in (best, *others) if tried[place].rows)
-        why = f"off in latency by {offs} (medians)"
+    if trials[best].median is not None:
+        error_texts = ", ".join(_error_text(trials[index]) for index in (best, *others) if trials[index].rows)
+        why = f"off in latency by {error_texts} (medians)"
     only = candidates[best]
-    return ProfileMatch(fed=(only,), subject_of=lambda _: only.subject, why=why, tried=tuple(tried))
+    return ProfileMatch(inputs=(only,), subject_of=lambda _: only.subject, why=why, trials=tuple(trials))
 
 
 def _latency_errors(rows: Sequence[Measurement], subject: EvaluatedEstimator) -> dict[int, float]:
-    """Return the errors of latency in percent by the place of the row, of rows that have an answer."""
-    answers = ((place, answered(row, subject)) for place, row in enumerate(rows))
-    return {place: answer.latency_ape for place, answer in answers if isinstance(answer, Answer)}
+    """Return the latency error in percent by row index, for rows that have an estimate."""
+    answers = ((index, compare_row(row, subject)) for index, row in enumerate(rows))
+    return {index: answer.latency_ape for index, answer in answers if isinstance(answer, Answer)}
 
 
-def _tried(one: ProfileInput, errors: Mapping[int, float], common: Sequence[int]) -> ProfileTrial:
-    known = [errors[place] for place in common if place in errors]
+def _trial(candidate: ProfileInput, errors: Mapping[int, float], common: Sequence[int]) -> ProfileTrial:
+    known = [errors[index] for index in common if index in errors]
     return ProfileTrial(
-        profile=one.profile.name,
-        prompt_tokens=one.profile.prompt_tokens,
+        profile=candidate.profile.name,
+        prompt_tokens=candidate.profile.prompt_tokens,
         rows=len(known),
         median=median(known) if known else None,
     )
 
 
-def _off(one: ProfileTrial) -> str:
-    return f"{one.median:.1f} % with {one.profile}"
+def _error_text(trial: ProfileTrial) -> str:
+    return f"{trial.median:.1f} % with {trial.profile}"

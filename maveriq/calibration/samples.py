@@ -1,4 +1,4 @@
-"""Samples of a fit: rows of measured tables with their weights."""
+"""Samples for a fit: rows of measured tables, each with a weight, and the fingerprints derived from them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _PUBLISHED_PROMPTS: Mapping[str, int] = {
     _LONG_FINGERPRINTS: 923,
     _SHORT_FINGERPRINTS: 10,
 }
-"""The published tables, which do not say their prompts, and what these were."""
+"""The published tables and their prompt lengths in tokens; they have no column `prompt_tokens`."""
 
-_MAX_BATCH = 128  # beyond it the engine splits a batch, which nothing here describes
+_MAX_BATCH = 128  # the engine splits larger batches, which the formulas do not model
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 
 Constants: TypeAlias = Mapping[str, Fingerprints]
-"""Fingerprints of all models by name, taken with prompts of one length."""
+"""Fingerprints of all models by name, measured at one prompt length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A measured row, what it says and how much it counts; a fingerprint is of a model cut to few layers."""
+    """A measured row with its weight in the fit; a fingerprint is a measurement of a model cut to few layers."""
 
     table: str
     measured: Measurement
@@ -51,13 +51,13 @@ def read_samples(data: Path, *, prompt_tokens: int | None = None) -> list[Sample
     """Read the rows that a fit can use.
 
     Args:
-        data: a table of measurements, or a folder of them: tables with a column `prompt_tokens` under
-            any name, and the published ones under theirs. A model that is not in the catalogue has
-            its Hugging Face configuration in the same folder, as MODEL/config.json.
-        prompt_tokens: of tables that do not say them themselves; None for what the published ones had.
+        data: a table of measurements, or a folder of them: any table with a column `prompt_tokens`, and
+            the published tables by their names. A model that is not in the catalogue needs its
+            Hugging Face configuration in the same folder, as MODEL/config.json.
+        prompt_tokens: prompt length of tables without that column; None for that of the published tables.
 
     Raises:
-        InputError: no such table, one that is wrong, no row of a whole model, or an unknown model.
+        InputError: no such table, an invalid one, no row of a whole model, or an unknown model.
     """
     folder = data if is_folder(data) else data.parent
     samples = [
@@ -66,13 +66,13 @@ def read_samples(data: Path, *, prompt_tokens: int | None = None) -> list[Sample
         for measured in read_measurements(table)
         if (sample := _sample(table.name, measured, default, folder)).measured.configuration.batch_size <= _MAX_BATCH
     ]
-    if all(one.is_fingerprint for one in samples):
+    if all(sample.is_fingerprint for sample in samples):
         raise InputError(f"{str(data)!r} has no row of a whole model, which a fit needs; add measurements of some")
     return samples
 
 
 def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int | None]]:
-    """Yield the tables, and the length of the prompts of those that do not say it."""
+    """Yield the tables, each with the prompt length to use if it has no column for it."""
     if not is_folder(data):
         yield data, prompt_tokens or _PUBLISHED_PROMPTS.get(data.name)
         return
@@ -88,7 +88,7 @@ def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int |
 
 
 def _is_table(path: Path, prompt_tokens: int | None) -> bool:
-    """Say whether a file is a table of measurements whose prompts are known."""
+    """Return whether a file is a table of measurements with known prompt lengths."""
     header = read_text(path, what="table of measurements").partition("\n")[0].strip().split(",")
     return set(COLUMNS) <= set(header) and ("prompt_tokens" in header or prompt_tokens is not None)
 
@@ -122,25 +122,25 @@ def _model(measured: Measurement, folder: Path) -> ModelSpec:
 
 
 def _sample_weight(table: str, measured: Measurement, *, is_fingerprint: bool) -> float:
-    """Return how much a row counts: fingerprints little, for at one layer a moment's noise is all there is."""
+    """Return the weight of a row; fingerprints weigh little, because at one layer noise dominates."""
     if is_fingerprint:
         tp, pp = measured.configuration.tp, measured.configuration.pp
         if tp > 2:
-            return 0.015  # several GPUs wait for the slowest: noise of tens of milliseconds
+            return 0.015  # all GPUs wait for the slowest one: noise of tens of milliseconds
         return 0.3 if pp <= 2 else 0.1
-    return 0.5 if table == BATCHED_TRUTH else 1.0  # the table of one model alone
+    return 0.5 if table == BATCHED_TRUTH else 1.0  # this table has one model only
 
 
-def usable(samples: Iterable[Sample], without_model: str | None) -> list[Sample]:
-    """Return the samples for a fit without a model: of it, and of variants made of it, their fingerprints alone."""
-    return [one for one in samples if one.is_fingerprint or one.model.name != without_model]
+def without_ground_truth(samples: Iterable[Sample], without_model: str | None) -> list[Sample]:
+    """Return the samples for a fit without a model: only fingerprints of it and of its variants remain."""
+    return [sample for sample in samples if sample.is_fingerprint or sample.model.name != without_model]
 
 
 def constants_of(samples: Iterable[Sample]) -> dict[int, Constants]:
-    """Return the constants of fingerprints by the prompts that these were taken with.
+    """Return the constants of fingerprints by prompt length in tokens.
 
-    A fingerprint is what the two least numbers of layers took and held at the two least output
-    lengths; a point that lacks one of the four gives none.
+    A fingerprint needs measurements at the two smallest layer counts and the two smallest output
+    lengths; a configuration without all four gives no fingerprint.
     """
     rows_of: dict[int, dict[str, dict[ParallelConfig, list[Measurement]]]] = {}
     for sample in samples:
@@ -168,12 +168,14 @@ def _derived(rows: Sequence[Measurement]) -> Fingerprint | None:
 
 
 def nearest_fingerprints(sample: Sample, constants: Mapping[int, Constants]) -> tuple[int, Fingerprints] | None:
-    """Return a sample's fingerprints that were taken with the nearest prompts, and the length of these.
+    """Return the fingerprints of a sample's model at the nearest prompt length, and that length.
 
-    None where its model, stored as it is, has no fingerprint on one GPU.
+    None if the model has no fingerprint on one GPU with the sample's weight and KV types.
     """
     one_gpu = sample.measured.configuration.at(1, 1)
-    for prompt_tokens in sorted(constants, key=lambda seen: abs(math.log(seen / sample.prompt_tokens))):
+    for prompt_tokens in sorted(
+        constants, key=lambda measured_tokens: abs(math.log(measured_tokens / sample.prompt_tokens))
+    ):
         fingerprints = constants[prompt_tokens].get(sample.model.name, {})
         if one_gpu in fingerprints:
             return prompt_tokens, fingerprints

@@ -20,9 +20,16 @@ from maveriq.calibration.cross_validation import (
     errors_of,
     least_trusted,
 )
-from maveriq.calibration.evaluation import Errors, Evaluation, Group, benchmarked_estimator, judge, read_measurements
+from maveriq.calibration.evaluation import (
+    Errors,
+    Evaluation,
+    Group,
+    benchmarked_estimator,
+    evaluate_rows,
+    read_measurements,
+)
 from maveriq.calibration.fitting import Kinds, exponents_csv, fit_exponents, start_calibration, start_for
-from maveriq.calibration.online import cross_fit_served, errors_without
+from maveriq.calibration.online import cross_fit_online, errors_without
 from maveriq.calibration.profile_matching import DEFAULT_PROFILE, ProfileMatch, match
 from maveriq.calibration.samples import read_samples
 from maveriq.cli.options import JsonFlag
@@ -136,7 +143,7 @@ def _evaluate(
     make_estimator(load_profile(profile or DEFAULT_PROFILE))  # reports errors of the command line before those of files
     rows = list(read_measurements(table))
     matched = match(rows, make_estimator, profile=profile, prompt_tokens=prompt_tokens)
-    evaluation = judge(rows, matched.subject_of)
+    evaluation = evaluate_rows(rows, matched.subject_of)
     if as_json:
         _print_json(_match_json(matched) | asdict(evaluation))
     else:
@@ -148,24 +155,24 @@ def _match_json(matched: ProfileMatch) -> dict[str, object]:
     return {
         "estimator": _estimator_name(matched),
         "profile": _profile_names(matched, ", "),
-        "prompt_tokens": None if matched.lengths_in_table else matched.fed[0].subject.prompt_tokens,
+        "prompt_tokens": None if matched.lengths_in_table else matched.inputs[0].subject.prompt_tokens,
         "profile_because": matched.why,
-        "profiles_tried": [asdict(tried) for tried in matched.tried],
+        "profiles_tried": [asdict(tried) for tried in matched.trials],
     }
 
 
 def _estimator_name(matched: ProfileMatch) -> str:
-    return matched.fed[0].subject.estimator.name
+    return matched.inputs[0].subject.estimator.name
 
 
 def _profile_names(matched: ProfileMatch, separator: str) -> str:
-    return separator.join(used.profile.name for used in matched.fed)
+    return separator.join(used.profile.name for used in matched.inputs)
 
 
 def _show_evaluation(evaluation: Evaluation, table: Path, matched: ProfileMatch, *, profile_matched: bool) -> None:
     console = Console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
-    prompts = f"prompts of {matched.fed[0].subject.prompt_tokens} tokens"
+    prompts = f"prompts of {matched.inputs[0].subject.prompt_tokens} tokens"
     console.print(
         f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by "
         f"[bold]{_estimator_name(matched)}[/bold] with profile {escape(_profile_names(matched, ' and '))} "
@@ -268,7 +275,7 @@ def _recorded_engines(folder: Path) -> list[RecordedEngine]:
 
 def _fit_online(fitted: CrossFit, recorded: Sequence[RecordedEngine], gpus_per_socket: int) -> _OnlineFit:
     ratio, calibration = fitted.layer_time_ratio, fitted.calibration
-    online, without = cross_fit_served(ratio, calibration, recorded, gpus_per_socket)
+    online, without = cross_fit_online(ratio, calibration, recorded, gpus_per_socket)
     left_out = errors_without(ratio, calibration, recorded, without)
     same_runs = dict.fromkeys((engine.run for engine in recorded), online)
     errors = left_out or errors_without(ratio, calibration, recorded, same_runs)
@@ -279,7 +286,7 @@ def _write(fitted: CrossFit, online: _OnlineFit | None, exponents: Kinds, out: P
     comment = f"Fitted by `maveriq fit` to {data.name}"
     calibration = fitted.calibration
     if online is not None:
-        calibration = msgspec.structs.replace(calibration, served=online.calibration)
+        calibration = msgspec.structs.replace(calibration, online=online.calibration)
     files = {"calibrated.toml": to_toml(calibration, f"{comment}.")} | {
         f"calibrated-without-{model}.toml": to_toml(without, f"{comment}; full models of {model} left out.")
         for model, without in fitted.without.items()
@@ -296,7 +303,7 @@ def _write(fitted: CrossFit, online: _OnlineFit | None, exponents: Kinds, out: P
 
 
 def _fit_json(fitted: CrossFit, online: _OnlineFit | None) -> dict[str, object]:
-    rows = least_trusted(fitted.answered, _LEAST_TRUSTED_SHOWN)
+    rows = least_trusted(fitted.predictions, _LEAST_TRUSTED_SHOWN)
     answer: dict[str, object] = {
         "groups": [asdict(group) for group in errors_of(fitted)],
         "least_trusted": [
@@ -319,7 +326,7 @@ def _show_fit(fitted: CrossFit, online: _OnlineFit | None, recorded: Sequence[Re
     console.print("every model predicted by a fit to the others:")
     _show_groups(console, errors_of(fitted))
     console.print("rows that the fit trusts least:")
-    for sample, measured_s, predicted_s in least_trusted(fitted.answered, _LEAST_TRUSTED_SHOWN):
+    for sample, measured_s, predicted_s in least_trusted(fitted.predictions, _LEAST_TRUSTED_SHOWN):
         console.print(f"  {escape(sample)}: measured {measured_s:.3f} s, predicted {predicted_s:.3f} s", soft_wrap=True)
     if online:
         runs = len({engine.run for engine in recorded})

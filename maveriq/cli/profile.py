@@ -119,7 +119,7 @@ async def _measure_all(job: _Job) -> list[Measured]:
 
 def _lines(measured: Sequence[Measured]) -> Iterator[str]:
     for measurement in measured:
-        case = measurement.question
+        case = measurement.case
         yield (
             f"  batch {case.batch}, prompts of {case.prompt_tokens}: first token after "
             f"{1e3 * (measurement.ttft_s + measurement.tpot_s):.1f} ms, then {1e3 * measurement.tpot_s:.2f} ms each"

@@ -1,1 +1,1 @@
-"""Estimators of latency and memory, fed by measured fingerprints."""
+"""Estimators of latency and memory, based on hardware profiles."""

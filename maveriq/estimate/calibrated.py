@@ -1,4 +1,4 @@
-"""The calibrated estimator: a roofline with figures fitted to a kind of GPU, and each model's own fingerprints."""
+"""The calibrated estimator: a roofline fitted to a kind of GPU, corrected by each model's own fingerprints."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from maveriq.units import Bytes, bytes_from_gib
 
 
 def share_across(gpu_ids: Sequence[int], tp: int, gpus_per_socket: int) -> float:
-    """Return the share of pipeline stages whose GPUs hang at several sockets."""
+    """Return the share of pipeline stages whose GPUs span several sockets of the host."""
     stages = [gpu_ids[first : first + tp] for first in range(0, len(gpu_ids), tp)]
     return sum(len({gpu // gpus_per_socket for gpu in stage}) > 1 for stage in stages) / len(stages)
 
 
-def in_shared_process(configuration: ParallelConfig) -> bool:
-    """Say whether an engine runs in the host process that all such engines share, and so has neighbours.
+def uses_shared_process(configuration: ParallelConfig) -> bool:
+    """Return whether an engine runs in the host process that all single-GPU engines share.
 
-    One of several GPUs is started as processes of its own, one a GPU; it neither disturbs others nor
-    is disturbed by them.
+    An engine on several GPUs has processes of its own, one per GPU. It neither slows other engines
+    down nor is slowed down by them.
     """
     return configuration.gpus == 1
 
 
 class _Times(NamedTuple):
-    """Times of a request: the first token, then tokens that cost more the longer the context is."""
+    """Times of a request; the time of a token grows with the context."""
 
     first_s: float
     token_s: float
@@ -45,55 +45,55 @@ class _Times(NamedTuple):
 
 
 class CalibratedEstimator:
-    """Latency and memory by `physics` and `footprint`.
+    """Estimates latency by the roofline and memory by `estimate_memory`.
 
-    What is fitted is common to all models of a kind of GPU; of the model itself it takes the
-    shape, how much slower or faster a layer ran in its fingerprint than the law says, and the
-    memory its fingerprints held.
+    The fitted figures apply to all models on a kind of GPU. Three things are specific to a model:
+    its shape, the ratio of measured to predicted layer time in its fingerprints, and the memory of
+    its fingerprints.
     """
 
-    def __init__(self, profile: HardwareProfile, calibration: Calibration, *, served: bool) -> None:
-        """Make one of a calibration.
+    def __init__(self, profile: HardwareProfile, calibration: Calibration, *, online: bool) -> None:
+        """Make an estimator from a calibration.
 
         Args:
-            profile: whose fingerprints describe the models.
-            calibration: fitted figures.
-            served: answer for the live system; else for the benchmark that the ground truth was measured with.
+            profile: provides the fingerprints of the models.
+            calibration: the fitted figures.
+            online: estimate the live system; else the benchmark that the ground truth was measured with.
         """
         self._profile = profile
         self._calibration = calibration
-        self._served = served
+        self._online = online
         # Caches; the key of times is model, configuration, batch, prompt tokens and the share of stages across sockets.
         self._times: dict[tuple[ModelSpec, ParallelConfig, int, int, float], _Times] = {}
         self._layer_time_ratio: dict[tuple[ModelSpec, WeightType], float] = {}
 
     @classmethod
     def serving(cls, profile: HardwareProfile, *, without_run: str | None = None) -> CalibratedEstimator:
-        """Return the one that answers for the live system, for planning and simulating.
+        """Return the estimator of the live system, for planning and simulating.
 
         Args:
-            profile: which names the calibration.
-            without_run: a recorded run that the figures of the live system must not have seen.
+            profile: names the calibration file.
+            without_run: use the online calibration fitted without this recorded run.
 
         Raises:
-            InputError: the profile has no calibration, or no such run was recorded.
+            InputError: the profile has no calibration, or there is no such recorded run.
         """
         path = require(profile.calibrated, profile.name)
-        return cls(profile, read_calibration(path, without_run=without_run), served=True)
+        return cls(profile, read_calibration(path, without_run=without_run), online=True)
 
     @classmethod
     def benchmarked(cls, profile: HardwareProfile, *, without_model: str | None = None) -> CalibratedEstimator:
-        """Return the one that answers for the benchmark, to be compared with its tables.
+        """Return the estimator of the benchmark, for comparison with its tables.
 
         Args:
-            profile: which names the calibration.
-            without_model: a model whose ground truth the figures must not have seen.
+            profile: names the calibration file.
+            without_model: use the calibration fitted without the ground truth of this model.
 
         Raises:
             InputError: the profile has no calibration.
         """
         path = require(profile.calibrated, profile.name)
-        return cls(profile, read_calibration(path, without_model=without_model), served=False)
+        return cls(profile, read_calibration(path, without_model=without_model), online=False)
 
     @property
     def name(self) -> str:
@@ -101,9 +101,9 @@ class CalibratedEstimator:
         return "calibrated"
 
     def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
-        """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
+        """Return the margin m of the 90 % interval: from the estimate / (1 + m) to the estimate * (1 + m)."""
         margins, lengths = self._calibration.margins, self._default_lengths()
-        return memory_margin(margins, self._held(model, configuration, **lengths))
+        return memory_margin(margins, self._memory(model, configuration, **lengths))
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
@@ -141,25 +141,25 @@ class CalibratedEstimator:
     ) -> ServiceEstimate:
         """Estimate as `service`, for an engine on these GPUs (stage-major, as in a plan).
 
-        Stages whose GPUs hang at several sockets of the host sum up more slowly.
+        All-reduces take longer in stages whose GPUs span several sockets of the host.
 
         Raises:
             InputError: as `service`.
         """
-        live = self._calibration.served if self._served else None
+        live = self._calibration.online if self._online else None
         across = share_across(gpu_ids, configuration.tp, live.gpus_per_socket) if live else 0.0
         return self._service(model, configuration, prompt_tokens, output_tokens, batch, across=across)
 
-    def has_neighbours(self, configuration: ParallelConfig) -> bool:
-        """Say whether an engine shares a process of the host with others like it."""
-        return self._served and in_shared_process(configuration)
+    def shares_process(self, configuration: ParallelConfig) -> bool:
+        """Return whether the engine shares a host process with other engines."""
+        return self._online and uses_shared_process(configuration)
 
-    def wait_s(self, model: ModelSpec, configuration: ParallelConfig, *, neighbours: int) -> float:
-        """Return how much longer a token takes while so many neighbours are busy."""
-        live = self._calibration.served
-        if not live or not neighbours or not self.has_neighbours(configuration):
+    def contention_delay_s(self, model: ModelSpec, configuration: ParallelConfig, *, co_located: int) -> float:
+        """Return how many seconds longer a token takes while `co_located` other engines are busy."""
+        live = self._calibration.online
+        if not live or not co_located or not self.shares_process(configuration):
             return 0.0
-        return 1e-6 * (model.layers * live.contention.layer_us + (neighbours - 1) * live.contention.turn_us)
+        return 1e-6 * (model.layers * live.contention.layer_us + (co_located - 1) * live.contention.turn_us)
 
     def _service(
         self,
@@ -189,24 +189,24 @@ class CalibratedEstimator:
         )
 
     def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:
-        """Return a layer's time over what the law says, as far as its fingerprints are believed."""
+        """Return measured over predicted time of a layer, from the model's fingerprints, weighted by `trust`."""
         found = self._layer_time_ratio.get((model, weights))
         if found is None:
-            law = self._calibration.law(weights, 1)
-            seen = layer_time_ratio(
+            roofline = self._calibration.roofline(weights, 1)
+            log_ratio = layer_time_ratio(
                 measured_layers(
                     self._profile.fingerprints.of(model.name), model, weights, prompt_tokens=self._profile.prompt_tokens
                 ),
-                law,
+                roofline,
             )
-            found = self._layer_time_ratio[model, weights] = math.exp(self._calibration.trust * seen)
+            found = self._layer_time_ratio[model, weights] = math.exp(self._calibration.trust * log_ratio)
         return found
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.
 
-        The KV cache is taken to hold prompts as long as the profile's, and as many output tokens as
-        the calibration says.
+        The KV cache is sized for the prompt length of the profile and the output length of the
+        calibration.
 
         Raises:
             InputError: the configuration has a reason in `why_not`.
@@ -216,13 +216,13 @@ class CalibratedEstimator:
     def memory_with(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> Bytes:
-        """Estimate the memory as `memory`, where each request of a batch has come to such lengths.
+        """Estimate the memory as `memory`, with each request of a batch at the given lengths.
 
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
-        seen = self._held(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-        return bytes_from_gib(seen.gib)
+        estimate = self._memory(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+        return bytes_from_gib(estimate.gib)
 
     def _default_lengths(self) -> dict[str, int]:
         return {
@@ -230,7 +230,7 @@ class CalibratedEstimator:
             "output_tokens": self._calibration.memory.output_tokens,
         }
 
-    def _held(
+    def _memory(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> MemoryEstimate:
         self._refuse(model, configuration)
@@ -247,7 +247,7 @@ class CalibratedEstimator:
         self, model: ModelSpec, configuration: ParallelConfig, batch: int, prompt_tokens: int, across: float
     ) -> _Times:
         self._refuse(model, configuration)
-        asked = op_counts(
+        ops = op_counts(
             model,
             configuration.kv,
             tp=configuration.tp,
@@ -256,11 +256,13 @@ class CalibratedEstimator:
             prompt_tokens=prompt_tokens,
             layer_time_ratio=self.layer_time_ratio(model, configuration.weights),
         )
-        law = self._calibration.law(configuration.weights, configuration.tp, served=self._served, across=across)
-        # Time is linear in the context, whose mean is the prompt and half of the output.
-        short_s = float(token_s(asked, law, prompt_tokens))
-        per_context_token_s = float(token_s(asked, law, prompt_tokens + 1)) - short_s
-        return _Times(float(first_token_s(asked, law)), short_s, per_context_token_s / 2)
+        roofline = self._calibration.roofline(
+            configuration.weights, configuration.tp, online=self._online, across=across
+        )
+        # The time of a token is linear in the context, whose mean is the prompt plus half of the output.
+        short_s = float(token_s(ops, roofline, prompt_tokens))
+        per_context_token_s = float(token_s(ops, roofline, prompt_tokens + 1)) - short_s
+        return _Times(float(first_token_s(ops, roofline)), short_s, per_context_token_s / 2)
 
     def _margin(self, tp: int, batch: int) -> float:
         margins = self._calibration.margins
@@ -272,24 +274,24 @@ class CalibratedEstimator:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
 
 
-def layer_time_ratio(seen: Iterable[tuple[OpCounts, int, float]], law: RooflineParameters) -> float:
-    """Return the median logarithm of a layer's measured time over what the law says, on one GPU.
+def layer_time_ratio(measured: Iterable[tuple[OpCounts, int, float]], roofline: RooflineParameters) -> float:
+    """Return the median logarithm of measured over predicted time of a layer, on one GPU.
 
     Args:
-        seen: what was asked of a layer, output tokens, and the time that the second layer took, in
-            seconds. Each alone is noisy, hence the median; noise that went below zero is left out.
-        law: at TP 1.
+        measured: operation counts, output tokens, and the measured time of the second layer in seconds.
+            Single values are noisy, hence the median; values that noise made negative are left out.
+        roofline: the parameters at TP 1.
     """
     logs = [
-        math.log(measured_s / _second_layer_s(asked, law, output_tokens))
-        for asked, output_tokens, measured_s in seen
+        math.log(measured_s / _second_layer_s(ops, roofline, output_tokens))
+        for ops, output_tokens, measured_s in measured
         if measured_s > 0
     ]
     return median(logs) if logs else 0.0
 
 
-def _second_layer_s(asked: OpCounts, law: RooflineParameters, output_tokens: int) -> float:
-    two, one = (latency_s(replace(asked, layers=layers), law, output_tokens) for layers in (2, 1))
+def _second_layer_s(ops: OpCounts, roofline: RooflineParameters, output_tokens: int) -> float:
+    two, one = (latency_s(replace(ops, layers=layers), roofline, output_tokens) for layers in (2, 1))
     return float(two - one)
 
 
@@ -300,16 +302,16 @@ def measured_layers(
     *,
     prompt_tokens: int,
 ) -> Iterator[tuple[OpCounts, int, float]]:
-    """Yield what a model's fingerprints on one GPU say of a layer, whatever their batch size and KV type.
+    """Yield operation counts, output tokens and seconds of a layer, from all fingerprints on one GPU.
 
     Args:
-        fingerprints: the model's.
-        model: whose layer.
-        weights: its weight type.
-        prompt_tokens: of the prompts that the fingerprints were taken with.
+        fingerprints: fingerprints of the model.
+        model: the model.
+        weights: the weight type to select; batch sizes and KV types are not selected.
+        prompt_tokens: prompt length of the fingerprints.
     """
     for at, fingerprint in fingerprints.items():
         if (at.tp, at.pp, at.weights) == (1, 1, weights):
-            asked = op_counts(model, at.kv, tp=1, pp=1, batch=at.batch_size, prompt_tokens=prompt_tokens)
-            for output_tokens in OUTPUTS:  # the constants give back exactly what was measured at these
-                yield asked, output_tokens, fingerprint.ttft_layer_s + output_tokens * fingerprint.tpot_layer_s
+            ops = op_counts(model, at.kv, tp=1, pp=1, batch=at.batch_size, prompt_tokens=prompt_tokens)
+            for output_tokens in OUTPUTS:  # at these lengths the constants give exactly the measured times
+                yield ops, output_tokens, fingerprint.ttft_layer_s + output_tokens * fingerprint.tpot_layer_s

@@ -1,5 +1,6 @@
-"""Calibrations: the calibrated estimator's fitted figures for one kind of GPU, read from and written to TOML.
+"""Calibrations: the fitted figures of the calibrated estimator for one kind of GPU, as TOML files.
 
+`Calibration.roofline` returns the parameters of the roofline for a weight type and TP degree.
 `OnlineCalibration` holds the figures in which the live system differs from the benchmark.
 """
 
@@ -24,7 +25,7 @@ _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 
 class OnlineTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """All-reduces of the live system at a tensor-parallel degree; `across_us` more between sockets."""
+    """All-reduces of the live system at a TP degree; between sockets they take `across_us` longer."""
 
     all_reduce_us: _Positive
     ring_gb_s: _Positive
@@ -32,9 +33,9 @@ class OnlineTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
 
 class ContentionCosts(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What a token costs more while neighbours are busy: engines that run in the same process of the host.
+    """How much longer a token takes while co-located engines (in the same host process) are busy.
 
-    `layer_us` per layer with any neighbour, `turn_us` with every further one.
+    `layer_us` per layer if any other engine is busy, plus `turn_us` for each busy one after the first.
     """
 
     layer_us: _NotNegative
@@ -42,9 +43,9 @@ class ContentionCosts(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
 
 class OnlineCalibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What the live system does otherwise than the benchmark: warm engines, rings, placement.
+    """Figures of the live system that differ from the benchmark: warm engines, ring all-reduces, placement.
 
-    GPUs 0 to `gpus_per_socket` - 1 hang at one socket of the host, the next as many at another.
+    GPUs 0 to `gpus_per_socket` - 1 belong to one socket of the host, the next as many to the next one.
     """
 
     request_ms: _NotNegative
@@ -53,7 +54,7 @@ class OnlineCalibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True,
     contention: ContentionCosts = ContentionCosts(layer_us=0.0, turn_us=0.0)
 
 
-_SERVED_COLUMNS = (
+_ONLINE_COLUMNS = (
     "without_run",
     "tp",
     "request_ms",
@@ -67,15 +68,15 @@ _SERVED_COLUMNS = (
 
 
 def read_online(path: Path) -> dict[str, OnlineCalibration]:
-    """Read the figures of the live system by the recorded run that was left out of their fit.
+    """Read online calibrations by the recorded run that their fit left out.
 
-    A row is a run and a TP; one without a TP is of a fit that saw no tensor parallelism.
+    A row is a run and a TP degree. A row without a TP degree comes from a fit without tensor parallelism.
 
     Raises:
-        InputError: not such a table, or a figure that cannot be.
+        InputError: not such a table, or an impossible value.
     """
     found: dict[str, OnlineCalibration] = {}
-    for row in read_csv(path, _SERVED_COLUMNS, what="calibration of the live system"):
+    for row in read_csv(path, _ONLINE_COLUMNS, what="calibration of the live system"):
         run = row.text("without_run")
         found[run] = OnlineCalibration(
             request_ms=row.number("request_ms", minimum=0),
@@ -98,15 +99,15 @@ def _links(row: Row) -> dict[str, OnlineTp]:
 
 
 def online_csv(without: Mapping[str, OnlineCalibration]) -> str:
-    """Return the table that `read_served` reads."""
+    """Return the CSV table that `read_online` reads."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(_SERVED_COLUMNS)
-    for run, served in without.items():
-        common = (served.request_ms, served.gpus_per_socket, served.contention.layer_us, served.contention.turn_us)
-        for tp, figures in served.tp.items():
+    table.writerow(_ONLINE_COLUMNS)
+    for run, online in without.items():
+        common = (online.request_ms, online.gpus_per_socket, online.contention.layer_us, online.contention.turn_us)
+        for tp, figures in online.tp.items():
             table.writerow([run, tp, *common, figures.all_reduce_us, figures.ring_gb_s, figures.across_us])
-        if not served.tp:
+        if not online.tp:
             table.writerow([run, "", *common, "", "", ""])
     return text.getvalue()
 
@@ -117,12 +118,12 @@ BYTES_PER_PARAMETER: Mapping[WeightType, float] = {
     WeightType.FLOAT16: 2.0,
     WeightType.INT8: 1.0,
     WeightType.INT4: 0.5,
-    WeightType.INT4_GPTQ: 0.5 + 4 / 128,  # and a scale and a zero, two bytes each, per group of 128
+    WeightType.INT4_GPTQ: 0.5 + 4 / 128,  # plus a scale and a zero point, two bytes each, per group of 128
 }
 
 
 class ByWeights(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Figures of a weight type."""
+    """Fitted figures of a weight type."""
 
     layer_us: _Positive
     prefill_tflops: _Positive
@@ -130,10 +131,10 @@ class ByWeights(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
 
 
 class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
-    """Figures of a tensor-parallel degree; limits are those of the serving software, TP 1 has no links.
+    """Fitted figures of a TP degree; the limits are those of the serving software, and TP 1 has no links.
 
-    `peer_gb_s` is how fast a GPU reads the memory of others in a custom all-reduce, which it does
-    once for each of them (one shot), or for a part of each, twice (two shots).
+    `peer_gb_s` is how fast a GPU reads the memory of other GPUs in a custom all-reduce. One-shot
+    reads all data of every other GPU once; two-shot reads a part of the data of each, twice.
     """
 
     request_ms: _Positive
@@ -144,13 +145,14 @@ class ByTp(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
 
 class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Memory beside weights and KV cache.
+    """Fitted figures of memory other than weights and KV cache.
 
-    `request_kb` is what a request of a batch adds on every GPU, per unit of width: twice the hidden
-    and once the intermediate size, and `gated` of it again where the feed-forward part is gated;
-    `unsharded` is the share of it that TP does not divide.
-    `gpus_gib` is what (TP, PP) holds beyond (1, 1), by "TPxPP", for models not measured there. KV
-    cache is allocated in blocks of tokens, for the prompt and so many output tokens.
+    `request_kb` is the memory that each request of a batch adds on every GPU, per unit of width.
+    The width is twice the hidden size plus the intermediate size; a gated feed-forward part adds
+    the share `gated` of the intermediate size again. `unsharded` is the share that TP does not
+    divide. `gpus_gib` is the memory that (TP, PP) adds to that of (1, 1), by "TPxPP", for models not
+    measured there. The KV cache is allocated in blocks of `kv_block_tokens` tokens, for the prompt
+    and `output_tokens` output tokens.
     """
 
     request_kb: _Positive
@@ -164,8 +166,8 @@ class Memory(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 class Margins(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Relative half-widths of 90 % intervals: memory, and latency by TP at batch 1 and above it.
 
-    `memory_request` comes on top of `memory_single` by the share of a deployment's memory that
-    requests of a batch beyond the first add: that part is the least known.
+    `memory_request` times the share of the memory that further requests of a batch add is added to
+    `memory_single`, because that part is the most uncertain.
     """
 
     memory_single: _Positive
@@ -175,7 +177,11 @@ class Margins(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
 
 class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """All fitted figures; `trust` is how much of a fingerprint's deviation from the law is believed."""
+    """All fitted figures.
+
+    `trust` is the exponent, 0 to 1, on the ratio of measured to predicted layer time of a model's fingerprints.
+    `online` is the table `served` in the file.
+    """
 
     trust: _Share
     bandwidth_gb_s: _Positive
@@ -191,19 +197,21 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     tp: dict[str, ByTp]
     memory: Memory
     margins: Margins
-    served: OnlineCalibration | None = None
+    online: OnlineCalibration | None = msgspec.field(default=None, name="served")
 
-    def law(self, weights: WeightType, tp: int, *, served: bool = False, across: float = 0.0) -> RooflineParameters:
-        """Return the law of a weight type and TP, in seconds and bytes.
+    def roofline(
+        self, weights: WeightType, tp: int, *, online: bool = False, across: float = 0.0
+    ) -> RooflineParameters:
+        """Return the roofline parameters of a weight type and TP degree, in seconds and bytes.
 
         Args:
             weights: a key of `weights`.
             tp: a key of `tp`.
-            served: as the live system is, where that is known; else as the benchmark was.
-            across: share of the stages of the live system whose GPUs hang at several sockets.
+            online: of the live system if `online` has figures, else of the benchmark.
+            across: share of pipeline stages of the live system whose GPUs span several sockets.
         """
         kind, degree = self.weights[weights], self.tp[str(tp)]
-        live = self.served if served else None
+        live = self.online if online else None
         live_tp = live.tp.get(str(tp)) if live else None
         others = max(1, tp - 1)
         return RooflineParameters(
@@ -230,14 +238,14 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
 
 def layer_parameters(model: ModelSpec) -> int:
-    """Return the weights of a layer: queries, keys, values, output, and the feed-forward part."""
+    """Return the parameters of a layer: queries, keys, values, output, and the feed-forward part."""
     kv_width = model.kv_heads * model.hidden_size // model.attention_heads
     attention = model.hidden_size * (2 * model.hidden_size + 2 * kv_width)
     return attention + model.feed_forward_matrices * model.hidden_size * model.intermediate_size
 
 
 def kv_bytes(model: ModelSpec, kv: KvType, tp: int = 1) -> int:
-    """Return what a token leaves in the KV cache of one GPU, per layer; no KV head is split."""
+    """Return the bytes of a token in the KV cache of one GPU, per layer; a KV head is never split."""
     heads = max(1, model.kv_heads // tp)
     return 2 * heads * (model.hidden_size // model.attention_heads) * (1 if kv is KvType.INT8 else 2)
 
@@ -252,7 +260,7 @@ def op_counts(
     prompt_tokens: Values,
     layer_time_ratio: Values = 1.0,
 ) -> OpCounts:
-    """Return what a model has to do under (TP, PP)."""
+    """Return the operation counts of a model under (TP, PP)."""
     return OpCounts(
         layers=model.layers,
         layer_parameters=layer_parameters(model),
@@ -271,7 +279,7 @@ def op_counts(
 def calibration_path(path: Path, without_model: str | None) -> Path:
     """Return the file of the calibration that was fitted without a model's ground truth.
 
-    A model that no ground truth was present of left nothing out; for it the file is `path` itself.
+    It is `path` itself if the ground truth has no such model.
     """
     without = path.with_name(f"{path.stem}-without-{without_model}{path.suffix}")
     return without if without_model and exists(without) else path
@@ -282,33 +290,33 @@ def read_calibration(path: Path, *, without_model: str | None = None, without_ru
 
     Args:
         path: the TOML file that `scripts/fit_calibrated.py` or `maveriq fit` wrote.
-        without_model: take the one fitted without this model's ground truth.
-        without_run: take the figures of the live system fitted without this recorded run.
+        without_model: read the calibration fitted without the ground truth of this model.
+        without_run: use the online calibration fitted without this recorded run.
 
     Raises:
-        InputError: not such a file, or a figure that cannot be.
+        InputError: not such a file, or an impossible value.
         UnknownNameError: no recorded run of that name.
     """
     calibration = read_toml(calibration_path(path, without_model), Calibration, what="calibration")
     if without_run is None:
         return calibration
-    runs = served_without(path)
+    runs = online_by_excluded_run(path)
     if without_run not in runs:
         raise UnknownNameError("recorded run", without_run, runs, hint="or leave none out: no fit saw any other run")
-    return msgspec.structs.replace(calibration, served=runs[without_run])
+    return msgspec.structs.replace(calibration, online=runs[without_run])
 
 
-def served_without(path: Path) -> dict[str, OnlineCalibration]:
-    """Return the figures of the live system by the recorded run that a calibration's fit left out: every run it saw.
+def online_by_excluded_run(path: Path) -> dict[str, OnlineCalibration]:
+    """Return the online calibrations by the recorded run that their fit left out, for every run of the fit.
 
     Raises:
-        InputError: there are none, or not in such a table.
+        InputError: there is no such table, or it is invalid.
     """
     return read_online(path.with_name(f"{path.stem}-served.csv"))
 
 
 def to_toml(calibration: Calibration, comment: str) -> str:
-    """Return the TOML file of a calibration, comment lines first."""
+    """Return a calibration as TOML, after the comment."""
     import tomli_w
 
     tables = {key: value for key, value in msgspec.to_builtins(calibration).items() if value is not None}

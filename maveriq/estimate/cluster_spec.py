@@ -1,4 +1,4 @@
-"""Clusters as users write them: `8xA6000`, or a TOML file (example: traces/cluster-8xA6000.toml)."""
+"""Reads the cluster that a user names: `8xA6000`, or a TOML file (example: traces/cluster-8xA6000.toml)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maveriq.tables import read_toml
 from maveriq.units import Bytes, bytes_from_gib
 
 MAX_GPUS = 10_000
-"""More GPUs than this are taken for a slip of the pen."""
+"""Larger counts are rejected as typing errors."""
 
 _Gib = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
@@ -35,10 +35,10 @@ def cluster_from(text_or_path: str, own: GpuKind | None = None) -> Cluster:
 
     Args:
         text_or_path: COUNTxKIND, all in one node, such as `8xA6000`; or the path of a TOML file.
-        own: a kind of GPU that a user's own profile describes, beside those that come with maveriq.
+        own: a kind of GPU from the user's own profile, in addition to those that come with maveriq.
 
     Raises:
-        InputError: neither of them, an unknown kind of GPU, no GPU, or a file that is wrong.
+        InputError: neither of them, an unknown kind of GPU, no GPU, or an invalid file.
     """
     short = re.fullmatch(r"(\d{1,9})x([^/\\.]+)", text_or_path)
     if short:
@@ -57,7 +57,7 @@ def _kind(name: str, own: GpuKind | None) -> GpuKind:
 def _from_short(text: str, count: int, kind: GpuKind) -> Cluster:
     if not 1 <= count <= MAX_GPUS:
         raise InputError(f"GPUs {text!r}: the count must lie between 1 and {MAX_GPUS}")
-    # Named as the catalogue spells the kind, so that 8xa6000 is no second cluster.
+    # Use the catalogue's spelling of the kind, so that 8xa6000 and 8xA6000 are the same cluster.
     return _cluster(f"{count}x{kind.name}", kind, gpus_per_node=count, used_bytes=[0] * count)
 
 

@@ -1,4 +1,4 @@
-"""Coverage: which configurations can be estimated from a profile's fingerprints, and why others cannot."""
+"""Coverage: explains why a configuration cannot be estimated from a profile's fingerprints, or cannot run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _has_storage_types(profile: HardwareProfile, model: ModelSpec, configuration
 
 
 def _without_fingerprints(profile: HardwareProfile, model: ModelSpec, configuration: ParallelConfig) -> str:
-    """Return the reason for a model without any fingerprint, or without one of these storage types."""
+    """Return the reason for a model without fingerprints, or without fingerprints of these storage types."""
     table = profile.fingerprints
     if not table.of(model.name):
         has = ", ".join(table.models()) or "none"

@@ -15,10 +15,10 @@ from maveriq.units import Bytes
 class ServiceEstimate:
     """The time one request (or one batch) takes on an idle engine, in seconds.
 
-    `ttft_s` is the intercept at zero output tokens, as the paper has it, and may be slightly
-    negative (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`. In 90 of
-    100 cases the true latency is to lie between `latency_s` divided by and times `1 + margin`;
-    an estimator that does not know its errors gives no margin.
+    `ttft_s` is the intercept at zero output tokens, as in the paper, and may be slightly negative
+    (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`. The 90 % interval
+    of the latency is `latency_s / (1 + margin)` to `latency_s * (1 + margin)`; `margin` is None if
+    the estimator does not know its errors.
     """
 
     ttft_s: float
@@ -38,7 +38,7 @@ class ServiceEstimate:
 
 
 class Estimator(Protocol):
-    """Answers for a model under a configuration. Pure: equal questions get equal answers."""
+    """Estimates latency and memory of a model with a configuration. Pure: equal arguments give equal results."""
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Estimator(Protocol):
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can.
 
-        A configuration with a reason is never asked about further.
+        Callers must not call the other methods for a configuration with a reason.
         """
 
     def service(
@@ -61,7 +61,7 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class PlacementAware(Protocol):
-    """An estimator to which it matters on which GPUs an engine lies."""
+    """An estimator whose estimates depend on the GPUs of an engine."""
 
     def service_on(
         self,
@@ -78,28 +78,28 @@ class PlacementAware(Protocol):
 
 @runtime_checkable
 class ContentionAware(Protocol):
-    """An estimator to which it matters what else runs on the host."""
+    """An estimator that knows how co-located engines slow each other down."""
 
-    def has_neighbours(self, configuration: ParallelConfig) -> bool:
-        """Say whether an engine shares a process of the host with others like it: its neighbours."""
+    def shares_process(self, configuration: ParallelConfig) -> bool:
+        """Return whether the engine shares a host process with other engines."""
 
-    def wait_s(self, model: ModelSpec, configuration: ParallelConfig, *, neighbours: int) -> float:
-        """Return how much longer a token takes while so many neighbours are busy; nothing without any."""
+    def contention_delay_s(self, model: ModelSpec, configuration: ParallelConfig, *, co_located: int) -> float:
+        """Return how many seconds longer a token takes while `co_located` other engines are busy; 0 if none are."""
 
 
 @runtime_checkable
 class LengthAwareMemory(Protocol):
-    """An estimator that knows how memory grows with the lengths of requests."""
+    """An estimator that knows how memory grows with prompt and output length."""
 
     def memory_with(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> Bytes:
-        """Estimate as `Estimator.memory`, where each request of a batch has come to such lengths."""
+        """Estimate as `Estimator.memory`, with each request of a batch at the given lengths."""
 
 
 @runtime_checkable
 class MemoryMarginAware(Protocol):
-    """An estimator that knows how far its estimates of memory are off."""
+    """An estimator that knows the errors of its memory estimates."""
 
     def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
-        """In 90 of 100 cases memory lies between the estimate divided by and times 1 plus this margin."""
+        """Return the margin m of the 90 % interval: from the estimate / (1 + m) to the estimate * (1 + m)."""

@@ -1,7 +1,8 @@
 """Fingerprints: constants derived from measured one- and two-layer models, and the paper's formulas (SPEC 3).
 
-`derive` turns measurements into constants, `Fingerprint` scales these to the whole model on one
-GPU, and `ParallelLatency` and `parallel_memory_gib` to any parallelism and batch size.
+`derive` computes the constants from measurements. `Fingerprint` scales them to the whole model on
+one GPU, `ParallelLatency` and `parallel_memory_gib` to any (TP, PP), and `at_batch` to any batch
+size. `read_fingerprints` and `read_exponents` read the tables of a profile.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from maveriq.tables import Row, choice, read_csv, unique
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What a layer and the rest of a model cost in time and memory, for one (TP, PP) and batch.
+    """Time and memory of a layer and of the rest of a model, for one (TP, PP) and batch size.
 
-    Times are seconds of the whole batch; memory is GiB over all GPUs used. `*_other` is what does
-    not grow with layers and may be negative, for it is an intercept.
+    Times are seconds of the whole batch; memory is GiB over all GPUs used. `*_other` does not grow
+    with the number of layers; it is an intercept and may be negative.
     """
 
     ttft_layer_s: float
@@ -33,20 +34,20 @@ class Fingerprint:
     memory_other_gib: float
 
     def line(self, layers: int) -> Line:
-        """Return latency as a function of output tokens for a model of so many layers."""
+        """Return latency as a function of output tokens for a model with `layers` layers."""
         return Line(
             ttft_s=layers * self.ttft_layer_s + self.ttft_other_s,
             tpot_s=layers * self.tpot_layer_s + self.tpot_other_s,
         )
 
     def memory_gib(self, layers: int) -> float:
-        """Return the memory over all GPUs for a model of so many layers."""
+        """Return the memory over all GPUs for a model with `layers` layers."""
         return layers * self.memory_layer_gib + self.memory_other_gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Latency that grows by `tpot_s` per output token from `ttft_s` at none."""
+    """Latency `ttft_s + output_tokens * tpot_s`."""
 
     ttft_s: float
     tpot_s: float
@@ -58,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exponents:
-    """How latency changes with TP and PP: one fitted set per weight and KV type."""
+    """Exponents of the paper's latency formula in TP and PP; one fitted set per weight and KV type."""
 
     a: float
     b: float
@@ -103,7 +104,7 @@ def derive(latency_s: Mapping[tuple[int, int], float], memory_gib: Mapping[int, 
 class ParallelLatency:
     """Latency of one model under one (TP, PP) as a function of output tokens.
 
-    Built by `scaled`; the powers of TP and PP are taken once, for it is asked very often.
+    Built by `scaled`, which computes the powers of TP and PP once because `at` is called very often.
     """
 
     single: Line
@@ -115,10 +116,10 @@ class ParallelLatency:
 
     @classmethod
     def scaled(cls, single: Line, tp2: Line | None, exponents: Exponents, *, tp: int, pp: int) -> ParallelLatency:
-        """Scale latency from one GPU (and from TP 2, needed only where `tp` is above 1) to (TP, PP).
+        """Scale latency from one GPU (and from TP 2, needed only if `tp` is above 1) to (TP, PP).
 
-        The paper takes L(1,2) = L(1,1), because a one-layer fingerprint overstates what a
-        pipeline costs; hence no fingerprint with PP 2 is asked for.
+        The paper sets L(1,2) = L(1,1), because a one-layer fingerprint overstates the cost of a
+        pipeline. Therefore no fingerprint with PP 2 is needed.
         """
         return cls(
             single=single,
@@ -143,8 +144,8 @@ def parallel_memory_gib(single: float, tp2: float | None, pp2: float | None, *, 
 
     Args:
         single: memory of the whole model at (1, 1).
-        tp2: at (2, 1); needed only where `tp` is above 1.
-        pp2: at (1, 2); needed only where `pp` is above 1.
+        tp2: at (2, 1); needed only if `tp` is above 1.
+        pp2: at (1, 2); needed only if `pp` is above 1.
         tp: tensor-parallel degree.
         pp: pipeline-parallel degree.
     """
@@ -156,15 +157,15 @@ def parallel_memory_gib(single: float, tp2: float | None, pp2: float | None, *, 
     return memory
 
 
-def at_batch(one: float, two: float, batch: int) -> float:
+def at_batch(at_batch_one: float, at_batch_two: float, batch: int) -> float:
     """Extrapolate a latency or a memory from batch 1 and 2 to any batch size."""
-    return one + (batch - 1) * max(0.0, two - one)
+    return at_batch_one + (batch - 1) * max(0.0, at_batch_two - at_batch_one)
 
 
-_MOST, _MAX_EXPONENT = 1e6, 10
+_MAX_CONSTANT, _MAX_EXPONENT = 1e6, 10
 
 OUTPUTS = (10, 20)
-"""Output tokens that fingerprints are measured with; their memory is that at the first."""
+"""Output lengths in tokens of fingerprint measurements; memory is measured at the first."""
 
 CONSTANTS = tuple(field.name for field in fields(Fingerprint))
 """Columns of constants, in the order of the files."""
@@ -174,7 +175,7 @@ COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", *CONSTANTS)
 
 
 Fingerprints: TypeAlias = Mapping[ParallelConfig, Fingerprint]
-"""A model's fingerprints by the configuration and batch size they were taken with."""
+"""A model's fingerprints by the configuration (with batch size) they were measured with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -197,7 +198,7 @@ def read_fingerprints(path: Path) -> dict[str, dict[ParallelConfig, Fingerprint]
     """Read a fingerprint file: fingerprints by model name and configuration.
 
     Raises:
-        InputError: not such a table, a key that stands twice, a constant that cannot be.
+        InputError: not such a table, a duplicate key, or an impossible constant.
     """
     keyed = (
         (
@@ -222,7 +223,7 @@ def read_config(row: Row, *, kv: KvType | None = None, batch: str | None = None)
         batch: the column of the batch size; None for batch 1.
 
     Raises:
-        InputError: a degree that is none, or an unknown type.
+        InputError: an invalid degree, or an unknown type.
     """
     return ParallelConfig(
         tp=row.count("tp", minimum=1),
@@ -234,8 +235,8 @@ def read_config(row: Row, *, kv: KvType | None = None, batch: str | None = None)
 
 
 def _fingerprint(row: Row) -> Fingerprint:
-    """Return a row's constants; times may be a little below zero, as measuring gives them, memory may not."""
-    constants = {name: row.number(name, minimum=-_MOST, maximum=_MOST) for name in CONSTANTS}
+    """Return the constants of a row; noise may make times slightly negative, but memory must be positive."""
+    constants = {name: row.number(name, minimum=-_MAX_CONSTANT, maximum=_MAX_CONSTANT) for name in CONSTANTS}
     row.number("memory_layer_gib", minimum=1e-6)
     if constants["memory_layer_gib"] + constants["memory_other_gib"] <= 0:
         raise InputError(f"{row.where}: a model of one layer would take no memory; correct the memory constants")
@@ -246,7 +247,7 @@ def read_exponents(path: Path) -> dict[tuple[WeightType, KvType], Exponents]:
     """Read a table of exponents.
 
     Raises:
-        InputError: not such a table, a key that stands twice, an exponent that is negative or too large.
+        InputError: not such a table, a duplicate key, or an exponent that is negative or too large.
     """
     names = [field.name for field in fields(Exponents)]
     return unique(

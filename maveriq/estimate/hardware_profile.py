@@ -1,7 +1,8 @@
-"""Hardware profiles: everything measured on a kind of GPU that maveriq plans and simulates with.
+"""Hardware profiles: the measurements of a kind of GPU that maveriq plans and simulates with.
 
-A profile is a TOML file that names the tables beside it: fingerprints, accuracy, unsupported
-configurations, SLOs and load times. The A6000 testbed's in `maveriq/data/a6000` show the format.
+A profile is a TOML file that names tables in the same folder: fingerprints, accuracy, unsupported
+configurations, SLOs and load times. The profiles of the A6000 testbed in `maveriq/data/a6000` show
+the format.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from maveriq.tables import Row, choice, read_csv, read_toml, unique
 from maveriq.units import Bytes, Micros, bytes_from_gib, micros
 
 StorageTypes: TypeAlias = tuple[str, WeightType, KvType]
-"""A model's name, and how its weights and KV cache are stored: what accuracy depends on."""
+"""A model's name, its weight type and its KV type; accuracy depends on these."""
 
 ModelConfig: TypeAlias = tuple[str, ParallelConfig]
 """A model's name and a configuration at batch 1 with an even split."""
@@ -32,27 +33,27 @@ ModelConfig: TypeAlias = tuple[str, ParallelConfig]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """The least and the greatest value seen."""
+    """The smallest and the largest measured value."""
 
     low: float
     high: float
 
     @property
     def middle(self) -> float:
-        """Half way between the two."""
+        """The mean of the two."""
         return (self.low + self.high) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloBase:
-    """The latency that SLOs are multiples of: `ttft_s + tpot_s` times the output tokens."""
+    """The latency that SLOs are multiples of: `ttft_s + output_tokens * tpot_s`."""
 
     ttft_s: float
     tpot_s: float
 
 
 class LoadFit(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Seconds to load an engine that was never measured, from its size: a fit to those that were."""
+    """Predicts the load time of an engine from its size; fitted to measured load times."""
 
     fixed_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
     per_gpu_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -65,14 +66,14 @@ class LoadFit(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredFacts:
-    """All tables together.
+    """The tables of a profile other than fingerprints.
 
     Args:
-        accuracy: percent of the float16 model's score, None where it was never measured.
-        unsupported: configurations that are known not to run.
-        slo: what each model's SLOs are multiples of.
-        load_times: measured seconds to load an engine; the KV type is `NATIVE` in the key, for it plays no part.
-        load_fit: the fit for engines that were never measured.
+        accuracy: percent of the float16 model's score, None if it was never measured.
+        unsupported: configurations known not to run.
+        slo: the base of each model's SLOs.
+        load_times: measured seconds to load an engine; the KV type does not matter and is `NATIVE` in the key.
+        load_fit: predicts load times that were never measured.
     """
 
     accuracy: Mapping[StorageTypes, float | None]
@@ -87,10 +88,10 @@ class MeasuredFacts:
 
 
 def read_accuracy(path: Path) -> dict[StorageTypes, float | None]:
-    """Read accuracy in percent of the float16 model's; an empty cell was never measured.
+    """Read accuracy in percent of the float16 model's; an empty cell means never measured.
 
     Raises:
-        InputError: not such a table, a key that stands twice, a value outside 0 to 100.
+        InputError: not such a table, a duplicate key, or a value outside 0 to 100.
     """
     return unique(
         (
@@ -112,10 +113,10 @@ def _percent(row: Row) -> float | None:
 
 
 def read_unsupported(path: Path) -> frozenset[ModelConfig]:
-    """Read what does not run on this hardware; an empty `kv` means both KV types.
+    """Read the configurations that do not run on this hardware; an empty `kv` means both KV types.
 
     Raises:
-        InputError: not such a table, a row that repeats another.
+        InputError: not such a table, or a duplicate row.
     """
     rows = read_csv(path, ("model", "tp", "pp", "weights", "kv"), what="table of unsupported configurations")
     return frozenset(unique((key, None, row) for row in rows for key in _unsupported(row)))
@@ -127,10 +128,10 @@ def _unsupported(row: Row) -> Iterator[ModelConfig]:
 
 
 def read_slo(path: Path) -> dict[str, SloBase]:
-    """Read what SLOs are multiples of.
+    """Read the base of each model's SLOs.
 
     Raises:
-        InputError: not such a table, a model that stands twice, a negative time.
+        InputError: not such a table, a duplicate model, or a negative time.
     """
     return unique(
         (row.text("model"), SloBase(ttft_s=_seconds(row, "ttft_s"), tpot_s=_seconds(row, "tpot_s")), row)
@@ -142,7 +143,7 @@ def read_load_times(path: Path) -> dict[ModelConfig, Range]:
     """Read measured seconds from the deploy command to registration.
 
     Raises:
-        InputError: not such a table, a key that stands twice, a range that is none.
+        InputError: not such a table, a duplicate key, or an empty range.
     """
     columns = ("model", "weights", "tp", "pp", "low_s", "high_s")
     return unique(
@@ -168,12 +169,12 @@ def read_load_fit(path: Path) -> LoadFit:
     """Read the coefficients that `scripts/derive_a6000.py` fits.
 
     Raises:
-        InputError: not such a file, a negative coefficient.
+        InputError: not such a file, or a negative coefficient.
     """
     return read_toml(path, LoadFit, what="load time fit")
 
 
-# The upper bound also keeps infinity out, which TOML can say.
+# The upper bound also rejects infinity, which TOML can express.
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
@@ -227,7 +228,7 @@ class _Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuKind:
-    """A kind of GPU: its memory, and what of it the driver holds while nothing is loaded."""
+    """A kind of GPU: its memory, and the part that the driver holds while no engine is loaded."""
 
     name: str
     capacity_bytes: Bytes
@@ -236,23 +237,23 @@ class GpuKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HardwareProfile:
-    """What was measured on one kind of GPU with prompts of one length.
+    """Measurements of one kind of GPU at one prompt length.
 
-    Compared by identity, because its tables are large; load it once.
+    Profiles compare by identity, because their tables are large; load a profile once.
 
     Args:
-        name: by which `--profile` knows it.
+        name: the name for `--profile`.
         gpu_kind: name of the kind of GPU.
         capacity_bytes: memory of one GPU.
-        idle_bytes: of which so much is held while nothing is loaded.
-        prompt_tokens: length of the prompts that the fingerprints were measured with.
-        timing: what the testbed's dispatcher costs.
-        drain_us: a run ends so long after its last arrival.
+        idle_bytes: memory that the driver holds while no engine is loaded.
+        prompt_tokens: prompt length of the fingerprints.
+        timing: delays of the testbed's dispatcher.
+        drain_us: time from the last arrival to the end of a run.
         load_window: how the testbed measures load.
         fingerprints: fingerprint constants and exponents, for estimators.
-        facts: accuracy, unsupported configurations, SLOs, load times; better asked by the methods.
-        calibrated: file of the calibrated estimator's figures, None where there is none.
-        measured: table of whole models that were measured, None where there is none.
+        facts: accuracy, unsupported configurations, SLOs and load times; prefer the methods below.
+        calibrated: file of the calibration, None if there is none.
+        measured: table of measured whole models, None if there is none.
     """
 
     name: str
@@ -269,18 +270,18 @@ class HardwareProfile:
     measured: Path | None = None
 
     def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
-        """Return the accuracy in percent of the float16 model's, None where it was never measured."""
+        """Return the accuracy in percent of the float16 model's, None if it was never measured."""
         return self.facts.accuracy.get((model_name, weights, kv))
 
     def supports(self, model_name: str, configuration: ParallelConfig) -> bool:
-        """Say whether a configuration runs on this hardware; False where it is known not to."""
+        """Return False if the configuration is known not to run on this hardware."""
         return (model_name, configuration.at(configuration.tp, configuration.pp)) not in self.facts.unsupported
 
     def load_time_s(self, model: ModelSpec, configuration: ParallelConfig, gib_per_gpu: float) -> float:
-        """Return the seconds from the deploy command to registration, engine already built.
+        """Return the seconds from the deploy command to registration of an engine that is already built.
 
-        It is the middle of the measured range where this very case was measured, else the fit
-        by the number of GPUs and the memory that the engine holds on the fullest of them.
+        The result is the middle of the measured range if this configuration was measured. Otherwise
+        it is predicted from the number of GPUs and the memory on the fullest of them.
         """
         key = ParallelConfig(tp=configuration.tp, pp=configuration.pp, weights=configuration.weights)
         measured = self.facts.load_times.get((model.name, key))
@@ -289,13 +290,13 @@ class HardwareProfile:
         return self.facts.load_fit.seconds(gpus=configuration.gpus, gib_per_gpu=gib_per_gpu)
 
     def slo_s(self, model_name: str, output_tokens: int) -> float | None:
-        """Return the latency SLO of a request at scale 1, None where the model has none (SPEC 7)."""
+        """Return the latency SLO of a request at scale 1, None if the model has none (SPEC 7)."""
         base = self.facts.slo.get(model_name)
         return None if base is None else base.ttft_s + base.tpot_s * output_tokens
 
 
 def known_profiles() -> Mapping[str, Path]:
-    """Return the files of the embedded profiles by name: `<folder>-<file's name after profile->`."""
+    """Return the files of the built-in profiles by name; `a6000/profile-short.toml` is `a6000-short`."""
     paths = sorted(data_path().glob("*/profile-*.toml"))
     return {f"{path.parent.name}-{path.stem.removeprefix('profile-')}": path for path in paths}
 
@@ -308,7 +309,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
 
     Raises:
         UnknownNameError: neither a known name nor a path.
-        InputError: a file is missing or wrong, or a model's tables have gaps.
+        InputError: a file is missing or invalid, or a model lacks entries in a table.
     """
     known = known_profiles()
     path = known.get(name_or_path, Path(name_or_path))
@@ -342,7 +343,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
 
 
 def load_gpu_kind(name: str) -> GpuKind:
-    """Return a kind of GPU that comes with maveriq; upper and lower case are the same.
+    """Return a kind of GPU that comes with maveriq; case does not matter.
 
     Raises:
         UnknownNameError: there is no such kind.
@@ -393,7 +394,7 @@ def _load_window(window: _LoadWindow) -> LoadWindow:
 
 
 def _check_names(named: Collection[str], known: Collection[str]) -> None:
-    """Refuse a table with an unknown model: a misspelt name would hide its figures."""
+    """Reject a table with an unknown model: the values of a misspelt name would be ignored."""
     for name in sorted(set(named) - set(known)):
         raise UnknownNameError("model", name, known, "in the tables of the hardware profile")
 

@@ -1,4 +1,4 @@
-"""The estimator that looks up what was measured: whole models, on the very engines that will serve them."""
+"""The estimator that interpolates measurements of whole models, taken on the engines that will serve them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", "prompt_tokens", "ttft
 """Columns of a table of measurements. `ttft_s` is the time at zero output tokens (the first token comes at
 `ttft_s + tpot_s`, as everywhere in maveriq); `memory_gib` is over all GPUs."""
 
-_LONGEST_S = 1e6
+_MAX_VALUE = 1e6
 
 
 class _Point(NamedTuple):
@@ -33,7 +33,7 @@ class _Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """What was measured at a batch size and prompt length."""
+    """A measurement at one batch size and prompt length."""
 
     ttft_s: float
     tpot_s: float
@@ -41,16 +41,16 @@ class _Measured:
 
 
 class MeasuredEstimator:
-    """Answers for exactly the configurations of the profile's table of measurements.
+    """Estimates only configurations in the profile's table of measurements.
 
-    Between measured prompts and batches it draws straight lines, and the outermost ones go on beyond.
+    It interpolates linearly between measured prompt lengths and batch sizes, and extrapolates beyond them.
     """
 
     def __init__(self, profile: HardwareProfile) -> None:
         """Read the profile's measurements.
 
         Raises:
-            InputError: it has none, or the table is wrong.
+            InputError: the profile has none, or the table is invalid.
         """
         if profile.measured is None:
             raise InputError(
@@ -67,10 +67,10 @@ class MeasuredEstimator:
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
-        seen = self._points(model, configuration)
-        if seen is None:
-            return f"never measured ({self._what_was(model)})"
-        if configuration.batch_size > max(point.batch for point in seen):
+        points = self._points(model, configuration)
+        if points is None:
+            return f"never measured ({self._measured_configurations(model)})"
+        if configuration.batch_size > max(point.batch for point in points):
             return f"never measured with batches of {configuration.batch_size} or more"
         if not self._profile.supports(model.name, configuration):
             return f"known not to run on {self._profile.gpu_kind}"
@@ -84,20 +84,20 @@ class MeasuredEstimator:
         Raises:
             InputError: the configuration was never measured.
         """
-        seen = self._required_points(model, configuration)
-        ttft_s = _at(seen, batch, prompt_tokens, "ttft_s")
-        tpot_s = _at(seen, batch, prompt_tokens, "tpot_s")
+        points = self._required_points(model, configuration)
+        ttft_s = _at(points, batch, prompt_tokens, "ttft_s")
+        tpot_s = _at(points, batch, prompt_tokens, "tpot_s")
         return ServiceEstimate(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens)
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
-        """Return the most memory seen over all GPUs, at the configuration's batch size or the next larger measured.
+        """Return the largest measured memory over all GPUs, at the configuration's batch size or the next larger one.
 
         Raises:
             InputError: the configuration was never measured.
         """
-        seen = self._required_points(model, configuration)
-        batch = min(point.batch for point in seen if point.batch >= configuration.batch_size)
-        return bytes_from_gib(max(figures.memory_gib for point, figures in seen.items() if point.batch == batch))
+        points = self._required_points(model, configuration)
+        batch = min(point.batch for point in points if point.batch >= configuration.batch_size)
+        return bytes_from_gib(max(figures.memory_gib for point, figures in points.items() if point.batch == batch))
 
     def _points(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[_Point, _Measured] | None:
         return self._measured.get((model.name, configuration.at(configuration.tp, configuration.pp)))
@@ -108,7 +108,7 @@ class MeasuredEstimator:
             raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
         return points
 
-    def _what_was(self, model: ModelSpec) -> str:
+    def _measured_configurations(self, model: ModelSpec) -> str:
         measured = [configuration for name, configuration in self._measured if name == model.name]
         if not measured:
             models = ", ".join(dict.fromkeys(name for name, _ in self._measured))
@@ -131,15 +131,15 @@ def _key(row: Row) -> tuple[ModelConfig, _Point]:
 
 def _figures(row: Row) -> _Measured:
     return _Measured(
-        ttft_s=row.number("ttft_s", minimum=-_LONGEST_S, maximum=_LONGEST_S),
-        tpot_s=row.number("tpot_s", minimum=0, maximum=_LONGEST_S),
-        memory_gib=row.number("memory_gib", minimum=1e-6, maximum=_LONGEST_S),
+        ttft_s=row.number("ttft_s", minimum=-_MAX_VALUE, maximum=_MAX_VALUE),
+        tpot_s=row.number("tpot_s", minimum=0, maximum=_MAX_VALUE),
+        memory_gib=row.number("memory_gib", minimum=1e-6, maximum=_MAX_VALUE),
     )
 
 
-def _at(seen: Mapping[_Point, _Measured], batch: int, prompt_tokens: int, figure: str) -> float:
-    """Return a figure at a batch and a prompt: along prompts first, then along batches."""
-    points = sorted((point.batch, point.prompt_tokens, getattr(figures, figure)) for point, figures in seen.items())
+def _at(measured: Mapping[_Point, _Measured], batch: int, prompt_tokens: int, figure: str) -> float:
+    """Return a figure at a batch size and prompt length, interpolated over prompt lengths, then batch sizes."""
+    points = sorted((point.batch, point.prompt_tokens, getattr(figures, figure)) for point, figures in measured.items())
     along_prompts = {
         size: _line([(prompt, value) for _, prompt, value in group], prompt_tokens)
         for size, group in groupby(points, key=itemgetter(0))
@@ -148,10 +148,10 @@ def _at(seen: Mapping[_Point, _Measured], batch: int, prompt_tokens: int, figure
 
 
 def _line(known: Sequence[tuple[int, float]], at: int) -> float:
-    """Return the value at a place on the broken line through the known ones.
+    """Return the value at `at` on the piecewise linear function through the known points.
 
-    Beyond the ends it is extrapolated linearly and clamped at zero. An end that falls is noise, and extrapolating it
-    would end below zero: there the last known value stays.
+    Beyond the ends it is extrapolated linearly and clamped at zero. A falling end is noise, and
+    extrapolating it would go below zero; there the last known value is kept.
     """
     if len(known) == 1:
         return known[0][1]

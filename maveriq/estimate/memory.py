@@ -1,4 +1,4 @@
-"""The memory of a deployment: weights and KV cache by their size, all else as fingerprints held it."""
+"""Estimates the memory of a deployment: weights and KV cache from their sizes, the rest from fingerprints."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from maveriq.units import BYTES_PER_GIB
 
 
 class MemoryEstimate(NamedTuple):
-    """Memory over all GPUs of a deployment; `requests_gib` of it is what a batch adds beside its KV cache."""
+    """Memory over all GPUs of a deployment; `requests_gib` is what a batch adds in addition to its KV cache."""
 
     gib: float
     requests_gib: float
 
     @property
     def request_share(self) -> float:
-        """The part that the requests of a batch beyond the first add."""
+        """The share that the requests of a batch after the first add."""
         return self.requests_gib / self.gib
 
 
@@ -37,11 +37,11 @@ def estimate_memory(
 
     Args:
         model: the model.
-        configuration: with its batch size.
-        fingerprints: of the model as it is stored; (1, 1) at batch 1 must be there.
-        figures: fitted ones; `is_measured` must hold.
-        tokens: of prompt and output of a request together.
-        fingerprint_tokens: of those that the fingerprints were measured with.
+        configuration: the configuration, with its batch size.
+        fingerprints: fingerprints of the model; (1, 1) at batch 1 with the same storage types must be present.
+        figures: the fitted figures; `is_measured` must be true.
+        tokens: prompt and output tokens of a request together.
+        fingerprint_tokens: prompt and output tokens of the fingerprints together.
     """
     batch, tp = configuration.batch_size, configuration.tp
     requests_gib = (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
@@ -54,13 +54,13 @@ def estimate_memory(
     return MemoryEstimate(total_gib, requests_gib)
 
 
-def memory_margin(margins: Margins, seen: MemoryEstimate) -> float:
+def memory_margin(margins: Margins, estimate: MemoryEstimate) -> float:
     """Return the half-width of the 90 % interval of an estimate of memory."""
-    return margins.memory_single + seen.request_share * margins.memory_request
+    return margins.memory_single + estimate.request_share * margins.memory_request
 
 
 def layers_gib(model: ModelSpec, configuration: ParallelConfig, layers: int, tokens: int, figures: Memory) -> float:
-    """Return the memory of the weights of so many layers and of the KV cache of so many tokens a request."""
+    """Return the memory of the weights of `layers` layers and of their KV cache at `tokens` tokens per request."""
     blocks = math.ceil(tokens / figures.kv_block_tokens) * configuration.batch_size
     weights = layer_parameters(model) * BYTES_PER_PARAMETER[configuration.weights]
     return layers * (weights + blocks * figures.kv_block_tokens * kv_bytes(model, configuration.kv)) / BYTES_PER_GIB
@@ -69,32 +69,32 @@ def layers_gib(model: ModelSpec, configuration: ParallelConfig, layers: int, tok
 def fixed_gib(
     model: ModelSpec, configuration: ParallelConfig, fingerprint: Fingerprint, tokens: int, figures: Memory
 ) -> float:
-    """Return what one GPU holds beside layers: the mean of what its two fingerprints leave over."""
+    """Return the memory of one GPU other than layers: the mean remainder of its two fingerprint measurements."""
     single = configuration.at(1, 1)
     left = (fingerprint.memory_gib(n) - layers_gib(model, single, n, tokens, figures) for n in (1, 2))
     return sum(left) / 2
 
 
 def request_gib(model: ModelSpec, tp: int, figures: Memory) -> float:
-    """Return what a request of a batch adds on every GPU, beside its KV cache."""
+    """Return the memory that a request of a batch adds on every GPU, in addition to its KV cache."""
     gates = model.feed_forward_matrices - 2
-    # A layer's input, its residual, and the wide part between, of which a gate is partly kept beside it.
+    # A layer's input, its residual, and the intermediate activations, part of which is kept again for a gate.
     width = 2 * model.hidden_size + model.intermediate_size * (1 + gates * figures.gated)
     return figures.request_kb * 1e3 * width * (figures.unsharded + (1 - figures.unsharded) / tp) / BYTES_PER_GIB
 
 
 def _beyond_one_gpu_gib(configuration: ParallelConfig, fingerprints: Fingerprints, figures: Memory) -> float:
-    """Return what (TP, PP) holds more than one GPU: as its own fingerprint did, else as others' did."""
+    """Return the memory that (TP, PP) adds to that of one GPU, from the model's own fingerprint or else the fit."""
     pp = configuration.pp
     measured = fingerprints.get(configuration.at(configuration.tp, pp))
     if measured is not None:
-        # One layer per stage is what was measured there; at (1, 1) nothing is left.
+        # The fingerprint has one layer per stage. At (1, 1) the difference is zero.
         return measured.memory_gib(pp) - fingerprints[configuration.at(1, 1)].memory_gib(pp)
     return figures.gpus_gib[gpus_key(configuration)]
 
 
 def is_measured(configuration: ParallelConfig, fingerprints: Fingerprints, figures: Memory) -> bool:
-    """Say whether any model's memory was measured at (TP, PP)."""
+    """Return whether the memory of any model was measured at (TP, PP)."""
     return (
         configuration.at(configuration.tp, configuration.pp) in fingerprints
         or gpus_key(configuration) in figures.gpus_gib

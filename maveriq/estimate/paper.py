@@ -19,12 +19,11 @@ from maveriq.units import Bytes, bytes_from_gib
 class PaperEstimator:
     """Latency and memory by the paper's formulas, exactly.
 
-    The formulas know no prompt length: answers hold for prompts about as long as the profile's.
-    Fingerprints are found by the model's name; its layers are the model's own.
+    The formulas ignore the prompt length, so estimates apply to prompts about as long as the
+    profile's. Fingerprints are looked up by the model's name; the layer count is the model's own.
 
-    Nothing is smoothed, so what the fingerprints' noise does to the formulas shows: below ten
-    output tokens a latency can come out negative, and at TP 8 it can fall with the first output
-    tokens before it grows.
+    Nothing is smoothed, so noise in the fingerprints shows: below ten output tokens a latency can
+    be negative, and at TP 8 it can fall over the first output tokens before it grows.
     """
 
     def __init__(self, profile: HardwareProfile) -> None:
@@ -51,25 +50,25 @@ class PaperEstimator:
     ) -> ServiceEstimate:
         """Estimate one batch of `batch` equal requests that start together on an idle engine.
 
-        The formula is not quite linear in output tokens; the estimate is the straight line
-        through its values at one token and at `output_tokens` (two, where one is asked for).
+        The formula is not exactly linear in output tokens. The estimate is the straight line
+        through its values at one token and at `output_tokens` tokens, or at two if that is one.
 
         Raises:
             InputError: the configuration has a reason in `why_not`, fewer than one output token
-                or request, or a batch where the profile has no fingerprint of batch 2.
+                or request, or a larger batch and the profile has no fingerprint of batch 2.
         """
-        del prompt_tokens  # the formula knows none
+        del prompt_tokens  # the formula ignores it
         if output_tokens < 1 or batch < 1:
             raise InputError(
                 f"{model.name}: output tokens and batch must be at least 1, not {output_tokens} and {batch}"
             )
-        one, two = self._latency(model, configuration)
+        batch_one, batch_two = self._latency(model, configuration)
         longest = max(2, output_tokens)
-        first_s, last_s = one.at(1), one.at(longest)
+        first_s, last_s = batch_one.at(1), batch_one.at(longest)
         if batch > 1:
-            if two is None:
+            if batch_two is None:
                 raise InputError(self._no_batch(model, configuration, batch))
-            first_s, last_s = at_batch(first_s, two.at(1), batch), at_batch(last_s, two.at(longest), batch)
+            first_s, last_s = at_batch(first_s, batch_two.at(1), batch), at_batch(last_s, batch_two.at(longest), batch)
         tpot_s = (last_s - first_s) / (longest - 1)
         return ServiceEstimate(ttft_s=first_s - tpot_s, tpot_s=tpot_s, output_tokens=output_tokens)
 
@@ -89,13 +88,13 @@ class PaperEstimator:
     def _latency(
         self, model: ModelSpec, configuration: ParallelConfig
     ) -> tuple[ParallelLatency, ParallelLatency | None]:
-        """Return latency at batch 1, and at batch 2 where there are fingerprints of it."""
+        """Return latency at batch 1, and at batch 2 if there are fingerprints of it."""
         key = (model.name, model.layers, configuration)
         found = self._latencies.get(key)
         if found is None:
             self._refuse(model, configuration)
-            two = self._scaled(model, configuration, 2) if self._has_batch_two(model, configuration) else None
-            found = self._latencies[key] = (self._scaled(model, configuration, 1), two)
+            batch_two = self._scaled(model, configuration, 2) if self._has_batch_two(model, configuration) else None
+            found = self._latencies[key] = (self._scaled(model, configuration, 1), batch_two)
         return found
 
     def _scaled(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> ParallelLatency:

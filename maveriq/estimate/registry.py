@@ -24,12 +24,12 @@ def default_estimator(profile: HardwareProfile) -> str:
     """Return the name of the default estimator: the best one that the profile has the data for."""
     if profile.calibrated:
         return CALIBRATED
-    # Measurements of whole models answer for these alone; without fingerprints there is nothing else to go by.
+    # The measured estimator covers only measured models, so prefer fingerprints if the profile has any.
     return MEASURED if profile.measured and not profile.fingerprints.by_model else PAPER
 
 
 def note_on_default(profile: HardwareProfile) -> str | None:
-    """Return what to say where the usual estimator is not the calibrated one, None where it is."""
+    """Return a note for the user if the default estimator is not the calibrated one, else None."""
     if profile.calibrated:
         return None
     return (
@@ -39,7 +39,7 @@ def note_on_default(profile: HardwareProfile) -> str | None:
 
 
 def make_estimator(name: str, profile: HardwareProfile) -> Estimator:
-    """Return the estimator of that name, fed by a hardware profile.
+    """Return the estimator of that name for a hardware profile.
 
     Raises:
         UnknownNameError: there is no such estimator.

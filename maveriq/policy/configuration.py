@@ -160,22 +160,22 @@ def _breaks(intent: Intent, configuration: ParallelConfig, accuracy: float | Non
 def _order(intent: Intent, fitting: list[Candidate], left_out: list[RejectedConfig]) -> Ranking:
     """Order by the objective those that meet the SLO; by latency all, where none does."""
     slo_s = intent.slo_s
-    meeting = [one for one in fitting if slo_s is None or one.service.latency_s < slo_s]
+    meeting = [candidate for candidate in fitting if slo_s is None or candidate.service.latency_s < slo_s]
     if fitting and not meeting and slo_s is not None:
-        fastest = sorted(fitting, key=lambda one: one.service.latency_s)
+        fastest = sorted(fitting, key=lambda candidate: candidate.service.latency_s)
         note = f"misses its SLO of {slo_s:.3f} s: the fastest that fits takes {fastest[0].service.latency_s:.3f} s"
         return Ranking(candidates=tuple(fastest), left_out=tuple(left_out), note=note)
     slow = [
         RejectedConfig(
-            configuration=one.configuration,
+            configuration=candidate.configuration,
             reason=f"not below the SLO of {slo_s:.3f} s",
-            detail=f"takes {one.service.latency_s:.3f} s",
+            detail=f"takes {candidate.service.latency_s:.3f} s",
         )
-        for one in fitting
-        if slo_s is not None and one.service.latency_s >= slo_s
+        for candidate in fitting
+        if slo_s is not None and candidate.service.latency_s >= slo_s
     ]
     return Ranking(
-        candidates=tuple(sorted(meeting, key=lambda one: one.score)),
+        candidates=tuple(sorted(meeting, key=lambda candidate: candidate.score)),
         left_out=tuple(left_out + slow),
     )
 

@@ -68,7 +68,9 @@ def _load_rule(name: str) -> PlacementRule:
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's code: anything may come
-        raise InputError(f"policy {name!r}: {place or 'nothing'} cannot be imported: {_told(error)}") from None
+        raise InputError(
+            f"policy {name!r}: {place or 'nothing'} cannot be imported: {_error_with_line(error)}"
+        ) from None
     rule = getattr(module, function, None)
     if not callable(rule):
         raise InputError(f"policy {name!r}: {place} has no function {function!r}; name one that it defines")
@@ -82,7 +84,7 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
         try:
             answer: list[Any] = list(rule(gpus))
         except (Exception, SystemExit) as error:
-            raise MaveriqError(f"policy {name!r} failed: {_told(error)}; it must return GPUs") from error
+            raise MaveriqError(f"policy {name!r} failed: {_error_with_line(error)}; it must return GPUs") from error
         given = set(gpus)
         for gpu in answer:
             if not (isinstance(gpu, GpuView) and gpu in given):
@@ -94,11 +96,11 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
     return order
 
 
-def _told(error: BaseException) -> str:
+def _error_with_line(error: BaseException) -> str:
     """Return an error with the line of the user's code that it comes from, if it does."""
     ours = (__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [one for one in frames if one.filename not in ours and not one.filename.startswith("<")]
+    lines = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<")]
     where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
     return f"{type(error).__name__}: {error}{where}"
 

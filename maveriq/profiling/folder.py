@@ -57,8 +57,8 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) 
     Raises:
         InputError: the folder cannot be written, or holds something else.
     """
-    prompt_tokens = min(one.question.prompt_tokens for one in measured)
-    load_s = median(one.start_s for one in measured)
+    prompt_tokens = min(result.case.prompt_tokens for result in measured)
+    load_s = median(result.start_s for result in measured)
     texts = {
         "profile.toml": (
             "# Written by `maveriq profile`.\n"
@@ -86,10 +86,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _line(one: Measured) -> str:
-    configuration, question = one.configuration, one.question
+def _line(result: Measured) -> str:
+    configuration, case = result.configuration, result.case
     cells = (
-        one.model.name, configuration.weights.value, configuration.kv.value, configuration.tp, configuration.pp,
-        question.batch, question.prompt_tokens, f"{one.ttft_s:.6f}", f"{one.tpot_s:.6f}", f"{one.memory_gib:.6f}",
+        result.model.name, configuration.weights.value, configuration.kv.value, configuration.tp, configuration.pp,
+        case.batch, case.prompt_tokens, f"{result.ttft_s:.6f}", f"{result.tpot_s:.6f}", f"{result.memory_gib:.6f}",
     )  # fmt: skip
     return ",".join(map(str, cells))

@@ -42,7 +42,7 @@ class Measured:
 
     model: ModelSpec
     configuration: ParallelConfig
-    question: MeasurementCase
+    case: MeasurementCase
     ttft_s: float
     tpot_s: float
     memory_gib: float
@@ -68,7 +68,7 @@ async def measure(
     launcher: Launcher,
     model: ModelSpec,
     configuration: ParallelConfig,
-    questions: Sequence[MeasurementCase],
+    cases: Sequence[MeasurementCase],
     *,
     devices: Devices,
     probe: Probe,
@@ -79,7 +79,7 @@ async def measure(
         ProfilingError: it does not start, cannot do this, or takes longer than it may.
     """
     gpu_ids = tuple(range(configuration.gpus))
-    spec = _spec(model, configuration, max(one.batch for one in questions), devices.names(gpu_ids), probe.seed)
+    spec = _spec(model, configuration, max(case.batch for case in cases), devices.names(gpu_ids), probe.seed)
     what = f"{model.name} with {configuration}"
     loop = asyncio.get_running_loop()
     started_s = loop.time()
@@ -91,26 +91,26 @@ async def measure(
     except LaunchError as error:
         raise ProfilingError(f"{what}: {error}") from None
     try:
-        talk = _Talk(connection, what, probe.timeout_s)
-        loaded = await talk.load(spec)
+        client = _EngineClient(connection, what, probe.timeout_s)
+        loaded = await client.load(spec)
         start_s = loop.time() - started_s
         memory_gib = (loaded.weights_bytes + loaded.kv_cache_bytes) / BYTES_PER_GIB
         if not memory_gib:
             raise ProfilingError(f"{what}: backend {loaded.backend} does not know what memory it holds")
-        timed = await _ask_all(talk, model, questions, probe)
+        timed = await _run_cases(client, model, cases, probe)
     finally:
         await _stop(connection)
     return [
         Measured(
             model=model,
             configuration=configuration,
-            question=question,
+            case=case,
             ttft_s=first_s - each_s,
             tpot_s=each_s,
             memory_gib=memory_gib,
             start_s=start_s,
         )
-        for question, (first_s, each_s) in zip(questions, timed, strict=True)
+        for case, (first_s, each_s) in zip(cases, timed, strict=True)
     ]
 
 
@@ -133,13 +133,13 @@ def _spec(
     )
 
 
-class _Talk:
+class _EngineClient:
     """The connection to an engine with one client. The socket loses no message."""
 
     def __init__(self, connection: EngineConnection, what: str, timeout_s: float) -> None:
         self._channel = connection.channel
         self._what = what
-        self._patience_s = timeout_s
+        self._timeout_s = timeout_s
         self._execution_id = 0
 
     async def load(self, spec: EngineSpec) -> Loaded:
@@ -167,32 +167,32 @@ class _Talk:
     @contextlib.asynccontextmanager
     async def _within(self, do: str) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(self._timeout_s):
                 yield
         except TimeoutError:
-            raise ProfilingError(f"{self._what}: its engine did not {do} within {self._patience_s:g} s") from None
+            raise ProfilingError(f"{self._what}: its engine did not {do} within {self._timeout_s:g} s") from None
         except ChannelClosedError:
             raise ProfilingError(f"{self._what}: its engine ended") from None
 
 
-async def _ask_all(
-    talk: _Talk, model: ModelSpec, questions: Sequence[MeasurementCase], probe: Probe
+async def _run_cases(
+    client: _EngineClient, model: ModelSpec, cases: Sequence[MeasurementCase], probe: Probe
 ) -> list[tuple[float, float]]:
     """Return until the first token and per token after it, medians over the repeats.
 
     Question by question and then all again, so that a moment's noise falls on one repeat of each, not on all of one.
     """
     draw = generator(probe.seed, "profiling prompts")
-    first_s: list[list[float]] = [[] for _ in questions]
-    each_s: list[list[float]] = [[] for _ in questions]
+    first_s: list[list[float]] = [[] for _ in cases]
+    each_s: list[list[float]] = [[] for _ in cases]
     for number in range(_WARM_UPS + probe.repeats):
-        for at, question in enumerate(questions):
-            prompts = draw.integers(0, model.vocab_size, (question.batch, question.prompt_tokens)).tolist()
-            finished = await talk.run(_sequences(prompts, question.output_tokens))
+        for at, case in enumerate(cases):
+            prompts = draw.integers(0, model.vocab_size, (case.batch, case.prompt_tokens)).tolist()
+            finished = await client.run(_sequences(prompts, case.output_tokens))
             if number >= _WARM_UPS:
                 first_s[at].append(finished.first_token_s)
                 rest_s = finished.service_s - finished.first_token_s
-                each_s[at].append(rest_s / max(1, question.output_tokens - 1))
+                each_s[at].append(rest_s / max(1, case.output_tokens - 1))
     return [(median(first), median(each)) for first, each in zip(first_s, each_s, strict=True)]
 
 
@@ -205,10 +205,10 @@ def _sequences(prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[me
 
 async def _stop(connection: EngineConnection) -> None:
     connection.channel.send(Stop())
-    for put_down in (connection.terminate, connection.kill):
+    for stop in (connection.terminate, connection.kill):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
                 await connection.wait_exit()
                 break
-        put_down()
+        stop()
     connection.channel.close()

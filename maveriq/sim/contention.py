@@ -94,7 +94,7 @@ class ContentionModel:
             requests: what is executed.
             service_us: how long it takes without contention.
         """
-        if self._estimator is None or not self._estimator.has_neighbours(plan.configuration):
+        if self._estimator is None or not self._estimator.shares_process(plan.configuration):
             return ((finished, now_us + service_us),)
         deployment_id = finished.deployment_id
         node = self._node_of[deployment_id] = self._node_of_gpu[plan.gpu_ids[0]]
@@ -153,20 +153,20 @@ class ContentionModel:
         return self._reschedule(running)
 
     def _reschedule(self, running: dict[int, _SharedExecution]) -> list[ScheduledEnd]:
-        ends, neighbours = [], len(running) - 1
+        ends, co_located = [], len(running) - 1
         for execution in running.values():
             before_us = execution.finish_us
             if before_us != execution.at_us:  # else it ends at this instant, whatever else starts or ends
-                execution.reschedule(self._slowdown(execution, neighbours) if neighbours else 1.0)
+                execution.reschedule(self._slowdown(execution, co_located) if co_located else 1.0)
                 if execution.finish_us != before_us:
                     ends.append((execution.finished, execution.finish_us))
         return ends
 
-    def _slowdown(self, execution: _SharedExecution, neighbours: int) -> float:
+    def _slowdown(self, execution: _SharedExecution, co_located: int) -> float:
         assert self._estimator is not None  # noqa: S101  # without one nothing is shared
         plan = execution.plan
-        wait_s = self._estimator.wait_s(plan.model, plan.configuration, neighbours=neighbours)
-        return 1 + wait_s * MICROS_PER_SECOND / execution.token_us
+        delay_s = self._estimator.contention_delay_s(plan.model, plan.configuration, co_located=co_located)
+        return 1 + delay_s * MICROS_PER_SECOND / execution.token_us
 
 
 def _advance(running: dict[int, _SharedExecution], now_us: Micros) -> None:

@@ -14,7 +14,7 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
-from maveriq.estimate.calibrated import in_shared_process
+from maveriq.estimate.calibrated import uses_shared_process
 from maveriq.tables import Row, choice, read_csv
 from maveriq.units import MICROS_PER_SECOND
 
@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _CHARACTERS_PER_TOKEN = 4
 _PUBLISHED_OUTPUT_TOKENS = 20  # of every request of the published recordings
 MAX_CO_LOCATED = 7
-"""On eight GPUs; columns of `RecordedEngine.beside` are one more."""
+"""On eight GPUs; columns of `RecordedEngine.busy_shares` are one more."""
 
 _DEPLOYMENTS = (
     "run", "model_id", "model", "deploy_s", "deployed", "registered_s", "tp", "pp", "layer_split", "weight_dtype",
@@ -49,12 +49,12 @@ class RecordedEngine:
     prompt_tokens: Array
     output_tokens: Array
     service_s: Array
-    beside: Array
+    busy_shares: Array
 
     @property
     def uncontended(self) -> np.ndarray[Any, np.dtype[np.bool]]:
         """Which requests had no busy neighbour."""
-        uncontended: np.ndarray[Any, np.dtype[np.bool]] = self.beside[:, 0] > 1 - _UNCONTENDED
+        uncontended: np.ndarray[Any, np.dtype[np.bool]] = self.busy_shares[:, 0] > 1 - _UNCONTENDED
         return uncontended
 
 
@@ -76,7 +76,7 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
         tokens = max(1.0, characters[key[0]][row.count("req_id", minimum=1) - 1] / _CHARACTERS_PER_TOKEN)
         finish_s = row.number("arrival_s") + row.number("latency_s")
         requests[key].append((finish_s - row.number("service_s"), finish_s, tokens))
-    served = {key: np.array(sorted(rows)) for key, rows in requests.items()}
+    requests_of = {key: np.array(sorted(rows)) for key, rows in requests.items()}
     configurations = {key: _configuration(row) for key, row in deployed.items()}
     return [
         RecordedEngine(
@@ -84,13 +84,13 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
             model=load_model(row.text("model")),
             configuration=configurations[key],
             gpu_ids=tuple(map(int, row.text("gpus").split())),
-            prompt_tokens=served[key][:, 2],
-            output_tokens=np.full(len(served[key]), float(_PUBLISHED_OUTPUT_TOKENS)),
-            service_s=served[key][:, 1] - served[key][:, 0],
-            beside=_beside(served[key], list(_neighbours(key, configurations, served))),
+            prompt_tokens=requests_of[key][:, 2],
+            output_tokens=np.full(len(requests_of[key]), float(_PUBLISHED_OUTPUT_TOKENS)),
+            service_s=requests_of[key][:, 1] - requests_of[key][:, 0],
+            busy_shares=_busy_shares(requests_of[key], list(_co_located_requests(key, configurations, requests_of))),
         )
         for key, row in deployed.items()
-        if key in served
+        if key in requests_of
     ]
 
 
@@ -99,11 +99,14 @@ def engines_of(run: str, record: RunRecord) -> list[RecordedEngine]:
 
     Requests of batches say nothing of a single one, so engines that take batches are left out.
     """
-    table, plans = record.requests, {one.deployment_id: one.plan for one in record.deployments if one.plan}
+    table, plans = (
+        record.requests,
+        {deployment.deployment_id: deployment.plan for deployment in record.deployments if deployment.plan},
+    )
     done = table.status == RequestStatus.COMPLETED.value
     start_s, finish_s = table.start_us / MICROS_PER_SECOND, table.finish_us / MICROS_PER_SECOND
     requests = np.column_stack([start_s, finish_s, table.prompt_tokens, table.output_tokens])
-    served = {
+    requests_of = {
         (run, str(deployment_id)): requests[mine]
         for deployment_id in plans
         if (mine := done & (table.deployment_id == deployment_id)).any()
@@ -115,13 +118,13 @@ def engines_of(run: str, record: RunRecord) -> list[RecordedEngine]:
             model=plan.model,
             configuration=plan.configuration,
             gpu_ids=plan.gpu_ids,
-            prompt_tokens=served[key][:, 2],
-            output_tokens=served[key][:, 3],
-            service_s=served[key][:, 1] - served[key][:, 0],
-            beside=_beside(served[key], list(_neighbours(key, configurations, served))),
+            prompt_tokens=requests_of[key][:, 2],
+            output_tokens=requests_of[key][:, 3],
+            service_s=requests_of[key][:, 1] - requests_of[key][:, 0],
+            busy_shares=_busy_shares(requests_of[key], list(_co_located_requests(key, configurations, requests_of))),
         )
         for deployment_id, plan in plans.items()
-        if (key := (run, str(deployment_id))) in served and plan.configuration.batch_size == 1
+        if (key := (run, str(deployment_id))) in requests_of and plan.configuration.batch_size == 1
     ]
 
 
@@ -143,22 +146,22 @@ def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str
     return found
 
 
-def _neighbours(
+def _co_located_requests(
     key: tuple[str, str],
     configurations: Mapping[tuple[str, str], ParallelConfig],
-    served: Mapping[tuple[str, str], Array],
+    requests_of: Mapping[tuple[str, str], Array],
 ) -> Iterator[Array]:
     """Yield the requests of engines in the same process as this one's."""
-    if in_shared_process(configurations[key]):
-        for other, requests in served.items():
-            if other != key and other[0] == key[0] and in_shared_process(configurations[other]):
+    if uses_shared_process(configurations[key]):
+        for other, requests in requests_of.items():
+            if other != key and other[0] == key[0] and uses_shared_process(configurations[other]):
                 yield requests
 
 
-def _beside(requests: Array, neighbours: Sequence[Array]) -> Array:
-    """Return the shares of `RecordedEngine.beside`; requests have start and finish in their first columns."""
+def _busy_shares(requests: Array, co_located: Sequence[Array]) -> Array:
+    """Return the shares of `RecordedEngine.busy_shares`; requests have start and finish in their first columns."""
     edges = np.array(
-        [(at_s, step) for other in neighbours for row in other for at_s, step in ((row[0], 1), (row[1], -1))]
+        [(at_s, step) for other in co_located for row in other for at_s, step in ((row[0], 1), (row[1], -1))]
     )
     found = np.zeros((len(requests), MAX_CO_LOCATED + 1))
     if not len(edges):

@@ -153,7 +153,9 @@ def read_runs(testbed: Path) -> tuple[RecordedRun, ...]:
             trace=row.text("trace"),
             scale=row.number("rate_scale", minimum=0, maximum=_MAX_SCALE),
             slo_scale=row.number("slo_scale", minimum=0, maximum=_MAX_SCALE),
-            deployments=tuple(sorted(deployments.get(row.text("run"), []), key=lambda one: one.requested_us)),
+            deployments=tuple(
+                sorted(deployments.get(row.text("run"), []), key=lambda deployment: deployment.requested_us)
+            ),
         )
         for row in read_csv(testbed / "runs.csv", _RUN_COLUMNS, what="recorded runs")
     )
@@ -295,6 +297,6 @@ def _list(row: Row, column: str, number: Callable[[str], _Number], *, maximum: f
         found = tuple(map(number, row.cells[column].split()))
     except ValueError:
         raise InputError(f"{row.where}: {column} must be numbers, not {row.cells[column]!r}") from None
-    if not all(0 <= one <= maximum for one in found):
+    if not all(0 <= value <= maximum for value in found):
         raise InputError(f"{row.where}: {column} must be numbers from 0 to {maximum:g}, not {row.cells[column]!r}")
     return found

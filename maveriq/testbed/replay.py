@@ -101,9 +101,13 @@ def _memory(recorded: RunRecord) -> list[MemoryStep]:
 
 def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> ReplaySystem:
     table = recorded.requests
-    plans = {one.deployment_id: _plan(one, one.plan) for one in recorded.deployments if one.plan}
-    came_up = [one for one in recorded.deployments if one.plan]
-    registered_us = {plans[one.deployment_id]: _registered_us(one) for one in came_up}
+    plans = {
+        deployment.deployment_id: _plan(deployment, deployment.plan)
+        for deployment in recorded.deployments
+        if deployment.plan
+    }
+    came_up = [deployment for deployment in recorded.deployments if deployment.plan]
+    registered_us = {plans[deployment.deployment_id]: _registered_us(deployment) for deployment in came_up}
     ones = np.ones(int(done.sum()), dtype=np.int64)
     return ReplaySystem(
         cluster=_cluster(came_up, profile),
@@ -112,7 +116,10 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Rep
             name="recorded",
             # All are asked for at the start, when every GPU is idle, and load until they were
             # registered: an engine comes up exactly when it did.
-            endpoints=tuple(replace(one.endpoint, endpoint_id=one.deployment_id, requested_us=0) for one in came_up),
+            endpoints=tuple(
+                replace(deployment.endpoint, endpoint_id=deployment.deployment_id, requested_us=0)
+                for deployment in came_up
+            ),
             arrivals=Arrivals(
                 arrival_us=table.arrival_us[done],
                 endpoint_id=table.deployment_id[done],
@@ -122,7 +129,7 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Rep
             ),
         ),
         settings=ControllerSettings(timing=profile.timing, load_window=profile.load_window),
-        predict_service_time=_no_guess,
+        predict_service_time=_no_prediction,
         service_times=RecordedServiceTimes((table.finish_us - table.start_us)[done]),
         load_time=registered_us.__getitem__,
         drain_us=_NO_END_US,
@@ -131,7 +138,7 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Rep
 
 
 def _cluster(came_up: list[DeploymentRecord], profile: HardwareProfile) -> Cluster:
-    last = max(gpu_id for one in came_up if one.plan for gpu_id in one.plan.gpu_ids)
+    last = max(gpu_id for deployment in came_up if deployment.plan for gpu_id in deployment.plan.gpu_ids)
     gpus = (
         Gpu(gpu_id=gpu_id, node=0, kind=profile.gpu_kind, capacity_bytes=profile.capacity_bytes)
         for gpu_id in range(last + 1)
@@ -151,7 +158,7 @@ def _registered_us(deployment: DeploymentRecord) -> Micros:
     return deployment.ready_us
 
 
-def _no_guess(deployment: Deployment, request: Request) -> Micros:
+def _no_prediction(deployment: Deployment, request: Request) -> Micros:
     raise InvariantError(f"FIFO needs no prediction of request {request.request_id} of {deployment.name}")
 
 

@@ -77,8 +77,10 @@ def run_record(run: RecordedRun, scheduled: Scheduled, completed: Completed, pro
 
 def _requests(run: RecordedRun, scheduled: Scheduled, completed: Completed, profile: HardwareProfile) -> RequestTable:
     """Return all requests of the schedule in order of arrival."""
-    deployment_of = {one.endpoint_id: number for number, one in enumerate(_came_up(run), start=1)}
-    deployment_id = np.array([deployment_of.get(one, 0) for one in scheduled.endpoint_id.tolist()], dtype=np.int64)
+    deployment_of = {endpoint_id.endpoint_id: number for number, endpoint_id in enumerate(_started(run), start=1)}
+    deployment_id = np.array(
+        [deployment_of.get(endpoint_id, 0) for endpoint_id in scheduled.endpoint_id.tolist()], dtype=np.int64
+    )
     done = _rows_of(run, completed, scheduled.endpoint_id, np.flatnonzero(deployment_id))
     arrival_us = scheduled.arrival_us.copy()
     start_us, finish_us = (np.full(len(scheduled), NOT_YET, dtype=np.int64) for _ in range(2))
@@ -138,7 +140,7 @@ def _tokens(chars: Array) -> Array:
 def _slos_us(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> Array:
     models = _models(run, scheduled)
     slos_us = {endpoint_id: _slo_us(run, name, profile) for endpoint_id, name in models.items()}
-    return np.array([slos_us[one] for one in scheduled.endpoint_id.tolist()], dtype=np.int64)
+    return np.array([slos_us[endpoint_id] for endpoint_id in scheduled.endpoint_id.tolist()], dtype=np.int64)
 
 
 def _slo_us(run: RecordedRun, model_name: str, profile: HardwareProfile) -> Micros:
@@ -152,7 +154,7 @@ def _models(run: RecordedRun, scheduled: Scheduled) -> dict[int, str]:
     The recording does not name one that was never asked for; it is a model of the set that no
     deployment has, and they stand in the order of the set.
     """
-    models = {one.endpoint_id: one.model_name for one in run.deployments}
+    models = {deployment.endpoint_id: deployment.model_name for deployment in run.deployments}
     absent = sorted(set(np.unique(scheduled.endpoint_id).tolist()) - set(models))
     if absent:
         left = iter(_not_deployed(run))
@@ -163,7 +165,7 @@ def _models(run: RecordedRun, scheduled: Scheduled) -> dict[int, str]:
 
 def _not_deployed(run: RecordedRun) -> list[str]:
     """Return the models of the set that no deploy command asked for: the time of a command tells its bin."""
-    bins = {_load_bin(one) for one in run.deployments}
+    bins = {_load_bin(deployment) for deployment in run.deployments}
     return [entry.model.name for entry in load_model_set(run.model_set).entries if entry.load_at not in bins]
 
 
@@ -173,8 +175,8 @@ def _load_bin(deployment: RecordedDeployment) -> int:
     return max(0, at_s // BIN_S - 1)
 
 
-def _came_up(run: RecordedRun) -> Iterator[RecordedDeployment]:
-    return (one for one in run.deployments if one.layout)
+def _started(run: RecordedRun) -> Iterator[RecordedDeployment]:
+    return (deployment for deployment in run.deployments if deployment.layout)
 
 
 def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> tuple[DeploymentRecord, ...]:
@@ -182,49 +184,51 @@ def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfil
     typical = int(np.median(_tokens(scheduled.prompt_chars)))
     held = _idle(profile)
     after: dict[int, tuple[Sequence[Bytes], Sequence[Bytes]]] = {}
-    for one in run.deployments:
-        used = _used(one, profile)
-        after[one.endpoint_id] = held, used
+    for deployment in run.deployments:
+        used = _used(deployment, profile)
+        after[deployment.endpoint_id] = held, used
         held = used
-    ordered = sorted(run.deployments, key=lambda one: one.layout is None)  # stable: in order of time otherwise
+    ordered = sorted(
+        run.deployments, key=lambda deployment: deployment.layout is None
+    )  # stable: in order of time otherwise
     return tuple(
-        _deployment(run, one, number, typical, after[one.endpoint_id], profile)
-        for number, one in enumerate(ordered, start=1)
+        _deployment(run, deployment, number, typical, after[deployment.endpoint_id], profile)
+        for number, deployment in enumerate(ordered, start=1)
     )
 
 
 def _deployment(
     run: RecordedRun,
-    one: RecordedDeployment,
+    recorded: RecordedDeployment,
     number: int,
     prompt_tokens: int,
     memory: tuple[Sequence[Bytes], Sequence[Bytes]],
     profile: HardwareProfile,
 ) -> DeploymentRecord:
-    model = load_model(one.model_name)
+    model = load_model(recorded.model_name)
     slo_s = profile.slo_s(model.name, OUTPUT_TOKENS)
     # A baseline has no objective, which the schema cannot express; the default stands in.
     objective = Objective.named(run.intent) if run.intent else Objective.MIN_COST
     endpoint = EndpointSpec(
-        endpoint_id=one.endpoint_id,
+        endpoint_id=recorded.endpoint_id,
         model=model,
         intent=Intent(
             objective=objective,
             slo_s=run.slo_scale * slo_s if run.slo_scale and slo_s else None,
             float16_only=run.float16_only,
         ),
-        requested_us=one.requested_us,
+        requested_us=recorded.requested_us,
         prompt_tokens=prompt_tokens,
         output_tokens=OUTPUT_TOKENS,
     )
     return DeploymentRecord(
         deployment_id=number,
         endpoint=endpoint,
-        plan=_plan(model, one.layout, *memory) if one.layout else None,
-        ready_us=NOT_YET if one.registered_us is None or one.layout is None else one.registered_us,
+        plan=_plan(model, recorded.layout, *memory) if recorded.layout else None,
+        ready_us=NOT_YET if recorded.registered_us is None or recorded.layout is None else recorded.registered_us,
         removed_us=NOT_YET,
-        status="up" if one.layout else "rejected",
-        reason="" if one.layout else "it never came up",
+        status="up" if recorded.layout else "rejected",
+        reason="" if recorded.layout else "it never came up",
     )
 
 
@@ -252,9 +256,9 @@ def _used(deployment: RecordedDeployment, profile: HardwareProfile) -> tuple[Byt
 def _memory(run: RecordedRun, profile: HardwareProfile) -> list[MemoryStep]:
     """Return what GPUs held over time; a deployment holds its memory from the command on."""
     later = (
-        MemoryStep(since_us=one.requested_us, used_bytes=_used(one, profile))
-        for one in run.deployments
-        if one.used_gib_after
+        MemoryStep(since_us=deployment.requested_us, used_bytes=_used(deployment, profile))
+        for deployment in run.deployments
+        if deployment.used_gib_after
     )
     return [MemoryStep(since_us=0, used_bytes=_idle(profile)), *later]
 
@@ -302,7 +306,9 @@ def _busy_shares(
     requests: RequestTable, deployments: Sequence[DeploymentRecord], gpu_id: int, instants_us: Array
 ) -> Array:
     """Return the share of the time since the last instant in which a GPU worked."""
-    mine = [one.deployment_id for one in deployments if one.plan and gpu_id in one.plan.gpu_ids]
+    mine = [
+        deployment.deployment_id for deployment in deployments if deployment.plan and gpu_id in deployment.plan.gpu_ids
+    ]
     ran = np.isin(requests.deployment_id, mine) & (requests.start_us != NOT_YET) & (requests.finish_us != NOT_YET)
     busy_us = _past(requests.start_us[ran], instants_us) - _past(requests.finish_us[ran], instants_us)
     shares: Array = np.diff(busy_us, prepend=0) / np.diff(instants_us, prepend=0)

@@ -32,7 +32,7 @@ def measured(folder: Path, backend: str = "exec_rigs:Paced", **probe) -> list[Me
 
 def at_pace(one: Measured) -> bool:
     """Whether what was measured is the engine's pace."""
-    first_s = pytest.approx(FIRST_S * one.question.batch, rel=0.3)
+    first_s = pytest.approx(FIRST_S * one.case.batch, rel=0.3)
     return one.ttft_s + one.tpot_s == first_s and one.tpot_s == pytest.approx(EACH_S, rel=0.3)
 
 
@@ -41,7 +41,7 @@ def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tm
         found = measured(tmp_path)
         if all(at_pace(one) for one in found):
             break
-    assert [one.question for one in found] == QUESTIONS
+    assert [one.case for one in found] == QUESTIONS
     assert all(at_pace(one) and one.memory_gib == 4 for one in found)
     folder = tmp_path / "mine"
     write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)
@@ -50,7 +50,7 @@ def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tm
     assert (profile.gpu_kind, profile.prompt_tokens, profile.timing.tick_us) == ("paced", 4, 0)
     known = MeasuredEstimator(profile)
     for one in found:
-        ask = one.question
+        ask = one.case
         service = known.service(
             MODEL, TP2, prompt_tokens=ask.prompt_tokens, output_tokens=ask.output_tokens, batch=ask.batch
         )

@@ -68,7 +68,7 @@ def test_more_bandwidth_is_faster(question: dict, factor: float) -> None:
     # The speed of a layer relative to the law comes from the fingerprint, so it must not be taken anew.
     slow = msgspec.structs.replace(calibration(), trust=0.0)
     fast = msgspec.structs.replace(slow, bandwidth_gb_s=slow.bandwidth_gb_s * factor)
-    times = [latency_s(CalibratedEstimator(PROFILE, one, served=True), question) for one in (fast, slow)]
+    times = [latency_s(CalibratedEstimator(PROFILE, one, online=True), question) for one in (fast, slow)]
     assert times[0] < times[1]
 
 
@@ -132,19 +132,19 @@ def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
 
 
 @given(questions(), st.integers(1, 7))
-def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict, neighbours: int) -> None:
+def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict, co_located: int) -> None:
     model, alone = question["model"], ParallelConfig(tp=1, pp=1, weights=WeightType.INT4)
-    waits_s = [live().wait_s(model, alone, neighbours=count) for count in (0, neighbours, neighbours + 1)]
+    waits_s = [live().contention_delay_s(model, alone, co_located=count) for count in (0, co_located, co_located + 1)]
     assert 0 == waits_s[0] < waits_s[1] < waits_s[2] < 0.1
     several = replace(alone, pp=2)
-    assert not live().has_neighbours(several)
-    assert live().wait_s(model, several, neighbours=neighbours) == 0
+    assert not live().shares_process(several)
+    assert live().contention_delay_s(model, several, co_located=co_located) == 0
 
 
 def test_a_benchmark_has_no_neighbours() -> None:
     alone = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4)
-    assert live().has_neighbours(alone)
-    assert not CalibratedEstimator.benchmarked(PROFILE).has_neighbours(alone)
+    assert live().shares_process(alone)
+    assert not CalibratedEstimator.benchmarked(PROFILE).shares_process(alone)
 
 
 @pytest.mark.parametrize("kv", KvType)

@@ -16,17 +16,17 @@ READY = 1_000
 
 
 class Sociable(TokenSeconds):
-    """A token takes 1 ms alone and `wait_s` per busy neighbour longer; engines of one GPU have neighbours."""
+    """A token takes 1 ms alone and `delay_s` longer per other busy engine; single-GPU engines share a process."""
 
-    def __init__(self, wait_s: float = 0.001) -> None:
+    def __init__(self, delay_s: float = 0.001) -> None:
         super().__init__()
-        self.per_neighbour_s = wait_s
+        self.delay_per_engine_s = delay_s
 
-    def has_neighbours(self, configuration) -> bool:
+    def shares_process(self, configuration) -> bool:
         return configuration.gpus == 1
 
-    def wait_s(self, model, configuration, *, neighbours: int) -> float:
-        return neighbours * self.per_neighbour_s
+    def contention_delay_s(self, model, configuration, *, co_located: int) -> float:
+        return co_located * self.delay_per_engine_s
 
 
 def world(requests, gpus_of, *, estimator=None, **options):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from maveriq.calibration.evaluation import EACH, Evaluation, Group, Measurement, benchmarked_estimator, evaluate
 from maveriq.calibration.fitting import fit_calibration, start_calibration
 from maveriq.calibration.online import read_recorded
-from maveriq.calibration.samples import Sample, read_samples, usable
+from maveriq.calibration.samples import Sample, read_samples, without_ground_truth
 from maveriq.cli.fit import fit
 from maveriq.domain.models import WeightType, load_model, shape_of
 from maveriq.domain.parallel import ParallelConfig
@@ -182,7 +182,7 @@ def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
                         layers=model.layers,
                         configuration=asked,
                         output_tokens=output_tokens,
-                        latency_s=float(latency_s(work, truth.law(weights, 1), output_tokens)),
+                        latency_s=float(latency_s(work, truth.roofline(weights, 1), output_tokens)),
                         memory_gib=1.0,
                     )
                     found.append(
@@ -199,14 +199,14 @@ def test_a_fit_finds_the_bandwidth_of_an_imagined_gpu() -> None:
 def test_a_layer_that_ran_slower_than_the_law_is_seen() -> None:
     model = load_model("llama-2-7b")
     calibration = read_calibration(PATH)
-    law = calibration.law(WeightType.FLOAT16, 1)
+    roofline = calibration.roofline(WeightType.FLOAT16, 1)
     asked = work_of(
         model, ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16).kv, tp=1, pp=1, batch=1, prompt_tokens=10
     )
-    two, one = (float(latency_s(replace(asked, layers=n), law, 20)) for n in (2, 1))
+    two, one = (float(latency_s(replace(asked, layers=n), roofline, 20)) for n in (2, 1))
     seen = [(asked, 20, 1.2 * (two - one)), (asked, 20, 1.2 * (two - one)), (asked, 20, -1.0)]
-    assert layer_time_ratio(seen, law) == pytest.approx(np.log(1.2))
-    assert layer_time_ratio([], law) == 0
+    assert layer_time_ratio(seen, roofline) == pytest.approx(np.log(1.2))
+    assert layer_time_ratio([], roofline) == 0
 
 
 def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_da
     assert [group["value"] for group in answer["groups"] if group["by"] == "model"] == ["falcon-7b", "gptj-6b"]
     assert answer["groups"][0]["latency"]["median"] < 5
     assert len(answer["least_trusted"]) == 12
-    assert read_calibration(out / "calibrated.toml").served is None
+    assert read_calibration(out / "calibrated.toml").online is None
     assert {path.name for path in out.iterdir()} == {
         "calibrated.toml", "calibrated-without-falcon-7b.toml", "calibrated-without-gptj-6b.toml", "exponents.csv",
     }  # fmt: skip
@@ -295,7 +295,7 @@ def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_da
 
 @pytest.mark.data
 def test_fingerprints_of_a_model_left_out_stay_in_the_fit(measured_data: Path) -> None:
-    samples = usable(read_samples(measured_data / "a6000"), "gptj-6b")
+    samples = without_ground_truth(read_samples(measured_data / "a6000"), "gptj-6b")
     of_it = [one for one in samples if one.measured.model_name == "gptj-6b"]
     assert of_it
     assert {one.table for one in of_it} == {"fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"}

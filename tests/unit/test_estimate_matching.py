@@ -53,9 +53,9 @@ def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batc
 @pytest.mark.parametrize("noise", [1.0, 1.05])
 def test_latencies_tell_the_prompts(profile: str, name: str, noise: float) -> None:
     matched = match(imagined(profile, name=name, noise=noise), make(name))
-    assert [one.profile.name for one in matched.fed] == [profile]
+    assert [one.profile.name for one in matched.inputs] == [profile]
     assert matched.why.startswith(f"off in latency by {100 * (noise - 1):.1f} % with {profile}, ")
-    assert {one.profile: one.rows for one in matched.tried} == {"a6000-short": 9, "a6000-long": 9}
+    assert {one.profile: one.rows for one in matched.trials} == {"a6000-short": 9, "a6000-long": 9}
 
 
 def test_rows_that_one_profile_alone_answers_do_not_count() -> None:
@@ -63,21 +63,21 @@ def test_rows_that_one_profile_alone_answers_do_not_count() -> None:
     long = imagined("a6000-long", name="paper")
     batches = [replace(row, configuration=replace(row.configuration, batch_size=64)) for row in long]
     matched = match([*batches, *long], make("paper"))
-    assert matched.fed[0].profile.name == "a6000-long"
-    assert {one.rows for one in matched.tried} == {9}
+    assert matched.inputs[0].profile.name == "a6000-long"
+    assert {one.rows for one in matched.trials} == {9}
 
 
 def test_where_no_row_has_two_answers_who_answers_is_taken() -> None:
     batches = imagined("a6000-short", name="paper", batch=8)
     matched = match(batches, make("paper"))
-    assert matched.fed[0].profile.name == "a6000-short"
-    assert [one.median for one in matched.tried][1] is None
+    assert matched.inputs[0].profile.name == "a6000-short"
+    assert [one.median for one in matched.trials][1] is None
 
 
 def test_where_no_row_has_an_answer_it_is_the_default() -> None:
     strangers = [replace(row, model_name="stranger") for row in imagined("a6000-long")]
     matched = match(strangers, make("calibrated"))
-    assert (matched.fed[0].profile.name, matched.why) == ("a6000-short", "no row tells the profiles apart")
+    assert (matched.inputs[0].profile.name, matched.why) == ("a6000-short", "no row tells the profiles apart")
 
 
 @pytest.mark.parametrize(
@@ -85,16 +85,16 @@ def test_where_no_row_has_an_answer_it_is_the_default() -> None:
 )
 def test_said_prompts_take_the_nearest_profile(tokens: int, profile: str) -> None:
     matched = match(imagined("a6000-short"), make("calibrated"), prompt_tokens=tokens)
-    assert [one.profile.name for one in matched.fed] == [profile]
-    assert matched.fed[0].subject.prompt_tokens == tokens
-    assert matched.tried == ()
+    assert [one.profile.name for one in matched.inputs] == [profile]
+    assert matched.inputs[0].subject.prompt_tokens == tokens
+    assert matched.trials == ()
 
 
 def test_prompts_of_the_rows_take_a_profile_for_each() -> None:
     short, long = imagined("a6000-short")[0], imagined("a6000-long")[0]
     rows = [replace(short, prompt_tokens=12), replace(long, prompt_tokens=900)]
     matched = match(rows, make("calibrated"))
-    assert [one.profile.name for one in matched.fed] == ["a6000-short", "a6000-long"]
+    assert [one.profile.name for one in matched.inputs] == ["a6000-short", "a6000-long"]
     assert [matched.subject_of(row).prompt_tokens for row in rows] == [10, 923]
     with pytest.raises(InputError, match="column prompt_tokens; leave --prompt-tokens away"):
         match(rows, make("calibrated"), prompt_tokens=10)
@@ -102,7 +102,7 @@ def test_prompts_of_the_rows_take_a_profile_for_each() -> None:
 
 def test_a_said_profile_is_taken_whatever_the_rows_say() -> None:
     matched = match(imagined("a6000-long"), make("calibrated"), profile="a6000-short", prompt_tokens=900)
-    assert (matched.fed[0].profile.name, matched.fed[0].subject.prompt_tokens) == ("a6000-short", 900)
+    assert (matched.inputs[0].profile.name, matched.inputs[0].subject.prompt_tokens) == ("a6000-short", 900)
 
 
 def run_fit(*arguments: str) -> str:

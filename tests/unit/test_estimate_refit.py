@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from maveriq.calibration.evaluation import COLUMNS
 from maveriq.calibration.fitting import fit_exponents, start_calibration
-from maveriq.calibration.samples import constants_of, read_samples, usable
+from maveriq.calibration.samples import constants_of, read_samples, without_ground_truth
 from maveriq.cli.fit import fit
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
@@ -50,7 +50,7 @@ def row(truth: Calibration, model: ModelSpec, asked: ParallelConfig, outputs: in
     split = [model.layers // asked.pp + (place < model.layers % asked.pp) for place in range(asked.pp)]
     batch = asked.batch_size
     todo = op_counts(model, asked.kv, tp=asked.tp, pp=asked.pp, batch=batch, prompt_tokens=prompt)
-    latency = float(latency_s(todo, truth.law(asked.weights, asked.tp), outputs)) * noise
+    latency = float(latency_s(todo, truth.roofline(asked.weights, asked.tp), outputs)) * noise
     memory_gib = 1.0 * asked.gpus + model.layers * 0.4 + 0.1 * (batch - 1)
     cells = [model.name, asked.tp, asked.pp, " ".join(map(str, split)), asked.weights, 0, outputs, batch]
     return ",".join(map(str, [*cells, f"{latency:.6f}", f"{memory_gib:.4f}", prompt]))
@@ -119,7 +119,7 @@ def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) 
     lines = rows(other_gpu(), models=MODELS[:2])
     pruned = [line.replace("llama-2-7b,", "llama-2-7b-wanda,") for line in lines if line.startswith("llama-2-7b,")]
     samples = read_samples(write(tmp_path / "t.csv", [*lines, *pruned]))
-    left = [one.measured.model_name for one in usable(samples, "llama-2-7b") if not one.is_fingerprint]
+    left = [one.measured.model_name for one in without_ground_truth(samples, "llama-2-7b") if not one.is_fingerprint]
     assert set(left) == {"gptj-6b"}
     out = tmp_path / "out"
     out.mkdir()
@@ -213,9 +213,9 @@ def test_runs_are_fitted_by_the_command(tmp_path: Path) -> None:
     ended = run_fit(str(table), "--runs", str(tmp_path / "runs"), "--out", str(out))
     assert ended.exit_code == 0, ended.output
     assert "8 deployments in 2 recorded runs, each by figures without its run: off by" in ended.stdout
-    served = read_calibration(out / "calibrated.toml").served
-    assert served is not None
-    assert set(served.tp) == {"4"}
-    assert read_calibration(out / "calibrated.toml", without_run="at-0.03").served != served
+    online = read_calibration(out / "calibrated.toml").online
+    assert online is not None
+    assert set(online.tp) == {"4"}
+    assert read_calibration(out / "calibrated.toml", without_run="at-0.03").online != online
     nothing = run_fit(str(table), "--runs", str(out))
     assert "holds no run folder" in str(nothing.exception)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maveriq.calibration.fitting import start_calibration
-from maveriq.calibration.online import RecordedService, _Predictions, cross_fit_served, errors_without
+from maveriq.calibration.online import RecordedService, _Predictions, cross_fit_online, errors_without
 from maveriq.domain.models import ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
@@ -32,7 +32,7 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
         "4": OnlineTp(all_reduce_us=20.0, ring_gb_s=15.0, across_us=40.0),
     }
     truth = msgspec.structs.replace(
-        start_calibration(), served=OnlineCalibration(request_ms=30.0, gpus_per_socket=2, tp=tps)
+        start_calibration(), online=OnlineCalibration(request_ms=30.0, gpus_per_socket=2, tp=tps)
     )
     asked = [
         RecordedService(
@@ -64,7 +64,7 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
                 prompt_tokens=np.repeat([float(each.prompt_tokens) for each in of_engine], 12),
                 output_tokens=np.repeat([float(each.output_tokens) for each in of_engine], 12),
                 service_s=np.repeat(seconds[first : first + 4], 12),
-                beside=np.eye(MAX_CO_LOCATED + 1)[np.zeros(48, dtype=int)],
+                busy_shares=np.eye(MAX_CO_LOCATED + 1)[np.zeros(48, dtype=int)],
             )
         )
     return truth, engines
@@ -72,11 +72,11 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
 
 def test_figures_of_a_live_system_are_found_and_judged_with_runs_left_out() -> None:
     truth, recorded = live()
-    benchmark = msgspec.structs.replace(truth, served=None)
-    served, without = cross_fit_served(as_benchmarked, benchmark, recorded, gpus_per_socket=2)
-    assert served.request_ms == pytest.approx(30, rel=0.01)
-    assert served.tp["2"].across_us == pytest.approx(25, rel=0.05)
-    assert set(served.tp) == {"2", "4"}  # of TP 8 nothing was recorded
+    benchmark = msgspec.structs.replace(truth, online=None)
+    online, without = cross_fit_online(as_benchmarked, benchmark, recorded, gpus_per_socket=2)
+    assert online.request_ms == pytest.approx(30, rel=0.01)
+    assert online.tp["2"].across_us == pytest.approx(25, rel=0.05)
+    assert set(online.tp) == {"2", "4"}  # of TP 8 nothing was recorded
     assert set(without) == {"run-0", "run-1", "run-2"}
     # A median over four lengths is not quite the time at the median lengths.
     assert max(errors_without(as_benchmarked, benchmark, recorded, without)) < 1
@@ -85,31 +85,31 @@ def test_figures_of_a_live_system_are_found_and_judged_with_runs_left_out() -> N
 def beside_one(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
     """The engine, had it always had one busy neighbour, and taken so much longer."""
     always = np.eye(MAX_CO_LOCATED + 1)[np.ones(len(engine.service_s), dtype=int)]
-    return replace(engine, beside=always, service_s=longer * engine.service_s)
+    return replace(engine, busy_shares=always, service_s=longer * engine.service_s)
 
 
 def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> None:
     truth, recorded = live()
     ones = [one for one in recorded if one.configuration.tp == 1]
-    _, without = cross_fit_served(as_benchmarked, msgspec.structs.replace(truth, served=None), ones, 2)
-    assert [served.tp for served in without.values()] == [{}, {}, {}]
+    _, without = cross_fit_online(as_benchmarked, msgspec.structs.replace(truth, online=None), ones, 2)
+    assert [online.tp for online in without.values()] == [{}, {}, {}]
     (tmp_path / "served.csv").write_text(online_csv(without))
     assert read_online(tmp_path / "served.csv") == without
 
 
 def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() -> None:
     truth, recorded = live()
-    benchmark = msgspec.structs.replace(truth, served=None)
+    benchmark = msgspec.structs.replace(truth, online=None)
     ones = [one for one in recorded if one.configuration.tp == 1]
     contended = [beside_one(one, 1.2) if one.run == "run-0" else one for one in ones]
-    served, without = cross_fit_served(as_benchmarked, benchmark, contended, 2)
-    assert served.request_ms == pytest.approx(30, rel=0.01)
-    assert served.contention.layer_us > 10
-    assert served.contention.turn_us == 0  # nobody had two neighbours
+    online, without = cross_fit_online(as_benchmarked, benchmark, contended, 2)
+    assert online.request_ms == pytest.approx(30, rel=0.01)
+    assert online.contention.layer_us > 10
+    assert online.contention.turn_us == 0  # nobody had two neighbours
     assert without["run-0"].contention.layer_us == 0
     assert len(errors_without(as_benchmarked, benchmark, contended, without)) == sum(one.run != "run-0" for one in ones)
-    with pytest.raises(InputError, match="while its neighbours were idle"):
-        cross_fit_served(as_benchmarked, benchmark, [beside_one(one) for one in ones], 2)
+    with pytest.raises(InputError, match="requests without contention"):
+        cross_fit_online(as_benchmarked, benchmark, [beside_one(one) for one in ones], 2)
 
 
 def test_a_run_folder_tells_what_it_served() -> None:

@@ -43,10 +43,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_neighbours_are_engines_of_one_gpu_in_the_same_run(folder: Path) -> None:
     first, second, several, elsewhere = read_engines(folder)
-    assert first.beside[0, :3].tolist() == pytest.approx([0.75, 0.25, 0])
-    assert second.beside[0, :3].tolist() == pytest.approx([0, 1, 0])
+    assert first.busy_shares[0, :3].tolist() == pytest.approx([0.75, 0.25, 0])
+    assert second.busy_shares[0, :3].tolist() == pytest.approx([0, 1, 0])
     for lonely in (several, elsewhere):
-        assert lonely.beside[0].tolist() == pytest.approx([1] + 7 * [0])
+        assert lonely.busy_shares[0].tolist() == pytest.approx([1] + 7 * [0])
     assert (first.prompt_tokens.tolist(), several.prompt_tokens.tolist()) == ([10], [30])
     assert [one.uncontended.tolist() for one in (first, second, several)] == [[False], [False], [True]]
 
@@ -57,7 +57,7 @@ def test_a_table_that_is_none_is_refused(folder: Path) -> None:
         read_engines(folder)
 
 
-def engine(model: str, beside: np.ndarray, service_s: np.ndarray, folder: Path) -> RecordedEngine:
+def engine(model: str, busy_shares: np.ndarray, service_s: np.ndarray, folder: Path) -> RecordedEngine:
     like = next(one for one in read_engines(folder) if one.model.name == model)
     return RecordedEngine(
         run=like.run,
@@ -67,7 +67,7 @@ def engine(model: str, beside: np.ndarray, service_s: np.ndarray, folder: Path) 
         prompt_tokens=np.linspace(10, 100, len(service_s)),
         output_tokens=np.full(len(service_s), 20.0),
         service_s=service_s,
-        beside=beside,
+        busy_shares=busy_shares,
     )
 
 
@@ -75,17 +75,17 @@ def test_what_neighbours_cost_is_found_again(folder: Path) -> None:
     truth, random = ContentionCosts(layer_us=30.0, turn_us=4000.0), np.random.default_rng(1)
     engines = []
     for model in ("llama-2-7b", "gptj-6b"):
-        beside = random.dirichlet(np.full(8, 0.3), 400)
-        beside[:100] = np.eye(8)[0]
-        shape = engine(model, beside, np.ones(400), folder).model
+        busy_shares = random.dirichlet(np.full(8, 0.3), 400)
+        busy_shares[:100] = np.eye(8)[0]
+        shape = engine(model, busy_shares, np.ones(400), folder).model
         counts = np.arange(8)
         waits_s = 1e-6 * (shape.layers * truth.layer_us * (counts > 0) + truth.turn_us * np.maximum(counts - 1, 0))
         alone_s = np.full(400, 0.2)
         # It takes a tenth longer than it should even alone, which is no neighbour's fault.
-        taken_s = contended_s(1.1 * alone_s, beside, waits_s, np.full(400, 20.0)) * np.exp(
+        taken_s = contended_s(1.1 * alone_s, busy_shares, waits_s, np.full(400, 20.0)) * np.exp(
             0.01 * random.standard_normal(400)
         )
-        engines.append((engine(model, beside, taken_s, folder), alone_s))
+        engines.append((engine(model, busy_shares, taken_s, folder), alone_s))
     found = fit_contention(engines)
     assert found.layer_us == pytest.approx(truth.layer_us, rel=0.1)
     assert found.turn_us == pytest.approx(truth.turn_us, rel=0.02)
@@ -97,11 +97,11 @@ def test_who_never_had_a_neighbour_says_nothing_of_them(folder: Path) -> None:
 
 
 def test_medians_are_of_requests_without_neighbours_by_length_of_prompt(folder: Path) -> None:
-    beside = np.eye(8)[np.array([0] * 48 + [3] * 10)]
+    busy_shares = np.eye(8)[np.array([0] * 48 + [3] * 10)]
     service_s = np.append(np.linspace(1, 2, 48), np.full(10, 9.0))
-    found = list(uncontended_medians(engine("gptj-6b", beside, service_s, folder), bands=4))
+    found = list(uncontended_medians(engine("gptj-6b", busy_shares, service_s, folder), bands=4))
     assert [one.service_s for one in found] == pytest.approx([1.117, 1.372, 1.628, 1.883], abs=1e-3)
     assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
-    assert not list(uncontended_medians(engine("gptj-6b", beside[40:], service_s[40:], folder), bands=4))
+    assert not list(uncontended_medians(engine("gptj-6b", busy_shares[40:], service_s[40:], folder), bands=4))
     # A request each is too few where it had a neighbour.
     assert [one.configuration.gpus for one in read_recorded(folder)] == [2, 1]

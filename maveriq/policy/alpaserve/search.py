@@ -148,7 +148,7 @@ def beam_search(simulator: PlacementSimulator, shapes: tuple[GroupShape, ...], *
             if hosted not in seen:
                 seen.add(hosted)
                 scored.append((simulator.run(placement).score, placement))
-        scored.sort(key=lambda one: -one[0])
+        scored.sort(key=lambda entry: -entry[0])
         if scored and scored[0][0] > best_score:
             best_score, best = scored[0]
         beam = [placement for _, placement in scored[:width]]
@@ -355,14 +355,14 @@ def _choose(
     candidates: Sequence[FilledCandidate], problem: PlacementProblem, settings: SearchSettings
 ) -> tuple[FilledCandidate | None, str]:
     """Return the first of the best that count, or why there is none."""
-    counting = list(candidates)
+    eligible = list(candidates)
     if settings.policy is PlacementPolicy.ALPASERVE_STAR:
         models = len(problem.models)
-        counting = [one for one in candidates if qualifies(settings.star_rule, one.placement, models)]
-    if not counting:
+        eligible = [candidate for candidate in candidates if qualifies(settings.star_rule, candidate.placement, models)]
+    if not eligible:
         rule = RULE_DESCRIPTIONS[settings.star_rule]
         return None, f"none of {len(candidates)} candidates {rule} within the memory of the GPUs"
-    return max(counting, key=lambda candidate: candidate.score), ""
+    return max(eligible, key=lambda candidate: candidate.score), ""
 
 
 def _named(placement: Placement, problem: PlacementProblem) -> tuple[PlacedGroup, ...]:
