@@ -1,4 +1,8 @@
-"""Large CSV files as NumPy columns: fast where they are right, exact about what is wrong."""
+"""Reads large CSV files as NumPy columns.
+
+`parse_columns` parses a whole file at once. If that or a check fails, `name_fault` reads the file
+again row by row to name the line with the error.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from maveriq.units import MICROS_PER_SECOND
 
 
 def header_of(text: str) -> list[str]:
-    """Return the cells of a file's first line, [] where there is none or it is no CSV."""
+    """Return the cells of the first line, [] if there is none or it is not CSV."""
     first, _, _ = text.partition("\n")
     try:
         return next(csv.reader([first.rstrip("\r")]), [])
@@ -29,20 +33,20 @@ def parse_columns(text: str, dtypes: Mapping[str, str], *, needed: Sequence[str]
 
     Args:
         text: the whole file.
-        dtypes: NumPy type of every known column ("f8" for numbers: whole ones are checked later).
-        needed: columns that must be there.
+        dtypes: NumPy type of every known column ("f8" for all numbers; `whole_numbers` checks integers).
+        needed: required columns.
 
     Raises:
-        ValueError: anything at all is wrong; `name_fault` then says what and where.
+        ValueError: the file is invalid; `name_fault` then reports what and where.
     """
     header = header_of(text)
-    body = text[text.find("\n") + 1 :]
+    rows = text[text.find("\n") + 1 :]
     if set(header) - set(dtypes) or set(needed) - set(header) or len(set(header)) != len(header):
         raise ValueError("wrong columns")
-    if body.isspace() or not body or "\n" not in text:
+    if rows.isspace() or not rows or "\n" not in text:
         raise ValueError("no row")
     shape = [(name, dtypes[name]) for name in header]
-    table = np.loadtxt(io.StringIO(body), dtype=shape, delimiter=",", comments=None, quotechar='"', ndmin=1)
+    table = np.loadtxt(io.StringIO(rows), dtype=shape, delimiter=",", comments=None, quotechar='"', ndmin=1)
     return {name: table[name] for name in header}
 
 
@@ -50,7 +54,7 @@ def whole_numbers(column: np.ndarray[Any, Any], name: str, *, minimum: int, maxi
     """Return a float column as int64.
 
     Raises:
-        ValueError: a cell is not a whole number from `least` to `most`.
+        ValueError: a cell is not a whole number from `minimum` to `maximum`.
     """
     if not ((column >= minimum) & (column <= maximum) & (column == np.floor(column))).all():
         raise ValueError(f"{name} must be whole numbers from {minimum} to {maximum}")
@@ -58,17 +62,17 @@ def whole_numbers(column: np.ndarray[Any, Any], name: str, *, minimum: int, maxi
 
 
 def check_ascending(column: np.ndarray[Any, Any], name: str) -> None:
-    """Check that values never go back.
+    """Check that values never decrease.
 
     Raises:
-        ValueError: one does.
+        ValueError: a value is smaller than the one before it.
     """
     if (column[1:] < column[:-1]).any():
         raise ValueError(f"{name} goes back")
 
 
 def micros_column(seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return seconds as the nearest whole microseconds (int64)."""
+    """Return seconds as whole microseconds (int64), rounded to nearest."""
     nearest: np.ndarray[Any, Any] = np.rint(seconds * MICROS_PER_SECOND).astype(np.int64)
     return nearest
 
@@ -77,7 +81,7 @@ def check_whole(row: Row, column: str, *, minimum: int, maximum: int) -> None:
     """Check one cell as `whole_numbers` does.
 
     Raises:
-        InputError: the cell is not a whole number from `least` to `most`.
+        InputError: the cell is not a whole number from `minimum` to `maximum`.
     """
     value = row.number(column)
     if not (minimum <= value <= maximum and value.is_integer()):
@@ -95,15 +99,15 @@ def name_fault(
     check: Callable[[Iterator[Row]], None],
     reason: object,
 ) -> NoReturn:
-    """Read a file that `parse_columns` or a check refused again, row by row, to name the line.
+    """Report the error in a file that failed `parse_columns` or a check: read it again row by row to name the line.
 
     Args:
         path: the file.
-        columns: columns that must be there.
-        optional: columns that may be there.
-        what: what the file is meant to be, for messages.
-        check: goes through all rows and raises InputError at the first wrong one.
-        reason: what to say where every row passes.
+        columns: required columns.
+        optional: optional columns.
+        what: the kind of file, for messages.
+        check: reads all rows and raises InputError at the first invalid one.
+        reason: the message if every row passes.
 
     Raises:
         InputError: always.

@@ -1,6 +1,6 @@
-"""Files: the package's data, the workload tables in `traces/`, and files written whole or not at all.
+"""Paths of the package's data and of the workload tables in `traces/`, and atomic file writes.
 
-`traces/` is beside the package in a clone and inside it in a wheel.
+`traces/` is next to the package in a clone and inside it in a wheel.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from maveriq.errors import InputError, cannot_write
 
 @contextlib.contextmanager
 def written_whole(path: Path, *, what: str) -> Iterator[Path]:
-    """Give a name beside `path` to write to; the file then takes the place of `path`, unless an error came.
+    """Yield a temporary path in the same folder to write to; it replaces `path` unless the block raises.
 
     Args:
-        path: the file to make or replace; its folder must be there.
-        what: what the file is, for messages.
+        path: the file to create or replace; its folder must exist.
+        what: the kind of file, for messages.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the path cannot be written to.
         MaveriqError: the disk is full.
     """
     if is_folder(path):
@@ -53,9 +53,9 @@ def traces_path(*parts: str) -> Path:
 
 
 def measured_data_path() -> Path | None:
-    """Return the folder of measured data of others, None where there is none.
+    """Return the folder of published measurements, None if there is none.
 
-    It is named by `MAVERIQ_DATA`, else it is `../shared/data` beside a clone.
+    `MAVERIQ_DATA` names it; the default is `../shared/data` next to a clone.
     """
     named = os.environ.get("MAVERIQ_DATA")
     folder = Path(named) if named else _PACKAGE.parent.parent / "shared" / "data"
@@ -63,10 +63,10 @@ def measured_data_path() -> Path | None:
 
 
 def exists(path: Path) -> bool:
-    """Say whether a file or folder is there; a name that no file can have (too long, say) is not."""
+    """Return whether a file or folder exists; False for a name that no file can have, such as one too long."""
     return os.path.exists(path)  # noqa: PTH110  (Path.exists raises for such a name)
 
 
 def is_folder(path: Path) -> bool:
-    """Say whether a folder is there, for any name as `exists`."""
+    """Return whether a folder exists; False for a name that no file can have."""
     return os.path.isdir(path)  # noqa: PTH112  (as above)

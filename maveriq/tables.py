@@ -1,10 +1,6 @@
-"""Strict reading of TOML and CSV: errors name the file, line or key, and value.
+"""Strict readers of TOML, JSON and CSV files; errors name the file, the line or key, and the value.
 
-Reading what tables of estimates share: cells with a fixed choice, rows with a key.
-Large CSV files as NumPy columns, fast where they are right and exact about what is wrong.
-
-The whole file is parsed at once; only when something in it cannot be right is it read again row
-by row to name the line.
+`csv_columns` reads large CSV files as NumPy columns.
 """
 
 from __future__ import annotations
@@ -30,14 +26,14 @@ T = TypeVar("T")
 
 
 def read_text(path: Path, *, what: str) -> str:
-    """Return the text of a file, unpacked where its name ends in .gz.
+    """Return the text of a file, decompressed if its name ends in .gz.
 
     Args:
         path: the file.
-        what: what the file is meant to be, for messages ("trace", "model set").
+        what: the kind of file, for messages ("trace", "model set").
 
     Raises:
-        InputError: it is missing, is a folder, cannot be read, or is not UTF-8.
+        InputError: the file is missing, is a folder, cannot be read, or is not UTF-8.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -50,15 +46,15 @@ def read_text(path: Path, *, what: str) -> str:
         raise InputError(f"{what} {str(path)!r} is not a text file in UTF-8") from None
     except OSError as error:
         raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}; give another file") from None
-    except (EOFError, ValueError, zlib.error) as error:  # cut short, a null byte in the name, broken
+    except (EOFError, ValueError, zlib.error) as error:  # truncated, a null byte in the name, corrupt
         raise InputError(f"{what} {str(path)!r} cannot be read: {error}; give another file") from None
 
 
 def read_toml(path: Path, shape: type[T], *, what: str) -> T:
-    """Read a TOML file into a `msgspec.Struct`; declare it with `forbid_unknown_fields=True`.
+    """Read a TOML file into a `msgspec.Struct`, which must be declared with `forbid_unknown_fields=True`.
 
     Raises:
-        InputError: not TOML, an unknown key, a missing key, a value of the wrong type or range.
+        InputError: invalid TOML, an unknown key, a missing key, or a value of the wrong type or range.
     """
     text = read_text(path, what=what)
     try:
@@ -66,23 +62,23 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {in_plain_words(str(error))}") from None
-    except (ValueError, RecursionError):  # thousands of digits, thousands of brackets
+        raise InputError(f"{what} {str(path)!r}: {readable_error(str(error))}") from None
+    except (ValueError, RecursionError):  # a number with thousands of digits, thousands of nested brackets
         raise InputError(f"{what} {str(path)!r}: a number is too long, or brackets too deep; shorten it") from None
 
 
 def read_json(path: Path, shape: type[T], *, what: str) -> T:
-    """Read a JSON file into a `msgspec.Struct`; declare it with `forbid_unknown_fields=True`.
+    """Read a JSON file into a `msgspec.Struct`, which must be declared with `forbid_unknown_fields=True`.
 
     Raises:
-        InputError: not JSON (NaN and Infinity are not), an unknown key, a missing key, a value of
-            the wrong type or range.
+        InputError: invalid JSON (NaN and Infinity are invalid), an unknown key, a missing key, or a
+            value of the wrong type or range.
     """
     text = read_text(path, what=what)
     try:
         return msgspec.json.decode(text, type=shape)
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {in_plain_words(str(error))}") from None
+        raise InputError(f"{what} {str(path)!r}: {readable_error(str(error))}") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{what} {str(path)!r} is not valid JSON: {error}") from None
 
@@ -100,8 +96,8 @@ _GOT = _KINDS | {"float": "a fraction", "bool": "true or false"}
 _SIGNS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
 
 
-def in_plain_words(message: str) -> str:
-    """Turn msgspec's words for a key ("Object contains unknown field `x` - at `$.a[0]`") or a value into ours."""
+def readable_error(message: str) -> str:
+    """Rewrite a msgspec message, such as "Object contains unknown field `x` - at `$.a[0]`", for users."""
     at = _PLACE.search(message)
     place, text = (at[1], message[: at.start()]) if at else ("", message)
     expected = _EXPECTED.fullmatch(text)
@@ -125,26 +121,26 @@ def _expected(found: re.Match[str]) -> str:
 
 
 def _short(number: str) -> str:
-    """Return a bound as people write it: 1 for 1.0, 1,000,000 for 1000000.0."""
+    """Return a number without needless decimals and with thousands separators: 1 for 1.0, 1,000,000 for 1000000.0."""
     return f"{float(number):,.12g}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a CSV file that knows where it stands."""
+    """A row of a CSV file; `where` names the file and line."""
 
     cells: dict[str, str]
     where: str
 
     def text(self, column: str) -> str:
-        """Return a cell that must not be empty."""
+        """Return a cell, which must not be empty."""
         value = self.cells[column]
         if not value:
             raise InputError(f"{self.where}: {column} is empty")
         return value
 
     def number(self, column: str, *, minimum: float = -math.inf, maximum: float = math.inf) -> float:
-        """Return a finite number from `least` to `most`."""
+        """Return a cell as a finite number from `minimum` to `maximum`."""
         raw = self.cells[column]
         try:
             value = float(raw)
@@ -158,9 +154,9 @@ class Row:
         return value
 
     def count(self, column: str, *, minimum: int = 0) -> int:
-        """Return a whole number of at least `least`."""
+        """Return a cell as a whole number of at least `minimum`."""
         raw = self.cells[column]
-        # At most 15 digits: every such number survives a float, and no cell can exhaust memory.
+        # With at most 15 digits every number is exact as a float, and no cell can exhaust memory.
         if not re.fullmatch(r"-?\d{1,15}", raw) or int(raw) < minimum:
             raise InputError(f"{self.where}: {column} must be a whole number of at least {minimum}, not {raw!r}")
         return int(raw)
@@ -172,15 +168,15 @@ def read_csv(
     """Yield the rows of a CSV file with a header.
 
     Args:
-        path: the file, packed with gzip where its name ends in .gz.
-        columns: columns that must be there.
-        optional: columns that may be there; any other is refused.
-        what: what the file is meant to be, for messages.
-        may_be_empty: a header without rows will do.
+        path: the file, compressed with gzip if its name ends in .gz.
+        columns: required columns.
+        optional: optional columns; any other column is an error.
+        what: the kind of file, for messages.
+        may_be_empty: accept a header without rows.
 
     Raises:
         InputError: the file cannot be read, a column is missing or unknown, a row has too few or
-            too many cells, or there is no row at all.
+            too many cells, or there are no rows.
     """
     reader = csv.reader(io.StringIO(read_text(path, what=what), newline=""), strict=True)
     lines = _lines(reader, path, what)
@@ -226,7 +222,7 @@ def choice(row: Row, column: str, options: type[Choice]) -> Choice:
     """Return a cell as a member of an enumeration.
 
     Raises:
-        InputError: it is none of the options.
+        InputError: the value is not a member.
     """
     value = row.text(column)
     try:
@@ -239,7 +235,7 @@ def unique(keyed: Iterable[tuple[Key, Value, Row]]) -> dict[Key, Value]:
     """Return values by key.
 
     Raises:
-        InputError: a key stands twice.
+        InputError: a key occurs twice.
     """
     found: dict[Key, Value] = {}
     for key, value, row in keyed:

@@ -28,7 +28,7 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
-from maveriq.tables import Row, in_plain_words, read_csv, read_text
+from maveriq.tables import Row, read_csv, read_text, readable_error
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, bytes_from_gib, micros
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _decode(path: Path, shape: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=shape)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise InputError(f"run file {str(path)!r} is not what maveriq writes: {in_plain_words(str(error))}") from None
+        raise InputError(f"run file {str(path)!r} is not what maveriq writes: {readable_error(str(error))}") from None
 
 
 def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int) -> Iterator[Row]:

@@ -1,1 +1,1 @@
-"""Scenarios: from what a user says to everything that a body needs to run."""
+"""Scenarios: turns the user's options into the system that the simulator or the real executor runs."""

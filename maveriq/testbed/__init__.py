@@ -1,1 +1,1 @@
-"""The published recordings of the testbed: reading, run records, and replay."""
+"""The published recordings of the testbed: readers, conversion to run records, and replay."""

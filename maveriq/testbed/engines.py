@@ -1,4 +1,4 @@
-"""Engines of recorded runs: every service time, and how many others were busy in the same process meanwhile."""
+"""Engines of recorded runs: the service time of every request, and how many co-located engines were busy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 _CHARACTERS_PER_TOKEN = 4
 _PUBLISHED_OUTPUT_TOKENS = 20  # of every request of the published recordings
 MAX_CO_LOCATED = 7
-"""On eight GPUs; columns of `RecordedEngine.busy_shares` are one more."""
+"""On eight GPUs; `RecordedEngine.busy_shares` has one column more."""
 
 _DEPLOYMENTS = (
     "run", "model_id", "model", "deploy_s", "deployed", "registered_s", "tp", "pp", "layer_split", "weight_dtype",
@@ -31,15 +31,15 @@ _DEPLOYMENTS = (
 )  # fmt: skip
 _SCHEDULED = ("run", "req_id", "model_id", "scheduled_s", "prompt_chars")
 _COMPLETED = ("run", "req_id", "model_id", "arrival_s", "latency_s", "service_s")
-_UNCONTENDED = 1e-3  # of a service: a neighbour that was busy for so short a time is none
+_UNCONTENDED = 1e-3  # share of a service; shorter contention is ignored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedEngine:
-    """A deployment of a recorded run and the requests it served, an element each.
+    """A deployment of a recorded run and the requests it served, one array element per request.
 
-    `beside[i, k]` is the share of the service of request i in which k neighbours were busy: other
-    engines that run in the process that this one runs in.
+    `busy_shares[i, k]` is the share of the service time of request i in which k other engines in the
+    same host process were busy.
     """
 
     run: str
@@ -53,7 +53,7 @@ class RecordedEngine:
 
     @property
     def uncontended(self) -> np.ndarray[Any, np.dtype[np.bool]]:
-        """Which requests had no busy neighbour."""
+        """Boolean mask of the requests without contention."""
         uncontended: np.ndarray[Any, np.dtype[np.bool]] = self.busy_shares[:, 0] > 1 - _UNCONTENDED
         return uncontended
 
@@ -62,7 +62,7 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
     """Read the deployments of a folder of recorded runs that served at least one request.
 
     Raises:
-        InputError: a table is missing or wrong.
+        InputError: a table is missing or invalid.
     """
     deployed = {
         (row.text("run"), row.text("model_id")): row
@@ -97,7 +97,7 @@ def read_engines(folder: Path) -> list[RecordedEngine]:
 def engines_of(run: str, record: RunRecord) -> list[RecordedEngine]:
     """Return the engines of a run that completed at least one request.
 
-    Requests of batches say nothing of a single one, so engines that take batches are left out.
+    Engines that batch requests are left out, because their service times are those of whole batches.
     """
     table, plans = (
         record.requests,
@@ -138,7 +138,7 @@ def _configuration(row: Row) -> ParallelConfig:
 
 
 def _admitted_characters(path: Path, deployed: set[tuple[str, str]]) -> dict[str, list[int]]:
-    """Return prompt lengths by run in the order of admission; requests of models never deployed were dropped."""
+    """Return prompt lengths by run in the order of admission, without requests for models never deployed."""
     found: dict[str, list[int]] = defaultdict(list)
     for row in read_csv(path, _SCHEDULED, what="scheduled requests"):
         if (row.text("run"), row.text("model_id")) in deployed:
@@ -151,7 +151,7 @@ def _co_located_requests(
     configurations: Mapping[tuple[str, str], ParallelConfig],
     requests_of: Mapping[tuple[str, str], Array],
 ) -> Iterator[Array]:
-    """Yield the requests of engines in the same process as this one's."""
+    """Yield the requests of each other engine in the same process."""
     if uses_shared_process(configurations[key]):
         for other, requests in requests_of.items():
             if other != key and other[0] == key[0] and uses_shared_process(configurations[other]):
@@ -159,7 +159,7 @@ def _co_located_requests(
 
 
 def _busy_shares(requests: Array, co_located: Sequence[Array]) -> Array:
-    """Return the shares of `RecordedEngine.busy_shares`; requests have start and finish in their first columns."""
+    """Return `RecordedEngine.busy_shares`; the first two columns of the requests are start and finish."""
     edges = np.array(
         [(at_s, step) for other in co_located for row in other for at_s, step in ((row[0], 1), (row[1], -1))]
     )
@@ -168,7 +168,9 @@ def _busy_shares(requests: Array, co_located: Sequence[Array]) -> Array:
         found[:, 0] = 1.0
         return found
     edges = edges[np.lexsort((edges[:, 1], edges[:, 0]))]
-    count = np.append(0, np.cumsum(edges[:, 1])).astype(int).clip(0, MAX_CO_LOCATED)  # before each edge, and after all
+    count = (
+        np.append(0, np.cumsum(edges[:, 1])).astype(int).clip(0, MAX_CO_LOCATED)
+    )  # before each edge, and after the last
     for shares, (start_s, finish_s, *_) in zip(found, requests, strict=True):
         first, last = np.searchsorted(edges[:, 0], start_s, "right"), np.searchsorted(edges[:, 0], finish_s, "left")
         lasted_s = np.diff([start_s, *edges[first:last, 0], finish_s])

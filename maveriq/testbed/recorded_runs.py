@@ -1,4 +1,4 @@
-"""Recorded runs of the published testbed, by name: their records, and what run.json says about them."""
+"""Loads recorded runs of the published testbed by name: their records, and the metadata for run.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROFILE = "a6000-short"
 
 
 def testbed_profile() -> HardwareProfile:
-    """Return the profile of the testbed's hardware: memory of idle GPUs, SLOs, dispatcher."""
+    """Return the profile of the testbed's hardware (idle memory, SLOs, dispatcher)."""
     return load_profile(_PROFILE)
 
 
@@ -36,12 +36,12 @@ def load_recorded_runs(names: Sequence[str] | None, data: Path | None, *, hint: 
     """Read recorded runs by name.
 
     Args:
-        names: of the runs; None for all.
-        data: the folder of recordings; None takes the default one.
-        hint: what else the user could give instead of a name, for messages.
+        names: names of the runs; None for all.
+        data: the folder of recordings; None for the default one.
+        hint: alternatives to a run name, for messages.
 
     Raises:
-        InputError: there is no such run, or the recordings cannot be used.
+        InputError: there is no such run, or the recordings are invalid.
     """
     testbed, profile = find_testbed(data), testbed_profile()
     known = read_runs(testbed)
@@ -53,7 +53,7 @@ def load_recorded_runs(names: Sequence[str] | None, data: Path | None, *, hint: 
 
 
 def meta_of_recorded(run: RecordedRun, *, replayed: bool) -> dict[str, Any]:
-    """Return what run.json says about a recorded run, with the options that run the same again."""
+    """Return the metadata of a recorded run for run.json, with the options that run it again."""
     options = options_of(run)
     notes = ["The recording has no first tokens; its deployments hold what was measured."]
     if run.policy.startswith("AlpaServe"):

@@ -1,7 +1,7 @@
-"""The published recordings of the testbed, read with types: runs, their deployments and requests.
+"""Reads the published recordings of the testbed: runs, their deployments and requests.
 
-The folder is `testbed/` of the measured data; its README there says how it was recorded. Where
-`runs` are named, rows of others are passed over, which is faster.
+The folder is `testbed/` of the measured data; its README explains how the runs were recorded.
+Readers that take `runs` skip the rows of other runs, which is faster.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAX_GIB, _MAX_SCALE, _MAX_LAYERS = 1e6, 1e6, 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedLayout:
-    """What was deployed, and where. `gib_per_gpu` is the estimate it was placed by, () where none was noted."""
+    """A deployed configuration and its GPUs. `gib_per_gpu` is the estimate used for placement, () if not recorded."""
 
     configuration: ParallelConfig
     gpu_ids: tuple[int, ...]
@@ -48,10 +48,10 @@ class RecordedLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedDeployment:
-    """One deploy command and what came of it.
+    """One deploy command and its result.
 
-    `layout` is None where the engine never came up. `registered_us` is None where nothing was
-    waiting, since it was inferred from waiting requests. `used_gib_after` is measured, per GPU.
+    `layout` is None if the engine never started. `registered_us` was inferred from waiting requests,
+    and is None if no request waited. `used_gib_after` is the measured memory of each GPU.
     """
 
     endpoint_id: int
@@ -64,7 +64,7 @@ class RecordedDeployment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedRun:
-    """One run, with its deploy commands in the order of time."""
+    """One run, with its deploy commands in order of time."""
 
     name: str
     policy: str
@@ -82,13 +82,13 @@ class RecordedRun:
 
     @property
     def float16_only(self) -> bool:
-        """Whether MaverIQ was kept to float16 weights."""
+        """Whether MaverIQ was restricted to float16 weights."""
         return self.policy == "MaverIQ-FP16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduled:
-    """The scheduled requests of a run in order of time, a column each."""
+    """The scheduled requests of a run in order of time, as columns."""
 
     arrival_us: np.ndarray[Any, Any]
     request_id: np.ndarray[Any, Any]
@@ -101,9 +101,9 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """The completed requests of a run in order of arrival, a column each.
+    """The completed requests of a run in order of arrival, as columns.
 
-    `admitted_id` counts the requests that were not dropped on arrival, from 1 in order of the schedule.
+    `admitted_id` numbers the requests that were not dropped on arrival, from 1 in order of the schedule.
     """
 
     arrival_us: np.ndarray[Any, Any]
@@ -120,11 +120,10 @@ def find_testbed(data: Path | None) -> Path:
     """Return the folder of the recordings.
 
     Args:
-        data: the folder of measured data, or that of the recordings itself; None for the one that
-            `MAVERIQ_DATA` names.
+        data: the folder of measured data, or of the recordings; None for `measured_data_path()`.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder has no recordings.
     """
     folder = measured_data_path() if data is None else data
     if folder is None:
@@ -165,9 +164,9 @@ def pick_runs(runs: Collection[RecordedRun], names: Collection[str], *, hint: st
     """Return the runs of these names, each once, in the order of the names.
 
     Args:
-        runs: those that there are.
-        names: those that are wanted.
-        hint: what else could be given, for messages.
+        runs: all runs.
+        names: names of the runs to return.
+        hint: alternatives to a run name, for messages.
 
     Raises:
         UnknownNameError: there is no such run.
@@ -218,7 +217,7 @@ def read_completed(testbed: Path, runs: Collection[str] | None = None) -> Mappin
 
 
 def _scheduled(row: Row) -> tuple[int, ...]:
-    """Return the fields of `Scheduled`; the first two are what requests are ordered by."""
+    """Return the fields of `Scheduled`; requests are sorted by the first two."""
     return (
         _time_us(row, "scheduled_s"),
         row.count("req_id", minimum=1),
@@ -228,7 +227,7 @@ def _scheduled(row: Row) -> tuple[int, ...]:
 
 
 def _completed(row: Row) -> tuple[int, ...]:
-    """Return the fields of `Completed`; the first two are what requests are ordered by."""
+    """Return the fields of `Completed`; requests are sorted by the first two."""
     return (
         _time_us(row, "arrival_s"),
         row.count("req_id", minimum=1),
@@ -292,7 +291,7 @@ def _layout(row: Row) -> RecordedLayout:
 
 
 def _list(row: Row, column: str, number: Callable[[str], _Number], *, maximum: float) -> tuple[_Number, ...]:
-    """Return the numbers of a cell that holds several, with spaces between; none below 0."""
+    """Return the space-separated numbers of a cell, each from 0 to `maximum`."""
     try:
         found = tuple(map(number, row.cells[column].split()))
     except ValueError:

@@ -1,9 +1,8 @@
-"""A recorded run once more: its arrivals, service times and plans, with maveriq's queue and dispatcher.
+"""Replays recorded runs with maveriq's queue and dispatcher, to check them against the recording.
 
-What is left to maveriq is when each request goes (SPEC 6), so its latencies say how right that is.
-Nothing is fitted.
-
-What to tell maveriq to run a recorded run again from its description alone.
+`replay` takes arrivals, service times and plans from the recording. Only the dispatch times are
+maveriq's (SPEC 6), so the latencies show how accurate these are; nothing is fitted. `options_of`
+returns the options that simulate a recorded run from its description alone.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from maveriq.workload.requests import Arrivals, Workload
 Array: TypeAlias = npt.NDArray[Any]
 
 _NO_END_US: Micros = 1 << 60  # 36,000 years: every request of a recording was completed, so the replay ends by itself
-# Where the registration time is unknown, no request was waiting: no request arrives from 29 s
-# before a deploy to 60 s after it, and any loading time from 16 to 48 s gives the same figures.
+# An unknown registration time means that no request waited. No request arrives from 29 s before
+# such a deploy to 60 s after it, so any loading time from 16 to 48 s gives the same results.
 _UNNOTICED_LOAD_US: Micros = 30 * MICROS_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
 class _AsRecorded:
-    """The policy that deploys as it was recorded; each deployment is an endpoint of its own."""
+    """Deploys the recorded plans; each deployment is an endpoint of its own."""
 
     plans: Mapping[int, DeploymentPlan]
     name: str = "as-recorded"
@@ -56,17 +55,18 @@ class _AsRecorded:
 
 
 def replay(recorded: RunRecord, profile: HardwareProfile) -> RunRecord:
-    """Return a recorded run with the starts and finishes that maveriq's controller gives its completed requests.
+    """Return a recorded run with the start and finish times of completed requests from maveriq's controller.
 
-    Those that were refused or unfinished stay so. They change nothing: the queue is first come,
-    first served, so what was still waiting at the end went behind all that was completed.
+    Refused and unfinished requests stay as recorded. They do not affect the others: the queue is
+    first come, first served, so requests still waiting at the end were behind all completed ones.
 
     Args:
-        recorded: the run; engines that take one request at a time.
-        profile: whose dispatcher to take.
+        recorded: the run; its engines take one request at a time.
+        profile: the profile whose dispatcher delays apply.
 
     Raises:
-        InputError: no request was completed, or one was that could not be: it came before its engine had loaded.
+        InputError: no request was completed, or the recording contradicts its plans: a completed
+            request cannot run in the replay.
     """
     done = recorded.requests.status == RequestStatus.COMPLETED.value
     if not done.any():
@@ -106,19 +106,19 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Rep
         for deployment in recorded.deployments
         if deployment.plan
     }
-    came_up = [deployment for deployment in recorded.deployments if deployment.plan]
-    registered_us = {plans[deployment.deployment_id]: _registered_us(deployment) for deployment in came_up}
+    started = [deployment for deployment in recorded.deployments if deployment.plan]
+    registered_us = {plans[deployment.deployment_id]: _registered_us(deployment) for deployment in started}
     ones = np.ones(int(done.sum()), dtype=np.int64)
     return ReplaySystem(
-        cluster=_cluster(came_up, profile),
+        cluster=_cluster(started, profile),
         policy=_AsRecorded(plans),
         workload=Workload(
             name="recorded",
-            # All are asked for at the start, when every GPU is idle, and load until they were
-            # registered: an engine comes up exactly when it did.
+            # All are requested at time 0, when every GPU is idle, and load until their recorded
+            # registration, so an engine starts exactly when it did in the recording.
             endpoints=tuple(
                 replace(deployment.endpoint, endpoint_id=deployment.deployment_id, requested_us=0)
-                for deployment in came_up
+                for deployment in started
             ),
             arrivals=Arrivals(
                 arrival_us=table.arrival_us[done],
@@ -137,8 +137,8 @@ def _scenario(recorded: RunRecord, done: Array, profile: HardwareProfile) -> Rep
     )
 
 
-def _cluster(came_up: list[DeploymentRecord], profile: HardwareProfile) -> Cluster:
-    last = max(gpu_id for deployment in came_up if deployment.plan for gpu_id in deployment.plan.gpu_ids)
+def _cluster(started: list[DeploymentRecord], profile: HardwareProfile) -> Cluster:
+    last = max(gpu_id for deployment in started if deployment.plan for gpu_id in deployment.plan.gpu_ids)
     gpus = (
         Gpu(gpu_id=gpu_id, node=0, kind=profile.gpu_kind, capacity_bytes=profile.capacity_bytes)
         for gpu_id in range(last + 1)
@@ -147,8 +147,8 @@ def _cluster(came_up: list[DeploymentRecord], profile: HardwareProfile) -> Clust
 
 
 def _plan(deployment: DeploymentRecord, plan: DeploymentPlan) -> DeploymentPlan:
-    """Return the recorded plan without its memory, which plays no part in a replay."""
-    # The note tells equal plans of a run apart.
+    """Return the recorded plan without its memory, which a replay does not use."""
+    # The note makes equal plans of a run distinct.
     return replace(plan, gpu_bytes=(1,) * len(plan.gpu_ids), note=f"deployment {deployment.deployment_id}")
 
 
@@ -166,13 +166,13 @@ _POLICIES = {"MaverIQ": "hybrid", "MaverIQ-FP16": "hybrid", "AlpaServe": "alpase
 
 
 def options_of(run: RecordedRun) -> Options:
-    """Return the options of a recorded run; MaverIQ planned with the paper's estimator and placed with hybrid (SPEC 5).
+    """Return the options of a recorded run; MaverIQ used the paper's estimator and hybrid placement (SPEC 5).
 
-    The requests of AlpaServe's runs were drawn in another way (SPEC 7), so that these options give
-    its trace, but not its very requests.
+    The requests of AlpaServe's runs were drawn differently (SPEC 7), so these options give the same
+    trace but not the same requests.
 
     Raises:
-        UnknownNameError: a policy that maveriq does not have.
+        UnknownNameError: maveriq does not have the run's policy.
     """
     if run.policy not in _POLICIES:
         raise UnknownNameError("policy of a recorded run", run.policy, _POLICIES)

@@ -1,13 +1,13 @@
-"""Recorded runs as `RunRecord`, the schema of all runs, so that simulated and recorded ones compare directly.
+"""Converts recorded runs to `RunRecord`, the schema of all runs, so that they compare directly with simulated ones.
 
-Values that a recording lacks stay empty: the first token, the estimated latency, and, where no
-request waited for it, when an engine registered. Every request of the schedule gets one status:
+Values that a recording lacks stay empty: the time of the first token, the estimated latency, and
+the registration time of an engine for which no request waited. Every scheduled request gets a status:
 
-- completed if it has a row: it started at arrival + latency - service;
-- refused if its model never had a deployment: it was dropped on arrival;
-- unfinished otherwise: the run ended while it waited.
+- completed if it has a row; it started at arrival + latency - service;
+- refused if its model never had a deployment; it was dropped on arrival;
+- unfinished otherwise; it was waiting when the run ended.
 
-`gpu_history` derives memory and utilization of GPUs from records without samples.
+`gpu_history` derives the memory and utilization of GPUs, which a recording lacks.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def run_record(run: RecordedRun, scheduled: Scheduled, completed: Completed, pro
     """Return the records of a recorded run.
 
     Args:
-        run: which run.
-        scheduled: its schedule.
+        run: the run.
+        scheduled: its scheduled requests.
         completed: its completed requests.
-        profile: the testbed's: what idle GPUs hold, latency objectives at scale 1, time to drain.
+        profile: the profile of the testbed (idle memory, SLOs at scale 1, drain time).
 
     Raises:
-        InputError: the tables do not belong together.
+        InputError: the tables contradict each other.
     """
     deployments = _deployments(run, scheduled, profile)
     requests = _requests(run, scheduled, completed, profile)
@@ -111,8 +111,8 @@ def _requests(run: RecordedRun, scheduled: Scheduled, completed: Completed, prof
 def _rows_of(run: RecordedRun, completed: Completed, endpoint_id: Array, admitted: Array) -> Array:
     """Return the row in the schedule of each completed request.
 
-    Requests of models that are not deployed were dropped before they got a number, so the k-th
-    number belongs to the k-th request of the rest.
+    Requests for models without a deployment were dropped before they got a number, so number k
+    is the k-th of the other requests.
     """
     if len(np.unique(completed.admitted_id)) < len(completed) or completed.admitted_id.max() > len(admitted):
         raise InputError(f"recorded run {run.name!r}: a request was completed twice, or was never scheduled")
@@ -151,8 +151,8 @@ def _slo_us(run: RecordedRun, model_name: str, profile: HardwareProfile) -> Micr
 def _models(run: RecordedRun, scheduled: Scheduled) -> dict[int, str]:
     """Return the model of each endpoint.
 
-    The recording does not name one that was never asked for; it is a model of the set that no
-    deployment has, and they stand in the order of the set.
+    A recording does not name models that were never deployed. They are the models of the set
+    without a deployment, in the order of the set.
     """
     models = {deployment.endpoint_id: deployment.model_name for deployment in run.deployments}
     absent = sorted(set(np.unique(scheduled.endpoint_id).tolist()) - set(models))
@@ -164,13 +164,13 @@ def _models(run: RecordedRun, scheduled: Scheduled) -> dict[int, str]:
 
 
 def _not_deployed(run: RecordedRun) -> list[str]:
-    """Return the models of the set that no deploy command asked for: the time of a command tells its bin."""
+    """Return the models of the set without a deploy command, which is recognised by the bin of its time."""
     bins = {_load_bin(deployment) for deployment in run.deployments}
     return [entry.model.name for entry in load_model_set(run.model_set).entries if entry.load_at not in bins]
 
 
 def _load_bin(deployment: RecordedDeployment) -> int:
-    """Return the bin at which a model of a set loads, as `arrivals.deploy_times` put it into time."""
+    """Return the bin in which a model of a set loads, the inverse of `arrivals.deploy_times`."""
     at_s = deployment.requested_us // MICROS_PER_SECOND - LOAD_SHIFT_S * (deployment.endpoint_id - 1)
     return max(0, at_s // BIN_S - 1)
 
@@ -180,7 +180,7 @@ def _started(run: RecordedRun) -> Iterator[RecordedDeployment]:
 
 
 def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> tuple[DeploymentRecord, ...]:
-    """Return the deployments that came up, numbered from 1, then those that did not."""
+    """Return the deployments that started, numbered from 1, then those that did not."""
     typical = int(np.median(_tokens(scheduled.prompt_chars)))
     held = _idle(profile)
     after: dict[int, tuple[Sequence[Bytes], Sequence[Bytes]]] = {}
@@ -238,7 +238,7 @@ def _plan(model: ModelSpec, layout: RecordedLayout, before: Sequence[Bytes], aft
         model=model,
         configuration=layout.configuration,
         gpu_ids=layout.gpu_ids,
-        # What others gave back meanwhile must not make it nothing.
+        # Other deployments may have freed memory in between; a plan needs at least 1 byte.
         gpu_bytes=tuple(max(1, after[gpu_id] - before[gpu_id]) for gpu_id in layout.gpu_ids),
         est_latency_s=0.0,
         est_memory_bytes=bytes_from_gib(sum(layout.gib_per_gpu)),
@@ -254,7 +254,7 @@ def _used(deployment: RecordedDeployment, profile: HardwareProfile) -> tuple[Byt
 
 
 def _memory(run: RecordedRun, profile: HardwareProfile) -> list[MemoryStep]:
-    """Return what GPUs held over time; a deployment holds its memory from the command on."""
+    """Return the memory of the GPUs over time; a deployment holds its memory from its command on."""
     later = (
         MemoryStep(since_us=deployment.requested_us, used_bytes=_used(deployment, profile))
         for deployment in run.deployments
@@ -268,7 +268,7 @@ _MAX_SAMPLES = 2_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryStep:
-    """What each GPU holds from an instant on, in the order of GPU ids."""
+    """Memory used on each GPU from `since_us` on, in the order of GPU ids."""
 
     since_us: Micros
     used_bytes: Sequence[Bytes]
@@ -281,13 +281,13 @@ def gpu_history(
     memory: Sequence[MemoryStep],
     ended_us: Micros,
 ) -> tuple[GpuSample, ...]:
-    """Return a sample of each GPU every second, or rarer in a long run, and at the end.
+    """Return samples of each GPU every second, less often in a long run, and at the end.
 
     Args:
-        requests: a GPU works from the start to the finish of each request of its deployments.
-        deployments: which GPUs they have.
+        requests: a GPU is busy from the start to the finish of each request of its deployments.
+        deployments: the deployments with their GPUs.
         memory: steps in order of time, the first at 0.
-        ended_us: when the run ended.
+        ended_us: the end of the run.
     """
     every_us = MICROS_PER_SECOND * max(1, -(-ended_us // (MICROS_PER_SECOND * _MAX_SAMPLES)))
     instants_us = np.unique(np.append(np.arange(every_us, ended_us, every_us), ended_us))
@@ -305,18 +305,18 @@ def gpu_history(
 def _busy_shares(
     requests: RequestTable, deployments: Sequence[DeploymentRecord], gpu_id: int, instants_us: Array
 ) -> Array:
-    """Return the share of the time since the last instant in which a GPU worked."""
+    """Return the share of the time since the previous instant in which a GPU was busy."""
     mine = [
         deployment.deployment_id for deployment in deployments if deployment.plan and gpu_id in deployment.plan.gpu_ids
     ]
     ran = np.isin(requests.deployment_id, mine) & (requests.start_us != NOT_YET) & (requests.finish_us != NOT_YET)
     busy_us = _past(requests.start_us[ran], instants_us) - _past(requests.finish_us[ran], instants_us)
     shares: Array = np.diff(busy_us, prepend=0) / np.diff(instants_us, prepend=0)
-    return np.clip(shares, 0.0, 1.0)  # recorded times are rounded, so that neighbours may overlap by some µs
+    return np.clip(shares, 0.0, 1.0)  # recorded times are rounded, so consecutive requests may overlap by some µs
 
 
 def _past(moments_us: Array, instants_us: Array) -> Array:
-    """Return for each instant the sum of the time since those moments that have passed."""
+    """Return for each instant the sum of the times since all earlier moments."""
     ordered = np.sort(moments_us)
     count = np.searchsorted(ordered, instants_us, side="right")
     sums: Array = np.concatenate(([0], np.cumsum(ordered)))

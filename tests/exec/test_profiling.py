@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, backend: str, probe: di
 
 def test_names_are_written_so_that_they_can_be_read(tmp_path: Path) -> None:
     one = Measured(
-        model=MODEL, configuration=TP2, question=QUESTIONS[0], ttft_s=0.1, tpot_s=0.1, memory_gib=1.0, start_s=1.0
+        model=MODEL, configuration=TP2, case=QUESTIONS[0], ttft_s=0.1, tpot_s=0.1, memory_gib=1.0, start_s=1.0
     )
     folder = tmp_path / 'the "new" one \\'
     write_profile(folder, Machine(kind='H100 "big"', memory_gib=8, idle_gib=0), [one])
@@ -88,7 +88,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
 
 
 def _one() -> Measured:
-    return Measured(model=MODEL, configuration=TP2, question=QUESTIONS[0], ttft_s=1, tpot_s=1, memory_gib=1, start_s=1)
+    return Measured(model=MODEL, configuration=TP2, case=QUESTIONS[0], ttft_s=1, tpot_s=1, memory_gib=1, start_s=1)
 
 
 @pytest.mark.parametrize(("layers", "stages", "split"), [(8, 3, (3, 3, 2)), (4, 4, (1, 1, 1, 1)), (5, 2, (3, 2))])
