@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sandbox import Ended, Maveriq
+from command_results import Ended, Maveriq
 
 from maveriq.cli.app import main
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testbeds import TABLES, put_testbed
+from testbed_fixtures import TABLES, put_testbed
 
 from maveriq.domain.faults import parse_fault
 from maveriq.domain.models import load_model

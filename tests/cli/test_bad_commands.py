@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from badinput import AZURE, SCHEDULE, TWO_REQUESTS, Case, bad, refuse
-from sandbox import Maveriq
+from bad_input import AZURE, SCHEDULE, TWO_REQUESTS, Case, bad, refuse
+from command_results import Maveriq
 
 MALFORMED = [
     # The command line itself

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from badinput import (
+from bad_input import (
     AZURE,
     CLUSTER,
     CONFIG,
@@ -20,7 +20,7 @@ from badinput import (
     refuse,
     trace,
 )
-from sandbox import Maveriq
+from command_results import Maveriq
 
 MALFORMED = [
     # Traces and schedules

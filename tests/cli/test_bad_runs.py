@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from badinput import Case, bad, policy, recorded, refuse
-from sandbox import Maveriq
-from testbeds import RUN
+from bad_input import Case, bad, policy, recorded, refuse
+from command_results import Maveriq
+from testbed_fixtures import RUN
 
 MALFORMED = [
     # Policies of one's own

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from measuredprofiles import write_profile
-from sandbox import Maveriq, everything_in, put
+from command_results import Maveriq, everything_in, put
+from profile_fixtures import write_profile
 
 from maveriq import __version__
 from maveriq.domain.requests import RequestStatus

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from sandbox import Maveriq, everything_in
-from testbeds import BASELINE, RUN, put_testbed
+from command_results import Maveriq, everything_in
+from testbed_fixtures import BASELINE, RUN, put_testbed
 
 from maveriq.report.compare import UNITS
 from maveriq.report.reading import read_meta, read_run

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sandbox import Maveriq, put
+from command_results import Maveriq, put
 
 from maveriq.errors import InputError
 from maveriq.exec import capabilities as installed_module

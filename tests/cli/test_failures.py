@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from badinput import CLUSTER, CONFIG, RULE, SCHEDULE, TINY_CLUSTER, TWO_REQUESTS, Case, bad, policy
-from sandbox import Maveriq, everything_in, put
+from bad_input import CLUSTER, CONFIG, RULE, SCHEDULE, TINY_CLUSTER, TWO_REQUESTS, Case, bad, policy
+from command_results import Maveriq, everything_in, put
 
 from maveriq.report import run_folder
 from maveriq.report.reading import read_run

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exec_rigs import TIMEOUT_S, alive_in_group
-from sandbox import Maveriq, everything_in, put
+from command_results import Maveriq, everything_in, put
+from engine_fixtures import TIMEOUT_S, alive_in_group
 
 from maveriq.domain.models import load_model
 from maveriq.exec import gpus

@@ -6,10 +6,10 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 
-from engines import Machine, token
 from fault_injection import FaultRates, RandomDraws
+from fixtures import MODEL, TokenSeconds, cluster
+from simulated_engines import Machine, token
 from virtual_time import run_virtually
-from worlds import MODEL, TokenSeconds, cluster
 
 from maveriq.control.controller import ControllerSettings, OnFailure
 from maveriq.control.queues import QueueDiscipline

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster_sim import LONGEST_S, MAX_TOKENS, RandomPlacement, RunSummary, executor_on
-from engines import Connection, Machine
 from fault_injection import FaultRates, RandomDraws
+from fixtures import MODEL
+from simulated_engines import Connection, Machine
 from virtual_time import run_virtually
-from worlds import MODEL
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import FINAL_STATUSES

@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from exec_rigs import QUICK, alive_in_group, body, run_async, until
-from worlds import MODEL
+from engine_fixtures import QUICK, alive_in_group, body, run_async, until
+from fixtures import MODEL
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import RequestStatus
@@ -127,7 +127,7 @@ def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
 
 def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, backend="exec_rigs:OutOfMemory") as one:
+        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, backend="engine_fixtures:OutOfMemory") as one:
             await up(one)
             one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             await until(lambda: status(one, 2) == "down")
@@ -144,7 +144,7 @@ def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
 
 def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(0,)]}, tmp_path, backend="exec_rigs:CannotLoad") as one:
+        async with body({1: [(0,)], 2: [(0,)]}, tmp_path, backend="engine_fixtures:CannotLoad") as one:
             await up(one)
             one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             deployment = one.controller.manager.deployments[2]
@@ -158,7 +158,7 @@ def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) ->
 
 def test_an_execution_that_cannot_be_done_fails_alone(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, backend="exec_rigs:CannotDo") as one:
+        async with body({1: [(0,)]}, tmp_path, backend="engine_fixtures:CannotDo") as one:
             await up(one)
             bad, good = send(one, prompt=(13, 1)), send(one)
             ended = await bad.outcome()

@@ -12,9 +12,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from exec_rigs import body, run_async, until
+from engine_fixtures import body, run_async, until
+from fixtures import controller
 from gpu_fakes import FakeMeter
-from worlds import controller
 
 from maveriq.domain.cluster import LoadWindow
 from maveriq.errors import InputError, MaveriqError

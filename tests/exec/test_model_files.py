@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from worlds import MODEL
+from fixtures import MODEL
 
 from maveriq.errors import InputError
 from maveriq.exec.model_files import ModelFiles, hf_config_json

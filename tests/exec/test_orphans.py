@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from exec_rigs import TIMEOUT_S
+from engine_fixtures import TIMEOUT_S
 
 CHILD = """
 import os, sys, time

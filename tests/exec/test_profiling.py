@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from exec_rigs import EACH_S, FIRST_S, environment
-from worlds import MODEL
+from engine_fixtures import EACH_S, FIRST_S, environment
+from fixtures import MODEL
 
 from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import ParallelConfig, even_split
@@ -24,7 +24,7 @@ QUESTIONS = [
 ]
 
 
-def measured(folder: Path, backend: str = "exec_rigs:Paced", **probe) -> list[Measured]:
+def measured(folder: Path, backend: str = "engine_fixtures:Paced", **probe) -> list[Measured]:
     with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
         found = measure(launcher, MODEL, TP2, QUESTIONS, devices=Devices(), probe=Probe(repeats=3, **probe))
         return asyncio.run(found)
@@ -61,8 +61,8 @@ def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tm
     ("backend", "probe", "said"),
     [
         ("emulated", {}, "does not know what memory it holds"),
-        ("exec_rigs:Paced", {"timeout_s": 1e-3}, "no engine within 0.001 s"),
-        ("exec_rigs:CannotLoad1", {}, "no attribute 'CannotLoad1'"),
+        ("engine_fixtures:Paced", {"timeout_s": 1e-3}, "no engine within 0.001 s"),
+        ("engine_fixtures:CannotLoad1", {}, "no attribute 'CannotLoad1'"),
     ],
 )
 def test_what_cannot_be_measured_is_said(tmp_path: Path, backend: str, probe: dict[str, float], said: str) -> None:

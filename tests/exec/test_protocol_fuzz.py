@@ -7,7 +7,7 @@ import socket
 import hypothesis.strategies as st
 import msgspec
 import pytest
-from exec_rigs import TIMEOUT_S
+from engine_fixtures import TIMEOUT_S
 from hypothesis import given, settings
 
 from maveriq.exec.engine_server import EngineServer

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="the expected tokens come from transformers")
 
 import torch
-from exec_rigs import EngineCase, alive_in_group, rig, run_async, until
+from engine_fixtures import EngineCase, alive_in_group, rig, run_async, until
 from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs, prompts_of, spec_of
 
 from maveriq.exec.engine_protocol import BROKEN

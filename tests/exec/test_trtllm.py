@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engine_specs import TINY, spec
-from foreign_checks import (
+from external_engine_checks import (
     check_that_a_sequence_without_room_fails_alone,
     check_that_close_may_come_twice_and_at_any_time,
     check_that_the_folder_goes_even_if_the_engine_will_not,

@@ -7,8 +7,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from placement_fixtures import all_placements, placements, problems
 from placement_reference import plain_loop
-from strategies_placement import all_placements, placements, problems
 
 from maveriq.policy.alpaserve.problem import (
     Fill,

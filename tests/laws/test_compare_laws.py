@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies_records import runs
+from record_fixtures import runs
 
 from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.domain.requests import RequestStatus

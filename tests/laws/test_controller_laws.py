@@ -1,8 +1,8 @@
 """Laws of the controller under any events in any order, as a real body may tell them: late, twice, of nothing."""
 
 import hypothesis.strategies as st
+from fixtures import controller, endpoint_spec
 from hypothesis import given, settings
-from worlds import controller, endpoint_spec
 
 from maveriq.control.controller import OnFailure
 from maveriq.control.events import (

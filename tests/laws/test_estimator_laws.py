@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from measuredprofiles import rows_of, write_profile
+from profile_fixtures import rows_of, write_profile
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, load_model
 from maveriq.domain.parallel import ParallelConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies_records import runs
+from record_fixtures import runs
 
 from maveriq.domain.records import RunRecord
 from maveriq.report.metrics import Figures, Metrics, summarise

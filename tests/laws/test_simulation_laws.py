@@ -8,8 +8,8 @@ from unittest.mock import patch
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from fixtures import arrivals, run, scenario
 from hypothesis import example, given, settings
-from worlds import arrivals, run, scenario
 
 from maveriq.control.controller import Controller, ControllerSettings, OnFailure
 from maveriq.control.deployment_manager import DeploymentState

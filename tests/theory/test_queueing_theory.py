@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from worlds import arrivals, run
+from fixtures import arrivals, run
 
 from maveriq.units import MICROS_PER_SECOND
 

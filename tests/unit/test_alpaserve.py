@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies_placement import demand, problem, profile
+from placement_fixtures import demand, problem, profile
 
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.errors import InputError, InvariantError

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from worlds import MODEL, TokenSeconds, arrivals
+from fixtures import MODEL, TokenSeconds, arrivals
 
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.estimator import ServiceEstimate

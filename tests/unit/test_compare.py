@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies_records import deployment, rejected, run_record, single_server, table
+from record_fixtures import deployment, rejected, run_record, single_server, table
 
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError

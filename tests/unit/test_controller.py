@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from worlds import arrivals, controller, endpoint_spec, plan, run, scenario
+from fixtures import arrivals, controller, endpoint_spec, plan, run, scenario
 
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (

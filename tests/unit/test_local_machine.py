@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from fixtures import MODEL, TokenSeconds, cluster
 from gpu_fakes import FakeMeter
-from worlds import MODEL, TokenSeconds, cluster
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import ParallelConfig

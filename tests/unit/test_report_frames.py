@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hypothesis import given
-from strategies_records import deployment, rejected, run_record, runs, table
+from record_fixtures import deployment, rejected, run_record, runs, table
 
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, REQUEST_COLUMNS, GpuSample
 from maveriq.report.frames import deployments_frame, gpus_frame, requests_frame

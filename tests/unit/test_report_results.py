@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from record_fixtures import deployment, rejected, single_server
 from rich.console import Console, RenderableType
-from strategies_records import deployment, rejected, single_server
 
 from maveriq.domain.records import GpuSample
 from maveriq.domain.requests import RequestStatus

@@ -1,12 +1,12 @@
 """What every engine does, as a process and behind the protocol of `maveriq.exec.messages`.
 
-A new engine joins by a line in `ENGINES` of tests/exec_rigs.py.
+A new engine joins by a line in `ENGINES` of tests/engine_fixtures.py.
 """
 
 from pathlib import Path
 
 import pytest
-from exec_rigs import ENGINES, EngineCase, alive_in_group, rig, run_async, until, work
+from engine_fixtures import ENGINES, EngineCase, alive_in_group, rig, run_async, until, work
 
 from maveriq.exec.engine_server import NO_PROTOCOL, STOPPED
 from maveriq.exec.engines.engine import make_engine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from strategies_records import run_record, single_server, table
+from record_fixtures import run_record, single_server, table
 
 from maveriq.domain.records import RunRecord
 from maveriq.errors import InputError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from strategies_records import REASONS, deployment, rejected, run_record, single_server, table
+from record_fixtures import REASONS, deployment, rejected, run_record, single_server, table
 
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, REQUEST_COLUMNS, GpuSample
 from maveriq.errors import InputError, InvariantError, MaveriqError

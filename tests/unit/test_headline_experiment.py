@@ -12,7 +12,7 @@ from headline_pairs import COST, GPU_SECONDS, MEAN, MET_OF_ALL, THROUGHPUT, adva
 from headline_plan import HeadlinePlan, Load, load_headline_plan
 from headline_plot import draw_headline
 from headline_rows import BLIND, GRID, RECORDED, AchievedRow, achieved, judged_by
-from strategies_records import run_record, table
+from record_fixtures import run_record, table
 
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.hardware_profile import load_profile

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from worlds import MODEL, AsTold, TokenSeconds, cluster, predict_service_time
+from fixtures import MODEL, AsTold, TokenSeconds, cluster, predict_service_time
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec

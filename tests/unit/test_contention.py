@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
+from fixtures import TokenSeconds, arrivals, scenario
 from hypothesis import given
-from worlds import TokenSeconds, arrivals, scenario
 
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.faults import Fault, FaultTarget

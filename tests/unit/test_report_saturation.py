@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies_records import run_record, single_server, table
+from record_fixtures import run_record, single_server, table
 
 from maveriq.domain.records import NOT_YET, GpuSample, RunRecord
 from maveriq.domain.requests import RequestStatus
@@ -163,7 +163,7 @@ def test_the_busiest_gpu_is_named():
 
 
 def test_refused_requests_are_named_beside_the_saturation():
-    from worlds import arrivals, run
+    from fixtures import arrivals, run
 
     half = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [(0,)], 2: []})
     assert assess_saturation(half).sentence.endswith("1 of 2 requests were refused and count for nothing here.")

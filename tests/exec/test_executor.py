@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from exec_rigs import TIMEOUT_S, EngineCase, body, run_async, until
+from engine_fixtures import TIMEOUT_S, EngineCase, body, run_async, until
+from fixtures import MODEL
 from test_faults import first_token, send, status, up
-from worlds import MODEL
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import RequestStatus
@@ -68,7 +68,7 @@ def test_a_batch_starts_and_ends_together(tmp_path) -> None:
 
 def test_records_count_the_tokens_that_came(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, backend="exec_rigs:EndsEarly") as one:
+        async with body({1: [(0,)]}, tmp_path, backend="engine_fixtures:EndsEarly") as one:
             await up(one)
             ends = [await send(one, tokens=tokens).outcome() for tokens in (2, 50)]
             assert [len(end.tokens) for end in ends] == [2, 3]

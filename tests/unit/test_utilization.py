@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
+from fixtures import controller, endpoint_spec
 from hypothesis import given
-from worlds import controller, endpoint_spec
 
 from maveriq.control.events import EndpointAdded, EngineUp, ExecutionFinished, RequestArrived
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us

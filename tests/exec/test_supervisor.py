@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from exec_rigs import EngineCase, work
+from engine_fixtures import EngineCase, work
+from fixtures import MODEL
 from virtual_time import run_virtually
-from worlds import MODEL
 
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, NoMemoryProbe

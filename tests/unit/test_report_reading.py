@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies_records import run_record, runs, single_server, table
+from record_fixtures import run_record, runs, single_server, table
 
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.errors import InputError

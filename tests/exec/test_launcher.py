@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from exec_rigs import EngineCase, rig, run_async, until, work
+from engine_fixtures import EngineCase, rig, run_async, until, work
 
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import BACKENDS, EngineError, make_engine
@@ -61,7 +61,9 @@ def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
     run_async(check)
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("exec_rigs:CannotDo", "out-of-memory"), ("exec_rigs:Breaks", None)])
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("engine_fixtures:CannotDo", "out-of-memory"), ("engine_fixtures:Breaks", None)]
+)
 def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind: str | None) -> None:
     """It says what it has to say, or ends: it must not fall silent."""
     (tmp_path / "1-1.log").symlink_to("/dev/full")
@@ -96,7 +98,7 @@ def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr("maveriq.exec.launcher.SIZE_CHECK_INTERVAL_S", 0.02)
 
     async def check() -> None:
-        async with rig(EngineCase(backend="exec_rigs:Chatters"), tmp_path) as one:
+        async with rig(EngineCase(backend="engine_fixtures:Chatters"), tmp_path) as one:
             for number in range(1, 41):
                 one.say(work(number, tokens=1))
                 await one.hear(Finished)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from testbeds import BASELINE, RUN, put_testbed
+from testbed_fixtures import BASELINE, RUN, put_testbed
 
 from maveriq.domain.deployments import Objective
 from maveriq.domain.records import NOT_YET, RunRecord

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies_records import deployment, run_record, single_server, table
-from worlds import arrivals, run
+from fixtures import arrivals, run
+from record_fixtures import deployment, run_record, single_server, table
 
 from maveriq.domain.records import NOT_YET, GpuSample
 from maveriq.errors import InvariantError

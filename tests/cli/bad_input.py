@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sandbox import Maveriq, everything_in, put
-from testbeds import RUN, recorded_files
+from command_results import Maveriq, everything_in, put
+from testbed_fixtures import RUN, recorded_files
 
 from maveriq.files import data_path
 
