@@ -1,4 +1,4 @@
-"""What tests of the executor share: engines to test, a rig around one engine's process, a body on real processes."""
+"""What tests of the executor share: engines under test, one engine process, and an executor on real processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fixtures import MODEL, AsTold, TokenSeconds, cluster, predict_service_time
+from fixtures import MODEL, FixedPlacement, TokenSeconds, cluster, predict_service_time
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
@@ -62,43 +62,43 @@ class EngineCase:
 ENGINES = [EngineCase(backend="emulated")]
 if find_spec("torch") is not None:
     ENGINES.append(EngineCase(backend="torch"))
-"""Each of them passes the conformance suite (tests/exec/conformance)."""
+"""Each backend passes the conformance suite (tests/exec/conformance)."""
 
 
-class Rig:
-    """One engine's process, and what a test says to it."""
+class StartedEngine:
+    """One engine process, and its messages."""
 
     def __init__(self, connection: EngineConnection, spec: EngineSpec) -> None:
         self.connection = connection
         self.spec = spec
 
-    def say(self, *messages: ToEngine) -> None:
+    def send(self, *messages: ToEngine) -> None:
         for message in messages:
             self.connection.channel.send(message)
 
-    async def hear(self, *kinds: type[FromEngine]) -> Any:
-        """Return the next message of one of these kinds (of any, if none is given); others before it are skipped."""
+    async def receive(self, *kinds: type[FromEngine]) -> Any:
+        """Return the next message of one of these kinds (default: of any kind), and skip others before it."""
         async with asyncio.timeout(TIMEOUT_S):
             while True:
                 message = await self.connection.channel.receive()
                 if not kinds or isinstance(message, kinds):
                     return message
 
-    async def hear_until(self, kind: type[FromEngine]) -> list[Any]:
-        """Return all messages up to the first of a kind, which is the last."""
-        heard = [await self.hear()]
-        while not isinstance(heard[-1], kind):
-            heard.append(await self.hear())
-        return heard
+    async def receive_until(self, kind: type[FromEngine]) -> list[Any]:
+        """Return all messages up to and including the first of a kind."""
+        received = [await self.receive()]
+        while not isinstance(received[-1], kind):
+            received.append(await self.receive())
+        return received
 
     async def load(self) -> Loaded:
-        self.say(Load(spec=self.spec))
-        return await self.hear(Loaded)
+        self.send(Load(spec=self.spec))
+        return await self.receive(Loaded)
 
-    async def hear_nothing_more(self) -> None:
+    async def wait_until_closed(self) -> None:
         try:
             while True:
-                await self.hear()
+                await self.receive()
         except ChannelClosedError:
             pass
 
@@ -108,16 +108,19 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(case: EngineCase, folder: Path, *, load: bool = True, **spec: Any) -> AsyncIterator[Rig]:
+async def started_engine(
+    case: EngineCase, folder: Path, *, load: bool = True, **spec: Any
+) -> AsyncIterator[StartedEngine]:
+    """Start an engine process, load its model unless `load` is False, and kill it at the end."""
     with ProcessLauncher(case.backend, logs=folder, environment=environment()) as launcher:
         asked = case.spec(**spec)
         connection = await launcher.launch(asked, range(asked.tp * asked.pp))
         try:
-            one = Rig(connection, asked)
-            assert isinstance(await one.hear(), Hello)
+            engine = StartedEngine(connection, asked)
+            assert isinstance(await engine.receive(), Hello)
             if load:
-                await one.load()
-            yield one
+                await engine.load()
+            yield engine
         finally:
             connection.kill()
             await connection.wait_exit()
@@ -125,13 +128,13 @@ async def rig(case: EngineCase, folder: Path, *, load: bool = True, **spec: Any)
 
 
 def environment() -> dict[str, str]:
-    """Engines of these tests find this module."""
+    """Return an environment in which engine processes can import this module."""
     here = str(Path(__file__).parent)
     return os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
 
 
 def work(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] = 4, **more: Any) -> Generate:
-    """An execution of these prompts (by default one)."""
+    """Return an execution of these prompts (default: one prompt)."""
     asked = prompts or ([7, 8, 9],)
     counts = [tokens] * len(asked) if isinstance(tokens, int) else tokens
     stop = more.pop("stop", ())
@@ -146,7 +149,7 @@ def work(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] =
 
 
 def alive_in_group(pgid: int) -> list[int]:
-    """Return the processes of a group that run; one that has ended and was not yet looked at does not."""
+    """Return the running processes of a group, without zombies."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -160,7 +163,7 @@ def alive_in_group(pgid: int) -> list[int]:
 
 
 async def until(true: Callable[[], object], *, every_s: float = 0.005) -> None:
-    """Wait until something holds."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(TIMEOUT_S):
         while not true():
             await asyncio.sleep(every_s)
@@ -186,7 +189,7 @@ QUICK = SupervisionSettings(
 
 
 @asynccontextmanager
-async def body(
+async def running_executor(
     gpus_of: dict[int, list[tuple[int, ...]]],
     folder: Path,
     *,
@@ -197,33 +200,33 @@ async def body(
     sampler: GpuSampler | None = None,
     **settings: Any,
 ) -> AsyncIterator[Executor]:
-    """A body whose endpoints are asked for; a token takes `token_s`."""
+    """Run an executor that places the endpoints on given GPUs; a token takes `token_s`."""
     system = ServingSystem(
         cluster=cluster(4),
-        policy=AsTold(gpus_of, batch_size),
+        policy=FixedPlacement(gpus_of, batch_size),
         settings=ControllerSettings(**settings),
         predict_service_time=predict_service_time,
         service_times=EstimatedServiceTimes(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
     )
     with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
-        one = Executor(
+        executor = Executor(
             system,
             launcher,
             supervision=supervision,
             measured_loads=sampler.loads if sampler else None,
         )
         try:
-            yield one
+            yield executor
         finally:
-            await one.close()
-            assert not one.internal_error.done() or one.internal_error.exception() is None
+            await executor.close()
+            assert not executor.internal_error.done() or executor.internal_error.exception() is None
 
 
-class Broken(EmulatedEngine):
-    """An engine for tests of failures; the endpoint's number, which is the deployment's, says what goes wrong.
+class FaultyEngine(EmulatedEngine):
+    """An engine for tests of failures: in subclasses, the deployment id decides what fails.
 
-    Deployment 1 is well.
+    Deployment 1 is healthy.
     """
 
     def load(self, spec: EngineSpec) -> Loaded:
@@ -231,8 +234,8 @@ class Broken(EmulatedEngine):
         return super().load(spec)
 
 
-class OutOfMemory(Broken):
-    """Deployment 2 takes more memory than there is, for real."""
+class OutOfMemory(FaultyEngine):
+    """Deployment 2 really allocates more memory than its process may have."""
 
     def load(self, spec: EngineSpec) -> Loaded:
         if spec.deployment_id == 2:
@@ -241,8 +244,8 @@ class OutOfMemory(Broken):
         return super().load(spec)
 
 
-class CannotLoad(Broken):
-    """Deployment 2 ends while it loads, each time."""
+class CannotLoad(FaultyEngine):
+    """The process of deployment 2 exits during each load."""
 
     def load(self, spec: EngineSpec) -> Loaded:
         if spec.deployment_id == 2:
@@ -250,8 +253,8 @@ class CannotLoad(Broken):
         return super().load(spec)
 
 
-class CannotDo(Broken):
-    """Prompts that begin with 13 cannot be done."""
+class CannotGenerate(FaultyEngine):
+    """Prompts that begin with token 13 fail."""
 
     def generate(self, work: Generate) -> Any:
         if any(sequence.prompt[0] == 13 for sequence in work.sequences):
@@ -259,22 +262,22 @@ class CannotDo(Broken):
         return super().generate(work)
 
 
-class Breaks(Broken):
-    """Breaks at its first execution, in a way that nobody foresaw."""
+class Crashes(FaultyEngine):
+    """Raises an unexpected error at its first execution."""
 
     def generate(self, work: Generate) -> Any:
-        raise ZeroDivisionError("nobody foresaw this")
+        raise ZeroDivisionError("unexpected")
 
 
-class Chatters(Broken):
-    """Prints a lot."""
+class FloodsLog(FaultyEngine):
+    """Prints much."""
 
     def generate(self, work: Generate) -> Any:
         os.write(2, b"chatter " * 4_000 + b"\nchatter, chatter, the last\n")
         return super().generate(work)
 
 
-class EndsEarly(Broken):
+class EndsEarly(FaultyEngine):
     """Generates three tokens at most."""
 
     def generate(self, work: Generate) -> Any:
@@ -296,6 +299,6 @@ class Paced(EmulatedEngine):
 
     def generate(self, work: Generate) -> Any:
         first_s = time.monotonic() + FIRST_S * len(work.sequences)
-        for step in range(max(one.output_tokens for one in work.sequences)):
+        for step in range(max(sequence.output_tokens for sequence in work.sequences)):
             time.sleep(max(0.0, first_s + step * EACH_S - time.monotonic()))
             yield [step] * len(work.sequences)

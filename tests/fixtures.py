@@ -54,18 +54,18 @@ class TokenSeconds:
 
 
 @dataclass(frozen=True)
-class AsTold:
+class FixedPlacement:
     """A policy that puts each endpoint on given GPUs (a list of them per replica), or rejects it."""
 
     gpus_of: dict[int, list[tuple[int, ...]]]
     batch_size: int = 1
-    name: str = "as-told"
+    name: str = "fixed-placement"
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
         replicas = self.gpus_of.get(endpoint.endpoint_id, [])
         if not replicas or any(free.get(gpu, 0) < SHARD_BYTES for gpus in replicas for gpu in gpus):
-            return Rejection(reason="told to reject")
+            return Rejection(reason="rejected by the test policy")
         return Deploy(plans=tuple(plan(gpus, self.batch_size) for gpus in replicas))
 
 
@@ -135,7 +135,7 @@ def scenario(
     )
     return ReplaySystem(
         cluster=cluster(gpus),
-        policy=AsTold(gpus_of, batch_size),
+        policy=FixedPlacement(gpus_of, batch_size),
         workload=Workload(name="test", endpoints=endpoints, arrivals=requests),
         settings=settings or ControllerSettings(),
         predict_service_time=predict_service_time,
@@ -162,7 +162,7 @@ def controller(
     """A controller to be driven by hand."""
     return Controller(
         cluster(gpus),
-        AsTold(gpus_of),
+        FixedPlacement(gpus_of),
         ControllerSettings(**settings),
         predict_service_time,
         on_request_end=on_request_end,

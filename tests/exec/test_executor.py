@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from engine_fixtures import TIMEOUT_S, EngineCase, body, run_async, until
+from engine_fixtures import TIMEOUT_S, EngineCase, run_async, running_executor, until
 from fixtures import MODEL
 from test_faults import first_token, send, status, up
 
@@ -18,14 +18,14 @@ from maveriq.exec.messages import Loaded
 
 def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
-            cluster: LiveCluster = one
-            await up(one)
-            handle: RequestHandle = send(one, tokens=100)
+        async with running_executor({1: [(0,)]}, tmp_path, token_s=0.01) as executor:
+            cluster: LiveCluster = executor
+            await up(executor)
+            handle: RequestHandle = send(executor, tokens=100)
             arrived_us = cluster.now_us
             tokens = handle.tokens()
             await anext(tokens)
-            assert one.progress().running == 1, "tokens come while the request runs"
+            assert executor.progress().running == 1, "tokens come while the request runs"
             assert len([token async for token in tokens]) == 99
             ended = await handle.outcome()
             assert ended.status is RequestStatus.COMPLETED
@@ -38,26 +38,26 @@ def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
 
 def test_a_waiting_request_that_nobody_wants_fails_and_one_that_runs_is_finished(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, token_s=0.005) as one:
-            await up(one)
-            running, waiting, after = send(one, tokens=20), send(one), send(one)
-            one.cancel(waiting.request_id)
-            one.cancel(running.request_id)
-            one.cancel(10**9)
+        async with running_executor({1: [(0,)]}, tmp_path, token_s=0.005) as executor:
+            await up(executor)
+            running, waiting, after = send(executor, tokens=20), send(executor), send(executor)
+            executor.cancel(waiting.request_id)
+            executor.cancel(running.request_id)
+            executor.cancel(10**9)
             ended = await waiting.outcome()
             assert (ended.status, ended.reason) == (RequestStatus.FAILED, "the client went away")
             assert (await running.outcome()).status is RequestStatus.COMPLETED
             assert (await after.outcome()).status is RequestStatus.COMPLETED
-            one.cancel(running.request_id)
+            executor.cancel(running.request_id)
 
     run_async(check)
 
 
 def test_a_batch_starts_and_ends_together(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, token_s=0.002, batch_size=3) as one:
-            await up(one)
-            first, *others = [send(one, tokens=count, prompt=(count,)) for count in (5, 2, 9, 1)]
+        async with running_executor({1: [(0,)]}, tmp_path, token_s=0.002, batch_size=3) as executor:
+            await up(executor)
+            first, *others = [send(executor, tokens=count, prompt=(count,)) for count in (5, 2, 9, 1)]
             ends = [await handle.outcome() for handle in others]
             assert [len(end.tokens) for end in ends] == [2, 9, 1]
             assert len({(end.start_us, end.finish_us) for end in ends}) == 1
@@ -68,28 +68,28 @@ def test_a_batch_starts_and_ends_together(tmp_path) -> None:
 
 def test_records_count_the_tokens_that_came(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, backend="engine_fixtures:EndsEarly") as one:
-            await up(one)
-            ends = [await send(one, tokens=tokens).outcome() for tokens in (2, 50)]
+        async with running_executor({1: [(0,)]}, tmp_path, backend="engine_fixtures:EndsEarly") as executor:
+            await up(executor)
+            ends = [await send(executor, tokens=tokens).outcome() for tokens in (2, 50)]
             assert [len(end.tokens) for end in ends] == [2, 3]
-            assert one.end_requests().output_tokens.tolist() == [2, 3]
+            assert executor.end_requests().output_tokens.tolist() == [2, 3]
 
     run_async(check)
 
 
 def test_what_is_not_there_is_said(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: []}, tmp_path) as one:
-            for ask in (lambda: send(one), lambda: one.endpoint(1), lambda: one.remove(1)):
+        async with running_executor({1: []}, tmp_path) as executor:
+            for ask in (lambda: send(executor), lambda: executor.endpoint(1), lambda: executor.remove(1)):
                 with pytest.raises(InputError, match="there is no endpoint 1"):
                     ask()
-            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
-            assert status(one) == "rejected"
-            ended = await send(one).outcome()
+            executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            assert status(executor) == "rejected"
+            ended = await send(executor).outcome()
             assert (ended.status, ended.reason) == (RequestStatus.REFUSED, "deployment 1 (tiny) was rejected")
-            await one.close()
+            await executor.close()
             with pytest.raises(InputError, match="shut down"):
-                send(one)
+                send(executor)
 
     run_async(check)
 
@@ -108,22 +108,22 @@ def test_what_is_not_there_is_said(tmp_path) -> None:
 )
 def test_what_no_engine_takes_is_refused_and_harms_nobody(tmp_path, wrong) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path) as one:
-            await up(one)
+        async with running_executor({1: [(0,)]}, tmp_path) as executor:
+            await up(executor)
             with pytest.raises(InputError, match="request 1 cannot be put to an engine"):
-                send(one, **wrong)
-            assert (await send(one).outcome()).request_id == 1
+                send(executor, **wrong)
+            assert (await send(executor).outcome()).request_id == 1
 
     run_async(check)
 
 
 def test_where_there_is_no_engine_to_break_nothing_is_said_to_have_broken(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: []}, tmp_path) as one:
-            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+        async with running_executor({1: []}, tmp_path) as executor:
+            executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             for deployment_id in (1, 2):
-                one.inject_fault(deployment_id, for_us=None)
-            assert one.notes.notes == []
+                executor.inject_fault(deployment_id, for_us=None)
+            assert executor.notes.notes == []
 
     run_async(check)
 
@@ -136,33 +136,33 @@ def test_what_a_long_life_leaves_is_bounded(monkeypatch) -> None:
         notes.engine_starting(1, number)
         notes.engine_loaded(order, Loaded(backend="emulated", version="1"), number + 1)
         notes.add_note("deployment 1 (tiny)", number, "it crashed")
-    assert [one.start_s for one in notes.engines] == [1, 1, 1]
+    assert [engine.start_s for engine in notes.engines] == [1, 1, 1]
     assert len(notes.notes) == 101
     assert "omitted" in notes.notes[-1]
 
 
 def test_endpoints_keep_the_numbers_of_an_earlier_life(tmp_path) -> None:
     async def check() -> None:
-        async with body({7: [(0,)], 8: [(1,)]}, tmp_path) as one:
+        async with running_executor({7: [(0,)], 8: [(1,)]}, tmp_path) as executor:
             asked = EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1)
-            assert one.deploy(asked, endpoint_id=7) == 7
-            assert one.deploy(asked) == 8
-            await until(lambda: status(one, 7) == status(one, 8) == "up")
-            assert (await send(one, 7).outcome()).status is RequestStatus.COMPLETED
+            assert executor.deploy(asked, endpoint_id=7) == 7
+            assert executor.deploy(asked) == 8
+            await until(lambda: status(executor, 7) == status(executor, 8) == "up")
+            assert (await send(executor, 7).outcome()).status is RequestStatus.COMPLETED
 
     run_async(check)
 
 
 def test_progress_counts(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
-            await up(one)
-            handle = send(one, tokens=30)
-            send(one)
+        async with running_executor({1: [(0,)]}, tmp_path, token_s=0.01) as executor:
+            await up(executor)
+            handle = send(executor, tokens=30)
+            send(executor)
             await first_token(handle)
-            seen = one.progress()
+            seen = executor.progress()
             assert (seen.arrived, seen.running, seen.waiting, seen.total) == (2, 1, 1, 2)
-            await asyncio.wait_for(one.drained(), TIMEOUT_S)
-            assert one.progress().completed == 2
+            await asyncio.wait_for(executor.drained(), TIMEOUT_S)
+            assert executor.progress().completed == 2
 
     run_async(check)

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from engine_fixtures import QUICK, alive_in_group, body, run_async, until
+from engine_fixtures import QUICK, alive_in_group, run_async, running_executor, until
 from fixtures import MODEL
 
 from maveriq.domain.deployments import Intent, Objective
@@ -19,26 +19,26 @@ from maveriq.exec.live_cluster import EndpointRequest, Submission
 COMPLETED, FAILED, REFUSED = RequestStatus.COMPLETED, RequestStatus.FAILED, RequestStatus.REFUSED
 
 
-async def up(one: Executor, endpoints: int = 1) -> None:
+async def up(executor: Executor, endpoints: int = 1) -> None:
     """Deploy endpoints 1, 2, ... and wait until all of them serve."""
     for _ in range(endpoints):
-        one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+        executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
     for endpoint_id in range(1, endpoints + 1):
-        await until(lambda: status(one, endpoint_id) == "up")  # noqa: B023
+        await until(lambda: status(executor, endpoint_id) == "up")  # noqa: B023
 
 
-def status(one: Executor, endpoint_id: int = 1) -> str:
-    return one.endpoint(endpoint_id)[0].status
+def status(executor: Executor, endpoint_id: int = 1) -> str:
+    return executor.endpoint(endpoint_id)[0].status
 
 
 def send(
-    one: Executor, endpoint_id: int = 1, tokens: int = 1, prompt: tuple[int, ...] = (1, 2, 3), **more
+    executor: Executor, endpoint_id: int = 1, tokens: int = 1, prompt: tuple[int, ...] = (1, 2, 3), **more
 ) -> LiveRequestHandle:
-    return one.submit(Submission(endpoint_id=endpoint_id, prompt=prompt, output_tokens=tokens, **more))
+    return executor.submit(Submission(endpoint_id=endpoint_id, prompt=prompt, output_tokens=tokens, **more))
 
 
-def pid_of(one: Executor, deployment_id: int = 1) -> int:
-    life = one._supervisors[deployment_id]._engine
+def pid_of(executor: Executor, deployment_id: int = 1) -> int:
+    life = executor._supervisors[deployment_id]._engine
     assert life is not None
     assert life._connection is not None
     return life._connection.pid
@@ -52,35 +52,35 @@ async def first_token(handle: LiveRequestHandle) -> int:
 
 def test_a_killed_engine_comes_back_and_its_request_is_run_again(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as one:
-            await up(one, 2)
-            handle, other = send(one, tokens=200), send(one, 2, tokens=300)
+        async with running_executor({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as executor:
+            await up(executor, 2)
+            handle, other = send(executor, tokens=200), send(executor, 2, tokens=300)
             first = await first_token(handle)
-            os.kill(pid_of(one), signal.SIGKILL)
+            os.kill(pid_of(executor), signal.SIGKILL)
             streamed = [token async for token in handle.tokens()]
             ended = await handle.outcome()
             assert (ended.status, ended.reason) == (COMPLETED, "")
             assert list(ended.tokens) == streamed
             assert len(streamed) == 200
             assert streamed[0] == first
-            assert one.controller.manager.deployments[1].generation == 2
+            assert executor.controller.manager.deployments[1].generation == 2
             assert (await other.outcome()).status is COMPLETED
-            assert one.controller.manager.deployments[2].generation == 1
-            assert any("signal SIGKILL" in note for note in one.notes.notes)
+            assert executor.controller.manager.deployments[2].generation == 1
+            assert any("signal SIGKILL" in note for note in executor.notes.notes)
 
     run_async(check)
 
 
 def test_a_request_that_kills_its_engine_twice_fails_and_the_next_is_served(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, token_s=0.01) as one:
-            await up(one)
-            handle, after = send(one, tokens=100), send(one)
+        async with running_executor({1: [(0,)]}, tmp_path, token_s=0.01) as executor:
+            await up(executor)
+            handle, after = send(executor, tokens=100), send(executor)
             for generation in (1, 2):
-                await until(lambda: one.controller.manager.deployments[1].generation == generation)  # noqa: B023
-                await until(lambda: one.controller.manager.deployments[1].running)
-                os.kill(pid_of(one), signal.SIGKILL)
-                await until(lambda: not one.controller.manager.deployments[1].running)
+                await until(lambda: executor.controller.manager.deployments[1].generation == generation)  # noqa: B023
+                await until(lambda: executor.controller.manager.deployments[1].running)
+                os.kill(pid_of(executor), signal.SIGKILL)
+                await until(lambda: not executor.controller.manager.deployments[1].running)
             ended = await handle.outcome()
             assert (ended.status, ended.reason) == (
                 FAILED,
@@ -94,16 +94,16 @@ def test_a_request_that_kills_its_engine_twice_fails_and_the_next_is_served(tmp_
 def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
     async def check() -> None:
         quick = dataclasses.replace(QUICK, hang_timeout_s=1.0)
-        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005, supervision=quick) as one:
-            await up(one, 2)
-            handle = send(one, tokens=200)
+        async with running_executor({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005, supervision=quick) as executor:
+            await up(executor, 2)
+            handle = send(executor, tokens=200)
             await first_token(handle)
-            stopped = pid_of(one)
+            stopped = pid_of(executor)
             os.kill(stopped, signal.SIGSTOP)
-            assert (await send(one, 2).outcome()).status is COMPLETED
+            assert (await send(executor, 2).outcome()).status is COMPLETED
             assert (await handle.outcome()).status is COMPLETED
-            assert one.controller.manager.deployments[1].generation >= 2  # more on a machine that starves engines
-            assert any("sent nothing for 1 s" in note for note in one.notes.notes)
+            assert executor.controller.manager.deployments[1].generation >= 2  # more on a machine that starves engines
+            assert any("sent nothing for 1 s" in note for note in executor.notes.notes)
             await until(lambda: not alive_in_group(stopped))
 
     run_async(check)
@@ -111,15 +111,15 @@ def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
 
 def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0, 1, 2)]}, tmp_path, token_s=0.005) as one:
-            await up(one)
-            handle = send(one, tokens=200)
+        async with running_executor({1: [(0, 1, 2)]}, tmp_path, token_s=0.005) as executor:
+            await up(executor)
+            handle = send(executor, tokens=200)
             await first_token(handle)
-            leader, group = pid_of(one), alive_in_group(pid_of(one))
+            leader, group = pid_of(executor), alive_in_group(pid_of(executor))
             assert len(group) == 3
             os.kill(next(pid for pid in group if pid != leader), signal.SIGKILL)
             assert (await handle.outcome()).status is COMPLETED
-            assert one.controller.manager.deployments[1].generation == 2
+            assert executor.controller.manager.deployments[1].generation == 2
             await until(lambda: not alive_in_group(leader))
 
     run_async(check)
@@ -127,59 +127,61 @@ def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
 
 def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(1,)]}, tmp_path, backend="engine_fixtures:OutOfMemory") as one:
-            await up(one)
-            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
-            await until(lambda: status(one, 2) == "down")
-            deployment = one.controller.manager.deployments[2]
+        async with running_executor(
+            {1: [(0,)], 2: [(1,)]}, tmp_path, backend="engine_fixtures:OutOfMemory"
+        ) as executor:
+            await up(executor)
+            executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            await until(lambda: status(executor, 2) == "down")
+            deployment = executor.controller.manager.deployments[2]
             assert deployment.generation == 1
             assert deployment.reason == "its engine could not load (out-of-memory): out of memory"
-            assert not one.controller.manager.holds_memory(deployment)
-            ended = await send(one, 2).outcome()
+            assert not executor.controller.manager.holds_memory(deployment)
+            ended = await send(executor, 2).outcome()
             assert (ended.status, ended.reason) == (REFUSED, "deployment 2 (tiny) is down for good")
-            assert (await send(one).outcome()).status is COMPLETED
+            assert (await send(executor).outcome()).status is COMPLETED
 
     run_async(check)
 
 
 def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(0,)]}, tmp_path, backend="engine_fixtures:CannotLoad") as one:
-            await up(one)
-            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
-            deployment = one.controller.manager.deployments[2]
+        async with running_executor({1: [(0,)], 2: [(0,)]}, tmp_path, backend="engine_fixtures:CannotLoad") as executor:
+            await up(executor)
+            executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            deployment = executor.controller.manager.deployments[2]
             await until(lambda: deployment.state == "down" and not deployment.returns)
             assert deployment.generation == QUICK.max_restarts
             assert deployment.reason == "its engine ended with exit code 9; given up after 3 failures in a row"
-            assert (await send(one).outcome()).status is COMPLETED
+            assert (await send(executor).outcome()).status is COMPLETED
 
     run_async(check)
 
 
 def test_an_execution_that_cannot_be_done_fails_alone(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)]}, tmp_path, backend="engine_fixtures:CannotDo") as one:
-            await up(one)
-            bad, good = send(one, prompt=(13, 1)), send(one)
+        async with running_executor({1: [(0,)]}, tmp_path, backend="engine_fixtures:CannotGenerate") as executor:
+            await up(executor)
+            bad, good = send(executor, prompt=(13, 1)), send(executor)
             ended = await bad.outcome()
             assert ended.status is FAILED
             assert ended.reason == (
                 "deployment 1 (tiny): its engine could not do it (out-of-memory): no room for the KV cache of this one"
             )
             assert (await good.outcome()).status is COMPLETED
-            assert one.controller.manager.deployments[1].generation == 1
+            assert executor.controller.manager.deployments[1].generation == 1
 
     run_async(check)
 
 
 def test_removal_stops_the_engine_and_all_its_ranks(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0, 1)]}, tmp_path, token_s=0.005) as one:
-            await up(one)
-            running, waiting = send(one, tokens=200), send(one)
+        async with running_executor({1: [(0, 1)]}, tmp_path, token_s=0.005) as executor:
+            await up(executor)
+            running, waiting = send(executor, tokens=200), send(executor)
             await first_token(running)
-            group = pid_of(one)
-            one.remove(1)
+            group = pid_of(executor)
+            executor.remove(1)
             assert (await waiting.outcome()).reason == "deployment 1 (tiny) was removed"
             assert (await running.outcome()).status is COMPLETED
             await until(lambda: not alive_in_group(group))
@@ -189,17 +191,17 @@ def test_removal_stops_the_engine_and_all_its_ranks(tmp_path) -> None:
 
 def test_the_next_engine_waits_until_the_one_before_has_left_its_gpus(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0,)], 2: [(0,)]}, tmp_path) as one:
-            await up(one)
-            old = pid_of(one)
+        async with running_executor({1: [(0,)], 2: [(0,)]}, tmp_path) as executor:
+            await up(executor)
+            old = pid_of(executor)
             os.kill(old, signal.SIGSTOP)  # it will not stop by word, nor by SIGTERM
-            one.remove(1)
-            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+            executor.remove(1)
+            executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             await asyncio.sleep(0.5)
-            assert status(one, 2) == "loading"
+            assert status(executor, 2) == "loading"
             assert alive_in_group(old)
             os.kill(old, signal.SIGCONT)
-            await until(lambda: status(one, 2) == "up")
+            await until(lambda: status(executor, 2) == "up")
             assert not alive_in_group(old)
 
     run_async(check)
@@ -207,12 +209,12 @@ def test_the_next_engine_waits_until_the_one_before_has_left_its_gpus(tmp_path) 
 
 def test_closing_ends_every_request_and_every_process(tmp_path) -> None:
     async def check() -> None:
-        async with body({1: [(0, 1)]}, tmp_path) as one:
-            await up(one)
-            handles = [send(one, tokens=100_000) for _ in range(3)]
+        async with running_executor({1: [(0, 1)]}, tmp_path) as executor:
+            await up(executor)
+            handles = [send(executor, tokens=100_000) for _ in range(3)]
             await first_token(handles[0])
-            group = pid_of(one)
-            await one.close()
+            group = pid_of(executor)
+            await executor.close()
             assert not alive_in_group(group)
             ends = [await handle.outcome() for handle in handles]
             assert {(end.status, end.reason) for end in ends} == {
@@ -225,10 +227,10 @@ def test_closing_ends_every_request_and_every_process(tmp_path) -> None:
 @pytest.mark.parametrize("when_s", [0.0, 0.03, 0.1])
 def test_closing_while_an_engine_starts_leaves_nothing_behind(tmp_path, when_s: float) -> None:
     async def check() -> None:
-        async with body({1: [(0, 1)]}, tmp_path) as one:
-            one.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
+        async with running_executor({1: [(0, 1)]}, tmp_path) as executor:
+            executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             await asyncio.sleep(when_s)
-            await one.close()
+            await executor.close()
         assert not children()
 
     run_async(check)

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_fixtures import body, run_async, until
+from engine_fixtures import run_async, running_executor, until
 from fixtures import controller
 from gpu_fakes import FakeMeter
 
@@ -270,9 +270,9 @@ def test_placement_sees_how_busy_real_gpus_are(tmp_path) -> None:
 
     async def check() -> None:
         sampler = GpuSampler(Lost(busy, busy, busy), LoadWindow(sample_us=10_000, look_us=10_000, samples=100))
-        async with body({1: [(0,)]}, tmp_path, sampler=sampler) as one:
+        async with running_executor({1: [(0,)]}, tmp_path, sampler=sampler) as executor:
             sampling = asyncio.create_task(sampler.run())
-            await until(lambda: one.controller.manager.loads(one.now_us) == [0.02, 0.0, 0.0, 0.0])
+            await until(lambda: executor.controller.manager.loads(executor.now_us) == [0.02, 0.0, 0.0, 0.0])
             sampling.cancel()
 
     run_async(check)
@@ -297,6 +297,6 @@ def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
         return record
 
     record = asyncio.run(some_time())
-    assert [one.memory_bytes for one in record.samples] == [GIB, 2 * GIB, 0]
+    assert [sample.memory_bytes for sample in record.samples] == [GIB, 2 * GIB, 0]
     assert record.energy_j() == ()
     assert len(record.notes) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engine_fixtures import EngineCase, rig, run_async, until, work
+from engine_fixtures import EngineCase, run_async, started_engine, until, work
 
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import BACKENDS, EngineError, make_engine
@@ -52,31 +52,31 @@ def test_sockets_lie_in_a_private_folder_that_goes(tmp_path: Path) -> None:
 
 def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
     async def check() -> None:
-        async with rig(CASE, tmp_path, load=False) as one:
-            one.connection.channel._writer.write(b"\0\0\0\1x")
-            await one.exit_code()
-            assert "does not speak this protocol" in one.connection.last_output()
+        async with started_engine(CASE, tmp_path, load=False) as engine:
+            engine.connection.channel._writer.write(b"\0\0\0\1x")
+            await engine.exit_code()
+            assert "does not speak this protocol" in engine.connection.last_output()
             assert (tmp_path / "1-1.log").read_text().startswith("maveriq engine: ")
 
     run_async(check)
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind"), [("engine_fixtures:CannotDo", "out-of-memory"), ("engine_fixtures:Breaks", None)]
+    ("backend", "kind"), [("engine_fixtures:CannotGenerate", "out-of-memory"), ("engine_fixtures:Crashes", None)]
 )
 def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind: str | None) -> None:
     """It says what it has to say, or ends: it must not fall silent."""
     (tmp_path / "1-1.log").symlink_to("/dev/full")
 
     async def check() -> None:
-        async with rig(EngineCase(backend=backend), tmp_path) as one:
-            one.say(work(1, [13]))
+        async with started_engine(EngineCase(backend=backend), tmp_path) as engine:
+            engine.send(work(1, [13]))
             if kind is None:
-                await one.hear_nothing_more()
+                await engine.wait_until_closed()
             else:
-                assert (await one.hear(Failed)).kind == kind
-                one.say(work(2, [1]))
-                assert (await one.hear(Finished)).execution_id == 2
+                assert (await engine.receive(Failed)).kind == kind
+                engine.send(work(2, [1]))
+                assert (await engine.receive(Finished)).execution_id == 2
 
     run_async(check)
 
@@ -98,12 +98,12 @@ def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr("maveriq.exec.launcher.SIZE_CHECK_INTERVAL_S", 0.02)
 
     async def check() -> None:
-        async with rig(EngineCase(backend="engine_fixtures:Chatters"), tmp_path) as one:
+        async with started_engine(EngineCase(backend="engine_fixtures:FloodsLog"), tmp_path) as engine:
             for number in range(1, 41):
-                one.say(work(number, tokens=1))
-                await one.hear(Finished)
+                engine.send(work(number, tokens=1))
+                await engine.receive(Finished)
                 await until(lambda: (tmp_path / LOG).stat().st_size <= 100_000)  # the next round starts short
-        assert one.connection.last_output() == "chatter, chatter, the last"
+        assert engine.connection.last_output() == "chatter, chatter, the last"
         assert size_of(tmp_path) < 350_000
 
     run_async(check)

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="the expected tokens come from transformers")
 
 import torch
-from engine_fixtures import EngineCase, alive_in_group, rig, run_async, until
+from engine_fixtures import EngineCase, alive_in_group, run_async, started_engine, until
 from torch_models import CONFIGS, PROMPTS, expected_tokens, load_worker, outputs, prompts_of, spec_of
 
 from maveriq.exec.engine_protocol import BROKEN
@@ -187,11 +187,11 @@ def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_pat
     monkeypatch.setattr("tempfile.tempdir", None)
 
     async def check():
-        async with rig(EngineCase(backend="torch"), tmp_path, pp=2, layer_split=(6, 2)) as one:
-            ranks = [pid for pid in alive_in_group(one.connection.pid) if pid != one.connection.pid]
+        async with started_engine(EngineCase(backend="torch"), tmp_path, pp=2, layer_split=(6, 2)) as engine:
+            ranks = [pid for pid in alive_in_group(engine.connection.pid) if pid != engine.connection.pid]
             os.kill(ranks[1], signal.SIGKILL)
-            assert await one.exit_code() == BROKEN
-            await until(lambda: not alive_in_group(one.connection.pid))
+            assert await engine.exit_code() == BROKEN
+            await until(lambda: not alive_in_group(engine.connection.pid))
 
     run_async(check)
     assert not list(scratch.iterdir())

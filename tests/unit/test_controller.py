@@ -95,7 +95,7 @@ def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
     brain.handle(1, [RequestArrived(request(1, at_us=1))])
     table = brain.tracker.close()
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny) was rejected"
-    assert brain.manager.deployments[1].record().reason == "told to reject"
+    assert brain.manager.deployments[1].record().reason == "rejected by the test policy"
 
 
 def test_the_head_of_the_line_holds_everybody_behind_it() -> None:

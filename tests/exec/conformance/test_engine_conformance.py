@@ -6,7 +6,7 @@ A new engine joins by a line in `ENGINES` of tests/engine_fixtures.py.
 from pathlib import Path
 
 import pytest
-from engine_fixtures import ENGINES, EngineCase, alive_in_group, rig, run_async, until, work
+from engine_fixtures import ENGINES, EngineCase, alive_in_group, run_async, started_engine, until, work
 
 from maveriq.exec.engine_server import NO_PROTOCOL, STOPPED
 from maveriq.exec.engines.engine import make_engine
@@ -35,35 +35,35 @@ pytestmark = pytest.mark.parametrize(
 
 def test_it_introduces_itself_until_it_is_told_what_to_load(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path, load=False) as one:
-            one.say(Ping(number=1))
-            assert await one.hear() == Hello(protocol=PROTOCOL_VERSION, pid=one.connection.pid)
-            assert await one.hear() == Pong(number=1, execution_id=0, steps=0)
+        async with started_engine(case, tmp_path, load=False) as engine:
+            engine.send(Ping(number=1))
+            assert await engine.receive() == Hello(protocol=PROTOCOL_VERSION, pid=engine.connection.pid)
+            assert await engine.receive() == Pong(number=1, execution_id=0, steps=0)
 
     run_async(check)
 
 
 def test_load_twice_loads_once(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path, load=False) as one:
-            one.say(Load(spec=one.spec), Load(spec=one.spec))
-            loaded = await one.hear(Loaded)
-            one.say(Ping(number=1))
-            answer = await one.hear()
+        async with started_engine(case, tmp_path, load=False) as engine:
+            engine.send(Load(spec=engine.spec), Load(spec=engine.spec))
+            loaded = await engine.receive(Loaded)
+            engine.send(Ping(number=1))
+            answer = await engine.receive()
             if answer == loaded:  # the second message came after the load had ended, and repeats its answer
-                answer = await one.hear()
+                answer = await engine.receive()
             assert answer == Pong(number=1, execution_id=0, steps=0)
-            one.say(Load(spec=one.spec))
-            assert await one.hear() == loaded
+            engine.send(Load(spec=engine.spec))
+            assert await engine.receive() == loaded
 
     run_async(check)
 
 
 def test_steps_come_in_order_and_add_up_to_the_outputs(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
-            one.say(work(1, tokens=5))
-            *steps, finished = await one.hear_until(Finished)
+        async with started_engine(case, tmp_path) as engine:
+            engine.send(work(1, tokens=5))
+            *steps, finished = await engine.receive_until(Finished)
             assert [step.step for step in steps] == [1, 2, 3, 4, 5]
             assert all(isinstance(step, StepProgress) and step.execution_id == 1 for step in steps)
             assert finished.outputs == (tuple(step.tokens[0] for step in steps),)
@@ -75,11 +75,11 @@ def test_steps_come_in_order_and_add_up_to_the_outputs(case: EngineCase, tmp_pat
 
 def test_equal_prompts_give_equal_tokens_alone_or_in_a_batch(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
-            one.say(work(1, [5, 6, 7]))
-            alone = await one.hear(Finished)
-            one.say(work(2, [5, 6, 7], [5, 6, 7], tokens=[4, 2]))
-            together = await one.hear(Finished)
+        async with started_engine(case, tmp_path) as engine:
+            engine.send(work(1, [5, 6, 7]))
+            alone = await engine.receive(Finished)
+            engine.send(work(2, [5, 6, 7], [5, 6, 7], tokens=[4, 2]))
+            together = await engine.receive(Finished)
             assert together.outputs == (alone.outputs[0], alone.outputs[0][:2])
 
     run_async(check)
@@ -87,9 +87,9 @@ def test_equal_prompts_give_equal_tokens_alone_or_in_a_batch(case: EngineCase, t
 
 def test_a_sequence_that_has_ended_gets_no_token_while_others_go_on(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
-            one.say(work(1, [5, 6, 7], [1, 2], tokens=[1, 3]))
-            *steps, finished = await one.hear_until(Finished)
+        async with started_engine(case, tmp_path) as engine:
+            engine.send(work(1, [5, 6, 7], [1, 2], tokens=[1, 3]))
+            *steps, finished = await engine.receive_until(Finished)
             assert [step.tokens[0] >= 0 for step in steps] == [True, False, False]
             assert [len(output) for output in finished.outputs] == [1, 3]
 
@@ -98,28 +98,28 @@ def test_a_sequence_that_has_ended_gets_no_token_while_others_go_on(case: Engine
 
 def test_generation_ends_with_a_stop_token(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
-            one.say(work(1, tokens=6))
-            whole = (await one.hear(Finished)).outputs[0]
-            one.say(work(2, tokens=6, stop=(whole[2],)))
-            assert (await one.hear(Finished)).outputs[0] == whole[: whole.index(whole[2]) + 1]
+        async with started_engine(case, tmp_path) as engine:
+            engine.send(work(1, tokens=6))
+            whole = (await engine.receive(Finished)).outputs[0]
+            engine.send(work(2, tokens=6, stop=(whole[2],)))
+            assert (await engine.receive(Finished)).outputs[0] == whole[: whole.index(whole[2]) + 1]
 
     run_async(check)
 
 
 def test_a_repeated_execution_is_not_done_again(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
+        async with started_engine(case, tmp_path) as engine:
             first = work(1, tokens=3, service_s=0.05)
-            one.say(first, first)
-            *steps, finished = await one.hear_until(Finished)
+            engine.send(first, first)
+            *steps, finished = await engine.receive_until(Finished)
             assert len(steps) == 3
-            one.say(first)
-            assert await one.hear() == finished
-            one.say(work(2), Ping(number=1))
-            await one.hear(Finished)
-            one.say(first, Ping(number=2))  # older than the last: no answer to it
-            while (heard := await one.hear()) != Pong(number=2, execution_id=0, steps=0):
+            engine.send(first)
+            assert await engine.receive() == finished
+            engine.send(work(2), Ping(number=1))
+            await engine.receive(Finished)
+            engine.send(first, Ping(number=2))  # older than the last: no answer to it
+            while (heard := await engine.receive()) != Pong(number=2, execution_id=0, steps=0):
                 assert isinstance(heard, Pong)
 
     run_async(check)
@@ -127,36 +127,36 @@ def test_a_repeated_execution_is_not_done_again(case: EngineCase, tmp_path) -> N
 
 def test_too_large_a_batch_fails_alone(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path, batch_size=2) as one:
-            one.say(work(1, [1], [2], [3]))
-            assert (await one.hear()).kind == "error"
-            one.say(work(2, [1], [2]))
-            assert len((await one.hear(Finished)).outputs) == 2
+        async with started_engine(case, tmp_path, batch_size=2) as engine:
+            engine.send(work(1, [1], [2], [3]))
+            assert (await engine.receive()).kind == "error"
+            engine.send(work(2, [1], [2]))
+            assert len((await engine.receive(Finished)).outputs) == 2
 
     run_async(check)
 
 
 def test_nothing_can_be_executed_before_loading(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path, load=False) as one:
-            one.say(work(1))
-            assert await one.hear() == Failed(execution_id=1, kind="error", message="nothing is loaded")
+        async with started_engine(case, tmp_path, load=False) as engine:
+            engine.send(work(1))
+            assert await engine.receive() == Failed(execution_id=1, kind="error", message="nothing is loaded")
 
     run_async(check)
 
 
 def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
-            one.say(work(1, tokens=10_000, service_s=20.0))
-            await one.hear(StepProgress)
+        async with started_engine(case, tmp_path) as engine:
+            engine.send(work(1, tokens=10_000, service_s=20.0))
+            await engine.receive(StepProgress)
             steps = []
             for number in (1, 2):
-                one.say(Ping(number=number))
-                pong = await one.hear(Pong)
+                engine.send(Ping(number=number))
+                pong = await engine.receive(Pong)
                 assert pong.execution_id == 1
                 steps.append(pong.steps)
-                await one.hear(StepProgress)
+                await engine.receive(StepProgress)
             assert 0 < steps[0] <= steps[1]
 
     run_async(check)
@@ -164,11 +164,11 @@ def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
 
 def test_it_stops_by_word_in_the_middle_of_work(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path) as one:
-            one.say(work(1, tokens=10_000, service_s=600.0))
-            one.say(Stop(), Stop())
-            assert isinstance((await one.hear_until(Bye))[-1], Bye)
-            assert await one.exit_code() == STOPPED
+        async with started_engine(case, tmp_path) as engine:
+            engine.send(work(1, tokens=10_000, service_s=600.0))
+            engine.send(Stop(), Stop())
+            assert isinstance((await engine.receive_until(Bye))[-1], Bye)
+            assert await engine.exit_code() == STOPPED
 
     run_async(check)
 
@@ -176,13 +176,13 @@ def test_it_stops_by_word_in_the_middle_of_work(case: EngineCase, tmp_path) -> N
 def test_all_its_ranks_are_in_its_group_and_go_with_it(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         layers = (case.model.layers - 1, 1)
-        async with rig(case, tmp_path, pp=2, layer_split=layers) as one:
-            assert len(alive_in_group(one.connection.pid)) >= 2
-            one.say(work(1))
-            assert len((await one.hear(Finished)).outputs[0]) == 4
-            one.say(Stop())
-            assert await one.exit_code() == STOPPED
-            await until(lambda: not alive_in_group(one.connection.pid))
+        async with started_engine(case, tmp_path, pp=2, layer_split=layers) as engine:
+            assert len(alive_in_group(engine.connection.pid)) >= 2
+            engine.send(work(1))
+            assert len((await engine.receive(Finished)).outputs[0]) == 4
+            engine.send(Stop())
+            assert await engine.exit_code() == STOPPED
+            await until(lambda: not alive_in_group(engine.connection.pid))
 
     run_async(check)
 
@@ -190,12 +190,12 @@ def test_all_its_ranks_are_in_its_group_and_go_with_it(case: EngineCase, tmp_pat
 def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         layers = (case.model.layers - 1, 1)
-        async with rig(case, tmp_path, pp=2, layer_split=layers) as one:
-            one.say(work(1, tokens=10_000, service_s=20.0))
-            await one.hear(StepProgress)
-            one.connection.channel.close()
-            assert await one.exit_code() == STOPPED
-            await until(lambda: not alive_in_group(one.connection.pid))
+        async with started_engine(case, tmp_path, pp=2, layer_split=layers) as engine:
+            engine.send(work(1, tokens=10_000, service_s=20.0))
+            await engine.receive(StepProgress)
+            engine.connection.channel.close()
+            assert await engine.exit_code() == STOPPED
+            await until(lambda: not alive_in_group(engine.connection.pid))
 
     run_async(check)
 
@@ -203,9 +203,9 @@ def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
 @pytest.mark.parametrize("bytes_", [b"\0\0\0\3abc", b"\xff" * 64, b"\0\0\0\0"], ids=["no message", "too long", "empty"])
 def test_it_ends_when_it_is_told_nonsense(case: EngineCase, tmp_path, bytes_: bytes) -> None:
     async def check() -> None:
-        async with rig(case, tmp_path, load=False) as one:
-            one.connection.channel._writer.write(bytes_)
-            assert await one.exit_code() == NO_PROTOCOL
+        async with started_engine(case, tmp_path, load=False) as engine:
+            engine.connection.channel._writer.write(bytes_)
+            assert await engine.exit_code() == NO_PROTOCOL
 
     run_async(check)
 
@@ -224,8 +224,8 @@ def test_heavy_libraries_are_imported_when_it_loads(case: EngineCase, tmp_path) 
     """So that also a backend with heavy libraries answers at once."""
 
     async def check() -> None:
-        async with rig(case, tmp_path, load=False) as one:
-            maps = Path(f"/proc/{one.connection.pid}/maps").read_text()
+        async with started_engine(case, tmp_path, load=False) as engine:
+            maps = Path(f"/proc/{engine.connection.pid}/maps").read_text()
             assert "python" in maps
             assert not [name for name in ("libtorch", "numpy", "cuda") if name in maps]
 
