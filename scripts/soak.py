@@ -24,7 +24,7 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tests" / "dst")]
 
-from cluster_sim import RunSummary, simulate_cluster  # noqa: E402  (beside the tests)
+from cluster_sim import RunSummary, simulate_cluster  # noqa: E402  (in tests/dst)
 from restart_sim import simulate_restarts  # noqa: E402
 
 _CHUNK = 100

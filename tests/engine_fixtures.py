@@ -133,7 +133,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
 
 
-def work(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] = 4, **more: Any) -> Generate:
+def batch_of(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] = 4, **more: Any) -> Generate:
     """Return an execution of these prompts (default: one prompt)."""
     asked = prompts or ([7, 8, 9],)
     counts = [tokens] * len(asked) if isinstance(tokens, int) else tokens
@@ -256,32 +256,32 @@ class CannotLoad(FaultyEngine):
 class CannotGenerate(FaultyEngine):
     """Prompts that begin with token 13 fail."""
 
-    def generate(self, work: Generate) -> Any:
-        if any(sequence.prompt[0] == 13 for sequence in work.sequences):
+    def generate(self, batch: Generate) -> Any:
+        if any(sequence.prompt[0] == 13 for sequence in batch.sequences):
             raise EngineError(FailureKind.OUT_OF_MEMORY, "no room for the KV cache of this one")
-        return super().generate(work)
+        return super().generate(batch)
 
 
 class Crashes(FaultyEngine):
     """Raises an unexpected error at its first execution."""
 
-    def generate(self, work: Generate) -> Any:
+    def generate(self, batch: Generate) -> Any:
         raise ZeroDivisionError("unexpected")
 
 
 class FloodsLog(FaultyEngine):
     """Prints much."""
 
-    def generate(self, work: Generate) -> Any:
+    def generate(self, batch: Generate) -> Any:
         os.write(2, b"chatter " * 4_000 + b"\nchatter, chatter, the last\n")
-        return super().generate(work)
+        return super().generate(batch)
 
 
 class EndsEarly(FaultyEngine):
     """Generates three tokens at most."""
 
-    def generate(self, work: Generate) -> Any:
-        for step, tokens in enumerate(super().generate(work)):
+    def generate(self, batch: Generate) -> Any:
+        for step, tokens in enumerate(super().generate(batch)):
             if step == 3:
                 return
             yield tokens
@@ -297,8 +297,8 @@ class Paced(EmulatedEngine):
         super().load(spec)
         return Loaded(backend="paced", version="1", weights_bytes=3 << 30, kv_cache_bytes=1 << 30)
 
-    def generate(self, work: Generate) -> Any:
-        first_s = time.monotonic() + FIRST_S * len(work.sequences)
-        for step in range(max(sequence.output_tokens for sequence in work.sequences)):
+    def generate(self, batch: Generate) -> Any:
+        first_s = time.monotonic() + FIRST_S * len(batch.sequences)
+        for step in range(max(sequence.output_tokens for sequence in batch.sequences)):
             time.sleep(max(0.0, first_s + step * EACH_S - time.monotonic()))
-            yield [step] * len(work.sequences)
+            yield [step] * len(batch.sequences)

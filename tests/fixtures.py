@@ -1,4 +1,4 @@
-"""Small worlds for tests: a model, an estimator with round numbers, a policy that does as it is told."""
+"""A small system for tests: a model, an estimator with round numbers, a policy with fixed placements."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ SHARD_BYTES = BYTES_PER_GIB
 
 
 class TokenSeconds:
-    """An estimator: one output token takes `token_s`, everything else is free; a batch takes as long as one."""
+    """An estimator: an output token takes `token_s`, all else takes no time; a batch takes as long as one request."""
 
     name = "token-seconds"
 
@@ -128,7 +128,7 @@ def scenario(
     requested_us: dict[int, Micros] | None = None,
     drain_us: Micros = 3_600 * MICROS_PER_SECOND,
 ) -> ReplaySystem:
-    """A world whose requests take `token_s` per output token; all endpoints are asked for at 0."""
+    """Return a system whose requests take `token_s` per output token; by default all endpoints are requested at 0."""
     estimator = TokenSeconds(token_s)
     endpoints = tuple(
         endpoint_spec(endpoint_id, (requested_us or {}).get(endpoint_id, 0)) for endpoint_id in sorted(gpus_of)
@@ -148,7 +148,7 @@ def scenario(
 
 
 def predict_service_time(deployment: Deployment, request: Request) -> Micros:
-    """What shortest job first goes by: here it knows the truth, so that tests can tell its order."""
+    """Return the true service time, so that the order of shortest job first is known."""
     return duration_micros(request.output_tokens / 1e3)
 
 
@@ -156,10 +156,10 @@ def run(*args, **kwargs) -> RunRecord:
     return simulate(scenario(*args, **kwargs))
 
 
-def controller(
+def make_controller(
     gpus_of: dict[int, list[tuple[int, ...]]], *, gpus: int = 4, on_request_end=None, **settings
 ) -> Controller:
-    """A controller to be driven by hand."""
+    """Return a controller for tests that call `handle` themselves."""
     return Controller(
         cluster(gpus),
         FixedPlacement(gpus_of),

@@ -83,9 +83,9 @@ class RandomPlacement:
 class Users:
     """The users of one executor, and what they receive."""
 
-    def __init__(self, draws: RandomDraws, body: Executor, *, break_engines: bool) -> None:
+    def __init__(self, draws: RandomDraws, executor: Executor, *, break_engines: bool) -> None:
         self._draws = draws
-        self._body = body
+        self._executor = executor
         self._break_engines = break_engines
         self._endpoints: list[int] = []
         self._followers: list[asyncio.Task[Outcome]] = []
@@ -95,7 +95,7 @@ class Users:
         await asyncio.gather(
             *(self._developer() for _ in range(self._draws.integer(1, 4))), self._break_engines_at_random()
         )
-        await self._body.drained()
+        await self._executor.drained()
         return await asyncio.gather(*self._followers)
 
     async def _developer(self) -> None:
@@ -107,13 +107,13 @@ class Users:
             output_tokens=MAX_TOKENS,
             batch_size=self._draws.integer(1, 3),
         )
-        endpoint_id = self._body.deploy(asked)
+        endpoint_id = self._executor.deploy(asked)
         self._endpoints.append(endpoint_id)
         for _ in range(self._draws.integer(0, 25)):
             await asyncio.sleep(self._draws.wait_s(3))
             self._send(endpoint_id)
         if self._draws.happens(0.3):
-            self._body.remove(endpoint_id)
+            self._executor.remove(endpoint_id)
             self._send(endpoint_id)
 
     def _send(self, endpoint_id: int) -> None:
@@ -123,28 +123,28 @@ class Users:
             output_tokens=self._draws.integer(1, MAX_TOKENS),
             priority=self._draws.happens(0.1),
         )
-        handle = self._body.submit(submission)
+        handle = self._executor.submit(submission)
         self._followers.append(asyncio.create_task(follow(handle, submission)))
         if self._draws.happens(0.1):
             delay_s = self._draws.wait_s(2)
-            asyncio.get_running_loop().call_later(delay_s, self._body.cancel, handle.request_id)
+            asyncio.get_running_loop().call_later(delay_s, self._executor.cancel, handle.request_id)
 
     async def _break_engines_at_random(self) -> None:
         """Make engines fail on purpose."""
         while self._break_engines and self._draws.happens(0.5):
             await asyncio.sleep(self._draws.wait_s(20))
             if self._endpoints:
-                victims = self._body.endpoint(self._endpoints[self._draws.integer(0, len(self._endpoints) - 1)])
+                victims = self._executor.endpoint(self._endpoints[self._draws.integer(0, len(self._endpoints) - 1)])
                 for_us = micros(self._draws.between(0, 20)) if self._draws.happens(0.7) else None
-                self._body.inject_fault(victims[0].deployment_id, for_us=for_us)
+                self._executor.inject_fault(victims[0].deployment_id, for_us=for_us)
 
 
 async def follow(handle: RequestHandle, submission: Submission) -> Outcome:
-    """Read a request to its end as a client does, and check what came."""
-    seen = [one async for one in handle.tokens()]
+    """Read the tokens of a request as a client does, and check them."""
+    seen = [received async for received in handle.tokens()]
     ended = await handle.outcome()
     right = [token(submission.prompt, at) for at in range(submission.output_tokens)]
-    assert seen == right[: len(seen)], f"request {handle.request_id}: tokens out of place: {seen} of {right}"
+    assert seen == right[: len(seen)], f"request {handle.request_id}: wrong tokens: {seen} of {right}"
     assert tuple(seen) == ended.tokens
     assert ended.status in FINAL_STATUSES
     assert (ended.reason == "") == (ended.status is RequestStatus.COMPLETED)
@@ -155,7 +155,7 @@ async def follow(handle: RequestHandle, submission: Submission) -> Outcome:
 
 
 def simulate_cluster(seed: int, fault_rates: FaultRates | None = None) -> RunSummary:
-    """Run the drama of a seed, perhaps under a given fault_rates.
+    """Simulate a cluster under the faults of a seed, or under given fault rates.
 
     Raises:
         AssertionError: a check failed.
@@ -168,28 +168,30 @@ def simulate_cluster(seed: int, fault_rates: FaultRates | None = None) -> RunSum
 
 async def _simulate(draws: RandomDraws, fault_rates: FaultRates) -> RunSummary:
     machine = Machine(draws, fault_rates)
-    body = executor_on(draws, machine, RandomPlacement(draws), machine)
+    executor = executor_on(draws, machine, RandomPlacement(draws), machine)
     standing = asyncio.create_task(machine.stall_at_random())
-    outcomes = await Users(draws, body, break_engines=fault_rates.break_engines).run()
+    outcomes = await Users(draws, executor, break_engines=fault_rates.break_engines).run()
     standing.cancel()
-    notes = body.notes.notes
-    await body.close()
-    table = body.end_requests()
+    notes = executor.notes.notes
+    await executor.close()
+    table = executor.end_requests()
     counts = Counter(outcome.status.label for outcome in outcomes)
     assert {status.label: count for status, count in table.counts().items() if count} == counts
     assert sorted(outcome.request_id for outcome in outcomes) == list(range(1, len(outcomes) + 1))
-    assert RequestStatus.UNFINISHED.label not in counts, "drained, and yet something had not ended"
+    assert RequestStatus.UNFINISHED.label not in counts, "drained, but some request has not ended"
     assert not [process.name for process in machine.processes if process.alive], "processes outlive their executor"
     await asyncio.sleep(5)
     assert not machine.lingering
     assert not machine.violations, machine.violations[0]
     assert not machine.runs or max(machine.runs.values()) <= 2, "a request ran more often than twice"
-    assert not body.internal_error.done(), body.internal_error.exception()
+    assert not executor.internal_error.done(), executor.internal_error.exception()
     return RunSummary(
         statuses=counts,
-        reasons=Counter(" ".join(word for word in one.reason.split() if not word.isdigit()) for one in outcomes),
+        reasons=Counter(
+            " ".join(word for word in outcome.reason.split() if not word.isdigit()) for outcome in outcomes
+        ),
         engines=len(machine.processes),
-        deployments=sum(1 for one in body.controller.manager.deployments.values() if one.generation),
+        deployments=sum(1 for record in executor.controller.manager.deployments.values() if record.generation),
         failures=len(notes),
         hangs=sum("heartbeat timeout" in note or "makes no progress" in note for note in notes),
         simulated_s=asyncio.get_running_loop().time(),
@@ -197,7 +199,7 @@ async def _simulate(draws: RandomDraws, fault_rates: FaultRates) -> RunSummary:
 
 
 def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: Launcher) -> Executor:
-    """Return an executor on a machine, which gets GPUs if it has none."""
+    """Return an executor on a machine; a machine without GPUs gets some."""
     machine.capacity = machine.capacity or [gpu.capacity_bytes for gpu in cluster(draws.integer(1, 5)).gpus]
     system = ServingSystem(
         cluster=cluster(len(machine.capacity)),
@@ -211,7 +213,7 @@ def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: 
         service_times=EstimatedServiceTimes(TokenSeconds(_TOKEN_S)),
         load_time=lambda _: micros(draws.between(0.1, 3)),
     )
-    body = Executor(
+    executor = Executor(
         system,
         launcher,
         supervision=SupervisionSettings(
@@ -228,11 +230,11 @@ def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: 
     )
 
     def memory_of(spec: EngineSpec) -> dict[int, int]:
-        plan = body.controller.manager.deployments[spec.deployment_id].required_plan
+        plan = executor.controller.manager.deployments[spec.deployment_id].required_plan
         return dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
 
     machine.memory_of = memory_of
-    return body
+    return executor
 
 
 def _timing(draws: RandomDraws) -> DispatchTiming:

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, drawn from its seed: the same seed, the same fault_rates."""
+"""The faults of a simulated run, drawn from its seed: equal seeds give equal faults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from maveriq.streams import generator
 
 
 class RandomDraws:
-    """Random draws of one seed. Time is simulated, so the order of the draws repeats, and with it the run."""
+    """Random draws from a seed. Time is simulated, so the order of draws repeats, and so does the run."""
 
     def __init__(self, seed: int) -> None:
         self._draw = generator(seed, "simulation test")
@@ -20,19 +20,19 @@ class RandomDraws:
         return low + (high - low) * float(self._draw.random())
 
     def wait_s(self, mean_s: float) -> float:
-        """An exponentially distributed time."""
+        """Return an exponentially distributed time in seconds."""
         return float(self._draw.exponential(mean_s))
 
     def integer(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`."""
+        """Return a whole number from `low` to `high`, both included."""
         return int(self._draw.integers(low, high + 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultRates:
-    """How likely things go wrong; after `until_s` nothing does, so that everything can come to its end.
+    """How likely each kind of fault is; none occurs after `until_s`, so that every request can end.
 
-    Rates are per second of an engine's life, probabilities per message or per launch.
+    Rates are per second of an engine process, probabilities per message or per launch.
     """
 
     until_s: float
@@ -52,7 +52,7 @@ class FaultRates:
 
     @classmethod
     def drawn(cls, draws: RandomDraws) -> FaultRates:
-        """Rates of every kind of fault; each kind is absent from half of the runs."""
+        """Draw rates of each kind of fault; half of the runs have no fault of a kind."""
 
         def perhaps(maximum: float) -> float:
             return draws.between(0, maximum) if draws.happens(0.5) else 0.0

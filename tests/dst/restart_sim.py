@@ -33,7 +33,7 @@ _FINAL = {status.label for status in FINAL_STATUSES}
 
 
 class Disk:
-    """A state file that takes its time, fails at times, and keeps what was committed."""
+    """A state file with delays and random failures; it keeps what was committed."""
 
     def __init__(self, draws: RandomDraws, full: float) -> None:
         self._draws = draws
@@ -45,7 +45,7 @@ class Disk:
         self._file.close()
 
     def open(self, power: ServicePower) -> Callable[[Path, Prepare], File]:
-        """Return what a store opens in a life."""
+        """Return the `open_writer` of a store for one run of the service."""
 
         def opened(_: Path, prepare: Prepare) -> File:
             prepare(self._file)
@@ -57,7 +57,7 @@ class Disk:
         await asyncio.sleep(self._draws.wait_s(0.01))
         await power.on()
         if self.faulty and self._draws.happens(self._full):
-            raise StoreError("the disk is full today")
+            raise StoreError("the disk is full")
         self._file.execute("BEGIN")
         result = work(self._file)
         self._file.execute("COMMIT")
@@ -68,7 +68,7 @@ class Disk:
 
 @dataclass
 class File:
-    """`maveriq.serve.store.JobWriter` in one life."""
+    """Stands in for `maveriq.serve.store.JobWriter` during one run of the service."""
 
     disk: Disk
     power: ServicePower
@@ -81,7 +81,7 @@ class File:
 
 
 class ServicePower:
-    """On until a run of the service is killed; then none of its tasks goes on."""
+    """Blocks all tasks of a run of the service once that run is killed."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -106,17 +106,17 @@ class Clients:
 
     def __init__(self, draws: RandomDraws) -> None:
         self._draws = draws
-        self.reported: dict[str, str | None] = {}  # by request: its end as far as a client heard of it
+        self.reported: dict[str, str | None] = {}  # by request: the status that its client received
         self.endpoints: set[int] = set()
         self._uncertain: set[int] = set()
 
     async def use(self, service: Service) -> None:
-        """Deploy, send, take away, in parallel, until done or cut off."""
+        """Deploy, send and remove in parallel, until done or killed."""
         async with asyncio.TaskGroup() as tasks:
             for _ in range(self._draws.integer(1, 4)):
-                tasks.create_task(self._one(service))
+                tasks.create_task(self._use_as_client(service))
 
-    async def _one(self, service: Service) -> None:
+    async def _use_as_client(self, service: Service) -> None:
         await asyncio.sleep(self._draws.between(0, 10))
         endpoint_id = await self._deploy(service)
         async with asyncio.TaskGroup() as followers:
@@ -141,7 +141,7 @@ class Clients:
         return endpoint.endpoint_id
 
     async def _remove(self, service: Service, endpoint_id: int) -> None:
-        self._uncertain.add(endpoint_id)  # cut off in the middle it may be there or not
+        self._uncertain.add(endpoint_id)  # if killed meanwhile, it may be there or not
         try:
             await service.remove_endpoint(endpoint_id)
         except ApiError:  # another client was first
@@ -198,7 +198,7 @@ async def _simulate(draws: RandomDraws) -> RunSummary:
 
 
 async def _run_and_kill(draws: RandomDraws, machine: Machine, disk: Disk, clients: Clients) -> None:
-    """Start a service, use it, and cut it off at any time."""
+    """Start a service, use it, and kill it at a random time."""
     power = ServicePower(machine)
     before = asyncio.all_tasks()
 
@@ -219,12 +219,12 @@ async def _run_and_kill(draws: RandomDraws, machine: Machine, disk: Disk, client
 
 
 async def _final_run(draws: RandomDraws, machine: Machine, disk: Disk, clients: Clients) -> Counter[str]:
-    """Start once more, use it until its disk is well again, stop it, and look at what is written down."""
+    """Start the service again, repair its disk, stop it, and check the stored requests."""
     service = _service(draws, machine, disk, ServicePower(machine))
     while not await _starts(service):
         service = _service(draws, machine, disk, ServicePower(machine))
     back = {endpoint.endpoint_id for endpoint in service.endpoints() if endpoint.deployments}
-    assert clients.certain(clients.endpoints) <= back, "an endpoint did not come back"
+    assert clients.certain(clients.endpoints) <= back, "an endpoint is lost"
     await clients.use(service)
     disk.faulty = False
     await service.requests.drained()
@@ -232,18 +232,16 @@ async def _final_run(draws: RandomDraws, machine: Machine, disk: Disk, clients: 
     await service.stop()
     await asyncio.sleep(5)
     for request_id, reported in clients.reported.items():
-        assert request_id in rows, "an accepted request is not written down"
-        assert reported in (None, rows[request_id].status), (
-            f"reported {reported}, written down {rows[request_id].status}"
-        )
-    assert {row.status for row in rows.values()} <= _FINAL, "an accepted request has no end"
+        assert request_id in rows, "an accepted request is not stored"
+        assert reported in (None, rows[request_id].status), f"reported {reported}, stored {rows[request_id].status}"
+    assert {row.status for row in rows.values()} <= _FINAL, "an accepted request has no final status"
     assert not [process.name for process in machine.processes if process.alive], "processes outlive their executor"
     assert not machine.violations, machine.violations[0]
     return Counter(row.status for row in rows.values())
 
 
 async def _starts(service: Service) -> bool:
-    """Start a service; one that cannot read its state says so and does not start."""
+    """Start a service; return False if it cannot read its state."""
     try:
         if not await service.store.models():
             await service.store.add_model(MODEL, "")
@@ -255,7 +253,7 @@ async def _starts(service: Service) -> bool:
 
 def _service(draws: RandomDraws, machine: Machine, disk: Disk, power: ServicePower) -> Service:
     placements = PinnedPlacementPolicy(default=RandomPlacement(draws))
-    body = executor_on(draws, machine, placements, power)
+    executor = executor_on(draws, machine, placements, power)
     store = Store(Path("state"), open_writer=disk.open(power))
     models = ModelRegistry(store, folder=None, max_models=ServeSettings().max_models)
-    return Service(body, store, ServeSettings(), placements, models)
+    return Service(executor, store, ServeSettings(), placements, models)

@@ -86,7 +86,7 @@ class Machine:
 
     def check_alone(self, newcomer: Process) -> None:
         if newcomer.ending:
-            return  # a late word to one that is being killed
+            return  # a late message to an engine that is being killed
         for other in self.processes:
             shared = set(other.gpu_ids) & set(newcomer.gpu_ids)
             if other is not newcomer and other.executing and not other.ending and shared:
@@ -207,10 +207,10 @@ class Process:
         self.exited: asyncio.Future[int] = machine.loop.create_future()
         self.holds_memory = False
         self.executing = False
-        self.ending = False  # somebody has decided that it is to end
-        self.unreachable = False  # its executor is gone: nothing comes any more, not even signals
+        self.ending = False  # it was asked to exit
+        self.unreachable = False  # its executor is gone: no message and no signal arrives
         self._hangs = False
-        self._at = 0  # the last execution that it was asked for
+        self._at = 0  # the last execution it received
         self._work: list[asyncio.TimerHandle] = []
         self._protocol = EngineProtocol(pid=self.pid, worker=self, send=self._send, exit_process=self._exit)
         self._fate()
@@ -241,7 +241,7 @@ class Process:
     # Channels
 
     def post(self, message: _M, deliver: Callable[[_M], None]) -> None:
-        """Carry a message over: perhaps never, perhaps twice, some time later, perhaps after later ones."""
+        """Deliver a message after a delay; it may be lost, repeated, or overtaken by later messages."""
         machine = self.machine
         if machine.fault_occurs(machine.fault_rates.lost):
             return
@@ -254,9 +254,9 @@ class Process:
             self.post(self._garbage() if garbled else message, self.inbox.put)
 
     def _garbage(self) -> FromEngine | ProtocolError:
-        """What an engine that has lost its mind may say; lies that sound like the truth are not among it."""
+        """Return a message of a faulty engine that is recognizably invalid."""
         about = self._at
-        said: list[FromEngine | ProtocolError] = [
+        answers: list[FromEngine | ProtocolError] = [
             ProtocolError("not a message"),
             Hello(protocol=10**6, pid=0),
             Failed(execution_id=about and 2**53, kind="whatever", message="\0" * 1000),
@@ -268,7 +268,7 @@ class Process:
             Loaded(backend="\n", version=""),
             Bye(),
         ]
-        return said[self.machine.draws.integer(0, len(said) - 1)]
+        return answers[self.machine.draws.integer(0, len(answers) - 1)]
 
     def take(self, message: ToEngine) -> None:
         if self.alive and not self._hangs and not self.unreachable:
@@ -304,7 +304,7 @@ class Process:
         for timer in self._work:
             timer.cancel()
         self._work.clear()
-        # A hanging engine may still be executing; nobody is to run beside it before it is ending.
+        # A hanging engine may still be executing; no other engine may run on its GPUs until it exits.
         self.executing = self.executing and self._hangs
 
     # `EngineWorker`
@@ -331,7 +331,9 @@ class Process:
         each_s = (batch.service_s - batch.first_token_s) / max(1, steps - 1)
         for step in range(1, steps + 1):
             self._later(batch.first_token_s + (step - 1) * each_s, lambda step=step: self._step(batch, step))
-        outputs = tuple(tuple(token(one.prompt, at) for at in range(one.output_tokens)) for one in batch.sequences)
+        outputs = tuple(
+            tuple(token(sequence.prompt, at) for at in range(sequence.output_tokens)) for sequence in batch.sequences
+        )
         done = Finished(
             execution_id=batch.execution_id,
             first_token_s=batch.first_token_s,
@@ -341,7 +343,9 @@ class Process:
         self._later(batch.service_s, lambda: self._over(done))
 
     def _step(self, batch: Generate, step: int) -> None:
-        tokens = [token(one.prompt, step - 1) if step <= one.output_tokens else -1 for one in batch.sequences]
+        tokens = [
+            token(sequence.prompt, step - 1) if step <= sequence.output_tokens else -1 for sequence in batch.sequences
+        ]
         self._protocol.on_step(batch, step, tokens)
 
     def _over(self, ended: Finished | Failed) -> None:

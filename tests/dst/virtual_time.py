@@ -1,8 +1,7 @@
 """An asyncio event loop whose time is simulated: nothing waits, and equal programs run equally.
 
-The loop knows no sockets, no threads and no signals. When nothing is ready it does not sleep, it
-sets its clock to the next timer. Whatever runs on it is therefore as deterministic as its own
-choices, and hours of it take as long as its steps need.
+The loop has no sockets, threads or signals. When no task is ready it does not sleep but sets its clock to the next
+timer. A program on it is therefore deterministic, and simulated hours take only as long as their steps.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class Deadlock(Exception):  # noqa: N818  (it names a state, as StopIteration do
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """The loop; its own selector, too, for that is where a loop would sleep."""
+    """The event loop, and its own selector, because the selector is where a loop sleeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,14 +32,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now_s
 
     def stall(self, duration_s: float) -> None:
-        """Let time pass in which nothing gets on, as where a process is stopped or has no processor."""
+        """Let time pass without any progress, as while a process is stopped or gets no CPU."""
         self._now_s += duration_s
 
     def select(self, timeout_s: float | None) -> list[object]:
-        """Let time pass instead of sleeping.
+        """Advance the time instead of sleeping.
 
         Raises:
-            Deadlock: there is nothing to wait for.
+            Deadlock: no timer is set.
         """
         if timeout_s is None:
             raise Deadlock("no task can go on and no timer is set")
@@ -59,12 +58,12 @@ def run_virtually(main: Coroutine[Any, Any, _T], *, longest_s: float) -> _T:
 
     Args:
         main: what to run.
-        longest_s: simulated seconds after which it counts as hanging.
+        longest_s: time limit in simulated seconds.
 
     Raises:
         Deadlock: no task can go on and no timer is set.
-        TimeoutError: it takes longer than that.
-        AssertionError: a task of its failed and nobody looked.
+        TimeoutError: `main` takes longer than `longest_s`.
+        AssertionError: a task failed and its exception was never retrieved.
     """
     loop = VirtualLoop()
     try:

@@ -12,7 +12,7 @@ from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import ExternalEngine
 
 
-def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
+def batch_of(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
     """Return an execution: for each sequence its prompt's only token, and how many may follow."""
     return messages.Generate(
         execution_id=1,
@@ -26,7 +26,7 @@ def work(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Gener
 def check_that_close_may_come_twice_and_at_any_time(engine: ExternalEngine) -> None:
     engine.close()
     engine.load(spec())
-    steps = engine.generate(work((10, 99), (50, 99)))
+    steps = engine.generate(batch_of((10, 99), (50, 99)))
     assert next(steps) == (11, 51)
     engine.close()
     engine.close()
@@ -36,9 +36,9 @@ def check_that_close_may_come_twice_and_at_any_time(engine: ExternalEngine) -> N
 def check_that_a_sequence_without_room_fails_alone(engine: ExternalEngine) -> None:
     engine.load(spec())
     with pytest.raises(EngineError, match=r"of 257 tokens is too long \(limit 256\)") as failed:
-        list(engine.generate(work((1, 2), (1, 256))))
+        list(engine.generate(batch_of((1, 2), (1, 256))))
     assert failed.value.kind is FailureKind.ERROR
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    assert list(engine.generate(batch_of((1, 2)))) == [(2,), (3,)]
     engine.close()
 
 

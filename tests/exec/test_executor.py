@@ -1,4 +1,4 @@
-"""The body driven as a service drives it: prompts in, tokens and outcomes out."""
+"""The executor as a service uses it: prompts in, tokens and outcomes out."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from maveriq.exec.live_cluster import EndpointRequest, LiveCluster, RequestHandl
 from maveriq.exec.messages import Loaded
 
 
-def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
+def test_tokens_stream_before_the_outcome(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)]}, tmp_path, token_s=0.01) as executor:
             cluster: LiveCluster = executor
@@ -31,12 +31,12 @@ def test_tokens_come_one_by_one_before_the_outcome(tmp_path) -> None:
             assert ended.status is RequestStatus.COMPLETED
             assert ended.arrival_us <= arrived_us <= ended.first_token_us <= ended.finish_us
             assert ended.start_us <= ended.first_token_us
-            assert [token async for token in handle.tokens()] == list(ended.tokens)  # whoever comes late gets all
+            assert [token async for token in handle.tokens()] == list(ended.tokens)  # a late reader gets all tokens
 
     run_async(check)
 
 
-def test_a_waiting_request_that_nobody_wants_fails_and_one_that_runs_is_finished(tmp_path) -> None:
+def test_cancelling_fails_a_waiting_request_and_lets_a_running_one_finish(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)]}, tmp_path, token_s=0.005) as executor:
             await up(executor)
@@ -77,12 +77,12 @@ def test_records_count_the_tokens_that_came(tmp_path) -> None:
     run_async(check)
 
 
-def test_what_is_not_there_is_said(tmp_path) -> None:
+def test_an_unknown_endpoint_is_an_input_error(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: []}, tmp_path) as executor:
-            for ask in (lambda: send(executor), lambda: executor.endpoint(1), lambda: executor.remove(1)):
+            for call in (lambda: send(executor), lambda: executor.endpoint(1), lambda: executor.remove(1)):
                 with pytest.raises(InputError, match="there is no endpoint 1"):
-                    ask()
+                    call()
             executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             assert status(executor) == "rejected"
             ended = await send(executor).outcome()
@@ -106,7 +106,7 @@ def test_what_is_not_there_is_said(tmp_path) -> None:
     ],
     ids=repr,
 )
-def test_what_no_engine_takes_is_refused_and_harms_nobody(tmp_path, wrong) -> None:
+def test_an_invalid_request_is_refused_and_changes_nothing(tmp_path, wrong) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)]}, tmp_path) as executor:
             await up(executor)
@@ -117,7 +117,7 @@ def test_what_no_engine_takes_is_refused_and_harms_nobody(tmp_path, wrong) -> No
     run_async(check)
 
 
-def test_where_there_is_no_engine_to_break_nothing_is_said_to_have_broken(tmp_path) -> None:
+def test_injecting_a_fault_without_an_engine_leaves_no_note(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: []}, tmp_path) as executor:
             executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
@@ -128,20 +128,20 @@ def test_where_there_is_no_engine_to_break_nothing_is_said_to_have_broken(tmp_pa
     run_async(check)
 
 
-def test_what_a_long_life_leaves_is_bounded(monkeypatch) -> None:
+def test_run_notes_are_bounded(monkeypatch) -> None:
     monkeypatch.setattr("maveriq.exec.executor.MAX_ENGINES", 3)
     notes = RunNotes()
-    order = LaunchSpec(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
+    launch = LaunchSpec(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
     for number in range(200):
         notes.engine_starting(1, number)
-        notes.engine_loaded(order, Loaded(backend="emulated", version="1"), number + 1)
+        notes.engine_loaded(launch, Loaded(backend="emulated", version="1"), number + 1)
         notes.add_note("deployment 1 (tiny)", number, "it crashed")
     assert [engine.start_s for engine in notes.engines] == [1, 1, 1]
     assert len(notes.notes) == 101
     assert "omitted" in notes.notes[-1]
 
 
-def test_endpoints_keep_the_numbers_of_an_earlier_life(tmp_path) -> None:
+def test_endpoints_keep_their_ids_over_a_restart(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({7: [(0,)], 8: [(1,)]}, tmp_path) as executor:
             asked = EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1)

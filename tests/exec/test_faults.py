@@ -1,4 +1,4 @@
-"""Every fault, made for real: what becomes of requests, and of the engines beside."""
+"""Real faults of engine processes: what happens to their requests and to other engines."""
 
 import asyncio
 import dataclasses
@@ -38,19 +38,19 @@ def send(
 
 
 def pid_of(executor: Executor, deployment_id: int = 1) -> int:
-    life = executor._supervisors[deployment_id]._engine
-    assert life is not None
-    assert life._connection is not None
-    return life._connection.pid
+    engine = executor._supervisors[deployment_id]._engine
+    assert engine is not None
+    assert engine._connection is not None
+    return engine._connection.pid
 
 
 async def first_token(handle: LiveRequestHandle) -> int:
     async for token in handle.tokens():
         return token
-    raise AssertionError("it ended without a token")
+    raise AssertionError("the request ended without a token")
 
 
-def test_a_killed_engine_comes_back_and_its_request_is_run_again(tmp_path) -> None:
+def test_a_killed_engine_restarts_and_its_request_runs_again(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005) as executor:
             await up(executor, 2)
@@ -91,7 +91,7 @@ def test_a_request_that_kills_its_engine_twice_fails_and_the_next_is_served(tmp_
     run_async(check)
 
 
-def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
+def test_a_hanging_engine_is_killed_and_restarts(tmp_path) -> None:
     async def check() -> None:
         quick = dataclasses.replace(QUICK, hang_timeout_s=1.0)
         async with running_executor({1: [(0,)], 2: [(1,)]}, tmp_path, token_s=0.005, supervision=quick) as executor:
@@ -109,7 +109,7 @@ def test_an_engine_that_hangs_is_killed_and_comes_back(tmp_path) -> None:
     run_async(check)
 
 
-def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
+def test_an_engine_restarts_when_one_stage_dies(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0, 1, 2)]}, tmp_path, token_s=0.005) as executor:
             await up(executor)
@@ -125,7 +125,7 @@ def test_an_engine_whose_stage_dies_comes_back(tmp_path) -> None:
     run_async(check)
 
 
-def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
+def test_out_of_memory_at_start_is_not_retried(tmp_path) -> None:
     async def check() -> None:
         async with running_executor(
             {1: [(0,)], 2: [(1,)]}, tmp_path, backend="engine_fixtures:OutOfMemory"
@@ -144,7 +144,7 @@ def test_out_of_memory_at_start_is_final_and_says_so(tmp_path) -> None:
     run_async(check)
 
 
-def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) -> None:
+def test_an_engine_that_cannot_load_is_given_up_and_others_continue(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)], 2: [(0,)]}, tmp_path, backend="engine_fixtures:CannotLoad") as executor:
             await up(executor)
@@ -158,7 +158,7 @@ def test_an_engine_that_never_comes_up_is_given_up_and_others_go_on(tmp_path) ->
     run_async(check)
 
 
-def test_an_execution_that_cannot_be_done_fails_alone(tmp_path) -> None:
+def test_a_failed_execution_keeps_its_engine(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)]}, tmp_path, backend="engine_fixtures:CannotGenerate") as executor:
             await up(executor)
@@ -189,12 +189,12 @@ def test_removal_stops_the_engine_and_all_its_ranks(tmp_path) -> None:
     run_async(check)
 
 
-def test_the_next_engine_waits_until_the_one_before_has_left_its_gpus(tmp_path) -> None:
+def test_the_next_engine_waits_until_the_previous_one_leaves_its_gpus(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({1: [(0,)], 2: [(0,)]}, tmp_path) as executor:
             await up(executor)
             old = pid_of(executor)
-            os.kill(old, signal.SIGSTOP)  # it will not stop by word, nor by SIGTERM
+            os.kill(old, signal.SIGSTOP)  # it reacts neither to a message nor to SIGTERM
             executor.remove(1)
             executor.deploy(EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1))
             await asyncio.sleep(0.5)
@@ -237,6 +237,6 @@ def test_closing_while_an_engine_starts_leaves_nothing_behind(tmp_path, when_s: 
 
 
 def children() -> list[str]:
-    """Processes of this one that run."""
+    """Return the running child processes of this process."""
     pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return [pid for pid in pids if alive_in_group(int(pid))]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from engine_fixtures import run_async, running_executor, until
-from fixtures import controller
+from fixtures import make_controller
 from gpu_fakes import FakeMeter
 
 from maveriq.domain.cluster import LoadWindow
@@ -288,7 +288,7 @@ def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
     meter = Lost([reading(1, energy_j=5.0)], [reading(2, energy_j=8.0)], [reading(3)])
 
     async def some_time() -> GpuRecorder:
-        record = GpuRecorder(controller({1: [(0,)]}).manager, 1, meter, own_devices=True)
+        record = GpuRecorder(make_controller({1: [(0,)]}).manager, 1, meter, own_devices=True)
         for time_us in (1, 2, 3):
             await record.read()
             record.sample(time_us)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engine_fixtures import EngineCase, run_async, started_engine, until, work
+from engine_fixtures import EngineCase, batch_of, run_async, started_engine, until
 
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import BACKENDS, EngineError, make_engine
@@ -70,12 +70,12 @@ def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind
 
     async def check() -> None:
         async with started_engine(EngineCase(backend=backend), tmp_path) as engine:
-            engine.send(work(1, [13]))
+            engine.send(batch_of(1, [13]))
             if kind is None:
                 await engine.wait_until_closed()
             else:
                 assert (await engine.receive(Failed)).kind == kind
-                engine.send(work(2, [1]))
+                engine.send(batch_of(2, [1]))
                 assert (await engine.receive(Finished)).execution_id == 2
 
     run_async(check)
@@ -100,7 +100,7 @@ def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> N
     async def check() -> None:
         async with started_engine(EngineCase(backend="engine_fixtures:FloodsLog"), tmp_path) as engine:
             for number in range(1, 41):
-                engine.send(work(number, tokens=1))
+                engine.send(batch_of(number, tokens=1))
                 await engine.receive(Finished)
                 await until(lambda: (tmp_path / LOG).stat().st_size <= 100_000)  # the next round starts short
         assert engine.connection.last_output() == "chatter, chatter, the last"

@@ -1,4 +1,4 @@
-"""Supervision on a clock of its own: patience, backoff, repetition, the steps of stopping."""
+"""The supervisor in simulated time: timeouts, backoff, restarts, and the steps of stopping an engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from engine_fixtures import EngineCase, work
+from engine_fixtures import EngineCase, batch_of
 from fixtures import MODEL
 from virtual_time import run_virtually
 
@@ -46,31 +46,31 @@ NEEDED = {0: 100, 1: 100}
 
 
 class FakeEngine:
-    """The engine's side, as a test scripts it: it answers what it is told to, and keeps what it heard."""
+    """A scripted engine process: it answers messages by a given function and keeps what it received."""
 
     def __init__(self, answer: Callable[[FakeEngine, ToEngine], None]) -> None:
-        self.heard: list[ToEngine] = []
+        self.received: list[ToEngine] = []
         self.signals: list[str] = []
         self.pid = 4711
         self.channel = self
         self.killable = True
         self.terminable = True
         self._answer = answer
-        self._said: asyncio.Queue[FromEngine] = asyncio.Queue()
+        self._sent: asyncio.Queue[FromEngine] = asyncio.Queue()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     # The channel
 
     def send(self, message: ToEngine) -> None:
-        self.heard.append(message)
+        self.received.append(message)
         self._answer(self, message)
 
     async def receive(self) -> FromEngine:
-        said = asyncio.ensure_future(self._said.get())
-        await asyncio.wait({said, self._exit}, return_when=asyncio.FIRST_COMPLETED)
-        if said.done():
-            return said.result()
-        said.cancel()
+        next_message = asyncio.ensure_future(self._sent.get())
+        await asyncio.wait({next_message, self._exit}, return_when=asyncio.FIRST_COMPLETED)
+        if next_message.done():
+            return next_message.result()
+        next_message.cancel()
         raise ChannelClosedError("gone")
 
     def close(self) -> None:
@@ -96,27 +96,27 @@ class FakeEngine:
 
     # What a script does
 
-    def say(self, *messages: FromEngine) -> None:
+    def reply(self, *messages: FromEngine) -> None:
         for message in messages:
-            self._said.put_nowait(message)
+            self._sent.put_nowait(message)
 
     def exit(self, code: int) -> None:
         if not self._exit.done():
             self._exit.set_result(code)
 
     def of(self, kind: type[ToEngine]) -> list[ToEngine]:
-        return [message for message in self.heard if isinstance(message, kind)]
+        return [message for message in self.received if isinstance(message, kind)]
 
 
-def well(engine: FakeEngine, message: ToEngine) -> None:
-    """Do everything at once."""
+def answer_at_once(engine: FakeEngine, message: ToEngine) -> None:
+    """Answer every message immediately."""
     match message:
         case Load():
-            engine.say(Loaded(backend="fake", version="1"))
+            engine.reply(Loaded(backend="fake", version="1"))
         case Ping(number=number):
-            engine.say(Pong(number=number, execution_id=0, steps=0))
+            engine.reply(Pong(number=number, execution_id=0, steps=0))
         case Generate(execution_id=number):
-            engine.say(StepProgress(execution_id=number, step=1, tokens=(5,)), finished(number))
+            engine.reply(StepProgress(execution_id=number, step=1, tokens=(5,)), finished(number))
         case Stop():
             engine.exit(0)
 
@@ -126,14 +126,14 @@ def finished(number: int) -> Finished:
 
 
 @dataclass
-class Scene:
-    """A supervisor with a launcher that gives it scripted engines, and what it was told."""
+class Harness:
+    """A supervisor with scripted engines, and the callbacks it made."""
 
     answer: Callable[[FakeEngine, ToEngine], None]
     greet: bool = True
     watch: object = field(default_factory=NoMemoryProbe)
     engines: list[FakeEngine] = field(default_factory=list)
-    told: list[tuple[float, str, object]] = field(default_factory=list)
+    events: list[tuple[float, str, object]] = field(default_factory=list)
     refusals: int = 0
     launch_s: float = 0.0
 
@@ -155,11 +155,11 @@ class Scene:
         engine = FakeEngine(self.answer)
         self.engines.append(engine)
         if self.greet:
-            engine.say(Hello(protocol=PROTOCOL_VERSION, pid=1))
+            engine.reply(Hello(protocol=PROTOCOL_VERSION, pid=1))
         return engine
 
     def _note(self, what: str, detail: object = None) -> None:
-        self.told.append((self.loop.time(), what, detail))
+        self.events.append((self.loop.time(), what, detail))
 
     def on_engine_up(self, launch_spec, loaded) -> None:
         self._note("up")
@@ -184,151 +184,151 @@ class Scene:
         raise AssertionError(error)
 
     def times(self, what: str) -> list[float]:
-        return [round(time_s, 3) for time_s, told, _ in self.told if told == what]
+        return [round(time_s, 3) for time_s, name, _ in self.events if name == what]
 
     def details(self, what: str) -> list[object]:
-        return [detail for _, told, detail in self.told if told == what]
+        return [detail for _, name, detail in self.events if name == what]
 
 
-def play(script, answer=well, **how) -> Scene:
-    """Play a script on a scene, and return the scene."""
+def run_script(script, answer=answer_at_once, **how) -> Harness:
+    """Run a script on a harness in simulated time, and return the harness."""
 
-    async def main() -> Scene:
-        scene = Scene(answer, **how)
-        await script(scene)
-        await scene.supervisor.close()
-        return scene
+    async def main() -> Harness:
+        harness = Harness(answer, **how)
+        await script(harness)
+        await harness.supervisor.close()
+        return harness
 
     return run_virtually(main(), longest_s=100_000)
 
 
-def test_backoff_doubles_up_to_a_bound_and_ends_after_the_last_failure() -> None:
+def test_backoff_doubles_up_to_a_limit_and_ends_after_the_last_restart() -> None:
     def dies(engine: FakeEngine, message: ToEngine) -> None:
         if isinstance(message, Load):
             engine.exit(1)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(1000)
 
-    scene = play(script, dies)
-    downs = scene.times("down")
-    assert [round(up - down) for down, up in zip(downs, scene.times("repaired"), strict=True)] == [1, 2, 4, 5]
-    assert scene.details("lost") == ["its engine ended with exit code 1; given up after 5 failures in a row"]
-    assert len(scene.engines) == 5
+    harness = run_script(script, dies)
+    downs = harness.times("down")
+    assert [round(up - down) for down, up in zip(downs, harness.times("repaired"), strict=True)] == [1, 2, 4, 5]
+    assert harness.details("lost") == ["its engine ended with exit code 1; given up after 5 failures in a row"]
+    assert len(harness.engines) == 5
 
 
-def test_an_execution_that_succeeds_is_a_new_start_for_the_count() -> None:
-    async def script(scene: Scene) -> None:
-        scene.start()
+def test_a_successful_execution_resets_the_restart_count() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
         for number in range(1, 10):
             await asyncio.sleep(20)
-            scene.supervisor.execute(work(number), 0.0)
+            harness.supervisor.execute(batch_of(number), 0.0)
             await asyncio.sleep(20)
-            scene.engines[-1].exit(1)
+            harness.engines[-1].exit(1)
         await asyncio.sleep(20)
 
-    scene = play(script)
-    assert len(scene.times("up")) == 10
-    assert scene.details("lost") == []
+    harness = run_script(script)
+    assert len(harness.times("up")) == 10
+    assert harness.details("lost") == []
 
 
 @pytest.mark.parametrize(("kind", "ends"), [("out-of-memory", "lost"), ("unsupported", "lost"), ("error", "down")])
-def test_what_no_repeat_mends_is_not_repeated(kind: str, ends: str) -> None:
+def test_permanent_failures_are_not_retried(kind: str, ends: str) -> None:
     def refuses(engine: FakeEngine, message: ToEngine) -> None:
         if isinstance(message, Load):
-            engine.say(Failed(execution_id=0, kind=kind, message="no"))
+            engine.reply(Failed(execution_id=0, kind=kind, message="no"))
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
 
-    scene = play(script, refuses)
-    assert scene.details(ends) == [f"its engine could not load ({kind}): no"]
+    harness = run_script(script, refuses)
+    assert harness.details(ends) == [f"its engine could not load ({kind}): no"]
 
 
-def test_another_version_of_the_protocol_is_refused() -> None:
-    async def script(scene: Scene) -> None:
-        scene.start()
+def test_another_protocol_version_is_refused() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
-        scene.engines[0].say(Hello(protocol=PROTOCOL_VERSION + 1, pid=1))
+        harness.engines[0].reply(Hello(protocol=PROTOCOL_VERSION + 1, pid=1))
         await asyncio.sleep(0.5)
 
-    scene = play(script, lambda engine, message: None, greet=False)
-    assert "version" in str(scene.details("lost")[0])
+    harness = run_script(script, lambda engine, message: None, greet=False)
+    assert "version" in str(harness.details("lost")[0])
 
 
-def test_a_start_that_takes_too_long_is_a_failure_also_when_the_engine_answers() -> None:
+def test_a_slow_start_times_out_even_if_the_engine_answers_pings() -> None:
     def only_pongs(engine: FakeEngine, message: ToEngine) -> None:
         if isinstance(message, Ping):
-            engine.say(Pong(number=message.number, execution_id=0, steps=0))
+            engine.reply(Pong(number=message.number, execution_id=0, steps=0))
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(101.5)
 
-    scene = play(script, only_pongs)
-    assert scene.times("down") == [101.0]
-    assert scene.details("down") == ["its engine did not start within 100 s"]
+    harness = run_script(script, only_pongs)
+    assert harness.times("down") == [101.0]
+    assert harness.details("down") == ["its engine did not start within 100 s"]
 
 
-def test_launch_and_load_share_the_time_to_start() -> None:
-    async def script(scene: Scene) -> None:
-        scene.launch_s = 80
-        scene.start()
+def test_launch_and_load_share_the_start_timeout() -> None:
+    async def script(harness: Harness) -> None:
+        harness.launch_s = 80
+        harness.start()
         await asyncio.sleep(150)
 
-    assert play(script, lambda engine, message: None).times("down") == [101.0]
+    assert run_script(script, lambda engine, message: None).times("down") == [101.0]
 
 
 def test_a_process_that_cannot_be_started_is_a_failure() -> None:
-    async def script(scene: Scene) -> None:
-        scene.refusals = 2
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.refusals = 2
+        harness.start()
         await asyncio.sleep(10)
 
-    scene = play(script)
-    assert scene.details("down") == ["no such file"] * 2
-    assert len(scene.times("up")) == 1
+    harness = run_script(script)
+    assert harness.details("down") == ["no such file"] * 2
+    assert len(harness.times("up")) == 1
 
 
-def test_an_engine_that_is_not_heard_hangs() -> None:
+def test_an_engine_without_heartbeats_is_killed() -> None:
     def falls_silent(engine: FakeEngine, message: ToEngine) -> None:
         if not isinstance(message, Ping) or message.number < 3:
-            well(engine, message)
+            answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(14)
 
-    scene = play(script, falls_silent)
-    assert scene.times("down") == [13.0]  # last heard at 2 s
-    assert scene.engines[0].signals == ["KILL"]
+    harness = run_script(script, falls_silent)
+    assert harness.times("down") == [13.0]  # last heard at 2 s
+    assert harness.engines[0].signals == ["KILL"]
 
 
 @pytest.mark.parametrize("at_work", [False, True])
-def test_an_executor_that_stood_still_holds_nothing_against_its_engines(*, at_work: bool) -> None:
-    """As after SIGSTOP and SIGCONT: nobody could be heard, so nobody was silent."""
+def test_a_stalled_executor_does_not_kill_its_engines(*, at_work: bool) -> None:
+    """The executor was stopped, as by SIGSTOP and SIGCONT, so missing heartbeats are its own fault."""
 
     def takes_long(engine: FakeEngine, message: ToEngine) -> None:
         match message:
             case Generate():
                 pass
             case Ping(number=number):
-                engine.say(Pong(number=number, execution_id=int(at_work), steps=0))
+                engine.reply(Pong(number=number, execution_id=int(at_work), steps=0))
             case _:
-                well(engine, message)
+                answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
         if at_work:
-            scene.supervisor.execute(work(1), 0.0)
+            harness.supervisor.execute(batch_of(1), 0.0)
         await asyncio.sleep(5)
-        scene.loop.stall(1000)
+        harness.loop.stall(1000)
         await asyncio.sleep(3)
 
-    assert play(script, takes_long).times("down") == []
+    assert run_script(script, takes_long).times("down") == []
 
 
 @pytest.mark.parametrize(
@@ -340,69 +340,69 @@ def test_an_executor_that_stood_still_holds_nothing_against_its_engines(*, at_wo
         Finished(execution_id=1, first_token_s=0, service_s=0, outputs=()),
     ],
 )
-def test_an_engine_that_gives_what_nobody_asked_for_has_failed(too_much: FromEngine) -> None:
-    def babbles(engine: FakeEngine, message: ToEngine) -> None:
+def test_an_engine_with_invalid_results_fails(too_much: FromEngine) -> None:
+    def sends_too_much(engine: FakeEngine, message: ToEngine) -> None:
         if isinstance(message, Generate):
-            engine.say(too_much)
+            engine.reply(too_much)
         else:
-            well(engine, message)
+            answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
-        scene.supervisor.execute(work(1, tokens=2), 0.0)
+        harness.supervisor.execute(batch_of(1, tokens=2), 0.0)
         await asyncio.sleep(0.5)
 
-    scene = play(script, babbles)
-    assert len(scene.details("down")) == 1
-    assert scene.details("executed") == []
+    harness = run_script(script, sends_too_much)
+    assert len(harness.details("down")) == 1
+    assert harness.details("executed") == []
 
 
 @pytest.mark.parametrize(("expected_s", "down_s"), [(0.0, 11.0), (100.0, 311.0)])
-def test_an_execution_that_does_not_get_on_hangs_after_a_time_that_fits_it(expected_s: float, down_s: float) -> None:
-    """The engine goes on answering: only its work stands still, after one step."""
+def test_an_execution_without_progress_times_out_by_its_expected_time(expected_s: float, down_s: float) -> None:
+    """The engine still answers pings, but its execution makes no progress after one step."""
 
     def stands_still(engine: FakeEngine, message: ToEngine) -> None:
         match message:
             case Generate(execution_id=number):
-                engine.say(StepProgress(execution_id=number, step=1, tokens=(5,)))
+                engine.reply(StepProgress(execution_id=number, step=1, tokens=(5,)))
             case Ping(number=number):
-                engine.say(Pong(number=number, execution_id=1, steps=1))
+                engine.reply(Pong(number=number, execution_id=1, steps=1))
             case _:
-                well(engine, message)
+                answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0)
-        while not scene.times("up"):
+        while not harness.times("up"):
             await asyncio.sleep(0)
-        scene.supervisor.execute(work(1), expected_s)
+        harness.supervisor.execute(batch_of(1), expected_s)
         await asyncio.sleep(down_s + 0.5)
 
-    assert play(script, stands_still).times("down") == [down_s]
+    assert run_script(script, stands_still).times("down") == [down_s]
 
 
-def test_steps_that_only_pongs_tell_of_count_as_getting_on() -> None:
+def test_steps_reported_by_pongs_count_as_progress() -> None:
     def slow(engine: FakeEngine, message: ToEngine) -> None:
         match message:
             case Generate():
                 pass
             case Ping(number=number):
-                engine.say(Pong(number=number, execution_id=1, steps=number // 5))
+                engine.reply(Pong(number=number, execution_id=1, steps=number // 5))
             case _:
-                well(engine, message)
+                answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
-        scene.supervisor.execute(work(1), 0.0)
+        harness.supervisor.execute(batch_of(1), 0.0)
         await asyncio.sleep(500)
 
-    assert play(script, slow).times("down") == []
+    assert run_script(script, slow).times("down") == []
 
 
-def test_what_is_lost_is_said_again() -> None:
-    """The first of each message from the executor is lost, and so is the first end of the execution."""
+def test_lost_messages_are_sent_again() -> None:
+    """The first message of each kind from the executor is lost, and so is the first `Finished`."""
     lost: set[str] = set()
 
     def loses_first(engine: FakeEngine, message: ToEngine) -> None:
@@ -411,77 +411,79 @@ def test_what_is_lost_is_said_again() -> None:
             lost.add(name)
         elif isinstance(message, Generate) and "end" not in lost:
             lost.add("end")
-            engine.say(StepProgress(execution_id=1, step=1, tokens=(5,)))
+            engine.reply(StepProgress(execution_id=1, step=1, tokens=(5,)))
         else:
-            well(engine, message)
+            answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(5)
-        scene.supervisor.execute(work(1, tokens=2), 0.0)
+        harness.supervisor.execute(batch_of(1, tokens=2), 0.0)
         await asyncio.sleep(5)
 
-    scene = play(script, loses_first)
-    assert len(scene.times("up")) == 1
-    assert scene.details("step") == [1]
-    assert scene.details("executed") == [1]
-    assert len(scene.engines[0].of(Generate)) == 3
+    harness = run_script(script, loses_first)
+    assert len(harness.times("up")) == 1
+    assert harness.details("step") == [1]
+    assert harness.details("executed") == [1]
+    assert len(harness.engines[0].of(Generate)) == 3
 
 
-def test_steps_are_handed_on_once_and_in_order() -> None:
-    def muddles(engine: FakeEngine, message: ToEngine) -> None:
+def test_steps_are_reported_once_and_in_order() -> None:
+    def reorders(engine: FakeEngine, message: ToEngine) -> None:
         if isinstance(message, Generate):
             for step in (2, 1, 1, 3, 2, 3, 5):
-                engine.say(StepProgress(execution_id=1, step=step, tokens=(step,)))
-            engine.say(StepProgress(execution_id=7, step=4, tokens=(4,)), finished(7), finished(1), finished(1))
+                engine.reply(StepProgress(execution_id=1, step=step, tokens=(step,)))
+            engine.reply(StepProgress(execution_id=7, step=4, tokens=(4,)), finished(7), finished(1), finished(1))
         else:
-            well(engine, message)
+            answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
-        scene.supervisor.execute(work(1, tokens=5), 0.0)
+        harness.supervisor.execute(batch_of(1, tokens=5), 0.0)
         await asyncio.sleep(0.5)
 
-    scene = play(script, muddles)
-    assert scene.details("step") == [1, 2, 3]
-    assert scene.details("executed") == [1]
+    harness = run_script(script, reorders)
+    assert harness.details("step") == [1, 2, 3]
+    assert harness.details("executed") == [1]
 
 
 @pytest.mark.parametrize(
-    ("stubborn", "signals", "took_s"), [("not", [], 0), ("word", ["TERM"], 5), ("signal", ["TERM", "KILL"], 10)]
+    ("stubborn", "signals", "took_s"), [("not", [], 0), ("message", ["TERM"], 5), ("signal", ["TERM", "KILL"], 10)]
 )
-def test_stopping_goes_from_a_word_to_sigterm_to_sigkill(stubborn: str, signals: list[str], took_s: float) -> None:
+def test_stopping_escalates_from_a_message_to_sigterm_to_sigkill(
+    stubborn: str, signals: list[str], took_s: float
+) -> None:
     def answer(engine: FakeEngine, message: ToEngine) -> None:
         engine.terminable = stubborn != "signal"
         if not isinstance(message, Stop) or stubborn == "not":
-            well(engine, message)
+            answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
-        before_s = scene.loop.time()
-        await scene.supervisor.close()
-        assert scene.loop.time() - before_s == took_s
+        before_s = harness.loop.time()
+        await harness.supervisor.close()
+        assert harness.loop.time() - before_s == took_s
 
-    assert play(script, answer).engines[0].signals == signals
+    assert run_script(script, answer).engines[0].signals == signals
 
 
-def test_a_process_that_cannot_be_killed_is_noticed_and_waited_for_no_longer() -> None:
+def test_a_process_that_cannot_be_killed_is_reported() -> None:
     def answer(engine: FakeEngine, message: ToEngine) -> None:
         engine.terminable = engine.killable = False
         if not isinstance(message, Stop):
-            well(engine, message)
+            answer_at_once(engine, message)
 
-    async def script(scene: Scene) -> None:
-        scene.start()
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(0.5)
 
-    assert play(script, answer).details("warning") == ["process group 4711 cannot be killed"]
+    assert run_script(script, answer).details("warning") == ["process group 4711 cannot be killed"]
 
 
 class _Memory:
-    """Memory that is held for a while after an engine has gone."""
+    """GPU memory that stays in use for a while after an engine exited."""
 
     def __init__(self, back_s: float) -> None:
         self.back_s = back_s
@@ -494,24 +496,22 @@ class _Memory:
 
 
 @pytest.mark.parametrize(("back_s", "up_s", "warned"), [(30.0, 30.0, 0), (1000.0, 61.0, 1)])
-def test_the_next_engine_waits_for_memory_to_come_back_but_not_for_ever(
-    back_s: float, up_s: float, warned: int
-) -> None:
-    async def script(scene: Scene) -> None:
-        scene.start()  # there is room at first
+def test_the_next_engine_waits_for_free_memory_up_to_a_timeout(back_s: float, up_s: float, warned: int) -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()  # at first there is enough memory
         await asyncio.sleep(0.5)
-        assert len(scene.times("up")) == 1
-        scene.supervisor.stop()
+        assert len(harness.times("up")) == 1
+        harness.supervisor.stop()
         await asyncio.sleep(0.5)
-        scene.start()
+        harness.start()
         await asyncio.sleep(200)
 
-    scene = play(script, watch=_Memory(back_s))
-    assert scene.times("up")[1] == pytest.approx(up_s, abs=0.2)
-    assert len(scene.details("warning")) == warned
+    harness = run_script(script, watch=_Memory(back_s))
+    assert harness.times("up")[1] == pytest.approx(up_s, abs=0.2)
+    assert len(harness.details("warning")) == warned
 
 
-def test_gpus_that_share_a_device_need_its_memory_together() -> None:
+def test_gpus_that_share_a_device_add_up_their_memory() -> None:
     class Shared(_Memory):
         def device_of(self, gpu_id: int) -> int:
             return 0
@@ -519,32 +519,32 @@ def test_gpus_that_share_a_device_need_its_memory_together() -> None:
         def free_bytes(self, device: int) -> int:
             return 150 if asyncio.get_running_loop().time() < self.back_s else 200
 
-    async def script(scene: Scene) -> None:
-        scene.start()  # 100 on each of two
+    async def script(harness: Harness) -> None:
+        harness.start()  # 100 on each of two
         await asyncio.sleep(50)
 
-    assert play(script, watch=Shared(30.0)).times("up") == [pytest.approx(30.0, abs=0.2)]
+    assert run_script(script, watch=Shared(30.0)).times("up") == [pytest.approx(30.0, abs=0.2)]
 
 
-def test_what_is_broken_on_purpose_does_not_count_as_a_failure() -> None:
-    async def script(scene: Scene) -> None:
-        scene.start()
+def test_injected_faults_do_not_count_as_failures() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
         for _ in range(2 * SETTINGS.max_restarts):
             await asyncio.sleep(5)
-            assert scene.supervisor.abort("killed on purpose", repair_after_s=1.0)
+            assert harness.supervisor.abort("killed on purpose", repair_after_s=1.0)
         await asyncio.sleep(5)
 
-    scene = play(script)
-    assert scene.details("lost") == []
-    assert len(scene.times("up")) == 2 * SETTINGS.max_restarts + 1
+    harness = run_script(script)
+    assert harness.details("lost") == []
+    assert len(harness.times("up")) == 2 * SETTINGS.max_restarts + 1
 
 
-def test_loading_is_told_how_long_is_left_of_what_it_should_take() -> None:
-    async def script(scene: Scene) -> None:
-        scene.start()
+def test_load_messages_carry_the_remaining_load_time() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
         await asyncio.sleep(8)
-        scene.engines[0].say(Hello(protocol=PROTOCOL_VERSION, pid=1))
+        harness.engines[0].reply(Hello(protocol=PROTOCOL_VERSION, pid=1))
         await asyncio.sleep(0.5)
 
-    scene = play(script, lambda engine, message: None, greet=False)
-    assert [message.spec.load_s for message in scene.engines[0].of(Load)][-1] == pytest.approx(42, abs=0.1)
+    harness = run_script(script, lambda engine, message: None, greet=False)
+    assert [message.spec.load_s for message in harness.engines[0].of(Load)][-1] == pytest.approx(42, abs=0.1)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from engine_specs import TINY, spec
 from external_engine_checks import (
+    batch_of,
     check_that_a_sequence_without_room_fails_alone,
     check_that_close_may_come_twice_and_at_any_time,
     check_that_the_folder_goes_even_if_the_engine_will_not,
-    work,
 )
 
 from maveriq.errors import InputError
@@ -200,8 +200,8 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     assert (loaded.backend, loaded.version) == ("trtllm", "1.2.1")
     folder = Path(fake.arguments["model"])
     assert {path.name for path in folder.iterdir()} == {"config.json", "hf_quant_config.json"}
-    assert list(engine.generate(work((10, 4), (50, 3)))) == [(11, 51), (12, 52), (13, 53), (14, -1)]
-    assert list(engine.generate(work((10, 4), (50, 9), stops=(12, 55)))) == [
+    assert list(engine.generate(batch_of((10, 4), (50, 3)))) == [(11, 51), (12, 52), (13, 53), (14, -1)]
+    assert list(engine.generate(batch_of((10, 4), (50, 9), stops=(12, 55)))) == [
         (11, 51), (12, 52), (-1, 53), (-1, 54), (-1, 55),
     ]  # fmt: skip
     engine.close()
@@ -213,11 +213,11 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
 def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
     engine = TrtLlmEngine()
     engine.load(spec())
-    steps = engine.generate(work((10, 99), (50, 99)))
+    steps = engine.generate(batch_of((10, 99), (50, 99)))
     assert next(steps) == (11, 51)
     steps.close()  # type: ignore[attr-defined]
     assert sorted(fakes[0].aborted) == [[10], [50]]
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    assert list(engine.generate(batch_of((1, 2)))) == [(2,), (3,)]
     engine.close()
 
 
@@ -226,15 +226,15 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
     engine.load(spec())
     fakes[0].broken = "CUDA out of memory"
     with pytest.raises(EngineError) as failed:
-        list(engine.generate(work((10, 4), (50, 3))))
+        list(engine.generate(batch_of((10, 4), (50, 3))))
     assert failed.value.kind is FailureKind.OUT_OF_MEMORY
     fakes[0].broken = ""
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    assert list(engine.generate(batch_of((1, 2)))) == [(2,), (3,)]
     engine.close()
     with pytest.raises(EngineError, match="nothing is loaded"):
-        list(engine.generate(work((1, 2))))
+        list(engine.generate(batch_of((1, 2))))
     with pytest.raises(EngineError, match="nothing is loaded"):
-        list(TrtLlmEngine().generate(work((1, 2))))
+        list(TrtLlmEngine().generate(batch_of((1, 2))))
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     monkeypatch.setattr(trtllm, "missing", lambda: "no driver")
     with pytest.raises(EngineError, match="cannot be imported: no driver") as failed:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from engine_specs import TINY, spec
 from external_engine_checks import (
+    batch_of,
     check_that_a_sequence_without_room_fails_alone,
     check_that_close_may_come_twice_and_at_any_time,
     check_that_the_folder_goes_even_if_the_engine_will_not,
-    work,
 )
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
@@ -260,8 +260,8 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     assert fake.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
     folder = Path(fake.arguments["model"])
     assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == TINY["llama"]
-    assert list(engine.generate(work((10, 4), (50, 3)))) == [(11, 51), (12, 52), (13, 53), (14, -1)]
-    assert list(engine.generate(work((10, 4), (50, 9), stops=(12, 55)))) == [
+    assert list(engine.generate(batch_of((10, 4), (50, 3)))) == [(11, 51), (12, 52), (13, 53), (14, -1)]
+    assert list(engine.generate(batch_of((10, 4), (50, 9), stops=(12, 55)))) == [
         (11, 51), (12, 52), (-1, 53), (-1, 54), (-1, 55),
     ]  # fmt: skip
     engine.close()
@@ -273,11 +273,11 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
 def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
     engine = VllmEngine()
     engine.load(spec())
-    steps = engine.generate(work((10, 4), (50, 3)))
+    steps = engine.generate(batch_of((10, 4), (50, 3)))
     assert next(steps) == (11, 51)
     steps.close()  # type: ignore[attr-defined]
     assert fakes[0].aborted
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    assert list(engine.generate(batch_of((1, 2)))) == [(2,), (3,)]
 
 
 def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,15 +285,15 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
     engine.load(spec())
     FakeLlm.broken = "CUDA out of memory"
     with pytest.raises(EngineError) as failed:
-        list(engine.generate(work((1, 2))))
+        list(engine.generate(batch_of((1, 2))))
     assert failed.value.kind is FailureKind.OUT_OF_MEMORY
     FakeLlm.broken = None
-    assert list(engine.generate(work((1, 2)))) == [(2,), (3,)]
+    assert list(engine.generate(batch_of((1, 2)))) == [(2,), (3,)]
     engine.close()
     with pytest.raises(EngineError, match="nothing is loaded"):
-        list(engine.generate(work((1, 2))))
+        list(engine.generate(batch_of((1, 2))))
     with pytest.raises(EngineError, match="nothing is loaded"):
-        list(VllmEngine().generate(work((1, 2))))
+        list(VllmEngine().generate(batch_of((1, 2))))
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(EngineError, match="cannot be imported") as failed:
         VllmEngine().load(spec())

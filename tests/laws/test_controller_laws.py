@@ -1,7 +1,7 @@
-"""Laws of the controller under any events in any order, as a real body may tell them: late, twice, of nothing."""
+"""Laws of the controller under events in any order, as real engines may cause them: late, repeated, or unknown."""
 
 import hypothesis.strategies as st
-from fixtures import controller, endpoint_spec
+from fixtures import endpoint_spec, make_controller
 from hypothesis import given, settings
 
 from maveriq.control.controller import OnFailure
@@ -27,27 +27,27 @@ from maveriq.domain.requests import FINAL_STATUSES, Request, RequestStatus
 
 ENDPOINTS = {1: [(0,)], 2: [(0, 1)], 3: [(2,), (3,)]}
 DEPLOYMENTS = st.integers(1, 4)
-SOMETHING = st.sampled_from(
+STEPS = st.sampled_from(
     ["arrive", "finish", "finish", "fail", "up", "up", "down", "lost", "repair", "cancel", "remove", "no gpu", "gpu"]
 )
 
 
-class _World:
-    """A body that knows nothing: it tells the controller what a script says, and keeps what it is told to do."""
+class _ScriptedExecutor:
+    """Sends scripted events to a controller and keeps the actions that it returns."""
 
     def __init__(self, **settings) -> None:
         self.ended: list[int] = []
-        self.brain = controller(ENDPOINTS, on_request_end=self.ended.append, **settings)
+        self.controller = make_controller(ENDPOINTS, on_request_end=self.ended.append, **settings)
         self.now_us = 0
         self.arrived = 0
         self.started: dict[int, StartEngine] = {}
         self.executions: dict[int, Execute] = {}
         for endpoint in ENDPOINTS:
-            self.tell(EndpointAdded(endpoint_spec(endpoint)))
+            self.send_events(EndpointAdded(endpoint_spec(endpoint)))
 
-    def tell(self, *events: Event) -> None:
+    def send_events(self, *events: Event) -> None:
         self.now_us += 1
-        for action in self.brain.handle(self.now_us, events):
+        for action in self.controller.handle(self.now_us, events):
             self._keep(action)
 
     def _keep(self, action: Action) -> None:
@@ -57,40 +57,40 @@ class _World:
             case Execute():
                 self.executions[action.deployment_id] = action
 
-    def happen(self, what: str, deployment_id: int, number: int) -> None:
+    def perform(self, what: str, deployment_id: int, number: int) -> None:
         execution = self.executions.get(deployment_id)
         execution_id = execution.execution_id if execution else number
         match what:
             case "arrive":
                 self.arrived += 1
-                self.tell(RequestArrived(self._request(number)))
+                self.send_events(RequestArrived(self._request(number)))
             case "finish":
-                # Sometimes a late word of the execution before.
+                # Sometimes this reports the execution before, too late.
                 counts = tuple(1 for _ in execution.requests) if execution and number % 2 else None
-                self.tell(ExecutionFinished(deployment_id, execution_id - number % 5 // 4, self.now_us, counts))
+                self.send_events(ExecutionFinished(deployment_id, execution_id - number % 5 // 4, self.now_us, counts))
             case "fail":
-                self.tell(ExecutionFailed(deployment_id, execution_id, "no room"))
+                self.send_events(ExecutionFailed(deployment_id, execution_id, "no room"))
             case "cancel":
-                self.tell(RequestCancelled(number))
+                self.send_events(RequestCancelled(number))
             case "remove":
                 if number == 1:
-                    self.tell(EndpointRemoved(deployment_id))
+                    self.send_events(EndpointRemoved(deployment_id))
             case _:
-                self._happen_to_machines(what, deployment_id, number)
+                self._perform_on_machines(what, deployment_id, number)
 
-    def _happen_to_machines(self, what: str, deployment_id: int, number: int) -> None:
+    def _perform_on_machines(self, what: str, deployment_id: int, number: int) -> None:
         match what:
             case "up":
                 start = self.started.get(deployment_id)
-                self.tell(EngineUp(deployment_id, start.generation if start else number))
+                self.send_events(EngineUp(deployment_id, start.generation if start else number))
             case "down" | "lost":
-                self.tell(EngineDown(deployment_id, returns=what == "down"))
+                self.send_events(EngineDown(deployment_id, returns=what == "down"))
             case "repair":
-                self.tell(EngineRepaired(deployment_id))
+                self.send_events(EngineRepaired(deployment_id))
             case "no gpu":
-                self.tell(GpuDown(number % 4, returns=number % 3 > 0))
+                self.send_events(GpuDown(number % 4, returns=number % 3 > 0))
             case "gpu":
-                self.tell(GpuUp(number % 4))
+                self.send_events(GpuUp(number % 4))
 
     def _request(self, number: int) -> Request:
         return Request(
@@ -105,22 +105,24 @@ class _World:
 
 
 @given(
-    st.lists(st.tuples(SOMETHING, DEPLOYMENTS, st.integers(1, 30)), max_size=120),
+    st.lists(st.tuples(STEPS, DEPLOYMENTS, st.integers(1, 30)), max_size=120),
     st.sampled_from(QueueDiscipline),
     st.sampled_from(OnFailure),
 )
 @settings(max_examples=250, deadline=None)
-def test_whatever_is_told_requests_end_once_and_none_is_lost(script, discipline, on_failure) -> None:
-    world = _World(discipline=discipline, on_failure=on_failure, max_wait_us=20)
-    brain = world.brain
+def test_requests_end_once_and_none_is_lost_under_any_events(script, discipline, on_failure) -> None:
+    executor = _ScriptedExecutor(discipline=discipline, on_failure=on_failure, max_wait_us=20)
+    controller = executor.controller
     for what, deployment_id, number in script:
-        world.happen(what, deployment_id, number)
-        waiting, running = (brain.tracker.count(one) for one in (RequestStatus.WAITING, RequestStatus.RUNNING))
-        assert len(brain.queue) == waiting
-        assert sum(len(one.running) for one in brain.manager.deployments.values()) == running
-        assert len(world.ended) + waiting + running == world.arrived
-        assert all(map(brain.tracker.is_running, brain._cancelled_ids))
-    assert len(set(world.ended)) == len(world.ended)
-    table = brain.tracker.close()
+        executor.perform(what, deployment_id, number)
+        waiting, running = (
+            controller.tracker.count(status) for status in (RequestStatus.WAITING, RequestStatus.RUNNING)
+        )
+        assert len(controller.queue) == waiting
+        assert sum(len(deployment.running) for deployment in controller.manager.deployments.values()) == running
+        assert len(executor.ended) + waiting + running == executor.arrived
+        assert all(map(controller.tracker.is_running, controller._cancelled_ids))
+    assert len(set(executor.ended)) == len(executor.ended)
+    table = controller.tracker.close()
     assert set(table.status.tolist()) <= {status.value for status in FINAL_STATUSES}
-    assert sum(table.counts().values()) == world.arrived
+    assert sum(table.counts().values()) == executor.arrived

@@ -1,4 +1,4 @@
-"""Laws that hold in every world: random requests, deployments that share GPUs, faults, disciplines."""
+"""Laws of every simulation: random requests, deployments that share GPUs, faults, queue disciplines."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from maveriq.control.events import Action, Event, Execute
 from maveriq.control.queues import QueueDiscipline
 from maveriq.domain.cluster import DispatchTiming
 from maveriq.domain.faults import Fault, FaultTarget
-from maveriq.domain.records import NOT_YET
+from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
@@ -42,10 +42,10 @@ def faults(draw):
 
 
 @st.composite
-def worlds(
+def systems(
     draw, *, with_faults: bool = True, discipline: QueueDiscipline | None = None, batch_size: int | None = None
 ) -> ReplaySystem:
-    """A few endpoints on overlapping GPUs, up to 60 requests within three seconds."""
+    """Draw systems with a few endpoints on overlapping GPUs and up to 60 requests within three seconds."""
     placements = st.lists(st.integers(0, GPUS - 1), min_size=1, max_size=3, unique=True).map(tuple)
     gpus_of = {
         endpoint_id: draw(st.lists(placements, max_size=2)) for endpoint_id in range(1, draw(st.integers(1, 3)) + 1)
@@ -74,12 +74,12 @@ def worlds(
     )
 
 
-@given(worlds())
+@given(systems())
 @settings(max_examples=150, deadline=None)
-def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: ReplaySystem) -> None:
-    record = simulate(world)
+def test_every_request_ends_in_one_status_and_causes_come_before_effects(system: ReplaySystem) -> None:
+    record = simulate(system)
     table = record.requests
-    assert len(table) == sum(table.counts().values()) == len(world.workload.arrivals)
+    assert len(table) == sum(table.counts().values()) == len(system.workload.arrivals)
     started = table.start_us != NOT_YET
     assert (table.start_us[started] >= table.arrival_us[started]).all()
     completed = table.status == RequestStatus.COMPLETED
@@ -92,22 +92,22 @@ def test_every_request_ends_in_one_status_and_causes_come_before_effects(world: 
     assert not started[refused].any()
 
 
-@given(worlds(with_faults=False))
+@given(systems(with_faults=False))
 @settings(max_examples=150, deadline=None)
-def test_nobody_starts_before_its_engine_is_up(world: ReplaySystem) -> None:
-    record = simulate(world)
-    ready_us = {one.deployment_id: one.ready_us for one in record.deployments}
+def test_no_request_starts_before_its_engine_is_up(system: ReplaySystem) -> None:
+    record = simulate(system)
+    ready_us = {deployment.deployment_id: deployment.ready_us for deployment in record.deployments}
     for deployment_id, start_us in zip(record.requests.deployment_id, record.requests.start_us, strict=True):
         if start_us != NOT_YET:
-            assert start_us >= ready_us[deployment_id] + world.settings.timing.registration_delay_us
+            assert start_us >= ready_us[deployment_id] + system.settings.timing.registration_delay_us
 
 
-@given(worlds())
+@given(systems())
 @settings(max_examples=150, deadline=None)
-def test_a_gpu_runs_one_execution_at_a_time(world: ReplaySystem) -> None:
-    record = simulate(world)
+def test_a_gpu_runs_one_execution_at_a_time(system: ReplaySystem) -> None:
+    record = simulate(system)
     table = record.requests
-    gpus_of = {one.deployment_id: one.plan.gpu_ids for one in record.deployments if one.plan}
+    gpus_of = gpus_by_deployment(record)
     spans = {
         (int(deployment_id), int(start_us), int(finish_us))  # a batch is one execution
         for deployment_id, start_us, finish_us in zip(table.deployment_id, table.start_us, table.finish_us, strict=True)
@@ -118,12 +118,16 @@ def test_a_gpu_runs_one_execution_at_a_time(world: ReplaySystem) -> None:
         assert all(earlier[1] <= later[0] for earlier, later in pairwise(mine))
 
 
-@given(worlds())
+@given(systems())
 @settings(max_examples=100, deadline=None)
-def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(world: ReplaySystem) -> None:
-    for sample in simulate(world).gpu_samples:
-        assert 0 <= sample.memory_bytes <= world.cluster.gpus[sample.gpu_id].capacity_bytes
+def test_memory_never_exceeds_capacity_and_gpus_are_busy_at_most_all_the_time(system: ReplaySystem) -> None:
+    for sample in simulate(system).gpu_samples:
+        assert 0 <= sample.memory_bytes <= system.cluster.gpus[sample.gpu_id].capacity_bytes
         assert 0 <= sample.busy_share <= 1
+
+
+def gpus_by_deployment(record: RunRecord) -> dict[int, tuple[int, ...]]:
+    return {deployment.deployment_id: deployment.plan.gpu_ids for deployment in record.deployments if deployment.plan}
 
 
 def overtaken(system: ReplaySystem) -> list[tuple[int, int]]:
@@ -170,81 +174,81 @@ def lost_replica() -> ReplaySystem:
     )
 
 
-@given(worlds(discipline=QueueDiscipline.FIFO, batch_size=1))
+@given(systems(discipline=QueueDiscipline.FIFO, batch_size=1))
 @example(lost_replica())
 @settings(max_examples=200, deadline=None)
-def test_fifo_starts_the_earliest_arrival_that_waits(world: ReplaySystem) -> None:
+def test_fifo_starts_the_earliest_arrival_that_waits(system: ReplaySystem) -> None:
     """Whenever a request starts, no earlier arrival waits for a deployment that is up.
 
     A request that moves because its replica was lost for good takes its place by arrival at its new deployment, from
     the instant of the move on: starts before that stand.
     """
-    assert overtaken(world) == []
+    assert overtaken(system) == []
 
 
-def test_a_request_that_moves_does_not_undo_starts_before_the_move() -> None:
+def test_a_move_does_not_undo_earlier_starts() -> None:
     table = simulate(lost_replica()).requests
     assert table.deployment_id.tolist() == [2, 2, 2]
     assert table.start_us.tolist() == [1_002, 2_002, 2]
 
 
-@given(worlds(discipline=QueueDiscipline.FIFO, batch_size=1, with_faults=False))
+@given(systems(discipline=QueueDiscipline.FIFO, batch_size=1, with_faults=False))
 @settings(max_examples=100, deadline=None)
-def test_without_faults_fifo_starts_in_order_of_arrival(world: ReplaySystem) -> None:
-    table = simulate(world).requests
+def test_without_faults_fifo_starts_in_order_of_arrival(system: ReplaySystem) -> None:
+    table = simulate(system).requests
     assert (np.diff(table.start_us[table.start_us != NOT_YET]) >= 0).all()
 
 
-@given(worlds())
+@given(systems())
 @settings(max_examples=200, deadline=None)
-def test_nothing_runs_on_a_gpu_that_is_down(world: ReplaySystem) -> None:
-    record = simulate(world)
-    gpus_of = {one.deployment_id: one.plan.gpu_ids for one in record.deployments if one.plan}
+def test_nothing_runs_on_a_gpu_that_is_down(system: ReplaySystem) -> None:
+    record = simulate(system)
+    gpus_of = gpus_by_deployment(record)
     table = record.requests
     completed = table.status == RequestStatus.COMPLETED
-    for fault in world.faults:
+    for fault in system.faults:
         end_us = np.inf if fault.for_us is None else fault.at_us + fault.for_us
         if fault.target is FaultTarget.GPU:
-            hit = [one for one, gpus in gpus_of.items() if fault.target_id in gpus]
+            hit = [deployment_id for deployment_id, gpus in gpus_of.items() if fault.target_id in gpus]
         else:
             hit = [fault.target_id]
         mine = completed & np.isin(table.deployment_id, hit)
         assert ((table.finish_us[mine] <= fault.at_us) | (table.start_us[mine] >= end_us)).all()
 
 
-@given(worlds(), st.randoms(use_true_random=False))
+@given(systems(), st.randoms(use_true_random=False))
 @settings(max_examples=100, deadline=None)
-def test_the_order_in_which_a_body_learns_of_events_plays_no_part(world: ReplaySystem, random) -> None:
-    endpoints, faults_ = list(world.workload.endpoints), list(world.faults)
+def test_the_order_of_simultaneous_events_changes_nothing(system: ReplaySystem, random) -> None:
+    endpoints, faults_ = list(system.workload.endpoints), list(system.faults)
     random.shuffle(endpoints)
     random.shuffle(faults_)
-    shuffled = replace(world, workload=replace(world.workload, endpoints=tuple(endpoints)), faults=tuple(faults_))
-    one, other = simulate(world), simulate(shuffled)
+    shuffled = replace(system, workload=replace(system.workload, endpoints=tuple(endpoints)), faults=tuple(faults_))
+    run_, other = simulate(system), simulate(shuffled)
     for name in ("deployment_id", "start_us", "first_token_us", "finish_us", "status"):
-        assert getattr(one.requests, name).tolist() == getattr(other.requests, name).tolist()
-    assert one.gpu_samples == other.gpu_samples
+        assert getattr(run_.requests, name).tolist() == getattr(other.requests, name).tolist()
+    assert run_.gpu_samples == other.gpu_samples
 
 
-@given(worlds(with_faults=False))
+@given(systems(with_faults=False))
 @settings(max_examples=100, deadline=None)
-def test_doubling_every_time_scale_doubles_every_time(world: ReplaySystem) -> None:
-    """With an ideal dispatcher nothing in the system knows a second: a law that finds hidden constants."""
+def test_doubling_every_time_scale_doubles_every_time(system: ReplaySystem) -> None:
+    """Without dispatch overhead no time in the system is fixed: this law finds hidden constants."""
     no_dispatch_overhead = replace(
-        world,
-        settings=replace(world.settings, timing=DispatchTiming(), discipline=QueueDiscipline.FIFO_PER_MODEL),
+        system,
+        settings=replace(system.settings, timing=DispatchTiming(), discipline=QueueDiscipline.FIFO_PER_MODEL),
         load_time=lambda _plan: 1_000,
         drain_us=3_600 * MICROS_PER_SECOND,
     )
     slow_arrivals = replace(
-        world.workload.arrivals,
-        arrival_us=2 * world.workload.arrivals.arrival_us,
-        output_tokens=2 * world.workload.arrivals.output_tokens,
+        system.workload.arrivals,
+        arrival_us=2 * system.workload.arrivals.arrival_us,
+        output_tokens=2 * system.workload.arrivals.output_tokens,
     )
     slow = replace(
         no_dispatch_overhead,
         settings=replace(no_dispatch_overhead.settings, max_wait_us=2 * no_dispatch_overhead.settings.max_wait_us),
         load_time=lambda _plan: 2_000,
-        workload=replace(world.workload, arrivals=slow_arrivals),
+        workload=replace(system.workload, arrivals=slow_arrivals),
     )
     fast_table, slow_table = simulate(no_dispatch_overhead).requests, simulate(slow).requests
     started = fast_table.start_us != NOT_YET
@@ -268,6 +272,6 @@ def test_a_wide_deployment_does_not_starve_behind_narrow_ones(discipline: QueueD
         ).requests
         return seconds(int((table.start_us - table.arrival_us)[10]))
 
-    assert waited_s(1) <= 1.2  # the bound, and the time for what runs to end
+    assert waited_s(1) <= 1.2  # the limit, and the time until running requests end
     assert 3 < waited_s(3) <= 3.2
-    assert waited_s(10**6) > 5  # so it is the bound that saved it
+    assert waited_s(10**6) > 5  # without the limit it waits longer

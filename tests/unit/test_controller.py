@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from fixtures import arrivals, controller, endpoint_spec, plan, run, scenario
+from fixtures import arrivals, endpoint_spec, make_controller, plan, run, scenario
 
 from maveriq.control.controller import Controller, OnFailure
 from maveriq.control.events import (
@@ -46,95 +46,98 @@ def request(number: int, endpoint: int = 1, at_us: int = 0, **more) -> Request:
 
 def up(gpus_of, **settings) -> Controller:
     """A controller whose endpoints are all up at time 0."""
-    brain = controller(gpus_of, **settings)
+    controller = make_controller(gpus_of, **settings)
     for endpoint in gpus_of:
-        for start in brain.handle(0, [EndpointAdded(endpoint_spec(endpoint))]):
-            assert brain.handle(0, [EngineUp(start.deployment_id, start.generation)]) == []
-    return brain
+        for start in controller.handle(0, [EndpointAdded(endpoint_spec(endpoint))]):
+            assert controller.handle(0, [EngineUp(start.deployment_id, start.generation)]) == []
+    return controller
 
 
 def ids(actions) -> list[int]:
     return [one.request_id for action in actions if isinstance(action, Execute) for one in action.requests]
 
 
-def statuses(brain: Controller) -> list[str]:
-    return [RequestStatus(value).label for value in brain.tracker.close().status]
+def statuses(controller: Controller) -> list[str]:
+    return [RequestStatus(value).label for value in controller.tracker.close().status]
 
 
 def test_a_deployment_loads_registers_and_serves() -> None:
-    brain = controller({1: [(0, 1)]})
-    (start,) = brain.handle(0, [EndpointAdded(endpoint_spec(1))])
+    controller = make_controller({1: [(0, 1)]})
+    (start,) = controller.handle(0, [EndpointAdded(endpoint_spec(1))])
     assert start == StartEngine(1, 1, plan((0, 1)))
-    assert brain.handle(5, [EngineUp(1, 1)]) == []
-    (execute,) = brain.handle(7, [RequestArrived(request(1, at_us=7))])
+    assert controller.handle(5, [EngineUp(1, 1)]) == []
+    (execute,) = controller.handle(7, [RequestArrived(request(1, at_us=7))])
     assert (execute.deployment_id, ids([execute])) == (1, [1])
-    assert brain.handle(9, [ExecutionFinished(1, execute.execution_id, 8)]) == []
-    table = brain.tracker.close()
+    assert controller.handle(9, [ExecutionFinished(1, execute.execution_id, 8)]) == []
+    table = controller.tracker.close()
     assert (table.start_us[0], table.first_token_us[0], table.finish_us[0]) == (7, 8, 9)
 
 
 @pytest.mark.parametrize(
     ("prepare", "reason"),
     [
-        (lambda brain: None, "nothing was deployed for endpoint 1"),
-        (lambda brain: brain.handle(0, [EndpointAdded(endpoint_spec(1))]), "deployment 1 (tiny) is still loading"),
+        (lambda controller: None, "nothing was deployed for endpoint 1"),
+        (
+            lambda controller: controller.handle(0, [EndpointAdded(endpoint_spec(1))]),
+            "deployment 1 (tiny) is still loading",
+        ),
     ],
 )
 def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
-    brain = controller({1: [(0,)]})
-    prepare(brain)
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    table = brain.tracker.close()
+    controller = make_controller({1: [(0,)]})
+    prepare(controller)
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    table = controller.tracker.close()
     assert table.status[0] == RequestStatus.REFUSED
     assert table.reasons[table.reason[0]] == reason
 
 
 def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
-    brain = controller({1: []})
-    assert brain.handle(0, [EndpointAdded(endpoint_spec(1))]) == []
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    table = brain.tracker.close()
+    controller = make_controller({1: []})
+    assert controller.handle(0, [EndpointAdded(endpoint_spec(1))]) == []
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    table = controller.tracker.close()
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny) was rejected"
-    assert brain.manager.deployments[1].record().reason == "rejected by the test policy"
+    assert controller.manager.deployments[1].record().reason == "rejected by the test policy"
 
 
 def test_the_head_of_the_line_holds_everybody_behind_it() -> None:
-    brain = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]})
-    assert ids(brain.handle(1, [RequestArrived(request(1, 3, 1))])) == [1]
-    assert ids(brain.handle(2, [RequestArrived(request(2, 1, 2))])) == []  # GPU 0 is busy
-    assert ids(brain.handle(3, [RequestArrived(request(3, 2, 3))])) == []  # GPU 2 is idle, but 2 comes first
-    assert ids(brain.handle(4, [ExecutionFinished(3, 1, 4)])) == [2, 3]
+    controller = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]})
+    assert ids(controller.handle(1, [RequestArrived(request(1, 3, 1))])) == [1]
+    assert ids(controller.handle(2, [RequestArrived(request(2, 1, 2))])) == []  # GPU 0 is busy
+    assert ids(controller.handle(3, [RequestArrived(request(3, 2, 3))])) == []  # GPU 2 is idle, but 2 comes first
+    assert ids(controller.handle(4, [ExecutionFinished(3, 1, 4)])) == [2, 3]
 
 
 def test_a_line_per_model_lets_the_others_pass() -> None:
-    brain = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]}, discipline=QueueDiscipline.FIFO_PER_MODEL)
-    brain.handle(1, [RequestArrived(request(1, 3, 1))])
-    brain.handle(2, [RequestArrived(request(2, 1, 2))])
-    assert ids(brain.handle(3, [RequestArrived(request(3, 2, 3))])) == [3]
+    controller = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]}, discipline=QueueDiscipline.FIFO_PER_MODEL)
+    controller.handle(1, [RequestArrived(request(1, 3, 1))])
+    controller.handle(2, [RequestArrived(request(2, 1, 2))])
+    assert ids(controller.handle(3, [RequestArrived(request(3, 2, 3))])) == [3]
 
 
 def test_priority_requests_go_first_the_latest_before_all() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    brain.handle(2, [RequestArrived(request(2, at_us=2))])
-    brain.handle(3, [RequestArrived(request(3, at_us=3, priority=True))])
-    brain.handle(4, [RequestArrived(request(4, at_us=4, priority=True))])
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [RequestArrived(request(2, at_us=2))])
+    controller.handle(3, [RequestArrived(request(3, at_us=3, priority=True))])
+    controller.handle(4, [RequestArrived(request(4, at_us=4, priority=True))])
     served = []
     for execution in range(1, 5):
-        served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
+        served += ids(controller.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
     assert served == [4, 3, 2]
 
 
 def test_shortest_first_and_earliest_deadline_first() -> None:
     for discipline, expected in ((QueueDiscipline.SJF, [4, 3, 2]), (QueueDiscipline.EDF, [3, 2, 4])):
-        brain = up({1: [(0,)]}, discipline=discipline)
-        brain.handle(1, [RequestArrived(request(1, at_us=1))])
-        brain.handle(2, [RequestArrived(request(2, at_us=2, tokens=90, slo_us=900))])
-        brain.handle(3, [RequestArrived(request(3, at_us=3, tokens=50, slo_us=100))])
-        brain.handle(4, [RequestArrived(request(4, at_us=4, tokens=10))])  # without an SLO: last of all for EDF
+        controller = up({1: [(0,)]}, discipline=discipline)
+        controller.handle(1, [RequestArrived(request(1, at_us=1))])
+        controller.handle(2, [RequestArrived(request(2, at_us=2, tokens=90, slo_us=900))])
+        controller.handle(3, [RequestArrived(request(3, at_us=3, tokens=50, slo_us=100))])
+        controller.handle(4, [RequestArrived(request(4, at_us=4, tokens=10))])  # without an SLO: last of all for EDF
         served = []
         for execution in range(1, 4):
-            served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
+            served += ids(controller.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
         assert served == expected, discipline
 
 
@@ -145,16 +148,16 @@ def test_a_batch_takes_who_waits_and_waits_for_nobody() -> None:
     assert table.finish_us.tolist() == [1_010, 8_010, 8_010, 8_010, 10_010]  # as long as its longest
 
 
-def served_by(brain: Controller, count: int, tokens=lambda number: 10) -> list[int]:
+def served_by(controller: Controller, count: int, tokens=lambda number: 10) -> list[int]:
     """Send requests one after another, nothing finishing; return the replica that each was given to."""
     for number in range(1, count + 1):
-        brain.handle(number, [RequestArrived(request(number, at_us=number, tokens=tokens(number)))])
-    return brain.tracker.close().deployment_id.tolist()
+        controller.handle(number, [RequestArrived(request(number, at_us=number, tokens=tokens(number)))])
+    return controller.tracker.close().deployment_id.tolist()
 
 
 def test_least_work_goes_by_what_was_committed() -> None:
-    brain = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
-    assert served_by(brain, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
+    controller = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
+    assert served_by(controller, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
 
 
 def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> None:
@@ -167,22 +170,22 @@ def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> N
 
 @pytest.mark.parametrize("choice", RoutingRule)
 def test_a_replica_that_is_up_is_preferred_to_one_that_will_be_back(choice: RoutingRule) -> None:
-    brain = up({1: [(0,), (1,)]}, router=choice)
-    brain.handle(0, [EngineDown(1, returns=True)])
-    assert set(served_by(brain, 20)) == {2}
+    controller = up({1: [(0,), (1,)]}, router=choice)
+    controller.handle(0, [EngineDown(1, returns=True)])
+    assert set(served_by(controller, 20)) == {2}
 
 
 def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    brain.handle(2, [RequestArrived(request(2, at_us=2))])
-    assert brain.handle(3, [EndpointRemoved(1)]) == []
-    assert brain.manager.used_bytes(0) > 0
-    brain.handle(4, [RequestArrived(request(3, at_us=4))])
-    assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == [StopEngine(1)]
-    assert brain.manager.used_bytes(0) == 0
-    assert statuses(brain) == ["completed", "refused", "refused"]
-    assert brain.manager.deployments[1].record().removed_us == 5
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [RequestArrived(request(2, at_us=2))])
+    assert controller.handle(3, [EndpointRemoved(1)]) == []
+    assert controller.manager.used_bytes(0) > 0
+    controller.handle(4, [RequestArrived(request(3, at_us=4))])
+    assert controller.handle(5, [ExecutionFinished(1, 1, 5)]) == [StopEngine(1)]
+    assert controller.manager.used_bytes(0) == 0
+    assert statuses(controller) == ["completed", "refused", "refused"]
+    assert controller.manager.deployments[1].record().removed_us == 5
 
 
 def test_removal_of_an_idle_deployment_stops_it_at_once() -> None:
@@ -192,32 +195,32 @@ def test_removal_of_an_idle_deployment_stops_it_at_once() -> None:
 @pytest.mark.parametrize("returns", [True, False])
 @pytest.mark.parametrize("on_failure", OnFailure)
 def test_what_an_engine_was_running_when_it_failed(on_failure: OnFailure, *, returns: bool) -> None:
-    brain = up({1: [(0,)]}, on_failure=on_failure)
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    brain.handle(2, [RequestArrived(request(2, at_us=2))])
-    brain.handle(3, [EngineDown(1, returns)])
-    brain.handle(4, [RequestArrived(request(3, at_us=4))])
-    assert brain.handle(5, [ExecutionFinished(1, 1, 5)]) == []  # a late word of the dead engine
+    controller = up({1: [(0,)]}, on_failure=on_failure)
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [RequestArrived(request(2, at_us=2))])
+    controller.handle(3, [EngineDown(1, returns)])
+    controller.handle(4, [RequestArrived(request(3, at_us=4))])
+    assert controller.handle(5, [ExecutionFinished(1, 1, 5)]) == []  # a late word of the dead engine
     if not returns:
         lost = "refused" if on_failure is OnFailure.REQUEUE else "failed"
-        assert brain.manager.used_bytes(0) == 0
-        assert statuses(brain) == [lost, "refused", "refused"]
+        assert controller.manager.used_bytes(0) == 0
+        assert statuses(controller) == [lost, "refused", "refused"]
         return
-    (start,) = brain.handle(6, [EngineRepaired(1)])
+    (start,) = controller.handle(6, [EngineRepaired(1)])
     assert start.generation == 2
-    assert brain.handle(7, [EngineUp(1, 1)]) == []  # the first engine's word, late
-    served = ids(brain.handle(8, [EngineUp(1, 2)]))
+    assert controller.handle(7, [EngineUp(1, 1)]) == []  # the first engine's word, late
+    served = ids(controller.handle(8, [EngineUp(1, 2)]))
     assert served == ([1] if on_failure is OnFailure.REQUEUE else [2])
 
 
 def test_a_request_is_requeued_once_then_failed() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
     for generation in (2, 3):
-        brain.handle(10 * generation, [EngineDown(1, returns=True)])
-        brain.handle(10 * generation + 1, [EngineRepaired(1)])
-        brain.handle(10 * generation + 2, [EngineUp(1, generation)])
-    table = brain.tracker.close()
+        controller.handle(10 * generation, [EngineDown(1, returns=True)])
+        controller.handle(10 * generation + 1, [EngineRepaired(1)])
+        controller.handle(10 * generation + 2, [EngineUp(1, generation)])
+    table = controller.tracker.close()
     assert statuses_of(table) == ["failed"]
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny): its engine failed"
 
@@ -227,64 +230,66 @@ def statuses_of(table) -> list[str]:
 
 
 def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
-    brain = up({1: [(0, 1)], 2: [(1,)], 3: [(2,)]})
-    brain.handle(1, [GpuDown(1, returns=True)])
-    assert [one.state for one in brain.manager.deployments.values()] == ["down", "down", "up"]
-    brain.handle(2, [RequestArrived(request(1, 1, 2))])
-    assert ids(brain.handle(3, [RequestArrived(request(2, 3, 3))])) == [2]  # a line that is down holds nobody
-    assert [start.deployment_id for start in brain.handle(4, [GpuUp(1)])] == [1, 2]
-    assert ids(brain.handle(5, [EngineUp(1, 2)])) == [1]
+    controller = up({1: [(0, 1)], 2: [(1,)], 3: [(2,)]})
+    controller.handle(1, [GpuDown(1, returns=True)])
+    assert [one.state for one in controller.manager.deployments.values()] == ["down", "down", "up"]
+    controller.handle(2, [RequestArrived(request(1, 1, 2))])
+    assert ids(controller.handle(3, [RequestArrived(request(2, 3, 3))])) == [2]  # a line that is down holds nobody
+    assert [start.deployment_id for start in controller.handle(4, [GpuUp(1)])] == [1, 2]
+    assert ids(controller.handle(5, [EngineUp(1, 2)])) == [1]
 
 
 def test_requests_of_a_lost_replica_go_to_the_other() -> None:
-    brain = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
+    controller = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
     for at in (1, 2, 3):
-        brain.handle(at, [RequestArrived(request(at, at_us=at))])
-    brain.handle(4, [EngineDown(1, returns=False)])
-    assert ids(brain.handle(5, [ExecutionFinished(2, 1, 5)])) in ([1], [3])
-    assert ids(brain.handle(6, [ExecutionFinished(2, 2, 6)])) in ([1], [3])
-    assert statuses(brain).count("refused") == 0
+        controller.handle(at, [RequestArrived(request(at, at_us=at))])
+    controller.handle(4, [EngineDown(1, returns=False)])
+    assert ids(controller.handle(5, [ExecutionFinished(2, 1, 5)])) in ([1], [3])
+    assert ids(controller.handle(6, [ExecutionFinished(2, 2, 6)])) in ([1], [3])
+    assert statuses(controller).count("refused") == 0
 
 
 def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
-    brain = up({1: [(0,), (1,)], 2: [(1,)]}, router=RoutingRule.LEAST_WORK)
-    brain.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
-    brain.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
-    brain.handle(3, [RequestArrived(request(3, 1, 3, tokens=50))])  # waits for the replica on GPU 1
-    brain.handle(4, [RequestArrived(request(4, 1, 4))])  # waits for the one on GPU 0
-    brain.handle(5, [RequestArrived(request(5, 2, 5))])
-    brain.handle(6, [EngineDown(1, returns=False)])
+    controller = up({1: [(0,), (1,)], 2: [(1,)]}, router=RoutingRule.LEAST_WORK)
+    controller.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
+    controller.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
+    controller.handle(3, [RequestArrived(request(3, 1, 3, tokens=50))])  # waits for the replica on GPU 1
+    controller.handle(4, [RequestArrived(request(4, 1, 4))])  # waits for the one on GPU 0
+    controller.handle(5, [RequestArrived(request(5, 2, 5))])
+    controller.handle(6, [EngineDown(1, returns=False)])
     served = []
     for at, finished in ((7, 3), (8, 2), (9, 2), (10, 2)):
         served += ids(
-            brain.handle(at, [ExecutionFinished(finished, brain.manager.deployments[finished].execution_id, at)])
+            controller.handle(
+                at, [ExecutionFinished(finished, controller.manager.deployments[finished].execution_id, at)]
+            )
         )
     assert served == [1, 3, 4, 5]
 
 
 @pytest.mark.parametrize("discipline", [QueueDiscipline.FIFO_PER_MODEL, QueueDiscipline.SJF, QueueDiscipline.EDF])
 def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: QueueDiscipline) -> None:
-    brain = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, timing=DispatchTiming(after_release_us=1_000))
-    brain.handle(2_000, [RequestArrived(request(1, 1, 2_000))])
-    brain.handle(2_001, [RequestArrived(request(2, 1, 2_001))])
-    brain.handle(2_500, [ExecutionFinished(1, 1, 2_500)])
-    assert brain.wake_us == 3_500
-    assert ids(brain.handle(2_600, [RequestArrived(request(3, 2, 2_600))])) == [3]
-    assert brain.wake_us == 3_500
-    assert ids(brain.handle(3_500, [])) == [2]
+    controller = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, timing=DispatchTiming(after_release_us=1_000))
+    controller.handle(2_000, [RequestArrived(request(1, 1, 2_000))])
+    controller.handle(2_001, [RequestArrived(request(2, 1, 2_001))])
+    controller.handle(2_500, [ExecutionFinished(1, 1, 2_500)])
+    assert controller.wake_us == 3_500
+    assert ids(controller.handle(2_600, [RequestArrived(request(3, 2, 2_600))])) == [3]
+    assert controller.wake_us == 3_500
+    assert ids(controller.handle(3_500, [])) == [2]
 
 
 def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
-    brain = up({1: [(0, 1)]})
-    assert brain.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
-    assert brain.handle(2, [EndpointRemoved(1)]) == []
+    controller = up({1: [(0, 1)]})
+    assert controller.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
+    assert controller.handle(2, [EndpointRemoved(1)]) == []
     assert up({1: [(0,)]}).handle(1, [EngineDown(1, returns=True)]) == []  # it is dead already
     leaving = up({1: [(0,)]})
     leaving.handle(1, [RequestArrived(request(1, at_us=1))])
     assert leaving.handle(2, [EndpointRemoved(1)]) == []  # its request may finish
     assert leaving.handle(3, [EngineDown(1, returns=False)]) == []  # dead before it could be stopped
     assert leaving.manager.used_bytes(0) == 0
-    loading = controller({1: [(0,)]})
+    loading = make_controller({1: [(0,)]})
     loading.handle(0, [EndpointAdded(endpoint_spec(1))])
     assert loading.handle(1, [EndpointRemoved(1)]) == [StopEngine(1)]
 
@@ -314,14 +319,14 @@ def test_faults_that_overlap_end_with_the_last(faults: list[str], back_s: int | 
 
 
 def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> None:
-    brain = up({1: [(0,)], 2: [(1,)]})
-    brain.handle(1, [RequestArrived(request(1, 1, 1))])
-    brain.handle(2, [RequestArrived(request(2, 2, 2))])
-    late = brain.manager._policy.gpus_of
+    controller = up({1: [(0,)], 2: [(1,)]})
+    controller.handle(1, [RequestArrived(request(1, 1, 1))])
+    controller.handle(2, [RequestArrived(request(2, 2, 2))])
+    late = controller.manager._policy.gpus_of
     late[3] = [(0, 1)]
-    assert brain.handle(3, [EndpointAdded(endpoint_spec(3))]) == []
-    assert brain.handle(4, [ExecutionFinished(1, 1, 4)]) == []
-    (start,) = brain.handle(5, [ExecutionFinished(2, 1, 5)])
+    assert controller.handle(3, [EndpointAdded(endpoint_spec(3))]) == []
+    assert controller.handle(4, [ExecutionFinished(1, 1, 4)]) == []
+    (start,) = controller.handle(5, [ExecutionFinished(2, 1, 5)])
     assert isinstance(start, StartEngine)
 
 
@@ -332,35 +337,35 @@ def test_a_policy_that_overfills_a_gpu_is_found_out() -> None:
         def decide(self, endpoint, view):
             return Deploy(plans=(plan((0,)),))
 
-    brain = controller({})
-    brain.manager._policy = Greedy()
+    controller = make_controller({})
+    controller.manager._policy = Greedy()
     for endpoint in range(1, 9):  # eight times 1 GiB fill the GPU
-        brain.handle(endpoint, [EndpointAdded(endpoint_spec(endpoint))])
+        controller.handle(endpoint, [EndpointAdded(endpoint_spec(endpoint))])
     with pytest.raises(InvariantError, match=r"wants 1\.000 GiB on GPU 0, which has 0\.000 GiB free"):
-        brain.handle(9, [EndpointAdded(endpoint_spec(9))])
+        controller.handle(9, [EndpointAdded(endpoint_spec(9))])
 
 
 def test_the_tick_the_delays_and_the_pause() -> None:
     timing = DispatchTiming(tick_us=100, after_arrival_us=14, after_release_us=22, registration_delay_us=1_000)
-    brain = up({1: [(0,)], 2: [(1,)]}, timing=timing)
-    assert brain.handle(950, [RequestArrived(request(1, 1, 950))]) == []
-    assert brain.wake_us == 1_000  # the pause ends, a tick
-    assert ids(brain.handle(1_000, [])) == [1]
-    assert brain.handle(1_085, [RequestArrived(request(2, 2, 1_085)), RequestArrived(request(3, 1, 1_085))]) == []
-    assert brain.wake_us == 1_100  # 1,099 is the first possible moment
-    assert ids(brain.handle(1_100, [])) == [2]
-    assert brain.wake_us is None  # request 3 waits for a GPU, not for a tick
-    assert brain.handle(1_190, [ExecutionFinished(1, 1, 1_190)]) == []
-    assert brain.wake_us == 1_300  # 1,212 rounded up
-    assert ids(brain.handle(1_300, [])) == [3]
+    controller = up({1: [(0,)], 2: [(1,)]}, timing=timing)
+    assert controller.handle(950, [RequestArrived(request(1, 1, 950))]) == []
+    assert controller.wake_us == 1_000  # the pause ends, a tick
+    assert ids(controller.handle(1_000, [])) == [1]
+    assert controller.handle(1_085, [RequestArrived(request(2, 2, 1_085)), RequestArrived(request(3, 1, 1_085))]) == []
+    assert controller.wake_us == 1_100  # 1,099 is the first possible moment
+    assert ids(controller.handle(1_100, [])) == [2]
+    assert controller.wake_us is None  # request 3 waits for a GPU, not for a tick
+    assert controller.handle(1_190, [ExecutionFinished(1, 1, 1_190)]) == []
+    assert controller.wake_us == 1_300  # 1,212 rounded up
+    assert ids(controller.handle(1_300, [])) == [3]
 
 
 def test_one_dispatch_a_tick() -> None:
-    brain = up({1: [(0,)], 2: [(1,)]}, timing=DispatchTiming(tick_us=100))
-    brain.handle(50, [RequestArrived(request(1, 1, 50)), RequestArrived(request(2, 2, 50))])
-    assert ids(brain.handle(100, [])) == [1]
-    assert brain.wake_us == 200
-    assert ids(brain.handle(200, [])) == [2]
+    controller = up({1: [(0,)], 2: [(1,)]}, timing=DispatchTiming(tick_us=100))
+    controller.handle(50, [RequestArrived(request(1, 1, 50)), RequestArrived(request(2, 2, 50))])
+    assert ids(controller.handle(100, [])) == [1]
+    assert controller.wake_us == 200
+    assert ids(controller.handle(200, [])) == [2]
 
 
 def test_a_fault_in_a_run_leaves_a_trace_in_the_records() -> None:
@@ -398,88 +403,88 @@ def test_load_history_is_what_placement_sees() -> None:
 
 
 def test_an_execution_that_fails_alone_fails_its_requests_and_the_engine_goes_on() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    brain.handle(2, [RequestArrived(request(2, at_us=2))])
-    assert ids(brain.handle(3, [ExecutionFailed(1, 1, "no room")])) == [2]
-    assert brain.handle(4, [ExecutionFailed(1, 1, "said twice")]) == []
-    brain.handle(5, [ExecutionFinished(1, 2, 5)])
-    table = brain.tracker.close()
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [RequestArrived(request(2, at_us=2))])
+    assert ids(controller.handle(3, [ExecutionFailed(1, 1, "no room")])) == [2]
+    assert controller.handle(4, [ExecutionFailed(1, 1, "said twice")]) == []
+    controller.handle(5, [ExecutionFinished(1, 2, 5)])
+    table = controller.tracker.close()
     assert [RequestStatus(value).label for value in table.status] == ["failed", "completed"]
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny): no room"
 
 
 def test_an_execution_that_fails_after_the_removal_stops_the_engine() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    assert brain.handle(2, [EndpointRemoved(1)]) == []
-    assert brain.handle(3, [ExecutionFailed(1, 1, "no room")]) == [StopEngine(1)]
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    assert controller.handle(2, [EndpointRemoved(1)]) == []
+    assert controller.handle(3, [ExecutionFailed(1, 1, "no room")]) == [StopEngine(1)]
 
 
 @pytest.mark.parametrize("discipline", list(QueueDiscipline))
 def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(discipline: QueueDiscipline) -> None:
-    brain = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, max_wait_us=10)
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, max_wait_us=10)
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
     for number in (2, 3, 4):
-        brain.handle(number, [RequestArrived(request(number, at_us=number))])
-    assert brain.handle(5, [RequestCancelled(2)]) == []
-    assert brain.handle(6, [RequestCancelled(2), RequestCancelled(1), RequestCancelled(99)]) == []
-    assert brain.queue.waiting(1) == len(brain.queue) == 2
+        controller.handle(number, [RequestArrived(request(number, at_us=number))])
+    assert controller.handle(5, [RequestCancelled(2)]) == []
+    assert controller.handle(6, [RequestCancelled(2), RequestCancelled(1), RequestCancelled(99)]) == []
+    assert controller.queue.waiting(1) == len(controller.queue) == 2
     served = []
     for execution in (1, 2, 3):
-        served += ids(brain.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
+        served += ids(controller.handle(10 * execution, [ExecutionFinished(1, execution, 10 * execution)]))
     assert served == [3, 4]
-    table = brain.tracker.close()
+    table = controller.tracker.close()
     assert [RequestStatus(value).label for value in table.status] == ["completed", "failed", "completed", "completed"]
     assert table.reasons[table.reason[1]] == "the client went away"
     assert (table.start_us[1], table.finish_us[1]) == (-1, -1)
 
 
 def test_a_request_that_waits_for_an_engine_that_is_down_can_be_cancelled() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    brain.handle(2, [EngineDown(1, returns=True)])
-    brain.handle(3, [RequestCancelled(1)])
-    assert statuses(brain) == ["failed"]
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [EngineDown(1, returns=True)])
+    controller.handle(3, [RequestCancelled(1)])
+    assert statuses(controller) == ["failed"]
 
 
 @pytest.mark.parametrize("failure", [EngineDown(1, returns=True, reason="it crashed"), GpuDown(0, returns=True)])
 def test_a_request_that_nobody_wants_is_not_run_again(failure) -> None:
-    brain = up({1: [(0,)]}, timing=DispatchTiming())
-    brain.handle(1, [RequestArrived(request(1, at_us=1)), RequestArrived(request(2, at_us=1))])
-    brain.handle(2, [RequestCancelled(1)])
-    assert brain.tracker.row(1).status is RequestStatus.RUNNING
-    brain.handle(3, [failure])
-    row = brain.tracker.row(1)
+    controller = up({1: [(0,)]}, timing=DispatchTiming())
+    controller.handle(1, [RequestArrived(request(1, at_us=1)), RequestArrived(request(2, at_us=1))])
+    controller.handle(2, [RequestCancelled(1)])
+    assert controller.tracker.row(1).status is RequestStatus.RUNNING
+    controller.handle(3, [failure])
+    row = controller.tracker.row(1)
     assert row.status is RequestStatus.FAILED
     assert row.reason.endswith("; the client went away")
-    assert brain.tracker.row(2).status is RequestStatus.WAITING
-    assert not brain._cancelled_ids
+    assert controller.tracker.row(2).status is RequestStatus.WAITING
+    assert not controller._cancelled_ids
 
 
 @pytest.mark.parametrize("end", [ExecutionFinished(1, 1, 3), ExecutionFailed(1, 1, "no room")])
 def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [RequestArrived(request(1, at_us=1))])
-    brain.handle(2, [RequestCancelled(1)])
-    brain.handle(3, [end])
-    assert brain.tracker.row(1).reason in ("", "deployment 1 (tiny): no room")
-    assert not brain._cancelled_ids
+    controller = up({1: [(0,)]})
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [RequestCancelled(1)])
+    controller.handle(3, [end])
+    assert controller.tracker.row(1).reason in ("", "deployment 1 (tiny): no room")
+    assert not controller._cancelled_ids
 
 
 def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
     ended: list[int] = []
-    brain = up({1: [(0,)]}, on_request_end=ended.append)
-    brain.handle(1, [RequestArrived(request(1, at_us=1, tokens=10)), RequestArrived(request(2, 7, 1))])
+    controller = up({1: [(0,)]}, on_request_end=ended.append)
+    controller.handle(1, [RequestArrived(request(1, at_us=1, tokens=10)), RequestArrived(request(2, 7, 1))])
     assert ended == [2]
-    brain.handle(2, [ExecutionFinished(1, 1, 2, output_tokens=(4,))])
+    controller.handle(2, [ExecutionFinished(1, 1, 2, output_tokens=(4,))])
     assert ended == [2, 1]
-    assert brain.tracker.row(1).finish_us == 2
-    assert brain.tracker.row(2).reason == "nothing was deployed for endpoint 7"
-    assert brain.tracker.close().output_tokens.tolist() == [4, 10]
+    assert controller.tracker.row(1).finish_us == 2
+    assert controller.tracker.row(2).reason == "nothing was deployed for endpoint 7"
+    assert controller.tracker.close().output_tokens.tolist() == [4, 10]
 
 
 def test_why_an_engine_failed_is_on_record() -> None:
-    brain = up({1: [(0,)]})
-    brain.handle(1, [EngineDown(1, returns=False, reason="out of memory")])
-    assert brain.manager.deployments[1].record().reason == "out of memory"
+    controller = up({1: [(0,)]})
+    controller.handle(1, [EngineDown(1, returns=False, reason="out of memory")])
+    assert controller.manager.deployments[1].record().reason == "out of memory"

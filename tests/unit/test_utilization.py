@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
-from fixtures import controller, endpoint_spec
+from fixtures import endpoint_spec, make_controller
 from hypothesis import given
 
 from maveriq.control.events import EndpointAdded, EngineUp, ExecutionFinished, RequestArrived
@@ -87,16 +87,16 @@ def test_phases_are_those_of_the_seed_and_differ_between_gpus() -> None:
 def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
     def loads(max_phase_us: int) -> list[float]:
         window = replace(SMALL, samples=50, max_phase_us=max_phase_us)
-        brain = controller({1: [(0, 1, 2)]}, load_window=window)
-        brain.handle(0, [EndpointAdded(endpoint_spec(1))])
-        brain.handle(1, [EngineUp(1, 1)])
+        controller = make_controller({1: [(0, 1, 2)]}, load_window=window)
+        controller.handle(0, [EndpointAdded(endpoint_spec(1))])
+        controller.handle(1, [EngineUp(1, 1)])
         for number in range(1, 40):
             request = Request(
                 request_id=number, endpoint_id=1, arrival_us=13 * number, prompt_tokens=1, output_tokens=1, slo_us=0
             )
-            brain.handle(13 * number, [RequestArrived(request)])
-            brain.handle(13 * number + 4, [ExecutionFinished(1, number, 13 * number + 4)])
-        return brain.manager.loads(520)
+            controller.handle(13 * number, [RequestArrived(request)])
+            controller.handle(13 * number + 4, [ExecutionFinished(1, number, 13 * number + 4)])
+        return controller.manager.loads(520)
 
     in_step, out_of_step = loads(0), loads(10)
     assert len(set(in_step[:3])) == 1

@@ -6,7 +6,7 @@ A new engine joins by a line in `ENGINES` of tests/engine_fixtures.py.
 from pathlib import Path
 
 import pytest
-from engine_fixtures import ENGINES, EngineCase, alive_in_group, run_async, started_engine, until, work
+from engine_fixtures import ENGINES, EngineCase, alive_in_group, batch_of, run_async, started_engine, until
 
 from maveriq.exec.engine_server import NO_PROTOCOL, STOPPED
 from maveriq.exec.engines.engine import make_engine
@@ -62,7 +62,7 @@ def test_load_twice_loads_once(case: EngineCase, tmp_path) -> None:
 def test_steps_come_in_order_and_add_up_to_the_outputs(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            engine.send(work(1, tokens=5))
+            engine.send(batch_of(1, tokens=5))
             *steps, finished = await engine.receive_until(Finished)
             assert [step.step for step in steps] == [1, 2, 3, 4, 5]
             assert all(isinstance(step, StepProgress) and step.execution_id == 1 for step in steps)
@@ -76,9 +76,9 @@ def test_steps_come_in_order_and_add_up_to_the_outputs(case: EngineCase, tmp_pat
 def test_equal_prompts_give_equal_tokens_alone_or_in_a_batch(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            engine.send(work(1, [5, 6, 7]))
+            engine.send(batch_of(1, [5, 6, 7]))
             alone = await engine.receive(Finished)
-            engine.send(work(2, [5, 6, 7], [5, 6, 7], tokens=[4, 2]))
+            engine.send(batch_of(2, [5, 6, 7], [5, 6, 7], tokens=[4, 2]))
             together = await engine.receive(Finished)
             assert together.outputs == (alone.outputs[0], alone.outputs[0][:2])
 
@@ -88,7 +88,7 @@ def test_equal_prompts_give_equal_tokens_alone_or_in_a_batch(case: EngineCase, t
 def test_a_sequence_that_has_ended_gets_no_token_while_others_go_on(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            engine.send(work(1, [5, 6, 7], [1, 2], tokens=[1, 3]))
+            engine.send(batch_of(1, [5, 6, 7], [1, 2], tokens=[1, 3]))
             *steps, finished = await engine.receive_until(Finished)
             assert [step.tokens[0] >= 0 for step in steps] == [True, False, False]
             assert [len(output) for output in finished.outputs] == [1, 3]
@@ -99,9 +99,9 @@ def test_a_sequence_that_has_ended_gets_no_token_while_others_go_on(case: Engine
 def test_generation_ends_with_a_stop_token(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            engine.send(work(1, tokens=6))
+            engine.send(batch_of(1, tokens=6))
             whole = (await engine.receive(Finished)).outputs[0]
-            engine.send(work(2, tokens=6, stop=(whole[2],)))
+            engine.send(batch_of(2, tokens=6, stop=(whole[2],)))
             assert (await engine.receive(Finished)).outputs[0] == whole[: whole.index(whole[2]) + 1]
 
     run_async(check)
@@ -110,13 +110,13 @@ def test_generation_ends_with_a_stop_token(case: EngineCase, tmp_path) -> None:
 def test_a_repeated_execution_is_not_done_again(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            first = work(1, tokens=3, service_s=0.05)
+            first = batch_of(1, tokens=3, service_s=0.05)
             engine.send(first, first)
             *steps, finished = await engine.receive_until(Finished)
             assert len(steps) == 3
             engine.send(first)
             assert await engine.receive() == finished
-            engine.send(work(2), Ping(number=1))
+            engine.send(batch_of(2), Ping(number=1))
             await engine.receive(Finished)
             engine.send(first, Ping(number=2))  # older than the last: no answer to it
             while (heard := await engine.receive()) != Pong(number=2, execution_id=0, steps=0):
@@ -128,9 +128,9 @@ def test_a_repeated_execution_is_not_done_again(case: EngineCase, tmp_path) -> N
 def test_too_large_a_batch_fails_alone(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path, batch_size=2) as engine:
-            engine.send(work(1, [1], [2], [3]))
+            engine.send(batch_of(1, [1], [2], [3]))
             assert (await engine.receive()).kind == "error"
-            engine.send(work(2, [1], [2]))
+            engine.send(batch_of(2, [1], [2]))
             assert len((await engine.receive(Finished)).outputs) == 2
 
     run_async(check)
@@ -139,7 +139,7 @@ def test_too_large_a_batch_fails_alone(case: EngineCase, tmp_path) -> None:
 def test_nothing_can_be_executed_before_loading(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path, load=False) as engine:
-            engine.send(work(1))
+            engine.send(batch_of(1))
             assert await engine.receive() == Failed(execution_id=1, kind="error", message="nothing is loaded")
 
     run_async(check)
@@ -148,7 +148,7 @@ def test_nothing_can_be_executed_before_loading(case: EngineCase, tmp_path) -> N
 def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            engine.send(work(1, tokens=10_000, service_s=20.0))
+            engine.send(batch_of(1, tokens=10_000, service_s=20.0))
             await engine.receive(StepProgress)
             steps = []
             for number in (1, 2):
@@ -165,7 +165,7 @@ def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
 def test_it_stops_by_word_in_the_middle_of_work(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
-            engine.send(work(1, tokens=10_000, service_s=600.0))
+            engine.send(batch_of(1, tokens=10_000, service_s=600.0))
             engine.send(Stop(), Stop())
             assert isinstance((await engine.receive_until(Bye))[-1], Bye)
             assert await engine.exit_code() == STOPPED
@@ -178,7 +178,7 @@ def test_all_its_ranks_are_in_its_group_and_go_with_it(case: EngineCase, tmp_pat
         layers = (case.model.layers - 1, 1)
         async with started_engine(case, tmp_path, pp=2, layer_split=layers) as engine:
             assert len(alive_in_group(engine.connection.pid)) >= 2
-            engine.send(work(1))
+            engine.send(batch_of(1))
             assert len((await engine.receive(Finished)).outputs[0]) == 4
             engine.send(Stop())
             assert await engine.exit_code() == STOPPED
@@ -191,7 +191,7 @@ def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         layers = (case.model.layers - 1, 1)
         async with started_engine(case, tmp_path, pp=2, layer_split=layers) as engine:
-            engine.send(work(1, tokens=10_000, service_s=20.0))
+            engine.send(batch_of(1, tokens=10_000, service_s=20.0))
             await engine.receive(StepProgress)
             engine.connection.channel.close()
             assert await engine.exit_code() == STOPPED
@@ -214,7 +214,7 @@ def test_close_may_come_twice_and_at_any_time(case: EngineCase) -> None:
     engine = make_engine(case.backend)
     engine.close()
     engine.load(case.spec())
-    next(iter(engine.generate(work(1))))
+    next(iter(engine.generate(batch_of(1))))
     engine.close()
     engine.close()
 
