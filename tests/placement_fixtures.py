@@ -62,8 +62,8 @@ def problem(
         gpus_per_node=8,
         memory_bytes=memory_gib * BYTES_PER_GIB,
         models=tuple(
-            PlacementModel(name=f"m{model}", profile=one, rate_per_s=rates[model] if rates else None)
-            for model, one in enumerate(profiles)
+            PlacementModel(name=f"m{model}", profile=model_profile, rate_per_s=rates[model] if rates else None)
+            for model, model_profile in enumerate(profiles)
         ),
         demand=demand(requests, len(profiles)),
     )

@@ -28,7 +28,7 @@ def simulate_requests(
         mine = hosts[host_start[model] : host_start[model + 1]] if model >= 0 else ()
         if not mine:
             continue
-        group = min(mine, key=lambda one: clocks[one][-1])
+        group = min(mine, key=lambda host: clocks[host][-1])
         dispatched[group] += 1
         stages = group_stages[group]
         first = group_offset[group] + model * stages

@@ -96,9 +96,9 @@ def test_recordings(tmp_path: Path, table: str, data: st.DataObject) -> None:
 
 
 def import_all(testbed: Path) -> None:
-    for one in load_recorded_runs(None, testbed):
-        options_of(one.run)
-        replay(one.record, PROFILE)
+    for recorded in load_recorded_runs(None, testbed):
+        options_of(recorded.run)
+        replay(recorded.record, PROFILE)
 
 
 @QUICK

@@ -86,10 +86,10 @@ def test_the_default_run_accounts_for_every_request(maveriq: Maveriq, tmp_path: 
     assert results["folder"] == "runs/hybrid-min-cost-large-code-0.4"
     counts = results["overall"]["counts"]
     assert counts["scheduled"] == 3508
-    for one in (results["overall"], *results["models"].values()):
-        ended = one["counts"].copy()
+    for result in (results["overall"], *results["models"].values()):
+        ended = result["counts"].copy()
         assert ended.pop("scheduled") == sum(ended.values())
-    assert sum(one["counts"]["scheduled"] for one in results["models"].values()) == 3508
+    assert sum(model["counts"]["scheduled"] for model in results["models"].values()) == 3508
     run = read_run(tmp_path / results["folder"])
     assert len(run.requests) == 3508
     assert (run.requests.status == RequestStatus.COMPLETED.value).sum() == counts["completed"]
@@ -116,7 +116,7 @@ def test_sim_json_and_records_say_the_same(maveriq: Maveriq, tmp_path: Path) -> 
     assert kept["notes"] == results["notes"] == []
     assert kept["options"]["trace"] == "t.csv"
     assert kept["versions"]["maveriq"] == __version__
-    assert [one["model"] for one in results["deployments"]] == ["llama-2-7b", "gptj-6b"]
+    assert [deployment["model"] for deployment in results["deployments"]] == ["llama-2-7b", "gptj-6b"]
 
 
 def test_quiet_says_nothing(maveriq: Maveriq) -> None:
@@ -158,8 +158,8 @@ def test_what_is_said_of_timing_holds_over_ideal(maveriq: Maveriq) -> None:
 def test_a_fault_is_repeatable(maveriq: Maveriq) -> None:
     both = answer(maveriq, f"{SIM} --fail deployment=1@650s --fail deployment=2@500s")
     assert both["overall"]["counts"]["completed"] == 1
-    one = answer(maveriq, f"{SIM} --fail deployment=2@500s")
-    assert one["overall"]["counts"]["completed"] == 2
+    fault_run = answer(maveriq, f"{SIM} --fail deployment=2@500s")
+    assert fault_run["overall"]["counts"]["completed"] == 2
 
 
 def test_recorded_service_times_serve(maveriq: Maveriq, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_plan_ranks(maveriq: Maveriq) -> None:
     assert (ended.code, ended.err) == (0, "")
     assert "TP 1 x PP 1" in ended.out
     ranking = answer(maveriq, "plan llama-2-7b")
-    scores = [one["score"] for one in ranking["candidates"]]
+    scores = [candidate["score"] for candidate in ranking["candidates"]]
     assert scores == sorted(scores)
     assert (ranking["model"], ranking["cluster"], ranking["note"]) == ("llama-2-7b", "8xA6000", "")
     assert answer(maveriq, "plan llama-2-7b --intent min_cost") == ranking
@@ -192,7 +192,7 @@ def test_plan_ranks(maveriq: Maveriq) -> None:
 def test_plan_knows_what_was_measured(maveriq: Maveriq, tmp_path: Path) -> None:
     profile = write_profile(tmp_path, "gptj-6b,int8,native,2,1,1,16,0.010,0.002,0.25\n")
     ranking = answer(maveriq, f"plan gptj-6b --profile {profile} --gpus 2xcpu")
-    assert [one["tp"] for one in ranking["candidates"]] == [2]
+    assert [candidate["tp"] for candidate in ranking["candidates"]] == [2]
     ended = maveriq(f"plan llama-2-7b --profile {profile} --gpus 2xcpu")
     assert ended.code == 1
     assert "has measurements of gptj-6b" in ended.err
@@ -201,7 +201,7 @@ def test_plan_knows_what_was_measured(maveriq: Maveriq, tmp_path: Path) -> None:
 def test_plan_meets_an_slo(maveriq: Maveriq) -> None:
     ranking = answer(maveriq, "plan llama-2-7b --slo-ms 200")
     assert ranking["candidates"]
-    assert all(one["latency_s"] < 0.2 for one in ranking["candidates"])
+    assert all(candidate["latency_s"] < 0.2 for candidate in ranking["candidates"])
 
 
 # trace

@@ -72,7 +72,7 @@ def test_json_has_every_figure(maveriq: Maveriq, both: None) -> None:
     assert set(found["models"]) == {"llama-2-70b", "falcon-40b", "llama-2-7b"}
     assert (found["within_tolerance"], found["unmatched"]) == (True, "")
     assert found["checks"][0]["name"] == "mean"
-    assert [one["same_gpus"] for one in found["deployments"]] == [True, True]
+    assert [deployment["same_gpus"] for deployment in found["deployments"]] == [True, True]
     assert found["sim_saturation"]["label"] == found["real_saturation"]["label"] == "stable"
 
 
@@ -82,7 +82,7 @@ def test_a_missed_tolerance_is_exit_code_1_after_the_results(maveriq: Maveriq, b
     assert ended.code == 1
     assert ended.err == "maveriq: out of tolerance: mean\n"
     if form:
-        assert [one["met"] for one in json.loads(ended.out)["checks"]] == [False, True]
+        assert [check["met"] for check in json.loads(ended.out)["checks"]] == [False, True]
     else:
         assert "MISSED" in ended.out
 

@@ -61,14 +61,14 @@ def test_where_nothing_can_be_deployed_the_records_say_so(
     assert why in ended.only_line
     assert "records: run" in ended.only_line
     run = read_run(tmp_path / "run")
-    assert {one.status for one in run.deployments} == {"rejected"}
+    assert {deployment.status for deployment in run.deployments} == {"rejected"}
     assert len(run.requests) == 2
 
 
 def test_one_model_that_fits_nowhere_does_not_stop_the_others(maveriq: Maveriq, tmp_path: Path) -> None:
     put(tmp_path, {"c.toml": CLUSTER + "memory_gib = 10\n", "t.csv": TWO_REQUESTS})
     assert maveriq("sim --trace t.csv --models regular --gpus c.toml --out run --quiet --drain-s 2000").code == 0
-    statuses = [one.status for one in read_run(tmp_path / "run").deployments]
+    statuses = [deployment.status for deployment in read_run(tmp_path / "run").deployments]
     assert "rejected" in statuses
     assert set(statuses) - {"rejected"}
 

@@ -47,7 +47,7 @@ def test_it_leaves_what_the_simulator_leaves(maveriq: Maveriq, tmp_path: Path) -
     simulated, folder = "runs/hybrid-min-cost-m-t", "runs/hybrid-min-cost-m-t-emulated"
     assert ended.out.splitlines()[-1] == f"compare with the simulator: maveriq compare {simulated} {folder}"
     sim, run = read_run(tmp_path / simulated), read_run(tmp_path / folder)
-    assert [one.plan for one in run.deployments] == [one.plan for one in sim.deployments]
+    assert [deployment.plan for deployment in run.deployments] == [deployment.plan for deployment in sim.deployments]
     assert run.requests.status.tolist() == sim.requests.status.tolist()
     assert run.requests.arrival_us.tolist() == sim.requests.arrival_us.tolist()
     service_us = run.requests.finish_us - run.requests.start_us
@@ -57,10 +57,10 @@ def test_it_leaves_what_the_simulator_leaves(maveriq: Maveriq, tmp_path: Path) -
     assert "simulated" not in compared["matching"]
     meta = read_meta(tmp_path / folder)
     assert (meta["kind"], meta["engines"]["backend"]) == ("run", "emulated")
-    assert sorted(one.name for one in (tmp_path / folder / "engines").iterdir()) == ["1-1.log", "2-1.log"]
+    assert sorted(log.name for log in (tmp_path / folder / "engines").iterdir()) == ["1-1.log", "2-1.log"]
     engines = (tmp_path / folder / "engines.csv").read_text().splitlines()
     assert [line.split(",")[:3] for line in engines[1:]] == [["1-1", "1", "emulated"], ["2-1", "2", "emulated"]]
-    assert [one.name for one in (tmp_path / "runs").iterdir() if one.name.startswith(".")] == []
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")] == []
 
 
 def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Pa
     assert len(run.requests) < 31
     assert any("ended early by the user" in note for note in read_meta(tmp_path / "run")["notes"])
     assert gone(groups)
-    assert sorted(one.name for one in tmp_path.iterdir()) == [
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
         "late.csv",
         "m.toml",
         "one.toml",
@@ -268,4 +268,4 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(started: Started, tm
     [line] = err.splitlines()
     assert "cannot be written" in line
     assert "make room" in line
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["late.csv", "m.toml", "one.toml", "soon.csv", "t.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late.csv", "m.toml", "one.toml", "soon.csv", "t.csv"]

@@ -35,7 +35,7 @@ def run(policy: str) -> RunRecord:
 
 
 def gpus_of(record: RunRecord) -> list[set[int]]:
-    return [set(one.plan.gpu_ids) for one in record.deployments if one.plan]
+    return [set(deployment.plan.gpu_ids) for deployment in record.deployments if deployment.plan]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -48,8 +48,8 @@ def test_best_fit_fills_gpus_that_hybrid_leaves_and_leaves_others_free() -> None
     assert gpus_of(best) != gpus_of(hybrid)
     assert set.union(*gpus_of(best)) < set.union(*gpus_of(hybrid))
     # Configurations are chosen before any rule is asked, from free memory that both have in plenty.
-    assert [one.plan.configuration for one in best.deployments] == [
-        one.plan.configuration for one in hybrid.deployments
+    assert [deployment.plan.configuration for deployment in best.deployments] == [
+        deployment.plan.configuration for deployment in hybrid.deployments
     ]
 
 
@@ -100,11 +100,11 @@ def test_a_policy_of_ones_own_decides_by_itself() -> None:
     paper = make_estimator("paper", load_profile("a6000-short"))
     policy = OneGpuEach(estimator=paper)
     record = simulate(replace(build_system(Options(scale=0.1)), policy=policy))
-    plans = [one.plan for one in record.deployments]
+    plans = [deployment.plan for deployment in record.deployments]
     # Two of the four models have no float16 engine on one GPU of this kind.
     assert [plan.configuration.gpus for plan in plans if plan] == [1]
     assert [plan.model.name for plan in plans if plan] == ["llama-2-7b"]
-    assert all(one.reason for one in record.deployments if one.plan is None)
+    assert all(deployment.reason for deployment in record.deployments if deployment.plan is None)
 
 
 def test_a_policy_of_ones_own_fits_or_rejects() -> None:

@@ -46,9 +46,9 @@ def anchors(document: Path) -> set[str]:
 @pytest.mark.parametrize(
     "document",
     [
-        pytest.param(one, marks=[] if one.name == "README.md" else [pytest.mark.heavy])
-        for one in DOCUMENTS
-        if scripts(one)
+        pytest.param(document, marks=[] if document.name == "README.md" else [pytest.mark.heavy])
+        for document in DOCUMENTS
+        if scripts(document)
     ],
     ids=str,
 )
@@ -69,7 +69,7 @@ def test_commands_run(document: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", [one for one in DOCUMENTS if blocks(one, "python")], ids=str)
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")], ids=str)
 def test_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `python` block by itself, with the examples of the docs at hand."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))

@@ -217,14 +217,14 @@ def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
     model = load_model(name)
     asked = data.draw(configurations(model))
 
-    def allowed(one: ParallelConfig) -> bool:
-        return unsupported_by(engine_facts(engine), model, one, device) is None
+    def allowed(config: ParallelConfig) -> bool:
+        return unsupported_by(engine_facts(engine), model, config, device) is None
 
     refusal = why_not(engine, model, asked, device)
     assert (refusal is None) == allowed(asked)
     if refusal is None:
         return
-    possible = [one for one in similar_configs(model, asked) if allowed(one)]
+    possible = [config for config in similar_configs(model, asked) if allowed(config)]
     if refusal.nearest is None:
         assert possible == []
         return
@@ -233,14 +233,14 @@ def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
     assert found.gpus <= asked.gpus
     assert found.batch_size == asked.batch_size
     assert sum(found.layers_per_stage(model.layers)) == model.layers
-    assert distance(asked, found) == min(distance(asked, one) for one in possible)
+    assert distance(asked, found) == min(distance(asked, config) for config in possible)
 
 
 @given(st.data())
 def test_distance_is_a_metric(data: st.DataObject) -> None:
     model = load_model("gptj-6b")
     a, b, c = (data.draw(configurations(model)) for _ in range(3))
-    a, b, c = (replace(one, batch_size=a.batch_size) for one in (a, b, c))
+    a, b, c = (replace(config, batch_size=a.batch_size) for config in (a, b, c))
     assert (distance(a, b) == 0) == (a == b)
     assert distance(a, b) == distance(b, a)
     same_stages = a.pp == b.pp == c.pp
@@ -259,7 +259,7 @@ def test_what_is_allowed_is_nearest_to_itself(data: st.DataObject, name: str) ->
 def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
     model = load_model("llama-2-7b")
     asked = ParallelConfig(tp=1, pp=1, weights=INT8)
-    found = nearest(model, asked, lambda one: one.weights is not INT8)
+    found = nearest(model, asked, lambda config: config.weights is not INT8)
     assert found is not None
     assert found.weights is FLOAT16
 
@@ -287,8 +287,12 @@ def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None
         assert plain
         assert bool(limited.candidates) == can
         # The same order, without what the engine cannot do.
-        kept = [one.configuration for one in plain if ask_configuration("trtllm", name, one.configuration) is None]
-        assert [one.configuration for one in limited.candidates] == kept
+        kept = [
+            candidate.configuration
+            for candidate in plain
+            if ask_configuration("trtllm", name, candidate.configuration) is None
+        ]
+        assert [candidate.configuration for candidate in limited.candidates] == kept
         assert len(kept) < len(plain)
 
 

@@ -30,31 +30,31 @@ def measured(folder: Path, backend: str = "engine_fixtures:Paced", **probe) -> l
         return asyncio.run(found)
 
 
-def at_pace(one: Measured) -> bool:
+def at_pace(point: Measured) -> bool:
     """Whether what was measured is the engine's pace."""
-    first_s = pytest.approx(FIRST_S * one.case.batch, rel=0.3)
-    return one.ttft_s + one.tpot_s == first_s and one.tpot_s == pytest.approx(EACH_S, rel=0.3)
+    first_s = pytest.approx(FIRST_S * point.case.batch, rel=0.3)
+    return point.ttft_s + point.tpot_s == first_s and point.tpot_s == pytest.approx(EACH_S, rel=0.3)
 
 
 def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tmp_path: Path) -> None:
     for _ in range(TRIES):
         found = measured(tmp_path)
-        if all(at_pace(one) for one in found):
+        if all(at_pace(point) for point in found):
             break
-    assert [one.case for one in found] == QUESTIONS
-    assert all(at_pace(one) and one.memory_gib == 4 for one in found)
+    assert [point.case for point in found] == QUESTIONS
+    assert all(at_pace(point) and point.memory_gib == 4 for point in found)
     folder = tmp_path / "mine"
     write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)
     write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)  # a profile may be made anew
     profile = load_profile(str(folder / "profile.toml"))
     assert (profile.gpu_kind, profile.prompt_tokens, profile.timing.tick_us) == ("paced", 4, 0)
     known = MeasuredEstimator(profile)
-    for one in found:
-        ask = one.case
+    for point in found:
+        ask = point.case
         service = known.service(
             MODEL, TP2, prompt_tokens=ask.prompt_tokens, output_tokens=ask.output_tokens, batch=ask.batch
         )
-        assert service.latency_s == pytest.approx(one.ttft_s + 6 * one.tpot_s, abs=1e-5)
+        assert service.latency_s == pytest.approx(point.ttft_s + 6 * point.tpot_s, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, backend: str, probe: di
 
 
 def test_names_are_written_so_that_they_can_be_read(tmp_path: Path) -> None:
-    one = Measured(
+    point = Measured(
         model=MODEL, configuration=TP2, case=QUESTIONS[0], ttft_s=0.1, tpot_s=0.1, memory_gib=1.0, start_s=1.0
     )
     folder = tmp_path / 'the "new" one \\'
-    write_profile(folder, Machine(kind='H100 "big"', memory_gib=8, idle_gib=0), [one])
+    write_profile(folder, Machine(kind='H100 "big"', memory_gib=8, idle_gib=0), [point])
     profile = load_profile(str(folder / "profile.toml"))
     assert (profile.name, profile.gpu_kind) == (folder.name, 'H100 "big"')
 

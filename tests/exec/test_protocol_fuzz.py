@@ -143,7 +143,7 @@ def framed(body: bytes) -> bytes:
 @given(st.lists(TO_ENGINE, max_size=6), st.none() | anything().map(framed) | st.binary(max_size=50))
 @settings(max_examples=60, deadline=None)
 def test_a_host_that_is_told_anything_ends(said, rest: bytes | None) -> None:
-    assert asyncio.run(host_told(*(framed(encode(one)) for one in said), rest or b"")) in (0, 1, 3)
+    assert asyncio.run(host_told(*(framed(encode(message)) for message in said), rest or b"")) in (0, 1, 3)
 
 
 @pytest.mark.parametrize("frame", [b"", b"\0", b"\0\0\0\5abc", (MAX_FRAME_BYTES + 1).to_bytes(4, "big")])

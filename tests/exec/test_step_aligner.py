@@ -24,4 +24,4 @@ def test_any_interleaving_gives_the_same_steps(halves: list[tuple[list[int], lis
         open_ones = [k for k, times in enumerate(said) if times < 3]
         assert all(len(steps) <= sum(map(len, halves[k][: said[k]])) for k in open_ones)
     longest = max(map(len, sequences))
-    assert steps == [tuple(one[k] if k < len(one) else ENDED for one in sequences) for k in range(longest)]
+    assert steps == [tuple(tokens[k] if k < len(tokens) else ENDED for tokens in sequences) for k in range(longest)]

@@ -68,7 +68,9 @@ def test_more_bandwidth_is_faster(question: dict, factor: float) -> None:
     # The speed of a layer relative to the law comes from the fingerprint, so it must not be taken anew.
     slow = msgspec.structs.replace(calibration(), trust=0.0)
     fast = msgspec.structs.replace(slow, bandwidth_gb_s=slow.bandwidth_gb_s * factor)
-    times = [latency_s(CalibratedEstimator(PROFILE, one, online=True), question) for one in (fast, slow)]
+    times = [
+        latency_s(CalibratedEstimator(PROFILE, calibration, online=True), question) for calibration in (fast, slow)
+    ]
     assert times[0] < times[1]
 
 
@@ -76,7 +78,7 @@ def test_more_bandwidth_is_faster(question: dict, factor: float) -> None:
 def test_more_layers_take_longer_and_hold_more(question: dict, more: int) -> None:
     deeper = question | {"model": replace(question["model"], layers=question["model"].layers + more)}
     assert latency_s(live(), deeper) > latency_s(live(), question)
-    held = [live().memory(one["model"], one["configuration"]) for one in (question, deeper)]
+    held = [live().memory(shape["model"], shape["configuration"]) for shape in (question, deeper)]
     assert 0 < held[0] < held[1]
 
 
@@ -123,10 +125,10 @@ def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
     )
     assert together == live().service(llama, four, **asked).latency_s < across
     two = ParallelConfig(tp=2, pp=2, weights=WeightType.FLOAT16)
-    none, one, both = (
+    none, one_link, both = (
         live().service_on(gpus, llama, two, **asked).latency_s for gpus in ((0, 1, 4, 5), (0, 1, 3, 4), (0, 4, 1, 5))
     )
-    assert none < one < both
+    assert none < one_link < both
     single = ParallelConfig(tp=1, pp=4, weights=WeightType.FLOAT16)
     assert live().service_on((0, 4, 1, 5), llama, single, **asked) == live().service(llama, single, **asked)
 

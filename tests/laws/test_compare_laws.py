@@ -34,18 +34,20 @@ def test_a_run_equals_itself(run: RunRecord) -> None:
     found = compare(run, run)
     assert found.unmatched == ""
     for distance in (found.overall, *found.models.values()):
-        assert {one.error for one in distance.differences.values()} <= {0.0, None}
+        assert {difference.error for difference in distance.differences.values()} <= {0.0, None}
         assert distance.ks in (0.0, None)
         assert distance.request_error in (0.0, None)
     assert all(pair.same_configuration and pair.same_gpus for pair in found.deployments)
     assert found.sim_saturation == found.real_saturation
-    assert all(one.met for one in check(found, [Tolerance(name=name, limit=0) for name in UNITS if name != "request"]))
+    assert all(
+        outcome.met for outcome in check(found, [Tolerance(name=name, limit=0) for name in UNITS if name != "request"])
+    )
 
 
 @few
 @given(runs(), runs())
-def test_swapping_two_runs_swaps_their_figures_and_flips_signs(one: RunRecord, other: RunRecord) -> None:
-    there, back = compare(one, other), compare(other, one)
+def test_swapping_two_runs_swaps_their_figures_and_flips_signs(run: RunRecord, other: RunRecord) -> None:
+    there, back = compare(run, other), compare(other, run)
     for quantity in QUANTITIES:
         ours, theirs = there.overall.differences[quantity.name], back.overall.differences[quantity.name]
         assert (ours.sim, ours.real) == (theirs.real, theirs.sim)
@@ -73,8 +75,8 @@ def test_latencies_by_a_factor_are_errors_of_that_factor(run: RunRecord, factor:
 
 @few
 @given(samples, samples)
-def test_the_distance_of_two_samples_is_the_largest_gap(one: np.ndarray, other: np.ndarray) -> None:
-    gaps = [abs(np.mean(one <= x) - np.mean(other <= x)) for x in (*one, *other)]
-    assert ks_distance(one, other) == pytest.approx(max(gaps))
-    assert ks_distance(one, one + 1000) == 1
-    assert ks_distance(one, np.array([])) is None
+def test_the_distance_of_two_samples_is_the_largest_gap(sample: np.ndarray, other: np.ndarray) -> None:
+    gaps = [abs(np.mean(sample <= x) - np.mean(other <= x)) for x in (*sample, *other)]
+    assert ks_distance(sample, other) == pytest.approx(max(gaps))
+    assert ks_distance(sample, sample + 1000) == 1
+    assert ks_distance(sample, np.array([])) is None

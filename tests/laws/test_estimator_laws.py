@@ -149,7 +149,7 @@ def test_splitting_a_model_never_saves_memory(single: float, tp2: float, pp2: fl
     assert parallel_memory_gib(single, tp2, pp2, tp=tp, pp=pp) >= single
 
 
-@given(one=gibs, two=gibs, batch=st.integers(1, 512))
-def test_the_batch_rule_starts_at_batch_one_and_never_falls(one: float, two: float, batch: int) -> None:
-    assert at_batch(one, two, 1) == one
-    assert at_batch(one, two, batch + 1) >= at_batch(one, two, batch)
+@given(batch_one=gibs, batch_two=gibs, batch=st.integers(1, 512))
+def test_the_batch_rule_starts_at_batch_one_and_never_falls(batch_one: float, batch_two: float, batch: int) -> None:
+    assert at_batch(batch_one, batch_two, 1) == batch_one
+    assert at_batch(batch_one, batch_two, batch + 1) >= at_batch(batch_one, batch_two, batch)

@@ -103,7 +103,9 @@ def test_every_published_placement_comes_out(measured_data: Path, capsys: pytest
         case = (entry["model_set"], entry["trace"], entry["rate_scale"], entry["slo_scale"])
         solution = search(published_problem(*case), SearchSettings(policy=POLICIES[entry["policy"]], max_tp=8))
         found = sorted((group.tp, group.pp, group.model_indices) for group in solution.groups)
-        wanted = sorted((one["tp"], one["pp"], tuple(one["model_indices"])) for one in entry.get("groups") or [])
+        wanted = sorted(
+            (group["tp"], group["pp"], tuple(group["model_indices"])) for group in entry.get("groups") or []
+        )
         agrees = solution.feasible == entry["feasible"] and found == wanted
         told = ", ".join(f"({tp},{pp}) x {len(models)} models" for tp, pp, models in found) or "infeasible"
         lines.append(
@@ -164,8 +166,11 @@ def test_the_embedded_profile_is_the_published_one(measured_data: Path) -> None:
     path = measured_data / "alpaserve" / "profiles_float16.json"
     for name, entries in json.loads(path.read_text())["profiles"].items():
         [profile] = published_profiles_of([name])
-        assert {(*shape, one.stage_latency_s, one.stage_weight_bytes) for shape, one in profile.shapes.items()} == {
-            (one["tp"], one["pp"], tuple(one["stage_latency_s"]), tuple(one["stage_weight_bytes"])) for one in entries
+        assert {
+            (*shape, stage.stage_latency_s, stage.stage_weight_bytes) for shape, stage in profile.shapes.items()
+        } == {
+            (entry["tp"], entry["pp"], tuple(entry["stage_latency_s"]), tuple(entry["stage_weight_bytes"]))
+            for entry in entries
         }
 
 

@@ -24,11 +24,11 @@ STALE = "run experiments/alpaserve/compare.py and look at what changed"
 CASES = list(load_comparison(HERE / "comparison.toml").cases())
 QUICK_EVERY = 6  # `make test` takes one row in so many
 AS_PUBLISHED, REPAIRED = "AlpaServe as published", "AlpaServe repaired (published table)"
-TOLD_APART = ("large", "regular")
+DISTINGUISHABLE = ("large", "regular")
 
 
-def key(one: Outcome) -> tuple[str, str, float, float]:
-    return one.model_set, one.trace, one.scale, one.slo_scale
+def key(outcome: Outcome) -> tuple[str, str, float, float]:
+    return outcome.model_set, outcome.trace, outcome.scale, outcome.slo_scale
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,11 @@ def committed() -> list[Outcome]:
 
 
 def of(committed: list[Outcome], policy: str) -> dict[tuple[str, str, float, float], Outcome]:
-    return {key(one): one for one in committed if one.policy == policy and one.model_set in TOLD_APART}
+    return {
+        key(outcome): outcome
+        for outcome in committed
+        if outcome.policy == policy and outcome.model_set in DISTINGUISHABLE
+    }
 
 
 def checked(case: Case) -> bool:
@@ -50,7 +54,7 @@ def checked(case: Case) -> bool:
 
 def test_every_case_has_a_row(committed: list[Outcome]) -> None:
     wanted = [(case.model_set, case.trace, case.scale, case.slo_scale, case.variant.name) for case in CASES]
-    assert [(*key(one), one.policy) for one in committed] == wanted, STALE
+    assert [(*key(outcome), outcome.policy) for outcome in committed] == wanted, STALE
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,9 @@ def test_the_page_shows_the_committed_results() -> None:
     grids = page_grids(RESULTS)
     assert filled(page, grids) == page, STALE
     shown = [grid.name for grid in grids if f"<!-- table: {grid.name} -->" in page]
-    sets = [f"{models} {what}" for models in TOLD_APART for what in ("search", "completed", "scheduled", "latency")]
+    sets = [
+        f"{models} {what}" for models in DISTINGUISHABLE for what in ("search", "completed", "scheduled", "latency")
+    ]
     assert shown == [*sets, "summary", "recorded"]
 
 
@@ -94,25 +100,27 @@ def test_a_page_with_an_unknown_marker_is_refused() -> None:
 
 
 def test_repaired_nothing_is_dropped_and_every_slo_expected(committed: list[Outcome]) -> None:
-    for one in of(committed, REPAIRED).values():
-        assert (one.refused, one.expected_met) == (0, 1.0)
-        assert "none" not in one.placement
+    for outcome in of(committed, REPAIRED).values():
+        assert (outcome.refused, outcome.expected_met) == (0, 1.0)
+        assert "none" not in outcome.placement
 
 
 def test_as_published_the_first_model_is_dropped(committed: list[Outcome]) -> None:
-    dropped = {where for where, one in of(committed, AS_PUBLISHED).items() if one.placement.startswith("1:none")}
+    dropped = {
+        where for where, outcome in of(committed, AS_PUBLISHED).items() if outcome.placement.startswith("1:none")
+    }
     assert {(models, scale) for models, _, scale, _ in dropped} == {
         ("large", 0.1), *(("regular", scale) for scale in (0.1, 0.2, 0.3, 0.4))
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_set", TOLD_APART)
+@pytest.mark.parametrize("model_set", DISTINGUISHABLE)
 @pytest.mark.parametrize("trace", ["code", "conversation"])
 def test_as_published_the_search_expects_the_share_not_addressed_to_the_last_model(
     committed: list[Outcome], model_set: str, trace: str
 ) -> None:
     profile = load_profile("a6000-short")
-    for (models, name, scale, _), one in of(committed, AS_PUBLISHED).items():
+    for (models, name, scale, _), outcome in of(committed, AS_PUBLISHED).items():
         if (models, name) == (model_set, trace):
             forecast = published_forecast(
                 embedded_trace(trace).requests_per_minute,
@@ -121,24 +129,24 @@ def test_as_published_the_search_expects_the_share_not_addressed_to_the_last_mod
                 slo_s=lambda model: profile.slo_s(model, 20) or 0.0,
                 name_offset=1,
             )
-            assert one.expected_met == pytest.approx(np.mean(forecast.model_index >= 0), abs=1e-6)
+            assert outcome.expected_met == pytest.approx(np.mean(forecast.model_index >= 0), abs=1e-6)
 
 
 def test_repaired_everything_is_placed_on_large_as_alpaserve_star_was_recorded(committed: list[Outcome]) -> None:
     """So that the recordings of AlpaServe* stand for the repaired baseline."""
     star = of(committed, "AlpaServe* (published table)")
-    repaired = {where: one for where, one in of(committed, REPAIRED).items() if where[0] == "large"}
-    assert all(one.placement == star[where].placement for where, one in repaired.items())
+    repaired = {where: outcome for where, outcome in of(committed, REPAIRED).items() if where[0] == "large"}
+    assert all(outcome.placement == star[where].placement for where, outcome in repaired.items())
     assert all("4x2" in repaired["large", trace, 0.1, 5.0].placement for trace in ("code", "conversation"))
 
 
 def test_a_defect_is_never_worse_over_completed_requests(committed: list[Outcome]) -> None:
     """What the page says of the metric: better in 7 and 24 of 24 runs, never worse."""
     repaired = of(committed, REPAIRED)
-    better = dict.fromkeys(TOLD_APART, 0)
-    for where, one in of(committed, AS_PUBLISHED).items():
-        assert (one.met_of_completed or 0) >= (repaired[where].met_of_completed or 0)
-        better[where[0]] += (one.met_of_completed or 0) > (repaired[where].met_of_completed or 0)
+    better = dict.fromkeys(DISTINGUISHABLE, 0)
+    for where, outcome in of(committed, AS_PUBLISHED).items():
+        assert (outcome.met_of_completed or 0) >= (repaired[where].met_of_completed or 0)
+        better[where[0]] += (outcome.met_of_completed or 0) > (repaired[where].met_of_completed or 0)
     assert better == {"large": 7, "regular": 24}
 
 

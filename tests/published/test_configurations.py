@@ -22,24 +22,28 @@ def listed(different: Sequence[Compared]) -> str:
 @pytest.mark.data
 def test_every_deployment_of_maveriq_is_compared(compared: Sequence[Compared]) -> None:
     assert len(compared) == 61
-    assert len({one.run for one in compared}) == 11
+    assert len({comparison.run for comparison in compared}) == 11
 
 
 @pytest.mark.data
 def test_given_the_recorded_memory_every_configuration_equals_the_recorded_one(compared: Sequence[Compared]) -> None:
-    different = [one for one in compared if one.given_memory != one.recorded]
+    different = [comparison for comparison in compared if comparison.given_memory != comparison.recorded]
     assert not different, listed(different)
 
 
 @pytest.mark.data
 def test_estimated_memory_of_each_gpu_equals_the_recorded_estimate(compared: Sequence[Compared]) -> None:
-    different = [one for one in compared if one.memory_error_gib is None or one.memory_error_gib > MAX_GIB_ERROR]
+    different = [
+        comparison
+        for comparison in compared
+        if comparison.memory_error_gib is None or comparison.memory_error_gib > MAX_GIB_ERROR
+    ]
     assert not different, listed(different)
 
 
 @pytest.mark.data
 def test_running_freely_nearly_every_configuration_equals_the_recorded_one(compared: Sequence[Compared]) -> None:
-    different = [one for one in compared if one.free != one.recorded]
+    different = [comparison for comparison in compared if comparison.free != comparison.recorded]
     assert len(different) <= (1 - LEAST_EQUAL_FREE) * len(compared), listed(different)
 
 

@@ -47,15 +47,15 @@ def test_runs_come_out_as_committed(measured_data: Path) -> None:
     found = list(blind_results(measured_data, PLAN, names=AGAIN))
     runs = {run.name: run for run in read_runs(find_testbed(measured_data))}
     judged_by = slo_scales(runs.values(), HEADLINE)
-    assert {one.row.run for one in found} == set(AGAIN)
-    for one in found:
-        rows = [row for row in committed.runs if row.run == one.row.run]
-        services = [row for row in committed.services if row.run == one.row.run]
-        assert csv_of(BlindRow, [one.row]) == csv_of(BlindRow, rows), STALE
-        assert csv_of(ServiceRow, one.services) == csv_of(ServiceRow, services), STALE
-        achieved = list(achieved_by(runs[one.row.run], one, judged_by, load_profile(PROFILE)))
-        assert csv_of(AchievedRow, achieved) == csv_of(AchievedRow, achieved_as_committed(one.row.run)), STALE
-        assert not one.comparison.unmatched  # request by request: the same models at the same times
+    assert {result.row.run for result in found} == set(AGAIN)
+    for result in found:
+        rows = [row for row in committed.runs if row.run == result.row.run]
+        services = [row for row in committed.services if row.run == result.row.run]
+        assert csv_of(BlindRow, [result.row]) == csv_of(BlindRow, rows), STALE
+        assert csv_of(ServiceRow, result.services) == csv_of(ServiceRow, services), STALE
+        achieved = list(achieved_by(runs[result.row.run], result, judged_by, load_profile(PROFILE)))
+        assert csv_of(AchievedRow, achieved) == csv_of(AchievedRow, achieved_as_committed(result.row.run)), STALE
+        assert not result.comparison.unmatched  # request by request: the same models at the same times
 
 
 @pytest.mark.data
@@ -81,7 +81,7 @@ def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
 def test_one_run_alone_makes_a_page_too(tmp_path: Path) -> None:
     every = read_tables(HERE / "results")
     row = next(row for row in every.runs if row.slo_error is None)  # judged by no SLO
-    services = [one for one in every.services if one.run == row.run]
+    services = [service for service in every.services if service.run == row.run]
     write_tables(tmp_path, replace(every, runs=[row], services=services, elsewhere=[], gains=[], neighbours=[]))
     tables = read_tables(tmp_path)
     assert not tables.neighbours
@@ -108,7 +108,7 @@ def test_the_page_shows_the_results() -> None:
     text = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
     tables = page_grids(HERE / "results", PLAN, HEADLINE)
     assert filled(text, tables) == text, STALE
-    assert set(re.findall("<!-- table: (.*) -->", text)) == {one.name for one in tables}
+    assert set(re.findall("<!-- table: (.*) -->", text)) == {table.name for table in tables}
 
 
 def test_every_run_has_its_picture() -> None:
@@ -128,7 +128,7 @@ def test_bars_are_held_against_what_a_run_allows() -> None:
         assert ("mean" in missed(row, PLAN.bars)) == (abs(row.mean_error) > mean)
     bars = list(held(read_tables(HERE / "results"), PLAN.bars))
     assert bars[0].found == f"{sum('mean' not in missed(row, PLAN.bars) for row in rows)} runs"
-    assert all(one.holds for one in bars)
+    assert all(bar.holds for bar in bars)
 
 
 @pytest.mark.heavy

@@ -42,7 +42,9 @@ def test_times_and_memory_are_possible(recordings: Mapping[str, RunRecord]) -> N
         assert (table.finish_us[done] > table.start_us[done]).all(), name
         assert table.finish_us.max() <= record.ended_us, name
         assert max(sample.memory_bytes for sample in record.gpu_samples) < 48 << 30, name
-        assert all(min(one.plan.gpu_bytes) > 1 << 30 for one in record.deployments if one.plan), name
+        assert all(min(deployment.plan.gpu_bytes) > 1 << 30 for deployment in record.deployments if deployment.plan), (
+            name
+        )
 
 
 def test_descriptions_give_the_recorded_requests_of_maveriq(

@@ -26,7 +26,7 @@ def test_estimates(measured_data: Path) -> None:
 def test_schedules(measured_data: Path) -> None:
     redrawn = list(redraw_all(measured_data))
     assert_committed(schedules_sheet(redrawn))
-    assert all(one.requests == one.from_counts == one.from_public for one in redrawn)
+    assert all(run.requests == run.from_counts == run.from_public for run in redrawn)
 
 
 def test_configurations(compared: Sequence[Compared]) -> None:

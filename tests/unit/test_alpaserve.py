@@ -208,7 +208,7 @@ def test_bucketing_keeps_slow_models_from_blocking_fast_ones() -> None:
     """Two slow requests at a time block both shared GPUs; on GPUs of its own the fast model never waits."""
     requests = sorted([(4.0 * (k // 2), 1, 9.0) for k in range(20)] + [(0.3 + 0.5 * k, 0, 0.12) for k in range(80)])
     case = problem([profile(0.1, 1), profile(1.8, 1)], requests, gpus=2, memory_gib=2, rates=[2.0, 0.5])
-    case = replace(case, models=tuple(replace(one, profile=_only_single(one.profile)) for one in case.models))
+    case = replace(case, models=tuple(replace(model, profile=_only_single(model.profile)) for model in case.models))
     shared, split = (search(case, SearchSettings(bucket=bucket)) for bucket in (False, True))
     assert split.best.attainment == 1 > shared.best.attainment
     assert [group.models for group in split.groups] == [("m0",), ("m1",)]

@@ -23,11 +23,11 @@ def built(policy: str = "alpaserve", **options) -> ReplaySystem:
 def groups_of(run: RunRecord) -> dict[tuple[int, ...], tuple[int, int, list[int]]]:
     """What each set of GPUs serves: TP, PP, and endpoints."""
     groups: dict[tuple[int, ...], tuple[int, int, list[int]]] = {}
-    for one in run.deployments:
-        if one.plan:
-            configuration = one.plan.configuration
-            group = groups.setdefault(one.plan.gpu_ids, (configuration.tp, configuration.pp, []))
-            group[2].append(one.endpoint.endpoint_id)
+    for deployment in run.deployments:
+        if deployment.plan:
+            configuration = deployment.plan.configuration
+            group = groups.setdefault(deployment.plan.gpu_ids, (configuration.tp, configuration.pp, []))
+            group[2].append(deployment.endpoint.endpoint_id)
     return groups
 
 
@@ -56,32 +56,32 @@ def test_the_star_keeps_every_model_or_none() -> None:
     keeps = groups_of(simulate(built("alpaserve-star", alpaserve_profile="published")))
     assert keeps == {tuple(range(8)): (4, 2, [1, 2, 3, 4])}
     run = simulate(built("alpaserve-star", models="twentyone", trace="conversation"))
-    assert {one.status for one in run.deployments} == {"rejected"}
+    assert {deployment.status for deployment in run.deployments} == {"rejected"}
     assert run.requests.counts()[RequestStatus.REFUSED] == len(run.requests)
 
 
 def test_a_replicated_model_shares_its_requests_evenly() -> None:
     run = simulate(built(alpaserve_as_published=True))
-    replicas = [one.deployment_id for one in run.deployments if one.endpoint.endpoint_id == 3]
+    replicas = [deployment.deployment_id for deployment in run.deployments if deployment.endpoint.endpoint_id == 3]
     served = [int((run.requests.deployment_id == replica).sum()) for replica in replicas]
     assert len(served) == 2
     assert abs(served[0] - served[1]) < 4 * sum(served) ** 0.5
 
 
 def test_memory_is_of_the_whole_batch() -> None:
-    one, four = (simulate(built(batch_size=batch)).deployments[0].plan for batch in (1, 4))
-    assert one is not None
+    single, four = (simulate(built(batch_size=batch)).deployments[0].plan for batch in (1, 4))
+    assert single is not None
     assert four is not None
     assert four.configuration.batch_size == 4
-    per_gpu = [plan.memory_bytes for plan in (one, four) if plan.configuration.gpus == one.configuration.gpus]
+    per_gpu = [plan.memory_bytes for plan in (single, four) if plan.configuration.gpus == single.configuration.gpus]
     assert per_gpu == sorted(set(per_gpu))  # more with the batch, where the shape is the same
 
 
 def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
     """Another seed is another demand: the policy was told the requests of its own run, no others."""
-    one, other = built(seed=1), built(seed=2)
-    assert len(one.workload.arrivals) == len(other.workload.arrivals)
-    assert one.policy.solution.best != other.policy.solution.best
+    run, other = built(seed=1), built(seed=2)
+    assert len(run.workload.arrivals) == len(other.workload.arrivals)
+    assert run.policy.solution.best != other.policy.solution.best
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def rows(truth: Calibration, *, noise: float = 0.01, models: tuple[str, ...] = M
                 for tp, pp in ((1, 1), (1, 2), (2, 1)):
                     asked = ParallelConfig(tp=tp, pp=pp, weights=weights, kv=KvType.NATIVE)
                     of = [replace(model, layers=layers) for layers in (pp, pp + 1)]
-                    found += [row(truth, one, asked, outputs, prompt, 1.0) for one in of for outputs in (10, 20)]
+                    found += [row(truth, model, asked, outputs, prompt, 1.0) for model in of for outputs in (10, 20)]
                     for batch in (1, 8):
                         for outputs in (20, 200):
                             spread = 1 + noise * chance.uniform(-1, 1)
@@ -109,8 +109,8 @@ def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path
     (tmp_path / "notes.csv").write_text("what,when\nx,y\n")
     samples = read_samples(tmp_path)
     assert len(samples) == len(lines)
-    assert {one.prompt_tokens for one in samples} == {64, 1500}
-    assert {one.is_fingerprint for one in samples} == {True, False}
+    assert {sample.prompt_tokens for sample in samples} == {64, 1500}
+    assert {sample.is_fingerprint for sample in samples} == {True, False}
     assert set(constants_of(samples)) == {64, 1500}
 
 
@@ -119,7 +119,11 @@ def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) 
     lines = rows(other_gpu(), models=MODELS[:2])
     pruned = [line.replace("llama-2-7b,", "llama-2-7b-wanda,") for line in lines if line.startswith("llama-2-7b,")]
     samples = read_samples(write(tmp_path / "t.csv", [*lines, *pruned]))
-    left = [one.measured.model_name for one in without_ground_truth(samples, "llama-2-7b") if not one.is_fingerprint]
+    left = [
+        sample.measured.model_name
+        for sample in without_ground_truth(samples, "llama-2-7b")
+        if not sample.is_fingerprint
+    ]
     assert set(left) == {"gptj-6b"}
     out = tmp_path / "out"
     out.mkdir()
@@ -129,15 +133,17 @@ def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) 
         "calibrated-without-llama-2-7b.toml",
         "calibrated-without-gptj-6b.toml",
     }
-    by_model = {one["value"]: one["latency"]["n"] for one in json.loads(ended.stdout)["groups"] if one["by"] == "model"}
+    by_model = {
+        group["value"]: group["latency"]["n"] for group in json.loads(ended.stdout)["groups"] if group["by"] == "model"
+    }
     assert by_model["llama-2-7b-wanda"] == by_model["llama-2-7b"]
 
 
 def test_prompts_can_be_said_for_a_table_that_does_not_say_them(tmp_path: Path) -> None:
     lines = [line.rpartition(",")[0] for line in rows(other_gpu()) if line.endswith(",64")]
     table = write(tmp_path / "t.csv", lines, ",".join(COLUMNS))
-    assert {one.prompt_tokens for one in read_samples(table, prompt_tokens=64)} == {64}
-    assert {one.prompt_tokens for one in read_samples(tmp_path, prompt_tokens=64)} == {64}
+    assert {sample.prompt_tokens for sample in read_samples(table, prompt_tokens=64)} == {64}
+    assert {sample.prompt_tokens for sample in read_samples(tmp_path, prompt_tokens=64)} == {64}
     with pytest.raises(InputError, match="no column prompt_tokens; add it, or give --prompt-tokens"):
         read_samples(table)
     with pytest.raises(InputError, match="no table of measurements with a column prompt_tokens"):
@@ -164,8 +170,12 @@ def test_a_model_of_ones_own_has_its_configuration_beside_the_table(tmp_path: Pa
         ' "intermediate_size": 16384, "vocab_size": 50400}'
     )
     table = write(tmp_path / "t.csv", [line.replace("gptj-6b", "mine") for line in rows(other_gpu())])
-    mine = [one.model for one in read_samples(table) if one.measured.model_name == "mine" and not one.is_fingerprint]
-    assert {(one.name, one.layers, one.feed_forward_matrices) for one in mine} == {("mine", 28, 3)}
+    mine = [
+        sample.model
+        for sample in read_samples(table)
+        if sample.measured.model_name == "mine" and not sample.is_fingerprint
+    ]
+    assert {(model.name, model.layers, model.feed_forward_matrices) for model in mine} == {("mine", 28, 3)}
 
 
 def test_without_fingerprints_latency_is_fitted_and_memory_is_not(tmp_path: Path) -> None:
@@ -191,15 +201,15 @@ def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
     samples = read_samples(write(tmp_path / "t.csv", rows(other_gpu(), noise=0)))
     constants = constants_of(samples)
     seen = []
-    for one in samples:
-        asked = one.measured.configuration
-        points = constants[one.prompt_tokens][one.model.name]
+    for sample in samples:
+        asked = sample.measured.configuration
+        points = constants[sample.prompt_tokens][sample.model.name]
         for tp, pp in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
-            lines = (points[point].line(one.model.layers) for point in (asked.at(1, 1), asked.at(2, 1)))
+            lines = (points[point].line(sample.model.layers) for point in (asked.at(1, 1), asked.at(2, 1)))
             law = ParallelLatency.scaled(*lines, truth, tp=tp, pp=pp)
-            latency_s = law.at(one.measured.output_tokens)
-            measured = replace(one.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)
-            seen.append(replace(one, measured=measured))
+            latency_s = law.at(sample.measured.output_tokens)
+            measured = replace(sample.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)
+            seen.append(replace(sample, measured=measured))
     for found in fit_exponents(seen, constants).values():
         assert (found.a, found.b, found.c, found.d) == pytest.approx((0.3, 0.9, 0.4, 0.7), abs=0.02)
 

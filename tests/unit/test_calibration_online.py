@@ -54,13 +54,13 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
     engines = []
     for first in range(0, len(asked), 4):  # four lengths, a dozen requests of each
         of_engine = asked[first : first + 4]
-        one = of_engine[0]
+        engine = of_engine[0]
         engines.append(
             RecordedEngine(
-                run=one.run,
-                model=one.model,
-                configuration=one.configuration,
-                gpu_ids=one.gpu_ids,
+                run=engine.run,
+                model=engine.model,
+                configuration=engine.configuration,
+                gpu_ids=engine.gpu_ids,
                 prompt_tokens=np.repeat([float(each.prompt_tokens) for each in of_engine], 12),
                 output_tokens=np.repeat([float(each.output_tokens) for each in of_engine], 12),
                 service_s=np.repeat(seconds[first : first + 4], 12),
@@ -82,7 +82,7 @@ def test_figures_of_a_live_system_are_found_and_judged_with_runs_left_out() -> N
     assert max(errors_without(as_benchmarked, benchmark, recorded, without)) < 1
 
 
-def beside_one(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
+def with_contention(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
     """The engine, had it always had one busy neighbour, and taken so much longer."""
     always = np.eye(MAX_CO_LOCATED + 1)[np.ones(len(engine.service_s), dtype=int)]
     return replace(engine, busy_shares=always, service_s=longer * engine.service_s)
@@ -90,8 +90,8 @@ def beside_one(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
 
 def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> None:
     truth, recorded = live()
-    ones = [one for one in recorded if one.configuration.tp == 1]
-    _, without = cross_fit_online(as_benchmarked, msgspec.structs.replace(truth, online=None), ones, 2)
+    single_gpu = [engine for engine in recorded if engine.configuration.tp == 1]
+    _, without = cross_fit_online(as_benchmarked, msgspec.structs.replace(truth, online=None), single_gpu, 2)
     assert [online.tp for online in without.values()] == [{}, {}, {}]
     (tmp_path / "served.csv").write_text(online_csv(without))
     assert read_online(tmp_path / "served.csv") == without
@@ -100,23 +100,25 @@ def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> Non
 def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() -> None:
     truth, recorded = live()
     benchmark = msgspec.structs.replace(truth, online=None)
-    ones = [one for one in recorded if one.configuration.tp == 1]
-    contended = [beside_one(one, 1.2) if one.run == "run-0" else one for one in ones]
+    single_gpu = [engine for engine in recorded if engine.configuration.tp == 1]
+    contended = [with_contention(engine, 1.2) if engine.run == "run-0" else engine for engine in single_gpu]
     online, without = cross_fit_online(as_benchmarked, benchmark, contended, 2)
     assert online.request_ms == pytest.approx(30, rel=0.01)
     assert online.contention.layer_us > 10
     assert online.contention.turn_us == 0  # nobody had two neighbours
     assert without["run-0"].contention.layer_us == 0
-    assert len(errors_without(as_benchmarked, benchmark, contended, without)) == sum(one.run != "run-0" for one in ones)
+    assert len(errors_without(as_benchmarked, benchmark, contended, without)) == sum(
+        engine.run != "run-0" for engine in single_gpu
+    )
     with pytest.raises(InputError, match="requests without contention"):
-        cross_fit_online(as_benchmarked, benchmark, [beside_one(one) for one in ones], 2)
+        cross_fit_online(as_benchmarked, benchmark, [with_contention(engine) for engine in single_gpu], 2)
 
 
 def test_a_run_folder_tells_what_it_served() -> None:
     record = simulate(build_system(Options(scale=0.05)))
     found = engines_of("mine", record)
-    assert [one.model.name for one in found] == ["llama-2-70b", "falcon-40b", "llama-2-7b", "falcon-40b"]
-    assert {(one.run, *one.output_tokens.tolist()[:1]) for one in found} == {("mine", 20)}
-    assert [len(one.gpu_ids) for one in found] == [4, 4, 1, 4]
-    assert all(0.1 < service_s < 1 for one in found for service_s in one.service_s.tolist())
-    assert all(one.uncontended.all() for one in found)  # one engine of one GPU has no neighbour
+    assert [engine.model.name for engine in found] == ["llama-2-70b", "falcon-40b", "llama-2-7b", "falcon-40b"]
+    assert {(engine.run, *engine.output_tokens.tolist()[:1]) for engine in found} == {("mine", 20)}
+    assert [len(engine.gpu_ids) for engine in found] == [4, 4, 1, 4]
+    assert all(0.1 < service_s < 1 for engine in found for service_s in engine.service_s.tolist())
+    assert all(engine.uncontended.all() for engine in found)  # one engine of one GPU has no neighbour

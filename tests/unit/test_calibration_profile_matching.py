@@ -53,9 +53,9 @@ def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batc
 @pytest.mark.parametrize("noise", [1.0, 1.05])
 def test_latencies_tell_the_prompts(profile: str, name: str, noise: float) -> None:
     matched = match(imagined(profile, name=name, noise=noise), make(name))
-    assert [one.profile.name for one in matched.inputs] == [profile]
+    assert [matched_input.profile.name for matched_input in matched.inputs] == [profile]
     assert matched.why.startswith(f"off in latency by {100 * (noise - 1):.1f} % with {profile}, ")
-    assert {one.profile: one.rows for one in matched.trials} == {"a6000-short": 9, "a6000-long": 9}
+    assert {trial.profile: trial.rows for trial in matched.trials} == {"a6000-short": 9, "a6000-long": 9}
 
 
 def test_rows_that_one_profile_alone_answers_do_not_count() -> None:
@@ -64,14 +64,14 @@ def test_rows_that_one_profile_alone_answers_do_not_count() -> None:
     batches = [replace(row, configuration=replace(row.configuration, batch_size=64)) for row in long]
     matched = match([*batches, *long], make("paper"))
     assert matched.inputs[0].profile.name == "a6000-long"
-    assert {one.rows for one in matched.trials} == {9}
+    assert {trial.rows for trial in matched.trials} == {9}
 
 
 def test_where_no_row_has_two_answers_who_answers_is_taken() -> None:
     batches = imagined("a6000-short", name="paper", batch=8)
     matched = match(batches, make("paper"))
     assert matched.inputs[0].profile.name == "a6000-short"
-    assert [one.median for one in matched.trials][1] is None
+    assert [trial.median for trial in matched.trials][1] is None
 
 
 def test_where_no_row_has_an_answer_it_is_the_default() -> None:
@@ -85,7 +85,7 @@ def test_where_no_row_has_an_answer_it_is_the_default() -> None:
 )
 def test_said_prompts_take_the_nearest_profile(tokens: int, profile: str) -> None:
     matched = match(imagined("a6000-short"), make("calibrated"), prompt_tokens=tokens)
-    assert [one.profile.name for one in matched.inputs] == [profile]
+    assert [matched_input.profile.name for matched_input in matched.inputs] == [profile]
     assert matched.inputs[0].subject.prompt_tokens == tokens
     assert matched.trials == ()
 
@@ -94,7 +94,7 @@ def test_prompts_of_the_rows_take_a_profile_for_each() -> None:
     short, long = imagined("a6000-short")[0], imagined("a6000-long")[0]
     rows = [replace(short, prompt_tokens=12), replace(long, prompt_tokens=900)]
     matched = match(rows, make("calibrated"))
-    assert [one.profile.name for one in matched.inputs] == ["a6000-short", "a6000-long"]
+    assert [matched_input.profile.name for matched_input in matched.inputs] == ["a6000-short", "a6000-long"]
     assert [matched.subject_of(row).prompt_tokens for row in rows] == [10, 923]
     with pytest.raises(InputError, match="column prompt_tokens; leave --prompt-tokens away"):
         match(rows, make("calibrated"), prompt_tokens=10)
@@ -155,4 +155,4 @@ def test_what_was_found_out_is_said(tmp_path: Path) -> None:
     assert "profile: off in latency by " in shown
     assert "profile:" not in run_fit("--evaluate", str(table), "--profile", "a6000-short")
     read = json.loads(run_fit("--evaluate", str(table), "--json"))
-    assert [one["profile"] for one in read["profiles_tried"]] == ["a6000-short", "a6000-long"]
+    assert [tried["profile"] for tried in read["profiles_tried"]] == ["a6000-short", "a6000-long"]

@@ -88,7 +88,10 @@ def test_figures_of_each_model() -> None:
     both = served(1, 2, 3, 4)
     both = shifted(both, endpoint_id=np.array([1, 2, 1, 2]))
     found = compare(both, both)
-    assert {name: one.real_completed for name, one in found.models.items()} == {"tiny": 2, "other": 2}
+    assert {name: model.real_completed for name, model in found.models.items()} == {
+        "tiny": 2,
+        "other": 2,
+    }
     assert found.models["other"].differences["mean"].real == pytest.approx(3)
     alone = compare(served(1, 2), both)
     assert alone.models["other"].differences["mean"].sim is None
@@ -108,7 +111,7 @@ def test_plans_side_by_side() -> None:
             rejected(4, model="tiny", endpoint_id=3, reason="full"),
         ),
     ).deployments
-    assert [(one.endpoint_id, one.same_configuration, one.same_gpus) for one in found] == [
+    assert [(plan.endpoint_id, plan.same_configuration, plan.same_gpus) for plan in found] == [
         (1, True, True),
         (1, True, True),
         (2, False, False),
@@ -118,13 +121,13 @@ def test_plans_side_by_side() -> None:
 
 
 def test_another_layer_split_is_another_configuration() -> None:
-    one = deployment(1)
-    assert one.plan is not None
-    shape = replace(one.plan.configuration, tp=1, pp=2)
+    record = deployment(1)
+    assert record.plan is not None
+    shape = replace(record.plan.configuration, tp=1, pp=2)
     even, uneven = (
         replace(
             served(1),
-            deployments=(replace(one, plan=replace(one.plan, configuration=replace(shape, layer_split=split))),),
+            deployments=(replace(record, plan=replace(record.plan, configuration=replace(shape, layer_split=split))),),
         )
         for split in ((2, 2), (3, 1))
     )
@@ -148,7 +151,7 @@ def pair() -> Comparison:
     ],
 )
 def test_tolerances(text: str, met: list[bool]) -> None:
-    assert [one.met for one in check(pair(), parse_tolerances(text))] == met
+    assert [outcome.met for outcome in check(pair(), parse_tolerances(text))] == met
 
 
 def test_a_tolerance_on_what_one_run_lacks_is_missed() -> None:

@@ -64,9 +64,9 @@ def test_engines_of_several_gpus_are_nobodys_neighbours() -> None:
 
 def test_another_node_has_another_process() -> None:
     requests = arrivals([READY, READY], [1, 2], [10, 10])
-    one = world(requests, THREE)
-    nodes = Cluster(name="two nodes", gpus=tuple(replace(gpu, node=gpu.gpu_id) for gpu in one.cluster.gpus))
-    table = simulate(replace(one, cluster=nodes)).requests
+    system = world(requests, THREE)
+    nodes = Cluster(name="two nodes", gpus=tuple(replace(gpu, node=gpu.gpu_id) for gpu in system.cluster.gpus))
+    table = simulate(replace(system, cluster=nodes)).requests
     assert (table.finish_us - table.start_us).tolist() == [10_000, 10_000]
 
 

@@ -54,7 +54,7 @@ def up(gpus_of, **settings) -> Controller:
 
 
 def ids(actions) -> list[int]:
-    return [one.request_id for action in actions if isinstance(action, Execute) for one in action.requests]
+    return [request.request_id for action in actions if isinstance(action, Execute) for request in action.requests]
 
 
 def statuses(controller: Controller) -> list[str]:
@@ -232,7 +232,7 @@ def statuses_of(table) -> list[str]:
 def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
     controller = up({1: [(0, 1)], 2: [(1,)], 3: [(2,)]})
     controller.handle(1, [GpuDown(1, returns=True)])
-    assert [one.state for one in controller.manager.deployments.values()] == ["down", "down", "up"]
+    assert [deployment.state for deployment in controller.manager.deployments.values()] == ["down", "down", "up"]
     controller.handle(2, [RequestArrived(request(1, 1, 2))])
     assert ids(controller.handle(3, [RequestArrived(request(2, 3, 3))])) == [2]  # a line that is down holds nobody
     assert [start.deployment_id for start in controller.handle(4, [GpuUp(1)])] == [1, 2]

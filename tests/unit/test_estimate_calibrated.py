@@ -114,11 +114,13 @@ def test_the_kv_cache_of_a_batch_grows_by_blocks_of_tokens() -> None:
 def test_service_times_of_recorded_runs_that_the_fit_has_not_seen(measured_data: Path) -> None:
     profile = load_profile("a6000-short")
     errors: dict[tuple[str, str], list[float]] = {}
-    for one in read_recorded(measured_data / "testbed"):
-        unseen = CalibratedEstimator.serving(profile, without_run=one.run)
-        question = {"prompt_tokens": one.prompt_tokens, "output_tokens": one.output_tokens, "batch": 1}
-        estimate = unseen.service_on(one.gpu_ids, one.model, one.configuration, **question)
-        errors.setdefault((one.run, one.model.name), []).append(abs(estimate.latency_s / one.service_s - 1))
+    for execution in read_recorded(measured_data / "testbed"):
+        unseen = CalibratedEstimator.serving(profile, without_run=execution.run)
+        question = {"prompt_tokens": execution.prompt_tokens, "output_tokens": execution.output_tokens, "batch": 1}
+        estimate = unseen.service_on(execution.gpu_ids, execution.model, execution.configuration, **question)
+        errors.setdefault((execution.run, execution.model.name), []).append(
+            abs(estimate.latency_s / execution.service_s - 1)
+        )
     per_model = [median(found) for found in errors.values()]
     assert len(per_model) == 68
     assert median(per_model) <= 0.05
@@ -137,8 +139,8 @@ def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_pa
     model, asked = load_model("llama-2-70b"), ParallelConfig(tp=4, pp=2, weights=WeightType.INT8)
     question = {"prompt_tokens": 30, "output_tokens": 20, "batch": 4}
     again, embedded = (
-        CalibratedEstimator.serving(one).service(model, asked, **question).latency_s
-        for one in (profile, load_profile("a6000-short"))
+        CalibratedEstimator.serving(served_profile).service(model, asked, **question).latency_s
+        for served_profile in (profile, load_profile("a6000-short"))
     )
     assert again == pytest.approx(embedded, rel=1e-3)
 
@@ -203,8 +205,8 @@ def test_a_layer_that_ran_slower_than_the_law_is_seen() -> None:
     asked = work_of(
         model, ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16).kv, tp=1, pp=1, batch=1, prompt_tokens=10
     )
-    two, one = (float(latency_s(replace(asked, layers=n), roofline, 20)) for n in (2, 1))
-    seen = [(asked, 20, 1.2 * (two - one)), (asked, 20, 1.2 * (two - one)), (asked, 20, -1.0)]
+    two, single = (float(latency_s(replace(asked, layers=n), roofline, 20)) for n in (2, 1))
+    seen = [(asked, 20, 1.2 * (two - single)), (asked, 20, 1.2 * (two - single)), (asked, 20, -1.0)]
     assert layer_time_ratio(seen, roofline) == pytest.approx(np.log(1.2))
     assert layer_time_ratio([], roofline) == 0
 
@@ -220,7 +222,7 @@ def test_each_left_out_calibration_differs_and_a_model_without_ground_truth_leav
     whole = read_calibration(PATH)
     # Of the last two there are full models with uneven splits alone.
     without = [read_calibration(PATH, without_model=name) for name in (*GROUND_TRUTH, "llama-2-13b", "falcon-40b")]
-    assert len({one.bandwidth_gb_s for one in [whole, *without]}) == 7
+    assert len({calibration.bandwidth_gb_s for calibration in [whole, *without]}) == 7
     assert read_calibration(PATH, without_model="stranger") == whole
 
 
@@ -296,6 +298,6 @@ def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_da
 @pytest.mark.data
 def test_fingerprints_of_a_model_left_out_stay_in_the_fit(measured_data: Path) -> None:
     samples = without_ground_truth(read_samples(measured_data / "a6000"), "gptj-6b")
-    of_it = [one for one in samples if one.measured.model_name == "gptj-6b"]
+    of_it = [sample for sample in samples if sample.measured.model_name == "gptj-6b"]
     assert of_it
-    assert {one.table for one in of_it} == {"fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"}
+    assert {sample.table for sample in of_it} == {"fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"}

@@ -39,8 +39,8 @@ def profile(tmp_path: Path) -> HardwareProfile:
     return load_profile(str(write_profile(tmp_path, ROWS)))
 
 
-def service(one: MeasuredEstimator, *, prompt: int, batch: int = 1, output: int = 10) -> float:
-    return one.service(TINY, TP2, prompt_tokens=prompt, output_tokens=output, batch=batch).latency_s
+def service(estimator: MeasuredEstimator, *, prompt: int, batch: int = 1, output: int = 10) -> float:
+    return estimator.service(TINY, TP2, prompt_tokens=prompt, output_tokens=output, batch=batch).latency_s
 
 
 def test_measured_points_come_back_and_lines_lie_between(profile: HardwareProfile) -> None:
@@ -58,7 +58,7 @@ def test_measured_points_come_back_and_lines_lie_between(profile: HardwareProfil
 def test_noise_does_not_go_on_beyond_what_was_measured(tmp_path: Path) -> None:
     rows = "tiny,float16,native,2,1,1,8,0.010,0.016,0.25\ntiny,float16,native,2,1,1,32,0.030,0.013,0.25\n"
     measured = MeasuredEstimator(load_profile(str(write_profile(tmp_path, rows))))
-    far, near = (measured.service(TINY, TP2, prompt_tokens=one, output_tokens=10, batch=1) for one in (2_000, 1))
+    far, near = (measured.service(TINY, TP2, prompt_tokens=prompt, output_tokens=10, batch=1) for prompt in (2_000, 1))
     assert (far.tpot_s, near.tpot_s) == (0.013, 0.016)  # it fell by chance: tokens never come in less than no time
     assert far.ttft_s == pytest.approx(0.030 + 1968 / 24 * 0.020)
     assert near.ttft_s == pytest.approx(0.010 - 7 / 24 * 0.020)

@@ -67,9 +67,9 @@ def test_latency_is_the_formula(
 
 def test_one_output_token_still_has_a_pace(paper: Estimator) -> None:
     model, cfg = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=F16)
-    one = paper.service(model, cfg, prompt_tokens=10, output_tokens=1, batch=1)
+    single = paper.service(model, cfg, prompt_tokens=10, output_tokens=1, batch=1)
     two = paper.service(model, cfg, prompt_tokens=10, output_tokens=2, batch=1)
-    assert one.tpot_s == two.tpot_s == pytest.approx(two.latency_s - one.latency_s)
+    assert single.tpot_s == two.tpot_s == pytest.approx(two.latency_s - single.latency_s)
 
 
 def test_memory_is_the_formula(short: HardwareProfile, paper: Estimator) -> None:

@@ -43,7 +43,7 @@ PLAN = HeadlinePlan(
 )
 
 
-def row(policy: str, mean_s: float | None = 1.0, **said: object) -> AchievedRow:
+def row(policy: str, mean_s: float | None = 1.0, **changes: object) -> AchievedRow:
     default = AchievedRow(
         source=GRID,
         run="",
@@ -66,7 +66,7 @@ def row(policy: str, mean_s: float | None = 1.0, **said: object) -> AchievedRow:
         met_of_completed=90.0 if mean_s else None,
         met_of_scheduled=90.0,
     )
-    return replace(default, **said)
+    return replace(default, **changes)
 
 
 def grid_of(name: str, rows: list[AchievedRow]) -> list[list[str]]:
@@ -115,7 +115,7 @@ def test_recorded_runs_are_paired_under_one_load_and_judged_by_one_slo() -> None
         *recording("b", "Theirs", mean_s=6.0, sim_mean_s=6.6, planned=2.5),
         *recording("a", "Ours", mean_s=2.0, sim_mean_s=2.0, planned=0.0),
         *recording("c", "Ours fast", mean_s=1.0, sim_mean_s=1.0, planned=0.0),
-        *(replace(one, scale=0.2) for one in recording("d", "Theirs", mean_s=1.0, sim_mean_s=1.0, planned=5.0)),
+        *(replace(pair, scale=0.2) for pair in recording("d", "Theirs", mean_s=1.0, sim_mean_s=1.0, planned=5.0)),
     ]
     pairs = list(recorded_pairs(rows, PLAN))
     assert [(ours.run, theirs.run) for ours, theirs in (pair.recorded for pair in pairs)] == [
@@ -170,7 +170,7 @@ def test_what_a_run_achieved() -> None:
     run = run_record(requests, models={1: "llama-2-7b"}, ended_us=99 * S)
     slo_s = profile.slo_s("llama-2-7b", 20)
     assert slo_s
-    one = achieved(
+    row = achieved(
         judged_by(run, 3 / slo_s, profile),
         source=GRID,
         run="",
@@ -179,12 +179,12 @@ def test_what_a_run_achieved() -> None:
         planned_slo_scale=0.0,
         slo_scale=3 / slo_s,
     )
-    assert (one.scheduled, one.completed) == (3, 2)
-    assert (one.mean_s, one.cost_gib_s) == (pytest.approx(3), pytest.approx(3 * 6))  # two GPUs with 3 GiB each
-    assert one.gpu_hours == pytest.approx(2 * 4 / 3600)
-    assert one.gpu_s_of_a_request == pytest.approx(4)
-    assert one.throughput_per_s == pytest.approx(2 / 14)
-    assert (one.met_of_completed, one.met_of_scheduled) == (pytest.approx(50), pytest.approx(100 / 3))
+    assert (row.scheduled, row.completed) == (3, 2)
+    assert (row.mean_s, row.cost_gib_s) == (pytest.approx(3), pytest.approx(3 * 6))  # two GPUs with 3 GiB each
+    assert row.gpu_hours == pytest.approx(2 * 4 / 3600)
+    assert row.gpu_s_of_a_request == pytest.approx(4)
+    assert row.throughput_per_s == pytest.approx(2 / 14)
+    assert (row.met_of_completed, row.met_of_scheduled) == (pytest.approx(50), pytest.approx(100 / 3))
 
 
 def test_rows_come_back_from_their_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from maveriq.units import BYTES_PER_GIB
 
 def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False) -> None:
     """Let the machine have GPUs of so much memory."""
-    meter = FakeMeter(memory_bytes=[one * BYTES_PER_GIB for one in gib], kind="big")
+    meter = FakeMeter(memory_bytes=[memory_gib * BYTES_PER_GIB for memory_gib in gib], kind="big")
     sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
     monkeypatch.setattr(FakeMeter, "gpus", sliced)
     monkeypatch.setattr(local_machine, "this_machine", lambda: Machine(gpus=meter.gpus))
@@ -76,9 +76,9 @@ def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
     gptq = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
     assert LocalMachine("emulated").planning(believed) is believed
     assert believed.why_not(MODEL, gptq) is None
-    two, one = (ParallelConfig(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
+    two, single = (ParallelConfig(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
     assert LocalMachine("torch").planning(believed).why_not(MODEL, two) is None
     machine(monkeypatch, 32, 32, is_slice=True)
     assert "slices" in (LocalMachine("torch").planning(believed).why_not(MODEL, two) or "")
-    assert LocalMachine("torch").planning(believed).why_not(MODEL, one) is None
+    assert LocalMachine("torch").planning(believed).why_not(MODEL, single) is None
     assert (LocalMachine("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")

@@ -69,7 +69,7 @@ def test_json_has_what_is_promised(place) -> None:
     assert answer["groups"] == [{"tp": 1, "pp": 1, "models": [name]} for name in "ab"]
     assert answer["attainment"] == pytest.approx(2 / 3)
     assert answer["replicas"] == 2
-    assert [sorted(one) for one in answer["candidates"]] == [["attainment", "score"]] * 3
+    assert [sorted(candidate) for candidate in answer["candidates"]] == [["attainment", "score"]] * 3
     assert answer["search_s"] > 0
     assert answer["feasible"] is True
 

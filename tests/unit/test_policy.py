@@ -138,17 +138,22 @@ def test_shards_find_a_place_in_any_order_of_gpus_if_there_is_one(shards, free, 
 
 def test_enumeration_is_in_the_order_that_breaks_ties() -> None:
     configurations = list(enumerate_configurations(load_model("llama-2-7b"), 4))
-    keys = [(one.tp, one.pp, list(WeightType).index(one.weights), list(KvType).index(one.kv)) for one in configurations]
+    keys = [
+        (config.tp, config.pp, list(WeightType).index(config.weights), list(KvType).index(config.kv))
+        for config in configurations
+    ]
     assert keys == sorted(keys)
-    assert {(one.tp, one.pp) for one in configurations} == {
+    assert {(config.tp, config.pp) for config in configurations} == {
         (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (4, 1),
     }  # fmt: skip
-    assert {one.tp for one in enumerate_configurations(load_model("falcon-7b"), 8)} == {1}  # 71 heads
+    assert {configuration.tp for configuration in enumerate_configurations(load_model("falcon-7b"), 8)} == {
+        1
+    }  # 71 heads
 
 
 @pytest.mark.parametrize("objective", Objective)
 def test_candidates_are_in_the_order_of_the_objective(objective: Objective) -> None:
-    scores = [one.score for one in ranked(endpoint("falcon-40b", objective)).candidates]
+    scores = [candidate.score for candidate in ranked(endpoint("falcon-40b", objective)).candidates]
     assert scores == sorted(scores)
     assert len(scores) > 10
 
@@ -157,10 +162,10 @@ def test_everything_enumerated_is_ranked_or_left_out() -> None:
     the_ask = endpoint("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
     ranking = ranked(the_ask)
     everything = list(enumerate_configurations(the_ask.model, 8))
-    told = [one.configuration for one in (*ranking.candidates, *ranking.left_out)]
+    told = [option.configuration for option in (*ranking.candidates, *ranking.left_out)]
     assert sorted(map(str, told)) == sorted(map(str, everything))
-    assert all(one.service.latency_s < 3.0 for one in ranking.candidates)
-    assert all(one.accuracy >= 95.0 for one in ranking.candidates)
+    assert all(candidate.service.latency_s < 3.0 for candidate in ranking.candidates)
+    assert all(candidate.accuracy >= 95.0 for candidate in ranking.candidates)
 
 
 def test_an_slo_that_nothing_meets_falls_back_to_the_fastest() -> None:
@@ -168,12 +173,13 @@ def test_an_slo_that_nothing_meets_falls_back_to_the_fastest() -> None:
     assert unmet.candidates[0].configuration == free.candidates[0].configuration
     assert unmet.note.startswith("misses its SLO of 0.001 s: the fastest that fits takes 0.")
     floor = ranked(endpoint(slo_s=0.001, min_accuracy=99.9, float16_only=True))
-    assert {one.configuration.weights for one in floor.candidates} == {WeightType.FLOAT16}
+    assert {candidate.configuration.weights for candidate in floor.candidates} == {WeightType.FLOAT16}
 
 
 def test_float16_only_keeps_the_kv_cache_free() -> None:
     kinds = {
-        (one.configuration.weights, one.configuration.kv) for one in ranked(endpoint(float16_only=True)).candidates
+        (candidate.configuration.weights, candidate.configuration.kv)
+        for candidate in ranked(endpoint(float16_only=True)).candidates
     }
     assert kinds == {(WeightType.FLOAT16, KvType.INT8), (WeightType.FLOAT16, KvType.NATIVE)}
 
@@ -192,7 +198,9 @@ def test_an_unmeasured_accuracy_fails_a_floor_and_nothing_else() -> None:
 def test_layers_go_where_memory_is() -> None:
     """Three GPUs with little memory and one with much: the split is uneven, and it fits."""
     view = view_with_free(3.0, 3.0, 12.0, 3.0)
-    split = {one.configuration.pp: one for one in ranked(endpoint(float16_only=True), view).candidates}[4]
+    split = {
+        candidate.configuration.pp: candidate for candidate in ranked(endpoint(float16_only=True), view).candidates
+    }[4]
     assert split.gpu_ids == (2, 0, 1, 3)
     assert split.layer_split[0] > split.layer_split[1] >= 1
     assert sum(split.layer_split) == 32

@@ -23,10 +23,10 @@ def row_by_row(folder: Path) -> RunRecord:
         return read_run(folder)
 
 
-def same(one: RunRecord, other: RunRecord) -> bool:
-    names = one.requests.__slots__
-    return one.gpu_samples == other.gpu_samples and all(
-        np.array_equal(getattr(one.requests, name), getattr(other.requests, name)) for name in names
+def same(run: RunRecord, other: RunRecord) -> bool:
+    names = run.requests.__slots__
+    return run.gpu_samples == other.gpu_samples and all(
+        np.array_equal(getattr(run.requests, name), getattr(other.requests, name)) for name in names
     )
 
 

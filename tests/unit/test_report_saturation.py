@@ -137,8 +137,8 @@ def test_refused_requests_never_wait_and_unfinished_ones_wait_to_the_end():
 def test_no_request_or_only_refused_ones():
     assert assess_saturation(run_record(table([]))).label is STABLE
     assert assess_saturation(run_record(table([]))).evidence is None
-    one = assess_saturation(run_record(table([[1, 1, 1, 5, 5, 6, 7, 2, 0, 5, 5, 0]])))
-    assert one.label is STABLE
+    single = assess_saturation(run_record(table([[1, 1, 1, 5, 5, 6, 7, 2, 0, 5, 5, 0]])))
+    assert single.label is STABLE
 
 
 def test_a_saturation_per_model():

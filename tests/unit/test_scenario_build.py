@@ -105,8 +105,8 @@ def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
     model = default.workload.endpoints[0].model
     asked = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
     seconds = [
-        one.service_times.estimator.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s
-        for one in (default, blind)
+        system.service_times.estimator.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s
+        for system in (default, blind)
     ]
     assert seconds[0] != seconds[1] == pytest.approx(seconds[0], rel=0.02)
 

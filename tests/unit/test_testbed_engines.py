@@ -48,7 +48,7 @@ def test_neighbours_are_engines_of_one_gpu_in_the_same_run(folder: Path) -> None
     for lonely in (several, elsewhere):
         assert lonely.busy_shares[0].tolist() == pytest.approx([1] + 7 * [0])
     assert (first.prompt_tokens.tolist(), several.prompt_tokens.tolist()) == ([10], [30])
-    assert [one.uncontended.tolist() for one in (first, second, several)] == [[False], [False], [True]]
+    assert [engine.uncontended.tolist() for engine in (first, second, several)] == [[False], [False], [True]]
 
 
 def test_a_table_that_is_none_is_refused(folder: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_table_that_is_none_is_refused(folder: Path) -> None:
 
 
 def engine(model: str, busy_shares: np.ndarray, service_s: np.ndarray, folder: Path) -> RecordedEngine:
-    like = next(one for one in read_engines(folder) if one.model.name == model)
+    like = next(engine for engine in read_engines(folder) if engine.model.name == model)
     return RecordedEngine(
         run=like.run,
         model=like.model,
@@ -100,8 +100,8 @@ def test_medians_are_of_requests_without_neighbours_by_length_of_prompt(folder: 
     busy_shares = np.eye(8)[np.array([0] * 48 + [3] * 10)]
     service_s = np.append(np.linspace(1, 2, 48), np.full(10, 9.0))
     found = list(uncontended_medians(engine("gptj-6b", busy_shares, service_s, folder), bands=4))
-    assert [one.service_s for one in found] == pytest.approx([1.117, 1.372, 1.628, 1.883], abs=1e-3)
-    assert [one.prompt_tokens for one in found] == sorted(one.prompt_tokens for one in found)
+    assert [execution.service_s for execution in found] == pytest.approx([1.117, 1.372, 1.628, 1.883], abs=1e-3)
+    assert [execution.prompt_tokens for execution in found] == sorted(execution.prompt_tokens for execution in found)
     assert not list(uncontended_medians(engine("gptj-6b", busy_shares[40:], service_s[40:], folder), bands=4))
     # A request each is too few where it had a neighbour.
-    assert [one.configuration.gpus for one in read_recorded(folder)] == [2, 1]
+    assert [execution.configuration.gpus for execution in read_recorded(folder)] == [2, 1]

@@ -86,12 +86,12 @@ def test_a_baseline_has_no_intent_and_no_estimate(tmp_path: Path) -> None:
 
 
 def test_gpus_hold_memory_from_the_command_on_and_work_while_they_serve(recorded: RunRecord) -> None:
-    held = {(one.time_us, one.gpu_id): gib(one.memory_bytes) for one in recorded.gpu_samples}
+    held = {(sample.time_us, sample.gpu_id): gib(sample.memory_bytes) for sample in recorded.gpu_samples}
     assert held[269 * S, 1] == pytest.approx(0.465)
     assert held[270 * S, 1] == pytest.approx(10.465)
     assert held[510 * S, 1] == pytest.approx(14.465)
     assert held[600 * S, 4] == pytest.approx(0.465)
-    busy = {(one.time_us, one.gpu_id): one.busy_share for one in recorded.gpu_samples}
+    busy = {(sample.time_us, sample.gpu_id): sample.busy_share for sample in recorded.gpu_samples}
     assert busy[331 * S, 3] == pytest.approx(0.94)
     assert busy[332 * S, 3] == pytest.approx(0.55)
     assert busy[601 * S, 1] == pytest.approx(0.96)
@@ -107,14 +107,16 @@ def test_options_describe_the_run(tmp_path: Path) -> None:
 def test_a_replay_keeps_all_but_when_requests_went(recorded: RunRecord) -> None:
     again = replay(recorded, PROFILE)
     done = recorded.requests.status == RequestStatus.COMPLETED
-    service_us, recorded_us = ((one.requests.finish_us - one.requests.start_us)[done] for one in (again, recorded))
+    service_us, recorded_us = ((run.requests.finish_us - run.requests.start_us)[done] for run in (again, recorded))
     assert np.array_equal(service_us, recorded_us)
     assert np.abs((again.requests.start_us - recorded.requests.start_us)[done]).max() < 20_000  # two ticks
     assert np.array_equal(again.requests.start_us[~done], recorded.requests.start_us[~done])
     for name in ("request_id", "arrival_us", "status", "deployment_id", "slo_us"):
         assert np.array_equal(getattr(again.requests, name), getattr(recorded.requests, name)), name
     assert again.deployments == recorded.deployments
-    assert [one.memory_bytes for one in again.gpu_samples] == [one.memory_bytes for one in recorded.gpu_samples]
+    assert [sample.memory_bytes for sample in again.gpu_samples] == [
+        sample.memory_bytes for sample in recorded.gpu_samples
+    ]
 
 
 def test_a_replay_waits_until_an_engine_has_registered_and_ten_seconds_more(tmp_path: Path) -> None:
