@@ -70,11 +70,13 @@ def served_lines(folder: Path) -> list[str]:
     """Return one sentence on the service times of recorded runs, each predicted without having seen it."""
     profile = load_profile("a6000-short")
     errors: dict[tuple[str, str], list[float]] = {}
-    for one in read_recorded(folder):
-        unseen = CalibratedEstimator.serving(profile, without_run=one.run)
-        asked = {"prompt_tokens": one.prompt_tokens, "output_tokens": one.output_tokens, "batch": 1}
-        estimate = unseen.service_on(one.gpu_ids, one.model, one.configuration, **asked)
-        errors.setdefault((one.run, one.model.name), []).append(abs(estimate.latency_s / one.service_s - 1))
+    for execution in read_recorded(folder):
+        unseen = CalibratedEstimator.serving(profile, without_run=execution.run)
+        asked = {"prompt_tokens": execution.prompt_tokens, "output_tokens": execution.output_tokens, "batch": 1}
+        estimate = unseen.service_on(execution.gpu_ids, execution.model, execution.configuration, **asked)
+        errors.setdefault((execution.run, execution.model.name), []).append(
+            abs(estimate.latency_s / execution.service_s - 1)
+        )
     off = 100 * np.array([np.median(found) for found in errors.values()])
     runs = len({run for run, _ in errors})
     median, p90, worst = np.median(off), np.percentile(off, 90), off.max()

@@ -1,4 +1,4 @@
-"""What to compare: cases of a model set, a trace, two scales and a policy, from a TOML file."""
+"""The runs to compare, read from a TOML file: model set, trace, rate scale, SLO scale and policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Scales = Annotated[list[Annotated[float, msgspec.Meta(gt=0)]], msgspec.Meta(min
 
 
 class Variant(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A policy with its options, as `maveriq sim` has them, under the name that tables show."""
+    """A policy with options of `maveriq sim`, under the name that tables show."""
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
     policy: str = "hybrid"
@@ -31,13 +31,13 @@ class Variant(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
     def options(self) -> dict[str, str | bool]:
         """Return the options by name."""
-        said: dict[str, str | bool] = msgspec.structs.asdict(self)
-        del said["name"]
-        return said
+        options: dict[str, str | bool] = msgspec.structs.asdict(self)
+        del options["name"]
+        return options
 
 
 class Comparison(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The lists whose product is compared."""
+    """The values to combine: every combination is one run."""
 
     model_sets: _Names
     traces: _Names
@@ -48,7 +48,7 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     service_times: str
 
     def cases(self) -> Iterator[Case]:
-        """Yield every case; the policies of one workload stand together."""
+        """Yield every case; the policies of one workload follow each other."""
         grid = product(self.model_sets, self.traces, self.scales, self.slo_scales, self.policies)
         for model_set, trace, scale, slo_scale, variant in grid:
             yield Case(
@@ -64,7 +64,7 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One run to make. An SLO scale of 0 is no SLO."""
+    """One run to simulate. An SLO scale of 0 means no SLO."""
 
     model_set: str
     trace: str
@@ -95,6 +95,6 @@ def load_comparison(path: Path) -> Comparison:
     """Read a comparison from a TOML file.
 
     Raises:
-        InputError: not such a file; the message says where.
+        InputError: the file is invalid; the message says where.
     """
     return read_toml(path, Comparison, what="comparison")

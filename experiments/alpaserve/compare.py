@@ -1,8 +1,9 @@
-"""Compare MaverIQ with AlpaServe and AlpaServe*: print tables, write results, and fill in the page.
+"""Simulate MaverIQ, AlpaServe and AlpaServe* on the workloads of comparison.toml, and print tables of the results.
 
 Usage: python experiments/alpaserve/compare.py [--comparison FILE] [--out DIR] [--page FILE]
 
-It needs no measured data. experiments/README.md explains the columns, docs/alpaserve.md the figures.
+The results go to experiments/alpaserve/results/, the tables also into docs/alpaserve.md. No measured data is needed.
+experiments/README.md explains the columns of the results.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ _CASES_AT_A_TIME = 8
 
 
 def recorded_runs() -> Sequence[Recorded]:
-    """Return the recorded runs that are simulated as well."""
+    """Return the recorded runs, which are also simulated."""
     return list(read_recorded(_RECORDED_LATENCIES, _RESULTS / "recorded_slo.csv"))
 
 
 def page_grids(results: Path) -> list[Grid]:
-    """Return the grids of the results in a folder, in the order in which they are printed."""
+    """Return the tables of the results in a folder, in the order in which they are printed."""
     pairs = zip(recorded_runs(), read_outcomes(results / "recorded.csv"), strict=True)
     return [*grids(read_outcomes(results / "comparison.csv")), recorded_grid(pairs)]
 
@@ -46,10 +47,21 @@ def page_grids(results: Path) -> list[Grid]:
 def main(arguments: list[str]) -> None:
     """Run all cases, write their results, print them and fill in the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comparison", type=Path, default=_HERE / "comparison.toml", metavar="FILE")
-    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR")
     parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="default: the page of the docs, unless --out is given"
+        "--comparison",
+        type=Path,
+        default=_HERE / "comparison.toml",
+        metavar="FILE",
+        help="what to compare (default: comparison.toml)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=_RESULTS, metavar="DIR", help="folder of the results (default: results)"
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="page whose tables are replaced (default: docs/alpaserve.md, or none with --out)",
     )
     options = parser.parse_args(arguments)
     page = options.page or (_PAGE if options.out == _RESULTS else None)
@@ -71,24 +83,24 @@ def main(arguments: list[str]) -> None:
 
 
 def _outcomes(cases: Sequence[Case]) -> list[Outcome]:
-    """Simulate all cases on all cores; their order is kept.
+    """Simulate all cases on all cores, and return the outcomes in the order of the cases.
 
     Raises:
-        InputError: the first fault among them.
+        InputError: the first error of a case.
     """
     outcomes = []
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        found = workers.map(_outcome_or_fault, cases, chunksize=_CASES_AT_A_TIME)
-        for one in track(found, "Simulating", total=len(cases), console=Console(stderr=True), transient=True):
-            if isinstance(one, str):
+        found = workers.map(_outcome_or_error, cases, chunksize=_CASES_AT_A_TIME)
+        for outcome in track(found, "Simulating", total=len(cases), console=Console(stderr=True), transient=True):
+            if isinstance(outcome, str):
                 workers.shutdown(wait=False, cancel_futures=True)
-                raise InputError(one)
-            outcomes.append(one)
+                raise InputError(outcome)
+            outcomes.append(outcome)
     return outcomes
 
 
-def _outcome_or_fault(case: Case) -> Outcome | str:
-    """Return the message of an error in place of the error, for not every error can go to another process."""
+def _outcome_or_error(case: Case) -> Outcome | str:
+    """Return the outcome, or the message of an error, because not every error can be pickled."""
     try:
         return outcome_of(case)
     except MaveriqError as error:

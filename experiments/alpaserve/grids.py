@@ -1,6 +1,6 @@
-"""The outcomes as grids of finished cells, for the terminal and as Markdown.
+"""Tables of the outcomes, for the terminal and as Markdown.
 
-A row is a policy, a column a workload: a trace and a rate scale. Shares are in percent.
+Each row is a policy, each column a workload (a trace and a rate scale). Shares are in percent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from recordings import Recorded
 from rich.table import Table
 
 SLO_SCALE = 5.0
-"""The SLO scale of all grids that do not compare SLO scales; the results have the others."""
+"""The SLO scale of all grids that do not compare SLO scales; the results contain the others too."""
 
 _VERDICT_MARKS = {"stable": "", "backlogged": " b", "overloaded": " **o**"}
 _NONE = "-"
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table of finished cells; `name` is its marker in a page. The first column names the row."""
+    """A table of text cells; `name` is its marker in a page, and the first column names the row."""
 
     name: str
     title: str
@@ -32,12 +32,12 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """Return it as a Markdown table."""
+        """Return the grid as a Markdown table."""
         alignment = ("---", *("---:" for _ in self.columns[1:]))
         return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, alignment, *self.rows))
 
     def table(self) -> Table:
-        """Return it for the terminal."""
+        """Return the grid as a table for the terminal."""
         table = Table(title=self.title, title_justify="left")
         for position, column in enumerate(self.columns):
             table.add_column(column, justify="right" if position else "left", overflow="fold")
@@ -47,9 +47,9 @@ class Grid:
 
 
 def grids(outcomes: Sequence[Outcome]) -> Iterator[Grid]:
-    """Yield what the page shows of a comparison."""
-    for model_set in _in_order(one.model_set for one in outcomes):
-        rows = [one for one in outcomes if one.model_set == model_set and one.slo_scale == SLO_SCALE]
+    """Yield the grids of a comparison."""
+    for model_set in _in_order(outcome.model_set for outcome in outcomes):
+        rows = [outcome for outcome in outcomes if outcome.model_set == model_set and outcome.slo_scale == SLO_SCALE]
         if not rows:
             continue
         yield _by_workload("search", "attainment that the search expected, % (endpoints not deployed)", rows, _search)
@@ -60,7 +60,7 @@ def grids(outcomes: Sequence[Outcome]) -> Iterator[Grid]:
 
 
 def recorded_grid(pairs: Iterable[tuple[Recorded, Outcome]]) -> Grid:
-    """Return recorded runs beside the simulated ones."""
+    """Return recorded runs next to simulated ones."""
     return Grid(
         name="recorded",
         title="Recorded runs of the testbed, and the same scenarios simulated",
@@ -81,10 +81,10 @@ def recorded_grid(pairs: Iterable[tuple[Recorded, Outcome]]) -> Grid:
 
 def _by_workload(name: str, title: str, rows: Sequence[Outcome], cell: Callable[[Outcome], str]) -> Grid:
     model_set = rows[0].model_set
-    workloads = _in_order((one.trace, one.scale) for one in rows)
-    at = {(one.policy, one.trace, one.scale): cell(one) for one in rows}
+    workloads = _in_order((row.trace, row.scale) for row in rows)
+    at = {(row.policy, row.trace, row.scale): cell(row) for row in rows}
     lines = [
-        (policy, *(at[policy, *workload] for workload in workloads)) for policy in _in_order(one.policy for one in rows)
+        (policy, *(at[policy, *workload] for workload in workloads)) for policy in _in_order(row.policy for row in rows)
     ]
     return Grid(
         name=f"{model_set} {name}",
@@ -94,36 +94,36 @@ def _by_workload(name: str, title: str, rows: Sequence[Outcome], cell: Callable[
     )
 
 
-def _search(one: Outcome) -> str:
-    """Return what the search expected; empty for a policy that does not search."""
-    if one.expected_met is None:
-        return "" if one.completed else "infeasible"
-    missing = [word.removesuffix(":none") for word in one.placement.split() if word.endswith(":none")]
-    return _percent(one.expected_met) + (f" ({' '.join(missing)})" if missing else "")
+def _search(outcome: Outcome) -> str:
+    """Return the attainment that the search expected; empty for a policy without search."""
+    if outcome.expected_met is None:
+        return "" if outcome.completed else "infeasible"
+    missing = [word.removesuffix(":none") for word in outcome.placement.split() if word.endswith(":none")]
+    return _percent(outcome.expected_met) + (f" ({' '.join(missing)})" if missing else "")
 
 
-def _met_of_completed(one: Outcome) -> str:
-    return _percent(one.met_of_completed)
+def _met_of_completed(outcome: Outcome) -> str:
+    return _percent(outcome.met_of_completed)
 
 
-def _met_of_scheduled(one: Outcome) -> str:
-    return _percent(one.met_of_scheduled)
+def _met_of_scheduled(outcome: Outcome) -> str:
+    return _percent(outcome.met_of_scheduled)
 
 
-def _latency(one: Outcome) -> str:
-    return _seconds(one.mean_latency_s) + (_VERDICT_MARKS[one.verdict] if one.completed else "")
+def _latency(outcome: Outcome) -> str:
+    return _seconds(outcome.mean_latency_s) + (_VERDICT_MARKS[outcome.verdict] if outcome.completed else "")
 
 
 def _all_workloads(outcomes: Sequence[Outcome]) -> Grid:
-    """Return, per model set and policy, the plain mean over workloads at each SLO scale, and the verdicts."""
-    slo_scales = _in_order(one.slo_scale for one in outcomes)
+    """Return, per model set and policy, the mean over workloads at each SLO scale, and counts of the verdicts."""
+    slo_scales = _in_order(outcome.slo_scale for outcome in outcomes)
     lines = []
-    for model_set, policy in _in_order((one.model_set, one.policy) for one in outcomes):
-        rows = [one for one in outcomes if (one.model_set, one.policy) == (model_set, policy)]
-        met = [_percent(fmean(one.met_of_scheduled or 0 for one in rows if one.slo_scale == slo)) for slo in slo_scales]
-        served = [one.verdict for one in rows if one.completed]
+    for model_set, policy in _in_order((outcome.model_set, outcome.policy) for outcome in outcomes):
+        rows = [outcome for outcome in outcomes if (outcome.model_set, outcome.policy) == (model_set, policy)]
+        met = [_percent(fmean(row.met_of_scheduled or 0 for row in rows if row.slo_scale == slo)) for slo in slo_scales]
+        served = [row.verdict for row in rows if row.completed]
         verdicts = " / ".join(str(served.count(word)) for word in _VERDICT_MARKS) if served else "infeasible"
-        refused = sum(one.refused for one in rows) / sum(one.scheduled for one in rows)
+        refused = sum(row.refused for row in rows) / sum(row.scheduled for row in rows)
         lines.append((f"{model_set}: {policy}", *met, _percent(refused), verdicts))
     return Grid(
         name="summary",

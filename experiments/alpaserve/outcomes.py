@@ -1,4 +1,4 @@
-"""What became of a case, and its row in a CSV file."""
+"""The figures of a simulated case, and its row in a CSV file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _Value = str | int | float | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The figures of one run, as SPEC 9 defines them; None where nothing completed or none applies.
+    """The figures of one run, as SPEC 9 defines them; None if nothing completed or the figure does not apply.
 
-    Shares are from 0 to 1. `mean_cost_gib_s` is of a request, `gpu_hours` of all. `expected_met` is
-    the share within the SLO that the placement search saw in its own simulator. `placement` has
-    each deployment as `ENDPOINT:TPxPP:WEIGHTS@GPUS`, or `ENDPOINT:none` where the ask was rejected.
+    Shares are from 0 to 1. `mean_cost_gib_s` is per request, `gpu_hours` is the total. `expected_met` is the share
+    within the SLO in the simulator of the placement search. `placement` lists each deployment as
+    `ENDPOINT:TPxPP:WEIGHTS@GPUS`, or `ENDPOINT:none` if the endpoint was rejected.
     """
 
     model_set: str
@@ -57,10 +57,10 @@ def outcome_of(case: Case) -> Outcome:
     """Simulate a case.
 
     Raises:
-        InputError: options that do not go together.
+        InputError: options that contradict each other.
     """
-    scenario = build_system(case.options())
-    run = simulate(scenario)
+    system = build_system(case.options())
+    run = simulate(system)
     metrics = summarise(run).overall
     latency, cost, slo = metrics.latency_s, metrics.cost_gib_s, metrics.slo
     return Outcome(
@@ -80,7 +80,7 @@ def outcome_of(case: Case) -> Outcome:
         gpu_hours=metrics.operational_cost_gpu_hours,
         mean_cost_gib_s=cost.mean if cost else None,
         verdict=assess_saturation(run).label.value,
-        expected_met=_expected_met(scenario.policy),
+        expected_met=_expected_met(system.policy),
         placement=_placement(run),
     )
 
@@ -92,15 +92,15 @@ def _expected_met(policy: Policy) -> float | None:
 
 
 def _placement(run: RunRecord) -> str:
-    return " ".join(_deployed(one) for one in run.deployments)
+    return " ".join(_deployed(deployment) for deployment in run.deployments)
 
 
-def _deployed(one: DeploymentRecord) -> str:
-    if one.plan is None:
-        return f"{one.endpoint.endpoint_id}:none"
-    shape = one.plan.configuration
-    gpus = "+".join(map(str, one.plan.gpu_ids))
-    return f"{one.endpoint.endpoint_id}:{shape.tp}x{shape.pp}:{shape.weights.value}@{gpus}"
+def _deployed(deployment: DeploymentRecord) -> str:
+    if deployment.plan is None:
+        return f"{deployment.endpoint.endpoint_id}:none"
+    shape = deployment.plan.configuration
+    gpus = "+".join(map(str, deployment.plan.gpu_ids))
+    return f"{deployment.endpoint.endpoint_id}:{shape.tp}x{shape.pp}:{shape.weights.value}@{gpus}"
 
 
 def to_csv(outcomes: Iterable[Outcome]) -> str:
@@ -114,10 +114,10 @@ def to_csv(outcomes: Iterable[Outcome]) -> str:
 
 
 def read_outcomes(path: Path) -> Sequence[Outcome]:
-    """Read back what `to_csv` gave.
+    """Read the CSV that `to_csv` wrote.
 
     Raises:
-        InputError: not such a file.
+        InputError: the file is missing or invalid.
     """
     return [
         Outcome(**{name: read(row) for name, read in _READ.items()})  # type: ignore[arg-type]
@@ -147,10 +147,10 @@ def _number(column: str, row: Row) -> float:
     return row.number(column)
 
 
-_COLUMNS = tuple(one.name for one in fields(Outcome))
+_COLUMNS = tuple(field.name for field in fields(Outcome))
 _READERS: Mapping[str, Callable[[str, Row], _Value]] = MappingProxyType(
     {"str": _text, "int": _count, "float": _number, "float | None": _optional_number}
 )
 _READ: Mapping[str, Callable[[Row], _Value]] = MappingProxyType(
-    {one.name: partial(_READERS[str(one.type)], one.name) for one in fields(Outcome)}
+    {field.name: partial(_READERS[str(field.type)], field.name) for field in fields(Outcome)}
 )

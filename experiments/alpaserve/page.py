@@ -1,4 +1,4 @@
-"""A page with tables that a program writes: what stands between two markers is replaced."""
+"""Replace the tables of a Markdown page: the text between two markers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MARKED = re.compile(r"<!-- table: (?P<name>[^>]+) -->\n.*?<!-- end of table -->
 
 
 def filled(text: str, grids: Iterable[Grid]) -> str:
-    """Return a page with the grids that it has markers for.
+    """Return a page with each marked table replaced by the grid of that name.
 
     Raises:
-        InputError: a marker that no grid has the name of.
+        InputError: a marker names no grid.
     """
     known = {grid.name: grid for grid in grids}
 

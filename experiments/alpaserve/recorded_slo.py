@@ -1,9 +1,10 @@
-"""Count how many recorded requests met their SLO, for every recorded run that had SLOs, and write it as CSV.
+"""Count the recorded requests that met their SLO, for every recorded run with SLOs, and write the counts as CSV.
 
 Usage: python experiments/alpaserve/recorded_slo.py [--data DIR] [--out FILE]
 
-DIR is the folder of measured data (else MAVERIQ_DATA). The SLO of a run is its own scale times the
-same constants per model that `maveriq sim --slo-scale` uses, for 20 output tokens.
+The counts go to experiments/alpaserve/results/recorded_slo.csv. DIR is the folder of measured data (default:
+MAVERIQ_DATA). The SLO of a run is its scale times the constants per model that `maveriq sim --slo-scale` uses, for 20
+output tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from maveriq.units import MICROS_PER_SECOND
 
 _RESULTS = Path(__file__).parent / "results" / "recorded_slo.csv"
 _OUTPUT_TOKENS = 20
-"""Of every recorded request."""
+"""Each recorded request has this many output tokens."""
 
 
 def recorded_slo_csv(data: Path) -> str:
@@ -35,7 +36,7 @@ def recorded_slo_csv(data: Path) -> str:
         data: the folder of measured data.
 
     Raises:
-        InputError: a file is missing or is not such a table.
+        InputError: a file is missing or invalid.
     """
     return "".join(f"{','.join(row)}\n" for row in [SLO_COLUMNS, *_rows(data / "testbed")])
 
@@ -63,8 +64,10 @@ def _met(run: RecordedRun, done: Completed, profile: HardwareProfile) -> int:
 def main(arguments: list[str]) -> None:
     """Write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=measured_data_path(), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="FILE")
+    parser.add_argument(
+        "--data", type=Path, default=measured_data_path(), metavar="DIR", help="folder of measured data"
+    )
+    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="FILE", help="default: results/recorded_slo.csv")
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("the measured data is absent; name its folder with --data or MAVERIQ_DATA")

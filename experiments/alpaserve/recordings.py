@@ -1,7 +1,7 @@
-"""The recorded runs of the published system beside the same scenarios, simulated freely.
+"""The recorded runs of the published system, and the options that simulate the same scenarios.
 
-What is recorded comes from committed summary figures: those of `experiments/published`, and those
-of recorded_slo.py. A run's name holds its scenario.
+The recorded figures come from committed files: those of `experiments/published` and of recorded_slo.py. The name of a
+run contains its scenario.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(?P<policy>[^_]+)_(?P<models>[^_]+)_(?P<intent>\w+)_(?P<tra
 _INTENTS = {"min_cost": "min-cost", "min_lat": "min-latency", "min_mem": "min-memory"}
 _POLICIES = {
     "AlpaServe": Variant(name="AlpaServe as published", policy="alpaserve", alpaserve_as_published=True),
-    # The published AlpaServe* placements come out with its names right or wrong.
+    # The published AlpaServe* placements are the same with and without the published defect in model names.
     "AlpaServe-star": Variant(
         name="AlpaServe* (published table)", policy="alpaserve-star", alpaserve_profile="published"
     ),
@@ -34,7 +34,7 @@ _POLICIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """What was recorded of a run; `met_of_scheduled` is None where it had no SLOs."""
+    """The recorded figures of a run; `met_of_scheduled` is None if it had no SLOs."""
 
     run: str
     completed: int
@@ -45,17 +45,17 @@ class Recorded:
         """Return the scenario of the run.
 
         Raises:
-            InputError: a name that says none.
+            InputError: the name contains no scenario.
         """
-        said = _NAME.fullmatch(self.run)
-        if said is None:
-            raise InputError(f"recorded run {self.run!r}: its name says no scenario")
+        parts = _NAME.fullmatch(self.run)
+        if parts is None:
+            raise InputError(f"recorded run {self.run!r}: its name contains no scenario")
         return Case(
-            model_set=said["models"],
-            trace=said["trace"],
-            scale=float(said["scale"]),
-            slo_scale=float(said["slo"]),
-            variant=_POLICIES.get(said["policy"]) or _maveriq(said["policy"], said["intent"]),
+            model_set=parts["models"],
+            trace=parts["trace"],
+            scale=float(parts["scale"]),
+            slo_scale=float(parts["slo"]),
+            variant=_POLICIES.get(parts["policy"]) or _maveriq(parts["policy"], parts["intent"]),
             estimator=PAPER,
             service_times=PAPER,
         )
@@ -70,11 +70,11 @@ def read_recorded(latencies: Path, slo: Path) -> Iterator[Recorded]:
     """Yield the recorded runs.
 
     Args:
-        latencies: what `experiments/published` wrote of its queue model.
-        slo: what recorded_slo.py wrote.
+        latencies: results/queue_model.csv of `experiments/published`.
+        slo: the CSV file of recorded_slo.py.
 
     Raises:
-        InputError: not such a file.
+        InputError: a file is missing or invalid.
     """
     met = {
         row.text("run"): row.count("met") / row.count("scheduled", minimum=1)

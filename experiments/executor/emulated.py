@@ -1,12 +1,12 @@
-"""Run the code trace on emulated engines and compare that with its simulation.
-
-Both sample the load of all GPUs at one instant: out of step, as on real GPUs, equally busy ones are told apart by
-chance, and a millisecond decides where a deployment comes to lie.
+"""Run the code trace on emulated engines with `maveriq run`, and compare the run with its simulation.
 
 Usage: python experiments/executor/emulated.py [--time-scale 0.2] [--runs DIR] [--out DIR]
 
-With --runs the records are kept there, and runs that are there already are only compared. Exit code 1 says that mean
-or p95 latency is off by more than 5 %, or that a deployment differs.
+The results go to experiments/executor/results/. --runs keeps the run folders, and compares folders that exist without
+running again. The exit code is 1 if mean or p95 latency differs by more than 5 %, or if a deployment differs.
+
+Both runs sample the load of all GPUs at the same instant. With sampling phases, as on real GPUs, the loads of equally
+busy GPUs differ randomly, and a millisecond decides where a deployment is placed.
 """
 
 from __future__ import annotations
@@ -27,32 +27,36 @@ from maveriq.files import data_path
 _RESULTS = Path(__file__).parent / "results"
 _BAR_PERCENT = 5.0
 # Emulated engines do not slow each other down; the calibrated estimator's simulated ones do.
-_WORLD = ("--estimator", "paper", "--service-times", "paper")
+_OPTIONS = ("--estimator", "paper", "--service-times", "paper")
 
 
 def main(arguments: list[str]) -> int:
     """Run, compare, write, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time-scale", type=float, default=0.2, help="real seconds per second of the run")
-    parser.add_argument("--runs", type=Path, metavar="DIR", help="where the records are kept")
-    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR")
-    said = parser.parse_args(arguments)
-    if said.runs is not None:
-        comparison = _compare(said.runs, said.time_scale)
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="folder in which to keep the run folders")
+    parser.add_argument(
+        "--out", type=Path, default=_RESULTS, metavar="DIR", help="folder of the results (default: results)"
+    )
+    options = parser.parse_args(arguments)
+    if options.runs is not None:
+        comparison = _compare(options.runs, options.time_scale)
     else:
         with tempfile.TemporaryDirectory() as runs:
-            comparison = _compare(Path(runs), said.time_scale)
-    said.out.mkdir(parents=True, exist_ok=True)
-    scale = f"{said.time_scale:g}"
-    whole = said.out / f"comparison-{scale}.json"
-    whole.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
-    _write_table(said.out / f"errors-{scale}.csv", comparison)
+            comparison = _compare(Path(runs), options.time_scale)
+    options.out.mkdir(parents=True, exist_ok=True)
+    scale = f"{options.time_scale:g}"
+    results = options.out / f"comparison-{scale}.json"
+    results.write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+    _write_table(options.out / f"errors-{scale}.csv", comparison)
     differences = comparison["overall"]["differences"]
     missed = [name for name in ("mean", "p95") if abs(differences[name]["error"]) > _BAR_PERCENT]
     missed += [
-        f"deployment {one['real']['deployment_id']}" if "deployment_id" in (one["real"] or {}) else "a deployment"
-        for one in comparison["deployments"]
-        if not (one["same_configuration"] and one["same_gpus"])
+        f"deployment {deployment['real']['deployment_id']}"
+        if "deployment_id" in (deployment["real"] or {})
+        else "a deployment"
+        for deployment in comparison["deployments"]
+        if not (deployment["same_configuration"] and deployment["same_gpus"])
     ]
     verdict = f"missed: {', '.join(missed)}" if missed else "met"
     sys.stdout.write(
@@ -62,25 +66,25 @@ def main(arguments: list[str]) -> int:
 
 
 def _compare(runs: Path, time_scale: float) -> dict[str, Any]:
-    """Return the comparison of both runs, after running what is not there."""
+    """Return the comparison of both runs; run those whose folder does not exist."""
     simulated, real = runs / "simulated", runs / f"emulated-{time_scale:g}"
-    world = (*_WORLD, "--profile", str(_profile(runs / "profile")))
+    common = (*_OPTIONS, "--profile", str(_profile(runs / "profile")))
     if not simulated.exists():
-        _maveriq("sim", *world, "--quiet", "--out", str(simulated))
+        _maveriq("sim", *common, "--quiet", "--out", str(simulated))
     if not real.exists():
         scaled = ("--backend", "emulated", "--time-scale", f"{time_scale:g}")
-        _maveriq("run", *world, *scaled, "--quiet", "--out", str(real))
+        _maveriq("run", *common, *scaled, "--quiet", "--out", str(real))
     compared: dict[str, Any] = json.loads(_maveriq("compare", str(simulated), str(real), "--json"))
     return {**compared, "sim": simulated.name, "real": real.name}
 
 
 def _profile(folder: Path) -> Path:
-    """Return a copy of the usual profile in which the load of all GPUs is sampled at one instant."""
+    """Copy the default profile, set the load of all GPUs to be sampled at one instant, and return its path."""
     shutil.copytree(data_path("a6000"), folder, dirs_exist_ok=True)
     hardware = folder / "hardware.toml"
-    in_step, found = re.subn(r"(?m)^most_phase_s = .*$", "most_phase_s = 0.0", hardware.read_text(encoding="utf-8"))
+    in_step, found = re.subn(r"(?m)^max_phase_s = .*$", "max_phase_s = 0.0", hardware.read_text(encoding="utf-8"))
     if found != 1:
-        raise ValueError(f"{hardware} says {found} times, not once, how far samples may be out of step")
+        raise ValueError(f"{hardware} sets max_phase_s {found} times, not once")
     hardware.write_text(in_step, encoding="utf-8")
     return folder / "profile-short.toml"
 
@@ -94,9 +98,11 @@ def _write_table(path: Path, comparison: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["figure", "simulated", "emulated", "error_percent"])
-        for name, one in comparison["overall"]["differences"].items():
-            if one["sim"] is not None and one["real"] is not None and one["error"] is not None:
-                rows.writerow([name, f"{one['sim']:.4f}", f"{one['real']:.4f}", f"{one['error']:.2f}"])
+        for name, difference in comparison["overall"]["differences"].items():
+            if difference["sim"] is not None and difference["real"] is not None and difference["error"] is not None:
+                rows.writerow(
+                    [name, f"{difference['sim']:.4f}", f"{difference['real']:.4f}", f"{difference['error']:.2f}"]
+                )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Simulate every recorded run from its description, print how far off that is, and fill in the page.
-
-Then compare MaverIQ with the baselines: as recorded, as simulated blind, and where nothing was recorded.
+"""Simulate every recorded run from its description alone, and compare MaverIQ with the baselines.
 
 Usage: python experiments/fidelity/blind.py [--data DIR] [--out DIR] [--page FILE]
 
-DIR is the folder of measured data (else MAVERIQ_DATA). docs/fidelity.md tells what the tables mean.
+Tables are printed, written with pictures to experiments/fidelity/results/, and put into docs/fidelity.md, which
+explains them. --data names the folder of measured data (default: MAVERIQ_DATA).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import TypeVar
 
 sys.path.append(str(Path(__file__).parents[1] / "alpaserve"))
 
+from blind_contention import Contention
 from blind_grids import grids
-from blind_neighbours import Neighbours
 from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
 from blind_plots import draw_overview, draw_run, write_gallery
@@ -44,17 +43,28 @@ _RESULTS = _HERE / "results"
 _PAGE = _HERE.parents[1] / "docs" / "fidelity.md"
 ACHIEVED, PICTURES = "achieved.csv", "runs"
 _WIDTH_OF_NO_TERMINAL = 200
-_One = TypeVar("_One")
+_Item = TypeVar("_Item")
 
 
 def main(arguments: list[str]) -> None:
-    """Simulate, write results and pictures, fill in the page, print."""
+    """Simulate, write results and pictures, update the page, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=measured_data_path(), metavar="DIR")
-    parser.add_argument("--plan", type=Path, default=_HERE / "blind.toml", metavar="FILE")
-    parser.add_argument("--headline", type=Path, default=_HERE / "headline.toml", metavar="FILE")
-    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="default: that of the docs, unless --out is given")
+    parser.add_argument(
+        "--data", type=Path, default=measured_data_path(), metavar="DIR", help="folder of measured data"
+    )
+    parser.add_argument("--plan", type=Path, default=_HERE / "blind.toml", metavar="FILE", help="settings and bars")
+    parser.add_argument(
+        "--headline", type=Path, default=_HERE / "headline.toml", metavar="FILE", help="headline comparisons"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=_RESULTS, metavar="DIR", help="folder of the results (default: results)"
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="page whose tables are replaced (default: docs/fidelity.md, or none with --out)",
+    )
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("the measured data is absent; name its folder with --data or MAVERIQ_DATA")
@@ -73,34 +83,34 @@ def main(arguments: list[str]) -> None:
 
 
 def page_grids(results: Path, plan: BlindPlan, headline: HeadlinePlan) -> list[Grid]:
-    """Return the grids of the results in a folder, in the order in which they are printed.
+    """Return the tables of the results in a folder, in the order in which they are printed.
 
     Raises:
-        InputError: a file is missing or is not such a table.
+        InputError: a file is missing or invalid.
     """
     achieved = list(read_rows(results / ACHIEVED, AchievedRow))
     return [*grids(read_tables(results), plan), *headline_grids(achieved, headline)]
 
 
 def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> None:
-    """Simulate everything, and write what came of it: rows and pictures."""
+    """Simulate everything, and write the results and pictures."""
     pictures = out / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     runs = {run.name: run for run in read_runs(find_testbed(data))}
     profile, judged_by = load_profile(PROFILE), slo_scales(runs.values(), headline)
-    kept, neighbours = [], Neighbours()
+    kept, contention = [], Contention()
     achieved: list[AchievedRow] = []
-    for one in _shown(blind_results(data, plan), "Recorded runs", len(runs)):
-        neighbours.add(one.recorded, one.sim)
-        kept.append((one.row, one.services, one.elsewhere, one.gain))
-        achieved += achieved_by(runs[one.row.run], one, judged_by, profile)
-        draw_run(pictures, one.row.run, one.sim, one.recorded, one.comparison)
+    for result in _shown(blind_results(data, plan), "Recorded runs", len(runs)):
+        contention.add(result.recorded, result.sim)
+        kept.append((result.row, result.services, result.elsewhere, result.gain))
+        achieved += achieved_by(runs[result.row.run], result, judged_by, profile)
+        draw_run(pictures, result.row.run, result.sim, result.recorded, result.comparison)
     tables = BlindTables(
         runs=[row for row, *_ in kept],
         services=[service for _, services, *_ in kept for service in services],
         elsewhere=[row for _, _, rows, _ in kept for row in rows],
         gains=[gain for *_, gain in kept if gain],
-        neighbours=list(neighbours.rows()),
+        contention=list(contention.rows()),
         placements=list(placement_rows(data, load_profile(PROFILE), plan.placement_draws)),
     )
     write_tables(out, tables)
@@ -113,7 +123,7 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     draw_headline(out / "headline.png", list(read_rows(out / ACHIEVED, AchievedRow)), headline)
 
 
-def _shown(found: Iterable[_One], what: str, total: int) -> Iterable[_One]:
+def _shown(found: Iterable[_Item], what: str, total: int) -> Iterable[_Item]:
     return track(found, what, total=total, console=Console(stderr=True), transient=True)
 
 

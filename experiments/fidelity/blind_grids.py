@@ -1,4 +1,4 @@
-"""The results as grids of finished cells, for the terminal and for the page."""
+"""Tables of the results, for the terminal and for docs/fidelity.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def grids(tables: BlindTables, plan: BlindPlan) -> Iterator[Grid]:
     yield _elsewhere(tables)
     yield _draws(tables)
     yield _placements(tables)
-    yield _neighbours(tables)
+    yield _contention(tables)
     yield _gains(tables)
 
 
@@ -29,8 +29,8 @@ def _bars(tables: BlindTables, plan: BlindPlan) -> Grid:
         title="Blind runs against the bars",
         columns=("what", "bar", "found", "holds", "on the recorded GPUs (not blind)"),
         rows=tuple(
-            (one.what, one.wanted, one.found, "yes" if one.holds else "**no**", one.placed or _NONE)
-            for one in held(tables, plan.bars)
+            (bar.what, bar.wanted, bar.found, "yes" if bar.holds else "**no**", bar.placed or _NONE)
+            for bar in held(tables, plan.bars)
         ),
     )
 
@@ -150,7 +150,7 @@ def _placements(tables: BlindTables) -> Grid:
     )
 
 
-def _neighbours(tables: BlindTables) -> Grid:
+def _contention(tables: BlindTables) -> Grid:
     return Grid(
         name="contention",
         title="Service times while other engines are busy, relative to those of the same engine alone",

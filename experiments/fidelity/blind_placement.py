@@ -1,6 +1,6 @@
-"""Where the recorded system placed, and how often placement by sampled load lands there.
+"""How often placement by sampled load chooses the recorded GPUs.
 
-Recorded executions go through the sampler, so that nothing but the sampling is simulated.
+The load is sampled from recorded executions, so that only the sampling is simulated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from maveriq.testbed.recordings import TESTBED_GPUS, RecordedLayout, find_testbe
 from maveriq.testbed.run_records import run_record
 from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, gib
 
-_RECENT_US = 180 * MICROS_PER_SECOND  # more than any sampler here looks back
+_RECENT_US = 180 * MICROS_PER_SECOND  # longer than any load window here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decision:
-    """A recorded deployment: its layout, the free memory, and when each GPU was executing before."""
+    """A recorded deployment: its layout, the free memory, and the earlier executions of each GPU."""
 
     requested_us: Micros
     layout: RecordedLayout
@@ -34,7 +34,7 @@ class _Decision:
     spans: Sequence[Sequence[tuple[Micros, Micros]]]
 
     def gpus(self, window: LoadWindow, phases_us: Sequence[Micros], profile: HardwareProfile) -> frozenset[int]:
-        """Return the GPUs that the hybrid rule takes."""
+        """Return the GPUs that the hybrid rule chooses."""
         views = [
             GpuView(
                 gpu_id=gpu_id,
@@ -50,12 +50,12 @@ class _Decision:
 
 
 def placement_rows(data: Path, profile: HardwareProfile, draws: int) -> Iterator[PlacementRow]:
-    """Yield how well samplers explain the recorded placements of MaverIQ: one in step, and several out of step."""
+    """Yield how often each sampler reproduces the recorded placements of MaverIQ: one without phases, two with."""
     decisions = list(_decisions(data, profile))
     window = profile.load_window
     for max_phase_us in (0, window.look_us, window.sample_us):
         sampler = replace(window, max_phase_us=max_phase_us)
-        there = [_share_there(one, sampler, draws if max_phase_us else 1, profile) for one in decisions]
+        there = [_share_there(decision, sampler, draws if max_phase_us else 1, profile) for decision in decisions]
         yield PlacementRow(
             max_phase_s=max_phase_us / 1e6,
             draws=draws if max_phase_us else 1,
@@ -79,20 +79,24 @@ def _decisions(data: Path, profile: HardwareProfile) -> Iterator[_Decision]:
     for run in runs:
         recorded = run_record(run, scheduled[run.name], completed[run.name], profile)
         used_gib: Sequence[float] = (gib(profile.idle_bytes),) * TESTBED_GPUS
-        for one in run.deployments:
-            if one.layout:
+        for deployment in run.deployments:
+            if deployment.layout:
                 yield _Decision(
-                    requested_us=one.requested_us,
-                    layout=one.layout,
+                    requested_us=deployment.requested_us,
+                    layout=deployment.layout,
                     free_gib=[gib(profile.capacity_bytes) - used for used in used_gib],
-                    spans=[list(_spans(recorded, gpu_id, one.requested_us)) for gpu_id in range(TESTBED_GPUS)],
+                    spans=[list(_spans(recorded, gpu_id, deployment.requested_us)) for gpu_id in range(TESTBED_GPUS)],
                 )
-            used_gib = one.used_gib_after or used_gib
+            used_gib = deployment.used_gib_after or used_gib
 
 
 def _spans(recorded: RunRecord, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:
-    """Yield when a GPU was executing not long before an instant."""
-    mine = {one.deployment_id for one in recorded.deployments if one.plan and gpu_id in one.plan.gpu_ids}
+    """Yield the recent executions of a GPU before an instant."""
+    mine = {
+        deployment.deployment_id
+        for deployment in recorded.deployments
+        if deployment.plan and gpu_id in deployment.plan.gpu_ids
+    }
     table = recorded.requests
     columns = (table.deployment_id, table.start_us, table.finish_us)
     for deployment_id, start_us, finish_us in zip(*(column.tolist() for column in columns), strict=True):

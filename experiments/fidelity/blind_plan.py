@@ -1,4 +1,4 @@
-"""What to simulate and what to hold it against, from a TOML file."""
+"""Settings of the blind simulations and the bars for their errors, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Percent = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Bars(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The most that errors may be, in percent (SLO attainment: points); `busy` and `configurations` are shares."""
+    """The maximum errors, in percent (SLO attainment: points); `busy` and `configurations` are shares."""
 
     busy: _Percent
     mean: _Percent
@@ -30,12 +30,12 @@ class BlindPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     """How to simulate every recorded run.
 
     Args:
-        estimator: the estimator that the recorded system planned with.
-        gain_with: another one, whose plans are compared with those.
-        draws: of the phases in which GPUs are sampled; their mean is the prediction.
-        placement_draws: likewise, to hold against recorded placements.
-        service_factor: by how much to stretch service to see how far queueing magnifies its errors.
-        bars: to judge by.
+        estimator: the planning estimator of the recorded system.
+        gain_with: the estimator whose plans are compared with those.
+        draws: number of draws of the sampling phases; the prediction is the mean over them.
+        placement_draws: number of draws for the comparison with recorded placements.
+        service_factor: factor on all service times, which shows how much queueing amplifies their errors.
+        bars: the maximum errors.
     """
 
     estimator: str
@@ -47,9 +47,9 @@ class BlindPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
 
 
 def load_blind_plan(path: Path) -> BlindPlan:
-    """Read it.
+    """Read a plan.
 
     Raises:
-        InputError: not such a file; the message says where.
+        InputError: the file is invalid; the message says where.
     """
     return read_toml(path, BlindPlan, what="plan of blind runs")

@@ -1,4 +1,4 @@
-"""Pictures of the blind runs: each run's latencies and queue, and all runs at once against their bars."""
+"""Pictures of the blind runs: latencies and queue of each run, and all runs against their bars."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _GALLERY = "README.md"
 def draw_run(folder: Path, name: str, sim: RunRecord, recorded: RunRecord, comparison: Comparison) -> None:
     """Draw the latencies of a run and its queue over time, recorded and simulated, as `folder`/NAME.png."""
     curves = latency_curves(sim, recorded, points=_POINTS), queue_curves(sim, recorded, points=_POINTS)
-    drawn = [one for one in curves if one is not None]
+    drawn = [curve for curve in curves if curve is not None]
     with figure_at(folder / f"{name}.png", inches=(10.5, 3.1), dots_per_inch=_DOTS_PER_INCH) as figure:
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
-        marks = [draw_curves(axes, one) for axes, one in zip(panels, drawn, strict=True)]
+        marks = [draw_curves(axes, curve) for axes, curve in zip(panels, drawn, strict=True)]
         figure.legend(marks[0], DRAWN, loc="upper right", ncols=len(DRAWN), frameon=False)
         figure.suptitle(f"{name}\n", x=0.008, ha="left", fontsize=11, fontweight="bold", parse_math=False)
         figure.text(0.008, 0.905, headline(comparison), ha="left", va="center", fontsize=8.5)
@@ -44,7 +44,7 @@ def write_gallery(folder: Path, names: Sequence[str]) -> None:
 
 
 def draw_overview(path: Path, rows: Sequence[BlindRow], bars: Bars) -> None:
-    """Draw mean and p95 of all runs: predicted over recorded, and the errors within what each run allows."""
+    """Draw mean and p95 of all runs: predicted over recorded, and the errors with the bar of each run."""
     ordered = sorted(rows, key=lambda row: row.recorded_mean_s)
     with figure_at(path, inches=(12, 6.6), dots_per_inch=100) as figure:
         panels = figure.subplot_mosaic([["mean", "mean off", "p95 off"], ["p95", "mean off", "p95 off"]])

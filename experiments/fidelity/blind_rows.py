@@ -1,4 +1,4 @@
-"""What is kept of a blind run: rows of the results."""
+"""The rows of the result files of blind runs."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlindRow:
-    """A run: errors in percent of the recording, of SLO attainment in points; None where it had no SLO.
+    """A run. Errors are in percent of the recording, errors of SLO attainment in points, None without an SLO.
 
     Args:
         run: its name.
-        busiest_percent: of the time to the last arrival that the busiest GPU was busy, as recorded.
-        sim_busiest_percent: likewise, simulated.
-        recorded_verdict: that of `maveriq sim` on the recording.
-        sim_verdict: on the simulation.
-        recorded_completed: requests.
-        sim_completed: requests.
-        recorded_mean_s: latency.
-        sim_mean_s: latency.
-        mean_error: of it.
-        mean_moves: by how many percent the simulated mean moves when service is stretched.
-        recorded_p95_s: latency.
-        sim_p95_s: latency.
-        p95_error: of it.
-        p95_moves: likewise.
-        slo_error: attainment over completed requests.
-        slo_all_error: over scheduled ones.
-        deployments: that either has.
-        same_configuration: of these, those that both have alike.
-        same_gpus: of these, those on the recorded GPUs, their mean over draws.
-        mean_error_low: the least over draws of where chance has it; `mean_error` is their mean.
-        mean_error_high: the most.
-        mean_error_alone: of `maveriq sim` with the usual seed.
-        p95_error_low: likewise.
-        p95_error_high: likewise.
-        p95_error_alone: likewise.
-        draws: how many; 1 where nothing is left to chance.
-        placed_mean_error: of a simulation with the recorded GPUs, which is not blind: what is left is not placement's.
-        placed_p95_error: likewise.
+        busiest_percent: share of the time to the last arrival in which the busiest GPU was busy, recorded.
+        sim_busiest_percent: the same, simulated.
+        recorded_verdict: verdict of `maveriq sim` on the recording.
+        sim_verdict: verdict on the simulation.
+        recorded_completed: completed requests, recorded.
+        sim_completed: completed requests, simulated.
+        recorded_mean_s: mean latency, recorded.
+        sim_mean_s: mean latency, simulated.
+        mean_error: error of the mean latency, as the mean over draws.
+        mean_moves: change of the simulated mean latency, in percent, when service times are scaled.
+        recorded_p95_s: p95 latency, recorded.
+        sim_p95_s: p95 latency, simulated.
+        p95_error: error of the p95 latency, as the mean over draws.
+        p95_moves: change of the simulated p95 latency, in percent, when service times are scaled.
+        slo_error: error of SLO attainment over completed requests.
+        slo_all_error: error of SLO attainment over scheduled requests.
+        deployments: deployments in the recording or the simulation.
+        same_configuration: deployments with equal configurations in both.
+        same_gpus: deployments on the recorded GPUs, as the mean over draws.
+        mean_error_low: minimum error of the mean latency over draws.
+        mean_error_high: maximum error of the mean latency over draws.
+        mean_error_alone: error of the mean latency of `maveriq sim` with the default seed.
+        p95_error_low: minimum error of the p95 latency over draws.
+        p95_error_high: maximum error of the p95 latency over draws.
+        p95_error_alone: error of the p95 latency of `maveriq sim` with the default seed.
+        draws: number of draws; 1 if placement does not depend on sampled loads.
+        placed_mean_error: error of the mean latency of a simulation on the recorded GPUs, which is not blind.
+        placed_p95_error: error of the p95 latency of that simulation.
     """
 
     run: str
@@ -74,7 +74,7 @@ class BlindRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceRow:
-    """The median service time of a model in a run, its mean over draws; `placed_error` with the recorded GPUs."""
+    """The median service time of a model in a run, as the mean over draws; `placed_error` is on the recorded GPUs."""
 
     run: str
     model: str
@@ -89,9 +89,9 @@ class ServiceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElsewhereRow:
-    """A deployment that `maveriq sim` puts on other GPUs than the recorded ones, or in another configuration.
+    """A deployment that `maveriq sim` places on other GPUs or in another configuration than recorded.
 
-    `draws_there` counts the draws that put it there.
+    `draws_there` counts the draws with the recorded GPUs and configuration.
     """
 
     run: str
@@ -107,15 +107,15 @@ class ElsewhereRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRow:
-    """How often a sampler of load, given the recorded executions, places as it was recorded.
+    """How often a load sampler, given the recorded executions, leads to the recorded placement.
 
     Args:
-        most_phase_s: readings of GPUs are up to so far apart; 0 sees all at one instant.
-        draws: of the phases.
-        deployments: that were recorded.
-        expected: of these, how many lie on the recorded GPUs, in the mean over draws.
-        always: how many do so in every draw.
-        never: in none.
+        max_phase_s: maximum time between readings of two GPUs; 0 reads all at one instant.
+        draws: number of draws of the phases.
+        deployments: recorded deployments.
+        expected: deployments on the recorded GPUs, as the mean over draws.
+        always: deployments on the recorded GPUs in every draw.
+        never: deployments on the recorded GPUs in no draw.
     """
 
     max_phase_s: float
@@ -127,16 +127,16 @@ class PlacementRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeighbourRow:
-    """How many percent longer engines take beside others, in the median over engines.
+class ContentionRow:
+    """How many percent longer engines take while other engines are busy, in the median over engines.
 
     Args:
-        engine: of how many GPUs.
-        beside: which others were executing in the middle of a request.
-        engines: recorded ones with enough requests beside such others and alone.
-        requests: of theirs, beside such others.
-        recorded_longer: median service time over that of the same engine alone.
-        sim_longer: likewise, simulated.
+        engine: the number of GPUs of the engine.
+        beside: the other engines that were executing in the middle of a request.
+        engines: recorded engines with enough requests both with such other engines and alone.
+        requests: their requests with such other engines.
+        recorded_longer: increase of the median service time over that of the same engine alone, recorded.
+        sim_longer: the same, simulated.
     """
 
     engine: str
@@ -149,7 +149,7 @@ class NeighbourRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GainRow:
-    """A run of MaverIQ simulated with the plans of one estimator, and by how many percent those of another change it.
+    """A simulated run of MaverIQ, and its changes in percent if another estimator plans it.
 
     `slo_gain` is in points of all scheduled requests; `other_plans` counts deployments that differ.
     """

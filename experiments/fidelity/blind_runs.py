@@ -1,4 +1,4 @@
-"""Every recorded run, simulated from its description and compared with what was recorded."""
+"""Simulates each recorded run from its description, and compares it with the recording."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from blind_draws import Draws, draw
 from blind_plan import BlindPlan
 from blind_rows import BlindRow, ElsewhereRow, GainRow, ServiceRow
-from blind_world import Stretched, described, with_plans_of
+from blind_systems import ScaledEstimator, described_system, with_plans_of
 
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.records import RunRecord
@@ -25,12 +25,12 @@ from maveriq.testbed.recordings import RecordedRun, Scheduled, find_testbed, rea
 from maveriq.testbed.run_records import run_record
 
 PROFILE = "a6000-short"
-"""Of the recorded system."""
+"""The profile of the recorded system."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlindResult:
-    """A run with both records, for whoever wants to plot them, `sim` with the usual seed; no gain for baselines."""
+    """The result of a run, with both records for plots. `sim` has the default seed; baselines have no gain."""
 
     recorded: RunRecord
     sim: RunRecord
@@ -47,10 +47,10 @@ def blind_results(data: Path, plan: BlindPlan, *, names: Collection[str] | None 
     Args:
         data: the folder of measured data.
         plan: how to simulate.
-        names: of the runs to take; None for all.
+        names: the runs to simulate; None for all.
 
     Raises:
-        InputError: a file is missing or is not such a table.
+        InputError: a file is missing or invalid.
     """
     testbed, profile = find_testbed(data), load_profile(PROFILE)
     runs = [run for run in read_runs(testbed) if names is None or run.name in names]
@@ -66,26 +66,28 @@ def _result(
 ) -> BlindResult:
     estimator = unseen(run.name, profile)
     service_times = EstimatedServiceTimes(estimator)
-    scenario = replace(described(run, scheduled, recorded, estimator=plan.estimator), service_times=service_times)
-    sim = simulate(scenario)
-    # Baselines place ahead, before there is any load to sample.
-    draws = draw(scenario, sim, recorded, plan.draws if run.by_maveriq else 1)
+    system = replace(described_system(run, scheduled, recorded, estimator=plan.estimator), service_times=service_times)
+    sim = simulate(system)
+    # Baselines place everything in advance, without sampled loads.
+    draws = draw(system, sim, recorded, plan.draws if run.by_maveriq else 1)
     found = draws.found[0]
-    placed = compare(simulate(with_plans_of(recorded, scenario)), recorded)
-    stretching = replace(
-        with_plans_of(sim, scenario),
-        service_times=EstimatedServiceTimes(Stretched(estimator, plan.service_factor)),
+    placed = compare(simulate(with_plans_of(recorded, system)), recorded)
+    scaled_system = replace(
+        with_plans_of(sim, system),
+        service_times=EstimatedServiceTimes(ScaledEstimator(estimator, plan.service_factor)),
     )
-    stretched = compare(simulate(stretching), sim)
+    scaled = compare(simulate(scaled_system), sim)
     gain = None
     if run.by_maveriq:
-        other = replace(described(run, scheduled, recorded, estimator=plan.gain_with), service_times=service_times)
+        other = replace(
+            described_system(run, scheduled, recorded, estimator=plan.gain_with), service_times=service_times
+        )
         gain = _gain(run.name, simulate(other), sim)
     return BlindResult(
         recorded=recorded,
         sim=sim,
         comparison=found,
-        row=_row(run.name, draws, placed, stretched, _busiest_percent(recorded), _busiest_percent(sim)),
+        row=_row(run.name, draws, placed, scaled, _busiest_percent(recorded), _busiest_percent(sim)),
         services=tuple(_services(run.name, draws, placed)),
         elsewhere=tuple(_elsewhere(run.name, draws)),
         gain=gain,
@@ -93,7 +95,7 @@ def _result(
 
 
 def unseen(run: str, profile: HardwareProfile) -> CalibratedEstimator:
-    """Return the estimator whose figures have not seen a run: of one that no fit ever saw, the usual."""
+    """Return the estimator that is fitted without a run: the default one if the run never entered the fit."""
     entered_fit = run in online_by_excluded_run(require(profile.calibrated, profile.name))
     return CalibratedEstimator.serving(profile, without_run=run if entered_fit else None)
 
@@ -102,12 +104,12 @@ def _row(
     name: str,
     draws: Draws,
     placed: Comparison,
-    stretched: Comparison,
+    scaled: Comparison,
     busiest_percent: float,
     sim_busiest_percent: float,
 ) -> BlindRow:
     found = draws.found[0]
-    of, moves = found.overall.differences, stretched.overall.differences
+    of, moves = found.overall.differences, scaled.overall.differences
     means, p95s = draws.errors("mean"), draws.errors("p95")
     return BlindRow(
         run=name,
@@ -128,8 +130,9 @@ def _row(
         slo_error=_mean(draws.errors("slo")),
         slo_all_error=_mean(draws.errors("slo-all")),
         deployments=len(found.deployments),
-        same_configuration=sum(one.same_configuration for one in found.deployments),
-        same_gpus=sum(draws.on_recorded_gpus(one.endpoint_id) for one in found.deployments) / len(draws.found),
+        same_configuration=sum(deployment.same_configuration for deployment in found.deployments),
+        same_gpus=sum(draws.on_recorded_gpus(deployment.endpoint_id) for deployment in found.deployments)
+        / len(draws.found),
         draws=len(draws.found),
         mean_error_low=min(means),
         mean_error_high=max(means),
@@ -161,18 +164,18 @@ def _services(name: str, draws: Draws, placed: Comparison) -> Iterator[ServiceRo
 
 
 def _elsewhere(name: str, draws: Draws) -> Iterator[ElsewhereRow]:
-    for one in draws.found[0].deployments:
-        if not (one.same_configuration and one.same_gpus):
+    for deployment in draws.found[0].deployments:
+        if not (deployment.same_configuration and deployment.same_gpus):
             yield ElsewhereRow(
                 run=name,
-                endpoint_id=one.endpoint_id,
-                model=one.model,
-                recorded=str(one.real.configuration) if one.real else "none",
-                recorded_gpus=_gpus(one.real),
-                sim=str(one.sim.configuration) if one.sim else "none",
-                sim_gpus=_gpus(one.sim),
+                endpoint_id=deployment.endpoint_id,
+                model=deployment.model,
+                recorded=str(deployment.real.configuration) if deployment.real else "none",
+                recorded_gpus=_gpus(deployment.real),
+                sim=str(deployment.sim.configuration) if deployment.sim else "none",
+                sim_gpus=_gpus(deployment.sim),
                 draws=len(draws.found),
-                draws_there=draws.on_recorded_gpus(one.endpoint_id),
+                draws_there=draws.on_recorded_gpus(deployment.endpoint_id),
             )
 
 
@@ -185,7 +188,7 @@ def _gain(name: str, other: RunRecord, default: RunRecord) -> GainRow:
     of = found.overall.differences
     return GainRow(
         run=name,
-        other_plans=sum(not one.same_configuration for one in found.deployments),
+        other_plans=sum(not deployment.same_configuration for deployment in found.deployments),
         mean_s=_known(of["mean"].real),
         mean_change=_known(of["mean"].error),
         p95_s=_known(of["p95"].real),
@@ -206,6 +209,6 @@ def _mean(errors: list[float]) -> float | None:
 
 
 def _known(value: float | None) -> float:
-    """Return a figure that every run has, for in each something was completed."""
+    """Return a figure that every run has, because each run completed requests."""
     assert value is not None  # noqa: S101
     return value

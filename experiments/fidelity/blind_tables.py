@@ -1,4 +1,4 @@
-"""The results as CSV files of typed rows, and the bars that they are held against."""
+"""The results as CSV files of typed rows, and their comparison with the bars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 from blind_plan import Bars
-from blind_rows import BlindRow, ElsewhereRow, GainRow, NeighbourRow, PlacementRow, ServiceRow
+from blind_rows import BlindRow, ContentionRow, ElsewhereRow, GainRow, PlacementRow, ServiceRow
 
 from maveriq.tables import read_csv
 
@@ -18,14 +18,14 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlindTables:
-    """All results, each a file of the same name."""
+    """All results; each field is a CSV file of that name."""
 
     runs: Sequence[BlindRow]
     services: Sequence[ServiceRow]
     elsewhere: Sequence[ElsewhereRow]
     gains: Sequence[GainRow]
     placements: Sequence[PlacementRow]
-    neighbours: Sequence[NeighbourRow]
+    neighbours: Sequence[ContentionRow]
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -34,12 +34,12 @@ _KINDS: dict[str, type[Any]] = {
     "elsewhere": ElsewhereRow,
     "gains": GainRow,
     "placements": PlacementRow,
-    "neighbours": NeighbourRow,
+    "neighbours": ContentionRow,
 }
 
 
 def csv_of(kind: type[_Row], rows: Iterable[_Row]) -> str:
-    """Return rows as CSV with a heading; None is an empty cell."""
+    """Return rows as CSV with a header; None is an empty cell."""
     columns = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # rows are dataclasses
     lines = [columns, *([_cell(getattr(row, column)) for column in columns] for row in rows)]
     return "".join(",".join(line) + "\n" for line in lines)
@@ -53,10 +53,10 @@ def write_tables(folder: Path, tables: BlindTables) -> None:
 
 
 def read_tables(folder: Path) -> BlindTables:
-    """Return what `write_tables` wrote.
+    """Read the files that `write_tables` wrote.
 
     Raises:
-        InputError: a file is missing or is not such a table.
+        InputError: a file is missing or invalid.
     """
     return BlindTables(**{name: list(read_rows(folder / f"{name}.csv", kind)) for name, kind in _KINDS.items()})
 
@@ -65,11 +65,11 @@ def read_rows(path: Path, kind: type[_Row]) -> Iterator[_Row]:
     """Yield the rows that `csv_of` wrote.
 
     Raises:
-        InputError: the file is missing or is not such a table.
+        InputError: the file is missing or invalid.
     """
     known = fields(kind)  # type: ignore[arg-type]
     columns = [field.name for field in known]
-    # Few runs may have no neighbours, say.
+    # A table may be empty: a few runs may have no contention, for example.
     for row in read_csv(path, columns, what="results of blind runs", may_be_empty=True):
         yield kind(**{field.name: _value(row.cells[field.name], str(field.type)) for field in known})
 
@@ -89,14 +89,14 @@ def _value(cell: str, kind: str) -> object:
 
 
 def allowed(row: BlindRow, bars: Bars) -> tuple[float, float]:
-    """Return the most that the mean and the p95 of a run may be off, in percent."""
+    """Return the maximum errors of the mean and the p95 latency of a run, in percent."""
     busy = row.busiest_percent >= bars.busy
     mean, p95 = (bars.mean_and_p95_when_busy,) * 2 if busy else (bars.mean, bars.p95)
     return max(mean, abs(row.mean_moves)), max(p95, abs(row.p95_moves))
 
 
 def missed(row: BlindRow, bars: Bars, *, placed: bool = False) -> list[str]:
-    """Return which of a run's figures miss their bar; `placed`: on the recorded GPUs."""
+    """Return the figures of a run that miss their bar; `placed` checks the simulation on the recorded GPUs."""
     mean, p95 = (row.placed_mean_error, row.placed_p95_error) if placed else (row.mean_error, row.p95_error)
     max_mean, max_p95 = allowed(row, bars)
     return [name for name, error, maximum in (("mean", mean, max_mean), ("p95", p95, max_p95)) if abs(error) > maximum]
@@ -104,7 +104,7 @@ def missed(row: BlindRow, bars: Bars, *, placed: bool = False) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A bar: what was wanted, what was found, and whether it holds; `placed` is the figure on the recorded GPUs."""
+    """A bar, the value found, and whether the bar holds; `placed` is the value on the recorded GPUs."""
 
     what: str
     wanted: str
@@ -114,7 +114,7 @@ class Held:
 
 
 def held(tables: BlindTables, bars: Bars) -> Iterator[Held]:
-    """Yield every bar with what was found."""
+    """Yield every bar with the value found."""
     yield from _latency(tables.runs, bars)
     for what, errors in (
         ("SLO attainment of completed", [row.slo_error for row in tables.runs]),

@@ -1,4 +1,4 @@
-"""The headline comparisons as grids of finished cells, for the terminal and for the page."""
+"""Tables of the headline comparisons, for the terminal and for docs/fidelity.md."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def _recorded(pairs: Iterable[RecordedPair], plan: HeadlinePlan) -> Grid:
     return Grid(
         name="headline recorded",
         title="How many times MaverIQ is better: recorded / simulated blind",
-        columns=("load", "MaverIQ", "against", "served, %", *(_label(one) for one in MEASURES)),
+        columns=("load", "MaverIQ", "against", "served, %", *(_label(measure) for measure in MEASURES)),
         rows=tuple(
             (
-                *_who(pair.recorded),
-                " / ".join(f"{100 * one.completed / one.scheduled:.0f}" for one in pair.recorded),
+                *_compared_policies(pair.recorded),
+                " / ".join(f"{100 * row.completed / row.scheduled:.0f}" for row in pair.recorded),
                 *(_two(measure, pair, plan.even) for measure in MEASURES),
             )
             for pair in pairs
@@ -65,14 +65,14 @@ def _recorded(pairs: Iterable[RecordedPair], plan: HeadlinePlan) -> Grid:
     )
 
 
-def _who(pair: Pair) -> tuple[str, ...]:
-    """Return the load with the SLO that both are judged by, and both policies, with the SLO that each knew of."""
+def _compared_policies(pair: Pair) -> tuple[str, ...]:
+    """Return the load with the SLO that judges both, and both policies with the SLO that each planned for."""
     ours = pair[0]
     names = (
-        one.policy.removeprefix("MaverIQ ")
-        + ("" if one.planned_slo_scale in (0, one.slo_scale) else f" (for SLO {one.planned_slo_scale:g})")
-        + _MARKS[one.verdict]
-        for one in pair
+        row.policy.removeprefix("MaverIQ ")
+        + ("" if row.planned_slo_scale in (0, row.slo_scale) else f" (for SLO {row.planned_slo_scale:g})")
+        + _MARKS[row.verdict]
+        for row in pair
     )
     return (f"{ours.load}, SLO {ours.slo_scale:g}", *names)
 
@@ -81,7 +81,7 @@ def _two(measure: Measure, pair: RecordedPair, even: float) -> str:
     found = pair.both(measure)
     if found is None:
         return _NONE
-    return " / ".join(_bold(_value(measure, one), on=winner(measure, one, even) < 0) for one in found)
+    return " / ".join(_bold(_value(measure, value), on=winner(measure, value, even) < 0) for value in found)
 
 
 def _ratios(pairs: Sequence[RecordedPair], plan: HeadlinePlan) -> Grid:
@@ -115,7 +115,7 @@ def _against(model_set: str, rows: Sequence[AchievedRow], plan: HeadlinePlan) ->
     return Grid(
         name=f"headline {model_set}",
         title=f"{model_set}: how many times MaverIQ is better, simulated; geometric mean (lowest to highest)",
-        columns=("MaverIQ", "against", "loads", *(one.label for one in _OF_GRID)),
+        columns=("MaverIQ", "against", "loads", *(measure.label for measure in _OF_GRID)),
         rows=tuple(
             (_short(ours), _short(theirs), *_advantages(rows, ours, theirs, model_set, plan))
             for ours, theirs in plan.against_baselines()
@@ -128,7 +128,7 @@ def _intents(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
     return Grid(
         name="headline intents",
         title=f"How many times {ours} is better than other intents, simulated",
-        columns=("models", "against", "loads", *(one.label for one in _OF_GRID)),
+        columns=("models", "against", "loads", *(measure.label for measure in _OF_GRID)),
         rows=tuple(
             (model_set, _short(theirs), *_advantages(rows, ours, theirs, model_set, plan))
             for model_set, theirs in product(plan.grid.model_sets, plan.intents)
@@ -139,7 +139,7 @@ def _intents(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
 def _advantages(
     rows: Sequence[AchievedRow], ours: str, theirs: str, model_set: str, plan: HeadlinePlan
 ) -> Iterator[str]:
-    """Yield how many loads count for latency, and the spread of each measure over those that count for it."""
+    """Yield the number of loads that count for latency, and the spread of each measure over its counted loads."""
     pairs = grid_pairs(rows, ours, theirs, model_set=model_set, slo_scale=plan.slo_scale)
     yield f"{len(counted(MEAN, pairs))} of {len(pairs)}"
     yield from (_spread(measure, spread(measure, counted(measure, pairs))) for measure in _OF_GRID)
@@ -155,7 +155,7 @@ def _attainment(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
                 row for row in rows if (row.policy, row.model_set, row.slo_scale) == (policy, model_set, slo_scale)
             ]
             of_all, of_completed = (
-                [one for one in map(measure.value, chosen) if one is not None]
+                [value for value in map(measure.value, chosen) if value is not None]
                 for measure in (MET_OF_ALL, MET_OF_COMPLETED)
             )
             cells.append(f"{_mean(of_all)} ({_mean(of_completed)})")
@@ -184,8 +184,8 @@ def _losses(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Grid:
 
 
 def _lost(measure: Measure, pairs: Sequence[Pair], even: float) -> Iterator[str]:
-    found = [one for one in (advantage(measure, pair) for pair in counted(measure, pairs)) if one is not None]
-    lost = [one for one in found if winner(measure, one, even) < 0]
+    found = [value for value in (advantage(measure, pair) for pair in counted(measure, pairs)) if value is not None]
+    lost = [value for value in found if winner(measure, value, even) < 0]
     if lost:
         yield f"{measure.label} {len(lost)} of {len(found)} ({_value(measure, min(lost))})"
 
@@ -207,7 +207,7 @@ def _value(measure: Measure, value: float) -> str:
 def _spread(measure: Measure, found: Spread | None) -> str:
     if found is None:
         return _NONE
-    mean, low, high = (_value(measure, one) for one in (found.mean, found.low, found.high))
+    mean, low, high = (_value(measure, value) for value in (found.mean, found.low, found.high))
     return f"{mean} ({low} to {high})"
 
 

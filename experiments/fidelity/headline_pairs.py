@@ -1,4 +1,4 @@
-"""Who is better, by which figure, and how much: recorded pairs beside their simulation, and pairs of the grid."""
+"""Comparisons of two policies by each measure: recorded pairs with their simulations, and pairs of the grid."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from headline_rows import BLIND, RECORDED, AchievedRow
 from maveriq.report.saturation import SaturationLabel
 
 Pair = tuple[AchievedRow, AchievedRow]
-"""A policy's row, and that of the one that it is held against, under the same load and SLO."""
+"""The rows of two policies under the same load and SLO."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """A figure that policies are compared by.
+    """A figure by which policies are compared.
 
     Args:
-        label: for tables.
-        value: the figure of a row; None where it does not apply.
-        shares: it is in percent, and differences are in points; else ratios are taken.
-        more_is_better: as for throughput.
+        label: its name in tables.
+        value: returns the figure of a row; None if it does not apply.
+        shares: the figure is in percent and compared by differences in points; otherwise by ratios.
+        more_is_better: larger is better, as for throughput.
     """
 
     label: str
@@ -48,7 +48,7 @@ MEASURES = (MEAN, P50, P95, P99, THROUGHPUT, COST, GPU_HOURS, GPU_SECONDS, MET_O
 
 
 def advantage(measure: Measure, pair: Pair) -> float | None:
-    """Return how many times the first of a pair is better, or by how many points; None where it does not apply."""
+    """Return by which factor or how many points the first of a pair is better; None if the measure does not apply."""
     ours, theirs = map(measure.value, pair)
     if ours is None or theirs is None:
         return None
@@ -59,12 +59,12 @@ def advantage(measure: Measure, pair: Pair) -> float | None:
 
 
 def winner(measure: Measure, found: float, even: float) -> int:
-    """Return 1 where the first of a pair is better by this advantage, -1 where it is worse, 0 where they are even.
+    """Return 1 if the advantage means that the first of a pair is better, -1 if it is worse, 0 for a tie.
 
     Args:
-        measure: of what.
+        measure: the measure.
         found: the advantage.
-        even: ratios within so many percent of 1, and shares within as many points, are even.
+        even: ratios within this many percent of 1, and shares within this many points, are ties.
     """
     distance = found if measure.shares else 100 * log(found) if found > 0 else -float("inf")
     return 0 if abs(distance) <= even else 1 if distance > 0 else -1
@@ -72,7 +72,7 @@ def winner(measure: Measure, found: float, even: float) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Advantages over some pairs: their mean, geometric unless they are points, the lowest and the highest."""
+    """The mean (geometric for ratios), lowest and highest of the advantages over some pairs."""
 
     count: int
     mean: float
@@ -81,8 +81,8 @@ class Spread:
 
 
 def spread(measure: Measure, pairs: Iterable[Pair]) -> Spread | None:
-    """Return the spread of the advantages; None where there are none."""
-    found = [one for one in (advantage(measure, pair) for pair in pairs) if one is not None]
+    """Return the spread of the advantages; None without any."""
+    found = [value for value in (advantage(measure, pair) for pair in pairs) if value is not None]
     if not found:
         return None
     mean = fmean(found) if measure.shares else exp(fmean(map(log, found)))
@@ -97,7 +97,7 @@ class RecordedPair:
     blind: Pair
 
     def both(self, measure: Measure) -> tuple[float, float] | None:
-        """Return the recorded advantage and the simulated one; None where one does not apply."""
+        """Return the recorded and the simulated advantage; None if one does not apply."""
         recorded, blind = advantage(measure, self.recorded), advantage(measure, self.blind)
         return None if recorded is None or blind is None else (recorded, blind)
 
@@ -105,7 +105,7 @@ class RecordedPair:
 def recorded_pairs(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Iterator[RecordedPair]:
     """Yield MaverIQ's recorded runs against those of other policies under the same load.
 
-    Both are judged by the SLO that the other one knew of, else by that of MaverIQ's, else by the plan's.
+    Both are judged by the SLO of the other policy's run, or else of MaverIQ's run, or else of the plan.
     """
     order = plan.order
     at = {(row.source, row.run, row.slo_scale): row for row in rows}
@@ -118,8 +118,8 @@ def recorded_pairs(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Iterator[
         and ours.policy in plan.by_intent
         and order[ours.policy] < order.get(theirs.policy, len(order))
     ]
-    # In the order of loads and policies; runs of the same policy and load differ by what SLO it knew of.
-    pairs.sort(key=lambda pair: [(one.load, order.get(one.policy, len(order)), one.planned_slo_scale) for one in pair])
+    # Runs of the same policy and load differ by the SLO that they planned for.
+    pairs.sort(key=lambda pair: [(row.load, order.get(row.policy, len(order)), row.planned_slo_scale) for row in pair])
     for ours, theirs in pairs:
         slo_scale = theirs.planned_slo_scale or ours.planned_slo_scale or plan.slo_scale
         recorded, blind = (
@@ -131,18 +131,18 @@ def recorded_pairs(rows: Sequence[AchievedRow], plan: HeadlinePlan) -> Iterator[
 def grid_pairs(
     rows: Iterable[AchievedRow], ours: str, theirs: str, *, model_set: str, slo_scale: float
 ) -> Sequence[Pair]:
-    """Return the rows of two policies side by side, a pair per load of a model set under one SLO scale."""
+    """Return the rows of two policies as pairs, one per load of a model set under one SLO scale."""
     chosen = [row for row in rows if (row.model_set, row.slo_scale) == (model_set, slo_scale)]
     others = {row.load: row for row in chosen if row.policy == theirs}
     return [(row, others[row.load]) for row in chosen if row.policy == ours]
 
 
 def counted(measure: Measure, pairs: Iterable[Pair]) -> Sequence[Pair]:
-    """Return the pairs that a measure is taken over.
+    """Return the pairs that count for a measure.
 
-    Shares and throughput are taken over all. Of others, pairs are left out where one policy was
-    overloaded or served nobody: the mean latency of an overloaded run grows with the length of the run.
+    All pairs count for shares and throughput. For other measures, neither policy may be overloaded or complete no
+    request: the mean latency of an overloaded run grows with the length of the run.
     """
     if measure.shares or measure is THROUGHPUT:
         return list(pairs)
-    return [pair for pair in pairs if all(one.completed and one.verdict != SaturationLabel.OVERLOADED for one in pair)]
+    return [pair for pair in pairs if all(row.completed and row.verdict != SaturationLabel.OVERLOADED for row in pair)]

@@ -1,4 +1,4 @@
-"""Which policies to hold against one another, from a TOML file."""
+"""The policies to compare in the headline tables, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from maveriq.testbed.recordings import RecordedRun
 
 
 class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What the headline tables compare.
+    """The comparisons of the headline tables.
 
     Args:
-        slo_scale: of tables that show one; also to judge a pair of recorded runs by, of which neither had SLOs.
-        judged_by: SLO scales that each run of the grid is judged by.
-        even: ratios within so many percent of 1, and shares within as many points, name no winner.
-        contenders: policies of the grid that are held against the baselines.
-        baselines: these; a contender may be one for the others.
-        intents: what the first contender is held against besides.
-        grid: what to simulate where nothing was recorded.
+        slo_scale: SLO scale of tables with one SLO scale, and of recorded pairs without SLOs.
+        judged_by: SLO scales by which each run of the grid is judged.
+        even: ratios within this many percent of 1, and shares within this many points, are ties.
+        contenders: policies of the grid that are compared with the baselines.
+        baselines: the policies to compare with; a contender may be a baseline of others.
+        intents: further policies to compare the first contender with.
+        grid: simulations without recordings.
     """
 
     slo_scale: Annotated[float, msgspec.Meta(gt=0)]
@@ -44,19 +44,19 @@ class HeadlinePlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         return {variant.name: place for place, variant in enumerate(self.grid.policies)}
 
     def against_baselines(self) -> Iterator[tuple[str, str]]:
-        """Yield each contender with each baseline; of two contenders only the earlier is held against the other."""
+        """Yield each contender with each baseline; of two contenders, only the earlier one with the other."""
         for place, ours in enumerate(self.contenders):
             yield from ((ours, theirs) for theirs in self.baselines if theirs not in self.contenders[: place + 1])
 
     @property
     def by_intent(self) -> set[str]:
-        """Return the policies that go by intents: MaverIQ's."""
+        """Return the policies that follow intents: MaverIQ's."""
         return {variant.name for variant in self.grid.policies if variant.policy not in STATIC_POLICIES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Load:
-    """What a policy has to cope with: all policies of a load get the same requests."""
+    """A workload: all policies under one load get the same requests."""
 
     model_set: str
     trace: str
@@ -67,10 +67,10 @@ class Load:
 
 
 def load_headline_plan(path: Path) -> HeadlinePlan:
-    """Read it.
+    """Read a plan.
 
     Raises:
-        InputError: not such a file; the message says where.
+        InputError: the file is invalid; the message says where.
     """
     plan = read_toml(path, HeadlinePlan, what="plan of headline comparisons")
     for name in (*plan.contenders, *plan.baselines, *plan.intents):

@@ -1,4 +1,4 @@
-"""The headline comparisons as one picture: recorded pairs beside their simulation, and the spread over the grid."""
+"""A picture of the headline comparisons: recorded pairs with their simulations, and the spread over the grid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _EXPLAINED = (
 
 
 def draw_headline(path: Path, rows: Sequence[AchievedRow], plan: HeadlinePlan) -> None:
-    """Draw the advantages: above of recorded pairs, below of the contenders in the grid."""
+    """Draw the advantages of recorded pairs (top) and of the contenders in the grid (bottom)."""
     pairs = list(recorded_pairs(rows, plan))
     simulated = [row for row in rows if row.source == GRID]
     against = list(product(plan.grid.model_sets, plan.baselines))

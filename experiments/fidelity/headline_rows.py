@@ -1,4 +1,4 @@
-"""What a run achieved, as a row of the results: the figures that policies are compared by (SPEC 9)."""
+"""The figures of a run by which policies are compared (SPEC 9), as a row of the results."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ RECORDED, BLIND, GRID = "recorded", "blind", "grid"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AchievedRow:
-    """A run under one SLO; None where nothing completed.
+    """A run judged by one SLO; figures are None if nothing completed.
 
     Args:
-        source: RECORDED, or BLIND for its simulation, or GRID.
+        source: RECORDED, BLIND (its simulation) or GRID.
         run: the name of the recorded run; "" in the grid.
-        policy: as the grid names it.
-        model_set: of its load.
-        trace: likewise.
-        scale: likewise.
-        planned_slo_scale: the SLO that the policy knew of; 0 for none.
-        slo_scale: the SLO that requests are judged by here.
-        scheduled: requests.
-        completed: requests.
-        verdict: that of `maveriq sim`.
-        mean_s: latency.
-        p50_s: likewise.
-        p95_s: likewise.
-        p99_s: likewise.
-        throughput_per_s: completed requests.
-        cost_gib_s: latency times memory, of a request.
-        gpu_hours: of all completed requests.
-        met_of_completed: SLO attainment in percent.
-        met_of_scheduled: likewise.
+        policy: the name in the grid.
+        model_set: the model set of the load.
+        trace: the trace of the load.
+        scale: the rate scale of the load.
+        planned_slo_scale: the SLO scale that the policy planned for; 0 for none.
+        slo_scale: the SLO scale that judges the requests.
+        scheduled: scheduled requests.
+        completed: completed requests.
+        verdict: verdict of `maveriq sim`.
+        mean_s: mean latency.
+        p50_s: median latency.
+        p95_s: 95th percentile of latency.
+        p99_s: 99th percentile of latency.
+        throughput_per_s: completed requests per second.
+        cost_gib_s: mean latency times memory of a request.
+        gpu_hours: GPU hours of all completed requests.
+        met_of_completed: SLO attainment over completed requests, in percent.
+        met_of_scheduled: SLO attainment over scheduled requests, in percent.
     """
 
     source: str
@@ -67,7 +67,7 @@ class AchievedRow:
 
     @property
     def load(self) -> Load:
-        """What the policy had to cope with."""
+        """The workload of the run."""
         return Load(model_set=self.model_set, trace=self.trace, scale=self.scale)
 
     @property
@@ -79,7 +79,7 @@ class AchievedRow:
 def achieved(
     record: RunRecord, *, source: str, run: str, policy: str, load: Load, planned_slo_scale: float, slo_scale: float
 ) -> AchievedRow:
-    """Return the row of a run whose requests have the SLO to judge by; see `judged_by`.
+    """Return the row of a run, judged by the SLOs of its requests (see `judged_by`).
 
     Raises:
         InvariantError: a request has no final status.
@@ -111,7 +111,7 @@ def achieved(
 
 
 def judged_by(record: RunRecord, slo_scale: float, profile: HardwareProfile) -> RunRecord:
-    """Return a run whose requests have another SLO (SPEC 7), so that two runs can be judged by the same one."""
+    """Return a run with another SLO for its requests (SPEC 7), so that two runs can be judged by the same SLO."""
     slo_us = np.zeros(len(record.requests), dtype=np.int64)
     for endpoint_id, model in record.models.items():
         slo_s = profile.slo_s(model, OUTPUT_TOKENS)

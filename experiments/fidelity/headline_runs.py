@@ -1,4 +1,4 @@
-"""What MaverIQ and the baselines achieve: as recorded, as simulated blind, and in a grid of simulations."""
+"""The figures of MaverIQ and the baselines: recorded, simulated blind, and in a grid of simulations."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CASES_AT_A_TIME = 8
 
 
 def slo_scales(runs: Collection[RecordedRun], plan: HeadlinePlan) -> Sequence[float]:
-    """Return the SLO scales that some pair of recorded runs is judged by."""
+    """Return the SLO scales that judge recorded pairs."""
     return sorted({plan.slo_scale, *(run.slo_scale for run in runs if run.slo_scale)})
 
 
 def achieved_by(
-    run: RecordedRun, one: BlindResult, scales: Sequence[float], profile: HardwareProfile
+    run: RecordedRun, result: BlindResult, scales: Sequence[float], profile: HardwareProfile
 ) -> Iterator[AchievedRow]:
-    """Yield what a recorded run achieved, and what its blind simulation did, judged by each SLO scale."""
+    """Yield the rows of a recorded run and of its blind simulation, judged by each SLO scale."""
     load = Load(model_set=run.model_set, trace=run.trace, scale=run.scale)
-    for source, record in ((RECORDED, one.recorded), (BLIND, one.sim)):
+    for source, record in ((RECORDED, result.recorded), (BLIND, result.sim)):
         for scale in scales:
             yield achieved(
                 judged_by(record, scale, profile),
@@ -45,21 +45,21 @@ def achieved_by(
 
 
 def achieved_in_grid(plan: HeadlinePlan, cases: Iterable[Case]) -> Iterator[Sequence[AchievedRow]]:
-    """Simulate cases on all cores and yield what each achieved, in their order, judged by each of the plan's SLOs.
+    """Simulate cases on all cores and yield their rows in order, judged by each SLO scale of the plan.
 
     Raises:
-        InputError: the first fault among them.
+        InputError: the first error of a case.
     """
     with ProcessPoolExecutor(os.cpu_count()) as workers:
-        for found in workers.map(partial(_rows_or_fault, plan), cases, chunksize=_CASES_AT_A_TIME):
+        for found in workers.map(partial(_rows_or_error, plan), cases, chunksize=_CASES_AT_A_TIME):
             if isinstance(found, str):
                 workers.shutdown(wait=False, cancel_futures=True)
                 raise InputError(found)
             yield found
 
 
-def _rows_or_fault(plan: HeadlinePlan, case: Case) -> Sequence[AchievedRow] | str:
-    """Return the message of an error in place of the error, with the case that it is of."""
+def _rows_or_error(plan: HeadlinePlan, case: Case) -> Sequence[AchievedRow] | str:
+    """Return the rows, or the message of an error with its case, because not every error can be pickled."""
     try:
         return list(_rows(plan, case))
     except MaveriqError as error:

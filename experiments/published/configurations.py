@@ -1,4 +1,4 @@
-"""Which configurations maveriq chooses where the recorded system chose, compared with its choices."""
+"""The configurations that maveriq chooses, compared with those of the recorded system."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from maveriq.units import bytes_from_gib, gib
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One recorded deployment, and what maveriq chooses in its place.
+    """One recorded deployment, and the choices of maveriq for it.
 
-    `given_memory` is chosen on GPUs that hold what was measured before the deploy, `free` in a
-    simulation that runs on its own from the start; either is the reason in words where maveriq
-    rejects the ask. `memory_error_gib` is the largest difference on a GPU from the recorded
-    estimate, None without a choice. `same_gpus` says whether the free choice lies on the recorded
-    GPUs, in whatever order.
+    `given_memory` is the choice given the measured memory use before the deploy. `free` is the choice in a simulation
+    of the whole run. Either is a reason instead if maveriq rejects the endpoint. `memory_error_gib` is the largest
+    difference of a GPU from the recorded estimate, None without a choice. `same_gpus`: the free choice uses the
+    recorded GPUs, in any order.
     """
 
     run: str
@@ -45,7 +44,7 @@ class Compared:
 
 
 def compare_all(data: Path) -> Iterator[Compared]:
-    """Yield a comparison for each deployment that came up in MaverIQ's runs.
+    """Yield a comparison for each started deployment of MaverIQ's runs.
 
     Args:
         data: the folder of measured data.
@@ -56,18 +55,18 @@ def compare_all(data: Path) -> Iterator[Compared]:
 
 
 def compare(run: RecordedRun) -> Iterator[Compared]:
-    """Yield a comparison for each deployment of a run that came up."""
-    # In the published world the paper's estimator answers for the hardware too.
-    scenario = build_system(replace(options_of(run), service_times=PAPER))
-    endpoints = {endpoint.endpoint_id: endpoint for endpoint in scenario.workload.endpoints}
-    simulated = {one.endpoint.endpoint_id: one for one in simulate(scenario).deployments}
-    used_gib: Sequence[float] = [gib(gpu.idle_bytes) for gpu in scenario.cluster.gpus]
+    """Yield a comparison for each started deployment of a run."""
+    # In the published simulation the paper's estimator also gives the service times.
+    system = build_system(replace(options_of(run), service_times=PAPER))
+    endpoints = {endpoint.endpoint_id: endpoint for endpoint in system.workload.endpoints}
+    simulated = {deployment.endpoint.endpoint_id: deployment for deployment in simulate(system).deployments}
+    used_gib: Sequence[float] = [gib(gpu.idle_bytes) for gpu in system.cluster.gpus]
     for deployment in run.deployments:
-        view = _view(scenario.cluster, used_gib)
+        view = _view(system.cluster, used_gib)
         used_gib = deployment.used_gib_after
         if deployment.layout is None:
             continue
-        given = _plan_or_reason(scenario.policy.decide(endpoints[deployment.endpoint_id], view))
+        given = _plan_or_reason(system.policy.decide(endpoints[deployment.endpoint_id], view))
         free = simulated[deployment.endpoint_id]
         yield Compared(
             run=run.name,
@@ -82,7 +81,7 @@ def compare(run: RecordedRun) -> Iterator[Compared]:
 
 
 def _view(cluster: Cluster, used_gib: Sequence[float]) -> ClusterView:
-    """Return a cluster that holds so much memory; its load decides GPUs, not configurations."""
+    """Return a cluster with this much memory in use, without load: load decides GPUs, not configurations."""
     return ClusterView(
         gpus=tuple(
             GpuView(

@@ -1,4 +1,4 @@
-"""The paper's estimator on the measured full models."""
+"""Errors of the paper's estimator against the measured full models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maveriq.calibration.evaluation import Group, evaluate
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import make_estimator
 
-# (table of full models, the profile with prompts like its own, what to group its rows by)
+# (table of full models, profile with similar prompts, groups of its rows)
 _TABLES = (
     ("long_prompt", "a6000-long", ("all", "weights", "tp", "output tokens")),
     ("batched_short_prompt", "a6000-short", ("all", "weights", "batch")),

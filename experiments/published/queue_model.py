@@ -1,6 +1,6 @@
-"""The recorded runs once more: their arrivals, service times and plans, with maveriq's queue and dispatcher.
+"""Replays of the recorded runs: recorded arrivals, service times and plans, with maveriq's queue and dispatcher.
 
-What is left to maveriq is when each request goes (SPEC 6), so its latencies say how right that is.
+Only the dispatch times are simulated (SPEC 6), so the errors of the latencies are those of the queue model.
 `maveriq testbed replay --all` and `maveriq compare` do the same on run folders.
 """
 
@@ -23,7 +23,7 @@ _PROFILE = "a6000-short"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueErrors:
-    """Latencies of a replay beside the recorded ones.
+    """Errors of the latencies of a replay against the recorded ones.
 
     `mean_error` and `p95_error` are signed, `median_request_error` is the median over requests
     of the absolute error; all in percent of the recorded latency.
@@ -60,7 +60,7 @@ def errors_of(run: str, comparison: Comparison) -> QueueErrors:
     """Return the errors of a replay from its comparison with the recorded run.
 
     Raises:
-        InvariantError: the replay has not the requests of the run.
+        InvariantError: the replay lacks requests of the run.
     """
     overall = comparison.overall
     mean, p95 = overall.differences["mean"], overall.differences["p95"]

@@ -1,8 +1,9 @@
-"""Check maveriq against the published recordings: print four tables and write them as CSV.
+"""Compare maveriq with the published recordings: estimates, schedules, configurations and the queue model.
 
 Usage: python experiments/published/reproduce.py [--data DIR] [--out DIR]
 
-DIR is the folder of measured data (else MAVERIQ_DATA). experiments/README.md explains the figures.
+Four tables are printed, and written as CSV to experiments/published/results/. --data names the folder of measured data
+(default: MAVERIQ_DATA). docs/fidelity.md explains the figures.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _WIDTH_OF_NO_TERMINAL = 160
 
 
 def sheets(data: Path) -> Iterator[Sheet]:
-    """Yield the sheets one by one, each as soon as it is known.
+    """Yield the sheets, each as soon as it is computed.
 
     Args:
         data: the folder of measured data.
@@ -41,8 +42,12 @@ def sheets(data: Path) -> Iterator[Sheet]:
 def main(arguments: list[str]) -> None:
     """Print and write the sheets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=measured_data_path(), metavar="DIR")
-    parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--data", type=Path, default=measured_data_path(), metavar="DIR", help="folder of measured data"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=_RESULTS, metavar="DIR", help="folder of the results (default: results)"
+    )
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("the measured data is absent; name its folder with --data or MAVERIQ_DATA")

@@ -1,4 +1,4 @@
-"""The scheduled requests of MaverIQ's recorded runs, drawn again by maveriq."""
+"""The scheduled requests of MaverIQ's recorded runs, and those that maveriq draws from the same options."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from maveriq.workload.build import WorkloadOptions, build_workload
 PUBLIC_FILES: Mapping[str, str] = MappingProxyType(
     {"code": "AzureLLMInferenceTrace_code.csv", "conversation": "AzureLLMInferenceTrace_conv.csv"}
 )
-"""Names of the public Azure files by the name of their trace."""
+"""Names of the public Azure files, by trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redrawn:
-    """How many of a run's requests are drawn as recorded, in time to the microsecond and in model.
+    """How many requests of a run maveriq draws as recorded: the same microsecond and the same model.
 
-    `from_counts` draws from the counts that come with maveriq, `from_public` from the public files.
+    `from_counts` draws from the embedded counts per minute, `from_public` from the public trace files.
     """
 
     run: str

@@ -1,4 +1,4 @@
-"""The comparisons as sheets of finished cells, for the terminal and as CSV."""
+"""Tables of the comparisons, for the terminal and as CSV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from schedules import Redrawn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """A table of finished cells; the first `names` columns name a row, the rest are its figures."""
+    """A table of text cells; the first `names` columns name a row, the others are its figures."""
 
     name: str
     title: str
@@ -24,11 +24,11 @@ class Sheet:
     names: int = 1
 
     def csv(self) -> str:
-        """Return it as CSV; its cells need no quotes."""
+        """Return the sheet as CSV; its cells need no quotes."""
         return "".join(",".join(row) + "\n" for row in (self.columns, *self.rows))
 
     def table(self) -> Table:
-        """Return it for the terminal."""
+        """Return the sheet as a table for the terminal."""
         table = Table(title=self.title, title_justify="left")
         for position, column in enumerate(self.columns):
             justify = "left" if position < self.names else "right"
@@ -52,19 +52,19 @@ def estimates_sheet(errors: Iterable[EstimateErrors]) -> Sheet:
         ),
         rows=tuple(
             (
-                *(one.table, one.group.by, one.group.value, str(one.group.latency.n)),
-                *(f"{getattr(one.group.latency, figure):.2f}" for figure in figures),
-                *(f"{getattr(one.group.memory, figure):.2f}" for figure in figures),
+                *(group.table, group.group.by, group.group.value, str(group.group.latency.n)),
+                *(f"{getattr(group.group.latency, figure):.2f}" for figure in figures),
+                *(f"{getattr(group.group.memory, figure):.2f}" for figure in figures),
             )
-            for one in errors
+            for group in errors
         ),
         names=3,
     )
 
 
 def configurations_sheet(compared: Sequence[Compared]) -> Sheet:
-    """Return how many configurations equal the recorded ones, run by run and in all."""
-    runs = [(run, list(rows)) for run, rows in groupby(compared, key=lambda one: one.run)]
+    """Return how many configurations equal the recorded ones, by run and in total."""
+    runs = [(run, list(rows)) for run, rows in groupby(compared, key=lambda comparison: comparison.run)]
     return Sheet(
         name="configurations",
         title="MaverIQ's deployments with the recorded configuration",
@@ -74,32 +74,32 @@ def configurations_sheet(compared: Sequence[Compared]) -> Sheet:
 
 
 def _configurations_row(run: str, compared: Sequence[Compared]) -> tuple[str, ...]:
-    errors_gib = [one.memory_error_gib for one in compared if one.memory_error_gib is not None]
+    errors_gib = [comparison.memory_error_gib for comparison in compared if comparison.memory_error_gib is not None]
     return (
         run,
         str(len(compared)),
-        str(sum(one.given_memory == one.recorded for one in compared)),
-        str(sum(one.free == one.recorded for one in compared)),
-        str(sum(one.free == one.recorded and one.same_gpus for one in compared)),
+        str(sum(comparison.given_memory == comparison.recorded for comparison in compared)),
+        str(sum(comparison.free == comparison.recorded for comparison in compared)),
+        str(sum(comparison.free == comparison.recorded and comparison.same_gpus for comparison in compared)),
         f"{max(errors_gib):.6f}" if errors_gib else "",
     )
 
 
 def queue_sheet(errors: Sequence[QueueErrors]) -> Sheet:
-    """Return the errors of the queue model, run by run, and the largest of each without its sign."""
+    """Return the errors of the queue model by run, and the largest absolute value of each."""
     rows = [
         (
-            *(one.run, str(one.requests), f"{one.recorded_mean_s:.3f}", f"{one.recorded_p95_s:.3f}"),
-            *(f"{error:.2f}" for error in (one.mean_error, one.p95_error, one.median_request_error)),
+            *(run.run, str(run.requests), f"{run.recorded_mean_s:.3f}", f"{run.recorded_p95_s:.3f}"),
+            *(f"{error:.2f}" for error in (run.mean_error, run.p95_error, run.median_request_error)),
         )
-        for one in errors
+        for run in errors
     ]
     largest = (
-        max(abs(one.mean_error) for one in errors),
-        max(abs(one.p95_error) for one in errors),
-        max(one.median_request_error for one in errors),
+        max(abs(run.mean_error) for run in errors),
+        max(abs(run.p95_error) for run in errors),
+        max(run.median_request_error for run in errors),
     )
-    total = str(sum(one.requests for one in errors))
+    total = str(sum(run.requests for run in errors))
     return Sheet(
         name="queue_model",
         title="Recorded arrivals and service times through maveriq's queue: error of latency in percent",
@@ -112,10 +112,10 @@ def queue_sheet(errors: Sequence[QueueErrors]) -> Sheet:
 
 
 def schedules_sheet(redrawn: Sequence[Redrawn]) -> Sheet:
-    """Return how many scheduled requests are drawn as they were recorded, run by run and in all."""
-    figures = [(one.requests, one.from_counts, one.from_public) for one in redrawn]
+    """Return how many scheduled requests are drawn as recorded, by run and in total."""
+    figures = [(run.requests, run.from_counts, run.from_public) for run in redrawn]
     totals = [sum(column) for column in zip(*figures, strict=True)]
-    rows = [(one.run, *map(str, row)) for one, row in zip(redrawn, figures, strict=True)]
+    rows = [(run.run, *map(str, row)) for run, row in zip(redrawn, figures, strict=True)]
     return Sheet(
         name="schedules",
         title="Scheduled requests drawn as recorded, to the microsecond and in model",

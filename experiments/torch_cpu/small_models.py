@@ -1,10 +1,10 @@
-"""Measure three small models on this machine, simulate a workload from that, run it on torch engines, and compare.
+"""Measure three small models on this machine, run a workload on torch engines, and compare it with its simulation.
 
 Usage: python experiments/torch_cpu/small_models.py [--work DIR] [--out DIR]
 
-With --work the profile and the records are kept there, and what is there already is taken. Exit code 1 says that the
-mean latency is off by more than 15 %, or that a deployment differs. It takes about ten minutes, and wants
-the machine for itself.
+The results go to experiments/torch_cpu/results/. --work keeps the profile and the run folders, and reuses those that
+exist. The exit code is 1 if the mean latency differs by more than 15 %, or if a deployment differs. The experiment
+takes about ten minutes on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -25,27 +25,31 @@ _BAR_PERCENT = 15.0
 _ENGINES = ("small-llama=2x1", "small-falcon=1x3", "small-gptj=1x1:int8")
 _MODELS = [str(_HERE / "models" / engine.partition("=")[0]) for engine in _ENGINES]
 _MEASURED_PROMPTS, _OUTPUT_TOKENS = "16,64,128,256", 24
-_FIRST_S, _LAST_S, _REQUESTS = 210.0, 330.0, 90  # the third model is asked for at 180 s
+_FIRST_S, _LAST_S, _REQUESTS = 210.0, 330.0, 90  # the third model is requested at 180 s
 
 
 def main(arguments: list[str]) -> int:
     """Measure, simulate, run, compare, write, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where the profile and the records are kept")
-    parser.add_argument("--out", type=Path, default=_HERE / "results", metavar="DIR")
-    said = parser.parse_args(arguments)
-    if said.work is not None:
-        said.work.mkdir(parents=True, exist_ok=True)
-        comparison, profile = _compare(said.work)
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder in which to keep the profile and the run folders"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=_HERE / "results", metavar="DIR", help="folder of the results (default: results)"
+    )
+    options = parser.parse_args(arguments)
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        comparison, profile = _compare(options.work)
     else:
         with tempfile.TemporaryDirectory() as work:
             comparison, profile = _compare(Path(work))
-    said.out.mkdir(parents=True, exist_ok=True)
-    (said.out / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
-    (said.out / "measured.csv").write_text(profile, encoding="utf-8")
-    _write_table(said.out / "errors.csv", comparison)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+    (options.out / "measured.csv").write_text(profile, encoding="utf-8")
+    _write_table(options.out / "errors.csv", comparison)
     error = comparison["overall"]["differences"]["mean"]["error"]
-    same = all(one["same_configuration"] and one["same_gpus"] for one in comparison["deployments"])
+    same = all(deployment["same_configuration"] and deployment["same_gpus"] for deployment in comparison["deployments"])
     met = abs(error) <= _BAR_PERCENT and same
     sys.stdout.write(
         f"mean latency {error:+.1f} %, deployments {'equal' if same else 'differ'}: bar {'met' if met else 'missed'}\n"
@@ -54,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _compare(work: Path) -> tuple[dict[str, Any], str]:
-    """Return the comparison and the measurements, after making what is not there."""
+    """Return the comparison and the measurements; create the files that do not exist."""
     profile, schedule = work / "profile", work / "schedule.csv"
     if not profile.exists():
         configurations = [word for engine in _ENGINES for word in ("--configuration", engine)]
@@ -99,9 +103,17 @@ def _write_table(path: Path, comparison: dict[str, Any]) -> None:
         rows.writerow(["model", "figure", "simulated", "torch", "error_percent"])
         groups = {"all": comparison["overall"], **comparison["models"]}
         for model, group in groups.items():
-            for name, one in group["differences"].items():
-                if None not in (one["sim"], one["real"], one["error"]):
-                    rows.writerow([model, name, f"{one['sim']:.4f}", f"{one['real']:.4f}", f"{one['error']:.2f}"])
+            for name, difference in group["differences"].items():
+                if None not in (difference["sim"], difference["real"], difference["error"]):
+                    rows.writerow(
+                        [
+                            model,
+                            name,
+                            f"{difference['sim']:.4f}",
+                            f"{difference['real']:.4f}",
+                            f"{difference['error']:.2f}",
+                        ]
+                    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much longer an engine takes beside which others, recorded and simulated."""
+"""How much other busy engines slow an engine down, recorded and simulated."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from blind_rows import NeighbourRow
+from blind_rows import ContentionRow
 
 from maveriq.domain.records import NOT_YET, RunRecord
 
 Array = np.ndarray[Any, Any]
 
-_LEAST = 10  # requests whose median says something
+_MIN_REQUESTS = 10  # fewer requests give no meaningful median
 _ONE, _SEVERAL = "one GPU", "several GPUs"
-_BESIDE = ("1 of one GPU", "2 of one GPU", "3 or more of one GPU", "several GPUs only")
+_CO_LOCATED = ("1 of one GPU", "2 of one GPU", "3 or more of one GPU", "several GPUs only")
 
 
-class Neighbours:
-    """Medians of service time beside others over those alone, gathered engine by engine."""
+class Contention:
+    """Collects, for each engine, ratios of median service times: with other busy engines over without."""
 
     def __init__(self) -> None:
         self._recorded: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
         self._sim: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
 
     def add(self, recorded: RunRecord, sim: RunRecord) -> None:
-        """Take in a run."""
+        """Add a run."""
         for found, record in ((self._recorded, recorded), (self._sim, sim)):
-            for engine, beside, ratio, requests in _ratios(record):
-                found[engine, beside].append((ratio, requests))
+            for engine, co_located, ratio, requests in _ratios(record):
+                found[engine, co_located].append((ratio, requests))
 
-    def rows(self) -> Iterator[NeighbourRow]:
-        """Yield what was seen at least once, recorded and simulated."""
+    def rows(self) -> Iterator[ContentionRow]:
+        """Yield a row for each situation that both recordings and simulations contain."""
         for engine in (_ONE, _SEVERAL):
-            for beside in _BESIDE:
-                recorded, sim = self._recorded[engine, beside], self._sim[engine, beside]
+            for co_located in _CO_LOCATED:
+                recorded, sim = self._recorded[engine, co_located], self._sim[engine, co_located]
                 if recorded and sim:
-                    yield NeighbourRow(
+                    yield ContentionRow(
                         engine=engine,
-                        beside=beside,
+                        beside=co_located,
                         engines=len(recorded),
                         requests=sum(requests for _, requests in recorded),
                         recorded_longer=100 * (median(ratio for ratio, _ in recorded) - 1),
@@ -49,28 +49,35 @@ class Neighbours:
 
 
 def _ratios(record: RunRecord) -> Iterator[tuple[str, str, float, int]]:
-    """Yield kind of engine, what was beside it, how many times longer it took than alone, and in how many requests."""
+    """Yield kind of engine, other busy engines, ratio of median service times to those alone, and number of requests."""
     table = record.requests
     ran = (table.start_us != NOT_YET) & (table.finish_us != NOT_YET)
     start_us, finish_us, deployment_id = (
         column[ran] for column in (table.start_us, table.finish_us, table.deployment_id)
     )
-    kinds = {one.deployment_id: _kind(len(one.plan.gpu_ids)) for one in record.deployments if one.plan}
+    kinds = {
+        deployment.deployment_id: _kind(len(deployment.plan.gpu_ids))
+        for deployment in record.deployments
+        if deployment.plan
+    }
     middle_us = (start_us + finish_us) // 2
-    busy = {one: _busy_at(middle_us, start_us[deployment_id == one], finish_us[deployment_id == one]) for one in kinds}
-    for one, kind in kinds.items():
-        mine = deployment_id == one
+    busy = {
+        engine: _busy_at(middle_us, start_us[deployment_id == engine], finish_us[deployment_id == engine])
+        for engine in kinds
+    }
+    for engine, kind in kinds.items():
+        mine = deployment_id == engine
         of_one, of_several = (
-            sum((busy[other][mine] for other in kinds if other != one and kinds[other] == of), np.zeros(mine.sum()))
+            sum((busy[other][mine] for other in kinds if other != engine and kinds[other] == of), np.zeros(mine.sum()))
             for of in (_ONE, _SEVERAL)
         )
         service_us = (finish_us - start_us)[mine]
         alone = (of_one == 0) & (of_several == 0)
         wheres = (of_one == 1, of_one == 2, of_one >= 3, (of_one == 0) & (of_several > 0))
-        for beside, where in zip(_BESIDE, wheres, strict=True):
-            if min(alone.sum(), where.sum()) >= _LEAST:
+        for co_located, where in zip(_CO_LOCATED, wheres, strict=True):
+            if min(alone.sum(), where.sum()) >= _MIN_REQUESTS:
                 ratio = np.median(service_us[where]) / np.median(service_us[alone])
-                yield kind, beside, float(ratio), int(where.sum())
+                yield kind, co_located, float(ratio), int(where.sum())
 
 
 def _kind(gpus: int) -> str:

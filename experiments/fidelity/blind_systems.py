@@ -1,7 +1,7 @@
-"""Scenarios of recorded runs from their description: own plans, own placement, own service times.
+"""Systems built from the descriptions of recorded runs, with maveriq's own plans, placement and service times.
 
-MaverIQ's requests are drawn again. Those of the baselines were drawn in another way (SPEC 7) and
-cannot be, so that their recorded schedule is taken: when which replica was asked with which prompt.
+The requests of MaverIQ's runs are drawn again. Those of the baselines were drawn in another way (SPEC 7) and cannot
+be drawn again, so their recorded schedule is used: arrival, replica and prompt of each request.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from maveriq.workload.arrivals import LOAD_SHIFT_S
 from maveriq.workload.requests import Arrivals, Workload
 
 
-def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, estimator: str) -> ReplaySystem:
-    """Return the scenario of a recorded run; of the recording it takes the schedule, and that of baselines only.
+def described_system(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, estimator: str) -> ReplaySystem:
+    """Return the system of a recorded run. Only baselines use the recorded schedule.
 
     Args:
-        run: whose description.
-        scheduled: its schedule.
-        recorded: its records, for the lengths and SLOs that go with the schedule.
+        run: the description.
+        scheduled: the recorded schedule.
+        recorded: the records, for the lengths and SLOs of the schedule.
         estimator: the estimator to plan with.
 
     Raises:
-        InputError: a description that maveriq has no scenario for.
+        InputError: maveriq cannot simulate the description.
     """
     options = replace(options_of(run), estimator=estimator)
     if run.by_maveriq:
@@ -49,13 +49,13 @@ def described(run: RecordedRun, scheduled: Scheduled, recorded: RunRecord, *, es
     return _on_schedule(build_system(replace(options, alpaserve_as_published=True)), _arrivals(scheduled, recorded))
 
 
-def _on_schedule(scenario: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
-    """Return a baseline's scenario with the recorded schedule, in which each replica is an endpoint of its own."""
-    policy = scenario.policy
+def _on_schedule(system: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
+    """Return a baseline's system with the recorded schedule, in which each replica is a separate endpoint."""
+    policy = system.policy
     if not isinstance(policy, StaticPlacementPolicy):
-        raise InvariantError(f"policy {policy.name!r} does not place ahead")
-    entries = scenario.workload.endpoints
-    # The published driver gives every entry a number, and one more per further replica.
+        raise InvariantError(f"policy {policy.name!r} has no static placement")
+    entries = system.workload.endpoints
+    # The published driver numbers every entry, and each further replica.
     entry_of = tuple(
         chain.from_iterable(repeat(endpoint, max(1, policy.replicas(endpoint.endpoint_id))) for endpoint in entries)
     )
@@ -68,13 +68,13 @@ def _on_schedule(scenario: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
         )
         for endpoint_id, endpoint in enumerate(entry_of, start=1)
     )
-    workload = Workload(name=scenario.workload.name, endpoints=endpoints, arrivals=arrivals)
-    return replace(scenario, policy=_ReplicaByReplica(policy, entry_of), workload=workload)
+    workload = Workload(name=system.workload.name, endpoints=endpoints, arrivals=arrivals)
+    return replace(system, policy=_OneReplicaPerEndpoint(policy, entry_of), workload=workload)
 
 
 def _arrivals(scheduled: Scheduled, recorded: RunRecord) -> Arrivals:
     table = recorded.requests
-    order = np.argsort(table.request_id)  # they arrived up to 0.1 s late, some out of turn
+    order = np.argsort(table.request_id)  # they arrived up to 0.1 s late, some out of order
     return Arrivals(
         arrival_us=scheduled.arrival_us,
         endpoint_id=scheduled.endpoint_id,
@@ -85,8 +85,8 @@ def _arrivals(scheduled: Scheduled, recorded: RunRecord) -> Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
-class _ReplicaByReplica:
-    """A placement whose replicas are asked for one by one; `entry_of` has the ask that each belongs to."""
+class _OneReplicaPerEndpoint:
+    """A static placement with one endpoint per replica; `entry_of` has the original endpoint of each."""
 
     placed: StaticPlacementPolicy
     entry_of: Sequence[EndpointSpec]
@@ -97,7 +97,7 @@ class _ReplicaByReplica:
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         entry = self.entry_of[endpoint.endpoint_id - 1]
-        # On an idle cluster it names all replicas; on this one those that are up would not fit again.
+        # An idle view, because on the real one the replicas that are up would not fit again.
         idle = ClusterView(gpus=tuple(replace(gpu, free_bytes=gpu.capacity_bytes) for gpu in view.gpus))
         decision = self.placed.decide(entry, idle)
         if not isinstance(decision, Deploy):
@@ -107,33 +107,33 @@ class _ReplicaByReplica:
 
 
 @dataclass(frozen=True, slots=True)
-class _AsBefore:
-    """What a run had of each endpoint; None where it never came up."""
+class _PlansOfRun:
+    """The plans of a run, by endpoint; None for an endpoint that never started."""
 
     plans: Mapping[int, DeploymentPlan | None]
-    name: str = "as-before"
+    name: str = "plans-of-run"
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:  # noqa: ARG002
         plan = self.plans.get(endpoint.endpoint_id)
-        return Deploy(plans=(plan,)) if plan else Rejection(reason="it never came up")
+        return Deploy(plans=(plan,)) if plan else Rejection(reason="the endpoint never started")
 
 
-def with_plans_of(run: RunRecord, scenario: ReplaySystem) -> ReplaySystem:
-    """Return a scenario with the plans of a run in place of its own, so that placement plays no part."""
-    plans = {one.endpoint.endpoint_id: one.plan for one in run.deployments}
-    return replace(scenario, policy=_AsBefore(plans))
+def with_plans_of(run: RunRecord, system: ReplaySystem) -> ReplaySystem:
+    """Return a system that uses the plans of a run, so that placement has no effect."""
+    plans = {deployment.endpoint.endpoint_id: deployment.plan for deployment in run.deployments}
+    return replace(system, policy=_PlansOfRun(plans))
 
 
 @dataclass(frozen=True, slots=True)
-class Stretched:
-    """An estimator whose service takes `factor` times as long."""
+class ScaledEstimator:
+    """An estimator whose service times are multiplied by `factor`."""
 
     estimator: CalibratedEstimator
     factor: float
 
     @property
     def name(self) -> str:
-        """The name of the one that is stretched."""
+        """The name of the original estimator."""
         return self.estimator.name
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
@@ -141,14 +141,14 @@ class Stretched:
         return self.estimator.why_not(model, configuration)
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
-        """Estimate the memory, which stays as it is."""
+        """Return the memory, which is not scaled."""
         return self.estimator.memory(model, configuration)
 
     def service(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
     ) -> ServiceEstimate:
         """Estimate a batch."""
-        return self._stretched(
+        return self._scaled(
             self.estimator.service(
                 model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
             )
@@ -165,19 +165,19 @@ class Stretched:
         batch: int,
     ) -> ServiceEstimate:
         """Estimate a batch on these GPUs."""
-        return self._stretched(
+        return self._scaled(
             self.estimator.service_on(
                 gpu_ids, model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
             )
         )
 
     def shares_process(self, configuration: ParallelConfig) -> bool:
-        """Say whether an engine shares a process of the host with others like it."""
+        """Return whether an engine shares a host process with others."""
         return self.estimator.shares_process(configuration)
 
     def contention_delay_s(self, model: ModelSpec, configuration: ParallelConfig, *, co_located: int) -> float:
-        """Return how much longer a token takes while so many neighbours are busy."""
+        """Return the delay of a token while `co_located` other engines are busy."""
         return self.factor * self.estimator.contention_delay_s(model, configuration, co_located=co_located)
 
-    def _stretched(self, one: ServiceEstimate) -> ServiceEstimate:
-        return replace(one, ttft_s=self.factor * one.ttft_s, tpot_s=self.factor * one.tpot_s)
+    def _scaled(self, estimate: ServiceEstimate) -> ServiceEstimate:
+        return replace(estimate, ttft_s=self.factor * estimate.ttft_s, tpot_s=self.factor * estimate.tpot_s)
