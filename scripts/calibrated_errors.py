@@ -1,9 +1,9 @@
-"""Write the tables of docs/calibrated.md: how far the calibrated estimator is from what it has not seen.
+"""Write the error tables of docs/calibrated.md: errors of the calibrated estimator on data outside its fit.
 
-    python scripts/calibrated_errors.py DATA_DIR [--document FILE]
+Usage: python scripts/calibrated_errors.py DATA_DIR [--document FILE]
 
-DATA_DIR holds `a6000` and `testbed`. Each row of a benchmark is predicted by the calibration that left out its
-model's full-model measurements, each recorded run by the figures of the live system fitted without it.
+DATA_DIR contains `a6000` and `testbed`. The calibration for each benchmark row is fitted without the full-model
+measurements of its model, that for each recorded run without the run.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _TABLES = (
 
 
 def main() -> None:
-    """Rewrite the part of the document between the marks."""
+    """Replace the text between the marks of the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=Path, help="folder that holds a6000 and testbed")
+    parser.add_argument("data_dir", type=Path, help="folder that contains a6000 and testbed")
     document = Path(__file__).parent.parent / "docs" / "calibrated.md"
-    parser.add_argument("--document", type=Path, default=document, help="what to rewrite (default: the docs)")
+    parser.add_argument("--document", type=Path, default=document, help="file to update (default: docs/calibrated.md)")
     arguments = parser.parse_args()
     text = arguments.document.read_text(encoding="utf-8")
     before, _, rest = text.partition(_BEGIN)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def benchmark_lines(folder: Path) -> list[str]:
-    """Return the table of errors on the benchmark, beside those of the paper's estimator."""
+    """Return the table of errors on the benchmark, with those of the paper's estimator."""
     lines = [
         "| table | rows | paper: median | median | mean | p90 | in 90 % interval | memory: median | p95 | in it |",
         "| --- " * 10 + "|",
@@ -67,13 +67,13 @@ def benchmark_lines(folder: Path) -> list[str]:
 
 
 def served_lines(folder: Path) -> list[str]:
-    """Return one sentence on the service times of recorded runs, each predicted without having seen it."""
+    """Return one sentence on the service times of recorded runs, each predicted by a fit without that run."""
     profile = load_profile("a6000-short")
     errors: dict[tuple[str, str], list[float]] = {}
     for execution in read_recorded(folder):
         unseen = CalibratedEstimator.serving(profile, without_run=execution.run)
-        asked = {"prompt_tokens": execution.prompt_tokens, "output_tokens": execution.output_tokens, "batch": 1}
-        estimate = unseen.service_on(execution.gpu_ids, execution.model, execution.configuration, **asked)
+        lengths = {"prompt_tokens": execution.prompt_tokens, "output_tokens": execution.output_tokens, "batch": 1}
+        estimate = unseen.service_on(execution.gpu_ids, execution.model, execution.configuration, **lengths)
         errors.setdefault((execution.run, execution.model.name), []).append(
             abs(estimate.latency_s / execution.service_s - 1)
         )

@@ -1,13 +1,13 @@
-"""Build the wheel, install it into an empty environment and use it there.
+"""Build the wheel, install it into an empty environment, and run commands of it there.
 
-Run it as: python scripts/check_wheel.py
+Usage: python scripts/check_wheel.py
 
-Prints one line for each check and ends with 1 at the first that fails. The network is needed for
-pip alone.
+The script prints one line per check, and exits with 1 at the first failure. Only pip needs the network.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -31,7 +31,8 @@ class CheckError(Exception):
 
 
 def main() -> int:
-    """Make all checks and return the exit code."""
+    """Run all checks and return the exit code."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="maveriq-wheel-") as scratch:
         try:
@@ -39,15 +40,15 @@ def main() -> int:
         except CheckError as error:
             print(f"FAILED  {error}")
             return 1
-    print(f"ok      all of it in {time.perf_counter() - start_s:.0f} s")
+    print(f"ok      all checks in {time.perf_counter() - start_s:.0f} s")
     return 0
 
 
 def check(scratch: Path) -> None:
-    """Make all checks, everything they need in a folder outside the repository.
+    """Run all checks in a folder outside the repository.
 
     Raises:
-        CheckError: one failed.
+        CheckError: a check failed.
     """
     wheel = build(scratch / "dist")
     say("built", wheel.name)
@@ -76,15 +77,15 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> str:
-    """Check that every file of the package and of traces/ is inside, and nothing else of the repository."""
+    """Check that the wheel contains every file of the package and of traces/, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "maveriq").rglob("*") if path.is_file()}
     tables = {f"maveriq/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "traces").rglob("*") if path.is_file()}
     wanted = {name for name in sources | tables if "__pycache__" not in name}
     expect(wanted <= inside, f"missing in the wheel: {min(wanted - inside, default='')}")
-    strangers = {name for name in inside - wanted if ".dist-info/" not in name}
-    expect(not strangers, f"not wanted in the wheel: {min(strangers, default='')}")
+    unexpected = {name for name in inside - wanted if ".dist-info/" not in name}
+    expect(not unexpected, f"not wanted in the wheel: {min(unexpected, default='')}")
     return f"{len(sources & wanted)} files of the package, {len(tables)} of traces, no tests"
 
 
@@ -97,15 +98,15 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def check_run(runs: Path) -> str:
-    """Check that there is one run folder, whose files are whole and agree."""
+    """Check that there is one run folder, and that its files are complete and agree."""
     folders = list(runs.iterdir()) if runs.is_dir() else []
     expect(len(folders) == 1, f"sim left {len(folders)} run folders")
     files = {path.name for path in folders[0].iterdir()}
     expect(files == RUN_FILES, f"the run folder holds {', '.join(sorted(files))}")
     with (folders[0] / "requests.csv").open(encoding="utf-8", newline="") as lines:
         statuses = Counter(row["status"] for row in csv.DictReader(lines))
-    body = json.loads((folders[0] / "run.json").read_text(encoding="utf-8"))
-    counts = body["summary"]["overall"]["counts"]
+    record = json.loads((folders[0] / "run.json").read_text(encoding="utf-8"))
+    counts = record["summary"]["overall"]["counts"]
     total = counts.pop("scheduled")
     expect(total > 0, "sim had no request")
     expect(sum(counts.values()) == total, f"{counts} do not add up to {total} requests")
@@ -114,13 +115,13 @@ def check_run(runs: Path) -> str:
 
 
 def run(command: Sequence[str | Path], folder: Path) -> str:
-    """Run a command in a folder, away from the repository and from what the user set, and return what it printed.
+    """Run a command in a folder, without the user's Python settings, and return its output.
 
     Raises:
-        CheckError: it failed.
+        CheckError: the command failed.
     """
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MAVERIQ_DATA")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    removed = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MAVERIQ_DATA")
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
     done = subprocess.run(  # noqa: S603
         [str(part) for part in command],
         cwd=folder,
@@ -135,13 +136,13 @@ def run(command: Sequence[str | Path], folder: Path) -> str:
 
 
 def expect(true: bool, otherwise: str) -> None:  # noqa: FBT001
-    """Raise CheckError with what is wrong, unless all is well."""
+    """Raise CheckError with a message unless a condition is true."""
     if not true:
         raise CheckError(otherwise)
 
 
 def say(what: str, found: str) -> None:
-    """Print the line of a check that went well."""
+    """Print the line of a passed check."""
     print(f"ok      {what}: {found}", flush=True)
 
 

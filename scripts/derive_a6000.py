@@ -1,10 +1,10 @@
 """Derive the embedded A6000 data from the fingerprints published with the MaverIQ paper.
 
-    python scripts/derive_a6000.py DATA_DIR [--out FOLDER]
+Usage: python scripts/derive_a6000.py DATA_DIR [--out FOLDER]
 
-DATA_DIR holds fingerprint_short_prompt.csv and fingerprint_long_prompt.csv. Written are
-fingerprints-short.csv and fingerprints-long.csv (constants of SPEC 3, one row per model, weights,
-KV, TP, PP and batch) and load_fit.toml. The same input gives the same bytes.
+DATA_DIR contains fingerprint_short_prompt.csv and fingerprint_long_prompt.csv. The script writes
+fingerprints-short.csv and fingerprints-long.csv (constants of SPEC 3, one row per model, weights, KV, TP, PP and batch)
+and load_fit.toml to maveriq/data/a6000. Equal input gives equal files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEASURED_COLUMNS = (
     "memory_before_run_gib", "memory_after_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
 )  # fmt: skip
 MEMORY_AT_OUTPUT_TOKENS = 10
-"""Memory is taken from the runs with so many output tokens."""
+"""Memory comes from the runs with this many output tokens."""
 
 
 def derive_fingerprints(measured: Path, out: Path) -> None:
@@ -98,9 +98,9 @@ def _gib_per_gpu(model_name: str, configuration: ParallelConfig, fingerprints: P
 
 
 def nonnegative_least_squares(inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the coefficients, none negative, that leave the least squares.
+    """Return the nonnegative coefficients with the least sum of squared residuals.
 
-    With few columns the exact way is the simplest: solve for every subset of them, keep the best.
+    With few columns, it is simplest to solve for every subset of columns and keep the best solution.
     """
     columns = inputs.shape[1]
     best, minimum = np.zeros(columns), float(wanted @ wanted)
@@ -118,12 +118,12 @@ def main() -> None:
     """Write all derived files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="folder of the published fingerprints")
-    parser.add_argument("--out", type=Path, default=data_path("a6000"), help="where to write (default: the package)")
+    parser.add_argument("--out", type=Path, default=data_path("a6000"), help="output folder (default: the package)")
     arguments = parser.parse_args()
     for prompt in ("short", "long"):
         measured = arguments.data_dir / f"fingerprint_{prompt}_prompt.csv"
         derive_fingerprints(measured, arguments.out / f"fingerprints-{prompt}.csv")
-    # The live system plans with the short prompt, so that is what "GiB per GPU" means to it.
+    # The live system plans with the short prompt, so its "GiB per GPU" is that of the short prompt.
     fitted = fit_load_times(
         read_load_times(data_path("a6000", "load_times.csv")), arguments.out / "fingerprints-short.csv"
     )

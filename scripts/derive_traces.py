@@ -2,7 +2,8 @@
 
 Usage: python scripts/derive_traces.py DATA_DIR [--out traces]
 
-DATA_DIR holds `azure/AzureLLMInferenceTrace_{code,conv}.csv` and `testbed/scheduled.csv.gz`.
+DATA_DIR contains `azure/AzureLLMInferenceTrace_{code,conv}.csv` and `testbed/scheduled.csv.gz`. The script writes
+the tables of traces/; equal input gives equal files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from maveriq.workload.traces import AzureTrace, read_azure
 
 PUBLIC_FILES = {"code": "AzureLLMInferenceTrace_code.csv", "conversation": "AzureLLMInferenceTrace_conv.csv"}
-# Two more in the tail: between 99 and 100 % a straight line would raise the mean by up to 22 %.
+# Two more points in the tail: linear interpolation between 99 and 100 % would raise the mean by up to 22 %.
 PERCENT = (*range(100), 99.5, 99.9, 100)
 
 
@@ -67,8 +68,8 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def main(arguments: list[str]) -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="DATA_DIR")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "traces")
+    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="folder of measured data")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "traces", help="output folder")
     options = parser.parse_args(arguments)
     for name, text in derive(options.data).items():
         (options.out / name).write_text(text, encoding="utf-8")

@@ -1,10 +1,10 @@
 """Fit the calibrated estimator to the published A6000 measurements.
 
-    python scripts/fit_calibrated.py DATA_DIR [--out FOLDER]
+Usage: python scripts/fit_calibrated.py DATA_DIR [--out FOLDER]
 
-DATA_DIR holds `a6000` (fingerprints and full-model ground truth) and `testbed` (recorded runs). Written are
-`calibrated.toml`, one `calibrated-without-MODEL.toml` per model of the ground truth, and `calibrated-served.csv`
-(the live system's figures, each recorded run left out in turn). Equal data gives equal files.
+DATA_DIR contains `a6000` (fingerprints and full-model measurements) and `testbed` (recorded runs). The script writes
+`calibrated.toml`, one `calibrated-without-MODEL.toml` per fully measured model, and `calibrated-served.csv` (the
+figures of the live system, each recorded run left out in turn) to maveriq/data/a6000. Equal data gives equal files.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ outputs/){without}. [served] is fitted to the recorded runs of the live system."
 def main() -> None:
     """Fit and write all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=Path, help="folder that holds a6000 and testbed")
-    parser.add_argument("--out", type=Path, default=data_path("a6000"), help="where to write (default: the package)")
+    parser.add_argument("data_dir", type=Path, help="folder that contains a6000 and testbed")
+    parser.add_argument("--out", type=Path, default=data_path("a6000"), help="output folder (default: the package)")
     arguments = parser.parse_args()
     samples = read_samples(arguments.data_dir / "a6000")
     fitted = cross_fit(samples, start_calibration(), on_fit=print)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def write(path: Path, calibration: Calibration, without: str) -> None:
-    """Write a calibration with the comment that says where it comes from."""
+    """Write a calibration with a comment about its source."""
     path.write_text(to_toml(calibration, _COMMENT.format(without=without)), encoding="utf-8")
 
 

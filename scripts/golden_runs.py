@@ -1,9 +1,9 @@
 """Simulate the runs of tests/golden/runs.toml and compare the SHA-256 of their tables with the recorded hashes.
 
-`python scripts/golden_runs.py` prints the differences and exits with 1 if there are any. `--record` replaces the
-hashes.
-Each table is hashed twice: with all its columns, and without the `reason` column, whose wording may change.
-The header line, with the names of the columns, is not hashed.
+Usage: python scripts/golden_runs.py [--only NAME] [--record]
+
+The script prints the differences and exits with 1 if there are any. --record replaces the recorded hashes. Each table
+is hashed with all columns, and without the `reason` column, whose wording may change. The header line is not hashed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TABLES = ("requests.csv", "deployments.csv", "gpus.csv")
 
 Hashes: TypeAlias = dict[str, dict[str, str]]
-"""By table and by what was hashed: "rows" or "rows without reason"."""
+"""Hashes by table and by part: "rows" or "rows without reason"."""
 
 
 def main() -> int:
-    """Run what the command line names; return the exit code."""
+    """Run the chosen runs and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write hashes.json")
-    parser.add_argument("--only", default="", help="a part of the names of the runs")
+    parser.add_argument("--only", default="", help="run only runs whose name contains this")
     arguments = parser.parse_args()
     chosen = [name for name in runs() if arguments.only in name]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -80,12 +80,12 @@ def _arguments(option: str, value: Any) -> list[str]:
 
 
 def _table_hashes(text: str) -> dict[str, str]:
-    head, body = text.split("\n", 1)
+    head, rest = text.split("\n", 1)
     columns = head.split(",")
     kept = [place for place, column in enumerate(columns) if column != "reason"]
-    rows = csv.reader(io.StringIO(body))
+    rows = csv.reader(io.StringIO(rest))
     without_reason = "\n".join(",".join(row[place] for place in kept) for row in rows)
-    return {"rows": _sha256(body), "rows without reason": _sha256(without_reason)}
+    return {"rows": _sha256(rest), "rows without reason": _sha256(without_reason)}
 
 
 def _sha256(text: str) -> str:

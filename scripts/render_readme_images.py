@@ -1,16 +1,16 @@
-"""Draw docs/images/live.svg and docs/images/sim.svg from a real run of `maveriq sim`.
+"""Draw docs/images/live.svg and docs/images/sim.svg from a run of `maveriq sim`.
 
-The same code draws a terminal. Nothing in the pictures depends on the machine: figures come from
-the simulated clock, and snapshots are taken by the number of steps.
+Usage: python scripts/render_readme_images.py [FOLDER]
 
-Run it as: python scripts/render_readme_images.py [FOLDER]
+The code of the terminal output draws the pictures. They do not depend on the machine: figures come from simulated time,
+and the snapshot is taken at a fixed number of completed requests.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
-import sys
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -27,7 +27,7 @@ from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
 from maveriq.sim.simulator import simulate
 
-_WIDTH = 118  # the results of a wide terminal, in fewer tables
+_WIDTH = 118  # a wide terminal, so that the results need fewer tables
 _HEIGHT = 40
 _CELL = 12.2  # width of a character in rich's pictures
 _SHOWN_SHARE = 0.6  # of the requests; by then all models are up
@@ -44,7 +44,7 @@ _THEME = TerminalTheme(
 
 
 class _Camera:
-    """Looks on at a run, remembers its past, and keeps one frame of it."""
+    """Follows a run and keeps one frame of its live view."""
 
     def __init__(self) -> None:
         self._history = History()
@@ -57,12 +57,12 @@ class _Camera:
         self._history.add(progress)
         if self.picture is None and progress.completed >= _SHOWN_SHARE * progress.total:
             canvas = Canvas(width=_WIDTH, height=_HEIGHT, glyphs=UNICODE)
-            # The whole run takes about a second of wall time, so what is left rounds to 0:00.
+            # The whole run takes about a second, so the remaining time rounds to 0:00.
             self.picture = frame(progress, self._history, left_s=0.0, canvas=canvas)
 
 
 def main(folder: Path) -> None:
-    """Run once and draw both pictures."""
+    """Simulate a run and draw both pictures."""
     camera = _Camera()
     run = simulate(build_system(Options()), camera)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,18 +81,20 @@ def _svg(title: str, picture: RenderableType) -> str:
     )
     console.print(picture)
     svg = console.export_svg(title=title, theme=_THEME, unique_id="maveriq")
-    # A page must not need another server to be read: fonts are the reader's own.
+    # Use the reader's fonts, so that the page needs no other server.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     svg = svg.replace("font-family: Fira Code, monospace", f"font-family: {_FONTS}")
     return re.sub(r'x="([\d.]+)" y="([\d.]+)" textLength="([\d.]+)"([^>]*)>((?:&#160;)+)', _indented, svg) + "\n"
 
 
 def _indented(found: re.Match[str]) -> str:
-    """Move text right by the blanks it starts with, which some viewers would drop."""
+    """Move text right by its leading blanks, which some viewers drop."""
     x, y, length, rest, blanks = found.groups()
     shift = blanks.count("&#160;") * _CELL
     return f'x="{float(x) + shift:g}" y="{y}" textLength="{float(length) - shift:g}"{rest}>'
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else _IMAGES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=_IMAGES, help="output folder (default: docs/images)")
+    main(parser.parse_args().folder)

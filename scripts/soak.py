@@ -1,9 +1,11 @@
-"""Search for failures with random seeds: `python scripts/soak.py [--count N] [--rounds N] [--restarts --seed N]`.
+"""Search for failures with random seeds.
 
-Three parts: simulated runs of the executor under random faults (tests/dst/cluster_sim.py); a tenth as many of a service
-that is killed and restarted (tests/dst/restart_sim.py); the hypothesis tests on random examples. The exit code is 1 if
-anything failed. Failing seeds are printed and appended to soak-failures.txt; hypothesis keeps failing examples in
-.hypothesis.
+Usage: python scripts/soak.py [--count N] [--rounds N] [--seed N [--restarts]]
+
+The script simulates the executor under random faults (tests/dst/cluster_sim.py), simulates a service that is killed and
+restarted (tests/dst/restart_sim.py, a tenth as many seeds), and runs the hypothesis tests on random examples. It prints
+failing seeds, appends them to soak-failures.txt, and exits with 1 if anything failed. Hypothesis keeps failing examples
+in .hypothesis.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ _FAILURES = _ROOT / "soak-failures.txt"
 
 
 def main() -> int:
-    """Run what the command line asks for and return the exit code."""
+    """Run the soak test or a single seed, and return the exit code."""
     parser = argparse.ArgumentParser(description="Run controller, supervision and service under random faults.")
     parser.add_argument("--count", type=int, default=10_000, help="number of seeds (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the hypothesis tests (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="run this seed alone and print its summary")
     parser.add_argument(
-        "--restarts", action="store_true", help="with --seed: of a service that is killed and restarted"
+        "--restarts", action="store_true", help="with --seed: simulate a service that is killed and restarted"
     )
     options = parser.parse_args()
     if options.seed is not None:
@@ -88,7 +90,7 @@ def hypothesis_round() -> bool:
 
 
 def _record(command: str) -> None:
-    """Keep the command that repeats a failure."""
+    """Append the command that repeats a failure to soak-failures.txt."""
     with _FAILURES.open("a", encoding="utf-8") as file:
         file.write(f"{command}\n")
 

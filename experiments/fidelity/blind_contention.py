@@ -49,7 +49,7 @@ class Contention:
 
 
 def _ratios(record: RunRecord) -> Iterator[tuple[str, str, float, int]]:
-    """Yield kind of engine, other busy engines, ratio of median service times to those alone, and number of requests."""
+    """Yield kind of engine, other busy engines, ratio of median service times to those alone, and count of requests."""
     table = record.requests
     ran = (table.start_us != NOT_YET) & (table.finish_us != NOT_YET)
     start_us, finish_us, deployment_id = (
