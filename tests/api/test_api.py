@@ -18,7 +18,7 @@ def small() -> maveriq.Run:
     return maveriq.simulate(scale=0.05)
 
 
-def test_the_api_and_the_command_line_leave_the_same_tables(small, tmp_path: Path, monkeypatch) -> None:
+def test_the_api_and_the_command_line_write_the_same_tables(small, tmp_path: Path, monkeypatch) -> None:
     small.save(tmp_path / "api")
     monkeypatch.setattr("sys.argv", ["maveriq", "sim", "--scale", "0.05", "--quiet", "--out", str(tmp_path / "cli")])
     with pytest.raises(SystemExit) as ended:
@@ -43,7 +43,7 @@ def test_runs_and_options_pickle(small) -> None:
     assert pickle.loads(pickle.dumps(maveriq.Options(scale=0.2))) == maveriq.Options(scale=0.2)  # noqa: S301
 
 
-def test_an_estimator_object_plans_as_its_name_does() -> None:
+def test_an_estimator_object_plans_like_its_name() -> None:
     paper = make_estimator("paper", load_profile("a6000-short"))
     named = maveriq.simulate(scale=0.05, estimator="paper")
     given = maveriq.simulate(scale=0.05, estimator=paper)
@@ -81,7 +81,7 @@ def test_a_run_folder_that_does_not_exist_is_named() -> None:
         maveriq.load_run("runs/nowhere")
 
 
-def test_a_run_draws_and_shows_itself(small) -> None:
+def test_a_run_plots_and_renders_as_html(small) -> None:
     assert small.plot().axes
     assert "<table" in small._repr_html_()
 

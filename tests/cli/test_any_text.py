@@ -70,7 +70,7 @@ def test_files_with_keys(tmp_path: Path, name: str, read, texts, data: st.DataOb
 
 @QUICK
 @given(text=pieces("gpu=", "deployment=", "3", "@", "600", "s", ",for=", "120", "8", "x", "A6000", ".toml", "/"))
-def test_what_is_said_on_the_command_line(text: str) -> None:
+def test_command_line_values(text: str) -> None:
     for read in (parse_fault, cluster_from, load_trace, load_model_set, load_model):
         tolerate(read, text)
 
@@ -102,8 +102,8 @@ def import_all(testbed: Path) -> None:
 
 
 @QUICK
-@given(start=st.sampled_from([b"", GZIP_START[:5], GZIP_START]), body=st.binary(max_size=40))
-def test_packed_files(tmp_path: Path, start: bytes, body: bytes) -> None:
+@given(start=st.sampled_from([b"", GZIP_START[:5], GZIP_START]), content=st.binary(max_size=40))
+def test_packed_files(tmp_path: Path, start: bytes, content: bytes) -> None:
     path = tmp_path / "t.csv.gz"
-    path.write_bytes(start + body)
+    path.write_bytes(start + content)
     tolerate(read_trace, path)

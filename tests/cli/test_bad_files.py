@@ -171,5 +171,5 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.command[:60])
-def test_it_is_refused_in_one_line_and_leaves_nothing(case: Case, maveriq: Maveriq, tmp_path: Path) -> None:
+def test_bad_input_gives_one_line_and_leaves_no_files(case: Case, maveriq: Maveriq, tmp_path: Path) -> None:
     refuse(case, maveriq, tmp_path)

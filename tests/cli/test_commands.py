@@ -107,7 +107,7 @@ def test_sim_prints_tables_and_leaves_a_folder(maveriq: Maveriq, tmp_path: Path)
     ]  # fmt: skip
 
 
-def test_sim_json_and_records_say_the_same(maveriq: Maveriq, tmp_path: Path) -> None:
+def test_sim_json_equals_the_records(maveriq: Maveriq, tmp_path: Path) -> None:
     results = answer(maveriq, SIM)
     assert results["folder"] == "run"
     assert {"saturation", "overall", "models", "gpus", "deployments"} < set(results)
@@ -119,7 +119,7 @@ def test_sim_json_and_records_say_the_same(maveriq: Maveriq, tmp_path: Path) -> 
     assert [deployment["model"] for deployment in results["deployments"]] == ["llama-2-7b", "gptj-6b"]
 
 
-def test_quiet_says_nothing(maveriq: Maveriq) -> None:
+def test_quiet_prints_nothing(maveriq: Maveriq) -> None:
     ended = maveriq(f"{SIM} --quiet")
     assert (ended.code, ended.out, ended.err) == (0, "", "")
 
@@ -140,16 +140,16 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(maveriq: Maveriq) -> 
     assert "records: [/red]" in ended.out
 
 
-def test_underscores_are_as_good_as_dashes(maveriq: Maveriq) -> None:
+def test_options_accept_underscores(maveriq: Maveriq) -> None:
     dashes = answer(maveriq, f"{SIM} --intent min-gpu-cost --queue fifo-per-model")
     assert answer(maveriq, f"{SIM} --intent min_gpu_cost --queue fifo_per_model") == dashes
 
 
-def queue_delays(maveriq: Maveriq, said: str) -> dict[str, float]:
-    return answer(maveriq, f"{SIM} {said}")["overall"]["queue_s"]
+def queue_delays(maveriq: Maveriq, options: str) -> dict[str, float]:
+    return answer(maveriq, f"{SIM} {options}")["overall"]["queue_s"]
 
 
-def test_what_is_said_of_timing_holds_over_ideal(maveriq: Maveriq) -> None:
+def test_explicit_timing_overrides_no_dispatch_overhead(maveriq: Maveriq) -> None:
     assert queue_delays(maveriq, "--no-dispatch-overhead")["mean"] == 0
     assert queue_delays(maveriq, "--no-dispatch-overhead --after-arrival-ms 50")["mean"] == pytest.approx(0.05)
     assert queue_delays(maveriq, "")["mean"] > 0  # as the testbed's dispatcher
@@ -168,7 +168,7 @@ def test_recorded_service_times_serve(maveriq: Maveriq, tmp_path: Path) -> None:
     assert answer(maveriq, f"{SIM} --service-times recorded")["overall"]["service_s"]["mean"] == 2.5
 
 
-def test_a_very_large_cluster_is_no_trouble(maveriq: Maveriq, tmp_path: Path) -> None:
+def test_a_very_large_cluster_can_be_simulated(maveriq: Maveriq, tmp_path: Path) -> None:
     assert len(answer(maveriq, "plan gptj-6b --gpus 10000xA6000 --estimator paper")["candidates"]) > 100
     scenario = build_system(Options(gpus="10000xA6000"))
     instants = scenario.workload.arrivals.arrival_us[-1] / scenario.sample_us
@@ -189,7 +189,7 @@ def test_plan_ranks(maveriq: Maveriq) -> None:
     assert answer(maveriq, "plan llama-2-7b --intent min_cost") == ranking
 
 
-def test_plan_knows_what_was_measured(maveriq: Maveriq, tmp_path: Path) -> None:
+def test_plan_ranks_measured_configurations(maveriq: Maveriq, tmp_path: Path) -> None:
     profile = write_profile(tmp_path, "gptj-6b,int8,native,2,1,1,16,0.010,0.002,0.25\n")
     ranking = answer(maveriq, f"plan gptj-6b --profile {profile} --gpus 2xcpu")
     assert [candidate["tp"] for candidate in ranking["candidates"]] == [2]
@@ -207,7 +207,7 @@ def test_plan_meets_an_slo(maveriq: Maveriq) -> None:
 # trace
 
 
-def test_what_trace_exports_it_checks_and_sim_replays(maveriq: Maveriq) -> None:
+def test_exported_traces_can_be_checked_and_replayed(maveriq: Maveriq) -> None:
     exported = answer(maveriq, "trace export --out s.csv --scale 0.05")
     assert exported == {"file": "s.csv", "requests": answer(maveriq, "trace show --scale 0.05")["requests"]}
     checked = answer(maveriq, "trace check s.csv")
@@ -218,7 +218,7 @@ def test_what_trace_exports_it_checks_and_sim_replays(maveriq: Maveriq) -> None:
 
 
 @pytest.mark.parametrize("command", ["trace show", "trace check t.csv", "trace export --out s.csv"])
-def test_trace_says_what_it_did(maveriq: Maveriq, command: str) -> None:
+def test_trace_reports_its_result(maveriq: Maveriq, command: str) -> None:
     ended = maveriq(command)
     assert (ended.code, ended.err) == (0, "")
     assert "requests" in ended.out

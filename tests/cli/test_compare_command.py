@@ -39,9 +39,9 @@ def test_import_all(maveriq: Maveriq, tmp_path: Path) -> None:
         assert len(read_run(tmp_path / "rec" / name).requests) in (5, 2)
 
 
-def test_what_is_imported_says_where_it_is_from_and_how_to_run_it_again(maveriq: Maveriq, tmp_path: Path) -> None:
-    told = maveriq(f"testbed import {RUN} --out rec --data data --json")
-    [counts] = json.loads(told.out)
+def test_imported_runs_name_their_source_and_command(maveriq: Maveriq, tmp_path: Path) -> None:
+    imported = maveriq(f"testbed import {RUN} --out rec --data data --json")
+    [counts] = json.loads(imported.out)
     assert counts == {"folder": RECORDED, "completed": 3, "refused": 1, "failed": 0, "unfinished": 1}
     meta = read_meta(tmp_path / RECORDED)
     assert (meta["kind"], meta["source"]["run"], meta["source"]["policy"]) == ("recorded", RUN, "MaverIQ")
@@ -51,7 +51,7 @@ def test_what_is_imported_says_where_it_is_from_and_how_to_run_it_again(maveriq:
     assert deployments[1].endswith(",2,2,32 28,int4,native,1,3 0 1 2,10.0000 10.0000 10.0000 10.0000,,38.000000")
 
 
-def test_a_replay_is_within_two_ticks_of_what_it_replays(maveriq: Maveriq, both: None) -> None:
+def test_a_replay_differs_by_at_most_two_ticks(maveriq: Maveriq, both: None) -> None:
     ended = maveriq(f"compare {REPLAYED} {RECORDED} --tolerance mean=2%,p95=2%,request=2,service-p99=0,slo=0pt,ks=40")
     assert (ended.code, ended.err) == (0, "")
     for words in ("Errors by model", "Deployments", "equal", "Requests waiting", "matched by id", "MISSED"):
@@ -87,7 +87,7 @@ def test_a_missed_tolerance_is_exit_code_1_after_the_results(maveriq: Maveriq, b
         assert "MISSED" in ended.out
 
 
-def test_runs_that_cannot_be_matched_say_so(maveriq: Maveriq, both: None) -> None:
+def test_runs_without_matching_requests_are_reported(maveriq: Maveriq, both: None) -> None:
     ended = maveriq(f"compare {REPLAYED} {BASELINE}")
     assert ended.code == 0
     assert "cannot be matched one by one (5 requests against 2): distributions only" in " ".join(ended.out.split())
@@ -104,7 +104,7 @@ def test_a_plot(maveriq: Maveriq, both: None, tmp_path: Path, name: str) -> None
     assert (tmp_path / name).stat().st_size > 5_000
 
 
-def test_a_plot_that_cannot_be_written_leaves_nothing(maveriq: Maveriq, both: None, tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_leaves_no_files(maveriq: Maveriq, both: None, tmp_path: Path) -> None:
     before = everything_in(tmp_path)
     ended = maveriq(f"compare {REPLAYED} {RECORDED} --plot nowhere/a.png")
     assert ended.code == 2
@@ -121,7 +121,7 @@ def test_all_runs_are_checked_before_any_is_written(maveriq: Maveriq, tmp_path: 
     assert not (tmp_path / RECORDED).exists()
 
 
-def test_without_recordings_a_name_is_no_run(
+def test_a_run_name_needs_the_recordings(
     maveriq: Maveriq, both: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAVERIQ_DATA", str(tmp_path / "nowhere"))

@@ -27,7 +27,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed_module, "NvmlMeter", no_driver)
 
 
-def test_the_matrix_and_what_is_here(maveriq: Maveriq) -> None:
+def test_the_table_shows_capabilities_and_this_machine(maveriq: Maveriq) -> None:
     ended = maveriq("engines")
     assert (ended.code, ended.err) == (0, "")
     assert all(name in ended.out for name in known_engines())
@@ -36,20 +36,20 @@ def test_the_matrix_and_what_is_here(maveriq: Maveriq) -> None:
     assert "run where there is one" not in ended.out
 
 
-def test_everything_is_in_the_json(maveriq: Maveriq) -> None:
+def test_json_contains_all_capabilities(maveriq: Maveriq) -> None:
     ended = maveriq("engines --json")
-    told = json.loads(ended.out)
-    assert told["here"] == {"gpus": [], "no_gpus": "no NVIDIA driver answers (none); run where there is one"}
-    assert set(told["engines"]) == set(known_engines())
-    vllm = told["engines"]["vllm"]
+    report = json.loads(ended.out)
+    assert report["here"] == {"gpus": [], "no_gpus": "no NVIDIA driver answers (none); run where there is one"}
+    assert set(report["engines"]) == set(known_engines())
+    vllm = report["engines"]["vllm"]
     assert {"int4_gptq"} in [set(row["weights"]) for row in vllm["can"]]
-    assert all(row["source"] for engine in told["engines"].values() for row in engine["can"])
-    assert told["engines"]["emulated"]["missing"] is None
-    assert told["engines"]["trtllm"]["missing"].startswith("no NVIDIA driver")
-    assert told["engines"]["trtllm-engine"]["started"] is False
+    assert all(row["source"] for engine in report["engines"].values() for row in engine["can"])
+    assert report["engines"]["emulated"]["missing"] is None
+    assert report["engines"]["trtllm"]["missing"].startswith("no NVIDIA driver")
+    assert report["engines"]["trtllm-engine"]["started"] is False
 
 
-def test_a_question_is_answered_by_every_engine(maveriq: Maveriq) -> None:
+def test_every_engine_answers_for_a_configuration(maveriq: Maveriq) -> None:
     ended = maveriq("engines --model llama-2-7b --weights int4-gptq --tp 4")
     assert (ended.code, ended.err) == (0, "")
     assert "llama-2-7b as TP 4 x PP 1 int4_gptq on a CUDA GPU" in ended.out
@@ -57,12 +57,12 @@ def test_a_question_is_answered_by_every_engine(maveriq: Maveriq) -> None:
     assert "TP 4 x PP 1 int4" in ended.out
 
 
-def test_answers_for_programs(maveriq: Maveriq) -> None:
-    told = json.loads(maveriq("engines --model falcon-7b --layer-split 20,12 --kv int8 --json").out)
-    assert told["asked"] == {"tp": 1, "pp": 2, "layer_split": [20, 12], "weights": "float16", "kv": "int8"}
-    assert told["engines"]["torch"] == {"can": True, "reason": None, "nearest": None}
-    assert told["engines"]["trtllm"]["nearest"] is None
-    assert told["engines"]["trtllm-engine"]["nearest"] == {
+def test_json_answers_for_a_configuration(maveriq: Maveriq) -> None:
+    report = json.loads(maveriq("engines --model falcon-7b --layer-split 20,12 --kv int8 --json").out)
+    assert report["asked"] == {"tp": 1, "pp": 2, "layer_split": [20, 12], "weights": "float16", "kv": "int8"}
+    assert report["engines"]["torch"] == {"can": True, "reason": None, "nearest": None}
+    assert report["engines"]["trtllm"]["nearest"] is None
+    assert report["engines"]["trtllm-engine"]["nearest"] == {
         "tp": 1, "pp": 2, "layer_split": [16, 16], "weights": "float16", "kv": "native",
     }  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_names_with_brackets_are_shown_as_they_are(maveriq: Maveriq, tmp_path: P
         ("engines --model llama-2-7b --tp 0", ("0", "--tp")),
     ],
 )
-def test_bad_questions_get_one_line(maveriq: Maveriq, command: str, words: tuple[str, ...]) -> None:
+def test_bad_configurations_get_one_line(maveriq: Maveriq, command: str, words: tuple[str, ...]) -> None:
     ended = maveriq(command)
     assert ended.code == 2
     assert [word for word in words if word not in ended.only_line] == []
@@ -107,7 +107,7 @@ def test_bad_questions_get_one_line(maveriq: Maveriq, command: str, words: tuple
 # What is installed
 
 
-def test_an_engine_without_its_packages_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed_module.importlib.util, "find_spec", lambda name: None)
     found = installed("torch", Machine(gpus=(A6000,)))
     assert found.versions == {}

@@ -34,7 +34,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize("case", FAILING, ids=lambda case: case.command + case.files.get("r.py", "")[17:])
-def test_what_cannot_be_done_gives_one_line_and_1_and_leaves_nothing(
+def test_failures_give_one_line_and_exit_code_1_and_leave_no_files(
     case: Case, maveriq: Maveriq, tmp_path: Path
 ) -> None:
     put(tmp_path, case.files)
@@ -48,14 +48,14 @@ def test_what_cannot_be_done_gives_one_line_and_1_and_leaves_nothing(
 
 @pytest.mark.parametrize("form", ["--quiet", "--json"])
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("options", "why"),
     [("--gpus c.toml", "does not fit the free memory"), ("--policy r.py:order", "found no GPU for a shard")],
 )
-def test_where_nothing_can_be_deployed_the_records_say_so(
-    maveriq: Maveriq, tmp_path: Path, said: str, why: str, form: str
+def test_records_show_that_nothing_was_deployed(
+    maveriq: Maveriq, tmp_path: Path, options: str, why: str, form: str
 ) -> None:
     put(tmp_path, {"c.toml": TINY_CLUSTER, "r.py": RULE + "return []", "t.csv": TWO_REQUESTS})
-    ended = maveriq(f"sim --trace t.csv {said} --out run {form}")
+    ended = maveriq(f"sim --trace t.csv {options} --out run {form}")
     assert ended.code == 1
     assert "nothing could be deployed" in ended.only_line
     assert why in ended.only_line
@@ -65,7 +65,7 @@ def test_where_nothing_can_be_deployed_the_records_say_so(
     assert len(run.requests) == 2
 
 
-def test_one_model_that_fits_nowhere_does_not_stop_the_others(maveriq: Maveriq, tmp_path: Path) -> None:
+def test_a_model_that_fits_nowhere_does_not_stop_the_others(maveriq: Maveriq, tmp_path: Path) -> None:
     put(tmp_path, {"c.toml": CLUSTER + "memory_gib = 10\n", "t.csv": TWO_REQUESTS})
     assert maveriq("sim --trace t.csv --models regular --gpus c.toml --out run --quiet --drain-s 2000").code == 0
     statuses = [deployment.status for deployment in read_run(tmp_path / "run").deployments]
@@ -73,7 +73,7 @@ def test_one_model_that_fits_nowhere_does_not_stop_the_others(maveriq: Maveriq, 
     assert set(statuses) - {"rejected"}
 
 
-def test_why_shows_what_is_left_out_even_where_nothing_meets_the_slo(maveriq: Maveriq) -> None:
+def test_explain_lists_rejected_configurations_even_if_none_meets_the_slo(maveriq: Maveriq) -> None:
     ended = maveriq(f"{SLOW} --explain")
     assert ended.code == 1
     assert "known not to run" in ended.out
@@ -106,7 +106,7 @@ def test_a_full_disk(command: str, maveriq: Maveriq, tmp_path: Path) -> None:
         (KeyError("x"), 1, "this is a bug in maveriq (KeyError: 'x'); MAVERIQ_TRACEBACK=1 shows where"),
     ],
 )
-def test_whatever_happens_while_records_are_written_the_older_ones_stay(
+def test_failures_while_writing_keep_the_older_records(
     maveriq: Maveriq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
 ) -> None:
     put(tmp_path, {"t.csv": TWO_REQUESTS})
@@ -123,7 +123,7 @@ def test_whatever_happens_while_records_are_written_the_older_ones_stay(
     assert everything_in(tmp_path) == before
 
 
-def test_a_stop_while_the_new_folder_is_put_in_place_keeps_the_old_one(
+def test_an_interrupt_while_the_folder_is_replaced_keeps_the_old_one(
     maveriq: Maveriq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, {"t.csv": TWO_REQUESTS})
@@ -141,7 +141,7 @@ def test_a_stop_while_the_new_folder_is_put_in_place_keeps_the_old_one(
     assert everything_in(tmp_path) == before
 
 
-def test_a_traceback_is_there_for_who_asks(maveriq: Maveriq, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traceback_is_shown_on_request(maveriq: Maveriq, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAVERIQ_TRACEBACK", "1")
     ended = maveriq("plan nothing")
     assert ended.err.startswith("Traceback")
@@ -162,7 +162,7 @@ COMMAND = Path(sys.executable).with_name("maveriq")
         (f"sh -c '{COMMAND} plan llama-2-7b > /dev/full'", 1, "the output: No space left on device"),
     ],
 )
-def test_the_installed_command_does_the_same(tmp_path: Path, command: str, code: int, says: str) -> None:
+def test_the_installed_command_behaves_the_same(tmp_path: Path, command: str, code: int, says: str) -> None:
     # Ctrl-C in the middle of the simulation, where the policy is asked for a placement.
     stop = f"import os, signal\n{RULE}os.kill(os.getpid(), signal.SIGINT)\n    return gpus\n"
     put(tmp_path, {"t.csv": SCHEDULE + "1,1,x,1\n", "r.py": stop})
@@ -187,7 +187,7 @@ def test_the_installed_command_does_the_same(tmp_path: Path, command: str, code:
 
 
 @pytest.mark.parametrize("command", ["sim --trace t.csv --out run --quiet --json", "plan llama-2-7b"])
-def test_a_reader_that_has_seen_enough(tmp_path: Path, command: str) -> None:
+def test_a_closed_output_pipe_is_no_error(tmp_path: Path, command: str) -> None:
     put(tmp_path, {"t.csv": TWO_REQUESTS})
     with subprocess.Popen(
         [COMMAND, *shlex.split(command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path

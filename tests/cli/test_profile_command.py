@@ -10,7 +10,7 @@ from maveriq.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["llama-2-7b", "-c", "2*1"], "write TPxPP"),
         (["llama-2-7b", "-c", "2x1:fp8"], "weights must be one of float16"),
@@ -28,8 +28,8 @@ from maveriq.errors import InputError
         (["llama-2-7b", "-c", "1x1", "--backend", "trtllm"], "cannot run here"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_starts(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_wrong_input_is_refused_before_anything_starts(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["profile", *arguments, "--out", str(tmp_path / "out")])
     assert isinstance(result.exception, InputError)
-    assert said in str(result.exception)
+    assert message in str(result.exception)
     assert not (tmp_path / "out").exists()

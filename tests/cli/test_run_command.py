@@ -31,8 +31,8 @@ MODELS = (
     'name = "two"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n\n[[models]]\nmodel = "llama-2-13b"\nload_at = 0\n'
 )
 ONE_MODEL = MODELS.partition('\n[[models]]\nmodel = "llama-2-13b"')[0]
-WORLD = "--trace t.csv --models m.toml --no-dispatch-overhead --load-s 3"
-RUN = f"run {WORLD} --backend emulated --time-scale 0.02"
+SYSTEM = "--trace t.csv --models m.toml --no-dispatch-overhead --load-s 3"
+RUN = f"run {SYSTEM} --backend emulated --time-scale 0.02"
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,8 @@ def _files(tmp_path: Path) -> None:
     put(tmp_path, {"t.csv": SCHEDULE, "late.csv": LATE, "soon.csv": SOON, "m.toml": MODELS, "one.toml": ONE_MODEL})
 
 
-def test_it_leaves_what_the_simulator_leaves(maveriq: Maveriq, tmp_path: Path) -> None:
-    assert maveriq(f"sim {WORLD} -q").code == 0
+def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) -> None:
+    assert maveriq(f"sim {SYSTEM} -q").code == 0
     ended = maveriq(RUN)
     assert ended.code == 0
     simulated, folder = "runs/hybrid-min-cost-m-t", "runs/hybrid-min-cost-m-t-emulated"
@@ -63,9 +63,9 @@ def test_it_leaves_what_the_simulator_leaves(maveriq: Maveriq, tmp_path: Path) -
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")] == []
 
 
-def test_faults_and_removals_happen_for_real(maveriq: Maveriq, tmp_path: Path) -> None:
-    said = "--fail deployment=1@403s,for=4s --remove endpoint=2@410s"
-    ended = maveriq(f"{RUN} --out run {said}")
+def test_faults_and_removals_affect_real_engines(maveriq: Maveriq, tmp_path: Path) -> None:
+    faults = "--fail deployment=1@403s,for=4s --remove endpoint=2@410s"
+    ended = maveriq(f"{RUN} --out run {faults}")
     assert ended.code == 0
     # There is no simulation of the same options yet.
     assert ended.out.splitlines()[-1] == (
@@ -97,7 +97,7 @@ class NoDriver:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("options", "phrases"),
     [
         ("", ("--backend emulated", "maveriq sim")),
         ("--backend tortch", ("tortch", "torch")),
@@ -115,20 +115,20 @@ class NoDriver:
         ("--backend emulated --out t.csv", ("t.csv", "folder")),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(
-    maveriq: Maveriq, tmp_path: Path, monkeypatch, said: str, words: tuple[str, ...]
+def test_bad_options_get_one_line(
+    maveriq: Maveriq, tmp_path: Path, monkeypatch, options: str, phrases: tuple[str, ...]
 ) -> None:
     put(tmp_path, {"long.csv": HEAD + "30,1,2000000,1\n"})
     monkeypatch.setattr(gpus, "_import_nvml", lambda: NoDriver)
     before = everything_in(tmp_path)
-    ended = maveriq(f"run {WORLD} {said}")
+    ended = maveriq(f"run {SYSTEM} {options}")
     assert ended.code == 2
-    for word in words:
+    for word in phrases:
         assert word in ended.only_line
     assert everything_in(tmp_path) == before
 
 
-def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_ends_early_when_no_engine_is_left(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
     put(tmp_path, {"big.toml": ONE_MODEL.replace("llama-2-7b", "llama-2-70b")})
     monkeypatch.setenv("PATH", "")  # the other ranks of an emulated engine are `cat`
     ended = maveriq(
@@ -142,7 +142,7 @@ def test_a_run_ends_early_when_every_engine_was_given_up(maveriq: Maveriq, tmp_p
     assert deployment.status == "down"
 
 
-def test_a_model_of_a_folder_is_run_with_the_weights_that_lie_there(maveriq: Maveriq, tmp_path: Path) -> None:
+def test_a_model_folder_provides_the_weights(maveriq: Maveriq, tmp_path: Path) -> None:
     """Told by weights that cannot be read: random ones can."""
     pytest.importorskip("torch")
     config = json.loads(hf_config_json(load_model("llama-2-7b"))) | {"_name_or_path": "me/llama-2-7b"}
@@ -204,7 +204,7 @@ def gone(groups: list[int]) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Path, number: int) -> None:
+def test_an_interrupted_run_writes_its_records(started: Started, tmp_path: Path, number: int) -> None:
     process = started("--trace late.csv -q")
     groups = engines_of(process)
     process.send_signal(number)
@@ -226,7 +226,7 @@ def test_it_can_be_stopped_and_leaves_its_records(started: Started, tmp_path: Pa
 
 
 @pytest.mark.parametrize("gap_s", [0.005, 0.1])
-def test_impatience_costs_no_records(started: Started, tmp_path: Path, gap_s: float) -> None:
+def test_repeated_interrupts_lose_no_records(started: Started, tmp_path: Path, gap_s: float) -> None:
     """Ctrl-C again and again, while engines are stopped and while records are written."""
     process = started("--trace late.csv -q")
     groups = engines_of(process)
@@ -240,7 +240,7 @@ def test_impatience_costs_no_records(started: Started, tmp_path: Path, gap_s: fl
     assert gone(groups)
 
 
-def test_a_folder_at_home_is_no_folder_called_tilde(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
+def test_a_tilde_in_out_means_the_home_folder(maveriq: Maveriq, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     ended = maveriq(f"{RUN} --trace soon.csv --models one.toml -q --out '~/a/run'")
     assert ended.code == 0
@@ -248,14 +248,14 @@ def test_a_folder_at_home_is_no_folder_called_tilde(maveriq: Maveriq, tmp_path: 
     assert not (tmp_path / "~").exists()
 
 
-def test_its_engines_go_when_it_is_killed(started: Started) -> None:
+def test_engines_end_when_the_run_is_killed(started: Started) -> None:
     process = started("--trace late.csv -q")
     groups = engines_of(process)
     process.send_signal(signal.SIGKILL)
     assert gone(groups)
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(started: Started, tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_line_and_leaves_no_files(started: Started, tmp_path: Path) -> None:
     def no_room() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

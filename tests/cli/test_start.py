@@ -8,7 +8,7 @@ import pytest
 from maveriq.__main__ import main
 
 
-def test_ctrl_c_while_modules_are_read_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_imports_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     default = builtins.__import__
 
     def interrupted(name: str, *more: Any, **named: Any) -> Any:

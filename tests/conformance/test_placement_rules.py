@@ -94,9 +94,7 @@ def test_a_rule_orders_the_gpus_it_was_given(rule: PlacementRule, view: ClusterV
 @every_rule
 @given(view=views(), sizes=shards)
 @settings(max_examples=50, deadline=None)
-def test_shards_fit_and_a_placement_that_exists_is_found(
-    rule: PlacementRule, view: ClusterView, sizes: list[Bytes]
-) -> None:
+def test_an_existing_placement_is_found_and_fits(rule: PlacementRule, view: ClusterView, sizes: list[Bytes]) -> None:
     placed = place_shards(sizes, rule(view.gpus))
     # Some placement exists exactly if the k-th largest shard fits the GPU with the k-th most room.
     rooms = sorted((gpu.free_bytes for gpu in view.gpus), reverse=True)

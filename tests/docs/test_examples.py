@@ -43,7 +43,7 @@ def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
 
-def test_best_fit_fills_gpus_that_hybrid_leaves_and_leaves_others_free() -> None:
+def test_best_fit_uses_fewer_gpus_than_hybrid() -> None:
     best, hybrid = run(BEST_FIT), run("hybrid")
     assert gpus_of(best) != gpus_of(hybrid)
     assert set.union(*gpus_of(best)) < set.union(*gpus_of(hybrid))
@@ -80,7 +80,7 @@ def test_a_faster_gpu_shortens_the_times_and_keeps_the_memory() -> None:
     )
 
 
-def test_a_world_served_by_an_estimator_of_ones_own() -> None:
+def test_a_run_with_a_custom_estimator() -> None:
     """What docs/extending.md does: plan with one estimator, serve with another."""
     from faster_gpu import FasterGpu
 
@@ -94,7 +94,7 @@ def test_a_world_served_by_an_estimator_of_ones_own() -> None:
     assert abs(2 * fast_us - slow_us).max() <= 2  # durations are rounded up to whole microseconds
 
 
-def test_a_policy_of_ones_own_decides_by_itself() -> None:
+def test_a_custom_policy_decides() -> None:
     from one_gpu_each import OneGpuEach
 
     paper = make_estimator("paper", load_profile("a6000-short"))
@@ -107,7 +107,7 @@ def test_a_policy_of_ones_own_decides_by_itself() -> None:
     assert all(deployment.reason for deployment in record.deployments if deployment.plan is None)
 
 
-def test_a_policy_of_ones_own_fits_or_rejects() -> None:
+def test_a_custom_policy_fits_or_rejects() -> None:
     from one_gpu_each import OneGpuEach
 
     policy = OneGpuEach(estimator=make_estimator("paper", load_profile("a6000-short")))

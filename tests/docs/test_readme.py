@@ -78,7 +78,7 @@ def test_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
-def test_blocks_that_do_not_run_hold_no_command_that_could(document: Path) -> None:
+def test_blocks_that_are_not_run_contain_no_maveriq_command(document: Path) -> None:
     """A command of maveriq belongs into a block that is run, unless it needs what a clone has not."""
     for language, body in BLOCK.findall(text_of(document)):
         assert language, "say the language of a block, `text` if it has none"

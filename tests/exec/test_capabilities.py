@@ -67,7 +67,7 @@ def ask(
         ("trtllm-engine", "llama-2-7b", {"kv": KvType.INT8, "pp": 2}),
     ],
 )
-def test_what_an_engine_can_is_not_refused(engine: str, model: str, asked: dict[str, object]) -> None:
+def test_supported_configurations_are_accepted(engine: str, model: str, asked: dict[str, object]) -> None:
     assert ask(engine, model, **asked) is None  # type: ignore[arg-type]
 
 
@@ -123,7 +123,7 @@ def test_what_an_engine_can_is_not_refused(engine: str, model: str, asked: dict[
         ),
     ],
 )
-def test_a_refusal_has_its_reason_and_the_nearest(
+def test_a_refusal_names_its_reason_and_the_nearest_configuration(
     engine: str, model: str, asked: dict[str, object], reason: str | None, near: str | None
 ) -> None:
     refusal = ask(engine, model, **asked)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_a_refusal_has_its_reason_and_the_nearest(
     assert all(part in str(refusal) for part in (engine, model, refusal.reason, near or "nothing near"))
 
 
-def test_kv_heads_are_dealt_or_copied_evenly() -> None:
+def test_kv_heads_are_split_or_replicated_evenly() -> None:
     shape = replace(load_model("llama-2-70b"), attention_heads=48, kv_heads=8)
     refusal = ask("vllm", shape, tp=12)
     assert refusal is not None
@@ -145,7 +145,7 @@ def test_kv_heads_are_dealt_or_copied_evenly() -> None:
     assert ask("vllm", shape, tp=16) is None
 
 
-def test_an_odd_feed_forward_part_is_not_cut() -> None:
+def test_an_odd_feed_forward_size_is_not_split() -> None:
     refusal = ask("torch", replace(load_model("llama-2-7b"), intermediate_size=11007), tp=2)
     assert refusal is not None
     assert "feed-forward width 11007" in refusal.reason
@@ -163,15 +163,15 @@ def test_group_limits_explain_what_did_not_run_on_the_testbed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "pp", "told"),
+    ("split", "pp", "message"),
     [((32, 1), 2, "add up to 32"), ((32,), 2, "each of 2 stages"), ((32, 0), 2, "at least one layer")],
 )
-def test_a_split_that_does_not_belong_is_bad_input(split: tuple[int, ...], pp: int, told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_an_invalid_layer_split_is_an_input_error(split: tuple[int, ...], pp: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         ask("torch", "llama-2-7b", pp=pp, split=split)
 
 
-def test_unknown_engines_and_devices_are_bad_input() -> None:
+def test_unknown_engines_and_devices_are_input_errors() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'trtllm'"):
         ask("trtlm", "llama-2-7b")
     with pytest.raises(UnknownNameError, match="tpu"):
@@ -179,7 +179,7 @@ def test_unknown_engines_and_devices_are_bad_input() -> None:
     assert (Device.named("cuda:3"), Device.named("cpu")) == (Device.CUDA, Device.CPU)
 
 
-def test_every_row_says_where_it_comes_from() -> None:
+def test_every_capability_names_its_source() -> None:
     for facts in known_engines().values():
         assert facts.can
         for row in facts.can:
@@ -211,7 +211,7 @@ def configurations(draw: st.DrawFn, model: ModelSpec) -> ParallelConfig:
 
 @settings(deadline=None)  # of the machine's other work
 @given(st.data(), st.sampled_from(ENGINES), st.sampled_from(MODELS), st.sampled_from(Device))
-def test_the_nearest_is_possible_and_no_neighbour_is_nearer(
+def test_the_nearest_configuration_is_supported_and_at_minimum_distance(
     data: st.DataObject, engine: str, name: str, device: Device
 ) -> None:
     model = load_model(name)
@@ -249,14 +249,14 @@ def test_distance_is_a_metric(data: st.DataObject) -> None:
 
 
 @given(st.data(), st.sampled_from(MODELS))
-def test_what_is_allowed_is_nearest_to_itself(data: st.DataObject, name: str) -> None:
+def test_a_supported_configuration_is_its_own_nearest(data: st.DataObject, name: str) -> None:
     model = load_model(name)
     asked = data.draw(configurations(model))
     if asked.pp <= model.layers:
         assert nearest(model, asked, lambda _: True) == asked
 
 
-def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
+def test_ties_in_distance_prefer_more_exact_weights() -> None:
     model = load_model("llama-2-7b")
     asked = ParallelConfig(tp=1, pp=1, weights=INT8)
     found = nearest(model, asked, lambda config: config.weights is not INT8)
@@ -267,7 +267,7 @@ def test_of_equally_near_ones_the_more_exact_weights_are_taken() -> None:
 # Policies that choose among what really runs
 
 
-def test_a_policy_with_a_capable_estimator_chooses_what_the_engine_can() -> None:
+def test_policies_choose_only_what_the_engine_supports() -> None:
     profile = load_profile("a6000-short")
     paper = make_estimator("paper", profile)
     capable = SupportedByEngine(base=paper, engine="trtllm", device=Device.CUDA)

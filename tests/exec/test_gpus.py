@@ -149,13 +149,13 @@ def test_readings_of_real_gpus(nvml: Callable[..., FakeNvml], old: bool) -> None
     assert fake.users == 0
 
 
-def test_what_a_gpu_cannot_tell_is_none(nvml: Callable[..., FakeNvml]) -> None:
+def test_missing_gpu_readings_are_none(nvml: Callable[..., FakeNvml]) -> None:
     fake = FakeNvml
     nvml(FakeGpu("GPU-a", percent=fake.NVMLError_NoPermission(), millijoules=fake.NVMLError_NotSupported()))
     assert NvmlMeter().read() == (GpuReading(used_bytes=GIB + GIB // 2),)
 
 
-def test_slices_stand_for_the_gpu_that_is_cut(nvml: Callable[..., FakeNvml]) -> None:
+def test_mig_slices_replace_their_gpu(nvml: Callable[..., FakeNvml]) -> None:
     unsupported = FakeNvml.NVMLError_NotSupported()
     slices = [FakeGpu(f"MIG-{k}", total=12 * GIB, percent=unsupported, millijoules=unsupported) for k in range(2)]
     nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", mig=True, slices=[slices[0], None, slices[1]]))
@@ -163,7 +163,7 @@ def test_slices_stand_for_the_gpu_that_is_cut(nvml: Callable[..., FakeNvml]) -> 
     assert [(gpu.uuid, gpu.is_slice) for gpu in gpus] == [("GPU-a", False), ("MIG-0", True), ("MIG-1", True)]
 
 
-def test_the_cluster_of_this_machine_counts_used_memory_as_held(nvml: Callable[..., FakeNvml]) -> None:
+def test_the_local_cluster_counts_used_memory(nvml: Callable[..., FakeNvml]) -> None:
     fake = nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", used=10 * GIB, reserved=0))
     cluster = real_cluster()
     assert [(gpu.gpu_id, gpu.node, gpu.kind) for gpu in cluster.gpus] == [
@@ -176,22 +176,22 @@ def test_the_cluster_of_this_machine_counts_used_memory_as_held(nvml: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("state", "told"),
+    ("state", "message"),
     [("no driver", "no NVIDIA driver"), ("no gpu", "knows no GPU"), ("lost", "GPU is lost"), ("no package", "maveriq")],
 )
-def test_without_gpus_there_is_one_clear_line(
-    nvml: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch, state: str, told: str
+def test_without_gpus_the_error_is_one_line(
+    nvml: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch, state: str, message: str
 ) -> None:
     fake = nvml(*([] if state == "no gpu" else [FakeGpu("GPU-a")]))
     fake.no_driver, fake.lost = state == "no driver", state == "lost"
     if state == "no package":
         monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         NvmlMeter()
     assert fake.users == 0
 
 
-def test_a_gpu_that_is_lost_later_is_a_failure_not_bad_input(nvml: Callable[..., FakeNvml]) -> None:
+def test_a_gpu_lost_later_is_a_failure_not_an_input_error(nvml: Callable[..., FakeNvml]) -> None:
     fake = nvml(FakeGpu("GPU-a"))
     meter = NvmlMeter()
     fake.lost = True
@@ -230,7 +230,7 @@ def reading(used_gib: float = 0, busy: float | None = 0.0, energy_j: float | Non
     return GpuReading(used_bytes=round(used_gib * GIB), busy_share=busy, energy_j=energy_j)
 
 
-def test_load_is_the_share_of_the_windows_samples_that_were_busy() -> None:
+def test_load_is_the_busy_share_of_the_samples_in_the_window() -> None:
     sampler = GpuSampler(Scripted([reading(), reading()]), LoadWindow(samples=4))
     assert sampler.loads() == [0.0, 0.0]
     for busy in (0.5, 0.01, 0.02):  # at the threshold it is idle
@@ -242,7 +242,7 @@ def test_load_is_the_share_of_the_windows_samples_that_were_busy() -> None:
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_sampling_keeps_the_beat_and_slow_meters_out_of_the_loop(slow: bool) -> None:  # noqa: FBT001
+def test_sampling_keeps_its_interval_and_does_not_block_the_event_loop(slow: bool) -> None:  # noqa: FBT001
     meter = Scripted([reading()], slow=slow)
 
     async def some_time() -> None:
@@ -278,7 +278,7 @@ def test_placement_sees_how_busy_real_gpus_are(tmp_path) -> None:
     run_async(check)
 
 
-def test_a_gpu_that_is_lost_costs_its_measurements_and_not_the_run() -> None:
+def test_a_lost_gpu_ends_its_measurements_but_not_the_run() -> None:
     class Lost(Scripted):
         def read(self) -> Sequence[GpuReading]:
             if len(self.readings) == 1:

@@ -20,14 +20,14 @@ from maveriq.exec.messages import Failed, Finished
 CASE = EngineCase(backend="emulated")
 
 
-def test_an_engine_imports_nothing_that_takes_long() -> None:
+def test_an_engine_process_imports_no_slow_modules() -> None:
     script = "import sys, maveriq.exec.engine_server, maveriq.exec.engines.emulated; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     heavy = {"numpy", "typer", "rich", "simpy", "matplotlib", "torch", "maveriq.control", "maveriq.scenario"}
     assert not heavy & set(loaded)
 
 
-def test_its_gpus_are_fixed_by_uuid_before_it_starts(tmp_path: Path) -> None:
+def test_gpus_are_selected_by_uuid_before_the_process_starts(tmp_path: Path) -> None:
     async def check() -> None:
         devices = Devices(uuids=("GPU-a", "GPU-b", "GPU-c"))
         with ProcessLauncher("emulated", logs=tmp_path, devices=devices) as launcher:
@@ -42,7 +42,7 @@ def test_its_gpus_are_fixed_by_uuid_before_it_starts(tmp_path: Path) -> None:
     run_async(check)
 
 
-def test_sockets_lie_in_a_private_folder_that_goes(tmp_path: Path) -> None:
+def test_sockets_are_in_a_private_temporary_folder(tmp_path: Path) -> None:
     with ProcessLauncher("emulated", logs=tmp_path) as launcher:
         folder = Path(launcher._sockets.name)
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -50,7 +50,7 @@ def test_sockets_lie_in_a_private_folder_that_goes(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_what_it_prints_is_in_its_log(tmp_path: Path) -> None:
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
     async def check() -> None:
         async with started_engine(CASE, tmp_path, load=False) as engine:
             engine.connection.channel._writer.write(b"\0\0\0\1x")
@@ -81,7 +81,7 @@ def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind
     run_async(check)
 
 
-def test_logs_of_an_engine_that_is_restarted_for_ever_do_not_pile_up(tmp_path: Path) -> None:
+def test_logs_of_restarts_are_bounded(tmp_path: Path) -> None:
     for number in range(1, 200):
         EngineLog(tmp_path, CASE.spec(generation=number)).path.write_text("it crashed")
     EngineLog(tmp_path, CASE.spec(deployment_id=2)).path.write_text("another engine's")
@@ -93,7 +93,7 @@ def test_logs_of_an_engine_that_is_restarted_for_ever_do_not_pile_up(tmp_path: P
 LOG = "1-1.log"
 
 
-def test_a_log_is_cut_before_it_fills_the_disk(tmp_path: Path, monkeypatch) -> None:
+def test_a_log_is_truncated_at_its_limit(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("maveriq.exec.launcher.MAX_LOG_BYTES", 100_000)
     monkeypatch.setattr("maveriq.exec.launcher.SIZE_CHECK_INTERVAL_S", 0.02)
 
@@ -113,7 +113,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_a_process_that_ends_at_once_is_a_launch_that_failed(tmp_path: Path, monkeypatch) -> None:
+def test_a_process_that_exits_at_once_is_a_launch_error(tmp_path: Path, monkeypatch) -> None:
     async def check() -> None:
         monkeypatch.setattr(sys, "executable", "/bin/false")
         with ProcessLauncher("emulated", logs=tmp_path) as launcher:
@@ -126,7 +126,7 @@ def test_a_process_that_ends_at_once_is_a_launch_that_failed(tmp_path: Path, mon
     asyncio.run(check())
 
 
-def test_a_launch_that_is_cancelled_leaves_no_process(tmp_path: Path, monkeypatch) -> None:
+def test_a_cancelled_launch_leaves_no_process(tmp_path: Path, monkeypatch) -> None:
     async def check() -> None:
         sleeper = tmp_path / "sleeper"
         sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -144,7 +144,7 @@ def test_a_launch_that_is_cancelled_leaves_no_process(tmp_path: Path, monkeypatc
     run_async(check)
 
 
-def test_devices_are_named_as_a_process_counts_them() -> None:
+def test_devices_are_numbered_within_the_process() -> None:
     devices = Devices(uuids=("A", "B", "A"))
     assert devices.shared
     assert devices.visible_to((1, 0, 2)) == ("B", "A")
@@ -161,7 +161,7 @@ def test_an_unknown_backend_is_named(name: str) -> None:
         make_engine(name)
 
 
-def test_backends_are_known_where_engines_are() -> None:
+def test_backends_equal_the_started_engines_of_the_capability_matrix() -> None:
     """The catalogue and the capability matrix speak of the same engines."""
     from maveriq.exec.capabilities import known_engines
 
@@ -169,7 +169,7 @@ def test_backends_are_known_where_engines_are() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**31 + 1, "many"])
-def test_an_emulated_vocabulary_must_be_one_whose_tokens_can_be_said(size: object) -> None:
+def test_an_emulated_vocabulary_must_be_valid(size: object) -> None:
     spec = msgspec.structs.replace(CASE.spec(), config_json=json.dumps({"vocab_size": size}))
     with pytest.raises(EngineError, match="vocab_size"):
         make_engine("emulated").load(spec)

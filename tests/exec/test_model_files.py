@@ -31,7 +31,7 @@ def put_model(folder: Path, **more: object) -> Path:
     return folder
 
 
-def test_a_model_read_from_a_folder_is_run_by_its_own_files(tmp_path: Path) -> None:
+def test_a_model_folder_provides_config_and_weights(tmp_path: Path) -> None:
     put_model(tmp_path / "tiny")
     put_model(tmp_path / "other", num_hidden_layers=4)
     (tmp_path / "set.toml").write_text(SET.format(third="./other"))
@@ -47,7 +47,7 @@ def test_a_model_read_from_a_folder_is_run_by_its_own_files(tmp_path: Path) -> N
     assert files.config_json(own) == "{}"
 
 
-def test_two_folders_that_look_like_one_model_are_told_apart_by_name(tmp_path: Path) -> None:
+def test_models_with_equal_names_in_two_folders_are_refused(tmp_path: Path) -> None:
     for folder in ("tiny", "twin"):
         put_model(tmp_path / folder, _name_or_path="somebody/tiny")
     (tmp_path / "set.toml").write_text(SET.format(third="twin/config.json"))

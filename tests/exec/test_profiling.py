@@ -36,7 +36,7 @@ def at_pace(point: Measured) -> bool:
     return point.ttft_s + point.tpot_s == first_s and point.tpot_s == pytest.approx(EACH_S, rel=0.3)
 
 
-def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tmp_path: Path) -> None:
+def test_the_profile_gives_back_the_measured_times(tmp_path: Path) -> None:
     for _ in range(TRIES):
         found = measured(tmp_path)
         if all(at_pace(point) for point in found):
@@ -58,19 +58,21 @@ def test_what_is_measured_is_the_engines_pace_and_comes_back_from_the_profile(tm
 
 
 @pytest.mark.parametrize(
-    ("backend", "probe", "said"),
+    ("backend", "probe", "message"),
     [
         ("emulated", {}, "does not know what memory it holds"),
         ("engine_fixtures:Paced", {"timeout_s": 1e-3}, "no engine within 0.001 s"),
         ("engine_fixtures:CannotLoad1", {}, "no attribute 'CannotLoad1'"),
     ],
 )
-def test_what_cannot_be_measured_is_said(tmp_path: Path, backend: str, probe: dict[str, float], said: str) -> None:
-    with pytest.raises(ProfilingError, match=said):
+def test_failed_measurements_are_profiling_errors(
+    tmp_path: Path, backend: str, probe: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ProfilingError, match=message):
         measured(tmp_path, backend, **probe)
 
 
-def test_names_are_written_so_that_they_can_be_read(tmp_path: Path) -> None:
+def test_names_with_quotes_and_backslashes_round_trip(tmp_path: Path) -> None:
     point = Measured(
         model=MODEL, configuration=TP2, case=QUESTIONS[0], ttft_s=0.1, tpot_s=0.1, memory_gib=1.0, start_s=1.0
     )
@@ -80,7 +82,7 @@ def test_names_are_written_so_that_they_can_be_read(tmp_path: Path) -> None:
     assert (profile.name, profile.gpu_kind) == (folder.name, 'H100 "big"')
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(InputError, match=r"holds files that are no folder with profile\.toml"):
         write_profile(tmp_path, Machine(kind="x", memory_gib=1, idle_gib=0), [_one()])
@@ -92,5 +94,5 @@ def _one() -> Measured:
 
 
 @pytest.mark.parametrize(("layers", "stages", "split"), [(8, 3, (3, 3, 2)), (4, 4, (1, 1, 1, 1)), (5, 2, (3, 2))])
-def test_layers_are_dealt_round_robin(layers: int, stages: int, split: tuple[int, ...]) -> None:
+def test_even_splits(layers: int, stages: int, split: tuple[int, ...]) -> None:
     assert even_split(layers, stages) == split

@@ -105,15 +105,15 @@ def anything() -> st.SearchStrategy[bytes]:
 
 @given(anything())
 @settings(max_examples=400, deadline=None)
-def test_bytes_are_a_message_or_a_protocol_error(body: bytes) -> None:
+def test_bytes_are_a_message_or_a_protocol_error(payload: bytes) -> None:
     for decode in (decode_to_engine, decode_from_engine):
         with contextlib.suppress(ProtocolError):
-            decode(body)
+            decode(payload)
 
 
 @given(TO_ENGINE, FROM_ENGINE)
 @settings(max_examples=200, deadline=None)
-def test_messages_come_through_unchanged(there, back) -> None:
+def test_messages_round_trip(there, back) -> None:
     assert decode_to_engine(encode(there)) == there
     assert decode_from_engine(encode(back)) == back
 
@@ -136,18 +136,18 @@ async def host_told(*frames: bytes) -> int:
         writer.close()
 
 
-def framed(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "big") + body
+def framed(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "big") + payload
 
 
 @given(st.lists(TO_ENGINE, max_size=6), st.none() | anything().map(framed) | st.binary(max_size=50))
 @settings(max_examples=60, deadline=None)
-def test_a_host_that_is_told_anything_ends(said, rest: bytes | None) -> None:
-    assert asyncio.run(host_told(*(framed(encode(message)) for message in said), rest or b"")) in (0, 1, 3)
+def test_an_engine_server_ends_on_any_input(messages, rest: bytes | None) -> None:
+    assert asyncio.run(host_told(*(framed(encode(message)) for message in messages), rest or b"")) in (0, 1, 3)
 
 
 @pytest.mark.parametrize("frame", [b"", b"\0", b"\0\0\0\5abc", (MAX_FRAME_BYTES + 1).to_bytes(4, "big")])
-def test_a_frame_that_is_cut_short_or_too_long_ends_the_channel(frame: bytes) -> None:
+def test_a_truncated_or_too_long_frame_ends_the_channel(frame: bytes) -> None:
     async def check() -> None:
         reader = asyncio.StreamReader()
         reader.feed_data(frame)

@@ -14,14 +14,14 @@ def test_any_interleaving_gives_the_same_steps(halves: list[tuple[list[int], lis
     sequences = [first + second for first, second in halves]
     # Each sequence says its first half, its second half, and that it has ended; who speaks when is free.
     turns = data.draw(st.permutations([number for number in range(len(halves)) for _ in range(3)]))
-    aligner, steps, said = StepAligner(len(halves)), [], [0] * len(halves)
+    aligner, steps, sent = StepAligner(len(halves)), [], [0] * len(halves)
     for number in turns:
         chunks = [*halves[number], []]
-        aligner.add(number, chunks[said[number]], ended=said[number] == 2)
-        said[number] += 1
+        aligner.add(number, chunks[sent[number]], ended=sent[number] == 2)
+        sent[number] += 1
         steps.extend(aligner.steps())
         # Never a step that an open sequence has no token for yet.
-        open_ones = [k for k, times in enumerate(said) if times < 3]
-        assert all(len(steps) <= sum(map(len, halves[k][: said[k]])) for k in open_ones)
+        open_ones = [k for k, times in enumerate(sent) if times < 3]
+        assert all(len(steps) <= sum(map(len, halves[k][: sent[k]])) for k in open_ones)
     longest = max(map(len, sequences))
     assert steps == [tuple(tokens[k] if k < len(tokens) else ENDED for tokens in sequences) for k in range(longest)]

@@ -98,7 +98,7 @@ def test_three_uneven_stages_over_processes(engine, tmp_path, monkeypatch):
     assert groups == {os.getpgrp()}
 
 
-def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
+def test_one_process_continues_after_a_failed_execution(engine):
     engine.load(spec_of(CONFIGS["gpt-j"]))
     with pytest.raises(EngineError, match="not in the vocabulary"):
         list(engine.generate(generate_of(prompts=[(1, 5000)])))
@@ -113,7 +113,7 @@ def test_one_process_serves_on_after_an_execution_that_cannot_be(engine):
 
 
 @pytest.mark.heavy
-def test_ranks_end_with_their_engine_however_it_ends():
+def test_ranks_end_with_their_engine():
     script = (
         "import sys, msgspec\n"
         "from maveriq.exec.engines.torch import TorchEngine\n"
@@ -133,7 +133,7 @@ def test_ranks_end_with_their_engine_however_it_ends():
     wait_until_gone(pids)
 
 
-def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
+def test_ranks_that_cannot_start_leave_no_processes(engine, tmp_path, monkeypatch):
     started = []
 
     def start(*command, popen=subprocess.Popen, **how):
@@ -150,7 +150,7 @@ def test_ranks_that_cannot_start_leave_nothing(engine, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_room_kept_from_other_executions_gives_way(monkeypatch):
+def test_cached_memory_is_freed_for_the_next_execution(monkeypatch):
     """A batch and a length that each fit must not fail together for what was there before."""
     allot = KvCache._allocate
 
@@ -166,21 +166,21 @@ def test_room_kept_from_other_executions_gives_way(monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "NCCL error\nCuda failure 2 'out of memory'"])
-def test_want_of_a_gpus_memory_is_told_by_its_words(words):
+def test_gpu_out_of_memory_is_recognized_by_its_message(words):
     with pytest.raises(EngineError) as raised, memory_errors():
         raise RuntimeError(words)
     assert raised.value.kind is FailureKind.OUT_OF_MEMORY
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_not_tried_again():
+def test_a_missing_gpu_is_not_retried():
     with pytest.raises(EngineError, match="sees 0 GPUs") as raised:
         load_worker(spec_of(CONFIGS["llama"], devices=("cuda:0",)))
     assert raised.value.kind is FailureKind.UNSUPPORTED
 
 
 @pytest.mark.heavy
-def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_path, monkeypatch):
+def test_an_idle_engine_ends_when_a_rank_is_killed(tmp_path, monkeypatch):
     scratch = tmp_path / "t"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
@@ -205,7 +205,7 @@ def test_an_idle_engine_whose_rank_is_killed_ends_too_and_leaves_nothing(tmp_pat
         ({"vocab_size": 2**38}, (3, 1), FailureKind.OUT_OF_MEMORY, "memory"),
     ],
 )
-def test_a_rank_that_cannot_load_says_why(engine, tmp_path, config, split, kind, reason):
+def test_a_rank_that_cannot_load_reports_the_reason(engine, tmp_path, config, split, kind, reason):
     folder = "" if kind is FailureKind.OUT_OF_MEMORY else str(tmp_path)
     with pytest.raises(EngineError, match=reason) as raised:
         engine.load(spec_of({**CONFIGS["llama"], **config}, split=split, weights_folder=folder))
@@ -213,7 +213,7 @@ def test_a_rank_that_cannot_load_says_why(engine, tmp_path, config, split, kind,
     assert engine.pids == ()
 
 
-def test_the_rank_that_ran_out_of_memory_is_the_cause_whoever_speaks_first():
+def test_out_of_memory_of_a_rank_is_the_reported_cause():
     missed = RankFailed(kind="error", message="connection closed by peer")
     short = RankFailed(kind="out-of-memory", message="no memory left")
 

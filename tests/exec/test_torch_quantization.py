@@ -48,7 +48,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize(("weights", "bound"), [("int8", 0.03), ("int4", 0.4)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scores_stay_near(name, weights, bound):
+def test_quantized_scores_are_close(name, weights, bound):
     config = {**CONFIGS[name], "initializer_range": 0.05}  # wider, and errors grow from layer to layer
     exact = scores_of(load_worker(spec_of(config)))
     assert distance(scores_of(load_worker(spec_of(config, seed=1))), exact) > 1
@@ -58,7 +58,7 @@ def test_scores_stay_near(name, weights, bound):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(("tp", "split"), [(2, (3, 1)), (1, (1, 1, 2))])
-def test_a_quantised_model_is_split_too(weights, tp, split):
+def test_a_quantized_model_can_be_split(weights, tp, split):
     config = CONFIGS["falcon-40b"]
     ranks = run_split(spec_of(config, weights=weights, tp=tp, split=split), prompts_of())
     assert all(steps == ranks[0] for steps in ranks)
@@ -68,7 +68,7 @@ def test_a_quantised_model_is_split_too(weights, tp, split):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_8_bit_kv_cache_stays_near(name, monkeypatch):
+def test_scores_with_an_8_bit_kv_cache_are_close(name, monkeypatch):
     exact, near = (
         scores_after_decoding(load_worker(spec_of(CONFIGS[name], kv=kv)), monkeypatch) for kv in ("native", "int8")
     )
@@ -86,13 +86,13 @@ def live_bytes():
 
 
 @pytest.mark.heavy
-def test_memory_is_what_the_worker_says_and_really_smaller():
+def test_memory_is_as_reported_and_smaller_than_unquantized():
     measured = {}
     for weights in ("float16", "int8", "int4"):
         before = live_bytes()
         worker = load_worker(spec_of(WIDE, weights=weights))
-        said = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
-        assert live_bytes() - before == pytest.approx(said, rel=0.01)
+        reported = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
+        assert live_bytes() - before == pytest.approx(reported, rel=0.01)
         embedding_and_output = 2 * worker.stage.embedding.nbytes
         measured[weights] = worker.stage.weights_bytes - embedding_and_output
         del worker
@@ -132,11 +132,11 @@ class Unheard:
 @pytest.mark.parametrize(
     ("name", "weights"), [("gpt-j", "float16"), ("falcon-40b", "float16"), ("llama-gqa", "float16"), ("llama", "int4")]
 )
-def test_a_shard_does_not_keep_whole_matrices_alive(name, weights, rank):
+def test_a_shard_does_not_keep_whole_matrices_in_memory(name, weights, rank):
     before = live_bytes()
     worker = RankWorker(spec_of(CONFIGS[name], tp=4, split=(3, 1), weights=weights), rank, Unheard())
-    said = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
-    assert live_bytes() - before == pytest.approx(said, rel=0.02)
+    reported = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
+    assert live_bytes() - before == pytest.approx(reported, rel=0.02)
 
 
 @pytest.mark.parametrize("inputs", [2, 6, 24, 96, 128, 384])

@@ -85,7 +85,7 @@ def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", 
         (spec_of({**LLAMA, "vocab_size": 1}, tp=2), "without any of 1 tokens"),
     ],
 )
-def test_refused_with_the_reason(spec, reason):
+def test_unsupported_models_are_refused_with_the_reason(spec, reason):
     engine = TorchEngine()
     with pytest.raises(EngineError, match=reason) as raised:
         engine.load(spec)
@@ -94,7 +94,7 @@ def test_refused_with_the_reason(spec, reason):
 
 
 @pytest.mark.parametrize("name", ["falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b"])
-def test_every_model_of_the_catalogue_is_read_as_the_catalogue_has_it(name):
+def test_every_built_in_model_can_be_loaded(name):
     shape = known_models()[name]
     read = read_decoder_config(hf_config_json(shape))
     assert (read.layers, read.hidden, read.heads, read.kv_heads, read.intermediate, read.vocabulary) == (
@@ -136,18 +136,18 @@ def test_any_config_json_is_read_or_refused(model, changed):
 
 
 @pytest.mark.parametrize("text", ["", "nul", "[" * 20_000, "1", '"x"', '{"model_type": ["llama"]}'])
-def test_no_text_does_more_than_be_refused(text):
+def test_any_text_is_refused_cleanly(text):
     with pytest.raises(EngineError):
         read_decoder_config(text)
 
 
-def test_without_torch_it_says_what_to_install(monkeypatch):
+def test_without_torch_the_error_names_the_package(monkeypatch):
     monkeypatch.setattr("maveriq.exec.engines.torch.engine.find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"pip install 'maveriq\[torch\]'") as raised:
         TorchEngine().load(spec_of())
     assert raised.value.kind is FailureKind.UNSUPPORTED
 
 
-def test_the_engine_itself_imports_nothing_heavy():
+def test_the_engine_module_imports_no_torch():
     script = "import sys, maveriq.exec.engines.torch; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

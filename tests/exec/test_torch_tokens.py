@@ -17,21 +17,21 @@ def compositions(total):
 
 @pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_split_says_what_the_unsplit_model_says(name, tp):
+def test_every_split_gives_the_tokens_of_the_unsplit_model(name, tp):
     for split in compositions(LAYERS):
         for rank, steps in enumerate(run_split(spec_of(CONFIGS[name], tp=tp, split=split), prompts_of())):
             assert outputs(steps) == expected_tokens(name), (split, rank)
 
 
-def test_the_expected_tokens_are_worth_comparing():
+def test_the_expected_tokens_are_diverse():
     for name in CONFIGS:
-        said = expected_tokens(name)
-        assert len({tuple(tokens) for tokens in said}) == len(PROMPTS), name
-        assert len({token for tokens in said for token in tokens}) > len(PROMPTS), name
+        expected = expected_tokens(name)
+        assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS), name
+        assert len({token for tokens in expected for token in tokens}) > len(PROMPTS), name
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_batch_says_what_each_prompt_says_alone_and_in_any_order(name):
+def test_a_batch_gives_the_tokens_of_each_prompt_alone_in_any_order(name):
     worker = load_worker(spec_of(CONFIGS[name]))
     prompts = prompts_of()
     for chosen in ([0], [1], [2], [1, 0], [2, 0, 1]):
@@ -39,7 +39,7 @@ def test_a_batch_says_what_each_prompt_says_alone_and_in_any_order(name):
         assert outputs(steps) == [expected_tokens(name)[n] for n in chosen]
 
 
-def test_a_sequence_ends_at_its_stop_token_and_the_others_go_on():
+def test_a_sequence_ends_at_its_stop_token_and_the_others_continue():
     expected = expected_tokens("llama")
     stop = expected[0][3]
     ends = [tokens.index(stop) + 1 if stop in tokens else len(tokens) for tokens in expected]
@@ -50,7 +50,7 @@ def test_a_sequence_ends_at_its_stop_token_and_the_others_go_on():
     assert len(steps) == max(ends)
 
 
-def test_sequences_may_want_different_numbers_of_tokens():
+def test_sequences_may_have_different_numbers_of_tokens():
     short, long = prompts_of(PROMPTS[:1], output_tokens=1)[0], prompts_of(PROMPTS[1:2], output_tokens=8)[0]
     worker = load_worker(spec_of(CONFIGS["falcon-7b"]))
     expected = expected_tokens("falcon-7b")

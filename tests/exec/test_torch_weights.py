@@ -55,7 +55,7 @@ def saved(config, folder, **how):
 
 
 @pytest.mark.parametrize("name", IN_A_FOLDER)
-def test_a_saved_model_says_here_what_it_says_there(name, tmp_path):
+def test_a_saved_model_gives_the_tokens_of_transformers(name, tmp_path):
     model = saved(IN_A_FOLDER[name], tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     expected = [greedy(model, prompt) for prompt in PROMPTS]
@@ -85,7 +85,7 @@ def test_a_folder_of_another_model_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_codes_are_not_taken_for_weights(dtype, tmp_path):
+def test_quantized_codes_are_not_loaded_as_weights(dtype, tmp_path):
     save_file({"model.embed_tokens.weight": torch.zeros(199, 64).to(dtype)}, tmp_path / "model.safetensors")
     with pytest.raises(EngineError, match="reads weights that are not quantised") as raised:
         load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
@@ -100,7 +100,7 @@ def test_a_damaged_folder_is_an_error(file, content, tmp_path):
         load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
 
 
-def test_an_index_leads_nowhere_else(tmp_path):
+def test_an_index_cannot_point_outside_the_folder(tmp_path):
     folder = tmp_path / "model"
     saved(CONFIGS["llama"], tmp_path / "elsewhere")
     folder.mkdir()

@@ -77,25 +77,25 @@ def quantised(algorithm: str) -> dict[str, Any]:
     return {"quantization": {"quant_algo": algorithm}}
 
 
-def test_given_weights_must_be_quantised_already(tmp_path: Path) -> None:
+def test_given_weights_must_already_be_quantized(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no hf_quant_config\.json"):
         translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
-    beside = tmp_path / "hf_quant_config.json"
-    for content, told in (("{}", "cannot be read"), (json.dumps(quantised("W4A16")), "by W4A16, not int8")):
-        beside.write_text(content, encoding="utf-8")
-        with pytest.raises(EngineError, match=told):
+    quant_config = tmp_path / "hf_quant_config.json"
+    for content, message in (("{}", "cannot be read"), (json.dumps(quantised("W4A16")), "by W4A16, not int8")):
+        quant_config.write_text(content, encoding="utf-8")
+        with pytest.raises(EngineError, match=message):
             translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
     with pytest.raises(EngineError, match="by W4A16, not float16") as refused:
         translate(spec(weights_folder=str(tmp_path)), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
-    beside.write_text(json.dumps(quantised("W8A16")), encoding="utf-8")
+    quant_config.write_text(json.dumps(quantised("W8A16")), encoding="utf-8")
     translation = translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
     assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "auto")
     assert translation.files == {}
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "told"),
+    ("family", "changes", "message"),
     [
         ("falcon", {}, "it runs llama models, not falcon; it has nothing near"),
         ("gptj", {}, "it runs llama models, not gptj"),
@@ -104,8 +104,10 @@ def test_given_weights_must_be_quantised_already(tmp_path: Path) -> None:
         ("llama", {"devices": ("cpu",)}, "not on a CPU"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_starts(family: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(EngineError, match=told) as refused:
+def test_unsupported_configurations_are_refused_before_the_start(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineError, match=message) as refused:
         translate(spec(family, **changes), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
@@ -113,7 +115,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(family: str, changes: 
 # What is missing
 
 
-def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_requirement_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoDriver:
         def __init__(self) -> None:
             raise InputError("no NVIDIA driver answers (not found)")
@@ -121,8 +123,8 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", NoDriver)
     monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(trtllm.sys, "version_info", (3, 11, 7))
-    told = missing()
-    assert told == (
+    message = missing()
+    assert message == (
         "no NVIDIA driver answers (not found); the package tensorrt_llm is not installed (pip install tensorrt-llm, or "
         "NVIDIA's container); its wheels need Python 3.10 or 3.12, this is 3.11"
     )
@@ -130,7 +132,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (missing() or "").startswith("it runs on Linux, not on darwin; ")
 
 
-def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_missing_with_all_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", lambda: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: object())
     assert missing() is None
@@ -210,7 +212,7 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     assert not folder.exists()
 
 
-def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
+def test_an_abandoned_execution_is_cancelled(fakes: list[FakeLlm]) -> None:
     engine = TrtLlmEngine()
     engine.load(spec())
     steps = engine.generate(batch_of((10, 99), (50, 99)))
@@ -221,7 +223,7 @@ def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
     engine.close()
 
 
-def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_engine_errors(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TrtLlmEngine()
     engine.load(spec())
     fakes[0].broken = "CUDA out of memory"
@@ -242,15 +244,15 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
     assert failed.value.kind is FailureKind.UNSUPPORTED
 
 
-def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
+def test_close_may_be_called_at_any_time_and_twice(fakes: list[FakeLlm]) -> None:
     check_that_close_may_come_twice_and_at_any_time(TrtLlmEngine())
 
 
-def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+def test_a_sequence_without_kv_cache_space_fails_alone(fakes: list[FakeLlm]) -> None:
     check_that_a_sequence_without_room_fails_alone(TrtLlmEngine())
 
 
-def test_the_folder_goes_even_if_the_engine_will_not(fakes: list[FakeLlm]) -> None:
+def test_the_folder_is_removed_even_if_the_engine_does_not_close(fakes: list[FakeLlm]) -> None:
     engine = TrtLlmEngine()
     engine.load(spec())
     check_that_the_folder_goes_even_if_the_engine_will_not(engine, Path(fakes[0].arguments["model"]))

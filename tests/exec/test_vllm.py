@@ -61,7 +61,7 @@ def test_uneven_stages_and_random_weights() -> None:
     assert json.loads(translation.files["config.json"]) == TINY["llama"]
 
 
-def test_one_stage_needs_no_partition_and_one_gpu_no_workers() -> None:
+def test_one_stage_has_no_partition_and_one_gpu_has_no_workers() -> None:
     translation = translate(spec(), "/models/a")
     assert "VLLM_PP_LAYER_PARTITION" not in translation.environment
     assert "distributed_executor_backend" not in translation.arguments
@@ -92,7 +92,7 @@ def test_an_int8_cache_takes_a_byte_per_number_and_a_scale_per_head() -> None:
     assert int8["kv_cache_memory_bytes"] / native["kv_cache_memory_bytes"] == (32 + 4) / (2 * 32)
 
 
-def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_given_weights_are_used_unchanged(tmp_path: Path) -> None:
     translation = translate(spec(weights_folder=str(tmp_path), weights="int8"), "/unused")
     assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "auto")
     assert translation.files == {}
@@ -111,14 +111,14 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "method"), [("float16", "gptq"), ("int8", "awq"), ("int4", "gptq"), ("int4_gptq", "awq")]
 )
-def test_weights_that_are_stored_otherwise_are_no_substitute(weights: str, method: str) -> None:
+def test_weights_of_another_quantization_are_refused(weights: str, method: str) -> None:
     config = json.dumps({**LLAMA_7B, "quantization_config": {"quant_method": method}})
     with pytest.raises(EngineError, match=f"are quantised by {method}, not {weights}$") as refused:
         translate(spec(config_json=config, layer_split=(32,), weights=weights, weights_folder="/w"), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
 
-def test_any_seed_is_one_that_numpy_takes() -> None:
+def test_any_seed_is_valid_for_numpy() -> None:
     assert translate(spec(seed=2**53), "/m").arguments["seed"] < 2**32
 
 
@@ -130,7 +130,7 @@ def test_on_a_cpu() -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in translate(spec(devices=("cpu",)), "/m", cpus=(0, 1)).environment
 
 
-def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
+def test_a_model_without_a_context_length_gets_the_default() -> None:
     assert translate(spec("falcon"), "/m").arguments["max_model_len"] == 2048
     assert translate(spec("gptj"), "/m").arguments["max_model_len"] == 256
     odd = {**TINY["llama"], "max_position_embeddings": -1}
@@ -140,7 +140,7 @@ def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"tp": 3}, "nearest that it can: TP 1 x PP 3 float16"),
         ({"pp": 2, "layer_split": (2, 2), "devices": ("cpu", "cpu")}, "PP 2 is more than its 1"),
@@ -159,11 +159,11 @@ def test_a_model_that_does_not_say_its_length_gets_the_usual_one() -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any], told: str) -> None:
+def test_unsupported_configurations_are_refused_before_the_start(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError) as refused:
         translate(spec(**changes), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(changes: dict[str, Any
         (EngineError(FailureKind.UNSUPPORTED, "no"), FailureKind.UNSUPPORTED),
     ],
 )
-def test_exceptions_get_a_kind_and_one_line(error: Exception, kind: FailureKind) -> None:
+def test_exceptions_become_a_failure_kind_and_one_line(error: Exception, kind: FailureKind) -> None:
     ours = as_engine_error("vllm", error)
     assert ours.kind is kind
     assert "\n" not in str(ours)
@@ -270,7 +270,7 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     assert not folder.exists()
 
 
-def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
+def test_an_abandoned_execution_is_cancelled(fakes: list[FakeLlm]) -> None:
     engine = VllmEngine()
     engine.load(spec())
     steps = engine.generate(batch_of((10, 4), (50, 3)))
@@ -280,7 +280,7 @@ def test_an_execution_left_halfway_is_called_off(fakes: list[FakeLlm]) -> None:
     assert list(engine.generate(batch_of((1, 2)))) == [(2,), (3,)]
 
 
-def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_engine_errors(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VllmEngine()
     engine.load(spec())
     FakeLlm.broken = "CUDA out of memory"
@@ -300,15 +300,15 @@ def test_what_breaks_is_an_engine_error(fakes: list[FakeLlm], monkeypatch: pytes
     assert failed.value.kind is FailureKind.UNSUPPORTED
 
 
-def test_close_may_come_twice_and_at_any_time(fakes: list[FakeLlm]) -> None:
+def test_close_may_be_called_at_any_time_and_twice(fakes: list[FakeLlm]) -> None:
     check_that_close_may_come_twice_and_at_any_time(VllmEngine())
 
 
-def test_a_sequence_without_room_fails_alone(fakes: list[FakeLlm]) -> None:
+def test_a_sequence_without_kv_cache_space_fails_alone(fakes: list[FakeLlm]) -> None:
     check_that_a_sequence_without_room_fails_alone(VllmEngine())
 
 
-def test_the_folder_goes_even_if_the_engine_will_not(fakes: list[FakeLlm]) -> None:
+def test_the_folder_is_removed_even_if_the_engine_does_not_close(fakes: list[FakeLlm]) -> None:
     engine = VllmEngine()
     engine.load(spec())
     check_that_the_folder_goes_even_if_the_engine_will_not(engine, Path(fakes[0].arguments["model"]))

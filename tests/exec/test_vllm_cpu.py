@@ -89,7 +89,7 @@ def test_tokens_are_those_of_transformers(engine: VllmEngine, tmp_path: Path, fa
     assert stopped == expected[0][: expected[0].index(stop) + 1]
 
 
-def test_two_shards_give_the_tokens_of_the_whole(engine: VllmEngine, tmp_path: Path) -> None:
+def test_two_shards_give_the_tokens_of_one(engine: VllmEngine, tmp_path: Path) -> None:
     model = save_random("llama", tmp_path / "model")
     expected = [greedy(model, prompt, maximum) for prompt, maximum in zip(PROMPTS, LENGTHS, strict=True)]
     engine.load(
@@ -99,7 +99,7 @@ def test_two_shards_give_the_tokens_of_the_whole(engine: VllmEngine, tmp_path: P
     assert [[step[k] for step in steps if step[k] != -1] for k in range(len(PROMPTS))] == expected
 
 
-def test_it_also_runs_beside_the_main_thread_with_int8_weights(engine: VllmEngine) -> None:
+def test_it_runs_outside_the_main_thread_with_int8_weights(engine: VllmEngine) -> None:
     steps: list[Any] = []
 
     def run() -> None:
@@ -113,7 +113,7 @@ def test_it_also_runs_beside_the_main_thread_with_int8_weights(engine: VllmEngin
     assert all(0 <= token < 512 for token in steps[0])
 
 
-def test_want_of_memory_is_told_apart(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_recognized(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maveriq.exec.engines.vllm._BLOCK_TOKENS", 1 << 32)
     with pytest.raises(EngineError) as refused:
         engine.load(spec(devices=("cpu",)))
@@ -132,7 +132,7 @@ def test_want_of_memory_is_told_apart(engine: VllmEngine, monkeypatch: pytest.Mo
     ],
     ids=str,
 )
-def test_vllms_own_parser_and_checks_take_our_arguments(
+def test_the_parser_of_vllm_accepts_our_arguments(
     tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import EngineArgs

@@ -108,11 +108,11 @@ def transformers_model(name: str) -> Any:
 
 def greedy(model: Any, prompt: Sequence[int], tokens: int = OUTPUT_TOKENS) -> list[int]:
     """Return what a model of transformers says, without a cache or anything else of ours or theirs in between."""
-    said = list(prompt)
+    tokens = list(prompt)
     with torch.inference_mode():
         for _ in range(tokens):
-            said.append(int(model(torch.tensor([said]), use_cache=False).logits[0, -1].argmax()))
-    return said[len(prompt) :]
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
 
 
 @cache

@@ -50,7 +50,7 @@ def test_the_compiled_loop_agrees_with_plain_python(single_precision, data: st.D
 
 @given(st.data())
 @settings(max_examples=80, deadline=None)
-def test_what_is_served_is_served_within_its_slo(data: st.DataObject) -> None:
+def test_served_requests_meet_their_slo(data: st.DataObject) -> None:
     problem = data.draw(problems())
     placement = data.draw(placements(problem))
     stats = simulate(problem, placement)

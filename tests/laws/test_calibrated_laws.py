@@ -59,7 +59,7 @@ def test_latency_is_positive_and_so_is_the_first_token(question: dict) -> None:
 
 
 @given(questions(), st.sampled_from(["prompt_tokens", "output_tokens", "batch"]), st.integers(1, 500))
-def test_more_to_do_takes_longer(question: dict, what: str, more: int) -> None:
+def test_more_tokens_and_larger_batches_take_longer(question: dict, what: str, more: int) -> None:
     assert latency_s(live(), question | {what: question[what] + more}) > latency_s(live(), question)
 
 
@@ -91,7 +91,7 @@ def test_memory_grows_with_the_batch(question: dict, more: int) -> None:
     assert few < many
 
 
-def test_float16_is_slower_than_int8_is_slower_than_int4_where_weights_are_what_is_read() -> None:
+def test_fewer_weight_bytes_are_faster_when_weights_dominate() -> None:
     for name in MODELS:
         times = [
             live()
@@ -117,7 +117,7 @@ def test_two_all_reduces_cost_more_than_one() -> None:
         assert times[0] < times[1]
 
 
-def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
+def test_a_stage_across_sockets_takes_longer() -> None:
     llama, asked = load_model("llama-2-7b"), {"prompt_tokens": 30, "output_tokens": 20, "batch": 1}
     four = ParallelConfig(tp=4, pp=1, weights=WeightType.FLOAT16)
     together, across = (
@@ -134,7 +134,7 @@ def test_a_second_socket_costs_time_where_a_stage_needs_it() -> None:
 
 
 @given(questions(), st.integers(1, 7))
-def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict, co_located: int) -> None:
+def test_contention_delay_grows_with_co_located_engines(question: dict, co_located: int) -> None:
     model, alone = question["model"], ParallelConfig(tp=1, pp=1, weights=WeightType.INT4)
     waits_s = [live().contention_delay_s(model, alone, co_located=count) for count in (0, co_located, co_located + 1)]
     assert 0 == waits_s[0] < waits_s[1] < waits_s[2] < 0.1
@@ -143,7 +143,7 @@ def test_neighbours_cost_a_token_something_and_more_of_them_more(question: dict,
     assert live().contention_delay_s(model, several, co_located=co_located) == 0
 
 
-def test_a_benchmark_has_no_neighbours() -> None:
+def test_benchmarks_have_no_contention() -> None:
     alone = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4)
     assert live().shares_process(alone)
     assert not CalibratedEstimator.benchmarked(PROFILE).shares_process(alone)

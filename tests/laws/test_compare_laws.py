@@ -60,7 +60,7 @@ def test_swapping_two_runs_swaps_their_figures_and_flips_signs(run: RunRecord, o
 
 @few
 @given(runs(), st.sampled_from([0.5, 1.1, 2.0]))
-def test_latencies_by_a_factor_are_errors_of_that_factor(run: RunRecord, factor: float) -> None:
+def test_scaled_latencies_have_errors_of_that_factor(run: RunRecord, factor: float) -> None:
     found = compare(stretched(run, factor), run).overall
     names = ("mean", "p50", "p95", "p99", "queue-mean", "service-mean", "service-p95", "cost")
     for name in names:

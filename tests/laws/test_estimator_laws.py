@@ -76,14 +76,14 @@ def test_latency_grows_with_output_tokens(subject: Estimator) -> None:
         assert all(less < more for less, more in itertools.pairwise(latencies)), (model.name, cfg)
 
 
-def test_the_first_token_does_not_depend_on_how_many_follow(subject: Estimator) -> None:
+def test_ttft_does_not_depend_on_output_tokens(subject: Estimator) -> None:
     for model, cfg in answered(subject):
         endpoint = {"prompt_tokens": 10, "batch": 1}
         few, many = (subject.service(model, cfg, output_tokens=tokens, **endpoint) for tokens in (1, 500))
         assert few.first_token_s == pytest.approx(many.first_token_s, rel=1e-9)
 
 
-def test_memory_is_positive_and_every_gpu_more_takes_no_less(subject: Estimator) -> None:
+def test_memory_is_positive_and_does_not_shrink_with_more_gpus(subject: Estimator) -> None:
     memory = {(model.name, cfg): subject.memory(model, cfg) for model, cfg in answered(subject)}
     assert min(memory.values()) > 0
     for (name, cfg), held in memory.items():
@@ -104,14 +104,14 @@ def test_equal_questions_get_equal_answers_in_any_order(
     assert forward == backward
 
 
-def test_a_model_whose_heads_are_odd_has_no_tensor_parallelism(subject: Estimator) -> None:
+def test_a_model_with_an_odd_number_of_heads_has_no_tensor_parallelism(subject: Estimator) -> None:
     falcon = load_model("falcon-7b")
     degrees = {cfg.tp for model, cfg in answered(subject) if model == falcon}
     assert degrees == {1}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_a_greater_batch_takes_no_less(name: str, profile_for: Callable[[str, str], HardwareProfile]) -> None:
+def test_a_larger_batch_does_not_take_less(name: str, profile_for: Callable[[str, str], HardwareProfile]) -> None:
     subject = make_estimator(name, profile_for(name, "a6000-short"))
     rounding = 1 - 1e-12
     for model, cfg in answered(subject):
@@ -123,7 +123,7 @@ def test_a_greater_batch_takes_no_less(name: str, profile_for: Callable[[str, st
 
 
 @given(l11=seconds, l12=seconds, l21=seconds, l22=seconds, m1=gibs, m2=gibs, n1=degrees, o1=degrees)
-def test_the_constants_give_back_what_they_were_derived_from(
+def test_the_constants_reproduce_their_measurements(
     l11: float, l12: float, l21: float, l22: float, m1: float, m2: float, n1: int, o1: int
 ) -> None:
     """Four latencies and two memories determine six constants: nothing is lost."""

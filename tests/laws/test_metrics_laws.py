@@ -48,7 +48,7 @@ def test_percentiles_ascend(run):
 
 @few
 @given(runs())
-def test_attainment_over_scheduled_is_the_stricter(run):
+def test_attainment_over_scheduled_is_at_most_that_over_completed(run):
     with_slo = run.requests.slo_us > 0
     overall = summarise(run).overall
     if overall.slo is None:
@@ -73,7 +73,7 @@ def test_the_order_of_rows_changes_nothing(run, random):
 
 @few
 @given(runs())
-def test_what_is_written_reads_back(run):
+def test_run_folders_round_trip(run):
     with tempfile.TemporaryDirectory() as scratch:
         write_run(Path(scratch) / "run", run, {}, {})
         back = read_run(Path(scratch) / "run")

@@ -33,7 +33,7 @@ def assert_lawful(draw, load_at, bins):
 
 @given(trace=traces(), scale=SCALES, seed=SEEDS)
 @settings(deadline=None, max_examples=60)
-def test_published_draws_are_lawful(trace, scale, seed):
+def test_published_draws_obey_the_laws(trace, scale, seed):
     counts, load_at = trace
     draw = published_draw(counts, scale=scale, load_at=load_at, seed=seed)
     assert len(draw) == sum(int(count * scale) for count in counts.tolist())
@@ -47,7 +47,7 @@ def test_published_draws_are_lawful(trace, scale, seed):
 @pytest.mark.parametrize("stages", [staged_poisson, staged_poisson_as_published])
 @given(later=st.lists(st.integers(0, 59), max_size=5), scale=st.floats(0.02, 1.0), seed=SEEDS)
 @settings(deadline=None, max_examples=30)
-def test_poisson_draws_are_lawful(stages, later, scale, seed):
+def test_poisson_draws_obey_the_laws(stages, later, scale, seed):
     load_at = (0, *sorted(later))
     draw = stages(scale=scale, load_at=load_at, seed=seed)
     assert_lawful(draw, load_at, 60)

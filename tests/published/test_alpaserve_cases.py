@@ -80,8 +80,8 @@ def test_every_problem_file_gives_the_answer_of_the_original_code(
         off, score_off = abs(best.attainment - expected["attainment"]), abs(best.score - expected["score"])
         same = cut(expected["groups"]) == cut_of(solution)
         candidates_off = [
-            max(abs(found.attainment - said["attainment"]), abs(found.score - said["score"]))
-            for found, said in zip(solution.candidates, expected["candidates"], strict=True)
+            max(abs(found.attainment - published["attainment"]), abs(found.score - published["score"]))
+            for found, published in zip(solution.candidates, expected["candidates"], strict=True)
         ]
         lines.append(
             f"{path.stem:46} {'same' if same else 'DIFFER':7} {best.attainment:11.6f} {off:8.1e} {score_off:10.1e} "
@@ -107,9 +107,9 @@ def test_every_published_placement_comes_out(measured_data: Path, capsys: pytest
             (group["tp"], group["pp"], tuple(group["model_indices"])) for group in entry.get("groups") or []
         )
         agrees = solution.feasible == entry["feasible"] and found == wanted
-        told = ", ".join(f"({tp},{pp}) x {len(models)} models" for tp, pp, models in found) or "infeasible"
+        described = ", ".join(f"({tp},{pp}) x {len(models)} models" for tp, pp, models in found) or "infeasible"
         lines.append(
-            f"{entry['policy']:11} {case[0]:10} {case[1]:13} {case[2]:5} {case[3]:4}  {told[:36]:36} "
+            f"{entry['policy']:11} {case[0]:10} {case[1]:13} {case[2]:5} {case[3]:4}  {described[:36]:36} "
             f"{'yes' if agrees else 'NO'}"
         )
         if not agrees:
@@ -122,7 +122,7 @@ def test_every_published_placement_comes_out(measured_data: Path, capsys: pytest
 
 @pytest.mark.parametrize("rule", [StarRule.B, StarRule.C, StarRule.F])
 def test_three_rules_meet_the_published_placements_of_alpaserve_star(rule: StarRule) -> None:
-    """They cannot be told apart by what was published; the rule A can, by the regular set."""
+    """The published placements cannot distinguish them; the regular set distinguishes rule A."""
     how = SearchSettings(policy=PlacementPolicy.ALPASERVE_STAR, max_tp=8, star_rule=rule)
     large, regular, twentyone = (
         search(published_problem(*case), how)
@@ -144,7 +144,7 @@ def test_rule_a_differs_on_the_regular_set() -> None:
 
 
 @pytest.mark.parametrize("model_set", ["large", "regular"])
-def test_with_names_repaired_nothing_is_missed(model_set: str) -> None:
+def test_with_repaired_names_every_slo_is_met(model_set: str) -> None:
     """The naming defect, not the search, made AlpaServe drop models of these sets."""
     solution = search(published_problem(model_set, "code", 0.1, 5.0, name_offset=0), SearchSettings(max_tp=8))
     assert solution.best.attainment == 1

@@ -65,12 +65,12 @@ def test_every_case_has_a_row(committed: list[Outcome]) -> None:
     ],
     ids=lambda case: f"{case.model_set}-{case.variant.name}",
 )
-def test_a_row_is_what_the_code_gives(case: Case) -> None:
+def test_simulating_a_case_gives_its_row(case: Case) -> None:
     _, row = to_csv([outcome_of(case)]).splitlines()
     assert row in (RESULTS / "comparison.csv").read_text(encoding="utf-8").splitlines(), STALE
 
 
-def test_a_recorded_scenario_is_what_the_code_gives() -> None:
+def test_simulating_a_recorded_scenario_gives_its_row() -> None:
     recorded = read_recorded(ROOT / "experiments/published/results/queue_model.csv", RESULTS / "recorded_slo.csv")
     case = next(run.case() for run in recorded if run.run == "AlpaServe_large_None_code_0.1_slo5")
     _, row = to_csv([outcome_of(case)]).splitlines()
@@ -95,11 +95,11 @@ def test_the_page_shows_the_committed_results() -> None:
 
 
 def test_a_page_with_an_unknown_marker_is_refused() -> None:
-    with pytest.raises(InputError, match="no table 'nobody'"):
-        filled("<!-- table: nobody -->\n<!-- end of table -->", page_grids(RESULTS))
+    with pytest.raises(InputError, match="no table 'unknown'"):
+        filled("<!-- table: unknown -->\n<!-- end of table -->", page_grids(RESULTS))
 
 
-def test_repaired_nothing_is_dropped_and_every_slo_expected(committed: list[Outcome]) -> None:
+def test_repaired_search_drops_no_model_and_expects_every_slo(committed: list[Outcome]) -> None:
     for outcome in of(committed, REPAIRED).values():
         assert (outcome.refused, outcome.expected_met) == (0, 1.0)
         assert "none" not in outcome.placement
@@ -132,7 +132,7 @@ def test_as_published_the_search_expects_the_share_not_addressed_to_the_last_mod
             assert outcome.expected_met == pytest.approx(np.mean(forecast.model_index >= 0), abs=1e-6)
 
 
-def test_repaired_everything_is_placed_on_large_as_alpaserve_star_was_recorded(committed: list[Outcome]) -> None:
+def test_repaired_placements_on_large_equal_those_of_alpaserve_star(committed: list[Outcome]) -> None:
     """So that the recordings of AlpaServe* stand for the repaired baseline."""
     star = of(committed, "AlpaServe* (published table)")
     repaired = {where: outcome for where, outcome in of(committed, REPAIRED).items() if where[0] == "large"}
@@ -140,7 +140,7 @@ def test_repaired_everything_is_placed_on_large_as_alpaserve_star_was_recorded(c
     assert all("4x2" in repaired["large", trace, 0.1, 5.0].placement for trace in ("code", "conversation"))
 
 
-def test_a_defect_is_never_worse_over_completed_requests(committed: list[Outcome]) -> None:
+def test_the_defect_never_lowers_attainment_over_completed_requests(committed: list[Outcome]) -> None:
     """What the page says of the metric: better in 7 and 24 of 24 runs, never worse."""
     repaired = of(committed, REPAIRED)
     better = dict.fromkeys(DISTINGUISHABLE, 0)
@@ -158,7 +158,7 @@ def test_a_defect_is_never_worse_over_completed_requests(committed: list[Outcome
         ('[[policies]]\nname = "x"\nfloat16 = true', "float16"),
     ],
 )
-def test_a_comparison_that_is_wrong_is_refused(tmp_path: Path, text: str, fault: str) -> None:
+def test_an_invalid_comparison_is_refused(tmp_path: Path, text: str, fault: str) -> None:
     lists = {
         "model_sets": '["large"]', "traces": '["code"]', "scales": "[0.1]", "slo_scales": "[5.0]",
         "policies": '[{name = "MaverIQ"}]',

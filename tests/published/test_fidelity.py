@@ -42,7 +42,7 @@ def achieved_as_committed(run: str) -> list[AchievedRow]:
 
 @pytest.mark.heavy
 @pytest.mark.data
-def test_runs_come_out_as_committed(measured_data: Path) -> None:
+def test_runs_equal_the_committed_results(measured_data: Path) -> None:
     committed = read_tables(HERE / "results")
     found = list(blind_results(measured_data, PLAN, names=AGAIN))
     runs = {run.name: run for run in read_runs(find_testbed(measured_data))}
@@ -65,7 +65,7 @@ def test_every_recorded_run_has_a_row(measured_data: Path) -> None:
     ]
 
 
-def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
+def test_runs_outside_the_fit_can_be_simulated() -> None:
     profile = load_profile(PROFILE)
     default = CalibratedEstimator.serving(profile)
     model, configuration = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
@@ -78,7 +78,7 @@ def test_runs_that_no_fit_ever_saw_can_be_judged() -> None:
     assert service_s(unseen(AGAIN[0], profile)) != service_s(default)
 
 
-def test_one_run_alone_makes_a_page_too(tmp_path: Path) -> None:
+def test_one_run_is_enough_for_a_page(tmp_path: Path) -> None:
     every = read_tables(HERE / "results")
     row = next(row for row in every.runs if row.slo_error is None)  # judged by no SLO
     services = [service for service in every.services if service.run == row.run]
@@ -90,7 +90,7 @@ def test_one_run_alone_makes_a_page_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_the_grid_comes_out_as_committed() -> None:
+def test_the_grid_equals_the_committed_results() -> None:
     load = Load(model_set="large", trace="code", scale=0.1)
     cases = [
         case
@@ -118,7 +118,7 @@ def test_every_run_has_its_picture() -> None:
         assert (HERE / "results" / PICTURES / f"{row.run}.png").is_file(), STALE
 
 
-def test_bars_are_held_against_what_a_run_allows() -> None:
+def test_bars_depend_on_the_run() -> None:
     rows = read_tables(HERE / "results").runs
     for row in rows:
         busy = row.busiest_percent >= 85
@@ -133,7 +133,7 @@ def test_bars_are_held_against_what_a_run_allows() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.data
-def test_recorded_placements_are_chance_but_not_out_of_reach(measured_data: Path) -> None:
+def test_recorded_placements_vary_over_draws_but_are_reachable(measured_data: Path) -> None:
     in_step, *out_of_step = placement_rows(measured_data, load_profile(PROFILE), draws=20)
     assert in_step.always + in_step.never == in_step.deployments == 61
     for row in out_of_step:

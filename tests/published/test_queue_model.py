@@ -15,7 +15,7 @@ DATA = measured_data_path()
 RUNS = [run.name for run in read_runs(DATA / "testbed")] if DATA else []
 
 
-def test_every_recorded_run_is_replayed_whole(replayed: Mapping[str, QueueErrors]) -> None:
+def test_every_recorded_run_is_replayed_completely(replayed: Mapping[str, QueueErrors]) -> None:
     assert list(replayed) == RUNS
     assert len(replayed) == 22
     assert sum(errors.requests for errors in replayed.values()) == 60_862

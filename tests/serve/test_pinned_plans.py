@@ -90,7 +90,7 @@ def test_plans_of_another_model_or_batch_size_are_ignored(endpoint: EndpointSpec
     assert decision == OneGpu().decide(endpoint, view(empty()))
 
 
-def test_place_by_name_and_forget() -> None:
+def test_placement_rules_by_name() -> None:
     policy = placements()
     policy.place_by(5, "last")
     assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())

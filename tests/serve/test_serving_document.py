@@ -12,7 +12,7 @@ from maveriq.cli.console_commands import USAGE
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
-def test_every_route_is_there(server: Running) -> None:
+def test_every_route_is_listed(server: Running) -> None:
     with server.client() as http:
         paths = http.get("/openapi.json").json()["paths"]
     for path in paths:
@@ -20,11 +20,11 @@ def test_every_route_is_there(server: Running) -> None:
 
 
 @pytest.mark.parametrize("usage", USAGE.values())
-def test_every_command_is_there(usage: str) -> None:
+def test_every_command_is_listed(usage: str) -> None:
     assert usage in TEXT.partition("## The console")[2]
 
 
-def test_every_metric_is_there_and_no_other(server: Running, client: openai.OpenAI) -> None:
+def test_exactly_the_existing_metrics_are_listed(server: Running, client: openai.OpenAI) -> None:
     client.completions.create(model="llama-2-7b", prompt="a", max_tokens=2, extra_body={"slo_ms": 1000})
     with server.client() as http:
         http.get("/nowhere")

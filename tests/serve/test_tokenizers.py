@@ -56,7 +56,7 @@ def test_stop_strings_in_pieces_equal_those_in_the_whole_text(pieces: list[str],
 
 
 @given(PIECES, STOPS)
-def test_stop_strings_hold_back_only_what_they_must(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings_hold_back_only_possible_matches(pieces: list[str], stops: list[str]) -> None:
     scanner, seen, shown = StopStrings(stops), "", ""
     for piece in pieces:
         seen += piece

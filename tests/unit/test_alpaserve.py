@@ -49,7 +49,7 @@ def test_candidates_of_eight_gpus_are_the_ten_of_the_published_search() -> None:
     assert len(list(candidate_shapes(64, 8, max_pp=8, max_tp=8))) == 16
 
 
-def test_what_is_left_over_becomes_pipelines_and_groups_keep_to_nodes() -> None:
+def test_remaining_gpus_become_pipelines_and_groups_stay_within_nodes() -> None:
     assert list(candidate_shapes(7, 8, max_pp=1, max_tp=4))[-1] == (
         GroupShape(4, 1),
         GroupShape(1, 1),
@@ -71,7 +71,7 @@ def test_normal_form_sorts_models_then_groups_and_keeps_equal_groups_in_order() 
     [(Group(ONE, (0, 0)),), (Group(ONE, (0, 1)),), (Group(ONE, ()), Group(PIPE2, ()))],
     ids=["a model twice", "too much memory", "too many GPUs"],
 )
-def test_verify_refuses_what_breaks_a_law(broken) -> None:
+def test_verify_refuses_invalid_placements(broken) -> None:
     small = problem([profile(size_gib=1.5)] * 2, [(0, 0, 1)], gpus=2, memory_gib=2)
     with pytest.raises(InvariantError):
         verify(broken, small)
@@ -97,7 +97,7 @@ def test_penalty_and_overhead_are_the_published_ones() -> None:
     assert simulate(case, (Group(PIPE2, (0,)),)).finish_s.tolist() == pytest.approx(stats.finish_s.tolist(), rel=1e-6)
 
 
-def test_float32_decides_about_a_request_on_its_deadline() -> None:
+def test_float32_decides_for_a_request_at_its_deadline() -> None:
     """0.1 rounds up in float32 as a stage time and as an SLO, but the clock starts at a float64 time."""
     case = problem([profile(0.7)], [(0, 0, math.nextafter(0.7, 0))])
     rounded = replace(EXACT, single_precision=True)
@@ -131,18 +131,18 @@ def test_greedy_fills_memory_up_to_the_last_byte_and_beam_stops_short_of_it() ->
     assert beam_search(PlacementSimulator(case), (ONE,)) == (Group(ONE, (0,)),)
 
 
-def test_greedy_replicates_one_model_while_another_has_no_place() -> None:
+def test_greedy_replicates_a_model_while_another_is_not_placed() -> None:
     """The defect that AlpaServe* is about: nothing forces coverage."""
     case = problem([profile(), profile(size_gib=5)], [(0, 0, 1), (0, 1, 1)], gpus=2, memory_gib=4)
     assert [group.models for group in fast_greedy(PlacementSimulator(case), (ONE, ONE))] == [(0,), (0,)]
 
 
-def test_beam_returns_the_empty_placement_where_nothing_fits() -> None:
+def test_beam_returns_the_empty_placement_if_nothing_fits() -> None:
     case = problem([profile(size_gib=9)], [(0, 0, 1)])
     assert beam_search(PlacementSimulator(case), (ONE,)) == (Group(ONE),)
 
 
-def test_beam_finds_what_greedy_misses() -> None:
+def test_beam_finds_a_placement_that_greedy_misses() -> None:
     """Greedy gives the only room to the busiest model, whose requests no placement can serve."""
     requests = [(0.1 * k, 0, 0.01) for k in range(5)] + [(1, 1, 1.0)]
     case = problem([profile(1.0), profile(0.1)], requests, memory_gib=2.5)
@@ -174,7 +174,7 @@ def test_star_rules(rule, hosted, answer) -> None:
     assert qualifies(rule, tuple(Group(ONE, models) for models in hosted), 2) is answer
 
 
-def test_star_says_why_it_is_infeasible() -> None:
+def test_star_gives_the_reason_of_infeasibility() -> None:
     case = problem([profile(size_gib=3)] * 2, [(0, 0, 1)], gpus=1, memory_gib=4)
     solution = search(case, SearchSettings(policy=PlacementPolicy.ALPASERVE_STAR))
     assert not solution.feasible
@@ -182,7 +182,7 @@ def test_star_says_why_it_is_infeasible() -> None:
     assert len(solution.candidates) == 1
 
 
-def test_models_share_a_bucket_with_those_that_take_about_as_long_as_its_first() -> None:
+def test_a_bucket_contains_models_with_latencies_near_its_first() -> None:
     case = problem([profile(latency) for latency in (1.0, 1.3, 0.5, 1.7, 0.6)], [(0, 0, 1)])
     assert bucket_models(case) == [(0, 1), (2, 4), (3,)]
 
@@ -197,7 +197,7 @@ def test_splits_of_gpus_follow_the_load() -> None:
     assert all(sum(split) == 16 and min(split) >= 1 for split in splits)
 
 
-def test_a_bucket_alone_takes_the_requests_to_others_for_unknown() -> None:
+def test_a_bucket_marks_requests_of_other_models_as_unknown() -> None:
     case = problem([profile()] * 3, [(0, 0, 1), (1, 1, 1), (2, 2, 1), (3, -1, 1)], gpus=4)
     part = sub_problem(case, (0, 2), 2)
     assert part.demand.model_index.tolist() == [0, -1, 1, -1]
@@ -226,17 +226,17 @@ def _only_single(of: ModelProfile) -> ModelProfile:
         ([profile(shapes=[PIPE2])], [1.0], "'m0' has none"),
     ],
 )
-def test_bucketing_says_what_it_lacks(profiles, rates, words) -> None:
+def test_bucketing_names_missing_shapes(profiles, rates, words) -> None:
     with pytest.raises(InputError, match=words):
         search(problem(profiles, [(0, 0, 1)], gpus=2, rates=rates), SearchSettings(bucket=True))
 
 
 def test_progress_counts_candidates_and_simulations() -> None:
-    told: list[SearchProgress] = []
+    reports: list[SearchProgress] = []
     case = problem([profile()] * 2, [(0, 0, 1), (1, 1, 1)], gpus=4)
-    search(case, progress=told.append)
-    assert told[-1].candidates == told[-1].candidates_done == 6
-    assert told[-1].requests == 2 * told[-1].simulations > 0
+    search(case, progress=reports.append)
+    assert reports[-1].candidates == reports[-1].candidates_done == 6
+    assert reports[-1].requests == 2 * reports[-1].simulations > 0
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_progress_counts_candidates_and_simulations() -> None:
         ({"policy": PlacementPolicy.ROUND_ROBIN, "bucket": True}, "bucket applies to alpaserve"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, words) -> None:
+def test_invalid_settings_are_refused(settings, words) -> None:
     with pytest.raises(InputError, match=words):
         SearchSettings(**settings)
 
@@ -267,7 +267,7 @@ def test_groups_must_divide_the_cluster() -> None:
         ([(0, 1, 1)], "between -1 and 0"),
     ],
 )
-def test_forecasts_that_cannot_be_are_refused(requests, words) -> None:
+def test_invalid_forecasts_are_refused(requests, words) -> None:
     with pytest.raises(InputError, match=words):
         demand(requests, 1)
 
@@ -288,7 +288,7 @@ def test_a_cluster_becomes_a_problem() -> None:
         problem_for_cluster(forecast, equal, [profile()] * 2)
 
 
-def test_arrays_that_are_read_only_serve_too() -> None:
+def test_read_only_arrays_are_accepted() -> None:
     case = problem([profile()], [(0, 0, 1)])
     for column in (case.demand.arrival_s, case.demand.model_index, case.demand.slo_s):
         column.flags.writeable = False

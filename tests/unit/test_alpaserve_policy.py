@@ -31,7 +31,7 @@ def groups_of(run: RunRecord) -> dict[tuple[int, ...], tuple[int, int, list[int]
     return groups
 
 
-def test_as_published_deploys_the_published_placement_and_refuses_who_is_left_out() -> None:
+def test_as_published_deploys_the_published_placement_and_refuses_other_models() -> None:
     """large, code 0.1, SLO 5: two groups of TP 4, without llama-2-70b (published_placements.json)."""
     scenario = built(alpaserve_as_published=True)
     run = simulate(scenario)
@@ -44,7 +44,7 @@ def test_as_published_deploys_the_published_placement_and_refuses_who_is_left_ou
     assert any("as published" in note and "defect" in note for note in scenario.notes)
 
 
-def test_repaired_keeps_every_model_and_says_nothing_of_a_defect() -> None:
+def test_repaired_keeps_every_model_without_a_notice() -> None:
     scenario = built(alpaserve_profile="published")
     run = simulate(scenario)
     assert groups_of(run) == {tuple(range(8)): (4, 2, [1, 2, 3, 4])}
@@ -52,7 +52,7 @@ def test_repaired_keeps_every_model_and_says_nothing_of_a_defect() -> None:
     assert not any("defect" in note for note in scenario.notes)
 
 
-def test_the_star_keeps_every_model_or_none() -> None:
+def test_alpaserve_star_deploys_every_model_or_none() -> None:
     keeps = groups_of(simulate(built("alpaserve-star", alpaserve_profile="published")))
     assert keeps == {tuple(range(8)): (4, 2, [1, 2, 3, 4])}
     run = simulate(built("alpaserve-star", models="twentyone", trace="conversation"))
@@ -77,7 +77,7 @@ def test_memory_is_of_the_whole_batch() -> None:
     assert per_gpu == sorted(set(per_gpu))  # more with the batch, where the shape is the same
 
 
-def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
+def test_the_policy_uses_the_forecast_of_its_own_run() -> None:
     """Another seed is another demand: the policy was told the requests of its own run, no others."""
     run, other = built(seed=1), built(seed=2)
     assert len(run.workload.arrivals) == len(other.workload.arrivals)
@@ -96,12 +96,12 @@ def test_a_perfect_forecast_is_the_only_look_ahead() -> None:
         ({"router": "random"}, UnknownNameError, "unknown router 'random'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict, error: type, message: str) -> None:
+def test_contradictory_options_are_refused(options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         built(**options)
 
 
-def test_the_summary_says_that_a_run_is_as_published(tmp_path, monkeypatch, capsys) -> None:
+def test_the_summary_names_the_published_variant(tmp_path, monkeypatch, capsys) -> None:
     arguments = ["sim", "--policy", "alpaserve", "--alpaserve-as-published", "--scale", "0.05", "--json"]
     monkeypatch.setattr("sys.argv", ["maveriq", *arguments, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:

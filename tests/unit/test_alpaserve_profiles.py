@@ -34,7 +34,7 @@ def test_stages_share_latency_and_memory_by_their_layers() -> None:
     assert profile.shapes[GroupShape(2, 1)].stage_weight_bytes == (400,)
 
 
-def test_what_the_estimator_cannot_say_is_missing() -> None:
+def test_shapes_without_estimates_are_missing() -> None:
     [profile] = profiles_from_estimator([MODEL], Refusing(), gpus=8, prompt_tokens=1, output_tokens=1)
     stages = {tp: [pp for pp in range(1, 9) if (tp, pp) in profile.shapes] for tp in (1, 2, 4, 8)}
     assert stages == {1: [1, 2, 3, 4, 5, 6, 7, 8], 2: [1, 3, 4], 4: [1, 2], 8: []}

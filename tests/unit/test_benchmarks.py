@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("world", ["one", "four"])
-def test_a_large_run_in_small(world: str) -> None:
+def test_a_small_large_run(world: str) -> None:
     command = [sys.executable, str(BENCHMARKS / "large_run.py"), world, "500"]
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     assert set(figures) == {"simulate_us", "bare_events", "files_us", "memory_kib"}
@@ -19,7 +19,7 @@ def test_a_large_run_in_small(world: str) -> None:
     assert all(value > 0 for name, value in figures.items() if name != "memory_kib")
 
 
-def test_the_overhead_of_the_executor_in_small() -> None:
+def test_the_executor_overhead_with_few_requests() -> None:
     command = [sys.executable, str(BENCHMARKS / "executor.py"), "--seconds", "0.2", "--engines", "2"]
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     assert figures["requests"] == 40

@@ -58,7 +58,7 @@ def row(truth: Calibration, model: ModelSpec, asked: ParallelConfig, outputs: in
 
 def rows(truth: Calibration, *, noise: float = 0.01, models: tuple[str, ...] = MODELS) -> list[str]:
     """Fingerprints and whole models, with prompts of two lengths."""
-    chance, found = generator(7, "noise of measurements"), []
+    draw, found = generator(7, "noise of measurements"), []
     for name in models:
         model = load_model(name)
         for weights in (WeightType.FLOAT16, WeightType.INT8):
@@ -69,7 +69,7 @@ def rows(truth: Calibration, *, noise: float = 0.01, models: tuple[str, ...] = M
                     found += [row(truth, model, asked, outputs, prompt, 1.0) for model in of for outputs in (10, 20)]
                     for batch in (1, 8):
                         for outputs in (20, 200):
-                            spread = 1 + noise * chance.uniform(-1, 1)
+                            spread = 1 + noise * draw.uniform(-1, 1)
                             found.append(row(truth, model, replace(asked, batch_size=batch), outputs, prompt, spread))
     return found
 
@@ -85,7 +85,7 @@ def run_fit(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
-def test_a_table_of_another_gpu_gives_back_its_law(tmp_path: Path) -> None:
+def test_a_fit_recovers_the_roofline_of_another_gpu(tmp_path: Path) -> None:
     table, out = write(tmp_path / "mine.csv", rows(other_gpu())), tmp_path / "out"
     out.mkdir()
     ended = run_fit(str(table), "--out", str(out), "--json")
@@ -102,7 +102,7 @@ def test_a_table_of_another_gpu_gives_back_its_law(tmp_path: Path) -> None:
     assert {weights for weights, _ in read_exponents(out / "exponents.csv")} == {WeightType.FLOAT16, WeightType.INT8}
 
 
-def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path: Path) -> None:
+def test_tables_with_prompt_lengths_may_have_any_name(tmp_path: Path) -> None:
     lines = rows(other_gpu(), models=MODELS[:2])
     write(tmp_path / "a.csv", lines[::2])
     write(tmp_path / "b.csv", lines[1::2])
@@ -115,7 +115,7 @@ def test_tables_in_a_folder_may_have_any_name_if_they_say_their_prompts(tmp_path
 
 
 @pytest.mark.heavy
-def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) -> None:
+def test_variants_are_left_out_with_their_base_model(tmp_path: Path) -> None:
     lines = rows(other_gpu(), models=MODELS[:2])
     pruned = [line.replace("llama-2-7b,", "llama-2-7b-wanda,") for line in lines if line.startswith("llama-2-7b,")]
     samples = read_samples(write(tmp_path / "t.csv", [*lines, *pruned]))
@@ -139,7 +139,7 @@ def test_variants_are_left_out_with_the_model_they_were_made_of(tmp_path: Path) 
     assert by_model["llama-2-7b-wanda"] == by_model["llama-2-7b"]
 
 
-def test_prompts_can_be_said_for_a_table_that_does_not_say_them(tmp_path: Path) -> None:
+def test_prompt_tokens_can_be_given_for_a_table_without_them(tmp_path: Path) -> None:
     lines = [line.rpartition(",")[0] for line in rows(other_gpu()) if line.endswith(",64")]
     table = write(tmp_path / "t.csv", lines, ",".join(COLUMNS))
     assert {sample.prompt_tokens for sample in read_samples(table, prompt_tokens=64)} == {64}
@@ -157,13 +157,13 @@ def test_prompts_can_be_said_for_a_table_that_does_not_say_them(tmp_path: Path) 
         ("gptj-6b,1", "gptj-6b,16", "a calibration knows TP 1, 2, 4 and 8 only"),
     ],
 )
-def test_rows_that_no_fit_can_use_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_unusable_rows_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
     table = write(tmp_path / "t.csv", [line.replace(old, new) for line in rows(other_gpu())])
     with pytest.raises(InputError, match=message):
         read_samples(table)
 
 
-def test_a_model_of_ones_own_has_its_configuration_beside_the_table(tmp_path: Path) -> None:
+def test_a_custom_model_has_its_config_next_to_the_table(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text(
         '{"model_type": "llama", "num_hidden_layers": 28, "hidden_size": 4096, "num_attention_heads": 16,'
@@ -178,7 +178,7 @@ def test_a_model_of_ones_own_has_its_configuration_beside_the_table(tmp_path: Pa
     assert {(model.name, model.layers, model.feed_forward_matrices) for model in mine} == {("mine", 28, 3)}
 
 
-def test_without_fingerprints_latency_is_fitted_and_memory_is_not(tmp_path: Path) -> None:
+def test_without_fingerprints_only_latency_is_fitted(tmp_path: Path) -> None:
     whole = [line for line in rows(other_gpu()) if line.split(",")[3] in ("32", "16 16", "28", "14 14")]
     ended = run_fit(str(write(tmp_path / "t.csv", whole)), "--json")
     assert ended.exit_code == 0, ended.output
@@ -188,14 +188,14 @@ def test_without_fingerprints_latency_is_fitted_and_memory_is_not(tmp_path: Path
     assert "memory" not in run_fit(str(tmp_path / "t.csv")).stdout
 
 
-def test_one_model_alone_cannot_be_judged(tmp_path: Path) -> None:
+def test_one_model_cannot_be_cross_validated(tmp_path: Path) -> None:
     whole = [line for line in rows(other_gpu(), models=MODELS[:1]) if line.split(",")[3] in ("32", "16 16")]
     ended = run_fit(str(write(tmp_path / "t.csv", whole)))
     assert isinstance(ended.exception, InputError)
     assert "llama-2-7b is the only model measured" in str(ended.exception)
 
 
-def test_exponents_of_an_imagined_gpu_are_found(tmp_path: Path) -> None:
+def test_a_fit_recovers_the_exponents_of_a_made_up_gpu(tmp_path: Path) -> None:
     """Whole models take exactly what the paper's formula says, under exponents unlike those of the A6000."""
     truth = Exponents(a=0.3, b=0.9, c=0.4, d=0.7)
     samples = read_samples(write(tmp_path / "t.csv", rows(other_gpu(), noise=0)))

@@ -70,7 +70,7 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
     return truth, engines
 
 
-def test_figures_of_a_live_system_are_found_and_judged_with_runs_left_out() -> None:
+def test_online_figures_are_recovered_and_cross_validated() -> None:
     truth, recorded = live()
     benchmark = msgspec.structs.replace(truth, online=None)
     online, without = cross_fit_online(as_benchmarked, benchmark, recorded, gpus_per_socket=2)
@@ -88,7 +88,7 @@ def with_contention(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngi
     return replace(engine, busy_shares=always, service_s=longer * engine.service_s)
 
 
-def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> None:
+def test_runs_without_tensor_parallelism_are_cross_validated(tmp_path: Path) -> None:
     truth, recorded = live()
     single_gpu = [engine for engine in recorded if engine.configuration.tp == 1]
     _, without = cross_fit_online(as_benchmarked, msgspec.structs.replace(truth, online=None), single_gpu, 2)
@@ -97,7 +97,7 @@ def test_runs_without_tensor_parallelism_are_left_out_too(tmp_path: Path) -> Non
     assert read_online(tmp_path / "served.csv") == without
 
 
-def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() -> None:
+def test_contended_runs_determine_only_the_contention() -> None:
     truth, recorded = live()
     benchmark = msgspec.structs.replace(truth, online=None)
     single_gpu = [engine for engine in recorded if engine.configuration.tp == 1]
@@ -114,7 +114,7 @@ def test_runs_full_of_neighbours_tell_what_these_cost_but_not_what_is_alone() ->
         cross_fit_online(as_benchmarked, benchmark, [with_contention(engine) for engine in single_gpu], 2)
 
 
-def test_a_run_folder_tells_what_it_served() -> None:
+def test_engines_of_a_run_folder() -> None:
     record = simulate(build_system(Options(scale=0.05)))
     found = engines_of("mine", record)
     assert [engine.model.name for engine in found] == ["llama-2-70b", "falcon-40b", "llama-2-7b", "falcon-40b"]

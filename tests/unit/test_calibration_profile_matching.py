@@ -51,14 +51,14 @@ def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batc
 @pytest.mark.parametrize("name", ["calibrated", "paper"])
 @pytest.mark.parametrize("profile", ["a6000-short", "a6000-long"])
 @pytest.mark.parametrize("noise", [1.0, 1.05])
-def test_latencies_tell_the_prompts(profile: str, name: str, noise: float) -> None:
+def test_latencies_identify_the_prompt_length(profile: str, name: str, noise: float) -> None:
     matched = match(imagined(profile, name=name, noise=noise), make(name))
     assert [matched_input.profile.name for matched_input in matched.inputs] == [profile]
     assert matched.why.startswith(f"off in latency by {100 * (noise - 1):.1f} % with {profile}, ")
     assert {trial.profile: trial.rows for trial in matched.trials} == {"a6000-short": 9, "a6000-long": 9}
 
 
-def test_rows_that_one_profile_alone_answers_do_not_count() -> None:
+def test_rows_covered_by_one_profile_do_not_count() -> None:
     """The paper's estimator answers batches with one of the profiles only, where it is far off."""
     long = imagined("a6000-long", name="paper")
     batches = [replace(row, configuration=replace(row.configuration, batch_size=64)) for row in long]
@@ -67,14 +67,14 @@ def test_rows_that_one_profile_alone_answers_do_not_count() -> None:
     assert {trial.rows for trial in matched.trials} == {9}
 
 
-def test_where_no_row_has_two_answers_who_answers_is_taken() -> None:
+def test_the_only_covering_profile_is_chosen() -> None:
     batches = imagined("a6000-short", name="paper", batch=8)
     matched = match(batches, make("paper"))
     assert matched.inputs[0].profile.name == "a6000-short"
     assert [trial.median for trial in matched.trials][1] is None
 
 
-def test_where_no_row_has_an_answer_it_is_the_default() -> None:
+def test_without_a_covering_profile_the_default_is_chosen() -> None:
     strangers = [replace(row, model_name="stranger") for row in imagined("a6000-long")]
     matched = match(strangers, make("calibrated"))
     assert (matched.inputs[0].profile.name, matched.why) == ("a6000-short", "no row tells the profiles apart")
@@ -83,14 +83,14 @@ def test_where_no_row_has_an_answer_it_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("tokens", "profile"), [(1, "a6000-short"), (95, "a6000-short"), (97, "a6000-long"), (4000, "a6000-long")]
 )
-def test_said_prompts_take_the_nearest_profile(tokens: int, profile: str) -> None:
+def test_given_prompt_tokens_choose_the_nearest_profile(tokens: int, profile: str) -> None:
     matched = match(imagined("a6000-short"), make("calibrated"), prompt_tokens=tokens)
     assert [matched_input.profile.name for matched_input in matched.inputs] == [profile]
     assert matched.inputs[0].subject.prompt_tokens == tokens
     assert matched.trials == ()
 
 
-def test_prompts_of_the_rows_take_a_profile_for_each() -> None:
+def test_prompt_tokens_of_rows_choose_a_profile_each() -> None:
     short, long = imagined("a6000-short")[0], imagined("a6000-long")[0]
     rows = [replace(short, prompt_tokens=12), replace(long, prompt_tokens=900)]
     matched = match(rows, make("calibrated"))
@@ -100,7 +100,7 @@ def test_prompts_of_the_rows_take_a_profile_for_each() -> None:
         match(rows, make("calibrated"), prompt_tokens=10)
 
 
-def test_a_said_profile_is_taken_whatever_the_rows_say() -> None:
+def test_a_given_profile_is_used_for_all_rows() -> None:
     matched = match(imagined("a6000-long"), make("calibrated"), profile="a6000-short", prompt_tokens=900)
     assert (matched.inputs[0].profile.name, matched.inputs[0].subject.prompt_tokens) == ("a6000-short", 900)
 
@@ -138,7 +138,7 @@ def test_a_measured_table_needs_no_option(
     )  # fmt: skip
 
 
-def test_a_column_of_prompts_is_taken_and_said(tmp_path: Path) -> None:
+def test_a_column_of_prompt_tokens_is_used_and_reported(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("\n".join([",".join([*COLUMNS, "prompt_tokens"]), f"{ROW},10", f"{ROW},923"]) + "\n")
     read = json.loads(run_fit("--evaluate", str(table), "--json"))
@@ -148,7 +148,7 @@ def test_a_column_of_prompts_is_taken_and_said(tmp_path: Path) -> None:
     assert "profile: its prompts are the nearest; --profile takes another" in shown
 
 
-def test_what_was_found_out_is_said(tmp_path: Path) -> None:
+def test_the_matched_profile_is_reported(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("\n".join([",".join(COLUMNS), ROW]) + "\n")
     shown = run_fit("--evaluate", str(table))

@@ -27,7 +27,7 @@ def shifted(run: RunRecord, **columns: np.ndarray) -> RunRecord:
     return replace(run, requests=replace(run.requests, **columns))
 
 
-def test_figures_of_a_small_pair() -> None:
+def test_figures_of_a_small_pair_of_runs() -> None:
     found = compare(served(2, 4, 6, slo_s=5), served(2, 2, 2, slo_s=5)).overall
     assert found.differences["mean"].sim == pytest.approx(4)
     assert found.differences["mean"].error == pytest.approx(100)
@@ -39,18 +39,18 @@ def test_figures_of_a_small_pair() -> None:
     assert found.request_error == pytest.approx(100)  # of 0, 100 and 200 %
 
 
-def test_what_only_one_run_has_is_no_error() -> None:
+def test_figures_of_only_one_run_have_no_error() -> None:
     found = compare(served(2, slo_s=5), served(2)).overall.differences["slo"]
     assert (found.sim, found.real, found.error) == (1.0, None, None)
 
 
-def test_a_queue_of_nothing_cannot_be_erred_from_in_percent() -> None:
+def test_a_queueing_delay_of_zero_has_no_percentage_error() -> None:
     idle, waits = single_server(np.full(9, 10.0), np.full(9, 1.0)), served(*[2.0] * 9)
     assert compare(waits, idle).overall.differences["queue-mean"].error is None
     assert compare(idle, idle).overall.differences["queue-mean"].error == 0
 
 
-def test_requests_are_matched_where_they_are_the_same() -> None:
+def test_equal_requests_are_matched() -> None:
     run = served(1, 2, 3)
     late = shifted(run, arrival_us=run.requests.arrival_us + S // 10)
     assert compare(late, run).unmatched == ""
@@ -66,7 +66,7 @@ def test_requests_are_matched_where_they_are_the_same() -> None:
         assert found.overall.ks is not None
 
 
-def test_only_requests_completed_in_both_runs_are_held_against_each_other() -> None:
+def test_only_requests_completed_in_both_runs_are_compared() -> None:
     run = served(1, 2, 3)
     lost = shifted(
         run, status=np.array([2, 5, 5]), start_us=np.array([150 * S, -1, -1]), finish_us=np.array([102 * S, -1, -1])
@@ -154,7 +154,7 @@ def test_tolerances(text: str, met: list[bool]) -> None:
     assert [outcome.met for outcome in check(pair(), parse_tolerances(text))] == met
 
 
-def test_a_tolerance_on_what_one_run_lacks_is_missed() -> None:
+def test_a_tolerance_on_a_missing_figure_is_missed() -> None:
     [found] = check(compare(served(1, slo_s=2), served(1)), parse_tolerances("slo=50"))
     assert (found.error, found.met) == (None, False)
     [found] = check(compare(served(1, 2), served(1)), parse_tolerances("request=50"))
@@ -178,7 +178,7 @@ def test_a_tolerance_on_what_one_run_lacks_is_missed() -> None:
         ("mean=1,mean=2", "stands twice"),
     ],
 )
-def test_tolerances_that_cannot_be_read(text: str, words: str) -> None:
+def test_invalid_tolerances(text: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_tolerances(text)
     assert words in str(caught.value)

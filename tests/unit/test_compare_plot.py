@@ -32,7 +32,7 @@ def plot_of(curves: Curves, *, ascii_only: bool = True, rows: int = 8) -> list[s
     return [line.partition("|" if ascii_only else "│")[2] for line in lines[1 : rows + 1]]
 
 
-def test_a_distribution_rises_from_nothing_to_all() -> None:
+def test_a_distribution_rises_from_0_to_1() -> None:
     latencies, _ = pictures(queue(1.5), queue(1.2))
     for shares in (latencies.sim, latencies.real):
         assert (np.diff(shares) >= 0).all()

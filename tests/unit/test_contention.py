@@ -29,67 +29,67 @@ class Sociable(TokenSeconds):
         return co_located * self.delay_per_engine_s
 
 
-def world(requests, gpus_of, *, estimator=None, **options):
+def contended_system(requests, gpus_of, *, estimator=None, **options):
     return replace(scenario(requests, gpus_of, **options), service_times=EstimatedServiceTimes(estimator or Sociable()))
 
 
 def run(times_ms, endpoints, tokens, gpus_of, **options):
     """Return starts and finishes in milliseconds after engines are ready."""
     requests = arrivals([READY + 1_000 * at for at in times_ms], endpoints, tokens)
-    table = simulate(world(requests, gpus_of, **options)).requests
+    table = simulate(contended_system(requests, gpus_of, **options)).requests
     return ((table.start_us - READY) / 1e3).tolist(), ((table.finish_us - READY) / 1e3).tolist()
 
 
 THREE = {1: [(0,)], 2: [(1,)], 3: [(2,)]}
 
 
-def test_two_at_once_take_twice_as_long() -> None:
+def test_two_co_located_engines_take_twice_as_long() -> None:
     assert run([0, 0], [1, 2], [10, 10], THREE)[1] == [20, 20]
 
 
-def test_who_comes_later_slows_down_who_was_first() -> None:
+def test_a_later_execution_slows_an_earlier_one() -> None:
     # The first does 10 of 20 tokens alone; beside the second each does 5 in 10 ms; the first has 5 left, alone again.
     starts, finishes = run([0, 10], [1, 2], [20, 5], THREE)
     assert starts == [0, 10]
     assert finishes == [25, 20]
 
 
-def test_three_wait_for_two_each() -> None:
+def test_each_of_three_waits_for_two() -> None:
     assert run([0, 0, 0], [1, 2, 3], [10, 10, 10], THREE)[1] == [30, 30, 30]
 
 
-def test_engines_of_several_gpus_are_nobodys_neighbours() -> None:
+def test_engines_on_several_gpus_cause_no_contention() -> None:
     assert run([0, 0], [1, 2], [10, 10], {1: [(0, 1)], 2: [(2,)]})[1] == [10, 10]
 
 
-def test_another_node_has_another_process() -> None:
+def test_engines_on_different_nodes_do_not_contend() -> None:
     requests = arrivals([READY, READY], [1, 2], [10, 10])
-    system = world(requests, THREE)
+    system = contended_system(requests, THREE)
     nodes = Cluster(name="two nodes", gpus=tuple(replace(gpu, node=gpu.gpu_id) for gpu in system.cluster.gpus))
     table = simulate(replace(system, cluster=nodes)).requests
     assert (table.finish_us - table.start_us).tolist() == [10_000, 10_000]
 
 
-def test_the_first_token_is_late_too() -> None:
+def test_contention_delays_the_first_token() -> None:
     requests = arrivals([READY, READY], [1, 2], [10, 10])
-    table = simulate(world(requests, THREE)).requests
+    table = simulate(contended_system(requests, THREE)).requests
     assert (table.first_token_us - table.start_us).tolist() == [2_000, 2_000]
 
 
-def test_a_first_token_that_is_out_stays_where_it_was() -> None:
+def test_contention_does_not_move_a_past_first_token() -> None:
     requests = arrivals([READY, READY + 5_000], [1, 2], [10, 10])
-    table = simulate(world(requests, THREE)).requests
+    table = simulate(contended_system(requests, THREE)).requests
     assert (table.first_token_us - READY).tolist() == [1_000, 7_000]
 
 
-def test_an_engine_that_fails_disturbs_nobody_any_more() -> None:
+def test_a_failed_engine_causes_no_contention() -> None:
     fault = Fault(target=FaultTarget.GPU, target_id=1, at_us=READY + 10_000, for_us=None)
     # Ten milliseconds beside the second are five tokens; the other five go alone.
     _, finishes = run([0, 0], [1, 2], [10, 10], THREE, faults=(fault,))
     assert finishes[0] == 15
 
 
-def test_an_estimator_that_knows_no_neighbours_has_none() -> None:
+def test_an_estimator_without_contention_causes_none() -> None:
     assert run([0, 0], [1, 2], [10, 10], THREE, estimator=TokenSeconds())[1] == [10, 10]
 
 
@@ -97,7 +97,7 @@ def test_an_estimator_that_knows_no_neighbours_has_none() -> None:
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3), st.integers(1, 30)), min_size=1, max_size=12),
     st.floats(0, 0.005),
 )
-def test_nobody_is_faster_in_company_nor_slower_than_with_all_the_others(requests, wait_s: float) -> None:
+def test_slowdown_is_between_none_and_full_contention(requests, wait_s: float) -> None:
     requests.sort()
     times_ms, endpoints, tokens = zip(*requests, strict=True)
     starts, finishes = run(times_ms, endpoints, tokens, THREE, estimator=Sociable(wait_s))
@@ -107,7 +107,7 @@ def test_nobody_is_faster_in_company_nor_slower_than_with_all_the_others(request
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3), st.integers(1, 30)), min_size=1, max_size=12))
-def test_neighbours_that_cost_nothing_change_nothing(requests) -> None:
+def test_contention_of_zero_changes_nothing(requests) -> None:
     requests.sort()
     times_ms, endpoints, tokens = zip(*requests, strict=True)
     polite = run(times_ms, endpoints, tokens, THREE, estimator=Sociable(0.0))
@@ -115,6 +115,6 @@ def test_neighbours_that_cost_nothing_change_nothing(requests) -> None:
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.0007])
-def test_a_run_is_the_same_twice(wait_s: float) -> None:
+def test_a_contended_run_is_repeatable(wait_s: float) -> None:
     asked = ([0, 3, 3, 9, 9], [1, 2, 3, 1, 2], [7, 9, 4, 4, 4], THREE)
     assert run(*asked, estimator=Sociable(wait_s)) == run(*asked, estimator=Sociable(wait_s))

@@ -83,7 +83,7 @@ def test_a_deployment_loads_registers_and_serves() -> None:
         ),
     ],
 )
-def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
+def test_requests_to_a_deployment_that_is_not_up_are_refused(prepare, reason: str) -> None:
     controller = make_controller({1: [(0,)]})
     prepare(controller)
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
@@ -92,7 +92,7 @@ def test_what_is_not_up_refuses_by_name(prepare, reason: str) -> None:
     assert table.reasons[table.reason[0]] == reason
 
 
-def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
+def test_a_rejected_endpoint_is_recorded_and_refuses_requests() -> None:
     controller = make_controller({1: []})
     assert controller.handle(0, [EndpointAdded(endpoint_spec(1))]) == []
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
@@ -101,7 +101,7 @@ def test_a_rejected_ask_goes_on_record_and_later_requests_name_it() -> None:
     assert controller.manager.deployments[1].record().reason == "rejected by the test policy"
 
 
-def test_the_head_of_the_line_holds_everybody_behind_it() -> None:
+def test_fifo_blocks_behind_its_first_request() -> None:
     controller = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]})
     assert ids(controller.handle(1, [RequestArrived(request(1, 3, 1))])) == [1]
     assert ids(controller.handle(2, [RequestArrived(request(2, 1, 2))])) == []  # GPU 0 is busy
@@ -109,14 +109,14 @@ def test_the_head_of_the_line_holds_everybody_behind_it() -> None:
     assert ids(controller.handle(4, [ExecutionFinished(3, 1, 4)])) == [2, 3]
 
 
-def test_a_line_per_model_lets_the_others_pass() -> None:
+def test_fifo_per_model_does_not_block_other_models() -> None:
     controller = up({1: [(0, 1)], 2: [(2,)], 3: [(0,)]}, discipline=QueueDiscipline.FIFO_PER_MODEL)
     controller.handle(1, [RequestArrived(request(1, 3, 1))])
     controller.handle(2, [RequestArrived(request(2, 1, 2))])
     assert ids(controller.handle(3, [RequestArrived(request(3, 2, 3))])) == [3]
 
 
-def test_priority_requests_go_first_the_latest_before_all() -> None:
+def test_priority_requests_go_first_latest_first() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     controller.handle(2, [RequestArrived(request(2, at_us=2))])
@@ -141,7 +141,7 @@ def test_shortest_first_and_earliest_deadline_first() -> None:
         assert served == expected, discipline
 
 
-def test_a_batch_takes_who_waits_and_waits_for_nobody() -> None:
+def test_a_batch_takes_waiting_requests_without_delay() -> None:
     requests = arrivals([10, 11, 12, 13, 14], [1] * 5, [1, 7, 5, 3, 2])
     table = run(requests, {1: [(0,)]}, gpus=1, batch_size=3).requests
     assert table.start_us.tolist() == [10, 1_010, 1_010, 1_010, 8_010]
@@ -155,12 +155,12 @@ def served_by(controller: Controller, count: int, tokens=lambda number: 10) -> l
     return controller.tracker.close().deployment_id.tolist()
 
 
-def test_least_work_goes_by_what_was_committed() -> None:
+def test_least_work_counts_committed_requests() -> None:
     controller = up({1: [(0,), (1,)]}, router=RoutingRule.LEAST_WORK)
     assert served_by(controller, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
 
 
-def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> None:
+def test_uniform_routing_is_even_and_depends_only_on_the_seed() -> None:
     three = {1: [(0,), (1,), (2,)]}
     given = served_by(up(three, seed=1), 3_000)
     assert all(abs(given.count(replica) - 1_000) < 100 for replica in (1, 2, 3))
@@ -169,13 +169,13 @@ def test_uniform_choice_is_even_depends_on_the_seed_and_on_nothing_before() -> N
 
 
 @pytest.mark.parametrize("choice", RoutingRule)
-def test_a_replica_that_is_up_is_preferred_to_one_that_will_be_back(choice: RoutingRule) -> None:
+def test_a_replica_that_is_up_is_preferred_to_one_that_is_down(choice: RoutingRule) -> None:
     controller = up({1: [(0,), (1,)]}, router=choice)
     controller.handle(0, [EngineDown(1, returns=True)])
     assert set(served_by(controller, 20)) == {2}
 
 
-def test_removal_refuses_who_waits_and_lets_finish_who_runs() -> None:
+def test_removal_refuses_waiting_requests_and_finishes_running_ones() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     controller.handle(2, [RequestArrived(request(2, at_us=2))])
@@ -194,7 +194,7 @@ def test_removal_of_an_idle_deployment_stops_it_at_once() -> None:
 
 @pytest.mark.parametrize("returns", [True, False])
 @pytest.mark.parametrize("on_failure", OnFailure)
-def test_what_an_engine_was_running_when_it_failed(on_failure: OnFailure, *, returns: bool) -> None:
+def test_requests_of_a_failed_engine(on_failure: OnFailure, *, returns: bool) -> None:
     controller = up({1: [(0,)]}, on_failure=on_failure)
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     controller.handle(2, [RequestArrived(request(2, at_us=2))])
@@ -249,7 +249,7 @@ def test_requests_of_a_lost_replica_go_to_the_other() -> None:
     assert statuses(controller).count("refused") == 0
 
 
-def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
+def test_requests_of_a_lost_replica_keep_their_place_in_the_queue() -> None:
     controller = up({1: [(0,), (1,)], 2: [(1,)]}, router=RoutingRule.LEAST_WORK)
     controller.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
     controller.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
@@ -268,7 +268,7 @@ def test_requests_of_a_lost_replica_keep_their_place_in_the_line() -> None:
 
 
 @pytest.mark.parametrize("discipline", [QueueDiscipline.FIFO_PER_MODEL, QueueDiscipline.SJF, QueueDiscipline.EDF])
-def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: QueueDiscipline) -> None:
+def test_a_request_within_a_dispatch_delay_does_not_block_other_gpus(discipline: QueueDiscipline) -> None:
     controller = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, timing=DispatchTiming(after_release_us=1_000))
     controller.handle(2_000, [RequestArrived(request(1, 1, 2_000))])
     controller.handle(2_001, [RequestArrived(request(2, 1, 2_001))])
@@ -279,7 +279,7 @@ def test_a_head_that_may_go_later_does_not_hold_other_gpus(discipline: QueueDisc
     assert ids(controller.handle(3_500, [])) == [2]
 
 
-def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
+def test_stop_actions_are_sent_only_for_existing_engines() -> None:
     controller = up({1: [(0, 1)]})
     assert controller.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
     assert controller.handle(2, [EndpointRemoved(1)]) == []
@@ -306,7 +306,7 @@ def test_an_engine_is_to_be_stopped_exactly_while_there_is_one() -> None:
         (["gpu=0@50s,for=0s"], 50),
     ],
 )
-def test_faults_that_overlap_end_with_the_last(faults: list[str], back_s: int | None) -> None:
+def test_overlapping_faults_end_with_the_last(faults: list[str], back_s: int | None) -> None:
     times_us = [second * MICROS_PER_SECOND for second in range(10, 400)]
     table = run(
         arrivals(times_us, [1] * len(times_us), [100] * len(times_us)),
@@ -318,7 +318,7 @@ def test_faults_that_overlap_end_with_the_last(faults: list[str], back_s: int | 
     assert (int(later[0]) // MICROS_PER_SECOND if len(later) else None) == back_s
 
 
-def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> None:
+def test_a_deployment_waits_until_all_its_gpus_are_idle() -> None:
     controller = up({1: [(0,)], 2: [(1,)]})
     controller.handle(1, [RequestArrived(request(1, 1, 1))])
     controller.handle(2, [RequestArrived(request(2, 2, 2))])
@@ -330,7 +330,7 @@ def test_a_deployment_waits_for_an_instant_at_which_all_its_gpus_are_idle() -> N
     assert isinstance(start, StartEngine)
 
 
-def test_a_policy_that_overfills_a_gpu_is_found_out() -> None:
+def test_a_policy_that_overfills_a_gpu_is_an_error() -> None:
     class Greedy:
         name = "greedy"
 
@@ -345,7 +345,7 @@ def test_a_policy_that_overfills_a_gpu_is_found_out() -> None:
         controller.handle(9, [EndpointAdded(endpoint_spec(9))])
 
 
-def test_the_tick_the_delays_and_the_pause() -> None:
+def test_dispatch_tick_delays_and_registration_delay() -> None:
     timing = DispatchTiming(tick_us=100, after_arrival_us=14, after_release_us=22, registration_delay_us=1_000)
     controller = up({1: [(0,)], 2: [(1,)]}, timing=timing)
     assert controller.handle(950, [RequestArrived(request(1, 1, 950))]) == []
@@ -368,7 +368,7 @@ def test_one_dispatch_a_tick() -> None:
     assert ids(controller.handle(200, [])) == [2]
 
 
-def test_a_fault_in_a_run_leaves_a_trace_in_the_records() -> None:
+def test_a_fault_is_recorded() -> None:
     record = run(
         arrivals([10, 20, 5_000_000], [1, 1, 1], [2_000, 10, 10]),
         {1: [(0,)]},
@@ -381,7 +381,7 @@ def test_a_fault_in_a_run_leaves_a_trace_in_the_records() -> None:
     assert record.deployments[0].reason == "up again after: GPU 0 failed"
 
 
-def test_load_history_is_what_placement_sees() -> None:
+def test_placement_sees_the_load_history() -> None:
     """A GPU busy for 30 of the last 120 seconds has load 0.25 when the next model is asked for."""
     seen = []
 
@@ -392,29 +392,29 @@ def test_load_history_is_what_placement_sees() -> None:
             seen.append([gpu.load for gpu in view.gpus])
             return Deploy(plans=(plan((endpoint.endpoint_id - 1,)),))
 
-    world = scenario(
+    system = scenario(
         arrivals([10 * MICROS_PER_SECOND], [1], [30_000]),
         {1: [], 2: []},
         gpus=2,
         requested_us={2: 100 * MICROS_PER_SECOND},
     )
-    simulate(replace(world, policy=Looking()))
+    simulate(replace(system, policy=Looking()))
     assert seen == [[0.0, 0.0], [0.25, 0.0]]
 
 
-def test_an_execution_that_fails_alone_fails_its_requests_and_the_engine_goes_on() -> None:
+def test_a_failed_execution_fails_its_requests_and_keeps_the_engine() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     controller.handle(2, [RequestArrived(request(2, at_us=2))])
     assert ids(controller.handle(3, [ExecutionFailed(1, 1, "no room")])) == [2]
-    assert controller.handle(4, [ExecutionFailed(1, 1, "said twice")]) == []
+    assert controller.handle(4, [ExecutionFailed(1, 1, "reported twice")]) == []
     controller.handle(5, [ExecutionFinished(1, 2, 5)])
     table = controller.tracker.close()
     assert [RequestStatus(value).label for value in table.status] == ["failed", "completed"]
     assert table.reasons[table.reason[0]] == "deployment 1 (tiny): no room"
 
 
-def test_an_execution_that_fails_after_the_removal_stops_the_engine() -> None:
+def test_a_failed_execution_after_removal_stops_the_engine() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     assert controller.handle(2, [EndpointRemoved(1)]) == []
@@ -422,7 +422,7 @@ def test_an_execution_that_fails_after_the_removal_stops_the_engine() -> None:
 
 
 @pytest.mark.parametrize("discipline", list(QueueDiscipline))
-def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(discipline: QueueDiscipline) -> None:
+def test_cancelling_a_waiting_request_keeps_the_order_of_others(discipline: QueueDiscipline) -> None:
     controller = up({1: [(0,)], 2: [(1,)]}, discipline=discipline, max_wait_us=10)
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     for number in (2, 3, 4):
@@ -440,7 +440,7 @@ def test_a_waiting_request_that_nobody_wants_fails_and_others_keep_their_places(
     assert (table.start_us[1], table.finish_us[1]) == (-1, -1)
 
 
-def test_a_request_that_waits_for_an_engine_that_is_down_can_be_cancelled() -> None:
+def test_a_request_waiting_for_a_down_engine_can_be_cancelled() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     controller.handle(2, [EngineDown(1, returns=True)])
@@ -449,7 +449,7 @@ def test_a_request_that_waits_for_an_engine_that_is_down_can_be_cancelled() -> N
 
 
 @pytest.mark.parametrize("failure", [EngineDown(1, returns=True, reason="it crashed"), GpuDown(0, returns=True)])
-def test_a_request_that_nobody_wants_is_not_run_again(failure) -> None:
+def test_a_cancelled_request_is_not_retried(failure) -> None:
     controller = up({1: [(0,)]}, timing=DispatchTiming())
     controller.handle(1, [RequestArrived(request(1, at_us=1)), RequestArrived(request(2, at_us=1))])
     controller.handle(2, [RequestCancelled(1)])
@@ -463,7 +463,7 @@ def test_a_request_that_nobody_wants_is_not_run_again(failure) -> None:
 
 
 @pytest.mark.parametrize("end", [ExecutionFinished(1, 1, 3), ExecutionFailed(1, 1, "no room")])
-def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
+def test_a_cancelled_running_request_completes(end) -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [RequestArrived(request(1, at_us=1))])
     controller.handle(2, [RequestCancelled(1)])
@@ -472,7 +472,7 @@ def test_a_running_request_that_nobody_wants_ends_as_it_would(end) -> None:
     assert not controller._cancelled_ids
 
 
-def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
+def test_tokens_are_counted_and_the_end_is_reported() -> None:
     ended: list[int] = []
     controller = up({1: [(0,)]}, on_request_end=ended.append)
     controller.handle(1, [RequestArrived(request(1, at_us=1, tokens=10)), RequestArrived(request(2, 7, 1))])
@@ -484,7 +484,7 @@ def test_tokens_are_counted_as_they_came_and_the_end_is_told() -> None:
     assert controller.tracker.close().output_tokens.tolist() == [4, 10]
 
 
-def test_why_an_engine_failed_is_on_record() -> None:
+def test_the_reason_of_an_engine_failure_is_recorded() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [EngineDown(1, returns=False, reason="out of memory")])
     assert controller.manager.deployments[1].record().reason == "out of memory"

@@ -88,7 +88,7 @@ def test_bars_on_pruned_weights_and_uneven_splits(measured_data: Path, table: st
 
 
 @pytest.mark.data
-def test_what_is_known_of_all_models_meets_the_bars_of_memory(measured_data: Path) -> None:
+def test_memory_errors_meet_their_bars(measured_data: Path) -> None:
     """With no model left out, as `maveriq fit --evaluate` compares."""
     hardware = load_profile("a6000-short")
     table = measured_data / "a6000" / "full_model_batched_short_prompt.csv"
@@ -111,7 +111,7 @@ def test_the_kv_cache_of_a_batch_grows_by_blocks_of_tokens() -> None:
 
 
 @pytest.mark.data
-def test_service_times_of_recorded_runs_that_the_fit_has_not_seen(measured_data: Path) -> None:
+def test_service_times_of_recorded_runs_outside_the_fit(measured_data: Path) -> None:
     profile = load_profile("a6000-short")
     errors: dict[tuple[str, str], list[float]] = {}
     for execution in read_recorded(measured_data / "testbed"):
@@ -156,15 +156,15 @@ def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, 
 
 
 @pytest.mark.data
-def test_the_profile_and_the_length_of_prompts_can_be_said(measured_data: Path) -> None:
+def test_profile_and_prompt_tokens_are_options(measured_data: Path) -> None:
     table = measured_data / "a6000" / "full_model_long_prompt.csv"
     app = typer.Typer()
     app.command()(fit)
     command = ["--evaluate", str(table), "--profile", "a6000-short", "--json"]
-    unsaid, said = (
+    default, chosen = (
         json.loads(CliRunner().invoke(app, [*command, *more]).stdout) for more in ([], ["--prompt-tokens", "923"])
     )
-    assert said["groups"][0]["latency"]["median"] < 3 < 10 < unsaid["groups"][0]["latency"]["median"]
+    assert chosen["groups"][0]["latency"]["median"] < 3 < 10 < default["groups"][0]["latency"]["median"]
 
 
 def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
@@ -193,12 +193,12 @@ def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
     return found
 
 
-def test_a_fit_finds_the_bandwidth_of_an_imagined_gpu() -> None:
+def test_a_fit_recovers_the_bandwidth_of_a_made_up_gpu() -> None:
     fitted = fit_calibration(samples_of(1000.0), start_calibration())
     assert fitted.bandwidth_gb_s == pytest.approx(1000.0, rel=0.03)
 
 
-def test_a_layer_that_ran_slower_than_the_law_is_seen() -> None:
+def test_the_layer_time_ratio_shows_a_slow_layer() -> None:
     model = load_model("llama-2-7b")
     calibration = read_calibration(PATH)
     roofline = calibration.roofline(WeightType.FLOAT16, 1)
@@ -211,14 +211,14 @@ def test_a_layer_that_ran_slower_than_the_law_is_seen() -> None:
     assert layer_time_ratio([], roofline) == 0
 
 
-def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
+def test_a_calibration_file_round_trips(tmp_path: Path) -> None:
     calibration = read_calibration(PATH)
     path = tmp_path / "again.toml"
     path.write_text(to_toml(calibration, "again"))
     assert read_calibration(path) == calibration
 
 
-def test_each_left_out_calibration_differs_and_a_model_without_ground_truth_leaves_nothing_out() -> None:
+def test_only_measured_models_have_a_calibration_without_them() -> None:
     whole = read_calibration(PATH)
     # Of the last two there are full models with uneven splits alone.
     without = [read_calibration(PATH, without_model=name) for name in (*GROUND_TRUTH, "llama-2-13b", "falcon-40b")]
@@ -226,7 +226,7 @@ def test_each_left_out_calibration_differs_and_a_model_without_ground_truth_leav
     assert read_calibration(PATH, without_model="stranger") == whole
 
 
-def test_a_variant_is_left_out_with_the_model_it_was_made_of_and_a_stranger_cannot_be() -> None:
+def test_a_variant_is_left_out_with_its_base_model_and_unknown_models_are_refused() -> None:
     hardware, model = load_profile("a6000-short"), load_model("llama-2-7b")
 
     def latency_s(left_out: str | None) -> float:
@@ -239,26 +239,26 @@ def test_a_variant_is_left_out_with_the_model_it_was_made_of_and_a_stranger_cann
         latency_s("llama-2-7")
 
 
-def test_a_run_nobody_recorded_cannot_be_left_out() -> None:
+def test_an_unknown_run_cannot_be_excluded() -> None:
     with pytest.raises(InputError, match=r"unknown recorded run 'never'.*no fit saw any other run"):
         read_calibration(PATH, without_run="never")
 
 
-def test_a_profile_without_calibration_says_how_to_get_one() -> None:
+def test_a_profile_without_calibration_names_the_command_to_fit_one() -> None:
     bare = replace(load_profile("a6000-short"), calibrated=None)
     with pytest.raises(InputError, match=r"profile a6000-short has no calibration.*maveriq fit DATA"):
         make_estimator("calibrated", bare)
 
 
 @pytest.mark.parametrize("what", ["prompt_tokens", "output_tokens", "batch"])
-def test_nothing_to_do_is_refused(what: str) -> None:
+def test_zero_tokens_are_refused(what: str) -> None:
     asked = {"prompt_tokens": 1, "output_tokens": 1, "batch": 1} | {what: 0}
     subject = make_estimator("calibrated", load_profile("a6000-short"))
     with pytest.raises(InputError, match="must be at least 1"):
         subject.service(load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8), **asked)
 
 
-def test_reasons_are_those_of_the_profile() -> None:
+def test_refusals_have_the_reasons_of_the_profile() -> None:
     subject = make_estimator("calibrated", load_profile("a6000-short"))
     asked = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
     assert subject.why_not(load_model("falcon-40b"), asked) == "known not to run on A6000"
@@ -266,14 +266,14 @@ def test_reasons_are_those_of_the_profile() -> None:
     assert "knows TP 1, 2, 4, 8 only" in str(subject.why_not(load_model("gptj-6b"), replace(asked, tp=16)))
 
 
-def test_variants_have_the_shape_of_the_model_they_are_named_after() -> None:
+def test_variants_have_the_shape_of_their_base_model() -> None:
     assert shape_of("llama-2-7b-wanda24") == shape_of("llama-2-7b") == load_model("llama-2-7b")
     assert shape_of("llama-2-7bee") is None
 
 
 @pytest.mark.heavy
 @pytest.mark.data
-def test_fit_of_a_folder_writes_calibrations_and_names_doubtful_rows(measured_data: Path, tmp_path: Path) -> None:
+def test_fit_writes_calibrations_and_names_outliers(measured_data: Path, tmp_path: Path) -> None:
     few, out = tmp_path / "few", tmp_path / "out"
     few.mkdir()
     out.mkdir()

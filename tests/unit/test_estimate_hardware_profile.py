@@ -37,7 +37,7 @@ def edited(tmp_path: Path) -> Edit:
     return edit
 
 
-def test_profiles_are_found_by_the_name_they_bear() -> None:
+def test_profiles_are_found_by_name() -> None:
     assert {name: load_profile(name).name for name in known_profiles()} == {
         "a6000-short": "a6000-short",
         "a6000-long": "a6000-long",
@@ -59,7 +59,7 @@ def test_accuracy_is_of_the_stored_model(short: HardwareProfile) -> None:
     assert short.accuracy("llama-2-70b", WeightType.INT8, KvType.NATIVE) == 99.0
     assert short.accuracy("llama-2-70b", WeightType.INT8, KvType.INT8) == 98.8
     assert short.accuracy("gptj-6b", WeightType.FLOAT16, KvType.INT8) is None
-    assert short.accuracy("nobody", WeightType.FLOAT16, KvType.NATIVE) is None
+    assert short.accuracy("unknown-model", WeightType.FLOAT16, KvType.NATIVE) is None
 
 
 @pytest.mark.parametrize("kv", KvType)
@@ -85,7 +85,7 @@ def test_load_time_is_measured_or_fitted(short: HardwareProfile) -> None:
 
 def test_slo_grows_with_output_tokens(short: HardwareProfile) -> None:
     assert short.slo_s("llama-2-7b", 20) == pytest.approx(0.118064 + 20 * 0.022633)
-    assert short.slo_s("nobody", 20) is None
+    assert short.slo_s("unknown-model", 20) is None
     assert set(short.facts.slo) == set(known_models())
 
 
@@ -124,12 +124,12 @@ def test_an_empty_accuracy_was_never_measured(edited: Edit) -> None:
     assert mine.accuracy("gptj-6b", WeightType.INT4, KvType.NATIVE) is None
 
 
-def test_an_unknown_profile_suggests_a_near_one() -> None:
+def test_an_unknown_profile_suggests_a_similar_name() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'a6000-short'"):
         load_profile("a6000-shrot")
 
 
-def test_a_cluster_in_short() -> None:
+def test_the_short_form_of_a_cluster() -> None:
     cluster = cluster_from("8xA6000")
     kind = load_gpu_kind("a6000")
     assert (cluster.name, len(cluster), cluster_from("8xa6000")) == ("8xA6000", 8, cluster)
@@ -142,7 +142,7 @@ def test_the_example_file_is_the_short_form() -> None:
     assert cluster_from(str(traces_path("cluster-8xA6000.toml"))) == cluster_from("8xA6000")
 
 
-def test_a_cluster_file_says_nodes_memory_and_use(tmp_path: Path) -> None:
+def test_a_cluster_file_has_nodes_memory_and_used_memory(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
         'name = "mine"\ngpu = "A6000"\ncount = 3\ngpus_per_node = 2\nmemory_gib = 24\nused_gib = [0, 1.5, 0]\n'

@@ -43,7 +43,7 @@ def service(estimator: MeasuredEstimator, *, prompt: int, batch: int = 1, output
     return estimator.service(TINY, TP2, prompt_tokens=prompt, output_tokens=output, batch=batch).latency_s
 
 
-def test_measured_points_come_back_and_lines_lie_between(profile: HardwareProfile) -> None:
+def test_measured_points_are_exact_and_others_interpolated(profile: HardwareProfile) -> None:
     measured = MeasuredEstimator(profile)
     assert service(measured, prompt=16) == pytest.approx(0.010 + 10 * 0.002)
     assert service(measured, prompt=128) == pytest.approx(0.038 + 10 * 0.003)
@@ -55,7 +55,7 @@ def test_measured_points_come_back_and_lines_lie_between(profile: HardwareProfil
     assert measured.memory(TINY, replace(TP2, batch_size=2)) == bytes_from_gib(0.50)
 
 
-def test_noise_does_not_go_on_beyond_what_was_measured(tmp_path: Path) -> None:
+def test_noise_is_not_extrapolated(tmp_path: Path) -> None:
     rows = "tiny,float16,native,2,1,1,8,0.010,0.016,0.25\ntiny,float16,native,2,1,1,32,0.030,0.013,0.25\n"
     measured = MeasuredEstimator(load_profile(str(write_profile(tmp_path, rows))))
     far, near = (measured.service(TINY, TP2, prompt_tokens=prompt, output_tokens=10, batch=1) for prompt in (2_000, 1))
@@ -64,7 +64,7 @@ def test_noise_does_not_go_on_beyond_what_was_measured(tmp_path: Path) -> None:
     assert near.ttft_s == pytest.approx(0.010 - 7 / 24 * 0.020)
 
 
-def test_below_what_was_measured_nothing_takes_less_than_no_time(tmp_path: Path) -> None:
+def test_extrapolated_times_are_not_negative(tmp_path: Path) -> None:
     rows = "tiny,float16,native,2,1,1,256,0.010,0.001,0.25\ntiny,float16,native,2,1,1,300,0.030,0.013,0.25\n"
     measured = MeasuredEstimator(load_profile(str(write_profile(tmp_path, rows))))
     near = measured.service(TINY, TP2, prompt_tokens=1, output_tokens=10, batch=1)
@@ -72,7 +72,7 @@ def test_below_what_was_measured_nothing_takes_less_than_no_time(tmp_path: Path)
 
 
 @given(prompt=st.integers(16, 128), output=st.integers(1, 100))
-def test_estimates_lie_between_their_neighbours(
+def test_estimates_lie_between_measured_points(
     prompt: int, output: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = write_profile(tmp_path_factory.mktemp("profile"), ROWS)
@@ -82,23 +82,25 @@ def test_estimates_lie_between_their_neighbours(
 
 
 @pytest.mark.parametrize(
-    ("configuration", "said"),
+    ("configuration", "message"),
     [
         (replace(TP2, tp=1), "2 other configurations of it were, such as TP 2 x PP 1 float16"),
         (replace(TP2, batch_size=8), "never measured with batches of 8 or more"),
         (replace(TP2, kv=KvType.INT8), "never measured"),
     ],
 )
-def test_what_was_not_measured_is_refused(profile: HardwareProfile, configuration: ParallelConfig, said: str) -> None:
+def test_unmeasured_configurations_are_refused(
+    profile: HardwareProfile, configuration: ParallelConfig, message: str
+) -> None:
     measured = MeasuredEstimator(profile)
-    assert said in str(measured.why_not(TINY, configuration))
+    assert message in str(measured.why_not(TINY, configuration))
     with pytest.raises(InputError, match="cannot be estimated"):
         measured.memory(TINY, configuration)
     assert "has measurements of tiny" in str(measured.why_not(replace(TINY, name="huge"), TP2))
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ("tiny,float16,native,2,1,1,16,0.010,0.002,0.25", "says again"),
         ("tiny,float16,native,2,1,1,0,0.010,0.002,0.25", "prompt_tokens must be a whole number"),
@@ -106,18 +108,18 @@ def test_what_was_not_measured_is_refused(profile: HardwareProfile, configuratio
         ("tiny,fp16,native,2,1,1,17,1,0.002,0.25", "weights must be one of"),
     ],
 )
-def test_a_wrong_table_is_refused(tmp_path: Path, row: str, said: str) -> None:
+def test_a_wrong_table_is_refused(tmp_path: Path, row: str, message: str) -> None:
     profile = load_profile(str(write_profile(tmp_path, ROWS + row + "\n")))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         MeasuredEstimator(profile)
 
 
-def test_a_profile_without_measurements_says_what_is_missing() -> None:
+def test_a_profile_without_measurements_names_what_is_missing() -> None:
     with pytest.raises(InputError, match="no table of measurements"):
         make_estimator("measured", load_profile("a6000-short"))
 
 
-def test_a_model_of_ones_own_is_simulated_from_its_measurements(tmp_path: Path) -> None:
+def test_a_custom_model_is_simulated_from_its_measurements(tmp_path: Path) -> None:
     profile = write_profile(tmp_path, ROWS)
     shape = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
     (tmp_path / "tiny").mkdir()

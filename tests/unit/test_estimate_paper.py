@@ -65,7 +65,7 @@ def test_latency_is_the_formula(
     assert service.output_tokens == output_tokens
 
 
-def test_one_output_token_still_has_a_pace(paper: Estimator) -> None:
+def test_one_output_token_has_a_tpot(paper: Estimator) -> None:
     model, cfg = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=F16)
     single = paper.service(model, cfg, prompt_tokens=10, output_tokens=1, batch=1)
     two = paper.service(model, cfg, prompt_tokens=10, output_tokens=2, batch=1)
@@ -86,7 +86,7 @@ def test_memory_is_the_formula(short: HardwareProfile, paper: Estimator) -> None
     assert paper.memory(model, replace(cfg, batch_size=8)) == bytes_from_gib(batched)
 
 
-def test_layers_are_the_models_own(paper: Estimator) -> None:
+def test_layers_are_those_of_the_model(paper: Estimator) -> None:
     model, cfg = load_model("llama-2-7b"), ParallelConfig(tp=1, pp=1, weights=F16)
     halved = replace(model, layers=16)
     assert paper.memory(halved, cfg) < paper.memory(model, cfg)
@@ -104,7 +104,7 @@ def test_layers_are_the_models_own(paper: Estimator) -> None:
         ("gptj-6b", ParallelConfig(tp=1, pp=1, weights=F16, kv=KvType.INT8), "with float16 weights and int8 KV cache"),
     ],
 )
-def test_what_cannot_run_has_a_reason_and_is_refused(
+def test_unsupported_configurations_are_refused_with_a_reason(
     paper: Estimator, name: str, cfg: ParallelConfig, reason: str
 ) -> None:
     model = load_model(name)
@@ -124,7 +124,7 @@ def test_a_model_without_fingerprints_needs_a_profile(paper: Estimator) -> None:
         assert "give a profile" in reason
 
 
-def test_a_profile_without_the_needed_points_says_which(short: HardwareProfile) -> None:
+def test_a_profile_names_its_missing_points(short: HardwareProfile) -> None:
     single = ParallelConfig(tp=1, pp=1, weights=F16)
     only = {"llama-2-7b": {single: short.fingerprints.of("llama-2-7b")[single]}}
     alone = make_estimator("paper", replace(short, fingerprints=replace(short.fingerprints, by_model=only)))
@@ -146,7 +146,7 @@ def test_a_batch_needs_fingerprints_of_batch_two() -> None:
 
 
 @pytest.mark.parametrize(("output_tokens", "batch"), [(0, 1), (20, 0)])
-def test_nothing_to_do_is_refused(paper: Estimator, output_tokens: int, batch: int) -> None:
+def test_zero_tokens_are_refused(paper: Estimator, output_tokens: int, batch: int) -> None:
     cfg = ParallelConfig(tp=1, pp=1, weights=F16)
     with pytest.raises(InputError, match="must be at least 1"):
         paper.service(load_model("gptj-6b"), cfg, prompt_tokens=10, output_tokens=output_tokens, batch=batch)

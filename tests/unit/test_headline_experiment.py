@@ -73,7 +73,7 @@ def grid_of(name: str, rows: list[AchievedRow]) -> list[list[str]]:
     return [list(cells) for grid in headline_grids(rows, PLAN) if grid.name == name for cells in grid.rows]
 
 
-def test_more_is_better_or_worse_as_the_figure_has_it() -> None:
+def test_larger_is_better_or_worse_depending_on_the_measure() -> None:
     pair = row("Ours", 2.0, gpu_hours=1.0), row("Theirs", 3.0, gpu_hours=1.0, completed=5, throughput_per_s=1.0)
     assert advantage(MEAN, pair) == pytest.approx(1.5)
     assert advantage(COST, pair) == pytest.approx(1.5)
@@ -87,12 +87,12 @@ def test_more_is_better_or_worse_as_the_figure_has_it() -> None:
     ("found", "of_ratio", "of_points"),
     [(1.5, 1, 1), (1.005, 0, 1), (0.995, 0, 0), (0.9, -1, 0), (-1.5, -1, -1)],
 )
-def test_what_is_even_has_no_winner(found: float, of_ratio: int, of_points: int) -> None:
+def test_ties_have_no_winner(found: float, of_ratio: int, of_points: int) -> None:
     assert winner(MEAN, found, 1.0) == of_ratio
     assert winner(MET_OF_ALL, found, 1.0) == of_points
 
 
-def test_ratios_have_a_geometric_mean_and_points_a_plain_one() -> None:
+def test_ratios_have_a_geometric_and_points_an_arithmetic_mean() -> None:
     pairs = [(row("Ours", 1.0), row("Theirs", slow, met_of_scheduled=met)) for slow, met in ((2.0, 80.0), (8.0, 60.0))]
     ratios, points = spread(MEAN, pairs), spread(MET_OF_ALL, pairs)
     assert ratios
@@ -158,7 +158,7 @@ def test_losses_are_listed() -> None:
     assert lost.endswith("GPU-hours 1 of 1 (0.25), GPU s of a request 1 of 1 (0.25), SLO of all 1 of 1 (-5.0)")
 
 
-def test_what_a_run_achieved() -> None:
+def test_figures_of_a_run() -> None:
     requests = table(
         [
             [1, 1, 1, 0, 0, -1, 2 * S, 2, 0, 10, 20, 0],
@@ -187,13 +187,13 @@ def test_what_a_run_achieved() -> None:
     assert (row.met_of_completed, row.met_of_scheduled) == (pytest.approx(50), pytest.approx(100 / 3))
 
 
-def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
+def test_rows_round_trip(tmp_path: Path) -> None:
     rows = [row("Ours", 0.25, scale=0.15), row("Theirs", None)]
     (tmp_path / "rows.csv").write_text(csv_of(AchievedRow, rows))
     assert list(read_rows(tmp_path / "rows.csv", AchievedRow)) == rows
 
 
-def test_policies_are_compared_under_the_very_same_requests() -> None:
+def test_policies_are_compared_under_the_same_requests() -> None:
     plan = load_headline_plan(COMMITTED)
     seen = []
     for case in plan.grid.cases():
@@ -207,7 +207,7 @@ def test_policies_are_compared_under_the_very_same_requests() -> None:
             assert np.array_equal(getattr(arrivals, column), getattr(seen[0], column))
 
 
-def test_a_policy_that_the_grid_does_not_have_is_named(tmp_path: Path) -> None:
+def test_an_unknown_policy_of_the_grid_is_named(tmp_path: Path) -> None:
     text = COMMITTED.read_text(encoding="utf-8").replace(
         'intents = ["MaverIQ min-latency"', 'intents = ["MaverIQ fast"'
     )
@@ -218,7 +218,7 @@ def test_a_policy_that_the_grid_does_not_have_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("recorded", [False, True])
-def test_there_is_a_picture_with_recordings_or_without(tmp_path: Path, *, recorded: bool) -> None:
+def test_the_picture_works_with_and_without_recordings(tmp_path: Path, *, recorded: bool) -> None:
     rows = [row("Ours"), row("Theirs", 2.0), row("Ours fast")]
     for policy in ("Ours", "Theirs") if recorded else ():
         rows += recording(policy, policy, mean_s=1.0, sim_mean_s=1.1, planned=0.0)

@@ -20,7 +20,7 @@ def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(gpus, "real_cluster", lambda: Cluster(name="local", gpus=here))
 
 
-def test_the_gpus_of_this_machine_are_a_cluster_of_the_profile(monkeypatch) -> None:
+def test_local_gpus_become_a_cluster_of_the_profile(monkeypatch) -> None:
     here(monkeypatch, "NVIDIA RTX A6000", "NVIDIA RTX A6000")
     cluster = local_cluster("local", PROFILE)
     assert [(gpu.kind, gpu.idle_bytes) for gpu in cluster.gpus] == [("A6000", 0), ("A6000", BYTES_PER_GIB)]

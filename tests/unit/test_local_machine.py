@@ -31,7 +31,7 @@ def test_emulated_engines_have_no_devices() -> None:
     assert site.sampler(cluster(4)) is None
 
 
-def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> None:
+def test_each_gpu_of_a_cluster_is_a_gpu_of_the_machine(monkeypatch) -> None:
     machine(monkeypatch, 16, 16, 16)
     site = LocalMachine("torch")
     assert site.devices(cluster(2, gib=8)).uuids == ("VIRTUAL-0", "VIRTUAL-1")
@@ -41,7 +41,7 @@ def test_a_cluster_lies_on_the_gpus_of_the_machine_one_by_one(monkeypatch) -> No
     assert watch.free_bytes(1) == 16 * BYTES_PER_GIB
 
 
-def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
+def test_a_driver_that_stops_answering_does_not_end_the_run(monkeypatch) -> None:
     machine(monkeypatch, 16)
     site = LocalMachine("torch")
     watch = site.memory_probe()
@@ -54,7 +54,7 @@ def test_a_driver_that_answers_no_more_ends_no_run(monkeypatch) -> None:
     assert watch.free_bytes(0) is None
 
 
-def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> None:
+def test_several_gpus_of_a_cluster_share_a_large_gpu(monkeypatch) -> None:
     machine(monkeypatch, 32)
     site = LocalMachine("torch")
     assert site.devices(cluster(4, gib=8)).uuids == ("VIRTUAL-0",) * 4
@@ -64,13 +64,13 @@ def test_several_gpus_of_a_cluster_share_one_that_is_big_enough(monkeypatch) -> 
         site.devices(cluster(5, gib=8))
 
 
-def test_what_is_missing_is_said(monkeypatch) -> None:
+def test_missing_requirements_are_named(monkeypatch) -> None:
     machine(monkeypatch, missing="not installed: vllm")
     with pytest.raises(InputError, match="--backend vllm cannot run here: not installed: vllm"):
         LocalMachine("vllm")
 
 
-def test_planning_knows_what_the_backend_cannot_do(monkeypatch) -> None:
+def test_planning_excludes_what_the_backend_does_not_support(monkeypatch) -> None:
     machine(monkeypatch, 32)
     believed = TokenSeconds()
     gptq = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)

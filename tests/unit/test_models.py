@@ -56,7 +56,7 @@ def test_a_configuration_is_read_from_its_file_or_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("origin", [None, "", ".", "./"])
-def test_a_configuration_that_names_nothing_is_called_by_its_folder(tmp_path: Path, origin: str | None) -> None:
+def test_a_configuration_without_a_name_is_named_after_its_folder(tmp_path: Path, origin: str | None) -> None:
     path = write(tmp_path / "my-model", {**LLAMA, "_name_or_path": origin})
     assert load_model(str(path)).name == "my-model"
 
@@ -72,7 +72,7 @@ def test_old_and_new_falcon_differ_in_kv_heads(tmp_path: Path) -> None:
     assert (model.kv_heads, model.intermediate_size) == (4, 256)
 
 
-def test_an_unknown_name_suggests_a_near_one() -> None:
+def test_an_unknown_name_suggests_a_similar_name() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown model 'llama-2-7'; did you mean 'llama-2-7b'.*config\.json"):
         load_model("llama-2-7")
 
@@ -94,6 +94,6 @@ def test_a_broken_configuration_is_refused(tmp_path: Path, config: object, messa
         load_model(str(write(tmp_path / "broken", config)))
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_model(str(tmp_path / "none" / "config.json"))

@@ -62,7 +62,7 @@ def changed(path: str, value: object) -> dict:
     return problem
 
 
-def test_json_has_what_is_promised(place) -> None:
+def test_json_has_the_documented_keys(place) -> None:
     code, out, err = place(GOOD, REQUESTS, "--json")
     answer = json.loads(out)
     assert (code, err) == (0, "")
@@ -84,7 +84,7 @@ def test_the_table_shows_groups_candidates_and_what_was_left_out(place) -> None:
     assert "left out 2 of 2 models: a b" in out
 
 
-def test_infeasible_is_an_answer(place) -> None:
+def test_infeasible_is_a_result(place) -> None:
     code, out, _ = place({**changed("memory_bytes", 1.5e9), "search": {"policy": "alpaserve-star"}}, REQUESTS, "--json")
     answer = json.loads(out)
     assert code == 0
@@ -92,7 +92,7 @@ def test_infeasible_is_an_answer(place) -> None:
     assert "every model in every group" in answer["reason"]
 
 
-def test_a_key_without_effect_is_told(place) -> None:
+def test_a_key_without_effect_is_reported(place) -> None:
     code, _, err = place(changed("search", {"policy": "round-robin", "max_pp": 4, "beam": 2}))
     assert code == 0
     assert err.splitlines() == [
@@ -100,7 +100,7 @@ def test_a_key_without_effect_is_told(place) -> None:
     ]  # fmt: skip
 
 
-def test_of_two_measurements_of_a_shape_the_faster_counts(tmp_path: Path) -> None:
+def test_the_faster_of_two_measurements_of_a_shape_counts(tmp_path: Path) -> None:
     entry = {"tp": 1, "pp": 1, "stage_latency_s": [0.05], "stage_weight_bytes": [1e9]}
     (tmp_path / "problem.json").write_text(json.dumps(changed("profiles.small", [*GOOD["profiles"]["small"], entry])))
     (tmp_path / "requests.csv").write_text(REQUESTS)
@@ -108,7 +108,7 @@ def test_of_two_measurements_of_a_shape_the_faster_counts(tmp_path: Path) -> Non
     assert problem.models[0].profile.shapes[1, 1].stage_latency_s == (0.05,)
 
 
-def test_requests_may_be_packed(tmp_path: Path) -> None:
+def test_requests_may_be_compressed(tmp_path: Path) -> None:
     (tmp_path / "problem.json").write_text(json.dumps(changed("workload", "r.csv.gz")))
     (tmp_path / "r.csv.gz").write_bytes(gzip.compress(REQUESTS.encode()))
     assert load_problem(tmp_path / "problem.json").problem.demand.model_index.tolist() == [0, 1, -1]
@@ -162,7 +162,7 @@ def test_a_bad_problem_is_one_clear_line(place, path: str, value: object, words:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"gpus": NaN}', '{"gpus": 1e999}', "[" * 100_000, "\x00"])
-def test_a_file_that_is_no_problem_is_one_line(place, text: str) -> None:
+def test_a_file_that_is_no_problem_gives_one_line(place, text: str) -> None:
     code, out, err = place(text)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "problem.json" in err
@@ -195,7 +195,7 @@ def test_a_bad_workload_is_one_clear_line(place, requests: str, words: str) -> N
     assert "requests.csv" in line
 
 
-def test_long_searches_say_how_far_they_are(place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_searches_report_progress(place, monkeypatch: pytest.MonkeyPatch) -> None:
     import maveriq.cli.place as placing
 
     monkeypatch.setattr(placing, "_FIRST_LINE_S", 0.0)

@@ -65,7 +65,7 @@ def ranked(the_ask: EndpointSpec, view: ClusterView | None = None) -> Ranking:
 
 
 @given(st.integers(1, 100), st.lists(st.integers(0, 60), min_size=1, max_size=8))
-def test_dealt_layers_fill_every_stage_within_its_room(layers: int, room: list[int]) -> None:
+def test_layer_splits_fill_every_stage_within_its_memory(layers: int, room: list[int]) -> None:
     split = deal_layers(layers, room)
     if split is None:
         assert sum(room) < layers or min(room) == 0 or layers < len(room)
@@ -81,11 +81,11 @@ def test_dealt_layers_fill_every_stage_within_its_room(layers: int, room: list[i
     ("layers", "room", "split"),
     [(80, [80], (80,)), (32, [99, 99, 99], (11, 11, 10)), (10, [2, 99, 3], (2, 5, 3)), (3, [9, 9, 9, 9], None)],
 )
-def test_dealing_by_example(layers: int, room: list[int], split: tuple[int, ...] | None) -> None:
+def test_layer_splits_by_example(layers: int, room: list[int], split: tuple[int, ...] | None) -> None:
     assert deal_layers(layers, room) == split
 
 
-def test_a_stage_holds_what_its_fullest_gpu_holds() -> None:
+def test_a_stage_is_limited_by_its_fullest_gpu() -> None:
     # Two layers of 8 bytes over TP 2: 4 bytes a layer on each GPU.
     assert max_layers_per_stage([9, 8, 100, 3], tp=2, layers=2, memory_bytes=16) == [2, 0]
     assert shard_bytes((1, 1), tp=2, layers=2, memory_bytes=15) == (4, 4, 4, 4)
@@ -116,7 +116,7 @@ def test_ties_keep_the_order_of_ids(rule) -> None:
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.randoms(use_true_random=False),
 )
-def test_shards_find_a_place_in_any_order_of_gpus_if_there_is_one(shards, free, random) -> None:
+def test_shards_are_placed_in_any_order_of_gpus_if_possible(shards, free, random) -> None:
     order = [
         GpuView(gpu_id=index, node=0, capacity_bytes=9, free_bytes=amount, load=0.0)
         for index, amount in enumerate(free)
@@ -136,7 +136,7 @@ def test_shards_find_a_place_in_any_order_of_gpus_if_there_is_one(shards, free, 
 # Choosing
 
 
-def test_enumeration_is_in_the_order_that_breaks_ties() -> None:
+def test_enumeration_order_breaks_ties() -> None:
     configurations = list(enumerate_configurations(load_model("llama-2-7b"), 4))
     keys = [
         (config.tp, config.pp, list(WeightType).index(config.weights), list(KvType).index(config.kv))
@@ -162,13 +162,13 @@ def test_everything_enumerated_is_ranked_or_left_out() -> None:
     the_ask = endpoint("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
     ranking = ranked(the_ask)
     everything = list(enumerate_configurations(the_ask.model, 8))
-    told = [option.configuration for option in (*ranking.candidates, *ranking.left_out)]
-    assert sorted(map(str, told)) == sorted(map(str, everything))
+    listed = [option.configuration for option in (*ranking.candidates, *ranking.left_out)]
+    assert sorted(map(str, listed)) == sorted(map(str, everything))
     assert all(candidate.service.latency_s < 3.0 for candidate in ranking.candidates)
     assert all(candidate.accuracy >= 95.0 for candidate in ranking.candidates)
 
 
-def test_an_slo_that_nothing_meets_falls_back_to_the_fastest() -> None:
+def test_an_unreachable_slo_falls_back_to_the_fastest() -> None:
     unmet, free = ranked(endpoint(slo_s=0.001)), ranked(endpoint(objective=Objective.MIN_LATENCY))
     assert unmet.candidates[0].configuration == free.candidates[0].configuration
     assert unmet.note.startswith("misses its SLO of 0.001 s: the fastest that fits takes 0.")
@@ -176,7 +176,7 @@ def test_an_slo_that_nothing_meets_falls_back_to_the_fastest() -> None:
     assert {candidate.configuration.weights for candidate in floor.candidates} == {WeightType.FLOAT16}
 
 
-def test_float16_only_keeps_the_kv_cache_free() -> None:
+def test_float16_only_does_not_restrict_the_kv_dtype() -> None:
     kinds = {
         (candidate.configuration.weights, candidate.configuration.kv)
         for candidate in ranked(endpoint(float16_only=True)).candidates
@@ -184,7 +184,7 @@ def test_float16_only_keeps_the_kv_cache_free() -> None:
     assert kinds == {(WeightType.FLOAT16, KvType.INT8), (WeightType.FLOAT16, KvType.NATIVE)}
 
 
-def test_an_unmeasured_accuracy_fails_a_floor_and_nothing_else() -> None:
+def test_an_unmeasured_accuracy_fails_only_an_accuracy_floor() -> None:
     def unknown(model: str, weights: WeightType, kv: KvType) -> float | None:
         return None
 
@@ -195,7 +195,7 @@ def test_an_unmeasured_accuracy_fails_a_floor_and_nothing_else() -> None:
     assert "its accuracy was never measured" in floor.why_empty()
 
 
-def test_layers_go_where_memory_is() -> None:
+def test_layers_follow_free_memory() -> None:
     """Three GPUs with little memory and one with much: the split is uneven, and it fits."""
     view = view_with_free(3.0, 3.0, 12.0, 3.0)
     split = {
@@ -206,7 +206,7 @@ def test_layers_go_where_memory_is() -> None:
     assert sum(split.layer_split) == 32
 
 
-def test_what_fits_nowhere_is_rejected_with_the_reason() -> None:
+def test_an_endpoint_that_fits_nowhere_is_rejected_with_the_reason() -> None:
     policy = make_policy("hybrid", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
     decision = policy.decide(endpoint("llama-2-70b"), view_with_free(1.0, 0.5))
     assert isinstance(decision, Rejection)

@@ -66,7 +66,7 @@ def test_frames_of_an_empty_run_have_all_columns():
 
 
 @given(runs())
-def test_a_cell_is_missing_in_the_frame_where_it_is_empty_in_the_file(run):
+def test_empty_cells_are_missing_values_in_frames(run):
     lines = "".join(request_lines(run)).splitlines()
     empty = [[cell == "" for cell in line.split(",")] for line in lines[1:] if '"' not in line]
     frame = requests_frame(run)

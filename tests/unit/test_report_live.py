@@ -97,7 +97,7 @@ def test_plain_terminals_get_plain_characters():
     assert sparkline([0, 0], glyphs=UNICODE) == "  "
 
 
-def test_a_series_keeps_its_whole_past_and_its_peaks():
+def test_a_series_keeps_its_history_and_peaks():
     series = Series()
     for k in range(10_000):
         series.add(999 if k == 5000 else k % 7)
@@ -107,7 +107,7 @@ def test_a_series_keeps_its_whole_past_and_its_peaks():
     assert abs(values.index(999) - 20) <= 1
 
 
-def test_a_live_view_wants_at_most_ten_frames_a_second():
+def test_a_live_view_updates_at_most_ten_times_a_second():
     now = FakeClock()
     console = Console(width=80, force_terminal=True, file=io.StringIO())
     frames = 0
@@ -121,7 +121,7 @@ def test_a_live_view_wants_at_most_ten_frames_a_second():
     assert "a-70b" in console.file.getvalue()
 
 
-def test_a_plain_view_prints_a_line_now_and_then():
+def test_a_plain_view_prints_lines_at_intervals():
     now = FakeClock()
     console = Console(width=40, file=io.StringIO())
     with PlainView(console, now=now) as view:

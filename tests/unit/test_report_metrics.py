@@ -59,7 +59,7 @@ def test_requests_that_did_not_complete_miss_their_slo():
     assert slo == Attainment(over_completed=1 / 2, over_scheduled=1 / 4)
 
 
-def test_no_slo_is_not_full_attainment():
+def test_without_an_slo_there_is_no_attainment():
     rows = [[*row[:-1], 0] for row in ROWS]
     assert summarise(run_record(table(rows))).overall.slo is None
 
@@ -129,12 +129,12 @@ def test_a_large_run_is_summarised_by_columns():
 def test_summary_in_plain_values():
     run = run_record(table(ROWS), deployments=[deployment(1, note="misses its SLO")])
     run = replace(run, requests=run.requests)
-    body = summary_to_json(summarise(run), assess_saturation(run), run.deployments)
-    assert body["saturation"]["label"] == "stable"
-    assert body["overall"]["counts"]["scheduled"] == 5
-    assert body["overall"]["goodput"] is None
-    assert body["deployments"][0]["reason"] == "misses its SLO"
-    assert body["deployments"][0]["configuration"]["tp"] == 2
+    summary = summary_to_json(summarise(run), assess_saturation(run), run.deployments)
+    assert summary["saturation"]["label"] == "stable"
+    assert summary["overall"]["counts"]["scheduled"] == 5
+    assert summary["overall"]["goodput"] is None
+    assert summary["deployments"][0]["reason"] == "misses its SLO"
+    assert summary["deployments"][0]["configuration"]["tp"] == 2
 
 
 def test_a_batch_shares_the_gpu_hours_of_its_execution() -> None:

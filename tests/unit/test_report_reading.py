@@ -32,7 +32,7 @@ def same(run: RunRecord, other: RunRecord) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(runs())
-def test_both_ways_give_the_same(run: RunRecord) -> None:
+def test_reading_by_column_equals_reading_by_row(run: RunRecord) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write_run(Path(scratch) / "run", run, {}, {})
         assert same(read_run(Path(scratch) / "run"), row_by_row(Path(scratch) / "run"))
@@ -84,7 +84,7 @@ def test_more_rows_than_are_read_at_once(tmp_path: Path) -> None:
         ("request_id", "é"),
     ],
 )
-def test_what_is_unusual_is_left_to_the_other_way(tmp_path: Path, old: str, new: str) -> None:
+def test_unusual_tables_are_read_by_row(tmp_path: Path, old: str, new: str) -> None:
     write_run(tmp_path / "run", single_server(np.full(3, 10.0), np.full(3, 1.0)), {}, {})
     path = tmp_path / "run" / "requests.csv"
     assert _request_columns(path, TEXTS) is not None
@@ -96,7 +96,7 @@ def test_what_is_unusual_is_left_to_the_other_way(tmp_path: Path, old: str, new:
         read_run(tmp_path / "run")
 
 
-def test_rows_that_are_missing_are_noticed(tmp_path: Path) -> None:
+def test_missing_rows_are_detected(tmp_path: Path) -> None:
     write_run(tmp_path / "run", single_server(np.full(3, 10.0), np.full(3, 1.0)), {}, {})
     path = tmp_path / "run" / "requests.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))

@@ -66,7 +66,7 @@ def test_without_slos_their_columns_are_not_there():
     assert "put" not in text.split("latency")[0].replace("output", "")
 
 
-def test_an_overloaded_run_says_so():
+def test_an_overloaded_run_is_labelled():
     run = a_run(load=2.0)
     assert "overloaded" in printed(results_view(summarise(run), assess_saturation(run), run.deployments, width=80), 80)
 

@@ -61,7 +61,7 @@ def test_requests_follow_the_schema(folder):
     assert (rows[1]["slo_met"], rows[1]["latency_s"], rows[1]["ttft_s"], rows[1]["tpot_s"]) == ("0", "6.000000", "", "")
 
 
-def test_cells_that_never_came_are_empty(folder):
+def test_missing_values_are_empty_cells(folder):
     _, _, refused, failed, unfinished = rows_of(folder / "requests.csv")
     filled = {key: value for key, value in refused.items() if value}
     assert filled == {
@@ -98,7 +98,7 @@ def test_run_json_keeps_the_order_and_is_readable(folder):
     assert read_meta(folder) == {**META, "summary": {"saturation": "stable"}}
 
 
-def test_reading_gives_the_run_back(folder):
+def test_a_run_folder_round_trips(folder):
     back = read_run(folder)
     for name in back.requests.__slots__:
         assert np.array_equal(getattr(back.requests, name), getattr(RUN.requests, name)), name
@@ -113,7 +113,7 @@ def test_more_rows_than_are_written_at_once(tmp_path):
     assert np.array_equal(read_run(tmp_path / "run").requests.finish_us, run.requests.finish_us)
 
 
-def test_a_run_of_nothing_round_trips(tmp_path):
+def test_an_empty_run_round_trips(tmp_path):
     write_run(tmp_path / "run", run_record(table([])), {}, {})
     assert len(read_run(tmp_path / "run").requests) == 0
 
@@ -141,7 +141,7 @@ def test_parents_are_made(tmp_path):
 
 
 @pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {})])
-def test_what_is_no_run_folder_is_left_alone(tmp_path, write):
+def test_a_folder_that_is_no_run_is_not_replaced(tmp_path, write):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
@@ -156,13 +156,13 @@ def test_what_is_no_run_folder_is_left_alone(tmp_path, write):
 
 
 @pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {})])
-def test_a_place_that_cannot_be_written_to(write):
+def test_an_unwritable_folder(write):
     with pytest.raises(InputError, match="cannot be written") as caught:
         write(Path("/proc/run"))
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_left_when_writing_fails(folder, tmp_path):
+def test_a_failed_write_leaves_no_files(folder, tmp_path):
     before = (folder / "run.json").read_bytes()
     with pytest.raises(InvariantError, match=r"cannot be written to run\.json"):
         write_run(folder, RUN, {"share": float("nan")}, {})
@@ -198,13 +198,13 @@ def spoil(folder: Path, name: str, old: str, new: str) -> None:
         ("run.json", '"record"', '"records"', "is not what maveriq writes"),
     ],
 )
-def test_a_spoiled_folder_is_refused_with_its_place(folder, name, old, new, message):
+def test_a_damaged_folder_is_refused_with_file_and_line(folder, name, old, new, message):
     spoil(folder, name, old, new)
     with pytest.raises(InputError, match=name) as caught:
         read_run(folder)
     assert message in str(caught.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_run(tmp_path / "absent")

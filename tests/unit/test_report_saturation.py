@@ -45,7 +45,7 @@ def test_high_load_is_stable_but_for_rare_chance(requests):
     assert labels(0.9, requests).count(STABLE) >= 18
 
 
-def test_service_times_that_vary_are_no_backlog():
+def test_varying_service_times_are_no_backlog():
     random = np.random.default_rng(5)
     runs = [single_server(random.exponential(1 / 0.9, 1000), random.exponential(1.0, 1000)) for _ in range(20)]
     assert [assess_saturation(run).label for run in runs].count(STABLE) >= 18
@@ -79,7 +79,7 @@ def test_a_burst_that_drains_is_backlogged():
     assert saturation.evidence.peak_waiting == pytest.approx(200, rel=0.15)
 
 
-def test_bursts_that_come_and_go_add_up():
+def test_repeated_bursts_add_up():
     high_and_low = [(1.6, 100), (0.4, 400)] * 6
     assert assess_saturation(stages(*high_and_low)).label is BACKLOGGED
 
@@ -108,7 +108,7 @@ def test_all_at_once_is_backlogged():
     assert assess_saturation(run).evidence.worst_backlog_s == pytest.approx(99, rel=0.01)
 
 
-def test_a_dispatcher_that_always_takes_a_while_is_stable():
+def test_a_constant_dispatch_delay_is_stable():
     run = m_d_1(0.5, 5000)
     delayed = replace(run, requests=replace(run.requests, start_us=run.requests.start_us + micros(8.0)))
     assert assess_saturation(delayed).label is STABLE
@@ -141,7 +141,7 @@ def test_no_request_or_only_refused_ones():
     assert single.label is STABLE
 
 
-def test_a_saturation_per_model():
+def test_saturation_per_model():
     run = m_d_1(1.3, 1000)
     late = replace(run.requests, endpoint_id=np.where(np.arange(1000) < 20, 2, 1))
     run = replace(run, requests=late, models={1: "tiny", 2: "big"})
@@ -162,10 +162,10 @@ def test_the_busiest_gpu_is_named():
     assert "The busiest GPU, 3, worked 80.0 % of the time." in saturation.sentence
 
 
-def test_refused_requests_are_named_beside_the_saturation():
+def test_the_sentence_names_refused_requests():
     from fixtures import arrivals, run
 
     half = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [(0,)], 2: []})
     assert assess_saturation(half).sentence.endswith("1 of 2 requests were refused and count for nothing here.")
-    nobody = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [], 2: []})
-    assert assess_saturation(nobody).sentence == "No request was served: all were refused."
+    all_refused = run(arrivals([10, 20], [1, 2], [5, 5]), {1: [], 2: []})
+    assert assess_saturation(all_refused).sentence == "No request was served: all were refused."

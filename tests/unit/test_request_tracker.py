@@ -4,7 +4,7 @@ from maveriq.control.request_tracker import MAX_REASONS, RequestTracker
 from maveriq.domain.requests import Request
 
 
-def test_reasons_without_end_are_bounded_and_no_request_is_lost() -> None:
+def test_reasons_are_bounded_and_no_request_is_lost() -> None:
     tracker = RequestTracker()
     count = 40_000  # more than a 16-bit number holds
     for number in range(1, count + 1):

@@ -43,7 +43,7 @@ def test_a_priority_request_of_a_schedule_overtakes(replay) -> None:
     assert starts[0] < starts[2] < starts[1]
 
 
-def test_an_endpoint_is_taken_away(replay) -> None:
+def test_an_endpoint_is_removed(replay) -> None:
     record = replay("100,1,9,20\n199.95,1,9,20\n200.5,1,9,20", remove=("endpoint=1@200s",))
     completed, last = RequestStatus.COMPLETED, RequestStatus.REFUSED
     assert record.requests.status.tolist() == [completed, completed, last]
@@ -60,17 +60,17 @@ def test_an_endpoint_is_taken_away(replay) -> None:
         ({"fail": ("gpu=0@99999s",)}, "fault of GPU 0 at 99999 s: the run ends by 400 s"),
     ],
 )
-def test_what_can_hit_nothing_is_refused(replay, options: dict, message: str) -> None:
+def test_faults_without_a_target_are_refused(replay, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         replay("100,1,9,20", **options)
 
 
-def test_a_fault_before_its_deployment_is_asked_for_is_refused() -> None:
+def test_a_fault_before_its_deployment_is_requested_is_refused() -> None:
     with pytest.raises(InputError, match="fault of deployment 2 at 100 s: it is not asked for before 270 s"):
         build_system(Options(fail=("deployment=2@100s",)))
 
 
-def test_when_every_gpu_is_down_the_rejection_says_so(replay) -> None:
+def test_the_rejection_says_that_every_gpu_is_down(replay) -> None:
     record = replay("100,1,9,20", fail=("gpu=0@0s",))
     assert record.deployments[0].reason == "every GPU is down"
 
@@ -83,12 +83,12 @@ def profile_without_calibration(tmp_path):
     return str(tmp_path / "profile-short.toml")
 
 
-def test_the_calibrated_estimator_plans_and_serves_where_there_is_one() -> None:
+def test_the_calibrated_estimator_is_the_default_if_there_is_one() -> None:
     scenario = build_system(Options())
     assert (scenario.estimator, scenario.service_times.name, scenario.notes) == ("calibrated", "calibrated", ())
 
 
-def test_without_a_calibration_the_papers_estimator_stands_in_and_the_run_says_so(tmp_path) -> None:
+def test_without_a_calibration_the_run_uses_and_names_the_papers_estimator(tmp_path) -> None:
     profile = profile_without_calibration(tmp_path)
     scenario = build_system(Options(profile=profile))
     assert (scenario.estimator, scenario.service_times.name) == ("paper", "paper")
@@ -99,7 +99,7 @@ def test_without_a_calibration_the_papers_estimator_stands_in_and_the_run_says_s
         build_system(Options(profile=profile, estimator="calibrated"))
 
 
-def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
+def test_exclude_run_changes_the_service_times() -> None:
     run = "MaverIQ_large_min_cost_code_0.4_slo0"
     default, blind = (build_system(Options(scale=0.05, exclude_run=name)) for name in (None, run))
     model = default.workload.endpoints[0].model
@@ -112,6 +112,6 @@ def test_a_recorded_run_can_be_left_out_of_what_times_service() -> None:
 
 
 @pytest.mark.parametrize("name", ["paper", "recorded"])
-def test_only_fitted_service_times_can_leave_a_run_out(name: str) -> None:
+def test_exclude_run_needs_calibrated_service_times(name: str) -> None:
     with pytest.raises(InputError, match=f"--exclude-run applies to --service-times calibrated, not to '{name}'"):
         build_system(Options(service_times=name, exclude_run="x"))

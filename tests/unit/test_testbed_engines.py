@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_neighbours_are_engines_of_one_gpu_in_the_same_run(folder: Path) -> None:
+def test_co_located_engines_are_those_on_one_gpu_in_the_same_run(folder: Path) -> None:
     first, second, several, elsewhere = read_engines(folder)
     assert first.busy_shares[0, :3].tolist() == pytest.approx([0.75, 0.25, 0])
     assert second.busy_shares[0, :3].tolist() == pytest.approx([0, 1, 0])
@@ -51,7 +51,7 @@ def test_neighbours_are_engines_of_one_gpu_in_the_same_run(folder: Path) -> None
     assert [engine.uncontended.tolist() for engine in (first, second, several)] == [[False], [False], [True]]
 
 
-def test_a_table_that_is_none_is_refused(folder: Path) -> None:
+def test_an_invalid_table_is_refused(folder: Path) -> None:
     (folder / "deployments.csv").write_text("run,model_id\n")
     with pytest.raises(InputError, match="recorded deployments"):
         read_engines(folder)
@@ -71,7 +71,7 @@ def engine(model: str, busy_shares: np.ndarray, service_s: np.ndarray, folder: P
     )
 
 
-def test_what_neighbours_cost_is_found_again(folder: Path) -> None:
+def test_a_fit_recovers_the_contention(folder: Path) -> None:
     truth, random = ContentionCosts(layer_us=30.0, turn_us=4000.0), np.random.default_rng(1)
     engines = []
     for model in ("llama-2-7b", "gptj-6b"):
@@ -91,12 +91,12 @@ def test_what_neighbours_cost_is_found_again(folder: Path) -> None:
     assert found.turn_us == pytest.approx(truth.turn_us, rel=0.02)
 
 
-def test_who_never_had_a_neighbour_says_nothing_of_them(folder: Path) -> None:
+def test_engines_without_contention_do_not_affect_its_fit(folder: Path) -> None:
     lonely = engine("gptj-6b", np.eye(8)[np.zeros(20, dtype=int)], np.ones(20), folder)
     assert fit_contention([(lonely, np.ones(20))]) == ContentionCosts(layer_us=0.0, turn_us=0.0)
 
 
-def test_medians_are_of_requests_without_neighbours_by_length_of_prompt(folder: Path) -> None:
+def test_medians_use_uncontended_requests_by_prompt_length(folder: Path) -> None:
     busy_shares = np.eye(8)[np.array([0] * 48 + [3] * 10)]
     service_s = np.append(np.linspace(1, 2, 48), np.full(10, 9.0))
     found = list(uncontended_medians(engine("gptj-6b", busy_shares, service_s, folder), bands=4))

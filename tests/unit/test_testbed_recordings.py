@@ -52,7 +52,7 @@ def test_times_are_those_of_the_table(recorded: RunRecord) -> None:
     assert table.prompt_tokens.tolist() == [10, 100, 1, 20, 10]
 
 
-def test_a_model_that_was_never_asked_for_is_named_by_its_set(recorded: RunRecord) -> None:
+def test_a_model_without_deployment_is_named_by_its_model_set(recorded: RunRecord) -> None:
     assert recorded.models == {1: "llama-2-70b", 2: "falcon-40b", 3: "llama-2-7b"}
     assert recorded.requests.deployment_id.tolist() == [0, 1, 2, 2, 1]
 
@@ -64,7 +64,7 @@ def test_slos_are_those_of_the_profile(recorded: RunRecord) -> None:
     assert recorded.deployments[1].endpoint.intent.slo_s == pytest.approx(5 * slo_s)
 
 
-def test_plans_hold_what_was_measured_and_say_what_was_estimated(recorded: RunRecord) -> None:
+def test_plans_have_measured_memory_and_name_the_estimate(recorded: RunRecord) -> None:
     falcon, llama = recorded.deployments
     assert falcon.plan is not None
     assert llama.plan is not None
@@ -85,7 +85,7 @@ def test_a_baseline_has_no_intent_and_no_estimate(tmp_path: Path) -> None:
     assert not baseline.requests.slo_us.any()
 
 
-def test_gpus_hold_memory_from_the_command_on_and_work_while_they_serve(recorded: RunRecord) -> None:
+def test_gpus_hold_memory_from_the_deploy_and_are_busy_while_serving(recorded: RunRecord) -> None:
     held = {(sample.time_us, sample.gpu_id): gib(sample.memory_bytes) for sample in recorded.gpu_samples}
     assert held[269 * S, 1] == pytest.approx(0.465)
     assert held[270 * S, 1] == pytest.approx(10.465)
@@ -104,7 +104,7 @@ def test_options_describe_the_run(tmp_path: Path) -> None:
     assert (baseline.policy, baseline.intent) == ("alpaserve", "min-cost")
 
 
-def test_a_replay_keeps_all_but_when_requests_went(recorded: RunRecord) -> None:
+def test_a_replay_changes_only_dispatch_times(recorded: RunRecord) -> None:
     again = replay(recorded, PROFILE)
     done = recorded.requests.status == RequestStatus.COMPLETED
     service_us, recorded_us = ((run.requests.finish_us - run.requests.start_us)[done] for run in (again, recorded))
@@ -119,13 +119,13 @@ def test_a_replay_keeps_all_but_when_requests_went(recorded: RunRecord) -> None:
     ]
 
 
-def test_a_replay_waits_until_an_engine_has_registered_and_ten_seconds_more(tmp_path: Path) -> None:
+def test_a_replay_waits_ten_seconds_after_registration(tmp_path: Path) -> None:
     late = record(put_testbed(tmp_path, deployments=("530.25", "595.0")))
     third = replay(late, PROFILE).requests.start_us[2]
     assert 605 * S <= third <= 605 * S + 11_000
 
 
-def test_a_request_that_was_completed_before_its_engine_was_there_is_no_recording(tmp_path: Path) -> None:
+def test_a_request_completed_before_its_deployment_is_refused(tmp_path: Path) -> None:
     impossible = record(put_testbed(tmp_path, deployments=("530.25", "600.0")))
     with pytest.raises(InputError, match=r"request 3 was completed, which cannot be .* still loading"):
         replay(impossible, PROFILE)
@@ -152,13 +152,13 @@ def test_a_request_that_was_completed_before_its_engine_was_there_is_no_recordin
         ("runs", RUN, "../x", "run must be a name that a folder can have"),
     ],
 )
-def test_tables_that_do_not_fit_are_refused(tmp_path: Path, table: str, old: str, new: str, words: str) -> None:
+def test_contradictory_tables_are_refused(tmp_path: Path, table: str, old: str, new: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         record(put_testbed(tmp_path, **{table: (old, new)}))
     assert words in str(caught.value)
 
 
-def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_run(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=f"did you mean '{RUN}'"):
         pick_runs(read_runs(put_testbed(tmp_path)), ["MaverIQ_tin"])
     with pytest.raises(InputError, match="holds no recordings"):

@@ -30,7 +30,7 @@ def test_show_prints_counts_rate_models_and_lengths():
     assert "median" in shown
 
 
-def test_show_json_holds_the_same_figures():
+def test_show_json_has_the_same_figures():
     shown = json.loads(run("show", "conversation", "--scale", "0.1", "--models", "regular", "--json"))
     assert shown["requests"] == sum(shown["requests_per_bin"]) == 1913
     assert sum(endpoint["requests"] for endpoint in shown["endpoints"]) == 1913
@@ -71,7 +71,7 @@ def test_check_counts_an_azure_trace(tmp_path):
         (("export", "--out", "nowhere/schedule.csv"), "cannot be written"),
     ],
 )
-def test_what_is_wrong_is_raised(arguments, says):
+def test_errors_are_raised(arguments, says):
     with pytest.raises(InputError, match=says):
         run(*arguments)
 
@@ -84,7 +84,7 @@ def test_the_plot_fits_and_its_columns_are_as_high_as_the_rate():
     assert max(map(len, rate_plot((1,) * 1000, 30, width=80).splitlines())) <= 80
 
 
-def test_an_export_carries_the_slos_of_its_scale(tmp_path) -> None:
+def test_an_export_contains_the_slos_of_its_scale(tmp_path) -> None:
     file = tmp_path / "slo.csv"
     run("export", "code", "--scale", "0.05", "--slo-scale", "5", "--out", str(file))
     # llama-2-70b: 5 * (1.031805 + 20 * 0.204316) s

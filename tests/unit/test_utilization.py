@@ -37,7 +37,7 @@ def test_load_by_example(spans, now_us: int, load: float) -> None:
 @given(
     st.lists(st.integers(0, 200), max_size=12, unique=True), st.integers(0, 220), st.integers(1, 10), st.integers(0, 10)
 )
-def test_load_is_what_counting_gives(edges: list[int], now_us: int, look_us: int, phase_us: int) -> None:
+def test_load_equals_counting_instants(edges: list[int], now_us: int, look_us: int, phase_us: int) -> None:
     window = LoadWindow(samples=5, sample_us=10, look_us=look_us, busy_share=0.3)
     edges = sorted(edges)
     spans = [(a, min(b, now_us)) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < now_us]
@@ -48,7 +48,7 @@ def test_load_is_what_counting_gives(edges: list[int], now_us: int, look_us: int
     assert recent_load(spans, now_us, window, phase_us) == busy / 5
 
 
-def test_history_keeps_what_the_window_can_see_and_the_whole_sum() -> None:
+def test_history_keeps_the_window_and_the_total() -> None:
     history = UtilizationWindow(SMALL)
     for start in range(0, 1_000, 10):
         history.add(start, start + 5)
@@ -59,7 +59,7 @@ def test_history_keeps_what_the_window_can_see_and_the_whole_sum() -> None:
     )
 
 
-def test_history_keeps_what_the_oldest_reading_can_see() -> None:
+def test_history_keeps_the_range_of_the_oldest_reading() -> None:
     history = UtilizationWindow(SMALL)
     spans = [(start, start + 5) for start in range(0, 1_000, 10)]
     for start, end in spans:
@@ -68,13 +68,13 @@ def test_history_keeps_what_the_oldest_reading_can_see() -> None:
         assert recent_load(history.spans, 1_000, SMALL, phase_us) == recent_load(spans, 1_000, SMALL, phase_us)
 
 
-def test_readings_of_another_age_see_something_else() -> None:
+def test_readings_depend_on_their_age() -> None:
     assert recent_load([(56, 60)], 100, SMALL) == 0.2
     assert recent_load([(56, 60)], 100, SMALL, 5) == 0.0
     assert recent_load([(51, 55)], 100, SMALL, 5) == 0.2
 
 
-def test_phases_are_those_of_the_seed_and_differ_between_gpus() -> None:
+def test_phases_depend_on_the_seed_and_differ_between_gpus() -> None:
     window = replace(SMALL, sample_us=1_000, max_phase_us=1_000)
     phases = sampling_phases_us(window, 8, seed=1)
     assert phases == sampling_phases_us(window, 8, seed=1) != sampling_phases_us(window, 8, seed=2)
@@ -84,7 +84,7 @@ def test_phases_are_those_of_the_seed_and_differ_between_gpus() -> None:
     assert sampling_phases_us(replace(window, max_phase_us=0), 8, seed=1) == (0,) * 8
 
 
-def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
+def test_phases_separate_the_loads_of_equally_busy_gpus() -> None:
     def loads(max_phase_us: int) -> list[float]:
         window = replace(SMALL, samples=50, max_phase_us=max_phase_us)
         controller = make_controller({1: [(0, 1, 2)]}, load_window=window)
@@ -104,7 +104,7 @@ def test_gpus_that_work_alike_are_seldom_found_equally_busy() -> None:
     assert in_step[3] == out_of_step[3] == 0.0  # idle GPUs stay tied
 
 
-def test_a_window_that_makes_no_sense_is_refused() -> None:
+def test_an_invalid_window_is_refused() -> None:
     with pytest.raises(InputError, match="load window: needs at least one sample"):
         LoadWindow(samples=5, sample_us=10, look_us=11)
     with pytest.raises(InputError, match="largest phase must lie between 0 and the 10 µs"):

@@ -33,18 +33,18 @@ def wheel(folder: Path, names: list[str]) -> Path:
 WHOLE = ["maveriq/a.py", "maveriq/data/b.csv", "maveriq/traces/c.csv", "maveriq-1.dist-info/METADATA"]
 
 
-def test_a_whole_wheel_passes(repository: Path) -> None:
+def test_a_complete_wheel_passes(repository: Path) -> None:
     assert "1 of traces" in check_wheel.check_contents(wheel(repository, WHOLE))
 
 
 @pytest.mark.parametrize("lost", ["maveriq/data/b.csv", "maveriq/traces/c.csv"])
-def test_a_lost_file_is_named(repository: Path, lost: str) -> None:
+def test_a_missing_file_of_the_wheel_is_named(repository: Path, lost: str) -> None:
     with pytest.raises(check_wheel.CheckError, match=lost):
         check_wheel.check_contents(wheel(repository, [name for name in WHOLE if name != lost]))
 
 
 @pytest.mark.parametrize("stray", ["tests/d.py", "maveriq/tests/d.py", "traces/c.csv"])
-def test_a_stray_file_is_named(repository: Path, stray: str) -> None:
+def test_an_unexpected_file_is_named(repository: Path, stray: str) -> None:
     with pytest.raises(check_wheel.CheckError, match=stray):
         check_wheel.check_contents(wheel(repository, [*WHOLE, stray]))
 

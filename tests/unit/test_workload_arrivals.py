@@ -20,7 +20,7 @@ def published_one_by_one(counts, scale, load_at, seed):
 
 @pytest.mark.parametrize("seed", [0, 42])
 @pytest.mark.parametrize("load_at", [(0,), (0, 0, 2), (0, 1, 2, 3, 4)])
-def test_the_draw_at_once_equals_the_published_loop(load_at, seed):
+def test_the_vectorized_draw_equals_the_published_loop(load_at, seed):
     counts = np.array([7, 0, 33, 1, 100])
     draw = published_draw(counts, scale=0.7, load_at=load_at, seed=seed)
     expected = published_one_by_one(counts.tolist(), 0.7, load_at, seed)
@@ -29,7 +29,7 @@ def test_the_draw_at_once_equals_the_published_loop(load_at, seed):
     assert draw.bin_index.tolist() == [0] * 4 + [2] * 23 + [4] * 70
 
 
-def test_deploy_times_follow_bins_and_the_models_before():
+def test_deploy_times_follow_bins_and_earlier_models():
     assert deploy_times((0, 0, 3, 5)) == [0, 90_000_000, 300_000_000, 450_000_000]
 
 
@@ -53,6 +53,6 @@ def test_steady_poisson_has_exponential_gaps_and_even_endpoints():
     "wrong",
     [{"rate_per_s": 0.0}, {"rate_per_s": float("inf")}, {"requests": 0}, {"requests": 10**12}, {"endpoints": 0}],
 )
-def test_steady_poisson_refuses_what_cannot_be(wrong):
+def test_steady_poisson_refuses_invalid_arguments(wrong):
     with pytest.raises(InputError):
         steady_poisson(**({"rate_per_s": 1.0, "requests": 10} | wrong))

@@ -13,9 +13,9 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:17:03.9799600,4808,10\n"
 
 
-def trace_file(tmp_path, body, header=HEADER):
+def trace_file(tmp_path, rows, header=HEADER):
     path = tmp_path / "trace.csv"
-    path.write_text(header + body, encoding="utf-8")
+    path.write_text(header + rows, encoding="utf-8")
     return path
 
 
@@ -39,7 +39,7 @@ def test_token_rows_keep_the_order_and_hold_at_least_one_token(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "body",
+    "rows",
     [
         GOOD.rstrip("\n"),
         GOOD.replace("\n", "\r\n"),
@@ -50,18 +50,18 @@ def test_token_rows_keep_the_order_and_hold_at_least_one_token(tmp_path):
         "\n" + GOOD + "\n",
     ],
 )
-def test_forms_that_other_tools_write(tmp_path, body):
-    assert read_azure(trace_file(tmp_path, body)).rows.context_tokens.tolist() == [4808]
+def test_formats_of_other_tools(tmp_path, rows):
+    assert read_azure(trace_file(tmp_path, rows)).rows.context_tokens.tolist() == [4808]
 
 
-def test_columns_in_another_order_and_packed(tmp_path):
+def test_columns_in_another_order_and_compressed(tmp_path):
     path = tmp_path / "trace.csv.gz"
     path.write_bytes(gzip.compress(b"GeneratedTokens,TIMESTAMP,ContextTokens\n10,2023-11-16 18:17:03,4808\n"))
     assert read_azure(path).rows.generated_tokens.tolist() == [10]
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("rows", "says"),
     [
         (GOOD + "2023-11-16 18:17:04,x,8\n", "line 3: ContextTokens must be a number, not 'x'"),
         (GOOD + "2023-11-16 18:17:04,1.5,8\n", "line 3: ContextTokens must be a whole number"),
@@ -82,9 +82,9 @@ def test_columns_in_another_order_and_packed(tmp_path):
         ("\n\n", "has a header but no row"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line(tmp_path, body, says):
+def test_errors_name_their_line(tmp_path, rows, says):
     with pytest.raises(InputError) as refused:
-        read_azure(trace_file(tmp_path, body))
+        read_azure(trace_file(tmp_path, rows))
     assert says in str(refused.value)
     assert "trace.csv" in str(refused.value)
 

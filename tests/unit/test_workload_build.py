@@ -37,7 +37,7 @@ def test_sharegpt_prompts_have_the_measured_mean_and_median():
     assert tokens.min() == 1
 
 
-def test_fixed_lengths_plan_for_themselves():
+def test_fixed_lengths_are_also_the_planned_lengths():
     workload = build(prompt_tokens="128", output_tokens="7", batch_size=4)
     assert {
         (endpoint.prompt_tokens, endpoint.output_tokens, endpoint.batch_size) for endpoint in workload.endpoints
@@ -65,7 +65,7 @@ def small_trace(tmp_path):
     return {"trace": str(path), "models": str(tmp_path / "one.toml"), "prompt_tokens": "trace"}
 
 
-def test_the_files_own_lengths_come_from_the_same_minute_in_pairs(small_trace):
+def test_lengths_of_the_file_are_pairs_of_the_same_minute(small_trace):
     once = build(**small_trace, output_tokens="trace", scale=1.0).arrivals
     assert sorted(once.prompt_tokens.tolist()) == [1, 2, 3, 4, 101, 102, 201]
     assert (once.prompt_tokens == once.output_tokens).all()
@@ -83,7 +83,7 @@ def test_each_row_is_used_once_before_any_is_used_twice(small_trace):
     assert len(more) == 10 + 5 + 2
 
 
-def test_slos_follow_the_model_and_the_requests_own_output():
+def test_slos_depend_on_the_model_and_the_output_tokens():
     workload = build(trace="conversation", output_tokens="trace", slo_scale=2.5)
     models = {endpoint.endpoint_id: endpoint.model.name for endpoint in workload.endpoints}
     arrivals = workload.arrivals
@@ -109,7 +109,7 @@ def recording(tmp_path):
     return str(path)
 
 
-def test_a_schedule_is_replayed_as_it_stands(recording):
+def test_a_schedule_is_replayed_unchanged(recording):
     workload = build(trace=recording)
     arrivals = workload.arrivals
     assert arrivals.arrival_us.tolist() == [1_000_000, 2_000_000, 3_000_000]
@@ -121,7 +121,7 @@ def test_a_schedule_is_replayed_as_it_stands(recording):
     assert (workload.endpoints[0].prompt_tokens, workload.endpoints[0].output_tokens) == (11, 20)
 
 
-def test_options_replace_what_a_schedule_says(recording):
+def test_options_override_a_schedule(recording):
     arrivals = build(trace=recording, prompt_tokens="5", slo_scale=1.0).arrivals
     assert arrivals.prompt_tokens.tolist() == [5, 5, 5]
     assert arrivals.output_tokens.tolist() == [30, 10, 20]
@@ -158,18 +158,18 @@ def test_poisson_stages_last_two_minutes_or_as_long_as_their_gaps():
         ({"trace": "nowhere.csv"}, "does not exist"),
     ],
 )
-def test_options_that_cannot_be(options, says):
+def test_invalid_options(options, says):
     with pytest.raises(InputError) as refused:
         build(**options)
     assert says in str(refused.value)
 
 
-def test_unknown_traces_are_refused_with_a_guess():
+def test_unknown_traces_are_refused_with_a_suggestion():
     with pytest.raises(UnknownNameError, match="did you mean 'conversation'"):
         build(trace="conversations")
 
 
-def test_a_schedule_knows_no_scale_and_no_unknown_endpoint(recording, tmp_path):
+def test_a_schedule_refuses_a_scale_and_unknown_endpoints(recording, tmp_path):
     with pytest.raises(InputError, match="leave out the scale"):
         build(trace=recording, scale=0.4)
     (tmp_path / "one.toml").write_text('name = "one"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n')

@@ -33,18 +33,18 @@ def test_the_readme_names_the_public_files_by_their_checksums(measured_data):
 
 
 @pytest.mark.parametrize(("name", "requests"), [("code", 8819), ("conversation", 19366)])
-def test_embedded_counts_are_whole(name, requests):
+def test_embedded_counts_are_complete(name, requests):
     assert embedded_trace(name).requests_per_minute.sum() == requests
 
 
 @pytest.mark.parametrize(("name", "models"), [("large", 4), ("regular", 8), ("twentyone", 21)])
-def test_model_sets_that_come_with_maveriq(name, models):
+def test_built_in_model_sets(name, models):
     models_of_set = load_model_set(name)
     assert models_of_set.name == name
     assert len(models_of_set.entries) == models
 
 
-def test_known_model_sets_leave_clusters_out():
+def test_listed_model_sets_exclude_clusters():
     assert known_model_sets() == ["large", "regular", "twentyone"]
 
 

@@ -27,7 +27,7 @@ def test_entries_keep_their_order_and_bins():
     ]
 
 
-def test_an_entry_overrides_the_intent_of_the_run_only_where_it_says_so(tmp_path):
+def test_an_entry_overrides_only_its_given_parts_of_the_intent(tmp_path):
     entries = model_set(
         tmp_path,
         'name = "mine"\n'
@@ -41,7 +41,7 @@ def test_an_entry_overrides_the_intent_of_the_run_only_where_it_says_so(tmp_path
     assert entries[1].intent(of_run) == Intent(objective=Objective.MIN_COST, min_accuracy=90.0)
 
 
-def test_a_models_config_lies_beside_the_file(tmp_path):
+def test_a_models_config_is_relative_to_the_file(tmp_path):
     config = {
         "model_type": "llama",
         "num_hidden_layers": 2,
@@ -77,7 +77,7 @@ def test_a_models_config_lies_beside_the_file(tmp_path):
         ("name = \n", "is not valid TOML"),
     ],
 )
-def test_what_is_wrong_is_refused(tmp_path, text, says):
+def test_invalid_files_are_refused(tmp_path, text, says):
     with pytest.raises(InputError) as refused:
         [entry.intent(Intent(objective=Objective.MIN_COST)) for entry in model_set(tmp_path, text).entries]
     assert says in str(refused.value)

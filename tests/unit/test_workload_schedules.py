@@ -51,7 +51,7 @@ def test_file_looks_as_documented(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["nowhere/schedule.csv", "file/schedule.csv", "folder"])
-def test_nothing_is_left_where_it_cannot_be_written(tmp_path, where):
+def test_a_failed_write_leaves_no_file(tmp_path, where):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
@@ -71,7 +71,7 @@ def test_an_older_file_survives_a_failed_write(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("rows", "says"),
     [
         (GOOD + "1.4,1,30,20\n", "line 3: arrival_s 1.4 is before 1.5"),
         (GOOD + "-1,1,30,20\n", "line 3: arrival_s must be a finite number of at least 0"),
@@ -85,9 +85,9 @@ def test_an_older_file_survives_a_failed_write(tmp_path):
         ("", "has a header but no row"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line(tmp_path, body, says):
+def test_errors_name_their_line(tmp_path, rows, says):
     path = tmp_path / "schedule.csv"
-    path.write_text(HEADER + body)
+    path.write_text(HEADER + rows)
     with pytest.raises(InputError) as refused:
         read_schedule(path)
     assert says in str(refused.value)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
-def test_it_introduces_itself_until_it_is_told_what_to_load(case: EngineCase, tmp_path) -> None:
+def test_it_sends_hello_until_it_loads(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path, load=False) as engine:
             engine.send(Ping(number=1))
@@ -85,7 +85,7 @@ def test_equal_prompts_give_equal_tokens_alone_or_in_a_batch(case: EngineCase, t
     run_async(check)
 
 
-def test_a_sequence_that_has_ended_gets_no_token_while_others_go_on(case: EngineCase, tmp_path) -> None:
+def test_an_ended_sequence_gets_no_more_tokens(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
             engine.send(batch_of(1, [5, 6, 7], [1, 2], tokens=[1, 3]))
@@ -107,7 +107,7 @@ def test_generation_ends_with_a_stop_token(case: EngineCase, tmp_path) -> None:
     run_async(check)
 
 
-def test_a_repeated_execution_is_not_done_again(case: EngineCase, tmp_path) -> None:
+def test_a_repeated_execution_message_is_not_executed_again(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
             first = batch_of(1, tokens=3, service_s=0.05)
@@ -125,7 +125,7 @@ def test_a_repeated_execution_is_not_done_again(case: EngineCase, tmp_path) -> N
     run_async(check)
 
 
-def test_too_large_a_batch_fails_alone(case: EngineCase, tmp_path) -> None:
+def test_too_large_a_batch_fails_without_stopping_the_engine(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path, batch_size=2) as engine:
             engine.send(batch_of(1, [1], [2], [3]))
@@ -145,7 +145,7 @@ def test_nothing_can_be_executed_before_loading(case: EngineCase, tmp_path) -> N
     run_async(check)
 
 
-def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
+def test_it_answers_pings_while_it_executes(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
             engine.send(batch_of(1, tokens=10_000, service_s=20.0))
@@ -162,7 +162,7 @@ def test_it_answers_while_it_works(case: EngineCase, tmp_path) -> None:
     run_async(check)
 
 
-def test_it_stops_by_word_in_the_middle_of_work(case: EngineCase, tmp_path) -> None:
+def test_it_stops_by_message_during_an_execution(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path) as engine:
             engine.send(batch_of(1, tokens=10_000, service_s=600.0))
@@ -173,7 +173,7 @@ def test_it_stops_by_word_in_the_middle_of_work(case: EngineCase, tmp_path) -> N
     run_async(check)
 
 
-def test_all_its_ranks_are_in_its_group_and_go_with_it(case: EngineCase, tmp_path) -> None:
+def test_all_ranks_are_in_its_process_group_and_end_with_it(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         layers = (case.model.layers - 1, 1)
         async with started_engine(case, tmp_path, pp=2, layer_split=layers) as engine:
@@ -187,7 +187,7 @@ def test_all_its_ranks_are_in_its_group_and_go_with_it(case: EngineCase, tmp_pat
     run_async(check)
 
 
-def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
+def test_it_ends_when_its_executor_ends(case: EngineCase, tmp_path) -> None:
     async def check() -> None:
         layers = (case.model.layers - 1, 1)
         async with started_engine(case, tmp_path, pp=2, layer_split=layers) as engine:
@@ -201,7 +201,7 @@ def test_it_ends_when_its_executor_does(case: EngineCase, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("bytes_", [b"\0\0\0\3abc", b"\xff" * 64, b"\0\0\0\0"], ids=["no message", "too long", "empty"])
-def test_it_ends_when_it_is_told_nonsense(case: EngineCase, tmp_path, bytes_: bytes) -> None:
+def test_it_ends_on_an_invalid_message(case: EngineCase, tmp_path, bytes_: bytes) -> None:
     async def check() -> None:
         async with started_engine(case, tmp_path, load=False) as engine:
             engine.connection.channel._writer.write(bytes_)
@@ -210,7 +210,7 @@ def test_it_ends_when_it_is_told_nonsense(case: EngineCase, tmp_path, bytes_: by
     run_async(check)
 
 
-def test_close_may_come_twice_and_at_any_time(case: EngineCase) -> None:
+def test_close_may_be_called_at_any_time_and_twice(case: EngineCase) -> None:
     engine = make_engine(case.backend)
     engine.close()
     engine.load(case.spec())
@@ -220,7 +220,7 @@ def test_close_may_come_twice_and_at_any_time(case: EngineCase) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
-def test_heavy_libraries_are_imported_when_it_loads(case: EngineCase, tmp_path) -> None:
+def test_heavy_libraries_are_imported_on_load(case: EngineCase, tmp_path) -> None:
     """So that also a backend with heavy libraries answers at once."""
 
     async def check() -> None:
