@@ -1,9 +1,9 @@
-"""How fast AlpaServe's placement search is.
+"""Measure the speed of AlpaServe's placement search.
 
-    python benchmarks/alpaserve.py [--large]
+Usage: python benchmarks/alpaserve.py [--large]
 
-Shows CPU and wall seconds, warm: the simulator, whole searches on eight GPUs as published, and
-with --large a search on 64 GPUs in 8 nodes, 32 models, 200,000 requests.
+The script prints CPU and wall seconds of its simulator and of whole searches on eight GPUs as published, and with
+--large of a search on 64 GPUs in 8 nodes with 32 models and 200,000 requests. Compilation is not included.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def synthetic(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="also search 64 GPUs")
+    parser.add_argument("--large", action="store_true", help="also search on 64 GPUs")
     arguments = parser.parse_args()
     warm_up()
     four = synthetic([13, 15, 27, 15], gpus=8)
@@ -112,7 +112,7 @@ def main() -> None:
         sizes = [[13.0, 15.0, 27.0, 15.0, 80.0, 130.0][number % 6] for number in range(32)]
         for what, chosen in (
             ("LLMs of 13 to 130 GiB", sizes),
-            ("models of 2 GiB, which fill memory slowest", [2.0] * 32),
+            ("models of 2 GiB, which fill memory slowly", [2.0] * 32),
         ):
             problem = synthetic(chosen, gpus=64)
             timed(f"64 GPUs, 32 {what}", lambda problem=problem: search(problem, SETTINGS), repeats=1)  # type: ignore[misc]

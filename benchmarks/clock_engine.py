@@ -1,4 +1,4 @@
-"""An engine for `executor.py` that answers with the instant at which it was asked."""
+"""An engine for `executor.py` that answers with the time at which it received a request."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.engines.engine import Step
 from maveriq.exec.messages import Generate
 
-WORD = 1 << 30
-"""A token holds less than this."""
+TOKEN_LIMIT = 1 << 30
+"""Tokens are less than this."""
 
 
 class ClockEngine(EmulatedEngine):
-    """Gives two tokens: the high and the low part of the monotonic clock, in microseconds."""
+    """Generates two tokens: the high and the low part of the monotonic clock in microseconds."""
 
-    def generate(self, work: Generate) -> Iterator[Step]:
-        """Yield the parts."""
+    def generate(self, batch: Generate) -> Iterator[Step]:
+        """Yield both parts."""
         requested_us = int(time.monotonic() * 1e6)
-        for token in divmod(requested_us, WORD):
-            yield [token] * len(work.sequences)
+        for token in divmod(requested_us, TOKEN_LIMIT):
+            yield [token] * len(batch.sequences)

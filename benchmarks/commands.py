@@ -1,4 +1,4 @@
-"""How long whole commands take, as a user waits for them."""
+"""Measures how long whole commands take."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _HELP_TRIES = 10
 
 
 def help_ratio() -> float:
-    """Return how much longer `maveriq --help` takes than merely importing what it is made with."""
+    """Return the time of `maveriq --help` divided by the time to import typer and rich."""
     ours = [_MAVERIQ, "--help"]
     bare = [sys.executable, "-c", "import typer, rich"]
-    times_s = [(_wall_s(ours), _wall_s(bare)) for _ in range(_HELP_TRIES)]  # in turns: the machine changes its pace
+    times_s = [
+        (_wall_s(ours), _wall_s(bare)) for _ in range(_HELP_TRIES)
+    ]  # alternate, because the speed of the machine varies
     return min(ours_s for ours_s, _ in times_s) / min(bare_s for _, bare_s in times_s)
 
 
@@ -27,16 +29,16 @@ def main_job_s(tries: int) -> float:
 
 
 def conversation_requests_per_s(tries: int) -> float:
-    """Return requests a second on the Azure conversation trace at scale 1, all of them served.
+    """Return the requests per second on the Azure conversation trace at scale 1.
 
-    The whole command counts: start, reading, simulation, figures and files.
+    All requests complete. The time includes start, reading, simulation, metrics and files.
     """
     wall_s, requests = _sim(["--trace", "conversation", "--scale", "1", "--drain-s", "1000000"], tries)
     return requests / wall_s
 
 
 def _sim(arguments: Sequence[str], tries: int) -> tuple[float, int]:
-    """Return the least wall time of `maveriq sim` and the requests it had."""
+    """Return the minimum wall time of `maveriq sim` and its number of requests."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         command = [_MAVERIQ, "sim", "--quiet", "--out", str(out), *arguments]

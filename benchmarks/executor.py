@@ -1,10 +1,10 @@
-"""What the executor's control plane costs: from the arrival of a request to its engine's having it.
+"""Measure the overhead of the executor: the time from the arrival of a request to its receipt by the engine.
 
-    python benchmarks/executor.py [--rate 200] [--seconds 10] [--engines 8]
+Usage: python benchmarks/executor.py [--rate 200] [--seconds 10] [--engines 8]
 
-Prints quantiles in milliseconds. The engines are real processes on this machine that answer with the instant at which
-they were asked; the monotonic clock is the same for all. The dispatcher is ideal and engines are nearly always idle, so
-that what is measured is neither a tick nor a queue.
+The script prints quantiles in milliseconds, as JSON. The engines are real processes on this machine that answer with
+the time at which they received a request; all processes share the monotonic clock. There is no dispatch delay and
+engines are mostly idle, so the measured time contains neither ticks nor queueing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from clock_engine import WORD
+from clock_engine import TOKEN_LIMIT
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.control.deployment_manager import Deployment
@@ -50,7 +50,7 @@ _PROMPT = tuple(range(100))
 
 
 class _OneGpuEach:
-    """The policy that gives each endpoint the GPU of its number."""
+    """A policy that places each endpoint on the GPU of its number."""
 
     name = "one-gpu-each"
 
@@ -70,7 +70,7 @@ class _OneGpuEach:
 
 
 class _NoTime:
-    """The service times of engines that take none."""
+    """Service times of engines that take no time."""
 
     name = "none"
     contention = None
@@ -80,7 +80,7 @@ class _NoTime:
 
 
 def _predict_service_time(deployment: Deployment, request: Request) -> Micros:
-    raise MaveriqError(f"nobody asks: first come, first served ({deployment.name}, {request.request_id})")
+    raise MaveriqError(f"FIFO needs no predicted service time ({deployment.name}, {request.request_id})")
 
 
 def _no_load_time(plan: DeploymentPlan) -> Micros:  # noqa: ARG001
@@ -105,10 +105,10 @@ async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tu
             "clock_engine:ClockEngine", logs=Path(logs), environment=os.environ | {"PYTHONPATH": path}
         ) as launcher,
     ):
-        body = Executor(system, launcher)
-        asked = EndpointRequest(model=_MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=2)
-        endpoints = [body.deploy(asked) for _ in range(engines)]
-        while any(body.endpoint(number)[0].status != "up" for number in endpoints):
+        executor = Executor(system, launcher)
+        requested = EndpointRequest(model=_MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=2)
+        endpoints = [executor.deploy(requested) for _ in range(engines)]
+        while any(executor.endpoint(number)[0].status != "up" for number in endpoints):
             await asyncio.sleep(0.05)
         gaps_s = np.random.default_rng(42).exponential(1 / rate, int(rate * duration_s))
         loop = asyncio.get_running_loop()
@@ -118,25 +118,25 @@ async def measure(rate: float, duration_s: float, engines: int) -> np.ndarray[tu
             await asyncio.sleep(max(0.0, at_s - loop.time()))
             arrived_s = time.monotonic()
             submission = Submission(endpoint_id=1 + number % engines, prompt=_PROMPT, output_tokens=2)
-            handles.append((arrived_s, body.submit(submission)))
+            handles.append((arrived_s, executor.submit(submission)))
         overhead_ms = []
         for arrived_s, handle in handles:
             high, low = (await handle.outcome()).tokens
-            overhead_ms.append((high * WORD + low) / 1e3 - arrived_s * 1e3)
-        await body.close()
+            overhead_ms.append((high * TOKEN_LIMIT + low) / 1e3 - arrived_s * 1e3)
+        await executor.close()
     return np.array(overhead_ms)
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measure and print the overhead."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=200.0, help="requests per second")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for how long")
-    parser.add_argument("--engines", type=int, default=8, help="how many engines")
-    said = parser.parse_args()
-    overhead_ms = asyncio.run(measure(said.rate, said.seconds, said.engines))
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration")
+    parser.add_argument("--engines", type=int, default=8, help="number of engines")
+    options = parser.parse_args()
+    overhead_ms = asyncio.run(measure(options.rate, options.seconds, options.engines))
     quantiles = {f"p{share}": round(float(np.percentile(overhead_ms, share)), 3) for share in (50, 95, 99)}
-    print(json.dumps({"requests": len(overhead_ms), "rate": said.rate, "overhead_ms": quantiles}))
+    print(json.dumps({"requests": len(overhead_ms), "rate": options.rate, "overhead_ms": quantiles}))
 
 
 if __name__ == "__main__":

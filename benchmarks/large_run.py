@@ -1,13 +1,14 @@
-"""One large run, in a process of its own so that its memory is its own.
+"""Measure one large run, in a process of its own so that its memory can be measured.
 
-Usage: python benchmarks/large_run.py WORLD REQUESTS
+Usage: python benchmarks/large_run.py CLUSTER REQUESTS
 
-Prints one line of JSON, all per request: CPU time of the simulation, in µs and in events of SimPy
-alone; CPU time of the files; and how far memory grew over what it was after the imports.
+The script prints one line of JSON with figures per request: CPU time of the simulation, in µs and in bare SimPy events;
+CPU time of writing the files; and the growth of memory since the imports.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import simpy
-from large_worlds import WORLDS, World
+from large_clusters import CLUSTERS, LargeCluster
 
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import RequestStatus
@@ -34,27 +35,27 @@ from maveriq.workload.arrivals import steady_poisson
 from maveriq.workload.requests import Arrivals, Workload
 
 LOAD = 0.7
-_STARTED_US = 600 * MICROS_PER_SECOND  # by then every engine is up
+_STARTED_US = 600 * MICROS_PER_SECOND  # every engine is up by then
 _PROBE_REQUESTS = 2_000
 _SAMPLES = 2_000
-_DRAIN_US = 1_000_000 * MICROS_PER_SECOND  # far longer than any backlog here takes to serve
+_DRAIN_US = 1_000_000 * MICROS_PER_SECOND  # far longer than any backlog here
 
 
-def measure(world: World, requests: int) -> dict[str, float]:
-    """Run a world at 70 % of what it can serve, and write its files."""
+def measure(cluster: LargeCluster, requests: int) -> dict[str, float]:
+    """Simulate a cluster at 70 % of its capacity, and write the files of the run."""
     imported_bytes = _peak_bytes()
-    scenario = _scenario(world)
-    arrivals = _arrivals(world, LOAD * _capacity_per_s(scenario, world), requests)
-    pace = _Pace()
-    run, both_s = _timed(lambda: simulate(_with(scenario, arrivals), pace))
+    system = _system(cluster)
+    arrivals = _arrivals(cluster, LOAD * _capacity_per_s(system, cluster), requests)
+    simpy_timer = _SimpyTimer()
+    run, both_s = _timed(lambda: simulate(_with(system, arrivals), simpy_timer))
     with tempfile.TemporaryDirectory() as scratch:
         _, files_s = _timed(lambda: write_run(Path(scratch) / "run", run, {}, {}))
     grown_bytes = _peak_bytes() - imported_bytes
     completed = run.requests.counts()[RequestStatus.COMPLETED]
     if completed != requests:
-        raise SystemExit(f"{world.title}: {completed} of {requests} requests completed; this measures something else")
-    simulate_us = (both_s - pace.spent_s) * 1e6 / requests
-    bare_event_us = pace.spent_s * 1e6 / pace.events
+        raise SystemExit(f"{cluster.title}: {completed} of {requests} requests completed, not all")
+    simulate_us = (both_s - simpy_timer.spent_s) * 1e6 / requests
+    bare_event_us = simpy_timer.spent_s * 1e6 / simpy_timer.events
     return {
         "simulate_us": simulate_us,
         "bare_events": simulate_us / bare_event_us,
@@ -63,36 +64,36 @@ def measure(world: World, requests: int) -> dict[str, float]:
     }
 
 
-def _scenario(world: World) -> ReplaySystem:
-    """Return the default scenario on another cluster, with the first models of a set, all asked for at 0."""
-    scenario = build_system(Options(gpus=world.gpus, models="regular"))
-    endpoints = tuple(replace(endpoint, requested_us=0) for endpoint in scenario.workload.endpoints[: world.models])
-    return replace(scenario, workload=replace(scenario.workload, endpoints=endpoints))
+def _system(cluster: LargeCluster) -> ReplaySystem:
+    """Return the default system on a cluster, with the first models of a set, all requested at time 0."""
+    system = build_system(Options(gpus=cluster.gpus, models="regular"))
+    endpoints = tuple(replace(endpoint, requested_us=0) for endpoint in system.workload.endpoints[: cluster.models])
+    return replace(system, workload=replace(system.workload, endpoints=endpoints))
 
 
-def _with(scenario: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
-    workload = Workload(name="steady Poisson", endpoints=scenario.workload.endpoints, arrivals=arrivals)
+def _with(system: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
+    workload = Workload(name="steady Poisson", endpoints=system.workload.endpoints, arrivals=arrivals)
     sample_us = max(MICROS_PER_SECOND, int(arrivals.arrival_us[-1]) // _SAMPLES)
-    return replace(scenario, workload=workload, drain_us=_DRAIN_US, sample_us=sample_us)
+    return replace(system, workload=workload, drain_us=_DRAIN_US, sample_us=sample_us)
 
 
-def _arrivals(world: World, rate_per_s: float, requests: int) -> Arrivals:
-    arrivals = steady_poisson(rate_per_s=rate_per_s, requests=requests, endpoints=world.models)
+def _arrivals(cluster: LargeCluster, rate_per_s: float, requests: int) -> Arrivals:
+    arrivals = steady_poisson(rate_per_s=rate_per_s, requests=requests, endpoints=cluster.models)
     return replace(arrivals, arrival_us=arrivals.arrival_us + _STARTED_US)
 
 
-def _capacity_per_s(scenario: ReplaySystem, world: World) -> float:
-    """Return what the cluster completes when it is never short of requests, dispatcher and all."""
-    arrivals = _arrivals(world, 1.0, _PROBE_REQUESTS)
+def _capacity_per_s(system: ReplaySystem, cluster: LargeCluster) -> float:
+    """Return the throughput of the cluster while requests always wait, including dispatch overhead."""
+    arrivals = _arrivals(cluster, 1.0, _PROBE_REQUESTS)
     at_once = replace(arrivals, arrival_us=np.full(_PROBE_REQUESTS, _STARTED_US, np.int64))
-    requests = simulate(_with(scenario, at_once)).requests
+    requests = simulate(_with(system, at_once)).requests
     return _PROBE_REQUESTS * MICROS_PER_SECOND / float(requests.finish_us.max() - _STARTED_US)
 
 
-class _Pace:
-    """Looks on at a run, and in between times SimPy alone.
+class _SimpyTimer:
+    """Times bare SimPy events while a run is simulated.
 
-    Both are measured in the same moments: a busy machine slows them alike, and their ratio stays.
+    Both are measured at the same time, so a busy machine slows them alike and their ratio stays.
     """
 
     _EVENTS = 250
@@ -102,7 +103,7 @@ class _Pace:
         self.spent_s = 0.0
 
     def wants_update(self) -> bool:
-        """Run a few bare events."""
+        """Time a few bare events."""
         _, spent_s = _timed(lambda: _bare_events(self._EVENTS))
         self.spent_s += spent_s
         self.events += self._EVENTS
@@ -113,7 +114,7 @@ class _Pace:
 
 
 def _bare_events(events: int) -> None:
-    """Run events of SimPy that do nothing but put the next on the calendar."""
+    """Run SimPy events that only schedule the next event."""
     env = simpy.Environment()
     left = events
 
@@ -139,4 +140,8 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(WORLDS[sys.argv[1]], int(sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cluster", choices=CLUSTERS, help="the cluster to simulate")
+    parser.add_argument("requests", type=int, help="number of requests")
+    options = parser.parse_args()
+    print(json.dumps(measure(CLUSTERS[options.cluster], options.requests)))

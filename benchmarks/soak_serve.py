@@ -1,11 +1,10 @@
-"""A long load on `maveriq serve` by an outside client: is anything lost, does memory grow, do the metrics hold?
+"""Send many requests to `maveriq serve`, and check that none is lost, memory is stable, and metrics are right.
 
-    python benchmarks/soak_serve.py [--requests 20000] [--clients 24] [--time-scale 0.01]
+Usage: python benchmarks/soak_serve.py [--requests 20000] [--clients 24] [--time-scale 0.01]
 
-Starts a server on emulated engines as a process of its own and deploys three models. Every fourth request
-goes through the `openai` package (in turn whole and streamed), the others are plain HTTP. Prints what was
-measured as JSON; exits with 1 if a request was lost, a metric differs from what the clients saw, or the
-server's memory grew.
+The script starts a server process on emulated engines and deploys three models. Every fourth request uses the `openai`
+package (with and without streaming), the others plain HTTP. It prints the results as JSON, and exits with 1 if a
+request is lost, a metric differs from the clients' counts, or the memory of the server grows.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ SAMPLE_EVERY_S = 0.5
 
 
 @dataclass(slots=True)
-class Seen:
-    """What the clients saw."""
+class Observed:
+    """The observations of the clients."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     by_model: Counter[str] = field(default_factory=Counter)
@@ -48,15 +47,15 @@ class Seen:
 
     @property
     def done(self) -> int:
-        """Requests that have come to an end."""
+        """The number of ended requests."""
         return sum(self.statuses.values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--time-scale", type=float, default=0.01)
+    parser.add_argument("--requests", type=int, default=20_000, help="number of requests (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=24, help="concurrent clients (default: %(default)s)")
+    parser.add_argument("--time-scale", type=float, default=0.01, help="as of `maveriq serve` (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = subprocess.Popen(
@@ -83,63 +82,63 @@ def main() -> int:
 
 
 async def soak(url: str, requests: int, clients: int) -> dict[str, Any]:
-    """Load the server and return what was measured."""
-    seen, work = Seen(), iter(range(requests))
+    """Send the requests and return the results."""
+    observed, numbers = Observed(), iter(range(requests))
     limits = httpx.Limits(max_connections=clients + 2)
     async with (
-        httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as plain,
-        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as official,
+        httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as openai_client,
     ):
-        await deploy(plain)
+        await deploy(http)
         begun_s = time.perf_counter()
-        watching = asyncio.create_task(watch(plain, seen))
-        await asyncio.gather(*(client(work, plain, official, seen) for _ in range(clients)))
+        watching = asyncio.create_task(watch(http, observed))
+        await asyncio.gather(*(client(numbers, http, openai_client, observed) for _ in range(clients)))
         took_s = time.perf_counter() - begun_s
         watching.cancel()
-        metrics = (await plain.get("/metrics")).text
-        remembered = await statuses_of(plain, list(seen.ids)[:200])
-    return report(seen, metrics, requests=requests, took_s=took_s) | {"remembered": remembered}
+        metrics = (await http.get("/metrics")).text
+        remembered = await statuses_of(http, list(observed.ids)[:200])
+    return report(observed, metrics, requests=requests, took_s=took_s) | {"remembered": remembered}
 
 
-async def deploy(plain: httpx.AsyncClient) -> None:
+async def deploy(http: httpx.AsyncClient) -> None:
     for model in MODELS:
-        answer = await plain.post("/endpoints", json={"model": model, "intent": "min-cost"})
+        answer = await http.post("/endpoints", json={"model": model, "intent": "min-cost"})
         answer.raise_for_status()
-    while any(one["status"] != "up" for one in (await plain.get("/endpoints")).json()):
+    while any(endpoint["status"] != "up" for endpoint in (await http.get("/endpoints")).json()):
         await asyncio.sleep(0.1)
 
 
-async def client(work: Any, plain: httpx.AsyncClient, official: openai.AsyncOpenAI, seen: Seen) -> None:
-    """Send one request after the other until there are none left."""
-    for number in work:
+async def client(numbers: Any, http: httpx.AsyncClient, openai_client: openai.AsyncOpenAI, observed: Observed) -> None:
+    """Send requests one after the other until none is left."""
+    for number in numbers:
         model, tokens = MODELS[number % len(MODELS)], LENGTHS[number // 3 % len(LENGTHS)]
         prompt = PROMPT * (1 + number % 7)
         begun_s = time.perf_counter()
         try:
             if number % 8 == 0:
-                request_id, got = await by_openai(official, model, prompt, tokens)
+                request_id, got = await by_openai(openai_client, model, prompt, tokens)
             elif number % 8 == 4:
-                request_id, got = await by_openai_stream(official, model, prompt, tokens)
+                request_id, got = await by_openai_stream(openai_client, model, prompt, tokens)
             else:
-                request_id, got = await by_http(plain, model, prompt, tokens)
+                request_id, got = await by_http(http, model, prompt, tokens)
         except (openai.OpenAIError, httpx.HTTPError) as error:
-            seen.statuses[f"{type(error).__name__}: {error}"[:100]] += 1
+            observed.statuses[f"{type(error).__name__}: {error}"[:100]] += 1
             continue
-        seen.latency_s.append(time.perf_counter() - begun_s)
-        seen.statuses["completed" if got == tokens else "short"] += 1
-        seen.by_model[model] += 1
-        seen.tokens[model] += got
-        seen.ids.add(request_id)
+        observed.latency_s.append(time.perf_counter() - begun_s)
+        observed.statuses["completed" if got == tokens else "short"] += 1
+        observed.by_model[model] += 1
+        observed.tokens[model] += got
+        observed.ids.add(request_id)
 
 
-async def by_openai(official: openai.AsyncOpenAI, model: str, prompt: str, tokens: int) -> tuple[str, int]:
-    answer = await official.completions.create(model=model, prompt=prompt, max_tokens=tokens)
+async def by_openai(openai_client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int) -> tuple[str, int]:
+    answer = await openai_client.completions.create(model=model, prompt=prompt, max_tokens=tokens)
     assert answer.usage is not None
     return answer.id, answer.usage.completion_tokens
 
 
-async def by_openai_stream(official: openai.AsyncOpenAI, model: str, prompt: str, tokens: int) -> tuple[str, int]:
-    stream = await official.chat.completions.create(
+async def by_openai_stream(openai_client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int) -> tuple[str, int]:
+    stream = await openai_client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": prompt}],
         max_tokens=tokens,
@@ -153,23 +152,23 @@ async def by_openai_stream(official: openai.AsyncOpenAI, model: str, prompt: str
     return request_id, got
 
 
-async def by_http(plain: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> tuple[str, int]:
+async def by_http(http: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> tuple[str, int]:
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "slo_ms": 1e6}
-    answer = (await plain.post("/v1/completions", json=body)).raise_for_status().json()
+    answer = (await http.post("/v1/completions", json=body)).raise_for_status().json()
     return answer["id"], answer["usage"]["completion_tokens"]
 
 
-async def watch(plain: httpx.AsyncClient, seen: Seen) -> None:
-    """Note the server's memory as it says itself."""
+async def watch(http: httpx.AsyncClient, observed: Observed) -> None:
+    """Record the memory that the server reports."""
     while True:
-        samples = samples_of((await plain.get("/metrics")).text)
-        seen.memory.append((seen.done, samples["process_resident_memory_bytes", ()] / 2**20))
+        samples = samples_of((await http.get("/metrics")).text)
+        observed.memory.append((observed.done, samples["process_resident_memory_bytes", ()] / 2**20))
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 
-async def statuses_of(plain: httpx.AsyncClient, ids: list[str]) -> dict[str, int]:
-    """Return how often the server remembers which status of some requests."""
-    return dict(Counter([(await plain.get(f"/requests/{one}")).json()["status"] for one in ids]))
+async def statuses_of(http: httpx.AsyncClient, ids: list[str]) -> dict[str, int]:
+    """Return how many of some requests have which status at the server."""
+    return dict(Counter([(await http.get(f"/requests/{request_id}")).json()["status"] for request_id in ids]))
 
 
 def samples_of(metrics: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -180,7 +179,7 @@ def samples_of(metrics: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], fl
     }
 
 
-def report(seen: Seen, metrics: str, *, requests: int, took_s: float) -> dict[str, Any]:
+def report(observed: Observed, metrics: str, *, requests: int, took_s: float) -> dict[str, Any]:
     samples = samples_of(metrics)
 
     def counted(name: str, **labels: str) -> dict[str, int]:
@@ -189,15 +188,15 @@ def report(seen: Seen, metrics: str, *, requests: int, took_s: float) -> dict[st
             for model in MODELS
         }
 
-    steady = [mib for done, mib in seen.memory if done >= WARM_UP * requests]
-    latency_s = sorted(seen.latency_s)
+    steady = [mib for done, mib in observed.memory if done >= WARM_UP * requests]
+    latency_s = sorted(observed.latency_s)
     return {
         "requests": requests,
         "took_s": round(took_s, 1),
         "per_s": round(requests / took_s, 1),
-        "statuses": dict(seen.statuses),
-        "distinct_ids": len(seen.ids),
-        "client": {"completed": dict(seen.by_model), "tokens": dict(seen.tokens)},
+        "statuses": dict(observed.statuses),
+        "distinct_ids": len(observed.ids),
+        "client": {"completed": dict(observed.by_model), "tokens": dict(observed.tokens)},
         "server": {
             "accepted": counted("requests_accepted_total"),
             "completed": counted("requests_total", status="completed"),
@@ -213,30 +212,30 @@ def report(seen: Seen, metrics: str, *, requests: int, took_s: float) -> dict[st
             f"p{share}": round(latency_s[int(share / 100 * (len(latency_s) - 1))] * 1e3, 1) for share in (50, 95, 99)
         },
         "memory_mib": {
-            "first": round(seen.memory[0][1], 1),
+            "first": round(observed.memory[0][1], 1),
             "steady_first": round(steady[0], 1),
             "steady_last": round(steady[-1], 1),
-            "most": round(max(mib for _, mib in seen.memory), 1),
+            "max": round(max(mib for _, mib in observed.memory), 1),
         },
     }
 
 
 def faults_of(results: dict[str, Any]) -> list[str]:
-    """Return what is not as it must be."""
+    """Return the failed checks."""
     client, server, memory = results["client"], results["server"], results["memory_mib"]
     nothing = dict.fromkeys(MODELS, 0)
     checks = {
         "every request completed": results["statuses"] == {"completed": results["requests"]},
-        "every id is its own": results["distinct_ids"] == results["requests"],
-        "accepted is what clients sent": server["accepted"] == client["completed"],
-        "completed is what clients saw": server["completed"] == client["completed"],
-        "each has a latency": server["latencies"] == server["first_tokens"] == client["completed"],
-        "tokens are what clients got": server["tokens"] == client["tokens"],
-        "nothing else happened": server["failed"] == server["refused"] == server["unfinished"] == nothing,
-        "nothing is left": server["in_flight"] == 0,
-        "all are remembered": set(results["remembered"]) == {"completed"},
-        "memory is flat": memory["steady_last"] - memory["steady_first"] <= MAX_GROWTH_MIB,
-        "it ended in order": results["exit_code"] == 0,
+        "ids are distinct": results["distinct_ids"] == results["requests"],
+        "accepted equals sent": server["accepted"] == client["completed"],
+        "completed equals received": server["completed"] == client["completed"],
+        "each request has a latency": server["latencies"] == server["first_tokens"] == client["completed"],
+        "tokens equal received tokens": server["tokens"] == client["tokens"],
+        "no request failed": server["failed"] == server["refused"] == server["unfinished"] == nothing,
+        "no request is in flight": server["in_flight"] == 0,
+        "all requests are stored": set(results["remembered"]) == {"completed"},
+        "memory is stable": memory["steady_last"] - memory["steady_first"] <= MAX_GROWTH_MIB,
+        "the server exits with 0": results["exit_code"] == 0,
     }
     return [name for name, holds in checks.items() if not holds]
 

@@ -1,13 +1,13 @@
-"""Times that the tables of a run take with pandas, pyarrow and maveriq's own writer.
+"""Measure the times to write and read the tables of a run with pandas, pyarrow and maveriq's own writer.
 
-    python benchmarks/tables.py [ROWS]
+Usage: python benchmarks/tables.py [ROWS]
 
-docs/decisions/0013-libraries.md quotes the numbers.
+The script prints µs of CPU time per row. docs/decisions/0013-libraries.md quotes the numbers.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def write_lines(run: RunRecord, path: Path) -> None:
 
 
 def arrow_lines(run: RunRecord) -> Iterator[bytes]:
-    """Yield requests.csv with every cell and line made by pyarrow."""
+    """Yield requests.csv, formatted by pyarrow."""
     yield (",".join(REQUEST_COLUMNS) + "\n").encode()
     table = run.requests
     texts = {
@@ -89,9 +89,9 @@ def arrow_lines(run: RunRecord) -> Iterator[bytes]:
 
 
 def _seconds(micros: np.ndarray[Any, Any]) -> pa.Array:
-    """Return microseconds as texts of seconds with six places."""
-    words = np.stack([micros, micros >> 63], axis=1)
-    return pa.Array.from_buffers(pa.decimal128(18, 6), len(micros), [None, pa.py_buffer(words)]).cast("string")
+    """Return microseconds as seconds in text, with six decimals."""
+    halves = np.stack([micros, micros >> 63], axis=1)
+    return pa.Array.from_buffers(pa.decimal128(18, 6), len(micros), [None, pa.py_buffer(halves)]).cast("string")
 
 
 def a_run(rows: int) -> RunRecord:
@@ -130,4 +130,6 @@ def a_run(rows: int) -> RunRecord:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="number of rows (default: %(default)s)")
+    main(parser.parse_args().rows)

@@ -112,7 +112,7 @@ def run(
     from maveriq.workload.model_sets import load_model_set
 
     _check_goodput_limits(slo_ttft_ms, slo_tpot_ms)
-    engine_values = {one.name: changes.pop(one.name) for one in fields(EngineOptions) if one.name in changes}
+    engine_values = {field.name: changes.pop(field.name) for field in fields(EngineOptions) if field.name in changes}
     engines = options_from(EngineOptions, engine_values)
     chosen, components = _options_and_components(options, changes)
     if out is not None:
@@ -323,8 +323,8 @@ def compare(sim: Run | str | Path, real: Run | str | Path) -> Comparison:
     """
     from maveriq.report.compare import compare as compare_records
 
-    runs = [one if isinstance(one, Run) else load_run(one) for one in (sim, real)]
-    return compare_records(*(one.record for one in runs))
+    runs = [run if isinstance(run, Run) else load_run(run) for run in (sim, real)]
+    return compare_records(*(run.record for run in runs))
 
 
 def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **options: Any) -> pd.DataFrame:
@@ -353,7 +353,7 @@ def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **o
     if ranked.failure and not explain:
         raise MaveriqError(f"{ranked.endpoint.model.name}: {ranked.failure}; explain=True returns every configuration")
     answer = ranked.to_dict()
-    rows = [one | {"reason": ranked.ranking.note if ranked.failure else ""} for one in answer["candidates"]]
+    rows = [candidate | {"reason": ranked.ranking.note if ranked.failure else ""} for candidate in answer["candidates"]]
     if explain:
         rows += answer["left_out"]
     return pd.DataFrame(rows)

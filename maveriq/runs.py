@@ -140,7 +140,7 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the computed tables out of pickles."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def _metrics_row(metrics: Any) -> dict[str, float]:

@@ -113,10 +113,10 @@ async def started_engine(
 ) -> AsyncIterator[StartedEngine]:
     """Start an engine process, load its model unless `load` is False, and kill it at the end."""
     with ProcessLauncher(case.backend, logs=folder, environment=environment()) as launcher:
-        asked = case.spec(**spec)
-        connection = await launcher.launch(asked, range(asked.tp * asked.pp))
+        requested = case.spec(**spec)
+        connection = await launcher.launch(requested, range(requested.tp * requested.pp))
         try:
-            engine = StartedEngine(connection, asked)
+            engine = StartedEngine(connection, requested)
             assert isinstance(await engine.receive(), Hello)
             if load:
                 await engine.load()
@@ -135,14 +135,14 @@ def environment() -> dict[str, str]:
 
 def batch_of(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] = 4, **more: Any) -> Generate:
     """Return an execution of these prompts (default: one prompt)."""
-    asked = prompts or ([7, 8, 9],)
-    counts = [tokens] * len(asked) if isinstance(tokens, int) else tokens
+    requested = prompts or ([7, 8, 9],)
+    counts = [tokens] * len(requested) if isinstance(tokens, int) else tokens
     stop = more.pop("stop", ())
     return Generate(
         execution_id=number,
         sequences=tuple(
             Prompt(request_id=index, prompt=tuple(prompt), output_tokens=count, stop_token_ids=stop)
-            for index, (prompt, count) in enumerate(zip(asked, counts, strict=True), 1)
+            for index, (prompt, count) in enumerate(zip(requested, counts, strict=True), 1)
         ),
         **more,
     )

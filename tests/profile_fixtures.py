@@ -24,9 +24,9 @@ def write_profile(folder: Path, rows: str) -> Path:
     return folder / "profile.toml"
 
 
-def rows_of(source: Estimator, asked: Iterable[tuple[ModelSpec, ParallelConfig]]) -> Iterator[str]:
+def rows_of(source: Estimator, requested: Iterable[tuple[ModelSpec, ParallelConfig]]) -> Iterator[str]:
     """Yield measurements of a machine that behaves as another estimator says, at two prompts and two batches."""
-    for model, cfg in asked:
+    for model, cfg in requested:
         memory_gib = gib(source.memory(model, cfg))
         for batch in (1, 16):
             for prompt_tokens in (10, 900):

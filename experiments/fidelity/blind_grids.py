@@ -164,7 +164,7 @@ def _contention(tables: BlindTables) -> Grid:
                 f"{row.recorded_longer:+.1f}",
                 f"{row.sim_longer:+.1f}",
             )
-            for row in tables.neighbours
+            for row in tables.contention
         ),
     )
 

@@ -25,7 +25,7 @@ class BlindTables:
     elsewhere: Sequence[ElsewhereRow]
     gains: Sequence[GainRow]
     placements: Sequence[PlacementRow]
-    neighbours: Sequence[ContentionRow]
+    contention: Sequence[ContentionRow]
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -34,7 +34,7 @@ _KINDS: dict[str, type[Any]] = {
     "elsewhere": ElsewhereRow,
     "gains": GainRow,
     "placements": PlacementRow,
-    "neighbours": ContentionRow,
+    "contention": ContentionRow,
 }
 
 

@@ -63,7 +63,7 @@ def compare(
         answer = {
             "sim": sim,
             "real": real,
-            "within_tolerance": all(one.met for one in checks) if checks else None,
+            "within_tolerance": all(result.met for result in checks) if checks else None,
             "checks": msgspec.to_builtins(checks),
             "matching": matching_line(comparison),
             **comparison.to_dict(),
@@ -77,6 +77,6 @@ def compare(
         console.print(comparison_view(comparison, curves, checks, width=console.width, ascii_only=ascii_only))
         if plot is not None:
             console.print(f"plot: {plot}", markup=False, highlight=False, soft_wrap=True)
-    missed = [one.name for one in checks if not one.met]
+    missed = [result.name for result in checks if not result.met]
     if missed:
         raise MaveriqError(f"out of tolerance: {', '.join(missed)}")

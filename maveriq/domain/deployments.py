@@ -32,7 +32,7 @@ class Objective(StrEnum):
         try:
             return cls(name)
         except ValueError:
-            raise UnknownNameError("intent", text, [one.value for one in cls]) from None
+            raise UnknownNameError("intent", text, [objective.value for objective in cls]) from None
 
     def score(self, *, latency_s: float, memory_bytes: Bytes, gpus: int) -> float:
         """Return the figure to minimise: GiB s for cost, s, GiB, or GPU s for GPU cost."""

@@ -291,8 +291,8 @@ def layer_time_ratio(measured: Iterable[tuple[OpCounts, int, float]], roofline: 
 
 
 def _second_layer_s(ops: OpCounts, roofline: RooflineParameters, output_tokens: int) -> float:
-    two, one = (latency_s(replace(ops, layers=layers), roofline, output_tokens) for layers in (2, 1))
-    return float(two - one)
+    two_layers_s, one_layer_s = (latency_s(replace(ops, layers=layers), roofline, output_tokens) for layers in (2, 1))
+    return float(two_layers_s - one_layer_s)
 
 
 def measured_layers(

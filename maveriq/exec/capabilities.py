@@ -51,7 +51,7 @@ class Device(StrEnum):
         try:
             return cls(text.partition(":")[0])
         except ValueError:
-            raise UnknownNameError("device", text, [one.value for one in cls]) from None
+            raise UnknownNameError("device", text, [device.value for device in cls]) from None
 
     def __str__(self) -> str:
         return {Device.CUDA: "a CUDA GPU", Device.CPU: "a CPU"}[self]

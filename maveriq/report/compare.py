@@ -102,7 +102,7 @@ class Distance:
         real_completed: likewise of the second.
         differences: by the name of their `Quantity`.
         ks: the Kolmogorov-Smirnov distance of the latencies of completed requests, 0 to 1: the
-            largest vertical gap between the two distribution functions. None where one is empty.
+            largest vertical gap between the two distribution functions. None if one is empty.
         request_error: median over requests completed in both of the absolute error of their
             latency, in percent; None where requests are not matched.
     """
@@ -193,13 +193,13 @@ def compare(sim: RunRecord, real: RunRecord) -> Comparison:
     )
 
 
-def ks_distance(one: Array, other: Array) -> float | None:
-    """Return the Kolmogorov-Smirnov distance of two samples, None where one is empty."""
-    if not len(one) or not len(other):
+def ks_distance(sample: Array, other: Array) -> float | None:
+    """Return the Kolmogorov-Smirnov distance of two samples, None if one is empty."""
+    if not len(sample) or not len(other):
         return None
-    one, other = np.sort(one), np.sort(other)
-    both = np.concatenate((one, other))
-    shares = (np.searchsorted(sample, both, side="right") / len(sample) for sample in (one, other))
+    sample, other = np.sort(sample), np.sort(other)
+    both = np.concatenate((sample, other))
+    shares = (np.searchsorted(values, both, side="right") / len(values) for values in (sample, other))
     return float(np.abs(np.subtract(*shares)).max())
 
 

@@ -146,14 +146,14 @@ def check_ranges(options: Any) -> None:
     Raises:
         InputError: a number is not finite, or outside its range.
     """
-    for one in fields(options):
-        value, minimum, maximum = getattr(options, one.name), one.metadata["minimum"], one.metadata["maximum"]
+    for option in fields(options):
+        value, minimum, maximum = getattr(options, option.name), option.metadata["minimum"], option.metadata["maximum"]
         if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag(one.name)} must be a finite number, not {value}")
+            raise InputError(f"{flag(option.name)} must be a finite number, not {value}")
         if value is not None and minimum is not None and value < minimum:
-            raise InputError(f"{flag(one.name)} must be at least {minimum}, not {value}")
+            raise InputError(f"{flag(option.name)} must be at least {minimum}, not {value}")
         if value is not None and maximum is not None and value > maximum:
-            raise InputError(f"{flag(one.name)} must be at most {maximum:,.0f}, not {value}")
+            raise InputError(f"{flag(option.name)} must be at most {maximum:,.0f}, not {value}")
 
 
 def flag(name: str) -> str:

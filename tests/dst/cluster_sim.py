@@ -101,13 +101,13 @@ class Users:
     async def _developer(self) -> None:
         """Deploy an endpoint, send requests, and sometimes remove it."""
         await asyncio.sleep(self._draws.between(0, 30))
-        asked = EndpointRequest(
+        requested = EndpointRequest(
             model=MODEL,
             intent=Intent(objective=Objective.MIN_COST),
             output_tokens=MAX_TOKENS,
             batch_size=self._draws.integer(1, 3),
         )
-        endpoint_id = self._executor.deploy(asked)
+        endpoint_id = self._executor.deploy(requested)
         self._endpoints.append(endpoint_id)
         for _ in range(self._draws.integer(0, 25)):
             await asyncio.sleep(self._draws.wait_s(3))

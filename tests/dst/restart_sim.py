@@ -130,11 +130,11 @@ class Clients:
             await self._remove(service, endpoint_id)
 
     async def _deploy(self, service: Service) -> int | None:
-        asked = EndpointRequest(
+        requested = EndpointRequest(
             model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=MAX_TOKENS, batch_size=2
         )
         try:
-            endpoint = await service.create_endpoint(next(iter(service.models)), asked, "")
+            endpoint = await service.create_endpoint(next(iter(service.models)), requested, "")
         except (StoreError, ApiError):
             return None
         self.endpoints.add(endpoint.endpoint_id)

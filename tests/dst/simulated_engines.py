@@ -207,7 +207,7 @@ class Process:
         self.exited: asyncio.Future[int] = machine.loop.create_future()
         self.holds_memory = False
         self.executing = False
-        self.ending = False  # it was asked to exit
+        self.ending = False  # it must exit
         self.unreachable = False  # its executor is gone: no message and no signal arrives
         self._hangs = False
         self._at = 0  # the last execution it received

@@ -12,13 +12,13 @@ from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import ExternalEngine
 
 
-def batch_of(*asked: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
+def batch_of(*requested: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
     """Return an execution: for each sequence its prompt's only token, and how many may follow."""
     return messages.Generate(
         execution_id=1,
         sequences=tuple(
             messages.PromptSequence(request_id=number, prompt=(start,), output_tokens=maximum, stop_token_ids=stops)
-            for number, (start, maximum) in enumerate(asked)
+            for number, (start, maximum) in enumerate(requested)
         ),
     )
 

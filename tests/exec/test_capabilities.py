@@ -35,7 +35,7 @@ from maveriq.policy.configuration import rank
 FLOAT16, INT8, INT4, GPTQ = WeightType
 
 
-def ask(
+def refusal_of(
     engine: str,
     model: str | ModelSpec,
     *,
@@ -52,7 +52,7 @@ def ask(
 
 
 @pytest.mark.parametrize(
-    ("engine", "model", "asked"),
+    ("engine", "model", "requested"),
     [
         ("emulated", "falcon-7b", {"tp": 3, "pp": 2, "weights": GPTQ, "kv": KvType.INT8, "device": Device.CPU}),
         ("torch", "falcon-7b", {"pp": 3, "weights": INT4, "kv": KvType.INT8, "split": (20, 6, 6)}),
@@ -67,12 +67,12 @@ def ask(
         ("trtllm-engine", "llama-2-7b", {"kv": KvType.INT8, "pp": 2}),
     ],
 )
-def test_supported_configurations_are_accepted(engine: str, model: str, asked: dict[str, object]) -> None:
-    assert ask(engine, model, **asked) is None  # type: ignore[arg-type]
+def test_supported_configurations_are_accepted(engine: str, model: str, requested: dict[str, object]) -> None:
+    assert refusal_of(engine, model, **requested) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("engine", "model", "asked", "reason", "near"),
+    ("engine", "model", "requested", "reason", "near"),
     [
         ("torch", "falcon-7b", {"tp": 2}, "TP 2 does not divide the 71 attention heads", "TP 1 x PP 2 float16"),
         ("torch", "llama-2-7b", {"weights": GPTQ}, "not int4_gptq", "TP 1 x PP 1 int4"),
@@ -124,9 +124,9 @@ def test_supported_configurations_are_accepted(engine: str, model: str, asked: d
     ],
 )
 def test_a_refusal_names_its_reason_and_the_nearest_configuration(
-    engine: str, model: str, asked: dict[str, object], reason: str | None, near: str | None
+    engine: str, model: str, requested: dict[str, object], reason: str | None, near: str | None
 ) -> None:
-    refusal = ask(engine, model, **asked)  # type: ignore[arg-type]
+    refusal = refusal_of(engine, model, **requested)  # type: ignore[arg-type]
     if reason is None:
         assert refusal is None
         return
@@ -139,14 +139,14 @@ def test_a_refusal_names_its_reason_and_the_nearest_configuration(
 
 def test_kv_heads_are_split_or_replicated_evenly() -> None:
     shape = replace(load_model("llama-2-70b"), attention_heads=48, kv_heads=8)
-    refusal = ask("vllm", shape, tp=12)
+    refusal = refusal_of("vllm", shape, tp=12)
     assert refusal is not None
     assert refusal.reason == "TP 12 neither divides the 8 KV heads nor is a multiple of them"
-    assert ask("vllm", shape, tp=16) is None
+    assert refusal_of("vllm", shape, tp=16) is None
 
 
 def test_an_odd_feed_forward_size_is_not_split() -> None:
-    refusal = ask("torch", replace(load_model("llama-2-7b"), intermediate_size=11007), tp=2)
+    refusal = refusal_of("torch", replace(load_model("llama-2-7b"), intermediate_size=11007), tp=2)
     assert refusal is not None
     assert "feed-forward width 11007" in refusal.reason
 
@@ -159,7 +159,7 @@ def test_group_limits_explain_what_did_not_run_on_the_testbed() -> None:
     for model, tp, pp in product(llamas, (1, 2, 4, 8), (1, 2, 4, 8)):
         if tp * pp <= 8:
             known = profile.supports(model.name, ParallelConfig(tp=tp, pp=pp, weights=GPTQ))
-            assert (ask("trtllm-engine", model, tp=tp, pp=pp, weights=GPTQ) is None) == known
+            assert (refusal_of("trtllm-engine", model, tp=tp, pp=pp, weights=GPTQ) is None) == known
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_group_limits_explain_what_did_not_run_on_the_testbed() -> None:
 )
 def test_an_invalid_layer_split_is_an_input_error(split: tuple[int, ...], pp: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ask("torch", "llama-2-7b", pp=pp, split=split)
+        refusal_of("torch", "llama-2-7b", pp=pp, split=split)
 
 
 def test_unknown_engines_and_devices_are_input_errors() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'trtllm'"):
-        ask("trtlm", "llama-2-7b")
+        refusal_of("trtlm", "llama-2-7b")
     with pytest.raises(UnknownNameError, match="tpu"):
         Device.named("tpu:0")
     assert (Device.named("cuda:3"), Device.named("cpu")) == (Device.CUDA, Device.CPU)
@@ -215,25 +215,25 @@ def test_the_nearest_configuration_is_supported_and_at_minimum_distance(
     data: st.DataObject, engine: str, name: str, device: Device
 ) -> None:
     model = load_model(name)
-    asked = data.draw(configurations(model))
+    requested = data.draw(configurations(model))
 
     def allowed(config: ParallelConfig) -> bool:
         return unsupported_by(engine_facts(engine), model, config, device) is None
 
-    refusal = why_not(engine, model, asked, device)
-    assert (refusal is None) == allowed(asked)
+    refusal = why_not(engine, model, requested, device)
+    assert (refusal is None) == allowed(requested)
     if refusal is None:
         return
-    possible = [config for config in similar_configs(model, asked) if allowed(config)]
+    possible = [config for config in similar_configs(model, requested) if allowed(config)]
     if refusal.nearest is None:
         assert possible == []
         return
     found = refusal.nearest
     assert allowed(found)
-    assert found.gpus <= asked.gpus
-    assert found.batch_size == asked.batch_size
+    assert found.gpus <= requested.gpus
+    assert found.batch_size == requested.batch_size
     assert sum(found.layers_per_stage(model.layers)) == model.layers
-    assert distance(asked, found) == min(distance(asked, config) for config in possible)
+    assert distance(requested, found) == min(distance(requested, config) for config in possible)
 
 
 @given(st.data())
@@ -251,15 +251,15 @@ def test_distance_is_a_metric(data: st.DataObject) -> None:
 @given(st.data(), st.sampled_from(MODELS))
 def test_a_supported_configuration_is_its_own_nearest(data: st.DataObject, name: str) -> None:
     model = load_model(name)
-    asked = data.draw(configurations(model))
-    if asked.pp <= model.layers:
-        assert nearest(model, asked, lambda _: True) == asked
+    requested = data.draw(configurations(model))
+    if requested.pp <= model.layers:
+        assert nearest(model, requested, lambda _: True) == requested
 
 
 def test_ties_in_distance_prefer_more_exact_weights() -> None:
     model = load_model("llama-2-7b")
-    asked = ParallelConfig(tp=1, pp=1, weights=INT8)
-    found = nearest(model, asked, lambda config: config.weights is not INT8)
+    requested = ParallelConfig(tp=1, pp=1, weights=INT8)
+    found = nearest(model, requested, lambda config: config.weights is not INT8)
     assert found is not None
     assert found.weights is FLOAT16
 
@@ -270,8 +270,8 @@ def test_ties_in_distance_prefer_more_exact_weights() -> None:
 def test_policies_choose_only_what_the_engine_supports() -> None:
     profile = load_profile("a6000-short")
     paper = make_estimator("paper", profile)
-    capable = SupportedByEngine(base=paper, engine="trtllm", device=Device.CUDA)
-    assert capable.name == "paper"
+    restricted = SupportedByEngine(base=paper, engine="trtllm", device=Device.CUDA)
+    assert restricted.name == "paper"
     view = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
     for name, can in (("llama-2-7b", True), ("falcon-7b", False)):
         question = EndpointSpec(
@@ -283,7 +283,7 @@ def test_policies_choose_only_what_the_engine_supports() -> None:
             output_tokens=20,
         )
         plain = rank(question, view, paper, profile.accuracy).candidates
-        limited = rank(question, view, capable, profile.accuracy)
+        limited = rank(question, view, restricted, profile.accuracy)
         assert plain
         assert bool(limited.candidates) == can
         # The same order, without what the engine cannot do.

@@ -144,9 +144,9 @@ def test_run_notes_are_bounded(monkeypatch) -> None:
 def test_endpoints_keep_their_ids_over_a_restart(tmp_path) -> None:
     async def check() -> None:
         async with running_executor({7: [(0,)], 8: [(1,)]}, tmp_path) as executor:
-            asked = EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1)
-            assert executor.deploy(asked, endpoint_id=7) == 7
-            assert executor.deploy(asked) == 8
+            requested = EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1)
+            assert executor.deploy(requested, endpoint_id=7) == 7
+            assert executor.deploy(requested) == 8
             await until(lambda: status(executor, 7) == status(executor, 8) == "up")
             assert (await send(executor, 7).outcome()).status is RequestStatus.COMPLETED
 

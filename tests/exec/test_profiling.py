@@ -50,9 +50,9 @@ def test_the_profile_gives_back_the_measured_times(tmp_path: Path) -> None:
     assert (profile.gpu_kind, profile.prompt_tokens, profile.timing.tick_us) == ("paced", 4, 0)
     known = MeasuredEstimator(profile)
     for point in found:
-        ask = point.case
+        case = point.case
         service = known.service(
-            MODEL, TP2, prompt_tokens=ask.prompt_tokens, output_tokens=ask.output_tokens, batch=ask.batch
+            MODEL, TP2, prompt_tokens=case.prompt_tokens, output_tokens=case.output_tokens, batch=case.batch
         )
         assert service.latency_s == pytest.approx(point.ttft_s + 6 * point.tpot_s, abs=1e-5)
 

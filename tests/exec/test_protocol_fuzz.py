@@ -118,7 +118,7 @@ def test_messages_round_trip(there, back) -> None:
     assert decode_from_engine(encode(back)) == back
 
 
-async def host_told(*frames: bytes) -> int:
+async def exit_code_after(*frames: bytes) -> int:
     """Tell a host all this, close the socket, and return its exit code."""
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_unix_connection(sock=theirs)
@@ -143,7 +143,7 @@ def framed(payload: bytes) -> bytes:
 @given(st.lists(TO_ENGINE, max_size=6), st.none() | anything().map(framed) | st.binary(max_size=50))
 @settings(max_examples=60, deadline=None)
 def test_an_engine_server_ends_on_any_input(messages, rest: bytes | None) -> None:
-    assert asyncio.run(host_told(*(framed(encode(message)) for message in messages), rest or b"")) in (0, 1, 3)
+    assert asyncio.run(exit_code_after(*(framed(encode(message)) for message in messages), rest or b"")) in (0, 1, 3)
 
 
 @pytest.mark.parametrize("frame", [b"", b"\0", b"\0\0\0\5abc", (MAX_FRAME_BYTES + 1).to_bytes(4, "big")])

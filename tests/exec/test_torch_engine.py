@@ -37,8 +37,8 @@ def engine():
     engine.close()
 
 
-def generate_of(execution_id=1, **asked):
-    return Generate(execution_id=execution_id, sequences=prompts_of(**asked))
+def generate_of(execution_id=1, **requested):
+    return Generate(execution_id=execution_id, sequences=prompts_of(**requested))
 
 
 def too_large():
@@ -161,8 +161,8 @@ def test_cached_memory_is_freed_for_the_next_execution(monkeypatch):
 
     monkeypatch.setattr(KvCache, "_allocate", limited)
     worker = load_worker(spec_of(CONFIGS["llama"]))
-    for asked in ([PROMPTS[0] * 120], PROMPTS * 5):
-        list(worker.run(prompts_of(asked, output_tokens=1)))
+    for requested in ([PROMPTS[0] * 120], PROMPTS * 5):
+        list(worker.run(prompts_of(requested, output_tokens=1)))
 
 
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "NCCL error\nCuda failure 2 'out of memory'"])

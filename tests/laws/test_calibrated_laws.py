@@ -118,19 +118,20 @@ def test_two_all_reduces_cost_more_than_one() -> None:
 
 
 def test_a_stage_across_sockets_takes_longer() -> None:
-    llama, asked = load_model("llama-2-7b"), {"prompt_tokens": 30, "output_tokens": 20, "batch": 1}
+    llama, requested = load_model("llama-2-7b"), {"prompt_tokens": 30, "output_tokens": 20, "batch": 1}
     four = ParallelConfig(tp=4, pp=1, weights=WeightType.FLOAT16)
     together, across = (
-        live().service_on(gpus, llama, four, **asked).latency_s for gpus in ((4, 5, 6, 7), (1, 2, 3, 4))
+        live().service_on(gpus, llama, four, **requested).latency_s for gpus in ((4, 5, 6, 7), (1, 2, 3, 4))
     )
-    assert together == live().service(llama, four, **asked).latency_s < across
+    assert together == live().service(llama, four, **requested).latency_s < across
     two = ParallelConfig(tp=2, pp=2, weights=WeightType.FLOAT16)
     none, one_link, both = (
-        live().service_on(gpus, llama, two, **asked).latency_s for gpus in ((0, 1, 4, 5), (0, 1, 3, 4), (0, 4, 1, 5))
+        live().service_on(gpus, llama, two, **requested).latency_s
+        for gpus in ((0, 1, 4, 5), (0, 1, 3, 4), (0, 4, 1, 5))
     )
     assert none < one_link < both
     single = ParallelConfig(tp=1, pp=4, weights=WeightType.FLOAT16)
-    assert live().service_on((0, 4, 1, 5), llama, single, **asked) == live().service(llama, single, **asked)
+    assert live().service_on((0, 4, 1, 5), llama, single, **requested) == live().service(llama, single, **requested)
 
 
 @given(questions(), st.integers(1, 7))
@@ -151,8 +152,11 @@ def test_benchmarks_have_no_contention() -> None:
 
 @pytest.mark.parametrize("kv", KvType)
 def test_smaller_kv_entries_are_read_faster(kv: KvType) -> None:
-    asked = {"prompt_tokens": 2000, "output_tokens": 500, "batch": 16}
+    requested = {"prompt_tokens": 2000, "output_tokens": 500, "batch": 16}
     configuration = ParallelConfig(tp=1, pp=4, weights=WeightType.INT8, kv=kv)
     native = ParallelConfig(tp=1, pp=4, weights=WeightType.INT8)
     model = load_model("llama-2-7b")
-    assert live().service(model, configuration, **asked).latency_s <= live().service(model, native, **asked).latency_s
+    assert (
+        live().service(model, configuration, **requested).latency_s
+        <= live().service(model, native, **requested).latency_s
+    )

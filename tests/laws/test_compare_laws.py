@@ -16,13 +16,13 @@ few = settings(max_examples=40, deadline=None)
 samples = st.lists(st.integers(0, 50), min_size=1, max_size=30).map(np.array)
 
 
-def stretched(run: RunRecord, factor: float) -> RunRecord:
+def scaled(run: RunRecord, factor: float) -> RunRecord:
     """Stretch what completed requests waited and took."""
     table = run.requests
 
     def later(times_us: np.ndarray) -> np.ndarray:
-        stretched_us = table.arrival_us + np.rint((times_us - table.arrival_us) * factor).astype(np.int64)
-        return np.where((table.status == RequestStatus.COMPLETED) & (times_us != NOT_YET), stretched_us, times_us)
+        scaled_us = table.arrival_us + np.rint((times_us - table.arrival_us) * factor).astype(np.int64)
+        return np.where((table.status == RequestStatus.COMPLETED) & (times_us != NOT_YET), scaled_us, times_us)
 
     requests = replace(table, start_us=later(table.start_us), finish_us=later(table.finish_us))
     return replace(run, requests=requests)
@@ -61,7 +61,7 @@ def test_swapping_two_runs_swaps_their_figures_and_flips_signs(run: RunRecord, o
 @few
 @given(runs(), st.sampled_from([0.5, 1.1, 2.0]))
 def test_scaled_latencies_have_errors_of_that_factor(run: RunRecord, factor: float) -> None:
-    found = compare(stretched(run, factor), run).overall
+    found = compare(scaled(run, factor), run).overall
     names = ("mean", "p50", "p95", "p99", "queue-mean", "service-mean", "service-p95", "cost")
     for name in names:
         difference = found.differences[name]

@@ -97,10 +97,10 @@ def test_equal_questions_get_equal_answers_in_any_order(
 ) -> None:
     profile = profile_for(name, "a6000-short")
     once, again = (make_estimator(name, profile) for _ in range(2))
-    asked = answered(again)
+    requested = answered(again)
     endpoint = {"prompt_tokens": 10, "output_tokens": 20, "batch": 1}
-    forward = {(model.name, cfg): once.service(model, cfg, **endpoint) for model, cfg in asked}
-    backward = {(model.name, cfg): again.service(model, cfg, **endpoint) for model, cfg in reversed(asked)}
+    forward = {(model.name, cfg): once.service(model, cfg, **endpoint) for model, cfg in requested}
+    backward = {(model.name, cfg): again.service(model, cfg, **endpoint) for model, cfg in reversed(requested)}
     assert forward == backward
 
 

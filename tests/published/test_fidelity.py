@@ -71,8 +71,8 @@ def test_runs_outside_the_fit_can_be_simulated() -> None:
     model, configuration = load_model("llama-2-7b"), ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
 
     def service_s(estimator: CalibratedEstimator) -> float:
-        asked = estimator.service(model, configuration, prompt_tokens=100, output_tokens=20, batch=1)
-        return asked.latency_s
+        estimate = estimator.service(model, configuration, prompt_tokens=100, output_tokens=20, batch=1)
+        return estimate.latency_s
 
     assert service_s(unseen("recorded-elsewhere", profile)) == service_s(default)
     assert service_s(unseen(AGAIN[0], profile)) != service_s(default)
@@ -82,9 +82,9 @@ def test_one_run_is_enough_for_a_page(tmp_path: Path) -> None:
     every = read_tables(HERE / "results")
     row = next(row for row in every.runs if row.slo_error is None)  # judged by no SLO
     services = [service for service in every.services if service.run == row.run]
-    write_tables(tmp_path, replace(every, runs=[row], services=services, elsewhere=[], gains=[], neighbours=[]))
+    write_tables(tmp_path, replace(every, runs=[row], services=services, elsewhere=[], gains=[], contention=[]))
     tables = read_tables(tmp_path)
-    assert not tables.neighbours
+    assert not tables.contention
     assert not any("SLO" in bar.what for bar in held(tables, PLAN.bars))
     assert list(grids(tables, PLAN))
 

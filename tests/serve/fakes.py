@@ -86,7 +86,7 @@ class FakeRequestHandle:
 
 @dataclass
 class FakeEndpoint:
-    asked: EndpointRequest
+    requested: EndpointRequest
     deployment_id: int
     plan: DeploymentPlan | None
     reason: str = ""
@@ -252,7 +252,7 @@ class FakeCluster:
                 return
             if handle.first_us < 0:
                 handle.first_us = self.now_us
-            handle.got.append(token(handle.submission.prompt, position, endpoint.asked.model.vocab_size))
+            handle.got.append(token(handle.submission.prompt, position, endpoint.requested.model.vocab_size))
             handle.news.set()
             if handle.got[-1] in handle.submission.stop_token_ids:
                 break
@@ -284,7 +284,7 @@ class FakeCluster:
         plan = endpoint.plan
         return DeploymentStatus(
             deployment_id=endpoint.deployment_id,
-            model=endpoint.asked.model.name,
+            model=endpoint.requested.model.name,
             configuration=str(plan.configuration) if plan else "",
             layer_split=plan.layer_split if plan else (),
             gpu_ids=plan.gpu_ids if plan else (),

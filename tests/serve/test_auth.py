@@ -122,31 +122,31 @@ def test_body_too_large(narrow: Running) -> None:
 
 
 def test_body_timeout(narrow: Running) -> None:
-    with _connected(narrow) as wire:
-        wire.sendall(b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
-        assert wire.recv(4_096).startswith(b"HTTP/1.1 408")
+    with _connected(narrow) as connection:
+        connection.sendall(b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        assert connection.recv(4_096).startswith(b"HTTP/1.1 408")
 
 
 def test_headers_too_long(narrow: Running) -> None:
-    with _connected(narrow) as wire:
-        wire.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n")
-        assert wire.recv(4_096).startswith(b"HTTP/1.1 431")
+    with _connected(narrow) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n")
+        assert connection.recv(4_096).startswith(b"HTTP/1.1 431")
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
 def test_head_timeout(narrow: Running, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes) -> None:
     monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.5)
-    with _connected(narrow) as wire:
+    with _connected(narrow) as connection:
         if before:
-            wire.sendall(before)
-            answered = wire.recv(4_096)
+            connection.sendall(before)
+            answered = connection.recv(4_096)
             while not answered.endswith(b"}"):
-                answered += wire.recv(4_096)
+                answered += connection.recv(4_096)
             assert answered.startswith(b"HTTP/1.1 200")
-        wire.sendall(begun)
+        connection.sendall(begun)
         if begun or not before:  # what is idle between two requests is uvicorn's business
-            assert wire.recv(4_096) == b""
+            assert connection.recv(4_096) == b""
 
 
 def test_head_timeout_does_not_end_slow_responses(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:

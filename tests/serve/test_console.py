@@ -197,8 +197,8 @@ def test_help_fits_80_columns(say: Callable[[str], str]) -> None:
 
 
 def test_url_with_v1_suffix(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    for ending in ("/v1", "/v1/", "/"):
-        run_console(server.url + ending, None, ["health"])
+    for suffix in ("/v1", "/v1/", "/"):
+        run_console(server.url + suffix, None, ["health"])
     assert capsys.readouterr().out == "ready\n" * 3
 
 

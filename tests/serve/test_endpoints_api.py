@@ -28,14 +28,14 @@ def folder(tmp_path: Path) -> Path:
 
 def test_endpoint_life_cycle(server: Running) -> None:
     with server.client() as http:
-        asked = {
+        requested = {
             "model": "gptj-6b", "intent": "min_latency", "slo_ms": 1500, "min_accuracy": 90, "float16_only": True,
             "placement": "last", "batch_size": 4, "output_tokens": 33,
         }  # fmt: skip
-        answer = http.post("/endpoints", json=asked)
+        answer = http.post("/endpoints", json=requested)
         made = answer.json()
         assert answer.status_code == 201
-        assert {key: made[key] for key in asked} == asked | {"intent": "min-latency"}
+        assert {key: made[key] for key in requested} == requested | {"intent": "min-latency"}
         until(lambda: http.get(f"/endpoints/{made['id']}").json()["status"] == "up")
         [engine] = http.get(f"/endpoints/{made['id']}").json()["deployments"]
         assert (engine["gpus"], engine["layer_split"], engine["restarts"]) == ([3], [28], 0)
@@ -59,7 +59,7 @@ def test_endpoint_that_does_not_fit_is_rejected(server: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("requested", "words"),
     [
         ({"model": "lama-2-7b"}, "did you mean 'llama-2-7b'"),
         ({"model": MODEL, "intent": "min-cots"}, "did you mean 'min-cost'"),
@@ -73,10 +73,10 @@ def test_endpoint_that_does_not_fit_is_rejected(server: Running) -> None:
         ({}, "model: field required"),
     ],
 )
-def test_invalid_endpoints(server: Running, asked: dict[str, object], words: str) -> None:
+def test_invalid_endpoints(server: Running, requested: dict[str, object], words: str) -> None:
     with server.client() as http:
         before = len(http.get("/endpoints").json())
-        answer = http.post("/endpoints", json=asked)
+        answer = http.post("/endpoints", json=requested)
         assert answer.status_code in (400, 404)
         assert words in answer.json()["error"]["message"]
         assert len(http.get("/endpoints").json()) == before

@@ -12,7 +12,7 @@ from maveriq.errors import MaveriqError, UnknownNameError
 from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
 from maveriq.policy.policy import Decision, Deploy, Rejection
 
-ASK = EndpointSpec(
+ENDPOINT = EndpointSpec(
     endpoint_id=5, model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), requested_us=0,
     prompt_tokens=8, output_tokens=20,
 )  # fmt: skip
@@ -28,7 +28,7 @@ def view(state: ClusterState) -> ClusterView:
 
 def elsewhere() -> Plans:
     """Plans that the default policy would not make."""
-    decision = OneGpu(last=True).decide(ASK, view(empty()))
+    decision = OneGpu(last=True).decide(ENDPOINT, view(empty()))
     assert isinstance(decision, Deploy)
     return decision.plans
 
@@ -38,9 +38,9 @@ def test_pinned_plans_are_kept_and_new_decisions_are_reported() -> None:
     policy = placements()
     policy.on_decision(lambda endpoint_id, plans: decided.append((endpoint_id, plans)))
     policy.pin(5, elsewhere())
-    assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())
+    assert policy.decide(ENDPOINT, view(empty())) == Deploy(plans=elsewhere())
     assert decided == []
-    other = dataclasses.replace(ASK, endpoint_id=6)
+    other = dataclasses.replace(ENDPOINT, endpoint_id=6)
     decision = policy.decide(other, view(empty()))
     assert decision == OneGpu().decide(other, view(empty()))
     assert isinstance(decision, Deploy)
@@ -64,7 +64,7 @@ def down() -> ClusterState:
 def test_plans_that_no_longer_fit_are_replaced(state: ClusterState) -> None:
     policy = placements()
     policy.pin(5, elsewhere())
-    decision = policy.decide(ASK, view(state))
+    decision = policy.decide(ENDPOINT, view(state))
     assert isinstance(decision, Deploy)
     assert decision.plans[0].gpu_ids == (0,)
 
@@ -74,14 +74,14 @@ def test_two_replicas_on_one_gpu_need_room_for_both() -> None:
     [plan] = elsewhere()
     half = dataclasses.replace(plan, gpu_bytes=(30 * GIB,))
     policy.pin(5, (half, half))
-    decision = policy.decide(ASK, view(empty()))
+    decision = policy.decide(ENDPOINT, view(empty()))
     assert isinstance(decision, Deploy)
     assert len(decision.plans) == 1
 
 
 @pytest.mark.parametrize(
     "endpoint",
-    [dataclasses.replace(ASK, model=load_model("gptj-6b")), dataclasses.replace(ASK, batch_size=2)],
+    [dataclasses.replace(ENDPOINT, model=load_model("gptj-6b")), dataclasses.replace(ENDPOINT, batch_size=2)],
 )
 def test_plans_of_another_model_or_batch_size_are_ignored(endpoint: EndpointSpec) -> None:
     policy = placements()
@@ -93,9 +93,9 @@ def test_plans_of_another_model_or_batch_size_are_ignored(endpoint: EndpointSpec
 def test_placement_rules_by_name() -> None:
     policy = placements()
     policy.place_by(5, "last")
-    assert policy.decide(ASK, view(empty())) == Deploy(plans=elsewhere())
+    assert policy.decide(ENDPOINT, view(empty())) == Deploy(plans=elsewhere())
     policy.forget(5)
-    assert policy.decide(ASK, view(empty())) == OneGpu().decide(ASK, view(empty()))
+    assert policy.decide(ENDPOINT, view(empty())) == OneGpu().decide(ENDPOINT, view(empty()))
     with pytest.raises(UnknownNameError, match="did you mean 'last'"):
         policy.place_by(5, "lst")
 
@@ -108,5 +108,5 @@ class Broken:
 
 
 def test_an_error_of_a_policy_is_a_rejection() -> None:
-    decision = PinnedPlacementPolicy(default=Broken()).decide(ASK, view(empty()))
+    decision = PinnedPlacementPolicy(default=Broken()).decide(ENDPOINT, view(empty()))
     assert decision == Rejection(reason="policy 'broken' failed: it must return GPUs")

@@ -34,10 +34,10 @@ class Rig:
         self.store = Store(folder / "state.db")
         self.metrics = Metrics()
         self.requests = RequestLifecycle(self.cluster, self.store, self.metrics, max_in_flight=6)
-        asked = EndpointRequest(
+        requested = EndpointRequest(
             model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
         )
-        self.endpoint_id = self.cluster.deploy(asked)
+        self.endpoint_id = self.cluster.deploy(requested)
 
     async def send(self, name: str | None = None, *, output_tokens: int = 3, slo_us: int = 0) -> AcceptedRequest:
         submission = Submission(endpoint_id=self.endpoint_id, prompt=(1, 2), output_tokens=output_tokens, slo_us=slo_us)

@@ -55,7 +55,7 @@ def test_store_keeps_models_endpoints_and_requests(state: Path) -> None:
         assert await store.add_endpoint(1, ASKED, "") == 3, "a number is never given twice"
         assert await store.accept(row("a"))
 
-    async def ask_back(store: Store) -> None:
+    async def read_back(store: Store) -> None:
         assert await store.models() == [StoredModel(model_id=1, spec=MODEL, folder="here")]
         first = StoredEndpoint(endpoint_id=1, model_id=1, request=ASKED, placement="llf", plans=decision.plans)
         assert await store.endpoints() == [
@@ -66,7 +66,7 @@ def test_store_keeps_models_endpoints_and_requests(state: Path) -> None:
         assert await store.request("b") is None
 
     with_store(state, tell)
-    with_store(state, ask_back)
+    with_store(state, read_back)
 
 
 def test_a_request_ends_once(state: Path) -> None:

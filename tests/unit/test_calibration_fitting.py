@@ -46,13 +46,15 @@ def other_gpu() -> Calibration:
     )
 
 
-def row(truth: Calibration, model: ModelSpec, asked: ParallelConfig, outputs: int, prompt: int, noise: float) -> str:
-    split = [model.layers // asked.pp + (place < model.layers % asked.pp) for place in range(asked.pp)]
-    batch = asked.batch_size
-    todo = op_counts(model, asked.kv, tp=asked.tp, pp=asked.pp, batch=batch, prompt_tokens=prompt)
-    latency = float(latency_s(todo, truth.roofline(asked.weights, asked.tp), outputs)) * noise
-    memory_gib = 1.0 * asked.gpus + model.layers * 0.4 + 0.1 * (batch - 1)
-    cells = [model.name, asked.tp, asked.pp, " ".join(map(str, split)), asked.weights, 0, outputs, batch]
+def row(
+    truth: Calibration, model: ModelSpec, requested: ParallelConfig, outputs: int, prompt: int, noise: float
+) -> str:
+    split = [model.layers // requested.pp + (place < model.layers % requested.pp) for place in range(requested.pp)]
+    batch = requested.batch_size
+    todo = op_counts(model, requested.kv, tp=requested.tp, pp=requested.pp, batch=batch, prompt_tokens=prompt)
+    latency = float(latency_s(todo, truth.roofline(requested.weights, requested.tp), outputs)) * noise
+    memory_gib = 1.0 * requested.gpus + model.layers * 0.4 + 0.1 * (batch - 1)
+    cells = [model.name, requested.tp, requested.pp, " ".join(map(str, split)), requested.weights, 0, outputs, batch]
     return ",".join(map(str, [*cells, f"{latency:.6f}", f"{memory_gib:.4f}", prompt]))
 
 
@@ -64,13 +66,17 @@ def rows(truth: Calibration, *, noise: float = 0.01, models: tuple[str, ...] = M
         for weights in (WeightType.FLOAT16, WeightType.INT8):
             for prompt in (64, 1500):
                 for tp, pp in ((1, 1), (1, 2), (2, 1)):
-                    asked = ParallelConfig(tp=tp, pp=pp, weights=weights, kv=KvType.NATIVE)
+                    requested = ParallelConfig(tp=tp, pp=pp, weights=weights, kv=KvType.NATIVE)
                     of = [replace(model, layers=layers) for layers in (pp, pp + 1)]
-                    found += [row(truth, model, asked, outputs, prompt, 1.0) for model in of for outputs in (10, 20)]
+                    found += [
+                        row(truth, model, requested, outputs, prompt, 1.0) for model in of for outputs in (10, 20)
+                    ]
                     for batch in (1, 8):
                         for outputs in (20, 200):
                             spread = 1 + noise * draw.uniform(-1, 1)
-                            found.append(row(truth, model, replace(asked, batch_size=batch), outputs, prompt, spread))
+                            found.append(
+                                row(truth, model, replace(requested, batch_size=batch), outputs, prompt, spread)
+                            )
     return found
 
 
@@ -202,13 +208,13 @@ def test_a_fit_recovers_the_exponents_of_a_made_up_gpu(tmp_path: Path) -> None:
     constants = constants_of(samples)
     seen = []
     for sample in samples:
-        asked = sample.measured.configuration
+        requested = sample.measured.configuration
         points = constants[sample.prompt_tokens][sample.model.name]
         for tp, pp in ((1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
-            lines = (points[point].line(sample.model.layers) for point in (asked.at(1, 1), asked.at(2, 1)))
+            lines = (points[point].line(sample.model.layers) for point in (requested.at(1, 1), requested.at(2, 1)))
             law = ParallelLatency.scaled(*lines, truth, tp=tp, pp=pp)
             latency_s = law.at(sample.measured.output_tokens)
-            measured = replace(sample.measured, configuration=replace(asked, tp=tp, pp=pp), latency_s=latency_s)
+            measured = replace(sample.measured, configuration=replace(requested, tp=tp, pp=pp), latency_s=latency_s)
             seen.append(replace(sample, measured=measured))
     for found in fit_exponents(seen, constants).values():
         assert (found.a, found.b, found.c, found.d) == pytest.approx((0.3, 0.9, 0.4, 0.7), abs=0.02)

@@ -34,7 +34,7 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
     truth = msgspec.structs.replace(
         start_calibration(), online=OnlineCalibration(request_ms=30.0, gpus_per_socket=2, tp=tps)
     )
-    asked = [
+    requested = [
         RecordedService(
             run=f"run-{place % 3}",
             model=load_model(name),
@@ -50,10 +50,10 @@ def live() -> tuple[Calibration, list[RecordedEngine]]:
         for prompt_tokens in (30, 600)
         for output_tokens in (20, 100)
     ]
-    seconds = _Predictions(as_benchmarked, asked, gpus_per_socket=2).predict_s(truth)
+    seconds = _Predictions(as_benchmarked, requested, gpus_per_socket=2).predict_s(truth)
     engines = []
-    for first in range(0, len(asked), 4):  # four lengths, a dozen requests of each
-        of_engine = asked[first : first + 4]
+    for first in range(0, len(requested), 4):  # four lengths, a dozen requests of each
+        of_engine = requested[first : first + 4]
         engine = of_engine[0]
         engines.append(
             RecordedEngine(

@@ -30,16 +30,16 @@ def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batc
     hardware, model = load_profile(profile), load_model("llama-2-7b")
     estimator, rows = benchmarked_estimator(name, hardware), []
     for pp in (1, 2, 4):
-        asked = ParallelConfig(tp=1, pp=pp, weights=WeightType.INT8, batch_size=batch)
+        requested = ParallelConfig(tp=1, pp=pp, weights=WeightType.INT8, batch_size=batch)
         for place, output_tokens in enumerate((10, 20, 100)):
             size = {"prompt_tokens": hardware.prompt_tokens, "output_tokens": output_tokens, "batch": batch}
-            latency_s = estimator.service(model, asked, **size).latency_s
+            latency_s = estimator.service(model, requested, **size).latency_s
             rows.append(
                 Measurement(
                     where=f"row {len(rows)}",
                     model_name=model.name,
                     layers=model.layers,
-                    configuration=asked,
+                    configuration=requested,
                     output_tokens=output_tokens,
                     latency_s=latency_s * (noise if place % 2 else 1 / noise),
                     memory_gib=10.0,

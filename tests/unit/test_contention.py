@@ -116,5 +116,5 @@ def test_contention_of_zero_changes_nothing(requests) -> None:
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.0007])
 def test_a_contended_run_is_repeatable(wait_s: float) -> None:
-    asked = ([0, 3, 3, 9, 9], [1, 2, 3, 1, 2], [7, 9, 4, 4, 4], THREE)
-    assert run(*asked, estimator=Sociable(wait_s)) == run(*asked, estimator=Sociable(wait_s))
+    requested = ([0, 3, 3, 9, 9], [1, 2, 3, 1, 2], [7, 9, 4, 4, 4], THREE)
+    assert run(*requested, estimator=Sociable(wait_s)) == run(*requested, estimator=Sociable(wait_s))

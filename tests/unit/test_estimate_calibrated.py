@@ -101,11 +101,12 @@ def test_memory_errors_meet_their_bars(measured_data: Path) -> None:
 
 def test_the_kv_cache_of_a_batch_grows_by_blocks_of_tokens() -> None:
     subject = CalibratedEstimator.benchmarked(load_profile("a6000-short"))
-    model, asked = load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8, batch_size=64)
+    model, requested = load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8, batch_size=64)
     at = {
-        tokens: subject.memory_with(model, asked, prompt_tokens=10, output_tokens=tokens) for tokens in (50, 118, 119)
+        tokens: subject.memory_with(model, requested, prompt_tokens=10, output_tokens=tokens)
+        for tokens in (50, 118, 119)
     }
-    assert at[50] == at[118] == subject.memory(model, asked)
+    assert at[50] == at[118] == subject.memory(model, requested)
     block_bytes = 28 * 64 * 128 * 2 * 4096 * 2  # layers, requests, tokens, keys and values, width, bytes
     assert at[119] - at[118] == pytest.approx(block_bytes, abs=1)
 
@@ -136,10 +137,10 @@ def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_pa
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == sorted(path.name for path in data_path("a6000").glob("calibrated*"))
     profile = replace(load_profile("a6000-short"), calibrated=tmp_path / PATH.name)
-    model, asked = load_model("llama-2-70b"), ParallelConfig(tp=4, pp=2, weights=WeightType.INT8)
+    model, requested = load_model("llama-2-70b"), ParallelConfig(tp=4, pp=2, weights=WeightType.INT8)
     question = {"prompt_tokens": 30, "output_tokens": 20, "batch": 4}
     again, embedded = (
-        CalibratedEstimator.serving(served_profile).service(model, asked, **question).latency_s
+        CalibratedEstimator.serving(served_profile).service(model, requested, **question).latency_s
         for served_profile in (profile, load_profile("a6000-short"))
     )
     assert again == pytest.approx(embedded, rel=1e-3)
@@ -176,13 +177,13 @@ def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
         for pp in (1, 2, 4):
             for weights in (WeightType.FLOAT16, WeightType.INT8):
                 for output_tokens in (10, 200):
-                    asked = ParallelConfig(tp=1, pp=pp, weights=weights)
-                    work = work_of(model, asked.kv, tp=1, pp=pp, batch=1, prompt_tokens=923)
+                    requested = ParallelConfig(tp=1, pp=pp, weights=weights)
+                    work = work_of(model, requested.kv, tp=1, pp=pp, batch=1, prompt_tokens=923)
                     measured = Measurement(
                         where="imagined",
                         model_name=name,
                         layers=model.layers,
-                        configuration=asked,
+                        configuration=requested,
                         output_tokens=output_tokens,
                         latency_s=float(latency_s(work, truth.roofline(weights, 1), output_tokens)),
                         memory_gib=1.0,
@@ -202,11 +203,11 @@ def test_the_layer_time_ratio_shows_a_slow_layer() -> None:
     model = load_model("llama-2-7b")
     calibration = read_calibration(PATH)
     roofline = calibration.roofline(WeightType.FLOAT16, 1)
-    asked = work_of(
+    requested = work_of(
         model, ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16).kv, tp=1, pp=1, batch=1, prompt_tokens=10
     )
-    two, single = (float(latency_s(replace(asked, layers=n), roofline, 20)) for n in (2, 1))
-    seen = [(asked, 20, 1.2 * (two - single)), (asked, 20, 1.2 * (two - single)), (asked, 20, -1.0)]
+    two, single = (float(latency_s(replace(requested, layers=n), roofline, 20)) for n in (2, 1))
+    seen = [(requested, 20, 1.2 * (two - single)), (requested, 20, 1.2 * (two - single)), (requested, 20, -1.0)]
     assert layer_time_ratio(seen, roofline) == pytest.approx(np.log(1.2))
     assert layer_time_ratio([], roofline) == 0
 
@@ -252,18 +253,20 @@ def test_a_profile_without_calibration_names_the_command_to_fit_one() -> None:
 
 @pytest.mark.parametrize("what", ["prompt_tokens", "output_tokens", "batch"])
 def test_zero_tokens_are_refused(what: str) -> None:
-    asked = {"prompt_tokens": 1, "output_tokens": 1, "batch": 1} | {what: 0}
+    requested = {"prompt_tokens": 1, "output_tokens": 1, "batch": 1} | {what: 0}
     subject = make_estimator("calibrated", load_profile("a6000-short"))
     with pytest.raises(InputError, match="must be at least 1"):
-        subject.service(load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8), **asked)
+        subject.service(load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8), **requested)
 
 
 def test_refusals_have_the_reasons_of_the_profile() -> None:
     subject = make_estimator("calibrated", load_profile("a6000-short"))
-    asked = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
-    assert subject.why_not(load_model("falcon-40b"), asked) == "known not to run on A6000"
-    assert "no fingerprint" in str(subject.why_not(load_model("gptj-6b"), replace(asked, weights=WeightType.INT4_GPTQ)))
-    assert "knows TP 1, 2, 4, 8 only" in str(subject.why_not(load_model("gptj-6b"), replace(asked, tp=16)))
+    requested = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
+    assert subject.why_not(load_model("falcon-40b"), requested) == "known not to run on A6000"
+    assert "no fingerprint" in str(
+        subject.why_not(load_model("gptj-6b"), replace(requested, weights=WeightType.INT4_GPTQ))
+    )
+    assert "knows TP 1, 2, 4, 8 only" in str(subject.why_not(load_model("gptj-6b"), replace(requested, tp=16)))
 
 
 def test_variants_have_the_shape_of_their_base_model() -> None:

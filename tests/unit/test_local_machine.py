@@ -72,13 +72,13 @@ def test_missing_requirements_are_named(monkeypatch) -> None:
 
 def test_planning_excludes_what_the_backend_does_not_support(monkeypatch) -> None:
     machine(monkeypatch, 32)
-    believed = TokenSeconds()
+    estimator = TokenSeconds()
     gptq = ParallelConfig(tp=1, pp=1, weights=WeightType.INT4_GPTQ, kv=KvType.NATIVE)
-    assert LocalMachine("emulated").planning(believed) is believed
-    assert believed.why_not(MODEL, gptq) is None
+    assert LocalMachine("emulated").planning(estimator) is estimator
+    assert estimator.why_not(MODEL, gptq) is None
     two, single = (ParallelConfig(tp=tp, pp=1, weights=WeightType.FLOAT16) for tp in (2, 1))
-    assert LocalMachine("torch").planning(believed).why_not(MODEL, two) is None
+    assert LocalMachine("torch").planning(estimator).why_not(MODEL, two) is None
     machine(monkeypatch, 32, 32, is_slice=True)
-    assert "slices" in (LocalMachine("torch").planning(believed).why_not(MODEL, two) or "")
-    assert LocalMachine("torch").planning(believed).why_not(MODEL, single) is None
-    assert (LocalMachine("trtllm").planning(believed).why_not(MODEL, gptq) or "").startswith("trtllm: ")
+    assert "slices" in (LocalMachine("torch").planning(estimator).why_not(MODEL, two) or "")
+    assert LocalMachine("torch").planning(estimator).why_not(MODEL, single) is None
+    assert (LocalMachine("trtllm").planning(estimator).why_not(MODEL, gptq) or "").startswith("trtllm: ")

@@ -65,9 +65,9 @@ def test_old_and_new_falcon_differ_in_kv_heads(tmp_path: Path) -> None:
     old = {"n_layer": 2, "n_embd": 64, "n_head": 8, "vocab_size": 10, "multi_query": True}
     new = {**old, "new_decoder_architecture": True, "num_kv_heads": 4}
     assert load_model(str(write(tmp_path / "old", old))).kv_heads == 1
-    said_nothing = {key: value for key, value in old.items() if key != "multi_query"}
-    assert load_model(str(write(tmp_path / "falcon", {**said_nothing, "model_type": "falcon"}))).kv_heads == 1
-    assert load_model(str(write(tmp_path / "gptj", {**said_nothing, "model_type": "gptj"}))).kv_heads == 8
+    without_key = {key: value for key, value in old.items() if key != "multi_query"}
+    assert load_model(str(write(tmp_path / "falcon", {**without_key, "model_type": "falcon"}))).kv_heads == 1
+    assert load_model(str(write(tmp_path / "gptj", {**without_key, "model_type": "gptj"}))).kv_heads == 8
     model = load_model(str(write(tmp_path / "new", new)))
     assert (model.kv_heads, model.intermediate_size) == (4, 256)
 

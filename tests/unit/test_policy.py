@@ -56,9 +56,9 @@ def endpoint(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COS
     )
 
 
-def ranked(the_ask: EndpointSpec, view: ClusterView | None = None) -> Ranking:
+def ranked(requested: EndpointSpec, view: ClusterView | None = None) -> Ranking:
     empty = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
-    return rank(the_ask, view or empty, PAPER, PROFILE.accuracy)
+    return rank(requested, view or empty, PAPER, PROFILE.accuracy)
 
 
 # Dealing layers
@@ -159,9 +159,9 @@ def test_candidates_are_in_the_order_of_the_objective(objective: Objective) -> N
 
 
 def test_everything_enumerated_is_ranked_or_left_out() -> None:
-    the_ask = endpoint("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
-    ranking = ranked(the_ask)
-    everything = list(enumerate_configurations(the_ask.model, 8))
+    requested = endpoint("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
+    ranking = ranked(requested)
+    everything = list(enumerate_configurations(requested.model, 8))
     listed = [option.configuration for option in (*ranking.candidates, *ranking.left_out)]
     assert sorted(map(str, listed)) == sorted(map(str, everything))
     assert all(candidate.service.latency_s < 3.0 for candidate in ranking.candidates)

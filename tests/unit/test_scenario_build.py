@@ -103,9 +103,9 @@ def test_exclude_run_changes_the_service_times() -> None:
     run = "MaverIQ_large_min_cost_code_0.4_slo0"
     default, blind = (build_system(Options(scale=0.05, exclude_run=name)) for name in (None, run))
     model = default.workload.endpoints[0].model
-    asked = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
+    requested = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
     seconds = [
-        system.service_times.estimator.service(model, asked, prompt_tokens=9, output_tokens=20, batch=1).latency_s
+        system.service_times.estimator.service(model, requested, prompt_tokens=9, output_tokens=20, batch=1).latency_s
         for system in (default, blind)
     ]
     assert seconds[0] != seconds[1] == pytest.approx(seconds[0], rel=0.02)
