@@ -294,7 +294,14 @@ class Controller:
             self._engine_down(deployment, event.reason, returns=event.returns, broken=True)
 
     def _engine_down(self, deployment: Deployment, what: str, *, returns: bool, broken: bool) -> None:
-        """Handle the failure of an engine: requeue or fail its running requests, and keep or move its waiting ones."""
+        """Handle the failure of an engine: requeue or fail its running requests, and keep or move its waiting ones.
+
+        Args:
+            deployment: whose engine failed.
+            what: what happened, for the reason of requests that fail.
+            returns: whether it will be up again.
+            broken: whether the engine itself failed, and not one of its GPUs.
+        """
         if not self.manager.holds_memory(deployment):
             return  # rejected, removed, or lost for good before
         if deployment.clear_engine() and not broken:

@@ -1,7 +1,8 @@
 """The request queue and its disciplines.
 
 To add a discipline, add a member to `QueueDiscipline` and its rank to `rank_of`: among waiting
-requests the lowest rank goes first. `--queue` takes it by its value.
+requests the lowest rank goes first. If the rank needs the predicted service time, add the member
+to `uses_service_time`. `--queue` takes it by its value.
 
 Priority requests go before all others, the latest first. `fifo` keeps one order over all deployments, as the
 published system did (SPEC 6): the first request blocks all behind it until the GPUs of its

@@ -1,10 +1,11 @@
 """One engine process, from launch to exit: load, heartbeat, executions, hang detection, termination.
 
 `EngineProcess` runs one engine. It waits for GPU memory, launches the process, sends it `Load`, then executions, and a
-`Ping` at every heartbeat interval. `Watchdog` decides whether the engine hangs: it sends nothing for `hang_timeout_s`,
-or its current execution makes no progress for that plus a multiple of its estimated service time. The first of a hang,
-a failure, the exit of the process and a stop gives the `ExitReason`. Then `terminate` ends the process group with
-`Stop`, SIGTERM, SIGKILL. `maveriq.exec.supervisor` decides whether the engine restarts.
+`Ping` at every heartbeat interval. `Watchdog` decides whether the engine hangs: it sends nothing for `hang_timeout_s`
+(it answers pings even while it computes), or its current execution makes no progress for that plus a multiple of its
+estimated service time. The first of a hang, a failure, the exit of the process and a stop gives the `ExitReason`. Then
+`terminate` ends the process group with `Stop`, SIGTERM, SIGKILL. `maveriq.exec.supervisor` decides whether the engine
+restarts.
 
 The only clock is the event loop's, so that tests run on a loop with simulated time.
 """

@@ -1,7 +1,8 @@
 """Choosing a configuration for an intent (SPEC 4).
 
-`rank` enumerates every configuration, keeps those that run here, fit and meet the constraints,
-and orders them by the objective. What it leaves out it leaves out with a reason.
+`rank` enumerates every configuration, rejects those that do not run here, do not fit or break a
+constraint, each with a reason, and orders the others by the objective. If none meets the SLO, it
+orders those that meet everything else by latency, and says so in a note.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ AccuracyLookup: TypeAlias = Callable[[str, WeightType, KvType], float | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A configuration that runs here and fits, with what is believed of it.
+    """A configuration that runs here and fits, with its estimates.
 
-    `gpu_ids` are the GPUs with most free memory that it was fitted to, stage-major; a placement
-    rule may move the shards. `score` is what the intent minimises.
+    `gpu_ids` are the GPUs with most free memory, by which its layers were split, stage-major; a
+    placement rule may move the shards. `score` is what the intent minimises.
     """
 
     configuration: ParallelConfig
@@ -48,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RejectedConfig:
-    """A configuration that was left out, and why; `detail` is what its own figure was."""
+    """A configuration that was rejected, and why; `detail` gives the figure that missed the limit."""
 
     configuration: ParallelConfig
     reason: str
@@ -57,9 +58,9 @@ class RejectedConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Candidates, best first, and what was left out.
+    """The candidates, best first, and the rejected configurations.
 
-    `left_out` keeps the order of enumeration; those that only miss the SLO come last.
+    `left_out` has the rejected ones in the order of enumeration; those that only miss the SLO come last.
 
     `note` is empty, or says that no candidate meets the SLO; then the candidates are those that
     meet everything else, fastest first.
@@ -93,7 +94,7 @@ def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -
 
 
 def rank(endpoint: EndpointSpec, view: ClusterView, estimator: Estimator, accuracy: AccuracyLookup) -> Ranking:
-    """Order the configurations that can meet an ask on the cluster as it is."""
+    """Order the configurations that can serve an endpoint on the cluster as it is."""
     gpus = view.by_free_memory()
     fitting: list[Candidate] = []
     left_out: list[RejectedConfig] = []
@@ -158,7 +159,7 @@ def _breaks(intent: Intent, configuration: ParallelConfig, accuracy: float | Non
 
 
 def _order(intent: Intent, fitting: list[Candidate], left_out: list[RejectedConfig]) -> Ranking:
-    """Order by the objective those that meet the SLO; by latency all, where none does."""
+    """Order the candidates that meet the SLO by the objective; if none meets it, order all by latency."""
     slo_s = intent.slo_s
     meeting = [candidate for candidate in fitting if slo_s is None or candidate.service.latency_s < slo_s]
     if fitting and not meeting and slo_s is not None:

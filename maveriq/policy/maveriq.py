@@ -53,9 +53,9 @@ def hybrid(threshold: float) -> PlacementRule:
 def place_shards(shards: Sequence[Bytes], order: Sequence[GpuView]) -> tuple[int, ...] | None:
     """Return the GPU of each shard, in the order of the shards; None if one finds no room.
 
-    A shard keeps its position, and so its stage and rank, wherever it lies. If the shards fit
-    the GPUs in any way at all they fit in this one: a GPU that can hold the largest shard can
-    hold any other, so giving one away never spoils the rest.
+    A shard keeps its position, and so its stage and rank, on any GPU. If the shards fit the
+    GPUs in any way at all, they fit in this one: a GPU that can hold the largest shard can hold
+    any other, so using it leaves room for the rest.
     """
     taken: dict[int, int] = {}
     free = list(order)
@@ -70,9 +70,9 @@ def place_shards(shards: Sequence[Bytes], order: Sequence[GpuView]) -> tuple[int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaverIQ:
-    """Chooses by SPEC 4, places by SPEC 5.
+    """MaverIQ's policy: chooses a configuration by SPEC 4, places its shards by SPEC 5.
 
-    `rule` None keeps the GPUs with most free memory, to which the configuration was fitted.
+    `rule` None keeps the GPUs with most free memory, by which the layers were split.
     """
 
     name: str

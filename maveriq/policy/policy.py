@@ -13,7 +13,7 @@ from maveriq.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deploy:
-    """Start these deployments; each serves the endpoint that was asked for.
+    """Start these deployments; each serves the endpoint.
 
     Raises:
         InputError: no plan at all (a `Rejection` says that better).
@@ -28,7 +28,7 @@ class Deploy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
-    """The ask cannot be met; `reason` is one clause that a user can act on."""
+    """The endpoint cannot be deployed; `reason` is one clause that a user can act on."""
 
     reason: str
 
@@ -37,7 +37,7 @@ Decision: TypeAlias = Deploy | Rejection
 
 
 class Policy(Protocol):
-    """Decides how an ask is met on the cluster as it is."""
+    """Decides how an endpoint is served on the cluster as it is."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Policies by name, and a user's own placement rule by where it stands."""
+"""Policies by name, and placement rules of users by `file.py:function` or `module:function`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
         "none": lambda _threshold: None,
     }
 )
-"""Placement rules by name, each made from the packing threshold; None keeps the roomiest GPUs."""
+"""Placement rules by name, each made from the packing threshold; None keeps the GPUs with most free memory."""
 
 
 def make_policy(
@@ -36,11 +36,11 @@ def make_policy(
 
     Args:
         name: `hybrid`, `packing`, `llf`, `none`, or `module:function` or `file.py:function` for
-            a placement rule of one's own (docs/extending.md).
+            a user's placement rule (docs/extending.md).
         estimator: what the policy plans with.
         accuracy: measured accuracy of quantised models.
         packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
-        others: names of policies that are made elsewhere, for the message about an unknown name.
+        others: names of policies that another module makes, for the message about an unknown name.
 
     Raises:
         InputError: no such policy, a rule that cannot be loaded, a threshold outside 0 to 1.
@@ -61,7 +61,7 @@ def make_policy(
 
 
 def _load_rule(name: str) -> PlacementRule:
-    """Import `module:function` or `file.py:function`; whatever goes wrong in it has the policy's name."""
+    """Import `module:function` or `file.py:function`; its errors name the policy."""
     place, _, function = name.rpartition(":")
     if place.endswith(".py") and not exists(Path(place)):
         raise InputError(f"policy {name!r}: {place} does not exist; check the path")
@@ -78,7 +78,7 @@ def _load_rule(name: str) -> PlacementRule:
 
 
 def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
-    """Return a rule that says by its name when it fails or answers with something else than GPUs."""
+    """Return the rule with a check: an error in it, or an answer that is not its GPUs, names the policy."""
 
     def order(gpus: Sequence[GpuView]) -> list[GpuView]:
         try:

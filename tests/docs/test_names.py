@@ -75,3 +75,16 @@ def test_files_that_are_named_exist(document: Path) -> None:
 def test_names_of_the_package_exist(document: Path) -> None:
     for dotted in DOTTED.findall(text_of(document)):
         assert exists(dotted), f"{document} names {dotted}"
+
+
+STEP = re.compile(r"^\d+\. (.+(?:\n   .+)*)", re.MULTILINE)
+NAME = re.compile(r"[A-Za-z_]\w+")
+
+
+@pytest.mark.parametrize("step", STEP.findall(text_of(Path("docs/reading-guide.md"))), ids=lambda step: step[:40])
+def test_a_step_of_the_reading_guide_names_what_its_files_have(step: str) -> None:
+    quoted = QUOTED.findall(step)
+    files = [ROOT / name for name in quoted if SOURCE.fullmatch(name)]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    for name in filter(NAME.fullmatch, quoted):
+        assert not files or re.search(rf"\b{name}\b", text), f"the files of this step have no {name}"

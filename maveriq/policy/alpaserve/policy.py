@@ -1,4 +1,4 @@
-"""AlpaServe and AlpaServe* as policies: the placement is searched ahead, asks are met from it."""
+"""AlpaServe and AlpaServe* as policies: a placement is searched before the run, and endpoints get their part of it."""
 
 from __future__ import annotations
 
