@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from maveriq import __version__
 from maveriq.errors import InputError, MaveriqError, cannot_write
 from maveriq.planning import PlanOptions, rank_configurations
-from maveriq.runs import Run, load_run
+from maveriq.runs import Run, as_path, load_run
 from maveriq.scenario.options import Options, options_from
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def run(
     engines = options_from(EngineOptions, engine_values)
     chosen, components = _options_and_components(options, changes)
     if out is not None:
-        check_writable(Path(out))
+        check_writable(as_path(out, "out"))
     with contextlib.closing(LocalMachine(engines.name)) as machine:
         system = build_system(
             chosen, components=components, wrap_estimator=machine.planning, make_cluster=local_cluster
@@ -236,8 +237,8 @@ def _scratch_folder(out: str | Path | None) -> tempfile.TemporaryDirectory[str]:
 
 def _check_goodput_limits(slo_ttft_ms: float | None, slo_tpot_ms: float | None) -> None:
     for name, value in (("slo-ttft-ms", slo_ttft_ms), ("slo-tpot-ms", slo_tpot_ms)):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name} must be a positive number of milliseconds, not {value}")
+        if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
+            raise InputError(f"--{name} must be a positive number of milliseconds, not {value!r:.60}")
 
 
 _ESTIMATOR_MEMBERS = ("name", "why_not", "service", "memory")
@@ -392,7 +393,7 @@ def place(
     from maveriq.policy.alpaserve.simulator import warm_up
     from maveriq.scenario.placement_problems import load_problem
 
-    file = load_problem(Path(problem))
+    file = load_problem(as_path(problem, "problem"))
     settings = replace(file.settings, simulator=replace(file.settings.simulator, single_precision=not float64))
     warm_up()  # keeps compilation out of the reported search time
     return PlacementResult(

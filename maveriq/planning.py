@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maveriq.errors import InputError
-from maveriq.scenario.options import check_ranges, option
+from maveriq.scenario.options import check_ranges, convert_types, option
 
 if TYPE_CHECKING:
     from maveriq.domain.cluster import Cluster
@@ -23,7 +23,7 @@ class PlanOptions:
     """The options of `maveriq plan`.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a value of another type, or a number out of range.
     """
 
     intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _PANEL)
@@ -40,6 +40,7 @@ class PlanOptions:
     profile: str = option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _PANEL)
 
     def __post_init__(self) -> None:
+        convert_types(self)
         check_ranges(self)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from html import escape
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from maveriq.domain.records import RunRecord
     from maveriq.report.metrics import Summary
     from maveriq.report.saturation import Saturation
+
+
+ENGINES_FILE = "engines.csv"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -101,11 +105,13 @@ class Run:
     def save(self, path: str | Path) -> None:
         """Write a run folder, whole or not at all. A run folder or an empty folder of that name is replaced.
 
+        The logs of engines are not part of a `Run`; `maveriq.run(out=...)` keeps them.
+
         Raises:
             InputError: the folder cannot be written, or holds something else.
             MaveriqError: the disk is full.
         """
-        self._save(Path(path))
+        self._save(as_path(path, "path"))
 
     def _save(self, folder: Path, logs: Path | None = None) -> None:
         """Write a run folder; the folder of engine logs moves into it."""
@@ -115,7 +121,7 @@ class Run:
             if logs is not None:
                 shutil.move(logs, fresh)  # a copy would need the space twice
             if self.engines_csv:
-                (fresh / "engines.csv").write_text(self.engines_csv, encoding="utf-8")
+                (fresh / ENGINES_FILE).write_text(self.engines_csv, encoding="utf-8")
 
         write_run(folder, self.record, self.to_dict(), self.meta, more=write_engines)
 
@@ -167,6 +173,17 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
 
+def as_path(path: object, name: str) -> Path:
+    """Return a path that was given as an argument.
+
+    Raises:
+        InputError: neither text nor a path.
+    """
+    if not isinstance(path, str | PathLike):
+        raise InputError(f"{name} must be a path, not {path!r:.60}")
+    return Path(path)
+
+
 def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
     """Read a run folder, or a recorded run of the published testbed by its name.
 
@@ -180,7 +197,7 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
     from maveriq.files import exists, measured_data_path
     from maveriq.report.reading import read_meta, read_run
 
-    folder = Path(path)
+    folder = as_path(path, "path")
     if not exists(folder):
         no_recordings = data is None and measured_data_path() is None
         if no_recordings or folder.name != str(path):  # names of recorded runs have no slash
@@ -196,7 +213,16 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
         options=_options_of(meta),
         slo_ttft_ms=_milliseconds(summary.get("slo_ttft_s")),
         slo_tpot_ms=_milliseconds(summary.get("slo_tpot_s")),
+        engines_csv=_read_engines(folder),
     )
+
+
+def _read_engines(folder: Path) -> str:
+    """Return engines.csv of a run on engines, "" for another run."""
+    from maveriq.tables import read_text
+
+    path = folder / ENGINES_FILE
+    return read_text(path, what="table of engines") if path.exists() else ""
 
 
 def _recorded_run(name: str, data: str | Path | None) -> Run:

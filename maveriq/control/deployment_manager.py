@@ -115,6 +115,7 @@ class Deployment:
         """Return what a live view shows of it."""
         return DeploymentStatus(
             deployment_id=self.deployment_id,
+            endpoint_id=self.endpoint.endpoint_id,
             model=self.endpoint.model.name,
             configuration=str(self.plan.configuration) if self.plan else "",
             layer_split=self.plan.layer_split if self.plan else (),

@@ -16,6 +16,7 @@ class DeploymentStatus:
     """
 
     deployment_id: int
+    endpoint_id: int
     model: str
     configuration: str
     layer_split: tuple[int, ...]

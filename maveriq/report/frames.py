@@ -50,7 +50,7 @@ def requests_frame(run: RunRecord) -> pd.DataFrame:
             columns[name] = pd.array(values, dtype="boolean")
             columns[name][~filled] = pd.NA
         else:
-            columns[name] = values
+            columns[name] = values.astype(np.int64)
     return pd.DataFrame(columns, columns=list(REQUEST_COLUMNS))
 
 
@@ -112,15 +112,17 @@ def _seconds_or_none(time_us: Micros) -> float | None:
 
 
 def gpus_frame(run: RunRecord) -> pd.DataFrame:
-    """Return one row per GPU and sample with the columns of gpus.csv."""
+    """Return one row per GPU and sample with the columns of gpus.csv, rounded to six decimals as there."""
     samples = run.gpu_samples
     count = len(samples)
+    memory_gib = np.fromiter((sample.memory_bytes for sample in samples), np.float64, count) / BYTES_PER_GIB
+    busy_share = np.fromiter((sample.busy_share for sample in samples), np.float64, count)
     return pd.DataFrame(
         {
             "time_s": np.fromiter((sample.time_us for sample in samples), np.int64, count) / MICROS_PER_SECOND,
             "gpu": np.fromiter((sample.gpu_id for sample in samples), np.int64, count),
-            "memory_gib": np.fromiter((sample.memory_bytes for sample in samples), np.float64, count) / BYTES_PER_GIB,
-            "busy_share": np.fromiter((sample.busy_share for sample in samples), np.float64, count),
+            "memory_gib": memory_gib.round(6),
+            "busy_share": busy_share.round(6),
         },
         columns=list(GPU_COLUMNS),
     )

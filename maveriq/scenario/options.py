@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from numbers import Number
 from pathlib import PurePath
 from types import UnionType
@@ -57,7 +58,7 @@ class Options:
     field its help. Durations are in the unit their name says.
 
     Raises:
-        InputError: a number that is not finite, or outside its range.
+        InputError: a value of another type, a number that is not finite, or outside its range.
     """
 
     trace: str = option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
@@ -137,7 +138,23 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        convert_types(self)
         check_ranges(self)
+
+
+def convert_types(options: Any) -> None:
+    """Convert the values of a dataclass of options to their own types, as `options_from` does.
+
+    Raises:
+        InputError: a value of another type.
+    """
+    for name, hint in _type_hints(type(options)).items():
+        object.__setattr__(options, name, _converted(name, getattr(options, name), hint))
+
+
+@cache
+def _type_hints(shape: type[Any]) -> dict[str, Any]:
+    return get_type_hints(shape)
 
 
 def check_ranges(options: Any) -> None:
@@ -176,7 +193,7 @@ def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _
         UnknownNameError: there is no option of a name.
         InputError: a value of another type, or out of range.
     """
-    types = get_type_hints(shape)
+    types = _type_hints(shape)
     unknown = [name for name in values if name not in types]
     if unknown:
         raise UnknownNameError("option", unknown[0], types)

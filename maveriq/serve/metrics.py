@@ -109,7 +109,7 @@ class _ClusterCollector(Collector):
 
 
 def _deployment_metrics(progress: Progress) -> Iterator[Metric]:
-    labels = ("deployment", "model")
+    labels = ("deployment", "endpoint", "model")
     up = GaugeMetricFamily("maveriq_deployment_up", "1 if its engine is up.", labels=labels)
     waiting = GaugeMetricFamily("maveriq_deployment_waiting", "Requests in its queue.", labels=labels)
     completed = CounterMetricFamily("maveriq_deployment_completed", "Requests it completed.", labels=labels)
@@ -117,7 +117,7 @@ def _deployment_metrics(progress: Progress) -> Iterator[Metric]:
     for deployment in progress.deployments:
         if deployment.status == "removed":  # else their series would accumulate
             continue
-        values = (str(deployment.deployment_id), deployment.model)
+        values = (str(deployment.deployment_id), str(deployment.endpoint_id), deployment.model)
         up.add_metric(values, float(deployment.status == "up"))
         waiting.add_metric(values, deployment.waiting)
         completed.add_metric(values, deployment.completed)

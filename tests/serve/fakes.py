@@ -87,6 +87,7 @@ class FakeRequestHandle:
 @dataclass
 class FakeEndpoint:
     requested: EndpointRequest
+    endpoint_id: int
     deployment_id: int
     plan: DeploymentPlan | None
     reason: str = ""
@@ -142,7 +143,7 @@ class FakeCluster:
             prompt_tokens=8, output_tokens=endpoint.output_tokens, batch_size=endpoint.batch_size,
         )  # fmt: skip
         decision = self.policy.decide(spec, self._state.view([0.0] * len(self._cluster)))
-        fake = FakeEndpoint(endpoint, len(self._endpoints) + 1, None)
+        fake = FakeEndpoint(endpoint, number, len(self._endpoints) + 1, None)
         self._endpoints[number] = fake
         if isinstance(decision, Rejection):
             fake.status, fake.reason = "rejected", decision.reason
@@ -284,6 +285,7 @@ class FakeCluster:
         plan = endpoint.plan
         return DeploymentStatus(
             deployment_id=endpoint.deployment_id,
+            endpoint_id=endpoint.endpoint_id,
             model=endpoint.requested.model.name,
             configuration=str(plan.configuration) if plan else "",
             layer_split=plan.layer_split if plan else (),

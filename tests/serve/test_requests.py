@@ -267,13 +267,13 @@ def test_metrics() -> None:
             ):
                 assert value(rig, f"maveriq_{name}_seconds_count", model="llama-2-7b") == len(figures)
                 assert value(rig, f"maveriq_{name}_seconds_sum", model="llama-2-7b") == pytest.approx(sum(figures))
-            assert value(rig, "maveriq_deployment_up", deployment="1", model="llama-2-7b") == 1
+            assert value(rig, "maveriq_deployment_up", deployment="1", endpoint="1", model="llama-2-7b") == 1
             assert value(rig, "maveriq_gpu_load_ratio", gpu="3") == 0.25
             assert value(rig, "maveriq_requests_in_flight") == len(rig.requests)
             rig.cluster.lose_engine(rig.endpoint_id)
-            assert value(rig, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") == 1
+            assert value(rig, "maveriq_engine_restarts_total", deployment="1", endpoint="1", model="llama-2-7b") == 1
             rig.cluster.remove(rig.endpoint_id)
-            assert value(rig, "maveriq_engine_restarts_total", deployment="1", model="llama-2-7b") is None
+            assert value(rig, "maveriq_engine_restarts_total", deployment="1", endpoint="1", model="llama-2-7b") is None
 
     run(test)
 

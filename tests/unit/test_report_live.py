@@ -12,6 +12,7 @@ from maveriq.report.live import Canvas, History, LiveView, PlainView, QuietView,
 
 DEPLOYMENT = DeploymentStatus(
     deployment_id=1,
+    endpoint_id=1,
     model="a-70b",
     configuration="TP 2 x PP 4 int4_gptq+kv8",
     layer_split=(20, 20, 21, 19),
