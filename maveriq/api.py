@@ -56,7 +56,7 @@ def simulate(
         slo_tpot_ms: time per output token within which a request counts as goodput.
         watcher: receives the progress of the run.
         changes: options by name, as on the command line with underscores. `policy`, `estimator`, `service_times`
-            and `router` also take objects (docs/extending.md).
+            and `router` also take objects, and `policy` a placement rule (docs/extending.md).
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -271,14 +271,13 @@ def _options_and_components(options: Options | None, changes: Mapping[str, Any])
 def _check_component(name: str, component: object) -> None:
     """Raise InputError unless an object has the members that its option needs."""
     choices = _COMPONENTS[name]
-    if not isinstance(component, type) and any(
-        all(hasattr(component, member) for member in members) for members in choices
-    ):
+    is_rule = name == "policy" and callable(component)
+    has_members = any(all(hasattr(component, member) for member in members) for members in choices)
+    if not isinstance(component, type) and (is_rule or has_members):
         return
     wanted = " or ".join(f"an object with {', '.join(members)}" for members in choices)
-    is_rule = name == "policy" and callable(component) and not isinstance(component, type)
-    hint = "; name a placement rule as 'FILE.py:FUNCTION'" if is_rule else ""
-    raise InputError(f"{name} must be a name or {wanted}, not {component!r:.60}{hint}")
+    rule = ", or a placement rule (a function that orders GPUs)" if name == "policy" else ""
+    raise InputError(f"{name} must be a name or {wanted}{rule}, not {component!r:.60}")
 
 
 def _resolved(options: Options, system: ReplaySystem, components: Components) -> Options:

@@ -60,6 +60,18 @@ def make_policy(
     return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
 
 
+def policy_of_rule(rule: PlacementRule, *, estimator: Estimator, accuracy: AccuracyLookup) -> Policy:
+    """Return the policy that places by a user's rule; it has the name of the function.
+
+    Args:
+        rule: orders the GPUs.
+        estimator: what the policy plans with.
+        accuracy: measured accuracy of quantised models.
+    """
+    name = getattr(rule, "__name__", type(rule).__name__)
+    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=_guarded(rule, name))
+
+
 def _load_rule(name: str) -> PlacementRule:
     """Import `module:function` or `file.py:function`; its errors name the policy."""
     place, _, function = name.rpartition(":")

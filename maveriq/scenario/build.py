@@ -23,9 +23,10 @@ from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile, load_profile
 from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator, make_estimator, note_on_default
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
+from maveriq.policy.maveriq import PlacementRule
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
-from maveriq.policy.registry import RULES, make_policy
+from maveriq.policy.registry import RULES, make_policy, policy_of_rule
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
@@ -43,10 +44,10 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 class Components:
     """Objects that replace what options name; None where the options decide.
 
-    A router keeps state: give each run a new one.
+    A policy may also be given as its placement rule. A router keeps state: give each run a new one.
     """
 
-    policy: Policy | None = None
+    policy: Policy | PlacementRule | None = None
     estimator: Estimator | None = None
     service_times: Estimator | ServiceTimes | None = None
     router: RequestRouter | None = None
@@ -78,7 +79,7 @@ def build_system(
     if components.policy is None:
         policy, notes = _policy(options, profile, cluster, estimator, workload)
     else:
-        policy, notes = components.policy, ()
+        policy, notes = _given_policy(components.policy, profile, estimator), ()
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     return ReplaySystem(
         cluster=cluster,
@@ -218,6 +219,12 @@ def _policy(
         others=STATIC_POLICIES,
     )
     return policy, ()
+
+
+def _given_policy(given: Policy | PlacementRule, profile: HardwareProfile, estimator: Estimator) -> Policy:
+    if callable(given) and not hasattr(given, "decide"):
+        return policy_of_rule(given, estimator=estimator, accuracy=profile.accuracy)
+    return given
 
 
 def _refuse_ignored_options(options: Options) -> None:

@@ -1,6 +1,8 @@
 """The Python API: the results of the command line, errors, pickling, and objects in place of names."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +13,8 @@ from maveriq.__main__ import main
 from maveriq.errors import InputError
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import make_estimator
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_wrong_options_are_input_errors(options) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": sorted}, "must be a name or an object with name, decide.*'FILE.py:FUNCTION'"),
+        ({"policy": dict}, "must be a name or an object with name, decide, or a placement rule"),
         ({"policy": object()}, "policy must be a name or an object with name, decide"),
         ({"estimator": 3}, "estimator must be a name or an object with name, why_not, service, memory"),
         ({"service_times": 3}, "contention, times_us or an object with name, why_not, service, memory"),
@@ -96,3 +100,81 @@ def test_a_run_against_itself_differs_by_nothing(small) -> None:
 def test_plan_ranks_best_first() -> None:
     ranking = maveriq.plan("llama-2-7b")
     assert len(ranking) > 1
+
+
+def test_a_placement_rule_is_passed_as_a_function() -> None:
+    def fullest_first(gpus):
+        return sorted(gpus, key=lambda gpu: gpu.free_bytes)
+
+    run = maveriq.simulate(scale=0.05, policy=fullest_first)
+    named = maveriq.simulate(scale=0.05, policy=f"{EXAMPLES / 'best_fit.py'}:best_fit")
+    pd.testing.assert_frame_equal(run.requests, named.requests)
+    assert run.options is not None
+    assert run.options.policy == "fullest_first"
+    assert "objects were passed for: policy" in run.notes
+
+
+def test_a_rule_that_fails_is_named() -> None:
+    def broken(gpus):
+        return gpus[0].no_such_field
+
+    with pytest.raises(maveriq.errors.MaveriqError, match=r"policy 'broken' failed: AttributeError.*test_api.py, line"):
+        maveriq.simulate(scale=0.05, policy=broken)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: maveriq.Options(scale="x"), "scale must be None or float, not 'x'"),
+        (lambda: maveriq.Options(policy=3.5), "policy must be str, not 3.5"),
+        (lambda: maveriq.plan("llama-2-7b", slo_ms="fast"), "slo_ms must be None or float"),
+        (lambda: maveriq.simulate(slo_ttft_ms="200"), "--slo-ttft-ms must be a positive number of milliseconds"),
+        (lambda: maveriq.load_run(3), "path must be a path, not 3"),
+        (lambda: maveriq.compare(1, 2), "path must be a path, not 1"),
+        (lambda: maveriq.place(None), "problem must be a path, not None"),
+    ],
+)
+def test_values_of_other_types_are_input_errors(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_options_have_their_own_types() -> None:
+    options = maveriq.Options(scale=1, fail="gpu=0@900s", models=Path("traces/models.toml"))
+    assert (options.scale, type(options.scale)) == (1.0, float)
+    assert (options.fail, options.models) == (("gpu=0@900s",), "traces/models.toml")
+
+
+def test_an_uneven_layer_split_is_read_back(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text('name = "shared"\ngpu = "A6000"\ncount = 2\nused_gib = [0, 30]\n')
+    models = tmp_path / "models.toml"
+    models.write_text('name = "one"\n\n[[models]]\nmodel = "llama-2-70b"\nload_at = 0\n')
+    run = maveriq.simulate(scale=0.05, gpus=cluster, models=models, float16_only=False, min_accuracy=98.0)
+    run.save(tmp_path / "run")
+    loaded = maveriq.load_run(tmp_path / "run")
+    [deployment] = run.record.deployments
+    assert deployment.plan is not None
+    assert len(set(deployment.plan.layer_split)) > 1
+    assert loaded.record.deployments == run.record.deployments
+    assert loaded.to_dict()["deployments"] == run.to_dict()["deployments"]
+
+
+_IN_A_FRESH_INTERPRETER = """
+import pickle, sys
+
+run, options = pickle.load(open(sys.argv[1], "rb"))
+assert "pandas" not in sys.modules
+print(len(run.requests), run.options == options, run.summary.overall.counts.completed)
+"""
+
+
+def test_a_pickled_run_opens_in_a_fresh_interpreter(small, tmp_path: Path) -> None:
+    path = tmp_path / "run.pickle"
+    path.write_bytes(pickle.dumps((small, small.options)))
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_A_FRESH_INTERPRETER, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        str(len(small.requests)), "True", str(small.summary.overall.counts.completed),
+    ]  # fmt: skip
