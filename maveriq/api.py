@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -235,9 +234,9 @@ def _scratch_folder(out: str | Path | None) -> tempfile.TemporaryDirectory[str]:
         raise cannot_write(f"output folder {str(out)!r}", error) from None
 
 
-def _check_goodput_limits(slo_ttft_ms: float | None, slo_tpot_ms: float | None) -> None:
+def _check_goodput_limits(slo_ttft_ms: object, slo_tpot_ms: object) -> None:
     for name, value in (("slo-ttft-ms", slo_ttft_ms), ("slo-tpot-ms", slo_tpot_ms)):
-        if value is not None and not (isinstance(value, Real) and 0 < value < float("inf")):
+        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
             raise InputError(f"--{name} must be a positive number of milliseconds, not {value!r:.60}")
 
 
@@ -262,18 +261,24 @@ def _options_and_components(options: Options | None, changes: Mapping[str, Any])
         for name in _COMPONENTS
         if name in changes and not (changes[name] is None or isinstance(changes[name], str))
     }
-    for name, component in objects.items():
-        _check_component(name, component)
     named = {name: value for name, value in changes.items() if name not in objects}
+    if _is_placement_rule(objects.get("policy")):
+        objects["placement_rule"] = objects.pop("policy")
+    for name, component in objects.items():
+        if name != "placement_rule":
+            _check_component(name, component)
     return options_from(Options, named, base=options), Components(**objects)
+
+
+def _is_placement_rule(component: object) -> bool:
+    return callable(component) and not isinstance(component, type) and not hasattr(component, "decide")
 
 
 def _check_component(name: str, component: object) -> None:
     """Raise InputError unless an object has the members that its option needs."""
     choices = _COMPONENTS[name]
-    is_rule = name == "policy" and callable(component)
     has_members = any(all(hasattr(component, member) for member in members) for members in choices)
-    if not isinstance(component, type) and (is_rule or has_members):
+    if has_members and not isinstance(component, type):
         return
     wanted = " or ".join(f"an object with {', '.join(members)}" for members in choices)
     rule = ", or a placement rule (a function that orders GPUs)" if name == "policy" else ""
@@ -286,7 +291,7 @@ def _resolved(options: Options, system: ReplaySystem, components: Components) ->
         options,
         estimator=system.estimator,
         service_times=system.service_times.name,
-        policy=system.policy.name if components.policy is not None else options.policy,
+        policy=system.policy.name if "policy" in components.replaced else options.policy,
         router=type(components.router).__name__ if components.router is not None else options.router,
     )
 
@@ -295,8 +300,8 @@ def _meta(
     options: Options, system: ReplaySystem, components: Components, *, kind: str, libraries: Sequence[str]
 ) -> dict[str, Any]:
     """Return what led to a run: enough to repeat it, custom objects aside."""
-    custom = [name for name in _COMPONENTS if getattr(components, name) is not None]
-    notes = [*system.notes, *([f"objects were passed for: {', '.join(custom)}"] if custom else [])]
+    replaced = components.replaced
+    notes = [*system.notes, *([f"objects were passed for: {', '.join(replaced)}"] if replaced else [])]
     return {
         "kind": kind,
         "workload": system.workload.name,

@@ -22,7 +22,7 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import RequestStatus
 from maveriq.report.requests_csv import filled_bits, is_filled, numeric_columns
-from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, gib, seconds
+from maveriq.units import MICROS_PER_SECOND, Micros, gib, seconds
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -115,14 +115,12 @@ def gpus_frame(run: RunRecord) -> pd.DataFrame:
     """Return one row per GPU and sample with the columns of gpus.csv, rounded to six decimals as there."""
     samples = run.gpu_samples
     count = len(samples)
-    memory_gib = np.fromiter((sample.memory_bytes for sample in samples), np.float64, count) / BYTES_PER_GIB
-    busy_share = np.fromiter((sample.busy_share for sample in samples), np.float64, count)
     return pd.DataFrame(
         {
             "time_s": np.fromiter((sample.time_us for sample in samples), np.int64, count) / MICROS_PER_SECOND,
             "gpu": np.fromiter((sample.gpu_id for sample in samples), np.int64, count),
-            "memory_gib": memory_gib.round(6),
-            "busy_share": busy_share.round(6),
+            "memory_gib": np.fromiter((round(gib(sample.memory_bytes), 6) for sample in samples), np.float64, count),
+            "busy_share": np.fromiter((round(sample.busy_share, 6) for sample in samples), np.float64, count),
         },
         columns=list(GPU_COLUMNS),
     )

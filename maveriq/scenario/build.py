@@ -44,13 +44,25 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 class Components:
     """Objects that replace what options name; None where the options decide.
 
-    A policy may also be given as its placement rule. A router keeps state: give each run a new one.
+    A `placement_rule` makes a policy of its own. A router keeps state: give each run a new one.
     """
 
-    policy: Policy | PlacementRule | None = None
+    policy: Policy | None = None
+    placement_rule: PlacementRule | None = None
     estimator: Estimator | None = None
     service_times: Estimator | ServiceTimes | None = None
     router: RequestRouter | None = None
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The options in whose place an object was given."""
+        given = (
+            ("policy", self.policy if self.placement_rule is None else self.placement_rule),
+            ("estimator", self.estimator),
+            ("service_times", self.service_times),
+            ("router", self.router),
+        )
+        return tuple(name for name, component in given if component is not None)
 
 
 def build_system(
@@ -76,10 +88,8 @@ def build_system(
     cluster = (make_cluster or cluster_for)(options.gpus, profile)
     name, estimator = _estimator(options, profile, wrap_estimator, components.estimator)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
-    if components.policy is None:
-        policy, notes = _policy(options, profile, cluster, estimator, workload)
-    else:
-        policy, notes = _given_policy(components.policy, profile, estimator), ()
+    given_policy = _given_policy(components, profile, estimator)
+    policy, notes = (given_policy, ()) if given_policy else _policy(options, profile, cluster, estimator, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     return ReplaySystem(
         cluster=cluster,
@@ -221,10 +231,10 @@ def _policy(
     return policy, ()
 
 
-def _given_policy(given: Policy | PlacementRule, profile: HardwareProfile, estimator: Estimator) -> Policy:
-    if callable(given) and not hasattr(given, "decide"):
-        return policy_of_rule(given, estimator=estimator, accuracy=profile.accuracy)
-    return given
+def _given_policy(components: Components, profile: HardwareProfile, estimator: Estimator) -> Policy | None:
+    if components.placement_rule is not None:
+        return policy_of_rule(components.placement_rule, estimator=estimator, accuracy=profile.accuracy)
+    return components.policy
 
 
 def _refuse_ignored_options(options: Options) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from numbers import Number
 from pathlib import PurePath
 from types import UnionType
@@ -148,13 +147,8 @@ def convert_types(options: Any) -> None:
     Raises:
         InputError: a value of another type.
     """
-    for name, hint in _type_hints(type(options)).items():
+    for name, hint in get_type_hints(type(options)).items():
         object.__setattr__(options, name, _converted(name, getattr(options, name), hint))
-
-
-@cache
-def _type_hints(shape: type[Any]) -> dict[str, Any]:
-    return get_type_hints(shape)
 
 
 def check_ranges(options: Any) -> None:
@@ -193,7 +187,7 @@ def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _
         UnknownNameError: there is no option of a name.
         InputError: a value of another type, or out of range.
     """
-    types = _type_hints(shape)
+    types = get_type_hints(shape)
     unknown = [name for name in values if name not in types]
     if unknown:
         raise UnknownNameError("option", unknown[0], types)

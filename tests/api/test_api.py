@@ -147,10 +147,10 @@ def test_options_have_their_own_types() -> None:
 
 def test_an_uneven_layer_split_is_read_back(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.toml"
-    cluster.write_text('name = "shared"\ngpu = "A6000"\ncount = 2\nused_gib = [0, 30]\n')
+    cluster.write_text('name = "shared"\ngpu = "A6000"\ncount = 2\nused_gib = [0, 18]\n')
     models = tmp_path / "models.toml"
     models.write_text('name = "one"\n\n[[models]]\nmodel = "llama-2-70b"\nload_at = 0\n')
-    run = maveriq.simulate(scale=0.05, gpus=cluster, models=models, float16_only=False, min_accuracy=98.0)
+    run = maveriq.simulate(scale=0.05, gpus=cluster, models=models, min_accuracy=98.0)
     run.save(tmp_path / "run")
     loaded = maveriq.load_run(tmp_path / "run")
     [deployment] = run.record.deployments
