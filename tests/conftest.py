@@ -20,7 +20,7 @@ settings.load_profile("ci")
 
 @pytest.fixture(scope="session")
 def measured_data() -> Path:
-    """The folder of measured data of others; skips where it is absent.
+    """Return the folder of measured data; skip the test if it is absent.
 
     It fails instead where MAVERIQ_REQUIRE_DATA=1 says that the data must be there (CI).
     """

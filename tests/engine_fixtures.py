@@ -134,7 +134,7 @@ def environment() -> dict[str, str]:
 
 
 def batch_of(number: int = 1, *prompts: Sequence[int], tokens: int | Sequence[int] = 4, **more: Any) -> Generate:
-    """Return an execution of these prompts (default: one prompt)."""
+    """Return a batch of these prompts (default: one prompt)."""
     requested = prompts or ([7, 8, 9],)
     counts = [tokens] * len(requested) if isinstance(tokens, int) else tokens
     stop = more.pop("stop", ())

@@ -26,7 +26,7 @@ SHAPES = tuple(GroupShape(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 4))
 
 
 def profile(latency_s: float = 0.1, size_gib: float = 2.0, shapes: Sequence[GroupShape] = SHAPES) -> ModelProfile:
-    """A model that divides evenly: no cost of communication."""
+    """Return a model without communication cost, which splits evenly."""
     return ModelProfile(
         shapes={
             shape: StageProfile(
@@ -39,7 +39,7 @@ def profile(latency_s: float = 0.1, size_gib: float = 2.0, shapes: Sequence[Grou
 
 
 def demand(requests: Sequence[tuple[float, int, float]], models: int) -> DemandForecast:
-    """Requests as (arrival, model, SLO)."""
+    """Return a forecast of requests given as (arrival, model, SLO)."""
     arrival_s, model_index, slo_s = zip(*requests, strict=True)
     return DemandForecast(
         models=tuple(f"m{model}" for model in range(models)),
@@ -71,7 +71,7 @@ def problem(
 
 @st.composite
 def problems(draw, max_gpus: int = 6, max_models: int = 5, max_requests: int = 40) -> PlacementProblem:
-    """Random problems, some of whose models cannot run everywhere and some of whose requests are to no model."""
+    """Draw problems with models that do not run in all shapes, and requests without a model."""
     models = draw(st.integers(1, max_models))
     profiles = [
         profile(
@@ -100,7 +100,7 @@ def problems(draw, max_gpus: int = 6, max_models: int = 5, max_requests: int = 4
 
 @st.composite
 def placements(draw, of: PlacementProblem) -> Placement:
-    """Any placement, whether it fits or not."""
+    """Draw placements, which may not fit."""
     groups = draw(
         st.lists(
             st.tuples(st.sampled_from(SHAPES), st.sets(st.integers(0, len(of.models) - 1))), min_size=1, max_size=6
@@ -110,7 +110,7 @@ def placements(draw, of: PlacementProblem) -> Placement:
 
 
 def all_placements(of: PlacementProblem) -> Iterator[Placement]:
-    """Every placement of the cuts that the search tries, in normal form: for tiny problems."""
+    """Yield every placement of the group shapes that the search tries, in normal form (for tiny problems)."""
     everything = range(len(of.models))
     subsets = [hosted for size in range(len(everything) + 1) for hosted in itertools.combinations(everything, size)]
     for shapes in candidate_shapes(of.gpus, of.gpus_per_node, max_pp=8, max_tp=8):

@@ -1,4 +1,4 @@
-"""Profiles of machines where nothing was measured but whole models."""
+"""Profiles that contain only measurements of whole models."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ def write_profile(folder: Path, rows: str) -> Path:
 
 
 def rows_of(source: Estimator, requested: Iterable[tuple[ModelSpec, ParallelConfig]]) -> Iterator[str]:
-    """Yield measurements of a machine that behaves as another estimator says, at two prompts and two batches."""
+    """Yield measurements that follow another estimator, at two prompt lengths and two batch sizes."""
     for model, cfg in requested:
         memory_gib = gib(source.memory(model, cfg))
         for batch in (1, 16):

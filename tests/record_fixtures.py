@@ -103,7 +103,7 @@ def run_record(
 def single_server(
     gaps_s: np.ndarray, services_s: np.ndarray, *, pauses: Sequence[tuple[float, float]] = ()
 ) -> RunRecord:
-    """Serve requests one after another (Lindley's recursion); nothing starts in a pause (from, to)."""
+    """Serve requests one after another (Lindley's recursion); none starts in a pause (from, to)."""
     arrivals_us = np.rint(np.cumsum(gaps_s) * 1e6).astype(np.int64)
     services_us = np.maximum(1, np.rint(services_s * 1e6).astype(np.int64))
     free_us, starts_us = 0, []

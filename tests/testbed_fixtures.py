@@ -1,4 +1,4 @@
-"""A recorded testbed of two small runs, as its tables are published."""
+"""A recorded testbed with two small runs, in the published format."""
 
 import gzip
 from pathlib import Path
@@ -11,7 +11,7 @@ TABLES = {
     "runs.csv": "run,policy,model_set,intent,trace,rate_scale,slo_scale,scheduled,completed,deployments\n"
     f"{RUN},MaverIQ,large,min_cost,code,0.1,5.0,5,3,2\n"
     f"{BASELINE},AlpaServe,large,,code,0.1,0,2,2,1\n",
-    # Endpoint 1 of the first run, the first model of its set, was never asked for.
+    # Endpoint 1 of the first run, the first model of its set, was never requested.
     "deployments.csv": "run,model_id,model,deploy_s,deployed,registered_s,tp,pp,layer_split,weight_dtype,int8_kv,gpus,"
     "est_gib_per_gpu,used_gib_after\n"
     f"{RUN},2,falcon-40b,270.0,1,,2,2,32 28,int4,0,3 0 1 2,9.5 9.5 9.5 9.5,{_FALCON}\n"
@@ -28,7 +28,7 @@ TABLES = {
 
 
 def recorded_files(**changed: tuple[str, str]) -> dict[str, bytes]:
-    """Return the files by name, one of them with a text replaced: `completed=("0.51", "x")`."""
+    """Return the files by name, with a text replaced: `completed=("0.51", "x")`."""
     files = {}
     for name, text in TABLES.items():
         old, new = changed.get(name.partition(".")[0], ("", ""))

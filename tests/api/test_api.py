@@ -1,4 +1,4 @@
-"""The Python API: the results of the command line, errors, pickling, and objects in place of names."""
+"""The Python API: same results as the command line, errors, pickling, and objects instead of names."""
 
 import pickle
 import subprocess

@@ -1,4 +1,4 @@
-"""Bad input as tests write it down: a command line, the files it finds, and what must be said."""
+"""Cases of bad input: a command line, its files, and the expected message."""
 
 import re
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ RULE = "def order(gpus):\n    "
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A command line, the files it finds, and words that its one line must have."""
+    """A command line, its files, and phrases of its one-line message."""
 
     command: str
     words: tuple[str, ...]
@@ -59,7 +59,7 @@ def config(text: str, *words: str) -> Case:
 
 
 def profile(table: str, old: str, new: str, *words: str) -> Case:
-    """Use a copy of the A6000's files in which one thing is spoilt."""
+    """Use a copy of the A6000 files with one error."""
     files = {f"p/{path.name}": path.read_text() for path in data_path("a6000").iterdir()}
     spoilt = re.sub(old, new, files[f"p/{table}"], count=1)
     assert spoilt != files[f"p/{table}"]
@@ -71,13 +71,13 @@ def policy(text: str, *words: str, rule: str = "r.py:order") -> Case:
 
 
 def recorded(command: str, *words: str, name: str = RUN, **changed: tuple[str, str]) -> Case:
-    """Use a small testbed in which one thing is spoilt."""
+    """Use a small testbed with one error."""
     files = {f"tb/{name}": content for name, content in recorded_files(**changed).items()}
     return bad(f"testbed {command} {name} --data tb --out runs", *words, files=files)
 
 
 def refuse(case: Case, maveriq: Maveriq, folder: Path) -> None:
-    """Run a command and check that it gives one clear line and 2, and leaves nothing behind."""
+    """Run a command and check that it prints one line, exits with 2, and leaves no files."""
     put(folder, case.files)
     before = everything_in(folder)
     ended = maveriq(case.command)

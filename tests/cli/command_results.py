@@ -1,4 +1,4 @@
-"""What tests of the command share: how one ended, and what lies in a folder."""
+"""Helpers for tests of the command line: results of commands, and contents of folders."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a command ended."""
+    """The exit code and output of a command."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""Running the command in this process."""
+"""A fixture that runs the command in this process."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""Any text at all gives a value or an InputError, never another exception."""
+"""Any text gives a value or an InputError, never another exception."""
 
 import contextlib
 from pathlib import Path
@@ -27,7 +27,7 @@ QUICK = settings(
 
 
 def pieces(*parts: str) -> st.SearchStrategy[str]:
-    """Texts put together from what nearly belongs there and what does not."""
+    """Draw texts from nearly valid and invalid parts."""
     odd = ["", "nan", "-1", "1e999", "9" * 30, "\0", "é", '"', "'", "\n", "\r\n", ",", "=", "[", "]", "{", "#", "\x1f"]
     return st.lists(st.sampled_from([*parts, *odd]) | st.text(max_size=3), max_size=12).map("".join)
 
@@ -85,7 +85,7 @@ def test_tolerances(text: str) -> None:
 @pytest.mark.parametrize("table", ["runs", "deployments", "scheduled", "completed"])
 @given(data=st.data())
 def test_recordings(tmp_path: Path, table: str, data: st.DataObject) -> None:
-    """One cell of a table replaced by any text."""
+    """Draw a table with one cell replaced by any text."""
     name = next(name for name in TABLES if name.startswith(table))
     lines = TABLES[name].splitlines()
     row = data.draw(st.integers(1, len(lines) - 1))

@@ -1,4 +1,4 @@
-"""Bad command lines: names, numbers, options that do not go together, places that cannot be written to."""
+"""Bad command lines: names, numbers, contradictory options, unwritable outputs."""
 
 from pathlib import Path
 
@@ -82,7 +82,7 @@ MALFORMED = [
     bad("sim --service-times recordd", "unknown estimator 'recordd'", "did you mean 'recorded'?"),
     bad(f"plan {'a' * 300}", "unknown model", "known: "),
     bad(f"sim --trace {'a' * 300}", "unknown trace", "known: "),
-    # Options that do not go together
+    # Contradictory options
     bad("sim --service-times recorded", "no recorded service times", "service_s column"),
     bad("sim --trace t.csv --scale 1", "replayed as it was recorded", files={"t.csv": TWO_REQUESTS}),
     bad("sim --poisson-as-published", "applies to the trace 'poisson'", "leave it out"),
@@ -96,7 +96,7 @@ MALFORMED = [
     bad("sim --fail gpu=3@nan", "cannot read the fault"),
     bad("sim --fail gpu=99@5s", "fault of GPU 99", "GPUs 0 to 7"),
     bad("sim --fail deployment=9@5s", "fault of deployment 9", "deployments 1 to 4"),
-    # Where results go
+    # Outputs
     bad("sim --out f", "is a file", "name a folder", files={"f": ""}),
     bad("sim --out f/x", "which is a file", files={"f": ""}),
     bad("sim --out d", "holds files that are no run (notes.txt, ...)", files={"d/notes.txt": ""}),

@@ -1,4 +1,4 @@
-"""Bad rules of one's own, run folders and recordings."""
+"""Bad custom policies, run folders and recordings."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from command_results import Maveriq
 from testbed_fixtures import RUN
 
 MALFORMED = [
-    # Policies of one's own
+    # Custom policies
     bad("sim --policy r.py:order", "policy 'r.py:order'", "r.py does not exist; check the path"),
     bad("sim --policy nosuchmodule:order", "cannot be imported", "No module named 'nosuchmodule'"),
     bad("sim --policy .x:order", "policy '.x:order'", "cannot be imported"),

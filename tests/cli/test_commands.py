@@ -1,4 +1,4 @@
-"""Every command where all goes well: what is printed where, JSON that holds, records that read back."""
+"""Successful commands: output streams, JSON, and records."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def _files(tmp_path: Path) -> None:
 
 
 def strict_json(text: str) -> Any:
-    """Read JSON that may hold neither NaN nor infinity."""
+    """Parse JSON without NaN and infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -40,7 +40,7 @@ def strict_json(text: str) -> Any:
 
 
 def answer(maveriq: Maveriq, command: str) -> Any:
-    """Return what a command prints with --json, and on stderr nothing."""
+    """Return the --json output of a command, and check that stderr is empty."""
     ended = maveriq(f"{command} --json")
     assert (ended.code, ended.err) == (0, "")
     return strict_json(ended.out)
@@ -101,7 +101,7 @@ def test_sim_prints_tables_and_leaves_a_folder(maveriq: Maveriq, tmp_path: Path)
     assert ended.code == 0
     assert "llama-2-7b" in ended.out
     assert ended.out.rstrip().endswith("records: run")
-    assert "maveriq:" not in ended.err  # progress, no complaint
+    assert "maveriq:" not in ended.err  # progress, no error
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "deployments.csv", "gpus.csv", "requests.csv", "run.json",
     ]  # fmt: skip
@@ -238,7 +238,7 @@ def test_fit_compares(maveriq: Maveriq, tmp_path: Path) -> None:
     assert "1 of 1 rows answered" in ended.out
 
 
-# Streams of all kinds
+# Output streams
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -1,4 +1,4 @@
-"""`maveriq compare` and `maveriq testbed` where all goes well, and where a tolerance is missed."""
+"""`maveriq compare` and `maveriq testbed`: success, and missed tolerances."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_a_replay_differs_by_at_most_two_ticks(maveriq: Maveriq, both: None) -> 
 def test_a_recorded_run_by_its_name_is_the_imported_folder(maveriq: Maveriq, both: None) -> None:
     by_name, by_folder = (json.loads(maveriq(f"compare {REPLAYED} {real} --json").out) for real in (RUN, RECORDED))
     assert by_name.pop("real") != by_folder.pop("real")
-    # A folder keeps no endpoints of refused requests, and GPU memory to the KiB.
+    # A folder has no endpoints of refused requests, and GPU memory in KiB.
     assert by_name == by_folder
 
 

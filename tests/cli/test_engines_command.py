@@ -1,4 +1,4 @@
-"""`maveriq engines`: the matrix, what is here, and questions about a model."""
+"""`maveriq engines`: capabilities, this machine, and answers for a model."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ A6000 = GpuIdentity(uuid="GPU-a", name="A6000", memory_bytes=48 * BYTES_PER_GIB)
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests give the same on machines with and without GPUs."""
+    """Hide GPUs, so that tests give the same results on all machines."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def no_driver() -> None:
@@ -104,7 +104,7 @@ def test_bad_configurations_get_one_line(maveriq: Maveriq, command: str, words: 
     assert [word for word in words if word not in ended.only_line] == []
 
 
-# What is installed
+# Installed packages
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be done, and what may happen at any time: one line, the right exit code, nothing half-written."""
+"""Failures at any time: one line, the right exit code, no half-written files."""
 
 import os
 import resource
@@ -80,7 +80,7 @@ def test_explain_lists_rejected_configurations_even_if_none_meets_the_slo(maveri
     assert ended.err.startswith("maveriq: llama-2-7b: misses its SLO")
 
 
-# What may happen at any time
+# Failures at any time
 
 
 @pytest.mark.parametrize("command", ["sim --trace t.csv --quiet --out run", "trace export --out new.csv"])
@@ -163,7 +163,7 @@ COMMAND = Path(sys.executable).with_name("maveriq")
     ],
 )
 def test_the_installed_command_behaves_the_same(tmp_path: Path, command: str, code: int, says: str) -> None:
-    # Ctrl-C in the middle of the simulation, where the policy is asked for a placement.
+    # Ctrl-C during the simulation, while the policy decides.
     stop = f"import os, signal\n{RULE}os.kill(os.getpid(), signal.SIGINT)\n    return gpus\n"
     put(tmp_path, {"t.csv": SCHEDULE + "1,1,x,1\n", "r.py": stop})
     before = everything_in(tmp_path)
@@ -174,7 +174,7 @@ def test_the_installed_command_behaves_the_same(tmp_path: Path, command: str, co
         cwd=tmp_path,
         timeout=300,
         check=False,
-        # A shell that starts a job in the background lets it ignore Ctrl-C.
+        # Background jobs of a shell ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )

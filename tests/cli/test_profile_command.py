@@ -1,4 +1,4 @@
-"""`maveriq profile`: what it refuses. That it measures is tested with engines (tests/exec/test_profiling.py)."""
+"""`maveriq profile`: refusals. tests/exec/test_profiling.py tests the measurements."""
 
 from pathlib import Path
 

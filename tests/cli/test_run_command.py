@@ -1,4 +1,4 @@
-"""`maveriq run` on emulated engines: records like the simulator's, and an end without remains, whatever ends it."""
+"""`maveriq run` on emulated engines: records like those of `maveriq sim`, and clean ends."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) ->
     assert run.requests.status.tolist() == sim.requests.status.tolist()
     assert run.requests.arrival_us.tolist() == sim.requests.arrival_us.tolist()
     service_us = run.requests.finish_us - run.requests.start_us
-    # An emulated engine takes its time, and then some.
+    # An emulated engine takes at least its service time.
     assert (service_us >= sim.requests.finish_us - sim.requests.start_us).all()
     compared = json.loads(maveriq(f"compare {simulated} {folder} --json").out)
     assert "simulated" not in compared["matching"]
@@ -143,7 +143,7 @@ def test_a_run_ends_early_when_no_engine_is_left(maveriq: Maveriq, tmp_path: Pat
 
 
 def test_a_model_folder_provides_the_weights(maveriq: Maveriq, tmp_path: Path) -> None:
-    """Told by weights that cannot be read: random ones can."""
+    """The weights of the folder cannot be read, so loading them fails; random ones would load."""
     pytest.importorskip("torch")
     config = json.loads(hf_config_json(load_model("llama-2-7b"))) | {"_name_or_path": "me/llama-2-7b"}
     put(tmp_path, {
@@ -165,7 +165,7 @@ Started = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Started]:
-    """Start `maveriq run` in a process of its own; it is killed after the test."""
+    """Start `maveriq run` in its own process, which is killed after the test."""
     processes = []
 
     def start(more: str, **how) -> subprocess.Popen[str]:
@@ -227,7 +227,7 @@ def test_an_interrupted_run_writes_its_records(started: Started, tmp_path: Path,
 
 @pytest.mark.parametrize("gap_s", [0.005, 0.1])
 def test_repeated_interrupts_lose_no_records(started: Started, tmp_path: Path, gap_s: float) -> None:
-    """Ctrl-C again and again, while engines are stopped and while records are written."""
+    """Ctrl-C several times, while engines stop and records are written."""
     process = started("--trace late.csv -q")
     groups = engines_of(process)
     while process.poll() is None and not (tmp_path / "run").exists():

@@ -1,4 +1,4 @@
-"""Ctrl-C while the command's modules are still being read."""
+"""Ctrl-C during the imports of the command."""
 
 import builtins
 from typing import Any

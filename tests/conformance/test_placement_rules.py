@@ -1,4 +1,4 @@
-"""One suite that every placement rule and policy passes: those of the catalogue, and those of the docs.
+"""Tests that every placement rule and policy passes: the built-in ones and those of the docs.
 
 A rule of your own passes by adding its place to OWN_RULES, a policy by adding it to POLICIES.
 """
@@ -43,7 +43,7 @@ every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES
 
 @st.composite
 def views(draw, max_gpus: int = 8) -> ClusterView:
-    """A cluster in use: GPUs in two nodes, some of them gone, with equal and unequal memory and load."""
+    """Draw clusters in use: GPUs in two nodes, some of them down, with equal and unequal memory and load."""
     ids = draw(st.lists(st.integers(0, max_gpus - 1), min_size=1, max_size=max_gpus, unique=True).map(sorted))
     free_gib = st.sampled_from([0, 4, 4.5, 12, 30, 47.5])
     return ClusterView(
@@ -83,7 +83,7 @@ shards = st.lists(st.integers(1, 48).map(lambda gib: gib * BYTES_PER_GIB), min_s
 @given(view=views())
 @settings(max_examples=50, deadline=None)
 def test_a_rule_orders_the_gpus_it_was_given(rule: PlacementRule, view: ClusterView) -> None:
-    """It leaves none out, adds none, changes none, and says the same when asked again."""
+    """The rule returns a permutation of the GPUs, and the same one for the same input."""
     before = copy.deepcopy(view)
     order = rule(view.gpus)
     assert sorted(order, key=lambda gpu: gpu.gpu_id) == list(view.gpus)
@@ -96,7 +96,7 @@ def test_a_rule_orders_the_gpus_it_was_given(rule: PlacementRule, view: ClusterV
 @settings(max_examples=50, deadline=None)
 def test_an_existing_placement_is_found_and_fits(rule: PlacementRule, view: ClusterView, sizes: list[Bytes]) -> None:
     placed = place_shards(sizes, rule(view.gpus))
-    # Some placement exists exactly if the k-th largest shard fits the GPU with the k-th most room.
+    # A placement exists exactly if the k-th largest shard fits the GPU with the k-th most free memory.
     rooms = sorted((gpu.free_bytes for gpu in view.gpus), reverse=True)
     largest_first = sorted(sizes, reverse=True)
     exists = len(sizes) <= len(rooms) and all(map(int.__le__, largest_first, rooms))
@@ -131,7 +131,7 @@ def test_a_policy_is_pure_and_its_plans_fit(policy: Policy, endpoint: EndpointSp
 @given(endpoint=endpoints(), view=views())
 @settings(max_examples=20, deadline=None)
 def test_a_rule_never_loses_a_deployment_that_fits(policy: MaverIQ, endpoint: EndpointSpec, view: ClusterView) -> None:
-    """The rule moves shards; whether there is a plan, and its configuration, is decided before it."""
+    """A rule only places shards; the configuration, and whether there is a plan, is decided before."""
     kept, moved = POLICIES["none"].decide(endpoint, view), policy.decide(endpoint, view)
     assert isinstance(kept, Deploy) == isinstance(moved, Deploy)
     if isinstance(kept, Deploy) and isinstance(moved, Deploy):

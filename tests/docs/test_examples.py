@@ -1,4 +1,4 @@
-"""The examples of the docs do what they are said to do."""
+"""The examples of the docs do what the docs describe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_best_fit_uses_fewer_gpus_than_hybrid() -> None:
     best, hybrid = run(BEST_FIT), run("hybrid")
     assert gpus_of(best) != gpus_of(hybrid)
     assert set.union(*gpus_of(best)) < set.union(*gpus_of(hybrid))
-    # Configurations are chosen before any rule is asked, from free memory that both have in plenty.
+    # Configurations are chosen before placement, and both runs have enough free memory.
     assert [deployment.plan.configuration for deployment in best.deployments] == [
         deployment.plan.configuration for deployment in hybrid.deployments
     ]
@@ -81,7 +81,7 @@ def test_a_faster_gpu_shortens_the_times_and_keeps_the_memory() -> None:
 
 
 def test_a_run_with_a_custom_estimator() -> None:
-    """What docs/extending.md does: plan with one estimator, serve with another."""
+    """As in docs/extending.md: plan with one estimator, serve with another."""
     from faster_gpu import FasterGpu
 
     faster = FasterGpu(base=make_estimator("calibrated", load_profile("a6000-short")), speedup=2.0)

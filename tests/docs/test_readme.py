@@ -1,4 +1,4 @@
-"""The documents say what is so: their commands run, their links and the tests they name exist."""
+"""The documents are correct: commands run, and links and named tests exist."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def commands(script: str) -> list[str]:
 
 
 def anchors(document: Path) -> set[str]:
-    """The anchors of a document's headings, as they are shown on its page."""
+    """Return the anchors of a document's headings."""
     prose = BLOCK.sub("", text_of(document))
     titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
@@ -53,7 +53,7 @@ def anchors(document: Path) -> set[str]:
     ids=str,
 )
 def test_commands_run(document: Path, tmp_path: Path) -> None:
-    """All `sh` blocks of a document, one after the other, in a folder with the clone's tables and docs."""
+    """Run all `sh` blocks of a document in a folder with the tables and docs of the clone."""
     for folder in ("docs", "traces"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -71,7 +71,7 @@ def test_commands_run(document: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")], ids=str)
 def test_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `python` block by itself, with the examples of the docs at hand."""
+    """Run every `python` block separately, in a folder with the examples of the docs."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
     for block in blocks(document, "python"):
         exec(compile(block, str(document), "exec"), {})  # noqa: S102
@@ -79,7 +79,7 @@ def test_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_blocks_that_are_not_run_contain_no_maveriq_command(document: Path) -> None:
-    """A command of maveriq belongs into a block that is run, unless it needs what a clone has not."""
+    """Commands of maveriq are in blocks that are run, unless they need more than a clone."""
     for language, body in BLOCK.findall(text_of(document)):
         assert language, "say the language of a block, `text` if it has none"
         if language not in ("sh", "console"):

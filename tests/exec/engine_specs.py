@@ -1,4 +1,4 @@
-"""Configurations of models small enough for a test, as Hugging Face writes them."""
+"""Hugging Face configurations of tiny models."""
 
 import json
 from typing import Any
@@ -52,7 +52,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def spec(family: str = "llama", **changes: Any) -> EngineSpec:
-    """Return what to load of a tiny model: whole, in float16, on one GPU, but for the changes."""
+    """Return the spec of a tiny model (default: float16 on one GPU) with changes."""
     fields: dict[str, Any] = {
         "deployment_id": 1,
         "generation": 1,

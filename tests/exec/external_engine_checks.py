@@ -1,4 +1,4 @@
-"""What every engine that others have written must do behind the protocol, whichever stand-in it runs against."""
+"""Checks that every external engine passes, each with its stand-in package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maveriq.exec.engines.external import ExternalEngine
 
 
 def batch_of(*requested: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:
-    """Return an execution: for each sequence its prompt's only token, and how many may follow."""
+    """Return a batch: for each sequence, the only prompt token and the number of output tokens."""
     return messages.Generate(
         execution_id=1,
         sequences=tuple(

@@ -1,4 +1,4 @@
-"""The capability matrix: what is refused, in which words, and the nearest that is not."""
+"""Engine capabilities: refusals, their messages, and the nearest supported configuration."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_an_odd_feed_forward_size_is_not_split() -> None:
 
 
 def test_group_limits_explain_what_did_not_run_on_the_testbed() -> None:
-    """All GPTQ configurations that the published testbed could not run are refused, and none of its others is."""
+    """Exactly the GPTQ configurations that the published testbed could not run are refused."""
     profile = load_profile("a6000-short")
     llamas = [load_model(name) for name in profile.fingerprints.models() if "llama" in name]
     assert llamas
@@ -209,7 +209,7 @@ def configurations(draw: st.DrawFn, model: ModelSpec) -> ParallelConfig:
     ).normalised(model.layers)
 
 
-@settings(deadline=None)  # of the machine's other work
+@settings(deadline=None)  # because the machine may be busy
 @given(st.data(), st.sampled_from(ENGINES), st.sampled_from(MODELS), st.sampled_from(Device))
 def test_the_nearest_configuration_is_supported_and_at_minimum_distance(
     data: st.DataObject, engine: str, name: str, device: Device
@@ -244,7 +244,7 @@ def test_distance_is_a_metric(data: st.DataObject) -> None:
     assert (distance(a, b) == 0) == (a == b)
     assert distance(a, b) == distance(b, a)
     same_stages = a.pp == b.pp == c.pp
-    if same_stages:  # a split counts only between equally many stages, so a detour over others may be shorter
+    if same_stages:  # splits are compared only for equal PP, so a detour over another PP may be shorter
         assert distance(a, c) <= distance(a, b) + distance(b, c) + 1e-9
 
 
@@ -264,7 +264,7 @@ def test_ties_in_distance_prefer_more_exact_weights() -> None:
     assert found.weights is FLOAT16
 
 
-# Policies that choose among what really runs
+# Policies restricted to supported configurations
 
 
 def test_policies_choose_only_what_the_engine_supports() -> None:
@@ -286,7 +286,7 @@ def test_policies_choose_only_what_the_engine_supports() -> None:
         limited = rank(question, view, restricted, profile.accuracy)
         assert plain
         assert bool(limited.candidates) == can
-        # The same order, without what the engine cannot do.
+        # The same order, without unsupported configurations.
         kept = [
             candidate.configuration
             for candidate in plain

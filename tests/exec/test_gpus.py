@@ -1,4 +1,4 @@
-"""GPUs as meters see them: NVML against a stand-in, virtual ones, samples over time, memory that comes back."""
+"""GPU readings: NVML (a stand-in), virtual GPUs, and samples over time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class NvmlError(Exception):
 
 @dataclass
 class FakeGpu:
-    """A GPU of the stand-in; what it cannot tell is an error."""
+    """A GPU of the stand-in; missing readings raise errors."""
 
     uuid: str
     name: str | bytes = "NVIDIA A6000"
@@ -139,7 +139,7 @@ def test_readings_of_real_gpus(nvml: Callable[..., FakeNvml], old: bool) -> None
         GpuIdentity(uuid="GPU-a", name="NVIDIA A6000", memory_bytes=48 * GIB),
         GpuIdentity(uuid="GPU-b", name="T4", memory_bytes=16 * GIB),
     )
-    # What the driver keeps for itself is used memory, however old the driver is.
+    # Memory reserved by the driver counts as used, with old drivers too.
     assert meter.read() == (
         GpuReading(used_bytes=GIB + GIB // 2, busy_share=0.3, energy_j=5.0),
         GpuReading(used_bytes=GIB + GIB // 2, busy_share=0.0, energy_j=0.007),
@@ -212,7 +212,7 @@ def test_a_virtual_cluster() -> None:
 
 
 class Scripted:
-    """A meter that gives one reading after the other, the last again and again."""
+    """A meter that returns given readings in turn, and repeats the last one."""
 
     def __init__(self, *readings: Sequence[GpuReading], slow: bool = False) -> None:
         self.readings, self.slow, self.threads = list(readings), slow, set[int]()
@@ -233,7 +233,7 @@ def reading(used_gib: float = 0, busy: float | None = 0.0, energy_j: float | Non
 def test_load_is_the_busy_share_of_the_samples_in_the_window() -> None:
     sampler = GpuSampler(Scripted([reading(), reading()]), LoadWindow(samples=4))
     assert sampler.loads() == [0.0, 0.0]
-    for busy in (0.5, 0.01, 0.02):  # at the threshold it is idle
+    for busy in (0.5, 0.01, 0.02):  # idle at the threshold
         sampler.add([reading(busy=busy), reading(busy=None)])
     assert sampler.loads() == [0.5, 0.0]
     for _ in range(3):

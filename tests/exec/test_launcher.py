@@ -1,4 +1,4 @@
-"""What an engine's process is given, and what it does without."""
+"""The launcher: environment, GPUs, sockets and logs of engine processes."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def test_output_goes_to_the_log(tmp_path: Path) -> None:
     ("backend", "kind"), [("engine_fixtures:CannotGenerate", "out-of-memory"), ("engine_fixtures:Crashes", None)]
 )
 def test_a_full_disk_for_logs_stops_no_engine(tmp_path: Path, backend: str, kind: str | None) -> None:
-    """It says what it has to say, or ends: it must not fall silent."""
+    """The engine reports the failure or exits; it does not hang."""
     (tmp_path / "1-1.log").symlink_to("/dev/full")
 
     async def check() -> None:
@@ -86,7 +86,7 @@ def test_logs_of_restarts_are_bounded(tmp_path: Path) -> None:
         EngineLog(tmp_path, CASE.spec(generation=number)).path.write_text("it crashed")
     EngineLog(tmp_path, CASE.spec(deployment_id=2)).path.write_text("another engine's")
     left = {path.name for path in tmp_path.iterdir()}
-    assert left >= {"1-1.log", "1-199.log", "1-198.log", "2-1.log"}  # the first failure says most
+    assert left >= {"1-1.log", "1-199.log", "1-198.log", "2-1.log"}  # the first log explains most
     assert len(left) < 60
 
 
@@ -102,7 +102,9 @@ def test_a_log_is_truncated_at_its_limit(tmp_path: Path, monkeypatch) -> None:
             for number in range(1, 41):
                 engine.send(batch_of(number, tokens=1))
                 await engine.receive(Finished)
-                await until(lambda: (tmp_path / LOG).stat().st_size <= 100_000)  # the next round starts short
+                await until(
+                    lambda: (tmp_path / LOG).stat().st_size <= 100_000
+                )  # the log is truncated before the next round
         assert engine.connection.last_output() == "chatter, chatter, the last"
         assert size_of(tmp_path) < 350_000
 
@@ -162,7 +164,7 @@ def test_an_unknown_backend_is_named(name: str) -> None:
 
 
 def test_backends_equal_the_started_engines_of_the_capability_matrix() -> None:
-    """The catalogue and the capability matrix speak of the same engines."""
+    """The launcher and the capabilities list the same engines."""
     from maveriq.exec.capabilities import known_engines
 
     assert set(BACKENDS) == {name for name, facts in known_engines().items() if facts.started}

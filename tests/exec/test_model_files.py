@@ -1,4 +1,4 @@
-"""Where models' configurations and weights are found by a run."""
+"""Model files: configurations and weights that a run uses."""
 
 import json
 from pathlib import Path

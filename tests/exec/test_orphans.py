@@ -1,4 +1,4 @@
-"""An engine whose executor is killed goes too, even if it hangs."""
+"""An engine ends when its executor is killed, even if it hangs."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def test_a_stopped_engine_dies_with_its_executor() -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """A process that is dead and not yet fetched by whoever inherited it counts as gone."""
+    """A zombie process counts as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

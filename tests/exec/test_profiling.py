@@ -1,4 +1,4 @@
-"""Measuring engines, and the profile that comes of it."""
+"""Measurements of engines, and the profile that they give."""
 
 import asyncio
 from pathlib import Path
@@ -18,7 +18,7 @@ from maveriq.profiling.folder import Machine, write_profile
 from maveriq.profiling.measure import Measured, MeasurementCase, Probe, ProfilingError, measure
 
 TP2 = ParallelConfig(tp=2, pp=1, weights=WeightType.INT8)
-TRIES = 10  # a busy machine spoils some
+TRIES = 10  # some fail on a busy machine
 QUESTIONS = [
     MeasurementCase(batch=batch, prompt_tokens=prompt, output_tokens=6) for batch in (1, 2) for prompt in (4, 8)
 ]
@@ -31,7 +31,7 @@ def measured(folder: Path, backend: str = "engine_fixtures:Paced", **probe) -> l
 
 
 def at_pace(point: Measured) -> bool:
-    """Whether what was measured is the engine's pace."""
+    """Return whether the measured times are those of the engine."""
     first_s = pytest.approx(FIRST_S * point.case.batch, rel=0.3)
     return point.ttft_s + point.tpot_s == first_s and point.tpot_s == pytest.approx(EACH_S, rel=0.3)
 
@@ -45,7 +45,7 @@ def test_the_profile_gives_back_the_measured_times(tmp_path: Path) -> None:
     assert all(at_pace(point) and point.memory_gib == 4 for point in found)
     folder = tmp_path / "mine"
     write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)
-    write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)  # a profile may be made anew
+    write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)  # a profile may be replaced
     profile = load_profile(str(folder / "profile.toml"))
     assert (profile.gpu_kind, profile.prompt_tokens, profile.timing.tick_us) == ("paced", 4, 0)
     known = MeasuredEstimator(profile)

@@ -1,4 +1,4 @@
-"""Nothing that comes over a socket does more than end the conversation."""
+"""Any input on a socket at most ends the connection."""
 
 import asyncio
 import contextlib
@@ -88,7 +88,7 @@ FROM_ENGINE = st.one_of(
 
 
 def anything() -> st.SearchStrategy[bytes]:
-    """Bytes of all sorts: at random, MessagePack of all sorts, messages with a byte changed."""
+    """Draw bytes: random ones, MessagePack values, and messages with a changed byte."""
     plain = st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXTS | st.binary(),
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS | st.just("type"), inner, max_size=4),
@@ -119,7 +119,7 @@ def test_messages_round_trip(there, back) -> None:
 
 
 async def exit_code_after(*frames: bytes) -> int:
-    """Tell a host all this, close the socket, and return its exit code."""
+    """Send frames to an engine server, close the socket, and return its exit code."""
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_unix_connection(sock=theirs)
     _, our_writer = await asyncio.open_unix_connection(sock=ours)

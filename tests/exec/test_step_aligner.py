@@ -1,4 +1,4 @@
-"""Lining up sequences: whole steps, nothing lost, nothing early."""
+"""The step aligner: whole steps, no lost tokens, no early steps."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from maveriq.exec.engines.engine import ENDED, StepAligner
 )
 def test_any_interleaving_gives_the_same_steps(halves: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
     sequences = [first + second for first, second in halves]
-    # Each sequence says its first half, its second half, and that it has ended; who speaks when is free.
+    # Each sequence sends its first half, its second half, and its end, in any interleaving.
     turns = data.draw(st.permutations([number for number in range(len(halves)) for _ in range(3)]))
     aligner, steps, sent = StepAligner(len(halves)), [], [0] * len(halves)
     for number in turns:
@@ -20,7 +20,7 @@ def test_any_interleaving_gives_the_same_steps(halves: list[tuple[list[int], lis
         aligner.add(number, chunks[sent[number]], ended=sent[number] == 2)
         sent[number] += 1
         steps.extend(aligner.steps())
-        # Never a step that an open sequence has no token for yet.
+        # No step comes before each open sequence has a token for it.
         open_ones = [k for k, times in enumerate(sent) if times < 3]
         assert all(len(steps) <= sum(map(len, halves[k][: sent[k]])) for k in open_ones)
     longest = max(map(len, sequences))

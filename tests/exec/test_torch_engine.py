@@ -1,4 +1,4 @@
-"""The torch engine in real processes: its ranks, their death, and what it refuses."""
+"""The torch engine in real processes: ranks, their failures, and refusals."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ from maveriq.exec.engines.torch.rank import memory_errors
 from maveriq.exec.messages import Generate
 
 ROOT = Path(__file__).parents[2]
-DEATH_BOUND_S = 60.0  # seconds are usual; a test machine may be busy
+DEATH_BOUND_S = 60.0  # usually seconds; a test machine may be busy
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def generate_of(execution_id=1, **requested):
 
 
 def too_large():
-    """Return an execution whose KV cache takes terabytes a layer."""
+    """Return a batch whose KV cache takes terabytes per layer."""
     return generate_of(9, prompts=[PROMPTS[0]] * 10_000, output_tokens=1_000_000)
 
 
@@ -83,13 +83,13 @@ def test_tensor_and_pipeline_parallel_over_processes_until_one_is_killed(engine)
 @pytest.mark.heavy
 def test_three_uneven_stages_over_processes(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)  # where a user may have a module of the name of one of ours
+    monkeypatch.chdir(tmp_path)  # a user may have a module with the name of one of ours
     (tmp_path / "safetensors.py").write_text("raise SystemExit", encoding="utf-8")
     (tmp_path / "torch.py").write_text("raise SystemExit", encoding="utf-8")
     engine.load(spec_of(CONFIGS["falcon-40b"], split=(2, 1, 1)))
     steps = engine.generate(generate_of())
     assert next(steps) == [tokens[0] for tokens in expected_tokens("falcon-40b")]
-    steps.close()  # who stops listening does not spoil the next execution
+    steps.close()  # closing the steps does not affect the next execution
     with pytest.raises(EngineError) as raised:
         list(engine.generate(too_large()))
     assert raised.value.kind is FailureKind.OUT_OF_MEMORY
@@ -151,7 +151,7 @@ def test_ranks_that_cannot_start_leave_no_processes(engine, tmp_path, monkeypatc
 
 
 def test_cached_memory_is_freed_for_the_next_execution(monkeypatch):
-    """A batch and a length that each fit must not fail together for what was there before."""
+    """A long batch after a wide one fits, because the cache of the earlier one is freed."""
     allot = KvCache._allocate
 
     def limited(cache, batch, tokens):

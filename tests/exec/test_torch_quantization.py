@@ -1,4 +1,4 @@
-"""Quantised weights and KV cache: near the unquantised model, and really smaller."""
+"""Quantized weights and KV cache: close scores, and less memory."""
 
 import gc
 
@@ -14,7 +14,11 @@ from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linea
 from maveriq.exec.engines.torch.model import prefill_positions
 from maveriq.exec.engines.torch.rank import RankWorker
 
-WIDE = {**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 512}  # offsets and scales of groups weigh little
+WIDE = {
+    **CONFIGS["llama"],
+    "hidden_size": 256,
+    "intermediate_size": 512,
+}  # offsets and scales of groups take little memory
 PROMPT = (5, 17, 101, 3, 77, 150, 42)
 
 
@@ -29,7 +33,7 @@ def scores_of(worker):
 
 
 def scores_after_decoding(worker, monkeypatch):
-    """Return the scores of every step of a generation, each step's token taken from the first run that asked."""
+    """Return the scores of every step; all runs generate the tokens of the first run."""
     seen = []
     greedy_tokens = type(worker.stage).greedy_tokens
 
@@ -49,7 +53,7 @@ def distance(found, expected):
 @pytest.mark.parametrize(("weights", "bound"), [("int8", 0.03), ("int4", 0.4)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quantized_scores_are_close(name, weights, bound):
-    config = {**CONFIGS[name], "initializer_range": 0.05}  # wider, and errors grow from layer to layer
+    config = {**CONFIGS[name], "initializer_range": 0.05}  # with more, errors grow from layer to layer
     exact = scores_of(load_worker(spec_of(config)))
     assert distance(scores_of(load_worker(spec_of(config, seed=1))), exact) > 1
     away = distance(scores_of(load_worker(spec_of(config, weights=weights))), exact)
@@ -62,7 +66,7 @@ def test_a_quantized_model_can_be_split(weights, tp, split):
     config = CONFIGS["falcon-40b"]
     ranks = run_split(spec_of(config, weights=weights, tp=tp, split=split), prompts_of())
     assert all(steps == ranks[0] for steps in ranks)
-    if tp == 1:  # shards of rows have scales of their own
+    if tp == 1:  # shards of rows have their own scales
         worker = load_worker(spec_of(config, weights=weights))
         assert outputs(ranks[0]) == outputs([step for step, _ in worker.run(prompts_of())])
 
@@ -72,14 +76,14 @@ def test_scores_with_an_8_bit_kv_cache_are_close(name, monkeypatch):
     exact, near = (
         scores_after_decoding(load_worker(spec_of(CONFIGS[name], kv=kv)), monkeypatch) for kv in ("native", "int8")
     )
-    assert torch.equal(exact[0], near[0])  # prefill looks at what it has just computed
+    assert torch.equal(exact[0], near[0])  # prefill uses unquantized keys and values
     assert 0 < distance(near[1:2], exact[1:2]) < 0.05
 
 
 def live_bytes():
-    """Return the memory of all tensors that anything holds."""
+    """Return the memory of all live tensors."""
     gc.collect()
-    # By type: asking torch's lazy objects for their class warns of old names.
+    # By type, because `isinstance` on torch's lazy objects warns.
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -107,7 +111,7 @@ def test_an_8_bit_kv_cache_is_really_smaller():
 
 
 class Unheard:
-    """Links of a rank that nobody answers."""
+    """Collectives without other ranks."""
 
     def all_reduce(self, x):
         return x
@@ -161,7 +165,7 @@ def test_odd_rows_stay_in_8_bits_and_zeroes_stay_zeroes():
 @pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_16_bits_as_on_a_gpu(name, weights, kv, monkeypatch):
-    """No step needs 32 bits, and none leaves what 16 can hold."""
+    """All steps run in 16 bits without overflow."""
     monkeypatch.setattr("maveriq.exec.engines.torch.rank._activation_dtype", lambda arch, device: torch.float16)
     config = {**CONFIGS[name], "initializer_range": 0.05}
     worker = load_worker(spec_of(config, weights=weights, kv=kv))

@@ -1,4 +1,4 @@
-"""What the torch engine cannot do is refused before anything starts, with the reason. (None of it needs torch.)"""
+"""The torch engine refuses unsupported models before anything starts. These tests need no torch."""
 
 import json
 import subprocess

@@ -9,7 +9,7 @@ from torch_models import CONFIGS, LAYERS, PROMPTS, expected_tokens, load_worker,
 
 
 def compositions(total):
-    """Return every way to deal so many layers to stages."""
+    """Return all splits of the layers into stages."""
     yield (total,)
     for first in range(1, total):
         yield from ((first, *rest) for rest in compositions(total - first))

@@ -1,4 +1,4 @@
-"""Weights: real ones from a folder, and random ones that do not depend on how a model is split."""
+"""Weights: those of a folder, and random ones that do not depend on the split."""
 
 import json
 
@@ -42,7 +42,7 @@ IN_A_FOLDER = {
 
 
 def saved(config, folder, **how):
-    """Save a model of transformers whose every parameter is random, biases and norms too; return the model."""
+    """Save and return a transformers model with random parameters, including biases and norms."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32).eval()

@@ -112,7 +112,7 @@ def test_unsupported_configurations_are_refused_before_the_start(
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
 
-# What is missing
+# Missing requirements
 
 
 def test_a_missing_requirement_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_nothing_is_missing_with_all_requirements(monkeypatch: pytest.MonkeyPatc
 
 
 class FakeResult:
-    """Streams the numbers after a prompt's last token, all so far each time, now and then two at once."""
+    """Streams the numbers after the last prompt token, cumulatively, and sometimes two at once."""
 
     def __init__(self, llm: FakeLlm, prompt: list[int], sampling: Any) -> None:
         self.llm, self.prompt, self.sampling = llm, prompt, sampling
@@ -175,7 +175,7 @@ class FakeLlm:
         self.made.append(self)
 
     def generate_async(self, prompt: list[int], sampling: Any, *, streaming: bool) -> FakeResult:
-        asyncio.get_running_loop()  # without one the results cannot be iterated over
+        asyncio.get_running_loop()  # results can be iterated only with an event loop
         assert streaming
         return FakeResult(self, prompt, sampling)
 
@@ -185,13 +185,13 @@ class FakeLlm:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
-    """Put a stand-in where TensorRT-LLM would be; the engines that it made."""
+    """Replace TensorRT-LLM with a stand-in; return the list of its engines."""
     FakeLlm.made = []
     module = ModuleType("tensorrt_llm")
     vars(module).update(LLM=FakeLlm, SamplingParams=SimpleNamespace, __version__="1.2.1")
     monkeypatch.setitem(sys.modules, "tensorrt_llm", module)
     for name in ("TLLM_WORKER_USE_SINGLE_PROCESS", "HF_HUB_OFFLINE"):
-        monkeypatch.setenv(name, "")  # so that what the engine sets is undone
+        monkeypatch.setenv(name, "")  # restores what the engine sets
     return FakeLlm.made
 
 

@@ -55,7 +55,7 @@ def test_uneven_stages_and_random_weights() -> None:
         "enable_prefix_caching": False,
         "enforce_eager": False,
     }
-    # Keys and values of 3 layers, one of 2 KV heads of 32 numbers, 2 bytes each; 4 sequences of 2 blocks, and one.
+    # Keys and values of 3 layers, 1 of 2 KV heads with 32 numbers of 2 bytes; 4 sequences of 2 blocks, plus 1 block.
     assert kv_bytes == 2 * 3 * 1 * 32 * 2 * (4 * 2 + 1) * 128
     assert translation.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
     assert json.loads(translation.files["config.json"]) == TINY["llama"]
@@ -77,7 +77,7 @@ def test_one_stage_has_no_partition_and_one_gpu_has_no_workers() -> None:
     ],
 )
 def test_forms_of_weights(weights: str, quantization: str | None, method: str | None) -> None:
-    # What the configuration said of an earlier form does not hold for random weights.
+    # The quantization in the configuration does not apply to random weights.
     config = {**LLAMA_7B, "quantization_config": {"quant_method": "awq"}}
     translation = translate(spec(config_json=json.dumps(config), layer_split=(32,), weights=weights), "/m")
     assert translation.arguments.get("quantization") == quantization
@@ -187,7 +187,7 @@ def test_exceptions_become_a_failure_kind_and_one_line(error: Exception, kind: F
 
 
 class FakeLlm:
-    """Counts upwards from a prompt's last token; gives the second request its tokens in pairs."""
+    """Counts up from the last prompt token; the second request gets its tokens in pairs."""
 
     broken: str | None = None
     aborted: list[str]
@@ -227,7 +227,7 @@ class FakeLlm:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
-    """Put a stand-in where vLLM would be; the engines that it made."""
+    """Replace vLLM with a stand-in; return the list of its engines."""
     made: list[FakeLlm] = []
 
     def from_engine_args(arguments: dict[str, Any]) -> FakeLlm:
@@ -246,7 +246,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("VLLM_PP_LAYER_PARTITION", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
-        monkeypatch.setenv(name, "")  # so that what the engine sets is undone
+        monkeypatch.setenv(name, "")  # restores what the engine sets
     yield made
     FakeLlm.broken = None
 

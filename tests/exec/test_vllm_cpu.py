@@ -1,4 +1,4 @@
-"""vLLM really run, on a CPU: MAVERIQ_VLLM=1 in an environment that has it (docs/engines.md)."""
+"""vLLM on a CPU; run with MAVERIQ_VLLM=1 in an environment with vLLM (docs/engines.md)."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def save_random(family: str, folder: Path) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
     for weight in model.parameters():
         if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.2)  # so that the likeliest token changes from step to step
+            torch.nn.init.normal_(weight, std=0.2)  # so that the most likely token changes from step to step
     model.save_pretrained(folder)
     return model
 
@@ -80,7 +80,7 @@ def test_tokens_are_those_of_transformers(engine: VllmEngine, tmp_path: Path, fa
     assert len(steps) == max(LENGTHS)
     got = [[step[k] for step in steps if step[k] != -1] for k in range(len(PROMPTS))]
     assert got == expected
-    # A stop token ends a sequence and is given too; an execution left halfway does not spoil the next.
+    # A stop token ends a sequence and is returned; an abandoned execution does not affect the next.
     stop = expected[0][3]
     cancelled = engine.generate(generate_work())
     next(cancelled)
@@ -142,7 +142,7 @@ def test_the_parser_of_vllm_accepts_our_arguments(
     write_files(translation.files, tmp_path)
     for name, value in translation.environment.items():
         monkeypatch.setenv(name, value)
-    # The checks of the machine itself are a CPU's here, and it has fewer KV types and no half precision.
+    # Platform checks here are those of a CPU, which has fewer KV types and no half precision.
     here = {**translation.arguments, "kv_cache_dtype": "auto", "dtype": "bfloat16"}
     config = EngineArgs(**here).create_engine_config()
     assert config.parallel_config.pipeline_parallel_size == changes.get("pp", 1)

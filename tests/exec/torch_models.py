@@ -1,4 +1,4 @@
-"""Tiny models of every family, their transformers twins, and ranks in threads of one process."""
+"""Tiny models of every family, their transformers equivalents, and ranks in threads of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maveriq.exec.engines.torch.config import Shard, shard_of
 from maveriq.exec.engines.torch.rank import RankWorker
 from maveriq.exec.engines.torch.weights import RandomWeights
 
-# Tiny models gain nothing by threads, and threads that wait take the cores from the rest.
+# Tiny models do not gain from threads, and waiting threads take cores from other processes.
 torch.set_num_threads(1)
 
 LAYERS = 4
@@ -107,7 +107,7 @@ def transformers_model(name: str) -> Any:
 
 
 def greedy(model: Any, prompt: Sequence[int], tokens: int = OUTPUT_TOKENS) -> list[int]:
-    """Return what a model of transformers says, without a cache or anything else of ours or theirs in between."""
+    """Return the greedy tokens of a transformers model, without a KV cache."""
     tokens = list(prompt)
     with torch.inference_mode():
         for _ in range(tokens):
@@ -122,7 +122,7 @@ def expected_tokens(name: str) -> list[list[int]]:
 
 @dataclass
 class ThreadGroupState:
-    """What the ranks in threads share."""
+    """State shared by ranks in threads."""
 
     tp: int
     pp: int
@@ -143,7 +143,7 @@ class ThreadGroupState:
 
 
 class ThreadCollectives:
-    """`Collectives` between threads: as gloo between processes, without its startup time."""
+    """`Collectives` between threads, like gloo between processes but without startup time."""
 
     def __init__(self, state: ThreadGroupState, shard: Shard) -> None:
         self._state = state

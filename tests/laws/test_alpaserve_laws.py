@@ -90,7 +90,7 @@ def test_a_placement_fits_and_hosts_no_model_twice(how: SearchSettings, problem:
 @given(problem=problems(max_gpus=2, max_models=3, max_requests=15))
 @settings(max_examples=60, deadline=None)
 def test_more_memory_never_lowers_the_best_score(problem: PlacementProblem) -> None:
-    """With the memory of one GPU more on each, the exhaustive search does as well or better; no fill beats it."""
+    """With more memory per GPU, the exhaustive search scores at least as well, and no heuristic beats it."""
     best = _best_score(problem)
     richer = replace(problem, memory_bytes=2 * problem.memory_bytes)
     assert _best_score(richer) >= best

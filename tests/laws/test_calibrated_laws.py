@@ -1,4 +1,4 @@
-"""Laws of the calibrated estimator: physics that no fit may break."""
+"""Laws of the calibrated estimator: physics that every fit obeys."""
 
 import itertools
 from dataclasses import replace
@@ -35,7 +35,7 @@ def questions(draw: st.DrawFn) -> dict:
     tp = draw(st.sampled_from(tensor_parallel_degrees(model, 8)))
     weights = draw(st.sampled_from([WeightType.FLOAT16, WeightType.INT8, WeightType.INT4]))
     configuration = ParallelConfig(tp=tp, pp=draw(st.integers(1, 8 // tp)), weights=weights)
-    # Whether it runs on the testbed is a fact of the testbed, not of physics.
+    # Limits of the testbed are no laws of physics.
     runs = live().why_not(model, configuration) is None
     return {
         "model": model,
@@ -65,7 +65,7 @@ def test_more_tokens_and_larger_batches_take_longer(question: dict, what: str, m
 
 @given(questions(), st.floats(1.01, 10))
 def test_more_bandwidth_is_faster(question: dict, factor: float) -> None:
-    # The speed of a layer relative to the law comes from the fingerprint, so it must not be taken anew.
+    # The layer time relative to the roofline comes from the fingerprint, so it must not be fitted again.
     slow = msgspec.structs.replace(calibration(), trust=0.0)
     fast = msgspec.structs.replace(slow, bandwidth_gb_s=slow.bandwidth_gb_s * factor)
     times = [

@@ -17,7 +17,7 @@ samples = st.lists(st.integers(0, 50), min_size=1, max_size=30).map(np.array)
 
 
 def scaled(run: RunRecord, factor: float) -> RunRecord:
-    """Stretch what completed requests waited and took."""
+    """Scale the waiting and service times of completed requests."""
     table = run.requests
 
     def later(times_us: np.ndarray) -> np.ndarray:

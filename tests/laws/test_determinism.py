@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FILES = ("deployments.csv", "gpus.csv", "requests.csv", "run.json")
-# Deadlines, batches and a fault take the run through most of what could hang on an order of hashes.
+# Deadlines, batches and a fault cover most code whose order could depend on hashes.
 SHORT_RUN = (
     *("--trace", "conversation", "--scale", "0.05", "--slo-scale", "5", "--queue", "edf"),
     *("--batch-size", "2", "--fail", "gpu=1@600s,for=60s", "--quiet"),
@@ -26,7 +26,7 @@ def start(folder: Path, *, seed: int, hash_seed: int) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """Three runs side by side, each as the bytes of its files."""
+    """Three runs in parallel, each as the bytes of its files."""
     folder = tmp_path_factory.mktemp("runs")
     started = {
         "first": start(folder / "first", seed=42, hash_seed=1),

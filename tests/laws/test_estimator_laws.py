@@ -32,7 +32,7 @@ def configurations() -> list[ParallelConfig]:
 
 @pytest.fixture(scope="module")
 def profile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], HardwareProfile]:
-    """Embedded profiles have fingerprints, which say nothing to who looks up whole models: he gets a table of these."""
+    """Embedded profiles contain fingerprints; the estimator of measured models gets a table of whole models instead."""
 
     def profile_of(name: str, embedded: str) -> HardwareProfile:
         profile = load_profile(embedded)
@@ -63,13 +63,13 @@ def latencies_s(subject: Estimator, model: ModelSpec, cfg: ParallelConfig, token
 
 
 def test_latency_is_positive_at_measured_lengths(subject: Estimator) -> None:
-    """Below ten output tokens, where no fingerprint was taken, the paper's intercept can be negative."""
+    """Below ten output tokens, outside the fingerprints, the paper's intercept can be negative."""
     for model, cfg in answered(subject):
         assert min(latencies_s(subject, model, cfg, [10, 20, 200])) > 0, (model.name, cfg)
 
 
 def test_latency_grows_with_output_tokens(subject: Estimator) -> None:
-    """At TP 8 the paper multiplies the noise of its TP 2 fingerprints; there growth holds for long outputs alone."""
+    """At TP 8 the paper amplifies the noise of its TP 2 fingerprints, so growth holds only for long outputs."""
     for model, cfg in answered(subject):
         tokens = [100, 200, 500] if cfg.tp == 8 else [1, 2, 5, 20, 200, 500]
         latencies = latencies_s(subject, model, cfg, tokens)
@@ -126,7 +126,7 @@ def test_a_larger_batch_does_not_take_less(name: str, profile_for: Callable[[str
 def test_the_constants_reproduce_their_measurements(
     l11: float, l12: float, l21: float, l22: float, m1: float, m2: float, n1: int, o1: int
 ) -> None:
-    """Four latencies and two memories determine six constants: nothing is lost."""
+    """Four latencies and two memory sizes determine the six constants."""
     latency = {(n1, o1): l11, (n1, o1 + 10): l12, (n1 + 1, o1): l21, (n1 + 1, o1 + 10): l22}
     memory = {n1: m1, n1 + 1: m2}
     constants = derive(latency, memory)

@@ -258,7 +258,7 @@ def test_doubling_every_time_scale_doubles_every_time(system: ReplaySystem) -> N
 
 @pytest.mark.parametrize("discipline", [QueueDiscipline.FIFO_PER_MODEL, QueueDiscipline.SJF, QueueDiscipline.EDF])
 def test_a_wide_deployment_does_not_starve_behind_narrow_ones(discipline: QueueDiscipline) -> None:
-    """Two single-GPU models busy 99 % of the time, out of step, and one request that needs both GPUs."""
+    """Two single-GPU models are busy 99 % of the time, alternately, and one request needs both GPUs."""
     times_us = [1_000 * i for i in range(1_000, 9_000, 45)]
     endpoints = [1 + i % 2 for i in range(len(times_us))]
     times_us.insert(10, times_us[10])

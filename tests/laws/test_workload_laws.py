@@ -1,4 +1,4 @@
-"""Laws of every workload, whatever the counts, scale, model set and seed."""
+"""Laws of every workload, for any counts, scale, model set and seed."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def assert_lawful(draw, load_at, bins):
     assert (np.diff(draw.arrival_us) >= 0).all()
     deployed = deployed_per_bin(load_at, bins)[draw.bin_index]
     assert ((draw.endpoint_id >= 1) & (draw.endpoint_id <= deployed)).all()
-    # Nothing arrives before the models of its bin are asked for and have had their 90 s each.
+    # No request arrives before the models of its bin are requested, 90 s apart.
     assert (draw.arrival_us >= (30 * draw.bin_index + 90 * deployed) * 1_000_000).all()
 
 

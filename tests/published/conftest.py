@@ -1,4 +1,4 @@
-"""The comparisons with the recordings, made once for all tests."""
+"""Fixtures: comparisons with the recordings, computed once for all tests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -34,7 +34,7 @@ POLICIES = {"AlpaServe": PlacementPolicy.ALPASERVE, "AlpaServe*": PlacementPolic
 def published_problem(
     model_set: str, trace: str, rate_scale: float, slo_scale: float, *, name_offset: int = 1
 ) -> PlacementProblem:
-    """The problem that a published placement was searched for: eight A6000, or what was taken for them."""
+    """The problem of a published placement: eight A6000 with the published memory size."""
     models = load_model_set(model_set)
     hardware = load_profile("a6000-short")
     forecast = published_forecast(
@@ -55,7 +55,7 @@ def published_problem(
 
 
 def cut(groups) -> list[tuple[int, int, tuple]]:
-    """Groups up to their order."""
+    """Return the groups, sorted."""
     return sorted((group["tp"], group["pp"], tuple(sorted(group["models"]))) for group in groups)
 
 
@@ -145,7 +145,7 @@ def test_rule_a_differs_on_the_regular_set() -> None:
 
 @pytest.mark.parametrize("model_set", ["large", "regular"])
 def test_with_repaired_names_every_slo_is_met(model_set: str) -> None:
-    """The naming defect, not the search, made AlpaServe drop models of these sets."""
+    """The naming defect, not the search, makes AlpaServe drop models of these sets."""
     solution = search(published_problem(model_set, "code", 0.1, 5.0, name_offset=0), SearchSettings(max_tp=8))
     assert solution.best.attainment == 1
     models = {model for group in solution.groups for model in group.models}
@@ -153,7 +153,7 @@ def test_with_repaired_names_every_slo_is_met(model_set: str) -> None:
 
 
 def test_the_workload_is_the_one_of_the_published_problem(measured_data: Path) -> None:
-    """Times to the microsecond that maveriq keeps; SLOs to 2 %, for the search had a latency table of its own."""
+    """Times are equal to the microsecond, SLOs within 2 %, because the search had its own latency table."""
     path = measured_data / "alpaserve" / "maveriq_large_code_0.1_slo5_as_published.csv.gz"
     ours = published_problem("large", "code", 0.1, 5.0).demand
     theirs = read_demand(path, ["m0", "m1", "m2", "m3"])
@@ -179,7 +179,7 @@ BUSY_FACTOR = 10
 
 @pytest.mark.parametrize(("model_set", "max_s"), [("large", 0.04), ("regular", 0.08), ("twentyone", 0.13)])
 def test_a_search_takes_no_longer_than_the_original(model_set: str, max_s: float) -> None:
-    """With a wide margin, for busy machines: `make bench` measures."""
+    """The margin is wide for busy machines; `make bench` measures the speed."""
     problem = published_problem(model_set, "conversation", 0.4, 5.0)
     warm_up()
     took_s = []

@@ -1,4 +1,4 @@
-"""The committed comparison with AlpaServe is what the code gives now, and the page shows it."""
+"""The committed comparison with AlpaServe equals the results of the code, and the page shows it."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def of(committed: list[Outcome], policy: str) -> dict[tuple[str, str, float, flo
 
 
 def checked(case: Case) -> bool:
-    """A workload for every policy, and one with an infeasible placement; they take a tenth of a second each."""
+    """Each policy on one workload, and a workload without a feasible placement; each takes 0.1 s."""
     workload = (case.model_set, case.trace, case.scale, case.slo_scale)
     if workload == ("twentyone", "conversation", 0.1, 7.5):
         return case.variant.name == "AlpaServe*"
@@ -133,7 +133,7 @@ def test_as_published_the_search_expects_the_share_not_addressed_to_the_last_mod
 
 
 def test_repaired_placements_on_large_equal_those_of_alpaserve_star(committed: list[Outcome]) -> None:
-    """So that the recordings of AlpaServe* stand for the repaired baseline."""
+    """The recordings of AlpaServe* can therefore represent the repaired baseline."""
     star = of(committed, "AlpaServe* (published table)")
     repaired = {where: outcome for where, outcome in of(committed, REPAIRED).items() if where[0] == "large"}
     assert all(outcome.placement == star[where].placement for where, outcome in repaired.items())
@@ -141,7 +141,7 @@ def test_repaired_placements_on_large_equal_those_of_alpaserve_star(committed: l
 
 
 def test_the_defect_never_lowers_attainment_over_completed_requests(committed: list[Outcome]) -> None:
-    """What the page says of the metric: better in 7 and 24 of 24 runs, never worse."""
+    """The page states that the metric is better in 7 and 24 of 24 runs, and never worse."""
     repaired = of(committed, REPAIRED)
     better = dict.fromkeys(DISTINGUISHABLE, 0)
     for where, outcome in of(committed, AS_PUBLISHED).items():

@@ -1,4 +1,4 @@
-"""The committed blind runs are what the code gives now, and the page shows them."""
+"""The committed blind runs equal the results of the code, and the page shows them."""
 
 import re
 from dataclasses import replace
@@ -30,7 +30,7 @@ STALE = "run experiments/fidelity/blind.py and look at what changed"
 PLAN = load_blind_plan(HERE / "blind.toml")
 HEADLINE = load_headline_plan(HERE / "headline.toml")
 AGAIN = (
-    "AlpaServe_large_None_code_0.1_slo5",  # has replicas, and a model that was left out
+    "AlpaServe_large_None_code_0.1_slo5",  # has replicas, and a model without deployment
     "AlpaServe-star_large_None_code_0.1_slo5",
     "MaverIQ_large_min_lat_code_0.1_slo0",
 )
@@ -55,7 +55,7 @@ def test_runs_equal_the_committed_results(measured_data: Path) -> None:
         assert csv_of(ServiceRow, result.services) == csv_of(ServiceRow, services), STALE
         achieved = list(achieved_by(runs[result.row.run], result, judged_by, load_profile(PROFILE)))
         assert csv_of(AchievedRow, achieved) == csv_of(AchievedRow, achieved_as_committed(result.row.run)), STALE
-        assert not result.comparison.unmatched  # request by request: the same models at the same times
+        assert not result.comparison.unmatched  # all requests match: the same models at the same times
 
 
 @pytest.mark.data
@@ -80,7 +80,7 @@ def test_runs_outside_the_fit_can_be_simulated() -> None:
 
 def test_one_run_is_enough_for_a_page(tmp_path: Path) -> None:
     every = read_tables(HERE / "results")
-    row = next(row for row in every.runs if row.slo_error is None)  # judged by no SLO
+    row = next(row for row in every.runs if row.slo_error is None)  # without an SLO
     services = [service for service in every.services if service.run == row.run]
     write_tables(tmp_path, replace(every, runs=[row], services=services, elsewhere=[], gains=[], contention=[]))
     tables = read_tables(tmp_path)

@@ -1,4 +1,4 @@
-"""With recorded arrivals, service times and plans, latencies are the recorded ones (SPEC 6)."""
+"""With recorded arrivals, service times and plans, simulated latencies equal the recorded ones (SPEC 6)."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Every recorded run becomes records that account for all its requests."""
+"""The records of every recorded run contain all its requests."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_times_and_memory_are_possible(recordings: Mapping[str, RunRecord]) -> N
 def test_descriptions_give_the_recorded_requests_of_maveriq(
     measured_data: Path, recordings: Mapping[str, RunRecord]
 ) -> None:
-    """What a blind run starts from: the same requests in the same order, models and SLOs as well."""
+    """A blind run starts with the recorded requests: order, models and SLOs are equal."""
     run = next(run for run in read_runs(measured_data / "testbed") if run.by_maveriq and run.slo_scale)
     drawn, table = build_system(options_of(run)).workload.arrivals, recordings[run.name].requests
     order = np.argsort(table.request_id)

@@ -1,4 +1,4 @@
-"""The committed results are what the code gives now."""
+"""The committed results equal those of the code."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

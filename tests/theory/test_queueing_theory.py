@@ -11,7 +11,7 @@ DRAWS = 10_000_000
 
 
 def lindley(gaps: np.ndarray, services: np.ndarray) -> np.ndarray:
-    """Waiting times of a single server: W(n+1) = max(0, W(n) + S(n) - A(n)), by its closed form.
+    """Return waiting times of a single server: W(n+1) = max(0, W(n) + S(n) - A(n)), by its closed form.
 
     `gaps[n]` lies between arrivals n and n+1; both arrays have one entry per request.
     """

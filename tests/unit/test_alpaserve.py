@@ -1,4 +1,4 @@
-"""AlpaServe's simulator, fills, candidates, buckets and rules on cases small enough to follow by hand."""
+"""AlpaServe's simulator, heuristics, candidates, buckets and rules on small cases."""
 
 import math
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_remaining_gpus_become_pipelines_and_groups_stay_within_nodes() -> None:
         GroupShape(1, 2),
     )
     sizes = {cut[0].gpus for cut in candidate_shapes(12, 6, max_pp=8, max_tp=8)}
-    assert sizes == {1, 2, 4}  # eight is more than a node and no whole number of nodes
+    assert sizes == {1, 2, 4}  # a group of eight is larger than a node and not a whole number of nodes
 
 
 def test_normal_form_sorts_models_then_groups_and_keeps_equal_groups_in_order() -> None:
@@ -90,7 +90,7 @@ def test_a_request_is_served_within_its_slo_or_dropped_when_it_arrives() -> None
 
 
 def test_penalty_and_overhead_are_the_published_ones() -> None:
-    """0.9 % for each stage, on every stage, and 11 ms at the end that no GPU pays for."""
+    """Each stage adds 0.9 %, and 11 ms are added at the end without occupying a GPU."""
     case = problem([profile(1.0)], [(0, 0, 9), (0, 0, 9)], gpus=2)
     stats = simulate(case, (Group(PIPE2, (0,)),), SimulatorSettings(single_precision=False))
     assert stats.finish_s.tolist() == pytest.approx([1.018 + 0.011, 1.5 * 1.018 + 0.011])
@@ -109,7 +109,7 @@ def test_dispatch_takes_the_group_that_is_free_first_and_the_first_on_a_tie() ->
     groups = (Group(ONE, (0,)), Group(ONE, (0,)), Group(ONE, ()))
     case = problem([profile(1.0)], [(0, 0, 9), (0, 0, 9), (5, 0, 9), (5, 0, 9), (5, 0, 9)], gpus=3)
     stats = simulate(case, groups, EXACT)
-    # At 5 s both are idle since 1 s; stale clocks are compared as they stand.
+    # At 5 s both have been idle since 1 s; their clocks are compared without an update.
     assert stats.dispatched.tolist() == [3, 2, 0]
 
 
@@ -132,7 +132,7 @@ def test_greedy_fills_memory_up_to_the_last_byte_and_beam_stops_short_of_it() ->
 
 
 def test_greedy_replicates_a_model_while_another_is_not_placed() -> None:
-    """The defect that AlpaServe* is about: nothing forces coverage."""
+    """AlpaServe* fixes this defect: nothing forces greedy to cover all models."""
     case = problem([profile(), profile(size_gib=5)], [(0, 0, 1), (0, 1, 1)], gpus=2, memory_gib=4)
     assert [group.models for group in fast_greedy(PlacementSimulator(case), (ONE, ONE))] == [(0,), (0,)]
 
@@ -143,7 +143,7 @@ def test_beam_returns_the_empty_placement_if_nothing_fits() -> None:
 
 
 def test_beam_finds_a_placement_that_greedy_misses() -> None:
-    """Greedy gives the only room to the busiest model, whose requests no placement can serve."""
+    """Greedy gives the only free memory to the busiest model, whose requests no placement can serve."""
     requests = [(0.1 * k, 0, 0.01) for k in range(5)] + [(1, 1, 1.0)]
     case = problem([profile(1.0), profile(0.1)], requests, memory_gib=2.5)
     greedy, beam = (fill(PlacementSimulator(case), (ONE,)) for fill in (fast_greedy, beam_search))
@@ -153,7 +153,7 @@ def test_beam_finds_a_placement_that_greedy_misses() -> None:
 def test_round_robin_ends_at_the_first_full_group() -> None:
     small, large = profile(size_gib=1), profile(size_gib=3)
     case = problem([large, small, small, small], [(0, 0, 1)], gpus=2, memory_gib=3)
-    # Group 0 is full at once; at its next turn the deal ends, though group 1 has room.
+    # Group 0 is full at once; its next turn ends the placement, although group 1 has memory left.
     assert [group.models for group in round_robin(case, (ONE, ONE))] == [(0,), (1,)]
 
 
@@ -205,7 +205,7 @@ def test_a_bucket_marks_requests_of_other_models_as_unknown() -> None:
 
 
 def test_bucketing_keeps_slow_models_from_blocking_fast_ones() -> None:
-    """Two slow requests at a time block both shared GPUs; on GPUs of its own the fast model never waits."""
+    """Two slow requests block both shared GPUs; on separate GPUs the fast model never waits."""
     requests = sorted([(4.0 * (k // 2), 1, 9.0) for k in range(20)] + [(0.3 + 0.5 * k, 0, 0.12) for k in range(80)])
     case = problem([profile(0.1, 1), profile(1.8, 1)], requests, gpus=2, memory_gib=2, rates=[2.0, 0.5])
     case = replace(case, models=tuple(replace(model, profile=_only_single(model.profile)) for model in case.models))

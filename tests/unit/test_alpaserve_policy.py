@@ -21,7 +21,7 @@ def built(policy: str = "alpaserve", **options) -> ReplaySystem:
 
 
 def groups_of(run: RunRecord) -> dict[tuple[int, ...], tuple[int, int, list[int]]]:
-    """What each set of GPUs serves: TP, PP, and endpoints."""
+    """Return TP, PP and the endpoints of each set of GPUs."""
     groups: dict[tuple[int, ...], tuple[int, int, list[int]]] = {}
     for deployment in run.deployments:
         if deployment.plan:
@@ -74,11 +74,11 @@ def test_memory_is_of_the_whole_batch() -> None:
     assert four is not None
     assert four.configuration.batch_size == 4
     per_gpu = [plan.memory_bytes for plan in (single, four) if plan.configuration.gpus == single.configuration.gpus]
-    assert per_gpu == sorted(set(per_gpu))  # more with the batch, where the shape is the same
+    assert per_gpu == sorted(set(per_gpu))  # grows with the batch for equal shapes
 
 
 def test_the_policy_uses_the_forecast_of_its_own_run() -> None:
-    """Another seed is another demand: the policy was told the requests of its own run, no others."""
+    """Another seed gives other requests, and the policy plans for the requests of its own run."""
     run, other = built(seed=1), built(seed=2)
     assert len(run.workload.arrivals) == len(other.workload.arrivals)
     assert run.policy.solution.best != other.policy.solution.best

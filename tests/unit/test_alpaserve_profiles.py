@@ -13,7 +13,7 @@ from maveriq.workload.model_sets import load_model_set
 
 
 class Refusing(TokenSeconds):
-    """Takes 8 s for anything, refuses TP 2 x PP 2, and fits a negative time to TP 8."""
+    """An estimator: 8 s for each request, no TP 2 x PP 2, and a negative time at TP 8."""
 
     def why_not(self, model, configuration):
         return "measured to fail" if (configuration.tp, configuration.pp) == (2, 2) else None
@@ -58,7 +58,7 @@ def test_a_workload_becomes_a_forecast() -> None:
 
 
 def test_the_published_names_shift_every_request_by_one_model() -> None:
-    """The SLO stays that of the model meant; the last model's requests find none."""
+    """The SLO is that of the intended model; requests of the last model have no model."""
     models = load_model_set("large")
     slos = {entry.model.name: float(number) for number, entry in enumerate(models.entries, start=1)}
     repaired, published = (

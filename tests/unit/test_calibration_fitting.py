@@ -1,4 +1,4 @@
-"""`maveriq fit DATA` for other hardware: tables that say their prompts, another GPU, runs of a live system."""
+"""`maveriq fit DATA` for other hardware: tables with prompt lengths, another GPU, runs of a live system."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ HEADER = ",".join([*COLUMNS, "prompt_tokens"])
 
 
 def other_gpu() -> Calibration:
-    """A GPU with six times the bandwidth and arithmetic of an A6000, and software that is three times as slow."""
+    """A GPU with six times the bandwidth and FLOPS of an A6000, and three times the software overhead."""
     start = start_calibration()
     return msgspec.structs.replace(
         start,
@@ -202,7 +202,7 @@ def test_one_model_cannot_be_cross_validated(tmp_path: Path) -> None:
 
 
 def test_a_fit_recovers_the_exponents_of_a_made_up_gpu(tmp_path: Path) -> None:
-    """Whole models take exactly what the paper's formula says, under exponents unlike those of the A6000."""
+    """Whole models follow the paper's formula exactly, with exponents unlike those of the A6000."""
     truth = Exponents(a=0.3, b=0.9, c=0.4, d=0.7)
     samples = read_samples(write(tmp_path / "t.csv", rows(other_gpu(), noise=0)))
     constants = constants_of(samples)

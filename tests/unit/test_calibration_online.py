@@ -1,4 +1,4 @@
-"""Fits of the live system's figures to recorded engines: with runs left out, other sockets, and neighbours."""
+"""Fits of the online calibration to recorded engines: left-out runs, sockets, and contention."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def as_benchmarked(_model: ModelSpec, _weights: WeightType) -> float:
 
 
 def live() -> tuple[Calibration, list[RecordedEngine]]:
-    """A live system with known figures, and what it recorded."""
+    """Return a calibration with known online figures, and recorded engines that follow it."""
     tps = {
         "2": OnlineTp(all_reduce_us=7.0, ring_gb_s=20.0, across_us=25.0),
         "4": OnlineTp(all_reduce_us=20.0, ring_gb_s=15.0, across_us=40.0),
@@ -76,14 +76,14 @@ def test_online_figures_are_recovered_and_cross_validated() -> None:
     online, without = cross_fit_online(as_benchmarked, benchmark, recorded, gpus_per_socket=2)
     assert online.request_ms == pytest.approx(30, rel=0.01)
     assert online.tp["2"].across_us == pytest.approx(25, rel=0.05)
-    assert set(online.tp) == {"2", "4"}  # of TP 8 nothing was recorded
+    assert set(online.tp) == {"2", "4"}  # there are no recordings of TP 8
     assert set(without) == {"run-0", "run-1", "run-2"}
     # A median over four lengths is not quite the time at the median lengths.
     assert max(errors_without(as_benchmarked, benchmark, recorded, without)) < 1
 
 
 def with_contention(engine: RecordedEngine, longer: float = 1.0) -> RecordedEngine:
-    """The engine, had it always had one busy neighbour, and taken so much longer."""
+    """Return the engine with one busy co-located engine during all requests, and longer service times."""
     always = np.eye(MAX_CO_LOCATED + 1)[np.ones(len(engine.service_s), dtype=int)]
     return replace(engine, busy_shares=always, service_s=longer * engine.service_s)
 
@@ -105,7 +105,7 @@ def test_contended_runs_determine_only_the_contention() -> None:
     online, without = cross_fit_online(as_benchmarked, benchmark, contended, 2)
     assert online.request_ms == pytest.approx(30, rel=0.01)
     assert online.contention.layer_us > 10
-    assert online.contention.turn_us == 0  # nobody had two neighbours
+    assert online.contention.turn_us == 0  # no engine has two co-located engines
     assert without["run-0"].contention.layer_us == 0
     assert len(errors_without(as_benchmarked, benchmark, contended, without)) == sum(
         engine.run != "run-0" for engine in single_gpu
@@ -121,4 +121,4 @@ def test_engines_of_a_run_folder() -> None:
     assert {(engine.run, *engine.output_tokens.tolist()[:1]) for engine in found} == {("mine", 20)}
     assert [len(engine.gpu_ids) for engine in found] == [4, 4, 1, 4]
     assert all(0.1 < service_s < 1 for engine in found for service_s in engine.service_s.tolist())
-    assert all(engine.uncontended.all() for engine in found)  # one engine of one GPU has no neighbour
+    assert all(engine.uncontended.all() for engine in found)  # a single-GPU engine has no co-located engine here

@@ -1,4 +1,4 @@
-"""Which profile a table is compared with: said, nearest in prompts, or found out from its latencies."""
+"""The profile that matches a table: given, nearest in prompt length, or found from latencies."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def make(name: str) -> Callable[[HardwareProfile], Estimator]:
 
 
 def imagined(profile: str, *, name: str = "calibrated", noise: float = 1.0, batch: int = 1) -> list[Measurement]:
-    """Rows that are exactly as an estimator says with the prompts of a profile, but for noise in every other row."""
+    """Rows that follow an estimator with the prompt length of a profile, with noise in every other row."""
     hardware, model = load_profile(profile), load_model("llama-2-7b")
     estimator, rows = benchmarked_estimator(name, hardware), []
     for pp in (1, 2, 4):
@@ -59,7 +59,7 @@ def test_latencies_identify_the_prompt_length(profile: str, name: str, noise: fl
 
 
 def test_rows_covered_by_one_profile_do_not_count() -> None:
-    """The paper's estimator answers batches with one of the profiles only, where it is far off."""
+    """The paper's estimator covers batches with only one of the profiles, and its errors are large there."""
     long = imagined("a6000-long", name="paper")
     batches = [replace(row, configuration=replace(row.configuration, batch_size=64)) for row in long]
     matched = match([*batches, *long], make("paper"))

@@ -1,4 +1,4 @@
-"""Comparing runs: what is matched, how plans stand side by side, tolerances."""
+"""Comparisons of runs: matching of requests and plans, and tolerances."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: curves, characters, images."""
+"""Plots of a comparison: curves, text plots, and images."""
 
 from itertools import product
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_line_and_area_differ_without_colour() -> None:
     above = plot_of(pictures(queue(1.5), queue(1.2))[1])
     below = plot_of(pictures(queue(1.2), queue(1.5))[1])
     assert sum(line.count(":") for line in above) < sum(line.count(":") for line in below)
-    # The line on its own lies above the smaller area, and within the larger one.
+    # The line is above the smaller area, and within the larger one.
     peak = max(range(len(above[0])), key=lambda at: sum(line[at] == "*" for line in above[:2]))
     assert "".join(line[peak] for line in above).lstrip()[0] == "*"
     assert "".join(line[peak] for line in below).lstrip()[0] == ":"

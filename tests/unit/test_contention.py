@@ -1,4 +1,4 @@
-"""Engines that share a host process: what they cost each other, by hand and by law."""
+"""Contention of engines that share a host process: examples and laws."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ READY = 1_000
 
 
 class Sociable(TokenSeconds):
-    """A token takes 1 ms alone and `delay_s` longer per other busy engine; single-GPU engines share a process."""
+    """An estimator: a token takes 1 ms, and `delay_s` more per other busy engine on one GPU."""
 
     def __init__(self, delay_s: float = 0.001) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_two_co_located_engines_take_twice_as_long() -> None:
 
 
 def test_a_later_execution_slows_an_earlier_one() -> None:
-    # The first does 10 of 20 tokens alone; beside the second each does 5 in 10 ms; the first has 5 left, alone again.
+    # The first generates 10 of 20 tokens alone, 5 in 10 ms with the second, and the last 5 alone again.
     starts, finishes = run([0, 10], [1, 2], [20, 5], THREE)
     assert starts == [0, 10]
     assert finishes == [25, 20]
@@ -84,7 +84,7 @@ def test_contention_does_not_move_a_past_first_token() -> None:
 
 def test_a_failed_engine_causes_no_contention() -> None:
     fault = Fault(target=FaultTarget.GPU, target_id=1, at_us=READY + 10_000, for_us=None)
-    # Ten milliseconds beside the second are five tokens; the other five go alone.
+    # The first generates five tokens in ten milliseconds with the second, and five alone.
     _, finishes = run([0, 0], [1, 2], [10, 10], THREE, faults=(fault,))
     assert finishes[0] == 15
 

@@ -1,4 +1,4 @@
-"""The controller driven by hand: one event after another, and the actions that come back."""
+"""The controller: events and the actions that it returns."""
 
 from dataclasses import replace
 
@@ -145,11 +145,11 @@ def test_a_batch_takes_waiting_requests_without_delay() -> None:
     requests = arrivals([10, 11, 12, 13, 14], [1] * 5, [1, 7, 5, 3, 2])
     table = run(requests, {1: [(0,)]}, gpus=1, batch_size=3).requests
     assert table.start_us.tolist() == [10, 1_010, 1_010, 1_010, 8_010]
-    assert table.finish_us.tolist() == [1_010, 8_010, 8_010, 8_010, 10_010]  # as long as its longest
+    assert table.finish_us.tolist() == [1_010, 8_010, 8_010, 8_010, 10_010]  # the longest request determines the time
 
 
 def served_by(controller: Controller, count: int, tokens=lambda number: 10) -> list[int]:
-    """Send requests one after another, nothing finishing; return the replica that each was given to."""
+    """Send requests, of which none finishes; return the replica of each."""
     for number in range(1, count + 1):
         controller.handle(number, [RequestArrived(request(number, at_us=number, tokens=tokens(number)))])
     return controller.tracker.close().deployment_id.tolist()
@@ -200,7 +200,7 @@ def test_requests_of_a_failed_engine(on_failure: OnFailure, *, returns: bool) ->
     controller.handle(2, [RequestArrived(request(2, at_us=2))])
     controller.handle(3, [EngineDown(1, returns)])
     controller.handle(4, [RequestArrived(request(3, at_us=4))])
-    assert controller.handle(5, [ExecutionFinished(1, 1, 5)]) == []  # a late word of the dead engine
+    assert controller.handle(5, [ExecutionFinished(1, 1, 5)]) == []  # a late message of the dead engine
     if not returns:
         lost = "refused" if on_failure is OnFailure.REQUEUE else "failed"
         assert controller.manager.used_bytes(0) == 0
@@ -208,7 +208,7 @@ def test_requests_of_a_failed_engine(on_failure: OnFailure, *, returns: bool) ->
         return
     (start,) = controller.handle(6, [EngineRepaired(1)])
     assert start.generation == 2
-    assert controller.handle(7, [EngineUp(1, 1)]) == []  # the first engine's word, late
+    assert controller.handle(7, [EngineUp(1, 1)]) == []  # a late message of the first engine
     served = ids(controller.handle(8, [EngineUp(1, 2)]))
     assert served == ([1] if on_failure is OnFailure.REQUEUE else [2])
 
@@ -234,7 +234,9 @@ def test_a_failed_gpu_takes_its_deployments_down_and_brings_them_back() -> None:
     controller.handle(1, [GpuDown(1, returns=True)])
     assert [deployment.state for deployment in controller.manager.deployments.values()] == ["down", "down", "up"]
     controller.handle(2, [RequestArrived(request(1, 1, 2))])
-    assert ids(controller.handle(3, [RequestArrived(request(2, 3, 3))])) == [2]  # a line that is down holds nobody
+    assert ids(controller.handle(3, [RequestArrived(request(2, 3, 3))])) == [
+        2
+    ]  # a deployment that is down blocks no other
     assert [start.deployment_id for start in controller.handle(4, [GpuUp(1)])] == [1, 2]
     assert ids(controller.handle(5, [EngineUp(1, 2)])) == [1]
 
@@ -254,7 +256,7 @@ def test_requests_of_a_lost_replica_keep_their_place_in_the_queue() -> None:
     controller.handle(1, [RequestArrived(request(1, 1, 1))])  # runs on GPU 0
     controller.handle(2, [RequestArrived(request(2, 2, 2))])  # runs on GPU 1
     controller.handle(3, [RequestArrived(request(3, 1, 3, tokens=50))])  # waits for the replica on GPU 1
-    controller.handle(4, [RequestArrived(request(4, 1, 4))])  # waits for the one on GPU 0
+    controller.handle(4, [RequestArrived(request(4, 1, 4))])  # waits for the replica on GPU 0
     controller.handle(5, [RequestArrived(request(5, 2, 5))])
     controller.handle(6, [EngineDown(1, returns=False)])
     served = []
@@ -281,13 +283,13 @@ def test_a_request_within_a_dispatch_delay_does_not_block_other_gpus(discipline:
 
 def test_stop_actions_are_sent_only_for_existing_engines() -> None:
     controller = up({1: [(0, 1)]})
-    assert controller.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # what runs of it on GPU 0
+    assert controller.handle(1, [GpuDown(1, returns=True)]) == [StopEngine(1)]  # its rank on GPU 0 still runs
     assert controller.handle(2, [EndpointRemoved(1)]) == []
-    assert up({1: [(0,)]}).handle(1, [EngineDown(1, returns=True)]) == []  # it is dead already
+    assert up({1: [(0,)]}).handle(1, [EngineDown(1, returns=True)]) == []  # it is already dead
     leaving = up({1: [(0,)]})
     leaving.handle(1, [RequestArrived(request(1, at_us=1))])
     assert leaving.handle(2, [EndpointRemoved(1)]) == []  # its request may finish
-    assert leaving.handle(3, [EngineDown(1, returns=False)]) == []  # dead before it could be stopped
+    assert leaving.handle(3, [EngineDown(1, returns=False)]) == []  # it died before it could be stopped
     assert leaving.manager.used_bytes(0) == 0
     loading = make_controller({1: [(0,)]})
     loading.handle(0, [EndpointAdded(endpoint_spec(1))])
@@ -349,7 +351,7 @@ def test_dispatch_tick_delays_and_registration_delay() -> None:
     timing = DispatchTiming(tick_us=100, after_arrival_us=14, after_release_us=22, registration_delay_us=1_000)
     controller = up({1: [(0,)], 2: [(1,)]}, timing=timing)
     assert controller.handle(950, [RequestArrived(request(1, 1, 950))]) == []
-    assert controller.wake_us == 1_000  # the pause ends, a tick
+    assert controller.wake_us == 1_000  # the registration delay ends at a tick
     assert ids(controller.handle(1_000, [])) == [1]
     assert controller.handle(1_085, [RequestArrived(request(2, 2, 1_085)), RequestArrived(request(3, 1, 1_085))]) == []
     assert controller.wake_us == 1_100  # 1,099 is the first possible moment
@@ -382,7 +384,7 @@ def test_a_fault_is_recorded() -> None:
 
 
 def test_placement_sees_the_load_history() -> None:
-    """A GPU busy for 30 of the last 120 seconds has load 0.25 when the next model is asked for."""
+    """A GPU that was busy for 30 of the last 120 seconds has load 0.25 when the next model is requested."""
     seen = []
 
     class Looking:

@@ -1,4 +1,4 @@
-"""Errors: what they say, and that they survive a process pool."""
+"""Errors: their messages, and pickling."""
 
 import copy
 
@@ -13,7 +13,7 @@ def test_an_unknown_name_suggests_a_similar_name() -> None:
 
 def test_errors_can_be_pickled() -> None:
     for error in (UnknownNameError("policy", "x", ["llf"]), InputError("bad"), MaveriqError("failed")):
-        again = copy.copy(error)  # by the protocol that pickle uses
+        again = copy.copy(error)  # uses the pickle protocol
         assert (str(again), again.exit_code) == (str(error), error.exit_code)
 
 

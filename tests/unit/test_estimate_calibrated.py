@@ -1,4 +1,4 @@
-"""The calibrated estimator: its bars with each model left out, its files, its fit."""
+"""The calibrated estimator: errors with each model left out, files, and fit."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ GROUND_TRUTH = ("falcon-7b", "gptj-6b", "llama-2-7b", "llama-2-70b")
 
 @cache
 def left_out(table: Path, profile: str) -> Evaluation:
-    """Errors where every row is predicted by a calibration that has not seen its model's ground truth."""
+    """Errors with each row predicted by a calibration without the ground truth of its model."""
     hardware = load_profile(profile)
     judged = benchmarked_estimator("calibrated", hardware, without_model=EACH)
     return evaluate(table, judged, prompt_tokens=hardware.prompt_tokens)
@@ -71,7 +71,7 @@ def test_bars_on_batches_with_the_model_left_out(measured_data: Path) -> None:
     overall = groups(found, "all")[""]
     assert overall.latency.p90 <= 12
     assert 85 <= overall.latency_covered <= 95
-    # Short of the bars (2, 8 and 85 percent): nothing else says what this model adds per request.
+    # These miss the bars (2, 8 and 85 percent), because no other data has the time per request of this model.
     assert (overall.memory.median <= 2.5, overall.memory.p95 <= 9, overall.memory_covered >= 80) == (True, True, True)
 
 
@@ -131,7 +131,7 @@ def test_service_times_of_recorded_runs_outside_the_fit(measured_data: Path) -> 
 @pytest.mark.heavy
 @pytest.mark.data
 def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_path: Path) -> None:
-    """Figures may differ in their last digits with the linear algebra of the machine."""
+    """The last digits depend on the linear algebra library of the machine."""
     script = Path(__file__).parents[2] / "scripts" / "fit_calibrated.py"
     subprocess.run([sys.executable, script, measured_data, "--out", tmp_path], check=True, capture_output=True)
     written = sorted(path.name for path in tmp_path.iterdir())
@@ -169,7 +169,7 @@ def test_profile_and_prompt_tokens_are_options(measured_data: Path) -> None:
 
 
 def samples_of(true_bandwidth_gb_s: float) -> list[Sample]:
-    """Samples of an imagined GPU that obeys the law exactly."""
+    """Samples of a made-up GPU that follows the roofline exactly."""
     truth = msgspec.structs.replace(start_calibration(), bandwidth_gb_s=true_bandwidth_gb_s)
     found = []
     for name in ("llama-2-7b", "gptj-6b", "llama-2-70b"):
@@ -221,7 +221,7 @@ def test_a_calibration_file_round_trips(tmp_path: Path) -> None:
 
 def test_only_measured_models_have_a_calibration_without_them() -> None:
     whole = read_calibration(PATH)
-    # Of the last two there are full models with uneven splits alone.
+    # The last two have full-model measurements only with uneven splits.
     without = [read_calibration(PATH, without_model=name) for name in (*GROUND_TRUTH, "llama-2-13b", "falcon-40b")]
     assert len({calibration.bandwidth_gb_s for calibration in [whole, *without]}) == 7
     assert read_calibration(PATH, without_model="stranger") == whole

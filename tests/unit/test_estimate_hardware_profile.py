@@ -1,4 +1,4 @@
-"""Hardware profiles, what they refuse, and clusters."""
+"""Hardware profiles, their validation, and clusters."""
 
 import shutil
 from collections.abc import Callable

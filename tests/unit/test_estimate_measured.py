@@ -1,4 +1,4 @@
-"""The estimator that looks up measurements, and a profile with little else."""
+"""The estimator of measurements, with a small profile."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_measured_points_are_exact_and_others_interpolated(profile: HardwareProf
     assert service(measured, prompt=16) == pytest.approx(0.010 + 10 * 0.002)
     assert service(measured, prompt=128) == pytest.approx(0.038 + 10 * 0.003)
     assert service(measured, prompt=40) == pytest.approx(0.016 + 10 * 0.002)
-    assert service(measured, prompt=192) == pytest.approx(0.054 + 10 * 0.004)  # the last line goes on
+    assert service(measured, prompt=192) == pytest.approx(0.054 + 10 * 0.004)  # extrapolated from the last segment
     assert service(measured, prompt=16, batch=4) == pytest.approx(0.040 + 10 * 0.005)
     assert service(measured, prompt=16, batch=2) == pytest.approx(0.020 + 10 * 0.003)
     assert measured.memory(TINY, TP2) == bytes_from_gib(0.26)
@@ -59,7 +59,10 @@ def test_noise_is_not_extrapolated(tmp_path: Path) -> None:
     rows = "tiny,float16,native,2,1,1,8,0.010,0.016,0.25\ntiny,float16,native,2,1,1,32,0.030,0.013,0.25\n"
     measured = MeasuredEstimator(load_profile(str(write_profile(tmp_path, rows))))
     far, near = (measured.service(TINY, TP2, prompt_tokens=prompt, output_tokens=10, batch=1) for prompt in (2_000, 1))
-    assert (far.tpot_s, near.tpot_s) == (0.013, 0.016)  # it fell by chance: tokens never come in less than no time
+    assert (far.tpot_s, near.tpot_s) == (
+        0.013,
+        0.016,
+    )  # noise: the measured TPOT falls, but extrapolation does not continue that
     assert far.ttft_s == pytest.approx(0.030 + 1968 / 24 * 0.020)
     assert near.ttft_s == pytest.approx(0.010 - 7 / 24 * 0.020)
 

@@ -1,4 +1,4 @@
-"""The paper's estimator: its formulas against a second writing of SPEC 3, and what it refuses."""
+"""The paper's estimator: its formulas against a second implementation of SPEC 3, and its refusals."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def paper(short: HardwareProfile) -> Estimator:
 
 
 def latency_by_hand(profile: HardwareProfile, name: str, cfg: ParallelConfig, output_tokens: int, batch: int) -> float:
-    """SPEC 3 once more, term by term, with its own letters."""
+    """SPEC 3 again, term by term, with its own symbols."""
     n, tp, pp = load_model(name).layers, cfg.tp, cfg.pp
     constants = profile.fingerprints.of(name)
     e = profile.fingerprints.exponents[cfg.weights, cfg.kv]

@@ -1,4 +1,4 @@
-"""Headline comparisons: ratios, who is held against whom, what counts, and the cells of the tables."""
+"""Headline comparisons: ratios, pairs, counted loads, and the cells of the tables."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`--gpus local`: the GPUs of this machine, as its driver tells them."""
+"""`--gpus local`: the GPUs of this machine, as its driver reports them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Where engines run: on the GPUs of the machine, each as its own or several on one, or on none."""
+"""The local machine: GPUs for engines, one or several per device, or none."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from maveriq.units import BYTES_PER_GIB
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False) -> None:
-    """Let the machine have GPUs of so much memory."""
+    """Give the machine GPUs with these sizes of memory."""
     meter = FakeMeter(memory_bytes=[memory_gib * BYTES_PER_GIB for memory_gib in gib], kind="big")
     sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
     monkeypatch.setattr(FakeMeter, "gpus", sliced)
@@ -58,7 +58,7 @@ def test_several_gpus_of_a_cluster_share_a_large_gpu(monkeypatch) -> None:
     machine(monkeypatch, 32)
     site = LocalMachine("torch")
     assert site.devices(cluster(4, gib=8)).uuids == ("VIRTUAL-0",) * 4
-    assert site.sampler(cluster(4, gib=8)) is None  # nobody knows whose work it is that the device does
+    assert site.sampler(cluster(4, gib=8)) is None  # the load of a shared device cannot be attributed
     assert site.sampler(cluster(1, gib=8)) is not None
     with pytest.raises(InputError, match=r"40\.0 GiB .* GPU 0 \(big\) has 32\.0 GiB"):
         site.devices(cluster(5, gib=8))

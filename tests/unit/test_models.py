@@ -1,4 +1,4 @@
-"""The model catalogue and models read from a Hugging Face configuration."""
+"""Built-in models, and models read from a Hugging Face configuration."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`maveriq place`: problem files good and bad, and what is printed."""
+"""`maveriq place`: valid and invalid problem files, and the output."""
 
 import copy
 import gzip
@@ -49,7 +49,7 @@ def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def changed(path: str, value: object) -> dict:
-    """The good problem with one value changed, or removed with `...`; `path` is as in models.0.name."""
+    """Return the valid problem with one value changed, or removed with `...`; `path` is like models.0.name."""
     problem = copy.deepcopy(GOOD)
     *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
     inner = problem

@@ -1,4 +1,4 @@
-"""Choosing configurations, dealing layers, placing shards."""
+"""Policies: configurations, layer splits, and placement of shards."""
 
 from dataclasses import replace
 from itertools import permutations
@@ -61,7 +61,7 @@ def ranked(requested: EndpointSpec, view: ClusterView | None = None) -> Ranking:
     return rank(requested, view or empty, PAPER, PROFILE.accuracy)
 
 
-# Dealing layers
+# Layer splits
 
 
 @given(st.integers(1, 100), st.lists(st.integers(0, 60), min_size=1, max_size=8))
@@ -72,7 +72,7 @@ def test_layer_splits_fill_every_stage_within_its_memory(layers: int, room: list
         return
     assert sum(split) == layers
     assert all(1 <= held <= maximum for held, maximum in zip(split, room, strict=True))
-    # Dealt in turns: a stage that is behind another by more than one has no room left.
+    # Layers are added in turns: a stage with two fewer layers than another has no memory left.
     for held, maximum in zip(split, room, strict=True):
         assert held == maximum or held >= max(split) - 1
 
@@ -196,7 +196,7 @@ def test_an_unmeasured_accuracy_fails_only_an_accuracy_floor() -> None:
 
 
 def test_layers_follow_free_memory() -> None:
-    """Three GPUs with little memory and one with much: the split is uneven, and it fits."""
+    """With three small GPUs and a large one, the split is uneven and fits."""
     view = view_with_free(3.0, 3.0, 12.0, 3.0)
     split = {
         candidate.configuration.pp: candidate for candidate in ranked(endpoint(float16_only=True), view).candidates

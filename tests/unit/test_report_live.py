@@ -1,4 +1,4 @@
-"""Live views: paced, legible, and silent when they should be."""
+"""Live views: update rate, layout, and output without a terminal."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Metrics against figures worked out by hand."""
+"""Metrics against figures computed by hand."""
 
 from dataclasses import replace
 
@@ -66,11 +66,11 @@ def test_without_an_slo_there_is_no_attainment():
 
 def test_goodput_counts_ttft_from_arrival():
     run = run_record(table(ROWS))
-    # From its start the second request's first token takes 1 s, from its arrival 3 s.
+    # The first token of the second request comes 1 s after its start and 3 s after its arrival.
     assert summarise(run, slo_ttft_s=1.0).overall.goodput.share == pytest.approx(1 / 5)
     assert summarise(run, slo_ttft_s=3.0).overall.goodput.share == pytest.approx(2 / 5)
     assert summarise(run, slo_ttft_s=3.0).overall.goodput.per_s == pytest.approx(2 / 6)
-    # The second has one token, so no TPOT to miss; the first has 0.5 s.
+    # The second has one token and therefore no TPOT; the first has a TPOT of 0.5 s.
     assert summarise(run, slo_tpot_s=0.4).overall.goodput.share == pytest.approx(1 / 5)
     assert summarise(run, slo_tpot_s=0.5).overall.goodput.share == pytest.approx(2 / 5)
     assert summarise(run).overall.goodput is None
@@ -138,7 +138,7 @@ def test_summary_in_plain_values():
 
 
 def test_a_batch_shares_the_gpu_hours_of_its_execution() -> None:
-    """Three requests on one GPU: one alone for 2 s, then two together for 4 s; the GPU works 6 s in all."""
+    """Three requests on one GPU: one alone for 2 s, then two together for 4 s; the GPU is busy for 6 s."""
     record = run(arrivals([10, 11, 12], [1, 1, 1], [2_000, 4_000, 1_000]), {1: [(0,)]}, gpus=1, batch_size=2)
     gpu_hours = summarise(record).overall
     assert gpu_hours.operational_cost_gpu_hours == pytest.approx(6 / 3600)

@@ -1,4 +1,4 @@
-"""Tables of a run folder are the same read by column or by row; unusual ones are read by row."""
+"""Tables of a run folder: reading by column equals reading by row; unusual tables are read by row."""
 
 import tempfile
 from pathlib import Path

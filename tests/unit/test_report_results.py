@@ -1,4 +1,4 @@
-"""Result tables fit their terminal and say what there is to say."""
+"""Result tables: width and content."""
 
 from dataclasses import replace
 

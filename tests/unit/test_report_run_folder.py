@@ -1,4 +1,4 @@
-"""Run folders: what is written, read back, and left alone."""
+"""Run folders: writing, reading, and folders that are not replaced."""
 
 import csv
 import json
@@ -174,7 +174,7 @@ def test_a_failed_write_leaves_no_files(folder, tmp_path):
 
     with pytest.raises(MaveriqError, match="No space left") as caught:
         write_folder(folder, full_disk)
-    assert caught.value.exit_code == 1  # a full disk is no bad input
+    assert caught.value.exit_code == 1  # a full disk is no input error
     assert (folder / "run.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

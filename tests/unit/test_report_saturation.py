@@ -1,4 +1,4 @@
-"""Saturation of single-server queues whose answer queueing theory knows."""
+"""Saturation of single-server queues with known behaviour."""
 
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ STABLE, BACKLOGGED, OVERLOADED = SaturationLabel.STABLE, SaturationLabel.BACKLOG
 
 
 def m_d_1(load: float, requests: int, *, seed: int = 0, pauses: tuple = ()) -> RunRecord:
-    """Poisson arrivals at `load` per second, each served for one second."""
+    """Return Poisson arrivals at `load` per second with a service time of one second."""
     gaps_s = np.random.default_rng(seed).exponential(1 / load, requests)
     return single_server(gaps_s, np.ones(requests), pauses=pauses)
 
 
 def stages(*loads_and_seconds: tuple[float, float]) -> RunRecord:
-    """Poisson arrivals whose rate changes by stages, each served for one second."""
+    """Return Poisson arrivals with a rate per stage and a service time of one second."""
     random = np.random.default_rng(0)
     arrivals_s, since_s = [], 0.0
     for load, span_s in loads_and_seconds:
@@ -68,7 +68,7 @@ def test_overload_is_stated_with_its_numbers():
     saturation = assess_saturation(m_d_1(1.3, 2000))
     assert saturation.evidence.drift_share == pytest.approx(1 - 1 / 1.3, abs=0.06)
     assert saturation.evidence.left_waiting == pytest.approx(2000 * (1 - 1 / 1.3), rel=0.2)
-    assert f"{saturation.evidence.left_waiting - 1:,} still waited" in saturation.sentence  # beside the last arrival
+    assert f"{saturation.evidence.left_waiting - 1:,} still waited" in saturation.sentence  # without the last arrival
 
 
 def test_a_burst_that_drains_is_backlogged():

@@ -1,4 +1,4 @@
-"""The ledger of requests where a service runs for long."""
+"""The request tracker of a long-running service."""
 
 from maveriq.control.request_tracker import MAX_REASONS, RequestTracker
 from maveriq.domain.requests import Request

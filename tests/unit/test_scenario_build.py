@@ -1,4 +1,4 @@
-"""From options to a scenario: what a user does to a run besides sending requests."""
+"""Systems built from options: priorities, removals, faults, estimators."""
 
 import pytest
 
@@ -76,7 +76,7 @@ def test_the_rejection_says_that_every_gpu_is_down(replay) -> None:
 
 
 def profile_without_calibration(tmp_path):
-    """A copy of the A6000's profile from which the calibration is taken out, as for a GPU of one's own."""
+    """A copy of the A6000 profile without its calibration, like the profile of a new GPU."""
     for path in data_path("a6000").iterdir():
         text = path.read_text()
         (tmp_path / path.name).write_text(text.replace('calibrated = "calibrated.toml"\n', ""))

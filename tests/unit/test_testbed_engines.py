@@ -1,4 +1,4 @@
-"""Recorded engines: who was busy beside whom, and what the fit makes of it."""
+"""Recorded engines: co-located busy engines, and fits of contention."""
 
 import gzip
 from pathlib import Path
@@ -24,9 +24,9 @@ ENGINES = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four engines; the first is at work from 10 to 14 s, the others meanwhile, the last in another run."""
+    """Four engines; the first is busy from 10 to 14 s, the others at the same time, the last in another run."""
     requests = {("one", 1): (10, 14), ("one", 2): (11, 12), ("one", 3): (9, 20), ("two", 1): (10, 14)}
-    scheduled = ["run,req_id,model_id,scheduled_s,prompt_chars", "one,1,4,8,999"]  # dropped: it never came up
+    scheduled = ["run,req_id,model_id,scheduled_s,prompt_chars", "one,1,4,8,999"]  # dropped: its model never started
     completed = ["run,req_id,model_id,arrival_s,latency_s,service_s"]
     admitted = {"one": 0, "two": 0}
     for number, ((run, model_id), (start_s, finish_s)) in enumerate(requests.items(), start=2):
@@ -81,7 +81,7 @@ def test_a_fit_recovers_the_contention(folder: Path) -> None:
         counts = np.arange(8)
         waits_s = 1e-6 * (shape.layers * truth.layer_us * (counts > 0) + truth.turn_us * np.maximum(counts - 1, 0))
         alone_s = np.full(400, 0.2)
-        # It takes a tenth longer than it should even alone, which is no neighbour's fault.
+        # It takes a tenth longer even alone, which is not due to contention.
         taken_s = contended_s(1.1 * alone_s, busy_shares, waits_s, np.full(400, 20.0)) * np.exp(
             0.01 * random.standard_normal(400)
         )
@@ -103,5 +103,5 @@ def test_medians_use_uncontended_requests_by_prompt_length(folder: Path) -> None
     assert [execution.service_s for execution in found] == pytest.approx([1.117, 1.372, 1.628, 1.883], abs=1e-3)
     assert [execution.prompt_tokens for execution in found] == sorted(execution.prompt_tokens for execution in found)
     assert not list(uncontended_medians(engine("gptj-6b", busy_shares[40:], service_s[40:], folder), bands=4))
-    # A request each is too few where it had a neighbour.
+    # One contended request per engine is too few.
     assert [execution.configuration.gpus for execution in read_recorded(folder)] == [2, 1]

@@ -48,7 +48,7 @@ def test_times_are_those_of_the_table(recorded: RunRecord) -> None:
     assert table.start_us.tolist() == [NOT_YET, 330_060_000, 599_960_000, 600_460_000, NOT_YET]
     assert table.finish_us.tolist() == [NOT_YET, 331_550_000, 600_460_000, 600_960_000, NOT_YET]
     assert set(table.first_token_us.tolist()) == {NOT_YET}
-    assert recorded.ended_us == (601 + 300) * S  # requests were left, so it ran on for the time to drain
+    assert recorded.ended_us == (601 + 300) * S  # unfinished requests remained, so the run lasted for the drain time
     assert table.prompt_tokens.tolist() == [10, 100, 1, 20, 10]
 
 
@@ -81,7 +81,7 @@ def test_a_baseline_has_no_intent_and_no_estimate(tmp_path: Path) -> None:
     assert deployment.endpoint.intent.objective is Objective.MIN_COST
     assert deployment.plan is not None
     assert deployment.plan.est_memory_bytes == 0
-    assert baseline.ended_us == 101_510_000  # nothing was left, so it ended with the last request
+    assert baseline.ended_us == 101_510_000  # no request remained, so the run ended with the last one
     assert not baseline.requests.slo_us.any()
 
 

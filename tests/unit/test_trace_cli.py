@@ -1,4 +1,4 @@
-"""`maveriq trace`: what it prints, and that it refuses by raising."""
+"""`maveriq trace`: its output and errors."""
 
 import json
 

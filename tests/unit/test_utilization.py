@@ -1,4 +1,4 @@
-"""The load of a GPU, by example and against counting instant by instant."""
+"""The load of a GPU: examples, and comparison with counting every instant."""
 
 from dataclasses import replace
 
@@ -22,8 +22,8 @@ SMALL = LoadWindow(samples=5, sample_us=10, look_us=4, busy_share=0.25)
         ([], 100, 0.0),
         ([(0, 100)], 100, 1.0),
         ([(56, 60)], 100, 0.2),  # seen by the sample at 60
-        ([(50, 56)], 100, 0.0),  # between two looks
-        ([(59, 60)], 100, 0.0),  # a quarter of the look is not more than a quarter
+        ([(50, 56)], 100, 0.0),  # between two samples
+        ([(59, 60)], 100, 0.0),  # a quarter of the look is not more than the threshold
         ([(58, 60)], 100, 0.2),
         ([(58, 59), (59, 60)], 100, 0.2),  # two together
         ([(46, 50)], 100, 0.0),  # long ago: samples at 60 to 100 count
@@ -78,7 +78,7 @@ def test_phases_depend_on_the_seed_and_differ_between_gpus() -> None:
     window = replace(SMALL, sample_us=1_000, max_phase_us=1_000)
     phases = sampling_phases_us(window, 8, seed=1)
     assert phases == sampling_phases_us(window, 8, seed=1) != sampling_phases_us(window, 8, seed=2)
-    assert phases[:4] == sampling_phases_us(window, 4, seed=1)  # a larger cluster changes nothing for those it had
+    assert phases[:4] == sampling_phases_us(window, 4, seed=1)  # a larger cluster keeps the phases of the first GPUs
     assert len(set(phases)) > 1
     assert all(0 <= phase <= 1_000 for phase in phases)
     assert sampling_phases_us(replace(window, max_phase_us=0), 8, seed=1) == (0,) * 8

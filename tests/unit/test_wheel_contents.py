@@ -1,4 +1,4 @@
-"""The wheel check itself: it must notice what it is there to notice."""
+"""The wheel check detects what it has to detect."""
 
 import importlib.util
 import json

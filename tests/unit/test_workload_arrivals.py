@@ -1,4 +1,4 @@
-"""Arrival draws: the published one against its plain form, Poisson against its own statistics."""
+"""Arrival draws: the published draw against a simple loop, Poisson against its statistics."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from maveriq.workload.arrivals import deploy_times, published_draw, staged_poiss
 
 
 def published_one_by_one(counts, scale, load_at, seed):
-    """The published loop as it was written: one choice for each request."""
+    """The published loop: one choice for each request."""
     legacy = np.random.RandomState(seed)
     requests, deployed = [], 0
     for index, count in enumerate(counts):

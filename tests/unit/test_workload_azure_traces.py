@@ -1,4 +1,4 @@
-"""Reading public Azure traces: rounding, tolerance where it is due, a named line where it is not."""
+"""Public Azure traces: rounding, accepted formats, and errors with their line."""
 
 import gzip
 import time

@@ -1,4 +1,4 @@
-"""Workloads put together: lengths, latency objectives, recorded schedules, options that do not fit."""
+"""Workloads: lengths, SLOs, recorded schedules, and invalid options."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_trace_lengths_from_the_embedded_quantiles():
 
 @pytest.fixture
 def small_trace(tmp_path):
-    """Three minutes with 4, 2 and 1 rows; context tokens tell the minute, generated tokens the row."""
+    """Three minutes with 4, 2 and 1 rows; context tokens identify the minute, generated tokens the row."""
     path = tmp_path / "small.csv"
     rows = [(minute, row) for minute, count in enumerate((4, 2, 1)) for row in range(1, count + 1)]
     lines = [f"2023-11-16 18:0{minute}:0{row},{minute * 100 + row},{minute * 100 + row}\n" for minute, row in rows]

@@ -1,4 +1,4 @@
-"""The tables of traces/ are what their script derives, and their README is right about them."""
+"""The tables of traces/ equal the output of their script, and their README is correct."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Model sets: names, files, overrides of the intent, and strictness."""
+"""Model sets: names, files, overrides of the intent, and validation."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The workload is the recorded one: every MaverIQ run, to the microsecond."""
+"""The workload of every recorded MaverIQ run is reproduced to the microsecond."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Recorded schedules: what is written is read back exactly, and what is wrong is named."""
+"""Recorded schedules: exact round trips, and errors with their line."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""What every engine does, as a process and behind the protocol of `maveriq.exec.messages`.
+"""Tests that every engine passes, as a process with the protocol of `maveriq.exec.messages`.
 
-A new engine joins by a line in `ENGINES` of tests/engine_fixtures.py.
+To test a new engine, add a line to `ENGINES` of tests/engine_fixtures.py.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_load_twice_loads_once(case: EngineCase, tmp_path) -> None:
             loaded = await engine.receive(Loaded)
             engine.send(Ping(number=1))
             answer = await engine.receive()
-            if answer == loaded:  # the second message came after the load had ended, and repeats its answer
+            if answer == loaded:  # the second message came after the load, so the answer is repeated
                 answer = await engine.receive()
             assert answer == Pong(number=1, execution_id=0, steps=0)
             engine.send(Load(spec=engine.spec))
@@ -118,7 +118,7 @@ def test_a_repeated_execution_message_is_not_executed_again(case: EngineCase, tm
             assert await engine.receive() == finished
             engine.send(batch_of(2), Ping(number=1))
             await engine.receive(Finished)
-            engine.send(first, Ping(number=2))  # older than the last: no answer to it
+            engine.send(first, Ping(number=2))  # older than the last: no answer
             while (heard := await engine.receive()) != Pong(number=2, execution_id=0, steps=0):
                 assert isinstance(heard, Pong)
 
@@ -221,7 +221,7 @@ def test_close_may_be_called_at_any_time_and_twice(case: EngineCase) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_heavy_libraries_are_imported_on_load(case: EngineCase, tmp_path) -> None:
-    """So that also a backend with heavy libraries answers at once."""
+    """A backend with heavy libraries answers immediately too."""
 
     async def check() -> None:
         async with started_engine(case, tmp_path, load=False) as engine:
