@@ -360,7 +360,7 @@ def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **o
     answer = ranked.to_dict()
     rows = [candidate | {"reason": ranked.ranking.note if ranked.failure else ""} for candidate in answer["candidates"]]
     if explain:
-        rows += answer["left_out"]
+        rows += answer["rejected"]
     return pd.DataFrame(rows)
 
 

@@ -127,9 +127,9 @@ def unsupported_by(engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, d
 
 
 def _names(rows: Sequence[CapabilityRow], of: Callable[[CapabilityRow], Sequence[object]]) -> str:
-    """Return the values of a column as words, each once, in the order of the file."""
-    words = list(dict.fromkeys(str(value) for row in rows for value in of(row)))
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    """Return the distinct values of a column as text, in the order of the file."""
+    names = list(dict.fromkeys(str(value) for row in rows for value in of(row)))
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _limit(row: CapabilityRow, model: ModelSpec, cfg: ParallelConfig) -> str | None:
@@ -159,7 +159,7 @@ def _undivided(row: CapabilityRow, model: ModelSpec, tp: int) -> str | None:
     return reason
 
 
-# What a change costs. What users notice most, the number of GPUs, costs most; the least is what changes answers least.
+# Weights of `distance`: a change of the number of GPUs costs most, a change that hardly affects outputs least.
 _GPU_DOUBLING = 4.0
 _TP_DOUBLING = 2.0
 _BITS_DOUBLING = 2.0
@@ -255,12 +255,12 @@ def this_machine() -> Machine:
 
 
 def installed(engine: str, machine: Machine) -> Installed:
-    """Say what there is of an engine; packages are looked up, not imported.
+    """Return what is installed of an engine; packages are found, not imported.
 
     Raises:
         UnknownNameError: no such engine.
     """
-    from maveriq.exec.engines import trtllm, vllm  # late: both ask this module what they can do
+    from maveriq.exec.engines import trtllm, vllm  # late: both import this module
 
     facts = engine_facts(engine)
     versions = {name: version for name in facts.packages if (version := _version(name))}
@@ -285,7 +285,7 @@ def _runs_on_cpus(vllm_version: str) -> bool:
 
 
 def _version(package: str) -> str | None:
-    """Return the version of what gives a package, under whatever name it is distributed; None where nothing does."""
+    """Return the version of the distribution that provides a package; None if it is not installed."""
     if importlib.util.find_spec(package) is None:
         return None
     try:
@@ -306,7 +306,8 @@ class Refusal:
     nearest: ParallelConfig | None
 
     def __str__(self) -> str:
-        near = f"nearest that it can: {self.describe_nearest()}" if self.nearest else "it has nothing near"
+        nearest = f"the nearest it can run: {self.describe_nearest()}"
+        near = nearest if self.nearest else "it supports no similar configuration"
         asked = self.asked.describe(self.model.layers)
         return f"{self.engine} cannot run {self.model.name} as {asked}: {self.reason}; {near}"
 
@@ -338,10 +339,10 @@ def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupportedByEngine:
-    """Another estimator's answers, but for configurations that an engine cannot run.
+    """Another estimator, restricted to the configurations that an engine can run.
 
-    Layers are not dealt yet when it is asked, so it looks at an even split; an engine that needs one may still refuse
-    the split that a policy chooses.
+    The layer split is not known yet when a policy asks, so this checks an even split; the engine may still refuse the
+    uneven split that the policy chooses.
 
     Args:
         base: answers everything else.
@@ -357,7 +358,7 @@ class SupportedByEngine:
 
     @property
     def name(self) -> str:
-        """The name of the estimator beneath, whose figures these are."""
+        """The name of the base estimator."""
         return self.base.name
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:

@@ -60,31 +60,31 @@ class RejectedConfig:
 class Ranking:
     """The candidates, best first, and the rejected configurations.
 
-    `left_out` has the rejected ones in the order of enumeration; those that only miss the SLO come last.
+    `rejected` has the rejected ones in the order of enumeration; those that only miss the SLO come last.
 
-    `note` is empty, or says that no candidate meets the SLO; then the candidates are those that
-    meet everything else, fastest first.
+    `note` is empty, or says that no candidate meets the SLO. Then the candidates are the configurations
+    that meet all other constraints, fastest first.
     """
 
     candidates: tuple[Candidate, ...]
-    left_out: tuple[RejectedConfig, ...]
+    rejected: tuple[RejectedConfig, ...]
     note: str = ""
 
     def why_empty(self) -> str:
-        """Return one clause on why nothing is left: each reason with how often it applied."""
+        """Return one clause on why there is no candidate: the most frequent reasons with their counts."""
         counts: dict[str, int] = {}
-        for left in self.left_out:
-            counts[left.reason] = counts.get(left.reason, 0) + 1
+        for config in self.rejected:
+            counts[config.reason] = counts.get(config.reason, 0) + 1
         by_count = sorted(counts.items(), key=lambda item: -item[1])
         listed = "; ".join(f"{count} x {reason}" for reason, count in by_count[:3])
         rest = f"; and {len(by_count) - 3} other reasons" if len(by_count) > 3 else ""
-        return f"none of {len(self.left_out)} configurations can be used: {listed}{rest}"
+        return f"none of {len(self.rejected)} configurations can be used: {listed}{rest}"
 
 
 def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -> Iterator[ParallelConfig]:
     """Yield every configuration for up to `gpus` GPUs, in the order that breaks ties.
 
-    A stage needs a layer, so there are no more stages than layers, however large the cluster.
+    Each stage needs a layer, so `pp` is at most the number of layers.
     """
     for tp in tensor_parallel_degrees(model, gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
@@ -97,14 +97,14 @@ def rank(endpoint: EndpointSpec, view: ClusterView, estimator: Estimator, accura
     """Order the configurations that can serve an endpoint on the cluster as it is."""
     gpus = view.by_free_memory()
     fitting: list[Candidate] = []
-    left_out: list[RejectedConfig] = []
+    rejected: list[RejectedConfig] = []
     for configuration in enumerate_configurations(endpoint.model, len(gpus), endpoint.batch_size):
         outcome = _consider(endpoint, configuration, gpus, estimator, accuracy)
         if isinstance(outcome, Candidate):
             fitting.append(outcome)
         else:
-            left_out.append(outcome)
-    return _order(endpoint.intent, fitting, left_out)
+            rejected.append(outcome)
+    return _order(endpoint.intent, fitting, rejected)
 
 
 def _consider(
@@ -116,7 +116,8 @@ def _consider(
 ) -> Candidate | RejectedConfig:
     """Return the configuration as a candidate, or the reason against it."""
     score = accuracy(endpoint.model.name, configuration.weights, configuration.kv)
-    reason = estimator.why_not(endpoint.model, configuration) or _breaks(endpoint.intent, configuration, score)
+    reason = estimator.why_not(endpoint.model, configuration)
+    reason = reason or _broken_constraint(endpoint.intent, configuration, score)
     if reason:
         return RejectedConfig(configuration=configuration, reason=reason)
     memory_bytes = estimator.memory(endpoint.model, configuration)
@@ -147,7 +148,7 @@ def _consider(
     )
 
 
-def _breaks(intent: Intent, configuration: ParallelConfig, accuracy: float | None) -> str | None:
+def _broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: float | None) -> str | None:
     """Return which constraint other than the SLO a configuration breaks, if any."""
     if intent.float16_only and configuration.weights is not WeightType.FLOAT16:
         return "weights are not float16"
@@ -158,14 +159,14 @@ def _breaks(intent: Intent, configuration: ParallelConfig, accuracy: float | Non
     return None
 
 
-def _order(intent: Intent, fitting: list[Candidate], left_out: list[RejectedConfig]) -> Ranking:
+def _order(intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig]) -> Ranking:
     """Order the candidates that meet the SLO by the objective; if none meets it, order all by latency."""
     slo_s = intent.slo_s
     meeting = [candidate for candidate in fitting if slo_s is None or candidate.service.latency_s < slo_s]
     if fitting and not meeting and slo_s is not None:
         fastest = sorted(fitting, key=lambda candidate: candidate.service.latency_s)
         note = f"misses its SLO of {slo_s:.3f} s: the fastest that fits takes {fastest[0].service.latency_s:.3f} s"
-        return Ranking(candidates=tuple(fastest), left_out=tuple(left_out), note=note)
+        return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), note=note)
     slow = [
         RejectedConfig(
             configuration=candidate.configuration,
@@ -177,10 +178,10 @@ def _order(intent: Intent, fitting: list[Candidate], left_out: list[RejectedConf
     ]
     return Ranking(
         candidates=tuple(sorted(meeting, key=lambda candidate: candidate.score)),
-        left_out=tuple(left_out + slow),
+        rejected=tuple(rejected + slow),
     )
 
 
-def room_sentence(view: ClusterView) -> str:
-    """Return the free memory of each GPU in words, for a rejection."""
+def free_memory_text(view: ClusterView) -> str:
+    """Return the free memory of each GPU as text, for a rejection."""
     return "free GiB: " + " ".join(f"{gib(gpu.free_bytes):.1f}" for gpu in view.gpus)

@@ -15,7 +15,7 @@ from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
-from maveriq.policy.configuration import AccuracyLookup, Candidate, rank, room_sentence
+from maveriq.policy.configuration import AccuracyLookup, Candidate, free_memory_text, rank
 from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.units import Bytes
 
@@ -51,7 +51,7 @@ def hybrid(threshold: float) -> PlacementRule:
 
 
 def place_shards(shards: Sequence[Bytes], order: Sequence[GpuView]) -> tuple[int, ...] | None:
-    """Return the GPU of each shard, in the order of the shards; None if one finds no room.
+    """Return the GPU of each shard, in the order of the shards; None if a shard fits no GPU.
 
     A shard keeps its position, and so its stage and rank, on any GPU. If the shards fit the
     GPUs in any way at all, they fit in this one: a GPU that can hold the largest shard can hold
@@ -86,7 +86,7 @@ class MaverIQ:
             return Rejection(reason="every GPU is down")
         ranking = rank(endpoint, view, self.estimator, self.accuracy)
         if not ranking.candidates:
-            return Rejection(reason=f"{ranking.why_empty()} ({room_sentence(view)})")
+            return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
         best = ranking.candidates[0]
         gpu_ids = self._place(best, view)
         if gpu_ids is None:

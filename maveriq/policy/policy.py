@@ -16,7 +16,7 @@ class Deploy:
     """Start these deployments; each serves the endpoint.
 
     Raises:
-        InputError: no plan at all (a `Rejection` says that better).
+        InputError: there is no plan; return a `Rejection` instead.
     """
 
     plans: tuple[DeploymentPlan, ...]
@@ -41,7 +41,7 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """The name by which `--policy` knows it."""
+        """The name for `--policy`."""
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return the deployments to start, or why there are none.

@@ -45,7 +45,7 @@ def make_policy(
     Raises:
         InputError: no such policy, a rule that cannot be loaded, a threshold outside 0 to 1.
     """
-    hybrid(packing_threshold)  # a bad threshold is refused even where this policy has no use for it
+    hybrid(packing_threshold)  # refuse a bad threshold even if this policy does not use it
     if ":" in name:
         rule: PlacementRule | None = _load_rule(name)
     elif name in RULES:
@@ -79,7 +79,7 @@ def _load_rule(name: str) -> PlacementRule:
         raise InputError(f"policy {name!r}: {place} does not exist; check the path")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except (Exception, SystemExit) as error:  # the user's code: anything may come
+    except (Exception, SystemExit) as error:  # user code can raise anything
         raise InputError(
             f"policy {name!r}: {place or 'nothing'} cannot be imported: {_error_with_line(error)}"
         ) from None
@@ -100,7 +100,7 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
         given = set(gpus)
         for gpu in answer:
             if not (isinstance(gpu, GpuView) and gpu in given):
-                raise MaveriqError(f"policy {name!r} returned {gpu!r:.60}, which is none of the GPUs that it was given")
+                raise MaveriqError(f"policy {name!r} returned {gpu!r:.60}, which is not one of the GPUs it was given")
         if len({gpu.gpu_id for gpu in answer}) < len(answer):
             raise MaveriqError(f"policy {name!r} returned a GPU twice; each GPU takes one shard")
         return answer
@@ -109,7 +109,7 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
 
 
 def _error_with_line(error: BaseException) -> str:
-    """Return an error with the line of the user's code that it comes from, if it does."""
+    """Return an error as text, with the line of the user's code that raised it, if any."""
     ours = (__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<")]

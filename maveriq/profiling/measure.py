@@ -1,4 +1,4 @@
-"""Measuring an engine alone: load a configuration, ask it the same things a few times, stop it."""
+"""Measures an engine alone: load a configuration, send the same batches a few times, stop it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ProfilingError(MaveriqError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementCase:
-    """What an engine is asked: `batch` prompts of equal length, and so many tokens for each."""
+    """A batch to measure: `batch` prompts of equal length and the output tokens of each."""
 
     batch: int
     prompt_tokens: int
@@ -73,7 +73,7 @@ async def measure(
     devices: Devices,
     probe: Probe,
 ) -> list[Measured]:
-    """Start an engine on the first GPUs, ask every question, and stop it.
+    """Start an engine on the first GPUs, measure every batch, and stop it.
 
     Raises:
         ProfilingError: it does not start, cannot do this, or takes longer than it may.

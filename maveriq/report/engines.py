@@ -111,7 +111,7 @@ def answers_table(
         Column("engine"),
         Column("can", wrap="words"),
         Column("why not", wrap="fold"),
-        Column("nearest that it can", wrap="fold"),
+        Column("nearest it can run", wrap="fold"),
     ]
     rows = [
         row(name, Text("yes", "green"), "", "")

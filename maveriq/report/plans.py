@@ -82,15 +82,15 @@ def _cells(candidate: Candidate, *, wide: bool) -> list[str]:
 
 def rejected_table(ranking: Ranking, *, every: bool) -> Table:
     """Return why configurations were rejected: a row per reason, or per configuration if `every`."""
-    title = f"Left out: {len(ranking.left_out)} configurations"
+    title = f"Rejected: {len(ranking.rejected)} configurations"
     if every:
         return Table(
             title,
             [Column("configuration"), Column("reason", wrap="words")],
-            [row(str(rejected.configuration), _full_reason(rejected)) for rejected in ranking.left_out],
+            [row(str(rejected.configuration), _full_reason(rejected)) for rejected in ranking.rejected],
         )
     by_reason: dict[str, list[RejectedConfig]] = {}
-    for rejected in ranking.left_out:
+    for rejected in ranking.rejected:
         by_reason.setdefault(rejected.reason, []).append(rejected)
     most_common_first = sorted(by_reason.items(), key=lambda item: -len(item[1]))
     return Table(
@@ -139,9 +139,9 @@ def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
             }
             for candidate in ranking.candidates
         ],
-        "left_out": [
-            {**_configuration_json(left.configuration), "reason": left.reason, "detail": left.detail}
-            for left in ranking.left_out
+        "rejected": [
+            {**_configuration_json(rejected.configuration), "reason": rejected.reason, "detail": rejected.detail}
+            for rejected in ranking.rejected
         ],
     }
 

@@ -27,8 +27,8 @@ FAILING = [
     policy(RULE + "import sys; sys.exit(0)", "policy 'r.py:order' failed: SystemExit"),
     policy("def order(): pass", "policy 'r.py:order' failed: TypeError"),
     policy(RULE + "return None", "policy 'r.py:order' failed: TypeError", "must return GPUs"),
-    policy(RULE + "return [3, 4]", "returned 3, which is none of the GPUs that it was given"),
-    policy(RULE + "return [{}]", "returned {}, which is none of the GPUs that it was given"),
+    policy(RULE + "return [3, 4]", "returned 3, which is not one of the GPUs it was given"),
+    policy(RULE + "return [{}]", "returned {}, which is not one of the GPUs it was given"),
     policy(RULE + "return list(gpus) * 2", "returned a GPU twice"),
 ]
 

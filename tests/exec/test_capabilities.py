@@ -134,7 +134,7 @@ def test_a_refusal_names_its_reason_and_the_nearest_configuration(
     assert reason in refusal.reason
     assert (refusal.describe_nearest() or None) == near
     assert "\n" not in str(refusal)
-    assert all(part in str(refusal) for part in (engine, model, refusal.reason, near or "nothing near"))
+    assert all(part in str(refusal) for part in (engine, model, refusal.reason, near or "no similar configuration"))
 
 
 def test_kv_heads_are_split_or_replicated_evenly() -> None:

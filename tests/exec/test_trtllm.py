@@ -97,10 +97,10 @@ def test_given_weights_must_already_be_quantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("falcon", {}, "it runs llama models, not falcon; it has nothing near"),
+        ("falcon", {}, "it runs llama models, not falcon; it supports no similar configuration"),
         ("gptj", {}, "it runs llama models, not gptj"),
-        ("llama", {"kv": "int8"}, "nearest that it can: TP 1 x PP 1 float16"),
-        ("llama", {"weights": "int4_gptq"}, "nearest that it can: TP 1 x PP 1 int4"),
+        ("llama", {"kv": "int8"}, "the nearest it can run: TP 1 x PP 1 float16"),
+        ("llama", {"weights": "int4_gptq"}, "the nearest it can run: TP 1 x PP 1 int4"),
         ("llama", {"devices": ("cpu",)}, "not on a CPU"),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_model_without_a_context_length_gets_the_default() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tp": 3}, "nearest that it can: TP 1 x PP 3 float16"),
+        ({"tp": 3}, "the nearest it can run: TP 1 x PP 3 float16"),
         ({"pp": 2, "layer_split": (2, 2), "devices": ("cpu", "cpu")}, "PP 2 is more than its 1"),
         ({"layer_split": (5,)}, "must add up to 4 layers"),
         ({"weights": "int3"}, "int3"),

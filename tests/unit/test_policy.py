@@ -158,11 +158,11 @@ def test_candidates_are_in_the_order_of_the_objective(objective: Objective) -> N
     assert len(scores) > 10
 
 
-def test_everything_enumerated_is_ranked_or_left_out() -> None:
+def test_everything_enumerated_is_ranked_or_rejected() -> None:
     requested = endpoint("llama-2-70b", slo_s=3.0, min_accuracy=95.0)
     ranking = ranked(requested)
     everything = list(enumerate_configurations(requested.model, 8))
-    listed = [option.configuration for option in (*ranking.candidates, *ranking.left_out)]
+    listed = [option.configuration for option in (*ranking.candidates, *ranking.rejected)]
     assert sorted(map(str, listed)) == sorted(map(str, everything))
     assert all(candidate.service.latency_s < 3.0 for candidate in ranking.candidates)
     assert all(candidate.accuracy >= 95.0 for candidate in ranking.candidates)

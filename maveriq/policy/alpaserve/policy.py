@@ -20,9 +20,9 @@ class StaticPlacementPolicy:
     """Deploys each endpoint on every group that hosts it; one that no group hosts is rejected.
 
     Args:
-        name: the name by which `--policy` knows it.
-        solution: what the search found; its model k (from 0) is endpoint k + 1.
-        profiles: of each endpoint's model, as the search had them.
+        name: the name for `--policy`.
+        solution: the result of the search; its model k (from 0) is endpoint k + 1.
+        profiles: the profile of each endpoint's model that the search used.
     """
 
     name: str
@@ -30,10 +30,10 @@ class StaticPlacementPolicy:
     profiles: Sequence[ModelProfile]
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
-        """Return a replica on each group that hosts the endpoint and has the memory now."""
+        """Return a replica on each group that hosts the endpoint and has enough free memory."""
         plans = list(self._plans(endpoint))
         if not plans:
-            return Rejection(reason=self._why_left_out())
+            return Rejection(reason=self._why_not_hosted())
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
         fitting = [plan for plan in plans if _why_not(plan, free) is None]
         if not fitting:
@@ -41,7 +41,7 @@ class StaticPlacementPolicy:
         return Deploy(plans=tuple(fitting))
 
     def replicas(self, endpoint_id: int) -> int:
-        """Return on how many groups the placement has an endpoint."""
+        """Return the number of groups that host an endpoint."""
         return sum(endpoint_id - 1 in group.model_indices for group in self.solution.groups)
 
     def _plans(self, endpoint: EndpointSpec) -> Iterator[DeploymentPlan]:
@@ -65,12 +65,12 @@ class StaticPlacementPolicy:
                 est_memory_bytes=sum(gpu_bytes),
             )
 
-    def _why_left_out(self) -> str:
+    def _why_not_hosted(self) -> str:
         return self.solution.reason or f"{self.name}'s placement leaves it out"
 
 
 def _why_not(plan: DeploymentPlan, free: dict[int, Bytes]) -> str | None:
-    """Return why a plan cannot be carried out on the GPUs that are up, None if it can."""
+    """Return why a plan does not fit the GPUs that are up; None if it fits."""
     for gpu_id, size in zip(plan.gpu_ids, plan.gpu_bytes, strict=True):
         if gpu_id not in free:
             return f"the placement has it on GPU {gpu_id}, which is down"
@@ -81,7 +81,7 @@ def _why_not(plan: DeploymentPlan, free: dict[int, Bytes]) -> str | None:
 
 
 def described(solution: PlacementSolution, names: Sequence[str]) -> str:
-    """Return a placement in one line: its groups with their models, and what its own simulator says.
+    """Return a placement in one line: its groups with their models, and the SLO attainment that the search simulated.
 
     Args:
         solution: the placement.

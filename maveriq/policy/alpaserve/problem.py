@@ -1,9 +1,9 @@
 """Placement problems, placements, and the settings of a search.
 
-A problem holds GPUs, models with their profiles, and the expected demand. A placement is groups of
-GPUs and the models that each hosts. AlpaServe* keeps every model; its code was not published, and
-rule F is the definition here, the one of three rules that meet all published placements which
-also means something on more than one node.
+A problem holds GPUs, models with their profiles, and the expected demand. A placement is a list of
+groups of GPUs with the models that each group hosts. AlpaServe* hosts every model; its code was not
+published. Rule F defines it here: three rules agree with all published placements, and of these only
+rule F extends to more than one node.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StageProfile:
     """A model under one shape: seconds of one request on each stage, bytes on each GPU of a stage.
 
     Raises:
-        InputError: no stage, stages that do not belong together, a time or size that cannot be.
+        InputError: there is no stage, the two tuples differ in length, or a time or size is out of range.
     """
 
     stage_latency_s: tuple[float, ...]
@@ -56,30 +56,30 @@ class StageProfile:
 
     @property
     def slowest_stage_s(self) -> float:
-        """What bounds the throughput of the pipeline."""
+        """Time of the slowest stage, which bounds the throughput of the pipeline."""
         return max(self.stage_latency_s)
 
     @property
     def gpu_bytes(self) -> float:
-        """What the fullest GPU holds; the memory rule goes by it."""
+        """Bytes on the fullest GPU; the memory check uses it."""
         return max(self.stage_weight_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """A model under every shape in which it can run; a missing shape cannot."""
+    """A model's profile for every shape in which it can run; other shapes are missing."""
 
     shapes: Mapping[GroupShape, StageProfile]
 
     def gpu_bytes(self, shape: GroupShape) -> float:
-        """Return what one GPU of a group must hold, infinite where the model cannot run so."""
+        """Return the bytes on one GPU of a group; infinite if the model cannot run in this shape."""
         profile = self.shapes.get(shape)
         return math.inf if profile is None else profile.gpu_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementModel:
-    """A model to place. `rate_per_s` is its mean rate, which only bucketing asks for."""
+    """A model to place. `rate_per_s` is its mean rate; only bucketing needs it."""
 
     name: str
     profile: ModelProfile
@@ -88,13 +88,13 @@ class PlacementModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlacementProblem:
-    """A cluster of equal GPUs, what to place on it, and for which requests.
+    """A cluster of equal GPUs, the models to place, and the expected requests.
 
     Args:
-        gpus: how many there are.
+        gpus: number of GPUs.
         gpus_per_node: a group larger than a node takes whole nodes.
-        memory_bytes: what one GPU can give to models.
-        models: in the order that ties go by.
+        memory_bytes: memory of one GPU for models.
+        models: the models; their order breaks ties.
         demand: the requests; its `models` are those of the problem, in their order.
 
     Raises:
@@ -130,9 +130,9 @@ def problem_for_cluster(
 
     Args:
         forecast: the demand expected; one model per profile.
-        cluster: GPUs of equal memory on nodes of equal size; AlpaServe knows no others.
-        profiles: of each model of the forecast, in its order.
-        memory_bytes: of one GPU; None for its capacity less what it holds when idle.
+        cluster: GPUs of equal memory on nodes of equal size; AlpaServe supports no others.
+        profiles: one per model of the forecast, in its order.
+        memory_bytes: memory of one GPU for models; None for its capacity less its idle memory.
 
     Raises:
         InputError: GPUs or nodes that differ, or profiles that are not one per model.
@@ -144,8 +144,8 @@ def problem_for_cluster(
     node_sizes = {nodes.count(node) for node in set(nodes)}
     if len(room) > 1 or len(node_sizes) > 1:
         raise InputError(
-            f"cluster {cluster.name!r}: AlpaServe's search knows only equal GPUs on nodes of equal size; "
-            "give such a cluster or another policy"
+            f"cluster {cluster.name!r}: AlpaServe's search needs equal GPUs on nodes of equal size; "
+            "use such a cluster or another policy"
         )
     return PlacementProblem(
         gpus=len(cluster),
@@ -191,7 +191,7 @@ def normal_form(placement: Placement) -> Placement:
 
 
 def gpu_bytes(group: Group, problem: PlacementProblem) -> float:
-    """Return what one GPU of a group holds for its models, on its fullest stage."""
+    """Return the bytes that a group's models take on the fullest GPU of the group."""
     return sum(problem.models[model].profile.gpu_bytes(group.shape) for model in group.models)
 
 
@@ -199,7 +199,7 @@ def verify(placement: Placement, problem: PlacementProblem) -> None:
     """Check the laws of a placement.
 
     Raises:
-        InvariantError: more GPUs or memory than there are, or a model twice in a group.
+        InvariantError: it uses more GPUs or memory than exist, or a group hosts a model twice.
     """
     if sum(group.shape.gpus for group in placement) > problem.gpus:
         raise InvariantError(f"placement {placement} takes more than {problem.gpus} GPUs")
@@ -211,9 +211,9 @@ def verify(placement: Placement, problem: PlacementProblem) -> None:
 
 
 def candidate_shapes(gpus: int, gpus_per_node: int, *, max_pp: int, max_tp: int) -> Iterator[tuple[GroupShape, ...]]:
-    """Yield the ways to cut a cluster into groups that the search tries, in its order.
+    """Yield the partitions of a cluster into groups that the search tries, in its order.
 
-    Groups have a power of two of GPUs and one shape; what is left over becomes pure pipelines of
+    Groups have a power of two of GPUs and one shape; remaining GPUs form pure pipelines of
     ascending powers of two. A group larger than a node takes whole nodes.
     """
     for size in _powers_of_two(gpus):
@@ -235,9 +235,9 @@ def _powers_of_two(maximum: int) -> list[int]:
 
 
 class StarRule(StrEnum):
-    """Which candidates count; the best score among them wins. None of them leaves a model out.
+    """Which candidates AlpaServe* considers; the best score among them wins. Every rule requires all models.
 
-    A: no model is left out. B: one group spans all GPUs. C: every model stands exactly once.
+    A: every model is hosted. B: one group spans all GPUs. C: every model is hosted exactly once.
     F: every group hosts every model.
     """
 
@@ -248,7 +248,7 @@ class StarRule(StrEnum):
 
 
 def qualifies(rule: StarRule, placement: Placement, models: int) -> bool:
-    """Say whether a placement of so many models meets a rule."""
+    """Return whether a placement of `models` models meets a rule."""
     hosted = {model for group in placement for model in group.models}
     return len(hosted) == models and _RULES[rule](placement, models)
 
@@ -273,7 +273,7 @@ RULE_DESCRIPTIONS: Mapping[StarRule, str] = MappingProxyType(
 
 
 class PlacementPolicy(StrEnum):
-    """Which placements are looked at."""
+    """Which placements are considered."""
 
     ALPASERVE = "alpaserve"
     ALPASERVE_STAR = "alpaserve-star"
@@ -298,7 +298,7 @@ class SimulatorSettings:
 
     Args:
         penalty_per_stage: a stage takes this share longer for each stage of its pipeline.
-        overhead_s: added to every request, charged to no GPU.
+        overhead_s: added to every request's latency; it occupies no GPU.
         single_precision: round stage times and SLOs to float32, as the published code does. It
             decides about requests that end exactly at their deadline.
 
@@ -326,19 +326,19 @@ class SearchSettings:
     """How to search.
 
     Args:
-        policy: which placements are looked at.
-        fill: how groups are filled; round robin has a fill of its own.
+        policy: which placements are considered.
+        fill: how groups are filled; round robin ignores it.
         beam: placements that the beam fill keeps at each step.
-        group_size: pipeline stages of each group, for model parallelism alone.
-        max_pp: pipeline stages of a candidate at most.
-        max_tp: tensor parallel GPUs of a candidate at most.
-        bucket: also try to keep models of different latency on GPUs of their own (AlpaServe alone).
-        star_rule: what AlpaServe* takes for keeping every model.
+        group_size: pipeline stages of each group, for model parallelism only.
+        max_pp: maximum pipeline stages of a candidate.
+        max_tp: maximum tensor parallel degree of a candidate.
+        bucket: also try placements in which models of different latency share no GPU (AlpaServe only).
+        star_rule: which candidates AlpaServe* considers.
         simulator: the constants of the simulator.
         workers: threads; None for all cores where the problem is large.
 
     Raises:
-        InputError: a number below 1, or a policy with what it cannot use.
+        InputError: a number is below 1, or an option does not apply to the policy.
     """
 
     policy: PlacementPolicy = PlacementPolicy.ALPASERVE

@@ -1,7 +1,7 @@
 """The placement search: divide the cluster into groups, fill them with models, keep the best (AlpaServe and variants).
 
-Groups are filled greedily, by beam search or round robin. Buckets keep models of different
-latency on GPUs of their own.
+Groups are filled greedily, by beam search or round robin. With buckets, models of different latency
+share no GPU.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class SearchProgress:
     requests: int = 0
 
 
-class SearchStopped(Exception):  # noqa: N818  (no error, and never seen outside a search)
+class SearchStopped(Exception):  # noqa: N818  (not an error; never leaves the search)
     """Ends the threads of a search that was interrupted."""
 
 
 class ProgressTally:
-    """Counts what the threads of a search report, and tells one listener after each report."""
+    """Counts the reports of a search's threads and calls a listener after each."""
 
     def __init__(self, listener: Callable[[SearchProgress], None] | None) -> None:
         """Start at zero; `listener` may be None."""
@@ -67,15 +67,15 @@ class ProgressTally:
         self._stopped = True
 
     def expect(self, candidates: int) -> None:
-        """So many candidates more are to be filled."""
+        """Add candidates that will be filled."""
         self._add(candidates=candidates)
 
     def filled(self) -> None:
-        """One of them is done."""
+        """Count a filled candidate."""
         self._add(candidates_done=1)
 
     def simulated(self, requests: int) -> None:
-        """A placement was simulated with so many requests."""
+        """Count a simulated placement and its requests."""
         self._add(simulations=1, requests=requests)
 
     def _add(self, **counts: int) -> None:
@@ -92,16 +92,15 @@ class ProgressTally:
 def fast_greedy(simulator: PlacementSimulator, shapes: tuple[GroupShape, ...]) -> Placement:
     """Give the model with most unserved requests to the group with fewest, until nothing fits.
 
-    Whether an addition helps is not checked: memory is always filled, and nothing makes sure that
-    every model is placed. Sorting is stable: of equal models the last comes first, of equal
-    groups the first.
+    Additions are not checked for benefit: memory is always filled, and a model may stay unplaced.
+    Sorting is stable: of equal models the last comes first, of equal groups the first.
     """
     placement = normal_form(empty_placement(shapes))
     while True:
         counts = simulator.count(placement)
         requests = simulator.requests
-        # The small number is the published guard against models without requests; it leaves
-        # rounding noise in place of 0, which decides between models that are served in full.
+        # 1e-6 is the published guard against models without requests. It leaves rounding noise instead
+        # of 0, which decides between fully served models.
         unserved = requests * (1 - counts.served / (requests + 1e-6))
         by_unserved = np.argsort(unserved, kind="stable")[::-1].tolist()
         by_load = np.argsort(counts.dispatched, kind="stable").tolist()
@@ -114,7 +113,7 @@ def fast_greedy(simulator: PlacementSimulator, shapes: tuple[GroupShape, ...]) -
 def _first_fitting(
     placement: Placement, groups: list[int], models: list[int], problem: PlacementProblem
 ) -> tuple[int, int] | None:
-    """Return the first group, and for it the first model, that fits together."""
+    """Return the first group that fits any model, and the first such model."""
     for number in groups:
         group = placement[number]
         used = gpu_bytes(group, problem)
@@ -132,10 +131,10 @@ def _with(placement: Placement, number: int, model: int) -> Placement:
 
 
 def beam_search(simulator: PlacementSimulator, shapes: tuple[GroupShape, ...], *, width: int = BEAM_WIDTH) -> Placement:
-    """Add one model at a time in every way, keep the best few, return the best placement ever seen.
+    """Extend placements by one model in every way, keep the best few, return the best placement found.
 
-    Unlike the other fills it leaves a group short of full: what it adds must leave memory over.
-    Equal scores keep the order in which they were found.
+    Unlike the other fills it never fills a GPU exactly: an addition must leave some memory free.
+    Placements with equal scores keep their order.
     """
     initial = normal_form(empty_placement(shapes))
     best, best_score = initial, -1.0
@@ -164,33 +163,33 @@ def _grown(placement: Placement, problem: PlacementProblem) -> Iterator[Placemen
 
 
 def round_robin(problem: PlacementProblem, shapes: tuple[GroupShape, ...]) -> Placement:
-    """Deal models in turn to groups in turn, over and over.
+    """Assign models in turn to groups in turn until a whole pass over the models adds nothing.
 
-    The turn passes only with a success, so the deal ends at the first full group even where
-    others have room, as in the published code. Groups keep their order.
+    The next group gets its turn only after a success, so the search ends at the first full group even
+    if others have free memory, as in the published code. Groups keep their order.
     """
     placement = list(empty_placement(shapes))
-    turn, dealt = 0, True
-    while dealt:
-        dealt = False
+    turn, added = 0, True
+    while added:
+        added = False
         for model, spec in enumerate(problem.models):
             group = placement[turn]
             needed = gpu_bytes(group, problem) + spec.profile.gpu_bytes(group.shape)
             if model not in group.models and needed <= problem.memory_bytes:
                 placement[turn] = group.with_model(model)
                 turn = (turn + 1) % len(placement)
-                dealt = True
+                added = True
     return tuple(placement)
 
 
 ROUND_ROBIN_STAGES = 4
 _WORTH_THREADS = 20_000_000
-"""Below this product of requests, models and GPUs a search is over before threads would help."""
+"""Below this product of requests, models and GPUs a search ends before threads would pay off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilledCandidate:
-    """One way to cut the cluster, filled, and what the simulator says of it."""
+    """A partition of the cluster, filled with models, and its simulated figures."""
 
     placement: Placement
     attainment: float
@@ -201,7 +200,7 @@ class FilledCandidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedGroup:
-    """A group of the answer: `models` by name, `model_indices` by position in the problem."""
+    """A group of the solution: `models` by name, `model_indices` by position in the problem."""
 
     tp: int
     pp: int
@@ -211,13 +210,13 @@ class PlacedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementSolution:
-    """The answer of a search.
+    """The result of a search.
 
     Args:
-        best: the placement that was chosen; None where no candidate keeps every model, which
-            `reason` then says.
-        groups: of the best placement, in the order of the GPUs they take.
-        candidates: in the order of enumeration; empty where a policy looks at one cut alone.
+        best: the chosen placement; None if no candidate hosts every model (see `reason`).
+        groups: of the best placement, in the order of their GPUs.
+        candidates: in the order of enumeration; empty for policies with a single partition.
+        reason: why there is no placement; "" if there is one.
         search_s: how long the search took.
     """
 
@@ -229,7 +228,7 @@ class PlacementSolution:
 
     @property
     def feasible(self) -> bool:
-        """Whether there is a placement at all."""
+        """Whether the search found a placement."""
         return self.best is not None
 
 
@@ -239,15 +238,15 @@ def search(
     *,
     progress: Callable[[SearchProgress], None] | None = None,
 ) -> PlacementSolution:
-    """Search the best placement of a problem. Equal problems give equal answers.
+    """Search the best placement of a problem. Equal problems give equal solutions.
 
     Args:
-        problem: what to place where, for which requests.
-        settings: how; None for AlpaServe as its code has it.
+        problem: the GPUs, models and expected requests.
+        settings: how to search; None for AlpaServe as published.
         progress: called after each simulation, from any thread, one call at a time.
 
     Raises:
-        InputError: settings that the problem cannot be searched with.
+        InputError: the settings do not apply to the problem.
     """
     started = time.perf_counter()
     settings = settings or SearchSettings()
@@ -270,11 +269,11 @@ def search(
 _SEARCHING = frozenset({PlacementPolicy.ALPASERVE, PlacementPolicy.ALPASERVE_STAR})
 
 
-def cuts(problem: PlacementProblem, settings: SearchSettings) -> list[tuple[GroupShape, ...]]:
-    """Return the ways to cut the cluster that a policy looks at, in its order.
+def partitions(problem: PlacementProblem, settings: SearchSettings) -> list[tuple[GroupShape, ...]]:
+    """Return the partitions of the cluster that a policy considers, in its order.
 
     Raises:
-        InputError: groups that the cluster cannot be cut into.
+        InputError: the cluster cannot be divided into such groups.
     """
     gpus = problem.gpus
     match settings.policy:
@@ -305,7 +304,7 @@ class _Search:
         self._simulator = PlacementSimulator(problem, settings.simulator, on_simulated=tally.simulated)
 
     def candidates(self) -> tuple[FilledCandidate, ...]:
-        tried = cuts(self._problem, self._settings)
+        tried = partitions(self._problem, self._settings)
         self._tally.expect(len(tried))
         workers = min(self._workers(), len(tried))
         if workers == 1:
@@ -315,7 +314,7 @@ class _Search:
             try:
                 return tuple(threads.map(self._fill, tried))
             except BaseException:
-                self._tally.stop()  # or leaving the block would wait until all are filled
+                self._tally.stop()  # otherwise the `with` block waits until all are filled
                 raise
 
     def _workers(self) -> int:
@@ -337,7 +336,7 @@ class _Search:
 
 
 def _cores() -> int:
-    """Return the cores that this process may use, where the system tells, else all there are."""
+    """Return the number of cores this process may use; all cores if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -354,7 +353,7 @@ def _scored(placement: Placement, stats: PlacementStats) -> FilledCandidate:
 def _choose(
     candidates: Sequence[FilledCandidate], problem: PlacementProblem, settings: SearchSettings
 ) -> tuple[FilledCandidate | None, str]:
-    """Return the first of the best that count, or why there is none."""
+    """Return the first of the best eligible candidates, or why there is none."""
     eligible = list(candidates)
     if settings.policy is PlacementPolicy.ALPASERVE_STAR:
         models = len(problem.models)
@@ -378,7 +377,7 @@ def _named(placement: Placement, problem: PlacementProblem) -> tuple[PlacedGroup
 
 
 class _Buckets:
-    """Searches placements in which models of similar latency share GPUs of their own."""
+    """Searches placements in which only models of similar latency share GPUs."""
 
     def __init__(self, problem: PlacementProblem, settings: SearchSettings, tally: ProgressTally) -> None:
         self._problem = problem
@@ -390,7 +389,7 @@ class _Buckets:
         """Return the best placement with buckets if it is strictly better, else the one given."""
         simulator = PlacementSimulator(self._problem, self._settings.simulator, on_simulated=self._tally.simulated)
         if len(self._buckets) == 1:
-            return best  # it would search the same problem again
+            return best  # the search would repeat the same problem
         for split in device_splits(self._problem, self._buckets):
             united = tuple(
                 group for bucket, gpus in zip(self._buckets, split, strict=True) for group in self._solve(bucket, gpus)
@@ -400,7 +399,7 @@ class _Buckets:
         return best
 
     def _solve(self, bucket: tuple[int, ...], gpus: int) -> Placement:
-        """Search one bucket on its share of the GPUs, and number its models as in the whole problem."""
+        """Search one bucket on its share of the GPUs; model numbers are those of the whole problem."""
         part = sub_problem(self._problem, bucket, gpus)
         candidates = _Search(part, self._settings, self._tally).candidates()
         best, _ = _choose(candidates, part, self._settings)
@@ -421,7 +420,7 @@ def bucket_models(problem: PlacementProblem) -> list[Bucket]:
     """Put each model into the first bucket whose first model takes about as long on one GPU.
 
     Raises:
-        InputError: a model that does not run on one GPU, so that its latency is not known.
+        InputError: a model does not run on one GPU, so its latency is unknown.
     """
     latency_s = [_single_gpu_s(problem, model) for model in range(len(problem.models))]
     buckets: list[Bucket] = []
@@ -450,7 +449,7 @@ def device_splits(problem: PlacementProblem, buckets: Sequence[Bucket]) -> list[
     """Return how many GPUs each bucket may get: the ordered splits that come near its share of the load.
 
     Raises:
-        InputError: a model without rate, or rates that are all 0.
+        InputError: a model has no rate, or all rates are 0.
     """
     rates = [sum(_rate(problem, model) for model in bucket) for bucket in buckets]
     if not sum(rates) > 0:
@@ -480,7 +479,7 @@ def _ordered_splits(gpus: int, parts: int) -> Iterator[tuple[int, ...]]:
         return
     for last in range(1, gpus):
         rest = gpus - last
-        # A part that is cut off must not break up a node of eight more than the remainder does.
+        # The last part must not split a node of eight GPUs more than the rest does (as published).
         if last <= gpus % _GPUS_PER_STEP or rest % _GPUS_PER_STEP == 0 or gpus % _GPUS_PER_STEP == 0:
             yield from ((*split, last) for split in _ordered_splits(rest, parts - 1))
 
@@ -491,8 +490,8 @@ def _distance(split: tuple[int, ...], latency_s: np.ndarray[Any, Any], wanted: n
 
 
 def sub_problem(problem: PlacementProblem, bucket: Bucket, gpus: int) -> PlacementProblem:
-    """Return the problem of one bucket on so many GPUs; requests to other models are to unknown ones."""
-    position = np.full(len(problem.models) + 1, -1)  # the last entry is where -1 looks
+    """Return the problem of one bucket on `gpus` GPUs; requests to other models get no model."""
+    position = np.full(len(problem.models) + 1, -1)  # index -1 reads the last entry
     position[list(bucket)] = range(len(bucket))
     models = tuple(problem.models[model] for model in bucket)
     demand = replace(

@@ -110,7 +110,7 @@ class PlacementSimulator:
         )
 
     def count(self, placement: Placement) -> Counts:
-        """Simulate a placement for its counts alone, which is what the greedy fill goes by."""
+        """Simulate a placement and return only the counts, which the greedy fill needs."""
         return self._simulate(placement, np.empty(0))
 
     def _simulate(self, placement: Placement, finish_s: Array) -> Counts:
