@@ -18,7 +18,9 @@ from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.live_cluster import LiveCluster
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.auth import AuthMiddleware
+from maveriq.serve.completion_schemas import UNSUPPORTED
 from maveriq.serve.errors import ApiError, bad_request
+from maveriq.serve.json_body import field_name
 from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.routes import endpoint_routes, openai_routes, operator_routes
 from maveriq.serve.service import Service
@@ -126,10 +128,10 @@ def _first_validation_error(errors: Sequence[Any]) -> ApiError:
     path = [step for step in steps if not _TYPE_IN_PATH.fullmatch(step)]
     if error["type"] == "extra_forbidden" or not _TYPE_IN_PATH.fullmatch(last):
         path.append(last)
-    field = ".".join(path)
+    field = field_name(tuple(path))
     if error["type"] == "extra_forbidden":
         return bad_request(f"unknown field {field}; leave it out", field, code="unknown_parameter")
-    if error["type"] == "json_invalid":
-        return bad_request("the body is not valid JSON", code="invalid_json")
+    if error["type"] == UNSUPPORTED:
+        return bad_request(f"{field} is {error['msg']}", field, code=UNSUPPORTED)
     message = error["msg"]
     return bad_request(f"{field or 'the body'}: {message[:1].lower()}{message[1:]}", field or None)

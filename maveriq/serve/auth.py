@@ -12,13 +12,14 @@ import hmac
 import ipaddress
 import json
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from maveriq.errors import InputError
-from maveriq.serve.errors import ApiError
-from maveriq.serve.settings import ServeSettings
+from maveriq.serve.errors import ApiError, bad_request
+from maveriq.serve.settings import MAX_HEAD_BYTES, ServeSettings
 from maveriq.tables import read_text
 
 TOKEN_VARIABLE = "MAVERIQ_TOKEN"  # noqa: S105  (its name, not its value)
@@ -29,7 +30,12 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_MAX_HEAD_BYTES = 32 * 1024
+_SINGLE_HEADERS = frozenset(
+    {
+        b"authorization", b"content-encoding", b"content-length", b"content-type", b"host", b"origin",
+        b"transfer-encoding", b"x-priority", b"x-request-id", b"x-slo-ms",
+    }
+)  # fmt: skip
 _METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -81,28 +87,35 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        is_body_read = False
         try:
-            _check_head_size(scope)
-            self._check_sender(headers)
-            body = await self._read_body(scope, headers, receive)
+            _check_head(scope, headers)
+            self._check_sender(scope, headers)
+            body = await self._read_body(headers, receive)
+            is_body_read = True
+            _check_content_type(scope, headers, body)
         except ApiError as error:
             self._on_rejected(error.code)
-            await _send_error(error, send)
+            await _send_error(error, send, close=not is_body_read)
             return
         if body is not None:
             await self._app(scope, _replay_body(body, receive), send)
 
-    def _check_sender(self, headers: dict[bytes, bytes]) -> None:
+    def _check_sender(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if self._token_digest is not None:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(token.strip()), self._token_digest):
                 raise ApiError(401, "a valid token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
-            return
-        # The Host check stops web pages that point their own name at this address (DNS rebinding).
-        if not is_loopback(_host_name(headers.get(b"host", b""))):
-            raise ApiError(403, "without a token this server only answers as localhost", code="wrong_host")
+        else:
+            # The Host check stops web pages that point their own name at this address (DNS rebinding).
+            if not is_loopback(_host_name(headers.get(b"host", b""))):
+                raise ApiError(403, "without a token this server only answers as localhost", code="wrong_host")
+            _check_origin(scope, headers)
+        connection = scope.get("state", {}).get("connection")
+        if connection is not None:  # None in tests without a server
+            connection.mark_authenticated()
 
-    async def _read_body(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """Return the whole body, or None if the client disconnected."""
         max_bytes = self._settings.max_body_bytes
         too_large = ApiError(413, f"the body is longer than {max_bytes} bytes", code="body_too_large")
@@ -124,19 +137,46 @@ class AuthMiddleware:
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time", code="body_too_slow") from None
-        content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if size and scope["method"] in _METHODS_WITH_BODY and content_type != b"application/json":
-            # Browsers send other content types across origins without a preflight request.
-            raise ApiError(415, "the body must be JSON with Content-Type: application/json", code="not_json")
         return b"".join(parts)
 
 
-def _check_head_size(scope: Scope) -> None:
-    """Reject a head that is too long; the HTTP parser has a limit of its own for heads that never end."""
+def _check_head(scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Reject a head that is too long, or that two programs could read in two ways.
+
+    The HTTP parser has a limit of its own for heads that never end.
+    """
     size = len(scope["query_string"]) + len(scope["path"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
-    if size > _MAX_HEAD_BYTES:
-        raise ApiError(431, f"URL and headers are longer than {_MAX_HEAD_BYTES} bytes", code="headers_too_large")
+    if size > MAX_HEAD_BYTES:
+        raise ApiError(431, f"URL and headers are longer than {MAX_HEAD_BYTES} bytes", code="headers_too_large")
+    counts = Counter(name for name, _ in scope["headers"] if name in _SINGLE_HEADERS)
+    for name, count in counts.items():
+        if count > 1:
+            header = name.decode().title()
+            raise bad_request(f"header {header} is given {count} times; give it once", header, code="duplicate_header")
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        message = "give Content-Length or Transfer-Encoding, not both"
+        raise bad_request(message, "Transfer-Encoding", code="ambiguous_length")
+
+
+def _check_origin(scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Reject what a web page of another origin sends; a link to a page of this server is harmless."""
+    origin = headers.get(b"origin")
+    site = headers.get(b"sec-fetch-site", b"none")
+    is_link = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
+    is_foreign = origin is not None and origin.lower().partition(b"://")[2] != headers.get(b"host", b"").lower()
+    if is_foreign or (site not in (b"none", b"same-origin") and not is_link):
+        raise ApiError(403, "without a token this server does not answer other web pages", code="wrong_origin")
+
+
+def _check_content_type(scope: Scope, headers: dict[bytes, bytes], body: bytes | None) -> None:
+    """Reject a body that is not JSON; browsers send other types across origins without a preflight request."""
+    if not body or scope["method"] not in _METHODS_WITH_BODY:
+        return
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(415, "the body must not be compressed; leave out Content-Encoding", code="not_json")
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "the body must be JSON with Content-Type: application/json", code="not_json")
 
 
 def _host_name(header: bytes) -> str:
@@ -165,10 +205,10 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _send_error(error: ApiError, send: Send) -> None:
+async def _send_error(error: ApiError, send: Send, *, close: bool) -> None:
     body = json.dumps(error.to_json()).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers()}
-    if error.status in (408, 413):
+    if close:
         headers["Connection"] = "close"  # the rest of the body is not read
     raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw_headers})

@@ -19,9 +19,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from maveriq.domain.requests import RequestStatus
 from maveriq.exec.live_cluster import Outcome, Submission
+from maveriq.serve.completion_schemas import GenerationRequest
 from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.requests import AcceptedRequest
-from maveriq.serve.schemas import GenerationRequest
 from maveriq.serve.service import Endpoint, Service
 from maveriq.serve.tokenizers import Tokenizer
 from maveriq.units import Micros
@@ -139,13 +139,13 @@ async def _streaming_response(
         try:
             first_chunk = response.first_chunk()
             if first_chunk is not None:
-                yield _event(first_chunk)
+                yield _chunk_event(first_chunk, output, prepared)
             token = first_token
             while token != _END_OF_TOKENS:
                 text = output.feed(token)
                 token_ids = [token] if prepared.body.return_token_ids and not output.stopped else None
                 if text or token_ids:
-                    yield _event(response.chunk(text, token_ids))
+                    yield _chunk_event(response.chunk(text, token_ids), output, prepared)
                 token = await _next_token(tokens)
             for event in _last_events(await _outcome(accepted), accepted, output, response, prepared):
                 yield event
@@ -171,8 +171,9 @@ def _last_events(
     events = []
     text = output.flush()
     if text:
-        events.append(_event(response.chunk(text)))
-    events.append(_event(response.chunk("", finish_reason=output.finish_reason)))
+        events.append(_chunk_event(response.chunk(text), output, prepared))
+    last_chunk = response.chunk("", finish_reason=output.finish_reason)
+    events.append(_chunk_event(last_chunk, output, prepared))
     if prepared.body.include_usage:
         events.append(_event(response.usage_chunk(output.usage)))
     return [*events, b"data: [DONE]\n\n"]
@@ -220,6 +221,10 @@ async def _disconnect(request: Request) -> None:
     """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _chunk_event(chunk: Json, output: OutputText, prepared: PreparedRequest) -> bytes:
+    return _event(chunk | {"usage": output.usage.to_json()} if prepared.body.usage_in_chunks else chunk)
 
 
 def _event(content: Json) -> bytes:

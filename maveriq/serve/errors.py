@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from http import HTTPStatus
 from typing import Any
 
 from maveriq.errors import MaveriqError
@@ -62,3 +64,12 @@ def bad_request(message: str, param: str | None = None, *, code: str = "invalid_
 def not_found(what: str, message: str) -> ApiError:
     """Return the error for an unknown name or ID; `what` is the parameter."""
     return ApiError(404, message, code=f"{what}_not_found", param=what)
+
+
+def raw_response(error: ApiError) -> bytes:
+    """Return the whole HTTP response of an error after which the connection is closed."""
+    body = json.dumps(error.to_json()).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": len(body), "Connection": "close"}
+    lines = [f"{name}: {value}" for name, value in (headers | error.headers()).items()]
+    head = "\r\n".join((f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", *lines))
+    return f"{head}\r\n\r\n".encode("latin-1") + body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -29,6 +29,7 @@ class Metrics:
         self.accepted = self._counter("requests_accepted", "Requests accepted.", "model")
         self.ended = self._counter("requests", "Ended requests by final status.", "model", "status")
         self.http_errors = self._counter("http_errors", "HTTP error responses by code.", "code")
+        self.connections_closed = self._counter("connections_closed", "Connections closed early by reason.", "reason")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of completed requests.", "model")
         self._output_tokens = self._counter("generated_tokens", "Tokens generated.", "model")
         self._slo = self._counter("slo_requests", "Ended requests with an SLO, by whether they met it.", "model", "met")
@@ -46,6 +47,12 @@ class Metrics:
     def add_cluster(self, progress: Callable[[], Progress], in_flight: Callable[[], int]) -> None:
         """Add the metrics of the cluster; both functions are called at each scrape."""
         self.registry.register(_ClusterCollector(progress, in_flight))
+
+    def add_connections(self, count: Callable[[], int]) -> None:
+        """Add the number of open connections; `count` is called at each scrape."""
+        for reason in ("full", "slow"):
+            self.connections_closed.labels(reason)
+        Gauge("maveriq_connections", "Open HTTP connections.", registry=self.registry).set_function(count)
 
     def add_model(self, model: str) -> None:
         """Start a model's counters at zero, so that rates include the first request."""

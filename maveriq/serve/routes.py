@@ -6,7 +6,6 @@ Handlers convert between `maveriq.serve.schemas` and `maveriq.serve.service`; co
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable
@@ -18,15 +17,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.exec.live_cluster import EndpointRequest
+from maveriq.serve.background import in_background
+from maveriq.serve.completion_schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from maveriq.serve.completions import ChatResponse, CompletionResponse, PreparedRequest, complete
 from maveriq.serve.errors import bad_request, not_found
+from maveriq.serve.json_body import JsonRoute
 from maveriq.serve.schemas import (
     ERROR_RESPONSES,
-    ChatCompletionRequest,
-    CompletionRequest,
     CreateEndpoint,
     EndpointView,
-    GenerationRequest,
     HealthView,
     ModelView,
     RegisterModel,
@@ -44,12 +43,13 @@ RequestIdHeader = Annotated[str | None, Header(alias="X-Request-Id", max_length=
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MAX_SLO_MS = 1e9
 _MAX_LISTED_REQUESTS = 1_000
-_MAX_INLINE_CHARACTERS = 4_096  # longer texts are tokenized in a thread
+_MAX_INLINE_CHARACTERS = 4_096  # longer texts are tokenized in the background
+_MAX_CHARACTERS_PER_TOKEN = 16  # English has 4; runs of spaces have more
 
 
 def openai_routes(service: Service) -> APIRouter:
     """Return the routes under /v1."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERROR_RESPONSES)
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=ERROR_RESPONSES, route_class=JsonRoute)
 
     @router.get("/models")
     async def list_models() -> JSONResponse:
@@ -75,7 +75,7 @@ def openai_routes(service: Service) -> APIRouter:
         async def token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
             prompt = body.single_prompt()
             if isinstance(prompt, str):
-                return await _encode(tokenizer.encode, prompt, len(prompt))
+                return await _encode(service, tokenizer.encode, prompt, len(prompt), field="prompt")
             return tuple(prompt)
 
         prepared = await _prepare(service, body, token_ids, x_priority, x_slo_ms, x_request_id)
@@ -93,7 +93,8 @@ def openai_routes(service: Service) -> APIRouter:
 
         async def token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
             messages = [message.to_dict() for message in body.messages]
-            return await _encode(tokenizer.encode_chat, messages, sum(len(message["content"]) for message in messages))
+            characters = sum(len(message["content"]) for message in messages)
+            return await _encode(service, tokenizer.encode_chat, messages, characters, field="messages")
 
         prepared = await _prepare(service, body, token_ids, x_priority, x_slo_ms, x_request_id)
         return await complete(service, request, prepared, ChatResponse)
@@ -103,7 +104,7 @@ def openai_routes(service: Service) -> APIRouter:
 
 def endpoint_routes(service: Service) -> APIRouter:
     """Return the routes under /models and /endpoints."""
-    router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES)
+    router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES, route_class=JsonRoute)
 
     @router.get("/models")
     async def list_registered_models() -> list[ModelView]:
@@ -218,24 +219,34 @@ async def _prepare(
     tokenizer = service.models.tokenizer(endpoint.model)
     ids = await token_ids(tokenizer)
     vocab_size = endpoint.model.spec.vocab_size
-    if ids and max(ids) >= vocab_size:
+    if ids and len(ids) <= service.settings.max_prompt_tokens and max(ids) >= vocab_size:
         raise bad_request(f"token ID {max(ids)} is beyond the model's vocabulary of {vocab_size}", "prompt")
     return PreparedRequest(
         endpoint=endpoint,
         tokenizer=tokenizer,
         token_ids=ids,
         body=body,
-        priority=body.priority or _priority(priority),
+        priority=bool(body.priority) or _priority(priority),
         slo_ms=body.slo_ms if body.slo_ms is not None else _slo_ms(slo_ms),
         request_id=request_id,
     )
 
 
-async def _encode(encode: Callable[[Any], tuple[int, ...]], content: Any, characters: int) -> tuple[int, ...]:
-    """Tokenize; a long text does not block the event loop."""
+async def _encode(
+    service: Service, encode: Callable[[Any], tuple[int, ...]], content: Any, characters: int, *, field: str
+) -> tuple[int, ...]:
+    """Tokenize; a long text does not block the event loop, and one that is surely too long is not tokenized.
+
+    Raises:
+        ApiError: the text is too long.
+    """
+    max_characters = service.settings.max_prompt_tokens * _MAX_CHARACTERS_PER_TOKEN
+    if characters > max_characters:
+        message = f"the prompt has {characters} characters; the maximum is {max_characters}"
+        raise bad_request(message, field, code="context_length_exceeded")
     if characters < _MAX_INLINE_CHARACTERS:
         return encode(content)
-    return await asyncio.to_thread(encode, content)
+    return await in_background(encode, content)
 
 
 def _priority(header: str | None) -> bool:

@@ -1,4 +1,7 @@
-"""Runs the HTTP application on a socket: listening, signals, graceful shutdown, and connection timeouts."""
+"""Runs the HTTP application on a socket: listening, signals, and graceful shutdown.
+
+`maveriq.serve.acceptor` accepts the connections, `maveriq.serve.http_protocol` serves them.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,22 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from maveriq.errors import InputError
+from maveriq.serve.acceptor import Acceptor
+from maveriq.serve.connections import Connections, connection_limit
+from maveriq.serve.http_protocol import HttpProtocol
+from maveriq.serve.log_limit import limit_logs
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 
-HEAD_TIMEOUT_S = 15.0
-"""Time for a request's head to arrive, from the connection or from its first byte."""
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_BACKLOG = 1_024
+_BACKLOG = 256
 _FINAL_RESPONSES_S = 10  # to send responses after the grace period
 _KEEP_ALIVE_S = 30
-_MAX_HEADER_BYTES = 32 * 1024
 _SPARE_CONNECTIONS = 256  # for metrics, health and idle clients, in addition to requests in flight
+_LIMITED_LOGS = ("asyncio", "uvicorn.error", "maveriq.serve.acceptor", "maveriq.serve.connections")
+_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin"))
 
 
 def listen(host: str, port: int, settings: ServeSettings) -> socket.socket:
@@ -72,26 +76,32 @@ async def serve(
         listener: closed at the end.
         on_ready: called when the server accepts requests.
         fault: when it is done, the server stops without a grace period.
+
+    Raises:
+        InputError: the limit of open files is too low.
     """
     service: Service = app.state.service
     settings = service.settings
+    limit_logs(*_LIMITED_LOGS)
     config = uvicorn.Config(
         app,
-        http=HeadTimeoutProtocol,
+        http="h11",
         ws="none",
         lifespan="off",  # `service` is started and stopped here, where its errors can be reported in one line
         log_config=None,
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        headers=list(_HEADERS),
         timeout_keep_alive=_KEEP_ALIVE_S,
-        limit_concurrency=2 * settings.max_in_flight + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=int(settings.grace_period_s) + _FINAL_RESPONSES_S,
     )
     try:
+        limit = connection_limit(2 * settings.max_in_flight + _SPARE_CONNECTIONS)
+        connections = Connections(limit, lambda reason: service.metrics.connections_closed.labels(reason).inc())
+        service.metrics.add_connections(connections.__len__)
         await service.start()
-        server = _Server(config, service, on_ready)
+        server = _Server(config, service, connections, on_ready)
         if fault is not None:
             fault.add_done_callback(lambda _fault: server.stop_now())
         await server.serve(sockets=[listener])
@@ -101,12 +111,16 @@ async def serve(
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn with a shutdown that ends requests, not only connections."""
+    """Uvicorn with bounded connections, and with a shutdown that ends requests, not only connections."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, connections: Connections, on_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._service = service
+        self._connections = connections
         self._on_ready = on_ready
+        self._acceptors: list[Acceptor] = []
 
     def stop_now(self) -> None:
         """Stop without a grace period."""
@@ -114,13 +128,24 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
+        def new_protocol(peer: str) -> HttpProtocol:
+            def count_error(code: str) -> None:
+                self._service.metrics.http_errors.labels(code).inc()
+
+            return HttpProtocol(self.config, self.server_state, self._connections, peer, count_error)
+
+        self.servers = []  # uvicorn's own accept without a limit
+        self._acceptors = [Acceptor(listener, self._connections, new_protocol) for listener in sockets or ()]
+        for acceptor in self._acceptors:
+            acceptor.start()
+        self.started = True
+        self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Concurrently: open connections wait for requests, which the service ends within the grace period.
         stopping = asyncio.create_task(self._service.stop())
+        for acceptor in self._acceptors:
+            acceptor.close()
         await super().shutdown(sockets)
         await stopping
 
@@ -143,49 +168,3 @@ class _Server(uvicorn.Server):
         finally:
             for signal_number in _SIGNALS:
                 loop.remove_signal_handler(signal_number)
-
-
-class HeadTimeoutProtocol(H11Protocol):
-    """Uvicorn's HTTP/1.1 protocol, with a timeout for the head of a request.
-
-    Without it, idle connections could use up the connection limit. Uvicorn itself only limits the time between two
-    requests on one connection; `maveriq.serve.auth` limits the time for the body.
-    """
-
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Start the timeout for the first request."""
-        super().connection_made(transport)
-        self._start_timer()
-
-    def data_received(self, data: bytes) -> None:
-        """Stop the timeout once the head is complete; else start it if it is not running."""
-        super().data_received(data)
-        if self._is_handling_request:
-            self._stop_timer()
-        elif self._head_timer is None:
-            self._start_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timeout."""
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    @property
-    def _is_handling_request(self) -> bool:
-        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, despite uvicorn's annotation
-        return cycle is not None and not cycle.response_complete
-
-    def _start_timer(self) -> None:
-        self._head_timer = asyncio.get_running_loop().call_later(HEAD_TIMEOUT_S, self._on_timeout)
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _on_timeout(self) -> None:
-        self._head_timer = None
-        if not self._is_handling_request:
-            self.transport.close()

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from maveriq.errors import InputError
 
+MAX_HEAD_BYTES = 32 * 1024
+"""Size of URL and headers of a request."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fakes import FakeCluster, placements
 
 from maveriq.serve.app import create_app
+from maveriq.serve.auth import read_token
 from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.server import listen, serve, url_of
 from maveriq.serve.settings import ServeSettings
@@ -22,7 +23,7 @@ def say(line: str) -> None:
 
 
 async def main(state: str, step: str, drain: str) -> None:
-    settings = ServeSettings(grace_period_s=float(drain), max_in_flight=64)
+    settings = ServeSettings(token=read_token(None), grace_period_s=float(drain), max_in_flight=64)
     listening = listen("127.0.0.1", 0, settings)
     policy = placements()
     store = Store(Path(state))

@@ -10,7 +10,7 @@ import pytest
 from running import MODEL, TIMEOUT_S, Running, running, until
 
 from maveriq.errors import InputError
-from maveriq.serve import server
+from maveriq.serve import http_protocol
 from maveriq.serve.auth import is_loopback, read_token
 from maveriq.serve.server import listen
 from maveriq.serve.settings import ServeSettings
@@ -136,7 +136,7 @@ def test_headers_too_long(narrow: Running) -> None:
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: local"])
 def test_head_timeout(narrow: Running, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.5)
     with _connected(narrow) as connection:
         if before:
             connection.sendall(before)
@@ -150,7 +150,7 @@ def test_head_timeout(narrow: Running, monkeypatch: pytest.MonkeyPatch, before: 
 
 
 def test_head_timeout_does_not_end_slow_responses(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.3)
     with narrow.client() as http:
         for _ in range(2):
             answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 12})
