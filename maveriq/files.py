@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +72,62 @@ def exists(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Return whether a folder exists; False for a name that no file can have."""
     return os.path.isdir(path)  # noqa: PTH112  (as above)
+
+
+def read_regular_file(path: Path, *, what: str, max_bytes: int, inside: Path | None = None) -> bytes:
+    """Return the content of a regular file of limited size. A FIFO or a device is neither waited for nor read.
+
+    Args:
+        path: the file.
+        what: the kind of file, for messages.
+        max_bytes: its largest size.
+        inside: the folder that it must lie in after all links; None for anywhere.
+
+    Raises:
+        InputError: it is missing, is not such a file, or lies elsewhere.
+    """
+    named = f"{what} {str(path)!r}"
+    try:
+        if inside is not None and not path.resolve().is_relative_to(inside.resolve()):
+            raise InputError(f"{named} is a link out of {str(inside)!r}; put the file itself there")
+        with open_regular_file(path, what=what) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(max_bytes + 1) if size <= max_bytes else b""
+    except FileNotFoundError:
+        raise InputError(f"{named} does not exist; check the path") from None
+    except OSError as error:
+        raise InputError(f"{named} cannot be read: {error.strerror or error}; give another file") from None
+    except (ValueError, RuntimeError) as error:  # a null byte in the name, links in a loop
+        raise InputError(f"{named} cannot be read: {error}; give another file") from None
+    if size > max_bytes or len(data) > max_bytes:
+        raise InputError(f"{named} is larger than {max_bytes >> 20} MiB, which no such file is; give another file")
+    return data
+
+
+def open_regular_file(path: Path, *, what: str) -> io.FileIO:
+    """Open a regular file for reading, without waiting for anything.
+
+    Raises:
+        InputError: it is a folder, a FIFO, a socket or a device.
+        OSError: it cannot be opened.
+    """
+    # Opened before it is looked at, so that it cannot be exchanged in between; a FIFO does not block.
+    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "r")
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    kind = "a folder; name a file" if stat.S_ISDIR(mode) else "not a regular file; give another file"
+    raise InputError(f"{what} {str(path)!r} is {kind}")
+
+
+def read_regular_text(path: Path, *, what: str, max_bytes: int, inside: Path | None = None) -> str:
+    """Return the text of a regular file, as `read_regular_file`.
+
+    Raises:
+        InputError: as there, or it is not UTF-8.
+    """
+    try:
+        return read_regular_file(path, what=what, max_bytes=max_bytes, inside=inside).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{what} {str(path)!r} is not a text file in UTF-8") from None

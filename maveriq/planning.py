@@ -85,6 +85,9 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     cluster = local_cluster(options.gpus, profile)
     spec = load_model(str(model))
     name = options.estimator or default_estimator(profile)
+    other = profile.why_other_model(spec)
+    if other is not None and estimator is None:
+        raise InputError(f"model {spec.name!r}: {other}")
     # Estimators with a table of their own report themselves which models they know.
     if estimator is None and name != MEASURED and spec.name not in profile.fingerprints.models():
         raise InputError(

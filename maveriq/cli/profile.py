@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from maveriq.domain.cluster import Cluster, Gpu
-from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.local_machine import EMULATED, LocalMachine
+from maveriq.exec.model_files import ModelFiles
 from maveriq.profiling.folder import PROFILE_FILES, Machine, write_profile
 from maveriq.profiling.measure import Measured, MeasurementCase, Probe, measure
 from maveriq.report.run_folder import check_writable
@@ -69,13 +70,17 @@ def profile(
     if memory_gib is not None and not 0 < memory_gib < 1e6:
         raise InputError(f"--memory-gib must be a positive number, not {memory_gib}")
     check_writable(out, files=PROFILE_FILES)
-    engines = _engines(models, configuration)
+    chosen = _models(models)
+    engines = _engines(chosen, configuration)
+    files = ModelFiles({model: path for model, path in chosen.values() if path is not None}.get)
     cases = _cases(batch_size, prompt_tokens, output_tokens)
     with contextlib.closing(LocalMachine(backend)) as local:
         for model, parallel_config in engines:
             _check_supported(backend, model, parallel_config, Device.CUDA if local.meter else Device.CPU)
         machine = _machine(local, kind, memory_gib)
-        job = _Job(local=local, machine=machine, engines=engines, cases=cases, probe=Probe(repeats=repeats))
+        job = _Job(
+            local=local, machine=machine, engines=engines, cases=cases, probe=Probe(files=files, repeats=repeats)
+        )
         measured = asyncio.run(_measure_all(job))
     write_profile(out, machine, measured)
     file = out / "profile.toml"
@@ -143,15 +148,31 @@ def _counts(option: str, text: str, maximum: int) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _engines(model_names: Sequence[str], configurations: Sequence[str]) -> list[tuple[ModelSpec, ParallelConfig]]:
+def _models(names: Sequence[str]) -> dict[str, tuple[ModelSpec, Path | None]]:
+    """Return each model by its name, with the path of its configuration, None for a known model.
+
+    Raises:
+        InputError: a model cannot be read, or two models have one name.
+    """
+    found: dict[str, tuple[ModelSpec, Path | None]] = {}
+    for name in names:
+        model = load_model(name)
+        entry = (model, config_path(Path(name)).resolve() if model.config_json else None)
+        if found.setdefault(model.name, entry) != entry:
+            raise InputError(f"two models are called {model.name}; set _name_or_path to tell them apart")
+    return found
+
+
+def _engines(
+    models: Mapping[str, tuple[ModelSpec, Path | None]], configurations: Sequence[str]
+) -> list[tuple[ModelSpec, ParallelConfig]]:
     """Return each model with each of its configurations."""
-    models = {model.name: model for model in map(load_model, model_names)}
     found: dict[tuple[str, ParallelConfig], ModelSpec] = {}
     for text in configurations:
         name, configuration = _configuration(text)
         if name is not None and name not in models:
             raise InputError(f"--configuration {text!r}: {name!r} is not among the models ({', '.join(models)})")
-        for model in models.values() if name is None else [models[name]]:
+        for model, _ in models.values() if name is None else [models[name]]:
             found[model.name, configuration] = model
     return [(model, configuration) for (_, configuration), model in found.items()]
 

@@ -90,7 +90,10 @@ class OnFailure(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings:
-    """The settings of the controller, except the policy."""
+    """The settings of the controller, except the policy.
+
+    `refuse_beyond_context` refuses requests that are longer than their model's context.
+    """
 
     timing: DispatchTiming = field(default_factory=DispatchTiming)
     discipline: QueueDiscipline = QueueDiscipline.FIFO
@@ -99,6 +102,7 @@ class ControllerSettings:
     router: RoutingRule | RequestRouter = RoutingRule.UNIFORM
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
+    refuse_beyond_context: bool = True
 
 
 class Controller:
@@ -197,6 +201,11 @@ class Controller:
         if not deployment.serves:
             self.tracker.refused(request, deployment.refusal_reason())
             return
+        if self._settings.refuse_beyond_context:
+            too_long = deployment.endpoint.model.why_too_long(request.prompt_tokens + request.output_tokens)
+            if too_long is not None:
+                self.tracker.refused(request, too_long)
+                return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
         self._router.committed(deployment, self._now_us, service_us)
         if first:

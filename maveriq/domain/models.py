@@ -1,14 +1,13 @@
 """Models: the shape of a decoder-only transformer, and how its numbers are stored.
 
-The models maveriq knows by name, and models read from a Hugging Face `config.json`.
+The models maveriq knows by name, and models read from a Hugging Face `config.json` (`maveriq.domain.model_config`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -17,9 +16,10 @@ from typing import Any
 
 import msgspec
 
+from maveriq.domain.model_config import parse_config, read_shape
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.files import data_path, exists, is_folder
-from maveriq.tables import read_text, read_toml
+from maveriq.files import data_path, exists, is_folder, read_regular_text
+from maveriq.tables import read_toml
 
 
 class WeightType(StrEnum):
@@ -38,6 +38,12 @@ class KvType(StrEnum):
     NATIVE = "native"
 
 
+_SHAPE = (
+    "layers", "hidden_size", "attention_heads", "kv_heads", "head_size", "intermediate_size", "vocab_size",
+    "feed_forward_matrices", "all_reduces_per_layer",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The shape of a model, as its Hugging Face `config.json` gives it.
@@ -45,6 +51,17 @@ class ModelSpec:
     A feed-forward part has three matrices where it is gated, else two. A layer split by tensor
     parallelism is summed up over the GPUs twice, or once where attention and feed-forward part
     run side by side.
+
+    Two models are equal where name, shape and configuration are: identity comes from the content.
+
+    Args:
+        name: by which profiles are found.
+        architecture: the `model_type`, by which engines are found.
+        head_size: numbers in a head's vector; 0 stands for hidden_size / attention_heads.
+        context_tokens: the longest sequence, prompt and output together; None where the configuration names none.
+        rope_type: how rotary positions are scaled; `default` where they are not, or where there are none.
+        quantization: the weight type of a checkpoint that is quantised, "" for one that is not.
+        config_json: the text of the configuration that the model was read from, "" for a known model.
 
     Raises:
         InputError: a count is not positive.
@@ -60,78 +77,56 @@ class ModelSpec:
     vocab_size: int
     feed_forward_matrices: int = 3
     all_reduces_per_layer: int = 2
+    head_size: int = 0
+    context_tokens: int | None = None
+    rope_type: str = "default"
+    quantization: str = ""
+    config_json: str = field(default="", repr=False, hash=False)
 
     def __post_init__(self) -> None:
-        for field in (field.name for field in fields(self) if field.name not in ("name", "architecture")):
-            value = getattr(self, field)
+        for name in (*_SHAPE, "context_tokens"):
+            value = getattr(self, name)
+            if (name, value) in (("head_size", 0), ("context_tokens", None)):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"model {self.name!r}: {field} must be a positive whole number, not {value!r}")
+                raise InputError(f"model {self.name!r}: {name} must be a positive whole number, not {value!r}")
+        if not self.head_size:
+            object.__setattr__(self, "head_size", max(1, self.hidden_size // self.attention_heads))
+
+    def differences_from(self, other: ModelSpec) -> str:
+        """Return what of the shape differs from another model's, such as "layers 40, not 32"; "" where nothing does."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in _SHAPE)
+        return ", ".join(f"{name} {mine}, not {others}" for name, mine, others in pairs if mine != others)
+
+    def why_not_stored_as(self, weights: WeightType) -> str | None:
+        """Return why the weights cannot be of this type: the checkpoint holds them quantised; None if they can."""
+        if self.quantization in ("", weights):
+            return None
+        return f"its checkpoint holds {self.quantization} weights (quantization_config), not {weights}"
+
+    def why_too_long(self, tokens: int) -> str | None:
+        """Return why a sequence of so many tokens, prompt and output, does not fit the model; None if it does."""
+        if self.context_tokens is None or tokens <= self.context_tokens:
+            return None
+        return f"a sequence of {tokens} tokens is longer than the {self.context_tokens} positions of {self.name}"
 
 
-# Hugging Face names one thing differently per family; the first key present wins.
-_HF_KEYS: Mapping[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "attention_heads": ("num_attention_heads", "n_head", "num_heads"),
-    "vocab_size": ("vocab_size",),
-}
-
-# What a configuration does not say but its family implies; every other family is built like llama.
-_FAMILIES: Mapping[str, Mapping[str, int]] = {
-    "falcon": {"feed_forward_matrices": 2, "all_reduces_per_layer": 1},
-    "gptj": {"feed_forward_matrices": 2, "all_reduces_per_layer": 1},
-    "gpt_neox": {"feed_forward_matrices": 2, "all_reduces_per_layer": 1},
-    "gpt2": {"feed_forward_matrices": 2},
-    "opt": {"feed_forward_matrices": 2},
-    "bloom": {"feed_forward_matrices": 2},
-}
-
-
-def model_from_hf_config(config: Mapping[str, Any], *, name: str, where: str) -> ModelSpec:
-    """Read a Hugging Face `config.json` (already parsed) into a `ModelSpec`.
+def model_from_hf_config(config_json: str, *, name: str, where: str) -> ModelSpec:
+    """Read the text of a Hugging Face `config.json` into a `ModelSpec`.
 
     Args:
-        config: the parsed file.
+        config_json: the file's content.
         name: the model's name, by which profiles are found.
         where: the file's name, for messages.
 
     Raises:
-        InputError: a needed key is missing or is not a positive whole number.
+        InputError: it is not such a file, or the model has a part that maveriq does not model.
     """
-    found: dict[str, Any] = {}
-    for field, keys in _HF_KEYS.items():
-        present = [key for key in keys if config.get(key) is not None]
-        if not present:
-            raise InputError(f"{where}: no {' or '.join(keys)}; is it the config.json of a decoder-only model?")
-        found[field] = config[present[0]]
-    heads, hidden = found["attention_heads"], found["hidden_size"]
-    return ModelSpec(
-        name=name,
-        architecture=str(config.get("model_type", "unknown")),
-        kv_heads=_kv_heads(config, heads),
-        # GPT-J and falcon write nothing where the feed-forward part is four times as wide.
-        intermediate_size=_first(config, ("intermediate_size", "n_inner", "ffn_hidden_size"), _times(hidden, 4)),
-        **_FAMILIES.get(str(config.get("model_type")), {}),
-        **found,
-    )
+    return _spec_from(parse_config(config_json, where), name=name, where=where, config_json=config_json)
 
 
-def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: Any) -> Any:
-    return next((config[key] for key in keys if config.get(key) is not None), default)
-
-
-def _times(value: Any, factor: int) -> Any:
-    """Multiply, leaving what is no number for `ModelSpec` to refuse by name."""
-    return value * factor if isinstance(value, int) else value
-
-
-def _kv_heads(config: Mapping[str, Any], heads: Any) -> Any:
-    # Falcon's `num_kv_heads` counts only in the new decoder; the old one has a single KV head
-    # when `multi_query` is set, which is the default (transformers, FalconConfig).
-    multi_query = config.get("multi_query", config.get("model_type") == "falcon")
-    if multi_query and not config.get("new_decoder_architecture"):
-        return 1
-    return _first(config, ("num_key_value_heads", "num_kv_heads"), heads)
+def _spec_from(config: Mapping[str, Any], *, name: str, where: str, config_json: str) -> ModelSpec:
+    return ModelSpec(name=name, config_json=config_json, **asdict(read_shape(config, where)))
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -144,19 +139,29 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     vocab_size: int
     feed_forward_matrices: int
     all_reduces_per_layer: int
-    source: str
+    head_size: int = 0
+    context_tokens: int | None = None
+    source: str = ""
 
 
 @cache
 def known_models() -> Mapping[str, ModelSpec]:
     """Return the models of the catalogue by name."""
-    entries = read_toml(data_path("models.toml"), dict[str, _Entry], what="model catalogue")
+    return MappingProxyType(read_models(data_path("models.toml")))
+
+
+def read_models(path: Path) -> dict[str, ModelSpec]:
+    """Read a table of model shapes, TOML in the format of maveriq's own catalogue (`maveriq/data/models.toml`).
+
+    Raises:
+        InputError: not such a table, or a count that is not positive.
+    """
     specs: dict[str, ModelSpec] = {}
-    for name, entry in entries.items():
+    for name, entry in read_toml(path, dict[str, _Entry], what="table of models").items():
         shape = msgspec.structs.asdict(entry)
         del shape["source"]
         specs[name] = ModelSpec(name=name, **shape)
-    return MappingProxyType(specs)
+    return specs
 
 
 def shape_of(name: str) -> ModelSpec | None:
@@ -190,19 +195,22 @@ def load_model(name_or_path: str) -> ModelSpec:
     if not (path.suffix == ".json" or os.sep in name_or_path or exists(path)):
         hint = "or give the path of a Hugging Face config.json"
         raise UnknownNameError("model", name_or_path, known, hint)
-    return _read_config(path / "config.json" if is_folder(path) else path)
+    return _read_config(config_path(path))
+
+
+def config_path(path: Path) -> Path:
+    """Return the path of a `config.json` from its own path or that of its folder."""
+    return path / "config.json" if is_folder(path) else path
+
+
+_MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 
 def _read_config(path: Path) -> ModelSpec:
     where = f"model configuration {str(path)!r}"
-    text = read_text(path, what="model configuration")
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{where} must hold a JSON object, not {type(config).__name__}")
-    return model_from_hf_config(config, name=_name_of(config, path), where=where)
+    text = read_regular_text(path, what="model configuration", max_bytes=_MAX_CONFIG_BYTES)
+    config = parse_config(text, where)
+    return _spec_from(config, name=_name_of(config, path), where=where, config_json=text)
 
 
 def _name_of(config: Mapping[str, Any], path: Path) -> str:

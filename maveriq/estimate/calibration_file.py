@@ -239,15 +239,14 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
 def layer_parameters(model: ModelSpec) -> int:
     """Return the parameters of a layer: queries, keys, values, output, and the feed-forward part."""
-    kv_width = model.kv_heads * model.hidden_size // model.attention_heads
-    attention = model.hidden_size * (2 * model.hidden_size + 2 * kv_width)
+    attention = model.hidden_size * 2 * (model.attention_heads + model.kv_heads) * model.head_size
     return attention + model.feed_forward_matrices * model.hidden_size * model.intermediate_size
 
 
 def kv_bytes(model: ModelSpec, kv: KvType, tp: int = 1) -> int:
     """Return the bytes of a token in the KV cache of one GPU, per layer; a KV head is never split."""
     heads = max(1, model.kv_heads // tp)
-    return 2 * heads * (model.hidden_size // model.attention_heads) * (1 if kv is KvType.INT8 else 2)
+    return 2 * heads * model.head_size * (1 if kv is KvType.INT8 else 2)
 
 
 def op_counts(
@@ -266,6 +265,7 @@ def op_counts(
         layer_parameters=layer_parameters(model),
         head_parameters=model.vocab_size * model.hidden_size,
         hidden=model.hidden_size,
+        attention=model.attention_heads * model.head_size,
         kv_bytes=kv_bytes(model, kv, tp),
         all_reduces=model.all_reduces_per_layer,
         tp=tp,

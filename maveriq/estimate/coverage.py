@@ -20,6 +20,9 @@ def why_not(
         configuration: the configuration, whatever its batch size.
         needed: configurations with the same storage types whose fingerprints the estimate needs.
     """
+    other = profile.why_other_model(model) or model.why_not_stored_as(configuration.weights)
+    if other is not None:
+        return other
     fingerprints, tp = profile.fingerprints.of(model.name), configuration.tp
     missing = [point for point in needed if point not in fingerprints]
     if missing and not _has_storage_types(profile, model, configuration):

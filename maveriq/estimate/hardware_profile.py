@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import msgspec
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
-from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models
+from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, read_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.fingerprints import FingerprintTable, read_config, read_exponents, read_fingerprints
@@ -207,6 +207,7 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     load_times: str | None = None
     calibrated: str | None = None
     measured: str | None = None
+    models: str | None = None
 
 
 class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -254,6 +255,7 @@ class HardwareProfile:
         facts: accuracy, unsupported configurations, SLOs and load times; prefer the methods below.
         calibrated: file of the calibration, None if there is none.
         measured: table of measured whole models, None if there is none.
+        models: the shapes of the models that were measured, by name.
     """
 
     name: str
@@ -268,6 +270,21 @@ class HardwareProfile:
     facts: MeasuredFacts
     calibrated: Path | None = None
     measured: Path | None = None
+    models: Mapping[str, ModelSpec] = field(default_factory=dict)
+
+    def why_other_model(self, model: ModelSpec) -> str | None:
+        """Return why a model is not the one that was measured under its name: its shape differs; None if it may be.
+
+        Without a table of shapes, the known model of that name counts.
+        """
+        measured = self.models.get(model.name) or known_models().get(model.name)
+        different = model.differences_from(measured) if measured else ""
+        if not different:
+            return None
+        return (
+            f"it is not the {model.name} that profile {self.name} was measured with: {different}; measure it under a "
+            "name of its own (_name_or_path in its config.json)"
+        )
 
     def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
         """Return the accuracy in percent of the float16 model's, None if it was never measured."""
@@ -339,6 +356,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         facts=read_facts,
         calibrated=tables / hardware.tables.calibrated if hardware.tables.calibrated else None,
         measured=tables / hardware.tables.measured if hardware.tables.measured else None,
+        models=read_models(tables / hardware.tables.models) if hardware.tables.models else {},
     )
 
 

@@ -67,6 +67,9 @@ class MeasuredEstimator:
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
+        other = self._profile.why_other_model(model) or model.why_not_stored_as(configuration.weights)
+        if other is not None:
+            return other
         points = self._points(model, configuration)
         if points is None:
             return f"never measured ({self._measured_configurations(model)})"

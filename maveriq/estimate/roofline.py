@@ -27,6 +27,7 @@ class OpCounts:
         layer_parameters: parameters of a layer.
         head_parameters: parameters of the output projection, which stay float16.
         hidden: hidden size.
+        attention: width of all heads together; the hidden size in most models.
         kv_bytes: bytes of a token in the KV cache of one GPU, per layer.
         all_reduces: all-reduces per layer if TP is above 1.
         tp: tensor-parallel degree.
@@ -40,6 +41,7 @@ class OpCounts:
     layer_parameters: Values
     head_parameters: Values
     hidden: Values
+    attention: Values
     kv_bytes: Values
     all_reduces: Values
     tp: Values
@@ -106,8 +108,8 @@ def latency_s(ops: OpCounts, hardware: RooflineParameters, output_tokens: Values
 def first_token_s(ops: OpCounts, hardware: RooflineParameters) -> Values:
     """Return the time of prefill: all prompt tokens at once, then the first output token."""
     tokens = ops.batch * ops.prompt_tokens
-    # Causal attention needs half of 4 x tokens x context x hidden operations.
-    attention_flop = 2 * tokens * ops.prompt_tokens * ops.hidden
+    # Causal attention needs half of 4 x tokens x context x width operations.
+    attention_flop = 2 * tokens * ops.prompt_tokens * ops.attention
     operations_s = (2 * ops.layer_parameters * tokens + attention_flop) / ops.tp / hardware.prefill_flops
     layer_s = ops.layer_time_ratio * (
         _combined_s(_weights_s(ops, hardware), operations_s, hardware.overlap) + hardware.layer_s

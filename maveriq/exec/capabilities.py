@@ -32,6 +32,8 @@ from maveriq.units import Bytes
 ANY = "*"
 """In a row's architectures: any."""
 
+_TORCH = "torch"
+
 _Bound = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -68,6 +70,7 @@ class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     source: str
     heads: bool = True
     feed_forward: bool = True
+    rope: tuple[str, ...] = ()
     group: _Bound = 0
     max_tp: _Bound = 0
     max_pp: _Bound = 0
@@ -101,11 +104,35 @@ def engine_facts(name: str) -> EngineFacts:
     return known[name]
 
 
-def unsupported_by(engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, device: Device) -> str | None:
+def unsupported_by(name: str, model: ModelSpec, cfg: ParallelConfig, device: Device) -> str | None:
     """Return why an engine cannot run a model with a configuration, in one clause, or None where it can.
 
-    Rows are narrowed down by one property after the other; the first that leaves none is the reason.
+    Rows of the matrix are narrowed down by one property after the other; the first that leaves none is the reason.
+    Where a row is left, the engine's own reader of `config.json` has the last word.
+
+    Raises:
+        UnknownNameError: no such engine.
     """
+    engine = engine_facts(name)
+    return _unsupported_by_matrix(engine, model, cfg, device) or (
+        _unreadable_by_torch(model.config_json) if name == _TORCH and model.config_json else None
+    )
+
+
+@cache
+def _unreadable_by_torch(config_json: str) -> str | None:
+    """Return why the torch engine would refuse a `config.json` while loading, None if it would not."""
+    from maveriq.exec.engines.engine import EngineError  # late: engines ask this module what they can do
+    from maveriq.exec.engines.torch.config import read_decoder_config
+
+    try:
+        read_decoder_config(config_json)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def _unsupported_by_matrix(engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, device: Device) -> str | None:
     family = model.architecture
     rows = [row for row in engine.can if family in row.architectures or ANY in row.architectures]
     if not rows:
@@ -113,6 +140,13 @@ def unsupported_by(engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, d
     on_device = [row for row in rows if device in row.devices]
     if not on_device:
         return f"it runs {family} on {_names(rows, lambda row: row.devices)}, not on {device}"
+    positioned = [row for row in on_device if not row.rope or model.rope_type in row.rope]
+    if not positioned:
+        kinds = _names(on_device, lambda row: row.rope)
+        return f"it scales rotary positions by {kinds}, not by {model.rope_type}"
+    if reason := model.why_not_stored_as(cfg.weights):
+        return reason
+    on_device = positioned
     stored = [row for row in on_device if cfg.weights in row.weights]
     if not stored:
         return (
@@ -329,11 +363,11 @@ def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device
         UnknownNameError: no such engine.
         InputError: the layer split does not add up to the model's layers.
     """
-    facts, asked = engine_facts(engine), configuration.normalised(model.layers)
-    reason = unsupported_by(facts, model, asked, device)
+    asked = configuration.normalised(model.layers)
+    reason = unsupported_by(engine, model, asked, device)
     if reason is None:
         return None
-    near = nearest(model, asked, lambda candidate: unsupported_by(facts, model, candidate, device) is None)
+    near = nearest(model, asked, lambda candidate: unsupported_by(engine, model, candidate, device) is None)
     return Refusal(engine=engine, model=model, asked=asked, reason=reason, nearest=near)
 
 
@@ -368,7 +402,7 @@ class SupportedByEngine:
             return reason
         if self.slices and configuration.gpus > 1:
             return "GPUs of this machine are slices (MIG), and no model spreads over several; turn MIG off"
-        refused = unsupported_by(engine_facts(self.engine), model, configuration, self.device)
+        refused = unsupported_by(self.engine, model, configuration, self.device)
         return refused and f"{self.engine}: {refused}"
 
     def service(

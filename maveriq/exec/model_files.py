@@ -1,21 +1,26 @@
 """The model files that engines load: the Hugging Face `config.json`, and the weights if there are any.
 
 A model that comes without files gets a `config.json` made from its shape, and random weights.
+
+The files are not trusted. `read_model_file` and `check_weights` are the only ways in: regular files of limited size
+that lie in the model's folder. Weights are safetensors; pickle files (`pytorch_model.bin`) are never loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError
-from maveriq.tables import read_text
+from maveriq.files import exists, open_regular_file, read_regular_text
 
-_CONTEXT_TOKENS = 4096
+_DEFAULT_CONTEXT_TOKENS = 4096
 _GPTJ_ROTARY_SIZE = 64
+_MAX_FILE_BYTES = 64 * 1024 * 1024
+_SAFETENSORS, _PICKLES = ("*.safetensors",), ("*model*.bin", "*model*.pt", "*.pth", "*.ckpt")
 
 
 def hf_config_json(model: ModelSpec) -> str:
@@ -31,8 +36,9 @@ def _llama_keys(model: ModelSpec) -> dict[str, Any]:
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.attention_heads,
         "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
         "intermediate_size": model.intermediate_size,
-        "max_position_embeddings": _CONTEXT_TOKENS,
+        "max_position_embeddings": _context_tokens(model),
         "tie_word_embeddings": False,
     }
 
@@ -51,7 +57,7 @@ def _falcon_keys(model: ModelSpec) -> dict[str, Any]:
         "parallel_attn": True,
         "bias": False,
         "alibi": False,
-        "max_position_embeddings": _CONTEXT_TOKENS,
+        "max_position_embeddings": _context_tokens(model),
     }
 
 
@@ -62,10 +68,14 @@ def _gptj_keys(model: ModelSpec) -> dict[str, Any]:
         "n_embd": model.hidden_size,
         "n_head": model.attention_heads,
         "n_inner": model.intermediate_size,
-        "rotary_dim": min(_GPTJ_ROTARY_SIZE, model.hidden_size // model.attention_heads),
-        "n_positions": _CONTEXT_TOKENS,
+        "rotary_dim": min(_GPTJ_ROTARY_SIZE, model.head_size),
+        "n_positions": _context_tokens(model),
         "tie_word_embeddings": False,
     }
+
+
+def _context_tokens(model: ModelSpec) -> int:
+    return model.context_tokens or _DEFAULT_CONTEXT_TOKENS
 
 
 class ModelFiles:
@@ -79,19 +89,68 @@ class ModelFiles:
         self._config_path = config_path
 
     def config_json(self, model: ModelSpec) -> str:
-        """Return the content of a model's `config.json`, or one made from its shape.
+        """Return the configuration that a model was read from, or one made from its shape."""
+        return model.config_json or hf_config_json(model)
 
-        If the file can no longer be read, return "{}": then only the engine of this model fails.
+    def weights_folder(self, model: ModelSpec) -> str:
+        """Return the folder of a model's weights, "" if it has none (random weights).
+
+        A folder with pickle files alone counts too: the engines refuse it, where random weights would be wrong.
         """
         path = self._config_path(model)
         if path is None:
-            return hf_config_json(model)
-        try:
-            return read_text(path, what="model configuration")
-        except InputError:
-            return "{}"
+            return ""
+        return str(path.parent.resolve()) if _has_any(path.parent, _SAFETENSORS + _PICKLES) else ""
 
-    def weights_folder(self, model: ModelSpec) -> str:
-        """Return the folder of a model's weights, "" if it has none (random weights)."""
-        path = self._config_path(model)
-        return str(path.parent.resolve()) if path is not None and any(path.parent.glob("*.safetensors")) else ""
+
+def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def model_root(folder: Path) -> Path:
+    """Return the folder that a model's files must lie in after all links.
+
+    It is the model's own, except in the cache of Hugging Face, where `snapshots/REVISION` holds links into `blobs`.
+    """
+    resolved = folder.resolve()
+    return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
+
+
+def read_model_file(folder: Path, name: str, *, what: str) -> str | None:
+    """Return the text of a file in a model's folder, None if there is none.
+
+    Raises:
+        InputError: it is not a regular file in the folder, is larger than 64 MiB, or is not UTF-8.
+    """
+    path = folder / name
+    if not exists(path) and not path.is_symlink():
+        return None
+    return read_regular_text(path, what=what, max_bytes=_MAX_FILE_BYTES, inside=model_root(folder))
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a folder's weights are safetensors, each a regular file in the folder.
+
+    Raises:
+        InputError: there are none, or one is a link out of the folder, a FIFO or a device.
+    """
+    if not _has_any(folder, _SAFETENSORS):
+        pickles = ", ".join(sorted(path.name for path in _matching(folder, _PICKLES)))
+        raise InputError(
+            f"weights in {str(folder)!r} are pickle files ({pickles[:100]}), which can run any code and are never "
+            "loaded; convert them to safetensors"
+            if pickles
+            else f"{str(folder)!r} has no safetensors weights"
+        )
+    root = model_root(folder)
+    for path in _matching(folder, _SAFETENSORS):
+        try:
+            if not path.resolve().is_relative_to(root):
+                raise InputError(f"weights {str(path)!r} are a link out of {str(root)!r}; put the file itself there")
+            open_regular_file(path, what="weights").close()
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"weights {str(path)!r} cannot be read: {error}") from None
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    return (path for pattern in patterns for path in folder.glob(pattern))

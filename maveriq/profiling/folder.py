@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from maveriq.domain.models import ModelSpec
 from maveriq.estimate.measured import COLUMNS
 from maveriq.profiling.measure import Measured
 from maveriq.report.run_folder import write_folder
 
-PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv")
+PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv", "models.toml")
 """What makes a folder a profile of measurements."""
+
+_NOT_SHAPE = ("name", "rope_type", "quantization", "config_json")
 
 _HARDWARE = """\
 # Written by `maveriq profile`. Engines are dispatched to without a tick, as maveriq's own executor does.
@@ -39,6 +42,7 @@ busy_percent = 1.0
 [tables]
 load_fit = "load_fit.toml"
 measured = "measured.csv"
+models = "models.toml"
 """
 
 
@@ -52,7 +56,7 @@ class Machine:
 
 
 def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) -> None:
-    """Write profile.toml, hardware.toml, load_fit.toml and measured.csv, whole or not at all.
+    """Write profile.toml, hardware.toml, load_fit.toml, measured.csv and models.toml, whole or not at all.
 
     Raises:
         InputError: the folder cannot be written, or holds something else.
@@ -72,6 +76,12 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) 
             f"fixed_s = {load_s:.3f}\nper_gpu_s = 0.0\nper_gib_s = 0.0\n"
         ),
         "measured.csv": "\n".join([",".join(COLUMNS), *map(_line, measured), ""]),
+        "models.toml": "\n".join(
+            [
+                "# Written by `maveriq profile`: what was measured. Another model of the same name is refused.",
+                *map(_shape, {result.model.name: result.model for result in measured}.values()),
+            ]
+        ),
     }
 
     def fill(fresh: Path) -> None:
@@ -84,6 +94,13 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) 
 def _quoted(text: str) -> str:
     """Return a string as TOML writes it."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _shape(model: ModelSpec) -> str:
+    """Return a model's shape as a table of `maveriq.domain.models.read_models`."""
+    values = {name: value for name, value in asdict(model).items() if value is not None and name not in _NOT_SHAPE}
+    lines = (f"{name} = {_quoted(value) if isinstance(value, str) else value}" for name, value in values.items())
+    return "\n".join([f"\n[{_quoted(model.name)}]", *lines, ""])
 
 
 def _line(result: Measured) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from maveriq.domain.models import ModelSpec
@@ -15,7 +15,7 @@ from maveriq.exec import messages
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
 from maveriq.exec.messages import ChannelClosedError, EngineSpec, Failed, Finished, Generate, Hello, Load, Loaded, Stop
-from maveriq.exec.model_files import hf_config_json
+from maveriq.exec.model_files import ModelFiles
 from maveriq.streams import generator
 from maveriq.units import BYTES_PER_GIB
 
@@ -54,11 +54,13 @@ class Probe:
     """How to measure.
 
     Args:
+        files: where the files of models are.
         repeats: of each question, after one that does not count.
-        patience_s: for a start, and for an execution.
+        timeout_s: for a start, and for an execution.
         seed: of random weights and prompts.
     """
 
+    files: ModelFiles = field(default_factory=ModelFiles)
     repeats: int = 5
     timeout_s: float = 600.0
     seed: int = 42
@@ -79,7 +81,7 @@ async def measure(
         ProfilingError: it does not start, cannot do this, or takes longer than it may.
     """
     gpu_ids = tuple(range(configuration.gpus))
-    spec = _spec(model, configuration, max(case.batch for case in cases), devices.names(gpu_ids), probe.seed)
+    spec = _spec(model, configuration, max(case.batch for case in cases), devices.names(gpu_ids), probe)
     what = f"{model.name} with {configuration}"
     loop = asyncio.get_running_loop()
     started_s = loop.time()
@@ -115,13 +117,14 @@ async def measure(
 
 
 def _spec(
-    model: ModelSpec, configuration: ParallelConfig, batch: int, devices: tuple[str, ...], seed: int
+    model: ModelSpec, configuration: ParallelConfig, batch: int, devices: tuple[str, ...], probe: Probe
 ) -> EngineSpec:
     return EngineSpec(
         deployment_id=1,
         generation=1,
         model=model.name,
-        config_json=hf_config_json(model),
+        config_json=probe.files.config_json(model),
+        weights_folder=probe.files.weights_folder(model),
         tp=configuration.tp,
         pp=configuration.pp,
         layer_split=configuration.layers_per_stage(model.layers),
@@ -129,7 +132,7 @@ def _spec(
         kv=configuration.kv.value,
         batch_size=batch,
         devices=devices,
-        seed=seed,
+        seed=probe.seed,
     )
 
 

@@ -11,9 +11,9 @@ from typing import Annotated
 import msgspec
 
 from maveriq.domain.deployments import Intent, Objective
-from maveriq.domain.models import ModelSpec, load_model
+from maveriq.domain.models import ModelSpec, config_path, load_model
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.files import is_folder, traces_path
+from maveriq.files import traces_path
 from maveriq.tables import read_toml
 
 _WHAT = "model set"
@@ -53,7 +53,7 @@ class ModelSet:
     """Models in the order in which they load; the k-th (from 1) is endpoint k.
 
     Raises:
-        InputError: no model, or bins that go back.
+        InputError: no model, bins that go back, or two models of one name.
     """
 
     name: str
@@ -68,6 +68,14 @@ class ModelSet:
                     f"{_WHAT} {self.name!r}: {later.model.name} loads at bin {later.load_at}, after a model that loads"
                     f" at bin {earlier.load_at}; list the models by load_at"
                 )
+        seen: dict[str, ModelEntry] = {}
+        for entry in self.entries:
+            first = seen.setdefault(entry.model.name, entry)
+            if (first.model, first.config) != (entry.model, entry.config):
+                raise InputError(
+                    f"{_WHAT} {self.name!r}: two models are called {entry.model.name}: {_origin(first)} and "
+                    f"{_origin(entry)}; set _name_or_path to tell them apart"
+                )
 
     @property
     def load_at(self) -> tuple[int, ...]:
@@ -75,19 +83,12 @@ class ModelSet:
         return tuple(entry.load_at for entry in self.entries)
 
     def configs(self) -> dict[ModelSpec, Path]:
-        """Return where each model's own configuration lies; catalogue models have none.
+        """Return where each model's own configuration lies; catalogue models have none."""
+        return {entry.model: entry.config for entry in self.entries if entry.config is not None}
 
-        Raises:
-            InputError: two configurations describe what looks like one model, perhaps with other weights.
-        """
-        found: dict[ModelSpec, Path] = {}
-        for entry in self.entries:
-            if entry.config is not None and found.setdefault(entry.model, entry.config) != entry.config:
-                raise InputError(
-                    f"{_WHAT} {self.name!r}: {str(found[entry.model])!r} and {str(entry.config)!r} are both called "
-                    f"{entry.model.name!r}; set _name_or_path in one of them to tell them apart"
-                )
-        return found
+
+def _origin(entry: ModelEntry) -> str:
+    return "the known one" if entry.config is None else repr(str(entry.config))
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -151,8 +152,7 @@ def _config(name_or_path: str, folder: Path) -> Path | None:
     """
     if not ("/" in name_or_path or name_or_path.endswith(".json")):
         return None
-    path = folder / name_or_path
-    return path / "config.json" if is_folder(path) else path
+    return config_path(folder / name_or_path)
 
 
 def _objective(name: str) -> Objective:

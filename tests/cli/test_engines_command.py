@@ -69,16 +69,19 @@ def test_json_answers_for_a_configuration(maveriq: Maveriq) -> None:
 
 def test_names_with_brackets_are_shown_as_they_are(maveriq: Maveriq, tmp_path: Path) -> None:
     config = {
-        "model_type": "[bold]",
+        "model_type": "bold",
         "num_hidden_layers": 2,
         "hidden_size": 8,
         "num_attention_heads": 2,
+        "intermediate_size": 16,
         "vocab_size": 9,
     }
     put(tmp_path, {"[red]/config.json": json.dumps(config)})
     ended = maveriq("engines --model './[red]'")
     assert "[red] as TP 1" in ended.out
-    assert "not [bold]" in ended.out
+    assert "not bold" in ended.out
+    put(tmp_path, {"[red]/config.json": json.dumps(config | {"model_type": "[bold]"})})
+    assert "model_type must be a name such as llama, not '[bold]'" in maveriq("engines --model './[red]'").err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from maveriq.exec.capabilities import (
     Refusal,
     SupportedByEngine,
     distance,
-    engine_facts,
     known_engines,
     nearest,
     similar_configs,
@@ -218,7 +217,7 @@ def test_the_nearest_configuration_is_supported_and_at_minimum_distance(
     requested = data.draw(configurations(model))
 
     def allowed(config: ParallelConfig) -> bool:
-        return unsupported_by(engine_facts(engine), model, config, device) is None
+        return unsupported_by(engine, model, config, device) is None
 
     refusal = why_not(engine, model, requested, device)
     assert (refusal is None) == allowed(requested)

@@ -62,7 +62,7 @@ def test_a_configuration_without_a_name_is_named_after_its_folder(tmp_path: Path
 
 
 def test_old_and_new_falcon_differ_in_kv_heads(tmp_path: Path) -> None:
-    old = {"n_layer": 2, "n_embd": 64, "n_head": 8, "vocab_size": 10, "multi_query": True}
+    old = {"model_type": "falcon", "n_layer": 2, "n_embd": 64, "n_head": 8, "vocab_size": 10, "multi_query": True}
     new = {**old, "new_decoder_architecture": True, "num_kv_heads": 4}
     assert load_model(str(write(tmp_path / "old", old))).kv_heads == 1
     without_key = {key: value for key, value in old.items() if key != "multi_query"}

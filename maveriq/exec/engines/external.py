@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from maveriq.domain.model_config import parse_config
 from maveriq.domain.models import KvType, ModelSpec, WeightType, model_from_hf_config
 from maveriq.domain.parallel import ParallelConfig, check_layer_split
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
 from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
+from maveriq.exec.model_files import check_weights
 from maveriq.units import Bytes
 
 MAX_SEQUENCE_TOKENS = 4096
@@ -57,11 +59,7 @@ class EngineRequirements:
     @property
     def sequence_tokens(self) -> int:
         """KV cache capacity for one sequence, in tokens."""
-        context_lengths = [self.hf_config.get(key) for key in ("max_position_embeddings", "n_positions")]
-        context_tokens = next(
-            (length for length in context_lengths if isinstance(length, int) and length > 0), _DEFAULT_CONTEXT_TOKENS
-        )
-        return min(context_tokens, MAX_SEQUENCE_TOKENS)
+        return min(self.model.context_tokens or _DEFAULT_CONTEXT_TOKENS, MAX_SEQUENCE_TOKENS)
 
     @property
     def checkpoint_quantisation(self) -> str | None:
@@ -85,8 +83,7 @@ class EngineRequirements:
         """
         model, tp = self.model, self.configuration.tp
         heads = max(1, model.kv_heads // tp)
-        head_size = self.hf_config.get("head_dim") or model.hidden_size // model.attention_heads
-        return 2 * max(self.spec.layer_split) * heads * (head_size * element_bytes + per_head_bytes)
+        return 2 * max(self.spec.layer_split) * heads * (model.head_size * element_bytes + per_head_bytes)
 
 
 def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
@@ -96,8 +93,9 @@ def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
         EngineError: the engine does not support it, or it is inconsistent.
     """
     try:
-        hf_config = json.loads(spec.config_json)
-        model = model_from_hf_config(hf_config, name=spec.model, where=f"configuration of {spec.model}")
+        where = f"configuration of {spec.model}"
+        model = model_from_hf_config(spec.config_json, name=spec.model, where=where)
+        hf_config = parse_config(spec.config_json, where)
         configuration = ParallelConfig(
             tp=spec.tp,
             pp=spec.pp,
@@ -106,11 +104,10 @@ def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
             layer_split=spec.layer_split,
             batch_size=spec.batch_size,
         )
-        _check_head_size(hf_config)
         device = Device.named(spec.devices[0] if spec.devices else "")
         check_layer_split(spec.layer_split, spec.pp)
         refusal = why_not(engine, model, configuration, device)
-    except (InputError, ValueError, AttributeError, RecursionError) as error:
+    except (InputError, ValueError) as error:
         raise EngineError(FailureKind.UNSUPPORTED, f"{engine}: {error}") from None
     if refusal is not None:
         raise EngineError(FailureKind.UNSUPPORTED, str(refusal))
@@ -122,12 +119,6 @@ def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
             f"{', '.join(spec.devices)}",
         )
     return EngineRequirements(spec=spec, hf_config=hf_config, model=model, configuration=configuration, device=device)
-
-
-def _check_head_size(hf_config: Mapping[str, Any]) -> None:
-    size = hf_config.get("head_dim")
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise InputError(f"head_dim must be a positive whole number, not {size!r}")
 
 
 def check_lengths(engine: str, sequences: tuple[PromptSequence, ...], max_tokens: int) -> None:
@@ -180,6 +171,11 @@ class ExternalEngine(ABC):
 
     def load(self, spec: EngineSpec) -> Loaded:
         """Start the engine and warm it up; see `Engine.load`."""
+        if spec.weights_folder:
+            try:
+                check_weights(Path(spec.weights_folder))
+            except InputError as error:
+                raise EngineError(FailureKind.UNSUPPORTED, f"{self.name}: {error}") from None
         self._folder = Path(tempfile.mkdtemp(prefix=f"maveriq-{self.name}-"))
         try:
             return self._load(spec, self._folder)

@@ -27,6 +27,7 @@ from maveriq.exec.engines.external import (
     write_files,
 )
 from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
+from maveriq.exec.model_files import read_model_file
 
 NAME = "trtllm"
 
@@ -88,17 +89,21 @@ def _check_checkpoint(requirements: EngineRequirements) -> None:
     """Check that a checkpoint is quantised as requested; TensorRT-LLM would use it however it is."""
     weights, folder = requirements.configuration.weights, requirements.spec.weights_folder
     file = Path(folder) / _QUANTISATION_FILE
-    if weights in _ALGORITHMS and not file.is_file():
+    try:
+        text = read_model_file(Path(folder), _QUANTISATION_FILE, what="quantisation")
+    except InputError as error:
+        raise EngineError(FailureKind.UNSUPPORTED, str(error)) from None
+    if weights in _ALGORITHMS and text is None:
         raise EngineError(
             FailureKind.UNSUPPORTED,
             f"trtllm does not quantise to {weights} while loading, and {folder} has no {_QUANTISATION_FILE}; quantise "
             "the weights first",
         )
     algorithm = requirements.checkpoint_quantisation
-    if file.is_file():
+    if text is not None:
         try:
-            algorithm = json.loads(file.read_text(encoding="utf-8"))["quantization"]["quant_algo"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            algorithm = json.loads(text)["quantization"]["quant_algo"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EngineError(FailureKind.UNSUPPORTED, f"{file} cannot be read: {error!r}") from None
     if algorithm not in _CHECKPOINT_ALGORITHMS[weights]:
         raise EngineError(

@@ -86,7 +86,7 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     arguments: dict[str, Any] = {
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
-        "load_format": "auto" if has_checkpoint else "dummy",
+        "load_format": "safetensors" if has_checkpoint else "dummy",
         "dtype": _dtype(requirements),
         "seed": spec.seed % _SEED_LIMIT,
         "tensor_parallel_size": spec.tp,

@@ -7,13 +7,21 @@ that a rank holds.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NoReturn
 
+from maveriq.domain.model_config import (
+    Shape,
+    family_name,
+    has_new_falcon_decoder,
+    parse_config,
+    read_shape,
+    rope_parameters,
+    rope_type_of,
+)
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
 from maveriq.errors import InputError
@@ -73,6 +81,7 @@ class DecoderConfig:
     hidden: int
     heads: int
     kv_heads: int
+    head_size: int
     intermediate: int
     vocabulary: int
     rotary: Rotary
@@ -89,11 +98,6 @@ class DecoderConfig:
     bfloat16: bool = False
     initializer_range: float = 0.02
 
-    @property
-    def head_size(self) -> int:
-        """Elements of a head."""
-        return self.hidden // self.heads
-
 
 def raise_unsupported(reason: str) -> NoReturn:
     """Raise an `EngineError` of kind `unsupported`."""
@@ -101,48 +105,52 @@ def raise_unsupported(reason: str) -> NoReturn:
 
 
 def read_decoder_config(config_json: str) -> DecoderConfig:
-    """Read a `config.json`.
+    """Read a `config.json`. Its shape is read as everywhere in maveriq, its switches here.
 
     Raises:
         EngineError: it is not a `config.json`, or its decoder is not supported.
     """
+    where = "config.json"
     try:
-        config = json.loads(config_json)
-    except (ValueError, RecursionError) as error:
-        raise_unsupported(f"config.json is not JSON: {error}")
-    if not isinstance(config, dict):
-        raise_unsupported("config.json must hold an object")
-    reader = _READERS.get(str(config.get("model_type")))
-    if reader is None:
-        raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {', '.join(_READERS)}")
-    arch = reader(config)
-    if arch.hidden % arch.heads or arch.heads % arch.kv_heads:
-        raise_unsupported(
-            f"{arch.heads} heads must divide hidden size {arch.hidden} and be divided by {arch.kv_heads} KV heads"
-        )
+        config = parse_config(config_json, where)
+        reader = _READERS.get(family_name(config, where))
+        if reader is None:
+            raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {', '.join(_READERS)}")
+        shape = read_shape(config, where)
+    except InputError as error:
+        raise_unsupported(str(error))
+    if shape.quantization:
+        raise_unsupported(f"quantization_config: its weights are {shape.quantization} already; the torch engine reads "
+                          "weights that are not quantised")  # fmt: skip
+    arch = reader(config, shape)
     if arch.rotary.size > arch.head_size or arch.rotary.size % 2:
         raise_unsupported(f"rotary size {arch.rotary.size} must be even and at most the head size {arch.head_size}")
-    if max(arch.vocabulary, arch.intermediate) * arch.hidden > _MAX_MATRIX_ELEMENTS:
+    if arch.heads * arch.head_size * arch.hidden > _MAX_MATRIX_ELEMENTS:
         raise_unsupported(
-            f"config.json: no machine holds matrices of {arch.vocabulary} or {arch.intermediate} by {arch.hidden}"
+            f"config.json: no machine holds a matrix of {arch.heads} heads of {arch.head_size} by {arch.hidden}"
         )
     return arch
 
 
-def _llama(config: Mapping[str, Any]) -> DecoderConfig:
-    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    head_size = _count(config, "head_dim", max(1, hidden // heads))
-    if head_size * heads != hidden:
-        raise_unsupported(f"{heads} heads of size (head_dim) {head_size} must make up the hidden size {hidden}")
+def _sizes(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """Return the fields that all families have in common. `dtype` is the newer name of `torch_dtype`."""
+    return {
+        "layers": shape.layers,
+        "hidden": shape.hidden_size,
+        "heads": shape.attention_heads,
+        "kv_heads": shape.kv_heads,
+        "head_size": shape.head_size,
+        "intermediate": shape.intermediate_size,
+        "vocabulary": shape.vocab_size,
+        "bfloat16": "bfloat16" in (config.get("dtype"), config.get("torch_dtype")),
+        "initializer_range": _number(config, "initializer_range", 0.02),
+    }
+
+
+def _llama(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
     return DecoderConfig(
         family=Family.LLAMA,
-        layers=_count(config, "num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=_count(config, "num_key_value_heads", heads),
-        intermediate=_count(config, "intermediate_size"),
-        vocabulary=_count(config, "vocab_size"),
-        rotary=_rotary(config, head_size),
+        rotary=_rotary(config, shape.head_size),
         activation=_activation(config.get("hidden_act", "silu")),
         norm_epsilon=_number(config, "rms_norm_eps", 1e-6),
         root_mean_square_norm=True,
@@ -151,30 +159,18 @@ def _llama(config: Mapping[str, Any]) -> DecoderConfig:
         attention_bias=bool(config.get("attention_bias")),
         feed_forward_bias=bool(config.get("mlp_bias")),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **_types(config),
+        **_sizes(config, shape),
     )
 
 
-def _falcon(config: Mapping[str, Any]) -> DecoderConfig:
+def _falcon(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
     if config.get("alibi"):
         raise_unsupported("falcon with alibi positions is not supported, only with rotary ones")
-    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    new = bool(config.get("new_decoder_architecture"))
-    parallel = new or bool(config.get("parallel_attn", True))
-    kv_heads = heads
-    if new:
-        kv_heads = _count(config, "num_kv_heads", heads)
-    elif config.get("multi_query", True):
-        kv_heads = 1
+    new = has_new_falcon_decoder(config)
+    parallel = shape.all_reduces_per_layer == 1
     return DecoderConfig(
         family=Family.FALCON,
-        layers=_count(config, "num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        intermediate=_count(config, "ffn_hidden_size", 4 * hidden),
-        vocabulary=_count(config, "vocab_size"),
-        rotary=_rotary(config, hidden // heads),
+        rotary=_rotary(config, shape.head_size),
         activation=_activation(config.get("activation", "gelu")),
         norm_epsilon=_number(config, "layer_norm_epsilon", 1e-5),
         parallel_attention=parallel,
@@ -182,20 +178,13 @@ def _falcon(config: Mapping[str, Any]) -> DecoderConfig:
         attention_bias=bool(config.get("bias")),
         feed_forward_bias=bool(config.get("bias")),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
-        **_types(config),
+        **_sizes(config, shape),
     )
 
 
-def _gptj(config: Mapping[str, Any]) -> DecoderConfig:
-    hidden = _count(config, "n_embd")
+def _gptj(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
     return DecoderConfig(
         family=Family.GPTJ,
-        layers=_count(config, "n_layer"),
-        hidden=hidden,
-        heads=_count(config, "n_head"),
-        kv_heads=_count(config, "n_head"),
-        intermediate=_count(config, "n_inner", 4 * hidden),
-        vocabulary=_count(config, "vocab_size"),
         rotary=Rotary(size=_count(config, "rotary_dim", 64), interleaved=True),
         activation=_activation(config.get("activation_function", "gelu_new")),
         norm_epsilon=_number(config, "layer_norm_epsilon", 1e-5),
@@ -203,11 +192,11 @@ def _gptj(config: Mapping[str, Any]) -> DecoderConfig:
         feed_forward_bias=True,
         output_bias=True,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **_types(config),
+        **_sizes(config, shape),
     )
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
+_READERS: Mapping[str, Callable[[Mapping[str, Any], Shape], DecoderConfig]] = {
     Family.LLAMA: _llama,
     Family.FALCON: _falcon,
     Family.GPTJ: _gptj,
@@ -249,28 +238,20 @@ def _number(config: Mapping[str, Any], key: str, default: float | None = None) -
     return float(value)
 
 
-def _types(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that all families have in common. `dtype` is the newer name of `torch_dtype`."""
-    return {
-        "bfloat16": "bfloat16" in (config.get("dtype"), config.get("torch_dtype")),
-        "initializer_range": _number(config, "initializer_range", 0.02),
-    }
-
-
 def _rotary(config: Mapping[str, Any], head_size: int) -> Rotary:
-    """Read the rotary embedding as transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`) writes it."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise_unsupported(f"config.json: rope_parameters must be an object, not {given!r}")
-    theta = _number(given, "rope_theta", _number(config, "rope_theta", 10000.0))
-    kind = given.get("rope_type") or given.get("type") or "default"
+    parameters = rope_parameters(config, "config.json")
+    for part in (config, parameters):
+        if part.get("partial_rotary_factor") not in (None, 1):
+            raise_unsupported(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported, only 1")
+    theta = _number(parameters, "rope_theta", _number(config, "rope_theta", 10000.0))
+    kind = rope_type_of(parameters, "config.json")
     if kind == "default":
         return Rotary(size=head_size, theta=theta)
     if kind == "linear":
-        return Rotary(size=head_size, theta=theta, position_scale=_number(given, "factor"))
+        return Rotary(size=head_size, theta=theta, position_scale=_number(parameters, "factor"))
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        factor, low, high, context = (_number(given, key) for key in keys)
+        factor, low, high, context = (_number(parameters, key) for key in keys)
         return Rotary(size=head_size, theta=theta, frequency_scaling=(factor, low, high, context))
     raise_unsupported(f"rotary positions of type {kind!r} are not supported, only default, linear and llama3")
 

@@ -18,13 +18,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from maveriq.errors import InputError
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch.config import DecoderConfig, Family, Shard
+from maveriq.exec.model_files import check_weights, read_model_file
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
 _SINGLE_FILE = "model.safetensors"
-_UNQUANTISED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INDEX_FILE = "model.safetensors.index.json"
+_UNQUANTISED_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class WeightSource(Protocol):
@@ -76,27 +79,37 @@ class SafetensorsWeights:
         file = self._files.get(name)
         if file is None:
             raise EngineError(FailureKind.ERROR, f"{self._folder}: no tensor {name}; is it this model's folder?")
-        tensor = _with_open_file(self._folder, file, lambda opened: opened.get_tensor(name))
-        if tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape)
+        tensor: torch.Tensor = _with_open_file(self._folder, file, lambda opened: self._checked(opened, name, shape))
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def _checked(self, opened: Any, name: str, shape: Shape) -> torch.Tensor:
+        """Return a tensor. Shape and type are checked before it is read: a false header could name any size."""
+        header = opened.get_slice(name)
+        found, dtype = tuple(header.get_shape()), header.get_dtype()
+        if found != shape:
             raise EngineError(FailureKind.ERROR, f"{self._folder}: {name} has shape {found}, config.json says {shape}")
-        if tensor.dtype not in _UNQUANTISED_DTYPES:
+        if dtype not in _UNQUANTISED_DTYPES:
             raise EngineError(
                 FailureKind.UNSUPPORTED,
-                f"{self._folder}: {name} is stored as {tensor.dtype}; this engine reads weights that are not quantised",
+                f"{self._folder}: {name} is stored as {dtype}; this engine reads weights that are not quantised",
             )
-        return tensor.to(device=self._device, dtype=self._dtype)
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
     """Return the file name of each tensor; paths in the index are cut to names, so that they stay in the folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    try:
+        check_weights(folder)
+        index = read_model_file(folder, _INDEX_FILE, what="index of weights")
+    except InputError as error:
+        raise EngineError(FailureKind.ERROR, str(error)) from None
+    if index is None:
         return _with_open_file(folder, _SINGLE_FILE, lambda opened: dict.fromkeys(opened.keys(), _SINGLE_FILE))
     try:
-        return {name: Path(file).name for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EngineError(FailureKind.ERROR, f"{index} cannot be read: {error!r}") from None
+        return {name: Path(file).name for name, file in json.loads(index)["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(FailureKind.ERROR, f"{folder / _INDEX_FILE} cannot be read: {error!r}") from None
 
 
 def _with_open_file(folder: Path, file: str, use: Callable[[Any], T]) -> T:
@@ -230,7 +243,7 @@ class Parameters:
         """Return the columns of this rank's heads, and the whole bias."""
         arch, name = self._arch, self._of(layer, self._names.attention_out)
         # GPT-J's attention never has biases; llama's and falcon's has them in all matrices or in none.
-        weight, bias = self._pair(name, arch.hidden, arch.hidden, bias=arch.attention_bias)
+        weight, bias = self._pair(name, arch.hidden, arch.heads * arch.head_size, bias=arch.attention_bias)
         mine = self._shard.partition(arch.heads)
         return _copy_of(weight[:, mine.start * arch.head_size : mine.stop * arch.head_size]), bias
 
