@@ -8,6 +8,7 @@ into text up to a stop string (`OutputText`, `StopStrings`) and text into OpenAI
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -23,6 +24,7 @@ from maveriq.serve.completion_schemas import GenerationRequest
 from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.requests import AcceptedRequest
 from maveriq.serve.service import Endpoint, Service
+from maveriq.serve.tokenizer_process import TokenizerFailedError
 from maveriq.serve.tokenizers import Tokenizer
 from maveriq.units import Micros
 
@@ -58,7 +60,7 @@ async def complete(
     Raises:
         ApiError: the request is not accepted, or it did not complete.
     """
-    submission = _submission(service, prepared)
+    submission = await _submission(service, prepared)
     model = prepared.endpoint.model.spec.name
     accepted = await service.requests.accept(model, submission, prepared.request_id)
     response = response_type(request_id=accepted.row.request_id, model=prepared.body.model)
@@ -74,12 +76,12 @@ async def complete(
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     _check_completed(outcome, accepted)
     output = OutputText(prepared)
-    text = "".join(map(output.feed, outcome.tokens)) + output.flush()
+    text = await output.feed(outcome.tokens) + await output.flush()
     content = response.full(text, output.token_ids, output.finish_reason, output.usage)
     return JSONResponse(content, headers=_headers(accepted))
 
 
-def _submission(service: Service, prepared: PreparedRequest) -> Submission:
+async def _submission(service: Service, prepared: PreparedRequest) -> Submission:
     """Return what to submit to the cluster.
 
     Raises:
@@ -91,13 +93,17 @@ def _submission(service: Service, prepared: PreparedRequest) -> Submission:
     if len(prepared.token_ids) > settings.max_prompt_tokens:
         message = f"the prompt has {len(prepared.token_ids)} tokens; the maximum is {settings.max_prompt_tokens}"
         raise bad_request(message, "prompt", code="context_length_exceeded")
-    output_tokens = body.requested_tokens or min(endpoint.output_tokens, settings.max_output_tokens)
+    output_tokens = body.requested_tokens or _default_output_tokens(service, prepared)
     if output_tokens > settings.max_output_tokens:
         message = f"max_tokens is {output_tokens}; the maximum is {settings.max_output_tokens}"
         raise bad_request(message, "max_tokens", code="context_length_exceeded")
+    too_long = prepared.endpoint.model.spec.why_too_long(len(prepared.token_ids) + output_tokens)
+    if too_long is not None:
+        raise bad_request(too_long, "prompt", code="context_length_exceeded")
     end_tokens = () if body.ignore_eos else prepared.tokenizer.stop_token_ids
     # A stop string of a single token also stops the engine, not only the text.
-    stop_tokens = tuple(ids[0] for ids in map(prepared.tokenizer.encode, body.stop_strings) if len(ids) == 1)
+    encoded = [await prepared.tokenizer.encode(stop_string) for stop_string in body.stop_strings]
+    stop_tokens = [ids[0] for ids in encoded if len(ids) == 1]
     return Submission(
         endpoint_id=prepared.endpoint.endpoint_id,
         prompt=prepared.token_ids,
@@ -106,6 +112,15 @@ def _submission(service: Service, prepared: PreparedRequest) -> Submission:
         slo_us=_slo_us(prepared.slo_ms, endpoint.intent.slo_s),
         priority=prepared.priority,
     )
+
+
+def _default_output_tokens(service: Service, prepared: PreparedRequest) -> int:
+    """Return how many tokens a request gets that names no number: the endpoint's, within the model's context."""
+    limits = [prepared.endpoint.stored.request.output_tokens, service.settings.max_output_tokens]
+    context_tokens = prepared.endpoint.model.spec.context_tokens
+    if context_tokens is not None:
+        limits.append(context_tokens - len(prepared.token_ids))
+    return max(1, min(limits))
 
 
 def _slo_us(request_slo_ms: float | None, endpoint_slo_s: float | None) -> Micros:
@@ -142,13 +157,15 @@ async def _streaming_response(
                 yield _chunk_event(first_chunk, output, prepared)
             token = first_token
             while token != _END_OF_TOKENS:
-                text = output.feed(token)
+                text = await output.feed((token,))
                 token_ids = [token] if prepared.body.return_token_ids and not output.stopped else None
                 if text or token_ids:
                     yield _chunk_event(response.chunk(text, token_ids), output, prepared)
                 token = await _next_token(tokens)
-            for event in _last_events(await _outcome(accepted), accepted, output, response, prepared):
+            for event in await _last_events(await _outcome(accepted), accepted, output, response, prepared):
                 yield event
+        except TokenizerFailedError as error:
+            yield _event(ApiError(503, str(error), code="tokenizer_unusable").to_json())
         finally:
             service.requests.cancel(accepted)  # has no effect on a request that ended
 
@@ -156,7 +173,7 @@ async def _streaming_response(
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
-def _last_events(
+async def _last_events(
     outcome: Outcome,
     accepted: AcceptedRequest,
     output: OutputText,
@@ -169,7 +186,7 @@ def _last_events(
     except ApiError as error:
         return [_event(error.to_json())]
     events = []
-    text = output.flush()
+    text = await output.flush()
     if text:
         events.append(_chunk_event(response.chunk(text), output, prepared))
     last_chunk = response.chunk("", finish_reason=output.finish_reason)
@@ -247,23 +264,30 @@ class OutputText:
         self._token_ids: list[int] = []
         self.stopped = False
 
-    def feed(self, token_id: int) -> str:
-        """Return the text that this token completes."""
+    async def feed(self, token_ids: Sequence[int]) -> str:
+        """Return the text that the next tokens complete."""
         if self.stopped:
             return ""
-        self._token_ids.append(token_id)
-        if token_id in self._end_tokens:
-            self.stopped = True
-            return ""
-        text = self._stop_strings.feed(self._stream.feed(token_id))
-        self.stopped = self._stop_strings.stopped
-        return text
+        until_end = list(itertools.takewhile(lambda token_id: token_id not in self._end_tokens, token_ids))
+        shown: list[str] = []
+        for token_id, piece in zip(until_end, await self._stream.feed(until_end), strict=True):
+            self._token_ids.append(token_id)
+            shown.append(self._stop_strings.feed(piece))
+            if self._stop_strings.stopped:
+                break
+        else:
+            if len(until_end) < len(token_ids):
+                self._token_ids.append(token_ids[len(until_end)])
+                self.stopped = True
+        self.stopped = self.stopped or self._stop_strings.stopped
+        return "".join(shown)
 
-    def flush(self) -> str:
+    async def flush(self) -> str:
         """Return the text that was held back."""
+        last = await self._stream.flush()
         if self._stop_strings.stopped:
             return ""
-        return self._stop_strings.feed(self._stream.flush()) + self._stop_strings.flush()
+        return self._stop_strings.feed(last) + self._stop_strings.flush()
 
     @property
     def finish_reason(self) -> str:

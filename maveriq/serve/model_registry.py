@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from maveriq.domain.models import ModelSpec, known_models, load_model
-from maveriq.errors import InputError
+from maveriq.errors import InputError, MaveriqError
 from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.store import Store, StoredModel
 from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
+
+_MAX_LOADING = 4  # tokenizers at a time
 
 
 class ModelRegistry:
@@ -31,6 +33,7 @@ class ModelRegistry:
         self._models: dict[int, StoredModel] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._changing = asyncio.Lock()
+        self._loading = asyncio.Semaphore(_MAX_LOADING)
 
     def __iter__(self) -> Iterator[StoredModel]:
         return iter(self._models.values())
@@ -60,7 +63,7 @@ class ModelRegistry:
         model = self.find(spec.name)
         return Path(model.folder) if model is not None and model.folder else None
 
-    def tokenizer(self, model: StoredModel) -> Tokenizer:
+    async def tokenizer(self, model: StoredModel) -> Tokenizer:
         """Return a model's tokenizer.
 
         Raises:
@@ -68,10 +71,16 @@ class ModelRegistry:
         """
         if model.model_id not in self._tokenizers:
             try:
-                self._tokenizers[model.model_id] = tokenizer_for(model.folder, model.spec.vocab_size)
-            except InputError as error:
+                tokenizer = await tokenizer_for(model.folder, model.spec.vocab_size)
+            except MaveriqError as error:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
+            if self._tokenizers.setdefault(model.model_id, tokenizer) is not tokenizer:
+                await tokenizer.close()  # another request was faster
         return self._tokenizers[model.model_id]
+
+    async def close(self) -> None:
+        """End the processes of all tokenizers."""
+        await asyncio.gather(*(tokenizer.close() for tokenizer in self._tokenizers.values()))
 
     async def register(self, name: str) -> StoredModel:
         """Register a known model by name, or a model of the models folder by path, and return it.
@@ -82,25 +91,48 @@ class ModelRegistry:
             ApiError: there is no such model, the path leads out of the models folder, another model has the same
                 name, or too many models are registered.
         """
-        async with self._changing:
-            registered = self.find(name)
-            if registered is not None:
-                return registered
-            spec, folder = self._load(name)
-            same_name = self.find(spec.name)
-            if same_name is not None:
-                if (same_name.spec, same_name.folder) == (spec, folder):
-                    return same_name
-                message = f"another model is registered as {spec.name!r}; set a different _name_or_path in config.json"
-                raise ApiError(409, message, code="model_name_taken", param="model")
-            if len(self._models) >= self._max_models:
-                message = f"{self._max_models} models are registered, which is the maximum; remove one first"
-                raise ApiError(409, message, code="too_many_models")
-            tokenizer = await asyncio.to_thread(tokenizer_for, folder, spec.vocab_size)
-            model = await self._store.add_model(spec, folder)
-            self._models[model.model_id] = model
-            self._tokenizers[model.model_id] = tokenizer
-            return model
+        registered = self.find(name)
+        if registered is not None:
+            return registered
+        # Files are read before the lock is taken: a slow disk or a hostile file holds up nobody else.
+        spec, folder = await asyncio.to_thread(self._load, name)
+        known = self._registered_as(spec, folder)
+        if known is not None:
+            return known
+        async with self._loading:
+            try:
+                tokenizer = await tokenizer_for(folder, spec.vocab_size)
+            except MaveriqError as error:
+                raise bad_request(str(error), "model") from None
+        try:
+            async with self._changing:
+                known = self._registered_as(spec, folder)
+                if known is not None:
+                    return known
+                model = await self._store.add_model(spec, folder)
+                self._models[model.model_id] = model
+                self._tokenizers[model.model_id] = tokenizer
+                return model
+        finally:
+            if tokenizer not in self._tokenizers.values():
+                await tokenizer.close()
+
+    def _registered_as(self, spec: ModelSpec, folder: str) -> StoredModel | None:
+        """Return the registered model that is this one, None if it may be registered.
+
+        Raises:
+            ApiError: another model has its name, or too many models are registered.
+        """
+        same_name = self.find(spec.name)
+        if same_name is not None:
+            if (same_name.spec, same_name.folder) == (spec, folder):
+                return same_name
+            message = f"two models are called {spec.name!r}; set _name_or_path in config.json to tell them apart"
+            raise ApiError(409, message, code="model_name_taken", param="model")
+        if len(self._models) >= self._max_models:
+            message = f"{self._max_models} models are registered, which is the maximum; remove one first"
+            raise ApiError(409, message, code="too_many_models")
+        return None
 
     async def unregister(self, model_id: int, *, has_endpoints: bool) -> None:
         """Remove a model from the registry.
@@ -114,7 +146,9 @@ class ModelRegistry:
                 raise ApiError(409, f"{name} has endpoints; remove them first", code="model_deployed")
             await self._store.remove_model(model_id)
             del self._models[model_id]
-            self._tokenizers.pop(model_id, None)
+            tokenizer = self._tokenizers.pop(model_id, None)
+            if tokenizer is not None:
+                await tokenizer.close()
 
     def _load(self, name: str) -> tuple[ModelSpec, str]:
         """Return the spec of a model and the folder of its files (empty for a known model)."""

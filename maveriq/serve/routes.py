@@ -17,7 +17,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.exec.live_cluster import EndpointRequest
-from maveriq.serve.background import in_background
 from maveriq.serve.completion_schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from maveriq.serve.completions import ChatResponse, CompletionResponse, PreparedRequest, complete
 from maveriq.serve.errors import bad_request, not_found
@@ -43,7 +42,6 @@ RequestIdHeader = Annotated[str | None, Header(alias="X-Request-Id", max_length=
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MAX_SLO_MS = 1e9
 _MAX_LISTED_REQUESTS = 1_000
-_MAX_INLINE_CHARACTERS = 4_096  # longer texts are tokenized in the background
 _MAX_CHARACTERS_PER_TOKEN = 16  # English has 4; runs of spaces have more
 
 
@@ -216,7 +214,7 @@ async def _prepare(
     if request_id is not None and not _REQUEST_ID.fullmatch(request_id):
         raise bad_request("X-Request-Id may have up to 64 letters, digits and . _ : -", "X-Request-Id")
     endpoint = service.endpoint_for(body.model)
-    tokenizer = service.models.tokenizer(endpoint.model)
+    tokenizer = await service.models.tokenizer(endpoint.model)
     ids = await token_ids(tokenizer)
     vocab_size = endpoint.model.spec.vocab_size
     if ids and len(ids) <= service.settings.max_prompt_tokens and max(ids) >= vocab_size:
@@ -233,9 +231,9 @@ async def _prepare(
 
 
 async def _encode(
-    service: Service, encode: Callable[[Any], tuple[int, ...]], content: Any, characters: int, *, field: str
+    service: Service, encode: Callable[[Any], Awaitable[tuple[int, ...]]], content: Any, characters: int, *, field: str
 ) -> tuple[int, ...]:
-    """Tokenize; a long text does not block the event loop, and one that is surely too long is not tokenized.
+    """Tokenize a text, unless it is surely too long.
 
     Raises:
         ApiError: the text is too long.
@@ -244,9 +242,7 @@ async def _encode(
     if characters > max_characters:
         message = f"the prompt has {characters} characters; the maximum is {max_characters}"
         raise bad_request(message, field, code="context_length_exceeded")
-    if characters < _MAX_INLINE_CHARACTERS:
-        return encode(content)
-    return await in_background(encode, content)
+    return await encode(content)
 
 
 def _priority(header: str | None) -> bool:

@@ -127,6 +127,7 @@ class Service:
         for wait in waits:
             wait.cancel()
         await self._cluster.close()
+        await self.models.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.requests.drained(), _FINAL_STATUSES_S)
         await asyncio.gather(*self._plan_writes, return_exceptions=True)

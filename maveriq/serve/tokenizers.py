@@ -1,31 +1,32 @@
-"""Tokenizers: a model's own `tokenizer.json`, or bytes for models that have none."""
+"""Tokenizers: a model's own `tokenizer.json`, in a process of its own, or bytes for models that have none."""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
-import contextlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from maveriq.errors import InputError
 from maveriq.files import exists
-from maveriq.tables import read_text
+from maveriq.serve.background import in_background
+from maveriq.serve.tokenizer_process import TokenizerLimits, TokenizerProcess
+from maveriq.serve.tokenizer_worker import plain_chat
 
 _BYTES = 256
 _SPECIAL_TOKENS = 3  # IDs 0 to 2 are padding, end and unknown, as in byte-level models
+_MAX_INLINE_CHARACTERS = 4_096  # longer texts are encoded in the background
 _FIRST_PRINTABLE, _PRINTABLE_CHARACTERS = 33, 94  # of ASCII
 
 
 class TextStream(Protocol):
-    """Decodes the output of one request token by token."""
+    """Decodes the output of one request."""
 
-    def feed(self, token_id: int) -> str:
-        """Return the text that this token completes; it may be empty."""
+    async def feed(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text that each of the next tokens completes; it may be empty."""
 
-    def flush(self) -> str:
+    async def flush(self) -> str:
         """Return the text that was held back."""
 
 
@@ -36,25 +37,23 @@ class Tokenizer(Protocol):
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens with which the model ends a text."""
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    async def encode(self, text: str) -> tuple[int, ...]:
         """Return the token IDs of a text."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Return the token IDs of messages with `role` and `content`, followed by the assistant's turn."""
 
     def stream(self) -> TextStream:
         """Return a new decoder for one output."""
 
+    async def close(self) -> None:
+        """Free what it holds. It may be used again."""
 
-def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+
+async def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Return the text of token IDs."""
     stream = tokenizer.stream()
-    return "".join(map(stream.feed, token_ids)) + stream.flush()
-
-
-def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return messages as `role: content` lines, for models without a chat template."""
-    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
+    return "".join(await stream.feed(token_ids)) + await stream.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +75,23 @@ class ByteTokenizer:
     def _offset(self) -> int:
         return _SPECIAL_TOKENS if self.vocab_size >= _BYTES + _SPECIAL_TOKENS else 0
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    async def encode(self, text: str) -> tuple[int, ...]:
         """Return one ID per byte."""
+        return await in_background(self._encode, text) if len(text) > _MAX_INLINE_CHARACTERS else self._encode(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         return tuple((byte + self._offset) % self.vocab_size for byte in text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Return the bytes of `plain_chat`."""
-        return self.encode(plain_chat(messages))
+        return await self.encode(plain_chat(messages))
 
     def stream(self) -> TextStream:
         """Return a decoder that joins the bytes of a character."""
         return _ByteStream(self._offset)
+
+    async def close(self) -> None:
+        """Do nothing: it holds nothing."""
 
 
 class _ByteStream:
@@ -94,123 +99,42 @@ class _ByteStream:
         self._offset = offset
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def feed(self, token_id: int) -> str:
+    async def feed(self, token_ids: Sequence[int]) -> list[str]:
+        return list(map(self._step, token_ids))
+
+    def _step(self, token_id: int) -> str:
         byte = token_id - self._offset
         if not 0 <= byte < _BYTES:
             byte = _FIRST_PRINTABLE + token_id % _PRINTABLE_CHARACTERS
         return self._decoder.decode(bytes((byte,)))
 
-    def flush(self) -> str:
+    async def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
 
-def tokenizer_for(folder: str, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer in a model's folder, or a byte tokenizer if there is none.
+async def tokenizer_for(folder: str, vocab_size: int, limits: TokenizerLimits | None = None) -> Tokenizer:
+    """Return the tokenizer in a model's folder, loaded, or a byte tokenizer if there is none.
 
     Args:
         folder: with the model's files; empty for none.
         vocab_size: of the model.
+        limits: of the tokenizer's process; None for the defaults.
 
     Raises:
         InputError: `tokenizer.json` cannot be read, or the package `tokenizers` is not installed.
+        TokenizerFailedError: loading it takes too long or too much memory.
     """
-    path = Path(folder) / "tokenizer.json"
-    if not folder or not exists(path):
+    if not folder or not await asyncio.to_thread(_has_tokenizer, Path(folder)):
         return ByteTokenizer(vocab_size)
+    tokenizer = TokenizerProcess(folder, limits or TokenizerLimits())
     try:
-        import tokenizers
-    except ImportError:
-        raise InputError(
-            f"{str(path)!r} needs the package tokenizers; install it with pip install 'maveriq[serve]'"
-        ) from None
-    try:
-        inner = tokenizers.Tokenizer.from_str(read_text(path, what="tokenizer"))
-    except Exception as error:  # the package raises plain Exception
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {error}") from None
-    config = _optional_json(path.with_name("tokenizer_config.json"))
-    end_tokens = _end_tokens(_optional_json(path.with_name("config.json")))
-    return _FileTokenizer(inner, end_tokens, _chat_template(config, str(path)))
+        await tokenizer.start()
+    except BaseException:
+        await tokenizer.close()
+        raise
+    return tokenizer
 
 
-class _FileTokenizer:
-    """A tokenizer of the `tokenizers` package, with the model's chat template if it has one."""
-
-    def __init__(self, inner: Any, end_tokens: tuple[int, ...], template: Callable[..., str] | None) -> None:
-        self._inner = inner
-        self._template = template
-        self.stop_token_ids = end_tokens
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._inner.encode(text).ids)
-
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        if self._template is None:
-            return self.encode(plain_chat(messages))
-        # A template adds the special tokens itself.
-        return tuple(self._inner.encode(self._template(messages), add_special_tokens=False).ids)
-
-    def stream(self) -> TextStream:
-        return _FileStream(self._inner)
-
-
-class _FileStream:
-    def __init__(self, inner: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._inner = inner
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def feed(self, token_id: int) -> str:
-        # Models may have more IDs than their tokenizer; those have no text.
-        with contextlib.suppress(Exception):
-            return self._stream.step(self._inner, token_id) or ""
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-def _optional_json(path: Path) -> Mapping[str, Any]:
-    if not exists(path):
-        return {}
-    try:
-        content = json.loads(read_text(path, what="tokenizer configuration"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} is not valid JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _end_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
-    value = config.get("eos_token_id")
-    token_ids = value if isinstance(value, list) else [value]
-    return tuple(token_id for token_id in token_ids if isinstance(token_id, int) and token_id >= 0)
-
-
-def _chat_template(config: Mapping[str, Any], path: str) -> Callable[..., str] | None:
-    """Return the chat template as a function. It comes with the model and is not trusted, so it runs in a sandbox."""
-    text = config.get("chat_template")
-    if not isinstance(text, str):
-        return None
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        return None
-    special_tokens = {name: _special_token(config, name) for name in ("bos_token", "eos_token")}
-    try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
-    except TemplateError as error:
-        raise InputError(f"the chat template next to {path!r} cannot be read: {error}") from None
-
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        try:
-            return template.render(messages=messages, add_generation_prompt=True, **special_tokens)
-        except Exception as error:  # a template can raise anything
-            raise InputError(f"the model's chat template cannot format these messages: {error}") from None
-
-    return render
-
-
-def _special_token(config: Mapping[str, Any], name: str) -> str:
-    value = config.get(name)
-    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+def _has_tokenizer(folder: Path) -> bool:
+    path = folder / "tokenizer.json"
+    return exists(path) or path.is_symlink()

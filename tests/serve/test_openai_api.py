@@ -1,5 +1,6 @@
 """The official OpenAI client against a real server."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -19,8 +20,8 @@ BYTES = ByteTokenizer(32_000)
 
 def expected_text(prompt: str | tuple[int, ...], count: int) -> str:
     """Return the output of the fake engine for a prompt."""
-    ids = BYTES.encode(prompt) if isinstance(prompt, str) else prompt
-    return decode(BYTES, [token(ids, position, 32_000) for position in range(count)])
+    ids = asyncio.run(BYTES.encode(prompt)) if isinstance(prompt, str) else prompt
+    return asyncio.run(decode(BYTES, [token(ids, position, 32_000) for position in range(count)]))
 
 
 def test_list_and_retrieve_models(client: openai.OpenAI) -> None:
@@ -106,7 +107,7 @@ def test_stop_string_of_one_token_stops_the_engine(server: Running, client: open
     whole = expected_text("Hello", 6)
     answer = client.completions.create(model=MODEL, prompt="Hello", stop=whole[2])
     assert answer.choices[0].text == whole[: whole.index(whole[2])]
-    assert server.cluster.submitted[-1].stop_token_ids == BYTES.encode(whole[2])
+    assert server.cluster.submitted[-1].stop_token_ids == asyncio.run(BYTES.encode(whole[2]))
 
 
 def test_priority_and_slo_from_body_and_header(server: Running, client: openai.OpenAI) -> None:

@@ -1,7 +1,10 @@
 """Tokenizers and stop strings."""
 
+import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -9,27 +12,30 @@ from hypothesis import strategies as st
 
 from maveriq.errors import InputError
 from maveriq.serve.completions import StopStrings
-from maveriq.serve.tokenizers import ByteTokenizer, decode, plain_chat, tokenizer_for
+from maveriq.serve.tokenizer_process import TokenizerLimits
+from maveriq.serve.tokenizer_worker import plain_chat
+from maveriq.serve.tokenizers import ByteTokenizer, Tokenizer, decode, tokenizer_for
 
+T = TypeVar("T")
 VOCAB = ["<unk>", "<s>", "</s>", "hello", "world", "Ġhello", "Ġworld", "a", "user", "assistant", ":", "Ċ"]
 
 
 @given(st.text(), st.sampled_from([259, 300, 32_000]))
 def test_byte_tokenizer_round_trip(text: str, vocab_size: int) -> None:
     bytes_ = ByteTokenizer(vocab_size)
-    ids = bytes_.encode(text)
+    ids = asyncio.run(bytes_.encode(text))
     assert all(0 <= token_id < vocab_size for token_id in ids)
-    assert decode(bytes_, ids) == text
+    assert asyncio.run(decode(bytes_, ids)) == text
 
 
 @given(st.text(), st.integers(1, 258))
 def test_byte_tokenizer_with_a_small_vocabulary(text: str, vocab_size: int) -> None:
-    assert all(0 <= token_id < vocab_size for token_id in ByteTokenizer(vocab_size).encode(text))
+    assert all(0 <= token_id < vocab_size for token_id in asyncio.run(ByteTokenizer(vocab_size).encode(text)))
 
 
 @given(st.lists(st.integers(0, 31_999)))
 def test_every_token_decodes_to_text(ids: list[int]) -> None:
-    text = decode(ByteTokenizer(32_000), ids)
+    text = asyncio.run(decode(ByteTokenizer(32_000), ids))
     text.encode()  # which can be sent
     assert len(text) <= len(ids)
     assert bool(text) == bool(ids)
@@ -85,35 +91,56 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+def with_tokenizer(folder: Path | str, use: Callable[[Tokenizer], Awaitable[T]], **limits: float) -> T:
+    """Load a folder's tokenizer, use it, and end its process."""
+
+    async def run() -> T:
+        own = await tokenizer_for(str(folder), 100, TokenizerLimits(**limits) if limits else None)  # type: ignore[arg-type]
+        try:
+            return await use(own)
+        finally:
+            await own.close()
+
+    return asyncio.run(run())
+
+
 def test_tokenizer_file(folder: Path) -> None:
-    own = tokenizer_for(str(folder), 100)
-    assert own.encode("hello world") == (3, 6)
-    assert own.encode_chat([{"role": "user", "content": "hello"}]) == (1, 3)
-    assert own.stop_token_ids == (2,)
-    assert decode(own, [3, 6, 2]) == "hello world"
-    assert decode(own, [3, 99]) == "hello", "a model may have more ids than its tokenizer"
+    async def use(own: Tokenizer) -> None:
+        assert await own.encode("hello world") == (3, 6)
+        assert await own.encode_chat(CHAT) == (1, 3)
+        assert own.stop_token_ids == (2,)
+        assert await decode(own, [3, 6, 2]) == "hello world"
+        assert await decode(own, [3, 99]) == "hello", "a model may have more ids than its tokenizer"
+
+    with_tokenizer(folder, use)
 
 
 def test_chat_without_a_template(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
-    messages = [{"role": "user", "content": "hello"}]
-    assert plain_chat(messages) == "user: hello\nassistant:"
-    own = tokenizer_for(str(folder), 100)
-    assert own.encode_chat(messages) == own.encode(plain_chat(messages))
+    assert plain_chat(CHAT) == "user: hello\nassistant:"
+
+    async def use(own: Tokenizer) -> None:
+        assert await own.encode_chat(CHAT) == await own.encode(plain_chat(CHAT))
+
+    with_tokenizer(folder, use)
 
 
 @pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for %}"])
 def test_bad_chat_template(folder: Path, template: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(InputError, match="chat template"):
-        tokenizer_for(str(folder), 100).encode_chat([{"role": "user", "content": "hello"}])
+        with_tokenizer(folder, lambda own: own.encode_chat(CHAT))
 
 
 def test_unreadable_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json.* cannot be read"):
-        tokenizer_for(str(folder), 100)
+        with_tokenizer(folder, lambda own: own.encode("hello"))
 
 
 def test_no_tokenizer_file_means_bytes(tmp_path: Path) -> None:
-    assert tokenizer_for("", 300) == tokenizer_for(str(tmp_path), 300) == ByteTokenizer(300)
+    for folder in ("", str(tmp_path)):
+        assert asyncio.run(tokenizer_for(folder, 300)) == ByteTokenizer(300)
