@@ -188,6 +188,7 @@ class _Dispatch(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 class _Run(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     drain_s: _NotNegative
+    serves_beyond_context: bool = False
 
 
 class _LoadWindow(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -256,6 +257,8 @@ class HardwareProfile:
         calibrated: file of the calibration, None if there is none.
         measured: table of measured whole models, None if there is none.
         models: the shapes of the models that were measured, by name.
+        serves_beyond_context: whether the testbed served requests longer than their model's context; replays of the
+            traces that come with maveriq then serve them too.
     """
 
     name: str
@@ -271,6 +274,7 @@ class HardwareProfile:
     calibrated: Path | None = None
     measured: Path | None = None
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
+    serves_beyond_context: bool = False
 
     def why_other_model(self, model: ModelSpec) -> str | None:
         """Return why a model is not the one that was measured under its name: its shape differs; None if it may be.
@@ -356,6 +360,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         facts=read_facts,
         calibrated=tables / hardware.tables.calibrated if hardware.tables.calibrated else None,
         measured=tables / hardware.tables.measured if hardware.tables.measured else None,
+        serves_beyond_context=hardware.run.serves_beyond_context,
         models=read_models(tables / hardware.tables.models) if hardware.tables.models else {},
     )
 

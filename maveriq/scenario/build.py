@@ -27,6 +27,7 @@ from maveriq.policy.maveriq import PlacementRule
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
 from maveriq.policy.registry import RULES, make_policy, policy_of_rule
+from maveriq.scenario.beyond_context import note_on_long_requests, refuses_long_requests
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
@@ -100,7 +101,7 @@ def build_system(
         load_time=_load_time(options, profile),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
-        notes=(*_notes(options, profile, components), *notes),
+        notes=(*_notes(options, profile, components), *notes, *note_on_long_requests(options, profile, workload)),
         workload=workload,
         faults=_faults(options, cluster, policy, workload, drain_us),
         removals=_removals(options, workload),
@@ -140,7 +141,7 @@ def build_live_system(
     system = ServingSystem(
         cluster=(make_cluster or cluster_for)(options.gpus, profile),
         policy=placements,
-        settings=_controller_settings(options, profile),
+        settings=_controller_settings(options, profile, live=True),
         predict_service_time=_service_time_predictor(estimator),
         service_times=_service_times(options, profile, workload=None),
         load_time=_load_time(options, profile),
@@ -279,7 +280,7 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
 
 
 def _controller_settings(
-    options: Options, profile: HardwareProfile, router: RequestRouter | None = None
+    options: Options, profile: HardwareProfile, router: RequestRouter | None = None, *, live: bool = False
 ) -> ControllerSettings:
     """Return the controller's settings.
 
@@ -294,6 +295,7 @@ def _controller_settings(
         router=router or _choice(RoutingRule, "router", options.router),
         seed=options.seed,
         load_window=profile.load_window,
+        refuse_beyond_context=refuses_long_requests(options, profile, live=live),
     )
 
 

@@ -125,6 +125,12 @@ class Options:
         minimum=0,
         maximum=_MAX_S,
     )
+    beyond_context: str | None = option(
+        None,
+        "Requests longer than their model's context: refuse or serve.",
+        _RUN,
+        shown="refuse; serve for published traces",
+    )
     load_s: float | None = option(None, "Load time of an engine.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_S)
     no_dispatch_overhead: bool = option(False, "Dispatch at once: no tick, delays or pause.", _RUN)  # noqa: FBT003
     drain_s: float | None = option(

@@ -1,0 +1,60 @@
+"""Requests longer than their model's context: refused, except in replays of the published traces on their testbed.
+
+An engine has no positions for them. The published system served them all the same, so its profile says that replays of
+the traces that come with maveriq do too, with a note that counts them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import numpy as np
+
+from maveriq.errors import UnknownNameError
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.scenario.options import Options
+from maveriq.workload.requests import Workload
+from maveriq.workload.traces import TRACES
+
+
+class BeyondContext(StrEnum):
+    """What happens to a request that is longer than its model's context."""
+
+    REFUSE = "refuse"
+    SERVE = "serve"
+
+
+def refuses_long_requests(options: Options, profile: HardwareProfile, *, live: bool = False) -> bool:
+    """Return whether requests longer than their model's context are refused.
+
+    Args:
+        options: the user's options.
+        profile: says whether its testbed served such requests.
+        live: a service, which replays no published trace.
+
+    Raises:
+        UnknownNameError: the option names neither.
+    """
+    if options.beyond_context is None:
+        return live or options.trace not in TRACES or not profile.serves_beyond_context
+    try:
+        return BeyondContext(options.beyond_context) is BeyondContext.REFUSE
+    except ValueError:
+        names = [choice.value for choice in BeyondContext]
+        raise UnknownNameError("--beyond-context", options.beyond_context, names) from None
+
+
+def note_on_long_requests(options: Options, profile: HardwareProfile, workload: Workload) -> tuple[str, ...]:
+    """Return a note with the number of requests longer than their model's context, if there are any."""
+    arrivals, longer = workload.arrivals, 0
+    tokens = arrivals.prompt_tokens + arrivals.output_tokens
+    for endpoint in workload.endpoints:
+        if endpoint.model.context_tokens is not None:
+            mine = arrivals.endpoint_id == endpoint.endpoint_id
+            longer += int(np.count_nonzero(tokens[mine] > endpoint.model.context_tokens))
+    if not longer:
+        return ()
+    count = f"{longer:,} of {len(arrivals):,} requests are longer than their model's context"
+    if refuses_long_requests(options, profile):
+        return (f"{count} and are refused; --beyond-context serve serves them",)
+    return (f"{count} and are served; --beyond-context refuse refuses them",)
