@@ -56,9 +56,9 @@ def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, titl
 
 def comparison_figure(comparison: Comparison, curves: list[Curves], *, title: str) -> Figure:
     """Return the plot of `write_plot` as a matplotlib figure, for notebooks."""
-    from matplotlib.figure import Figure
+    from maveriq.report.figure import NotebookFigure
 
-    figure = Figure(figsize=_inches(curves), layout="constrained")
+    figure = NotebookFigure(figsize=_inches(curves), layout="constrained")
     _draw(figure, comparison, curves, title=title)
     return figure
 

@@ -21,9 +21,9 @@ _INCHES = (9.0, 5.4)
 
 def run_figure(run: RunRecord, *, title: str) -> Figure:
     """Return a matplotlib figure with two plots over time: latency per completed request, requests waiting."""
-    from matplotlib.figure import Figure
+    from maveriq.report.figure import NotebookFigure
 
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    figure = NotebookFigure(figsize=_INCHES, layout="constrained")
     latency, waiting = figure.subplots(2, sharex=True)
     table = run.requests
     completed = table.status == RequestStatus.COMPLETED.value

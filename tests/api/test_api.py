@@ -86,6 +86,7 @@ def test_a_run_folder_that_does_not_exist_is_named() -> None:
 
 def test_a_run_plots_and_renders_as_html(small) -> None:
     assert small.plot().axes
+    assert small.plot()._repr_png_().startswith(b"\x89PNG")
     assert "<table" in small._repr_html_()
 
 
@@ -94,6 +95,7 @@ def test_a_run_against_itself_differs_by_nothing(small) -> None:
     assert not comparison.unmatched
     assert all(not difference.error for difference in comparison.overall.differences.values())
     assert comparison.plot().axes
+    assert comparison.plot()._repr_png_().startswith(b"\x89PNG")
     assert "runs" not in comparison.to_dict()
 
 

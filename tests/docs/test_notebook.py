@@ -19,3 +19,9 @@ def test_the_quickstart_runs_and_is_short() -> None:
         for source in sources:
             exec(compile(source, str(NOTEBOOK), "exec"), names)  # noqa: S102  (the project's own cells)
         plt.close("all")
+
+
+def test_the_committed_quickstart_shows_two_plots() -> None:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in data for data in shown) >= 2
