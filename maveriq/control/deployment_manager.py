@@ -14,8 +14,8 @@ from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import DeploymentStatus, GpuStatus
 from maveriq.domain.records import NOT_YET, DeploymentRecord
 from maveriq.domain.requests import Request
-from maveriq.errors import InvariantError
-from maveriq.policy.policy import Policy, Rejection
+from maveriq.errors import InvariantError, MaveriqError
+from maveriq.policy.policy import Deploy, Policy, Rejection
 from maveriq.units import Bytes, Micros
 
 
@@ -156,11 +156,15 @@ class DeploymentManager:
 
     def deploy(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
         """Let the policy decide on an endpoint, and return its deployments: with memory reserved, or rejected."""
-        decision = self._policy.decide(endpoint, self._state.view(self.loads(now_us)))
+        decision: object = self._policy.decide(endpoint, self._state.view(self.loads(now_us)))
         if isinstance(decision, Rejection):
             rejected = self._add(endpoint, None, DeploymentState.REJECTED)
             rejected.reason = decision.reason
             return [rejected]
+        if not isinstance(decision, Deploy):  # a policy of the user's may return anything
+            raise MaveriqError(
+                f"policy {self._policy.name!r} returned {decision!r:.60}; it must return a Deploy or a Rejection"
+            )
         return [self._reserve(endpoint, plan) for plan in decision.plans]
 
     def _reserve(self, endpoint: EndpointSpec, plan: DeploymentPlan) -> Deployment:

@@ -103,6 +103,10 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
                 raise MaveriqError(f"policy {name!r} returned {gpu!r:.60}, which is not one of the GPUs it was given")
         if len({gpu.gpu_id for gpu in answer}) < len(answer):
             raise MaveriqError(f"policy {name!r} returned a GPU twice; each GPU takes one shard")
+        if len(answer) < len(gpus):
+            raise MaveriqError(
+                f"policy {name!r} returned {len(answer)} of {len(gpus)} GPUs; a rule must order them all"
+            )
         return answer
 
     return order

@@ -124,6 +124,22 @@ def test_a_rule_that_fails_is_named() -> None:
         maveriq.simulate(scale=0.05, policy=broken)
 
 
+def test_a_rule_that_leaves_gpus_out_is_named() -> None:
+    with pytest.raises(maveriq.errors.MaveriqError, match=r"policy '<lambda>' returned 7 of 8 GPUs"):
+        maveriq.simulate(scale=0.05, policy=lambda gpus: gpus[1:])
+
+
+def test_a_policy_that_returns_no_decision_is_named() -> None:
+    class Undecided:
+        name = "undecided"
+
+        def decide(self, endpoint, view):
+            return None
+
+    with pytest.raises(maveriq.errors.MaveriqError, match="policy 'undecided' returned None; it must return a Deploy"):
+        maveriq.simulate(scale=0.05, policy=Undecided())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

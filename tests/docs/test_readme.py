@@ -67,6 +67,9 @@ def test_commands_run(document: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    if document.name == "README.md":
+        written = {f"/{path.name}{'/' * path.is_dir()}" for path in tmp_path.iterdir()} - {"/docs/", "/traces/"}
+        assert written <= set((ROOT / ".gitignore").read_text(encoding="utf-8").split()), "git sees these files"
 
 
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")], ids=str)
