@@ -10,7 +10,7 @@ from maveriq.serve.settings import ServeSettings
 
 CONFIG = {
     "_name_or_path": "mine/tiny", "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64,
-    "num_attention_heads": 4, "vocab_size": 300,
+    "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 300,
 }  # fmt: skip
 
 
