@@ -108,11 +108,11 @@ def transformers_model(name: str) -> Any:
 
 def greedy(model: Any, prompt: Sequence[int], tokens: int = OUTPUT_TOKENS) -> list[int]:
     """Return the greedy tokens of a transformers model, without a KV cache."""
-    tokens = list(prompt)
+    sequence = list(prompt)
     with torch.inference_mode():
         for _ in range(tokens):
-            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+            sequence.append(int(model(torch.tensor([sequence]), use_cache=False).logits[0, -1].argmax()))
+    return sequence[len(prompt) :]
 
 
 @cache
