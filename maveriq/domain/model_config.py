@@ -219,8 +219,8 @@ class _Reader:
         """
         found = self.optional_count(keys, maximum=maximum)
         if found is None:
-            keys_said = " or ".join(keys)
-            raise InputError(f"{self.where}: no {keys_said}; is it the config.json of a decoder-only model?")
+            key_names = " or ".join(keys)
+            raise InputError(f"{self.where}: no {key_names}; is it the config.json of a decoder-only model?")
         return found
 
     def optional_count(self, keys: Sequence[str], *, maximum: int) -> int | None:
@@ -229,11 +229,11 @@ class _Reader:
         Raises:
             InputError: it is not a positive whole number, or two keys say different things.
         """
-        said = {key: self.checked(key, self.config[key], maximum) for key in keys if self.config.get(key) is not None}
-        if len(set(said.values())) > 1:
-            (first, value), (second, other), *_ = said.items()
+        given = {key: self.checked(key, self.config[key], maximum) for key in keys if self.config.get(key) is not None}
+        if len(set(given.values())) > 1:
+            (first, value), (second, other), *_ = given.items()
             raise InputError(f"{self.where}: {first} is {value}, but {second} is {other}; leave one of them")
-        return next(iter(said.values()), None)
+        return next(iter(given.values()), None)
 
     def checked(self, key: str, value: object, maximum: int) -> int:
         """Return a value that must be a positive whole number, up to `maximum`.
