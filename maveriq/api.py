@@ -178,6 +178,8 @@ def _finished_run(
         meta["notes"].append(f"ended early by the user, at {replayed.record.ended_us / 1e6:.1f} s")
     meta["notes"] += replayed.notes
     meta["engines"] = asdict(engines)
+    if interrupted:
+        meta["interrupted"] = True
     if replayed.energy_j:
         meta["energy_j"] = list(replayed.energy_j)
     return Run(

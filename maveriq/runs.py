@@ -214,6 +214,7 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
         slo_ttft_ms=_milliseconds(summary.get("slo_ttft_s")),
         slo_tpot_ms=_milliseconds(summary.get("slo_tpot_s")),
         engines_csv=_read_engines(folder),
+        interrupted=meta.get("interrupted") is True,
     )
 
 
