@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from maveriq.exec.local_machine import LocalMachine
     from maveriq.policy.pinned import PinnedPlacementPolicy
     from maveriq.scenario.system import ServingSystem
+    from maveriq.serve.access_log import AccessLog
     from maveriq.serve.settings import ServeSettings
     from maveriq.serve.store import Store
 
@@ -55,6 +56,10 @@ def serve(
     token_file: Annotated[
         Path | None,
         typer.Option(help="File with the token; default: environment variable MAVERIQ_TOKEN.", rich_help_panel=_HTTP),
+    ] = None,
+    access_log: Annotated[
+        Path | None,
+        typer.Option(help="File that gets a line for each HTTP request; - for stderr.", rich_help_panel=_HTTP),
     ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, max=_MAX_LIMIT, help="Requests in flight; more get 429.", rich_help_panel=_LIMITS)
@@ -98,11 +103,19 @@ def serve(
         max_output_tokens=max_output_tokens,
         grace_period_s=grace_period_s,
     )
-    _run_service(options, engines, settings, state=state, host=host, port=port, quiet=quiet)
+    _run_service(options, engines, settings, state=state, host=host, port=port, access_log=access_log, quiet=quiet)
 
 
 def _run_service(
-    options: Options, engines: EngineOptions, settings: ServeSettings, *, state: Path, host: str, port: int, quiet: bool
+    options: Options,
+    engines: EngineOptions,
+    settings: ServeSettings,
+    *,
+    state: Path,
+    host: str,
+    port: int,
+    access_log: Path | None,
+    quiet: bool,
 ) -> None:
     """Open the socket and the state file, then serve until a signal.
 
@@ -117,6 +130,7 @@ def _run_service(
     from maveriq.scenario.build import build_live_system
 
     with extra("serve", needed_by="maveriq serve"):
+        from maveriq.serve.access_log import AccessLog
         from maveriq.serve.server import listen
         from maveriq.serve.store import Store
 
@@ -124,6 +138,10 @@ def _run_service(
     with contextlib.ExitStack() as resources:
         machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name)))
         system, placements = build_live_system(options, wrap_estimator=machine.planning, make_cluster=local_cluster)
+        log = None
+        if access_log is not None:
+            log = AccessLog(None if str(access_log) == "-" else access_log)
+            resources.callback(log.close)
         listener = resources.enter_context(contextlib.closing(listen(host, port, settings)))
         store = resources.enter_context(contextlib.closing(Store(state, kept_requests=settings.kept_requests)))
         serving = _serve(
@@ -135,6 +153,7 @@ def _run_service(
             listener=listener,
             store=store,
             logs=state.with_suffix(".logs"),
+            access_log=log,
             quiet=quiet,
         )
         asyncio.run(serving)
@@ -150,6 +169,7 @@ async def _serve(
     listener: socket.socket,
     store: Store,
     logs: Path,
+    access_log: AccessLog | None,
     quiet: bool,
 ) -> None:
     from maveriq.errors import MaveriqError
@@ -176,7 +196,7 @@ async def _serve(
         memory_probe=machine.memory_probe(),
         sampler=machine.sampler(system.cluster),
     ) as executor:
-        app = create_app(executor, store, settings, placements, models)
+        app = create_app(executor, store, settings, placements, models, access_log)
 
         def report_ready() -> None:
             _print_status(f"serving {system.cluster.name} on {url_of(listener)}; Ctrl-C stops it", quiet=quiet)

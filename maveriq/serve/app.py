@@ -17,6 +17,7 @@ from maveriq import __version__
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.live_cluster import LiveCluster
 from maveriq.policy.pinned import PinnedPlacementPolicy
+from maveriq.serve.access_log import AccessLog, AccessLogMiddleware
 from maveriq.serve.auth import AuthMiddleware
 from maveriq.serve.completion_schemas import UNSUPPORTED
 from maveriq.serve.errors import ApiError, bad_request
@@ -34,6 +35,7 @@ def create_app(
     settings: ServeSettings,
     placements: PinnedPlacementPolicy,
     models: ModelRegistry,
+    access_log: AccessLog | None = None,
 ) -> FastAPI:
     """Return the application for a running cluster; its service is `app.state.service`.
 
@@ -46,6 +48,7 @@ def create_app(
         settings: the limits and the token.
         placements: the policy of `cluster`.
         models: the registered models.
+        access_log: gets a line for each request; None for no such log.
     """
     service = Service(cluster, store, settings, placements, models)
 
@@ -73,6 +76,8 @@ def create_app(
     app.add_middleware(
         AuthMiddleware, settings=settings, on_rejected=lambda code: service.metrics.http_errors.labels(code).inc()
     )
+    if access_log is not None:
+        app.add_middleware(AccessLogMiddleware, log=access_log)
     return app
 
 

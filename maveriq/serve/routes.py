@@ -12,11 +12,12 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.exec.live_cluster import EndpointRequest
+from maveriq.serve import home_page
 from maveriq.serve.completion_schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from maveriq.serve.completions import ChatResponse, CompletionResponse, PreparedRequest, complete
 from maveriq.serve.errors import bad_request, not_found
@@ -30,6 +31,7 @@ from maveriq.serve.schemas import (
     RegisterModel,
     RequestStatusName,
     RequestView,
+    ServiceStatus,
 )
 from maveriq.serve.service import Service
 from maveriq.serve.tokenizers import Tokenizer
@@ -155,8 +157,17 @@ def endpoint_routes(service: Service) -> APIRouter:
 
 
 def operator_routes(service: Service) -> APIRouter:
-    """Return the routes under /requests, /health and /metrics."""
+    """Return the routes under /requests, /health and /metrics, and the page at /."""
     router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES)
+
+    @router.get("/", include_in_schema=False)
+    async def home(request: Request) -> Response:
+        """Say what the service offers: HTML for browsers, else plain text."""
+        status, models = _status(service), _served_names(service)
+        routes = home_page.routes_of(request.app.openapi())
+        if "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(home_page.as_html(status, models, routes), headers=home_page.HTML_HEADERS)
+        return PlainTextResponse(home_page.as_text(status, models, routes))
 
     @router.get("/requests")
     async def list_requests(
@@ -179,15 +190,14 @@ def operator_routes(service: Service) -> APIRouter:
     @router.get("/health", responses={503: {"model": HealthView}})
     async def health() -> JSONResponse:
         """Return `ready`, `degraded` (it serves, but not everything) or `stopping` (503)."""
-        problems = service.problems()
-        stopping = not service.requests.open
+        status = _status(service)
         view = HealthView(
-            status="stopping" if stopping else "degraded" if problems else "ready",
-            problems=problems,
+            status=status,
+            problems=service.problems(),
             endpoints=len(service.endpoints()),
             in_flight=len(service.requests),
         )
-        return JSONResponse(view.model_dump(), status_code=503 if stopping else 200)
+        return JSONResponse(view.model_dump(), status_code=503 if status == "stopping" else 200)
 
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -263,6 +273,12 @@ def _slo_ms(header: str | None) -> float | None:
     if not 0 < value <= _MAX_SLO_MS:
         raise bad_request(f"X-SLO-Ms must be a positive number of milliseconds, not {header!r}", "X-SLO-Ms")
     return value
+
+
+def _status(service: Service) -> ServiceStatus:
+    if not service.requests.open:
+        return "stopping"
+    return "degraded" if service.problems() else "ready"
 
 
 def _served_names(service: Service) -> list[str]:

@@ -16,6 +16,7 @@ _MAX_MS = 1e9
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Milliseconds = Annotated[float, Field(gt=0, le=_MAX_MS, allow_inf_nan=False)]
+ServiceStatus = Literal["ready", "degraded", "stopping"]
 RequestStatusName = Literal["accepted", "completed", "refused", "failed", "unfinished"]
 
 
@@ -194,7 +195,7 @@ class RequestView(Body):
 class HealthView(Body):
     """The health of the service."""
 
-    status: Literal["ready", "degraded", "stopping"]
+    status: ServiceStatus
     problems: list[str]
     endpoints: int
     in_flight: int

@@ -196,3 +196,54 @@ def test_full_queue_gives_retry_after(narrow: Running) -> None:
 def _connected(server: Running) -> socket.socket:
     host, _, port = server.url.removeprefix("http://").partition(":")
     return socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
+
+
+PAGE = "http://127.0.0.1:9999"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": PAGE},
+        {"Origin": "http://localhost"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors", "Origin": PAGE},
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
+def test_without_a_token_other_web_pages_are_refused(server: Running, method: str, headers: dict[str, str]) -> None:
+    before = len(server.cluster.submitted)
+    with server.client() as http:
+        content = json.dumps({"model": MODEL, "prompt": "a"})
+        preflight = {"Access-Control-Request-Method": "POST", "Content-Type": "application/json"}
+        answer = http.request(method, "/v1/completions", content=content, headers=preflight | headers)
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "wrong_origin"
+        assert not any(name.startswith("access-control") for name in answer.headers)
+        assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    assert len(server.cluster.submitted) == before
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_a_form_of_another_page_is_refused_without_its_headers(server: Running, kind: str) -> None:
+    with server.client() as http:
+        content = json.dumps({"model": MODEL, "prompt": "a"})
+        answer = http.post("/v1/completions", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 415
+
+
+def test_own_pages_and_links_are_served(server: Running) -> None:
+    with server.client() as http:
+        same = {"Origin": server.url, "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}
+        assert http.post("/models", json={"model": MODEL}, headers=same).status_code == 201
+        link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        assert http.get("/", headers=link).status_code == 200
+        assert http.delete("/endpoints/99", headers=link).status_code == 403
+
+
+def test_with_a_token_the_origin_does_not_matter(guarded: Running) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}", "Origin": "https://ui.example", "Host": "models.example"}
+    with guarded.client(headers=headers) as http:
+        assert http.get("/health").status_code == 200

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from running import MODEL, Running
 
 from maveriq.serve.errors import ApiError
 from maveriq.serve.json_body import MAX_DEPTH, MAX_MEMBERS, read_json
+from maveriq.serve.tokenizers import ByteTokenizer
 
 HALF = "\\ud83d"  # half of an emoji, as a client that cuts a text sends it
 TEXT = {"model": MODEL, "prompt": "a", "max_tokens": 2}
@@ -326,3 +328,30 @@ def test_infinite_numbers_do_no_harm(server: Running) -> None:
     assert math.isinf(read_json(b"1e999", max_items=1))
     assert post(server, "/v1/completions", json.dumps(TEXT)[:-1] + ', "temperature": 1e999}').status_code == 200
     assert post(server, "/v1/completions", json.dumps(TEXT)[:-1] + ', "slo_ms": 1e999}').status_code == 400
+
+
+def test_prompts_that_are_surely_too_long_are_not_tokenized(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByteTokenizer, "_encode", lambda _self, _text: pytest.fail("it is tokenized"))
+    long_text = "a" * 600_000
+    for path, extra, param in (
+        ("/v1/completions", {"prompt": long_text}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long_text}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long_text[:100_000]}] * 6}, "messages"),
+    ):
+        base = TEXT if path == "/v1/completions" else CHAT
+        error = error_of(post(server, path, json.dumps(base | extra)))
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+        assert "600000 characters; the maximum is 524288" in error["message"]
+
+
+def test_long_work_is_done_outside_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    encode = ByteTokenizer._encode
+
+    def noted(self: ByteTokenizer, text: str) -> tuple[int, ...]:
+        threads.append(threading.current_thread().name)
+        return encode(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "_encode", noted)
+    assert post(server, "/v1/completions", json.dumps(TEXT | {"prompt": "a" * 20_000})).status_code == 200
+    assert [name.startswith("maveriq-background") for name in threads] == [True]

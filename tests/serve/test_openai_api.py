@@ -170,7 +170,7 @@ def test_validation_errors_name_the_field(server: Running, body: dict[str, objec
 
 def test_unknown_route(server: Running) -> None:
     with server.client() as http:
-        answer = http.get("/")
+        answer = http.get("/nowhere")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert "GET /openapi.json lists the routes" in answer.json()["error"]["message"]
 

@@ -59,7 +59,11 @@ def sample(http: httpx.Client, name: str) -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
-    with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+    log = tmp_path / "access.log"
+    with (
+        serving(tmp_path, "--access-log", str(log)) as (server, url),
+        httpx.Client(base_url=url, timeout=TIMEOUT_S) as http,
+    ):
         assert http.post("/endpoints", json={"model": MODEL}).status_code == 201
         until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 7})
@@ -72,6 +76,7 @@ def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
         server.send_signal(signal.SIGTERM)
         assert server.wait(TIMEOUT_S) == 0
         assert not Path(f"/proc/{again}").exists(), "no engine outlives the server"
+    assert '"POST /v1/completions" 200' in log.read_text()
     with serving(tmp_path) as (server, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
         until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         assert [row["status"] for row in http.get("/requests").json()] == ["completed"]
@@ -87,6 +92,7 @@ def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
         ((*SERVE, "--state", "nowhere/s.db"), "state file 'nowhere/s.db' cannot be opened"),
         ((*SERVE, "--models-folder", "nowhere"), "--models-folder 'nowhere' is not a folder"),
         ((*SERVE, "--token-file", "nowhere"), "token file"),
+        ((*SERVE, "--access-log", "nowhere/a.log"), "--access-log 'nowhere/a.log' cannot be written: No such file"),
         ((*SERVE, "--policy", "alpaserve"), "unknown policy 'alpaserve'"),
         ((*SERVE, "--port", "70000"), "70000"),
         ((*SERVE[:-1], "{taken}"), "Address already in use; choose another with --port"),
