@@ -112,11 +112,11 @@ def open_regular_file(path: Path, *, what: str) -> io.FileIO:
         OSError: it cannot be opened.
     """
     # Opened before it is looked at, so that it cannot be exchanged in between; a FIFO does not block.
-    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "r")
-    mode = os.fstat(file.fileno()).st_mode
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
-        return file
-    file.close()
+        return io.FileIO(number, "r")
+    os.close(number)
     kind = "a folder; name a file" if stat.S_ISDIR(mode) else "not a regular file; give another file"
     raise InputError(f"{what} {str(path)!r} is {kind}")
 

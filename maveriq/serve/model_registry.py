@@ -11,6 +11,7 @@ from maveriq.domain.models import ModelSpec, known_models, load_model
 from maveriq.errors import InputError, MaveriqError
 from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.store import Store, StoredModel
+from maveriq.serve.tokenizer_process import TokenizerLimits
 from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
 
 _MAX_LOADING = 4  # tokenizers at a time
@@ -19,17 +20,21 @@ _MAX_LOADING = 4  # tokenizers at a time
 class ModelRegistry:
     """Registered models by ID and by name. Names are unique."""
 
-    def __init__(self, store: Store, *, folder: Path | None, max_models: int) -> None:
+    def __init__(
+        self, store: Store, *, folder: Path | None, max_models: int, limits: TokenizerLimits | None = None
+    ) -> None:
         """Create an empty registry; `restore` fills it from the store.
 
         Args:
             store: keeps the models across restarts.
             folder: the only folder from which models are read; None allows known models only.
             max_models: registered models at a time.
+            limits: of the processes of tokenizers; None for the defaults.
         """
         self._store = store
         self._folder = None if folder is None else folder.resolve()
         self._max_models = max_models
+        self._limits = limits or TokenizerLimits()
         self._models: dict[int, StoredModel] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._changing = asyncio.Lock()
@@ -71,7 +76,7 @@ class ModelRegistry:
         """
         if model.model_id not in self._tokenizers:
             try:
-                tokenizer = await tokenizer_for(model.folder, model.spec.vocab_size)
+                tokenizer = await tokenizer_for(model.folder, model.spec.vocab_size, self._limits)
             except MaveriqError as error:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
             if self._tokenizers.setdefault(model.model_id, tokenizer) is not tokenizer:
@@ -101,7 +106,7 @@ class ModelRegistry:
             return known
         async with self._loading:
             try:
-                tokenizer = await tokenizer_for(folder, spec.vocab_size)
+                tokenizer = await tokenizer_for(folder, spec.vocab_size, self._limits)
             except MaveriqError as error:
                 raise bad_request(str(error), "model") from None
         try:

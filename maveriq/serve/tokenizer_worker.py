@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeAlias
 import msgspec
 
 from maveriq.errors import InputError
+from maveriq.exec.messages import one_line
 from maveriq.exec.model_files import read_model_file
 
 MAX_TOKENS = 1_000_000
@@ -123,8 +124,8 @@ class ModelTokenizer:
         text = read_model_file(folder, "tokenizer.json", what="tokenizer")
         try:
             self._inner = tokenizers.Tokenizer.from_str(text or "")
-        except Exception as error:  # the package raises plain Exception
-            raise InputError(f"tokenizer {str(path)!r} cannot be read: {error}") from None
+        except BaseException as error:  # the package raises plain Exception, and BaseException where it panics
+            raise InputError(f"tokenizer {str(path)!r} cannot be read: {_reason(error)}") from None
         self.stop_token_ids = _end_tokens(_optional_json(folder, "config.json"))
         self._template = _chat_template(_optional_json(folder, "tokenizer_config.json"), str(path))
         self._streams: dict[int, Any] = {}
@@ -208,8 +209,8 @@ def _special_token(config: Mapping[str, Any], name: str) -> str:
     return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
 
 
-def _reason(error: Exception) -> str:
-    return "it needs too much memory" if isinstance(error, MemoryError) else str(error)
+def _reason(error: BaseException) -> str:
+    return "it needs too much memory" if isinstance(error, MemoryError) else one_line(str(error))
 
 
 class _Worker:
@@ -232,8 +233,8 @@ class _Worker:
             answer = self._answer(call)
         except (InputError, MemoryError) as error:
             answer = CallFailed(number=call.number, reason=_reason(error))
-        except Exception as error:  # the package raises plain Exception
-            answer = CallFailed(number=call.number, reason=f"the tokenizer failed: {error}")
+        except BaseException as error:  # the package raises plain Exception, and BaseException where it panics
+            answer = CallFailed(number=call.number, reason=f"the tokenizer failed: {one_line(str(error))}")
         body = frame(answer)
         with self._writing:
             self._answers.write(body)

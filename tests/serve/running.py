@@ -18,6 +18,7 @@ from maveriq.serve.server import listen, serve, url_of
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
+from maveriq.serve.tokenizer_process import TokenizerLimits
 
 MODEL = "llama-2-7b"
 TIMEOUT_S = 120.0  # generous: a test machine may be busy
@@ -63,7 +64,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(state: Path, settings: ServeSettings | None = None, **cluster: float) -> Iterator[Running]:
+def running(
+    state: Path, settings: ServeSettings | None = None, tokenizers: TokenizerLimits | None = None, **cluster: float
+) -> Iterator[Running]:
     up: list[Running] = []
     ends: list[asyncio.Future[None]] = []
     ready = threading.Event()
@@ -73,7 +76,7 @@ def running(state: Path, settings: ServeSettings | None = None, **cluster: float
         fake = FakeCluster(policy, **cluster)  # type: ignore[arg-type]
         limits = settings or ServeSettings(grace_period_s=2)
         store = Store(state)
-        models = ModelRegistry(store, folder=limits.models_folder, max_models=limits.max_models)
+        models = ModelRegistry(store, folder=limits.models_folder, max_models=limits.max_models, limits=tokenizers)
         app = create_app(fake, store, limits, policy, models)
         listening = listen("127.0.0.1", 0, limits)
         loop = asyncio.get_running_loop()
