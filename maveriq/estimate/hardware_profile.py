@@ -279,8 +279,11 @@ class HardwareProfile:
     def why_other_model(self, model: ModelSpec) -> str | None:
         """Return why a model is not the one that was measured under its name: its shape differs; None if it may be.
 
-        Without a table of shapes, the known model of that name counts.
+        Without a table of shapes, the known model of that name counts. Only models read from a file are compared: known
+        models cut to a few layers have measurements too.
         """
+        if not model.config_json:
+            return None
         measured = self.models.get(model.name) or known_models().get(model.name)
         different = model.differences_from(measured) if measured else ""
         if not different:
