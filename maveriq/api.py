@@ -288,9 +288,16 @@ def _check_component(name: str, component: object) -> None:
 
 
 def _resolved(options: Options, system: ReplaySystem, components: Components) -> Options:
-    """Return the options with the defaults that depend on the profile, and the names of objects."""
+    """Return the options with the defaults that depend on the profile and the trace, and the names of objects."""
+    source, timing = system.workload.source, system.settings.timing
     return replace(
         options,
+        **(source.options if source is not None else {}),
+        tick_ms=timing.tick_us / 1e3,
+        after_arrival_ms=timing.after_arrival_us / 1e3,
+        after_release_ms=timing.after_release_us / 1e3,
+        registration_delay_s=timing.registration_delay_us / 1e6,
+        drain_s=system.drain_us / 1e6,
         estimator=system.estimator,
         service_times=system.service_times.name,
         policy=system.policy.name if "policy" in components.replaced else options.policy,
@@ -302,13 +309,18 @@ def _meta(
     options: Options, system: ReplaySystem, components: Components, *, kind: str, libraries: Sequence[str]
 ) -> dict[str, Any]:
     """Return what led to a run: enough to repeat it, custom objects aside."""
-    replaced = components.replaced
-    notes = [*system.notes, *([f"objects were passed for: {', '.join(replaced)}"] if replaced else [])]
+    replaced, source = components.replaced, system.workload.source
+    notes = [
+        *([source.describe()] if source else []),
+        *system.notes,
+        *([f"objects were passed for: {', '.join(replaced)}"] if replaced else []),
+    ]
     return {
         "kind": kind,
         "workload": system.workload.name,
         "notes": notes,
-        "options": asdict(options),
+        **({"trace": source.to_dict()} if source else {}),
+        "options": options.to_dict(),
         "seed": options.seed,
         "versions": {
             "maveriq": __version__,

@@ -1,74 +1,157 @@
-"""Reads large CSV files as NumPy columns.
+"""Reads large CSV and JSON-lines files as columns, a batch of rows at a time.
 
-`parse_columns` parses a whole file at once. If that or a check fails, `name_fault` reads the file
-again row by row to name the line with the error.
+Memory is bounded by a batch, whatever the file. Where a batch cannot be converted as a whole, its rows are checked
+one by one to name the line with the error.
 """
 
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from maveriq.errors import InputError
-from maveriq.tables import Row, read_csv
+from maveriq.input_files import read_lines
+from maveriq.tables import Row, cells_and_header
 from maveriq.units import MICROS_PER_SECOND
 
+T = TypeVar("T")
 
-def header_of(text: str) -> list[str]:
-    """Return the cells of the first line, [] if there is none or it is not CSV."""
-    first, _, _ = text.partition("\n")
-    try:
-        return next(csv.reader([first.rstrip("\r")]), [])
-    except csv.Error:
-        return []
+MAX_BYTES = 1 << 30
+"""The most that a file read as columns may hold, unpacked."""
+
+_BATCH_ROWS = 1 << 14
+
+ChooseColumns = Callable[[list[str]], Sequence[str]]
+"""Returns which columns to read, given the header; raises InputError where it does not fit."""
 
 
-def parse_columns(text: str, dtypes: Mapping[str, str], *, needed: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """Parse a CSV text with a header into one array per column of the header.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some rows of a file: the texts of the chosen columns, and the line of each row."""
+
+    where: str
+    columns: dict[str, Sequence[str]]
+    lines: Sequence[int]
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows one by one."""
+        for number, cells in zip(self.lines, zip(*self.columns.values(), strict=True), strict=True):
+            yield Row(dict(zip(self.columns, cells, strict=True)), f"{self.where}, line {number}")
+
+    def converted(self, convert: Callable[[Batch], T], check: Callable[[Row], object]) -> T:
+        """Return what `convert` makes of the batch; if it raises ValueError, name the row with the error.
+
+        Raises:
+            InputError: `convert` fails; `check` raises it for the first invalid row.
+        """
+        try:
+            return convert(self)
+        except (ValueError, OverflowError) as error:
+            for row in self.rows():
+                check(row)
+            raise InputError(f"{self.where} cannot be used: {error}") from None
+
+
+def csv_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Batch]:
+    """Yield the rows of a CSV file with a header, in batches.
 
     Args:
-        text: the whole file.
-        dtypes: NumPy type of every known column ("f8" for all numbers; `whole_numbers` checks integers).
-        needed: required columns.
+        path: the file; it may be packed with gzip or zip.
+        choose: returns which columns to read.
+        what: the kind of file, for messages.
 
     Raises:
-        ValueError: the file is invalid; `name_fault` then reports what and where.
+        InputError: the file cannot be read, a row has too few or too many cells, or there are no rows.
     """
-    header = header_of(text)
-    rows = text[text.find("\n") + 1 :]
-    if set(header) - set(dtypes) or set(needed) - set(header) or len(set(header)) != len(header):
-        raise ValueError("wrong columns")
-    if rows.isspace() or not rows or "\n" not in text:
-        raise ValueError("no row")
-    shape = [(name, dtypes[name]) for name in header]
-    table = np.loadtxt(io.StringIO(rows), dtype=shape, delimiter=",", comments=None, quotechar='"', ndmin=1)
-    return {name: table[name] for name in header}
+    where = f"{what} {str(path)!r}"
+    reader = csv.reader(read_lines(path, what=what, max_bytes=MAX_BYTES), strict=True)
+    numbered = _numbered(reader, where)
+    _, header = next(numbered, (0, []))
+    if not header:
+        raise InputError(f"{where} is empty; it needs a header")
+    chosen = choose(header)
+    positions = [header.index(name) for name in chosen]
+    found = False
+    while rows := list(itertools.islice(numbered, _BATCH_ROWS)):
+        found = True
+        for number, cells in rows:
+            if len(cells) != len(header):
+                raise InputError(f"{where}, line {number}: {cells_and_header(cells, header)}")
+        lines, table = zip(*rows, strict=True)
+        columns: list[Sequence[str]] = list(zip(*table, strict=True))
+        yield Batch(
+            where=where,
+            columns={name: columns[position] for name, position in zip(chosen, positions, strict=True)},
+            lines=lines,
+        )
+    if not found:
+        raise InputError(f"{where} has a header but no row")
 
 
-def whole_numbers(column: np.ndarray[Any, Any], name: str, *, minimum: int, maximum: int) -> np.ndarray[Any, Any]:
-    """Return a float column as int64.
+def _numbered(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise InputError(f"{where} is not a valid CSV file: {error}") from None
+
+
+def json_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Batch]:
+    """Yield the lines of a file of JSON objects as rows, in batches; the keys of the first line are the header.
 
     Raises:
-        ValueError: a cell is not a whole number from `minimum` to `maximum`.
+        InputError: the file cannot be read, or a line is not a JSON object or lacks a chosen key.
     """
+    where = f"{what} {str(path)!r}"
+    lines = enumerate(read_lines(path, what=what, max_bytes=MAX_BYTES), start=1)
+    objects = ((number, _json_object(line, where, number)) for number, line in lines if line.strip())
+    first = next(objects)
+    chosen = choose(list(first[1]))
+    rows = itertools.chain([first], objects)
+    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+        columns: dict[str, Sequence[str]] = {}
+        for name in chosen:
+            lacking = next((number for number, found in batch if name not in found), None)
+            if lacking is not None:
+                raise InputError(f"{where}, line {lacking}: no {name}")
+            columns[name] = [bytes(found[name]).decode().strip('"') for _, found in batch]
+        yield Batch(where=where, columns=columns, lines=[number for number, _ in batch])
+
+
+def _json_object(line: str, where: str, number: int) -> dict[str, msgspec.Raw]:
+    try:
+        return msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError):
+        raise InputError(f"{where}, line {number}: not a JSON object on a line of its own") from None
+
+
+def floats(cells: Iterable[str]) -> np.ndarray[Any, Any]:
+    """Return texts as float64.
+
+    Raises:
+        ValueError: a text is not a number.
+    """
+    return np.array([float(cell) for cell in cells])
+
+
+def whole_numbers(cells: Iterable[str], name: str, *, minimum: int, maximum: int) -> np.ndarray[Any, Any]:
+    """Return texts as int64.
+
+    Raises:
+        ValueError: a text is not a whole number from `minimum` to `maximum`.
+    """
+    column = floats(cells)
     if not ((column >= minimum) & (column <= maximum) & (column == np.floor(column))).all():
         raise ValueError(f"{name} must be whole numbers from {minimum} to {maximum}")
     return column.astype(np.int64)
-
-
-def check_ascending(column: np.ndarray[Any, Any], name: str) -> None:
-    """Check that values never decrease.
-
-    Raises:
-        ValueError: a value is smaller than the one before it.
-    """
-    if (column[1:] < column[:-1]).any():
-        raise ValueError(f"{name} goes back")
 
 
 def micros_column(seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -88,29 +171,3 @@ def check_whole(row: Row, column: str, *, minimum: int, maximum: int) -> None:
         raise InputError(
             f"{row.where}: {column} must be a whole number from {minimum} to {maximum}, not {row.cells[column]!r}"
         )
-
-
-def name_fault(
-    path: Path,
-    columns: Sequence[str],
-    *,
-    optional: Sequence[str] = (),
-    what: str,
-    check: Callable[[Iterator[Row]], None],
-    reason: object,
-) -> NoReturn:
-    """Report the error in a file that failed `parse_columns` or a check: read it again row by row to name the line.
-
-    Args:
-        path: the file.
-        columns: required columns.
-        optional: optional columns.
-        what: the kind of file, for messages.
-        check: reads all rows and raises InputError at the first invalid one.
-        reason: the message if every row passes.
-
-    Raises:
-        InputError: always.
-    """
-    check(read_csv(path, columns, optional=optional, what=what))
-    raise InputError(f"{what} {str(path)!r} cannot be used: {reason}")

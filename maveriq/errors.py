@@ -36,14 +36,18 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
         tail = f" {hint}" if hint else ""
-        super().__init__(f"unknown {kind} {name!r}{guess} (known: {_listed(names, name)}){tail}")
+        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, names)} (known: {_listed(names, name)}){tail}")
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
         """Leave only the message to another process: the arguments cannot be had back from it."""
         return InputError, self.args
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" with the known name that is nearest, "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _listed(names: list[str], name: str) -> str:

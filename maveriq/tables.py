@@ -6,48 +6,26 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import math
 import re
 import tomllib
-import zlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from maveriq.errors import InputError
+from maveriq.errors import InputError, did_you_mean
+from maveriq.input_files import read_lines, read_text
 
 T = TypeVar("T")
 
+MAX_TABLE_BYTES = 32 << 20
+"""The most that a table read by row may hold, unless its reader allows more."""
 
-def read_text(path: Path, *, what: str) -> str:
-    """Return the text of a file, decompressed if its name ends in .gz.
-
-    Args:
-        path: the file.
-        what: the kind of file, for messages ("trace", "model set").
-
-    Raises:
-        InputError: the file is missing, is a folder, cannot be read, or is not UTF-8.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{what} {str(path)!r} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{what} {str(path)!r} is a folder; name a file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{what} {str(path)!r} is not a text file in UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}; give another file") from None
-    except (EOFError, ValueError, zlib.error) as error:  # truncated, a null byte in the name, corrupt
-        raise InputError(f"{what} {str(path)!r} cannot be read: {error}; give another file") from None
+_MAX_TOML_BYTES, _MAX_JSON_BYTES = 2 << 20, 16 << 20  # parsed, a file takes up to thirty times its size
 
 
 def read_toml(path: Path, shape: type[T], *, what: str) -> T:
@@ -56,13 +34,13 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
     Raises:
         InputError: invalid TOML, an unknown key, a missing key, or a value of the wrong type or range.
     """
-    text = read_text(path, what=what)
+    text = read_text(path, what=what, max_bytes=_MAX_TOML_BYTES)
     try:
         return msgspec.convert(tomllib.loads(text), shape)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{what} {str(path)!r} is not valid TOML: {error}") from None
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {readable_error(str(error))}") from None
+        raise InputError(f"{what} {str(path)!r}: {readable_error(str(error), shape)}") from None
     except (ValueError, RecursionError):  # a number with thousands of digits, thousands of nested brackets
         raise InputError(f"{what} {str(path)!r}: a number is too long, or brackets too deep; shorten it") from None
 
@@ -74,16 +52,18 @@ def read_json(path: Path, shape: type[T], *, what: str) -> T:
         InputError: invalid JSON (NaN and Infinity are invalid), an unknown key, a missing key, or a
             value of the wrong type or range.
     """
-    text = read_text(path, what=what)
+    text = read_text(path, what=what, max_bytes=_MAX_JSON_BYTES)
     try:
         return msgspec.json.decode(text, type=shape)
     except msgspec.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {readable_error(str(error))}") from None
+        raise InputError(f"{what} {str(path)!r}: {readable_error(str(error), shape)}") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{what} {str(path)!r} is not valid JSON: {error}") from None
 
 
 _PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
+_STEP = re.compile(r"\[[^\]]*\]|[^.\[]+")
+_UNKNOWN_KEY = re.compile(r"Object contains unknown field `([^`]*)`")
 _EXPECTED = re.compile(
     r"Expected `(?P<kind>\w+)[^`]*`(?P<length> of length)?(?: (?P<sign>[<>]=?) (?P<bound>[^ ,]+))?"
     r"(?:, got `(?P<got>\w+)[^`]*`)?"
@@ -96,18 +76,60 @@ _GOT = _KINDS | {"float": "a fraction", "bool": "true or false"}
 _SIGNS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
 
 
-def readable_error(message: str) -> str:
-    """Rewrite a msgspec message, such as "Object contains unknown field `x` - at `$.a[0]`", for users."""
+def readable_error(message: str, shape: Any = None) -> str:
+    """Rewrite a msgspec message, such as "Object contains unknown field `x` - at `$.a[0]`", for users.
+
+    Args:
+        message: the message.
+        shape: the type that was expected; an unknown key then gets a suggestion.
+    """
     at = _PLACE.search(message)
     place, text = (at[1], message[: at.start()]) if at else ("", message)
+    if unknown := _UNKNOWN_KEY.fullmatch(text):
+        inside = f" (in {place})" if place else ""
+        return f"unknown key `{unknown[1]}`{inside}{_suggestion(unknown[1], _keys_at(shape, place))}"
     expected = _EXPECTED.fullmatch(text)
     if text == "Number out of range":
         return f"{place or 'it'} is too long a number"
     if expected:
         return f"{place or 'it'} must be {_expected(expected)}"
-    text = text.replace("Object contains unknown field", "unknown key")
     text = text.replace("Object missing required field", "missing key")
     return f"{text} (in {place})" if place else text
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    """Return what to write in place of an unknown key: a near one, or the list of all."""
+    return did_you_mean(name, known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
+
+
+def _keys_at(shape: Any, place: str) -> list[str]:
+    """Return the keys of the table at a place such as `models[0]` of a file of a given shape; [] if unknown."""
+    found = msgspec.inspect.type_info(shape) if shape is not None else None
+    for step in _STEP.findall(place):
+        found = _inside(found, step)
+    table = _table_type(found)
+    return [field.encode_name for field in table.fields] if table is not None else []
+
+
+def _inside(kind: msgspec.inspect.Type | None, step: str) -> msgspec.inspect.Type | None:
+    """Return the type of a part of a value: of a key, or of `[0]` or `[...]`."""
+    for option in kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,):
+        if isinstance(option, msgspec.inspect.StructType):
+            for field in option.fields:
+                if field.encode_name == step:
+                    return field.type
+        elif isinstance(option, msgspec.inspect.DictType):
+            return option.value_type
+        elif isinstance(option, (msgspec.inspect.ListType, msgspec.inspect.VarTupleType)):
+            return option.item_type
+    return None
+
+
+def _table_type(kind: msgspec.inspect.Type | None) -> msgspec.inspect.StructType | None:
+    for option in kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,):
+        if isinstance(option, msgspec.inspect.StructType):
+            return option
+    return None
 
 
 def _expected(found: re.Match[str]) -> str:
@@ -163,32 +185,39 @@ class Row:
 
 
 def read_csv(
-    path: Path, columns: Sequence[str], *, what: str, optional: Sequence[str] = (), may_be_empty: bool = False
+    path: Path,
+    columns: Sequence[str],
+    *,
+    what: str,
+    optional: Sequence[str] = (),
+    may_be_empty: bool = False,
+    max_bytes: int = MAX_TABLE_BYTES,
 ) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header.
 
     Args:
-        path: the file, compressed with gzip if its name ends in .gz.
+        path: the file; it may be packed with gzip or zip.
         columns: required columns.
         optional: optional columns; any other column is an error.
         what: the kind of file, for messages.
         may_be_empty: accept a header without rows.
+        max_bytes: the most that the file may hold, unpacked.
 
     Raises:
         InputError: the file cannot be read, a column is missing or unknown, a row has too few or
             too many cells, or there are no rows.
     """
-    reader = csv.reader(io.StringIO(read_text(path, what=what), newline=""), strict=True)
+    reader = csv.reader(read_lines(path, what=what, max_bytes=max_bytes), strict=True)
     lines = _lines(reader, path, what)
     header = next(lines, [])
     if not header:
         raise InputError(f"{what} {str(path)!r} is empty; it needs a header with {', '.join(columns)}")
-    _check_header(header, columns, optional, f"{what} {str(path)!r}")
+    check_header(header, columns, optional, f"{what} {str(path)!r}")
     empty = True
     for cells in lines:
         where = f"{what} {str(path)!r}, line {reader.line_num}"
         if len(cells) != len(header):
-            raise InputError(f"{where}: {len(cells)} cells where the header has {len(header)}")
+            raise InputError(f"{where}: {cells_and_header(cells, header)}")
         empty = False
         yield Row(dict(zip(header, cells, strict=True)), where)
     if empty and not may_be_empty:
@@ -202,13 +231,38 @@ def _lines(reader: Iterator[list[str]], path: Path, what: str) -> Iterator[list[
         raise InputError(f"{what} {str(path)!r} is not a valid CSV file: {error}") from None
 
 
-def _check_header(header: list[str], columns: Sequence[str], optional: Sequence[str], where: str) -> None:
+def cells_and_header(cells: Sequence[str], header: Sequence[str]) -> str:
+    """Return what is wrong with a row of too few or too many cells."""
+    surplus = f"; surplus: {', '.join(map(repr, cells[len(header) :]))}"[:80] if len(cells) > len(header) else ""
+    return f"{len(cells)} cells where the header has {len(header)}{surplus}"
+
+
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+def other_separator(header: Sequence[str]) -> str:
+    """Return what separates the cells of a header that has no comma, "" if nothing does."""
+    only = header[0] if len(header) == 1 else ""
+    return next((name for separator, name in _SEPARATORS.items() if separator in only), "")
+
+
+def check_header(header: Sequence[str], columns: Sequence[str], optional: Sequence[str], where: str) -> None:
+    """Check that a header has all required columns, no unknown one, and none twice.
+
+    Raises:
+        InputError: it does not; the message names the column.
+    """
+    known = [*columns, *optional]
+    if separator := other_separator(header):
+        raise InputError(f"{where} is separated by {separator}; save it with commas (needs {', '.join(columns)})")
     missing = [name for name in columns if name not in header]
+    unknown = [name for name in header if name not in known]
     if missing:
-        raise InputError(f"{where}: no column {', '.join(missing)} (needs {', '.join(columns)})")
-    unknown = [name for name in header if name not in columns and name not in optional]
+        near = next((f"; rename {name!r}?" for name in unknown if did_you_mean(name, missing)), "")
+        raise InputError(f"{where}: no column {', '.join(missing)}{near} (needs {', '.join(columns)})")
     if unknown:
-        raise InputError(f"{where}: unknown column {', '.join(unknown)} (knows {', '.join([*columns, *optional])})")
+        near = did_you_mean(unknown[0], known)
+        raise InputError(f"{where}: unknown column {', '.join(unknown)}{near} (knows {', '.join(known)})")
     if len(set(header)) != len(header):
         raise InputError(f"{where}: a column stands twice in the header")
 
@@ -228,7 +282,8 @@ def choice(row: Row, column: str, options: type[Choice]) -> Choice:
     try:
         return options(value)
     except ValueError:
-        raise InputError(f"{row.where}: {column} must be one of {', '.join(options)}, not {value!r}") from None
+        near = did_you_mean(value, options)
+        raise InputError(f"{row.where}: {column} must be one of {', '.join(options)}, not {value!r}{near}") from None
 
 
 def unique(keyed: Iterable[tuple[Key, Value, Row]]) -> dict[Key, Value]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.workload.traces import AzureTrace, read_azure
+from maveriq.workload.trace_formats import RequestTrace, read_requests
 
 PUBLIC_FILES = {"code": "AzureLLMInferenceTrace_code.csv", "conversation": "AzureLLMInferenceTrace_conv.csv"}
 # Two more points in the tail: linear interpolation between 99 and 100 % would raise the mean by up to 22 %.
@@ -31,13 +31,13 @@ def derive(data: Path) -> dict[str, str]:
     Args:
         data: the folder of measured data.
     """
-    traces = {name: read_azure(data / "azure" / file) for name, file in PUBLIC_FILES.items()}
+    traces = {name: read_requests(data / "azure" / file) for name, file in PUBLIC_FILES.items()}
     files = {f"azure-{name}-per-minute.csv": _counts(trace) for name, trace in traces.items()}
     files["azure-lengths.csv"] = _quantiles(
         {
-            f"{name}_{kind}_tokens": getattr(trace.rows, f"{kind}_tokens")
+            f"{name}_{kind}_tokens": tokens
             for name, trace in traces.items()
-            for kind in ("context", "generated")
+            for kind, tokens in (("context", trace.prompt_tokens), ("generated", trace.output_tokens))
         }
     )
     files["sharegpt-prompt-chars.csv"] = _quantiles(
@@ -46,7 +46,7 @@ def derive(data: Path) -> dict[str, str]:
     return files
 
 
-def _counts(trace: AzureTrace) -> str:
+def _counts(trace: RequestTrace) -> str:
     return _table(("minute", "requests"), enumerate(trace.requests_per_minute.tolist()))
 
 

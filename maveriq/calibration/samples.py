@@ -14,7 +14,8 @@ from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import Fingerprint, Fingerprints, derive
 from maveriq.files import exists, is_folder
-from maveriq.tables import read_text
+from maveriq.input_files import read_lines
+from maveriq.tables import MAX_TABLE_BYTES
 
 LONG_TRUTH, BATCHED_TRUTH = "full_model_long_prompt.csv", "full_model_batched_short_prompt.csv"
 _LONG_FINGERPRINTS, _SHORT_FINGERPRINTS = "fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"
@@ -89,7 +90,8 @@ def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int |
 
 def _is_table(path: Path, prompt_tokens: int | None) -> bool:
     """Return whether a file is a table of measurements with known prompt lengths."""
-    header = read_text(path, what="table of measurements").partition("\n")[0].strip().split(",")
+    lines = read_lines(path, what="table of measurements", max_bytes=MAX_TABLE_BYTES)
+    header = next(lines, "").strip().split(",")
     return set(COLUMNS) <= set(header) and ("prompt_tokens" in header or prompt_tokens is not None)
 
 

@@ -16,20 +16,25 @@ from maveriq.report.view import BLANK, Column, Part, Table, Text, number_column,
 from maveriq.scenario.options import Options
 from maveriq.scenario.workload import workload_for
 from maveriq.workload.requests import Workload
+from maveriq.workload.schedules import write_schedule
 from maveriq.workload.summary import WorkloadSummary, summarise
-from maveriq.workload.traces import AzureTrace, read_trace, write_schedule
+from maveriq.workload.trace_formats import RequestTrace, remarks_on
+from maveriq.workload.traces import read_trace
 
 app = typer.Typer(rich_markup_mode=None, help="Show, export and check workloads.")
 
 TraceArgument = Annotated[
-    str,
+    str | None,
     typer.Argument(
-        metavar="TRACE", help="code, conversation, poisson, or the CSV file of an Azure trace or a schedule."
+        metavar="TRACE",
+        help="code, conversation, poisson, constant, or a file of requests (traces/README.md).",
+        show_default="code; poisson with --rate",
     ),
 ]
 
 _WORKLOAD_OPTIONS = (
-    "scale", "models", "prompt_tokens", "output_tokens", "poisson_as_published", "seed", "slo_scale", "profile",
+    "scale", "arrivals", "rate", "duration_s", "limit", "models", "prompt_tokens", "output_tokens",
+    "poisson_as_published", "seed", "slo_scale", "profile",
 )  # fmt: skip
 """The options of a run that shape its workload, in addition to the trace itself."""
 
@@ -46,16 +51,20 @@ def root(ctx: typer.Context) -> None:
 
 @app.command()
 @with_options((Options, _WORKLOAD_OPTIONS))
-def show(options: Options, *, trace: TraceArgument = "code", as_json: JsonFlag = False) -> None:
+def show(options: Options, *, trace: TraceArgument = None, as_json: JsonFlag = False) -> None:
     """Show a workload: counts, rate over time, models, lengths."""
-    summary = summarise(_workload(options, trace))
+    workload = _workload(options, trace)
+    summary, source = summarise(workload), workload.source
     if as_json:
-        _print_json(asdict(summary) | {"mean_rate_per_s": summary.mean_rate_per_s})
+        made_of = {} if source is None else {"trace": source.to_dict()}
+        _print_json(asdict(summary) | {"mean_rate_per_s": summary.mean_rate_per_s} | made_of)
         return
 
     console = Console()
     for part in _view(summary, console.width):
         console.print(part)
+    if source is not None:
+        console.print(source.describe(), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -63,7 +72,7 @@ def show(options: Options, *, trace: TraceArgument = "code", as_json: JsonFlag =
 def export(
     options: Options,
     *,
-    trace: TraceArgument = "code",
+    trace: TraceArgument = None,
     out: Annotated[Path, typer.Option(metavar="FILE.csv", help="The schedule to write, whole or not at all.")],
     as_json: JsonFlag = False,
 ) -> None:
@@ -78,28 +87,38 @@ def export(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The CSV file of an Azure trace or a schedule.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of requests: a trace or a schedule.")],
     *,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check a trace file, and report the first error with its line."""
+    """Check a trace file: say what it was recognised as, or report the first error with its line."""
     trace = read_trace(file)
-    if isinstance(trace, AzureTrace):
-        kind, requests = "Azure trace", int(trace.requests_per_minute.sum())
-        span = f"{len(trace.requests_per_minute):,} minutes"
+    answer: dict[str, object] = {"file": str(file)}
+    if isinstance(trace, RequestTrace):
+        minutes = f"{len(trace.requests_per_minute):,} minutes"
+        answer |= {
+            "kind": trace.format_name,
+            "requests": len(trace),
+            "span": minutes if trace.has_dates else f"{trace.arrival_us[-1] / 1e6:,.0f} s",
+            "requests_without_tokens": trace.requests_without_tokens,
+            "ignored_columns": list(trace.ignored_columns),
+        }
     else:
-        kind, requests = "schedule", len(trace.arrivals)
         span = f"{trace.arrivals.arrival_us[-1] / 1e6:,.0f} s"
+        answer |= {"kind": "schedule", "requests": len(trace.arrivals), "span": span}
     if as_json:
-        _print_json({"file": str(file), "kind": kind, "requests": requests, "span": span})
-    else:
-        typer.echo(f"OK {file}: {kind}, {requests:,} requests in {span}")
+        _print_json(answer)
+        return
+    more = "; ".join(remarks_on(trace)) if isinstance(trace, RequestTrace) else ""
+    typer.echo(
+        f"OK {file}: {answer['kind']}, {answer['requests']:,} requests in {answer['span']}{'; ' if more else ''}{more}"
+    )
 
 
-def _workload(options: Options, trace: str) -> Workload:
-
+def _workload(options: Options, trace: str | None) -> Workload:
     profile = load_profile(options.profile)
-    return workload_for(replace(options, trace=trace), profile, slo_scale=options.slo_scale)
+    chosen = options if trace is None else replace(options, trace=trace)
+    return workload_for(chosen, profile, slo_scale=options.slo_scale)
 
 
 def _print_json(value: dict[str, object]) -> None:

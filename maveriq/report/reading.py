@@ -28,7 +28,8 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
-from maveriq.tables import Row, read_csv, read_text, readable_error
+from maveriq.input_files import open_regular, read_text
+from maveriq.tables import Row, read_csv, readable_error
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, bytes_from_gib, micros
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ T = TypeVar("T")
 _TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
 _COUNTS = ("request_id", "prompt_tokens", "output_tokens")
 _MAX_COUNT = 10**15 - 1
+_MAX_HEADER_BYTES = 1 << 16
+_MAX_TABLE_BYTES = 1 << 36
 _MAX_S = 9e9  # 285 years; the microseconds of any shorter time are exact in a float
 
 
@@ -104,7 +107,8 @@ def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int
     if not expected:  # `read_csv` refuses a table without rows
         return
     count = 0
-    for count, row in enumerate(read_csv(path, columns, what=what), start=1):  # noqa: B007 - counts
+    rows = read_csv(path, columns, what=what, max_bytes=_MAX_TABLE_BYTES)
+    for count, row in enumerate(rows, start=1):  # noqa: B007 - counts
         yield row
     if count != expected:
         raise InputError(f"{what} {str(path)!r} has {count:,} rows where run.json says {expected:,}; copy it again")
@@ -169,8 +173,9 @@ def _arrow_table(
         **dict.fromkeys(texts, pa.dictionary(pa.int32(), pa.string())),
     }
     try:
-        with path.open("rb") as file:
-            if file.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") != ",".join(columns).encode():
+        with open_regular(path, what="run file") as file:
+            header = file.readline(_MAX_HEADER_BYTES).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+            if header != ",".join(columns).encode():
                 return None
             file.seek(0)
             return csv.read_csv(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Number
 from pathlib import PurePath
 from types import UnionType
@@ -60,13 +60,34 @@ class Options:
         InputError: a value of another type, a number that is not finite, or outside its range.
     """
 
-    trace: str = option("code", "code, conversation, poisson, or a CSV file (Azure trace or schedule).", _WORKLOAD)
-    scale: float | None = option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4")
+    trace: str = option(
+        "",  # `poisson` with a rate, else `code`; resolved at once
+        "code, conversation, poisson, constant, or a file of requests (traces/README.md).",
+        _WORKLOAD,
+        shown="code; poisson with --rate",
+    )
+    scale: float | None = option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4; 1 for a file")
+    arrivals: str | None = option(
+        None,
+        "Arrivals of a file: trace (its own times) or published (each minute redrawn within 30 s).",
+        _WORKLOAD,
+        shown="trace",
+    )
+    rate: float | None = option(None, "Requests a second of a load without a trace: poisson or constant.", _WORKLOAD)
+    duration_s: float | None = option(
+        None, "Only the requests of so many seconds.", _WORKLOAD, shown="all; 600 with --rate", maximum=_MAX_S
+    )
+    limit: int | None = option(None, "Only the first so many requests.", _WORKLOAD, shown="all")
     models: str = option("large", "Model set: large, regular, twentyone, or a TOML file.", _WORKLOAD)
     prompt_tokens: str | None = option(
-        None, "Length of prompts: sharegpt, trace, or a number of tokens.", _WORKLOAD, shown="sharegpt"
+        None,
+        "Length of prompts: sharegpt, trace, or a number of tokens.",
+        _WORKLOAD,
+        shown="sharegpt; trace for a file",
     )
-    output_tokens: str | None = option(None, "Length of outputs: trace, or a number of tokens.", _WORKLOAD, shown="20")
+    output_tokens: str | None = option(
+        None, "Length of outputs: trace, or a number of tokens.", _WORKLOAD, shown="20; trace for a file"
+    )
     poisson_as_published: bool = option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
     seed: int = option(42, "Seed of all random streams.", _WORKLOAD)
 
@@ -144,7 +165,13 @@ class Options:
 
     def __post_init__(self) -> None:
         convert_types(self)
+        if not self.trace:
+            object.__setattr__(self, "trace", "code" if self.rate is None else "poisson")
         check_ranges(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options by name; one that is None, since it does not apply or is the profile's, is missing."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def convert_types(options: Any) -> None:

@@ -6,17 +6,16 @@ The JSON has `gpus, gpus_per_node, memory_bytes, models, profiles, workload, sea
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
-from maveriq.csv_columns import name_fault
+from maveriq.csv_columns import Batch, csv_batches, floats
 from maveriq.domain.requests import DemandForecast
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.policy.alpaserve.problem import (
@@ -30,11 +29,12 @@ from maveriq.policy.alpaserve.problem import (
     StageProfile,
     StarRule,
 )
-from maveriq.tables import Row, read_json, read_text
+from maveriq.tables import Row, check_header, read_json
 
 _WHAT = "placement problem"
 _REQUESTS = "workload"
 _COLUMNS = ("arrival_s", "model", "slo_s")
+_MAX_REQUESTS = 2_000_000
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -76,7 +76,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     gpus_per_node: _Count = 8
     search: _Search = msgspec.field(default_factory=_Search)
     id: str = ""
-    expected: Any = None
+    expected: msgspec.Raw = msgspec.Raw()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,47 +185,53 @@ def read_demand(path: Path, models: Sequence[str]) -> DemandForecast:
     Raises:
         InputError: the file or a row is wrong; the message names the line.
     """
-    text = read_text(path, what=_REQUESTS)
-    try:
-        arrival_s, model_index, slo_s = _parse(text, models)
-    except ValueError as error:
-        name_fault(path, _COLUMNS, what=_REQUESTS, check=_check_rows, reason=error)
+    position = {name: index for index, name in enumerate(models)}
+    parts: list[tuple[np.ndarray[Any, Any], ...]] = []
+    requests, last_s = 0, 0.0
+
+    def choose(header: list[str]) -> Sequence[str]:
+        check_header(header, _COLUMNS, (), f"{_REQUESTS} {str(path)!r}")
+        return _COLUMNS
+
+    for batch in csv_batches(path, choose, what=_REQUESTS):
+        parts.append(batch.converted(partial(_converted, position=position, last_s=last_s), _RowCheck(last_s)))
+        last_s = float(parts[-1][0][-1])
+        requests += len(batch.lines)
+        if requests > _MAX_REQUESTS:
+            raise InputError(f"{batch.where} has more than {_MAX_REQUESTS:,} requests; give a part of it")
+    arrival_s, model_index, slo_s = (np.concatenate(column) for column in zip(*parts, strict=True))
     return DemandForecast(models=tuple(models), arrival_s=arrival_s, model_index=model_index, slo_s=slo_s)
 
 
-def _parse(text: str, models: Sequence[str]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Parse all rows at once.
+def _converted(batch: Batch, *, position: Mapping[str, int], last_s: float) -> tuple[np.ndarray[Any, Any], ...]:
+    """Return arrivals, positions of models (-1 for an unknown one) and SLOs of a batch.
 
     Raises:
         ValueError: something is wrong with one of them.
     """
-    try:
-        header, *rows = [cells for cells in csv.reader(io.StringIO(text, newline=""), strict=True) if cells]
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
-    if sorted(header) != sorted(_COLUMNS):
-        raise ValueError("wrong columns")
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    arrival_s = np.array(columns["arrival_s"], np.float64)
-    slo_s = np.array([cell or "inf" for cell in columns["slo_s"]], np.float64)
-    position = {name: index for index, name in enumerate(models)}
-    model_index = np.array([position.get(name, -1) for name in columns["model"]], np.int64)
-    if not (
-        np.isfinite(arrival_s).all() and (slo_s > 0).all() and "inf" not in columns["slo_s"] and all(columns["model"])
-    ):
+    arrival_s = floats(batch.columns["arrival_s"])
+    slo_s = floats(cell or "inf" for cell in batch.columns["slo_s"])
+    names = batch.columns["model"]
+    if not (np.isfinite(arrival_s).all() and (slo_s > 0).all() and "inf" not in batch.columns["slo_s"] and all(names)):
         raise ValueError("a value is out of range")
-    if arrival_s[0] < 0 or (arrival_s[1:] < arrival_s[:-1]).any():
+    if arrival_s[0] < last_s or (arrival_s[1:] < arrival_s[:-1]).any():
         raise ValueError("arrival_s goes back")
-    return arrival_s, model_index, slo_s
+    return arrival_s, np.array([position.get(name, -1) for name in names], np.int64), slo_s
 
 
-def _check_rows(rows: Iterator[Row]) -> None:
-    last = 0.0
-    for row in rows:
+class _RowCheck:
+    """Checks rows one by one, in their order, from a last arrival on."""
+
+    def __init__(self, last_s: float) -> None:
+        self._last_s = last_s
+
+    def __call__(self, row: Row) -> None:
         arrival_s = row.number("arrival_s", minimum=0)
         row.text("model")
         if row.cells["slo_s"] and row.number("slo_s") <= 0:
             raise InputError(f"{row.where}: slo_s must be positive, not {row.cells['slo_s']!r}")
-        if arrival_s < last:
-            raise InputError(f"{row.where}: arrival_s {arrival_s!r} is before {last!r} of the row above; sort by time")
-        last = arrival_s
+        if arrival_s < self._last_s:
+            raise InputError(
+                f"{row.where}: arrival_s {arrival_s!r} is before {self._last_s!r} of the row above; sort by time"
+            )
+        self._last_s = arrival_s

@@ -28,11 +28,10 @@ from maveriq.policy.alpaserve.search import search
 from maveriq.scenario.options import Options
 from maveriq.scenario.workload import workload_for
 from maveriq.units import Bytes, bytes_from_gib
-from maveriq.workload.build import DEFAULT_SCALE
 from maveriq.workload.forecast import forecast_of, published_forecast
 from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.requests import Workload
-from maveriq.workload.traces import AzureTrace, load_trace
+from maveriq.workload.traces import Schedule, SyntheticLoad, load_trace
 
 STATIC_POLICIES = (PlacementPolicy.ALPASERVE.value, PlacementPolicy.ALPASERVE_STAR.value)
 """The names of the policies with static placement."""
@@ -98,10 +97,11 @@ def _forecast(options: Options, profile: HardwareProfile, workload: Workload) ->
 
 
 def _published_forecast(options: Options, profile: HardwareProfile, workload: Workload) -> DemandForecast:
-    trace = load_trace(options.trace)
-    if not isinstance(trace, AzureTrace):
+    trace, source = load_trace(options.trace), workload.source
+    if source is None or source.options.get("arrivals") != "published" or isinstance(trace, (SyntheticLoad, Schedule)):
         raise InputError(
-            f"--alpaserve-as-published needs an Azure trace, not {trace.name!r}; give code or conversation"
+            f"--alpaserve-as-published needs published arrivals, which {trace.name!r} does not have; give code or "
+            "conversation, or --arrivals published with an Azure trace"
         )
     models = load_model_set(options.models)
     tokens = workload.endpoints[0].output_tokens
@@ -116,7 +116,7 @@ def _published_forecast(options: Options, profile: HardwareProfile, workload: Wo
     return published_forecast(
         trace.requests_per_minute,
         models,
-        scale=DEFAULT_SCALE if options.scale is None else options.scale,
+        scale=source.options["scale"],
         slo_s=slo_s,
         name_offset=1,
         seed=options.seed,

@@ -19,6 +19,10 @@ def workload_for(options: Options, profile: HardwareProfile, *, slo_scale: float
         WorkloadOptions(
             trace=options.trace,
             scale=options.scale,
+            arrivals=options.arrivals,
+            rate=options.rate,
+            duration_s=options.duration_s,
+            limit=options.limit,
             models=options.models,
             prompt_tokens=options.prompt_tokens,
             output_tokens=options.output_tokens,

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from maveriq.errors import InputError
+from maveriq.input_files import read_text
 from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.settings import MAX_HEAD_BYTES, ServeSettings
-from maveriq.tables import read_text
 
 TOKEN_VARIABLE = "MAVERIQ_TOKEN"  # noqa: S105  (its name, not its value)
 

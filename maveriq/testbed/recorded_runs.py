@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def meta_of_recorded(run: RecordedRun, *, replayed: bool) -> dict[str, Any]:
         "source": {"what": "testbed of the MaverIQ paper (SC '25), 8x A6000", "run": run.name, "policy": run.policy},
         "workload": run.name,
         "notes": notes,
-        "options": asdict(options),
+        "options": options.to_dict(),
         "seed": options.seed,
         "profile": _PROFILE,
         "versions": {"maveriq": __version__, "python": platform.python_version(), "numpy": version("numpy")},

@@ -40,6 +40,14 @@ class Draw:
     def __len__(self) -> int:
         return len(self.arrival_us)
 
+    def first(self, requests: int) -> Draw:
+        """Return the first requests alone."""
+        return Draw(
+            arrival_us=self.arrival_us[:requests],
+            endpoint_id=self.endpoint_id[:requests],
+            bin_index=self.bin_index[:requests],
+        )
+
 
 def deploy_times(load_at: Sequence[int]) -> list[Micros]:
     """Return when each model is asked for: the k-th at 30 i + 90 k s for bin i, plus 30 s unless i = 0 (SPEC 7)."""
@@ -145,6 +153,62 @@ def staged_poisson_as_published(*, scale: float, load_at: Sequence[int], seed: i
         for stage in range(_STAGES)
     )
     return _spread(np.cumsum(np.concatenate(list(stages))), load_at, seed)
+
+
+def spread_over_models(offsets_us: np.ndarray[Any, Any], *, load_at: Sequence[int], seed: int) -> Draw:
+    """Return requests at given times after the first, each for one of the models that have had 90 s to load.
+
+    The first request arrives when the models of bin 0 have loaded; the gaps between requests stay as they are.
+
+    Raises:
+        InputError: no model loads at bin 0.
+    """
+    deployed_per_bin(load_at[:1], 1)  # checks that a model loads at bin 0
+    loaded_us = np.array(deploy_times(load_at), np.int64) + LOAD_SHIFT_S * MICROS_PER_SECOND
+    arrival_us = offsets_us + loaded_us[list(load_at).count(0) - 1]
+    models = np.searchsorted(loaded_us, arrival_us, side="right")
+    return Draw(
+        arrival_us=arrival_us,
+        endpoint_id=generator(seed, "trace-endpoints").integers(1, models, endpoint=True),
+        bin_index=np.zeros(len(arrival_us), np.int64),
+    )
+
+
+def poisson_offsets(
+    *, rate_per_s: float, duration_s: float | None, requests: int | None, seed: int
+) -> np.ndarray[Any, Any]:
+    """Draw the times (µs) of a Poisson stream of constant rate: for a duration, or else so many requests.
+
+    Raises:
+        InputError: too many requests.
+    """
+    stream = generator(seed, "poisson-arrivals")
+    if duration_s is None:
+        return micros_column(np.cumsum(stream.exponential(1 / rate_per_s, requests)))
+    _check_load(rate_per_s, duration_s)
+    # Given their number, the arrivals of a Poisson stream are uniform.
+    return micros_column(np.sort(stream.uniform(0, duration_s, stream.poisson(rate_per_s * duration_s))))
+
+
+def constant_offsets(*, rate_per_s: float, duration_s: float | None, requests: int | None) -> np.ndarray[Any, Any]:
+    """Return the times (µs) of requests at equal gaps, from 0: for a duration, or else so many requests.
+
+    Raises:
+        InputError: too many requests.
+    """
+    if duration_s is None:
+        return micros_column(np.arange(requests or 0) / rate_per_s)
+    _check_load(rate_per_s, duration_s)
+    offsets_us = micros_column(np.arange(math.ceil(rate_per_s * duration_s)) / rate_per_s)
+    return offsets_us[offsets_us < max(1, round(duration_s * MICROS_PER_SECOND))]
+
+
+def _check_load(rate_per_s: float, duration_s: float) -> None:
+    if rate_per_s * duration_s > MAX_REQUESTS:
+        raise InputError(
+            f"rate {rate_per_s:g} for {duration_s:g} s gives more than {MAX_REQUESTS:,} requests; give a lower rate or "
+            "a shorter duration"
+        )
 
 
 def steady_poisson(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from maveriq.errors import InputError
+from maveriq.errors import InputError, did_you_mean
 from maveriq.files import traces_path
 from maveriq.streams import generator
 from maveriq.tables import read_csv
 from maveriq.workload.arrivals import Draw
-from maveriq.workload.traces import EMBEDDED_TRACES, AzureTrace, TokenRows
+from maveriq.workload.trace_formats import RequestTrace
+from maveriq.workload.traces import EMBEDDED_TRACES, CountedTrace
 
 CHARS_PER_TOKEN = 4
 
@@ -51,7 +52,8 @@ def parse_length(spec: str, option: str, words: tuple[str, ...]) -> int | str:
         return spec
     if re.fullmatch(r"\d{1,8}", spec) and 1 <= int(spec) <= 10_000_000:
         return int(spec)
-    raise InputError(f"{option} must be {', '.join(words)} or a whole number from 1 to 10000000, not {spec!r}")
+    near = did_you_mean(spec, words)
+    raise InputError(f"{option} must be {', '.join(words)} or a whole number from 1 to 10000000, not {spec!r}{near}")
 
 
 def fixed_lengths(tokens: int, requests: int) -> Lengths:
@@ -70,26 +72,31 @@ def sharegpt_lengths(requests: int, seed: int) -> Lengths:
     return _from_quantiles((percent, chars / CHARS_PER_TOKEN), requests, seed, "prompt-lengths")
 
 
-def azure_lengths(trace: AzureTrace, draw: Draw, seed: int) -> tuple[Lengths, Lengths]:
-    """Draw prompt and output lengths of a trace.
+def counted_lengths(trace: CountedTrace, requests: int, seed: int) -> tuple[Lengths, Lengths]:
+    """Draw prompt and output lengths of an embedded trace from its quantiles.
 
-    Where the public file was given, each request takes the pair of one of the rows of its very
-    minute, each row once before any is taken twice. From the embedded quantiles, prompt and output are drawn
-    independently of each other and of the time, so their correlation and drift are lost.
+    Both are drawn independently of each other and of the time, so their correlation and drift are lost.
     """
-    if trace.rows is not None:
-        return _paired(trace.rows, trace.requests_per_minute, draw, seed)
     prompts = _quantiles(_AZURE_FILE, _AZURE_COLUMNS, f"{trace.name}_context_tokens")
     outputs = _quantiles(_AZURE_FILE, _AZURE_COLUMNS, f"{trace.name}_generated_tokens")
     return (
-        _from_quantiles(prompts, len(draw), seed, "prompt-lengths"),
-        _from_quantiles(outputs, len(draw), seed, "output-lengths"),
+        _from_quantiles(prompts, requests, seed, "prompt-lengths"),
+        _from_quantiles(outputs, requests, seed, "output-lengths"),
     )
 
 
-def _paired(
-    rows: TokenRows, requests_per_minute: np.ndarray[Any, Any], draw: Draw, seed: int
-) -> tuple[Lengths, Lengths]:
+def own_lengths(trace: RequestTrace) -> tuple[Lengths, Lengths]:
+    """Return the prompt and output lengths of each request of a file."""
+    return recorded_lengths(trace.prompt_tokens), recorded_lengths(trace.output_tokens)
+
+
+def lengths_of_minutes(trace: RequestTrace, draw: Draw, seed: int) -> tuple[Lengths, Lengths]:
+    """Draw lengths for redrawn arrivals of a file.
+
+    Each request takes prompt and output of one of the requests of its very minute, each once before any is taken
+    twice.
+    """
+    requests_per_minute = trace.requests_per_minute
     stream = generator(seed, "trace-rows")
     wanted = np.bincount(draw.bin_index, minlength=len(requests_per_minute))
     first_rows = np.cumsum(requests_per_minute) - requests_per_minute
@@ -100,10 +107,8 @@ def _paired(
         if count
     ]
     index = np.concatenate(picked) if picked else np.empty(0, np.int64)
-    return (
-        Lengths(tokens=rows.context_tokens[index], typical=_typical(float(np.median(rows.context_tokens)))),
-        Lengths(tokens=rows.generated_tokens[index], typical=_typical(float(np.median(rows.generated_tokens)))),
-    )
+    prompts, outputs = own_lengths(trace)
+    return replace(prompts, tokens=prompts.tokens[index]), replace(outputs, tokens=outputs.tokens[index])
 
 
 def _quantiles(file: str, columns: tuple[str, ...], column: str) -> _Quantiles:

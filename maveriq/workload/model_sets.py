@@ -21,7 +21,7 @@ _WHAT = "model set"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """One model of a set: what loads at which bin of 30 s, and how its intent differs from the run's.
+    """One model of a set: what loads at which bin of 30 s (0: the start), and how its intent differs from the run's.
 
     None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
     model's configuration was read from, None for a model of the catalogue.
@@ -93,7 +93,7 @@ def _origin(entry: ModelEntry) -> str:
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     model: str
-    load_at: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+    load_at: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
     objective: str | None = None
     min_accuracy: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     float16_only: bool | None = None

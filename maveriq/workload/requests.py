@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +56,66 @@ class Arrivals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSource:
+    """What a workload was made of.
+
+    Args:
+        trace: the trace's name.
+        format_name: what the trace is.
+        options: the options that shaped it, as resolved; one that does not apply is missing.
+        requests_in_trace: how many requests the trace has; None for a load without a trace.
+        requests: how many the workload has.
+        dropped: how many requests of the trace are not in the workload, by reason.
+        remarks: what else a reader must know, a sentence without full stop each.
+    """
+
+    trace: str
+    format_name: str
+    options: Mapping[str, Any]
+    requests_in_trace: int | None
+    requests: int
+    dropped: Mapping[str, int]
+    remarks: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it in plain values without nulls, as run.json holds it."""
+        counts = {} if self.requests_in_trace is None else {"requests_in_trace": self.requests_in_trace}
+        return {
+            "name": self.trace,
+            "format": self.format_name,
+            **self.options,
+            **counts,
+            "requests": self.requests,
+            "dropped": dict(self.dropped),
+            "remarks": list(self.remarks),
+        }
+
+    def describe(self) -> str:
+        """Return it as one line."""
+        kept = f"{self.requests:,} requests"
+        if self.requests_in_trace is not None and self.requests != self.requests_in_trace:
+            kept = f"{self.requests:,} requests of {self.requests_in_trace:,}"
+        dropped = "".join(f"; {count:,} dropped by {reason}" for reason, count in self.dropped.items())
+        options = ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in self.options.items())
+        return (
+            f"workload: {self.trace} ({self.format_name}), {kept}; {options}"
+            + dropped
+            + "".join(f"; {remark}" for remark in self.remarks)
+        )
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Endpoints in the order of time, and the requests."""
+    """Endpoints in the order of time, and the requests; `source` is None for one that options did not describe."""
 
     name: str
     endpoints: tuple[EndpointSpec, ...]
     arrivals: Arrivals
+    source: WorkloadSource | None = None
 
 
 _CHUNK = 1 << 14

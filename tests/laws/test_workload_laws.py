@@ -9,7 +9,7 @@ from maveriq.domain.deployments import Intent, Objective
 from maveriq.workload.arrivals import deployed_per_bin, published_draw, staged_poisson, staged_poisson_as_published
 from maveriq.workload.build import WorkloadOptions, build_workload
 from maveriq.workload.requests import Arrivals
-from maveriq.workload.traces import read_schedule, write_schedule
+from maveriq.workload.schedules import read_schedule, write_schedule
 
 SEEDS = st.integers(0, 2**32 - 1)
 SCALES = st.floats(0.01, 3.0)

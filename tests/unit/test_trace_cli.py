@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from maveriq.cli.trace import app, rate_plot
 from maveriq.errors import InputError
-from maveriq.workload.traces import read_schedule
+from maveriq.workload.schedules import read_schedule
 
 COMMAND = typer.Typer()
 COMMAND.add_typer(app, name="trace")

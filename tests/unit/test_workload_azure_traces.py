@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maveriq.errors import InputError
-from maveriq.workload.traces import read_azure
+from maveriq.workload.trace_formats import read_requests
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:17:03.9799600,4808,10\n"
@@ -29,13 +29,14 @@ def test_minutes_are_the_nearest_and_halves_even(tmp_path):
         "00:05:00.0000000",
     ]
     path = trace_file(tmp_path, "".join(f"2023-11-16 {stamp},1,1\n" for stamp in stamps))
-    assert read_azure(path).requests_per_minute.tolist() == [1, 2, 2, 0, 0, 1]
+    assert read_requests(path).requests_per_minute.tolist() == [1, 2, 2, 0, 0, 1]
 
 
 def test_token_rows_keep_the_order_and_hold_at_least_one_token(tmp_path):
-    rows = read_azure(trace_file(tmp_path, GOOD + "2023-11-16 18:17:04.0319600,0,8\n")).rows
-    assert rows.context_tokens.tolist() == [4808, 1]
-    assert rows.generated_tokens.tolist() == [10, 8]
+    trace = read_requests(trace_file(tmp_path, GOOD + "2023-11-16 18:17:04.0319600,0,8\n"))
+    assert trace.prompt_tokens.tolist() == [4808, 1]
+    assert trace.output_tokens.tolist() == [10, 8]
+    assert trace.requests_without_tokens == 1
 
 
 @pytest.mark.parametrize(
@@ -51,13 +52,13 @@ def test_token_rows_keep_the_order_and_hold_at_least_one_token(tmp_path):
     ],
 )
 def test_formats_of_other_tools(tmp_path, rows):
-    assert read_azure(trace_file(tmp_path, rows)).rows.context_tokens.tolist() == [4808]
+    assert read_requests(trace_file(tmp_path, rows)).prompt_tokens.tolist() == [4808]
 
 
 def test_columns_in_another_order_and_compressed(tmp_path):
     path = tmp_path / "trace.csv.gz"
     path.write_bytes(gzip.compress(b"GeneratedTokens,TIMESTAMP,ContextTokens\n10,2023-11-16 18:17:03,4808\n"))
-    assert read_azure(path).rows.generated_tokens.tolist() == [10]
+    assert read_requests(path).output_tokens.tolist() == [10]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,9 @@ def test_columns_in_another_order_and_compressed(tmp_path):
         (GOOD + "2023-11-16 18:17:04,5,6,7\n", "line 3: 4 cells where the header has 3"),
         (GOOD + "2023-11-16 18:17,5,6\n", "line 3: TIMESTAMP must look like"),
         (GOOD + "2023-02-30 18:17:04,5,6\n", "line 3: TIMESTAMP must look like"),
-        (GOOD + "2023-11-16 18:17:04-05:00,5,6\n", "line 3: TIMESTAMP must look like"),
+        (GOOD + "2023-11-16 18:17:04+5,5,6\n", "line 3: TIMESTAMP must look like"),
+        (GOOD + "2023-11-16 18:17:04+25:00,5,6\n", "an offset such as Z or +02:00"),
+        (GOOD + "2023-11-16 18:17:04+00:01,5,6\n", "is before that of the row above"),
         (GOOD + "3023-11-16 18:17:04,5,6\n", "line 3: TIMESTAMP must look like"),
         (GOOD + "NaT,5,6\n", "line 3: TIMESTAMP must look like"),
         (GOOD + "2023-11-16 18:17:04.00000000001,5,6\n", "line 3: TIMESTAMP must look like"),
@@ -84,7 +87,7 @@ def test_columns_in_another_order_and_compressed(tmp_path):
 )
 def test_errors_name_their_line(tmp_path, rows, says):
     with pytest.raises(InputError) as refused:
-        read_azure(trace_file(tmp_path, rows))
+        read_requests(trace_file(tmp_path, rows))
     assert says in str(refused.value)
     assert "trace.csv" in str(refused.value)
 
@@ -93,13 +96,14 @@ def test_errors_name_their_line(tmp_path, rows, says):
     ("header", "says"),
     [
         ("TIMESTAMP,ContextTokens\n", "no column GeneratedTokens"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens,Region\n", "unknown column Region"),
-        ("", "no column"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens,Region\n", "line 2: 3 cells where the header has 4"),
+        ("TIMESTAMP,TIMESTAMP,ContextTokens,GeneratedTokens\n", "stands twice"),
+        ("", "neither an Azure trace nor a schedule"),
     ],
 )
 def test_wrong_headers(tmp_path, header, says):
     with pytest.raises(InputError, match=says):
-        read_azure(trace_file(tmp_path, GOOD, header))
+        read_requests(trace_file(tmp_path, GOOD, header))
 
 
 def test_large_files_are_read_fast(tmp_path):
@@ -108,5 +112,5 @@ def test_large_files_are_read_fast(tmp_path):
     moments = np.datetime64("2023-11-16T18:00:00", "ms") + np.arange(rows) * 180
     path = trace_file(tmp_path, "".join(f"{moment},100,20\n" for moment in moments.astype(str).tolist()))
     started = time.process_time()
-    assert read_azure(path).requests_per_minute.sum() == rows
+    assert read_requests(path).requests_per_minute.sum() == rows
     assert time.process_time() - started < 0.3

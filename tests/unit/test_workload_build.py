@@ -62,11 +62,11 @@ def small_trace(tmp_path):
     lines = [f"2023-11-16 18:0{minute}:0{row},{minute * 100 + row},{minute * 100 + row}\n" for minute, row in rows]
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(lines))
     (tmp_path / "one.toml").write_text('name = "one"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n')
-    return {"trace": str(path), "models": str(tmp_path / "one.toml"), "prompt_tokens": "trace"}
+    return {"trace": str(path), "models": str(tmp_path / "one.toml"), "arrivals": "published"}
 
 
 def test_lengths_of_the_file_are_pairs_of_the_same_minute(small_trace):
-    once = build(**small_trace, output_tokens="trace", scale=1.0).arrivals
+    once = build(**small_trace).arrivals
     assert sorted(once.prompt_tokens.tolist()) == [1, 2, 3, 4, 101, 102, 201]
     assert (once.prompt_tokens == once.output_tokens).all()
     assert ((once.arrival_us - 90_000_000) // 30_000_000 == once.prompt_tokens // 100).all()
@@ -180,7 +180,7 @@ def test_a_schedule_refuses_a_scale_and_unknown_endpoints(recording, tmp_path):
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "", "\n", "x" * 200_000])
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / "other.csv").write_text(text)
-    with pytest.raises(InputError, match=r"neither an Azure trace .* nor a schedule|is empty"):
+    with pytest.raises(InputError, match=r"neither an Azure trace nor a schedule|is empty|not a valid CSV file"):
         build(trace=str(tmp_path / "other.csv"))
 
 

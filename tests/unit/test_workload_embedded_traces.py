@@ -11,7 +11,9 @@ import pytest
 
 from maveriq.files import traces_path
 from maveriq.workload.model_sets import known_model_sets, load_model_set
-from maveriq.workload.traces import embedded_trace, read_azure, read_schedule
+from maveriq.workload.schedules import read_schedule
+from maveriq.workload.trace_formats import read_requests
+from maveriq.workload.traces import embedded_trace
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "derive_traces.py"
 README = traces_path("README.md").read_text(encoding="utf-8")
@@ -56,4 +58,4 @@ def test_the_examples_of_the_readme_are_read(tmp_path):
     (tmp_path / "azure.csv").write_text(azure, encoding="utf-8")
     assert load_model_set(str(tmp_path / "mine.toml")).load_at == (0, 5)
     assert np.array_equal(read_schedule(tmp_path / "mine.csv").slo_us, [2_500_000, 0])
-    assert read_azure(tmp_path / "azure.csv").requests_per_minute.tolist() == [2]
+    assert read_requests(tmp_path / "azure.csv").requests_per_minute.tolist() == [2]

@@ -41,7 +41,9 @@ def maveriq_runs(measured_data):
 def test_scheduled_requests_equal_the_recorded_ones(source, measured_data, maveriq_runs, scheduled):
     for run in maveriq_runs:
         trace = run["trace"] if source == "embedded" else str(measured_data / "azure" / PUBLIC_FILES[run["trace"]])
-        options = WorkloadOptions(trace=trace, scale=float(run["rate_scale"]), models=run["model_set"])
+        options = WorkloadOptions(
+            trace=trace, scale=float(run["rate_scale"]), arrivals="published", models=run["model_set"]
+        )
         drawn = build_workload(options, intent=INTENT, slo_of=lambda _model, _tokens: None).arrivals
         expected = np.array(scheduled[run["run"]])
         assert np.array_equal(drawn.arrival_us, expected[:, 0]), run["run"]

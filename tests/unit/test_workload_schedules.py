@@ -5,7 +5,7 @@ import pytest
 
 from maveriq.errors import InputError
 from maveriq.workload.requests import Arrivals
-from maveriq.workload.traces import read_schedule, write_schedule
+from maveriq.workload.schedules import read_schedule, write_schedule
 
 HEADER = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
 GOOD = "1.5,1,30,20\n"

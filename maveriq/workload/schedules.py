@@ -1,0 +1,144 @@
+"""Schedules: CSV files with one request per row, for one endpoint each, replayed as recorded.
+
+Columns: `arrival_s, endpoint, prompt_tokens, output_tokens`, and optional `service_s` (recorded service time), `slo_s`
+(0 for none) and `priority` (0 or 1). Times have a resolution of one microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maveriq.csv_columns import Batch, check_whole, csv_batches, floats, micros_column, whole_numbers
+from maveriq.errors import InputError
+from maveriq.files import written_whole
+from maveriq.tables import Row, check_header
+from maveriq.units import MICROS_PER_SECOND
+from maveriq.workload.requests import Arrivals
+
+SCHEDULE_COLUMNS = ("arrival_s", "endpoint", "prompt_tokens", "output_tokens")
+SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority")
+
+_SCHEDULE = "schedule"
+_MAX_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
+_MAX_COUNT = 100_000_000
+_MAX_REQUESTS = 10_000_000
+_MIN_SECONDS = {"arrival_s": 0.0, "slo_s": 0.0, "service_s": 1e-6}
+
+
+def read_schedule(path: Path) -> Arrivals:
+    """Read a schedule file.
+
+    Raises:
+        InputError: the file, a column, or a row is wrong, or times go back; the message names the line.
+    """
+
+    def choose(header: list[str]) -> list[str]:
+        check_header(header, SCHEDULE_COLUMNS, SCHEDULE_OPTIONAL_COLUMNS, f"{_SCHEDULE} {str(path)!r}")
+        return header
+
+    parts: list[dict[str, np.ndarray[Any, Any]]] = []
+    last_us = requests = 0
+    for batch in csv_batches(path, choose, what=_SCHEDULE):
+        part = batch.converted(partial(_columns, last_us=last_us), _RowCheck(last_us / MICROS_PER_SECOND))
+        parts.append(part)
+        last_us = int(part["arrival_s"][-1])
+        requests += len(batch.lines)
+        if requests > _MAX_REQUESTS:
+            raise InputError(f"{batch.where} has more than {_MAX_REQUESTS:,} requests; give a part of it")
+    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+    return Arrivals(
+        arrival_us=columns["arrival_s"],
+        endpoint_id=columns["endpoint"],
+        prompt_tokens=columns["prompt_tokens"],
+        output_tokens=columns["output_tokens"],
+        slo_us=columns["slo_s"] if "slo_s" in columns else np.zeros(requests, np.int64),
+        service_us=columns.get("service_s"),
+        priority=columns.get("priority"),
+    )
+
+
+def _columns(batch: Batch, *, last_us: int) -> dict[str, np.ndarray[Any, Any]]:
+    columns = {}
+    for name, cells in batch.columns.items():
+        if name in _MIN_SECONDS:
+            columns[name] = _micros(cells, name)
+        elif name == "priority":
+            columns[name] = whole_numbers(cells, name, minimum=0, maximum=1)
+        else:
+            columns[name] = whole_numbers(cells, name, minimum=1, maximum=_MAX_COUNT)
+    arrival_us = columns["arrival_s"]
+    if arrival_us[0] < last_us or (arrival_us[1:] < arrival_us[:-1]).any():
+        raise ValueError("arrival_s goes back")
+    return columns
+
+
+def _micros(cells: Sequence[str], name: str) -> np.ndarray[Any, Any]:
+    seconds = floats(cells)
+    if not ((seconds >= _MIN_SECONDS[name]) & (seconds <= _MAX_SECONDS)).all():
+        raise ValueError(f"{name} must lie between {_MIN_SECONDS[name]:g} and {_MAX_SECONDS:g}")
+    return micros_column(seconds)
+
+
+class _RowCheck:
+    """Checks rows one by one, in their order, from a last arrival on."""
+
+    def __init__(self, last_s: float) -> None:
+        self._last_s = last_s
+
+    def __call__(self, row: Row) -> None:
+        for name in (name for name in _MIN_SECONDS if name in row.cells):
+            if row.number(name, minimum=_MIN_SECONDS[name]) > _MAX_SECONDS:
+                raise InputError(f"{row.where}: {name} must be at most {_MAX_SECONDS:g}, not {row.cells[name]!r}")
+        for name in SCHEDULE_COLUMNS[1:]:
+            check_whole(row, name, minimum=1, maximum=_MAX_COUNT)
+        if "priority" in row.cells:
+            check_whole(row, "priority", minimum=0, maximum=1)
+        arrival_s = row.number("arrival_s")
+        if arrival_s < self._last_s:
+            raise InputError(
+                f"{row.where}: arrival_s {arrival_s:g} is before {self._last_s:g} of the row above; sort by time"
+            )
+        self._last_s = arrival_s
+
+
+def write_schedule(arrivals: Arrivals, path: Path) -> None:
+    """Write a schedule file that `read_schedule` reads back exactly; it appears whole or not at all.
+
+    Raises:
+        InputError: the place cannot be written to.
+        MaveriqError: the disk is full.
+    """
+    with written_whole(path, what=_SCHEDULE) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_lines(arrivals))
+
+
+def _lines(arrivals: Arrivals) -> Iterator[str]:
+    columns: dict[str, np.ndarray[Any, Any]] = {
+        "arrival_s": arrivals.arrival_us,
+        "endpoint": arrivals.endpoint_id,
+        "prompt_tokens": arrivals.prompt_tokens,
+        "output_tokens": arrivals.output_tokens,
+    }
+    if arrivals.service_us is not None:
+        columns["service_s"] = arrivals.service_us
+    if arrivals.slo_us.any():
+        columns["slo_s"] = arrivals.slo_us
+    if arrivals.priority is not None:
+        columns["priority"] = arrivals.priority
+    yield ",".join(columns) + "\n"
+    cells = [
+        (_seconds(column) if name.endswith("_s") else map(str, column.tolist())) for name, column in columns.items()
+    ]
+    for row in zip(*cells, strict=True):
+        yield ",".join(row) + "\n"
+
+
+def _seconds(micros: np.ndarray[Any, Any]) -> Iterator[str]:
+    whole, rest = np.divmod(micros, MICROS_PER_SECOND)
+    for seconds, fraction in zip(whole.tolist(), rest.tolist(), strict=True):
+        yield f"{seconds}.{fraction:06d}"

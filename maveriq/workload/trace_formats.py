@@ -1,0 +1,362 @@
+"""Trace files of requests with times and token counts: recognised by their columns and read as they are.
+
+A file is CSV with a header, or one JSON object a line, plain or packed. Its columns say which format it is; their
+order, their case and further columns do not matter. Patel et al., "Splitwise: Efficient generative LLM inference using
+phase splitting", ISCA 2024, describes the Azure traces; `traces/README.md` lists all formats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from maveriq.csv_columns import Batch, check_whole, csv_batches, floats, json_batches, whole_numbers
+from maveriq.errors import InputError
+from maveriq.tables import Row
+
+MAX_TOKENS = 100_000_000
+
+_README = "traces/README.md"
+_WHAT = "trace"
+_MAX_REQUESTS = 10_000_000
+_MAX_MINUTES = 1_000_000  # almost two years; a wrong year would ask for more memory than there is
+_MAX_TIME_NS = 9 * 10**18  # of 64 bits
+_NS_PER_MINUTE = 60 * 10**9
+_NS_PER_US = 1_000
+_SECOND_NS, _MILLISECOND_NS = 10**9, 10**6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFormat:
+    """A format, by the columns that it needs.
+
+    `time_unit_ns` is the unit of its times, None for dates with times of day. `also` are further columns that tell
+    it from a format with the same columns.
+    """
+
+    name: str
+    time: str
+    prompt: str
+    output: str
+    time_unit_ns: int | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return (self.time, self.prompt, self.output)
+
+
+AZURE = TraceFormat(name="Azure trace", time="TIMESTAMP", prompt="ContextTokens", output="GeneratedTokens")
+FORMATS = (
+    AZURE,
+    TraceFormat(
+        name="BurstGPT trace",
+        time="Timestamp",
+        prompt="Request tokens",
+        output="Response tokens",
+        time_unit_ns=_SECOND_NS,
+    ),
+    TraceFormat(
+        name="Qwen-Bailian trace",
+        time="timestamp",
+        prompt="input_length",
+        output="output_length",
+        time_unit_ns=_SECOND_NS,
+        also=("chat_id",),
+    ),
+    TraceFormat(
+        name="Mooncake trace",
+        time="timestamp",
+        prompt="input_length",
+        output="output_length",
+        time_unit_ns=_MILLISECOND_NS,
+    ),
+    TraceFormat(
+        name="vidur trace",
+        time="arrived_at",
+        prompt="num_prefill_tokens",
+        output="num_decode_tokens",
+        time_unit_ns=_SECOND_NS,
+    ),
+    TraceFormat(
+        name="Splitwise trace",
+        time="arrival_timestamp",
+        prompt="prompt_size",
+        output="token_size",
+        time_unit_ns=_SECOND_NS,
+    ),
+    TraceFormat(
+        name="plain trace",
+        time="arrival_s",
+        prompt="prompt_tokens",
+        output="output_tokens",
+        time_unit_ns=_SECOND_NS,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTrace:
+    """The requests of a file, a column each (int64), in order of time; token counts are at least 1.
+
+    Args:
+        name: of the file.
+        format_name: what the file was recognised as.
+        has_dates: its times are dates with times of day.
+        time_ns: since 1970 for dates, else as the file has it.
+        prompt_tokens: of each request.
+        output_tokens: of each request.
+        requests_without_tokens: how many have a prompt or output of 0 tokens in the file, counted as 1.
+        ignored_columns: columns of the file that are not read.
+    """
+
+    name: str
+    format_name: str
+    has_dates: bool
+    time_ns: np.ndarray[Any, Any]
+    prompt_tokens: np.ndarray[Any, Any]
+    output_tokens: np.ndarray[Any, Any]
+    requests_without_tokens: int = 0
+    ignored_columns: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.time_ns)
+
+    @property
+    def arrival_us(self) -> np.ndarray[Any, Any]:
+        """When each request arrives after the first one, to the nearest microsecond."""
+        nearest: np.ndarray[Any, Any] = (self.time_ns - self.time_ns[0] + _NS_PER_US // 2) // _NS_PER_US
+        return nearest
+
+    @property
+    def requests_per_minute(self) -> np.ndarray[Any, Any]:
+        """Counts per minute from the first to the last; each time is rounded to the nearest minute, halves to even."""
+        minutes = _nearest_minutes(self.time_ns)
+        return np.bincount(minutes - minutes[0])
+
+
+def read_requests(path: Path, *, json_lines: bool = False) -> RequestTrace:
+    """Read a file of requests with times and token counts in any of `FORMATS`.
+
+    Args:
+        path: the file.
+        json_lines: it has one JSON object a line, and not CSV.
+
+    Raises:
+        InputError: the file is of no such format, or a row is wrong; the message names the line.
+    """
+    reader = _Reader(path)
+    read = json_batches if json_lines else csv_batches
+    parts = [reader.convert(batch) for batch in read(path, reader.choose, what=_WHAT)]
+    time_ns, prompts, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if _nearest_minutes(time_ns[-1:])[0] - _nearest_minutes(time_ns[:1])[0] >= _MAX_MINUTES:
+        raise InputError(
+            f"{reader.where} cannot be used: it spans more than {_MAX_MINUTES:,} minutes; is a year wrong?"
+        )
+    without = int(((prompts == 0) | (outputs == 0)).sum())
+    return RequestTrace(
+        name=path.name,
+        format_name=reader.format.name,
+        has_dates=reader.format.time_unit_ns is None,
+        time_ns=time_ns,
+        # A few public rows have no token at all; a request has at least one.
+        prompt_tokens=np.maximum(prompts, 1).astype(np.int64),
+        output_tokens=np.maximum(outputs, 1).astype(np.int64),
+        requests_without_tokens=without,
+        ignored_columns=reader.ignored,
+    )
+
+
+def remarks_on(trace: RequestTrace) -> list[str]:
+    """Return what a reader must know of how the file was read, a sentence without full stop each."""
+    remarks = []
+    if trace.requests_without_tokens:
+        remarks.append(f"{trace.requests_without_tokens:,} requests with 0 tokens count as 1 token")
+    if trace.ignored_columns:
+        remarks.append(f"columns not read: {', '.join(trace.ignored_columns)}"[:200])
+    return remarks
+
+
+def _nearest_minutes(time_ns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    minutes, rest = np.divmod(time_ns, _NS_PER_MINUTE)
+    half = _NS_PER_MINUTE // 2
+    nearest: np.ndarray[Any, Any] = minutes + ((rest > half) | ((rest == half) & (minutes % 2 == 1)))
+    return nearest
+
+
+class _Reader:
+    """Recognises the format of a file by its header and converts its rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.where = f"{_WHAT} {str(path)!r}"
+        self.format = AZURE
+        self.ignored: tuple[str, ...] = ()
+        self._columns: tuple[str, ...] = ()  # as the file writes them: time, prompt, output
+        self._last_ns = -(2**63)
+        self._requests = 0
+
+    def choose(self, header: list[str]) -> Sequence[str]:
+        """Return the columns to read."""
+        names = {_normalised(name): name for name in header}
+        self.format = format_of(header, self.where)
+        self._columns = tuple(names[_normalised(name)] for name in self.format.columns)
+        self.ignored = tuple(name for name in header if name not in self._columns)
+        return self._columns
+
+    def convert(self, batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
+        """Return times and token counts of a batch."""
+        columns = batch.converted(self._arrays, self._check_row)
+        self._last_ns = int(columns[0][-1])
+        self._requests += len(batch.lines)
+        if self._requests > _MAX_REQUESTS:
+            raise InputError(f"{self.where} has more than {_MAX_REQUESTS:,} requests; give a part of it")
+        return columns
+
+    def _arrays(self, batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
+        time, prompt, output = self._columns
+        time_ns = self._times_ns(batch.columns[time])
+        if time_ns[0] < self._last_ns or (time_ns[1:] < time_ns[:-1]).any():
+            raise ValueError(f"{time} goes back")
+        return time_ns, *(
+            whole_numbers(batch.columns[name], name, minimum=0, maximum=MAX_TOKENS).astype(np.int32)
+            for name in (prompt, output)
+        )
+
+    def _times_ns(self, cells: Sequence[str]) -> np.ndarray[Any, Any]:
+        if self.format.time_unit_ns is None:
+            return timestamps_ns(cells)
+        times = floats(cells) * self.format.time_unit_ns
+        if not ((times >= 0) & (times <= _MAX_TIME_NS)).all():
+            raise ValueError("a time is out of range")
+        nearest: np.ndarray[Any, Any] = np.rint(times).astype(np.int64)
+        return nearest
+
+    def _check_row(self, row: Row) -> None:
+        time, prompt, output = self._columns
+        cell = row.cells[time]
+        if self.format.time_unit_ns is None:
+            try:
+                [moment_ns] = timestamps_ns([cell])
+            except (ValueError, OverflowError):
+                raise InputError(
+                    f"{row.where}: {time} must look like 2023-11-16 18:17:03.9799600, with an offset such as Z or "
+                    f"+02:00 if it is not UTC, not {cell[:60]!r}"
+                ) from None
+        else:
+            row.number(time, minimum=0, maximum=_MAX_TIME_NS / self.format.time_unit_ns)
+            [moment_ns] = self._times_ns([cell])
+        if moment_ns < self._last_ns:
+            raise InputError(f"{row.where}: {time} {cell!r} is before that of the row above; sort the file by time")
+        self._last_ns = moment_ns
+        for name in (prompt, output):
+            check_whole(row, name, minimum=0, maximum=MAX_TOKENS)
+
+
+# Between these years nanoseconds fit into 64 bits.
+_TIMESTAMP = re.compile(
+    r"((?:19[7-9]\d|20\d\d|21\d\d|22[0-5]\d)-\d\d-\d\d)[ Tt](\d\d:\d\d:\d\d(?:\.\d{1,9})?)"
+    r" ?(?:[Zz]|UTC|([+-])([01]\d|2[0-3])(?::?([0-5]\d))?)?",
+    re.ASCII,
+)
+
+
+def timestamps_ns(cells: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Return dates with times of day as nanoseconds since 1970; without an offset they are UTC.
+
+    Raises:
+        ValueError: a text is no such date.
+    """
+    local, offsets = [], []
+    for cell in cells:
+        found = _TIMESTAMP.fullmatch(cell)
+        if found is None:
+            raise ValueError(f"{cell!r} is not a date and time")
+        day, time, sign, hours, minutes = found.groups()
+        local.append(f"{day}T{time}")
+        offset = int(hours) * 60 + int(minutes or 0) if sign else 0
+        offsets.append(-offset if sign == "-" else offset)
+    return np.array(local, "datetime64[ns]").astype(np.int64) - np.array(offsets, np.int64) * _NS_PER_MINUTE
+
+
+def format_of(header: Sequence[str], where: str) -> TraceFormat:
+    """Return the format that a header belongs to.
+
+    Raises:
+        InputError: it belongs to none; the message names what is missing, or which columns to rename.
+    """
+    names = {_normalised(name) for name in header}
+    if len(names) != len(header):
+        raise InputError(f"{where}: a column stands twice in the header")
+    present = {
+        known.name: [name for name in (*known.columns, *known.also) if _normalised(name) in names] for known in FORMATS
+    }
+    for known in FORMATS:
+        if len(present[known.name]) == len(known.columns) + len(known.also):
+            return known
+    nearest = max(FORMATS, key=lambda known: len(present[known.name]))
+    missing = [name for name in nearest.columns if name not in present[nearest.name]]
+    if len(missing) == 1 or set(present[nearest.name]) - {nearest.time}:
+        raise InputError(
+            f"{where} looks like {_article(nearest.name)} but has no column {', '.join(missing)} "
+            f"(its columns: {_listed(header)}){_renaming(header)}"
+        )
+    raise InputError(
+        f"{where} is neither an Azure trace nor a schedule, nor in another known format "
+        f"(its columns: {_listed(header)}){_renaming(header)}"
+    )
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name[:40]) for name in names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+_MEANINGS = {
+    "arrival_s": r"time|arriv|start|date",
+    "prompt_tokens": r"prompt|input|context|prefill|request",
+    "output_tokens": r"output|generat|response|decode|completion|new",
+}
+
+
+def _renaming(header: Sequence[str]) -> str:
+    """Return how to make a plain trace of the file: which columns to rename, as far as their names tell."""
+    renamed = []
+    for target, pattern in _MEANINGS.items():
+        near = [name for name in header if re.search(pattern, name, re.IGNORECASE) and name != target]
+        if target != "arrival_s":
+            near = [name for name in near if re.search(r"tok|len|size", name, re.IGNORECASE)]
+        renamed += [f"{name[:40]!r} to {target}" for name in near[:1] if target not in header]
+    rename = f"rename {', '.join(renamed)}; " if renamed else ""
+    return f"; {rename}a plain trace has arrival_s (in seconds), prompt_tokens, output_tokens, see {_README}"
+
+
+def _normalised(name: str) -> str:
+    """Return a column's name without case, spaces and underscores."""
+    return re.sub(r"[\s_-]", "", name).lower()
+
+
+def refuse_json(head: str, where: str) -> NoReturn:
+    """Refuse a JSON file that is not one request a line, by its start.
+
+    Raises:
+        InputError: always.
+    """
+    if re.search(r'"(conversations|from|messages|prompt)"\s*:', head):
+        raise InputError(
+            f"{where} holds prompts or conversations (as ShareGPT does), without times and token counts; count the "
+            f"tokens with your model's tokenizer and write arrival_s, prompt_tokens, output_tokens ({_README}), or "
+            "draw requests with --rate R --prompt-tokens sharegpt"
+        )
+    raise InputError(
+        f"{where} is one JSON document; write one JSON object a line, or CSV, with arrival_s (in seconds), "
+        f"prompt_tokens and output_tokens ({_README})"
+    )

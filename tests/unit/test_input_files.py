@@ -1,0 +1,157 @@
+"""Hostile files: every reader of users' files stays within its memory, waits for nothing, and says one line."""
+
+import gzip
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GIB = 1 << 30
+HEADER = b"TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def zeros_in_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(bytes(64 << 20)) * 48)  # 3 MB, 3 GiB
+
+
+def rows_in_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(HEADER) + gzip.compress(b"2023-11-16 18:17:03.9799600,4808,10\n" * 500_000) * 60)
+
+
+def zeros_in_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("t.csv", "w") as member:
+        member.write(HEADER)
+        for _ in range(16):
+            member.write(bytes(64 << 20))
+
+
+def long_line(path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(HEADER)
+        file.truncate(GIB)  # one line of zeros, without their disk space
+
+
+def no_line_end(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(GIB)
+
+
+def open_quote(path: Path) -> None:
+    path.write_bytes(HEADER + b'"' + b"2023-11-16 18:17:03,1,1\n" * 4_000_000)
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "zeros in gzip": zeros_in_gzip,
+    "rows in gzip": rows_in_gzip,
+    "zeros in zip": zeros_in_zip,
+    "a line of 1 GiB": long_line,
+    "no line end": no_line_end,
+    "an open quote": open_quote,
+    "pipe": os.mkfifo,
+    "zeros without end": lambda path: path.symlink_to("/dev/zero"),
+    "random without end": lambda path: path.symlink_to("/dev/urandom"),
+    "terminal": lambda path: path.symlink_to("/dev/tty"),
+    "folder": lambda path: path.mkdir(),
+    "itself": lambda path: path.symlink_to(path.name),
+}
+
+
+def run_bounded(command: list[str], folder: Path) -> tuple[int, str, int]:
+    """Run Python in a process of its own; return its exit code, what it printed, and its peak memory in bytes."""
+    with (folder / "printed").open("wb") as printed:
+        process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=printed, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, (folder / "printed").read_text(), usage.ru_maxrss << 10
+
+
+READ_ALL = """
+import pathlib, sys
+from maveriq.calibration.evaluation import read_measurements
+from maveriq.domain.models import load_model
+from maveriq.errors import InputError
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.scenario.placement_problems import load_problem, read_demand
+from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.traces import read_trace
+
+READERS = {
+    "trace": lambda path: read_trace(pathlib.Path(path)),
+    "model set": lambda path: load_model_set(path),
+    "cluster": lambda path: cluster_from(path),
+    "profile": lambda path: load_profile(path),
+    "placement problem": lambda path: load_problem(pathlib.Path(path)),
+    "placement requests": lambda path: read_demand(pathlib.Path(path), ["m"]),
+    "measurements": lambda path: list(read_measurements(pathlib.Path(path))),
+}
+for reader in sys.argv[1].split(","):
+    for path in sys.argv[2:]:
+        try:
+            READERS[reader](path)
+            print("READ", reader, path)
+        except InputError as error:
+            print(error)
+"""
+
+
+def messages(readers: str, names: list[str], folder: Path) -> list[str]:
+    """Read files with readers in one process of bounded memory; return what each says, a line each."""
+    code, printed, peak_bytes = run_bounded(["-c", READ_ALL, readers, *names], folder)
+    assert code == 0, printed
+    assert peak_bytes < GIB
+    return printed.splitlines()
+
+
+def test_hostile_traces_take_no_memory_and_say_one_line(tmp_path: Path) -> None:
+    for name, make in HOSTILE.items():
+        make(tmp_path / f"{name}.csv")
+    lines = messages("trace", [f"{name}.csv" for name in HOSTILE], tmp_path)
+    assert len(lines) == len(HOSTILE)
+    for name, line in zip(HOSTILE, lines, strict=True):
+        assert line.startswith(f"trace '{name}.csv"), line
+        assert len(line) < 400
+
+
+def test_every_reader_of_files_is_bounded(tmp_path: Path) -> None:
+    kinds = ["zeros without end", "pipe", "no line end", "rows in gzip"]
+    for name in kinds:
+        HOSTILE[name](tmp_path / f"{name}.toml")
+    readers = "model set,cluster,profile,placement problem,placement requests,measurements"
+    lines = messages(readers, [f"{name}.toml" for name in kinds], tmp_path)
+    assert len(lines) == 6 * len(kinds)
+    assert [line for line in lines if line.startswith("READ") or len(line) > 400] == []
+
+
+def test_many_requests_and_wide_keys_are_bounded(tmp_path: Path) -> None:
+    packed = gzip.compress(b"arrival_s,model,slo_s\n") + gzip.compress(b"0,m,\n" * 3_000_000)
+    (tmp_path / "requests.csv").write_bytes(packed)
+    (tmp_path / "wide.toml").write_text("a = [" + "[]," * (20 << 20) + "]")
+    assert "more than 2,000,000 requests" in messages("placement requests", ["requests.csv"], tmp_path)[0]
+    assert "holds more than 2 MiB" in messages("model set", ["wide.toml"], tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", ["zeros in gzip", "zeros without end", "pipe"])
+def test_the_command_says_one_line(tmp_path: Path, kind: str) -> None:
+    HOSTILE[kind](tmp_path / "t.csv")
+    code, printed, peak_bytes = run_bounded(["-m", "maveriq", "sim", "--trace", "t.csv"], tmp_path)
+    [line] = printed.splitlines()
+    assert line.startswith("maveriq: trace 't.csv'")
+    assert code == 2
+    assert peak_bytes < GIB
+
+
+@pytest.mark.heavy
+def test_a_trace_of_millions_of_requests_is_read_within_its_memory(tmp_path: Path) -> None:
+    with (tmp_path / "t.csv").open("w") as file:
+        file.write("arrival_s,prompt_tokens,output_tokens\n")
+        for block in range(60):
+            file.writelines(f"{(block * 100_000 + row) / 100:.2f},{row % 4000},{row % 700}\n" for row in range(100_000))
+    code, printed, peak_bytes = run_bounded(["-m", "maveriq", "trace", "check", "t.csv"], tmp_path)
+    assert code == 0, printed
+    assert "plain trace, 6,000,000 requests in 60,000 s" in printed
+    assert peak_bytes < GIB
