@@ -72,20 +72,25 @@ def csv_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Bat
     """
     where = f"{what} {str(path)!r}"
     reader = csv.reader(read_lines(path, what=what, max_bytes=MAX_BYTES), strict=True)
-    numbered = _numbered(reader, where)
-    _, header = next(numbered, (0, []))
+    header: list[str] = []
+    while not header and (first := _some(reader, where, 1)):  # blank lines come first
+        header = first[0]
     if not header:
         raise InputError(f"{where} is empty; it needs a header")
     chosen = choose(header)
     positions = [header.index(name) for name in chosen]
     found = False
-    while rows := list(itertools.islice(numbered, _BATCH_ROWS)):
+    first_line = reader.line_num + 1
+    while rows := _some(reader, where, _BATCH_ROWS):
+        lines, rows = _numbered(rows, first_line, reader.line_num)
+        first_line = reader.line_num + 1
+        if not rows:
+            continue
         found = True
-        for number, cells in rows:
+        for number, cells in zip(lines, rows, strict=True) if set(map(len, rows)) != {len(header)} else ():
             if len(cells) != len(header):
                 raise InputError(f"{where}, line {number}: {cells_and_header(cells, header)}")
-        lines, table = zip(*rows, strict=True)
-        columns: list[Sequence[str]] = list(zip(*table, strict=True))
+        columns: list[Sequence[str]] = list(zip(*rows, strict=True))
         yield Batch(
             where=where,
             columns={name: columns[position] for name, position in zip(chosen, positions, strict=True)},
@@ -95,13 +100,21 @@ def csv_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Bat
         raise InputError(f"{where} has a header but no row")
 
 
-def _numbered(reader: Any, where: str) -> Iterator[tuple[int, list[str]]]:
+def _some(reader: Iterator[list[str]], where: str, rows: int) -> list[list[str]]:
+    """Return the next rows of a CSV file; a blank line is an empty row."""
     try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num, cells
+        return list(itertools.islice(reader, rows))
     except csv.Error as error:
         raise InputError(f"{where} is not a valid CSV file: {error}") from None
+
+
+def _numbered(rows: list[list[str]], first_line: int, last_line: int) -> tuple[Sequence[int], list[list[str]]]:
+    """Return the rows without blank lines, and the line at which each ends."""
+    if last_line - first_line + 1 == len(rows) and all(rows):
+        return range(first_line, last_line + 1), rows
+    ends = itertools.accumulate((1 + sum(cell.count("\n") for cell in cells) for cells in rows), initial=first_line - 1)
+    numbered = [(line, cells) for line, cells in zip(itertools.islice(ends, 1, None), rows, strict=True) if cells]
+    return [line for line, _ in numbered], [cells for _, cells in numbered]
 
 
 def json_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Batch]:

@@ -30,7 +30,7 @@ _MAX_ZIP_DIRECTORY_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 _MAGIC_BYTES = 8
 _START_BYTES = 1 << 16
-_MAX_RATIO = 40  # tables of numbers shrink to a tenth; a file that shrank to a thousandth is made to fill memory
+_MAX_RATIO = 20  # tables of numbers shrink to a tenth; a file that shrank to a thousandth is made to fill memory
 _ZIP_END, _ZIP_END_BYTES, _ZIP_COMMENT_BYTES = b"PK\x05\x06", 22, 1 << 16
 
 # What is recognised by its first bytes but not read, and what to do about it.
@@ -179,18 +179,26 @@ def read_lines(path: Path, *, what: str, max_bytes: int) -> Iterator[str]:
     """
     where = f"{what} {str(path)!r}"
     encoding = "utf-8-sig"  # the first line may begin with a byte order mark
-    number = size = 0
+    rest = b""
+    number, size = 1, 0
     with _open_unpacked(path, what=what) as (stream, unpacked_bytes):
         limit = min(max_bytes, unpacked_bytes)
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            size += len(line)
-            if len(line) > MAX_LINE_BYTES:
+        while chunk := stream.read(_CHUNK_BYTES):
+            size += len(chunk)
+            block, line_end, after = chunk.rpartition(b"\n")
+            if len(rest) + (chunk.find(b"\n") if line_end else len(chunk)) > MAX_LINE_BYTES:
                 raise InputError(f"{where}, line {number}: longer than {_in_mib(MAX_LINE_BYTES)}; give another file")
             if size > limit:
                 raise _too_large(where, limit)
-            yield _decoded(line, where, encoding)
-            encoding = "utf-8"
+            if line_end:
+                yield from io.StringIO(_decoded(rest + block + line_end, where, encoding), newline="\n")
+                encoding = "utf-8"
+                number += block.count(b"\n") + 1
+                rest = after
+            else:
+                rest += after
+    if rest:
+        yield _decoded(rest, where, encoding)
 
 
 def _decoded(data: bytes | bytearray, where: str, encoding: str = "utf-8-sig") -> str:

@@ -25,7 +25,7 @@ def rows_in_gzip(path: Path) -> None:
 def zeros_in_zip(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("t.csv", "w") as member:
         member.write(HEADER)
-        for _ in range(16):
+        for _ in range(4):
             member.write(bytes(64 << 20))
 
 
@@ -46,7 +46,6 @@ def open_quote(path: Path) -> None:
 
 HOSTILE: dict[str, Callable[[Path], object]] = {
     "zeros in gzip": zeros_in_gzip,
-    "rows in gzip": rows_in_gzip,
     "zeros in zip": zeros_in_zip,
     "a line of 1 GiB": long_line,
     "no line end": no_line_end,
@@ -118,7 +117,7 @@ def test_hostile_traces_take_no_memory_and_say_one_line(tmp_path: Path) -> None:
 
 
 def test_every_reader_of_files_is_bounded(tmp_path: Path) -> None:
-    kinds = ["zeros without end", "pipe", "no line end", "rows in gzip"]
+    kinds = ["zeros without end", "pipe", "no line end", "zeros in gzip"]
     for name in kinds:
         HOSTILE[name](tmp_path / f"{name}.toml")
     readers = "model set,cluster,profile,placement problem,placement requests,measurements"
@@ -127,12 +126,18 @@ def test_every_reader_of_files_is_bounded(tmp_path: Path) -> None:
     assert [line for line in lines if line.startswith("READ") or len(line) > 400] == []
 
 
-def test_many_requests_and_wide_keys_are_bounded(tmp_path: Path) -> None:
+def test_wide_files_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "wide.toml").write_text("a = [" + "[]," * (2 << 20) + "]")
+    assert "holds more than 2 MiB" in messages("model set", ["wide.toml"], tmp_path)[0]
+
+
+@pytest.mark.heavy
+def test_many_rows_are_bounded(tmp_path: Path) -> None:
+    rows_in_gzip(tmp_path / "t.csv")
+    assert "holds more than 64 MiB" in messages("trace", ["t.csv"], tmp_path)[0]
     packed = gzip.compress(b"arrival_s,model,slo_s\n") + gzip.compress(b"0,m,\n" * 3_000_000)
     (tmp_path / "requests.csv").write_bytes(packed)
-    (tmp_path / "wide.toml").write_text("a = [" + "[]," * (20 << 20) + "]")
     assert "more than 2,000,000 requests" in messages("placement requests", ["requests.csv"], tmp_path)[0]
-    assert "holds more than 2 MiB" in messages("model set", ["wide.toml"], tmp_path)[0]
 
 
 @pytest.mark.parametrize("kind", ["zeros in gzip", "zeros without end", "pipe"])
@@ -149,9 +154,9 @@ def test_the_command_says_one_line(tmp_path: Path, kind: str) -> None:
 def test_a_trace_of_millions_of_requests_is_read_within_its_memory(tmp_path: Path) -> None:
     with (tmp_path / "t.csv").open("w") as file:
         file.write("arrival_s,prompt_tokens,output_tokens\n")
-        for block in range(60):
+        for block in range(20):
             file.writelines(f"{(block * 100_000 + row) / 100:.2f},{row % 4000},{row % 700}\n" for row in range(100_000))
     code, printed, peak_bytes = run_bounded(["-m", "maveriq", "trace", "check", "t.csv"], tmp_path)
     assert code == 0, printed
-    assert "plain trace, 6,000,000 requests in 60,000 s" in printed
+    assert "plain trace, 2,000,000 requests in 20,000 s" in printed
     assert peak_bytes < GIB
