@@ -220,7 +220,7 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
 
 def _read_engines(folder: Path) -> str:
     """Return engines.csv of a run on engines, "" for another run."""
-    from maveriq.tables import read_text
+    from maveriq.input_files import read_text
 
     path = folder / ENGINES_FILE
     return read_text(path, what="table of engines") if path.exists() else ""
