@@ -10,7 +10,6 @@ import contextlib
 import gzip
 import io
 import os
-import stat
 import sys
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from maveriq.errors import InputError
+from maveriq.files import open_regular_file
 
 MAX_TEXT_BYTES = 64 << 20
 """The most that a file read as a whole may hold, unpacked."""
@@ -57,37 +57,15 @@ def _open_unpacked(path: Path, *, what: str) -> Iterator[tuple[BinaryIO, int]]:
     """
     where = f"{what} {str(path)!r}"
     try:
-        with open_regular(path, what=what) as file, _unpacked(file, where) as stream:
+        with io.BufferedReader(open_regular_file(path, what=what)) as file, _unpacked(file, where) as stream:
             packed_bytes = os.fstat(file.fileno()).st_size
             yield stream, sys.maxsize if stream is file else max(MAX_TEXT_BYTES, _MAX_RATIO * packed_bytes)
-    except InputError:
-        raise
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist; check the path") from None
     except OSError as error:
         raise InputError(f"{where} cannot be read: {error.strerror or error}; give another file") from None
     except (EOFError, ValueError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{where} cannot be read: {error}; give another file") from None
-
-
-def open_regular(path: Path, *, what: str) -> BinaryIO:
-    """Open a regular file for reading in binary, as it is; a pipe or a device is refused without waiting for it.
-
-    Raises:
-        InputError: the file is missing or is no regular file.
-        OSError: it cannot be opened.
-        ValueError: no file can have such a name.
-    """
-    where = f"{what} {str(path)!r}"
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise InputError(f"{where} does not exist; check the path") from None
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise InputError(f"{where} is a folder; name a file")
-    raise InputError(f"{where} is a {'pipe' if stat.S_ISFIFO(mode) else 'device'}; give a regular file")
 
 
 @contextlib.contextmanager

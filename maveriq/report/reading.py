@@ -8,6 +8,7 @@ are whole microseconds.
 
 from __future__ import annotations
 
+import io
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,8 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
-from maveriq.input_files import open_regular, read_text
+from maveriq.files import open_regular_file
+from maveriq.input_files import read_text
 from maveriq.tables import Row, read_csv, readable_error
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, bytes_from_gib, micros
 
@@ -173,7 +175,7 @@ def _arrow_table(
         **dict.fromkeys(texts, pa.dictionary(pa.int32(), pa.string())),
     }
     try:
-        with open_regular(path, what="run file") as file:
+        with io.BufferedReader(open_regular_file(path, what="run file")) as file:
             header = file.readline(_MAX_HEADER_BYTES).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
             if header != ",".join(columns).encode():
                 return None

@@ -92,7 +92,11 @@ def test_the_policy_uses_the_forecast_of_its_own_run() -> None:
         ({"policy": "hybrid", "alpaserve_as_published": True}, InputError, "applies to alpaserve and alpaserve-star"),
         ({"policy": "llf", "alpaserve_star_rule": "Z"}, InputError, "--alpaserve-star-rule applies to alpaserve and"),
         ({"float16_only": True}, InputError, "--float16-only applies to policies that go by intents"),
-        ({"alpaserve_as_published": True, "trace": "poisson"}, InputError, "needs published arrivals, which 'poisson' does not have"),
+        (
+            {"alpaserve_as_published": True, "trace": "poisson"},
+            InputError,
+            "needs published arrivals, which 'poisson' does not have",
+        ),
         ({"router": "random"}, UnknownNameError, "unknown router 'random'"),
     ],
 )
