@@ -17,7 +17,7 @@ from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.policy.maveriq import hybrid, place_shards
 from maveriq.scenario.options import Options
-from maveriq.testbed.recordings import TESTBED_GPUS, RecordedLayout, find_testbed, read_requests, read_runs
+from maveriq.testbed.recordings import TESTBED_GPUS, RecordedPlan, find_testbed, read_requests, read_runs
 from maveriq.testbed.run_records import run_record
 from maveriq.units import MICROS_PER_SECOND, Micros, bytes_from_gib, gib
 
@@ -26,10 +26,10 @@ _RECENT_US = 180 * MICROS_PER_SECOND  # longer than any load window here
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decision:
-    """A recorded deployment: its layout, the free memory, and the earlier executions of each GPU."""
+    """A recorded deployment: its plan, the free memory, and the earlier executions of each GPU."""
 
     requested_us: Micros
-    layout: RecordedLayout
+    plan: RecordedPlan
     free_gib: Sequence[float]
     spans: Sequence[Sequence[tuple[Micros, Micros]]]
 
@@ -45,7 +45,7 @@ class _Decision:
             )
             for gpu_id in range(TESTBED_GPUS)
         ]
-        shards = [bytes_from_gib(amount) for amount in self.layout.gib_per_gpu]
+        shards = [bytes_from_gib(amount) for amount in self.plan.gib_per_gpu]
         return frozenset(place_shards(shards, hybrid(Options().packing_threshold)(views)) or ())
 
 
@@ -67,7 +67,7 @@ def placement_rows(data: Path, profile: HardwareProfile, draws: int) -> Iterator
 
 
 def _share_there(decision: _Decision, window: LoadWindow, draws: int, profile: HardwareProfile) -> float:
-    recorded = frozenset(decision.layout.gpu_ids)
+    recorded = frozenset(decision.plan.gpu_ids)
     phases = (sampling_phases_us(window, TESTBED_GPUS, seed) for seed in range(draws))
     return sum(decision.gpus(window, drawn, profile) == recorded for drawn in phases) / draws
 
@@ -80,10 +80,10 @@ def _decisions(data: Path, profile: HardwareProfile) -> Iterator[_Decision]:
         recorded = run_record(run, scheduled[run.name], completed[run.name], profile)
         used_gib: Sequence[float] = (gib(profile.idle_bytes),) * TESTBED_GPUS
         for deployment in run.deployments:
-            if deployment.layout:
+            if deployment.plan:
                 yield _Decision(
                     requested_us=deployment.requested_us,
-                    layout=deployment.layout,
+                    plan=deployment.plan,
                     free_gib=[gib(profile.capacity_bytes) - used for used in used_gib],
                     spans=[list(_spans(recorded, gpu_id, deployment.requested_us)) for gpu_id in range(TESTBED_GPUS)],
                 )

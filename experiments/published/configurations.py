@@ -12,7 +12,7 @@ from maveriq.estimate.registry import PAPER
 from maveriq.policy.policy import Decision, Deploy
 from maveriq.scenario.build import build_system
 from maveriq.sim.simulator import simulate
-from maveriq.testbed.recordings import RecordedLayout, RecordedRun, read_runs
+from maveriq.testbed.recordings import RecordedPlan, RecordedRun, read_runs
 from maveriq.testbed.replay import options_of
 from maveriq.units import bytes_from_gib, gib
 
@@ -64,7 +64,7 @@ def compare(run: RecordedRun) -> Iterator[Compared]:
     for deployment in run.deployments:
         view = _view(system.cluster, used_gib)
         used_gib = deployment.used_gib_after
-        if deployment.layout is None:
+        if deployment.plan is None:
             continue
         given = _plan_or_reason(system.policy.decide(endpoints[deployment.endpoint_id], view))
         free = simulated[deployment.endpoint_id]
@@ -72,11 +72,11 @@ def compare(run: RecordedRun) -> Iterator[Compared]:
             run=run.name,
             endpoint_id=deployment.endpoint_id,
             model_name=deployment.model_name,
-            recorded=deployment.layout.configuration,
+            recorded=deployment.plan.configuration,
             given_memory=_choice(given),
-            memory_error_gib=_memory_error_gib(given, deployment.layout),
+            memory_error_gib=_memory_error_gib(given, deployment.plan),
             free=_choice(free.plan or free.reason),
-            same_gpus=free.plan is not None and set(free.plan.gpu_ids) == set(deployment.layout.gpu_ids),
+            same_gpus=free.plan is not None and set(free.plan.gpu_ids) == set(deployment.plan.gpu_ids),
         )
 
 
@@ -107,8 +107,8 @@ def _choice(plan: DeploymentPlan | str) -> ParallelConfig | str:
     return plan if isinstance(plan, str) else plan.configuration
 
 
-def _memory_error_gib(plan: DeploymentPlan | str, layout: RecordedLayout) -> float | None:
-    if isinstance(plan, str) or len(plan.gpu_bytes) != len(layout.gib_per_gpu):
+def _memory_error_gib(plan: DeploymentPlan | str, recorded_plan: RecordedPlan) -> float | None:
+    if isinstance(plan, str) or len(plan.gpu_bytes) != len(recorded_plan.gib_per_gpu):
         return None
-    pairs = zip(plan.gpu_bytes, layout.gib_per_gpu, strict=True)
+    pairs = zip(plan.gpu_bytes, recorded_plan.gib_per_gpu, strict=True)
     return max(abs(gib(amount) - recorded_gib) for amount, recorded_gib in pairs)

@@ -135,16 +135,16 @@ def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evalua
     Raises:
         InputError: not such a table, or an impossible value in it.
     """
-    subject = EvaluatedEstimator(estimator=estimator, prompt_tokens=prompt_tokens)
-    return evaluate_rows(read_measurements(table), lambda _: subject)
+    evaluated = EvaluatedEstimator(estimator=estimator, prompt_tokens=prompt_tokens)
+    return evaluate_rows(read_measurements(table), lambda _: evaluated)
 
 
-def evaluate_rows(rows: Iterable[Measurement], subject_of: Callable[[Measurement], EvaluatedEstimator]) -> Evaluation:
-    """Compare measurements with estimates, each row with the estimator that `subject_of` returns for it."""
+def evaluate_rows(rows: Iterable[Measurement], estimator_of: Callable[[Measurement], EvaluatedEstimator]) -> Evaluation:
+    """Compare measurements with estimates, each row with the estimator that `estimator_of` returns for it."""
     answers: list[Answer] = []
     left_out: dict[str, SkippedRows] = {}
     for measured in rows:
-        answer = compare_row(measured, subject_of(measured))
+        answer = compare_row(measured, estimator_of(measured))
         if isinstance(answer, Answer):
             answers.append(answer)
         else:
@@ -195,26 +195,26 @@ def _positive(row: Row, column: str) -> float:
     return row.number(column, minimum=1e-9)  # a percentage error of a smaller value is meaningless, and may be infinite
 
 
-def compare_row(measured: Measurement, subject: EvaluatedEstimator) -> Answer | str:
+def compare_row(measured: Measurement, evaluated: EvaluatedEstimator) -> Answer | str:
     """Return the errors of the estimate for a row, or the reason why there is no estimate."""
     known = shape_of(measured.model_name)
     if known is None:
         return f"{measured.model_name} is not in the model catalogue"
     # Use the layers of the table: fingerprints of few layers are measurements too.
     model = replace(known, layers=measured.layers)
-    reason = subject.estimator.why_not(model, measured.configuration)
+    reason = evaluated.estimator.why_not(model, measured.configuration)
     if reason is not None:
         return f"{model.name}: {reason}"
     try:
-        return _compare(model, measured, subject)
+        return _compare(model, measured, evaluated)
     except InputError as error:
         return str(error)
 
 
-def _compare(model: ModelSpec, measured: Measurement, subject: EvaluatedEstimator) -> Answer:
-    configuration, estimator = measured.configuration, subject.estimator
+def _compare(model: ModelSpec, measured: Measurement, evaluated: EvaluatedEstimator) -> Answer:
+    configuration, estimator = measured.configuration, evaluated.estimator
     lengths = {
-        "prompt_tokens": measured.prompt_tokens or subject.prompt_tokens,
+        "prompt_tokens": measured.prompt_tokens or evaluated.prompt_tokens,
         "output_tokens": measured.output_tokens,
     }
     service = estimator.service(model, configuration, **lengths, batch=configuration.batch_size)

@@ -26,7 +26,7 @@ class ProfileInput:
     """A profile, and the estimator made from it with the prompt length to use."""
 
     profile: HardwareProfile
-    subject: EvaluatedEstimator
+    evaluated: EvaluatedEstimator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +48,14 @@ class ProfileMatch:
 
     Args:
         inputs: profiles used for at least one row.
-        subject_of: returns the estimator for a row.
+        estimator_of: returns the estimator for a row.
         why: a short reason for these profiles.
         lengths_in_table: the table has a column `prompt_tokens`.
         trials: errors of the candidates; empty if the prompt length or the user decided.
     """
 
     inputs: tuple[ProfileInput, ...]
-    subject_of: Callable[[Measurement], EvaluatedEstimator]
+    estimator_of: Callable[[Measurement], EvaluatedEstimator]
     why: str
     lengths_in_table: bool = False
     trials: tuple[ProfileTrial, ...] = ()
@@ -85,7 +85,7 @@ def match(
     if profile is not None:
         only = _profile_input(load_profile(profile), make, prompt_tokens)
         why = "as requested"
-        return ProfileMatch(inputs=(only,), subject_of=lambda _: only.subject, why=why, lengths_in_table=in_table)
+        return ProfileMatch(inputs=(only,), estimator_of=lambda _: only.evaluated, why=why, lengths_in_table=in_table)
     candidates = [_profile_input(hardware, make, prompt_tokens) for hardware in _profiles_of_default_gpu()]
     if in_table or prompt_tokens is not None:
         return _nearest(rows, candidates, lengths_in_table=in_table)
@@ -95,8 +95,8 @@ def match(
 def _profile_input(
     profile: HardwareProfile, make: Callable[[HardwareProfile], Estimator], prompt_tokens: int | None
 ) -> ProfileInput:
-    subject = EvaluatedEstimator(estimator=make(profile), prompt_tokens=prompt_tokens or profile.prompt_tokens)
-    return ProfileInput(profile=profile, subject=subject)
+    evaluated = EvaluatedEstimator(estimator=make(profile), prompt_tokens=prompt_tokens or profile.prompt_tokens)
+    return ProfileInput(profile=profile, evaluated=evaluated)
 
 
 def _profiles_of_default_gpu() -> list[HardwareProfile]:
@@ -113,7 +113,7 @@ def _nearest(
 
     def nearest(row: Measurement) -> ProfileInput:
         def distance(candidate: ProfileInput) -> float:
-            prompt_tokens = row.prompt_tokens or candidate.subject.prompt_tokens
+            prompt_tokens = row.prompt_tokens or candidate.evaluated.prompt_tokens
             return abs(math.log(prompt_tokens / candidate.profile.prompt_tokens))
 
         return min(candidates, key=distance)
@@ -121,7 +121,7 @@ def _nearest(
     used = {candidate.profile.name: candidate for candidate in map(nearest, rows)}
     return ProfileMatch(
         inputs=tuple(used.values()),
-        subject_of=lambda row: nearest(row).subject,
+        estimator_of=lambda row: nearest(row).evaluated,
         why="its prompts are the nearest",
         lengths_in_table=lengths_in_table,
     )
@@ -132,7 +132,7 @@ def _most_accurate(rows: Sequence[Measurement], candidates: Sequence[ProfileInpu
 
     One profile serves the whole table: choosing per row would hide errors.
     """
-    errors = [_latency_errors(rows, candidate.subject) for candidate in candidates]
+    errors = [_latency_errors(rows, candidate.evaluated) for candidate in candidates]
     common = [index for index in range(len(rows)) if all(index in found for found in errors if found)]
     trials = [_trial(candidate, found, common) for candidate, found in zip(candidates, errors, strict=True)]
 
@@ -147,12 +147,12 @@ def _most_accurate(rows: Sequence[Measurement], candidates: Sequence[ProfileInpu
         error_texts = ", ".join(_error_text(trials[index]) for index in (best, *others) if trials[index].rows)
         why = f"off in latency by {error_texts} (medians)"
     only = candidates[best]
-    return ProfileMatch(inputs=(only,), subject_of=lambda _: only.subject, why=why, trials=tuple(trials))
+    return ProfileMatch(inputs=(only,), estimator_of=lambda _: only.evaluated, why=why, trials=tuple(trials))
 
 
-def _latency_errors(rows: Sequence[Measurement], subject: EvaluatedEstimator) -> dict[int, float]:
+def _latency_errors(rows: Sequence[Measurement], evaluated: EvaluatedEstimator) -> dict[int, float]:
     """Return the latency error in percent by row index, for rows that have an estimate."""
-    answers = ((index, compare_row(row, subject)) for index, row in enumerate(rows))
+    answers = ((index, compare_row(row, evaluated)) for index, row in enumerate(rows))
     return {index: answer.latency_ape for index, answer in answers if isinstance(answer, Answer)}
 
 

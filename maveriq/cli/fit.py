@@ -143,7 +143,7 @@ def _evaluate(
     make_estimator(load_profile(profile or DEFAULT_PROFILE))  # reports errors of the command line before those of files
     rows = list(read_measurements(table))
     matched = match(rows, make_estimator, profile=profile, prompt_tokens=prompt_tokens)
-    evaluation = evaluate_rows(rows, matched.subject_of)
+    evaluation = evaluate_rows(rows, matched.estimator_of)
     if as_json:
         _print_json(_match_json(matched) | asdict(evaluation))
     else:
@@ -155,14 +155,14 @@ def _match_json(matched: ProfileMatch) -> dict[str, object]:
     return {
         "estimator": _estimator_name(matched),
         "profile": _profile_names(matched, ", "),
-        "prompt_tokens": None if matched.lengths_in_table else matched.inputs[0].subject.prompt_tokens,
+        "prompt_tokens": None if matched.lengths_in_table else matched.inputs[0].evaluated.prompt_tokens,
         "profile_because": matched.why,
-        "profiles_tried": [asdict(tried) for tried in matched.trials],
+        "profiles_tried": [asdict(trial) for trial in matched.trials],
     }
 
 
 def _estimator_name(matched: ProfileMatch) -> str:
-    return matched.inputs[0].subject.estimator.name
+    return matched.inputs[0].evaluated.estimator.name
 
 
 def _profile_names(matched: ProfileMatch, separator: str) -> str:
@@ -172,7 +172,7 @@ def _profile_names(matched: ProfileMatch, separator: str) -> str:
 def _show_evaluation(evaluation: Evaluation, table: Path, matched: ProfileMatch, *, profile_matched: bool) -> None:
     console = Console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
-    prompts = f"prompts of {matched.inputs[0].subject.prompt_tokens} tokens"
+    prompts = f"prompts of {matched.inputs[0].evaluated.prompt_tokens} tokens"
     console.print(
         f"{escape(str(table))}: {answered:,} of {evaluation.rows:,} rows answered by "
         f"[bold]{_estimator_name(matched)}[/bold] with profile {escape(_profile_names(matched, ' and '))} "

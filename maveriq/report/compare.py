@@ -294,7 +294,7 @@ def _pairs(sim: RunRecord, real: RunRecord) -> Iterator[PlanPair]:
             model=next(plan.model.name for plan in (real_plan, sim_plan) if plan),
             sim=sim_plan,
             real=real_plan,
-            same_configuration=_layout(sim_plan) == _layout(real_plan),
+            same_configuration=_compared_configuration(sim_plan) == _compared_configuration(real_plan),
             same_gpus=_gpus(sim_plan) == _gpus(real_plan),
         )
 
@@ -311,7 +311,7 @@ def _plans(run: RunRecord) -> dict[tuple[int, int], DeploymentPlan]:
     return plans
 
 
-def _layout(plan: DeploymentPlan | None) -> object:
+def _compared_configuration(plan: DeploymentPlan | None) -> object:
     return plan and (plan.model.name, plan.configuration, plan.layer_split)
 
 

@@ -38,7 +38,7 @@ _MAX_GIB, _MAX_SCALE, _MAX_LAYERS = 1e6, 1e6, 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedLayout:
+class RecordedPlan:
     """A deployed configuration and its GPUs. `gib_per_gpu` is the estimate used for placement, () if not recorded."""
 
     configuration: ParallelConfig
@@ -50,7 +50,7 @@ class RecordedLayout:
 class RecordedDeployment:
     """One deploy command and its result.
 
-    `layout` is None if the engine never started. `registered_us` was inferred from waiting requests,
+    `plan` is None if the engine never started. `registered_us` was inferred from waiting requests,
     and is None if no request waited. `used_gib_after` is the measured memory of each GPU.
     """
 
@@ -58,7 +58,7 @@ class RecordedDeployment:
     model_name: str
     requested_us: Micros
     registered_us: Micros | None
-    layout: RecordedLayout | None
+    plan: RecordedPlan | None
     used_gib_after: tuple[float, ...]
 
 
@@ -269,12 +269,12 @@ def _deployment(row: Row) -> RecordedDeployment:
         model_name=row.text("model"),
         requested_us=_time_us(row, "deploy_s"),
         registered_us=_time_us(row, "registered_s") if row.cells["registered_s"] else None,
-        layout=_layout(row) if row.count("deployed") else None,
+        plan=_plan(row) if row.count("deployed") else None,
         used_gib_after=used_gib_after,
     )
 
 
-def _layout(row: Row) -> RecordedLayout:
+def _plan(row: Row) -> RecordedPlan:
     split = _list(row, "layer_split", int, maximum=_MAX_LAYERS)
     configuration = ParallelConfig(
         tp=row.count("tp"),
@@ -283,7 +283,7 @@ def _layout(row: Row) -> RecordedLayout:
         kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
         layer_split=split,
     )
-    return RecordedLayout(
+    return RecordedPlan(
         configuration=configuration.normalised(sum(split)),
         gpu_ids=_list(row, "gpus", int, maximum=TESTBED_GPUS - 1),
         gib_per_gpu=_list(row, "est_gib_per_gpu", float, maximum=_MAX_GIB),

@@ -30,7 +30,7 @@ from maveriq.testbed.recordings import (
     TESTBED_GPUS,
     Completed,
     RecordedDeployment,
-    RecordedLayout,
+    RecordedPlan,
     RecordedRun,
     Scheduled,
 )
@@ -176,7 +176,7 @@ def _load_bin(deployment: RecordedDeployment) -> int:
 
 
 def _started(run: RecordedRun) -> Iterator[RecordedDeployment]:
-    return (deployment for deployment in run.deployments if deployment.layout)
+    return (deployment for deployment in run.deployments if deployment.plan)
 
 
 def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfile) -> tuple[DeploymentRecord, ...]:
@@ -188,9 +188,8 @@ def _deployments(run: RecordedRun, scheduled: Scheduled, profile: HardwareProfil
         used = _used(deployment, profile)
         after[deployment.endpoint_id] = held, used
         held = used
-    ordered = sorted(
-        run.deployments, key=lambda deployment: deployment.layout is None
-    )  # stable: in order of time otherwise
+    # The sort is stable, so deployments stay in order of time.
+    ordered = sorted(run.deployments, key=lambda deployment: deployment.plan is None)
     return tuple(
         _deployment(run, deployment, number, typical, after[deployment.endpoint_id], profile)
         for number, deployment in enumerate(ordered, start=1)
@@ -224,24 +223,26 @@ def _deployment(
     return DeploymentRecord(
         deployment_id=number,
         endpoint=endpoint,
-        plan=_plan(model, recorded.layout, *memory) if recorded.layout else None,
-        ready_us=NOT_YET if recorded.registered_us is None or recorded.layout is None else recorded.registered_us,
+        plan=_plan(model, recorded.plan, *memory) if recorded.plan else None,
+        ready_us=NOT_YET if recorded.registered_us is None or recorded.plan is None else recorded.registered_us,
         removed_us=NOT_YET,
-        status="up" if recorded.layout else "rejected",
-        reason="" if recorded.layout else "it never came up",
+        status="up" if recorded.plan else "rejected",
+        reason="" if recorded.plan else "it never came up",
     )
 
 
-def _plan(model: ModelSpec, layout: RecordedLayout, before: Sequence[Bytes], after: Sequence[Bytes]) -> DeploymentPlan:
+def _plan(
+    model: ModelSpec, recorded_plan: RecordedPlan, before: Sequence[Bytes], after: Sequence[Bytes]
+) -> DeploymentPlan:
     """Return the recorded plan with the memory that it was measured to take."""
     return DeploymentPlan(
         model=model,
-        configuration=layout.configuration,
-        gpu_ids=layout.gpu_ids,
+        configuration=recorded_plan.configuration,
+        gpu_ids=recorded_plan.gpu_ids,
         # Other deployments may have freed memory in between; a plan needs at least 1 byte.
-        gpu_bytes=tuple(max(1, after[gpu_id] - before[gpu_id]) for gpu_id in layout.gpu_ids),
+        gpu_bytes=tuple(max(1, after[gpu_id] - before[gpu_id]) for gpu_id in recorded_plan.gpu_ids),
         est_latency_s=0.0,
-        est_memory_bytes=bytes_from_gib(sum(layout.gib_per_gpu)),
+        est_memory_bytes=bytes_from_gib(sum(recorded_plan.gib_per_gpu)),
     )
 
 

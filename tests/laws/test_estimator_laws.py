@@ -46,45 +46,45 @@ def profile_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
 
 
 @pytest.fixture(scope="module", params=itertools.product(ESTIMATORS, ["a6000-short", "a6000-long"]), ids="/".join)
-def subject(request: pytest.FixtureRequest, profile_for: Callable[[str, str], HardwareProfile]) -> Estimator:
+def estimator(request: pytest.FixtureRequest, profile_for: Callable[[str, str], HardwareProfile]) -> Estimator:
     name, profile = request.param
     return make_estimator(name, profile_for(name, profile))
 
 
-def answered(subject: Estimator) -> list[tuple[ModelSpec, ParallelConfig]]:
+def answered(estimator: Estimator) -> list[tuple[ModelSpec, ParallelConfig]]:
     pairs = itertools.product(known_models().values(), configurations())
-    found = [(model, cfg) for model, cfg in pairs if subject.why_not(model, cfg) is None]
+    found = [(model, cfg) for model, cfg in pairs if estimator.why_not(model, cfg) is None]
     assert len(found) > 300, "the profile covers too little for these laws to say anything"
     return found
 
 
-def latencies_s(subject: Estimator, model: ModelSpec, cfg: ParallelConfig, tokens: list[int]) -> list[float]:
-    return [subject.service(model, cfg, prompt_tokens=10, output_tokens=o, batch=1).latency_s for o in tokens]
+def latencies_s(estimator: Estimator, model: ModelSpec, cfg: ParallelConfig, tokens: list[int]) -> list[float]:
+    return [estimator.service(model, cfg, prompt_tokens=10, output_tokens=o, batch=1).latency_s for o in tokens]
 
 
-def test_latency_is_positive_at_measured_lengths(subject: Estimator) -> None:
+def test_latency_is_positive_at_measured_lengths(estimator: Estimator) -> None:
     """Below ten output tokens, outside the fingerprints, the paper's intercept can be negative."""
-    for model, cfg in answered(subject):
-        assert min(latencies_s(subject, model, cfg, [10, 20, 200])) > 0, (model.name, cfg)
+    for model, cfg in answered(estimator):
+        assert min(latencies_s(estimator, model, cfg, [10, 20, 200])) > 0, (model.name, cfg)
 
 
-def test_latency_grows_with_output_tokens(subject: Estimator) -> None:
+def test_latency_grows_with_output_tokens(estimator: Estimator) -> None:
     """At TP 8 the paper amplifies the noise of its TP 2 fingerprints, so growth holds only for long outputs."""
-    for model, cfg in answered(subject):
+    for model, cfg in answered(estimator):
         tokens = [100, 200, 500] if cfg.tp == 8 else [1, 2, 5, 20, 200, 500]
-        latencies = latencies_s(subject, model, cfg, tokens)
+        latencies = latencies_s(estimator, model, cfg, tokens)
         assert all(less < more for less, more in itertools.pairwise(latencies)), (model.name, cfg)
 
 
-def test_ttft_does_not_depend_on_output_tokens(subject: Estimator) -> None:
-    for model, cfg in answered(subject):
+def test_ttft_does_not_depend_on_output_tokens(estimator: Estimator) -> None:
+    for model, cfg in answered(estimator):
         endpoint = {"prompt_tokens": 10, "batch": 1}
-        few, many = (subject.service(model, cfg, output_tokens=tokens, **endpoint) for tokens in (1, 500))
+        few, many = (estimator.service(model, cfg, output_tokens=tokens, **endpoint) for tokens in (1, 500))
         assert few.first_token_s == pytest.approx(many.first_token_s, rel=1e-9)
 
 
-def test_memory_is_positive_and_does_not_shrink_with_more_gpus(subject: Estimator) -> None:
-    memory = {(model.name, cfg): subject.memory(model, cfg) for model, cfg in answered(subject)}
+def test_memory_is_positive_and_does_not_shrink_with_more_gpus(estimator: Estimator) -> None:
+    memory = {(model.name, cfg): estimator.memory(model, cfg) for model, cfg in answered(estimator)}
     assert min(memory.values()) > 0
     for (name, cfg), held in memory.items():
         longer = ParallelConfig(tp=cfg.tp, pp=cfg.pp + 1, weights=cfg.weights, kv=cfg.kv)
@@ -104,21 +104,21 @@ def test_equal_questions_get_equal_answers_in_any_order(
     assert forward == backward
 
 
-def test_a_model_with_an_odd_number_of_heads_has_no_tensor_parallelism(subject: Estimator) -> None:
+def test_a_model_with_an_odd_number_of_heads_has_no_tensor_parallelism(estimator: Estimator) -> None:
     falcon = load_model("falcon-7b")
-    degrees = {cfg.tp for model, cfg in answered(subject) if model == falcon}
+    degrees = {cfg.tp for model, cfg in answered(estimator) if model == falcon}
     assert degrees == {1}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_larger_batch_does_not_take_less(name: str, profile_for: Callable[[str, str], HardwareProfile]) -> None:
-    subject = make_estimator(name, profile_for(name, "a6000-short"))
+    estimator = make_estimator(name, profile_for(name, "a6000-short"))
     rounding = 1 - 1e-12
-    for model, cfg in answered(subject):
+    for model, cfg in answered(estimator):
         endpoint = {"prompt_tokens": 10, "output_tokens": 20}
-        latencies = [subject.service(model, cfg, batch=batch, **endpoint).latency_s for batch in (1, 2, 16)]
+        latencies = [estimator.service(model, cfg, batch=batch, **endpoint).latency_s for batch in (1, 2, 16)]
         assert all(less * rounding <= more for less, more in itertools.pairwise(latencies)), (model.name, cfg)
-        memory = [subject.memory(model, replace(cfg, batch_size=batch)) for batch in (1, 2, 16)]
+        memory = [estimator.memory(model, replace(cfg, batch_size=batch)) for batch in (1, 2, 16)]
         assert memory == sorted(memory), (model.name, cfg)
 
 

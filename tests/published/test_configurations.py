@@ -7,7 +7,7 @@ from configurations import Compared, compare
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.testbed.recordings import RecordedDeployment, RecordedLayout, RecordedRun
+from maveriq.testbed.recordings import RecordedDeployment, RecordedPlan, RecordedRun
 from maveriq.units import micros
 
 LEAST_EQUAL_FREE = 0.95
@@ -47,9 +47,9 @@ def test_in_simulation_nearly_every_configuration_equals_the_recorded_one(compar
     assert len(different) <= (1 - LEAST_EQUAL_FREE) * len(compared), listed(different)
 
 
-def layout(configuration: ParallelConfig, gib_per_gpu: float) -> RecordedLayout:
+def recorded_plan(configuration: ParallelConfig, gib_per_gpu: float) -> RecordedPlan:
     gpu_ids = tuple(range(configuration.gpus))
-    return RecordedLayout(
+    return RecordedPlan(
         configuration=configuration,
         gpu_ids=gpu_ids,
         gib_per_gpu=(gib_per_gpu,) * len(gpu_ids),
@@ -57,14 +57,14 @@ def layout(configuration: ParallelConfig, gib_per_gpu: float) -> RecordedLayout:
 
 
 def recorded_deployment(
-    endpoint_id: int, model_name: str, came_up_as: RecordedLayout | None, used_gib_after: tuple[float, ...]
+    endpoint_id: int, model_name: str, came_up_as: RecordedPlan | None, used_gib_after: tuple[float, ...]
 ) -> RecordedDeployment:
     return RecordedDeployment(
         endpoint_id=endpoint_id,
         model_name=model_name,
         requested_us=micros(240.0 * (endpoint_id - 1)),
         registered_us=None,
-        layout=came_up_as,
+        plan=came_up_as,
         used_gib_after=used_gib_after,
     )
 
@@ -81,10 +81,10 @@ def test_a_comparison_reports_differences_and_skips_failed_deploys() -> None:
         scale=0.05,
         slo_scale=0.0,
         deployments=(
-            recorded_deployment(1, "llama-2-70b", layout(chosen, 10.8691), IDLE_GIB),
-            recorded_deployment(2, "falcon-40b", layout(other, 1.0), IDLE_GIB),
+            recorded_deployment(1, "llama-2-70b", recorded_plan(chosen, 10.8691), IDLE_GIB),
+            recorded_deployment(2, "falcon-40b", recorded_plan(other, 1.0), IDLE_GIB),
             recorded_deployment(3, "llama-2-7b", None, FULL_GIB),
-            recorded_deployment(4, "falcon-40b", layout(other, 1.0), FULL_GIB),
+            recorded_deployment(4, "falcon-40b", recorded_plan(other, 1.0), FULL_GIB),
         ),
     )
     first, second, fourth = compare(run)

@@ -86,7 +86,7 @@ def test_without_a_covering_profile_the_default_is_chosen() -> None:
 def test_given_prompt_tokens_choose_the_nearest_profile(tokens: int, profile: str) -> None:
     matched = match(imagined("a6000-short"), make("calibrated"), prompt_tokens=tokens)
     assert [matched_input.profile.name for matched_input in matched.inputs] == [profile]
-    assert matched.inputs[0].subject.prompt_tokens == tokens
+    assert matched.inputs[0].evaluated.prompt_tokens == tokens
     assert matched.trials == ()
 
 
@@ -95,14 +95,14 @@ def test_prompt_tokens_of_rows_choose_a_profile_each() -> None:
     rows = [replace(short, prompt_tokens=12), replace(long, prompt_tokens=900)]
     matched = match(rows, make("calibrated"))
     assert [matched_input.profile.name for matched_input in matched.inputs] == ["a6000-short", "a6000-long"]
-    assert [matched.subject_of(row).prompt_tokens for row in rows] == [10, 923]
+    assert [matched.estimator_of(row).prompt_tokens for row in rows] == [10, 923]
     with pytest.raises(InputError, match="column prompt_tokens; leave --prompt-tokens away"):
         match(rows, make("calibrated"), prompt_tokens=10)
 
 
 def test_a_given_profile_is_used_for_all_rows() -> None:
     matched = match(imagined("a6000-long"), make("calibrated"), profile="a6000-short", prompt_tokens=900)
-    assert (matched.inputs[0].profile.name, matched.inputs[0].subject.prompt_tokens) == ("a6000-short", 900)
+    assert (matched.inputs[0].profile.name, matched.inputs[0].evaluated.prompt_tokens) == ("a6000-short", 900)
 
 
 def run_fit(*arguments: str) -> str:

@@ -100,13 +100,13 @@ def test_memory_errors_meet_their_bars(measured_data: Path) -> None:
 
 
 def test_the_kv_cache_of_a_batch_grows_by_blocks_of_tokens() -> None:
-    subject = CalibratedEstimator.benchmarked(load_profile("a6000-short"))
+    evaluated = CalibratedEstimator.benchmarked(load_profile("a6000-short"))
     model, requested = load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8, batch_size=64)
     at = {
-        tokens: subject.memory_with(model, requested, prompt_tokens=10, output_tokens=tokens)
+        tokens: evaluated.memory_with(model, requested, prompt_tokens=10, output_tokens=tokens)
         for tokens in (50, 118, 119)
     }
-    assert at[50] == at[118] == subject.memory(model, requested)
+    assert at[50] == at[118] == evaluated.memory(model, requested)
     block_bytes = 28 * 64 * 128 * 2 * 4096 * 2  # layers, requests, tokens, keys and values, width, bytes
     assert at[119] - at[118] == pytest.approx(block_bytes, abs=1)
 
@@ -254,19 +254,19 @@ def test_a_profile_without_calibration_names_the_command_to_fit_one() -> None:
 @pytest.mark.parametrize("what", ["prompt_tokens", "output_tokens", "batch"])
 def test_zero_tokens_are_refused(what: str) -> None:
     requested = {"prompt_tokens": 1, "output_tokens": 1, "batch": 1} | {what: 0}
-    subject = make_estimator("calibrated", load_profile("a6000-short"))
+    evaluated = make_estimator("calibrated", load_profile("a6000-short"))
     with pytest.raises(InputError, match="must be at least 1"):
-        subject.service(load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8), **requested)
+        evaluated.service(load_model("gptj-6b"), ParallelConfig(tp=1, pp=1, weights=WeightType.INT8), **requested)
 
 
 def test_refusals_have_the_reasons_of_the_profile() -> None:
-    subject = make_estimator("calibrated", load_profile("a6000-short"))
+    evaluated = make_estimator("calibrated", load_profile("a6000-short"))
     requested = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
-    assert subject.why_not(load_model("falcon-40b"), requested) == "known not to run on A6000"
+    assert evaluated.why_not(load_model("falcon-40b"), requested) == "known not to run on A6000"
     assert "no fingerprint" in str(
-        subject.why_not(load_model("gptj-6b"), replace(requested, weights=WeightType.INT4_GPTQ))
+        evaluated.why_not(load_model("gptj-6b"), replace(requested, weights=WeightType.INT4_GPTQ))
     )
-    assert "knows TP 1, 2, 4, 8 only" in str(subject.why_not(load_model("gptj-6b"), replace(requested, tp=16)))
+    assert "knows TP 1, 2, 4, 8 only" in str(evaluated.why_not(load_model("gptj-6b"), replace(requested, tp=16)))
 
 
 def test_variants_have_the_shape_of_their_base_model() -> None:
