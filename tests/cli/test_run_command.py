@@ -19,6 +19,7 @@ from maveriq.domain.models import load_model
 from maveriq.exec import gpus
 from maveriq.exec.model_files import hf_config_json
 from maveriq.report.reading import read_meta, read_run
+from maveriq.runs import load_run
 
 HEAD = "arrival_s,endpoint,prompt_tokens,output_tokens\n"
 SCHEDULE = HEAD + "".join(
@@ -214,6 +215,7 @@ def test_an_interrupted_run_writes_its_records(started: Started, tmp_path: Path,
     run = read_run(tmp_path / "run")
     assert len(run.requests) < 31
     assert any("ended early by the user" in note for note in read_meta(tmp_path / "run")["notes"])
+    assert load_run(tmp_path / "run").interrupted
     assert gone(groups)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "late.csv",
