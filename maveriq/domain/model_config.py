@@ -152,9 +152,9 @@ def read_shape(config: Config, where: str) -> Shape:
     if feature is not None:
         raise InputError(f"{where}: {feature}")
     family = _FAMILIES.get(architecture, _Family())
+    layers = reader.count(_LAYERS, maximum=_MAX_LAYERS)
     hidden = reader.count(_HIDDEN, maximum=_MAX_WIDTH)
     heads = reader.count(_HEADS, maximum=_MAX_WIDTH)
-    layers = reader.count(_LAYERS, maximum=_MAX_LAYERS)
     kv_heads = _kv_heads(reader, architecture, family, heads)
     embedded = config.get("word_embed_proj_dim")
     if embedded is not None and embedded != hidden:

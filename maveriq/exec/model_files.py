@@ -140,7 +140,7 @@ def check_weights(folder: Path) -> None:
             f"weights in {str(folder)!r} are pickle files ({pickles[:100]}), which can run any code and are never "
             "loaded; convert them to safetensors"
             if pickles
-            else f"{str(folder)!r} has no safetensors weights"
+            else f"weights in {str(folder)!r} cannot be read: there is no safetensors file"
         )
     root = model_root(folder)
     for path in _matching(folder, _SAFETENSORS):

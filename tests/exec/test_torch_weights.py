@@ -1,6 +1,7 @@
 """Weights: those of a folder, and random ones that do not depend on the split."""
 
 import json
+import os
 
 import pytest
 
@@ -119,3 +120,93 @@ def test_random_weights_depend_on_seed_and_name_only():
     assert not torch.equal(drawn(1, "a.weight"), drawn(1, "b.weight"))
     assert drawn(1, "a.weight").std().item() == pytest.approx(0.5, rel=0.02)
     assert drawn(1, "a.weight").mean().item() == pytest.approx(0.0, abs=0.01)
+
+
+def put_safetensors(folder, header, *, data=b"", size=None):
+    """Write a safetensors file with a header of our own; `size` overrides the header's length."""
+    body = header if isinstance(header, bytes) else json.dumps(header).encode()
+    folder.mkdir(exist_ok=True)
+    length = len(body) if size is None else size
+    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + body + data)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("header", "more"),
+    [
+        ({EMBEDDING: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, {}),  # beyond the end
+        ({EMBEDDING: {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, {"data": bytes(8)}),
+        ({EMBEDDING: {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, {"data": bytes(12)}),  # a hole
+        ({EMBEDDING: {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, {"data": bytes(8)}),
+        ({EMBEDDING: {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 8]}}, {"data": bytes(8)}),
+        ({EMBEDDING: {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, {"data": bytes(8)}),
+        (
+            {
+                EMBEDDING: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "model.norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+            },
+            {"data": bytes(12)},
+        ),
+        (b"{" * 1000, {}),
+        (b"{}", {"size": 2**63}),
+        (b"{}", {"size": 2**40}),
+        (b"\x80\x04\x95", {}),  # a pickle
+    ],
+    ids=["beyond", "reversed", "hole", "negative", "overflow", "dtype", "overlap", "deep", "huge", "large", "pickle"],
+)
+def test_a_false_header_is_an_error(tmp_path, header, more):
+    put_safetensors(tmp_path, header, **more)
+    with pytest.raises(EngineError, match="cannot be read") as raised:
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tensor_larger_than_the_model_is_not_read(tmp_path):
+    elements = 1 << 40
+    put_safetensors(tmp_path, {EMBEDDING: {"dtype": "F32", "shape": [elements], "data_offsets": [0, 4 * elements]}})
+    header = (tmp_path / "model.safetensors").stat().st_size
+    os.truncate(tmp_path / "model.safetensors", header + 4 * elements)  # sparse: 4 TiB
+    with pytest.raises(EngineError, match=rf"shape \({elements},\), config.json says \(199, 64\)|unable to mmap"):
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "are a link out of"),
+        (lambda path: path.symlink_to(path.parent.parent / "secret.safetensors"), "are a link out of"),
+        (lambda path: path.symlink_to(path), "cannot be read"),
+        (lambda path: path.mkdir(), "is a folder"),
+    ],
+    ids=["fifo", "device", "link", "loop", "folder"],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_weights_that_are_no_files_are_refused(tmp_path, make, words, name):
+    folder = tmp_path / "model"
+    put_safetensors(folder, b"{}")
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(EngineError) as raised:
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(folder)))
+    assert words.replace("are", "is") in str(raised.value).replace(" are ", " is ")
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(EngineError, match=r"pickle files \(pytorch_model\.bin\).*never loaded; convert them"):
+        load_worker(spec_of(CONFIGS["llama"], weights_folder=str(tmp_path)))
+
+
+def test_weights_may_be_linked_within_the_cache_of_hugging_face(tmp_path):
+    blob, snapshot = tmp_path / "models--me--tiny" / "blobs", tmp_path / "models--me--tiny" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    model = saved(CONFIGS["llama"], snapshot)
+    blob.mkdir()
+    (snapshot / "model.safetensors").rename(blob / "123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    worker = load_worker(spec_of(CONFIGS["llama"], weights_folder=str(snapshot)))
+    assert outputs([step for step, _ in worker.run(prompts_of())]) == [greedy(model, prompt) for prompt in PROMPTS]

@@ -49,6 +49,7 @@ _LLAMA = {
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {**_LLAMA, "num_key_value_heads": 8},
     "llama-gqa": {**_LLAMA, "num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": True},
+    "llama-head-dim": {**_LLAMA, "num_key_value_heads": 2, "head_dim": 16},
     "falcon-7b": {**_FALCON, "multi_query": True, "parallel_attn": True, "bias": False},
     "falcon-40b": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "gpt-j": {

@@ -121,6 +121,10 @@ def _with_open_file(folder: Path, file: str, use: Callable[[Any], T]) -> T:
             return use(opened)
     except (OSError, SafetensorError) as error:
         raise EngineError(FailureKind.ERROR, f"weights {folder / file} cannot be read: {error}") from None
+    except RuntimeError as error:
+        if "mmap" not in str(error):  # out of memory
+            raise
+        raise EngineError(FailureKind.ERROR, f"weights {folder / file} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
