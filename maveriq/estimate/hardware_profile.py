@@ -383,7 +383,7 @@ def load_gpu_kind(name: str) -> GpuKind:
     for kind in kinds.values():
         if kind.name.casefold() == name.casefold():
             return kind
-    raise UnknownNameError("kind of GPU", name, kinds)
+    raise UnknownNameError("kind of GPU", name, kinds, "or give the profile of another kind with --profile FILE")
 
 
 def _read_hardware(path: Path) -> _Hardware:

@@ -274,7 +274,8 @@ def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
         if gpu.kind != profile.gpu_kind:
             raise InputError(
                 f"profile {profile.name!r} was measured on {profile.gpu_kind}, but GPU {gpu.gpu_id} of cluster "
-                f"{cluster.name!r} is a {gpu.kind}; give a profile of that GPU with --profile FILE"
+                f"{cluster.name!r} is of kind {gpu.kind}; give a cluster of {profile.gpu_kind} with --gpus, or a "
+                f"profile of {gpu.kind} with --profile FILE"
             )
     return cluster
 

@@ -61,7 +61,7 @@ MALFORMED = [
     bad("plan llama-2-7b --gpus 0xA6000", "GPUs '0xA6000'", "between 1 and 10000"),
     bad("plan llama-2-7b --gpus 999999999xA6000", "between 1 and 10000"),
     bad("plan llama-2-7b --gpus 8x", "GPUs '8x'", "such as 8xA6000"),
-    bad("plan llama-2-7b --gpus 8xH999", "unknown kind of GPU 'H999'", "known: A6000"),
+    bad("plan llama-2-7b --gpus 8xH999", "unknown kind of GPU 'H999'", "known: A6000", "--profile FILE"),
     bad("plan llama-2-7b --gpus c.toml", "cluster 'c.toml' does not exist"),
     cluster("name = \n", "not valid TOML", "line 1"),
     cluster(CLUSTER + "memry_gib = 40\n", "unknown key `memry_gib`; did you mean 'memory_gib'?"),

@@ -1,6 +1,7 @@
 """Systems built from options: priorities, removals, faults, estimators."""
 
 import pytest
+from profile_fixtures import write_profile
 
 from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import ParallelConfig
@@ -115,3 +116,11 @@ def test_exclude_run_changes_the_service_times() -> None:
 def test_exclude_run_needs_calibrated_service_times(name: str) -> None:
     with pytest.raises(InputError, match=f"--exclude-run applies to --service-times calibrated, not to '{name}'"):
         build_system(Options(service_times=name, exclude_run="x"))
+
+
+def test_a_cluster_of_another_kind_than_the_profile_is_refused_with_both_ways_out(tmp_path) -> None:
+    profile = write_profile(tmp_path, "")
+    with pytest.raises(
+        InputError, match=r"of kind A6000; give a cluster of cpu with --gpus, or a profile of A6000 with"
+    ):
+        build_system(Options(profile=str(profile)))
