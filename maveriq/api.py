@@ -177,7 +177,7 @@ def _finished_run(
     if replayed.interrupted:
         meta["notes"].append(f"ended early by the user, at {replayed.record.ended_us / 1e6:.1f} s")
     meta["notes"] += replayed.notes
-    meta["engines"] = asdict(engines)
+    meta["engines"] = {name: value for name, value in asdict(engines).items() if value is not None}
     if interrupted:
         meta["interrupted"] = True
     if replayed.energy_j:

@@ -18,7 +18,7 @@ from maveriq.scenario.workload import workload_for
 from maveriq.workload.requests import Workload
 from maveriq.workload.schedules import write_schedule
 from maveriq.workload.summary import WorkloadSummary, summarise
-from maveriq.workload.trace_formats import RequestTrace, remarks_on
+from maveriq.workload.trace_formats import RequestTrace, counted, remarks_on
 from maveriq.workload.traces import read_trace
 
 app = typer.Typer(rich_markup_mode=None, help="Show, export and check workloads.")
@@ -95,7 +95,7 @@ def check(
     trace = read_trace(file)
     answer: dict[str, object] = {"file": str(file)}
     if isinstance(trace, RequestTrace):
-        minutes = f"{len(trace.requests_per_minute):,} minutes"
+        minutes = counted(len(trace.requests_per_minute), "minute")
         answer |= {
             "kind": trace.format_name,
             "requests": len(trace),
@@ -110,9 +110,8 @@ def check(
         _print_json(answer)
         return
     more = "; ".join(remarks_on(trace)) if isinstance(trace, RequestTrace) else ""
-    typer.echo(
-        f"OK {file}: {answer['kind']}, {answer['requests']:,} requests in {answer['span']}{'; ' if more else ''}{more}"
-    )
+    requests = counted(len(trace if isinstance(trace, RequestTrace) else trace.arrivals), "request")
+    typer.echo(f"OK {file}: {answer['kind']}, {requests} in {answer['span']}{'; ' if more else ''}{more}")
 
 
 def _workload(options: Options, trace: str | None) -> Workload:

@@ -13,7 +13,7 @@ from typing import Any
 from maveriq.domain.cluster import GpuView
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
-from maveriq.files import exists
+from maveriq.files import exists, open_regular_file
 from maveriq.policy.configuration import AccuracyLookup
 from maveriq.policy.maveriq import MaverIQ, PlacementRule, hybrid, least_loaded_first, packing
 from maveriq.policy.policy import Policy
@@ -122,6 +122,7 @@ def _error_with_line(error: BaseException) -> str:
 
 
 def _load_file(path: Path) -> ModuleType:
+    open_regular_file(path, what="policy file").close()  # importing a pipe would wait, a device would never end
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")

@@ -288,11 +288,12 @@ def _source(
     if len(arrivals) < len(whole):
         by = "limit" if options.limit == len(arrivals) else "duration"
         dropped[by] = len(whole) - len(arrivals)
-    remarks = [
-        f"endpoint {endpoint.endpoint_id} ({endpoint.model.name}) is requested after the last arrival"
+    late = [
+        f"{endpoint.endpoint_id} ({endpoint.model.name})"
         for endpoint in endpoints
         if endpoint.requested_us > int(arrivals.arrival_us[-1])
     ]
+    remarks = [f"requested after the last arrival: endpoints {', '.join(late)}"] if late else []
     if isinstance(trace, RequestTrace):
         remarks += remarks_on(trace)
     return WorkloadSource(

@@ -93,15 +93,18 @@ class WorkloadSource:
     def describe(self) -> str:
         """Return it as one line."""
         kept = f"{self.requests:,} requests"
-        if self.requests_in_trace is not None and self.requests != self.requests_in_trace:
-            kept = f"{self.requests:,} requests of {self.requests_in_trace:,}"
-        dropped = "".join(f"; {count:,} dropped by {reason}" for reason, count in self.dropped.items())
-        options = ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in self.options.items())
-        return (
-            f"workload: {self.trace} ({self.format_name}), {kept}; {options}"
-            + dropped
-            + "".join(f"; {remark}" for remark in self.remarks)
-        )
+        if self.requests_in_trace is not None:
+            whole = self.requests == self.requests_in_trace
+            kept = f"all {kept}" if whole else f"{kept} of {self.requests_in_trace:,}"
+        options = [
+            f"{name.removesuffix('_s').replace('_', ' ')}: {_plain(value)}" for name, value in self.options.items()
+        ]
+        dropped = [f"{count:,} dropped by {reason}" for reason, count in self.dropped.items()]
+        return f"workload: {self.trace} ({self.format_name}), " + "; ".join([kept, *options, *dropped, *self.remarks])
+
+
+def _words(option: str) -> str:
+    return option.removesuffix("_s").replace("_", " ")
 
 
 def _plain(value: object) -> str:

@@ -173,11 +173,16 @@ def read_requests(path: Path, *, json_lines: bool = False) -> RequestTrace:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a count with its noun: 1 request, 1,200 requests."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def remarks_on(trace: RequestTrace) -> list[str]:
     """Return what a reader must know of how the file was read, a sentence without full stop each."""
     remarks = []
     if trace.requests_without_tokens:
-        remarks.append(f"{trace.requests_without_tokens:,} requests with 0 tokens count as 1 token")
+        remarks.append(f"0 tokens count as 1, in {counted(trace.requests_without_tokens, 'request')}")
     if trace.ignored_columns:
         remarks.append(f"columns not read: {', '.join(trace.ignored_columns)}"[:200])
     return remarks
@@ -261,7 +266,7 @@ class _Reader:
 # Between these years nanoseconds fit into 64 bits.
 _TIMESTAMP = re.compile(
     r"((?:19[7-9]\d|20\d\d|21\d\d|22[0-5]\d)-\d\d-\d\d)[ Tt](\d\d:\d\d:\d\d(?:\.\d{1,9})?)"
-    r" ?(?:[Zz]|UTC|([+-])([01]\d|2[0-3])(?::?([0-5]\d))?)?",
+    r" ?(?:[Zz]|UTC|GMT|([+-])([01]\d|2[0-3])(?::?([0-5]\d))?)?",
     re.ASCII,
 )
 _MANY_OF_UTC = re.compile(
@@ -282,7 +287,7 @@ def timestamps_ns(cells: Sequence[str]) -> np.ndarray[Any, Any]:
         return np.array(plain, "datetime64[ns]").astype(np.int64)
     local, offsets = [], []
     for cell in cells:
-        found = _TIMESTAMP.fullmatch(cell)
+        found = _TIMESTAMP.fullmatch(cell.strip())
         if found is None:
             raise ValueError(f"{cell!r} is not a date and time")
         day, time, sign, hours, minutes = found.groups()

@@ -132,7 +132,7 @@ def test_what_was_resolved_is_recorded(azure: str, tmp_path: Path) -> None:
 def test_models_that_load_after_the_end_are_named(azure: str) -> None:
     source = build(azure, "three.toml", limit=10).source
     assert source is not None
-    assert source.remarks == ("endpoint 3 (gptj-6b) is requested after the last arrival",)
+    assert source.remarks == ("requested after the last arrival: endpoints 3 (gptj-6b)",)
 
 
 def test_a_model_set_needs_no_load_at_but_one_that_starts(azure: str, tmp_path: Path) -> None:

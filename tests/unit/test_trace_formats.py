@@ -42,7 +42,7 @@ def reordered(text: str, order: tuple[int, ...]) -> str:
     return "".join(",".join(line.split(",")[i] for i in order) + "\n" for line in text.splitlines())
 
 
-OFFSETS = ["Z", "z", " UTC", "+00:00", "+0000", "+00", "-00:00"]
+OFFSETS = ["Z", "z", " UTC", " GMT", "+00:00", "+0000", "+00", "-00:00"]
 AZURE_FORMS = {
     "plain": PLAIN,
     "crlf": PLAIN.replace("\n", "\r\n"),
@@ -55,6 +55,7 @@ AZURE_FORMS = {
     "all quoted": "".join(",".join(f'"{cell}"' for cell in line.split(",")) + "\n" for line in PLAIN.splitlines()),
     "reordered": reordered(PLAIN, (1, 2, 0)),
     "reversed": reordered(PLAIN, (2, 1, 0)),
+    "spaces": PLAIN.replace(",", " , "),
     "t": PLAIN.replace("10 0", "10T0"),
     "no fraction where it is 0": PLAIN.replace(":00.000000", ":00"),
     "nanoseconds": PLAIN.replace("00+", "00000+"),
@@ -253,6 +254,6 @@ def test_the_json_of_a_check_says_what_was_recognised(tmp_path: Path, capsys: py
     }
     check(tmp_path / "b.csv")
     assert capsys.readouterr().out.endswith(
-        "BurstGPT trace, 2 requests in 40 s; 1 requests with 0 tokens count as 1 token; "
+        "BurstGPT trace, 2 requests in 40 s; 0 tokens count as 1, in 1 request; "
         "columns not read: Model, Total tokens, Log Type\n"
     )
