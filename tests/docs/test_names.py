@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,11 @@ def test_a_step_of_the_reading_guide_names_what_its_files_have(step: str) -> Non
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     for name in filter(NAME.fullmatch, quoted):
         assert not files or re.search(rf"\b{name}\b", text), f"the files of this step have no {name}"
+
+
+def test_the_reading_guide_lists_every_layer() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = " ".join(project["tool"]["importlinter"]["contracts"][0]["layers"])
+    packages = text_of(Path("docs/reading-guide.md")).partition("## Packages")[2].partition("- ")[0]
+    for name in re.findall(r"maveriq\.(\w+)", layers):
+        assert re.search(rf"\b{name}\b", packages), f"the list of packages has no {name}"
