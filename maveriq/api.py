@@ -288,8 +288,8 @@ def _check_component(name: str, component: object) -> None:
 
 
 def _resolved(options: Options, system: ReplaySystem, components: Components) -> Options:
-    """Return the options with the defaults that depend on the profile and the trace, and the names of objects."""
-    source, timing = system.workload.source, system.settings.timing
+    """Return the options with the defaults of profile, cluster and trace, and the names of objects."""
+    options, source, timing = system.options or options, system.workload.source, system.settings.timing
     return replace(
         options,
         **(source.options if source is not None else {}),

@@ -89,7 +89,7 @@ class Run:
         """Whether the cluster kept up with the requests, and the evidence."""
         from maveriq.report.saturation import assess_saturation
 
-        return assess_saturation(self.record)
+        return assess_saturation(self.record, options=self.options)
 
     @property
     def notes(self) -> tuple[str, ...]:

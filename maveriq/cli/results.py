@@ -14,16 +14,27 @@ from maveriq.errors import MaveriqError
 from maveriq.report.live import ProgressView, make_view
 from maveriq.report.results import results_view
 from maveriq.runs import Run
+from maveriq.scenario.defaults import resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.workload.build import DEFAULT_SCALE
 
 
 def default_folder(options: Options) -> Path:
     """Return the folder of a run without `--out`: `runs/` and what distinguishes the run from others."""
-    parts = [options.policy, options.intent, Path(options.models).stem, Path(options.trace).stem]
+    parts = [_policy_of(options), options.intent, Path(options.models).stem, Path(options.trace).stem]
     if options.scale is not None or not options.trace.endswith((".csv", ".gz")):
         parts.append(f"{DEFAULT_SCALE if options.scale is None else options.scale:g}")
     return Path("runs") / "-".join(part.replace("/", "_").replace(":", "_") for part in parts)
+
+
+def _policy_of(options: Options) -> str:
+    from maveriq.estimate.hardware_profile import load_profile
+    from maveriq.exec.local_machine import local_cluster
+
+    if options.policy is not None:
+        return options.policy
+    profile = load_profile(options.profile)
+    return resolved(with_cluster_defaults(options, profile, local_cluster(options.gpus, profile)).policy)
 
 
 def live_view(output: OutputOptions) -> ProgressView:

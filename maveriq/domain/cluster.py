@@ -115,8 +115,8 @@ class LoadWindow:
 class GpuView:
     """One GPU as a policy sees it.
 
-    `load` is the share of recent one-second samples in which the GPU was busy, 0 to 1. A GPU
-    that is down is not in the view.
+    `load` is the share of recent one-second samples in which the GPU was busy, 0 to 1; `tenants`
+    counts the deployments that hold memory on it. A GPU that is down is not in the view.
     """
 
     gpu_id: int
@@ -124,6 +124,7 @@ class GpuView:
     capacity_bytes: Bytes
     free_bytes: Bytes
     load: float
+    tenants: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +204,7 @@ class ClusterState:
 
     def view(self, loads: Sequence[float]) -> ClusterView:
         """Return the view for a policy; `loads` has one share per GPU, in the order of ids."""
+        tenants = Counter(gpu_id for shares in self._held.values() for gpu_id in shares)
         return ClusterView(
             gpus=tuple(
                 GpuView(
@@ -211,6 +213,7 @@ class ClusterState:
                     capacity_bytes=gpu.capacity_bytes,
                     free_bytes=self.free_bytes(gpu.gpu_id),
                     load=load,
+                    tenants=tenants[gpu.gpu_id],
                 )
                 for gpu, load in zip(self.cluster.gpus, loads, strict=True)
                 if not self.is_down(gpu.gpu_id)

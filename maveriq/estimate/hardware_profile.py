@@ -211,10 +211,11 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     models: str | None = None
 
 
-class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     kind: str
     memory_gib: _Positive
     idle_gib: _NotNegative
+    published_testbed: str = ""
     dispatch: _Dispatch
     run: _Run
     load_window: _LoadWindow
@@ -259,6 +260,7 @@ class HardwareProfile:
         models: the shapes of the models that were measured, by name.
         serves_beyond_context: whether the testbed served requests longer than their model's context; replays of the
             traces that come with maveriq then serve them too.
+        published_testbed: the GPUs of the published testbed, as `--gpus` takes them; "" if there is none.
     """
 
     name: str
@@ -275,6 +277,7 @@ class HardwareProfile:
     measured: Path | None = None
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     serves_beyond_context: bool = False
+    published_testbed: str = ""
 
     def why_other_model(self, model: ModelSpec) -> str | None:
         """Return why a model is not the one that was measured under its name: its shape differs; None if it may be.
@@ -365,6 +368,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         measured=tables / hardware.tables.measured if hardware.tables.measured else None,
         serves_beyond_context=hardware.run.serves_beyond_context,
         models=read_models(tables / hardware.tables.models) if hardware.tables.models else {},
+        published_testbed=hardware.published_testbed,
     )
 
 

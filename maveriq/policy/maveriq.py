@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
@@ -20,7 +21,20 @@ from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.units import Bytes
 
 PlacementRule: TypeAlias = Callable[[Sequence[GpuView]], Sequence[GpuView]]
-"""Takes the GPUs in the order of their ids and returns them in the order of preference."""
+"""Takes the GPUs in the order that breaks ties, usually by id, and returns them in the order of preference."""
+
+
+class TieBreak(StrEnum):
+    """Which GPU goes first among those that a placement rule finds equal."""
+
+    FREE_MEMORY = "free-memory"  # most free memory, then fewest deployments, then the lowest id
+    GPU_ID = "gpu-id"  # the lowest id, as in the published system
+
+    def order(self, gpus: Sequence[GpuView]) -> Sequence[GpuView]:
+        """Return the GPUs in the order that a stable sort keeps for equal ones."""
+        if self is TieBreak.GPU_ID:
+            return gpus
+        return sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.tenants, gpu.gpu_id))
 
 
 def least_loaded_first(gpus: Sequence[GpuView]) -> list[GpuView]:
@@ -73,12 +87,14 @@ class MaverIQ:
     """MaverIQ's policy: chooses a configuration by SPEC 4, places its shards by SPEC 5.
 
     `rule` None keeps the GPUs with most free memory, by which the layers were split.
+    `tie_break` orders GPUs that the rule finds equal.
     """
 
     name: str
     estimator: Estimator
     accuracy: AccuracyLookup
     rule: PlacementRule | None
+    tie_break: TieBreak = TieBreak.GPU_ID
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return one deployment of the best candidate, or why none can be made."""
@@ -105,4 +121,4 @@ class MaverIQ:
     def _place(self, best: Candidate, view: ClusterView) -> tuple[int, ...] | None:
         if self.rule is None:
             return best.gpu_ids
-        return place_shards(best.gpu_bytes, self.rule(view.gpus))
+        return place_shards(best.gpu_bytes, self.rule(self.tie_break.order(view.gpus)))

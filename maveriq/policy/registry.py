@@ -15,7 +15,7 @@ from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.files import exists, open_regular_file
 from maveriq.policy.configuration import AccuracyLookup
-from maveriq.policy.maveriq import MaverIQ, PlacementRule, hybrid, least_loaded_first, packing
+from maveriq.policy.maveriq import MaverIQ, PlacementRule, TieBreak, hybrid, least_loaded_first, packing
 from maveriq.policy.policy import Policy
 
 RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
@@ -30,7 +30,13 @@ RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
 
 
 def make_policy(
-    name: str, *, estimator: Estimator, accuracy: AccuracyLookup, packing_threshold: float, others: Sequence[str] = ()
+    name: str,
+    *,
+    estimator: Estimator,
+    accuracy: AccuracyLookup,
+    packing_threshold: float,
+    tie_break: TieBreak = TieBreak.GPU_ID,
+    others: Sequence[str] = (),
 ) -> Policy:
     """Return the policy of a name.
 
@@ -40,6 +46,7 @@ def make_policy(
         estimator: what the policy plans with.
         accuracy: measured accuracy of quantised models.
         packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
+        tie_break: for the rules that come with maveriq; a rule of one's own always gets the GPUs by id.
         others: names of policies that another module makes, for the message about an unknown name.
 
     Raises:
@@ -48,6 +55,7 @@ def make_policy(
     hybrid(packing_threshold)  # refuse a bad threshold even if this policy does not use it
     if ":" in name:
         rule: PlacementRule | None = _load_rule(name)
+        tie_break = TieBreak.GPU_ID
     elif name in RULES:
         rule = RULES[name](packing_threshold)
     else:
@@ -57,7 +65,7 @@ def make_policy(
             (*RULES, *others),
             hint="or a rule of your own as file.py:function",
         )
-    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule)
+    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break)
 
 
 def policy_of_rule(rule: PlacementRule, *, estimator: Estimator, accuracy: AccuracyLookup) -> Policy:

@@ -181,9 +181,10 @@ def _figure_column(header: str, metric: str, which: str) -> _MetricColumn:
 
 def saturation_panel(saturation: Saturation, summary: Summary, *, width: int) -> Panel:
     """Return the saturation with the figures of the whole run beneath it."""
+    found = map(Text, (saturation.sentence, *saturation.bottlenecks.sentences()))
     return Panel(
         saturation.label.value,
-        [Text(saturation.sentence), BLANK, Facts(list(_run_figures(summary)))],
+        [*found, BLANK, Facts(list(_run_figures(summary)))],
         style=SATURATION_STYLES[saturation.label],
         width=min(width, WIDE),
     )

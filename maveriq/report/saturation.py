@@ -17,7 +17,7 @@ overloaded; of 200 requests 95 % and 69 %, of 50 only 53 % and 31 %: chance can 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias, assert_never
 
@@ -26,8 +26,10 @@ import numpy.typing as npt
 
 from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.domain.requests import RequestStatus
+from maveriq.report.bottlenecks import Bottlenecks, find_bottlenecks
 from maveriq.report.formatting import share
 from maveriq.report.metrics import busiest_gpu
+from maveriq.scenario.options import Options
 from maveriq.units import MICROS_PER_SECOND, Micros
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -226,15 +228,25 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saturation:
-    """The load state, a sentence with its numbers, and the evidence; evidence is None if no request was served."""
+    """The load state, a sentence with its numbers, the evidence, and what held the run back.
+
+    `evidence` is None if no request was served. `bottlenecks` is of whole runs only.
+    """
 
     label: SaturationLabel
     sentence: str
     evidence: Evidence | None
+    bottlenecks: Bottlenecks = field(default_factory=Bottlenecks)
 
 
-def assess_saturation(run: RunRecord, *, model: str | None = None) -> Saturation:
-    """Return the saturation of a run, or of one model's requests in it. Refused requests do not count."""
+def assess_saturation(run: RunRecord, *, model: str | None = None, options: Options | None = None) -> Saturation:
+    """Return the saturation of a run, or of one model's requests in it. Refused requests do not count.
+
+    Args:
+        run: its records.
+        model: judge the requests of this model alone.
+        options: the options of the run as resolved, for advice; None gives none.
+    """
     queue = queue_of(run, model=model)
     if queue is None:
         return Saturation(
@@ -245,7 +257,14 @@ def assess_saturation(run: RunRecord, *, model: str | None = None) -> Saturation
     label = _label(queue, backlogs, evidence)
     refused = int((run.requests.status == RequestStatus.REFUSED.value).sum()) if model is None else 0
     note = f" {refused:,} of {len(run.requests):,} requests were refused and count for nothing here." if refused else ""
-    return Saturation(label=label, sentence=_sentence(label, evidence) + note, evidence=evidence)
+    return Saturation(
+        label=label,
+        sentence=_sentence(label, evidence) + note,
+        evidence=evidence,
+        bottlenecks=(
+            find_bottlenecks(run, options, keeps_up=label is SaturationLabel.STABLE) if model is None else Bottlenecks()
+        ),
+    )
 
 
 def _evidence(run: RunRecord, queue: Queue, backlogs: list[Backlog]) -> Evidence:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import TypeVar
 
 from maveriq.control.controller import ControllerSettings, OnFailure, ServiceTimePredictor
 from maveriq.control.deployment_manager import Deployment
@@ -23,11 +21,12 @@ from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile, load_profile
 from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator, make_estimator, note_on_default
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
-from maveriq.policy.maveriq import PlacementRule
+from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
 from maveriq.policy.registry import RULES, make_policy, policy_of_rule
 from maveriq.scenario.beyond_context import note_on_long_requests, refuses_long_requests
+from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
@@ -38,7 +37,6 @@ from maveriq.workload.requests import Workload
 
 _MAX_SAMPLES, _MAX_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
 _MAX_CACHED = 1_000_000
-_Choice = TypeVar("_Choice", bound=StrEnum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +85,7 @@ def build_system(
     """
     profile = load_profile(options.profile)
     cluster = (make_cluster or cluster_for)(options.gpus, profile)
+    options = with_cluster_defaults(options, profile, cluster)
     name, estimator = _estimator(options, profile, wrap_estimator, components.estimator)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
     given_policy = _given_policy(components, profile, estimator)
@@ -107,6 +106,7 @@ def build_system(
         removals=_removals(options, workload),
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
+        options=options,
     )
 
 
@@ -128,18 +128,25 @@ def build_live_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    options = replace(options, no_dispatch_overhead=True)
     profile = load_profile(options.profile)
+    cluster = (make_cluster or cluster_for)(options.gpus, profile)
+    options = with_cluster_defaults(replace(options, no_dispatch_overhead=True), profile, cluster, live=True)
     name, estimator = _estimator(options, profile, wrap_estimator)
 
     def policy(name: str) -> Policy:
         return make_policy(
-            name, estimator=estimator, accuracy=profile.accuracy, packing_threshold=options.packing_threshold
+            name,
+            estimator=estimator,
+            accuracy=profile.accuracy,
+            packing_threshold=options.packing_threshold,
+            tie_break=choice(TieBreak, "tie break", options.tie_break),
         )
 
-    placements = PinnedPlacementPolicy(default=policy(options.policy), by_name={rule: policy(rule) for rule in RULES})
+    placements = PinnedPlacementPolicy(
+        default=policy(resolved(options.policy)), by_name={rule: policy(rule) for rule in RULES}
+    )
     system = ServingSystem(
-        cluster=(make_cluster or cluster_for)(options.gpus, profile),
+        cluster=cluster,
         policy=placements,
         settings=_controller_settings(options, profile, live=True),
         predict_service_time=_service_time_predictor(estimator),
@@ -223,10 +230,11 @@ def _policy(
     if options.policy in STATIC_POLICIES:
         return search_static_placement(options, profile, cluster, estimator, workload)
     policy = make_policy(
-        options.policy,
+        resolved(options.policy),
         estimator=estimator,
         accuracy=profile.accuracy,
         packing_threshold=options.packing_threshold,
+        tie_break=choice(TieBreak, "tie break", options.tie_break),
         others=STATIC_POLICIES,
     )
     return policy, ()
@@ -290,21 +298,14 @@ def _controller_settings(
     """
     return ControllerSettings(
         timing=_timing(options, profile.timing),
-        discipline=_choice(QueueDiscipline, "queue", options.queue),
+        discipline=choice(QueueDiscipline, "queue", options.queue),
         max_wait_us=micros(options.max_wait_s),
-        on_failure=_choice(OnFailure, "--on-failure", options.on_failure),
-        router=router or _choice(RoutingRule, "router", options.router),
+        on_failure=choice(OnFailure, "--on-failure", options.on_failure),
+        router=router or choice(RoutingRule, "router", options.router),
         seed=options.seed,
         load_window=profile.load_window,
         refuse_beyond_context=refuses_long_requests(options, profile, live=live),
     )
-
-
-def _choice(kind: type[_Choice], what: str, text: str) -> _Choice:
-    try:
-        return kind(text.replace("_", "-"))
-    except ValueError:
-        raise UnknownNameError(what, text, [choice.value for choice in kind]) from None
 
 
 def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:

@@ -53,6 +53,8 @@ def option(
 class Options:
     """Every option that shapes a run; the defaults are the published main run.
 
+    None stands for a default that depends on the profile or the cluster (`maveriq.scenario.defaults`).
+
     Names become options of the command line (`slo_scale` is `--slo-scale`), the metadata of a
     field its help. Durations are in the unit their name says.
 
@@ -94,8 +96,11 @@ class Options:
     gpus: str = option("8xA6000", "The cluster: count and kind of GPU (8xA6000), a TOML file, or local.", _CLUSTER)
     profile: str = option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
 
-    policy: str = option(
-        "hybrid", "hybrid, packing, llf, none, alpaserve, alpaserve-star, or your own FILE.py:FUNCTION.", _POLICY
+    policy: str | None = option(
+        None,
+        "hybrid, packing, llf, none, alpaserve, alpaserve-star, or your own FILE.py:FUNCTION.",
+        _POLICY,
+        shown="llf; hybrid on the published testbed",
     )
     intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
     slo_scale: float = option(
@@ -105,7 +110,18 @@ class Options:
     float16_only: bool = option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
     packing_threshold: float = option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
     batch_size: int = option(1, "Maximum requests in a batch.", _POLICY, minimum=1, maximum=10_000)
-    queue: str = option("fifo", "fifo, fifo-per-model, sjf, or edf.", _POLICY)
+    tie_break: str | None = option(
+        None,
+        "Which of equally loaded GPUs a model goes to: free-memory (the emptiest) or gpu-id.",
+        _POLICY,
+        shown="free-memory; gpu-id on the published testbed",
+    )
+    queue: str | None = option(
+        None,
+        "fifo, fifo-per-model, sjf, or edf.",
+        _POLICY,
+        shown="fifo-per-model; fifo on the published testbed",
+    )
     max_wait_s: float = option(
         60.0, "Requests that have waited longer go next (except with fifo).", _POLICY, minimum=0, maximum=_MAX_S
     )

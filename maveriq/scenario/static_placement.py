@@ -25,6 +25,7 @@ from maveriq.policy.alpaserve.problem import (
 )
 from maveriq.policy.alpaserve.profiles import profiles_from_estimator, published_profiles_of
 from maveriq.policy.alpaserve.search import search
+from maveriq.scenario.defaults import resolved
 from maveriq.scenario.options import Options
 from maveriq.scenario.workload import workload_for
 from maveriq.units import Bytes, bytes_from_gib
@@ -54,21 +55,21 @@ def search_static_placement(
     Raises:
         InputError: options that do not match the trace, GPUs that differ, a model without profile.
     """
-    published = options.alpaserve_as_published
+    published, name = options.alpaserve_as_published, resolved(options.policy)
     profiles = _profiles(options, cluster, estimator, workload)
     forecast = _published_forecast(options, profile, workload) if published else _forecast(options, profile, workload)
     solution = search(
         problem_for_cluster(forecast, cluster, profiles, memory_bytes=_PUBLISHED_MEMORY_BYTES if published else None),
-        SearchSettings(policy=PlacementPolicy(options.policy), max_tp=_MAX_TP, star_rule=_star_rule(options)),
+        SearchSettings(policy=PlacementPolicy(name), max_tp=_MAX_TP, star_rule=_star_rule(options)),
     )
     names = [f"{endpoint.endpoint_id}:{endpoint.model.name}" for endpoint in workload.endpoints]
-    notes = [f"{options.policy}: {described(solution, names)}"]
+    notes = [f"{name}: {described(solution, names)}"]
     if published:
         notes.append(
-            f"{options.policy} as published: each model is placed for the requests of the one before it, by a table of "
+            f"{name} as published: each model is placed for the requests of the one before it, by a table of "
             "prefill times and weights; this is a defect of the published comparison, kept for the record"
         )
-    return StaticPlacementPolicy(name=options.policy, solution=solution, profiles=profiles), tuple(notes)
+    return StaticPlacementPolicy(name=name, solution=solution, profiles=profiles), tuple(notes)
 
 
 def _profiles(options: Options, cluster: Cluster, estimator: Estimator, workload: Workload) -> Sequence[ModelProfile]:

@@ -11,6 +11,7 @@ from maveriq.domain.cluster import Cluster
 from maveriq.domain.faults import Fault, Removal
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.policy.policy import Policy
+from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import ServiceTimes
 from maveriq.units import Micros
 from maveriq.workload.requests import Workload
@@ -52,7 +53,8 @@ class ReplaySystem(ServingSystem):
     """A serving system and the workload that it replays, with the faults and removals of the run.
 
     The run stops when every request has ended, at the latest `drain_us` after the last arrival.
-    GPUs are sampled every `sample_us`.
+    GPUs are sampled every `sample_us`. `options` are those that it was built from, with the defaults
+    of the cluster; None where it was built without options.
     """
 
     workload: Workload
@@ -60,3 +62,4 @@ class ReplaySystem(ServingSystem):
     removals: tuple[Removal, ...] = ()
     drain_us: Micros
     sample_us: Micros
+    options: Options | None = None
