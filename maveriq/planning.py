@@ -110,7 +110,9 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     )
     view = ClusterState(cluster).view([0.0] * len(cluster))
     planner = estimator or make_estimator(name, profile)
-    ranking = rank(endpoint, view, planner, profile.accuracy)
+    ranking = rank(
+        endpoint, view, planner, profile.accuracy, evidence=profile.full_models.ratio, in_ms=options.slo_ms is not None
+    )
     return RankedPlan(
         endpoint=endpoint,
         ranking=ranking,

@@ -2,9 +2,10 @@
 
 Usage: python scripts/derive_a6000.py DATA_DIR [--out FOLDER]
 
-DATA_DIR contains fingerprint_short_prompt.csv and fingerprint_long_prompt.csv. The script writes
-fingerprints-short.csv and fingerprints-long.csv (constants of SPEC 3, one row per model, weights, KV, TP, PP and batch)
-and load_fit.toml to maveriq/data/a6000. Equal input gives equal files.
+DATA_DIR contains fingerprint_short_prompt.csv, fingerprint_long_prompt.csv and full_model_long_prompt.csv. The script
+writes to maveriq/data/a6000: fingerprints-short.csv and fingerprints-long.csv (constants of SPEC 3, one row per model,
+weights, KV, TP, PP and batch), full_models.csv (latencies relative to the first configuration of the same model and
+types) and load_fit.toml. Equal input gives equal files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from maveriq.estimate.fingerprints import (
     parallel_memory_gib,
     read_fingerprints,
 )
+from maveriq.estimate.full_models import COLUMNS as RELATIVE_COLUMNS
 from maveriq.estimate.hardware_profile import ModelConfig, Range, read_load_times
 from maveriq.files import data_path
 from maveriq.tables import choice, read_csv
@@ -32,6 +34,9 @@ MEASURED_COLUMNS = (
     "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
     "memory_before_run_gib", "memory_after_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
 )  # fmt: skip
+FULL_MODEL_COLUMNS = tuple(column for column in MEASURED_COLUMNS if column != "fingerprint_build_s")
+FULL_MODEL_PROMPT_TOKENS, FULL_MODEL_OUTPUT_TOKENS = 923, 20
+
 MEMORY_AT_OUTPUT_TOKENS = 10
 """Memory comes from the runs with this many output tokens."""
 
@@ -58,6 +63,21 @@ def derive_fingerprints(measured: Path, out: Path) -> None:
         constants = astuple(derive(latency_s, memory[model, at]))
         key_cells = [model, at.weights, at.kv, str(at.tp), str(at.pp), str(at.batch_size)]
         lines.append(",".join([*key_cells, *map(repr, constants)]))
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def derive_full_models(measured: Path, out: Path) -> None:
+    """Write the latency of each measured whole model relative to the first one of its model and types."""
+    lines, first_s = [",".join(RELATIVE_COLUMNS)], dict[tuple[str, str, str], float]()
+    for row in read_csv(measured, FULL_MODEL_COLUMNS, what="measured full models"):
+        if row.count("output_tokens") != FULL_MODEL_OUTPUT_TOKENS or row.count("batch_size") != 1:
+            continue
+        kv = KvType.INT8 if row.count("int8_kv") else KvType.NATIVE
+        types = row.text("model"), choice(row, "weight_dtype", WeightType).value, kv.value
+        relative = row.number("latency_s") / first_s.setdefault(types, row.number("latency_s"))
+        degrees = (str(row.count("tp")), str(row.count("pp")))
+        lengths = (str(FULL_MODEL_PROMPT_TOKENS), str(FULL_MODEL_OUTPUT_TOKENS))
+        lines.append(",".join([*types, *degrees, *lengths, f"{relative:.4f}"]))
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -123,6 +143,7 @@ def main() -> None:
     for prompt in ("short", "long"):
         measured = arguments.data_dir / f"fingerprint_{prompt}_prompt.csv"
         derive_fingerprints(measured, arguments.out / f"fingerprints-{prompt}.csv")
+    derive_full_models(arguments.data_dir / "full_model_long_prompt.csv", arguments.out / "full_models.csv")
     # The live system plans with the short prompt, so its "GiB per GPU" is that of the short prompt.
     fitted = fit_load_times(
         read_load_times(data_path("a6000", "load_times.csv")), arguments.out / "fingerprints-short.csv"

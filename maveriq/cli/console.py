@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, assert_never
+from typing import TYPE_CHECKING, Annotated, Any, Self, TextIO, assert_never
 
 import typer
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from maveriq.serve.client import ServiceClient
 
 _PROMPT = "maveriq> "
+_POLL_S = 0.25
+_MAX_DOWN_S = 65.0  # a failed engine that is not given up starts again within 60 s
 
 
 def console(
@@ -45,17 +48,20 @@ def console(
     commands: Annotated[
         list[str] | None, typer.Option("--command", "-c", help="Run this command and exit; repeatable.")
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="After each deploy, wait until the endpoint serves.")
+    ] = False,
 ) -> None:
     """Register, deploy and query models of a running server.
 
     Reads commands from the terminal, with Tab completion, or from a pipe; `help`
     lists them. Commands from a pipe or -c stop at the first error.
     """
-    run_console(url, token_file, commands or [])
+    run_console(url, token_file, commands or [], wait=wait)
 
 
-def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
-    """Run the given commands, or else those from the terminal or pipe.
+def run_console(url: str, token_file: Path | None, commands: list[str], *, wait: bool = False) -> None:
+    """Run the given commands, or else those from the terminal or pipe; see `console`.
 
     Raises:
         MaveriqError: the first error of commands that are not typed at a terminal.
@@ -69,7 +75,7 @@ def run_console(url: str, token_file: Path | None, commands: list[str]) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):  # let `parse` report bytes that are not UTF-8
         sys.stdin.reconfigure(errors="surrogateescape")
     with ServiceClient(url, read_token(token_file)) as client:
-        session = ConsoleSession(client)
+        session = ConsoleSession(client, wait=wait)
         if commands:
             _run_batch(session, commands)
         elif sys.stdin is not None and sys.stdin.isatty():
@@ -123,11 +129,42 @@ def _enable_tab_completion(candidates: Callable[[str], list[str]]) -> None:
     readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
 
 
+class WaitProgress:
+    """Shows how long something has lasted: one line that is rewritten at a terminal, else a line per change."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._rewrites = stream.isatty()
+        self._shown = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rewrites and self._shown:
+            self._write("\r" + " " * len(self._shown) + "\r")
+
+    def show(self, what: str, waited_s: float) -> None:
+        """Show what is waited for."""
+        if self._rewrites:
+            line = f"{what} ... {waited_s:.0f} s"
+            self._write("\r" + line.ljust(len(self._shown)))
+            self._shown = line
+        elif what != self._shown:
+            self._write(f"{what} ...\n")
+            self._shown = what
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
 class ConsoleSession:
     """Runs commands against one server and prints the results."""
 
-    def __init__(self, client: ServiceClient) -> None:
+    def __init__(self, client: ServiceClient, *, wait: bool = False) -> None:
         self._client = client
+        self._wait = wait  # after a deploy, until its endpoint serves
 
     def run(self, line: str) -> bool:
         """Run the command in a line; return False if the user quits.
@@ -193,13 +230,37 @@ class ConsoleSession:
                 f"model ID {model['id']} is {model['name']}, not {command.model!r}; "
                 f"register {command.model!r}, or write {model['name']}"
             )
+        if command.assumed_ms:
+            typer.echo(f"SLO {command.slo_ms:g} ms: no unit was given, milliseconds are assumed")
         request = asdict(command) | {"model": model["name"]}
-        del request["model_id"]
+        del request["model_id"], request["assumed_ms"]
         endpoint = self._client.create_endpoint(request)
         if endpoint["status"] == "rejected":
             self._client.remove_endpoint(endpoint["id"])
             raise MaveriqError(f"{model['name']} cannot be deployed: {endpoint['reason']}")
         _print_endpoints([endpoint])
+        if self._wait:
+            self._wait_until_up(endpoint["id"])
+
+    def _wait_until_up(self, endpoint_id: int) -> None:
+        """Wait until an endpoint serves, with its progress on stderr.
+
+        Raises:
+            MaveriqError: it cannot come up, or was removed.
+        """
+        started_s = last_not_down_s = time.monotonic()
+        with WaitProgress(sys.stderr) as progress:
+            while (endpoint := self._client.get(f"/endpoints/{endpoint_id}"))["status"] != "up":
+                now_s, status = time.monotonic(), endpoint["status"]
+                what = f"endpoint {endpoint_id} ({endpoint['model']}) {status}"
+                if status != "down":
+                    last_not_down_s = now_s
+                if status in ("removed", "rejected") or now_s - last_not_down_s > _MAX_DOWN_S:
+                    raise MaveriqError(f"{what}: {endpoint['reason']}")
+                progress.show(what, now_s - started_s)
+                time.sleep(_POLL_S)
+        waited_s = time.monotonic() - started_s
+        typer.echo(f"endpoint {endpoint_id} ({endpoint['model']}) up after {waited_s:.1f} s")
 
     def _infer(self, command: Infer) -> None:
         model = self._model(command.model_id)

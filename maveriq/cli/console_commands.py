@@ -35,7 +35,7 @@ HELP = {
     "health": "show the health of the server",
     "help": "show this help",
     "quit": "leave the console (or Ctrl-D)",
-    "deploy": "create an endpoint; LEN: typical output tokens, SLO: 500ms, 2s (no unit: ms), ACCURACY: in percent",
+    "deploy": "create an endpoint; LEN: typical output tokens, SLO: 500ms or 2s, ACCURACY: in percent",
     "inference": "complete a text",
     "prior_inference": "complete a text, at the head of the queue",
     "status": "show the endpoints of the model",
@@ -68,9 +68,13 @@ class Show:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeployModel:
-    """`ID deploy ...`; the fields after `model_id` are those of `POST /endpoints`."""
+    """`ID deploy ...`; the fields after `assumed_ms` are those of `POST /endpoints`.
+
+    `assumed_ms`: the SLO was given without a unit.
+    """
 
     model_id: int
+    assumed_ms: bool = False
     model: str
     output_tokens: int
     intent: str
@@ -164,6 +168,7 @@ def _parse_deploy(model_id: int, arguments: Sequence[str]) -> DeployModel:
     slo, fp16, placement, batch, accuracy = (*optional, *[_DEFAULT] * (5 - len(optional)))
     return DeployModel(
         model_id=model_id,
+        assumed_ms=slo not in (_DEFAULT, "0") and not slo.endswith("s"),
         model=model,
         output_tokens=_convert(length, int, "LEN", "a whole number of tokens"),
         intent=Objective.named(intent).value,
@@ -188,7 +193,7 @@ def _milliseconds(text: str) -> float:
     for unit, factor in (("ms", 1.0), ("s", 1e3)):
         if text.endswith(unit):
             return _finite(text.removesuffix(unit)) * factor
-    return _finite(text)  # without a unit: milliseconds, as everywhere in the API
+    return _finite(text)  # without a unit: milliseconds, as everywhere in the API; the console says so
 
 
 def _finite(text: str) -> float:

@@ -38,11 +38,13 @@ def plan(
     else:
         from rich.console import Console
 
-        from maveriq.report.plans import ranking_table, rejected_table
+        from maveriq.report.plans import ranking_table, rejected_table, surprise_notes
 
         console = Console()
         if ranking.candidates:
             console.print(ranking_table(ranked.endpoint, ranking, ranked.cluster, top=top, width=console.width))
+            for note in surprise_notes(ranking, top=top):
+                console.print(note)
         console.print(rejected_table(ranking, every=explain))
         if ranked.note:
             console.print(ranked.note, highlight=False, markup=False)

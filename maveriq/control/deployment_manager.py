@@ -112,7 +112,7 @@ class Deployment:
         )
 
     def status(self, waiting: int) -> DeploymentStatus:
-        """Return what a live view shows of it."""
+        """Return what live views and the HTTP API show of it; the reason includes the note of its plan."""
         return DeploymentStatus(
             deployment_id=self.deployment_id,
             endpoint_id=self.endpoint.endpoint_id,
@@ -123,7 +123,7 @@ class Deployment:
             status=self.state.value,
             waiting=waiting,
             completed=self.completed,
-            reason=self.reason,
+            reason="; ".join(filter(None, (self.reason, self.plan.note if self.plan else ""))),
             restarts=max(0, self.generation - 1),
         )
 

@@ -59,7 +59,8 @@ class Intent:
         float16_only: rule out quantised weights (the KV cache may still be int8).
 
     Raises:
-        InputError: an SLO that is not positive, an accuracy outside 0 to 100, NaN.
+        InputError: an SLO that is not positive, an accuracy outside 0 to 100 or between 0 and 1 (taken for a
+            share), NaN.
     """
 
     objective: Objective
@@ -72,6 +73,11 @@ class Intent:
             raise InputError(f"latency SLO must be a positive number of seconds, not {self.slo_s}")
         if not 0 <= self.min_accuracy <= 100:
             raise InputError(f"minimum accuracy must lie between 0 and 100 percent, not {self.min_accuracy}")
+        if 0 < self.min_accuracy < 1:
+            raise InputError(
+                f"minimum accuracy is in percent, and {self.min_accuracy:g} would be {self.min_accuracy:g} %; "
+                f"write {100 * self.min_accuracy:g} for {100 * self.min_accuracy:g} %, or 0 for no minimum"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

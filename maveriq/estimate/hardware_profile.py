@@ -20,6 +20,7 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, r
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.fingerprints import FingerprintTable, read_config, read_exponents, read_fingerprints
+from maveriq.estimate.full_models import FullModelTable, read_full_models
 from maveriq.files import data_path
 from maveriq.tables import Row, choice, read_csv, read_toml, unique
 from maveriq.units import Bytes, Micros, bytes_from_gib, micros
@@ -209,6 +210,7 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     calibrated: str | None = None
     measured: str | None = None
     models: str | None = None
+    full_models: str | None = None
 
 
 class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -260,6 +262,7 @@ class HardwareProfile:
         models: the shapes of the models that were measured, by name.
         serves_beyond_context: whether the testbed served requests longer than their model's context; replays of the
             traces that come with maveriq then serve them too.
+        full_models: measured latencies of whole models, relative to each other.
         published_testbed: the GPUs of the published testbed, as `--gpus` takes them; "" if there is none.
     """
 
@@ -278,6 +281,7 @@ class HardwareProfile:
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     serves_beyond_context: bool = False
     published_testbed: str = ""
+    full_models: FullModelTable = field(default_factory=FullModelTable)
 
     def why_other_model(self, model: ModelSpec) -> str | None:
         """Return why a model is not the one that was measured under its name: its shape differs; None if it may be.
@@ -369,6 +373,9 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         serves_beyond_context=hardware.run.serves_beyond_context,
         models=read_models(tables / hardware.tables.models) if hardware.tables.models else {},
         published_testbed=hardware.published_testbed,
+        full_models=read_full_models(tables / hardware.tables.full_models)
+        if hardware.tables.full_models
+        else FullModelTable(),
     )
 
 

@@ -8,11 +8,11 @@ orders those that meet everything else by latency, and says so in a note.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.deployments import EndpointSpec, Intent
+from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import (
     LayerSplit,
@@ -23,6 +23,7 @@ from maveriq.domain.parallel import (
     tensor_parallel_degrees,
 )
 from maveriq.estimate.estimator import Estimator, ServiceEstimate
+from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
 
 AccuracyLookup: TypeAlias = Callable[[str, WeightType, KvType], float | None]
@@ -33,8 +34,9 @@ AccuracyLookup: TypeAlias = Callable[[str, WeightType, KvType], float | None]
 class Candidate:
     """A configuration that runs here and fits, with its estimates.
 
-    `gpu_ids` are the GPUs with most free memory, by which its layers were split, stage-major; a
-    placement rule may move the shards. `score` is what the intent minimises.
+    `gpu_ids` are the GPUs with most free memory, by which its layers were split, stage-major; a placement
+    rule may move the shards. `score` is what the intent minimises. `note` says where the
+    configuration is fast by a surprising rule, and what was measured of it.
     """
 
     configuration: ParallelConfig
@@ -45,6 +47,7 @@ class Candidate:
     memory_bytes: Bytes
     accuracy: float | None
     score: float
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +96,25 @@ def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -
                     yield ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)
 
 
-def rank(endpoint: EndpointSpec, view: ClusterView, estimator: Estimator, accuracy: AccuracyLookup) -> Ranking:
-    """Order the configurations that can serve an endpoint on the cluster as it is."""
+def rank(
+    endpoint: EndpointSpec,
+    view: ClusterView,
+    estimator: Estimator,
+    accuracy: AccuracyLookup,
+    *,
+    evidence: EvidenceLookup = no_evidence,
+    in_ms: bool = False,
+) -> Ranking:
+    """Order the configurations that can serve an endpoint on the cluster as it is.
+
+    Args:
+        endpoint: the model and the intent.
+        view: the GPUs.
+        estimator: estimates latency and memory.
+        accuracy: measured accuracy of quantised models.
+        evidence: measured latencies, for notes on surprising configurations.
+        in_ms: notes and reasons state times in milliseconds, as the user gave them, not in seconds.
+    """
     gpus = view.by_free_memory()
     fitting: list[Candidate] = []
     rejected: list[RejectedConfig] = []
@@ -104,7 +124,22 @@ def rank(endpoint: EndpointSpec, view: ClusterView, estimator: Estimator, accura
             fitting.append(outcome)
         else:
             rejected.append(outcome)
-    return _order(endpoint.intent, fitting, rejected)
+    return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, in_ms=in_ms)
+
+
+def _with_notes(endpoint: EndpointSpec, fitting: list[Candidate], evidence: EvidenceLookup) -> list[Candidate]:
+    """Return the candidates with a note on each that is fast by a surprising rule."""
+    finder = SurpriseFinder(
+        model_name=endpoint.model.name,
+        prompt_tokens=endpoint.prompt_tokens,
+        latencies_s={candidate.configuration: candidate.service.latency_s for candidate in fitting},
+        evidence=evidence,
+        latency_decides=endpoint.intent.objective is Objective.MIN_LATENCY,
+    )
+    notes = [finder.note(candidate.configuration) for candidate in fitting]
+    return [
+        replace(candidate, note=note) if note else candidate for candidate, note in zip(fitting, notes, strict=True)
+    ]
 
 
 def _consider(
@@ -159,19 +194,27 @@ def _broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: 
     return None
 
 
-def _order(intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig]) -> Ranking:
+def _time(duration_s: float, *, in_ms: bool) -> str:
+    """Return a time in the unit that the user gave, exact to at least three digits."""
+    value = 1e3 * duration_s if in_ms else duration_s
+    digits = f"{value:.4g}" if in_ms or 0 < value < 0.001 else f"{value:.3f}"
+    return f"{digits} {'ms' if in_ms else 's'}"
+
+
+def _order(intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig], *, in_ms: bool) -> Ranking:
     """Order the candidates that meet the SLO by the objective; if none meets it, order all by latency."""
     slo_s = intent.slo_s
     meeting = [candidate for candidate in fitting if slo_s is None or candidate.service.latency_s < slo_s]
     if fitting and not meeting and slo_s is not None:
         fastest = sorted(fitting, key=lambda candidate: candidate.service.latency_s)
-        note = f"misses its SLO of {slo_s:.3f} s: the fastest that fits takes {fastest[0].service.latency_s:.3f} s"
+        fastest_time = _time(fastest[0].service.latency_s, in_ms=in_ms)
+        note = f"misses its SLO of {_time(slo_s, in_ms=in_ms)}: the fastest that fits takes {fastest_time}"
         return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), note=note)
     slow = [
         RejectedConfig(
             configuration=candidate.configuration,
-            reason=f"not below the SLO of {slo_s:.3f} s",
-            detail=f"takes {candidate.service.latency_s:.3f} s",
+            reason=f"not below the SLO of {_time(slo_s, in_ms=in_ms)}",
+            detail=f"takes {_time(candidate.service.latency_s, in_ms=in_ms)}",
         )
         for candidate in fitting
         if slo_s is not None and candidate.service.latency_s >= slo_s

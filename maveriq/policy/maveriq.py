@@ -18,6 +18,7 @@ from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
 from maveriq.policy.configuration import AccuracyLookup, Candidate, free_memory_text, rank
 from maveriq.policy.policy import Decision, Deploy, Rejection
+from maveriq.policy.surprises import EvidenceLookup, no_evidence
 from maveriq.units import Bytes
 
 PlacementRule: TypeAlias = Callable[[Sequence[GpuView]], Sequence[GpuView]]
@@ -87,7 +88,7 @@ class MaverIQ:
     """MaverIQ's policy: chooses a configuration by SPEC 4, places its shards by SPEC 5.
 
     `rule` None keeps the GPUs with most free memory, by which the layers were split.
-    `tie_break` orders GPUs that the rule finds equal.
+    `tie_break` orders GPUs that the rule finds equal. `evidence` is for notes on decisions.
     """
 
     name: str
@@ -95,12 +96,13 @@ class MaverIQ:
     accuracy: AccuracyLookup
     rule: PlacementRule | None
     tie_break: TieBreak = TieBreak.GPU_ID
+    evidence: EvidenceLookup = no_evidence
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return one deployment of the best candidate, or why none can be made."""
         if not view.gpus:
             return Rejection(reason="every GPU is down")
-        ranking = rank(endpoint, view, self.estimator, self.accuracy)
+        ranking = rank(endpoint, view, self.estimator, self.accuracy, evidence=self.evidence)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
         best = ranking.candidates[0]
@@ -114,7 +116,7 @@ class MaverIQ:
             gpu_bytes=best.gpu_bytes,
             est_latency_s=best.service.latency_s,
             est_memory_bytes=best.memory_bytes,
-            note=ranking.note,
+            note="; ".join(filter(None, (ranking.note, best.note))),
         )
         return Deploy(plans=(plan,))
 

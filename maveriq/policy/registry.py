@@ -17,6 +17,7 @@ from maveriq.files import exists, open_regular_file
 from maveriq.policy.configuration import AccuracyLookup
 from maveriq.policy.maveriq import MaverIQ, PlacementRule, TieBreak, hybrid, least_loaded_first, packing
 from maveriq.policy.policy import Policy
+from maveriq.policy.surprises import EvidenceLookup, no_evidence
 
 RULES: Mapping[str, Callable[[float], PlacementRule | None]] = MappingProxyType(
     {
@@ -36,6 +37,7 @@ def make_policy(
     accuracy: AccuracyLookup,
     packing_threshold: float,
     tie_break: TieBreak = TieBreak.GPU_ID,
+    evidence: EvidenceLookup = no_evidence,
     others: Sequence[str] = (),
 ) -> Policy:
     """Return the policy of a name.
@@ -47,6 +49,7 @@ def make_policy(
         accuracy: measured accuracy of quantised models.
         packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
         tie_break: for the rules that come with maveriq; a rule of one's own always gets the GPUs by id.
+        evidence: measured latencies, for notes on decisions.
         others: names of policies that another module makes, for the message about an unknown name.
 
     Raises:
@@ -65,7 +68,7 @@ def make_policy(
             (*RULES, *others),
             hint="or a rule of your own as file.py:function",
         )
-    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break)
+    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break, evidence=evidence)
 
 
 def policy_of_rule(rule: PlacementRule, *, estimator: Estimator, accuracy: AccuracyLookup) -> Policy:

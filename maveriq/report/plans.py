@@ -11,8 +11,10 @@ from maveriq.domain.parallel import ParallelConfig
 from maveriq.policy.configuration import Candidate, Ranking, RejectedConfig
 from maveriq.report.formatting import NONE, figure, layer_list
 from maveriq.report.results import WIDE
-from maveriq.report.view import Column, Row, Table, number_column, row
+from maveriq.report.view import Column, Row, Table, Text, number_column, row
 from maveriq.units import gib
+
+_MAX_NOTES = 2
 
 _UNITS = {
     Objective.MIN_COST: "cost\nGiB s",
@@ -80,6 +82,17 @@ def _cells(candidate: Candidate, *, wide: bool) -> list[str]:
     ]
 
 
+def surprise_notes(ranking: Ranking, *, top: int) -> list[Text]:
+    """Return the notes on the best configurations, with their places in the table; at most `_MAX_NOTES`."""
+    noted = [(place, candidate) for place, candidate in enumerate(ranking.candidates[:top], start=1) if candidate.note]
+    lines = [
+        Text.of(("note ", "bold yellow"), f"#{place} {candidate.configuration}: {candidate.note}")
+        for place, candidate in noted[:_MAX_NOTES]
+    ]
+    more = len(noted) - _MAX_NOTES
+    return [*lines, Text(f"and {more} more like it; --json has every note", "dim")] if more > 0 else lines
+
+
 def rejected_table(ranking: Ranking, *, every: bool) -> Table:
     """Return why configurations were rejected: a row per reason, or per configuration if `every`."""
     title = f"Rejected: {len(ranking.rejected)} configurations"
@@ -136,6 +149,7 @@ def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
                 "gib_per_gpu": [gib(amount) for amount in candidate.gpu_bytes],
                 "accuracy_percent": candidate.accuracy,
                 "score": candidate.score,
+                "note": candidate.note,
             }
             for candidate in ranking.candidates
         ],

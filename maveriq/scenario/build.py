@@ -140,6 +140,7 @@ def build_live_system(
             accuracy=profile.accuracy,
             packing_threshold=options.packing_threshold,
             tie_break=choice(TieBreak, "tie break", options.tie_break),
+            evidence=profile.full_models.ratio,
         )
 
     placements = PinnedPlacementPolicy(
@@ -235,6 +236,7 @@ def _policy(
         accuracy=profile.accuracy,
         packing_threshold=options.packing_threshold,
         tie_break=choice(TieBreak, "tie break", options.tie_break),
+        evidence=profile.full_models.ratio,
         others=STATIC_POLICIES,
     )
     return policy, ()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import MODEL, Running, running, until
 
-from maveriq.cli.console import ConsoleSession, run_console
+from maveriq.cli.console import ConsoleSession, WaitProgress, run_console
 from maveriq.cli.console_commands import (
     USAGE,
     DeployModel,
@@ -47,7 +48,7 @@ DEPLOY = DeployModel(model_id=1, model="m", output_tokens=20, intent="min-cost")
         ("1 deploy m 20 min-cost 0 no llf", dataclasses.replace(DEPLOY, placement="llf")),
         (
             "1 deploy m 20 min-cost 80 - - 4 95%",
-            dataclasses.replace(DEPLOY, slo_ms=80, batch_size=4, min_accuracy=95.0),
+            dataclasses.replace(DEPLOY, slo_ms=80, assumed_ms=True, batch_size=4, min_accuracy=95.0),
         ),
         ("7 inference  Once upon  a time \n", Infer(model_id=7, text="Once upon  a time ", priority=False)),
         ("7 prior_inference now", Infer(model_id=7, text="now", priority=True)),
@@ -235,3 +236,57 @@ def test_tab_completion_reads_models_from_the_server(server: Running) -> None:
         assert "1" in ConsoleSession(client).completions("")
     with ServiceClient("http://127.0.0.1:1", None) as client:
         assert ConsoleSession(client).completions("reg") == ["register"]
+
+
+def test_an_slo_without_a_unit_says_which_one_was_taken(say: Callable[[str], str]) -> None:
+    say(f"register {MODEL}")
+    assert say(f"1 deploy {MODEL} 20 min-cost 2000").startswith(
+        "SLO 2000 ms: no unit was given, milliseconds are assumed\nendpoint 1"
+    )
+    assert say(f"1 deploy {MODEL} 20 min-cost 2s").startswith("endpoint 2")
+
+
+def test_an_accuracy_below_one_percent_is_refused_with_a_hint(say: Callable[[str], str]) -> None:
+    say(f"register {MODEL}")
+    with pytest.raises(InputError, match=r"minimum accuracy is in percent.*write 98 for 98 %"):
+        say(f"1 deploy {MODEL} 20 min-cost - - - - 0.98")
+
+
+def test_wait_returns_once_the_endpoint_serves(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    run_console(server.url, None, [f"register {MODEL}", f"1 deploy {MODEL} 20 min-cost", "1 status"], wait=True)
+    captured = capsys.readouterr()
+    assert re.search(rf"endpoint \d+ \({MODEL}\) up after \d+\.\d s\n", captured.out)
+    assert captured.out.splitlines()[-1].split("  ")[2] == "up"
+
+
+def test_wait_shows_progress_and_ends_when_the_endpoint_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        ("GET", "/models", [{"id": 1, "name": "m"}]),
+        ("POST", "/endpoints", {"id": 7, "status": "waiting"}),
+        *[("GET", "/endpoints/7", {"status": status}) for status in ("waiting", "loading", "loading", "removed")],
+    ]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        method, path, content = answers.pop(0)
+        assert (request.method, request.url.path) == (method, path)
+        full = {"model": "m", "model_id": 1, "reason": "why", "deployments": [], "waiting": 0, "completed": 0, "id": 7}
+        return httpx.Response(200, json=full | content if isinstance(content, dict) else content)
+
+    with (
+        ServiceClient("http://any", None, transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(MaveriqError, match=r"endpoint 7 \(m\) removed: why"),
+    ):
+        ConsoleSession(client, wait=True).run("1 deploy m 20 min-cost")
+    assert capsys.readouterr().err.splitlines() == ["endpoint 7 (m) waiting ...", "endpoint 7 (m) loading ..."]
+
+
+def test_progress_rewrites_its_line_at_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with WaitProgress(stream) as progress:
+        progress.show("loading", 1.0)
+        progress.show("up", 2.0)
+    assert stream.getvalue() == "\rloading ... 1 s\rup ... 2 s     \r" + " " * 10 + "\r"

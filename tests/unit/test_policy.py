@@ -230,3 +230,71 @@ def test_policies_by_name() -> None:
         make_policy("hybird", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=0.7)
     with pytest.raises(InputError, match=r"packing threshold must lie between 0 and 1, not 1\.5"):
         make_policy("llf", estimator=PAPER, accuracy=PROFILE.accuracy, packing_threshold=1.5)
+
+
+# Surprises
+
+
+CALIBRATED = make_estimator("calibrated", PROFILE)
+
+
+def surprising(model: str, objective: Objective, **changes) -> Ranking:
+    empty = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
+    asked = replace(endpoint(model, objective), **changes)
+    return rank(asked, empty, CALIBRATED, PROFILE.accuracy, evidence=PROFILE.full_models.ratio)
+
+
+def test_a_pipeline_that_wins_says_that_it_was_measured_and_on_what() -> None:
+    best = surprising("falcon-7b", Objective.MIN_LATENCY).candidates[0]
+    assert best.configuration.pp > 1
+    claim, basis = best.note.rstrip(")").split(" (")
+    assert claim.startswith(f"PP {best.configuration.pp} is faster than PP 1 by ")
+    assert basis.startswith("measured: ")
+    assert basis.endswith(
+        f"faster on the whole model, {best.configuration.weights}, prompts of 923 tokens, not of 10, 20 output tokens"
+    )
+    same_prompt = surprising("falcon-7b", Objective.MIN_LATENCY, prompt_tokens=923).candidates[0]
+    assert ", not of" not in same_prompt.note
+
+
+def test_a_model_that_was_not_measured_says_so() -> None:
+    notes = [candidate.note for candidate in surprising("llama-2-13b", Objective.MIN_LATENCY).candidates]
+    assert any("an estimate: llama-2-13b was not measured with both" in note for note in notes)
+    assert not any("measured: " in note for note in notes)
+
+
+def test_less_tensor_parallelism_that_wins_by_latency_is_noted() -> None:
+    best = surprising("llama-2-7b", Objective.MIN_LATENCY).candidates[0]
+    assert best.configuration.tp < 8
+    assert f"TP {best.configuration.tp} is faster than TP {2 * best.configuration.tp} by " in best.note
+    assert surprising("llama-2-7b", Objective.MIN_COST).candidates[0].note == ""
+
+
+def test_a_decision_carries_the_note_of_its_configuration() -> None:
+    policy = make_policy(
+        "llf",
+        estimator=CALIBRATED,
+        accuracy=PROFILE.accuracy,
+        packing_threshold=0.7,
+        evidence=PROFILE.full_models.ratio,
+    )
+    view = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
+    decision = policy.decide(endpoint("falcon-7b", Objective.MIN_LATENCY, slo_s=0.001), view)
+    assert isinstance(decision, Deploy)
+    slo, surprise = decision.plans[0].note.split("; ")
+    assert slo.startswith("misses its SLO of 0.001 s: the fastest that fits takes 0.1")
+    assert "is faster than PP 1" in surprise
+
+
+def test_times_are_in_the_unit_that_was_asked() -> None:
+    empty = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
+    asked = endpoint(slo_s=0.0001)
+    in_ms = rank(asked, empty, PAPER, PROFILE.accuracy, in_ms=True)
+    assert in_ms.note.startswith("misses its SLO of 0.1 ms: the fastest that fits takes ")
+    assert in_ms.note.endswith(" ms")
+    assert rank(asked, empty, PAPER, PROFILE.accuracy).note.startswith("misses its SLO of 0.0001 s: ")
+
+
+def test_an_accuracy_below_one_percent_is_taken_for_a_share() -> None:
+    with pytest.raises(InputError, match=r"minimum accuracy is in percent, and 0\.98 would be 0\.98 %; write 98 for"):
+        Intent(objective=Objective.MIN_COST, min_accuracy=0.98)

@@ -43,7 +43,7 @@ def two_models(*requests: tuple[int, float, float, float], gpus: int = 4) -> Run
 
 
 def test_waiting_beside_idle_gpus_is_found_and_measured() -> None:
-    # "small" arrives at 2, while "big" runs from 0 to 10, and starts at 10 on a GPU of its own; at 11 it waits for itself.
+    # "small" arrives at 2 and starts at 10, when "big" ends, on a GPU of its own; at 11 it waits for itself.
     run = two_models((1, 0, 0, 10), (2, 2, 10, 12), (2, 11, 12, 14))
     found = find_bottlenecks(run, FIFO, keeps_up=True)
     assert found.idle_waits == (IdleWait(model="small", mean_s=4.0, share=8 / 9),)
