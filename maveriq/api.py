@@ -104,7 +104,7 @@ def run(
         InputError: an option or a file that cannot be used, or a backend that cannot start here.
         MaveriqError: the disk is full.
     """
-    from maveriq.exec.local_machine import EngineOptions, LocalMachine, local_cluster
+    from maveriq.exec.local_machine import EMULATED, EngineOptions, LocalMachine, local_cluster
     from maveriq.exec.model_files import ModelFiles
     from maveriq.exec.replay import ReplaySettings, check_replayable
     from maveriq.report.run_folder import check_writable
@@ -130,6 +130,7 @@ def run(
             meter=machine.meter,
             memory_probe=machine.memory_probe(),
             sampler=machine.sampler(system.cluster),
+            planned_times=engines.name == EMULATED,
         )
         with _interrupt_handler() as interrupt, _scratch_folder(out) as scratch:
             logs = Path(scratch) / "engines"
@@ -177,6 +178,9 @@ def _finished_run(
     if replayed.interrupted:
         meta["notes"].append(f"ended early by the user, at {replayed.record.ended_us / 1e6:.1f} s")
     meta["notes"] += replayed.notes
+    if replayed.lag is not None:
+        meta["notes"].append(replayed.lag.note())
+        meta["control_lag"] = {**asdict(replayed.lag), "share": replayed.lag.share, "distorts": replayed.lag.distorts}
     meta["engines"] = {name: value for name, value in asdict(engines).items() if value is not None}
     if interrupted:
         meta["interrupted"] = True

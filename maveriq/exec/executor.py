@@ -34,6 +34,7 @@ from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
+from maveriq.exec.control_lag import ControlLag
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
 from maveriq.exec.gpu_sampling import GpuSampler
@@ -61,6 +62,7 @@ class Executor:
         supervision: timeouts and restarts of engines.
         memory_probe: reads the free memory of real GPUs.
         measured_loads: returns the recent load of each GPU, where it is measured.
+        lag: collects how much longer executions take than their engines; None collects nothing.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Executor:
         supervision: SupervisionSettings | None = None,
         memory_probe: MemoryProbe | None = None,
         measured_loads: Callable[[], Sequence[float]] | None = None,
+        lag: ControlLag | None = None,
     ) -> None:
+        self._lag = lag
         self._in_flight = InFlight()
         self.controller = Controller(
             system.cluster,
@@ -300,6 +304,8 @@ class Executor:
             first_token_s=seconds(first_token_us),
             service_s=seconds(service_us),
         )
+        if self._lag is not None:
+            self._lag.execution_started(number, now_us, service_us)
         self._supervisors[number].execute(batch, self.clock.real_s(service_us))
 
     # `maveriq.exec.supervisor.SupervisorCallbacks`
@@ -325,6 +331,8 @@ class Executor:
 
     def on_execution_end(self, deployment_id: int, result: Finished | Failed) -> None:
         """An execution has ended."""
+        if self._lag is not None and isinstance(result, Finished):
+            self._lag.execution_ended(deployment_id, self.now_us, result.service_s)
         event = self._in_flight.end_execution(deployment_id, result, self.now_us, self.clock.time_scale)
         if event is not None:
             self._handle(event)

@@ -21,6 +21,7 @@ from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
+from maveriq.exec.control_lag import ControlLag, LagSummary
 from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.executor import EngineRecord, Executor
 from maveriq.exec.gpu_memory_gate import MemoryProbe
@@ -54,6 +55,7 @@ class ReplaySettings:
         meter: reads real GPUs, None without GPUs.
         memory_probe: reads the free memory of real GPUs.
         sampler: measures the load of real GPUs.
+        planned_times: engines are emulated and take the planned times; longer ones are lag.
     """
 
     time_scale: float = 1.0
@@ -63,6 +65,7 @@ class ReplaySettings:
     meter: GpuMeter | None = None
     memory_probe: MemoryProbe | None = None
     sampler: GpuSampler | None = None
+    planned_times: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,7 @@ class ReplayResult:
         notes: warnings for readers of the results.
         energy_j: energy of each device in joules, None where unknown; empty if it was not measured.
         interrupted: whether the replay was ended early.
+        lag: how late the control plane was, None where nothing was executed.
     """
 
     record: RunRecord
@@ -82,6 +86,7 @@ class ReplayResult:
     notes: tuple[str, ...]
     energy_j: tuple[float | None, ...]
     interrupted: bool
+    lag: LagSummary | None = None
 
 
 def run_replay(
@@ -145,6 +150,7 @@ class _Replay:
             endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in scenario.workload.endpoints
         }
         self._endpoints_left = len(scenario.workload.endpoints)
+        self._lag = ControlLag(settings.time_scale, planned=settings.planned_times)
         self._executor = Executor(
             scenario,
             launcher,
@@ -154,6 +160,7 @@ class _Replay:
             supervision=settings.supervision,
             memory_probe=settings.memory_probe,
             measured_loads=settings.sampler.loads if settings.sampler else None,
+            lag=self._lag,
         )
         self._gpus = GpuRecorder(
             self._executor.controller.manager,
@@ -191,6 +198,7 @@ class _Replay:
             notes=(*executor.notes.notes, *self._gpus.notes),
             energy_j=self._gpus.energy_j(),
             interrupted=self._interrupted.is_set(),
+            lag=self._lag.summary(),
         )
 
     async def _wait_for_end(self) -> None:
@@ -248,6 +256,7 @@ class _Replay:
         self._executor.add_endpoint(endpoint)
 
     def _arrive(self, request: Request) -> None:
+        self._lag.arrived(request.arrival_us, self._executor.now_us)
         self._executor.arrive(LiveRequestHandle(request, self._random_prompt(request)))
 
     def _random_prompt(self, request: Request) -> tuple[int, ...]:

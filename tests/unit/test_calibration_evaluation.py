@@ -62,7 +62,7 @@ def test_the_embedded_data_is_what_the_script_derives(measured_data: Path, tmp_p
     script = Path(__file__).parents[2] / "scripts" / "derive_a6000.py"
     subprocess.run([sys.executable, script, measured_data / "a6000", "--out", tmp_path], check=True)
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["fingerprints-long.csv", "fingerprints-short.csv", "load_fit.toml"]
+    assert written == ["fingerprints-long.csv", "fingerprints-short.csv", "full_models.csv", "load_fit.toml"]
     for name in written:
         assert (tmp_path / name).read_bytes() == data_path("a6000", name).read_bytes(), name
 
