@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from record_fixtures import deployment, run_record, table
-from worlds import arrivals, scenario
+from fixtures import arrivals, scenario
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.control.queues import QueueDiscipline
