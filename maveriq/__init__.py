@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Comparison",
+    "ManyComparison",
     "Options",
     "PlacementResult",
     "Run",
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from maveriq import errors
     from maveriq.api import PlacementResult, compare, place, plan, run, simulate
     from maveriq.report.compare import Comparison
+    from maveriq.report.compare_many import ManyComparison
     from maveriq.runs import Run, load_run
     from maveriq.scenario.options import Options
 
 
 _MODULES = {
     "Comparison": "maveriq.report.compare",
+    "ManyComparison": "maveriq.report.compare_many",
     "Options": "maveriq.scenario.options",
     "Run": "maveriq.runs",
     "load_run": "maveriq.runs",

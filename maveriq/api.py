@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from maveriq import __version__
 from maveriq.errors import InputError, MaveriqError, cannot_write
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from maveriq.policy.alpaserve.problem import PlacementProblem, SearchSettings
     from maveriq.policy.alpaserve.search import PlacementSolution, SearchProgress
     from maveriq.report.compare import Comparison
+    from maveriq.report.compare_many import ManyComparison
     from maveriq.scenario.build import Components
     from maveriq.scenario.system import ReplaySystem
 
@@ -334,20 +335,46 @@ def _meta(
     }
 
 
-def compare(sim: Run | str | Path, real: Run | str | Path) -> Comparison:
-    """Compare a run with the run that it is judged by, as `maveriq compare` does.
+@overload
+def compare(sim: Run | str | Path, real: Run | str | Path, /) -> Comparison: ...
+@overload
+def compare(
+    sim: Run | str | Path, real: Run | str | Path, third: Run | str | Path, /, *more: Run | str | Path
+) -> ManyComparison: ...
+def compare(*runs: Run | str | Path) -> Comparison | ManyComparison:
+    """Compare runs with the last one of them, which they are judged by, as `maveriq compare` does.
 
     Args:
-        sim: the run to judge, as a `Run`, a folder or the name of a recorded run.
-        real: the run to measure it by.
+        runs: at least two, each as a `Run`, a folder or the name of a recorded run.
+
+    Returns:
+        A `Comparison` of two runs; a `ManyComparison` of more.
 
     Raises:
-        InputError: a run that cannot be read.
+        InputError: fewer than two runs, or a run that cannot be read.
     """
-    from maveriq.report.compare import compare as compare_records
+    if len(runs) < 2:
+        raise InputError(f"compare takes at least two runs, not {len(runs)}")
+    names = [_ordinal(at) if isinstance(run, Run) else Path(run).name or str(run) for at, run in enumerate(runs)]
+    return compare_named([run if isinstance(run, Run) else load_run(run) for run in runs], names)
 
-    runs = [run if isinstance(run, Run) else load_run(run) for run in (sim, real)]
-    return compare_records(*(run.record for run in runs))
+
+def _ordinal(position: int) -> str:
+    ordinals = ("first", "second", "third")
+    return ordinals[position] if position < len(ordinals) else f"run {position + 1}"
+
+
+def compare_named(runs: Sequence[Run], names: Sequence[str]) -> Comparison | ManyComparison:
+    """Compare runs with the last one, under the names that stand in tables."""
+    from maveriq.report.compare import compare as compare_records
+    from maveriq.report.compare_many import compare_many
+    from maveriq.report.run_labels import RunLabel
+
+    kinds = [str(run.meta.get("kind", "")) for run in runs]
+    labels = [RunLabel(name=Path(name).name or name, kind=kind) for name, kind in zip(names, kinds, strict=True)]
+    if len(runs) == 2:
+        return compare_records(runs[0].record, runs[1].record, labels=(labels[0], labels[1]))
+    return compare_many([run.record for run in runs], labels)
 
 
 def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **options: Any) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.report.metrics import Metrics, Summary, summarise
+from maveriq.report.run_labels import UNNAMED, RunLabel
 from maveriq.report.saturation import Saturation, assess_saturation
 from maveriq.units import MICROS_PER_SECOND
 
@@ -132,7 +133,10 @@ class PlanPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two runs compared; `unmatched` says why requests could not be matched, "" where they are."""
+    """Two runs compared; `unmatched` says why requests could not be matched, "" where they are.
+
+    `sim` in the names of fields is the first run, the one to judge; `real` is the second, by which it is measured.
+    """
 
     unmatched: str
     overall: Distance
@@ -140,6 +144,7 @@ class Comparison:
     deployments: tuple[PlanPair, ...]
     sim_saturation: Saturation
     real_saturation: Saturation
+    labels: tuple[RunLabel, RunLabel] = UNNAMED
     runs: tuple[RunRecord, RunRecord] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,11 +160,11 @@ class Comparison:
         latencies = latency_curves(*self.runs, points=points)
         return [*([latencies] if latencies else []), queue_curves(*self.runs, points=points)]
 
-    def plot(self, title: str = "simulated against real") -> Figure:
-        """Return a matplotlib figure of the curves."""
+    def plot(self, title: str = "") -> Figure:
+        """Return a matplotlib figure of the curves; the title is by default the names of the runs."""
         from maveriq.report.compare_plot import POINTS, comparison_figure
 
-        return comparison_figure(self, self.curves(POINTS), title=title)
+        return comparison_figure(self, self.curves(POINTS), title=title or " against ".join(map(str, self.labels)))
 
     def _repr_html_(self) -> str:
         """Return the tables of the comparison for a notebook."""
@@ -169,12 +174,13 @@ class Comparison:
         return to_html(comparison_view(self))
 
 
-def compare(sim: RunRecord, real: RunRecord) -> Comparison:
+def compare(sim: RunRecord, real: RunRecord, *, labels: tuple[RunLabel, RunLabel] = UNNAMED) -> Comparison:
     """Compare two runs.
 
     Args:
         sim: the run to judge.
         real: what it is measured by.
+        labels: the names and kinds of both.
 
     Raises:
         InvariantError: a request has no final status.
@@ -189,6 +195,7 @@ def compare(sim: RunRecord, real: RunRecord) -> Comparison:
         deployments=tuple(_pairs(sim, real)),
         sim_saturation=assess_saturation(sim),
         real_saturation=assess_saturation(real),
+        labels=labels,
         runs=(sim, real),
     )
 

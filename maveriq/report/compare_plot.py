@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg")
 POINTS = 1200
-DRAWN = ("simulated", "real")
-"""What `draw_curves` returns the marks of, for a legend."""
+DRAWN = ("simulated", "recorded")
+"""What `draw_curves` returns the marks of, for the legend of a simulation against a recording."""
 
 # Of the palette by Okabe and Ito, which colour-blind readers tell apart.
 SIM, REAL, AREA, TEXT, GRID = "#0072B2", "#D55E00", "#F7D9BF", "#333333", "#E4E4E4"
@@ -70,7 +70,7 @@ def _inches(curves: list[Curves]) -> tuple[float, float]:
 def _draw(figure: Figure, comparison: Comparison, curves: list[Curves], *, title: str) -> None:
     for axes, curve in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
         place = "lower right" if curve.log_x else "upper right"
-        axes.legend(draw_curves(axes, curve), DRAWN, frameon=False, loc=place)
+        axes.legend(draw_curves(axes, curve), list(map(str, comparison.labels)), frameon=False, loc=place)
     figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     figure.text(0.01, 0.944, headline(comparison), ha="left", va="center", fontsize=9.5)
 
@@ -99,7 +99,7 @@ def figure_at(path: Path, *, inches: tuple[float, float], dots_per_inch: int = 1
 
 
 def draw_curves(axes: Axes, curves: Curves) -> tuple[Any, Any]:
-    """Draw the simulated run as a line and the real one as an area, as the terminal does; return both, see DRAWN."""
+    """Draw the first run as a line and the second one as an area, as the terminal does; return both, see DRAWN."""
     from matplotlib.ticker import NullLocator
 
     x: Any = curves.x

@@ -9,6 +9,7 @@ from maveriq.report.compare import PERCENT, QUANTITIES, Check, Comparison, Dista
 from maveriq.report.curves import Curves
 from maveriq.report.formatting import NONE, figure, gpu_list, layer_list, share, signed
 from maveriq.report.results import SATURATION_STYLES
+from maveriq.report.run_labels import short_labels
 from maveriq.report.saturation import Saturation
 from maveriq.report.text_plot import overlay
 from maveriq.report.view import Column, Part, Row, Table, Text, View, number_column, row, spaced
@@ -51,15 +52,24 @@ def comparison_view(
         width: in characters.
         ascii_only: draw with plain characters.
     """
+    first, second = short_labels(comparison.labels)
     parts: list[Part] = [
-        _overall_table(comparison),
+        _overall_table(comparison, (first, second)),
         _models_table(comparison, wide=width >= _WIDE),
-        _deployments_table(comparison.deployments),
-        *(overlay(curve, rows=_CDF_ROWS if curve.log_x else _QUEUE_ROWS, ascii_only=ascii_only) for curve in curves),
-        _saturations(comparison),
+        _deployments_table(comparison.deployments, (first, second)),
+        *(
+            overlay(
+                curve,
+                rows=_CDF_ROWS if curve.log_x else _QUEUE_ROWS,
+                ascii_only=ascii_only,
+                names=(first, second),
+            )
+            for curve in curves
+        ),
+        _saturations(comparison, (first, second)),
     ]
     if checks:
-        parts.append(_checks_table(checks))
+        parts.append(checks_table(checks))
     return View(spaced(parts))
 
 
@@ -73,11 +83,12 @@ def matching_line(comparison: Comparison) -> str:
     return f"Requests are matched by id: the median error of a request's latency is {error:.2g} %."
 
 
-def _overall_table(comparison: Comparison) -> Table:
+def _overall_table(comparison: Comparison, names: tuple[str, str]) -> Table:
     overall = comparison.overall
+    headers = [f"{name}\n{label.kind}" for name, label in zip(names, comparison.labels, strict=True)]
     return Table(
         "All requests",
-        [Column(""), *map(number_column, ("simulated", "real", "error"))],
+        [Column(""), *map(number_column, (*headers, "\nerror"))],
         [
             row("completed", f"{overall.sim_completed:,}", f"{overall.real_completed:,}", ""),
             *_quantity_rows(overall),
@@ -128,27 +139,27 @@ def _error_cells(distance: Distance, quantities: Iterable[Quantity]) -> list[str
     return [*errors, NONE if distance.ks is None else f"{distance.ks:.3f}"]
 
 
-def _deployments_table(pairs: Sequence[PlanPair]) -> Table:
-    """Return what was deployed; where the runs differ, the real plan stands below the simulated one."""
+def _deployments_table(pairs: Sequence[PlanPair], names: tuple[str, str]) -> Table:
+    """Return what was deployed; where the runs differ, the plan of the second stands below that of the first."""
     columns = [
         Column("#", align="right", style="dim"),
         Column("model"),
         Column("configuration"),
         Column("layers", wrap="fold"),
         Column("GPUs"),
-        Column(""),
+        Column("", wrap="words"),
     ]
-    return Table("Deployments", columns, [plan_row for pair in pairs for plan_row in _plan_rows(pair)])
+    return Table("Deployments", columns, [plan_row for pair in pairs for plan_row in _plan_rows(pair, names)])
 
 
-def _plan_rows(pair: PlanPair) -> Iterator[Row]:
+def _plan_rows(pair: PlanPair, names: tuple[str, str]) -> Iterator[Row]:
     endpoint = str(pair.endpoint_id)
     if pair.same_configuration and pair.same_gpus:
         yield row(endpoint, pair.model, *_plan_cells(pair.sim), Text("equal", "green"))
         return
     difference = "other GPUs" if pair.same_configuration else "different"
-    yield row(endpoint, pair.model, *_plan_cells(pair.sim), Text(f"{difference}, simulated", "yellow"))
-    yield row("", "", *_plan_cells(pair.real), Text("real", "dim"))
+    yield row(endpoint, pair.model, *_plan_cells(pair.sim), Text(f"{difference}, {names[0]}", "yellow"))
+    yield row("", "", *_plan_cells(pair.real), Text(names[1], "dim"))
 
 
 def _plan_cells(plan: DeploymentPlan | None) -> tuple[str, str, str]:
@@ -157,20 +168,23 @@ def _plan_cells(plan: DeploymentPlan | None) -> tuple[str, str, str]:
     return str(plan.configuration), layer_list(plan.layer_split), gpu_list(plan.gpu_ids)
 
 
-def _saturations(comparison: Comparison) -> Text:
+def _saturations(comparison: Comparison, names: tuple[str, str]) -> Text:
+    width = max(map(len, names))
     return Text.of(
-        _saturation_line("simulated", comparison.sim_saturation),
-        _saturation_line("real", comparison.real_saturation),
+        saturation_line(names[0].ljust(width), comparison.sim_saturation),
+        saturation_line(names[1].ljust(width), comparison.real_saturation),
         matching_line(comparison),
     )
 
 
-def _saturation_line(name: str, saturation: Saturation) -> Text:
+def saturation_line(name: str, saturation: Saturation) -> Text:
+    """Return the saturation of a run in a line."""
     style = f"bold {SATURATION_STYLES[saturation.label]}"
-    return Text.of((f"{name:9} ", "dim"), (f"{saturation.label.value}: ", style), saturation.sentence, "\n")
+    return Text.of((f"{name} ", "dim"), (f"{saturation.label.value}: ", style), saturation.sentence, "\n")
 
 
-def _checks_table(checks: Sequence[Check]) -> Table:
+def checks_table(checks: Sequence[Check]) -> Table:
+    """Return how errors stand against tolerances."""
     columns = [Column("error of"), number_column(""), number_column("allowed"), Column("")]
     rows = [
         row(

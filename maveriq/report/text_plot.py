@@ -1,4 +1,4 @@
-"""Two curves over one another in characters: the real run as a dotted area, the simulated one as a line.
+"""Two curves over one another in characters: the second run as a dotted area, the first one as a line.
 
 A cell of braille has two dots across and four down. Line and area differ in shape and not only in
 colour, so the picture also reads without colour. Terminals without braille get `:` and `*`.
@@ -31,16 +31,17 @@ def dots_across(width: int) -> int:
     return 2 * max(8, width - _LABEL_WIDTH - 1)
 
 
-def overlay(curves: Curves, *, rows: int, ascii_only: bool) -> Text:
+def overlay(curves: Curves, *, rows: int, ascii_only: bool, names: tuple[str, str] = ("first", "second")) -> Text:
     """Return the picture: a title with its key, the plot, an axis.
 
     Args:
         curves: with `dots_across(width)` points.
         rows: lines of the plot itself.
         ascii_only: use no braille and no line characters.
+        names: short names of both runs, for the key.
     """
     sim, real = (_heights(values, curves.top, rows) for values in (curves.sim, curves.real))
-    parts: list[str | tuple[str, str] | Text] = [_heading(curves, ascii_only=ascii_only)]
+    parts: list[str | tuple[str, str] | Text] = [_heading(curves, names, ascii_only=ascii_only)]
     cells = zip(_cells(_line(sim, rows)), _cells(_area(real, rows)), strict=True)
     for row, (line, area) in enumerate(cells):
         parts.append((_label(curves, row, rows).rjust(_LABEL_WIDTH), "dim"))
@@ -52,15 +53,15 @@ def overlay(curves: Curves, *, rows: int, ascii_only: bool) -> Text:
     return Text.of(*parts, (_axis(curves, len(sim) // 2, ascii_only=ascii_only), "dim"))
 
 
-def _heading(curves: Curves, *, ascii_only: bool) -> Text:
+def _heading(curves: Curves, names: tuple[str, str], *, ascii_only: bool) -> Text:
     line, area = ("**", "::") if ascii_only else ("⣀⡠⠤⠒⠉", "⡂⡂⡂")
     return Text.of(
         (curves.title, "bold"),
-        f" ({curves.x_label})  ",
+        f" ({curves.x_label})\n{' ' * (_LABEL_WIDTH + 1)}",
         (line, SIM_STYLE),
-        " simulated  ",
+        f" {names[0]}  ",
         (area, REAL_STYLE),
-        " real\n",
+        f" {names[1]}\n",
     )
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from record_fixtures import deployment, run_record, table
 from fixtures import arrivals, scenario
+from record_fixtures import deployment, run_record, table
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.control.queues import QueueDiscipline
