@@ -74,7 +74,8 @@ class SurpriseFinder:
             return f"an estimate: {self.model_name} was not measured with both at {faster.weights}"
         gain = f"{100 * abs(1 - found.ratio):.0f} % {'faster' if found.ratio < 1 else 'slower'}"
         other = "" if found.prompt_tokens == self.prompt_tokens else f", not of {self.prompt_tokens}"
+        batch = "" if faster.batch_size == 1 else f", batches of 1, not of {faster.batch_size}"
         return (
             f"measured: {gain} on the whole model, {faster.weights}, prompts of {found.prompt_tokens} tokens{other}, "
-            f"{found.output_tokens} output tokens"
+            f"{found.output_tokens} output tokens{batch}"
         )

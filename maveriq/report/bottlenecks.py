@@ -6,6 +6,7 @@ A request waits beside idle GPUs while no execution runs on any GPU of its own d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -29,15 +30,15 @@ _MAX_NAMES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleWait:
-    """Requests of a model that waited while the GPUs of their deployment were idle.
+    """Requests of an endpoint that waited while the GPUs of their deployment were idle.
 
     Args:
-        model: its name.
+        endpoint: the name of its model, with the number of the endpoint where several serve that model.
         mean_s: such waiting per request that did not end refused.
-        share: such waiting as a share of all waiting of the model.
+        share: such waiting as a share of all waiting of the endpoint.
     """
 
-    model: str
+    endpoint: str
     mean_s: float
     share: float
 
@@ -48,7 +49,7 @@ class Bottlenecks:
 
     Args:
         unused_gpus: GPUs on which no request ran; () where GPUs were not sampled.
-        idle_waits: models with notable waiting beside idle GPUs, the longest first.
+        idle_waits: endpoints with notable waiting beside idle GPUs, the longest first.
         advice: the one change most likely to help, "" where none is likely to.
     """
 
@@ -63,11 +64,11 @@ class Bottlenecks:
             yield f"GPU{'' if one else 's'} {gpu_list(self.unused_gpus)} served no request."
         for wait in self.idle_waits[:_MAX_NAMES]:
             yield (
-                f"{wait.model} waited {figure(wait.mean_s)} s on average while its own GPUs were idle "
+                f"{wait.endpoint} waited {figure(wait.mean_s)} s on average while its own GPUs were idle "
                 f"({share(wait.share)} of its waiting)."
             )
         if len(self.idle_waits) > _MAX_NAMES:
-            yield f"So did {len(self.idle_waits) - _MAX_NAMES} more models, for less."
+            yield f"So did {len(self.idle_waits) - _MAX_NAMES} more, for less."
         if self.advice:
             yield f"Most likely to help: {self.advice}."
 
@@ -101,24 +102,33 @@ def _gpus(deployment: DeploymentRecord) -> tuple[int, ...]:
 
 
 def _notable_waits(run: RunRecord) -> Iterator[IdleWait]:
-    """Yield the models whose requests waited beside idle GPUs for long, the longest mean first."""
-    waits = (_idle_wait(model, parts) for model, parts in _waits_by_model(run).items())
+    """Yield the endpoints whose requests waited beside idle GPUs for long, the longest mean first."""
+    names = _endpoint_names(run)
+    waits = (_idle_wait(names[endpoint_id], parts) for endpoint_id, parts in _waits_by_endpoint(run).items())
     notable = [wait for wait in waits if wait.mean_s >= _NOTABLE_MEAN_S and wait.share >= _NOTABLE_SHARE]
     yield from sorted(notable, key=lambda wait: -wait.mean_s)
 
 
-def _idle_wait(model: str, parts: list[tuple[Array, Array]]) -> IdleWait:
+def _endpoint_names(run: RunRecord) -> dict[int, str]:
+    counts = Counter(run.models.values())
+    return {
+        endpoint_id: model if counts[model] == 1 else f"{model} (endpoint {endpoint_id})"
+        for endpoint_id, model in run.models.items()
+    }
+
+
+def _idle_wait(endpoint: str, parts: list[tuple[Array, Array]]) -> IdleWait:
     idle_us, waited_us = (sum(float(np.sort(part[which]).sum()) for part in parts) for which in (0, 1))
     count = sum(len(part[0]) for part in parts)
     return IdleWait(
-        model=model,
+        endpoint=endpoint,
         mean_s=idle_us / count / MICROS_PER_SECOND,
         share=idle_us / waited_us if waited_us else 0.0,
     )
 
 
-def _waits_by_model(run: RunRecord) -> dict[str, list[tuple[Array, Array]]]:
-    """Return for each model, by deployment, how long requests waited beside idle GPUs, and in all."""
+def _waits_by_endpoint(run: RunRecord) -> dict[int, list[tuple[Array, Array]]]:
+    """Return for each endpoint, by deployment, how long requests waited beside idle GPUs, and in all."""
     table = run.requests
     ran = (table.start_us != NOT_YET) & (table.finish_us != NOT_YET)
     by_deployment = {deployment.deployment_id: deployment for deployment in _placed(run)}
@@ -131,7 +141,7 @@ def _waits_by_model(run: RunRecord) -> dict[str, list[tuple[Array, Array]]]:
     for number in spans:
         for gpu in _gpus(by_deployment[number]):
             tenants.setdefault(gpu, set()).add(number)
-    waits: dict[str, list[tuple[Array, Array]]] = {}
+    waits: dict[int, list[tuple[Array, Array]]] = {}
     waiting = table.status != RequestStatus.REFUSED.value
     for number, rows in _rows_by_deployment(table.deployment_id, waiting).items():
         if number not in by_deployment:
@@ -143,7 +153,7 @@ def _waits_by_model(run: RunRecord) -> dict[str, list[tuple[Array, Array]]]:
         left_us = np.maximum(left_us, arrival_us)
         busy = _BusyTime.of([spans[other] for other in beside])
         idle_us = (left_us - arrival_us) - (busy.until(left_us) - busy.until(arrival_us))
-        waits.setdefault(deployment.endpoint.model.name, []).append((idle_us, left_us - arrival_us))
+        waits.setdefault(deployment.endpoint.endpoint_id, []).append((idle_us, left_us - arrival_us))
     return waits
 
 

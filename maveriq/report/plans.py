@@ -38,7 +38,7 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
     total = len(ranking.candidates)
     title = (
         f"{endpoint.model.name} for {endpoint.intent.objective.value} on {cluster.name}: "
-        f"{min(top, total)} of {total} configurations, "
+        f"best {min(top, total)} of {total}, "
         f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out"
     )
     columns = [

@@ -55,8 +55,11 @@ def test_nothing_executed_has_no_lag() -> None:
 
 
 def test_a_run_reports_its_lag(tmp_path) -> None:
-    """Executions of 50 ms at a time scale of 0.01 take 0.5 ms: no control plane is that fast."""
-    system = scenario(arrivals([micros(5), micros(6)], [1, 1], [50, 50]), {1: [(0,)]})
+    """Executions of 50 ms at a time scale of 0.01 take 0.5 ms: no control plane is that fast.
+
+    The engine has 4 real seconds to start before the first request.
+    """
+    system = scenario(arrivals([micros(400), micros(401)], [1, 1], [50, 50]), {1: [(0,)]})
 
     async def replay():
         with ProcessLauncher("emulated", logs=tmp_path) as launcher:

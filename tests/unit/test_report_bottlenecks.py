@@ -1,8 +1,8 @@
 """What held a run back: GPUs never used, waiting beside idle GPUs, and the change that is advised."""
 
+import io
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from fixtures import arrivals, scenario
 from record_fixtures import deployment, run_record, table
@@ -46,7 +46,7 @@ def test_waiting_beside_idle_gpus_is_found_and_measured() -> None:
     # "small" arrives at 2 and starts at 10, when "big" ends, on a GPU of its own; at 11 it waits for itself.
     run = two_models((1, 0, 0, 10), (2, 2, 10, 12), (2, 11, 12, 14))
     found = find_bottlenecks(run, FIFO, keeps_up=True)
-    assert found.idle_waits == (IdleWait(model="small", mean_s=4.0, share=8 / 9),)
+    assert found.idle_waits == (IdleWait(endpoint="small", mean_s=4.0, share=8 / 9),)
     assert found.unused_gpus == (3,)
     assert found.advice.startswith("--queue fifo-per-model")
     first, second, last = found.sentences()
@@ -92,12 +92,13 @@ def test_models_that_share_gpus_beside_unused_ones_are_to_be_spread() -> None:
 
 def test_the_advice_on_queues_helps() -> None:
     """A model alone on its GPU waits behind a busy one under `fifo`, and no longer once the advice is followed."""
-    times = [*range(0, 40_000_000, 1_000_000), 20_500_000]
-    requests = arrivals(times, [1] * 40 + [2], [2000] * 40 + [100])
+    # The load time is 1 µs, so the first requests arrive after it.
+    rows = sorted([*((second * 1_000_000 + 10, 1, 2000) for second in range(40)), (20_500_000, 2, 100)])
+    requests = arrivals(*map(list, zip(*rows, strict=True)))
     means = {}
     for discipline in (QueueDiscipline.FIFO, QueueDiscipline.FIFO_PER_MODEL):
         record = simulate(
-            scenario(_sorted(requests), {1: [(0,)], 2: [(1,)]}, settings=ControllerSettings(discipline=discipline))
+            scenario(requests, {1: [(0,)], 2: [(1,)]}, settings=ControllerSettings(discipline=discipline))
         )
         alone = record.requests.endpoint_id == 2
         means[discipline] = float((record.requests.finish_us - record.requests.arrival_us)[alone].mean()) / 1e6
@@ -111,24 +112,13 @@ def test_the_advice_on_queues_helps() -> None:
     assert means[QueueDiscipline.FIFO_PER_MODEL] == pytest.approx(0.1, abs=0.01)
 
 
-def _sorted(requests):
-    order = np.argsort(requests.arrival_us, kind="stable")
-    return replace(
-        requests,
-        **{
-            name: getattr(requests, name)[order]
-            for name in ("arrival_us", "endpoint_id", "prompt_tokens", "output_tokens")
-        },
-    )
-
-
 def test_the_panel_shows_what_was_found() -> None:
     from rich.console import Console
 
     from maveriq.report.metrics import summarise
 
     run = two_models((1, 0, 0, 10), (2, 2, 10, 12))
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(to_rich(saturation_panel(assess_saturation(run, options=FIFO), summarise(run), width=80)))
     text = " ".join(console.export_text().split())
     assert "GPU 3 served no request." in text
