@@ -29,7 +29,7 @@ def pictures(sim: RunRecord, real: RunRecord) -> list[Curves]:
 
 def plot_of(curves: Curves, *, ascii_only: bool = True, rows: int = 8) -> list[str]:
     lines = overlay(curves, rows=rows, ascii_only=ascii_only).plain.split("\n")
-    return [line.partition("|" if ascii_only else "│")[2] for line in lines[1 : rows + 1]]
+    return [line.partition("|" if ascii_only else "│")[2] for line in lines[2 : rows + 2]]
 
 
 def test_a_distribution_rises_from_0_to_1() -> None:
