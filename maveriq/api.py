@@ -355,8 +355,9 @@ def compare(*runs: Run | str | Path) -> Comparison | ManyComparison:
     """
     if len(runs) < 2:
         raise InputError(f"compare takes at least two runs, not {len(runs)}")
-    names = [_ordinal(at) if isinstance(run, Run) else Path(run).name or str(run) for at, run in enumerate(runs)]
-    return compare_named([run if isinstance(run, Run) else load_run(run) for run in runs], names)
+    loaded = [run if isinstance(run, Run) else load_run(run) for run in runs]
+    names = [_ordinal(at) if isinstance(run, Run) else str(run) for at, run in enumerate(runs)]
+    return compare_named(loaded, names)
 
 
 def _ordinal(position: int) -> str:

@@ -144,7 +144,7 @@ def test_a_policy_that_returns_no_decision_is_named() -> None:
     ("make", "message"),
     [
         (lambda: maveriq.Options(scale="x"), "scale must be None or float, not 'x'"),
-        (lambda: maveriq.Options(policy=3.5), "policy must be str, not 3.5"),
+        (lambda: maveriq.Options(policy=3.5), "policy must be None or str, not 3.5"),
         (lambda: maveriq.plan("llama-2-7b", slo_ms="fast"), "slo_ms must be None or float"),
         (lambda: maveriq.simulate(slo_ttft_ms="200"), "--slo-ttft-ms must be a positive number of milliseconds"),
         (lambda: maveriq.load_run(3), "path must be a path, not 3"),

@@ -58,7 +58,7 @@ def answer(maveriq: Maveriq, command: str) -> Any:
         ("serve --help", ("--backend", "--token-file", "--models-folder", "--grace-period-s")),
         ("console --help", ("--url", "--command")),
         ("fit --help", ("--evaluate",)),
-        ("compare --help", ("SIM", "REAL", "--tolerance", "--plot", "--json")),
+        ("compare --help", ("RUN... REFERENCE", "--tolerance", "--plot", "--json")),
         ("testbed", ("import", "replay")),
         ("testbed import --help", ("--all", "--out", "--data")),
         ("trace export --help", ("--out",)),

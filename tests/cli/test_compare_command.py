@@ -131,3 +131,39 @@ def test_a_run_name_needs_the_recordings(
     monkeypatch.setenv("MAVERIQ_DATA", str(tmp_path / "data"))
     ended = maveriq(f"compare {REPLAYED} MaverIQ_tin")
     assert "or give the folder of a run" in ended.only_line
+
+
+def test_runs_are_labelled_by_name_and_kind(maveriq: Maveriq, both: None) -> None:
+    ended = maveriq(f"compare {REPLAYED} {RECORDED}")
+    lines = ended.out.splitlines()
+    assert lines[:2] == [f"replayed {REPLAYED}", f"recorded {RECORDED}"]
+    assert "#1" in ended.out  # the folders have the same name
+    assert " real" not in ended.out
+    labels = json.loads(maveriq(f"compare {REPLAYED} {RECORDED} --json").out)["labels"]
+    assert labels == [{"name": RUN, "kind": "replayed"}, {"name": RUN, "kind": "recorded"}]
+
+
+def test_more_than_two_runs_are_compared_with_the_last(maveriq: Maveriq, both: None) -> None:
+    ended = maveriq(f"compare {REPLAYED} {BASELINE} {RECORDED} --tolerance mean=2%")
+    assert ended.code == 1
+    assert ended.err == f"maveriq: out of tolerance: mean of {BASELINE}\n"
+    for words in ("All requests", "Errors against", "Mean latency by model, s", "recorded"):
+        assert words in ended.out, words
+    assert max(map(len, ended.out.splitlines()[3:])) <= 80
+    found = json.loads(maveriq(f"compare {REPLAYED} {BASELINE} {RECORDED} --json").out)
+    assert [run["kind"] for run in found["runs"]] == ["replayed", "recorded", "recorded"]
+    assert (found["reference"], len(found["comparisons"])) == (RECORDED, 2)
+    assert found["comparisons"][0]["overall"]["differences"]["mean"]["error"] == pytest.approx(0, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("a", "compare takes at least two runs, not only 'a'"),
+        ("a b c --plot x.png", "--plot draws two runs, not 3"),
+    ],
+)
+def test_runs_that_cannot_be_compared(maveriq: Maveriq, arguments: str, words: str) -> None:
+    ended = maveriq(f"compare {arguments}")
+    assert (ended.code, ended.out) == (2, "")
+    assert words in ended.only_line
