@@ -31,7 +31,7 @@ def azure(tmp_path: Path) -> str:
 
 
 def build(trace: str = "code", models: str = "one.toml", **options):
-    """Build a workload; the model set lies beside the trace, or is a path."""
+    """Build a workload; the model set is next to the trace, or is a path."""
     return build_workload(
         WorkloadOptions(trace=trace, models=str(Path(trace).parent / models), **options),
         intent=INTENT,
