@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -182,8 +183,7 @@ def limited_process(folder: Path, files: int) -> Iterator[tuple[str, Path]]:
             server.communicate()
 
 
-@pytest.mark.parametrize("files", [1_024, 64])
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: localh"])
+@pytest.mark.parametrize(("files", "sent"), [(1_024, b""), (64, b"POST /v1/completions HTTP/1.1\r\nHost: localh")])
 def test_idle_connections_do_not_stop_an_authorized_client(tmp_path: Path, files: int, sent: bytes) -> None:
     _need_descriptors(1_300)
     with limited_process(tmp_path, files) as (url, errors), contextlib.ExitStack() as idle:
@@ -395,3 +395,18 @@ def test_nothing_is_left_of_many_connections(guarded: Running) -> None:
     with guarded.client(headers=AUTHORIZED) as http:
         until(lambda: "maveriq_connections 1.0" in http.get("/metrics").text)
     assert asyncio.all_tasks(guarded.loop) is not None
+
+
+def test_a_system_without_descriptors_is_tried_again(guarded: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOBUFS, "No buffer space available")]
+    accept = socket.socket.accept
+
+    def failing(listener: socket.socket) -> tuple[socket.socket, object]:
+        if faults and listener.getsockname()[1] == int(guarded.url.rpartition(":")[2]):
+            raise faults.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    with guarded.client(headers=AUTHORIZED) as http:
+        assert http.get("/health").status_code == 200
+    assert not faults
