@@ -159,6 +159,7 @@ async def load(url: str, environment: dict[str, str], pid: int, seconds: float, 
     return {
         "seconds": seconds,
         "clients": clients,
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "attacks": json.loads(attacks),
         "quiet": quiet.to_json(),
         "abused": abused.to_json(),
@@ -236,10 +237,9 @@ async def attack(url: str, token: str) -> None:
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(15, stopped.set)
     await stopped.wait()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    print(json.dumps(target.counts))
+    print(json.dumps(target.counts), flush=True)
+    assert tasks
+    os._exit(0)  # the connections are not closed one by one
 
 
 @dataclass(slots=True)

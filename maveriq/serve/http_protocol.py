@@ -149,19 +149,14 @@ class HttpProtocol(H11Protocol, Connection):
         """Give the place of the connection to others."""
         self._connections.remove(self)
         super().connection_lost(exc)
+        # Without these references to itself the protocol is freed now, and not by a long garbage collection.
+        self.app_state.clear()
+        if self._cycle is not None:
+            self._cycle.scope["state"].clear()
 
     def send_400_response(self, msg: str) -> None:
         """Answer a request that cannot be parsed."""
-        fault = self.conn.fault
-        if fault is None:
-            error = ApiError(400, msg, code="invalid_http")
-        elif fault.error_status_hint == 431:
-            error = ApiError(431, f"URL and headers are longer than {MAX_HEAD_BYTES} bytes", code="headers_too_large")
-        elif fault.error_status_hint == 413:
-            error = ApiError(413, str(fault), code="too_many_chunks")
-        else:
-            error = ApiError(400, f"the request is not valid HTTP: {fault}", code="invalid_http")
-        self._refuse(error)
+        self._refuse(self.conn.error or ApiError(400, msg, code="invalid_http"))
 
     @property
     def _cycle(self) -> RequestResponseCycle | None:
@@ -195,7 +190,7 @@ class _BoundedParser(h11.Connection):
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
-        self.fault: h11.RemoteProtocolError | None = None
+        self.error: ApiError | None = None
         self.is_turn_over = False
         self._events = 0
         self._chunks = 0
@@ -218,7 +213,7 @@ class _BoundedParser(h11.Connection):
             event = super().next_event()
             self._count(event)
         except h11.RemoteProtocolError as error:
-            self.fault = error
+            self.error = _api_error(error)
             raise
         return event
 
@@ -231,3 +226,12 @@ class _BoundedParser(h11.Connection):
             self._chunks += 1
             if self._chunks > MAX_CHUNKS:
                 raise h11.RemoteProtocolError(f"the body has more than {MAX_CHUNKS} chunks", error_status_hint=413)
+
+
+def _api_error(fault: h11.RemoteProtocolError) -> ApiError:
+    """Return the error that a client gets for a request that cannot be parsed."""
+    if fault.error_status_hint == 431:
+        return ApiError(431, f"URL and headers are longer than {MAX_HEAD_BYTES} bytes", code="headers_too_large")
+    if fault.error_status_hint == 413:
+        return ApiError(413, str(fault), code="too_many_chunks")
+    return ApiError(400, f"the request is not valid HTTP: {fault}", code="invalid_http")
