@@ -3,8 +3,8 @@
 Usage: python benchmarks/abuse_serve.py [--seconds 60] [--clients 20] [--time-scale 0.1]
 
 The script starts a server with a token on emulated engines, and well-behaved clients that stream completions. The first
-third of the time is quiet. In the rest a second process holds idle connections, sends heads byte by byte, and floods the
-server with requests and connections, all without the token. With the token it sends bodies byte by byte, bodies in a
+third of the time is quiet. In the rest a second process holds idle connections, sends heads byte by byte, and floods
+the server with requests, all without the token. With the token it sends bodies byte by byte, bodies in a
 million chunks, prompts of 1 MiB and junk, aborts completions, and registers models with odd names and broken files.
 
 The script prints the results as JSON, and exits with 1 if a well-behaved client gets an error other than 429, the 99th
