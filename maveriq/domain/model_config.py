@@ -83,6 +83,7 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")
 _HEAD_SIZE = ("head_dim", "kv_channels", "attention_head_dim")
 _CONTEXT = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length",
+    "model_max_length",
 )  # fmt: skip
 _MAX_LAYERS, _MAX_WIDTH, _MAX_VOCABULARY, _MAX_CONTEXT = 10_000, 10_000_000, 100_000_000, 2**31
 

@@ -203,7 +203,7 @@ def config_path(path: Path) -> Path:
     return path / "config.json" if is_folder(path) else path
 
 
-_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_MAX_CONFIG_BYTES = 1024 * 1024
 
 
 def _read_config(path: Path) -> ModelSpec:

@@ -191,6 +191,16 @@ def test_what_torch_refuses_is_refused_everywhere(
     assert not (tmp_path / "p").exists()
 
 
+def test_a_quantised_checkpoint_has_one_weight_type_everywhere(maveriq: Maveriq, tmp_path: Path) -> None:
+    config = put(tmp_path / "gptq", LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    for answer in answers_of(maveriq(f"engines --model {config} --json")).values():
+        assert not answer["can"]
+    emulated = answers_of(maveriq(f"engines --model {config} --json"))["emulated"]
+    assert "its checkpoint holds int4_gptq weights (quantization_config), not float16" in str(emulated["reason"])
+    emulated = answers_of(maveriq(f"engines --model {config} --weights int4_gptq --json"))["emulated"]
+    assert emulated["can"]
+
+
 def test_two_models_of_one_name_are_refused(maveriq: Maveriq, case: Callable[[str], Path]) -> None:
     folder = case("23")
     small, big = folder / "cfgs" / "small.json", folder / "cfgs" / "big.json"

@@ -44,6 +44,17 @@ def test_default_of_max_tokens(client: openai.OpenAI) -> None:
     assert answer.choices[0].text == expected_text("Hello", 6)
 
 
+def test_longer_than_the_context_of_the_model(client: openai.OpenAI) -> None:
+    with pytest.raises(
+        openai.BadRequestError, match="5020 tokens is longer than the 4096 positions of llama-2-7b"
+    ) as at:
+        client.completions.create(model=MODEL, prompt=[7] * 5000, max_tokens=20)
+    assert (at.value.code, at.value.param) == ("context_length_exceeded", "prompt")
+    answer = client.completions.create(model=MODEL, prompt=[7] * 4093)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3, "an output of no given length fits the rest of the context"
+
+
 @pytest.mark.parametrize("prompt", [[7, 8, 9], [[7, 8, 9]]])
 def test_token_ids_as_prompt(client: openai.OpenAI, prompt: list[int]) -> None:
     answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=3, extra_body={"return_token_ids": True})

@@ -212,6 +212,6 @@ def test_hostile_files(tmp_path: Path) -> None:
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     with (tmp_path / "huge.json").open("wb") as huge:
         huge.truncate(1 << 40)
-    for name, words in (("fifo", "is not a regular file"), ("zero", "is not a regular"), ("huge", "larger than 4 MiB")):
+    for name, words in (("fifo", "is not a regular file"), ("zero", "is not a regular"), ("huge", "larger than 1 MiB")):
         with pytest.raises(InputError, match=words):
             load_model(str(tmp_path / f"{name}.json"))
