@@ -203,6 +203,8 @@ def _check_completed(outcome: Outcome, accepted: AcceptedRequest) -> None:
         ApiError: the request was refused, failed, or is unfinished.
     """
     request_id = accepted.row.request_id
+    if not accepted.outcome_stored:
+        raise ApiError(503, outcome.reason, code="outcome_not_stored", request_id=request_id)
     match outcome.status:
         case RequestStatus.COMPLETED:
             return

@@ -1,4 +1,8 @@
-"""The life cycle of accepted requests: each is stored before it runs, and its one final status is stored too."""
+"""The life cycle of accepted requests: each is stored before it runs, and its one final status before its response.
+
+The stored status is the one that the client gets. A final status that cannot be stored becomes an error: the client
+gets it in place of the outcome, and so does the state file once it can be written again.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,20 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
 from maveriq.exec.live_cluster import LiveCluster, Outcome, RequestHandle, Submission
 from maveriq.serve.errors import ApiError
+from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
-from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
+from maveriq.serve.store import EndedRequest, RequestRow, Store
 
 _LOG = logging.getLogger(__name__)
-_STORE_RETRY_S = 1.0
+_STORE_RETRY_S = 0.5
+_STORE_PATIENCE_S = 2.0  # how long a client waits for its outcome to be stored
+_NOT_STORED = "the request ended, but its outcome could not be stored"
 _LATENCY_SMOOTHING = 0.1  # weight of the newest latency in the moving average
 _MAX_RETRY_AFTER_S = 60
 _STOPPING_RETRY_AFTER_S = 10
@@ -31,8 +38,8 @@ class AcceptedRequest:
         row: as stored when it was accepted.
         submission: what the cluster runs.
         handle: done once the request is stored and submitted to the cluster.
-        outcome: done once the final status is stored. If the first attempt to store it fails, `outcome` is done all
-            the same and storing is retried.
+        outcome: done once the final status is stored or, if that is not possible, replaced by an error.
+        outcome_stored: whether `outcome` is in the state file; False where an error replaced it.
         in_cluster: whether the cluster is processing it.
         cancelled: whether its client disconnected.
     """
@@ -41,6 +48,7 @@ class AcceptedRequest:
     submission: Submission
     handle: asyncio.Future[RequestHandle] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     outcome: asyncio.Future[Outcome] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    outcome_stored: bool = True
     in_cluster: bool = False
     cancelled: bool = False
 
@@ -122,7 +130,8 @@ class RequestLifecycle:
 
     async def _follow(self, accepted: AcceptedRequest) -> None:
         """Store a request, run it, and store its final status."""
-        row = accepted.row
+        row, clock = accepted.row, asyncio.get_running_loop().time
+        begun_s = clock()
         try:
             if not await self._store.accept(row):
                 message = f"request ID {row.request_id!r} is taken; give each request its own ID"
@@ -135,12 +144,9 @@ class RequestLifecycle:
         self.store_works = True
         self._metrics.accepted.labels(row.model).inc()
         outcome = await self._run(accepted)
-        self._metrics.count_ended(
-            row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=accepted.submission.slo_us
-        )
-        latency_s = time.time() - row.accepted_s
+        latency_s = clock() - begun_s
         self._average_latency_s += _LATENCY_SMOOTHING * (latency_s - self._average_latency_s)
-        await self._store_end(accepted, outcome)
+        await self._end(accepted, outcome)
 
     async def _run(self, accepted: AcceptedRequest) -> Outcome:
         """Submit a request to the cluster and return its outcome."""
@@ -171,28 +177,47 @@ class RequestLifecycle:
             accepted.handle.set_result(_EndedHandle(outcome))
         return outcome
 
-    async def _store_end(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
-        """Store the final status, retrying until it succeeds."""
-        ended = EndedRequest(
-            request_id=accepted.row.request_id,
-            status=outcome.status,
-            reason=outcome.reason,
-            output_tokens=len(outcome.tokens),
-        )
+    async def _end(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
+        """Store the final status, then resolve `accepted.outcome`.
+
+        A status that cannot be stored in time becomes a failure. Storing that is retried until it succeeds.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up_s = clock() + _STORE_PATIENCE_S
         while True:
             try:
-                await self._store.end(ended)
+                await self._store.end(
+                    EndedRequest(
+                        request_id=accepted.row.request_id,
+                        status=outcome.status,
+                        reason=outcome.reason,
+                        output_tokens=len(outcome.tokens),
+                    )
+                )
             except StoreError as error:
                 if self.store_works:
                     _LOG.error("%s", error)
                 self.store_works = False
+                if accepted.outcome_stored and (clock() >= give_up_s or not self.open):
+                    accepted.outcome_stored = False
+                    outcome = replace(outcome, status=RequestStatus.FAILED, reason=f"{_NOT_STORED}: {error}")
+                    self._resolve(accepted, outcome)
             else:
                 self.store_works = True
                 break
-            finally:
-                if not accepted.outcome.done():
-                    accepted.outcome.set_result(outcome)
             await asyncio.sleep(_STORE_RETRY_S)
+        if accepted.outcome_stored:
+            self._resolve(accepted, outcome)
+
+    def _resolve(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
+        """Count a request as ended, and give its client the outcome."""
+        self._metrics.count_ended(
+            accepted.row.model,
+            outcome,
+            prompt_tokens=accepted.row.prompt_tokens,
+            slo_us=accepted.submission.slo_us,
+        )
+        accepted.outcome.set_result(outcome)
 
 
 def _reject(accepted: AcceptedRequest, error: ApiError) -> None:

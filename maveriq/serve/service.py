@@ -8,21 +8,25 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from maveriq.domain.progress import DeploymentStatus
 from maveriq.errors import InputError
 from maveriq.exec.live_cluster import EndpointRequest, LiveCluster
+from maveriq.files import is_folder
 from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
 from maveriq.serve.errors import ApiError, bad_request, not_found
+from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
 from maveriq.serve.model_registry import ModelRegistry, did_you_mean
 from maveriq.serve.requests import RequestLifecycle
 from maveriq.serve.settings import ServeSettings
-from maveriq.serve.store import Store, StoredEndpoint, StoredModel, StoreError
+from maveriq.serve.store import Store, StoredEndpoint, StoredModel
 
 _LOG = logging.getLogger(__name__)
 _FINAL_STATUSES_S = 5.0  # to store final statuses after the engines have stopped
 _UP = "up"
+_NEAREST_TO_UP = (_UP, "loading", "waiting", "down", "removed", "rejected")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +49,9 @@ class Endpoint:
 
     @property
     def status(self) -> str:
-        """`up` if a deployment is up, else the status of the first deployment; `waiting` before there is one."""
+        """`up` if a deployment is up, else that of the one nearest to it; `waiting` before there is one."""
         statuses = [deployment.status for deployment in self.deployments]
-        return _UP if _UP in statuses else (statuses or ["waiting"])[0]
+        return min(statuses, key=_NEAREST_TO_UP.index, default="waiting")
 
 
 class Service:
@@ -80,6 +84,7 @@ class Service:
         self._placements = placements
         self._endpoints: dict[int, StoredEndpoint] = {}
         self._changing = asyncio.Lock()  # held while models or endpoints change
+        self._dangling: list[str] = []  # what the state file refers to and is not there
         self._plan_writes: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._grace_period_ended = asyncio.Event()
@@ -98,13 +103,23 @@ class Service:
         await self.models.restore()
         for model in self.models:
             self.metrics.add_model(model.spec.name)
+            if model.folder and not is_folder(Path(model.folder)):
+                self._dangling.append(f"model {model.spec.name}: its folder {model.folder!r} is gone")
         self._placements.on_decision(self._store_plans)
         # Endpoints with plans first, so that new decisions do not take their GPUs.
+        model_ids = {model.model_id for model in self.models}
         for stored in sorted(await self.store.endpoints(), key=lambda stored: not stored.plans):
+            if stored.model_id not in model_ids:
+                self._dangling.append(
+                    f"endpoint {stored.endpoint_id} is left out: the state file has no model {stored.model_id}"
+                )
+                continue
             self._endpoints[stored.endpoint_id] = stored
             if stored.plans:
                 self._placements.pin(stored.endpoint_id, stored.plans)
             self._deploy(stored)
+        for problem in self._dangling:
+            _LOG.warning("%s", problem)
         self.metrics.add_cluster(self._cluster.progress, self.requests.__len__)
 
     async def stop(self) -> None:
@@ -228,9 +243,12 @@ class Service:
             for endpoint in self.endpoints()
             if endpoint.status in ("down", "rejected")
         ]
-        if not self.requests.store_works:
+        store_problem = self.store.problem()
+        if store_problem:
+            problems.append(store_problem)
+        elif not self.requests.store_works:
             problems.append("the state file cannot be written")
-        return problems
+        return [*problems, *self._dangling]
 
     def _deploy(self, stored: StoredEndpoint) -> None:
         if stored.placement:

@@ -1,21 +1,16 @@
 """The state file: an SQLite database with the models, the endpoints, and every accepted request with its status.
 
-`Store` has a method for each change and query. `SqliteJobWriter` runs them in a thread that owns the file, and
-answers when they are on disk.
+`Store` has a method for each change and query. `maveriq.serve.job_writer.SqliteJobWriter` runs them in a thread that
+owns the file, and answers when they are on disk.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import queue
 import sqlite3
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -24,8 +19,7 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.live_cluster import EndpointRequest
 from maveriq.policy.pinned import Plans
-
-T = TypeVar("T")
+from maveriq.serve.job_writer import JobWriter, OpenWriter, SqliteJobWriter
 
 INTERRUPTED = "the server stopped before the request ended"
 """The reason of a request that was in flight when the server crashed."""
@@ -62,11 +56,6 @@ CREATE INDEX requests_by_status ON requests (status, number);
 _REQUEST_COLUMNS = "request_id, model, endpoint_id, accepted_s, prompt_tokens, status, reason, output_tokens, ended_s"
 _ACCEPTED = "accepted"
 _PRUNE_EVERY = 1_000
-_MAX_JOBS_PER_TRANSACTION = 512
-
-
-class StoreError(MaveriqError):
-    """The state file cannot be read or written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +132,10 @@ class Store:
         """Close the file. It may be called twice."""
         self._writer.close()
 
+    def problem(self) -> str:
+        """Return what is wrong with the file: it was deleted or replaced; "" if nothing is."""
+        return self._writer.problem()
+
     # Models
 
     async def add_model(self, spec: ModelSpec, folder: str) -> StoredModel:
@@ -168,7 +161,9 @@ class Store:
         def select(database: sqlite3.Connection) -> list[StoredModel]:
             rows = database.execute("SELECT model_id, spec, folder FROM models ORDER BY model_id")
             return [
-                StoredModel(model_id=model_id, spec=msgspec.json.decode(spec, type=ModelSpec), folder=folder)
+                StoredModel(
+                    model_id=model_id, spec=_from_json(spec, ModelSpec, where=f"model {model_id}"), folder=folder
+                )
                 for model_id, spec, folder in rows
             ]
 
@@ -216,9 +211,9 @@ class Store:
                 StoredEndpoint(
                     endpoint_id=endpoint_id,
                     model_id=model_id,
-                    request=msgspec.json.decode(request, type=EndpointRequest),
+                    request=_from_json(request, EndpointRequest, where=f"endpoint {endpoint_id}"),
                     placement=placement,
-                    plans=msgspec.json.decode(plans, type=Plans),
+                    plans=_from_json(plans, Plans, where=f"endpoint {endpoint_id}"),
                 )
                 for endpoint_id, model_id, request, placement, plans in rows
             ]
@@ -249,7 +244,14 @@ class Store:
             database.execute(
                 "UPDATE requests SET status = ?, reason = ?, output_tokens = ?, ended_s = ?"
                 " WHERE request_id = ? AND status = ?",
-                (ended.status.label, ended.reason, ended.output_tokens, time.time(), ended.request_id, _ACCEPTED),
+                (
+                    ended.status.label,
+                    _encodable(ended.reason),
+                    ended.output_tokens,
+                    time.time(),
+                    ended.request_id,
+                    _ACCEPTED,
+                ),
             )
             if prune:
                 database.execute(
@@ -314,6 +316,23 @@ def _to_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
+def _from_json(text: str, kind: Any, *, where: str) -> Any:
+    """Decode a value of a row.
+
+    Raises:
+        ValueError: the value is not of its type; the message names the row.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, MaveriqError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from None
+
+
+def _encodable(text: str) -> str:
+    """Return a text without lone surrogates, which SQLite cannot store: a reason may quote anything."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _new_id(cursor: sqlite3.Cursor) -> int:
     if cursor.lastrowid is None:
         raise sqlite3.DatabaseError("an inserted row has no ID")
@@ -322,134 +341,3 @@ def _new_id(cursor: sqlite3.Cursor) -> int:
 
 def _request_row(values: tuple[Any, ...]) -> RequestRow:
     return RequestRow(**dict(zip(_REQUEST_COLUMNS.split(", "), values, strict=True)))
-
-
-class JobWriter(Protocol):
-    """Runs jobs on an SQLite database, as `SqliteJobWriter` does."""
-
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a job and return its result when its changes are on disk."""
-
-    def close(self) -> None:
-        """Run the jobs that wait, then close the file."""
-
-
-Prepare: TypeAlias = Callable[[sqlite3.Connection], None]
-OpenWriter: TypeAlias = Callable[[Path, Prepare], JobWriter]
-
-
-class SqliteJobWriter:
-    """Runs jobs on an SQLite file in order, in one thread.
-
-    Jobs that arrive during a transaction share the next one, so many requests need few flushes. The file is locked
-    against other processes.
-    """
-
-    def __init__(self, path: Path, prepare: Prepare) -> None:
-        """Open or create the file.
-
-        Args:
-            path: of the file; its folder must exist.
-            prepare: creates the tables, in a transaction.
-
-        Raises:
-            InputError: the file cannot be opened, is not a database, or is locked by another process.
-        """
-        self._path = path
-        self._closed = False
-        self._database = _open_database(path, prepare)
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()  # None: close
-        self._thread = threading.Thread(target=self._run_jobs, name="maveriq-state", daemon=True)
-        self._thread.start()
-
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a job and return its result when its changes are on disk.
-
-        Raises:
-            StoreError: the file cannot be read or written, or is closed.
-        """
-        if self._closed:
-            raise StoreError(f"state file {str(self._path)!r} is closed")
-        job: _Job[T] = _Job(work, asyncio.get_running_loop().create_future())
-        self._jobs.put(job)
-        return await job.future
-
-    def close(self) -> None:
-        """Run the jobs that wait, then close the file. It may be called twice."""
-        self._closed = True
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run_jobs(self) -> None:
-        is_open = True
-        while is_open:
-            jobs = [self._jobs.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(jobs) < _MAX_JOBS_PER_TRANSACTION:
-                    jobs.append(self._jobs.get_nowait())
-            is_open = None not in jobs
-            self._run_transaction([job for job in jobs if job is not None])
-        self._database.close()
-
-    def _run_transaction(self, jobs: list[_Job[Any]]) -> None:
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                job.result = job.work(self._database)
-            self._database.execute("COMMIT")
-        except Exception as error:  # any error must reach the callers of `run`
-            with contextlib.suppress(sqlite3.Error):
-                self._database.execute("ROLLBACK")
-            for job in jobs:
-                job.error = StoreError(
-                    f"state file {str(self._path)!r} cannot be used: {error}; free disk space or repair the file"
-                )
-        for job in jobs:
-            with contextlib.suppress(RuntimeError):  # its event loop is closed
-                job.future.get_loop().call_soon_threadsafe(job.set_future)
-
-
-class _Job(Generic[T]):
-    """A function to run on the database, and the future of its result."""
-
-    __slots__ = ("error", "future", "result", "work")
-
-    def __init__(self, work: Callable[[sqlite3.Connection], T], future: asyncio.Future[T]) -> None:
-        self.work = work
-        self.future = future
-        self.result: T | None = None
-        self.error: Exception | None = None
-
-    def set_future(self) -> None:
-        if self.future.done():  # cancelled
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)  # type: ignore[arg-type]  # `work` has set it
-
-
-def _open_database(path: Path, prepare: Prepare) -> sqlite3.Connection:
-    name = f"state file {str(path)!r}"
-    try:
-        database = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise InputError(f"{name} cannot be opened: {error}; choose a file in a folder that exists") from None
-    try:
-        # Exclusive, because two services on one state file would both start its endpoints.
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-        database.execute("BEGIN IMMEDIATE")
-        prepare(database)
-        database.execute("COMMIT")
-    except sqlite3.Error as error:
-        database.close()
-        if "locked" in str(error):
-            raise InputError(f"{name} is in use by another maveriq serve; stop it or choose another file") from None
-        raise InputError(f"{name} cannot be used: {error}; choose another file") from None
-    except BaseException:
-        database.close()
-        raise
-    return database

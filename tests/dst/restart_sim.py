@@ -22,11 +22,12 @@ from maveriq.exec.live_cluster import EndpointRequest, Submission
 from maveriq.exec.messages import EngineSpec
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.errors import ApiError
+from maveriq.serve.job_writer import Prepare, StoreError
 from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.requests import AcceptedRequest
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
-from maveriq.serve.store import Prepare, Store, StoreError
+from maveriq.serve.store import Store
 
 _T = TypeVar("_T")
 _FINAL = {status.label for status in FINAL_STATUSES}
@@ -68,13 +69,16 @@ class Disk:
 
 @dataclass
 class File:
-    """Stands in for `maveriq.serve.store.JobWriter` during one run of the service."""
+    """Stands in for `maveriq.serve.job_writer.JobWriter` during one run of the service."""
 
     disk: Disk
     power: ServicePower
 
     async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         return await self.disk.do(work, self.power)
+
+    def problem(self) -> str:
+        return ""
 
     def close(self) -> None:
         pass
@@ -167,8 +171,7 @@ class Clients:
         if self._draws.happens(0.1):
             service.requests.cancel(accepted)
         ended = await asyncio.shield(accepted.outcome)
-        if service.requests.store_works:
-            self.reported[accepted.row.request_id] = ended.status.label
+        self.reported[accepted.row.request_id] = ended.status.label
 
     def certain(self, endpoints: set[int]) -> set[int]:
         return endpoints - self._uncertain

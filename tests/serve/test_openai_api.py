@@ -13,6 +13,8 @@ import pytest
 from fakes import token
 from running import MODEL, TIMEOUT_S, Running, running, until
 
+from maveriq.serve.job_writer import StoreError
+from maveriq.serve.store import EndedRequest
 from maveriq.serve.tokenizers import ByteTokenizer, decode
 
 BYTES = ByteTokenizer(32_000)
@@ -81,6 +83,30 @@ def test_stream(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected_text("Hello", 5)
     assert len(chunks) == 6
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 5 + ["length"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_that_cannot_be_stored(state: Path, monkeypatch: pytest.MonkeyPatch, *, stream: bool) -> None:
+    async def full(_ended: EndedRequest) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr("maveriq.serve.requests._STORE_PATIENCE_S", 0.0)
+    with running(state) as server, server.client() as http:
+        server.deploy()
+        works = server.service.store.end
+        monkeypatch.setattr(server.service.store, "end", full)
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 3, "stream": stream}
+        answer = http.post("/v1/completions", json=body)
+        monkeypatch.setattr(server.service.store, "end", works)
+        until(lambda: http.get("/health").json()["in_flight"] == 0)
+        stored = http.get(f"/requests/{answer.headers['X-Request-Id']}").json()
+    assert answer.status_code == (200 if stream else 503)
+    *texts, last = answer.text.strip().split("\n\n") if stream else [answer.text]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["code"] == "outcome_not_stored"
+    assert len(texts) == (3 if stream else 0)
+    assert all(json.loads(text.removeprefix("data: "))["choices"][0]["finish_reason"] is None for text in texts)
+    assert (stored["status"], stored["reason"]) == ("failed", error["message"])
 
 
 def test_chat_stream_with_usage(client: openai.OpenAI) -> None:

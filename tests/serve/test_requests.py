@@ -19,9 +19,10 @@ from maveriq.domain.models import load_model
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.live_cluster import EndpointRequest, Submission
 from maveriq.serve.errors import ApiError
+from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
 from maveriq.serve.requests import AcceptedRequest, RequestLifecycle
-from maveriq.serve.store import EndedRequest, RequestRow, Store, StoreError
+from maveriq.serve.store import EndedRequest, RequestRow, Store
 
 FINAL = {status.label for status in FINAL_STATUSES}
 
@@ -200,30 +201,82 @@ class FailingStore(Store):
         await super().end(ended)
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@asynccontextmanager
+async def failing_store(rig: Rig, folder: Path) -> AsyncIterator[FailingStore]:
+    """Give the rig a store that fails when told to."""
+    store = FailingStore(folder / "other.db")
+    rig.requests = RequestLifecycle(rig.cluster, store, rig.metrics, max_in_flight=6)
+    yield store
+    await rig.requests.drained()
+    store.close()
+
+
+def test_what_cannot_be_stored_does_not_run(tmp_path: Path) -> None:
     async def test() -> None:
-        monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
-        async with new_rig() as rig:
-            store = FailingStore(tmp_path / "other.db")
-            tracker = RequestLifecycle(rig.cluster, store, rig.metrics, max_in_flight=6)
-            rig.requests = tracker
+        async with new_rig() as rig, failing_store(rig, tmp_path) as store:
             store.full = "accept"
             with pytest.raises(ApiError, match="the disk is full") as error:
                 await rig.send()
             assert error.value.status == 503
-            assert rig.cluster.submitted == [], "what cannot be written down is not begun"
+            assert rig.cluster.submitted == []
+
+    run(test)
+
+
+def test_an_outcome_that_cannot_be_stored_becomes_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
+        monkeypatch.setattr("maveriq.serve.requests._STORE_PATIENCE_S", 0.05)
+        async with new_rig() as rig, failing_store(rig, tmp_path) as store:
             store.full = "end"
             accepted = await rig.send("mine")
-            assert (await accepted.outcome).status is RequestStatus.COMPLETED, "its client is not kept waiting"
-            assert not tracker.store_works
-            assert len(tracker) == 1
+            outcome = await accepted.outcome
+            assert outcome.status is RequestStatus.FAILED
+            assert "could not be stored: the disk is full" in outcome.reason
+            assert not accepted.outcome_stored
+            assert not rig.requests.store_works
+            assert len(rig.requests) == 1
             store.full = ""
-            await tracker.drained()
-            assert tracker.store_works
+            await rig.requests.drained()
+            assert rig.requests.store_works
+            found = await store.request("mine")
+            assert found is not None
+            assert (found.status, found.reason) == ("failed", outcome.reason)
+            assert ended(rig) == {"failed": 1}
+
+    run(test)
+
+
+def test_a_client_waits_a_moment_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
+        monkeypatch.setattr("maveriq.serve.requests._STORE_PATIENCE_S", TIMEOUT_S)
+        async with new_rig() as rig, failing_store(rig, tmp_path) as store:
+            store.full = "end"
+            accepted = await rig.send("mine")
+            while rig.requests.store_works:
+                await asyncio.sleep(0.001)
+            assert not accepted.outcome.done(), "no answer before it is stored"
+            store.full = ""
+            assert (await accepted.outcome).status is RequestStatus.COMPLETED
             found = await store.request("mine")
             assert found is not None
             assert found.status == "completed"
-            store.close()
+
+    run(test)
+
+
+def test_a_reason_that_is_no_text_is_stored(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = Store(tmp_path / "other.db")
+        await store.accept(RequestRow(request_id="a", model="m", endpoint_id=1, accepted_s=0.0, prompt_tokens=1))
+        await store.end(
+            EndedRequest(request_id="a", status=RequestStatus.FAILED, reason="lone \ud800", output_tokens=0)
+        )
+        found = await store.request("a")
+        assert found is not None
+        assert found.reason == "lone ?"
+        store.close()
 
     run(test)
 

@@ -1,6 +1,7 @@
 """Restarts: endpoints and final statuses survive a graceful stop and a kill."""
 
 import asyncio
+import resource
 import signal
 import socket
 import sqlite3
@@ -136,6 +137,42 @@ def test_requests_end_with_the_grace_period_or_a_second_signal(state: Path, *, t
     assert Counter(row.status for row in rows) == {"unfinished": CLIENTS}
 
 
+@contextmanager
+def full_disk(server: subprocess.Popen[str]) -> Iterator[None]:
+    """Let no file of a server grow: its writes fail as on a full disk."""
+    before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    yield
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
+
+
+def test_answers_equal_the_state_after_a_full_disk_and_a_kill(state: Path) -> None:
+    answers: dict[str, httpx.Response] = {}
+    with process(state, step=0.05) as (server, url), ThreadPoolExecutor(CLIENTS) as pool:
+        up(url)
+
+        def send(name: str) -> None:
+            with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+                answers[name] = complete(http, name, 8)
+
+        before = [pool.submit(send, f"before-{number}") for number in range(CLIENTS)]
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+            until(lambda: http.get("/health").json()["in_flight"] == CLIENTS)
+            with full_disk(server):
+                assert [sent.result(TIMEOUT_S) for sent in before] == [None] * CLIENTS
+                assert complete(http, "refused", 1).json()["error"]["code"] == "state_not_writable"
+                assert "the state file cannot be written" in http.get("/health").json()["problems"]
+            until(lambda: http.get("/health").json()["in_flight"] == 0)
+            send("after")
+        server.kill()
+    codes = {name: answer.json()["error"]["code"] for name, answer in answers.items() if answer.status_code != 200}
+    assert set(codes.values()) == {"outcome_not_stored"}
+    store = Store(state)
+    rows = {row.request_id: row.status for row in asyncio.run(store.requests(status=None, limit=1000))}
+    store.close()
+    assert rows == {name: "failed" if name in codes else "completed" for name in answers}
+    assert rows["after"] == "completed"
+
+
 def accepts_connections(url: str) -> bool:
     host, _, port = url.removeprefix("http://").partition(":")
     try:
@@ -184,6 +221,33 @@ def test_file_that_is_not_a_database(state: Path, content: bytes) -> None:
 def test_state_file_in_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be opened"):
         Store(tmp_path / "nowhere" / "state.db")
+
+
+def test_rows_that_point_to_nothing_are_reported(state: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    with running(state) as server:
+        server.deploy()
+        server.deploy("falcon-7b")
+    other = sqlite3.connect(state)
+    other.execute("UPDATE endpoints SET model_id = 77 WHERE endpoint_id = 1")
+    other.execute("UPDATE models SET folder = ? WHERE name = 'falcon-7b'", (str(folder),))
+    other.commit()
+    other.close()
+    with running(state) as server, server.client() as http:
+        problems = http.get("/health").json()["problems"]
+        assert "endpoint 1 is left out: the state file has no model 77" in problems
+        assert f"model falcon-7b: its folder {str(folder)!r} is gone" in problems
+        assert [endpoint["id"] for endpoint in http.get("/endpoints").json()] == [2]
+
+
+def test_a_state_file_that_is_deleted_under_the_server_is_reported(state: Path) -> None:
+    with running(state) as server, server.client() as http:
+        server.deploy()
+        state.unlink()
+        answer = complete(http, "a", 1)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "state_not_writable")
+        assert "was deleted while the server runs" in answer.json()["error"]["message"]
+        assert any("was deleted" in problem for problem in http.get("/health").json()["problems"])
 
 
 @pytest.mark.parametrize("user_version", [0, 1, 99])

@@ -1,7 +1,10 @@
 """The state file."""
 
 import asyncio
+import os
 import sqlite3
+import stat
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,10 +16,12 @@ from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import load_model
 from maveriq.domain.requests import RequestStatus
+from maveriq.errors import InputError
 from maveriq.exec.live_cluster import EndpointRequest
 from maveriq.policy.policy import Deploy
 from maveriq.serve import store as store_module
-from maveriq.serve.store import INTERRUPTED, EndedRequest, RequestRow, Store, StoredEndpoint, StoredModel, StoreError
+from maveriq.serve.job_writer import StoreError
+from maveriq.serve.store import INTERRUPTED, EndedRequest, RequestRow, Store, StoredEndpoint, StoredModel
 
 MODEL = load_model("falcon-7b")
 INTENT = Intent(objective=Objective.MIN_LATENCY, slo_s=0.5, min_accuracy=90.5, float16_only=True)
@@ -133,13 +138,96 @@ def test_full_disk_and_recovery(state: Path) -> None:
     with_store(state, test)
 
 
-def test_failing_job_raises_in_all_jobs_of_its_transaction(state: Path) -> None:
+def fail(_database: sqlite3.Connection) -> None:
+    raise ValueError("poison")
+
+
+def write_and_fail(database: sqlite3.Connection) -> None:
+    database.execute("INSERT INTO models (name, spec, folder) VALUES ('half', '', '')")
+    raise ValueError("poison")
+
+
+def end_the_transaction(database: sqlite3.Connection) -> None:
+    database.execute("ROLLBACK")
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+@pytest.mark.parametrize("bad", [fail, write_and_fail, end_the_transaction])
+def test_a_bad_job_fails_alone(state: Path, bad: Callable[[sqlite3.Connection], None]) -> None:
     async def test(store: Store) -> None:
-        results = await asyncio.gather(
-            store._writer.run(lambda _file: 1 // 0), store.accept(row("a")), return_exceptions=True
-        )
-        assert isinstance(results[0], StoreError)
-        assert (await store.request("a") is not None) == (results[1] is True)
+        release = threading.Event()
+        blocked = asyncio.create_task(store._writer.run(lambda _database: release.wait(TIMEOUT_S)))
+        await asyncio.sleep(0.01)  # so that the others share the next transaction
+        jobs = [asyncio.create_task(store.accept(row(name))) for name in "ab"]
+        jobs.insert(1, asyncio.create_task(store._writer.run(bad)))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        release.set()
+        await blocked
+        results = await asyncio.gather(*jobs, return_exceptions=True)
+        assert (results[0], results[2]) == (True, True)
+        assert isinstance(results[1], StoreError)
+        assert {found.request_id for found in await store.requests(status=None, limit=10)} == {"a", "b"}
+        assert await store.models() == []
+
+    with_store(state, test)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_deleted_or_replaced_takes_no_more(state: Path, suffix: str, *, replaced: bool) -> None:
+    async def test(store: Store) -> None:
+        await store.accept(row("a"))
+        assert store.problem() == ""
+        path = Path(f"{state}{suffix}")
+        path.rename(f"{path}.moved")
+        if replaced:
+            path.write_bytes(b"")
+        with pytest.raises(StoreError, match="was replaced" if replaced else "was deleted"):
+            await store.accept(row("b"))
+        assert "while the server runs" in store.problem()
+        Path(f"{path}.moved").replace(path)
+        assert await store.accept(row("b"))
+
+    with_store(state, test)
+
+
+def test_the_file_is_private(state: Path) -> None:
+    async def test(store: Store) -> None:
+        await store.accept(row("a"))
+        for path in (state, Path(f"{state}-wal")):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    with_store(state, test)
+    state.chmod(0o644)
+    with_store(state, test)
+
+
+@pytest.mark.parametrize("kind", [":memory:", "folder", "fifo", "device"])
+def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = {":memory:": Path(":memory:"), "device": Path("/dev/null")}.get(kind, tmp_path / kind)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(InputError, match="would be lost" if kind == ":memory:" else "is not a regular file"):
+        Store(path)
+
+
+def test_a_damaged_file_is_refused(state: Path) -> None:
+    with_store(state, lambda store: store.accept(row("a")))
+    content = bytearray(state.read_bytes())
+    content[4096 + 8 :] = b"\xff" * (len(content) - 4096 - 8)
+    state.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"damaged|malformed"):
+        Store(state)
+
+
+def test_a_row_that_cannot_be_read_is_named(state: Path) -> None:
+    async def test(store: Store) -> None:
+        await store.add_model(MODEL, "")
+        await store._writer.run(lambda database: database.execute("UPDATE models SET spec = '{}'").rowcount)
+        with pytest.raises(StoreError, match="model 1 cannot be read"):
+            await store.models()
 
     with_store(state, test)
 
