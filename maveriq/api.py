@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from maveriq.exec.interrupt import InterruptHandler
     from maveriq.exec.local_machine import EngineOptions
     from maveriq.exec.replay import ReplayResult, ReplaySettings
+    from maveriq.exec.scratch_folder import ScratchFolder
     from maveriq.policy.alpaserve.problem import PlacementProblem, SearchSettings
     from maveriq.policy.alpaserve.search import PlacementSolution, SearchProgress
     from maveriq.report.compare import Comparison
@@ -83,6 +83,7 @@ def run(
     /,
     *,
     out: str | Path | None = None,
+    overwrite: bool = True,
     slo_ttft_ms: float | None = None,
     slo_tpot_ms: float | None = None,
     watcher: Watcher | None = None,
@@ -90,11 +91,13 @@ def run(
 ) -> Run:
     """Replay a workload on engines that really run, as `maveriq run` does.
 
-    Ctrl-C ends the run early and in order: the returned run is `interrupted` and has all records up to then.
+    Ctrl-C, SIGTERM and SIGHUP end the run early and in order: the returned run is `interrupted` and has all records up
+    to then. It replaces no earlier run: where `out` holds one, it is saved under the next free name.
 
     Args:
         options: the options to start from; None takes the defaults.
-        out: folder for the records and the engines' logs; None keeps no logs.
+        out: folder for the records and the engines' logs; None keeps no logs. `Run.folder` says where they are.
+        overwrite: replace a run in `out`; False takes the first free name of `NAME`, `NAME-2`, ...
         slo_ttft_ms: time to first token within which a request counts as goodput.
         slo_tpot_ms: time per output token within which a request counts as goodput.
         watcher: receives the progress of the run.
@@ -134,7 +137,7 @@ def run(
             planned_times=engines.name == EMULATED,
         )
         with _interrupt_handler() as interrupt, _scratch_folder(out) as scratch:
-            logs = Path(scratch) / "engines"
+            logs = scratch.path / "engines"
             logs.mkdir()
             replayed = _replay(system, engines, settings, logs, watcher, interrupt)
             finished = _finished_run(
@@ -142,7 +145,9 @@ def run(
                 slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, interrupted=interrupt.interrupted,
             )  # fmt: skip
             if out is not None:
-                finished._save(Path(out), logs)  # noqa: SLF001
+                replaces = overwrite and not finished.interrupted
+                folder = finished._save(Path(out), logs, overwrite=replaces)  # noqa: SLF001
+                finished = replace(finished, folder=folder)
     return finished
 
 
@@ -200,7 +205,7 @@ def _finished_run(
 
 @contextlib.contextmanager
 def _interrupt_handler() -> Iterator[InterruptHandler]:
-    """Handle Ctrl-C and SIGTERM during a run; only the main thread may set signal handlers."""
+    """Handle Ctrl-C, SIGTERM and SIGHUP during a run; only the main thread may set signal handlers."""
     from maveriq.exec.interrupt import InterruptHandler
 
     interrupt = InterruptHandler()
@@ -224,19 +229,21 @@ def _outside_event_loop(call: Callable[[], _T]) -> _T:
         return pool.submit(call).result()
 
 
-def _scratch_folder(out: str | Path | None) -> tempfile.TemporaryDirectory[str]:
+def _scratch_folder(out: str | Path | None) -> ScratchFolder:
     """Return a folder for engine logs during a run: next to the run's folder, so that they can be moved into it.
 
     Raises:
         InputError: it cannot be made.
         MaveriqError: the disk is full.
     """
-    if out is None:
-        return tempfile.TemporaryDirectory(prefix="maveriq-engines-")
+    from maveriq.exec.scratch_folder import ScratchFolder
+
     try:
+        if out is None:
+            return ScratchFolder("maveriq-logs-")
         target = Path(out).expanduser().resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{target.name}-engines-", dir=target.parent)
+        return ScratchFolder(f".{target.name}-engines-", target.parent)
     except OSError as error:
         raise cannot_write(f"output folder {str(out)!r}", error) from None
 
@@ -304,6 +311,7 @@ def _resolved(options: Options, system: ReplaySystem, components: Components) ->
         registration_delay_s=timing.registration_delay_us / 1e6,
         drain_s=system.drain_us / 1e6,
         estimator=system.estimator,
+        on_loss=system.settings.on_loss.value,
         service_times=system.service_times.name,
         policy=system.policy.name if "policy" in components.replaced else options.policy,
         router=type(components.router).__name__ if components.router is not None else options.router,

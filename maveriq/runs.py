@@ -37,7 +37,8 @@ class Run:
         slo_ttft_ms: time to first token within which a request counts as goodput.
         slo_tpot_ms: time per output token within which a request counts as goodput.
         engines_csv: engines.csv of a run on engines, "" without one.
-        interrupted: Ctrl-C or SIGTERM ended the run early.
+        interrupted: Ctrl-C, SIGTERM or SIGHUP ended the run early.
+        folder: where `maveriq.run` has saved it, None if it has not.
     """
 
     record: RunRecord
@@ -47,6 +48,7 @@ class Run:
     slo_tpot_ms: float | None = None
     engines_csv: str = ""
     interrupted: bool = False
+    folder: Path | None = None
 
     @cached_property
     def requests(self) -> pd.DataFrame:
@@ -102,8 +104,12 @@ class Run:
 
         return summary_to_json(self.summary, self.saturation, self.record.deployments)
 
-    def save(self, path: str | Path) -> None:
-        """Write a run folder, whole or not at all. A run folder or an empty folder of that name is replaced.
+    def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
+        """Write a run folder, whole or not at all, and return where it is.
+
+        Args:
+            path: the folder. An empty one is replaced.
+            overwrite: replace a run folder of that name; False takes the first free name of `NAME`, `NAME-2`, ...
 
         The logs of engines are not part of a `Run`; `maveriq.run(out=...)` keeps them.
 
@@ -111,9 +117,9 @@ class Run:
             InputError: the folder cannot be written, or holds something else.
             MaveriqError: the disk is full.
         """
-        self._save(as_path(path, "path"))
+        return self._save(as_path(path, "path"), overwrite=overwrite)
 
-    def _save(self, folder: Path, logs: Path | None = None) -> None:
+    def _save(self, folder: Path, logs: Path | None = None, *, overwrite: bool = True) -> Path:
         """Write a run folder; the folder of engine logs moves into it."""
         from maveriq.report.run_folder import write_run
 
@@ -123,7 +129,7 @@ class Run:
             if self.engines_csv:
                 (fresh / ENGINES_FILE).write_text(self.engines_csv, encoding="utf-8")
 
-        write_run(folder, self.record, self.to_dict(), self.meta, more=write_engines)
+        return write_run(folder, self.record, self.to_dict(), self.meta, more=write_engines, overwrite=overwrite)
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: the latency of each request, and the requests waiting, over time."""

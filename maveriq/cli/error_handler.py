@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from maveriq.cli.output import echo
 from maveriq.errors import InputError, InvariantError, MaveriqError
 
 _FAILED = 1
@@ -74,7 +75,7 @@ def _report(error: BaseException) -> int:
         traceback.print_exception(error)
     message, code = _message_and_code(error)
     with contextlib.suppress(OSError):
-        print(f"maveriq: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+        echo(f"maveriq: {' '.join(message.split())}", err=True)
     try:
         sys.stdout.flush()
     except OSError:

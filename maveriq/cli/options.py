@@ -25,6 +25,7 @@ class OutputOptions:
     slo_ttft_ms: float | None = option(None, "Time to first token within which a request counts as goodput.", _OUTPUT)
     slo_tpot_ms: float | None = option(None, "Time per output token within which a request counts as goodput.", _OUTPUT)
     out: Path | None = option(None, "Folder for the records.", _OUTPUT, shown="runs/NAME")
+    overwrite: bool = option(False, "Replace a run that is in the folder.", _OUTPUT)  # noqa: FBT003
     as_json: bool = option(False, "Print only JSON.", _OUTPUT, flags=("--json",))  # noqa: FBT003
     quiet: bool = option(False, "No live view and no tables.", _OUTPUT, flags=("--quiet", "-q"))  # noqa: FBT003
 

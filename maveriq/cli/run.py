@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from maveriq import api
 from maveriq.cli.options import OutputOptions, with_options
-from maveriq.cli.results import default_folder, live_view, show_run
+from maveriq.cli.results import changed_options, choose_folder, default_folder, live_view, show_run
 from maveriq.domain.records import NOT_YET
 from maveriq.errors import MaveriqError
 from maveriq.exec.local_machine import EngineOptions
 from maveriq.report.reading import read_meta
-from maveriq.report.run_folder import check_writable
+from maveriq.report.run_folder import free_folder
 from maveriq.runs import Run
 from maveriq.scenario.options import Options, flag
 
@@ -27,19 +27,19 @@ def run(options: Options, engines: EngineOptions, output: OutputOptions) -> None
     two can be compared. The emulated engine needs no GPU: a process that takes
     the estimated time. Ctrl-C ends the run early, with its records.
     """
-    simulated = default_folder(options)
-    folder = output.out or simulated.with_name(f"{simulated.name}-{engines.name}")
-    check_writable(folder)
+    wanted = choose_folder(output, default_folder(options, engines))
     quiet = output.quiet or output.as_json
     with live_view(output) as view:
         finished = api.run(
             options,
-            out=folder,
+            out=wanted,
+            overwrite=output.overwrite,
             slo_ttft_ms=output.slo_ttft_ms,
             slo_tpot_ms=output.slo_tpot_ms,
             watcher=None if quiet else view,
             **asdict(engines),
         )
+    folder = finished.folder or wanted
     show_run(finished, output, folder, last_line=_suggestion(options, finished, folder))
     if finished.interrupted:
         raise KeyboardInterrupt
@@ -50,11 +50,13 @@ def run(options: Options, engines: EngineOptions, output: OutputOptions) -> None
 
 def _suggestion(options: Options, finished: Run, folder: Path) -> str:
     """Return the command that compares the run with a simulated one, after the one that simulates it if needed."""
-    simulated = default_folder(options)
-    compare = shlex.join(["maveriq", "compare", str(simulated), str(folder)])
-    if not _is_simulation_of(finished, simulated):
-        simulate = shlex.join(["maveriq", "sim", "--quiet", *_changed_options(options)])
-        compare = f"{simulate} && {compare}"
+    name = default_folder(options)
+    known = [name, *sorted(name.parent.glob(f"{glob.escape(name.name)}-[0-9]*"))]
+    simulated = next((found for found in known if _is_simulation_of(finished, found)), None)
+    compare = shlex.join(["maveriq", "compare", str(simulated or free_folder(name)), str(folder)])
+    if simulated is None:
+        given = [part for name, value in changed_options(options) for part in (flag(name), value) if part]
+        compare = f"{shlex.join(['maveriq', 'sim', '--quiet', *given])} && {compare}"
     return f"compare with the simulator: {compare}"
 
 
@@ -67,17 +69,3 @@ def _is_simulation_of(finished: Run, folder: Path) -> bool:
     options = finished.meta["options"]
     as_read = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     return meta.get("kind") == "simulated" and meta.get("options") == as_read
-
-
-def _changed_options(options: Options) -> Iterator[str]:
-    """Yield the options that differ from their defaults, as the command line spells them."""
-    default = Options()
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if value == getattr(default, field.name):
-            continue
-        if isinstance(value, bool):
-            yield flag(field.name)
-        else:
-            for single in value if isinstance(value, tuple) else (value,):
-                yield from (flag(field.name), str(single))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maveriq.cli.options import with_options
+from maveriq.cli.output import echo, log_to_stderr
 from maveriq.exec.local_machine import EngineOptions
 from maveriq.scenario.options import Options
 
@@ -29,8 +29,8 @@ _HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
 _MAX_LIMIT = 1_000_000
 
 CLUSTER_OPTIONS = (
-    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "router", "on_failure", "estimator",
-    "service_times", "load_s", "seed",
+    "gpus", "profile", "policy", "packing_threshold", "queue", "max_wait_s", "router", "on_failure", "on_loss",
+    "estimator", "service_times", "load_s", "seed",
 )  # fmt: skip
 """The options of `maveriq run` that `maveriq serve` also takes."""
 
@@ -134,7 +134,7 @@ def _run_service(
         from maveriq.serve.server import listen
         from maveriq.serve.store import Store
 
-    logging.basicConfig(format="maveriq: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
+    log_to_stderr(logging.ERROR if quiet else logging.WARNING)
     with contextlib.ExitStack() as resources:
         machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name)))
         system, placements = build_live_system(options, wrap_estimator=machine.planning, make_cluster=local_cluster)
@@ -209,4 +209,5 @@ async def _serve(
 
 def _print_status(line: str, *, quiet: bool) -> None:
     if not quiet:
-        typer.echo(line, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            echo(line, err=True)

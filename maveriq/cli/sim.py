@@ -14,12 +14,9 @@ def sim(options: Options, output: OutputOptions) -> None:
     Without any option: the Azure code trace at scale 0.4, the large model set,
     eight A6000 GPUs, policy hybrid, lowest cost. Writes its records to a folder.
     """
-    from maveriq.cli.results import default_folder, live_view, show_run
-    from maveriq.report.run_folder import check_writable
+    from maveriq.cli.results import choose_folder, default_folder, live_view, show_run
 
-    folder = output.out or default_folder(options)
-    check_writable(folder)
+    folder = choose_folder(output, default_folder(options))
     with live_view(output) as view:
         run = simulate(options, slo_ttft_ms=output.slo_ttft_ms, slo_tpot_ms=output.slo_tpot_ms, watcher=view)
-    run.save(folder)
-    show_run(run, output, folder)
+    show_run(run, output, run.save(folder, overwrite=output.overwrite))

@@ -88,6 +88,13 @@ class OnFailure(StrEnum):
     FAIL = "fail"
 
 
+class OnLoss(StrEnum):
+    """What happens to an endpoint whose deployment is lost for good."""
+
+    KEEP = "keep"  # the deployment stays down
+    REPLACE = "replace"  # the policy decides again, without the GPUs on which it was lost
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings:
     """The settings of the controller, except the policy.
@@ -99,6 +106,7 @@ class ControllerSettings:
     discipline: QueueDiscipline = QueueDiscipline.FIFO
     max_wait_us: Micros = DEFAULT_MAX_WAIT_US
     on_failure: OnFailure = OnFailure.REQUEUE
+    on_loss: OnLoss = OnLoss.KEEP
     router: RoutingRule | RequestRouter = RoutingRule.UNIFORM
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
@@ -325,12 +333,25 @@ class Controller:
             self._stop(deployment)
             return
         self.manager.engine_down(deployment, returns=returns, broken=broken, reason=what)
+        if deployment.gone_for_good and self._settings.on_loss is OnLoss.REPLACE:
+            self._replace(deployment)
         again = [request for request in interrupted if self._may_retry(request, reason)]
         self._forget(interrupted)
         for request in again:
             self.tracker.requeued(request)
         if self.queue.has_queue(deployment.deployment_id):
             self._keep_or_move(deployment, again)
+
+    def _replace(self, lost: Deployment) -> None:
+        """Place a deployment that is lost for good anew; requests wait for the new one if the lost one served."""
+        replacement = self.manager.replace(lost, self._now_us)
+        if replacement is None:
+            return
+        self._endpoints[lost.endpoint.endpoint_id].append(replacement)
+        if self.queue.has_queue(lost.deployment_id):
+            replacement.serves = True
+            self.queue.open_queue(replacement.deployment_id, replacement.gpu_mask)
+            self.queue.pause(replacement.deployment_id)
 
     def _keep_or_move(self, deployment: Deployment, again: list[Request]) -> None:
         """Keep requests until the engine is back, those it was running first, or move them to another deployment."""

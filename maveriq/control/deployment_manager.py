@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from maveriq.control.events import StartEngine
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
-from maveriq.domain.cluster import Cluster, ClusterState, LoadWindow
+from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import DeploymentStatus, GpuStatus
@@ -17,6 +17,9 @@ from maveriq.domain.requests import Request
 from maveriq.errors import InvariantError, MaveriqError
 from maveriq.policy.policy import Deploy, Policy, Rejection
 from maveriq.units import Bytes, Micros
+
+MAX_REPLACEMENTS = 3
+"""How often the deployments of an endpoint are placed anew: what fails everywhere is not the fault of a GPU."""
 
 
 class DeploymentState(StrEnum):
@@ -166,6 +169,29 @@ class DeploymentManager:
                 f"policy {self._policy.name!r} returned {decision!r:.60}; it must return a Deploy or a Rejection"
             )
         return [self._reserve(endpoint, plan) for plan in decision.plans]
+
+    def replace(self, lost: Deployment, now_us: Micros) -> Deployment | None:
+        """Place a deployment that is lost for good anew, and return the new one; None if no other placement fits.
+
+        The policy does not see the GPUs on which engines of this endpoint were given up.
+        """
+        gone = [
+            deployment
+            for deployment in self.deployments.values()
+            if deployment.endpoint == lost.endpoint and deployment.gone_for_good
+        ]
+        avoided = {gpu_id for deployment in gone if deployment.open_failures for gpu_id in deployment.gpu_ids}
+        view = self._state.view(self.loads(now_us))
+        left = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.gpu_id not in avoided))
+        if not left.gpus or len(gone) > MAX_REPLACEMENTS:
+            return None
+        decision = self._policy.decide(lost.endpoint, left)
+        if isinstance(decision, Rejection):
+            lost.reason += f"; no other placement: {decision.reason}"
+            return None
+        replacement = self._reserve(lost.endpoint, decision.plans[0])  # one deployment was lost
+        lost.reason += f"; replaced by deployment {replacement.deployment_id}"
+        return replacement
 
     def _reserve(self, endpoint: EndpointSpec, plan: DeploymentPlan) -> Deployment:
         gone = [gpu for gpu in plan.gpu_ids if gpu not in range(len(self._released_us)) or self._state.is_down(gpu)]

@@ -377,7 +377,7 @@ async def open_executor(
         InputError: the folder cannot be created.
     """
     try:
-        logs.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {str(logs)!r} for logs cannot be created: {error.strerror}; name another") from None
     with ProcessLauncher(backend, logs=logs, devices=devices) as launcher:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: they end it early and in order, so that its records are written."""
+"""Ctrl-C, SIGTERM and SIGHUP during a run: they end it early and in order, so that its records are written."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask a process to stop.
+
+    SIGHUP, which a closed terminal sends, is one unless it is ignored, as under nohup.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
 
 
 class InterruptHandler:
-    """Records SIGINT and SIGTERM, which then do not end the process. Enter it in the main thread.
+    """Records the signals that ask the process to stop, which then do not end the process. Enter it in the main thread.
 
     A second Ctrl-C, while engines stop or records are written, is only recorded again and loses nothing.
     """
@@ -22,7 +29,7 @@ class InterruptHandler:
         self._callback: Callable[[], object] = lambda: None
 
     def __enter__(self) -> Self:
-        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

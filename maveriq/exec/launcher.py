@@ -10,17 +10,19 @@ import asyncio
 import contextlib
 import os
 import signal
+import stat
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, BinaryIO, Protocol, Self, TypeAlias
 
-from maveriq.errors import MaveriqError
+from maveriq.errors import MaveriqError, cannot_write
 from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
+from maveriq.exec.scratch_folder import ScratchFolder
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
+_NOT_INHERITED = ("MAVERIQ_TOKEN",)  # the token of the service: engines run code and files of others
 
 ToEngineChannel: TypeAlias = Channel[ToEngine, FromEngine]
 
@@ -72,13 +74,17 @@ class Launcher(Protocol):
 class ProcessLauncher:
     """Starts each engine as a process group on this machine.
 
-    Use it as a context manager: leaving it removes the sockets and the temporary files of engines.
+    Use it as a context manager: leaving it removes the sockets and the temporary files of engines. Those of a process
+    that was killed are removed here.
 
     Args:
         backend: the name of the engine to start.
         logs: an existing folder for the output of engines, one file each.
         devices: the devices behind the cluster's GPUs.
-        environment: the environment that engines inherit; None for that of this process.
+        environment: the environment that engines inherit, without the service's token; None for that of this process.
+
+    Raises:
+        MaveriqError: the folder for the sockets cannot be created.
     """
 
     def __init__(
@@ -87,9 +93,12 @@ class ProcessLauncher:
         self._backend = backend
         self._logs = logs
         self._devices = devices or Devices()
-        self._environment = dict(os.environ if environment is None else environment)
-        # A private folder (mode 700) with a short path: socket paths are limited to about 100 bytes.
-        self._sockets = tempfile.TemporaryDirectory(prefix="maveriq-")
+        inherited = os.environ if environment is None else environment
+        self._environment = {name: value for name, value in inherited.items() if name not in _NOT_INHERITED}
+        try:
+            self._sockets = ScratchFolder("maveriq-engines-")  # a short path: sockets allow about 100 bytes
+        except OSError as error:
+            raise cannot_write("the folder of temporary files", error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +108,7 @@ class ProcessLauncher:
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
         """Start an engine's process; see `Launcher`."""
-        path = Path(self._sockets.name) / f"{spec.deployment_id}-{spec.generation}"
+        path = self._sockets.path / f"{spec.deployment_id}-{spec.generation}"
         log = EngineLog(self._logs, spec)
         connected: asyncio.Future[ToEngineChannel] = asyncio.get_running_loop().create_future()
 
@@ -154,10 +163,10 @@ class ProcessLauncher:
             "PYTHONPATH": python_path,
             "CUDA_VISIBLE_DEVICES": ",".join(visible),
             # Temporary files of killed engines are removed together with the sockets.
-            "TMPDIR": self._sockets.name,
+            "TMPDIR": str(self._sockets.path),
         }
         try:
-            with log.path.open("ab") as output:
+            with log.open() as output:
                 return await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -261,6 +270,14 @@ class EngineLog:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
+    def open(self) -> BinaryIO:
+        """Open the log to append to it; only its owner may read it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return _open_private(self.path, os.O_APPEND)
+
     async def limit_size(self) -> None:
         """Rotate the log whenever it is too large, until cancelled."""
         while True:
@@ -272,7 +289,7 @@ class EngineLog:
     def _rotate(self) -> None:
         """Copy the log aside and truncate it; lines that are printed meanwhile may be lost."""
         try:
-            with self.path.open("rb") as log, self._rotated.open("wb") as rotated:
+            with self.path.open("rb") as log, _open_private(self._rotated, os.O_TRUNC) as rotated:
                 while chunk := log.read(1 << 20):
                     rotated.write(chunk)
         finally:
@@ -281,6 +298,15 @@ class EngineLog:
     def last_line(self) -> str:
         """Return the last line that is not blank, shortened; "" if there is none in the last few KiB."""
         return _last_line(self.path) or _last_line(self._rotated)
+
+
+def _open_private(path: Path, flags: int) -> BinaryIO:
+    """Open a file to write that only its owner may read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with contextlib.suppress(OSError):  # it was there, and is another user's
+            os.fchmod(descriptor, 0o600)
+    return open(descriptor, "wb")  # noqa: PTH123  (the caller closes it)
 
 
 def _last_line(path: Path) -> str:

@@ -8,6 +8,7 @@ only their lengths. The result has the records of requests, deployments and GPUs
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import selectors
 from collections.abc import Callable, Iterator
@@ -180,7 +181,8 @@ class _Replay:
             if ended_us > self._gpus.sampled_us:
                 self._gpus.sample(ended_us)
             if self._watcher:
-                self._watcher.update(self._progress())
+                with contextlib.suppress(OSError):  # the terminal is gone
+                    self._watcher.update(self._progress())
             record = RunRecord(
                 requests=executor.end_requests(),
                 deployments=tuple(
@@ -269,10 +271,14 @@ class _Replay:
 
     async def _update_watcher(self, watcher: Watcher) -> None:
         loop = asyncio.get_running_loop()
+        shown = True
         while True:
-            if watcher.wants_update():
-                # In a thread: drawing would delay requests.
-                await loop.run_in_executor(None, watcher.update, self._progress())
+            if shown and watcher.wants_update():
+                try:
+                    # In a thread: drawing would delay requests.
+                    await loop.run_in_executor(None, watcher.update, self._progress())
+                except OSError:  # the terminal is gone; the run goes on
+                    shown = False
             await asyncio.sleep(_WATCHER_INTERVAL_S)
 
     def _progress(self) -> Progress:

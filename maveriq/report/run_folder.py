@@ -1,12 +1,15 @@
 """Writes run folders: requests.csv, deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
 
-A folder is written whole or not at all. run.json also keeps, under "record", what the tables cannot
-hold (endpoints, plans, reasons), so that `reading.read_run` returns the same `RunRecord`. Real runs
-also have engines.csv with a row for each engine.
+A folder is written whole or not at all, and replaces another only where the caller says so. run.json
+also keeps, under "record", what the tables cannot hold (endpoints, plans, reasons), so that
+`reading.read_run` returns the same `RunRecord`. Real runs also have engines.csv with a row for each
+engine.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import re
 import shutil
@@ -31,14 +34,33 @@ RUN_FILES = ("requests.csv", "deployments.csv", "gpus.csv", "run.json")
 """What makes a folder a run folder."""
 
 
-def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES) -> None:
+def free_folder(folder: Path) -> Path:
+    """Return a folder if nothing is in it, else the first of `NAME-2`, `NAME-3`, ... of which that is true."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([folder], names) if not _holds_anything(candidate))
+
+
+def _holds_anything(folder: Path) -> bool:
+    try:
+        return next(folder.iterdir(), None) is not None
+    except FileNotFoundError:
+        return False
+    except OSError:  # a file, or a folder that cannot be read
+        return True
+
+
+def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES, overwrite: bool = True) -> None:
     """Check that a folder of these files can be written there, before long work; leaves nothing behind.
 
     Raises:
-        InputError: it is a file, or a folder that holds something else, or its place cannot be
-            written to.
+        InputError: it is a file, or a folder that holds something else or, unless `overwrite`, anything, or its place
+            cannot be written to.
     """
     target = _checked(folder, files)
+    if not overwrite and _holds_anything(target):
+        raise InputError(
+            f"output folder {str(target)!r} holds a run already; name another folder, or replace it with --overwrite"
+        )
     ancestor = next(parent for parent in target.parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".maveriq-", dir=ancestor).cleanup()
@@ -46,17 +68,20 @@ def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES) -> None:
         raise _not_writable(target, error) from None
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], *, files: Collection[str] = RUN_FILES) -> None:
-    """Let `fill` write into a new folder beside `folder`, then put that in its place.
+def write_folder(
+    folder: Path, fill: Callable[[Path], None], *, files: Collection[str] = RUN_FILES, overwrite: bool = True
+) -> Path:
+    """Let `fill` write into a new folder beside `folder`, then put that in its place; return where it is.
 
-    Whatever goes wrong, `folder` is left as it was. A folder that is there is replaced if it is
-    empty or has all of `files`, by which its kind is known.
+    Whatever goes wrong, `folder` is left as it was. A folder that is there is replaced if it is empty or, with
+    `overwrite`, if it has all of `files`, by which its kind is known. Without `overwrite`, what is written goes to
+    `free_folder` instead: it may be the result of hours.
 
     Raises:
         InputError: as for `check_writable`.
         MaveriqError: the disk is full.
     """
-    target = _checked(folder, files)
+    target = _checked(folder, files if overwrite else ())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # One private folder beside the target holds the new folder and, for a moment, the old one.
@@ -64,7 +89,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, files: Collectio
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             fill(fresh)
-            _swap(fresh, target, Path(scratch) / "old")
+            if overwrite:
+                _swap(fresh, target, Path(scratch) / "old")
+                return target
+            return _move_to_free(fresh, target)
     except OSError as error:
         raise _not_writable(target, error) from None
 
@@ -80,6 +108,16 @@ def _swap(fresh: Path, target: Path, old: Path) -> None:
     except BaseException:  # Ctrl-C too must leave what was there
         old.rename(target)
         raise
+
+
+def _move_to_free(fresh: Path, target: Path) -> Path:
+    """Move a folder to the first free name; another process may take one at any time."""
+    while True:
+        try:
+            return fresh.rename(free_folder(target))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
 
 
 def _checked(folder: Path, files: Collection[str]) -> Path:
@@ -198,8 +236,9 @@ def write_run(
     meta: Mapping[str, object],
     *,
     more: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a run folder, whole or not at all. The same input gives the same bytes.
+    overwrite: bool = True,
+) -> Path:
+    """Write a run folder, whole or not at all, and return where it is. The same input gives the same bytes.
 
     Args:
         folder: the folder to make, with its parents; see `check_writable`.
@@ -208,6 +247,7 @@ def write_run(
         meta: what led to them: resolved configuration, seed, versions. Its keys stand first in
             run.json, in their order, before "summary" and "record".
         more: writes more files into the folder that it is given.
+        overwrite: see `write_folder`.
 
     Raises:
         InputError: the folder cannot be written, or holds something else than a run.
@@ -223,7 +263,7 @@ def write_run(
         if more is not None:
             more(fresh)
 
-    write_folder(folder, fill)
+    return write_folder(folder, fill, overwrite=overwrite)
 
 
 def _write_lines(path: Path, pieces: Iterable[str]) -> None:

@@ -1,15 +1,42 @@
-"""Draws the parts of a view for a terminal, with rich."""
+"""Draws the parts of a view for a terminal, with rich. Control characters of every text are escaped."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
 from rich.markup import escape
 from rich.panel import Panel as RichPanel
+from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from maveriq.report.view import Cell, Column, Facts, Panel, Shown, Table, Text, View
+from maveriq.text import escape_controls
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Return a console that escapes control characters of whatever it prints."""
+    console = Console(stderr=stderr)
+    console.push_render_hook(_EscapeControls())
+    return console
+
+
+class _EscapeControls(RenderHook):
+    """Escapes the text of what is printed; rich's own control sequences are no text."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Escaped(renderable) for renderable in renderables]
+
+
+@dataclass(frozen=True, slots=True)
+class _Escaped:
+    renderable: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)
 
 
 def to_rich(part: Shown) -> RenderableType:
@@ -30,17 +57,17 @@ def to_rich(part: Shown) -> RenderableType:
 
 
 def _text(text: Text) -> RichText:
-    return RichText.assemble(*text.spans)
+    return RichText.assemble(*((escape_controls(span), style) for span, style in text.spans))
 
 
 def _cell(cell: Cell) -> RichText:
-    return RichText(cell) if isinstance(cell, str) else _text(cell)
+    return RichText(escape_controls(cell)) if isinstance(cell, str) else _text(cell)
 
 
 def empty_table(title: str = "", *, dense: bool = False) -> RichTable:
     """Return an empty rich table in the style that all tables share."""
     return RichTable(
-        title=escape(title) or None,
+        title=escape(escape_controls(title)) or None,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -64,7 +91,7 @@ def _table(table: Table) -> RichTable:
 
 def _add_column(table: RichTable, column: Column) -> None:
     table.add_column(
-        RichText(column.header),
+        RichText(escape_controls(column.header)),
         justify=column.align,
         style=column.style,
         no_wrap=column.wrap == "never",
@@ -77,14 +104,14 @@ def _add_column(table: RichTable, column: Column) -> None:
 def _facts(facts: Facts) -> RichTable:
     grid = RichTable.grid(padding=(0, 2))
     for name, value in facts.pairs:
-        grid.add_row(RichText(name, style="dim"), RichText(value))
+        grid.add_row(RichText(escape_controls(name), style="dim"), RichText(escape_controls(value)))
     return grid
 
 
 def _panel(panel: Panel) -> RichPanel:
     return RichPanel(
         Group(*map(to_rich, panel.parts)),
-        title=RichText(panel.title, style=f"bold {panel.style}"),
+        title=RichText(escape_controls(panel.title), style=f"bold {panel.style}"),
         title_align="left",
         border_style=panel.style,
         box=box.ROUNDED,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from maveriq.control.controller import ControllerSettings, OnFailure, ServiceTimePredictor
+from maveriq.control.controller import ControllerSettings, OnFailure, OnLoss, ServiceTimePredictor
 from maveriq.control.deployment_manager import Deployment
 from maveriq.control.queues import QueueDiscipline
 from maveriq.control.router import RequestRouter, RoutingRule
@@ -303,6 +303,7 @@ def _controller_settings(
         discipline=choice(QueueDiscipline, "queue", options.queue),
         max_wait_us=micros(options.max_wait_s),
         on_failure=choice(OnFailure, "--on-failure", options.on_failure),
+        on_loss=choice(OnLoss, "--on-loss", options.on_loss),
         router=router or choice(RoutingRule, "router", options.router),
         seed=options.seed,
         load_window=profile.load_window,

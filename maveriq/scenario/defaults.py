@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
+from maveriq.control.controller import OnLoss
 from maveriq.control.queues import QueueDiscipline
 from maveriq.domain.cluster import Cluster
 from maveriq.errors import InvariantError, UnknownNameError
@@ -36,7 +37,7 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 def with_cluster_defaults(
     options: Options, profile: HardwareProfile, cluster: Cluster, *, live: bool = False
 ) -> Options:
-    """Return the options with a policy, a queue discipline and a tie break, where the user named none.
+    """Return the options with a policy, a queue discipline, a tie break and what follows a loss, where not named.
 
     Args:
         options: the user's options.
@@ -49,6 +50,7 @@ def with_cluster_defaults(
         options,
         policy=defaults.policy if options.policy is None else options.policy,
         queue=defaults.queue.value if options.queue is None else options.queue,
+        on_loss=(OnLoss.REPLACE if live else OnLoss.KEEP).value if options.on_loss is None else options.on_loss,
         tie_break=defaults.tie_break.value if options.tie_break is None else options.tie_break,
     )
 

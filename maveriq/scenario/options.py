@@ -142,6 +142,12 @@ class Options:
     fail: tuple[str, ...] = option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _RUN)
     remove: tuple[str, ...] = option((), "Remove an endpoint: endpoint=2@900s; repeatable.", _RUN)
     on_failure: str = option("requeue", "Requests of a failed engine: requeue (once) or fail.", _RUN)
+    on_loss: str | None = option(
+        None,
+        "Deployments lost for good: keep (they stay down) or replace (elsewhere, where they fit).",
+        _RUN,
+        shown="replace in serve, else keep",
+    )
     tick_ms: float | None = option(None, "Tick of the dispatcher.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_MS)
     after_arrival_ms: float | None = option(
         None, "Minimum delay from arrival to dispatch.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_MS

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from maveriq.errors import InputError
+from maveriq.exec.interrupt import stop_signals
 from maveriq.serve.acceptor import Acceptor
 from maveriq.serve.connections import Connections, connection_limit
 from maveriq.serve.http_protocol import HttpProtocol
@@ -26,7 +27,6 @@ from maveriq.serve.log_limit import limit_logs
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 256
 _FINAL_RESPONSES_S = 10  # to send responses after the grace period
 _KEEP_ALIVE_S = 30
@@ -70,7 +70,7 @@ def url_of(listener: socket.socket) -> str:
 async def serve(
     app: FastAPI, listener: socket.socket, on_ready: Callable[[], None], *, fault: asyncio.Future[None] | None = None
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then end requests within the grace period and stop the engines.
+    """Serve until SIGINT, SIGTERM or SIGHUP, then end requests within the grace period and stop the engines.
 
     Args:
         app: from `create_app`.
@@ -154,7 +154,7 @@ class _Server(uvicorn.Server):
         await stopping
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:  # the second signal
+        if self.should_exit and sig != signal.SIGHUP:  # the second signal; a closed terminal sends SIGHUP twice
             self._service.end_grace_period()
         super().handle_exit(sig, frame)
 
@@ -165,10 +165,11 @@ class _Server(uvicorn.Server):
             return
         # Uvicorn's own version raises the signal again at the end, which would interrupt the rest of the shutdown.
         loop = asyncio.get_running_loop()
-        for signal_number in _SIGNALS:
+        signals = stop_signals()
+        for signal_number in signals:
             loop.add_signal_handler(signal_number, self.handle_exit, signal_number, None)
         try:
             yield
         finally:
-            for signal_number in _SIGNALS:
+            for signal_number in signals:
                 loop.remove_signal_handler(signal_number)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -45,7 +46,8 @@ def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) ->
     assert maveriq(f"sim {SYSTEM} -q").code == 0
     ended = maveriq(RUN)
     assert ended.code == 0
-    simulated, folder = "runs/hybrid-min-cost-m-t", "runs/hybrid-min-cost-m-t-emulated"
+    simulated = "runs/hybrid-min-cost-m-t-load-s-3-no-dispatch-overhead"
+    folder = f"{simulated}-emulated-time-scale-0.02"
     assert ended.out.splitlines()[-1] == f"compare with the simulator: maveriq compare {simulated} {folder}"
     sim, run = read_run(tmp_path / simulated), read_run(tmp_path / folder)
     assert [deployment.plan for deployment in run.deployments] == [deployment.plan for deployment in sim.deployments]
@@ -71,7 +73,9 @@ def test_faults_and_removals_affect_real_engines(maveriq: Maveriq, tmp_path: Pat
     # There is no simulation of the same options yet.
     assert ended.out.splitlines()[-1] == (
         "compare with the simulator: maveriq sim --quiet --trace t.csv --models m.toml --fail deployment=1@403s,for=4s "
-        "--remove endpoint=2@410s --load-s 3.0 --no-dispatch-overhead && maveriq compare runs/hybrid-min-cost-m-t run"
+        "--remove endpoint=2@410s --load-s 3 --no-dispatch-overhead && maveriq compare "
+        "runs/hybrid-min-cost-m-t-fail-deployment=1@403s,for=4s-remove-endpoint=2@410s-load-s-3-no-dispatch-overhead"
+        " run"
     )
     notes = read_meta(tmp_path / "run")["notes"]
     assert any("its engine was killed on purpose" in note for note in notes)
@@ -172,7 +176,7 @@ def started(tmp_path: Path) -> Iterator[Started]:
     def start(more: str, **how) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "maveriq", *f"{RUN} --out run {more}".split()]
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+            command, **{"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
         )
         processes.append(process)
         return process
@@ -204,7 +208,7 @@ def gone(groups: list[int]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_an_interrupted_run_writes_its_records(started: Started, tmp_path: Path, number: int) -> None:
     process = started("--trace late.csv -q")
     groups = engines_of(process)
@@ -225,6 +229,43 @@ def test_an_interrupted_run_writes_its_records(started: Started, tmp_path: Path,
         "soon.csv",
         "t.csv",
     ]
+
+
+def test_a_run_that_is_stopped_replaces_no_earlier_one(started: Started, tmp_path: Path) -> None:
+    put(tmp_path, {"run/run.json": "{}", **{f"run/{name}.csv": "" for name in ("requests", "deployments", "gpus")}})
+    before = everything_in(tmp_path / "run")
+    process = started("--trace late.csv --overwrite -q")
+    engines_of(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert everything_in(tmp_path / "run") == before
+    assert read_meta(tmp_path / "run-2")["kind"] == "run"
+
+
+def test_a_closed_terminal_leaves_the_records(started: Started, tmp_path: Path) -> None:
+    terminal, of_run = pty.openpty()
+    process = started("--trace late.csv", stdin=of_run, stdout=of_run, stderr=of_run, start_new_session=True)
+    os.close(of_run)
+    groups = engines_of(process)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)  # as the kernel and the shell do
+    process.wait(timeout=TIMEOUT_S)
+    assert any("ended early by the user" in note for note in read_meta(tmp_path / "run")["notes"])
+    assert gone(groups)
+
+
+def test_a_lost_deployment_is_replaced(maveriq: Maveriq, tmp_path: Path) -> None:
+    ended = maveriq(f"{RUN} --models one.toml --trace soon.csv --out run --fail deployment=1@32s --on-loss replace -q")
+    assert ended.code == 0
+    run = read_run(tmp_path / "run")
+    lost, replacement = run.deployments
+    assert (lost.status, replacement.status) == ("down", "up")
+    assert lost.reason.endswith("; replaced by deployment 2")
+    assert lost.plan is not None
+    assert replacement.plan is not None
+    assert not set(lost.plan.gpu_ids) & set(replacement.plan.gpu_ids)
+    assert {run.requests.reasons[index] for index in run.requests.reason} == {""}
 
 
 @pytest.mark.parametrize("gap_s", [0.005, 0.1])

@@ -1,10 +1,13 @@
 """The launcher: environment, GPUs, sockets and logs of engine processes."""
 
 import asyncio
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -44,10 +47,60 @@ def test_gpus_are_selected_by_uuid_before_the_process_starts(tmp_path: Path) -> 
 
 def test_sockets_are_in_a_private_temporary_folder(tmp_path: Path) -> None:
     with ProcessLauncher("emulated", logs=tmp_path) as launcher:
-        folder = Path(launcher._sockets.name)
+        folder = launcher._sockets.path
         assert folder.stat().st_mode & 0o777 == 0o700
         assert len(str(folder)) < 80
     assert not folder.exists()
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = (
+        "import os, signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from pathlib import Path\nfrom maveriq.exec.launcher import ProcessLauncher\n"
+        "ProcessLauncher('emulated', logs=Path('.'))\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    others = tmp_path / "maveriq-engines-other"  # not locked, but not made by us either
+    others.mkdir(mode=0o700)
+    with ProcessLauncher("emulated", logs=tmp_path) as first, ProcessLauncher("emulated", logs=tmp_path) as second:
+        assert not left.exists()
+        assert first._sockets.path.exists(), "its owner lives"
+        assert second._sockets.path.exists()
+    assert list(tmp_path.iterdir()) == [others]
+
+
+def test_an_engine_does_not_inherit_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAVERIQ_TOKEN", "secret")
+
+    async def check() -> None:
+        with ProcessLauncher("emulated", logs=tmp_path) as launcher:
+            connection = await launcher.launch(CASE.spec(), (0,))
+            assert b"secret" not in Path(f"/proc/{connection.pid}/environ").read_bytes()
+            assert (tmp_path / "1-1.log").stat().st_mode & 0o777 == 0o600
+            connection.kill()
+            await connection.wait_exit()
+            connection.channel.close()
+
+    run_async(check)
+
+
+def test_an_engine_that_cannot_be_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_fork(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_fork)
+
+    async def check() -> None:
+        with (
+            ProcessLauncher("emulated", logs=tmp_path) as launcher,
+            pytest.raises(LaunchError, match="cannot be started: Resource temporarily unavailable"),
+        ):
+            await launcher.launch(CASE.spec(), (0,))
+
+    run_async(check)
 
 
 def test_output_goes_to_the_log(tmp_path: Path) -> None:

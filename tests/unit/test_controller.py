@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from fixtures import arrivals, endpoint_spec, make_controller, plan, run, scenario
+from fixtures import arrivals, cluster, endpoint_spec, make_controller, plan, run, scenario
 
-from maveriq.control.controller import Controller, OnFailure
+from maveriq.control.controller import Controller, ControllerSettings, OnFailure, OnLoss
+from maveriq.control.deployment_manager import MAX_REPLACEMENTS
 from maveriq.control.events import (
     EndpointAdded,
     EndpointRemoved,
@@ -490,3 +491,72 @@ def test_the_reason_of_an_engine_failure_is_recorded() -> None:
     controller = up({1: [(0,)]})
     controller.handle(1, [EngineDown(1, returns=False, reason="out of memory")])
     assert controller.manager.deployments[1].record().reason == "out of memory"
+
+
+class OnTheFirstGpu:
+    """A policy that puts an endpoint on the first GPU that it sees."""
+
+    name = "on-the-first-gpu"
+
+    def decide(self, endpoint, view):
+        return Deploy(plans=(plan((view.gpus[0].gpu_id,)),))
+
+
+def replacing(gpus: int = 4) -> Controller:
+    """A controller with endpoint 1 up on GPU 0, which replaces deployments that are lost."""
+    settings = ControllerSettings(on_loss=OnLoss.REPLACE)
+    controller = Controller(cluster(gpus), OnTheFirstGpu(), settings, lambda deployment, request: 1)
+    (start,) = controller.handle(0, [EndpointAdded(endpoint_spec(1))])
+    assert controller.handle(0, [EngineUp(start.deployment_id, start.generation)]) == []
+    return controller
+
+
+@pytest.mark.parametrize("loss", [EngineDown(1, returns=False, reason="it crashed"), GpuDown(0, returns=False)])
+def test_a_deployment_that_is_lost_is_placed_on_another_gpu(loss) -> None:
+    controller = replacing()
+    (running,) = controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [RequestArrived(request(2, at_us=2))])
+    actions = controller.handle(3, [loss])
+    assert actions[-1] == StartEngine(2, 1, plan((1,)))
+    assert "; replaced by deployment 2" in controller.manager.deployments[1].reason
+    controller.handle(4, [RequestArrived(request(3, at_us=4))])
+    (again,) = controller.handle(5, [EngineUp(2, 1)])
+    assert (again.deployment_id, ids([again])) == (2, [1])  # the interrupted request goes first
+    served = [again]
+    for now_us in (6, 7):
+        served += controller.handle(now_us, [ExecutionFinished(2, served[-1].execution_id, now_us)])
+    assert ids(served) == [1, 2, 3]
+    controller.handle(8, [ExecutionFinished(2, served[-1].execution_id, 8)])
+    assert statuses(controller) == ["completed"] * 3
+    assert running.deployment_id == 1
+
+
+def test_what_fails_everywhere_is_placed_anew_a_few_times() -> None:
+    controller = replacing(gpus=8)
+    for number in range(1, MAX_REPLACEMENTS + 2):
+        assert controller.manager.deployments[number].gpu_ids == (number - 1,)
+        controller.handle(number, [EngineDown(number, returns=False)])
+    assert len(controller.manager.deployments) == MAX_REPLACEMENTS + 1
+    controller.handle(90, [RequestArrived(request(1, at_us=90))])
+    assert statuses(controller) == ["refused"]
+
+
+def test_a_deployment_is_not_replaced_where_nothing_is_left() -> None:
+    controller = replacing(gpus=1)
+    assert controller.handle(1, [EngineDown(1, returns=False)]) == []
+    assert len(controller.manager.deployments) == 1
+
+
+def test_a_replacement_that_waits_can_be_removed() -> None:
+    controller = replacing()
+    controller.handle(1, [RequestArrived(request(1, at_us=1))])
+    controller.handle(2, [EngineDown(1, returns=False)])
+    controller.handle(3, [EndpointRemoved(1)])
+    assert statuses(controller) == ["refused"]
+    assert not any(map(controller.manager.holds_memory, controller.manager.deployments.values()))
+
+
+def test_deployments_stay_down_by_default() -> None:
+    controller = up({1: [(0,)]})
+    assert controller.handle(1, [EngineDown(1, returns=False)]) == []
+    assert len(controller.manager.deployments) == 1
