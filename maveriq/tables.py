@@ -19,6 +19,7 @@ import msgspec
 
 from maveriq.errors import InputError, did_you_mean
 from maveriq.input_files import read_lines, read_text
+from maveriq.text import unprotect_cell
 
 T = TypeVar("T")
 
@@ -219,7 +220,7 @@ def read_csv(
         if len(cells) != len(header):
             raise InputError(f"{where}: {cells_and_header(cells, header)}")
         empty = False
-        yield Row(dict(zip(header, cells, strict=True)), where)
+        yield Row(dict(zip(header, map(unprotect_cell, cells), strict=True)), where)
     if empty and not may_be_empty:
         raise InputError(f"{what} {str(path)!r} has a header but no row")
 

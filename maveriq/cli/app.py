@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from maveriq import __version__
 from maveriq.cli.error_handler import prepare_streams, run_command
+from maveriq.cli.output import echo
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -68,7 +69,7 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:  # noqa: FBT001  (Typer calls it with a positional argument)
     if requested:
-        typer.echo(f"maveriq {__version__}")
+        echo(f"maveriq {__version__}")
         raise typer.Exit
 
 

@@ -11,6 +11,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from maveriq.report.terminal import open_console
 from maveriq import api
 from maveriq.cli.options import JsonFlag
 from maveriq.errors import InputError, MaveriqError
@@ -91,7 +92,7 @@ def _show_two(
     if as_json:
         _print_json({"sim": runs[0], "real": runs[1], **_checked(checks), **_matched(comparison)})
         return
-    console = Console()
+    console = open_console()
     _print_runs(console, runs, [label.kind for label in comparison.labels])
     curves = comparison.curves(dots_across(console.width))
     ascii_only = console.options.ascii_only
@@ -108,7 +109,7 @@ def _show_many(many: ManyComparison, runs: Sequence[str], checks: Sequence[Seque
         ]
         _print_json({**many.to_dict(), "reference": runs[-1], "comparisons": comparisons})
         return
-    console = Console()
+    console = open_console()
     _print_runs(console, runs, [label.kind for label in many.labels])
     console.print(many_view(many))
     for name, found in zip(short_labels(many.labels), checks, strict=False):

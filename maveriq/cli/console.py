@@ -29,6 +29,7 @@ from maveriq.cli.console_commands import (
     help_text,
     parse,
 )
+from maveriq.cli.output import echo
 from maveriq.errors import InputError, MaveriqError
 
 if TYPE_CHECKING:
@@ -97,18 +98,18 @@ def _run_batch(session: ConsoleSession, lines: Iterable[str]) -> None:
 def _run_interactive(session: ConsoleSession) -> None:
     """Read lines from a terminal until the user quits; an error does not end the session."""
     _enable_tab_completion(session.completions)
-    typer.echo(f"{session.greeting()} Type help for a list of commands; Tab completes them.")
+    echo(f"{session.greeting()} Type help for a list of commands; Tab completes them.")
     while True:
         try:
             if not session.run(input(_PROMPT)):
                 return
         except EOFError:
-            typer.echo()
+            echo()
             return
         except KeyboardInterrupt:
-            typer.echo()
+            echo()
         except MaveriqError as error:
-            typer.echo(f"maveriq: {error}", file=sys.stderr)
+            echo(f"maveriq: {error}", err=True)
 
 
 def _enable_tab_completion(candidates: Callable[[str], list[str]]) -> None:
@@ -219,9 +220,9 @@ class ConsoleSession:
                 _print_endpoints(self._client.get("/endpoints"))
             case "health":
                 health = self._client.get("/health")
-                typer.echo("\n".join([health["status"], *health["problems"]]))
+                echo("\n".join([health["status"], *health["problems"]]))
             case "help":
-                typer.echo(help_text())
+                echo(help_text())
 
     def _deploy(self, command: DeployModel) -> None:
         model = self._model(command.model_id)
@@ -231,7 +232,7 @@ class ConsoleSession:
                 f"register {command.model!r}, or write {model['name']}"
             )
         if command.assumed_ms:
-            typer.echo(f"SLO {command.slo_ms:g} ms: no unit was given, milliseconds are assumed")
+            echo(f"SLO {command.slo_ms:g} ms: no unit was given, milliseconds are assumed")
         request = asdict(command) | {"model": model["name"]}
         del request["model_id"], request["assumed_ms"]
         endpoint = self._client.create_endpoint(request)
@@ -260,18 +261,18 @@ class ConsoleSession:
                 progress.show(what, now_s - started_s)
                 time.sleep(_POLL_S)
         waited_s = time.monotonic() - started_s
-        typer.echo(f"endpoint {endpoint_id} ({endpoint['model']}) up after {waited_s:.1f} s")
+        echo(f"endpoint {endpoint_id} ({endpoint['model']}) up after {waited_s:.1f} s")
 
     def _infer(self, command: Infer) -> None:
         model = self._model(command.model_id)
         for text in self._client.complete(model["name"], command.text, priority=command.priority):
-            typer.echo(text, nl=False)
-        typer.echo()
+            echo(text, nl=False)
+        echo()
 
     def _remove(self, model_id: int) -> None:
         for endpoint in self._endpoints_of(model_id):
             self._client.remove_endpoint(endpoint["id"])
-            typer.echo(f"endpoint {endpoint['id']} ({endpoint['model']}) removed")
+            echo(f"endpoint {endpoint['id']} ({endpoint['model']}) removed")
 
     def _endpoints_of(self, model_id: int) -> list[Any]:
         model = self._model(model_id)
@@ -294,7 +295,7 @@ class ConsoleSession:
 
 def _print_models(models: Iterable[Any]) -> None:
     for model in models:
-        typer.echo(f"{model['id']}  {model['name']}")
+        echo(f"{model['id']}  {model['name']}")
 
 
 def _print_endpoints(endpoints: Iterable[Any]) -> None:
@@ -312,4 +313,4 @@ def _print_endpoints(endpoints: Iterable[Any]) -> None:
             f"waiting {endpoint['waiting']}, completed {endpoint['completed']}",
             endpoint["reason"],
         )
-        typer.echo("  ".join(filter(None, columns)))
+        echo("  ".join(filter(None, columns)))

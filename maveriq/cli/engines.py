@@ -7,13 +7,13 @@ from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import LayerSplit, ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.exec.capabilities import Device, installed, known_engines, this_machine, why_not
 from maveriq.report.engines import answers_json, answers_table, installed_table, matrix_json, matrix_table
+from maveriq.report.terminal import open_console
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
@@ -91,7 +91,7 @@ def engines(
     if as_json:
         typer.echo(json.dumps(answers_json(spec, wanted, target, answers), indent=2, allow_nan=False))
     else:
-        Console().print(answers_table(spec, wanted, target, answers))
+        open_console().print(answers_table(spec, wanted, target, answers))
 
 
 def _show_engines(*, as_json: bool) -> None:
@@ -101,7 +101,7 @@ def _show_engines(*, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(matrix_json(names, here, machine), indent=2, allow_nan=False))
         return
-    console = Console()
+    console = open_console()
     console.print(matrix_table(names))
     console.print(installed_table(names, here, machine))
 

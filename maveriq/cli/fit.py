@@ -41,6 +41,7 @@ from maveriq.estimate.registry import default_estimator
 from maveriq.files import exists, is_folder
 from maveriq.report.formatting import figure
 from maveriq.report.reading import read_run
+from maveriq.report.terminal import open_console
 from maveriq.report.view import Column, Table, number_column, row
 from maveriq.testbed.engines import RecordedEngine, engines_of, read_engines
 
@@ -170,7 +171,7 @@ def _profile_names(matched: ProfileMatch, separator: str) -> str:
 
 
 def _show_evaluation(evaluation: Evaluation, table: Path, matched: ProfileMatch, *, profile_matched: bool) -> None:
-    console = Console()
+    console = open_console()
     answered = evaluation.rows - sum(reason.rows for reason in evaluation.left_out)
     prompts = f"prompts of {matched.inputs[0].evaluated.prompt_tokens} tokens"
     console.print(
@@ -255,7 +256,7 @@ def _fit(
 
 
 def _progress_report() -> Callable[[str], None]:
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     return lambda what: console.print(f"fitting: {escape(what)}")
 
 
@@ -322,7 +323,7 @@ def _fit_json(fitted: CrossFit, online: _OnlineFit | None) -> dict[str, object]:
 
 
 def _show_fit(fitted: CrossFit, online: _OnlineFit | None, recorded: Sequence[RecordedEngine]) -> None:
-    console = Console()
+    console = open_console()
     console.print("every model predicted by a fit to the others:")
     _show_groups(console, errors_of(fitted))
     console.print("rows that the fit trusts least:")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from maveriq import api
 from maveriq.cli.options import JsonFlag
+from maveriq.cli.output import echo
 from maveriq.policy.alpaserve.search import SearchProgress
 from maveriq.report.placements import placement_view, progress_line
+from maveriq.report.terminal import open_console
 
 _FIRST_LINE_S = 1.0
 _LINE_EVERY_S = 5.0
@@ -42,11 +43,11 @@ def place(
     with _progress(quiet=quiet or as_json) as progress:
         result = api.place(problem, float64=float64, progress=progress)
     for note in result.notes:
-        typer.echo(f"maveriq: {note}", err=True)
+        echo(f"maveriq: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
     else:
-        console = Console()
+        console = open_console()
         console.print(placement_view(result.problem, result.settings, result.solution, width=console.width))
 
 
@@ -56,7 +57,7 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[SearchProgress], None] | Non
     if quiet:
         yield None
         return
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     started_s = time.monotonic()
     with console.status("searching") if console.is_terminal else contextlib.nullcontext() as status:
         interval_s = _REFRESH_EVERY_S if status else _LINE_EVERY_S

@@ -36,11 +36,11 @@ def plan(
     if as_json:
         typer.echo(json.dumps(ranked.to_dict(), indent=2, allow_nan=False))
     else:
-        from rich.console import Console
+        from maveriq.report.terminal import open_console
 
         from maveriq.report.plans import ranking_table, rejected_table, surprise_notes
 
-        console = Console()
+        console = open_console()
         if ranking.candidates:
             console.print(ranking_table(ranked.endpoint, ranking, ranked.cluster, top=top, width=console.width))
             for note in surprise_notes(ranking, top=top):

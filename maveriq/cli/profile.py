@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from maveriq.domain.cluster import Cluster, Gpu
@@ -27,6 +26,7 @@ from maveriq.exec.model_files import ModelFiles
 from maveriq.profiling.folder import PROFILE_FILES, Machine, write_profile
 from maveriq.profiling.measure import Measured, MeasurementCase, Probe, measure
 from maveriq.report.run_folder import check_writable
+from maveriq.report.terminal import open_console
 from maveriq.units import bytes_from_gib, gib
 
 _CONFIGURATION = re.compile(r"(?:(?P<model>.+)=)?(?P<tp>\d{1,3})x(?P<pp>\d{1,3})(?::(?P<weights>\w+))?(?P<kv>\+kv8)?")
@@ -84,7 +84,7 @@ def profile(
         measured = asyncio.run(_measure_all(job))
     write_profile(out, machine, measured)
     file = out / "profile.toml"
-    Console().print(
+    open_console().print(
         f"profile: {file}\nuse it: --profile {file} --estimator measured --service-times measured",
         highlight=False,
         markup=False,
@@ -107,7 +107,7 @@ async def _measure_all(job: _Job) -> list[Measured]:
     Raises:
         ProfilingError: an engine failed.
     """
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     devices = job.local.devices(_cluster(job.machine, max(config.gpus for _, config in job.engines)))
     found: list[Measured] = []
     with (

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from maveriq.cli.options import JsonFlag
+from maveriq.cli.output import echo
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
@@ -87,7 +88,7 @@ def _write_runs(names: list[str] | None, out: Path, data: Path | None, *, replay
         counts = {status.label: count for status, count in record.requests.counts().items()}
         summaries.append({"folder": str(folder), **counts})
         if not as_json:
-            typer.echo(_counts_line(record, folder))
+            echo(_counts_line(record, folder))
     if as_json:
         typer.echo(json.dumps(summaries, indent=2))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from maveriq.report.terminal import open_console
+from maveriq.cli.output import echo
 from maveriq.cli.options import JsonFlag, with_options
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.report.view import BLANK, Column, Part, Table, Text, number_column, row
@@ -60,7 +61,7 @@ def show(options: Options, *, trace: TraceArgument = None, as_json: JsonFlag = F
         _print_json(asdict(summary) | {"mean_rate_per_s": summary.mean_rate_per_s} | made_of)
         return
 
-    console = Console()
+    console = open_console()
     for part in _view(summary, console.width):
         console.print(part)
     if source is not None:
@@ -82,7 +83,7 @@ def export(
     if as_json:
         _print_json({"file": str(out), "requests": len(workload.arrivals)})
     else:
-        typer.echo(f"{out}: {len(workload.arrivals):,} requests of {workload.name}")
+        echo(f"{out}: {len(workload.arrivals):,} requests of {workload.name}")
 
 
 @app.command()
@@ -111,7 +112,7 @@ def check(
         return
     more = "; ".join(remarks_on(trace)) if isinstance(trace, RequestTrace) else ""
     requests = counted(len(trace if isinstance(trace, RequestTrace) else trace.arrivals), "request")
-    typer.echo(f"OK {file}: {answer['kind']}, {requests} in {answer['span']}{'; ' if more else ''}{more}")
+    echo(f"OK {file}: {answer['kind']}, {requests} in {answer['span']}{'; ' if more else ''}{more}")
 
 
 def _workload(options: Options, trace: str | None) -> Workload:

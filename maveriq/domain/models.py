@@ -20,6 +20,7 @@ from maveriq.domain.model_config import parse_config, read_shape
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import data_path, exists, is_folder, read_regular_text
 from maveriq.tables import read_toml
+from maveriq.text import check_name, check_path
 
 
 class WeightType(StrEnum):
@@ -64,7 +65,7 @@ class ModelSpec:
         config_json: the text of the configuration that the model was read from, "" for a known model.
 
     Raises:
-        InputError: a count is not positive.
+        InputError: a count is not positive, or the name cannot be used.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ModelSpec:
     config_json: str = field(default="", repr=False, hash=False)
 
     def __post_init__(self) -> None:
+        check_name(self.name, "model", remedy="set _name_or_path in its config.json")
         for name in (*_SHAPE, "context_tokens"):
             value = getattr(self, name)
             if (name, value) in (("head_size", 0), ("context_tokens", None)):
@@ -191,6 +193,7 @@ def load_model(name_or_path: str) -> ModelSpec:
     known = known_models()
     if name_or_path in known:
         return known[name_or_path]
+    check_path(name_or_path, "model")
     path = Path(name_or_path)
     if not (path.suffix == ".json" or os.sep in name_or_path or exists(path)):
         hint = "or give the path of a Hugging Face config.json"

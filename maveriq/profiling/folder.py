@@ -11,6 +11,7 @@ from statistics import median
 from maveriq.domain.models import ModelSpec
 from maveriq.estimate.measured import COLUMNS
 from maveriq.profiling.measure import Measured
+from maveriq.report.requests_csv import csv_cell
 from maveriq.report.run_folder import write_folder
 
 PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv", "models.toml")
@@ -106,7 +107,8 @@ def _shape(model: ModelSpec) -> str:
 def _line(result: Measured) -> str:
     configuration, case = result.configuration, result.case
     cells = (
-        result.model.name, configuration.weights.value, configuration.kv.value, configuration.tp, configuration.pp,
-        case.batch, case.prompt_tokens, f"{result.ttft_s:.6f}", f"{result.tpot_s:.6f}", f"{result.memory_gib:.6f}",
+        csv_cell(result.model.name), configuration.weights.value, configuration.kv.value, configuration.tp,
+        configuration.pp, case.batch, case.prompt_tokens, f"{result.ttft_s:.6f}", f"{result.tpot_s:.6f}",
+        f"{result.memory_gib:.6f}",
     )  # fmt: skip
     return ",".join(map(str, cells))

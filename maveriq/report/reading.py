@@ -32,6 +32,7 @@ from maveriq.errors import InputError
 from maveriq.files import open_regular_file
 from maveriq.input_files import read_text
 from maveriq.tables import Row, read_csv, readable_error
+from maveriq.text import unprotect_cell
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, bytes_from_gib, micros
 
 if TYPE_CHECKING:
@@ -230,14 +231,16 @@ def _micros(column: pa.ChunkedArray, *, empty: int) -> Array:
 
 
 def _numbers_of_texts(column: pa.ChunkedArray, numbers: Mapping[str, int]) -> Array:
-    """Return the number of each text.
+    """Return the number of the text in each cell.
 
     Raises:
         KeyError: a text has no number.
     """
     return np.concatenate(
         [
-            np.array([numbers[text] for text in chunk.dictionary.to_pylist()], dtype=np.int64)[chunk.indices.to_numpy()]
+            np.array([numbers[unprotect_cell(cell)] for cell in chunk.dictionary.to_pylist()], dtype=np.int64)[
+                chunk.indices.to_numpy()
+            ]
             for chunk in column.chunks
         ]
     )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from maveriq.domain.records import NOT_YET, REQUEST_COLUMNS, RequestTable, RunRecord
 from maveriq.domain.requests import RequestStatus
+from maveriq.text import protect_cell
 from maveriq.units import MICROS_PER_SECOND
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -44,9 +45,9 @@ _TEXT_COLUMNS = ("model", "status", "reason")
 
 
 def csv_cell(text: str) -> str:
-    """Return a text as a CSV cell, quoted where it must be."""
+    """Return a text as a CSV cell: quoted where it must be, and never a formula of a spreadsheet."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow([text])
+    csv.writer(line, lineterminator="\r\n").writerow([protect_cell(text)])
     return line.getvalue()[:-2] if text else ""
 
 

@@ -13,6 +13,7 @@ from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.store import Store, StoredModel
 from maveriq.serve.tokenizer_process import TokenizerLimits
 from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
+from maveriq.text import check_path
 
 _MAX_LOADING = 4  # tokenizers at a time
 
@@ -126,8 +127,11 @@ class ModelRegistry:
         """Return the registered model that is this one, None if it may be registered.
 
         Raises:
-            ApiError: another model has its name, or too many models are registered.
+            ApiError: another model has its name, its name is a number, or too many models are registered.
         """
+        if spec.name.isdecimal():
+            message = f"model name {spec.name!r} is a number, as IDs are; set another _name_or_path in config.json"
+            raise bad_request(message, "model")
         same_name = self.find(spec.name)
         if same_name is not None:
             if (same_name.spec, same_name.folder) == (spec, folder):
@@ -157,6 +161,10 @@ class ModelRegistry:
 
     def _load(self, name: str) -> tuple[ModelSpec, str]:
         """Return the spec of a model and the folder of its files (empty for a known model)."""
+        try:
+            check_path(name, "model")
+        except InputError as error:
+            raise bad_request(str(error), "model") from None
         if name in known_models():
             return load_model(name), ""
         config = self._config_path(name)

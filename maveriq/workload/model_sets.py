@@ -15,6 +15,7 @@ from maveriq.domain.models import ModelSpec, config_path, load_model
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import traces_path
 from maveriq.tables import read_toml
+from maveriq.text import check_name, check_path
 
 _WHAT = "model set"
 
@@ -53,13 +54,14 @@ class ModelSet:
     """Models in the order in which they load; the k-th (from 1) is endpoint k.
 
     Raises:
-        InputError: no model, bins that go back, or two models of one name.
+        InputError: no model, bins that go back, two models of one name, or a name that cannot be used.
     """
 
     name: str
     entries: tuple[ModelEntry, ...]
 
     def __post_init__(self) -> None:
+        check_name(self.name, _WHAT)
         if not self.entries:
             raise InputError(f"{_WHAT} {self.name!r} has no model")
         for earlier, later in pairwise(self.entries):
@@ -121,6 +123,7 @@ def load_model_set(name_or_path: str) -> ModelSet:
     if name_or_path in known:
         path = traces_path(f"{name_or_path}.toml")
     elif name_or_path.endswith(".toml") or os.sep in name_or_path:
+        check_path(name_or_path, _WHAT)
         path = Path(name_or_path)
     else:
         raise UnknownNameError(_WHAT, name_or_path, known, "or give the path of a TOML file")

@@ -124,10 +124,12 @@ def test_a_model_of_the_models_folder(folder: Path, state: Path) -> None:
 
 def test_nothing_outside_the_models_folder_is_read(folder: Path, state: Path) -> None:
     outside = str(folder.parent / "outside")
-    places = ["../outside", "link", "tiny/../../outside/config.json", "/etc/passwd", outside, ".", "x\0y", "a" * 900]
+    places = ["../outside", "link", "tiny/../../outside/config.json", "/etc/passwd", outside, ".", "a" * 900]
     with running(state, ServeSettings(models_folder=folder)) as server, server.client() as http:
         answers = {place: http.post("/models", json={"model": place}).status_code for place in places}
+        unprintable = http.post("/models", json={"model": "x\0y"})
     assert answers == dict.fromkeys(places, 404)
+    assert (unprintable.status_code, unprintable.json()["error"]["param"]) == (400, "model")
 
 
 def test_without_a_models_folder_no_path_is_read(server: Running, folder: Path) -> None:

@@ -179,6 +179,18 @@ def test_a_failed_write_leaves_no_files(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_reasons_that_a_spreadsheet_would_run_read_back(folder, tmp_path):
+    reasons = ("", "=HYPERLINK(1)", "@sum", "'=1", "it's -1")
+    rows = replace(RUN.requests, reasons=reasons, reason=np.arange(len(RUN.requests)) % len(reasons))
+    write_run(tmp_path / "other", replace(RUN, requests=rows), {}, {})
+    text = (tmp_path / "other" / "requests.csv").read_text()
+    assert ",=" not in text
+    assert ",@" not in text
+    assert np.array_equal(read_run(tmp_path / "other").requests.reason, rows.reason)
+    (tmp_path / "other" / "requests.csv").write_text(text.replace("\n", "\r\n"))  # read row by row
+    assert np.array_equal(read_run(tmp_path / "other").requests.reason, rows.reason)
+
+
 def spoil(folder: Path, name: str, old: str, new: str) -> None:
     path = folder / name
     text = path.read_text()
