@@ -31,7 +31,7 @@ from maveriq.workload.traces import EMBEDDED_TRACES
 _BUILT_IN_TRACES = (*EMBEDDED_TRACES, "poisson")
 _IN_NAME = ("policy", "intent", "models", "trace", "scale")  # options that every name has
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+@,-]")
-_MAX_NAME = 100
+_MAX_NAME = 160
 
 
 def default_folder(options: Options, engines: EngineOptions | None = None) -> Path:

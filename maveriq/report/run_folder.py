@@ -91,8 +91,9 @@ def write_folder(
             fill(fresh)
             if overwrite:
                 _swap(fresh, target, Path(scratch) / "old")
-                return target
-            return _move_to_free(fresh, target)
+                return folder
+            written = _move_to_free(fresh, target)
+            return folder if written == target else folder.with_name(written.name)
     except OSError as error:
         raise _not_writable(target, error) from None
 

@@ -22,7 +22,7 @@ MODELS = (
     'name = "two"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n\n[[models]]\nmodel = "gptj-6b"\nload_at = 1\n'
     'objective = "min_latency"\n'
 )
-SIM = "sim --trace t.csv --models m.toml --out run"
+SIM = "sim --trace t.csv --models m.toml --out run --overwrite"
 
 
 @pytest.fixture(autouse=True)

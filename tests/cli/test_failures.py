@@ -110,14 +110,14 @@ def test_failures_while_writing_keep_the_older_records(
     maveriq: Maveriq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
 ) -> None:
     put(tmp_path, {"t.csv": TWO_REQUESTS})
-    assert maveriq("sim --trace t.csv --quiet --out run").code == 0
+    assert maveriq("sim --trace t.csv --quiet --out run --overwrite").code == 0
     before = everything_in(tmp_path)
 
     def fail(_samples: object) -> None:
         raise error
 
     monkeypatch.setattr(run_folder, "_gpu_lines", fail)
-    ended = maveriq("sim --trace t.csv --quiet --out run")
+    ended = maveriq("sim --trace t.csv --quiet --out run --overwrite")
     assert ended.code == code
     assert says in ended.only_line
     assert everything_in(tmp_path) == before
@@ -127,7 +127,7 @@ def test_an_interrupt_while_the_folder_is_replaced_keeps_the_old_one(
     maveriq: Maveriq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, {"t.csv": TWO_REQUESTS})
-    maveriq("sim --trace t.csv --quiet --out run")
+    maveriq("sim --trace t.csv --quiet --out run --overwrite")
     before = everything_in(tmp_path)
     rename = Path.rename
 
@@ -137,7 +137,7 @@ def test_an_interrupt_while_the_folder_is_replaced_keeps_the_old_one(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", stopped)
-    assert maveriq("sim --trace t.csv --quiet --out run").code == 130
+    assert maveriq("sim --trace t.csv --quiet --out run --overwrite").code == 130
     assert everything_in(tmp_path) == before
 
 

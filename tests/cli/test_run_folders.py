@@ -77,7 +77,7 @@ def test_different_options_have_different_names() -> None:
     ]  # fmt: skip
     names = [default_folder(each).name for each in options]
     assert len(set(names)) == len(names)
-    assert all(len(name) < 120 and name.isprintable() and "/" not in name for name in names)
+    assert all(len(name) < 180 and name.isprintable() and "/" not in name for name in names)
 
 
 def test_folders_written_at_the_same_time_all_stay(tmp_path: Path) -> None:
