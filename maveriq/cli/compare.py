@@ -11,7 +11,6 @@ import msgspec
 import typer
 from rich.console import Console
 
-from maveriq.report.terminal import open_console
 from maveriq import api
 from maveriq.cli.options import JsonFlag
 from maveriq.errors import InputError, MaveriqError
@@ -20,6 +19,7 @@ from maveriq.report.compare_many import ManyComparison, many_view
 from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
 from maveriq.report.compare_view import checks_table, comparison_view, matching_line
 from maveriq.report.run_labels import short_labels
+from maveriq.report.terminal import open_console
 from maveriq.report.text_plot import dots_across
 from maveriq.runs import load_run
 

@@ -36,9 +36,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(ranked.to_dict(), indent=2, allow_nan=False))
     else:
-        from maveriq.report.terminal import open_console
-
         from maveriq.report.plans import ranking_table, rejected_table, surprise_notes
+        from maveriq.report.terminal import open_console
 
         console = open_console()
         if ranking.candidates:

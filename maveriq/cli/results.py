@@ -26,9 +26,9 @@ from maveriq.scenario.defaults import resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.workload.build import DEFAULT_SCALE
 from maveriq.workload.model_sets import known_model_sets
-from maveriq.workload.traces import EMBEDDED_TRACES
+from maveriq.workload.traces import CONSTANT, EMBEDDED_TRACES, POISSON
 
-_BUILT_IN_TRACES = (*EMBEDDED_TRACES, "poisson")
+_BUILT_IN_TRACES = (*EMBEDDED_TRACES, POISSON, CONSTANT)
 _IN_NAME = ("policy", "intent", "models", "trace", "scale")  # options that every name has
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+@,-]")
 _MAX_NAME = 160
@@ -47,7 +47,7 @@ def default_folder(options: Options, engines: EngineOptions | None = None) -> Pa
     models = _stem(options.models, ".toml", known_model_sets())
     trace = _stem(options.trace, ".csv", _BUILT_IN_TRACES)
     parts = [_policy_of(options), options.intent, models, trace]
-    if options.scale is not None or not options.trace.endswith((".csv", ".gz")):
+    if options.scale is not None or options.trace in _BUILT_IN_TRACES:
         parts.append(f"{DEFAULT_SCALE if options.scale is None else options.scale:g}")
     parts += ["-".join(filter(None, changed)) for changed in changed_options(options) if changed[0] not in _IN_NAME]
     if engines is not None:
@@ -62,9 +62,14 @@ def default_folder(options: Options, engines: EngineOptions | None = None) -> Pa
 
 
 def _stem(text: str, suffix: str, known: Collection[str]) -> str:
-    """Return the name of a file in this folder without its suffix, unless a built-in one has that name; or the text."""
+    """Return the name of a file in this folder without its suffix, unless a built-in one has that name; or the text.
+
+    Other paths are returned with a separator, which no folder's name may have, so that the name gets a digest.
+    """
     stem = text.removesuffix(suffix)
-    return text if stem in known or os.sep in text else stem
+    if stem != text and stem not in known and os.sep not in text:
+        return stem
+    return text if text in known or text == f"{stem}{suffix}" else f".{os.sep}{text}"
 
 
 def changed_options(options: Any) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from maveriq.report.terminal import open_console
-from maveriq.cli.output import echo
 from maveriq.cli.options import JsonFlag, with_options
+from maveriq.cli.output import echo
 from maveriq.estimate.hardware_profile import load_profile
+from maveriq.report.terminal import open_console
 from maveriq.report.view import BLANK, Column, Part, Table, Text, number_column, row
 from maveriq.scenario.options import Options
 from maveriq.scenario.workload import workload_for
