@@ -71,16 +71,19 @@ def make_policy(
     return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break, evidence=evidence)
 
 
-def policy_of_rule(rule: PlacementRule, *, estimator: Estimator, accuracy: AccuracyLookup) -> Policy:
+def policy_of_rule(
+    rule: PlacementRule, *, estimator: Estimator, accuracy: AccuracyLookup, evidence: EvidenceLookup = no_evidence
+) -> Policy:
     """Return the policy that places by a user's rule; it has the name of the function.
 
     Args:
         rule: orders the GPUs.
         estimator: what the policy plans with.
         accuracy: measured accuracy of quantised models.
+        evidence: measured latencies, for notes on decisions.
     """
     name = getattr(rule, "__name__", type(rule).__name__)
-    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=_guarded(rule, name))
+    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=_guarded(rule, name), evidence=evidence)
 
 
 def _load_rule(name: str) -> PlacementRule:

@@ -244,7 +244,12 @@ def _policy(
 
 def _given_policy(components: Components, profile: HardwareProfile, estimator: Estimator) -> Policy | None:
     if components.placement_rule is not None:
-        return policy_of_rule(components.placement_rule, estimator=estimator, accuracy=profile.accuracy)
+        return policy_of_rule(
+            components.placement_rule,
+            estimator=estimator,
+            accuracy=profile.accuracy,
+            evidence=profile.full_models.ratio,
+        )
     return components.policy
 
 
