@@ -10,6 +10,7 @@ import csv
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from maveriq.errors import InputError
 from maveriq.input_files import read_lines
-from maveriq.tables import Row, cells_and_header
+from maveriq.tables import Row, cells_and_header, shortened
 from maveriq.units import MICROS_PER_SECOND
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ MAX_BYTES = 1 << 30
 """The most that a file read as columns may hold, unpacked."""
 
 _BATCH_ROWS = 1 << 14
+_ROWS_AT_ONCE = 64  # a line may hold 1 MiB, of which only the chosen cells are kept
+_MAX_CELL = 1_000
 
 ChooseColumns = Callable[[list[str]], Sequence[str]]
 """Returns which columns to read, given the header; raises InputError where it does not fit."""
@@ -78,26 +81,41 @@ def csv_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Bat
     if not header:
         raise InputError(f"{where} is empty; it needs a header")
     chosen = choose(header)
-    positions = [header.index(name) for name in chosen]
+    pick = itemgetter(*(header.index(name) for name in chosen))
+    picked: list[tuple[str, ...]] = []
+    numbers: list[int] = []
     found = False
     first_line = reader.line_num + 1
-    while rows := _some(reader, where, _BATCH_ROWS):
+    while rows := _some(reader, where, _ROWS_AT_ONCE):
         lines, rows = _numbered(rows, first_line, reader.line_num)
         first_line = reader.line_num + 1
-        if not rows:
-            continue
-        found = True
-        for number, cells in zip(lines, rows, strict=True) if set(map(len, rows)) != {len(header)} else ():
+        for number, cells in zip(lines, rows, strict=True) if {*map(len, rows)} - {len(header)} else ():
             if len(cells) != len(header):
                 raise InputError(f"{where}, line {number}: {cells_and_header(cells, header)}")
-        columns: list[Sequence[str]] = list(zip(*rows, strict=True))
-        yield Batch(
-            where=where,
-            columns={name: columns[position] for name, position in zip(chosen, positions, strict=True)},
-            lines=lines,
-        )
+        found = found or bool(rows)
+        picked += map(pick, rows)
+        numbers += lines
+        if len(picked) >= _BATCH_ROWS:
+            yield _batch(where, chosen, picked, numbers)
+            picked, numbers = [], []
+    if picked:
+        yield _batch(where, chosen, picked, numbers)
     if not found:
         raise InputError(f"{where} has a header but no row")
+
+
+def _batch(where: str, names: Sequence[str], rows: Sequence[tuple[str, ...]], lines: Sequence[int]) -> Batch:
+    """Return rows as a batch.
+
+    Raises:
+        InputError: a cell is longer than any number, date or name.
+    """
+    columns: dict[str, Sequence[str]] = dict(zip(names, zip(*rows, strict=True), strict=True))
+    for name, cells in columns.items():
+        if len(max(cells, key=len)) > _MAX_CELL:
+            number = next(number for number, cell in zip(lines, cells, strict=True) if len(cell) > _MAX_CELL)
+            raise InputError(f"{where}, line {number}: {name} is longer than {_MAX_CELL:,} characters")
+    return Batch(where=where, columns=columns, lines=lines)
 
 
 def _some(reader: Iterator[list[str]], where: str, rows: int) -> list[list[str]]:
@@ -128,15 +146,17 @@ def json_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Ba
     objects = ((number, _json_object(line, where, number)) for number, line in lines if line.strip())
     first = next(objects)
     chosen = choose(list(first[1]))
-    rows = itertools.chain([first], objects)
+    rows = ((number, _json_cells(found, chosen, where, number)) for number, found in itertools.chain([first], objects))
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-        columns: dict[str, Sequence[str]] = {}
-        for name in chosen:
-            lacking = next((number for number, found in batch if name not in found), None)
-            if lacking is not None:
-                raise InputError(f"{where}, line {lacking}: no {name}")
-            columns[name] = [bytes(found[name]).decode().strip('"') for _, found in batch]
-        yield Batch(where=where, columns=columns, lines=[number for number, _ in batch])
+        yield _batch(where, chosen, [cells for _, cells in batch], [number for number, _ in batch])
+
+
+def _json_cells(found: dict[str, msgspec.Raw], names: Sequence[str], where: str, number: int) -> tuple[str, ...]:
+    """Return the chosen values of a JSON object as text; only they are kept."""
+    try:
+        return tuple(bytes(found[name])[: _MAX_CELL + 3].decode(errors="replace").strip('"') for name in names)
+    except KeyError as error:
+        raise InputError(f"{where}, line {number}: no {error.args[0]}") from None
 
 
 def _json_object(line: str, where: str, number: int) -> dict[str, msgspec.Raw]:
@@ -182,5 +202,6 @@ def check_whole(row: Row, column: str, *, minimum: int, maximum: int) -> None:
     value = row.number(column)
     if not (minimum <= value <= maximum and value.is_integer()):
         raise InputError(
-            f"{row.where}: {column} must be a whole number from {minimum} to {maximum}, not {row.cells[column]!r}"
+            f"{row.where}: {column} must be a whole number from {minimum} to {maximum}, "
+            f"not {shortened(row.cells[column])}"
         )

@@ -26,6 +26,7 @@ T = TypeVar("T")
 MAX_TABLE_BYTES = 32 << 20
 """The most that a table read by row may hold, unless its reader allows more."""
 
+_MAX_SHOWN = 80
 _MAX_TOML_BYTES, _MAX_JSON_BYTES = 2 << 20, 16 << 20  # parsed, a file takes up to thirty times its size
 
 
@@ -148,6 +149,11 @@ def _short(number: str) -> str:
     return f"{float(number):,.12g}"
 
 
+def shortened(text: str) -> str:
+    """Return a text in quotes for a message, cut to 80 characters."""
+    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}..."
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row of a CSV file; `where` names the file and line."""
@@ -168,12 +174,12 @@ class Row:
         try:
             value = float(raw)
         except ValueError:
-            raise InputError(f"{self.where}: {column} must be a number, not {raw!r}") from None
+            raise InputError(f"{self.where}: {column} must be a number, not {shortened(raw)}") from None
         if not math.isfinite(value) or not minimum <= value <= maximum:
             bound = f" of at least {minimum:g}" if minimum > -math.inf else ""
             if maximum < math.inf:
                 bound = f" from {minimum:g} to {maximum:g}"
-            raise InputError(f"{self.where}: {column} must be a finite number{bound}, not {raw!r}")
+            raise InputError(f"{self.where}: {column} must be a finite number{bound}, not {shortened(raw)}")
         return value
 
     def count(self, column: str, *, minimum: int = 0) -> int:
@@ -181,7 +187,9 @@ class Row:
         raw = self.cells[column]
         # With at most 15 digits every number is exact as a float, and no cell can exhaust memory.
         if not re.fullmatch(r"-?\d{1,15}", raw) or int(raw) < minimum:
-            raise InputError(f"{self.where}: {column} must be a whole number of at least {minimum}, not {raw!r}")
+            raise InputError(
+                f"{self.where}: {column} must be a whole number of at least {minimum}, not {shortened(raw)}"
+            )
         return int(raw)
 
 
@@ -284,7 +292,9 @@ def choice(row: Row, column: str, options: type[Choice]) -> Choice:
         return options(value)
     except ValueError:
         near = did_you_mean(value, options)
-        raise InputError(f"{row.where}: {column} must be one of {', '.join(options)}, not {value!r}{near}") from None
+        raise InputError(
+            f"{row.where}: {column} must be one of {', '.join(options)}, not {shortened(value)}{near}"
+        ) from None
 
 
 def unique(keyed: Iterable[tuple[Key, Value, Row]]) -> dict[Key, Value]:

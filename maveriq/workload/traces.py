@@ -27,6 +27,7 @@ POISSON, CONSTANT = "poisson", "constant"
 TRACES = (*EMBEDDED_TRACES, POISSON, CONSTANT)
 """The traces that are known by name."""
 
+_LONG_LINE = 50_000  # the head of a file may hold a part of such a line
 _SUFFIXES = (".csv", ".gz", ".zip", ".json", ".jsonl", ".txt", ".tsv", ".zst")
 
 
@@ -105,7 +106,8 @@ def read_trace(path: Path) -> RequestTrace | Schedule:
     first_line = start.partition("\n")[0].rstrip("\r")
     if start[0] in "[{":
         keys = _keys(first_line)
-        if not keys or keys & {"conversations", "messages", "prompt"}:
+        is_long_line = start[0] == "{" and first_line == start.rstrip("\r") and len(head) > _LONG_LINE
+        if not (keys or is_long_line) or keys & {"conversations", "messages", "prompt"}:
             refuse_json(head, where)
         return read_requests(path, json_lines=True)
     header = _header(first_line)

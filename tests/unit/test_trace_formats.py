@@ -170,6 +170,7 @@ REFUSED = [
     ('[\n  {\n  "id": "x",\n "conversations": []}]', ("ShareGPT",)),
     ('{"messages": [{"role": "user", "content": "hi"}]}\n', ("conversations", "tokenizer")),
     ('{"prompt": "hi", "output_tokens": 4}\n', ("prompts", "tokenizer")),
+    ('{"messages": [], "input_length": 1}', ("conversations",)),
     ('[{"timestamp": 1}]', ("one JSON document", "one JSON object a line", README)),
     ('{"timestamp": 1,\n', ("one JSON document",)),
     ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n{"timestamp": 2}\n', ("line 2: no input_length",)),
