@@ -418,7 +418,7 @@ def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **o
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PlacementResult:
     """The answer of `place`: the problem, how it was searched, and the best placement (`solution.best`)."""
 
@@ -432,6 +432,11 @@ class PlacementResult:
         from maveriq.report.placements import placement_json
 
         return placement_json(self.solution)
+
+    def __repr__(self) -> str:
+        solution, models, gpus = self.solution, len(self.problem.models), self.problem.gpus
+        found = f"{len(solution.groups)} groups" if solution.feasible else solution.reason
+        return f"<PlacementResult: {models} models on {gpus} GPUs, {found}>"
 
 
 def place(

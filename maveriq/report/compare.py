@@ -131,7 +131,7 @@ class PlanPair:
     same_gpus: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Comparison:
     """Two runs compared; `unmatched` says why requests could not be matched, "" where they are.
 
@@ -145,7 +145,7 @@ class Comparison:
     sim_saturation: Saturation
     real_saturation: Saturation
     labels: tuple[RunLabel, RunLabel] = UNNAMED
-    runs: tuple[RunRecord, RunRecord] = field(repr=False, compare=False)
+    runs: tuple[RunRecord, RunRecord] = field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON; a figure that does not apply is None."""
@@ -172,6 +172,17 @@ class Comparison:
         from maveriq.report.html import to_html
 
         return to_html(comparison_view(self))
+
+    def __repr__(self) -> str:
+        first, second = self.labels
+        mean = self.overall.differences["mean"]
+        error = "" if mean.error is None else f" ({mean.error:+.1f} %)"
+        latencies = f"{_seconds(mean.sim)} against {_seconds(mean.real)}{error}"
+        return f"<Comparison: {first} against {second}, mean latency {latencies}>"
+
+
+def _seconds(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g} s"
 
 
 def compare(sim: RunRecord, real: RunRecord, *, labels: tuple[RunLabel, RunLabel] = UNNAMED) -> Comparison:

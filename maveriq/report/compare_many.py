@@ -27,7 +27,7 @@ _COLUMNS = {
 _MAX_COLUMNS = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ManyComparison:
     """Several runs, each compared with the last one.
 
@@ -52,6 +52,10 @@ class ManyComparison:
         from maveriq.report.html import to_html
 
         return to_html(many_view(self))
+
+    def __repr__(self) -> str:
+        *runs, reference = map(str, self.labels)
+        return f"<ManyComparison: {', '.join(runs)} against {reference}>"
 
 
 def compare_many(runs: Sequence[RunRecord], labels: Sequence[RunLabel]) -> ManyComparison:

@@ -97,6 +97,8 @@ def test_a_run_against_itself_differs_by_nothing(small) -> None:
     assert comparison.plot().axes
     assert comparison.plot()._repr_png_().startswith(b"\x89PNG")
     assert "runs" not in comparison.to_dict()
+    assert repr(comparison).startswith("<Comparison: first (simulated) against second (simulated), mean latency 0.3")
+    assert repr(maveriq.compare(small, small, small)).count("(simulated)") == 3
 
 
 def test_plan_ranks_best_first() -> None:
