@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maveriq.errors import InputError
-from maveriq.scenario.options import check_ranges, convert_types, option
+from maveriq.scenario.options import INTENTS, check_ranges, convert_types, option
 
 if TYPE_CHECKING:
     from maveriq.domain.cluster import Cluster
@@ -26,18 +26,29 @@ class PlanOptions:
         InputError: a value of another type, or a number out of range.
     """
 
-    intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _PANEL)
+    intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _PANEL, choices=INTENTS)
     slo_ms: float | None = option(None, "Upper limit of a whole request's latency.", _PANEL)
     min_accuracy: float = option(0.0, "Least accuracy, in percent of the float16 model's.", _PANEL)
     float16_only: bool = option(False, "No quantised weights.", _PANEL)  # noqa: FBT003
-    gpus: str = option("8xA6000", "The cluster: 8xA6000, a TOML file, or local.", _PANEL)
+    gpus: str = option("8xA6000", "The cluster: 8xA6000, a TOML file, or local.", _PANEL, choices=("8xA6000", "local"))
     prompt_tokens: int | None = option(
         None, "Length of a typical prompt.", _PANEL, shown="the profile's", minimum=1, maximum=_MAX_TOKENS
     )
     output_tokens: int = option(20, "Length of a typical output.", _PANEL, minimum=1, maximum=_MAX_TOKENS)
     batch_size: int = option(1, "Largest batch of an engine.", _PANEL, minimum=1, maximum=_MAX_BATCH)
-    estimator: str | None = option(None, "The estimator: calibrated, paper, or measured.", _PANEL, shown="calibrated")
-    profile: str = option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _PANEL)
+    estimator: str | None = option(
+        None,
+        "The estimator: calibrated, paper, or measured.",
+        _PANEL,
+        shown="calibrated",
+        choices=("calibrated", "paper", "measured"),
+    )
+    profile: str = option(
+        "a6000-short",
+        "Hardware profile: a6000-short, a6000-long, or a TOML file.",
+        _PANEL,
+        choices=("a6000-short", "a6000-long"),
+    )
 
     def __post_init__(self) -> None:
         convert_types(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -92,4 +93,6 @@ def root(
 def main() -> None:
     """Run the command line; the only place that exits."""
     prepare_streams()
+    if os.environ.get("NO_COLOR"):  # Typer's help keeps bold and dim otherwise
+        os.environ.setdefault("_TYPER_FORCE_DISABLE_TERMINAL", "1")
     sys.exit(run_command(lambda: app(prog_name="maveriq", standalone_mode=False)))

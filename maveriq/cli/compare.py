@@ -111,7 +111,7 @@ def _show_many(many: ManyComparison, runs: Sequence[str], checks: Sequence[Seque
         return
     console = open_console()
     _print_runs(console, runs, [label.kind for label in many.labels])
-    console.print(many_view(many))
+    console.print(many_view(many, width=console.width))
     for name, found in zip(short_labels(many.labels), checks, strict=False):
         if found:
             console.print(f"{name}:", markup=False, highlight=False)

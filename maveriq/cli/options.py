@@ -87,4 +87,21 @@ def _typer_option(field: Field[Any]) -> Any:
         help=field.metadata["help"],
         rich_help_panel=field.metadata["panel"],
         show_default=field.metadata["shown"] or field.default not in (None, False, ()),
+        autocompletion=_completer(field.metadata["choices"]) if field.metadata["choices"] else None,
     )
+
+
+def _completer(choices: Collection[str]) -> Callable[[str], list[str]]:
+    """Return what Typer calls to complete a value; it reads the annotations of a function."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of known models that begin so, for shells."""
+    from maveriq.domain.models import known_models
+
+    return [name for name in sorted(known_models()) if name.startswith(incomplete)]

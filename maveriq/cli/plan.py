@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from maveriq.cli.options import JsonFlag, with_options
+from maveriq.cli.options import JsonFlag, complete_model, with_options
 from maveriq.errors import MaveriqError
 from maveriq.planning import PlanOptions, rank_configurations
 
@@ -17,7 +17,12 @@ def plan(
     options: PlanOptions,
     *,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's name, or the path of a Hugging Face config.json.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model's name, or the path of a Hugging Face config.json.",
+            autocompletion=complete_model,
+        ),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many configurations to show.")] = 10,
     explain: Annotated[bool, typer.Option("--explain", help="Name every rejected configuration.")] = False,

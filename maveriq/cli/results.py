@@ -20,7 +20,7 @@ from maveriq.exec.local_machine import EngineOptions
 from maveriq.report.live import ProgressView, make_view
 from maveriq.report.results import results_view
 from maveriq.report.run_folder import check_writable, free_folder
-from maveriq.report.terminal import open_console
+from maveriq.report.terminal import no_color, open_console
 from maveriq.runs import Run
 from maveriq.scenario.defaults import resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
@@ -107,7 +107,7 @@ def _policy_of(options: Options) -> str:
 
 def live_view(output: OutputOptions) -> ProgressView:
     """Return the view of a run's progress on stderr."""
-    interactive = sys.stdout.isatty() and sys.stderr.isatty()
+    interactive = sys.stdout.isatty() and sys.stderr.isatty() and not no_color()
     return make_view(open_console(stderr=True), quiet=output.quiet or output.as_json, interactive=interactive)
 
 

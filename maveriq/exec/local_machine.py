@@ -34,7 +34,9 @@ class EngineOptions:
         UnknownNameError: there is no such backend.
     """
 
-    backend: str | None = option(None, "The engine: emulated, torch, vllm or trtllm.", _ENGINES)
+    backend: str | None = option(
+        None, "The engine: emulated, torch, vllm or trtllm.", _ENGINES, choices=("emulated", "torch", "vllm", "trtllm")
+    )
     real: bool = option(False, "TensorRT-LLM on GPUs.", _ENGINES)  # noqa: FBT003
     time_scale: float = option(1.0, "Real seconds per second of the run (only emulated engines).", _ENGINES)
     start_timeout_s: float = option(900.0, "Time within which an engine must start.", _ENGINES)

@@ -12,8 +12,9 @@ from maveriq.domain.records import RunRecord
 from maveriq.report.compare import PERCENT, QUANTITIES, Comparison, Difference, compare
 from maveriq.report.compare_view import matching_line, saturation_line
 from maveriq.report.formatting import NONE, figure, share, signed
+from maveriq.report.results import WIDE
 from maveriq.report.run_labels import RunLabel, short_labels
-from maveriq.report.view import Column, Part, Row, Table, Text, View, number_column, row, spaced
+from maveriq.report.view import Column, Part, Row, Table, Text, View, fit_width, number_column, row, spaced
 
 _COLUMNS = {
     "mean": "latency\nmean s",
@@ -24,7 +25,6 @@ _COLUMNS = {
     "service-mean": "service\nmean s",
     "slo": "SLO\nmet",
 }
-_MAX_COLUMNS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -75,14 +75,15 @@ def compare_many(runs: Sequence[RunRecord], labels: Sequence[RunLabel]) -> ManyC
     )
 
 
-def many_view(many: ManyComparison) -> View:
-    """Return the figures of each run, the errors against the last, mean latencies by model, and saturations."""
+def many_view(many: ManyComparison, *, width: int = WIDE) -> View:
+    """Return the figures of each run, the errors against the last, mean latencies by model, and saturations.
+
+    Tables wider than `width` are split.
+    """
     names = short_labels(many.labels)
-    parts: list[Part] = [_figures_table(many, names), _errors_table(many, names)]
-    if len(names) <= _MAX_COLUMNS:
-        parts.append(_models_table(many, names))
-    parts.append(_saturations(many, names))
-    return View(spaced(parts))
+    tables = (_figures_table(many, names), _errors_table(many, names), _models_table(many, names))
+    parts: list[Part] = [part for table in tables for part in fit_width(table, width)]
+    return View(spaced([*parts, _saturations(many, names)]))
 
 
 def _differences(many: ManyComparison) -> Iterator[dict[str, float | None]]:

@@ -12,7 +12,7 @@ from maveriq.report.results import SATURATION_STYLES
 from maveriq.report.run_labels import short_labels
 from maveriq.report.saturation import Saturation
 from maveriq.report.text_plot import overlay
-from maveriq.report.view import Column, Part, Row, Table, Text, View, number_column, row, spaced
+from maveriq.report.view import Column, Part, Row, Table, Text, View, fit_width, number_column, row, spaced
 
 _WIDE = 110
 _CDF_ROWS, _QUEUE_ROWS = 10, 6
@@ -55,7 +55,7 @@ def comparison_view(
     first, second = short_labels(comparison.labels)
     parts: list[Part] = [
         _overall_table(comparison, (first, second)),
-        _models_table(comparison, wide=width >= _WIDE),
+        *fit_width(_models_table(comparison, wide=width >= _WIDE), width),
         _deployments_table(comparison.deployments, (first, second)),
         *(
             overlay(
@@ -126,7 +126,7 @@ def _models_table(comparison: Comparison, *, wide: bool) -> Table:
     headers = [_COLUMNS[quantity.name] for quantity in quantities]
     return Table(
         "Errors by model, %",
-        [Column("\nmodel", wrap="fold"), *map(number_column, headers), number_column("\nKS")],
+        [Column("\nmodel"), *map(number_column, headers), number_column("\nKS")],
         [
             *(row(model, *_error_cells(distance, quantities)) for model, distance in comparison.models.items()),
             row("all", *_error_cells(comparison.overall, quantities), style="bold", starts_section=True),

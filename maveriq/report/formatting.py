@@ -24,10 +24,12 @@ def figure(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """Return a share as a percentage, and 100 % only where nothing is missing."""
+    """Return a share as a percentage: 100 % only where nothing is missing, 0 % only where nothing is there."""
     if value is None:
         return NONE
     percent = 100 * value
+    if 0 < percent < 0.05:
+        return "<0.1 %"
     return f"{percent:.0f} %" if percent in (0, 100) else f"{min(percent, 99.9):.1f} %"
 
 

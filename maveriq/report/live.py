@@ -284,7 +284,6 @@ def _gpu_strips(gpus: Sequence[GpuStatus], width: int, glyphs: Glyphs) -> Table:
 
 _FRAME_S = 0.2
 _LINE_S = 10.0
-_MIN_SHARE = 0.02  # below it, the time left would be a guess
 
 Clock = Callable[[], float]
 
@@ -341,9 +340,12 @@ class _PacedView:
         return self._now() >= self._due_s
 
     def _left_s(self, progress: Progress) -> float | None:
-        """Return the wall time left at the pace so far, None while that would be a guess."""
+        """Return the wall time left, at the pace of the run's clock while requests arrive, then of their ends."""
+        elapsed_s = self._now() - self._started_s
+        if 0 < progress.now_us < progress.last_arrival_us:
+            return elapsed_s * (progress.last_arrival_us - progress.now_us) / progress.now_us
         done = finished_share(progress)
-        return (self._now() - self._started_s) * (1 - done) / done if done >= _MIN_SHARE else None
+        return elapsed_s * (1 - done) / done if done else None
 
     def _pace(self) -> None:
         # From the end of drawing, so that a slow terminal cannot take all the time there is.

@@ -9,7 +9,21 @@ from maveriq.domain.records import NOT_YET, DeploymentRecord
 from maveriq.report.formatting import NONE, figure, gpu_list, layer_list, share
 from maveriq.report.metrics import Figures, Metrics, Summary
 from maveriq.report.saturation import Saturation, SaturationLabel
-from maveriq.report.view import BLANK, Cell, Column, Facts, Panel, Row, Table, Text, View, number_column, row, spaced
+from maveriq.report.view import (
+    BLANK,
+    Cell,
+    Column,
+    Facts,
+    Panel,
+    Row,
+    Table,
+    Text,
+    View,
+    fit_width,
+    number_column,
+    row,
+    spaced,
+)
 from maveriq.units import gib, seconds
 
 WIDE = 116
@@ -46,7 +60,7 @@ def results_view(
         [
             deployments_table(deployments, wide=wide),
             BLANK,
-            *spaced(summary_tables(summary, wide=wide)),
+            *spaced(summary_tables(summary, wide=wide, width=width)),
             saturation_panel(saturation, summary, width=width),
             *notices(deployments),
         ]
@@ -58,9 +72,9 @@ def deployments_table(deployments: Sequence[DeploymentRecord], *, wide: bool) ->
     columns = [
         Column("#", align="right", style="dim", wrap="words"),
         Column("model"),
-        Column("configuration"),
-        *([Column("layers")] if wide else []),
-        Column("GPUs"),
+        Column("configuration", wrap="words"),
+        *([Column("layers", wrap="words")] if wide else []),
+        Column("GPUs", wrap="words"),
         number_column("GiB"),
         *([Column("intent"), number_column("asked s"), number_column("ready s")] if wide else []),
         Column("status"),
@@ -91,15 +105,19 @@ class _MetricColumn:
     cell: Callable[[Metrics], str]
 
 
-def summary_tables(summary: Summary, *, wide: bool) -> list[Table]:
-    """Return requests with their SLOs, latency, and cost, a row per model; if wide, with more columns."""
+def summary_tables(summary: Summary, *, wide: bool, width: int = WIDE) -> list[Table]:
+    """Return requests with their SLOs, latency, and cost, a row per model; if wide, with more columns.
+
+    Tables wider than `width` are split, so that no model's name is broken.
+    """
     requests = [*_count_columns(summary, wide=wide), *_slo_columns(summary)]
     latency, tokens, cost = _latency_columns(wide=wide), _token_columns(), _cost_columns()
     if wide:
         parts = {"Requests and cost": [*requests, *cost], "Latency": [*latency, *tokens]}
     else:
         parts = {"Requests": requests, "Latency": latency, "Tokens and cost": [*tokens, *cost]}
-    return [_summary_table(title, summary, columns) for title, columns in parts.items()]
+    tables = (_summary_table(title, summary, columns) for title, columns in parts.items())
+    return [part for table in tables for part in fit_width(table, width)]
 
 
 def _summary_table(title: str, summary: Summary, columns: Sequence[_MetricColumn]) -> Table:
@@ -107,8 +125,7 @@ def _summary_table(title: str, summary: Summary, columns: Sequence[_MetricColumn
     if len(summary.models) > 1:
         cells = (column.cell(summary.overall) for column in columns)
         rows.append(row("all", *cells, style="bold", starts_section=True))
-    # Only the column of models gives way where the terminal is narrow.
-    return Table(title, [Column("\nmodel", wrap="fold"), *(number_column(column.header) for column in columns)], rows)
+    return Table(title, [Column("\nmodel"), *(number_column(column.header) for column in columns)], rows)
 
 
 def _count_columns(summary: Summary, *, wide: bool) -> list[_MetricColumn]:
@@ -119,7 +136,7 @@ def _count_columns(summary: Summary, *, wide: bool) -> list[_MetricColumn]:
         _MetricColumn(header="\ncompleted", cell=lambda m: f"{m.counts.completed:,}"),
     ]
     if not wide:
-        lost = _MetricColumn(header="not\ncompl.", cell=lambda m: f"{m.counts.scheduled - m.counts.completed:,}")
+        lost = _MetricColumn(header="not\ncompleted", cell=lambda m: f"{m.counts.scheduled - m.counts.completed:,}")
         return [*columns, lost]
     if counts.refused:
         columns.append(_MetricColumn(header="\nrefused", cell=lambda m: f"{m.counts.refused:,}"))
@@ -134,7 +151,9 @@ def _slo_columns(summary: Summary) -> list[_MetricColumn]:
     columns = []
     if summary.overall.slo:
         columns += [
-            _MetricColumn(header="SLO met\nof compl.", cell=lambda m: share(m.slo.over_completed if m.slo else None)),
+            _MetricColumn(
+                header="SLO met\nof completed", cell=lambda m: share(m.slo.over_completed if m.slo else None)
+            ),
             _MetricColumn(header="SLO met\nof all", cell=lambda m: share(m.slo.over_scheduled if m.slo else None)),
         ]
     if summary.overall.goodput:
@@ -159,7 +178,7 @@ def _token_columns() -> list[_MetricColumn]:
     return [
         _figure_column("1st token s\nmean", "user_ttft_s", "mean"),
         _figure_column("\np95", "user_ttft_s", "p95"),
-        _figure_column("TPOT s\nmean", "tpot_s", "mean"),
+        _figure_column("TPOT ms\nmean", "tpot_s", "mean", factor=1e3),
     ]
 
 
@@ -167,14 +186,16 @@ def _cost_columns() -> list[_MetricColumn]:
     return [
         _figure_column("GiB s\nmean", "cost_gib_s", "mean"),
         _MetricColumn(header="GPU h\nsum", cell=lambda m: figure(m.operational_cost_gpu_hours)),
-        _MetricColumn(header="compl.\nper s", cell=lambda m: figure(m.throughput_per_s)),
+        _MetricColumn(header="requests\nper s", cell=lambda m: figure(m.throughput_per_s)),
     ]
 
 
-def _figure_column(header: str, metric: str, which: str) -> _MetricColumn:
+def _figure_column(header: str, metric: str, which: str, *, factor: float = 1.0) -> _MetricColumn:
+    """Return a column of a figure, multiplied by `factor` to the unit of the header."""
+
     def cell(metrics: Metrics) -> str:
         figures: Figures | None = getattr(metrics, metric)
-        return figure(getattr(figures, which) if figures else None)
+        return figure(factor * getattr(figures, which) if figures else None)
 
     return _MetricColumn(header=header, cell=cell)
 

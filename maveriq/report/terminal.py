@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from rich import box
@@ -17,8 +18,11 @@ from maveriq.text import escape_controls
 
 
 def open_console(*, stderr: bool = False) -> Console:
-    """Return a console that escapes control characters of whatever it prints."""
-    console = Console(stderr=stderr)
+    """Return a console that escapes control characters of whatever it prints.
+
+    With NO_COLOR in the environment it writes no escape sequence of its own either.
+    """
+    console = Console(stderr=stderr, color_system=None if no_color() else "auto")
     console.push_render_hook(_EscapeControls())
     return console
 
@@ -37,6 +41,11 @@ class _Escaped:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for segment in console.render(self.renderable, options):
             yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)
+
+
+def no_color() -> bool:
+    """Return whether the user wants plain text (https://no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))
 
 
 def to_rich(part: Shown) -> RenderableType:

@@ -155,3 +155,38 @@ Part: TypeAlias = Text | Table | Facts | Panel | View
 def spaced(parts: Iterable[Part]) -> list[Part]:
     """Return the parts with an empty line after each."""
     return [piece for part in parts for piece in (part, BLANK)]
+
+
+_COLUMN_GAP = 3
+
+
+def fit_width(table: Table, width: int) -> list[Table]:
+    """Return a table as one or several of at most `width` characters, each with the first column.
+
+    So no cell is broken or cut, unless the first column and one other do not fit together.
+    """
+    widths = [_natural_width(table, position) for position in range(len(table.columns))]
+    groups: list[list[int]] = [[]]
+    room = width - widths[0]
+    for position in range(1, len(widths)):
+        needed = widths[position] + _COLUMN_GAP
+        if groups[-1] and needed > room:
+            groups.append([])
+            room = width - widths[0]
+        groups[-1].append(position)
+        room -= needed
+    if len(groups) == 1:
+        return [table]
+    return [_part(table, [0, *group], f"{table.title} ({number} of {len(groups)})") for number, group in
+            enumerate(groups, start=1)]  # fmt: skip
+
+
+def _natural_width(table: Table, position: int) -> int:
+    cells = [row.cells[position] for row in table.rows]
+    texts = [table.columns[position].header, *(cell if isinstance(cell, str) else cell.plain for cell in cells)]
+    return max(len(line) for text in texts for line in text.split("\n"))
+
+
+def _part(table: Table, positions: Sequence[int], title: str) -> Table:
+    rows = [Row(tuple(row.cells[at] for at in positions), row.style, row.starts_section) for row in table.rows]
+    return Table(title, [table.columns[at] for at in positions], rows, table.dense)

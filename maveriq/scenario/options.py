@@ -19,6 +19,7 @@ _WORKLOAD, _CLUSTER, _POLICY, _RUN = "Workload", "Cluster", "Policy", "Service t
 _PROFILE = "the profile's"
 _MAX_S = 1e9  # thirty years; rejected beyond: longer than any real run
 _MAX_MS = 1e12
+INTENTS = ("min-cost", "min-latency", "min-memory", "min-gpu-cost")
 _PUBLISHED_THRESHOLD = 0.7  # of the published runs (MaverIQ, SC '25)
 
 
@@ -31,6 +32,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
 ) -> Any:
     """Describe an option.
 
@@ -42,9 +44,11 @@ def option(
         minimum: the smallest number allowed.
         maximum: the largest.
         flags: how the command line spells the option; () derives `--slo-scale` from `slo_scale`.
+        choices: values that shells complete; others may be allowed too.
     """
     metadata = {
         "help": help_text, "panel": panel, "shown": shown, "minimum": minimum, "maximum": maximum, "flags": flags,
+        "choices": choices,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -67,6 +71,7 @@ class Options:
         "code, conversation, poisson, constant, or a file of requests (traces/README.md).",
         _WORKLOAD,
         shown="code; poisson with --rate",
+        choices=("code", "conversation", "poisson", "constant"),
     )
     scale: float | None = option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4; 1 for a file")
     arrivals: str | None = option(
@@ -80,29 +85,50 @@ class Options:
         None, "Only the requests of so many seconds.", _WORKLOAD, shown="all; 600 with --rate", maximum=_MAX_S
     )
     limit: int | None = option(None, "Only the first so many requests.", _WORKLOAD, shown="all")
-    models: str = option("large", "Model set: large, regular, twentyone, or a TOML file.", _WORKLOAD)
+    models: str = option(
+        "large",
+        "Model set: large, regular, twentyone, or a TOML file.",
+        _WORKLOAD,
+        choices=("large", "regular", "twentyone"),
+    )
     prompt_tokens: str | None = option(
         None,
         "Length of prompts: sharegpt, trace, or a number of tokens.",
         _WORKLOAD,
         shown="sharegpt; trace for a file",
+        choices=("sharegpt", "trace"),
     )
     output_tokens: str | None = option(
-        None, "Length of outputs: trace, or a number of tokens.", _WORKLOAD, shown="20; trace for a file"
+        None,
+        "Length of outputs: trace, or a number of tokens.",
+        _WORKLOAD,
+        shown="20; trace for a file",
+        choices=("trace",),
     )
     poisson_as_published: bool = option(False, "Draw Poisson stages as the published generator did.", _WORKLOAD)  # noqa: FBT003
     seed: int = option(42, "Seed of all random streams.", _WORKLOAD)
 
-    gpus: str = option("8xA6000", "The cluster: count and kind of GPU (8xA6000), a TOML file, or local.", _CLUSTER)
-    profile: str = option("a6000-short", "Hardware profile: a6000-short, a6000-long, or a TOML file.", _CLUSTER)
+    gpus: str = option(
+        "8xA6000",
+        "The cluster: count and kind of GPU (8xA6000), a TOML file, or local.",
+        _CLUSTER,
+        choices=("8xA6000", "local"),
+    )
+    profile: str = option(
+        "a6000-short",
+        "Hardware profile: a6000-short, a6000-long, or a TOML file.",
+        _CLUSTER,
+        choices=("a6000-short", "a6000-long"),
+    )
 
     policy: str | None = option(
         None,
         "hybrid, packing, llf, none, alpaserve, alpaserve-star, or your own FILE.py:FUNCTION.",
         _POLICY,
         shown="llf; hybrid on the published testbed",
+        choices=("hybrid", "packing", "llf", "none", "alpaserve", "alpaserve-star"),
     )
-    intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY)
+    intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY, choices=INTENTS)
     slo_scale: float = option(
         0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, minimum=0, maximum=1e6
     )
@@ -115,38 +141,58 @@ class Options:
         "Which of equally loaded GPUs a model goes to: free-memory (the emptiest) or gpu-id.",
         _POLICY,
         shown="free-memory; gpu-id on the published testbed",
+        choices=("free-memory", "gpu-id"),
     )
     queue: str | None = option(
         None,
         "fifo, fifo-per-model, sjf, or edf.",
         _POLICY,
         shown="fifo-per-model; fifo on the published testbed",
+        choices=("fifo", "fifo-per-model", "sjf", "edf"),
     )
     max_wait_s: float = option(
         60.0, "Requests that have waited longer go next (except with fifo).", _POLICY, minimum=0, maximum=_MAX_S
     )
-    router: str = option("uniform", "How a request picks a replica: uniform or least-work.", _POLICY)
+    router: str = option(
+        "uniform", "How a request picks a replica: uniform or least-work.", _POLICY, choices=("uniform", "least-work")
+    )
     alpaserve_profile: str = option(
-        "maveriq", "Model profiles that AlpaServe plans with: maveriq or published.", _POLICY
+        "maveriq",
+        "Model profiles that AlpaServe plans with: maveriq or published.",
+        _POLICY,
+        choices=("maveriq", "published"),
     )
     alpaserve_as_published: bool = option(False, "AlpaServe as published, with its naming defect.", _POLICY)  # noqa: FBT003
-    alpaserve_star_rule: str = option("F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY)
+    alpaserve_star_rule: str = option(
+        "F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY, choices=("F", "A", "B", "C")
+    )
     estimator: str | None = option(
-        None, "Estimator that the policy plans with: calibrated, paper, or measured.", _POLICY, shown="calibrated"
+        None,
+        "Estimator that the policy plans with: calibrated, paper, or measured.",
+        _POLICY,
+        shown="calibrated",
+        choices=("calibrated", "paper", "measured"),
     )
 
     service_times: str | None = option(
-        None, "How long simulated requests take: calibrated, paper, measured, or recorded.", _RUN, shown="calibrated"
+        None,
+        "How long simulated requests take: calibrated, paper, measured, or recorded.",
+        _RUN,
+        shown="calibrated",
+        choices=("calibrated", "paper", "measured", "recorded"),
     )
     exclude_run: str | None = option(None, "Fit calibrated service times without this recorded run.", _RUN)
     fail: tuple[str, ...] = option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _RUN)
     remove: tuple[str, ...] = option((), "Remove an endpoint: endpoint=2@900s; repeatable.", _RUN)
-    on_failure: str = option("requeue", "Requests of a failed engine: requeue (once) or fail.", _RUN)
+    on_failure: str = option(
+        "requeue", "Requests of a failed engine: requeue (once) or fail.", _RUN, choices=("requeue", "fail")
+    )
     on_loss: str | None = option(
         None,
         "Deployments lost for good: keep (they stay down) or replace (elsewhere, where they fit).",
         _RUN,
         shown="replace in serve, else keep",
+        choices=("keep", "replace"),
     )
     tick_ms: float | None = option(None, "Tick of the dispatcher.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_MS)
     after_arrival_ms: float | None = option(

@@ -133,8 +133,21 @@ def test_a_plain_view_prints_lines_at_intervals():
         assert not view.wants_update()
     assert console.file.getvalue() == (
         "clock 20:00 of 35:00, 2,488 of 5,000 completed, 3 running, 57 waiting, 12 refused, "
-        "recent p50 1.23 s, p95 7.50 s, recent SLO 93.1 %, 0:10 left\n"
+        "recent p50 1.23 s, p95 7.50 s, recent SLO 93.1 %, 0:07 left\n"
     )
+
+
+def test_the_time_left_is_that_of_the_clock_from_the_first_second():
+    now = FakeClock()
+    console = Console(width=200, file=io.StringIO())
+    with PlainView(console, now=now) as view:
+        now.now_s = 1.0  # 10 s of 2,100 s are over, and nothing has completed
+        view.update(replace(PROGRESS, now_us=10_000_000, completed=0, refused=0))
+        now.now_s = 220.0  # all have arrived, and half have ended
+        view.update(replace(PROGRESS, now_us=2_200_000_000, completed=2_500, refused=0))
+    first, second = console.file.getvalue().splitlines()
+    assert first.endswith("3:29 left")
+    assert second.endswith("3:40 left")
 
 
 def test_the_view_suits_the_console():

@@ -80,7 +80,9 @@ def test_notices_name_the_deployment_and_its_reason():
 def test_wording():
     values = (None, 0, 0.00012, 0.0453, 0.5, 1.234, 12.34, 1234.5)
     assert [figure(value) for value in values] == ["–", "0", "0.00012", "0.0453", "0.50", "1.23", "12.3", "1,234"]
-    assert [share(value) for value in (None, 0.0, 0.931, 0.99999, 1.0)] == ["–", "0 %", "93.1 %", "99.9 %", "100 %"]
+    assert [share(value) for value in (None, 0.0, 0.0004, 0.931, 0.99999, 1.0)] == [
+        "–", "0 %", "<0.1 %", "93.1 %", "99.9 %", "100 %"
+    ]  # fmt: skip
     assert [clock(value) for value in (5, 245, 3845.9)] == ["0:05", "4:05", "1:04:05"]
     assert gpu_list((7, 0, 1, 2, 4)) == "0-2 4 7"
     assert [layer_list(split) for split in ((20, 20, 20, 20), (21, 19), (32,), ())] == ["4 x 20", "21 19", "32", ""]

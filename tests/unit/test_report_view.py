@@ -13,7 +13,7 @@ from maveriq.report.html import to_html
 from maveriq.report.metrics import summarise
 from maveriq.report.results import results_view
 from maveriq.report.saturation import assess_saturation
-from maveriq.report.view import BLANK, Column, Facts, Panel, Shown, Table, Text, View, number_column, row
+from maveriq.report.view import BLANK, Column, Facts, Panel, Shown, Table, Text, View, fit_width, number_column, row
 
 TABLE = Table(
     "Models <b>",
@@ -99,3 +99,19 @@ def test_only_parts_of_a_view_are_drawn():
         to_html(Other())
     with pytest.raises(TypeError, match="Other is no part of a view"):
         Other().__rich__()
+
+
+def test_a_table_that_is_too_wide_is_split_and_breaks_no_name() -> None:
+    names = ["a-model-with-a-name-of-forty-characters!", "short"]
+    columns = [Column("\nmodel"), *(number_column(f"column {number}\nunit") for number in range(8))]
+    table = Table("Figures", columns, [row(name, *["1,234"] * 8) for name in names])
+    parts = fit_width(table, 80)
+    assert [part.title for part in parts] == ["Figures (1 of 3)", "Figures (2 of 3)", "Figures (3 of 3)"]
+    assert sum(len(part.columns) - 1 for part in parts) == 8
+    for part in parts:
+        console = Console(width=80, file=io.StringIO())
+        console.print(part)
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert any(names[0] in line for line in lines)
+    assert fit_width(table, 200) == [table]
