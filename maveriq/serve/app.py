@@ -59,6 +59,7 @@ def create_app(
             yield
         finally:
             await service.stop()
+            await models.close()
 
     app = FastAPI(
         title="maveriq",

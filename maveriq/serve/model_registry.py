@@ -84,6 +84,11 @@ class ModelRegistry:
                 await tokenizer.close()  # another request was faster
         return self._tokenizers[model.model_id]
 
+    def refuse_prompts(self) -> None:
+        """Encode no more prompts, and fail those that are being encoded; outputs are still decoded."""
+        for tokenizer in self._tokenizers.values():
+            tokenizer.refuse_prompts()
+
     async def close(self) -> None:
         """End the processes of all tokenizers."""
         await asyncio.gather(*(tokenizer.close() for tokenizer in self._tokenizers.values()))

@@ -112,6 +112,7 @@ async def serve(
         gc.unfreeze()
         listener.close()
         await service.stop()
+        await service.models.close()  # last: responses need the tokenizers
 
 
 class _Server(uvicorn.Server):

@@ -128,6 +128,7 @@ class Service:
         It may be called twice.
         """
         self.requests.open = False
+        self.models.refuse_prompts()
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
@@ -142,7 +143,6 @@ class Service:
         for wait in waits:
             wait.cancel()
         await self._cluster.close()
-        await self.models.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.requests.drained(), _FINAL_STATUSES_S)
         await asyncio.gather(*self._plan_writes, return_exceptions=True)

@@ -79,6 +79,8 @@ class TokenizerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._prompt: asyncio.Future[Answer] | None = None  # the answer to the prompt that is being encoded
+        self._refuses_prompts = False
         self._idle: asyncio.TimerHandle | None = None
         self._stop_token_ids: tuple[int, ...] = ()
 
@@ -148,6 +150,12 @@ class TokenizerProcess:
         call = EncodeChat(number=next(self._numbers), messages=[dict(message) for message in messages])
         return _ids(await self._call(call, self._encoding))
 
+    def refuse_prompts(self) -> None:
+        """Encode no more prompts, and fail the one that is being encoded; outputs are still decoded."""
+        self._refuses_prompts = True
+        if self._prompt is not None and not self._prompt.done():
+            self._prompt.set_exception(TokenizerFailedError("the server is stopping"))
+
     def stream(self) -> _OutputStream:
         """Return a new decoder for one output."""
         return _OutputStream(self, next(self._outputs))
@@ -184,6 +192,8 @@ class TokenizerProcess:
 
     async def _call(self, call: Call, turn: asyncio.Lock) -> Answer:
         async with turn:
+            if self._refuses_prompts and turn is self._encoding:
+                raise TokenizerFailedError("the server is stopping")
             await self.start()
             try:
                 async with asyncio.timeout(self._limits.call_s):
@@ -200,6 +210,8 @@ class TokenizerProcess:
             raise TokenizerFailedError(f"{self._folder}: its tokenizer has stopped")
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting[call.number] = future
+        if not isinstance(call, DecodeTokens):
+            self._prompt = future
         self._restart_idle_timer()
         self._running[self] = self._running.pop(self, None)
         try:

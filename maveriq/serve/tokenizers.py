@@ -46,6 +46,9 @@ class Tokenizer(Protocol):
     def stream(self) -> TextStream:
         """Return a new decoder for one output."""
 
+    def refuse_prompts(self) -> None:
+        """Encode no more prompts, and fail those that are being encoded: the server stops."""
+
     async def close(self) -> None:
         """Free what it holds. It may be used again."""
 
@@ -89,6 +92,9 @@ class ByteTokenizer:
     def stream(self) -> TextStream:
         """Return a decoder that joins the bytes of a character."""
         return _ByteStream(self._offset)
+
+    def refuse_prompts(self) -> None:
+        """Do nothing: its prompts take no time."""
 
     async def close(self) -> None:
         """Do nothing: it holds nothing."""

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from running import Running, running
+from running import Running, running, until
 
 from maveriq.errors import InputError
 from maveriq.serve.settings import ServeSettings
@@ -203,18 +203,44 @@ def test_others_are_served_while_a_template_loops(models: Path, state: Path) -> 
 
 def test_the_service_stops_while_a_template_loops(models: Path, state: Path) -> None:
     put_model(models, "endless", template=ENDLESS)
-    with serving(models, state) as server:  # type: ignore[attr-defined]
+    patient = TokenizerLimits(call_s=600.0, cpu_s=600)
+    answers: list[int] = []
+    with running(state, ServeSettings(models_folder=models, grace_period_s=1), patient) as server:
         server.deploy("endless")
 
         def chat() -> None:
             with server.client() as other:
-                other.post("/v1/chat/completions", json={"model": "endless", "messages": CHAT})
+                answer = other.post("/v1/chat/completions", json={"model": "endless", "messages": CHAT})
+                answers.append(answer.status_code)
 
-        asking = threading.Thread(target=chat)
-        asking.start()
+        asking = [threading.Thread(target=chat) for _ in range(3)]
+        for thread in asking:
+            thread.start()
+        [tokenizer] = server.service.models._tokenizers.values()
+        until(lambda: tokenizer.is_busy)  # type: ignore[attr-defined]
         time.sleep(0.3)
-    asking.join(60)
-    assert not asking.is_alive()
+    for thread in asking:
+        thread.join(30)
+    assert answers == [503] * 3
+
+
+def test_a_process_that_is_not_needed_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maveriq.serve.tokenizer_process._MAX_PROCESSES", 1)
+
+    async def run() -> None:
+        first, second = (TokenizerProcess(str(put_model(tmp_path, name)), LIMITS) for name in ("first", "second"))
+        try:
+            assert await first.encode("a b") == (1, 2)
+            assert await second.encode("b a") == (2, 1)
+            assert (first.pid, second.pid is None) == (None, False)
+            assert await first.encode("a b") == (1, 2), "it starts again"
+            stream = first.stream()
+            assert await stream.feed([1, 2]) == ["a", " b"]
+        finally:
+            await first.close()
+            await second.close()
+
+    asyncio.run(run())
 
 
 def test_hostile_models_hold_up_no_registration(models: Path, state: Path) -> None:
