@@ -26,9 +26,8 @@ from maveriq.scenario.defaults import resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.workload.build import DEFAULT_SCALE
 from maveriq.workload.model_sets import known_model_sets
-from maveriq.workload.traces import CONSTANT, EMBEDDED_TRACES, POISSON
+from maveriq.workload.traces import TRACES
 
-_BUILT_IN_TRACES = (*EMBEDDED_TRACES, POISSON, CONSTANT)
 _IN_NAME = ("policy", "intent", "models", "trace", "scale")  # options that every name has
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+@,-]")
 _MAX_NAME = 160
@@ -45,9 +44,9 @@ def default_folder(options: Options, engines: EngineOptions | None = None) -> Pa
         engines: those of a run on engines; None for a simulation.
     """
     models = _stem(options.models, ".toml", known_model_sets())
-    trace = _stem(options.trace, ".csv", _BUILT_IN_TRACES)
+    trace = _stem(options.trace, ".csv", TRACES)
     parts = [_policy_of(options), options.intent, models, trace]
-    if options.scale is not None or options.trace in _BUILT_IN_TRACES:
+    if options.rate is None and (options.scale is not None or options.trace in TRACES):
         parts.append(f"{DEFAULT_SCALE if options.scale is None else options.scale:g}")
     parts += ["-".join(filter(None, changed)) for changed in changed_options(options) if changed[0] not in _IN_NAME]
     if engines is not None:
@@ -121,7 +120,8 @@ def show_run(run: Run, output: OutputOptions, folder: Path, *, last_line: str = 
     if deployments and all(deployment.plan is None for deployment in deployments):
         raise MaveriqError(f"nothing could be deployed: {deployments[0].reason}; records: {folder}")
     if output.as_json:
-        answer = {"folder": str(folder), "notes": list(run.notes), **run.to_dict()}
+        made_of = {name: run.meta[name] for name in ("options", "trace") if name in run.meta}
+        answer = {"folder": str(folder), "notes": list(run.notes), **made_of, **run.to_dict()}
         typer.echo(json.dumps(answer, indent=2, allow_nan=False))
     elif not output.quiet:
         console = open_console()
