@@ -74,22 +74,19 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112  (as above)
 
 
-def read_regular_file(path: Path, *, what: str, max_bytes: int, inside: Path | None = None) -> bytes:
+def read_regular_file(path: Path, *, what: str, max_bytes: int) -> bytes:
     """Return the content of a regular file of limited size. A FIFO or a device is neither waited for nor read.
 
     Args:
         path: the file.
         what: the kind of file, for messages.
         max_bytes: its largest size.
-        inside: the folder that it must lie in after all links; None for anywhere.
 
     Raises:
-        InputError: it is missing, is not such a file, or lies elsewhere.
+        InputError: it is missing, or is not such a file.
     """
     named = f"{what} {str(path)!r}"
     try:
-        if inside is not None and not path.resolve().is_relative_to(inside.resolve()):
-            raise InputError(f"{named} is a link out of {str(inside)!r}; put the file itself there")
         with open_regular_file(path, what=what) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(max_bytes + 1) if size <= max_bytes else b""
@@ -97,7 +94,7 @@ def read_regular_file(path: Path, *, what: str, max_bytes: int, inside: Path | N
         raise InputError(f"{named} does not exist; check the path") from None
     except OSError as error:
         raise InputError(f"{named} cannot be read: {error.strerror or error}; give another file") from None
-    except (ValueError, RuntimeError) as error:  # a null byte in the name, links in a loop
+    except ValueError as error:  # a null byte in the name
         raise InputError(f"{named} cannot be read: {error}; give another file") from None
     if size > max_bytes or len(data) > max_bytes:
         raise InputError(f"{named} is larger than {max_bytes >> 20} MiB, which no such file is; give another file")
@@ -121,13 +118,13 @@ def open_regular_file(path: Path, *, what: str) -> io.FileIO:
     raise InputError(f"{what} {str(path)!r} is {kind}")
 
 
-def read_regular_text(path: Path, *, what: str, max_bytes: int, inside: Path | None = None) -> str:
+def read_regular_text(path: Path, *, what: str, max_bytes: int) -> str:
     """Return the text of a regular file, as `read_regular_file`.
 
     Raises:
         InputError: as there, or it is not UTF-8.
     """
     try:
-        return read_regular_file(path, what=what, max_bytes=max_bytes, inside=inside).decode("utf-8-sig")
+        return read_regular_file(path, what=what, max_bytes=max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{what} {str(path)!r} is not a text file in UTF-8") from None

@@ -119,6 +119,9 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
         output_tokens=options.output_tokens,
         batch_size=options.batch_size,
     )
+    too_long = spec.why_too_long(endpoint.prompt_tokens + endpoint.output_tokens)
+    if too_long is not None:
+        raise InputError(f"{too_long}; plan for shorter prompts or outputs")
     view = ClusterState(cluster).view([0.0] * len(cluster))
     planner = estimator or make_estimator(name, profile)
     ranking = rank(

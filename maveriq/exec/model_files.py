@@ -107,13 +107,23 @@ def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
-def model_root(folder: Path) -> Path:
-    """Return the folder that a model's files must lie in after all links.
+def _check_inside(path: Path, folder: Path, *, what: str) -> None:
+    """Check that a file lies in its model's folder after all links.
 
-    It is the model's own, except in the cache of Hugging Face, where `snapshots/REVISION` holds links into `blobs`.
+    In the cache of Hugging Face `snapshots/REVISION` holds links into `blobs` beside `snapshots`.
+
+    Raises:
+        InputError: it lies elsewhere, or its links form a loop.
     """
-    resolved = folder.resolve()
-    return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
+    try:
+        own, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error}") from None
+    inside = target.is_relative_to(own)
+    if own.parent.name == "snapshots":
+        inside = inside or target.is_relative_to(own.parent.parent / "blobs")
+    if not inside:
+        raise InputError(f"{what} {str(path)!r} is a link out of {str(folder)!r}; put the file itself there")
 
 
 def read_model_file(folder: Path, name: str, *, what: str) -> str | None:
@@ -125,7 +135,8 @@ def read_model_file(folder: Path, name: str, *, what: str) -> str | None:
     path = folder / name
     if not exists(path) and not path.is_symlink():
         return None
-    return read_regular_text(path, what=what, max_bytes=_MAX_FILE_BYTES, inside=model_root(folder))
+    _check_inside(path, folder, what=what)
+    return read_regular_text(path, what=what, max_bytes=_MAX_FILE_BYTES)
 
 
 def check_weights(folder: Path) -> None:
@@ -142,13 +153,11 @@ def check_weights(folder: Path) -> None:
             if pickles
             else f"weights in {str(folder)!r} cannot be read: there is no safetensors file"
         )
-    root = model_root(folder)
     for path in _matching(folder, _SAFETENSORS):
+        _check_inside(path, folder, what="weights")
         try:
-            if not path.resolve().is_relative_to(root):
-                raise InputError(f"weights {str(path)!r} are a link out of {str(root)!r}; put the file itself there")
             open_regular_file(path, what="weights").close()
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise InputError(f"weights {str(path)!r} cannot be read: {error}") from None
 
 

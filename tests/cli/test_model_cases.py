@@ -236,6 +236,8 @@ def test_a_profile_knows_which_model_it_measured(maveriq: Maveriq, tmp_path: Pat
 def test_requests_longer_than_the_model_are_refused_alike(maveriq: Maveriq, tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text(f"{SCHEDULE}300,1,5000,20\n310,1,200000,20\n320,1,3000,4000\n330,1,4000,96\n")
     models = put_set(tmp_path, "llama-2-7b")
+    reason = "a sequence of 5020 tokens is longer than the 4096 positions of llama-2-7b"
+    assert reason in maveriq("plan llama-2-7b --prompt-tokens 5000 --output-tokens 20").err
     for command in ("sim", "run --backend emulated --time-scale 0.01 --load-s 5"):
         out = tmp_path / command[:3]
         ended = maveriq(f"{command} --models {models} --trace {tmp_path}/trace.csv --out {out} --quiet")

@@ -176,8 +176,8 @@ def test_a_tensor_larger_than_the_model_is_not_read(tmp_path):
     ("make", "words"),
     [
         (os.mkfifo, "is not a regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), "are a link out of"),
-        (lambda path: path.symlink_to(path.parent.parent / "secret.safetensors"), "are a link out of"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a link out of"),
+        (lambda path: path.symlink_to(path.parent.parent / "secret.safetensors"), "is a link out of"),
         (lambda path: path.symlink_to(path), "cannot be read"),
         (lambda path: path.mkdir(), "is a folder"),
     ],
@@ -192,7 +192,7 @@ def test_weights_that_are_no_files_are_refused(tmp_path, make, words, name):
     make(folder / name)
     with pytest.raises(EngineError) as raised:
         load_worker(spec_of(CONFIGS["llama"], weights_folder=str(folder)))
-    assert words.replace("are", "is") in str(raised.value).replace(" are ", " is ")
+    assert words in str(raised.value)
 
 
 def test_pickles_are_never_loaded(tmp_path):
