@@ -145,3 +145,30 @@ def test_executor_failure_stops_the_service(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(MaveriqError, match=r"the executor failed \(ZeroDivisionError: by nought\)"):
         app(SERVE, prog_name="maveriq", standalone_mode=False)
     assert clusters[0].closed
+
+
+def test_a_missed_slo_and_the_assumed_unit_reach_the_user(tmp_path: Path) -> None:
+    """The note of a decision is where `plan`, `sim` and `run` show it: in the answers of the API and in the console."""
+    with serving(tmp_path) as (_, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+        made = http.post("/endpoints", json={"model": MODEL, "intent": "min-cost", "slo_ms": 1}).json()
+        missed = r"misses its SLO of 0\.001 s: the fastest that fits takes 0\.\d+ s"
+        assert re.match(missed, made["reason"])
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
+        assert re.match(missed, http.get("/endpoints/1").json()["reason"])
+        commands = ["-c", f"1 deploy {MODEL} 20 min-cost 2", "-c", "1 status"]
+        said = subprocess.run(
+            [sys.executable, "-m", "maveriq", "console", "--wait", "--url", url, *commands],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=TIMEOUT_S,
+            env=clean_environment(),
+        )
+        first, *lines, last = said.stdout.splitlines()
+        assert first == "SLO 2 ms: no unit was given, milliseconds are assumed"
+        assert re.search(r"misses its SLO of 0\.002 s: the fastest that fits takes", lines[0])
+        assert re.match(rf"endpoint 2 \({MODEL}\) up after \d+\.\d s", lines[1])
+        assert "misses its SLO of 0.002 s" in last
+        assert http.delete("/endpoints/1").status_code == 204
+        refused = http.post("/endpoints", json={"model": MODEL, "min_accuracy": 0.98})
+        assert (refused.status_code, "write 98" in refused.json()["error"]["message"]) == (400, True)
