@@ -23,7 +23,7 @@ from maveriq.serve.store import EndedRequest, RequestRow, Store
 
 _LOG = logging.getLogger(__name__)
 _STORE_RETRY_S = 0.5
-_STORE_PATIENCE_S = 2.0  # how long a client waits for its outcome to be stored
+_STORE_TIMEOUT_S = 2.0  # how long a client waits for its outcome to be stored
 _NOT_STORED = "the request ended, but its outcome could not be stored"
 _LATENCY_SMOOTHING = 0.1  # weight of the newest latency in the moving average
 _MAX_RETRY_AFTER_S = 60
@@ -183,7 +183,7 @@ class RequestLifecycle:
         A status that cannot be stored in time becomes a failure. Storing that is retried until it succeeds.
         """
         clock = asyncio.get_running_loop().time
-        give_up_s = clock() + _STORE_PATIENCE_S
+        give_up_s = clock() + _STORE_TIMEOUT_S
         while True:
             try:
                 await self._store.end(

@@ -90,7 +90,7 @@ def test_a_completion_that_cannot_be_stored(state: Path, monkeypatch: pytest.Mon
     async def full(_ended: EndedRequest) -> None:
         raise StoreError("the disk is full")
 
-    monkeypatch.setattr("maveriq.serve.requests._STORE_PATIENCE_S", 0.0)
+    monkeypatch.setattr("maveriq.serve.requests._STORE_TIMEOUT_S", 0.0)
     with running(state) as server, server.client() as http:
         server.deploy()
         works = server.service.store.end

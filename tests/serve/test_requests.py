@@ -226,7 +226,7 @@ def test_what_cannot_be_stored_does_not_run(tmp_path: Path) -> None:
 def test_an_outcome_that_cannot_be_stored_becomes_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
-        monkeypatch.setattr("maveriq.serve.requests._STORE_PATIENCE_S", 0.05)
+        monkeypatch.setattr("maveriq.serve.requests._STORE_TIMEOUT_S", 0.05)
         async with new_rig() as rig, failing_store(rig, tmp_path) as store:
             store.full = "end"
             accepted = await rig.send("mine")
@@ -250,7 +250,7 @@ def test_an_outcome_that_cannot_be_stored_becomes_a_failure(tmp_path: Path, monk
 def test_a_client_waits_a_moment_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr("maveriq.serve.requests._STORE_RETRY_S", 0.01)
-        monkeypatch.setattr("maveriq.serve.requests._STORE_PATIENCE_S", TIMEOUT_S)
+        monkeypatch.setattr("maveriq.serve.requests._STORE_TIMEOUT_S", TIMEOUT_S)
         async with new_rig() as rig, failing_store(rig, tmp_path) as store:
             store.full = "end"
             accepted = await rig.send("mine")
