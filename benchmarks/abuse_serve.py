@@ -141,14 +141,14 @@ async def load(url: str, environment: dict[str, str], pid: int, seconds: float, 
         tasks.append(asyncio.create_task(probe(http, phases)))
         await asyncio.sleep(WARM_UP_S)
         phases.append(quiet)
-        await asyncio.sleep(QUIET_SHARE * seconds)
+        quiet_cpu = await cpu_share(http, QUIET_SHARE * seconds)
         memory_before_mib = memory_mib(pid)
         phases.append(ignored)
         command = [sys.executable, __file__, "--attack", url]
         attacker = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
         await asyncio.sleep(SETTLE_S)
         phases.append(abused)
-        await asyncio.sleep((1 - QUIET_SHARE) * seconds)
+        abused_cpu = await cpu_share(http, (1 - QUIET_SHARE) * seconds)
         phases.append(ignored)
         memory_after_mib = memory_mib(pid)
         attacker.terminate()
@@ -161,8 +161,8 @@ async def load(url: str, environment: dict[str, str], pid: int, seconds: float, 
         "clients": clients,
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "attacks": json.loads(attacks),
-        "quiet": quiet.to_json(),
-        "abused": abused.to_json(),
+        "quiet": quiet.to_json() | {"server_cpu_cores": quiet_cpu},
+        "abused": abused.to_json() | {"server_cpu_cores": abused_cpu},
         "memory_mib": {"before": memory_before_mib, "after": memory_after_mib},
     }
 
@@ -208,6 +208,17 @@ async def probe(http: httpx.AsyncClient, phases: list[Phase]) -> None:
         await asyncio.sleep(PROBE_EVERY_S)
 
 
+async def cpu_share(http: httpx.AsyncClient, seconds: float) -> float:
+    """Wait, and return how many cores the server used meanwhile."""
+    cpu_s, clock_s = [], []
+    for pause_s in (seconds, 0):
+        metrics = (await http.get("/metrics")).text
+        cpu_s.append(float(re.findall(r"^process_cpu_seconds_total (\S+)", metrics, re.MULTILINE)[0]))
+        clock_s.append(time.monotonic())
+        await asyncio.sleep(pause_s)
+    return round((cpu_s[1] - cpu_s[0]) / (clock_s[1] - clock_s[0]), 2)
+
+
 def memory_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return round(int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024, 1)
@@ -227,7 +238,7 @@ async def attack(url: str, token: str) -> None:
         (send_slow_body, 50, 0.0),
         (flood_requests, 4, 0.02),
         (flood_connections, 4, 0.02),
-        (abort_completion, 4, 0.1),
+        (abort_completion, 2, 0.5),
         (send_chunks, 2, 1.0),
         (send_long_prompt, 4, 1.0),
         (send_junk, 2, 0.05),
@@ -314,7 +325,7 @@ async def flood_connections(target: Target) -> None:
 
 async def abort_completion(target: Target) -> None:
     async with target.connected() as (_, writer):
-        body = json.dumps({"model": MODELS[0], "prompt": "a", "max_tokens": 50, "stream": True}).encode()
+        body = json.dumps({"model": MODELS[0], "prompt": "a", "max_tokens": 20, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\n{target.head}Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         await asyncio.sleep(0.05)
