@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import json
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from maveriq.cli.console import ConsoleSession
+from maveriq.cli.error_handler import run_command
 from maveriq.errors import MaveriqError
 from maveriq.serve import client as client_module
 from maveriq.serve.client import ServiceClient
@@ -172,3 +174,35 @@ def test_long_messages_are_cut() -> None:
     with pytest.raises(MaveriqError) as error:
         session(lambda _request: httpx.Response(404, json={"error": {"message": "a" * 1_000_000}})).run("models")
     assert len(str(error.value)) == 2_000
+
+
+EVIL = f"m{ESCAPE}"
+EVIL_ENDPOINT = {
+    "id": 1, "model": EVIL, "model_id": 1, "status": EVIL, "reason": EVIL, "waiting": 0, "completed": 0,
+    "deployments": [{"configuration": EVIL, "gpus": [0]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("status", [200, 500])
+def test_control_characters_never_reach_the_terminal(
+    capfd: pytest.CaptureFixture[str], command: str, status: int
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        if status != 200:
+            return httpx.Response(status, json={"error": {"message": EVIL}})
+        if path == "/v1/completions":
+            return httpx.Response(200, text=f'data: {{"choices": [{{"text": {json.dumps(EVIL)}}}]}}\n\n')
+        if path == "/health":
+            return httpx.Response(200, json={"status": EVIL, "problems": [EVIL]})
+        content = {"id": 1, "name": EVIL} if path == "/models" else EVIL_ENDPOINT
+        is_list = request.method == "GET" and path in ("/models", "/endpoints")
+        return httpx.Response(200, json=[content] if is_list else content)
+
+    run_command(lambda: session(answer).run(command))
+    shown = capfd.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert "\x07" not in shown.out + shown.err
+    if status == 200 and command in ("models", "endpoints", "health", "1 inference a"):
+        assert "\\x1b]0;owned" in shown.out
