@@ -1,12 +1,15 @@
 """Defaults that depend on the cluster: the published system on its testbed, better ones elsewhere."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from enum import StrEnum
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from maveriq.control.controller import OnFailure, OnLoss
 from maveriq.control.queues import QueueDiscipline
+from maveriq.control.router import RoutingRule
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import load_model
@@ -134,3 +137,20 @@ def test_on_sixteen_gpus_the_large_set_shares_none() -> None:
     record = simulate(build_system(replace(Options(), gpus="16xA6000", scale=0.05)))
     used = [gpu for deployment in record.deployments if deployment.plan for gpu in deployment.plan.gpu_ids]
     assert len(used) == len(set(used)) > 4
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [
+        ("queue", QueueDiscipline),
+        ("router", RoutingRule),
+        ("tie_break", TieBreak),
+        ("on_failure", OnFailure),
+        ("on_loss", OnLoss),
+    ],
+)
+def test_help_and_completion_of_an_option_know_every_member(option: str, kind: type[StrEnum]) -> None:
+    [field] = [field for field in fields(Options) if field.name == option]
+    assert field.metadata["choices"] == tuple(member.value for member in kind)
+    for member in kind:
+        assert member.value in field.metadata["help"]
