@@ -64,15 +64,17 @@ class _Camera:
 def main(folder: Path) -> None:
     """Simulate a run and draw both pictures."""
     camera = _Camera()
-    run = simulate(build_system(Options()), camera)
+    system = build_system(Options())
+    run = simulate(system, camera)
     folder.mkdir(parents=True, exist_ok=True)
     if camera.picture is not None:
         (folder / "live.svg").write_text(_svg("while it runs", camera.picture), encoding="utf-8")
-    (folder / "sim.svg").write_text(_svg("maveriq sim", _results(run)), encoding="utf-8")
+    (folder / "sim.svg").write_text(_svg("maveriq sim", _results(run, system.options)), encoding="utf-8")
 
 
-def _results(run: RunRecord) -> RenderableType:
-    return results_view(summarise(run), assess_saturation(run), run.deployments, width=_WIDTH)
+def _results(run: RunRecord, options: Options | None) -> RenderableType:
+    saturation = assess_saturation(run, options=options)
+    return results_view(summarise(run), saturation, run.deployments, width=_WIDTH)
 
 
 def _svg(title: str, picture: RenderableType) -> str:
