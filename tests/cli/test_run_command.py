@@ -256,7 +256,8 @@ def test_a_closed_terminal_leaves_the_records(started: Started, tmp_path: Path) 
 
 
 def test_a_lost_deployment_is_replaced(maveriq: Maveriq, tmp_path: Path) -> None:
-    ended = maveriq(f"{RUN} --models one.toml --trace soon.csv --out run --fail deployment=1@32s --on-loss replace -q")
+    put(tmp_path, {"one.csv": HEAD + "".join(f"{400 + 0.45 * number:.2f},1,10,20\n" for number in range(30))})
+    ended = maveriq(f"{RUN} --models one.toml --trace one.csv --out run --fail deployment=1@403s --on-loss replace -q")
     assert ended.code == 0
     run = read_run(tmp_path / "run")
     lost, replacement = run.deployments
