@@ -113,6 +113,11 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    @app.exception_handler(MemoryError)
+    async def out_of_memory(_request: Request, _error: MemoryError) -> JSONResponse:
+        message = "the server is out of memory; try again later, or with a shorter request"
+        return response(ApiError(503, message, code="out_of_memory", retry_after_s=10))
+
     @app.exception_handler(Exception)
     async def internal_error(_request: Request, _error: Exception) -> JSONResponse:
         message = "internal error: this is a bug in maveriq; see the server's log"

@@ -249,7 +249,7 @@ def _make_private(path: Path, name: str) -> None:
     An existing file is not opened: closing it would release the locks that this process has on it.
 
     Raises:
-        InputError: it cannot be created, or is no regular file.
+        InputError: it cannot be created, is no regular file, or is read-only.
     """
     if str(path) == ":memory:":
         raise InputError(f"{name} would be lost at the end; choose a file with --state")
@@ -262,6 +262,8 @@ def _make_private(path: Path, name: str) -> None:
         raise InputError(f"{name} cannot be opened: {reason}; choose a file in a folder that exists") from None
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{name} is not a regular file; choose another with --state")
+    if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+        raise InputError(f"{name} is read-only for this user; choose another with --state")
     if stat.S_IMODE(status.st_mode) & ~_PRIVATE:
         with contextlib.suppress(OSError):  # another owner's file; SQLite tells whether it can be used
-            path.chmod(_PRIVATE)
+            path.chmod(stat.S_IMODE(status.st_mode) & _PRIVATE)

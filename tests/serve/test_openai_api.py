@@ -85,6 +85,23 @@ def test_stream(client: openai.OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 5 + ["length"]
 
 
+def test_a_server_without_memory(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(_submission: object) -> None:
+        raise MemoryError
+
+    with running(state) as server, server.client() as http:
+        server.deploy()
+        works = server.service.requests.accept
+        monkeypatch.setattr(server.service.requests, "accept", lambda *_: no_memory(None))
+        answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
+        monkeypatch.setattr(server.service.requests, "accept", works)
+        monkeypatch.setattr(server.cluster, "submit", no_memory)
+        answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_failed")
+        assert http.get("/requests").json()[0]["status"] == "failed"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_completion_that_cannot_be_stored(state: Path, monkeypatch: pytest.MonkeyPatch, *, stream: bool) -> None:
     async def full(_ended: EndedRequest) -> None:

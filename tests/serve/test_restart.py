@@ -104,12 +104,14 @@ def test_kill_under_load(state: Path) -> None:
         assert complete(http, "after", 1).status_code == 200, "it serves again"
 
 
-def test_a_graceful_stop_finishes_accepted_requests(state: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])
+def test_a_graceful_stop_finishes_accepted_requests(state: Path, signals: list[signal.Signals]) -> None:
     with process(state, step=0.002) as (server, url):
         up(url)
         with clients(url) as seen:
             until(lambda: sum(result == "completed" for result in list(seen.values())) > 20)
-            server.send_signal(signal.SIGTERM)
+            for number in signals:
+                server.send_signal(number)
         assert server.wait(TIMEOUT_S) == 0
     store = Store(state)
     rows = {row.request_id: row for row in asyncio.run(store.requests(status=None, limit=1000))}

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sqlite3
 import stat
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -211,6 +212,32 @@ def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
         os.mkfifo(path)
     with pytest.raises(InputError, match="would be lost" if kind == ":memory:" else "is not a regular file"):
         Store(path)
+
+
+def test_a_file_that_another_program_locks_is_refused(state: Path) -> None:
+    with_store(state, lambda store: store.accept(row("a")))
+    other = sqlite3.connect(state)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(InputError, match="in use by another maveriq serve or another program"):
+        Store(state)
+    other.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_read_only_file_is_refused_in_one_line() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        state = Path(folder) / "state.db"
+        Store(state).close()
+        state.chmod(0o444)
+        os.seteuid(65_534)
+        try:
+            with pytest.raises(InputError, match="is read-only for this user") as error:
+                Store(state)
+        finally:
+            os.seteuid(0)
+        assert "\n" not in str(error.value)
+        assert stat.S_IMODE(state.stat().st_mode) == 0o444
 
 
 def test_a_damaged_file_is_refused(state: Path) -> None:
