@@ -133,9 +133,9 @@ def _serve(found: Sequence[tuple[str, str]], clone: Path, environment: Mapping[s
     [use] = [body for _, body in found if body.startswith("$ maveriq console")]
     with _service(_commands(start), clone, environment) as port:
         script = _commands(use).replace("maveriq console", f"maveriq console --url http://localhost:{port}")
-        said = _step(script.replace("localhost:8000", f"localhost:{port}"), clone, environment)
-    if '"text_completion"' not in said:
-        raise StepError(f"the service did not complete the prompt: {said}")
+        output = _step(script.replace("localhost:8000", f"localhost:{port}"), clone, environment)
+    if '"text_completion"' not in output:
+        raise StepError(f"the service did not complete the prompt: {output}")
 
 
 def _commands(transcript: str) -> str:

@@ -156,7 +156,7 @@ def test_a_missed_slo_and_the_assumed_unit_reach_the_user(tmp_path: Path) -> Non
         until(lambda: http.get("/endpoints/1").json()["status"] == "up")
         assert re.match(missed, http.get("/endpoints/1").json()["reason"])
         commands = ["-c", f"1 deploy {MODEL} 20 min-cost 2", "-c", "1 status"]
-        said = subprocess.run(
+        console = subprocess.run(
             [sys.executable, "-m", "maveriq", "console", "--wait", "--url", url, *commands],
             capture_output=True,
             text=True,
@@ -164,7 +164,7 @@ def test_a_missed_slo_and_the_assumed_unit_reach_the_user(tmp_path: Path) -> Non
             timeout=TIMEOUT_S,
             env=clean_environment(),
         )
-        first, *lines, last = said.stdout.splitlines()
+        first, *lines, last = console.stdout.splitlines()
         assert first == "SLO 2 ms: no unit was given, milliseconds are assumed"
         assert re.search(r"misses its SLO of 0\.002 s: the fastest that fits takes", lines[0])
         assert re.match(rf"endpoint 2 \({MODEL}\) up after \d+\.\d s", lines[1])
