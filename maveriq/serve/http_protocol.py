@@ -176,7 +176,8 @@ class HttpProtocol(H11Protocol, Connection):
         """Send an error, if a response is due, and close the connection."""
         cycle = self._cycle
         is_idle = cycle is not None and cycle.response_complete and self._head_since_s is None
-        if not self.transport.is_closing() and not is_idle and not (cycle is not None and cycle.response_started):
+        is_answered = cycle is not None and cycle.response_started and not cycle.response_complete
+        if not (self.transport.is_closing() or is_idle or is_answered):
             self._on_refused(error.code)
             self.transport.write(raw_response(error))
         if cycle is not None and not cycle.response_complete:

@@ -316,6 +316,18 @@ def test_heads_that_can_be_read_in_two_ways(guarded: Running, lines: bytes, code
     assert content["error"]["code"] == code  # type: ignore[index]
 
 
+def test_a_second_request_that_is_not_http(guarded: Running) -> None:
+    with _connected(guarded.url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n" + HEAD + b"\r\n")
+        received = connection.recv(65_536)
+        while not received.endswith(b"}"):
+            received += connection.recv(65_536)
+        connection.sendall(b"nonsense\r\n\r\n")
+        status, headers, content = response_of(connection)
+    assert (status, headers["connection"]) == (400, "close")
+    assert content["error"]["code"] == "invalid_http"  # type: ignore[index]
+
+
 def test_a_body_that_ends_too_early(guarded: Running) -> None:
     with _connected(guarded.url) as connection:
         connection.sendall(b"POST /models HTTP/1.1\r\n" + HEAD + b"Content-Length: 9\r\n\r\n{")
