@@ -36,7 +36,7 @@ class TraceFormat:
     """A format, by the columns that it needs.
 
     `time_unit_ns` is the unit of its times, None for dates with times of day. `also` are further columns that tell
-    it from a format with the same columns.
+    it from a format with the same columns. `always_1` is a column that must hold 1 in every row, if the file has it.
     """
 
     name: str
@@ -45,6 +45,7 @@ class TraceFormat:
     output: str
     time_unit_ns: int | None = None
     also: tuple[str, ...] = ()
+    always_1: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -90,6 +91,7 @@ FORMATS = (
         prompt="prompt_size",
         output="token_size",
         time_unit_ns=_SECOND_NS,
+        always_1="batch_size",
     ),
     TraceFormat(
         name="plain trace",
@@ -203,6 +205,7 @@ class _Reader:
         self.format = AZURE
         self.ignored: tuple[str, ...] = ()
         self._columns: tuple[str, ...] = ()  # as the file writes them: time, prompt, output
+        self._ones: tuple[str, ...] = ()
         self._last_ns = -(2**63)
         self._requests = 0
 
@@ -211,8 +214,10 @@ class _Reader:
         names = {_normalised(name): name for name in header}
         self.format = format_of(header, self.where)
         self._columns = tuple(names[_normalised(name)] for name in self.format.columns)
-        self.ignored = tuple(name for name in header if name not in self._columns)
-        return self._columns
+        self._ones = tuple(name for name in header if name == self.format.always_1)
+        chosen = (*self._columns, *self._ones)
+        self.ignored = tuple(name for name in header if name not in chosen)
+        return chosen
 
     def convert(self, batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
         """Return times and token counts of a batch."""
@@ -228,6 +233,8 @@ class _Reader:
         time_ns = self._times_ns(batch.columns[time])
         if time_ns[0] < self._last_ns or (time_ns[1:] < time_ns[:-1]).any():
             raise ValueError(f"{time} goes back")
+        for name in self._ones:
+            whole_numbers(batch.columns[name], name, minimum=1, maximum=1)
         return time_ns, *(
             whole_numbers(batch.columns[name], name, minimum=0, maximum=MAX_TOKENS).astype(np.int32)
             for name in (prompt, output)
@@ -261,6 +268,8 @@ class _Reader:
         self._last_ns = moment_ns
         for name in (prompt, output):
             check_whole(row, name, minimum=0, maximum=MAX_TOKENS)
+        for name in self._ones:
+            check_whole(row, name, minimum=1, maximum=1)
 
 
 # Between these years nanoseconds fit into 64 bits.

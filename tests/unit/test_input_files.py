@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from maveriq import simulate
+from maveriq.errors import InputError
+
 GIB = 1 << 30
 HEADER = b"TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -159,6 +162,12 @@ def test_every_reader_of_files_is_bounded(tmp_path: Path) -> None:
 def test_wide_files_are_bounded(tmp_path: Path) -> None:
     (tmp_path / "wide.toml").write_text("a = [" + "[]," * (2 << 20) + "]")
     assert "holds more than 2 MiB" in messages("model set", ["wide.toml"], tmp_path)[0]
+
+
+def test_a_policy_file_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rule.py")
+    with pytest.raises(InputError, match=r"rule\.py' is not a regular file"):
+        simulate(policy=f"{tmp_path / 'rule.py'}:order")
 
 
 @pytest.mark.heavy

@@ -163,6 +163,10 @@ REFUSED = [
     ("id,when_ts,n_in_tokens,new_tokens\n1,2,3,4\n", ("'when_ts'", README, "'new_tokens' to output_tokens")),
     ("created_at,input_tokens,completion_tokens\n1,2,3\n", ("'input_tokens' to prompt_tokens", README)),
     ("num_prefill_tokens,num_decode_tokens\n1,2\n", ("vidur trace", "no column arrived_at", README)),
+    (
+        "arrival_timestamp,prompt_size,token_size,batch_size\n0,1,1,1\n0,1,1,2\n",
+        ("line 3: batch_size must be a whole number from 1 to 1, not '2'",),
+    ),
     ("a;b\n1;2\n", ("separated by semicolons",)),
     ("TIMESTAMP\tContextTokens\tGeneratedTokens\n", ("separated by tabs",)),
     ("a|b\n", ("separated by vertical bars",)),
