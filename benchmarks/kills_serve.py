@@ -46,7 +46,7 @@ NOT_ACCEPTED = "not accepted"
 
 
 @dataclass(slots=True)
-class Told:
+class ClientAnswers:
     """What clients were told, by request: a final status, `not accepted`, or "" if the connection broke."""
 
     ends: dict[str, str] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Kills:
             "--port", str(port), "--state", str(state), "--quiet",
         ]  # fmt: skip
         self._server: subprocess.Popen[bytes] | None = None
-        self._told = Told()
+        self._client_answers = ClientAnswers()
         self._done: Counter[str] = Counter()
 
     async def run(self) -> dict[str, Any]:
@@ -115,10 +115,10 @@ class Kills:
                 await asyncio.gather(*clients, return_exceptions=True)
                 exit_code = await self._stop()
         return {
-            "told": self._told.ends,
+            "told": self._client_answers.ends,
             "kills": dict(self._done),
             "took_s": round(time.monotonic() - begun_s, 1),
-            "answers": dict(self._told.codes),
+            "answers": dict(self._client_answers.codes),
             "exit_code": exit_code,
         }
 
@@ -195,15 +195,15 @@ class Kills:
                 try:
                     answer = await self._send(http, model, stream=(count + number) % 3 == 0)
                 except httpx.HTTPError:
-                    self._told.codes["broken"] += 1
+                    self._client_answers.codes["broken"] += 1
                     answer = ""
                 if answer != "200":
                     await asyncio.sleep(0.05)
 
     async def _send(self, http: httpx.AsyncClient, model: str, *, stream: bool) -> str:
         """Send a request, note what its client is told, and return "200" or the code of the error."""
-        name = f"kill-{len(self._told.ends)}"
-        self._told.ends[name] = ""
+        name = f"kill-{len(self._client_answers.ends)}"
+        self._client_answers.ends[name] = ""
         body = {"model": model, "prompt": "a", "max_tokens": 20, "stream": stream}
         answer = await http.post("/v1/completions", json=body, headers={"X-Request-Id": name})
         text = answer.text
@@ -213,11 +213,11 @@ class Kills:
         else:
             error = None if answer.status_code == 200 else answer.json()["error"]
         code = "200" if error is None else str(error["code"])
-        self._told.codes[code] += 1
+        self._client_answers.codes[code] += 1
         # A server that stops refuses some requests before and ends others after they were accepted.
         accepted_id = answer.headers.get("X-Request-Id")
         ended = "unfinished" if accepted_id else NOT_ACCEPTED
-        self._told.ends[name] = "completed" if error is None else STATUS_OF_CODE.get(code, ended)
+        self._client_answers.ends[name] = "completed" if error is None else STATUS_OF_CODE.get(code, ended)
         return code
 
 
@@ -247,18 +247,18 @@ def members_of(group: int) -> set[int]:
     return members
 
 
-def compare(state: Path, told: dict[str, str]) -> dict[str, Any]:
+def compare(state: Path, answered: dict[str, str]) -> dict[str, Any]:
     """Compare what clients were told with the state file."""
     database = sqlite3.connect(state)
     rows = dict(database.execute("SELECT request_id, status FROM requests"))
     database.close()
     mismatches = [
         {"request": name, "told": end, "stored": rows.get(name, "")}
-        for name, end in told.items()
+        for name, end in answered.items()
         if not _agree(end, rows.get(name, ""))
     ]
     return {
-        "requests": len(told),
+        "requests": len(answered),
         "stored": dict(Counter(rows.values())),
         "without_final_status": sum(status not in FINAL for status in rows.values()),
         "mismatches": len(mismatches),
@@ -266,12 +266,12 @@ def compare(state: Path, told: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _agree(told: str, stored: str) -> bool:
-    if told == "":  # the connection broke: it may have ended in any way
+def _agree(answered: str, stored: str) -> bool:
+    if answered == "":  # the connection broke: it may have ended in any way
         return True
-    if told == NOT_ACCEPTED:
+    if answered == NOT_ACCEPTED:
         return stored != "completed"
-    return stored == told
+    return stored == answered
 
 
 if __name__ == "__main__":
