@@ -50,7 +50,7 @@ def redraw_all(data: Path) -> Iterator[Redrawn]:
 
 def _equal_requests(run: RecordedRun, trace: str, recorded: Scheduled) -> int:
     drawn = build_workload(
-        WorkloadOptions(trace=trace, scale=run.scale, models=run.model_set),
+        WorkloadOptions(trace=trace, scale=run.scale, arrivals="published", models=run.model_set),
         intent=Intent(objective=Objective.MIN_COST),
         slo_of=lambda _model, _tokens: None,
     ).arrivals

@@ -19,8 +19,8 @@ MALFORMED = [
     policy("", "r.py has no function 'order'"),
     policy("order = 3", "r.py has no function 'order'"),
     # Comparisons
-    bad("compare", "missing argument 'SIM'", "see maveriq compare --help"),
-    bad("compare a", "missing argument 'REAL'"),
+    bad("compare", "missing argument 'RUN... REFERENCE'", "see maveriq compare --help"),
+    bad("compare a", "at least two runs, not only 'a'"),
     bad("compare a b --data nowhere", "holds no recordings"),
     bad("compare f d", "'f/run.json' cannot be read", "not a directory", files={"f": "x", "d/": ""}),
     bad("compare d d", "run file 'd/run.json' does not exist", files={"d/": ""}),

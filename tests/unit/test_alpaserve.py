@@ -282,7 +282,7 @@ def test_a_cluster_becomes_a_problem() -> None:
     assert (made.gpus, made.gpus_per_node, made.memory_bytes) == (4, 2, 48 * BYTES_PER_GIB - 5)
     assert problem_for_cluster(forecast, equal, [profile()], memory_bytes=7).memory_bytes == 7
     mixed = Cluster(name="mixed", gpus=(gpu(0), gpu(1, 24)))
-    with pytest.raises(InputError, match="only equal GPUs"):
+    with pytest.raises(InputError, match="needs equal GPUs"):
         problem_for_cluster(forecast, mixed, [profile()])
     with pytest.raises(InputError, match="2 profiles for 1 models"):
         problem_for_cluster(forecast, equal, [profile()] * 2)
