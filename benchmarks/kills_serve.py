@@ -1,4 +1,4 @@
-"""Kills of `maveriq serve`, of its engines and of their stages under load: does the state say what clients were told?
+"""Kills of `maveriq serve`, its engines and their stages under load: does the state say what clients were answered?
 
     python benchmarks/kills_serve.py [--servers 40] [--hosts 20] [--stages 20] [--clients 8] [--seed 1]
 
@@ -42,12 +42,12 @@ FULL_DISK_S = (0.5, 3.0)
 FINAL = {"completed", "refused", "failed", "unfinished"}
 STATUS_OF_CODE = {"engine_failed": "failed", "refused": "refused", "outcome_not_stored": "failed"}
 NOT_ACCEPTED = "not accepted"
-"""What a client of a refused request (429, 503 before it ran) was told."""
+"""What a client of a refused request (429, 503 before it ran) was answered."""
 
 
 @dataclass(slots=True)
-class ClientAnswers:
-    """What clients were told, by request: a final status, `not accepted`, or "" if the connection broke."""
+class Answers:
+    """What clients were answered, by request: a final status, `not accepted`, or "" if the connection broke."""
 
     ends: dict[str, str] = field(default_factory=dict)
     codes: Counter[str] = field(default_factory=Counter)
@@ -69,7 +69,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state.db"
         results = asyncio.run(Kills(state, options).run())
-        results |= compare(state, results.pop("told"))
+        results |= compare(state, results.pop("answered"))
     print(json.dumps(results, indent=2))
     return 1 if results["mismatches"] or results["without_final_status"] else 0
 
@@ -89,7 +89,7 @@ class Kills:
             "--port", str(port), "--state", str(state), "--quiet",
         ]  # fmt: skip
         self._server: subprocess.Popen[bytes] | None = None
-        self._client_answers = ClientAnswers()
+        self._answers = Answers()
         self._done: Counter[str] = Counter()
 
     async def run(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Kills:
         begun_s = time.monotonic()
         self._start()
         async with httpx.AsyncClient(base_url=self._url, timeout=DEADLINE_S) as http:
-            await self._until(self._answers, http)
+            await self._until(self._responds, http)
             for endpoint in ENDPOINTS:
                 (await http.post("/endpoints", json=endpoint)).raise_for_status()
             clients = [asyncio.create_task(self._client(number)) for number in range(self._options.clients)]
@@ -115,10 +115,10 @@ class Kills:
                 await asyncio.gather(*clients, return_exceptions=True)
                 exit_code = await self._stop()
         return {
-            "told": self._client_answers.ends,
+            "answered": self._answers.ends,
             "kills": dict(self._done),
             "took_s": round(time.monotonic() - begun_s, 1),
-            "answers": dict(self._client_answers.codes),
+            "answers": dict(self._answers.codes),
             "exit_code": exit_code,
         }
 
@@ -167,7 +167,7 @@ class Kills:
 
     _health: Any = None
 
-    async def _answers(self, http: httpx.AsyncClient) -> bool:
+    async def _responds(self, http: httpx.AsyncClient) -> bool:
         try:
             self._health = (await http.get("/health")).json()
         except (httpx.HTTPError, ValueError):
@@ -176,7 +176,7 @@ class Kills:
 
     async def _works(self, http: httpx.AsyncClient) -> bool:
         """Return whether both endpoints are up and a request of each completes."""
-        if not await self._answers(http):
+        if not await self._responds(http):
             return False
         for endpoint in ENDPOINTS:
             try:
@@ -195,15 +195,15 @@ class Kills:
                 try:
                     answer = await self._send(http, model, stream=(count + number) % 3 == 0)
                 except httpx.HTTPError:
-                    self._client_answers.codes["broken"] += 1
+                    self._answers.codes["broken"] += 1
                     answer = ""
                 if answer != "200":
                     await asyncio.sleep(0.05)
 
     async def _send(self, http: httpx.AsyncClient, model: str, *, stream: bool) -> str:
-        """Send a request, note what its client is told, and return "200" or the code of the error."""
-        name = f"kill-{len(self._client_answers.ends)}"
-        self._client_answers.ends[name] = ""
+        """Send a request, note the answer, and return "200" or the code of the error."""
+        name = f"kill-{len(self._answers.ends)}"
+        self._answers.ends[name] = ""
         body = {"model": model, "prompt": "a", "max_tokens": 20, "stream": stream}
         answer = await http.post("/v1/completions", json=body, headers={"X-Request-Id": name})
         text = answer.text
@@ -213,20 +213,18 @@ class Kills:
         else:
             error = None if answer.status_code == 200 else answer.json()["error"]
         code = "200" if error is None else str(error["code"])
-        self._client_answers.codes[code] += 1
+        self._answers.codes[code] += 1
         # A server that stops refuses some requests before and ends others after they were accepted.
         accepted_id = answer.headers.get("X-Request-Id")
         ended = "unfinished" if accepted_id else NOT_ACCEPTED
-        self._client_answers.ends[name] = "completed" if error is None else STATUS_OF_CODE.get(code, ended)
+        self._answers.ends[name] = "completed" if error is None else STATUS_OF_CODE.get(code, ended)
         return code
 
 
 def children_of(pid: int) -> list[int]:
     """Return the leaders of the engines of a server: children that lead a session of their own."""
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    found = [int(child) for child in listed]
-    found += [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
-    return [child for child in dict.fromkeys(found) if members_of(child)]
+    found = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
+    return [child for child in found if members_of(child)]
 
 
 def _children(task: Path) -> list[str]:
@@ -247,18 +245,18 @@ def members_of(group: int) -> set[int]:
     return members
 
 
-def compare(state: Path, answered: dict[str, str]) -> dict[str, Any]:
-    """Compare what clients were told with the state file."""
+def compare(state: Path, answers: dict[str, str]) -> dict[str, Any]:
+    """Compare what clients were answered with the state file."""
     database = sqlite3.connect(state)
     rows = dict(database.execute("SELECT request_id, status FROM requests"))
     database.close()
     mismatches = [
-        {"request": name, "told": end, "stored": rows.get(name, "")}
-        for name, end in answered.items()
+        {"request": name, "answered": end, "stored": rows.get(name, "")}
+        for name, end in answers.items()
         if not _agree(end, rows.get(name, ""))
     ]
     return {
-        "requests": len(answered),
+        "requests": len(answers),
         "stored": dict(Counter(rows.values())),
         "without_final_status": sum(status not in FINAL for status in rows.values()),
         "mismatches": len(mismatches),
@@ -266,12 +264,12 @@ def compare(state: Path, answered: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _agree(answered: str, stored: str) -> bool:
-    if answered == "":  # the connection broke: it may have ended in any way
+def _agree(answer: str, stored: str) -> bool:
+    if answer == "":  # the connection broke: it may have ended in any way
         return True
-    if answered == NOT_ACCEPTED:
+    if answer == NOT_ACCEPTED:
         return stored != "completed"
-    return stored == answered
+    return stored == answer
 
 
 if __name__ == "__main__":
