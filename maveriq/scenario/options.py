@@ -245,11 +245,17 @@ class Options:
 def convert_types(options: Any) -> None:
     """Convert the values of a dataclass of options to their own types, as `options_from` does.
 
+    A choice may be written with underscores; it is stored with hyphens, so that records of equal options are equal.
+
     Raises:
         InputError: a value of another type.
     """
-    for name, hint in get_type_hints(type(options)).items():
-        object.__setattr__(options, name, _converted(name, getattr(options, name), hint))
+    hints = get_type_hints(type(options))
+    for option in fields(options):
+        value = _converted(option.name, getattr(options, option.name), hints[option.name])
+        if isinstance(value, str) and value.replace("_", "-") in option.metadata.get("choices", ()):
+            value = value.replace("_", "-")
+        object.__setattr__(options, option.name, value)
 
 
 def check_ranges(options: Any) -> None:
