@@ -81,6 +81,7 @@ def test_tolerances(text: str) -> None:
     tolerate(parse_tolerances, text)
 
 
+@pytest.mark.heavy
 @QUICK
 @pytest.mark.parametrize("table", ["runs", "deployments", "scheduled", "completed"])
 @given(data=st.data())

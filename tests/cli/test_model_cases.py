@@ -222,6 +222,7 @@ def test_a_known_model_and_a_file_of_its_name_are_two_models(maveriq: Maveriq, t
     assert "two models are called llama-2-7b: the known one and" in ended.err
 
 
+@pytest.mark.heavy
 def test_a_profile_knows_which_model_it_measured(maveriq: Maveriq, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     config = put(tmp_path / "mine", LLAMA)
@@ -233,6 +234,7 @@ def test_a_profile_knows_which_model_it_measured(maveriq: Maveriq, tmp_path: Pat
     assert "layers 8, not 2, hidden_size 256, not 64" in ended.err
 
 
+@pytest.mark.heavy
 def test_requests_longer_than_the_model_are_refused_alike(maveriq: Maveriq, tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text(f"{SCHEDULE}300,1,5000,20\n310,1,200000,20\n320,1,3000,4000\n330,1,4000,96\n")
     models = put_set(tmp_path, "llama-2-7b")

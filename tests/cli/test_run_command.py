@@ -66,6 +66,7 @@ def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.heavy
 def test_faults_and_removals_affect_real_engines(maveriq: Maveriq, tmp_path: Path) -> None:
     faults = "--fail deployment=1@403s,for=4s --remove endpoint=2@410s"
     ended = maveriq(f"{RUN} --out run {faults}")
@@ -255,6 +256,7 @@ def test_a_closed_terminal_leaves_the_records(started: Started, tmp_path: Path) 
     assert gone(groups)
 
 
+@pytest.mark.heavy
 def test_a_lost_deployment_is_replaced(maveriq: Maveriq, tmp_path: Path) -> None:
     put(tmp_path, {"one.csv": HEAD + "".join(f"{400 + 0.45 * number:.2f},1,10,20\n" for number in range(30))})
     ended = maveriq(f"{RUN} --models one.toml --trace one.csv --out run --fail deployment=1@403s --on-loss replace -q")

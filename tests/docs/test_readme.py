@@ -43,15 +43,8 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        pytest.param(document, marks=[] if document.name == "README.md" else [pytest.mark.heavy])
-        for document in DOCUMENTS
-        if scripts(document)
-    ],
-    ids=str,
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if scripts(document)], ids=str)
 def test_commands_run(document: Path, tmp_path: Path) -> None:
     """Run all `sh` blocks of a document in a folder with the tables and docs of the clone."""
     for folder in ("docs", "traces"):

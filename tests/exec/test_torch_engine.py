@@ -60,6 +60,7 @@ def wait_until_gone(pids):
         time.sleep(0.02)
 
 
+@pytest.mark.heavy
 def test_tensor_and_pipeline_parallel_over_processes_until_one_is_killed(engine):
     loaded = engine.load(spec_of(CONFIGS["llama"], tp=2, split=(1, 3)))
     assert (loaded.backend, loaded.weights_bytes > 0, loaded.kv_cache_bytes > 0) == ("torch", True, True)

@@ -19,6 +19,7 @@ def listed(different: Sequence[Compared]) -> str:
     return "\n".join([f"{len(different)} differ:", *map(str, different)])
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_every_deployment_of_maveriq_is_compared(compared: Sequence[Compared]) -> None:
     assert len(compared) == 61

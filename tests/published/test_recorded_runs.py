@@ -21,6 +21,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@pytest.mark.heavy
 def test_every_request_of_every_schedule_ends_in_one_status(
     measured_data: Path, recordings: Mapping[str, RunRecord]
 ) -> None:

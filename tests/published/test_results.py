@@ -33,5 +33,6 @@ def test_configurations(compared: Sequence[Compared]) -> None:
     assert_committed(configurations_sheet(compared))
 
 
+@pytest.mark.heavy
 def test_queue_model(replayed: Mapping[str, QueueErrors]) -> None:
     assert_committed(queue_sheet(list(replayed.values())))

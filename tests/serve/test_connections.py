@@ -183,6 +183,7 @@ def limited_process(folder: Path, files: int) -> Iterator[tuple[str, Path]]:
             server.communicate()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("files", "sent"), [(1_024, b""), (64, b"POST /v1/completions HTTP/1.1\r\nHost: localh")])
 def test_idle_connections_do_not_stop_an_authorized_client(tmp_path: Path, files: int, sent: bytes) -> None:
     _need_descriptors(1_300)

@@ -71,12 +71,14 @@ def failed(folder: Path, use: Callable[[TokenizerProcess], Awaitable[object]], l
     return asyncio.run(run())
 
 
+@pytest.mark.heavy
 def test_an_endless_template_stops_at_the_deadline(tmp_path: Path) -> None:
     folder = put_model(tmp_path, "endless", template=ENDLESS)
     message = failed(folder, lambda process: process.encode_chat(CHAT))
     assert message == f"{folder}: its tokenizer or chat template took more than 3 s"
 
 
+@pytest.mark.heavy
 def test_an_endless_template_stops_at_its_cpu_time_whatever_the_server_does(tmp_path: Path) -> None:
     folder = put_model(tmp_path, "endless", template=ENDLESS)
     message = failed(folder, lambda process: process.encode_chat(CHAT), TokenizerLimits(call_s=100.0, cpu_s=1))
@@ -177,6 +179,7 @@ def serving(models: Path, state: Path) -> Running:
     return running(state, ServeSettings(models_folder=models, grace_period_s=1), LIMITS)  # type: ignore[return-value]
 
 
+@pytest.mark.heavy
 def test_others_are_served_while_a_template_loops(models: Path, state: Path) -> None:
     put_model(models, "endless", template=ENDLESS)
     with serving(models, state) as server, server.client() as http:  # type: ignore[attr-defined]

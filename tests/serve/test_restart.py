@@ -147,6 +147,7 @@ def full_disk(server: subprocess.Popen[str]) -> Iterator[None]:
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.heavy
 def test_answers_equal_the_state_after_a_full_disk_and_a_kill(state: Path) -> None:
     answers: dict[str, httpx.Response] = {}
     with process(state, step=0.05) as (server, url), ThreadPoolExecutor(CLIENTS) as pool:
@@ -167,11 +168,13 @@ def test_answers_equal_the_state_after_a_full_disk_and_a_kill(state: Path) -> No
             send("after")
         server.kill()
     codes = {name: answer.json()["error"]["code"] for name, answer in answers.items() if answer.status_code != 200}
-    assert set(codes.values()) == {"outcome_not_stored"}
+    # A request counts as in flight while its acceptance is stored, so the full disk may still refuse it.
+    refused = {name for name, code in codes.items() if code == "state_not_writable"}
+    assert {code for name, code in codes.items() if name not in refused} == {"outcome_not_stored"}
     store = Store(state)
     rows = {row.request_id: row.status for row in asyncio.run(store.requests(status=None, limit=1000))}
     store.close()
-    assert rows == {name: "failed" if name in codes else "completed" for name in answers}
+    assert rows == {name: "failed" if name in codes else "completed" for name in answers if name not in refused}
     assert rows["after"] == "completed"
 
 

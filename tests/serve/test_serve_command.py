@@ -147,6 +147,7 @@ def test_executor_failure_stops_the_service(tmp_path: Path, monkeypatch: pytest.
     assert clusters[0].closed
 
 
+@pytest.mark.heavy
 def test_a_missed_slo_and_the_assumed_unit_reach_the_user(tmp_path: Path) -> None:
     """The note of a decision is where `plan`, `sim` and `run` show it: in the answers of the API and in the console."""
     with serving(tmp_path) as (_, url), httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:

@@ -146,6 +146,7 @@ def test_the_embedded_files_are_what_the_script_fits(measured_data: Path, tmp_pa
     assert again == pytest.approx(embedded, rel=1e-3)
 
 
+@pytest.mark.heavy
 @pytest.mark.data
 def test_the_tables_of_the_docs_are_what_the_script_writes(measured_data: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]

@@ -139,6 +139,7 @@ def messages(readers: str, names: list[str], folder: Path) -> list[str]:
     return printed.splitlines()
 
 
+@pytest.mark.heavy
 def test_hostile_traces_take_no_memory_and_say_one_line(tmp_path: Path) -> None:
     for name, make in HOSTILE.items():
         make(tmp_path / f"{name}.csv")

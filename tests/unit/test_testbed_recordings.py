@@ -100,7 +100,7 @@ def test_gpus_hold_memory_from_the_deploy_and_are_busy_while_serving(recorded: R
 
 def test_options_describe_the_run(tmp_path: Path) -> None:
     run, baseline = map(options_of, read_runs(put_testbed(tmp_path)))
-    assert (run.policy, run.intent, run.slo_scale, run.scale, run.models) == ("hybrid", "min_cost", 5.0, 0.1, "large")
+    assert (run.policy, run.intent, run.slo_scale, run.scale, run.models) == ("hybrid", "min-cost", 5.0, 0.1, "large")
     assert (baseline.policy, baseline.intent) == ("alpaserve", "min-cost")
 
 
