@@ -148,6 +148,7 @@ def test_a_run_ends_early_when_no_engine_is_left(maveriq: Maveriq, tmp_path: Pat
     assert deployment.status == "down"
 
 
+@pytest.mark.heavy
 def test_a_model_folder_provides_the_weights(maveriq: Maveriq, tmp_path: Path) -> None:
     """The weights of the folder cannot be read, so loading them fails; random ones would load."""
     pytest.importorskip("torch")

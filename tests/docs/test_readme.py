@@ -65,6 +65,7 @@ def test_commands_run(document: Path, tmp_path: Path) -> None:
         assert written <= set((ROOT / ".gitignore").read_text(encoding="utf-8").split()), "git sees these files"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")], ids=str)
 def test_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every `python` block separately, in a folder with the examples of the docs."""

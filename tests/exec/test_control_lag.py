@@ -54,6 +54,7 @@ def test_nothing_executed_has_no_lag() -> None:
     assert ControlLag(1.0, planned=True).summary() is None
 
 
+@pytest.mark.heavy
 def test_a_run_reports_its_lag(tmp_path) -> None:
     """Executions of 50 ms at a time scale of 0.01 take 0.5 ms: no control plane is that fast.
 

@@ -256,6 +256,7 @@ def test_who_makes_room_gets_json_and_retry_after(guarded: Running, sent: bytes)
         assert content["error"]["code"] == "too_many_connections"  # type: ignore[index]
 
 
+@pytest.mark.heavy
 def test_slow_bodies_make_room_for_other_clients(guarded: Running) -> None:
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(_connected(guarded.url)) for _ in range(12)]

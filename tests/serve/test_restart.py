@@ -78,6 +78,7 @@ def up(url: str) -> None:
         until(lambda: http.get("/endpoints/1").json()["status"] == "up")
 
 
+@pytest.mark.heavy
 def test_kill_under_load(state: Path) -> None:
     with process(state, step=0.002) as (server, url):
         up(url)
@@ -120,6 +121,7 @@ def test_a_graceful_stop_finishes_accepted_requests(state: Path, signals: list[s
     assert sum(result == "completed" for result in seen.values()) == len(rows)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("twice", [False, True])
 def test_requests_end_with_the_grace_period_or_a_second_signal(state: Path, *, twice: bool) -> None:
     with process(state, step=600, grace_period_s=600 if twice else 0.3) as (server, url):

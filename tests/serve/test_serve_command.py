@@ -57,6 +57,7 @@ def sample(http: httpx.Client, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
     log = tmp_path / "access.log"
