@@ -203,7 +203,7 @@ def test_an_idle_engine_ends_when_a_rank_is_killed(tmp_path, monkeypatch):
     ("config", "split", "kind", "reason"),
     [
         ({}, (4,), FailureKind.ERROR, "cannot be read"),
-        ({"vocab_size": 2**38}, (3, 1), FailureKind.OUT_OF_MEMORY, "memory"),
+        ({"vocab_size": 10**8, "hidden_size": 8 * 10**6}, (3, 1), FailureKind.OUT_OF_MEMORY, "memory"),
     ],
 )
 def test_a_rank_that_cannot_load_reports_the_reason(engine, tmp_path, config, split, kind, reason):
