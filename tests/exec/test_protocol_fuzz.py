@@ -104,7 +104,7 @@ def anything() -> st.SearchStrategy[bytes]:
 
 
 @given(anything())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_bytes_are_a_message_or_a_protocol_error(payload: bytes) -> None:
     for decode in (decode_to_engine, decode_from_engine):
         with contextlib.suppress(ProtocolError):

@@ -109,7 +109,7 @@ class _ScriptedExecutor:
     st.sampled_from(QueueDiscipline),
     st.sampled_from(OnFailure),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_requests_end_once_and_none_is_lost_under_any_events(script, discipline, on_failure) -> None:
     executor = _ScriptedExecutor(discipline=discipline, on_failure=on_failure, max_wait_us=20)
     controller = executor.controller

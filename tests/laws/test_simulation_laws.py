@@ -75,7 +75,7 @@ def systems(
 
 
 @given(systems())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_request_ends_in_one_status_and_causes_come_before_effects(system: ReplaySystem) -> None:
     record = simulate(system)
     table = record.requests
@@ -93,7 +93,7 @@ def test_every_request_ends_in_one_status_and_causes_come_before_effects(system:
 
 
 @given(systems(with_faults=False))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_request_starts_before_its_engine_is_up(system: ReplaySystem) -> None:
     record = simulate(system)
     ready_us = {deployment.deployment_id: deployment.ready_us for deployment in record.deployments}
@@ -103,7 +103,7 @@ def test_no_request_starts_before_its_engine_is_up(system: ReplaySystem) -> None
 
 
 @given(systems())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_gpu_runs_one_execution_at_a_time(system: ReplaySystem) -> None:
     record = simulate(system)
     table = record.requests
@@ -176,7 +176,7 @@ def lost_replica() -> ReplaySystem:
 
 @given(systems(discipline=QueueDiscipline.FIFO, batch_size=1))
 @example(lost_replica())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_fifo_starts_the_earliest_arrival_that_waits(system: ReplaySystem) -> None:
     """Whenever a request starts, no earlier arrival waits for a deployment that is up.
 
@@ -200,7 +200,7 @@ def test_without_faults_fifo_starts_in_order_of_arrival(system: ReplaySystem) ->
 
 
 @given(systems())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_nothing_runs_on_a_gpu_that_is_down(system: ReplaySystem) -> None:
     record = simulate(system)
     gpus_of = gpus_by_deployment(record)
