@@ -10,8 +10,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from maveriq.errors import UnknownNameError
 from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.scenario.defaults import choice
 from maveriq.scenario.options import Options
 from maveriq.workload.requests import Workload
 from maveriq.workload.traces import TRACES
@@ -37,11 +37,7 @@ def refuses_long_requests(options: Options, profile: HardwareProfile, *, live: b
     """
     if options.beyond_context is None:
         return live or options.trace not in TRACES or not profile.serves_beyond_context
-    try:
-        return BeyondContext(options.beyond_context) is BeyondContext.REFUSE
-    except ValueError:
-        names = [choice.value for choice in BeyondContext]
-        raise UnknownNameError("--beyond-context", options.beyond_context, names) from None
+    return choice(BeyondContext, "--beyond-context", options.beyond_context) is BeyondContext.REFUSE
 
 
 def note_on_long_requests(options: Options, profile: HardwareProfile, workload: Workload) -> tuple[str, ...]:

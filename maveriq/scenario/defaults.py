@@ -72,13 +72,13 @@ def resolved(value: str | None) -> str:
 
 
 def choice(kind: type[_Choice], what: str, text: str | None) -> _Choice:
-    """Return the member of an enumeration that a resolved option names; underscores may stand for hyphens.
+    """Return the member of an enumeration that a resolved option names.
 
     Raises:
-        UnknownNameError: there is no such member.
+        UnknownNameError: no member has this name.
     """
     name = resolved(text)
     try:
-        return kind(name.replace("_", "-"))
+        return kind(name)
     except ValueError:
         raise UnknownNameError(what, name, [member.value for member in kind]) from None

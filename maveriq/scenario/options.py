@@ -79,6 +79,7 @@ class Options:
         "Arrivals of a file: trace (its own times) or published (each minute redrawn within 30 s).",
         _WORKLOAD,
         shown="trace",
+        choices=("trace", "published"),
     )
     rate: float | None = option(None, "Requests a second of a load without a trace: poisson or constant.", _WORKLOAD)
     duration_s: float | None = option(
@@ -219,6 +220,7 @@ class Options:
         "Requests longer than their model's context: refuse or serve.",
         _RUN,
         shown="refuse; serve for published traces",
+        choices=("refuse", "serve"),
     )
     load_s: float | None = option(None, "Load time of an engine.", _RUN, shown=_PROFILE, minimum=0, maximum=_MAX_S)
     no_dispatch_overhead: bool = option(False, "Dispatch at once: no tick, delays or pause.", _RUN)  # noqa: FBT003
