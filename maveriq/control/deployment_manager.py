@@ -15,7 +15,7 @@ from maveriq.domain.progress import DeploymentStatus, GpuStatus
 from maveriq.domain.records import NOT_YET, DeploymentRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InvariantError, MaveriqError
-from maveriq.policy.policy import Deploy, Policy, Rejection
+from maveriq.policy.policy import Decision, Deploy, Policy, Rejection
 from maveriq.units import Bytes, Micros
 
 MAX_REPLACEMENTS = 3
@@ -159,16 +159,25 @@ class DeploymentManager:
 
     def deploy(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
         """Let the policy decide on an endpoint, and return its deployments: with memory reserved, or rejected."""
-        decision: object = self._policy.decide(endpoint, self._state.view(self.loads(now_us)))
+        decision = self._decide(endpoint, self._state.view(self.loads(now_us)))
         if isinstance(decision, Rejection):
             rejected = self._add(endpoint, None, DeploymentState.REJECTED)
             rejected.reason = decision.reason
             return [rejected]
-        if not isinstance(decision, Deploy):  # a policy of the user's may return anything
+        return [self._reserve(endpoint, plan) for plan in decision.plans]
+
+    def _decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
+        """Return the policy's decision.
+
+        Raises:
+            MaveriqError: it is neither a Deploy nor a Rejection; a user's policy can return anything.
+        """
+        decision: object = self._policy.decide(endpoint, view)
+        if not isinstance(decision, Deploy | Rejection):
             raise MaveriqError(
                 f"policy {self._policy.name!r} returned {decision!r:.60}; it must return a Deploy or a Rejection"
             )
-        return [self._reserve(endpoint, plan) for plan in decision.plans]
+        return decision
 
     def replace(self, lost: Deployment, now_us: Micros) -> Deployment | None:
         """Place a deployment that is lost for good anew, and return the new one; None if no other placement fits.
@@ -185,7 +194,7 @@ class DeploymentManager:
         left = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.gpu_id not in avoided))
         if not left.gpus or len(gone) > MAX_REPLACEMENTS:
             return None
-        decision = self._policy.decide(lost.endpoint, left)
+        decision = self._decide(lost.endpoint, left)
         if isinstance(decision, Rejection):
             lost.reason += f"; no other placement: {decision.reason}"
             return None
