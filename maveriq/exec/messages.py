@@ -225,7 +225,8 @@ def decode_from_engine(payload: bytes) -> FromEngine:
         raise ProtocolError(f"not a message from an engine: {error}") from None
 
 
-_LENGTH_BYTES = 4
+FRAME_LENGTH_BYTES = 4
+"""A frame is the length of its payload in so many bytes, big-endian, then the payload."""
 
 Sent_contra = TypeVar("Sent_contra", bound=ToEngine | FromEngine, contravariant=True)
 Received_co = TypeVar("Received_co", bound=ToEngine | FromEngine, covariant=True)
@@ -233,6 +234,27 @@ Received_co = TypeVar("Received_co", bound=ToEngine | FromEngine, covariant=True
 
 class ChannelClosedError(MaveriqError):
     """The other side has closed the channel or exited."""
+
+
+def frame(payload: bytes) -> bytes:
+    """Return a payload as it is sent."""
+    return len(payload).to_bytes(FRAME_LENGTH_BYTES, "big") + payload
+
+
+async def read_frame(reader: asyncio.StreamReader, *, max_bytes: int) -> bytes:
+    """Wait for a frame and return its payload.
+
+    Raises:
+        ChannelClosedError: the other side has closed the channel.
+        ProtocolError: the frame is longer than `max_bytes`.
+    """
+    try:
+        length = int.from_bytes(await reader.readexactly(FRAME_LENGTH_BYTES), "big")
+        if length > max_bytes:
+            raise ProtocolError(f"a frame of {length:,} bytes is too long; at most {max_bytes:,} are read")
+        return await reader.readexactly(length)
+    except (asyncio.IncompleteReadError, OSError):
+        raise ChannelClosedError("the other side has closed the channel") from None
 
 
 class Channel(Protocol[Sent_contra, Received_co]):
@@ -273,17 +295,11 @@ class StreamChannel(Generic[Sent_contra, Received_co]):
         if len(payload) > MAX_FRAME_BYTES:
             raise ProtocolError(f"a message of {len(payload):,} bytes is too long; at most {MAX_FRAME_BYTES:,} go")
         if not self._writer.is_closing():
-            self._writer.write(len(payload).to_bytes(_LENGTH_BYTES, "big") + payload)
+            self._writer.write(frame(payload))
 
     async def receive(self) -> Received_co:
         """Wait for the next message; see `Channel`."""
-        try:
-            length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "big")
-            if length > MAX_FRAME_BYTES:
-                raise ProtocolError(f"a frame of {length:,} bytes is too long; at most {MAX_FRAME_BYTES:,} are read")
-            return self._decode(await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, OSError):
-            raise ChannelClosedError("the other side has closed the channel") from None
+        return self._decode(await read_frame(self._reader, max_bytes=MAX_FRAME_BYTES))
 
     async def flush(self) -> None:
         """Wait until all messages are written to the socket, or the other side has closed it."""

@@ -249,7 +249,7 @@ def _make_private(path: Path, name: str) -> None:
     An existing file is not opened: closing it would release the locks that this process has on it.
 
     Raises:
-        InputError: it cannot be created, is no regular file, or is read-only.
+        InputError: it cannot be created, is not a regular file, or is read-only.
     """
     if str(path) == ":memory:":
         raise InputError(f"{name} would be lost at the end; choose a file with --state")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from maveriq.domain.models import ModelSpec, known_models, load_model
-from maveriq.errors import InputError, MaveriqError
+from maveriq.errors import InputError, MaveriqError, did_you_mean
 from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.store import Store, StoredModel
-from maveriq.serve.tokenizer_process import TokenizerLimits
+from maveriq.serve.tokenizer_process import TokenizerLimits, TokenizerPool
 from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
 from maveriq.text import check_path
 
@@ -35,7 +34,7 @@ class ModelRegistry:
         self._store = store
         self._folder = None if folder is None else folder.resolve()
         self._max_models = max_models
-        self._limits = limits or TokenizerLimits()
+        self._tokenizer_pool = TokenizerPool(limits)
         self._models: dict[int, StoredModel] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._changing = asyncio.Lock()
@@ -77,7 +76,7 @@ class ModelRegistry:
         """
         if model.model_id not in self._tokenizers:
             try:
-                tokenizer = await tokenizer_for(model.folder, model.spec.vocab_size, self._limits)
+                tokenizer = await tokenizer_for(model.folder, model.spec.vocab_size, self._tokenizer_pool)
             except MaveriqError as error:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
             if self._tokenizers.setdefault(model.model_id, tokenizer) is not tokenizer:
@@ -105,14 +104,14 @@ class ModelRegistry:
         registered = self.find(name)
         if registered is not None:
             return registered
-        # Files are read before the lock is taken: a slow disk or a hostile file holds up nobody else.
+        # Files are read before the lock is taken: a slow disk or a hostile file delays no other registration.
         spec, folder = await asyncio.to_thread(self._load, name)
         known = self._registered_as(spec, folder)
         if known is not None:
             return known
         async with self._loading:
             try:
-                tokenizer = await tokenizer_for(folder, spec.vocab_size, self._limits)
+                tokenizer = await tokenizer_for(folder, spec.vocab_size, self._tokenizer_pool)
             except MaveriqError as error:
                 raise bad_request(str(error), "model") from None
         try:
@@ -198,9 +197,3 @@ class ModelRegistry:
             return path.resolve() if inside and path.is_file() else None
         except (OSError, RuntimeError):  # the name is too long, or links form a loop
             return None
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a clause with the closest known name, or an empty string if none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""

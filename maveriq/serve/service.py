@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maveriq.domain.progress import DeploymentStatus
-from maveriq.errors import InputError
+from maveriq.errors import InputError, did_you_mean
 from maveriq.exec.live_cluster import EndpointRequest, LiveCluster
 from maveriq.files import is_folder
 from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
 from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
-from maveriq.serve.model_registry import ModelRegistry, did_you_mean
+from maveriq.serve.model_registry import ModelRegistry
 from maveriq.serve.requests import RequestLifecycle
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store, StoredEndpoint, StoredModel
@@ -84,7 +84,7 @@ class Service:
         self._placements = placements
         self._endpoints: dict[int, StoredEndpoint] = {}
         self._changing = asyncio.Lock()  # held while models or endpoints change
-        self._dangling: list[str] = []  # what the state file refers to and is not there
+        self._dangling: list[str] = []  # missing files and rows that the state file refers to
         self._plan_writes: set[asyncio.Task[None]] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._grace_period_ended = asyncio.Event()

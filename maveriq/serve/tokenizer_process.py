@@ -10,12 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from maveriq.errors import InputError, MaveriqError
+from maveriq.exec.messages import ChannelClosedError, ProtocolError, read_frame
 from maveriq.serve.tokenizer_worker import (
     ANSWERS,
-    LENGTH_BYTES,
     Answer,
     Call,
     CallFailed,
@@ -26,11 +25,10 @@ from maveriq.serve.tokenizer_worker import (
     EncodeText,
     LoadTokenizer,
     TokenizerLoaded,
-    frame,
+    encode,
 )
 
 _MAX_ANSWER_BYTES = 32 * 1024 * 1024
-_MAX_PROCESSES = 16
 _MODULE = "maveriq.serve.tokenizer_worker"
 # Nothing secret: MAVERIQ_TOKEN stays in the server.
 _INHERITED = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "SYSTEMROOT")
@@ -59,18 +57,52 @@ class TokenizerLimits:
     idle_s: float = 300.0
 
 
+class TokenizerPool:
+    """Bounds how many tokenizers of a service run at a time; another one stops the one that was idle longest.
+
+    Args:
+        limits: of each process.
+        max_processes: processes at a time.
+    """
+
+    def __init__(self, limits: TokenizerLimits | None = None, *, max_processes: int = 16) -> None:
+        self.limits = limits or TokenizerLimits()
+        self._max_processes = max_processes
+        self._running: dict[TokenizerProcess, None] = {}  # the last used last
+
+    def make_room(self) -> None:
+        """Stop the tokenizer that was idle longest if all processes are in use.
+
+        Raises:
+            TokenizerFailedError: all tokenizers are busy.
+        """
+        if len(self._running) < self._max_processes:
+            return
+        idle = next((tokenizer for tokenizer in self._running if not tokenizer.is_busy), None)
+        if idle is None:
+            raise TokenizerFailedError(f"{self._max_processes} tokenizers are busy; try again later")
+        idle.stop()
+
+    def used(self, tokenizer: TokenizerProcess) -> None:
+        """Note that a tokenizer gets a call."""
+        self._running.pop(tokenizer, None)
+        self._running[tokenizer] = None
+
+    def stopped(self, tokenizer: TokenizerProcess) -> None:
+        """Note that a tokenizer has no process any more."""
+        self._running.pop(tokenizer, None)
+
+
 class TokenizerProcess:
     """One model's tokenizer. The process starts with the first call, and again after it was stopped or killed.
 
     Calls of one kind (encoding, decoding) follow one another, so that the deadline of a call does not include others.
-    At most `_MAX_PROCESSES` run; another one stops the one that was idle longest.
     """
 
-    _running: ClassVar[dict[TokenizerProcess, None]] = {}  # the last used last
-
-    def __init__(self, folder: str, limits: TokenizerLimits) -> None:
+    def __init__(self, folder: str, pool: TokenizerPool) -> None:
         self._folder = folder
-        self._limits = limits
+        self._pool = pool
+        self._limits = pool.limits
         self._numbers = itertools.count(1)
         self._outputs = itertools.count(1)
         self._starting = asyncio.Lock()
@@ -181,7 +213,7 @@ class TokenizerProcess:
     def stop(self) -> None:
         """Kill the process, if it runs; calls that wait for it fail."""
         process, self._process = self._process, None
-        self._running.pop(self, None)
+        self._pool.stopped(self)
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
@@ -213,7 +245,7 @@ class TokenizerProcess:
         if not isinstance(call, DecodeTokens):
             self._prompt = future
         self._restart_idle_timer()
-        self._running[self] = self._running.pop(self, None)
+        self._pool.used(self)
         try:
             process.stdin.write(_frame(call))
             with contextlib.suppress(ConnectionError):  # it has ended; the reader reports it
@@ -226,11 +258,7 @@ class TokenizerProcess:
         return answer
 
     async def _spawn(self) -> None:
-        if len(self._running) >= _MAX_PROCESSES:
-            idle = next((other for other in self._running if not other.is_busy), None)
-            if idle is None:
-                raise TokenizerFailedError(f"{_MAX_PROCESSES} tokenizers are busy; try again later")
-            idle.stop()
+        self._pool.make_room()
         package = str(Path(__file__).resolve().parents[2])
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         environment |= {
@@ -254,14 +282,11 @@ class TokenizerProcess:
             return
         try:
             while True:
-                length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
-                if length > _MAX_ANSWER_BYTES:
-                    break
-                answer = ANSWERS.decode(await process.stdout.readexactly(length))
+                answer = ANSWERS.decode(await read_frame(process.stdout, max_bytes=_MAX_ANSWER_BYTES))
                 future = self._waiting.get(answer.number)
                 if future is not None and not future.done():
                     future.set_result(answer)
-        except (asyncio.IncompleteReadError, ConnectionError, ValueError):  # it ended, or sent what is no answer
+        except (ChannelClosedError, ProtocolError, ValueError):  # it ended, or sent something that is not an answer
             pass
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -291,7 +316,7 @@ class TokenizerProcess:
 
 def _frame(call: Call) -> bytes:
     try:
-        return frame(call)
+        return encode(call)
     except UnicodeEncodeError:
         raise InputError("the text is not valid Unicode") from None
 

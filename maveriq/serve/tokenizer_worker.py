@@ -23,13 +23,12 @@ from typing import Any, BinaryIO, TypeAlias
 import msgspec
 
 from maveriq.errors import InputError
-from maveriq.exec.messages import one_line
+from maveriq.exec.messages import FRAME_LENGTH_BYTES, frame, one_line
 from maveriq.exec.model_files import read_model_file
 
 MAX_TOKENS = 1_000_000
 """A longer prompt is an error."""
 
-LENGTH_BYTES = 4
 _OPEN_FILES = 64
 _MAX_OUTPUTS = 4096
 
@@ -97,15 +96,14 @@ class CallFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 Call: TypeAlias = LoadTokenizer | EncodeText | EncodeChat | DecodeTokens
 Answer: TypeAlias = TokenizerLoaded | Encoded | Decoded | CallFailed
 
-ENCODER = msgspec.msgpack.Encoder()
+_ENCODER = msgspec.msgpack.Encoder()
 _CALLS = msgspec.msgpack.Decoder(Call)
 ANSWERS = msgspec.msgpack.Decoder(Answer)
 
 
-def frame(message: Call | Answer) -> bytes:
-    """Return a message as it is sent."""
-    body = ENCODER.encode(message)
-    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+def encode(message: Call | Answer) -> bytes:
+    """Return the frame of a message."""
+    return frame(_ENCODER.encode(message))
 
 
 class ModelTokenizer:
@@ -235,7 +233,7 @@ class _Worker:
             answer = CallFailed(number=call.number, reason=_reason(error))
         except BaseException as error:  # the package raises plain Exception, and BaseException where it panics
             answer = CallFailed(number=call.number, reason=f"the tokenizer failed: {one_line(str(error))}")
-        body = frame(answer)
+        body = encode(answer)
         with self._writing:
             self._answers.write(body)
             self._answers.flush()
@@ -281,7 +279,7 @@ def _allow_cpu_time(seconds: int) -> None:
 def main() -> None:
     """Serve calls from stdin."""
     calls, worker = sys.stdin.buffer, _Worker(sys.stdout.buffer)
-    while len(header := calls.read(LENGTH_BYTES)) == LENGTH_BYTES:
+    while len(header := calls.read(FRAME_LENGTH_BYTES)) == FRAME_LENGTH_BYTES:
         worker.take(_CALLS.decode(calls.read(int.from_bytes(header, "big"))))
     # Not sys.exit: a thread may be computing.
     os._exit(0)

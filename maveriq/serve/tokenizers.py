@@ -11,7 +11,7 @@ from typing import Protocol
 
 from maveriq.files import exists
 from maveriq.serve.background import in_background
-from maveriq.serve.tokenizer_process import TokenizerLimits, TokenizerProcess
+from maveriq.serve.tokenizer_process import TokenizerPool, TokenizerProcess
 from maveriq.serve.tokenizer_worker import plain_chat
 
 _BYTES = 256
@@ -118,13 +118,13 @@ class _ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
-async def tokenizer_for(folder: str, vocab_size: int, limits: TokenizerLimits | None = None) -> Tokenizer:
+async def tokenizer_for(folder: str, vocab_size: int, pool: TokenizerPool) -> Tokenizer:
     """Return the tokenizer in a model's folder, loaded, or a byte tokenizer if there is none.
 
     Args:
         folder: with the model's files; empty for none.
         vocab_size: of the model.
-        limits: of the tokenizer's process; None for the defaults.
+        pool: bounds the processes of tokenizers.
 
     Raises:
         InputError: `tokenizer.json` cannot be read, or the package `tokenizers` is not installed.
@@ -132,7 +132,7 @@ async def tokenizer_for(folder: str, vocab_size: int, limits: TokenizerLimits | 
     """
     if not folder or not await asyncio.to_thread(_has_tokenizer, Path(folder)):
         return ByteTokenizer(vocab_size)
-    tokenizer = TokenizerProcess(folder, limits or TokenizerLimits())
+    tokenizer = TokenizerProcess(folder, pool)
     try:
         await tokenizer.start()
     except BaseException:

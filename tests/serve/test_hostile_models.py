@@ -17,8 +17,8 @@ from running import Running, running, until
 
 from maveriq.errors import InputError
 from maveriq.serve.settings import ServeSettings
-from maveriq.serve.tokenizer_process import TokenizerFailedError, TokenizerLimits, TokenizerProcess
-from maveriq.serve.tokenizer_worker import LoadTokenizer, frame
+from maveriq.serve.tokenizer_process import TokenizerFailedError, TokenizerLimits, TokenizerPool, TokenizerProcess
+from maveriq.serve.tokenizer_worker import LoadTokenizer, encode
 
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
@@ -60,7 +60,7 @@ def failed(folder: Path, use: Callable[[TokenizerProcess], Awaitable[object]], l
     """Return the message of what a tokenizer's process refuses."""
 
     async def run() -> str:
-        process = TokenizerProcess(str(folder), limits)
+        process = TokenizerProcess(str(folder), TokenizerPool(limits))
         try:
             with pytest.raises((InputError, TokenizerFailedError)) as refused:
                 await use(process)
@@ -139,7 +139,7 @@ def test_a_link_within_the_cache_of_hugging_face_is_read(tmp_path: Path) -> None
     (folder / "tokenizer.json").symlink_to("../../blobs/123")
 
     async def run() -> tuple[int, ...]:
-        process = TokenizerProcess(str(folder), LIMITS)
+        process = TokenizerProcess(str(folder), TokenizerPool(LIMITS))
         try:
             return await process.encode("a b")
         finally:
@@ -153,7 +153,7 @@ def test_the_process_knows_no_token_and_ends_with_the_server(tmp_path: Path, mon
     folder = put_model(tmp_path, "endless", template=ENDLESS)
 
     async def environment() -> bytes:
-        process = TokenizerProcess(str(folder), LIMITS)
+        process = TokenizerProcess(str(folder), TokenizerPool(LIMITS))
         await process.start()
         try:
             return Path(f"/proc/{process.pid}/environ").read_bytes()
@@ -164,7 +164,7 @@ def test_the_process_knows_no_token_and_ends_with_the_server(tmp_path: Path, mon
     command = [sys.executable, "-m", "maveriq.serve.tokenizer_worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
-        worker.stdin.write(frame(LoadTokenizer(number=1, folder=str(folder), cpu_s=60, memory_bytes=1 << 31)))
+        worker.stdin.write(encode(LoadTokenizer(number=1, folder=str(folder), cpu_s=60, memory_bytes=1 << 31)))
         worker.stdin.close()  # as the end of the server does
         assert worker.wait(60) == 0
 
@@ -227,11 +227,11 @@ def test_the_service_stops_while_a_template_loops(models: Path, state: Path) -> 
     assert answers == [503] * 3
 
 
-def test_a_process_that_is_not_needed_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maveriq.serve.tokenizer_process._MAX_PROCESSES", 1)
+def test_a_process_that_is_not_needed_makes_room(tmp_path: Path) -> None:
+    pool = TokenizerPool(LIMITS, max_processes=1)
 
     async def run() -> None:
-        first, second = (TokenizerProcess(str(put_model(tmp_path, name)), LIMITS) for name in ("first", "second"))
+        first, second = (TokenizerProcess(str(put_model(tmp_path, name)), pool) for name in ("first", "second"))
         try:
             assert await first.encode("a b") == (1, 2)
             assert await second.encode("b a") == (2, 1)

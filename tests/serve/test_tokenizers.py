@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from maveriq.errors import InputError
 from maveriq.serve.completions import StopStrings
-from maveriq.serve.tokenizer_process import TokenizerLimits
+from maveriq.serve.tokenizer_process import TokenizerLimits, TokenizerPool
 from maveriq.serve.tokenizer_worker import plain_chat
 from maveriq.serve.tokenizers import ByteTokenizer, Tokenizer, decode, tokenizer_for
 
@@ -98,7 +98,7 @@ def with_tokenizer(folder: Path | str, use: Callable[[Tokenizer], Awaitable[T]],
     """Load a folder's tokenizer, use it, and end its process."""
 
     async def run() -> T:
-        own = await tokenizer_for(str(folder), 100, TokenizerLimits(**limits) if limits else None)  # type: ignore[arg-type]
+        own = await tokenizer_for(str(folder), 100, TokenizerPool(TokenizerLimits(**limits) if limits else None))  # type: ignore[arg-type]
         try:
             return await use(own)
         finally:
@@ -143,4 +143,4 @@ def test_unreadable_tokenizer(folder: Path) -> None:
 
 def test_no_tokenizer_file_means_bytes(tmp_path: Path) -> None:
     for folder in ("", str(tmp_path)):
-        assert asyncio.run(tokenizer_for(folder, 300)) == ByteTokenizer(300)
+        assert asyncio.run(tokenizer_for(folder, 300, TokenizerPool())) == ByteTokenizer(300)
