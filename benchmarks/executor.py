@@ -3,7 +3,7 @@
 Usage: python benchmarks/executor.py [--rate 200] [--seconds 10] [--engines 8]
 
 The script prints quantiles in milliseconds, as JSON. The engines are real processes on this machine that answer with
-the time at which they received a request; all processes share the monotonic clock. There is no dispatch delay and
+the time at which they received a request; all processes share the monotonic clock. Dispatch has no delay and
 engines are mostly idle, so the measured time contains neither ticks nor queueing.
 """
 

@@ -90,12 +90,8 @@ def read_regular_file(path: Path, *, what: str, max_bytes: int) -> bytes:
         with open_regular_file(path, what=what) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(max_bytes + 1) if size <= max_bytes else b""
-    except FileNotFoundError:
-        raise InputError(f"{named} does not exist; check the path") from None
     except OSError as error:
-        raise InputError(f"{named} cannot be read: {error.strerror or error}; give another file") from None
-    except ValueError as error:  # a null byte in the name
-        raise InputError(f"{named} cannot be read: {error}; give another file") from None
+        raise cannot_read(named, error) from None
     if size > max_bytes or len(data) > max_bytes:
         raise InputError(f"{named} is larger than {max_bytes >> 20} MiB, which no such file is; give another file")
     return data
@@ -105,17 +101,28 @@ def open_regular_file(path: Path, *, what: str) -> io.FileIO:
     """Open a regular file for reading, without waiting for anything.
 
     Raises:
-        InputError: it is a folder, a FIFO, a socket or a device.
-        OSError: it cannot be opened.
+        InputError: it is missing, cannot be opened, or is a folder, a FIFO, a socket or a device.
     """
-    # Opened before it is looked at, so that it cannot be exchanged in between; a FIFO does not block.
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    named = f"{what} {str(path)!r}"
+    try:
+        # Opened before it is looked at, so that it cannot be exchanged in between; a FIFO does not block.
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise InputError(f"{named} does not exist; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise cannot_read(named, error) from None
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
         return io.FileIO(number, "r")
     os.close(number)
     kind = "a folder; name a file" if stat.S_ISDIR(mode) else "not a regular file; give another file"
-    raise InputError(f"{what} {str(path)!r} is {kind}")
+    raise InputError(f"{named} is {kind}")
+
+
+def cannot_read(named: str, error: Exception) -> InputError:
+    """Return the error of a file that the system does not read; `named` is its kind and its path."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return InputError(f"{named} cannot be read: {reason or error}; give another file")
 
 
 def read_regular_text(path: Path, *, what: str, max_bytes: int) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from maveriq.errors import InputError
-from maveriq.files import open_regular_file
+from maveriq.files import cannot_read, open_regular_file
 
 MAX_TEXT_BYTES = 64 << 20
 """The most that a file read as a whole may hold, unpacked."""
@@ -42,6 +42,10 @@ _REFUSED = {
     b"PAR1": "is a Parquet file; convert it to CSV",
 }
 
+# What reading raises: the system, gzip (EOFError, zlib.error), zipfile (ValueError, BadZipFile; RuntimeError for an
+# encrypted member, NotImplementedError for a method of packing that Python lacks).
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+
 
 @contextlib.contextmanager
 def _open_unpacked(path: Path, *, what: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -52,7 +56,7 @@ def _open_unpacked(path: Path, *, what: str) -> Iterator[tuple[BinaryIO, int]]:
         what: the kind of file, for messages ("trace", "model set").
 
     Raises:
-        InputError: the file is missing, is no regular file, or cannot be read or unpacked; also while it is read
+        InputError: the file is missing, is not a regular file, or cannot be read or unpacked; also while it is read
             within the block.
     """
     where = f"{what} {str(path)!r}"
@@ -60,12 +64,8 @@ def _open_unpacked(path: Path, *, what: str) -> Iterator[tuple[BinaryIO, int]]:
         with io.BufferedReader(open_regular_file(path, what=what)) as file, _unpacked(file, where) as stream:
             packed_bytes = os.fstat(file.fileno()).st_size
             yield stream, sys.maxsize if stream is file else max(MAX_TEXT_BYTES, _MAX_RATIO * packed_bytes)
-    except FileNotFoundError:
-        raise InputError(f"{where} does not exist; check the path") from None
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror or error}; give another file") from None
-    except (EOFError, ValueError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{where} cannot be read: {error}; give another file") from None
+    except _UNREADABLE as error:
+        raise cannot_read(where, error) from None
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def read_text(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         max_bytes: the most that it may hold, unpacked.
 
     Raises:
-        InputError: the file cannot be read or unpacked, is no regular file, is too large, or is not UTF-8.
+        InputError: the file cannot be read or unpacked, is not a regular file, is too large, or is not UTF-8.
     """
     where = f"{what} {str(path)!r}"
     data = bytearray()
@@ -137,7 +137,7 @@ def read_head(path: Path, *, what: str) -> str:
     """Return the first 64 KiB of a file as text, unpacked if it is packed; what is not UTF-8 is replaced.
 
     Raises:
-        InputError: the file cannot be read or unpacked, or is no regular file.
+        InputError: the file cannot be read or unpacked, or is not a regular file.
     """
     with _open_unpacked(path, what=what) as (stream, _):
         return stream.read(_START_BYTES).decode("utf-8-sig", errors="replace")
@@ -152,7 +152,7 @@ def read_lines(path: Path, *, what: str, max_bytes: int) -> Iterator[str]:
         max_bytes: the most that it may hold, unpacked.
 
     Raises:
-        InputError: the file cannot be read or unpacked, is no regular file, is not UTF-8, or it or a line is too
+        InputError: the file cannot be read or unpacked, is not a regular file, is not UTF-8, or it or a line is too
             long.
     """
     where = f"{what} {str(path)!r}"

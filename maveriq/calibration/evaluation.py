@@ -196,7 +196,7 @@ def _positive(row: Row, column: str) -> float:
 
 
 def compare_row(measured: Measurement, evaluated: EvaluatedEstimator) -> Answer | str:
-    """Return the errors of the estimate for a row, or the reason why there is no estimate."""
+    """Return the errors of the estimate for a row, or the reason why the row has no estimate."""
     known = shape_of(measured.model_name)
     if known is None:
         return f"{measured.model_name} is not in the model catalogue"

@@ -76,7 +76,7 @@ class CalibratedEstimator:
             without_run: use the online calibration fitted without this recorded run.
 
         Raises:
-            InputError: the profile has no calibration, or there is no such recorded run.
+            InputError: the profile has no calibration, or the recorded run does not exist.
         """
         path = require(profile.calibrated, profile.name)
         return cls(profile, read_calibration(path, without_run=without_run), online=True)

@@ -310,7 +310,7 @@ def online_by_excluded_run(path: Path) -> dict[str, OnlineCalibration]:
     """Return the online calibrations by the recorded run that their fit left out, for every run of the fit.
 
     Raises:
-        InputError: there is no such table, or it is invalid.
+        InputError: the table does not exist or is invalid.
     """
     return read_online(path.with_name(f"{path.stem}-served.csv"))
 

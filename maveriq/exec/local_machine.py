@@ -31,7 +31,7 @@ class EngineOptions:
 
     Raises:
         InputError: a number out of range, or options that exclude each other.
-        UnknownNameError: there is no such backend.
+        UnknownNameError: the backend does not exist.
     """
 
     backend: str | None = option(

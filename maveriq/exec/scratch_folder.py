@@ -36,7 +36,7 @@ class ScratchFolder:
         self._lock = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         with contextlib.suppress(OSError):  # a file system without locks: the folder is never taken for abandoned
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            unlocked.rename(self.path / _LOCK)  # whoever sees the lock file finds it locked
+            unlocked.rename(self.path / _LOCK)  # under this name the file is always locked
 
     def cleanup(self) -> None:
         """Remove the folder. It may be called twice."""

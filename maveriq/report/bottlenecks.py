@@ -60,8 +60,8 @@ class Bottlenecks:
     def sentences(self) -> Iterator[str]:
         """Yield what was found, a sentence each, and the advice last."""
         if self.unused_gpus:
-            one = len(self.unused_gpus) == 1
-            yield f"GPU{'' if one else 's'} {gpu_list(self.unused_gpus)} served no request."
+            plural = "s" if len(self.unused_gpus) > 1 else ""
+            yield f"GPU{plural} {gpu_list(self.unused_gpus)} served no request."
         for wait in self.idle_waits[:_MAX_NAMES]:
             yield (
                 f"{wait.endpoint} waited {figure(wait.mean_s)} s on average while its own GPUs were idle "

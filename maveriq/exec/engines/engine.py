@@ -107,7 +107,7 @@ def make_engine(backend: str) -> Engine:
         backend: a name of `BACKENDS`, or another class that implements `Engine`, as `module:Class`.
 
     Raises:
-        UnknownNameError: there is no such backend.
+        UnknownNameError: the backend does not exist.
         ImportError: a package that it needs is not installed.
     """
     location = BACKENDS.get(backend, backend)
