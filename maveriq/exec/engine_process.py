@@ -405,6 +405,8 @@ class EngineProcess:
         if self._exit_reason.done():
             return
         self._watchdog.message_received(self._loop.time())
+        if isinstance(message, Failed):
+            message = self._name_gpu(message)
         match message:
             case Hello(protocol=protocol):
                 self._on_hello(protocol)
@@ -412,14 +414,19 @@ class EngineProcess:
                 self._on_loaded(message)
             case Failed(execution_id=0):
                 retryable = message.kind not in (FailureKind.OUT_OF_MEMORY, FailureKind.UNSUPPORTED)
-                reason = f"its engine could not load ({message.kind}): {message.message}"
-                self._exit(ExitReason(reason=reason, retryable=retryable))
+                self._exit(ExitReason(reason=f"its engine could not load {message}", retryable=retryable))
             case StepProgress():
                 self._on_step(message)
             case Finished() | Failed():
                 self._on_execution_end(message)
             case Pong():
                 self._on_pong(message)
+
+    def _name_gpu(self, failed: Failed) -> Failed:
+        """Name the GPU of a failure by its id in the cluster: an engine counts only the GPUs that it sees."""
+        gpu_ids = dict(zip(self.launch_spec.spec.devices, self.launch_spec.needed, strict=False))
+        gpu_id = gpu_ids.get(failed.device)
+        return failed if gpu_id is None else msgspec.structs.replace(failed, device=f"GPU {gpu_id}")
 
     def _on_hello(self, protocol: int) -> None:
         if protocol != PROTOCOL_VERSION:

@@ -186,7 +186,7 @@ class EngineServer:
 def _failed(execution_id: int, error: BaseException) -> Failed:
     """Return an error as a message."""
     if isinstance(error, EngineError):
-        return Failed(execution_id=execution_id, kind=error.kind.value, message=str(error))
+        return Failed(execution_id=execution_id, kind=error.kind.value, message=str(error), device=error.device)
     if isinstance(error, MemoryError):
         kind, message = FailureKind.OUT_OF_MEMORY, "out of memory"
     elif isinstance(error, ImportError):

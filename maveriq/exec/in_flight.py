@@ -135,7 +135,7 @@ class InFlight:
             return None
         del self._executions[deployment_id]
         if isinstance(result, Failed):
-            reason = one_line(f"its engine could not do it ({result.kind}): {result.message}")
+            reason = one_line(f"its engine could not do it {result}")
             return ExecutionFailed(deployment_id, result.execution_id, reason)
         for handle, output in zip(execution.handles, result.outputs, strict=True):
             handle.add_tokens(0, output)

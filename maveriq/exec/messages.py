@@ -154,13 +154,18 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished", forbid
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unknown_fields=True):
     """An execution failed, or loading failed (`execution_id` 0).
 
-    `kind` is one of `out-of-memory`, `unsupported`, `error`. After a failed execution the engine still
-    serves; after a failed load it exits.
+    `kind` is one of `out-of-memory`, `unsupported`, `error`. `device` is the one of `EngineSpec.devices` that lacks
+    memory, "" if unknown. After a failed execution the engine still serves; after a failed load it exits.
     """
 
     execution_id: _Count
     kind: str
     message: str
+    device: str = ""
+
+    def __str__(self) -> str:
+        where = f" on {self.device}" if self.device else ""
+        return f"({self.kind}{where}): {self.message}"
 
 
 class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong", forbid_unknown_fields=True):

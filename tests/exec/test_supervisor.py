@@ -247,6 +247,22 @@ def test_permanent_failures_are_not_retried(kind: str, ends: str) -> None:
     assert harness.details(ends) == [f"its engine could not load ({kind}): no"]
 
 
+def test_the_gpu_that_lacks_memory_is_named_by_its_id_in_the_cluster() -> None:
+    def refuses(engine: FakeEngine, message: ToEngine) -> None:
+        if isinstance(message, Load):
+            engine.reply(Failed(execution_id=0, kind="out-of-memory", message="needs 2 GiB", device="cuda:0"))
+
+    async def script(harness: Harness) -> None:
+        # CUDA counts the visible GPUs in the order of the machine, ranks in the order of the plan.
+        case = EngineCase(backend="fake", model=MODEL)
+        launch_spec = LaunchSpec(spec=case.spec(tp=2, devices=("cuda:1", "cuda:0")), needed={7: 100, 4: 100}, load_s=50)
+        harness.supervisor.start(launch_spec)
+        await asyncio.sleep(0.5)
+
+    harness = run_script(script, refuses)
+    assert harness.details("lost") == ["its engine could not load (out-of-memory on GPU 4): needs 2 GiB"]
+
+
 def test_another_protocol_version_is_refused() -> None:
     async def script(harness: Harness) -> None:
         harness.start()

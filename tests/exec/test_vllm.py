@@ -20,7 +20,6 @@ from external_engine_checks import (
 )
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
-from maveriq.exec.engines.external import as_engine_error
 from maveriq.exec.engines.vllm import VllmEngine, translate
 
 LLAMA_7B = {
@@ -161,23 +160,6 @@ def test_unsupported_configurations_are_refused_before_the_start(changes: dict[s
         translate(spec(**changes), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
     assert message in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (MemoryError(), FailureKind.OUT_OF_MEMORY),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FailureKind.OUT_OF_MEMORY),
-        (ValueError("No available memory for the cache blocks."), FailureKind.OUT_OF_MEMORY),
-        (ValueError("Free memory on device cuda:0 is less than desired"), FailureKind.OUT_OF_MEMORY),
-        (RuntimeError("two\nlines"), FailureKind.ERROR),
-        (EngineError(FailureKind.UNSUPPORTED, "no"), FailureKind.UNSUPPORTED),
-    ],
-)
-def test_exceptions_become_a_failure_kind_and_one_line(error: Exception, kind: FailureKind) -> None:
-    ours = as_engine_error("vllm", error)
-    assert ours.kind is kind
-    assert "\n" not in str(ours)
 
 
 # The engine, against a stand-in for the package

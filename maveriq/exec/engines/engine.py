@@ -26,11 +26,18 @@ class FailureKind(StrEnum):
 
 
 class EngineError(MaveriqError):
-    """An engine cannot load a model or run an execution. The message is one line."""
+    """An engine cannot load a model or run an execution. The message is one line.
 
-    def __init__(self, kind: FailureKind, message: str) -> None:
+    Args:
+        kind: what went wrong.
+        message: why, in one line.
+        device: the device that lacks memory, as in `EngineSpec.devices`; "" if unknown.
+    """
+
+    def __init__(self, kind: FailureKind, message: str, *, device: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.device = device
 
 
 ENDED = -1

@@ -21,6 +21,7 @@ from maveriq.domain.parallel import ParallelConfig, check_layer_split
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
+from maveriq.exec.engines.failures import as_engine_error
 from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.exec.model_files import check_weights
 from maveriq.units import Bytes
@@ -138,26 +139,6 @@ def write_files(files: Mapping[str, str], folder: Path) -> None:
     """Write a translation's files into the model's folder."""
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
-
-
-_OUT_OF_MEMORY_TEXTS = (
-    "out of memory",
-    "no available memory",
-    "free memory on device",
-    "not enough memory",
-    "less than requested",
-)
-
-
-def as_engine_error(engine: str, error: BaseException) -> EngineError:
-    """Return an engine's exception as an `EngineError`; out of memory is recognised by its message alone."""
-    if isinstance(error, EngineError):
-        return error
-    message = " ".join(str(error).split()) or "no message"
-    lower = message.lower()
-    out_of_memory = isinstance(error, MemoryError) or any(text in lower for text in _OUT_OF_MEMORY_TEXTS)
-    kind = FailureKind.OUT_OF_MEMORY if out_of_memory else FailureKind.ERROR
-    return EngineError(kind, f"{engine}: {type(error).__name__}: {message[:500]}")
 
 
 class ExternalEngine(ABC):
