@@ -17,11 +17,15 @@ from maveriq.report.terminal import open_console
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
 _MODEL = "Ask about a model"
 _MAX_DEGREE = 1024
 
 
-def engines(
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
     *,
     model: Annotated[
         str | None,
@@ -75,6 +79,8 @@ def engines(
     With --model: which engines support the configuration, why others do not,
     and the nearest configuration that they support.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     if model is None:
         about_model = {
             "weights": weights, "kv": kv, "tp": tp, "pp": pp, "layer-split": layer_split, "device": device,
