@@ -5,6 +5,7 @@
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ SLOW_MACHINE = (HealthCheck.too_slow,)
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=SLOW_MACHINE)
 settings.register_profile("soak", deadline=None, print_blob=True, suppress_health_check=SLOW_MACHINE)
 settings.load_profile("ci")
+
+# Under nohup, SIGHUP is ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
