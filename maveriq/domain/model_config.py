@@ -364,11 +364,12 @@ def _positions(reader: _Reader) -> tuple[str, int | None]:
     return kind, max(1, int(length * factor))
 
 
-# How a checkpoint's weights are quantised: by `quant_method` and bits, and how maveriq calls such weights.
-_QUANTIZED: Mapping[tuple[str, object], str] = {
-    ("gptq", 4): "int4_gptq",
-    ("awq", 4): "int4",
-    ("compressed-tensors", 4): "int4",
+# How a checkpoint's weights are quantised: by `quant_method` and `_form`, and how maveriq calls such weights.
+_QUANTIZED: Mapping[tuple[str, str], str] = {
+    ("gptq", "4 bits"): "int4_gptq",
+    ("awq", "4 bits"): "int4",
+    ("compressed-tensors", "4 bits"): "int4",
+    ("compressed-tensors", "8 bits"): "int8",
 }
 
 
@@ -383,25 +384,27 @@ def _quantization(config: Config, where: str) -> str:
         return ""
     if not isinstance(given, dict):
         raise InputError(f"{where}: quantization_config must be an object, not {_brief(given)}")
-    method = str(given.get("quant_method"))
-    found = _QUANTIZED.get((method, _bits(given)))
+    method, form = str(given.get("quant_method")), _form(given)
+    found = _QUANTIZED.get((method, form))
     if found is None:
-        bits = _bits(given)
-        how = method if bits is None else f"{method} with {_brief(bits)} bits"
+        how = f"{method} with {form}" if form else method
+        known = ", ".join(f"{known_method} with {known_form}" for known_method, known_form in _QUANTIZED)
         raise InputError(
-            f"{where}: quantization_config: weights quantised by {how[:60]} are not modelled, only those "
-            "by gptq, awq or compressed-tensors with 4 bits"
+            f"{where}: quantization_config: weights quantised by {how[:80]} are not modelled, only those by {known}"
         )
     return found
 
 
-def _bits(quantization: Config) -> object:
+def _form(quantization: Config) -> str:
+    """Return the bits of a quantised weight as text, and whether they are floats or activations are quantised too."""
     bits = quantization.get("bits", quantization.get("w_bit", quantization.get("num_bits")))
     if bits is not None:
-        return bits if isinstance(bits, int) else None
+        return f"{_brief(bits)} bits"
     groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict) and isinstance(weights.get("num_bits"), int):
-            return weights["num_bits"]
-    return None
+            floats = " (floats)" if weights.get("type") == "float" else ""
+            activations = " and quantised activations" if group.get("input_activations") else ""
+            return f"{weights['num_bits']} bits{floats}{activations}"
+    return ""

@@ -46,7 +46,7 @@ def test_uneven_stages_and_random_weights() -> None:
         "max_seq_len": 256,
         "max_input_len": 256,
         "max_num_tokens": 8192,
-        "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": 4 * 256},
+        "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": 4 * (256 + 32)},
         "cuda_graph_config": {"max_batch_size": 4},
     }
     assert set(translation.arguments) <= FIELDS

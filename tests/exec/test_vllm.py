@@ -48,15 +48,18 @@ def test_uneven_stages_and_random_weights() -> None:
         "pipeline_parallel_size": 2,
         "distributed_executor_backend": "mp",
         "max_num_seqs": 4,
+        "max_num_batched_tokens": 8192,
         "max_model_len": 256,
         "kv_cache_dtype": "auto",
         "gpu_memory_utilization": 0.01,
         "enable_prefix_caching": False,
         "enforce_eager": False,
     }
-    # Keys and values of 3 layers, 1 of 2 KV heads with 32 numbers of 2 bytes; 4 sequences of 2 blocks, plus 1 block.
-    assert kv_bytes == 2 * 3 * 1 * 32 * 2 * (4 * 2 + 1) * 128
+    # Keys and values of 3 layers, 1 of 2 KV heads with 32 numbers of 2 bytes; 4 sequences of 2 blocks and a spare one,
+    # plus 1 block.
+    assert kv_bytes == 2 * 3 * 1 * 32 * 2 * (4 * 3 + 1) * 128
     assert translation.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
+    assert translation.environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert json.loads(translation.files["config.json"]) == TINY["llama"]
 
 
@@ -67,20 +70,21 @@ def test_one_stage_has_no_partition_and_one_gpu_has_no_workers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "quantization", "method"),
-    [
-        ("float16", None, None),
-        ("int8", "int8_per_channel_weight_only", None),
-        ("int4", None, "compressed-tensors"),
-        ("int4_gptq", None, "gptq"),
-    ],
-)
-def test_forms_of_weights(weights: str, quantization: str | None, method: str | None) -> None:
+    ("weights", "method", "bits"),
+    [("float16", None, None), ("int8", "compressed-tensors", 8), ("int4", "compressed-tensors", 4),
+     ("int4_gptq", "gptq", 4)],
+)  # fmt: skip
+def test_forms_of_weights(weights: str, method: str | None, bits: int | None) -> None:
     translation = translate(spec(config_json=json.dumps(LLAMA_7B), layer_split=(32,), weights=weights), "/m")
-    assert translation.arguments.get("quantization") == quantization
+    assert "quantization" not in translation.arguments  # int8_per_channel_weight_only leaves dense layers at 16 bits
     written = json.loads(translation.files["config.json"])
-    assert written.get("quantization_config", {}).get("quant_method") == method
-    assert {key: value for key, value in written.items() if key != "quantization_config"} == LLAMA_7B
+    quantization = written.pop("quantization_config", {})
+    assert written == LLAMA_7B
+    assert quantization.get("quant_method") == method
+    [stored_bits] = [group["weights"]["num_bits"] for group in quantization.get("config_groups", {}).values()] or [
+        quantization.get("bits")
+    ]
+    assert stored_bits == bits
 
 
 def test_an_int8_cache_takes_a_byte_per_number_and_a_scale_per_head() -> None:
@@ -90,12 +94,14 @@ def test_an_int8_cache_takes_a_byte_per_number_and_a_scale_per_head() -> None:
 
 
 def test_given_weights_are_used_unchanged(tmp_path: Path) -> None:
-    translation = translate(spec(weights_folder=str(tmp_path), weights="int8"), "/unused")
+    translation = translate(spec(weights_folder=str(tmp_path)), "/unused")
     assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "safetensors")
     assert translation.files == {}
-    with pytest.raises(EngineError, match="are not quantised") as refused:
-        translate(spec(config_json=json.dumps(LLAMA_7B), layer_split=(32,), weights="int4", weights_folder="/w"), "/m")
-    assert refused.value.kind is FailureKind.UNSUPPORTED
+    for weights in ("int8", "int4"):
+        given = spec(config_json=json.dumps(LLAMA_7B), layer_split=(32,), weights=weights, weights_folder="/w")
+        with pytest.raises(EngineError, match=f"to {weights} .* are not quantised") as refused:
+            translate(given, "/m")
+        assert refused.value.kind is FailureKind.UNSUPPORTED
     quantised = {**LLAMA_7B, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     assert (
         translate(
@@ -116,6 +122,11 @@ def test_weights_of_another_quantization_are_refused(weights: str, method: str) 
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
 
+def test_a_step_has_room_for_the_longest_prompt_and_for_a_token_of_each_sequence() -> None:
+    batch = 10_000
+    assert translate(spec(batch_size=batch), "/m").arguments["max_num_batched_tokens"] == batch
+
+
 def test_any_seed_is_valid_for_numpy() -> None:
     assert translate(spec(seed=2**53), "/m").arguments["seed"] < 2**32
 
@@ -124,7 +135,6 @@ def test_on_a_cpu() -> None:
     translation = translate(spec(tp=2, devices=("cpu", "cpu")), "/m", cpus=(0, 1, 2, 5, 6))
     assert (translation.arguments["dtype"], translation.arguments["enforce_eager"]) == ("float32", True)
     assert translation.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,5"
-    assert translate(spec(devices=("cpu",), weights="int8"), "/m").arguments["dtype"] == "bfloat16"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in translate(spec(devices=("cpu",)), "/m", cpus=(0, 1)).environment
 
 
@@ -140,6 +150,7 @@ def test_a_model_without_a_context_length_gets_the_default() -> None:
     [
         ({"tp": 3}, "the nearest it can run: TP 1 x PP 3 float16"),
         ({"pp": 2, "layer_split": (2, 2), "devices": ("cpu", "cpu")}, "PP 2 is more than its 1"),
+        ({"weights": "int8", "devices": ("cpu",)}, "on a CPU it stores llama weights as float16, not int8"),
         ({"layer_split": (5,)}, "must add up to 4 layers"),
         ({"weights": "int3"}, "int3"),
         ({"devices": ("tpu:0",)}, "tpu"),

@@ -99,11 +99,11 @@ def test_two_shards_give_the_tokens_of_one(engine: VllmEngine, tmp_path: Path) -
     assert [[step[k] for step in steps if step[k] != -1] for k in range(len(PROMPTS))] == expected
 
 
-def test_it_runs_outside_the_main_thread_with_int8_weights(engine: VllmEngine) -> None:
+def test_it_runs_outside_the_main_thread(engine: VllmEngine) -> None:
     steps: list[Any] = []
 
     def run() -> None:
-        engine.load(spec(devices=("cpu",), batch_size=3, weights="int8"))
+        engine.load(spec(devices=("cpu",), batch_size=3))
         steps.extend(engine.generate(generate_work()))
 
     thread = threading.Thread(target=run)

@@ -29,6 +29,12 @@ def read(config: object) -> ModelSpec:
     return model_from_hf_config(text, name="mine", where="config.json")
 
 
+def compressed(activations: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint of compressed-tensors."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in keys}
 
@@ -82,6 +88,8 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
         (without(LLAMA, "max_position_embeddings"), {"context_tokens": None}),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, {"quantization": "int4_gptq"}),
         ({**LLAMA, "quantization_config": {"quant_method": "awq", "w_bit": 4}}, {"quantization": "int4"}),
+        ({**LLAMA, "quantization_config": compressed(num_bits=4, type="int")}, {"quantization": "int4"}),
+        ({**LLAMA, "quantization_config": compressed(num_bits=8, type="int")}, {"quantization": "int8"}),
     ],
 )  # fmt: skip
 def test_families_and_their_keys(config: dict[str, Any], shape: dict[str, Any]) -> None:
@@ -127,6 +135,11 @@ def test_families_and_their_keys(config: dict[str, Any], shape: dict[str, Any]) 
         ({"vision_config": {"depth": 27}}, "a multimodal configuration (vision_config)"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weights quantised by fp8 are not modelled"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq with 3 bits"),
+        ({"quantization_config": compressed(num_bits=8, type="float")}, "compressed-tensors with 8 bits (floats)"),
+        (
+            {"quantization_config": compressed(num_bits=8, type="int", activations={"num_bits": 8})},
+            "compressed-tensors with 8 bits and quantised activations",
+        ),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
         ({"quantization_config": "gptq"}, "quantization_config must be an object"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide the 8 attention heads"),

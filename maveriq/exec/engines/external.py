@@ -29,6 +29,7 @@ from maveriq.units import Bytes
 MAX_SEQUENCE_TOKENS = 4096
 """KV cache capacity for one sequence (prompt and output); less if the model's context is shorter."""
 
+_STEP_TOKENS = 8192
 _DEFAULT_CONTEXT_TOKENS = 2048  # for configurations without a context length, such as falcon's
 
 
@@ -61,6 +62,24 @@ class EngineRequirements:
     def sequence_tokens(self) -> int:
         """KV cache capacity for one sequence, in tokens."""
         return min(self.model.context_tokens or _DEFAULT_CONTEXT_TOKENS, MAX_SEQUENCE_TOKENS)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step may compute, so that a prompt takes as many steps on every engine and kind of GPU.
+
+        The default of vLLM depends on how it is started, that of TensorRT-LLM is this.
+        """
+        return max(_STEP_TOKENS, self.sequence_tokens, self.spec.batch_size)
+
+    def kv_blocks(self, block_tokens: int) -> int:
+        """Return the KV blocks for a batch of the longest sequences, with a spare block for each.
+
+        Engines reserve the slots of a sequence's next tokens while its last ones are computed.
+
+        Args:
+            block_tokens: tokens of a block.
+        """
+        return self.spec.batch_size * (-(-self.sequence_tokens // block_tokens) + 1)
 
     @property
     def checkpoint_quantisation(self) -> str | None:

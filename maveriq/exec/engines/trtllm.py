@@ -32,7 +32,6 @@ from maveriq.exec.model_files import read_model_file
 NAME = "trtllm"
 
 _BLOCK_TOKENS = 32
-_MIN_BATCHED_TOKENS = 8192  # the default of TensorRT-LLM, raised only for longer prompts
 _ALGORITHMS = {WeightType.INT8: "W8A16", WeightType.INT4: "W4A16"}  # weight-only, one scale per channel
 _CHECKPOINT_ALGORITHMS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.FLOAT16: (None,),
@@ -58,7 +57,6 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
     if has_checkpoint:
         _check_checkpoint(requirements)
     sequence_tokens = requirements.sequence_tokens
-    blocks = spec.batch_size * -(-sequence_tokens // _BLOCK_TOKENS)
     arguments: dict[str, Any] = {
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
@@ -69,9 +67,13 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
         "max_batch_size": spec.batch_size,
         "max_seq_len": sequence_tokens,
         "max_input_len": sequence_tokens,  # the default is 1024
-        "max_num_tokens": max(_MIN_BATCHED_TOKENS, sequence_tokens),
+        "max_num_tokens": requirements.step_tokens,
         # The KV type follows the activations. Without block reuse a repeated prompt takes as long as the first time.
-        "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": blocks * _BLOCK_TOKENS},
+        "kv_cache_config": {
+            "dtype": "auto",
+            "enable_block_reuse": False,
+            "max_tokens": requirements.kv_blocks(_BLOCK_TOKENS) * _BLOCK_TOKENS,
+        },
         "cuda_graph_config": {"max_batch_size": spec.batch_size},
     }
     if spec.pp > 1:

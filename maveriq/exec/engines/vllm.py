@@ -31,23 +31,26 @@ _SCALE_BYTES = 4
 _GROUP_SIZE = 128
 _SEED_LIMIT = 2**32  # vLLM also seeds numpy, which accepts no larger seed
 
-# vLLM quantises these weights while it loads them.
-_ONLINE_QUANTISATION = {WeightType.INT8: "int8_per_channel_weight_only"}
 _KV_CACHE_DTYPE = {KvType.NATIVE: "auto", KvType.INT8: "int8_per_token_head"}
-# These weights must be quantised in the checkpoint; random weights get this `quantization_config`.
-_CHECKPOINT_QUANTISATION: Mapping[WeightType, Mapping[str, Any]] = {
-    WeightType.INT4: {
+
+
+def _pack_quantized(bits: int) -> Mapping[str, Any]:
+    """Return the `quantization_config` of weights with one scale per output channel."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"},
-            }
-        },
-    },
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+
+# These weights must be quantised in the checkpoint; random weights get this `quantization_config`. What vLLM calls
+# `int8_per_channel_weight_only` quantises the experts of a mixture alone and leaves all other layers at 16 bits.
+_CHECKPOINT_QUANTISATION: Mapping[WeightType, Mapping[str, Any]] = {
+    WeightType.INT8: _pack_quantized(8),
+    WeightType.INT4: _pack_quantized(4),
     WeightType.INT4_GPTQ: {
         "quant_method": "gptq",
         "bits": 4,
@@ -61,7 +64,7 @@ _CHECKPOINT_QUANTISATION: Mapping[WeightType, Mapping[str, Any]] = {
 # The `quant_method` that a checkpoint may have.
 _CHECKPOINT_METHODS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.FLOAT16: (None,),
-    WeightType.INT8: (None,),
+    WeightType.INT8: ("compressed-tensors",),
     WeightType.INT4: ("compressed-tensors", "awq"),
     WeightType.INT4_GPTQ: ("gptq",),
 }
@@ -92,6 +95,7 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
         "tensor_parallel_size": spec.tp,
         "pipeline_parallel_size": spec.pp,
         "max_num_seqs": spec.batch_size,
+        "max_num_batched_tokens": requirements.step_tokens,
         "max_model_len": requirements.sequence_tokens,
         "kv_cache_dtype": _KV_CACHE_DTYPE[cfg.kv],
         # A fixed size: engines share GPUs, and by default vLLM takes a share of the whole GPU.
@@ -102,8 +106,6 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     }
     if cfg.gpus > 1:
         arguments["distributed_executor_backend"] = "mp"
-    if cfg.weights in _ONLINE_QUANTISATION:
-        arguments["quantization"] = _ONLINE_QUANTISATION[cfg.weights]
     files = (
         {}
         if has_checkpoint
@@ -129,27 +131,25 @@ def _check_checkpoint(requirements: EngineRequirements) -> None:
 
 
 def _dtype(requirements: EngineRequirements) -> str:
-    if requirements.device is Device.CUDA:
-        return "float16"
-    # CPUs compute in float32, but the kernel for int8 weights needs bfloat16.
-    return "bfloat16" if requirements.configuration.weights is WeightType.INT8 else "float32"
+    return "float16" if requirements.device is Device.CUDA else "float32"  # CPUs without AVX-512 are slow in 16 bits
 
 
 def _kv_bytes(requirements: EngineRequirements) -> Bytes:
-    """Return the KV cache size per GPU: whole blocks for each sequence of a batch, and one that vLLM keeps empty."""
+    """Return the KV cache size per GPU: the blocks of a batch, and one that vLLM keeps empty."""
     int8 = requirements.configuration.kv is KvType.INT8
     native_bytes = 4 if _dtype(requirements) == "float32" else 2
     per_token = requirements.kv_bytes_per_token(
         element_bytes=1 if int8 else native_bytes, per_head_bytes=_SCALE_BYTES if int8 else 0
     )
-    blocks = requirements.spec.batch_size * -(-requirements.sequence_tokens // _BLOCK_TOKENS) + 1
-    return blocks * _BLOCK_TOKENS * per_token
+    return (requirements.kv_blocks(_BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * per_token
 
 
 def _environment(requirements: EngineRequirements, cpus: tuple[int, ...]) -> dict[str, str]:
     cfg = requirements.configuration
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the core in this process, so that its exceptions arrive unchanged
+        # A forked worker inherits the threads' locks of this process, and CUDA where it is initialised.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
