@@ -91,8 +91,11 @@ class StartedEngine:
             received.append(await self.receive())
         return received
 
-    async def load(self) -> Loaded:
+    def send_load(self) -> None:
         self.send(Load(spec=self.spec))
+
+    async def load(self) -> Loaded:
+        self.send_load()
         return await self.receive(Loaded)
 
     async def wait_until_closed(self) -> None:

@@ -102,6 +102,18 @@ def test_another_failure_is_described_with_its_cause() -> None:
     assert str(as_engine_error("trtllm", suppressed)) == "trtllm: RuntimeError: shown"
 
 
+def test_what_workers_printed_counts_where_the_exception_says_nothing() -> None:
+    error = RuntimeError("WorkerProc initialization failed")
+    printed = ["ValueError: the first", f"torch.OutOfMemoryError: {CUDA_OUT_OF_MEMORY}", "RuntimeError: closed by peer"]
+    found = as_engine_error("vllm", error, printed=printed)
+    assert (found.kind, found.device) == (FailureKind.OUT_OF_MEMORY, "cuda:3")
+    assert as_engine_error("vllm", error, printed=["MemoryError"]).kind is FailureKind.OUT_OF_MEMORY
+    found = as_engine_error("vllm", error, printed=printed[::2])
+    assert str(found) == "vllm: RuntimeError: WorkerProc initialization failed; caused by ValueError: the first"
+    known = raised(OutOfMemoryError(CUDA_OUT_OF_MEMORY.replace("GPU 3", "GPU 5")), error, by="cause")
+    assert as_engine_error("vllm", known, printed=printed).device == "cuda:5"
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

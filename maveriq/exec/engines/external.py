@@ -22,6 +22,7 @@ from maveriq.errors import InputError
 from maveriq.exec.capabilities import Device, why_not
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
 from maveriq.exec.engines.failures import as_engine_error
+from maveriq.exec.engines.worker_log import WorkerLog
 from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
 from maveriq.exec.model_files import check_weights
 from maveriq.units import Bytes
@@ -177,11 +178,12 @@ class ExternalEngine(ABC):
             except InputError as error:
                 raise EngineError(FailureKind.UNSUPPORTED, f"{self.name}: {error}") from None
         self._folder = Path(tempfile.mkdtemp(prefix=f"maveriq-{self.name}-"))
+        log = WorkerLog()
         try:
             return self._load(spec, self._folder)
         except Exception as error:
             self.close()
-            raise as_engine_error(self.name, error) from error
+            raise as_engine_error(self.name, error, printed=log.exceptions()) from error
 
     def generate(self, batch: Generate) -> Iterator[Step]:
         """Yield the steps of an execution; see `Engine.generate`."""

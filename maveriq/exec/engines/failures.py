@@ -1,13 +1,14 @@
 """Exceptions of other projects' engines as `EngineError`: the kind of failure, and one line that explains it.
 
-Engines wrap the exception of a worker in others, so the whole chain is searched. Out of memory is recognised by text:
+Engines wrap the exception of a worker in others, so the whole chain is searched, and then what the workers printed
+(`maveriq.exec.engines.worker_log`). Out of memory is recognised by text:
 CUDA, NCCL and the engines' C++ parts raise it as a plain `RuntimeError`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
 
@@ -48,21 +49,28 @@ _SHORTAGES = (
 _MAX_MESSAGE_LENGTH = 500
 
 
-def as_engine_error(engine: str, error: BaseException) -> EngineError:
+def as_engine_error(engine: str, error: BaseException, *, printed: Sequence[str] = ()) -> EngineError:
     """Return an engine's exception as an `EngineError`.
 
-    Out of memory anywhere in the chain of causes and contexts is the reason. Its message begins with the sizes that are
-    needed and free, and `EngineError.device` names the GPU, where the exception has them. Any other failure is
-    described by the exception and the one that caused it.
+    Out of memory anywhere in the chain of causes and contexts, or else in what the workers printed, is the reason. Its
+    message begins with the sizes that are needed and free, and `EngineError.device` names the GPU, where the exception
+    has them. Any other failure is described by the exception and the one that caused it.
+
+    Args:
+        engine: the engine's name, for the message.
+        error: the exception.
+        printed: exceptions that the engine's workers printed, as `type: message`, in order.
     """
     if isinstance(error, EngineError):
         return error
-    chain = list(_chain(error))
-    if shortages := [link for link in chain if is_out_of_memory(link)]:
+    shortages = [_text(link) for link in _chain(error) if is_out_of_memory(link)]
+    shortages = shortages or [text for text in printed if _is_shortage(text)]
+    if shortages:
         return _out_of_memory(engine, shortages)
-    text = _text(error)
-    if (cause := _root_cause(error)) is not error:
-        text = f"{text[: _MAX_MESSAGE_LENGTH // 2]}; caused by {_text(cause)}"
+    text, root = _text(error), _root_cause(error)
+    cause = _text(root) if root is not error else next(iter(printed), text)
+    if cause != text:
+        text = f"{text[: _MAX_MESSAGE_LENGTH // 2]}; caused by {cause}"
     return EngineError(FailureKind.ERROR, f"{engine}: {text[:_MAX_MESSAGE_LENGTH]}")
 
 
@@ -77,10 +85,14 @@ def means_out_of_memory(message: str) -> bool:
     return any(text in lower for text in _OUT_OF_MEMORY_TEXTS)
 
 
-def _out_of_memory(engine: str, shortages: list[BaseException]) -> EngineError:
-    """Return the error for exceptions that report a shortage; the first with sizes counts, else the innermost."""
-    for error in shortages:
-        text = _text(error)
+def _is_shortage(printed: str) -> bool:
+    """Say whether an exception that was printed as `type: message` reports that memory ran out."""
+    return printed.partition(":")[0].endswith("MemoryError") or means_out_of_memory(printed)
+
+
+def _out_of_memory(engine: str, shortages: list[str]) -> EngineError:
+    """Return the error for exceptions that report a shortage; the first with sizes counts, else the last."""
+    for text in shortages:
         for pattern in _SHORTAGES:
             if found := pattern.search(text):
                 known = found.groupdict()
@@ -89,7 +101,7 @@ def _out_of_memory(engine: str, shortages: list[BaseException]) -> EngineError:
                 device = f"cuda:{known['gpu']}" if known.get("gpu") else ""
                 message = f"{engine}: {sizes} ({text[:_MAX_MESSAGE_LENGTH]})"
                 return EngineError(FailureKind.OUT_OF_MEMORY, message, device=device)
-    return EngineError(FailureKind.OUT_OF_MEMORY, f"{engine}: {_text(shortages[-1])[:_MAX_MESSAGE_LENGTH]}")
+    return EngineError(FailureKind.OUT_OF_MEMORY, f"{engine}: {shortages[-1][:_MAX_MESSAGE_LENGTH]}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
