@@ -8,15 +8,14 @@ from __future__ import annotations
 import csv
 import math
 import re
-import tomllib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from maveriq.compat import StrEnum
 from maveriq.errors import InputError, did_you_mean
 from maveriq.input_files import read_lines, read_text
 from maveriq.text import unprotect_cell
@@ -36,6 +35,8 @@ def read_toml(path: Path, shape: type[T], *, what: str) -> T:
     Raises:
         InputError: invalid TOML, an unknown key, a missing key, or a value of the wrong type or range.
     """
+    import tomllib  # late: an engine's process may run on Python 3.10, which has none
+
     text = read_text(path, what=what, max_bytes=_MAX_TOML_BYTES)
     try:
         return msgspec.convert(tomllib.loads(text), shape)

@@ -112,10 +112,10 @@ class StartedEngine:
 
 @asynccontextmanager
 async def started_engine(
-    case: EngineCase, folder: Path, *, load: bool = True, **spec: Any
+    case: EngineCase, folder: Path, *, load: bool = True, python: Path | None = None, **spec: Any
 ) -> AsyncIterator[StartedEngine]:
     """Start an engine process, load its model unless `load` is False, and kill it at the end."""
-    with ProcessLauncher(case.backend, logs=folder, environment=environment()) as launcher:
+    with ProcessLauncher(case.backend, logs=folder, environment=environment(), python=python) as launcher:
         requested = case.spec(**spec)
         connection = await launcher.launch(requested, range(requested.tp * requested.pp))
         try:

@@ -11,7 +11,8 @@ import typer
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import LayerSplit, ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.exec.capabilities import Device, installed, known_engines, this_machine, why_not
+from maveriq.exec.capabilities import installed, known_engines, this_machine, why_not
+from maveriq.exec.device import Device
 from maveriq.report.engines import answers_json, answers_table, installed_table, matrix_json, matrix_table
 from maveriq.report.terminal import open_console
 

@@ -19,7 +19,8 @@ from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.exec.capabilities import Device, why_not
+from maveriq.exec.capabilities import why_not
+from maveriq.exec.device import Device
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.local_machine import EMULATED, LocalMachine
 from maveriq.exec.model_files import ModelFiles

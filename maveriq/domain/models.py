@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from functools import cache
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from maveriq.compat import StrEnum
 from maveriq.domain.model_config import parse_config, read_shape
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import data_path, exists, is_folder, read_regular_text

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cache
 from importlib import metadata
 from itertools import product
@@ -24,7 +23,13 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.estimator import Estimator, ServiceEstimate
+from maveriq.exec.device import Device
+from maveriq.exec.engines import trtllm, vllm
+from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.external import read_spec
+from maveriq.exec.engines.torch.config import read_decoder_config
 from maveriq.exec.gpus import GpuIdentity, NvmlMeter
+from maveriq.exec.messages import EngineSpec
 from maveriq.files import data_path
 from maveriq.tables import read_toml
 from maveriq.units import Bytes
@@ -35,28 +40,6 @@ ANY = "*"
 _TORCH = "torch"
 
 _Bound = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class Device(StrEnum):
-    """What an engine computes on."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-
-    @classmethod
-    def named(cls, text: str) -> Device:
-        """Return the kind of a device such as `cuda:0`.
-
-        Raises:
-            UnknownNameError: it is none.
-        """
-        try:
-            return cls(text.partition(":")[0])
-        except ValueError:
-            raise UnknownNameError("device", text, [device.value for device in cls]) from None
-
-    def __str__(self) -> str:
-        return {Device.CUDA: "a CUDA GPU", Device.CPU: "a CPU"}[self]
 
 
 class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,9 +105,6 @@ def unsupported_by(name: str, model: ModelSpec, cfg: ParallelConfig, device: Dev
 @cache
 def _unreadable_by_torch(config_json: str) -> str | None:
     """Return why the torch engine would refuse a `config.json` while loading, None if it would not."""
-    from maveriq.exec.engines.engine import EngineError  # late: engines ask this module what they can do
-    from maveriq.exec.engines.torch.config import read_decoder_config
-
     try:
         read_decoder_config(config_json)
     except EngineError as error:
@@ -294,8 +274,6 @@ def installed(engine: str, machine: Machine) -> Installed:
     Raises:
         UnknownNameError: no such engine.
     """
-    from maveriq.exec.engines import trtllm, vllm  # late: both import this module
-
     facts = engine_facts(engine)
     versions = {name: version for name in facts.packages if (version := _version(name))}
     if not facts.started:
@@ -369,6 +347,26 @@ def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device
         return None
     near = nearest(model, asked, lambda candidate: unsupported_by(engine, model, candidate, device) is None)
     return Refusal(engine=engine, model=model, asked=asked, reason=reason, nearest=near)
+
+
+_READS_SPECS_ITSELF = ("emulated", _TORCH)  # and so do engines that are not in the matrix
+
+
+def check_spec(engine: str, spec: EngineSpec) -> None:
+    """Check that an engine of another project supports what it is to load.
+
+    A policy asks before the layer split is known (`SupportedByEngine`), so the launcher asks again. The engine's own
+    process does not: it may run in an interpreter that cannot read the matrix (docs/decisions/0014).
+
+    Raises:
+        EngineError: the engine does not support it, or the spec cannot be read.
+    """
+    if engine not in known_engines() or engine in _READS_SPECS_ITSELF:
+        return
+    requirements = read_spec(engine, spec)
+    refusal = why_not(engine, requirements.model, requirements.configuration, requirements.device)
+    if refusal is not None:
+        raise EngineError(FailureKind.UNSUPPORTED, str(refusal))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

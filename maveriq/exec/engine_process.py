@@ -354,7 +354,7 @@ class EngineProcess:
         except TimeoutError:
             self._exit(ExitReason(reason=self._watchdog.start_timeout_reason()))
         except LaunchError as error:
-            self._exit(ExitReason(reason=str(error)))
+            self._exit(ExitReason(reason=str(error), retryable=error.retryable))
 
     async def _receive(self, connection: EngineConnection) -> None:
         try:

@@ -17,18 +17,30 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, TypeAlias
 
 from maveriq.errors import MaveriqError, cannot_write
+from maveriq.exec.capabilities import check_spec
+from maveriq.exec.engines.engine import EngineError
+from maveriq.exec.engines.interpreter import module_command
 from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
 from maveriq.exec.scratch_folder import ScratchFolder
 
-_PACKAGE_ROOT = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[1]
 _NOT_INHERITED = ("MAVERIQ_TOKEN",)  # the token of the service: engines run code and files of others
 
 ToEngineChannel: TypeAlias = Channel[ToEngine, FromEngine]
 
 
 class LaunchError(MaveriqError):
-    """An engine's process could not be started, or exited before it connected."""
+    """An engine's process could not be started, or exited before it connected.
+
+    Args:
+        message: why, in one line.
+        retryable: False where another start cannot help.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
 class EngineConnection(Protocol):
@@ -82,23 +94,34 @@ class ProcessLauncher:
         logs: an existing folder for the output of engines, one file each.
         devices: the devices behind the cluster's GPUs.
         environment: the environment that engines inherit, without the service's token; None for that of this process.
+        python: the interpreter that runs engines; None for the one of this process. Another one sees no package of this
+            environment but maveriq itself, and inherits no PYTHONPATH.
 
     Raises:
         MaveriqError: the folder for the sockets cannot be created.
     """
 
     def __init__(
-        self, backend: str, *, logs: Path, devices: Devices | None = None, environment: Mapping[str, str] | None = None
+        self,
+        backend: str,
+        *,
+        logs: Path,
+        devices: Devices | None = None,
+        environment: Mapping[str, str] | None = None,
+        python: Path | None = None,
     ) -> None:
         self._backend = backend
         self._logs = logs
         self._devices = devices or Devices()
         inherited = os.environ if environment is None else environment
         self._environment = {name: value for name, value in inherited.items() if name not in _NOT_INHERITED}
+        self._python = python
         try:
             self._sockets = ScratchFolder("maveriq-engines-")  # a short path: sockets allow about 100 bytes
+            import_path = _folder_with_package_only(self._sockets.path)
         except OSError as error:
             raise cannot_write("the folder of temporary files", error) from None
+        self._environment |= _python_environment(self._environment, import_path, python)
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +131,10 @@ class ProcessLauncher:
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
         """Start an engine's process; see `Launcher`."""
+        try:
+            check_spec(self._backend, spec)
+        except EngineError as error:
+            raise LaunchError(f"its engine cannot load ({error.kind}): {error}", retryable=False) from None
         path = self._sockets.path / f"{spec.deployment_id}-{spec.generation}"
         log = EngineLog(self._logs, spec)
         connected: asyncio.Future[ToEngineChannel] = asyncio.get_running_loop().create_future()
@@ -147,20 +174,10 @@ class ProcessLauncher:
         raise LaunchError(f"{reason}: {output}" if output else reason)
 
     async def _spawn(self, path: Path, log: EngineLog, visible: Sequence[str]) -> asyncio.subprocess.Process:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "maveriq.exec.engine_server",
-            "--socket",
-            str(path),
-            "--backend",
-            self._backend,
-        ]
-        python_path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), self._environment.get("PYTHONPATH", "")]))
+        command = module_command(str(self._python or sys.executable), "maveriq.exec.engine_server")
+        command += ["--socket", str(path), "--backend", self._backend]
         # Libraries read CUDA_VISIBLE_DEVICES once, when they are imported, so it is set before the process starts.
         environment = self._environment | {
-            "PYTHONPATH": python_path,
             "CUDA_VISIBLE_DEVICES": ",".join(visible),
             # Temporary files of killed engines are removed together with the sockets.
             "TMPDIR": str(self._sockets.path),
@@ -177,6 +194,27 @@ class ProcessLauncher:
                 )
         except OSError as error:
             raise LaunchError(f"its process cannot be started: {error.strerror or error}") from None
+
+
+def _folder_with_package_only(scratch: Path) -> Path:
+    """Make a folder that holds a link to this package and nothing else, for the import path of engines.
+
+    The folder that the package is in also holds the libraries of this environment. They must not hide those of another
+    interpreter (docs/decisions/0014).
+    """
+    folder = scratch / "path"
+    folder.mkdir()
+    (folder / _PACKAGE.name).symlink_to(_PACKAGE, target_is_directory=True)
+    return folder
+
+
+def _python_environment(inherited: Mapping[str, str], import_path: Path, python: Path | None) -> dict[str, str]:
+    """Return the variables that tell an engine's interpreter where modules and programs are."""
+    if python is None:
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [str(import_path), inherited.get("PYTHONPATH", "")]))}
+    # As in an activated environment: engines call programs, such as ninja, that lie beside the interpreter.
+    programs = os.pathsep.join(filter(None, [str(python.parent), inherited.get("PATH", "")]))
+    return {"PYTHONPATH": str(import_path), "PYTHONHOME": "", "PATH": programs}
 
 
 class ProcessConnection:

@@ -9,7 +9,8 @@ from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.exec import gpus
-from maveriq.exec.capabilities import Device, SupportedByEngine, installed, this_machine
+from maveriq.exec.capabilities import SupportedByEngine, installed, this_machine
+from maveriq.exec.device import Device
 from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.gpu_sampling import GpuSampler

@@ -9,7 +9,8 @@ import msgspec
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.exec.capabilities import CapabilityRow, Device, EngineFacts, Installed, Machine, Refusal
+from maveriq.exec.capabilities import CapabilityRow, EngineFacts, Installed, Machine, Refusal
+from maveriq.exec.device import Device
 from maveriq.report.formatting import NONE
 from maveriq.report.view import Column, Row, Table, Text, row
 from maveriq.units import gib

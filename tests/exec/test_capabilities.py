@@ -19,7 +19,6 @@ from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import make_estimator
 from maveriq.exec.capabilities import (
     ANY,
-    Device,
     Refusal,
     SupportedByEngine,
     distance,
@@ -29,6 +28,7 @@ from maveriq.exec.capabilities import (
     unsupported_by,
     why_not,
 )
+from maveriq.exec.device import Device
 from maveriq.policy.configuration import rank
 
 FLOAT16, INT8, INT4, GPTQ = WeightType

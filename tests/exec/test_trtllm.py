@@ -20,6 +20,7 @@ from external_engine_checks import (
 )
 
 from maveriq.errors import InputError
+from maveriq.exec.capabilities import check_spec
 from maveriq.exec.engines import trtllm
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, translate
@@ -108,7 +109,7 @@ def test_unsupported_configurations_are_refused_before_the_start(
     family: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(EngineError, match=message) as refused:
-        translate(spec(family, **changes), "/m")
+        check_spec("trtllm", spec(family, **changes))
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
 

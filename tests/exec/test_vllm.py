@@ -19,6 +19,7 @@ from external_engine_checks import (
     check_that_the_folder_goes_even_if_the_engine_will_not,
 )
 
+from maveriq.exec.capabilities import check_spec
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.vllm import VllmEngine, translate
 
@@ -118,7 +119,7 @@ def test_weights_of_another_quantization_are_refused(weights: str, method: str) 
     config = json.dumps({**LLAMA_7B, "quantization_config": {"quant_method": method, "bits": 4}})
     stored = {"gptq": "int4_gptq", "awq": "int4"}[method]
     with pytest.raises(EngineError, match=f"its checkpoint holds {stored} weights .*, not {weights};") as refused:
-        translate(spec(config_json=config, layer_split=(32,), weights=weights, weights_folder="/w"), "/m")
+        check_spec("vllm", spec(config_json=config, layer_split=(32,), weights=weights, weights_folder="/w"))
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
 
@@ -168,7 +169,7 @@ def test_a_model_without_a_context_length_gets_the_default() -> None:
 )
 def test_unsupported_configurations_are_refused_before_the_start(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineError) as refused:
-        translate(spec(**changes), "/m")
+        check_spec("vllm", spec(**changes))
     assert refused.value.kind is FailureKind.UNSUPPORTED
     assert message in str(refused.value)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import StrEnum
 from importlib import import_module
 from typing import Protocol, TypeAlias, cast
 
+from maveriq.compat import StrEnum
 from maveriq.errors import MaveriqError, UnknownNameError
 from maveriq.exec.messages import EngineSpec, Generate, Loaded
 

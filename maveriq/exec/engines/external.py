@@ -19,7 +19,7 @@ from maveriq.domain.model_config import parse_config
 from maveriq.domain.models import KvType, ModelSpec, WeightType, model_from_hf_config
 from maveriq.domain.parallel import ParallelConfig, check_layer_split
 from maveriq.errors import InputError
-from maveriq.exec.capabilities import Device, why_not
+from maveriq.exec.device import Device
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
 from maveriq.exec.engines.failures import as_engine_error
 from maveriq.exec.engines.worker_log import WorkerLog
@@ -108,10 +108,12 @@ class EngineRequirements:
 
 
 def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
-    """Parse a spec and check that the engine supports it.
+    """Parse a spec and check that it is consistent.
+
+    Whether the engine supports it is checked before the process starts (`maveriq.exec.capabilities.check_spec`).
 
     Raises:
-        EngineError: the engine does not support it, or it is inconsistent.
+        EngineError: it cannot be read, or it is inconsistent.
     """
     try:
         where = f"configuration of {spec.model}"
@@ -126,12 +128,9 @@ def read_spec(engine: str, spec: EngineSpec) -> EngineRequirements:
             batch_size=spec.batch_size,
         )
         device = Device.named(spec.devices[0] if spec.devices else "")
-        check_layer_split(spec.layer_split, spec.pp)
-        refusal = why_not(engine, model, configuration, device)
+        check_layer_split(spec.layer_split, spec.pp, model.layers)
     except (InputError, ValueError) as error:
         raise EngineError(FailureKind.UNSUPPORTED, f"{engine}: {error}") from None
-    if refusal is not None:
-        raise EngineError(FailureKind.UNSUPPORTED, str(refusal))
     expected_devices = tuple(f"cuda:{rank}" for rank in range(configuration.gpus))
     if device is Device.CUDA and spec.devices != expected_devices:
         raise EngineError(

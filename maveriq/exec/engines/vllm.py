@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maveriq.domain.models import KvType, WeightType
-from maveriq.exec.capabilities import Device
+from maveriq.exec.device import Device
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step, StepAligner
 from maveriq.exec.engines.external import (
     EngineRequirements,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, NoReturn
 
+from maveriq.compat import StrEnum
 from maveriq.domain.model_config import (
     Shape,
     family_name,

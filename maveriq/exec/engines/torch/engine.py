@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from maveriq.errors import MaveriqError
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
+from maveriq.exec.engines.interpreter import module_command
 from maveriq.exec.engines.torch.config import check_split, raise_unsupported, read_decoder_config
 from maveriq.exec.engines.torch.messages import (
     FROM_RANK,
@@ -107,8 +108,7 @@ class RankProcesses:
         ours, theirs = socket.socketpair()
         self._channels.append(ours)
         with theirs:
-            # -P: do not import modules from the current folder.
-            command = [sys.executable, "-P", "-m", "maveriq.exec.engines.torch.rank", str(theirs.fileno())]
+            command = [*module_command(sys.executable, "maveriq.exec.engines.torch.rank"), str(theirs.fileno())]
             process = subprocess.Popen(  # noqa: S603 - our own module
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment(len(spec.devices))
             )

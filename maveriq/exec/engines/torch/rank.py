@@ -170,11 +170,11 @@ def _weight_source(spec: EngineSpec, arch: DecoderConfig, device: torch.device, 
     return RandomWeights(seed=spec.seed, initializer_range=arch.initializer_range, device=device, dtype=dtype)
 
 
-def main(argument: str) -> None:
-    """Serve the engine at the other end of a socket until it closes the socket."""
+def main() -> None:
+    """Serve the engine at the other end of the socket, named by the only argument, until it closes the socket."""
     # Ctrl-C reaches the whole process group; the executor handles it and stops its engines.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = socket.socket(fileno=int(argument))
+    channel = socket.socket(fileno=int(sys.argv[1]))
     inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
     try:
@@ -223,4 +223,4 @@ def _fail(channel: socket.socket, kind: str, message: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
