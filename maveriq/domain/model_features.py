@@ -1,7 +1,6 @@
 """What a `config.json` may describe that maveriq does not model, recognised by key and by family.
 
-maveriq models decoders of equal layers with full attention over one KV cache per layer. Anything else has other
-weights, another KV cache or other operations than its shape suggests, so it is refused by name.
+It has other weights, another KV cache or other operations than the keys that are read suggest: it is refused by name.
 """
 
 from __future__ import annotations
@@ -12,7 +11,15 @@ from typing import Any, TypeAlias
 
 _Config: TypeAlias = Mapping[str, Any]
 
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config")
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "language_model_config")
+"""The keys under which a multimodal configuration has its decoder."""
+
+EXPERT_KEYS = (
+    "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts", "num_moe_experts",
+    "moe_num_routed_experts",
+)  # fmt: skip
+"""The keys that say how many experts a layer has."""
+
 _OTHER_PARTS = re.compile(r"(vision|visual|audio|speech|image|video)\w*_config")
 _ENCODERS = re.compile(
     r"(.*[-_])?(bert|bert-generation|roberta|xlm-roberta|xlm-roberta-xl|distilbert|albert|camembert|deberta|deberta-v2|"
@@ -36,18 +43,15 @@ _OTHER_TASKS = re.compile(
     r"\w+For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|ImageClassification)"
 )
 _EXPERTS = re.compile(r"moe|moe_\w+|\w+_moe|\w*experts?(_\w+)?")
-_NUMBER_OF_EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_|moe_|total_)?experts|expert_(num|count)")
-_LATENT_ATTENTION = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_SHARED_KV = ("num_kv_shared_layers", "use_cla", "cla_share_factor", "share_kv", "kv_share", "num_kv_reuse_layers")
+_OTHER_ATTENTION = {
+    "a KV cache shared by layers": (
+        "num_kv_shared_layers", "use_cla", "cla_share_factor", "share_kv", "kv_share", "num_kv_reuse_layers",
+    ),
+    "sparse attention by an indexer": ("index_topk", "index_n_heads", "index_head_dim", "sparse_attention_config"),
+    "compressed attention": ("compress_ratios", "o_lora_rank", "hc_mult"),
+}  # fmt: skip
+_OTHER_EXPERTS = ("moe_latent_size", "zero_expert_num", "use_double_wide_mlp", "use_mixed_mlp_moe")
 _UNEQUAL_LAYERS = ("block_configs", "num_key_value_heads_per_layer", "num_query_heads", "ffn_multipliers")
-_WINDOWS = (
-    "sliding_window",
-    "sliding_window_size",
-    "attention_chunk_size",
-    "attention_window",
-    "local_attention_window",
-)
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def unmodelled_feature(config: _Config, family: str) -> str | None:
@@ -60,17 +64,16 @@ def unmodelled_feature(config: _Config, family: str) -> str | None:
     return next((reason for find in _FEATURES if (reason := find(config, family))), None)
 
 
-def _other_inputs(config: _Config, family: str) -> str | None:
-    text = next((key for key in _TEXT_PARTS if isinstance(config.get(key), dict) and config[key]), None)
-    other = next(
-        (key for key, value in config.items() if _OTHER_PARTS.fullmatch(key) and isinstance(value, dict)), None
-    )
-    if text is not None:
-        return (
-            f"{family} is a multimodal configuration, whose decoder lies under {text}; maveriq models text alone: save "
-            "that part as a config.json of its own"
-        )
-    return f"{family} is a multimodal configuration ({other}); maveriq models text alone" if other else None
+def other_inputs_of(config: _Config) -> str:
+    """Return the key of the part that encodes other inputs than text, "" where there is none."""
+    found = (key for key, value in config.items() if _OTHER_PARTS.fullmatch(key) and isinstance(value, dict) and value)
+    return next(found, "")
+
+
+def first_expert_key(config: _Config) -> str | None:
+    """Return the first key that speaks of experts."""
+    parts = (part for part in (config, config.get("ffn_config"), config.get("moe")) if isinstance(part, dict))
+    return next((key for part in parts for key in part if _EXPERTS.fullmatch(key) and _is_on(part[key])), None)
 
 
 def _not_a_decoder(config: _Config, family: str) -> str | None:
@@ -96,29 +99,22 @@ def _state_space(config: _Config, family: str) -> str | None:
     return f"state-space or recurrent layers ({key}) are not modelled" if key else None
 
 
-def _experts(config: _Config, family: str) -> str | None:
-    del family
-    keys = {
-        key: value
-        for part in (config, config.get("ffn_config"), config.get("moe"))
-        if isinstance(part, dict)
-        for key, value in part.items()
-        if _EXPERTS.fullmatch(key) and _is_on(value)
-    }
-    numbers = [value for key, value in keys.items() if _NUMBER_OF_EXPERTS.fullmatch(key)]
-    if numbers and all(value == 1 for value in numbers):
-        return None
-    key = next((key for key in keys if _NUMBER_OF_EXPERTS.fullmatch(key)), next(iter(keys), None))
-    return f"experts ({key}) are not modelled" if key else None
-
-
 def _attention(config: _Config, family: str) -> str | None:
     del family
-    for what, keys in (("latent attention", _LATENT_ATTENTION), ("a KV cache shared by layers", _SHARED_KV)):
+    for what, keys in _OTHER_ATTENTION.items():
         key = next((key for key in keys if _is_on(config.get(key))), None)
         if key is not None:
             return f"{what} ({key}) is not modelled"
+    kinds = config.get("attn_type_list")
+    if isinstance(kinds, list) and any(kind != 1 for kind in kinds):
+        return "linear attention (attn_type_list) is not modelled"
     return None
+
+
+def _other_experts(config: _Config, family: str) -> str | None:
+    del family
+    key = next((key for key in _OTHER_EXPERTS if _is_on(config.get(key))), None)
+    return f"experts of this kind ({key}) are not modelled" if key else None
 
 
 def _unequal_layers(config: _Config, family: str) -> str | None:
@@ -129,32 +125,10 @@ def _unequal_layers(config: _Config, family: str) -> str | None:
     return f"layers that differ from each other ({key}) are not modelled" if key else None
 
 
-def _window(config: _Config, family: str) -> str | None:
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and kinds:
-        other = next((kind for kind in kinds if kind != "full_attention"), None)
-        return None if other is None else f"layers of type {str(other)[:60]!r} (layer_types) are not modelled"
+def _local_attention(config: _Config, family: str) -> str | None:
     # GPT-Neo attends locally in every second layer.
-    if family == "gpt_neo" and "local" in str(
-        config.get("attention_types") or config.get("attention_layers") or "local"
-    ):
-        return "local attention (attention_types) is not modelled"
-    if config.get("use_sliding_window") is False:
-        return None
-    for key in _WINDOWS:
-        window = config.get(key)
-        if _is_on(window) and window != -1 and not _never_reached(config, window):
-            return f"a sliding window ({key} {str(window)[:20]}) is not modelled"
-    return None
-
-
-def _never_reached(config: _Config, window: object) -> bool:
-    """Return whether no sequence is longer than the window, or no layer has it."""
-    context = next((config[key] for key in _CONTEXT if isinstance(config.get(key), int)), None)
-    if isinstance(window, int) and context is not None and window >= context:
-        return True
-    first, layers = config.get("max_window_layers"), config.get("num_hidden_layers")
-    return isinstance(first, int) and isinstance(layers, int) and first >= layers
+    kinds = str(config.get("attention_types") or config.get("attention_layers") or "local")
+    return "local attention (attention_types) is not modelled" if family == "gpt_neo" and "local" in kinds else None
 
 
 def _is_on(value: object) -> bool:
@@ -163,11 +137,10 @@ def _is_on(value: object) -> bool:
 
 
 _FEATURES: tuple[Callable[[_Config, str], str | None], ...] = (
-    _other_inputs,
     _not_a_decoder,
     _state_space,
-    _experts,
     _attention,
+    _other_experts,
     _unequal_layers,
-    _window,
+    _local_attention,
 )

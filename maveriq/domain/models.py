@@ -16,7 +16,9 @@ from typing import Any
 import msgspec
 
 from maveriq.compat import StrEnum
-from maveriq.domain.model_config import parse_config, read_shape
+from maveriq.domain.decoder import Decoder, DenseFeedForward, GroupedAttention, plain_decoder
+from maveriq.domain.decoder_config import read_decoder
+from maveriq.domain.model_config import parse_config, quantization_of, shape_of_decoder
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import data_path, exists, is_folder, read_regular_text
 from maveriq.tables import read_toml
@@ -45,9 +47,19 @@ _SHAPE = (
 )  # fmt: skip
 
 
+_OF_SHAPE = plain_decoder(
+    layers=1, hidden_size=1, vocab_size=1, attention=GroupedAttention(heads=1, kv_heads=1, head_size=1),
+    feed_forward=DenseFeedForward(width=1),
+)  # fmt: skip
+"""Stands for the plain decoder that has the shape of a model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The shape of a model, as its Hugging Face `config.json` gives it.
+
+    The counts describe a plain decoder: equal layers, full attention, a dense feed-forward part. `decoder` describes
+    any. Who computes with the counts alone refuses a model that `why_not_plain` names.
 
     A feed-forward part has three matrices where it is gated, else two. A layer split by tensor
     parallelism is summed up over the GPUs twice, or once where attention and feed-forward part
@@ -63,6 +75,8 @@ class ModelSpec:
         rope_type: how rotary positions are scaled; `default` where they are not, or where there are none.
         quantization: the weight type of a checkpoint that is quantised, "" for one that is not.
         config_json: the text of the configuration that the model was read from, "" for a known model.
+        decoder: the structure; left out, the plain decoder of this shape. A copy of a plain model with other counts
+            (`dataclasses.replace`) gets the decoder of those.
 
     Raises:
         InputError: a count is not positive, or the name cannot be used.
@@ -83,6 +97,7 @@ class ModelSpec:
     rope_type: str = "default"
     quantization: str = ""
     config_json: str = field(default="", repr=False, hash=False)
+    decoder: Decoder = field(default=_OF_SHAPE, repr=False)
 
     def __post_init__(self) -> None:
         check_name(self.name, "model", remedy="set _name_or_path in its config.json")
@@ -94,11 +109,42 @@ class ModelSpec:
                 raise InputError(f"model {self.name!r}: {name} must be a positive whole number, not {value!r}")
         if not self.head_size:
             object.__setattr__(self, "head_size", max(1, self.hidden_size // self.attention_heads))
+        if self.decoder is _OF_SHAPE or not self._is_shape_of(self.decoder):
+            object.__setattr__(self, "decoder", self._plain_decoder())
+
+    def _is_shape_of(self, decoder: Decoder) -> bool:
+        shape = asdict(shape_of_decoder(decoder))
+        if all(getattr(self, name) == value for name, value in shape.items()):
+            return True
+        if decoder.features():
+            raise InputError(f"model {self.name!r}: its decoder ({', '.join(decoder.features())}) has another shape")
+        return False
+
+    def _plain_decoder(self) -> Decoder:
+        return plain_decoder(
+            layers=self.layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            attention=GroupedAttention(heads=self.attention_heads, kv_heads=self.kv_heads, head_size=self.head_size),
+            feed_forward=DenseFeedForward(width=self.intermediate_size, matrices=self.feed_forward_matrices),
+            parallel=self.all_reduces_per_layer == 1,
+            context_tokens=self.context_tokens,
+            rope_type=self.rope_type,
+        )
+
+    def why_not_plain(self) -> str | None:
+        """Return what sets the model apart from a plain decoder, in one clause; None where nothing does."""
+        features = self.decoder.features()
+        return f"it has {' and '.join(features)}" if features else None
 
     def differences_from(self, other: ModelSpec) -> str:
         """Return what of the shape differs from another model's, such as "layers 40, not 32"; "" where nothing does."""
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in _SHAPE)
-        return ", ".join(f"{name} {mine}, not {others}" for name, mine, others in pairs if mine != others)
+        different = ", ".join(f"{name} {mine}, not {others}" for name, mine, others in pairs if mine != others)
+        if different or not (self.why_not_plain() or other.why_not_plain()) or self.decoder == other.decoder:
+            return different
+        mine, others = (", ".join(model.decoder.features()) or "a plain decoder" for model in (self, other))
+        return f"{mine}, not {others}" if mine != others else "other layers"
 
     def why_not_stored_as(self, weights: WeightType) -> str | None:
         """Return why the weights cannot be of this type: the checkpoint holds them quantised; None if they can."""
@@ -128,7 +174,15 @@ def model_from_hf_config(config_json: str, *, name: str, where: str) -> ModelSpe
 
 
 def _spec_from(config: Mapping[str, Any], *, name: str, where: str, config_json: str) -> ModelSpec:
-    return ModelSpec(name=name, config_json=config_json, **asdict(read_shape(config, where)))
+    read = read_decoder(config, where)
+    return ModelSpec(
+        name=name,
+        architecture=read.architecture,
+        quantization=quantization_of(config, where),
+        config_json=config_json,
+        decoder=read.decoder,
+        **asdict(shape_of_decoder(read.decoder)),
+    )
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -23,6 +23,8 @@ def why_not(
     other = profile.why_other_model(model) or model.why_not_stored_as(configuration.weights)
     if other is not None:
         return other
+    if different := model.why_not_plain():
+        return f"{different}, which this estimator does not model: it knows plain decoders"
     fingerprints, tp = profile.fingerprints.of(model.name), configuration.tp
     missing = [point for point in needed if point not in fingerprints]
     if missing and not _has_storage_types(profile, model, configuration):

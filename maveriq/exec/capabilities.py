@@ -117,6 +117,8 @@ def _unsupported_by_matrix(engine: EngineFacts, model: ModelSpec, cfg: ParallelC
     rows = [row for row in engine.can if family in row.architectures or ANY in row.architectures]
     if not rows:
         return f"it runs {_names(engine.can, lambda row: row.architectures)} models, not {family}"
+    if ANY not in rows[0].architectures and (different := model.why_not_plain()):
+        return f"{different}; it runs plain decoders"
     on_device = [row for row in rows if device in row.devices]
     if not on_device:
         return f"it runs {family} on {_names(rows, lambda row: row.devices)}, not on {device}"

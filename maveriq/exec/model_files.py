@@ -24,7 +24,13 @@ _SAFETENSORS, _PICKLES = ("*.safetensors",), ("*model*.bin", "*model*.pt", "*.pt
 
 
 def hf_config_json(model: ModelSpec) -> str:
-    """Return a `config.json` with the model's shape in the format of its architecture; llama's if that is unknown."""
+    """Return a `config.json` with the model's shape in the format of its architecture; llama's if that is unknown.
+
+    Raises:
+        InputError: the model is no plain decoder.
+    """
+    if different := model.why_not_plain():
+        raise InputError(f"model {model.name!r}: {different}, which its shape does not say: give its config.json")
     architecture_keys = {"falcon": _falcon_keys, "gptj": _gptj_keys}.get(model.architecture, _llama_keys)
     return json.dumps({"model_type": model.architecture, "vocab_size": model.vocab_size} | architecture_keys(model))
 

@@ -17,7 +17,7 @@ from maveriq.report.run_folder import write_folder
 PROFILE_FILES = ("profile.toml", "hardware.toml", "load_fit.toml", "measured.csv", "models.toml")
 """What makes a folder a profile of measurements."""
 
-_NOT_SHAPE = ("name", "rope_type", "quantization", "config_json")
+_NOT_SHAPE = ("name", "rope_type", "quantization", "config_json", "decoder")
 
 _HARDWARE = """\
 # Written by `maveriq profile`. Engines are dispatched to without a tick, as maveriq's own executor does.

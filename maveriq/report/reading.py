@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from maveriq.domain.decoder import part_of
 from maveriq.domain.records import (
     GPU_COLUMNS,
     NOT_YET,
@@ -101,7 +102,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def _decode(path: Path, shape: type[T]) -> T:
     text = read_text(path, what="run file")
     try:
-        return msgspec.json.decode(text, type=shape)
+        return msgspec.json.decode(text, type=shape, dec_hook=part_of)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise InputError(f"run file {str(path)!r} is not what maveriq writes: {readable_error(str(error))}") from None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from maveriq.domain.decoder import part_of
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, MaveriqError
@@ -323,7 +324,7 @@ def _from_json(text: str, kind: Any, *, where: str) -> Any:
         ValueError: the value is not of its type; the message names the row.
     """
     try:
-        return msgspec.json.decode(text, type=kind)
+        return msgspec.json.decode(text, type=kind, dec_hook=part_of)
     except (msgspec.DecodeError, MaveriqError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from None
 

@@ -1,6 +1,7 @@
 """The state file."""
 
 import asyncio
+import json
 import os
 import sqlite3
 import stat
@@ -15,7 +16,7 @@ from running import TIMEOUT_S
 
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
-from maveriq.domain.models import load_model
+from maveriq.domain.models import load_model, model_from_hf_config
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
 from maveriq.exec.live_cluster import EndpointRequest
@@ -43,6 +44,22 @@ def with_store(path: Path, test: Callable[[Store], Awaitable[None]], *, kept: in
         asyncio.run(asyncio.wait_for(test(store), TIMEOUT_S))  # type: ignore[arg-type]
     finally:
         store.close()
+
+
+def test_store_keeps_the_layers_of_a_model(state: Path) -> None:
+    config = {
+        "model_type": "deepseek_v3", "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8,
+        "intermediate_size": 100, "vocab_size": 1000, "kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 16, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    spec = model_from_hf_config(json.dumps(config), name="mine", where="config.json")
+
+    async def tell(store: Store) -> None:
+        await store.add_model(spec, "")
+        assert [stored.spec for stored in await store.models()] == [spec]
+
+    with_store(state, tell)
 
 
 def test_store_keeps_models_endpoints_and_requests(state: Path) -> None:

@@ -13,15 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from maveriq.compat import StrEnum
-from maveriq.domain.model_config import (
-    Shape,
-    family_name,
-    has_new_falcon_decoder,
-    parse_config,
-    read_shape,
-    rope_parameters,
-    rope_type_of,
-)
+from maveriq.domain.config_fields import rope_parameters, rope_type_of
+from maveriq.domain.decoder_config import family_name
+from maveriq.domain.decoder_families import has_new_falcon_decoder
+from maveriq.domain.model_config import Shape, parse_config, quantization_of, read_shape
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
 from maveriq.errors import InputError
@@ -116,11 +111,11 @@ def read_decoder_config(config_json: str) -> DecoderConfig:
         reader = _READERS.get(family_name(config, where))
         if reader is None:
             raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {', '.join(_READERS)}")
-        shape = read_shape(config, where)
+        shape, quantization = read_shape(config, where), quantization_of(config, where)
     except InputError as error:
         raise_unsupported(str(error))
-    if shape.quantization:
-        raise_unsupported(f"quantization_config: its weights are {shape.quantization} already; the torch engine reads "
+    if quantization:
+        raise_unsupported(f"quantization_config: its weights are {quantization} already; the torch engine reads "
                           "weights that are not quantised")  # fmt: skip
     arch = reader(config, shape)
     if arch.rotary.size > arch.head_size or arch.rotary.size % 2:

@@ -1,0 +1,216 @@
+"""The one reader of a decoder from a parsed Hugging Face `config.json`, whatever its family and the age of its keys.
+
+What changes memory or time and is not modelled is refused by name (`maveriq.domain.model_features`). What a family
+implies without saying so stands in `maveriq.domain.decoder_families`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from maveriq.domain.attention_config import AttentionReader
+from maveriq.domain.config_fields import (
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    Config,
+    Fields,
+    brief,
+    rope_parameters,
+    rope_type_of,
+)
+from maveriq.domain.decoder import (
+    Attention,
+    Decoder,
+    FeedForward,
+    LayerKind,
+)
+from maveriq.domain.decoder_families import FAMILIES, OTHER_NAMES, Family, Switch, has_new_falcon_decoder
+from maveriq.domain.family_fields import FamilyFields
+from maveriq.domain.feed_forward_config import FeedForwardReader
+from maveriq.domain.model_features import TEXT_PARTS, other_inputs_of, unmodelled_feature
+
+# Hugging Face names one thing differently per family.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
+_VOCABULARY = ("vocab_size", "padded_vocab_size")
+_CONTEXT = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length",
+    "model_max_length",
+)  # fmt: skip
+_GATED_ACTIVATIONS = ("silu", "swish", "swiglu")
+
+# Rotary positions of these types work up to `max_position_embeddings`; others multiply it by their factor.
+_UNSCALED_ROPE = ("default", "llama3", "longrope", "su", "mrope", "proportional")
+_MAX_FACTOR = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """A decoder as it was read, with what only its configuration knows.
+
+    Args:
+        architecture: the family by its present name.
+        decoder: the decoder.
+        text: the part of the configuration that describes it: the whole, or `text_config`.
+    """
+
+    architecture: str
+    decoder: Decoder
+    text: Config
+
+
+def family_name(config: Config, where: str) -> str:
+    """Return a configuration's `model_type`, by its present name; "unknown" where there is none.
+
+    Raises:
+        InputError: it is not a name.
+    """
+    name = Fields(config, where).name("model_type")
+    if name is None:
+        return "unknown"
+    # A decoder within a multimodal configuration is called llama4_text, gemma3_text and so on.
+    name = name.removesuffix("_text")
+    return OTHER_NAMES.get(name, name)
+
+
+def read_decoder(config: Config, where: str) -> DecoderConfig:
+    """Return the decoder that a parsed `config.json` describes.
+
+    Args:
+        config: the parsed file.
+        where: the file's name, for messages.
+
+    Raises:
+        InputError: a needed key is missing or wrong, or the model has a part that maveriq does not model.
+    """
+    key = next((key for key in TEXT_PARTS if config.get(key)), "")
+    text = _text_part(config, key, where) if key else config
+    architecture = family_name(text if text.get("model_type") is not None else config, where)
+    for part in (config, text) if key else (config,):
+        feature = unmodelled_feature(part, architecture)
+        if feature is not None:
+            raise Fields(config, where).refuse(feature)
+    fields = Fields(text, where, f"{key}." if key else "")
+    reader = _Reader(FamilyFields(fields, architecture, _family(fields, architecture), nested=bool(key)))
+    decoder = reader.decoder()
+    others = other_inputs_of(config)
+    if others:
+        decoder = replace(decoder, not_counted=(*decoder.not_counted, f"the parts for other inputs ({others})"))
+    return DecoderConfig(architecture=architecture, decoder=decoder, text=text)
+
+
+def _text_part(config: Config, key: str, where: str) -> Config:
+    """Return the part of a multimodal configuration that describes the decoder."""
+    text = dict(Fields(config, where).part(key).config)
+    outer, inner = config.get("tie_word_embeddings"), text.get("tie_word_embeddings")
+    if outer is not None and inner is not None and outer != inner:
+        raise Fields(config, where).refuse(
+            f"tie_word_embeddings is {brief(outer)}, but {key}.tie_word_embeddings is {brief(inner)}; leave one of them"
+        )
+    if inner is None:
+        text["tie_word_embeddings"] = outer
+    return text
+
+
+def _family(fields: Fields, architecture: str) -> Family:
+    """Return what the family implies. A family that is not known must be built like llama.
+
+    Raises:
+        InputError: nothing says how it is built.
+    """
+    known = FAMILIES.get(architecture)
+    if known is not None:
+        return known
+    activation = fields.config.get("hidden_act", fields.config.get("hidden_activation"))
+    if activation not in _GATED_ACTIVATIONS:
+        raise fields.refuse(
+            f"model_type {architecture} is not known, and hidden_act {brief(activation)} does not say that its "
+            "feed-forward parts are gated as llama's are"
+        )
+    return Family(qkv_bias=Switch(key="attention_bias"), output_bias=Switch(key="attention_bias"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads one decoder."""
+
+    config: FamilyFields
+
+    def decoder(self) -> Decoder:
+        """Read the decoder."""
+        config = self.config
+        fields, family = config.fields, config.family
+        layers = config.count(_LAYERS, MAX_LAYERS)
+        hidden = config.count(_HIDDEN)
+        embedded = fields.config.get("word_embed_proj_dim")
+        if embedded is not None and embedded != hidden:
+            raise fields.refuse(f"word_embed_proj_dim {brief(embedded)} differs from the hidden size {hidden}, "
+                                "which is not modelled")  # fmt: skip
+        vocabulary = config.count(_VOCABULARY, MAX_VOCABULARY)
+        rope_type, context = self._positions()
+        attentions = AttentionReader(config, layers, hidden, context).kinds()
+        feed_forwards = FeedForwardReader(config, layers, hidden).kinds()
+        parallel = config.is_on(family.parallel) or has_new_falcon_decoder(fields.config)
+        kinds = [
+            self._layer(attention, feed_forward, hidden, parallel=parallel)
+            for attention, feed_forward in zip(attentions, feed_forwards, strict=True)
+        ]
+        distinct = tuple(dict.fromkeys(kinds))
+        norms = (1 + family.embedding_norms) * family.norm_values * hidden
+        return Decoder(
+            hidden_size=hidden,
+            vocab_size=vocabulary,
+            tied_embeddings=fields.flag("tie_word_embeddings", default=family.tied),
+            layer_kinds=distinct,
+            layer_pattern=tuple(distinct.index(kind) for kind in kinds),
+            context_tokens=context,
+            rope_type=rope_type,
+            learned_positions=(context or 0) + family.extra_positions if family.learned_positions else 0,
+            other_parameters=norms + (vocabulary if family.head_bias else 0),
+            not_counted=self._not_counted(),
+        )
+
+    def _layer(self, attention: Attention, feed_forward: FeedForward, hidden: int, *, parallel: bool) -> LayerKind:
+        family = self.config.family
+        norms = family.norms
+        # Falcon's new decoder norms the inputs of both parts; its first norms one input for both.
+        if family.multi_query and family.parallel.key:
+            two = self.config.fields.optional_count(("num_ln_in_parallel_attn",)) != 1
+            norms = 2 if not parallel or (has_new_falcon_decoder(self.config.fields.config) and two) else 1
+        return LayerKind(
+            attention=attention,
+            feed_forward=feed_forward,
+            parallel=parallel,
+            norm_parameters=norms * family.norm_values * hidden,
+        )
+
+    def _positions(self) -> tuple[str, int | None]:
+        """Return the type of rotary positions, and the longest sequence, None where the file names none.
+
+        Of several keys the smallest counts, as in vLLM.
+        """
+        fields = self.config.fields
+        config = fields.config
+        lengths = [fields.checked(key, config[key], MAX_CONTEXT) for key in _CONTEXT if fields.has(key)]
+        if not lengths and self.config.nested:
+            lengths = [value for key, value in self.config.family.part_defaults.items() if key in _CONTEXT]
+        by_layer = bool(self.config.family.full_every) or fields.has("layer_types")
+        parameters = rope_parameters(config, fields.where, by_layer=by_layer)
+        kind = rope_type_of(parameters, fields.where)
+        if not lengths or kind in _UNSCALED_ROPE:
+            return kind, min(lengths, default=None)
+        length = min(lengths)
+        original = parameters.get("original_max_position_embeddings")
+        if kind.endswith("yarn") and original is not None:
+            length = fields.checked("original_max_position_embeddings", original, MAX_CONTEXT)
+        factor = parameters.get("factor", 1.0)
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor <= _MAX_FACTOR:
+            raise fields.refuse(f"factor of the rotary positions must be a positive number, not {brief(factor)}")
+        return kind, max(1, int(length * factor))
+
+    def _not_counted(self) -> tuple[str, ...]:
+        keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+        key = self.config.fields.first_key(keys)
+        layers = self.config.fields.optional_count((key,), zero=True) if key else 0
+        return (f"layers that predict further tokens ({key} {layers})",) if layers else ()

@@ -1,0 +1,291 @@
+"""What a `config.json` does not say but its family (`model_type`) implies, after the defaults of transformers.
+
+A table, not logic: the reader (`maveriq.domain.decoder_config`) knows no family by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from maveriq.compat import StrEnum
+
+
+class QueryKeyNorm(StrEnum):
+    """How queries and keys are normalised: over each head with shared weights, or over all heads of a token."""
+
+    NONE = "none"
+    HEAD = "head"
+    ALL_HEADS = "all heads"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """A property that a key switches: the key ("" if the family has none) and what counts where it is absent."""
+
+    key: str = ""
+    default: bool = False
+
+
+_OFF, _ON = Switch(), Switch(default=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What a family of decoders implies.
+
+    Args:
+        feed_forward_matrices: 3 where feed-forward parts are gated, else 2.
+        widening: their width in multiples of the hidden size where the file names none; 0 if it must.
+        width_of_gate_too: whether the width that the file names is the gate's and the feed-forward part's together.
+        parallel: whether attention and feed-forward part take the same input.
+        multi_query: whether there is one KV head where the file says nothing.
+        kv_heads_stated: whether the file must say how many KV heads there are; else none stated means one a head.
+        tied: whether the output uses the embedding where the file says nothing.
+        qkv_bias, output_bias, feed_forward_bias: whether these matrices have a bias.
+        head_bias: whether the output matrix has one.
+        norms: norms of a layer. norm_values: vectors of each, 2 where it has a bias, 0 where it has no parameters.
+        query_key_norm: how queries and keys are normalised.
+        query_key_norm_key: the key that switches it; "" if it is always there.
+        latent: whether attention is over a latent vector.
+        windowed: whether a window that the file names counts; families with one of the next keys have windows too.
+        window_default: the sliding window where the file names none; 0 for none.
+        window_switch: the key that switches the window on; "" if a window that is named counts.
+        full_every: one layer in so many has no window, the last of each group; 0: all layers have it.
+        first_window_layer: the key with the number of layers at the start that have no window.
+        window_list: the key of a list that says for each layer whether it has the window.
+        experts: whether the family has experts. experts_use_width: they are as wide as `intermediate_size` says.
+        experts_bias: whether router and experts have a bias. router_correction: the router has a correction.
+        dense_width: the key with the width of layers without experts, where `intermediate_size` is the experts'.
+        shared_like_expert: one shared expert as wide as a routed one in each layer with experts.
+        shared_gate: the shared experts' output has a gate.
+        embedding_norms: norms of the embedding. extra_positions: rows of learned positions that no token uses.
+        learned_positions: whether positions are learned vectors.
+        sinks: whether each head has a sink.
+        part_defaults: values that a part nested in a multimodal configuration leaves out (transformers does).
+    """
+
+    feed_forward_matrices: int = 3
+    widening: int = 0
+    width_of_gate_too: bool = False
+    parallel: Switch = _OFF
+    multi_query: bool = False
+    kv_heads_stated: bool = False
+    tied: bool = False
+    qkv_bias: Switch = _OFF
+    output_bias: Switch = _OFF
+    feed_forward_bias: Switch = _OFF
+    head_bias: bool = False
+    norms: int = 2
+    norm_values: int = 1
+    query_key_norm: QueryKeyNorm = QueryKeyNorm.NONE
+    query_key_norm_key: str = ""
+    latent: bool = False
+    windowed: bool = False
+    window_default: int = 0
+    window_switch: str = ""
+    full_every: int = 0
+    first_window_layer: str = ""
+    window_list: str = ""
+    experts: bool = False
+    experts_use_width: bool = False
+    experts_bias: bool = False
+    router_correction: bool = False
+    dense_width: str = ""
+    shared_like_expert: bool = False
+    shared_gate: bool = False
+    embedding_norms: int = 0
+    learned_positions: bool = False
+    extra_positions: int = 0
+    sinks: bool = False
+    part_defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a window that the file names counts."""
+        return self.windowed or bool(self.window_default or self.window_switch or self.full_every)
+
+
+_ATTENTION_BIAS = Switch(key="attention_bias")
+_LLAMA = {"qkv_bias": _ATTENTION_BIAS, "output_bias": _ATTENTION_BIAS, "feed_forward_bias": Switch(key="mlp_bias")}
+_GPT = {
+    "feed_forward_matrices": 2, "norm_values": 2, "qkv_bias": _ON, "output_bias": _ON, "feed_forward_bias": _ON,
+}  # fmt: skip
+_HEAD_NORM = QueryKeyNorm.HEAD
+
+
+def _family(*parts: Mapping[str, object], **more: object) -> Family:
+    values: dict[str, object] = {}
+    for part in (*parts, more):
+        values.update(part)
+    return Family(**values)  # type: ignore[arg-type]
+
+
+_QWEN3 = {
+    "qkv_bias": _ATTENTION_BIAS, "output_bias": _ATTENTION_BIAS, "query_key_norm": _HEAD_NORM,
+    "window_switch": "use_sliding_window", "first_window_layer": "max_window_layers", "kv_heads_stated": True,
+}  # fmt: skip
+_GEMMA = {
+    "tied": True,
+    "norms": 4,
+    "kv_heads_stated": True,
+    "qkv_bias": _ATTENTION_BIAS,
+    "output_bias": _ATTENTION_BIAS,
+}
+_GEMMA3 = {
+    **_GEMMA, "query_key_norm": _HEAD_NORM, "full_every": 6, "window_default": 4096,
+    "part_defaults": MappingProxyType(
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+         "max_position_embeddings": 131072}
+    ),
+}  # fmt: skip
+_DEEPSEEK = {"latent": True, "experts": True, "router_correction": True, "qkv_bias": _ATTENTION_BIAS}
+_PHI = {"head_bias": True, "parallel": _ON, "norms": 1}
+
+FAMILIES: Mapping[str, Family] = {
+    # Gated, after llama.
+    **dict.fromkeys(
+        ("llama", "code_llama", "yi", "deepseek", "aquila", "smollm", "internlm", "minicpm", "apertus",
+         "hyperclovax", "iquestcoder", "exaone", "granite", "internlm2", "internlm3", "baichuan", "xverse", "orion"),
+        _family(_LLAMA),
+    ),
+    "arcee": _family(_LLAMA, feed_forward_matrices=2),
+    "smollm3": _family(_LLAMA, tied=True, window_switch="use_sliding_window"),
+    "mistral": _family(window_default=4096, kv_heads_stated=True),
+    "ministral": _family(window_default=4096, kv_heads_stated=True),
+    "ministral3": _family(kv_heads_stated=True),
+    "mixtral": _family(windowed=True, experts=True, experts_use_width=True, kv_heads_stated=True),
+    "qwen": _family(qkv_bias=_ON, width_of_gate_too=True),
+    "qwen2": _family(qkv_bias=_ON, window_switch="use_sliding_window", first_window_layer="max_window_layers"),
+    "mimo": _family(qkv_bias=_ON, window_switch="use_sliding_window", first_window_layer="max_window_layers"),
+    "qwen2_moe": _family(
+        qkv_bias=Switch(key="qkv_bias", default=True), window_switch="use_sliding_window",
+        first_window_layer="max_window_layers", experts=True, shared_gate=True,
+    ),
+    "qwen3": _family(_QWEN3),
+    "qwen3_moe": _family(_QWEN3, experts=True),
+    "phi3": _family(_LLAMA, windowed=True, qkv_bias=_OFF, output_bias=_OFF, feed_forward_bias=_OFF),
+    "phimoe": _family(_LLAMA, windowed=True, experts=True, experts_use_width=True, kv_heads_stated=True, norm_values=2),
+    "olmo": _family(_LLAMA, norm_values=0),
+    "olmo2": _family(_LLAMA, query_key_norm=QueryKeyNorm.ALL_HEADS),
+    "olmo3": _family(_LLAMA, query_key_norm=QueryKeyNorm.ALL_HEADS, window_default=4096, full_every=4),
+    "olmoe": _family(_LLAMA, query_key_norm=QueryKeyNorm.ALL_HEADS, experts=True, experts_use_width=True),
+    "exaone4": _family(query_key_norm=_HEAD_NORM, window_default=4096, full_every=4, kv_heads_stated=True),
+    "granitemoe": _family(_LLAMA, experts=True, experts_use_width=True),
+    "granitemoeshared": _family(_LLAMA, experts=True, experts_use_width=True),
+    "seed_oss": _family(
+        qkv_bias=Switch(key="attention_bias", default=True), output_bias=Switch(key="attention_out_bias"),
+        feed_forward_bias=Switch(key="mlp_bias"), kv_heads_stated=True,
+    ),
+    "stablelm": _family(
+        norm_values=2, parallel=Switch(key="use_parallel_residual"), qkv_bias=Switch(key="use_qkv_bias")
+    ),
+    "chatglm": _family(qkv_bias=Switch(key="add_qkv_bias"), feed_forward_bias=Switch(key="add_bias_linear")),
+    "glm": _family(qkv_bias=Switch(key="attention_bias", default=True), kv_heads_stated=True),
+    "glm4": _family(qkv_bias=Switch(key="attention_bias", default=True), norms=4, kv_heads_stated=True),
+    "glm4_moe": _family(
+        qkv_bias=_ATTENTION_BIAS, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", experts=True,
+        router_correction=True, kv_heads_stated=True,
+    ),
+    "glm4_moe_lite": _family(_DEEPSEEK),
+    "ernie4_5": _family(
+        tied=True, qkv_bias=Switch(key="use_bias"), output_bias=Switch(key="use_bias"),
+        feed_forward_bias=Switch(key="use_bias"), kv_heads_stated=True,
+    ),
+    "ernie4_5_moe": _family(tied=True, experts=True, router_correction=True, kv_heads_stated=True),
+    "hunyuan_v1_dense": _family(_LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm"),
+    "hunyuan_v1_moe": _family(
+        _LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", experts=True, experts_use_width=True
+    ),
+    "bailing_moe": _family(
+        qkv_bias=Switch(key="use_qkv_bias"), output_bias=Switch(key="use_bias"), experts=True,
+    ),
+    "bailing_moe_v2": _family(
+        qkv_bias=Switch(key="use_qkv_bias"), output_bias=Switch(key="use_bias"), experts=True,
+        query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", router_correction=True,
+    ),
+    "dots1": _family(
+        _LLAMA, query_key_norm=_HEAD_NORM, experts=True, router_correction=True, window_switch="use_sliding_window"
+    ),
+    "deepseek_v2": _family(_DEEPSEEK, router_correction=False),
+    "deepseek_v3": _family(_DEEPSEEK),
+    "gpt_oss": _family(
+        qkv_bias=Switch(key="attention_bias", default=True), output_bias=Switch(key="attention_bias", default=True),
+        window_default=128, full_every=2, experts=True, experts_use_width=True, experts_bias=True, sinks=True,
+        kv_heads_stated=True,
+    ),
+    "llama4": _family(
+        _LLAMA, experts=True, experts_use_width=True, dense_width="intermediate_size_mlp", shared_like_expert=True,
+        window_default=8192, full_every=4, window_list="no_rope_layers", kv_heads_stated=True,
+    ),
+    "minimax_m2": _family(
+        query_key_norm=QueryKeyNorm.ALL_HEADS, query_key_norm_key="use_qk_norm", experts=True, experts_use_width=True,
+        router_correction=True, kv_heads_stated=True,
+    ),
+    "step3p7": _family(
+        query_key_norm=_HEAD_NORM, experts=True, router_correction=True, kv_heads_stated=True,
+    ),
+    "dbrx": _family(experts=True, norm_values=1, kv_heads_stated=True),
+    "cohere": _family(_LLAMA, tied=True, parallel=_ON, norms=1),
+    "cohere2": _family(_LLAMA, tied=True, parallel=_ON, norms=1, window_default=4096, full_every=4),
+    "gemma": _family(_GEMMA, norms=2),
+    "gemma2": _family(_GEMMA, window_default=4096, full_every=2),
+    "gemma3": _family(_GEMMA3),
+    # Plain feed-forward parts.
+    "falcon": Family(
+        feed_forward_matrices=2, widening=4, parallel=Switch(key="parallel_attn", default=True), multi_query=True,
+        tied=True, norm_values=2, qkv_bias=Switch(key="bias"), output_bias=Switch(key="bias"),
+        feed_forward_bias=Switch(key="bias"),
+    ),
+    "gptj": Family(
+        feed_forward_matrices=2, widening=4, parallel=_ON, norms=1, norm_values=2, feed_forward_bias=_ON,
+        head_bias=True,
+    ),
+    "codegen": Family(
+        feed_forward_matrices=2, widening=4, parallel=_ON, norms=1, norm_values=2, feed_forward_bias=_ON,
+        head_bias=True,
+    ),
+    "gpt_neox": _family(
+        _GPT, parallel=Switch(key="use_parallel_residual", default=True),
+        qkv_bias=Switch(key="attention_bias", default=True), output_bias=Switch(key="attention_bias", default=True),
+    ),
+    "phi": _family(_GPT, _PHI),
+    "gpt_bigcode": _family(_GPT, widening=4, multi_query=True, tied=True, learned_positions=True),
+    "gpt2": _family(_GPT, widening=4, tied=True, learned_positions=True),
+    "openai-gpt": _family(_GPT, widening=4, tied=True, learned_positions=True),
+    "gpt_neo": _family(_GPT, widening=4, tied=True, learned_positions=True, qkv_bias=_OFF),
+    "bloom": _family(_GPT, widening=4, tied=True, embedding_norms=1),
+    "opt": _family(_GPT, tied=True, learned_positions=True, extra_positions=2),
+    "mpt": Family(feed_forward_matrices=2, widening=4, tied=True),
+    "starcoder2": _family(
+        _GPT, windowed=True, tied=True, kv_heads_stated=True, qkv_bias=Switch(key="use_bias", default=True),
+        output_bias=Switch(key="use_bias", default=True), feed_forward_bias=Switch(key="use_bias", default=True),
+    ),
+    "persimmon": _family(_GPT, query_key_norm=_HEAD_NORM, query_key_norm_key="qk_layernorm"),
+    "nemotron": _family(_LLAMA, feed_forward_matrices=2, norm_values=2),
+    "xglm": _family(_GPT, tied=True),
+    "biogpt": _family(_GPT, tied=True, learned_positions=True, extra_positions=2),
+}  # fmt: skip
+
+OTHER_NAMES: Mapping[str, str] = {
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
+    "kimi_k2": "deepseek_v3",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+    "glm4v": "glm4",
+    "glm4v_moe": "glm4_moe",
+    "step3p5": "step3p7",
+    "phi-msft": "phi",
+    "InternLM2ForCausalLM": "internlm2",
+}
+"""Other names of a family: older ones, and those of its decoder within a multimodal model."""
+
+
+def has_new_falcon_decoder(config: Mapping[str, Any]) -> bool:
+    """Return whether a falcon has the decoder of falcon-40b, with several KV heads; RefinedWeb is its old name."""
+    return bool(config.get("new_decoder_architecture")) or config.get("model_type") == "RefinedWeb"
