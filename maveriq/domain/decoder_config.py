@@ -50,7 +50,7 @@ class DecoderConfig:
     """A decoder as it was read, with what only its configuration knows.
 
     Args:
-        architecture: the family by its present name.
+        architecture: the family by its present name; of a multimodal model, the name of the whole.
         decoder: the decoder.
         text: the part of the configuration that describes it: the whole, or `text_config`.
     """
@@ -97,7 +97,9 @@ def read_decoder(config: Config, where: str) -> DecoderConfig:
     others = other_inputs_of(config)
     if others:
         decoder = replace(decoder, not_counted=(*decoder.not_counted, f"the parts for other inputs ({others})"))
-    return DecoderConfig(architecture=architecture, decoder=decoder, text=text)
+    # Engines are found by the name of the whole: a multimodal model is not the family of its decoder to them.
+    whole = Fields(config, where).name("model_type") if key else None
+    return DecoderConfig(architecture=whole or architecture, decoder=decoder, text=text)
 
 
 def _text_part(config: Config, key: str, where: str) -> Config:

@@ -75,6 +75,7 @@ def test_names_with_brackets_are_shown_as_they_are(maveriq: Maveriq, tmp_path: P
         "num_attention_heads": 2,
         "intermediate_size": 16,
         "vocab_size": 9,
+        "hidden_act": "silu",
     }
     put(tmp_path, {"[red]/config.json": json.dumps(config)})
     ended = maveriq("engines --model './[red]'")

@@ -97,14 +97,18 @@ def test_head_dim_counts_in_plans(
 
 
 @pytest.mark.parametrize(
-    ("model", "words"), [("mixtral", "experts (num_local_experts)"), ("deepseek", "experts (n_routed_experts)")]
+    ("model", "words"),
+    [("mixtral", "8 experts in 32 layers"), ("deepseek", "256 experts in 61 layers and latent attention")],
 )
-def test_experts_are_refused_by_name(maveriq: Maveriq, case: Callable[[str], Path], model: str, words: str) -> None:
+def test_experts_are_no_plain_decoder(
+    maveriq: Maveriq, case: Callable[[str], Path], own_profile: Callable[..., Path], model: str, words: str
+) -> None:
     folder = case("07")
-    for command in (f"plan {folder / model}", f"engines --model {folder / model}"):
-        ended = maveriq(command)
-        assert (ended.code, ended.out) == (2, "")
-        assert f"{words} are not modelled" in ended.err
+    ended = maveriq(f"plan {folder / model} --profile {own_profile(model)} --float16-only")
+    assert ended.code == 2
+    assert f"it has {words}, which this estimator does not model" in ended.err
+    answers = answers_of(maveriq(f"engines --model {folder / model} --json"))
+    assert [engine for engine, answer in answers.items() if answer["can"]] == ["emulated"]
 
 
 def test_a_known_name_with_another_shape_is_refused(maveriq: Maveriq, case: Callable[[str], Path]) -> None:
@@ -138,10 +142,11 @@ def test_old_names_of_keys_and_families(maveriq: Maveriq, case: Callable[[str], 
     assert can["falcon-old"]["torch"]
 
 
-def test_a_multimodal_configuration_says_where_its_decoder_lies(maveriq: Maveriq, case: Callable[[str], Path]) -> None:
-    ended = maveriq(f"engines --model {case('10') / 'qwen3-vl'}")
-    assert ended.code == 2
-    assert "multimodal configuration, whose decoder lies under text_config" in ended.err
+def test_a_multimodal_model_is_not_the_family_of_its_decoder_to_engines(
+    maveriq: Maveriq, case: Callable[[str], Path]
+) -> None:
+    answers = answers_of(maveriq(f"engines --model {case('10') / 'qwen3-vl'} --json"))
+    assert [engine for engine, answer in answers.items() if answer["can"]] == ["emulated"]
 
 
 @pytest.mark.heavy
