@@ -165,7 +165,7 @@ def _form(quantization: Config) -> str:
     """Return the bits of a quantised weight as text, and whether they are floats or activations are quantised too."""
     bits = quantization.get("bits", quantization.get("w_bit", quantization.get("num_bits")))
     if bits is not None:
-        return f"{_brief(bits)} bits"
+        return f"{brief(bits)} bits"
     groups = quantization.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
