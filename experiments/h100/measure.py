@@ -212,7 +212,7 @@ def _write_versions(path: Path, device: Any) -> None:
 
 def _gpu_state() -> dict[str, str]:
     """Read name, driver, clocks, power and temperature of the GPU; nothing is set."""
-    fields = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,clocks.sm,clocks.memory,power.limit"
+    fields = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem,power.limit"
     fields += ",power.draw,temperature.gpu,ecc.mode.current,clocks_event_reasons.active"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
