@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from maveriq.domain.progress import Watcher
     from maveriq.exec.interrupt import InterruptHandler
-    from maveriq.exec.local_machine import EngineOptions
+    from maveriq.exec.local_machine import EngineOptions, LocalMachine
     from maveriq.exec.replay import ReplayResult, ReplaySettings
     from maveriq.exec.scratch_folder import ScratchFolder
     from maveriq.policy.alpaserve.problem import PlacementProblem, SearchSettings
@@ -102,7 +102,7 @@ def run(
         slo_tpot_ms: time per output token within which a request counts as goodput.
         watcher: receives the progress of the run.
         changes: options by name: those of `simulate`, and `backend`, `real`, `time_scale`, `start_timeout_s`,
-            `hang_timeout_s` and `max_restarts`.
+            `hang_timeout_s`, `max_restarts` and `engine_python`, such as `{"trtllm": "/opt/trtllm/bin/python"}`.
 
     Raises:
         InputError: an option or a file that cannot be used, or a backend that cannot start here.
@@ -121,7 +121,7 @@ def run(
     chosen, components = _options_and_components(options, changes)
     if out is not None:
         check_writable(as_path(out, "out"))
-    with contextlib.closing(LocalMachine(engines.name)) as machine:
+    with contextlib.closing(LocalMachine(engines.name, engines.engine_python)) as machine:
         system = build_system(
             chosen, components=components, wrap_estimator=machine.planning, make_cluster=local_cluster
         )
@@ -139,9 +139,9 @@ def run(
         with _interrupt_handler() as interrupt, _scratch_folder(out) as scratch:
             logs = scratch.path / "engines"
             logs.mkdir()
-            replayed = _replay(system, engines, settings, logs, watcher, interrupt)
+            replayed = _replay(system, machine, settings, logs, watcher, interrupt)
             finished = _finished_run(
-                _resolved(chosen, system, components), system, components, engines, replayed, settings,
+                _resolved(chosen, system, components), system, components, engines, machine, replayed, settings,
                 slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, interrupted=interrupt.interrupted,
             )  # fmt: skip
             if out is not None:
@@ -153,7 +153,7 @@ def run(
 
 def _replay(
     system: ReplaySystem,
-    engines: EngineOptions,
+    machine: LocalMachine,
     settings: ReplaySettings,
     logs: Path,
     watcher: Watcher | None,
@@ -162,7 +162,7 @@ def _replay(
     from maveriq.exec.launcher import ProcessLauncher
     from maveriq.exec.replay import run_replay
 
-    with ProcessLauncher(engines.name, logs=logs, devices=settings.devices) as launcher:
+    with ProcessLauncher(machine.backend, logs=logs, devices=settings.devices, python=machine.python_path) as launcher:
         return _outside_event_loop(lambda: run_replay(system, launcher, settings, watcher, interrupt))
 
 
@@ -171,6 +171,7 @@ def _finished_run(
     system: ReplaySystem,
     components: Components,
     engines: EngineOptions,
+    machine: LocalMachine,
     replayed: ReplayResult,
     settings: ReplaySettings,
     *,
@@ -187,7 +188,9 @@ def _finished_run(
     if replayed.lag is not None:
         meta["notes"].append(replayed.lag.note())
         meta["control_lag"] = {**asdict(replayed.lag), "share": replayed.lag.share, "distorts": replayed.lag.distorts}
-    meta["engines"] = {name: value for name, value in asdict(engines).items() if value is not None}
+    meta["engines"] = {name: value for name, value in asdict(engines).items() if value not in (None, ())}
+    if machine.python is not None:
+        meta["engines"]["python"] = f"{machine.python.path} ({machine.python.version})"
     if interrupted:
         meta["interrupted"] = True
     if replayed.energy_j:

@@ -57,6 +57,9 @@ def profile(
         float | None,
         typer.Option(help="Memory of one GPU, or of one process on a CPU.", show_default="the GPU's, or 4"),
     ] = None,
+    engine_python: Annotated[
+        list[str] | None, typer.Option(metavar="ENGINE=PATH", help="The interpreter that runs the engine; repeatable.")
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="Name of the GPU kind.", show_default="the GPU's, or cpu")] = None,
 ) -> None:
     """Measure models on this machine's engines.
@@ -75,7 +78,7 @@ def profile(
     engines = _engines(chosen, configuration)
     files = ModelFiles({model: path for model, path in chosen.values() if path is not None}.get)
     cases = _cases(batch_size, prompt_tokens, output_tokens)
-    with contextlib.closing(LocalMachine(backend)) as local:
+    with contextlib.closing(LocalMachine(backend, engine_python or ())) as local:
         for model, parallel_config in engines:
             _check_supported(backend, model, parallel_config, Device.CUDA if local.meter else Device.CPU)
         machine = _machine(local, kind, memory_gib)
@@ -113,7 +116,7 @@ async def _measure_all(job: _Job) -> list[Measured]:
     found: list[Measured] = []
     with (
         tempfile.TemporaryDirectory(prefix="maveriq-profile-") as logs,
-        ProcessLauncher(job.local.backend, logs=Path(logs), devices=devices) as launcher,
+        ProcessLauncher(job.local.backend, logs=Path(logs), devices=devices, python=job.local.python_path) as launcher,
     ):
         for number, (model, config) in enumerate(job.engines, 1):
             console.print(f"{number} of {len(job.engines)}: {escape(model.name)} with {config}", highlight=False)

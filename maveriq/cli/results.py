@@ -29,6 +29,7 @@ from maveriq.workload.model_sets import known_model_sets
 from maveriq.workload.traces import TRACES
 
 _IN_NAME = ("policy", "intent", "models", "trace", "scale")  # options that every name has
+_ENGINE_NOT_IN_NAME = ("backend", "real", "engine-python")  # the name has the backend; a path says little
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._=+@,-]")
 _MAX_NAME = 160
 
@@ -50,7 +51,7 @@ def default_folder(options: Options, engines: EngineOptions | None = None) -> Pa
         parts.append(f"{DEFAULT_SCALE if options.scale is None else options.scale:g}")
     parts += ["-".join(filter(None, changed)) for changed in changed_options(options) if changed[0] not in _IN_NAME]
     if engines is not None:
-        changed = [changed for changed in changed_options(engines) if changed[0] not in ("backend", "real")]
+        changed = [changed for changed in changed_options(engines) if changed[0] not in _ENGINE_NOT_IN_NAME]
         parts += [engines.name, *("-".join(filter(None, pair)) for pair in changed)]
     full = "-".join(parts)
     name = _NOT_IN_NAMES.sub("_", full.replace(os.sep, "_"))

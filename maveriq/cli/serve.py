@@ -136,7 +136,7 @@ def _run_service(
 
     log_to_stderr(logging.ERROR if quiet else logging.WARNING)
     with contextlib.ExitStack() as resources:
-        machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name)))
+        machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name, engines.engine_python)))
         system, placements = build_live_system(options, wrap_estimator=machine.planning, make_cluster=local_cluster)
         log = None
         if access_log is not None:
@@ -195,6 +195,7 @@ async def _serve(
         devices=machine.devices(system.cluster),
         memory_probe=machine.memory_probe(),
         sampler=machine.sampler(system.cluster),
+        python=machine.python_path,
     ) as executor:
         app = create_app(executor, store, settings, placements, models, access_log)
 

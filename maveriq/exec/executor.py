@@ -359,6 +359,7 @@ async def open_executor(
     supervision: SupervisionSettings | None = None,
     memory_probe: MemoryProbe | None = None,
     sampler: GpuSampler | None = None,
+    python: Path | None = None,
 ) -> AsyncIterator[Executor]:
     """Yield an executor whose engines are processes on this machine, and close it at the end.
 
@@ -372,6 +373,7 @@ async def open_executor(
         supervision: see `Executor`.
         memory_probe: see `Executor`.
         sampler: measures the load of real GPUs.
+        python: see `ProcessLauncher`.
 
     Raises:
         InputError: the folder cannot be created.
@@ -380,7 +382,7 @@ async def open_executor(
         logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {str(logs)!r} for logs cannot be created: {error.strerror}; name another") from None
-    with ProcessLauncher(backend, logs=logs, devices=devices) as launcher:
+    with ProcessLauncher(backend, logs=logs, devices=devices, python=python) as launcher:
         executor = Executor(
             system,
             launcher,

@@ -18,14 +18,12 @@ from typing import Any, BinaryIO, Protocol, Self, TypeAlias
 
 from maveriq.errors import MaveriqError, cannot_write
 from maveriq.exec.capabilities import check_spec
+from maveriq.exec.engine_python import NOT_INHERITED, link_package, python_environment
 from maveriq.exec.engines.engine import EngineError
 from maveriq.exec.engines.interpreter import module_command
 from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
 from maveriq.exec.scratch_folder import ScratchFolder
-
-_PACKAGE = Path(__file__).parents[1]
-_NOT_INHERITED = ("MAVERIQ_TOKEN",)  # the token of the service: engines run code and files of others
 
 ToEngineChannel: TypeAlias = Channel[ToEngine, FromEngine]
 
@@ -114,14 +112,14 @@ class ProcessLauncher:
         self._logs = logs
         self._devices = devices or Devices()
         inherited = os.environ if environment is None else environment
-        self._environment = {name: value for name, value in inherited.items() if name not in _NOT_INHERITED}
+        self._environment = {name: value for name, value in inherited.items() if name not in NOT_INHERITED}
         self._python = python
         try:
             self._sockets = ScratchFolder("maveriq-engines-")  # a short path: sockets allow about 100 bytes
-            import_path = _folder_with_package_only(self._sockets.path)
+            import_path = link_package(self._sockets.path)
         except OSError as error:
             raise cannot_write("the folder of temporary files", error) from None
-        self._environment |= _python_environment(self._environment, import_path, python)
+        self._environment |= python_environment(self._environment, import_path, python)
 
     def __enter__(self) -> Self:
         return self
@@ -194,27 +192,6 @@ class ProcessLauncher:
                 )
         except OSError as error:
             raise LaunchError(f"its process cannot be started: {error.strerror or error}") from None
-
-
-def _folder_with_package_only(scratch: Path) -> Path:
-    """Make a folder that holds a link to this package and nothing else, for the import path of engines.
-
-    The folder that the package is in also holds the libraries of this environment. They must not hide those of another
-    interpreter (docs/decisions/0014).
-    """
-    folder = scratch / "path"
-    folder.mkdir()
-    (folder / _PACKAGE.name).symlink_to(_PACKAGE, target_is_directory=True)
-    return folder
-
-
-def _python_environment(inherited: Mapping[str, str], import_path: Path, python: Path | None) -> dict[str, str]:
-    """Return the variables that tell an engine's interpreter where modules and programs are."""
-    if python is None:
-        return {"PYTHONPATH": os.pathsep.join(filter(None, [str(import_path), inherited.get("PYTHONPATH", "")]))}
-    # As in an activated environment: engines call programs, such as ninja, that lie beside the interpreter.
-    programs = os.pathsep.join(filter(None, [str(python.parent), inherited.get("PATH", "")]))
-    return {"PYTHONPATH": str(import_path), "PYTHONHOME": "", "PATH": programs}
 
 
 class ProcessConnection:

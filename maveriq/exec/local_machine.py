@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from maveriq.domain.cluster import Cluster
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.exec import gpus
-from maveriq.exec.capabilities import SupportedByEngine, installed, this_machine
+from maveriq.exec.capabilities import SupportedByEngine, engine_facts, installed, this_machine
 from maveriq.exec.device import Device
 from maveriq.exec.engine_process import SupervisionSettings
+from maveriq.exec.engine_python import EnginePython, check_engine_python, parse_engine_pythons
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.gpus import Devices, GpuReading, NvmlMeter
@@ -43,6 +46,9 @@ class EngineOptions:
     start_timeout_s: float = option(900.0, "Time within which an engine must start.", _ENGINES)
     hang_timeout_s: float = option(30.0, "Heartbeat timeout of an engine.", _ENGINES)
     max_restarts: int = option(5, "Failures in a row after which an engine is not restarted.", _ENGINES)
+    engine_python: tuple[str, ...] = option(
+        (), "The interpreter that runs an engine, ENGINE=PATH: trtllm=/opt/trtllm/bin/python; repeatable.", _ENGINES
+    )
 
     def __post_init__(self) -> None:
         for name in ("time_scale", "start_timeout_s", "hang_timeout_s"):
@@ -52,6 +58,7 @@ class EngineOptions:
         if self.max_restarts < 1:
             raise InputError(f"--max-restarts must be at least 1, not {self.max_restarts}")
         self._check_backend()
+        parse_engine_pythons(self.engine_python)
 
     def _check_backend(self) -> None:
         if self.real and self.backend not in (None, TRTLLM):
@@ -106,24 +113,36 @@ def _is_kind(driver_name: str, kind: str) -> bool:
 
 
 class LocalMachine:
-    """What this machine offers a backend: its GPUs, or its CPU without GPUs; emulated engines need neither.
+    """What this machine offers a backend: an interpreter, and GPUs, or the CPU where there are none.
+
+    Emulated engines need no GPU.
+
+    Args:
+        backend: the engine.
+        engine_pythons: the values of `--engine-python`.
 
     Raises:
         InputError: the backend cannot start here; the message names what is missing.
     """
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, engine_pythons: Sequence[str] = ()) -> None:
         self.backend = backend
         self.meter: NvmlMeter | None = None
+        self.python = _engine_python(backend, engine_pythons)
         if backend == EMULATED:
             return
         machine = this_machine()
-        missing = installed(backend, machine).missing
+        missing = installed(backend, machine, self.python).missing
         if missing:
             option_text = "--real (TensorRT-LLM)" if backend == TRTLLM else f"--backend {backend}"
             raise InputError(f"{option_text} cannot run here: {missing}")
         if machine.gpus:
             self.meter = NvmlMeter()
+
+    @property
+    def python_path(self) -> Path | None:
+        """The interpreter that runs the engine; None for the one of this process."""
+        return self.python.path if self.python else None
 
     def planning(self, base: Estimator) -> Estimator:
         """Return the estimator to plan with: it rejects configurations that the backend does not support."""
@@ -164,6 +183,18 @@ class LocalMachine:
         """Release the GPU driver."""
         if self.meter is not None:
             self.meter.close()
+
+
+def _engine_python(backend: str, given: Sequence[str]) -> EnginePython | None:
+    """Return the interpreter that the user named for a backend, checked; None for the one of this process.
+
+    Raises:
+        InputError: it cannot run the engine.
+    """
+    path = parse_engine_pythons(given).get(backend)
+    if path is None:
+        return None
+    return check_engine_python(path, engine_facts(backend).packages, source=f"--engine-python {backend}={path}")
 
 
 class DeviceMemory:

@@ -285,7 +285,7 @@ _Options = TypeVar("_Options")
 
 
 def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _Options | None = None) -> _Options:
-    """Return options from Python values: numbers and paths may stand for text, lists for tuples.
+    """Return options from Python values: numbers and paths may stand for text, lists and dicts for tuples.
 
     Args:
         shape: the dataclass of options.
@@ -315,6 +315,8 @@ def _converted(name: str, value: object, hint: Any) -> object:
         return float(value)
     if tuple in allowed and isinstance(value, (list, str)):
         return (value,) if isinstance(value, str) else tuple(map(str, value))
+    if tuple in allowed and isinstance(value, Mapping):
+        return tuple(f"{key}={entry}" for key, entry in value.items())
     if isinstance(value, Number) and hasattr(value, "item"):  # a NumPy scalar
         return _converted(name, value.item(), hint)
     wanted = " or ".join(sorted(kind.__name__.replace("NoneType", "None") for kind in allowed))

@@ -1,11 +1,13 @@
 """`maveriq.run`: the same in a script and in an event loop, and its folder is read back whole."""
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from python_environments import environment_with
 
 import maveriq
 
@@ -33,6 +35,22 @@ def test_a_run_in_a_notebooks_event_loop_is_read_back_whole(workload: dict[str, 
     assert not loaded.interrupted
     loaded.save(tmp_path / "copy")
     assert (tmp_path / "copy" / "engines.csv").read_bytes() == (tmp_path / "run" / "engines.csv").read_bytes()
+
+
+def test_engines_run_in_the_interpreter_that_is_named(workload: dict[str, Any], tmp_path: Path) -> None:
+    """One that shows its arguments in a file, and then runs Python with msgspec and nothing else."""
+    bare = environment_with(tmp_path / "environment", "msgspec")
+    python, started = tmp_path / "python", tmp_path / "started"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {started}\nexec {bare} "$@"\n')
+    python.chmod(0o755)
+    pythons = {"emulated": python, "trtllm": "/not/started/here"}
+    run = maveriq.run(backend="emulated", time_scale=0.05, out=tmp_path / "run", engine_python=pythons, **workload)
+    assert "maveriq.exec.engine_server" in started.read_text()
+    assert any((tmp_path / "run" / "engines").iterdir())
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert run.meta["engines"]["python"] == f"{python} ({version})"
+    assert run.meta["engines"]["engine_python"] == (f"emulated={python}", "trtllm=/not/started/here")
+    assert [deployment.status for deployment in run.record.deployments] != ["down"]
 
 
 @pytest.mark.parametrize(

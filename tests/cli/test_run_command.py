@@ -114,6 +114,8 @@ class NoDriver:
         ("--backend emulated --time-scale nan", ("--time-scale", "nan")),
         ("--backend emulated --start-timeout-s -1", ("--start-timeout-s", "-1")),
         ("--backend emulated --max-restarts 0", ("--max-restarts", "0")),
+        ("--backend emulated --engine-python emulated=nowhere/python", ("emulated=nowhere/python", "no file")),
+        ("--backend emulated --engine-python nowhere/python", ("nowhere/python", "ENGINE=PATH")),
         ("--backend emulated --fail gpu=0@9s", ("GPU 0", "deployment=")),
         ("--backend emulated --gpus local", ("--gpus local: ", "NVIDIA")),
         ("--backend emulated --trace long.csv", ("2,000,000", "1,000,000")),

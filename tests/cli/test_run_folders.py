@@ -63,7 +63,7 @@ def test_names_say_what_differs(options: Options, name: str) -> None:
 
 
 def test_names_of_runs_on_engines() -> None:
-    engines = EngineOptions(backend="emulated", time_scale=0.02)
+    engines = EngineOptions(backend="emulated", time_scale=0.02, engine_python=("emulated=/opt/python",))
     name = "hybrid-min-cost-large-code-0.4-emulated-time-scale-0.02"
     assert default_folder(Options(), engines) == Path("runs") / name
 

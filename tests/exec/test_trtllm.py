@@ -19,11 +19,9 @@ from external_engine_checks import (
     check_that_the_folder_goes_even_if_the_engine_will_not,
 )
 
-from maveriq.errors import InputError
 from maveriq.exec.capabilities import check_spec
-from maveriq.exec.engines import trtllm
 from maveriq.exec.engines.engine import EngineError, FailureKind
-from maveriq.exec.engines.trtllm import TrtLlmEngine, missing, translate
+from maveriq.exec.engines.trtllm import TrtLlmEngine, translate
 
 # Fields of `TorchLlmArgs` in 1.2, which refuses all others.
 FIELDS = {
@@ -111,32 +109,6 @@ def test_unsupported_configurations_are_refused_before_the_start(
     with pytest.raises(EngineError, match=message) as refused:
         check_spec("trtllm", spec(family, **changes))
     assert refused.value.kind is FailureKind.UNSUPPORTED
-
-
-# Missing requirements
-
-
-def test_a_missing_requirement_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NoDriver:
-        def __init__(self) -> None:
-            raise InputError("no NVIDIA driver answers (not found)")
-
-    monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", NoDriver)
-    monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(trtllm.sys, "version_info", (3, 11, 7))
-    message = missing()
-    assert message == (
-        "no NVIDIA driver answers (not found); the package tensorrt_llm is not installed (pip install tensorrt-llm, or "
-        "NVIDIA's container); its wheels need Python 3.10 or 3.12, this is 3.11"
-    )
-    monkeypatch.setattr(trtllm.sys, "platform", "darwin")
-    assert (missing() or "").startswith("it runs on Linux, not on darwin; ")
-
-
-def test_nothing_is_missing_with_all_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maveriq.exec.gpus.NvmlMeter", lambda: SimpleNamespace(close=lambda: None))
-    monkeypatch.setattr(trtllm.importlib.util, "find_spec", lambda name: object())
-    assert missing() is None
 
 
 # The engine, against a stand-in for the package
@@ -239,8 +211,7 @@ def test_failures_are_engine_errors(fakes: list[FakeLlm], monkeypatch: pytest.Mo
     with pytest.raises(EngineError, match="nothing is loaded"):
         list(TrtLlmEngine().generate(batch_of((1, 2))))
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
-    monkeypatch.setattr(trtllm, "missing", lambda: "no driver")
-    with pytest.raises(EngineError, match="cannot be imported: no driver") as failed:
+    with pytest.raises(EngineError, match="cannot be imported: import of tensorrt_llm halted") as failed:
         TrtLlmEngine().load(spec())
     assert failed.value.kind is FailureKind.UNSUPPORTED
 

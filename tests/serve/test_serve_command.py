@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fakes import FakeCluster
+from python_environments import environment_with
 from running import MODEL, TIMEOUT_S, until
 
 from maveriq.cli.app import app
@@ -85,6 +86,22 @@ def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
         assert server.wait(TIMEOUT_S) == 0
 
 
+@pytest.mark.heavy
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_serve_runs_engines_in_the_interpreter_that_is_named(tmp_path: Path) -> None:
+    python = environment_with(tmp_path / "environment", "msgspec")
+    with (
+        serving(tmp_path, "--engine-python", f"emulated={python}") as (server, url),
+        httpx.Client(base_url=url, timeout=TIMEOUT_S) as http,
+    ):
+        assert http.post("/endpoints", json={"model": MODEL}).status_code == 201
+        until(lambda: http.get("/endpoints/1").json()["status"] == "up")
+        [engine] = engines_of(server.pid)
+        assert Path(f"/proc/{engine}/cmdline").read_bytes().startswith(bytes(python) + b"\0")
+        answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 7})
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 7)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -96,6 +113,7 @@ def test_serve_kill_engine_stop_and_restart(tmp_path: Path) -> None:
         ((*SERVE, "--access-log", "nowhere/a.log"), "--access-log 'nowhere/a.log' cannot be written: No such file"),
         ((*SERVE, "--policy", "alpaserve"), "unknown policy 'alpaserve'"),
         ((*SERVE, "--port", "70000"), "70000"),
+        ((*SERVE, "--engine-python", "emulated=/bin/cat"), "--engine-python emulated=/bin/cat: /bin/cat fails as an"),
         ((*SERVE[:-1], "{taken}"), "Address already in use; choose another with --port"),
         (("console", "-c", "modles"), "did you mean 'models'"),
         (("console", "--url", "nonsense", "-c", "models"), "is not an HTTP URL"),

@@ -21,7 +21,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = No
     sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
     monkeypatch.setattr(FakeMeter, "gpus", sliced)
     monkeypatch.setattr(local_machine, "this_machine", lambda: Machine(gpus=meter.gpus))
-    monkeypatch.setattr(local_machine, "installed", lambda _engine, _machine: Installed(missing=missing))
+    monkeypatch.setattr(local_machine, "installed", lambda _engine, _machine, _python: Installed(missing=missing))
     monkeypatch.setattr(local_machine, "NvmlMeter", lambda: meter)
 
 

@@ -7,10 +7,8 @@ are those of `TorchLlmArgs` of version 1.2, which rejects unknown ones.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,7 +37,6 @@ _CHECKPOINT_ALGORITHMS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.INT4: ("W4A16", "W4A16_AWQ"),
 }
 _QUANTISATION_FILE = "hf_quant_config.json"
-_WHEEL_PYTHONS = ((3, 10), (3, 12))
 
 
 def translate(spec: EngineSpec, folder: str) -> Translation:
@@ -120,28 +117,6 @@ def _quantisation_config(algorithm: str) -> dict[str, Any]:
     }
 
 
-def missing() -> str | None:
-    """Return what TensorRT-LLM lacks on this machine, in one line, None if nothing. Its package is not imported."""
-    from maveriq.exec.gpus import NvmlMeter
-
-    missing_parts: list[str] = []
-    if not sys.platform.startswith("linux"):
-        missing_parts.append(f"it runs on Linux, not on {sys.platform}")
-    try:
-        NvmlMeter().close()
-    except InputError as error:
-        missing_parts.append(str(error).partition(";")[0])  # without the advice after the semicolon
-    if importlib.util.find_spec("tensorrt_llm") is None:
-        missing_parts.append(
-            "the package tensorrt_llm is not installed (pip install tensorrt-llm, or NVIDIA's container)"
-        )
-        if sys.version_info[:2] not in _WHEEL_PYTHONS:
-            python = ".".join(map(str, sys.version_info[:2]))
-            wheels = " or ".join(".".join(map(str, version)) for version in _WHEEL_PYTHONS)
-            missing_parts.append(f"its wheels need Python {wheels}, this is {python}")
-    return "; ".join(missing_parts) or None
-
-
 class TrtLlmEngine(ExternalEngine):
     """TensorRT-LLM as an `Engine`; its workers are child processes of this process."""
 
@@ -169,8 +144,7 @@ class TrtLlmEngine(ExternalEngine):
         try:
             import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
         except Exception as error:  # without a driver the import fails in many ways
-            reason = missing() or str(error)
-            raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {reason}") from error
+            raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {error}") from error
         self._loop = asyncio.new_event_loop()
         self._llm = tensorrt_llm.LLM(**translation.arguments)
         for _ in self._steps((PromptSequence(request_id=0, prompt=(1,), output_tokens=2),)):
