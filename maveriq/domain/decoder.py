@@ -9,9 +9,10 @@ Sizes are numbers of values (rows, columns, heads), never bytes, unless a name s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from maveriq.domain.weight_formats import BITS_16, WeightFormat
 from maveriq.errors import InputError
 from maveriq.units import Bytes
 
@@ -27,6 +28,7 @@ class Matrix:
         copies: how many there are, as many as experts.
         active: how many of them a token passes.
         bias: whether it adds a bias.
+        keeps_16_bits: whether no tool quantises it: routers and gates.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Matrix:
     copies: int = 1
     active: int = 1
     bias: bool = False
+    keeps_16_bits: bool = False
 
     @property
     def weights(self) -> int:
@@ -260,7 +263,7 @@ class ExpertFeedForward(FeedForward):
     def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
         """Return the router, the experts and the shared experts."""
         experts, active, size = self.experts, self.experts_per_token, self.latent_size or hidden_size
-        found = [Matrix(name="mlp.gate", inputs=hidden_size, outputs=experts, bias=self.bias)]
+        found = [Matrix(name="mlp.gate", inputs=hidden_size, outputs=experts, bias=self.bias, keeps_16_bits=True)]
         if self.latent_size:
             found += [
                 Matrix(name="mlp.fc1_latent_proj", inputs=hidden_size, outputs=size),
@@ -272,7 +275,7 @@ class ExpertFeedForward(FeedForward):
         if self.shared_width:
             found += _feed_forward("mlp.shared_experts", hidden_size, self.shared_width, self.matrices)
         if self.shared_gate:
-            found.append(Matrix(name="mlp.shared_expert_gate", inputs=hidden_size, outputs=1))
+            found.append(Matrix(name="mlp.shared_expert_gate", inputs=hidden_size, outputs=1, keeps_16_bits=True))
         return tuple(found)
 
     @property
@@ -301,12 +304,14 @@ class LayerKind:
         feed_forward: the feed-forward part; None in a layer without one.
         parallel: whether both take the same input, so that a tensor-parallel layer is summed up once, not twice.
         norm_parameters: weights and biases of the layer's norms, and other parameters that are no matrix.
+        formats: how the checkpoint stores its matrices, by name; those that are not there have 16 bits.
     """
 
     attention: Attention | None
     feed_forward: FeedForward | None
     parallel: bool = False
     norm_parameters: int = 0
+    formats: tuple[tuple[str, WeightFormat], ...] = ()
 
     def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
         """Return the weight matrices of a layer."""
@@ -318,6 +323,21 @@ class LayerKind:
         """Parameters of a layer that are no matrix and no bias."""
         parts = (self.attention, self.feed_forward)
         return self.norm_parameters + sum(part.vectors for part in parts if part is not None)
+
+    def weight_bytes(self, hidden_size: int, stored_as: WeightFormat | None = None) -> Bytes:
+        """Return the bytes of a layer's weights.
+
+        Args:
+            hidden_size: values of a token between layers.
+            stored_as: how its matrices are stored; None for as the checkpoint stores them.
+        """
+        formats = dict(self.formats)
+        size = 2 * self.vectors
+        for matrix in self.weight_matrices(hidden_size):
+            stored = formats.get(matrix.name, BITS_16) if stored_as is None else stored_as
+            stored = BITS_16 if matrix.keeps_16_bits else stored
+            size += matrix.copies * stored.bytes_of(matrix.inputs, matrix.outputs) + 2 * matrix.biases
+        return size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,6 +377,8 @@ class Decoder:
         learned_positions: rows of the matrix of learned positions; 0 where there is none.
         other_parameters: parameters beside layers, embedding, output and positions: the last norm, biases.
         other_inputs_parameters: parameters of the parts that encode other inputs than text (a vision tower).
+        head_format: how the checkpoint stores the output matrix.
+        kv_bits: bits of a value in the KV cache that the checkpoint was quantised for; 0 where it says nothing.
         not_counted: parts of the checkpoint that no figure here includes, in words.
         not_timed: why no step-time model here answers for it, in words; "" where one may.
 
@@ -374,7 +396,9 @@ class Decoder:
     learned_positions: int = 0
     other_parameters: int = 0
     other_inputs_parameters: int = 0
-    not_counted: tuple[str, ...] = field(default=())
+    head_format: WeightFormat = BITS_16
+    kv_bits: int = 0
+    not_counted: tuple[str, ...] = ()
     not_timed: str = ""
 
     def __post_init__(self) -> None:
@@ -428,6 +452,27 @@ class Decoder:
             number * (self.layer_parameters(kind) - self.active_layer_parameters(kind)) for kind, number in self.kinds()
         )
         return self.text_parameters() - inactive
+
+    def weight_bytes(self, stored_as: WeightFormat | None = None) -> Bytes:
+        """Return the bytes of the decoder's weights: layers, and embedding, output and norms in 16 bits.
+
+        Args:
+            stored_as: how the matrices of layers are stored; None for as the checkpoint stores them, the output too.
+        """
+        return self.layers_bytes(stored_as) + self.embedding_bytes() + self.head_bytes(stored_as)
+
+    def layers_bytes(self, stored_as: WeightFormat | None = None, first: int = 0, end: int | None = None) -> Bytes:
+        """Return the bytes of the weights of layers `first` up to `end`, stored as in `weight_bytes`."""
+        return sum(number * kind.weight_bytes(self.hidden_size, stored_as) for kind, number in self.kinds(first, end))
+
+    def embedding_bytes(self) -> Bytes:
+        """Return the bytes of embedding, learned positions and what stands beside the layers, in 16 bits."""
+        return 2 * (self.embedding_parameters + self.other_parameters)
+
+    def head_bytes(self, stored_as: WeightFormat | None = None) -> Bytes:
+        """Return the bytes of the output matrix, in 16 bits unless the checkpoint quantises it; 0 where it is tied."""
+        stored = self.head_format if stored_as is None else BITS_16
+        return 0 if self.tied_embeddings else stored.bytes_of(self.hidden_size, self.vocab_size)
 
     def kv_cache(self, value_bytes: float = 2, first: int = 0, end: int | None = None) -> KvCache:
         """Return what the KV cache takes, of layers `first` up to `end`.

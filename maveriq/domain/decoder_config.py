@@ -29,6 +29,7 @@ from maveriq.domain.decoder_families import FAMILIES, OTHER_NAMES, Family, Switc
 from maveriq.domain.family_fields import FamilyFields
 from maveriq.domain.feed_forward_config import FeedForwardReader
 from maveriq.domain.model_features import TEXT_PARTS, other_inputs_of, unmodelled_feature
+from maveriq.domain.quantization_config import Quantization, read_quantization
 
 # Hugging Face names one thing differently per family.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -52,11 +53,13 @@ class DecoderConfig:
     Args:
         architecture: the family by its present name; of a multimodal model, the name of the whole.
         decoder: the decoder.
+        quantization: as what most of its weights are stored, by the names of `WeightType`; "" for 16 bits.
         text: the part of the configuration that describes it: the whole, or `text_config`.
     """
 
     architecture: str
     decoder: Decoder
+    quantization: str
     text: Config
 
 
@@ -74,12 +77,13 @@ def family_name(config: Config, where: str) -> str:
     return OTHER_NAMES.get(name, name)
 
 
-def read_decoder(config: Config, where: str) -> DecoderConfig:
+def read_decoder(config: Config, where: str, modelopt: Config | None = None) -> DecoderConfig:
     """Return the decoder that a parsed `config.json` describes.
 
     Args:
         config: the parsed file.
         where: the file's name, for messages.
+        modelopt: the parsed `hf_quant_config.json` beside it, in which ModelOpt says how weights are stored.
 
     Raises:
         InputError: a needed key is missing or wrong, or the model has a part that maveriq does not model.
@@ -93,13 +97,14 @@ def read_decoder(config: Config, where: str) -> DecoderConfig:
             raise Fields(config, where).refuse(feature)
     fields = Fields(text, where, f"{key}." if key else "")
     reader = _Reader(FamilyFields(fields, architecture, _family(fields, architecture), nested=bool(key)))
-    decoder = reader.decoder()
+    quantization = read_quantization(config, where, modelopt)
+    decoder = reader.decoder(quantization)
     others = other_inputs_of(config)
     if others:
         decoder = replace(decoder, not_counted=(*decoder.not_counted, f"the parts for other inputs ({others})"))
     # Engines are found by the name of the whole: a multimodal model is not the family of its decoder to them.
     whole = Fields(config, where).name("model_type") if key else None
-    return DecoderConfig(architecture=whole or architecture, decoder=decoder, text=text)
+    return DecoderConfig(architecture=whole or architecture, decoder=decoder, quantization=quantization.name, text=text)
 
 
 def _text_part(config: Config, key: str, where: str) -> Config:
@@ -139,8 +144,8 @@ class _Reader:
 
     config: FamilyFields
 
-    def decoder(self) -> Decoder:
-        """Read the decoder."""
+    def decoder(self, quantization: Quantization) -> Decoder:
+        """Read the decoder, whose matrices are stored as `quantization` says."""
         config = self.config
         fields, family = config.fields, config.family
         layers = config.count(_LAYERS, MAX_LAYERS)
@@ -158,6 +163,10 @@ class _Reader:
             self._layer(attention, feed_forward, hidden, parallel=parallel)
             for attention, feed_forward in zip(attentions, feed_forwards, strict=True)
         ]
+        kinds = [
+            replace(kind, formats=quantization.formats_of(layer, kind.weight_matrices(hidden)))
+            for layer, kind in enumerate(kinds)
+        ]
         distinct = tuple(dict.fromkeys(kinds))
         norms = (1 + family.embedding_norms) * family.norm_values * hidden
         return Decoder(
@@ -170,6 +179,8 @@ class _Reader:
             rope_type=rope_type,
             learned_positions=(context or 0) + family.extra_positions if family.learned_positions else 0,
             other_parameters=norms + (vocabulary if family.head_bias else 0),
+            head_format=quantization.head,
+            kv_bits=quantization.kv_bits,
             not_counted=self._not_counted(),
         )
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from maveriq.domain.config_fields import Config, brief
+from maveriq.domain.config_fields import Config
 from maveriq.domain.decoder import (
     Decoder,
     DenseFeedForward,
@@ -128,49 +128,3 @@ def read_shape(config: Config, where: str) -> Shape:
     if features := decoder.features():
         raise InputError(f"{where}: {', '.join(features)}: not a plain decoder")
     return shape_of_decoder(decoder)
-
-
-# How a checkpoint's weights are quantised: by `quant_method` and `_form`, and how maveriq calls such weights.
-_QUANTIZED: Mapping[tuple[str, str], str] = {
-    ("gptq", "4 bits"): "int4_gptq",
-    ("awq", "4 bits"): "int4",
-    ("compressed-tensors", "4 bits"): "int4",
-    ("compressed-tensors", "8 bits"): "int8",
-}
-
-
-def quantization_of(config: Config, where: str) -> str:
-    """Return as what weights the checkpoint is quantised, "" if it is not.
-
-    Raises:
-        InputError: maveriq knows no such weights.
-    """
-    given = config.get("quantization_config")
-    if not given:
-        return ""
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: quantization_config must be an object, not {brief(given)}")
-    method, form = str(given.get("quant_method")), _form(given)
-    found = _QUANTIZED.get((method, form))
-    if found is None:
-        how = f"{method} with {form}" if form else method
-        known = ", ".join(f"{known_method} with {known_form}" for known_method, known_form in _QUANTIZED)
-        raise InputError(
-            f"{where}: quantization_config: weights quantised by {how[:80]} are not modelled, only those by {known}"
-        )
-    return found
-
-
-def _form(quantization: Config) -> str:
-    """Return the bits of a quantised weight as text, and whether they are floats or activations are quantised too."""
-    bits = quantization.get("bits", quantization.get("w_bit", quantization.get("num_bits")))
-    if bits is not None:
-        return f"{brief(bits)} bits"
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and isinstance(weights.get("num_bits"), int):
-            floats = " (floats)" if weights.get("type") == "float" else ""
-            activations = " and quantised activations" if group.get("input_activations") else ""
-            return f"{weights['num_bits']} bits{floats}{activations}"
-    return ""

@@ -18,7 +18,7 @@ import msgspec
 from maveriq.compat import StrEnum
 from maveriq.domain.decoder import Decoder, DenseFeedForward, GroupedAttention, plain_decoder
 from maveriq.domain.decoder_config import read_decoder
-from maveriq.domain.model_config import parse_config, quantization_of, shape_of_decoder
+from maveriq.domain.model_config import parse_config, shape_of_decoder
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import data_path, exists, is_folder, read_regular_text
 from maveriq.tables import read_toml
@@ -173,12 +173,19 @@ def model_from_hf_config(config_json: str, *, name: str, where: str) -> ModelSpe
     return _spec_from(parse_config(config_json, where), name=name, where=where, config_json=config_json)
 
 
-def _spec_from(config: Mapping[str, Any], *, name: str, where: str, config_json: str) -> ModelSpec:
-    read = read_decoder(config, where)
+def _spec_from(
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    where: str,
+    config_json: str,
+    modelopt: Mapping[str, Any] | None = None,
+) -> ModelSpec:
+    read = read_decoder(config, where, modelopt)
     return ModelSpec(
         name=name,
         architecture=read.architecture,
-        quantization=quantization_of(config, where),
+        quantization=read.quantization,
         config_json=config_json,
         decoder=read.decoder,
         **asdict(shape_of_decoder(read.decoder)),
@@ -260,14 +267,18 @@ def config_path(path: Path) -> Path:
     return path / "config.json" if is_folder(path) else path
 
 
-_MAX_CONFIG_BYTES = 1024 * 1024
+_MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 
 def _read_config(path: Path) -> ModelSpec:
     where = f"model configuration {str(path)!r}"
     text = read_regular_text(path, what="model configuration", max_bytes=_MAX_CONFIG_BYTES)
     config = parse_config(text, where)
-    return _spec_from(config, name=_name_of(config, path), where=where, config_json=text)
+    beside, modelopt = path.with_name("hf_quant_config.json"), None
+    if exists(beside):
+        beside_text = read_regular_text(beside, what="quantisation", max_bytes=_MAX_CONFIG_BYTES)
+        modelopt = parse_config(beside_text, f"quantisation {str(beside)!r}")
+    return _spec_from(config, name=_name_of(config, path), where=where, config_json=text, modelopt=modelopt)
 
 
 def _name_of(config: Mapping[str, Any], path: Path) -> str:

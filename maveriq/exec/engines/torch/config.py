@@ -16,9 +16,10 @@ from maveriq.compat import StrEnum
 from maveriq.domain.config_fields import rope_parameters, rope_type_of
 from maveriq.domain.decoder_config import family_name
 from maveriq.domain.decoder_families import has_new_falcon_decoder
-from maveriq.domain.model_config import Shape, parse_config, quantization_of, read_shape
+from maveriq.domain.model_config import Shape, parse_config, read_shape
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
+from maveriq.domain.quantization_config import read_quantization
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.messages import EngineSpec
@@ -111,7 +112,7 @@ def read_decoder_config(config_json: str) -> DecoderConfig:
         reader = _READERS.get(family_name(config, where))
         if reader is None:
             raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {', '.join(_READERS)}")
-        shape, quantization = read_shape(config, where), quantization_of(config, where)
+        shape, quantization = read_shape(config, where), read_quantization(config, where).name
     except InputError as error:
         raise_unsupported(str(error))
     if quantization:
