@@ -164,5 +164,40 @@ def check_weights(folder: Path) -> None:
         open_regular_file(path, what="weights").close()
 
 
+def matrix_types(folder: Path) -> dict[str, str]:
+    """Return the types of the matrices in a folder's safetensors files ("F16", "BF16", ...), each with the first name.
+
+    Only the headers are read: the length of a JSON object in eight bytes, then the object
+    (https://github.com/huggingface/safetensors#format).
+
+    Raises:
+        InputError: a file is not a regular file in the folder, or has no valid header.
+    """
+    types: dict[str, str] = {}
+    for path in sorted(_matching(folder, _SAFETENSORS)):
+        _check_inside(path, folder, what="weights")
+        for name, tensor in _safetensors_header(path).items():
+            if name != "__metadata__" and len(tensor["shape"]) > 1:
+                types.setdefault(tensor["dtype"], name)
+    return types
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    with open_regular_file(path, what="weights") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= _MAX_FILE_BYTES else b""
+    try:
+        header = json.loads(text)
+        if all(name == "__metadata__" or _is_described(tensor) for name, tensor in header.items()):
+            return dict(header)
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise InputError(f"weights {str(path)!r} cannot be read: not a safetensors file; give another file")
+
+
+def _is_described(tensor: Any) -> bool:
+    return isinstance(tensor, dict) and isinstance(tensor.get("dtype"), str) and isinstance(tensor.get("shape"), list)
+
+
 def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     return (path for pattern in patterns for path in folder.glob(pattern))

@@ -22,6 +22,7 @@ from external_engine_checks import (
 from maveriq.exec.capabilities import check_spec
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.trtllm import TrtLlmEngine, translate
+from maveriq.exec.messages import EngineSpec
 
 # Fields of `TorchLlmArgs` in 1.2, which refuses all others.
 FIELDS = {
@@ -46,10 +47,11 @@ def test_uneven_stages_and_random_weights() -> None:
         "max_input_len": 256,
         "max_num_tokens": 8192,
         "kv_cache_config": {"dtype": "auto", "enable_block_reuse": False, "max_tokens": 4 * (256 + 32)},
-        "cuda_graph_config": {"max_batch_size": 4},
+        "cuda_graph_config": {"max_batch_size": 4, "enable_padding": True},
     }
     assert set(translation.arguments) <= FIELDS
-    assert json.loads(translation.files["config.json"]) == TINY["llama"]
+    assert json.loads(translation.files["config.json"]) == {**TINY["llama"], "torch_dtype": "float16"}
+    assert translation.environment["TLLM_NUMA_AWARE_WORKER_AFFINITY"] == "0"
     assert "TLLM_WORKER_USE_SINGLE_PROCESS" not in translation.environment
 
 
@@ -72,6 +74,65 @@ def test_forms_of_weights(weights: str, algorithm: str | None) -> None:
     }
 
 
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("own", [{}, {"torch_dtype": "bfloat16"}, {"dtype": "float32"}])
+def test_layers_of_random_weights_are_float16(weights: str, own: dict[str, str]) -> None:
+    translation = translate(spec(weights=weights, config_json=json.dumps(TINY["llama"] | own)), "/m")
+    written = json.loads(translation.files["config.json"])
+    assert translation.arguments["dtype"] == "float16"
+    assert {name: value for name, value in written.items() if "dtype" in name} == {"torch_dtype": "float16"}
+
+
+def checkpoint(folder: Path, *, torch_dtype: str | None, key: str = "torch_dtype", **stored: str) -> EngineSpec:
+    """Write a safetensors file with a header of these types, and return the spec of a model with it."""
+    header = {name: {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, 32]} for name, dtype in stored.items()}
+    header |= {"norm": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "__metadata__": {"format": "pt"}}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    config = TINY["llama"] | ({key: torch_dtype} if torch_dtype else {})
+    return spec(config_json=json.dumps(config), weights_folder=str(folder))
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize(("torch_dtype", "stored"), [("float16", "F16"), ("bfloat16", "BF16")])
+def test_given_weights_of_16_bits_are_loaded_as_they_are(
+    tmp_path: Path, key: str, torch_dtype: str, stored: str
+) -> None:
+    translation = translate(checkpoint(tmp_path, torch_dtype=torch_dtype, key=key, q=stored, k=stored), "/m")
+    assert translation.arguments["dtype"] == torch_dtype
+    assert translation.files == {}
+
+
+@pytest.mark.parametrize(
+    ("torch_dtype", "stored", "message"),
+    [
+        (None, "F16", "has no torch_dtype, so they would be float32; convert the weights to float16 or bfloat16"),
+        ("float32", "F32", "has torch_dtype float32; convert"),
+        ("float16", "F32", "not float16 as their config.json says: k is stored as F32"),
+        ("bfloat16", "F16", "not bfloat16 as their config.json says: k is stored as F16"),
+        ("float16", "F8_E4M3", "not float16 as their config.json says: k is stored as F8_E4M3"),
+    ],
+)
+def test_given_weights_of_another_type_are_refused(
+    tmp_path: Path, torch_dtype: str | None, stored: str, message: str
+) -> None:
+    first = {"float16": "F16", "bfloat16": "BF16"}.get(torch_dtype or "", stored)
+    with pytest.raises(EngineError, match=message) as refused:
+        translate(checkpoint(tmp_path, torch_dtype=torch_dtype, q=first, k=stored), "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+
+
+@pytest.mark.parametrize("header", ["", "[]", '{"a": null}', '{"a": {"dtype": "F16", "shape": 4}}', '{"a'])
+@pytest.mark.parametrize("length", [None, 0, 2**64 - 1])
+def test_broken_weights_are_refused(tmp_path: Path, header: str, length: int | None) -> None:
+    made = checkpoint(tmp_path, torch_dtype="float16")
+    size = len(header) if length is None else length
+    (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header.encode())
+    with pytest.raises(EngineError, match="not a safetensors file") as refused:
+        translate(made, "/m")
+    assert refused.value.kind is FailureKind.UNSUPPORTED
+
+
 def quantised(algorithm: str) -> dict[str, Any]:
     return {"quantization": {"quant_algo": algorithm}}
 
@@ -88,7 +149,8 @@ def test_given_weights_must_already_be_quantized(tmp_path: Path) -> None:
         translate(spec(weights_folder=str(tmp_path)), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
     quant_config.write_text(json.dumps(quantised("W8A16")), encoding="utf-8")
-    translation = translate(spec(weights="int8", weights_folder=str(tmp_path)), "/m")
+    config_json = json.dumps(TINY["llama"] | {"torch_dtype": "float16"})
+    translation = translate(spec(weights="int8", weights_folder=str(tmp_path), config_json=config_json), "/m")
     assert (translation.arguments["model"], translation.arguments["load_format"]) == (str(tmp_path), "auto")
     assert translation.files == {}
 
@@ -118,6 +180,7 @@ class FakeResult:
     """Streams the numbers after the last prompt token, cumulatively, and sometimes two at once."""
 
     def __init__(self, llm: FakeLlm, prompt: list[int], sampling: Any) -> None:
+        assert not hasattr(sampling, "ignore_eos"), "newer versions lose the stop tokens with it"
         self.llm, self.prompt, self.sampling = llm, prompt, sampling
 
     async def __aiter__(self) -> AsyncIterator[Any]:
@@ -163,7 +226,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
     module = ModuleType("tensorrt_llm")
     vars(module).update(LLM=FakeLlm, SamplingParams=SimpleNamespace, __version__="1.2.1")
     monkeypatch.setitem(sys.modules, "tensorrt_llm", module)
-    for name in ("TLLM_WORKER_USE_SINGLE_PROCESS", "HF_HUB_OFFLINE"):
+    for name in ("TLLM_WORKER_USE_SINGLE_PROCESS", "TLLM_NUMA_AWARE_WORKER_AFFINITY", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "")  # restores what the engine sets
     return FakeLlm.made
 

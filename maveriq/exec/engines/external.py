@@ -90,9 +90,17 @@ class EngineRequirements:
             return None
         return str(quantization.get("quant_method")) if isinstance(quantization, dict) else "something unknown"
 
-    def random_weights_config(self, quantisation: Mapping[str, Any] | None) -> str:
-        """Return the `config.json` for random weights with this `quantization_config` (None: not quantised)."""
+    def random_weights_config(self, quantisation: Mapping[str, Any] | None, *, torch_dtype: str = "") -> str:
+        """Return the `config.json` for random weights.
+
+        Args:
+            quantisation: its `quantization_config`; None if weights are not quantised.
+            torch_dtype: the type of the layers; "" keeps that of the model's own configuration.
+        """
         config = {key: value for key, value in self.hf_config.items() if key != "quantization_config"}
+        if torch_dtype:
+            config.pop("dtype", None)  # the newer name
+            config["torch_dtype"] = torch_dtype
         return json.dumps(config if quantisation is None else config | {"quantization_config": quantisation}, indent=2)
 
     def kv_bytes_per_token(self, *, element_bytes: int, per_head_bytes: int = 0) -> Bytes:

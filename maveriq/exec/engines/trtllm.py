@@ -25,7 +25,7 @@ from maveriq.exec.engines.external import (
     write_files,
 )
 from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
-from maveriq.exec.model_files import read_model_file
+from maveriq.exec.model_files import matrix_types, read_model_file
 
 NAME = "trtllm"
 
@@ -37,6 +37,9 @@ _CHECKPOINT_ALGORITHMS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.INT4: ("W4A16", "W4A16_AWQ"),
 }
 _QUANTISATION_FILE = "hf_quant_config.json"
+_RANDOM_WEIGHTS_TYPE = "float16"
+# The types that 16-bit weights may have: the name in a `config.json`, and that in a safetensors file.
+_SIXTEEN_BIT_TYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 
 def translate(spec: EngineSpec, folder: str) -> Translation:
@@ -51,14 +54,16 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
     """
     requirements = read_spec(NAME, spec)
     weights, has_checkpoint = requirements.configuration.weights, bool(spec.weights_folder)
+    torch_dtype = _RANDOM_WEIGHTS_TYPE
     if has_checkpoint:
         _check_checkpoint(requirements)
+        torch_dtype = _checkpoint_type(requirements)
     sequence_tokens = requirements.sequence_tokens
     arguments: dict[str, Any] = {
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
         "load_format": "auto" if has_checkpoint else "dummy",
-        "dtype": "float16",
+        "dtype": torch_dtype,
         "tensor_parallel_size": spec.tp,
         "pipeline_parallel_size": spec.pp,
         "max_batch_size": spec.batch_size,
@@ -71,14 +76,20 @@ def translate(spec: EngineSpec, folder: str) -> Translation:
             "enable_block_reuse": False,
             "max_tokens": requirements.kv_blocks(_BLOCK_TOKENS) * _BLOCK_TOKENS,
         },
-        "cuda_graph_config": {"max_batch_size": spec.batch_size},
+        # With padding, a batch of a size that has no graph takes the next larger one; otherwise it runs without.
+        "cuda_graph_config": {"max_batch_size": spec.batch_size, "enable_padding": True},
     }
     if spec.pp > 1:
         arguments["pp_partition"] = list(spec.layer_split)
-    files = {} if has_checkpoint else {"config.json": requirements.random_weights_config(None)}
+    # Layers have the type of `torch_dtype` in the configuration, float32 without it; `dtype` above does not reach them.
+    files = {} if has_checkpoint else {"config.json": requirements.random_weights_config(None, torch_dtype=torch_dtype)}
     if not has_checkpoint and weights in _ALGORITHMS:
         files[_QUANTISATION_FILE] = json.dumps(_quantisation_config(_ALGORITHMS[weights]), indent=2)
-    environment = {"HF_HUB_OFFLINE": "1"}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        # Version 1.2 takes the index of a visible GPU for the driver's, and binds workers to the cores of another GPU.
+        "TLLM_NUMA_AWARE_WORKER_AFFINITY": "0",
+    }
     if requirements.configuration.gpus == 1:
         environment["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"  # do not start a worker process for one GPU
     return Translation(arguments=arguments, files=files, environment=environment)
@@ -108,6 +119,37 @@ def _check_checkpoint(requirements: EngineRequirements) -> None:
         raise EngineError(
             FailureKind.UNSUPPORTED, f"the weights in {folder} are quantised by {algorithm}, not {weights}"
         )
+
+
+def _checkpoint_type(requirements: EngineRequirements) -> str:
+    """Return the `torch_dtype` of a checkpoint.
+
+    Raises:
+        EngineError: the layers or the weights would not have 16 bits, or the weights have another type than the layers.
+    """
+    folder, config = requirements.spec.weights_folder, requirements.hf_config
+    torch_dtype = str(config.get("torch_dtype") or config.get("dtype") or "")  # the older name, and the newer
+    if torch_dtype not in _SIXTEEN_BIT_TYPES:
+        found = f"has torch_dtype {torch_dtype}" if torch_dtype else "has no torch_dtype, so they would be float32"
+        raise EngineError(
+            FailureKind.UNSUPPORTED,
+            f"trtllm builds layers of the type in config.json, and that in {folder} {found}; convert the weights to "
+            f"{' or '.join(_SIXTEEN_BIT_TYPES)}, and set torch_dtype to it",
+        )
+    if requirements.configuration.weights is not WeightType.FLOAT16:
+        return torch_dtype  # the matrices are packed integers
+    try:
+        types = matrix_types(Path(folder))
+    except InputError as error:
+        raise EngineError(FailureKind.UNSUPPORTED, f"trtllm: {error}") from None
+    for stored, name in types.items():
+        if stored != _SIXTEEN_BIT_TYPES[torch_dtype]:
+            raise EngineError(
+                FailureKind.UNSUPPORTED,
+                f"the weights in {folder} are not {torch_dtype} as their config.json says: {name} is stored as "
+                f"{stored}; convert them",
+            )
+    return torch_dtype
 
 
 def _quantisation_config(algorithm: str) -> dict[str, Any]:
@@ -196,9 +238,10 @@ async def _stream(llm: Any, sequence: PromptSequence, position: int, chunks: asy
         max_tokens=sequence.output_tokens,
         temperature=0.0,
         top_k=1,
-        end_id=-1,  # required without a tokenizer; no token has this id, so it ends nothing
+        # Required without a tokenizer. No token has this id, so it ends nothing; newer versions ignore stop tokens
+        # where `ignore_eos` is set.
+        end_id=-1,
         pad_id=0,
-        ignore_eos=True,
         stop_token_ids=list(sequence.stop_token_ids) or None,
         include_stop_str_in_output=True,
         detokenize=False,
