@@ -6,12 +6,15 @@
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from maveriq.files import measured_data_path
+
+os.environ["XDG_DATA_HOME"] = str(Path(tempfile.gettempdir()) / "maveriq-no-such-folder")  # hides users' environments
 
 SLOW_MACHINE = (HealthCheck.too_slow,)
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, suppress_health_check=SLOW_MACHINE)

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -54,6 +55,32 @@ def environment_of(version: str, folder: Path) -> Path:
     our_pip = [sys.executable, "-m", "pip", "--python", str(interpreter)]  # installing another one takes long
     subprocess.run([*our_pip, "install", "--quiet", "--disable-pip-version-check", "msgspec>=0.19"], check=True)
     return interpreter
+
+
+def stand_in_wheel(folder: Path, name: str, version: str, text: str = "") -> None:
+    """Write a wheel of one module into a folder, for `pip install --find-links FOLDER`."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": text,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in (*files, f"{info}/RECORD")))
+
+
+def wheel_of(distribution: str, folder: Path) -> None:
+    """Write an installed distribution back into a wheel."""
+    paths = [path for path in metadata.files(distribution) or () if path.parts[0] != ".." and path.suffix != ".pyc"]
+    tags = (metadata.distribution(distribution).read_text("WHEEL") or "").splitlines()
+    tag = next(line.removeprefix("Tag: ") for line in tags if line.startswith("Tag: "))
+    own = {"INSTALLER", "REQUESTED", "direct_url.json"}  # of the installation, not of the wheel
+    with ZipFile(folder / f"{distribution}-{metadata.version(distribution)}-{tag}.whl", "w") as wheel:
+        for path in paths:
+            if path.name not in own:
+                wheel.write(path.locate(), str(path))
 
 
 def find_python(version: str) -> str | None:

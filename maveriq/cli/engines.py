@@ -8,17 +8,20 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from maveriq.cli.engine_setup import setup
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import LayerSplit, ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.exec.capabilities import installed, known_engines, this_machine, why_not
 from maveriq.exec.device import Device
+from maveriq.exec.engine_environments import find_environment
 from maveriq.report.engines import answers_json, answers_table, installed_table, matrix_json, matrix_table
 from maveriq.report.terminal import open_console
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.command()(setup)
 
 _MODEL = "Ask about a model"
 _MAX_DEGREE = 1024
@@ -104,7 +107,7 @@ def root(
 def _show_engines(*, as_json: bool) -> None:
     """Print the capability matrix, and which engines can start here."""
     names, machine = known_engines(), this_machine()
-    here = {name: installed(name, machine) for name in names}
+    here = {name: installed(name, machine, find_environment(name)) for name in names}
     if as_json:
         typer.echo(json.dumps(matrix_json(names, here, machine), indent=2, allow_nan=False))
         return

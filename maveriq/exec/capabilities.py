@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from math import log2
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
@@ -69,6 +70,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     can: tuple[CapabilityRow, ...]
     requirements: tuple[str, ...] = ()
     pythons: tuple[str, ...] = ()
+    otherwise: str = ""
     started: bool = True
 
 
@@ -255,10 +257,17 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """An engine on this machine: versions of its packages by name, and what it lacks, None where it can start."""
+    """An engine on this machine.
+
+    Args:
+        versions: of its packages, by name.
+        missing: what it lacks, None where it can start.
+        python: the interpreter that has the packages, None for the one of this process.
+    """
 
     versions: dict[str, str] = field(default_factory=dict)
     missing: str | None = None
+    python: Path | None = None
 
 
 def this_machine() -> Machine:
@@ -290,7 +299,8 @@ def installed(engine: str, machine: Machine, python: EnginePython | None = None)
     if not facts.started:
         return Installed(versions=versions, missing="maveriq does not start it")
     lacks = [_lacking_device(engine, facts, machine, versions), _lacking_packages(engine, facts, versions)]
-    return Installed(versions=versions, missing="; ".join(filter(None, lacks)) or None)
+    path = None if python is None else python.path
+    return Installed(versions=versions, missing="; ".join(filter(None, lacks)) or None, python=path)
 
 
 def _lacking_device(engine: str, facts: EngineFacts, machine: Machine, versions: Mapping[str, str]) -> str | None:

@@ -89,6 +89,23 @@ def check_engine_python(path: str, packages: Sequence[str], *, source: str) -> E
     Raises:
         InputError: it cannot run the engine; the message is one line.
     """
+    python, version = find_python(path, source=source)
+    found = _import_packages(python, packages, f"{source}: {python}")
+    return EnginePython(
+        path=python, version=version, packages={name: found.versions[name] or "version unknown" for name in packages}
+    )
+
+
+def find_python(path: str, *, source: str) -> tuple[Path, str]:
+    """Return the absolute path of an interpreter and its version, such as "3.12.1"; it is started once.
+
+    Args:
+        path: of the interpreter; a name without a folder is looked up on PATH.
+        source: who named the interpreter, the first words of a message.
+
+    Raises:
+        InputError: it is no Python that an engine can run on.
+    """
     python = _find(path, source)
     where = f"{source}: {python}"
     answered = _run([str(python), "-E", "-c", _SHOW_VERSION], python, Path(), where=where, timeout_s=_VERSION_TIMEOUT_S)
@@ -98,12 +115,7 @@ def check_engine_python(path: str, packages: Sequence[str], *, source: str) -> E
         raise InputError(f"{where} is no Python: it answers {answered[:_MAX_SHOWN]!r}; name another")
     if not OLDEST_PYTHON <= version[:2] <= NEWEST_PYTHON:
         raise InputError(f"{where} is Python {answered}; an engine runs on Python {oldest} to {newest}")
-    found = _import_packages(python, packages, where)
-    return EnginePython(
-        path=python,
-        version=answered,
-        packages={name: found.versions[name] or "version unknown" for name in packages},
-    )
+    return python, answered
 
 
 def _find(path: str, source: str) -> Path:

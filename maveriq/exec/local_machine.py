@@ -13,6 +13,7 @@ from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.exec import gpus
 from maveriq.exec.capabilities import SupportedByEngine, engine_facts, installed, this_machine
 from maveriq.exec.device import Device
+from maveriq.exec.engine_environments import find_environment
 from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.engine_python import EnginePython, check_engine_python, parse_engine_pythons
 from maveriq.exec.engines.engine import BACKENDS
@@ -186,15 +187,22 @@ class LocalMachine:
 
 
 def _engine_python(backend: str, given: Sequence[str]) -> EnginePython | None:
-    """Return the interpreter that the user named for a backend, checked; None for the one of this process.
+    """Return the interpreter of a backend, checked; None for the one of this process.
+
+    It is the one that the user named, else that of the environment that `maveriq engines setup` made.
 
     Raises:
         InputError: it cannot run the engine.
     """
     path = parse_engine_pythons(given).get(backend)
-    if path is None:
+    if path is not None:
+        source = f"--engine-python {backend}={path}"
+    elif (environment := find_environment(backend)) is not None:
+        path = str(environment.path)
+        source = f"the environment of {backend} (maveriq engines setup {backend} --replace renews it)"
+    else:
         return None
-    return check_engine_python(path, engine_facts(backend).packages, source=f"--engine-python {backend}={path}")
+    return check_engine_python(path, engine_facts(backend).packages, source=source)
 
 
 class DeviceMemory:

@@ -75,6 +75,8 @@ def installed_table(engines: Mapping[str, EngineFacts], here: Here, machine: Mac
 
 def _installed_row(name: str, facts: EngineFacts, found: Installed) -> Row:
     versions = ", ".join(f"{package} {version}" for package, version in found.versions.items())
+    if found.python is not None:
+        versions += f" in {found.python.parent.parent}"
     return row(
         Text(name, "green" if found.missing is None else "dim"),
         f"{facts.title} ({facts.version})" if facts.packages else facts.title,
@@ -97,6 +99,7 @@ def matrix_json(engines: Mapping[str, EngineFacts], here: Here, machine: Machine
             name: {
                 **msgspec.to_builtins(facts),
                 "installed": here[name].versions,
+                "python": None if here[name].python is None else str(here[name].python),
                 "missing": here[name].missing,
             }
             for name, facts in engines.items()

