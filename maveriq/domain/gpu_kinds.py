@@ -1,0 +1,112 @@
+"""Kinds of GPU: what their data sheets say (`maveriq/data/gpus.toml`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import cache
+from types import MappingProxyType
+from typing import Annotated
+
+import msgspec
+
+from maveriq.errors import UnknownNameError
+from maveriq.files import data_path
+from maveriq.tables import read_toml
+
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
+class Link(StrEnum):
+    """What connects the GPUs of a node."""
+
+    NVLINK = "nvlink"
+    PCIE = "pcie"
+
+
+class NumberFormat(StrEnum):
+    """The format in which a matrix product is computed or its weights are stored."""
+
+    BFLOAT16 = "bfloat16"
+    FP8 = "fp8"
+    FP8_BLOCK = "fp8_block"
+    INT8 = "int8"
+    INT4 = "int4"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
+
+
+class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One kind of GPU.
+
+    Args:
+        memory_gib: memory, GiB.
+        bandwidth_gb_s: bandwidth of the memory, GB/s.
+        multiprocessors: streaming multiprocessors (compute units).
+        tflops: dense tensor TFLOP/s by format of the factors.
+        link: what connects the GPUs of a node.
+        link_gb_s: what a GPU sends and receives together over it, GB/s.
+        gpus_per_node: GPUs of a usual node.
+        power_w: largest power, W.
+        compute_capability: NVIDIA's number of the generation, which says what kernels a GPU has.
+        usd_per_hour: list price of one GPU, US dollars an hour.
+        price_source: whose list price it is.
+        source: where the other figures stand.
+        name: the kind's name, from the table's key.
+    """
+
+    memory_gib: _Positive
+    bandwidth_gb_s: _Positive
+    multiprocessors: _Count
+    tflops: dict[NumberFormat, _Positive]
+    link: Link
+    link_gb_s: _Positive
+    gpus_per_node: _Count
+    power_w: _Positive
+    compute_capability: _Positive
+    usd_per_hour: _Positive
+    price_source: str
+    source: str
+    name: str = ""
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def peak_tflops(self, number_format: NumberFormat) -> float:
+        """Return the dense tensor TFLOP/s for factors of a format; 16-bit speed where the GPU has no faster one."""
+        key = NumberFormat.FP8 if number_format is NumberFormat.FP8_BLOCK else number_format
+        return self.tflops.get(key, self.tflops[NumberFormat.BFLOAT16])
+
+
+@cache
+def gpu_sheets() -> Mapping[str, GpuSheet]:
+    """Return the catalogue by name."""
+    read = read_toml(data_path("gpus.toml"), dict[str, GpuSheet], what="table of GPUs")
+    return MappingProxyType({name: msgspec.structs.replace(sheet, name=name) for name, sheet in read.items()})
+
+
+# How people call a kind when they mean the most common one of a family.
+_SHORT_NAMES = {
+    "H100": "H100-SXM", "H200": "H200-SXM", "B200": "B200-SXM", "A100": "A100-80GB-SXM", "A100-40GB": "A100-40GB-SXM",
+    "A100-80GB": "A100-80GB-SXM", "RTX-A6000": "A6000", "RTXPRO6000": "RTX-PRO-6000", "RTX4090": "RTX-4090",
+    "4090": "RTX-4090",
+}  # fmt: skip
+
+
+def gpu_sheet(name: str) -> GpuSheet:
+    """Return a kind of GPU by its name; case, spaces, hyphens and underscores do not matter, `H100` means H100-SXM.
+
+    Raises:
+        UnknownNameError: there is no such kind.
+    """
+    sheets = gpu_sheets()
+    by_key = {_key(known): known for known in sheets} | {_key(short): full for short, full in _SHORT_NAMES.items()}
+    found = by_key.get(_key(name))
+    if found is None:
+        raise UnknownNameError("kind of GPU", name, sheets, "`maveriq gpus` lists them")
+    return sheets[found]
+
+
+def _key(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter.isalnum())

@@ -1,0 +1,350 @@
+"""How long the operators of a decoder take on one GPU: GEMMs, attention, experts, all-reduce, element-wise kernels.
+
+Each operator has a formula, from bytes over bandwidth and operations over speed. Where the GPU's kernels were measured,
+the formula is multiplied by a table of corrections (`maveriq/data/operators`, derived by `scripts/derive_operators.py`
+from public measurements). Where they were not, a second formula with efficiencies usual among GPUs stands in.
+Times are microseconds. Sizes may be numbers or arrays that broadcast together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat
+from maveriq.errors import InputError
+from maveriq.estimate.log_grid import Array, LogGrid, Sizes
+from maveriq.files import data_path
+
+BYTES_PER_WEIGHT: Mapping[NumberFormat, float] = {
+    NumberFormat.BFLOAT16: 2.0,
+    NumberFormat.FP8: 1.0,
+    NumberFormat.FP8_BLOCK: 1.0,
+    NumberFormat.INT8: 1.0,
+    NumberFormat.INT4: 0.5 + 2.0 / 128,  # a 16-bit scale for each group of 128
+    NumberFormat.NVFP4: 0.5 + 1.0 / 16,  # an 8-bit scale for each block of 16
+    NumberFormat.MXFP4: 0.5 + 1.0 / 32,  # an 8-bit scale for each block of 32
+}
+"""Bytes that a weight takes, its share of the scales included."""
+
+# Formats whose factors are both in that format; of the others only weights are, and the product is computed in 16 bits.
+_COMPUTED = frozenset((NumberFormat.BFLOAT16, NumberFormat.FP8, NumberFormat.FP8_BLOCK, NumberFormat.NVFP4))
+
+_ACTIVATION_BYTES = 2
+_KERNEL_US = 2.0
+_QUANTISE_US = 3.0
+_TILE = 128
+
+
+def gemm_formula_us(gpu: GpuSheet, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
+    """Return a lower bound of the time of a product of (m, k) activations and (k, n) weights."""
+    weight_bytes = BYTES_PER_WEIGHT[number_format]
+    activation_bytes = weight_bytes if number_format in _COMPUTED else _ACTIVATION_BYTES
+    moved = activation_bytes * m * k + weight_bytes * n * k + _ACTIVATION_BYTES * m * n
+    return np.asarray(
+        _KERNEL_US + _moved_us(gpu, moved) + _computed_us(gpu, _compute_format(number_format), 2.0 * m * n * k)
+    )
+
+
+def decode_attention_formula_us(
+    gpu: GpuSheet,
+    kv_value_bytes: float,
+    sequences: Sizes,
+    context: Sizes,
+    heads: Sizes,
+    kv_heads: Sizes,
+    head_size: Sizes,
+) -> Array:
+    """Return a lower bound of the time in which one new token each of `sequences` attends to `context` tokens."""
+    cache = 2.0 * sequences * context * kv_heads * head_size * kv_value_bytes
+    return np.asarray(2 * _KERNEL_US + _moved_us(gpu, cache + 2.0 * _ACTIVATION_BYTES * sequences * heads * head_size))
+
+
+def attended_pairs(chunk: Sizes, past: Sizes, window: float = np.inf) -> Array:
+    """Return the pairs of a query and a key or value in a chunk of a prompt behind `past` tokens.
+
+    A query attends to itself and what lies before it, at most to the last `window` tokens.
+    """
+    chunk, past = np.asarray(chunk, dtype=np.float64), np.asarray(past, dtype=np.float64)
+    growing = np.clip(window - past, 0.0, chunk)  # queries that still see everything
+    full = growing * past + growing * (growing + 1) / 2
+    return np.asarray(full + np.where(chunk > growing, (chunk - growing) * min(window, 1e18), 0.0))
+
+
+def prefill_attention_formula_us(
+    gpu: GpuSheet, sequences: Sizes, chunk: Sizes, pairs: Sizes, heads: Sizes, kv_heads: Sizes, head_size: Sizes
+) -> Array:
+    """Return about the time in which `sequences` chunks attend; `pairs` as `attended_pairs`, of one sequence."""
+    computed = _computed_us(gpu, NumberFormat.BFLOAT16, 4.0 * sequences * heads * head_size * np.asarray(pairs))
+    moved = _ACTIVATION_BYTES * 2.0 * sequences * chunk * (heads + kv_heads) * head_size
+    return np.asarray(2 * _KERNEL_US + np.maximum(computed / 0.6, _moved_us(gpu, moved) / 0.7))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLoad:
+    """What the experts of one GPU do in a step.
+
+    Args:
+        rows: pairs of a token and one of its experts on this GPU.
+        hit: experts of this GPU that get a token at all.
+        experts: experts of this GPU.
+        inner_size: size of the vectors that experts take.
+        width: width of an expert's part on this GPU.
+        matrices: 3 where experts are gated, else 2.
+    """
+
+    rows: Sizes
+    hit: Sizes
+    experts: Sizes
+    inner_size: Sizes
+    width: Sizes
+    matrices: Sizes = 3
+
+
+def experts_formula_us(gpu: GpuSheet, number_format: NumberFormat, load: ExpertLoad) -> Array:
+    """Return a lower bound of the time of the experts of one GPU, routing included."""
+    matrix = load.matrices * np.asarray(load.inner_size, dtype=np.float64) * load.width
+    weights = _moved_us(gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format])
+    computed = _computed_us(gpu, _compute_format(number_format), 2.0 * matrix * load.rows)
+    moved = _moved_us(gpu, 2.0 * _ACTIVATION_BYTES * load.rows * load.inner_size)
+    return np.asarray(5 * _KERNEL_US + weights + computed + moved)
+
+
+def experts_hit(experts: int, per_token: int, tokens: Sizes, *, skew: float = 0.5) -> Array:
+    """Return how many of `experts` get at least one of `tokens`, each of which picks `per_token` of them.
+
+    The popularity of experts falls with a power of their rank. Measured routing lies between an exponent of 0 and 1;
+    0.5 fits kernels with balanced and with skewed routing about equally well.
+    """
+    popularity = np.arange(1, experts + 1, dtype=np.float64) ** -skew
+    low, high = 1e-9, 1e9
+    for _ in range(60):  # bisection: the probabilities must add up to the experts of a token
+        scale = float(np.sqrt(low * high))
+        low, high = (scale, high) if (1 - np.exp(-scale * popularity)).sum() < per_token else (low, scale)
+    picked = 1 - np.exp(-low * popularity) if per_token < experts else np.ones(experts)
+    counts = np.asarray(tokens, dtype=np.float64)
+    return np.asarray((1 - (1 - picked) ** counts[..., None]).sum(axis=-1))
+
+
+def _compute_format(number_format: NumberFormat) -> NumberFormat:
+    return number_format if number_format in _COMPUTED else NumberFormat.BFLOAT16
+
+
+def _moved_us(gpu: GpuSheet, amount: Sizes) -> Any:
+    return amount / (gpu.bandwidth_gb_s * 1e3)
+
+
+def _computed_us(gpu: GpuSheet, number_format: NumberFormat, operations: Sizes) -> Any:
+    return operations / (gpu.peak_tflops(number_format) * 1e6)
+
+
+class _Grid(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A table of corrections as stored: hundredths of the natural logarithm, the last axis fastest."""
+
+    axes: list[list[float]]
+    log_percent: list[int]
+    kernel: str
+    rows: int
+
+    def grid(self) -> LogGrid:
+        axes = tuple(np.asarray(axis) for axis in self.axes)
+        return LogGrid(axes, np.asarray(self.log_percent, dtype=np.float64).reshape([len(axis) for axis in axes]) / 100)
+
+
+class _Curve(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    message_bytes: list[float]
+    time_us: list[float]
+
+
+class OperatorFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A file of `maveriq/data/operators`: what was measured of one kind of GPU.
+
+    Args:
+        gpu: the kind.
+        source: whose measurements they are.
+        gemm: corrections by number format, over m, n and k.
+        decode_attention: by KV format and head size (`bfloat16/128`), over context, sequences times KV heads, and heads
+            for a KV head.
+        prefill_attention: the same, over twice the mean context, blocks of 128 queries over all heads, and heads for a
+            KV head.
+        experts: by number format, over rows, rows for each expert hit, millions of weights of an expert, and experts.
+        all_reduce: by number of GPUs.
+    """
+
+    gpu: str
+    source: str
+    gemm: dict[NumberFormat, _Grid]
+    decode_attention: dict[str, _Grid]
+    prefill_attention: dict[str, _Grid]
+    experts: dict[NumberFormat, _Grid]
+    all_reduce: dict[str, _Curve]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Operators:
+    """Times of operators on one kind of GPU.
+
+    Args:
+        gpu: the kind.
+        measured: whether its kernels were measured; else formulas with usual efficiencies answer.
+    """
+
+    gpu: GpuSheet
+    measured: bool = False
+    _gemm: Mapping[NumberFormat, LogGrid] = field(default_factory=dict)
+    _decode: Mapping[tuple[str, int], LogGrid] = field(default_factory=dict)
+    _prefill: Mapping[tuple[str, int], LogGrid] = field(default_factory=dict)
+    _experts: Mapping[NumberFormat, LogGrid] = field(default_factory=dict)
+    _all_reduce: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    def gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
+        """Return the time of a product of (m, k) activations and (k, n) weights."""
+        weight_bytes = BYTES_PER_WEIGHT[number_format]
+        if number_format is NumberFormat.FP8_BLOCK:
+            # Tables of block-scaled kernels have launch floors that engines do not show (pre- and post-processing).
+            return np.asarray(1.1 * self.gemm_us(NumberFormat.FP8, m, n, k))
+        grid = self._gemm.get(number_format)
+        if grid is not None:
+            return np.asarray(gemm_formula_us(self.gpu, number_format, m, n, k) * grid.ratio(m, n, k))
+        grid = self._gemm.get(NumberFormat.BFLOAT16) if number_format not in _COMPUTED else None
+        if grid is not None:  # 16-bit products of weights that are expanded on the way: as efficient at equal bytes
+            narrow = np.maximum(np.asarray(k) * weight_bytes / 2, 1.0)
+            return np.asarray(gemm_formula_us(self.gpu, number_format, m, n, k) * grid.ratio(m, n, narrow))
+        return self._usual_gemm_us(number_format, m, n, k)
+
+    def _usual_gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
+        quantise = _QUANTISE_US if number_format is not NumberFormat.BFLOAT16 else 0.0
+        weight_bytes = BYTES_PER_WEIGHT[number_format]
+        moved = weight_bytes * np.asarray(n, dtype=np.float64) * k + _ACTIVATION_BYTES * np.asarray(m) * (
+            np.asarray(n) + k
+        )
+        rows = np.ceil(np.asarray(m) / 64) * 64
+        computed = _computed_us(self.gpu, _compute_format(number_format), 2.0 * rows * n * k)
+        return np.asarray(2.5 + quantise + _smooth_max(_moved_us(self.gpu, moved) / 0.85 + 1.5, computed / 0.75))
+
+    def decode_attention_us(
+        self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, *, heads: int, kv_heads: int, head_size: int
+    ) -> Array:
+        """Return the time in which one new token each of `sequences` attends to `context` tokens."""
+        value_bytes = BYTES_PER_WEIGHT[kv_format]
+        grid = _nearest(self._decode, kv_format, head_size)
+        if grid is not None:
+            formula = decode_attention_formula_us(self.gpu, value_bytes, sequences, context, heads, kv_heads, head_size)
+            return np.asarray(formula * grid.ratio(context, np.asarray(sequences) * kv_heads, heads / kv_heads))
+        cache = 2.0 * np.asarray(sequences) * context * kv_heads * head_size * value_bytes
+        blocks = 3.5 * np.asarray(sequences) * kv_heads / self.gpu.multiprocessors
+        return np.asarray(10.0 + np.sqrt((_moved_us(self.gpu, cache) / 0.82) ** 2 + blocks**2))
+
+    def prefill_attention_us(
+        self,
+        kv_format: NumberFormat,
+        chunk: Sizes,
+        past: Sizes,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        window: float = np.inf,
+    ) -> Array:
+        """Return the time in which a chunk of a prompt attends to itself and to `past` tokens before it."""
+        chunk = np.asarray(chunk, dtype=np.float64)
+        pairs = attended_pairs(chunk, past, window)
+        formula = prefill_attention_formula_us(self.gpu, 1, chunk, pairs, heads, kv_heads, head_size)
+        grid = _nearest(self._prefill, kv_format, head_size)
+        if grid is not None:
+            return np.asarray(formula * grid.ratio(2 * pairs / chunk, heads * np.ceil(chunk / _TILE), heads / kv_heads))
+        waves = 0.5 * np.maximum(1.0, heads * np.ceil(chunk / _TILE) / self.gpu.multiprocessors)
+        return np.asarray(6.0 + formula + waves)
+
+    def experts_us(self, number_format: NumberFormat, load: ExpertLoad) -> Array:
+        """Return the time of the experts of one GPU, routing included."""
+        known = self._experts
+        grid = known.get(number_format)
+        if grid is None and number_format is NumberFormat.FP8:
+            grid = known.get(NumberFormat.FP8_BLOCK)
+        if grid is not None:
+            return np.asarray(experts_formula_us(self.gpu, number_format, load) * grid.ratio(*expert_sizes(load)))
+        matrix = load.matrices * np.asarray(load.inner_size, dtype=np.float64) * load.width
+        weights = _moved_us(self.gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format]) / 0.85
+        padded = load.rows + np.asarray(load.hit) * 64.0
+        computed = _computed_us(self.gpu, _compute_format(number_format), 2.0 * matrix * padded) / 0.42
+        moved = 2.0 * _moved_us(self.gpu, 2.0 * load.rows * load.inner_size)
+        return np.asarray(40.0 + _smooth_max(weights, computed) + moved)
+
+    def all_reduce_us(self, gpus: int, message_bytes: Sizes) -> Array:
+        """Return the time in which the GPUs of a tensor-parallel group add up their partial results."""
+        if gpus == 1:
+            return np.zeros_like(np.asarray(message_bytes, dtype=np.float64))
+        sizes = np.maximum(np.asarray(message_bytes, dtype=np.float64), 1.0)
+        if self._all_reduce:
+            measured = min(self._all_reduce, key=lambda count: abs(count - gpus))
+            axis, times = self._all_reduce[measured]
+            time_us = np.exp(np.interp(np.log(sizes), np.log(axis), np.log(times)))
+            beyond = np.maximum(sizes / axis[-1], 1.0)
+            return np.asarray(time_us * beyond * _ring(gpus) / _ring(measured))
+        hop_us, share = (2.0, 0.35) if self.gpu.link is Link.NVLINK else (24.0, 0.31)
+        return np.asarray(2 + hop_us * (gpus - 1) + _ring(gpus) * sizes / (share * self.gpu.link_gb_s * 1e3))
+
+    def elementwise_us(self, kernels: float, moved_bytes: Sizes) -> Array:
+        """Return the time of `kernels` kernels that move `moved_bytes` bytes: norms, rotations, activations."""
+        return np.asarray(kernels * _KERNEL_US + _moved_us(self.gpu, moved_bytes) / 0.7)
+
+
+def expert_sizes(load: ExpertLoad) -> tuple[Sizes, Sizes, Sizes, Sizes]:
+    """Return the sizes by which the corrections of experts are looked up."""
+    rows = np.asarray(load.rows, dtype=np.float64)
+    millions = load.matrices * np.asarray(load.inner_size, dtype=np.float64) * load.width / 1e6
+    return rows, rows / np.maximum(load.hit, 1e-9), millions, load.experts
+
+
+def _ring(gpus: int) -> float:
+    return 2 * (gpus - 1) / gpus
+
+
+def _smooth_max(first: Sizes, second: Sizes) -> Any:
+    return (np.asarray(first) ** 4 + np.asarray(second) ** 4) ** 0.25
+
+
+def _nearest(grids: Mapping[tuple[str, int], LogGrid], kv_format: NumberFormat, head_size: int) -> LogGrid | None:
+    """Return the table of a KV format whose head size is nearest."""
+    sizes = [size for kv, size in grids if kv == kv_format]
+    if not sizes:
+        return None
+    return grids[kv_format, min(sizes, key=lambda size: abs(np.log(size / head_size)))]
+
+
+@cache
+def operators_of(gpu: GpuSheet) -> Operators:
+    """Return the operators of a kind of GPU, from its file in `maveriq/data/operators` where there is one.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = data_path("operators", f"{gpu.name}.json")
+    if not path.is_file():
+        return Operators(gpu=gpu)
+    try:
+        read = msgspec.json.decode(path.read_bytes(), type=OperatorFile)
+    except msgspec.DecodeError as error:
+        raise InputError(f"operator table {str(path)!r}: {error}") from None
+    return Operators(
+        gpu=gpu,
+        measured=True,
+        _gemm={key: stored.grid() for key, stored in read.gemm.items()},
+        _decode=_by_head_size(read.decode_attention),
+        _prefill=_by_head_size(read.prefill_attention),
+        _experts={key: stored.grid() for key, stored in read.experts.items()},
+        _all_reduce={
+            int(gpus): (np.asarray(curve.message_bytes), np.asarray(curve.time_us))
+            for gpus, curve in read.all_reduce.items()
+        },
+    )
+
+
+def _by_head_size(stored: Mapping[str, _Grid]) -> dict[tuple[str, int], LogGrid]:
+    return {(kv, int(size)): grid.grid() for key, grid in stored.items() for kv, _, size in [key.partition("/")]}

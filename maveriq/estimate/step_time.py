@@ -1,0 +1,349 @@
+"""How long one step of an engine computes on the GPUs of a pipeline stage: the operators of its layers, added up.
+
+A step holds sequences that decode, one token each, and chunks of prompts. Its kernels run one after another, so times
+add up: the dense parts by the tokens of the step, attention by what each sequence attends to, the output by sequences.
+What the host adds is `maveriq.estimate.engine_presets`. Times are microseconds.
+
+`StepModel` evaluates the operators once, on grids of sizes, and interpolates linearly. One step then takes a few
+microseconds to answer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from maveriq.domain.decoder import (
+    Attention,
+    Decoder,
+    DenseFeedForward,
+    ExpertFeedForward,
+    GroupedAttention,
+    LatentAttention,
+    LayerKind,
+)
+from maveriq.domain.gpu_kinds import NumberFormat
+from maveriq.errors import InputError
+from maveriq.estimate.log_grid import Array, Sizes
+from maveriq.estimate.operators import BYTES_PER_WEIGHT, ExpertLoad, Operators, experts_hit
+
+_VALUE_BYTES = 2
+_LAYER_KERNELS = 5
+_QUANTISE_KERNELS = 3
+_SAMPLER_US = 30.0
+_SAMPLER_BYTES = 16  # a logit is read and written several times, in 32 bits
+
+# From one point to the next at most a factor of 1.5, except where tiles end: there a step in time is real.
+_TOKENS = np.asarray(
+    [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512, 513, 768, 1024, 1025, 1536, 2048,
+     3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536], dtype=np.float64,
+)  # fmt: skip
+_SEQUENCES = np.asarray(
+    [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096], dtype=np.float64
+)
+_CONTEXT = np.asarray(
+    [1, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536, 131072,
+     262144], dtype=np.float64,
+)  # fmt: skip
+_CHUNK = np.asarray(
+    [1, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768],
+    dtype=np.float64,
+)  # fmt: skip
+_PAST = np.asarray([0, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072], dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formats:
+    """How the parts of a model are stored and computed.
+
+    Args:
+        dense: weights of attention and dense feed-forward parts.
+        experts: weights of experts.
+        kv: the KV cache.
+        head: weights of the output matrix.
+    """
+
+    dense: NumberFormat = NumberFormat.BFLOAT16
+    experts: NumberFormat = NumberFormat.BFLOAT16
+    kv: NumberFormat = NumberFormat.BFLOAT16
+    head: NumberFormat = NumberFormat.BFLOAT16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How the GPUs of a stage share its layers.
+
+    Args:
+        tp: GPUs that share each layer.
+        ep: groups among which whole experts are dealt; the GPUs of a group share each expert. It divides `tp`.
+    """
+
+    tp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.ep < 1 or self.tp % self.ep:
+            raise InputError(f"sharding: expert parallelism {self.ep} must divide the {self.tp} GPUs of a stage")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A chunk of a prompt: `tokens` tokens behind `past` ones."""
+
+    tokens: int
+    past: int = 0
+
+
+class StepModel:
+    """The time of a step in one pipeline stage.
+
+    Args:
+        decoder: the model.
+        operators: the operators of the stage's GPUs.
+        sharding: how these share a layer.
+        formats: how weights and cache are stored.
+        first: the stage's first layer.
+        end: the layer after its last; None for all. The last stage computes the output, too.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        operators: Operators,
+        *,
+        sharding: Sharding = Sharding(),
+        formats: Formats = Formats(),
+        first: int = 0,
+        end: int | None = None,
+    ) -> None:
+        layers = _Layers(decoder, operators, sharding, formats)
+        kinds = decoder.kinds(first, end)
+        self._tokens_us = _Line(_TOKENS, sum(number * layers.dense_us(kind, _TOKENS) for kind, number in kinds))
+        decode = sum(
+            number * layers.decode_us(kind.attention, _SEQUENCES[:, None], _CONTEXT[None, :])
+            for kind, number in kinds
+            if kind.attention is not None
+        )
+        prefill = sum(
+            number * layers.prefill_us(kind.attention, _CHUNK[:, None], _PAST[None, :])
+            for kind, number in kinds
+            if kind.attention is not None
+        )
+        self._decode_us = _Surface(_SEQUENCES, _CONTEXT, decode)
+        self._prefill_us = _Surface(_CHUNK, _PAST, prefill)
+        is_last = end is None or end == decoder.layers
+        self._head_us = _Line(_SEQUENCES, layers.head_us(_SEQUENCES)) if is_last else None
+
+    def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[Chunk] = ()) -> float:
+        """Return the time of the kernels of a step.
+
+        Args:
+            decodes: sequences that decode; a mean may be a fraction.
+            context_tokens: tokens that these attend to, all sequences together.
+            chunks: chunks of prompts.
+        """
+        tokens = sequences = float(decodes)
+        time_us = 0.0
+        if decodes:
+            time_us = self._decode_us.at(decodes, context_tokens / decodes)
+        for chunk in chunks:
+            tokens += chunk.tokens
+            sequences += 1
+            time_us += self._prefill_us.at(chunk.tokens, chunk.past)
+        if not tokens:
+            return 0.0
+        time_us += self._tokens_us.at(tokens)
+        return time_us + self._head_us.at(sequences) if self._head_us else time_us
+
+
+class _Line:
+    """A function of one size, linear between grid points and beyond the last."""
+
+    __slots__ = ("_slopes", "_values", "_xs")
+
+    def __init__(self, xs: Array, values: Any) -> None:
+        self._xs: list[float] = xs.tolist()
+        self._values: list[float] = np.broadcast_to(np.asarray(values, dtype=np.float64), xs.shape).tolist()
+        points = zip(pairwise(self._xs), pairwise(self._values), strict=True)
+        self._slopes: list[float] = [(high - low) / (right - left) for (left, right), (low, high) in points]
+
+    def at(self, x: float) -> float:
+        cell = min(max(bisect_right(self._xs, x) - 1, 0), len(self._slopes) - 1)
+        return self._values[cell] + self._slopes[cell] * (x - self._xs[cell])
+
+
+class _Surface:
+    """A function of two sizes, linear along each between grid points and beyond the last."""
+
+    __slots__ = ("_rows", "_xs")
+
+    def __init__(self, xs: Array, ys: Array, values: Any) -> None:
+        self._xs: list[float] = xs.tolist()
+        table = np.broadcast_to(np.asarray(values, dtype=np.float64), (len(xs), len(ys)))
+        self._rows = [_Line(ys, row) for row in table]
+
+    def at(self, x: float, y: float) -> float:
+        cell = min(max(bisect_right(self._xs, x) - 1, 0), len(self._xs) - 2)
+        share = (x - self._xs[cell]) / (self._xs[cell + 1] - self._xs[cell])
+        return (1 - share) * self._rows[cell].at(y) + share * self._rows[cell + 1].at(y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Times of the parts of a layer on one of the GPUs that share it."""
+
+    decoder: Decoder
+    operators: Operators
+    sharding: Sharding
+    formats: Formats
+
+    def dense_us(self, kind: LayerKind, tokens: Array) -> Array:
+        """Return the time of all of a layer but attention itself, for so many tokens."""
+        time_us = np.zeros_like(tokens)
+        if kind.attention is not None:
+            time_us = time_us + self._projections_us(kind.attention, tokens)
+        if isinstance(kind.feed_forward, DenseFeedForward):
+            time_us = time_us + self._feed_forward_us(kind.feed_forward.width, kind.feed_forward.matrices, tokens)
+        elif isinstance(kind.feed_forward, ExpertFeedForward):
+            time_us = time_us + self._experts_us(kind.feed_forward, tokens)
+        return time_us + self._elementwise_us(kind, tokens) + self._all_reduces_us(kind, tokens)
+
+    def decode_us(self, attention: Attention, sequences: Array, context: Array) -> Array:
+        """Return the time of attention of one new token in each sequence."""
+        seen = context if attention.window is None else np.minimum(context, attention.window)
+        if isinstance(attention, LatentAttention):
+            return self._latent_decode_us(attention, sequences, seen)
+        grouped = _grouped(attention)
+        return self.operators.decode_attention_us(
+            self.formats.kv, sequences, seen,
+            heads=self._heads(grouped), kv_heads=self._kv_heads(grouped), head_size=grouped.head_size,
+        )  # fmt: skip
+
+    def prefill_us(self, attention: Attention, chunk: Array, past: Array) -> Array:
+        """Return the time of attention of a chunk of one prompt."""
+        window = np.inf if attention.window is None else float(attention.window)
+        if isinstance(attention, LatentAttention):
+            # Keys and values are expanded for all heads; queries and keys are wider than values.
+            heads = max(1, attention.heads // self.sharding.tp)
+            size = (attention.nope_size + attention.rope_size + attention.value_size) // 2
+            return self.operators.prefill_attention_us(
+                self.formats.kv, chunk, past, heads=heads, kv_heads=heads, head_size=size, window=window
+            )
+        grouped = _grouped(attention)
+        return self.operators.prefill_attention_us(
+            self.formats.kv, chunk, past,
+            heads=self._heads(grouped), kv_heads=self._kv_heads(grouped), head_size=grouped.head_size, window=window,
+        )  # fmt: skip
+
+    def head_us(self, sequences: Array) -> Array:
+        """Return the time of the output matrix and of choosing a token, for so many sequences."""
+        decoder, tp = self.decoder, self.sharding.tp
+        gemm_us = self._gemm_us(self.formats.head, sequences, decoder.vocab_size / tp, decoder.hidden_size)
+        sampled = self.operators.elementwise_us(0, _SAMPLER_BYTES * sequences * decoder.vocab_size)
+        gathered = self.operators.all_reduce_us(tp, _VALUE_BYTES * sequences * decoder.vocab_size / tp)
+        return np.asarray(gemm_us + sampled + gathered + _SAMPLER_US)
+
+    def _heads(self, attention: GroupedAttention) -> int:
+        return max(1, attention.heads // self.sharding.tp)
+
+    def _kv_heads(self, attention: GroupedAttention) -> int:
+        return max(1, attention.kv_heads // self.sharding.tp)
+
+    def _gemm_us(self, number_format: NumberFormat, m: Sizes, n: float, k: float) -> Array:
+        return self.operators.gemm_us(number_format, m, n, k)
+
+    def _projections_us(self, attention: Attention, tokens: Array) -> Array:
+        size, dense, tp = self.decoder.hidden_size, self.formats.dense, self.sharding.tp
+        if isinstance(attention, LatentAttention):
+            return self._latent_projections_us(attention, tokens)
+        grouped = _grouped(attention)
+        queries = self._heads(grouped) * grouped.head_size * (2 if grouped.output_gate else 1)
+        values = 0 if grouped.key_is_value else grouped.value_head_size
+        keys_values = self._kv_heads(grouped) * (grouped.head_size + values)
+        output = grouped.heads * grouped.value_head_size / tp
+        return self._gemm_us(dense, tokens, queries + keys_values, size) + self._gemm_us(dense, tokens, size, output)
+
+    def _latent_projections_us(self, attention: LatentAttention, tokens: Array) -> Array:
+        size, dense = self.decoder.hidden_size, self.formats.dense
+        heads = max(1, attention.heads // self.sharding.tp)
+        latent = attention.query_rank + attention.kv_rank + attention.rope_size
+        query = heads * (attention.nope_size + attention.rope_size)
+        time_us = self._gemm_us(dense, tokens, latent if attention.query_rank else latent + query, size)
+        if attention.query_rank:
+            time_us = time_us + self._gemm_us(dense, tokens, query, attention.query_rank)
+        # Decoding multiplies queries and results by the halves of the expansion, head by head; prefill expands once.
+        for inner in (attention.nope_size, attention.value_size):
+            time_us = time_us + self._gemm_us(NumberFormat.BFLOAT16, tokens, attention.kv_rank, heads * inner)
+        return time_us + self._gemm_us(dense, tokens, size, heads * attention.value_size)
+
+    def _latent_decode_us(self, attention: LatentAttention, sequences: Array, context: Array) -> Array:
+        # Every GPU of a stage reads the whole cache, for its heads, of which a tile holds at least 16.
+        gpu, values = self.operators.gpu, attention.kv_rank + attention.rope_size
+        cached = sequences * context
+        moved_us = 2 * cached * values * BYTES_PER_WEIGHT[self.formats.kv] / 2 / (0.6 * gpu.bandwidth_gb_s * 1e3)
+        heads = max(attention.heads / self.sharding.tp, 16)
+        operations = 2 * cached * heads * (2 * attention.kv_rank + attention.rope_size)
+        computed_us = operations / (0.5 * gpu.peak_tflops(NumberFormat.BFLOAT16) * 1e6)
+        return np.asarray(15 + (moved_us**4 + computed_us**4) ** 0.25)
+
+    def _feed_forward_us(self, width: float, matrices: int, tokens: Array) -> Array:
+        size, dense, share = self.decoder.hidden_size, self.formats.dense, width / self.sharding.tp
+        up_us = self._gemm_us(dense, tokens, (matrices - 1) * share, size)
+        return up_us + self._gemm_us(dense, tokens, size, share)
+
+    def _experts_us(self, part: ExpertFeedForward, tokens: Array) -> Array:
+        size, (tp, ep) = self.decoder.hidden_size, (self.sharding.tp, self.sharding.ep)
+        rows = tokens * part.experts_per_token / ep
+        hit = np.minimum(experts_hit(part.experts, part.experts_per_token, tokens) / ep, rows)
+        load = ExpertLoad(
+            rows=rows, hit=hit, experts=part.experts / ep, inner_size=part.latent_size or size,
+            width=part.width * ep / tp, matrices=part.matrices,
+        )  # fmt: skip
+        time_us = self.operators.experts_us(self.formats.experts, load)
+        time_us = time_us + self._gemm_us(NumberFormat.BFLOAT16, tokens, part.experts, size)
+        if part.shared_width:
+            time_us = time_us + self._feed_forward_us(part.shared_width, part.matrices, tokens)
+        return time_us
+
+    def _elementwise_us(self, kind: LayerKind, tokens: Array) -> Array:
+        tp, values = self.sharding.tp, 8.0 * self.decoder.hidden_size
+        if isinstance(kind.attention, GroupedAttention):
+            heads = self._heads(kind.attention) + 2 * self._kv_heads(kind.attention)
+            values += 3 * heads * kind.attention.head_size
+        elif isinstance(kind.attention, LatentAttention):
+            values += 3 * kind.attention.heads / tp * (kind.attention.nope_size + kind.attention.rope_size)
+        if isinstance(kind.feed_forward, DenseFeedForward):
+            values += 3 * kind.feed_forward.width / tp
+        elif isinstance(kind.feed_forward, ExpertFeedForward):
+            values += 3 * kind.feed_forward.shared_width / tp
+        kernels = _LAYER_KERNELS + (0 if self.formats.dense is NumberFormat.BFLOAT16 else _QUANTISE_KERNELS)
+        return self.operators.elementwise_us(kernels, _VALUE_BYTES * tokens * values)
+
+    def _all_reduces_us(self, kind: LayerKind, tokens: Array) -> Array:
+        parts = sum(part is not None for part in (kind.attention, kind.feed_forward))
+        count = 1 if kind.parallel else parts
+        message = _VALUE_BYTES * tokens * self.decoder.hidden_size
+        return np.asarray(count * self.operators.all_reduce_us(self.sharding.tp, message))
+
+
+def _grouped(attention: Attention) -> GroupedAttention:
+    if not isinstance(attention, GroupedAttention):
+        raise InputError(f"step times of {type(attention).__name__} are not modelled")
+    return attention
+
+
+def stage_models(
+    decoder: Decoder, operators: Operators, layer_split: Sequence[int], *, sharding: Sharding, formats: Formats
+) -> list[StepModel]:
+    """Return the step model of each pipeline stage."""
+    ends = np.cumsum(layer_split).tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        StepModel(decoder, operators, sharding=sharding, formats=formats, first=first, end=end)
+        for first, end in zip(starts, ends, strict=True)
+    ]

@@ -1,0 +1,106 @@
+"""Times of operators: laws that hold on every GPU, and the counts that they rest on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, gpu_sheets
+from maveriq.errors import UnknownNameError
+from maveriq.estimate.operators import (
+    BYTES_PER_WEIGHT,
+    ExpertLoad,
+    Operators,
+    attended_pairs,
+    experts_hit,
+    operators_of,
+)
+
+EVERY = [operators_of(sheet) for sheet in gpu_sheets().values()]
+MEASURED = [operators for operators in EVERY if operators.measured]
+NAMES = pytest.mark.parametrize("operators", EVERY, ids=lambda operators: operators.gpu.name)
+
+
+def test_five_kinds_were_measured() -> None:
+    assert {operators.gpu.name for operators in MEASURED} == {
+        "A100-80GB-SXM", "H100-SXM", "H200-SXM", "L40S", "B200-SXM",
+    }  # fmt: skip
+
+
+def test_kinds_of_gpus_are_found_however_they_are_written() -> None:
+    for text in ("H100", "h100-sxm", "H100 SXM", "h100_sxm"):
+        assert gpu_sheet(text).name == "H100-SXM"
+    with pytest.raises(UnknownNameError, match="H100-SXM"):
+        gpu_sheet("H100-SXN")
+
+
+@NAMES
+@pytest.mark.parametrize("number_format", NumberFormat)
+def test_no_product_beats_the_speed_of_the_gpu(operators: Operators, number_format: NumberFormat) -> None:
+    m, n = np.meshgrid([1, 16, 100, 1000, 8192], [1024, 6144, 28672])
+    k = 4096.0
+    time_us = operators.gemm_us(number_format, m, n, k)
+    computed_us = 2.0 * m * n * k / (max(operators.gpu.tflops.values()) * 1e6)
+    moved = BYTES_PER_WEIGHT[number_format] * n * k
+    # A matrix that fits into the second-level cache may come from there: the measurements repeat one product.
+    moved_us = np.where(moved > 100e6, moved / (operators.gpu.bandwidth_gb_s * 1e3), 0.0)
+    assert (time_us >= 0.95 * np.maximum(computed_us, moved_us)).all()
+    assert (time_us < 1e6).all()
+
+
+@NAMES
+def test_more_work_takes_longer(operators: Operators) -> None:
+    rows = np.asarray([1.0, 256.0, 4096.0, 32768.0])
+    assert (np.diff(operators.gemm_us(NumberFormat.BFLOAT16, rows, 8192, 8192)) > 0).all()
+    for kv in (NumberFormat.BFLOAT16, NumberFormat.FP8):
+        context = np.asarray([128.0, 2048.0, 32768.0, 131072.0])
+        decode_us = operators.decode_attention_us(kv, 64, context, heads=32, kv_heads=8, head_size=128)
+        assert (np.diff(decode_us) > 0).all()
+        chunk = np.asarray([64.0, 1024.0, 8192.0])
+        prefill_us = operators.prefill_attention_us(kv, chunk, 0.0, heads=32, kv_heads=8, head_size=128)
+        assert (np.diff(prefill_us) > 0).all()
+        behind_us = operators.prefill_attention_us(
+            kv, 512.0, np.asarray([0.0, 4096.0, 65536.0]), heads=32, kv_heads=8, head_size=128
+        )
+        assert (np.diff(behind_us) > 0).all()
+    sizes = np.asarray([1e3, 1e6, 1e8, 1e10])
+    for gpus in (2, 4, 8, 16):
+        assert (np.diff(operators.all_reduce_us(gpus, sizes)) > 0).all()
+
+
+@NAMES
+@pytest.mark.parametrize("number_format", NumberFormat)
+def test_experts_take_longer_with_more_tokens(operators: Operators, number_format: NumberFormat) -> None:
+    tokens = np.asarray([1.0, 64.0, 1024.0, 16384.0])
+    load = ExpertLoad(
+        rows=8 * tokens, hit=experts_hit(128, 8, tokens), experts=128, inner_size=4096, width=1536, matrices=3
+    )
+    assert (np.diff(operators.experts_us(number_format, load)) > 0).all()
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 80))
+def test_pairs_are_counted_as_a_mask_counts_them(chunk: int, past: int, window: int) -> None:
+    query, key = np.meshgrid(np.arange(past, past + chunk), np.arange(past + chunk), indexing="ij")
+    mask = (key <= query) & (key > query - window)
+    assert attended_pairs(chunk, past, window) == pytest.approx(mask.sum())
+    assert attended_pairs(chunk, past) == pytest.approx((key <= query).sum())
+
+
+@given(st.integers(1, 300), st.data(), st.integers(1, 5000))
+def test_as_many_experts_are_hit_as_there_may_be(experts: int, data: st.DataObject, tokens: int) -> None:
+    per_token = data.draw(st.integers(1, experts))
+    hit = float(experts_hit(experts, per_token, np.asarray(float(tokens))))
+    assert 0 < hit <= min(experts, tokens * per_token) * (1 + 1e-6)
+    assert hit >= per_token * (1 - 1e-6)
+    assert float(experts_hit(experts, per_token, np.asarray(1e9))) == pytest.approx(experts, rel=1e-3)
+
+
+def test_one_gpu_adds_nothing_up() -> None:
+    assert MEASURED[0].all_reduce_us(1, 1e9) == 0
+
+
+def test_links_decide_how_long_an_all_reduce_takes() -> None:
+    nvlink, pcie = operators_of(gpu_sheet("A100-40GB-SXM")), operators_of(gpu_sheet("A100-40GB-PCIE"))
+    assert pcie.all_reduce_us(4, 1e6) > 3 * nvlink.all_reduce_us(4, 1e6)
