@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from maveriq.domain.attention import Attention, DeltaNet, GroupedAttention, LatentAttention, StateSpace
 from maveriq.domain.config_fields import MAX_CONTEXT, MAX_LAYERS, brief
-from maveriq.domain.decoder import Attention, GroupedAttention, LatentAttention
 from maveriq.domain.decoder_families import QueryKeyNorm, has_new_falcon_decoder
 from maveriq.domain.family_fields import FamilyFields
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "num_attention_groups")
 _HEAD_SIZE = ("head_dim", "kv_channels", "attention_head_dim")
-_FULL, _WINDOWED, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+_FULL, _WINDOWED, _CHUNKED, _LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class AttentionReader:
     hidden: int
     context: int | None
 
-    def kinds(self) -> list[Attention]:
+    def kinds(self) -> Sequence[Attention]:
         """Return the attention of every layer.
 
         Raises:
@@ -44,14 +45,81 @@ class AttentionReader:
         if latent and reader.known and not reader.family.latent:
             raise reader.fields.refuse(f"latent attention ({latent}) in a family without it, {reader.architecture}")
         if latent or reader.family.latent:
-            return [self._latent(heads)] * self.layers
+            return self._latent_layers(heads)
         kv_heads = self._kv_heads(heads)
         head_size = self._head_size(heads)
-        full = GroupedAttention(
+        attention = GroupedAttention(
             heads=heads, kv_heads=kv_heads, head_size=head_size, vectors=self._vectors(heads, kv_heads, head_size),
             bias=reader.is_on(reader.family.qkv_bias), output_bias=reader.is_on(reader.family.output_bias),
+            output_gate=reader.is_on(reader.family.output_gate),
         )  # fmt: skip
-        return [replace(full, window=window) if window else full for window in self._windows()]
+        full = self._full(attention)
+        kinds, window = self._layer_types()
+        linear = self._delta_net() if _LINEAR in kinds else None
+        windowed = replace(attention, window=window) if window else attention
+        by_type = {_FULL: full, _LINEAR: linear, _WINDOWED: windowed, _CHUNKED: windowed}
+        return [by_type[kind] or full for kind in kinds]
+
+    def _full(self, attention: GroupedAttention) -> GroupedAttention:
+        """Return the attention of layers without a window, where these have other heads than the others."""
+        family, fields = self.reader.family, self.reader.fields
+        if not family.full_head_size:
+            return attention
+        head_size = fields.count((family.full_head_size,))
+        shared = fields.flag(family.full_key_is_value, default=False)
+        kv_heads = fields.optional_count((family.full_kv_heads,)) if shared else None
+        kv_heads = kv_heads or attention.kv_heads
+        if attention.heads % kv_heads:
+            raise fields.refuse(f"{family.full_kv_heads} {kv_heads} must divide the {attention.heads} attention heads")
+        return replace(
+            attention, head_size=head_size, value_head_size=head_size, kv_heads=kv_heads, key_is_value=shared,
+            vectors=self._vectors(attention.heads, kv_heads, head_size),
+        )  # fmt: skip
+
+    def _delta_net(self) -> DeltaNet:
+        fields = self.reader.fields
+        return DeltaNet(
+            key_heads=fields.count(("linear_num_key_heads",)),
+            value_heads=fields.count(("linear_num_value_heads",)),
+            key_size=fields.count(("linear_key_head_dim",)),
+            value_size=fields.count(("linear_value_head_dim",)),
+            convolution=fields.count(("linear_conv_kernel_dim",)),
+        )
+
+    def _latent_layers(self, heads: int) -> list[LatentAttention]:
+        fields, latent = self.reader.fields, self._latent(heads)
+        if not self.reader.family.indexer:
+            return [latent] * self.layers
+        indexed = replace(
+            latent,
+            index_heads=fields.count(("index_n_heads",)),
+            index_size=fields.count(("index_head_dim",)),
+            index_tokens=fields.count(("index_topk",)),
+        )
+        # Layers that share the choice of another have no indexer, but attend to as few tokens.
+        shared = replace(indexed, index_heads=0)
+        kinds = fields.values("indexer_types", length=self.layers) or ["full"] * self.layers
+        other = next((kind for kind in kinds if kind not in ("full", "shared")), None)
+        if other is not None:
+            raise fields.refuse(f"indexer_types: {brief(other)} is neither full nor shared")
+        return [indexed if kind == "full" else shared for kind in kinds]
+
+    def state_space(self) -> StateSpace:
+        """Return the state-space part of layers that have one.
+
+        Raises:
+            InputError: a needed key is missing or wrong.
+        """
+        fields = self.reader.fields
+        return StateSpace(
+            heads=fields.count(("mamba_num_heads",)),
+            head_size=fields.count(("mamba_head_dim",)),
+            groups=fields.count(("n_groups",)),
+            state_size=fields.count(("ssm_state_size",)),
+            convolution=fields.count(("conv_kernel",)),
+            bias=fields.flag("mamba_proj_bias", default=False),
+            convolution_bias=fields.flag("use_conv_bias", default=True),
+        )
 
     def _latent(self, heads: int) -> LatentAttention:
         fields = self.reader.fields
@@ -112,10 +180,14 @@ class AttentionReader:
             raise fields.refuse(f"{key} {kv_heads} must divide the {heads} attention heads")
         return kv_heads
 
-    def _windows(self) -> list[int | None]:
-        """Return the window of every layer, None where it has none or no sequence is longer."""
-        fields = self.reader.fields
+    def _layer_types(self) -> tuple[list[str], int | None]:
+        """Return the type of every layer, and the window of those that have one; None where no sequence is longer."""
+        fields, family = self.reader.fields, self.reader.family
         kinds = fields.values("layer_types", length=self.layers)
+        if kinds is None and family.delta_net_but_every:
+            every = fields.optional_count(("full_attention_interval",), maximum=MAX_LAYERS)
+            every = every or family.delta_net_but_every
+            return [_LINEAR if (layer + 1) % every else _FULL for layer in range(self.layers)], None
         if kinds is None:
             window = self._window()
             kinds = self._pattern() if window else [_FULL] * self.layers
@@ -123,12 +195,13 @@ class AttentionReader:
             window = self._window(stated=True)
         else:
             window = None
-        other = next((kind for kind in kinds if kind not in (_FULL, _WINDOWED, _CHUNKED)), None)
+        known = (_FULL, _WINDOWED, _CHUNKED, *((_LINEAR,) if family.delta_net_but_every else ()))
+        other = next((kind for kind in kinds if kind not in known), None)
         if other is not None:
             raise fields.refuse(f"layers of type {brief(other)} (layer_types) are not modelled")
         if window is not None and self.context is not None and window >= self.context:
             window = None
-        return [None if kind == _FULL else window for kind in kinds]
+        return kinds, window
 
     def _window(self, *, stated: bool = False) -> int | None:
         """Return the window that the file or the family names; `stated` where the types of layers say it is there."""

@@ -12,287 +12,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from maveriq.domain.attention import Attention, DeltaNet, GroupedAttention, LatentAttention, StateSpace
+from maveriq.domain.feed_forward import DenseFeedForward, ExpertFeedForward, FeedForward
+from maveriq.domain.matrices import Matrix, check_counts
 from maveriq.domain.weight_formats import BITS_16, WeightFormat
 from maveriq.errors import InputError
 from maveriq.units import Bytes
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """Equal weight matrices of a layer.
-
-    Args:
-        name: the module within its layer, by the names of transformers: `self_attn.q_proj`, `mlp.experts.up_proj`.
-        inputs: values that it takes.
-        outputs: values that it makes.
-        copies: how many there are, as many as experts.
-        active: how many of them a token passes.
-        bias: whether it adds a bias.
-        keeps_16_bits: whether no tool quantises it: routers and gates.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    copies: int = 1
-    active: int = 1
-    bias: bool = False
-    keeps_16_bits: bool = False
-
-    @property
-    def weights(self) -> int:
-        """Weights of all copies, without biases."""
-        return self.copies * self.inputs * self.outputs
-
-    @property
-    def biases(self) -> int:
-        """Values of the biases of all copies."""
-        return self.copies * self.outputs if self.bias else 0
-
-    @property
-    def active_weights(self) -> int:
-        """Weights and biases of the copies that a token passes."""
-        return self.active * self.outputs * (self.inputs + self.bias)
-
-
-class Attention:
-    """What mixes the tokens of a sequence in a layer: its matrices, and what it keeps of each token.
-
-    Args:
-        window: the last tokens that a token attends to, itself included; None for all.
-    """
-
-    window: int | None = None
-
-    def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Return the weight matrices."""
-        raise NotImplementedError
-
-    @property
-    def vectors(self) -> int:
-        """Parameters that are no matrix: norms within, sinks."""
-        raise NotImplementedError
-
-    @property
-    def cached_values(self) -> int:
-        """Values that the KV cache keeps of a token; every GPU of a stage keeps all of them where `cache_is_shared`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupedAttention(Attention):
-    """Attention with one KV head for a group of heads: multi-head, grouped-query or multi-query.
-
-    Args:
-        heads: query heads.
-        kv_heads: KV heads, which divide the heads.
-        head_size: values of a head's query and key.
-        value_head_size: values of a head's value; 0 stands for the head size.
-        window: the last tokens that a token attends to, itself included; None for all.
-        bias: whether queries, keys and values have a bias.
-        output_bias: whether the output has one.
-        key_is_value: keys serve as values too, so that there is no matrix for values; both are cached.
-        output_gate: queries come with a gate for the output, so that their matrix is twice as wide.
-        vectors: parameters of the norms of queries and keys, and of sinks.
-    """
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    value_head_size: int = 0
-    window: int | None = None
-    bias: bool = False
-    output_bias: bool = False
-    key_is_value: bool = False
-    output_gate: bool = False
-    vectors: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.value_head_size:
-            object.__setattr__(self, "value_head_size", self.head_size)
-        _check(self, ("heads", "kv_heads", "head_size", "value_head_size"), or_none=("window",))
-        if self.heads % self.kv_heads:
-            raise InputError(f"attention: {self.kv_heads} KV heads must divide the {self.heads} attention heads")
-
-    def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Return the projections of queries, keys, values and output."""
-        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-        queries *= 2 if self.output_gate else 1
-        values, output = self.kv_heads * self.value_head_size, self.heads * self.value_head_size
-        found = [
-            Matrix(name="self_attn.q_proj", inputs=hidden_size, outputs=queries, bias=self.bias),
-            Matrix(name="self_attn.k_proj", inputs=hidden_size, outputs=keys, bias=self.bias),
-            Matrix(name="self_attn.v_proj", inputs=hidden_size, outputs=values, bias=self.bias),
-            Matrix(name="self_attn.o_proj", inputs=output, outputs=hidden_size, bias=self.output_bias),
-        ]
-        return tuple(matrix for matrix in found if not (self.key_is_value and matrix.name == "self_attn.v_proj"))
-
-    @property
-    def cached_values(self) -> int:
-        """Key and value of every KV head."""
-        return self.kv_heads * (self.head_size + self.value_head_size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentAttention(Attention):
-    """Attention over a latent vector that all heads share (multi-head latent attention of DeepSeek).
-
-    A token's latent vector and the rotary part of its key are cached once, and by every GPU of a stage.
-
-    Args:
-        heads: query heads.
-        query_rank: size of the latent vector of queries; 0 where queries come from the hidden state.
-        kv_rank: size of the latent vector that keys and values are made of.
-        nope_size: values of a head's query and key without position.
-        rope_size: values of them with rotary position; the key's are shared by all heads.
-        value_size: values of a head's value.
-        bias: whether the projections into latent vectors and of the output have a bias.
-        window: the last tokens that a token attends to, itself included; None for all.
-    """
-
-    heads: int
-    query_rank: int
-    kv_rank: int
-    nope_size: int
-    rope_size: int
-    value_size: int
-    bias: bool = False
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        _check(self, ("heads", "kv_rank", "nope_size", "rope_size", "value_size"), or_none=("window",))
-        if self.query_rank:
-            _check(self, ("query_rank",))
-
-    def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Return the projections into latent vectors and out of them."""
-        query, latent = self.heads * (self.nope_size + self.rope_size), self.kv_rank
-        queries = [Matrix(name="self_attn.q_proj", inputs=hidden_size, outputs=query)]
-        if self.query_rank:
-            queries = [
-                Matrix(name="self_attn.q_a_proj", inputs=hidden_size, outputs=self.query_rank, bias=self.bias),
-                Matrix(name="self_attn.q_b_proj", inputs=self.query_rank, outputs=query),
-            ]
-        keys_values = self.heads * (self.nope_size + self.value_size)
-        return (
-            *queries,
-            Matrix(name="self_attn.kv_a_proj", inputs=hidden_size, outputs=latent + self.rope_size, bias=self.bias),
-            Matrix(name="self_attn.kv_b_proj", inputs=latent, outputs=keys_values),
-            Matrix(name="self_attn.o_proj", inputs=self.heads * self.value_size, outputs=hidden_size, bias=self.bias),
-        )
-
-    @property
-    def vectors(self) -> int:
-        """The norms of the latent vectors."""
-        return self.query_rank + self.kv_rank
-
-    @property
-    def cached_values(self) -> int:
-        """The latent vector, and the part of the key that has a position."""
-        return self.kv_rank + self.rope_size
-
-
-class FeedForward:
-    """The feed-forward part of a layer."""
-
-    def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Return the weight matrices."""
-        raise NotImplementedError
-
-    @property
-    def vectors(self) -> int:
-        """Parameters that are no matrix."""
-        return 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseFeedForward(FeedForward):
-    """A feed-forward part that every token passes.
-
-    Args:
-        width: values between its matrices.
-        matrices: 3 where it is gated, else 2.
-        bias: whether its matrices have a bias.
-    """
-
-    width: int
-    matrices: int = 3
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self, ("width", "matrices"))
-
-    def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Return the projections up and down, and the gate's."""
-        return _feed_forward("mlp", hidden_size, self.width, self.matrices, bias=self.bias)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertFeedForward(FeedForward):
-    """A feed-forward part of experts, of which a router picks some for each token.
-
-    Args:
-        experts: routed experts.
-        experts_per_token: those that a token passes.
-        width: values between an expert's matrices.
-        shared_width: the same of all shared experts together, which every token passes; 0 where there are none.
-        matrices: 3 where experts are gated, else 2.
-        bias: whether experts and router have a bias.
-        router_correction: the router has a correction for each expert, beside its matrix.
-        shared_gate: the shared experts' output is weighted by a gate.
-        latent_size: size of the vectors that routed experts work on, where it is not the hidden size; else 0.
-    """
-
-    experts: int
-    experts_per_token: int
-    width: int
-    shared_width: int = 0
-    matrices: int = 3
-    bias: bool = False
-    router_correction: bool = False
-    shared_gate: bool = False
-    latent_size: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self, ("experts", "experts_per_token", "width", "matrices"))
-        if self.experts_per_token > self.experts:
-            raise InputError(
-                f"experts: a token cannot pass {self.experts_per_token} of {self.experts} experts (experts_per_token)"
-            )
-
-    def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
-        """Return the router, the experts and the shared experts."""
-        experts, active, size = self.experts, self.experts_per_token, self.latent_size or hidden_size
-        found = [Matrix(name="mlp.gate", inputs=hidden_size, outputs=experts, bias=self.bias, keeps_16_bits=True)]
-        if self.latent_size:
-            found += [
-                Matrix(name="mlp.fc1_latent_proj", inputs=hidden_size, outputs=size),
-                Matrix(name="mlp.fc2_latent_proj", inputs=size, outputs=hidden_size),
-            ]
-        found += _feed_forward(
-            "mlp.experts", size, self.width, self.matrices, copies=experts, active=active, bias=self.bias
-        )
-        if self.shared_width:
-            found += _feed_forward("mlp.shared_experts", hidden_size, self.shared_width, self.matrices)
-        if self.shared_gate:
-            found.append(Matrix(name="mlp.shared_expert_gate", inputs=hidden_size, outputs=1, keeps_16_bits=True))
-        return tuple(found)
-
-    @property
-    def vectors(self) -> int:
-        """The router's correction."""
-        return self.experts if self.router_correction else 0
-
-
-def _feed_forward(
-    name: str, size: int, width: int, matrices: int, *, copies: int = 1, active: int = 1, bias: bool = False
-) -> tuple[Matrix, ...]:
-    up = [
-        Matrix(name=f"{name}.{part}", inputs=size, outputs=width, copies=copies, active=active, bias=bias)
-        for part in ("gate_proj", "up_proj")[3 - matrices :]
-    ]
-    down = Matrix(name=f"{name}.down_proj", inputs=width, outputs=size, copies=copies, active=active, bias=bias)
-    return (*up, down)
+__all__ = [
+    "Attention",
+    "Decoder",
+    "DeltaNet",
+    "DenseFeedForward",
+    "ExpertFeedForward",
+    "FeedForward",
+    "GroupedAttention",
+    "KvCache",
+    "LatentAttention",
+    "LayerKind",
+    "Matrix",
+    "StateSpace",
+    "part_of",
+    "plain_decoder",
+]
+"""The parts of layers belong to a decoder: who works with decoders imports them from here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,10 +90,12 @@ class KvCache:
     Args:
         full_bytes: bytes a token in the layers that keep every token.
         windowed: (window, bytes a token) of the layers that keep the last tokens of a window, one pair a window.
+        state_bytes: bytes of what layers keep of a sequence, however long it is (state-space layers, delta nets).
     """
 
     full_bytes: Bytes
     windowed: tuple[tuple[int, Bytes], ...] = ()
+    state_bytes: Bytes = 0
 
     @property
     def token_bytes(self) -> Bytes:
@@ -359,7 +104,11 @@ class KvCache:
 
     def sequence_bytes(self, tokens: int) -> Bytes:
         """Return the bytes of a sequence of so many tokens."""
-        return tokens * self.full_bytes + sum(min(tokens, window) * size for window, size in self.windowed)
+        return (
+            self.state_bytes
+            + tokens * self.full_bytes
+            + sum(min(tokens, window) * size for window, size in self.windowed)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,7 +151,7 @@ class Decoder:
     not_timed: str = ""
 
     def __post_init__(self) -> None:
-        _check(self, ("hidden_size", "vocab_size"), or_none=("context_tokens",))
+        check_counts(self, ("hidden_size", "vocab_size"), or_none=("context_tokens",))
         if not self.layer_pattern or set(self.layer_pattern) != set(range(len(self.layer_kinds))):
             raise InputError("decoder: layer_pattern must use every one of layer_kinds, by index, and no other")
 
@@ -482,18 +231,19 @@ class Decoder:
             first: the first layer.
             end: the layer after the last; None for all.
         """
-        full_values = 0
+        full_bytes = state_bytes = 0
         windows: dict[int, int] = {}
         for kind, number in self.kinds(first, end):
             if kind.attention is None:
                 continue
-            values, window = number * kind.attention.cached_values, kind.attention.window
+            state_bytes += number * kind.attention.state_bytes
+            size = number * (int(kind.attention.cached_values * value_bytes) + kind.attention.index_bytes)
+            window = kind.attention.window
             if window is None:
-                full_values += values
+                full_bytes += size
             else:
-                windows[window] = windows.get(window, 0) + values
-        windowed = tuple((window, int(values * value_bytes)) for window, values in sorted(windows.items()))
-        return KvCache(full_bytes=int(full_values * value_bytes), windowed=windowed)
+                windows[window] = windows.get(window, 0) + size
+        return KvCache(full_bytes=full_bytes, windowed=tuple(sorted(windows.items())), state_bytes=state_bytes)
 
     def kv_bytes_per_token(self, value_bytes: float = 2) -> Bytes:
         """Return the bytes of a token in the KV cache over all layers, windowed ones included."""
@@ -501,24 +251,14 @@ class Decoder:
 
     def features(self) -> tuple[str, ...]:
         """Return what sets it apart from a plain decoder: equal layers, full attention, a dense feed-forward part."""
-        attentions = [kind.attention for kind, _ in self.kinds()]
         experts = [kind.feed_forward for kind in self.layer_kinds if isinstance(kind.feed_forward, ExpertFeedForward)]
-        windows = sorted({attention.window for attention in attentions if attention and attention.window is not None})
-        found = [
-            f"{experts[0].experts} experts in {self._layers_with(ExpertFeedForward)} layers" if experts else "",
-            "latent attention" if any(isinstance(attention, LatentAttention) for attention in attentions) else "",
-            f"a sliding window of {' and '.join(map(str, windows))} tokens" if windows else "",
+        named = [
+            *([f"{experts[0].experts} experts in {self._layers_with(ExpertFeedForward)} layers"] if experts else []),
+            *dict.fromkeys(kind.attention.feature for kind in self.layer_kinds if kind.attention is not None),
             self.not_timed,
         ]
-        named = tuple(feature for feature in found if feature)
-        if named:
-            return named
-        unusual = any(
-            isinstance(attention, GroupedAttention)
-            and (attention.value_head_size != attention.head_size or attention.key_is_value or attention.output_gate)
-            for attention in attentions
-        )
-        return ("layers that differ from each other",) if len(self.layer_kinds) > 1 or unusual else ()
+        found = tuple(feature for feature in named if feature)
+        return found or (("layers that differ from each other",) if len(self.layer_kinds) > 1 else ())
 
     def _layers_with(self, part: type[FeedForward]) -> int:
         return sum(number for kind, number in self.kinds() if isinstance(kind.feed_forward, part))
@@ -552,7 +292,7 @@ def plain_decoder(
 
 
 _PARTS: Mapping[type, Sequence[Any]] = {
-    Attention: (GroupedAttention, LatentAttention),
+    Attention: (GroupedAttention, LatentAttention, DeltaNet, StateSpace),
     FeedForward: (DenseFeedForward, ExpertFeedForward),
 }
 
@@ -572,12 +312,3 @@ def part_of(kind: type, values: Mapping[str, Any]) -> object:
             found: object = part(**values)
             return found
     raise InputError(f"decoder: no {kind.__name__} has the fields {', '.join(sorted(values))}")
-
-
-def _check(part: object, names: Sequence[str], or_none: Sequence[str] = ()) -> None:
-    for name in (*names, *or_none):
-        value = getattr(part, name)
-        if name in or_none and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"decoder: {name} must be a positive whole number, not {value!r}")

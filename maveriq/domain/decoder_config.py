@@ -6,8 +6,11 @@ implies without saying so stands in `maveriq.domain.decoder_families`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from maveriq.domain.attention import Attention
 from maveriq.domain.attention_config import AttentionReader
 from maveriq.domain.config_fields import (
     MAX_CONTEXT,
@@ -19,19 +22,17 @@ from maveriq.domain.config_fields import (
     rope_parameters,
     rope_type_of,
 )
-from maveriq.domain.decoder import (
-    Attention,
-    Decoder,
-    FeedForward,
-    LayerKind,
-)
+from maveriq.domain.decoder import Decoder, LayerKind
 from maveriq.domain.decoder_families import FAMILIES, OTHER_NAMES, Family, Switch, has_new_falcon_decoder
 from maveriq.domain.family_fields import FamilyFields
+from maveriq.domain.feed_forward import ExpertFeedForward, FeedForward
 from maveriq.domain.feed_forward_config import FeedForwardReader
 from maveriq.domain.model_features import TEXT_PARTS, other_inputs_of, unmodelled_feature
 from maveriq.domain.quantization_config import Quantization, read_quantization
+from maveriq.domain.vision_config import vision_parameters
 
 # Hugging Face names one thing differently per family.
+_LETTERS = {"mamba": "M", "attention": "*", "moe": "E", "mlp": "-"}
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
@@ -92,7 +93,7 @@ def read_decoder(config: Config, where: str, modelopt: Config | None = None) -> 
     text = _text_part(config, key, where) if key else config
     architecture = family_name(text if text.get("model_type") is not None else config, where)
     for part in (config, text) if key else (config,):
-        feature = unmodelled_feature(part, architecture)
+        feature = unmodelled_feature(part, architecture, FAMILIES.get(architecture))
         if feature is not None:
             raise Fields(config, where).refuse(feature)
     fields = Fields(text, where, f"{key}." if key else "")
@@ -100,7 +101,10 @@ def read_decoder(config: Config, where: str, modelopt: Config | None = None) -> 
     quantization = read_quantization(config, where, modelopt)
     decoder = reader.decoder(quantization)
     others = other_inputs_of(config)
-    if others:
+    vision = vision_parameters(config, where, decoder.hidden_size) if others == "vision_config" else None
+    if vision is not None:
+        decoder = replace(decoder, other_inputs_parameters=vision)
+    elif others:
         decoder = replace(decoder, not_counted=(*decoder.not_counted, f"the parts for other inputs ({others})"))
     # Engines are found by the name of the whole: a multimodal model is not the family of its decoder to them.
     whole = Fields(config, where).name("model_type") if key else None
@@ -148,7 +152,8 @@ class _Reader:
         """Read the decoder, whose matrices are stored as `quantization` says."""
         config = self.config
         fields, family = config.fields, config.family
-        layers = config.count(_LAYERS, MAX_LAYERS)
+        parts = self._letters() if family.layer_letters else None
+        layers = len(parts) if parts else config.count(_LAYERS, MAX_LAYERS)
         hidden = config.count(_HIDDEN)
         embedded = fields.config.get("word_embed_proj_dim")
         if embedded is not None and embedded != hidden:
@@ -156,12 +161,17 @@ class _Reader:
                                 "which is not modelled")  # fmt: skip
         vocabulary = config.count(_VOCABULARY, MAX_VOCABULARY)
         rope_type, context = self._positions()
-        attentions = AttentionReader(config, layers, hidden, context).kinds()
-        feed_forwards = FeedForwardReader(config, layers, hidden).kinds()
+        attention = AttentionReader(config, layers, hidden, context)
+        feed_forward = FeedForwardReader(config, layers, hidden)
+        mixers: Sequence[Attention | None]
+        widths: Sequence[FeedForward | None]
+        if parts:
+            mixers, widths = self._single_parts(parts, attention, feed_forward)
+        else:
+            mixers, widths = attention.kinds(), feed_forward.kinds()
         parallel = config.is_on(family.parallel) or has_new_falcon_decoder(fields.config)
         kinds = [
-            self._layer(attention, feed_forward, hidden, parallel=parallel)
-            for attention, feed_forward in zip(attentions, feed_forwards, strict=True)
+            self._layer(mixer, width, hidden, parallel=parallel) for mixer, width in zip(mixers, widths, strict=True)
         ]
         kinds = [
             replace(kind, formats=quantization.formats_of(layer, kind.weight_matrices(hidden)))
@@ -184,18 +194,58 @@ class _Reader:
             not_counted=self._not_counted(),
         )
 
-    def _layer(self, attention: Attention, feed_forward: FeedForward, hidden: int, *, parallel: bool) -> LayerKind:
+    def _letters(self) -> str:
+        """Return the part that each layer consists of, by the letters of `hybrid_override_pattern`."""
+        fields = self.config.fields
+        named = fields.values("layers_block_type")
+        pattern = fields.config.get("hybrid_override_pattern")
+        if named is not None:
+            wrong = next((kind for kind in named if kind not in _LETTERS), None)
+            if wrong is not None:
+                raise fields.refuse(f"layers_block_type: {brief(wrong)} is none of {', '.join(_LETTERS)}")
+            pattern = "".join(_LETTERS[kind] for kind in named)
+        if not isinstance(pattern, str) or not re.fullmatch(r"[M*E-]{1,10000}", pattern):
+            raise fields.refuse(f"hybrid_override_pattern must say M, *, E or - for every layer, not {brief(pattern)}")
+        layers = fields.optional_count(_LAYERS, maximum=MAX_LAYERS)
+        if layers is not None and layers != len(pattern):
+            raise fields.refuse(f"num_hidden_layers is {layers}, but the pattern of layers has {len(pattern)}")
+        return pattern
+
+    def _single_parts(
+        self, parts: str, attention: AttentionReader, feed_forward: FeedForwardReader
+    ) -> tuple[Sequence[Attention | None], Sequence[FeedForward | None]]:
+        """Return the parts of layers that are one part each."""
+        mixers: dict[str, Attention] = {}
+        widths: dict[str, FeedForward | None] = {}
+        if "M" in parts:
+            mixers["M"] = attention.state_space()
+        if "*" in parts:
+            mixers["*"] = attention.kinds()[0]
+        if "E" in parts:
+            widths["E"] = feed_forward.experts()
+            if widths["E"] is None:
+                raise self.config.fields.refuse("layers with experts, but no n_routed_experts says how many")
+        if "-" in parts:
+            widths["-"] = feed_forward.dense()
+        return [mixers.get(part) for part in parts], [widths.get(part) for part in parts]
+
+    def _layer(
+        self, attention: Attention | None, feed_forward: FeedForward | None, hidden: int, *, parallel: bool
+    ) -> LayerKind:
         family = self.config.family
         norms = family.norms
         # Falcon's new decoder norms the inputs of both parts; its first norms one input for both.
         if family.multi_query and family.parallel.key:
             two = self.config.fields.optional_count(("num_ln_in_parallel_attn",)) != 1
             norms = 2 if not parallel or (has_new_falcon_decoder(self.config.fields.config) and two) else 1
+        vectors = norms * family.norm_values
+        if isinstance(feed_forward, ExpertFeedForward):
+            vectors += family.expert_norms + family.router_vectors
         return LayerKind(
             attention=attention,
             feed_forward=feed_forward,
             parallel=parallel,
-            norm_parameters=norms * family.norm_values * hidden,
+            norm_parameters=vectors * hidden,
         )
 
     def _positions(self) -> tuple[str, int | None]:

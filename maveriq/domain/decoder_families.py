@@ -43,6 +43,14 @@ class Family:
         parallel: whether attention and feed-forward part take the same input.
         multi_query: whether there is one KV head where the file says nothing.
         kv_heads_stated: whether the file must say how many KV heads there are; else none stated means one a head.
+        output_gate: whether queries come with a gate for the output.
+        delta_net_but_every: all layers are gated delta nets but one in so many; 0: none is.
+        full_head_size, full_kv_heads, full_key_is_value: the keys of these properties in layers without a window.
+        experts_switch: the key that switches experts on.
+        experts_beside_dense: layers with experts have the dense part too.
+        layer_letters: each layer is one part: state space, attention, experts or dense, as a pattern says.
+        indexer: whether an indexer picks the tokens that attention goes to.
+        router_vectors, expert_norms: further vectors of layers with experts, of the hidden size.
         tied: whether the output uses the embedding where the file says nothing.
         qkv_bias, output_bias, feed_forward_bias: whether these matrices have a bias.
         head_bias: whether the output matrix has one.
@@ -73,6 +81,17 @@ class Family:
     parallel: Switch = _OFF
     multi_query: bool = False
     kv_heads_stated: bool = False
+    output_gate: Switch = _OFF
+    delta_net_but_every: int = 0
+    full_head_size: str = ""
+    full_kv_heads: str = ""
+    full_key_is_value: str = ""
+    experts_switch: str = ""
+    experts_beside_dense: bool = False
+    layer_letters: bool = False
+    indexer: bool = False
+    router_vectors: int = 0
+    expert_norms: int = 0
     tied: bool = False
     qkv_bias: Switch = _OFF
     output_bias: Switch = _OFF
@@ -141,6 +160,11 @@ _GEMMA3 = {
          "max_position_embeddings": 131072}
     ),
 }  # fmt: skip
+_QWEN3_NEXT = {
+    "qkv_bias": _ATTENTION_BIAS, "output_bias": _ATTENTION_BIAS, "query_key_norm": _HEAD_NORM,
+    "kv_heads_stated": True, "delta_net_but_every": 4,
+}  # fmt: skip
+_OUTPUT_GATE = Switch(key="attn_output_gate", default=True)
 _DEEPSEEK = {"latent": True, "experts": True, "router_correction": True, "qkv_bias": _ATTENTION_BIAS}
 _PHI = {"head_bias": True, "parallel": _ON, "norms": 1}
 
@@ -211,6 +235,22 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "deepseek_v2": _family(_DEEPSEEK, router_correction=False),
     "deepseek_v3": _family(_DEEPSEEK),
+    "deepseek_v32": _family(_DEEPSEEK, indexer=True),
+    "glm_moe_dsa": _family(_DEEPSEEK, indexer=True),
+    "qwen3_next": _family(_QWEN3_NEXT, experts=True, shared_gate=True, output_gate=_ON),
+    "qwen3_5": _family(_QWEN3_NEXT, output_gate=_OUTPUT_GATE),
+    "qwen3_5_moe": _family(_QWEN3_NEXT, experts=True, shared_gate=True, output_gate=_OUTPUT_GATE),
+    "nemotron_h": _family(
+        feed_forward_matrices=2, norms=1, experts=True, router_correction=True, layer_letters=True,
+        qkv_bias=_ATTENTION_BIAS, output_bias=_ATTENTION_BIAS, feed_forward_bias=Switch(key="mlp_bias"),
+        kv_heads_stated=True,
+    ),
+    "gemma4": _family(
+        _GEMMA, query_key_norm=_HEAD_NORM, full_every=6, window_default=512, full_head_size="global_head_dim",
+        full_kv_heads="num_global_key_value_heads", full_key_is_value="attention_k_eq_v", experts=True,
+        experts_switch="enable_moe_block", experts_beside_dense=True, expert_norms=3, router_vectors=1,
+        router_correction=True,
+    ),
     "gpt_oss": _family(
         qkv_bias=Switch(key="attention_bias", default=True), output_bias=Switch(key="attention_bias", default=True),
         window_default=128, full_every=2, experts=True, experts_use_width=True, experts_bias=True, sinks=True,

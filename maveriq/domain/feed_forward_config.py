@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from maveriq.domain.config_fields import MAX_LAYERS, MAX_WIDTH, Fields, brief
-from maveriq.domain.decoder import DenseFeedForward, ExpertFeedForward, FeedForward
 from maveriq.domain.family_fields import FamilyFields
+from maveriq.domain.feed_forward import DenseFeedForward, ExpertFeedForward, FeedForward
 from maveriq.domain.model_features import EXPERT_KEYS, first_expert_key
 
 _WIDTH = ("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
@@ -45,17 +45,22 @@ class FeedForwardReader:
         Raises:
             InputError: a needed key is missing or wrong.
         """
-        experts = self._experts()
+        experts = self.experts()
         if experts is None:
-            if self.reader.family.experts:
+            if self.reader.family.experts and not self.reader.family.experts_switch:
                 keys = " or ".join(EXPERT_KEYS[:3])
                 raise self.reader.fields.refuse(f"{self.reader.architecture} has experts, but no {keys} says how many")
-            return [self._dense()] * self.layers
+            return [self.dense()] * self.layers
         sparse = self._sparse_layers()
-        dense = None if all(sparse) else self._dense()
+        dense = None if all(sparse) else self.dense()
         return [experts if has_experts or dense is None else dense for has_experts in sparse]
 
-    def _dense(self) -> DenseFeedForward:
+    def dense(self) -> DenseFeedForward:
+        """Return the feed-forward part of layers without experts.
+
+        Raises:
+            InputError: a needed key is missing or wrong.
+        """
         family = self.reader.family
         return DenseFeedForward(
             width=self._dense_width(),
@@ -79,9 +84,16 @@ class FeedForwardReader:
             return reader.family.widening * self.hidden if reader.family.widening else reader.count(_WIDTH)
         return found // 2 if reader.family.width_of_gate_too else found
 
-    def _experts(self) -> ExpertFeedForward | None:
+    def experts(self) -> ExpertFeedForward | None:
+        """Return the feed-forward part of layers with experts, None where there are none.
+
+        Raises:
+            InputError: a needed key is missing or wrong.
+        """
         reader = self.reader
         family = reader.family
+        if family.experts_switch and not reader.fields.flag(family.experts_switch, default=False):
+            return None
         fields = next(
             (part for part in (reader.fields, reader.fields.part("ffn_config"), reader.fields.part("moe"))
              if part.first_key(EXPERT_KEYS)), reader.fields,
@@ -104,11 +116,13 @@ class FeedForwardReader:
             experts=experts,
             experts_per_token=per_token,
             width=width,
-            shared_width=self._shared_width(width),
+            shared_width=self._dense_width() if family.experts_beside_dense else self._shared_width(width),
             matrices=family.feed_forward_matrices,
             bias=family.experts_bias,
             router_correction=family.router_correction,
             shared_gate=family.shared_gate,
+            latent_size=fields.optional_count(("moe_latent_size",)) or 0 if family.layer_letters else 0,
+            module="" if family.experts_beside_dense else "mlp",
         )
 
     def _refuse_experts(self, key: str | None) -> None:

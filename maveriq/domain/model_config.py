@@ -12,15 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from maveriq.domain.attention import GroupedAttention, LatentAttention
 from maveriq.domain.config_fields import Config
-from maveriq.domain.decoder import (
-    Decoder,
-    DenseFeedForward,
-    ExpertFeedForward,
-    GroupedAttention,
-    LatentAttention,
-)
+from maveriq.domain.decoder import Decoder
 from maveriq.domain.decoder_config import read_decoder
+from maveriq.domain.feed_forward import DenseFeedForward, ExpertFeedForward
 from maveriq.errors import InputError
 
 _MAX_DEPTH = 32
@@ -68,24 +64,26 @@ def parse_config(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{where} must hold a JSON object, not {type(config).__name__}")
-    for path, value, depth in _values(config):
+    for path, value, depth, in_list in _values(config):
         if depth > _MAX_DEPTH:
             raise InputError(f"{where}: {path[:60]} is nested more than {_MAX_DEPTH} levels deep")
-        if isinstance(value, float) and not math.isfinite(value):
+        # A list may give a limit that is infinite; no list of numbers that count is read without a check.
+        unlimited = value == math.inf and in_list
+        if isinstance(value, float) and not math.isfinite(value) and not unlimited:
             raise InputError(f"{where}: {path} must be a finite number, not {value}")
     return config
 
 
-def _values(config: Config) -> Iterator[tuple[str, Any, int]]:
-    """Yield every value with the path of its key and its depth, without recursion."""
-    left: list[tuple[str, Any, int]] = [("", config, 0)]
+def _values(config: Config) -> Iterator[tuple[str, Any, int, bool]]:
+    """Yield every value with the path of its key, its depth, and whether it is in a list, without recursion."""
+    left: list[tuple[str, Any, int, bool]] = [("", config, 0, False)]
     while left:
-        path, value, depth = left.pop()
-        yield path, value, depth
+        path, value, depth, in_list = left.pop()
+        yield path, value, depth, in_list
         if isinstance(value, dict):
-            left += [(f"{path}.{key}" if path else key, inner, depth + 1) for key, inner in value.items()]
+            left += [(f"{path}.{key}" if path else key, inner, depth + 1, False) for key, inner in value.items()]
         elif isinstance(value, list):
-            left += [(path, inner, depth + 1) for inner in value]
+            left += [(path, inner, depth + 1, True) for inner in value]
 
 
 def shape_of_decoder(decoder: Decoder) -> Shape:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from maveriq.domain.decoder_families import Family
+
 _Config: TypeAlias = Mapping[str, Any]
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "language_model_config")
@@ -32,8 +34,8 @@ _ENCODER_DECODERS = re.compile(
     r"seamless_m4t\w*|speecht5|encoder-decoder|vision-encoder-decoder|speech-encoder-decoder|moonshine|trocr"
 )
 _STATE_SPACE = re.compile(
-    r".*(mamba|rwkv|jamba|zamba|bamba|hyena|retnet|xlstm|griffin|recurrent).*|nemotron_h|falcon_h1|plamo2|lfm2\w*|"
-    r"qwen3_next|granitemoehybrid|kimi_linear"
+    r".*(mamba|rwkv|jamba|zamba|bamba|hyena|retnet|xlstm|griffin|recurrent).*|falcon_h1|plamo2|lfm2\w*|"
+    r"granitemoehybrid|kimi_linear|bailing_hybrid"
 )
 _STATE_SPACE_KEYS = re.compile(
     r"(ssm|mamba|rwkv)_\w+|state_size|time_step_\w+|hybrid_override_pattern|attn_layer_(period|offset)|layers_block_type|"
@@ -47,21 +49,28 @@ _OTHER_ATTENTION = {
     "a KV cache shared by layers": (
         "num_kv_shared_layers", "use_cla", "cla_share_factor", "share_kv", "kv_share", "num_kv_reuse_layers",
     ),
-    "sparse attention by an indexer": ("index_topk", "index_n_heads", "index_head_dim", "sparse_attention_config"),
+    "sparse attention": ("sparse_attention_config",),
     "compressed attention": ("compress_ratios", "o_lora_rank", "hc_mult"),
 }  # fmt: skip
-_OTHER_EXPERTS = ("moe_latent_size", "zero_expert_num", "use_double_wide_mlp", "use_mixed_mlp_moe")
+_INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
+_OTHER_EXPERTS = ("zero_expert_num", "use_double_wide_mlp", "use_mixed_mlp_moe")
 _UNEQUAL_LAYERS = ("block_configs", "num_key_value_heads_per_layer", "num_query_heads", "ffn_multipliers")
 
 
-def unmodelled_feature(config: _Config, family: str) -> str | None:
+def unmodelled_feature(config: _Config, family: str, known: Family | None) -> str | None:
     """Return what of a configuration maveriq does not model, in one clause that names the key; None if it models all.
 
     Args:
         config: the parsed `config.json`.
         family: its `model_type`.
+        known: what the family implies, None if it is not known.
     """
-    return next((reason for find in _FEATURES if (reason := find(config, family))), None)
+    modelled: list[Callable[[_Config, str], str | None]] = []
+    if known is not None and (known.delta_net_but_every or known.layer_letters):
+        modelled += [_state_space, _latent_experts]
+    if known is not None and known.indexer:
+        modelled.append(_indexer)
+    return next((reason for find in _FEATURES if find not in modelled and (reason := find(config, family))), None)
 
 
 def other_inputs_of(config: _Config) -> str:
@@ -111,6 +120,17 @@ def _attention(config: _Config, family: str) -> str | None:
     return None
 
 
+def _indexer(config: _Config, family: str) -> str | None:
+    del family
+    key = next((key for key in _INDEXER if _is_on(config.get(key))), None)
+    return f"sparse attention by an indexer ({key}) is not modelled" if key else None
+
+
+def _latent_experts(config: _Config, family: str) -> str | None:
+    del family
+    return "experts of this kind (moe_latent_size) are not modelled" if _is_on(config.get("moe_latent_size")) else None
+
+
 def _other_experts(config: _Config, family: str) -> str | None:
     del family
     key = next((key for key in _OTHER_EXPERTS if _is_on(config.get(key))), None)
@@ -140,6 +160,8 @@ _FEATURES: tuple[Callable[[_Config, str], str | None], ...] = (
     _not_a_decoder,
     _state_space,
     _attention,
+    _indexer,
+    _latent_experts,
     _other_experts,
     _unequal_layers,
     _local_attention,

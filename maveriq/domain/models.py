@@ -16,8 +16,10 @@ from typing import Any
 import msgspec
 
 from maveriq.compat import StrEnum
-from maveriq.domain.decoder import Decoder, DenseFeedForward, GroupedAttention, plain_decoder
+from maveriq.domain.attention import GroupedAttention
+from maveriq.domain.decoder import Decoder, plain_decoder
 from maveriq.domain.decoder_config import read_decoder
+from maveriq.domain.feed_forward import DenseFeedForward
 from maveriq.domain.model_config import parse_config, shape_of_decoder
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import data_path, exists, is_folder, read_regular_text

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from maveriq.domain.config_fields import MAX_WIDTH, Config, Fields, brief
-from maveriq.domain.decoder import Matrix
+from maveriq.domain.matrices import Matrix
 from maveriq.domain.weight_formats import (
     BITS_16,
     FP8_PER_CHANNEL,
@@ -34,6 +34,8 @@ _EXPERT_NUMBER = re.compile(r"experts\.(\d+|\*)\.")
 _MODULES = (
     (re.compile(r"^(block_sparse_moe|feed_forward|ffn|moe)(?=\.|$|\*)"), "mlp"),
     (re.compile(r"^(attn|attention)(?=\.|$|\*)"), "self_attn"),
+    (re.compile(r"^mixer(?=\.[qkvo]_proj)"), "self_attn"),
+    (re.compile(r"^mixer(?=\.(experts|shared_experts|gate|fc\d_latent_proj|(gate|up|down)_proj)(\.|$|\*))"), "mlp"),
     (re.compile(r"^mlp\.router(?=\.|$|\*)"), "mlp.gate"),
     (re.compile(r"^router(?=\.|$|\*)"), "mlp.gate"),
     (re.compile(r"^experts(?=\.|$|\*)"), "mlp.experts"),

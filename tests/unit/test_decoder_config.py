@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from maveriq.domain.decoder import Decoder, ExpertFeedForward, GroupedAttention, KvCache, LatentAttention
+from maveriq.domain.attention import GroupedAttention, LatentAttention
+from maveriq.domain.decoder import Decoder, KvCache
 from maveriq.domain.decoder_config import read_decoder
+from maveriq.domain.feed_forward import ExpertFeedForward
 from maveriq.domain.models import ModelSpec, WeightType, model_from_hf_config
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
@@ -145,6 +147,80 @@ def test_the_decoder_of_a_multimodal_model_is_read_and_the_rest_is_named() -> No
     assert decoder.not_counted == ("the parts for other inputs (vision_config)",)
     with pytest.raises(InputError, match=r"tie_word_embeddings is True, but text_config.tie_word_embeddings is False"):
         read({**nested, "tie_word_embeddings": True, "text_config": QWEN_MOE})
+
+
+def test_delta_nets_keep_a_state_and_no_tokens() -> None:
+    config = {
+        **QWEN_MOE, "model_type": "qwen3_next", "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+        "shared_expert_intermediate_size": 24,
+    }  # fmt: skip
+    decoder = read(config)
+    mixed, values = 2 * 2 * 8 + 4 * 16, 4 * 16
+    net = 64 * (mixed + values + 4 + 4) + values * 64 + mixed * 4 + 4 + 4 + 16
+    full = attention(size=16) + 64 * 8 * 16 + 2 * 16  # the output's gate doubles the queries
+    experts = 16 * 3 * 64 * 24 + 3 * 64 * 24 + 64 + 64 * 16
+    assert decoder.parameters() == around(4) + 3 * net + full + 4 * experts
+    cache = decoder.kv_cache()
+    assert cache.full_bytes == 2 * 2 * 16 * 2, "one layer in four keeps tokens"
+    assert cache.state_bytes == 3 * (mixed * 3 * 2 + 4 * 8 * 16 * 4)
+    assert "gated delta-net layers" in decoder.features()
+    assert [kind.attention for kind, _ in read({**config, "full_attention_interval": 2}).kinds()] != []
+
+
+def test_layers_of_one_part_each() -> None:
+    config = {
+        **SMALL, "model_type": "nemotron_h", "num_hidden_layers": 5, "hybrid_override_pattern": "ME*-M",
+        "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "conv_kernel": 4,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 48, "moe_latent_size": 32,
+    }  # fmt: skip
+    decoder = read(config)
+    inner, mixed = 64, 64 + 2 * 2 * 8
+    mamba = 64 * (inner + mixed + 4) + inner * 64 + mixed * 5 + 3 * 4 + inner
+    experts = 8 * 2 * 32 * 24 + 2 * 64 * 48 + 2 * 64 * 32 + 64 * 8 + 8
+    parts = 2 * mamba + experts + attention() + 2 * 64 * 100
+    assert decoder.parameters() == 2 * 1000 * 64 + 64 + 5 * 64 + parts
+    assert decoder.kv_cache().full_bytes == 2 * 2 * 8 * 2
+    assert decoder.kv_cache().state_bytes == 2 * (mixed * 3 * 2 + inner * 8 * 4)
+    named = {
+        **without(config, "hybrid_override_pattern"),
+        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],
+    }
+    assert read(named) == decoder
+    for wrong, words in (
+        ({"num_hidden_layers": 6}, "num_hidden_layers is 6, but the pattern of layers has 5"),
+        ({"hybrid_override_pattern": "MEX"}, "must say M, *, E or - for every layer"),
+        ({"layers_block_type": ["odd"] * 5}, "'odd' is none of mamba, attention, moe, mlp"),
+    ):
+        with pytest.raises(InputError) as refused:
+            read({**config, **wrong})
+        assert words in str(refused.value)
+
+
+def test_an_indexer_caches_a_key_of_its_own() -> None:
+    config = {**DEEPSEEK, "model_type": "deepseek_v32", "index_n_heads": 4, "index_head_dim": 128, "index_topk": 64}
+    decoder, plain = read(config), read(DEEPSEEK)
+    assert decoder.parameters() - plain.parameters() == 4 * (48 * 4 * 128 + 64 * 128 + 64 * 4 + 2 * 128)
+    assert decoder.kv_bytes_per_token() - plain.kv_bytes_per_token() == 4 * (128 + 4)
+    assert decoder.kv_bytes_per_token(1) - plain.kv_bytes_per_token(1) == 4 * (128 + 4)
+    shared = read({**config, "indexer_types": ["full", "shared", "shared", "full"]})
+    assert shared.kv_bytes_per_token() - plain.kv_bytes_per_token() == 2 * (128 + 4)
+
+
+def test_layers_with_full_attention_may_have_other_heads() -> None:
+    config = {
+        **SMALL, "model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "sliding_window": 32, "num_hidden_layers": 6, "enable_moe_block": True,
+        "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24, "tie_word_embeddings": True,
+    }  # fmt: skip
+    decoder = read(config)
+    windowed, full = attention() + 2 * 8, 2 * 64 * 8 * 16 + 64 * 16 + 2 * 16
+    experts = 8 * 3 * 64 * 24 + 64 * 8 + 8 + 64 + 3 * 64
+    layers = 5 * windowed + full + 6 * (3 * 64 * 100 + experts + 4 * 64)
+    assert decoder.parameters() == 1000 * 64 + 64 + layers
+    assert decoder.kv_cache() == KvCache(full_bytes=2 * 16 * 2, windowed=((32, 5 * 2 * 2 * 8 * 2),))
+    assert read({**config, "enable_moe_block": False}).active_parameters() < decoder.active_parameters()
 
 
 def test_further_layers_are_named() -> None:
