@@ -92,7 +92,8 @@ def shape_of_decoder(decoder: Decoder) -> Shape:
     Whoever computes with the shape alone must ask `Decoder.features` first.
     """
     kinds = [kind for kind, _ in sorted(decoder.kinds(), key=lambda counted: -counted[1])]
-    attention = next((kind.attention for kind in kinds if kind.attention is not None), None)
+    parts = (kind.attention for kind in kinds)
+    attention = next((part for part in parts if isinstance(part, GroupedAttention | LatentAttention)), None)
     feed_forward = next((kind.feed_forward for kind in kinds if kind.feed_forward is not None), None)
     heads = kv_heads = head_size = width = matrices = 1
     if isinstance(attention, GroupedAttention):

@@ -183,11 +183,9 @@ def test_layers_of_one_part_each() -> None:
     assert decoder.parameters() == 2 * 1000 * 64 + 64 + 5 * 64 + parts
     assert decoder.kv_cache().full_bytes == 2 * 2 * 8 * 2
     assert decoder.kv_cache().state_bytes == 2 * (mixed * 3 * 2 + inner * 8 * 4)
-    named = {
-        **without(config, "hybrid_override_pattern"),
-        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],
-    }
-    assert read(named) == decoder
+    types = ["mamba", "moe", "attention", "mlp", "mamba"]
+    assert read({**without(config, "hybrid_override_pattern"), "layers_block_type": types}) == decoder
+    assert model(config).attention_heads == 8
     for wrong, words in (
         ({"num_hidden_layers": 6}, "num_hidden_layers is 6, but the pattern of layers has 5"),
         ({"hybrid_override_pattern": "MEX"}, "must say M, *, E or - for every layer"),
