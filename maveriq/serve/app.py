@@ -21,9 +21,10 @@ from maveriq.serve.access_log import AccessLog, AccessLogMiddleware
 from maveriq.serve.auth import AuthMiddleware
 from maveriq.serve.completion_schemas import UNSUPPORTED
 from maveriq.serve.errors import ApiError, bad_request
+from maveriq.serve.head import HeadMiddleware
 from maveriq.serve.json_body import field_name
 from maveriq.serve.model_registry import ModelRegistry
-from maveriq.serve.routes import endpoint_routes, openai_routes, operator_routes
+from maveriq.serve.routes import endpoint_routes, model_routes, openai_routes, operator_routes
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store
@@ -71,9 +72,13 @@ def create_app(
     )
     app.state.service = service
     app.include_router(openai_routes(service))
-    app.include_router(endpoint_routes(service))
+    app.include_router(model_routes(service))
+    endpoints = endpoint_routes(service)
+    app.include_router(endpoints, prefix="/endpoints")
+    app.include_router(endpoints, prefix="/deployments", include_in_schema=False)  # their former path
     app.include_router(operator_routes(service))
     _add_error_handlers(app, service)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(
         AuthMiddleware, settings=settings, on_rejected=lambda code: service.metrics.http_errors.labels(code).inc()
     )

@@ -102,32 +102,39 @@ def openai_routes(service: Service) -> APIRouter:
     return router
 
 
-def endpoint_routes(service: Service) -> APIRouter:
-    """Return the routes under /models and /endpoints."""
-    router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES, route_class=JsonRoute)
+def model_routes(service: Service) -> APIRouter:
+    """Return the routes under /models."""
+    router = APIRouter(prefix="/models", tags=["maveriq"], responses=ERROR_RESPONSES, route_class=JsonRoute)
 
-    @router.get("/models")
+    @router.get("")
     async def list_registered_models() -> list[ModelView]:
         """List the registered models."""
         return [ModelView.of(model) for model in service.models]
 
-    @router.post("/models", status_code=201)
+    @router.post("", status_code=201)
     async def register_model(body: RegisterModel) -> ModelView:
         """Register a model; a registered model keeps its ID."""
         return ModelView.of(await service.models.register(body.model))
 
-    @router.delete("/models/{model_id}", status_code=204)
+    @router.delete("/{model_id}", status_code=204)
     async def unregister_model(model_id: Id) -> Response:
         """Remove a model that has no endpoints from the registry."""
         await service.unregister_model(model_id)
         return Response(status_code=204)
 
-    @router.get("/endpoints")
+    return router
+
+
+def endpoint_routes(service: Service) -> APIRouter:
+    """Return the routes under /endpoints, without this prefix: the application has them under a former path too."""
+    router = APIRouter(tags=["maveriq"], responses=ERROR_RESPONSES, route_class=JsonRoute)
+
+    @router.get("")
     async def list_endpoints() -> list[EndpointView]:
         """List the endpoints."""
         return [EndpointView.of(endpoint) for endpoint in service.endpoints()]
 
-    @router.post("/endpoints", status_code=201)
+    @router.post("", status_code=201)
     async def create_endpoint(body: CreateEndpoint) -> EndpointView:
         """Create an endpoint by intent; one that does not fit has the status `rejected` and a reason."""
         intent = Intent(
@@ -142,12 +149,12 @@ def endpoint_routes(service: Service) -> APIRouter:
         )
         return EndpointView.of(await service.create_endpoint(model, request, body.placement or ""))
 
-    @router.get("/endpoints/{endpoint_id}")
+    @router.get("/{endpoint_id}")
     async def get_endpoint(endpoint_id: Id) -> EndpointView:
         """Return one endpoint."""
         return EndpointView.of(service.endpoint(endpoint_id))
 
-    @router.delete("/endpoints/{endpoint_id}", status_code=204)
+    @router.delete("/{endpoint_id}", status_code=204)
     async def delete_endpoint(endpoint_id: Id) -> Response:
         """Remove an endpoint: running requests finish, waiting requests are refused."""
         await service.remove_endpoint(endpoint_id)

@@ -48,6 +48,17 @@ def test_endpoint_life_cycle(server: Running) -> None:
         assert http.post("/v1/completions", json={"model": "gptj-6b", "prompt": "a"}).status_code == 404
 
 
+def test_the_former_path_of_endpoints_works_and_is_not_in_the_schema(server: Running) -> None:
+    with server.client() as http:
+        made = http.post("/deployments", json={"model": "gptj-6b"})
+        assert made.status_code == 201
+        until(lambda: http.get(f"/deployments/{made.json()['id']}").json()["status"] == "up")
+        assert http.get("/deployments").json() == http.get("/endpoints").json()
+        assert http.delete(f"/deployments/{made.json()['id']}").status_code == 204
+        assert http.get(f"/endpoints/{made.json()['id']}").status_code == 404
+        assert not [path for path in http.get("/openapi.json").json()["paths"] if path.startswith("/deployments")]
+
+
 def test_endpoint_that_does_not_fit_is_rejected(server: Running) -> None:
     with server.client() as http:
         made = http.post("/endpoints", json={"model": "llama-2-70b"}).json()
