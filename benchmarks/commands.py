@@ -41,7 +41,7 @@ def _sim(arguments: Sequence[str], tries: int) -> tuple[float, int]:
     """Return the minimum wall time of `maveriq sim` and its number of requests."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [_MAVERIQ, "sim", "--quiet", "--out", str(out), *arguments]
+        command = [_MAVERIQ, "sim", "--quiet", "--out", str(out), "--overwrite", *arguments]
         wall_s = min(_wall_s(command) for _ in range(tries))
         with (out / "requests.csv").open(encoding="utf-8") as rows:
             return wall_s, sum(1 for _ in rows) - 1

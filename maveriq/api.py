@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from maveriq import __version__
 from maveriq.errors import InputError, MaveriqError, cannot_write
 from maveriq.planning import PlanOptions, rank_configurations
-from maveriq.runs import Run, as_path, load_run
+from maveriq.runs import Run, as_path, load_run, save_run
 from maveriq.scenario.options import Options, options_from
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run(
     /,
     *,
     out: str | Path | None = None,
-    overwrite: bool = True,
+    overwrite: bool = False,
     slo_ttft_ms: float | None = None,
     slo_tpot_ms: float | None = None,
     watcher: Watcher | None = None,
@@ -97,7 +97,7 @@ def run(
     Args:
         options: the options to start from; None takes the defaults.
         out: folder for the records and the engines' logs; None keeps no logs. `Run.folder` says where they are.
-        overwrite: replace a run in `out`; False takes the first free name of `NAME`, `NAME-2`, ...
+        overwrite: replace a run that is in `out`; else such a folder is refused before the run.
         slo_ttft_ms: time to first token within which a request counts as goodput.
         slo_tpot_ms: time per output token within which a request counts as goodput.
         watcher: receives the progress of the run.
@@ -120,7 +120,7 @@ def run(
     engines = options_from(EngineOptions, engine_values)
     chosen, components = _options_and_components(options, changes)
     if out is not None:
-        check_writable(as_path(out, "out"))
+        check_writable(as_path(out, "out"), overwrite=overwrite)
     with contextlib.closing(LocalMachine(engines.name, engines.engine_python)) as machine:
         system = build_system(
             chosen, components=components, wrap_estimator=machine.planning, make_cluster=local_cluster
@@ -146,7 +146,7 @@ def run(
             )  # fmt: skip
             if out is not None:
                 replaces = overwrite and not finished.interrupted
-                folder = finished._save(Path(out), logs, overwrite=replaces)  # noqa: SLF001
+                folder = save_run(finished, Path(out), logs=logs, overwrite=replaces)
                 finished = replace(finished, folder=folder)
     return finished
 

@@ -15,29 +15,69 @@ from pathlib import Path
 from maveriq.errors import InputError, cannot_write
 
 
+def not_overwritten(named: str) -> InputError:
+    """Return the error of output that is there already; `named` is its kind and its path."""
+    return InputError(
+        f"{named} exists already; name another, or replace it with --overwrite (overwrite=True in Python)"
+    )
+
+
+def check_file_writable(path: Path, *, what: str, overwrite: bool) -> None:
+    """Check, before long work, that a file may be created or replaced, as far as names tell.
+
+    Raises:
+        InputError: it is a folder, or is there already and may not be replaced.
+    """
+    if is_folder(path):
+        raise InputError(f"{what} {str(path)!r} cannot be written: it is a folder; name a file")
+    if not overwrite and os.path.lexists(path):
+        raise not_overwritten(f"{what} {str(path)!r}")
+
+
 @contextlib.contextmanager
-def written_whole(path: Path, *, what: str) -> Iterator[Path]:
-    """Yield a temporary path in the same folder to write to; it replaces `path` unless the block raises.
+def written_whole(path: Path, *, what: str, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary path in the same folder to write to; it becomes `path` unless the block raises.
 
     Args:
         path: the file to create or replace; its folder must exist.
         what: the kind of file, for messages.
+        overwrite: replace a file that is there.
 
     Raises:
-        InputError: the path cannot be written to.
+        InputError: as for `check_file_writable`, or the path cannot be written to.
         MaveriqError: the disk is full.
     """
-    if is_folder(path):
-        raise InputError(f"{what} {str(path)!r} cannot be written: it is a folder; name a file")
+    check_file_writable(path, what=what, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        partial.replace(path)
+        if overwrite:
+            partial.replace(path)
+        else:
+            _rename_to_new(partial, path)
+    except FileExistsError:
+        raise not_overwritten(f"{what} {str(path)!r}") from None
     except OSError as error:
         raise cannot_write(f"{what} {str(path)!r}", error) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _rename_to_new(partial: Path, path: Path) -> None:
+    """Rename a file, unless another process has made a file of that name meanwhile.
+
+    Raises:
+        FileExistsError: it has.
+    """
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        partial.rename(path)
 
 
 _PACKAGE = Path(__file__).parent

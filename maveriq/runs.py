@@ -104,32 +104,24 @@ class Run:
 
         return summary_to_json(self.summary, self.saturation, self.record.deployments)
 
-    def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a run folder, whole or not at all, and return where it is.
 
         Args:
-            path: the folder. An empty one is replaced.
-            overwrite: replace a run folder of that name; False takes the first free name of `NAME`, `NAME-2`, ...
+            path: the folder; it may exist if it is empty.
+            overwrite: replace a run that is there.
 
         The logs of engines are not part of a `Run`; `maveriq.run(out=...)` keeps them.
 
         Raises:
-            InputError: the folder cannot be written, or holds something else.
+            InputError: the folder cannot be written, holds a run and `overwrite` is false, or holds something else.
             MaveriqError: the disk is full.
         """
-        return self._save(as_path(path, "path"), overwrite=overwrite)
+        from maveriq.report.run_folder import check_writable
 
-    def _save(self, folder: Path, logs: Path | None = None, *, overwrite: bool = True) -> Path:
-        """Write a run folder; the folder of engine logs moves into it."""
-        from maveriq.report.run_folder import write_run
-
-        def write_engines(fresh: Path) -> None:
-            if logs is not None:
-                shutil.move(logs, fresh)  # a copy would need the space twice
-            if self.engines_csv:
-                (fresh / ENGINES_FILE).write_text(self.engines_csv, encoding="utf-8")
-
-        return write_run(folder, self.record, self.to_dict(), self.meta, more=write_engines, overwrite=overwrite)
+        folder = as_path(path, "path")
+        check_writable(folder, overwrite=overwrite)
+        return save_run(self, folder, overwrite=overwrite)
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: the latency of each request, and the requests waiting, over time."""
@@ -153,6 +145,33 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the computed tables out of pickles."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: bool) -> Path:
+    """Write a run folder, whole or not at all, and return where it is; check the folder before the run.
+
+    Without `overwrite` a folder that another process has filled meanwhile leaves the run the next free name: it may be
+    the result of hours.
+
+    Args:
+        run: what is written.
+        folder: see `maveriq.report.run_folder.check_writable`.
+        logs: a folder of engine logs, which moves into the run folder.
+        overwrite: replace a run that is there.
+
+    Raises:
+        InputError: the folder cannot be written.
+        MaveriqError: the disk is full.
+    """
+    from maveriq.report.run_folder import write_run
+
+    def write_engines(fresh: Path) -> None:
+        if logs is not None:
+            shutil.move(logs, fresh)  # a copy would need the space twice
+        if run.engines_csv:
+            (fresh / ENGINES_FILE).write_text(run.engines_csv, encoding="utf-8")
+
+    return write_run(folder, run.record, run.to_dict(), run.meta, more=write_engines, overwrite=overwrite)
 
 
 def _metrics_row(metrics: Any) -> dict[str, float]:

@@ -28,7 +28,7 @@ def draw_run(folder: Path, name: str, sim: RunRecord, recorded: RunRecord, compa
     """Draw the latencies of a run and its queue over time, recorded and simulated, as `folder`/NAME.png."""
     curves = latency_curves(sim, recorded, points=_POINTS), queue_curves(sim, recorded, points=_POINTS)
     drawn = [curve for curve in curves if curve is not None]
-    with figure_at(folder / f"{name}.png", inches=(10.5, 3.1), dots_per_inch=_DOTS_PER_INCH) as figure:
+    with figure_at(folder / f"{name}.png", inches=(10.5, 3.1), dots_per_inch=_DOTS_PER_INCH, overwrite=True) as figure:
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
         marks = [draw_curves(axes, curve) for axes, curve in zip(panels, drawn, strict=True)]
         figure.legend(marks[0], DRAWN, loc="upper right", ncols=len(DRAWN), frameon=False)
@@ -46,7 +46,7 @@ def write_gallery(folder: Path, names: Sequence[str]) -> None:
 def draw_overview(path: Path, rows: Sequence[BlindRow], bars: Bars) -> None:
     """Draw mean and p95 of all runs: predicted over recorded, and the errors with the bar of each run."""
     ordered = sorted(rows, key=lambda row: row.recorded_mean_s)
-    with figure_at(path, inches=(12, 6.6), dots_per_inch=100) as figure:
+    with figure_at(path, inches=(12, 6.6), dots_per_inch=100, overwrite=True) as figure:
         panels = figure.subplot_mosaic([["mean", "mean off", "p95 off"], ["p95", "mean off", "p95 off"]])
         for column, which in enumerate(("mean", "p95")):
             maximum = [allowed(row, bars)[column] for row in ordered]

@@ -49,7 +49,7 @@ def draw_headline(path: Path, rows: Sequence[AchievedRow], plan: HeadlinePlan) -
     against = list(product(plan.grid.model_sets, plan.baselines))
     heights = 3 * max(1, len(pairs)), 4 * len(against)
     size = (14.0, _INCHES_PER_ROW * sum(heights) / 3 + 1.8)
-    with figure_at(path, inches=size, dots_per_inch=95) as figure:
+    with figure_at(path, inches=size, dots_per_inch=95, overwrite=True) as figure:
         panels = figure.subplots(2, len(_SHOWN), sharex="col", sharey="row", gridspec_kw={"height_ratios": heights})
         for column, measure in enumerate(_SHOWN):
             _recorded(panels[0, column], measure, pairs)

@@ -76,7 +76,7 @@ def _compare(work: Path) -> tuple[dict[str, Any], str]:
     simulated, real = work / "simulated", work / "torch"
     if not real.exists():
         _maveriq("run", "--backend", "torch", *scenario, "--out", str(real))
-    _maveriq("sim", *scenario, "--out", str(simulated))
+    _maveriq("sim", *scenario, "--out", str(simulated), "--overwrite")
     compared: dict[str, Any] = json.loads(_maveriq("compare", str(simulated), str(real), "--json"))
     return {**compared, "sim": simulated.name, "real": real.name}, (profile / "measured.csv").read_text()
 

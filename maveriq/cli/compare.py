@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 
 from maveriq import api
-from maveriq.cli.options import JsonFlag
+from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.compare import Check, Comparison, check, parse_tolerances
 from maveriq.report.compare_many import ManyComparison, many_view
-from maveriq.report.compare_plot import POINTS, check_plot_name, write_plot
+from maveriq.report.compare_plot import POINTS, check_plot, write_plot
 from maveriq.report.compare_view import checks_table, comparison_view, matching_line
 from maveriq.report.run_labels import short_labels
 from maveriq.report.terminal import open_console
@@ -41,6 +41,7 @@ def compare(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png|svg", help="Draw both runs into a file.")] = None,
+    overwrite: OverwriteFlag = False,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The folder of recorded runs.", show_default="MAVERIQ_DATA"),
@@ -62,7 +63,7 @@ def compare(
         raise InputError(f"compare takes at least two runs, not only {runs[0]!r}; name the run to measure it by last")
     tolerances = parse_tolerances(tolerance) if tolerance is not None else ()
     if plot is not None:
-        check_plot_name(plot)
+        check_plot(plot, overwrite=overwrite)
         if len(runs) > 2:
             raise InputError(f"--plot draws two runs, not {len(runs)}; leave it out, or name two")
     loaded = [load_run(name, data=data) for name in runs]
@@ -72,7 +73,7 @@ def compare(
     if isinstance(compared, ManyComparison):
         _show_many(compared, runs, checks, as_json=as_json)
     else:
-        _show_two(compared, runs, checks[0], plot=plot, as_json=as_json)
+        _show_two(compared, runs, checks[0], plot=plot, overwrite=overwrite, as_json=as_json)
     missed = [
         result.name if len(runs) == 2 else f"{result.name} of {name}"
         for name, results in zip(runs, checks, strict=False)
@@ -84,11 +85,17 @@ def compare(
 
 
 def _show_two(
-    comparison: Comparison, runs: Sequence[str], checks: Sequence[Check], *, plot: Path | None, as_json: bool
+    comparison: Comparison,
+    runs: Sequence[str],
+    checks: Sequence[Check],
+    *,
+    plot: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     if plot is not None:
         title = " against ".join(short_labels(comparison.labels))
-        write_plot(plot, comparison, comparison.curves(POINTS), title=title)
+        write_plot(plot, comparison, comparison.curves(POINTS), title=title, overwrite=overwrite)
     if as_json:
         _print_json({"sim": runs[0], "real": runs[1], **_checked(checks), **_matched(comparison)})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +33,13 @@ from maveriq.calibration.fitting import Kinds, exponents_csv, fit_exponents, sta
 from maveriq.calibration.online import cross_fit_online, errors_without
 from maveriq.calibration.profile_matching import DEFAULT_PROFILE, ProfileMatch, match
 from maveriq.calibration.samples import read_samples
-from maveriq.cli.options import JsonFlag
+from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.errors import InputError
 from maveriq.estimate.calibration_file import OnlineCalibration, online_csv, to_toml
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.estimate.registry import default_estimator
-from maveriq.files import exists, is_folder
+from maveriq.files import check_file_writable, exists, is_folder, written_whole
 from maveriq.report.formatting import figure
 from maveriq.report.reading import read_run
 from maveriq.report.terminal import open_console
@@ -46,6 +47,9 @@ from maveriq.report.view import Column, Table, number_column, row
 from maveriq.testbed.engines import RecordedEngine, engines_of, read_engines
 
 _LEAST_TRUSTED_SHOWN = 12
+_FITTED = "fitted file"
+_FITTED_FILE = re.compile(r"calibrated(-without-.+)?\.toml|calibrated-served\.csv|exponents\.csv")
+"""The names of the files that a fit writes."""
 
 
 def fit(
@@ -99,6 +103,7 @@ def fit(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where a fit writes its files.", show_default="nowhere")
     ] = None,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate an estimator on measurements, or fit the calibrated estimator to them."""
@@ -113,7 +118,10 @@ def fit(
             raise InputError("--profile, --estimator and --leave-out belong to --evaluate; leave them away")
         if out is not None and not is_folder(out):
             raise InputError(f"--out {str(out)!r} is no folder; make it first")
-        _fit(data, prompt_tokens, runs, gpus_per_socket, out, as_json=as_json)
+        for path in sorted(out.glob("*")) if out is not None else ():
+            if _FITTED_FILE.fullmatch(path.name):
+                check_file_writable(path, what=_FITTED, overwrite=overwrite)
+        _fit(data, prompt_tokens, runs, gpus_per_socket, out, overwrite=overwrite, as_json=as_json)
 
 
 def _print_json(answer: Mapping[str, object]) -> None:
@@ -231,7 +239,14 @@ class _OnlineFit:
 
 
 def _fit(
-    data: Path, prompt_tokens: int | None, runs: Path | None, gpus_per_socket: int, out: Path | None, *, as_json: bool
+    data: Path,
+    prompt_tokens: int | None,
+    runs: Path | None,
+    gpus_per_socket: int,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Fit the calibrated estimator, write its files, and print its errors on models that each fit left out.
 
@@ -248,7 +263,7 @@ def _fit(
         online = _fit_online(fitted, recorded, gpus_per_socket)
     if out is not None:
         report("the exponents of the paper's formula")
-        _write(fitted, online, fit_exponents(samples, fitted.constants), out, data)
+        _write(fitted, online, fit_exponents(samples, fitted.constants), out, data, overwrite=overwrite)
     if as_json:
         _print_json(_fit_json(fitted, online))
     else:
@@ -283,7 +298,9 @@ def _fit_online(fitted: CrossFit, recorded: Sequence[RecordedEngine], gpus_per_s
     return _OnlineFit(calibration=online, without=without, errors=errors, runs_left_out=bool(left_out))
 
 
-def _write(fitted: CrossFit, online: _OnlineFit | None, exponents: Kinds, out: Path, data: Path) -> None:
+def _write(
+    fitted: CrossFit, online: _OnlineFit | None, exponents: Kinds, out: Path, data: Path, *, overwrite: bool
+) -> None:
     comment = f"Fitted by `maveriq fit` to {data.name}"
     calibration = fitted.calibration
     if online is not None:
@@ -297,10 +314,8 @@ def _write(fitted: CrossFit, online: _OnlineFit | None, exponents: Kinds, out: P
     if exponents:
         files["exponents.csv"] = exponents_csv(exponents)
     for name, text in files.items():
-        try:
-            (out / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--out {str(out)!r}: {name} cannot be written: {error.strerror or error}") from None
+        with written_whole(out / name, what=_FITTED, overwrite=overwrite) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _fit_json(fitted: CrossFit, online: _OnlineFit | None) -> dict[str, object]:

@@ -15,6 +15,8 @@ from maveriq.scenario.options import option
 
 JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 
+OverwriteFlag: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
 _OUTPUT = "Output"
 
 

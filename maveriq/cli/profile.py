@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from maveriq.cli.options import OverwriteFlag
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
 from maveriq.domain.parallel import ParallelConfig
@@ -61,6 +62,7 @@ def profile(
         list[str] | None, typer.Option(metavar="ENGINE=PATH", help="The interpreter that runs the engine; repeatable.")
     ] = None,
     kind: Annotated[str | None, typer.Option(help="Name of the GPU kind.", show_default="the GPU's, or cpu")] = None,
+    overwrite: OverwriteFlag = False,
 ) -> None:
     """Measure models on this machine's engines.
 
@@ -73,7 +75,7 @@ def profile(
         raise InputError("an emulated engine takes the estimated time; there is nothing to measure")
     if memory_gib is not None and not 0 < memory_gib < 1e6:
         raise InputError(f"--memory-gib must be a positive number, not {memory_gib}")
-    check_writable(out, files=PROFILE_FILES)
+    check_writable(out, files=PROFILE_FILES, overwrite=overwrite)
     chosen = _models(models)
     engines = _engines(chosen, configuration)
     files = ModelFiles({model: path for model, path in chosen.values() if path is not None}.get)
@@ -86,8 +88,7 @@ def profile(
             local=local, machine=machine, engines=engines, cases=cases, probe=Probe(files=files, repeats=repeats)
         )
         measured = asyncio.run(_measure_all(job))
-    write_profile(out, machine, measured)
-    file = out / "profile.toml"
+    file = write_profile(out, machine, measured, overwrite=overwrite) / "profile.toml"
     open_console().print(
         f"profile: {file}\nuse it: --profile {file} --estimator measured --service-times measured",
         highlight=False,

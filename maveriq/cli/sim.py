@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from maveriq.api import simulate
 from maveriq.cli.options import OutputOptions, with_options
+from maveriq.runs import save_run
 from maveriq.scenario.options import Options
 
 
@@ -19,4 +20,4 @@ def sim(options: Options, output: OutputOptions) -> None:
     folder = choose_folder(output, default_folder(options))
     with live_view(output) as view:
         run = simulate(options, slo_ttft_ms=output.slo_ttft_ms, slo_tpot_ms=output.slo_tpot_ms, watcher=view)
-    show_run(run, output, run.save(folder, overwrite=output.overwrite))
+    show_run(run, output, save_run(run, folder, overwrite=output.overwrite))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from maveriq.cli.options import JsonFlag
+from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.cli.output import echo
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
@@ -42,10 +42,11 @@ def import_runs(
     out: OutOption,
     every: AllFlag = False,
     data: DataOption = None,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn recorded tables into run folders like those of simulated runs."""
-    _write_runs(_names(runs, every=every), out, data, replayed=False, as_json=as_json)
+    _write_runs(_names(runs, every=every), out, data, replayed=False, overwrite=overwrite, as_json=as_json)
 
 
 @app.command("replay")
@@ -55,13 +56,14 @@ def replay_runs(
     out: OutOption,
     every: AllFlag = False,
     data: DataOption = None,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Replay recorded arrivals, service times and plans through maveriq's queue and dispatcher.
 
     Nothing is fitted: a comparison with the recorded run shows how accurate the queue is.
     """
-    _write_runs(_names(runs, every=every), out, data, replayed=True, as_json=as_json)
+    _write_runs(_names(runs, every=every), out, data, replayed=True, overwrite=overwrite, as_json=as_json)
 
 
 def _names(runs: list[str] | None, *, every: bool) -> list[str] | None:
@@ -71,7 +73,9 @@ def _names(runs: list[str] | None, *, every: bool) -> list[str] | None:
     return runs or None
 
 
-def _write_runs(names: list[str] | None, out: Path, data: Path | None, *, replayed: bool, as_json: bool) -> None:
+def _write_runs(
+    names: list[str] | None, out: Path, data: Path | None, *, replayed: bool, overwrite: bool, as_json: bool
+) -> None:
     """Write a run folder for each run, and print its counts.
 
     Raises:
@@ -79,12 +83,13 @@ def _write_runs(names: list[str] | None, out: Path, data: Path | None, *, replay
     """
     loaded = load_recorded_runs(names, data)
     for recorded in loaded:
-        check_writable(out / recorded.run.name)
+        check_writable(out / recorded.run.name, overwrite=overwrite)
     profile, summaries = testbed_profile(), []
     for recorded in loaded:
         folder = out / recorded.run.name
         record = replay(recorded.record, profile) if replayed else recorded.record
-        Run(record=record, meta=meta_of_recorded(recorded.run, replayed=replayed), options=None).save(folder)
+        run = Run(record=record, meta=meta_of_recorded(recorded.run, replayed=replayed), options=None)
+        run.save(folder, overwrite=overwrite)
         counts = {status.label: count for status, count in record.requests.counts().items()}
         summaries.append({"folder": str(folder), **counts})
         if not as_json:

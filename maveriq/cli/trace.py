@@ -9,15 +9,16 @@ from typing import Annotated
 
 import typer
 
-from maveriq.cli.options import JsonFlag, with_options
+from maveriq.cli.options import JsonFlag, OverwriteFlag, with_options
 from maveriq.cli.output import echo
 from maveriq.estimate.hardware_profile import load_profile
+from maveriq.files import check_file_writable
 from maveriq.report.terminal import open_console
 from maveriq.report.view import BLANK, Column, Part, Table, Text, number_column, row
 from maveriq.scenario.options import Options
 from maveriq.scenario.workload import workload_for
 from maveriq.workload.requests import Workload
-from maveriq.workload.schedules import write_schedule
+from maveriq.workload.schedules import SCHEDULE, write_schedule
 from maveriq.workload.summary import WorkloadSummary, summarise
 from maveriq.workload.trace_formats import RequestTrace, counted, remarks_on
 from maveriq.workload.traces import read_trace
@@ -75,11 +76,13 @@ def export(
     *,
     trace: TraceArgument = None,
     out: Annotated[Path, typer.Option(metavar="FILE.csv", help="The schedule to write, whole or not at all.")],
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a workload as a schedule: one request per row, for --trace to replay."""
+    check_file_writable(out, what=SCHEDULE, overwrite=overwrite)
     workload = _workload(options, trace)
-    write_schedule(workload.arrivals, out)
+    write_schedule(workload.arrivals, out, overwrite=overwrite)
     if as_json:
         _print_json({"file": str(out), "requests": len(workload.arrivals)})
     else:

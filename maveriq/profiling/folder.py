@@ -56,8 +56,10 @@ class Machine:
     idle_gib: float
 
 
-def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) -> None:
+def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured], *, overwrite: bool = False) -> Path:
     """Write profile.toml, hardware.toml, load_fit.toml, measured.csv and models.toml, whole or not at all.
+
+    Returns where they are: see `maveriq.report.run_folder.write_folder`, also for `overwrite`.
 
     Raises:
         InputError: the folder cannot be written, or holds something else.
@@ -89,7 +91,7 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured]) 
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
 
-    write_folder(folder, fill, files=PROFILE_FILES)
+    return write_folder(folder, fill, files=PROFILE_FILES, overwrite=overwrite)
 
 
 def _quoted(text: str) -> str:

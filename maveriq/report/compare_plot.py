@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maveriq.errors import InputError
-from maveriq.files import written_whole
+from maveriq.files import check_file_writable, written_whole
 from maveriq.report.compare import PERCENT, Comparison
 from maveriq.report.curves import Curves
 from maveriq.report.formatting import signed
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
+_PLOT = "plot"
 POINTS = 1200
 DRAWN = ("simulated", "recorded")
 """What `draw_curves` returns the marks of, for the legend of a simulation against a recording."""
@@ -26,17 +27,20 @@ DRAWN = ("simulated", "recorded")
 SIM, REAL, AREA, TEXT, GRID = "#0072B2", "#D55E00", "#F7D9BF", "#333333", "#E4E4E4"
 
 
-def check_plot_name(path: Path) -> None:
-    """Check a file name before any work.
+def check_plot(path: Path, *, overwrite: bool) -> None:
+    """Check the file of a plot before any work.
 
     Raises:
-        InputError: neither PNG nor SVG.
+        InputError: neither PNG nor SVG, or it is there already and may not be replaced.
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"plot {str(path)!r} must end in {' or '.join(FORMATS)}")
+    check_file_writable(path, what=_PLOT, overwrite=overwrite)
 
 
-def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, title: str) -> None:
+def write_plot(
+    path: Path, comparison: Comparison, curves: list[Curves], *, title: str, overwrite: bool = False
+) -> None:
     """Draw the curves one above the other; see `figure_at`.
 
     Args:
@@ -44,13 +48,14 @@ def write_plot(path: Path, comparison: Comparison, curves: list[Curves], *, titl
         comparison: whose headline figures stand below the title.
         curves: what to draw.
         title: the names of the runs.
+        overwrite: replace a file that is there.
 
     Raises:
-        InputError: the name has another ending, or the place cannot be written to.
+        InputError: as for `check_plot`, or the place cannot be written to.
         MaveriqError: the disk is full.
     """
     title = title.encode(errors="replace").decode()  # a path may hold bytes that are no text
-    with figure_at(path, inches=_inches(curves)) as figure:
+    with figure_at(path, inches=_inches(curves), overwrite=overwrite) as figure:
         _draw(figure, comparison, curves, title=title)
 
 
@@ -76,23 +81,25 @@ def _draw(figure: Figure, comparison: Comparison, curves: list[Curves], *, title
 
 
 @contextmanager
-def figure_at(path: Path, *, inches: tuple[float, float], dots_per_inch: int = 150) -> Iterator[Figure]:
+def figure_at(
+    path: Path, *, inches: tuple[float, float], dots_per_inch: int = 150, overwrite: bool = False
+) -> Iterator[Figure]:
     """Give an empty figure in the style of all plots, and write it unless an error came.
 
     The file appears whole or not at all, the same figure giving the same bytes.
 
     Raises:
-        InputError: the name has another ending, or the place cannot be written to.
+        InputError: as for `check_plot`, or the place cannot be written to.
         MaveriqError: the disk is full.
     """
-    check_plot_name(path)
+    check_plot(path, overwrite=overwrite)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     kind = path.suffix.lower().removeprefix(".")
     style: Any = {"svg.hashsalt": "maveriq", "svg.fonttype": "path", "font.size": 10, "text.color": TEXT}
     metadata: Any = {"Software": "maveriq"} if kind == "png" else {"Date": None, "Creator": "maveriq"}
-    with mpl.rc_context(style), written_whole(path, what="plot") as partial:
+    with mpl.rc_context(style), written_whole(path, what=_PLOT, overwrite=overwrite) as partial:
         figure = Figure(figsize=inches, layout="constrained")
         yield figure
         figure.savefig(partial, format=kind, dpi=dots_per_inch, metadata=metadata)

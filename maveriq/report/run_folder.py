@@ -1,6 +1,6 @@
 """Writes run folders: requests.csv, deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
 
-A folder is written whole or not at all, and replaces another only where the caller says so. run.json
+A folder is written whole or not at all, and replaces another only if the caller says so. run.json
 also keeps, under "record", what the tables cannot hold (endpoints, plans, reasons), so that
 `reading.read_run` returns the same `RunRecord`. Real runs also have engines.csv with a row for each
 engine.
@@ -25,6 +25,7 @@ from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, Dep
 from maveriq.errors import InputError, InvariantError, MaveriqError, cannot_write
 from maveriq.exec.executor import EngineRecord
 from maveriq.exec.gpus import Devices
+from maveriq.files import not_overwritten
 from maveriq.report.metrics import Summary
 from maveriq.report.requests_csv import csv_cell, request_lines
 from maveriq.report.saturation import Saturation
@@ -49,7 +50,7 @@ def _holds_anything(folder: Path) -> bool:
         return True
 
 
-def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES, overwrite: bool = True) -> None:
+def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES, overwrite: bool = False) -> None:
     """Check that a folder of these files can be written there, before long work; leaves nothing behind.
 
     Raises:
@@ -58,9 +59,7 @@ def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES, overwrit
     """
     target = _checked(folder, files)
     if not overwrite and _holds_anything(target):
-        raise InputError(
-            f"output folder {str(target)!r} holds a run already; name another folder, or replace it with --overwrite"
-        )
+        raise not_overwritten(f"output folder {str(target)!r}")
     ancestor = next(parent for parent in target.parents if parent.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".maveriq-", dir=ancestor).cleanup()
@@ -69,7 +68,7 @@ def check_writable(folder: Path, *, files: Collection[str] = RUN_FILES, overwrit
 
 
 def write_folder(
-    folder: Path, fill: Callable[[Path], None], *, files: Collection[str] = RUN_FILES, overwrite: bool = True
+    folder: Path, fill: Callable[[Path], None], *, files: Collection[str] = RUN_FILES, overwrite: bool = False
 ) -> Path:
     """Let `fill` write into a new folder beside `folder`, then put that in its place; return where it is.
 
@@ -237,7 +236,7 @@ def write_run(
     meta: Mapping[str, object],
     *,
     more: Callable[[Path], None] | None = None,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Write a run folder, whole or not at all, and return where it is. The same input gives the same bytes.
 

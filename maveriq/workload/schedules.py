@@ -23,7 +23,9 @@ from maveriq.workload.requests import Arrivals
 SCHEDULE_COLUMNS = ("arrival_s", "endpoint", "prompt_tokens", "output_tokens")
 SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority")
 
-_SCHEDULE = "schedule"
+SCHEDULE = "schedule"
+"""What error messages call such a file."""
+
 _MAX_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
 _MAX_COUNT = 100_000_000
 _MAX_REQUESTS = 10_000_000
@@ -38,12 +40,12 @@ def read_schedule(path: Path) -> Arrivals:
     """
 
     def choose(header: list[str]) -> list[str]:
-        check_header(header, SCHEDULE_COLUMNS, SCHEDULE_OPTIONAL_COLUMNS, f"{_SCHEDULE} {str(path)!r}")
+        check_header(header, SCHEDULE_COLUMNS, SCHEDULE_OPTIONAL_COLUMNS, f"{SCHEDULE} {str(path)!r}")
         return header
 
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     last_us = requests = 0
-    for batch in csv_batches(path, choose, what=_SCHEDULE):
+    for batch in csv_batches(path, choose, what=SCHEDULE):
         part = batch.converted(partial(_columns, last_us=last_us), _RowCheck(last_us / MICROS_PER_SECOND))
         parts.append(part)
         last_us = int(part["arrival_s"][-1])
@@ -106,14 +108,22 @@ class _RowCheck:
         self._last_s = arrival_s
 
 
-def write_schedule(arrivals: Arrivals, path: Path) -> None:
+def write_schedule(arrivals: Arrivals, path: Path, *, overwrite: bool = False) -> None:
     """Write a schedule file that `read_schedule` reads back exactly; it appears whole or not at all.
 
+    Args:
+        arrivals: the requests.
+        path: the file.
+        overwrite: replace a file that is there.
+
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the place cannot be written to, or the file is there already and may not be replaced.
         MaveriqError: the disk is full.
     """
-    with written_whole(path, what=_SCHEDULE) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        written_whole(path, what=SCHEDULE, overwrite=overwrite) as partial,
+        partial.open("w", encoding="utf-8", newline="\n") as file,
+    ):
         file.writelines(_lines(arrivals))
 
 

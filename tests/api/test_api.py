@@ -165,6 +165,17 @@ def test_options_have_their_own_types() -> None:
     assert (options.fail, options.models) == (("gpu=0@900s",), "traces/models.toml")
 
 
+def test_a_saved_run_is_replaced_only_when_asked(small: maveriq.Run, tmp_path: Path) -> None:
+    other = maveriq.simulate(scale=0.05, seed=7)
+    small.save(tmp_path / "run")
+    with pytest.raises(maveriq.errors.InputError, match="exists already"):
+        other.save(tmp_path / "run")
+    assert maveriq.load_run(tmp_path / "run").requests.equals(small.requests)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert other.save(tmp_path / "run", overwrite=True) == tmp_path / "run"
+    assert maveriq.load_run(tmp_path / "run").requests.equals(other.requests)
+
+
 def test_an_uneven_layer_split_is_read_back(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.toml"
     cluster.write_text('name = "shared"\ngpu = "A6000"\ncount = 2\nused_gib = [0, 18]\n')

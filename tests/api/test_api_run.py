@@ -33,6 +33,8 @@ def test_a_run_in_a_notebooks_event_loop_is_read_back_whole(workload: dict[str, 
         pd.testing.assert_frame_equal(getattr(loaded, table), getattr(run, table))
     assert loaded.engines_csv == run.engines_csv
     assert not loaded.interrupted
+    with pytest.raises(maveriq.errors.InputError, match="exists already"):
+        maveriq.run(backend="emulated", time_scale=0.05, out=tmp_path / "run", **workload)
     loaded.save(tmp_path / "copy")
     assert (tmp_path / "copy" / "engines.csv").read_bytes() == (tmp_path / "run" / "engines.csv").read_bytes()
 

@@ -41,7 +41,7 @@ def test_a_named_folder_is_replaced_only_when_asked(maveriq: Maveriq, tmp_path: 
     assert maveriq(f"{SIM} --out mine").code == 0
     refused = maveriq(f"{SIM} --out mine --seed 7")
     assert refused.code == 2
-    assert "holds a run already" in refused.only_line
+    assert "exists already" in refused.only_line
     assert "--overwrite" in refused.only_line
     assert seed_of(tmp_path / "mine") == 42
     assert maveriq(f"{SIM} --out mine --seed 7 --overwrite").code == 0

@@ -45,7 +45,7 @@ def test_the_profile_gives_back_the_measured_times(tmp_path: Path) -> None:
     assert all(at_pace(point) and point.memory_gib == 4 for point in found)
     folder = tmp_path / "mine"
     write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)
-    write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found)  # a profile may be replaced
+    write_profile(folder, Machine(kind="paced", memory_gib=8, idle_gib=0), found, overwrite=True)
     profile = load_profile(str(folder / "profile.toml"))
     assert (profile.gpu_kind, profile.prompt_tokens, profile.timing.tick_us) == ("paced", 4, 0)
     known = MeasuredEstimator(profile)

@@ -99,7 +99,7 @@ def test_a_plot_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Figure, "savefig", stopped)
     with pytest.raises(KeyboardInterrupt):
-        write_plot(tmp_path / "a.png", compare(sim, real), pictures(sim, real), title="")
+        write_plot(tmp_path / "a.png", compare(sim, real), pictures(sim, real), title="", overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.png": b"older"}
 
 

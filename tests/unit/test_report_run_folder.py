@@ -127,8 +127,8 @@ def test_the_same_run_gives_the_same_bytes(folder, tmp_path):
 def test_an_empty_folder_and_a_run_folder_are_replaced(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for target in (tmp_path / "empty", folder):
-        check_writable(target)
-        write_run(target, replace(RUN, ended_us=21 * S), {}, {})
+        check_writable(target, overwrite=True)
+        write_run(target, replace(RUN, ended_us=21 * S), {}, {}, overwrite=True)
         assert read_run(target).ended_us == 21 * S
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run"]
 
@@ -140,7 +140,7 @@ def test_parents_are_made(tmp_path):
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == set(RUN_FILES)
 
 
-@pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {})])
+@pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {}, overwrite=True)])
 def test_a_folder_that_is_no_run_is_not_replaced(tmp_path, write):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
@@ -155,7 +155,7 @@ def test_a_folder_that_is_no_run_is_not_replaced(tmp_path, write):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {})])
+@pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {}, overwrite=True)])
 def test_an_unwritable_folder(write):
     with pytest.raises(InputError, match="cannot be written") as caught:
         write(Path("/proc/run"))
@@ -165,7 +165,7 @@ def test_an_unwritable_folder(write):
 def test_a_failed_write_leaves_no_files(folder, tmp_path):
     before = (folder / "run.json").read_bytes()
     with pytest.raises(InvariantError, match=r"cannot be written to run\.json"):
-        write_run(folder, RUN, {"share": float("nan")}, {})
+        write_run(folder, RUN, {"share": float("nan")}, {}, overwrite=True)
     with pytest.raises(InvariantError):
         write_run(tmp_path / "new", RUN, {}, {"seed": object()})
 
@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_no_files(folder, tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(MaveriqError, match="No space left") as caught:
-        write_folder(folder, full_disk)
+        write_folder(folder, full_disk, overwrite=True)
     assert caught.value.exit_code == 1  # a full disk is no input error
     assert (folder / "run.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -65,7 +65,7 @@ def test_an_older_file_survives_a_failed_write(tmp_path):
     broken = arrivals()
     object.__setattr__(broken, "prompt_tokens", column(1))
     with pytest.raises(ValueError, match="zip"):
-        write_schedule(broken, path)
+        write_schedule(broken, path, overwrite=True)
     assert path.read_text() == "precious"
     assert [left.name for left in tmp_path.iterdir()] == ["schedule.csv"]
 
