@@ -20,7 +20,7 @@ from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.gpus import Devices, GpuReading, NvmlMeter
 from maveriq.scenario.build import cluster_for
-from maveriq.scenario.options import option
+from maveriq.scenario.options import option, with_suggestions
 from maveriq.units import Bytes, gib
 
 EMULATED, TRTLLM = "emulated", "trtllm"
@@ -30,6 +30,7 @@ LOCAL = "local"
 _ENGINES = "Engines"
 
 
+@with_suggestions
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """The options of `maveriq run` and `maveriq serve` that concern engines.

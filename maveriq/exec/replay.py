@@ -222,9 +222,10 @@ class _Replay:
         finally:
             for task in (*ends[:3], *background):
                 task.cancel()
-        for task in (*ends, *background):
-            if task.done() and not task.cancelled():
-                task.result()  # raises if the executor or a task failed
+        ended = [task for task in (*ends, *background) if task.done() and not task.cancelled()]
+        errors = [error for task in ended if (error := task.exception()) is not None]
+        if errors:  # one fault may end several tasks; asyncio prints a traceback for an error that nobody looks at
+            raise errors[0]
 
     async def _wait_interrupted(self) -> None:
         await self._interrupted.wait()

@@ -127,11 +127,12 @@ def _guarded(rule: PlacementRule, name: str) -> PlacementRule:
 
 
 def _error_with_line(error: BaseException) -> str:
-    """Return an error as text, with the line of the user's code that raised it, if any."""
+    """Return an error as text, with the last line of the user's file before it, if any."""
     ours = (__file__, importlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<")]
-    where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    theirs = [frame for frame in frames if frame.filename not in ours and not frame.filename.startswith("<")]
+    lines = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename]  # without what it calls
+    where = f" ({Path(theirs[0].filename).name}, line {lines[-1]})" if theirs else ""
     return f"{type(error).__name__}: {error}{where}"
 
 

@@ -5,8 +5,9 @@ The command line and the Python API are generated from this table.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Number
 from pathlib import PurePath
@@ -21,6 +22,8 @@ _MAX_S = 1e9  # thirty years; rejected beyond: longer than any real run
 _MAX_MS = 1e12
 INTENTS = ("min-cost", "min-latency", "min-memory", "min-gpu-cost")
 _PUBLISHED_THRESHOLD = 0.7  # of the published runs (MaverIQ, SC '25)
+
+_Options = TypeVar("_Options")
 
 
 def option(
@@ -53,6 +56,29 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def with_suggestions(shape: type[_Options]) -> type[_Options]:
+    """Let a dataclass of options answer a wrong name with the nearest right one, where Python has a TypeError."""
+    create: Callable[..., None] = shape.__init__
+
+    @functools.wraps(create)
+    def check_and_create(self: _Options, *values: object, **named: object) -> None:
+        if values:
+            raise InputError(f"options have names; write NAME={values[0]!r:.60}")
+        _check_names(shape, named)
+        create(self, **named)
+
+    shape.__init__ = check_and_create  # type: ignore[assignment]
+    return shape
+
+
+def _check_names(shape: type[Any], names: Iterable[str]) -> None:
+    known = [field.name for field in fields(shape)]
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("option", name, known)
+
+
+@with_suggestions
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Every option that shapes a run; the defaults are the published main run.
@@ -63,6 +89,7 @@ class Options:
     field its help. Durations are in the unit their name says.
 
     Raises:
+        UnknownNameError: there is no option of a name.
         InputError: a value of another type, a number that is not finite, or outside its range.
     """
 
@@ -281,9 +308,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_Options = TypeVar("_Options")
-
-
 def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _Options | None = None) -> _Options:
     """Return options from Python values: numbers and paths may stand for text, lists and dicts for tuples.
 
@@ -297,9 +321,7 @@ def options_from(shape: type[_Options], values: Mapping[str, object], *, base: _
         InputError: a value of another type, or out of range.
     """
     types = get_type_hints(shape)
-    unknown = [name for name in values if name not in types]
-    if unknown:
-        raise UnknownNameError("option", unknown[0], types)
+    _check_names(shape, values)
     converted = {name: _converted(name, value, types[name]) for name, value in values.items()}
     return shape(**converted) if base is None else replace(base, **converted)  # type: ignore[type-var]
 

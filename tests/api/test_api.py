@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -145,6 +146,9 @@ def test_a_policy_that_returns_no_decision_is_named() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: maveriq.Options(sclae=1), "unknown option 'sclae'; did you mean 'scale'?"),
+        (lambda: replace(maveriq.Options(), sed=1), "unknown option 'sed'; did you mean 'seed'?"),
+        (lambda: maveriq.Options("code"), "options have names; write NAME='code'"),
         (lambda: maveriq.Options(scale="x"), "scale must be None or float, not 'x'"),
         (lambda: maveriq.Options(policy=3.5), "policy must be None or str, not 3.5"),
         (lambda: maveriq.plan("llama-2-7b", slo_ms="fast"), "slo_ms must be None or float"),

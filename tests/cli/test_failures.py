@@ -23,6 +23,9 @@ FAILING = [
     bad("plan llama-2-7b --gpus c.toml --json", "none of 24", files={"c.toml": TINY_CLUSTER}),
     bad("plan llama-2-7b --min-accuracy 99.9 --gpus c.toml", "none of 24", files={"c.toml": TINY_CLUSTER}),
     policy(RULE + "1 / 0", "policy 'r.py:order' failed: ZeroDivisionError: division by zero (r.py, line 2)"),
+    policy(
+        f"import json\n{RULE}return json.loads('{{')", "policy 'r.py:order' failed: JSONDecodeError", "(r.py, line 3)"
+    ),
     policy(RULE + "import sys; sys.exit(0)", "policy 'r.py:order' failed: SystemExit"),
     policy("def order(): pass", "policy 'r.py:order' failed: TypeError"),
     policy(RULE + "return None", "policy 'r.py:order' failed: TypeError", "must return GPUs"),

@@ -42,6 +42,20 @@ def _files(tmp_path: Path) -> None:
     put(tmp_path, {"t.csv": SCHEDULE, "late.csv": LATE, "soon.csv": SOON, "m.toml": MODELS, "one.toml": ONE_MODEL})
 
 
+def test_a_policy_that_fails_gives_one_line(tmp_path: Path) -> None:
+    put(tmp_path, {"r.py": "def order(gpus):\n    return gpus.mistake\n"})
+    command = [sys.executable, "-m", "maveriq", *RUN.split(), "--policy", "r.py:order", "-q"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert "policy 'r.py:order' failed: AttributeError" in line
+    assert "(r.py, line 2)" in line
+    shown = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "MAVERIQ_TRACEBACK": "1"}
+    )
+    assert "return gpus.mistake" in shown.stderr
+
+
 def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) -> None:
     assert maveriq(f"sim {SYSTEM} -q").code == 0
     ended = maveriq(RUN)
