@@ -93,3 +93,11 @@ def find_python(version: str) -> str | None:
         if shown.stdout.strip() == version:  # a shim of pyenv may be there without its version
             return candidate
     return None
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -10,6 +10,7 @@ import typer
 
 from maveriq.cli.output import echo
 from maveriq.exec.engine_environments import default_folder, set_up
+from maveriq.exec.interrupt import InterruptHandler
 
 
 def setup(
@@ -32,12 +33,17 @@ def setup(
     names it.
     """
     folder = into or default_folder(engine)
-    made = set_up(
-        engine, folder=folder, python=python, replace=replace, report=lambda line: echo(f"{line} ...", err=True)
-    )
+    with InterruptHandler() as interrupt, interrupt.calling(_stop):  # SIGTERM and SIGHUP remove the folder too
+        made = set_up(
+            engine, folder=folder, python=python, replace=replace, report=lambda line: echo(f"{line} ...", err=True)
+        )
     packages = ", ".join(f"{name} {version}" for name, version in made.packages.items())
     echo(f"environment: {made.path.parent.parent} (Python {made.version}; {packages})")
     echo(f"use it: --engine-python {shlex.quote(f'{engine}={made.path}')}" + _default_note(into))
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
 
 
 def _default_note(into: Path | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from maveriq.exec.engine_python import (
     EnginePython,
     check_engine_python,
     find_python,
+    process_group,
 )
 from maveriq.files import written_whole
 
@@ -186,9 +186,8 @@ def _step(command: Sequence[str], failure: str, facts: EngineFacts) -> None:
     # Packages on PYTHONPATH would count as installed.
     environment = inherited | {"PYTHONPATH": "", "PYTHONHOME": ""}
     try:
-        code = subprocess.run(  # noqa: S603 - an interpreter that the user named; no shell
-            command, check=False, stdin=subprocess.DEVNULL, stdout=_STDERR, env=environment
-        ).returncode
+        with process_group(command, environment=environment, stdout=_STDERR) as process:
+            code = process.wait()
     except OSError as error:
         raise MaveriqError(f"{failure}: {error.strerror or error}") from None
     if code != 0:

@@ -9,8 +9,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,31 +180,41 @@ def _run(command: Sequence[str], python: Path, import_path: Path, *, where: str,
     """
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     try:
-        process = subprocess.Popen(  # noqa: S603 - an interpreter that the user named; no shell
+        with process_group(
             command,
-            stdin=subprocess.DEVNULL,
+            environment=inherited | python_environment(inherited, import_path, python),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=inherited | python_environment(inherited, import_path, python),
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
+        ) as process:
+            output, errors = (text.decode(errors="replace") for text in process.communicate(timeout=timeout_s))
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{where} has not answered within {timeout_s:g} s; name another") from None
     except OSError as error:
         raise InputError(f"{where} cannot be started: {error.strerror or error}; name another") from None
-    with process:
-        try:
-            output, errors = process.communicate(timeout=timeout_s)
-        except BaseException as stop:
-            with suppress(ProcessLookupError, PermissionError):  # the group has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(stop, subprocess.TimeoutExpired):
-                raise InputError(f"{where} has not answered within {timeout_s:g} s; name another") from None
-            raise
     if process.returncode != 0:
         last_line = next(filter(None, reversed([line.strip() for line in errors.splitlines()])), "no output")
         raise InputError(f"{where} fails as an interpreter ({last_line[:_MAX_SHOWN]}); name another")
     return output.strip()
+
+
+@contextmanager
+def process_group(
+    command: Sequence[str], *, environment: Mapping[str, str], stdout: int, stderr: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process group, without a shell or input. An exception within the block kills all of it.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    with subprocess.Popen(  # noqa: S603 - an interpreter that the user named
+        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            with suppress(ProcessLookupError, PermissionError):  # the group has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def link_package(scratch: Path) -> Path:

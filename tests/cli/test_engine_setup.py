@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_results import everything_in
 from engine_fixtures import TIMEOUT_S
-from python_environments import stand_in_wheel, wheel_of
+from python_environments import is_running, stand_in_wheel, wheel_of
 
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec import engine_environments
@@ -183,10 +183,10 @@ def command_in(folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "maveriq", "engines", "setup", "torch", "--into", str(folder), *more]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_setup_that_is_stopped_leaves_nothing_that_looks_finished(tmp_path: Path, number: signal.Signals) -> None:
     folder, started = default_folder("torch"), tmp_path / "started"
-    waits = fake_python(tmp_path, pip=f"echo $$ > {started}.new && mv {started}.new {started}; exec sleep 987654")
+    waits = fake_python(tmp_path, pip=f"sleep 987654 & echo $! > {started}.new && mv {started}.new {started}; wait")
     setup = subprocess.Popen(command_in(folder, "--python", waits), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + TIMEOUT_S
     while not started.exists():
@@ -194,14 +194,18 @@ def test_a_setup_that_is_stopped_leaves_nothing_that_looks_finished(tmp_path: Pa
         time.sleep(0.01)
     setup.send_signal(number)
     setup.wait(TIMEOUT_S)
+    build = int(started.read_text())
     if number == signal.SIGKILL:
-        os.kill(int(started.read_text()), signal.SIGKILL)
+        os.killpg(os.getpgid(build), signal.SIGKILL)
         assert json.loads((folder / RECORD).read_text())["finished"] is False
         with pytest.raises(InputError, match="has an unfinished environment of torch; --replace makes it anew"):
             make(folder, python=fake_python(tmp_path))
     else:
         assert setup.returncode == 130
         assert not folder.exists()
+        while is_running(build):  # what pip started ends with it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     setup.communicate()
     assert find_environment("torch") is None
     assert LocalMachine("torch").python is None

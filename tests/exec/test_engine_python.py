@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import TIMEOUT_S
-from python_environments import environment_with
+from python_environments import environment_with, is_running
 
 from maveriq.errors import InputError
 from maveriq.exec import engine_python
@@ -152,13 +152,6 @@ def test_one_that_hangs_is_killed_with_its_children(tmp_path: Path, monkeypatch:
     while (tmp_path / "child").exists() and is_running(int((tmp_path / "child").read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_the_token_does_not_reach_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
