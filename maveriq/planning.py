@@ -38,10 +38,10 @@ class PlanOptions:
     batch_size: int = option(1, "Largest batch of an engine.", _PANEL, minimum=1, maximum=_MAX_BATCH)
     estimator: str | None = option(
         None,
-        "The estimator: calibrated, paper, or measured.",
+        "The estimator: calibrated, paper, measured, or physics.",
         _PANEL,
         shown="calibrated",
-        choices=("calibrated", "paper", "measured"),
+        choices=("calibrated", "paper", "measured", "physics"),
     )
     profile: str = option(
         "a6000-short",
@@ -87,12 +87,12 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     from maveriq.domain.cluster import ClusterState
     from maveriq.domain.deployments import EndpointSpec, Intent, Objective
     from maveriq.domain.models import load_model
-    from maveriq.estimate.hardware_profile import load_profile
-    from maveriq.estimate.registry import MEASURED, default_estimator, make_estimator, note_on_default
+    from maveriq.estimate.registry import MEASURED, PHYSICS, default_estimator, make_estimator, note_on_default
+    from maveriq.estimate.sheet_profile import profile_for
     from maveriq.exec.local_machine import local_cluster
     from maveriq.policy.configuration import rank
 
-    profile = load_profile(options.profile)
+    profile = profile_for(options.profile, options.gpus)
     cluster = local_cluster(options.gpus, profile)
     spec = load_model(str(model))
     name = options.estimator or default_estimator(profile)
@@ -100,7 +100,7 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     if other is not None and estimator is None:
         raise InputError(f"model {spec.name!r}: {other}")
     # Estimators with a table of their own report themselves which models they know.
-    if estimator is None and name != MEASURED and spec.name not in profile.fingerprints.models():
+    if estimator is None and name not in (MEASURED, PHYSICS) and spec.name not in profile.fingerprints.models():
         raise InputError(
             f"model {spec.name!r} has no fingerprint in profile {profile.name!r} (it has "
             f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"

@@ -15,10 +15,7 @@ from statistics import median
 from maveriq.calibration.evaluation import Answer, EvaluatedEstimator, Measurement, compare_row
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
-from maveriq.estimate.hardware_profile import HardwareProfile, known_profiles, load_profile
-
-DEFAULT_PROFILE = "a6000-short"
-"""The default profile; only profiles of its kind of GPU are candidates."""
+from maveriq.estimate.hardware_profile import DEFAULT_PROFILE, HardwareProfile, known_profiles, load_profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,13 +31,13 @@ from maveriq.calibration.evaluation import (
 )
 from maveriq.calibration.fitting import Kinds, exponents_csv, fit_exponents, start_calibration, start_for
 from maveriq.calibration.online import cross_fit_online, errors_without
-from maveriq.calibration.profile_matching import DEFAULT_PROFILE, ProfileMatch, match
+from maveriq.calibration.profile_matching import ProfileMatch, match
 from maveriq.calibration.samples import read_samples
 from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.errors import InputError
 from maveriq.estimate.calibration_file import OnlineCalibration, online_csv, to_toml
 from maveriq.estimate.estimator import Estimator
-from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
+from maveriq.estimate.hardware_profile import DEFAULT_PROFILE, HardwareProfile, load_profile
 from maveriq.estimate.registry import default_estimator
 from maveriq.files import check_file_writable, exists, is_folder, written_whole
 from maveriq.report.formatting import figure

@@ -96,12 +96,12 @@ def choose_folder(output: OutputOptions, default: Path) -> Path:
 
 
 def _policy_of(options: Options) -> str:
-    from maveriq.estimate.hardware_profile import load_profile
+    from maveriq.estimate.sheet_profile import profile_for
     from maveriq.exec.local_machine import local_cluster
 
     if options.policy is not None:
         return options.policy
-    profile = load_profile(options.profile)
+    profile = profile_for(options.profile, options.gpus)
     return resolved(with_cluster_defaults(options, profile, local_cluster(options.gpus, profile)).policy)
 
 

@@ -41,7 +41,8 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """One kind of GPU.
 
     Args:
-        memory_gib: memory, GiB.
+        memory_gib: memory as it is sold, GiB.
+        usable_gib: memory that the driver reports to programs, GiB.
         bandwidth_gb_s: bandwidth of the memory, GB/s.
         multiprocessors: streaming multiprocessors (compute units).
         tflops: dense tensor TFLOP/s by format of the factors.
@@ -57,6 +58,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """
 
     memory_gib: _Positive
+    usable_gib: _Positive
     bandwidth_gb_s: _Positive
     multiprocessors: _Count
     tflops: dict[NumberFormat, _Positive]

@@ -16,6 +16,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
+from maveriq.domain.gpu_kinds import gpu_sheet
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, read_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
@@ -326,6 +327,13 @@ class HardwareProfile:
         return None if base is None else base.ttft_s + base.tpot_s * output_tokens
 
 
+DEFAULT_PROFILE = "a6000-short"
+"""The default of `--profile`."""
+
+IDLE_GIB = 0.5
+"""What a driver holds of a GPU while no engine is loaded, where it was not measured."""
+
+
 def known_profiles() -> Mapping[str, Path]:
     """Return the files of the built-in profiles by name; `a6000/profile-short.toml` is `a6000-short`."""
     paths = sorted(data_path().glob("*/profile-*.toml"))
@@ -380,7 +388,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
 
 
 def load_gpu_kind(name: str) -> GpuKind:
-    """Return a kind of GPU that comes with maveriq; case does not matter.
+    """Return a kind of GPU: one that a profile of maveriq was measured on, else one of the catalogue of data sheets.
 
     Raises:
         UnknownNameError: there is no such kind.
@@ -394,7 +402,11 @@ def load_gpu_kind(name: str) -> GpuKind:
     for kind in kinds.values():
         if kind.name.casefold() == name.casefold():
             return kind
-    raise UnknownNameError("kind of GPU", name, kinds, "or give the profile of another kind with --profile FILE")
+    sheet = gpu_sheet(name)
+    return kinds.get(
+        sheet.name,
+        GpuKind(name=sheet.name, capacity_bytes=bytes_from_gib(sheet.usable_gib), idle_bytes=bytes_from_gib(IDLE_GIB)),
+    )
 
 
 def _read_hardware(path: Path) -> _Hardware:

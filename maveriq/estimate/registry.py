@@ -10,13 +10,15 @@ from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.estimate.paper import PaperEstimator
+from maveriq.estimate.physics import PhysicsEstimator
 
-PAPER, CALIBRATED, MEASURED = "paper", "calibrated", "measured"
+PAPER, CALIBRATED, MEASURED, PHYSICS = "paper", "calibrated", "measured", "physics"
 
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
     PAPER: PaperEstimator,
     CALIBRATED: CalibratedEstimator.serving,
     MEASURED: MeasuredEstimator,
+    PHYSICS: PhysicsEstimator,
 }
 
 
@@ -24,6 +26,8 @@ def default_estimator(profile: HardwareProfile) -> str:
     """Return the name of the default estimator: the best one that the profile has the data for."""
     if profile.calibrated:
         return CALIBRATED
+    if not profile.measured and not profile.fingerprints.by_model:
+        return PHYSICS
     # The measured estimator covers only measured models, so prefer fingerprints if the profile has any.
     return MEASURED if profile.measured and not profile.fingerprints.by_model else PAPER
 
@@ -32,6 +36,8 @@ def note_on_default(profile: HardwareProfile) -> str | None:
     """Return a note for the user if the default estimator is not the calibrated one, else None."""
     if profile.calibrated:
         return None
+    if default_estimator(profile) == PHYSICS:
+        return f"no model was measured on {profile.gpu_kind}: estimates rest on {PhysicsEstimator(profile).rests_on}"
     return (
         f"profile {profile.name} has no calibration, so the estimator {default_estimator(profile)!r} stands in for the "
         "calibrated one; `maveriq fit DATA --out FOLDER` makes a calibration"

@@ -18,8 +18,9 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.estimator import Estimator
-from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile, load_profile
+from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile
 from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator, make_estimator, note_on_default
+from maveriq.estimate.sheet_profile import profile_for
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
 from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
@@ -83,7 +84,7 @@ def build_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    profile = load_profile(options.profile)
+    profile = profile_for(options.profile, options.gpus)
     cluster = (make_cluster or cluster_for)(options.gpus, profile)
     options = with_cluster_defaults(options, profile, cluster)
     name, estimator = _estimator(options, profile, wrap_estimator, components.estimator)
@@ -128,7 +129,7 @@ def build_live_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    profile = load_profile(options.profile)
+    profile = profile_for(options.profile, options.gpus)
     cluster = (make_cluster or cluster_for)(options.gpus, profile)
     options = with_cluster_defaults(replace(options, no_dispatch_overhead=True), profile, cluster, live=True)
     name, estimator = _estimator(options, profile, wrap_estimator)

@@ -196,18 +196,18 @@ class Options:
     )
     estimator: str | None = option(
         None,
-        "Estimator that the policy plans with: calibrated, paper, or measured.",
+        "Estimator that the policy plans with: calibrated, paper, measured, or physics.",
         _POLICY,
         shown="calibrated",
-        choices=("calibrated", "paper", "measured"),
+        choices=("calibrated", "paper", "measured", "physics"),
     )
 
     service_times: str | None = option(
         None,
-        "How long simulated requests take: calibrated, paper, measured, or recorded.",
+        "How long simulated requests take: calibrated, paper, measured, physics, or recorded.",
         _RUN,
         shown="calibrated",
-        choices=("calibrated", "paper", "measured", "recorded"),
+        choices=("calibrated", "paper", "measured", "physics", "recorded"),
     )
     exclude_run: str | None = option(None, "Fit calibrated service times without this recorded run.", _RUN)
     fail: tuple[str, ...] = option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _RUN)

@@ -1,0 +1,64 @@
+"""Hardware profiles of GPUs on which nothing was measured: what the data sheet says, and no delays of any testbed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from maveriq.domain.cluster import DispatchTiming, LoadWindow
+from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheets
+from maveriq.errors import InputError
+from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.fingerprints import FingerprintTable
+from maveriq.estimate.hardware_profile import (
+    DEFAULT_PROFILE,
+    IDLE_GIB,
+    HardwareProfile,
+    LoadFit,
+    MeasuredFacts,
+    load_profile,
+)
+from maveriq.units import bytes_from_gib, micros
+
+_PROMPT_TOKENS = 512
+_DRAIN_S = 300.0
+# An engine's process starts in about 20 s; weights come from a local disk at 2 GB/s.
+_LOAD_FIT = LoadFit(fixed_s=20.0, per_gpu_s=1.0, per_gib_s=0.5)
+
+
+def profile_for(name: str, gpus: str) -> HardwareProfile:
+    """Return the hardware profile for a cluster.
+
+    Args:
+        name: a profile's name or path, as `--profile` takes it. The default stands for the data sheet of the
+            cluster's GPUs where these are of another kind than the default profile's.
+        gpus: the cluster, as `--gpus` takes it.
+
+    Raises:
+        InputError: no such profile, or no such cluster.
+    """
+    profile = load_profile(name)
+    if name != DEFAULT_PROFILE:
+        return profile
+    try:
+        kinds = {gpu.kind for gpu in cluster_from(gpus).gpus}
+    except InputError:  # `local`, or a cluster that its own reader refuses with more to say
+        return profile
+    kind = next(iter(kinds))
+    return profile if len(kinds) > 1 or kind == profile.gpu_kind else sheet_profile(gpu_sheets()[kind])
+
+
+@cache
+def sheet_profile(sheet: GpuSheet) -> HardwareProfile:
+    """Return the profile of a kind of GPU that nothing was measured on."""
+    return HardwareProfile(
+        name=f"data sheet of {sheet.name}",
+        gpu_kind=sheet.name,
+        capacity_bytes=bytes_from_gib(sheet.usable_gib),
+        idle_bytes=bytes_from_gib(IDLE_GIB),
+        prompt_tokens=_PROMPT_TOKENS,
+        timing=DispatchTiming(),
+        drain_us=micros(_DRAIN_S),
+        load_window=LoadWindow(),
+        fingerprints=FingerprintTable(by_model={}, exponents={}),
+        facts=MeasuredFacts(accuracy={}, unsupported=frozenset(), slo={}, load_times={}, load_fit=_LOAD_FIT),
+    )

@@ -1,0 +1,122 @@
+"""The physics estimator: any model on any kind of GPU of the catalogue, without a measurement of either."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
+from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError
+from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.registry import default_estimator
+from maveriq.estimate.sheet_profile import profile_for, sheet_profile
+from maveriq.planning import PlanOptions, rank_configurations
+from maveriq.units import gib
+
+LLAMA = load_model("llama-2-7b")
+FLOAT16 = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32000, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 32768, "sliding_window": None, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+
+
+def on(kind: str) -> PhysicsEstimator:
+    return PhysicsEstimator(sheet_profile(gpu_sheet(kind)))
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> ModelSpec:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    return load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", gpu_sheets())
+def test_every_kind_of_the_catalogue_is_answered(kind: str) -> None:
+    estimate = on(kind).service(LLAMA, FLOAT16, prompt_tokens=512, output_tokens=128, batch=8)
+    weights_s = 2 * LLAMA.decoder.layers_parameters() / (gpu_sheet(kind).bandwidth_gb_s * 1e9)
+    assert weights_s < estimate.tpot_s < 3 * weights_s
+    assert estimate.first_token_s > estimate.tpot_s
+    assert estimate.latency_s == pytest.approx(estimate.first_token_s + 127 * estimate.tpot_s)
+
+
+def test_the_data_sheet_is_the_profile_of_gpus_that_nobody_measured() -> None:
+    profile = profile_for("a6000-short", "16xH100")
+    assert (profile.gpu_kind, default_estimator(profile)) == ("H100-SXM", "physics")
+    assert profile_for("a6000-short", "8xA6000").name == "a6000-short"
+    assert profile_for("a6000-long", "8xA6000").name == "a6000-long"
+
+
+def test_memory_is_weights_cache_and_a_little_more() -> None:
+    estimator = on("H100")
+    short = estimator.memory_with(LLAMA, FLOAT16, prompt_tokens=16, output_tokens=16)
+    longer = estimator.memory_with(LLAMA, FLOAT16, prompt_tokens=16, output_tokens=16 + 1600)
+    assert gib(2 * LLAMA.decoder.parameters()) < gib(short) < gib(2 * LLAMA.decoder.parameters()) + 0.5
+    assert longer - short == 1600 * LLAMA.decoder.kv_bytes_per_token()
+
+
+def test_small_weights_take_less_time_and_memory() -> None:
+    estimator = on("H100")
+    configurations = [ParallelConfig(tp=1, pp=1, weights=weights) for weights in WeightType][:3]
+    lengths = {"prompt_tokens": 512, "output_tokens": 128}
+    times = [estimator.service(LLAMA, at, batch=1, **lengths).latency_s for at in configurations]
+    sizes = [estimator.memory_with(LLAMA, at, **lengths) for at in configurations]
+    assert times == sorted(times, reverse=True)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_uneven_pipeline_takes_as_long_as_an_even_one() -> None:
+    estimator = on("H100")
+    even, uneven = (
+        ParallelConfig(tp=1, pp=2, weights=WeightType.FLOAT16, layer_split=split) for split in ((), (20, 12))
+    )
+    times = [
+        estimator.service(LLAMA, at, prompt_tokens=512, output_tokens=128, batch=4).latency_s for at in (even, uneven)
+    ]
+    assert times[0] == pytest.approx(times[1])
+
+
+def test_experts_are_estimated_with_wider_intervals(mixtral: ModelSpec) -> None:
+    estimator = on("H100")
+    at = ParallelConfig(tp=2, pp=1, weights=WeightType.FLOAT16)
+    experts = estimator.service(mixtral, at, prompt_tokens=512, output_tokens=128, batch=1)
+    plain = estimator.service(LLAMA, at, prompt_tokens=512, output_tokens=128, batch=1)
+    assert experts.margin is not None
+    assert plain.margin is not None
+    assert experts.margin > plain.margin
+
+
+@pytest.mark.parametrize(
+    ("configuration", "reason"),
+    [
+        (ParallelConfig(tp=3, pp=1, weights=WeightType.FLOAT16), "TP 3 does not divide"),
+        (ParallelConfig(tp=16, pp=1, weights=WeightType.FLOAT16), "spans more than the 8 GPUs"),
+        (ParallelConfig(tp=1, pp=33, weights=WeightType.FLOAT16), "leaves a stage without"),
+    ],
+)
+def test_what_cannot_run_is_refused(configuration: ParallelConfig, reason: str) -> None:
+    assert reason in (on("H100").why_not(LLAMA, configuration) or "")
+    with pytest.raises(InputError, match=reason):
+        on("H100").service(LLAMA, configuration, prompt_tokens=1, output_tokens=1, batch=1)
+
+
+def test_sixteen_h100_are_planned_without_a_measurement(mixtral: ModelSpec) -> None:
+    del mixtral
+    ranked = rank_configurations("llama-2-70b", PlanOptions(gpus="16xH100", intent="min-latency", float16_only=True))
+    assert ranked.estimator == "physics"
+    assert ranked.note is not None
+    assert "measured operators" in ranked.note
+    best = ranked.ranking.candidates[0]
+    assert best.configuration.tp == 8
+    assert best.configuration.kv in KvType
+
+
+def test_published_testbeds_keep_their_estimator() -> None:
+    assert default_estimator(load_profile("a6000-short")) == "calibrated"
