@@ -158,7 +158,7 @@ def test_a_cluster_file_has_nodes_memory_and_used_memory(tmp_path: Path) -> None
     [
         ("0xA6000", "between 1 and"),
         ("99999999xA6000", "between 1 and"),
-        ("8xB200", "unknown kind of GPU 'B200'"),
+        ("8xB300", "unknown kind of GPU 'B300'"),
         ("-1xA6000", "write count and kind"),
         ("eight", "write count and kind"),
         ("nowhere.toml", "does not exist"),

@@ -47,7 +47,7 @@ def test_every_kind_of_the_catalogue_is_answered(kind: str) -> None:
     assert estimate.latency_s == pytest.approx(estimate.first_token_s + 127 * estimate.tpot_s)
 
 
-def test_the_data_sheet_is_the_profile_of_gpus_that_nobody_measured() -> None:
+def test_the_data_sheet_is_the_profile_of_unmeasured_gpus() -> None:
     profile = profile_for("a6000-short", "16xH100")
     assert (profile.gpu_kind, default_estimator(profile)) == ("H100-SXM", "physics")
     assert profile_for("a6000-short", "8xA6000").name == "a6000-short"
