@@ -226,6 +226,19 @@ async def running_executor(
             assert not executor.internal_error.done() or executor.internal_error.exception() is None
 
 
+class Minimal:
+    """An engine with no more than the three members that it must have."""
+
+    def load(self, spec: EngineSpec) -> Loaded:
+        return Loaded(backend="minimal", version="1")
+
+    def generate(self, batch: Generate) -> Any:
+        return iter(())
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 class FaultyEngine(EmulatedEngine):
     """An engine for tests of failures: in subclasses, the deployment id decides what fails.
 

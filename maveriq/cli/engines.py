@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from maveriq.cli.engine_check import check
 from maveriq.cli.engine_setup import setup
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import LayerSplit, ParallelConfig
@@ -22,6 +23,7 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command()(setup)
+app.command()(check)
 
 _MODEL = "Ask about a model"
 _MAX_DEGREE = 1024

@@ -18,6 +18,8 @@ from maveriq.exec.messages import (
     FromEngine,
     Generate,
     Hello,
+    Inspect,
+    Inspected,
     Load,
     Loaded,
     Ping,
@@ -36,6 +38,9 @@ class EngineWorker(Protocol):
 
     def load(self, spec: EngineSpec) -> None:
         """Begin to load."""
+
+    def inspect(self, spec: EngineSpec) -> None:
+        """Begin to inspect the engine's library."""
 
     def generate(self, batch: Generate) -> None:
         """Begin an execution."""
@@ -98,6 +103,9 @@ class EngineProtocol:
                 self._send(Pong(number=number, execution_id=self._execution_id, steps=self._steps))
             case Load(spec=spec):
                 self._load(spec)
+            case Inspect(spec=spec):
+                if self._spec is None and not self._stopping:
+                    self._worker.inspect(spec)
             case Generate():
                 self._generate(message)
             case Stop():
@@ -146,8 +154,12 @@ class EngineProtocol:
         self._loaded = loaded
         self._send(loaded)
 
+    def on_inspected(self, inspected: Inspected) -> None:
+        """The engine's library is inspected."""
+        self._send(inspected)
+
     def on_load_failed(self, failed: Failed) -> None:
-        """Loading failed."""
+        """Loading, or an inspection, failed."""
         self._send(failed)
         self._exit_process(LOAD_FAILED)
 

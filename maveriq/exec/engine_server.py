@@ -23,7 +23,7 @@ from typing import TypeAlias
 
 from maveriq.errors import MaveriqError
 from maveriq.exec.engine_protocol import BROKEN, NO_PROTOCOL, STOPPED, EngineProtocol
-from maveriq.exec.engines.engine import Engine, EngineError, FailureKind, make_engine
+from maveriq.exec.engines.engine import Engine, EngineError, FailureKind, Inspectable, make_engine
 from maveriq.exec.messages import (
     ChannelClosedError,
     EngineSpec,
@@ -31,6 +31,7 @@ from maveriq.exec.messages import (
     Finished,
     FromEngine,
     Generate,
+    Inspected,
     ProtocolError,
     StreamChannel,
     ToEngine,
@@ -115,6 +116,10 @@ class EngineServer:
         """Begin to load."""
         self._jobs.put(lambda: self._do_load(spec))
 
+    def inspect(self, spec: EngineSpec) -> None:
+        """Begin to inspect the engine's library."""
+        self._jobs.put(lambda: self._do_inspect(spec))
+
     def generate(self, batch: Generate) -> None:
         """Begin an execution."""
         self._jobs.put(lambda: self._do_generate(batch))
@@ -147,6 +152,17 @@ class EngineServer:
             self._call_in_loop(lambda: self._protocol.on_load_failed(failed))
         else:
             self._call_in_loop(lambda: self._protocol.on_loaded(loaded))
+
+    def _do_inspect(self, spec: EngineSpec) -> None:
+        try:
+            engine = make_engine(self._backend)
+            inspected = engine.inspect(spec) if isinstance(engine, Inspectable) else Inspected(version="")
+        except Exception as error:  # as in loading
+            _log_error()
+            failed = _failed(0, error)
+            self._call_in_loop(lambda: self._protocol.on_load_failed(failed))
+        else:
+            self._call_in_loop(lambda: self._protocol.on_inspected(inspected))
 
     def _do_generate(self, batch: Generate) -> None:
         engine = self._engine

@@ -31,6 +31,7 @@ PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A longer frame is a protocol error."""
 
+MAX_RANKS = 10_000
 MAX_SEQUENCES = 10_000
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_OUTPUT_TOKENS = 1_000_000
@@ -92,6 +93,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load", forbid_unknown
     spec: EngineSpec
 
 
+class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect", forbid_unknown_fields=True):
+    """Import the engine's library and say what it would not accept of a spec; nothing is loaded.
+
+    The answer is `Inspected` or `Failed`. It may be sent any number of times before `Load`, and is ignored afterwards.
+    """
+
+    spec: EngineSpec
+
+
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid_unknown_fields=True):
     """Run these sequences as one batch. The answers are a `StepProgress` per step, then `Finished` or `Failed`.
 
@@ -125,13 +135,35 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unkno
     pid: _Count
 
 
+class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected", forbid_unknown_fields=True):
+    """The version of the engine's library, "" if unknown, and what the installed classes lack.
+
+    `unknown_arguments` are names of arguments that maveriq would pass for the spec, and that the classes do not have.
+    """
+
+    version: str
+    unknown_arguments: Annotated[tuple[str, ...], msgspec.Meta(max_length=1000)] = ()
+
+
+class RankShard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one rank holds after loading: transformer layers, parameters in bytes, and the type of activations."""
+
+    layers: _Count
+    weights_bytes: _Count
+    dtype: Annotated[str, msgspec.Meta(max_length=40)]
+
+
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unknown_fields=True):
-    """The engine is ready to serve. Memory is in bytes, over all its devices; 0 if unknown."""
+    """The engine is ready to serve. Memory is in bytes, over all its devices; 0 if unknown.
+
+    `shards` has one entry per rank, stage-major; it is empty if the engine does not know.
+    """
 
     backend: str
     version: str
     weights_bytes: _Count = 0
     kv_cache_bytes: _Count = 0
+    shards: Annotated[tuple[RankShard, ...], msgspec.Meta(max_length=MAX_RANKS)] = ()
 
 
 class StepProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid_unknown_fields=True):
@@ -180,8 +212,8 @@ class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye", forbid_unknown_f
     """The engine has freed everything and exits."""
 
 
-ToEngine: TypeAlias = Load | Generate | Ping | Stop
-FromEngine: TypeAlias = Hello | Loaded | StepProgress | Finished | Failed | Pong | Bye
+ToEngine: TypeAlias = Load | Inspect | Generate | Ping | Stop
+FromEngine: TypeAlias = Hello | Inspected | Loaded | StepProgress | Finished | Failed | Pong | Bye
 
 _ENCODER = msgspec.msgpack.Encoder()
 _SEQUENCE = msgspec.msgpack.Decoder(PromptSequence)

@@ -15,10 +15,11 @@ import pytest
 from engine_fixtures import EngineCase, batch_of, run_async, started_engine, until
 
 from maveriq.errors import InputError
+from maveriq.exec.engine_protocol import LOAD_FAILED
 from maveriq.exec.engines.engine import BACKENDS, EngineError, make_engine
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineLog, LaunchError, ProcessLauncher
-from maveriq.exec.messages import Failed, Finished
+from maveriq.exec.messages import Failed, Finished, Inspect, Inspected
 
 CASE = EngineCase(backend="emulated")
 
@@ -70,6 +71,27 @@ def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path, monke
         assert first._sockets.path.exists(), "its owner lives"
         assert second._sockets.path.exists()
     assert list(tmp_path.iterdir()) == [others]
+
+
+def test_a_library_that_cannot_be_inspected_ends_the_engine(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with started_engine(EngineCase(backend="no_such_module:Engine"), tmp_path, load=False) as engine:
+            engine.send(Inspect(spec=engine.spec))
+            failed = await engine.receive(Failed)
+            assert (failed.execution_id, failed.kind) == (0, "unsupported")
+            assert "no_such_module" in failed.message
+            assert await engine.exit_code() == LOAD_FAILED
+
+    run_async(check)
+
+
+def test_an_engine_without_inspection_has_no_known_version(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with started_engine(EngineCase(backend="engine_fixtures:Minimal"), tmp_path, load=False) as engine:
+            engine.send(Inspect(spec=engine.spec))
+            assert await engine.receive() == Inspected(version="")
+
+    run_async(check)
 
 
 def test_an_engine_does_not_inherit_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

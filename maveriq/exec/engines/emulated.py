@@ -14,10 +14,11 @@ from array import array
 from collections.abc import Iterator
 
 from maveriq.exec.engines.engine import ENDED, EngineError, FailureKind, Step
-from maveriq.exec.messages import EngineSpec, Generate, Loaded, PromptSequence
+from maveriq.exec.messages import EngineSpec, Generate, Inspected, Loaded, PromptSequence
 from maveriq.streams import pick
 
 _DEFAULT_VOCABULARY_SIZE = 32_000
+_VERSION = "1"
 _MAX_VOCABULARY_SIZE = 2**31  # token ids are 32-bit in messages
 
 
@@ -28,6 +29,10 @@ class EmulatedEngine:
         self._time_scale = 1.0
         self._vocabulary_size = _DEFAULT_VOCABULARY_SIZE
         self._ranks: list[subprocess.Popen[bytes]] = []
+
+    def inspect(self, spec: EngineSpec) -> Inspected:  # noqa: ARG002
+        """Return its version; it passes no arguments to anything."""
+        return Inspected(version=_VERSION)
 
     def load(self, spec: EngineSpec) -> Loaded:
         """Start the other ranks and take the estimated load time.
@@ -44,7 +49,7 @@ class EmulatedEngine:
             for _ in range(spec.tp * spec.pp - 1)
         ]
         _sleep_until(due_s)
-        return Loaded(backend="emulated", version="1")
+        return Loaded(backend="emulated", version=_VERSION)
 
     def generate(self, batch: Generate) -> Iterator[Step]:
         """Yield pseudo-random tokens; steps are spaced evenly from the first token to the end of the service time."""

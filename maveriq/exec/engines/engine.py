@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 from maveriq.compat import StrEnum
 from maveriq.errors import MaveriqError, UnknownNameError
-from maveriq.exec.messages import EngineSpec, Generate, Loaded
+from maveriq.exec.messages import EngineSpec, Generate, Inspected, Loaded
 
 
 class FailureKind(StrEnum):
@@ -72,6 +72,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free all memory and end the processes that `load` started. May be called at any time, and repeatedly."""
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """An engine that can say, without loading anything, whether its library is the one that maveriq knows."""
+
+    def inspect(self, spec: EngineSpec) -> Inspected:
+        """Import the library and compare its classes with the arguments for a spec.
+
+        Raises:
+            EngineError: the library cannot be imported, or the spec is not supported.
+        """
 
 
 class StepAligner:

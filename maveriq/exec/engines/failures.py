@@ -15,6 +15,7 @@ from maveriq.exec.engines.engine import EngineError, FailureKind
 _OUT_OF_MEMORY_TEXTS = (
     "out of memory",  # torch.OutOfMemoryError; "CUDA error: out of memory" of the driver; cudaMalloc in TensorRT-LLM
     "can't allocate memory",  # torch on a CPU
+    "alloc_failed",  # cuBLAS
     "insufficient gpu memory",  # TensorRT-LLM, _torch/pyexecutor/py_executor_creator.py
     "no available memory",  # vLLM, v1/core/kv_cache_utils.py
     "free memory on device",  # vLLM, v1/worker/utils.py

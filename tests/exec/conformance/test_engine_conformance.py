@@ -16,6 +16,8 @@ from maveriq.exec.messages import (
     Failed,
     Finished,
     Hello,
+    Inspect,
+    Inspected,
     Load,
     Loaded,
     Ping,
@@ -38,6 +40,21 @@ def test_it_sends_hello_until_it_loads(case: EngineCase, tmp_path) -> None:
         async with started_engine(case, tmp_path, load=False) as engine:
             engine.send(Ping(number=1))
             assert await engine.receive() == Hello(protocol=PROTOCOL_VERSION, pid=engine.connection.pid)
+            assert await engine.receive() == Pong(number=1, execution_id=0, steps=0)
+
+    run_async(check)
+
+
+def test_its_library_is_inspected_before_it_loads(case: EngineCase, tmp_path) -> None:
+    async def check() -> None:
+        async with started_engine(case, tmp_path, load=False) as engine:
+            engine.send(Inspect(spec=engine.spec), Inspect(spec=engine.spec))
+            inspected = await engine.receive(Inspected)
+            assert await engine.receive() == inspected
+            assert inspected.unknown_arguments == ()
+            loaded = await engine.load()
+            assert inspected.version == loaded.version
+            engine.send(Inspect(spec=engine.spec), Ping(number=1))  # too late: no answer
             assert await engine.receive() == Pong(number=1, execution_id=0, steps=0)
 
     run_async(check)

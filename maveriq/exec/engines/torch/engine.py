@@ -30,7 +30,7 @@ from maveriq.exec.engines.torch.messages import (
     receive,
     send,
 )
-from maveriq.exec.messages import EngineSpec, Generate, Loaded
+from maveriq.exec.messages import EngineSpec, Generate, Inspected, Loaded
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _STOP_TIMEOUT_S = 10.0
@@ -179,6 +179,12 @@ class TorchEngine:
         """Process ids of the ranks, stage by stage."""
         return () if self._ranks is None else self._ranks.pids
 
+    def inspect(self, spec: EngineSpec) -> Inspected:
+        """Return the version of torch; its functions take no arguments that depend on a spec."""
+        check_split(spec, read_decoder_config(spec.config_json))
+        _check_installed()
+        return Inspected(version=metadata.version("torch"))
+
     def load(self, spec: EngineSpec) -> Loaded:
         """Start the ranks and wait until each has loaded and warmed up its shard.
 
@@ -187,8 +193,7 @@ class TorchEngine:
         """
         arch = read_decoder_config(spec.config_json)
         check_split(spec, arch)
-        if find_spec("torch") is None:
-            raise_unsupported("torch is not installed here: pip install 'maveriq[torch]'")
+        _check_installed()
         self._vocabulary = arch.vocabulary
         try:
             self._ranks = RankProcesses(spec)
@@ -202,8 +207,9 @@ class TorchEngine:
         return Loaded(
             backend=BACKEND,
             version=metadata.version("torch"),
-            weights_bytes=sum(rank.weights_bytes for rank in loaded),
+            weights_bytes=sum(rank.shard.weights_bytes for rank in loaded),
             kv_cache_bytes=sum(rank.kv_cache_bytes for rank in loaded),
+            shards=tuple(rank.shard for rank in loaded),
         )
 
     def generate(self, batch: Generate) -> Iterator[Step]:
@@ -250,6 +256,11 @@ class TorchEngine:
                 return message.tokens
 
 
+def _check_installed() -> None:
+    if find_spec("torch") is None:
+        raise_unsupported("torch is not installed here: pip install 'maveriq[torch]'")
+
+
 def _wait_until_loaded(ranks: RankProcesses) -> list[RankLoaded]:
     loaded: dict[int, RankLoaded] = {}
     while len(loaded) < len(ranks.pids):
@@ -258,7 +269,7 @@ def _wait_until_loaded(ranks: RankProcesses) -> list[RankLoaded]:
             raise _root_cause([message, *ranks.pending_failures()])
         if isinstance(message, RankLoaded):
             loaded[rank] = message
-    return list(loaded.values())
+    return [loaded[rank] for rank in range(len(ranks.pids))]
 
 
 def _execution_error(ranks: RankProcesses, first: RankFailed) -> EngineError:
@@ -274,4 +285,4 @@ def _execution_error(ranks: RankProcesses, first: RankFailed) -> EngineError:
 def _root_cause(failures: list[RankFailed]) -> EngineError:
     """Return the most specific failure: a plain `error` may only report that another rank failed."""
     cause = next((failure for failure in failures if failure.kind != FailureKind.ERROR), failures[0])
-    return EngineError(FailureKind(cause.kind), cause.message)
+    return EngineError(FailureKind(cause.kind), cause.message, device=cause.device)

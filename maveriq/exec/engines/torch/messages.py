@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from maveriq.exec.messages import EngineSpec, Generate
+from maveriq.exec.messages import EngineSpec, Generate, RankShard
 
 _LENGTH_BYTES = 8
 
@@ -32,7 +32,7 @@ class RunExecution(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
 class RankLoaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
     """A rank has loaded and warmed up its shard."""
 
-    weights_bytes: int
+    shard: RankShard
     kv_cache_bytes: int
 
 
@@ -44,13 +44,14 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag="stepped"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """A rank failed; `kind` is a `FailureKind`.
+    """A rank failed; `kind` is a `FailureKind`, `device` the one that lacks memory, "" if unknown.
 
     With `serves` all ranks report the failure and accept the next execution; without it the rank exits.
     """
 
     kind: str
     message: str
+    device: str = ""
     serves: bool = False
 
 

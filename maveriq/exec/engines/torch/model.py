@@ -375,6 +375,11 @@ class Stage:
                 cache.release()
 
     @property
+    def layers(self) -> int:
+        """How many transformer layers it holds."""
+        return len(self._layers)
+
+    @property
     def weights_bytes(self) -> int:
         """Memory of the weights; tied matrices count once."""
         total = sum(layer.size_bytes for layer in self._layers)

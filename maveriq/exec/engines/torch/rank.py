@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.failures import as_engine_error, is_out_of_memory
 from maveriq.exec.engines.torch.collectives import Collectives, DistributedRanks, SingleRank
 from maveriq.exec.engines.torch.config import DecoderConfig, read_decoder_config, shard_of
 from maveriq.exec.engines.torch.messages import (
     TO_RANK,
-    FromRank,
     LoadRank,
     RankFailed,
     RankLoaded,
@@ -35,10 +35,9 @@ from maveriq.exec.engines.torch.messages import (
 )
 from maveriq.exec.engines.torch.model import Stage, generate_tokens
 from maveriq.exec.engines.torch.weights import RandomWeights, SafetensorsWeights, WeightSource
-from maveriq.exec.messages import EngineSpec, PromptSequence
+from maveriq.exec.messages import EngineSpec, PromptSequence, RankShard
 
 _WARM_UP_TOKENS = 8
-_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class KvCacheAllocationError(EngineError):
@@ -77,6 +76,14 @@ class RankWorker:
         for _ in self.run((warm_up,) * spec.batch_size):
             pass
 
+    def describe_shard(self) -> RankShard:
+        """Return what this rank holds."""
+        return RankShard(
+            layers=self.stage.layers,
+            weights_bytes=self.stage.weights_bytes,
+            dtype=str(self._like.dtype).removeprefix("torch."),
+        )
+
     def run(self, prompts: tuple[PromptSequence, ...]) -> Iterator[tuple[list[int], bool]]:
         """Yield each step's tokens, and whether it is the last.
 
@@ -103,7 +110,7 @@ class RankWorker:
             self._release_kv_cache()
             if error is None:
                 raise KvCacheAllocationError(FailureKind.ERROR, "another rank is out of memory")
-            raise KvCacheAllocationError(error.kind, str(error))
+            raise KvCacheAllocationError(error.kind, str(error), device=error.device)
 
     def _try_reserve(self, prompts: tuple[PromptSequence, ...]) -> EngineError | None:
         try:
@@ -130,12 +137,9 @@ def memory_errors() -> Iterator[None]:
     """Turn torch's out-of-memory errors into `EngineError`."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
-    except RuntimeError as error:
-        # A CPU, a GPU's context, NCCL and cuBLAS report it only by a text.
-        if any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS):
-            raise EngineError(FailureKind.OUT_OF_MEMORY, _first_line(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise as_engine_error("torch", error) from None
         raise
 
 
@@ -151,10 +155,6 @@ def _check_device(device: torch.device) -> None:
         raise EngineError(
             FailureKind.UNSUPPORTED, f"no {device} on this machine: torch {torch.__version__} sees {seen} GPUs"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _activation_dtype(arch: DecoderConfig, device: torch.device) -> torch.dtype:
@@ -180,11 +180,11 @@ def main() -> None:
     try:
         _serve(channel, inbox)
     except EngineError as error:
-        _fail(channel, error.kind, str(error))
+        send(channel, _failure(error))
     except BrokenPipeError:
         return
     except Exception as error:  # report anything to the engine
-        _fail(channel, FailureKind.ERROR, f"{type(error).__name__}: {error}")
+        send(channel, RankFailed(kind=FailureKind.ERROR, message=f"{type(error).__name__}: {error}"))
         raise
 
 
@@ -201,7 +201,7 @@ def _serve(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
         raise TypeError(f"the first message must be a LoadRank, not {load!r}")
     worker = RankWorker(load.spec, load.rank, connect_ranks(load.spec, load.rank, Path(load.rendezvous_file)))
     stage = worker.stage
-    send(channel, RankLoaded(weights_bytes=stage.weights_bytes, kv_cache_bytes=stage.kv_cache_bytes))
+    send(channel, RankLoaded(shard=worker.describe_shard(), kv_cache_bytes=stage.kv_cache_bytes))
     while True:
         message = inbox.get()
         if not isinstance(message, RunExecution):
@@ -214,12 +214,11 @@ def _serve(channel: socket.socket, inbox: queue.SimpleQueue[ToRank]) -> None:
             # In the middle of an execution the other ranks wait for this one and cannot be resumed.
             if len(load.spec.devices) > 1 and not isinstance(error, KvCacheAllocationError):
                 raise
-            send(channel, RankFailed(kind=error.kind, message=str(error), serves=True))
+            send(channel, _failure(error, serves=True))
 
 
-def _fail(channel: socket.socket, kind: str, message: str) -> None:
-    failure: FromRank = RankFailed(kind=kind, message=message)
-    send(channel, failure)
+def _failure(error: EngineError, *, serves: bool = False) -> RankFailed:
+    return RankFailed(kind=error.kind, message=str(error), device=error.device, serves=serves)
 
 
 if __name__ == "__main__":
