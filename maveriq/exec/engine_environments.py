@@ -102,7 +102,7 @@ def set_up(
         report(f"importing {' '.join(facts.packages)}")
         found = check_engine_python(str(_interpreter(folder)), facts.packages, source="the new environment")
         finished = _Record(engine=engine, finished=True, python=found.version, packages=dict(found.packages))
-        with written_whole(folder / RECORD, what="record of the environment") as partial:
+        with written_whole(folder / RECORD, what="record of the environment", overwrite=True) as partial:
             partial.write_bytes(_encoded(finished))
     except BaseException:  # Ctrl-C too
         shutil.rmtree(folder, ignore_errors=True)
