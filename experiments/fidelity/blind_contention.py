@@ -40,7 +40,7 @@ class Contention:
                 if recorded and sim:
                     yield ContentionRow(
                         engine=engine,
-                        beside=co_located,
+                        co_located=co_located,
                         engines=len(recorded),
                         requests=sum(requests for _, requests in recorded),
                         recorded_longer=100 * (median(ratio for ratio, _ in recorded) - 1),

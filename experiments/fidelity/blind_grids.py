@@ -158,7 +158,7 @@ def _contention(tables: BlindTables) -> Grid:
         rows=tuple(
             (
                 row.engine,
-                row.beside,
+                row.co_located,
                 str(row.engines),
                 f"{row.requests:,}",
                 f"{row.recorded_longer:+.1f}",

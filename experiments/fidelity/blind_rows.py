@@ -132,7 +132,7 @@ class ContentionRow:
 
     Args:
         engine: the number of GPUs of the engine.
-        beside: the other engines that were executing in the middle of a request.
+        co_located: the other engines that were executing in the middle of a request.
         engines: recorded engines with enough requests both with such other engines and alone.
         requests: their requests with such other engines.
         recorded_longer: increase of the median service time over that of the same engine alone, recorded.
@@ -140,7 +140,7 @@ class ContentionRow:
     """
 
     engine: str
-    beside: str
+    co_located: str
     engines: int
     requests: int
     recorded_longer: float

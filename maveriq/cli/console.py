@@ -240,6 +240,17 @@ class ConsoleSession:
             self._client.remove_endpoint(endpoint["id"])
             raise MaveriqError(f"{model['name']} cannot be deployed: {endpoint['reason']}")
         _print_endpoints([endpoint])
+        others = [
+            other
+            for other in self._client.get("/endpoints")
+            if other["model_id"] == model["id"] and other["id"] != endpoint["id"] and other["status"] != "rejected"
+        ]
+        if others:
+            name, numbers = model["name"], " and ".join(str(other["id"]) for other in others)
+            echo(
+                f"{name} had endpoint {numbers} already, and has another one now; {name} addresses the least busy one, "
+                f"{name}@{endpoint['id']} this one"
+            )
         if self._wait:
             self._wait_until_up(endpoint["id"])
 

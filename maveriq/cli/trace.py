@@ -132,7 +132,7 @@ def _view(summary: WorkloadSummary, width: int) -> list[Part]:
 
     models = Table(
         "Models",
-        [Column("#", align="right"), Column("model"), number_column("asked at s"), number_column("requests")],
+        [Column("#", align="right"), Column("model"), number_column("requested s"), number_column("requests")],
         [
             row(str(endpoint.endpoint), endpoint.model, f"{endpoint.requested_s:,.0f}", f"{endpoint.requests:,}")
             for endpoint in summary.endpoints

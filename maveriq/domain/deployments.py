@@ -104,4 +104,4 @@ class EndpointSpec:
             if getattr(self, field) < 1:
                 raise InputError(f"deploy {self.model.name}: {field} must be at least 1, not {getattr(self, field)}")
         if self.requested_us < 0:
-            raise InputError(f"deploy {self.model.name}: asked at {self.requested_us} µs, before the run starts")
+            raise InputError(f"deploy {self.model.name}: requested at {self.requested_us} µs, before the run starts")

@@ -230,13 +230,15 @@ def similar_configs(model: ModelSpec, cfg: ParallelConfig) -> Iterator[ParallelC
         yield replace(cfg, tp=tp, pp=pp, weights=weights, kv=kv, layer_split=())
 
 
-def nearest(model: ModelSpec, asked: ParallelConfig, allows: Callable[[ParallelConfig], bool]) -> ParallelConfig | None:
+def nearest(
+    model: ModelSpec, requested: ParallelConfig, allows: Callable[[ParallelConfig], bool]
+) -> ParallelConfig | None:
     """Return the allowed configuration that differs least from the one asked for, None where none is allowed.
 
     Ties go to the more exact weights, then to the higher TP.
     """
     # Sorted first, because `allows` costs more than `distance`; the sort is stable.
-    for candidate in sorted(similar_configs(model, asked), key=lambda candidate: distance(asked, candidate)):
+    for candidate in sorted(similar_configs(model, requested), key=lambda candidate: distance(requested, candidate)):
         if allows(candidate):
             return candidate
     return None
@@ -338,15 +340,15 @@ class Refusal:
 
     engine: str
     model: ModelSpec
-    asked: ParallelConfig
+    requested: ParallelConfig
     reason: str
     nearest: ParallelConfig | None
 
     def __str__(self) -> str:
         nearest = f"the nearest it can run: {self.describe_nearest()}"
         near = nearest if self.nearest else "it supports no similar configuration"
-        asked = self.asked.describe(self.model.layers)
-        return f"{self.engine} cannot run {self.model.name} as {asked}: {self.reason}; {near}"
+        requested = self.requested.describe(self.model.layers)
+        return f"{self.engine} cannot run {self.model.name} as {requested}: {self.reason}; {near}"
 
     def describe_nearest(self) -> str:
         """Return the nearest configuration as text, "" where there is none."""
@@ -366,12 +368,12 @@ def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device
         UnknownNameError: no such engine.
         InputError: the layer split does not add up to the model's layers.
     """
-    asked = configuration.normalised(model.layers)
-    reason = unsupported_by(engine, model, asked, device)
+    requested = configuration.normalised(model.layers)
+    reason = unsupported_by(engine, model, requested, device)
     if reason is None:
         return None
-    near = nearest(model, asked, lambda candidate: unsupported_by(engine, model, candidate, device) is None)
-    return Refusal(engine=engine, model=model, asked=asked, reason=reason, nearest=near)
+    near = nearest(model, requested, lambda candidate: unsupported_by(engine, model, candidate, device) is None)
+    return Refusal(engine=engine, model=model, requested=requested, reason=reason, nearest=near)
 
 
 _READS_SPECS_ITSELF = ("emulated", _TORCH)  # and so do engines that are not in the matrix

@@ -190,8 +190,9 @@ class ProcessLauncher:
                     env=environment,
                     start_new_session=True,
                 )
-        except OSError as error:
-            raise LaunchError(f"its process cannot be started: {error.strerror or error}") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread that waits for its end
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise LaunchError(f"its process cannot be started: {reason or error}") from None
 
 
 class ProcessConnection:

@@ -108,7 +108,7 @@ def matrix_json(engines: Mapping[str, EngineFacts], here: Here, machine: Machine
 
 
 def answers_table(
-    model: ModelSpec, asked: ParallelConfig, device: Device, answers: Mapping[str, Refusal | None]
+    model: ModelSpec, requested: ParallelConfig, device: Device, answers: Mapping[str, Refusal | None]
 ) -> Table:
     """Return for each engine whether it can run a model as requested, or the nearest thing that it can run."""
     columns = [
@@ -123,17 +123,17 @@ def answers_table(
         else row(name, Text("no", "red"), refusal.reason, refusal.describe_nearest() or NONE)
         for name, refusal in answers.items()
     ]
-    return Table(f"{model.name} as {asked.describe(model.layers)} on {device}", columns, rows)
+    return Table(f"{model.name} as {requested.describe(model.layers)} on {device}", columns, rows)
 
 
 def answers_json(
-    model: ModelSpec, asked: ParallelConfig, device: Device, answers: Mapping[str, Refusal | None]
+    model: ModelSpec, requested: ParallelConfig, device: Device, answers: Mapping[str, Refusal | None]
 ) -> dict[str, Any]:
     """Return the answers for programs."""
     return {
         "model": model.name,
         "device": device.value,
-        "asked": _config_json(asked, model),
+        "requested": _config_json(requested, model),
         "engines": {
             name: {
                 "can": refusal is None,

@@ -76,7 +76,7 @@ def deployments_table(deployments: Sequence[DeploymentRecord], *, wide: bool) ->
         *([Column("layers", wrap="words")] if wide else []),
         Column("GPUs", wrap="words"),
         number_column("GiB"),
-        *([Column("intent"), number_column("asked s"), number_column("ready s")] if wide else []),
+        *([Column("intent"), number_column("requested s"), number_column("ready s")] if wide else []),
         Column("status"),
     ]
     return Table("Deployments", columns, [Row(_deployment_cells(record, wide=wide)) for record in deployments])
@@ -86,7 +86,7 @@ def _deployment_cells(deployment: DeploymentRecord, *, wide: bool) -> tuple[Cell
     endpoint, plan = deployment.endpoint, deployment.plan
     layers = [layer_list(plan.layer_split) if plan else NONE]
     ready = NONE if deployment.ready_us == NOT_YET else f"{seconds(deployment.ready_us):,.1f}"
-    asked = [endpoint.intent.objective.value, f"{seconds(endpoint.requested_us):,.1f}", ready]
+    requested = [endpoint.intent.objective.value, f"{seconds(endpoint.requested_us):,.1f}", ready]
     return (
         str(deployment.deployment_id),
         endpoint.model.name,
@@ -94,7 +94,7 @@ def _deployment_cells(deployment: DeploymentRecord, *, wide: bool) -> tuple[Cell
         *(layers if wide else []),
         gpu_list(plan.gpu_ids) if plan else NONE,
         f"{gib(plan.memory_bytes):.1f}" if plan else NONE,
-        *(asked if wide else []),
+        *(requested if wide else []),
         Text(deployment.status, STATUS_STYLES.get(deployment.status, "")),
     )
 

@@ -119,14 +119,29 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         return answer
 
     @app.exception_handler(MemoryError)
-    async def out_of_memory(_request: Request, _error: MemoryError) -> JSONResponse:
-        message = "the server is out of memory; try again later, or with a shorter request"
-        return response(ApiError(503, message, code="out_of_memory", retry_after_s=10))
+    @app.exception_handler(RuntimeError)
+    async def exhausted(_request: Request, error: Exception) -> JSONResponse:
+        return response(_exhaustion_error(error))
 
     @app.exception_handler(Exception)
     async def internal_error(_request: Request, _error: Exception) -> JSONResponse:
         message = "internal error: this is a bug in maveriq; see the server's log"
         return response(ApiError(500, message, code="internal_error"))
+
+
+def _exhaustion_error(error: Exception) -> ApiError:
+    """Return the error for a request for which there is no memory or no thread.
+
+    Raises:
+        Exception: the given one, if it is another.
+    """
+    if isinstance(error, MemoryError):
+        message = "the server is out of memory; try again later, or with a shorter request"
+        return ApiError(503, message, code="out_of_memory", retry_after_s=10)
+    if str(error) == "can't start new thread":  # CPython has no exception of its own for this
+        message = "the system starts no more threads for the server; try again later"
+        return ApiError(503, message, code="not_possible_now", retry_after_s=10)
+    raise error
 
 
 # Where a field may have several types, pydantic reports one error per type and names the type in the path.

@@ -10,7 +10,7 @@ from maveriq.domain.models import ModelSpec, known_models, load_model
 from maveriq.errors import InputError, MaveriqError, did_you_mean
 from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.store import Store, StoredModel
-from maveriq.serve.tokenizer_process import TokenizerLimits, TokenizerPool
+from maveriq.serve.tokenizer_process import NoTokenizerProcessError, TokenizerLimits, TokenizerPool
 from maveriq.serve.tokenizers import Tokenizer, tokenizer_for
 from maveriq.text import check_path
 
@@ -72,11 +72,14 @@ class ModelRegistry:
         """Return a model's tokenizer.
 
         Raises:
+            NoTokenizerProcessError: no process can be started for it now.
             ApiError: its files are missing or not valid since the model was registered.
         """
         if model.model_id not in self._tokenizers:
             try:
                 tokenizer = await tokenizer_for(model.folder, model.spec.vocab_size, self._tokenizer_pool)
+            except NoTokenizerProcessError:
+                raise
             except MaveriqError as error:
                 raise ApiError(503, str(error), code="tokenizer_unusable") from None
             if self._tokenizers.setdefault(model.model_id, tokenizer) is not tokenizer:
@@ -98,6 +101,7 @@ class ModelRegistry:
         A registered model is returned as it is.
 
         Raises:
+            NoTokenizerProcessError: no process can be started for its tokenizer now.
             ApiError: there is no such model, the path leads out of the models folder, another model has the same
                 name, or too many models are registered.
         """
@@ -112,6 +116,8 @@ class ModelRegistry:
         async with self._loading:
             try:
                 tokenizer = await tokenizer_for(folder, spec.vocab_size, self._tokenizer_pool)
+            except NoTokenizerProcessError:
+                raise
             except MaveriqError as error:
                 raise bad_request(str(error), "model") from None
         try:

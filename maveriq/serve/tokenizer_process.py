@@ -38,6 +38,10 @@ class TokenizerFailedError(MaveriqError):
     """A model's tokenizer took too long, needed too much memory, or crashed."""
 
 
+class NoTokenizerProcessError(TokenizerFailedError):
+    """No process can be started for a tokenizer now; the tokenizer may be fine."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerLimits:
     """Limits of a tokenizer's process.
@@ -74,13 +78,13 @@ class TokenizerPool:
         """Stop the tokenizer that was idle longest if all processes are in use.
 
         Raises:
-            TokenizerFailedError: all tokenizers are busy.
+            NoTokenizerProcessError: all tokenizers are busy.
         """
         if len(self._running) < self._max_processes:
             return
         idle = next((tokenizer for tokenizer in self._running if not tokenizer.is_busy), None)
         if idle is None:
-            raise TokenizerFailedError(f"{self._max_processes} tokenizers are busy; try again later")
+            raise NoTokenizerProcessError(f"{self._max_processes} tokenizers are busy; try again later")
         idle.stop()
 
     def used(self, tokenizer: TokenizerProcess) -> None:
@@ -272,8 +276,11 @@ class TokenizerProcess:
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
                 env=environment, start_new_session=True,
             )  # fmt: skip
-        except OSError as error:
-            raise TokenizerFailedError(f"no process for a tokenizer could be started: {error}") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread that waits for its end
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise NoTokenizerProcessError(
+                f"no process for a tokenizer can be started: {reason or error}; try again later"
+            ) from None
         self._reader = asyncio.create_task(self._read(self._process))
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:

@@ -61,7 +61,7 @@ def test_every_engine_answers_for_a_configuration(maveriq: Maveriq) -> None:
 
 def test_json_answers_for_a_configuration(maveriq: Maveriq) -> None:
     report = json.loads(maveriq("engines --model falcon-7b --layer-split 20,12 --kv int8 --json").out)
-    assert report["asked"] == {"tp": 1, "pp": 2, "layer_split": [20, 12], "weights": "float16", "kv": "int8"}
+    assert report["requested"] == {"tp": 1, "pp": 2, "layer_split": [20, 12], "weights": "float16", "kv": "int8"}
     assert report["engines"]["torch"] == {"can": True, "reason": None, "nearest": None}
     assert report["engines"]["trtllm"]["nearest"] is None
     assert report["engines"]["trtllm-engine"]["nearest"] == {

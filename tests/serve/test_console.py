@@ -144,6 +144,16 @@ def test_a_session(say: Callable[[str], str]) -> None:
     assert all(usage in say("help") for usage in USAGE.values())
 
 
+def test_a_second_deploy_says_that_there_are_two_endpoints(say: Callable[[str], str]) -> None:
+    say(f"register {MODEL}")
+    assert len(say(f"1 deploy {MODEL} 20 min-cost").splitlines()) == 1
+    _, note = say(f"1 deploy {MODEL} 20 min-cost").splitlines()
+    assert note.startswith(f"{MODEL} had endpoint 1 already, and has another one now; {MODEL} addresses the least busy")
+    assert note.endswith(f"{MODEL}@2 this one")
+    _, note = say(f"1 deploy {MODEL} 20 min-cost").splitlines()
+    assert f"{MODEL} had endpoint 1 and 2 already" in note
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -263,6 +273,7 @@ def test_wait_shows_progress_and_ends_when_the_endpoint_is_gone(capsys: pytest.C
     answers = [
         ("GET", "/models", [{"id": 1, "name": "m"}]),
         ("POST", "/endpoints", {"id": 7, "status": "waiting"}),
+        ("GET", "/endpoints", []),
         *[("GET", "/endpoints/7", {"status": status}) for status in ("waiting", "loading", "loading", "removed")],
     ]
 
