@@ -6,7 +6,7 @@ The models maveriq knows by name, and models read from a Hugging Face `config.js
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -209,14 +209,62 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     source: str = ""
 
 
+class CatalogueEntry(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the catalogue knows of a model.
+
+    Args:
+        source: the page of the model.
+        parameters: the published count.
+        config: the keys of its `config.json` that say how it is built.
+    """
+
+    source: str
+    parameters: int
+    config: dict[str, Any]
+
+
+@cache
+def catalogue() -> Mapping[str, CatalogueEntry]:
+    """Return the entries of the catalogue by name."""
+    entries = read_toml(data_path("models.toml"), dict[str, CatalogueEntry], what="table of models")
+    for entry in entries.values():
+        if "kv_lora_rank" in entry.config:
+            entry.config.setdefault("q_lora_rank", None)  # TOML has no null
+    return MappingProxyType(entries)
+
+
+class _KnownModels(Mapping[str, ModelSpec]):
+    """The models of the catalogue, each read when it is first asked for: most commands need one."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, ModelSpec] = {}
+
+    def __getitem__(self, name: str) -> ModelSpec:
+        found = self._read.get(name)
+        if found is None:
+            config = catalogue()[name].config
+            found = _spec_from(config, name=name, where=f"catalogue entry {name!r}", config_json="")
+            self._read[name] = found
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in catalogue()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(catalogue())
+
+    def __len__(self) -> int:
+        return len(catalogue())
+
+
 @cache
 def known_models() -> Mapping[str, ModelSpec]:
     """Return the models of the catalogue by name."""
-    return MappingProxyType(read_models(data_path("models.toml")))
+    return _KnownModels()
 
 
 def read_models(path: Path) -> dict[str, ModelSpec]:
-    """Read a table of model shapes, TOML in the format of maveriq's own catalogue (`maveriq/data/models.toml`).
+    """Read a table of shapes of plain decoders: what `maveriq profile` measured. The fields are those of `ModelSpec`.
 
     Raises:
         InputError: not such a table, or a count that is not positive.

@@ -13,12 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from maveriq.domain.decoder_families import FAMILIES
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError
 from maveriq.files import exists, open_regular_file, read_regular_text
 
 _DEFAULT_CONTEXT_TOKENS = 4096
 _GPTJ_ROTARY_SIZE = 64
+_LIKE_LLAMA = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+"""Families whose files have llama's keys, with the class that the file names."""
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 _SAFETENSORS, _PICKLES = ("*.safetensors",), ("*model*.bin", "*model*.pt", "*.pth", "*.ckpt")
 
@@ -27,17 +36,20 @@ def hf_config_json(model: ModelSpec) -> str:
     """Return a `config.json` with the model's shape in the format of its architecture; llama's if that is unknown.
 
     Raises:
-        InputError: the model is no plain decoder.
+        InputError: the model is no plain decoder, or nothing is known of how its family writes one.
     """
     if different := model.why_not_plain():
         raise InputError(f"model {model.name!r}: {different}, which its shape does not say: give its config.json")
+    if model.architecture in FAMILIES and model.architecture not in (*_LIKE_LLAMA, "falcon", "gptj"):
+        raise InputError(f"model {model.name!r}: a config.json of family {model.architecture} cannot be made from its "
+                         "shape: give its own")  # fmt: skip
     architecture_keys = {"falcon": _falcon_keys, "gptj": _gptj_keys}.get(model.architecture, _llama_keys)
     return json.dumps({"model_type": model.architecture, "vocab_size": model.vocab_size} | architecture_keys(model))
 
 
 def _llama_keys(model: ModelSpec) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [_LIKE_LLAMA.get(model.architecture, "LlamaForCausalLM")],
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.attention_heads,
@@ -45,7 +57,8 @@ def _llama_keys(model: ModelSpec) -> dict[str, Any]:
         "head_dim": model.head_size,
         "intermediate_size": model.intermediate_size,
         "max_position_embeddings": _context_tokens(model),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.decoder.tied_embeddings,
+        "sliding_window": None,
     }
 
 

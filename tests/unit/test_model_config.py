@@ -189,12 +189,23 @@ def test_odd_text_is_refused(text: str, words: str) -> None:
         read(text)
 
 
-@pytest.mark.parametrize("name", known_models())
+PLAIN = [name for name, known in known_models().items() if not known.why_not_plain()]
+OTHER_KEYS = ("opt", "bloom")
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if known_models()[name].architecture not in OTHER_KEYS])
 def test_known_models_are_read_back_from_the_configuration_made_of_them(name: str) -> None:
     known = known_models()[name]
     again = model_from_hf_config(hf_config_json(known), name=name, where="config.json")
     assert again.differences_from(known) == ""
     assert again.context_tokens == known.context_tokens
+    assert again.decoder.parameters() == known.decoder.parameters()
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if known_models()[name].architecture in OTHER_KEYS])
+def test_no_configuration_is_made_for_families_with_other_keys(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be made from its shape: give its own"):
+        hf_config_json(known_models()[name])
 
 
 def test_head_dim_counts_in_kv_cache_and_projections() -> None:
