@@ -21,5 +21,8 @@ class FakeMeter:
     def read(self) -> tuple[GpuReading, ...]:
         return tuple(GpuReading(used_bytes=0, busy_share=0.0) for _ in self.memory_bytes)
 
+    def read_one(self, number: int) -> GpuReading:
+        return self.read()[number]
+
     def close(self) -> None:
         pass

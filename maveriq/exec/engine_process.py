@@ -23,6 +23,7 @@ import msgspec
 
 from maveriq.exec.engines.engine import FailureKind
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate
+from maveriq.exec.gpus import GpuLostError
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError, describe_exit
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
@@ -343,7 +344,11 @@ class EngineProcess:
             self._exit_reason.set_exception(error)
 
     async def _launch(self) -> None:
-        warning = await self._gate.claim(self.launch_spec.needed, self._settings.memory_timeout_s)
+        try:
+            warning = await self._gate.claim(self.launch_spec.needed, self._settings.memory_timeout_s)
+        except GpuLostError as error:
+            self._exit(ExitReason(reason=str(error), retryable=False))
+            return
         self._holds_memory_claim = True
         if warning:
             self._callbacks.on_warning(self, warning)

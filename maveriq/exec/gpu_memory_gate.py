@@ -23,7 +23,11 @@ class MemoryProbe(Protocol):
         """Return the device behind a GPU; several GPUs may share one."""
 
     def free_bytes(self, device: int) -> Bytes | None:
-        """Return the free memory of a device, None if unknown."""
+        """Return the free memory of a device, None if unknown.
+
+        Raises:
+            GpuLostError: the device is lost.
+        """
 
 
 class NoMemoryProbe:
@@ -68,6 +72,9 @@ class GpuMemoryGate:
 
         Returns:
             The warning, or "" if the memory is free.
+
+        Raises:
+            GpuLostError: one of the devices is lost.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s

@@ -41,6 +41,10 @@ class GpuReading:
     energy_j: float | None = None
 
 
+class GpuLostError(MaveriqError):
+    """A GPU is gone until the machine or the GPU is reset; no engine can start on it."""
+
+
 class GpuMeter(Protocol):
     """Reads GPUs, numbered from 0. `slow` says that a reading calls a driver and must not run in an event loop."""
 
@@ -153,7 +157,32 @@ class NvmlMeter:
         Raises:
             MaveriqError: a GPU no longer answers.
         """
-        return tuple(self._read_one(number, handle) for number, handle in enumerate(self._handles))
+        return tuple(map(self.read_one, range(len(self._handles))))
+
+    def read_one(self, number: int) -> GpuReading:
+        """Return a reading of one GPU.
+
+        Raises:
+            GpuLostError: the driver has lost it.
+            MaveriqError: it does not answer.
+        """
+        nvml, handle = self._nvml, self._handles[number]
+        where = f"GPU {number} of this machine ({self._gpus[number].name})"
+        try:
+            memory = self._memory(handle)
+            # Memory that the driver reserves is not available to models.
+            used_bytes = int(memory.used) + int(getattr(memory, "reserved", 0))
+            rates = self._query(nvml.nvmlDeviceGetUtilizationRates, handle)
+            millijoules = self._query(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        except (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired) as error:
+            raise GpuLostError(f"{where} is lost: {error}") from None
+        except nvml.NVMLError as error:
+            raise MaveriqError(f"{where} does not answer: {error}") from None
+        return GpuReading(
+            used_bytes=used_bytes,
+            busy_share=None if rates is None else rates.gpu / 100,
+            energy_j=None if millijoules is None else millijoules / _MILLIJOULES,
+        )
 
     def close(self) -> None:
         """Release the driver. May be called twice."""
@@ -190,22 +219,6 @@ class NvmlMeter:
         nvml = self._nvml
         memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
         return nvml.nvmlDeviceGetMemoryInfo(handle) if memory is None else memory
-
-    def _read_one(self, number: int, handle: Any) -> GpuReading:
-        nvml = self._nvml
-        try:
-            memory = self._memory(handle)
-            # Memory that the driver reserves is not available to models.
-            used_bytes = int(memory.used) + int(getattr(memory, "reserved", 0))
-            rates = self._query(nvml.nvmlDeviceGetUtilizationRates, handle)
-            millijoules = self._query(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-        except nvml.NVMLError as error:
-            raise MaveriqError(f"GPU {number} ({self._gpus[number].name}) does not answer: {error}") from None
-        return GpuReading(
-            used_bytes=used_bytes,
-            busy_share=None if rates is None else rates.gpu / 100,
-            energy_j=None if millijoules is None else millijoules / _MILLIJOULES,
-        )
 
     def _query(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the driver's answer, None if this GPU does not support the query or does not permit it."""

@@ -18,7 +18,7 @@ from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.engine_python import EnginePython, check_engine_python, parse_engine_pythons
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.gpu_sampling import GpuSampler
-from maveriq.exec.gpus import Devices, GpuReading, NvmlMeter
+from maveriq.exec.gpus import Devices, GpuLostError, NvmlMeter
 from maveriq.scenario.build import cluster_for
 from maveriq.scenario.options import option, with_suggestions
 from maveriq.units import Bytes, gib
@@ -217,9 +217,15 @@ class DeviceMemory:
         return gpu_id % len(self._meter.gpus)
 
     def free_bytes(self, device: int) -> Bytes | None:
-        """Return the free memory of a GPU of this machine; None where its driver does not answer."""
+        """Return the free memory of a GPU of this machine; None where its driver does not answer.
+
+        Raises:
+            GpuLostError: the driver has lost the GPU.
+        """
         try:
-            reading: GpuReading = self._meter.read()[device]
+            reading = self._meter.read_one(device)
+        except GpuLostError:
+            raise
         except MaveriqError:
             return None
         return max(0, self._meter.gpus[device].memory_bytes - reading.used_bytes)

@@ -19,7 +19,7 @@ from gpu_fakes import FakeMeter
 from maveriq.domain.cluster import LoadWindow
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
-from maveriq.exec.gpus import GpuIdentity, GpuReading, NvmlMeter, cluster_of, real_cluster
+from maveriq.exec.gpus import GpuIdentity, GpuLostError, GpuReading, NvmlMeter, cluster_of, real_cluster
 from maveriq.units import BYTES_PER_GIB
 
 GIB = BYTES_PER_GIB
@@ -61,6 +61,7 @@ class FakeNvml(ModuleType):
     NVMLError_FunctionNotFound = type("NVMLError_FunctionNotFound", (NvmlError,), {})
     NVMLError_InvalidArgument = type("NVMLError_InvalidArgument", (NvmlError,), {})
     NVMLError_GpuIsLost = type("NVMLError_GpuIsLost", (NvmlError,), {})
+    NVMLError_ResetRequired = type("NVMLError_ResetRequired", (NvmlError,), {})
 
     def __init__(self, *gpus: FakeGpu) -> None:
         super().__init__("pynvml")
@@ -195,9 +196,18 @@ def test_a_gpu_lost_later_is_a_failure_not_an_input_error(nvml: Callable[..., Fa
     fake = nvml(FakeGpu("GPU-a"))
     meter = NvmlMeter()
     fake.lost = True
-    with pytest.raises(MaveriqError, match=r"GPU 0 .* does not answer: GPU is lost") as failed:
+    with pytest.raises(GpuLostError, match=r"GPU 0 of this machine \(NVIDIA A6000\) is lost: GPU is lost") as failed:
         meter.read()
     assert not isinstance(failed.value, InputError)
+
+
+def test_one_lost_gpu_hides_no_other(nvml: Callable[..., FakeNvml]) -> None:
+    fake = nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b"))
+    meter = NvmlMeter()
+    fake.fakes[0].percent = FakeNvml.NVMLError_ResetRequired("GPU requires reset")
+    with pytest.raises(GpuLostError, match="GPU requires reset"):
+        meter.read_one(0)
+    assert meter.read_one(1).used_bytes == GIB + GIB // 2
 
 
 # Virtual GPUs

@@ -13,6 +13,7 @@ from virtual_time import run_virtually
 
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, NoMemoryProbe
+from maveriq.exec.gpus import GpuLostError
 from maveriq.exec.launcher import LaunchError
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
@@ -525,6 +526,26 @@ def test_the_next_engine_waits_for_free_memory_up_to_a_timeout(back_s: float, up
     harness = run_script(script, watch=_Memory(back_s))
     assert harness.times("up")[1] == pytest.approx(up_s, abs=0.2)
     assert len(harness.details("warning")) == warned
+
+
+def test_an_engine_on_a_lost_gpu_is_given_up_at_its_first_restart() -> None:
+    class Losing(_Memory):
+        def free_bytes(self, device: int) -> int:
+            if device == 1 and asyncio.get_running_loop().time() >= self.back_s:
+                raise GpuLostError("GPU 1 of this machine (big) is lost: it has fallen off the bus")
+            return 100
+
+    async def script(harness: Harness) -> None:
+        harness.start()
+        await asyncio.sleep(20)
+        harness.engines[-1].exit(1)
+        await asyncio.sleep(100)
+
+    harness = run_script(script, watch=Losing(20.0))
+    assert len(harness.engines) == 1
+    assert harness.times("down") == [pytest.approx(20, abs=0.1)]
+    assert harness.times("lost") == [pytest.approx(21, abs=0.1)]
+    assert harness.details("lost") == ["GPU 1 of this machine (big) is lost: it has fallen off the bus"]
 
 
 def test_gpus_that_share_a_device_add_up_their_memory() -> None:

@@ -11,6 +11,7 @@ from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec import local_machine
 from maveriq.exec.capabilities import Installed, Machine
+from maveriq.exec.gpus import GpuLostError
 from maveriq.exec.local_machine import LocalMachine
 from maveriq.units import BYTES_PER_GIB
 
@@ -47,11 +48,24 @@ def test_a_driver_that_stops_answering_does_not_end_the_run(monkeypatch) -> None
     watch = site.memory_probe()
     assert watch is not None
 
+    def unanswered(_: object) -> None:
+        raise MaveriqError("GPU 0 (big) does not answer: timeout")
+
+    monkeypatch.setattr(FakeMeter, "read", unanswered)
+    assert watch.free_bytes(0) is None
+
+
+def test_a_lost_gpu_is_told_from_a_driver_that_does_not_answer(monkeypatch) -> None:
+    machine(monkeypatch, 16)
+    watch = LocalMachine("torch").memory_probe()
+    assert watch is not None
+
     def lost(_: object) -> None:
-        raise MaveriqError("GPU 0 (big) does not answer: it is lost")
+        raise GpuLostError("GPU 0 of this machine (big) is lost")
 
     monkeypatch.setattr(FakeMeter, "read", lost)
-    assert watch.free_bytes(0) is None
+    with pytest.raises(GpuLostError):
+        watch.free_bytes(0)
 
 
 def test_several_gpus_of_a_cluster_share_a_large_gpu(monkeypatch) -> None:
