@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import ENGINES, EngineCase, alive_in_group, batch_of, run_async, started_engine, until
+from engine_specs import TINY
 from python_environments import environment_of, environment_with
 
+from maveriq.exec.engine_python import check_engine_python
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.messages import Finished, Stop
@@ -137,3 +140,23 @@ def test_the_torch_engine_in_an_environment_of_its_own(tmp_path: Path) -> None:
     for absent in ("numpy", "transformers", "pandas", "typer"):
         assert subprocess.run([python, "-c", f"import {absent}"], check=False, capture_output=True).returncode == 1
     check_that_it_serves(ENGINES[1], python, tmp_path)
+
+
+VLLM_PYTHON = os.environ.get("MAVERIQ_VLLM_PYTHON", "")
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not VLLM_PYTHON, reason="set MAVERIQ_VLLM_PYTHON to an interpreter with vLLM for CPUs")
+def test_vllm_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    vllm = check_engine_python(VLLM_PYTHON, ["vllm"], source="MAVERIQ_VLLM_PYTHON")
+    spec = {"config_json": json.dumps(TINY["llama"]), "layer_split": (4,)}
+
+    async def check() -> None:
+        async with started_engine(EngineCase(backend="vllm"), tmp_path, load=False, python=vllm.path, **spec) as engine:
+            loaded = await engine.load()
+            assert (loaded.backend, loaded.version) == ("vllm", vllm.packages["vllm"].partition(" ")[0])
+            engine.send(batch_of(1, [3, 1, 4], [1, 5], tokens=5))
+            finished: Finished = await engine.receive(Finished)
+            assert [len(tokens) for tokens in finished.outputs] == [5, 5]
+
+    run_async(check)
