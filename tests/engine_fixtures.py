@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fixtures import MODEL, FixedPlacement, TokenSeconds, cluster, predict_service_time
 
@@ -20,8 +20,11 @@ from maveriq.domain.models import ModelSpec
 from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.engines.emulated import EmulatedEngine
 from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.external import ExternalEngine
 from maveriq.exec.executor import Executor
+from maveriq.exec.gpu_memory_gate import MemoryProbe
 from maveriq.exec.gpu_sampling import GpuSampler
+from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineConnection, ProcessLauncher
 from maveriq.exec.messages import ChannelClosedError, EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import PromptSequence as Prompt
@@ -201,6 +204,8 @@ async def running_executor(
     supervision: SupervisionSettings = QUICK,
     batch_size: int = 1,
     sampler: GpuSampler | None = None,
+    devices: Devices | None = None,
+    memory_probe: MemoryProbe | None = None,
     **settings: Any,
 ) -> AsyncIterator[Executor]:
     """Run an executor that places the endpoints on given GPUs; a token takes `token_s`."""
@@ -212,11 +217,13 @@ async def running_executor(
         service_times=EstimatedServiceTimes(TokenSeconds(token_s)),
         load_time=lambda _plan: 1,
     )
-    with ProcessLauncher(backend, logs=folder, environment=environment()) as launcher:
+    with ProcessLauncher(backend, logs=folder, devices=devices, environment=environment()) as launcher:
         executor = Executor(
             system,
             launcher,
+            devices=devices,
             supervision=supervision,
+            memory_probe=memory_probe,
             measured_loads=sampler.loads if sampler else None,
         )
         try:
@@ -258,6 +265,31 @@ class OutOfMemory(FaultyEngine):
             resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
             self.weights = bytearray(1 << 33)
         return super().load(spec)
+
+
+class WrappedOutOfMemory(ExternalEngine):
+    """Fails to load as TensorRT-LLM does: the worker's exception is the cause of the leader's.
+
+    Its message depends on the deployment.
+    """
+
+    name = "trtllm"
+    messages: ClassVar = {
+        1: "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 47.41 GiB of which 1.25 GiB "
+        "is free.",
+        2: "Executor creation failed due to insufficient GPU memory.",
+        3: "CUDA error: out of memory",
+        4: "no such layer",
+    }
+
+    def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
+        raise RuntimeError("Executor worker returned error") from RuntimeError(self.messages[spec.deployment_id])
+
+    def _steps(self, sequences: tuple[Prompt, ...]) -> Any:
+        raise NotImplementedError
+
+    def _shut_down(self) -> None:
+        pass
 
 
 class CannotLoad(FaultyEngine):

@@ -4,7 +4,7 @@
 `Ping` at every heartbeat interval. `Watchdog` decides whether the engine hangs: it sends nothing for `hang_timeout_s`
 (it answers pings even while it computes), or its current execution makes no progress for that plus a multiple of its
 estimated service time. The first of a hang, a failure, the exit of the process and a stop gives the `ExitReason`. Then
-`terminate` ends the process group with `Stop`, SIGTERM, SIGKILL. `maveriq.exec.supervisor` decides whether the engine
+`terminate` ends its processes with `Stop`, SIGTERM, SIGKILL. `maveriq.exec.supervisor` decides whether the engine
 restarts.
 
 The only clock is the event loop's, so that tests run on a loop with simulated time.
@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import msgspec
 
 from maveriq.exec.engines.engine import FailureKind
-from maveriq.exec.gpu_memory_gate import GpuMemoryGate
+from maveriq.exec.gpu_memory_gate import GpuHeldError, GpuMemoryGate
 from maveriq.exec.gpus import GpuLostError
-from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError, describe_exit
+from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
     ChannelClosedError,
@@ -42,9 +42,11 @@ from maveriq.exec.messages import (
     StepProgress,
     Stop,
 )
+from maveriq.exec.processes import describe_exit
 from maveriq.units import Bytes
 
 _OUTPUT_FLUSH_S = 0.05  # messages sent just before the process exited are still to be read
+_RANK_REPORT_S = 0.5  # the engine may be about to report why a rank ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,28 +204,28 @@ class Watchdog:
 async def terminate(
     connection: EngineConnection, *, grace_period_s: float, send_stop: Callable[[], None] | None
 ) -> bool:
-    """End a process group and close its channel; return whether it has ended, False if it cannot be killed.
+    """End an engine and close its channel; return whether all processes have ended, False if one cannot be killed.
 
     Args:
-        connection: to the group.
+        connection: to the engine.
         grace_period_s: how long to wait after each of `Stop`, SIGTERM and SIGKILL.
-        send_stop: sends `Stop`; None to kill the group at once, as after a failure.
+        send_stop: sends `Stop`; None to kill all processes at once, as after a failure.
     """
     try:
         for ask_to_exit in (send_stop, connection.terminate) if send_stop else ():
             ask_to_exit()
-            if await _exited_within(connection, grace_period_s):
+            if await _gone_within(connection, grace_period_s):
                 return True
         connection.kill()
-        return await _exited_within(connection, grace_period_s)
+        return await _gone_within(connection, grace_period_s)
     finally:
         connection.channel.close()
 
 
-async def _exited_within(connection: EngineConnection, timeout_s: float) -> bool:
+async def _gone_within(connection: EngineConnection, timeout_s: float) -> bool:
     try:
         async with asyncio.timeout(timeout_s):
-            await connection.wait_exit()
+            await connection.wait_gone()
     except TimeoutError:
         return False
     return True
@@ -270,6 +272,7 @@ class EngineProcess:
         self._exit_reason: asyncio.Future[ExitReason] = self._loop.create_future()
         self._connection: EngineConnection | None = None
         self._holds_memory_claim = False
+        self._memory_at_launch = ""
         self._loaded = False
         self._execution: CurrentExecution | None = None
         self._watchdog = Watchdog(settings, self._requested_s)
@@ -301,16 +304,19 @@ class EngineProcess:
     # Lifecycle
 
     async def run(self) -> None:
-        """Run the engine until all of its processes have ended."""
+        """Run the engine until all of its processes have ended, or cannot be killed."""
         gpu_ids = tuple(self.launch_spec.needed)
         try:
             exit_reason = await self._run_until_exit()
             self._release_memory_claim()
             self._gate.engine_stopping(gpu_ids)
             self._callbacks.on_exit(self, exit_reason)
-            if self._connection is not None:
-                await self._terminate(self._connection, exit_reason)
-            await self._gate.engine_gone(gpu_ids)
+            connection = self._connection
+            if connection is None or await self._terminate(connection, exit_reason):
+                await self._gate.engine_gone(gpu_ids)
+            else:
+                self._callbacks.on_warning(self, f"process group {connection.pid} cannot be killed")
+                self._gate.engine_unkillable(gpu_ids, connection.wait_gone())
         except BaseException:  # a bug, or the loop is being closed: leave no process behind
             if self._connection is not None:
                 self._connection.kill()
@@ -328,7 +334,12 @@ class EngineProcess:
         connection = self._connection
         if connection is None:
             return await self._exit_reason
-        coroutines = (self._receive(connection), self._heartbeat(), self._watch_process(connection))
+        coroutines = (
+            self._receive(connection),
+            self._heartbeat(),
+            self._watch_process(connection),
+            self._watch_ranks(connection),
+        )
         tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
         for task in tasks:
             task.add_done_callback(self._propagate_error)
@@ -346,10 +357,14 @@ class EngineProcess:
     async def _launch(self) -> None:
         try:
             warning = await self._gate.claim(self.launch_spec.needed, self._settings.memory_timeout_s)
+            self._holds_memory_claim = True
+            self._memory_at_launch = self._gate.tightest(self.launch_spec.needed)
         except GpuLostError as error:
             self._exit(ExitReason(reason=str(error), retryable=False))
             return
-        self._holds_memory_claim = True
+        except GpuHeldError as error:
+            self._exit(ExitReason(reason=f"its engine cannot start: {error}"))
+            return
         if warning:
             self._callbacks.on_warning(self, warning)
         self._watchdog = Watchdog(self._settings, self._loop.time())  # waiting for memory does not count
@@ -374,10 +389,20 @@ class EngineProcess:
     async def _watch_process(self, connection: EngineConnection) -> None:
         code = await connection.wait_exit()
         await asyncio.sleep(_OUTPUT_FLUSH_S)
-        output = connection.last_output()
-        if output:
+        lost = connection.rank_lost
+        reason = f"its engine lost {lost.result()}" if lost.done() else f"its engine ended with {describe_exit(code)}"
+        self._exit_with_output(connection, reason)
+
+    async def _watch_ranks(self, connection: EngineConnection) -> None:
+        lost = await asyncio.shield(connection.rank_lost)
+        # A load that fails ends its ranks before it is reported.
+        await asyncio.sleep(_RANK_REPORT_S if self._loaded else self._settings.grace_period_s)
+        self._exit_with_output(connection, f"its engine lost {lost}")
+
+    def _exit_with_output(self, connection: EngineConnection, reason: str) -> None:
+        if not self._exit_reason.done() and (output := connection.last_output()):
             self._callbacks.on_warning(self, f"last output of its engine: {output}")
-        self._exit(ExitReason(reason=f"its engine ended with {describe_exit(code)}"))
+        self._exit(ExitReason(reason=reason))
 
     async def _heartbeat(self) -> None:
         """Ping the engine and check the watchdog at every interval."""
@@ -399,10 +424,9 @@ class EngineProcess:
         if not self._exit_reason.done():
             self._exit_reason.set_result(exit_reason)
 
-    async def _terminate(self, connection: EngineConnection, exit_reason: ExitReason) -> None:
+    async def _terminate(self, connection: EngineConnection, exit_reason: ExitReason) -> bool:
         send_stop = None if exit_reason.failed else partial(self._send, Stop())
-        if not await terminate(connection, grace_period_s=self._settings.grace_period_s, send_stop=send_stop):
-            self._callbacks.on_warning(self, f"process group {connection.pid} cannot be killed")
+        return await terminate(connection, grace_period_s=self._settings.grace_period_s, send_stop=send_stop)
 
     # Messages
 
@@ -428,7 +452,13 @@ class EngineProcess:
                 self._on_pong(message)
 
     def _name_gpu(self, failed: Failed) -> Failed:
-        """Name the GPU of a failure by its id in the cluster: an engine counts only the GPUs that it sees."""
+        """Name the GPU of a failure by its id in the cluster: an engine counts only the GPUs that it sees.
+
+        Not every engine names one. Where memory lacks while it loads, the one that is short of it by the plan is named.
+        """
+        is_load = failed.execution_id == 0 and failed.kind == FailureKind.OUT_OF_MEMORY
+        if is_load and not failed.device and self._memory_at_launch:
+            return msgspec.structs.replace(failed, message=f"{failed.message}; {self._memory_at_launch}")
         gpu_ids = dict(zip(self.launch_spec.spec.devices, self.launch_spec.needed, strict=False))
         gpu_id = gpu_ids.get(failed.device)
         return failed if gpu_id is None else msgspec.structs.replace(failed, device=f"GPU {gpu_id}")
@@ -443,6 +473,8 @@ class EngineProcess:
     def _on_loaded(self, loaded: Loaded) -> None:
         if not self._loaded:
             self._loaded = True
+            if self._connection is not None:
+                self._connection.engine_loaded()
             self._release_memory_claim()
             self._callbacks.on_loaded(self, loaded)
 

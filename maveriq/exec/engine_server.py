@@ -32,11 +32,13 @@ from maveriq.exec.messages import (
     FromEngine,
     Generate,
     Inspected,
+    Loaded,
     ProtocolError,
     StreamChannel,
     ToEngine,
     decode_to_engine,
 )
+from maveriq.exec.processes import ENGINE_ID, children_of, describe_exit, marked_processes
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -70,6 +72,7 @@ class EngineServer:
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
         self._engine: Engine | None = None
+        self._children: set[int] = set()  # that run since the engine has loaded
         self._protocol = EngineProtocol(pid=os.getpid(), worker=self, send=channel.send, exit_process=self._end)
 
     async def run(self) -> int:
@@ -101,14 +104,29 @@ class EngineServer:
             self._exit.set_result(code)
 
     def _on_child_exit(self) -> None:
-        """Exit if one of the engine's own processes failed: the others would wait for it forever."""
-        if not self._protocol.is_serving:
-            return
-        with contextlib.suppress(ChildProcessError):
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None and ended.si_status != 0:
-                _log(f"process {ended.si_pid} of this engine has exited (status {ended.si_status})")
+        """Exit if one of the engine's own processes failed: the others would wait for it forever.
+
+        Each child is asked for by its PID. A wait for any of them returns the same one again until the engine itself
+        waits for it, and hides the others.
+        """
+        for pid in tuple(self._children):
+            try:
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # the engine has waited for it
+                self._children.discard(pid)
+                continue
+            if ended is None:
+                continue
+            self._children.discard(pid)
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            if code != 0 and self._protocol.is_serving:
+                _log(f"process {pid} of this engine ended with {describe_exit(code)}")
                 self._end(BROKEN)
+
+    def _on_loaded(self, loaded: Loaded, children: list[int]) -> None:
+        self._protocol.on_loaded(loaded)
+        self._children = set(children)
+        self._on_child_exit()  # of one that ended meanwhile
 
     # `EngineWorker`
 
@@ -151,7 +169,8 @@ class EngineServer:
             failed = _failed(0, error)
             self._call_in_loop(lambda: self._protocol.on_load_failed(failed))
         else:
-            self._call_in_loop(lambda: self._protocol.on_loaded(loaded))
+            children = children_of(os.getpid())
+            self._call_in_loop(lambda: self._on_loaded(loaded, children))
 
     def _do_inspect(self, spec: EngineSpec) -> None:
         try:
@@ -248,13 +267,20 @@ def main() -> None:
 
 
 def _exit(code: int) -> None:
-    """Exit at once, without waiting for the engine's thread, and end the engine's other processes."""
+    """Exit at once, without waiting for the engine's thread, and end the engine's other processes.
+
+    The executor does the same when it sees this process exit; it may have ended itself.
+    """
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     if os.getpgrp() == os.getpid():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
+    if engine_id := os.environ.get(ENGINE_ID):
+        for pid in marked_processes(engine_id):  # also those in groups of their own
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
     os._exit(code)
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Protocol
 
+from maveriq.errors import MaveriqError
 from maveriq.units import Bytes, gib
 
 _POLL_INTERVAL_S = 0.1
+
+
+class GpuHeldError(MaveriqError):
+    """A GPU is held by an engine that has been stopped but does not end."""
 
 
 class MemoryProbe(Protocol):
@@ -50,6 +55,7 @@ class GpuMemoryGate:
         self._stopping: Counter[int] = Counter()  # engines by GPU
         self._claimed: Counter[int] = Counter()  # bytes by device
         self._changed = asyncio.Condition()
+        self._unkillable: set[asyncio.Task[None]] = set()
 
     def engine_stopping(self, gpu_ids: Sequence[int]) -> None:
         """Record that an engine on these GPUs is being terminated."""
@@ -61,6 +67,17 @@ class GpuMemoryGate:
             self._stopping.subtract(gpu_ids)
             self._changed.notify_all()
 
+    def engine_unkillable(self, gpu_ids: Sequence[int], gone: Awaitable[None]) -> None:
+        """Record that a stopping engine cannot be killed; its GPUs stay taken until it is `gone` all the same."""
+
+        async def wait() -> None:
+            await gone
+            await self.engine_gone(gpu_ids)
+
+        task = asyncio.get_running_loop().create_task(wait())
+        self._unkillable.add(task)
+        task.add_done_callback(self._unkillable.discard)
+
     async def claim(self, needed: Mapping[int, Bytes], timeout_s: float) -> str:
         """Wait until no engine is stopping on these GPUs and the needed memory is free, then claim it.
 
@@ -68,19 +85,27 @@ class GpuMemoryGate:
 
         Args:
             needed: memory by GPU.
-            timeout_s: how long to wait for free memory; then the claim is granted with a warning.
+            timeout_s: how long to wait. If memory is still short then, the claim is granted with a warning: others
+                may use the GPU too.
 
         Returns:
             The warning, or "" if the memory is free.
 
         Raises:
+            GpuHeldError: an engine of ours still holds one of the GPUs after the timeout.
             GpuLostError: one of the devices is lost.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while True:
-            async with self._changed:  # in every round: another engine may have begun to stop
-                await self._changed.wait_for(lambda: not any(self._stopping[gpu_id] for gpu_id in needed))
+            try:
+                async with asyncio.timeout_at(max(deadline_s, loop.time() + _POLL_INTERVAL_S)), self._changed:
+                    # In every round: another engine may have begun to stop.
+                    await self._changed.wait_for(lambda: not any(self._stopping[gpu_id] for gpu_id in needed))
+            except TimeoutError:
+                held = ", ".join(str(gpu_id) for gpu_id in needed if self._stopping[gpu_id])
+                message = f"GPU {held} is held by an engine that was stopped {timeout_s:g} s ago and does not end"
+                raise GpuHeldError(message) from None
             shortage = self._shortage(needed)
             if not shortage or loop.time() >= deadline_s:
                 self._claimed.update(self._by_device(needed))
@@ -90,6 +115,24 @@ class GpuMemoryGate:
     def release_claim(self, needed: Mapping[int, Bytes]) -> None:
         """Drop a claim: the engine has allocated its memory, or has failed."""
         self._claimed.subtract(self._by_device(needed))
+
+    def tightest(self, needed: Mapping[int, Bytes]) -> str:
+        """Return which GPU has the least memory to spare for an engine, and how much; "" if none is known.
+
+        Args:
+            needed: memory by GPU; those that share a device add up.
+
+        Raises:
+            GpuLostError: one of the devices is lost.
+        """
+        by_device = self._by_device(needed)
+        free = {device: self._probe.free_bytes(device) for device in by_device}
+        known = {device: amount for device, amount in free.items() if amount is not None}
+        if not known:
+            return ""
+        device = min(known, key=lambda device: known[device] - by_device[device])
+        gpu_id = next(gpu_id for gpu_id in needed if self._probe.device_of(gpu_id) == device)
+        return f"GPU {gpu_id} had {gib(known[device]):.2f} GiB free for the planned {gib(by_device[device]):.2f} GiB"
 
     def _by_device(self, needed: Mapping[int, Bytes]) -> Counter[int]:
         """Return memory by device; GPUs that share a device add up."""

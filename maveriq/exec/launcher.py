@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import stat
@@ -23,6 +24,8 @@ from maveriq.exec.engines.engine import EngineError
 from maveriq.exec.engines.interpreter import module_command
 from maveriq.exec.gpus import Devices
 from maveriq.exec.messages import Channel, EngineSpec, FromEngine, StreamChannel, ToEngine, decode_from_engine
+from maveriq.exec.process_tree import ProcessTree, ProcessTrees
+from maveriq.exec.processes import ENGINE_ID, describe_exit
 from maveriq.exec.scratch_folder import ScratchFolder
 
 ToEngineChannel: TypeAlias = Channel[ToEngine, FromEngine]
@@ -42,7 +45,7 @@ class LaunchError(MaveriqError):
 
 
 class EngineConnection(Protocol):
-    """An engine's process group, and the channel to its leader."""
+    """An engine's processes, and the channel to their leader."""
 
     @property
     def channel(self) -> ToEngineChannel:
@@ -50,19 +53,29 @@ class EngineConnection(Protocol):
 
     @property
     def pid(self) -> int:
-        """The PID of the leader, which is also the id of the process group."""
+        """The PID of the leader, which is also the id of its process group."""
+
+    @property
+    def rank_lost(self) -> asyncio.Future[str]:
+        """Gets a description of the first rank that ends while the leader runs and nobody ends the engine."""
+
+    def engine_loaded(self) -> None:
+        """Find out which processes are ranks: from now on the end of one sets `rank_lost`."""
 
     async def wait_exit(self) -> int:
         """Wait until the leader has exited and return its exit code, or minus the number of the signal that killed it.
 
-        The rest of its group is killed then.
+        The other processes are killed then.
         """
 
+    async def wait_gone(self) -> None:
+        """Wait until all processes have ended. Only then is their GPU memory free."""
+
     def terminate(self) -> None:
-        """Send SIGTERM to the whole group."""
+        """Send SIGTERM to all processes."""
 
     def kill(self) -> None:
-        """Send SIGKILL to the whole group."""
+        """Send SIGKILL to all processes."""
 
     def last_output(self) -> str:
         """Return the last line of the engine's log, "" if there is none."""
@@ -82,7 +95,7 @@ class Launcher(Protocol):
 
 
 class ProcessLauncher:
-    """Starts each engine as a process group on this machine.
+    """Starts each engine as a process group on this machine, and tracks the processes that leave the group.
 
     Use it as a context manager: leaving it removes the sockets and the temporary files of engines. Those of a process
     that was killed are removed here.
@@ -120,11 +133,14 @@ class ProcessLauncher:
         except OSError as error:
             raise cannot_write("the folder of temporary files", error) from None
         self._environment |= python_environment(self._environment, import_path, python)
+        self._trees = ProcessTrees()
+        self._launches = itertools.count(1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._trees.close()
         self._sockets.cleanup()
 
     async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> EngineConnection:
@@ -156,8 +172,11 @@ class ProcessLauncher:
     async def _start(
         self, path: Path, log: EngineLog, visible: Sequence[str], connected: asyncio.Future[ToEngineChannel]
     ) -> EngineConnection:
-        process = await self._spawn(path, log, visible)
+        engine_id = f"{self._sockets.path.name}/{next(self._launches)}"  # the folder's name is random
+        process = await self._spawn(path, log, visible, engine_id)
+        tree = self._trees.track(engine_id, process.pid)
         exited = asyncio.create_task(process.wait())
+        exited.add_done_callback(lambda _: tree.leader_exited())
         try:
             first_of: tuple[asyncio.Future[Any], ...] = (connected, exited)
             await asyncio.wait(first_of, return_when=asyncio.FIRST_COMPLETED)
@@ -166,17 +185,20 @@ class ProcessLauncher:
             await exited
             raise
         if connected.done():
-            return ProcessConnection(process.pid, connected.result(), exited, log)
+            return ProcessConnection(tree, connected.result(), exited, log)
         output = log.last_line()
         reason = f"its process ended with {describe_exit(exited.result())}"
         raise LaunchError(f"{reason}: {output}" if output else reason)
 
-    async def _spawn(self, path: Path, log: EngineLog, visible: Sequence[str]) -> asyncio.subprocess.Process:
+    async def _spawn(
+        self, path: Path, log: EngineLog, visible: Sequence[str], engine_id: str
+    ) -> asyncio.subprocess.Process:
         command = module_command(str(self._python or sys.executable), "maveriq.exec.engine_server")
         command += ["--socket", str(path), "--backend", self._backend]
         # Libraries read CUDA_VISIBLE_DEVICES once, when they are imported, so it is set before the process starts.
         environment = self._environment | {
             "CUDA_VISIBLE_DEVICES": ",".join(visible),
+            ENGINE_ID: engine_id,
             # Temporary files of killed engines are removed together with the sockets.
             "TMPDIR": str(self._sockets.path),
         }
@@ -196,10 +218,10 @@ class ProcessLauncher:
 
 
 class ProcessConnection:
-    """A connection to a process group on this machine."""
+    """A connection to the processes of an engine on this machine."""
 
-    def __init__(self, pid: int, channel: ToEngineChannel, exited: asyncio.Task[int], log: EngineLog) -> None:
-        self._pid = pid
+    def __init__(self, tree: ProcessTree, channel: ToEngineChannel, exited: asyncio.Task[int], log: EngineLog) -> None:
+        self._tree = tree
         self._channel = channel
         self._exited = exited
         self._log = log
@@ -207,7 +229,7 @@ class ProcessConnection:
 
         def on_exit(_: object) -> None:
             # Kill the rest of the group at once: the PID may be reused later.
-            _signal_group(pid, signal.SIGKILL)
+            _signal_group(tree.leader, signal.SIGKILL)
             limiting_log.cancel()
 
         exited.add_done_callback(on_exit)
@@ -219,24 +241,38 @@ class ProcessConnection:
 
     @property
     def pid(self) -> int:
-        """The PID of the leader, which is also the id of the process group."""
-        return self._pid
+        """The PID of the leader, which is also the id of its process group."""
+        return self._tree.leader
+
+    @property
+    def rank_lost(self) -> asyncio.Future[str]:
+        """Gets a description of the first rank that ends; see `EngineConnection`."""
+        return self._tree.rank_lost
+
+    def engine_loaded(self) -> None:
+        """Find out which processes are ranks."""
+        self._tree.engine_loaded()
 
     async def wait_exit(self) -> int:
         """Wait until the leader has exited; see `EngineConnection`."""
         return await asyncio.shield(self._exited)
 
+    async def wait_gone(self) -> None:
+        """Wait until all processes have ended."""
+        await asyncio.shield(self._tree.gone)
+
     def terminate(self) -> None:
-        """Send SIGTERM to the whole group."""
+        """Send SIGTERM to all processes."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGKILL to the whole group."""
+        """Send SIGKILL to all processes."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
+        self._tree.send_signal(number)
         if not self._exited.done():
-            _signal_group(self._pid, number)
+            _signal_group(self._tree.leader, number)
 
     def last_output(self) -> str:
         """Return the last line of the engine's log, "" if there is none."""
@@ -246,16 +282,6 @@ class ProcessConnection:
 def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # the group has ended
         os.killpg(pid, number)
-
-
-def describe_exit(code: int) -> str:
-    """Return an exit code as text; a negative code is minus the number of the signal that killed the process."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
 
 
 MAX_LOG_BYTES = 16 << 20

@@ -211,7 +211,7 @@ async def _stop(connection: EngineConnection) -> None:
     for stop in (connection.terminate, connection.kill):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
-                await connection.wait_exit()
+                await connection.wait_gone()
                 break
         stop()
     connection.channel.close()

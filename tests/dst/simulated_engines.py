@@ -181,8 +181,18 @@ class Connection:
             self._open = False
             self._process.executor_gone()
 
+    @property
+    def rank_lost(self) -> asyncio.Future[str]:
+        return self._process.rank_lost
+
+    def engine_loaded(self) -> None:
+        pass
+
     async def wait_exit(self) -> int:
         return await asyncio.shield(self._process.exited)
+
+    async def wait_gone(self) -> None:
+        await self.wait_exit()
 
     def terminate(self) -> None:
         self._process.signalled(-15)
@@ -205,6 +215,7 @@ class Process:
         self.pid = machine.next_pid()
         self.inbox = Inbox()
         self.exited: asyncio.Future[int] = machine.loop.create_future()
+        self.rank_lost: asyncio.Future[str] = machine.loop.create_future()
         self.holds_memory = False
         self.executing = False
         self.ending = False  # it must exit

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fixtures import MODEL
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import RequestStatus
 from maveriq.exec.executor import Executor
+from maveriq.exec.gpus import Devices
 from maveriq.exec.in_flight import LiveRequestHandle
 from maveriq.exec.live_cluster import EndpointRequest, Submission
 
@@ -140,6 +142,53 @@ def test_out_of_memory_at_start_is_not_retried(tmp_path) -> None:
             ended = await send(executor, 2).outcome()
             assert (ended.status, ended.reason) == (REFUSED, "deployment 2 (tiny) is down for good")
             assert (await send(executor).outcome()).status is COMPLETED
+
+    run_async(check)
+
+
+class HalfFree:
+    """GPUs that all have as much free memory, but GPU 3, which has less."""
+
+    def device_of(self, gpu_id: int) -> int:
+        return gpu_id
+
+    def free_bytes(self, device: int) -> int:
+        return (1 << 30) if device == 3 else (5 << 30)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (
+            1,
+            r"\(out-of-memory on GPU 2\): trtllm: needs 2.50 GiB, 1.25 GiB free .RuntimeError: CUDA out",
+        ),
+        (
+            2,
+            r"\(out-of-memory\): trtllm: RuntimeError: Executor creation failed due to insufficient GPU memory.; SHORT",
+        ),
+        (3, r"\(out-of-memory\): trtllm: RuntimeError: CUDA error: out of memory; SHORT"),
+        (4, r"\(error\): trtllm: RuntimeError: Executor worker returned error; caused by RuntimeError: no such layer"),
+    ],
+)
+def test_the_status_says_which_gpu_lacks_how_much_memory(tmp_path, number: int, reason: str) -> None:
+    short = r"GPU 3 had 1\.00 GiB free for the planned \d\.\d\d GiB"
+
+    async def check() -> None:
+        async with running_executor(
+            {endpoint_id: [(3, 2)] for endpoint_id in range(1, 5)},
+            tmp_path,
+            backend="engine_fixtures:WrappedOutOfMemory",
+            devices=Devices(uuids=("GPU-a", "GPU-b", "GPU-c", "GPU-d")),
+            memory_probe=HalfFree(),
+        ) as executor:
+            for endpoint_id in range(1, number + 1):
+                executor.deploy(
+                    EndpointRequest(model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=1)
+                )
+                await until(lambda: status(executor, endpoint_id) == "down")  # noqa: B023
+            found = executor.controller.manager.deployments[number].reason
+            assert re.match("its engine could not load " + reason.replace("SHORT", short), found), found
 
     run_async(check)
 

@@ -59,6 +59,9 @@ class FakeEngine:
         self._answer = answer
         self._sent: asyncio.Queue[FromEngine] = asyncio.Queue()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.rank_lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.gone = asyncio.Event()  # of its ranks
+        self.gone.set()
 
     # The channel
 
@@ -79,8 +82,15 @@ class FakeEngine:
 
     # The process
 
+    def engine_loaded(self) -> None:
+        pass
+
     async def wait_exit(self) -> int:
         return await asyncio.shield(self._exit)
+
+    async def wait_gone(self) -> None:
+        await self.wait_exit()
+        await self.gone.wait()
 
     def terminate(self) -> None:
         self.signals.append("TERM")
@@ -497,6 +507,86 @@ def test_a_process_that_cannot_be_killed_is_reported() -> None:
         await asyncio.sleep(0.5)
 
     assert run_script(script, answer).details("warning") == ["process group 4711 cannot be killed"]
+
+
+def test_a_lost_rank_ends_the_engine_within_2_s() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
+        await asyncio.sleep(1)
+        harness.engines[0].rank_lost.set_result("rank 1, process 7 (python)")
+        await asyncio.sleep(2)
+        assert harness.details("down") == ["its engine lost rank 1, process 7 (python)"]
+        assert harness.engines[0].signals == ["KILL"]
+
+    run_script(script)
+
+
+def test_an_engine_that_ends_because_of_a_lost_rank_says_so() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
+        await asyncio.sleep(1)
+        harness.engines[0].rank_lost.set_result("rank 1, process 7 (python)")
+        harness.engines[0].exit(4)
+        await asyncio.sleep(2)
+        assert harness.details("down") == ["its engine lost rank 1, process 7 (python)"]
+
+    run_script(script)
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_a_load_that_fails_may_lose_its_ranks_before_it_says_why(*, reports: bool) -> None:
+    def answer(engine: FakeEngine, message: ToEngine) -> None:
+        if isinstance(message, Load) and not engine.rank_lost.done():
+            engine.rank_lost.set_result("rank 0, process 6 (python)")
+        if isinstance(message, Ping) and message.number == 4 and reports:
+            engine.reply(Failed(execution_id=0, kind="out-of-memory", message="no"))
+
+    async def script(harness: Harness) -> None:
+        harness.start()
+        await asyncio.sleep(SETTINGS.grace_period_s + 0.5)
+        assert harness.details("lost") == (["its engine could not load (out-of-memory): no"] if reports else [])
+        assert harness.details("down") == ([] if reports else ["its engine lost rank 0, process 6 (python)"])
+
+    run_script(script, answer)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_memory_is_free_only_when_all_processes_have_ended(*, stop: bool) -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
+        await asyncio.sleep(1)
+        harness.engines[0].gone.clear()
+        if stop:
+            harness.supervisor.stop()
+            harness.start()
+        else:
+            harness.engines[0].exit(1)
+        await asyncio.sleep(50)  # it cannot be killed meanwhile
+        assert len(harness.engines) == 1
+        harness.engines[0].gone.set()
+        await asyncio.sleep(0.5)
+        assert len(harness.engines) == 2
+        assert harness.details("warning") == ["process group 4711 cannot be killed"]
+
+    run_script(script)
+
+
+def test_an_engine_cannot_start_where_another_never_ends() -> None:
+    async def script(harness: Harness) -> None:
+        harness.start()
+        await asyncio.sleep(1)
+        harness.engines[0].gone.clear()
+        harness.supervisor.stop()
+        harness.start()
+        await asyncio.sleep(61)
+        assert harness.details("down") == [
+            "its engine cannot start: GPU 0, 1 is held by an engine that was stopped 60 s ago and does not end"
+        ]
+        await asyncio.sleep(1000)
+        assert len(harness.details("lost")) == 1
+        assert len(harness.engines) == 1
+
+    run_script(script)
 
 
 class _Memory:

@@ -26,9 +26,9 @@ from maveriq.exec.device import Device
 from maveriq.exec.engine_protocol import STOPPED
 from maveriq.exec.engines.engine import FailureKind
 from maveriq.exec.gpus import GpuMeter
-from maveriq.exec.launcher import describe_exit
 from maveriq.exec.local_machine import EMULATED
 from maveriq.exec.messages import Inspected, PromptSequence
+from maveriq.exec.processes import describe_exit
 from maveriq.units import Bytes, gib
 
 LIMIT_S = 480.0

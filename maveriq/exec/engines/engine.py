@@ -48,7 +48,7 @@ Step: TypeAlias = Sequence[int]
 
 
 class Engine(Protocol):
-    """One model, loaded in this process and possibly in others of its process group.
+    """One model, loaded in this process and possibly in others that it starts.
 
     The engine server calls an engine from one thread, one call at a time: `load`, then `generate` any number of times,
     then `close`. The server measures times.

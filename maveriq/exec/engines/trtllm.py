@@ -160,7 +160,7 @@ def _quantisation_config(algorithm: str) -> dict[str, Any]:
 
 
 class TrtLlmEngine(ExternalEngine):
-    """TensorRT-LLM as an `Engine`; its workers are child processes of this process."""
+    """TensorRT-LLM as an `Engine`; its workers are children of `orted`, which MPI starts from this process."""
 
     name = NAME
 
