@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from maveriq.errors import InputError
-from maveriq.input_files import read_lines
+from maveriq.input_files import SMALLER, read_lines
 from maveriq.tables import Row, cells_and_header, shortened
 from maveriq.units import MICROS_PER_SECOND
 
@@ -62,19 +62,20 @@ class Batch:
             raise InputError(f"{self.where} cannot be used: {error}") from None
 
 
-def csv_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Batch]:
+def csv_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = SMALLER) -> Iterator[Batch]:
     """Yield the rows of a CSV file with a header, in batches.
 
     Args:
         path: the file; it may be packed with gzip or zip.
         choose: returns which columns to read.
         what: the kind of file, for messages.
+        remedy: what to do about a file that is too large, for the message.
 
     Raises:
         InputError: the file cannot be read, a row has too few or too many cells, or there are no rows.
     """
     where = f"{what} {str(path)!r}"
-    reader = csv.reader(read_lines(path, what=what, max_bytes=MAX_BYTES), strict=True)
+    reader = csv.reader(read_lines(path, what=what, max_bytes=MAX_BYTES, remedy=remedy), strict=True)
     header: list[str] = []
     while not header and (first := _some(reader, where, 1)):  # blank lines come first
         header = first[0]
@@ -135,14 +136,14 @@ def _numbered(rows: list[list[str]], first_line: int, last_line: int) -> tuple[S
     return [line for line, _ in numbered], [cells for _, cells in numbered]
 
 
-def json_batches(path: Path, choose: ChooseColumns, *, what: str) -> Iterator[Batch]:
+def json_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = SMALLER) -> Iterator[Batch]:
     """Yield the lines of a file of JSON objects as rows, in batches; the keys of the first line are the header.
 
     Raises:
         InputError: the file cannot be read, or a line is not a JSON object or lacks a chosen key.
     """
     where = f"{what} {str(path)!r}"
-    lines = enumerate(read_lines(path, what=what, max_bytes=MAX_BYTES), start=1)
+    lines = enumerate(read_lines(path, what=what, max_bytes=MAX_BYTES, remedy=remedy), start=1)
     objects = ((number, _json_object(line, where, number)) for number, line in lines if line.strip())
     first = next(objects)
     chosen = choose(list(first[1]))

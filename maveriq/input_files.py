@@ -26,6 +26,9 @@ MAX_TEXT_BYTES = 64 << 20
 MAX_LINE_BYTES = 1 << 20
 """The longest line of a table."""
 
+SMALLER = "give a smaller file"
+"""What to do about a file that is too large."""
+
 _MAX_ZIP_DIRECTORY_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 _MAGIC_BYTES = 8
@@ -143,13 +146,14 @@ def read_head(path: Path, *, what: str) -> str:
         return stream.read(_START_BYTES).decode("utf-8-sig", errors="replace")
 
 
-def read_lines(path: Path, *, what: str, max_bytes: int) -> Iterator[str]:
+def read_lines(path: Path, *, what: str, max_bytes: int, remedy: str = SMALLER) -> Iterator[str]:
     """Yield the lines of a text file with their line ends, one at a time, unpacked if the file is packed.
 
     Args:
         path: the file.
         what: the kind of file, for messages.
         max_bytes: the most that it may hold, unpacked.
+        remedy: what to do about a larger one, for the message.
 
     Raises:
         InputError: the file cannot be read or unpacked, is not a regular file, is not UTF-8, or it or a line is too
@@ -167,7 +171,7 @@ def read_lines(path: Path, *, what: str, max_bytes: int) -> Iterator[str]:
             if len(rest) + (chunk.find(b"\n") if line_end else len(chunk)) > MAX_LINE_BYTES:
                 raise InputError(f"{where}, line {number}: longer than {_in_mib(MAX_LINE_BYTES)}; give another file")
             if size > limit:
-                raise _too_large(where, limit)
+                raise _too_large(where, limit, remedy)
             if line_end:
                 yield from io.StringIO(_decoded(rest + block + line_end, where, encoding), newline="\n")
                 encoding = "utf-8"
@@ -187,8 +191,8 @@ def _decoded(data: bytes | bytearray, where: str, encoding: str = "utf-8-sig") -
         raise InputError(f"{where} is not a text file in UTF-8{utf16}") from None
 
 
-def _too_large(where: str, limit: int) -> InputError:
-    return InputError(f"{where} holds more than {_in_mib(limit)}; give a smaller file")
+def _too_large(where: str, limit: int, remedy: str = SMALLER) -> InputError:
+    return InputError(f"{where} holds more than {_in_mib(limit)}; {remedy}")
 
 
 def _in_mib(count: int) -> str:

@@ -35,7 +35,7 @@ from maveriq.workload.lengths import (
 )
 from maveriq.workload.model_sets import ModelSet, load_model_set
 from maveriq.workload.requests import Arrivals, Workload, WorkloadSource
-from maveriq.workload.trace_formats import RequestTrace, remarks_on
+from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, remarks_on
 from maveriq.workload.traces import CONSTANT, POISSON, CountedTrace, Schedule, SyntheticLoad, Trace, load_trace
 
 DEFAULT_SCALE = 0.4
@@ -121,7 +121,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
     Raises:
         InputError: options that do not fit together, a file that cannot be used, no request at all.
     """
-    trace = load_trace(options.trace)
+    trace = load_trace(options.trace, _needed(options))
     models = load_model_set(options.models)
     resolved = _resolved(trace, options)
     whole = _draw(trace, resolved, models.load_at)
@@ -163,6 +163,14 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         arrivals=arrivals,
         source=_source(trace, resolved, whole, arrivals, endpoints),
     )
+
+
+def _needed(options: WorkloadOptions) -> TracePart:
+    """Return the part of a file that is replayed; published arrivals are redrawn from all of it."""
+    if options.arrivals == "published":
+        return WHOLE_TRACE
+    span_s = None if options.duration_s is None else options.duration_s * (options.scale or 1.0)
+    return TracePart(requests=options.limit, span_s=span_s)
 
 
 def _first(column: np.ndarray[Any, Any] | None, requests: int) -> np.ndarray[Any, Any] | None:
@@ -285,7 +293,7 @@ def _source(
     dropped = {}
     if in_trace is not None and len(whole) < in_trace:
         dropped[f"scale {options.scale:g} (whole requests per minute)"] = in_trace - len(whole)
-    if len(arrivals) < len(whole):
+    if len(arrivals) < len(whole) and not _is_cut(trace):
         by = "limit" if options.limit == len(arrivals) else "duration"
         dropped[by] = len(whole) - len(arrivals)
     late = [
@@ -307,8 +315,13 @@ def _source(
     )
 
 
+def _is_cut(trace: Trace) -> bool:
+    """Return whether the trace goes on behind what was read of it."""
+    return isinstance(trace, RequestTrace) and not trace.is_whole
+
+
 def _requests_in(trace: Trace) -> int | None:
-    if isinstance(trace, SyntheticLoad):
+    if isinstance(trace, SyntheticLoad) or _is_cut(trace):
         return None
     if isinstance(trace, CountedTrace):
         return int(trace.requests_per_minute.sum())

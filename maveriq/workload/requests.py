@@ -63,7 +63,8 @@ class WorkloadSource:
         trace: the trace's name.
         format_name: what the trace is.
         options: the options that shaped it, as resolved; one that does not apply is missing.
-        requests_in_trace: how many requests the trace has; None for a load without a trace.
+        requests_in_trace: how many requests the trace has; None for a load without a trace, and for a large file
+            that was not read to its end.
         requests: how many the workload has.
         dropped: how many requests of the trace are not in the workload, by reason.
         remarks: what else a reader must know, a sentence without full stop each.

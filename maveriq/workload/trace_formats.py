@@ -24,6 +24,7 @@ MAX_TOKENS = 100_000_000
 _README = "traces/README.md"
 _WHAT = "trace"
 _MAX_REQUESTS = 10_000_000
+_TAKE_A_PART = "take the first part of it with --limit or --duration-s"
 _MAX_MINUTES = 1_000_000  # almost two years; a wrong year would ask for more memory than there is
 _MAX_TIME_NS = 9 * 10**18  # of 64 bits
 _NS_PER_MINUTE = 60 * 10**9
@@ -104,6 +105,33 @@ FORMATS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracePart:
+    """The part of a trace that is needed, from its start: so many requests, and those of so many seconds.
+
+    A large file is not read beyond it. A smaller one is read whole, so that it is checked to its end, and typical
+    lengths are those of the whole trace.
+
+    Args:
+        requests: None for all.
+        span_s: from the first request, in the time of the file; None for all.
+    """
+
+    requests: int | None = None
+    span_s: float | None = None
+
+    def ends_before(self, requests: int, span_ns: int) -> bool:
+        """Return whether so many requests, over so long a time, are more than the part."""
+        if self.requests is not None and requests >= self.requests:
+            return True
+        return self.span_s is not None and (span_ns - _MILLISECOND_NS) / _SECOND_NS > self.span_s  # times are rounded
+
+
+WHOLE_TRACE = TracePart()
+LARGE_FILE_BYTES = 64 << 20
+"""A file that is larger, as it is stored, is read only as far as it is needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTrace:
     """The requests of a file, a column each (int64), in order of time; token counts are at least 1.
 
@@ -116,6 +144,7 @@ class RequestTrace:
         output_tokens: of each request.
         requests_without_tokens: how many have a prompt or output of 0 tokens in the file, counted as 1.
         ignored_columns: columns of the file that are not read.
+        is_whole: the file was read to its end.
     """
 
     name: str
@@ -126,6 +155,7 @@ class RequestTrace:
     output_tokens: np.ndarray[Any, Any]
     requests_without_tokens: int = 0
     ignored_columns: tuple[str, ...] = ()
+    is_whole: bool = True
 
     def __len__(self) -> int:
         return len(self.time_ns)
@@ -143,20 +173,27 @@ class RequestTrace:
         return np.bincount(minutes - minutes[0])
 
 
-def read_requests(path: Path, *, json_lines: bool = False) -> RequestTrace:
+def read_requests(path: Path, *, json_lines: bool = False, part: TracePart = WHOLE_TRACE) -> RequestTrace:
     """Read a file of requests with times and token counts in any of `FORMATS`.
 
     Args:
         path: the file.
         json_lines: it has one JSON object a line, and not CSV.
+        part: what is needed of it.
 
     Raises:
         InputError: the file is of no such format, or a row is wrong; the message names the line.
     """
     reader = _Reader(path)
     read = json_batches if json_lines else csv_batches
-    parts = [reader.convert(batch) for batch in read(path, reader.choose, what=_WHAT)]
-    time_ns, prompts, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    may_stop = path.stat().st_size > LARGE_FILE_BYTES
+    columns, is_whole = [], True
+    for batch in read(path, reader.choose, what=_WHAT, remedy=_TAKE_A_PART):
+        columns.append(reader.convert(batch))
+        if may_stop and part.ends_before(reader.requests, int(columns[-1][0][-1] - columns[0][0][0])):
+            is_whole = False
+            break
+    time_ns, prompts, outputs = (np.concatenate(column) for column in zip(*columns, strict=True))
     if _nearest_minutes(time_ns[-1:])[0] - _nearest_minutes(time_ns[:1])[0] >= _MAX_MINUTES:
         raise InputError(
             f"{reader.where} cannot be used: it spans more than {_MAX_MINUTES:,} minutes; is a year wrong?"
@@ -172,6 +209,7 @@ def read_requests(path: Path, *, json_lines: bool = False) -> RequestTrace:
         output_tokens=np.maximum(outputs, 1).astype(np.int64),
         requests_without_tokens=without,
         ignored_columns=reader.ignored,
+        is_whole=is_whole,
     )
 
 
@@ -187,6 +225,8 @@ def remarks_on(trace: RequestTrace) -> list[str]:
         remarks.append(f"0 tokens count as 1, in {counted(trace.requests_without_tokens, 'request')}")
     if trace.ignored_columns:
         remarks.append(f"columns not read: {', '.join(trace.ignored_columns)}"[:200])
+    if not trace.is_whole:
+        remarks.append("the file is large, and read only as far as needed")
     return remarks
 
 
@@ -207,7 +247,7 @@ class _Reader:
         self._columns: tuple[str, ...] = ()  # as the file writes them: time, prompt, output
         self._ones: tuple[str, ...] = ()
         self._last_ns = -(2**63)
-        self._requests = 0
+        self.requests = 0
 
     def choose(self, header: list[str]) -> Sequence[str]:
         """Return the columns to read."""
@@ -223,9 +263,9 @@ class _Reader:
         """Return times and token counts of a batch."""
         columns = batch.converted(self._arrays, self._check_row)
         self._last_ns = int(columns[0][-1])
-        self._requests += len(batch.lines)
-        if self._requests > _MAX_REQUESTS:
-            raise InputError(f"{self.where} has more than {_MAX_REQUESTS:,} requests; give a part of it")
+        self.requests += len(batch.lines)
+        if self.requests > _MAX_REQUESTS:
+            raise InputError(f"{self.where} has more than {_MAX_REQUESTS:,} requests; {_TAKE_A_PART}")
         return columns
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:

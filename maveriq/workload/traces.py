@@ -20,7 +20,7 @@ from maveriq.input_files import read_head
 from maveriq.tables import other_separator, read_csv
 from maveriq.workload.requests import Arrivals
 from maveriq.workload.schedules import SCHEDULE_COLUMNS, SCHEDULE_OPTIONAL_COLUMNS, read_schedule
-from maveriq.workload.trace_formats import RequestTrace, read_requests, refuse_json
+from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, read_requests, refuse_json
 
 EMBEDDED_TRACES = ("code", "conversation")
 POISSON, CONSTANT = "poisson", "constant"
@@ -72,11 +72,12 @@ def embedded_trace(name: str) -> CountedTrace:
     return CountedTrace(name=name, requests_per_minute=np.array([row.count("requests") for row in table], np.int64))
 
 
-def load_trace(name_or_path: str) -> Trace:
+def load_trace(name_or_path: str, part: TracePart = WHOLE_TRACE) -> Trace:
     """Return a trace by name, or read a file, whose header says what it is.
 
     Args:
         name_or_path: one of `TRACES`, or the path of a file, which may be packed with gzip or zip.
+        part: what is needed of a file.
 
     Raises:
         UnknownNameError: neither a known name nor a path.
@@ -89,11 +90,11 @@ def load_trace(name_or_path: str) -> Trace:
     path = Path(name_or_path)
     if not (path.suffix in _SUFFIXES or "/" in name_or_path or exists(path)):
         raise UnknownNameError("trace", name_or_path, TRACES, "or give the path of a CSV file")
-    return read_trace(path)
+    return read_trace(path, part)
 
 
-def read_trace(path: Path) -> RequestTrace | Schedule:
-    """Read a file, whose start says which kind of trace it is.
+def read_trace(path: Path, part: TracePart = WHOLE_TRACE) -> RequestTrace | Schedule:
+    """Read a file, whose start says which kind of trace it is; of a large file of requests, at least the given part.
 
     Raises:
         InputError: the file cannot be used; the message names the line.
@@ -109,13 +110,13 @@ def read_trace(path: Path) -> RequestTrace | Schedule:
         is_long_line = start[0] == "{" and first_line == start.rstrip("\r") and len(head) > _LONG_LINE
         if not (keys or is_long_line) or keys & {"conversations", "messages", "prompt"}:
             refuse_json(head, where)
-        return read_requests(path, json_lines=True)
+        return read_requests(path, json_lines=True, part=part)
     header = _header(first_line)
     if separator := other_separator(header):
         raise InputError(f"{where} is separated by {separator}; save it with commas")
     if "endpoint" in header or (set(header) & set(SCHEDULE_OPTIONAL_COLUMNS) and set(header) & set(SCHEDULE_COLUMNS)):
         return Schedule(name=path.name, arrivals=read_schedule(path))
-    return read_requests(path)
+    return read_requests(path, part=part)
 
 
 def _header(line: str) -> list[str]:
