@@ -6,7 +6,7 @@ PACKAGE := .venv/.package
 TOOLS := .venv/.tools
 
 .DEFAULT_GOAL := help
-.PHONY: help sim test test-heavy test-all check lint bench soak wheel clean
+.PHONY: help sim test test-heavy test-all check lint bench soak wheel audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ bench: $(TOOLS) ## measure speed and memory; prints ratios taken in one run
 
 soak: $(TOOLS) ## random search: 10,000 simulated runs under faults, then the laws on random examples
 	$(BIN)/python scripts/soak.py $(ARGS)
+
+audit: $(PACKAGE) ## look up known vulnerabilities of the installed packages; needs the network, so CI does not run it
+	$(PIP) --group audit
+	$(BIN)/python scripts/audit.py
 
 clean: ## remove the environment and everything built
 	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis runs

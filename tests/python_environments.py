@@ -53,7 +53,7 @@ def environment_of(version: str, folder: Path) -> Path:
     subprocess.run([python, "-m", "venv", "--without-pip", str(folder)], check=True)
     interpreter = folder / "bin" / "python"
     our_pip = [sys.executable, "-m", "pip", "--python", str(interpreter)]  # installing another one takes long
-    subprocess.run([*our_pip, "install", "--quiet", "--disable-pip-version-check", "msgspec>=0.19"], check=True)
+    subprocess.run([*our_pip, "install", "--quiet", "--disable-pip-version-check", "msgspec>=0.19,<1"], check=True)
     return interpreter
 
 

@@ -24,7 +24,7 @@ from maveriq.exec.engines.interpreter import module_command
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 """The versions of Python in which the process of an engine is tested."""
 
-HOST_PACKAGE, HOST_REQUIREMENT = "msgspec", "msgspec>=0.19"
+HOST_PACKAGE, HOST_REQUIREMENT = "msgspec", "msgspec>=0.19,<1"
 """What every engine's process needs besides the packages of its engine."""
 
 NOT_INHERITED = ("MAVERIQ_TOKEN",)

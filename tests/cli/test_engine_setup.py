@@ -63,7 +63,7 @@ def test_a_finished_environment_is_found(tmp_path: Path) -> None:
     lines = make(folder, python=fake_python(tmp_path))
     assert lines == [
         f"making an environment in {folder}",
-        "installing safetensors>=0.4 torch>=2.6 msgspec>=0.19",
+        "installing safetensors>=0.4,<1 torch>=2.6,<3 msgspec>=0.19,<1",
         "importing torch safetensors",
     ]
     found = find_environment("torch")
