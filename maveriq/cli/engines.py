@@ -16,6 +16,7 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.exec.capabilities import installed, known_engines, this_machine, why_not
 from maveriq.exec.device import Device
 from maveriq.exec.engine_environments import find_environment
+from maveriq.exec.gpus import least_compute_capability
 from maveriq.report.engines import answers_json, answers_table, installed_table, matrix_json, matrix_table
 from maveriq.report.terminal import open_console
 
@@ -43,7 +44,7 @@ def root(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="How weights are stored: float16, int8, int4, int4_gptq.",
+            help="How weights are stored: float16, int8, int4, int4_gptq, fp8.",
             show_default="float16",
             rich_help_panel=_MODEL,
         ),
@@ -99,7 +100,8 @@ def root(
     spec = load_model(model)
     target = Device.named(device or Device.CUDA.value)
     wanted = _configuration(spec, weights=weights, kv=kv, tp=tp, pp=pp, layer_split=layer_split)
-    answers = {name: why_not(name, spec, wanted, target) for name in known_engines()}
+    generation = least_compute_capability(this_machine().gpus) if target is Device.CUDA else None
+    answers = {name: why_not(name, spec, wanted, target, compute_capability=generation) for name in known_engines()}
     if as_json:
         typer.echo(json.dumps(answers_json(spec, wanted, target, answers), indent=2, allow_nan=False))
     else:

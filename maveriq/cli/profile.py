@@ -82,7 +82,7 @@ def profile(
     cases = _cases(batch_size, prompt_tokens, output_tokens)
     with contextlib.closing(LocalMachine(backend, engine_python or ())) as local:
         for model, parallel_config in engines:
-            _check_supported(backend, model, parallel_config, Device.CUDA if local.meter else Device.CPU)
+            _check_supported(local, model, parallel_config)
         machine = _machine(local, kind, memory_gib)
         job = _Job(
             local=local, machine=machine, engines=engines, cases=cases, probe=Probe(files=files, repeats=repeats)
@@ -199,10 +199,11 @@ def _configuration(text: str) -> tuple[str | None, ParallelConfig]:
     return match["model"], configuration
 
 
-def _check_supported(backend: str, model: ModelSpec, configuration: ParallelConfig, device: Device) -> None:
+def _check_supported(local: LocalMachine, model: ModelSpec, configuration: ParallelConfig) -> None:
     if configuration.pp > model.layers:
         raise InputError(f"{model.name} has {model.layers} layers, too few for {configuration.pp} stages")
-    refusal = why_not(backend, model, configuration, device)
+    device = Device.CUDA if local.meter else Device.CPU
+    refusal = why_not(local.backend, model, configuration, device, compute_capability=local.compute_capability)
     if refusal is not None:
         raise InputError(str(refusal))
 

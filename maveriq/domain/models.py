@@ -34,6 +34,7 @@ class WeightType(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
     INT4_GPTQ = "int4_gptq"
+    FP8 = "fp8"
 
 
 class KvType(StrEnum):

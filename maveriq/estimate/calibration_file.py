@@ -118,6 +118,7 @@ BYTES_PER_PARAMETER: Mapping[WeightType, float] = {
     WeightType.FLOAT16: 2.0,
     WeightType.INT8: 1.0,
     WeightType.INT4: 0.5,
+    WeightType.FP8: 1.0,
     WeightType.INT4_GPTQ: 0.5 + 4 / 128,  # plus a scale and a zero point, two bytes each, per group of 128
 }
 

@@ -26,6 +26,7 @@ WEIGHT_FORMATS = {
     WeightType.INT8: NumberFormat.INT8,
     WeightType.INT4: NumberFormat.INT4,
     WeightType.INT4_GPTQ: NumberFormat.INT4,
+    WeightType.FP8: NumberFormat.FP8,
 }
 """How weights of a type are computed with; types that are not here are not estimated."""
 
@@ -75,6 +76,8 @@ class PhysicsEstimator:
             return f"{decoder.not_timed}, which the physics estimator does not model"
         if configuration.weights not in WEIGHT_FORMATS:
             return f"{configuration.weights} weights are not modelled by the physics estimator"
+        if configuration.weights is WeightType.FP8 and NumberFormat.FP8 not in self._operators.gpu.tflops:
+            return f"{self.profile.gpu_kind} computes no fp8"
         if tp > self._operators.gpu.gpus_per_node:
             return f"TP {tp} spans more than the {self._operators.gpu.gpus_per_node} GPUs of a node"
         if configuration.pp > decoder.layers:

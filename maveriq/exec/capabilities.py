@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from maveriq.compat import StrEnum
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
 from maveriq.errors import InputError, UnknownNameError
@@ -44,6 +45,13 @@ _TORCH = "torch"
 _Bound = Annotated[int, msgspec.Meta(ge=0)]
 
 
+class Status(StrEnum):
+    """How a row of the matrix is known."""
+
+    RAN = "ran"
+    LISTED = "listed"
+
+
 class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One row of the matrix; the data file says what its keys mean."""
 
@@ -52,11 +60,17 @@ class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     kv: tuple[KvType, ...]
     devices: tuple[Device, ...]
     uneven: bool
-    source: str
+    status: Status
+    version: str
+    file: str
+    date: str = ""
+    note: str = ""
     heads: bool = True
     feed_forward: bool = True
     rope: tuple[str, ...] = ()
     group: _Bound = 0
+    plain: bool = True
+    min_compute_capability: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     max_tp: _Bound = 0
     max_pp: _Bound = 0
 
@@ -92,17 +106,26 @@ def engine_facts(name: str) -> EngineFacts:
     return known[name]
 
 
-def unsupported_by(name: str, model: ModelSpec, cfg: ParallelConfig, device: Device) -> str | None:
+def unsupported_by(
+    name: str, model: ModelSpec, cfg: ParallelConfig, device: Device, *, compute_capability: float | None = None
+) -> str | None:
     """Return why an engine cannot run a model with a configuration, in one clause, or None where it can.
 
     Rows of the matrix are narrowed down by one property after the other; the first that leaves none is the reason.
     Where a row is left, the engine's own reader of `config.json` has the last word.
 
+    Args:
+        name: of the engine.
+        model: its shape.
+        cfg: how it is split and stored.
+        device: what the engine computes on.
+        compute_capability: the least of the GPUs; None if unknown, which refuses nothing.
+
     Raises:
         UnknownNameError: no such engine.
     """
     engine = engine_facts(name)
-    return _unsupported_by_matrix(engine, model, cfg, device) or (
+    return _unsupported_by_matrix(engine, model, cfg, device, compute_capability) or (
         _unreadable_by_torch(model.config_json) if name == _TORCH and model.config_json else None
     )
 
@@ -117,13 +140,17 @@ def _unreadable_by_torch(config_json: str) -> str | None:
     return None
 
 
-def _unsupported_by_matrix(engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, device: Device) -> str | None:
+def _unsupported_by_matrix(
+    engine: EngineFacts, model: ModelSpec, cfg: ParallelConfig, device: Device, compute_capability: float | None
+) -> str | None:
     family = model.architecture
     rows = [row for row in engine.can if family in row.architectures or ANY in row.architectures]
     if not rows:
         return f"it runs {_names(engine.can, lambda row: row.architectures)} models, not {family}"
-    if ANY not in rows[0].architectures and (different := model.why_not_plain()):
-        return f"{different}; it runs plain decoders"
+    if different := model.why_not_plain():
+        rows = [row for row in rows if ANY in row.architectures or not row.plain]
+        if not rows:
+            return f"{different}; it runs plain decoders"
     on_device = [row for row in rows if device in row.devices]
     if not on_device:
         return f"it runs {family} on {_names(rows, lambda row: row.devices)}, not on {device}"
@@ -143,7 +170,7 @@ def _unsupported_by_matrix(engine: EngineFacts, model: ModelSpec, cfg: ParallelC
     if not cached:
         kept = _names(stored, lambda row: row.kv)
         return f"on {device} it stores the KV cache of {family} as {kept}, not {cfg.kv}, with {cfg.weights} weights"
-    limits = [_limit(row, model, cfg) for row in cached]
+    limits = [_limit(row, model, cfg, compute_capability) for row in cached]
     return None if None in limits else limits[0]
 
 
@@ -153,8 +180,11 @@ def _names(rows: Sequence[CapabilityRow], of: Callable[[CapabilityRow], Sequence
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _limit(row: CapabilityRow, model: ModelSpec, cfg: ParallelConfig) -> str | None:
+def _limit(row: CapabilityRow, model: ModelSpec, cfg: ParallelConfig, compute_capability: float | None) -> str | None:
     """Return which of a row's limits the configuration breaks."""
+    if compute_capability is not None and compute_capability < row.min_compute_capability:
+        needed = f"{row.min_compute_capability:.1f}, not {compute_capability:.1f}"
+        return f"{cfg.weights} weights need GPUs of compute capability {needed}"
     if row.max_tp and cfg.tp > row.max_tp:
         return f"TP {cfg.tp} is more than its {row.max_tp}"
     if row.max_pp and cfg.pp > row.max_pp:
@@ -185,6 +215,7 @@ _GPU_DOUBLING = 4.0
 _TP_DOUBLING = 2.0
 _BITS_DOUBLING = 2.0
 _GPTQ = 1.0
+_FLOATS = 1.0
 _KV = 1.0
 _SPLIT = 1.0
 
@@ -193,20 +224,22 @@ _BITS: Mapping[WeightType, int] = {
     WeightType.INT8: 8,
     WeightType.INT4: 4,
     WeightType.INT4_GPTQ: 4,
+    WeightType.FP8: 8,
 }
 
 
 def distance(a: ParallelConfig, b: ParallelConfig) -> float:
     """Return how different two normalised configurations of one model are; 0 where they are equal.
 
-    Each doubling of the GPUs counts 4, each of TP 2, each of the bits of a weight 2. With or without GPTQ, another KV
-    type, and another layer split over as many stages count 1 each.
+    Each doubling of the GPUs counts 4, each of TP 2, each of the bits of a weight 2. With or without GPTQ, floats
+    or whole numbers of 8 bits, another KV type, and another layer split over as many stages count 1 each.
     """
     return (
         _GPU_DOUBLING * abs(log2(a.gpus) - log2(b.gpus))
         + _TP_DOUBLING * abs(log2(a.tp) - log2(b.tp))
         + _BITS_DOUBLING * abs(log2(_BITS[a.weights]) - log2(_BITS[b.weights]))
         + _GPTQ * ((a.weights is WeightType.INT4_GPTQ) != (b.weights is WeightType.INT4_GPTQ))
+        + _FLOATS * ((a.weights is WeightType.FP8) != (b.weights is WeightType.FP8))
         + _KV * (a.kv is not b.kv)
         + _SPLIT * (a.pp == b.pp and a.layer_split != b.layer_split)
     )
@@ -355,7 +388,14 @@ class Refusal:
         return self.nearest.describe(self.model.layers) if self.nearest else ""
 
 
-def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device: Device) -> Refusal | None:
+def why_not(
+    engine: str,
+    model: ModelSpec,
+    configuration: ParallelConfig,
+    device: Device,
+    *,
+    compute_capability: float | None = None,
+) -> Refusal | None:
     """Return why an engine cannot run a model with a configuration, or None where it can.
 
     Args:
@@ -363,16 +403,21 @@ def why_not(engine: str, model: ModelSpec, configuration: ParallelConfig, device
         model: its shape.
         configuration: how it is split and stored.
         device: what the engine computes on.
+        compute_capability: the least of the GPUs; None if unknown, which refuses nothing.
 
     Raises:
         UnknownNameError: no such engine.
         InputError: the layer split does not add up to the model's layers.
     """
     requested = configuration.normalised(model.layers)
-    reason = unsupported_by(engine, model, requested, device)
+
+    def reason_against(candidate: ParallelConfig) -> str | None:
+        return unsupported_by(engine, model, candidate, device, compute_capability=compute_capability)
+
+    reason = reason_against(requested)
     if reason is None:
         return None
-    near = nearest(model, requested, lambda candidate: unsupported_by(engine, model, candidate, device) is None)
+    near = nearest(model, requested, lambda candidate: reason_against(candidate) is None)
     return Refusal(engine=engine, model=model, requested=requested, reason=reason, nearest=near)
 
 
@@ -408,12 +453,14 @@ class SupportedByEngine:
         engine: a key of `known_engines`.
         device: what the engine is to compute on.
         slices: whether GPUs are cut into slices (MIG); CUDA shows a process only one of them.
+        compute_capability: the least of the GPUs; None if unknown.
     """
 
     base: Estimator
     engine: str
     device: Device
     slices: bool = False
+    compute_capability: float | None = None
 
     @property
     def name(self) -> str:
@@ -427,7 +474,9 @@ class SupportedByEngine:
             return reason
         if self.slices and configuration.gpus > 1:
             return "GPUs of this machine are slices (MIG), and no model spreads over several; turn MIG off"
-        refused = unsupported_by(self.engine, model, configuration, self.device)
+        refused = unsupported_by(
+            self.engine, model, configuration, self.device, compute_capability=self.compute_capability
+        )
         return refused and f"{self.engine}: {refused}"
 
     def service(

@@ -18,12 +18,27 @@ from maveriq.units import Bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuIdentity:
-    """A GPU, or a MIG slice of one."""
+    """A GPU, or a MIG slice of one.
+
+    Args:
+        uuid: as `CUDA_VISIBLE_DEVICES` takes it.
+        name: the driver's name.
+        memory_bytes: its memory.
+        is_slice: it is a slice.
+        compute_capability: CUDA's number of the generation, such as 8.9; None where the driver does not say.
+    """
 
     uuid: str
     name: str
     memory_bytes: Bytes
     is_slice: bool = False
+    compute_capability: float | None = None
+
+
+def least_compute_capability(gpus: Sequence[GpuIdentity]) -> float | None:
+    """Return the least compute capability of GPUs; None where one is unknown, or without GPUs."""
+    known = [gpu.compute_capability for gpu in gpus if gpu.compute_capability is not None]
+    return min(known) if known and len(known) == len(gpus) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +227,12 @@ class NvmlMeter:
             name=_text(nvml.nvmlDeviceGetName(handle)),
             memory_bytes=int(self._memory(handle).total),
             is_slice=is_slice,
+            compute_capability=self._compute_capability(handle),
         )
+
+    def _compute_capability(self, handle: Any) -> float | None:
+        found = self._query(self._nvml.nvmlDeviceGetCudaComputeCapability, handle)
+        return None if found is None else found[0] + found[1] / 10
 
     def _memory(self, handle: Any) -> Any:
         # Version 2 reports the driver's reserved memory separately; old drivers lack it.

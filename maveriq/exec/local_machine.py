@@ -152,7 +152,18 @@ class LocalMachine:
             return base
         device = Device.CUDA if self.meter else Device.CPU
         slices = self.meter is not None and any(gpu.is_slice for gpu in self.meter.gpus)
-        return SupportedByEngine(base=base, engine=self.backend, device=device, slices=slices)
+        return SupportedByEngine(
+            base=base,
+            engine=self.backend,
+            device=device,
+            slices=slices,
+            compute_capability=self.compute_capability,
+        )
+
+    @property
+    def compute_capability(self) -> float | None:
+        """The least compute capability of the machine's GPUs; None if unknown, or without GPUs."""
+        return gpus.least_compute_capability(self.meter.gpus) if self.meter else None
 
     def devices(self, cluster: Cluster) -> Devices:
         """Return the device behind each GPU of a cluster; GPUs share a device where the machine has fewer.

@@ -26,9 +26,10 @@ def matrix_table(engines: Mapping[str, EngineFacts]) -> Table:
         Column("models", wrap="words"),
         Column("weights", wrap="words", min_width=9),
         Column("KV cache", wrap="words"),
-        Column("on"),
+        Column("on", wrap="words"),
         Column("TP", wrap="words"),
         Column("PP", wrap="words"),
+        Column("known", wrap="words"),
     ]
     rows = [
         _matrix_row(name if position == 0 else "", capability, dim=not facts.started)
@@ -44,12 +45,18 @@ def _matrix_row(name: str, capability: CapabilityRow, *, dim: bool) -> Row:
         " ".join("any" if architecture == "*" else architecture for architecture in capability.architectures),
         " ".join(capability.weights),
         " ".join(capability.kv),
-        " ".join(device.value for device in capability.devices),
+        _devices(capability),
         _tp(capability),
         _pp(capability),
+        f"{capability.status.value} {capability.version}",
         style="dim" if dim else "",
         starts_section=bool(name),
     )
+
+
+def _devices(row: CapabilityRow) -> str:
+    generation = f" {row.min_compute_capability:.1f}+" if row.min_compute_capability else ""
+    return " ".join(f"{device.value}{generation if device is Device.CUDA else ''}" for device in row.devices)
 
 
 def _tp(row: CapabilityRow) -> str:

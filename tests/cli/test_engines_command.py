@@ -45,7 +45,11 @@ def test_json_contains_all_capabilities(maveriq: Maveriq) -> None:
     assert set(report["engines"]) == set(known_engines())
     vllm = report["engines"]["vllm"]
     assert {"int4_gptq"} in [set(row["weights"]) for row in vllm["can"]]
-    assert all(row["source"] for engine in report["engines"].values() for row in engine["can"])
+    assert all(
+        row["status"] in ("ran", "listed") and row["file"]
+        for engine in report["engines"].values()
+        for row in engine["can"]
+    )
     assert report["engines"]["emulated"]["missing"] is None
     assert report["engines"]["trtllm"]["missing"].startswith("no NVIDIA driver")
     assert report["engines"]["trtllm-engine"]["started"] is False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,15 +13,17 @@ from hypothesis import strategies as st
 
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
-from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, load_model
+from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, load_model, model_from_hf_config
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.registry import make_estimator
 from maveriq.exec.capabilities import (
     ANY,
     Refusal,
+    Status,
     SupportedByEngine,
     distance,
     known_engines,
@@ -31,7 +35,7 @@ from maveriq.exec.capabilities import (
 from maveriq.exec.device import Device
 from maveriq.policy.configuration import rank
 
-FLOAT16, INT8, INT4, GPTQ = WeightType
+FLOAT16, INT8, INT4, GPTQ, FP8 = WeightType
 
 
 def refusal_of(
@@ -95,10 +99,16 @@ def test_supported_configurations_are_accepted(engine: str, model: str, requeste
             "vllm",
             "llama-2-7b",
             {"weights": INT4, "device": Device.CPU},
-            "on a CPU it stores llama weights as float16, not int4",
-            "TP 1 x PP 1 float16",
+            "on a CPU it stores llama weights as float16 or fp8, not int4",
+            "TP 1 x PP 1 fp8",
         ),
-        ("trtllm", "falcon-7b", {"weights": INT8}, "it runs llama models, not falcon", None),
+        (
+            "trtllm",
+            "falcon-7b",
+            {"weights": INT8},
+            "it runs llama, mistral, qwen2, qwen3 or mixtral models, not falcon",
+            None,
+        ),
         (
             "trtllm",
             "llama-2-7b",
@@ -145,6 +155,62 @@ def test_kv_heads_are_split_or_replicated_evenly() -> None:
     assert refusal_of("vllm", shape, tp=16) is None
 
 
+@pytest.mark.parametrize("engine", ["vllm", "trtllm"])
+def test_fp8_needs_a_gpu_that_computes_with_it(engine: str) -> None:
+    model, fp8 = load_model("llama-2-7b"), ParallelConfig(tp=1, pp=1, weights=FP8)
+
+    def refusal(compute_capability: float | None) -> Refusal | None:
+        return why_not(engine, model, fp8, Device.CUDA, compute_capability=compute_capability)
+
+    assert refusal(None) is None
+    assert refusal(8.9) is None
+    assert refusal(10.0) is None
+    refused = refusal(8.6)
+    assert refused is not None
+    assert refused.reason == "fp8 weights need GPUs of compute capability 8.9, not 8.6"
+    assert refused.nearest == ParallelConfig(tp=1, pp=1, weights=INT8)
+    base = make_estimator("paper", load_profile("a6000-short"))
+    restricted = SupportedByEngine(
+        base=EverythingKnown(base), engine=engine, device=Device.CUDA, compute_capability=8.6
+    )
+    assert restricted.why_not(model, fp8) == f"{engine}: {refused.reason}"
+
+
+@dataclass(frozen=True)
+class EverythingKnown:
+    """An estimator that has a reason against nothing."""
+
+    base: Estimator
+    name: str = "everything"
+
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> None:
+        return None
+
+    def service(self, *args: Any, **named: Any) -> Any:
+        return self.base.service(*args, **named)
+
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> int:
+        return self.base.memory(model, configuration)
+
+
+MIXTRAL = {
+    "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def test_models_of_experts_run_where_they_are_listed() -> None:
+    mixtral = model_from_hf_config(json.dumps(MIXTRAL), name="mixtral", where="config.json")
+    assert refusal_of("vllm", mixtral, tp=2, pp=2, split=(20, 12)) is None
+    assert refusal_of("trtllm", mixtral, tp=2) is None
+    assert refusal_of("emulated", mixtral) is None
+    assert "not int8" in str(refusal_of("vllm", mixtral, weights=INT8))
+    windowed = {**MIXTRAL, "model_type": "mistral", "sliding_window": 4096, "num_local_experts": 0}
+    mistral = model_from_hf_config(json.dumps(windowed), name="mistral", where="config.json")
+    assert "a sliding window of 4096 tokens; it runs plain decoders" in str(refusal_of("vllm", mistral))
+
+
 def test_an_odd_feed_forward_size_is_not_split() -> None:
     refusal = refusal_of("torch", replace(load_model("llama-2-7b"), intermediate_size=11007), tp=2)
     assert refusal is not None
@@ -179,11 +245,13 @@ def test_unknown_engines_and_devices_are_input_errors() -> None:
     assert (Device.named("cuda:3"), Device.named("cpu")) == (Device.CUDA, Device.CPU)
 
 
-def test_every_capability_names_its_source() -> None:
+def test_every_capability_names_what_ran_it_or_where_it_is_listed() -> None:
     for facts in known_engines().values():
         assert facts.can
         for row in facts.can:
-            assert row.source
+            assert row.version
+            assert row.file
+            assert bool(row.date) == (row.status is Status.RAN)
             assert all((row.architectures, row.weights, row.kv, row.devices))
             assert (row.architectures == (ANY,)) or ANY not in row.architectures
 
@@ -259,7 +327,7 @@ def test_a_supported_configuration_is_its_own_nearest(data: st.DataObject, name:
 def test_ties_in_distance_prefer_more_exact_weights() -> None:
     model = load_model("llama-2-7b")
     requested = ParallelConfig(tp=1, pp=1, weights=INT8)
-    found = nearest(model, requested, lambda config: config.weights is not INT8)
+    found = nearest(model, requested, lambda config: config.weights not in (INT8, FP8))
     assert found is not None
     assert found.weights is FLOAT16
 

@@ -19,7 +19,15 @@ from gpu_fakes import FakeMeter
 from maveriq.domain.cluster import LoadWindow
 from maveriq.errors import InputError, MaveriqError
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
-from maveriq.exec.gpus import GpuIdentity, GpuLostError, GpuReading, NvmlMeter, cluster_of, real_cluster
+from maveriq.exec.gpus import (
+    GpuIdentity,
+    GpuLostError,
+    GpuReading,
+    NvmlMeter,
+    cluster_of,
+    least_compute_capability,
+    real_cluster,
+)
 from maveriq.units import BYTES_PER_GIB
 
 GIB = BYTES_PER_GIB
@@ -43,6 +51,7 @@ class FakeGpu:
     reserved: int = GIB // 2
     percent: int | Exception = 30
     millijoules: int | Exception = 5_000
+    capability: tuple[int, int] | None = (8, 6)
     mig: bool = False
     slices: list[FakeGpu | None] = field(default_factory=list)
 
@@ -101,6 +110,11 @@ class FakeNvml(ModuleType):
     def nvmlDeviceGetName(self, gpu: FakeGpu) -> str | bytes:  # noqa: N802
         return gpu.name
 
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: FakeGpu) -> list[int]:  # noqa: N802
+        if gpu.capability is None:
+            raise self.NVMLError_NotSupported
+        return list(gpu.capability)
+
     def nvmlDeviceGetMemoryInfo(self, gpu: FakeGpu, version: int | None = None) -> Any:  # noqa: N802
         if self.lost:
             raise self.NVMLError_GpuIsLost("GPU is lost")
@@ -133,13 +147,16 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
 
 @pytest.mark.parametrize("old", [False, True])
 def test_readings_of_real_gpus(nvml: Callable[..., FakeNvml], old: bool) -> None:  # noqa: FBT001
-    fake = nvml(FakeGpu("GPU-a"), FakeGpu("GPU-b", name=b"T4", total=16 * GIB, percent=0, millijoules=7))
+    fake = nvml(
+        FakeGpu("GPU-a"), FakeGpu("GPU-b", name=b"T4", total=16 * GIB, percent=0, millijoules=7, capability=(7, 5))
+    )
     fake.old = old
     meter = NvmlMeter()
     assert meter.gpus == (
-        GpuIdentity(uuid="GPU-a", name="NVIDIA A6000", memory_bytes=48 * GIB),
-        GpuIdentity(uuid="GPU-b", name="T4", memory_bytes=16 * GIB),
+        GpuIdentity(uuid="GPU-a", name="NVIDIA A6000", memory_bytes=48 * GIB, compute_capability=8.6),
+        GpuIdentity(uuid="GPU-b", name="T4", memory_bytes=16 * GIB, compute_capability=7.5),
     )
+    assert least_compute_capability(meter.gpus) == 7.5
     # Memory reserved by the driver counts as used, with old drivers too.
     assert meter.read() == (
         GpuReading(used_bytes=GIB + GIB // 2, busy_share=0.3, energy_j=5.0),
@@ -148,6 +165,15 @@ def test_readings_of_real_gpus(nvml: Callable[..., FakeNvml], old: bool) -> None
     meter.close()
     meter.close()
     assert fake.users == 0
+
+
+def test_the_least_generation_is_unknown_where_one_is(nvml: Callable[..., FakeNvml]) -> None:
+    nvml(FakeGpu("GPU-a", capability=(12, 0)), FakeGpu("GPU-b", capability=None))
+    known, unknown = NvmlMeter().gpus
+    assert (known.compute_capability, unknown.compute_capability) == (12.0, None)
+    assert least_compute_capability((known,)) == 12.0
+    assert least_compute_capability((known, unknown)) is None
+    assert least_compute_capability(()) is None
 
 
 def test_missing_gpu_readings_are_none(nvml: Callable[..., FakeNvml]) -> None:

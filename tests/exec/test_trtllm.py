@@ -61,7 +61,9 @@ def test_one_gpu_runs_in_one_process_and_needs_no_partition() -> None:
     assert "pp_partition" not in translation.arguments
 
 
-@pytest.mark.parametrize(("weights", "algorithm"), [("float16", None), ("int8", "W8A16"), ("int4", "W4A16")])
+@pytest.mark.parametrize(
+    ("weights", "algorithm"), [("float16", None), ("int8", "W8A16"), ("int4", "W4A16"), ("fp8", "FP8")]
+)
 def test_forms_of_weights(weights: str, algorithm: str | None) -> None:
     files = translate(spec(weights=weights), "/m").files
     if algorithm is None:
@@ -158,8 +160,12 @@ def test_given_weights_must_already_be_quantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("falcon", {}, "it runs llama models, not falcon; it supports no similar configuration"),
-        ("gptj", {}, "it runs llama models, not gptj"),
+        (
+            "falcon",
+            {},
+            "it runs llama, mistral, qwen2, qwen3 or mixtral models, not falcon; it supports no similar configuration",
+        ),
+        ("gptj", {}, "models, not gptj"),
         ("llama", {"kv": "int8"}, "the nearest it can run: TP 1 x PP 1 float16"),
         ("llama", {"weights": "int4_gptq"}, "the nearest it can run: TP 1 x PP 1 int4"),
         ("llama", {"devices": ("cpu",)}, "not on a CPU"),

@@ -73,11 +73,12 @@ def test_one_stage_has_no_partition_and_one_gpu_has_no_workers() -> None:
 @pytest.mark.parametrize(
     ("weights", "method", "bits"),
     [("float16", None, None), ("int8", "compressed-tensors", 8), ("int4", "compressed-tensors", 4),
-     ("int4_gptq", "gptq", 4)],
+     ("int4_gptq", "gptq", 4), ("fp8", None, None)],
 )  # fmt: skip
 def test_forms_of_weights(weights: str, method: str | None, bits: int | None) -> None:
     translation = translate(spec(config_json=json.dumps(LLAMA_7B), layer_split=(32,), weights=weights), "/m")
-    assert "quantization" not in translation.arguments  # int8_per_channel_weight_only leaves dense layers at 16 bits
+    # int8_per_channel_weight_only would leave dense layers at 16 bits.
+    assert translation.arguments.get("quantization") == ("fp8_per_channel" if weights == "fp8" else None)
     written = json.loads(translation.files["config.json"])
     quantization = written.pop("quantization_config", {})
     assert written == LLAMA_7B
@@ -123,6 +124,14 @@ def test_weights_of_another_quantization_are_refused(weights: str, method: str) 
     assert refused.value.kind is FailureKind.UNSUPPORTED
 
 
+def test_fp8_is_made_while_loading_unless_the_checkpoint_has_it() -> None:
+    given = {"layer_split": (32,), "weights": "fp8", "weights_folder": "/w"}
+    plain = translate(spec(config_json=json.dumps(LLAMA_7B), **given), "/m")
+    assert plain.arguments["quantization"] == "fp8_per_channel"
+    config = json.dumps({**LLAMA_7B, "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}})
+    assert "quantization" not in translate(spec(config_json=config, **given), "/m").arguments
+
+
 def test_a_step_has_room_for_the_longest_prompt_and_for_a_token_of_each_sequence() -> None:
     batch = 10_000
     assert translate(spec(batch_size=batch), "/m").arguments["max_num_batched_tokens"] == batch
@@ -134,7 +143,7 @@ def test_any_seed_is_valid_for_numpy() -> None:
 
 def test_on_a_cpu() -> None:
     translation = translate(spec(tp=2, devices=("cpu", "cpu")), "/m", cpus=(0, 1, 2, 5, 6))
-    assert (translation.arguments["dtype"], translation.arguments["enforce_eager"]) == ("float32", True)
+    assert (translation.arguments["dtype"], translation.arguments["enforce_eager"]) == ("float16", True)
     assert translation.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,5"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in translate(spec(devices=("cpu",)), "/m", cpus=(0, 1)).environment
 
@@ -151,7 +160,7 @@ def test_a_model_without_a_context_length_gets_the_default() -> None:
     [
         ({"tp": 3}, "the nearest it can run: TP 1 x PP 3 float16"),
         ({"pp": 2, "layer_split": (2, 2), "devices": ("cpu", "cpu")}, "PP 2 is more than its 1"),
-        ({"weights": "int8", "devices": ("cpu",)}, "on a CPU it stores llama weights as float16, not int8"),
+        ({"weights": "int8", "devices": ("cpu",)}, "on a CPU it stores llama weights as float16 or fp8, not int8"),
         ({"layer_split": (5,)}, "must add up to 4 layers"),
         ({"weights": "int3"}, "int3"),
         ({"devices": ("tpu:0",)}, "tpu"),

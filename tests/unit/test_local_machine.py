@@ -16,11 +16,17 @@ from maveriq.exec.local_machine import LocalMachine
 from maveriq.units import BYTES_PER_GIB
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *gib: int, missing: str | None = None, is_slice: bool = False) -> None:
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *gib: int,
+    missing: str | None = None,
+    is_slice: bool = False,
+    compute_capability: float | None = None,
+) -> None:
     """Give the machine GPUs with these sizes of memory."""
     meter = FakeMeter(memory_bytes=[memory_gib * BYTES_PER_GIB for memory_gib in gib], kind="big")
-    sliced = tuple(replace(gpu, is_slice=is_slice) for gpu in meter.gpus)
-    monkeypatch.setattr(FakeMeter, "gpus", sliced)
+    found = tuple(replace(gpu, is_slice=is_slice, compute_capability=compute_capability) for gpu in meter.gpus)
+    monkeypatch.setattr(FakeMeter, "gpus", found)
     monkeypatch.setattr(local_machine, "this_machine", lambda: Machine(gpus=meter.gpus))
     monkeypatch.setattr(local_machine, "installed", lambda _engine, _machine, _python: Installed(missing=missing))
     monkeypatch.setattr(local_machine, "NvmlMeter", lambda: meter)
@@ -95,4 +101,9 @@ def test_planning_excludes_what_the_backend_does_not_support(monkeypatch) -> Non
     machine(monkeypatch, 32, 32, is_slice=True)
     assert "slices" in (LocalMachine("torch").planning(estimator).why_not(MODEL, two) or "")
     assert LocalMachine("torch").planning(estimator).why_not(MODEL, single) is None
+    fp8 = ParallelConfig(tp=1, pp=1, weights=WeightType.FP8)
+    for compute_capability, refused in ((8.6, True), (8.9, False), (None, False)):
+        machine(monkeypatch, 32, compute_capability=compute_capability)
+        reason = LocalMachine("vllm").planning(estimator).why_not(MODEL, fp8)
+        assert (reason is not None and "compute capability 8.9, not 8.6" in reason) == refused
     assert (LocalMachine("trtllm").planning(estimator).why_not(MODEL, gptq) or "").startswith("trtllm: ")

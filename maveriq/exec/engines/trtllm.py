@@ -30,11 +30,13 @@ from maveriq.exec.model_files import matrix_types, read_model_file
 NAME = "trtllm"
 
 _BLOCK_TOKENS = 32
-_ALGORITHMS = {WeightType.INT8: "W8A16", WeightType.INT4: "W4A16"}  # weight-only, one scale per channel
+# int8 and int4 are weight-only, with one scale per channel; fp8 multiplies activations of fp8 too.
+_ALGORITHMS = {WeightType.INT8: "W8A16", WeightType.INT4: "W4A16", WeightType.FP8: "FP8"}
 _CHECKPOINT_ALGORITHMS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.FLOAT16: (None,),
     WeightType.INT8: ("W8A16",),
     WeightType.INT4: ("W4A16", "W4A16_AWQ"),
+    WeightType.FP8: ("FP8",),
 }
 _QUANTISATION_FILE = "hf_quant_config.json"
 _RANDOM_WEIGHTS_TYPE = "float16"
@@ -137,7 +139,7 @@ def _checkpoint_type(requirements: EngineRequirements) -> str:
             f"{' or '.join(_SIXTEEN_BIT_TYPES)}, and set torch_dtype to it",
         )
     if requirements.configuration.weights is not WeightType.FLOAT16:
-        return torch_dtype  # the matrices are packed integers
+        return torch_dtype  # the matrices are quantised
     try:
         types = matrix_types(Path(folder))
     except InputError as error:

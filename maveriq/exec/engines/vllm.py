@@ -31,6 +31,8 @@ _SCALE_BYTES = 4
 _GROUP_SIZE = 128
 _SEED_LIMIT = 2**32  # vLLM also seeds numpy, which accepts no larger seed
 
+# vLLM quantises these weights while it loads them: fp8 with one scale per channel, for activations with one per token.
+_ONLINE_QUANTISATION = {WeightType.FP8: "fp8_per_channel"}
 _KV_CACHE_DTYPE = {KvType.NATIVE: "auto", KvType.INT8: "int8_per_token_head"}
 
 
@@ -67,6 +69,7 @@ _CHECKPOINT_METHODS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.INT8: ("compressed-tensors",),
     WeightType.INT4: ("compressed-tensors", "awq"),
     WeightType.INT4_GPTQ: ("gptq",),
+    WeightType.FP8: (None, "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt"),
 }
 
 
@@ -90,7 +93,7 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
         "load_format": "safetensors" if has_checkpoint else "dummy",
-        "dtype": _dtype(requirements),
+        "dtype": "float16",
         "seed": spec.seed % _SEED_LIMIT,
         "tensor_parallel_size": spec.tp,
         "pipeline_parallel_size": spec.pp,
@@ -106,6 +109,8 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     }
     if cfg.gpus > 1:
         arguments["distributed_executor_backend"] = "mp"
+    if cfg.weights in _ONLINE_QUANTISATION and not (has_checkpoint and requirements.checkpoint_quantisation):
+        arguments["quantization"] = _ONLINE_QUANTISATION[cfg.weights]
     files = (
         {}
         if has_checkpoint
@@ -130,16 +135,11 @@ def _check_checkpoint(requirements: EngineRequirements) -> None:
         )
 
 
-def _dtype(requirements: EngineRequirements) -> str:
-    return "float16" if requirements.device is Device.CUDA else "float32"  # CPUs without AVX-512 are slow in 16 bits
-
-
 def _kv_bytes(requirements: EngineRequirements) -> Bytes:
     """Return the KV cache size per GPU: the blocks of a batch, and one that vLLM keeps empty."""
     int8 = requirements.configuration.kv is KvType.INT8
-    native_bytes = 4 if _dtype(requirements) == "float32" else 2
     per_token = requirements.kv_bytes_per_token(
-        element_bytes=1 if int8 else native_bytes, per_head_bytes=_SCALE_BYTES if int8 else 0
+        element_bytes=1 if int8 else 2, per_head_bytes=_SCALE_BYTES if int8 else 0
     )
     return (requirements.kv_blocks(_BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * per_token
 
