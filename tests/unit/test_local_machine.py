@@ -61,7 +61,7 @@ def test_a_driver_that_stops_answering_does_not_end_the_run(monkeypatch) -> None
     assert watch.free_bytes(0) is None
 
 
-def test_a_lost_gpu_is_told_from_a_driver_that_does_not_answer(monkeypatch) -> None:
+def test_a_lost_gpu_differs_from_a_driver_that_does_not_answer(monkeypatch) -> None:
     machine(monkeypatch, 16)
     watch = LocalMachine("torch").memory_probe()
     assert watch is not None
