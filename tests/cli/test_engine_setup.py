@@ -83,7 +83,10 @@ def test_a_finished_environment_is_found(tmp_path: Path) -> None:
     ("steps", "message"),
     [
         ({"venv": "echo no ensurepip >&2; exit 1"}, "a virtual environment cannot be made; what went wrong is above"),
-        ({"pip": "echo no wheel >&2; exit 1"}, r"pip cannot install safetensors>=0\.4,<1 torch>=2\.6,<3; what went wrong is"),
+        (
+            {"pip": "echo no wheel >&2; exit 1"},
+            r"pip cannot install safetensors>=0\.4,<1 torch>=2\.6,<3; what went wrong is",
+        ),
         ({"pip": "rm $0; exit 0"}, "the new environment: there is no file"),
     ],
 )
