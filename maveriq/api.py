@@ -123,7 +123,11 @@ def run(
         check_writable(as_path(out, "out"), overwrite=overwrite)
     with contextlib.closing(LocalMachine(engines.name, engines.engine_python)) as machine:
         system = build_system(
-            chosen, components=components, wrap_estimator=machine.planning, make_cluster=local_cluster
+            chosen,
+            components=components,
+            wrap_estimator=machine.planning,
+            make_cluster=local_cluster,
+            engine_tokens=machine.engine_tokens,
         )
         check_replayable(system)
         settings = ReplaySettings(

@@ -137,7 +137,12 @@ def _run_service(
     log_to_stderr(logging.ERROR if quiet else logging.WARNING)
     with contextlib.ExitStack() as resources:
         machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name, engines.engine_python)))
-        system, placements = build_live_system(options, wrap_estimator=machine.planning, make_cluster=local_cluster)
+        system, placements = build_live_system(
+            options,
+            wrap_estimator=machine.planning,
+            make_cluster=local_cluster,
+            engine_tokens=machine.engine_tokens,
+        )
         log = None
         if access_log is not None:
             log = AccessLog(None if str(access_log) == "-" else access_log)

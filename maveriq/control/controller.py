@@ -35,6 +35,7 @@ from maveriq.control.queues import DEFAULT_MAX_WAIT_US, QueueDiscipline, Request
 from maveriq.control.request_tracker import RequestTracker
 from maveriq.control.router import RequestRouter, Router, RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming, LoadWindow
+from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.policy.policy import Policy
@@ -99,7 +100,8 @@ class OnLoss(StrEnum):
 class ControllerSettings:
     """The settings of the controller, except the policy.
 
-    `refuse_beyond_context` refuses requests that are longer than their model's context.
+    `refuse_beyond_context` refuses requests that are longer than their model's context. `engine_tokens` returns how
+    many tokens the engines keep of one sequence of a model, None for no such limit; longer requests are refused.
     """
 
     timing: DispatchTiming = field(default_factory=DispatchTiming)
@@ -111,6 +113,25 @@ class ControllerSettings:
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
     refuse_beyond_context: bool = True
+    engine_tokens: Callable[[ModelSpec], int | None] | None = None
+
+    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
+        """Return the longest sequence of a model that is served, prompt and output; None for no limit."""
+        limits = (
+            model.context_tokens if self.refuse_beyond_context else None,
+            self.engine_tokens(model) if self.engine_tokens else None,
+        )
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
+        """Return why a sequence of so many tokens, prompt and output, is refused; None if it is not."""
+        too_long = model.why_too_long(tokens) if self.refuse_beyond_context else None
+        if too_long is not None or self.engine_tokens is None:
+            return too_long
+        kept = self.engine_tokens(model)
+        if kept is None or tokens <= kept:
+            return None
+        return f"a sequence of {tokens} tokens is longer than the {kept} that the engine's KV cache keeps of one"
 
 
 class Controller:
@@ -141,7 +162,7 @@ class Controller:
         )
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
-        self._settings = settings
+        self.settings = settings
         router = settings.router
         self._router = Router(router, settings.seed) if isinstance(router, RoutingRule) else router
         predicts = settings.discipline.uses_service_time or router is not RoutingRule.UNIFORM
@@ -209,11 +230,11 @@ class Controller:
         if not deployment.serves:
             self.tracker.refused(request, deployment.refusal_reason())
             return
-        if self._settings.refuse_beyond_context:
-            too_long = deployment.endpoint.model.why_too_long(request.prompt_tokens + request.output_tokens)
-            if too_long is not None:
-                self.tracker.refused(request, too_long)
-                return
+        tokens = request.prompt_tokens + request.output_tokens
+        too_long = self.settings.why_too_long(deployment.endpoint.model, tokens)
+        if too_long is not None:
+            self.tracker.refused(request, too_long)
+            return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
         self._router.committed(deployment, self._now_us, service_us)
         if first:
@@ -333,7 +354,7 @@ class Controller:
             self._stop(deployment)
             return
         self.manager.engine_down(deployment, returns=returns, broken=broken, reason=what)
-        if deployment.gone_for_good and self._settings.on_loss is OnLoss.REPLACE:
+        if deployment.gone_for_good and self.settings.on_loss is OnLoss.REPLACE:
             self._replace(deployment)
         again = [request for request in interrupted if self._may_retry(request, reason)]
         self._forget(interrupted)
@@ -368,7 +389,7 @@ class Controller:
 
     def _may_retry(self, request: Request, reason: str) -> bool:
         cancelled = request.request_id in self._cancelled_ids
-        if self._settings.on_failure is OnFailure.REQUEUE and self.tracker.attempts(request) < 2 and not cancelled:
+        if self.settings.on_failure is OnFailure.REQUEUE and self.tracker.attempts(request) < 2 and not cancelled:
             return True
         self.tracker.failed(request, f"{reason}; {CLIENT_GONE}" if cancelled else reason)
         return False

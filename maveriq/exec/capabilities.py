@@ -26,9 +26,8 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.exec.device import Device
 from maveriq.exec.engine_python import EnginePython
-from maveriq.exec.engines import vllm
+from maveriq.exec.engines import external, vllm
 from maveriq.exec.engines.engine import EngineError, FailureKind
-from maveriq.exec.engines.external import read_spec
 from maveriq.exec.engines.probe import installed_version
 from maveriq.exec.engines.torch.config import read_decoder_config
 from maveriq.exec.gpus import GpuIdentity, NvmlMeter
@@ -86,6 +85,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     pythons: tuple[str, ...] = ()
     otherwise: str = ""
     started: bool = True
+    external: bool = False
 
 
 @cache
@@ -104,6 +104,15 @@ def engine_facts(name: str) -> EngineFacts:
     if name not in known:
         raise UnknownNameError("engine", name, known)
     return known[name]
+
+
+def max_sequence_tokens(name: str, model: ModelSpec) -> int | None:
+    """Return how many tokens an engine keeps of one sequence of a model; None for as many as the model has positions.
+
+    Raises:
+        UnknownNameError: no such engine.
+    """
+    return external.max_sequence_tokens(model) if engine_facts(name).external else None
 
 
 def unsupported_by(
@@ -435,7 +444,7 @@ def check_spec(engine: str, spec: EngineSpec) -> None:
     """
     if engine not in known_engines() or engine in _READS_SPECS_ITSELF:
         return
-    requirements = read_spec(engine, spec)
+    requirements = external.read_spec(engine, spec)
     refusal = why_not(engine, requirements.model, requirements.configuration, requirements.device)
     if refusal is not None:
         raise EngineError(FailureKind.UNSUPPORTED, str(refusal))

@@ -30,6 +30,7 @@ from maveriq.control.events import (
     StopEngine,
 )
 from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
@@ -147,6 +148,14 @@ class Executor:
         return tuple(
             deployment.status(waiting=controller.queue.waiting(deployment.deployment_id)) for deployment in deployments
         )
+
+    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
+        """Return why a sequence of so many tokens would be refused; see `LiveCluster`."""
+        return self.controller.settings.why_too_long(model, tokens)
+
+    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
+        """Return the longest sequence of a model that is served; see `LiveCluster`."""
+        return self.controller.settings.max_sequence_tokens(model)
 
     def submit(self, submission: Submission) -> LiveRequestHandle:
         """Submit a request; see `LiveCluster`.

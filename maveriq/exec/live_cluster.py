@@ -103,6 +103,12 @@ class LiveCluster(Protocol):
             InputError: there is no such endpoint.
         """
 
+    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
+        """Return why a sequence of so many tokens, prompt and output, would be refused; None if it would not."""
+
+    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
+        """Return the longest sequence of a model that is served, prompt and output; None for no limit."""
+
     def submit(self, submission: Submission) -> RequestHandle:
         """Submit a request. If it cannot be served, it ends as refused, with the reason.
 

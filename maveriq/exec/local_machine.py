@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maveriq.domain.cluster import Cluster
+from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.exec import gpus
-from maveriq.exec.capabilities import SupportedByEngine, engine_facts, installed, this_machine
+from maveriq.exec.capabilities import SupportedByEngine, engine_facts, installed, max_sequence_tokens, this_machine
 from maveriq.exec.device import Device
 from maveriq.exec.engine_environments import find_environment
 from maveriq.exec.engine_process import SupervisionSettings
@@ -159,6 +160,10 @@ class LocalMachine:
             slices=slices,
             compute_capability=self.compute_capability,
         )
+
+    def engine_tokens(self, model: ModelSpec) -> int | None:
+        """Return how many tokens the backend keeps of one sequence of a model; None for no limit of its own."""
+        return None if self.backend == EMULATED else max_sequence_tokens(self.backend, model)
 
     @property
     def compute_capability(self) -> float | None:

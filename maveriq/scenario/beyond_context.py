@@ -6,10 +6,12 @@ the traces that come with maveriq do too, with a note that counts them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 import numpy as np
 
+from maveriq.domain.models import ModelSpec
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.defaults import choice
 from maveriq.scenario.options import Options
@@ -38,6 +40,33 @@ def refuses_long_requests(options: Options, profile: HardwareProfile, *, live: b
     if options.beyond_context is None:
         return live or options.trace not in TRACES or not profile.serves_beyond_context
     return choice(BeyondContext, "--beyond-context", options.beyond_context) is BeyondContext.REFUSE
+
+
+def note_on_engine_tokens(
+    workload: Workload, engine_tokens: Callable[[ModelSpec], int | None] | None
+) -> tuple[str, ...]:
+    """Return a note with the number of requests of which the engines keep too few tokens, if there are any.
+
+    Those longer than their model's context are not counted: `note_on_long_requests` does.
+    """
+    arrivals, longer, limits = workload.arrivals, 0, set()
+    tokens = arrivals.prompt_tokens + arrivals.output_tokens
+    for endpoint in workload.endpoints:
+        kept = engine_tokens(endpoint.model) if engine_tokens else None
+        if kept is None:
+            continue
+        mine = tokens[arrivals.endpoint_id == endpoint.endpoint_id]
+        context = endpoint.model.context_tokens or np.iinfo(np.int64).max
+        found = int(np.count_nonzero((mine > kept) & (mine <= context)))
+        longer += found
+        limits |= {kept} if found else set()
+    if not longer:
+        return ()
+    kept_of_one = " or ".join(f"{kept:,}" for kept in sorted(limits))
+    count = f"{longer:,} of {len(arrivals):,} requests"
+    return (
+        f"{count} are longer than the {kept_of_one} tokens that the engine's KV cache keeps of one, and are refused",
+    )
 
 
 def note_on_long_requests(options: Options, profile: HardwareProfile, workload: Workload) -> tuple[str, ...]:

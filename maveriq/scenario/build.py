@@ -12,6 +12,7 @@ from maveriq.control.queues import QueueDiscipline
 from maveriq.control.router import RequestRouter, RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming
 from maveriq.domain.faults import Fault, Removal, check_fault, check_removal, parse_fault, parse_removal
+from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
@@ -26,7 +27,7 @@ from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
 from maveriq.policy.registry import RULES, make_policy, policy_of_rule
-from maveriq.scenario.beyond_context import note_on_long_requests, refuses_long_requests
+from maveriq.scenario.beyond_context import note_on_engine_tokens, note_on_long_requests, refuses_long_requests
 from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
@@ -71,6 +72,7 @@ def build_system(
     components: Components = Components(),
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
     make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
+    engine_tokens: Callable[[ModelSpec], int | None] | None = None,
 ) -> ReplaySystem:
     """Build the system that options describe, with the workload that it replays; read every file that they name.
 
@@ -80,6 +82,7 @@ def build_system(
         wrap_estimator: wraps the estimator that the policy plans with, for instance to rule out what an
             engine does not support.
         make_cluster: makes the cluster from `options.gpus`; None for `cluster_for`.
+        engine_tokens: how many tokens an engine keeps of one sequence of a model, see `ControllerSettings`.
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -95,13 +98,18 @@ def build_system(
     return ReplaySystem(
         cluster=cluster,
         policy=policy,
-        settings=_controller_settings(options, profile, components.router),
+        settings=replace(_controller_settings(options, profile, components.router), engine_tokens=engine_tokens),
         predict_service_time=_service_time_predictor(estimator),
         service_times=_given_service_times(components) or _service_times(options, profile, workload),
         load_time=_load_time(options, profile),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
-        notes=(*_notes(options, profile, components), *notes, *note_on_long_requests(options, profile, workload)),
+        notes=(
+            *_notes(options, profile, components),
+            *notes,
+            *note_on_long_requests(options, profile, workload),
+            *note_on_engine_tokens(workload, engine_tokens),
+        ),
         workload=workload,
         faults=_faults(options, cluster, policy, workload, drain_us),
         removals=_removals(options, workload),
@@ -116,6 +124,7 @@ def build_live_system(
     *,
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
     make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
+    engine_tokens: Callable[[ModelSpec], int | None] | None = None,
 ) -> tuple[ServingSystem, PinnedPlacementPolicy]:
     """Build a system without a workload, for `maveriq serve`, and return it with its policy.
 
@@ -125,6 +134,7 @@ def build_live_system(
         options: the user's options; those of workloads, intents and faults are not used.
         wrap_estimator: as in `build_system`.
         make_cluster: as in `build_system`.
+        engine_tokens: as in `build_system`.
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -150,7 +160,7 @@ def build_live_system(
     system = ServingSystem(
         cluster=cluster,
         policy=placements,
-        settings=_controller_settings(options, profile, live=True),
+        settings=replace(_controller_settings(options, profile, live=True), engine_tokens=engine_tokens),
         predict_service_time=_service_time_predictor(estimator),
         service_times=_service_times(options, profile, workload=None),
         load_time=_load_time(options, profile),

@@ -97,7 +97,8 @@ async def _submission(service: Service, prepared: PreparedRequest) -> Submission
     if output_tokens > settings.max_output_tokens:
         message = f"max_tokens is {output_tokens}; the maximum is {settings.max_output_tokens}"
         raise bad_request(message, "max_tokens", code="context_length_exceeded")
-    too_long = prepared.endpoint.model.spec.why_too_long(len(prepared.token_ids) + output_tokens)
+    tokens = len(prepared.token_ids) + output_tokens
+    too_long = service.cluster.why_too_long(prepared.endpoint.model.spec, tokens)
     if too_long is not None:
         raise bad_request(too_long, "prompt", code="context_length_exceeded")
     end_tokens = () if body.ignore_eos else prepared.tokenizer.stop_token_ids
@@ -115,11 +116,11 @@ async def _submission(service: Service, prepared: PreparedRequest) -> Submission
 
 
 def _default_output_tokens(service: Service, prepared: PreparedRequest) -> int:
-    """Return how many tokens a request gets that names no number: the endpoint's, within the model's context."""
+    """Return how many tokens a request gets that names no number: the endpoint's, within what is served."""
     limits = [prepared.endpoint.stored.request.output_tokens, service.settings.max_output_tokens]
-    context_tokens = prepared.endpoint.model.spec.context_tokens
-    if context_tokens is not None:
-        limits.append(context_tokens - len(prepared.token_ids))
+    max_tokens = service.cluster.max_sequence_tokens(prepared.endpoint.model.spec)
+    if max_tokens is not None:
+        limits.append(max_tokens - len(prepared.token_ids))
     return max(1, min(limits))
 
 

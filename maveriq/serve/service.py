@@ -80,7 +80,7 @@ class Service:
         self.metrics = Metrics()
         self.requests = RequestLifecycle(cluster, store, self.metrics, max_in_flight=settings.max_in_flight)
         self.started_s = int(time.time())
-        self._cluster = cluster
+        self.cluster = cluster
         self._placements = placements
         self._endpoints: dict[int, StoredEndpoint] = {}
         self._changing = asyncio.Lock()  # held while models or endpoints change
@@ -120,7 +120,7 @@ class Service:
             self._deploy(stored)
         for problem in self._dangling:
             _LOG.warning("%s", problem)
-        self.metrics.add_cluster(self._cluster.progress, self.requests.__len__)
+        self.metrics.add_cluster(self.cluster.progress, self.requests.__len__)
 
     async def stop(self) -> None:
         """Refuse new requests, let requests in flight end within the grace period, stop all engines.
@@ -142,7 +142,7 @@ class Service:
         await asyncio.wait(waits, timeout=self.settings.grace_period_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        await self._cluster.close()
+        await self.cluster.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.requests.drained(), _FINAL_STATUSES_S)
         await asyncio.gather(*self._plan_writes, return_exceptions=True)
@@ -200,7 +200,7 @@ class Service:
             del self._endpoints[endpoint_id]
             self._placements.forget(endpoint_id)
             with contextlib.suppress(InputError):  # the cluster has not seen it yet
-                self._cluster.remove(endpoint_id)
+                self.cluster.remove(endpoint_id)
 
     def endpoint(self, endpoint_id: int) -> Endpoint:
         """Return a snapshot of an endpoint.
@@ -237,7 +237,7 @@ class Service:
 
     def problems(self) -> list[str]:
         """Return what is wrong, one sentence each; empty if the service is healthy."""
-        problems = [f"GPU {gpu.gpu_id} is down" for gpu in self._cluster.progress().gpus if gpu.down]
+        problems = [f"GPU {gpu.gpu_id} is down" for gpu in self.cluster.progress().gpus if gpu.down]
         problems += [
             f"endpoint {endpoint.endpoint_id} ({endpoint.model.spec.name}) is {endpoint.status}"
             for endpoint in self.endpoints()
@@ -254,12 +254,12 @@ class Service:
         if stored.placement:
             with contextlib.suppress(InputError):  # a restored endpoint whose placement no longer exists: the default
                 self._placements.place_by(stored.endpoint_id, stored.placement)
-        self._cluster.deploy(stored.request, endpoint_id=stored.endpoint_id)
+        self.cluster.deploy(stored.request, endpoint_id=stored.endpoint_id)
 
     def _snapshot(self, stored: StoredEndpoint) -> Endpoint:
         deployments: Iterable[DeploymentStatus] = ()
         with contextlib.suppress(InputError):  # the policy has not decided yet
-            deployments = self._cluster.endpoint(stored.endpoint_id)
+            deployments = self.cluster.endpoint(stored.endpoint_id)
         return Endpoint(stored=stored, model=self.models.by_id(stored.model_id), deployments=tuple(deployments))
 
     def _store_plans(self, endpoint_id: int, plans: Plans) -> None:

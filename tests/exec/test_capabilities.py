@@ -27,6 +27,7 @@ from maveriq.exec.capabilities import (
     SupportedByEngine,
     distance,
     known_engines,
+    max_sequence_tokens,
     nearest,
     similar_configs,
     unsupported_by,
@@ -367,3 +368,11 @@ def test_policies_choose_only_what_the_engine_supports() -> None:
 def ask_configuration(engine: str, model: str, configuration: ParallelConfig) -> Refusal | None:
     shape = load_model(model)
     return why_not(engine, shape, configuration, Device.CUDA)
+
+
+@pytest.mark.parametrize(
+    ("engine", "kept"),
+    [("emulated", [None, None]), ("torch", [None, None]), ("vllm", [2048, 4096]), ("trtllm", [2048, 4096])],
+)
+def test_external_engines_keep_a_bounded_number_of_tokens_of_a_sequence(engine: str, kept: list[int | None]) -> None:
+    assert [max_sequence_tokens(engine, load_model(name)) for name in ("gptj-6b", "llama-3.1-8b")] == kept

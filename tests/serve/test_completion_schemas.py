@@ -324,6 +324,17 @@ def test_long_arrays_are_refused(server: Running) -> None:
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
 
+def test_what_the_cluster_would_refuse_as_too_long_is_400(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.cluster, "why_too_long", lambda _model, tokens: f"{tokens} tokens are too long here")
+    error = error_of(post(server, "/v1/completions", json.dumps(TEXT | {"prompt": [5] * 7, "max_tokens": 3})))
+    assert (error["message"], error["code"]) == ("10 tokens are too long here", "context_length_exceeded")
+    monkeypatch.setattr(server.cluster, "why_too_long", lambda _model, _tokens: None)
+    monkeypatch.setattr(server.cluster, "max_sequence_tokens", lambda _model: 9)
+    body = {name: value for name, value in TEXT.items() if name != "max_tokens"} | {"prompt": [5] * 7}
+    answer = post(server, "/v1/completions", json.dumps(body))
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
 def test_infinite_numbers_do_no_harm(server: Running) -> None:
     assert math.isinf(read_json(b"1e999", max_items=1))
     assert post(server, "/v1/completions", json.dumps(TEXT)[:-1] + ', "temperature": 1e999}').status_code == 200

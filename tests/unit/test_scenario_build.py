@@ -124,3 +124,19 @@ def test_a_cluster_of_another_kind_than_the_profile_is_refused_with_both_ways_ou
         InputError, match=r"of kind A6000; give a cluster of cpu with --gpus, or a profile of A6000 with"
     ):
         build_system(Options(profile=str(profile)))
+
+
+def test_requests_longer_than_what_the_engine_keeps_are_refused_by_name(tmp_path):
+    (tmp_path / "one.toml").write_text(ONE_MODEL)
+    rows = "30,1,90,10\n31,1,90,11\n32,1,5000,10\n"
+    (tmp_path / "requests.csv").write_text(f"arrival_s,endpoint,prompt_tokens,output_tokens\n{rows}")
+    options = Options(trace=str(tmp_path / "requests.csv"), models=str(tmp_path / "one.toml"), gpus="1xA6000")
+    system = build_system(options, engine_tokens=lambda _model: 100)
+    run = simulate(system)
+    reasons = [run.requests.reasons[reason] for reason in run.requests.reason]
+    assert [RequestStatus(status).label for status in run.requests.status] == ["completed", "refused", "refused"]
+    assert reasons[1] == "a sequence of 101 tokens is longer than the 100 that the engine's KV cache keeps of one"
+    assert reasons[2] == "a sequence of 5010 tokens is longer than the 4096 positions of llama-2-7b"
+    counted = "1 of 3 requests are longer than the 100 tokens that the engine's KV cache keeps of one, and are refused"
+    assert counted in system.notes
+    assert not [note for note in build_system(options).notes if "KV cache keeps" in note]

@@ -34,6 +34,11 @@ _STEP_TOKENS = 8192
 _DEFAULT_CONTEXT_TOKENS = 2048  # for configurations without a context length, such as falcon's
 
 
+def max_sequence_tokens(model: ModelSpec) -> int:
+    """Return the KV cache capacity for one sequence of a model, in tokens."""
+    return min(model.context_tokens or _DEFAULT_CONTEXT_TOKENS, MAX_SEQUENCE_TOKENS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
     """How to start an external engine.
@@ -62,7 +67,7 @@ class EngineRequirements:
     @property
     def sequence_tokens(self) -> int:
         """KV cache capacity for one sequence, in tokens."""
-        return min(self.model.context_tokens or _DEFAULT_CONTEXT_TOKENS, MAX_SEQUENCE_TOKENS)
+        return max_sequence_tokens(self.model)
 
     @property
     def step_tokens(self) -> int:
