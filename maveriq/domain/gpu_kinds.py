@@ -106,7 +106,7 @@ def gpu_sheet(name: str) -> GpuSheet:
     by_key = {_key(known): known for known in sheets} | {_key(short): full for short, full in _SHORT_NAMES.items()}
     found = by_key.get(_key(name))
     if found is None:
-        raise UnknownNameError("kind of GPU", name, sheets, "`maveriq gpus` lists them")
+        raise UnknownNameError("kind of GPU", name, sheets, "or give the profile of another kind with --profile FILE")
     return sheets[found]
 
 

@@ -17,8 +17,8 @@ CLUSTER = 'name = "mine"\ngpu = "A6000"\ncount = 2\n'
 TINY_CLUSTER = CLUSTER + "memory_gib = 1\n"
 MODELS = 'name = "mine"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n'
 CONFIG = (
-    '{"_name_or_path": "llama-2-7b", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,'
-    ' "intermediate_size": 11008, "vocab_size": 32000}'
+    '{"model_type": "llama", "_name_or_path": "llama-2-7b", "num_hidden_layers": 32, "hidden_size": 4096,'
+    ' "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}'
 )
 
 
