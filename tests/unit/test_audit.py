@@ -50,7 +50,7 @@ def test_verdict(dependencies: list[dict[str, Any]], code: int, words: str) -> N
         (json.dumps({"dependencies": [UNKNOWN]}), "", "NOT CHECKED: 1 packages"),
     ],
 )
-def test_no_answer_is_said(
+def test_a_missing_answer_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, err: str, words: str
 ) -> None:
     ended = subprocess.CompletedProcess([], 1, stdout=out, stderr=err)
