@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 
 from maveriq.cli.options import JsonFlag
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
-from maveriq.exec.checks.engines import EngineSetup
+from maveriq.exec.checks.engines import SUPERVISION, EngineSetup
 from maveriq.exec.checks.plan import DEFAULT_CPU_GPUS, parse_gpu_ids, plan_checks
 from maveriq.exec.checks.runner import CheckResult, Status
 from maveriq.exec.checks.session import check_engines
@@ -27,6 +28,8 @@ from maveriq.exec.local_machine import LocalMachine
 from maveriq.exec.scratch_folder import ScratchFolder
 from maveriq.report.engine_checks import result_line, results_json, results_table
 from maveriq.report.terminal import open_console
+
+_CPU_START_TIMEOUT_S = 900.0  # importing vLLM takes minutes on two busy cores
 
 
 def check(
@@ -43,7 +46,7 @@ def check(
     """Check the engines of a backend on this machine.
 
     Starts small engines of each format and split side by side, runs requests
-    on them, and kills them; at most 8 minutes. Prints a line for each check as
+    on them, and kills them; at most 8 minutes on GPUs. Prints a line for each check as
     it ends, then a table. The exit code is 1 if a check fails. Without a GPU
     the engines run on the CPU.
     """
@@ -108,6 +111,7 @@ async def _check(machine: LocalMachine, gpu_ids: tuple[int, ...], on_result: Cal
             logs=Path(scratch.path),
             devices=devices,
             memory_probe=machine.memory_probe() or NoMemoryProbe(),
+            settings=SUPERVISION if meter else replace(SUPERVISION, start_timeout_s=_CPU_START_TIMEOUT_S),
         )
         await check_engines(machine.backend, device, plan, setup, gpu_ids=gpu_ids, on_result=on_result, meter=meter)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_specs import spec
@@ -10,6 +12,16 @@ from engine_specs import spec
 from maveriq.exec import messages
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import ExternalEngine
+
+
+def class_with(*names: str) -> Any:
+    """Return what stands for a class that takes these keyword arguments and no others."""
+
+    def stand_in(**_: Any) -> None: ...
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    vars(stand_in)["__signature__"] = inspect.Signature(parameters)
+    return stand_in
 
 
 def batch_of(*requested: tuple[int, int], stops: tuple[int, ...] = ()) -> messages.Generate:

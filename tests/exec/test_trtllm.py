@@ -17,12 +17,13 @@ from external_engine_checks import (
     check_that_a_sequence_without_room_fails_alone,
     check_that_close_may_come_twice_and_at_any_time,
     check_that_the_folder_goes_even_if_the_engine_will_not,
+    class_with,
 )
 
 from maveriq.exec.capabilities import check_spec
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.trtllm import TrtLlmEngine, translate
-from maveriq.exec.messages import EngineSpec
+from maveriq.exec.messages import EngineSpec, Inspected
 
 # Fields of `TorchLlmArgs` in 1.2, which refuses all others.
 FIELDS = {
@@ -235,6 +236,34 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
     for name in ("TLLM_WORKER_USE_SINGLE_PROCESS", "TLLM_NUMA_AWARE_WORKER_AFFINITY", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "")  # restores what the engine sets
     return FakeLlm.made
+
+
+def test_arguments_that_tensorrt_llm_does_not_know_are_named(
+    fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llmapi = ModuleType("tensorrt_llm.llmapi")
+    vars(llmapi).update(
+        TorchLlmArgs=class_with(*FIELDS),
+        KvCacheConfig=class_with("dtype", "enable_block_reuse", "max_tokens"),
+        CudaGraphConfig=class_with("max_batch_size", "enable_padding"),
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt_llm.llmapi", llmapi)
+    sampling = (
+        "max_tokens", "temperature", "top_k", "end_id", "pad_id", "stop_token_ids", "include_stop_str_in_output",
+        "detokenize",
+    )  # fmt: skip
+    vars(sys.modules["tensorrt_llm"]).update(llmapi=llmapi, SamplingParams=class_with(*sampling))
+    asked = spec(tp=2, pp=2, layer_split=(3, 1))
+    assert TrtLlmEngine().inspect(asked) == Inspected(version="1.2.1")
+
+    vars(llmapi).update(
+        TorchLlmArgs=class_with(*FIELDS - {"pp_partition"}), KvCacheConfig=class_with("dtype", "max_tokens")
+    )
+    del llmapi.CudaGraphConfig
+    assert TrtLlmEngine().inspect(asked).unknown_arguments == (
+        "CudaGraphConfig", "kv_cache_config.enable_block_reuse", "pp_partition",
+    )  # fmt: skip
+    assert fakes == [], "nothing is loaded"
 
 
 def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,11 +18,13 @@ from external_engine_checks import (
     check_that_a_sequence_without_room_fails_alone,
     check_that_close_may_come_twice_and_at_any_time,
     check_that_the_folder_goes_even_if_the_engine_will_not,
+    class_with,
 )
 
 from maveriq.exec.capabilities import check_spec
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.vllm import VllmEngine, translate
+from maveriq.exec.messages import Inspected, RankShard
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -186,6 +189,28 @@ def test_unsupported_configurations_are_refused_before_the_start(changes: dict[s
 # The engine, against a stand-in for the package
 
 
+class ModuleList(list[Any]):
+    """torch's, by its name."""
+
+
+class PPMissingLayer:
+    """vLLM's place holder for a layer of another stage."""
+
+
+class FakeModel:
+    """The model of one rank: stage 0 has three of four layers, others one; and a list of experts."""
+
+    def __init__(self, stage: int) -> None:
+        held = 3 if stage == 0 else 1
+        self._layers = ModuleList([object()] * held + [PPMissingLayer()] * (4 - held))
+
+    def modules(self) -> Iterator[Any]:
+        yield from (self, ModuleList([object(), object()]), self._layers)
+
+    def parameters(self) -> Iterator[Any]:
+        yield from (SimpleNamespace(nbytes=1000), SimpleNamespace(nbytes=24))
+
+
 class FakeLlm:
     """Counts up from the last prompt token; the second request gets its tokens in pairs."""
 
@@ -196,6 +221,12 @@ class FakeLlm:
         self.arguments, self.aborted, self.open = arguments, [], {}
         self.environment = dict(os.environ)
         self.engine_core = SimpleNamespace(shutdown=lambda: setattr(self, "down", True))
+        self.model_config = SimpleNamespace(dtype="torch.float16")
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        """Run a function on the model of each rank."""
+        assert method == "apply_model"
+        return [args[0](FakeModel(stage)) for stage in range(self.arguments["pipeline_parallel_size"])]
 
     def add_request(self, name: str, prompt: dict[str, list[int]], sampling: Any) -> None:
         self.open[name] = [prompt["prompt_token_ids"][-1], 0, sampling]
@@ -225,6 +256,25 @@ class FakeLlm:
         return outputs
 
 
+class EngineArgs(dict[str, Any]):
+    """vLLM's, with the arguments that it has in 0.32."""
+
+    __signature__ = signature(
+        class_with(
+            "model", "skip_tokenizer_init", "load_format", "dtype", "seed", "tensor_parallel_size",
+            "pipeline_parallel_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_dtype",
+            "kv_cache_memory_bytes", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager",
+            "distributed_executor_backend", "quantization",
+        )
+    )  # fmt: skip
+
+
+KNOWN_VARIABLES = [
+    "VLLM_PP_LAYER_PARTITION", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS",
+    "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND",
+]  # fmt: skip
+
+
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
     """Replace vLLM with a stand-in; return the list of its engines."""
@@ -235,8 +285,9 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
         return made[-1]
 
     modules: dict[str, dict[str, Any]] = {
-        "vllm": {"EngineArgs": dict, "SamplingParams": SimpleNamespace, "__version__": "0.33.0"},
+        "vllm": {"EngineArgs": EngineArgs, "SamplingParams": SimpleNamespace, "__version__": "0.33.0"},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA="delta")},
+        "vllm.envs": {"environment_variables": dict.fromkeys(KNOWN_VARIABLES)},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.llm_engine": {"LLMEngine": SimpleNamespace(from_engine_args=from_engine_args)},
@@ -245,10 +296,28 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeLlm]]:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
     for name in ("VLLM_PP_LAYER_PARTITION", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "")  # restores what the engine sets
     yield made
     FakeLlm.broken = None
+
+
+def test_arguments_that_vllm_does_not_know_are_named(fakes: list[FakeLlm], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = spec(pp=2, layer_split=(3, 1))
+    sampling = ("temperature", "max_tokens", "ignore_eos", "stop_token_ids", "detokenize", "top_p")
+    monkeypatch.setattr("vllm.SamplingParams", class_with(*sampling))
+    assert VllmEngine().inspect(asked) == Inspected(version="0.33.0")
+    monkeypatch.setattr("vllm.SamplingParams", class_with(*sampling[:4]))
+    monkeypatch.delitem(sys.modules["vllm.envs"].environment_variables, "VLLM_PP_LAYER_PARTITION")
+    assert VllmEngine().inspect(asked).unknown_arguments == ("VLLM_PP_LAYER_PARTITION", "detokenize")
+    monkeypatch.setattr("vllm.EngineArgs", class_with("model", "dtype"))
+    unknown = VllmEngine().inspect(asked).unknown_arguments
+    assert {"seed", "max_model_len"} < set(unknown)
+    assert "model" not in unknown
+    assert fakes == [], "nothing is loaded"
 
 
 def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
@@ -256,6 +325,8 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     loaded = engine.load(spec(pp=2, layer_split=(3, 1)))
     [fake] = fakes
     assert (loaded.backend, loaded.version) == ("vllm", "0.33.0")
+    assert loaded.shards == tuple(RankShard(layers=n, weights_bytes=1024, dtype="float16") for n in (3, 1))
+    assert loaded.weights_bytes == 2048
     assert loaded.kv_cache_bytes == 2 * fake.arguments["kv_cache_memory_bytes"]
     assert fake.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
     folder = Path(fake.arguments["model"])

@@ -31,10 +31,6 @@ from maveriq.exec.messages import Inspected, PromptSequence
 from maveriq.exec.processes import describe_exit
 from maveriq.units import Bytes, gib
 
-LIMIT_S = 480.0
-"""Real seconds for all checks together."""
-
-_START_LIMIT_S = 300.0
 _LIMIT_S = 90.0
 _NOTICE_LIMIT_S = 20.0  # a lost rank is noticed in less than 2 s; the check says in how many
 _FREED_LIMIT_S = 30.0  # drivers take a moment
@@ -85,24 +81,25 @@ EngineCheck: TypeAlias = Check[CheckContext]
 
 def checks_for(engines: CheckedEngines) -> list[EngineCheck]:
     """Return all checks of these engines, in the order in which they must run."""
+    start_limit_s = engines.setup.settings.start_timeout_s
     return [
         Check(
             name="version",
             proves="the installed library has a version that maveriq supports",
-            limit_s=_START_LIMIT_S,
+            limit_s=start_limit_s,
             run=_version,
         ),
         Check(
             name="arguments",
             proves="the installed classes know every argument that maveriq passes, for each format and split",
-            limit_s=_START_LIMIT_S,
+            limit_s=start_limit_s,
             run=_arguments,
         ),
         *(
             Check(
                 name=f"start {planned.label}",
                 proves="an engine of this format and split loads and serves, beside the others",
-                limit_s=_START_LIMIT_S,
+                limit_s=start_limit_s,
                 run=partial(_start, planned=planned),
             )
             for planned in engines.plan.matrix
@@ -110,13 +107,13 @@ def checks_for(engines: CheckedEngines) -> list[EngineCheck]:
         Check(
             name="second engine",
             proves="two engines on one GPU serve at the same time and give the same tokens",
-            limit_s=_START_LIMIT_S,
+            limit_s=start_limit_s,
             run=_second_engine,
         ),
         Check(
             name="too large",
             proves="a model that does not fit is refused as out of memory, with what it needs and what is free",
-            limit_s=_START_LIMIT_S,
+            limit_s=start_limit_s,
             run=_too_large,
         ),
         *_checks_of_serving_engines(),

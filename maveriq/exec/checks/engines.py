@@ -25,7 +25,7 @@ from maveriq.exec.supervisor import Supervisor
 T = TypeVar("T")
 
 SUPERVISION = SupervisionSettings(
-    start_timeout_s=300.0,
+    start_timeout_s=300.0,  # on GPUs; checks that wait for a start have the same limit
     # Checks have limits of their own; a lost process must be noticed by its exit, not because it hangs.
     hang_timeout_s=600.0,
     grace_period_s=20.0,

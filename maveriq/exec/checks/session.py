@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from maveriq.errors import MaveriqError
-from maveriq.exec.checks.checks import LIMIT_S, CheckContext, checks_for
+from maveriq.exec.checks.checks import CheckContext, checks_for
 from maveriq.exec.checks.engines import CheckedEngines, EngineSetup
 from maveriq.exec.checks.plan import CheckPlan
 from maveriq.exec.checks.runner import CheckResult, run_checks
@@ -19,6 +19,8 @@ from maveriq.exec.engine_process import terminate
 from maveriq.exec.gpus import GpuMeter
 from maveriq.exec.launcher import EngineConnection
 from maveriq.exec.messages import ChannelClosedError, EngineSpec, Failed, Inspect, Inspected, Stop
+
+_LIMIT_S = {Device.CUDA: 480.0, Device.CPU: 1800.0}  # for all checks; a CPU loads the libraries of GPUs slowly
 
 
 async def check_engines(
@@ -60,7 +62,7 @@ async def check_engines(
     )
     try:
         engines.start()
-        await run_checks(checks_for(engines), context, limit_s=LIMIT_S, on_result=on_result)
+        await run_checks(checks_for(engines), context, limit_s=_LIMIT_S[device], on_result=on_result)
     finally:
         inspection.cancel()
         await asyncio.gather(inspection, return_exceptions=True)

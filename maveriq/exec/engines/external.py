@@ -6,11 +6,12 @@ result into a `Translation`: the arguments of its constructor. `ExternalEngine` 
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -165,6 +166,14 @@ def check_lengths(engine: str, sequences: tuple[PromptSequence, ...], max_tokens
         raise EngineError(
             FailureKind.ERROR, f"{engine}: a sequence of {longest} tokens is too long (limit {max_tokens})"
         )
+
+
+def unknown_names(names: Iterable[str], accepted_by: type) -> set[str]:
+    """Return the keyword arguments that a class does not have."""
+    parameters = inspect.signature(accepted_by).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return set()  # it takes any
+    return set(names) - parameters.keys()
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:

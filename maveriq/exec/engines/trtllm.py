@@ -22,9 +22,10 @@ from maveriq.exec.engines.external import (
     Translation,
     check_lengths,
     read_spec,
+    unknown_names,
     write_files,
 )
-from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
+from maveriq.exec.messages import EngineSpec, Inspected, Loaded, PromptSequence
 from maveriq.exec.model_files import matrix_types, read_model_file
 
 NAME = "trtllm"
@@ -161,6 +162,14 @@ def _quantisation_config(algorithm: str) -> dict[str, Any]:
     }
 
 
+def _import_tensorrt_llm() -> Any:
+    try:
+        import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
+    except Exception as error:  # without a driver the import fails in many ways
+        raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {error}") from error
+    return tensorrt_llm
+
+
 class TrtLlmEngine(ExternalEngine):
     """TensorRT-LLM as an `Engine`; its workers are children of `orted`, which MPI starts from this process."""
 
@@ -180,15 +189,27 @@ class TrtLlmEngine(ExternalEngine):
         if llm is not None:
             llm.shutdown()
 
+    def inspect(self, spec: EngineSpec) -> Inspected:
+        """Compare the arguments with the fields of the installed classes; see `Inspectable`."""
+        tensorrt_llm = _import_tensorrt_llm()
+        from tensorrt_llm import llmapi  # type: ignore[import-not-found, unused-ignore]
+
+        arguments = translate(spec, "").arguments
+        sampling = _sampling_arguments(PromptSequence(request_id=0, prompt=(1,), output_tokens=1))
+        unknown = unknown_names(arguments, llmapi.TorchLlmArgs) | unknown_names(sampling, tensorrt_llm.SamplingParams)
+        for name, part in (("kv_cache_config", "KvCacheConfig"), ("cuda_graph_config", "CudaGraphConfig")):
+            if not hasattr(llmapi, part):
+                unknown.add(part)
+            else:
+                unknown |= {f"{name}.{field}" for field in unknown_names(arguments[name], getattr(llmapi, part))}
+        return Inspected(version=str(tensorrt_llm.__version__), unknown_arguments=tuple(sorted(unknown)))
+
     def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
         translation = translate(spec, str(folder))
         write_files(translation.files, folder)
         os.environ.update(translation.environment)
         self._max_tokens = translation.arguments["max_seq_len"]
-        try:
-            import tensorrt_llm  # type: ignore[import-not-found, unused-ignore]  # an extra
-        except Exception as error:  # without a driver the import fails in many ways
-            raise EngineError(FailureKind.UNSUPPORTED, f"trtllm cannot be imported: {error}") from error
+        tensorrt_llm = _import_tensorrt_llm()
         self._loop = asyncio.new_event_loop()
         self._llm = tensorrt_llm.LLM(**translation.arguments)
         for _ in self._steps((PromptSequence(request_id=0, prompt=(1,), output_tokens=2),)):
@@ -228,6 +249,21 @@ def _cancel_streams(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(asyncio.gather(*streams, return_exceptions=True))
 
 
+def _sampling_arguments(sequence: PromptSequence) -> dict[str, Any]:
+    return {
+        "max_tokens": sequence.output_tokens,
+        "temperature": 0.0,
+        "top_k": 1,
+        # Required without a tokenizer. No token has this id, so it ends nothing; newer versions ignore stop tokens
+        # where `ignore_eos` is set.
+        "end_id": -1,
+        "pad_id": 0,
+        "stop_token_ids": list(sequence.stop_token_ids) or None,
+        "include_stop_str_in_output": True,
+        "detokenize": False,
+    }
+
+
 _Chunk: TypeAlias = tuple[int, list[int], bool] | Exception
 """Position of a sequence, its next tokens, and whether they are its last; or the exception that ended a stream."""
 
@@ -236,18 +272,7 @@ async def _stream(llm: Any, sequence: PromptSequence, position: int, chunks: asy
     """Generate a sequence and put its tokens into the queue as they arrive."""
     from tensorrt_llm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
-    sampling = SamplingParams(
-        max_tokens=sequence.output_tokens,
-        temperature=0.0,
-        top_k=1,
-        # Required without a tokenizer. No token has this id, so it ends nothing; newer versions ignore stop tokens
-        # where `ignore_eos` is set.
-        end_id=-1,
-        pad_id=0,
-        stop_token_ids=list(sequence.stop_token_ids) or None,
-        include_stop_str_in_output=True,
-        detokenize=False,
-    )
+    sampling = SamplingParams(**_sampling_arguments(sequence))
     try:
         result = llm.generate_async(list(sequence.prompt), sampling, streaming=True)
         sent = 0

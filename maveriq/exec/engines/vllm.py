@@ -19,9 +19,10 @@ from maveriq.exec.engines.external import (
     Translation,
     check_lengths,
     read_spec,
+    unknown_names,
     write_files,
 )
-from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
+from maveriq.exec.messages import EngineSpec, Inspected, Loaded, PromptSequence, RankShard
 from maveriq.units import Bytes
 
 NAME = "vllm"
@@ -163,6 +164,39 @@ def _environment(requirements: EngineRequirements, cpus: tuple[int, ...]) -> dic
     return variables
 
 
+def _own_cpus() -> tuple[int, ...]:
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def _import_vllm() -> Any:
+    try:
+        import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
+    except ImportError as error:
+        raise EngineError(FailureKind.UNSUPPORTED, f"vllm cannot be imported: {error}") from error
+    return vllm
+
+
+def _sampling_arguments(sequence: PromptSequence) -> dict[str, Any]:
+    return {
+        "temperature": 0.0,
+        "max_tokens": sequence.output_tokens,
+        "ignore_eos": True,
+        "stop_token_ids": list(sequence.stop_token_ids),
+        "detokenize": False,
+    }
+
+
+def layers_and_bytes(model: Any) -> tuple[int, int]:
+    """Return how many transformer layers and bytes of parameters a rank's model holds; runs in vLLM's worker.
+
+    Layers of other stages are in the list of layers as `PPMissingLayer`.
+    """
+    stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
+    layers = [type(layer).__name__ for layer in max(stacks, key=len, default=())]
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return len(layers) - layers.count("PPMissingLayer"), size
+
+
 class VllmEngine(ExternalEngine):
     """vLLM as an `Engine`; its workers are child processes of this process."""
 
@@ -178,22 +212,48 @@ class VllmEngine(ExternalEngine):
         if engine is not None:
             engine.engine_core.shutdown()
 
+    def inspect(self, spec: EngineSpec) -> Inspected:
+        """Compare arguments and environment variables with what the installed vLLM knows; see `Inspectable`."""
+        vllm = _import_vllm()
+        from vllm import envs  # type: ignore[import-not-found, unused-ignore]
+
+        translation = translate(spec, "", cpus=_own_cpus())
+        sampling = _sampling_arguments(PromptSequence(request_id=0, prompt=(1,), output_tokens=1))
+        variables = {name for name in translation.environment if name.startswith("VLLM_")}
+        unknown = (
+            unknown_names(translation.arguments, vllm.EngineArgs)
+            | unknown_names(sampling, vllm.SamplingParams)
+            | (variables - set(envs.environment_variables))
+        )
+        return Inspected(version=str(vllm.__version__), unknown_arguments=tuple(sorted(unknown)))
+
     def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
-        translation = translate(spec, str(folder), cpus=tuple(sorted(os.sched_getaffinity(0))))
+        translation = translate(spec, str(folder), cpus=_own_cpus())
         write_files(translation.files, folder)
         os.environ.update(translation.environment)
         self._max_tokens = translation.arguments["max_model_len"]
-        try:
-            import vllm  # type: ignore[import-not-found, unused-ignore]  # an extra
-            from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
-        except ImportError as error:
-            raise EngineError(FailureKind.UNSUPPORTED, f"vllm cannot be imported: {error}") from error
+        vllm = _import_vllm()
+        from vllm.v1.engine.llm_engine import LLMEngine  # type: ignore[import-not-found, unused-ignore]
 
         self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**translation.arguments))
         for _ in self._steps((PromptSequence(request_id=0, prompt=(1,), output_tokens=2),)):
             pass
         kv_bytes = translation.arguments["kv_cache_memory_bytes"] * spec.tp * spec.pp
-        return Loaded(backend=NAME, version=str(vllm.__version__), kv_cache_bytes=kv_bytes)
+        shards = self._shards()
+        return Loaded(
+            backend=NAME,
+            version=str(vllm.__version__),
+            weights_bytes=sum(shard.weights_bytes for shard in shards),
+            kv_cache_bytes=kv_bytes,
+            shards=shards,
+        )
+
+    def _shards(self) -> tuple[RankShard, ...]:
+        """Return what each rank holds, in rank order."""
+        engine = self._engine
+        dtype = str(engine.model_config.dtype).removeprefix("torch.")
+        held = engine.collective_rpc("apply_model", args=(layers_and_bytes,))
+        return tuple(RankShard(layers=layers, weights_bytes=size, dtype=dtype) for layers, size in held)
 
     def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
         if self._engine is None:
@@ -207,14 +267,7 @@ class VllmEngine(ExternalEngine):
         aligner = StepAligner(len(sequences))
         try:
             for request_id, sequence in zip(positions, sequences, strict=True):
-                sampling = SamplingParams(
-                    temperature=0.0,
-                    max_tokens=sequence.output_tokens,
-                    ignore_eos=True,
-                    stop_token_ids=list(sequence.stop_token_ids),
-                    detokenize=False,
-                    output_kind=RequestOutputKind.DELTA,
-                )
+                sampling = SamplingParams(**_sampling_arguments(sequence), output_kind=RequestOutputKind.DELTA)
                 self._engine.add_request(request_id, {"prompt_token_ids": list(sequence.prompt)}, sampling)
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
