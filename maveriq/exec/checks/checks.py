@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, takewhile
@@ -20,7 +23,7 @@ from maveriq.errors import MaveriqError
 from maveriq.exec.capabilities import engine_facts
 from maveriq.exec.checks.engines import CheckedEngine, CheckedEngines, EngineDownError
 from maveriq.exec.checks.plan import PlannedEngine
-from maveriq.exec.checks.processes import ProcessInfo, can_look, still_running
+from maveriq.exec.checks.processes import can_look, describe, resident_bytes, still_running
 from maveriq.exec.checks.runner import Check, Outcome, failed, passed, skipped
 from maveriq.exec.device import Device
 from maveriq.exec.engine_protocol import STOPPED
@@ -28,7 +31,7 @@ from maveriq.exec.engines.engine import FailureKind
 from maveriq.exec.gpus import GpuMeter
 from maveriq.exec.local_machine import EMULATED
 from maveriq.exec.messages import Inspected, PromptSequence
-from maveriq.exec.processes import describe_exit
+from maveriq.exec.processes import ProcessStat, describe_exit
 from maveriq.units import Bytes, gib
 
 _LIMIT_S = 90.0
@@ -412,11 +415,12 @@ async def _killed_worker(context: CheckContext) -> Outcome:
     others = [process for process in await engine.processes() if process.pid != engine.leader_pid]
     if not others:
         return failed(f"{engine.label} has no process beside its leader")
-    worker = max(others, key=lambda process: process.resident_bytes)
+    worker = max(others, key=resident_bytes)
     started_s = asyncio.get_running_loop().time()
-    worker.kill()
+    with suppress(ProcessLookupError):
+        os.kill(worker.pid, signal.SIGKILL)
     reason = await engine.wait_down()
-    return passed(f"{worker} noticed after {asyncio.get_running_loop().time() - started_s:.1f} s: {reason}")
+    return passed(f"{describe(worker)} noticed after {asyncio.get_running_loop().time() - started_s:.1f} s: {reason}")
 
 
 async def _killed_group(context: CheckContext) -> Outcome:
@@ -427,11 +431,11 @@ async def _killed_group(context: CheckContext) -> Outcome:
     await engine.kill()
     left = await _wait_gone(processes)
     if left:
-        return failed(f"still running: {', '.join(map(str, left))}")
+        return failed(f"still running: {', '.join(map(describe, left))}")
     return passed(f"all {len(processes)} processes of {engine.label} ended")
 
 
-async def _wait_gone(processes: list[ProcessInfo], polls: int = 20) -> list[ProcessInfo]:
+async def _wait_gone(processes: list[ProcessStat], polls: int = 20) -> list[ProcessStat]:
     """Wait a little for processes to end, and return those that have not."""
     left = processes
     for _ in range(polls):

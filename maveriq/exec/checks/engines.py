@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 
 from maveriq.errors import MaveriqError
 from maveriq.exec.checks.plan import CheckPlan, PlannedEngine
-from maveriq.exec.checks.processes import ProcessInfo, engine_processes, shared_memory_files
+from maveriq.exec.checks.processes import engine_processes, shared_memory_files
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineConnection, EngineLog, Launcher
 from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Loaded, PromptSequence, StepProgress
 from maveriq.exec.model_files import ModelFiles
+from maveriq.exec.processes import ProcessStat
 from maveriq.exec.supervisor import Supervisor
 
 T = TypeVar("T")
@@ -162,7 +163,7 @@ class CheckedEngine:
         """The PID of its leader, None before it is launched."""
         return None if self._launcher.connection is None else self._launcher.connection.pid
 
-    async def processes(self) -> list[ProcessInfo]:
+    async def processes(self) -> list[ProcessStat]:
         """Return its running processes, and remember the shared memory that they use."""
         pid = self.leader_pid
         if pid is None:

@@ -1,112 +1,91 @@
-"""The processes of an engine as /proc shows them, found without help of the engine or its supervisor.
+"""The processes of an engine, found anew whenever a check asks.
 
-The code under test keeps its own account of an engine's processes; a check must not rely on it.
+The supervisor keeps its own account of an engine's processes (`maveriq.exec.process_tree`). That account is under test,
+so a check does not rely on it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from maveriq.exec.processes import ENGINE_ID, ProcessStat, read_environment, read_stat, running_processes
 from maveriq.units import Bytes
 
 _PROC = Path("/proc")
 _SHARED_MEMORY = "/dev/shm/"  # noqa: S108  (files of other processes are looked up there)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessInfo:
-    """A process. Its start time, in clock ticks, tells it from a later one with the same PID."""
-
-    pid: int
-    parent: int
-    group: int
-    session: int
-    started: int
-    name: str
-    resident_bytes: Bytes
-
-    def kill(self) -> None:
-        """Send it SIGKILL, if it has not ended."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def __str__(self) -> str:
-        return f"{self.name} (pid {self.pid})"
-
-
 def can_look() -> bool:
     """Return whether this machine has /proc."""
-    return (_PROC / "self" / "stat").exists()
+    return read_stat(os.getpid()) is not None
 
 
-def engine_processes(leader_pid: int, log: Path) -> list[ProcessInfo]:
+def engine_processes(leader_pid: int, log: Path) -> list[ProcessStat]:
     """Return the running processes of an engine.
 
-    These are the leader, its session and group, all descendants of these, and whoever writes to the engine's log, which
-    also finds a process that has left the session and whose parent has ended.
+    These are the leader, its session, whoever inherited the engine's mark or has the engine's log open, and all
+    descendants of these. The log also finds a process that has cleared its environment and has lost its parent.
     """
     running = list(_running())
+    mark = read_environment(leader_pid).get(ENGINE_ID)
     found = {
         process.pid
         for process in running
-        if leader_pid in (process.pid, process.group, process.session) or _writes_to(process.pid, log)
+        if leader_pid in (process.pid, process.session)
+        or (mark and read_environment(process.pid).get(ENGINE_ID) == mark)
+        or _has_open(process.pid, log)
     } - {os.getpid()}
     grown = True
     while grown:
-        more = {process.pid for process in running if process.parent in found} - found
+        more = {process.pid for process in running if process.parent_pid in found} - found
         grown, found = bool(more), found | more
     return [process for process in running if process.pid in found]
 
 
-def still_running(processes: Iterable[ProcessInfo]) -> list[ProcessInfo]:
+def still_running(processes: Iterable[ProcessStat]) -> list[ProcessStat]:
     """Return those that have not ended; a zombie has."""
-    now = {(process.pid, process.started) for process in _running()}
-    return [process for process in processes if (process.pid, process.started) in now]
+    now = {(process.pid, process.started_ticks) for process in _running()}
+    return [process for process in processes if (process.pid, process.started_ticks) in now]
 
 
-def shared_memory_files(processes: Iterable[ProcessInfo]) -> set[str]:
+def resident_bytes(process: ProcessStat) -> Bytes:
+    """Return the memory that a process has in RAM, 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        pages = (_PROC / str(process.pid) / "statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def shared_memory_files(processes: Iterable[ProcessStat]) -> set[str]:
     """Return the files in /dev/shm that the processes have mapped."""
     found: set[str] = set()
     for process in processes:
         with contextlib.suppress(OSError):
-            for line in (_PROC / str(process.pid) / "maps").read_text().splitlines():
+            for line in (_PROC / str(process.pid) / "maps").read_text(errors="replace").splitlines():
                 path = line.partition(_SHARED_MEMORY)[2]
                 if path and not path.endswith(" (deleted)"):
                     found.add(_SHARED_MEMORY + path)
     return found
 
 
-def _running() -> Iterator[ProcessInfo]:
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    for folder in _PROC.iterdir():
-        if not folder.name.isdecimal():
-            continue
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            head, _, tail = (folder / "stat").read_text().rpartition(")")
-            fields = tail.split()
-            if fields[0] not in "ZX":
-                yield ProcessInfo(
-                    pid=int(folder.name),
-                    parent=int(fields[1]),
-                    group=int(fields[2]),
-                    session=int(fields[3]),
-                    started=int(fields[19]),
-                    name=head.partition("(")[2],
-                    resident_bytes=int(fields[21]) * page_bytes,
-                )
+def describe(process: ProcessStat) -> str:
+    """Return a process as text."""
+    return f"{process.name} (pid {process.pid})"
 
 
-def _writes_to(pid: int, file: Path) -> bool:
+def _running() -> Iterator[ProcessStat]:
+    stats = (read_stat(pid) for pid, _ in running_processes())
+    return (stat for stat in stats if stat is not None and not stat.ended)
+
+
+def _has_open(pid: int, file: Path) -> bool:
     with contextlib.suppress(OSError):
         target = file.stat()
         for descriptor in (_PROC / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):
-                opened = descriptor.stat()
-                if (opened.st_dev, opened.st_ino) == (target.st_dev, target.st_ino):
+                if descriptor.stat().st_ino == target.st_ino and descriptor.stat().st_dev == target.st_dev:
                     return True
     return False
