@@ -13,7 +13,7 @@ from maveriq.errors import InputError
     ("arguments", "message"),
     [
         (["llama-2-7b", "-c", "2*1"], "write TPxPP"),
-        (["llama-2-7b", "-c", "2x1:fp8"], "weights must be one of float16"),
+        (["llama-2-7b", "-c", "2x1:fp7"], "weights must be one of float16"),
         (["llama-2-7b", "-c", "falcon-7b=2x1"], "'falcon-7b' is not among the models"),
         (["llama-2-7b", "-c", "1x40"], "too few for 40 stages"),
         (["llama-2-7b", "-c", "0x1"], "tp must be at least 1"),
