@@ -66,6 +66,8 @@ class AttentionReader:
         if not family.full_head_size:
             return attention
         head_size = fields.count((family.full_head_size,))
+        if fields.has(family.full_kv_heads) and not fields.has(family.full_key_is_value):
+            raise fields.refuse(f"{family.full_kv_heads} is given, but no {family.full_key_is_value} says if it counts")
         shared = fields.flag(family.full_key_is_value, default=False)
         kv_heads = fields.optional_count((family.full_kv_heads,)) if shared else None
         kv_heads = kv_heads or attention.kv_heads
@@ -98,7 +100,10 @@ class AttentionReader:
         )
         # Layers that share the choice of another have no indexer, but attend to as few tokens.
         shared = replace(indexed, index_heads=0)
-        kinds = fields.values("indexer_types", length=self.layers) or ["full"] * self.layers
+        kinds = fields.values("indexer_types", length=self.layers)
+        if kinds is None and (fields.optional_count(("index_topk_freq",)) or 1) > 1:
+            raise fields.refuse("index_topk_freq says that layers share an indexer, but no indexer_types says which")
+        kinds = kinds or ["full"] * self.layers
         other = next((kind for kind in kinds if kind not in ("full", "shared")), None)
         if other is not None:
             raise fields.refuse(f"indexer_types: {brief(other)} is neither full nor shared")
@@ -146,8 +151,8 @@ class AttentionReader:
 
     def _head_size(self, heads: int) -> int:
         size = self.reader.optional_count(_HEAD_SIZE)
-        if size is not None:
-            return size
+        if size is not None or self.reader.family.head_size:
+            return size or self.reader.family.head_size
         if self.hidden % heads:
             raise self.reader.fields.refuse(
                 f"{heads} attention heads do not divide the hidden size {self.hidden}; give head_dim"
@@ -156,13 +161,13 @@ class AttentionReader:
 
     def _kv_heads(self, heads: int) -> int:
         reader = self.reader
-        fields, config = reader.fields, reader.fields.config
+        fields = reader.fields
         attention = fields.part("attn_config")  # of mpt and dbrx
         kind = attention.config.get("attn_type")
         # Falcon's `num_kv_heads` counts only in the new decoder; the old one has a single KV head
         # when `multi_query` is set, which is the default (transformers, FalconConfig).
-        if has_new_falcon_decoder(config):
-            kv_heads = reader.optional_count(_KV_HEADS) or heads
+        if has_new_falcon_decoder(fields):
+            kv_heads = reader.count(_KV_HEADS)
         elif fields.flag("multi_query", default=reader.family.multi_query) or kind == "multiquery_attention":
             kv_heads = 1
         elif kind == "grouped_query_attention" or attention.has("kv_n_heads"):
@@ -233,8 +238,10 @@ class AttentionReader:
         """Return which layers have the window, where no list says so."""
         family, fields = self.reader.family, self.reader.fields
         if family.window_list:
-            flags = fields.values(family.window_list, length=self.layers)
+            # An empty list stands for the family's rule.
+            flags = fields.values(family.window_list)
             if flags is not None:
+                flags = fields.values(family.window_list, length=self.layers) or []
                 return [_WINDOWED if flag else _FULL for flag in flags]
         if family.full_every:
             every = self._full_every()

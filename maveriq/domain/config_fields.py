@@ -118,7 +118,9 @@ class Fields:
             InputError: it is no list, or has another length.
         """
         value = self.config.get(key)
-        if value is None or value == []:
+        if value is None:
+            return None
+        if value == [] and not length:
             return None
         if not isinstance(value, list):
             raise self.refuse(f"{self.path}{key} must be a list, not {brief(value)}")

@@ -64,6 +64,10 @@ class DecoderConfig:
     text: Config
 
 
+UNKNOWN = "unknown"
+"""The family of a configuration that does not say it."""
+
+
 def family_name(config: Config, where: str) -> str:
     """Return a configuration's `model_type`, by its present name; "unknown" where there is none.
 
@@ -72,7 +76,7 @@ def family_name(config: Config, where: str) -> str:
     """
     name = Fields(config, where).name("model_type")
     if name is None:
-        return "unknown"
+        return UNKNOWN
     # A decoder within a multimodal configuration is called llama4_text, gemma3_text and so on.
     name = name.removesuffix("_text")
     return OTHER_NAMES.get(name, name)
@@ -91,7 +95,7 @@ def read_decoder(config: Config, where: str, modelopt: Config | None = None) -> 
     """
     key = next((key for key in TEXT_PARTS if config.get(key)), "")
     text = _text_part(config, key, where) if key else config
-    architecture = family_name(text if text.get("model_type") is not None else config, where)
+    architecture = _architecture(config, text, where)
     for part in (config, text) if key else (config,):
         feature = unmodelled_feature(part, architecture, FAMILIES.get(architecture))
         if feature is not None:
@@ -101,7 +105,7 @@ def read_decoder(config: Config, where: str, modelopt: Config | None = None) -> 
     quantization = read_quantization(config, where, modelopt)
     decoder = reader.decoder(quantization)
     others = other_inputs_of(config)
-    vision = vision_parameters(config, where, decoder.hidden_size) if others == "vision_config" else None
+    vision = vision_parameters(config, where, decoder.hidden_size)
     if vision is not None:
         decoder = replace(decoder, other_inputs_parameters=vision)
     elif others:
@@ -109,6 +113,26 @@ def read_decoder(config: Config, where: str, modelopt: Config | None = None) -> 
     # Engines are found by the name of the whole: a multimodal model is not the family of its decoder to them.
     whole = Fields(config, where).name("model_type") if key else None
     return DecoderConfig(architecture=whole or architecture, decoder=decoder, quantization=quantization.name, text=text)
+
+
+def _architecture(config: Config, text: Config, where: str) -> str:
+    """Return the family of the decoder: by its `model_type`, or by the class that `architectures` names.
+
+    Raises:
+        InputError: neither says it.
+    """
+    name = family_name(text if text.get("model_type") is not None else config, where)
+    if name in FAMILIES:
+        return name
+    classes = text.get("architectures") or config.get("architectures")
+    for given in classes if isinstance(classes, list) else ():
+        plain = re.sub(r"For(CausalLM|ConditionalGeneration)$", "", str(given)).lower()
+        family = next((family for family in FAMILIES if family.replace("_", "") == plain), None)
+        if family is not None:
+            return family
+    if name == UNKNOWN:
+        raise Fields(config, where).refuse("no model_type, and architectures names no known family")
+    return name
 
 
 def _text_part(config: Config, key: str, where: str) -> Config:
@@ -152,6 +176,10 @@ class _Reader:
         """Read the decoder, whose matrices are stored as `quantization` says."""
         config = self.config
         fields, family = config.fields, config.family
+        for key in family.stated:
+            present = key in fields.config if key == "sliding_window" else fields.has(key)
+            if not present and not (config.nested and key in family.part_defaults):
+                raise fields.refuse(f"no {fields.path}{key}, which files of {config.architecture} have")
         parts = self._letters() if family.layer_letters else None
         layers = len(parts) if parts else config.count(_LAYERS, MAX_LAYERS)
         hidden = config.count(_HIDDEN)
@@ -169,7 +197,7 @@ class _Reader:
             mixers, widths = self._single_parts(parts, attention, feed_forward)
         else:
             mixers, widths = attention.kinds(), feed_forward.kinds()
-        parallel = config.is_on(family.parallel) or has_new_falcon_decoder(fields.config)
+        parallel = config.is_on(family.parallel) or has_new_falcon_decoder(fields)
         kinds = [
             self._layer(mixer, width, hidden, parallel=parallel) for mixer, width in zip(mixers, widths, strict=True)
         ]
@@ -187,11 +215,11 @@ class _Reader:
             layer_pattern=tuple(distinct.index(kind) for kind in kinds),
             context_tokens=context,
             rope_type=rope_type,
-            learned_positions=(context or 0) + family.extra_positions if family.learned_positions else 0,
+            learned_positions=context + family.extra_positions if context and family.learned_positions else 0,
             other_parameters=norms + (vocabulary if family.head_bias else 0),
             head_format=quantization.head,
             kv_bits=quantization.kv_bits,
-            not_counted=self._not_counted(),
+            not_counted=self._not_counted(context),
         )
 
     def _letters(self) -> str:
@@ -222,6 +250,9 @@ class _Reader:
         if "*" in parts:
             mixers["*"] = attention.kinds()[0]
         if "E" in parts:
+            for key in ("n_shared_experts", "moe_shared_expert_intermediate_size"):
+                if not self.config.fields.has(key):
+                    raise self.config.fields.refuse(f"layers with experts, but no {key}")
             widths["E"] = feed_forward.experts()
             if widths["E"] is None:
                 raise self.config.fields.refuse("layers with experts, but no n_routed_experts says how many")
@@ -237,7 +268,7 @@ class _Reader:
         # Falcon's new decoder norms the inputs of both parts; its first norms one input for both.
         if family.multi_query and family.parallel.key:
             two = self.config.fields.optional_count(("num_ln_in_parallel_attn",)) != 1
-            norms = 2 if not parallel or (has_new_falcon_decoder(self.config.fields.config) and two) else 1
+            norms = 2 if not parallel or (has_new_falcon_decoder(self.config.fields) and two) else 1
         vectors = norms * family.norm_values
         if isinstance(feed_forward, ExpertFeedForward):
             vectors += family.expert_norms + family.router_vectors
@@ -261,7 +292,7 @@ class _Reader:
         by_layer = bool(self.config.family.full_every) or fields.has("layer_types")
         parameters = rope_parameters(config, fields.where, by_layer=by_layer)
         kind = rope_type_of(parameters, fields.where)
-        if not lengths or kind in _UNSCALED_ROPE:
+        if not lengths or kind in _UNSCALED_ROPE or self.config.family.positions_are_scaled:
             return kind, min(lengths, default=None)
         length = min(lengths)
         original = parameters.get("original_max_position_embeddings")
@@ -272,7 +303,17 @@ class _Reader:
             raise fields.refuse(f"factor of the rotary positions must be a positive number, not {brief(factor)}")
         return kind, max(1, int(length * factor))
 
-    def _not_counted(self) -> tuple[str, ...]:
+    def _not_counted(self, context: int | None) -> tuple[str, ...]:
+        """Return what is in the checkpoint, or may be, and is not counted."""
+        name = self.config.architecture
+        notes: tuple[str, ...] = (
+            () if self.config.known else (f"what family {name}, which is not known, may have beyond a llama",)
+        )
+        if self.config.family.learned_positions and context is None:
+            notes += (f"learned positions, of which no {_CONTEXT[0]} says how many there are",)
+        return notes + self._further_layers()
+
+    def _further_layers(self) -> tuple[str, ...]:
         keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
         key = self.config.fields.first_key(keys)
         layers = self.config.fields.optional_count((key,), zero=True) if key else 0

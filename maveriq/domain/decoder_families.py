@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from maveriq.compat import StrEnum
+from maveriq.domain.config_fields import Fields
 
 
 class QueryKeyNorm(StrEnum):
@@ -43,6 +43,8 @@ class Family:
         parallel: whether attention and feed-forward part take the same input.
         multi_query: whether there is one KV head where the file says nothing.
         kv_heads_stated: whether the file must say how many KV heads there are; else none stated means one a head.
+        head_size: the head size where the file says nothing; 0 for the hidden size divided by the heads.
+        stated: keys that the family's files always have: without them nothing says how it is built.
         output_gate: whether queries come with a gate for the output.
         delta_net_but_every: all layers are gated delta nets but one in so many; 0: none is.
         full_head_size, full_kv_heads, full_key_is_value: the keys of these properties in layers without a window.
@@ -72,6 +74,7 @@ class Family:
         embedding_norms: norms of the embedding. extra_positions: rows of learned positions that no token uses.
         learned_positions: whether positions are learned vectors.
         sinks: whether each head has a sink.
+        positions_are_scaled: whether the positions that the file names are those after scaling.
         part_defaults: values that a part nested in a multimodal configuration leaves out (transformers does).
     """
 
@@ -81,6 +84,8 @@ class Family:
     parallel: Switch = _OFF
     multi_query: bool = False
     kv_heads_stated: bool = False
+    head_size: int = 0
+    stated: tuple[str, ...] = ()
     output_gate: Switch = _OFF
     delta_net_but_every: int = 0
     full_head_size: str = ""
@@ -119,6 +124,7 @@ class Family:
     learned_positions: bool = False
     extra_positions: int = 0
     sinks: bool = False
+    positions_are_scaled: bool = False
     part_defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -143,10 +149,12 @@ def _family(*parts: Mapping[str, object], **more: object) -> Family:
 
 
 _QWEN3 = {
+    "head_size": 128,
     "qkv_bias": _ATTENTION_BIAS, "output_bias": _ATTENTION_BIAS, "query_key_norm": _HEAD_NORM,
     "window_switch": "use_sliding_window", "first_window_layer": "max_window_layers", "kv_heads_stated": True,
 }  # fmt: skip
 _GEMMA = {
+    "stated": ("head_dim",),
     "tied": True,
     "norms": 4,
     "kv_heads_stated": True,
@@ -154,18 +162,25 @@ _GEMMA = {
     "output_bias": _ATTENTION_BIAS,
 }
 _GEMMA3 = {
-    **_GEMMA, "query_key_norm": _HEAD_NORM, "full_every": 6, "window_default": 4096,
+    **_GEMMA, "stated": ("head_dim", "sliding_window"), "query_key_norm": _HEAD_NORM, "full_every": 6,
+    "window_default": 4096, "positions_are_scaled": True,
     "part_defaults": MappingProxyType(
         {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
          "max_position_embeddings": 131072}
     ),
 }  # fmt: skip
 _QWEN3_NEXT = {
+    "head_size": 256,
     "qkv_bias": _ATTENTION_BIAS, "output_bias": _ATTENTION_BIAS, "query_key_norm": _HEAD_NORM,
     "kv_heads_stated": True, "delta_net_but_every": 4,
 }  # fmt: skip
+_SHARED_GATE = {"experts": True, "shared_gate": True, "stated": ("shared_expert_intermediate_size",)}
 _OUTPUT_GATE = Switch(key="attn_output_gate", default=True)
-_DEEPSEEK = {"latent": True, "experts": True, "router_correction": True, "qkv_bias": _ATTENTION_BIAS}
+_SHARED_AND_DENSE = ("n_shared_experts", "first_k_dense_replace")
+_DEEPSEEK = {
+    "stated": _SHARED_AND_DENSE, "latent": True, "experts": True, "router_correction": True,
+    "qkv_bias": _ATTENTION_BIAS,
+}  # fmt: skip
 _PHI = {"head_bias": True, "parallel": _ON, "norms": 1}
 
 FAMILIES: Mapping[str, Family] = {
@@ -182,15 +197,21 @@ FAMILIES: Mapping[str, Family] = {
     "ministral3": _family(kv_heads_stated=True),
     "mixtral": _family(windowed=True, experts=True, experts_use_width=True, kv_heads_stated=True),
     "qwen": _family(qkv_bias=_ON, width_of_gate_too=True),
-    "qwen2": _family(qkv_bias=_ON, window_switch="use_sliding_window", first_window_layer="max_window_layers"),
-    "mimo": _family(qkv_bias=_ON, window_switch="use_sliding_window", first_window_layer="max_window_layers"),
+    **dict.fromkeys(
+        ("qwen2", "mimo"),
+        _family(
+            qkv_bias=_ON, kv_heads_stated=True, window_switch="use_sliding_window",
+            first_window_layer="max_window_layers",
+        ),
+    ),
     "qwen2_moe": _family(
+        stated=("shared_expert_intermediate_size",),
         qkv_bias=Switch(key="qkv_bias", default=True), window_switch="use_sliding_window",
         first_window_layer="max_window_layers", experts=True, shared_gate=True,
     ),
     "qwen3": _family(_QWEN3),
-    "qwen3_moe": _family(_QWEN3, experts=True),
-    "phi3": _family(_LLAMA, windowed=True, qkv_bias=_OFF, output_bias=_OFF, feed_forward_bias=_OFF),
+    "qwen3_moe": _family(_QWEN3, experts=True, stated=("head_dim",)),
+    "phi3": _family(kv_heads_stated=True, windowed=True),
     "phimoe": _family(_LLAMA, windowed=True, experts=True, experts_use_width=True, kv_heads_stated=True, norm_values=2),
     "olmo": _family(_LLAMA, norm_values=0),
     "olmo2": _family(_LLAMA, query_key_norm=QueryKeyNorm.ALL_HEADS),
@@ -198,8 +219,11 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": _family(_LLAMA, query_key_norm=QueryKeyNorm.ALL_HEADS, experts=True, experts_use_width=True),
     "exaone4": _family(query_key_norm=_HEAD_NORM, window_default=4096, full_every=4, kv_heads_stated=True),
     "granitemoe": _family(_LLAMA, experts=True, experts_use_width=True),
-    "granitemoeshared": _family(_LLAMA, experts=True, experts_use_width=True),
+    "granitemoeshared": _family(
+        _LLAMA, experts=True, experts_use_width=True, stated=("shared_intermediate_size",)
+    ),
     "seed_oss": _family(
+        head_size=128,
         qkv_bias=Switch(key="attention_bias", default=True), output_bias=Switch(key="attention_out_bias"),
         feed_forward_bias=Switch(key="mlp_bias"), kv_heads_stated=True,
     ),
@@ -207,9 +231,10 @@ FAMILIES: Mapping[str, Family] = {
         norm_values=2, parallel=Switch(key="use_parallel_residual"), qkv_bias=Switch(key="use_qkv_bias")
     ),
     "chatglm": _family(qkv_bias=Switch(key="add_qkv_bias"), feed_forward_bias=Switch(key="add_bias_linear")),
-    "glm": _family(qkv_bias=Switch(key="attention_bias", default=True), kv_heads_stated=True),
-    "glm4": _family(qkv_bias=Switch(key="attention_bias", default=True), norms=4, kv_heads_stated=True),
+    "glm": _family(head_size=128, qkv_bias=Switch(key="attention_bias", default=True), kv_heads_stated=True),
+    "glm4": _family(head_size=128, qkv_bias=Switch(key="attention_bias", default=True), norms=4, kv_heads_stated=True),
     "glm4_moe": _family(
+        stated=("head_dim", *_SHARED_AND_DENSE),
         qkv_bias=_ATTENTION_BIAS, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", experts=True,
         router_correction=True, kv_heads_stated=True,
     ),
@@ -224,23 +249,27 @@ FAMILIES: Mapping[str, Family] = {
         _LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", experts=True, experts_use_width=True
     ),
     "bailing_moe": _family(
+        stated=("num_shared_experts", "first_k_dense_replace"),
         qkv_bias=Switch(key="use_qkv_bias"), output_bias=Switch(key="use_bias"), experts=True,
     ),
     "bailing_moe_v2": _family(
+        stated=("num_shared_experts", "first_k_dense_replace"),
         qkv_bias=Switch(key="use_qkv_bias"), output_bias=Switch(key="use_bias"), experts=True,
         query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", router_correction=True,
     ),
     "dots1": _family(
-        _LLAMA, query_key_norm=_HEAD_NORM, experts=True, router_correction=True, window_switch="use_sliding_window"
+        _LLAMA, query_key_norm=_HEAD_NORM, experts=True, router_correction=True, window_switch="use_sliding_window",
+        stated=_SHARED_AND_DENSE,
     ),
     "deepseek_v2": _family(_DEEPSEEK, router_correction=False),
     "deepseek_v3": _family(_DEEPSEEK),
     "deepseek_v32": _family(_DEEPSEEK, indexer=True),
     "glm_moe_dsa": _family(_DEEPSEEK, indexer=True),
-    "qwen3_next": _family(_QWEN3_NEXT, experts=True, shared_gate=True, output_gate=_ON),
+    "qwen3_next": _family(_QWEN3_NEXT, _SHARED_GATE, output_gate=_ON),
     "qwen3_5": _family(_QWEN3_NEXT, output_gate=_OUTPUT_GATE),
-    "qwen3_5_moe": _family(_QWEN3_NEXT, experts=True, shared_gate=True, output_gate=_OUTPUT_GATE),
+    "qwen3_5_moe": _family(_QWEN3_NEXT, _SHARED_GATE, output_gate=_OUTPUT_GATE),
     "nemotron_h": _family(
+        head_size=128,
         feed_forward_matrices=2, norms=1, experts=True, router_correction=True, layer_letters=True,
         qkv_bias=_ATTENTION_BIAS, output_bias=_ATTENTION_BIAS, feed_forward_bias=Switch(key="mlp_bias"),
         kv_heads_stated=True,
@@ -252,19 +281,23 @@ FAMILIES: Mapping[str, Family] = {
         router_correction=True,
     ),
     "gpt_oss": _family(
+        head_size=64,
         qkv_bias=Switch(key="attention_bias", default=True), output_bias=Switch(key="attention_bias", default=True),
         window_default=128, full_every=2, experts=True, experts_use_width=True, experts_bias=True, sinks=True,
         kv_heads_stated=True,
     ),
     "llama4": _family(
-        _LLAMA, experts=True, experts_use_width=True, dense_width="intermediate_size_mlp", shared_like_expert=True,
+        _LLAMA, head_size=128, stated=("interleave_moe_layer_step", "intermediate_size_mlp"), experts=True,
+        experts_use_width=True, dense_width="intermediate_size_mlp", shared_like_expert=True,
         window_default=8192, full_every=4, window_list="no_rope_layers", kv_heads_stated=True,
     ),
     "minimax_m2": _family(
+        head_size=128,
         query_key_norm=QueryKeyNorm.ALL_HEADS, query_key_norm_key="use_qk_norm", experts=True, experts_use_width=True,
         router_correction=True, kv_heads_stated=True,
     ),
     "step3p7": _family(
+        stated=("head_dim", "first_k_dense_replace", "share_expert_dim", "layer_types"),
         query_key_norm=_HEAD_NORM, experts=True, router_correction=True, kv_heads_stated=True,
     ),
     "dbrx": _family(experts=True, norm_values=1, kv_heads_stated=True),
@@ -326,6 +359,10 @@ OTHER_NAMES: Mapping[str, str] = {
 """Other names of a family: older ones, and those of its decoder within a multimodal model."""
 
 
-def has_new_falcon_decoder(config: Mapping[str, Any]) -> bool:
-    """Return whether a falcon has the decoder of falcon-40b, with several KV heads; RefinedWeb is its old name."""
-    return bool(config.get("new_decoder_architecture")) or config.get("model_type") == "RefinedWeb"
+def has_new_falcon_decoder(fields: Fields) -> bool:
+    """Return whether a falcon has the decoder of falcon-40b, with several KV heads; RefinedWeb is its old name.
+
+    Raises:
+        InputError: the key is neither true nor false.
+    """
+    return fields.flag("new_decoder_architecture", default=False) or fields.config.get("model_type") == "RefinedWeb"

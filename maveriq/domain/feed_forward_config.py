@@ -47,7 +47,8 @@ class FeedForwardReader:
         """
         experts = self.experts()
         if experts is None:
-            if self.reader.family.experts and not self.reader.family.experts_switch:
+            switch = self.reader.family.experts_switch
+            if self.reader.family.experts and (not switch or self.reader.fields.flag(switch, default=False)):
                 keys = " or ".join(EXPERT_KEYS[:3])
                 raise self.reader.fields.refuse(f"{self.reader.architecture} has experts, but no {keys} says how many")
             return [self.dense()] * self.layers
@@ -92,7 +93,10 @@ class FeedForwardReader:
         """
         reader = self.reader
         family = reader.family
-        if family.experts_switch and not reader.fields.flag(family.experts_switch, default=False):
+        switch, stated = family.experts_switch, reader.fields.first_key(EXPERT_KEYS)
+        if switch and stated and not reader.fields.has(switch):
+            raise reader.fields.refuse(f"{stated} is given, but no {switch} says if there are experts")
+        if switch and not reader.fields.flag(switch, default=False):
             return None
         fields = next(
             (part for part in (reader.fields, reader.fields.part("ffn_config"), reader.fields.part("moe"))
@@ -165,7 +169,9 @@ class FeedForwardReader:
         if every is not None:
             return [layer >= first and layer % every == 0 for layer in range(layers)]
         step = fields.optional_count(steps, maximum=MAX_LAYERS) or 1
-        return [layer >= first and (layer + 1) % step == 0 for layer in range(layers)]
+        end = fields.config.get("moe_layer_end_index")
+        last = layers - 1 if end in (None, -1) else fields.checked("moe_layer_end_index", end, MAX_LAYERS, zero=True)
+        return [first <= layer <= last and (layer + 1) % step == 0 for layer in range(layers)]
 
     def _listed(self, key: str) -> set[int] | None:
         """Return the layers that a list names, or a text with commas."""

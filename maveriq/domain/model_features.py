@@ -75,8 +75,7 @@ def unmodelled_feature(config: _Config, family: str, known: Family | None) -> st
 
 def other_inputs_of(config: _Config) -> str:
     """Return the key of the part that encodes other inputs than text, "" where there is none."""
-    found = (key for key, value in config.items() if _OTHER_PARTS.fullmatch(key) and isinstance(value, dict) and value)
-    return next(found, "")
+    return next((key for key, value in config.items() if _OTHER_PARTS.fullmatch(key) and value), "")
 
 
 def first_expert_key(config: _Config) -> str | None:

@@ -182,6 +182,8 @@ def read_quantization(config: Config, where: str, modelopt: Config | None = None
             fields = nested if nested.config else fields
     beside = Fields(modelopt or {}, where.replace("config.json", "hf_quant_config.json")).part("quantization")
     if not fields.config:
+        if config.get("quantization_config") is not None:
+            raise fields.refuse("quantization_config is empty; remove it where nothing is quantised")
         return _modelopt(beside) if beside.config else Quantization()
     method = fields.config.get("quant_method")
     if method in ("modelopt", "modelopt_fp4", "modelopt_mixed") or (method is None and fields.has("quant_algo")):
@@ -233,11 +235,11 @@ def _experts(fields: Fields, stored: WeightFormat) -> Quantization:
 
 
 def _fp8(fields: Fields, config: Config) -> Quantization:
-    block = fields.values("weight_block_size", length=None)
+    block = fields.config.get("weight_block_size")
     if block is None:
         return _whole(fields, FP8_PER_TENSOR)
-    if len(block) != 2:
-        raise fields.refuse(f"{fields.path}weight_block_size must have two numbers, not {len(block)}")
+    if not isinstance(block, list) or len(block) != 2:
+        raise fields.refuse(f"{fields.path}weight_block_size must be two numbers, not {brief(block)}")
     outputs, inputs = (fields.checked("weight_block_size", size, MAX_WIDTH) for size in block)
     scale_bits = 8 if fields.config.get("scale_fmt") == "ue8m0" else 32
     found = _whole(fields, fp8_blocks(outputs, inputs, scale_bits))
@@ -385,6 +387,6 @@ def _kv_bits(fields: Fields) -> int:
     if isinstance(stated, dict):
         return fields.part("kv_cache_scheme").count(("num_bits",), maximum=16)
     known = {"FP8": 8, "INT8": 8, "NVFP4": 4}
-    if stated not in known:
+    if not isinstance(stated, str) or stated not in known:
         raise fields.refuse(f"{fields.path}kv_cache_quant_algo {brief(stated)} is not modelled")
-    return known[str(stated)]
+    return known[stated]

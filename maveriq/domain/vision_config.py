@@ -76,7 +76,10 @@ def _merged_kernels(fields: Fields, hidden_size: int) -> int:
     size, patch = fields.count(("vt_hidden_size",)), fields.count(("patch_size",), maximum=1024)
     rows, columns = fields.count(("init_pos_emb_height",)), fields.count(("init_pos_emb_width",))
     merged = size
-    for kernel in fields.values("merge_kernel_size", length=2) or (1, 1):
+    kernels = fields.values("merge_kernel_size", length=2)
+    if kernels is None:
+        raise fields.refuse(f"no {fields.path}merge_kernel_size")
+    for kernel in kernels:
         merged *= fields.checked("merge_kernel_size", kernel, 64)
     return (
         size * 3 * patch * patch

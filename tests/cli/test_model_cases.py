@@ -81,6 +81,8 @@ def test_head_dim_counts_in_plans(
     maveriq: Maveriq, case: Callable[[str], Path], own_profile: Callable[..., Path]
 ) -> None:
     folder, profile = case("06"), own_profile("qwen3-32b", "qwen-nohd")
+    plain_config = folder / "qwen-nohd" / "config.json"  # qwen3 without a head_dim has one of 128, a llama has not
+    plain_config.write_text(plain_config.read_text().replace('"qwen3"', '"llama"'))
 
     def candidates(model: str) -> dict[str, dict[str, float]]:
         asked = f"plan {folder / model} --profile {profile} --float16-only --batch-size 2 --prompt-tokens 2000 --json"
@@ -98,12 +100,16 @@ def test_head_dim_counts_in_plans(
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("mixtral", "8 experts in 32 layers"), ("deepseek", "256 experts in 61 layers and latent attention")],
+    [("mixtral", "8 experts in 32 layers"), ("deepseek", "256 experts in 58 layers and latent attention")],
 )
 def test_experts_are_no_plain_decoder(
     maveriq: Maveriq, case: Callable[[str], Path], own_profile: Callable[..., Path], model: str, words: str
 ) -> None:
     folder = case("07")
+    config = folder / model / "config.json"
+    config.write_text(
+        config.read_text().replace('"n_shared_experts"', '"first_k_dense_replace": 3, "n_shared_experts"')
+    )
     ended = maveriq(f"plan {folder / model} --profile {own_profile(model)} --float16-only")
     assert ended.code == 1
     assert f"it has {words}, which this estimator does not model" in ended.err

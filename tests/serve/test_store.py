@@ -51,7 +51,7 @@ def test_store_keeps_the_layers_of_a_model(state: Path) -> None:
         "model_type": "deepseek_v3", "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8,
         "intermediate_size": 100, "vocab_size": 1000, "kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 16, "num_experts_per_tok": 4,
-        "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_shared_experts": 1,
     }  # fmt: skip
     spec = model_from_hf_config(json.dumps(config), name="mine", where="config.json")
 

@@ -20,7 +20,7 @@ from maveriq.exec.model_files import hf_config_json
 SMALL = {
     "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2,
     "intermediate_size": 100, "vocab_size": 1000, "max_position_embeddings": 256, "hidden_act": "silu",
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False, "head_dim": 8,
 }  # fmt: skip
 MIXTRAL = {**SMALL, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN_MOE = {
@@ -241,6 +241,9 @@ def test_further_layers_are_named() -> None:
         ({**QWEN_MOE, "moe_layer_freq": [0, 1]}, "moe_layer_freq must have 4 entries"),
         ({**QWEN_MOE, "moe_layer_freq": [0, 1, 2, 0]}, "moe_layer_freq: 2 is neither 0 nor 1"),
         ({**QWEN_MOE, "mlp_layer_types": ["dense"] * 3 + ["odd"]}, "'odd' is neither dense nor sparse"),
+        (without(DEEPSEEK, "n_shared_experts"), "no n_shared_experts, which files of deepseek_v3 have"),
+        (without(DEEPSEEK, "first_k_dense_replace"), "no first_k_dense_replace"),
+        (without(QWEN_MOE, "head_dim"), "no head_dim, which files of qwen3_moe have"),
         (without(DEEPSEEK, "q_lora_rank"), "no q_lora_rank"),
         (without(DEEPSEEK, "kv_lora_rank"), "no kv_lora_rank"),
         ({**DEEPSEEK, "v_head_dim": 0}, "v_head_dim must be a positive whole number"),

@@ -120,7 +120,7 @@ def test_any_model_in_a_planned_format() -> None:
         ({"quant_method": None}, "weights quantised by None"),
         ({"quant_method": "awq", "bits": 3}, "'awq' with 3 bits"),
         ({"quant_method": "awq", "bits": 4, "group_size": "many"}, "group_size must be a positive whole number"),
-        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size must have two numbers"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size must be two numbers"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size must be a positive whole number"),
         ({"quant_method": "fp8", "modules_to_not_convert": [1]}, "modules_to_not_convert must name modules"),
         ({"quant_method": "fp8", "modules_to_not_convert": ["re:("]}, "is not a regular expression"),
