@@ -114,7 +114,7 @@ def test_experts_are_no_plain_decoder(
     assert ended.code == 1
     assert f"it has {words}, which this estimator does not model" in ended.err
     answers = answers_of(maveriq(f"engines --model {folder / model} --json"))
-    assert [engine for engine, answer in answers.items() if answer["can"]] == ["emulated"]
+    assert not any(answers[engine]["can"] for engine in ("torch", "trtllm-engine"))
 
 
 def test_a_known_name_with_another_shape_is_refused(maveriq: Maveriq, case: Callable[[str], Path]) -> None:
