@@ -18,7 +18,6 @@ from maveriq.exec.checks.engines import SUPERVISION, EngineSetup
 from maveriq.exec.checks.plan import DEFAULT_CPU_GPUS, parse_gpu_ids, plan_checks
 from maveriq.exec.checks.runner import CheckResult, Status
 from maveriq.exec.checks.session import check_engines
-from maveriq.exec.device import Device
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.gpu_memory_gate import NoMemoryProbe
 from maveriq.exec.gpus import Devices
@@ -92,15 +91,8 @@ def _gpu_ids(machine: LocalMachine, chosen: tuple[int, ...] | None) -> tuple[int
 
 async def _check(machine: LocalMachine, gpu_ids: tuple[int, ...], on_result: Callable[[CheckResult], None]) -> None:
     meter = machine.meter
-    device = Device.CPU if meter is None else Device.CUDA
     used = () if meter is None else [meter.gpus[gpu_id] for gpu_id in gpu_ids]
-    plan = plan_checks(
-        machine.backend,
-        device,
-        gpu_ids,
-        gpu_bytes=max((gpu.memory_bytes for gpu in used), default=None),
-        slices=any(gpu.is_slice for gpu in used),
-    )
+    plan = plan_checks(machine.backend, gpu_ids, gpus=used)
     devices = Devices() if meter is None else Devices(uuids=tuple(gpu.uuid for gpu in meter.gpus))
     with (
         ScratchFolder("maveriq-check-") as scratch,
@@ -113,7 +105,7 @@ async def _check(machine: LocalMachine, gpu_ids: tuple[int, ...], on_result: Cal
             memory_probe=machine.memory_probe() or NoMemoryProbe(),
             settings=SUPERVISION if meter else replace(SUPERVISION, start_timeout_s=_CPU_START_TIMEOUT_S),
         )
-        await check_engines(machine.backend, device, plan, setup, gpu_ids=gpu_ids, on_result=on_result, meter=meter)
+        await check_engines(machine.backend, plan, setup, gpu_ids=gpu_ids, on_result=on_result, meter=meter)
 
 
 def _run(checking: Coroutine[Any, Any, None], interrupt: InterruptHandler) -> None:

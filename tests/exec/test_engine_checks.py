@@ -23,12 +23,13 @@ from maveriq.exec.checks.plan import PlannedEngine, parse_gpu_ids, plan_checks
 from maveriq.exec.checks.runner import Check, CheckResult, Outcome, Status, failed, passed, run_checks
 from maveriq.exec.checks.session import check_engines
 from maveriq.exec.device import Device
+from maveriq.exec.gpus import GpuIdentity
 from maveriq.exec.launcher import ProcessLauncher
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 
 FORMATS = ((WeightType.FLOAT16, KvType.NATIVE), (WeightType.INT8, KvType.NATIVE))
-PLAN = plan_checks("torch", Device.CPU, range(4), formats=FORMATS)
+PLAN = plan_checks("torch", range(4), formats=FORMATS)
 
 
 async def check(
@@ -45,7 +46,6 @@ async def check(
         settings = replace(SUPERVISION, grace_period_s=2.0) if hangs else SUPERVISION
         await check_engines(
             "torch",
-            Device.CPU,
             PLAN,
             EngineSetup(launcher=launcher, logs=logs, settings=settings),
             gpu_ids=range(4),
@@ -201,9 +201,12 @@ def test_a_check_and_all_checks_have_limits() -> None:
 
 # The plan
 
+GPUS = [GpuIdentity(uuid=f"GPU-{number}", name="A100", memory_bytes=80 << 30, compute_capability=8.0)
+        for number in range(8)]  # fmt: skip
+
 
 def test_gpus_get_every_format_with_every_split() -> None:
-    plan = plan_checks("torch", Device.CUDA, range(8), gpu_bytes=80 << 30)
+    plan = plan_checks("torch", range(8), gpus=GPUS)
     started = {(engine.configuration.weights, engine.configuration.kv) for engine in plan.matrix if not engine.why_not}
     assert started == {(weights, KvType.NATIVE) for weights in ("float16", "int8", "int4")} | {("float16", "int8")}
     for weights, kv in started:
@@ -220,18 +223,24 @@ def test_gpus_get_every_format_with_every_split() -> None:
 
 
 def test_what_a_machine_or_backend_cannot_run_is_listed_once() -> None:
-    few = {engine.label: engine.why_not for engine in plan_checks("torch", Device.CUDA, (0, 1)).matrix}
+    few = {engine.label: engine.why_not for engine in plan_checks("torch", (0, 1), gpus=GPUS[:2]).matrix}
     assert few["TP 2 x PP 2 float16 (3+1 layers)"] == "it needs 4 GPUs, and 2 are to be used"
     assert "float16, int8 or int4, not int4_gptq" in few["TP 1 x PP 1 int4_gptq"]
     assert "TP 2 x PP 1 int4_gptq" not in few
-    slices = plan_checks("torch", Device.CUDA, range(7), gpu_bytes=10 << 30, slices=True)
+    old, new = (
+        {engine.label: engine.why_not for engine in plan_checks("vllm", range(8), gpus=gpus).matrix}
+        for gpus in (GPUS, [replace(gpu, compute_capability=9.0) for gpu in GPUS])
+    )
+    assert "8.0" in old["TP 1 x PP 1 fp8"]
+    assert new["TP 1 x PP 1 fp8"] == ""
+    slices = plan_checks("torch", range(8), gpus=[replace(gpu, is_slice=True) for gpu in GPUS])
     assert {engine.configuration.gpus for engine in slices.engines} == {1}
 
 
 @pytest.mark.parametrize("device", list(Device))
 @pytest.mark.parametrize(("tp", "split"), [(1, (4,)), (2, (4,)), (2, (3, 1))])
 def test_bytes_of_formats_do_not_overlap(device: Device, tp: int, split: tuple[int, ...]) -> None:
-    model = plan_checks("torch", device, range(8)).matrix[0].model
+    model = plan_checks("torch", range(8), gpus=GPUS if device is Device.CUDA else ()).matrix[0].model
     element_bytes = 2 if device is Device.CUDA else 4
     for rank in range(tp * len(split)):
         ranges = [

@@ -52,7 +52,6 @@ class CheckContext:
 
     Args:
         backend: a key of the capability matrix.
-        device: what engines compute on.
         engines: the engines, started.
         inspection: what the engine's library said of the spec of each engine.
         gpu_ids: the GPUs in use.
@@ -61,7 +60,6 @@ class CheckContext:
     """
 
     backend: str
-    device: Device
     engines: CheckedEngines
     inspection: asyncio.Task[list[Inspected]]
     gpu_ids: tuple[int, ...]
@@ -275,7 +273,7 @@ async def _too_large(context: CheckContext) -> Outcome:
         return failed(f"it was loaded: a model of {engine.planned.model.vocab_size:,} tokens of vocabulary")
     if FailureKind.OUT_OF_MEMORY.value not in reason:
         return failed(f"it was refused, but not as out of memory: {reason}")
-    if not _NEEDED.search(reason) or (context.device is Device.CUDA and not _FREE.search(reason)):
+    if not _NEEDED.search(reason) or (context.engines.plan.device is Device.CUDA and not _FREE.search(reason)):
         return failed(f"the reason does not say what it needs and what is free: {reason}")
     return passed(reason)
 
@@ -315,7 +313,7 @@ async def _tokens(context: CheckContext) -> Outcome:
 async def _tokens_of_splits(context: CheckContext) -> Outcome:
     if context.backend not in _SEEDED:
         return skipped(f"{context.backend} draws random weights for each rank, so splits are different models")
-    if context.device is Device.CUDA:
+    if context.engines.plan.device is Device.CUDA:
         return skipped("with 16 bits on a GPU, splits add up in another order, and equal tokens are not certain")
     outputs: dict[str, tuple[tuple[int, ...], ...]] = {}
     first = context.engines.plan.matrix[0].configuration
@@ -350,7 +348,7 @@ async def _parameter_bytes(context: CheckContext) -> Outcome:
     async def problem(engine: CheckedEngine) -> str:
         for rank, shard in enumerate(engine.facts.shards):
             element_bytes = _ELEMENT_BYTES.get(shard.dtype)
-            if element_bytes is None or (context.device is Device.CUDA and element_bytes != 2):
+            if element_bytes is None or (context.engines.plan.device is Device.CUDA and element_bytes != 2):
                 return f"rank {rank} computes with {shard.dtype}"
             least, most = engine.planned.parameter_bytes(rank, element_bytes=element_bytes)
             if not least <= shard.weights_bytes <= most:

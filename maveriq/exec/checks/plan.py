@@ -13,6 +13,7 @@ from maveriq.errors import InputError
 from maveriq.estimate.calibration_file import BYTES_PER_PARAMETER, layer_parameters
 from maveriq.exec.capabilities import unsupported_by
 from maveriq.exec.device import Device
+from maveriq.exec.gpus import GpuIdentity, least_compute_capability
 from maveriq.units import BYTES_PER_GIB, Bytes
 
 _GPU_MODEL = ModelSpec(
@@ -105,11 +106,13 @@ class CheckPlan:
     """All engines of the checks.
 
     Args:
+        device: what engines compute on.
         matrix: each format and split; the first one is the plainest.
         second: the same as the first of the matrix, on the same GPU.
         too_large: one that no GPU holds.
     """
 
+    device: Device
     matrix: tuple[PlannedEngine, ...]
     second: PlannedEngine
     too_large: PlannedEngine
@@ -122,11 +125,9 @@ class CheckPlan:
 
 def plan_checks(
     backend: str,
-    device: Device,
     gpu_ids: Sequence[int],
     *,
-    gpu_bytes: Bytes | None = None,
-    slices: bool = False,
+    gpus: Sequence[GpuIdentity] = (),
     formats: Sequence[tuple[WeightType, KvType]] = _FORMATS,
 ) -> CheckPlan:
     """Return which engines to start.
@@ -136,15 +137,14 @@ def plan_checks(
 
     Args:
         backend: a key of the capability matrix.
-        device: what engines compute on.
         gpu_ids: the GPUs to use.
-        gpu_bytes: memory of the largest of them, None on a CPU.
-        slices: whether they are slices of GPUs (MIG).
+        gpus: what they are, in the same order; empty for engines on the CPU.
         formats: weight and KV types to check.
 
     Raises:
         UnknownNameError: no such backend.
     """
+    device = Device.CUDA if gpus else Device.CPU
     model = _GPU_MODEL if device is Device.CUDA else _CPU_MODEL
     used: Counter[int] = Counter()
     matrix: list[PlannedEngine] = []
@@ -153,7 +153,7 @@ def plan_checks(
         for split in splits:
             cfg = replace(split, weights=weights, kv=kv, batch_size=_BATCH_SIZE)
             engine = PlannedEngine(label=_label(cfg), model=model, configuration=cfg)
-            reason = _why_not(backend, engine, device, gpu_ids, slices=slices)
+            reason = _why_not(backend, engine, device, gpu_ids, gpus)
             if reason:
                 matrix.append(replace(engine, why_not=reason))
                 if split is _SPLITS[0]:
@@ -162,9 +162,10 @@ def plan_checks(
             matrix.append(replace(engine, gpu_ids=_least_used(gpu_ids, cfg.gpus, used)))
     first = matrix[0]
     return CheckPlan(
+        device=device,
         matrix=tuple(matrix),
         second=replace(first, label="second engine"),
-        too_large=replace(first, label="too large", model=_enlarged(model, gpu_bytes)),
+        too_large=replace(first, label="too large", model=_enlarged(model, gpus)),
     )
 
 
@@ -172,11 +173,14 @@ def _label(cfg: ParallelConfig) -> str:
     return replace(cfg, batch_size=1).describe(sum(cfg.layer_split) or 1)
 
 
-def _why_not(backend: str, engine: PlannedEngine, device: Device, gpu_ids: Sequence[int], *, slices: bool) -> str:
+def _why_not(
+    backend: str, engine: PlannedEngine, device: Device, gpu_ids: Sequence[int], gpus: Sequence[GpuIdentity]
+) -> str:
     cfg = engine.configuration.normalised(engine.model.layers)
-    if reason := unsupported_by(backend, engine.model, cfg, device):
+    capability = least_compute_capability(gpus)
+    if reason := unsupported_by(backend, engine.model, cfg, device, compute_capability=capability):
         return reason
-    if slices and cfg.gpus > 1:
+    if cfg.gpus > 1 and any(gpu.is_slice for gpu in gpus):
         return "GPUs of this machine are slices (MIG), and no engine spreads over several"
     if cfg.gpus > len(gpu_ids):
         return f"it needs {cfg.gpus} GPUs, and {len(gpu_ids)} are to be used"
@@ -190,14 +194,15 @@ def _least_used(gpu_ids: Sequence[int], count: int, used: Counter[int]) -> tuple
     return chosen
 
 
-def _enlarged(model: ModelSpec, gpu_bytes: Bytes | None) -> ModelSpec:
+def _enlarged(model: ModelSpec, gpus: Sequence[GpuIdentity]) -> ModelSpec:
     """Return the model with an embedding that does not fit: its first allocation fails and takes no memory."""
-    if gpu_bytes is None:
+    if not gpus:
         heads = _MAX_HIDDEN // model.head_size
         return replace(
             model, vocab_size=_MAX_VOCABULARY, hidden_size=_MAX_HIDDEN, attention_heads=heads, kv_heads=heads
         )
-    tokens = int(_TOO_LARGE * gpu_bytes / (2 * model.hidden_size))
+    memory_bytes = max(gpu.memory_bytes for gpu in gpus)
+    tokens = int(_TOO_LARGE * memory_bytes / (2 * model.hidden_size))
     return replace(model, vocab_size=-(-tokens // model.vocab_size) * model.vocab_size)
 
 

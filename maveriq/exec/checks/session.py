@@ -25,7 +25,6 @@ _LIMIT_S = {Device.CUDA: 480.0, Device.CPU: 1800.0}  # for all checks; a CPU loa
 
 async def check_engines(
     backend: str,
-    device: Device,
     plan: CheckPlan,
     setup: EngineSetup,
     *,
@@ -37,7 +36,6 @@ async def check_engines(
 
     Args:
         backend: a key of the capability matrix.
-        device: what engines compute on.
         plan: the engines.
         setup: how they are started.
         gpu_ids: the GPUs in use.
@@ -53,7 +51,6 @@ async def check_engines(
     inspection = asyncio.create_task(_inspect(setup, specs))
     context = CheckContext(
         backend=backend,
-        device=device,
         engines=engines,
         inspection=inspection,
         gpu_ids=tuple(gpu_ids),
@@ -62,7 +59,7 @@ async def check_engines(
     )
     try:
         engines.start()
-        await run_checks(checks_for(engines), context, limit_s=_LIMIT_S[device], on_result=on_result)
+        await run_checks(checks_for(engines), context, limit_s=_LIMIT_S[plan.device], on_result=on_result)
     finally:
         inspection.cancel()
         await asyncio.gather(inspection, return_exceptions=True)
