@@ -66,7 +66,7 @@ def test_a_healthy_engine_passes_every_check(tmp_path: Path) -> None:
 
 
 FAULTS = [
-    ("version", "WrongVersion", "torch 1.0 is not >=2.6"),
+    ("version", "WrongVersion", "torch 1.0 is not <3,>=2.6"),
     ("arguments", "UnknownArgument", "swap_space"),
     ("start TP 1 x PP 1 int8", "CannotLoadInt8", "no kernel for int8"),
     ("second engine", "CannotShareGpu", "exclusive mode"),
