@@ -20,8 +20,8 @@ FAILING = [
     bad(SLOW, "llama-2-7b: misses its SLO of 1 ms", "the fastest that fits takes", "--explain"),
     bad(f"{SLOW} --json", "misses its SLO"),
     bad("plan llama-2-7b --gpus c.toml", "does not fit the free memory", "--explain", files={"c.toml": TINY_CLUSTER}),
-    bad("plan llama-2-7b --gpus c.toml --json", "none of 24", files={"c.toml": TINY_CLUSTER}),
-    bad("plan llama-2-7b --min-accuracy 99.9 --gpus c.toml", "none of 24", files={"c.toml": TINY_CLUSTER}),
+    bad("plan llama-2-7b --gpus c.toml --json", "none of 30", files={"c.toml": TINY_CLUSTER}),
+    bad("plan llama-2-7b --min-accuracy 99.9 --gpus c.toml", "none of 30", files={"c.toml": TINY_CLUSTER}),
     policy(RULE + "1 / 0", "policy 'r.py:order' failed: ZeroDivisionError: division by zero (r.py, line 2)"),
     policy(
         f"import json\n{RULE}return json.loads('{{')", "policy 'r.py:order' failed: JSONDecodeError", "(r.py, line 3)"

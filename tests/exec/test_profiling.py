@@ -85,8 +85,18 @@ def test_names_with_quotes_and_backslashes_round_trip(tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(InputError, match=r"holds files that are no folder with profile\.toml"):
-        write_profile(tmp_path, Machine(kind="x", memory_gib=1, idle_gib=0), [_one()])
+        write_profile(tmp_path, Machine(kind="x", memory_gib=1, idle_gib=0), [_one()], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_folder_with_other_files_is_left_and_the_profile_goes_beside_it(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious").write_text("mine")
+    written = write_profile(taken, Machine(kind="x", memory_gib=1, idle_gib=0), [_one()])
+    assert written != taken
+    assert (written / "profile.toml").is_file()
+    assert [path.name for path in taken.iterdir()] == ["precious"]
 
 
 def _one() -> Measured:

@@ -172,7 +172,7 @@ def test_a_model_without_a_context_length_gets_the_default() -> None:
         ({"tp": 2, "devices": ("cuda:1", "cuda:0")}, "per rank in order"),
         ({"config_json": "{"}, "vllm"),
         ({"config_json": "[1]"}, "vllm"),
-        ({"config_json": "{}"}, "model_type unknown is not known"),
+        ({"config_json": "{}"}, "no model_type, and architectures names no known family"),
         ({"config_json": "[" * 100_000}, "vllm"),
         ({"config_json": json.dumps({**TINY["llama"], "head_dim": -32})}, "head_dim must be a positive whole number"),
         ({"config_json": json.dumps({**TINY["llama"], "head_dim": "x"})}, "head_dim must be a positive whole number"),

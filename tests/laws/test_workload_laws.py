@@ -88,7 +88,7 @@ def test_schedules_are_read_back_to_the_microsecond(data, times, tmp_path_factor
         service_us=column(1, 10**12),
     )
     path = tmp_path_factory.getbasetemp() / "law.csv"
-    write_schedule(written, path)
+    write_schedule(written, path, overwrite=True)
     read = read_schedule(path)
     for name in ("arrival_us", "endpoint_id", "prompt_tokens", "output_tokens", "slo_us", "service_us"):
         assert np.array_equal(getattr(read, name), getattr(written, name)), name
