@@ -54,7 +54,7 @@ def default_folder(engine: str) -> Path:
 
 
 def find_environment(engine: str) -> EnginePython | None:
-    """Return the interpreter of an engine's environment in its default folder; None if there is no finished one."""
+    """Return the interpreter of an engine's environment in its default folder; None if no setup has finished there."""
     try:
         folder = default_folder(engine)
     except RuntimeError:  # this user has no home

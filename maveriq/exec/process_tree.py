@@ -1,10 +1,11 @@
 """All processes of an engine, also those that are not its leader's children.
 
-MPI starts ranks through a daemon (`orted`), each in a session of its own: no signal to the leader's group reaches them,
-and nobody tells us of their end. `ProcessTrees` therefore scans `/proc` for new processes, once for all engines of an
-executor. A process belongs to an engine if it inherited the engine's mark (`ENGINE_ID`), or if its parent or its
-session does. From then on a pidfd (pidfd_open(2)) tells of its end at once and takes signals, whatever becomes of its
-PID. What clears its environment and leaves its parent and its session between two scans is not found.
+MPI starts ranks through a daemon (`orted`), each in a session of its own. A signal to the leader's group does not reach
+them, and the kernel does not report their end to us. `ProcessTrees` therefore scans `/proc` for new processes, once for
+all engines of an executor. A process belongs to an engine if it inherited the engine's mark (`ENGINE_ID`), or if its
+parent or its session does. From then on a pidfd (pidfd_open(2)) reports its end at once and takes signals, even if its
+PID is used again. A process that clears its environment and leaves its parent and its session between two scans is not
+found.
 
 A helper such as a compiler may end at any time. The end of a rank, or of a process between a rank and the leader, is a
 failure of the engine. A rank is what MPI gave a number to, or, once the engine has loaded, what uses CUDA.
@@ -33,7 +34,7 @@ SCAN_INTERVAL_S = 0.25
 """Between scans while an engine starts or ends."""
 
 IDLE_SCAN_INTERVAL_S = 1.0
-"""Between scans while all engines serve: their ranks are known, and pidfds tell of their end."""
+"""Between scans while all engines serve: their ranks are known, and pidfds report their end."""
 
 _MIN_SCAN_INTERVAL_S = 0.02  # between scans on request
 _FIRST_LOOKS = 5  # at a new process: it may have been seen before it started its program, which has another environment
@@ -42,7 +43,7 @@ _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")  # Open MPI,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sighting:
-    """What a scan saw of a process of an engine; `mpi_rank` and `uses_cuda` tell whether it is a rank."""
+    """What a scan saw of a process of an engine; `mpi_rank` and `uses_cuda` decide whether it is a rank."""
 
     engine_id: str
     stat: ProcessStat
@@ -94,7 +95,7 @@ class ProcessTree:
         self.engine_id = engine_id
         self.leader = leader
         self.rank_lost: asyncio.Future[str] = loop.create_future()
-        """Gets a description of the first rank that ends while the leader runs and nobody ends the engine."""
+        """Gets a description of the first rank that ends while the engine is meant to run."""
         self.gone: asyncio.Future[None] = loop.create_future()
         """Done when the leader and all other processes have ended, and a scan after that has found no new one."""
         self._trees = trees
@@ -257,7 +258,7 @@ class ProcessTrees:
     """Finds the processes of all engines of an executor; use it within one event loop.
 
     Scans run in a thread, because a machine may have thousands of processes, and only while there are engines. A scan
-    lists the PIDs, and reads only of new processes whose they are.
+    lists the PIDs, and reads more about new processes alone.
     """
 
     def __init__(self) -> None:

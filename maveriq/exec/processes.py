@@ -1,4 +1,4 @@
-"""What the kernel tells about processes: their parents, environment and open devices (Linux, `/proc`).
+"""What the kernel knows about processes: their parents, environment and open devices (Linux, `/proc`).
 
 Engine servers and the executor use it, so it needs the standard library alone. All functions read files; a process
 that ends meanwhile reads as absent.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ENGINE_ID = "MAVERIQ_ENGINE_ID"
-"""The environment variable that marks all processes of an engine, whoever their parents are."""
+"""The environment variable that marks all processes of an engine, whatever their parents are."""
 
 _PROC = Path("/proc")
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, linux/sched.h
@@ -29,7 +29,7 @@ class ProcessStat:
         pid: its id.
         name: of its program, at most 15 characters.
         ended: whether it is a zombie: it holds nothing any more.
-        parent_pid: of the process that would be told of its end.
+        parent_pid: of the process that may wait for it.
         session: the id of its session.
         is_kernel_thread: whether it is part of the kernel.
         started_ticks: when it started, in clock ticks since boot; with the PID it identifies the process.
@@ -47,7 +47,7 @@ class ProcessStat:
 
 
 def read_stat(pid: int) -> ProcessStat | None:
-    """Return what the kernel tells about a process, None if it is gone."""
+    """Return what the kernel knows about a process, None if it is gone."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -95,14 +95,24 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def uses_cuda(pid: int) -> bool:
-    """Return whether a process has opened the device through which CUDA allocates memory."""
+def has_open(pid: int, is_wanted: Callable[[Path], bool]) -> bool:
+    """Return whether a process has an open file that is wanted.
+
+    Args:
+        pid: the process.
+        is_wanted: decides by the link in `/proc/PID/fd`; an `OSError` counts as no.
+    """
     with contextlib.suppress(OSError):
         for descriptor in (_PROC / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):
-                if str(descriptor.readlink()) == _CUDA_DEVICE:
+                if is_wanted(descriptor):
                     return True
     return False
+
+
+def uses_cuda(pid: int) -> bool:
+    """Return whether a process has opened the device through which CUDA allocates memory."""
+    return has_open(pid, lambda descriptor: str(descriptor.readlink()) == _CUDA_DEVICE)
 
 
 def marked_processes(engine_id: str) -> Iterator[int]:

@@ -53,7 +53,7 @@ class CheckContext:
     Args:
         backend: a key of the capability matrix.
         engines: the engines, started.
-        inspection: what the engine's library said of the spec of each engine.
+        inspection: how the engine's library answers the spec of each engine.
         gpu_ids: the GPUs in use.
         meter: reads them, None without GPUs.
         used_before: memory in use on each GPU before anything started.
@@ -66,15 +66,18 @@ class CheckContext:
     meter: GpuMeter | None = None
     used_before: tuple[Bytes, ...] = ()
 
-    def largest_up(self, *, ranks: int) -> CheckedEngine | None:
-        """Return the engine with the most ranks, at least so many, of those that serve."""
-        fitting = [engine for engine in self.engines.matrix_up() if engine.planned.configuration.gpus >= ranks]
-        return max(fitting, key=lambda engine: engine.planned.configuration.gpus, default=None)
-
-    def smallest_up(self, *, ranks: int) -> CheckedEngine | None:
+    def smallest_up(self, *, ranks: int = 1) -> CheckedEngine | None:
         """Return the engine with the fewest ranks, at least so many, of those that serve."""
         fitting = [engine for engine in self.engines.matrix_up() if engine.planned.configuration.gpus >= ranks]
-        return min(fitting, key=lambda engine: engine.planned.configuration.gpus, default=None)
+        return min(fitting, key=_ranks, default=None)
+
+    def largest_up(self) -> CheckedEngine | None:
+        """Return the engine with the most ranks of those that serve."""
+        return max(self.engines.matrix_up(), key=_ranks, default=None)
+
+
+def _ranks(engine: CheckedEngine) -> int:
+    return engine.planned.configuration.gpus
 
 
 EngineCheck: TypeAlias = Check[CheckContext]
@@ -390,7 +393,7 @@ async def _full_length(context: CheckContext) -> Outcome:
 
 
 async def _abort(context: CheckContext) -> Outcome:
-    engine = context.smallest_up(ranks=1)
+    engine = context.smallest_up()
     if engine is None:
         return skipped("no engine serves")
     await engine.processes()
@@ -403,7 +406,7 @@ async def _abort(context: CheckContext) -> Outcome:
     if code != STOPPED:
         ended = "nothing" if code is None else describe_exit(code)
         return failed(f"{engine.label} did not exit by itself; it ended with {ended} after {took_s:.1f} s")
-    return passed(f"{engine.label} exited {took_s:.1f} s after it was told to")
+    return passed(f"{engine.label} exited {took_s:.1f} s after the request to stop")
 
 
 async def _killed_worker(context: CheckContext) -> Outcome:
@@ -422,7 +425,7 @@ async def _killed_worker(context: CheckContext) -> Outcome:
 
 
 async def _killed_group(context: CheckContext) -> Outcome:
-    engine = context.largest_up(ranks=1)
+    engine = context.largest_up()
     if engine is None or not can_look():
         return skipped("no engine serves" if engine is None else "this machine has no /proc")
     processes = await engine.processes()

@@ -11,7 +11,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from maveriq.exec.processes import ENGINE_ID, ProcessStat, read_environment, read_stat, running_processes
+from maveriq.exec.processes import (
+    ENGINE_ID,
+    ProcessStat,
+    has_open,
+    read_environment,
+    read_stat,
+    running_processes,
+)
 from maveriq.units import Bytes
 
 _PROC = Path("/proc")
@@ -26,7 +33,7 @@ def can_look() -> bool:
 def engine_processes(leader_pid: int, log: Path) -> list[ProcessStat]:
     """Return the running processes of an engine.
 
-    These are the leader, its session, whoever inherited the engine's mark or has the engine's log open, and all
+    These are the leader, its session, all processes that inherited the engine's mark or have its log open, and the
     descendants of these. The log also finds a process that has cleared its environment and has lost its parent.
     """
     running = list(_running())
@@ -82,10 +89,4 @@ def _running() -> Iterator[ProcessStat]:
 
 
 def _has_open(pid: int, file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        target = file.stat()
-        for descriptor in (_PROC / str(pid) / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                if descriptor.stat().st_ino == target.st_ino and descriptor.stat().st_dev == target.st_dev:
-                    return True
-    return False
+    return file.exists() and has_open(pid, lambda descriptor: descriptor.samefile(file))
