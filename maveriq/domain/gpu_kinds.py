@@ -54,6 +54,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         usd_per_hour: list price of one GPU, US dollars an hour.
         price_source: whose list price it is.
         source: where the other figures stand.
+        other_names: how it is also called; `H100` stands for the most common H100.
         name: the kind's name, from the table's key.
     """
 
@@ -70,6 +71,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     usd_per_hour: _Positive
     price_source: str
     source: str
+    other_names: tuple[str, ...] = ()
     name: str = ""
 
     def __hash__(self) -> int:
@@ -88,22 +90,14 @@ def gpu_sheets() -> Mapping[str, GpuSheet]:
     return MappingProxyType({name: msgspec.structs.replace(sheet, name=name) for name, sheet in read.items()})
 
 
-# How people call a kind when they mean the most common one of a family.
-_SHORT_NAMES = {
-    "H100": "H100-SXM", "H200": "H200-SXM", "B200": "B200-SXM", "A100": "A100-80GB-SXM", "A100-40GB": "A100-40GB-SXM",
-    "A100-80GB": "A100-80GB-SXM", "RTX-A6000": "A6000", "RTXPRO6000": "RTX-PRO-6000", "RTX4090": "RTX-4090",
-    "4090": "RTX-4090",
-}  # fmt: skip
-
-
 def gpu_sheet(name: str) -> GpuSheet:
     """Return a kind of GPU by its name; case, spaces, hyphens and underscores do not matter, `H100` means H100-SXM.
 
     Raises:
-        UnknownNameError: there is no such kind.
+        UnknownNameError: no kind has this name.
     """
     sheets = gpu_sheets()
-    by_key = {_key(known): known for known in sheets} | {_key(short): full for short, full in _SHORT_NAMES.items()}
+    by_key = {_key(text): sheet.name for sheet in sheets.values() for text in (sheet.name, *sheet.other_names)}
     found = by_key.get(_key(name))
     if found is None:
         raise UnknownNameError("kind of GPU", name, sheets, "or give the profile of another kind with --profile FILE")

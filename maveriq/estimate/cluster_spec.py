@@ -18,6 +18,7 @@ from maveriq.units import Bytes, bytes_from_gib
 MAX_GPUS = 10_000
 """Larger counts are rejected as typing errors."""
 
+_SHORT = re.compile(r"(\d{1,9})x([^/\\.]+)")
 _Gib = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
@@ -40,14 +41,34 @@ def cluster_from(text_or_path: str, own: GpuKind | None = None) -> Cluster:
     Raises:
         InputError: neither of them, an unknown kind of GPU, no GPU, or an invalid file.
     """
-    short = re.fullmatch(r"(\d{1,9})x([^/\\.]+)", text_or_path)
+    short = _SHORT.fullmatch(text_or_path)
     if short:
         return _from_short(text_or_path, int(short[1]), _kind(short[2], own))
-    if text_or_path.endswith(".toml") or os.sep in text_or_path:
+    if _names_file(text_or_path):
         return _from_file(Path(text_or_path), own)
     raise InputError(
         f"GPUs {text_or_path!r}: write count and kind, such as 8xA6000, or give the path of a cluster's TOML file"
     )
+
+
+def gpu_kind_in(text_or_path: str) -> str | None:
+    """Return the kind of GPU of a cluster as the user wrote it; None where it is not written, as in `local`.
+
+    Raises:
+        InputError: an invalid file.
+    """
+    short = _SHORT.fullmatch(text_or_path)
+    if short:
+        return short[2]
+    return _read(Path(text_or_path)).gpu if _names_file(text_or_path) else None
+
+
+def _names_file(text: str) -> bool:
+    return text.endswith(".toml") or os.sep in text
+
+
+def _read(path: Path) -> _ClusterFile:
+    return read_toml(path, _ClusterFile, what="cluster")
 
 
 def _kind(name: str, own: GpuKind | None) -> GpuKind:
@@ -62,7 +83,7 @@ def _from_short(text: str, count: int, kind: GpuKind) -> Cluster:
 
 
 def _from_file(path: Path, own: GpuKind | None) -> Cluster:
-    read = read_toml(path, _ClusterFile, what="cluster")
+    read = _read(path)
     kind = _kind(read.gpu, own)
     if read.memory_gib is not None:
         kind = GpuKind(name=kind.name, capacity_bytes=bytes_from_gib(read.memory_gib), idle_bytes=kind.idle_bytes)

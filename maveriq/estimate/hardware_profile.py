@@ -391,7 +391,7 @@ def load_gpu_kind(name: str) -> GpuKind:
     """Return a kind of GPU: one that a profile of maveriq was measured on, else one of the catalogue of data sheets.
 
     Raises:
-        UnknownNameError: there is no such kind.
+        UnknownNameError: no kind has this name.
     """
     kinds = {}
     for path in sorted(data_path().glob("*/hardware.toml")):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
-from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheets
-from maveriq.errors import InputError
-from maveriq.estimate.cluster_spec import cluster_from
+from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheet
+from maveriq.estimate.cluster_spec import gpu_kind_in
 from maveriq.estimate.fingerprints import FingerprintTable
 from maveriq.estimate.hardware_profile import (
     DEFAULT_PROFILE,
@@ -34,17 +33,16 @@ def profile_for(name: str, gpus: str) -> HardwareProfile:
         gpus: the cluster, as `--gpus` takes it.
 
     Raises:
-        InputError: no such profile, or no such cluster.
+        InputError: no such profile, cluster file or kind of GPU.
     """
     profile = load_profile(name)
     if name != DEFAULT_PROFILE:
         return profile
-    try:
-        kinds = {gpu.kind for gpu in cluster_from(gpus).gpus}
-    except InputError:  # `local`, or a cluster that its own reader refuses with more to say
+    kind = gpu_kind_in(gpus)
+    if kind is None or kind.casefold() == profile.gpu_kind.casefold():
         return profile
-    kind = next(iter(kinds))
-    return profile if len(kinds) > 1 or kind == profile.gpu_kind else sheet_profile(gpu_sheets()[kind])
+    sheet = gpu_sheet(kind)
+    return profile if sheet.name == profile.gpu_kind else sheet_profile(sheet)
 
 
 @cache
