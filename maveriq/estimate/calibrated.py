@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError
 from maveriq.estimate import coverage
 from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration, require
-from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.fingerprints import OUTPUTS, Fingerprints
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.memory import MemoryEstimate, estimate_memory, is_measured, memory_margin
@@ -171,11 +170,7 @@ class CalibratedEstimator:
         *,
         across: float,
     ) -> ServiceEstimate:
-        if min(prompt_tokens, output_tokens, batch) < 1:
-            raise InputError(
-                f"{model.name}: prompt tokens, output tokens and batch must be at least 1, "
-                f"not {prompt_tokens}, {output_tokens} and {batch}"
-            )
+        check_lengths(model, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch)
         key = (model, configuration, batch, prompt_tokens, across)
         times = self._times.get(key)
         if times is None:
@@ -233,7 +228,7 @@ class CalibratedEstimator:
     def _memory(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> MemoryEstimate:
-        self._refuse(model, configuration)
+        check_estimable(self, model, configuration)
         return estimate_memory(
             model,
             configuration,
@@ -246,7 +241,7 @@ class CalibratedEstimator:
     def _request_times(
         self, model: ModelSpec, configuration: ParallelConfig, batch: int, prompt_tokens: int, across: float
     ) -> _Times:
-        self._refuse(model, configuration)
+        check_estimable(self, model, configuration)
         ops = op_counts(
             model,
             configuration.kv,
@@ -267,11 +262,6 @@ class CalibratedEstimator:
     def _margin(self, tp: int, batch: int) -> float:
         margins = self._calibration.margins
         return (margins.single if batch == 1 else margins.batched)[str(tp)]
-
-    def _refuse(self, model: ModelSpec, configuration: ParallelConfig) -> None:
-        reason = self.why_not(model, configuration)
-        if reason is not None:
-            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
 
 
 def layer_time_ratio(measured: Iterable[tuple[OpCounts, int, float]], roofline: RooflineParameters) -> float:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError
 from maveriq.units import Bytes
 
 
@@ -103,3 +104,27 @@ class MemoryMarginAware(Protocol):
 
     def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
         """Return the margin m of the 90 % interval: from the estimate / (1 + m) to the estimate * (1 + m)."""
+
+
+def check_estimable(estimator: Estimator, model: ModelSpec, configuration: ParallelConfig) -> None:
+    """Check that an estimator answers for a configuration.
+
+    Raises:
+        InputError: the configuration has a reason in `Estimator.why_not`.
+    """
+    reason = estimator.why_not(model, configuration)
+    if reason is not None:
+        raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+
+
+def check_lengths(model: ModelSpec, *, prompt_tokens: int, output_tokens: int, batch: int) -> None:
+    """Check the lengths and the number of requests that are to be estimated.
+
+    Raises:
+        InputError: one is below 1.
+    """
+    if min(prompt_tokens, output_tokens, batch) < 1:
+        raise InputError(
+            f"{model.name}: prompt tokens, output tokens and batch must be at least 1, "
+            f"not {prompt_tokens}, {output_tokens} and {batch}"
+        )

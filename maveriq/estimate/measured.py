@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError
-from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.errors import InputError, InvariantError
+from maveriq.estimate.estimator import ServiceEstimate, check_estimable
 from maveriq.estimate.fingerprints import read_config
 from maveriq.estimate.hardware_profile import HardwareProfile, ModelConfig
 from maveriq.tables import Row, read_csv, unique
@@ -106,9 +106,10 @@ class MeasuredEstimator:
         return self._measured.get((model.name, configuration.at(configuration.tp, configuration.pp)))
 
     def _required_points(self, model: ModelSpec, configuration: ParallelConfig) -> Mapping[_Point, _Measured]:
-        reason, points = self.why_not(model, configuration), self._points(model, configuration)
-        if reason is not None or points is None:
-            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
+        check_estimable(self, model, configuration)
+        points = self._points(model, configuration)
+        if points is None:
+            raise InvariantError(f"why_not lets {model.name} with {configuration} pass, which was never measured")
         return points
 
     def _measured_configurations(self, model: ModelSpec) -> str:

@@ -6,7 +6,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate import coverage
-from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.estimator import ServiceEstimate, check_estimable
 from maveriq.estimate.fingerprints import (
     ParallelLatency,
     at_batch,
@@ -78,7 +78,7 @@ class PaperEstimator:
         Raises:
             InputError: as `service`.
         """
-        self._refuse(model, configuration)
+        check_estimable(self, model, configuration)
         batch = configuration.batch_size
         memory_gib = self._memory_gib(model, configuration, 1)
         if batch > 1:
@@ -92,7 +92,7 @@ class PaperEstimator:
         key = (model.name, model.layers, configuration)
         found = self._latencies.get(key)
         if found is None:
-            self._refuse(model, configuration)
+            check_estimable(self, model, configuration)
             batch_two = self._scaled(model, configuration, 2) if self._has_batch_two(model, configuration) else None
             found = self._latencies[key] = (self._scaled(model, configuration, 1), batch_two)
         return found
@@ -123,11 +123,6 @@ class PaperEstimator:
     def _has_batch_two(self, model: ModelSpec, configuration: ParallelConfig) -> bool:
         fingerprints = self._profile.fingerprints.of(model.name)
         return all(needed in fingerprints for needed in _needed(configuration, batch=2))
-
-    def _refuse(self, model: ModelSpec, configuration: ParallelConfig) -> None:
-        reason = self.why_not(model, configuration)
-        if reason is not None:
-            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
 
     def _no_batch(self, model: ModelSpec, configuration: ParallelConfig, batch: int) -> str:
         return (
