@@ -17,22 +17,25 @@ import numpy as np
 import pandas as pd
 
 from maveriq.calibration.operator_tables import (
-    AttentionShape,
-    fit_decode_attention,
-    fit_experts,
-    fit_gemm,
-    fit_prefill_attention,
+    DECODE_ATTENTION,
+    EXPERTS,
+    GEMM,
+    PREFILL_ATTENTION,
+    Table,
+    fit_corrections,
 )
 from maveriq.domain.gpu_kinds import GpuSheet, NumberFormat, gpu_sheet
 from maveriq.estimate.log_grid import Array, LogGrid
 from maveriq.estimate.operators import (
     BYTES_PER_WEIGHT,
     ExpertLoad,
-    Operators,
-    attended_pairs,
-    decode_attention_formula_us,
+    Formula,
+    Heads,
+    decode_attention_formula,
+    experts_formula,
     experts_hit,
-    prefill_attention_formula_us,
+    gemm_formula,
+    prefill_attention_formula,
 )
 from maveriq.files import data_path, measured_data_path
 
@@ -76,9 +79,8 @@ def _gemm_rows(system: str, number_format: NumberFormat) -> pd.DataFrame:
     ].drop_duplicates(["m", "n", "k"])
 
 
-def _gemm_fit(gpu: GpuSheet, number_format: NumberFormat, rows: pd.DataFrame) -> LogGrid:
-    m, n, k, time_us = _floats(rows, "m", "n", "k", "latency_ms")
-    return fit_gemm(gpu, number_format, m, n, k, time_us * 1e3)
+def _gemm_formula(gpu: GpuSheet, number_format: NumberFormat, rows: pd.DataFrame) -> Formula:
+    return gemm_formula(gpu, number_format, *_floats(rows, "m", "n", "k"))
 
 
 def _attention_rows(name: str, system: str, kv: str, head_size: int) -> pd.DataFrame:
@@ -89,25 +91,26 @@ def _attention_rows(name: str, system: str, kv: str, head_size: int) -> pd.DataF
     return rows
 
 
-def _attention_shape(rows: pd.DataFrame, head_size: int) -> AttentionShape:
-    sequences, tokens, heads, kv_heads, window = _floats(
-        rows, "batch_size", "tokens", "num_heads", "num_key_value_heads", "window"
-    )
-    return AttentionShape(
-        sequences=sequences, tokens=tokens, heads=heads, kv_heads=kv_heads, window=window, head_size=head_size
-    )
-
-
-def _decode_fit(gpu: GpuSheet, kv: str, head_size: int, rows: pd.DataFrame) -> LogGrid:
+def _decode_formula(gpu: GpuSheet, kv: str, rows: pd.DataFrame) -> Formula:
+    sequences, tokens, window = _floats(rows, "batch_size", "tokens", "window")
     value_bytes = BYTES_PER_WEIGHT[NumberFormat(kv)]
-    return fit_decode_attention(
-        gpu, value_bytes, _attention_shape(rows, head_size), 1e3 * _floats(rows, "latency_ms")[0]
-    )
+    return decode_attention_formula(gpu, value_bytes, sequences, np.minimum(tokens, window), _heads(rows))
 
 
-def _prefill_fit(gpu: GpuSheet, kv: str, head_size: int, rows: pd.DataFrame) -> LogGrid:
-    del kv
-    return fit_prefill_attention(gpu, _attention_shape(rows, head_size), 1e3 * _floats(rows, "latency_ms")[0])
+def _prefill_formula(gpu: GpuSheet, kv: str, rows: pd.DataFrame) -> Formula:  # noqa: ARG001 - new keys are read in 16 bits
+    sequences, tokens, window = _floats(rows, "batch_size", "tokens", "window")
+    return prefill_attention_formula(gpu, sequences, tokens, 0.0, _heads(rows), window=window)
+
+
+ATTENTION = {
+    "decode_attention": ("generation", DECODE_ATTENTION, _decode_formula),
+    "prefill_attention": ("context", PREFILL_ATTENTION, _prefill_formula),
+}
+
+
+def _heads(rows: pd.DataFrame) -> Heads:
+    heads, kv_heads, head_size = _floats(rows, "num_heads", "num_key_value_heads", "head_dim")
+    return Heads(heads=heads, kv_heads=kv_heads, head_size=head_size)
 
 
 def _expert_rows(system: str, dtype: str) -> pd.DataFrame:
@@ -140,8 +143,20 @@ def _expert_load(rows: pd.DataFrame) -> ExpertLoad:
     )
 
 
-def _expert_fit(gpu: GpuSheet, number_format: NumberFormat, rows: pd.DataFrame) -> LogGrid:
-    return fit_experts(gpu, number_format, _expert_load(rows), 1e3 * _floats(rows, "latency_ms")[0])
+def _experts_formula(gpu: GpuSheet, number_format: NumberFormat, rows: pd.DataFrame) -> Formula:
+    return experts_formula(gpu, number_format, _expert_load(rows))
+
+
+def _time_us(rows: pd.DataFrame) -> Array:
+    return 1e3 * _floats(rows, "latency_ms")[0]
+
+
+def _fit(table: Table, formula: Formula, rows: pd.DataFrame) -> LogGrid:
+    return fit_corrections(table, formula, _time_us(rows))
+
+
+def _errors(formula: Formula, grid: LogGrid, rows: pd.DataFrame) -> Array:
+    return np.asarray(np.log(formula.corrected_us(grid) / _time_us(rows)))
 
 
 def _all_reduce_curve(system: str, gpus: int) -> dict[str, list[float]]:
@@ -183,19 +198,19 @@ def _write_tables() -> None:
         for number_format in GEMM_FORMATS:
             rows = _gemm_rows(system, number_format)
             if len(rows):
-                found["gemm"][number_format] = _stored(_gemm_fit(gpu, number_format, rows), rows)
-        for key, kind, fit in (
-            ("decode_attention", "generation", _decode_fit), ("prefill_attention", "context", _prefill_fit)
-        ):  # fmt: skip
+                found["gemm"][number_format] = _stored(_fit(GEMM, _gemm_formula(gpu, number_format, rows), rows), rows)
+        for operator, (kind, table, formula) in ATTENTION.items():
             for kv in ("bfloat16", "fp8"):
                 for head_size in HEAD_SIZES:
                     rows = _attention_rows(kind, system, kv, head_size)
                     if len(rows):
-                        found[key][f"{kv}/{head_size}"] = _stored(fit(gpu, kv, head_size, rows), rows)
+                        fitted = _fit(table, formula(gpu, kv, rows), rows)
+                        found[operator][f"{kv}/{head_size}"] = _stored(fitted, rows)
         for dtype, number_format in EXPERT_FORMATS.items():
             rows = _expert_rows(system, dtype)
             if len(rows):
-                found["experts"][number_format] = _stored(_expert_fit(gpu, number_format, rows), rows)
+                fitted = _fit(EXPERTS, _experts_formula(gpu, number_format, rows), rows)
+                found["experts"][number_format] = _stored(fitted, rows)
         curves = {str(gpus): _all_reduce_curve(system, gpus) for gpus in (2, 4, 8)}
         path = data_path("operators", f"{name}.json")
         path.parent.mkdir(exist_ok=True)
@@ -225,49 +240,26 @@ def _held_out_gemm(system: str, gpu: GpuSheet) -> Iterator[Row]:
         if rows.empty:
             continue
         seen_n, seen_k = sorted(rows.n.unique())[::2], sorted(rows.k.unique())[::2]
-        fitted = _gemm_fit(gpu, number_format, rows[rows.n.isin(seen_n) & rows.k.isin(seen_k)])
+        seen = rows[rows.n.isin(seen_n) & rows.k.isin(seen_k)]
         other = rows[~rows.n.isin(seen_n) & ~rows.k.isin(seen_k) & (rows.n >= 256) & (rows.k >= 256)]
-        m, n, k, time_ms = _floats(other, "m", "n", "k", "latency_ms")
-        answered = Operators(gpu=gpu, measured=True, _gemm={number_format: fitted}).gemm_us(number_format, m, n, k)
-        yield f"GEMM | {number_format}", np.log(answered / (1e3 * time_ms))
+        grid = _fit(GEMM, _gemm_formula(gpu, number_format, seen), seen)
+        yield f"GEMM | {number_format}", _errors(_gemm_formula(gpu, number_format, other), grid, other)
 
 
 def _held_out_attention(system: str, gpu: GpuSheet) -> Iterator[Row]:
-    for kind, label, fit in (
-        ("generation", "decode attention", _decode_fit),
-        ("context", "prefill attention", _prefill_fit),
-    ):
+    for operator, (kind, table, formula) in ATTENTION.items():
         for kv in ("bfloat16", "fp8"):
             errors = []
             for head_size in HEAD_SIZES:
                 rows = _attention_rows(kind, system, kv, head_size)
                 if rows.empty:
                     continue
-                seen = rows.num_heads.isin(sorted(rows.num_heads.unique())[::2])
-                grid = fit(gpu, kv, head_size, rows[seen])
-                errors.append(_attention_errors(gpu, kind, kv, head_size, grid, rows[~seen]))
+                is_seen = rows.num_heads.isin(sorted(rows.num_heads.unique())[::2])
+                seen, other = rows[is_seen], rows[~is_seen]
+                grid = _fit(table, formula(gpu, kv, seen), seen)
+                errors.append(_errors(formula(gpu, kv, other), grid, other))
             if errors:
-                yield f"{label} | {kv} KV", np.concatenate(errors)
-
-
-def _attention_errors(gpu: GpuSheet, kind: str, kv: str, head_size: int, grid: LogGrid, rows: pd.DataFrame) -> Array:
-    """Return errors of the logarithm, through the functions that answer at run time, with the same formula."""
-    shape = _attention_shape(rows, head_size)
-    group = shape.heads / shape.kv_heads
-    if kind == "generation":
-        seen = np.minimum(shape.tokens, shape.window)
-        formula = decode_attention_formula_us(
-            gpu, BYTES_PER_WEIGHT[NumberFormat(kv)], shape.sequences, seen, shape.heads, shape.kv_heads, head_size
-        )
-        answered = formula * grid.ratio(seen, shape.sequences * shape.kv_heads, group)
-    else:
-        pairs = np.asarray([attended_pairs(t, 0.0, w) for t, w in zip(shape.tokens, shape.window, strict=True)])
-        formula = prefill_attention_formula_us(
-            gpu, shape.sequences, shape.tokens, pairs, shape.heads, shape.kv_heads, head_size
-        )
-        blocks = shape.sequences * shape.heads * np.ceil(shape.tokens / 128)
-        answered = formula * grid.ratio(2 * pairs / shape.tokens, blocks, group)
-    return np.log(answered / (1e3 * _floats(rows, "latency_ms")[0]))
+                yield f"{operator.replace('_', ' ')} | {kv} KV", np.concatenate(errors)
 
 
 def _held_out_experts(system: str, gpu: GpuSheet) -> Iterator[Row]:
@@ -280,11 +272,9 @@ def _held_out_experts(system: str, gpu: GpuSheet) -> Iterator[Row]:
             continue
         errors = []
         for left_out in sorted(family.unique()):
-            fitted = _expert_fit(gpu, number_format, rows[family != left_out])
-            other = rows[family == left_out]
-            operators = Operators(gpu=gpu, measured=True, _experts={number_format: fitted})
-            answered = operators.experts_us(number_format, _expert_load(other))
-            errors.append(np.log(answered / (1e3 * _floats(other, "latency_ms")[0])))
+            seen, other = rows[family != left_out], rows[family == left_out]
+            grid = _fit(EXPERTS, _experts_formula(gpu, number_format, seen), seen)
+            errors.append(_errors(_experts_formula(gpu, number_format, other), grid, other))
         yield f"experts, a family left out | {dtype}", np.concatenate(errors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from maveriq.domain.matrices import Matrix, check_counts
@@ -9,7 +10,7 @@ from maveriq.errors import InputError
 from maveriq.units import Bytes
 
 
-class Attention:
+class Attention(ABC):
     """What mixes the tokens of a sequence in a layer: its matrices, and what it keeps of each token.
 
     Args:
@@ -18,14 +19,14 @@ class Attention:
 
     window: int | None = None
 
+    @abstractmethod
     def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
         """Return the weight matrices."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def vectors(self) -> int:
-        """Parameters that are no matrix: norms within, sinks."""
-        raise NotImplementedError
+        """Parameters that are not in a matrix: norms, sinks."""
 
     @property
     def cached_values(self) -> int:
@@ -60,7 +61,7 @@ class GroupedAttention(Attention):
         window: the last tokens that a token attends to, itself included; None for all.
         bias: whether queries, keys and values have a bias.
         output_bias: whether the output has one.
-        key_is_value: keys serve as values too, so that there is no matrix for values; both are cached.
+        key_is_value: keys are used as values too: there is no value projection, but the cache holds both.
         output_gate: queries come with a gate for the output, so that their matrix is twice as wide.
         vectors: parameters of the norms of queries and keys, and of sinks.
     """

@@ -115,7 +115,7 @@ class Fields:
         """Return a list, None where it is absent, null or empty.
 
         Raises:
-            InputError: it is no list, or has another length.
+            InputError: it is not a list, or its length is not as expected.
         """
         value = self.config.get(key)
         if value is None:

@@ -129,7 +129,6 @@ class Decoder:
         head_format: how the checkpoint stores the output matrix.
         kv_bits: bits of a value in the KV cache that the checkpoint was quantised for; 0 where it says nothing.
         not_counted: parts of the checkpoint that no figure here includes, in words.
-        not_timed: why no step-time model here answers for it, in words; "" where one may.
 
     Raises:
         InputError: a count is not positive, or the pattern names a kind that is not there.
@@ -148,7 +147,6 @@ class Decoder:
     head_format: WeightFormat = BITS_16
     kv_bits: int = 0
     not_counted: tuple[str, ...] = ()
-    not_timed: str = ""
 
     def __post_init__(self) -> None:
         check_counts(self, ("hidden_size", "vocab_size"), or_none=("context_tokens",))
@@ -255,7 +253,6 @@ class Decoder:
         named = [
             *([f"{experts[0].experts} experts in {self._layers_with(ExpertFeedForward)} layers"] if experts else []),
             *dict.fromkeys(kind.attention.feature for kind in self.layer_kinds if kind.attention is not None),
-            self.not_timed,
         ]
         found = tuple(feature for feature in named if feature)
         return found or (("layers that differ from each other",) if len(self.layer_kinds) > 1 else ())

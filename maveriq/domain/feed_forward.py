@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from maveriq.domain.matrices import Matrix, check_counts
 from maveriq.errors import InputError
 
 
-class FeedForward:
+class FeedForward(ABC):
     """The feed-forward part of a layer."""
 
+    @abstractmethod
     def weight_matrices(self, hidden_size: int) -> tuple[Matrix, ...]:
         """Return the weight matrices."""
-        raise NotImplementedError
 
     @property
     def vectors(self) -> int:

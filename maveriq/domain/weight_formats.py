@@ -32,6 +32,12 @@ class WeightFormat:
     block_outputs: int = 1
     matrix_bytes: int = 0
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a weight with its share of the scales of its block; scales of whole channels do not count."""
+        block = self.block_inputs * self.block_outputs
+        return (self.bits + (self.scale_bits / block if block else 0)) / 8
+
     def bytes_of(self, inputs: int, outputs: int) -> Bytes:
         """Return the bytes of one matrix."""
         along = -(-inputs // self.block_inputs) if self.block_inputs else 1

@@ -17,18 +17,18 @@ import msgspec
 import numpy as np
 
 from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat
+from maveriq.domain.weight_formats import FORMATS, fp8_blocks
 from maveriq.errors import InputError
 from maveriq.estimate.log_grid import Array, LogGrid, Sizes
 from maveriq.files import data_path
 
+_TILE = 128
+
 BYTES_PER_WEIGHT: Mapping[NumberFormat, float] = {
-    NumberFormat.BFLOAT16: 2.0,
-    NumberFormat.FP8: 1.0,
-    NumberFormat.FP8_BLOCK: 1.0,
-    NumberFormat.INT8: 1.0,
-    NumberFormat.INT4: 0.5 + 2.0 / 128,  # a 16-bit scale for each group of 128
-    NumberFormat.NVFP4: 0.5 + 1.0 / 16,  # an 8-bit scale for each block of 16
-    NumberFormat.MXFP4: 0.5 + 1.0 / 32,  # an 8-bit scale for each block of 32
+    number_format: (
+        fp8_blocks(_TILE, _TILE) if number_format is NumberFormat.FP8_BLOCK else FORMATS[number_format]
+    ).bytes_per_weight
+    for number_format in NumberFormat
 }
 """Bytes that a weight takes, its share of the scales included."""
 
@@ -38,34 +38,61 @@ _COMPUTED = frozenset((NumberFormat.BFLOAT16, NumberFormat.FP8, NumberFormat.FP8
 _ACTIVATION_BYTES = 2
 _KERNEL_US = 2.0
 _QUANTISE_US = 3.0
-_TILE = 128
+_ROUTING_SKEW = 0.5
 
 
-def gemm_formula_us(gpu: GpuSheet, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
+@dataclass(frozen=True, slots=True, eq=False)
+class Formula:
+    """What bytes and operations say about the time of kernels.
+
+    Args:
+        time_us: the time.
+        sizes: the sizes by which its corrections are looked up, one for each axis of their table.
+    """
+
+    time_us: Array
+    sizes: tuple[Sizes, ...]
+
+    def corrected_us(self, grid: LogGrid) -> Array:
+        """Return the time, corrected by a table."""
+        return np.asarray(self.time_us * grid.ratio(*self.sizes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """The attention heads of one GPU.
+
+    Args:
+        heads: query heads.
+        kv_heads: KV heads.
+        head_size: values of a head.
+    """
+
+    heads: Sizes
+    kv_heads: Sizes
+    head_size: Sizes
+
+
+def gemm_formula(gpu: GpuSheet, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Formula:
     """Return a lower bound of the time of a product of (m, k) activations and (k, n) weights."""
     weight_bytes = BYTES_PER_WEIGHT[number_format]
     activation_bytes = weight_bytes if number_format in _COMPUTED else _ACTIVATION_BYTES
     moved = activation_bytes * m * k + weight_bytes * n * k + _ACTIVATION_BYTES * m * n
-    return np.asarray(
-        _KERNEL_US + _moved_us(gpu, moved) + _computed_us(gpu, _compute_format(number_format), 2.0 * m * n * k)
-    )
+    computed_us = _computed_us(gpu, _compute_format(number_format), 2.0 * m * n * k)
+    return Formula(np.asarray(_KERNEL_US + _moved_us(gpu, moved) + computed_us), (m, n, k))
 
 
-def decode_attention_formula_us(
-    gpu: GpuSheet,
-    kv_value_bytes: float,
-    sequences: Sizes,
-    context: Sizes,
-    heads: Sizes,
-    kv_heads: Sizes,
-    head_size: Sizes,
-) -> Array:
+def decode_attention_formula(
+    gpu: GpuSheet, kv_value_bytes: float, sequences: Sizes, context: Sizes, of: Heads
+) -> Formula:
     """Return a lower bound of the time in which one new token each of `sequences` attends to `context` tokens."""
-    cache = 2.0 * sequences * context * kv_heads * head_size * kv_value_bytes
-    return np.asarray(2 * _KERNEL_US + _moved_us(gpu, cache + 2.0 * _ACTIVATION_BYTES * sequences * heads * head_size))
+    cache = 2.0 * sequences * context * of.kv_heads * of.head_size * kv_value_bytes
+    moved_us = _moved_us(gpu, cache + 2.0 * _ACTIVATION_BYTES * sequences * of.heads * of.head_size)
+    sizes = (context, np.asarray(sequences) * of.kv_heads, of.heads / of.kv_heads)
+    return Formula(np.asarray(2 * _KERNEL_US + moved_us), sizes)
 
 
-def attended_pairs(chunk: Sizes, past: Sizes, window: float = np.inf) -> Array:
+def attended_pairs(chunk: Sizes, past: Sizes, window: Sizes = np.inf) -> Array:
     """Return the pairs of a query and a key or value in a chunk of a prompt behind `past` tokens.
 
     A query attends to itself and what lies before it, at most to the last `window` tokens.
@@ -73,16 +100,20 @@ def attended_pairs(chunk: Sizes, past: Sizes, window: float = np.inf) -> Array:
     chunk, past = np.asarray(chunk, dtype=np.float64), np.asarray(past, dtype=np.float64)
     growing = np.clip(window - past, 0.0, chunk)  # queries that still see everything
     full = growing * past + growing * (growing + 1) / 2
-    return np.asarray(full + np.where(chunk > growing, (chunk - growing) * min(window, 1e18), 0.0))
+    bounded = np.minimum(window, 1e18)  # infinity times no query is not a number
+    return np.asarray(full + (chunk - growing) * bounded)
 
 
-def prefill_attention_formula_us(
-    gpu: GpuSheet, sequences: Sizes, chunk: Sizes, pairs: Sizes, heads: Sizes, kv_heads: Sizes, head_size: Sizes
-) -> Array:
-    """Return about the time in which `sequences` chunks attend; `pairs` as `attended_pairs`, of one sequence."""
-    computed = _computed_us(gpu, NumberFormat.BFLOAT16, 4.0 * sequences * heads * head_size * np.asarray(pairs))
-    moved = _ACTIVATION_BYTES * 2.0 * sequences * chunk * (heads + kv_heads) * head_size
-    return np.asarray(2 * _KERNEL_US + np.maximum(computed / 0.6, _moved_us(gpu, moved) / 0.7))
+def prefill_attention_formula(
+    gpu: GpuSheet, sequences: Sizes, chunk: Sizes, past: Sizes, of: Heads, *, window: Sizes = np.inf
+) -> Formula:
+    """Return about the time in which `sequences` chunks attend to themselves and to `past` tokens before each."""
+    pairs = attended_pairs(chunk, past, window)
+    computed_us = _computed_us(gpu, NumberFormat.BFLOAT16, 4.0 * sequences * of.heads * of.head_size * pairs)
+    moved = _ACTIVATION_BYTES * 2.0 * sequences * chunk * (of.heads + of.kv_heads) * of.head_size
+    time_us = np.asarray(2 * _KERNEL_US + np.maximum(computed_us / 0.6, _moved_us(gpu, moved) / 0.7))
+    blocks = sequences * of.heads * np.ceil(np.asarray(chunk) / _TILE)
+    return Formula(time_us, (2 * pairs / chunk, blocks, of.heads / of.kv_heads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,23 +136,29 @@ class ExpertLoad:
     width: Sizes
     matrices: Sizes = 3
 
+    @property
+    def weights_per_expert(self) -> Array:
+        """Weights of one expert on this GPU."""
+        return np.asarray(self.matrices * np.asarray(self.inner_size, dtype=np.float64) * self.width)
 
-def experts_formula_us(gpu: GpuSheet, number_format: NumberFormat, load: ExpertLoad) -> Array:
+
+def experts_formula(gpu: GpuSheet, number_format: NumberFormat, load: ExpertLoad) -> Formula:
     """Return a lower bound of the time of the experts of one GPU, routing included."""
-    matrix = load.matrices * np.asarray(load.inner_size, dtype=np.float64) * load.width
-    weights = _moved_us(gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format])
-    computed = _computed_us(gpu, _compute_format(number_format), 2.0 * matrix * load.rows)
-    moved = _moved_us(gpu, 2.0 * _ACTIVATION_BYTES * load.rows * load.inner_size)
-    return np.asarray(5 * _KERNEL_US + weights + computed + moved)
+    rows, matrix = np.asarray(load.rows, dtype=np.float64), load.weights_per_expert
+    weights_us = _moved_us(gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format])
+    computed_us = _computed_us(gpu, _compute_format(number_format), 2.0 * matrix * rows)
+    moved_us = _moved_us(gpu, 2.0 * _ACTIVATION_BYTES * rows * load.inner_size)
+    sizes = (rows, rows / np.maximum(load.hit, 1e-9), matrix / 1e6, load.experts)
+    return Formula(np.asarray(5 * _KERNEL_US + weights_us + computed_us + moved_us), sizes)
 
 
-def experts_hit(experts: int, per_token: int, tokens: Sizes, *, skew: float = 0.5) -> Array:
+def experts_hit(experts: int, per_token: int, tokens: Sizes) -> Array:
     """Return how many of `experts` get at least one of `tokens`, each of which picks `per_token` of them.
 
     The popularity of experts falls with a power of their rank. Measured routing lies between an exponent of 0 and 1;
     0.5 fits kernels with balanced and with skewed routing about equally well.
     """
-    popularity = np.arange(1, experts + 1, dtype=np.float64) ** -skew
+    popularity = np.arange(1, experts + 1, dtype=np.float64) ** -_ROUTING_SKEW
     low, high = 1e-9, 1e9
     for _ in range(60):  # bisection: the probabilities must add up to the experts of a token
         scale = float(np.sqrt(low * high))
@@ -204,17 +241,17 @@ class Operators:
 
     def gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
         """Return the time of a product of (m, k) activations and (k, n) weights."""
-        weight_bytes = BYTES_PER_WEIGHT[number_format]
         if number_format is NumberFormat.FP8_BLOCK:
             # Tables of block-scaled kernels have launch floors that engines do not show (pre- and post-processing).
             return np.asarray(1.1 * self.gemm_us(NumberFormat.FP8, m, n, k))
+        formula = gemm_formula(self.gpu, number_format, m, n, k)
         grid = self._gemm.get(number_format)
         if grid is not None:
-            return np.asarray(gemm_formula_us(self.gpu, number_format, m, n, k) * grid.ratio(m, n, k))
+            return formula.corrected_us(grid)
         grid = self._gemm.get(NumberFormat.BFLOAT16) if number_format not in _COMPUTED else None
         if grid is not None:  # 16-bit products of weights that are expanded on the way: as efficient at equal bytes
-            narrow = np.maximum(np.asarray(k) * weight_bytes / 2, 1.0)
-            return np.asarray(gemm_formula_us(self.gpu, number_format, m, n, k) * grid.ratio(m, n, narrow))
+            equal_bytes = np.maximum(np.asarray(k) * BYTES_PER_WEIGHT[number_format] / 2, 1.0)
+            return Formula(formula.time_us, (m, n, equal_bytes)).corrected_us(grid)
         return self._usual_gemm_us(number_format, m, n, k)
 
     def _usual_gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
@@ -227,54 +264,52 @@ class Operators:
         computed = _computed_us(self.gpu, _compute_format(number_format), 2.0 * rows * n * k)
         return np.asarray(2.5 + quantise + _smooth_max(_moved_us(self.gpu, moved) / 0.85 + 1.5, computed / 0.75))
 
-    def decode_attention_us(
-        self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, *, heads: int, kv_heads: int, head_size: int
-    ) -> Array:
+    def decode_attention_us(self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads) -> Array:
         """Return the time in which one new token each of `sequences` attends to `context` tokens."""
         value_bytes = BYTES_PER_WEIGHT[kv_format]
-        grid = _nearest(self._decode, kv_format, head_size)
+        grid = _nearest(self._decode, kv_format, of.head_size)
         if grid is not None:
-            formula = decode_attention_formula_us(self.gpu, value_bytes, sequences, context, heads, kv_heads, head_size)
-            return np.asarray(formula * grid.ratio(context, np.asarray(sequences) * kv_heads, heads / kv_heads))
-        cache = 2.0 * np.asarray(sequences) * context * kv_heads * head_size * value_bytes
-        blocks = 3.5 * np.asarray(sequences) * kv_heads / self.gpu.multiprocessors
-        return np.asarray(10.0 + np.sqrt((_moved_us(self.gpu, cache) / 0.82) ** 2 + blocks**2))
+            return decode_attention_formula(self.gpu, value_bytes, sequences, context, of).corrected_us(grid)
+        cache = 2.0 * np.asarray(sequences) * context * of.kv_heads * of.head_size * value_bytes
+        blocks_us = 3.5 * np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
+        return np.asarray(10.0 + np.sqrt((_moved_us(self.gpu, cache) / 0.82) ** 2 + blocks_us**2))
 
     def prefill_attention_us(
-        self,
-        kv_format: NumberFormat,
-        chunk: Sizes,
-        past: Sizes,
-        *,
-        heads: int,
-        kv_heads: int,
-        head_size: int,
-        window: float = np.inf,
+        self, kv_format: NumberFormat, chunk: Sizes, past: Sizes, of: Heads, *, window: float = np.inf
     ) -> Array:
         """Return the time in which a chunk of a prompt attends to itself and to `past` tokens before it."""
-        chunk = np.asarray(chunk, dtype=np.float64)
-        pairs = attended_pairs(chunk, past, window)
-        formula = prefill_attention_formula_us(self.gpu, 1, chunk, pairs, heads, kv_heads, head_size)
-        grid = _nearest(self._prefill, kv_format, head_size)
+        formula = prefill_attention_formula(self.gpu, 1, chunk, past, of, window=window)
+        grid = _nearest(self._prefill, kv_format, of.head_size)
         if grid is not None:
-            return np.asarray(formula * grid.ratio(2 * pairs / chunk, heads * np.ceil(chunk / _TILE), heads / kv_heads))
-        waves = 0.5 * np.maximum(1.0, heads * np.ceil(chunk / _TILE) / self.gpu.multiprocessors)
-        return np.asarray(6.0 + formula + waves)
+            return formula.corrected_us(grid)
+        waves = np.maximum(1.0, of.heads * np.ceil(np.asarray(chunk) / _TILE) / self.gpu.multiprocessors)
+        return np.asarray(6.0 + formula.time_us + 0.5 * waves)
+
+    def latent_decode_attention_us(
+        self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, *, heads: float, kv_rank: int, rope_size: int
+    ) -> Array:
+        """Return the time in which one new token each of `sequences` attends to the latent vectors of `context` tokens.
+
+        The kernels of latent attention are not corrected by measurements: their tables time them outside of engines.
+        """
+        cached = np.asarray(sequences, dtype=np.float64) * context
+        moved_us = _moved_us(self.gpu, cached * (kv_rank + rope_size) * BYTES_PER_WEIGHT[kv_format]) / 0.6
+        operations = 2 * cached * max(heads, 16) * (2 * kv_rank + rope_size)  # a tile holds at least 16 heads
+        return np.asarray(15 + _smooth_max(moved_us, _computed_us(self.gpu, NumberFormat.BFLOAT16, operations) / 0.5))
 
     def experts_us(self, number_format: NumberFormat, load: ExpertLoad) -> Array:
         """Return the time of the experts of one GPU, routing included."""
-        known = self._experts
-        grid = known.get(number_format)
+        grid = self._experts.get(number_format)
         if grid is None and number_format is NumberFormat.FP8:
-            grid = known.get(NumberFormat.FP8_BLOCK)
+            grid = self._experts.get(NumberFormat.FP8_BLOCK)
         if grid is not None:
-            return np.asarray(experts_formula_us(self.gpu, number_format, load) * grid.ratio(*expert_sizes(load)))
-        matrix = load.matrices * np.asarray(load.inner_size, dtype=np.float64) * load.width
-        weights = _moved_us(self.gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format]) / 0.85
+            return experts_formula(self.gpu, number_format, load).corrected_us(grid)
+        matrix = load.weights_per_expert
+        weights_us = _moved_us(self.gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format]) / 0.85
         padded = load.rows + np.asarray(load.hit) * 64.0
-        computed = _computed_us(self.gpu, _compute_format(number_format), 2.0 * matrix * padded) / 0.42
-        moved = 2.0 * _moved_us(self.gpu, 2.0 * load.rows * load.inner_size)
-        return np.asarray(40.0 + _smooth_max(weights, computed) + moved)
+        computed_us = _computed_us(self.gpu, _compute_format(number_format), 2.0 * matrix * padded) / 0.42
+        moved_us = 2.0 * _moved_us(self.gpu, 2.0 * load.rows * load.inner_size)
+        return np.asarray(40.0 + _smooth_max(weights_us, computed_us) + moved_us)
 
     def all_reduce_us(self, gpus: int, message_bytes: Sizes) -> Array:
         """Return the time in which the GPUs of a tensor-parallel group add up their partial results."""
@@ -295,13 +330,6 @@ class Operators:
         return np.asarray(kernels * _KERNEL_US + _moved_us(self.gpu, moved_bytes) / 0.7)
 
 
-def expert_sizes(load: ExpertLoad) -> tuple[Sizes, Sizes, Sizes, Sizes]:
-    """Return the sizes by which the corrections of experts are looked up."""
-    rows = np.asarray(load.rows, dtype=np.float64)
-    millions = load.matrices * np.asarray(load.inner_size, dtype=np.float64) * load.width / 1e6
-    return rows, rows / np.maximum(load.hit, 1e-9), millions, load.experts
-
-
 def _ring(gpus: int) -> float:
     return 2 * (gpus - 1) / gpus
 
@@ -310,7 +338,7 @@ def _smooth_max(first: Sizes, second: Sizes) -> Any:
     return (np.asarray(first) ** 4 + np.asarray(second) ** 4) ** 0.25
 
 
-def _nearest(grids: Mapping[tuple[str, int], LogGrid], kv_format: NumberFormat, head_size: int) -> LogGrid | None:
+def _nearest(grids: Mapping[tuple[str, int], LogGrid], kv_format: NumberFormat, head_size: Sizes) -> LogGrid | None:
     """Return the table of a KV format whose head size is nearest."""
     sizes = [size for kv, size in grids if kv == kv_format]
     if not sizes:

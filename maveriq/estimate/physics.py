@@ -14,11 +14,11 @@ from maveriq.domain.decoder import DenseFeedForward, ExpertFeedForward, GroupedA
 from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
-from maveriq.errors import InputError
-from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.domain.weight_formats import FORMATS
+from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
-from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, stage_models
+from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, stage_models, why_not_timed
 from maveriq.units import BYTES_PER_GIB, Bytes
 
 WEIGHT_FORMATS = {
@@ -35,6 +35,7 @@ WEIGHT_FORMATS = {
 _STEP_US, _SEQUENCE_US, _PREFILL_FACTOR = 170.0, 1.0, 1.07
 _HAND_OVER_US = 15.0
 _KV_BLOCK_TOKENS = 16
+_OUTPUT_TOKENS = 20  # of a request, where the memory of none in particular is asked for
 # Memory of an engine on each GPU beside weights, cache and activations, and what communication adds (read off five
 # recorded numbers of KV blocks of vLLM on H100).
 _ENGINE_GIB, _COMMUNICATION_GIB = 0.2, 0.5
@@ -72,8 +73,8 @@ class PhysicsEstimator:
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can."""
         tp, decoder = configuration.tp, model.decoder
-        if decoder.not_timed:
-            return f"{decoder.not_timed}, which the physics estimator does not model"
+        if untimed := why_not_timed(decoder):
+            return untimed
         if configuration.weights not in WEIGHT_FORMATS:
             return f"{configuration.weights} weights are not modelled by the physics estimator"
         if configuration.weights is WeightType.FP8 and NumberFormat.FP8 not in self._operators.gpu.tflops:
@@ -98,11 +99,7 @@ class PhysicsEstimator:
         Raises:
             InputError: the configuration has a reason in `why_not`, or fewer than one token or request.
         """
-        if min(prompt_tokens, output_tokens, batch) < 1:
-            raise InputError(
-                f"{model.name}: prompt tokens, output tokens and batch must be at least 1, "
-                f"not {prompt_tokens}, {output_tokens} and {batch}"
-            )
+        check_lengths(model, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch)
         stages = self._stage_models(model, configuration)
         host_us = _STEP_US + _SEQUENCE_US * batch + _HAND_OVER_US * (configuration.pp - 1)
         chunks = [Chunk(tokens=prompt_tokens)] * batch
@@ -121,7 +118,9 @@ class PhysicsEstimator:
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
-        return self.memory_with(model, configuration, prompt_tokens=self.profile.prompt_tokens, output_tokens=20)
+        return self.memory_with(
+            model, configuration, prompt_tokens=self.profile.prompt_tokens, output_tokens=_OUTPUT_TOKENS
+        )
 
     def memory_with(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
@@ -131,10 +130,11 @@ class PhysicsEstimator:
         Raises:
             InputError: the configuration has a reason in `why_not`.
         """
-        self._refuse(model, configuration)
+        check_estimable(self, model, configuration)
         decoder, tp, batch = model.decoder, configuration.tp, configuration.batch_size
-        weights = decoder.layers_parameters() * BYTES_PER_WEIGHT[WEIGHT_FORMATS[configuration.weights]]
-        weights += 2.0 * (decoder.text_parameters() - decoder.layers_parameters() + decoder.other_inputs_parameters)
+        # A checkpoint that is quantised is loaded as it is stored.
+        weights = decoder.weight_bytes(None if model.quantization else FORMATS[configuration.weights])
+        weights += 2 * decoder.other_inputs_parameters
         tokens = _KV_BLOCK_TOKENS * math.ceil((prompt_tokens + output_tokens) / _KV_BLOCK_TOKENS)
         value_bytes = BYTES_PER_WEIGHT[_kv_format(configuration)]
         cache = batch * decoder.kv_cache(value_bytes).sequence_bytes(tokens) * _cache_copies(model, tp)
@@ -147,7 +147,7 @@ class PhysicsEstimator:
         key = (model, configuration)
         found = self._stages.get(key)
         if found is None:
-            self._refuse(model, configuration)
+            check_estimable(self, model, configuration)
             number_format = WEIGHT_FORMATS[configuration.weights]
             found = self._stages[key] = stage_models(
                 model.decoder,
@@ -164,13 +164,9 @@ class PhysicsEstimator:
             return _MARGIN_EXPERTS
         return _MARGIN_MEASURED if self._operators.measured else _MARGIN_SHEET
 
-    def _refuse(self, model: ModelSpec, configuration: ParallelConfig) -> None:
-        reason = self.why_not(model, configuration)
-        if reason is not None:
-            raise InputError(f"{model.name} with {configuration} cannot be estimated: {reason}")
-
 
 def _kv_format(configuration: ParallelConfig) -> NumberFormat:
+    # Kernels with an 8-bit cache were measured with floats alone.
     return NumberFormat.FP8 if configuration.kv is KvType.INT8 else NumberFormat.BFLOAT16
 
 

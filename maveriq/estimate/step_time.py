@@ -28,9 +28,9 @@ from maveriq.domain.decoder import (
     LayerKind,
 )
 from maveriq.domain.gpu_kinds import NumberFormat
-from maveriq.errors import InputError
-from maveriq.estimate.log_grid import Array, Sizes
-from maveriq.estimate.operators import BYTES_PER_WEIGHT, ExpertLoad, Operators, experts_hit
+from maveriq.errors import InputError, InvariantError
+from maveriq.estimate.log_grid import Array
+from maveriq.estimate.operators import ExpertLoad, Heads, Operators, experts_hit
 
 _VALUE_BYTES = 2
 _LAYER_KERNELS = 5
@@ -64,14 +64,12 @@ class Formats:
     Args:
         dense: weights of attention and dense feed-forward parts.
         experts: weights of experts.
-        kv: the KV cache.
-        head: weights of the output matrix.
+        kv: the KV cache. The output matrix has 16 bits.
     """
 
     dense: NumberFormat = NumberFormat.BFLOAT16
     experts: NumberFormat = NumberFormat.BFLOAT16
     kv: NumberFormat = NumberFormat.BFLOAT16
-    head: NumberFormat = NumberFormat.BFLOAT16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +97,19 @@ class Chunk:
     past: int = 0
 
 
+def why_not_timed(decoder: Decoder) -> str | None:
+    """Return what of a decoder has no step times here; None where all has.
+
+    These are layers with a state, and sparse attention, which would be priced as if it attended to all tokens.
+    """
+    for kind in decoder.layer_kinds:
+        attention = kind.attention
+        sparse = isinstance(attention, LatentAttention) and attention.index_heads
+        if attention is not None and (sparse or not isinstance(attention, GroupedAttention | LatentAttention)):
+            return f"{attention.feature}: step times of these are not modelled"
+    return None
+
+
 class StepModel:
     """The time of a step in one pipeline stage.
 
@@ -109,6 +120,9 @@ class StepModel:
         formats: how weights and cache are stored.
         first: the stage's first layer.
         end: the layer after its last; None for all. The last stage computes the output, too.
+
+    Raises:
+        InputError: `why_not_timed` has a reason.
     """
 
     def __init__(
@@ -121,6 +135,9 @@ class StepModel:
         first: int = 0,
         end: int | None = None,
     ) -> None:
+        reason = why_not_timed(decoder)
+        if reason is not None:
+            raise InputError(reason)
         layers = _Layers(decoder, operators, sharding, formats)
         kinds = decoder.kinds(first, end)
         self._tokens_us = _Line(_TOKENS, sum(number * layers.dense_us(kind, _TOKENS) for kind, number in kinds))
@@ -217,12 +234,12 @@ class _Layers:
         """Return the time of attention of one new token in each sequence."""
         seen = context if attention.window is None else np.minimum(context, attention.window)
         if isinstance(attention, LatentAttention):
-            return self._latent_decode_us(attention, sequences, seen)
+            return self.operators.latent_decode_attention_us(
+                self.formats.kv, sequences, seen,
+                heads=attention.heads / self.sharding.tp, kv_rank=attention.kv_rank, rope_size=attention.rope_size,
+            )  # fmt: skip
         grouped = _grouped(attention)
-        return self.operators.decode_attention_us(
-            self.formats.kv, sequences, seen,
-            heads=self._heads(grouped), kv_heads=self._kv_heads(grouped), head_size=grouped.head_size,
-        )  # fmt: skip
+        return self.operators.decode_attention_us(self.formats.kv, sequences, seen, self._heads(grouped))
 
     def prefill_us(self, attention: Attention, chunk: Array, past: Array) -> Array:
         """Return the time of attention of a chunk of one prompt."""
@@ -231,70 +248,58 @@ class _Layers:
             # Keys and values are expanded for all heads; queries and keys are wider than values.
             heads = max(1, attention.heads // self.sharding.tp)
             size = (attention.nope_size + attention.rope_size + attention.value_size) // 2
-            return self.operators.prefill_attention_us(
-                self.formats.kv, chunk, past, heads=heads, kv_heads=heads, head_size=size, window=window
-            )
-        grouped = _grouped(attention)
-        return self.operators.prefill_attention_us(
-            self.formats.kv, chunk, past,
-            heads=self._heads(grouped), kv_heads=self._kv_heads(grouped), head_size=grouped.head_size, window=window,
-        )  # fmt: skip
+            of = Heads(heads=heads, kv_heads=heads, head_size=size)
+        else:
+            of = self._heads(_grouped(attention))
+        return self.operators.prefill_attention_us(self.formats.kv, chunk, past, of, window=window)
 
     def head_us(self, sequences: Array) -> Array:
         """Return the time of the output matrix and of choosing a token, for so many sequences."""
         decoder, tp = self.decoder, self.sharding.tp
-        gemm_us = self._gemm_us(self.formats.head, sequences, decoder.vocab_size / tp, decoder.hidden_size)
+        gemm_us = self.operators.gemm_us(NumberFormat.BFLOAT16, sequences, decoder.vocab_size / tp, decoder.hidden_size)
         sampled = self.operators.elementwise_us(0, _SAMPLER_BYTES * sequences * decoder.vocab_size)
         gathered = self.operators.all_reduce_us(tp, _VALUE_BYTES * sequences * decoder.vocab_size / tp)
         return np.asarray(gemm_us + sampled + gathered + _SAMPLER_US)
 
-    def _heads(self, attention: GroupedAttention) -> int:
-        return max(1, attention.heads // self.sharding.tp)
-
-    def _kv_heads(self, attention: GroupedAttention) -> int:
-        return max(1, attention.kv_heads // self.sharding.tp)
-
-    def _gemm_us(self, number_format: NumberFormat, m: Sizes, n: float, k: float) -> Array:
-        return self.operators.gemm_us(number_format, m, n, k)
+    def _heads(self, attention: GroupedAttention) -> Heads:
+        """Return the heads of one GPU: KV heads that are fewer than the GPUs are copied."""
+        tp = self.sharding.tp
+        return Heads(
+            heads=max(1, attention.heads // tp),
+            kv_heads=max(1, attention.kv_heads // tp),
+            head_size=attention.head_size,
+        )
 
     def _projections_us(self, attention: Attention, tokens: Array) -> Array:
         size, dense, tp = self.decoder.hidden_size, self.formats.dense, self.sharding.tp
         if isinstance(attention, LatentAttention):
             return self._latent_projections_us(attention, tokens)
         grouped = _grouped(attention)
-        queries = self._heads(grouped) * grouped.head_size * (2 if grouped.output_gate else 1)
+        of = self._heads(grouped)
+        queries = of.heads * of.head_size * (2 if grouped.output_gate else 1)
         values = 0 if grouped.key_is_value else grouped.value_head_size
-        keys_values = self._kv_heads(grouped) * (grouped.head_size + values)
+        keys_values = of.kv_heads * (of.head_size + values)
         output = grouped.heads * grouped.value_head_size / tp
-        return self._gemm_us(dense, tokens, queries + keys_values, size) + self._gemm_us(dense, tokens, size, output)
+        inputs_us = self.operators.gemm_us(dense, tokens, queries + keys_values, size)
+        return inputs_us + self.operators.gemm_us(dense, tokens, size, output)
 
     def _latent_projections_us(self, attention: LatentAttention, tokens: Array) -> Array:
         size, dense = self.decoder.hidden_size, self.formats.dense
         heads = max(1, attention.heads // self.sharding.tp)
         latent = attention.query_rank + attention.kv_rank + attention.rope_size
         query = heads * (attention.nope_size + attention.rope_size)
-        time_us = self._gemm_us(dense, tokens, latent if attention.query_rank else latent + query, size)
+        time_us = self.operators.gemm_us(dense, tokens, latent if attention.query_rank else latent + query, size)
         if attention.query_rank:
-            time_us = time_us + self._gemm_us(dense, tokens, query, attention.query_rank)
+            time_us = time_us + self.operators.gemm_us(dense, tokens, query, attention.query_rank)
         # Decoding multiplies queries and results by the halves of the expansion, head by head; prefill expands once.
         for inner in (attention.nope_size, attention.value_size):
-            time_us = time_us + self._gemm_us(NumberFormat.BFLOAT16, tokens, attention.kv_rank, heads * inner)
-        return time_us + self._gemm_us(dense, tokens, size, heads * attention.value_size)
-
-    def _latent_decode_us(self, attention: LatentAttention, sequences: Array, context: Array) -> Array:
-        # Every GPU of a stage reads the whole cache, for its heads, of which a tile holds at least 16.
-        gpu, values = self.operators.gpu, attention.kv_rank + attention.rope_size
-        cached = sequences * context
-        moved_us = 2 * cached * values * BYTES_PER_WEIGHT[self.formats.kv] / 2 / (0.6 * gpu.bandwidth_gb_s * 1e3)
-        heads = max(attention.heads / self.sharding.tp, 16)
-        operations = 2 * cached * heads * (2 * attention.kv_rank + attention.rope_size)
-        computed_us = operations / (0.5 * gpu.peak_tflops(NumberFormat.BFLOAT16) * 1e6)
-        return np.asarray(15 + (moved_us**4 + computed_us**4) ** 0.25)
+            time_us = time_us + self.operators.gemm_us(NumberFormat.BFLOAT16, tokens, attention.kv_rank, heads * inner)
+        return time_us + self.operators.gemm_us(dense, tokens, size, heads * attention.value_size)
 
     def _feed_forward_us(self, width: float, matrices: int, tokens: Array) -> Array:
         size, dense, share = self.decoder.hidden_size, self.formats.dense, width / self.sharding.tp
-        up_us = self._gemm_us(dense, tokens, (matrices - 1) * share, size)
-        return up_us + self._gemm_us(dense, tokens, size, share)
+        up_us = self.operators.gemm_us(dense, tokens, (matrices - 1) * share, size)
+        return up_us + self.operators.gemm_us(dense, tokens, size, share)
 
     def _experts_us(self, part: ExpertFeedForward, tokens: Array) -> Array:
         size, (tp, ep) = self.decoder.hidden_size, (self.sharding.tp, self.sharding.ep)
@@ -305,7 +310,7 @@ class _Layers:
             width=part.width * ep / tp, matrices=part.matrices,
         )  # fmt: skip
         time_us = self.operators.experts_us(self.formats.experts, load)
-        time_us = time_us + self._gemm_us(NumberFormat.BFLOAT16, tokens, part.experts, size)
+        time_us = time_us + self.operators.gemm_us(NumberFormat.BFLOAT16, tokens, part.experts, size)
         if part.shared_width:
             time_us = time_us + self._feed_forward_us(part.shared_width, part.matrices, tokens)
         return time_us
@@ -313,8 +318,8 @@ class _Layers:
     def _elementwise_us(self, kind: LayerKind, tokens: Array) -> Array:
         tp, values = self.sharding.tp, 8.0 * self.decoder.hidden_size
         if isinstance(kind.attention, GroupedAttention):
-            heads = self._heads(kind.attention) + 2 * self._kv_heads(kind.attention)
-            values += 3 * heads * kind.attention.head_size
+            of = self._heads(kind.attention)
+            values += 3 * (of.heads + 2 * of.kv_heads) * of.head_size
         elif isinstance(kind.attention, LatentAttention):
             values += 3 * kind.attention.heads / tp * (kind.attention.nope_size + kind.attention.rope_size)
         if isinstance(kind.feed_forward, DenseFeedForward):
@@ -333,7 +338,7 @@ class _Layers:
 
 def _grouped(attention: Attention) -> GroupedAttention:
     if not isinstance(attention, GroupedAttention):
-        raise InputError(f"step times of {type(attention).__name__} are not modelled")
+        raise InvariantError(f"why_not_timed lets {type(attention).__name__} pass")
     return attention
 
 

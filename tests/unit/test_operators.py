@@ -12,6 +12,7 @@ from maveriq.errors import UnknownNameError
 from maveriq.estimate.operators import (
     BYTES_PER_WEIGHT,
     ExpertLoad,
+    Heads,
     Operators,
     attended_pairs,
     experts_hit,
@@ -20,6 +21,7 @@ from maveriq.estimate.operators import (
 
 EVERY = [operators_of(sheet) for sheet in gpu_sheets().values()]
 MEASURED = [operators for operators in EVERY if operators.measured]
+HEADS = Heads(heads=32, kv_heads=8, head_size=128)
 NAMES = pytest.mark.parametrize("operators", EVERY, ids=lambda operators: operators.gpu.name)
 
 
@@ -56,14 +58,12 @@ def test_more_work_takes_longer(operators: Operators) -> None:
     assert (np.diff(operators.gemm_us(NumberFormat.BFLOAT16, rows, 8192, 8192)) > 0).all()
     for kv in (NumberFormat.BFLOAT16, NumberFormat.FP8):
         context = np.asarray([128.0, 2048.0, 32768.0, 131072.0])
-        decode_us = operators.decode_attention_us(kv, 64, context, heads=32, kv_heads=8, head_size=128)
+        decode_us = operators.decode_attention_us(kv, 64, context, HEADS)
         assert (np.diff(decode_us) > 0).all()
         chunk = np.asarray([64.0, 1024.0, 8192.0])
-        prefill_us = operators.prefill_attention_us(kv, chunk, 0.0, heads=32, kv_heads=8, head_size=128)
+        prefill_us = operators.prefill_attention_us(kv, chunk, 0.0, HEADS)
         assert (np.diff(prefill_us) > 0).all()
-        behind_us = operators.prefill_attention_us(
-            kv, 512.0, np.asarray([0.0, 4096.0, 65536.0]), heads=32, kv_heads=8, head_size=128
-        )
+        behind_us = operators.prefill_attention_us(kv, 512.0, np.asarray([0.0, 4096.0, 65536.0]), HEADS)
         assert (np.diff(behind_us) > 0).all()
     sizes = np.asarray([1e3, 1e6, 1e8, 1e10])
     for gpus in (2, 4, 8, 16):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from maveriq.domain.decoder import Attention, DeltaNet, LatentAttention, StateSpace
 from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.weight_formats import FORMATS
 from maveriq.errors import InputError
 from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.operators import operators_of
 from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.estimate.registry import default_estimator
 from maveriq.estimate.sheet_profile import profile_for, sheet_profile
+from maveriq.estimate.step_time import StepModel
 from maveriq.planning import PlanOptions, rank_configurations
 from maveriq.units import gib
 
@@ -105,6 +110,39 @@ def test_what_cannot_run_is_refused(configuration: ParallelConfig, reason: str) 
     assert reason in (on("H100").why_not(LLAMA, configuration) or "")
     with pytest.raises(InputError, match=reason):
         on("H100").service(LLAMA, configuration, prompt_tokens=1, output_tokens=1, batch=1)
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (StateSpace(heads=32, head_size=64, groups=8, state_size=128, convolution=4), "state-space layers"),
+        (DeltaNet(key_heads=16, value_heads=32, key_size=128, value_size=128, convolution=4), "gated delta-net layers"),
+        (
+            LatentAttention(
+                heads=64, query_rank=2048, kv_rank=512, nope_size=192, rope_size=64, value_size=256,
+                index_heads=32, index_size=128, index_tokens=2048,
+            ),
+            "an indexer picks",
+        ),
+    ],
+    ids=["state space", "delta net", "sparse"],
+)  # fmt: skip
+def test_layers_without_step_times_are_refused_by_name(attention: Attention, reason: str) -> None:
+    plain = LLAMA.decoder.layer_kinds[0]
+    kinds = (plain, replace(plain, attention=attention))
+    mixed = replace(LLAMA, decoder=replace(LLAMA.decoder, layer_kinds=kinds, layer_pattern=(0, 1) * 16))
+    assert reason in (on("H100").why_not(mixed, FLOAT16) or "")
+    with pytest.raises(InputError, match=reason):
+        StepModel(mixed.decoder, operators_of(gpu_sheet("H100")))
+
+
+def test_memory_of_weights_is_that_of_checkpoints() -> None:
+    estimator = on("H100")
+    lengths = {"prompt_tokens": 16, "output_tokens": 16}
+    for weights, stored in ((WeightType.FLOAT16, "float16"), (WeightType.INT8, "int8"), (WeightType.INT4, "int4")):
+        at = ParallelConfig(tp=1, pp=1, weights=weights)
+        beside = estimator.memory_with(LLAMA, at, **lengths) - LLAMA.decoder.weight_bytes(FORMATS[stored])
+        assert 0 < gib(beside) < 0.3
 
 
 def test_sixteen_h100_are_planned_without_a_measurement(mixtral: ModelSpec) -> None:
