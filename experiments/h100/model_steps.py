@@ -7,6 +7,7 @@ decode step writes its token at a fixed position and attends to all tokens up to
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import time
@@ -151,6 +152,7 @@ class ModelUnderTest:
             self.kernel = KERNEL_NAME
         self.model.requires_grad_(requires_grad=False)
         _skip_mask(self.model)
+        _slice_shared_heads(self.model)
         release(device)
         self.dtype = dtype
         heads: int = config.num_attention_heads
@@ -461,3 +463,18 @@ def _skip_mask(model: torch.nn.Module) -> None:
     module = sys.modules[type(model).__module__]
     if hasattr(module, "create_causal_mask"):
         module.create_causal_mask = lambda **_: None  # type: ignore[attr-defined]
+
+
+def _slice_shared_heads(model: torch.nn.Module) -> None:
+    """Let falcon take its one KV head by slices: it indexes with lists, whose copy from the CPU no graph captures."""
+    if not getattr(model.config, "multi_query", False) or getattr(model.config, "new_decoder_architecture", False):
+        return
+
+    def split(fused: torch.Tensor, *, heads: int, head_size: int) -> tuple[torch.Tensor, ...]:
+        batch, length, _ = fused.shape
+        fused = fused.view(batch, length, heads + 2, head_size)
+        return fused[..., :-2, :], fused[..., -2:-1, :], fused[..., -1:, :]
+
+    for module in model.modules():
+        if hasattr(module, "_split_heads"):
+            module._split_heads = functools.partial(split, heads=module.num_heads, head_size=module.head_dim)  # noqa: SLF001
