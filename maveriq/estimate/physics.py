@@ -15,6 +15,7 @@ from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
 from maveriq.domain.weight_formats import FORMATS
+from maveriq.estimate.engine_presets import DEFAULT_ENGINE, EnginePreset, engine_preset
 from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
@@ -30,9 +31,6 @@ WEIGHT_FORMATS = {
 }
 """How weights of a type are computed with; types that are not here are not estimated."""
 
-# The host's time of vLLM 0.15 to 0.23, fitted to recorded runs: a step, each of its sequences, and what a step with
-# prefill takes more than its kernels.
-_STEP_US, _SEQUENCE_US, _PREFILL_FACTOR = 170.0, 1.0, 1.07
 _HAND_OVER_US = 15.0
 _KV_BLOCK_TOKENS = 16
 _OUTPUT_TOKENS = 20  # of a request, where the memory of none in particular is asked for
@@ -51,9 +49,11 @@ class PhysicsEstimator:
 
     Args:
         profile: names the kind of GPU, and knows accuracy and configurations that do not run.
+        engine: the engine, by generation.
     """
 
     profile: HardwareProfile
+    engine: EnginePreset = field(default_factory=lambda: engine_preset(DEFAULT_ENGINE))
     _operators: Operators = field(init=False)
     _stages: dict[tuple[ModelSpec, ParallelConfig], list[StepModel]] = field(default_factory=dict)
 
@@ -101,15 +101,20 @@ class PhysicsEstimator:
         """
         check_lengths(model, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch)
         stages = self._stage_models(model, configuration)
-        host_us = _STEP_US + _SEQUENCE_US * batch + _HAND_OVER_US * (configuration.pp - 1)
+        handed_us = _HAND_OVER_US * (configuration.pp - 1)
         chunks = [Chunk(tokens=prompt_tokens)] * batch
         prefill_us = sum(stage.gpu_us(decodes=0, context_tokens=0, chunks=chunks) for stage in stages)
         # The mean context of a decoding sequence is its prompt and half of its output.
         context = batch * (prompt_tokens + output_tokens / 2)
         decode_us = sum(stage.gpu_us(decodes=batch, context_tokens=context) for stage in stages)
-        first_s, token_s = (_PREFILL_FACTOR * prefill_us + host_us) / 1e6, (decode_us + host_us) / 1e6
+        step_us = self.engine.step_time_us(decode_us, sequences=batch, has_prefill=False) + handed_us
+        first_us = self.engine.step_time_us(prefill_us, sequences=batch, has_prefill=True) + handed_us
+        first_us += self.engine.first_token_delay_us(prompt_tokens)
         return ServiceEstimate(
-            ttft_s=first_s - token_s, tpot_s=token_s, output_tokens=output_tokens, margin=self._margin(model)
+            ttft_s=(first_us - step_us) / 1e6,
+            tpot_s=step_us / 1e6,
+            output_tokens=output_tokens,
+            margin=self._margin(model),
         )
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:

@@ -1,0 +1,126 @@
+"""What an engine's process adds to its kernels: host time of a step, of its sequences, of a request's way in and out.
+
+The figures are few, and belong to a generation of an engine, never to a model (`maveriq/data/engine_presets.toml`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Annotated
+
+import msgspec
+from packaging.version import InvalidVersion, Version
+
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.files import data_path
+from maveriq.tables import read_toml
+
+DEFAULT_ENGINE = "vllm"
+"""The engine that is estimated where none is named."""
+
+_NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+_Factor = Annotated[float, msgspec.Meta(gt=0, le=10)]
+_Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+_OTHER_NAMES = {"tensorrt-llm": "trtllm", "trt-llm": "trtllm", "tensorrt_llm": "trtllm"}
+
+
+class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """One generation of an engine.
+
+    Args:
+        engine: the engine.
+        since: its first version; "" for any.
+        before: the version after its last; "" for any.
+        tested: versions of the runs that it was fitted to or checked against.
+        step_us: host time of a step.
+        sequence_us: host time of each sequence of a step.
+        kernel_factor: time of a step's kernels over that of the operators, in steps that only decode.
+        prefill_factor: the same in steps that hold prefill.
+        api_us: what a request's first token takes beside waiting and its step: HTTP, tokenizer.
+        api_token_us: the same for each token of its prompt.
+        asynchronous: whether the scheduler prepares a step while the one before runs: an arrival then joins the step
+            after the one that is prepared already.
+        fp8_block_floor: whether kernels of block-scaled 8-bit floats show the launch floors of the measured tables.
+        kv_utilization: the default of `gpu_memory_utilization`, the share of a GPU's memory that the engine may take.
+        source: whose runs the figures come from.
+        name: the preset's name, from the table's key.
+    """
+
+    engine: str
+    since: str
+    before: str
+    tested: str
+    step_us: _NotNegative
+    sequence_us: _NotNegative
+    kernel_factor: _Factor
+    prefill_factor: _Factor
+    api_us: _NotNegative
+    api_token_us: _NotNegative
+    asynchronous: bool
+    fp8_block_floor: bool
+    kv_utilization: _Share
+    source: str
+    name: str = ""
+
+    def step_time_us(self, gpu_us: float, *, sequences: float, has_prefill: bool) -> float:
+        """Return the time of a step: its kernels, and what the host adds.
+
+        Args:
+            gpu_us: time of its operators, as `maveriq.estimate.step_time` adds them up.
+            sequences: sequences of the step.
+            has_prefill: whether it holds a chunk of a prompt.
+        """
+        factor = self.prefill_factor if has_prefill else self.kernel_factor
+        return factor * gpu_us + self.step_us + self.sequence_us * sequences
+
+    def first_token_delay_us(self, prompt_tokens: float) -> float:
+        """Return what the first token takes beside waiting for its step and that step."""
+        return self.api_us + self.api_token_us * prompt_tokens
+
+    def covers(self, version: Version) -> bool:
+        """Return whether a version belongs to this generation; a release candidate belongs to its release."""
+        release = Version(version.base_version)
+        return (not self.since or release >= Version(self.since)) and (
+            not self.before or release < Version(self.before)
+        )
+
+
+@cache
+def engine_presets() -> Mapping[str, EnginePreset]:
+    """Return the presets by name, the generations of an engine from old to new."""
+    read = read_toml(data_path("engine_presets.toml"), dict[str, EnginePreset], what="table of engine presets")
+    return MappingProxyType({name: msgspec.structs.replace(preset, name=name) for name, preset in read.items()})
+
+
+def engine_preset(name: str) -> EnginePreset:
+    """Return the preset of an engine.
+
+    Args:
+        name: an engine (`vllm`, its newest generation), an engine and its version (`vllm-0.23.0`), or a preset
+            (`vllm-2025`).
+
+    Raises:
+        UnknownNameError: no preset has this name, and no engine.
+        InputError: what follows the engine's name is no version.
+    """
+    presets, wanted = engine_presets(), name.strip().casefold()
+    for other, usual in _OTHER_NAMES.items():
+        wanted = usual + wanted.removeprefix(other) if wanted.startswith(other) else wanted
+    if wanted in presets:
+        return presets[wanted]
+    engine, _, text = wanted.partition("-")
+    generations = [preset for preset in presets.values() if preset.engine == engine]
+    if not generations:
+        engines = {preset.engine for preset in presets.values()}
+        raise UnknownNameError("engine", name, engines | presets.keys(), "; an engine takes a version: vllm-0.23.0")
+    if not text:
+        return generations[-1]
+    try:
+        version = Version(text)
+    except InvalidVersion:
+        raise InputError(
+            f"engine {name!r}: {text!r} is no version; write {engine}-0.23.0, or one of {', '.join(sorted(presets))}"
+        ) from None
+    return next(preset for preset in generations if preset.covers(version))

@@ -1,0 +1,50 @@
+"""Engine presets: which generation a name means, and what it adds to kernels."""
+
+from __future__ import annotations
+
+import pytest
+from packaging.version import Version
+
+from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.engine_presets import engine_preset, engine_presets
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("vllm", "vllm-2026"),
+        ("vLLM-0.23.0", "vllm-2026"),
+        ("vllm-0.15.0rc1", "vllm-2026"),
+        ("vllm-0.14.1", "vllm-2025"),
+        ("vllm-0.4.3", "vllm-2024"),
+        ("vllm-2025", "vllm-2025"),
+        ("tensorrt-llm-0.9", "trtllm-2024"),
+        ("trtllm-1.2.0rc6.post3", "trtllm-2026"),
+        ("TensorRT-LLM", "trtllm-2026"),
+        ("sglang-0.5.9", "sglang-2026"),
+    ],
+)
+def test_a_name_means_one_generation(name: str, preset: str) -> None:
+    assert engine_preset(name).name == preset
+
+
+@pytest.mark.parametrize("version", ["0.1", "0.9.99", "0.10.0", "0.14", "0.15", "0.33.1", "7.0"])
+@pytest.mark.parametrize("engine", ["vllm", "trtllm", "sglang"])
+def test_generations_of_an_engine_neither_overlap_nor_leave_a_gap(engine: str, version: str) -> None:
+    generations = [preset for preset in engine_presets().values() if preset.engine == engine]
+    assert sum(preset.covers(Version(version)) for preset in generations) == 1
+
+
+def test_unknown_engines_and_versions_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown engine 'tgi'.*vllm-2026"):
+        engine_preset("tgi")
+    with pytest.raises(InputError, match=r"'nightly' is no version; write vllm-0\.23\.0"):
+        engine_preset("vllm-nightly")
+
+
+def test_host_time_grows_by_step_and_sequence() -> None:
+    preset = engine_preset("vllm-2025")
+    one, many = (preset.step_time_us(1000.0, sequences=number, has_prefill=False) for number in (1, 101))
+    assert many - one == pytest.approx(100 * preset.sequence_us)
+    assert one == pytest.approx(1000.0 * preset.kernel_factor + preset.step_us + preset.sequence_us)
+    assert preset.step_time_us(1000.0, sequences=1, has_prefill=True) > one
