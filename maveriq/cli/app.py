@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "plan": "Rank a model's configurations for an intent.",
         "place": "Search the best placement of models on GPUs, as AlpaServe does.",
         "models": "List the models known by name, or show what is read of one.",
+        "gpus": "List the kinds of GPU known by name, or show what is known of one.",
         "profile": "Measure models on this machine's engines.",
         "fit": "Evaluate an estimator on measurements, or fit the calibrated estimator to them.",
         "compare": "Show how far a simulated run is from a real one.",

@@ -107,3 +107,10 @@ def complete_model(incomplete: str) -> list[str]:
     from maveriq.domain.models import known_models
 
     return [name for name in sorted(known_models()) if name.startswith(incomplete)]
+
+
+def complete_gpu(incomplete: str) -> list[str]:
+    """Return the names of known kinds of GPU that begin so, for shells."""
+    from maveriq.domain.gpu_kinds import gpu_sheets
+
+    return [name for name in gpu_sheets() if name.casefold().startswith(incomplete.casefold())]
