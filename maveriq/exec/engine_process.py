@@ -474,7 +474,7 @@ class EngineProcess:
         if not self._loaded:
             self._loaded = True
             if self._connection is not None:
-                self._connection.engine_loaded()
+                self._connection.engine_loaded([shard.pid for shard in loaded.shards])
             self._release_memory_claim()
             self._callbacks.on_loaded(self, loaded)
 

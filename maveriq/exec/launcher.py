@@ -59,8 +59,12 @@ class EngineConnection(Protocol):
     def rank_lost(self) -> asyncio.Future[str]:
         """Gets a description of the first rank that ends while the leader runs and nobody ends the engine."""
 
-    def engine_loaded(self) -> None:
-        """Find out which processes are ranks: from now on the end of one sets `rank_lost`."""
+    def engine_loaded(self, rank_pids: Sequence[int]) -> None:
+        """Find out which processes are ranks: from now on the end of one sets `rank_lost`.
+
+        Args:
+            rank_pids: the process of each rank that the engine names, in rank order; 0 for one that it does not know.
+        """
 
     async def wait_exit(self) -> int:
         """Wait until the leader has exited and return its exit code, or minus the number of the signal that killed it.
@@ -249,9 +253,9 @@ class ProcessConnection:
         """Gets a description of the first rank that ends; see `EngineConnection`."""
         return self._tree.rank_lost
 
-    def engine_loaded(self) -> None:
-        """Find out which processes are ranks."""
-        self._tree.engine_loaded()
+    def engine_loaded(self, rank_pids: Sequence[int]) -> None:
+        """Find out which processes are ranks; see `EngineConnection`."""
+        self._tree.engine_loaded(rank_pids)
 
     async def wait_exit(self) -> int:
         """Wait until the leader has exited; see `EngineConnection`."""

@@ -146,11 +146,15 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected", forb
 
 
 class RankShard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one rank holds after loading: transformer layers, parameters in bytes, and the type of activations."""
+    """What one rank holds after loading: transformer layers, parameters in bytes, and the type of activations.
+
+    `pid` is its process, 0 if the engine does not know.
+    """
 
     layers: _Count
     weights_bytes: _Count
     dtype: Annotated[str, msgspec.Meta(max_length=40)]
+    pid: _Count = 0
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unknown_fields=True):

@@ -8,7 +8,8 @@ PID is used again. A process that clears its environment and leaves its parent a
 found.
 
 A helper such as a compiler may end at any time. The end of a rank, or of a process between a rank and the leader, is a
-failure of the engine. A rank is what MPI gave a number to, or, once the engine has loaded, what uses CUDA.
+failure of the engine. A rank is what MPI gave a number to, or, once the engine has loaded, what the engine names or
+what uses CUDA.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from maveriq.exec.processes import (
@@ -104,6 +105,7 @@ class ProcessTree:
         self._loaded = self._settled = False
         self._pidfds: dict[int, int] = {}  # of the running processes but the leader, by PID
         self._processes: dict[int, _Process] = {}  # also some that have ended: they link ranks to the leader
+        self._named_ranks: dict[int, int] = {}  # rank by PID, as the engine says
         self._ranks: dict[int, str] = {}  # description of each rank, and of each process between it and the leader
         stat = read_stat(leader)
         self.started_ticks = stat.started_ticks if stat else 0
@@ -119,9 +121,14 @@ class ProcessTree:
         """Whether the leader and all other known processes have ended."""
         return self._leader_exited and not self._pidfds
 
-    def engine_loaded(self) -> None:
-        """Look at the next scan which processes are ranks; they do not change from then on."""
+    def engine_loaded(self, rank_pids: Sequence[int] = ()) -> None:
+        """Look at the next scan which processes are ranks; they do not change from then on.
+
+        Args:
+            rank_pids: the process of each rank that the engine names, in rank order; 0 for one that it does not know.
+        """
         self._loaded = True
+        self._named_ranks = {pid: rank for rank, pid in enumerate(rank_pids)}
         self._trees.scan_soon()
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -191,6 +198,8 @@ class ProcessTree:
             # A helper inherits the environment and, without a program of its own, the open devices of its rank.
             if process.mpi_rank and not (parent and parent.mpi_rank):
                 self._add_rank(process, f"rank {process.mpi_rank}")
+            elif pid in self._named_ranks:
+                self._add_rank(process, f"rank {self._named_ranks[pid]}")
             elif process.uses_cuda and not (parent and parent.uses_cuda):
                 self._add_rank(process, "a process that uses CUDA")
         self._settled = loaded

@@ -185,7 +185,7 @@ class Connection:
     def rank_lost(self) -> asyncio.Future[str]:
         return self._process.rank_lost
 
-    def engine_loaded(self) -> None:
+    def engine_loaded(self, rank_pids: Sequence[int]) -> None:
         pass
 
     async def wait_exit(self) -> int:

@@ -303,6 +303,25 @@ def test_what_uses_cuda_is_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run_async(check)
 
 
+def test_what_the_engine_names_is_a_rank_and_its_parent_may_reap_it_first() -> None:
+    script = "sh -c 'sleep 600 & echo $!; sleep 600 & echo $!; wait %2; sleep 600' ; sleep 600"
+
+    async def check() -> None:
+        async with tracked(script) as (tree, process):
+            assert process.stdout is not None
+            helper, rank = int(await process.stdout.readline()), int(await process.stdout.readline())
+            await until(lambda: {helper, rank} <= set(tree.pids))
+            tree.engine_loaded([0, rank])
+            await until(lambda: tree.is_settled)
+            os.kill(helper, signal.SIGKILL)
+            await until(lambda: helper not in tree.pids)
+            assert not tree.rank_lost.done()
+            os.kill(rank, signal.SIGKILL)
+            assert (await tree.rank_lost).startswith(f"rank 1, process {rank} (sleep)")
+
+    run_async(check)
+
+
 def test_no_rank_is_lost_while_the_engine_is_ended() -> None:
     async def check() -> None:
         async with tracked("(OMPI_COMM_WORLD_RANK=0 setsid sleep 600 &) ; sleep 600") as (tree, _):

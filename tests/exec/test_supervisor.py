@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -82,7 +82,7 @@ class FakeEngine:
 
     # The process
 
-    def engine_loaded(self) -> None:
+    def engine_loaded(self, rank_pids: Sequence[int]) -> None:
         pass
 
     async def wait_exit(self) -> int:

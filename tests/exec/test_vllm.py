@@ -325,7 +325,9 @@ def test_load_serve_and_close(fakes: list[FakeLlm]) -> None:
     loaded = engine.load(spec(pp=2, layer_split=(3, 1)))
     [fake] = fakes
     assert (loaded.backend, loaded.version) == ("vllm", "0.33.0")
-    assert loaded.shards == tuple(RankShard(layers=n, weights_bytes=1024, dtype="float16") for n in (3, 1))
+    assert loaded.shards == tuple(
+        RankShard(layers=n, weights_bytes=1024, dtype="float16", pid=os.getpid()) for n in (3, 1)
+    )
     assert loaded.weights_bytes == 2048
     assert loaded.kv_cache_bytes == 2 * fake.arguments["kv_cache_memory_bytes"]
     assert fake.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"

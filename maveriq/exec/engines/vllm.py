@@ -186,15 +186,15 @@ def _sampling_arguments(sequence: PromptSequence) -> dict[str, Any]:
     }
 
 
-def layers_and_bytes(model: Any) -> tuple[int, int]:
-    """Return how many transformer layers and bytes of parameters a rank's model holds; runs in vLLM's worker.
+def layers_bytes_pid(model: Any) -> tuple[int, int, int]:
+    """Return a rank's transformer layers, bytes of parameters, and process; runs in vLLM's worker.
 
     Layers of other stages are in the list of layers as `PPMissingLayer`.
     """
     stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
     layers = [type(layer).__name__ for layer in max(stacks, key=len, default=())]
     size = sum(parameter.nbytes for parameter in model.parameters())
-    return len(layers) - layers.count("PPMissingLayer"), size
+    return len(layers) - layers.count("PPMissingLayer"), size, os.getpid()
 
 
 class VllmEngine(ExternalEngine):
@@ -252,8 +252,8 @@ class VllmEngine(ExternalEngine):
         """Return what each rank holds, in rank order."""
         engine = self._engine
         dtype = str(engine.model_config.dtype).removeprefix("torch.")
-        held = engine.collective_rpc("apply_model", args=(layers_and_bytes,))
-        return tuple(RankShard(layers=layers, weights_bytes=size, dtype=dtype) for layers, size in held)
+        held = engine.collective_rpc("apply_model", args=(layers_bytes_pid,))
+        return tuple(RankShard(layers=layers, weights_bytes=size, dtype=dtype, pid=pid) for layers, size, pid in held)
 
     def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
         if self._engine is None:

@@ -82,6 +82,7 @@ class RankWorker:
             layers=self.stage.layers,
             weights_bytes=self.stage.weights_bytes,
             dtype=str(self._like.dtype).removeprefix("torch."),
+            pid=os.getpid(),
         )
 
     def run(self, prompts: tuple[PromptSequence, ...]) -> Iterator[tuple[list[int], bool]]:
