@@ -140,6 +140,16 @@ def test_a_step_has_room_for_the_longest_prompt_and_for_a_token_of_each_sequence
     assert translate(spec(batch_size=batch), "/m").arguments["max_num_batched_tokens"] == batch
 
 
+@pytest.mark.parametrize(
+    ("method", "dtype"), [(None, "auto"), ("fp8", "auto"), ("awq", "float16"), ("gptq", "float16")]
+)
+def test_a_checkpoint_keeps_its_type_where_kernels_can(method: str | None, dtype: str) -> None:
+    quantised = LLAMA_7B | ({} if method is None else {"quantization_config": {"quant_method": method, "bits": 4}})
+    weights = {None: "float16", "fp8": "fp8", "awq": "int4", "gptq": "int4_gptq"}[method]
+    given = spec(config_json=json.dumps(quantised), layer_split=(32,), weights=weights, weights_folder="/w")
+    assert translate(given, "/m").arguments["dtype"] == dtype
+
+
 def test_any_seed_is_valid_for_numpy() -> None:
     assert translate(spec(seed=2**53), "/m").arguments["seed"] < 2**32
 

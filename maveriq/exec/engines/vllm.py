@@ -64,6 +64,8 @@ _CHECKPOINT_QUANTISATION: Mapping[WeightType, Mapping[str, Any]] = {
     },
 }
 
+_HALF_ONLY_METHODS = ("awq", "gptq")  # some of their kernels compute in float16 alone
+
 # The `quant_method` that a checkpoint may have.
 _CHECKPOINT_METHODS: Mapping[WeightType, tuple[str | None, ...]] = {
     WeightType.FLOAT16: (None,),
@@ -88,13 +90,15 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     requirements = read_spec(NAME, spec)
     cfg = requirements.configuration
     has_checkpoint = bool(spec.weights_folder)
+    is_half_only = requirements.checkpoint_quantisation in _HALF_ONLY_METHODS
     if has_checkpoint:
         _check_checkpoint(requirements)
     arguments: dict[str, Any] = {
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
         "load_format": "safetensors" if has_checkpoint else "dummy",
-        "dtype": "float16",
+        # Values of bfloat16 may not fit float16, so a checkpoint keeps its own type ("auto" makes 16 bits of 32).
+        "dtype": "auto" if has_checkpoint and not is_half_only else "float16",
         "seed": spec.seed % _SEED_LIMIT,
         "tensor_parallel_size": spec.tp,
         "pipeline_parallel_size": spec.pp,
