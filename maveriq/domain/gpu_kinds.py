@@ -10,6 +10,7 @@ from typing import Annotated
 
 import msgspec
 
+from maveriq.domain.weight_formats import WeightFormat
 from maveriq.errors import UnknownNameError
 from maveriq.files import data_path
 from maveriq.tables import read_toml
@@ -35,6 +36,25 @@ class NumberFormat(StrEnum):
     INT4 = "int4"
     NVFP4 = "nvfp4"
     MXFP4 = "mxfp4"
+
+
+_NAMED = {
+    "float16": NumberFormat.BFLOAT16,
+    "int8 with int8 activations": NumberFormat.INT8,
+    "int4_gptq": NumberFormat.INT4,
+    **{number_format.value: number_format for number_format in NumberFormat},
+}
+
+
+def number_format_of(stored: WeightFormat) -> NumberFormat | None:
+    """Return the format in which products with weights stored like this are computed; None if it is not modelled."""
+    found = _NAMED.get(stored.name)
+    in_blocks = found is NumberFormat.FP8 and stored.block_inputs and stored.block_outputs
+    return NumberFormat.FP8_BLOCK if in_blocks else found
+
+
+_LEAST_CAPABILITY = {NumberFormat.FP8: 8.9, NumberFormat.FP8_BLOCK: 8.9, NumberFormat.NVFP4: 10.0}
+"""The first generation that computes a format; weights of other formats are expanded to 16 bits where need be."""
 
 
 class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -81,6 +101,17 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         """Return the dense tensor TFLOP/s for factors of a format; 16-bit speed where the GPU has no faster one."""
         key = NumberFormat.FP8 if number_format is NumberFormat.FP8_BLOCK else number_format
         return self.tflops.get(key, self.tflops[NumberFormat.BFLOAT16])
+
+    def why_not_computed(self, number_format: NumberFormat) -> str | None:
+        """Return why it cannot compute with a format, in one clause; None if it can."""
+        needed = _LEAST_CAPABILITY.get(number_format, 0.0)
+        if self.compute_capability >= needed:
+            return None
+        name = NumberFormat.FP8 if number_format is NumberFormat.FP8_BLOCK else number_format
+        return (
+            f"{self.name} computes no {name}: that takes compute capability {needed:.1f}, and it has "
+            f"{self.compute_capability:.1f}"
+        )
 
 
 @cache

@@ -28,20 +28,26 @@ from maveriq.text import check_name, check_path
 
 
 class WeightType(StrEnum):
-    """How weights are stored. Order is the order of enumeration (SPEC 4)."""
+    """How weights are stored. Order is the order of enumeration (SPEC 4).
+
+    `FLOAT16` stands for any float of 16 bits, bfloat16 too; `INT4` for groups of AWQ's kind.
+    """
 
     FLOAT16 = "float16"
     INT8 = "int8"
     INT4 = "int4"
     INT4_GPTQ = "int4_gptq"
     FP8 = "fp8"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
 
 
 class KvType(StrEnum):
-    """How the KV cache is stored; `NATIVE` follows the activations. INT8 is enumerated first."""
+    """How the KV cache is stored; `NATIVE` follows the activations, in 16 bits. INT8 is enumerated first."""
 
     INT8 = "int8"
     NATIVE = "native"
+    FP8 = "fp8"
 
 
 _SHAPE = (

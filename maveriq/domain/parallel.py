@@ -20,6 +20,10 @@ LayerSplit: TypeAlias = tuple[int, ...]
 """Layers of each pipeline stage, first stage first."""
 
 
+KV_SUFFIX = {KvType.NATIVE: "", KvType.INT8: "+kv8", KvType.FP8: "+kvfp8"}
+"""How a configuration is written: `int8+kv8` has weights and KV cache of 8 bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """How a model is parallelised and stored.
@@ -31,9 +35,12 @@ class ParallelConfig:
         kv: how the KV cache is stored.
         layer_split: layers of each stage; () for an even split, whatever the model's layers.
         batch_size: requests that an engine takes into one batch at most.
+        ep: expert-parallel degree: groups of a stage's GPUs, among which whole experts are dealt. 1 splits each expert
+            over all GPUs of the stage, as TP splits everything else.
 
     Raises:
-        InputError: a degree or the batch size is below 1, or the split does not give each stage a layer.
+        InputError: a degree or the batch size is below 1, EP does not divide TP, or the split does not give each stage
+            a layer.
     """
 
     tp: int
@@ -42,11 +49,14 @@ class ParallelConfig:
     kv: KvType = KvType.NATIVE
     layer_split: LayerSplit = ()
     batch_size: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        if self.tp < 1 or self.pp < 1 or self.batch_size < 1:
-            field = next(field for field in ("tp", "pp", "batch_size") if getattr(self, field) < 1)
+        if self.tp < 1 or self.pp < 1 or self.batch_size < 1 or self.ep < 1:
+            field = next(field for field in ("tp", "pp", "batch_size", "ep") if getattr(self, field) < 1)
             raise InputError(f"configuration: {field} must be at least 1, not {getattr(self, field)}")
+        if self.tp % self.ep:
+            raise InputError(f"configuration: EP {self.ep} must divide the {self.tp} GPUs of a stage")
         if self.layer_split:
             check_layer_split(self.layer_split, self.pp)
 
@@ -78,9 +88,9 @@ class ParallelConfig:
         return f"{self} ({_plus(split)} layers)" if len(set(split)) > 1 else str(self)
 
     def __str__(self) -> str:
-        kv = "+kv8" if self.kv is KvType.INT8 else ""
+        experts = f" x EP {self.ep}" if self.ep > 1 else ""
         batch = f" b{self.batch_size}" if self.batch_size > 1 else ""
-        return f"TP {self.tp} x PP {self.pp} {self.weights}{kv}{batch}"
+        return f"TP {self.tp} x PP {self.pp}{experts} {self.weights}{KV_SUFFIX[self.kv]}{batch}"
 
 
 @cache

@@ -120,6 +120,8 @@ BYTES_PER_PARAMETER: Mapping[WeightType, float] = {
     WeightType.INT4: 0.5,
     WeightType.FP8: 1.0,
     WeightType.INT4_GPTQ: 0.5 + 4 / 128,  # plus a scale and a zero point, two bytes each, per group of 128
+    WeightType.NVFP4: 0.5 + 1 / 16,  # plus a scale of one byte per block of 16
+    WeightType.MXFP4: 0.5 + 1 / 32,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -58,6 +58,14 @@ class Estimator(Protocol):
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size."""
+
+
+@runtime_checkable
+class ConfigurationAware(Protocol):
+    """An estimator that knows which configurations are worth considering; others are asked for those of SPEC 4."""
+
+    def configurations(self, model: ModelSpec, *, gpus: int, batch_size: int) -> Iterable[ParallelConfig]:
+        """Return the configurations for up to so many GPUs, in the order that breaks ties."""
 
 
 @runtime_checkable

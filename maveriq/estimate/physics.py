@@ -8,28 +8,32 @@ step, then a token of each sequence a step.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
+from typing import TypeAlias
 
 from maveriq.domain.decoder import DenseFeedForward, ExpertFeedForward, GroupedAttention, LatentAttention, LayerKind
-from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet
+from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, number_format_of
 from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.domain.parallel import ParallelConfig, why_tp_does_not_divide
-from maveriq.domain.weight_formats import FORMATS
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.sharding import expert_parallel_degrees, tensor_parallel_divisors, why_not_shared
+from maveriq.domain.weight_formats import BITS_16, FORMATS, WeightFormat
 from maveriq.estimate.engine_presets import DEFAULT_ENGINE, EnginePreset, engine_preset
 from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
-from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, stage_models, why_not_timed
+from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
 from maveriq.units import BYTES_PER_GIB, Bytes
 
-WEIGHT_FORMATS = {
-    WeightType.FLOAT16: NumberFormat.BFLOAT16,
-    WeightType.INT8: NumberFormat.INT8,
-    WeightType.INT4: NumberFormat.INT4,
-    WeightType.INT4_GPTQ: NumberFormat.INT4,
-    WeightType.FP8: NumberFormat.FP8,
+_KV_FORMATS = {
+    KvType.NATIVE: NumberFormat.BFLOAT16,
+    KvType.FP8: NumberFormat.FP8,
+    KvType.INT8: NumberFormat.FP8,  # kernels with an 8-bit cache were measured with floats alone
 }
-"""How weights of a type are computed with; types that are not here are not estimated."""
+
+_Stage: TypeAlias = tuple[ModelSpec, int, int, WeightType, KvType]
+"""A model, and the degrees and formats that all stages of a pipeline share."""
 
 _HAND_OVER_US = 15.0
 _KV_BLOCK_TOKENS = 16
@@ -55,7 +59,8 @@ class PhysicsEstimator:
     profile: HardwareProfile
     engine: EnginePreset = field(default_factory=lambda: engine_preset(DEFAULT_ENGINE))
     _operators: Operators = field(init=False)
-    _stages: dict[tuple[ModelSpec, ParallelConfig], list[StepModel]] = field(default_factory=dict)
+    _models: dict[_Stage, StepModel] = field(default_factory=dict)
+    _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_operators", operators_of(gpu_sheet(self.profile.gpu_kind)))
@@ -72,24 +77,54 @@ class PhysicsEstimator:
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can."""
-        tp, decoder = configuration.tp, model.decoder
-        if untimed := why_not_timed(decoder):
-            return untimed
-        if configuration.weights not in WEIGHT_FORMATS:
-            return f"{configuration.weights} weights are not modelled by the physics estimator"
-        if configuration.weights is WeightType.FP8 and NumberFormat.FP8 not in self._operators.gpu.tflops:
-            return f"{self.profile.gpu_kind} computes no fp8"
-        if tp > self._operators.gpu.gpus_per_node:
-            return f"TP {tp} spans more than the {self._operators.gpu.gpus_per_node} GPUs of a node"
-        if configuration.pp > decoder.layers:
-            return f"PP {configuration.pp} leaves a stage without one of the {decoder.layers} layers"
-        reasons = (_why_not_shared(kind, tp) for kind in decoder.layer_kinds)
-        divides = next((reason for reason in reasons if reason), None)
-        if divides or (stored := model.why_not_stored_as(configuration.weights)):
-            return divides or stored
+        key = _stage_of(model, configuration)
+        if key not in self._reasons:
+            self._reasons[key] = self._why_no_stage(model, configuration)
+        if reason := self._reasons[key]:
+            return reason
+        if configuration.pp > model.layers:
+            return f"PP {configuration.pp} leaves a stage without one of the {model.layers} layers"
         return (
             None if self.profile.supports(model.name, configuration) else f"known not to run on {self.profile.gpu_kind}"
         )
+
+    def _why_no_stage(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
+        """Return why no stage can have these formats and degrees, whatever its layers."""
+        decoder, most = model.decoder, self._operators.gpu.gpus_per_node
+        if reason := why_not_timed(decoder) or model.why_not_stored_as(configuration.weights):
+            return reason
+        if reason := self._why_not_computed(model, configuration):
+            return reason
+        if configuration.tp > most:
+            return f"TP {configuration.tp} spans more than the {most} GPUs of a node"
+        stored_as = _stored_as(model, configuration)
+        return why_not_shared(decoder, tp=configuration.tp, ep=configuration.ep, stored_as=stored_as)
+
+    def _why_not_computed(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
+        """Return which format the GPU or its kernels cannot compute with."""
+        latent = any(isinstance(kind.attention, LatentAttention) for kind in model.decoder.layer_kinds)
+        if configuration.kv is KvType.INT8 and latent:
+            return "no engine caches latent vectors as int8; fp8 takes as many bytes"
+        for stored in _weight_formats(model, configuration):
+            number_format = number_format_of(stored)
+            if number_format is None:
+                return f"step times of {stored.name} weights are not modelled"
+            if reason := self._operators.gpu.why_not_computed(number_format):
+                return reason
+        kv = NumberFormat.FP8 if configuration.kv is KvType.FP8 else NumberFormat.BFLOAT16
+        return self._operators.gpu.why_not_computed(kv)
+
+    def configurations(self, model: ModelSpec, *, gpus: int, batch_size: int) -> Iterator[ParallelConfig]:
+        """Yield the configurations to consider on up to so many GPUs, in the order that breaks ties.
+
+        TP is any divisor of the heads. A checkpoint that is quantised is considered as it is stored, any other in all
+        formats.
+        """
+        stored = [weights for weights in WeightType if model.why_not_stored_as(weights) is None]
+        for tp in tensor_parallel_divisors(model.decoder, gpus):
+            for pp in range(1, min(gpus // tp, model.layers) + 1):
+                for ep, weights, kv in product(expert_parallel_degrees(model.decoder, tp), stored, _KV_FORMATS):
+                    yield ParallelConfig(tp=tp, pp=pp, ep=ep, weights=weights, kv=kv, batch_size=batch_size)
 
     def service(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
@@ -100,13 +135,14 @@ class PhysicsEstimator:
             InputError: the configuration has a reason in `why_not`, or fewer than one token or request.
         """
         check_lengths(model, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch)
-        stages = self._stage_models(model, configuration)
+        check_estimable(self, model, configuration)
+        steps = self._step_model(model, configuration)
         handed_us = _HAND_OVER_US * (configuration.pp - 1)
         chunks = [Chunk(tokens=prompt_tokens)] * batch
-        prefill_us = sum(stage.gpu_us(decodes=0, context_tokens=0, chunks=chunks) for stage in stages)
+        prefill_us = steps.gpu_us(decodes=0, context_tokens=0, chunks=chunks)
         # The mean context of a decoding sequence is its prompt and half of its output.
         context = batch * (prompt_tokens + output_tokens / 2)
-        decode_us = sum(stage.gpu_us(decodes=batch, context_tokens=context) for stage in stages)
+        decode_us = steps.gpu_us(decodes=batch, context_tokens=context)
         step_us = self.engine.step_time_us(decode_us, sequences=batch, has_prefill=False) + handed_us
         first_us = self.engine.step_time_us(prefill_us, sequences=batch, has_prefill=True) + handed_us
         first_us += self.engine.first_token_delay_us(prompt_tokens)
@@ -137,29 +173,29 @@ class PhysicsEstimator:
         """
         check_estimable(self, model, configuration)
         decoder, tp, batch = model.decoder, configuration.tp, configuration.batch_size
-        # A checkpoint that is quantised is loaded as it is stored.
-        weights = decoder.weight_bytes(None if model.quantization else FORMATS[configuration.weights])
+        weights = decoder.weight_bytes(_stored_as(model, configuration))
         weights += 2 * decoder.other_inputs_parameters
         tokens = _KV_BLOCK_TOKENS * math.ceil((prompt_tokens + output_tokens) / _KV_BLOCK_TOKENS)
-        value_bytes = BYTES_PER_WEIGHT[_kv_format(configuration)]
+        value_bytes = BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]]
         cache = batch * decoder.kv_cache(value_bytes).sequence_bytes(tokens) * _cache_copies(model, tp)
         widest = max(_activation_values(kind, tp) for kind in decoder.layer_kinds) + 2 * decoder.hidden_size
         activations = 4.0 * batch * prompt_tokens * widest * configuration.gpus
         engine_gib = configuration.gpus * (_ENGINE_GIB + (_COMMUNICATION_GIB if configuration.gpus > 1 else 0.0))
         return math.ceil(weights + cache + activations + engine_gib * BYTES_PER_GIB)
 
-    def _stage_models(self, model: ModelSpec, configuration: ParallelConfig) -> list[StepModel]:
-        key = (model, configuration)
-        found = self._stages.get(key)
+    def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:
+        """Return the step model of all layers: a pipeline's stages together take as long."""
+        key = _stage_of(model, configuration)
+        found = self._models.get(key)
         if found is None:
-            check_estimable(self, model, configuration)
-            number_format = WEIGHT_FORMATS[configuration.weights]
-            found = self._stages[key] = stage_models(
+            stored = _stored_as(model, configuration)
+            found = self._models[key] = StepModel(
                 model.decoder,
                 self._operators,
-                configuration.layers_per_stage(model.decoder.layers),
-                sharding=Sharding(tp=configuration.tp),
-                formats=Formats(dense=number_format, experts=number_format, kv=_kv_format(configuration)),
+                sharding=Sharding(tp=configuration.tp, ep=configuration.ep),
+                formats=Formats(
+                    weights=None if stored is None else number_format_of(stored), kv=_KV_FORMATS[configuration.kv]
+                ),
             )
         return found
 
@@ -170,21 +206,22 @@ class PhysicsEstimator:
         return _MARGIN_MEASURED if self._operators.measured else _MARGIN_SHEET
 
 
-def _kv_format(configuration: ParallelConfig) -> NumberFormat:
-    # Kernels with an 8-bit cache were measured with floats alone.
-    return NumberFormat.FP8 if configuration.kv is KvType.INT8 else NumberFormat.BFLOAT16
+def _stage_of(model: ModelSpec, configuration: ParallelConfig) -> _Stage:
+    return model, configuration.tp, configuration.ep, configuration.weights, configuration.kv
 
 
-def _why_not_shared(kind: LayerKind, tp: int) -> str | None:
-    """Return which part of a layer `tp` GPUs cannot share, None where they can share all."""
-    heads = kv_heads = width = None
-    if isinstance(kind.attention, GroupedAttention):
-        heads, kv_heads = kind.attention.heads, kind.attention.kv_heads
-    elif isinstance(kind.attention, LatentAttention):
-        heads = kind.attention.heads
-    if isinstance(kind.feed_forward, DenseFeedForward | ExpertFeedForward):
-        width = kind.feed_forward.width
-    return why_tp_does_not_divide(tp, heads=heads, kv_heads=kv_heads, feed_forward=width)
+def _stored_as(model: ModelSpec, configuration: ParallelConfig) -> WeightFormat | None:
+    """Return how all matrices of layers are stored; None for a quantised checkpoint, which is loaded as it is."""
+    return None if model.quantization else FORMATS[configuration.weights]
+
+
+def _weight_formats(model: ModelSpec, configuration: ParallelConfig) -> list[WeightFormat]:
+    stored = _stored_as(model, configuration)
+    if stored is not None:
+        return [stored]
+    decoder = model.decoder
+    found = [stored for kind in decoder.layer_kinds for _, stored in kind.formats]
+    return list(dict.fromkeys([*found, decoder.head_format, BITS_16]))
 
 
 def _cache_copies(model: ModelSpec, tp: int) -> int:

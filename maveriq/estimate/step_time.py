@@ -27,7 +27,7 @@ from maveriq.domain.decoder import (
     LatentAttention,
     LayerKind,
 )
-from maveriq.domain.gpu_kinds import NumberFormat
+from maveriq.domain.gpu_kinds import NumberFormat, number_format_of
 from maveriq.errors import InputError, InvariantError
 from maveriq.estimate.log_grid import Array
 from maveriq.estimate.operators import ExpertLoad, Heads, Operators, experts_hit
@@ -35,6 +35,12 @@ from maveriq.estimate.operators import ExpertLoad, Heads, Operators, experts_hit
 _VALUE_BYTES = 2
 _LAYER_KERNELS = 5
 _QUANTISE_KERNELS = 3
+
+# The matrices that say how a part is stored.
+_QUERY = ("self_attn.q_proj", "self_attn.q_a_proj")
+_OUTPUT = ("self_attn.o_proj",)
+_DENSE = ("mlp.up_proj", "mlp.shared_experts.up_proj")
+_EXPERTS = ("mlp.experts.up_proj", "experts.up_proj")
 _SAMPLER_US = 30.0
 _SAMPLER_BYTES = 16  # a logit is read and written several times, in 32 bits
 
@@ -59,17 +65,27 @@ _PAST = np.asarray([0, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 13
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
-    """How the parts of a model are stored and computed.
+    """How a model is stored and computed.
 
     Args:
-        dense: weights of attention and dense feed-forward parts.
-        experts: weights of experts.
-        kv: the KV cache. The output matrix has 16 bits.
+        weights: the matrices of layers, but for routers; None for each as the checkpoint stores it.
+        kv: the KV cache.
     """
 
-    dense: NumberFormat = NumberFormat.BFLOAT16
-    experts: NumberFormat = NumberFormat.BFLOAT16
+    weights: NumberFormat | None = NumberFormat.BFLOAT16
     kv: NumberFormat = NumberFormat.BFLOAT16
+
+    def of(self, kind: LayerKind, *matrices: str) -> NumberFormat:
+        """Return the format of a product with some of a layer's matrices, which are fused or stored alike."""
+        if self.weights is not None:
+            return self.weights
+        stored = (stored for name, stored in kind.formats if name in matrices)
+        return next((found for found in map(number_format_of, stored) if found), NumberFormat.BFLOAT16)
+
+    def of_head(self, decoder: Decoder) -> NumberFormat:
+        """Return the format of the output matrix, which only checkpoints quantise."""
+        stored = None if self.weights is not None else number_format_of(decoder.head_format)
+        return stored or NumberFormat.BFLOAT16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,11 +239,13 @@ class _Layers:
         """Return the time of all of a layer but attention itself, for so many tokens."""
         time_us = np.zeros_like(tokens)
         if kind.attention is not None:
-            time_us = time_us + self._projections_us(kind.attention, tokens)
+            time_us = time_us + self._projections_us(kind, kind.attention, tokens)
         if isinstance(kind.feed_forward, DenseFeedForward):
-            time_us = time_us + self._feed_forward_us(kind.feed_forward.width, kind.feed_forward.matrices, tokens)
+            stored = self.formats.of(kind, *_DENSE)
+            width, matrices = kind.feed_forward.width, kind.feed_forward.matrices
+            time_us = time_us + self._feed_forward_us(stored, width, matrices, tokens)
         elif isinstance(kind.feed_forward, ExpertFeedForward):
-            time_us = time_us + self._experts_us(kind.feed_forward, tokens)
+            time_us = time_us + self._experts_us(kind, kind.feed_forward, tokens)
         return time_us + self._elementwise_us(kind, tokens) + self._all_reduces_us(kind, tokens)
 
     def decode_us(self, attention: Attention, sequences: Array, context: Array) -> Array:
@@ -256,7 +274,8 @@ class _Layers:
     def head_us(self, sequences: Array) -> Array:
         """Return the time of the output matrix and of choosing a token, for so many sequences."""
         decoder, tp = self.decoder, self.sharding.tp
-        gemm_us = self.operators.gemm_us(NumberFormat.BFLOAT16, sequences, decoder.vocab_size / tp, decoder.hidden_size)
+        stored = self.formats.of_head(decoder)
+        gemm_us = self.operators.gemm_us(stored, sequences, decoder.vocab_size / tp, decoder.hidden_size)
         sampled = self.operators.elementwise_us(0, _SAMPLER_BYTES * sequences * decoder.vocab_size)
         gathered = self.operators.all_reduce_us(tp, _VALUE_BYTES * sequences * decoder.vocab_size / tp)
         return np.asarray(gemm_us + sampled + gathered + _SAMPLER_US)
@@ -270,21 +289,21 @@ class _Layers:
             head_size=attention.head_size,
         )
 
-    def _projections_us(self, attention: Attention, tokens: Array) -> Array:
-        size, dense, tp = self.decoder.hidden_size, self.formats.dense, self.sharding.tp
+    def _projections_us(self, kind: LayerKind, attention: Attention, tokens: Array) -> Array:
+        size, tp = self.decoder.hidden_size, self.sharding.tp
         if isinstance(attention, LatentAttention):
-            return self._latent_projections_us(attention, tokens)
+            return self._latent_projections_us(kind, attention, tokens)
         grouped = _grouped(attention)
         of = self._heads(grouped)
         queries = of.heads * of.head_size * (2 if grouped.output_gate else 1)
         values = 0 if grouped.key_is_value else grouped.value_head_size
         keys_values = of.kv_heads * (of.head_size + values)
         output = grouped.heads * grouped.value_head_size / tp
-        inputs_us = self.operators.gemm_us(dense, tokens, queries + keys_values, size)
-        return inputs_us + self.operators.gemm_us(dense, tokens, size, output)
+        inputs_us = self.operators.gemm_us(self.formats.of(kind, *_QUERY), tokens, queries + keys_values, size)
+        return inputs_us + self.operators.gemm_us(self.formats.of(kind, *_OUTPUT), tokens, size, output)
 
-    def _latent_projections_us(self, attention: LatentAttention, tokens: Array) -> Array:
-        size, dense = self.decoder.hidden_size, self.formats.dense
+    def _latent_projections_us(self, kind: LayerKind, attention: LatentAttention, tokens: Array) -> Array:
+        size, dense = self.decoder.hidden_size, self.formats.of(kind, *_QUERY)
         heads = max(1, attention.heads // self.sharding.tp)
         latent = attention.query_rank + attention.kv_rank + attention.rope_size
         query = heads * (attention.nope_size + attention.rope_size)
@@ -294,14 +313,15 @@ class _Layers:
         # Decoding multiplies queries and results by the halves of the expansion, head by head; prefill expands once.
         for inner in (attention.nope_size, attention.value_size):
             time_us = time_us + self.operators.gemm_us(NumberFormat.BFLOAT16, tokens, attention.kv_rank, heads * inner)
-        return time_us + self.operators.gemm_us(dense, tokens, size, heads * attention.value_size)
+        stored = self.formats.of(kind, *_OUTPUT)
+        return time_us + self.operators.gemm_us(stored, tokens, size, heads * attention.value_size)
 
-    def _feed_forward_us(self, width: float, matrices: int, tokens: Array) -> Array:
-        size, dense, share = self.decoder.hidden_size, self.formats.dense, width / self.sharding.tp
-        up_us = self.operators.gemm_us(dense, tokens, (matrices - 1) * share, size)
-        return up_us + self.operators.gemm_us(dense, tokens, size, share)
+    def _feed_forward_us(self, stored: NumberFormat, width: float, matrices: int, tokens: Array) -> Array:
+        size, share = self.decoder.hidden_size, width / self.sharding.tp
+        up_us = self.operators.gemm_us(stored, tokens, (matrices - 1) * share, size)
+        return up_us + self.operators.gemm_us(stored, tokens, size, share)
 
-    def _experts_us(self, part: ExpertFeedForward, tokens: Array) -> Array:
+    def _experts_us(self, kind: LayerKind, part: ExpertFeedForward, tokens: Array) -> Array:
         size, (tp, ep) = self.decoder.hidden_size, (self.sharding.tp, self.sharding.ep)
         rows = tokens * part.experts_per_token / ep
         hit = np.minimum(experts_hit(part.experts, part.experts_per_token, tokens) / ep, rows)
@@ -309,10 +329,11 @@ class _Layers:
             rows=rows, hit=hit, experts=part.experts / ep, inner_size=part.latent_size or size,
             width=part.width * ep / tp, matrices=part.matrices,
         )  # fmt: skip
-        time_us = self.operators.experts_us(self.formats.experts, load)
+        time_us = self.operators.experts_us(self.formats.of(kind, *_EXPERTS), load)
         time_us = time_us + self.operators.gemm_us(NumberFormat.BFLOAT16, tokens, part.experts, size)
         if part.shared_width:
-            time_us = time_us + self._feed_forward_us(part.shared_width, part.matrices, tokens)
+            stored = self.formats.of(kind, *_DENSE)
+            time_us = time_us + self._feed_forward_us(stored, part.shared_width, part.matrices, tokens)
         return time_us
 
     def _elementwise_us(self, kind: LayerKind, tokens: Array) -> Array:
@@ -326,7 +347,8 @@ class _Layers:
             values += 3 * kind.feed_forward.width / tp
         elif isinstance(kind.feed_forward, ExpertFeedForward):
             values += 3 * kind.feed_forward.shared_width / tp
-        kernels = _LAYER_KERNELS + (0 if self.formats.dense is NumberFormat.BFLOAT16 else _QUANTISE_KERNELS)
+        quantised = self.formats.of(kind, *_QUERY, *_DENSE) is not NumberFormat.BFLOAT16
+        kernels = _LAYER_KERNELS + (_QUANTISE_KERNELS if quantised else 0)
         return self.operators.elementwise_us(kernels, _VALUE_BYTES * tokens * values)
 
     def _all_reduces_us(self, kind: LayerKind, tokens: Array) -> Array:

@@ -72,6 +72,7 @@ class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     min_compute_capability: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     max_tp: _Bound = 0
     max_pp: _Bound = 0
+    expert_parallel: bool = False
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -196,6 +197,8 @@ def _limit(row: CapabilityRow, model: ModelSpec, cfg: ParallelConfig, compute_ca
         return f"{cfg.weights} weights need GPUs of compute capability {needed}"
     if row.max_tp and cfg.tp > row.max_tp:
         return f"TP {cfg.tp} is more than its {row.max_tp}"
+    if cfg.ep > 1 and not row.expert_parallel:
+        return f"it splits every expert over all GPUs of a stage, and does not deal them out (EP {cfg.ep})"
     if row.max_pp and cfg.pp > row.max_pp:
         return f"PP {cfg.pp} is more than its {row.max_pp}"
     split = cfg.layers_per_stage(model.layers)
@@ -225,6 +228,7 @@ _TP_DOUBLING = 2.0
 _BITS_DOUBLING = 2.0
 _GPTQ = 1.0
 _FLOATS = 1.0
+_SCALES = 1.0
 _KV = 1.0
 _SPLIT = 1.0
 
@@ -234,21 +238,26 @@ _BITS: Mapping[WeightType, int] = {
     WeightType.INT4: 4,
     WeightType.INT4_GPTQ: 4,
     WeightType.FP8: 8,
+    WeightType.NVFP4: 4,
+    WeightType.MXFP4: 4,
 }
+_FLOAT_WEIGHTS = (WeightType.FP8, WeightType.NVFP4, WeightType.MXFP4)
 
 
 def distance(a: ParallelConfig, b: ParallelConfig) -> float:
     """Return how different two normalised configurations of one model are; 0 where they are equal.
 
     Each doubling of the GPUs counts 4, each of TP 2, each of the bits of a weight 2. With or without GPTQ, floats
-    or whole numbers of 8 bits, another KV type, and another layer split over as many stages count 1 each.
+    or whole numbers of fewer than 16 bits, the scales of mxfp4, another KV type, and another layer split over as many
+    stages count 1 each.
     """
     return (
         _GPU_DOUBLING * abs(log2(a.gpus) - log2(b.gpus))
         + _TP_DOUBLING * abs(log2(a.tp) - log2(b.tp))
         + _BITS_DOUBLING * abs(log2(_BITS[a.weights]) - log2(_BITS[b.weights]))
         + _GPTQ * ((a.weights is WeightType.INT4_GPTQ) != (b.weights is WeightType.INT4_GPTQ))
-        + _FLOATS * ((a.weights is WeightType.FP8) != (b.weights is WeightType.FP8))
+        + _FLOATS * ((a.weights in _FLOAT_WEIGHTS) != (b.weights in _FLOAT_WEIGHTS))
+        + _SCALES * ((a.weights is WeightType.MXFP4) != (b.weights is WeightType.MXFP4))
         + _KV * (a.kv is not b.kv)
         + _SPLIT * (a.pp == b.pp and a.layer_split != b.layer_split)
     )
@@ -257,7 +266,7 @@ def distance(a: ParallelConfig, b: ParallelConfig) -> float:
 def similar_configs(model: ModelSpec, cfg: ParallelConfig) -> Iterator[ParallelConfig]:
     """Yield configurations on no more GPUs than `cfg`: all storage types, and TP and PP in powers of two.
 
-    The degrees of `cfg`, the PP that uses all its GPUs, and its layer split are among them.
+    The degrees of `cfg`, the PP that uses all its GPUs, and its layer split are among them. Experts are split by TP.
     """
     powers = [1 << k for k in range(cfg.gpus.bit_length()) if 1 << k <= cfg.gpus]
     degrees = {
@@ -268,8 +277,8 @@ def similar_configs(model: ModelSpec, cfg: ParallelConfig) -> Iterator[ParallelC
     }
     for weights, kv, (tp, pp) in product(WeightType, KvType, sorted(degrees, reverse=True)):
         if pp == cfg.pp and cfg.layer_split:
-            yield replace(cfg, tp=tp, weights=weights, kv=kv)
-        yield replace(cfg, tp=tp, pp=pp, weights=weights, kv=kv, layer_split=())
+            yield replace(cfg, tp=tp, ep=1, weights=weights, kv=kv)
+        yield replace(cfg, tp=tp, pp=pp, ep=1, weights=weights, kv=kv, layer_split=())
 
 
 def nearest(

@@ -22,7 +22,7 @@ from maveriq.domain.parallel import (
     shard_bytes,
     tensor_parallel_degrees,
 )
-from maveriq.estimate.estimator import Estimator, ServiceEstimate
+from maveriq.estimate.estimator import ConfigurationAware, Estimator, ServiceEstimate
 from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
 
@@ -84,15 +84,19 @@ class Ranking:
         return f"none of {len(self.rejected)} configurations can be used: {listed}{rest}"
 
 
+_SPEC_WEIGHTS = (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4, WeightType.INT4_GPTQ, WeightType.FP8)
+_SPEC_KV = (KvType.INT8, KvType.NATIVE)
+
+
 def enumerate_configurations(model: ModelSpec, gpus: int, batch_size: int = 1) -> Iterator[ParallelConfig]:
-    """Yield every configuration for up to `gpus` GPUs, in the order that breaks ties.
+    """Yield every configuration of SPEC 4 for up to `gpus` GPUs, in the order that breaks ties.
 
     Each stage needs a layer, so `pp` is at most the number of layers.
     """
     for tp in tensor_parallel_degrees(model, gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
-            for weights in WeightType:
-                for kv in KvType:
+            for weights in _SPEC_WEIGHTS:
+                for kv in _SPEC_KV:
                     yield ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)
 
 
@@ -118,7 +122,12 @@ def rank(
     gpus = view.by_free_memory()
     fitting: list[Candidate] = []
     rejected: list[RejectedConfig] = []
-    for configuration in enumerate_configurations(endpoint.model, len(gpus), endpoint.batch_size):
+    configurations = (
+        estimator.configurations(endpoint.model, gpus=len(gpus), batch_size=endpoint.batch_size)
+        if isinstance(estimator, ConfigurationAware)
+        else enumerate_configurations(endpoint.model, len(gpus), endpoint.batch_size)
+    )
+    for configuration in configurations:
         outcome = _consider(endpoint, configuration, gpus, estimator, accuracy)
         if isinstance(outcome, Candidate):
             fitting.append(outcome)

@@ -8,6 +8,7 @@ from itertools import product
 from typing import TypeAlias, TypeVar
 
 from maveriq.domain.models import KvType, WeightType
+from maveriq.domain.parallel import KV_SUFFIX
 from maveriq.exec.capabilities import ANY, CapabilityRow, EngineFacts, Status
 
 REFUSED = "refused"
@@ -61,9 +62,10 @@ def _stores(weights: WeightType, kv: KvType, row: CapabilityRow) -> bool:
 
 _ROWS: Mapping[str, _Holds] = {
     **{
-        f"{weights.value}{'+kv8' if kv is KvType.INT8 else ''}": partial(_stores, weights, kv)
+        f"{weights.value}{KV_SUFFIX[kv]}": partial(_stores, weights, kv)
         for weights, kv in product(WeightType, (KvType.NATIVE, KvType.INT8))
     },
+    "fp8 KV cache": lambda row: KvType.FP8 in row.kv,
     "TP above 1": lambda row: row.max_tp != 1,
     "PP above 1": lambda row: row.max_pp != 1,
     "uneven stages": lambda row: row.max_pp != 1 and row.uneven,

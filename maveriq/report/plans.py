@@ -7,7 +7,8 @@ from typing import Any
 
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.deployments import EndpointSpec, Objective
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.models import KvType
+from maveriq.domain.parallel import KV_SUFFIX, ParallelConfig
 from maveriq.policy.configuration import Candidate, Ranking, RejectedConfig
 from maveriq.report.formatting import NONE, figure, layer_list
 from maveriq.report.results import WIDE
@@ -35,10 +36,10 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
         width: in characters; from `WIDE` on, the table has all its columns.
     """
     wide = width >= WIDE
-    total = len(ranking.candidates)
+    equal = _equal_candidates(ranking.candidates)
     title = (
         f"{endpoint.model.name} for {endpoint.intent.objective.value} on {cluster.name}: "
-        f"best {min(top, total)} of {total}, "
+        f"best {min(top, len(equal))} of {len(equal)}, "
         f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out"
     )
     columns = [
@@ -50,14 +51,46 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
     rows = [
         row(
             str(place),
-            str(candidate.configuration),
-            layer_list(candidate.layer_split),
-            *_cells(candidate, wide=wide),
+            _configurations(candidates),
+            layer_list(candidates[0].layer_split),
+            *_cells(candidates[0], wide=wide),
             style="bold green" if place == 1 else "",
         )
-        for place, candidate in enumerate(ranking.candidates[:top], start=1)
+        for place, candidates in enumerate(equal[:top], start=1)
     ]
     return Table(title, columns, rows)
+
+
+def _equal_candidates(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Return the candidates in their order, those together that differ in their formats alone and in no estimate.
+
+    A 16-bit cache stays apart from those of 8 bits, so that the formats of a group are all combinations.
+    """
+    groups: dict[object, list[Candidate]] = {}
+    for candidate in candidates:
+        at = candidate.configuration
+        key = (
+            at.tp,
+            at.pp,
+            at.ep,
+            candidate.layer_split,
+            candidate.service,
+            candidate.memory_bytes,
+            candidate.accuracy,
+        )
+        apart = (at.weights, at.kv) if candidate.note else (at.kv is KvType.NATIVE,)
+        groups.setdefault((*key, *apart), []).append(candidate)
+    return list(groups.values())
+
+
+def _configurations(equal: Sequence[Candidate]) -> str:
+    """Return the degrees, and the formats that are equal: `TP 8 x PP 1 int4/int4_gptq+kvfp8/kv8`."""
+    first = equal[0].configuration
+    weights = dict.fromkeys(candidate.configuration.weights.value for candidate in equal)
+    kv = dict.fromkeys(KV_SUFFIX[candidate.configuration.kv].removeprefix("+") for candidate in equal)
+    stored, cached = "/".join(weights), "/".join(kv)
+    own = f"{first.weights}{KV_SUFFIX[first.kv]}"
+    return str(first).replace(own, f"{stored}+{cached}" if cached else stored)
 
 
 def _headers(endpoint: EndpointSpec, *, wide: bool) -> list[str]:
@@ -167,4 +200,5 @@ def _configuration_json(configuration: ParallelConfig) -> dict[str, Any]:
         "weights": configuration.weights.value,
         "kv": configuration.kv.value,
         "batch_size": configuration.batch_size,
+        **({"ep": configuration.ep} if configuration.ep > 1 else {}),
     }

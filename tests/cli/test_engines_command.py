@@ -98,7 +98,7 @@ def test_names_with_brackets_are_shown_as_they_are(maveriq: Maveriq, tmp_path: P
         ("engines --layer-split 3,1", ("--layer-split", "--model")),
         ("engines --model llama-2-8b", ("llama-2-8b", "llama-2-7b")),
         ("engines --model llama-2-7b --weights int3", ("int3", "int4")),
-        ("engines --model llama-2-7b --kv fp8", ("fp8", "native")),
+        ("engines --model llama-2-7b --kv fp4", ("fp4", "native")),
         ("engines --model llama-2-7b --device tpu", ("tpu", "cuda")),
         ("engines --model llama-2-7b --layer-split 20+12", ("20+12", "20,12")),
         ("engines --model llama-2-7b --layer-split 20,11", ("20+11", "32 layers")),

@@ -36,7 +36,7 @@ from maveriq.exec.capabilities import (
 from maveriq.exec.device import Device
 from maveriq.policy.configuration import rank
 
-FLOAT16, INT8, INT4, GPTQ, FP8 = WeightType
+FLOAT16, INT8, INT4, GPTQ, FP8, *_ = WeightType
 
 
 def refusal_of(

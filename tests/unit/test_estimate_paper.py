@@ -12,7 +12,7 @@ from maveriq.estimate.hardware_profile import HardwareProfile, load_profile
 from maveriq.estimate.registry import make_estimator
 from maveriq.units import bytes_from_gib
 
-F16, INT8, INT4, GPTQ, _FP8 = WeightType
+F16, INT8, INT4, GPTQ, *_ = WeightType
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,67 @@ def test_layers_without_step_times_are_refused_by_name(attention: Attention, rea
         StepModel(mixed.decoder, operators_of(gpu_sheet("H100")))
 
 
+def test_checkpoints_are_planned_as_they_are_stored() -> None:
+    estimator = on("B200")
+    for name, stored in (("deepseek-v3", WeightType.FP8), ("gpt-oss-120b", WeightType.MXFP4)):
+        model = load_model(name)
+        considered = list(estimator.configurations(model, gpus=8, batch_size=1))
+        assert {configuration.weights for configuration in considered} == {stored}
+        at = ParallelConfig(tp=8, pp=1, weights=stored)
+        assert estimator.why_not(model, at) is None
+        beside = estimator.memory(model, at) - model.decoder.weight_bytes()
+        assert 0 < gib(beside) < 8 * 1.2
+        assert "its checkpoint holds" in (estimator.why_not(model, FLOAT16) or "")
+
+
+def test_each_matrix_is_priced_as_the_checkpoint_stores_it() -> None:
+    # Its experts have 4 bits, the other matrices 16.
+    model, lengths = load_model("gpt-oss-120b"), {"prompt_tokens": 64, "output_tokens": 64}
+    estimator = on("H100")
+    tpot = estimator.service(model, ParallelConfig(tp=1, pp=1, weights=WeightType.MXFP4), batch=1, **lengths).tpot_s
+    decoder = replace(model.decoder, layer_kinds=tuple(replace(kind, formats=()) for kind in model.decoder.layer_kinds))
+    plain = replace(model, decoder=decoder, quantization="")
+    other = estimator.service(plain, ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16), batch=1, **lengths).tpot_s
+    all_4_bits = estimator.service(
+        plain, ParallelConfig(tp=1, pp=1, weights=WeightType.MXFP4), batch=1, **lengths
+    ).tpot_s
+    assert all_4_bits < tpot < other
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "kv", "reason"),
+    [
+        ("A100", WeightType.FP8, KvType.NATIVE, "A100-80GB-SXM computes no fp8: that takes compute capability 8.9"),
+        ("A100", WeightType.FLOAT16, KvType.FP8, "A100-80GB-SXM computes no fp8"),
+        ("A100", WeightType.MXFP4, KvType.INT8, None),
+        ("L40S", WeightType.FP8, KvType.FP8, None),
+        ("H100", WeightType.NVFP4, KvType.NATIVE, "H100-SXM computes no nvfp4: that takes compute capability 10.0"),
+        ("MI300X", WeightType.NVFP4, KvType.NATIVE, "MI300X computes no nvfp4"),
+        ("B200", WeightType.NVFP4, KvType.FP8, None),
+    ],
+)
+def test_what_a_generation_cannot_compute_is_refused_by_name(
+    kind: str, weights: WeightType, kv: KvType, reason: str | None
+) -> None:
+    found = on(kind).why_not(LLAMA, ParallelConfig(tp=1, pp=1, weights=weights, kv=kv))
+    assert found == reason if reason is None else (found or "").startswith(reason)
+
+
+def test_latent_vectors_are_cached_as_floats() -> None:
+    model = load_model("deepseek-v2-lite")
+    at = {kv: ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, kv=kv, batch_size=64) for kv in KvType}
+    estimator = on("H100")
+    assert "latent vectors" in (estimator.why_not(model, at[KvType.INT8]) or "")
+    saved = estimator.memory(model, at[KvType.NATIVE]) - estimator.memory(model, at[KvType.FP8])
+    assert saved == 64 * 544 * model.decoder.kv_bytes_per_token(1)  # 532 tokens in blocks of 16
+
+
+def test_dealt_experts_are_ranked_beside_split_ones() -> None:
+    ranking = rank_configurations("mixtral-8x7b", PlanOptions(gpus="8xH100", batch_size=64)).ranking
+    degrees = {(at.tp, at.ep) for at in (candidate.configuration for candidate in ranking.candidates)}
+    assert {(8, 1), (8, 8), (4, 4)} <= degrees
+
+
 def test_memory_of_weights_is_that_of_checkpoints() -> None:
     estimator = on("H100")
     lengths = {"prompt_tokens": 16, "output_tokens": 16}

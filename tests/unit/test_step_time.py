@@ -102,7 +102,7 @@ def test_a_window_bounds_what_decoding_attends_to() -> None:
 
 def test_smaller_weights_make_decoding_faster() -> None:
     times = [
-        StepModel(LLAMA, H100, formats=Formats(dense=number_format)).gpu_us(decodes=1, context_tokens=100)
+        StepModel(LLAMA, H100, formats=Formats(weights=number_format)).gpu_us(decodes=1, context_tokens=100)
         for number_format in (NumberFormat.BFLOAT16, NumberFormat.FP8, NumberFormat.INT4)
     ]
     assert times == sorted(times, reverse=True)

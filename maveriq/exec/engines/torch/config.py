@@ -253,6 +253,7 @@ def _rotary(config: Mapping[str, Any], head_size: int) -> Rotary:
 
 
 _WEIGHTS = (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4)
+_KV = (KvType.INT8, KvType.NATIVE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,8 +318,8 @@ def _check_types(spec: EngineSpec) -> None:
         )
     if spec.weights not in _WEIGHTS:
         raise_unsupported(f"weights {spec.weights!r} are not one of {', '.join(_WEIGHTS)}")
-    if spec.kv not in tuple(KvType):
-        raise_unsupported(f"KV cache {spec.kv!r} is not one of {', '.join(KvType)}")
+    if spec.kv not in _KV:
+        raise_unsupported(f"KV cache {spec.kv!r} is not one of {', '.join(_KV)}")
 
 
 def _check_split(spec: EngineSpec, arch: DecoderConfig) -> None:
