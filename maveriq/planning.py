@@ -12,6 +12,8 @@ from maveriq.scenario.options import INTENTS, check_ranges, convert_types, optio
 if TYPE_CHECKING:
     from maveriq.domain.cluster import Cluster
     from maveriq.domain.deployments import EndpointSpec
+    from maveriq.domain.models import ModelSpec
+    from maveriq.estimate.hardware_profile import HardwareProfile
     from maveriq.policy.configuration import Ranking
 
 _PANEL = "Model"
@@ -64,7 +66,7 @@ class RankedPlan:
     cluster: Cluster
     estimator: str
     failure: str
-    note: str | None
+    note: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ranking in plain values, as `maveriq plan --json` prints it."""
@@ -87,24 +89,19 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     from maveriq.domain.cluster import ClusterState
     from maveriq.domain.deployments import EndpointSpec, Intent, Objective
     from maveriq.domain.models import load_model
-    from maveriq.estimate.registry import MEASURED, PHYSICS, default_estimator, make_estimator, note_on_default
-    from maveriq.estimate.sheet_profile import profile_for
+    from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults
+    from maveriq.estimate.cluster_profiles import profiles_for
     from maveriq.exec.local_machine import local_cluster
     from maveriq.policy.configuration import rank
+    from maveriq.scenario.cluster_notes import note_on_cluster
 
-    profile = profile_for(options.profile, options.gpus)
-    cluster = local_cluster(options.gpus, profile)
+    profiles = profiles_for(options.profile, options.gpus)
+    profile, cluster = profiles.main, local_cluster(options.gpus, profiles)
     spec = load_model(str(model))
-    name = options.estimator or default_estimator(profile)
-    other = profile.why_other_model(spec)
-    if other is not None and estimator is None:
-        raise InputError(f"model {spec.name!r}: {other}")
-    # Estimators with a table of their own report themselves which models they know.
-    if estimator is None and name not in (MEASURED, PHYSICS) and spec.name not in profile.fingerprints.models():
-        raise InputError(
-            f"model {spec.name!r} has no fingerprint in profile {profile.name!r} (it has "
-            f"{', '.join(sorted(profile.fingerprints.models()))}); measure one and give it with --profile FILE"
-        )
+    if estimator is None:
+        reasons = [_why_unknown(spec, profile, options.estimator) for profile in profiles.by_kind.values()]
+        if all(reasons):
+            raise InputError(f"model {spec.name!r}{reasons[0]}")
     endpoint = EndpointSpec(
         endpoint_id=1,
         model=spec,
@@ -123,15 +120,33 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     if too_long is not None:
         raise InputError(f"{too_long}; plan for shorter prompts or outputs")
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    planner = estimator or make_estimator(name, profile)
+    planner = estimator or estimator_for(cluster, profiles, options.estimator)
     ranking = rank(
-        endpoint, view, planner, profile.accuracy, evidence=profile.full_models.ratio, in_ms=options.slo_ms is not None
+        endpoint, view, planner, profiles.accuracy, evidence=profiles.measured_ratio, in_ms=options.slo_ms is not None
     )
+    notes = (*note_on_cluster(cluster), *(() if estimator or options.estimator else notes_on_defaults(profiles)))
     return RankedPlan(
         endpoint=endpoint,
         ranking=ranking,
         cluster=cluster,
         estimator=planner.name,
         failure=ranking.note if ranking.candidates else ranking.why_empty(),
-        note=None if estimator or options.estimator else note_on_default(profile),
+        note="\n".join(notes),
+    )
+
+
+def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str | None) -> str | None:
+    """Return why no configuration of a model can be estimated on a kind of GPU, None if some may."""
+    from maveriq.estimate.registry import MEASURED, PHYSICS, default_estimator
+
+    other = profile.why_other_model(model)
+    if other is not None:
+        return f": {other}"
+    # Estimators with a table of their own report themselves which models they know.
+    name, known = estimator or default_estimator(profile), profile.fingerprints.models()
+    if name in (MEASURED, PHYSICS) or model.name in known:
+        return None
+    return (
+        f" has no fingerprint in profile {profile.name!r} (it has {', '.join(sorted(known))}); measure one and give it "
+        "with --profile FILE"
     )

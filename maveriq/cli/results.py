@@ -96,13 +96,13 @@ def choose_folder(output: OutputOptions, default: Path) -> Path:
 
 
 def _policy_of(options: Options) -> str:
-    from maveriq.estimate.sheet_profile import profile_for
+    from maveriq.estimate.cluster_profiles import profiles_for
     from maveriq.exec.local_machine import local_cluster
 
     if options.policy is not None:
         return options.policy
-    profile = profile_for(options.profile, options.gpus)
-    return resolved(with_cluster_defaults(options, profile, local_cluster(options.gpus, profile)).policy)
+    profiles = profiles_for(options.profile, options.gpus)
+    return resolved(with_cluster_defaults(options, profiles.main, local_cluster(options.gpus, profiles)).policy)
 
 
 def live_view(output: OutputOptions) -> ProgressView:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.errors import InputError, InvariantError
 from maveriq.units import MICROS_PER_SECOND, Bytes, Micros, gib
 
@@ -34,9 +35,31 @@ class Gpu:
             )
 
 
+DEFAULT_NETWORK_GBPS = 100.0
+"""The network of a node that says nothing of it, Gbit/s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What the GPUs of a node share.
+
+    Args:
+        network_gbps: bandwidth between this node and others, Gbit/s in one direction.
+        usd_per_hour: what one of its GPUs costs, US dollars an hour; None for the list price of its kind.
+    """
+
+    network_gbps: float = DEFAULT_NETWORK_GBPS
+    usd_per_hour: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """GPUs numbered from 0 in order.
+    """GPUs numbered from 0 in order, on nodes.
+
+    Args:
+        name: for tables and records.
+        gpus: the GPUs.
+        nodes: what is known of each node, in the order of their numbers; () if nothing is.
 
     Raises:
         InputError: no GPU, or ids that are not 0, 1, 2, ...
@@ -44,6 +67,7 @@ class Cluster:
 
     name: str
     gpus: tuple[Gpu, ...]
+    nodes: tuple[Node, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.gpus:
@@ -53,6 +77,29 @@ class Cluster:
 
     def __len__(self) -> int:
         return len(self.gpus)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of its GPUs, in the order of the first GPU of each."""
+        return tuple(dict.fromkeys(gpu.kind for gpu in self.gpus))
+
+    @property
+    def has_network(self) -> bool:
+        """Whether it has more than one node."""
+        return len({gpu.node for gpu in self.gpus}) > 1
+
+    def node(self, number: int) -> Node:
+        """Return what is known of a node."""
+        return self.nodes[number] if self.nodes else Node()
+
+    def network_gbps(self, kind: str) -> float:
+        """Return the bandwidth of the slowest network among the nodes with GPUs of a kind, Gbit/s."""
+        return min(self.node(gpu.node).network_gbps for gpu in self.gpus if gpu.kind == kind)
+
+    def usd_per_hour(self, gpu: Gpu) -> float | None:
+        """Return what a GPU costs, US dollars an hour: as the user says, else by the list; None if neither says it."""
+        own, sheet = self.node(gpu.node).usd_per_hour, gpu_sheets().get(gpu.kind)
+        return own if own is not None or sheet is None else sheet.usd_per_hour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +163,8 @@ class GpuView:
     """One GPU as a policy sees it.
 
     `load` is the share of recent one-second samples in which the GPU was busy, 0 to 1; `tenants`
-    counts the deployments that hold memory on it. A GPU that is down is not in the view.
+    counts the deployments that hold memory on it. A GPU that is down is not in the view. `kind` is
+    "" where all GPUs of the cluster are of one kind.
     """
 
     gpu_id: int
@@ -125,6 +173,7 @@ class GpuView:
     free_bytes: Bytes
     load: float
     tenants: int = 0
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +254,7 @@ class ClusterState:
     def view(self, loads: Sequence[float]) -> ClusterView:
         """Return the view for a policy; `loads` has one share per GPU, in the order of ids."""
         tenants = Counter(gpu_id for shares in self._held.values() for gpu_id in shares)
+        mixed = len(self.cluster.kinds) > 1
         return ClusterView(
             gpus=tuple(
                 GpuView(
@@ -214,6 +264,7 @@ class ClusterState:
                     free_bytes=self.free_bytes(gpu.gpu_id),
                     load=load,
                     tenants=tenants[gpu.gpu_id],
+                    kind=gpu.kind if mixed else "",
                 )
                 for gpu, load in zip(self.cluster.gpus, loads, strict=True)
                 if not self.is_down(gpu.gpu_id)

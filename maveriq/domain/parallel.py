@@ -37,6 +37,8 @@ class ParallelConfig:
         batch_size: requests that an engine takes into one batch at most.
         ep: expert-parallel degree: groups of a stage's GPUs, among which whole experts are dealt. 1 splits each expert
             over all GPUs of the stage, as TP splits everything else.
+        gpu: the kind of its GPUs where a cluster has several; "" where there is only one to choose.
+        network_hops: how often a stage hands over to one on another node.
 
     Raises:
         InputError: a degree or the batch size is below 1, EP does not divide TP, or the split does not give each stage
@@ -50,6 +52,8 @@ class ParallelConfig:
     layer_split: LayerSplit = ()
     batch_size: int = 1
     ep: int = 1
+    gpu: str = ""
+    network_hops: int = 0
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.pp < 1 or self.batch_size < 1 or self.ep < 1:
@@ -57,6 +61,8 @@ class ParallelConfig:
             raise InputError(f"configuration: {field} must be at least 1, not {getattr(self, field)}")
         if self.tp % self.ep:
             raise InputError(f"configuration: EP {self.ep} must divide the {self.tp} GPUs of a stage")
+        if not 0 <= self.network_hops < self.pp:
+            raise InputError(f"configuration: {self.pp} stages cannot have {self.network_hops} network hops")
         if self.layer_split:
             check_layer_split(self.layer_split, self.pp)
 
@@ -90,7 +96,9 @@ class ParallelConfig:
     def __str__(self) -> str:
         experts = f" x EP {self.ep}" if self.ep > 1 else ""
         batch = f" b{self.batch_size}" if self.batch_size > 1 else ""
-        return f"TP {self.tp} x PP {self.pp}{experts} {self.weights}{KV_SUFFIX[self.kv]}{batch}"
+        kind = f" on {self.gpu}" if self.gpu else ""
+        nodes = " across nodes" if self.network_hops else ""
+        return f"TP {self.tp} x PP {self.pp}{experts} {self.weights}{KV_SUFFIX[self.kv]}{batch}{kind}{nodes}"
 
 
 @cache

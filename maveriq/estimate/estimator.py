@@ -69,6 +69,14 @@ class ConfigurationAware(Protocol):
 
 
 @runtime_checkable
+class KindAware(Protocol):
+    """An estimator of several kinds of GPU, which configurations name."""
+
+    def of_kind(self, kind: str) -> Estimator:
+        """Return the estimator of one kind, for configurations that name none; "" for the first."""
+
+
+@runtime_checkable
 class PlacementAware(Protocol):
     """An estimator whose estimates depend on the GPUs of an engine."""
 

@@ -16,7 +16,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
-from maveriq.domain.gpu_kinds import gpu_sheet
+from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, read_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
@@ -234,11 +234,15 @@ class _Profile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuKind:
-    """A kind of GPU: its memory, and the part that the driver holds while no engine is loaded."""
+    """A kind of GPU: its memory, and the part that the driver holds while no engine is loaded.
+
+    `gpus_per_node` is the usual size of a node; None if it is not known.
+    """
 
     name: str
     capacity_bytes: Bytes
     idle_bytes: Bytes
+    gpus_per_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -396,8 +400,8 @@ def load_gpu_kind(name: str) -> GpuKind:
     kinds = {}
     for path in sorted(data_path().glob("*/hardware.toml")):
         read = _read_hardware(path)
-        kinds[read.kind] = GpuKind(
-            name=read.kind, capacity_bytes=bytes_from_gib(read.memory_gib), idle_bytes=bytes_from_gib(read.idle_gib)
+        kinds[read.kind] = gpu_kind(
+            read.kind, capacity_bytes=bytes_from_gib(read.memory_gib), idle_bytes=bytes_from_gib(read.idle_gib)
         )
     for kind in kinds.values():
         if kind.name.casefold() == name.casefold():
@@ -405,7 +409,18 @@ def load_gpu_kind(name: str) -> GpuKind:
     sheet = gpu_sheet(name)
     return kinds.get(
         sheet.name,
-        GpuKind(name=sheet.name, capacity_bytes=bytes_from_gib(sheet.usable_gib), idle_bytes=bytes_from_gib(IDLE_GIB)),
+        gpu_kind(sheet.name, capacity_bytes=bytes_from_gib(sheet.usable_gib), idle_bytes=bytes_from_gib(IDLE_GIB)),
+    )
+
+
+def gpu_kind(name: str, *, capacity_bytes: Bytes, idle_bytes: Bytes) -> GpuKind:
+    """Return a kind of GPU with so much memory; the catalogue says how many a node has, if it knows the name."""
+    sheet = gpu_sheets().get(name)
+    return GpuKind(
+        name=name,
+        capacity_bytes=capacity_bytes,
+        idle_bytes=idle_bytes,
+        gpus_per_node=sheet.gpus_per_node if sheet else None,
     )
 
 

@@ -21,6 +21,7 @@ from maveriq.domain.sharding import expert_parallel_degrees, tensor_parallel_div
 from maveriq.domain.weight_formats import BITS_16, FORMATS, WeightFormat
 from maveriq.estimate.engine_presets import DEFAULT_ENGINE, EnginePreset, engine_preset
 from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
+from maveriq.estimate.hand_over import node_channel
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
@@ -35,7 +36,6 @@ _KV_FORMATS = {
 _Stage: TypeAlias = tuple[ModelSpec, int, int, WeightType, KvType]
 """A model, and the degrees and formats that all stages of a pipeline share."""
 
-_HAND_OVER_US = 15.0
 _KV_BLOCK_TOKENS = 16
 _OUTPUT_TOKENS = 20  # of a request, where the memory of none in particular is asked for
 # Memory of an engine on each GPU beside weights, cache and activations, and what communication adds (read off five
@@ -137,14 +137,16 @@ class PhysicsEstimator:
         check_lengths(model, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch)
         check_estimable(self, model, configuration)
         steps = self._step_model(model, configuration)
-        handed_us = _HAND_OVER_US * (configuration.pp - 1)
         chunks = [Chunk(tokens=prompt_tokens)] * batch
         prefill_us = steps.gpu_us(decodes=0, context_tokens=0, chunks=chunks)
         # The mean context of a decoding sequence is its prompt and half of its output.
         context = batch * (prompt_tokens + output_tokens / 2)
         decode_us = steps.gpu_us(decodes=batch, context_tokens=context)
-        step_us = self.engine.step_time_us(decode_us, sequences=batch, has_prefill=False) + handed_us
-        first_us = self.engine.step_time_us(prefill_us, sequences=batch, has_prefill=True) + handed_us
+        channel, hand_overs = node_channel(self._operators.gpu), configuration.pp - 1
+        step_us = self.engine.step_time_us(decode_us, sequences=batch, has_prefill=False)
+        step_us += hand_overs * channel.hand_over_us(batch, model.hidden_size)
+        first_us = self.engine.step_time_us(prefill_us, sequences=batch, has_prefill=True)
+        first_us += hand_overs * channel.hand_over_us(batch * prompt_tokens, model.hidden_size)
         first_us += self.engine.first_token_delay_us(prompt_tokens)
         return ServiceEstimate(
             ttft_s=(first_us - step_us) / 1e6,

@@ -5,44 +5,15 @@ from __future__ import annotations
 from functools import cache
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
-from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheet
-from maveriq.estimate.cluster_spec import gpu_kind_in
+from maveriq.domain.gpu_kinds import GpuSheet
 from maveriq.estimate.fingerprints import FingerprintTable
-from maveriq.estimate.hardware_profile import (
-    DEFAULT_PROFILE,
-    IDLE_GIB,
-    HardwareProfile,
-    LoadFit,
-    MeasuredFacts,
-    load_profile,
-)
+from maveriq.estimate.hardware_profile import IDLE_GIB, HardwareProfile, LoadFit, MeasuredFacts
 from maveriq.units import bytes_from_gib, micros
 
 _PROMPT_TOKENS = 512
 _DRAIN_S = 300.0
 # An engine's process starts in about 20 s; weights come from a local disk at 2 GB/s.
 _LOAD_FIT = LoadFit(fixed_s=20.0, per_gpu_s=1.0, per_gib_s=0.5)
-
-
-def profile_for(name: str, gpus: str) -> HardwareProfile:
-    """Return the hardware profile for a cluster.
-
-    Args:
-        name: a profile's name or path, as `--profile` takes it. The default stands for the data sheet of the
-            cluster's GPUs where these are of another kind than the default profile's.
-        gpus: the cluster, as `--gpus` takes it.
-
-    Raises:
-        InputError: no such profile, cluster file or kind of GPU.
-    """
-    profile = load_profile(name)
-    if name != DEFAULT_PROFILE:
-        return profile
-    kind = gpu_kind_in(gpus)
-    if kind is None or kind.casefold() == profile.gpu_kind.casefold():
-        return profile
-    sheet = gpu_sheet(kind)
-    return profile if sheet.name == profile.gpu_kind else sheet_profile(sheet)
 
 
 @cache

@@ -9,8 +9,8 @@ from pathlib import Path
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
+from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.estimator import Estimator
-from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.exec import gpus
 from maveriq.exec.capabilities import SupportedByEngine, engine_facts, installed, max_sequence_tokens, this_machine
 from maveriq.exec.device import Device
@@ -88,14 +88,15 @@ class EngineOptions:
         )
 
 
-def local_cluster(name: str, profile: HardwareProfile) -> Cluster:
+def local_cluster(name: str, profiles: ClusterProfiles) -> Cluster:
     """Return the cluster that `--gpus` names; `local` means this machine's GPUs without the memory already in use.
 
     Raises:
         InputError: not a cluster, no GPU on this machine, or GPUs that the profile was not measured on.
     """
     if name != LOCAL:
-        return cluster_for(name, profile)
+        return cluster_for(name, profiles)
+    profile = profiles.main
     try:
         cluster = gpus.real_cluster()
     except InputError as error:

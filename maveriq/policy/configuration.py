@@ -7,7 +7,7 @@ orders those that meet everything else by latency, and says so in a note.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -22,7 +22,8 @@ from maveriq.domain.parallel import (
     shard_bytes,
     tensor_parallel_degrees,
 )
-from maveriq.estimate.estimator import ConfigurationAware, Estimator, ServiceEstimate
+from maveriq.estimate.estimator import ConfigurationAware, Estimator, KindAware, ServiceEstimate
+from maveriq.policy.gpu_pools import GpuPool, gpu_pools
 from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
 
@@ -119,21 +120,25 @@ def rank(
         evidence: measured latencies, for notes on surprising configurations.
         in_ms: notes and reasons state times in milliseconds, as the user gave them, not in seconds.
     """
-    gpus = view.by_free_memory()
     fitting: list[Candidate] = []
     rejected: list[RejectedConfig] = []
-    configurations = (
-        estimator.configurations(endpoint.model, gpus=len(gpus), batch_size=endpoint.batch_size)
-        if isinstance(estimator, ConfigurationAware)
-        else enumerate_configurations(endpoint.model, len(gpus), endpoint.batch_size)
-    )
-    for configuration in configurations:
-        outcome = _consider(endpoint, configuration, gpus, estimator, accuracy)
-        if isinstance(outcome, Candidate):
-            fitting.append(outcome)
-        else:
-            rejected.append(outcome)
+    for pool in gpu_pools(view):
+        for configuration in _configurations(endpoint, pool, estimator):
+            on_kind = replace(configuration, gpu=pool.kind) if pool.kind else configuration
+            outcome = _consider(endpoint, on_kind, pool, estimator, accuracy)
+            if isinstance(outcome, Candidate):
+                fitting.append(outcome)
+            else:
+                rejected.append(outcome)
     return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, in_ms=in_ms)
+
+
+def _configurations(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Iterable[ParallelConfig]:
+    """Return the configurations to consider on GPUs of one kind, in the order that breaks ties."""
+    own = estimator.of_kind(pool.kind) if isinstance(estimator, KindAware) else estimator
+    if isinstance(own, ConfigurationAware):
+        return own.configurations(endpoint.model, gpus=len(pool), batch_size=endpoint.batch_size)
+    return enumerate_configurations(endpoint.model, len(pool), endpoint.batch_size)
 
 
 def _with_notes(endpoint: EndpointSpec, fitting: list[Candidate], evidence: EvidenceLookup) -> list[Candidate]:
@@ -154,7 +159,7 @@ def _with_notes(endpoint: EndpointSpec, fitting: list[Candidate], evidence: Evid
 def _consider(
     endpoint: EndpointSpec,
     configuration: ParallelConfig,
-    gpus: list[GpuView],
+    pool: GpuPool,
     estimator: Estimator,
     accuracy: AccuracyLookup,
 ) -> Candidate | RejectedConfig:
@@ -164,13 +169,18 @@ def _consider(
     reason = reason or _broken_constraint(endpoint.intent, configuration, score)
     if reason:
         return RejectedConfig(configuration=configuration, reason=reason)
+    if configuration.tp > pool.largest_node:
+        return RejectedConfig(
+            configuration=configuration, reason=f"TP {configuration.tp} would cross nodes of {pool.largest_node} GPUs"
+        )
     memory_bytes = estimator.memory(endpoint.model, configuration)
-    chosen = gpus[: configuration.gpus]
     sizes = {"tp": configuration.tp, "layers": endpoint.model.layers, "memory_bytes": memory_bytes}
-    split = deal_layers(endpoint.model.layers, max_layers_per_stage([gpu.free_bytes for gpu in chosen], **sizes))
+    chosen, split, hops = _dealt(pool, configuration, **sizes)
     if split is None:
         detail = f"needs {gib(memory_bytes):.1f} GiB over {configuration.gpus} GPUs"
         return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)
+    if hops:
+        configuration = replace(configuration, network_hops=hops)
     service = estimator.service(
         endpoint.model,
         configuration,
@@ -190,6 +200,18 @@ def _consider(
             latency_s=service.latency_s, memory_bytes=memory_bytes, gpus=configuration.gpus
         ),
     )
+
+
+def _dealt(
+    pool: GpuPool, configuration: ParallelConfig, *, tp: int, layers: int, memory_bytes: Bytes
+) -> tuple[Sequence[GpuView], LayerSplit | None, int]:
+    """Return the first GPUs of the pool on which the layers fit, the layers of each stage, and the network hops."""
+    for gpus, hops in pool.choices(tp=tp, pp=configuration.pp):
+        free_bytes = [gpu.free_bytes for gpu in gpus]
+        split = deal_layers(layers, max_layers_per_stage(free_bytes, tp=tp, layers=layers, memory_bytes=memory_bytes))
+        if split is not None:
+            return gpus, split, hops
+    return (), None, 0
 
 
 def _broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: float | None) -> str | None:

@@ -1,7 +1,8 @@
 """MaverIQ's policy: the best configuration for the intent (SPEC 4), its shards placed by load (SPEC 5).
 
 A placement rule orders the GPUs. `place_shards` puts the largest shard first on the first GPU in
-that order that has enough free memory, one shard on a GPU.
+that order that has enough free memory, one shard on a GPU. A deployment that a node can hold stays
+on one node.
 """
 
 from __future__ import annotations
@@ -83,6 +84,21 @@ def place_shards(shards: Sequence[Bytes], order: Sequence[GpuView]) -> tuple[int
     return tuple(taken[position] for position in range(len(shards)))
 
 
+def place_on_a_node(shards: Sequence[Bytes], order: Sequence[GpuView]) -> tuple[int, ...] | None:
+    """Return the GPUs of the shards as `place_shards`, all on the node that comes first in the order with enough room.
+
+    A node has come when the shards fit those of its GPUs that have come.
+    """
+    nodes: dict[int, list[GpuView]] = {}
+    for gpu in (gpu for gpu in order if gpu.free_bytes >= min(shards)):
+        come = nodes.setdefault(gpu.node, [])
+        come.append(gpu)
+        placed = place_shards(shards, come) if len(come) >= len(shards) else None
+        if placed is not None:
+            return placed
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaverIQ:
     """MaverIQ's policy: chooses a configuration by SPEC 4, places its shards by SPEC 5.
@@ -121,6 +137,8 @@ class MaverIQ:
         return Deploy(plans=(plan,))
 
     def _place(self, best: Candidate, view: ClusterView) -> tuple[int, ...] | None:
-        if self.rule is None:
+        """Return the GPUs by the rule; where only several nodes together hold the deployment, those it was split by."""
+        if self.rule is None or best.configuration.network_hops:
             return best.gpu_ids
-        return place_shards(best.gpu_bytes, self.rule(self.tie_break.order(view.gpus)))
+        order = self.rule(self.tie_break.order(view.gpus))
+        return place_on_a_node(best.gpu_bytes, [gpu for gpu in order if gpu.kind == best.configuration.gpu])

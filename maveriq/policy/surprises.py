@@ -46,7 +46,7 @@ class SurpriseFinder:
         return "; ".join(filter(None, notes))
 
     def _faster_pipeline(self, configuration: ParallelConfig) -> str:
-        whole = replace(configuration, pp=1)
+        whole = replace(configuration, pp=1, network_hops=0)
         if configuration.pp == 1 or self._time_s(whole) <= self._time_s(configuration):
             return ""
         return self._sentence(configuration, whole, f"PP {configuration.pp} is faster than PP 1")

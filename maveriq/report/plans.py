@@ -44,7 +44,7 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
     )
     columns = [
         Column("\n#", align="right", style="dim", wrap="words"),
-        Column("\nconfiguration"),
+        Column("\nconfiguration", wrap="never" if wide or len(cluster.kinds) == 1 else "words"),
         Column("\nlayers", wrap="never" if wide else "words"),
         *map(number_column, _headers(endpoint, wide=wide)),
     ]
@@ -69,15 +69,8 @@ def _equal_candidates(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     groups: dict[object, list[Candidate]] = {}
     for candidate in candidates:
         at = candidate.configuration
-        key = (
-            at.tp,
-            at.pp,
-            at.ep,
-            candidate.layer_split,
-            candidate.service,
-            candidate.memory_bytes,
-            candidate.accuracy,
-        )
+        where = (at.gpu, at.tp, at.pp, at.ep, at.network_hops, candidate.layer_split)
+        key = (*where, candidate.service, candidate.memory_bytes, candidate.accuracy)
         apart = (at.weights, at.kv) if candidate.note else (at.kv is KvType.NATIVE,)
         groups.setdefault((*key, *apart), []).append(candidate)
     return list(groups.values())
@@ -201,4 +194,6 @@ def _configuration_json(configuration: ParallelConfig) -> dict[str, Any]:
         "kv": configuration.kv.value,
         "batch_size": configuration.batch_size,
         **({"ep": configuration.ep} if configuration.ep > 1 else {}),
+        **({"gpu": configuration.gpu} if configuration.gpu else {}),
+        **({"network_hops": configuration.network_hops} if configuration.network_hops else {}),
     }

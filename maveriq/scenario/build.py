@@ -17,17 +17,19 @@ from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
+from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults
+from maveriq.estimate.cluster_profiles import ClusterProfiles, profiles_for
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.estimator import Estimator
-from maveriq.estimate.hardware_profile import GpuKind, HardwareProfile
-from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator, make_estimator, note_on_default
-from maveriq.estimate.sheet_profile import profile_for
+from maveriq.estimate.hardware_profile import HardwareProfile, gpu_kind
+from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
 from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
 from maveriq.policy.registry import RULES, make_policy, policy_of_rule
 from maveriq.scenario.beyond_context import note_on_engine_tokens, note_on_long_requests, refuses_long_requests
+from maveriq.scenario.cluster_notes import note_on_cluster
 from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
@@ -71,7 +73,7 @@ def build_system(
     *,
     components: Components = Components(),
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
-    make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
+    make_cluster: Callable[[str, ClusterProfiles], Cluster] | None = None,
     engine_tokens: Callable[[ModelSpec], int | None] | None = None,
 ) -> ReplaySystem:
     """Build the system that options describe, with the workload that it replays; read every file that they name.
@@ -87,25 +89,25 @@ def build_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    profile = profile_for(options.profile, options.gpus)
-    cluster = (make_cluster or cluster_for)(options.gpus, profile)
+    profiles = profiles_for(options.profile, options.gpus)
+    profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(options, profile, cluster)
-    name, estimator = _estimator(options, profile, wrap_estimator, components.estimator)
+    name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
-    given_policy = _given_policy(components, profile, estimator)
-    policy, notes = (given_policy, ()) if given_policy else _policy(options, profile, cluster, estimator, workload)
+    given_policy = _given_policy(components, profiles, estimator)
+    policy, notes = (given_policy, ()) if given_policy else _policy(options, profiles, cluster, estimator, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     return ReplaySystem(
         cluster=cluster,
         policy=policy,
         settings=replace(_controller_settings(options, profile, components.router), engine_tokens=engine_tokens),
         predict_service_time=_service_time_predictor(estimator),
-        service_times=_given_service_times(components) or _service_times(options, profile, workload),
-        load_time=_load_time(options, profile),
+        service_times=_given_service_times(components) or _service_times(options, profiles, cluster, workload),
+        load_time=_load_time(options, profiles),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
         notes=(
-            *_notes(options, profile, components),
+            *_notes(options, profiles, cluster, components),
             *notes,
             *note_on_long_requests(options, profile, workload),
             *note_on_engine_tokens(workload, engine_tokens),
@@ -123,7 +125,7 @@ def build_live_system(
     options: Options,
     *,
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
-    make_cluster: Callable[[str, HardwareProfile], Cluster] | None = None,
+    make_cluster: Callable[[str, ClusterProfiles], Cluster] | None = None,
     engine_tokens: Callable[[ModelSpec], int | None] | None = None,
 ) -> tuple[ServingSystem, PinnedPlacementPolicy]:
     """Build a system without a workload, for `maveriq serve`, and return it with its policy.
@@ -139,19 +141,19 @@ def build_live_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    profile = profile_for(options.profile, options.gpus)
-    cluster = (make_cluster or cluster_for)(options.gpus, profile)
+    profiles = profiles_for(options.profile, options.gpus)
+    profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(replace(options, no_dispatch_overhead=True), profile, cluster, live=True)
-    name, estimator = _estimator(options, profile, wrap_estimator)
+    name, estimator = _estimator(options, profiles, cluster, wrap_estimator)
 
     def policy(name: str) -> Policy:
         return make_policy(
             name,
             estimator=estimator,
-            accuracy=profile.accuracy,
+            accuracy=profiles.accuracy,
             packing_threshold=options.packing_threshold,
             tie_break=choice(TieBreak, "tie break", options.tie_break),
-            evidence=profile.full_models.ratio,
+            evidence=profiles.measured_ratio,
         )
 
     placements = PinnedPlacementPolicy(
@@ -162,23 +164,24 @@ def build_live_system(
         policy=placements,
         settings=replace(_controller_settings(options, profile, live=True), engine_tokens=engine_tokens),
         predict_service_time=_service_time_predictor(estimator),
-        service_times=_service_times(options, profile, workload=None),
-        load_time=_load_time(options, profile),
+        service_times=_service_times(options, profiles, cluster, workload=None),
+        load_time=_load_time(options, profiles),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
-        notes=_notes(options, profile),
+        notes=_notes(options, profiles, cluster),
     )
     return system, placements
 
 
 def _estimator(
     options: Options,
-    profile: HardwareProfile,
+    profiles: ClusterProfiles,
+    cluster: Cluster,
     wrap: Callable[[Estimator], Estimator] | None,
     given: Estimator | None = None,
 ) -> tuple[str, Estimator]:
     """Return the name of the estimator to plan with, and the estimator."""
-    estimator = given or make_estimator(options.estimator or default_estimator(profile), profile)
+    estimator = given or estimator_for(cluster, profiles, options.estimator)
     return estimator.name, wrap(estimator) if wrap else estimator
 
 
@@ -189,17 +192,17 @@ def _given_service_times(components: Components) -> ServiceTimes | None:
     return EstimatedServiceTimes(given)
 
 
-def _service_times(options: Options, profile: HardwareProfile, workload: Workload | None) -> ServiceTimes:
-    """Return what `--service-times` names, by default the best that the profile has data for."""
-    name = options.service_times or default_estimator(profile)
-    if name not in (*ESTIMATORS, RECORDED):
+def _service_times(
+    options: Options, profiles: ClusterProfiles, cluster: Cluster, workload: Workload | None
+) -> ServiceTimes:
+    """Return what `--service-times` names, by default the best that the profiles have data for."""
+    name = options.service_times
+    if name is not None and name not in (*ESTIMATORS, RECORDED):
         raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
     if options.exclude_run is not None:
-        if name != CALIBRATED:
-            raise InputError(f"--exclude-run applies to --service-times calibrated, not to {name!r}; leave it out")
-        return EstimatedServiceTimes(CalibratedEstimator.serving(profile, without_run=options.exclude_run))
+        return EstimatedServiceTimes(_calibrated_without_run(options, profiles, options.exclude_run))
     if name != RECORDED:
-        return EstimatedServiceTimes(make_estimator(name, profile))
+        return EstimatedServiceTimes(estimator_for(cluster, profiles, name))
     if workload is None:
         raise InputError("--service-times recorded replays recorded times, and a live service has none; leave it out")
     if workload.arrivals.service_us is None:
@@ -210,11 +213,23 @@ def _service_times(options: Options, profile: HardwareProfile, workload: Workloa
     return RecordedServiceTimes(workload.arrivals.service_us)
 
 
-def _notes(options: Options, profile: HardwareProfile, components: Components = Components()) -> tuple[str, ...]:
-    """Return the note on default estimators, unless the user chose both."""
-    note = note_on_default(profile)
+def _calibrated_without_run(options: Options, profiles: ClusterProfiles, run: str) -> CalibratedEstimator:
+    name = options.service_times or default_estimator(profiles.main)
+    if name != CALIBRATED:
+        raise InputError(f"--exclude-run applies to --service-times calibrated, not to {name!r}; leave it out")
+    if len(profiles.by_kind) > 1:
+        raise InputError(
+            f"--exclude-run applies to GPUs of one kind, not to {', '.join(profiles.by_kind)}; leave it out"
+        )
+    return CalibratedEstimator.serving(profiles.main, without_run=run)
+
+
+def _notes(
+    options: Options, profiles: ClusterProfiles, cluster: Cluster, components: Components = Components()
+) -> tuple[str, ...]:
+    """Return what the cluster is made of, unless its name says it, and notes on default estimators not chosen."""
     chosen = (options.estimator or components.estimator) and (options.service_times or components.service_times)
-    return (note,) if note and not chosen else ()
+    return (*note_on_cluster(cluster), *(() if chosen else notes_on_defaults(profiles)))
 
 
 def _faults(
@@ -235,31 +250,31 @@ def _removals(options: Options, workload: Workload) -> tuple[Removal, ...]:
 
 
 def _policy(
-    options: Options, profile: HardwareProfile, cluster: Cluster, estimator: Estimator, workload: Workload
+    options: Options, profiles: ClusterProfiles, cluster: Cluster, estimator: Estimator, workload: Workload
 ) -> tuple[Policy, tuple[str, ...]]:
     """Return the policy, and notes on it."""
     _refuse_ignored_options(options)
     if options.policy in STATIC_POLICIES:
-        return search_static_placement(options, profile, cluster, estimator, workload)
+        return search_static_placement(options, profiles.main, cluster, estimator, workload)
     policy = make_policy(
         resolved(options.policy),
         estimator=estimator,
-        accuracy=profile.accuracy,
+        accuracy=profiles.accuracy,
         packing_threshold=options.packing_threshold,
         tie_break=choice(TieBreak, "tie break", options.tie_break),
-        evidence=profile.full_models.ratio,
+        evidence=profiles.measured_ratio,
         others=STATIC_POLICIES,
     )
     return policy, ()
 
 
-def _given_policy(components: Components, profile: HardwareProfile, estimator: Estimator) -> Policy | None:
+def _given_policy(components: Components, profiles: ClusterProfiles, estimator: Estimator) -> Policy | None:
     if components.placement_rule is not None:
         return policy_of_rule(
             components.placement_rule,
             estimator=estimator,
-            accuracy=profile.accuracy,
-            evidence=profile.full_models.ratio,
+            accuracy=profiles.accuracy,
+            evidence=profiles.measured_ratio,
         )
     return components.policy
 
@@ -288,16 +303,19 @@ def _deployments_requested_us(policy: Policy, workload: Workload) -> list[Micros
     ]
 
 
-def cluster_for(gpus: str, profile: HardwareProfile) -> Cluster:
-    """Return the cluster that `--gpus` describes, checked against the profile.
+def cluster_for(gpus: str, profiles: ClusterProfiles) -> Cluster:
+    """Return the cluster that `--gpus` describes, checked against the profiles.
 
     Raises:
         InputError: no cluster can be read, or the profile was not measured on its GPUs.
     """
-    own = GpuKind(name=profile.gpu_kind, capacity_bytes=profile.capacity_bytes, idle_bytes=profile.idle_bytes)
-    cluster = cluster_from(gpus, own)
+    own = [
+        gpu_kind(profile.gpu_kind, capacity_bytes=profile.capacity_bytes, idle_bytes=profile.idle_bytes)
+        for profile in profiles.by_kind.values()
+    ]
+    cluster, profile = cluster_from(gpus, own), profiles.main
     for gpu in cluster.gpus:
-        if gpu.kind != profile.gpu_kind:
+        if gpu.kind not in profiles.by_kind:
             raise InputError(
                 f"profile {profile.name!r} was measured on {profile.gpu_kind}, but GPU {gpu.gpu_id} of cluster "
                 f"{cluster.name!r} is of kind {gpu.kind}; give a cluster of {profile.gpu_kind} with --gpus, or a "
@@ -341,13 +359,13 @@ def _timing(options: Options, measured: DispatchTiming) -> DispatchTiming:
     return replace(DispatchTiming() if options.no_dispatch_overhead else measured, **given)
 
 
-def _load_time(options: Options, profile: HardwareProfile) -> LoadTime:
-    """Return how long engines load: as the user says, else as the profile does."""
+def _load_time(options: Options, profiles: ClusterProfiles) -> LoadTime:
+    """Return how long engines load: as the user says, else as the profile of their GPUs does."""
 
     def load_time(plan: DeploymentPlan) -> Micros:
         if options.load_s is not None:
             return micros(options.load_s)
-        return duration_micros(profile.load_time_s(plan.model, plan.configuration, gib(max(plan.gpu_bytes))))
+        return duration_micros(profiles.load_time_s(plan.model, plan.configuration, gib(max(plan.gpu_bytes))))
 
     return load_time
 

@@ -56,6 +56,11 @@ def search_static_placement(
         InputError: options that do not match the trace, GPUs that differ, a model without profile.
     """
     published, name = options.alpaserve_as_published, resolved(options.policy)
+    if len(cluster.kinds) > 1:
+        raise InputError(
+            f"cluster {cluster.name!r} has {', '.join(cluster.kinds)}, and {name} places models on GPUs of one kind; "
+            "use another policy, or such a cluster"
+        )
     profiles = _profiles(options, cluster, estimator, workload)
     forecast = _published_forecast(options, profile, workload) if published else _forecast(options, profile, workload)
     solution = search(

@@ -14,11 +14,12 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.weight_formats import FORMATS
 from maveriq.errors import InputError
+from maveriq.estimate.cluster_profiles import profiles_for
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.operators import operators_of
 from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.estimate.registry import default_estimator
-from maveriq.estimate.sheet_profile import profile_for, sheet_profile
+from maveriq.estimate.sheet_profile import sheet_profile
 from maveriq.estimate.step_time import StepModel
 from maveriq.planning import PlanOptions, rank_configurations
 from maveriq.units import gib
@@ -53,10 +54,10 @@ def test_every_kind_of_the_catalogue_is_answered(kind: str) -> None:
 
 
 def test_the_data_sheet_is_the_profile_of_unmeasured_gpus() -> None:
-    profile = profile_for("a6000-short", "16xH100")
+    profile = profiles_for("a6000-short", "16xH100").main
     assert (profile.gpu_kind, default_estimator(profile)) == ("H100-SXM", "physics")
-    assert profile_for("a6000-short", "8xA6000").name == "a6000-short"
-    assert profile_for("a6000-long", "8xA6000").name == "a6000-long"
+    assert profiles_for("a6000-short", "8xA6000").main.name == "a6000-short"
+    assert profiles_for("a6000-long", "8xA6000").main.name == "a6000-long"
 
 
 def test_memory_is_weights_cache_and_a_little_more() -> None:
