@@ -8,43 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from maveriq.domain.models import KvType, ModelSpec, WeightType, shape_of
+from maveriq.calibration.measurements import Measurement, read_measurements
+from maveriq.domain.models import ModelSpec, shape_of
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.estimator import Estimator, LengthAwareMemory, MemoryMarginAware, ServiceEstimate
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.registry import CALIBRATED, make_estimator
-from maveriq.tables import Row, choice, read_csv
 from maveriq.units import Bytes, gib
-
-COLUMNS = (
-    "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
-    "memory_after_run_gib",
-)  # fmt: skip
-"""Columns that a table of measurements must have."""
-
-OPTIONAL_COLUMNS = (
-    "prompt_tokens", "layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
-)  # fmt: skip
-"""Columns that it may also have; only `prompt_tokens` is used."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One measured run of a model with a configuration: its latency, and its memory over all GPUs.
-
-    `prompt_tokens` is None if the table has no such column.
-    """
-
-    where: str
-    model_name: str
-    layers: int
-    configuration: ParallelConfig
-    output_tokens: int
-    latency_s: float
-    memory_gib: float
-    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +100,7 @@ def evaluate(table: Path, estimator: Estimator, *, prompt_tokens: int) -> Evalua
     """Compare an estimator with a table of measurements.
 
     Args:
-        table: a CSV file with `COLUMNS`, a row per measured run.
+        table: a table of measurements, a row per measured run.
         estimator: the estimator to compare.
         prompt_tokens: prompt length for rows without `prompt_tokens`.
 
@@ -159,45 +131,9 @@ def grouped_errors(answers: list[Answer]) -> tuple[Group, ...]:
     return tuple(group for by, key in _GROUPINGS for group in _grouped(answers, by, key))
 
 
-def read_measurements(table: Path) -> Iterator[Measurement]:
-    """Yield the rows of a table of measurements.
-
-    Raises:
-        InputError: not such a table, a time or a memory that is not positive, an unknown type.
-    """
-    for row in read_csv(table, COLUMNS, what="table of measurements", optional=OPTIONAL_COLUMNS):
-        yield Measurement(
-            where=row.where,
-            model_name=row.text("model"),
-            layers=_layers(row),
-            configuration=ParallelConfig(
-                tp=row.count("tp", minimum=1),
-                pp=row.count("pp", minimum=1),
-                weights=choice(row, "weight_dtype", WeightType),
-                kv=KvType.INT8 if row.count("int8_kv") else KvType.NATIVE,
-                batch_size=row.count("batch_size", minimum=1),
-            ),
-            output_tokens=row.count("output_tokens", minimum=1),
-            latency_s=_positive(row, "latency_s"),
-            memory_gib=_positive(row, "memory_after_run_gib"),
-            prompt_tokens=row.count("prompt_tokens", minimum=1) if "prompt_tokens" in row.cells else None,
-        )
-
-
-def _layers(row: Row) -> int:
-    split = row.text("layer_split").split()
-    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in split) or not sum(map(int, split)):
-        raise InputError(f"{row.where}: layer_split must be layers of each stage, such as '16 16', not {split!r}")
-    return sum(map(int, split))
-
-
-def _positive(row: Row, column: str) -> float:
-    return row.number(column, minimum=1e-9)  # a percentage error of a smaller value is meaningless, and may be infinite
-
-
 def compare_row(measured: Measurement, evaluated: EvaluatedEstimator) -> Answer | str:
     """Return the errors of the estimate for a row, or the reason why the row has no estimate."""
-    known = shape_of(measured.model_name)
+    known = measured.model
     if known is None:
         return f"{measured.model_name} is not in the model catalogue"
     # Use the layers of the table: fingerprints of few layers are measurements too.

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from maveriq.calibration.evaluation import Answer, EvaluatedEstimator, Measurement, compare_row
+from maveriq.calibration.evaluation import Answer, EvaluatedEstimator, compare_row
+from maveriq.calibration.measurements import Measurement
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import DEFAULT_PROFILE, HardwareProfile, known_profiles, load_profile

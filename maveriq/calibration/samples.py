@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from maveriq.calibration.evaluation import COLUMNS, Measurement, read_measurements
-from maveriq.domain.models import ModelSpec, load_model, shape_of
+from maveriq.calibration.measurements import Measurement, is_table_of_measurements, read_measurements
+from maveriq.domain.models import ModelSpec, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import Fingerprint, Fingerprints, derive
 from maveriq.files import exists, is_folder
-from maveriq.input_files import read_lines
-from maveriq.tables import MAX_TABLE_BYTES
 
 LONG_TRUTH, BATCHED_TRUTH = "full_model_long_prompt.csv", "full_model_batched_short_prompt.csv"
 _LONG_FINGERPRINTS, _SHORT_FINGERPRINTS = "fingerprint_long_prompt.csv", "fingerprint_short_prompt.csv"
@@ -52,9 +50,9 @@ def read_samples(data: Path, *, prompt_tokens: int | None = None) -> list[Sample
     """Read the rows that a fit can use.
 
     Args:
-        data: a table of measurements, or a folder of them: any table with a column `prompt_tokens`, and
-            the published tables by their names. A model that is not in the catalogue needs its
-            Hugging Face configuration in the same folder, as MODEL/config.json.
+        data: a table of measurements, or a folder of them: what `maveriq profile` wrote, any table with a column
+            `prompt_tokens`, and the published tables by their names. A model that is neither in the catalogue nor in
+            models.toml beside the table needs its Hugging Face configuration in the same folder, as MODEL/config.json.
         prompt_tokens: prompt length of tables without that column; None for that of the published tables.
 
     Raises:
@@ -64,12 +62,21 @@ def read_samples(data: Path, *, prompt_tokens: int | None = None) -> list[Sample
     samples = [
         sample
         for table, default in _tables(data, prompt_tokens)
-        for measured in read_measurements(table)
+        for measured in _with_first_tokens(read_measurements(table))
         if (sample := _sample(table.name, measured, default, folder)).measured.configuration.batch_size <= _MAX_BATCH
     ]
     if all(sample.is_fingerprint for sample in samples):
         raise InputError(f"{str(data)!r} has no row of a whole model, which a fit needs; add measurements of some")
     return samples
+
+
+def _with_first_tokens(rows: Iterable[Measurement]) -> Iterator[Measurement]:
+    """Yield each row, and the time to its first token where it was measured apart: a second latency of the same run."""
+    for row in rows:
+        yield row
+        first = row.at_first_token()
+        if first is not None:
+            yield first
 
 
 def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int | None]]:
@@ -78,7 +85,11 @@ def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int |
         yield data, prompt_tokens or _PUBLISHED_PROMPTS.get(data.name)
         return
     known = [data / name for name in _PUBLISHED_PROMPTS if exists(data / name)]
-    others = [path for path in sorted(data.glob("*.csv")) if path not in known and _is_table(path, prompt_tokens)]
+    others = [
+        path
+        for path in sorted(data.glob("*.csv"))
+        if path not in known and is_table_of_measurements(path, with_prompts=prompt_tokens is None)
+    ]
     if not [*known, *others]:
         raise InputError(
             f"data folder {str(data)!r} has no table of measurements with a column prompt_tokens; add the column, or "
@@ -86,13 +97,6 @@ def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int |
         )
     for path in [*known, *others]:
         yield path, prompt_tokens or _PUBLISHED_PROMPTS.get(path.name)
-
-
-def _is_table(path: Path, prompt_tokens: int | None) -> bool:
-    """Return whether a file is a table of measurements with known prompt lengths."""
-    lines = read_lines(path, what="table of measurements", max_bytes=MAX_TABLE_BYTES)
-    header = next(lines, "").strip().split(",")
-    return set(COLUMNS) <= set(header) and ("prompt_tokens" in header or prompt_tokens is not None)
 
 
 def _sample(table: str, measured: Measurement, default: int | None, folder: Path) -> Sample:
@@ -114,7 +118,7 @@ def _sample(table: str, measured: Measurement, default: int | None, folder: Path
 
 
 def _model(measured: Measurement, folder: Path) -> ModelSpec:
-    known, config = shape_of(measured.model_name), folder / measured.model_name / "config.json"
+    known, config = measured.model, folder / measured.model_name / "config.json"
     if known is None and not exists(config):
         raise InputError(
             f"{measured.where}: model {measured.model_name!r} is not in the catalogue; put its Hugging Face "

@@ -27,9 +27,9 @@ from maveriq.calibration.evaluation import (
     Group,
     benchmarked_estimator,
     evaluate_rows,
-    read_measurements,
 )
 from maveriq.calibration.fitting import Kinds, exponents_csv, fit_exponents, start_calibration, start_for
+from maveriq.calibration.measurements import read_measurements
 from maveriq.calibration.online import cross_fit_online, errors_without
 from maveriq.calibration.profile_matching import ProfileMatch, match
 from maveriq.calibration.samples import read_samples

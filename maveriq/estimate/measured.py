@@ -23,6 +23,10 @@ COLUMNS = ("model", "weights", "kv", "tp", "pp", "batch", "prompt_tokens", "ttft
 """Columns of a table of measurements. `ttft_s` is the time at zero output tokens (the first token comes at
 `ttft_s + tpot_s`, as everywhere in maveriq); `memory_gib` is over all GPUs."""
 
+OPTIONAL_COLUMNS = ("output_tokens", "layers")
+"""Columns that such a table may also have: tokens of an output, which `maveriq fit` needs, and the layers of the model,
+fewer than its own where it was cut. The estimator does not use them."""
+
 _MAX_VALUE = 1e6
 
 
@@ -121,7 +125,8 @@ class MeasuredEstimator:
 
 
 def _read(path: Path) -> dict[ModelConfig, dict[_Point, _Measured]]:
-    rows = unique((_key(row), _figures(row), row) for row in read_csv(path, COLUMNS, what="table of measurements"))
+    table = read_csv(path, COLUMNS, what="table of measurements", optional=OPTIONAL_COLUMNS)
+    rows = unique((_key(row), _figures(row), row) for row in table)
     measured: dict[ModelConfig, dict[_Point, _Measured]] = {}
     for (key, point), figures in rows.items():
         measured.setdefault(key, {})[point] = figures

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from maveriq.domain.models import ModelSpec
-from maveriq.estimate.measured import COLUMNS
+from maveriq.estimate.measured import COLUMNS, OPTIONAL_COLUMNS
 from maveriq.profiling.measure import Measured
 from maveriq.report.requests_csv import csv_cell
 from maveriq.report.run_folder import write_folder
@@ -78,7 +78,7 @@ def write_profile(folder: Path, machine: Machine, measured: Sequence[Measured], 
             "# Seconds from the command to an engine that serves: the median of those measured.\n"
             f"fixed_s = {load_s:.3f}\nper_gpu_s = 0.0\nper_gib_s = 0.0\n"
         ),
-        "measured.csv": "\n".join([",".join(COLUMNS), *map(_line, measured), ""]),
+        "measured.csv": "\n".join([",".join(COLUMNS + OPTIONAL_COLUMNS), *map(_line, measured), ""]),
         "models.toml": "\n".join(
             [
                 "# Written by `maveriq profile`: what was measured. Another model of the same name is refused.",
@@ -111,6 +111,6 @@ def _line(result: Measured) -> str:
     cells = (
         csv_cell(result.model.name), configuration.weights.value, configuration.kv.value, configuration.tp,
         configuration.pp, case.batch, case.prompt_tokens, f"{result.ttft_s:.6f}", f"{result.tpot_s:.6f}",
-        f"{result.memory_gib:.6f}",
+        f"{result.memory_gib:.6f}", case.output_tokens, result.model.layers,
     )  # fmt: skip
     return ",".join(map(str, cells))

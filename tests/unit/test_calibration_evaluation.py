@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from maveriq.calibration.evaluation import COLUMNS, Evaluation, Group, evaluate
+from maveriq.calibration.evaluation import Evaluation, Group, evaluate
+from maveriq.calibration.measurements import PUBLISHED_COLUMNS
 from maveriq.cli.fit import fit
 from maveriq.errors import InputError
 from maveriq.estimate.hardware_profile import load_profile
@@ -30,7 +31,7 @@ def groups(evaluation: Evaluation, by: str) -> dict[str, Group]:
 
 def write(folder: Path, *rows: str) -> Path:
     path = folder / "table.csv"
-    path.write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
+    path.write_text("\n".join([",".join(PUBLISHED_COLUMNS), *rows]) + "\n")
     return path
 
 

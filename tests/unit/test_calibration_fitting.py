@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -9,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from maveriq.calibration.evaluation import COLUMNS
 from maveriq.calibration.fitting import fit_exponents, start_calibration
+from maveriq.calibration.measurements import PUBLISHED_COLUMNS, read_measurements
 from maveriq.calibration.samples import constants_of, read_samples, without_ground_truth
 from maveriq.cli.fit import fit
 from maveriq.domain.models import KvType, ModelSpec, WeightType, load_model
@@ -18,7 +19,10 @@ from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration
 from maveriq.estimate.fingerprints import Exponents, ParallelLatency, read_exponents
+from maveriq.estimate.measured import COLUMNS
 from maveriq.estimate.roofline import latency_s
+from maveriq.profiling.folder import Machine, write_profile
+from maveriq.profiling.measure import Measured, MeasurementCase
 from maveriq.report.run_folder import write_run
 from maveriq.scenario.build import build_system
 from maveriq.scenario.options import Options
@@ -26,7 +30,7 @@ from maveriq.sim.simulator import simulate
 from maveriq.streams import generator
 
 MODELS = ("llama-2-7b", "gptj-6b", "falcon-7b")
-HEADER = ",".join([*COLUMNS, "prompt_tokens"])
+HEADER = ",".join([*PUBLISHED_COLUMNS, "prompt_tokens"])
 
 
 def other_gpu() -> Calibration:
@@ -147,7 +151,7 @@ def test_variants_are_left_out_with_their_base_model(tmp_path: Path) -> None:
 
 def test_prompt_tokens_can_be_given_for_a_table_without_them(tmp_path: Path) -> None:
     lines = [line.rpartition(",")[0] for line in rows(other_gpu()) if line.endswith(",64")]
-    table = write(tmp_path / "t.csv", lines, ",".join(COLUMNS))
+    table = write(tmp_path / "t.csv", lines, ",".join(PUBLISHED_COLUMNS))
     assert {sample.prompt_tokens for sample in read_samples(table, prompt_tokens=64)} == {64}
     assert {sample.prompt_tokens for sample in read_samples(tmp_path, prompt_tokens=64)} == {64}
     with pytest.raises(InputError, match="no column prompt_tokens; add it, or give --prompt-tokens"):
@@ -235,3 +239,60 @@ def test_runs_are_fitted_by_the_command(tmp_path: Path) -> None:
     assert read_calibration(out / "calibrated.toml", without_run="at-0.03").online != online
     nothing = run_fit(str(table), "--runs", str(out))
     assert "holds no run folder" in str(nothing.exception)
+
+
+def profiled(truth: Calibration, name: str) -> list[Measured]:
+    """What `maveriq profile` would measure of a model on another GPU."""
+    model, found = load_model(name), []
+    for tp, batch, prompt in product((1, 2), (1, 8), (64, 1500)):
+        configuration = ParallelConfig(tp=tp, pp=1, weights=WeightType.FLOAT16)
+        todo = op_counts(model, KvType.NATIVE, tp=tp, pp=1, batch=batch, prompt_tokens=prompt)
+        times = [float(latency_s(todo, truth.roofline(WeightType.FLOAT16, tp), tokens)) for tokens in (1, 101)]
+        tpot_s = (times[1] - times[0]) / 100
+        found.append(
+            Measured(
+                model=model, configuration=configuration, ttft_s=times[0] - tpot_s, tpot_s=tpot_s,
+                case=MeasurementCase(batch=batch, prompt_tokens=prompt, output_tokens=100),
+                memory_gib=model.layers * 0.4 + batch, start_s=10,
+            )
+        )  # fmt: skip
+    return found
+
+
+def test_a_fit_reads_what_maveriq_profile_writes(tmp_path: Path) -> None:
+    measured = [found for name in MODELS[:2] for found in profiled(other_gpu(), name)]
+    folder = write_profile(tmp_path / "mine", Machine(kind="other", memory_gib=80, idle_gib=0.5), measured)
+    rows = list(read_measurements(folder / "measured.csv"))
+    for read, found in zip(rows, measured, strict=True):
+        assert read.latency_s == pytest.approx(found.ttft_s + 100 * found.tpot_s, rel=1e-3)
+        assert read.memory_gib == pytest.approx(found.memory_gib)
+        assert (read.layers, read.configuration.batch_size) == (found.model.layers, found.case.batch)
+    compared = run_fit(
+        "--evaluate", str(folder / "measured.csv"), "--profile", str(folder / "profile.toml"),
+        "--estimator", "measured", "--json",
+    )  # fmt: skip
+    assert compared.exit_code == 0, compared.output
+    assert json.loads(compared.stdout)["groups"][0]["latency"]["worst"] < 0.1
+    fitted = run_fit(str(folder), "--json")
+    assert fitted.exit_code == 0, fitted.output
+    overall = json.loads(fitted.stdout)["groups"][0]["latency"]
+    assert (overall["n"], overall["median"] < 2) == (2 * len(measured), True)  # first tokens are latencies, too
+
+
+def test_a_profile_without_its_output_tokens_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "measured.csv"
+    table.write_text(",".join(COLUMNS) + "\nllama-2-7b,float16,native,1,1,1,64,0.01,0.01,14\n")
+    with pytest.raises(InputError, match=r"line 2: no column output_tokens"):
+        list(read_measurements(table))
+
+
+def test_models_of_a_profile_are_known_from_its_folder(tmp_path: Path) -> None:
+    model = replace(load_model("llama-2-7b"), name="my-model", layers=8)
+    configuration = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16)
+    case = MeasurementCase(batch=1, prompt_tokens=64, output_tokens=20)
+    measured = Measured(model=model, configuration=configuration, case=case, ttft_s=0.1, tpot_s=0.01, memory_gib=4,
+                        start_s=1)  # fmt: skip
+    folder = write_profile(tmp_path / "mine", Machine(kind="other", memory_gib=80, idle_gib=0.5), [measured])
+    whole, first = read_samples(folder)
+    assert (whole.model.name, whole.model.layers, whole.is_fingerprint) == ("my-model", 8, False)
+    assert (whole.measured.latency_s, first.measured.latency_s) == pytest.approx((0.3, 0.11))

@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from maveriq.calibration.evaluation import COLUMNS, Measurement, benchmarked_estimator
+from maveriq.calibration.evaluation import benchmarked_estimator
+from maveriq.calibration.measurements import PUBLISHED_COLUMNS, Measurement
 from maveriq.calibration.profile_matching import match
 from maveriq.cli.fit import fit
 from maveriq.domain.models import WeightType, load_model
@@ -140,7 +141,7 @@ def test_a_measured_table_needs_no_option(
 
 def test_a_column_of_prompt_tokens_is_used_and_reported(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    table.write_text("\n".join([",".join([*COLUMNS, "prompt_tokens"]), f"{ROW},10", f"{ROW},923"]) + "\n")
+    table.write_text("\n".join([",".join([*PUBLISHED_COLUMNS, "prompt_tokens"]), f"{ROW},10", f"{ROW},923"]) + "\n")
     read = json.loads(run_fit("--evaluate", str(table), "--json"))
     assert (read["profile"], read["prompt_tokens"]) == ("a6000-short, a6000-long", None)
     shown = run_fit("--evaluate", str(table))
@@ -150,7 +151,7 @@ def test_a_column_of_prompt_tokens_is_used_and_reported(tmp_path: Path) -> None:
 
 def test_the_matched_profile_is_reported(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    table.write_text("\n".join([",".join(COLUMNS), ROW]) + "\n")
+    table.write_text("\n".join([",".join(PUBLISHED_COLUMNS), ROW]) + "\n")
     shown = run_fit("--evaluate", str(table))
     assert "profile: off in latency by " in shown
     assert "profile:" not in run_fit("--evaluate", str(table), "--profile", "a6000-short")

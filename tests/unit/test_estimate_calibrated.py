@@ -14,8 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from maveriq.calibration.evaluation import EACH, Evaluation, Group, Measurement, benchmarked_estimator, evaluate
+from maveriq.calibration.evaluation import EACH, Evaluation, Group, benchmarked_estimator, evaluate
 from maveriq.calibration.fitting import fit_calibration, start_calibration
+from maveriq.calibration.measurements import Measurement
 from maveriq.calibration.online import read_recorded
 from maveriq.calibration.samples import Sample, read_samples, without_ground_truth
 from maveriq.cli.fit import fit

@@ -103,7 +103,7 @@ def run_bounded(code: str, arguments: list[str], folder: Path) -> tuple[int, str
 
 READ_ALL = """
 import pathlib, sys
-from maveriq.calibration.evaluation import read_measurements
+from maveriq.calibration.measurements import read_measurements
 from maveriq.domain.models import load_model
 from maveriq.errors import InputError
 from maveriq.estimate.cluster_spec import cluster_from
