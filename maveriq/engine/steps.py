@@ -1,0 +1,73 @@
+"""What an engine computes in one step, and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from maveriq.engine.requests import RequestId
+from maveriq.engine.sequence import Sequence
+
+
+class ScheduledTokens(NamedTuple):
+    """What a step computes of one sequence.
+
+    Attributes:
+        sequence: the sequence.
+        tokens: tokens computed, at least 1.
+        past: tokens of the sequence that were computed before.
+        emits: whether a token comes out.
+    """
+
+    sequence: Sequence
+    tokens: int
+    past: int
+    emits: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """One step: what a step-time model needs, and whose tokens are computed.
+
+    Attributes:
+        decodes: sequences that compute one token, their newest.
+        context_tokens: tokens that these attend to, themselves included, all sequences together.
+        chunks: `(tokens, past)` of each sequence that computes a part of its prompt (or, after a preemption, of what
+            it had generated, too), in order.
+        scheduled: the sequences of the step in order, without those that are counted together.
+        together: sequences that are counted together (`DecodeCohort`); each emits a token.
+        preempted: sequences that lost their blocks when the step was composed.
+        tick: its number among the engine's steps, from 0.
+    """
+
+    decodes: int = 0
+    context_tokens: int = 0
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    scheduled: list[ScheduledTokens] = field(default_factory=list)
+    together: int = 0
+    preempted: list[Sequence] = field(default_factory=list)
+    tick: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is computed."""
+        return not self.decodes and not self.chunks
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return self.decodes + sum(tokens for tokens, _ in self.chunks)
+
+
+class Emitted(NamedTuple):
+    """A token of a request.
+
+    Attributes:
+        request_id: whose.
+        output_tokens: tokens that the request has now.
+        finish_reason: "length" or "stop" with the last one, otherwise None.
+    """
+
+    request_id: RequestId
+    output_tokens: int
+    finish_reason: str | None

@@ -1,0 +1,95 @@
+"""vLLM's engine loop around its scheduler (`vllm/v1/engine/core.py`: `step_with_batch_queue`; SCHEDULERS 1.7)."""
+
+from __future__ import annotations
+
+from maveriq.engine.interface import EngineCounters, QuietRun
+from maveriq.engine.requests import EngineRequest, RequestId
+from maveriq.engine.steps import Emitted, Step
+from maveriq.engine.vllm import VllmScheduler
+from maveriq.errors import InputError, InvariantError
+
+
+class VllmEngine:
+    """An engine of vLLM V1 (mutable); `maveriq.engine.interface.Engine` describes its methods.
+
+    With asynchronous scheduling a step is composed while the one before runs, so that arrivals and the blocks of
+    requests that end are seen one step later. It is assumed that no step ends before the next is composed.
+
+    Args:
+        scheduler: its scheduler, which no request has been given yet.
+    """
+
+    def __init__(self, scheduler: VllmScheduler) -> None:
+        self.scheduler = scheduler
+        self._must_wait = False  # for the oldest step in flight
+
+    def submit(self, request: EngineRequest) -> None:
+        """Add a request."""
+        limits, pool = self.scheduler.limits, self.scheduler.pool
+        if request.prompt_tokens >= limits.max_model_len:
+            raise InputError(
+                f"request {request.request_id!r}: a prompt of {request.prompt_tokens} tokens leaves no room for output "
+                f"within max_model_len {limits.max_model_len}; shorten it or raise max_model_len"
+            )
+        longest = pool.blocks * pool.block_size
+        if min(request.prompt_tokens + request.output_tokens - 1, limits.max_model_len - 1) > longest:
+            raise InputError(
+                f"request {request.request_id!r}: {request.prompt_tokens} prompt and {request.output_tokens} output "
+                f"tokens never fit into the KV cache of {longest} tokens; raise num_gpu_blocks"
+            )
+        self.scheduler.submit(request)
+
+    def abort(self, request_id: RequestId) -> bool:
+        """End a request now."""
+        return self.scheduler.abort(request_id)
+
+    def next_step(self) -> Step | None:
+        """Compose the next step; None if the engine waits."""
+        scheduler, in_flight = self.scheduler, self.scheduler.in_flight
+        while True:
+            if self._must_wait:
+                if not in_flight[0].is_empty:
+                    return None
+                scheduler.update()  # an empty step is done at once
+                self._must_wait = False
+            if not scheduler.has_requests:
+                if not in_flight:
+                    return None
+                self._must_wait = True
+                continue
+            step = scheduler.schedule()
+            self._must_wait = step.is_empty or len(in_flight) == scheduler.limits.steps_in_flight
+            if not step.is_empty:
+                return step
+
+    def finish_step(self) -> list[Emitted]:
+        """Take the tokens of the oldest step in flight."""
+        in_flight = self.scheduler.in_flight
+        if not in_flight or in_flight[0].is_empty:
+            raise InvariantError("finish_step: no step is in flight")
+        self._must_wait = False
+        return self.scheduler.update()
+
+    def quiet_run(self) -> QuietRun | None:
+        """Return the next steps in which nothing happens but decoding."""
+        cohort = self.scheduler.cohort
+        steps = 0 if self._must_wait else self.scheduler.quiet_steps()
+        return QuietRun(steps, cohort.size, cohort.context_tokens) if steps else None
+
+    def advance(self, steps: int) -> None:
+        """Do `next_step` and `finish_step` so many times."""
+        self.scheduler.advance(steps)
+
+    @property
+    def counters(self) -> EngineCounters:
+        """The state of the engine."""
+        scheduler = self.scheduler
+        return EngineCounters(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used_blocks=scheduler.pool.blocks - scheduler.pool.free_blocks,
+            blocks=scheduler.pool.blocks,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+        )
