@@ -18,7 +18,7 @@ from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.errors import InputError
 from maveriq.estimate.calibrated import layer_time_ratio, measured_layers
 from maveriq.estimate.calibration_file import Calibration, Margins
-from maveriq.estimate.memory import MemoryEstimate, memory_margin
+from maveriq.estimate.memory import MemoryEstimate, memory_interval
 
 _UNKNOWN = math.log(2.0)  # the error assumed where none was measured
 _QUANTILE = 93  # percentile of the errors on known models that covers 90 % of the errors on a new one
@@ -147,15 +147,18 @@ def _with_margins(calibration: Calibration, predictions: Sequence[HeldOutPredict
     wider = max(
         1.0, _quantile(abs(prediction.latency_log_error) / of_single[_tp(prediction)] for prediction in batched) or 1.0
     )
+    memory_single, memory_request = _memory_margins(single, batched)
     margins = Margins(
-        **_memory_margins(single, batched),
+        memory_single=memory_single,
+        memory_request=memory_request,
         single={tp: _margin(found) for tp, found in of_single.items()},
         batched={tp: _margin(wider * found) for tp, found in of_single.items()},
     )
     return msgspec.structs.replace(calibration, margins=margins)
 
 
-def _memory_margins(single: Sequence[HeldOutPrediction], batched: Sequence[HeldOutPrediction]) -> dict[str, float]:
+def _memory_margins(single: Sequence[HeldOutPrediction], batched: Sequence[HeldOutPrediction]) -> tuple[float, float]:
+    """Return the margin of memory, and the one for the share that further requests of a batch add."""
     known = _quantile(
         abs(prediction.memory_log_error) for prediction in single if prediction.memory_log_error is not None
     )
@@ -164,10 +167,7 @@ def _memory_margins(single: Sequence[HeldOutPrediction], batched: Sequence[HeldO
         for prediction in batched
         if prediction.memory is not None and prediction.memory_log_error is not None
     )
-    return {
-        "memory_single": _margin(known),
-        "memory_request": _margin(None if per_share is None else per_share * _few(batched)),
-    }
+    return _margin(known), _margin(None if per_share is None else per_share * _few(batched))
 
 
 def _few(predictions: Sequence[HeldOutPrediction]) -> float:
@@ -202,11 +202,10 @@ def errors_of(fitted: CrossFit) -> tuple[Group, ...]:
 
 def _compared(prediction: HeldOutPrediction, calibration: Calibration) -> Answer:
     margins, configuration = calibration.margins, prediction.sample.measured.configuration
-    single = configuration.batch_size == 1
     return errors_of_estimate(
         prediction.sample.measured,
-        (prediction.latency_s, (margins.single if single else margins.batched)[str(configuration.tp)]),
-        None if prediction.memory is None else (prediction.memory.gib, memory_margin(margins, prediction.memory)),
+        (prediction.latency_s, margins.latency_interval(configuration.tp, configuration.batch_size)),
+        None if prediction.memory is None else (prediction.memory.gib, memory_interval(margins, prediction.memory)),
     )
 
 

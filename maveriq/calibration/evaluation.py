@@ -13,8 +13,9 @@ from maveriq.domain.models import ModelSpec, shape_of
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.estimator import Estimator, LengthAwareMemory, MemoryMarginAware, ServiceEstimate
+from maveriq.estimate.estimator import Estimator, LengthAwareMemory, MemoryIntervalAware, ServiceEstimate
 from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.intervals import Interval
 from maveriq.estimate.registry import CALIBRATED, make_estimator
 from maveriq.units import Bytes, gib
 
@@ -158,23 +159,25 @@ def _compare(model: ModelSpec, measured: Measurement, evaluated: EvaluatedEstima
         memory = estimator.memory_with(model, configuration, **lengths)
     else:
         memory = estimator.memory(model, configuration)
-    memory_margin = estimator.memory_margin(model, configuration) if isinstance(estimator, MemoryMarginAware) else None
+    memory_interval = None
+    if isinstance(estimator, MemoryIntervalAware):
+        memory_interval = estimator.memory_interval(model, configuration)
     return errors_of_estimate(
         measured,
-        (service.latency_s, service.margin),
-        (gib(memory), memory_margin),
+        (service.latency_s, service.interval),
+        (gib(memory), memory_interval),
     )
 
 
 def errors_of_estimate(
-    measured: Measurement, latency: tuple[float, float | None], memory: tuple[float, float | None] | None
+    measured: Measurement, latency: tuple[float, Interval | None], memory: tuple[float, Interval | None] | None
 ) -> Answer:
     """Return the errors of an estimate.
 
     Args:
         measured: the measurement.
-        latency: the estimate in seconds, and its margin.
-        memory: the estimate in GiB, and its margin; None if there is no estimate.
+        latency: the estimate in seconds, and its interval.
+        memory: the estimate in GiB, and its interval; None if there is no estimate.
     """
     latency_ratio = latency[0] / measured.latency_s
     memory_ratio = None if memory is None else memory[0] / measured.memory_gib
@@ -182,14 +185,9 @@ def errors_of_estimate(
         measured,
         100 * abs(latency_ratio - 1),
         None if memory_ratio is None else 100 * abs(memory_ratio - 1),
-        _within(latency_ratio, latency[1]),
-        None if memory is None or memory_ratio is None else _within(memory_ratio, memory[1]),
+        latency[1] and latency[1].holds(latency[0], measured.latency_s),
+        None if memory is None else memory[1] and memory[1].holds(memory[0], measured.memory_gib),
     )
-
-
-def _within(ratio: float, margin: float | None) -> bool | None:
-    """Return whether the interval contains the measurement, given estimated over measured value."""
-    return None if margin is None else 1 / (1 + margin) <= ratio <= 1 + margin
 
 
 def _grouped(answers: list[Answer], by: str, key: Callable[[Measurement], str | int]) -> Iterator[Group]:
@@ -262,9 +260,9 @@ class LeaveOneOutEstimator:
             model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens
         )
 
-    def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
-        """Return the margin of memory, as `CalibratedEstimator.memory_margin`."""
-        return self._for(model).memory_margin(model, configuration)
+    def memory_interval(self, model: ModelSpec, configuration: ParallelConfig) -> Interval:
+        """Return the interval of memory, as `CalibratedEstimator.memory_interval`."""
+        return self._for(model).memory_interval(model, configuration)
 
     def _for(self, model: ModelSpec) -> CalibratedEstimator:
         found = self._without.get(model.name)

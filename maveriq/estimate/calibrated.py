@@ -15,7 +15,8 @@ from maveriq.estimate.calibration_file import Calibration, op_counts, read_calib
 from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.fingerprints import OUTPUTS, Fingerprints
 from maveriq.estimate.hardware_profile import HardwareProfile
-from maveriq.estimate.memory import MemoryEstimate, estimate_memory, is_measured, memory_margin
+from maveriq.estimate.intervals import Interval
+from maveriq.estimate.memory import MemoryEstimate, estimate_memory, is_measured, memory_interval
 from maveriq.estimate.roofline import OpCounts, RooflineParameters, first_token_s, latency_s, token_s
 from maveriq.units import Bytes, bytes_from_gib
 
@@ -99,10 +100,10 @@ class CalibratedEstimator:
         """The name by which `--estimator` and `--service-times` know it."""
         return "calibrated"
 
-    def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
-        """Return the margin m of the 90 % interval: from the estimate / (1 + m) to the estimate * (1 + m)."""
+    def memory_interval(self, model: ModelSpec, configuration: ParallelConfig) -> Interval:
+        """Return the factors of the estimate between which the memory lies in 90 of 100 cases."""
         margins, lengths = self._calibration.margins, self._default_lengths()
-        return memory_margin(margins, self._memory(model, configuration, **lengths))
+        return memory_interval(margins, self._memory(model, configuration, **lengths))
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why a configuration cannot be estimated or run here, None if it can."""
@@ -180,7 +181,7 @@ class CalibratedEstimator:
             ttft_s=times.first_s - tpot_s,
             tpot_s=tpot_s,
             output_tokens=output_tokens,
-            margin=self._margin(configuration.tp, batch),
+            interval=self._calibration.margins.latency_interval(configuration.tp, batch),
         )
 
     def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:
@@ -258,10 +259,6 @@ class CalibratedEstimator:
         short_s = float(token_s(ops, roofline, prompt_tokens))
         per_context_token_s = float(token_s(ops, roofline, prompt_tokens + 1)) - short_s
         return _Times(float(first_token_s(ops, roofline)), short_s, per_context_token_s / 2)
-
-    def _margin(self, tp: int, batch: int) -> float:
-        margins = self._calibration.margins
-        return (margins.single if batch == 1 else margins.batched)[str(tp)]
 
 
 def layer_time_ratio(measured: Iterable[tuple[OpCounts, int, float]], roofline: RooflineParameters) -> float:

@@ -16,6 +16,7 @@ import msgspec
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.intervals import Interval, within
 from maveriq.estimate.roofline import OpCounts, RooflineParameters, Values
 from maveriq.files import exists
 from maveriq.tables import Row, read_csv, read_toml
@@ -177,6 +178,14 @@ class Margins(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     memory_request: _NotNegative
     single: dict[str, _Positive]
     batched: dict[str, _Positive]
+
+    def latency_interval(self, tp: int, batch: int) -> Interval:
+        """Return the interval of a latency.
+
+        It has equal sides: estimates of one model are too high and of the next too low, so that errors of few models
+        do not tell on which side those of another will be.
+        """
+        return within((self.single if batch == 1 else self.batched)[str(tp)])
 
 
 class Calibration(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.cluster_profiles import ClusterProfiles
-from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, ServiceEstimate
+from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, SequenceAware, ServiceEstimate
 from maveriq.estimate.hand_over import UNKNOWN_NODE, Channel, network_channel, node_channel
 from maveriq.estimate.registry import default_estimator, make_estimator, note_on_default
 from maveriq.units import Bytes
@@ -116,6 +116,20 @@ class ClusterEstimator:
             InputError: as the estimator of the kind.
         """
         return self._kind(configuration).estimator.memory(model, _within_node(configuration))
+
+    def why_no_room(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> str | None:
+        """Return why a batch of requests of these lengths does not fit the KV cache; None if it does, or none knows.
+
+        Raises:
+            InputError: as the estimator of the kind.
+        """
+        estimator = self._kind(configuration).estimator
+        if not isinstance(estimator, SequenceAware):
+            return None
+        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        return estimator.why_no_room(model, _within_node(configuration), **lengths)
 
     def shares_process(self, configuration: ParallelConfig) -> bool:
         """Return whether the engine shares a host process with other engines."""

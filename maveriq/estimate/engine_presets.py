@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from packaging.version import InvalidVersion, Version
 
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.engine_memory import EngineSettings
+from maveriq.estimate.log_grid import Sizes
+from maveriq.estimate.operators import EngineKernels
 from maveriq.files import data_path
 from maveriq.tables import read_toml
 
 DEFAULT_ENGINE = "vllm"
 """The engine that is estimated where none is named."""
 
+_SHARPNESS = 2  # the host launches unevenly, so that neither of two times hides the other
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 _Factor = Annotated[float, msgspec.Meta(gt=0, le=10)]
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -36,15 +40,23 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         tested: versions of the runs that it was fitted to or checked against.
         step_us: host time of a step.
         sequence_us: host time of each sequence of a step.
+        layer_us: host time to launch the kernels of a layer, while those before run; 0 where CUDA graphs launch them.
         kernel_factor: time of a step's kernels over that of the operators, in steps that only decode.
         prefill_factor: the same in steps that hold prefill.
         api_us: what a request's first token takes beside waiting and its step: HTTP, tokenizer.
         api_token_us: the same for each token of its prompt.
+        mixes_prefill: whether sequences go on decoding in steps that hold prefill.
         asynchronous: whether the scheduler prepares a step while the one before runs: an arrival then joins the step
             after the one that is prepared already.
-        fp8_block_floor: whether kernels of block-scaled 8-bit floats show the launch floors of the measured tables.
-        kv_utilization: the default of `gpu_memory_utilization`, the share of a GPU's memory that the engine may take.
+        fp8_block_floor_us: see `maveriq.estimate.operators.EngineKernels`.
+        peer_read_limit_mb: see there.
+        reserve_gib: see `maveriq.estimate.engine_memory.EngineSettings`.
+        communication_gib: see there.
+        peer_gib: see there.
+        gpu_memory_utilization: by default, the share of a GPU's memory that the engine may take.
+        fitted: whether its host times were fitted to runs; else they are a guess.
         source: whose runs the figures come from.
+        version: the version that was asked for; "" where none was.
         name: the preset's name, from the table's key.
     """
 
@@ -54,26 +66,52 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     tested: str
     step_us: _NotNegative
     sequence_us: _NotNegative
+    layer_us: _NotNegative = 0.0
     kernel_factor: _Factor
     prefill_factor: _Factor
     api_us: _NotNegative
     api_token_us: _NotNegative
+    mixes_prefill: bool
     asynchronous: bool
-    fp8_block_floor: bool
-    kv_utilization: _Share
+    fp8_block_floor_us: _NotNegative = 0.0
+    peer_read_limit_mb: _NotNegative = 0.0
+    gpu_memory_utilization: _Share
+    reserve_gib: _NotNegative = 0.2
+    communication_gib: _NotNegative = 0.5
+    peer_gib: _NotNegative = 0.0
+    fitted: bool
     source: str
+    version: str = ""
     name: str = ""
 
-    def step_time_us(self, gpu_us: float, *, sequences: float, has_prefill: bool) -> float:
-        """Return the time of a step: its kernels, and what the host adds.
+    @property
+    def kernels(self) -> EngineKernels:
+        """What its kernels do differently from the usual ones."""
+        return EngineKernels(fp8_block_floor_us=self.fp8_block_floor_us, peer_read_limit_mb=self.peer_read_limit_mb)
+
+    def settings(self, *, kv_value_bytes: float) -> EngineSettings:
+        """Return its settings that decide about memory, with a KV cache whose values take so many bytes."""
+        return EngineSettings(
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_value_bytes=kv_value_bytes,
+            reserve_gib=self.reserve_gib,
+            communication_gib=self.communication_gib,
+            peer_gib=self.peer_gib,
+        )
+
+    def step_time_us(self, gpu_us: Sizes, *, sequences: Sizes, has_prefill: bool, layers: Sizes = 0) -> Any:
+        """Return the time of a step: its kernels, and what the host adds. Numbers or arrays of equal shape.
 
         Args:
             gpu_us: time of its operators, as `maveriq.estimate.step_time` adds them up.
             sequences: sequences of the step.
             has_prefill: whether it holds a chunk of a prompt.
+            layers: layers of the model.
         """
-        factor = self.prefill_factor if has_prefill else self.kernel_factor
-        return factor * gpu_us + self.step_us + self.sequence_us * sequences
+        kernels_us = gpu_us * (self.prefill_factor if has_prefill else self.kernel_factor)
+        if self.layer_us:  # the host launches kernels while others run: the slower of the two decides
+            kernels_us = (kernels_us**_SHARPNESS + (self.layer_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
+        return kernels_us + self.step_us + self.sequence_us * sequences
 
     def first_token_delay_us(self, prompt_tokens: float) -> float:
         """Return what the first token takes beside waiting for its step and that step."""
@@ -108,8 +146,8 @@ def engine_preset(name: str) -> EnginePreset:
     presets, wanted = engine_presets(), name.strip().casefold()
     for other, usual in _OTHER_NAMES.items():
         wanted = usual + wanted.removeprefix(other) if wanted.startswith(other) else wanted
-    if wanted in presets:
-        return presets[wanted]
+    if wanted in presets:  # whose tested versions stand for the one that is not named
+        return msgspec.structs.replace(presets[wanted], version=presets[wanted].tested)
     engine, _, text = wanted.partition("-")
     generations = [preset for preset in presets.values() if preset.engine == engine]
     if not generations:
@@ -123,4 +161,5 @@ def engine_preset(name: str) -> EnginePreset:
         raise InputError(
             f"engine {name!r}: {text!r} is no version; write {engine}-0.23.0, or one of {', '.join(sorted(presets))}"
         ) from None
-    return next(preset for preset in generations if preset.covers(version))
+    preset = next(preset for preset in generations if preset.covers(version))
+    return msgspec.structs.replace(preset, version=str(version))

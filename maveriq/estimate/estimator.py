@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
+from maveriq.estimate.intervals import Interval
 from maveriq.units import Bytes
 
 
@@ -17,15 +18,15 @@ class ServiceEstimate:
     """The time one request (or one batch) takes on an idle engine, in seconds.
 
     `ttft_s` is the intercept at zero output tokens, as in the paper, and may be slightly negative
-    (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`. The 90 % interval
-    of the latency is `latency_s / (1 + margin)` to `latency_s * (1 + margin)`; `margin` is None if
-    the estimator does not know its errors.
+    (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`. `interval` holds
+    the factors of the latency between which it lies in 90 of 100 cases; it is None if the estimator
+    does not know its errors.
     """
 
     ttft_s: float
     tpot_s: float
     output_tokens: int
-    margin: float | None = None
+    interval: Interval | None = None
 
     @property
     def latency_s(self) -> float:
@@ -115,11 +116,21 @@ class LengthAwareMemory(Protocol):
 
 
 @runtime_checkable
-class MemoryMarginAware(Protocol):
+class MemoryIntervalAware(Protocol):
     """An estimator that knows the errors of its memory estimates."""
 
-    def memory_margin(self, model: ModelSpec, configuration: ParallelConfig) -> float:
-        """Return the margin m of the 90 % interval: from the estimate / (1 + m) to the estimate * (1 + m)."""
+    def memory_interval(self, model: ModelSpec, configuration: ParallelConfig) -> Interval:
+        """Return the factors of the estimate between which the memory lies in 90 of 100 cases."""
+
+
+@runtime_checkable
+class SequenceAware(Protocol):
+    """An estimator that knows how many sequences an engine has room for."""
+
+    def why_no_room(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> str | None:
+        """Return why a batch of requests of these lengths does not fit the KV cache; None if it does."""
 
 
 def check_estimable(estimator: Estimator, model: ModelSpec, configuration: ParallelConfig) -> None:

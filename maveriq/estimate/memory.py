@@ -9,6 +9,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.calibration_file import BYTES_PER_PARAMETER, Margins, Memory, kv_bytes, layer_parameters
 from maveriq.estimate.fingerprints import Fingerprint, Fingerprints
+from maveriq.estimate.intervals import Interval, within
 from maveriq.units import BYTES_PER_GIB
 
 
@@ -54,9 +55,9 @@ def estimate_memory(
     return MemoryEstimate(total_gib, requests_gib)
 
 
-def memory_margin(margins: Margins, estimate: MemoryEstimate) -> float:
-    """Return the half-width of the 90 % interval of an estimate of memory."""
-    return margins.memory_single + estimate.request_share * margins.memory_request
+def memory_interval(margins: Margins, estimate: MemoryEstimate) -> Interval:
+    """Return the 90 % interval of an estimate of memory."""
+    return within(margins.memory_single + estimate.request_share * margins.memory_request)
 
 
 def layers_gib(model: ModelSpec, configuration: ParallelConfig, layers: int, tokens: int, figures: Memory) -> float:

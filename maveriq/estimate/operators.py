@@ -35,10 +35,22 @@ BYTES_PER_WEIGHT: Mapping[NumberFormat, float] = {
 # Formats whose factors are both in that format; of the others only weights are, and the product is computed in 16 bits.
 _COMPUTED = frozenset((NumberFormat.BFLOAT16, NumberFormat.FP8, NumberFormat.FP8_BLOCK, NumberFormat.NVFP4))
 
+# Kernels that can compute experts of a format; engines pick the faster. 8-bit floats with one scale can take a scale
+# for each block: on Hopper that is four times as fast as the kernels that were measured with one. Blackwell multiplies
+# 4-bit floats of both kinds with 8-bit or smaller activations.
+_EXPERT_KERNELS = {
+    NumberFormat.FP8: (NumberFormat.FP8, NumberFormat.FP8_BLOCK),
+    NumberFormat.MXFP4: (NumberFormat.MXFP4, NumberFormat.NVFP4),
+}
+
 _ACTIVATION_BYTES = 2
 _KERNEL_US = 2.0
 _QUANTISE_US = 3.0
 _ROUTING_SKEW = 0.5
+_PCIE_HOP_US, _PEER_READ_GB_S = (
+    12.0,
+    10.0,
+)  # recorded whole models on eight A6000; reads of all GPUs of a socket together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +83,11 @@ class Heads:
     heads: Sizes
     kv_heads: Sizes
     head_size: Sizes
+
+
+def quantises_activations(number_format: NumberFormat) -> bool:
+    """Return whether products in a format take activations of that format, which are quantised before."""
+    return number_format in _COMPUTED and number_format is not NumberFormat.BFLOAT16
 
 
 def gemm_formula(gpu: GpuSheet, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Formula:
@@ -222,6 +239,20 @@ class OperatorFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     all_reduce: dict[str, _Curve]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKernels:
+    """What the kernels of an engine do differently from the usual ones.
+
+    Args:
+        fp8_block_floor_us: the least time of a product of block-scaled 8-bit floats.
+        peer_read_limit_mb: up to this size of messages, more than two GPUs without NVLink add up by reading each
+            other's memory, which is slow over PCIe; beyond, and where it is 0, they pass messages in a ring.
+    """
+
+    fp8_block_floor_us: float = 0.0
+    peer_read_limit_mb: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Operators:
     """Times of operators on one kind of GPU.
@@ -229,10 +260,12 @@ class Operators:
     Args:
         gpu: the kind.
         measured: whether its kernels were measured; else formulas with usual efficiencies answer.
+        kernels: what an engine's kernels do differently from the usual ones.
     """
 
     gpu: GpuSheet
     measured: bool = False
+    kernels: EngineKernels = EngineKernels()
     _gemm: Mapping[NumberFormat, LogGrid] = field(default_factory=dict)
     _decode: Mapping[tuple[str, int], LogGrid] = field(default_factory=dict)
     _prefill: Mapping[tuple[str, int], LogGrid] = field(default_factory=dict)
@@ -242,8 +275,8 @@ class Operators:
     def gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
         """Return the time of a product of (m, k) activations and (k, n) weights."""
         if number_format is NumberFormat.FP8_BLOCK:
-            # Tables of block-scaled kernels have launch floors that engines do not show (pre- and post-processing).
-            return np.asarray(1.1 * self.gemm_us(NumberFormat.FP8, m, n, k))
+            # Tables of block-scaled kernels have launch floors that today's engines do not show.
+            return np.maximum(1.1 * self.gemm_us(NumberFormat.FP8, m, n, k), self.kernels.fp8_block_floor_us)
         formula = gemm_formula(self.gpu, number_format, m, n, k)
         grid = self._gemm.get(number_format)
         if grid is not None:
@@ -255,12 +288,12 @@ class Operators:
         return self._usual_gemm_us(number_format, m, n, k)
 
     def _usual_gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
-        quantise = _QUANTISE_US if number_format is not NumberFormat.BFLOAT16 else 0.0
+        quantise = _QUANTISE_US if quantises_activations(number_format) else 0.0
         weight_bytes = BYTES_PER_WEIGHT[number_format]
         moved = weight_bytes * np.asarray(n, dtype=np.float64) * k + _ACTIVATION_BYTES * np.asarray(m) * (
             np.asarray(n) + k
         )
-        rows = np.ceil(np.asarray(m) / 64) * 64
+        rows = np.ceil(np.asarray(m) / 16) * 16  # the least that tensor cores multiply
         computed = _computed_us(self.gpu, _compute_format(number_format), 2.0 * rows * n * k)
         return np.asarray(2.5 + quantise + _smooth_max(_moved_us(self.gpu, moved) / 0.85 + 1.5, computed / 0.75))
 
@@ -299,11 +332,12 @@ class Operators:
 
     def experts_us(self, number_format: NumberFormat, load: ExpertLoad) -> Array:
         """Return the time of the experts of one GPU, routing included."""
-        grid = self._experts.get(number_format)
-        if grid is None and number_format is NumberFormat.FP8:
-            grid = self._experts.get(NumberFormat.FP8_BLOCK)
-        if grid is not None:
-            return experts_formula(self.gpu, number_format, load).corrected_us(grid)
+        measured = [
+            stored for stored in _EXPERT_KERNELS.get(number_format, (number_format,)) if stored in self._experts
+        ]
+        if measured:
+            times = [experts_formula(self.gpu, kind, load).corrected_us(self._experts[kind]) for kind in measured]
+            return np.asarray(np.minimum.reduce(times))
         matrix = load.weights_per_expert
         weights_us = _moved_us(self.gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format]) / 0.85
         padded = load.rows + np.asarray(load.hit) * 64.0
@@ -322,8 +356,14 @@ class Operators:
             time_us = np.exp(np.interp(np.log(sizes), np.log(axis), np.log(times)))
             beyond = np.maximum(sizes / axis[-1], 1.0)
             return np.asarray(time_us * beyond * _ring(gpus) / _ring(measured))
-        hop_us, share = (2.0, 0.35) if self.gpu.link is Link.NVLINK else (24.0, 0.31)
-        return np.asarray(2 + hop_us * (gpus - 1) + _ring(gpus) * sizes / (share * self.gpu.link_gb_s * 1e3))
+        if self.gpu.link is Link.NVLINK:
+            return np.asarray(2 + 2.0 * (gpus - 1) + _ring(gpus) * sizes / (0.35 * self.gpu.link_gb_s * 1e3))
+        # A node's GPUs hang on two sockets; between these, hops take twice as long and reads are half as fast.
+        distance = 1 if gpus <= self.gpu.gpus_per_node / 2 else 2
+        ring_us = _ring(gpus) * sizes / (0.31 * self.gpu.link_gb_s * 1e3)
+        read_us = 2 * (gpus - 1) * sizes * distance / (_PEER_READ_GB_S * 1e3)
+        by_reading = (sizes <= 1e6 * self.kernels.peer_read_limit_mb) & (gpus > 2)
+        return np.asarray(2 + _PCIE_HOP_US * distance * (gpus - 1) + np.where(by_reading, read_us, ring_us))
 
     def elementwise_us(self, kernels: float, moved_bytes: Sizes) -> Array:
         """Return the time of `kernels` kernels that move `moved_bytes` bytes: norms, rotations, activations."""
@@ -347,15 +387,19 @@ def _nearest(grids: Mapping[tuple[str, int], LogGrid], kv_format: NumberFormat, 
 
 
 @cache
-def operators_of(gpu: GpuSheet) -> Operators:
+def operators_of(gpu: GpuSheet, kernels: EngineKernels = EngineKernels()) -> Operators:
     """Return the operators of a kind of GPU, from its file in `maveriq/data/operators` where there is one.
+
+    Args:
+        gpu: the kind.
+        kernels: what the engine's kernels do differently from the usual ones.
 
     Raises:
         InputError: the file is damaged.
     """
     path = data_path("operators", f"{gpu.name}.json")
     if not path.is_file():
-        return Operators(gpu=gpu)
+        return Operators(gpu=gpu, kernels=kernels)
     try:
         read = msgspec.json.decode(path.read_bytes(), type=OperatorFile)
     except msgspec.DecodeError as error:
@@ -363,6 +407,7 @@ def operators_of(gpu: GpuSheet) -> Operators:
     return Operators(
         gpu=gpu,
         measured=True,
+        kernels=kernels,
         _gemm={key: stored.grid() for key, stored in read.gemm.items()},
         _decode=_by_head_size(read.decode_attention),
         _prefill=_by_head_size(read.prefill_attention),

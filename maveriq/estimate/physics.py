@@ -13,19 +13,27 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TypeAlias
 
-from maveriq.domain.decoder import DenseFeedForward, ExpertFeedForward, GroupedAttention, LatentAttention, LayerKind
+from maveriq.domain.decoder import LatentAttention
 from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, number_format_of
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.sharding import expert_parallel_degrees, tensor_parallel_divisors, why_not_shared
 from maveriq.domain.weight_formats import BITS_16, FORMATS, WeightFormat
+from maveriq.estimate.engine_memory import (
+    EngineSettings,
+    predict_kv_blocks,
+    reserved_bytes,
+    sequence_bytes,
+    why_batch_does_not_fit,
+)
 from maveriq.estimate.engine_presets import DEFAULT_ENGINE, EnginePreset, engine_preset
 from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hand_over import node_channel
 from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.intervals import family_of, interval_of
 from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
-from maveriq.units import BYTES_PER_GIB, Bytes
+from maveriq.units import Bytes
 
 _KV_FORMATS = {
     KvType.NATIVE: NumberFormat.BFLOAT16,
@@ -36,15 +44,7 @@ _KV_FORMATS = {
 _Stage: TypeAlias = tuple[ModelSpec, int, int, WeightType, KvType]
 """A model, and the degrees and formats that all stages of a pipeline share."""
 
-_KV_BLOCK_TOKENS = 16
 _OUTPUT_TOKENS = 20  # of a request, where the memory of none in particular is asked for
-# Memory of an engine on each GPU beside weights, cache and activations, and what communication adds (read off five
-# recorded numbers of KV blocks of vLLM on H100).
-_ENGINE_GIB, _COMMUNICATION_GIB = 0.2, 0.5
-
-# Margins of 90 % intervals of a latency, by what the estimate rests on. Read off the errors of models that no fit had
-# seen; not yet checked on other data.
-_MARGIN_MEASURED, _MARGIN_SHEET, _MARGIN_EXPERTS = 0.3, 0.35, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class PhysicsEstimator:
     _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_operators", operators_of(gpu_sheet(self.profile.gpu_kind)))
+        object.__setattr__(self, "_operators", operators_of(gpu_sheet(self.profile.gpu_kind), self.engine.kernels))
 
     @property
     def name(self) -> str:
@@ -142,17 +142,18 @@ class PhysicsEstimator:
         # The mean context of a decoding sequence is its prompt and half of its output.
         context = batch * (prompt_tokens + output_tokens / 2)
         decode_us = steps.gpu_us(decodes=batch, context_tokens=context)
+        of = {"sequences": batch, "layers": model.layers}
         channel, hand_overs = node_channel(self._operators.gpu), configuration.pp - 1
-        step_us = self.engine.step_time_us(decode_us, sequences=batch, has_prefill=False)
+        step_us = self.engine.step_time_us(decode_us, **of, has_prefill=False)
         step_us += hand_overs * channel.hand_over_us(batch, model.hidden_size)
-        first_us = self.engine.step_time_us(prefill_us, sequences=batch, has_prefill=True)
+        first_us = self.engine.step_time_us(prefill_us, **of, has_prefill=True)
         first_us += hand_overs * channel.hand_over_us(batch * prompt_tokens, model.hidden_size)
         first_us += self.engine.first_token_delay_us(prompt_tokens)
         return ServiceEstimate(
             ttft_s=(first_us - step_us) / 1e6,
             tpot_s=step_us / 1e6,
             output_tokens=output_tokens,
-            margin=self._margin(model),
+            interval=interval_of(self.engine, family_of(model.decoder), measured=self._operators.measured),
         )
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
@@ -175,15 +176,37 @@ class PhysicsEstimator:
         """
         check_estimable(self, model, configuration)
         decoder, tp, batch = model.decoder, configuration.tp, configuration.batch_size
-        weights = decoder.weight_bytes(_stored_as(model, configuration))
-        weights += 2 * decoder.other_inputs_parameters
-        tokens = _KV_BLOCK_TOKENS * math.ceil((prompt_tokens + output_tokens) / _KV_BLOCK_TOKENS)
-        value_bytes = BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]]
-        cache = batch * decoder.kv_cache(value_bytes).sequence_bytes(tokens) * _cache_copies(model, tp)
-        widest = max(_activation_values(kind, tp) for kind in decoder.layer_kinds) + 2 * decoder.hidden_size
-        activations = 4.0 * batch * prompt_tokens * widest * configuration.gpus
-        engine_gib = configuration.gpus * (_ENGINE_GIB + (_COMMUNICATION_GIB if configuration.gpus > 1 else 0.0))
-        return math.ceil(weights + cache + activations + engine_gib * BYTES_PER_GIB)
+        settings = self._settings(configuration)
+        weights = decoder.weight_bytes(_stored_as(model, configuration)) + 2 * decoder.other_inputs_parameters
+        cache = batch * sequence_bytes(decoder, prompt_tokens + output_tokens, tp=tp, settings=settings)
+        largest = min(batch * prompt_tokens, settings.max_num_batched_tokens)
+        reserved = reserved_bytes(decoder, tp=tp, pp=configuration.pp, step_tokens=largest, settings=settings)
+        return math.ceil(weights + cache + configuration.gpus * reserved)
+
+    def why_no_room(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> str | None:
+        """Return why a batch of requests of these lengths does not fit the KV cache; None if it does.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        check_estimable(self, model, configuration)
+        settings = self._settings(configuration)
+        blocks = predict_kv_blocks(
+            model.decoder,
+            self._operators.gpu,
+            tp=configuration.tp,
+            pp=configuration.pp,
+            settings=settings,
+            stored_as=_stored_as(model, configuration),
+        )
+        return why_batch_does_not_fit(
+            blocks, settings, batch=configuration.batch_size, tokens=prompt_tokens + output_tokens
+        )
+
+    def _settings(self, configuration: ParallelConfig) -> EngineSettings:
+        return self.engine.settings(kv_value_bytes=BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]])
 
     def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:
         """Return the step model of all layers: a pipeline's stages together take as long."""
@@ -200,12 +223,6 @@ class PhysicsEstimator:
                 ),
             )
         return found
-
-    def _margin(self, model: ModelSpec) -> float:
-        kinds = model.decoder.layer_kinds
-        if any(isinstance(kind.feed_forward, ExpertFeedForward) for kind in kinds):
-            return _MARGIN_EXPERTS
-        return _MARGIN_MEASURED if self._operators.measured else _MARGIN_SHEET
 
 
 def _stage_of(model: ModelSpec, configuration: ParallelConfig) -> _Stage:
@@ -224,29 +241,3 @@ def _weight_formats(model: ModelSpec, configuration: ParallelConfig) -> list[Wei
     decoder = model.decoder
     found = [stored for kind in decoder.layer_kinds for _, stored in kind.formats]
     return list(dict.fromkeys([*found, decoder.head_format, BITS_16]))
-
-
-def _cache_copies(model: ModelSpec, tp: int) -> int:
-    """Return how often the GPUs of a stage keep a token: KV heads are dealt out, latent vectors are not."""
-    copies = 1
-    for kind in model.decoder.layer_kinds:
-        if isinstance(kind.attention, LatentAttention):
-            copies = max(copies, tp)
-        elif isinstance(kind.attention, GroupedAttention):
-            copies = max(copies, tp // kind.attention.kv_heads)
-    return copies
-
-
-def _activation_values(kind: LayerKind, tp: int) -> float:
-    """Return the values of a token that one GPU keeps within a layer."""
-    values = 0.0
-    if isinstance(kind.attention, GroupedAttention):
-        values += (kind.attention.heads + 2 * kind.attention.kv_heads) * kind.attention.head_size / tp
-    elif isinstance(kind.attention, LatentAttention):
-        values += 3 * kind.attention.heads * (kind.attention.nope_size + kind.attention.rope_size) / tp
-    if isinstance(kind.feed_forward, DenseFeedForward):
-        values += 3 * kind.feed_forward.width / tp
-    elif isinstance(kind.feed_forward, ExpertFeedForward):
-        part = kind.feed_forward
-        values += 3 * (part.experts_per_token * part.width + part.shared_width) / tp
-    return values

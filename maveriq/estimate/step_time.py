@@ -30,7 +30,7 @@ from maveriq.domain.decoder import (
 from maveriq.domain.gpu_kinds import NumberFormat, number_format_of
 from maveriq.errors import InputError, InvariantError
 from maveriq.estimate.log_grid import Array
-from maveriq.estimate.operators import ExpertLoad, Heads, Operators, experts_hit
+from maveriq.estimate.operators import ExpertLoad, Heads, Operators, experts_hit, quantises_activations
 
 _VALUE_BYTES = 2
 _LAYER_KERNELS = 5
@@ -261,15 +261,16 @@ class _Layers:
 
     def prefill_us(self, attention: Attention, chunk: Array, past: Array) -> Array:
         """Return the time of attention of a chunk of one prompt."""
-        window = np.inf if attention.window is None else float(attention.window)
+        window, kv = np.inf if attention.window is None else float(attention.window), self.formats.kv
         if isinstance(attention, LatentAttention):
-            # Keys and values are expanded for all heads; queries and keys are wider than values.
+            # Keys and values are expanded for all heads, to 16 bits; queries and keys are wider than values.
+            kv = NumberFormat.BFLOAT16
             heads = max(1, attention.heads // self.sharding.tp)
             size = (attention.nope_size + attention.rope_size + attention.value_size) // 2
             of = Heads(heads=heads, kv_heads=heads, head_size=size)
         else:
             of = self._heads(_grouped(attention))
-        return self.operators.prefill_attention_us(self.formats.kv, chunk, past, of, window=window)
+        return self.operators.prefill_attention_us(kv, chunk, past, of, window=window)
 
     def head_us(self, sequences: Array) -> Array:
         """Return the time of the output matrix and of choosing a token, for so many sequences."""
@@ -347,7 +348,7 @@ class _Layers:
             values += 3 * kind.feed_forward.width / tp
         elif isinstance(kind.feed_forward, ExpertFeedForward):
             values += 3 * kind.feed_forward.shared_width / tp
-        quantised = self.formats.of(kind, *_QUERY, *_DENSE) is not NumberFormat.BFLOAT16
+        quantised = quantises_activations(self.formats.of(kind, *_QUERY, *_DENSE))
         kernels = _LAYER_KERNELS + (_QUANTISE_KERNELS if quantised else 0)
         return self.operators.elementwise_us(kernels, _VALUE_BYTES * tokens * values)
 

@@ -22,7 +22,7 @@ from maveriq.domain.parallel import (
     shard_bytes,
     tensor_parallel_degrees,
 )
-from maveriq.estimate.estimator import ConfigurationAware, Estimator, KindAware, ServiceEstimate
+from maveriq.estimate.estimator import ConfigurationAware, Estimator, KindAware, SequenceAware, ServiceEstimate
 from maveriq.policy.gpu_pools import GpuPool, gpu_pools
 from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
@@ -181,13 +181,12 @@ def _consider(
         return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)
     if hops:
         configuration = replace(configuration, network_hops=hops)
-    service = estimator.service(
-        endpoint.model,
-        configuration,
-        prompt_tokens=endpoint.prompt_tokens,
-        output_tokens=endpoint.output_tokens,
-        batch=configuration.batch_size,
-    )
+    lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
+    if isinstance(estimator, SequenceAware):
+        no_room = estimator.why_no_room(endpoint.model, configuration, **lengths)
+        if no_room:
+            return RejectedConfig(configuration=configuration, reason="has no room for the KV cache", detail=no_room)
+    service = estimator.service(endpoint.model, configuration, **lengths, batch=configuration.batch_size)
     return Candidate(
         configuration=configuration,
         layer_split=split,

@@ -94,9 +94,10 @@ def test_experts_are_estimated_with_wider_intervals(mixtral: ModelSpec) -> None:
     at = ParallelConfig(tp=2, pp=1, weights=WeightType.FLOAT16)
     experts = estimator.service(mixtral, at, prompt_tokens=512, output_tokens=128, batch=1)
     plain = estimator.service(LLAMA, at, prompt_tokens=512, output_tokens=128, batch=1)
-    assert experts.margin is not None
-    assert plain.margin is not None
-    assert experts.margin > plain.margin
+    assert experts.interval is not None
+    assert plain.interval is not None
+    assert experts.interval.low < plain.interval.low
+    assert experts.interval.high > plain.interval.high
 
 
 @pytest.mark.parametrize(
@@ -220,3 +221,16 @@ def test_sixteen_h100_are_planned_without_a_measurement(mixtral: ModelSpec) -> N
 
 def test_published_testbeds_keep_their_estimator() -> None:
     assert default_estimator(load_profile("a6000-short")) == "calibrated"
+
+
+def test_a_batch_without_room_for_its_cache_is_refused_with_the_reason() -> None:
+    long = ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16, batch_size=64)
+    estimator = on("H100")
+    assert estimator.why_no_room(LLAMA, FLOAT16, prompt_tokens=3000, output_tokens=1000) is None
+    reason = estimator.why_no_room(LLAMA, long, prompt_tokens=3000, output_tokens=1000)
+    assert reason is not None
+    assert reason.startswith("64 sequences of 4000 tokens do not fit: the ")
+    options = PlanOptions(gpus="1xH100", batch_size=64, prompt_tokens=3000, output_tokens=1000, float16_only=True)
+    ranked = rank_configurations("llama-2-7b", options)
+    assert not any(found.configuration.kv is KvType.NATIVE for found in ranked.ranking.candidates)
+    assert any("64 sequences" in rejected.detail for rejected in ranked.ranking.rejected)

@@ -1,0 +1,131 @@
+"""Derive the 90 % intervals of step times from errors of predictions that no fit had seen, and print their coverage.
+
+Usage: python experiments/physics/derive_intervals.py DATA_DIR [--write]
+
+DATA_DIR contains `serving`, `a6000` and `models`. Rows whose split is `fit` give the 5th and 95th percentile of
+measured over predicted time, by engine and family. On a data sheet alone the interval also covers that with measured
+operators, and all engines of the family together. `--write` replaces maveriq/data/physics_intervals.toml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import step_cases
+from fits import FITS, compared, left_out
+
+from maveriq.estimate.engine_presets import EnginePreset
+from maveriq.estimate.intervals import ANY_ENGINE, Family, Interval, group_of, interval_of
+
+_PERCENTILES = (5, 95)
+_TABLE = Path(__file__).parent.parent.parent / "maveriq" / "data" / "physics_intervals.toml"
+_HEAD = """\
+# 90 % intervals of step times: factors of the estimate, by what it rests on. Written by
+# experiments/physics/derive_intervals.py from errors of predictions with the model left out, or with nothing fitted.
+#   measured  whether the operators of the GPU were measured; else its data sheet answers
+#   engine    a preset of engine_presets.toml; "not fitted": all whose host times were never fitted; "any": all
+#   rows, models  measured times behind it
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A prediction that no fit had seen."""
+
+    engine: EnginePreset
+    family: Family
+    model: str
+    split: str
+    measured: bool
+    log_error: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted time."""
+        return float(np.exp(-self.log_error))
+
+
+def held_out(data: Path, *, measured: bool) -> Iterator[HeldOut]:
+    """Yield the predictions of all tables."""
+    for name, fit in FITS.items():
+        for case, error in left_out(name, list(fit.read(data, measured=measured))):
+            if case.family is not None and not case.beyond and (not measured or case.source != "A6000"):
+                yield HeldOut(case.preset, case.family, case.labels["model"], case.split, measured, error)
+    for case, sample in compared(list(step_cases.closed_loops(data, measured=measured)), "closed loop"):
+        if case.family is not None:
+            error = sample.log_error(case.preset)
+            yield HeldOut(case.preset, case.family, case.labels["model"], case.split, measured, error)
+
+
+def derive(found: Sequence[HeldOut]) -> Mapping[tuple[bool, str, Family], tuple[Interval, int, int]]:
+    """Return the interval, the rows and the models of each group."""
+    groups: dict[tuple[bool, str, Family], list[HeldOut]] = {}
+    for one in found:
+        if one.split == "fit":
+            for engine in (group_of(one.engine), ANY_ENGINE):
+                groups.setdefault((one.measured, engine, one.family), []).append(one)
+    intervals = {key: _interval(members) for key, members in groups.items()}
+    return {
+        key: (
+            intervals[key] if key[0] else _hull(intervals, key),
+            len(members),
+            len({member.model for member in members}),
+        )
+        for key, members in groups.items()
+    }
+
+
+def _interval(members: Sequence[HeldOut]) -> Interval:
+    low, high = np.percentile([member.ratio for member in members], _PERCENTILES)
+    return Interval(min(1.0, float(low)), max(1.0, float(high)))
+
+
+def _hull(intervals: Mapping[tuple[bool, str, Family], Interval], key: tuple[bool, str, Family]) -> Interval:
+    _, engine, family = key
+    parts = [key, (True, engine, family), (False, ANY_ENGINE, family)]
+    known = [intervals[part] for part in parts if part in intervals]
+    return Interval(min(part.low for part in known), max(part.high for part in known))
+
+
+def table(found: Sequence[HeldOut]) -> str:
+    """Return the text of the table of intervals."""
+    rows = [
+        f'[[interval]]\nmeasured = {str(measured).lower()}\nengine = "{engine}"\nfamily = "{family}"\n'
+        f"low = {interval.low:.3f}\nhigh = {interval.high:.3f}\nrows = {number}\nmodels = {models}\n"
+        for (measured, engine, family), (interval, number, models) in sorted(derive(found).items())
+    ]
+    return _HEAD + "\n" + "\n".join(rows)
+
+
+def coverage(found: Sequence[HeldOut]) -> Iterator[str]:
+    """Yield the coverage of the intervals as they are stored, on rows whose split is `validate`."""
+    groups: dict[str, list[bool]] = {}
+    for one in found:
+        if one.split == "validate":
+            inside = interval_of(one.engine, one.family, measured=one.measured).holds(1.0, one.ratio)
+            rests_on = "operators" if one.measured else "data sheet"
+            groups.setdefault(f"{rests_on} | {one.engine.engine} | {one.family}", []).append(inside)
+    for name in sorted(groups):
+        yield f"| {name} | {len(groups[name])} | {100 * np.mean(groups[name]):.1f} |"
+
+
+def main() -> None:
+    """Write the table if asked to, and print the coverage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path, help="folder that contains serving, a6000 and models")
+    parser.add_argument("--write", action="store_true", help="replace the table of intervals")
+    arguments = parser.parse_args()
+    found = [one for measured in (True, False) for one in held_out(arguments.data_dir, measured=measured)]
+    if arguments.write:
+        _TABLE.write_text(table(found), encoding="utf-8")
+    head = ["| rests on | engine | family | validate rows | in 90 % interval % |", "|---|---|---|---|---|"]
+    sys.stdout.write("\n".join([*head, *coverage(found)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
