@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from maveriq.control.events import StartEngine
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
 from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
 from maveriq.domain.deployments import EndpointSpec
-from maveriq.domain.parallel import DeploymentPlan
+from maveriq.domain.parallel import DeploymentPlan, network_hops
 from maveriq.domain.progress import DeploymentStatus, GpuStatus
 from maveriq.domain.records import NOT_YET, DeploymentRecord
 from maveriq.domain.requests import Request
@@ -208,12 +208,33 @@ class DeploymentManager:
             raise InvariantError(
                 f"policy {self._policy.name!r} put {endpoint.model.name} on GPU {gone[0]}, which is not up"
             )
+        plan = self._located(plan)
         deployment = self._add(endpoint, plan, DeploymentState.WAITING)
         self._state.reserve(deployment.deployment_id, dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)))
         deployment.gpu_ids = plan.gpu_ids
         deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
         self._to_start.append(deployment)
         return deployment
+
+    def _located(self, plan: DeploymentPlan) -> DeploymentPlan:
+        """Return a plan whose configuration says what its GPUs are, whatever the policy wrote there.
+
+        Raises:
+            InvariantError: its GPUs are of several kinds, or a stage is on several nodes.
+        """
+        cluster = self._state.cluster
+        mixed = len(cluster.kinds) > 1
+        if not mixed and not cluster.has_network:
+            return plan
+        gpus, tp = [cluster.gpus[gpu_id] for gpu_id in plan.gpu_ids], plan.configuration.tp
+        kinds, nodes = {gpu.kind for gpu in gpus}, [gpu.node for gpu in gpus]
+        where = f"policy {self._policy.name!r} put {plan.model.name} on GPUs {plan.gpu_ids}"
+        if len(kinds) > 1:
+            raise InvariantError(f"{where} of several kinds ({', '.join(sorted(kinds))}); an engine needs one kind")
+        if any(len(set(nodes[first : first + tp])) > 1 for first in range(0, len(nodes), tp)):
+            raise InvariantError(f"{where}, one stage of them on several nodes; the GPUs of a stage must share a node")
+        at = replace(plan.configuration, gpu=gpus[0].kind if mixed else "", network_hops=network_hops(nodes, tp))
+        return plan if at == plan.configuration else replace(plan, configuration=at)
 
     def _add(self, endpoint: EndpointSpec, plan: DeploymentPlan | None, state: DeploymentState) -> Deployment:
         deployment = Deployment(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import TypeAlias
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
@@ -173,6 +174,11 @@ def check_layer_split(split: Sequence[int], stages: int, layers: int | None = No
 
 def _plus(split: Sequence[int]) -> str:
     return "+".join(map(str, split))
+
+
+def network_hops(nodes: Sequence[int], tp: int) -> int:
+    """Return how often a stage hands over to one on another node, for the nodes of GPUs in stage-major order."""
+    return sum(here != there for here, there in pairwise(nodes[::tp]))
 
 
 def max_layers_per_stage(free_bytes: Sequence[Bytes], *, tp: int, layers: int, memory_bytes: Bytes) -> list[int]:

@@ -6,10 +6,11 @@ Stages exchange little, so a pipeline may cross nodes; where a node can hold it,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
+from maveriq.domain.parallel import network_hops
 
 Gpus: TypeAlias = Sequence[GpuView]
 
@@ -72,11 +73,6 @@ class GpuPool:
             stages = [node[at : at + tp] for node in self._nodes for at in range(0, len(node) - tp + 1, tp)]
             self._stages[tp] = sorted(stages, key=lambda stage: -stage[-1].free_bytes)
         return self._stages[tp]
-
-
-def network_hops(nodes: Sequence[int], tp: int) -> int:
-    """Return how often a stage hands over to one on another node, for the nodes of GPUs in stage-major order."""
-    return sum(here != there for here, there in pairwise(nodes[::tp]))
 
 
 def gpu_pools(view: ClusterView) -> list[GpuPool]:

@@ -8,22 +8,23 @@ import pytest
 from hypothesis import given, settings
 
 import maveriq
-from maveriq.domain.cluster import ClusterView, GpuView
+from maveriq.control.deployment_manager import DeploymentManager
+from maveriq.domain.cluster import ClusterView, GpuView, LoadWindow
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
-from maveriq.domain.models import ModelSpec, load_model
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.models import ModelSpec, WeightType, load_model
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig, network_hops
 from maveriq.domain.requests import RequestStatus
-from maveriq.errors import InputError
+from maveriq.errors import InputError, InvariantError
 from maveriq.estimate.cluster_estimator import ClusterEstimator, KindEstimator, estimator_for
 from maveriq.estimate.cluster_profiles import profiles_for
+from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.estimate.hand_over import Channel, network_channel, node_channel
 from maveriq.planning import PlanOptions, rank_configurations
 from maveriq.policy.configuration import rank
-from maveriq.policy.gpu_pools import network_hops
 from maveriq.policy.maveriq import MaverIQ, TieBreak, least_loaded_first, packing
-from maveriq.policy.policy import Rejection
+from maveriq.policy.policy import Deploy, Rejection
 from maveriq.scenario.build import cluster_for
 from maveriq.units import BYTES_PER_GIB
 
@@ -245,3 +246,44 @@ def test_a_model_too_large_for_a_node_crosses_nodes() -> None:
     assert all(candidate.configuration.network_hops for candidate in ranking.candidates)
     assert str(ranking.candidates[0].configuration) == "TP 4 x PP 2 float16+kv8 across nodes"
     assert any("TP 8" in rejected.reason and "node" in rejected.reason for rejected in ranking.rejected)
+
+
+@dataclass(frozen=True)
+class OnGpus:
+    """A policy of a user's own: these GPUs, whatever their kind."""
+
+    gpu_ids: tuple[int, ...]
+    tp: int = 1
+    name: str = "mine"
+
+    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Deploy:
+        count = len(self.gpu_ids)
+        at = ParallelConfig(tp=self.tp, pp=count // self.tp, weights=WeightType.FLOAT16)
+        plan = DeploymentPlan(
+            model=endpoint.model, configuration=at, gpu_ids=self.gpu_ids, gpu_bytes=(1,) * count, est_latency_s=0.0,
+            est_memory_bytes=0,
+        )  # fmt: skip
+        return Deploy(plans=(plan,))
+
+
+def deployed(gpus: str, policy: OnGpus) -> ParallelConfig:
+    manager = DeploymentManager(cluster_from(gpus), policy, LoadWindow(), seed=1)
+    (deployment,) = manager.deploy(endpoint(), 0)
+    return deployment.required_plan.configuration
+
+
+def test_plans_of_any_policy_say_where_they_are(tmp_path: Path) -> None:
+    mixed = nodes(tmp_path, L4S, L4S, L40S)
+    assert deployed(mixed, OnGpus((4,))).gpu == "L40S"
+    assert deployed(mixed, OnGpus((0, 1, 3))).network_hops == 1
+    assert deployed(mixed, OnGpus((0, 3, 1))).network_hops == 2
+    across = deployed("16xA6000", OnGpus((6, 7, 8, 9), tp=2))
+    assert (across.gpu, across.network_hops) == ("", 1)
+    for gpus, policy, message in (
+        (mixed, OnGpus((1, 4)), "several kinds .L4, L40S."),
+        (mixed, OnGpus((1, 2), tp=2), "share a node"),
+        ("16xA6000", OnGpus((7, 8), tp=2), "share a node"),
+    ):
+        with pytest.raises(InvariantError, match=message):
+            deployed(gpus, policy)
+    assert deployed("8xA6000", OnGpus((6, 7), tp=2)).network_hops == 0
