@@ -44,7 +44,9 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
     )
     columns = [
         Column("\n#", align="right", style="dim", wrap="words"),
-        Column("\nconfiguration", wrap="never" if wide or len(cluster.kinds) == 1 else "words"),
+        Column(
+            "\nconfiguration", wrap="never" if wide or not (cluster.has_network or len(cluster.kinds) > 1) else "words"
+        ),
         Column("\nlayers", wrap="never" if wide else "words"),
         *map(number_column, _headers(endpoint, wide=wide)),
     ]
