@@ -4,7 +4,8 @@ Usage: python experiments/physics/derive_intervals.py DATA_DIR [--write]
 
 DATA_DIR contains `serving`, `a6000` and `models`. Rows whose split is `fit` give the 5th and 95th percentile of
 measured over predicted time, by engine and family. On a data sheet alone the interval also covers that with measured
-operators, and all engines of the family together. `--write` replaces maveriq/data/physics_intervals.toml.
+operators, and all engines of the family together. `--write` replaces maveriq/data/physics_intervals.toml and
+the table of coverage in docs/step-time.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import step_cases
+from document import STEP_TIME, write_between_marks
 from fits import FITS, compared, left_out
 
 from maveriq.estimate.engine_presets import EnginePreset
@@ -102,16 +104,15 @@ def table(found: Sequence[HeldOut]) -> str:
     return _HEAD + "\n" + "\n".join(rows)
 
 
-def coverage(found: Sequence[HeldOut]) -> Iterator[str]:
-    """Yield the coverage of the intervals as they are stored, on rows whose split is `validate`."""
+def coverage_of(found: Sequence[HeldOut]) -> Mapping[str, tuple[int, float]]:
+    """Return the rows and the coverage in percent of the stored intervals, on rows whose split is `validate`."""
     groups: dict[str, list[bool]] = {}
     for one in found:
         if one.split == "validate":
             inside = interval_of(one.engine, one.family, measured=one.measured).holds(1.0, one.ratio)
             rests_on = "operators" if one.measured else "data sheet"
             groups.setdefault(f"{rests_on} | {one.engine.engine} | {one.family}", []).append(inside)
-    for name in sorted(groups):
-        yield f"| {name} | {len(groups[name])} | {100 * np.mean(groups[name]):.1f} |"
+    return {name: (len(groups[name]), float(100 * np.mean(groups[name]))) for name in sorted(groups)}
 
 
 def main() -> None:
@@ -124,7 +125,10 @@ def main() -> None:
     if arguments.write:
         _TABLE.write_text(table(found), encoding="utf-8")
     head = ["| rests on | engine | family | validate rows | in 90 % interval % |", "|---|---|---|---|---|"]
-    sys.stdout.write("\n".join([*head, *coverage(found)]) + "\n")
+    lines = [*head, *(f"| {name} | {rows} | {percent:.1f} |" for name, (rows, percent) in coverage_of(found).items())]
+    if arguments.write:
+        write_between_marks(STEP_TIME, "experiments/physics/derive_intervals.py", lines)
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Print the errors of the step model and of the memory of engines on measured data, group by group.
 
-Usage: python experiments/physics/evaluate.py DATA_DIR [--detail]
+Usage: python experiments/physics/evaluate.py DATA_DIR [--detail] [--write]
 
 DATA_DIR contains `serving`, `a6000` and `models`. Where a preset is fitted to a table, each model is predicted by a fit
 without it. Nothing is fitted to closed loops, nor to the records of experiments/h100. An error is the logarithm of
-predicted over measured, in percent. Rows that are not compared are counted, with the reason.
+predicted over measured, in percent. Rows that are not compared are counted, with the reason. `--write` replaces the
+table of docs/step-time.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 import numpy as np
 import records
 import step_cases
+from document import STEP_TIME, write_between_marks
 from fits import FITS, compared, left_out
 
-from maveriq.calibration.evaluation import evaluate
+from maveriq.calibration.measurements import read_measurements
+from maveriq.domain.models import shape_of
 from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.units import gib
 
 BARS: Mapping[str, float] = {
     "energy leaderboard: dense": 5.0,
@@ -97,20 +101,34 @@ def _closed_loops(data: Path, *, detail: bool) -> Iterator[Summary | str]:
         yield Summary(f"closed loop: {split}, {group}", [error for _, error in chosen])
         if detail:
             yield from _details(chosen, ("engine", "model", "GPU", "format"))
+    waiting = [
+        (case, sample.log_error(case.preset))
+        for case, sample in compared(list(step_cases.closed_loops(data, given_first=True)), "closed loop")
+    ]
+    for split, group in sorted({(case.split, case.group) for case, _ in waiting}):
+        errors = [error for case, error in waiting if (case.split, case.group) == (split, group)]
+        yield Summary(f"closed loop, given the measured TTFT: {split}, {group}", errors)
 
 
 def _memory(data: Path) -> Iterator[Summary | str]:
     estimator = PhysicsEstimator(load_profile("a6000-long"), engine_preset("trtllm-0.9"))
-    table = evaluate(data / "a6000" / "full_model_long_prompt.csv", estimator, prompt_tokens=923)
-    for reason in table.left_out:
-        yield f"A6000, memory: {reason.rows} rows left out: {reason.reason}"
-    for group in table.groups:
-        if group.memory is not None and group.by in ("all", "tp"):
-            title = "memory" if group.by == "all" else f"memory, TP {group.value}"
-            bar = BARS.get(f"A6000: {title}")
-            asked = "" if bar is None else f"{bar:g}{'' if group.memory.median <= bar else ' (missed)'}"
-            off = group.memory
-            yield f"| A6000: {title} | {off.n} | {off.median:.1f} | {off.p90:.1f} | | {asked} |"
+    errors: dict[str, list[float]] = {"memory": []}
+    reasons: Counter[str] = Counter()
+    for run in read_measurements(data / "a6000" / "full_model_long_prompt.csv"):
+        model = shape_of(run.model_name)
+        reason = estimator.why_not(model, run.configuration) if model else "not in the catalogue"
+        if model is None or reason:
+            reasons[f"{run.model_name}: {reason}"] += 1
+            continue
+        memory = estimator.memory_with(
+            model, run.configuration, prompt_tokens=step_cases.LONG_PROMPT, output_tokens=run.output_tokens
+        )
+        for title in ("memory", f"memory, TP {run.configuration.tp}"):
+            errors.setdefault(title, []).append(float(np.log(gib(memory) / run.memory_gib)))
+    for title, found in errors.items():
+        yield Summary(f"A6000: {title}", found)
+    for reason, rows in reasons.items():
+        yield f"A6000, memory: {rows} rows left out: {reason}"
 
 
 def _details(found: Iterable[tuple[step_cases.Case, float]], labels: Sequence[str]) -> Iterator[Summary]:
@@ -133,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="folder that contains serving, a6000 and models")
     parser.add_argument("--detail", action="store_true", help="also print the errors by model")
+    parser.add_argument("--write", action="store_true", help="replace the table of docs/step-time.md")
     arguments = parser.parse_args()
     lines = ["| table: group | rows | median % | p90 % | bias % | bar |", "|---|---|---|---|---|---|"]
     notes: list[str] = []
@@ -140,8 +159,11 @@ def main() -> None:
         if isinstance(found, Summary):
             lines.append(found.line())
         else:
-            (lines if found.startswith("|") else notes).append(found)
-    sys.stdout.write("\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n")
+            notes.append(found)
+    lines += ["", "Left out:", "", *(f"- {note}" for note in notes)]
+    if arguments.write:
+        write_between_marks(STEP_TIME, "experiments/physics/evaluate.py", lines)
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ def errors() -> Iterator[tuple[str, list[float]]]:
                 time_us = models[key].gpu_us(decodes=batch, context_tokens=batch * tokens)
             else:
                 time_us = models[key].gpu_us(decodes=0, context_tokens=0, chunks=[Chunk(tokens=tokens)] * batch)
-            fingerprint = "" if int(row["layers"]) > 2 else ", fingerprint"
-            label = f"{kind}, {row['kind']} {row['mode']}, {row['weights']}, {row['model']}{fingerprint}"
+            label = f"{kind}, {row['kind']} {row['mode']}, {row['weights']}"
             found.setdefault(label, []).append(math.log(time_us / (1e6 * float(row["seconds"]))))
     yield from sorted(found.items())

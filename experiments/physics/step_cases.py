@@ -262,7 +262,8 @@ def splitwise_batches(data: Path, *, measured: bool = True) -> Iterator[Case]:
             yield replace(case, sample=sample, family=stored.family)
 
 
-_LONG_PROMPT = 923  # tokens of the text that all runs were given
+LONG_PROMPT = 923
+"""Tokens of the text that all runs on A6000 were given."""
 
 
 def a6000_runs(data: Path, *, measured: bool = True) -> Iterator[Case]:
@@ -283,7 +284,7 @@ def a6000_runs(data: Path, *, measured: bool = True) -> Iterator[Case]:
         stored = table_models.Stored(model, Formats(weights=weights, kv=kv))
         sample = static_batch(
             step_model(stored, operators, at.tp), name=run.model_name, layers=model.layers, batch=at.batch_size,
-            prompt=_LONG_PROMPT, output=run.output_tokens, measured_us=1e6 * run.latency_s,
+            prompt=LONG_PROMPT, output=run.output_tokens, measured_us=1e6 * run.latency_s,
         )  # fmt: skip
         yield replace(case, sample=sample, family=stored.family)
 
@@ -295,8 +296,15 @@ _LOOP_FORMATS = {"nvfp4": "nvfp4", "int4_wo": "int4", "fp8": "fp8", "fp8_block":
 _MEAN_SHARE = 0.9  # of the nominal lengths, which are drawn from 0.8 to 1 times them
 
 
-def closed_loops(data: Path, *, measured: bool = True) -> Iterator[Case]:
-    """Yield mean times a token at fixed concurrency; B300 counts as B200."""
+def closed_loops(data: Path, *, measured: bool = True, given_first: bool = False) -> Iterator[Case]:
+    """Yield mean times a token at fixed concurrency; B300 counts as B200.
+
+    Args:
+        data: the folder of measured data.
+        measured: whether operators are; else the data sheet answers.
+        given_first: whether the measured time to the first token says how far prompts came in bursts. Prefill of others
+            that a request waits for before its first token does not delay its later ones.
+    """
     for row in read_rows(data / "serving" / "closed_loop_silicon.csv.gz"):
         stored = table_models.stored_model(row["model_path"], _LOOP_FORMATS[row["gemm_quant_mode"]], data)
         family = stored.family if stored else None
@@ -322,10 +330,10 @@ def closed_loops(data: Path, *, measured: bool = True) -> Iterator[Case]:
         else:
             operators = operators_for(_LOOP_GPUS[row["system"]], preset, measured=measured)
             model = step_model(stored, operators, tp, ep if tp % ep == 0 else 1)
-            yield _loop_case(case, row, model, stored)
+            yield _loop_case(case, row, model, stored, given_first=given_first)
 
 
-def _loop_case(case: Case, row: Row, model: StepModel, stored: table_models.Stored) -> Case:
+def _loop_case(case: Case, row: Row, model: StepModel, stored: table_models.Stored, *, given_first: bool) -> Case:
     clients, mixes = int(row["concurrency"]), case.preset.mixes_prefill
     prompt, output = _MEAN_SHARE * float(row["isl"]), _MEAN_SHARE * float(row["osl"])
     context = clients * (prompt + output / 2)
@@ -338,6 +346,10 @@ def _loop_case(case: Case, row: Row, model: StepModel, stored: table_models.Stor
     if mixes:
         chunk = Chunk(tokens=round(prompt / chunks), past=round(prompt * (chunks - 1) / chunks / 2))
         held = model.gpu_us(decodes=clients, context_tokens=context, chunks=[chunk] * a_step)
+    if given_first:
+        # A request of a burst waits for half of the others on the average, and none waits for more.
+        added_us = steps * (held - model.gpu_us(decodes=clients, context_tokens=context) if mixes else held)
+        steps *= 1 - min(0.5, 1e3 * float(row["ttft_ms"]) / max(added_us, 1e-9))
     sample = StepSample(
         model=row["model_path"],
         measured_us=1e3 * float(row["tpot_ms"]),

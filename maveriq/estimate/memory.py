@@ -14,15 +14,22 @@ from maveriq.units import BYTES_PER_GIB
 
 
 class MemoryEstimate(NamedTuple):
-    """Memory over all GPUs of a deployment; `requests_gib` is what a batch adds in addition to its KV cache."""
+    """Memory over all GPUs of a deployment.
+
+    `whole_requests_gib` is what a batch would add in addition to its KV cache if the GPUs of a stage split nothing.
+    """
 
     gib: float
-    requests_gib: float
+    whole_requests_gib: float
 
     @property
     def request_share(self) -> float:
-        """The share that the requests of a batch after the first add."""
-        return self.requests_gib / self.gib
+        """The share that the requests of a batch after the first add at most.
+
+        Errors grow with it. How much of a request the GPUs split was measured with few models, so that the more they
+        are the less certain it is what a request adds.
+        """
+        return self.whole_requests_gib / self.gib
 
 
 def estimate_memory(
@@ -45,14 +52,15 @@ def estimate_memory(
         fingerprint_tokens: prompt and output tokens of the fingerprints together.
     """
     batch, tp = configuration.batch_size, configuration.tp
-    requests_gib = (batch - 1) * configuration.gpus * request_gib(model, tp, figures)
+    further = (batch - 1) * configuration.gpus
+    requests_gib, whole_requests_gib = (further * request_gib(model, degree, figures) for degree in (tp, 1))
     total_gib = (
         layers_gib(model, configuration, model.layers, tokens, figures)
         + fixed_gib(model, configuration, fingerprints[configuration.at(1, 1)], fingerprint_tokens, figures)
         + _beyond_one_gpu_gib(configuration, fingerprints, figures)
         + requests_gib
     )
-    return MemoryEstimate(total_gib, requests_gib)
+    return MemoryEstimate(total_gib, whole_requests_gib)
 
 
 def memory_interval(margins: Margins, estimate: MemoryEstimate) -> Interval:
