@@ -55,6 +55,8 @@ class Intent:
 
     Args:
         slo_s: the latency of a whole request must be below this; None for no SLO.
+        slo_ttft_s: the first token must come within this; None for no SLO.
+        slo_tpot_s: further tokens must come within this, on average; None for no SLO.
         min_accuracy: minimum accuracy in percent of the float16 model's MMLU score.
         float16_only: rule out quantised weights (the KV cache may still be int8).
 
@@ -67,10 +69,13 @@ class Intent:
     slo_s: float | None = None
     min_accuracy: float = 0.0
     float16_only: bool = False
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.slo_s is not None and not (math.isfinite(self.slo_s) and self.slo_s > 0):
-            raise InputError(f"latency SLO must be a positive number of seconds, not {self.slo_s}")
+        for name, slo_s in (("latency", self.slo_s), ("TTFT", self.slo_ttft_s), ("TPOT", self.slo_tpot_s)):
+            if slo_s is not None and not (math.isfinite(slo_s) and slo_s > 0):
+                raise InputError(f"{name} SLO must be a positive number of seconds, not {slo_s}")
         if not 0 <= self.min_accuracy <= 100:
             raise InputError(f"minimum accuracy must lie between 0 and 100 percent, not {self.min_accuracy}")
         if 0 < self.min_accuracy < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
@@ -231,28 +231,77 @@ def _time(duration_s: float, *, in_ms: bool) -> str:
     return f"{digits} {'ms' if in_ms else 's'}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limit:
+    """An SLO: its name, the time, how messages write it, and what must not exceed it."""
+
+    name: str
+    slo_s: float
+    in_ms: bool
+    time_of: Callable[[ServiceEstimate], float]
+    itself_allowed: bool = True
+
+    def __str__(self) -> str:
+        return _time(self.slo_s, in_ms=self.in_ms)
+
+    def met_by(self, service: ServiceEstimate) -> bool:
+        """Return whether an estimate meets the SLO."""
+        taken_s = self.time_of(service)
+        return taken_s < self.slo_s or (self.itself_allowed and taken_s == self.slo_s)
+
+    def best_of(self, candidates: Sequence[Candidate]) -> str:
+        """Return the least time of some candidates, as messages write it."""
+        return self.taken(min(candidates, key=lambda candidate: self.time_of(candidate.service)))
+
+    def taken(self, candidate: Candidate) -> str:
+        """Return a candidate's time, as messages write it."""
+        return _time(self.time_of(candidate.service), in_ms=self.in_ms)
+
+
+def _limits(intent: Intent, *, in_ms: bool) -> list[_Limit]:
+    limits = []
+    if intent.slo_s is not None:
+        whole: dict[str, Any] = {"time_of": lambda service: service.latency_s, "itself_allowed": False}
+        limits.append(_Limit(name="", slo_s=intent.slo_s, in_ms=in_ms, **whole))
+    if intent.slo_ttft_s is not None:
+        limits.append(
+            _Limit(name="TTFT ", slo_s=intent.slo_ttft_s, in_ms=True, time_of=lambda service: service.first_token_s)
+        )
+    if intent.slo_tpot_s is not None:
+        limits.append(_Limit(name="TPOT ", slo_s=intent.slo_tpot_s, in_ms=True, time_of=lambda service: service.tpot_s))
+    return limits
+
+
 def _order(intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig], *, in_ms: bool) -> Ranking:
-    """Order the candidates that meet the SLO by the objective; if none meets it, order all by latency."""
-    slo_s = intent.slo_s
-    meeting = [candidate for candidate in fitting if slo_s is None or candidate.service.latency_s < slo_s]
-    if fitting and not meeting and slo_s is not None:
+    """Order the candidates that meet the SLOs by the objective; if none meets them, order all by latency."""
+    limits = _limits(intent, in_ms=in_ms)
+    missed = [[limit for limit in limits if not limit.met_by(candidate.service)] for candidate in fitting]
+    meeting = [candidate for candidate, limits in zip(fitting, missed, strict=True) if not limits]
+    if fitting and not meeting:
         fastest = sorted(fitting, key=lambda candidate: candidate.service.latency_s)
-        fastest_time = _time(fastest[0].service.latency_s, in_ms=in_ms)
-        note = f"misses its SLO of {_time(slo_s, in_ms=in_ms)}: the fastest that fits takes {fastest_time}"
-        return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), note=note)
+        return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), note=_why_missed(limits, fitting))
     slow = [
         RejectedConfig(
             configuration=candidate.configuration,
-            reason=f"not below the SLO of {_time(slo_s, in_ms=in_ms)}",
-            detail=f"takes {_time(candidate.service.latency_s, in_ms=in_ms)}",
+            reason=f"{'above' if limits[0].itself_allowed else 'not below'} the {limits[0].name}SLO of {limits[0]}",
+            detail=f"takes {limits[0].taken(candidate)}",
         )
-        for candidate in fitting
-        if slo_s is not None and candidate.service.latency_s >= slo_s
+        for candidate, limits in zip(fitting, missed, strict=True)
+        if limits
     ]
     return Ranking(
         candidates=tuple(sorted(meeting, key=lambda candidate: candidate.score)),
         rejected=tuple(rejected + slow),
     )
+
+
+def _why_missed(limits: Sequence[_Limit], fitting: Sequence[Candidate]) -> str:
+    if len(limits) == 1:
+        limit = limits[0]
+        return f"misses its {limit.name}SLO of {limit}: the fastest that fits takes {limit.best_of(fitting)}"
+    slos = " and ".join(f"{limit.name or 'latency '}{limit}" for limit in limits)
+    best = ", ".join(f"{limit.name or 'latency '}{limit.best_of(fitting)}" for limit in limits)
+    return f"no configuration meets its SLOs of {slos} together: the least of those that fit are {best}"
 
 
 def free_memory_text(view: ClusterView) -> str:
