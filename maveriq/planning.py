@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from maveriq.domain.cluster import Cluster
     from maveriq.domain.deployments import EndpointSpec
     from maveriq.domain.models import ModelSpec
+    from maveriq.estimate.cluster_profiles import ClusterProfiles
+    from maveriq.estimate.estimator import Estimator
     from maveriq.estimate.hardware_profile import HardwareProfile
     from maveriq.policy.configuration import Ranking
 
@@ -30,14 +32,24 @@ class PlanOptions:
 
     intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _PANEL, choices=INTENTS)
     slo_ms: float | None = option(None, "Upper limit of a whole request's latency.", _PANEL)
+    slo_ttft_ms: float | None = option(None, "Upper limit of the time to first token.", _PANEL)
+    slo_tpot_ms: float | None = option(None, "Upper limit of the time per output token.", _PANEL)
     min_accuracy: float = option(0.0, "Least accuracy, in percent of the float16 model's.", _PANEL)
+    accuracy: str | None = option(
+        None,
+        "Accuracy of models whose profile does not know it: a CSV file of model, weights, kv, percent.",
+        _PANEL,
+        shown="the profile's",
+    )
     float16_only: bool = option(False, "No quantised weights.", _PANEL)  # noqa: FBT003
     gpus: str = option("8xA6000", "The cluster: 8xA6000, a TOML file, or local.", _PANEL, choices=("8xA6000", "local"))
     prompt_tokens: int | None = option(
         None, "Length of a typical prompt.", _PANEL, shown="the profile's", minimum=1, maximum=_MAX_TOKENS
     )
     output_tokens: int = option(20, "Length of a typical output.", _PANEL, minimum=1, maximum=_MAX_TOKENS)
-    batch_size: int = option(1, "Largest batch of an engine.", _PANEL, minimum=1, maximum=_MAX_BATCH)
+    batch_size: int = option(
+        1, "Largest batch of an engine; with --engine, requests in flight.", _PANEL, minimum=1, maximum=_MAX_BATCH
+    )
     estimator: str | None = option(
         None,
         "The estimator: calibrated, paper, measured, or physics.",
@@ -45,6 +57,17 @@ class PlanOptions:
         shown="calibrated",
         choices=("calibrated", "paper", "measured", "physics"),
     )
+    engine: str | None = option(
+        None,
+        "Estimate continuous batching of vllm, trtllm, sglang, or of a version, vllm-0.23.0.",
+        _PANEL,
+        shown="vllm, one batch at a time",
+        choices=("vllm", "trtllm", "sglang"),
+    )
+    usd_per_hour: float | None = option(
+        None, "Price of a GPU and hour in US dollars.", _PANEL, shown="the cluster's, or list prices", minimum=0,
+        maximum=1e6,
+    )  # fmt: skip
     profile: str = option(
         "a6000-short",
         "Hardware profile: a6000-short, a6000-long, or a TOML file.",
@@ -68,6 +91,13 @@ class RankedPlan:
     failure: str
     note: str
 
+    @property
+    def summary(self) -> str:
+        """One line with the best configuration and its figures; "" where there is none."""
+        from maveriq.report.plans import summary_line
+
+        return summary_line(self.endpoint, self.ranking, self.cluster) if self.ranking.candidates else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Return the ranking in plain values, as `maveriq plan --json` prints it."""
         from maveriq.report.plans import ranking_json
@@ -86,28 +116,55 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     Raises:
         InputError: an option that cannot be used, or a model without a profile.
     """
-    from maveriq.domain.cluster import ClusterState
-    from maveriq.domain.deployments import EndpointSpec, Intent, Objective
     from maveriq.domain.models import load_model
-    from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults
+    from maveriq.estimate.cluster_estimator import notes_on_defaults
     from maveriq.estimate.cluster_profiles import profiles_for
     from maveriq.exec.local_machine import local_cluster
-    from maveriq.policy.configuration import rank
     from maveriq.scenario.cluster_notes import note_on_cluster
 
-    profiles = profiles_for(options.profile, options.gpus)
-    profile, cluster = profiles.main, local_cluster(options.gpus, profiles)
+    profiles = profiles_for(options.profile, options.gpus, options.accuracy)
+    cluster = local_cluster(options.gpus, profiles)
+    if options.usd_per_hour is not None:
+        cluster = cluster.at_price(options.usd_per_hour)
     spec = load_model(str(model))
     if estimator is None:
         reasons = [_why_unknown(spec, profile, options.estimator) for profile in profiles.by_kind.values()]
         if all(reasons):
             raise InputError(f"model {spec.name!r}{reasons[0]}")
+    endpoint = _endpoint(spec, options, profiles.main)
+    planner = estimator or _planner(cluster, profiles, options)
+    ranking = _rank(endpoint, cluster, profiles, planner, in_ms=options.slo_ms is not None)
+    accuracy = _note_on_accuracy(endpoint, ranking)
+    notes = (
+        *note_on_cluster(cluster),
+        *(() if estimator or options.estimator else notes_on_defaults(profiles)),
+        *accuracy,
+    )
+    failure = ranking.note
+    if not ranking.candidates:
+        more = () if estimator else _note_on_more_gpus(endpoint, cluster, profiles, options)
+        failure = "; ".join((ranking.why_empty(), *more, *accuracy))
+    return RankedPlan(
+        endpoint=endpoint,
+        ranking=ranking,
+        cluster=cluster,
+        estimator=planner.name,
+        failure=failure,
+        note="\n".join(notes),
+    )
+
+
+def _endpoint(model: ModelSpec, options: PlanOptions, profile: HardwareProfile) -> EndpointSpec:
+    from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+
     endpoint = EndpointSpec(
         endpoint_id=1,
-        model=spec,
+        model=model,
         intent=Intent(
             objective=Objective.named(options.intent),
-            slo_s=None if options.slo_ms is None else options.slo_ms / 1e3,
+            slo_s=_seconds(options.slo_ms),
+            slo_ttft_s=_seconds(options.slo_ttft_ms),
+            slo_tpot_s=_seconds(options.slo_tpot_ms),
             min_accuracy=options.min_accuracy,
             float16_only=options.float16_only,
         ),
@@ -116,23 +173,75 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
         output_tokens=options.output_tokens,
         batch_size=options.batch_size,
     )
-    too_long = spec.why_too_long(endpoint.prompt_tokens + endpoint.output_tokens)
+    too_long = model.why_too_long(endpoint.prompt_tokens + endpoint.output_tokens)
     if too_long is not None:
         raise InputError(f"{too_long}; plan for shorter prompts or outputs")
+    return endpoint
+
+
+def _seconds(slo_ms: float | None) -> float | None:
+    return None if slo_ms is None else slo_ms / 1e3
+
+
+def _planner(cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions) -> Estimator:
+    from maveriq.estimate.cluster_estimator import estimator_for
+    from maveriq.estimate.engine_presets import engine_preset
+    from maveriq.estimate.registry import PHYSICS
+
+    engine = None if options.engine is None else engine_preset(options.engine)
+    planner = estimator_for(cluster, profiles, options.estimator, engine)
+    if engine is not None and PHYSICS not in planner.name.split("+"):
+        raise InputError(
+            f"--engine {options.engine}: what estimator {planner.name!r} knows was measured with one engine; leave "
+            "--engine out, or add --estimator physics"
+        )
+    return planner
+
+
+def _rank(
+    endpoint: EndpointSpec, cluster: Cluster, profiles: ClusterProfiles, planner: Estimator, *, in_ms: bool
+) -> Ranking:
+    from maveriq.domain.cluster import ClusterState
+    from maveriq.policy.configuration import rank
+
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    planner = estimator or estimator_for(cluster, profiles, options.estimator)
-    ranking = rank(
-        endpoint, view, planner, profiles.accuracy, evidence=profiles.measured_ratio, in_ms=options.slo_ms is not None
-    )
-    notes = (*note_on_cluster(cluster), *(() if estimator or options.estimator else notes_on_defaults(profiles)))
-    return RankedPlan(
-        endpoint=endpoint,
-        ranking=ranking,
-        cluster=cluster,
-        estimator=planner.name,
-        failure=ranking.note if ranking.candidates else ranking.why_empty(),
-        note="\n".join(notes),
-    )
+    return rank(endpoint, view, planner, profiles.accuracy, evidence=profiles.measured_ratio, in_ms=in_ms)
+
+
+def _note_on_accuracy(endpoint: EndpointSpec, ranking: Ranking) -> tuple[str, ...]:
+    """Return a note where the ranking would need an accuracy that nobody measured."""
+    from maveriq.policy.configuration import NEVER_MEASURED
+
+    name, table = endpoint.model.name, "--accuracy FILE takes a table"
+    if endpoint.intent.min_accuracy > 0:
+        unknown = any(rejected.reason == NEVER_MEASURED for rejected in ranking.rejected)
+        return (f"the accuracy of {name} was never measured in all formats; {table}",) if unknown else ()
+    if ranking.candidates and ranking.candidates[0].accuracy is None:
+        return (f"what the weights' format costs {name} in accuracy is not known; {table}, for --min-accuracy",)
+    return ()
+
+
+_MOST_GPUS = 1024  # beyond, a count helps nobody
+
+
+def _note_on_more_gpus(
+    endpoint: EndpointSpec, cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions
+) -> tuple[str, ...]:
+    """Return how many GPUs of the kind a model would need that does not fit; nothing where that is not the reason."""
+    from maveriq.domain.gpu_kinds import gpu_sheets
+    from maveriq.estimate.cluster_spec import cluster_from
+
+    if len(cluster.kinds) > 1 or cluster.kinds[0] not in gpu_sheets():
+        return ()
+    count = 2 * len(cluster)
+    while count <= _MOST_GPUS:
+        larger = cluster_from(f"{count}x{cluster.kinds[0]}")
+        ranking = _rank(endpoint, larger, profiles, _planner(larger, profiles, options), in_ms=False)
+        if ranking.candidates:
+            fewest = min(candidate.configuration.gpus for candidate in ranking.candidates)
+            return (f"it would take {fewest} {cluster.kinds[0]}",)
+        count *= 2
+    return ()
 
 
 def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str | None) -> str | None:

@@ -50,6 +50,8 @@ def plan(
             for note in surprise_notes(ranking, top=top):
                 console.print(note)
         console.print(rejected_table(ranking, every=explain))
+        if ranked.summary and not ranked.failure:
+            console.print(ranked.summary, highlight=False, markup=False, soft_wrap=True)
         if ranked.note:
             console.print(ranked.note, highlight=False, markup=False)
     if ranked.failure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.errors import InputError, InvariantError
@@ -95,6 +95,13 @@ class Cluster:
     def network_gbps(self, kind: str) -> float:
         """Return the bandwidth of the slowest network among the nodes with GPUs of a kind, Gbit/s."""
         return min(self.node(gpu.node).network_gbps for gpu in self.gpus if gpu.kind == kind)
+
+    def at_price(self, usd_per_hour: float) -> Cluster:
+        """Return the same cluster at another price of a GPU and hour, US dollars."""
+        count = 1 + max(gpu.node for gpu in self.gpus)
+        return replace(
+            self, nodes=tuple(replace(self.node(number), usd_per_hour=usd_per_hour) for number in range(count))
+        )
 
     def usd_per_hour(self, gpu: Gpu) -> float | None:
         """Return what a GPU costs, US dollars an hour: as the user says, else by the list; None if neither says it."""

@@ -12,7 +12,7 @@ from maveriq.domain.models import ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate import coverage
 from maveriq.estimate.calibration_file import Calibration, op_counts, read_calibration, require
-from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
+from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.fingerprints import OUTPUTS, Fingerprints
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import Interval
@@ -182,6 +182,7 @@ class CalibratedEstimator:
             tpot_s=tpot_s,
             output_tokens=output_tokens,
             interval=self._calibration.margins.latency_interval(configuration.tp, batch),
+            basis=Basis.MEASURED,
         )
 
     def layer_time_ratio(self, model: ModelSpec, weights: WeightType) -> float:

@@ -16,6 +16,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.cluster_profiles import ClusterProfiles
+from maveriq.estimate.engine_presets import EnginePreset
 from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, SequenceAware, ServiceEstimate
 from maveriq.estimate.hand_over import UNKNOWN_NODE, Channel, network_channel, node_channel
 from maveriq.estimate.registry import default_estimator, make_estimator, note_on_default
@@ -181,20 +182,23 @@ def _over_network(
     return replace(service, ttft_s=service.ttft_s + first_s - token_s, tpot_s=service.tpot_s + token_s)
 
 
-def estimator_for(cluster: Cluster, profiles: ClusterProfiles, name: str | None = None) -> Estimator:
+def estimator_for(
+    cluster: Cluster, profiles: ClusterProfiles, name: str | None = None, engine: EnginePreset | None = None
+) -> Estimator:
     """Return the estimator for the GPUs of a cluster.
 
     Args:
         cluster: its kinds and nodes.
         profiles: what is known of each kind.
         name: an estimator's name; None for the best that each profile has the data for.
+        engine: the engine that is estimated where nothing was measured; None for the default.
 
     Raises:
         UnknownNameError: there is no such estimator.
         InputError: a profile has no data for it.
     """
-    made = {kind: make_estimator(name or default_estimator(profiles.by_kind[kind]), profiles.by_kind[kind])
-            for kind in cluster.kinds}  # fmt: skip
+    made = {kind: make_estimator(name or default_estimator(profile), profile, engine)
+            for kind in cluster.kinds for profile in [profiles.by_kind[kind]]}  # fmt: skip
     if len(made) == 1 and not cluster.has_network:
         return made[cluster.kinds[0]]
     first_of_node: dict[int, int] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from maveriq.domain.gpu_kinds import gpu_sheet
 from maveriq.domain.models import KvType, ModelSpec, WeightType
@@ -11,7 +12,13 @@ from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.cluster_spec import gpu_kinds_in
 from maveriq.estimate.full_models import MeasuredRatio
-from maveriq.estimate.hardware_profile import DEFAULT_PROFILE, HardwareProfile, load_profile
+from maveriq.estimate.hardware_profile import (
+    DEFAULT_PROFILE,
+    HardwareProfile,
+    StorageTypes,
+    load_profile,
+    read_accuracy,
+)
 from maveriq.estimate.sheet_profile import sheet_profile
 
 
@@ -38,6 +45,13 @@ class ClusterProfiles:
         found = (profile.accuracy(model_name, weights, kv) for profile in self.by_kind.values())
         return next((percent for percent in found if percent is not None), None)
 
+    def with_accuracy(self, table: Mapping[StorageTypes, float | None]) -> ClusterProfiles:
+        """Return profiles that know the accuracy of further models."""
+        return ClusterProfiles(by_kind={
+            kind: replace(profile, facts=replace(profile.facts, accuracy={**profile.facts.accuracy, **table}))
+            for kind, profile in self.by_kind.items()
+        })  # fmt: skip
+
     def measured_ratio(
         self, model_name: str, configuration: ParallelConfig, other: ParallelConfig
     ) -> MeasuredRatio | None:
@@ -49,17 +63,23 @@ class ClusterProfiles:
         return self.of(configuration).load_time_s(model, configuration, gib_per_gpu)
 
 
-def profiles_for(name: str, gpus: str) -> ClusterProfiles:
+def profiles_for(name: str, gpus: str, accuracy: str | None = None) -> ClusterProfiles:
     """Return the hardware profiles for a cluster.
 
     Args:
         name: a profile's name or path, as `--profile` takes it: of GPUs of its own kind. Kinds without a profile have
             that of their data sheet.
         gpus: the cluster, as `--gpus` takes it.
+        accuracy: a table of the accuracy of models, as `--accuracy` takes it: its rows count before the profile's.
 
     Raises:
-        InputError: no such profile, cluster file or kind of GPU, or a profile of a kind that the cluster has not.
+        InputError: no such profile, table, cluster or kind of GPU, or a profile of a kind that the cluster has not.
     """
+    profiles = _profiles_for(name, gpus)
+    return profiles if accuracy is None else profiles.with_accuracy(read_accuracy(Path(accuracy)))
+
+
+def _profiles_for(name: str, gpus: str) -> ClusterProfiles:
     named = load_profile(name)
     kinds = gpu_kinds_in(gpus)
     known = [named] if len(kinds) < 2 or name == DEFAULT_PROFILE else [named, load_profile(DEFAULT_PROFILE)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from maveriq.domain.models import ModelSpec
@@ -13,6 +14,14 @@ from maveriq.estimate.intervals import Interval
 from maveriq.units import Bytes
 
 
+class Basis(StrEnum):
+    """What an estimate rests on, from the most to the least that was measured."""
+
+    MEASURED = "measured"  # whole models, or fingerprints of them
+    OPERATORS = "operators"
+    DATA_SHEET = "data sheet"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceEstimate:
     """The time one request (or one batch) takes on an idle engine, in seconds.
@@ -20,13 +29,14 @@ class ServiceEstimate:
     `ttft_s` is the intercept at zero output tokens, as in the paper, and may be slightly negative
     (SPEC 3). The first token comes at `ttft_s + tpot_s`, the last at `latency_s`. `interval` holds
     the factors of the latency between which it lies in 90 of 100 cases; it is None if the estimator
-    does not know its errors.
+    does not know its errors. `basis` is None if the estimator does not say what it rests on.
     """
 
     ttft_s: float
     tpot_s: float
     output_tokens: int
     interval: Interval | None = None
+    basis: Basis | None = None
 
     @property
     def latency_s(self) -> float:

@@ -306,7 +306,12 @@ class HardwareProfile:
         )
 
     def accuracy(self, model_name: str, weights: WeightType, kv: KvType) -> float | None:
-        """Return the accuracy in percent of the float16 model's, None if it was never measured."""
+        """Return the accuracy in percent of the float16 model's, None if it was never measured.
+
+        That of the float16 model itself is 100, by definition.
+        """
+        if (weights, kv) == (WeightType.FLOAT16, KvType.NATIVE):
+            return self.facts.accuracy.get((model_name, weights, kv), 100.0)
         return self.facts.accuracy.get((model_name, weights, kv))
 
     def supports(self, model_name: str, configuration: ParallelConfig) -> bool:

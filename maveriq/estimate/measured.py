@@ -13,7 +13,7 @@ from typing import NamedTuple
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, InvariantError
-from maveriq.estimate.estimator import ServiceEstimate, check_estimable
+from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable
 from maveriq.estimate.fingerprints import read_config
 from maveriq.estimate.hardware_profile import HardwareProfile, ModelConfig
 from maveriq.tables import Row, read_csv, unique
@@ -94,7 +94,7 @@ class MeasuredEstimator:
         points = self._required_points(model, configuration)
         ttft_s = _at(points, batch, prompt_tokens, "ttft_s")
         tpot_s = _at(points, batch, prompt_tokens, "tpot_s")
-        return ServiceEstimate(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens)
+        return ServiceEstimate(ttft_s=ttft_s, tpot_s=tpot_s, output_tokens=output_tokens, basis=Basis.MEASURED)
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Return the largest measured memory over all GPUs, at the configuration's batch size or the next larger one.

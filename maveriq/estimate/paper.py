@@ -6,7 +6,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate import coverage
-from maveriq.estimate.estimator import ServiceEstimate, check_estimable
+from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable
 from maveriq.estimate.fingerprints import (
     ParallelLatency,
     at_batch,
@@ -70,7 +70,9 @@ class PaperEstimator:
                 raise InputError(self._no_batch(model, configuration, batch))
             first_s, last_s = at_batch(first_s, batch_two.at(1), batch), at_batch(last_s, batch_two.at(longest), batch)
         tpot_s = (last_s - first_s) / (longest - 1)
-        return ServiceEstimate(ttft_s=first_s - tpot_s, tpot_s=tpot_s, output_tokens=output_tokens)
+        return ServiceEstimate(
+            ttft_s=first_s - tpot_s, tpot_s=tpot_s, output_tokens=output_tokens, basis=Basis.MEASURED
+        )
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment, at its configuration's batch size.

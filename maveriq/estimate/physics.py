@@ -1,14 +1,14 @@
 """The physics estimator: latency and memory of any decoder on any known kind of GPU, before anything is measured.
 
 It adds up the operators of a model (`maveriq.estimate.step_time`), what an engine's process adds to each step, and the
-memory of weights, KV cache and activations. It models an engine that takes one batch at a time: all prompts in one
-step, then a token of each sequence a step.
+memory of weights, KV cache and activations. It models an engine that takes one batch at a time (all prompts in one
+step, then a token of each sequence a step), or one with continuous batching that always has as many requests in flight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TypeAlias
@@ -27,11 +27,12 @@ from maveriq.estimate.engine_memory import (
     why_batch_does_not_fit,
 )
 from maveriq.estimate.engine_presets import DEFAULT_ENGINE, EnginePreset, engine_preset
-from maveriq.estimate.estimator import ServiceEstimate, check_estimable, check_lengths
+from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hand_over import node_channel
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import family_of, interval_of
 from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
+from maveriq.estimate.steady_state import SteadyLoad, StepTime
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
 from maveriq.units import Bytes
 
@@ -54,12 +55,14 @@ class PhysicsEstimator:
     Args:
         profile: names the kind of GPU, and knows accuracy and configurations that do not run.
         engine: the engine, by generation.
+        continuous: whether it batches continuously; else it takes one batch after the other, as simulated engines do.
     """
 
     profile: HardwareProfile
     engine: EnginePreset = field(default_factory=lambda: engine_preset(DEFAULT_ENGINE))
+    continuous: bool = False
     _operators: Operators = field(init=False)
-    _models: dict[_Stage, StepModel] = field(default_factory=dict)
+    _models: dict[tuple[ModelSpec, Sharding, Formats], StepModel] = field(default_factory=dict)
     _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,9 +74,9 @@ class PhysicsEstimator:
         return "physics"
 
     @property
-    def rests_on(self) -> str:
+    def basis(self) -> Basis:
         """What the estimates rest on."""
-        return "measured operators" if self._operators.measured else "the data sheet"
+        return Basis.OPERATORS if self._operators.measured else Basis.DATA_SHEET
 
     def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why this configuration cannot be estimated or run here, None if it can."""
@@ -131,30 +134,48 @@ class PhysicsEstimator:
     ) -> ServiceEstimate:
         """Estimate one batch of `batch` equal requests that start together on an idle engine.
 
+        With continuous batching, estimate a request among `batch` in flight.
+
         Raises:
             InputError: the configuration has a reason in `why_not`, or fewer than one token or request.
         """
         check_lengths(model, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch)
         check_estimable(self, model, configuration)
-        steps = self._step_model(model, configuration)
-        chunks = [Chunk(tokens=prompt_tokens)] * batch
-        prefill_us = steps.gpu_us(decodes=0, context_tokens=0, chunks=chunks)
         # The mean context of a decoding sequence is its prompt and half of its output.
-        context = batch * (prompt_tokens + output_tokens / 2)
-        decode_us = steps.gpu_us(decodes=batch, context_tokens=context)
-        of = {"sequences": batch, "layers": model.layers}
-        channel, hand_overs = node_channel(self._operators.gpu), configuration.pp - 1
-        step_us = self.engine.step_time_us(decode_us, **of, has_prefill=False)
-        step_us += hand_overs * channel.hand_over_us(batch, model.hidden_size)
-        first_us = self.engine.step_time_us(prefill_us, **of, has_prefill=True)
-        first_us += hand_overs * channel.hand_over_us(batch * prompt_tokens, model.hidden_size)
+        step_us = self._step_time(model, configuration, context_tokens=prompt_tokens + output_tokens / 2)
+        if self.continuous:
+            load = SteadyLoad(
+                in_flight=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens, stages=configuration.pp,
+                max_step_tokens=self._settings(configuration).max_num_batched_tokens,
+                mixes_prefill=self.engine.mixes_prefill, asynchronous=self.engine.asynchronous,
+            )  # fmt: skip
+            first_us, token_us = load.times(step_us)
+        else:
+            first_us, token_us = step_us(0, [Chunk(tokens=prompt_tokens)] * batch), step_us(batch, ())
         first_us += self.engine.first_token_delay_us(prompt_tokens)
         return ServiceEstimate(
-            ttft_s=(first_us - step_us) / 1e6,
-            tpot_s=step_us / 1e6,
+            ttft_s=(first_us - token_us) / 1e6,
+            tpot_s=token_us / 1e6,
             output_tokens=output_tokens,
             interval=interval_of(self.engine, family_of(model.decoder), measured=self._operators.measured),
+            basis=self.basis,
         )
+
+    def _step_time(self, model: ModelSpec, configuration: ParallelConfig, *, context_tokens: float) -> StepTime:
+        """Return the time of a step of all stages, whose decoding sequences have so many tokens each."""
+        steps = self._step_model(model, configuration)
+        channel, hand_overs = node_channel(self._operators.gpu), configuration.pp - 1
+
+        def step_us(decodes: float, chunks: Sequence[Chunk]) -> float:
+            gpu_us = steps.gpu_us(decodes=decodes, context_tokens=decodes * context_tokens, chunks=chunks)
+            sequences = decodes + len(chunks)
+            host_us = self.engine.step_time_us(
+                gpu_us, sequences=sequences, layers=model.layers, has_prefill=bool(chunks)
+            )
+            tokens = decodes + sum(chunk.tokens for chunk in chunks)
+            return float(host_us + hand_overs * channel.hand_over_us(tokens, model.hidden_size))
+
+        return step_us
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment whose requests have the profile's length of prompts.
@@ -210,19 +231,15 @@ class PhysicsEstimator:
 
     def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:
         """Return the step model of all layers: a pipeline's stages together take as long."""
-        key = _stage_of(model, configuration)
-        found = self._models.get(key)
-        if found is None:
-            stored = _stored_as(model, configuration)
-            found = self._models[key] = StepModel(
-                model.decoder,
-                self._operators,
-                sharding=Sharding(tp=configuration.tp, ep=configuration.ep),
-                formats=Formats(
-                    weights=None if stored is None else number_format_of(stored), kv=_KV_FORMATS[configuration.kv]
-                ),
-            )
-        return found
+        stored = _stored_as(model, configuration)
+        sharding = Sharding(tp=configuration.tp, ep=configuration.ep)
+        formats = Formats(
+            weights=None if stored is None else number_format_of(stored), kv=_KV_FORMATS[configuration.kv]
+        )
+        key = (model, sharding, formats)
+        if key not in self._models:
+            self._models[key] = StepModel(model.decoder, self._operators, sharding=sharding, formats=formats)
+        return self._models[key]
 
 
 def _stage_of(model: ModelSpec, configuration: ParallelConfig) -> _Stage:

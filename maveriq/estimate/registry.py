@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.estimator import Estimator
+from maveriq.estimate.engine_presets import EnginePreset
+from maveriq.estimate.estimator import Basis, Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.estimate.paper import PaperEstimator
@@ -37,19 +38,29 @@ def note_on_default(profile: HardwareProfile) -> str | None:
     if profile.calibrated:
         return None
     if default_estimator(profile) == PHYSICS:
-        return f"no model was measured on {profile.gpu_kind}: estimates rest on {PhysicsEstimator(profile).rests_on}"
+        rests_on = "the data sheet"
+        if PhysicsEstimator(profile).basis is Basis.OPERATORS:
+            rests_on = "measured operators"
+        return f"no model was measured on {profile.gpu_kind}: estimates rest on {rests_on}"
     return (
         f"profile {profile.name} has no calibration, so the estimator {default_estimator(profile)!r} stands in for the "
         "calibrated one; `maveriq fit DATA --out FOLDER` makes a calibration"
     )
 
 
-def make_estimator(name: str, profile: HardwareProfile) -> Estimator:
+def make_estimator(name: str, profile: HardwareProfile, engine: EnginePreset | None = None) -> Estimator:
     """Return the estimator of that name for a hardware profile.
+
+    Args:
+        name: a key of `ESTIMATORS`.
+        profile: the profile it reads.
+        engine: the engine whose continuous batching `physics` estimates; None for one batch at a time.
 
     Raises:
         UnknownNameError: there is no such estimator.
     """
     if name not in ESTIMATORS:
         raise UnknownNameError("estimator", name, ESTIMATORS)
+    if engine and name == PHYSICS:
+        return PhysicsEstimator(profile, engine, continuous=True)
     return ESTIMATORS[name](profile)

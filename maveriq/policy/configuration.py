@@ -7,7 +7,7 @@ orders those that meet everything else by latency, and says so in a note.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -22,7 +22,14 @@ from maveriq.domain.parallel import (
     shard_bytes,
     tensor_parallel_degrees,
 )
-from maveriq.estimate.estimator import ConfigurationAware, Estimator, KindAware, SequenceAware, ServiceEstimate
+from maveriq.estimate.estimator import (
+    ConfigurationAware,
+    Estimator,
+    KindAware,
+    LengthAwareMemory,
+    SequenceAware,
+    ServiceEstimate,
+)
 from maveriq.policy.gpu_pools import GpuPool, gpu_pools
 from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
@@ -85,6 +92,9 @@ class Ranking:
         return f"none of {len(self.rejected)} configurations can be used: {listed}{rest}"
 
 
+NEVER_MEASURED = "its accuracy was never measured"
+"""Why a configuration is rejected whose accuracy nobody knows."""
+
 _SPEC_WEIGHTS = (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4, WeightType.INT4_GPTQ, WeightType.FP8)
 _SPEC_KV = (KvType.INT8, KvType.NATIVE)
 
@@ -133,9 +143,23 @@ def rank(
     return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, in_ms=in_ms)
 
 
+def _of_kind(estimator: Estimator, kind: str) -> Estimator:
+    return estimator.of_kind(kind) if isinstance(estimator, KindAware) else estimator
+
+
+def _memory(
+    model: ModelSpec, configuration: ParallelConfig, pool: GpuPool, estimator: Estimator, lengths: Mapping[str, int]
+) -> Bytes:
+    """Return the memory: for requests of these lengths where the estimator knows what sequences an engine holds."""
+    own = _of_kind(estimator, pool.kind)
+    if isinstance(own, SequenceAware) and isinstance(own, LengthAwareMemory):
+        return own.memory_with(model, replace(configuration, gpu=""), **lengths)
+    return estimator.memory(model, configuration)
+
+
 def _configurations(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Iterable[ParallelConfig]:
     """Return the configurations to consider on GPUs of one kind, in the order that breaks ties."""
-    own = estimator.of_kind(pool.kind) if isinstance(estimator, KindAware) else estimator
+    own = _of_kind(estimator, pool.kind)
     if isinstance(own, ConfigurationAware):
         return own.configurations(endpoint.model, gpus=len(pool), batch_size=endpoint.batch_size)
     return enumerate_configurations(endpoint.model, len(pool), endpoint.batch_size)
@@ -173,7 +197,8 @@ def _consider(
         return RejectedConfig(
             configuration=configuration, reason=f"TP {configuration.tp} would cross nodes of {pool.largest_node} GPUs"
         )
-    memory_bytes = estimator.memory(endpoint.model, configuration)
+    lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
+    memory_bytes = _memory(endpoint.model, configuration, pool, estimator, lengths)
     sizes = {"tp": configuration.tp, "layers": endpoint.model.layers, "memory_bytes": memory_bytes}
     chosen, split, hops = _dealt(pool, configuration, **sizes)
     if split is None:
@@ -181,7 +206,6 @@ def _consider(
         return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)
     if hops:
         configuration = replace(configuration, network_hops=hops)
-    lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
     if isinstance(estimator, SequenceAware):
         no_room = estimator.why_no_room(endpoint.model, configuration, **lengths)
         if no_room:
@@ -218,7 +242,7 @@ def _broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: 
     if intent.float16_only and configuration.weights is not WeightType.FLOAT16:
         return "weights are not float16"
     if intent.min_accuracy > 0 and accuracy is None:
-        return "its accuracy was never measured"
+        return NEVER_MEASURED
     if accuracy is not None and accuracy < intent.min_accuracy:
         return f"accuracy {accuracy:g} % is below {intent.min_accuracy:g} %"
     return None

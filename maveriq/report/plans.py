@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.deployments import EndpointSpec, Objective
 from maveriq.domain.models import KvType
 from maveriq.domain.parallel import KV_SUFFIX, ParallelConfig
+from maveriq.estimate.estimator import Basis
 from maveriq.policy.configuration import Candidate, Ranking, RejectedConfig
 from maveriq.report.formatting import NONE, figure, layer_list
+from maveriq.report.plan_figures import PlanFigures, figures_of
 from maveriq.report.results import WIDE
 from maveriq.report.view import Column, Row, Table, Text, number_column, row
 from maveriq.units import gib
@@ -42,23 +44,25 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
         f"best {min(top, len(equal))} of {len(equal)}, "
         f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out"
     )
+    shown = equal[:top]
+    figures = _figure_columns([candidates[0] for candidates in shown], endpoint, cluster, wide=wide)
+    uneven = any(len(set(candidates[0].layer_split)) > 1 for candidates in shown)
+    layers = [Column("\nlayers", wrap="never" if wide else "words")] if uneven else []
     columns = [
         Column("\n#", align="right", style="dim", wrap="words"),
-        Column(
-            "\nconfiguration", wrap="never" if wide or not (cluster.has_network or len(cluster.kinds) > 1) else "words"
-        ),
-        Column("\nlayers", wrap="never" if wide else "words"),
-        *map(number_column, _headers(endpoint, wide=wide)),
+        Column("\nconfiguration", wrap="never" if wide else "words"),
+        *layers,
+        *(number_column(header) for header, _ in figures),
     ]
     rows = [
         row(
             str(place),
             _configurations(candidates),
-            layer_list(candidates[0].layer_split),
-            *_cells(candidates[0], wide=wide),
+            *(layer_list(candidates[0].layer_split) for _ in layers),
+            *(cell(candidates[0]) for _, cell in figures),
             style="bold green" if place == 1 else "",
         )
-        for place, candidates in enumerate(equal[:top], start=1)
+        for place, candidates in enumerate(shown, start=1)
     ]
     return Table(title, columns, rows)
 
@@ -88,26 +92,74 @@ def _configurations(equal: Sequence[Candidate]) -> str:
     return str(first).replace(own, f"{stored}+{cached}" if cached else stored)
 
 
-def _headers(endpoint: EndpointSpec, *, wide: bool) -> list[str]:
-    narrow = ["latency\ns", "TPOT\nms", "GiB\nper GPU", "acc.\n%", _UNITS[endpoint.intent.objective]]
-    if not wide:
-        return narrow
-    return ["latency\ns", "first\ntoken s", "TPOT\nms", "memory\nGiB", "GiB\nper GPU", "accuracy\n%", narrow[-1]]
+def _figure_columns(
+    shown: Sequence[Candidate], endpoint: EndpointSpec, cluster: Cluster, *, wide: bool
+) -> list[tuple[str, Callable[[Candidate], str]]]:
+    """Return headers and cells of the columns of figures; what no candidate has gets no column."""
 
+    def price(candidate: Candidate) -> str:
+        return figure(figures_of(candidate, endpoint, cluster).usd_per_million_tokens)
 
-def _cells(candidate: Candidate, *, wide: bool) -> list[str]:
-    service = candidate.service
-    first_token = [f"{service.first_token_s:.3f}"] if wide else []
-    memory = [f"{gib(candidate.memory_bytes):.1f}"] if wide else []
-    return [
-        f"{service.latency_s:.3f}",
-        *first_token,
-        f"{1e3 * service.tpot_s:.1f}",
-        *memory,
-        f"{gib(max(candidate.gpu_bytes)):.2f}",
-        NONE if candidate.accuracy is None else f"{candidate.accuracy:g}",
-        figure(candidate.score),
+    bases = {candidate.service.basis for candidate in shown}
+    columns = [
+        ("latency\ns", lambda candidate: f"{candidate.service.latency_s:.3f}", True),
+        ("90 % of\nlatencies", _interval, any(candidate.service.interval for candidate in shown)),
+        ("first\ntoken s", lambda candidate: f"{candidate.service.first_token_s:.3f}", wide or _has_ttft_slo(endpoint)),
+        ("TPOT\nms", lambda candidate: f"{1e3 * candidate.service.tpot_s:.1f}", True),
+        ("GiB\nper GPU", lambda candidate: f"{gib(max(candidate.gpu_bytes)):.2f}", True),
+        ("acc.\n%", _accuracy, any(candidate.accuracy is not None for candidate in shown)),
+        ("$ per 1M\ntokens", price, any(price(candidate) != NONE for candidate in shown)),
+        (_UNITS[endpoint.intent.objective], lambda candidate: figure(candidate.score), True),
+        ("rests\non", lambda candidate: candidate.service.basis or NONE, bases != {None} and (wide or len(bases) > 1)),
     ]
+    return [(header, cell) for header, cell, used in columns if used]
+
+
+def _has_ttft_slo(endpoint: EndpointSpec) -> bool:
+    return endpoint.intent.slo_ttft_s is not None
+
+
+def _interval(candidate: Candidate) -> str:
+    service = candidate.service
+    if service.interval is None:
+        return NONE
+    return "-".join(f"{bound * service.latency_s:.3g}" for bound in service.interval)
+
+
+def _accuracy(candidate: Candidate) -> str:
+    return NONE if candidate.accuracy is None else f"{candidate.accuracy:g}"
+
+
+def summary_line(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> str:
+    """Return the best configuration and its figures in one line.
+
+    Args:
+        endpoint: the model, its intent and its tokens.
+        ranking: the answer, with at least one candidate.
+        cluster: the cluster that the configurations fit.
+    """
+    best = ranking.candidates[0]
+    service, figures = best.service, figures_of(best, endpoint, cluster)
+    interval = f" (90 % within {_interval(best)} s)" if service.interval else ""
+    times = f"first token {1e3 * service.first_token_s:.0f} ms, TPOT {1e3 * service.tpot_s:.1f} ms"
+    each = f"{figures.output_tokens_per_s:,.0f} output tokens/s each"
+    if figures.usd_per_hour is not None:
+        each += f" for ${figures.usd_per_hour:,.2f} an hour, ${figure(figures.usd_per_million_tokens)} per million"
+    parts = [
+        f"{cluster.name}: {endpoint.model.name} as {best.configuration}, room for {figures.deployments}",
+        f"{times}, latency {service.latency_s:.3g} s{interval}",
+        each,
+    ]
+    if service.basis is not None:
+        parts.append(f"rests on {_BASES[service.basis]}")
+    return "; ".join(parts)
+
+
+_BASES = {
+    Basis.MEASURED: "measured models",
+    Basis.OPERATORS: "measured operators",
+    Basis.DATA_SHEET: "the data sheet",
+}
 
 
 def surprise_notes(ranking: Ranking, *, top: int) -> list[Text]:
@@ -161,6 +213,8 @@ def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
         "cluster": cluster.name,
         "intent": endpoint.intent.objective.value,
         "slo_s": endpoint.intent.slo_s,
+        "slo_ttft_s": endpoint.intent.slo_ttft_s,
+        "slo_tpot_s": endpoint.intent.slo_tpot_s,
         "prompt_tokens": endpoint.prompt_tokens,
         "output_tokens": endpoint.output_tokens,
         "note": ranking.note if ranking.candidates else ranking.why_empty(),
@@ -178,6 +232,8 @@ def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
                 "accuracy_percent": candidate.accuracy,
                 "score": candidate.score,
                 "note": candidate.note,
+                **_estimate_json(candidate),
+                **_figures_json(figures_of(candidate, endpoint, cluster)),
             }
             for candidate in ranking.candidates
         ],
@@ -185,6 +241,22 @@ def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
             {**_configuration_json(rejected.configuration), "reason": rejected.reason, "detail": rejected.detail}
             for rejected in ranking.rejected
         ],
+    }
+
+
+def _estimate_json(candidate: Candidate) -> dict[str, Any]:
+    service = candidate.service
+    interval = service.interval and [bound * service.latency_s for bound in service.interval]
+    return {"rests_on": service.basis, "latency_interval_s": interval}
+
+
+def _figures_json(figures: PlanFigures) -> dict[str, Any]:
+    return {
+        "output_tokens_per_s": figures.output_tokens_per_s,
+        "usd_per_hour": figures.usd_per_hour,
+        "usd_per_million_output_tokens": figures.usd_per_million_tokens,
+        "usd_per_1000_requests": figures.usd_per_1000_requests,
+        "deployments": figures.deployments,
     }
 
 

@@ -89,7 +89,7 @@ def build_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    profiles = profiles_for(options.profile, options.gpus)
+    profiles = profiles_for(options.profile, options.gpus, options.accuracy)
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(options, profile, cluster)
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator)
@@ -141,7 +141,7 @@ def build_live_system(
     Raises:
         InputError: an option or a file that cannot be used.
     """
-    profiles = profiles_for(options.profile, options.gpus)
+    profiles = profiles_for(options.profile, options.gpus, options.accuracy)
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(replace(options, no_dispatch_overhead=True), profile, cluster, live=True)
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator)

@@ -161,6 +161,12 @@ class Options:
         0.0, "Latency SLO in multiples of each model's own latency; 0: none.", _POLICY, minimum=0, maximum=1e6
     )
     min_accuracy: float = option(0.0, "Minimum accuracy, in percent of the float16 model's.", _POLICY)
+    accuracy: str | None = option(
+        None,
+        "Accuracy of models whose profile does not know it: a CSV file of model, weights, kv, percent.",
+        _POLICY,
+        shown=_PROFILE,
+    )
     float16_only: bool = option(False, "No quantised weights.", _POLICY)  # noqa: FBT003
     packing_threshold: float = option(_PUBLISHED_THRESHOLD, "Load up to which hybrid packs.", _POLICY)
     batch_size: int = option(1, "Maximum requests in a batch.", _POLICY, minimum=1, maximum=10_000)

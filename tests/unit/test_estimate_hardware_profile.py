@@ -59,7 +59,8 @@ def test_accuracy_is_of_the_stored_model(short: HardwareProfile) -> None:
     assert short.accuracy("llama-2-70b", WeightType.INT8, KvType.NATIVE) == 99.0
     assert short.accuracy("llama-2-70b", WeightType.INT8, KvType.INT8) == 98.8
     assert short.accuracy("gptj-6b", WeightType.FLOAT16, KvType.INT8) is None
-    assert short.accuracy("unknown-model", WeightType.FLOAT16, KvType.NATIVE) is None
+    assert short.accuracy("unknown-model", WeightType.FLOAT16, KvType.NATIVE) == 100  # by definition
+    assert short.accuracy("unknown-model", WeightType.INT8, KvType.NATIVE) is None
 
 
 @pytest.mark.parametrize("kv", KvType)
