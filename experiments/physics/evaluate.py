@@ -25,7 +25,6 @@ from fits import FITS, compared, left_out
 
 from maveriq.calibration.measurements import read_measurements
 from maveriq.domain.models import shape_of
-from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.units import gib
@@ -111,7 +110,7 @@ def _closed_loops(data: Path, *, detail: bool) -> Iterator[Summary | str]:
 
 
 def _memory(data: Path) -> Iterator[Summary | str]:
-    estimator = PhysicsEstimator(load_profile("a6000-long"), engine_preset("trtllm-0.9"))
+    estimator = PhysicsEstimator(load_profile("a6000-long"))
     errors: dict[str, list[float]] = {"memory": []}
     reasons: Counter[str] = Counter()
     for run in read_measurements(data / "a6000" / "full_model_long_prompt.csv"):

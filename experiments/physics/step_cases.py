@@ -25,6 +25,7 @@ from maveriq.domain.models import KvType, shape_of
 from maveriq.domain.weight_formats import BITS_16, FORMATS
 from maveriq.estimate.engine_memory import EngineSettings, predict_kv_blocks
 from maveriq.estimate.engine_presets import EnginePreset, engine_preset
+from maveriq.estimate.hand_over import node_channel
 from maveriq.estimate.intervals import Family
 from maveriq.estimate.operators import Operators, operators_of
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
@@ -286,6 +287,13 @@ def a6000_runs(data: Path, *, measured: bool = True) -> Iterator[Case]:
             step_model(stored, operators, at.tp), name=run.model_name, layers=model.layers, batch=at.batch_size,
             prompt=LONG_PROMPT, output=run.output_tokens, measured_us=1e6 * run.latency_s,
         )  # fmt: skip
+        channel, hand_overs = node_channel(operators.gpu), at.pp - 1
+        sample = replace(
+            sample,
+            decode_us=sample.decode_us + hand_overs * channel.hand_over_us(at.batch_size, model.hidden_size),
+            prefill_us=sample.prefill_us
+            + hand_overs * channel.hand_over_us(at.batch_size * LONG_PROMPT, model.hidden_size),
+        )
         yield replace(case, sample=sample, family=stored.family)
 
 

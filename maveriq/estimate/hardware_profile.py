@@ -219,6 +219,7 @@ class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     memory_gib: _Positive
     idle_gib: _NotNegative
     published_testbed: str = ""
+    engine: str = ""
     dispatch: _Dispatch
     run: _Run
     load_window: _LoadWindow
@@ -269,6 +270,7 @@ class HardwareProfile:
             traces that come with maveriq then serve them too.
         full_models: measured latencies of whole models, relative to each other.
         published_testbed: the GPUs of the published testbed, as `--gpus` takes them; "" if there is none.
+        engine: the engine that it was measured with, by `maveriq.estimate.engine_presets`; "" where it names none.
     """
 
     name: str
@@ -286,6 +288,7 @@ class HardwareProfile:
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     serves_beyond_context: bool = False
     published_testbed: str = ""
+    engine: str = ""
     full_models: FullModelTable = field(default_factory=FullModelTable)
 
     def why_other_model(self, model: ModelSpec) -> str | None:
@@ -390,6 +393,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         serves_beyond_context=hardware.run.serves_beyond_context,
         models=read_models(tables / hardware.tables.models) if hardware.tables.models else {},
         published_testbed=hardware.published_testbed,
+        engine=hardware.engine,
         full_models=read_full_models(tables / hardware.tables.full_models)
         if hardware.tables.full_models
         else FullModelTable(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import product
 from typing import TypeAlias
 
@@ -54,18 +54,20 @@ class PhysicsEstimator:
 
     Args:
         profile: names the kind of GPU, and knows accuracy and configurations that do not run.
-        engine: the engine, by generation.
+        preset: the engine, by generation; None for the one that the profile was measured with, or the default.
         continuous: whether it batches continuously; else it takes one batch after the other, as simulated engines do.
     """
 
     profile: HardwareProfile
-    engine: EnginePreset = field(default_factory=lambda: engine_preset(DEFAULT_ENGINE))
+    preset: InitVar[EnginePreset | None] = None
     continuous: bool = False
+    engine: EnginePreset = field(init=False)
     _operators: Operators = field(init=False)
     _models: dict[tuple[ModelSpec, Sharding, Formats], StepModel] = field(default_factory=dict)
     _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, preset: EnginePreset | None) -> None:
+        object.__setattr__(self, "engine", preset or engine_preset(self.profile.engine or DEFAULT_ENGINE))
         object.__setattr__(self, "_operators", operators_of(gpu_sheet(self.profile.gpu_kind), self.engine.kernels))
 
     @property

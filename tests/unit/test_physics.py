@@ -15,6 +15,7 @@ from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.weight_formats import FORMATS
 from maveriq.errors import InputError
 from maveriq.estimate.cluster_profiles import profiles_for
+from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.estimate.operators import operators_of
 from maveriq.estimate.physics import PhysicsEstimator
@@ -234,3 +235,9 @@ def test_a_batch_without_room_for_its_cache_is_refused_with_the_reason() -> None
     ranked = rank_configurations("llama-2-7b", options)
     assert not any(found.configuration.kv is KvType.NATIVE for found in ranked.ranking.candidates)
     assert any("64 sequences" in rejected.detail for rejected in ranked.ranking.rejected)
+
+
+def test_a_profile_names_the_engine_that_it_was_measured_with() -> None:
+    assert PhysicsEstimator(load_profile("a6000-long")).engine.name == "trtllm-0.9"
+    assert on("H100").engine.name == "vllm-2026"
+    assert PhysicsEstimator(load_profile("a6000-long"), engine_preset("vllm")).engine.name == "vllm-2026"
