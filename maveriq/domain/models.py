@@ -155,6 +155,12 @@ class ModelSpec:
         mine, others = (", ".join(model.decoder.features()) or "a plain decoder" for model in (self, other))
         return f"{mine}, not {others}" if mine != others else "other layers"
 
+    @property
+    def unconverted(self) -> WeightType:
+        """The type of the weights where nothing is converted: that of a quantised checkpoint, else float16."""
+        known = [weights for weights in WeightType if weights == self.quantization]
+        return known[0] if known else WeightType.FLOAT16
+
     def why_not_stored_as(self, weights: WeightType) -> str | None:
         """Return why the weights cannot be of this type: the checkpoint holds them quantised; None if they can."""
         if self.quantization in ("", weights):

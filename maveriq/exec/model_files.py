@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maveriq.domain.decoder_families import FAMILIES
-from maveriq.domain.models import ModelSpec
+from maveriq.domain.models import ModelSpec, catalogue, known_models
 from maveriq.errors import InputError
 from maveriq.files import exists, open_regular_file, read_regular_text
 
@@ -28,6 +28,8 @@ _LIKE_LLAMA = {
     "phi3": "Phi3ForCausalLM",
 }
 """Families whose files have llama's keys, with the class that the file names."""
+_MORE_CLASSES = {"mixtral": "MixtralForCausalLM"}
+"""The classes of further families that engines run from the catalogue's keys."""
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 _SAFETENSORS, _PICKLES = ("*.safetensors",), ("*model*.bin", "*model*.pt", "*.pth", "*.ckpt")
 
@@ -35,12 +37,18 @@ _SAFETENSORS, _PICKLES = ("*.safetensors",), ("*model*.bin", "*model*.pt", "*.pt
 def hf_config_json(model: ModelSpec) -> str:
     """Return a `config.json` with the model's shape in the format of its architecture; llama's if that is unknown.
 
+    A model of the catalogue whose shape does not say all gets the keys that the catalogue has.
+
     Raises:
-        InputError: the model is no plain decoder, or nothing is known of how its family writes one.
+        InputError: another model is no plain decoder, or nothing is known of how its family writes one.
     """
+    plain_family = model.architecture not in FAMILIES or model.architecture in (*_LIKE_LLAMA, "falcon", "gptj")
+    if (model.why_not_plain() or not plain_family) and known_models().get(model.name) == model:
+        named = {"architectures": [_MORE_CLASSES[model.architecture]]} if model.architecture in _MORE_CLASSES else {}
+        return json.dumps(named | catalogue()[model.name].config)
     if different := model.why_not_plain():
         raise InputError(f"model {model.name!r}: {different}, which its shape does not say: give its config.json")
-    if model.architecture in FAMILIES and model.architecture not in (*_LIKE_LLAMA, "falcon", "gptj"):
+    if not plain_family:
         raise InputError(f"model {model.name!r}: a config.json of family {model.architecture} cannot be made from its "
                          "shape: give its own")  # fmt: skip
     architecture_keys = {"falcon": _falcon_keys, "gptj": _gptj_keys}.get(model.architecture, _llama_keys)

@@ -1,7 +1,8 @@
 """Placement problems from files: a JSON file, and a CSV file of requests beside it.
 
 The JSON has `gpus, gpus_per_node, memory_bytes, models, profiles, workload, search`; the CSV has
-`arrival_s, model, slo_s`. The further keys of the published problems (`id`, `expected`) are ignored.
+`arrival_s, model, slo_s`. With `gpu`, a kind of GPU, models need no profile: physics estimates them.
+The further keys of the published problems (`id`, `expected`) are ignored.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ import msgspec
 import numpy as np
 
 from maveriq.csv_columns import Batch, csv_batches, floats
+from maveriq.domain.gpu_kinds import gpu_sheet
+from maveriq.domain.models import load_model
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.requests import DemandForecast
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.hardware_profile import load_gpu_kind
+from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.sheet_profile import sheet_profile
 from maveriq.policy.alpaserve.problem import (
     Fill,
     GroupShape,
@@ -29,6 +36,7 @@ from maveriq.policy.alpaserve.problem import (
     StageProfile,
     StarRule,
 )
+from maveriq.policy.alpaserve.profiles import profiles_from_estimator
 from maveriq.tables import Row, check_header, read_json
 
 _WHAT = "placement problem"
@@ -37,6 +45,7 @@ _COLUMNS = ("arrival_s", "model", "slo_s")
 _MAX_REQUESTS = 2_000_000
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _Bytes = Annotated[float, msgspec.Meta(gt=0, le=1e18)]
 
@@ -50,7 +59,8 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
 class _Model(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     name: Annotated[str, msgspec.Meta(min_length=1)]
-    profile: str
+    profile: str | None = None
+    model: str | None = None
     slo_s: _Seconds | None = None
     rate_per_s: _Seconds | None = None
     cv: _Seconds | None = None
@@ -69,10 +79,13 @@ class _Search(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     gpus: _Count
-    memory_bytes: _Bytes
+    memory_bytes: _Bytes | None = None
     models: Annotated[list[_Model], msgspec.Meta(min_length=1)]
-    profiles: dict[str, list[_Entry]]
+    profiles: dict[str, list[_Entry]] = {}
     workload: str
+    gpu: str | None = None
+    prompt_tokens: _Tokens = 512
+    output_tokens: _Tokens = 128
     gpus_per_node: _Count = 8
     search: _Search = msgspec.field(default_factory=_Search)
     id: str = ""
@@ -101,19 +114,19 @@ def load_problem(path: Path) -> ProblemFile:
         if names.count(name) > 1:
             raise InputError(f"{where}: model {name!r} stands twice; give each model a name of its own")
     profiles = {name: _profile(name, entries, where) for name, entries in file.profiles.items()}
-    for model in file.models:
-        if model.profile not in profiles:
-            raise InputError(
-                f"{where}: model {model.name!r} has profile {model.profile!r}, which is missing from profiles "
-                f"(there are {', '.join(sorted(profiles)) or 'none'})"
-            )
+    memory_bytes = file.memory_bytes
+    if memory_bytes is None and file.gpu is not None:
+        memory_bytes = float(load_gpu_kind(file.gpu).capacity_bytes)
+    if memory_bytes is None:
+        raise InputError(f"{where}: memory_bytes is missing; give it, or a kind of GPU as gpu")
     problem = PlacementProblem(
         gpus=file.gpus,
         gpus_per_node=file.gpus_per_node,
-        memory_bytes=file.memory_bytes,
+        memory_bytes=memory_bytes,
         models=tuple(
-            PlacementModel(name=model.name, profile=profiles[model.profile], rate_per_s=model.rate_per_s)
+            PlacementModel(name=model.name, profile=profile, rate_per_s=model.rate_per_s)
             for model in file.models
+            for profile in [_profile_of(model, profiles, file, path)]
         ),
         demand=read_demand(path.parent / file.workload, names),
     )
@@ -122,6 +135,30 @@ def load_problem(path: Path) -> ProblemFile:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return ProblemFile(problem=problem, settings=settings, without_effect=_without_effect(file.search, settings))
+
+
+def _profile_of(model: _Model, profiles: Mapping[str, ModelProfile], file: _File, path: Path) -> ModelProfile:
+    """Return the profile that a model names, else the one that physics estimates on the problem's kind of GPU."""
+    where = f"{_WHAT} {str(path)!r}: model {model.name!r}"
+    if model.profile is not None:
+        if model.profile not in profiles:
+            raise InputError(
+                f"{where} has profile {model.profile!r}, which is missing from profiles "
+                f"(there are {', '.join(sorted(profiles)) or 'none'})"
+            )
+        return profiles[model.profile]
+    if file.gpu is None:
+        raise InputError(f"{where} has no profile; give one, or a kind of GPU as gpu, to estimate it")
+    name = model.model or model.name
+    in_file = "/" in name or name.endswith(".json")
+    spec = load_model(str(path.parent / name) if in_file else name)
+    estimator = PhysicsEstimator(sheet_profile(gpu_sheet(file.gpu)))
+    lengths = {"prompt_tokens": file.prompt_tokens, "output_tokens": file.output_tokens}
+    (found,) = profiles_from_estimator([spec], estimator, gpus=file.gpus, **lengths)
+    if not found.shapes:
+        reason = estimator.why_not(spec, ParallelConfig(tp=1, pp=1, weights=spec.unconverted))
+        raise InputError(f"{where} cannot run on {file.gpu}: {reason or 'no shape is estimated'}")
+    return found
 
 
 def _profile(name: str, entries: Sequence[_Entry], where: str) -> ModelProfile:

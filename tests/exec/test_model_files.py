@@ -1,11 +1,13 @@
 """Model files: configurations and weights that a run uses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fixtures import MODEL
 
+from maveriq.domain.models import known_models, model_from_hf_config
 from maveriq.errors import InputError
 from maveriq.exec.model_files import ModelFiles, hf_config_json
 from maveriq.workload.model_sets import load_model_set
@@ -53,3 +55,16 @@ def test_models_with_equal_names_in_two_folders_are_refused(tmp_path: Path) -> N
     (tmp_path / "set.toml").write_text(SET.format(third="twin/config.json"))
     with pytest.raises(InputError, match="_name_or_path"):
         load_model_set(str(tmp_path / "set.toml")).configs()
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "gpt-oss-20b", "deepseek-v2-lite", "gemma-2-9b"])
+def test_models_of_the_catalogue_have_a_configuration_that_reads_back(name: str) -> None:
+    model = known_models()[name]
+    read = model_from_hf_config(hf_config_json(model), name=name, where="its own")
+    assert (read.decoder, read.quantization) == (model.decoder, model.quantization)
+
+
+def test_a_model_that_only_looks_like_one_of_the_catalogue_has_none() -> None:
+    model = replace(known_models()["gpt-oss-20b"], name="gpt-oss-120b")
+    with pytest.raises(InputError, match="which its shape does not say"):
+        hf_config_json(model)

@@ -125,7 +125,7 @@ def test_requests_may_be_compressed(tmp_path: Path) -> None:
         ("gpus", 10**9, "gpus"),
         ("gpus_per_node", 0, "gpus_per_node"),
         ("gpus", ..., "missing key `gpus`"),
-        ("gpu", 8, "unknown key `gpu`"),
+        ("gpux", 8, "unknown key `gpux`"),
         ("search.colour", 8, "unknown key `colour` (in search)"),
         ("search.policy", "alpaserv", "unknown search.policy 'alpaserv'; did you mean 'alpaserve'"),
         ("search.fill", "full", "unknown search.fill 'full'"),
@@ -204,3 +204,32 @@ def test_long_searches_report_progress(place, monkeypatch: pytest.MonkeyPatch) -
     assert "3 of 3 candidates filled" in err.splitlines()[-1]
     for silent in ("--json", "--quiet"):
         assert place(GOOD, REQUESTS, silent)[2] == ""
+
+
+TODAY = {
+    "gpus": 8, "gpu": "H100", "workload": "requests.csv", "search": {"max_pp": 1},
+    "models": [{"name": "a", "model": "llama-3.1-8b"}, {"name": "b", "model": "gpt-oss-20b"}],
+}  # fmt: skip
+
+
+def test_models_without_profiles_are_estimated_on_a_kind_of_gpu(place) -> None:
+    code, out, err = place(TODAY, REQUESTS, "--json")
+    assert code == 0, err
+    assert sorted({name for group in json.loads(out)["groups"] for name in group["models"]}) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu": None}, "memory_bytes is missing; give it, or a kind of GPU as gpu"),
+        ({"gpu": None, "memory_bytes": 8e10}, "model 'a' has no profile; give one, or a kind of GPU as gpu"),
+        ({"gpu": "H1000"}, "H1000"),
+        ({"models": [{"name": "llama-9"}]}, "llama-9"),
+        ({"models": [{"name": "x", "model": "deepseek-v3"}], "gpu": "A100"}, "A100-80GB-SXM computes no fp8"),
+    ],
+)
+def test_models_that_cannot_be_estimated_are_named(place, changes: dict, message: str) -> None:
+    code, out, err = place({key: value for key, value in (TODAY | changes).items() if value is not None})
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1

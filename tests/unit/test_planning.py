@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maveriq.domain.gpu_kinds import gpu_sheets
-from maveriq.domain.models import KvType, WeightType, known_models, load_model
+from maveriq.domain.models import KvType, WeightType, known_models
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Basis
 from maveriq.planning import PlanOptions, RankedPlan, rank_configurations
@@ -126,15 +126,10 @@ def test_too_few_gpus_say_how_many_it_takes(model: str, gpus: str, needed: str) 
 @pytest.mark.parametrize("kind", gpu_sheets())
 def test_any_model_on_any_gpu_gets_a_ranking_or_one_clear_reason(kind: str) -> None:
     for name in known_models():
-        for count in (1, 3, 16):
-            model = load_model(name)
-            tokens = min(64, (model.context_tokens or 64) // 2)
-            options = PlanOptions(
-                gpus=f"{count}x{kind}", prompt_tokens=tokens, output_tokens=tokens, batch_size=4, estimator="physics"
-            )
-            ranked = rank_configurations(name, options)
-            assert bool(ranked.ranking.candidates) != bool(ranked.failure)
-            assert "\n" not in ranked.failure
-            for candidate in ranked.ranking.candidates:
-                assert 0 < candidate.service.tpot_s < 1000
-                assert candidate.memory_bytes > 0
+        options = PlanOptions(gpus=f"4x{kind}", prompt_tokens=64, output_tokens=64, batch_size=4, estimator="physics")
+        ranked = rank_configurations(name, options)
+        assert bool(ranked.ranking.candidates) != bool(ranked.failure)
+        assert "\n" not in ranked.failure
+        for candidate in ranked.ranking.candidates:
+            assert 0 < candidate.service.tpot_s < 10
+            assert candidate.memory_bytes > candidate.configuration.gpus * 1e8

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from maveriq.domain.cluster import ClusterView
 from maveriq.domain.deployments import EndpointSpec
-from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.policy.alpaserve.problem import GroupShape, ModelProfile
 from maveriq.policy.alpaserve.search import PlacementSolution
@@ -57,7 +56,7 @@ class StaticPlacementPolicy:
             yield DeploymentPlan(
                 model=endpoint.model,
                 configuration=ParallelConfig(
-                    tp=group.tp, pp=group.pp, weights=WeightType.FLOAT16, batch_size=endpoint.batch_size
+                    tp=group.tp, pp=group.pp, weights=endpoint.model.unconverted, batch_size=endpoint.batch_size
                 ),
                 gpu_ids=gpu_ids,
                 gpu_bytes=gpu_bytes,

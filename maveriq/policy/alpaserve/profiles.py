@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.models import KvType, ModelSpec
 from maveriq.domain.parallel import ParallelConfig, even_split, shard_bytes, tensor_parallel_degrees
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.estimator import Estimator
@@ -25,7 +25,7 @@ def profiles_from_estimator(
     output_tokens: int,
     batch_size: int = 1,
 ) -> tuple[ModelProfile, ...]:
-    """Return each model's profile as an estimator sees it, with float16 weights.
+    """Return each model's profile as an estimator sees it, with float16 weights or those of a quantised checkpoint.
 
     A stage takes its share by layers of the whole generation, which is what an SLO covers, and
     holds its share of the whole memory, KV cache included. (The published table has the prefill
@@ -45,7 +45,7 @@ def _shapes(
     for tp in tensor_parallel_degrees(model, gpus):
         for pp in range(1, min(gpus // tp, model.layers) + 1):
             configuration = ParallelConfig(
-                tp=tp, pp=pp, weights=WeightType.FLOAT16, kv=KvType.NATIVE, batch_size=batch_size
+                tp=tp, pp=pp, weights=model.unconverted, kv=KvType.NATIVE, batch_size=batch_size
             )
             if estimator.why_not(model, configuration):
                 continue
