@@ -150,7 +150,7 @@ def steady_decode(data: Path, *, measured: bool = True) -> Iterator[Case]:
         elif int(row["dp"]) > 1:
             yield replace(case, left_out="attention is data parallel, which is not modelled")
         elif row["gpu"] == "B200" and row["task"] == "gpqa" and any(name in row["model"] for name in _SLOW_GPQA):
-            yield replace(case, left_out="two to five times slower than the same batch of another task (pitfall 7)")
+            yield replace(case, left_out="two to five times slower than the same batch of another task")
         else:
             operators = operators_for(_STEADY_GPUS[row["gpu"]], preset, measured=measured)
             model = step_model(stored, operators, gpus, ep)
@@ -371,7 +371,7 @@ def _loop_case(case: Case, row: Row, model: StepModel, stored: table_models.Stor
     )
     request_us = 1e3 * (float(row["ttft_ms"]) + output * float(row["tpot_ms"]))
     if clients * kernels > request_us:
-        return replace(case, left_out="more prefill than the GPUs can do (pitfall 5: other settings than stated)")
+        return replace(case, left_out="more prefill than the GPUs can do, so that other settings must have held than stated")
     return replace(case, sample=sample)
 
 
