@@ -371,7 +371,7 @@ def _loop_case(case: Case, row: Row, model: StepModel, stored: table_models.Stor
     )
     request_us = 1e3 * (float(row["ttft_ms"]) + output * float(row["tpot_ms"]))
     if clients * kernels > request_us:
-        return replace(case, left_out="more prefill than the GPUs can do, so that other settings must have held than stated")
+        return replace(case, left_out="more prefill than the GPUs can do: other settings held than stated")
     return replace(case, sample=sample)
 
 
