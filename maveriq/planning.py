@@ -117,7 +117,7 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
         InputError: an option that cannot be used, or a model without a profile.
     """
     from maveriq.domain.models import load_model
-    from maveriq.estimate.cluster_estimator import notes_on_defaults
+    from maveriq.estimate.cluster_estimator import estimator_names, notes_on_defaults
     from maveriq.estimate.cluster_profiles import profiles_for
     from maveriq.exec.local_machine import local_cluster
     from maveriq.scenario.cluster_notes import note_on_cluster
@@ -128,7 +128,8 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
         cluster = cluster.at_price(options.usd_per_hour)
     spec = load_model(str(model))
     if estimator is None:
-        reasons = [_why_unknown(spec, profile, options.estimator) for profile in profiles.by_kind.values()]
+        names = estimator_names(options.estimator, profiles)
+        reasons = [_why_unknown(spec, profiles.by_kind[kind], name) for kind, name in names.items()]
         if all(reasons):
             raise InputError(f"model {spec.name!r}{reasons[0]}")
     endpoint = _endpoint(spec, options, profiles.main)
@@ -244,16 +245,16 @@ def _note_on_more_gpus(
     return ()
 
 
-def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str | None) -> str | None:
+def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str) -> str | None:
     """Return why no configuration of a model can be estimated on a kind of GPU, None if some may."""
-    from maveriq.estimate.registry import MEASURED, PHYSICS, default_estimator
+    from maveriq.estimate.registry import MEASURED, PHYSICS
 
     other = profile.why_other_model(model)
     if other is not None:
         return f": {other}"
     # Estimators with a table of their own report themselves which models they know.
-    name, known = estimator or default_estimator(profile), profile.fingerprints.models()
-    if name in (MEASURED, PHYSICS) or model.name in known:
+    known = profile.fingerprints.models()
+    if estimator in (MEASURED, PHYSICS) or model.name in known:
         return None
     return (
         f" has no fingerprint in profile {profile.name!r} (it has {', '.join(sorted(known))}); measure one and give it "

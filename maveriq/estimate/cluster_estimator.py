@@ -14,13 +14,15 @@ from maveriq.domain.cluster import Cluster
 from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError
+from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.engine_presets import EnginePreset
 from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, SequenceAware, ServiceEstimate
 from maveriq.estimate.hand_over import UNKNOWN_NODE, Channel, network_channel, node_channel
-from maveriq.estimate.registry import default_estimator, make_estimator, note_on_default
+from maveriq.estimate.registry import ESTIMATORS, default_estimator, make_estimator, note_on_default
 from maveriq.units import Bytes
+
+_JOINED = "+"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +59,9 @@ class ClusterEstimator:
 
     @property
     def name(self) -> str:
-        """The names of its estimators, each once."""
-        return "+".join(dict.fromkeys(kind.estimator.name for kind in self.kinds.values()))
+        """The name of its estimators, or the names joined where they differ."""
+        names = [kind.estimator.name for kind in self.kinds.values()]
+        return names[0] if len(set(names)) == 1 else _JOINED.join(names)
 
     def of_kind(self, kind: str) -> Estimator:
         """Return the estimator of one kind, for configurations that name none; "" for the first."""
@@ -182,6 +185,31 @@ def _over_network(
     return replace(service, ttft_s=service.ttft_s + first_s - token_s, tpot_s=service.tpot_s + token_s)
 
 
+def estimator_names(name: str | None, profiles: ClusterProfiles) -> dict[str, str]:
+    """Return the name of the estimator of each kind of GPU.
+
+    Args:
+        name: an estimator's name, or one for each kind joined by `+`; None for the best that each profile has data for.
+        profiles: the kinds.
+
+    Raises:
+        UnknownNameError: there is no such estimator.
+        InputError: several names, but not one for each kind.
+    """
+    if name is None:
+        return {kind: default_estimator(profile) for kind, profile in profiles.by_kind.items()}
+    names = name.split(_JOINED)
+    for part in names:
+        if part not in ESTIMATORS:
+            raise UnknownNameError("estimator", part, ESTIMATORS)
+    if len(names) not in (1, len(profiles.by_kind)):
+        raise InputError(
+            f"estimator {name!r} has {len(names)} names, and the cluster {len(profiles.by_kind)} kinds of GPU "
+            f"({', '.join(profiles.by_kind)}); give one name, or one for each kind"
+        )
+    return dict(zip(profiles.by_kind, names if len(names) > 1 else names * len(profiles.by_kind), strict=True))
+
+
 def estimator_for(
     cluster: Cluster, profiles: ClusterProfiles, name: str | None = None, engine: EnginePreset | None = None
 ) -> Estimator:
@@ -190,17 +218,22 @@ def estimator_for(
     Args:
         cluster: its kinds and nodes.
         profiles: what is known of each kind.
-        name: an estimator's name; None for the best that each profile has the data for.
+        name: as for `estimator_names`.
         engine: the engine that is estimated where nothing was measured; None for the default.
 
     Raises:
         UnknownNameError: there is no such estimator.
-        InputError: a profile has no data for it.
+        InputError: a profile has no data for it, or a wrong number of names.
     """
-    made = {kind: make_estimator(name or default_estimator(profile), profile, engine)
-            for kind in cluster.kinds for profile in [profiles.by_kind[kind]]}  # fmt: skip
-    if len(made) == 1 and not cluster.has_network:
-        return made[cluster.kinds[0]]
+    names = estimator_names(name, profiles)
+    made = {kind: make_estimator(names[kind], profiles.by_kind[kind], engine) for kind in cluster.kinds}
+    return on_cluster(made, cluster)
+
+
+def on_cluster(estimators: Mapping[str, Estimator], cluster: Cluster) -> Estimator:
+    """Return the estimators of the kinds of a cluster as one, with its network; a single one bare without it."""
+    if len(estimators) == 1 and not cluster.has_network:
+        return next(iter(estimators.values()))
     first_of_node: dict[int, int] = {}
     for gpu in cluster.gpus:
         first_of_node.setdefault(gpu.node, gpu.gpu_id)
@@ -211,7 +244,7 @@ def estimator_for(
                 node=node_channel(gpu_sheets()[kind]) if kind in gpu_sheets() else UNKNOWN_NODE,
                 network=network_channel(cluster.network_gbps(kind)),
             )
-            for kind, estimator in made.items()
+            for kind, estimator in estimators.items()
         },
         node_gpu_ids=[gpu.gpu_id - first_of_node[gpu.node] for gpu in cluster.gpus],
     )

@@ -17,7 +17,7 @@ from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
-from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults
+from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults, on_cluster
 from maveriq.estimate.cluster_profiles import ClusterProfiles, profiles_for
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.estimator import Estimator
@@ -197,10 +197,12 @@ def _service_times(
 ) -> ServiceTimes:
     """Return what `--service-times` names, by default the best that the profiles have data for."""
     name = options.service_times
-    if name is not None and name not in (*ESTIMATORS, RECORDED):
+    if name is not None and "+" not in name and name not in (*ESTIMATORS, RECORDED):
         raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
     if options.exclude_run is not None:
-        return EstimatedServiceTimes(_calibrated_without_run(options, profiles, options.exclude_run))
+        return EstimatedServiceTimes(
+            on_cluster(_calibrated_without_run(options, profiles, options.exclude_run), cluster)
+        )
     if name != RECORDED:
         return EstimatedServiceTimes(estimator_for(cluster, profiles, name))
     if workload is None:
@@ -213,7 +215,7 @@ def _service_times(
     return RecordedServiceTimes(workload.arrivals.service_us)
 
 
-def _calibrated_without_run(options: Options, profiles: ClusterProfiles, run: str) -> CalibratedEstimator:
+def _calibrated_without_run(options: Options, profiles: ClusterProfiles, run: str) -> dict[str, Estimator]:
     name = options.service_times or default_estimator(profiles.main)
     if name != CALIBRATED:
         raise InputError(f"--exclude-run applies to --service-times calibrated, not to {name!r}; leave it out")
@@ -221,7 +223,7 @@ def _calibrated_without_run(options: Options, profiles: ClusterProfiles, run: st
         raise InputError(
             f"--exclude-run applies to GPUs of one kind, not to {', '.join(profiles.by_kind)}; leave it out"
         )
-    return CalibratedEstimator.serving(profiles.main, without_run=run)
+    return {profiles.main.gpu_kind: CalibratedEstimator.serving(profiles.main, without_run=run)}
 
 
 def _notes(

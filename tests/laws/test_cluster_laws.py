@@ -202,6 +202,26 @@ def test_each_kind_is_estimated_by_its_own_profile(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not say on which kind"):
         estimator.memory(MODEL, at)
     assert estimator.why_not(MODEL, replace(at, gpu="L4")) == "the cluster has no L4"
+    same = estimator_for(cluster_for(gpus, profiles), profiles, estimator.name)  # as in the options of a saved run
+    assert same.service(MODEL, replace(at, gpu="L40S"), **lengths) == one_kind.service(MODEL, at, **lengths)
+    assert estimator_for(cluster_for(gpus, profiles), profiles, "physics").name == "physics"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("calibrated+fysics", "unknown estimator 'fysics'.*did you mean 'physics'"),
+        ("physics+physics+physics", "has 3 names, and the cluster 2 kinds of GPU .A6000, L40S."),
+        ("physics+calibrated", "data sheet of L40S.* has no calibration"),
+    ],
+)
+def test_wrong_names_of_estimators_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    gpus = nodes(tmp_path, 'gpu = "A6000"\ncount = 2', L40S)
+    for option in ("estimator", "service_times"):
+        with pytest.raises(InputError, match=message):
+            maveriq.simulate(gpus=gpus, **{option: name}, **workload(tmp_path, "llama-2-7b"))
+    with pytest.raises(InputError, match=message):
+        rank_configurations("llama-2-7b", PlanOptions(gpus=gpus, estimator=name))
 
 
 @pytest.mark.parametrize("policy", ["alpaserve", "alpaserve-star"])
