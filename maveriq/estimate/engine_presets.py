@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from packaging.version import InvalidVersion, Version
 
+from maveriq.domain.models import KvType, WeightType
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.engine_memory import EngineSettings
 from maveriq.estimate.log_grid import Sizes
@@ -54,6 +55,8 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         communication_gib: see there.
         peer_gib: see there.
         gpu_memory_utilization: by default, the share of a GPU's memory that the engine may take.
+        lacks_weights: formats of weights that it cannot run.
+        lacks_kv: formats of the KV cache that it cannot keep.
         fitted: whether its host times were fitted to runs; else they are a guess.
         source: whose runs the figures come from.
         version: the version that was asked for; "" where none was.
@@ -79,10 +82,18 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     reserve_gib: _NotNegative = 0.2
     communication_gib: _NotNegative = 0.5
     peer_gib: _NotNegative = 0.0
+    lacks_weights: tuple[WeightType, ...] = ()
+    lacks_kv: tuple[KvType, ...] = ()
     fitted: bool
     source: str
     version: str = ""
     name: str = ""
+
+    def why_not_stored(self, weights: WeightType, kv: KvType) -> str | None:
+        """Return which format it lacks, in one clause; None if it runs both."""
+        if weights in self.lacks_weights:
+            return f"{self.name} runs no {weights} weights"
+        return f"{self.name} keeps no {kv} KV cache" if kv in self.lacks_kv else None
 
     @property
     def kernels(self) -> EngineKernels:

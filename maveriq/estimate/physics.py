@@ -107,6 +107,8 @@ class PhysicsEstimator:
 
     def _why_not_computed(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return which format the GPU or its kernels cannot compute with."""
+        if reason := self.engine.why_not_stored(configuration.weights, configuration.kv):
+            return reason
         latent = any(isinstance(kind.attention, LatentAttention) for kind in model.decoder.layer_kinds)
         if configuration.kv is KvType.INT8 and latent:
             return "no engine caches latent vectors as int8; fp8 takes as many bytes"

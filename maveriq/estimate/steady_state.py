@@ -66,5 +66,12 @@ class SteadyLoad:
         # A chunk of another batch delays a pipeline by one stage of it, one of the same batch by all.
         felt = 1 / batches + (1 - 1 / batches) / self.stages
         token_us = decode_us + share * longer_us * felt
-        waits_us = (1.5 if self.asynchronous else 0.5) * token_us if others else 0.0
-        return SteadyTimes(first_us=waits_us + chunks * prefill_us, token_us=token_us)
+        if not others:
+            return SteadyTimes(first_us=chunks * prefill_us, token_us=token_us)
+        # An arrival waits for the step that runs, for one more where that is prepared, and for prompts before its own:
+        # as at a server of equal service times with random arrivals (M/D/1), at most for half of the others.
+        own_us = chunks * step_us(beside, [chunk])
+        first_us = (1.5 if self.asynchronous else 0.5) * token_us + chunks * prefill_us
+        busy = others * own_us / (first_us + self.output_tokens * token_us)
+        ahead = min(busy / (2 * (1 - busy)), others / 2) if busy < 1 else others / 2
+        return SteadyTimes(first_us=first_us + ahead * own_us, token_us=token_us)

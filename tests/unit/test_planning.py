@@ -84,6 +84,9 @@ def test_rows_without_a_difference_are_one() -> None:
 def test_engines_belong_to_physics() -> None:
     old, new = (plan("llama-3.1-8b", **{**TODAY, "engine": engine}) for engine in ("vllm-0.10.0", "vllm-0.23.0"))
     assert new.ranking.candidates[0].service.tpot_s < old.ranking.candidates[0].service.tpot_s
+    formats = [(at.weights, at.kv) for at in (found.configuration for found in old.ranking.candidates)]
+    assert KvType.INT8 not in {kv for _, kv in formats}
+    assert any(rejected.reason == "vllm-2025 keeps no int8 KV cache" for rejected in old.ranking.rejected)
     with pytest.raises(InputError, match=r"--engine vllm: what estimator 'calibrated' knows was measured"):
         plan("llama-2-7b", engine="vllm")
     with pytest.raises(InputError, match="vllm-1x"):

@@ -31,7 +31,9 @@ def test_prompts_of_others_delay_tokens_by_what_they_take() -> None:
     times = replace(LOAD, in_flight=11).times(step_us)
     # Ten prompts of others, each a millisecond, during a hundred tokens; one sequence less decodes beside them.
     assert times.token_us == pytest.approx(1110 + 10 * (1000 - 10) / 100)
-    assert times.first_us == pytest.approx(times.token_us / 2 + 1100 + 1000)
+    own_us, step_wait_us = 1100 + 1000, times.token_us / 2
+    busy = 10 * own_us / (step_wait_us + own_us + 100 * times.token_us)
+    assert times.first_us == pytest.approx(step_wait_us + own_us + own_us * busy / (2 * (1 - busy)))
     apart = replace(LOAD, in_flight=11, mixes_prefill=False).times(step_us)
     assert apart.token_us == pytest.approx(1110 + 10 * 2000 / 100)
 
@@ -39,7 +41,7 @@ def test_prompts_of_others_delay_tokens_by_what_they_take() -> None:
 def test_a_scheduler_that_runs_ahead_delays_the_first_token_by_a_step() -> None:
     load = replace(LOAD, in_flight=11)
     ahead, behind = (replace(load, asynchronous=asynchronous).times(step_us) for asynchronous in (True, False))
-    assert ahead.first_us - behind.first_us == pytest.approx(behind.token_us)
+    assert ahead.first_us - behind.first_us == pytest.approx(behind.token_us, rel=0.1)  # prompts before differ a little
     assert ahead.token_us == behind.token_us
 
 
@@ -62,6 +64,12 @@ def test_more_requests_in_flight_never_make_one_faster() -> None:
         loads = [replace(LOAD, in_flight=count, stages=stages) for count in (1, 2, 4, 8, 64, 1000, 5000)]
         for earlier, later in pairwise(loads):
             assert later.times(step_us).token_us >= earlier.times(step_us).token_us
+
+
+def test_first_tokens_wait_for_the_prompts_of_others() -> None:
+    times = [replace(LOAD, in_flight=count).times(step_us) for count in (1, 2, 10, 100, 1000)]
+    assert [at.first_us for at in times] == sorted(at.first_us for at in times)
+    assert times[-1].first_us > 10 * times[0].first_us
 
 
 def test_stages_share_the_sequences() -> None:
