@@ -51,6 +51,7 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
             after the one that is prepared already.
         fp8_block_floor_us: see `maveriq.estimate.operators.EngineKernels`.
         peer_read_limit_mb: see there.
+        int4_by_channel: whether int4 weights share a scale by output channel; else by groups of 128, as AWQ's do.
         reserve_gib: see `maveriq.estimate.engine_memory.EngineSettings`.
         communication_gib: see there.
         peer_gib: see there.
@@ -79,6 +80,7 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     fp8_block_floor_us: _NotNegative = 0.0
     peer_read_limit_mb: _NotNegative = 0.0
     gpu_memory_utilization: _Share
+    int4_by_channel: bool = False
     reserve_gib: _NotNegative = 0.2
     communication_gib: _NotNegative = 0.5
     peer_gib: _NotNegative = 0.0

@@ -13,12 +13,12 @@ from dataclasses import InitVar, dataclass, field
 from itertools import product
 from typing import TypeAlias
 
-from maveriq.domain.decoder import LatentAttention
+from maveriq.domain.decoder import Decoder, LatentAttention
 from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, number_format_of
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.sharding import expert_parallel_degrees, tensor_parallel_divisors, why_not_shared
-from maveriq.domain.weight_formats import BITS_16, FORMATS, WeightFormat
+from maveriq.domain.weight_formats import BITS_16, FORMATS, INT4_BY_CHANNEL, WeightFormat
 from maveriq.estimate.engine_memory import (
     EngineSettings,
     predict_kv_blocks,
@@ -102,7 +102,7 @@ class PhysicsEstimator:
             return reason
         if configuration.tp > most:
             return f"TP {configuration.tp} spans more than the {most} GPUs of a node"
-        stored_as = _stored_as(model, configuration)
+        stored_as = self._stored_as(model, configuration)
         return why_not_shared(decoder, tp=configuration.tp, ep=configuration.ep, stored_as=stored_as)
 
     def _why_not_computed(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
@@ -112,7 +112,8 @@ class PhysicsEstimator:
         latent = any(isinstance(kind.attention, LatentAttention) for kind in model.decoder.layer_kinds)
         if configuration.kv is KvType.INT8 and latent:
             return "no engine caches latent vectors as int8; fp8 takes as many bytes"
-        for stored in _weight_formats(model, configuration):
+        whole = self._stored_as(model, configuration)
+        for stored in _formats_of(model.decoder) if whole is None else [whole]:
             number_format = number_format_of(stored)
             if number_format is None:
                 return f"step times of {stored.name} weights are not modelled"
@@ -202,7 +203,7 @@ class PhysicsEstimator:
         check_estimable(self, model, configuration)
         decoder, tp, batch = model.decoder, configuration.tp, configuration.batch_size
         settings = self._settings(configuration)
-        weights = decoder.weight_bytes(_stored_as(model, configuration)) + 2 * decoder.other_inputs_parameters
+        weights = decoder.weight_bytes(self._stored_as(model, configuration)) + 2 * decoder.other_inputs_parameters
         cache = batch * sequence_bytes(decoder, prompt_tokens + output_tokens, tp=tp, settings=settings)
         largest = min(batch * prompt_tokens, settings.max_num_batched_tokens)
         reserved = reserved_bytes(decoder, tp=tp, pp=configuration.pp, step_tokens=largest, settings=settings)
@@ -224,18 +225,25 @@ class PhysicsEstimator:
             tp=configuration.tp,
             pp=configuration.pp,
             settings=settings,
-            stored_as=_stored_as(model, configuration),
+            stored_as=self._stored_as(model, configuration),
         )
         return why_batch_does_not_fit(
             blocks, settings, batch=configuration.batch_size, tokens=prompt_tokens + output_tokens
         )
+
+    def _stored_as(self, model: ModelSpec, configuration: ParallelConfig) -> WeightFormat | None:
+        """Return how all matrices of layers are stored; None for a quantised checkpoint, which is loaded as it is."""
+        if model.quantization:
+            return None
+        by_channel = configuration.weights is WeightType.INT4 and self.engine.int4_by_channel
+        return INT4_BY_CHANNEL if by_channel else FORMATS[configuration.weights]
 
     def _settings(self, configuration: ParallelConfig) -> EngineSettings:
         return self.engine.settings(kv_value_bytes=BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]])
 
     def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:
         """Return the step model of all layers: a pipeline's stages together take as long."""
-        stored = _stored_as(model, configuration)
+        stored = self._stored_as(model, configuration)
         sharding = Sharding(tp=configuration.tp, ep=configuration.ep)
         formats = Formats(
             weights=None if stored is None else number_format_of(stored), kv=_KV_FORMATS[configuration.kv]
@@ -250,15 +258,7 @@ def _stage_of(model: ModelSpec, configuration: ParallelConfig) -> _Stage:
     return model, configuration.tp, configuration.ep, configuration.weights, configuration.kv
 
 
-def _stored_as(model: ModelSpec, configuration: ParallelConfig) -> WeightFormat | None:
-    """Return how all matrices of layers are stored; None for a quantised checkpoint, which is loaded as it is."""
-    return None if model.quantization else FORMATS[configuration.weights]
-
-
-def _weight_formats(model: ModelSpec, configuration: ParallelConfig) -> list[WeightFormat]:
-    stored = _stored_as(model, configuration)
-    if stored is not None:
-        return [stored]
-    decoder = model.decoder
+def _formats_of(decoder: Decoder) -> list[WeightFormat]:
+    """Return the formats in which a checkpoint stores its matrices."""
     found = [stored for kind in decoder.layer_kinds for _, stored in kind.formats]
     return list(dict.fromkeys([*found, decoder.head_format, BITS_16]))

@@ -241,3 +241,9 @@ def test_a_profile_names_the_engine_that_it_was_measured_with() -> None:
     assert PhysicsEstimator(load_profile("a6000-long")).engine.name == "trtllm-0.9"
     assert on("H100").engine.name == "vllm-2026"
     assert PhysicsEstimator(load_profile("a6000-long"), engine_preset("vllm")).engine.name == "vllm-2026"
+
+
+def test_int4_by_channel_can_be_cut_where_groups_cannot() -> None:
+    at = ParallelConfig(tp=4, pp=1, weights=WeightType.INT4)
+    assert PhysicsEstimator(load_profile("a6000-long")).why_not(LLAMA, at) is None
+    assert "cuts through the blocks" in (on("A6000").why_not(LLAMA, at) or "")
