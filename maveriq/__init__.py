@@ -22,6 +22,7 @@ __all__ = [
     "Run",
     "__version__",
     "compare",
+    "engine",
     "errors",
     "load_run",
     "place",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from maveriq import errors
+    from maveriq import engine, errors
     from maveriq.api import PlacementResult, compare, place, plan, run, simulate
     from maveriq.report.compare import Comparison
     from maveriq.report.compare_many import ManyComparison
@@ -52,8 +53,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name == "errors":
-        return importlib.import_module("maveriq.errors")
+    if name in ("engine", "errors"):
+        return importlib.import_module(f"maveriq.{name}")
     if name in __all__:
         return getattr(importlib.import_module(_MODULES.get(name, "maveriq.api")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

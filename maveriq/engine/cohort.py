@@ -98,7 +98,10 @@ class DecodeCohort:
         if steps == 1:
             return phases[tick % size]
         rounds, rest = divmod(steps, size)
-        return rounds * self.size + sum(phases[(tick + step) % size] for step in range(rest))
+        start = tick % size
+        end = start + rest
+        some = sum(phases[start:end]) if end <= size else sum(phases[start:]) + sum(phases[: end - size])
+        return rounds * self.size + some
 
     def steps_within(self, blocks: int, limit: int) -> int:
         """Return how many next steps, at most `limit`, some blocks suffice for."""

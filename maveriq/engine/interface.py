@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from maveriq.engine.requests import EngineRequest, RequestId
-from maveriq.engine.steps import Emitted, Step
+from maveriq.engine.steps import Advanced, Emitted, Step
 
 
 class QuietRun(NamedTuple):
@@ -95,10 +95,10 @@ class Engine(Protocol):
     def quiet_run(self) -> QuietRun | None:
         """Return the next steps in which nothing happens but decoding; None if there are none or it cannot tell.
 
-        It holds until the next request is submitted or aborted.
+        Requests may end in the last of them. It holds until the next request is submitted or aborted.
         """
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int) -> Advanced:
         """Do `next_step` and `finish_step` so many times, at most as often as `quiet_run` says."""
 
     @property

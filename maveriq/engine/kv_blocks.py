@@ -73,13 +73,16 @@ class KVBlockPool:
             found.append(next(iter(same)))
         return found
 
+    def unused(self, found: Items[int]) -> int:
+        """Return how many of some blocks are free; a free one that is shared is free no longer."""
+        users = self._users
+        return sum(1 for block in found if not users[block])
+
     def can_hold(self, tokens: int, found: Items[int] = ()) -> bool:
         """Return whether a sequence without blocks, which shares `found`, can get those for its first `tokens`."""
-        needed = max(0, -(-tokens // self.block_size) - len(found))
-        users = self._users
-        for block in found:
-            needed += not users[block]  # a free one that is shared is free no longer
-        return needed <= self.free_blocks
+        if not found:
+            return -(-tokens // self.block_size) <= self.free_blocks
+        return max(0, -(-tokens // self.block_size) - len(found)) + self.unused(found) <= self.free_blocks
 
     def allocate(self, sequence: Sequence, tokens: int) -> bool:
         """Give a sequence the blocks for its first `tokens` tokens; nothing changes if there are too few.
@@ -107,8 +110,10 @@ class KVBlockPool:
         if not self.prefix_caching:
             return
         sequence.registered = tokens
+        keys = sequence.keys if sequence.keys is not None else self.keys_of(sequence)
+        if not keys:
+            return
         shared = sequence.shared_blocks
-        keys = self.keys_of(sequence)
         for index in range(len(shared), min(tokens // self.block_size, len(keys))):
             block = next(self._ids)
             key = keys[index]

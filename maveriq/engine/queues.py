@@ -5,86 +5,45 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TypeAlias
 
 from maveriq.engine.sequence import Sequence
 
 
-class WaitingQueue(Protocol):
-    """Sequences that wait for admission; iteration goes from the head."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Sequence]: ...
-
-    def add(self, sequence: Sequence) -> None:
-        """Add a new sequence."""
-
-    def put_back(self, sequence: Sequence) -> None:
-        """Add a preempted sequence."""
-
-    def head(self) -> Sequence:
-        """Return the next sequence."""
-
-    def pop(self) -> Sequence:
-        """Remove and return the next sequence."""
-
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence from wherever it is."""
-
-
-class FcfsQueue:
+class FcfsQueue(deque[Sequence]):
     """First come, first served; preempted sequences go to the head."""
 
-    __slots__ = ("_items",)
-
-    def __init__(self) -> None:
-        self._items: deque[Sequence] = deque()
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._items)
+    __slots__ = ()
 
     def add(self, sequence: Sequence) -> None:
         """Add a new sequence at the tail."""
-        self._items.append(sequence)
+        self.append(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """Add a preempted sequence at the head."""
-        self._items.appendleft(sequence)
+        self.appendleft(sequence)
 
     def head(self) -> Sequence:
         """Return the next sequence."""
-        return self._items[0]
+        return self[0]
 
-    def pop(self) -> Sequence:
+    def take(self) -> Sequence:
         """Remove and return the next sequence."""
-        return self._items.popleft()
+        return self.popleft()
 
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence from wherever it is."""
-        self._items.remove(sequence)
+    def in_order(self) -> Iterator[Sequence]:
+        """Iterate from the head."""
+        return iter(self)
 
 
-class PriorityQueue:
-    """The least `Sequence.order` first, wherever a sequence comes from."""
+class PriorityQueue(list[Sequence]):
+    """The least `Sequence.order` first, wherever a sequence comes from. The list goes from the tail to the head."""
 
-    __slots__ = ("_items",)
-
-    def __init__(self) -> None:
-        self._items: list[Sequence] = []  # from tail to head
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return reversed(self._items)
+    __slots__ = ()
 
     def add(self, sequence: Sequence) -> None:
         """Add a sequence at its place."""
-        insort(self._items, sequence, key=_descending)
+        insort(self, sequence, key=_descending)
 
     def put_back(self, sequence: Sequence) -> None:
         """Add a preempted sequence at its place."""
@@ -92,15 +51,19 @@ class PriorityQueue:
 
     def head(self) -> Sequence:
         """Return the next sequence."""
-        return self._items[-1]
+        return self[-1]
 
-    def pop(self) -> Sequence:
+    def take(self) -> Sequence:
         """Remove and return the next sequence."""
-        return self._items.pop()
+        return self.pop()
 
-    def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence from wherever it is."""
-        self._items.remove(sequence)
+    def in_order(self) -> Iterator[Sequence]:
+        """Iterate from the head."""
+        return reversed(self)
+
+
+WaitingQueue: TypeAlias = FcfsQueue | PriorityQueue
+"""Sequences that wait for admission."""
 
 
 def _descending(sequence: Sequence) -> tuple[int, int]:

@@ -99,7 +99,7 @@ class _Replay:
                 "batch": batch,
                 "preempted": sorted(_id(sequence) for sequence in scheduler.in_flight[-1].preempted),
                 "running": [_id(sequence) for sequence in scheduler.running],
-                "waiting": [_id(sequence) for sequence in scheduler.waiting],
+                "waiting": [_id(sequence) for sequence in scheduler.waiting.in_order()],
                 "free": self._pool.free_blocks,
                 "emit": [],
                 "free_after": self._pool.free_blocks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from maveriq.engine.requests import RequestId
@@ -25,11 +24,11 @@ class ScheduledTokens(NamedTuple):
     emits: bool
 
 
-@dataclass(slots=True)
 class Step:
-    """One step: what a step-time model needs, and whose tokens are computed.
+    """One step: what a step-time model needs, and whose tokens are computed (mutable until it has run).
 
     Attributes:
+        tick: its number among the engine's steps, from 0.
         decodes: sequences that compute one token, their newest.
         context_tokens: tokens that these attend to, themselves included, all sequences together.
         chunks: `(tokens, past)` of each sequence that computes a part of its prompt (or, after a preemption, of what
@@ -37,16 +36,16 @@ class Step:
         scheduled: the sequences of the step in order, without those that are counted together.
         together: sequences that are counted together (`DecodeCohort`); each emits a token.
         preempted: sequences that lost their blocks when the step was composed.
-        tick: its number among the engine's steps, from 0.
     """
 
-    decodes: int = 0
-    context_tokens: int = 0
-    chunks: list[tuple[int, int]] = field(default_factory=list)
-    scheduled: list[ScheduledTokens] = field(default_factory=list)
-    together: int = 0
-    preempted: list[Sequence] = field(default_factory=list)
-    tick: int = 0
+    __slots__ = ("chunks", "context_tokens", "decodes", "preempted", "scheduled", "tick", "together")
+
+    def __init__(self, tick: int = 0) -> None:
+        self.tick = tick
+        self.decodes = self.context_tokens = self.together = 0
+        self.chunks: list[tuple[int, int]] = []
+        self.scheduled: list[ScheduledTokens] = []
+        self.preempted: list[Sequence] = []
 
     @property
     def is_empty(self) -> bool:
@@ -71,3 +70,15 @@ class Emitted(NamedTuple):
     request_id: RequestId
     output_tokens: int
     finish_reason: str | None
+
+
+class Advanced(NamedTuple):
+    """What came out of several steps that were taken at once, as far as it is listed.
+
+    Attributes:
+        first: tokens of the first step that was finished, the one that was in flight before.
+        last: tokens of the last one.
+    """
+
+    first: list[Emitted]
+    last: list[Emitted]

@@ -85,9 +85,15 @@ class VllmLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         )
 
 
+class _SglangLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    below_gib: float
+    chunked_prefill_size: _Count
+
+
 class _Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vllm: list[dict[str, str | bool | int | float]]
     vllm_limits: list[VllmLimits]
+    sglang_limits: list[_SglangLimits]
 
 
 @cache
@@ -127,3 +133,8 @@ def vllm_limits(version: str, gpu_name: str, memory_gib: float) -> VllmLimits:
     release = release_of(version)
     holding = [limits for limits in _tables().vllm_limits if limits.applies(release, gpu_name, memory_gib)]
     return max(holding, key=lambda limits: limits.min_memory_gib)
+
+
+def sglang_chunk_tokens(memory_gib: float) -> int:
+    """Return the default `chunked_prefill_size` of SGLang on a GPU."""
+    return next(line.chunked_prefill_size for line in _tables().sglang_limits if memory_gib < line.below_gib)

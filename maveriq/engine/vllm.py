@@ -6,6 +6,7 @@ tokens. It knows no clock. `maveriq.engine.vllm_engine` is the loop around it.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.queues import FcfsQueue, PriorityQueue, WaitingQueue
 from maveriq.engine.requests import EngineRequest, RequestId, shareable_tokens
 from maveriq.engine.sequence import Sequence, SequenceStatus
-from maveriq.engine.steps import Emitted, ScheduledTokens, Step
+from maveriq.engine.steps import Advanced, Emitted, ScheduledTokens, Step
 from maveriq.engine.versions import VllmRules
 
 
@@ -61,7 +62,7 @@ class VllmScheduler:
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self.cohort = DecodeCohort(pool.block_size)
         self._counts_together = counts_together and limits.pipeline_parallel_size == 1
-        self._singles = self.running  # those that are not in the cohort; the same list while that is empty
+        self._singles: list[Sequence] = []  # running ones outside the cohort, in their order
         self._sequences: dict[RequestId, Sequence] = {}
         self._arrivals = self._admissions = 0
         self._done = 0  # steps whose tokens have been taken
@@ -98,26 +99,36 @@ class VllmScheduler:
 
     def schedule(self) -> Step:
         """Compose the next step: running sequences first, then admissions (SCHEDULERS 1.2)."""
-        step = self._step = Step(tick=self.cohort.tick)
+        cohort = self.cohort
+        step = self._step = Step(cohort.tick)
         self.in_flight.append(step)
-        self._budget = self.limits.max_num_batched_tokens
-        scheduled: dict[Sequence, int] = {}
-        if self.cohort.size and self._fit_together():
-            self._decode_together()
-        else:
-            self._dissolve_cohort()
-        self._schedule_running(self._singles, scheduled)
-        if self.waiting and not step.preempted:
-            self._admit(scheduled)
-        self._commit(scheduled)
         self._has_news = False
+        self._budget = self.limits.max_num_batched_tokens
+        if cohort.size:
+            if self._fit_together():
+                self._decode_together(step)
+            else:
+                self._dissolve_cohort()
+        if self._singles or self.waiting:
+            scheduled: dict[Sequence, int] = {}
+            self._schedule_singles(scheduled)
+            if self.waiting and not step.preempted:
+                self._admit(scheduled)
+            self._commit(scheduled)
+        cohort.tick += 1
+        for sequence in cohort.ending(step.tick):
+            self._leave_cohort(sequence, cohort.tick)
         return step
 
-    def _schedule_running(self, running: list[Sequence], scheduled: dict[Sequence, int]) -> None:
-        """Give each running sequence its next tokens, in order; preempt where blocks are short."""
+    def _schedule_singles(self, scheduled: dict[Sequence, int]) -> None:
+        """Give each running sequence outside the cohort its next tokens, in order; preempt where blocks are short.
+
+        Blocks are short only while the cohort is empty, so that the victim is among these.
+        """
+        singles = self._singles
         index = 0
-        while index < len(running) and self._budget > 0:
-            sequence = running[index]
+        while index < len(singles) and self._budget > 0:
+            sequence = singles[index]
             tokens = min(self._next_tokens(sequence), self._budget)
             if tokens > 0:
                 while not self.pool.allocate(sequence, sequence.computed + tokens):
@@ -155,13 +166,14 @@ class VllmScheduler:
     def _steps_back(self, victim: Sequence, index: int, scheduled: dict[Sequence, int]) -> int:
         """Return by how much the pass over running sequences moves back because of a victim."""
         if self.rules.cursor_follows_victims:
-            return int(self.running.index(victim) < index)
+            return int(self._singles.index(victim) < index)
         return int(victim in scheduled)
 
     def _preempt(self, victim: Sequence, scheduled: dict[Sequence, int]) -> None:
         """Put a running sequence back to the waiting ones; it keeps its tokens and recomputes them."""
         self._budget += scheduled.pop(victim, 0)
         self.running.remove(victim)
+        self._singles.remove(victim)
         self.pool.register_own(victim)
         self.pool.release(victim)
         victim.computed = victim.registered = 0
@@ -186,12 +198,12 @@ class VllmScheduler:
                 return
             found, tokens = placed
             cached = len(found) * self.pool.block_size
-            self.pool.share(sequence, found)
+            if found:
+                self.pool.share(sequence, found)
             self.pool.allocate(sequence, cached + tokens)
-            waiting.pop()
+            waiting.take()
             self.running.append(sequence)
-            if self.cohort.size:
-                self._singles.append(sequence)
+            self._singles.append(sequence)
             if sequence.status is SequenceStatus.WAITING:
                 sequence.cached_tokens = cached
                 self.prompt_tokens += sequence.prompt_tokens
@@ -221,21 +233,22 @@ class VllmScheduler:
     def _commit(self, scheduled: dict[Sequence, int]) -> None:
         """Count scheduled tokens as computed, before the step runs."""
         step, asynchronous = self._step, self.limits.async_scheduling
+        pending = 1
         for sequence, tokens in scheduled.items():
             past = sequence.computed
-            sequence.computed = past + tokens
-            emits = past + tokens >= sequence.length + sequence.pending
+            computed = sequence.computed = past + tokens
+            emits = computed >= sequence.length + sequence.pending
             if emits and asynchronous:
-                sequence.pending += 1
+                pending = sequence.pending = sequence.pending + 1
             step.scheduled.append(ScheduledTokens(sequence, tokens, past, emits))
             if tokens == 1:
                 step.decodes += 1
                 step.context_tokens += past + 1
             else:
                 step.chunks.append((tokens, past))
-        self.cohort.tick += 1
-        if self._counts_together:
-            self._regroup()
+            if emits and computed <= sequence.end - 2 and self._counts_together and self._may_join(sequence):
+                self._singles.remove(sequence)
+                self.cohort.join(sequence, step.tick + 1, pending)
 
     # Sequences that are counted together
 
@@ -258,32 +271,13 @@ class VllmScheduler:
             return False
         return not is_short or self.running[self.cohort.size :] == self._singles
 
-    def _decode_together(self) -> None:
+    def _decode_together(self, step: Step) -> None:
         """Give each sequence of the cohort one token."""
-        step, cohort = self._step, self.cohort
+        cohort = self.cohort
         step.together = step.decodes = cohort.size
         step.context_tokens = cohort.context_tokens
         self.pool.take(cohort.blocks_needed())
         self._budget -= cohort.size
-
-    def _regroup(self) -> None:
-        """After a step is composed, move sequences into the cohort that decode from now on, and out of it that end."""
-        step, cohort = self._step, self.cohort
-        leaving = cohort.ending(step.tick)
-        joining = [
-            entry.sequence
-            for entry in step.scheduled
-            if entry.emits and entry.sequence.computed <= entry.sequence.end - 2 and self._may_join(entry.sequence)
-        ]
-        if not joining and not leaving:
-            return
-        for sequence in joining:
-            cohort.join(sequence, cohort.tick, sequence.pending if self.limits.async_scheduling else 1)
-        for sequence in leaving:
-            self._leave_cohort(sequence, cohort.tick)
-        self._singles = [sequence for sequence in self._singles if not sequence.cohort_entry]
-        if not cohort.size:
-            self._singles = self.running
 
     def _may_join(self, sequence: Sequence) -> bool:
         """Return whether nobody else can find what a sequence generates."""
@@ -302,47 +296,66 @@ class VllmScheduler:
             if step.together and step.tick >= sequence.joined_tick:
                 step.together -= 1
                 step.scheduled.append(ScheduledTokens(sequence, 1, sequence.offset + step.tick, emits=True))
-        self._singles.append(sequence)
+        insort(self._singles, sequence, key=_admission_of)
 
     def _dissolve_cohort(self) -> None:
-        if self.cohort.size:
-            for sequence in self.running:
-                if sequence.cohort_entry:
-                    self._leave_cohort(sequence, self.cohort.tick)
-        self._singles = self.running
+        for sequence in self.running:
+            if sequence.cohort_entry:
+                self._leave_cohort(sequence, self.cohort.tick)
+        self._singles = self.running.copy()
 
     # Runs of steps in which nothing happens
 
     def quiet_steps(self) -> int:
-        """Return how many next steps only decode: nobody ends, is admitted or preempted, and all blocks are there.
+        """Return how many next steps only decode: nobody is admitted or preempted, and who ends does so in the last.
 
         It is 0 where the scheduler cannot tell. A request that is submitted or aborted ends the run.
         """
         cohort = self.cohort
-        size = cohort.size
-        if not size or size != len(self.running) or not self._is_steady():
+        if not cohort.size or len(self.in_flight) != self.limits.async_scheduling:
             return 0
-        self._budget = self.limits.max_num_batched_tokens - size
-        if self._budget < 0 or (self.waiting and self._place(self.waiting.head()) is not None):
+        for sequence in self._singles:
+            if self._next_tokens(sequence) > 0:
+                return 0  # others wait for their last token
+        budget = self._budget = self.limits.max_num_batched_tokens - cohort.size
+        if budget < 0:
             return 0
-        return cohort.steps_within(self.pool.free_blocks, cohort.end_tick() - cohort.tick)
+        steps = cohort.steps_within(self.pool.free_blocks, cohort.end_tick() - cohort.tick + 1)
+        if self.waiting and steps:
+            head = self.waiting.head()
+            if budget and len(self.running) < self.limits.max_num_seqs and self.pool.can_hold(head.length):
+                return 0  # it is most likely admitted
+            if self._place(head) is not None:
+                return 0
+            if self._singles:
+                return 1  # they end when the step in flight has run, and make room
+        return steps
 
-    def _is_steady(self) -> bool:
-        """Return whether what is in flight is as the next steps will be."""
-        if self.limits.async_scheduling:
-            return len(self.in_flight) == 1 and self.in_flight[0].together == self.cohort.size
-        return not self.in_flight
-
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int) -> Advanced:
         """Compose `steps` steps and take the tokens of as many, at most as many as `quiet_steps` said."""
-        cohort = self.cohort
+        cohort, in_flight = self.cohort, self.in_flight
+        size = cohort.size
         self.pool.take(cohort.blocks_needed(steps))
-        cohort.tick += steps
-        self._done += steps
-        self._has_news = False
-        for step in self.in_flight:
-            step.tick += steps
-            step.context_tokens += steps * cohort.size
+        tick = cohort.tick = cohort.tick + steps
+        if not in_flight:
+            self._has_news = False
+            self._done += steps
+            ending = cohort.ending(tick - 1)
+            for sequence in ending:
+                self._leave_cohort(sequence, tick)
+            if len(ending) > 1:
+                ending.sort(key=_admission_of)
+            return Advanced([], [self._emit(sequence) for sequence in ending])
+        first = self.update()
+        self._has_news &= steps == 1  # a later step has brought the news
+        self._done += steps - 1
+        newest = Step(tick - 1)
+        newest.together = newest.decodes = size
+        newest.context_tokens = cohort.context_tokens - size
+        in_flight.append(newest)
+        for sequence in cohort.ending(tick - 1):
+            self._leave_cohort(sequence, tick)
+        return Advanced(first, [])
 
     # Tokens
 
@@ -351,33 +364,40 @@ class VllmScheduler:
         step = self.in_flight.popleft()
         self._done += 1
         emitted: list[Emitted] = []
+        if not step.scheduled:
+            return emitted
         if len(step.scheduled) > 1:
-            step.scheduled.sort(key=_admission_of)  # those that left the cohort came last
+            step.scheduled.sort(key=_admission_of_entry)  # those that left the cohort came last
         for sequence, _, _, emits in step.scheduled:
             if emits and sequence.status is not SequenceStatus.FINISHED:
-                emitted.append(self._take_token(sequence))
+                if not sequence.cohort_entry:
+                    self._count_token(sequence)
+                emitted.append(self._emit(sequence))
         return emitted
 
-    def _take_token(self, sequence: Sequence) -> Emitted:
-        request_id, prompt = sequence.request.request_id, sequence.prompt_tokens
-        if sequence.cohort_entry:
-            return Emitted(request_id, self.cohort.length_of(sequence, self._done) - prompt, None)
-        length = sequence.length = sequence.length + 1
+    def _count_token(self, sequence: Sequence) -> None:
+        sequence.length += 1
         if self.limits.async_scheduling:
             sequence.pending -= 1
             if sequence.status is SequenceStatus.RUNNING:
                 self.pool.register(sequence, max(sequence.registered, sequence.computed - sequence.pending))
-        if length < sequence.end:
-            return Emitted(request_id, length - prompt, None)
-        self._end(sequence)
-        return Emitted(request_id, length - prompt, "length" if length >= sequence.limit else "stop")
+
+    def _emit(self, sequence: Sequence) -> Emitted:
+        """Return a sequence's newest token; end the sequence if it is the last."""
+        length = sequence.length
+        reason = None
+        if sequence.cohort_entry:
+            length = self.cohort.length_of(sequence, self._done)
+        elif length >= sequence.end:
+            reason = "length" if length >= sequence.limit else "stop"
+            self._end(sequence)
+        return Emitted(sequence.request.request_id, length - sequence.prompt_tokens, reason)
 
     def _end(self, sequence: Sequence) -> None:
         """Free what a sequence holds, at once."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
-            if self._singles is not self.running:
-                self._singles.remove(sequence)
+            self._singles.remove(sequence)
         else:
             self.waiting.remove(sequence)
         self.pool.release(sequence)
@@ -386,5 +406,9 @@ class VllmScheduler:
         self._has_news = True
 
 
-def _admission_of(entry: ScheduledTokens) -> int:
+def _admission_of(sequence: Sequence) -> int:
+    return sequence.admission
+
+
+def _admission_of_entry(entry: ScheduledTokens) -> int:
     return entry.sequence.admission

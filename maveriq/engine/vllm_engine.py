@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maveriq.engine.interface import EngineCounters, QuietRun
 from maveriq.engine.requests import EngineRequest, RequestId
-from maveriq.engine.steps import Emitted, Step
+from maveriq.engine.steps import Advanced, Emitted, Step
 from maveriq.engine.vllm import VllmScheduler
 from maveriq.errors import InputError, InvariantError
 
@@ -21,18 +21,20 @@ class VllmEngine:
 
     def __init__(self, scheduler: VllmScheduler) -> None:
         self.scheduler = scheduler
+        self._max_in_flight = scheduler.limits.steps_in_flight
         self._must_wait = False  # for the oldest step in flight
 
     def submit(self, request: EngineRequest) -> None:
         """Add a request."""
         limits, pool = self.scheduler.limits, self.scheduler.pool
-        if request.prompt_tokens >= limits.max_model_len:
+        prompt_tokens = request.prompt_tokens
+        longest = pool.blocks * pool.block_size
+        if prompt_tokens >= limits.max_model_len:
             raise InputError(
                 f"request {request.request_id!r}: a prompt of {request.prompt_tokens} tokens leaves no room for output "
                 f"within max_model_len {limits.max_model_len}; shorten it or raise max_model_len"
             )
-        longest = pool.blocks * pool.block_size
-        if min(request.prompt_tokens + request.output_tokens - 1, limits.max_model_len - 1) > longest:
+        if longest < limits.max_model_len and longest < prompt_tokens + request.output_tokens - 1:
             raise InputError(
                 f"request {request.request_id!r}: {request.prompt_tokens} prompt and {request.output_tokens} output "
                 f"tokens never fit into the KV cache of {longest} tokens; raise num_gpu_blocks"
@@ -48,7 +50,8 @@ class VllmEngine:
         scheduler, in_flight = self.scheduler, self.scheduler.in_flight
         while True:
             if self._must_wait:
-                if not in_flight[0].is_empty:
+                oldest = in_flight[0]
+                if oldest.decodes or oldest.chunks:
                     return None
                 scheduler.update()  # an empty step is done at once
                 self._must_wait = False
@@ -58,9 +61,10 @@ class VllmEngine:
                 self._must_wait = True
                 continue
             step = scheduler.schedule()
-            self._must_wait = step.is_empty or len(in_flight) == scheduler.limits.steps_in_flight
-            if not step.is_empty:
+            if step.decodes or step.chunks:
+                self._must_wait = len(in_flight) == self._max_in_flight
                 return step
+            self._must_wait = True
 
     def finish_step(self) -> list[Emitted]:
         """Take the tokens of the oldest step in flight."""
@@ -76,9 +80,9 @@ class VllmEngine:
         steps = 0 if self._must_wait else self.scheduler.quiet_steps()
         return QuietRun(steps, cohort.size, cohort.context_tokens) if steps else None
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int) -> Advanced:
         """Do `next_step` and `finish_step` so many times."""
-        self.scheduler.advance(steps)
+        return self.scheduler.advance(steps)
 
     @property
     def counters(self) -> EngineCounters:

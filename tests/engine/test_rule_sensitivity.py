@@ -53,15 +53,19 @@ MUTANTS = {
         "reserves = self.rules.reserve_full_prompt and",
         "reserves =",
     ),
-    "a middle chunk emits": ("vllm", "emits = past + tokens >= sequence.length + sequence.pending", "emits = True"),
-    "asynchronous: no token is awaited": ("vllm", "sequence.pending += 1", "pass"),
+    "a middle chunk emits": ("vllm", "emits = computed >= sequence.length + sequence.pending", "emits = True"),
+    "asynchronous: no token is awaited": ("vllm", "pending = sequence.pending = sequence.pending + 1", "pass"),
     "blocks are found after their step only": (
         "vllm",
         "self.pool.register(sequence, min(sequence.computed + tokens, sequence.length))",
         "self.pool.register(sequence, min(sequence.computed, sequence.length))",
     ),
     "a whole prompt may come from the cache": ("kv_blocks", "[: (sequence.length - 1) // self.block_size]", ""),
-    "cached blocks that are free cost nothing": ("kv_blocks", "needed += not users[block]", "pass"),
+    "cached blocks that are free cost nothing": (
+        "kv_blocks",
+        " + self.unused(found) <= self.free_blocks",
+        " <= self.free_blocks",
+    ),
     "the first block is freed first": ("kv_blocks", "in reversed(shared)", "in shared"),
     "the tail of the queue is reused first": (
         "kv_blocks",

@@ -8,7 +8,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 
-from maveriq.engine import EngineRequest, Step
+from maveriq.engine import Emitted, EngineRequest, Step
 from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.versions import vllm_rules
 from maveriq.engine.vllm import SchedulerLimits, VllmScheduler
@@ -108,15 +108,23 @@ def cases(
 
 @dataclass
 class Turn:
-    """What one turn of the driver did: the steps that it composed, and what the oldest one emitted."""
+    """The state after a turn of the driver, and the steps that it composed (none, if it took several turns at once)."""
 
     steps: list[tuple[Any, ...]]
-    emitted: tuple[Any, ...]
     tokens: int
     running: list[int]
     waiting: list[int]
     free_blocks: int
     preemptions: int
+
+
+@dataclass
+class History:
+    """What a run did, by turns of its driver; `events` are first and last tokens with the turn that took them."""
+
+    turns: dict[int, Turn]
+    events: list[tuple[int, Emitted]]
+    skipped: int
 
 
 def run(
@@ -125,17 +133,17 @@ def run(
     counts_together: bool = True,
     longest_jump: int = 0,
     check: Callable[[VllmScheduler], None] = lambda _: None,
-) -> dict[int, Turn]:
-    """Run a case until all its requests have ended; return its turns by their number.
+) -> History:
+    """Run a case until all its requests have ended.
 
     Args:
         counts_together: see `VllmScheduler`.
-        longest_jump: the most turns to take at once where nothing happens; the last of these is returned.
+        longest_jump: the most turns to take at once where nothing happens.
         check: called after each turn.
     """
     engine = case.engine(counts_together=counts_together)
     scheduler = engine.scheduler
-    turns: dict[int, Turn] = {}
+    history = History({}, [], 0)
     turn = tokens = 0
     times = sorted({at for at, _ in case.submits} | {at for at, _ in case.aborts})
     while turn < MAX_TURNS:
@@ -147,36 +155,42 @@ def run(
                 engine.abort(request_id)
         quiet = engine.quiet_run() if longest_jump else None
         steps: list[Step] = []
-        emitted: list[Any] = []
         if quiet is not None:
             jump = min([quiet.steps, longest_jump, *(at - turn for at in times if at > turn)])
-            engine.advance(jump)
-            tokens += jump * quiet.decodes
+            together = scheduler.in_flight[0].together if scheduler.in_flight else quiet.decodes
+            first, last = engine.advance(jump)
+            history.events += [(turn + 1, token) for token in first if _is_event(token)]
             turn += jump
+            history.events += [(turn, token) for token in last if _is_event(token)]
+            history.skipped += jump
+            tokens += together + len(first) + (jump - 1) * quiet.decodes
         else:
             while (step := engine.next_step()) is not None:
                 steps.append(step)
             if not scheduler.in_flight and turn > max(times):
                 break
+            turn += 1
             if scheduler.in_flight:
                 oldest = scheduler.in_flight[0]
                 listed = engine.finish_step()
                 tokens += oldest.together + len(listed)
-                emitted = [token for token in listed if token.finish_reason or token.output_tokens == 1]
-            turn += 1
+                history.events += [(turn, token) for token in listed if _is_event(token)]
         check(scheduler)
-        turns[turn] = Turn(
+        history.turns[turn] = Turn(
             [_figures(step) for step in steps],
-            tuple(emitted),
             tokens,
             [_id(sequence) for sequence in scheduler.running],
-            [_id(sequence) for sequence in scheduler.waiting],
+            [_id(sequence) for sequence in scheduler.waiting.in_order()],
             scheduler.pool.free_blocks,
             scheduler.preemptions,
         )
     assert turn < MAX_TURNS, "requests do not end"
     assert scheduler.pool.free_blocks == case.blocks
-    return turns
+    return history
+
+
+def _is_event(token: Emitted) -> bool:
+    return token.finish_reason is not None or token.output_tokens == 1
 
 
 def _figures(step: Step) -> tuple[Any, ...]:
