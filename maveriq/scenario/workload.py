@@ -5,7 +5,9 @@ from __future__ import annotations
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.options import Options
+from maveriq.scenario.slo_bases import slo_bases
 from maveriq.workload.build import WorkloadOptions, build_workload
+from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.requests import Workload
 
 
@@ -35,6 +37,6 @@ def workload_for(options: Options, profile: HardwareProfile, *, slo_scale: float
             min_accuracy=options.min_accuracy,
             float16_only=options.float16_only,
         ),
-        slo_of=profile.slo_s,
+        slo_of=slo_bases(profile, (entry.model for entry in load_model_set(options.models).entries)),
         batch_size=options.batch_size,
     )
