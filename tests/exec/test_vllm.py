@@ -141,12 +141,21 @@ def test_a_step_has_room_for_the_longest_prompt_and_for_a_token_of_each_sequence
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [(None, "auto"), ("fp8", "auto"), ("awq", "float16"), ("gptq", "float16")]
+    ("method", "stated", "dtype"),
+    [
+        (None, "bfloat16", "bfloat16"),
+        (None, "float16", "float16"),
+        (None, "float32", "float16"),
+        ("fp8", "bfloat16", "bfloat16"),
+        ("awq", "bfloat16", "float16"),
+        ("gptq", "bfloat16", "float16"),
+    ],
 )
-def test_a_checkpoint_keeps_its_type_where_kernels_can(method: str | None, dtype: str) -> None:
-    quantised = LLAMA_7B | ({} if method is None else {"quantization_config": {"quant_method": method, "bits": 4}})
+def test_a_checkpoint_keeps_its_type_where_kernels_can(method: str | None, stated: str, dtype: str) -> None:
+    quantised = {} if method is None else {"quantization_config": {"quant_method": method, "bits": 4}}
+    config = json.dumps(LLAMA_7B | {"torch_dtype": stated} | quantised)
     weights = {None: "float16", "fp8": "fp8", "awq": "int4", "gptq": "int4_gptq"}[method]
-    given = spec(config_json=json.dumps(quantised), layer_split=(32,), weights=weights, weights_folder="/w")
+    given = spec(config_json=config, layer_split=(32,), weights=weights, weights_folder="/w")
     assert translate(given, "/m").arguments["dtype"] == dtype
 
 

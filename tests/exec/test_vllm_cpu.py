@@ -127,7 +127,14 @@ def stored_matrices(engine: VllmEngine) -> dict[str, tuple[str, float]]:
 
 
 @pytest.fixture
-def engine() -> Iterator[VllmEngine]:
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
+    from vllm.model_executor.layers import utils
+
+    # Some processors pack matrices for their kernels; the tests look at those that were packed.
+    dispatch = utils.dispatch_cpu_unquantized_gemm
+    monkeypatch.setattr(
+        utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: dispatch(layer, remove_weight=False)
+    )
     engine = VllmEngine()
     yield engine
     engine.close()

@@ -96,6 +96,11 @@ class EngineRequirements:
             return None
         return str(quantization.get("quant_method")) if isinstance(quantization, dict) else "something unknown"
 
+    @property
+    def stated_type(self) -> str:
+        """The type of values that the model's own configuration states, such as bfloat16; "" if it states none."""
+        return str(self.hf_config.get("torch_dtype") or self.hf_config.get("dtype") or "")  # the older name, the newer
+
     def random_weights_config(self, quantisation: Mapping[str, Any] | None, *, torch_dtype: str = "") -> str:
         """Return the `config.json` for random weights.
 

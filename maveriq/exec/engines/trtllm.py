@@ -130,8 +130,7 @@ def _checkpoint_type(requirements: EngineRequirements) -> str:
     Raises:
         EngineError: the layers or the weights would not have 16 bits, or the weights have another type than the layers.
     """
-    folder, config = requirements.spec.weights_folder, requirements.hf_config
-    torch_dtype = str(config.get("torch_dtype") or config.get("dtype") or "")  # the older name, and the newer
+    folder, torch_dtype = requirements.spec.weights_folder, requirements.stated_type
     if torch_dtype not in _SIXTEEN_BIT_TYPES:
         found = f"has torch_dtype {torch_dtype}" if torch_dtype else "has no torch_dtype, so they would be float32"
         raise EngineError(

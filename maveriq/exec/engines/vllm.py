@@ -90,15 +90,19 @@ def translate(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> T
     requirements = read_spec(NAME, spec)
     cfg = requirements.configuration
     has_checkpoint = bool(spec.weights_folder)
-    is_half_only = requirements.checkpoint_quantisation in _HALF_ONLY_METHODS
     if has_checkpoint:
         _check_checkpoint(requirements)
+    # Values of bfloat16 may not fit float16.
+    keeps_bfloat16 = (
+        has_checkpoint
+        and requirements.stated_type == "bfloat16"
+        and requirements.checkpoint_quantisation not in _HALF_ONLY_METHODS
+    )
     arguments: dict[str, Any] = {
         "model": spec.weights_folder or folder,
         "skip_tokenizer_init": True,
         "load_format": "safetensors" if has_checkpoint else "dummy",
-        # Values of bfloat16 may not fit float16, so a checkpoint keeps its own type ("auto" makes 16 bits of 32).
-        "dtype": "auto" if has_checkpoint and not is_half_only else "float16",
+        "dtype": "bfloat16" if keeps_bfloat16 else "float16",
         "seed": spec.seed % _SEED_LIMIT,
         "tensor_parallel_size": spec.tp,
         "pipeline_parallel_size": spec.pp,
