@@ -237,11 +237,14 @@ class LeaksGpuMemory(Healthy):
 
 
 class LeaksSharedMemory(Healthy):
-    def load(self, spec: EngineSpec) -> Loaded:
-        descriptor, _ = tempfile.mkstemp(prefix="maveriq-test-", dir="/dev/shm")
-        os.ftruncate(descriptor, mmap.PAGESIZE)
-        self.shared = mmap.mmap(descriptor, mmap.PAGESIZE)
-        return super().load(spec)
+    """It maps a file in shared memory when its processes and their files are known already."""
+
+    def generate(self, batch: Generate) -> Iterator[Step]:
+        if not hasattr(self, "shared"):
+            descriptor, _ = tempfile.mkstemp(prefix="maveriq-test-", dir="/dev/shm")
+            os.ftruncate(descriptor, mmap.PAGESIZE)
+            self.shared = mmap.mmap(descriptor, mmap.PAGESIZE)
+        return super().generate(batch)
 
 
 def other_prompt(batch: Generate) -> Generate:

@@ -27,7 +27,9 @@ from maveriq.exec.processes import (
     describe_exit,
     read_environment,
     read_stat,
+    remove_unused_shared_memory,
     running_processes,
+    shared_memory_of,
     uses_cuda,
 )
 
@@ -106,6 +108,7 @@ class ProcessTree:
         self._pidfds: dict[int, int] = {}  # of the running processes but the leader, by PID
         self._processes: dict[int, _Process] = {}  # also some that have ended: they link ranks to the leader
         self._named_ranks: dict[int, int] = {}  # rank by PID, as the engine says
+        self._shared_memory: set[str] = set()  # files that its processes have mapped
         self._ranks: dict[int, str] = {}  # description of each rank, and of each process between it and the leader
         stat = read_stat(leader)
         self.started_ticks = stat.started_ticks if stat else 0
@@ -205,6 +208,15 @@ class ProcessTree:
         self._settled = loaded
         if loaded:
             self._processes = {pid: self._processes[pid] for pid in (*self._pidfds, *self._ranks)}
+
+    def find_shared_memory(self) -> None:
+        """Remember which files in /dev/shm the processes have mapped; it reads files."""
+        for pid in (self.leader, *self.pids):
+            self._shared_memory |= shared_memory_of(pid)
+
+    def remove_shared_memory(self) -> None:
+        """Remove files in /dev/shm that processes of the engine have left; it reads files."""
+        remove_unused_shared_memory(self._shared_memory)
 
     def close(self) -> None:
         """Forget all processes."""
@@ -323,9 +335,12 @@ class ProcessTrees:
                 tree.see(sighting)
         for tree, loaded in unsettled:
             tree.settle(loaded=loaded)
+            if loaded:
+                await asyncio.to_thread(tree.find_shared_memory)
         for tree in ending:
             if tree.is_empty and tree.engine_id in self._trees:
                 del self._trees[tree.engine_id]
+                await asyncio.to_thread(tree.remove_shared_memory)
                 tree.gone.set_result(None)
 
 

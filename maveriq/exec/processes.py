@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ ENGINE_ID = "MAVERIQ_ENGINE_ID"
 
 _PROC = Path("/proc")
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, linux/sched.h
+_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  (files of other processes are looked up there)
 _CUDA_DEVICE = "/dev/nvidia-uvm"  # CUDA opens it, NVML does not
 
 
@@ -95,6 +96,15 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def _open_files(pid: int) -> set[str]:
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for descriptor in (_PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(str(descriptor.readlink()))
+    return found
+
+
 def has_open(pid: int, is_wanted: Callable[[Path], bool]) -> bool:
     """Return whether a process has an open file that is wanted.
 
@@ -113,6 +123,31 @@ def has_open(pid: int, is_wanted: Callable[[Path], bool]) -> bool:
 def uses_cuda(pid: int) -> bool:
     """Return whether a process has opened the device through which CUDA allocates memory."""
     return has_open(pid, lambda descriptor: str(descriptor.readlink()) == _CUDA_DEVICE)
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """Return the files in /dev/shm that a process has mapped."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for line in (_PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="replace").splitlines():
+            path = line.partition(_SHARED_MEMORY)[2]
+            if path and not path.endswith(" (deleted)"):
+                found.add(_SHARED_MEMORY + path)
+    return found
+
+
+def remove_unused_shared_memory(paths: Collection[str]) -> None:
+    """Remove those of some files in /dev/shm that no process has mapped or open.
+
+    A process that is killed leaves its files there: nothing but memory would show them.
+    """
+    unused = {path for path in paths if os.path.lexists(path)}
+    for pid, _ in running_processes() if unused else ():
+        unused -= shared_memory_of(pid)
+        unused -= _open_files(pid)
+    for path in unused:
+        with contextlib.suppress(OSError):  # it belongs to somebody else
+            Path(path).unlink()
 
 
 def marked_processes(engine_id: str) -> Iterator[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -320,6 +321,38 @@ def test_what_the_engine_names_is_a_rank_and_its_parent_may_reap_it_first() -> N
             assert (await tree.rank_lost).startswith(f"rank 1, process {rank} (sleep)")
 
     run_async(check)
+
+
+def test_shared_memory_of_killed_processes_is_removed_unless_another_uses_it(tmp_path: Path) -> None:
+    mapper = (
+        "import mmap, sys, time\n"
+        "files = [open(path, 'w+b') for path in sys.argv[1:]]\n"
+        "for file in files: file.truncate(mmap.PAGESIZE)\n"
+        "maps = [mmap.mmap(file.fileno(), mmap.PAGESIZE) for file in files]\n"
+        "print('mapped', flush=True); time.sleep(600)"
+    )
+    paths = [Path(f"/dev/shm/maveriq-test-{os.getpid()}-{name}") for name in ("left", "used")]  # noqa: S108
+    (tmp_path / "mapper.py").write_text(mapper, encoding="utf-8")
+    script = shlex.join([sys.executable, str(tmp_path / "mapper.py"), *map(str, paths)])
+
+    async def check() -> None:
+        async with tracked(script) as (tree, process):
+            assert process.stdout is not None
+            await process.stdout.readline()
+            tree.engine_loaded()
+            await until(lambda: tree.is_settled)
+            await until(lambda: {*map(str, paths)} <= tree._shared_memory)
+            with paths[1].open("rb"):
+                process.kill()
+                tree.leader_exited()
+                await tree.gone
+            assert [path.exists() for path in paths] == [False, True]
+
+    try:
+        run_async(check)
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def test_no_rank_is_lost_while_the_engine_is_ended() -> None:

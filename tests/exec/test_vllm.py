@@ -216,6 +216,14 @@ class PPMissingLayer:
     """vLLM's place holder for a layer of another stage."""
 
 
+PACKED = SimpleNamespace(
+    input_size_per_partition=10,
+    output_size_per_partition=5,
+    weight=SimpleNamespace(numel=lambda: 0, element_size=lambda: 2, nbytes=0),
+)
+"""A layer whose matrix a kernel has packed: 100 bytes that are no parameter."""
+
+
 class FakeModel:
     """The model of one rank: stage 0 has three of four layers, others one; and a list of experts."""
 
@@ -224,10 +232,10 @@ class FakeModel:
         self._layers = ModuleList([object()] * held + [PPMissingLayer()] * (4 - held))
 
     def modules(self) -> Iterator[Any]:
-        yield from (self, ModuleList([object(), object()]), self._layers)
+        yield from (self, ModuleList([object(), object()]), self._layers, PACKED)
 
     def parameters(self) -> Iterator[Any]:
-        yield from (SimpleNamespace(nbytes=1000), SimpleNamespace(nbytes=24))
+        yield from (SimpleNamespace(nbytes=900), SimpleNamespace(nbytes=24))
 
 
 class FakeLlm:

@@ -18,11 +18,11 @@ from maveriq.exec.processes import (
     read_environment,
     read_stat,
     running_processes,
+    shared_memory_of,
 )
 from maveriq.units import Bytes
 
 _PROC = Path("/proc")
-_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  (files of other processes are looked up there)
 
 
 def can_look() -> bool:
@@ -68,14 +68,7 @@ def resident_bytes(process: ProcessStat) -> Bytes:
 
 def shared_memory_files(processes: Iterable[ProcessStat]) -> set[str]:
     """Return the files in /dev/shm that the processes have mapped."""
-    found: set[str] = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            for line in (_PROC / str(process.pid) / "maps").read_text(errors="replace").splitlines():
-                path = line.partition(_SHARED_MEMORY)[2]
-                if path and not path.endswith(" (deleted)"):
-                    found.add(_SHARED_MEMORY + path)
-    return found
+    return {path for process in processes for path in shared_memory_of(process.pid)}
 
 
 def describe(process: ProcessStat) -> str:

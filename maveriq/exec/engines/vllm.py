@@ -202,6 +202,11 @@ def layers_bytes_pid(model: Any) -> tuple[int, int, int]:
     stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
     layers = [type(layer).__name__ for layer in max(stacks, key=len, default=())]
     size = sum(parameter.nbytes for parameter in model.parameters())
+    # On some CPUs a kernel keeps a packed copy of a matrix, and the layer an empty one.
+    for module in model.modules():
+        matrix = getattr(module, "weight", None)
+        if hasattr(module, "input_size_per_partition") and matrix is not None and not matrix.numel():
+            size += module.input_size_per_partition * module.output_size_per_partition * matrix.element_size()
     return len(layers) - layers.count("PPMissingLayer"), size, os.getpid()
 
 
