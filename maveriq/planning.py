@@ -143,7 +143,7 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
     )
     failure = ranking.note
     if not ranking.candidates:
-        more = () if estimator else _note_on_more_gpus(endpoint, cluster, profiles, options)
+        more = () if estimator else _note_on_more_gpus(endpoint, ranking, cluster, profiles, options)
         failure = "; ".join((ranking.why_empty(), *more, *accuracy))
     return RankedPlan(
         endpoint=endpoint,
@@ -226,20 +226,22 @@ _MOST_GPUS = 1024  # beyond, a count helps nobody
 
 
 def _note_on_more_gpus(
-    endpoint: EndpointSpec, cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions
+    endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions
 ) -> tuple[str, ...]:
     """Return how many GPUs of the kind a model would need that does not fit; nothing where that is not the reason."""
     from maveriq.domain.gpu_kinds import gpu_sheets
     from maveriq.estimate.cluster_spec import cluster_from
+    from maveriq.policy.configuration import NO_MEMORY, NO_ROOM
 
-    if len(cluster.kinds) > 1 or cluster.kinds[0] not in gpu_sheets():
+    too_large = any(rejected.reason in (NO_MEMORY, NO_ROOM) for rejected in ranking.rejected)
+    if not too_large or len(cluster.kinds) > 1 or cluster.kinds[0] not in gpu_sheets():
         return ()
     count = 2 * len(cluster)
     while count <= _MOST_GPUS:
         larger = cluster_from(f"{count}x{cluster.kinds[0]}")
-        ranking = _rank(endpoint, larger, profiles, _planner(larger, profiles, options), in_ms=False)
-        if ranking.candidates:
-            fewest = min(candidate.configuration.gpus for candidate in ranking.candidates)
+        found = _rank(endpoint, larger, profiles, _planner(larger, profiles, options), in_ms=False).candidates
+        if found:
+            fewest = min(candidate.configuration.gpus for candidate in found)
             return (f"it would take {fewest} {cluster.kinds[0]}",)
         count *= 2
     return ()

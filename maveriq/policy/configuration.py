@@ -92,6 +92,9 @@ class Ranking:
         return f"none of {len(self.rejected)} configurations can be used: {listed}{rest}"
 
 
+NO_MEMORY, NO_ROOM = "does not fit the free memory", "has no room for the KV cache"
+"""Why a configuration is rejected that more or larger GPUs would hold."""
+
 NEVER_MEASURED = "its accuracy was never measured"
 """Why a configuration is rejected whose accuracy nobody knows."""
 
@@ -203,13 +206,13 @@ def _consider(
     chosen, split, hops = _dealt(pool, configuration, **sizes)
     if split is None:
         detail = f"needs {gib(memory_bytes):.1f} GiB over {configuration.gpus} GPUs"
-        return RejectedConfig(configuration=configuration, reason="does not fit the free memory", detail=detail)
+        return RejectedConfig(configuration=configuration, reason=NO_MEMORY, detail=detail)
     if hops:
         configuration = replace(configuration, network_hops=hops)
     if isinstance(estimator, SequenceAware):
         no_room = estimator.why_no_room(endpoint.model, configuration, **lengths)
         if no_room:
-            return RejectedConfig(configuration=configuration, reason="has no room for the KV cache", detail=no_room)
+            return RejectedConfig(configuration=configuration, reason=NO_ROOM, detail=no_room)
     service = estimator.service(endpoint.model, configuration, **lengths, batch=configuration.batch_size)
     return Candidate(
         configuration=configuration,
