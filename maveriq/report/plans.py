@@ -145,8 +145,9 @@ def summary_line(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
     each = f"{figures.output_tokens_per_s:,.0f} output tokens/s each"
     if figures.usd_per_hour is not None:
         each += f" for ${figures.usd_per_hour:,.2f} an hour, ${figure(figures.usd_per_million_tokens)} per million"
+    room = f"room for {figures.deployments} such engine{'' if figures.deployments == 1 else 's'}"
     parts = [
-        f"{cluster.name}: {endpoint.model.name} as {best.configuration}, room for {figures.deployments}",
+        f"{cluster.name}: {endpoint.model.name} as {best.configuration}, {room}",
         f"{times}, latency {service.latency_s:.3g} s{interval}",
         each,
     ]
