@@ -174,7 +174,8 @@ class ProcessTree:
     def owned(self) -> tuple[set[int], set[int]]:
         """Return the PIDs and the sessions of the running processes, with the leader's."""
         leader = set() if self._leader_exited else {self.leader}
-        return leader | self._pidfds.keys(), leader | {self._processes[pid].session for pid in self._pidfds}
+        sessions = {self._processes[pid].session for pid in self._pidfds} - {os.getsid(0)}  # ours has other processes
+        return leader | self._pidfds.keys(), leader | sessions
 
     def see(self, sighting: _Sighting) -> None:
         """Add a process, or what has become of it."""
