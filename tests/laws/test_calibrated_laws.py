@@ -148,7 +148,7 @@ def test_benchmarks_have_no_contention() -> None:
     assert not CalibratedEstimator.benchmarked(PROFILE).shares_process(alone)
 
 
-@pytest.mark.parametrize("kv", KvType)
+@pytest.mark.parametrize("kv", [KvType.NATIVE, KvType.INT8])
 def test_smaller_kv_entries_are_read_faster(kv: KvType) -> None:
     requested = {"prompt_tokens": 2000, "output_tokens": 500, "batch": 16}
     configuration = ParallelConfig(tp=1, pp=4, weights=WeightType.INT8, kv=kv)
