@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from vllm_cases import Case, cases, run
+from vllm_cases import PREFIX_HASH_TOKENS, Case, cases, run
 
 from maveriq.engine import EngineRequest
+from maveriq.engine.requests import shareable_tokens
 from maveriq.engine.sequence import Sequence
 from maveriq.engine.vllm import SchedulerLimits, VllmScheduler
 from maveriq.errors import InputError, InvariantError
@@ -85,6 +87,28 @@ def test_skipping_steps_changes_nothing(case: Case, longest_jump: int) -> None:
     assert max(skipping.turns) == max(plain.turns)
     for turn, state in skipping.turns.items():
         assert state == (plain.turns[turn] if state.steps else replace(plain.turns[turn], steps=[]))
+
+
+@pytest.mark.heavy
+@settings(max_examples=100)
+@given(cases(pipelines=True))
+def test_content_token_by_token_gives_the_same_steps(case: Case) -> None:
+    """Blocks that nobody else can find are only counted; with token IDs each is an object with its content."""
+    fine = replace(case, submits=tuple((at, token_by_token(request)) for at, request in case.submits))
+    assert run(fine, counts_together=False) == run(case, counts_together=False)
+
+
+def token_by_token(request: EngineRequest) -> EngineRequest:
+    """Return a request with token IDs that say what its prompt ID or prefix hashes say."""
+    tokens: list[int] = []
+    for index in range(request.prompt_tokens + request.output_tokens):
+        content: object = ("own", request.request_id, index)
+        if request.prompt_id is not None and index < request.prompt_tokens:
+            content = ("prompt", request.prompt_id, index)
+        elif request.prefix_hashes is not None and index < shareable_tokens(request):
+            content = (request.prefix_hashes[index // PREFIX_HASH_TOKENS], index)
+        tokens.append(zlib.crc32(repr(content).encode()))
+    return replace(request, token_ids=tokens, prompt_id=None, prefix_hashes=None)
 
 
 @pytest.mark.heavy
