@@ -26,17 +26,21 @@ class KVBlockPool:
         blocks: blocks that sequences may hold.
         block_size: tokens of a block.
         prefix_caching: whether blocks are found again by their content.
+        reuse_unhashed_first: whether freed blocks that are not full go to the head of the queue, not to its tail.
     """
 
     __slots__ = (
-        "_by_key", "_ids", "_key", "_queue", "_tail_run", "_users", "block_size", "blocks", "free_blocks",
-        "prefix_caching", "shared_free_blocks",
+        "_by_key", "_ids", "_key", "_queue", "_reuse_unhashed_first", "_tail_run", "_users", "block_size", "blocks",
+        "free_blocks", "prefix_caching", "shared_free_blocks",
     )  # fmt: skip
 
-    def __init__(self, blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+    def __init__(
+        self, blocks: int, block_size: int, *, prefix_caching: bool, reuse_unhashed_first: bool = False
+    ) -> None:
         self.blocks = blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self._reuse_unhashed_first = reuse_unhashed_first
         self.free_blocks = blocks
         self.shared_free_blocks = 0
         # Free blocks from head to tail while shareable ones are among them: an identifier of one of these, with 1, or
@@ -126,6 +130,10 @@ class KVBlockPool:
         """Take all blocks from a sequence, its last one first; their content can be found until they are reused."""
         shared = sequence.shared_blocks
         others = sequence.blocks - len(shared)
+        if others and self._reuse_unhashed_first:
+            unhashed = min(others, sequence.blocks - sequence.registered // self.block_size)
+            self._put_first(unhashed)
+            others -= unhashed
         if others:
             self._append_run(others)
         if shared:
@@ -197,6 +205,13 @@ class KVBlockPool:
         else:
             run = self._tail_run = -next(self._ids)
             self._queue[run] = number
+
+    def _put_first(self, number: int) -> None:
+        self.free_blocks += number
+        if number and self.shared_free_blocks:
+            run = -next(self._ids)
+            self._queue[run] = number
+            self._queue.move_to_end(run, last=False)
 
     def _append_shared(self, block: int) -> None:
         if not self.shared_free_blocks:

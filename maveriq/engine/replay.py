@@ -23,8 +23,9 @@ def replay_scenario(scenario: Mapping[str, Any], version: str) -> list[dict[str,
         scenario: its `config` holds `block_size, num_blocks, max_num_seqs, max_num_batched_tokens, max_model_len`, and
             may hold `policy, prefix_caching, long_prefill_token_threshold, chunked, mode` ("sync" or "async"), `pp` and
             `reserve_full_isl`. Its `requests` hold `id, prompt` (token IDs), `max_tokens`, and may hold `priority` and
-            `at`: the iteration of the engine's loop before which the request is there. `aborts` holds IDs by iteration;
-            `max_iters` ends the loop, which is that of vLLM 0.15.1 for all versions.
+            `at`: the iteration of the engine's loop before which the request is there, and `output`: the token IDs that
+            it generates. `aborts` holds IDs by iteration; `max_iters` ends the loop, which is that of vLLM 0.15.1 for
+            all versions.
         version: of vLLM.
 
     Returns:
@@ -58,12 +59,14 @@ class _Replay:
             async_scheduling=config.get("mode", "sync") == "async",
             pipeline_parallel_size=config.get("pp", 1),
         )
+        rules = vllm_rules(version)
         self._pool = KVBlockPool(
             config["num_blocks"] - 1,  # one is the null block
             config["block_size"],
             prefix_caching=config.get("prefix_caching", True),
+            reuse_unhashed_first=rules.reuse_unhashed_first,
         )
-        self._scheduler = VllmScheduler(limits, vllm_rules(version), self._pool, counts_together=False)
+        self._scheduler = VllmScheduler(limits, rules, self._pool, counts_together=False)
         self._arrivals = deque(sorted(scenario["requests"], key=_iteration_of))
         self._aborts = scenario.get("aborts", {})
         self._iterations = scenario.get("max_iters", _DEFAULT_ITERATIONS)
@@ -115,14 +118,14 @@ class _Replay:
 
 def _request(recorded: Mapping[str, Any]) -> EngineRequest:
     request_id, prompt, max_tokens = recorded["id"], recorded["prompt"], recorded["max_tokens"]
-    # The tokens that the recorder's stand-in for a model generated.
+    # Without a model, the recorder generated these.
     first_output = 900_000 + 1000 * sum(map(ord, request_id))
     return EngineRequest(
         request_id=request_id,
         prompt_tokens=len(prompt),
         output_tokens=max_tokens,
         priority=recorded.get("priority", 0),
-        token_ids=[*prompt, *range(first_output, first_output + max_tokens)],
+        token_ids=[*prompt, *recorded.get("output", range(first_output, first_output + max_tokens))],
     )
 
 

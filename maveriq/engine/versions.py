@@ -43,6 +43,8 @@ class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         threshold_needs_company: `long_prefill_token_threshold` holds only beside other requests.
         cursor_follows_victims: with priorities, the pass over running requests steps back for each victim before it,
             not only for one that the step held already.
+        reuse_unhashed_first: blocks that are freed without content that can be found (above all the last, which is not
+            full) are reused before all others, not after them.
         async_scheduling: its default.
         gpu_memory_utilization: its default.
         block_size: its default.
@@ -52,6 +54,7 @@ class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     one_decode_in_flight: bool
     threshold_needs_company: bool
     cursor_follows_victims: bool
+    reuse_unhashed_first: bool
     async_scheduling: bool
     gpu_memory_utilization: _Share
     block_size: _Count

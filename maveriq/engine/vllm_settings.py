@@ -99,7 +99,12 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
 
         def build(blocks: int, lists_tokens: bool) -> VllmEngine:  # noqa: FBT001
-            pool = KVBlockPool(blocks, block_size, prefix_caching=self.enable_prefix_caching)
+            pool = KVBlockPool(
+                blocks,
+                block_size,
+                prefix_caching=self.enable_prefix_caching,
+                reuse_unhashed_first=rules.reuse_unhashed_first,
+            )
             return VllmEngine(VllmScheduler(limits, rules, pool, counts_together=not lists_tokens))
 
         return ResolvedSettings(

@@ -31,8 +31,13 @@ class Case:
     aborts: tuple[tuple[int, int], ...]
 
     def engine(self, *, counts_together: bool = True) -> VllmEngine:
-        pool = KVBlockPool(self.blocks, self.block_size, prefix_caching=self.prefix_caching)
         rules = vllm_rules(self.version)
+        pool = KVBlockPool(
+            self.blocks,
+            self.block_size,
+            prefix_caching=self.prefix_caching,
+            reuse_unhashed_first=rules.reuse_unhashed_first,
+        )
         return VllmEngine(VllmScheduler(self.limits, rules, pool, counts_together=counts_together))
 
     def changed(self, **limits: Any) -> Case:
