@@ -32,7 +32,7 @@ class Sequence:
         blocks: KV blocks that it holds.
         shared_blocks: identifiers of the leading ones among these that other sequences may find; see `KVBlockPool`.
         registered: tokens whose full blocks can be found in the prefix cache.
-        keys: content of its leading full blocks as far as others may have the same; None until it is needed.
+        keys: content of its leading full blocks as far as others may have the same; None until that is needed.
         cached_tokens: prompt tokens that were found in the prefix cache when it was first admitted.
         preemptions: how often it lost its blocks.
         cohort_entry: positive while a `DecodeCohort` counts for it; `length`, `computed` and `blocks` are then of the
@@ -61,7 +61,7 @@ class Sequence:
         self.blocks = 0
         self.shared_blocks: list[int] = []
         self.registered = 0
-        self.keys: list[BlockKey] | None = None
+        self.keys: list[BlockKey] | None = None if request.is_shareable else []
         self.cached_tokens = 0
         self.cohort_entry = self.offset = self.joined_tick = self.counts_from = 0
         self.preemptions = 0

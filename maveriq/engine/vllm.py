@@ -61,6 +61,7 @@ class VllmScheduler:
         self.in_flight: deque[Step] = deque()
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self.cohort = DecodeCohort(pool.block_size)
+        self._reserves = rules.reserve_full_prompt and limits.scheduler_reserve_full_isl
         self._counts_together = counts_together and limits.pipeline_parallel_size == 1
         self._singles: list[Sequence] = []  # running ones outside the cohort, in their order
         self._sequences: dict[RequestId, Sequence] = {}
@@ -105,13 +106,18 @@ class VllmScheduler:
         self._has_news = False
         self._budget = self.limits.max_num_batched_tokens
         if cohort.size:
-            if self._fit_together():
-                self._decode_together(step)
+            blocks = cohort.blocks_needed()
+            if self._fit_together(blocks):
+                step.together = step.decodes = cohort.size
+                step.context_tokens = cohort.context_tokens
+                self.pool.take(blocks)
+                self._budget -= cohort.size
             else:
                 self._dissolve_cohort()
         if self._singles or self.waiting:
             scheduled: dict[Sequence, int] = {}
-            self._schedule_singles(scheduled)
+            if self._singles:
+                self._schedule_singles(scheduled)
             if self.waiting and not step.preempted:
                 self._admit(scheduled)
             self._commit(scheduled)
@@ -144,10 +150,10 @@ class VllmScheduler:
         """Return how many tokens of a running sequence may be computed now, by all but the budget."""
         limits, pending = self.limits, sequence.pending
         if pending:
-            if limits.pipeline_parallel_size > 1 and self.rules.one_decode_in_flight:
-                return 0
             if sequence.computed + 2 - pending >= sequence.limit:
                 return 0  # its last token is in flight
+            if limits.pipeline_parallel_size > 1 and self.rules.one_decode_in_flight:
+                return 0
         tokens = self._cut_long(sequence.length + pending - sequence.computed)
         return min(tokens, limits.max_model_len - 1 - sequence.computed)
 
@@ -186,7 +192,13 @@ class VllmScheduler:
     def _schedule(self, sequence: Sequence, tokens: int, scheduled: dict[Sequence, int]) -> None:
         scheduled[sequence] = tokens
         self._budget -= tokens
-        self.pool.register(sequence, min(sequence.computed + tokens, sequence.length))
+        self._register(sequence, min(sequence.computed + tokens, sequence.length))
+
+    def _register(self, sequence: Sequence, tokens: int) -> None:
+        if sequence.keys == []:
+            sequence.registered = tokens  # nobody else can find any of it
+        else:
+            self.pool.register(sequence, tokens)
 
     def _admit(self, scheduled: dict[Sequence, int]) -> None:
         """Admit waiting sequences in order, up to the first that does not fit."""
@@ -221,13 +233,14 @@ class VllmScheduler:
             return None
         found = pool.find(sequence)
         cached = len(found) * pool.block_size
-        tokens = self._cut_long(sequence.length - cached)
+        tokens = sequence.length - cached
+        if limits.long_prefill_token_threshold:
+            tokens = self._cut_long(tokens)
         if tokens > budget:
             if not limits.enable_chunked_prefill:
                 return None
             tokens = budget
-        reserves = self.rules.reserve_full_prompt and limits.scheduler_reserve_full_isl
-        needed = min(sequence.length, limits.max_model_len) if reserves else cached + tokens
+        needed = min(sequence.length, limits.max_model_len) if self._reserves else cached + tokens
         return (found, tokens) if pool.can_hold(needed, found) else None
 
     def _commit(self, scheduled: dict[Sequence, int]) -> None:
@@ -252,14 +265,15 @@ class VllmScheduler:
 
     # Sequences that are counted together
 
-    def _fit_together(self) -> bool:
-        """Return whether the cohort can decode without regard to the order of running sequences.
+    def _fit_together(self, blocks: int) -> bool:
+        """Return whether the cohort, which takes `blocks`, can decode without regard to the order of running sequences.
 
         That is so if the budget and the free blocks suffice for all, or if the budget is short only for sequences that
         come after the whole cohort.
         """
-        left = self.limits.max_num_batched_tokens - self.cohort.size
-        blocks = self.cohort.blocks_needed()
+        left = self._budget - self.cohort.size
+        if not self._singles:
+            return left >= 0 and blocks <= self.pool.free_blocks
         is_short = False
         for sequence in self._singles:
             tokens = max(0, self._next_tokens(sequence))
@@ -271,17 +285,9 @@ class VllmScheduler:
             return False
         return not is_short or self.running[self.cohort.size :] == self._singles
 
-    def _decode_together(self, step: Step) -> None:
-        """Give each sequence of the cohort one token."""
-        cohort = self.cohort
-        step.together = step.decodes = cohort.size
-        step.context_tokens = cohort.context_tokens
-        self.pool.take(cohort.blocks_needed())
-        self._budget -= cohort.size
-
     def _may_join(self, sequence: Sequence) -> bool:
         """Return whether nobody else can find what a sequence generates."""
-        if not self.pool.prefix_caching or not sequence.request.is_shareable:
+        if sequence.keys == [] or not self.pool.prefix_caching or not sequence.request.is_shareable:
             return True
         return shareable_tokens(sequence.request) <= sequence.prompt_tokens
 
@@ -296,7 +302,10 @@ class VllmScheduler:
             if step.together and step.tick >= sequence.joined_tick:
                 step.together -= 1
                 step.scheduled.append(ScheduledTokens(sequence, 1, sequence.offset + step.tick, emits=True))
-        insort(self._singles, sequence, key=_admission_of)
+        if self._singles:
+            insort(self._singles, sequence, key=_admission_of)
+        else:
+            self._singles.append(sequence)
 
     def _dissolve_cohort(self) -> None:
         for sequence in self.running:
@@ -379,8 +388,9 @@ class VllmScheduler:
         sequence.length += 1
         if self.limits.async_scheduling:
             sequence.pending -= 1
-            if sequence.status is SequenceStatus.RUNNING:
-                self.pool.register(sequence, max(sequence.registered, sequence.computed - sequence.pending))
+            known = sequence.computed - sequence.pending
+            if known > sequence.registered and sequence.status is SequenceStatus.RUNNING:
+                self._register(sequence, known)
 
     def _emit(self, sequence: Sequence) -> Emitted:
         """Return a sequence's newest token; end the sequence if it is the last."""

@@ -21,11 +21,19 @@ class VllmEngine:
 
     def __init__(self, scheduler: VllmScheduler) -> None:
         self.scheduler = scheduler
+        self._surely_held_tokens = min(
+            scheduler.limits.max_model_len - 1, scheduler.pool.blocks * scheduler.pool.block_size
+        )
         self._max_in_flight = scheduler.limits.steps_in_flight
         self._must_wait = False  # for the oldest step in flight
 
     def submit(self, request: EngineRequest) -> None:
         """Add a request."""
+        if request.prompt_tokens + request.output_tokens > self._surely_held_tokens:
+            self._check_length(request)
+        self.scheduler.submit(request)
+
+    def _check_length(self, request: EngineRequest) -> None:
         limits, pool = self.scheduler.limits, self.scheduler.pool
         prompt_tokens = request.prompt_tokens
         longest = pool.blocks * pool.block_size
@@ -39,7 +47,6 @@ class VllmEngine:
                 f"request {request.request_id!r}: {request.prompt_tokens} prompt and {request.output_tokens} output "
                 f"tokens never fit into the KV cache of {longest} tokens; raise num_gpu_blocks"
             )
-        self.scheduler.submit(request)
 
     def abort(self, request_id: RequestId) -> bool:
         """End a request now."""

@@ -171,6 +171,20 @@ CORNER_CASES = {
         "A5@0 >A; A1@5 B8@0 >A,B; B1@8 !A >B; B1@9 >B.; A3@4 >A; A1@7 >A.",
         WIDE | {"num_blocks": 5, "policy": "priority"},
     ),
+    # By the rule, not observed: the seventh token of A is the one that C's leaving returns to the budget.
+    "priority: a victim's tokens go to those behind it": CornerCase(
+        (("A", 50, 7, 7, 0), ("B", 4, 11, 5, 0), ("C", 30, 12, 1, 2)),
+        "C8@0; C8@8; C8@16; C6@24 >C; C1@30 B4@0 >C,B; C1@31 B1@4 >C,B; C1@32 B1@5 A6@0 >C,B; "
+        "C1@33 B1@6 A6@6 >C,B; C1@34 B1@7 A6@12 >C,B; C1@35 B1@8 A6@18 >C,B; C1@36 B1@9 A6@24 >C,B; "
+        "C1@37 B1@10 A6@30 >C,B; C1@38 B1@11 A6@36 >C,B; B1@12 A7@42 !C >B; B1@13 A1@49 C6@0 >B.,A; "
+        "A1@50 C7@6 >A; A1@51 C7@13 >A; A1@52 C7@20 >A; A1@53 C7@27 >A; A1@54 C6@34 >A,C; A1@55 !C >A.; "
+        "C8@0; C8@8; C8@16; C8@24; C8@32; C1@40 >C.",
+        {"num_blocks": 25, "policy": "priority", "prefix_caching": False},
+        calls_of_0_23="C8@0; C8@8; C8@16; C6@24 >C; C1@30 B4@0 >C,B; C1@31 B1@4 >C,B; C1@32 B1@5 A6@0 >C,B; "
+        "C1@33 B1@6 A6@6 >C,B; C1@34 B1@7 A6@12 >C,B; C1@35 B1@8 A6@18 >C,B; C1@36 B1@9 A6@24 >C,B; "
+        "C1@37 B1@10 A6@30 >C,B; C1@38 B1@11 A6@36 >C,B; B1@12 A7@42 !C >B; B1@13 A1@49 >B.,A; A1@50 C7@0 >A; "
+        "A1@51 C7@7 >A; A1@52 C7@14 >A; A1@53 C7@21 >A; A1@54 C7@28 >A; A1@55 C5@35 >A.,C; C1@40 >C.",
+    ),
     "two stages: one request": CornerCase((("A", 4, 3),), "A4@0 >A; -; A1@4 >A; -; A1@5 >A.", {"pp": 2}),
     "two stages: chunks follow each other": CornerCase(
         (("A", 20, 2),), "A8@0; A8@8; A4@16 >A; -; A1@20 >A.", {"pp": 2}

@@ -45,20 +45,20 @@ MUTANTS = {
     ),
     "blocks are asked for the first chunk only": (
         "vllm",
-        "if reserves else cached + tokens",
+        "if self._reserves else cached + tokens",
         "if False else cached + tokens",
     ),
     "blocks are asked for whole prompts by all versions": (
         "vllm",
-        "reserves = self.rules.reserve_full_prompt and",
-        "reserves =",
+        "self._reserves = rules.reserve_full_prompt and",
+        "self._reserves =",
     ),
     "a middle chunk emits": ("vllm", "emits = computed >= sequence.length + sequence.pending", "emits = True"),
     "asynchronous: no token is awaited": ("vllm", "pending = sequence.pending = sequence.pending + 1", "pass"),
     "blocks are found after their step only": (
         "vllm",
-        "self.pool.register(sequence, min(sequence.computed + tokens, sequence.length))",
-        "self.pool.register(sequence, min(sequence.computed, sequence.length))",
+        "self._register(sequence, min(sequence.computed + tokens, sequence.length))",
+        "self._register(sequence, min(sequence.computed, sequence.length))",
     ),
     "a whole prompt may come from the cache": ("kv_blocks", "[: (sequence.length - 1) // self.block_size]", ""),
     "cached blocks that are free cost nothing": (
@@ -76,6 +76,7 @@ MUTANTS = {
     "requests that end keep their blocks": ("vllm", "        self.pool.release(sequence)\n        seq", "        seq"),
     "the null block is used": ("replay", 'config["num_blocks"] - 1', 'config["num_blocks"]'),
     "the end of the last request calls for no step": ("vllm", "or self._has_news", ""),
+    "a victim's tokens are lost to the step": ("vllm", "self._budget += scheduled.pop", "scheduled.pop"),
 }
 
 # Only the recorded random scenarios miss these.
