@@ -13,11 +13,16 @@ from maveriq.estimate.log_grid import Array, LogGrid, corners
 
 _ITERATIONS = 4
 _OUTLIER = 0.1
-_ANCHOR = 1e-3
+_WEAKEST_PULL = 1e-3
 
 
 def fit_log_grid(
-    axes: Sequence[Array], sizes: Sequence[Array], log_ratios: Array, *, smoothness: Sequence[float]
+    axes: Sequence[Array],
+    sizes: Sequence[Array],
+    log_ratios: Array,
+    *,
+    smoothness: Sequence[float],
+    pull: float = _WEAKEST_PULL,
 ) -> LogGrid:
     """Fit a grid to measured ratios by weighted least squares.
 
@@ -29,10 +34,12 @@ def fit_log_grid(
         sizes: for each axis, the size of each measurement.
         log_ratios: natural logarithm of measured over computed time.
         smoothness: weight of the second differences along each axis, in measurements.
+        pull: weight of the pull to no correction at each grid point, in measurements. It must not be 0, or grid points
+            far from measurements have no unique value.
     """
     shape = tuple(len(axis) for axis in axes)
     design = _design(axes, sizes, shape)
-    penalty = _penalty(shape, smoothness)
+    penalty = _penalty(shape, smoothness, pull)
     penalty = penalty.T @ penalty
     weights = np.ones(len(log_ratios))
     grid = np.zeros(design.shape[1])
@@ -55,10 +62,10 @@ def _design(axes: Sequence[Array], sizes: Sequence[Array], shape: tuple[int, ...
     return sparse.csr_array(entries, shape=(count, int(np.prod(shape))))
 
 
-def _penalty(shape: tuple[int, ...], smoothness: Sequence[float]) -> Any:
-    """Return the matrix of second differences along each axis, and a weak pull to zero that makes the fit unique."""
+def _penalty(shape: tuple[int, ...], smoothness: Sequence[float], pull: float) -> Any:
+    """Return the matrix of second differences along each axis, and of the pull to zero."""
     points = np.arange(np.prod(shape)).reshape(shape)
-    blocks = [_ANCHOR * sparse.eye_array(points.size)]
+    blocks = [pull * sparse.eye_array(points.size)]
     for axis, weight in enumerate(smoothness):
         along = np.moveaxis(points, axis, 0)
         terms = ((along[:-1], -0.1), (along[1:], 0.1)) if len(along) == 2 else (

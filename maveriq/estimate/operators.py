@@ -11,29 +11,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 
 from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat
-from maveriq.domain.weight_formats import FORMATS, fp8_blocks
 from maveriq.errors import InputError
+from maveriq.estimate.experts import USUAL_KERNEL, ExpertKernel, ExpertLoad, experts_formula
+from maveriq.estimate.kernel_bounds import (
+    ACTIVATION_BYTES,
+    BYTES_PER_WEIGHT,
+    COMPUTED_FORMATS,
+    KERNEL_US,
+    TILE,
+    Formula,
+    computing_us,
+    moving_us,
+    smooth_max,
+)
 from maveriq.estimate.log_grid import Array, LogGrid, Sizes
 from maveriq.files import data_path
-
-_TILE = 128
-
-BYTES_PER_WEIGHT: Mapping[NumberFormat, float] = {
-    number_format: (
-        fp8_blocks(_TILE, _TILE) if number_format is NumberFormat.FP8_BLOCK else FORMATS[number_format]
-    ).bytes_per_weight
-    for number_format in NumberFormat
-}
-"""Bytes that a weight takes, its share of the scales included."""
-
-# Formats whose factors are both in that format; of the others only weights are, and the product is computed in 16 bits.
-_COMPUTED = frozenset((NumberFormat.BFLOAT16, NumberFormat.FP8, NumberFormat.FP8_BLOCK, NumberFormat.NVFP4))
 
 # Kernels that can compute experts of a format; engines pick the faster. 8-bit floats with one scale can take a scale
 # for each block: on Hopper that is four times as fast as the kernels that were measured with one. Blackwell multiplies
@@ -43,31 +41,14 @@ _EXPERT_KERNELS = {
     NumberFormat.MXFP4: (NumberFormat.MXFP4, NumberFormat.NVFP4),
 }
 
-_ACTIVATION_BYTES = 2
-_KERNEL_US = 2.0
 _QUANTISE_US = 3.0
-_ROUTING_SKEW = 0.5
-_PCIE_HOP_US, _PEER_READ_GB_S = (
-    12.0,
-    10.0,
-)  # recorded whole models on eight A6000; reads of all GPUs of a socket together
+_QUERY_TILE = 64
+_MIXED_SPEED_SHARE, _MIXED_BANDWIDTH_SHARE = 0.6, 0.72  # fitted by scripts/derive_mixed_attention.py
+_PCIE_HOP_US = 12.0  # recorded whole models on eight A6000
+_PEER_READ_GB_S = 10.0  # reads of all GPUs of a socket together
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Formula:
-    """What bytes and operations say about the time of kernels.
-
-    Args:
-        time_us: the time.
-        sizes: the sizes by which its corrections are looked up, one for each axis of their table.
-    """
-
-    time_us: Array
-    sizes: tuple[Sizes, ...]
-
-    def corrected_us(self, grid: LogGrid) -> Array:
-        """Return the time, corrected by a table."""
-        return np.asarray(self.time_us * grid.ratio(*self.sizes))
+_AttentionKey: TypeAlias = tuple[str, int, bool]
+"""KV format, head size, and whether there is a sliding window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,26 +68,55 @@ class Heads:
 
 def quantises_activations(number_format: NumberFormat) -> bool:
     """Return whether products in a format take activations of that format, which are quantised before."""
-    return number_format in _COMPUTED and number_format is not NumberFormat.BFLOAT16
+    return number_format in COMPUTED_FORMATS and number_format is not NumberFormat.BFLOAT16
 
 
 def gemm_formula(gpu: GpuSheet, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Formula:
-    """Return a lower bound of the time of a product of (m, k) activations and (k, n) weights."""
+    """Return the time of a product of (m, k) activations and (k, n) weights if nothing overlapped."""
     weight_bytes = BYTES_PER_WEIGHT[number_format]
-    activation_bytes = weight_bytes if number_format in _COMPUTED else _ACTIVATION_BYTES
-    moved = activation_bytes * m * k + weight_bytes * n * k + _ACTIVATION_BYTES * m * n
-    computed_us = _computed_us(gpu, _compute_format(number_format), 2.0 * m * n * k)
-    return Formula(np.asarray(_KERNEL_US + _moved_us(gpu, moved) + computed_us), (m, n, k))
+    activation_bytes = weight_bytes if number_format in COMPUTED_FORMATS else ACTIVATION_BYTES
+    weights_us = moving_us(gpu, weight_bytes * n * k)
+    activations_us = moving_us(gpu, activation_bytes * m * k + ACTIVATION_BYTES * m * n)
+    computed_us = computing_us(gpu, number_format, 2.0 * m * n * k)
+    time_us = np.asarray(KERNEL_US + weights_us + activations_us + computed_us)
+    return Formula(time_us, (m, n, k), np.maximum(weights_us, computed_us))
 
 
 def decode_attention_formula(
     gpu: GpuSheet, kv_value_bytes: float, sequences: Sizes, context: Sizes, of: Heads
 ) -> Formula:
     """Return a lower bound of the time in which one new token each of `sequences` attends to `context` tokens."""
-    cache = 2.0 * sequences * context * of.kv_heads * of.head_size * kv_value_bytes
-    moved_us = _moved_us(gpu, cache + 2.0 * _ACTIVATION_BYTES * sequences * of.heads * of.head_size)
+    cache_us = moving_us(gpu, 2.0 * sequences * context * of.kv_heads * of.head_size * kv_value_bytes)
+    vectors_us = moving_us(gpu, 2.0 * ACTIVATION_BYTES * sequences * of.heads * of.head_size)
     sizes = (context, np.asarray(sequences) * of.kv_heads, of.heads / of.kv_heads)
-    return Formula(np.asarray(2 * _KERNEL_US + moved_us), sizes)
+    return Formula(np.asarray(2 * KERNEL_US + cache_us + vectors_us), sizes, cache_us)
+
+
+def mixed_attention_us(
+    gpu: GpuSheet,
+    kv_value_bytes: float,
+    sequences: Sizes,
+    context: Sizes,
+    of: Heads,
+    *,
+    speed_share: float = _MIXED_SPEED_SHARE,
+    bandwidth_share: float = _MIXED_BANDWIDTH_SHARE,
+) -> Array:
+    """Return the time that decoding sequences add to a call of FlashAttention 2 that also takes chunks of prompts.
+
+    Such a call treats a new token like a chunk: for each head a thread block computes a tile of 64 queries, of which
+    one is real, and runs over the whole context alone. Blocks run in waves of one on each multiprocessor, the heads of
+    one KV head after another's sequences, so that they share what they read only as far as a wave holds several heads.
+    """
+    sequences = np.asarray(sequences, dtype=np.float64)
+    waves = np.ceil(sequences * of.heads / gpu.multiprocessors)
+    columns = np.ceil(np.asarray(context) / TILE) * TILE
+    operations = 4.0 * waves * gpu.multiprocessors * _QUERY_TILE * columns * of.head_size
+    computed_us = computing_us(gpu, NumberFormat.BFLOAT16, operations) / speed_share
+    group = of.heads / of.kv_heads
+    repeated = group / np.clip(gpu.multiprocessors / np.maximum(sequences, 1.0), 1.0, group)
+    cache_bytes = 2.0 * sequences * context * of.kv_heads * of.head_size * kv_value_bytes
+    return np.asarray(np.maximum(computed_us, moving_us(gpu, cache_bytes * repeated) / bandwidth_share))
 
 
 def attended_pairs(chunk: Sizes, past: Sizes, window: Sizes = np.inf) -> Array:
@@ -126,75 +136,11 @@ def prefill_attention_formula(
 ) -> Formula:
     """Return about the time in which `sequences` chunks attend to themselves and to `past` tokens before each."""
     pairs = attended_pairs(chunk, past, window)
-    computed_us = _computed_us(gpu, NumberFormat.BFLOAT16, 4.0 * sequences * of.heads * of.head_size * pairs)
-    moved = _ACTIVATION_BYTES * 2.0 * sequences * chunk * (of.heads + of.kv_heads) * of.head_size
-    time_us = np.asarray(2 * _KERNEL_US + np.maximum(computed_us / 0.6, _moved_us(gpu, moved) / 0.7))
-    blocks = sequences * of.heads * np.ceil(np.asarray(chunk) / _TILE)
-    return Formula(time_us, (2 * pairs / chunk, blocks, of.heads / of.kv_heads))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertLoad:
-    """What the experts of one GPU do in a step.
-
-    Args:
-        rows: pairs of a token and one of its experts on this GPU.
-        hit: experts of this GPU that get a token at all.
-        experts: experts of this GPU.
-        inner_size: size of the vectors that experts take.
-        width: width of an expert's part on this GPU.
-        matrices: 3 where experts are gated, else 2.
-    """
-
-    rows: Sizes
-    hit: Sizes
-    experts: Sizes
-    inner_size: Sizes
-    width: Sizes
-    matrices: Sizes = 3
-
-    @property
-    def weights_per_expert(self) -> Array:
-        """Weights of one expert on this GPU."""
-        return np.asarray(self.matrices * np.asarray(self.inner_size, dtype=np.float64) * self.width)
-
-
-def experts_formula(gpu: GpuSheet, number_format: NumberFormat, load: ExpertLoad) -> Formula:
-    """Return a lower bound of the time of the experts of one GPU, routing included."""
-    rows, matrix = np.asarray(load.rows, dtype=np.float64), load.weights_per_expert
-    weights_us = _moved_us(gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format])
-    computed_us = _computed_us(gpu, _compute_format(number_format), 2.0 * matrix * rows)
-    moved_us = _moved_us(gpu, 2.0 * _ACTIVATION_BYTES * rows * load.inner_size)
-    sizes = (rows, rows / np.maximum(load.hit, 1e-9), matrix / 1e6, load.experts)
-    return Formula(np.asarray(5 * _KERNEL_US + weights_us + computed_us + moved_us), sizes)
-
-
-def experts_hit(experts: int, per_token: int, tokens: Sizes) -> Array:
-    """Return how many of `experts` get at least one of `tokens`, each of which picks `per_token` of them.
-
-    The popularity of experts falls with a power of their rank. Measured routing lies between an exponent of 0 and 1;
-    0.5 fits kernels with balanced and with skewed routing about equally well.
-    """
-    popularity = np.arange(1, experts + 1, dtype=np.float64) ** -_ROUTING_SKEW
-    low, high = 1e-9, 1e9
-    for _ in range(60):  # bisection: the probabilities must add up to the experts of a token
-        scale = float(np.sqrt(low * high))
-        low, high = (scale, high) if (1 - np.exp(-scale * popularity)).sum() < per_token else (low, scale)
-    picked = 1 - np.exp(-low * popularity) if per_token < experts else np.ones(experts)
-    counts = np.asarray(tokens, dtype=np.float64)
-    return np.asarray((1 - (1 - picked) ** counts[..., None]).sum(axis=-1))
-
-
-def _compute_format(number_format: NumberFormat) -> NumberFormat:
-    return number_format if number_format in _COMPUTED else NumberFormat.BFLOAT16
-
-
-def _moved_us(gpu: GpuSheet, amount: Sizes) -> Any:
-    return amount / (gpu.bandwidth_gb_s * 1e3)
-
-
-def _computed_us(gpu: GpuSheet, number_format: NumberFormat, operations: Sizes) -> Any:
-    return operations / (gpu.peak_tflops(number_format) * 1e6)
+    computed_us = computing_us(gpu, NumberFormat.BFLOAT16, 4.0 * sequences * of.heads * of.head_size * pairs)
+    moved = ACTIVATION_BYTES * 2.0 * sequences * chunk * (of.heads + of.kv_heads) * of.head_size
+    time_us = np.asarray(2 * KERNEL_US + np.maximum(computed_us / 0.6, moving_us(gpu, moved) / 0.7))
+    blocks = sequences * of.heads * np.ceil(np.asarray(chunk) / TILE)
+    return Formula(time_us, (2 * pairs / chunk, blocks, of.heads / of.kv_heads), computed_us)
 
 
 class _Grid(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -210,6 +156,13 @@ class _Grid(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return LogGrid(axes, np.asarray(self.log_percent, dtype=np.float64).reshape([len(axis) for axis in axes]) / 100)
 
 
+class _Experts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A kernel of experts and the table of its corrections."""
+
+    formula: ExpertKernel
+    corrections: _Grid
+
+
 class _Curve(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     message_bytes: list[float]
     time_us: list[float]
@@ -222,11 +175,12 @@ class OperatorFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         gpu: the kind.
         source: whose measurements they are.
         gemm: corrections by number format, over m, n and k.
-        decode_attention: by KV format and head size (`bfloat16/128`), over context, sequences times KV heads, and heads
-            for a KV head.
+        decode_attention: by KV format and head size (`bfloat16/128`, with a sliding window `bfloat16/128/window`), over
+            context, sequences times KV heads, and heads for a KV head.
         prefill_attention: the same, over twice the mean context, blocks of 128 queries over all heads, and heads for a
             KV head.
-        experts: by number format, over rows, rows for each expert hit, millions of weights of an expert, and experts.
+        experts: by number format; kernels that hold a part of each expert (`bfloat16`), and those that hold whole ones
+            (`bfloat16/whole`), over rows for each expert hit, millions of weights of an expert, and rows.
         all_reduce: by number of GPUs.
     """
 
@@ -235,7 +189,7 @@ class OperatorFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     gemm: dict[NumberFormat, _Grid]
     decode_attention: dict[str, _Grid]
     prefill_attention: dict[str, _Grid]
-    experts: dict[NumberFormat, _Grid]
+    experts: dict[str, _Experts]
     all_reduce: dict[str, _Curve]
 
 
@@ -267,9 +221,9 @@ class Operators:
     measured: bool = False
     kernels: EngineKernels = EngineKernels()
     _gemm: Mapping[NumberFormat, LogGrid] = field(default_factory=dict)
-    _decode: Mapping[tuple[str, int], LogGrid] = field(default_factory=dict)
-    _prefill: Mapping[tuple[str, int], LogGrid] = field(default_factory=dict)
-    _experts: Mapping[NumberFormat, LogGrid] = field(default_factory=dict)
+    _decode: Mapping[_AttentionKey, LogGrid] = field(default_factory=dict)
+    _prefill: Mapping[_AttentionKey, LogGrid] = field(default_factory=dict)
+    _experts: Mapping[tuple[str, bool], tuple[ExpertKernel, LogGrid]] = field(default_factory=dict)
     _all_reduce: Mapping[int, tuple[Array, Array]] = field(default_factory=dict)
 
     def gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
@@ -281,7 +235,7 @@ class Operators:
         grid = self._gemm.get(number_format)
         if grid is not None:
             return formula.corrected_us(grid)
-        grid = self._gemm.get(NumberFormat.BFLOAT16) if number_format not in _COMPUTED else None
+        grid = self._gemm.get(NumberFormat.BFLOAT16) if number_format not in COMPUTED_FORMATS else None
         if grid is not None:  # 16-bit products of weights that are expanded on the way: as efficient at equal bytes
             equal_bytes = np.maximum(np.asarray(k) * BYTES_PER_WEIGHT[number_format] / 2, 1.0)
             return Formula(formula.time_us, (m, n, equal_bytes)).corrected_us(grid)
@@ -290,32 +244,52 @@ class Operators:
     def _usual_gemm_us(self, number_format: NumberFormat, m: Sizes, n: Sizes, k: Sizes) -> Array:
         quantise = _QUANTISE_US if quantises_activations(number_format) else 0.0
         weight_bytes = BYTES_PER_WEIGHT[number_format]
-        moved = weight_bytes * np.asarray(n, dtype=np.float64) * k + _ACTIVATION_BYTES * np.asarray(m) * (
+        moved = weight_bytes * np.asarray(n, dtype=np.float64) * k + ACTIVATION_BYTES * np.asarray(m) * (
             np.asarray(n) + k
         )
         rows = np.ceil(np.asarray(m) / 16) * 16  # the least that tensor cores multiply
-        computed = _computed_us(self.gpu, _compute_format(number_format), 2.0 * rows * n * k)
-        return np.asarray(2.5 + quantise + _smooth_max(_moved_us(self.gpu, moved) / 0.85 + 1.5, computed / 0.75))
+        computed = computing_us(self.gpu, number_format, 2.0 * rows * n * k)
+        return np.asarray(2.5 + quantise + smooth_max(moving_us(self.gpu, moved) / 0.85 + 1.5, computed / 0.75))
 
-    def decode_attention_us(self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads) -> Array:
-        """Return the time in which one new token each of `sequences` attends to `context` tokens."""
+    def decode_attention_us(
+        self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False
+    ) -> Array:
+        """Return the time in which one new token each of `sequences` attends to `context` tokens.
+
+        With a sliding window, `context` is at most the window; kernels with one are others.
+        """
         value_bytes = BYTES_PER_WEIGHT[kv_format]
-        grid = _nearest(self._decode, kv_format, of.head_size)
+        grid = _nearest(self._decode, kv_format, of.head_size, windowed=windowed)
         if grid is not None:
             return decode_attention_formula(self.gpu, value_bytes, sequences, context, of).corrected_us(grid)
         cache = 2.0 * np.asarray(sequences) * context * of.kv_heads * of.head_size * value_bytes
         blocks_us = 3.5 * np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
-        return np.asarray(10.0 + np.sqrt((_moved_us(self.gpu, cache) / 0.82) ** 2 + blocks_us**2))
+        return np.asarray(10.0 + np.sqrt((moving_us(self.gpu, cache) / 0.82) ** 2 + blocks_us**2))
+
+    def mixed_decode_attention_us(
+        self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False
+    ) -> Array:
+        """Return the time that decoding sequences add to the attention of chunks in the same step."""
+        alone_us = self.decode_attention_us(kv_format, sequences, context, of, windowed=windowed)
+        if not self._has_one_kernel_for_all:
+            return alone_us
+        mixed_us = mixed_attention_us(self.gpu, BYTES_PER_WEIGHT[kv_format], sequences, context, of)
+        return np.asarray(np.maximum(alone_us, mixed_us))
+
+    @property
+    def _has_one_kernel_for_all(self) -> bool:
+        """Whether chunks and decoding sequences share a call of FlashAttention 2, as on GPUs without later kernels."""
+        return self.gpu.compute_capability < 9 or self.gpu.compute_capability >= 12
 
     def prefill_attention_us(
-        self, kv_format: NumberFormat, chunk: Sizes, past: Sizes, of: Heads, *, window: float = np.inf
+        self, kv_format: NumberFormat, chunk: Sizes, past: Sizes, of: Heads, *, window: float = np.inf, chunks: int = 1
     ) -> Array:
-        """Return the time in which a chunk of a prompt attends to itself and to `past` tokens before it."""
-        formula = prefill_attention_formula(self.gpu, 1, chunk, past, of, window=window)
-        grid = _nearest(self._prefill, kv_format, of.head_size)
+        """Return the time in which equal chunks of prompts attend to themselves and to `past` tokens before each."""
+        formula = prefill_attention_formula(self.gpu, chunks, chunk, past, of, window=window)
+        grid = _nearest(self._prefill, kv_format, of.head_size, windowed=bool(np.isfinite(window)))
         if grid is not None:
             return formula.corrected_us(grid)
-        waves = np.maximum(1.0, of.heads * np.ceil(np.asarray(chunk) / _TILE) / self.gpu.multiprocessors)
+        waves = np.maximum(1.0, chunks * of.heads * np.ceil(np.asarray(chunk) / TILE) / self.gpu.multiprocessors)
         return np.asarray(6.0 + formula.time_us + 0.5 * waves)
 
     def latent_decode_attention_us(
@@ -326,24 +300,21 @@ class Operators:
         The kernels of latent attention are not corrected by measurements: their tables time them outside of engines.
         """
         cached = np.asarray(sequences, dtype=np.float64) * context
-        moved_us = _moved_us(self.gpu, cached * (kv_rank + rope_size) * BYTES_PER_WEIGHT[kv_format]) / 0.6
+        moved_us = moving_us(self.gpu, cached * (kv_rank + rope_size) * BYTES_PER_WEIGHT[kv_format]) / 0.6
         operations = 2 * cached * max(heads, 16) * (2 * kv_rank + rope_size)  # a tile holds at least 16 heads
-        return np.asarray(15 + _smooth_max(moved_us, _computed_us(self.gpu, NumberFormat.BFLOAT16, operations) / 0.5))
+        return np.asarray(15 + smooth_max(moved_us, computing_us(self.gpu, NumberFormat.BFLOAT16, operations) / 0.5))
 
     def experts_us(self, number_format: NumberFormat, load: ExpertLoad) -> Array:
-        """Return the time of the experts of one GPU, routing included."""
-        measured = [
-            stored for stored in _EXPERT_KERNELS.get(number_format, (number_format,)) if stored in self._experts
-        ]
-        if measured:
-            times = [experts_formula(self.gpu, kind, load).corrected_us(self._experts[kind]) for kind in measured]
+        """Return the time of the experts of one GPU, sorting tokens by them included."""
+        times = []
+        for stored in _EXPERT_KERNELS.get(number_format, (number_format,)):
+            measured = self._experts.get((stored, load.whole)) or self._experts.get((stored, not load.whole))
+            if measured is not None:
+                kernel, grid = measured
+                times.append(experts_formula(self.gpu, stored, kernel, load).corrected_us(grid))
+        if times:
             return np.asarray(np.minimum.reduce(times))
-        matrix = load.weights_per_expert
-        weights_us = _moved_us(self.gpu, load.hit * matrix * BYTES_PER_WEIGHT[number_format]) / 0.85
-        padded = load.rows + np.asarray(load.hit) * 64.0
-        computed_us = _computed_us(self.gpu, _compute_format(number_format), 2.0 * matrix * padded) / 0.42
-        moved_us = 2.0 * _moved_us(self.gpu, 2.0 * load.rows * load.inner_size)
-        return np.asarray(40.0 + _smooth_max(weights_us, computed_us) + moved_us)
+        return experts_formula(self.gpu, number_format, USUAL_KERNEL, load).time_us
 
     def all_reduce_us(self, gpus: int, message_bytes: Sizes) -> Array:
         """Return the time in which the GPUs of a tensor-parallel group add up their partial results."""
@@ -367,23 +338,21 @@ class Operators:
 
     def elementwise_us(self, kernels: float, moved_bytes: Sizes) -> Array:
         """Return the time of `kernels` kernels that move `moved_bytes` bytes: norms, rotations, activations."""
-        return np.asarray(kernels * _KERNEL_US + _moved_us(self.gpu, moved_bytes) / 0.7)
+        return np.asarray(kernels * KERNEL_US + moving_us(self.gpu, moved_bytes) / 0.7)
 
 
 def _ring(gpus: int) -> float:
     return 2 * (gpus - 1) / gpus
 
 
-def _smooth_max(first: Sizes, second: Sizes) -> Any:
-    return (np.asarray(first) ** 4 + np.asarray(second) ** 4) ** 0.25
-
-
-def _nearest(grids: Mapping[tuple[str, int], LogGrid], kv_format: NumberFormat, head_size: Sizes) -> LogGrid | None:
-    """Return the table of a KV format whose head size is nearest."""
-    sizes = [size for kv, size in grids if kv == kv_format]
-    if not sizes:
+def _nearest(
+    grids: Mapping[_AttentionKey, LogGrid], kv_format: NumberFormat, head_size: Sizes, *, windowed: bool
+) -> LogGrid | None:
+    """Return the table of a KV format whose head size is nearest; one with a window for a window if there is any."""
+    found = [key for key in grids if key[0] == kv_format]
+    if not found:
         return None
-    return grids[kv_format, min(sizes, key=lambda size: abs(np.log(size / head_size)))]
+    return grids[min(found, key=lambda key: (key[2] != windowed, abs(np.log(key[1] / head_size))))]
 
 
 @cache
@@ -409,9 +378,12 @@ def operators_of(gpu: GpuSheet, kernels: EngineKernels = EngineKernels()) -> Ope
         measured=True,
         kernels=kernels,
         _gemm={key: stored.grid() for key, stored in read.gemm.items()},
-        _decode=_by_head_size(read.decode_attention),
-        _prefill=_by_head_size(read.prefill_attention),
-        _experts={key: stored.grid() for key, stored in read.experts.items()},
+        _decode=_by_key(read.decode_attention),
+        _prefill=_by_key(read.prefill_attention),
+        _experts={
+            (key.partition("/")[0], key.endswith("/whole")): (stored.formula, stored.corrections.grid())
+            for key, stored in read.experts.items()
+        },
         _all_reduce={
             int(gpus): (np.asarray(curve.message_bytes), np.asarray(curve.time_us))
             for gpus, curve in read.all_reduce.items()
@@ -419,5 +391,6 @@ def operators_of(gpu: GpuSheet, kernels: EngineKernels = EngineKernels()) -> Ope
     )
 
 
-def _by_head_size(stored: Mapping[str, _Grid]) -> dict[tuple[str, int], LogGrid]:
-    return {(kv, int(size)): grid.grid() for key, grid in stored.items() for kv, _, size in [key.partition("/")]}
+def _by_key(stored: Mapping[str, _Grid]) -> dict[_AttentionKey, LogGrid]:
+    split = {key: key.split("/") for key in stored}
+    return {(kv, int(size), bool(window)): stored[key].grid() for key, (kv, size, *window) in split.items()}

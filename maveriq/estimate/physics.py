@@ -31,7 +31,8 @@ from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, 
 from maveriq.estimate.hand_over import node_channel
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import family_of, interval_of
-from maveriq.estimate.operators import BYTES_PER_WEIGHT, Operators, operators_of
+from maveriq.estimate.kernel_bounds import BYTES_PER_WEIGHT
+from maveriq.estimate.operators import Operators, operators_of
 from maveriq.estimate.steady_state import SteadyLoad, StepTime
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
 from maveriq.units import Bytes

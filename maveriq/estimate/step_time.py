@@ -5,16 +5,13 @@ add up: the dense parts by the tokens of the step, attention by what each sequen
 What the host adds is `maveriq.estimate.engine_presets`. Times are microseconds.
 
 `StepModel` evaluates the operators once, on grids of sizes, and interpolates linearly. One step then takes a few
-microseconds to answer.
+microseconds to answer, and a fraction of one in compiled code (`maveriq.estimate.compiled_step`).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +26,13 @@ from maveriq.domain.decoder import (
 )
 from maveriq.domain.gpu_kinds import NumberFormat, number_format_of
 from maveriq.errors import InputError, InvariantError
+from maveriq.estimate.experts import ExpertLoad, experts_hit
 from maveriq.estimate.log_grid import Array
-from maveriq.estimate.operators import ExpertLoad, Heads, Operators, experts_hit, quantises_activations
+from maveriq.estimate.operators import Heads, Operators, quantises_activations
+from maveriq.estimate.step_grids import Line, StepGrids, Surface
+
+MANY_CHUNKS = 32
+"""Chunks that fill any GPU: a chunk beside others adds its share of so many."""
 
 _VALUE_BYTES = 2
 _LAYER_KERNELS = 5
@@ -154,23 +156,21 @@ class StepModel:
         reason = why_not_timed(decoder)
         if reason is not None:
             raise InputError(reason)
-        layers = _Layers(decoder, operators, sharding, formats)
-        kinds = decoder.kinds(first, end)
-        self._tokens_us = _Line(_TOKENS, sum(number * layers.dense_us(kind, _TOKENS) for kind, number in kinds))
-        decode = sum(
-            number * layers.decode_us(kind.attention, _SEQUENCES[:, None], _CONTEXT[None, :])
-            for kind, number in kinds
-            if kind.attention is not None
-        )
-        prefill = sum(
-            number * layers.prefill_us(kind.attention, _CHUNK[:, None], _PAST[None, :])
-            for kind, number in kinds
-            if kind.attention is not None
-        )
-        self._decode_us = _Surface(_SEQUENCES, _CONTEXT, decode)
-        self._prefill_us = _Surface(_CHUNK, _PAST, prefill)
         is_last = end is None or end == decoder.layers
-        self._head_us = _Line(_SEQUENCES, layers.head_us(_SEQUENCES)) if is_last else None
+        self._grids = grids = _grids(
+            _Layers(decoder, operators, sharding, formats), decoder.kinds(first, end), is_last=is_last
+        )
+        self._tokens_us = Line(grids.tokens, grids.tokens_us)
+        self._decode_us = Surface(grids.sequences, grids.context, grids.decode_us)
+        self._mixed_decode_us = Surface(grids.sequences, grids.context, grids.mixed_decode_us)
+        self._prefill_us = Surface(grids.chunk, grids.past, grids.prefill_us)
+        self._prefill_lead_us = Surface(grids.chunk, grids.past, grids.prefill_lead_us)
+        self._head_us = Line(grids.sequences, grids.head_us)
+
+    @property
+    def packed(self) -> Array:
+        """What `maveriq.estimate.compiled_step` answers from."""
+        return self._grids.packed()
 
     def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[Chunk] = ()) -> float:
         """Return the time of the kernels of a step.
@@ -181,49 +181,43 @@ class StepModel:
             chunks: chunks of prompts.
         """
         tokens = sequences = float(decodes)
-        time_us = 0.0
-        if decodes:
-            time_us = self._decode_us.at(decodes, context_tokens / decodes)
+        time_us = lead_us = 0.0
         for chunk in chunks:
             tokens += chunk.tokens
             sequences += 1
             time_us += self._prefill_us.at(chunk.tokens, chunk.past)
+            lead_us = max(lead_us, self._prefill_lead_us.at(chunk.tokens, chunk.past))
         if not tokens:
             return 0.0
-        time_us += self._tokens_us.at(tokens)
-        return time_us + self._head_us.at(sequences) if self._head_us else time_us
+        time_us += lead_us
+        if decodes:
+            decode = self._mixed_decode_us if sequences > decodes else self._decode_us
+            time_us += decode.at(decodes, context_tokens / decodes)
+        return time_us + self._tokens_us.at(tokens) + self._head_us.at(sequences)
 
 
-class _Line:
-    """A function of one size, linear between grid points and beyond the last."""
-
-    __slots__ = ("_slopes", "_values", "_xs")
-
-    def __init__(self, xs: Array, values: Any) -> None:
-        self._xs: list[float] = xs.tolist()
-        self._values: list[float] = np.broadcast_to(np.asarray(values, dtype=np.float64), xs.shape).tolist()
-        points = zip(pairwise(self._xs), pairwise(self._values), strict=True)
-        self._slopes: list[float] = [(high - low) / (right - left) for (left, right), (low, high) in points]
-
-    def at(self, x: float) -> float:
-        cell = min(max(bisect_right(self._xs, x) - 1, 0), len(self._slopes) - 1)
-        return self._values[cell] + self._slopes[cell] * (x - self._xs[cell])
-
-
-class _Surface:
-    """A function of two sizes, linear along each between grid points and beyond the last."""
-
-    __slots__ = ("_rows", "_xs")
-
-    def __init__(self, xs: Array, ys: Array, values: Any) -> None:
-        self._xs: list[float] = xs.tolist()
-        table = np.broadcast_to(np.asarray(values, dtype=np.float64), (len(xs), len(ys)))
-        self._rows = [_Line(ys, row) for row in table]
-
-    def at(self, x: float, y: float) -> float:
-        cell = min(max(bisect_right(self._xs, x) - 1, 0), len(self._xs) - 2)
-        share = (x - self._xs[cell]) / (self._xs[cell + 1] - self._xs[cell])
-        return (1 - share) * self._rows[cell].at(y) + share * self._rows[cell + 1].at(y)
+def _grids(layers: _Layers, kinds: Sequence[tuple[LayerKind, int]], *, is_last: bool) -> StepGrids:
+    tokens_us, head_us = np.zeros(len(_TOKENS)), np.zeros(len(_SEQUENCES))
+    decode_us, mixed_us = np.zeros((2, len(_SEQUENCES), len(_CONTEXT)))
+    prefill_us, lead_us = np.zeros((2, len(_CHUNK), len(_PAST)))
+    for kind, number in kinds:
+        tokens_us += number * layers.dense_us(kind, _TOKENS)
+        if kind.attention is not None:
+            at = (kind.attention, _SEQUENCES[:, None], _CONTEXT[None, :])
+            decode_us += number * layers.decode_us(*at, has_chunks=False)
+            mixed_us += number * layers.decode_us(*at, has_chunks=True)
+            alone_us = layers.prefill_us(kind.attention, _CHUNK[:, None], _PAST[None, :])
+            together_us = layers.prefill_us(kind.attention, _CHUNK[:, None], _PAST[None, :], chunks=MANY_CHUNKS)
+            each_us = np.clip((together_us - alone_us[0, 0]) / MANY_CHUNKS, 0.0, alone_us)
+            prefill_us += number * each_us
+            lead_us += number * (alone_us - each_us)
+    if is_last:
+        head_us += layers.head_us(_SEQUENCES)
+    return StepGrids(
+        tokens=_TOKENS, tokens_us=tokens_us, sequences=_SEQUENCES, context=_CONTEXT, decode_us=decode_us,
+        mixed_decode_us=mixed_us, chunk=_CHUNK, past=_PAST, prefill_us=prefill_us,
+        prefill_lead_us=lead_us, head_us=head_us,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,19 +242,20 @@ class _Layers:
             time_us = time_us + self._experts_us(kind, kind.feed_forward, tokens)
         return time_us + self._elementwise_us(kind, tokens) + self._all_reduces_us(kind, tokens)
 
-    def decode_us(self, attention: Attention, sequences: Array, context: Array) -> Array:
-        """Return the time of attention of one new token in each sequence."""
+    def decode_us(self, attention: Attention, sequences: Array, context: Array, *, has_chunks: bool) -> Array:
+        """Return the time of attention of one new token in each sequence, alone or beside chunks of prompts."""
         seen = context if attention.window is None else np.minimum(context, attention.window)
         if isinstance(attention, LatentAttention):
             return self.operators.latent_decode_attention_us(
                 self.formats.kv, sequences, seen,
                 heads=attention.heads / self.sharding.tp, kv_rank=attention.kv_rank, rope_size=attention.rope_size,
             )  # fmt: skip
-        grouped = _grouped(attention)
-        return self.operators.decode_attention_us(self.formats.kv, sequences, seen, self._heads(grouped))
+        operators, of = self.operators, self._heads(_grouped(attention))
+        attention_us = operators.mixed_decode_attention_us if has_chunks else operators.decode_attention_us
+        return attention_us(self.formats.kv, sequences, seen, of, windowed=attention.window is not None)
 
-    def prefill_us(self, attention: Attention, chunk: Array, past: Array) -> Array:
-        """Return the time of attention of a chunk of one prompt."""
+    def prefill_us(self, attention: Attention, chunk: Array, past: Array, *, chunks: int = 1) -> Array:
+        """Return the time of attention of equal chunks of prompts."""
         window, kv = np.inf if attention.window is None else float(attention.window), self.formats.kv
         if isinstance(attention, LatentAttention):
             # Keys and values are expanded for all heads, to 16 bits; queries and keys are wider than values.
@@ -270,7 +265,7 @@ class _Layers:
             of = Heads(heads=heads, kv_heads=heads, head_size=size)
         else:
             of = self._heads(_grouped(attention))
-        return self.operators.prefill_attention_us(kv, chunk, past, of, window=window)
+        return self.operators.prefill_attention_us(kv, chunk, past, of, window=window, chunks=chunks)
 
     def head_us(self, sequences: Array) -> Array:
         """Return the time of the output matrix and of choosing a token, for so many sequences."""
@@ -327,8 +322,8 @@ class _Layers:
         rows = tokens * part.experts_per_token / ep
         hit = np.minimum(experts_hit(part.experts, part.experts_per_token, tokens) / ep, rows)
         load = ExpertLoad(
-            rows=rows, hit=hit, experts=part.experts / ep, inner_size=part.latent_size or size,
-            width=part.width * ep / tp, matrices=part.matrices,
+            pairs=tokens * part.experts_per_token, rows=rows, hit=hit, inner_size=part.latent_size or size,
+            width=part.width * ep / tp, matrices=part.matrices, whole=ep > 1,
         )  # fmt: skip
         time_us = self.operators.experts_us(self.formats.of(kind, *_EXPERTS), load)
         time_us = time_us + self.operators.gemm_us(NumberFormat.BFLOAT16, tokens, part.experts, size)

@@ -96,7 +96,8 @@ def test_a_window_bounds_what_decoding_attends_to() -> None:
     full = StepModel(decoder(*[(GROUPED, DENSE)] * 4), H100)
     at_window = windowed.gpu_us(decodes=32, context_tokens=32 * 512)
     assert windowed.gpu_us(decodes=32, context_tokens=32 * 16384) == pytest.approx(at_window)
-    assert at_window == pytest.approx(full.gpu_us(decodes=32, context_tokens=32 * 512))
+    # Kernels with a window are others, but not much slower or faster on this GPU.
+    assert at_window == pytest.approx(full.gpu_us(decodes=32, context_tokens=32 * 512), rel=0.1)
     assert full.gpu_us(decodes=32, context_tokens=32 * 16384) > 1.5 * at_window
 
 
@@ -106,6 +107,23 @@ def test_smaller_weights_make_decoding_faster() -> None:
         for number_format in (NumberFormat.BFLOAT16, NumberFormat.FP8, NumberFormat.INT4)
     ]
     assert times == sorted(times, reverse=True)
+
+
+@given(st.integers(1, 2000), st.integers(0, 4000), st.integers(2, 16))
+def test_chunks_of_a_step_share_the_gpu(tokens: int, past: int, count: int) -> None:
+    model = StepModel(LLAMA, H100)
+    chunk = Chunk(tokens=tokens, past=past)
+    together = model.gpu_us(decodes=0, context_tokens=0, chunks=[chunk] * count)
+    alone = model.gpu_us(decodes=0, context_tokens=0, chunks=[chunk])
+    assert 0.97 * alone < together < 1.03 * count * alone
+
+
+def test_short_chunks_cost_little_beside_others() -> None:
+    model = StepModel(LLAMA, H100)
+    few, many = (
+        model.gpu_us(decodes=0, context_tokens=0, chunks=[Chunk(tokens=512 // count)] * count) for count in (2, 16)
+    )
+    assert many < few + 1000  # sixteen launches in 32 layers would take four milliseconds
 
 
 def test_more_gpus_make_a_step_faster_but_less_than_proportionally() -> None:
