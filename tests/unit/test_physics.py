@@ -17,6 +17,7 @@ from maveriq.errors import InputError
 from maveriq.estimate.cluster_profiles import profiles_for
 from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.intervals import Family, interval_of
 from maveriq.estimate.operators import operators_of
 from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.estimate.registry import default_estimator
@@ -90,15 +91,13 @@ def test_an_uneven_pipeline_takes_as_long_as_an_even_one() -> None:
     assert times[0] == pytest.approx(times[1])
 
 
-def test_experts_are_estimated_with_wider_intervals(mixtral: ModelSpec) -> None:
+def test_intervals_are_those_of_the_family(mixtral: ModelSpec) -> None:
     estimator = on("H100")
     at = ParallelConfig(tp=2, pp=1, weights=WeightType.FLOAT16)
     experts = estimator.service(mixtral, at, prompt_tokens=512, output_tokens=128, batch=1)
     plain = estimator.service(LLAMA, at, prompt_tokens=512, output_tokens=128, batch=1)
-    assert experts.interval is not None
-    assert plain.interval is not None
-    assert experts.interval.low < plain.interval.low
-    assert experts.interval.high > plain.interval.high
+    for estimate, family in ((experts, Family.EXPERTS), (plain, Family.DENSE)):
+        assert estimate.interval == interval_of(estimator.engine, family, measured=True)
 
 
 @pytest.mark.parametrize(
