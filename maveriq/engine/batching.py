@@ -59,6 +59,8 @@ class BatchingEngine(ABC):
                 f"tokens are more than the {longest} that the engine holds of one sequence; shorten it, or raise the "
                 "engine's limits"
             )
+        if request.request_id in self._sequences:
+            raise InputError(f"request {request.request_id!r} is in the engine already; give each request its own ID")
         self._arrivals += 1
         sequence = Sequence(request, self.max_model_len, self._arrivals)
         self._sequences[request.request_id] = sequence
@@ -104,7 +106,8 @@ class BatchingEngine(ABC):
         if sequence.length >= sequence.end:
             reason = "length" if sequence.length >= sequence.limit else "stop"
             self._end(sequence)
-        return Emitted(sequence.request.request_id, sequence.length - sequence.prompt_tokens, reason)
+        output_tokens = sequence.length - sequence.prompt_tokens
+        return Emitted(sequence.request.request_id, output_tokens, reason, sequence.cached_tokens, sequence.preemptions)
 
     def _hold(self, sequence: Sequence, tokens: int) -> None:
         """Give a sequence the blocks of its first tokens, which the scheduler has found to be there."""

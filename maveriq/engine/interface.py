@@ -72,7 +72,8 @@ class Engine(Protocol):
         """Add a request.
 
         Raises:
-            InputError: the engine can never serve it, because it is too long.
+            InputError: the engine can never serve it, because it is too long; or its ID is that of a request which
+                has not ended.
         """
 
     def abort(self, request_id: RequestId) -> bool:

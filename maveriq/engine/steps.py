@@ -65,11 +65,15 @@ class Emitted(NamedTuple):
         request_id: whose.
         output_tokens: tokens that the request has now.
         finish_reason: "length" or "stop" with the last one, otherwise None.
+        cached_tokens: tokens of its prompt that were found in the prefix cache when it was first admitted.
+        preemptions: how often it has lost its blocks.
     """
 
     request_id: RequestId
     output_tokens: int
     finish_reason: str | None
+    cached_tokens: int = 0
+    preemptions: int = 0
 
 
 class Advanced(NamedTuple):

@@ -17,6 +17,7 @@ from maveriq.engine.requests import EngineRequest, RequestId, shareable_tokens
 from maveriq.engine.sequence import Sequence, SequenceStatus
 from maveriq.engine.steps import Advanced, Emitted, ScheduledTokens, Step
 from maveriq.engine.versions import VllmRules
+from maveriq.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,13 @@ class VllmScheduler:
     # Requests
 
     def submit(self, request: EngineRequest) -> None:
-        """Add a request to the waiting ones."""
+        """Add a request to the waiting ones.
+
+        Raises:
+            InputError: its ID is that of a request which has not ended.
+        """
+        if request.request_id in self._sequences:
+            raise InputError(f"request {request.request_id!r} is in the engine already; give each request its own ID")
         self._arrivals += 1
         sequence = Sequence(request, self.limits.max_model_len, self._arrivals)
         self._sequences[request.request_id] = sequence
@@ -401,7 +408,8 @@ class VllmScheduler:
         elif length >= sequence.end:
             reason = "length" if length >= sequence.limit else "stop"
             self._end(sequence)
-        return Emitted(sequence.request.request_id, length - sequence.prompt_tokens, reason)
+        output_tokens = length - sequence.prompt_tokens
+        return Emitted(sequence.request.request_id, output_tokens, reason, sequence.cached_tokens, sequence.preemptions)
 
     def _end(self, sequence: Sequence) -> None:
         """Free what a sequence holds, at once."""

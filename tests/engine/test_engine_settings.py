@@ -127,6 +127,22 @@ def test_every_kind_serves_a_request(kind: str) -> None:
     assert engine.counters.used_blocks == 0
 
 
+@pytest.mark.parametrize("kind", ["vllm", "trtllm"])
+def test_an_id_stands_for_one_request(kind: str) -> None:
+    engine = read_engine_settings({"kind": kind}).resolve(HOST).make_engine(50_000)
+    engine.submit(EngineRequest(request_id=7, prompt_tokens=100, output_tokens=3))
+    with pytest.raises(InputError, match="request 7 is in the engine already"):
+        engine.submit(EngineRequest(request_id=7, prompt_tokens=100, output_tokens=3))
+
+
+def test_a_token_says_what_was_cached() -> None:
+    engine = VllmSettings(async_scheduling=False).resolve(HOST).make_engine(50_000)
+    for request_id in (1, 2):
+        engine.submit(EngineRequest(request_id=request_id, prompt_tokens=100, output_tokens=1, prompt_id="same"))
+    assert engine.next_step() is not None
+    assert [(token.request_id, token.cached_tokens) for token in engine.finish_step()] == [(1, 0), (2, 96)]
+
+
 def test_a_command_line_is_read() -> None:
     command = read_vllm_command(
         "vllm serve Qwen/Qwen3-14B --max-num-seqs 64 --max-model-len=32k -tp 2 --no-enable-prefix-caching "

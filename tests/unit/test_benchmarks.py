@@ -19,6 +19,14 @@ def test_a_small_large_run(cluster: str) -> None:
     assert all(value > 0 for name, value in figures.items() if name != "memory_kib")
 
 
+@pytest.mark.parametrize("options", [[], ["--step-by-step"], ["--engine", "sglang"]])
+def test_engine_models_with_few_requests(options: list[str]) -> None:
+    command = [sys.executable, str(BENCHMARKS / "engine.py"), "--requests", "40", *options]
+    figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert figures["requests"] == 40
+    assert figures["steps"] > 40
+
+
 def test_the_executor_overhead_with_few_requests() -> None:
     command = [sys.executable, str(BENCHMARKS / "executor.py"), "--seconds", "0.2", "--engines", "2"]
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
