@@ -35,6 +35,7 @@ from maveriq.estimate.kernel_bounds import BYTES_PER_WEIGHT
 from maveriq.estimate.operators import Operators, operators_of
 from maveriq.estimate.steady_state import SteadyLoad, StepTime
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
+from maveriq.estimate.step_timer import StepTimer
 from maveriq.units import Bytes
 
 _KV_FORMATS = {
@@ -152,7 +153,7 @@ class PhysicsEstimator:
         if self.continuous:
             load = SteadyLoad(
                 in_flight=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens, stages=configuration.pp,
-                max_step_tokens=self._settings(configuration).max_num_batched_tokens,
+                max_step_tokens=self.settings(configuration).max_num_batched_tokens,
                 mixes_prefill=self.engine.mixes_prefill, asynchronous=self.engine.asynchronous,
             )  # fmt: skip
             first_us, token_us = load.times(step_us)
@@ -183,6 +184,26 @@ class PhysicsEstimator:
 
         return step_us
 
+    def step_timer(self, model: ModelSpec, configuration: ParallelConfig) -> StepTimer:
+        """Return what times the steps of an engine of one stage.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        check_estimable(self, model, configuration)
+        return StepTimer(self._step_model(model, configuration), self.engine, layers=model.layers)
+
+    def kv_blocks(self, model: ModelSpec, configuration: ParallelConfig, settings: EngineSettings) -> int:
+        """Return the KV blocks of an engine with these settings; 0 where not even the weights fit."""
+        return predict_kv_blocks(
+            model.decoder,
+            self._operators.gpu,
+            tp=configuration.tp,
+            pp=configuration.pp,
+            settings=settings,
+            stored_as=self._stored_as(model, configuration),
+        )
+
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment whose requests have the profile's length of prompts.
 
@@ -203,7 +224,7 @@ class PhysicsEstimator:
         """
         check_estimable(self, model, configuration)
         decoder, tp, batch = model.decoder, configuration.tp, configuration.batch_size
-        settings = self._settings(configuration)
+        settings = self.settings(configuration)
         weights = decoder.weight_bytes(self._stored_as(model, configuration)) + 2 * decoder.other_inputs_parameters
         cache = batch * sequence_bytes(decoder, prompt_tokens + output_tokens, tp=tp, settings=settings)
         largest = min(batch * prompt_tokens, settings.max_num_batched_tokens)
@@ -219,15 +240,8 @@ class PhysicsEstimator:
             InputError: the configuration has a reason in `why_not`.
         """
         check_estimable(self, model, configuration)
-        settings = self._settings(configuration)
-        blocks = predict_kv_blocks(
-            model.decoder,
-            self._operators.gpu,
-            tp=configuration.tp,
-            pp=configuration.pp,
-            settings=settings,
-            stored_as=self._stored_as(model, configuration),
-        )
+        settings = self.settings(configuration)
+        blocks = self.kv_blocks(model, configuration, settings)
         return why_batch_does_not_fit(
             blocks, settings, batch=configuration.batch_size, tokens=prompt_tokens + output_tokens
         )
@@ -239,7 +253,8 @@ class PhysicsEstimator:
         by_channel = configuration.weights is WeightType.INT4 and self.engine.int4_by_channel
         return INT4_BY_CHANNEL if by_channel else FORMATS[configuration.weights]
 
-    def _settings(self, configuration: ParallelConfig) -> EngineSettings:
+    def settings(self, configuration: ParallelConfig) -> EngineSettings:
+        """Return the engine's default settings that decide about memory, with the cache of a configuration."""
         return self.engine.settings(kv_value_bytes=BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]])
 
     def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:

@@ -172,6 +172,11 @@ class StepModel:
         """What `maveriq.estimate.compiled_step` answers from."""
         return self._grids.packed()
 
+    @property
+    def contexts(self) -> Sequence[int]:
+        """Lengths of a sequence, ascending, between which the time of a step that only decodes is linear in them."""
+        return [int(context) for context in _CONTEXT]
+
     def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[Chunk] = ()) -> float:
         """Return the time of the kernels of a step.
 
