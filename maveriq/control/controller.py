@@ -15,10 +15,12 @@ from typing import TypeAlias, assert_never
 
 from maveriq.control.deployment_manager import Deployment, DeploymentManager, DeploymentState
 from maveriq.control.events import (
+    Abort,
     Action,
     EndpointAdded,
     EndpointRemoved,
     EngineDown,
+    EngineProgress,
     EngineRepaired,
     EngineUp,
     Event,
@@ -30,11 +32,13 @@ from maveriq.control.events import (
     RequestArrived,
     RequestCancelled,
     StopEngine,
+    Submit,
 )
 from maveriq.control.queues import DEFAULT_MAX_WAIT_US, QueueDiscipline, RequestQueue
 from maveriq.control.request_tracker import RequestTracker
 from maveriq.control.router import RequestRouter, Router, RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming, LoadWindow
+from maveriq.domain.deployments import Batching
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import Request, RequestStatus
@@ -192,10 +196,8 @@ class Controller:
         match event:
             case RequestArrived():
                 self._arrived(event.request)
-            case ExecutionFinished():
-                self._finished(event)
-            case ExecutionFailed():
-                self._execution_failed(event)
+            case ExecutionFinished() | ExecutionFailed() | EngineProgress():
+                self._engine_reported(event)
             case RequestCancelled():
                 self._cancelled(event.request_id)
             case EndpointAdded():
@@ -237,10 +239,21 @@ class Controller:
             return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
         self._router.committed(deployment, self._now_us, service_us)
-        if first:
+        if deployment.endpoint.batching is Batching.CONTINUOUS:
+            self.manager.submit(deployment, request, self._now_us)
+            self._actions.append(Submit(deployment.deployment_id, request))
+        elif first:
             self.queue.push_front(request, deployment.deployment_id)
         else:
             self.queue.push(request, deployment.deployment_id, service_us)
+
+    def _engine_reported(self, event: ExecutionFinished | ExecutionFailed | EngineProgress) -> None:
+        if isinstance(event, ExecutionFinished):
+            self._finished(event)
+        elif isinstance(event, ExecutionFailed):
+            self._execution_failed(event)
+        else:
+            self._progressed(event)
 
     def _finished(self, event: ExecutionFinished) -> None:
         deployment = self.manager.deployments[event.deployment_id]
@@ -257,6 +270,19 @@ class Controller:
         if deployment.state is DeploymentState.REMOVED:
             self._stop(deployment)
 
+    def _progressed(self, event: EngineProgress) -> None:
+        deployment = self.manager.deployments[event.deployment_id]
+        if deployment.generation != event.generation:
+            return
+        self.tracker.progressed(event, deployment.in_engine, self._now_us)
+        for request_id, output_tokens in event.finished:
+            if request := self.manager.leave(deployment, request_id, self._now_us):
+                deployment.completed += 1
+                self.tracker.generated(request, output_tokens)
+                self.tracker.completed(request, None, self._now_us)
+        if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
+            self._stop(deployment)
+
     def _execution_failed(self, event: ExecutionFailed) -> None:
         """Fail the requests. The engine works, so they would fail again."""
         deployment = self.manager.deployments[event.deployment_id]
@@ -270,7 +296,13 @@ class Controller:
             self._stop(deployment)
 
     def _cancelled(self, request_id: int) -> None:
-        if self.queue.remove(request_id, self.tracker.deployment_of(request_id)):
+        deployment = self.manager.deployments.get(self.tracker.deployment_of(request_id))
+        if deployment is not None and self.manager.leave(deployment, request_id, self._now_us):
+            self.tracker.cancelled(request_id, CLIENT_GONE)
+            self._actions.append(Abort(deployment.deployment_id, request_id))
+            if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
+                self._stop(deployment)
+        elif self.queue.remove(request_id, self.tracker.deployment_of(request_id)):
             self.tracker.cancelled(request_id, CLIENT_GONE)
         elif self.tracker.is_running(request_id):
             self._cancelled_ids.add(request_id)
@@ -307,6 +339,8 @@ class Controller:
     def _registered(self, event: EngineUp) -> None:
         deployment = self.manager.engine_registered(event.deployment_id, event.generation, self._now_us)
         if deployment is None:
+            return
+        if deployment.endpoint.batching is Batching.CONTINUOUS:
             return
         self._clock.pause(self._now_us)
         if self.queue.has_queue(deployment.deployment_id):
@@ -402,7 +436,7 @@ class Controller:
             if self.queue.has_queue(deployment.deployment_id):
                 for request in self.queue.close_queue(deployment.deployment_id):
                     self.tracker.refused(request, deployment.refusal_reason())
-            if not deployment.running:
+            if not deployment.is_busy:
                 self._stop(deployment)
 
     def _stop(self, deployment: Deployment) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from maveriq.control.events import StartEngine
@@ -41,7 +41,8 @@ class Deployment:
     `returns`: if it is down, it will be up again. `alive`: it has an engine, loading or up, that
     must be stopped. `open_failures`: failures of its engines that are not repaired; failed GPUs do
     not count. `generation` counts its engines and `execution_id` its executions; messages with
-    earlier numbers are ignored.
+    earlier numbers are ignored. `in_engine`: the requests of a continuous engine by ID, in the order in
+    which they were submitted.
     """
 
     deployment_id: int
@@ -61,6 +62,7 @@ class Deployment:
     generation: int = 0
     execution_id: int = 0
     running: tuple[Request, ...] = ()
+    in_engine: dict[int, Request] = field(default_factory=dict)
     started_us: Micros = NOT_YET
     completed: int = 0
 
@@ -74,6 +76,11 @@ class Deployment:
         if self.plan is None:
             raise InvariantError(f"deployment {self.deployment_id} was rejected and has no plan")
         return self.plan
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether its engine has requests, since `started_us`."""
+        return bool(self.running or self.in_engine)
 
     @property
     def name(self) -> str:
@@ -298,6 +305,19 @@ class DeploymentManager:
                 self._released_us[gpu_id] = now_us
         return requests
 
+    def submit(self, deployment: Deployment, request: Request, now_us: Micros) -> None:
+        """Record that a continuous engine has a request."""
+        if not deployment.in_engine:
+            deployment.started_us = now_us
+        deployment.in_engine[request.request_id] = request
+
+    def leave(self, deployment: Deployment, request_id: int, now_us: Micros) -> Request | None:
+        """Record that a request has left a continuous engine; return it, None if the engine did not have it."""
+        request = deployment.in_engine.pop(request_id, None)
+        if request is not None and not deployment.in_engine:
+            deployment.busy.add(deployment.started_us, now_us)
+        return request
+
     def released_us(self, deployment: Deployment) -> Micros:
         """Return when the last of a deployment's GPUs stopped executing; 0 if none ever did."""
         return max(map(self._released_us.__getitem__, deployment.gpu_ids))
@@ -379,13 +399,13 @@ class DeploymentManager:
     def _spans(self, gpu_id: int, now_us: Micros) -> Iterator[tuple[Micros, Micros]]:
         for deployment in self._ever_on(gpu_id):
             yield from deployment.busy.spans
-            if deployment.running:
+            if deployment.is_busy:
                 yield deployment.started_us, now_us
 
     def busy_us(self, gpu_id: int, now_us: Micros) -> Micros:
         """Return how long a GPU has executed since the start."""
         return sum(
-            deployment.busy.total_us + (now_us - deployment.started_us if deployment.running else 0)
+            deployment.busy.total_us + (now_us - deployment.started_us if deployment.is_busy else 0)
             for deployment in self._ever_on(gpu_id)
         )
 

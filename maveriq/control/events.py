@@ -7,7 +7,7 @@ the order in which they are passed does not matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
 from maveriq.domain.deployments import EndpointSpec
@@ -67,6 +67,42 @@ class ExecutionFailed(_DeploymentEvent):
     execution_id: int
     reason: str
     rank: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request that an engine computes from `start_us` on; `cached_tokens` of its prompt were in the prefix cache."""
+
+    request_id: int
+    start_us: Micros
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class EngineProgress(_DeploymentEvent):
+    """What became of the requests of a continuous engine in a step.
+
+    Requests that were aborted may still appear; they are ignored, as is a `generation` that is not the current one.
+
+    Args:
+        deployment_id: the engine's deployment.
+        generation: of the engine.
+        started: computed for the first time.
+        preempted: lost what was computed of them, and wait again; a request may appear twice.
+        first_tokens: got their first token.
+        finished: got their last token, each with the number of tokens that it got.
+    """
+
+    deployment_id: int
+    generation: int
+    started: list[Started] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    first_tokens: list[int] = field(default_factory=list)
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    rank: ClassVar[int] = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.started or self.preempted or self.first_tokens or self.finished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +192,8 @@ class RequestArrived:
 class RequestCancelled:
     """The client cancelled a request or disconnected.
 
-    A waiting request fails. A running one continues, but is not retried if its engine fails.
+    A waiting request fails, and so does one in a continuous engine. A running one of another engine continues, but is
+    not retried if its engine fails.
     """
 
     request_id: int
@@ -171,6 +208,7 @@ class RequestCancelled:
 Event: TypeAlias = (
     ExecutionFinished
     | ExecutionFailed
+    | EngineProgress
     | GpuDown
     | EngineDown
     | GpuUp
@@ -208,4 +246,20 @@ class Execute:
     requests: tuple[Request, ...]
 
 
-Action: TypeAlias = StartEngine | StopEngine | Execute
+@dataclass(slots=True)
+class Submit:
+    """Put a request into the queue of a continuous engine; answer with `EngineProgress` as it is computed."""
+
+    deployment_id: int
+    request: Request
+
+
+@dataclass(slots=True)
+class Abort:
+    """End a request of a continuous engine, whether it waits or runs."""
+
+    deployment_id: int
+    request_id: int
+
+
+Action: TypeAlias = StartEngine | StopEngine | Execute | Submit | Abort

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from maveriq.control.events import EngineProgress
 from maveriq.domain.records import NOT_YET, RequestTable
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.errors import InvariantError
@@ -62,6 +63,8 @@ class RequestTracker:
         self._prompt_tokens = array("i")
         self._output_tokens = array("i")
         self._slo_us = array("q")
+        self._preemptions = array("i")
+        self._cached_tokens = array("i")
         self._reasons = [""]
         self._reason_indices = {"": 0}
         self._count = [0] * len(RequestStatus)
@@ -95,6 +98,8 @@ class RequestTracker:
         self._prompt_tokens.append(request.prompt_tokens)
         self._output_tokens.append(request.output_tokens)
         self._slo_us.append(request.slo_us)
+        self._preemptions.append(0)
+        self._cached_tokens.append(0)
         self._count[_WAITING] += 1
 
     def assigned(self, request: Request, deployment_id: int) -> None:
@@ -108,11 +113,33 @@ class RequestTracker:
         self._start_us[row] = now_us
         self._attempts[row] += 1
 
-    def completed(self, request: Request, first_token_us: Micros, now_us: Micros) -> None:
-        """Record that a running request got its last token."""
+    def progressed(self, progress: EngineProgress, requests: Mapping[int, Request], now_us: Micros) -> None:
+        """Record what a step of a continuous engine did, save who finished.
+
+        A request that was preempted counts as running until it ends.
+
+        Args:
+            progress: what it did.
+            requests: those that the engine has, by ID; others are ignored.
+            now_us: when the step ended.
+        """
+        for started in progress.started:
+            if request := requests.get(started.request_id):
+                self.started(request, started.start_us)
+                self._cached_tokens[started.request_id - 1] = started.cached_tokens
+        for request_id in progress.preempted:
+            if request_id in requests:
+                self._preemptions[request_id - 1] += 1
+        for request_id in progress.first_tokens:
+            if request_id in requests:
+                self._first_token_us[request_id - 1] = now_us
+
+    def completed(self, request: Request, first_token_us: Micros | None, now_us: Micros) -> None:
+        """Record that a running request got its last token; the time of the first is None if it was recorded before."""
         row = request.request_id - 1
         self._move(row, _RUNNING, _COMPLETED)
-        self._first_token_us[row] = first_token_us
+        if first_token_us is not None:
+            self._first_token_us[row] = first_token_us
         self._finish_us[row] = now_us
         self._recent.append(row)
         if self._on_end is not None:
@@ -141,8 +168,9 @@ class RequestTracker:
         self._end(request.request_id, _RUNNING, _FAILED, reason)
 
     def cancelled(self, request_id: int, reason: str) -> None:
-        """Record that a waiting request was cancelled."""
-        self._end(request_id, _WAITING, _FAILED, reason)
+        """Record that a request was cancelled while it waited, or while a continuous engine computed it."""
+        before = _RUNNING if self.is_running(request_id) else _WAITING
+        self._end(request_id, before, _FAILED, reason)
 
     def _end(self, request_id: int, before: int, after: int, reason: str) -> None:
         row = request_id - 1

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.units import Bytes, Micros, gib
 
@@ -85,6 +86,13 @@ class Intent:
             )
 
 
+class Batching(StrEnum):
+    """How an engine batches requests."""
+
+    EXCLUSIVE = "exclusive"  # a batch is computed to its end before the next starts; the controller holds the queue
+    CONTINUOUS = "continuous"  # requests join and leave between steps; the engine holds the queue
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointSpec:
     """A model to be served under an intent.
@@ -92,8 +100,12 @@ class EndpointSpec:
     `endpoint_id` (from 1) is what requests address; one or more deployments serve it.
     `prompt_tokens` and `output_tokens` are the typical request that latency is estimated for.
 
+    `configuration` is the only one that a policy may choose, None for any. `batching` is how its engines batch.
+    `memory_share` is the share of each GPU's memory that they take, None for what the configuration needs.
+    `ready_at_start`: its engines are up before the first request of a simulated run arrives.
+
     Raises:
-        InputError: a count below 1, a time before the start.
+        InputError: a count below 1, a time before the start, a share outside 0 to 1.
     """
 
     endpoint_id: int
@@ -103,6 +115,10 @@ class EndpointSpec:
     prompt_tokens: int
     output_tokens: int
     batch_size: int = 1
+    configuration: ParallelConfig | None = None
+    batching: Batching = Batching.EXCLUSIVE
+    memory_share: float | None = None
+    ready_at_start: bool = False
 
     def __post_init__(self) -> None:
         for field in ("endpoint_id", "prompt_tokens", "output_tokens", "batch_size"):
@@ -110,3 +126,5 @@ class EndpointSpec:
                 raise InputError(f"deploy {self.model.name}: {field} must be at least 1, not {getattr(self, field)}")
         if self.requested_us < 0:
             raise InputError(f"deploy {self.model.name}: requested at {self.requested_us} µs, before the run starts")
+        if self.memory_share is not None and not 0 < self.memory_share <= 1:
+            raise InputError(f"deploy {self.model.name}: memory share must lie in (0, 1], not {self.memory_share}")

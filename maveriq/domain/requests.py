@@ -49,6 +49,7 @@ class Request:
         output_tokens: tokens to generate. A policy never sees it.
         slo_us: latency objective, 0 for none.
         priority: goes to the head of the queue (`prior_inference`).
+        prompt_id: equal for equal prompts, from 1; 0 where that is unknown.
     """
 
     request_id: int
@@ -58,6 +59,7 @@ class Request:
     output_tokens: int
     slo_us: Micros = 0
     priority: bool = False
+    prompt_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

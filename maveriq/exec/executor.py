@@ -16,6 +16,7 @@ from typing import assert_never
 
 from maveriq.control.controller import Controller, snapshot
 from maveriq.control.events import (
+    Abort,
     Action,
     EndpointAdded,
     EndpointRemoved,
@@ -28,13 +29,14 @@ from maveriq.control.events import (
     RequestCancelled,
     StartEngine,
     StopEngine,
+    Submit,
 )
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
-from maveriq.errors import InputError
+from maveriq.errors import InputError, InvariantError
 from maveriq.exec.control_lag import ControlLag
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
@@ -267,6 +269,8 @@ class Executor:
                 self._execute(action, now_us)
             case StartEngine():
                 self._start(action)
+            case Submit() | Abort():
+                raise InvariantError("engines that batch continuously are simulated only")
             case StopEngine(deployment_id):
                 self._in_flight.drop_execution(deployment_id)
                 self._supervisors[deployment_id].stop()

@@ -317,6 +317,10 @@ def check_replayable(scenario: ReplaySystem) -> None:
     Raises:
         InputError: a GPU is to fail, or a request is too long for an engine.
     """
+    if scenario.engines is not None:
+        raise InputError("model set: engines that batch continuously are simulated only; use maveriq sim")
+    if scenario.max_in_flight is not None:
+        raise InputError("--max-in-flight applies to simulated runs only; leave it out")
     arrivals = scenario.workload.arrivals
     for part, maximum, longest in (
         ("prompt", MAX_PROMPT_TOKENS, arrivals.prompt_tokens.max()),

@@ -151,9 +151,16 @@ def _of_kind(estimator: Estimator, kind: str) -> Estimator:
 
 
 def _memory(
-    model: ModelSpec, configuration: ParallelConfig, pool: GpuPool, estimator: Estimator, lengths: Mapping[str, int]
+    endpoint: EndpointSpec,
+    configuration: ParallelConfig,
+    pool: GpuPool,
+    estimator: Estimator,
+    lengths: Mapping[str, int],
 ) -> Bytes:
-    """Return the memory: for requests of these lengths where the estimator knows what sequences an engine holds."""
+    """Return the memory: the endpoint's share, or for requests of these lengths where the estimator knows that."""
+    model = endpoint.model
+    if endpoint.memory_share is not None:
+        return configuration.gpus * int(endpoint.memory_share * pool.capacity_bytes)
     own = _of_kind(estimator, pool.kind)
     if isinstance(own, SequenceAware) and isinstance(own, LengthAwareMemory):
         return own.memory_with(model, replace(configuration, gpu=""), **lengths)
@@ -162,6 +169,8 @@ def _memory(
 
 def _configurations(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Iterable[ParallelConfig]:
     """Return the configurations to consider on GPUs of one kind, in the order that breaks ties."""
+    if endpoint.configuration is not None:
+        return [endpoint.configuration]
     own = _of_kind(estimator, pool.kind)
     if isinstance(own, ConfigurationAware):
         return own.configurations(endpoint.model, gpus=len(pool), batch_size=endpoint.batch_size)
@@ -201,7 +210,7 @@ def _consider(
             configuration=configuration, reason=f"TP {configuration.tp} would cross nodes of {pool.largest_node} GPUs"
         )
     lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
-    memory_bytes = _memory(endpoint.model, configuration, pool, estimator, lengths)
+    memory_bytes = _memory(endpoint, configuration, pool, estimator, lengths)
     sizes = {"tp": configuration.tp, "layers": endpoint.model.layers, "memory_bytes": memory_bytes}
     chosen, split, hops = _dealt(pool, configuration, **sizes)
     if split is None:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.parallel import network_hops
+from maveriq.units import Bytes
 
 Gpus: TypeAlias = Sequence[GpuView]
 
@@ -38,6 +39,11 @@ class GpuPool:
     def kind(self) -> str:
         """Their kind; "" where the cluster has no other."""
         return self._nodes[0][0].kind
+
+    @property
+    def capacity_bytes(self) -> Bytes:
+        """Memory of its smallest GPU."""
+        return min(gpu.capacity_bytes for node in self._nodes for gpu in node)
 
     @property
     def largest_node(self) -> int:

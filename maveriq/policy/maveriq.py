@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
@@ -118,6 +118,10 @@ class MaverIQ:
         """Return one deployment of the best candidate, or why none can be made."""
         if not view.gpus:
             return Rejection(reason="every GPU is down")
+        if endpoint.batching is Batching.CONTINUOUS:
+            view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.tenants))
+            if not view.gpus:
+                return Rejection(reason="every GPU has an engine, and continuous engines share no GPU in this version")
         ranking = rank(endpoint, view, self.estimator, self.accuracy, evidence=self.evidence)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")

@@ -22,7 +22,7 @@ from maveriq.estimate.cluster_profiles import ClusterProfiles, profiles_for
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, gpu_kind
-from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, default_estimator
+from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, PHYSICS, default_estimator
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
 from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
@@ -30,6 +30,7 @@ from maveriq.policy.policy import Policy
 from maveriq.policy.registry import RULES, make_policy, policy_of_rule
 from maveriq.scenario.beyond_context import note_on_engine_tokens, note_on_long_requests, refuses_long_requests
 from maveriq.scenario.cluster_notes import note_on_cluster
+from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
@@ -37,6 +38,7 @@ from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_pla
 from maveriq.scenario.system import LoadTime, ReplaySystem, ServingSystem
 from maveriq.scenario.workload import workload_for
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
+from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.requests import Workload
 
 _MAX_SAMPLES, _MAX_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
@@ -94,6 +96,9 @@ def build_system(
     options = with_cluster_defaults(options, profile, cluster)
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
+    engines = _continuous_engines(options, profiles, components)
+    if engines is not None:
+        engine_tokens = engines.sequence_limit(workload.endpoints)
     given_policy = _given_policy(components, profiles, estimator)
     policy, notes = (given_policy, ()) if given_policy else _policy(options, profiles, cluster, estimator, workload)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
@@ -113,12 +118,43 @@ def build_system(
             *note_on_engine_tokens(workload, engine_tokens),
         ),
         workload=workload,
+        engines=engines,
+        max_in_flight=options.max_in_flight,
         faults=_faults(options, cluster, policy, workload, drain_us),
         removals=_removals(options, workload),
         drain_us=drain_us,
         sample_us=_sample_us(workload, drain_us, len(cluster)),
         options=options,
     )
+
+
+def _continuous_engines(
+    options: Options, profiles: ClusterProfiles, components: Components
+) -> ContinuousEngines | None:
+    """Return the continuous engines of the model set, None if it has exclusive ones.
+
+    Raises:
+        InputError: an option that does not apply to them yet.
+    """
+    entries = load_model_set(options.models).entries
+    settings = {number: entry.engine for number, entry in enumerate(entries, start=1) if entry.engine is not None}
+    if not settings:
+        return None
+    what = "engines that batch continuously"
+    if len(settings) < len(entries):
+        raise InputError(
+            f"model set {options.models!r} has {what} beside exclusive ones; give all models an engine, or none"
+        )
+    if options.policy in STATIC_POLICIES:
+        raise InputError(
+            f"policy {options.policy!r} plans for exclusive engines, not for {what}; give another --policy"
+        )
+    if options.fail:
+        raise InputError(f"--fail: faults of {what} are not simulated yet; leave it out")
+    chosen = {options.service_times or default_estimator(profile) for profile in profiles.by_kind.values()}
+    if components.service_times is not None or chosen != {PHYSICS}:
+        raise InputError(f"steps of {what} are timed by physics alone; give --service-times {PHYSICS}")
+    return ContinuousEngines(settings=settings, profiles=profiles)
 
 
 def build_live_system(

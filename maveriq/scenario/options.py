@@ -113,6 +113,10 @@ class Options:
         None, "Only the requests of so many seconds.", _WORKLOAD, shown="all; 600 with --rate", maximum=_MAX_S
     )
     limit: int | None = option(None, "Only the first so many requests.", _WORKLOAD, shown="all")
+    max_in_flight: int | None = option(
+        None, "Requests that the client has in flight at most; others wait until one has ended.", _WORKLOAD,
+        shown="any number", minimum=1,
+    )  # fmt: skip
     models: str = option(
         "large",
         "Model set: large, regular, twentyone, or a TOML file.",

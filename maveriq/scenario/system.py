@@ -11,6 +11,7 @@ from maveriq.domain.cluster import Cluster
 from maveriq.domain.faults import Fault, Removal
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.policy.policy import Policy
+from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import ServiceTimes
 from maveriq.units import Micros
@@ -54,10 +55,13 @@ class ReplaySystem(ServingSystem):
 
     The run stops when every request has ended, at the latest `drain_us` after the last arrival.
     GPUs are sampled every `sample_us`. `options` are those that it was built from, with the defaults
-    of the cluster; None where it was built without options.
+    of the cluster; None where it was built without options. `engines` makes the continuous engines, None where there
+    are none. The client keeps at most `max_in_flight` requests in flight, None for any number.
     """
 
     workload: Workload
+    engines: ContinuousEngines | None = None
+    max_in_flight: int | None = None
     faults: tuple[Fault, ...] = ()
     removals: tuple[Removal, ...] = ()
     drain_us: Micros

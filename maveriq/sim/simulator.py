@@ -2,12 +2,14 @@
 
 SimPy holds the event queue; each timeout carries one event for the controller. Events of the same
 instant go to the controller together, and it sorts them, so that the order in which they were
-scheduled does not matter.
+scheduled does not matter. Steps of continuous engines end first, and new ones are composed last.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
@@ -15,6 +17,7 @@ import simpy
 
 from maveriq.control.controller import Controller, snapshot
 from maveriq.control.events import (
+    Abort,
     Action,
     EndpointAdded,
     EndpointRemoved,
@@ -29,14 +32,18 @@ from maveriq.control.events import (
     RequestArrived,
     StartEngine,
     StopEngine,
+    Submit,
 )
+from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import Request, RequestStatus
+from maveriq.errors import InvariantError
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.contention import ContentionModel, ScheduledEnd
+from maveriq.sim.stepped_engine import SteppedEngine
 from maveriq.units import Micros
 from maveriq.workload.requests import requests_of
 
@@ -56,14 +63,26 @@ class _Simulation:
         self._system = system
         self._watcher = watcher
         self._env = simpy.Environment()
-        self._controller = Controller(system.cluster, system.policy, system.settings, system.predict_service_time)
+        self._controller = Controller(
+            system.cluster,
+            system.policy,
+            system.settings,
+            system.predict_service_time,
+            on_request_end=self._request_ended,
+        )
         self._service_times = system.service_times
         self._requests = requests_of(arrivals)
         self._contention = ContentionModel(system.cluster, system.service_times.contention)
         self._left_to_arrive = len(arrivals)
         self._last_endpoint_us = max((endpoint.requested_us for endpoint in system.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
+        self._held: deque[Request] = deque()  # by the client, until fewer requests are in flight
+        self._in_flight = 0
         self._plans: dict[int, DeploymentPlan] = {}
+        self._engines: dict[int, SteppedEngine] = {}  # the continuous ones, by deployment
+        self._to_compose: dict[int, None] = {}  # deployments whose engines may have something to start
+        self._engine_wakes: dict[int, Micros] = {}  # the last one that was scheduled for each
+        self._is_unsettled = False
         self._inbox: list[Event] = []
         self._last_wake_us: Micros | None = None  # the last wake-up that was scheduled
         self._steps = 0
@@ -73,8 +92,10 @@ class _Simulation:
 
     def run(self) -> RunRecord:
         """Run until every request has ended, at the latest until the drain time is over."""
+        self._start_ready(self._system.workload.endpoints)
         for endpoint in self._system.workload.endpoints:
-            self._post(endpoint.requested_us, EndpointAdded(endpoint))
+            if not endpoint.ready_at_start:
+                self._post(endpoint.requested_us, EndpointAdded(endpoint))
         for fault in self._system.faults:
             self._post_fault(fault)
         for removal in self._system.removals:
@@ -85,6 +106,18 @@ class _Simulation:
         # Events at the deadline itself still happen.
         self._env.run(until=deadline_us + 1)
         return self._record(min(self._now_us, deadline_us))
+
+    def _start_ready(self, endpoints: Iterable[EndpointSpec]) -> None:
+        """Start the engines that are up before the first request arrives."""
+        added = [EndpointAdded(endpoint) for endpoint in endpoints if endpoint.ready_at_start]
+        if not added:
+            return
+        up: list[Event] = []
+        for action in self._controller.handle(0, added):
+            if isinstance(action, StartEngine):
+                self._load(action)
+                up.append(EngineUp(action.deployment_id, action.generation))
+        self._controller.handle(0, up)
 
     # Scheduling
 
@@ -108,10 +141,26 @@ class _Simulation:
         if request:
             self._after(request.arrival_us - now_us, partial(self._deliver_arrival, request))
 
-    def _deliver_arrival(self, request: Request, timeout: simpy.Event) -> None:
-        self._left_to_arrive -= 1
+    def _deliver_arrival(self, request: Request, _: simpy.Event) -> None:
         self._post_next_arrival(request.arrival_us)
-        self._deliver(RequestArrived(request), timeout)
+        self._held.append(request)
+        self._send_held(request.arrival_us)
+        self._settle()
+
+    def _send_held(self, now_us: Micros) -> bool:
+        """Send requests that the client holds, as far as its limit allows; return whether it sent any."""
+        limit, sent = self._system.max_in_flight, False
+        while self._held and (limit is None or self._in_flight < limit):
+            request = self._held.popleft()
+            self._in_flight += 1
+            self._left_to_arrive -= 1
+            sent = True
+            late = request.arrival_us != now_us
+            self._inbox.append(RequestArrived(replace(request, arrival_us=now_us) if late else request))
+        return sent
+
+    def _request_ended(self, _: int) -> None:
+        self._in_flight -= 1
 
     def _settle(self) -> None:
         """Pass the collected events to the controller, once no more are due at this instant.
@@ -121,13 +170,14 @@ class _Simulation:
         """
         now_us = self._now_us
         if self._env.peek() <= now_us:
+            self._is_unsettled = True
             return  # the last event of this instant settles
-        events, self._inbox = self._inbox, []
-        actions = self._controller.handle(now_us, events)
-        if self._system.faults:
-            self._schedule_ends(self._contention.abort(now_us, self._is_running), now_us)
-        for action in actions:
-            self._carry_out(action, now_us)
+        self._is_unsettled = False
+        self._handle_inbox(now_us)
+        while self._send_held(now_us):  # requests that ended have made room for others
+            self._handle_inbox(now_us)
+        if self._to_compose:
+            self._compose(now_us)
         wake_us = self._controller.wake_us
         if wake_us is not None and wake_us != self._last_wake_us:
             self._last_wake_us = wake_us
@@ -136,6 +186,14 @@ class _Simulation:
             self._update(self._watcher, now_us)
         if not self._left_to_arrive and self._all_ended():
             raise simpy.core.StopSimulation("every request has ended")
+
+    def _handle_inbox(self, now_us: Micros) -> None:
+        events, self._inbox = self._inbox, []
+        actions = self._controller.handle(now_us, events)
+        if self._system.faults:
+            self._schedule_ends(self._contention.abort(now_us, self._is_running), now_us)
+        for action in actions:
+            self._carry_out(action, now_us)
 
     def _wake(self, _: simpy.Event) -> None:
         self._settle()
@@ -151,13 +209,66 @@ class _Simulation:
         match action:
             case Execute():
                 self._execute(action, now_us)
+            case Submit(deployment_id, request):
+                self._engines[deployment_id].submit(now_us, request)
+                self._to_compose[deployment_id] = None
+            case Abort(deployment_id, request_id):
+                self._engines[deployment_id].abort(now_us, request_id)
+                self._to_compose[deployment_id] = None
             case StartEngine(deployment_id, generation, plan):
-                self._plans[deployment_id] = plan
+                self._load(action)
                 self._post(self._system.load_time(plan), EngineUp(deployment_id, generation))
-            case StopEngine():
-                pass  # a simulated engine stops at once; the controller has freed its memory
+            case StopEngine(deployment_id):  # at once; the controller has freed its memory
+                self._engines.pop(deployment_id, None)
+                self._to_compose.pop(deployment_id, None)
             case _ as never:
                 assert_never(never)
+
+    def _load(self, action: StartEngine) -> None:
+        number = action.deployment_id
+        self._plans[number] = action.plan
+        endpoint = self._controller.manager.deployments[number].endpoint
+        if endpoint.batching is Batching.CONTINUOUS:
+            if self._system.engines is None:
+                raise InvariantError(
+                    f"endpoint {endpoint.endpoint_id} batches continuously, and the system has no engines"
+                )
+            parts = self._system.engines.parts(endpoint, action.plan)
+            self._engines[number] = SteppedEngine(parts, number, action.generation)
+
+    # Continuous engines
+
+    def _compose(self, now_us: Micros) -> None:
+        """Let engines start their next steps, and schedule when these end."""
+        for number in self._to_compose:
+            engine = self._engines[number]
+            engine.compose(now_us)
+            wake_us = engine.next_us
+            if wake_us is not None and wake_us != self._engine_wakes.get(number):
+                self._engine_wakes[number] = wake_us
+                self._after(wake_us - now_us, partial(self._wake_engine, number))
+        self._to_compose.clear()
+
+    def _wake_engine(self, number: int, _: simpy.Event) -> None:
+        now_us = self._now_us
+        engine = self._engines.get(number)
+        if engine is None or engine.next_us != now_us:  # it was scheduled anew, or stopped
+            if self._is_unsettled:
+                self._settle()
+            return
+        self._engine_wakes.pop(number, None)
+        self._to_compose[number] = None
+        progress = engine.finish(now_us)
+        if progress:
+            self._inbox.append(progress)
+        if self._inbox or self._is_unsettled:
+            self._settle()
+        elif self._env.peek() > now_us:
+            self._compose(now_us)  # nothing to tell the controller
+        else:
+            self._is_unsettled = True
+
+    # Exclusive engines
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         plan = self._plans[action.deployment_id]
@@ -233,6 +344,8 @@ class _Simulation:
 
     def _record(self, ended_us: Micros) -> RunRecord:
         controller = self._controller
+        for request in self._held:  # the run ended before the client could send them
+            controller.tracker.arrived(replace(request, arrival_us=ended_us))
         if ended_us > self._sampled_us:
             self._sample(ended_us)
         if self._watcher:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from maveriq.domain.deployments import EndpointSpec, Intent
+from maveriq.engine.settings import EngineHost
 from maveriq.errors import InputError, InvariantError, UnknownNameError
 from maveriq.units import duration_micros
 from maveriq.workload.arrivals import (
@@ -33,7 +34,7 @@ from maveriq.workload.lengths import (
     recorded_lengths,
     sharegpt_lengths,
 )
-from maveriq.workload.model_sets import ModelSet, load_model_set
+from maveriq.workload.model_sets import ModelEntry, ModelSet, load_model_set
 from maveriq.workload.requests import Arrivals, Workload, WorkloadSource
 from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, remarks_on
 from maveriq.workload.traces import CONSTANT, POISSON, CountedTrace, Schedule, SyntheticLoad, Trace, load_trace
@@ -138,6 +139,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         slo_us=recorded.slo_us[: len(draw)] if recorded and not options.slo_scale else slo_us,
         service_us=_first(recorded.service_us, len(draw)) if recorded else None,
         priority=_first(recorded.priority, len(draw)) if recorded else None,
+        prompt_id=_first(recorded.prompt_id, len(draw)) if recorded else None,
     )
     endpoints = []
     for endpoint_id, (entry, requested_us) in enumerate(
@@ -151,10 +153,14 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
                 endpoint_id=endpoint_id,
                 model=entry.model,
                 intent=wanted,
-                requested_us=requested_us,
+                requested_us=0 if entry.load_at is None else requested_us,
                 prompt_tokens=prompts.typical,
                 output_tokens=outputs.typical,
                 batch_size=batch_size,
+                configuration=entry.configuration,
+                batching=entry.batching,
+                memory_share=_memory_share(entry),
+                ready_at_start=entry.load_at is None,
             )
         )
     return Workload(
@@ -163,6 +169,14 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         arrivals=arrivals,
         source=_source(trace, resolved, whole, arrivals, endpoints),
     )
+
+
+def _memory_share(entry: ModelEntry) -> float | None:
+    """Return the share of each GPU's memory that a model's engines take; None for what their configuration needs."""
+    if entry.engine is None:
+        return None
+    # The share depends on the engine alone, its other defaults on the model and the GPU.
+    return entry.engine.resolve(EngineHost(context_tokens=entry.model.context_tokens or 1)).memory_share
 
 
 def _needed(options: WorkloadOptions) -> TracePart:

@@ -6,12 +6,16 @@ import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from maveriq.domain.deployments import Intent, Objective
-from maveriq.domain.models import ModelSpec, config_path, load_model
+from maveriq.domain.deployments import Batching, Intent, Objective
+from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.engine.other_settings import ExclusiveSettings, SglangSettings, TrtllmSettings
+from maveriq.engine.reading import read_engine_settings
+from maveriq.engine.vllm_settings import VllmSettings
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import traces_path
 from maveriq.tables import read_toml
@@ -19,21 +23,35 @@ from maveriq.text import check_name, check_path
 
 _WHAT = "model set"
 
+ContinuousSettings: TypeAlias = VllmSettings | TrtllmSettings | SglangSettings
+"""The settings of an engine that batches continuously."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """One model of a set: what loads at which bin of 30 s (0: the start), and how its intent differs from the run's.
+    """One model of a set: what loads at which bin of 30 s, and how its intent differs from the run's.
+
+    `load_at` 0 is the start of the run, None before it: the model is up when the first request arrives.
+    `configuration` is the one to use, None for the policy's choice. `engine` are the settings of its continuous
+    engines, None for exclusive ones.
 
     None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
     model's configuration was read from, None for a model of the catalogue.
     """
 
     model: ModelSpec
-    load_at: int
+    load_at: int | None = None
     objective: Objective | None = None
     min_accuracy: float | None = None
     float16_only: bool | None = None
     config: Path | None = None
+    configuration: ParallelConfig | None = None
+    engine: ContinuousSettings | None = None
+
+    @property
+    def batching(self) -> Batching:
+        """How its engines batch."""
+        return Batching.EXCLUSIVE if self.engine is None else Batching.CONTINUOUS
 
     def intent(self, of_run: Intent) -> Intent:
         """Return the run's intent with the overrides of this entry.
@@ -65,7 +83,7 @@ class ModelSet:
         if not self.entries:
             raise InputError(f"{_WHAT} {self.name!r} has no model")
         for earlier, later in pairwise(self.entries):
-            if later.load_at < earlier.load_at:
+            if (later.load_at or 0) < (earlier.load_at or 0):
                 raise InputError(
                     f"{_WHAT} {self.name!r}: {later.model.name} loads at bin {later.load_at}, after a model that loads"
                     f" at bin {earlier.load_at}; list the models by load_at"
@@ -81,8 +99,8 @@ class ModelSet:
 
     @property
     def load_at(self) -> tuple[int, ...]:
-        """The bin at which each model loads, ascending."""
-        return tuple(entry.load_at for entry in self.entries)
+        """The bin at which each model loads, ascending; 0 for one that is up before."""
+        return tuple(entry.load_at or 0 for entry in self.entries)
 
     def configs(self) -> dict[ModelSpec, Path]:
         """Return where each model's own configuration lies; catalogue models have none."""
@@ -93,12 +111,20 @@ def _origin(entry: ModelEntry) -> str:
     return "the known one" if entry.config is None else repr(str(entry.config))
 
 
+_Degree: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+
+
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     model: str
-    load_at: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    load_at: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
     objective: str | None = None
     min_accuracy: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     float16_only: bool | None = None
+    tp: _Degree | None = None
+    pp: _Degree | None = None
+    weights: str | None = None
+    kv: str | None = None
+    engine: str | dict[str, Any] | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -136,6 +162,8 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         config = _config(entry.model, path.parent)
         model = load_model(entry.model if config is None else str(config))
         objective = None if entry.objective is None else _objective(entry.objective)
+        engine = _engine(entry)
+        configuration = _configuration(entry, model, engine)
     except InputError as error:
         raise InputError(f"{_WHAT} {str(path)!r}: {error}") from None
     return ModelEntry(
@@ -145,7 +173,63 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         min_accuracy=entry.min_accuracy,
         float16_only=entry.float16_only,
         config=config,
+        configuration=configuration,
+        engine=engine,
     )
+
+
+def _engine(entry: _Entry) -> ContinuousSettings | None:
+    settings = None if entry.engine is None else read_engine_settings(entry.engine)
+    return None if isinstance(settings, ExclusiveSettings) else settings
+
+
+def _configuration(entry: _Entry, model: ModelSpec, engine: ContinuousSettings | None) -> ParallelConfig | None:
+    """Return the configuration that an entry names, None if it names none and no continuous engine.
+
+    What is left out is one GPU a stage, one stage, and weights and cache as the checkpoint and the engine have them.
+    """
+    named = (entry.tp, entry.pp, entry.weights, entry.kv)
+    if engine is None and all(value is None for value in named):
+        return None
+    arguments = engine if isinstance(engine, VllmSettings) else VllmSettings()
+    tp = _agreed("tp", entry.tp, "tensor_parallel_size", arguments.tensor_parallel_size)
+    return ParallelConfig(
+        tp=tp,
+        pp=_agreed("pp", entry.pp, "pipeline_parallel_size", arguments.pipeline_parallel_size),
+        ep=tp if arguments.enable_expert_parallel else 1,
+        weights=_weights(entry.weights or arguments.quantization, model),
+        kv=_kv(entry.kv or arguments.kv_cache_dtype),
+    )
+
+
+def _agreed(name: str, given: int | None, argument: str, value: int) -> int:
+    if given is not None and value not in (1, given):
+        raise InputError(f"{name} is {given}, but {argument} of the engine is {value}; give one of them")
+    return value if given is None else given
+
+
+_WEIGHTS = {"float16": "float16", "bfloat16": "float16", "half": "float16", "awq": "int4", "gptq": "int4_gptq"}
+_NATIVE_KV = ("auto", "float16", "bfloat16")
+
+
+def _weights(name: str | None, model: ModelSpec) -> WeightType:
+    """Return how weights are stored; by default as a quantised checkpoint stores them, else in 16 bits."""
+    if name is None:
+        possible = [weights for weights in WeightType if model.why_not_stored_as(weights) is None]
+        return possible[0] if possible else WeightType.FLOAT16
+    try:
+        return WeightType(_WEIGHTS.get(name, name))
+    except ValueError:
+        raise UnknownNameError("format of weights", name, [*_WEIGHTS, *WeightType]) from None
+
+
+def _kv(name: str) -> KvType:
+    if name in _NATIVE_KV:
+        return KvType.NATIVE
+    try:
+        return KvType("fp8" if name.startswith("fp8") else name)
+    except ValueError:
+        raise UnknownNameError("format of the KV cache", name, [*_NATIVE_KV, *KvType]) from None
 
 
 def _config(name_or_path: str, folder: Path) -> Path | None:

@@ -23,7 +23,8 @@ class Arrivals:
     Columns: `arrival_us` (not decreasing, from 0), `endpoint_id` (from 1), `prompt_tokens` and
     `output_tokens` (at least 1), `slo_us` (0 for none), `service_us` (the recorded time of
     service where the workload is a recording that has it, else None), `priority` (1 for a request
-    that goes to the head of the queue; None where there is none).
+    that goes to the head of the queue; None where there is none), `prompt_id` (equal for equal prompts, from 1;
+    None where it is unknown).
 
     Raises:
         InputError: columns of different lengths, no request, times that go back, counts below 1.
@@ -36,11 +37,12 @@ class Arrivals:
     slo_us: np.ndarray[Any, Any]
     service_us: np.ndarray[Any, Any] | None = None
     priority: np.ndarray[Any, Any] | None = None
+    prompt_id: np.ndarray[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.arrival_us), len(self.endpoint_id), len(self.prompt_tokens)}
         lengths |= {len(self.output_tokens), len(self.slo_us)}
-        lengths |= {len(column) for column in (self.service_us, self.priority) if column is not None}
+        lengths |= {len(column) for column in (self.service_us, self.priority, self.prompt_id) if column is not None}
         if len(lengths) != 1:
             raise InputError(f"workload: columns have different lengths {sorted(lengths)}")
         if lengths == {0}:
@@ -134,12 +136,19 @@ def requests_of(arrivals: Arrivals) -> Iterator[Request]:
         arrivals.output_tokens,
         arrivals.slo_us,
         np.zeros(len(arrivals), dtype=bool) if arrivals.priority is None else arrivals.priority.astype(bool),
+        np.zeros(len(arrivals), dtype=np.int64) if arrivals.prompt_id is None else arrivals.prompt_id,
     )
     for start in range(0, len(arrivals), _CHUNK):
         chunk = (column[start : start + _CHUNK].tolist() for column in columns)
-        for request_id, (arrival_us, endpoint_id, prompt_tokens, output_tokens, slo_us, priority) in enumerate(
-            zip(*chunk, strict=True), start + 1
-        ):
+        for request_id, (
+            arrival_us,
+            endpoint_id,
+            prompt_tokens,
+            output_tokens,
+            slo_us,
+            priority,
+            prompt_id,
+        ) in enumerate(zip(*chunk, strict=True), start + 1):
             yield Request(
                 request_id=request_id,
                 endpoint_id=endpoint_id,
@@ -148,4 +157,5 @@ def requests_of(arrivals: Arrivals) -> Iterator[Request]:
                 output_tokens=output_tokens,
                 slo_us=slo_us,
                 priority=priority,
+                prompt_id=prompt_id,
             )

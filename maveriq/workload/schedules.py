@@ -1,7 +1,8 @@
 """Schedules: CSV files with one request per row, for one endpoint each, replayed as recorded.
 
 Columns: `arrival_s, endpoint, prompt_tokens, output_tokens`, and optional `service_s` (recorded service time), `slo_s`
-(0 for none) and `priority` (0 or 1). Times have a resolution of one microsecond.
+(0 for none), `priority` (0 or 1) and `prompt_id` (any text; equal for equal prompts). Times have a resolution of one
+microsecond.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from maveriq.units import MICROS_PER_SECOND
 from maveriq.workload.requests import Arrivals
 
 SCHEDULE_COLUMNS = ("arrival_s", "endpoint", "prompt_tokens", "output_tokens")
-SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority")
+SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority", "prompt_id")
 
 SCHEDULE = "schedule"
 """What error messages call such a file."""
@@ -61,6 +62,7 @@ def read_schedule(path: Path) -> Arrivals:
         slo_us=columns["slo_s"] if "slo_s" in columns else np.zeros(requests, np.int64),
         service_us=columns.get("service_s"),
         priority=columns.get("priority"),
+        prompt_id=_numbered(columns["prompt_id"]) if "prompt_id" in columns else None,
     )
 
 
@@ -69,6 +71,8 @@ def _columns(batch: Batch, *, last_us: int) -> dict[str, np.ndarray[Any, Any]]:
     for name, cells in batch.columns.items():
         if name in _MIN_SECONDS:
             columns[name] = _micros(cells, name)
+        elif name == "prompt_id":
+            columns[name] = np.asarray(cells, dtype=object)
         elif name == "priority":
             columns[name] = whole_numbers(cells, name, minimum=0, maximum=1)
         else:
@@ -77,6 +81,12 @@ def _columns(batch: Batch, *, last_us: int) -> dict[str, np.ndarray[Any, Any]]:
     if arrival_us[0] < last_us or (arrival_us[1:] < arrival_us[:-1]).any():
         raise ValueError("arrival_s goes back")
     return columns
+
+
+def _numbered(texts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return a number from 1 for each text, in the order of its first row; 0 for an empty one."""
+    numbers = {"": 0}
+    return np.array([numbers.setdefault(text.strip(), len(numbers)) for text in texts.tolist()], np.int64)
 
 
 def _micros(cells: Sequence[str], name: str) -> np.ndarray[Any, Any]:
@@ -140,6 +150,8 @@ def _lines(arrivals: Arrivals) -> Iterator[str]:
         columns["slo_s"] = arrivals.slo_us
     if arrivals.priority is not None:
         columns["priority"] = arrivals.priority
+    if arrivals.prompt_id is not None:
+        columns["prompt_id"] = np.where(arrivals.prompt_id > 0, arrivals.prompt_id.astype(str), "")
     yield ",".join(columns) + "\n"
     cells = [
         (_seconds(column) if name.endswith("_s") else map(str, column.tolist())) for name, column in columns.items()

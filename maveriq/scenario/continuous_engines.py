@@ -1,0 +1,131 @@
+"""The continuous engines of a model set: their model, how long their steps take, and how many KV blocks they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.gpu_kinds import gpu_sheet
+from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
+from maveriq.engine.interface import Engine
+from maveriq.engine.settings import EngineHost, ResolvedSettings
+from maveriq.errors import InputError
+from maveriq.estimate.cluster_profiles import ClusterProfiles
+from maveriq.estimate.engine_presets import EnginePreset, engine_preset
+from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.step_timer import StepTimer
+from maveriq.units import Micros
+from maveriq.workload.model_sets import ContinuousSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What a continuous engine is made of.
+
+    Args:
+        engine: decides what each step computes; it has no request yet.
+        timer: how long a step takes.
+        admission_delay_us: time from the arrival of a request with so many prompt tokens to the engine's queue.
+    """
+
+    engine: Engine
+    timer: StepTimer
+    admission_delay_us: Callable[[int], Micros]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContinuousEngines:
+    """Makes the continuous engines of a run.
+
+    Args:
+        settings: of the engines, by endpoint.
+        profiles: of the GPUs.
+    """
+
+    settings: Mapping[int, ContinuousSettings]
+    profiles: ClusterProfiles
+    _estimators: dict[tuple[str, str], PhysicsEstimator] = field(default_factory=dict)
+
+    def parts(self, endpoint: EndpointSpec, plan: DeploymentPlan) -> EngineParts:
+        """Return a new engine without requests.
+
+        Raises:
+            InputError: its settings contradict each other, or its KV blocks do not hold its longest sequence.
+        """
+        where = f"endpoint {endpoint.endpoint_id} ({endpoint.model.name})"
+        configuration = replace(plan.configuration, gpu="", network_hops=0)
+        if configuration.pp > 1:
+            raise InputError(
+                f"{where}: pipelines of engines that batch continuously are not simulated yet; give pp = 1"
+            )
+        settings = self.settings[endpoint.endpoint_id]
+        estimator = self._estimator(plan.configuration, settings)
+        resolved = self._resolve(settings, endpoint.model, plan.configuration)
+        blocks = None
+        if resolved.num_gpu_blocks is None:
+            blocks = _predicted_blocks(resolved, estimator, endpoint.model, configuration, where)
+        try:
+            engine = resolved.make_engine(blocks)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return EngineParts(
+            engine=engine,
+            timer=estimator.step_timer(endpoint.model, configuration),
+            admission_delay_us=_admission_delay(estimator.engine),
+        )
+
+    def sequence_limit(self, endpoints: Iterable[EndpointSpec]) -> Callable[[ModelSpec], int | None]:
+        """Return what tells the longest sequence, prompt and output, that all engines of a model take."""
+        limits: dict[ModelSpec, int] = {}
+        for endpoint in endpoints:
+            resolved = self._resolve(self.settings[endpoint.endpoint_id], endpoint.model, endpoint.configuration)
+            limits[endpoint.model] = min(resolved.max_model_len, limits.get(endpoint.model, resolved.max_model_len))
+        return limits.get
+
+    def _resolve(
+        self, settings: ContinuousSettings, model: ModelSpec, configuration: ParallelConfig | None
+    ) -> ResolvedSettings:
+        profile = self.profiles.main if configuration is None else self.profiles.of(configuration)
+        sheet = gpu_sheet(profile.gpu_kind)
+        context_tokens = model.context_tokens
+        if context_tokens is None:
+            raise InputError(f"model {model.name!r} does not say how long its context is; set max_model_len")
+        return settings.resolve(
+            EngineHost(context_tokens=context_tokens, gpu_name=sheet.name, gpu_memory_gib=sheet.usable_gib)
+        )
+
+    def _estimator(self, configuration: ParallelConfig, settings: ContinuousSettings) -> PhysicsEstimator:
+        profile = self.profiles.of(configuration)
+        name = engine_name(settings)
+        key = (profile.gpu_kind, name)
+        if key not in self._estimators:
+            self._estimators[key] = PhysicsEstimator(profile, engine_preset(name), continuous=True)
+        return self._estimators[key]
+
+
+def engine_name(settings: ContinuousSettings) -> str:
+    """Return the engine and its version, as presets are looked up: vllm-0.23.0."""
+    return f"{settings.__struct_config__.tag}-{settings.version}"
+
+
+def _predicted_blocks(
+    resolved: ResolvedSettings, estimator: PhysicsEstimator, model: ModelSpec, configuration: ParallelConfig, where: str
+) -> int:
+    if resolved.is_share_of_free:
+        raise InputError(f"{where}: KV blocks of this kind of engine are not predicted yet; set num_gpu_blocks")
+    settings = replace(
+        estimator.settings(configuration),
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        block_size=resolved.block_size,
+        gpu_memory_utilization=resolved.memory_share,
+    )
+    return estimator.kv_blocks(model, configuration, settings)
+
+
+def _admission_delay(preset: EnginePreset) -> Callable[[int], Micros]:
+    def admission_delay_us(prompt_tokens: int) -> Micros:
+        return round(preset.first_token_delay_us(prompt_tokens))
+
+    return admission_delay_us

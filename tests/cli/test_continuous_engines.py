@@ -1,0 +1,91 @@
+"""Model sets with continuous engines on the command line: the run, and what is refused by name."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from bad_input import bad, refuse
+
+ENGINE = '[models.engine]\nkind = "vllm"\nversion = "0.23.0"\nmax_num_seqs = 8\nnum_gpu_blocks = 4096\n'
+MODEL = '[[models]]\nmodel = "llama-2-7b"\ntp = 1\nweights = "bfloat16"\n'
+SET = f'name = "one"\n{MODEL}{ENGINE}'
+COLUMNS = "arrival_s,endpoint,prompt_tokens,output_tokens,prompt_id\n"
+REQUESTS = COLUMNS + "".join(
+    f"{number / 50:.2f},1,{200 + number % 7},{20 + number % 5},p{number % 10}\n" for number in range(60)
+)
+SIM = "sim --models m.toml --gpus 1xH100-SXM --trace r.csv --service-times physics --quiet --out"
+
+
+def put(folder: Path, models: str = SET, requests: str = REQUESTS) -> None:
+    (folder / "m.toml").write_text(models)
+    (folder / "r.csv").write_text(requests)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "requests.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_requests_complete_from_the_first_on_and_twice_alike(maveriq, tmp_path):
+    put(tmp_path)
+    for name in ("one", "two"):
+        assert maveriq(f"{SIM} {name}").code == 0
+    found = rows(tmp_path / "one")
+    assert [row["status"] for row in found] == ["completed"] * 60
+    assert float(found[0]["arrival_s"]) == 0
+    for table in ("requests.csv", "deployments.csv", "gpus.csv"):
+        assert (tmp_path / "one" / table).read_bytes() == (tmp_path / "two" / table).read_bytes()
+
+
+def test_a_configuration_that_is_named_is_taken(maveriq, tmp_path):
+    put(tmp_path, SET.replace("tp = 1", "tp = 2"))
+    assert maveriq(f"{SIM.replace('1xH100', '2xH100')} out").code == 0
+    [deployment] = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]["deployments"]
+    assert (deployment["configuration"]["tp"], deployment["configuration"]["weights"]) == (2, "float16")
+    assert deployment["gib_per_gpu"] == pytest.approx([0.92 * 79.18] * 2, rel=1e-3)
+
+
+def test_a_limit_of_requests_in_flight_delays_when_they_are_sent(maveriq, tmp_path):
+    put(tmp_path)
+    assert maveriq(f"{SIM} out --max-in-flight 2").code == 0
+    found = rows(tmp_path / "out")
+    ends = sorted(float(row["finish_s"]) for row in found)
+    for number, row in enumerate(found):
+        assert row["status"] == "completed"
+        if number >= 2:  # two are in flight at most when it is sent
+            assert float(row["arrival_s"]) >= ends[number - 2]
+
+
+def test_engines_have_as_many_kv_blocks_as_their_memory_holds(maveriq, tmp_path):
+    put(tmp_path, SET.replace("num_gpu_blocks = 4096\n", ""))
+    assert maveriq(f"{SIM} out").code == 0
+
+
+FILES = {"m.toml": SET, "r.csv": REQUESTS}
+RUN = SIM.removesuffix(" --out")
+REFUSED = (
+    bad(f"{RUN} --fail gpu=0@1s", "--fail", "not simulated yet", files=FILES),
+    bad(f"{RUN} --policy alpaserve", "alpaserve", "--policy", files=FILES),
+    bad(RUN.replace("physics", "paper"), "--service-times physics", files=FILES),
+    bad("run --backend emulated --models m.toml --gpus 1xH100-SXM --trace r.csv", "simulated only", files=FILES),
+)
+SETS = (
+    (SET.replace("tp = 1", "tp = 1\npp = 2"), ("pp = 1", "not simulated yet")),
+    (SET.replace("num_gpu_blocks = 4096", "gpu_memory_utilization = 0.1"), ("KV blocks", "llama-2-7b")),
+    (SET + MODEL.replace("7b", "13b"), ("beside exclusive ones",)),
+    (SET.replace("tp = 1", "tp = 2").replace("max_num_seqs = 8", "tensor_parallel_size = 4"), ("tp is 2", "is 4")),
+    (SET.replace("bfloat16", "int3"), ("int3",)),
+    (SET.replace('"vllm"', '"vlm"'), ("vlm",)),
+)
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.command[-40:])
+def test_what_does_not_work_yet_is_refused_by_name(case, maveriq, tmp_path):
+    refuse(case, maveriq, tmp_path)
+
+
+@pytest.mark.parametrize(("models", "words"), SETS, ids=lambda value: str(value)[-30:])
+def test_model_sets_that_do_not_fit_are_refused(models, words, maveriq, tmp_path):
+    files = {"m.toml": models, "r.csv": REQUESTS}
+    refuse(bad(RUN.replace("1xH100", "2xH100"), *words, files=files), maveriq, tmp_path)

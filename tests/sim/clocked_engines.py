@@ -1,0 +1,95 @@
+"""Small continuous engines on a clock, with made-up step times, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from maveriq.domain.requests import Request
+from maveriq.engine.reading import read_engine_settings
+from maveriq.engine.settings import EngineHost
+from maveriq.estimate.engine_presets import engine_preset
+from maveriq.estimate.step_timer import StepTimer
+from maveriq.scenario.continuous_engines import EngineParts
+from maveriq.sim.stepped_engine import SteppedEngine
+
+
+class RoundSteps:
+    """Stands for a step model: kernels take 100 µs, more for each sequence and token, and more beyond 50 tokens."""
+
+    contexts = (1, 50, 100_000)
+
+    def gpu_us(self, *, decodes, context_tokens, chunks=()):
+        mean = context_tokens / decodes if decodes else 0
+        tokens = sum(chunk.tokens + chunk.past / 8 for chunk in chunks)
+        return 100 + 3.3 * decodes + 0.37 * context_tokens + 0.9 * decodes * max(0, mean - 50) + 11.7 * tokens
+
+
+TIMER = StepTimer(RoundSteps(), engine_preset("vllm-0.23.0"), layers=1)  # type: ignore[arg-type]
+
+
+def stepped(
+    settings: dict[str, object],
+    blocks: int,
+    *,
+    context: int = 256,
+    delay_us: int = 0,
+    deployment_id: int = 1,
+    skips_steps: bool = True,
+) -> SteppedEngine:
+    """Return an engine of a model with so long a context."""
+    resolved = read_engine_settings(settings).resolve(EngineHost(context_tokens=context))
+    parts = EngineParts(engine=resolved.make_engine(blocks), timer=TIMER, admission_delay_us=lambda _: delay_us)
+    return SteppedEngine(parts, deployment_id, 1, skips_steps=skips_steps)
+
+
+@dataclass
+class History:
+    """What became of each request, by ID, in µs."""
+
+    started: dict[int, int] = field(default_factory=dict)
+    first_token: dict[int, int] = field(default_factory=dict)
+    finished: dict[int, tuple[int, int]] = field(default_factory=dict)
+    preempted: list[int] = field(default_factory=list)
+    cached: dict[int, int] = field(default_factory=dict)
+    events: int = 0
+
+
+def run(engine: SteppedEngine, requests: Sequence[Request], aborts: Iterable[tuple[int, int]] = ()) -> History:
+    """Run an engine until nothing is left to do; `aborts` are (time, request ID)."""
+    history = History()
+    due = sorted([*((request.arrival_us, 0, request) for request in requests)], key=lambda entry: entry[0])
+    ends = sorted(aborts)
+    while due or ends or engine.next_us is not None:
+        times = [due[0][0] if due else None, ends[0][0] if ends else None, engine.next_us]
+        now_us = min(time for time in times if time is not None)
+        progress = engine.finish(now_us)
+        history.events += 1
+        for started in progress.started:
+            assert started.request_id not in history.started
+            history.started[started.request_id] = started.start_us
+            history.cached[started.request_id] = started.cached_tokens
+        history.preempted += progress.preempted
+        for request_id in progress.first_tokens:
+            assert request_id not in history.first_token
+            history.first_token[request_id] = now_us
+        for request_id, tokens in progress.finished:
+            assert request_id not in history.finished
+            history.finished[request_id] = (now_us, tokens)
+        while due and due[0][0] == now_us:
+            engine.submit(now_us, due.pop(0)[2])
+        while ends and ends[0][0] == now_us:
+            engine.abort(now_us, ends.pop(0)[1])
+        engine.compose(now_us)
+    return history
+
+
+def request(request_id: int, arrival_us: int, prompt_tokens: int, output_tokens: int, prompt_id: int = 0) -> Request:
+    return Request(
+        request_id=request_id,
+        endpoint_id=1,
+        arrival_us=arrival_us,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        prompt_id=prompt_id,
+    )
