@@ -128,17 +128,17 @@ def rank_configurations(model: str | Path, options: PlanOptions, *, estimator: A
         cluster = cluster.at_price(options.usd_per_hour)
     spec = load_model(str(model))
     if estimator is None:
-        names = estimator_names(options.estimator, profiles)
+        names = estimator_names(options.estimator, profiles, [spec])
         reasons = [_why_unknown(spec, profiles.by_kind[kind], name) for kind, name in names.items()]
         if all(reasons):
             raise InputError(f"model {spec.name!r}{reasons[0]}")
     endpoint = _endpoint(spec, options, profiles.main)
-    planner = estimator or _planner(cluster, profiles, options)
+    planner = estimator or _planner(spec, cluster, profiles, options)
     ranking = _rank(endpoint, cluster, profiles, planner, in_ms=options.slo_ms is not None)
     accuracy = _note_on_accuracy(endpoint, ranking)
     notes = (
         *note_on_cluster(cluster),
-        *(() if estimator or options.estimator else notes_on_defaults(profiles)),
+        *(() if estimator or options.estimator else notes_on_defaults(profiles, [spec])),
         *accuracy,
     )
     failure = ranking.note
@@ -184,13 +184,13 @@ def _seconds(slo_ms: float | None) -> float | None:
     return None if slo_ms is None else slo_ms / 1e3
 
 
-def _planner(cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions) -> Estimator:
+def _planner(model: ModelSpec, cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions) -> Estimator:
     from maveriq.estimate.cluster_estimator import estimator_for
     from maveriq.estimate.engine_presets import engine_preset
     from maveriq.estimate.registry import PHYSICS
 
     engine = None if options.engine is None else engine_preset(options.engine)
-    planner = estimator_for(cluster, profiles, options.estimator, engine)
+    planner = estimator_for(cluster, profiles, options.estimator, engine, [model])
     if engine is not None and PHYSICS not in planner.name.split("+"):
         raise InputError(
             f"--engine {options.engine}: what estimator {planner.name!r} knows was measured with one engine; leave "
@@ -239,7 +239,9 @@ def _note_on_more_gpus(
     count = 2 * len(cluster)
     while count <= _MOST_GPUS:
         larger = cluster_from(f"{count}x{cluster.kinds[0]}")
-        found = _rank(endpoint, larger, profiles, _planner(larger, profiles, options), in_ms=False).candidates
+        found = _rank(
+            endpoint, larger, profiles, _planner(endpoint.model, larger, profiles, options), in_ms=False
+        ).candidates
         if found:
             fewest = min(candidate.configuration.gpus for candidate in found)
             return (f"it would take {fewest} {cluster.kinds[0]}",)
@@ -260,5 +262,5 @@ def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str) -> 
         return None
     return (
         f" has no fingerprint in profile {profile.name!r} (it has {', '.join(sorted(known))}); measure one and give it "
-        "with --profile FILE"
+        "with --profile FILE, or estimate it from its shape with --estimator physics"
     )

@@ -7,7 +7,7 @@ In every step each of these hand-overs takes longer than one within a node, by t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from maveriq.domain.cluster import Cluster
@@ -185,19 +185,20 @@ def _over_network(
     return replace(service, ttft_s=service.ttft_s + first_s - token_s, tpot_s=service.tpot_s + token_s)
 
 
-def estimator_names(name: str | None, profiles: ClusterProfiles) -> dict[str, str]:
+def estimator_names(name: str | None, profiles: ClusterProfiles, models: Collection[ModelSpec] = ()) -> dict[str, str]:
     """Return the name of the estimator of each kind of GPU.
 
     Args:
         name: an estimator's name, or one for each kind joined by `+`; None for the best that each profile has data for.
         profiles: the kinds.
+        models: those that will be estimated; none where they are not known yet.
 
     Raises:
         UnknownNameError: there is no such estimator.
         InputError: several names, but not one for each kind.
     """
     if name is None:
-        return {kind: default_estimator(profile) for kind, profile in profiles.by_kind.items()}
+        return {kind: default_estimator(profile, models) for kind, profile in profiles.by_kind.items()}
     names = name.split(_JOINED)
     for part in names:
         if part not in ESTIMATORS:
@@ -211,7 +212,11 @@ def estimator_names(name: str | None, profiles: ClusterProfiles) -> dict[str, st
 
 
 def estimator_for(
-    cluster: Cluster, profiles: ClusterProfiles, name: str | None = None, engine: EnginePreset | None = None
+    cluster: Cluster,
+    profiles: ClusterProfiles,
+    name: str | None = None,
+    engine: EnginePreset | None = None,
+    models: Collection[ModelSpec] = (),
 ) -> Estimator:
     """Return the estimator for the GPUs of a cluster.
 
@@ -220,12 +225,13 @@ def estimator_for(
         profiles: what is known of each kind.
         name: as for `estimator_names`.
         engine: the engine that is estimated where nothing was measured; None for the default.
+        models: as for `estimator_names`.
 
     Raises:
         UnknownNameError: there is no such estimator.
         InputError: a profile has no data for it, or a wrong number of names.
     """
-    names = estimator_names(name, profiles)
+    names = estimator_names(name, profiles, models)
     made = {kind: make_estimator(names[kind], profiles.by_kind[kind], engine) for kind in cluster.kinds}
     return on_cluster(made, cluster)
 
@@ -250,6 +256,6 @@ def on_cluster(estimators: Mapping[str, Estimator], cluster: Cluster) -> Estimat
     )
 
 
-def notes_on_defaults(profiles: ClusterProfiles) -> tuple[str, ...]:
+def notes_on_defaults(profiles: ClusterProfiles, models: Collection[ModelSpec] = ()) -> tuple[str, ...]:
     """Return a note for the user on each kind whose default estimator is not the calibrated one."""
-    return tuple(note for profile in profiles.by_kind.values() if (note := note_on_default(profile)))
+    return tuple(note for profile in profiles.by_kind.values() if (note := note_on_default(profile, models)))

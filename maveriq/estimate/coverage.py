@@ -51,7 +51,7 @@ def _without_fingerprints(profile: HardwareProfile, model: ModelSpec, configurat
         has = ", ".join(table.models()) or "none"
         return (
             f"profile {profile.name} has no fingerprint of {model.name} (it has {has}); "
-            "give a profile that was measured with it"
+            "give a profile that was measured with it, or --estimator physics and --service-times physics"
         )
     return (
         f"no fingerprint with {configuration.weights} weights and {configuration.kv} KV cache in profile {profile.name}"

@@ -291,6 +291,10 @@ class HardwareProfile:
     engine: str = ""
     full_models: FullModelTable = field(default_factory=FullModelTable)
 
+    def has_measured(self, model: ModelSpec) -> bool:
+        """Return whether anything of a model was measured: whole, or fingerprints of it."""
+        return model.name in self.fingerprints.by_model or model.name in self.models
+
     def why_other_model(self, model: ModelSpec) -> str | None:
         """Return why a model is not the one that was measured under its name: its shape differs; None if it may be.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+from maveriq.domain.gpu_kinds import gpu_sheets
+from maveriq.domain.models import ModelSpec
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.engine_presets import EnginePreset
@@ -23,8 +25,16 @@ ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
 }
 
 
-def default_estimator(profile: HardwareProfile) -> str:
-    """Return the name of the default estimator: the best one that the profile has the data for."""
+def default_estimator(profile: HardwareProfile, models: Collection[ModelSpec] = ()) -> str:
+    """Return the name of the default estimator: the best one that the profile has the data for.
+
+    Args:
+        profile: the data.
+        models: those that will be estimated; none where they are not known yet.
+    """
+    unknown = models and not any(profile.has_measured(model) for model in models)
+    if unknown and profile.gpu_kind in gpu_sheets():
+        return PHYSICS
     if profile.calibrated:
         return CALIBRATED
     if not profile.measured and not profile.fingerprints.by_model:
@@ -33,17 +43,20 @@ def default_estimator(profile: HardwareProfile) -> str:
     return MEASURED if profile.measured and not profile.fingerprints.by_model else PAPER
 
 
-def note_on_default(profile: HardwareProfile) -> str | None:
+def note_on_default(profile: HardwareProfile, models: Collection[ModelSpec] = ()) -> str | None:
     """Return a note for the user if the default estimator is not the calibrated one, else None."""
-    if profile.calibrated:
+    name = default_estimator(profile, models)
+    if name == CALIBRATED:
         return None
-    if default_estimator(profile) == PHYSICS:
+    if name == PHYSICS:
         rests_on = "the data sheet"
         if PhysicsEstimator(profile).basis is Basis.OPERATORS:
             rests_on = "measured operators"
-        return f"no model was measured on {profile.gpu_kind}: estimates rest on {rests_on}"
+        some = bool(profile.fingerprints.by_model or profile.models)
+        what = f"nothing of {', '.join(model.name for model in models)}" if some else "no model"
+        return f"{what} was measured on {profile.gpu_kind}: estimates rest on {rests_on}"
     return (
-        f"profile {profile.name} has no calibration, so the estimator {default_estimator(profile)!r} stands in for the "
+        f"profile {profile.name} has no calibration, so the estimator {name!r} stands in for the "
         "calibrated one; `maveriq fit DATA --out FOLDER` makes a calibration"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from maveriq.control.controller import ControllerSettings, OnFailure, OnLoss, ServiceTimePredictor
@@ -94,7 +94,8 @@ def build_system(
     profiles = profiles_for(options.profile, options.gpus, options.accuracy)
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(options, profile, cluster)
-    name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator)
+    models = [entry.model for entry in load_model_set(options.models).entries]
+    name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator, models)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
     engines = _continuous_engines(options, profiles, components)
     if engines is not None:
@@ -107,12 +108,12 @@ def build_system(
         policy=policy,
         settings=replace(_controller_settings(options, profile, components.router), engine_tokens=engine_tokens),
         predict_service_time=_service_time_predictor(estimator),
-        service_times=_given_service_times(components) or _service_times(options, profiles, cluster, workload),
+        service_times=_given_service_times(components) or _service_times(options, profiles, cluster, workload, models),
         load_time=_load_time(options, profiles),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
         notes=(
-            *_notes(options, profiles, cluster, components),
+            *_notes(options, profiles, cluster, components, models),
             *notes,
             *note_on_long_requests(options, profile, workload),
             *note_on_engine_tokens(workload, engine_tokens),
@@ -215,9 +216,10 @@ def _estimator(
     cluster: Cluster,
     wrap: Callable[[Estimator], Estimator] | None,
     given: Estimator | None = None,
+    models: Collection[ModelSpec] = (),
 ) -> tuple[str, Estimator]:
     """Return the name of the estimator to plan with, and the estimator."""
-    estimator = given or estimator_for(cluster, profiles, options.estimator)
+    estimator = given or estimator_for(cluster, profiles, options.estimator, models=models)
     return estimator.name, wrap(estimator) if wrap else estimator
 
 
@@ -229,7 +231,11 @@ def _given_service_times(components: Components) -> ServiceTimes | None:
 
 
 def _service_times(
-    options: Options, profiles: ClusterProfiles, cluster: Cluster, workload: Workload | None
+    options: Options,
+    profiles: ClusterProfiles,
+    cluster: Cluster,
+    workload: Workload | None,
+    models: Collection[ModelSpec] = (),
 ) -> ServiceTimes:
     """Return what `--service-times` names, by default the best that the profiles have data for."""
     name = options.service_times
@@ -240,7 +246,7 @@ def _service_times(
             on_cluster(_calibrated_without_run(options, profiles, options.exclude_run), cluster)
         )
     if name != RECORDED:
-        return EstimatedServiceTimes(estimator_for(cluster, profiles, name))
+        return EstimatedServiceTimes(estimator_for(cluster, profiles, name, models=models))
     if workload is None:
         raise InputError("--service-times recorded replays recorded times, and a live service has none; leave it out")
     if workload.arrivals.service_us is None:
@@ -263,11 +269,15 @@ def _calibrated_without_run(options: Options, profiles: ClusterProfiles, run: st
 
 
 def _notes(
-    options: Options, profiles: ClusterProfiles, cluster: Cluster, components: Components = Components()
+    options: Options,
+    profiles: ClusterProfiles,
+    cluster: Cluster,
+    components: Components = Components(),
+    models: Collection[ModelSpec] = (),
 ) -> tuple[str, ...]:
     """Return what the cluster is made of, unless its name says it, and notes on default estimators not chosen."""
     chosen = (options.estimator or components.estimator) and (options.service_times or components.service_times)
-    return (*note_on_cluster(cluster), *(() if chosen else notes_on_defaults(profiles)))
+    return (*note_on_cluster(cluster), *(() if chosen else notes_on_defaults(profiles, models)))
 
 
 def _faults(

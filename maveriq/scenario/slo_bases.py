@@ -22,7 +22,7 @@ def slo_bases(profile: HardwareProfile, models: Iterable[ModelSpec]) -> Callable
     profile's prompt, on the fewest GPUs that hold the model unconverted. None where there is neither.
     """
     by_name = {model.name: model for model in models}
-    estimator = PhysicsEstimator(profile) if default_estimator(profile) == PHYSICS else None
+    estimator = PhysicsEstimator(profile) if default_estimator(profile, by_name.values()) == PHYSICS else None
 
     @cache
     def estimated(name: str) -> SloBase | None:

@@ -102,7 +102,7 @@ MALFORMED = [
         "model 'own' has no measured latency to scale an SLO from",
         "give SLO scale 0",
         files={
-            "m.toml": MODELS.replace("llama-2-7b", "own/config.json"),
+            "m.toml": MODELS + '[[models]]\nmodel = "own/config.json"\n',
             "own/config.json": CONFIG.replace("llama-2-7b", "own"),
         },
     ),
@@ -115,7 +115,12 @@ MALFORMED = [
     config('{"model_type": "llama"}', "no num_hidden_layers", "decoder-only"),
     config(CONFIG.replace(": 32,", ": -1,"), "layers must be a positive whole number", "not -1"),
     config(CONFIG.replace(": 32,", ": 1.5,"), "layers must be a positive whole number", "not 1.5"),
-    config(CONFIG.replace("llama-2-7b", "own"), "model 'own' has no fingerprint in profile 'a6000-short'", "--profile"),
+    bad(
+        "plan x/config.json --estimator calibrated",
+        "model 'own' has no fingerprint in profile 'a6000-short'",
+        "--profile FILE, or estimate it from its shape with --estimator physics",
+        files={"x/config.json": CONFIG.replace("llama-2-7b", "own")},
+    ),
     # Profiles
     bad("plan llama-2-7b --profile p.toml", "profile 'p.toml' does not exist"),
     profile("profile-short.toml", "prompt_tokens", "tokens", "profile-short.toml", "key"),

@@ -220,7 +220,14 @@ def test_sixteen_h100_are_planned_without_a_measurement(mixtral: ModelSpec) -> N
 
 
 def test_published_testbeds_keep_their_estimator() -> None:
-    assert default_estimator(load_profile("a6000-short")) == "calibrated"
+    profile = load_profile("a6000-short")
+    measured, unknown = load_model("llama-2-7b"), load_model("qwen3-8b")
+    assert default_estimator(profile) == "calibrated"
+    assert [default_estimator(profile, models) for models in ([measured], [unknown], [unknown, measured])] == [
+        "calibrated",
+        "physics",
+        "calibrated",
+    ]
 
 
 def test_a_batch_without_room_for_its_cache_is_refused_with_the_reason() -> None:
