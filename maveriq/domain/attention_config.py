@@ -122,7 +122,7 @@ class AttentionReader:
             groups=fields.count(("n_groups",)),
             state_size=fields.count(("ssm_state_size",)),
             convolution=fields.count(("conv_kernel",)),
-            bias=fields.flag("mamba_proj_bias", default=False),
+            bias=fields.flag("mamba_proj_bias", default=False) or fields.flag("use_bias", default=False),
             convolution_bias=fields.flag("use_conv_bias", default=True),
         )
 

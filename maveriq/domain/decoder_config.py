@@ -32,7 +32,7 @@ from maveriq.domain.quantization_config import Quantization, read_quantization
 from maveriq.domain.vision_config import vision_parameters
 
 # Hugging Face names one thing differently per family.
-_LETTERS = {"mamba": "M", "attention": "*", "moe": "E", "mlp": "-"}
+_LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-"}
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")

@@ -181,16 +181,20 @@ _DEEPSEEK = {
     "stated": _SHARED_AND_DENSE, "latent": True, "experts": True, "router_correction": True,
     "qkv_bias": _ATTENTION_BIAS,
 }  # fmt: skip
-_PHI = {"head_bias": True, "parallel": _ON, "norms": 1}
+_PHI = {
+    "head_bias": True, "parallel": _ON, "norms": 1, "query_key_norm": _HEAD_NORM, "query_key_norm_key": "qk_layernorm",
+}  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
     # Gated, after llama.
     **dict.fromkeys(
-        ("llama", "code_llama", "yi", "deepseek", "aquila", "smollm", "internlm", "minicpm", "apertus",
-         "hyperclovax", "iquestcoder", "exaone", "granite", "internlm2", "internlm3", "baichuan", "xverse", "orion"),
+        ("llama", "code_llama", "yi", "deepseek", "aquila", "smollm", "internlm", "minicpm",
+         "iquestcoder", "exaone", "granite", "internlm2", "internlm3", "baichuan", "xverse", "orion"),
         _family(_LLAMA),
     ),
     "arcee": _family(_LLAMA, feed_forward_matrices=2),
+    "apertus": _family(_LLAMA, feed_forward_matrices=2, query_key_norm=_HEAD_NORM),
+    "hyperclovax": _family(_LLAMA, norms=4),
     "smollm3": _family(_LLAMA, tied=True, window_switch="use_sliding_window"),
     "mistral": _family(window_default=4096, kv_heads_stated=True),
     "ministral": _family(window_default=4096, kv_heads_stated=True),
@@ -243,10 +247,14 @@ FAMILIES: Mapping[str, Family] = {
         tied=True, qkv_bias=Switch(key="use_bias"), output_bias=Switch(key="use_bias"),
         feed_forward_bias=Switch(key="use_bias"), kv_heads_stated=True,
     ),
-    "ernie4_5_moe": _family(tied=True, experts=True, router_correction=True, kv_heads_stated=True),
+    "ernie4_5_moe": _family(
+        tied=True, qkv_bias=Switch(key="use_bias"), output_bias=Switch(key="use_bias"),
+        feed_forward_bias=Switch(key="use_bias"), experts=True, router_correction=True, kv_heads_stated=True,
+    ),
     "hunyuan_v1_dense": _family(_LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm"),
     "hunyuan_v1_moe": _family(
-        _LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", experts=True, experts_use_width=True
+        _LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm", experts=True, experts_use_width=True,
+        shared_like_expert=True,
     ),
     "bailing_moe": _family(
         stated=("num_shared_experts", "first_k_dense_replace"),
@@ -301,7 +309,10 @@ FAMILIES: Mapping[str, Family] = {
         query_key_norm=_HEAD_NORM, experts=True, router_correction=True, kv_heads_stated=True,
     ),
     "dbrx": _family(experts=True, norm_values=1, kv_heads_stated=True),
-    "cohere": _family(_LLAMA, tied=True, parallel=_ON, norms=1),
+    "cohere": _family(
+        _LLAMA, tied=True, parallel=_ON, norms=1, query_key_norm=QueryKeyNorm.ALL_HEADS,
+        query_key_norm_key="use_qk_norm",
+    ),
     "cohere2": _family(_LLAMA, tied=True, parallel=_ON, norms=1, window_default=4096, full_every=4),
     "gemma": _family(_GEMMA, norms=2),
     "gemma2": _family(_GEMMA, window_default=4096, full_every=2),

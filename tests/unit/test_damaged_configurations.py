@@ -40,6 +40,7 @@ MEANT: Mapping[str, set[str]] = {
     "new_decoder_architecture": {"removed", "null", "true"},
     "multi_query": {"true"},
     "mamba_proj_bias": {"true"},
+    "use_bias": {"true"},
     "mlp_bias": {"true"},
     # Without a number of its own a head is as large as the hidden size allows; without KV heads each head has one.
     "head_dim": {"removed", "null"},

@@ -189,7 +189,10 @@ def test_layers_of_one_part_each() -> None:
     for wrong, words in (
         ({"num_hidden_layers": 6}, "num_hidden_layers is 6, but the pattern of layers has 5"),
         ({"hybrid_override_pattern": "MEX"}, "must say M, *, E or - for every layer"),
-        ({"layers_block_type": ["odd"] * 5}, "'odd' is none of mamba, attention, moe, mlp"),
+        (
+            {"layers_block_type": ["odd"] * 5},
+            "'odd' is none of mamba, linear_attention, attention, full_attention, moe, mlp",
+        ),
     ):
         with pytest.raises(InputError) as refused:
             read({**config, **wrong})
