@@ -206,7 +206,15 @@ def _rank(
     from maveriq.policy.configuration import rank
 
     view = ClusterState(cluster).view([0.0] * len(cluster))
-    return rank(endpoint, view, planner, profiles.accuracy, evidence=profiles.measured_ratio, in_ms=in_ms)
+    return rank(
+        endpoint,
+        view,
+        planner,
+        profiles.accuracy,
+        cost=profiles.min_cost,
+        evidence=profiles.measured_ratio,
+        in_ms=in_ms,
+    )
 
 
 def _note_on_accuracy(endpoint: EndpointSpec, ranking: Ranking) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ class GpuView:
 
     `load` is the share of recent one-second samples in which the GPU was busy, 0 to 1; `tenants`
     counts the deployments that hold memory on it. A GPU that is down is not in the view. `kind` is
-    "" where all GPUs of the cluster are of one kind.
+    "" where all GPUs of the cluster are of one kind. `usd_per_hour` is its price, None if it is not known.
     """
 
     gpu_id: int
@@ -181,6 +181,7 @@ class GpuView:
     load: float
     tenants: int = 0
     kind: str = ""
+    usd_per_hour: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,10 +205,12 @@ class ClusterState:
     cluster: Cluster
     _held: dict[int, dict[int, Bytes]] = field(default_factory=dict)
     _used: list[Bytes] = field(init=False)
+    _usd_per_hour: list[float | None] = field(init=False)
     _open_faults: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._used = [gpu.idle_bytes for gpu in self.cluster.gpus]
+        self._usd_per_hour = [self.cluster.usd_per_hour(gpu) for gpu in self.cluster.gpus]
 
     def reserve(self, deployment_id: int, shares: Mapping[int, Bytes]) -> None:
         """Reserve memory for a deployment on each of its GPUs.
@@ -272,6 +275,7 @@ class ClusterState:
                     load=load,
                     tenants=tenants[gpu.gpu_id],
                     kind=gpu.kind if mixed else "",
+                    usd_per_hour=self._usd_per_hour[gpu.gpu_id],
                 )
                 for gpu, load in zip(self.cluster.gpus, loads, strict=True)
                 if not self.is_down(gpu.gpu_id)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import assert_never
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.units import Bytes, Micros, gib
+from maveriq.units import Micros
 
 
 class Objective(StrEnum):
@@ -35,19 +34,12 @@ class Objective(StrEnum):
         except ValueError:
             raise UnknownNameError("intent", text, [objective.value for objective in cls]) from None
 
-    def score(self, *, latency_s: float, memory_bytes: Bytes, gpus: int) -> float:
-        """Return the figure to minimise: GiB s for cost, s, GiB, or GPU s for GPU cost."""
-        match self:
-            case Objective.MIN_COST:
-                return latency_s * gib(memory_bytes)
-            case Objective.MIN_LATENCY:
-                return latency_s
-            case Objective.MIN_MEMORY:
-                return gib(memory_bytes)
-            case Objective.MIN_GPU_COST:
-                return latency_s * gpus
-            case _ as never:
-                assert_never(never)
+
+class Cost(StrEnum):
+    """What the objective `min-cost` counts."""
+
+    MONEY = "money"  # the price of the GPUs that are held; their time where a price is not known
+    MEMORY = "memory"  # latency x memory, the published system's rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

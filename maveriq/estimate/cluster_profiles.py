@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from maveriq.domain.deployments import Cost
 from maveriq.domain.gpu_kinds import gpu_sheet
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
@@ -35,6 +36,12 @@ class ClusterProfiles:
     def main(self) -> HardwareProfile:
         """The profile that says what belongs to no GPU: dispatcher, load window, SLO bases, typical prompt."""
         return next(iter(self.by_kind.values()))
+
+    @property
+    def min_cost(self) -> Cost:
+        """What the intent `min-cost` counts: money, unless the profiles of all kinds say otherwise."""
+        counted = {profile.min_cost for profile in self.by_kind.values()}
+        return counted.pop() if len(counted) == 1 else Cost.MONEY
 
     def of(self, configuration: ParallelConfig) -> HardwareProfile:
         """Return the profile of the GPUs of a configuration."""

@@ -16,6 +16,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
+from maveriq.domain.deployments import Cost
 from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, read_models
 from maveriq.domain.parallel import ParallelConfig
@@ -219,6 +220,7 @@ class _Hardware(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     memory_gib: _Positive
     idle_gib: _NotNegative
     published_testbed: str = ""
+    min_cost: Cost = Cost.MONEY
     engine: str = ""
     dispatch: _Dispatch
     run: _Run
@@ -270,6 +272,7 @@ class HardwareProfile:
             traces that come with maveriq then serve them too.
         full_models: measured latencies of whole models, relative to each other.
         published_testbed: the GPUs of the published testbed, as `--gpus` takes them; "" if there is none.
+        min_cost: what the intent `min-cost` counts.
         engine: the engine that it was measured with, by `maveriq.estimate.engine_presets`; "" where it names none.
     """
 
@@ -288,6 +291,7 @@ class HardwareProfile:
     models: Mapping[str, ModelSpec] = field(default_factory=dict)
     serves_beyond_context: bool = False
     published_testbed: str = ""
+    min_cost: Cost = Cost.MONEY
     engine: str = ""
     full_models: FullModelTable = field(default_factory=FullModelTable)
 
@@ -397,6 +401,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
         serves_beyond_context=hardware.run.serves_beyond_context,
         models=read_models(tables / hardware.tables.models) if hardware.tables.models else {},
         published_testbed=hardware.published_testbed,
+        min_cost=hardware.min_cost,
         engine=hardware.engine,
         full_models=read_full_models(tables / hardware.tables.full_models)
         if hardware.tables.full_models

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.deployments import Cost, EndpointSpec, Intent, Objective
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import (
     LayerSplit,
@@ -31,6 +31,7 @@ from maveriq.estimate.estimator import (
     ServiceEstimate,
 )
 from maveriq.policy.gpu_pools import GpuPool, gpu_pools
+from maveriq.policy.scores import ScoreUnit, price_of, score_unit
 from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
 
@@ -43,8 +44,8 @@ class Candidate:
     """A configuration that runs here and fits, with its estimates.
 
     `gpu_ids` are the GPUs with most free memory, by which its layers were split, stage-major; a placement
-    rule may move the shards. `score` is what the intent minimises. `note` says where the
-    configuration is fast by a surprising rule, and what was measured of it.
+    rule may move the shards. `usd_per_hour` is their price, None where one has none. `score` is what the intent
+    minimises. `note` says where the configuration is fast by a surprising rule, and what was measured of it.
     """
 
     configuration: ParallelConfig
@@ -54,6 +55,7 @@ class Candidate:
     service: ServiceEstimate
     memory_bytes: Bytes
     accuracy: float | None
+    usd_per_hour: float | None
     score: float
     note: str = ""
 
@@ -73,12 +75,13 @@ class Ranking:
 
     `rejected` has the rejected ones in the order of enumeration; those that only miss the SLO come last.
 
-    `note` is empty, or says that no candidate meets the SLO. Then the candidates are the configurations
-    that meet all other constraints, fastest first.
+    `score_unit` is the unit of the candidates' scores. `note` is empty, or says that no candidate meets the SLO. Then
+    the candidates are the configurations that meet all other constraints, fastest first.
     """
 
     candidates: tuple[Candidate, ...]
     rejected: tuple[RejectedConfig, ...]
+    score_unit: ScoreUnit
     note: str = ""
 
     def why_empty(self) -> str:
@@ -120,6 +123,7 @@ def rank(
     estimator: Estimator,
     accuracy: AccuracyLookup,
     *,
+    cost: Cost = Cost.MONEY,
     evidence: EvidenceLookup = no_evidence,
     in_ms: bool = False,
 ) -> Ranking:
@@ -130,20 +134,22 @@ def rank(
         view: the GPUs.
         estimator: estimates latency and memory.
         accuracy: measured accuracy of quantised models.
+        cost: what the intent `min-cost` counts.
         evidence: measured latencies, for notes on surprising configurations.
         in_ms: notes and reasons state times in milliseconds, as the user gave them, not in seconds.
     """
     fitting: list[Candidate] = []
     rejected: list[RejectedConfig] = []
+    unit = score_unit(endpoint.intent.objective, cost, view)
     for pool in gpu_pools(view):
         for configuration in _configurations(endpoint, pool, estimator):
             on_kind = replace(configuration, gpu=pool.kind) if pool.kind else configuration
-            outcome = _consider(endpoint, on_kind, pool, estimator, accuracy)
+            outcome = _consider(endpoint, on_kind, pool, estimator, accuracy, unit)
             if isinstance(outcome, Candidate):
                 fitting.append(outcome)
             else:
                 rejected.append(outcome)
-    return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, in_ms=in_ms)
+    return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, unit, in_ms=in_ms)
 
 
 def _of_kind(estimator: Estimator, kind: str) -> Estimator:
@@ -198,11 +204,12 @@ def _consider(
     pool: GpuPool,
     estimator: Estimator,
     accuracy: AccuracyLookup,
+    unit: ScoreUnit,
 ) -> Candidate | RejectedConfig:
     """Return the configuration as a candidate, or the reason against it."""
-    score = accuracy(endpoint.model.name, configuration.weights, configuration.kv)
+    percent = accuracy(endpoint.model.name, configuration.weights, configuration.kv)
     reason = estimator.why_not(endpoint.model, configuration)
-    reason = reason or _broken_constraint(endpoint.intent, configuration, score)
+    reason = reason or _broken_constraint(endpoint.intent, configuration, percent)
     if reason:
         return RejectedConfig(configuration=configuration, reason=reason)
     if configuration.tp > pool.largest_node:
@@ -223,6 +230,7 @@ def _consider(
         if no_room:
             return RejectedConfig(configuration=configuration, reason=NO_ROOM, detail=no_room)
     service = estimator.service(endpoint.model, configuration, **lengths, batch=configuration.batch_size)
+    usd_per_hour = price_of(chosen)
     return Candidate(
         configuration=configuration,
         layer_split=split,
@@ -230,9 +238,14 @@ def _consider(
         gpu_bytes=shard_bytes(split, **sizes),
         service=service,
         memory_bytes=memory_bytes,
-        accuracy=score,
-        score=endpoint.intent.objective.score(
-            latency_s=service.latency_s, memory_bytes=memory_bytes, gpus=configuration.gpus
+        accuracy=percent,
+        usd_per_hour=usd_per_hour,
+        score=unit.score(
+            service,
+            memory_bytes=memory_bytes,
+            gpus=configuration.gpus,
+            batch=configuration.batch_size,
+            usd_per_hour=usd_per_hour,
         ),
     )
 
@@ -308,14 +321,17 @@ def _limits(intent: Intent, *, in_ms: bool) -> list[_Limit]:
     return limits
 
 
-def _order(intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig], *, in_ms: bool) -> Ranking:
+def _order(
+    intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig], unit: ScoreUnit, *, in_ms: bool
+) -> Ranking:
     """Order the candidates that meet the SLOs by the objective; if none meets them, order all by latency."""
     limits = _limits(intent, in_ms=in_ms)
     missed = [[limit for limit in limits if not limit.met_by(candidate.service)] for candidate in fitting]
     meeting = [candidate for candidate, limits in zip(fitting, missed, strict=True) if not limits]
     if fitting and not meeting:
         fastest = sorted(fitting, key=lambda candidate: candidate.service.latency_s)
-        return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), note=_why_missed(limits, fitting))
+        note = _why_missed(limits, fitting)
+        return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), score_unit=unit, note=note)
     slow = [
         RejectedConfig(
             configuration=candidate.configuration,
@@ -326,9 +342,19 @@ def _order(intent: Intent, fitting: list[Candidate], rejected: list[RejectedConf
         if limits
     ]
     return Ranking(
-        candidates=tuple(sorted(meeting, key=lambda candidate: candidate.score)),
+        candidates=tuple(sorted(meeting, key=_in_dollars if unit is ScoreUnit.USD_PER_MILLION_TOKENS else _by_score)),
         rejected=tuple(rejected + slow),
+        score_unit=unit,
     )
+
+
+def _by_score(candidate: Candidate) -> tuple[float, ...]:
+    return (candidate.score,)
+
+
+def _in_dollars(candidate: Candidate) -> tuple[float, ...]:
+    """Return a key by which GPUs that cost nothing are still not held longer than needed."""
+    return candidate.score, candidate.service.latency_s * candidate.configuration.gpus
 
 
 def _why_missed(limits: Sequence[_Limit], fitting: Sequence[Candidate]) -> str:

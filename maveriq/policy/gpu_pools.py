@@ -66,19 +66,26 @@ class GpuPool:
             yield chosen, network_hops([gpu.node for gpu in chosen], tp)
 
     def _best_of_a_node(self, count: int) -> Gpus | None:
-        """Return the `count` GPUs with most free memory together that a node has; None if no node has so many."""
+        """Return the `count` GPUs with most free memory together that a node has, the cheapest of equal ones.
+
+        None if no node has so many.
+        """
         if count not in self._in_node:
             enough = [node[:count] for node in self._nodes if len(node) >= count]
-            best = max(enough, key=lambda gpus: sum(gpu.free_bytes for gpu in gpus), default=None)
+            best = max(enough, key=lambda gpus: (sum(gpu.free_bytes for gpu in gpus), -_price(gpus)), default=None)
             self._in_node[count] = best
         return self._in_node[count]
 
     def _stages_by_free_memory(self, tp: int) -> list[Gpus]:
-        """Return groups of `tp` GPUs of a node, those with most free memory first."""
+        """Return groups of `tp` GPUs of a node, those with most free memory first, the cheapest of equal ones."""
         if tp not in self._stages:
             stages = [node[at : at + tp] for node in self._nodes for at in range(0, len(node) - tp + 1, tp)]
-            self._stages[tp] = sorted(stages, key=lambda stage: -stage[-1].free_bytes)
+            self._stages[tp] = sorted(stages, key=lambda stage: (-stage[-1].free_bytes, _price(stage)))
         return self._stages[tp]
+
+
+def _price(gpus: Gpus) -> float:
+    return sum(gpu.usd_per_hour or 0.0 for gpu in gpus)
 
 
 def gpu_pools(view: ClusterView) -> list[GpuPool]:

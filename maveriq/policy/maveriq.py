@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
-from maveriq.domain.deployments import Batching, EndpointSpec
+from maveriq.domain.deployments import Batching, Cost, EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import Estimator
@@ -104,7 +104,8 @@ class MaverIQ:
     """MaverIQ's policy: chooses a configuration by SPEC 4, places its shards by SPEC 5.
 
     `rule` None keeps the GPUs with most free memory, by which the layers were split.
-    `tie_break` orders GPUs that the rule finds equal. `evidence` is for notes on decisions.
+    `tie_break` orders GPUs that the rule finds equal. `evidence` is for notes on decisions. `cost` is what
+    `min-cost` counts.
     """
 
     name: str
@@ -113,6 +114,7 @@ class MaverIQ:
     rule: PlacementRule | None
     tie_break: TieBreak = TieBreak.GPU_ID
     evidence: EvidenceLookup = no_evidence
+    cost: Cost = Cost.MONEY
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return one deployment of the best candidate, or why none can be made."""
@@ -122,7 +124,7 @@ class MaverIQ:
             view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.tenants))
             if not view.gpus:
                 return Rejection(reason="every GPU has an engine, and continuous engines share no GPU in this version")
-        ranking = rank(endpoint, view, self.estimator, self.accuracy, evidence=self.evidence)
+        ranking = rank(endpoint, view, self.estimator, self.accuracy, cost=self.cost, evidence=self.evidence)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
         best = ranking.candidates[0]

@@ -11,6 +11,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from maveriq.domain.cluster import GpuView
+from maveriq.domain.deployments import Cost
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.files import exists, open_regular_file
@@ -38,6 +39,7 @@ def make_policy(
     packing_threshold: float,
     tie_break: TieBreak = TieBreak.GPU_ID,
     evidence: EvidenceLookup = no_evidence,
+    cost: Cost = Cost.MONEY,
     others: Sequence[str] = (),
 ) -> Policy:
     """Return the policy of a name.
@@ -50,6 +52,7 @@ def make_policy(
         packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
         tie_break: for the rules that come with maveriq; a rule of one's own always gets the GPUs by id.
         evidence: measured latencies, for notes on decisions.
+        cost: what the intent `min-cost` counts.
         others: names of policies that another module makes, for the message about an unknown name.
 
     Raises:
@@ -68,11 +71,18 @@ def make_policy(
             (*RULES, *others),
             hint="or a rule of your own as file.py:function",
         )
-    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break, evidence=evidence)
+    return MaverIQ(
+        name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break, evidence=evidence, cost=cost
+    )
 
 
 def policy_of_rule(
-    rule: PlacementRule, *, estimator: Estimator, accuracy: AccuracyLookup, evidence: EvidenceLookup = no_evidence
+    rule: PlacementRule,
+    *,
+    estimator: Estimator,
+    accuracy: AccuracyLookup,
+    evidence: EvidenceLookup = no_evidence,
+    cost: Cost = Cost.MONEY,
 ) -> Policy:
     """Return the policy that places by a user's rule; it has the name of the function.
 
@@ -81,9 +91,12 @@ def policy_of_rule(
         estimator: what the policy plans with.
         accuracy: measured accuracy of quantised models.
         evidence: measured latencies, for notes on decisions.
+        cost: what the intent `min-cost` counts.
     """
     name = getattr(rule, "__name__", type(rule).__name__)
-    return MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=_guarded(rule, name), evidence=evidence)
+    return MaverIQ(
+        name=name, estimator=estimator, accuracy=accuracy, rule=_guarded(rule, name), evidence=evidence, cost=cost
+    )
 
 
 def _load_rule(name: str) -> PlacementRule:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from maveriq.domain.cluster import Cluster
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.policy.configuration import Candidate
+from maveriq.policy.scores import usd_per_million_tokens
 
 _SECONDS_PER_HOUR = 3600.0
 
@@ -20,37 +21,33 @@ class PlanFigures:
         output_tokens_per_s: tokens that it makes.
         requests_per_s: requests that it finishes.
         usd_per_hour: price of its GPUs.
+        usd_per_million_tokens: price of a million output tokens, their prompts included.
         deployments: how many such deployments the cluster has GPUs for.
     """
 
     output_tokens_per_s: float
     requests_per_s: float
     usd_per_hour: float | None
+    usd_per_million_tokens: float | None
     deployments: int
-
-    @property
-    def usd_per_million_tokens(self) -> float | None:
-        """Price of a million output tokens, their prompts included."""
-        return self._price_of(1e6, self.output_tokens_per_s)
 
     @property
     def usd_per_1000_requests(self) -> float | None:
         """Price of a thousand requests."""
-        return self._price_of(1e3, self.requests_per_s)
-
-    def _price_of(self, count: float, per_s: float) -> float | None:
-        return None if self.usd_per_hour is None else self.usd_per_hour / _SECONDS_PER_HOUR * count / per_s
+        return None if self.usd_per_hour is None else self.usd_per_hour / _SECONDS_PER_HOUR * 1e3 / self.requests_per_s
 
 
 def figures_of(candidate: Candidate, endpoint: EndpointSpec, cluster: Cluster) -> PlanFigures:
     """Return the figures of a configuration whose batches follow each other without a pause."""
-    requests_per_s = candidate.configuration.batch_size / candidate.service.latency_s
-    prices = [cluster.usd_per_hour(cluster.gpus[gpu_id]) for gpu_id in candidate.gpu_ids]
-    known = [price for price in prices if price is not None]
+    batch, usd_per_hour = candidate.configuration.batch_size, candidate.usd_per_hour
+    requests_per_s = batch / candidate.service.latency_s
     return PlanFigures(
         output_tokens_per_s=requests_per_s * endpoint.output_tokens,
         requests_per_s=requests_per_s,
-        usd_per_hour=sum(known) if len(known) == len(prices) else None,
+        usd_per_hour=usd_per_hour,
+        usd_per_million_tokens=None
+        if usd_per_hour is None
+        else usd_per_million_tokens(candidate.service, batch=batch, usd_per_hour=usd_per_hour),
         deployments=_deployments(candidate, cluster),
     )
 

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from maveriq.domain.cluster import Cluster
-from maveriq.domain.deployments import EndpointSpec, Objective
+from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.models import KvType
 from maveriq.domain.parallel import KV_SUFFIX, ParallelConfig
 from maveriq.estimate.estimator import Basis
 from maveriq.policy.configuration import Candidate, Ranking, RejectedConfig
+from maveriq.policy.scores import ScoreUnit
 from maveriq.report.formatting import NONE, figure, layer_list
 from maveriq.report.plan_figures import PlanFigures, figures_of
 from maveriq.report.results import WIDE
-from maveriq.report.view import Column, Row, Table, Text, number_column, row
+from maveriq.report.view import Column, Row, Table, Text, natural_width, number_column, row
 from maveriq.units import gib
 
 _MAX_NOTES = 2
-
-_UNITS = {
-    Objective.MIN_COST: "cost\nGiB s",
-    Objective.MIN_LATENCY: "latency\ns",
-    Objective.MIN_MEMORY: "memory\nGiB",
-    Objective.MIN_GPU_COST: "GPU cost\nGPU s",
+_LEAST = {
+    ScoreUnit.USD_PER_MILLION_TOKENS: "least $/1M tokens",
+    ScoreUnit.GPU_SECONDS: "least GPU-seconds",
+    ScoreUnit.GIB_SECONDS: "least GiB s, latency x memory",
+    ScoreUnit.SECONDS: "least latency",
+    ScoreUnit.GIB: "least memory",
 }
+# A score that another column shows has none of its own.
+_SCORE_HEADERS = {
+    ScoreUnit.GPU_SECONDS: "cost\nGPU s",
+    ScoreUnit.GIB_SECONDS: "cost\nGiB s",
+    ScoreUnit.GIB: "memory\nGiB",
+}
+
+
+_KEPT = 9  # the importance of columns that are never left out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """A column of a ranking: its header and its cells; where a terminal is narrow, the least important goes first."""
+
+    header: str
+    cell: Callable[[Candidate], str]
+    importance: int = _KEPT
+    used: bool = True
 
 
 def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *, top: int, width: int = WIDE) -> Table:
@@ -35,36 +56,49 @@ def ranking_table(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, *,
         ranking: the answer, with at least one candidate.
         cluster: the cluster that the configurations fit.
         top: maximum number of rows.
-        width: in characters; from `WIDE` on, the table has all its columns.
+        width: in characters. Where rows do not fit, configurations take two lines, then columns are left out.
     """
-    wide = width >= WIDE
     equal = _equal_candidates(ranking.candidates)
-    title = (
-        f"{endpoint.model.name} for {endpoint.intent.objective.value} on {cluster.name}: "
-        f"best {min(top, len(equal))} of {len(equal)}, "
-        f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out"
-    )
     shown = equal[:top]
-    figures = _figure_columns([candidates[0] for candidates in shown], endpoint, cluster, wide=wide)
-    uneven = any(len(set(candidates[0].layer_split)) > 1 for candidates in shown)
-    layers = [Column("\nlayers", wrap="never" if wide else "words")] if uneven else []
-    columns = [
-        Column("\n#", align="right", style="dim", wrap="words"),
-        Column("\nconfiguration", wrap="never" if wide else "words"),
-        *layers,
-        *(number_column(header) for header, _ in figures),
-    ]
+    columns = _figure_columns(
+        [candidates[0] for candidates in shown], endpoint, cluster, ranking.score_unit, wide=width >= WIDE
+    )
+    batch = f", {endpoint.batch_size} at a time" if endpoint.batch_size > 1 else ""
+    order = "fastest first" if ranking.note else _LEAST[ranking.score_unit]
+    title = (
+        f"{endpoint.model.name} on {cluster.name}: best {len(shown)} of {len(equal)} for "
+        f"{endpoint.intent.objective.value} ({order})\n"
+        f"{endpoint.prompt_tokens} tokens in, {endpoint.output_tokens} out{batch}"
+    )
+    while True:
+        for lines, dense in ((1, False), (1, True), (2, True)):
+            table = _table_of(title, shown, columns, lines=lines, dense=dense)
+            if natural_width(table) <= width:
+                return table
+        least = min(columns, key=lambda column: column.importance)
+        if least.importance == _KEPT:
+            return table
+        columns.remove(least)
+
+
+def _table_of(
+    title: str, shown: Sequence[Sequence[Candidate]], columns: Sequence[_Shown], *, lines: int, dense: bool
+) -> Table:
     rows = [
         row(
             str(place),
-            _configurations(candidates),
-            *(layer_list(candidates[0].layer_split) for _ in layers),
-            *(cell(candidates[0]) for _, cell in figures),
+            _configurations(candidates, lines=lines),
+            *(column.cell(candidates[0]) for column in columns),
             style="bold green" if place == 1 else "",
         )
         for place, candidates in enumerate(shown, start=1)
     ]
-    return Table(title, columns, rows)
+    headers = [
+        Column("\n#", align="right", style="dim"),
+        Column("\nconfiguration", wrap="fold"),
+        *(number_column(column.header) for column in columns),
+    ]
+    return Table(title, headers, rows, dense=dense)
 
 
 def _equal_candidates(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
@@ -82,41 +116,77 @@ def _equal_candidates(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     return list(groups.values())
 
 
-def _configurations(equal: Sequence[Candidate]) -> str:
-    """Return the degrees, and the formats that are equal: `TP 8 x PP 1 int4/int4_gptq+kvfp8/kv8`."""
+def _configurations(equal: Sequence[Candidate], *, lines: int) -> str:
+    """Return the degrees, and the formats that are equal: `TP 8 int4/int4_gptq+kvfp8/kv8`.
+
+    What all rows share is left out: the batch, and a single stage. With two lines, they are as equally long as words
+    allow.
+    """
     first = equal[0].configuration
     weights = dict.fromkeys(candidate.configuration.weights.value for candidate in equal)
     kv = dict.fromkeys(KV_SUFFIX[candidate.configuration.kv].removeprefix("+") for candidate in equal)
-    stored, cached = "/".join(weights), "/".join(kv)
-    own = f"{first.weights}{KV_SUFFIX[first.kv]}"
-    return str(first).replace(own, f"{stored}+{cached}" if cached else stored)
+    degrees = (("TP", first.tp, True), ("PP", first.pp, first.pp > 1), ("EP", first.ep, first.ep > 1))
+    parts = [
+        " x ".join(f"{name} {degree}" for name, degree, used in degrees if used),
+        " " + "/".join(weights),
+        "+" + "/".join(kv) if any(kv) else "",
+        f" on {first.gpu}" if first.gpu else "",
+        " across nodes" if first.network_hops else "",
+    ]
+    halves = [("".join(parts[:at]), "".join(parts[at:]).strip()) for at in range(1, len(parts) + 1)]
+    return min(("\n".join(half).strip() for half in halves), key=_widest) if lines > 1 else "".join(parts)
+
+
+def _widest(text: str) -> int:
+    return max(map(len, text.split("\n")))
 
 
 def _figure_columns(
-    shown: Sequence[Candidate], endpoint: EndpointSpec, cluster: Cluster, *, wide: bool
-) -> list[tuple[str, Callable[[Candidate], str]]]:
-    """Return headers and cells of the columns of figures; what no candidate has gets no column."""
+    shown: Sequence[Candidate], endpoint: EndpointSpec, cluster: Cluster, unit: ScoreUnit, *, wide: bool
+) -> list[_Shown]:
+    """Return the columns of figures; what no candidate has gets no column."""
 
     def price(candidate: Candidate) -> str:
         return figure(figures_of(candidate, endpoint, cluster).usd_per_million_tokens)
 
     bases = {candidate.service.basis for candidate in shown}
+    priced_by = unit is ScoreUnit.USD_PER_MILLION_TOKENS
     columns = [
-        ("latency\ns", lambda candidate: f"{candidate.service.latency_s:.3f}", True),
-        ("90 % of\nlatencies", _interval, any(candidate.service.interval for candidate in shown)),
-        ("first\ntoken s", lambda candidate: f"{candidate.service.first_token_s:.3f}", wide or _has_ttft_slo(endpoint)),
-        ("TPOT\nms", lambda candidate: f"{1e3 * candidate.service.tpot_s:.1f}", True),
-        ("GiB\nper GPU", lambda candidate: f"{gib(max(candidate.gpu_bytes)):.2f}", True),
-        ("acc.\n%", _accuracy, any(candidate.accuracy is not None for candidate in shown)),
-        ("$ per 1M\ntokens", price, any(price(candidate) != NONE for candidate in shown)),
-        (_UNITS[endpoint.intent.objective], lambda candidate: figure(candidate.score), True),
-        ("rests\non", lambda candidate: candidate.service.basis or NONE, bases != {None} and (wide or len(bases) > 1)),
-    ]
-    return [(header, cell) for header, cell, used in columns if used]
-
-
-def _has_ttft_slo(endpoint: EndpointSpec) -> bool:
-    return endpoint.intent.slo_ttft_s is not None
+        _Shown(
+            header="\nlayers",
+            cell=lambda candidate: layer_list(candidate.layer_split),
+            importance=0,
+            used=any(len(set(candidate.layer_split)) > 1 for candidate in shown),
+        ),
+        _Shown(header="latency\ns", cell=lambda candidate: f"{candidate.service.latency_s:.3f}"),
+        _Shown(
+            header="90 % of\nlatencies", cell=_interval, used=any(candidate.service.interval for candidate in shown)
+        ),
+        _Shown(
+            header="TTFT\nms",
+            cell=lambda candidate: figure(1e3 * candidate.service.first_token_s),
+            used=wide or endpoint.intent.slo_ttft_s is not None,
+        ),
+        _Shown(header="TPOT\nms", cell=lambda candidate: f"{1e3 * candidate.service.tpot_s:.1f}"),
+        _Shown(header="GiB/\nGPU", cell=lambda candidate: f"{gib(max(candidate.gpu_bytes)):.2f}", importance=2),
+        _Shown(header="acc.\n%", cell=_accuracy, used=any(candidate.accuracy is not None for candidate in shown)),
+        _Shown(
+            header="$/1M\ntokens",
+            cell=price,
+            importance=_KEPT if priced_by else 1,
+            used=any(price(candidate) != NONE for candidate in shown),
+        ),
+        _Shown(
+            header=_SCORE_HEADERS.get(unit, ""), cell=lambda candidate: figure(candidate.score),
+            used=unit in _SCORE_HEADERS,
+        ),
+        _Shown(
+            header="rests\non",
+            cell=lambda candidate: candidate.service.basis or NONE,
+            used=bases != {None} and (wide or len(bases) > 1),
+        ),
+    ]  # fmt: skip
+    return [column for column in columns if column.used]
 
 
 def _interval(candidate: Candidate) -> str:
@@ -218,6 +288,8 @@ def ranking_json(endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster) -> 
         "slo_tpot_s": endpoint.intent.slo_tpot_s,
         "prompt_tokens": endpoint.prompt_tokens,
         "output_tokens": endpoint.output_tokens,
+        "batch_size": endpoint.batch_size,
+        "score_unit": ranking.score_unit,
         "note": ranking.note if ranking.candidates else ranking.why_empty(),
         "candidates": [
             {

@@ -157,7 +157,13 @@ def spaced(parts: Iterable[Part]) -> list[Part]:
     return [piece for part in parts for piece in (part, BLANK)]
 
 
-_COLUMN_GAP = 3
+_COLUMN_GAP, _DENSE_GAP = 3, 2
+
+
+def natural_width(table: Table) -> int:
+    """Return how many characters a table takes where no cell is broken or cut."""
+    widths = [_natural_width(table, position) for position in range(len(table.columns))]
+    return sum(widths) + (len(widths) - 1) * (_DENSE_GAP if table.dense else _COLUMN_GAP)
 
 
 def fit_width(table: Table, width: int) -> list[Table]:

@@ -191,6 +191,7 @@ def build_live_system(
             packing_threshold=options.packing_threshold,
             tie_break=choice(TieBreak, "tie break", options.tie_break),
             evidence=profiles.measured_ratio,
+            cost=profiles.min_cost,
         )
 
     placements = PinnedPlacementPolicy(
@@ -311,6 +312,7 @@ def _policy(
         packing_threshold=options.packing_threshold,
         tie_break=choice(TieBreak, "tie break", options.tie_break),
         evidence=profiles.measured_ratio,
+        cost=profiles.min_cost,
         others=STATIC_POLICIES,
     )
     return policy, ()
@@ -323,6 +325,7 @@ def _given_policy(components: Components, profiles: ClusterProfiles, estimator: 
             estimator=estimator,
             accuracy=profiles.accuracy,
             evidence=profiles.measured_ratio,
+            cost=profiles.min_cost,
         )
     return components.policy
 

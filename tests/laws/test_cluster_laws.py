@@ -151,7 +151,7 @@ L40S = 'gpu = "L40S"\ncount = 1'
 
 def test_plans_of_the_worse_kind_alone_lose(tmp_path: Path) -> None:
     both = nodes(tmp_path, L40S, L4S)
-    for intent in ("min-cost", "min-latency"):
+    for intent in ("min-gpu-cost", "min-latency"):
         alone, mixed = (
             rank_configurations("llama-3.2-1b", PlanOptions(gpus=gpus, intent=intent)).ranking.candidates
             for gpus in ("1xL40S", both)
@@ -173,7 +173,8 @@ def test_equal_nodes_give_the_records_of_the_short_form(tmp_path: Path) -> None:
 
 def test_every_request_ends_on_a_mixed_cluster(tmp_path: Path) -> None:
     gpus = nodes(tmp_path, L4S, L40S + "\nused_gib = [41]")
-    run = maveriq.simulate(gpus=gpus, **workload(tmp_path, "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b"))
+    models = ("llama-3.2-1b", "llama-3.2-3b", "llama-2-7b")
+    run = maveriq.simulate(gpus=gpus, intent="min-latency", **workload(tmp_path, *models))
     assert sum(run.record.requests.counts().values()) == 40
     assert run.record.requests.counts()[RequestStatus.COMPLETED] == 40
     kinds = ["L4", "L4", "L40S"]

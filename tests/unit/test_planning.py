@@ -14,6 +14,7 @@ from maveriq.estimate.estimator import Basis
 from maveriq.planning import PlanOptions, RankedPlan, rank_configurations
 from maveriq.report.plan_figures import figures_of
 from maveriq.report.plans import ranking_table
+from maveriq.report.view import natural_width
 
 TODAY = {"gpus": "4xH100-SXM", "engine": "vllm", "prompt_tokens": 1024, "output_tokens": 256, "batch_size": 32}
 
@@ -79,6 +80,28 @@ def test_rows_without_a_difference_are_one() -> None:
     table = ranking_table(ranked.endpoint, ranked.ranking, ranked.cluster, top=1000)
     assert len(table.rows) < len(ranked.ranking.candidates)
     assert any("int4/int4_gptq+kvfp8/kv8" in str(row) for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("qwen3-32b", {**TODAY, "gpus": "16xH100", "slo_ttft_ms": 500.0}),
+        ("gpt-oss-120b", {**TODAY, "gpus": "16xH100", "slo_ttft_ms": 500.0}),
+        ("llama-2-7b", {}),
+        ("llama-2-7b", {"intent": "min-memory"}),
+    ],
+)
+@pytest.mark.parametrize("width", [80, 120])
+def test_rows_fit_a_terminal_in_at_most_two_lines(model: str, options: dict[str, object], width: int) -> None:
+    ranked = plan(model, **options)
+    table = ranking_table(ranked.endpoint, ranked.ranking, ranked.cluster, top=50, width=width)
+    assert natural_width(table) <= width
+    headers = [column.header for column in table.columns]
+    assert {"90 % of\nlatencies", "latency\ns"} < set(headers)
+    for shown in table.rows:
+        configuration = str(shown.cells[headers.index("\nconfiguration")])
+        assert configuration.count("\n") <= 1
+        assert "PP 1" not in configuration
 
 
 def test_engines_belong_to_physics() -> None:

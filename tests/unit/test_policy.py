@@ -58,7 +58,7 @@ def endpoint(model: str = "llama-2-7b", objective: Objective = Objective.MIN_COS
 
 def ranked(requested: EndpointSpec, view: ClusterView | None = None) -> Ranking:
     empty = ClusterState(cluster_from("8xA6000")).view([0.0] * 8)
-    return rank(requested, view or empty, PAPER, PROFILE.accuracy)
+    return rank(requested, view or empty, PAPER, PROFILE.accuracy, cost=PROFILE.min_cost)
 
 
 # Layer splits
