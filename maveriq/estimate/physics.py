@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import TypeAlias
 
@@ -266,8 +267,14 @@ class PhysicsEstimator:
         )
         key = (model, sharding, formats)
         if key not in self._models:
-            self._models[key] = StepModel(model.decoder, self._operators, sharding=sharding, formats=formats)
+            self._models[key] = _step_model(model.decoder, self._operators, sharding, formats)
         return self._models[key]
+
+
+@lru_cache(maxsize=512)
+def _step_model(decoder: Decoder, operators: Operators, sharding: Sharding, formats: Formats) -> StepModel:
+    """Return a step model, the same for all estimators: its grids take most of the time of a plan."""
+    return StepModel(decoder, operators, sharding=sharding, formats=formats)
 
 
 def _stage_of(model: ModelSpec, configuration: ParallelConfig) -> _Stage:

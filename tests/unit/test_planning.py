@@ -10,7 +10,9 @@ import pytest
 from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.domain.models import KvType, WeightType, known_models
 from maveriq.errors import InputError
+from maveriq.estimate import physics
 from maveriq.estimate.estimator import Basis
+from maveriq.estimate.step_time import StepModel
 from maveriq.planning import PlanOptions, RankedPlan, rank_configurations
 from maveriq.report.plan_figures import figures_of
 from maveriq.report.plans import ranking_table
@@ -102,6 +104,17 @@ def test_rows_fit_a_terminal_in_at_most_two_lines(model: str, options: dict[str,
         configuration = str(shown.cells[headers.index("\nconfiguration")])
         assert configuration.count("\n") <= 1
         assert "PP 1" not in configuration
+
+
+def test_a_second_plan_evaluates_no_operator_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(physics, "StepModel", lambda *at, **how: made.append(at) or StepModel(*at, **how))
+    first = plan("qwen3-14b", **{**TODAY, "gpus": "2xH200", "prompt_tokens": 100})
+    assert made
+    made.clear()
+    second = plan("qwen3-14b", **{**TODAY, "gpus": "2xH200", "prompt_tokens": 900})
+    assert made == []
+    assert first.ranking.candidates[0].service.latency_s < second.ranking.candidates[0].service.latency_s
 
 
 def test_engines_belong_to_physics() -> None:
