@@ -177,10 +177,10 @@ def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: boo
 def _metrics_row(metrics: Any) -> dict[str, float]:
     counts, row = metrics.counts, {}
     row["requests"], row["completed"] = counts.scheduled, counts.completed
-    for name in ("latency_s", "queue_s", "service_s", "user_ttft_s", "tpot_s"):
+    for name in ("latency_s", "queue_s", "service_s", "ttft_s", "tpot_s"):
         figures = getattr(metrics, name)
         for which in ("mean", "p50", "p95", "p99"):
-            column = f"{name.removeprefix('user_').removesuffix('_s')}_{which}_s"
+            column = f"{name.removesuffix('_s')}_{which}_s"
             row[column] = float("nan") if figures is None else getattr(figures, which)
     row["slo_attainment"] = float("nan") if metrics.slo is None else metrics.slo.over_scheduled
     row["goodput"] = float("nan") if metrics.goodput is None else metrics.goodput.share

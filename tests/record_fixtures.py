@@ -15,7 +15,7 @@ from maveriq.units import bytes_from_gib, micros
 
 COLUMNS = (
     "request_id", "endpoint_id", "deployment_id", "arrival_us", "start_us", "first_token_us", "finish_us",
-    "status", "reason", "prompt_tokens", "output_tokens", "slo_us",
+    "status", "reason", "prompt_tokens", "output_tokens", "slo_us", "cached_tokens", "preemptions",
 )  # fmt: skip
 REASONS = ("", "not deployed", 'engine "3", of two, went down', "line one\nline two")
 
@@ -78,8 +78,9 @@ def rejected(deployment_id: int, *, model: str, endpoint_id: int, reason: str) -
 
 
 def table(rows: Iterable[Sequence[int]], *, reasons: tuple[str, ...] = REASONS) -> RequestTable:
-    """Build a table from rows in the order of `COLUMNS`."""
-    cells = np.array(list(rows), dtype=np.int64).reshape(-1, len(COLUMNS))
+    """Build a table from rows in the order of `COLUMNS`; the last ones are 0 where they are left out."""
+    whole = [[*row, *(0,) * (len(COLUMNS) - len(row))] for row in rows]
+    cells = np.array(whole, dtype=np.int64).reshape(-1, len(COLUMNS))
     return RequestTable(**{name: cells[:, i].copy() for i, name in enumerate(COLUMNS)}, reasons=reasons)
 
 
@@ -127,7 +128,9 @@ def single_server(
             status=np.full(count, RequestStatus.COMPLETED.value),
             reason=np.zeros(count, dtype=np.int64),
             prompt_tokens=np.full(count, 40),
+            cached_tokens=np.zeros(count, dtype=np.int64),
             output_tokens=np.full(count, 20),
+            preemptions=np.zeros(count, dtype=np.int64),
             slo_us=np.zeros(count, dtype=np.int64),
             reasons=("",),
         ),
@@ -151,7 +154,7 @@ def request_rows(draw: st.DrawFn, *, request_id: int) -> list[int]:
     slo_us = draw(st.one_of(st.just(0), st.integers(1, 3 * 10**9)))
     return [
         request_id, endpoint_id, deployment_id, arrival_us, start_us, first_us, finish_us, status.value, reason,
-        *tokens, slo_us,
+        *tokens, slo_us, draw(st.integers(0, 500)), draw(st.integers(0, 3)),
     ]  # fmt: skip
 
 

@@ -255,7 +255,9 @@ class RequestTracker:
             status=column(self._status),
             reason=column(self._reason),
             prompt_tokens=column(self._prompt_tokens),
+            cached_tokens=column(self._cached_tokens),
             output_tokens=column(self._output_tokens),
+            preemptions=column(self._preemptions),
             slo_us=column(self._slo_us),
             reasons=tuple(self._reasons),
         )

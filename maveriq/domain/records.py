@@ -18,8 +18,9 @@ NOT_YET = -1
 """Marks a time that never came (a request that never started, an engine never ready)."""
 
 REQUEST_COLUMNS = (
-    "request_id", "deployment_id", "model", "arrival_s", "start_s", "first_token_s", "finish_s", "status", "reason",
-    "prompt_tokens", "output_tokens", "queue_s", "service_s", "latency_s", "ttft_s", "tpot_s", "slo_s", "slo_met",
+    "request_id", "endpoint", "deployment_id", "model", "arrival_s", "start_s", "first_token_s", "finish_s", "status",
+    "reason", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "queue_s", "service_s", "latency_s",
+    "ttft_s", "tpot_s", "slo_s", "slo_met",
 )  # fmt: skip
 DEPLOYMENT_COLUMNS = (
     "deployment_id", "model", "intent", "slo_s", "requested_s", "ready_s", "removed_s", "status", "reason", "tp", "pp",
@@ -34,7 +35,8 @@ class RequestTable:
 
     Times are microseconds since the run's start, `NOT_YET` for what never happened.
     `deployment_id` is 0 where the endpoint had no deployment; `slo_us` is 0 where there is no SLO.
-    `reason` is an index into `reasons` (0: none).
+    `reason` is an index into `reasons` (0: none). `cached_tokens` of the prompt were in the prefix cache, and
+    `preemptions` counts how often the request lost what was computed of it; both are 0 with exclusive engines.
     """
 
     request_id: np.ndarray[Any, Any]
@@ -47,7 +49,9 @@ class RequestTable:
     status: np.ndarray[Any, Any]
     reason: np.ndarray[Any, Any]
     prompt_tokens: np.ndarray[Any, Any]
+    cached_tokens: np.ndarray[Any, Any]
     output_tokens: np.ndarray[Any, Any]
+    preemptions: np.ndarray[Any, Any]
     slo_us: np.ndarray[Any, Any]
     reasons: tuple[str, ...]
 

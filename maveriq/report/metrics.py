@@ -60,7 +60,7 @@ class Attainment:
 class Goodput:
     """Completed requests that meet the TTFT and TPOT SLOs, of all scheduled, and per second.
 
-    TTFT counts from arrival here, which is what a user waits for. A request with no TPOT (under
+    A request with no TPOT (under
     two output tokens) cannot miss the SLO on it.
     """
 
@@ -72,7 +72,7 @@ class Goodput:
 class Metrics:
     """The metrics of a run, or of one model in it; None where nothing completed or none applies.
 
-    `ttft_s` is first token - start, as in the records; `user_ttft_s` is first token - arrival.
+    `ttft_s` is first token - arrival, as in the records.
     `cost_gib_s` is latency times the memory of the deployment that served the request.
     `gpu_hours` is service time times GPUs, shared by the requests of a batch, and
     `operational_cost_gpu_hours` the sum of it.
@@ -84,7 +84,6 @@ class Metrics:
     queue_s: Figures | None
     service_s: Figures | None
     ttft_s: Figures | None
-    user_ttft_s: Figures | None
     tpot_s: Figures | None
     cost_gib_s: Figures | None
     gpu_hours: Figures | None
@@ -220,7 +219,7 @@ def _deployment_sizes(run: RunRecord) -> tuple[Array, Array]:
 def _metrics(rows: _Columns, limits: _GoodputLimits) -> Metrics:
     done = rows.where(rows.status == RequestStatus.COMPLETED.value)
     latency_us, service_us = done.finish_us - done.arrival_us, done.finish_us - done.start_us
-    user_ttft_us, tpot_us = _first_token_wait_us(done), _time_per_token_us(done)
+    ttft_us, tpot_us = _first_token_wait_us(done), _time_per_token_us(done)
     span_us = int(done.finish_us.max() - rows.arrival_us.min()) if len(done.status) else 0
     gpu_hours = _figures(service_us * done.gpus / done.together, per=3600 * MICROS_PER_SECOND)
     return Metrics(
@@ -228,13 +227,12 @@ def _metrics(rows: _Columns, limits: _GoodputLimits) -> Metrics:
         latency_s=_figures(latency_us),
         queue_s=_figures(done.start_us - done.arrival_us),
         service_s=_figures(service_us),
-        ttft_s=_figures((done.first_token_us - done.start_us)[done.first_token_us != NOT_YET]),
-        user_ttft_s=_figures(user_ttft_us[~np.isnan(user_ttft_us)]),
+        ttft_s=_figures(ttft_us[~np.isnan(ttft_us)]),
         tpot_s=_figures(tpot_us[~np.isnan(tpot_us)]),
         cost_gib_s=_figures(latency_us * done.memory_gib),
         gpu_hours=gpu_hours,
         slo=_attainment(rows, done),
-        goodput=_goodput(len(rows.status), user_ttft_us, tpot_us, limits, span_us),
+        goodput=_goodput(len(rows.status), ttft_us, tpot_us, limits, span_us),
         throughput_per_s=_per_second(len(done.status), span_us),
         operational_cost_gpu_hours=gpu_hours.mean * gpu_hours.count if gpu_hours else 0.0,
     )
@@ -259,10 +257,7 @@ def _first_token_wait_us(done: _Columns) -> Array:
 
 
 def _time_per_token_us(done: _Columns) -> Array:
-    """Return (service - TTFT) / (output tokens - 1) of completed requests, NaN under two tokens.
-
-    Service - TTFT is finish - first token: the start cancels.
-    """
+    """Return (finish - first token) / (output tokens - 1) of completed requests, NaN under two tokens."""
     has_tpot = (done.output_tokens > 1) & (done.first_token_us != NOT_YET)
     per_token_us: Array = (done.finish_us - done.first_token_us) / np.maximum(done.output_tokens - 1, 1)
     return np.where(has_tpot, per_token_us, np.nan)
@@ -287,14 +282,12 @@ def _attainment(rows: _Columns, done: _Columns) -> Attainment | None:
     return Attainment(over_completed=met / completed if completed else None, over_scheduled=met / scheduled)
 
 
-def _goodput(
-    scheduled: int, user_ttft_us: Array, tpot_us: Array, limits: _GoodputLimits, span_us: int
-) -> Goodput | None:
+def _goodput(scheduled: int, ttft_us: Array, tpot_us: Array, limits: _GoodputLimits, span_us: int) -> Goodput | None:
     if not scheduled or (limits.ttft_s is None and limits.tpot_s is None):
         return None
     good = np.ones(len(tpot_us), dtype=bool)
     if limits.ttft_s is not None:
-        good &= user_ttft_us <= micros(limits.ttft_s)
+        good &= ttft_us <= micros(limits.ttft_s)
     if limits.tpot_s is not None:
         good &= ~(tpot_us > limits.tpot_s * MICROS_PER_SECOND)
     count = int(good.sum())

@@ -44,7 +44,7 @@ Array: TypeAlias = npt.NDArray[Any]
 T = TypeVar("T")
 
 _TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
-_COUNTS = ("request_id", "prompt_tokens", "output_tokens")
+_COUNTS = ("request_id", "endpoint", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
 _MAX_COUNT = 10**15 - 1
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_TABLE_BYTES = 1 << 36
@@ -73,8 +73,7 @@ class _RunFile(msgspec.Struct):
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
-    The request table comes back exactly, except that a request without a deployment gets the first
-    endpoint of its model. GPU memory is exact to the KiB.
+    The request table comes back exactly, GPU memory to the KiB.
 
     Raises:
         InputError: a file is missing, is not as maveriq writes it, or does not belong to the others.
@@ -267,7 +266,6 @@ class _Lookup:
         self._endpoint_of_model: dict[str, int] = {}
         for endpoint_id, model in sorted(record.models.items()):
             self._endpoint_of_model.setdefault(model, endpoint_id)
-        self._endpoint_of_deployment = {d.deployment_id: d.endpoint.endpoint_id for d in record.deployments}
         self._statuses = {status.label: status.value for status in FINAL_STATUSES}
         self._reasons = {reason: index for index, reason in reversed(list(enumerate(record.reasons)))}
 
@@ -278,18 +276,17 @@ class _Lookup:
 
     def columns(self, read: dict[str, Array]) -> dict[str, Array]:
         """Return the columns of the request table from those of the file."""
-        deployments, which = np.unique(read["deployment_id"], return_inverse=True)
-        of_deployment = [self._endpoint_of_deployment.get(key, 0) for key in deployments.tolist()]
-        endpoint_id = np.array(of_deployment, dtype=np.int64)[which]
         return {
             "request_id": read["request_id"],
-            "endpoint_id": np.where(endpoint_id > 0, endpoint_id, read["model"]),
+            "endpoint_id": read["endpoint"],
             "deployment_id": read["deployment_id"],
             **{name: read[column] for name, column in _TIMES.items()},
             "status": read["status"],
             "reason": read["reason"],
             "prompt_tokens": read["prompt_tokens"],
+            "cached_tokens": read["cached_tokens"],
             "output_tokens": read["output_tokens"],
+            "preemptions": read["preemptions"],
             "slo_us": read["slo_s"],
         }
 
@@ -299,17 +296,18 @@ class _Lookup:
         Raises:
             InputError: a cell is not as maveriq writes it.
         """
-        deployment_id = row.count("deployment_id", minimum=1) if row.cells["deployment_id"] else 0
-        endpoint_of_model = self._known(row, "model", self._endpoint_of_model)
+        self._known(row, "model", self._endpoint_of_model)
         return {
             "request_id": row.count("request_id"),
-            "endpoint_id": self._endpoint_of_deployment.get(deployment_id, endpoint_of_model),
-            "deployment_id": deployment_id,
+            "endpoint_id": row.count("endpoint"),
+            "deployment_id": row.count("deployment_id", minimum=1) if row.cells["deployment_id"] else 0,
             **{name: _time_us(row, column, NOT_YET) for name, column in _TIMES.items()},
             "status": self._known(row, "status", self._statuses),
             "reason": self._known(row, "reason", self._reasons) if row.cells["reason"] else 0,
             "prompt_tokens": row.count("prompt_tokens"),
+            "cached_tokens": row.count("cached_tokens"),
             "output_tokens": row.count("output_tokens"),
+            "preemptions": row.count("preemptions"),
             "slo_us": _time_us(row, "slo_s", 0),
         }
 

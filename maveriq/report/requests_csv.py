@@ -41,6 +41,7 @@ _CONDITIONS = {
     "slo_s": _SLO,
     "slo_met": _SLO,
 }
+_COUNTS = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
 _TEXT_COLUMNS = ("model", "status", "reason")
 
 
@@ -120,15 +121,16 @@ def numeric_columns(table: RequestTable, rows: slice = slice(None)) -> dict[str,
     """
     names = ("arrival", "start", "first_token", "finish", "slo")
     column: dict[str, Array] = {f"{name}_s": getattr(table, f"{name}_us")[rows].astype(np.int64) for name in names}
-    for name in ("request_id", "deployment_id", "prompt_tokens", "output_tokens", "status"):
+    for name in ("request_id", "deployment_id", "status", *_COUNTS):
         column[name] = getattr(table, name)[rows]
+    column["endpoint"] = table.endpoint_id[rows]
     completed = column["status"] == RequestStatus.COMPLETED.value
     column["queue_s"] = column["start_s"] - column["arrival_s"]
     column["service_s"] = column["finish_s"] - column["start_s"]
     column["latency_s"] = column["finish_s"] - column["arrival_s"]
-    column["ttft_s"] = column["first_token_s"] - column["start_s"]
+    column["ttft_s"] = column["first_token_s"] - column["arrival_s"]
     tokens_after_first = np.maximum(column["output_tokens"] - 1, 1)
-    between_us = column["finish_s"] - column["first_token_s"]  # service - TTFT: the start cancels
+    between_us = column["finish_s"] - column["first_token_s"]
     column["tpot_s"] = np.rint(between_us / tokens_after_first).astype(np.int64)
     column["slo_met"] = completed & (column["latency_s"] <= column["slo_s"])
     return column

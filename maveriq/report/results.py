@@ -176,8 +176,8 @@ def _latency_columns(*, wide: bool) -> list[_MetricColumn]:
 
 def _token_columns() -> list[_MetricColumn]:
     return [
-        _figure_column("1st token s\nmean", "user_ttft_s", "mean"),
-        _figure_column("\np95", "user_ttft_s", "p95"),
+        _figure_column("1st token s\nmean", "ttft_s", "mean"),
+        _figure_column("\np95", "ttft_s", "p95"),
         _figure_column("TPOT ms\nmean", "tpot_s", "mean", factor=1e3),
     ]
 

@@ -36,8 +36,7 @@ def test_figures_of_a_small_run():
     assert overall.latency_s.p95 == pytest.approx(4.9)
     assert overall.queue_s.mean == pytest.approx(1.0)
     assert overall.service_s.mean == pytest.approx(3.0)
-    assert overall.ttft_s.mean == pytest.approx(1.0)
-    assert overall.user_ttft_s.mean == pytest.approx(2.0)
+    assert overall.ttft_s.mean == pytest.approx(2.0)
     assert overall.throughput_per_s == pytest.approx(2 / 6)
 
 

@@ -52,10 +52,11 @@ def test_requests_follow_the_schema(folder):
     rows = rows_of(folder / "requests.csv")
     assert tuple(rows[0]) == REQUEST_COLUMNS
     assert rows[0] == {
-        "request_id": "1", "deployment_id": "1", "model": "tiny", "arrival_s": "0.000000", "start_s": "0.500000",
-        "first_token_s": "1.000000", "finish_s": "3.000000", "status": "completed", "reason": "",
-        "prompt_tokens": "10", "output_tokens": "6", "queue_s": "0.500000", "service_s": "2.500000",
-        "latency_s": "3.000000", "ttft_s": "0.500000", "tpot_s": "0.400000", "slo_s": "3.000000", "slo_met": "1",
+        "request_id": "1", "endpoint": "1", "deployment_id": "1", "model": "tiny", "arrival_s": "0.000000",
+        "start_s": "0.500000", "first_token_s": "1.000000", "finish_s": "3.000000", "status": "completed", "reason": "",
+        "prompt_tokens": "10", "cached_tokens": "0", "output_tokens": "6", "preemptions": "0",
+        "queue_s": "0.500000", "service_s": "2.500000",
+        "latency_s": "3.000000", "ttft_s": "1.000000", "tpot_s": "0.400000", "slo_s": "3.000000", "slo_met": "1",
     }  # fmt: skip
     assert rows[1]["model"] == 'big, "quoted"'
     assert (rows[1]["slo_met"], rows[1]["latency_s"], rows[1]["ttft_s"], rows[1]["tpot_s"]) == ("0", "6.000000", "", "")
@@ -65,7 +66,8 @@ def test_missing_values_are_empty_cells(folder):
     _, _, refused, failed, unfinished = rows_of(folder / "requests.csv")
     filled = {key: value for key, value in refused.items() if value}
     assert filled == {
-        "request_id": "3", "model": 'big, "quoted"', "arrival_s": "2.000000", "status": "refused",
+        "request_id": "3", "endpoint": "2", "cached_tokens": "0", "preemptions": "0",
+        "model": 'big, "quoted"', "arrival_s": "2.000000", "status": "refused",
         "reason": "not deployed", "prompt_tokens": "10", "output_tokens": "5", "slo_s": "4.000000", "slo_met": "0",
     }  # fmt: skip
     assert (failed["start_s"], failed["finish_s"], failed["latency_s"]) == ("6.000000", "7.000000", "")
