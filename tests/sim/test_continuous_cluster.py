@@ -108,6 +108,17 @@ def test_every_request_ends_once_whatever_is_cancelled(load):
     assert not any(deployment.is_busy for deployment in controller.manager.deployments.values())
 
 
+def test_a_request_that_is_cancelled_makes_room_at_once():
+    """Both engines have four seats, and eight long requests take them all."""
+    long, last = [request(number, 1, 8, 120) for number in range(1, 9)], request(9, 2, 8, 2)
+    arrived = [(each.arrival_us, RequestArrived(each)) for each in (*long, last)]
+    waiting = run([(0, added()), *arrived]).tracker.row(9)
+    cancelled = [(10_000, RequestCancelled(each.request_id)) for each in long]
+    served = run([(0, added()), *arrived, *cancelled]).tracker.row(9)
+    assert waiting.start_us > 30_000
+    assert 10_000 < served.start_us < 12_000
+
+
 @settings(max_examples=15)
 @given(loads(), st.integers(1, 90_000))
 def test_an_endpoint_that_is_removed_finishes_what_its_engines_have(load, removed_us):

@@ -109,3 +109,20 @@ def test_an_equal_prompt_is_found_in_the_cache():
     requests = [request(1, 0, 100, 2, prompt_id=1), request(2, 50_000, 100, 2, prompt_id=1), request(3, 90_000, 100, 2)]
     history = run(stepped({"kind": "vllm", **LIMITS["vllm"]}, 24), requests)
     assert history.cached == {1: 0, 2: 96, 3: 0}
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=str)
+def test_a_request_that_comes_at_a_step_boundary_is_seen_there_whether_steps_are_skipped_or_not(kind):
+    engine, first = {**kind, **LIMITS["vllm"]}, request(1, 0, 8, 60)
+    plainly = stepped(engine, 24, skips_steps=False)
+    plainly.submit(0, first)
+    plainly.compose(0)
+    boundaries_us = []
+    while (now_us := plainly.next_us) is not None:
+        boundaries_us.append(now_us)
+        plainly.finish(now_us)
+        plainly.compose(now_us)
+    for at_us in [at_us + late for at_us in boundaries_us[5:50:9] for late in (-1, 0, 1)]:
+        requests = [first, request(2, at_us, 8, 3)]
+        skipping = run(stepped(engine, 24), requests)
+        assert known(skipping, []) == known(run(stepped(engine, 24, skips_steps=False), requests), []), at_us
