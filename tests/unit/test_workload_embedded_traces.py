@@ -51,11 +51,16 @@ def test_listed_model_sets_exclude_clusters():
 
 
 def test_the_examples_of_the_readme_are_read(tmp_path):
-    [model_set] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    model_set, engine = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     azure, schedule = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.toml").write_text(model_set, encoding="utf-8")
     (tmp_path / "mine.csv").write_text(schedule, encoding="utf-8")
     (tmp_path / "azure.csv").write_text(azure, encoding="utf-8")
+    first = 'name = "continuous"\n[[models]]\nmodel = "qwen3-14b"\n'
+    (tmp_path / "continuous.toml").write_text(first + engine, encoding="utf-8")
     assert load_model_set(str(tmp_path / "mine.toml")).load_at == (0, 5)
+    assert [(entry.load_at, entry.batching) for entry in load_model_set(str(tmp_path / "continuous.toml")).entries] == [
+        (None, "continuous")
+    ]
     assert np.array_equal(read_schedule(tmp_path / "mine.csv").slo_us, [2_500_000, 0])
     assert read_requests(tmp_path / "azure.csv").requests_per_minute.tolist() == [2]
