@@ -207,6 +207,27 @@ class EngineKernels:
     peer_read_limit_mb: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsualEfficiencies:
+    """How well kernels use a GPU of which only the data sheet is known.
+
+    Args:
+        gemm_floor_us: least time of a product.
+        gemm_bandwidth: share of the memory's bandwidth with which a product reads and writes.
+        gemm_speed: share of the tensor speed with which it computes.
+        decode_floor_us: least time of attention of decoding sequences.
+        decode_bandwidth: share of the bandwidth with which it reads the cache.
+        decode_block_us: time of a sequence and KV head on one multiprocessor.
+    """
+
+    gemm_floor_us: float = 2.5
+    gemm_bandwidth: float = 0.85
+    gemm_speed: float = 0.75
+    decode_floor_us: float = 10.0
+    decode_bandwidth: float = 0.82
+    decode_block_us: float = 3.5
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Operators:
     """Times of operators on one kind of GPU.
@@ -215,11 +236,13 @@ class Operators:
         gpu: the kind.
         measured: whether its kernels were measured; else formulas with usual efficiencies answer.
         kernels: what an engine's kernels do differently from the usual ones.
+        usual: the efficiencies of those formulas.
     """
 
     gpu: GpuSheet
     measured: bool = False
     kernels: EngineKernels = EngineKernels()
+    usual: UsualEfficiencies = UsualEfficiencies()
     _gemm: Mapping[NumberFormat, LogGrid] = field(default_factory=dict)
     _decode: Mapping[_AttentionKey, LogGrid] = field(default_factory=dict)
     _prefill: Mapping[_AttentionKey, LogGrid] = field(default_factory=dict)
@@ -249,7 +272,8 @@ class Operators:
         )
         rows = np.ceil(np.asarray(m) / 16) * 16  # the least that tensor cores multiply
         computed = computing_us(self.gpu, number_format, 2.0 * rows * n * k)
-        return np.asarray(2.5 + quantise + smooth_max(moving_us(self.gpu, moved) / 0.85 + 1.5, computed / 0.75))
+        moved_us = moving_us(self.gpu, moved) / self.usual.gemm_bandwidth + 1.5
+        return np.asarray(self.usual.gemm_floor_us + quantise + smooth_max(moved_us, computed / self.usual.gemm_speed))
 
     def decode_attention_us(
         self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False
@@ -263,8 +287,9 @@ class Operators:
         if grid is not None:
             return decode_attention_formula(self.gpu, value_bytes, sequences, context, of).corrected_us(grid)
         cache = 2.0 * np.asarray(sequences) * context * of.kv_heads * of.head_size * value_bytes
-        blocks_us = 3.5 * np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
-        return np.asarray(10.0 + np.sqrt((moving_us(self.gpu, cache) / 0.82) ** 2 + blocks_us**2))
+        blocks_us = self.usual.decode_block_us * np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
+        moved_us = moving_us(self.gpu, cache) / self.usual.decode_bandwidth
+        return np.asarray(self.usual.decode_floor_us + np.sqrt(moved_us**2 + blocks_us**2))
 
     def mixed_decode_attention_us(
         self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False
