@@ -43,5 +43,6 @@ def test_intervals_are_those_of_the_errors_and_cover_what_they_were_not_derived_
     assert table(found) == stored, "run experiments/physics/derive_intervals.py --write and look at what changed"
     for name, (rows, percent) in coverage_of(found).items():
         assert rows >= 40
-        # One row of 45 is 2 %: a group of one model is covered whole or not at all.
-        assert 82 <= percent <= (95 if name.startswith("operators") and "vllm | MLA" not in name else 100), name
+        # A row more or less is no failure. One row of 45 is 2 %: a group of one model is covered whole or not at all.
+        most = 95 + 100 / rows if name.startswith("operators") and "vllm | MLA" not in name else 100
+        assert 82 <= percent <= most, name
