@@ -14,7 +14,22 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_RELEASE = re.compile(r"v?(\d{1,6}(?:\.\d{1,6})*)(?:[-.+]?[a-z][\w.+-]*)?")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def release_numbers(version: str) -> tuple[int, ...] | None:
+    """Return the numbers of a version such as `0.23.0`, `v0.15.1` or `1.2.0rc6.post3`; None if it is not a version.
+
+    Zeros at the end are left out, so that 1, 1.0 and 1.0.0 are equal. A release candidate has its release's numbers.
+    """
+    match = _RELEASE.fullmatch(version.strip().casefold())
+    if match is None:
+        return None
+    numbers = [int(number) for number in match[1].split(".")]
+    while len(numbers) > 1 and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def check_name(name: str, what: str, *, remedy: str = "") -> None:

@@ -58,7 +58,7 @@ class TrtllmSettings(
         """Fill in the defaults.
 
         Raises:
-            InputError: the version is none, or a pipeline is asked for.
+            InputError: the version is not one, or a pipeline is asked for.
         """
         release_of(self.version)
         _no_pipeline("TensorRT-LLM", self.pipeline_parallel_size)
@@ -129,7 +129,7 @@ class SglangSettings(
         """Fill in the defaults.
 
         Raises:
-            InputError: the version is none, a pipeline is asked for, or the conservativeness is negative.
+            InputError: the version is not one, a pipeline is asked for, or the conservativeness is negative.
         """
         release_of(self.version)
         _no_pipeline("SGLang", self.pipeline_parallel_size)

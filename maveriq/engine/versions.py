@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 import msgspec
 
 from maveriq.errors import InputError
 from maveriq.files import data_path
 from maveriq.tables import read_toml
-
-Release: TypeAlias = tuple[int, ...]
-"""The numbers of a version; those of a release candidate are its release's."""
+from maveriq.text import release_numbers
 
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-_NUMBERS = re.compile(r"v?(\d{1,6}(?:\.\d{1,6})*)(?:[-.+]?[a-z][\w.+-]*)?")
 
 
-def release_of(version: str) -> Release:
-    """Return the numbers of a version such as `0.23.0`, `v0.15.1` or `1.2.0rc6.post3`.
+def release_of(version: str) -> tuple[int, ...]:
+    """Return the numbers of an engine's version, as `release_numbers`.
 
     Raises:
-        InputError: it is no version.
+        InputError: it is not a version.
     """
-    match = _NUMBERS.fullmatch(version.strip().casefold())
-    if match is None:
-        raise InputError(f"engine version {version!r} is no version; write it as 0.23.0")
-    return tuple(int(number) for number in match[1].split("."))
+    release = release_numbers(version)
+    if release is None:
+        raise InputError(f"engine version {version!r} is not a version; write it as 0.23.0")
+    return release
 
 
 class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,7 +75,7 @@ class VllmLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     offline_batched_tokens: _Count
     max_num_seqs: _Count
 
-    def applies(self, release: Release, gpu_name: str, memory_gib: float) -> bool:
+    def applies(self, release: tuple[int, ...], gpu_name: str, memory_gib: float) -> bool:
         """Return whether these hold for a version on a GPU."""
         return (
             release >= release_of(self.since)
@@ -109,7 +105,7 @@ def vllm_rules(version: str) -> VllmRules:
     """Return the rules of a version of vLLM.
 
     Raises:
-        InputError: it is no version, or one whose scheduler is not modelled.
+        InputError: it is not a version, or one whose scheduler is not modelled.
     """
     release = release_of(version)
     rules: dict[str, str | bool | int | float] = {}

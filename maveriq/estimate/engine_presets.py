@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
-from packaging.version import InvalidVersion, Version
 
 from maveriq.domain.models import KvType, WeightType
 from maveriq.errors import InputError, UnknownNameError
@@ -20,6 +19,7 @@ from maveriq.estimate.log_grid import Sizes
 from maveriq.estimate.operators import EngineKernels
 from maveriq.files import data_path
 from maveriq.tables import read_toml
+from maveriq.text import release_numbers
 
 DEFAULT_ENGINE = "vllm"
 """The engine that is estimated where none is named."""
@@ -130,12 +130,10 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         """Return what the first token takes beside waiting for its step and that step."""
         return self.api_us + self.api_token_us * prompt_tokens
 
-    def covers(self, version: Version) -> bool:
+    def covers(self, version: str) -> bool:
         """Return whether a version belongs to this generation; a release candidate belongs to its release."""
-        release = Version(version.base_version)
-        return (not self.since or release >= Version(self.since)) and (
-            not self.before or release < Version(self.before)
-        )
+        since, release, before = (release_numbers(text) for text in (self.since, version, self.before))
+        return release is not None and (since is None or release >= since) and (before is None or release < before)
 
 
 @cache
@@ -154,7 +152,7 @@ def engine_preset(name: str) -> EnginePreset:
 
     Raises:
         UnknownNameError: no preset has this name, and no engine.
-        InputError: what follows the engine's name is no version.
+        InputError: what follows the engine's name is not a version.
     """
     presets, wanted = engine_presets(), name.strip().casefold()
     for other, usual in _OTHER_NAMES.items():
@@ -168,11 +166,9 @@ def engine_preset(name: str) -> EnginePreset:
         raise UnknownNameError("engine", name, engines | presets.keys(), "; an engine takes a version: vllm-0.23.0")
     if not text:
         return generations[-1]
-    try:
-        version = Version(text)
-    except InvalidVersion:
+    preset = next((preset for preset in generations if preset.covers(text)), None)
+    if preset is None:
         raise InputError(
-            f"engine {name!r}: {text!r} is no version; write {engine}-0.23.0, or one of {', '.join(sorted(presets))}"
-        ) from None
-    preset = next(preset for preset in generations if preset.covers(version))
-    return msgspec.structs.replace(preset, version=str(version))
+            f"engine {name!r}: {text!r} is not a version; write {engine}-0.23.0, or one of {', '.join(sorted(presets))}"
+        )
+    return msgspec.structs.replace(preset, version=text)

@@ -83,7 +83,7 @@ def test_partial_prefills_set_the_threshold() -> None:
         ({"kind": "vlm"}, r"unknown kind of engine 'vlm'; did you mean 'vllm'\?"),
         ({"max_num_sequences": 3}, r"engine: unknown key `max_num_sequences`; did you mean 'max_num_seqs'\?"),
         ({"max_num_seqs": 0}, "engine: max_num_seqs must be"),
-        ({"version": "newest"}, "engine version 'newest' is no version; write it as 0.23.0"),
+        ({"version": "newest"}, "engine version 'newest' is not a version; write it as 0.23.0"),
         ({"version": "0.6.3"}, r"vLLM 0.6.3: schedulers before 0.10 \(engine V0\) are not modelled"),
         ({"max_num_batched_tokens": 8, "max_num_seqs": 16}, "max_num_batched_tokens 8 is less than max_num_seqs 16"),
         (

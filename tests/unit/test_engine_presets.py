@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from packaging.version import Version
 
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.engine_presets import engine_preset, engine_presets
@@ -34,13 +33,13 @@ def test_a_name_means_one_generation(name: str, preset: str) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "trtllm", "sglang"])
 def test_generations_of_an_engine_neither_overlap_nor_leave_a_gap(engine: str, version: str) -> None:
     generations = [preset for preset in engine_presets().values() if preset.engine == engine]
-    assert sum(preset.covers(Version(version)) for preset in generations) == 1
+    assert sum(preset.covers(version) for preset in generations) == 1
 
 
 def test_unknown_engines_and_versions_are_refused() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown engine 'tgi'.*vllm-2026"):
         engine_preset("tgi")
-    with pytest.raises(InputError, match=r"'nightly' is no version; write vllm-0\.23\.0"):
+    with pytest.raises(InputError, match=r"'nightly' is not a version; write vllm-0\.23\.0"):
         engine_preset("vllm-nightly")
 
 
