@@ -35,7 +35,7 @@ class BatchingEngine(ABC):
         self.waiting = FcfsQueue()
         self.running: list[Sequence] = []
         self.in_flight: deque[Step] = deque()
-        self.preemptions = self._prompt_tokens = self._cached_tokens = 0
+        self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._sequences: dict[RequestId, Sequence] = {}
         self._arrivals = self._admissions = self._ticks = 0
 
@@ -102,12 +102,10 @@ class BatchingEngine(ABC):
 
     def _emit(self, sequence: Sequence) -> Emitted:
         self.pool.register(sequence, min(sequence.computed, sequence.length))
-        reason = None
-        if sequence.length >= sequence.end:
-            reason = "length" if sequence.length >= sequence.limit else "stop"
+        reason = sequence.finish_reason
+        if reason is not None:
             self._end(sequence)
-        output_tokens = sequence.length - sequence.prompt_tokens
-        return Emitted(sequence.request.request_id, output_tokens, reason, sequence.cached_tokens, sequence.preemptions)
+        return Emitted.of(sequence, sequence.length, reason)
 
     def _hold(self, sequence: Sequence, tokens: int) -> None:
         """Give a sequence the blocks of its first tokens, which the scheduler has found to be there."""
@@ -121,35 +119,24 @@ class BatchingEngine(ABC):
         emits = computed >= sequence.length + sequence.pending
         if emits:
             sequence.pending += 1
-        step.scheduled.append(ScheduledTokens(sequence, tokens, past, emits))
-        if tokens == 1:
-            step.decodes += 1
-            step.context_tokens += past + 1
-        else:
-            step.chunks.append((tokens, past))
+        step.add(sequence, tokens, past, emits=emits)
 
     def _admit(self, sequence: Sequence, found: list[int]) -> None:
         """Move a waiting sequence to the running ones, with the blocks of its prefix that are cached."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self._admissions += 1
-        sequence.admission = self._admissions
         if found:
             self.pool.share(sequence, found)
-        sequence.computed = len(found) * self.pool.block_size
-        if sequence.status is SequenceStatus.WAITING:
-            sequence.cached_tokens = sequence.computed
-            self._prompt_tokens += sequence.prompt_tokens
-            self._cached_tokens += sequence.computed
-        sequence.status = SequenceStatus.RUNNING
+        if sequence.admit(self._admissions, len(found) * self.pool.block_size):
+            self.prompt_tokens += sequence.prompt_tokens
+            self.cached_tokens += sequence.cached_tokens
 
     def _preempt(self, step: Step, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it keeps its tokens, and computes their keys and values anew later."""
         self.running.remove(sequence)
         self.pool.release(sequence)
-        sequence.computed = sequence.registered = 0
-        sequence.preemptions += 1
-        sequence.status = SequenceStatus.PREEMPTED
+        sequence.preempt()
         self.waiting.put_back(sequence)
         self.preemptions += 1
         step.preempted.append(sequence)
@@ -224,12 +211,4 @@ class BatchingEngine(ABC):
     @property
     def counters(self) -> EngineCounters:
         """The state of the engine."""
-        return EngineCounters(
-            running=len(self.running),
-            waiting=len(self.waiting),
-            used_blocks=self.pool.blocks - self.pool.free_blocks,
-            blocks=self.pool.blocks,
-            preemptions=self.preemptions,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-        )
+        return EngineCounters.of(self)

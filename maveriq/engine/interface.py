@@ -16,10 +16,13 @@ Between events, all steps only decode. `quiet_run` says how many, and `advance` 
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.requests import EngineRequest, RequestId
+from maveriq.engine.sequence import Sequence
 from maveriq.engine.steps import Advanced, Emitted, Step
 
 
@@ -35,6 +38,20 @@ class QuietRun(NamedTuple):
     steps: int
     decodes: int
     context_tokens: int
+
+
+class CountedScheduler(Protocol):
+    """What `EngineCounters` are read from; `prompt_tokens` and `cached_tokens` are theirs."""
+
+    pool: KVBlockPool
+    running: list[Sequence]
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def waiting(self) -> Sized:
+        """The requests that are not running."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +75,20 @@ class EngineCounters:
     preemptions: int
     prompt_tokens: int
     cached_tokens: int
+
+    @classmethod
+    def of(cls, scheduler: CountedScheduler) -> EngineCounters:
+        """Return the state of what schedules an engine's requests."""
+        pool = scheduler.pool
+        return cls(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used_blocks=pool.blocks - pool.free_blocks,
+            blocks=pool.blocks,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+        )
 
     @property
     def kv_use(self) -> float:

@@ -67,6 +67,29 @@ class Sequence:
         self.preemptions = 0
         self.status = SequenceStatus.WAITING
 
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ends with its newest token: "length" or "stop"; None if it goes on."""
+        if self.length < self.end:
+            return None
+        return "length" if self.length >= self.limit else "stop"
+
+    def admit(self, admission: int, cached_tokens: int) -> bool:
+        """Count it as running, with the first tokens found in the prefix cache. Return whether it never ran before."""
+        is_first = self.status is SequenceStatus.WAITING
+        if is_first:
+            self.cached_tokens = cached_tokens
+        self.status = SequenceStatus.RUNNING
+        self.admission = admission
+        self.computed = cached_tokens
+        return is_first
+
+    def preempt(self) -> None:
+        """Count it as waiting again. It keeps its tokens; their keys and values are computed anew later."""
+        self.computed = self.registered = 0
+        self.preemptions += 1
+        self.status = SequenceStatus.PREEMPTED
+
     def __repr__(self) -> str:
         return (
             f"Sequence({self.request.request_id!r}, {self.status.name}, {self.computed}/{self.length} tokens, "

@@ -47,6 +47,15 @@ class Step:
         self.scheduled: list[ScheduledTokens] = []
         self.preempted: list[Sequence] = []
 
+    def add(self, sequence: Sequence, tokens: int, past: int, *, emits: bool) -> None:
+        """Let it compute tokens of a sequence; the arguments are those of `ScheduledTokens`."""
+        self.scheduled.append(ScheduledTokens(sequence, tokens, past, emits))
+        if tokens == 1:
+            self.decodes += 1
+            self.context_tokens += past + 1
+        else:
+            self.chunks.append((tokens, past))
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing is computed."""
@@ -74,6 +83,14 @@ class Emitted(NamedTuple):
     finish_reason: str | None
     cached_tokens: int = 0
     preemptions: int = 0
+
+    @classmethod
+    def of(cls, sequence: Sequence, length: int, finish_reason: str | None) -> Emitted:
+        """Return the token with which a sequence has `length` tokens, its prompt included."""
+        output_tokens = length - sequence.prompt_tokens
+        return cls(
+            sequence.request.request_id, output_tokens, finish_reason, sequence.cached_tokens, sequence.preemptions
+        )
 
 
 class Advanced(NamedTuple):

@@ -189,9 +189,7 @@ class VllmScheduler:
         self._singles.remove(victim)
         self.pool.register_own(victim)
         self.pool.release(victim)
-        victim.computed = victim.registered = 0
-        victim.preemptions += 1
-        victim.status = SequenceStatus.PREEMPTED
+        victim.preempt()
         self.waiting.put_back(victim)
         self.preemptions += 1
         self._step.preempted.append(victim)
@@ -223,14 +221,10 @@ class VllmScheduler:
             waiting.take()
             self.running.append(sequence)
             self._singles.append(sequence)
-            if sequence.status is SequenceStatus.WAITING:
-                sequence.cached_tokens = cached
+            self._admissions += 1
+            if sequence.admit(self._admissions, cached):
                 self.prompt_tokens += sequence.prompt_tokens
                 self.cached_tokens += cached
-            sequence.status = SequenceStatus.RUNNING
-            sequence.computed = cached
-            self._admissions += 1
-            sequence.admission = self._admissions
             self._schedule(sequence, tokens, scheduled)
 
     def _place(self, sequence: Sequence) -> tuple[list[int], int] | None:
@@ -260,12 +254,7 @@ class VllmScheduler:
             emits = computed >= sequence.length + sequence.pending
             if emits and asynchronous:
                 pending = sequence.pending = sequence.pending + 1
-            step.scheduled.append(ScheduledTokens(sequence, tokens, past, emits))
-            if tokens == 1:
-                step.decodes += 1
-                step.context_tokens += past + 1
-            else:
-                step.chunks.append((tokens, past))
+            step.add(sequence, tokens, past, emits=emits)
             if emits and computed <= sequence.end - 2 and self._counts_together and self._may_join(sequence):
                 self._singles.remove(sequence)
                 self.cohort.join(sequence, step.tick + 1, pending)
@@ -401,15 +390,12 @@ class VllmScheduler:
 
     def _emit(self, sequence: Sequence) -> Emitted:
         """Return a sequence's newest token; end the sequence if it is the last."""
-        length = sequence.length
-        reason = None
         if sequence.cohort_entry:
-            length = self.cohort.length_of(sequence, self._done)
-        elif length >= sequence.end:
-            reason = "length" if length >= sequence.limit else "stop"
+            return Emitted.of(sequence, self.cohort.length_of(sequence, self._done), None)
+        reason = sequence.finish_reason
+        if reason is not None:
             self._end(sequence)
-        output_tokens = length - sequence.prompt_tokens
-        return Emitted(sequence.request.request_id, output_tokens, reason, sequence.cached_tokens, sequence.preemptions)
+        return Emitted.of(sequence, sequence.length, reason)
 
     def _end(self, sequence: Sequence) -> None:
         """Free what a sequence holds, at once."""

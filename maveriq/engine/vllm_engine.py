@@ -94,13 +94,4 @@ class VllmEngine:
     @property
     def counters(self) -> EngineCounters:
         """The state of the engine."""
-        scheduler = self.scheduler
-        return EngineCounters(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            used_blocks=scheduler.pool.blocks - scheduler.pool.free_blocks,
-            blocks=scheduler.pool.blocks,
-            preemptions=scheduler.preemptions,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_tokens=scheduler.cached_tokens,
-        )
+        return EngineCounters.of(self.scheduler)

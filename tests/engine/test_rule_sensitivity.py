@@ -24,7 +24,7 @@ MUTANTS = {
         "                    if victim is sequence:\n                        return",
         "                    if victim is sequence:\n                        tokens = 0\n                        break",
     ),
-    "generated tokens are lost": ("vllm", "victim.preemptions += 1", "victim.length = victim.prompt_tokens"),
+    "generated tokens are lost": ("vllm", "victim.preempt()", "victim.preempt(); victim.length = victim.prompt_tokens"),
     "the last token in flight is scheduled again": (
         "vllm",
         "sequence.computed + 2 - pending >= sequence.limit",
