@@ -14,7 +14,7 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_RELEASE = re.compile(r"v?(\d{1,6}(?:\.\d{1,6})*)(?:[-.+]?[a-z][\w.+-]*)?")
+_MAX_VERSION_LENGTH = 100
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -23,10 +23,14 @@ def release_numbers(version: str) -> tuple[int, ...] | None:
 
     Zeros at the end are left out, so that 1, 1.0 and 1.0.0 are equal. A release candidate has its release's numbers.
     """
-    match = _RELEASE.fullmatch(version.strip().casefold())
-    if match is None:
+    from packaging.version import InvalidVersion, Version  # late: most commands name no version
+
+    if len(version) > _MAX_VERSION_LENGTH:
         return None
-    numbers = [int(number) for number in match[1].split(".")]
+    try:
+        numbers = list(Version(version).release)
+    except InvalidVersion:
+        return None
     while len(numbers) > 1 and not numbers[-1]:
         numbers.pop()
     return tuple(numbers)
