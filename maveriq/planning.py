@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from maveriq.errors import InputError
 from maveriq.scenario.options import INTENTS, check_ranges, convert_types, option
 
 if TYPE_CHECKING:
-    from maveriq.domain.cluster import Cluster
+    from maveriq.domain.cluster import Cluster, Gpu
     from maveriq.domain.deployments import EndpointSpec
     from maveriq.domain.models import ModelSpec
     from maveriq.estimate.cluster_profiles import ClusterProfiles
@@ -218,7 +218,7 @@ def _rank(
 
 
 def _note_on_accuracy(endpoint: EndpointSpec, ranking: Ranking) -> tuple[str, ...]:
-    """Return a note where the ranking would need an accuracy that nobody measured."""
+    """Return a note where the ranking would need an accuracy that was never measured."""
     from maveriq.policy.configuration import NEVER_MEASURED
 
     name, table = endpoint.model.name, "--accuracy FILE takes a table"
@@ -230,7 +230,7 @@ def _note_on_accuracy(endpoint: EndpointSpec, ranking: Ranking) -> tuple[str, ..
     return ()
 
 
-_MOST_GPUS = 1024  # beyond, a count helps nobody
+_MOST_GPUS = 1024  # the search ends here
 
 
 def _note_on_more_gpus(
@@ -244,9 +244,15 @@ def _note_on_more_gpus(
     too_large = any(rejected.reason in (NO_MEMORY, NO_ROOM) for rejected in ranking.rejected)
     if not too_large or len(cluster.kinds) > 1 or cluster.kinds[0] not in gpu_sheets():
         return ()
+    emptiest = max(cluster.gpus, key=lambda gpu: gpu.capacity_bytes - gpu.idle_bytes)
+
+    def like_emptiest(gpu: Gpu) -> Gpu:
+        return replace(gpu, capacity_bytes=emptiest.capacity_bytes, idle_bytes=emptiest.idle_bytes)
+
     count = 2 * len(cluster)
     while count <= _MOST_GPUS:
         larger = cluster_from(f"{count}x{cluster.kinds[0]}")
+        larger = replace(larger, gpus=tuple(map(like_emptiest, larger.gpus)))
         found = _rank(
             endpoint, larger, profiles, _planner(endpoint.model, larger, profiles, options), in_ms=False
         ).candidates

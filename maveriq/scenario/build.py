@@ -94,9 +94,9 @@ def build_system(
     profiles = profiles_for(options.profile, options.gpus, options.accuracy)
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(options, profile, cluster)
-    models = [entry.model for entry in load_model_set(options.models).entries]
-    name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator, models)
     workload = workload_for(options, profile, slo_scale=options.slo_scale)
+    models = [endpoint.model for endpoint in workload.endpoints]
+    name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator, models)
     engines = _continuous_engines(options, profiles, components)
     if engines is not None:
         engine_tokens = engines.sequence_limit(workload.endpoints)

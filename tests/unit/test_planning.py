@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -159,6 +160,18 @@ def test_too_few_gpus_say_how_many_it_takes(model: str, gpus: str, needed: str) 
     kind = needed.split()[4]
     assert plan(model, gpus=f"{enough}x{kind}").ranking.candidates
     assert not plan(model, gpus=f"{enough - 1}x{kind}").ranking.candidates
+
+
+def test_how_many_it_takes_counts_the_memory_that_the_cluster_says(tmp_path: Path) -> None:
+    file = tmp_path / "small.toml"
+    text = 'name = "small"\ngpu = "H100-SXM"\ncount = {}\nmemory_gib = 16\n'
+    file.write_text(text.format(1), encoding="utf-8")
+    failure = plan("qwen3-32b", gpus=str(file)).failure
+    found = re.search(r"it would take (\d+) H100-SXM", failure)
+    assert found is not None
+    assert int(found[1]) > 1
+    file.write_text(text.format(found[1]), encoding="utf-8")
+    assert rank_configurations("qwen3-32b", PlanOptions(gpus=str(file))).ranking.candidates
 
 
 @pytest.mark.heavy
