@@ -14,26 +14,7 @@ _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_MAX_VERSION_LENGTH = 100
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-def release_numbers(version: str) -> tuple[int, ...] | None:
-    """Return the numbers of a version such as `0.23.0`, `v0.15.1` or `1.2.0rc6.post3`; None if it is not a version.
-
-    Zeros at the end are left out, so that 1, 1.0 and 1.0.0 are equal. A release candidate has its release's numbers.
-    """
-    from packaging.version import InvalidVersion, Version  # late: most commands name no version
-
-    if len(version) > _MAX_VERSION_LENGTH:
-        return None
-    try:
-        numbers = list(Version(version).release)
-    except InvalidVersion:
-        return None
-    while len(numbers) > 1 and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def check_name(name: str, what: str, *, remedy: str = "") -> None:

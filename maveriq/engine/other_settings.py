@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
+from maveriq.domain.engine_versions import release_of
 from maveriq.engine.exclusive import ExclusiveEngine
 from maveriq.engine.interface import Engine
 from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.settings import Count, EngineHost, ResolvedSettings, Share
 from maveriq.engine.sglang import SglangEngine
 from maveriq.engine.trtllm import CapacityPolicy, ChunkingPolicy, TrtllmEngine
-from maveriq.engine.versions import release_of, sglang_chunk_tokens
+from maveriq.engine.versions import sglang_chunk_tokens
 from maveriq.errors import InputError
 
 _MB_PER_GIB = 1024

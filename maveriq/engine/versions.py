@@ -7,25 +7,13 @@ from typing import Annotated
 
 import msgspec
 
+from maveriq.domain.engine_versions import release_of
 from maveriq.errors import InputError
 from maveriq.files import data_path
 from maveriq.tables import read_toml
-from maveriq.text import release_numbers
 
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-
-
-def release_of(version: str) -> tuple[int, ...]:
-    """Return the numbers of an engine's version, as `release_numbers`.
-
-    Raises:
-        InputError: it is not a version.
-    """
-    release = release_numbers(version)
-    if release is None:
-        raise InputError(f"engine version {version!r} is not a version; write it as 0.23.0")
-    return release
 
 
 class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from maveriq.domain.engine_versions import release_numbers
 from maveriq.domain.models import KvType, WeightType
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.engine_memory import EngineSettings
@@ -19,7 +20,6 @@ from maveriq.estimate.log_grid import Sizes
 from maveriq.estimate.operators import EngineKernels
 from maveriq.files import data_path
 from maveriq.tables import read_toml
-from maveriq.text import release_numbers
 
 DEFAULT_ENGINE = "vllm"
 """The engine that is estimated where none is named."""
