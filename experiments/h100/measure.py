@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_all(stages: list[Stage], options: argparse.Namespace) -> int:
-    environment: dict[str, Any] = {"arguments": sys.argv[1:], "started_unix_s": options.started, "gpu": [_gpu_state()]}
+    arguments = [argument for argument in sys.argv[1:] if argument != str(options.out)]  # records name no folder
+    environment: dict[str, Any] = {"arguments": arguments, "started_unix_s": options.started, "gpu": [_gpu_state()]}
     end = time.monotonic() + options.budget_s
     failures = 0
     with (options.out / "log.txt").open("a", encoding="utf-8") as log:

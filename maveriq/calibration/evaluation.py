@@ -177,7 +177,7 @@ def errors_of_estimate(
     Args:
         measured: the measurement.
         latency: the estimate in seconds, and its interval.
-        memory: the estimate in GiB, and its interval; None if there is no estimate.
+        memory: the estimated memory in GiB with its interval, or None without an estimate.
     """
     latency_ratio = latency[0] / measured.latency_s
     memory_ratio = None if memory is None else memory[0] / measured.memory_gib

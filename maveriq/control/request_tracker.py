@@ -114,7 +114,7 @@ class RequestTracker:
         self._attempts[row] += 1
 
     def progressed(self, progress: EngineProgress, requests: Mapping[int, Request], now_us: Micros) -> None:
-        """Record what a step of a continuous engine did, save who finished.
+        """Record what a step of a continuous engine did, but not which requests finished.
 
         A request that was preempted counts as running until it ends.
 

@@ -1,4 +1,4 @@
-"""The paged KV cache: a pool of blocks with reference counts, and a prefix cache over blocks that nobody uses.
+"""The paged KV cache: a pool of blocks with reference counts, and a prefix cache over blocks that no request uses.
 
 The rules are those of vLLM V1 (`vllm/v1/core/block_pool.py`, `single_type_kv_cache_manager.py`; SCHEDULERS 1.3, 1.4):
 free blocks form a queue, allocation takes them from its head and forgets what they held, and a sequence that ends

@@ -52,7 +52,7 @@ class SglangEngine(BatchingEngine):
         self._first_ratio = min(_INITIAL_RATIO * conservativeness, 1.0)
         self._least_ratio = _LEAST_SHARE * self._first_ratio
         self.new_token_ratio = self._first_ratio
-        self._is_full = False  # somebody found no room, and nobody has ended since
+        self._is_full = False  # a request found no room, and none has ended since
         self._chunked: Sequence | None = None  # the one whose prompt is not computed to its end
 
     def _compose(self, step: Step) -> None:

@@ -174,7 +174,7 @@ class TrtllmEngine(BatchingEngine):
     # Tokens of a step
 
     def _micro_batch(self, chosen: list[Sequence]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
-        """Return who decodes, and of whose prompts how many tokens are computed."""
+        """Return the sequences that decode, and how many prompt tokens of each other one are computed."""
         generating: list[Sequence] = []
         contexts: list[tuple[Sequence, int]] = []
         left = self.max_num_tokens

@@ -201,7 +201,7 @@ class VllmScheduler:
 
     def _register(self, sequence: Sequence, tokens: int) -> None:
         if sequence.keys == []:
-            sequence.registered = tokens  # nobody else can find any of it
+            sequence.registered = tokens  # no other request can find it in the cache
         else:
             self.pool.register(sequence, tokens)
 
@@ -282,7 +282,7 @@ class VllmScheduler:
         return not is_short or self.running[self.cohort.size :] == self._singles
 
     def _may_join(self, sequence: Sequence) -> bool:
-        """Return whether nobody else can find what a sequence generates."""
+        """Return whether no other request can find what a sequence generates in the prefix cache."""
         if sequence.keys == [] or not self.pool.prefix_caching or not sequence.request.is_shareable:
             return True
         return shareable_tokens(sequence.request) <= sequence.prompt_tokens
@@ -312,7 +312,7 @@ class VllmScheduler:
     # Runs of steps in which nothing happens
 
     def quiet_steps(self) -> int:
-        """Return how many next steps only decode: nobody is admitted or preempted, and who ends does so in the last.
+        """Return how many of the next steps only decode: no request is admitted or preempted; some may end in the last.
 
         It is 0 where the scheduler cannot tell. A request that is submitted or aborted ends the run.
         """
@@ -337,7 +337,7 @@ class VllmScheduler:
         return steps
 
     def advance(self, steps: int) -> Advanced:
-        """Compose `steps` steps and take the tokens of as many, at most as many as `quiet_steps` said."""
+        """Compose `steps` steps, at most `quiet_steps`, and take the tokens of as many."""
         cohort, in_flight = self.cohort, self.in_flight
         size = cohort.size
         self.pool.take(cohort.blocks_needed(steps))

@@ -146,7 +146,7 @@ def remove_unused_shared_memory(paths: Collection[str]) -> None:
         unused -= shared_memory_of(pid)
         unused -= _open_files(pid)
     for path in unused:
-        with contextlib.suppress(OSError):  # it belongs to somebody else
+        with contextlib.suppress(OSError):  # another user owns it
             Path(path).unlink()
 
 

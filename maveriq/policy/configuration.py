@@ -99,7 +99,7 @@ NO_MEMORY, NO_ROOM = "does not fit the free memory", "has no room for the KV cac
 """Why a configuration is rejected that more or larger GPUs would hold."""
 
 NEVER_MEASURED = "its accuracy was never measured"
-"""Why a configuration is rejected whose accuracy nobody knows."""
+"""Why a configuration is rejected whose accuracy was never measured."""
 
 _SPEC_WEIGHTS = (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4, WeightType.INT4_GPTQ, WeightType.FP8)
 _SPEC_KV = (KvType.INT8, KvType.NATIVE)

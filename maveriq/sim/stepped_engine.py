@@ -41,7 +41,7 @@ class _InFlight:
 
     @property
     def may_be_skipped(self) -> bool:
-        """Whether it is certain that nobody gets a first or a last token in it."""
+        """Whether it is certain that no request gets its first or its last token in it."""
         step = self.step
         return (
             step is not None
@@ -217,7 +217,7 @@ class SteppedEngine:
         self._aborts.clear()
 
     def _note_starts(self, ended: _InFlight, progress: EngineProgress) -> None:
-        """Note who was computed for the first time in a step that ends now, and who was preempted for it."""
+        """Note which requests a step that ends now computed for the first time, and which were preempted for it."""
         step, boundary = ended.step, self._boundary
         assert step is not None and boundary is not None  # noqa: S101, PT018
         if self._unstarted:

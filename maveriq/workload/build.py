@@ -175,7 +175,7 @@ def _memory_share(entry: ModelEntry) -> float | None:
     """Return the share of each GPU's memory that a model's engines take; None for what their configuration needs."""
     if entry.engine is None:
         return None
-    # The share depends on the engine alone, its other defaults on the model and the GPU.
+    # The share of vLLM and TensorRT-LLM depends on the engine alone. That of SGLang is taken for a GPU of 80 GB.
     return entry.engine.resolve(EngineHost(context_tokens=entry.model.context_tokens or 1)).memory_share
 
 
