@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ FINAL_STATUSES = (
 )
 
 
+PREFIX_HASH_TOKENS = 512
+"""Tokens that a prefix hash stands for where nothing else is said, as in Mooncake's traces."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """One prompt to one endpoint.
@@ -50,6 +55,10 @@ class Request:
         slo_us: latency objective, 0 for none.
         priority: goes to the head of the queue (`prior_inference`).
         prompt_id: equal for equal prompts, from 1; 0 where that is unknown.
+        session_id: of the conversation that it is a turn of, from 1; 0 for none.
+        prefix_hashes: the i-th stands for the first `(i + 1) * prefix_hash_tokens` tokens: equal ones, equal tokens.
+            They may go on beyond the prompt, into the output, where later prompts repeat it. Empty where it is unknown.
+        prefix_hash_tokens: tokens for each of `prefix_hashes`.
     """
 
     request_id: int
@@ -60,6 +69,9 @@ class Request:
     slo_us: Micros = 0
     priority: bool = False
     prompt_id: int = 0
+    session_id: int = 0
+    prefix_hashes: Sequence[int] = ()
+    prefix_hash_tokens: int = PREFIX_HASH_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

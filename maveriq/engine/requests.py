@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from maveriq.domain.requests import PREFIX_HASH_TOKENS
 from maveriq.errors import InputError
 
 RequestId: TypeAlias = int | str
@@ -47,7 +48,7 @@ class EngineRequest:
     priority: int = 0
     prompt_id: Hashable | None = None
     prefix_hashes: Sequence[Hashable] | None = None
-    prefix_hash_tokens: int = 512
+    prefix_hash_tokens: int = PREFIX_HASH_TOKENS
     token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:

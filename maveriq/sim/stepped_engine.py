@@ -121,6 +121,8 @@ class SteppedEngine:
             output_tokens=request.output_tokens,
             priority=0 if request.priority else 1,
             prompt_id=request.prompt_id or None,
+            prefix_hashes=request.prefix_hashes or None,
+            prefix_hash_tokens=request.prefix_hash_tokens,
         )
         heappush(self._arrivals, _Arrival(ready_us, self._submitted, asked))
         self._cut(self._arrivals[0].ready_us)

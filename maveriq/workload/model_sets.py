@@ -33,7 +33,8 @@ class ModelEntry:
 
     `load_at` 0 is the start of the run, None before it: the model is up when the first request arrives.
     `configuration` is the one to use, None for the policy's choice. `engine` are the settings of its continuous
-    engines, None for exclusive ones.
+    engines, None for exclusive ones. `expected_rps` is how many requests a second it is expected to get. `share`
+    is its part, in any unit, of the requests of a workload that does not say which model each is for.
 
     None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
     model's configuration was read from, None for a model of the catalogue.
@@ -47,6 +48,8 @@ class ModelEntry:
     config: Path | None = None
     configuration: ParallelConfig | None = None
     engine: ContinuousSettings | None = None
+    expected_rps: float | None = None
+    share: float | None = None
 
     @property
     def batching(self) -> Batching:
@@ -125,6 +128,8 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     weights: str | None = None
     kv: str | None = None
     engine: str | dict[str, Any] | None = None
+    expected_rps: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
+    share: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -175,6 +180,8 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         config=config,
         configuration=configuration,
         engine=engine,
+        expected_rps=entry.expected_rps,
+        share=entry.share,
     )
 
 
