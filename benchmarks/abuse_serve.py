@@ -1,6 +1,6 @@
 """Abuse `maveriq serve` in many ways beside well-behaved clients, and check that these are served as before.
 
-Usage: python benchmarks/abuse_serve.py [--seconds 60] [--clients 20] [--time-scale 0.1]
+Usage: python benchmarks/abuse_serve.py [--seconds 60] [--clients 20] [--time-scale 1]
 
 The script starts a server with a token on emulated engines, and well-behaved clients that stream completions. The first
 third of the time is quiet. In the rest a second process holds idle connections, sends heads byte by byte, and floods
@@ -10,8 +10,9 @@ chats with models whose files are hostile: chat templates that loop without end 
 whose regular expression backtracks, and tokenizers that are endless, or links to a device or out of the folder.
 
 The script prints the results as JSON, and exits with 1 if a well-behaved client gets an error other than 429, the 99th
-percentile of its time to first token at least doubles, that of the probes of /health exceeds 250 ms, the memory of the
-server grows by more than 50 MiB, or its log by more than 1 MB. `--seconds 1800` takes half an hour.
+percentile of its queueing (until its execution starts, from /metrics) at least doubles, that of the probes of /health
+exceeds 250 ms, the memory of the server grows by more than 50 MiB, or its log by more than 1 MB. The time to first
+token, over HTTP, is printed beside. `--seconds 1800` takes half an hour.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ WARM_UP_S = 5.0  # not measured
 SETTLE_S = 2.0  # after the beginning of the abuse, not measured
 THINK_S = 0.2
 PROBE_EVERY_S = 0.1
+ATTACKER_NICENESS = 10
 MAX_P99_GROWTH = 2.0
 MAX_PROBE_MS = 250.0
 MAX_MEMORY_GROWTH_MIB = 50.0
@@ -55,14 +57,14 @@ class Phase:
     """What was measured in one phase."""
 
     statuses: Counter[str] = field(default_factory=Counter)
-    queueing_ms: list[float] = field(default_factory=list)  # until the first token
+    first_token_ms: list[float] = field(default_factory=list)  # over HTTP
     probe_ms: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures of the phase."""
         return {
             "statuses": dict(self.statuses),
-            "first_token_ms": {"p50": percentile(self.queueing_ms, 50), "p99": percentile(self.queueing_ms, 99)},
+            "first_token_ms": {"p50": percentile(self.first_token_ms, 50), "p99": percentile(self.first_token_ms, 99)},
             "health_ms": {"p99": percentile(self.probe_ms, 99), "max": percentile(self.probe_ms, 100)},
         }
 
@@ -75,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of both phases (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=20, help="well-behaved clients (default: %(default)s)")
-    parser.add_argument("--time-scale", type=float, default=0.1, help="as of `maveriq serve` (default: %(default)s)")
+    parser.add_argument("--time-scale", type=float, default=1.0, help="as of `maveriq serve` (default: %(default)s)")
     parser.add_argument("--attack", metavar="URL", help=argparse.SUPPRESS)  # the second process
     options = parser.parse_args()
     if options.attack:
@@ -173,14 +175,14 @@ async def load(url: str, environment: dict[str, str], pid: int, seconds: float, 
         tasks.append(asyncio.create_task(probe(http, phases)))
         await asyncio.sleep(WARM_UP_S)
         phases.append(quiet)
-        quiet_cpu = await cpu_share(http, QUIET_SHARE * seconds)
+        quiet_server = await watch(http, QUIET_SHARE * seconds)
         memory_before_mib = memory_mib(pid)
         phases.append(ignored)
         command = [sys.executable, __file__, "--attack", url]
         attacker = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
         await asyncio.sleep(SETTLE_S)
         phases.append(abused)
-        abused_cpu = await cpu_share(http, (1 - QUIET_SHARE) * seconds)
+        abused_server = await watch(http, (1 - QUIET_SHARE) * seconds)
         phases.append(ignored)
         memory_after_mib = memory_mib(pid)
         attacker.terminate()
@@ -193,8 +195,8 @@ async def load(url: str, environment: dict[str, str], pid: int, seconds: float, 
         "clients": clients,
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "attacks": json.loads(attacks),
-        "quiet": quiet.to_json() | {"server_cpu_cores": quiet_cpu},
-        "abused": abused.to_json() | {"server_cpu_cores": abused_cpu},
+        "quiet": quiet.to_json() | quiet_server,
+        "abused": abused.to_json() | abused_server,
         "memory_mib": {"before": memory_before_mib, "after": memory_after_mib},
     }
 
@@ -222,7 +224,7 @@ async def client(http: httpx.AsyncClient, number: int, phases: list[Phase]) -> N
                 first_s = time.monotonic()
                 done = [line async for line in lines if line == "data: [DONE]"]
             phases[-1].statuses["completed" if response.is_success and done else str(response.status_code)] += 1
-            phases[-1].queueing_ms.append((first_s - begun_s) * 1e3)
+            phases[-1].first_token_ms.append((first_s - begun_s) * 1e3)
         except httpx.HTTPError as error:
             phases[-1].statuses[f"{type(error).__name__}: {error}"[:100]] += 1
         await asyncio.sleep(THINK_S)
@@ -240,15 +242,44 @@ async def probe(http: httpx.AsyncClient, phases: list[Phase]) -> None:
         await asyncio.sleep(PROBE_EVERY_S)
 
 
-async def cpu_share(http: httpx.AsyncClient, seconds: float) -> float:
-    """Wait, and return how many cores the server used meanwhile."""
-    cpu_s, clock_s = [], []
-    for pause_s in (seconds, 0):
-        metrics = (await http.get("/metrics")).text
-        cpu_s.append(float(re.findall(r"^process_cpu_seconds_total (\S+)", metrics, re.MULTILINE)[0]))
-        clock_s.append(time.monotonic())
-        await asyncio.sleep(pause_s)
-    return round((cpu_s[1] - cpu_s[0]) / (clock_s[1] - clock_s[0]), 2)
+async def watch(http: httpx.AsyncClient, seconds: float) -> dict[str, Any]:
+    """Wait, and return what the metrics of the server say of this time: cores in use, and queueing."""
+    before, begun_s = (await http.get("/metrics")).text, time.monotonic()
+    await asyncio.sleep(seconds)
+    after, ended_s = (await http.get("/metrics")).text, time.monotonic()
+    cpu_s = cpu_seconds(after) - cpu_seconds(before)
+    counts = Counter(queueing_counts(after))
+    counts.subtract(queueing_counts(before))
+    return {
+        "server_cpu_cores": round(cpu_s / (ended_s - begun_s), 2),
+        "queueing_cluster_s": {"p50": histogram_percentile(counts, 50), "p99": histogram_percentile(counts, 99)},
+    }
+
+
+def cpu_seconds(metrics: str) -> float:
+    return float(re.findall(r"^process_cpu_seconds_total (\S+)", metrics, re.MULTILINE)[0])
+
+
+def queueing_counts(metrics: str) -> Counter[float]:
+    """Return how many requests of the well-behaved clients' models waited at most so long, in the cluster's seconds."""
+    counts: Counter[float] = Counter()
+    for bound, model, count in re.findall(
+        r'^maveriq_request_queue_seconds_bucket{le="(\S+?)",model="(\S+?)"} (\S+)', metrics, re.MULTILINE
+    ):
+        counts[float(bound)] += int(float(count)) if model in MODELS else 0
+    return counts
+
+
+def histogram_percentile(counts: Counter[float], share: float) -> float:
+    """Return a percentile from cumulative counts, linear within a bucket, as Prometheus does."""
+    bounds = sorted(counts)
+    rank = share / 100 * counts[bounds[-1]]
+    low_s, below = 0.0, 0
+    for bound_s in bounds:
+        if counts[bound_s] >= rank and counts[bound_s] > below:
+            return round(low_s + (bound_s - low_s) * (rank - below) / (counts[bound_s] - below), 3)
+        low_s, below = bound_s, counts[bound_s]
+    return float("nan")
 
 
 def memory_mib(pid: int) -> float:
@@ -261,6 +292,7 @@ def memory_mib(pid: int) -> float:
 
 async def attack(url: str, token: str) -> None:
     """Attack a server until this process is terminated; print how often each attack was carried out."""
+    os.nice(ATTACKER_NICENESS)  # an attacker elsewhere takes no CPU time from the server's machine
     host, _, port = url.removeprefix("http://").partition(":")
     head = f"Host: localhost\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n"
     target = Target(host, int(port), head)
@@ -417,8 +449,8 @@ def faults_of(results: dict[str, Any]) -> list[str]:
     quiet, abused, memory = results["quiet"], results["abused"], results["memory_mib"]
     checks = {
         "no error other than 429": set(abused["statuses"]) <= {"completed", "429"},
-        "p99 of queueing less than doubles": abused["first_token_ms"]["p99"]
-        < MAX_P99_GROWTH * quiet["first_token_ms"]["p99"],
+        "p99 of queueing less than doubles": abused["queueing_cluster_s"]["p99"]
+        < MAX_P99_GROWTH * quiet["queueing_cluster_s"]["p99"],
         "99 % of the probes of /health within 250 ms": abused["health_ms"]["p99"] <= MAX_PROBE_MS,
         "memory is flat": memory["after"] - memory["before"] <= MAX_MEMORY_GROWTH_MIB,
         "the log is small": results["log_bytes"] < 1_000_000,

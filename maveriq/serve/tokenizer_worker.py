@@ -29,6 +29,7 @@ from maveriq.exec.model_files import read_model_file
 MAX_TOKENS = 1_000_000
 """A longer prompt is an error."""
 
+_NICENESS = 10  # where cores are short, the server and its engines go first, and a hostile model last
 _OPEN_FILES = 64
 _MAX_OUTPUTS = 4096
 
@@ -278,6 +279,7 @@ def _allow_cpu_time(seconds: int) -> None:
 
 def main() -> None:
     """Serve calls from stdin."""
+    os.nice(_NICENESS)
     calls, worker = sys.stdin.buffer, _Worker(sys.stdout.buffer)
     while len(header := calls.read(FRAME_LENGTH_BYTES)) == FRAME_LENGTH_BYTES:
         worker.take(_CALLS.decode(calls.read(int.from_bytes(header, "big"))))
