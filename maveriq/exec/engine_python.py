@@ -10,8 +10,9 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ import msgspec
 from maveriq.errors import InputError, UnknownNameError, cannot_write
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.engines.interpreter import module_command
+from maveriq.exec.interrupt import stop_signals_deferred
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 """The versions of Python in which the process of an engine is tested."""
@@ -206,15 +208,26 @@ def process_group(
     Raises:
         OSError: it cannot be started.
     """
-    with subprocess.Popen(  # noqa: S603 - an interpreter that the user named
-        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            with suppress(ProcessLookupError, PermissionError):  # the group has ended
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
+    with ExitStack() as stack:
+        with stop_signals_deferred():
+            process = stack.enter_context(
+                subprocess.Popen(  # noqa: S603 - an interpreter that the user named
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+            stack.push(partial(_kill_group_on_error, process.pid))
+        yield process
+
+
+def _kill_group_on_error(group: int, error: type[BaseException] | None, *_: object) -> None:
+    if error is not None:
+        with suppress(ProcessLookupError, PermissionError):  # the group has ended
+            os.killpg(group, signal.SIGKILL)
 
 
 def link_package(scratch: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,6 +17,27 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     """
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
+
+
+@contextmanager
+def stop_signals_deferred() -> Iterator[None]:
+    """Handle the signals that ask the process to stop at the end of the block, and not within it.
+
+    A process that is started in the block is thus known when an interrupt is raised. It inherits no blocked signals.
+    Outside the main thread, where no handler runs, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for late in arrived:
+            signal.raise_signal(late)
 
 
 class InterruptHandler:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_fixtures import TIMEOUT_S
@@ -15,7 +19,7 @@ from python_environments import environment_with, is_running
 
 from maveriq.errors import InputError
 from maveriq.exec import engine_python
-from maveriq.exec.engine_python import EnginePython, check_engine_python, parse_engine_pythons
+from maveriq.exec.engine_python import EnginePython, check_engine_python, parse_engine_pythons, process_group
 from maveriq.exec.local_machine import EngineOptions, LocalMachine
 
 SOURCE = "--engine-python vllm=PYTHON"
@@ -167,3 +171,39 @@ def test_only_the_interpreter_of_the_backend_is_started(bare_python: Path, tmp_p
     assert machine.python_path == bare_python
     with pytest.raises(InputError, match=r"--engine-python vllm=/no/such/python: there is no file"):
         LocalMachine("vllm", others)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_process_starts_kills_that_process(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class InterruptedPopen(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(number)  # the process runs, and nothing refers to it yet
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", InterruptedPopen)
+    previous = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), process_group(["sleep", "60"], environment={}, stdout=2):
+            pytest.fail("the signal was lost")
+        assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, previous)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_in_other_threads_signals_are_left_alone() -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(_true_in_a_process).result() == 0
+
+
+def _true_in_a_process() -> int:
+    with process_group(["true"], environment={}, stdout=2) as process:
+        return process.wait()
