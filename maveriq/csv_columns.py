@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -29,7 +29,8 @@ MAX_BYTES = 1 << 30
 
 _BATCH_ROWS = 1 << 14
 _ROWS_AT_ONCE = 64  # a line may hold 1 MiB, of which only the chosen cells are kept
-_MAX_CELL = 1_000
+_MAX_CELL, _MAX_LONG_CELL = 1_000, 1 << 16
+_BATCH_CHARACTERS = 8 << 20
 
 ChooseColumns = Callable[[list[str]], Sequence[str]]
 """Returns which columns to read, given the header; raises InputError where it does not fit."""
@@ -62,7 +63,9 @@ class Batch:
             raise InputError(f"{self.where} cannot be used: {error}") from None
 
 
-def csv_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = SMALLER) -> Iterator[Batch]:
+def csv_batches(
+    path: Path, choose: ChooseColumns, *, what: str, remedy: str = SMALLER, long: Collection[str] = ()
+) -> Iterator[Batch]:
     """Yield the rows of a CSV file with a header, in batches.
 
     Args:
@@ -70,6 +73,7 @@ def csv_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = S
         choose: returns which columns to read.
         what: the kind of file, for messages.
         remedy: what to do about a file that is too large, for the message.
+        long: columns whose cells may be lists, up to 64 KiB each; others hold a number, a date or a name.
 
     Raises:
         InputError: the file cannot be read, a row has too few or too many cells, or there are no rows.
@@ -85,7 +89,7 @@ def csv_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = S
     pick = itemgetter(*(header.index(name) for name in chosen))
     picked: list[tuple[str, ...]] = []
     numbers: list[int] = []
-    found = False
+    found, characters = False, 0
     first_line = reader.line_num + 1
     while rows := _some(reader, where, _ROWS_AT_ONCE):
         lines, rows = _numbered(rows, first_line, reader.line_num)
@@ -94,18 +98,26 @@ def csv_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = S
             if len(cells) != len(header):
                 raise InputError(f"{where}, line {number}: {cells_and_header(cells, header)}")
         found = found or bool(rows)
-        picked += map(pick, rows)
+        cells_of_rows = list(map(pick, rows))
+        picked += cells_of_rows
         numbers += lines
-        if len(picked) >= _BATCH_ROWS:
-            yield _batch(where, chosen, picked, numbers)
-            picked, numbers = [], []
+        characters += sum(map(len, itertools.chain.from_iterable(cells_of_rows)))
+        if len(picked) >= _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+            yield _batch(where, chosen, picked, numbers, long)
+            picked, numbers, characters = [], [], 0
     if picked:
-        yield _batch(where, chosen, picked, numbers)
+        yield _batch(where, chosen, picked, numbers, long)
     if not found:
         raise InputError(f"{where} has a header but no row")
 
 
-def _batch(where: str, names: Sequence[str], rows: Sequence[tuple[str, ...]], lines: Sequence[int]) -> Batch:
+def _batch(
+    where: str,
+    names: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+    lines: Sequence[int],
+    long: Collection[str],
+) -> Batch:
     """Return rows as a batch.
 
     Raises:
@@ -113,9 +125,10 @@ def _batch(where: str, names: Sequence[str], rows: Sequence[tuple[str, ...]], li
     """
     columns: dict[str, Sequence[str]] = dict(zip(names, zip(*rows, strict=True), strict=True))
     for name, cells in columns.items():
-        if len(max(cells, key=len)) > _MAX_CELL:
-            number = next(number for number, cell in zip(lines, cells, strict=True) if len(cell) > _MAX_CELL)
-            raise InputError(f"{where}, line {number}: {name} is longer than {_MAX_CELL:,} characters")
+        limit = _MAX_LONG_CELL if name in long else _MAX_CELL
+        if len(max(cells, key=len)) > limit:
+            number = next(number for number, cell in zip(lines, cells, strict=True) if len(cell) > limit)
+            raise InputError(f"{where}, line {number}: {name} is longer than {limit:,} characters")
     return Batch(where=where, columns=columns, lines=lines)
 
 
@@ -136,8 +149,12 @@ def _numbered(rows: list[list[str]], first_line: int, last_line: int) -> tuple[S
     return [line for line, _ in numbered], [cells for _, cells in numbered]
 
 
-def json_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = SMALLER) -> Iterator[Batch]:
+def json_batches(
+    path: Path, choose: ChooseColumns, *, what: str, remedy: str = SMALLER, long: Collection[str] = ()
+) -> Iterator[Batch]:
     """Yield the lines of a file of JSON objects as rows, in batches; the keys of the first line are the header.
+
+    Arguments are those of `csv_batches`. A list is returned as its JSON text.
 
     Raises:
         InputError: the file cannot be read, or a line is not a JSON object or lacks a chosen key.
@@ -147,15 +164,25 @@ def json_batches(path: Path, choose: ChooseColumns, *, what: str, remedy: str = 
     objects = ((number, _json_object(line, where, number)) for number, line in lines if line.strip())
     first = next(objects)
     chosen = choose(list(first[1]))
-    rows = ((number, _json_cells(found, chosen, where, number)) for number, found in itertools.chain([first], objects))
-    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-        yield _batch(where, chosen, [cells for _, cells in batch], [number for number, _ in batch])
+    picked: list[tuple[str, ...]] = []
+    numbers: list[int] = []
+    characters = 0
+    for number, found in itertools.chain([first], objects):
+        cells = _json_cells(found, chosen, where, number)
+        picked.append(cells)
+        numbers.append(number)
+        characters += sum(map(len, cells))
+        if len(picked) >= _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+            yield _batch(where, chosen, picked, numbers, long)
+            picked, numbers, characters = [], [], 0
+    if picked:
+        yield _batch(where, chosen, picked, numbers, long)
 
 
 def _json_cells(found: dict[str, msgspec.Raw], names: Sequence[str], where: str, number: int) -> tuple[str, ...]:
     """Return the chosen values of a JSON object as text; only they are kept."""
     try:
-        return tuple(bytes(found[name])[: _MAX_CELL + 3].decode(errors="replace").strip('"') for name in names)
+        return tuple(bytes(found[name])[: _MAX_LONG_CELL + 3].decode(errors="replace").strip('"') for name in names)
     except KeyError as error:
         raise InputError(f"{where}, line {number}: no {error.args[0]}") from None
 

@@ -136,6 +136,28 @@ def read_text(path: Path, *, what: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return _decoded(data, where)
 
 
+def read_chunks(path: Path, *, what: str, max_bytes: int, remedy: str = SMALLER) -> Iterator[bytes]:
+    """Yield the content of a file in chunks of 1 MiB at most, unpacked if it is packed.
+
+    Args:
+        path: the file.
+        what: the kind of file, for messages.
+        max_bytes: the most that it may hold, unpacked.
+        remedy: what to do about a larger one, for the message.
+
+    Raises:
+        InputError: the file cannot be read or unpacked, is not a regular file, or is too large.
+    """
+    size = 0
+    with _open_unpacked(path, what=what) as (stream, unpacked_bytes):
+        limit = min(max_bytes, unpacked_bytes)
+        while chunk := stream.read(_CHUNK_BYTES):
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(f"{what} {str(path)!r}", limit, remedy)
+            yield chunk
+
+
 def read_head(path: Path, *, what: str) -> str:
     """Return the first 64 KiB of a file as text, unpacked if it is packed; what is not UTF-8 is replaced.
 

@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 from maveriq.domain.deployments import Intent, Objective
 from maveriq.testbed.recordings import RecordedRun, Scheduled, read_runs, read_scheduled
-from maveriq.workload.build import WorkloadOptions, build_workload
+from maveriq.workload.build import build_workload
+from maveriq.workload.options import WorkloadOptions
 
 PUBLIC_FILES: Mapping[str, str] = MappingProxyType(
     {"code": "AzureLLMInferenceTrace_code.csv", "conversation": "AzureLLMInferenceTrace_conv.csv"}

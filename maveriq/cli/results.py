@@ -24,9 +24,9 @@ from maveriq.report.terminal import no_color, open_console
 from maveriq.runs import Run
 from maveriq.scenario.defaults import resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
-from maveriq.workload.build import DEFAULT_SCALE
 from maveriq.workload.model_sets import known_model_sets
-from maveriq.workload.traces import TRACES
+from maveriq.workload.options import DEFAULT_SCALE
+from maveriq.workload.traces import SYNTHETIC, TRACES
 
 _IN_NAME = ("policy", "intent", "models", "trace", "scale")  # options that every name has
 _ENGINE_NOT_IN_NAME = ("backend", "real", "engine-python")  # the name has the backend; a path says little
@@ -47,7 +47,8 @@ def default_folder(options: Options, engines: EngineOptions | None = None) -> Pa
     models = _stem(options.models, ".toml", known_model_sets())
     trace = _stem(options.trace, ".csv", TRACES)
     parts = [_policy_of(options), options.intent, models, trace]
-    if options.rate is None and (options.scale is not None or options.trace in TRACES):
+    has_scale = options.rate is None and options.trace in TRACES and options.trace != SYNTHETIC
+    if has_scale or (options.rate is None and options.scale is not None):
         parts.append(f"{DEFAULT_SCALE if options.scale is None else options.scale:g}")
     parts += ["-".join(filter(None, changed)) for changed in changed_options(options) if changed[0] not in _IN_NAME]
     if engines is not None:

@@ -1,4 +1,4 @@
-"""`maveriq trace`: shows a workload, exports it as a schedule, and checks trace files."""
+"""`maveriq trace`: shows a workload, exports it as a schedule, and checks and converts trace files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from maveriq.cli.options import JsonFlag, OverwriteFlag, with_options
 from maveriq.cli.output import echo
+from maveriq.cli.trace_convert import convert
 from maveriq.estimate.hardware_profile import load_profile
 from maveriq.files import check_file_writable
 from maveriq.report.terminal import open_console
@@ -23,20 +24,22 @@ from maveriq.workload.summary import WorkloadSummary, summarise
 from maveriq.workload.trace_formats import RequestTrace, counted, remarks_on
 from maveriq.workload.traces import read_trace
 
-app = typer.Typer(rich_markup_mode=None, help="Show, export and check workloads.")
+app = typer.Typer(rich_markup_mode=None, help="Show, export, check and convert workloads.")
+app.command()(convert)
 
 TraceArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="TRACE",
-        help="code, conversation, poisson, constant, or a file of requests (traces/README.md).",
-        show_default="code; poisson with --rate",
+        help="code, conversation, poisson, constant, synthetic, or a file of requests (traces/README.md).",
+        show_default="code; poisson with --rate; synthetic with --concurrency",
     ),
 ]
 
 _WORKLOAD_OPTIONS = (
-    "scale", "arrivals", "rate", "duration_s", "limit", "models", "prompt_tokens", "output_tokens",
-    "poisson_as_published", "seed", "slo_scale", "profile",
+    "scale", "arrivals", "rate", "duration_s", "limit", "num_prompts", "concurrency", "think_s", "turns",
+    "prefix_tokens", "prefixes", "models", "prompt_tokens", "output_tokens", "poisson_as_published", "seed",
+    "slo_scale", "profile",
 )  # fmt: skip
 """The options of a run that shape its workload, in addition to the trace itself."""
 
@@ -46,7 +49,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 @app.callback(invoke_without_command=True)
 def root(ctx: typer.Context) -> None:
-    """Show, export and check workloads."""
+    """Show, export, check and convert workloads."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
@@ -63,7 +66,7 @@ def show(options: Options, *, trace: TraceArgument = None, as_json: JsonFlag = F
         return
 
     console = open_console()
-    for part in _view(summary, console.width):
+    for part in _view(summary, console.width, workload.concurrency):
         console.print(part)
     if source is not None:
         console.print(source.describe(), highlight=False, markup=False, soft_wrap=True)
@@ -100,10 +103,11 @@ def check(
     answer: dict[str, object] = {"file": str(file)}
     if isinstance(trace, RequestTrace):
         minutes = counted(len(trace.requests_per_minute), "minute")
+        span = minutes if trace.has_dates else f"{trace.arrival_us[-1] / 1e6:,.0f} s"
         answer |= {
             "kind": trace.format_name,
             "requests": len(trace),
-            "span": minutes if trace.has_dates else f"{trace.arrival_us[-1] / 1e6:,.0f} s",
+            "span": span if trace.has_times else "no time",
             "requests_without_tokens": trace.requests_without_tokens,
             "ignored_columns": list(trace.ignored_columns),
         }
@@ -128,8 +132,8 @@ def _print_json(value: dict[str, object]) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
-def _view(summary: WorkloadSummary, width: int) -> list[Part]:
-
+def _view(summary: WorkloadSummary, width: int, concurrency: int | None) -> list[Part]:
+    """Return the parts of a workload; a closed loop has no rate before it runs."""
     models = Table(
         "Models",
         [Column("#", align="right"), Column("model"), number_column("requested s"), number_column("requests")],
@@ -147,6 +151,9 @@ def _view(summary: WorkloadSummary, width: int) -> list[Part]:
             for name, tokens in (("prompt", summary.prompt_tokens), ("output", summary.output_tokens))
         ],
     )
+    if concurrency is not None:
+        headline = f"{summary.name}: {summary.requests:,} requests of {counted(concurrency, 'client')} in a closed loop"
+        return [Text(headline), models, BLANK, lengths]
     headline = (
         f"{summary.name}: {summary.requests:,} requests from {summary.first_arrival_s:,.1f} s"
         f" to {summary.last_arrival_s:,.1f} s, {summary.mean_rate_per_s:.2f} a second"

@@ -66,6 +66,7 @@ class Executor:
         memory_probe: reads the free memory of real GPUs.
         measured_loads: returns the recent load of each GPU, where it is measured.
         lag: collects how much longer executions take than their engines; None collects nothing.
+        on_request_end: called with the ID of each request that ends; it must not call the executor.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Executor:
         memory_probe: MemoryProbe | None = None,
         measured_loads: Callable[[], Sequence[float]] | None = None,
         lag: ControlLag | None = None,
+        on_request_end: Callable[[int], None] | None = None,
     ) -> None:
         self._lag = lag
+        self._on_request_end = on_request_end
         self._in_flight = InFlight()
         self.controller = Controller(
             system.cluster,
@@ -89,7 +92,7 @@ class Executor:
             system.settings,
             system.predict_service_time,
             measured_loads=measured_loads,
-            on_request_end=self._in_flight.request_ended,
+            on_request_end=self._request_ended,
         )
         self.notes = RunNotes()
         self.clock = ScaledClock(time_scale)
@@ -107,6 +110,11 @@ class Executor:
         self._last_request_id = 0
         self._last_endpoint_id = 0
         self._table: RequestTable | None = None
+
+    def _request_ended(self, request_id: int) -> None:
+        self._in_flight.request_ended(request_id)
+        if self._on_request_end is not None:
+            self._on_request_end(request_id)
 
     @property
     def now_us(self) -> Micros:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import heapq
 import selectors
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -36,6 +36,7 @@ from maveriq.exec.model_files import ModelFiles
 from maveriq.scenario.system import ReplaySystem
 from maveriq.streams import generator
 from maveriq.units import Micros
+from maveriq.workload.client import Client
 from maveriq.workload.requests import requests_of
 
 _WATCHER_INTERVAL_S = 0.1
@@ -151,6 +152,15 @@ class _Replay:
             endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in scenario.workload.endpoints
         }
         self._endpoints_left = len(scenario.workload.endpoints)
+        self._client: Client | None = None  # of requests that wait for others; None if each has its own time
+        if scenario.workload.reacts or scenario.max_in_flight is not None:
+            self._client = Client(
+                scenario.workload.arrivals,
+                concurrency=scenario.workload.concurrency,
+                max_in_flight=scenario.max_in_flight,
+            )
+        self._ended_request = asyncio.Event()
+        self._all_sent = asyncio.Event()
         self._lag = ControlLag(settings.time_scale, planned=settings.planned_times)
         self._executor = Executor(
             scenario,
@@ -162,6 +172,7 @@ class _Replay:
             memory_probe=settings.memory_probe,
             measured_loads=settings.sampler.loads if settings.sampler else None,
             lag=self._lag,
+            on_request_end=self._request_ended,
         )
         self._gpus = GpuRecorder(
             self._executor.controller.manager,
@@ -204,7 +215,6 @@ class _Replay:
         )
 
     async def _wait_for_end(self) -> None:
-        deadline_us = self._last_arrival_us + self._scenario.drain_us
         coroutines = [
             self._sample_gpus(),
             *([self._update_watcher(self._watcher)] if self._watcher else []),
@@ -213,7 +223,7 @@ class _Replay:
         background = [asyncio.create_task(coroutine) for coroutine in coroutines]
         ends = [
             asyncio.create_task(self._replay_events()),
-            asyncio.create_task(self._executor.clock.sleep_until(deadline_us + 1)),
+            asyncio.create_task(self._drain_time_over()),
             asyncio.create_task(self._wait_interrupted()),
             self._executor.internal_error,
         ]
@@ -230,14 +240,45 @@ class _Replay:
     async def _wait_interrupted(self) -> None:
         await self._interrupted.wait()
 
+    async def _drain_time_over(self) -> None:
+        if self._client is not None:
+            await self._all_sent.wait()
+        await self._executor.clock.sleep_until(self._last_arrival_us + self._scenario.drain_us + 1)
+
     async def _replay_events(self) -> None:
         """Run every event at its time, then wait until every request has ended."""
-        events = heapq.merge(sorted(self._scenario_events(), key=_event_order), self._arrivals(), key=_event_order)
+        events = sorted(self._scenario_events(), key=_event_order)
+        if self._client is None:
+            await self._run_events(heapq.merge(events, self._arrivals(), key=_event_order))
+        else:
+            await asyncio.gather(self._run_events(events), self._send_requests(self._client))
+        await self._executor.drained()
+
+    async def _run_events(self, events: Iterable[_TimedEvent]) -> None:
         for time_us, _, _, action in events:
             if time_us > self._executor.now_us:
                 await self._executor.clock.sleep_until(time_us)
             action()
-        await self._executor.drained()
+
+    async def _send_requests(self, client: Client) -> None:
+        """Send every request when it is due and the client may."""
+        executor = self._executor
+        while client.unsent:
+            self._ended_request.clear()
+            for request in client.send(executor.now_us):
+                self._last_arrival_us = request.arrival_us
+                self._arrive(request)
+            next_us = client.next_us
+            wait_s = None if next_us is None else executor.clock.real_s(max(0, next_us - executor.now_us))
+            if client.unsent:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._ended_request.wait(), wait_s)
+        self._all_sent.set()
+
+    def _request_ended(self, request_id: int) -> None:
+        if self._client is not None:
+            self._client.ended(request_id, self._executor.now_us)
+            self._ended_request.set()
 
     def _scenario_events(self) -> Iterator[_TimedEvent]:
         """Yield all events except arrivals of requests. Kinds are in the order in which the controller handles them."""
@@ -283,8 +324,10 @@ class _Replay:
             await asyncio.sleep(_WATCHER_INTERVAL_S)
 
     def _progress(self) -> Progress:
+        more_may_come = self._client is not None and self._client.unsent > 0
         return self._executor.progress(
-            last_arrival_us=self._last_arrival_us, total=len(self._scenario.workload.arrivals)
+            last_arrival_us=None if more_may_come else self._last_arrival_us,
+            total=len(self._scenario.workload.arrivals),
         )
 
     async def _sample_gpus(self) -> None:
@@ -319,8 +362,6 @@ def check_replayable(scenario: ReplaySystem) -> None:
     """
     if scenario.engines is not None:
         raise InputError("model set: engines that batch continuously are simulated only; use maveriq sim")
-    if scenario.max_in_flight is not None:
-        raise InputError("--max-in-flight applies to simulated runs only; leave it out")
     arrivals = scenario.workload.arrivals
     for part, maximum, longest in (
         ("prompt", MAX_PROMPT_TOKENS, arrivals.prompt_tokens.max()),

@@ -8,7 +8,7 @@ the saturation. Only backlogs beyond chance count (`Backlog.beyond_chance`). A r
   waiting grew by over 1 % of the arrival rate;
 - backlogged, if not, but such backlogs filled a tenth of the arrivals' time or more. Those shorter
   than a fiftieth of it do not count: the pause after a deploy, say, that drains at once;
-- stable otherwise.
+- stable otherwise, and always in a closed loop, whose clients wait for their answers.
 
 On simulated M/D/1 and M/M/1 queues of 50, 200 and 1,000 requests, 94 % or more of the runs at load
 0.9 are called stable, and all at load 0.5. At load 1.3 all runs of 1,000 requests are called
@@ -255,11 +255,15 @@ def assess_saturation(run: RunRecord, *, model: str | None = None, options: Opti
     backlogs = [backlog for backlog in queue.backlogs() if backlog.beyond_chance]
     evidence = _evidence(run, queue, backlogs)
     label = _label(queue, backlogs, evidence)
+    sentence = _sentence(label, evidence)
+    if options is not None and options.concurrency is not None:
+        label = SaturationLabel.STABLE
+        sentence = _sentence_of_closed_loop(evidence, options.concurrency)
     refused = int((run.requests.status == RequestStatus.REFUSED.value).sum()) if model is None else 0
     note = f" {refused:,} of {len(run.requests):,} requests were refused and count for nothing here." if refused else ""
     return Saturation(
         label=label,
-        sentence=_sentence(label, evidence) + note,
+        sentence=sentence + note,
         evidence=evidence,
         bottlenecks=(
             find_bottlenecks(run, options, keeps_up=label is SaturationLabel.STABLE) if model is None else Bottlenecks()
@@ -316,6 +320,14 @@ def _sentence(label: SaturationLabel, evidence: Evidence) -> str:
         case _ as never:
             assert_never(never)
     return f"{found}; {left} when the last arrived.{_busiest(evidence)}"
+
+
+def _sentence_of_closed_loop(evidence: Evidence, clients: int) -> str:
+    """Say what waited where clients wait for their answers, so that no backlog can grow."""
+    return (
+        f"A closed loop cannot fall behind: its {clients:,} clients have at most {clients:,} requests in flight, of "
+        f"which up to {evidence.peak_waiting:,} waited at once.{_busiest(evidence)}"
+    )
 
 
 def _busiest(evidence: Evidence) -> str:

@@ -16,7 +16,7 @@ from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.defaults import choice
 from maveriq.scenario.options import Options
 from maveriq.workload.requests import Workload
-from maveriq.workload.traces import TRACES
+from maveriq.workload.traces import SYNTHETIC, TRACES
 
 
 class BeyondContext(StrEnum):
@@ -38,7 +38,8 @@ def refuses_long_requests(options: Options, profile: HardwareProfile, *, live: b
         UnknownNameError: the option names neither.
     """
     if options.beyond_context is None:
-        return live or options.trace not in TRACES or not profile.serves_beyond_context
+        published = options.trace in TRACES and options.trace != SYNTHETIC
+        return live or not published or not profile.serves_beyond_context
     return choice(BeyondContext, "--beyond-context", options.beyond_context) is BeyondContext.REFUSE
 
 

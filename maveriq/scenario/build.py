@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
@@ -250,6 +251,8 @@ def _service_times(
         return EstimatedServiceTimes(estimator_for(cluster, profiles, name, models=models))
     if workload is None:
         raise InputError("--service-times recorded replays recorded times, and a live service has none; leave it out")
+    if workload.arrivals.has_turns:
+        raise InputError("--service-times recorded: turns of sessions are sent in an order of their own; leave it out")
     if workload.arrivals.service_us is None:
         raise InputError(
             f"workload {workload.name!r} has no recorded service times; "
@@ -285,9 +288,9 @@ def _faults(
     options: Options, cluster: Cluster, policy: Policy, workload: Workload, drain_us: Micros
 ) -> tuple[Fault, ...]:
     faults = tuple(parse_fault(text) for text in options.fail)
-    end_us = int(workload.arrivals.arrival_us[-1]) + drain_us
+    last_us = sys.maxsize if workload.reacts else int(workload.arrivals.arrival_us[-1]) + drain_us
     for fault in faults:
-        check_fault(fault, gpus=len(cluster), requested_us=_deployments_requested_us(policy, workload), end_us=end_us)
+        check_fault(fault, gpus=len(cluster), requested_us=_deployments_requested_us(policy, workload), end_us=last_us)
     return faults
 
 

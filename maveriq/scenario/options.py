@@ -94,25 +94,44 @@ class Options:
     """
 
     trace: str = option(
-        "",  # `poisson` with a rate, else `code`; resolved at once
-        "code, conversation, poisson, constant, or a file of requests (traces/README.md).",
+        "",  # resolved at once
+        "code, conversation, poisson, constant, synthetic, or a file of requests (traces/README.md).",
         _WORKLOAD,
-        shown="code; poisson with --rate",
-        choices=("code", "conversation", "poisson", "constant"),
+        shown="code; poisson with --rate; synthetic with --concurrency",
+        choices=("code", "conversation", "poisson", "constant", "synthetic"),
     )
     scale: float | None = option(None, "Factor on the trace's rate.", _WORKLOAD, shown="0.4; 1 for a file")
     arrivals: str | None = option(
         None,
-        "Arrivals of a file: trace (its own times) or published (each minute redrawn within 30 s).",
+        "Of a file: trace (its own times) or published (each minute redrawn within 30 s). With a rate: poisson, "
+        "constant, or gamma:CV, whose gaps have this coefficient of variation.",
         _WORKLOAD,
-        shown="trace",
-        choices=("trace", "published"),
+        shown="trace; poisson with --rate",
+        choices=("trace", "published", "poisson", "constant", "gamma"),
     )
-    rate: float | None = option(None, "Requests a second of a load without a trace: poisson or constant.", _WORKLOAD)
+    rate: float | None = option(None, "Requests a second of a load without a trace.", _WORKLOAD)
     duration_s: float | None = option(
         None, "Only the requests of so many seconds.", _WORKLOAD, shown="all; 600 with --rate", maximum=_MAX_S
     )
     limit: int | None = option(None, "Only the first so many requests.", _WORKLOAD, shown="all")
+    num_prompts: int | None = option(
+        None, "The same as --limit.", _WORKLOAD, shown="10 for each client with --concurrency"
+    )
+    concurrency: int | None = option(
+        None, "Closed loop: clients, each of which sends its next request when the one before has ended.", _WORKLOAD,
+        shown="open loop", minimum=1,
+    )  # fmt: skip
+    think_s: str | None = option(
+        None, "Time from the end of a request to its client's next one: seconds, or a distribution.", _WORKLOAD,
+        shown="0",
+    )  # fmt: skip
+    turns: str | None = option(
+        None, "Turns of a conversation, whose prompts grow: a number, or a distribution.", _WORKLOAD, shown="1"
+    )
+    prefix_tokens: int | None = option(
+        None, "Tokens that prompts share at their beginning, in addition to their own.", _WORKLOAD, shown="none"
+    )
+    prefixes: int | None = option(None, "How many different shared beginnings there are.", _WORKLOAD, shown="1")
     max_in_flight: int | None = option(
         None, "Requests that the client has in flight at most; others wait until one has ended.", _WORKLOAD,
         shown="any number", minimum=1,
@@ -125,14 +144,14 @@ class Options:
     )
     prompt_tokens: str | None = option(
         None,
-        "Length of prompts: sharegpt, trace, or a number of tokens.",
+        "Length of prompts: sharegpt, trace, a number of tokens, or a distribution such as uniform:512-1536.",
         _WORKLOAD,
         shown="sharegpt; trace for a file",
         choices=("sharegpt", "trace"),
     )
     output_tokens: str | None = option(
         None,
-        "Length of outputs: trace, or a number of tokens.",
+        "Length of outputs: trace, a number of tokens, or a distribution such as lognormal:200,0.5.",
         _WORKLOAD,
         shown="20; trace for a file",
         choices=("trace",),
@@ -273,8 +292,15 @@ class Options:
     def __post_init__(self) -> None:
         convert_types(self)
         if not self.trace:
-            object.__setattr__(self, "trace", "code" if self.rate is None else "poisson")
+            object.__setattr__(self, "trace", self._default_trace())
         check_ranges(self)
+
+    def _default_trace(self) -> str:
+        """Return the trace where none is named."""
+        shaped = (self.arrivals, self.turns, self.prefix_tokens)
+        if self.concurrency is not None or (self.rate is not None and any(value is not None for value in shaped)):
+            return "synthetic"
+        return "code" if self.rate is None else "poisson"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options by name; one that is None, since it does not apply or is the profile's, is missing."""

@@ -56,6 +56,11 @@ def search_static_placement(
         InputError: options that do not match the trace, GPUs that differ, a model without profile.
     """
     published, name = options.alpaserve_as_published, resolved(options.policy)
+    if workload.reacts:
+        raise InputError(
+            f"policy {name!r} plans for the times of arrivals, which a closed loop and turns of conversations do not "
+            "have before the run; give another --policy, or an open loop"
+        )
     if len(cluster.kinds) > 1:
         raise InputError(
             f"cluster {cluster.name!r} has {', '.join(cluster.kinds)}, and {name} places models on GPUs of one kind; "

@@ -7,9 +7,8 @@ scheduled does not matter. Steps of continuous engines end first, and new ones a
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
@@ -39,13 +38,13 @@ from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
-from maveriq.domain.requests import Request, RequestStatus
+from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InvariantError
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.contention import ContentionModel, ScheduledEnd
 from maveriq.sim.stepped_engine import SteppedEngine
 from maveriq.units import Micros
-from maveriq.workload.requests import requests_of
+from maveriq.workload.client import Client
 
 _STEPS_BETWEEN_UPDATES = 256
 
@@ -71,13 +70,12 @@ class _Simulation:
             on_request_end=self._request_ended,
         )
         self._service_times = system.service_times
-        self._requests = requests_of(arrivals)
+        self._client = Client(arrivals, concurrency=system.workload.concurrency, max_in_flight=system.max_in_flight)
+        self._client_wake_us: Micros | None = None  # the last one that was scheduled for it
+        self._reacts = system.workload.reacts
         self._contention = ContentionModel(system.cluster, system.service_times.contention)
-        self._left_to_arrive = len(arrivals)
         self._last_endpoint_us = max((endpoint.requested_us for endpoint in system.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
-        self._held: deque[Request] = deque()  # by the client, until fewer requests are in flight
-        self._in_flight = 0
         self._plans: dict[int, DeploymentPlan] = {}
         self._engines: dict[int, SteppedEngine] = {}  # the continuous ones, by deployment
         self._to_compose: dict[int, None] = {}  # deployments whose engines may have something to start
@@ -100,8 +98,11 @@ class _Simulation:
             self._post_fault(fault)
         for removal in self._system.removals:
             self._post(removal.at_us, EndpointRemoved(removal.endpoint_id))
-        self._post_next_arrival(0)
+        self._wake_client_later(0)
         self._after(self._system.sample_us, self._sample_regularly)
+        if self._reacts:
+            self._env.run()  # until `_stop`, or until nothing is left to happen
+            return self._record(self._now_us)
         deadline_us = self._last_arrival_us + self._system.drain_us
         # Events at the deadline itself still happen.
         self._env.run(until=deadline_us + 1)
@@ -136,31 +137,29 @@ class _Simulation:
         self._inbox.append(event)
         self._settle()
 
-    def _post_next_arrival(self, now_us: Micros) -> None:
-        request = next(self._requests, None)
-        if request:
-            self._after(request.arrival_us - now_us, partial(self._deliver_arrival, request))
+    def _wake_client_later(self, now_us: Micros) -> None:
+        """Schedule when the client sends its next request, unless that is scheduled or not known."""
+        wake_us = self._client.next_us
+        if wake_us is not None and wake_us != self._client_wake_us:
+            self._client_wake_us = wake_us
+            self._after(wake_us - now_us, self._wake_client)
 
-    def _deliver_arrival(self, request: Request, _: simpy.Event) -> None:
-        self._post_next_arrival(request.arrival_us)
-        self._held.append(request)
-        self._send_held(request.arrival_us)
+    def _wake_client(self, _: simpy.Event) -> None:
+        self._send(self._now_us)
         self._settle()
 
-    def _send_held(self, now_us: Micros) -> bool:
-        """Send requests that the client holds, as far as its limit allows; return whether it sent any."""
-        limit, sent = self._system.max_in_flight, False
-        while self._held and (limit is None or self._in_flight < limit):
-            request = self._held.popleft()
-            self._in_flight += 1
-            self._left_to_arrive -= 1
-            sent = True
-            late = request.arrival_us != now_us
-            self._inbox.append(RequestArrived(replace(request, arrival_us=now_us) if late else request))
-        return sent
+    def _send(self, now_us: Micros) -> bool:
+        """Let the client send what is due and what its limit allows; return whether it sent anything."""
+        sent = self._client.send(now_us)
+        self._inbox.extend(map(RequestArrived, sent))
+        if sent and self._reacts:
+            self._last_arrival_us = now_us
+            if not self._client.unsent:
+                self._after(self._system.drain_us + 1, _stop)
+        return bool(sent)
 
-    def _request_ended(self, _: int) -> None:
-        self._in_flight -= 1
+    def _request_ended(self, request_id: int) -> None:
+        self._client.ended(request_id, self._now_us)
 
     def _settle(self) -> None:
         """Pass the collected events to the controller, once no more are due at this instant.
@@ -174,8 +173,9 @@ class _Simulation:
             return  # the last event of this instant settles
         self._is_unsettled = False
         self._handle_inbox(now_us)
-        while self._send_held(now_us):  # requests that ended have made room for others
+        while self._send(now_us):  # requests that ended have made room for others
             self._handle_inbox(now_us)
+        self._wake_client_later(now_us)
         if self._to_compose:
             self._compose(now_us)
         wake_us = self._controller.wake_us
@@ -184,7 +184,7 @@ class _Simulation:
             self._after(wake_us - now_us, self._wake)
         if self._watcher:
             self._update(self._watcher, now_us)
-        if not self._left_to_arrive and self._all_ended():
+        if not self._client.unsent and self._all_ended():
             raise simpy.core.StopSimulation("every request has ended")
 
     def _handle_inbox(self, now_us: Micros) -> None:
@@ -317,13 +317,15 @@ class _Simulation:
         return snapshot(
             self._controller,
             now_us,
-            last_arrival_us=self._last_arrival_us,
+            last_arrival_us=now_us if self._reacts and self._client.unsent else self._last_arrival_us,
             total=len(self._system.workload.arrivals),
         )
 
     def _sample_regularly(self, _: simpy.Event) -> None:
         now_us = self._now_us
         self._sample(now_us)
+        if self._env.peek() == math.inf:  # whoever waits now waits for ever
+            raise simpy.core.StopSimulation("nothing will happen any more")
         self._after(self._system.sample_us, self._sample_regularly)
         self._settle()
 
@@ -344,8 +346,8 @@ class _Simulation:
 
     def _record(self, ended_us: Micros) -> RunRecord:
         controller = self._controller
-        for request in self._held:  # the run ended before the client could send them
-            controller.tracker.arrived(replace(request, arrival_us=ended_us))
+        for request in self._client.left(ended_us):  # the run ended before the client could send them
+            controller.tracker.arrived(request)
         if ended_us > self._sampled_us:
             self._sample(ended_us)
         if self._watcher:
@@ -357,3 +359,7 @@ class _Simulation:
             models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._system.workload.endpoints},
             ended_us=ended_us,
         )
+
+
+def _stop(_: simpy.Event) -> None:
+    raise simpy.core.StopSimulation("the drain time is over")

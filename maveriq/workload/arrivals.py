@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,22 +31,36 @@ _HIGH_STAGE_FACTOR = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """Requests in order of arrival, a column each (int64): time, endpoint (from 1), bin (from 0)."""
+    """Requests in order of arrival, a column each (int64): time, endpoint (from 1), bin (from 0).
+
+    `session` numbers the conversations of which they are turns, from 1; None where they are none.
+    """
 
     arrival_us: np.ndarray[Any, Any]
     endpoint_id: np.ndarray[Any, Any]
     bin_index: np.ndarray[Any, Any]
+    session: np.ndarray[Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_us)
 
     def first(self, requests: int) -> Draw:
         """Return the first requests alone."""
+        return self.rows(slice(requests))
+
+    def rows(self, index: np.ndarray[Any, Any] | slice) -> Draw:
+        """Return some of the requests, in the order of `index`."""
         return Draw(
-            arrival_us=self.arrival_us[:requests],
-            endpoint_id=self.endpoint_id[:requests],
-            bin_index=self.bin_index[:requests],
+            arrival_us=self.arrival_us[index],
+            endpoint_id=self.endpoint_id[index],
+            bin_index=self.bin_index[index],
+            session=None if self.session is None else self.session[index],
         )
+
+    def with_turns(self, turns: np.ndarray[Any, Any]) -> Draw:
+        """Return each request repeated so many times, as the turns of a conversation that begins at its time."""
+        conversation = np.repeat(np.arange(len(self)), turns)
+        return replace(self.rows(conversation), session=conversation + 1)
 
 
 def deploy_times(load_at: Sequence[int]) -> list[Micros]:
@@ -89,12 +103,18 @@ def scaled_counts(requests_per_minute: np.ndarray[Any, Any], scale: float) -> np
 
 
 def published_draw(
-    requests_per_minute: np.ndarray[Any, Any], *, scale: float, load_at: Sequence[int], seed: int = 42
+    requests_per_minute: np.ndarray[Any, Any],
+    *,
+    scale: float,
+    load_at: Sequence[int],
+    seed: int = 42,
+    weights: Sequence[float] | None = None,
 ) -> Draw:
     """Draw arrivals as the published system did; with seed 42 they equal the recorded schedules (SPEC 7).
 
     NumPy's legacy generator is kept for that reason. Bin i gives sorted uniform times in
-    [30 i, 30 i + 29.9) s, shifted by 90 s for every model deployed so far, then one model for each.
+    [30 i, 30 i + 29.9) s, shifted by 90 s for every model deployed so far, then one model for each: equally likely,
+    or by its weight.
 
     Raises:
         InputError: as `scaled_counts` and `deployed_per_bin`.
@@ -107,7 +127,8 @@ def published_draw(
         start_s = BIN_S * index
         times.append(np.sort(legacy.uniform(start_s, start_s + _DRAW_WIDTH_S, count)) + LOAD_SHIFT_S * models)
         # One call for all takes the same numbers from the generator as one call for each.
-        endpoints.append(legacy.choice(models, size=count) + 1)
+        likely = None if weights is None else np.asarray(weights[:models]) / sum(weights[:models])
+        endpoints.append(legacy.choice(models, size=count, p=likely) + 1)
     return Draw(
         arrival_us=micros_column(np.concatenate(times)),
         endpoint_id=np.concatenate(endpoints),
@@ -115,7 +136,7 @@ def published_draw(
     )
 
 
-def staged_poisson(*, scale: float, load_at: Sequence[int], seed: int) -> Draw:
+def staged_poisson(*, scale: float, load_at: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> Draw:
     """Draw a Poisson stream in 15 stages of two minutes: scale / 0.2 a second, 2.5 times that in every second stage.
 
     Models load at their bins of 30 s, with the shift of 90 s per model as in the published draw.
@@ -131,10 +152,12 @@ def staged_poisson(*, scale: float, load_at: Sequence[int], seed: int) -> Draw:
         # Given their number, the arrivals of a Poisson stream are uniform.
         count = stream.poisson(rate_per_s * _STAGE_S)
         times.append(np.sort(stream.uniform(_STAGE_S * stage, _STAGE_S * (stage + 1), count)))
-    return _spread(np.concatenate(times), load_at, seed)
+    return _spread(np.concatenate(times), load_at, seed, weights)
 
 
-def staged_poisson_as_published(*, scale: float, load_at: Sequence[int], seed: int) -> Draw:
+def staged_poisson_as_published(
+    *, scale: float, load_at: Sequence[int], seed: int, weights: Sequence[float] | None = None
+) -> Draw:
     """Draw the stages as the published generator did: by a number of gaps, so that a stage's length varies.
 
     A low stage has 120 x rate gaps; a high one has twice as many at 2.5 times the rate, and so
@@ -152,26 +175,48 @@ def staged_poisson_as_published(*, scale: float, load_at: Sequence[int], seed: i
         else stream.exponential(1 / low_per_s, gaps)
         for stage in range(_STAGES)
     )
-    return _spread(np.cumsum(np.concatenate(list(stages))), load_at, seed)
+    return _spread(np.cumsum(np.concatenate(list(stages))), load_at, seed, weights)
 
 
-def spread_over_models(offsets_us: np.ndarray[Any, Any], *, load_at: Sequence[int], seed: int) -> Draw:
-    """Return requests at given times after the first, each for one of the models that have had 90 s to load.
+def spread_over_models(
+    offsets_us: np.ndarray[Any, Any],
+    *,
+    loaded_us: Sequence[Micros],
+    start_us: Micros,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> Draw:
+    """Return requests at given times after a start, each for one of the models that have loaded by then.
 
-    The first request arrives when the models of bin 0 have loaded; the gaps between requests stay as they are.
-
-    Raises:
-        InputError: no model loads at bin 0.
+    Args:
+        offsets_us: the times, in order.
+        loaded_us: when each model has loaded; those that have not at the start are in order of time.
+        start_us: the time 0 of the offsets.
+        seed: of the draw.
+        weights: how likely each model is beside the others; None for equally.
     """
-    deployed_per_bin(load_at[:1], 1)  # checks that a model loads at bin 0
-    loaded_us = np.array(deploy_times(load_at), np.int64) + LOAD_SHIFT_S * MICROS_PER_SECOND
-    arrival_us = offsets_us + loaded_us[list(load_at).count(0) - 1]
-    models = np.searchsorted(loaded_us, arrival_us, side="right")
+    arrival_us = offsets_us + start_us
+    models = np.searchsorted(np.maximum(loaded_us, start_us), arrival_us, side="right")
     return Draw(
         arrival_us=arrival_us,
-        endpoint_id=generator(seed, "trace-endpoints").integers(1, models, endpoint=True),
+        endpoint_id=_endpoints(models, generator(seed, "trace-endpoints"), weights),
         bin_index=np.zeros(len(arrival_us), np.int64),
     )
+
+
+def _endpoints(
+    models: np.ndarray[Any, Any], stream: np.random.Generator, weights: Sequence[float] | None
+) -> np.ndarray[Any, Any]:
+    """Draw an endpoint for each request among the first so many models."""
+    if weights is None:
+        drawn: np.ndarray[Any, Any] = stream.integers(1, models, endpoint=True)
+        return drawn
+    cumulated = np.cumsum(weights)
+    picked: np.ndarray[Any, Any] = np.searchsorted(
+        cumulated, stream.uniform(size=len(models)) * cumulated[models - 1], side="right"
+    )
+    in_range: np.ndarray[Any, Any] = np.minimum(picked + 1, models)  # rounding may reach the end itself
+    return in_range
 
 
 def poisson_offsets(
@@ -201,6 +246,38 @@ def constant_offsets(*, rate_per_s: float, duration_s: float | None, requests: i
     _check_load(rate_per_s, duration_s)
     offsets_us = micros_column(np.arange(math.ceil(rate_per_s * duration_s)) / rate_per_s)
     return offsets_us[offsets_us < max(1, round(duration_s * MICROS_PER_SECOND))]
+
+
+def gamma_offsets(
+    *, rate_per_s: float, cv: float, duration_s: float | None, requests: int | None, seed: int
+) -> np.ndarray[Any, Any]:
+    """Draw the times (µs) of a stream whose gaps are gamma distributed: for a duration, or else so many requests.
+
+    Args:
+        rate_per_s: requests a second.
+        cv: coefficient of variation of the gaps; 1 is a Poisson stream, more is burstier.
+        duration_s: only the requests before.
+        requests: only so many, where there is no duration.
+        seed: of the draw.
+
+    Raises:
+        InputError: too many requests.
+    """
+    stream = generator(seed, "gamma-arrivals")
+    shape = cv**-2
+    if duration_s is None:
+        return micros_column(np.cumsum(stream.gamma(shape, 1 / (rate_per_s * shape), requests)))
+    _check_load(rate_per_s, duration_s)
+    parts, reached_s = [], 0.0
+    while reached_s < duration_s:
+        gaps_s = stream.gamma(shape, 1 / (rate_per_s * shape), _GAPS_AT_ONCE)
+        parts.append(reached_s + np.cumsum(gaps_s))
+        reached_s = float(parts[-1][-1])
+    times_s = np.concatenate(parts)
+    return micros_column(times_s[times_s < duration_s])
+
+
+_GAPS_AT_ONCE = 1 << 14
 
 
 def _check_load(rate_per_s: float, duration_s: float) -> None:
@@ -236,14 +313,14 @@ def steady_poisson(
     )
 
 
-def _spread(times_s: np.ndarray[Any, Any], load_at: Sequence[int], seed: int) -> Draw:
+def _spread(times_s: np.ndarray[Any, Any], load_at: Sequence[int], seed: int, weights: Sequence[float] | None) -> Draw:
     """Give each time an endpoint among those deployed in its bin, and shift it by 90 s for each of them."""
     deployed = deployed_per_bin(load_at, _POISSON_BINS)
     bins = np.minimum((times_s // BIN_S).astype(np.int64), _POISSON_BINS - 1)
     models = deployed[bins]
     return Draw(
         arrival_us=micros_column(times_s + LOAD_SHIFT_S * models),
-        endpoint_id=generator(seed, "poisson-endpoints").integers(1, models, endpoint=True),
+        endpoint_id=_endpoints(models, generator(seed, "poisson-endpoints"), weights),
         bin_index=bins,
     )
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from maveriq.csv_columns import micros_column
 from maveriq.domain.deployments import EndpointSpec, Intent
 from maveriq.engine.settings import EngineHost
-from maveriq.errors import InputError, InvariantError, UnknownNameError
-from maveriq.units import duration_micros
+from maveriq.errors import InputError
+from maveriq.streams import generator
+from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros
 from maveriq.workload.arrivals import (
-    MAX_REQUESTS,
+    LOAD_SHIFT_S,
     Draw,
     constant_offsets,
     deploy_times,
+    deployed_per_bin,
+    gamma_offsets,
     poisson_offsets,
     published_draw,
     spread_over_models,
     staged_poisson,
     staged_poisson_as_published,
 )
+from maveriq.workload.conversations import conversation_hashes, grown_prompts, turns_of
+from maveriq.workload.distributions import Distribution
 from maveriq.workload.lengths import (
     Lengths,
     counted_lengths,
-    fixed_lengths,
+    drawn_lengths,
     lengths_of_minutes,
     own_lengths,
     parse_length,
@@ -35,75 +40,22 @@ from maveriq.workload.lengths import (
     sharegpt_lengths,
 )
 from maveriq.workload.model_sets import ModelEntry, ModelSet, load_model_set
+from maveriq.workload.options import (
+    DEFAULT_SCALE,
+    WorkloadOptions,
+    parse_process,
+    resolved_options,
+    resolved_scale,
+)
+from maveriq.workload.prefixes import PrefixHashes
 from maveriq.workload.requests import Arrivals, Workload, WorkloadSource
 from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, remarks_on
-from maveriq.workload.traces import CONSTANT, POISSON, CountedTrace, Schedule, SyntheticLoad, Trace, load_trace
+from maveriq.workload.traces import CONSTANT, SYNTHETIC, CountedTrace, Schedule, SyntheticLoad, Trace, load_trace
 
-DEFAULT_SCALE = 0.4
-"""Of the traces that are known by name, as in the published runs; a file is replayed at scale 1."""
-
-DEFAULT_DURATION_S = 600.0
-"""Of a load with a rate, if neither its duration nor its number of requests is given."""
-
-ARRIVALS = ("trace", "published")
-"""Arrivals at the trace's own times, or redrawn as in the published runs: each minute within 30 s."""
-
-_PUBLISHED_PROMPTS = "sharegpt"
-_PUBLISHED_OUTPUTS = "20"
 _MAX_SLO_S = 1e9  # no request misses it, and its microseconds fit into 64 bits
 
 SloOf: TypeAlias = Callable[[str, int], float | None]
 """Latency in seconds of a model's request with so many output tokens at SLO scale 1; None if unknown."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkloadOptions:
-    """The options of a workload; the defaults are those of the published runs, and a file is replayed as it is.
-
-    Args:
-        trace: `code`, `conversation`, `poisson`, `constant`, or the path of a trace or a schedule.
-        scale: factor on the rate; None for 0.4 with a name, 1 with a file.
-        arrivals: one of `ARRIVALS`; None for `trace` with a file.
-        rate: requests a second of `poisson` or `constant`; None for the published Poisson stages.
-        duration_s: only the requests of so many seconds from the first one; None for all.
-        limit: only so many requests; None for all.
-        models: name of a model set, or the path of its TOML file.
-        prompt_tokens: `sharegpt`, `trace` or a number; None for a file's own, else `sharegpt`.
-        output_tokens: `trace` or a number; None for a file's own, else 20.
-        slo_scale: latency objectives in multiples of the model's own latency; 0 for none but a schedule's own.
-        seed: of all random streams.
-        poisson_as_published: draw the Poisson stages as the published generator did.
-
-    Raises:
-        InputError: a number out of range, or an unknown word.
-    """
-
-    trace: str = "code"
-    scale: float | None = None
-    arrivals: str | None = None
-    rate: float | None = None
-    duration_s: float | None = None
-    limit: int | None = None
-    models: str = "large"
-    prompt_tokens: str | None = None
-    output_tokens: str | None = None
-    slo_scale: float = 0.0
-    seed: int = 42
-    poisson_as_published: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("scale", "rate", "duration_s"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name.removesuffix('_s')} must be a positive number, not {value}")
-        if self.limit is not None and not 1 <= self.limit <= MAX_REQUESTS:
-            raise InputError(f"limit must lie between 1 and {MAX_REQUESTS:,} requests, not {self.limit}")
-        if not (math.isfinite(self.slo_scale) and self.slo_scale >= 0):
-            raise InputError(f"SLO scale must be 0 (no SLO) or a positive number, not {self.slo_scale}")
-        if not 0 <= self.seed < 1 << 32:
-            raise InputError(f"seed must lie between 0 and {(1 << 32) - 1}, not {self.seed}")
-        if self.arrivals not in (None, *ARRIVALS):
-            raise UnknownNameError("arrivals", self.arrivals, ARRIVALS)
 
 
 def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, batch_size: int = 1) -> Workload:
@@ -124,13 +76,14 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
     """
     trace = load_trace(options.trace, _needed(options))
     models = load_model_set(options.models)
-    resolved = _resolved(trace, options)
-    whole = _draw(trace, resolved, models.load_at)
+    resolved = resolved_options(trace, options)
+    whole = _draw(trace, resolved, models)
     prompts, outputs = _lengths(trace, resolved, whole)
-    draw = whole.first(_kept(whole, resolved))
+    draw = whole.first(_kept(whole, trace, resolved))
     prompts, outputs = (replace(column, tokens=column.tokens[: len(draw)]) for column in (prompts, outputs))
-    slo_us = _request_slos(options.slo_scale, slo_of, models, draw, outputs)
     recorded = trace.arrivals if isinstance(trace, Schedule) else None
+    content = recorded or (trace if isinstance(trace, RequestTrace) and resolved.arrivals != "published" else None)
+    slo_us = _request_slos(options.slo_scale, slo_of, models, draw, outputs)
     arrivals = Arrivals(
         arrival_us=draw.arrival_us,
         endpoint_id=draw.endpoint_id,
@@ -139,8 +92,13 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         slo_us=recorded.slo_us[: len(draw)] if recorded and not options.slo_scale else slo_us,
         service_us=_first(recorded.service_us, len(draw)) if recorded else None,
         priority=_first(recorded.priority, len(draw)) if recorded else None,
-        prompt_id=_first(recorded.prompt_id, len(draw)) if recorded else None,
+        prompt_id=_first(content.prompt_id, len(draw)) if content else None,
+        session_id=_first(content.session_id, len(draw)) if content else draw.session,
+        think_us=_think_times(resolved, content, len(draw)),
+        prefix_hashes=_prefix_hashes(resolved, content, draw, prompts, outputs),
     )
+    if resolved.is_closed:
+        arrivals = arrivals.by_session()
     endpoints = []
     for endpoint_id, (entry, requested_us) in enumerate(
         zip(models.entries, deploy_times(models.load_at), strict=True), start=1
@@ -167,7 +125,8 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         name=f"{trace.name} on {models.name}",
         endpoints=tuple(endpoints),
         arrivals=arrivals,
-        source=_source(trace, resolved, whole, arrivals, endpoints),
+        source=_source(trace, resolved, models, whole, arrivals, endpoints),
+        concurrency=resolved.concurrency,
     )
 
 
@@ -191,116 +150,158 @@ def _first(column: np.ndarray[Any, Any] | None, requests: int) -> np.ndarray[Any
     return None if column is None else column[:requests]
 
 
-def _resolved(trace: Trace, options: WorkloadOptions) -> WorkloadOptions:
-    """Return the options with the defaults that depend on the trace; what does not apply stays None.
+def _think_times(
+    options: WorkloadOptions, content: Arrivals | RequestTrace | None, requests: int
+) -> np.ndarray[Any, Any] | None:
+    """Return the think time before each request in µs, None for none."""
+    think_s = options.think_time()
+    if think_s is None:
+        return _first(content.think_us, requests) if content else None
+    return micros_column(think_s.draw(generator(options.seed, "think-times"), requests))
 
-    Raises:
-        InputError: an option does not apply to the trace.
-    """
-    is_synthetic = isinstance(trace, SyntheticLoad)
-    if options.poisson_as_published and trace.name != POISSON:
-        raise InputError(f"poisson-as-published applies to the trace 'poisson', not to {trace.name!r}; leave it out")
-    if options.rate is not None and not is_synthetic:
-        raise InputError(
-            f"rate applies to a load without a trace (poisson, constant), not to {trace.name!r}; use scale instead"
-        )
-    if options.arrivals is not None and is_synthetic:
-        raise InputError(f"arrivals applies to traces, not to {trace.name!r}; leave it out")
-    if is_synthetic and (options.rate is not None or trace.name == CONSTANT):
-        options = _resolved_load(trace.name, options)
-    else:
-        options = replace(options, scale=_scale(trace, options))
-    if not is_synthetic:
-        options = replace(options, arrivals=_arrivals(trace, options))
-    own = isinstance(trace, (RequestTrace, Schedule))
-    prompts, outputs = ("trace", "trace") if own else (_PUBLISHED_PROMPTS, _PUBLISHED_OUTPUTS)
-    return replace(
-        options,
-        prompt_tokens=prompts if options.prompt_tokens is None else options.prompt_tokens,
-        output_tokens=outputs if options.output_tokens is None else options.output_tokens,
+
+def _prefix_hashes(
+    options: WorkloadOptions, content: Arrivals | RequestTrace | None, draw: Draw, prompts: Lengths, outputs: Lengths
+) -> PrefixHashes | None:
+    """Return the hashes of a file, or those of generated conversations and shared prefixes."""
+    if content is not None:
+        hashes = content.prefix_hashes
+        return None if hashes is None else hashes.rows(np.arange(len(draw)))
+    if draw.session is None and options.prefix_tokens is None:
+        return None
+    return conversation_hashes(
+        draw, prompts.tokens, outputs.tokens,
+        prefix_tokens=options.prefix_tokens or 0, prefixes=options.prefixes or 1, seed=options.seed,
+    )  # fmt: skip
+
+
+def _draw(trace: Trace, options: WorkloadOptions, models: ModelSet) -> Draw:
+    weights = models.weights() if not isinstance(trace, Schedule) else None
+    if isinstance(trace, Schedule):
+        return _recorded_draw(trace, options, models)
+    if isinstance(trace, SyntheticLoad):
+        return _synthetic_draw(trace, options, models, weights)
+    if isinstance(trace, RequestTrace) and options.arrivals != "published":
+        draw = _spread(_offsets_of(trace, options), options, models, weights)
+        return draw if trace.session_id is None else _one_model_a_session(draw, trace.session_id)
+    return published_draw(
+        trace.requests_per_minute,
+        scale=resolved_scale(options),
+        load_at=models.load_at,
+        seed=options.seed,
+        weights=weights,
     )
 
 
-def _resolved_load(name: str, options: WorkloadOptions) -> WorkloadOptions:
-    """Return the options of a load with a rate."""
-    if options.rate is None:
-        raise InputError(f"trace {name!r} needs a rate; give --rate with the requests a second")
-    if options.scale is not None or options.poisson_as_published:
-        raise InputError("scale and poisson-as-published apply to the published stages, not to a rate; leave them out")
-    if options.duration_s is None and options.limit is None:
-        return replace(options, duration_s=DEFAULT_DURATION_S)
-    return options
+def _one_model_a_session(draw: Draw, session_id: np.ndarray[Any, Any]) -> Draw:
+    """Return the requests with all turns of a session at the endpoint of its first one."""
+    _, first, which = np.unique(session_id, return_index=True, return_inverse=True)
+    endpoints = np.where(session_id > 0, draw.endpoint_id[first[which]], draw.endpoint_id)
+    return replace(draw, endpoint_id=endpoints)
 
 
-def _scale(trace: Trace, options: WorkloadOptions) -> float:
-    if isinstance(trace, Schedule) and options.scale not in (None, 1):
-        raise InputError(f"schedule {trace.name!r} is replayed as it was recorded; leave out the scale")
-    default = DEFAULT_SCALE if isinstance(trace, (CountedTrace, SyntheticLoad)) else 1.0
-    return default if options.scale is None else float(options.scale)
+def _offsets_of(trace: RequestTrace, options: WorkloadOptions) -> np.ndarray[Any, Any]:
+    """Return when each request of a file arrives after the start."""
+    if options.is_closed:
+        return np.zeros(len(trace), np.int64)
+    if options.rate is not None:
+        return _at_rate(options, duration_s=None, requests=len(trace))
+    offsets: np.ndarray[Any, Any] = np.rint(trace.arrival_us / resolved_scale(options)).astype(np.int64)
+    return offsets
 
 
-def _arrivals(trace: Trace, options: WorkloadOptions) -> str:
-    if isinstance(trace, CountedTrace):
-        if options.arrivals == "trace":
-            raise InputError(f"trace {trace.name!r} has only counts per minute; give its public file for its own times")
-        return "published"
-    if isinstance(trace, Schedule) and options.arrivals == "published":
-        raise InputError(f"schedule {trace.name!r} is replayed as it was recorded; leave out the arrivals")
-    return options.arrivals or "trace"
-
-
-def _draw(trace: Trace, options: WorkloadOptions, load_at: tuple[int, ...]) -> Draw:
-    if isinstance(trace, Schedule):
-        return _recorded_draw(trace, options, len(load_at))
-    if isinstance(trace, SyntheticLoad):
-        return _synthetic_draw(trace, options, load_at)
-    if options.scale is None:
-        raise InvariantError("the scale of a trace was not resolved")
-    if isinstance(trace, RequestTrace) and options.arrivals == "trace":
-        offsets_us = np.rint(trace.arrival_us / options.scale).astype(np.int64)
-        return spread_over_models(offsets_us, load_at=load_at, seed=options.seed)
-    return published_draw(trace.requests_per_minute, scale=options.scale, load_at=load_at, seed=options.seed)
-
-
-def _synthetic_draw(trace: SyntheticLoad, options: WorkloadOptions, load_at: tuple[int, ...]) -> Draw:
-    if options.rate is None:
+def _synthetic_draw(
+    trace: SyntheticLoad, options: WorkloadOptions, models: ModelSet, weights: Sequence[float] | None
+) -> Draw:
+    if options.is_closed:
+        offsets_us = np.zeros(options.limit or 0, np.int64)
+    elif options.rate is None:
         stages = staged_poisson_as_published if options.poisson_as_published else staged_poisson
-        return stages(scale=options.scale or DEFAULT_SCALE, load_at=load_at, seed=options.seed)
-    if trace.name == CONSTANT:
-        offsets_us = constant_offsets(rate_per_s=options.rate, duration_s=options.duration_s, requests=options.limit)
+        return stages(scale=options.scale or DEFAULT_SCALE, load_at=models.load_at, seed=options.seed, weights=weights)
     else:
-        offsets_us = poisson_offsets(
-            rate_per_s=options.rate, duration_s=options.duration_s, requests=options.limit, seed=options.seed
-        )
-    return spread_over_models(offsets_us, load_at=load_at, seed=options.seed)
+        named = options if trace.name == SYNTHETIC else replace(options, arrivals=trace.name)
+        offsets_us = _at_rate(named, duration_s=options.duration_s, requests=options.limit)
+    draw = _spread(offsets_us, options, models, weights)
+    turns = options.turns_of_conversations()
+    if turns is not None:
+        draw = draw.with_turns(turns_of(len(draw), turns, options.seed))
+    return draw if options.limit is None else draw.first(options.limit)
 
 
-def _recorded_draw(trace: Schedule, options: WorkloadOptions, models: int) -> Draw:
-    endpoints = trace.arrivals.endpoint_id
-    if endpoints.max() > models:
+def _at_rate(options: WorkloadOptions, *, duration_s: float | None, requests: int | None) -> np.ndarray[Any, Any]:
+    """Return the times of an arrival process in µs, for a duration or else so many requests."""
+    process, cv = parse_process(options.arrivals or CONSTANT)
+    rate_per_s = options.rate or 0.0
+    if process == CONSTANT:
+        return constant_offsets(rate_per_s=rate_per_s, duration_s=duration_s, requests=requests)
+    if process == "gamma":
+        return gamma_offsets(rate_per_s=rate_per_s, cv=cv, duration_s=duration_s, requests=requests, seed=options.seed)
+    return poisson_offsets(rate_per_s=rate_per_s, duration_s=duration_s, requests=requests, seed=options.seed)
+
+
+def _spread(
+    offsets_us: np.ndarray[Any, Any], options: WorkloadOptions, models: ModelSet, weights: Sequence[float] | None
+) -> Draw:
+    """Give requests at given times their endpoints; a closed loop starts when all models have loaded."""
+    loaded_us = _loaded_us(models)
+    start_us = max(loaded_us) if options.is_closed else _start_us(models)
+    return spread_over_models(offsets_us, loaded_us=loaded_us, start_us=start_us, seed=options.seed, weights=weights)
+
+
+def _loaded_us(models: ModelSet) -> list[Micros]:
+    """Return when each model takes requests: 90 s after it is asked for.
+
+    Continuous engines that are up when the run starts take them at once.
+    """
+    deployed_per_bin(models.load_at[:1], 1)  # checks that a model loads at bin 0
+    return [
+        0 if entry.load_at is None and entry.engine is not None else asked_us + LOAD_SHIFT_S * MICROS_PER_SECOND
+        for entry, asked_us in zip(models.entries, deploy_times(models.load_at), strict=True)
+    ]
+
+
+def _start_us(models: ModelSet) -> Micros:
+    """Return when the models of bin 0 have loaded."""
+    at_start = zip(_loaded_us(models), models.load_at, strict=True)
+    return max(loaded_us for loaded_us, load_at in at_start if not load_at)
+
+
+def _recorded_draw(trace: Schedule, options: WorkloadOptions, models: ModelSet) -> Draw:
+    endpoints, known = trace.arrivals.endpoint_id, len(models.entries)
+    if endpoints.max() > known:
         raise InputError(
             f"schedule {trace.name!r} has requests for endpoint {endpoints.max()}, but the model set"
-            f" {options.models!r} has {models} models; give the model set it was recorded with"
+            f" {options.models!r} has {known} models; give the model set it was recorded with"
         )
-    return Draw(
-        arrival_us=trace.arrivals.arrival_us, endpoint_id=endpoints, bin_index=np.zeros(len(endpoints), np.int64)
-    )
+    arrival_us = trace.arrivals.arrival_us
+    if options.is_closed:
+        arrival_us = np.full(len(endpoints), max(_loaded_us(models)), np.int64)
+    return Draw(arrival_us=arrival_us, endpoint_id=endpoints, bin_index=np.zeros(len(endpoints), np.int64))
 
 
-def _kept(draw: Draw, options: WorkloadOptions) -> int:
+def _kept(draw: Draw, trace: Trace, options: WorkloadOptions) -> int:
     """Return how many requests are left: of the duration, and at most the limit."""
     kept = len(draw)
-    if options.duration_s is not None and options.rate is None and kept:
+    generated = isinstance(trace, SyntheticLoad) and options.rate is not None  # for the duration alone
+    if options.duration_s is not None and not generated and kept:
         end_us = int(draw.arrival_us[0]) + duration_micros(min(options.duration_s, _MAX_SLO_S))
         kept = int(np.searchsorted(draw.arrival_us, end_us))
     return kept if options.limit is None else min(kept, options.limit)
 
 
-_RESOLVED = ("scale", "arrivals", "rate", "duration_s", "limit", "prompt_tokens", "output_tokens")
+_RESOLVED = (
+    "scale", "arrivals", "rate", "concurrency", "duration_s", "limit", "think_s", "turns", "prompt_tokens",
+    "output_tokens", "prefix_tokens", "prefixes",
+)  # fmt: skip
 
 
 def _source(
-    trace: Trace, options: WorkloadOptions, whole: Draw, arrivals: Arrivals, endpoints: Sequence[EndpointSpec]
+    trace: Trace,
+    options: WorkloadOptions,
+    models: ModelSet,
+    whole: Draw,
+    arrivals: Arrivals,
+    endpoints: Sequence[EndpointSpec],
 ) -> WorkloadSource:
     """Return what the workload was made of, with what became of every request of the trace."""
     in_trace = _requests_in(trace)
@@ -316,6 +317,8 @@ def _source(
         if endpoint.requested_us > int(arrivals.arrival_us[-1])
     ]
     remarks = [f"requested after the last arrival: endpoints {', '.join(late)}"] if late else []
+    if not isinstance(trace, Schedule) and (key := models.weighted_by()):
+        remarks.append(f"requests are spread over the models by {key}")
     if isinstance(trace, RequestTrace):
         remarks += remarks_on(trace)
     return WorkloadSource(
@@ -346,6 +349,8 @@ def _format_name(trace: Trace, options: WorkloadOptions) -> str:
     if isinstance(trace, RequestTrace):
         return trace.format_name
     if isinstance(trace, SyntheticLoad):
+        if options.is_closed:
+            return "closed loop without a trace"
         return "stages of two minutes" if options.rate is None else "load without a trace"
     return "schedule" if isinstance(trace, Schedule) else "counts per minute"
 
@@ -355,28 +360,31 @@ def _lengths(trace: Trace, options: WorkloadOptions, draw: Draw) -> tuple[Length
     prompt = parse_length(options.prompt_tokens or "", "prompt tokens", ("sharegpt", "trace"))
     output = parse_length(options.output_tokens or "", "output tokens", ("trace",))
     own = _own_lengths(trace, options, draw) if "trace" in (prompt, output) else None
-    return (
-        _chosen(prompt, own[0] if own else None, len(draw), options.seed),
-        _chosen(output, own[1] if own else None, len(draw), options.seed),
-    )
+    prompts = _chosen(prompt, own[0] if own else None, len(draw), options.seed, "prompt-lengths")
+    outputs = _chosen(output, own[1] if own else None, len(draw), options.seed, "output-lengths")
+    if draw.session is not None:
+        prompts = recorded_lengths(grown_prompts(draw.session, prompts.tokens, outputs.tokens))
+    if options.prefix_tokens is not None:
+        added = options.prefix_tokens
+        prompts = Lengths(tokens=prompts.tokens + added, typical=prompts.typical + added)
+    return prompts, outputs
 
 
 def _own_lengths(trace: Trace, options: WorkloadOptions, draw: Draw) -> tuple[Lengths, Lengths]:
     if isinstance(trace, CountedTrace):
         return counted_lengths(trace, len(draw), options.seed)
     if isinstance(trace, RequestTrace):
-        return own_lengths(trace) if options.arrivals == "trace" else lengths_of_minutes(trace, draw, options.seed)
+        redrawn = options.arrivals == "published"
+        return lengths_of_minutes(trace, draw, options.seed) if redrawn else own_lengths(trace)
     if isinstance(trace, Schedule):
         return recorded_lengths(trace.arrivals.prompt_tokens), recorded_lengths(trace.arrivals.output_tokens)
     raise InputError(f"trace {trace.name!r} has no lengths of its own; give a number of tokens instead of 'trace'")
 
 
-def _chosen(spec: int | str, own: Lengths | None, requests: int, seed: int) -> Lengths:
-    if isinstance(spec, int):
-        return fixed_lengths(spec, requests)
+def _chosen(spec: Distribution | str, own: Lengths | None, requests: int, seed: int, stream: str) -> Lengths:
     if spec == "trace" and own:
         return own
-    return sharegpt_lengths(requests, seed)
+    return sharegpt_lengths(requests, seed) if isinstance(spec, str) else drawn_lengths(spec, requests, seed, stream)
 
 
 def _request_slos(

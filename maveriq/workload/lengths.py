@@ -1,4 +1,4 @@
-"""How long prompts and outputs are: a fixed number, ShareGPT prompts, or a trace's own lengths."""
+"""How long prompts and outputs are: a distribution, ShareGPT prompts, or a trace's own lengths."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from maveriq.files import traces_path
 from maveriq.streams import generator
 from maveriq.tables import read_csv
 from maveriq.workload.arrivals import Draw
+from maveriq.workload.distributions import FORMS, Distribution, Fixed, parse_distribution
 from maveriq.workload.trace_formats import RequestTrace
 from maveriq.workload.traces import EMBEDDED_TRACES, CountedTrace
 
 CHARS_PER_TOKEN = 4
+
+MAX_LENGTH = 10_000_000
+"""The longest prompt or output that an option may ask for, in tokens."""
 
 _SHAREGPT_FILE, _SHAREGPT_COLUMN = "sharegpt-prompt-chars.csv", "prompt_chars"
 _AZURE_FILE = "azure-lengths.csv"
@@ -37,8 +41,8 @@ class Lengths:
     typical: int
 
 
-def parse_length(spec: str, option: str, words: tuple[str, ...]) -> int | str:
-    """Return a length option as a number of tokens or one of its words.
+def parse_length(spec: str, option: str, words: tuple[str, ...]) -> Distribution | str:
+    """Return a length option as one of its words, or as a distribution of numbers of tokens.
 
     Args:
         spec: what the user gave.
@@ -46,19 +50,24 @@ def parse_length(spec: str, option: str, words: tuple[str, ...]) -> int | str:
         words: the words it may be.
 
     Raises:
-        InputError: neither a word nor a whole number from 1 to 10 million.
+        InputError: none of these, or a number that is not from 1 to 10 million.
     """
     if spec in words:
         return spec
-    if re.fullmatch(r"\d{1,8}", spec) and 1 <= int(spec) <= 10_000_000:
-        return int(spec)
+    if ":" in spec:
+        return parse_distribution(spec, option, whole=True, minimum=1, maximum=MAX_LENGTH)
+    if re.fullmatch(r"[0-9]{1,8}", spec) and 1 <= int(spec) <= MAX_LENGTH:
+        return Fixed(float(spec))
     near = did_you_mean(spec, words)
-    raise InputError(f"{option} must be {', '.join(words)} or a whole number from 1 to 10000000, not {spec!r}{near}")
+    raise InputError(
+        f"{option} must be {', '.join(words)} or a whole number from 1 to {MAX_LENGTH}, or {FORMS}, not {spec!r}{near}"
+    )
 
 
-def fixed_lengths(tokens: int, requests: int) -> Lengths:
-    """Return the same length for every request."""
-    return Lengths(tokens=np.full(requests, tokens, np.int64), typical=tokens)
+def drawn_lengths(distribution: Distribution, requests: int, seed: int, stream: str) -> Lengths:
+    """Draw the lengths of requests, each rounded, at least 1 and at most 10 million."""
+    drawn = np.rint(distribution.draw(generator(seed, stream), requests))
+    return Lengths(tokens=np.clip(drawn, 1, MAX_LENGTH).astype(np.int64), typical=_typical(distribution.median))
 
 
 def recorded_lengths(tokens: np.ndarray[Any, Any]) -> Lengths:

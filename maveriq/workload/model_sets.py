@@ -105,6 +105,33 @@ class ModelSet:
         """The bin at which each model loads, ascending; 0 for one that is up before."""
         return tuple(entry.load_at or 0 for entry in self.entries)
 
+    def weights(self) -> tuple[float, ...] | None:
+        """Return how likely each model is beside the others, by `share` or else by `expected_rps`.
+
+        None where neither is given: all are equally likely.
+
+        Raises:
+            InputError: one of them is given for some models only.
+        """
+        name = self.weighted_by()
+        if name is None:
+            return None
+        given = [getattr(entry, name) for entry in self.entries]
+        if None in given:
+            without = given.index(None)
+            raise InputError(
+                f"{_WHAT} {self.name!r}: model {without + 1} ({self.entries[without].model.name}) has no {name}, "
+                "and others have; give it to all, or to none"
+            )
+        return tuple(given)
+
+    def weighted_by(self) -> str | None:
+        """Return the key by which requests are spread over the models, None where all are equally likely."""
+        for name in ("share", "expected_rps"):
+            if any(getattr(entry, name) is not None for entry in self.entries):
+                return name
+        return None
+
     def configs(self) -> dict[ModelSpec, Path]:
         """Return where each model's own configuration lies; catalogue models have none."""
         return {entry.model: entry.config for entry in self.entries if entry.config is not None}

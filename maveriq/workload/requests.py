@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
+from maveriq.workload.prefixes import PrefixHashes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +22,11 @@ class Arrivals:
     `output_tokens` (at least 1), `slo_us` (0 for none), `service_us` (the recorded time of
     service where the workload is a recording that has it, else None), `priority` (1 for a request
     that goes to the head of the queue; None where there is none), `prompt_id` (equal for equal prompts, from 1;
-    None where it is unknown).
+    None where it is unknown), `session_id` (of the conversation that a request is a turn of, from 1; 0 or None for
+    none), `think_us` (time between the end of the turn before and this one; None for 0), `prefix_hashes` (None where
+    nothing is known of them).
+
+    A turn is sent at `arrival_us`, but not before `think_us` after the turn before it in the same session has ended.
 
     Raises:
         InputError: columns of different lengths, no request, times that go back, counts below 1.
@@ -38,11 +40,13 @@ class Arrivals:
     service_us: np.ndarray[Any, Any] | None = None
     priority: np.ndarray[Any, Any] | None = None
     prompt_id: np.ndarray[Any, Any] | None = None
+    session_id: np.ndarray[Any, Any] | None = None
+    think_us: np.ndarray[Any, Any] | None = None
+    prefix_hashes: PrefixHashes | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.arrival_us), len(self.endpoint_id), len(self.prompt_tokens)}
-        lengths |= {len(self.output_tokens), len(self.slo_us)}
-        lengths |= {len(column) for column in (self.service_us, self.priority, self.prompt_id) if column is not None}
+        columns = (getattr(self, field.name) for field in fields(self))
+        lengths = {len(column) for column in columns if column is not None}
         if len(lengths) != 1:
             raise InputError(f"workload: columns have different lengths {sorted(lengths)}")
         if lengths == {0}:
@@ -55,6 +59,32 @@ class Arrivals:
 
     def __len__(self) -> int:
         return len(self.arrival_us)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether a request waits for another one to end."""
+        if self.session_id is None:
+            return False
+        numbered = self.session_id[self.session_id > 0]
+        return len(np.unique(numbered)) < len(numbered)
+
+    def by_session(self) -> Arrivals:
+        """Return the requests so that the turns of a session follow each other, where its first one is now.
+
+        Times stay in their places.
+        """
+        if not self.has_turns or self.session_id is None:
+            return self
+        alone = self.session_id == 0
+        unit = np.where(alone, -1 - np.arange(len(self)), self.session_id)
+        _, first, which = np.unique(unit, return_index=True, return_inverse=True)
+        order = np.argsort(first[which], kind="stable")
+        columns: dict[str, Any] = {
+            field.name: column.rows(order) if isinstance(column, PrefixHashes) else column[order]
+            for field in fields(self)
+            if field.name != "arrival_us" and (column := getattr(self, field.name)) is not None
+        }
+        return replace(self, **columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,22 +136,33 @@ class WorkloadSource:
         return f"workload: {self.trace} ({self.format_name}), " + "; ".join([kept, *options, *dropped, *self.remarks])
 
 
-def _words(option: str) -> str:
-    return option.removesuffix("_s").replace("_", " ")
-
-
 def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Endpoints in the order of time, and the requests; `source` is None for one that options did not describe."""
+    """Endpoints in the order of time, and the requests.
+
+    Args:
+        name: of the workload.
+        endpoints: the endpoints.
+        arrivals: the requests.
+        source: None for one that options did not describe.
+        concurrency: closed loop: so many clients, each of which sends a request when the one before has ended. The
+            times of the requests are then the earliest ones. None for open loop: requests are sent at their times.
+    """
 
     name: str
     endpoints: tuple[EndpointSpec, ...]
     arrivals: Arrivals
     source: WorkloadSource | None = None
+    concurrency: int | None = None
+
+    @property
+    def reacts(self) -> bool:
+        """Whether requests wait for others to end, so that the last one is sent at a time that is not known before."""
+        return self.concurrency is not None or self.arrivals.has_turns
 
 
 _CHUNK = 1 << 14
@@ -129,15 +170,18 @@ _CHUNK = 1 << 14
 
 def requests_of(arrivals: Arrivals) -> Iterator[Request]:
     """Yield the requests one by one; a chunk of the columns at a time keeps memory small."""
+    none = np.zeros(len(arrivals), dtype=np.int64)
     columns = (
         arrivals.arrival_us,
         arrivals.endpoint_id,
         arrivals.prompt_tokens,
         arrivals.output_tokens,
         arrivals.slo_us,
-        np.zeros(len(arrivals), dtype=bool) if arrivals.priority is None else arrivals.priority.astype(bool),
-        np.zeros(len(arrivals), dtype=np.int64) if arrivals.prompt_id is None else arrivals.prompt_id,
+        none.astype(bool) if arrivals.priority is None else arrivals.priority.astype(bool),
+        none if arrivals.prompt_id is None else arrivals.prompt_id,
+        none if arrivals.session_id is None else arrivals.session_id,
     )
+    hashes = arrivals.prefix_hashes
     for start in range(0, len(arrivals), _CHUNK):
         chunk = (column[start : start + _CHUNK].tolist() for column in columns)
         for request_id, (
@@ -148,8 +192,9 @@ def requests_of(arrivals: Arrivals) -> Iterator[Request]:
             slo_us,
             priority,
             prompt_id,
+            session_id,
         ) in enumerate(zip(*chunk, strict=True), start + 1):
-            yield Request(
+            request = Request(
                 request_id=request_id,
                 endpoint_id=endpoint_id,
                 arrival_us=arrival_us,
@@ -158,4 +203,9 @@ def requests_of(arrivals: Arrivals) -> Iterator[Request]:
                 slo_us=slo_us,
                 priority=priority,
                 prompt_id=prompt_id,
+                session_id=session_id,
             )
+            if hashes is not None:
+                request.prefix_hashes = hashes.of(request_id - 1)
+                request.prefix_hash_tokens = hashes.tokens_per_hash
+            yield request

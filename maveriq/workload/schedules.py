@@ -1,16 +1,18 @@
 """Schedules: CSV files with one request per row, for one endpoint each, replayed as recorded.
 
 Columns: `arrival_s, endpoint, prompt_tokens, output_tokens`, and optional `service_s` (recorded service time), `slo_s`
-(0 for none), `priority` (0 or 1) and `prompt_id` (any text; equal for equal prompts). Times have a resolution of one
-microsecond.
+(0 for none), `priority` (0 or 1), `prompt_id` (any text; equal for equal prompts), `session_id` (any text), `think_s`,
+`prefix_hashes` and `prefix_hash_tokens`. Times have a resolution of one microsecond. Of the `requests.csv` of a run the
+first four columns are read: its requests, as they were sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,14 +21,23 @@ from maveriq.errors import InputError
 from maveriq.files import written_whole
 from maveriq.tables import Row, check_header
 from maveriq.units import MICROS_PER_SECOND
+from maveriq.workload.content_columns import HASH_TOKENS, HASHES, PROMPT, SESSION, THINK, ContentColumns
+from maveriq.workload.prefixes import PrefixHashes
 from maveriq.workload.requests import Arrivals
 
 SCHEDULE_COLUMNS = ("arrival_s", "endpoint", "prompt_tokens", "output_tokens")
-SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority", "prompt_id")
+CONTENT_COLUMNS = {
+    PROMPT: "prompt_id", SESSION: "session_id", THINK: "think_s", HASHES: "prefix_hashes",
+    HASH_TOKENS: "prefix_hash_tokens",
+}  # fmt: skip
+"""Columns that say what requests have in common, by their meaning."""
+
+SCHEDULE_OPTIONAL_COLUMNS = ("service_s", "slo_s", "priority", *CONTENT_COLUMNS.values())
 
 SCHEDULE = "schedule"
 """What error messages call such a file."""
 
+_RUN_COLUMNS = ("request_id", "deployment_id", "status")  # with these a file is the records of a run
 _MAX_SECONDS = 1e9  # beyond, a float no longer holds every microsecond
 _MAX_COUNT = 100_000_000
 _MAX_REQUESTS = 10_000_000
@@ -39,15 +50,21 @@ def read_schedule(path: Path) -> Arrivals:
     Raises:
         InputError: the file, a column, or a row is wrong, or times go back; the message names the line.
     """
+    content = ContentColumns({})
 
     def choose(header: list[str]) -> list[str]:
+        nonlocal content
+        if set(header).issuperset((*_RUN_COLUMNS, *SCHEDULE_COLUMNS)):
+            return list(SCHEDULE_COLUMNS)
         check_header(header, SCHEDULE_COLUMNS, SCHEDULE_OPTIONAL_COLUMNS, f"{SCHEDULE} {str(path)!r}")
+        content = ContentColumns({meaning: name for meaning, name in CONTENT_COLUMNS.items() if name in header})
         return header
 
     parts: list[dict[str, np.ndarray[Any, Any]]] = []
     last_us = requests = 0
-    for batch in csv_batches(path, choose, what=SCHEDULE):
-        part = batch.converted(partial(_columns, last_us=last_us), _RowCheck(last_us / MICROS_PER_SECOND))
+    for batch in csv_batches(path, choose, what=SCHEDULE, long=(CONTENT_COLUMNS[HASHES],)):
+        convert = partial(_columns, last_us=last_us, content=content)
+        part = batch.converted(convert, _RowCheck(last_us / MICROS_PER_SECOND, content))
         parts.append(part)
         last_us = int(part["arrival_s"][-1])
         requests += len(batch.lines)
@@ -62,17 +79,20 @@ def read_schedule(path: Path) -> Arrivals:
         slo_us=columns["slo_s"] if "slo_s" in columns else np.zeros(requests, np.int64),
         service_us=columns.get("service_s"),
         priority=columns.get("priority"),
-        prompt_id=_numbered(columns["prompt_id"]) if "prompt_id" in columns else None,
+        prompt_id=content.column(PROMPT),
+        session_id=content.column(SESSION),
+        think_us=content.column(THINK),
+        prefix_hashes=content.prefix_hashes(),
     )
 
 
-def _columns(batch: Batch, *, last_us: int) -> dict[str, np.ndarray[Any, Any]]:
+def _columns(batch: Batch, *, last_us: int, content: ContentColumns) -> dict[str, np.ndarray[Any, Any]]:
     columns = {}
     for name, cells in batch.columns.items():
         if name in _MIN_SECONDS:
             columns[name] = _micros(cells, name)
-        elif name == "prompt_id":
-            columns[name] = np.asarray(cells, dtype=object)
+        elif name in CONTENT_COLUMNS.values():
+            continue
         elif name == "priority":
             columns[name] = whole_numbers(cells, name, minimum=0, maximum=1)
         else:
@@ -80,13 +100,8 @@ def _columns(batch: Batch, *, last_us: int) -> dict[str, np.ndarray[Any, Any]]:
     arrival_us = columns["arrival_s"]
     if arrival_us[0] < last_us or (arrival_us[1:] < arrival_us[:-1]).any():
         raise ValueError("arrival_s goes back")
+    content.add(batch)
     return columns
-
-
-def _numbered(texts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return a number from 1 for each text, in the order of its first row; 0 for an empty one."""
-    numbers = {"": 0}
-    return np.array([numbers.setdefault(text.strip(), len(numbers)) for text in texts.tolist()], np.int64)
 
 
 def _micros(cells: Sequence[str], name: str) -> np.ndarray[Any, Any]:
@@ -99,8 +114,9 @@ def _micros(cells: Sequence[str], name: str) -> np.ndarray[Any, Any]:
 class _RowCheck:
     """Checks rows one by one, in their order, from a last arrival on."""
 
-    def __init__(self, last_s: float) -> None:
+    def __init__(self, last_s: float, content: ContentColumns) -> None:
         self._last_s = last_s
+        self._content = content
 
     def __call__(self, row: Row) -> None:
         for name in (name for name in _MIN_SECONDS if name in row.cells):
@@ -110,6 +126,7 @@ class _RowCheck:
             check_whole(row, name, minimum=1, maximum=_MAX_COUNT)
         if "priority" in row.cells:
             check_whole(row, "priority", minimum=0, maximum=1)
+        self._content.check_row(row)
         arrival_s = row.number("arrival_s")
         if arrival_s < self._last_s:
             raise InputError(
@@ -150,14 +167,59 @@ def _lines(arrivals: Arrivals) -> Iterator[str]:
         columns["slo_s"] = arrivals.slo_us
     if arrivals.priority is not None:
         columns["priority"] = arrivals.priority
-    if arrivals.prompt_id is not None:
-        columns["prompt_id"] = np.where(arrivals.prompt_id > 0, arrivals.prompt_id.astype(str), "")
-    yield ",".join(columns) + "\n"
-    cells = [
+    return csv_lines(columns, arrivals)
+
+
+class Content(Protocol):
+    """What requests have in common, a column each; see `Arrivals`."""
+
+    @property
+    def prompt_id(self) -> np.ndarray[Any, Any] | None:
+        """Equal for equal prompts."""
+
+    @property
+    def session_id(self) -> np.ndarray[Any, Any] | None:
+        """Of the conversation."""
+
+    @property
+    def think_us(self) -> np.ndarray[Any, Any] | None:
+        """Time from the end of the turn before."""
+
+    @property
+    def prefix_hashes(self) -> PrefixHashes | None:
+        """Hashes of prefixes."""
+
+
+def csv_lines(numbers: Mapping[str, np.ndarray[Any, Any]], content: Content) -> Iterator[str]:
+    """Yield the lines of a CSV file of requests, the header first.
+
+    Args:
+        numbers: columns of whole numbers; of microseconds where a name ends with `_s`, which are written as seconds.
+        content: further columns, written where they are known.
+    """
+    columns = dict(numbers)
+    if content.think_us is not None:
+        columns["think_s"] = content.think_us
+    for name in ("prompt_id", "session_id"):
+        ids = getattr(content, name)
+        if ids is not None:
+            columns[name] = np.where(ids > 0, ids.astype(str), "")
+    cells: list[Iterable[str]] = [
         (_seconds(column) if name.endswith("_s") else map(str, column.tolist())) for name, column in columns.items()
     ]
+    header, hashes = list(columns), content.prefix_hashes
+    if hashes is not None:
+        header += ["prefix_hashes", "prefix_hash_tokens"]
+        cells += [_hash_lists(hashes), itertools.repeat(str(hashes.tokens_per_hash), len(hashes))]
+    yield ",".join(header) + "\n"
     for row in zip(*cells, strict=True):
         yield ",".join(row) + "\n"
+
+
+def _hash_lists(hashes: PrefixHashes) -> Iterator[str]:
+    """Yield the prefix hashes of each request as a cell: numbers with spaces between them."""
+    for row in range(len(hashes)):
+        yield " ".join(map(str, hashes.of(row)))
 
 
 def _seconds(micros: np.ndarray[Any, Any]) -> Iterator[str]:

@@ -8,16 +8,21 @@ phase splitting", ISCA 2024, describes the Azure traces; `traces/README.md` list
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from maveriq.csv_columns import Batch, check_whole, csv_batches, floats, json_batches, whole_numbers
+from maveriq.domain.requests import PREFIX_HASH_TOKENS
 from maveriq.errors import InputError
 from maveriq.tables import Row
+from maveriq.workload.content_columns import HASHES, PARENT, PROMPT, SESSION, THINK, ContentColumns
+from maveriq.workload.prefixes import ListedHashes
+from maveriq.workload.schedules import CONTENT_COLUMNS
+from maveriq.workload.timestamps import NS_PER_MINUTE, timestamps_ns
 
 MAX_TOKENS = 100_000_000
 
@@ -27,9 +32,9 @@ _MAX_REQUESTS = 10_000_000
 _TAKE_A_PART = "take the first part of it with --limit or --duration-s"
 _MAX_MINUTES = 1_000_000  # almost two years; a wrong year would ask for more memory than there is
 _MAX_TIME_NS = 9 * 10**18  # of 64 bits
-_NS_PER_MINUTE = 60 * 10**9
 _NS_PER_US = 1_000
 _SECOND_NS, _MILLISECOND_NS = 10**9, 10**6
+_LISTS = ("hash_ids", CONTENT_COLUMNS[HASHES])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,8 @@ class TraceFormat:
 
     `time_unit_ns` is the unit of its times, None for dates with times of day. `also` are further columns that tell
     it from a format with the same columns. `always_1` is a column that must hold 1 in every row, if the file has it.
+    `time` is "" for a format without times. `content` are columns that a file may have, by their meaning
+    (`maveriq.workload.content_columns`), with the unit of think times and the tokens of a prefix hash.
     """
 
     name: str
@@ -47,11 +54,14 @@ class TraceFormat:
     time_unit_ns: int | None = None
     also: tuple[str, ...] = ()
     always_1: str = ""
+    content: Mapping[str, str] = field(default_factory=dict)
+    tokens_per_hash: int = PREFIX_HASH_TOKENS
+    think_unit_us: int = 1_000_000
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read."""
-        return (self.time, self.prompt, self.output)
+        """The columns that it needs and that are read."""
+        return tuple(name for name in (self.time, self.prompt, self.output) if name)
 
 
 AZURE = TraceFormat(name="Azure trace", time="TIMESTAMP", prompt="ContextTokens", output="GeneratedTokens")
@@ -63,6 +73,7 @@ FORMATS = (
         prompt="Request tokens",
         output="Response tokens",
         time_unit_ns=_SECOND_NS,
+        content={SESSION: "Session ID"},
     ),
     TraceFormat(
         name="Qwen-Bailian trace",
@@ -71,6 +82,8 @@ FORMATS = (
         output="output_length",
         time_unit_ns=_SECOND_NS,
         also=("chat_id",),
+        content={SESSION: "chat_id", PARENT: "parent_chat_id", HASHES: "hash_ids"},
+        tokens_per_hash=16,
     ),
     TraceFormat(
         name="Mooncake trace",
@@ -78,6 +91,8 @@ FORMATS = (
         prompt="input_length",
         output="output_length",
         time_unit_ns=_MILLISECOND_NS,
+        content={HASHES: "hash_ids", SESSION: "session_id", THINK: "delay"},
+        think_unit_us=1_000,
     ),
     TraceFormat(
         name="vidur trace",
@@ -100,6 +115,14 @@ FORMATS = (
         prompt="prompt_tokens",
         output="output_tokens",
         time_unit_ns=_SECOND_NS,
+        content=CONTENT_COLUMNS,
+    ),
+    TraceFormat(
+        name="plain trace without times",
+        time="",
+        prompt="prompt_tokens",
+        output="output_tokens",
+        content=CONTENT_COLUMNS,
     ),
 )
 
@@ -145,6 +168,12 @@ class RequestTrace:
         requests_without_tokens: how many have a prompt or output of 0 tokens in the file, counted as 1.
         ignored_columns: columns of the file that are not read.
         is_whole: the file was read to its end.
+        has_times: the file says when requests arrive; else all times are 0.
+        remarks: what else a reader must know, a sentence without full stop each.
+        prompt_id: as in `Arrivals`, as are the next three; None where the file has none.
+        session_id: see there.
+        think_us: see there.
+        prefix_hashes: see there.
     """
 
     name: str
@@ -156,6 +185,12 @@ class RequestTrace:
     requests_without_tokens: int = 0
     ignored_columns: tuple[str, ...] = ()
     is_whole: bool = True
+    has_times: bool = True
+    remarks: tuple[str, ...] = ()
+    prompt_id: np.ndarray[Any, Any] | None = None
+    session_id: np.ndarray[Any, Any] | None = None
+    think_us: np.ndarray[Any, Any] | None = None
+    prefix_hashes: ListedHashes | None = None
 
     def __len__(self) -> int:
         return len(self.time_ns)
@@ -188,7 +223,7 @@ def read_requests(path: Path, *, json_lines: bool = False, part: TracePart = WHO
     read = json_batches if json_lines else csv_batches
     may_stop = path.stat().st_size > LARGE_FILE_BYTES
     columns, is_whole = [], True
-    for batch in read(path, reader.choose, what=_WHAT, remedy=_TAKE_A_PART):
+    for batch in read(path, reader.choose, what=_WHAT, remedy=_TAKE_A_PART, long=_LISTS):
         columns.append(reader.convert(batch))
         if may_stop and part.ends_before(reader.requests, int(columns[-1][0][-1] - columns[0][0][0])):
             is_whole = False
@@ -202,7 +237,8 @@ def read_requests(path: Path, *, json_lines: bool = False, part: TracePart = WHO
     return RequestTrace(
         name=path.name,
         format_name=reader.format.name,
-        has_dates=reader.format.time_unit_ns is None,
+        has_dates=reader.format.time_unit_ns is None and reader.format.time != "",
+        has_times=reader.format.time != "",
         time_ns=time_ns,
         # A few public rows have no token at all; a request has at least one.
         prompt_tokens=np.maximum(prompts, 1).astype(np.int64),
@@ -210,6 +246,10 @@ def read_requests(path: Path, *, json_lines: bool = False, part: TracePart = WHO
         requests_without_tokens=without,
         ignored_columns=reader.ignored,
         is_whole=is_whole,
+        prompt_id=reader.content.column(PROMPT),
+        session_id=reader.content.column(SESSION),
+        think_us=reader.content.column(THINK),
+        prefix_hashes=reader.content.prefix_hashes(),
     )
 
 
@@ -220,7 +260,7 @@ def counted(number: int, noun: str) -> str:
 
 def remarks_on(trace: RequestTrace) -> list[str]:
     """Return what a reader must know of how the file was read, a sentence without full stop each."""
-    remarks = []
+    remarks = list(trace.remarks)
     if trace.requests_without_tokens:
         remarks.append(f"0 tokens count as 1, in {counted(trace.requests_without_tokens, 'request')}")
     if trace.ignored_columns:
@@ -231,8 +271,8 @@ def remarks_on(trace: RequestTrace) -> list[str]:
 
 
 def _nearest_minutes(time_ns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    minutes, rest = np.divmod(time_ns, _NS_PER_MINUTE)
-    half = _NS_PER_MINUTE // 2
+    minutes, rest = np.divmod(time_ns, NS_PER_MINUTE)
+    half = NS_PER_MINUTE // 2
     nearest: np.ndarray[Any, Any] = minutes + ((rest > half) | ((rest == half) & (minutes % 2 == 1)))
     return nearest
 
@@ -244,6 +284,7 @@ class _Reader:
         self.where = f"{_WHAT} {str(path)!r}"
         self.format = AZURE
         self.ignored: tuple[str, ...] = ()
+        self.content = ContentColumns({})
         self._columns: tuple[str, ...] = ()  # as the file writes them: time, prompt, output
         self._ones: tuple[str, ...] = ()
         self._last_ns = -(2**63)
@@ -255,7 +296,15 @@ class _Reader:
         self.format = format_of(header, self.where)
         self._columns = tuple(names[_normalised(name)] for name in self.format.columns)
         self._ones = tuple(name for name in header if name == self.format.always_1)
-        chosen = (*self._columns, *self._ones)
+        content = {
+            meaning: names[_normalised(name)]
+            for meaning, name in self.format.content.items()
+            if _normalised(name) in names
+        }
+        self.content = ContentColumns(
+            content, think_unit_us=self.format.think_unit_us, tokens_per_hash=self.format.tokens_per_hash
+        )
+        chosen = tuple(dict.fromkeys((*self._columns, *self._ones, *content.values())))
         self.ignored = tuple(name for name in header if name not in chosen)
         return chosen
 
@@ -269,16 +318,21 @@ class _Reader:
         return columns
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
-        time, prompt, output = self._columns
-        time_ns = self._times_ns(batch.columns[time])
-        if time_ns[0] < self._last_ns or (time_ns[1:] < time_ns[:-1]).any():
-            raise ValueError(f"{time} goes back")
+        prompt, output = self._columns[-2:]
+        time_ns = np.zeros(len(batch.lines), np.int64)
+        if self.format.time:
+            time = self._columns[0]
+            time_ns = self._times_ns(batch.columns[time])
+            if time_ns[0] < self._last_ns or (time_ns[1:] < time_ns[:-1]).any():
+                raise ValueError(f"{time} goes back")
         for name in self._ones:
             whole_numbers(batch.columns[name], name, minimum=1, maximum=1)
-        return time_ns, *(
+        prompts, outputs = (
             whole_numbers(batch.columns[name], name, minimum=0, maximum=MAX_TOKENS).astype(np.int32)
             for name in (prompt, output)
         )
+        self.content.add(batch)
+        return time_ns, prompts, outputs
 
     def _times_ns(self, cells: Sequence[str]) -> np.ndarray[Any, Any]:
         if self.format.time_unit_ns is None:
@@ -290,7 +344,15 @@ class _Reader:
         return nearest
 
     def _check_row(self, row: Row) -> None:
-        time, prompt, output = self._columns
+        if self.format.time:
+            self._check_time(row, self._columns[0])
+        for name in self._columns[-2:]:
+            check_whole(row, name, minimum=0, maximum=MAX_TOKENS)
+        for name in self._ones:
+            check_whole(row, name, minimum=1, maximum=1)
+        self.content.check_row(row)
+
+    def _check_time(self, row: Row, time: str) -> None:
         cell = row.cells[time]
         if self.format.time_unit_ns is None:
             try:
@@ -306,44 +368,6 @@ class _Reader:
         if moment_ns < self._last_ns:
             raise InputError(f"{row.where}: {time} {cell!r} is before that of the row above; sort the file by time")
         self._last_ns = moment_ns
-        for name in (prompt, output):
-            check_whole(row, name, minimum=0, maximum=MAX_TOKENS)
-        for name in self._ones:
-            check_whole(row, name, minimum=1, maximum=1)
-
-
-# Between these years nanoseconds fit into 64 bits.
-_TIMESTAMP = re.compile(
-    r"((?:19[7-9]\d|20\d\d|21\d\d|22[0-5]\d)-\d\d-\d\d)[ Tt](\d\d:\d\d:\d\d(?:\.\d{1,9})?)"
-    r" ?(?:[Zz]|UTC|GMT|([+-])([01]\d|2[0-3])(?::?([0-5]\d))?)?",
-    re.ASCII,
-)
-_MANY_OF_UTC = re.compile(
-    r"(?:(?:19[7-9]\d|20\d\d|21\d\d|22[0-5]\d)-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?\n)*", re.ASCII
-)
-_UTC = ("+00:00", "Z")
-
-
-def timestamps_ns(cells: Sequence[str]) -> np.ndarray[Any, Any]:
-    """Return dates with times of day as nanoseconds since 1970; without an offset they are UTC.
-
-    Raises:
-        ValueError: a text is no such date.
-    """
-    suffix = next((utc for utc in _UTC if cells[0].endswith(utc)), "")
-    plain = [cell.removesuffix(suffix) for cell in cells] if suffix else cells
-    if _MANY_OF_UTC.fullmatch("\n".join(plain) + "\n"):  # the usual case, at a third of the time
-        return np.array(plain, "datetime64[ns]").astype(np.int64)
-    local, offsets = [], []
-    for cell in cells:
-        found = _TIMESTAMP.fullmatch(cell.strip())
-        if found is None:
-            raise ValueError(f"{cell!r} is not a date and time")
-        day, time, sign, hours, minutes = found.groups()
-        local.append(f"{day}T{time}")
-        offset = int(hours) * 60 + int(minutes or 0) if sign else 0
-        offsets.append(-offset if sign == "-" else offset)
-    return np.array(local, "datetime64[ns]").astype(np.int64) - np.array(offsets, np.int64) * _NS_PER_MINUTE
 
 
 def format_of(header: Sequence[str], where: str) -> TraceFormat:
@@ -358,8 +382,9 @@ def format_of(header: Sequence[str], where: str) -> TraceFormat:
     present = {
         known.name: [name for name in (*known.columns, *known.also) if _normalised(name) in names] for known in FORMATS
     }
+    has_time = any(re.search(_MEANINGS["arrival_s"], name, re.IGNORECASE) for name in header)
     for known in FORMATS:
-        if len(present[known.name]) == len(known.columns) + len(known.also):
+        if len(present[known.name]) == len(known.columns) + len(known.also) and (known.time or not has_time):
             return known
     nearest = max(FORMATS, key=lambda known: len(present[known.name]))
     missing = [name for name in nearest.columns if name not in present[nearest.name]]

@@ -18,13 +18,19 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import exists, traces_path
 from maveriq.input_files import read_head
 from maveriq.tables import other_separator, read_csv
+from maveriq.workload.recorded_loads import read_recorded_load, recorded_load_in
 from maveriq.workload.requests import Arrivals
-from maveriq.workload.schedules import SCHEDULE_COLUMNS, SCHEDULE_OPTIONAL_COLUMNS, read_schedule
+from maveriq.workload.schedules import (
+    CONTENT_COLUMNS,
+    SCHEDULE_COLUMNS,
+    SCHEDULE_OPTIONAL_COLUMNS,
+    read_schedule,
+)
 from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, read_requests, refuse_json
 
 EMBEDDED_TRACES = ("code", "conversation")
-POISSON, CONSTANT = "poisson", "constant"
-TRACES = (*EMBEDDED_TRACES, POISSON, CONSTANT)
+POISSON, CONSTANT, SYNTHETIC = "poisson", "constant", "synthetic"
+TRACES = (*EMBEDDED_TRACES, POISSON, CONSTANT, SYNTHETIC)
 """The traces that are known by name."""
 
 _LONG_LINE = 50_000  # the head of a file may hold a part of such a line
@@ -83,7 +89,7 @@ def load_trace(name_or_path: str, part: TracePart = WHOLE_TRACE) -> Trace:
         UnknownNameError: neither a known name nor a path.
         InputError: the file cannot be used; the message names the line.
     """
-    if name_or_path in (POISSON, CONSTANT):
+    if name_or_path in (POISSON, CONSTANT, SYNTHETIC):
         return SyntheticLoad(name=name_or_path)
     if name_or_path in EMBEDDED_TRACES:
         return embedded_trace(name_or_path)
@@ -93,8 +99,13 @@ def load_trace(name_or_path: str, part: TracePart = WHOLE_TRACE) -> Trace:
     return read_trace(path, part)
 
 
-def read_trace(path: Path, part: TracePart = WHOLE_TRACE) -> RequestTrace | Schedule:
-    """Read a file, whose start says which kind of trace it is; of a large file of requests, at least the given part.
+def read_trace(path: Path, part: TracePart = WHOLE_TRACE, *, benchmark: int | None = None) -> RequestTrace | Schedule:
+    """Read a file, whose start says which kind of trace it is.
+
+    Args:
+        path: the file.
+        part: of a large file of requests, at least this is read.
+        benchmark: which benchmark of a report, from 1; None if it has one.
 
     Raises:
         InputError: the file cannot be used; the message names the line.
@@ -105,6 +116,10 @@ def read_trace(path: Path, part: TracePart = WHOLE_TRACE) -> RequestTrace | Sche
     if not start:
         raise InputError(f"{where} is empty; give a trace with a time and token counts for each request")
     first_line = start.partition("\n")[0].rstrip("\r")
+    if kind := recorded_load_in(head):
+        return read_recorded_load(path, kind, benchmark=benchmark)
+    if benchmark is not None:
+        raise InputError(f"{where} is no report with several benchmarks; leave out --benchmark")
     if start[0] in "[{":
         keys = _keys(first_line)
         is_long_line = start[0] == "{" and first_line == start.rstrip("\r") and len(head) > _LONG_LINE
@@ -114,7 +129,8 @@ def read_trace(path: Path, part: TracePart = WHOLE_TRACE) -> RequestTrace | Sche
     header = _header(first_line)
     if separator := other_separator(header):
         raise InputError(f"{where} is separated by {separator}; save it with commas")
-    if "endpoint" in header or (set(header) & set(SCHEDULE_OPTIONAL_COLUMNS) and set(header) & set(SCHEDULE_COLUMNS)):
+    of_schedules = set(SCHEDULE_OPTIONAL_COLUMNS) - set(CONTENT_COLUMNS.values())
+    if "endpoint" in header or (set(header) & of_schedules and set(header) & set(SCHEDULE_COLUMNS)):
         return Schedule(name=path.name, arrivals=read_schedule(path))
     return read_requests(path, part=part)
 

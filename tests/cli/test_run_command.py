@@ -17,6 +17,7 @@ from command_results import Maveriq, everything_in, put
 from engine_fixtures import TIMEOUT_S, alive_in_group
 
 from maveriq.domain.models import load_model
+from maveriq.domain.requests import RequestStatus
 from maveriq.exec import gpus
 from maveriq.exec.model_files import hf_config_json
 from maveriq.report.reading import read_meta, read_run
@@ -54,6 +55,20 @@ def test_a_policy_that_fails_gives_one_line(tmp_path: Path) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "MAVERIQ_TRACEBACK": "1"}
     )
     assert "return gpus.mistake" in shown.stderr
+
+
+@pytest.mark.heavy
+def test_clients_wait_for_the_end_of_their_requests_on_engines_too(maveriq: Maveriq, tmp_path: Path) -> None:
+    load = "--concurrency 3 --num-prompts 12 --turns 2 --think-s 1 --prompt-tokens 20 --output-tokens 5"
+    options = f"--models one.toml {load} --no-dispatch-overhead --load-s 3 -q --out r"
+    assert maveriq(f"run {options} --backend emulated --time-scale 0.02").code == 0
+    table = read_run(tmp_path / "r").requests
+    assert table.counts()[RequestStatus.COMPLETED] == 12
+    for number, sent_us in enumerate(table.arrival_us):
+        before = table.finish_us[:number]
+        assert (before > sent_us).sum() < 3
+        # Every request but the first three follows the end of another, and the think time.
+        assert number < 3 or (before + 1_000_000 <= sent_us).sum() >= number - 2
 
 
 def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) -> None:
