@@ -88,6 +88,7 @@ class _Process:
     mpi_rank: str = ""
     uses_cuda: bool = False
     looks: int = 0
+    end: str | None = None  # how it ended, if it did between loading and the scan that tells whether it is a rank
 
 
 class ProcessTree:
@@ -196,8 +197,9 @@ class ProcessTree:
         Args:
             loaded: whether the engine had loaded before the scan.
         """
-        for pid in self._pidfds.keys() - self._ranks.keys():
-            process = self._processes[pid]
+        for pid, process in self._processes.items():
+            if pid in self._ranks or (pid not in self._pidfds and process.end is None):
+                continue
             parent = self._processes.get(process.parent_pid)
             # A helper inherits the environment and, without a program of its own, the open devices of its rank.
             if process.mpi_rank and not (parent and parent.mpi_rank):
@@ -206,8 +208,11 @@ class ProcessTree:
                 self._add_rank(process, f"rank {self._named_ranks[pid]}")
             elif process.uses_cuda and not (parent and parent.uses_cuda):
                 self._add_rank(process, "a process that uses CUDA")
+            if pid in self._ranks and process.end is not None:
+                self._report_loss(process, process.end)
         self._settled = loaded
         if loaded:
+            self._report_named_that_were_not_found()
             self._processes = {pid: self._processes[pid] for pid in (*self._pidfds, *self._ranks)}
 
     def find_shared_memory(self) -> None:
@@ -259,15 +264,30 @@ class ProcessTree:
         stat = read_stat(pid)  # None if its parent has waited for it: how it ended stays unknown
         process = self._processes[pid]
         self._drop(pid)
-        if pid in self._ranks and not self._ending and not self.rank_lost.done():
-            lost = f"{self._ranks[pid]}, process {pid} ({process.name})"
-            if stat is not None and stat.ended and stat.started_ticks == process.started_ticks:
-                lost += f", which ended with {describe_exit(os.waitstatus_to_exitcode(stat.wait_status))}"
-            self.rank_lost.set_result(lost)
+        end = ""
+        if stat is not None and stat.ended and stat.started_ticks == process.started_ticks:
+            end = f", which ended with {describe_exit(os.waitstatus_to_exitcode(stat.wait_status))}"
+        if pid in self._ranks:
+            self._report_loss(process, end)
         elif self._settled:
             del self._processes[pid]
+        elif self._loaded:
+            process.end = end
         if self._ending:
             self._trees.scan_soon()
+
+    def _report_loss(self, process: _Process, end: str) -> None:
+        if not self._ending and not self.rank_lost.done():
+            self.rank_lost.set_result(f"{self._ranks[process.pid]}, process {process.pid} ({process.name}){end}")
+
+    def _report_named_that_were_not_found(self) -> None:
+        """Report a rank that ended before any scan, unless the engine counts processes in a way of its own."""
+        known = self._processes.keys() | {self.leader}
+        if self._ending or self.rank_lost.done() or not known & self._named_ranks.keys():
+            return
+        for pid in self._named_ranks.keys() - known - {0}:
+            self.rank_lost.set_result(f"rank {self._named_ranks[pid]}, process {pid}")
+            return
 
     def _drop(self, pid: int) -> None:
         pidfd = self._pidfds.pop(pid)

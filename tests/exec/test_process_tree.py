@@ -62,7 +62,13 @@ async def serving(folder: Path, backend: str) -> AsyncIterator[tuple[Executor, d
     async with running_executor({1: [(0,)], 2: [(0,)]}, folder, backend=backend) as executor:
         deploy(executor)
         await until(lambda: is_up(executor, 1))
+        # A rank that ends before any scan has seen it, and that the engine does not name, is not noticed.
+        await until(lambda: _tree(executor).is_settled)
         yield executor, started(folder / "1-1.log")
+
+
+def _tree(executor: Executor) -> ProcessTree:
+    return executor._supervisors[1]._engine._connection._tree  # type: ignore[no-any-return,union-attr]
 
 
 def deploy(executor: Executor) -> None:
@@ -127,9 +133,7 @@ def test_removal_ends_all_processes_before_the_next_engine_starts(tmp_path: Path
 def test_the_end_of_a_helper_is_no_failure(tmp_path: Path) -> None:
     async def check() -> None:
         async with serving(tmp_path, DAEMON) as (executor, pids):
-            connection = executor._supervisors[1]._engine._connection  # type: ignore[union-attr]
-            tree: ProcessTree = connection._tree  # type: ignore[union-attr]
-            await until(lambda: tree.is_settled)
+            tree = _tree(executor)
             assert set(tree.pids) == set(pids.values()) - {pids["leader"]}
             os.kill(pids["helper0"], signal.SIGKILL)
             await until(lambda: pids["helper0"] not in tree.pids)
@@ -319,6 +323,42 @@ def test_what_the_engine_names_is_a_rank_and_its_parent_may_reap_it_first() -> N
             assert not tree.rank_lost.done()
             os.kill(rank, signal.SIGKILL)
             assert (await tree.rank_lost).startswith(f"rank 1, process {rank} (sleep)")
+
+    run_async(check)
+
+
+def test_a_rank_that_ends_between_loading_and_the_next_scan_is_lost() -> None:
+    script = "sh -c 'sleep 600 & echo $!; sleep 600 & echo $!; wait %2; sleep 600' ; sleep 600"
+
+    async def check() -> None:
+        async with tracked(script) as (tree, process):
+            assert process.stdout is not None
+            helper, rank = int(await process.stdout.readline()), int(await process.stdout.readline())
+            await until(lambda: {helper, rank} <= set(tree.pids))
+            tree.engine_loaded([0, rank])
+            for pid in (helper, rank):
+                os.kill(pid, signal.SIGKILL)
+            while {helper, rank} & set(tree.pids):  # no scan has told yet what they are
+                tree._on_exit(helper if helper in tree.pids else rank)
+            assert not tree.is_settled
+            assert not tree.rank_lost.done()
+            assert (await tree.rank_lost).startswith(f"rank 1, process {rank} (sleep)")
+
+    run_async(check)
+
+
+@pytest.mark.parametrize("names_leader", [True, False])
+def test_a_named_rank_that_no_scan_saw_is_lost_where_others_are_found(*, names_leader: bool) -> None:
+    async def check() -> None:
+        ended = await asyncio.create_subprocess_exec("true")
+        await ended.wait()
+        async with tracked("sleep 600") as (tree, process):
+            # Where no name is one of its processes, the engine may live in a PID namespace of its own.
+            tree.engine_loaded([process.pid if names_leader else 0, ended.pid])
+            await until(lambda: tree.is_settled)
+            assert tree.rank_lost.done() == names_leader
+            if names_leader:
+                assert tree.rank_lost.result() == f"rank 1, process {ended.pid}"
 
     run_async(check)
 
