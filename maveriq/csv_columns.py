@@ -29,7 +29,10 @@ MAX_BYTES = 1 << 30
 
 _BATCH_ROWS = 1 << 14
 _ROWS_AT_ONCE = 64  # a line may hold 1 MiB, of which only the chosen cells are kept
-_MAX_CELL, _MAX_LONG_CELL = 1_000, 1 << 16
+_MAX_CELL = 1_000
+MAX_LIST_CHARACTERS = 1 << 16
+"""A list in a cell that is longer is cut, to one character more."""
+
 _BATCH_CHARACTERS = 8 << 20
 
 ChooseColumns = Callable[[list[str]], Sequence[str]]
@@ -73,7 +76,8 @@ def csv_batches(
         choose: returns which columns to read.
         what: the kind of file, for messages.
         remedy: what to do about a file that is too large, for the message.
-        long: columns whose cells may be lists, up to 64 KiB each; others hold a number, a date or a name.
+        long: columns whose cells may be lists, of which the first 64 KiB are returned; others hold a number, a date or
+            a name.
 
     Raises:
         InputError: the file cannot be read, a row has too few or too many cells, or there are no rows.
@@ -125,10 +129,13 @@ def _batch(
     """
     columns: dict[str, Sequence[str]] = dict(zip(names, zip(*rows, strict=True), strict=True))
     for name, cells in columns.items():
-        limit = _MAX_LONG_CELL if name in long else _MAX_CELL
-        if len(max(cells, key=len)) > limit:
-            number = next(number for number, cell in zip(lines, cells, strict=True) if len(cell) > limit)
-            raise InputError(f"{where}, line {number}: {name} is longer than {limit:,} characters")
+        if len(max(cells, key=len)) <= _MAX_CELL:
+            continue
+        if name in long:
+            columns[name] = [cell[: MAX_LIST_CHARACTERS + 1] for cell in cells]
+            continue
+        number = next(number for number, cell in zip(lines, cells, strict=True) if len(cell) > _MAX_CELL)
+        raise InputError(f"{where}, line {number}: {name} is longer than {_MAX_CELL:,} characters")
     return Batch(where=where, columns=columns, lines=lines)
 
 
@@ -182,7 +189,9 @@ def json_batches(
 def _json_cells(found: dict[str, msgspec.Raw], names: Sequence[str], where: str, number: int) -> tuple[str, ...]:
     """Return the chosen values of a JSON object as text; only they are kept."""
     try:
-        return tuple(bytes(found[name])[: _MAX_LONG_CELL + 3].decode(errors="replace").strip('"') for name in names)
+        return tuple(
+            bytes(found[name])[: MAX_LIST_CHARACTERS + 3].decode(errors="replace").strip('"') for name in names
+        )
     except KeyError as error:
         raise InputError(f"{where}, line {number}: no {error.args[0]}") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maveriq.csv_columns import Batch, check_whole, floats, whole_numbers
+from maveriq.csv_columns import MAX_LIST_CHARACTERS, Batch, check_whole, floats, whole_numbers
 from maveriq.domain.requests import PREFIX_HASH_TOKENS
 from maveriq.errors import InputError
 from maveriq.tables import Row
@@ -79,8 +79,12 @@ class ContentColumns:
         self._hash_tokens: int | None = None
         self._parts: dict[str, list[np.ndarray[Any, Any]]] = {}
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, tokens: np.ndarray[Any, Any]) -> None:
         """Take the columns of a batch.
+
+        Args:
+            batch: the batch.
+            tokens: prompt and output tokens of each request; hashes for more than these are not kept.
 
         Raises:
             ValueError: a cell is not what it should be; nothing is taken then.
@@ -94,12 +98,13 @@ class ContentColumns:
             found[THINK] = np.rint(think_us).astype(np.int64)
         if HASH_TOKENS in columns:
             name = self._names[HASH_TOKENS]
-            tokens = whole_numbers(columns[HASH_TOKENS], name, minimum=1, maximum=_MAX_HASH_TOKENS)
-            if (tokens != (self._hash_tokens or tokens[0])).any():
+            steps = whole_numbers(columns[HASH_TOKENS], name, minimum=1, maximum=_MAX_HASH_TOKENS)
+            if (steps != (self._hash_tokens or steps[0])).any():
                 raise ValueError(f"{name} must be the same in all rows")
-            self._hash_tokens = int(tokens[0])
+            self._hash_tokens = int(steps[0])
         if HASHES in columns:
-            found[HASHES], found["counts"] = self._hash_lists(columns[HASHES])
+            step = self._hash_tokens or self._tokens_per_hash
+            found[HASHES], found["counts"] = self._hash_lists(columns[HASHES], (-(-tokens // step) + 1).tolist())
         if PROMPT in columns:
             found[PROMPT] = self._prompts.of(columns[PROMPT])
         if PARENT in columns:
@@ -118,6 +123,8 @@ class ContentColumns:
         names = self._names
         if THINK in names:
             row.number(names[THINK], minimum=0, maximum=_MAX_THINK_US / self._think_unit_us)
+        if HASHES in names and len(row.cells[names[HASHES]]) > MAX_LIST_CHARACTERS:
+            raise InputError(f"{row.where}: {names[HASHES]} is longer than {MAX_LIST_CHARACTERS:,} characters")
         if HASH_TOKENS in names:
             check_whole(row, names[HASH_TOKENS], minimum=1, maximum=_MAX_HASH_TOKENS)
             tokens = int(row.number(names[HASH_TOKENS]))
@@ -128,12 +135,20 @@ class ContentColumns:
                     f"{row.where}: {names[HASH_TOKENS]} must be the same in all rows: {self._hash_tokens}, not {tokens}"
                 )
 
-    def _hash_lists(self, cells: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return the hashes of all cells, and how many each has."""
+    def _hash_lists(
+        self, cells: Sequence[str], needed: Sequence[int]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return the first hashes of all cells, as many as are needed of each, and how many each has.
+
+        Raises:
+            ValueError: a list was cut before that.
+        """
         hashes: list[int] = []
         counts = []
-        for cell in cells:
-            texts = [] if cell in _NOTHING else _NOT_HASHES.sub(" ", cell).split()
+        for cell, most in zip(cells, needed, strict=True):
+            texts = [] if cell in _NOTHING else _NOT_HASHES.sub(" ", cell).split(None, most)[:most]
+            if len(cell) > MAX_LIST_CHARACTERS and len(texts) < most:
+                raise ValueError(f"{self._names[HASHES]} is longer than {MAX_LIST_CHARACTERS:,} characters")
             counts.append(len(texts))
             hashes += map(self._hash, texts)
         self._hashes += len(hashes)

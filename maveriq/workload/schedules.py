@@ -100,7 +100,7 @@ def _columns(batch: Batch, *, last_us: int, content: ContentColumns) -> dict[str
     arrival_us = columns["arrival_s"]
     if arrival_us[0] < last_us or (arrival_us[1:] < arrival_us[:-1]).any():
         raise ValueError("arrival_s goes back")
-    content.add(batch)
+    content.add(batch, columns["prompt_tokens"] + columns["output_tokens"])
     return columns
 
 

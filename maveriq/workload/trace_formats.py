@@ -331,7 +331,7 @@ class _Reader:
             whole_numbers(batch.columns[name], name, minimum=0, maximum=MAX_TOKENS).astype(np.int32)
             for name in (prompt, output)
         )
-        self.content.add(batch)
+        self.content.add(batch, prompts.astype(np.int64) + outputs)
         return time_ns, prompts, outputs
 
     def _times_ns(self, cells: Sequence[str]) -> np.ndarray[Any, Any]:

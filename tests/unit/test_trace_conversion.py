@@ -79,7 +79,9 @@ def test_what_is_written_is_read_again(tmp_path: Path, name: str, written: Writa
     if name in ("plain", "mooncake") and written.prefix_hashes is not None:
         assert read.prefix_hashes is not None
         for row in range(len(written)):
-            blocks = -(-int(written.prompt_tokens[row]) // 512) if name == "mooncake" else None
+            # No more hashes are kept than a request has tokens for, and one for the block that its output begins.
+            tokens = int(written.prompt_tokens[row]) + int(written.output_tokens[row])
+            blocks = -(-int(written.prompt_tokens[row]) // 512) if name == "mooncake" else -(-tokens // 512) + 1
             assert list(read.prefix_hashes.of(row)) == list(written.prefix_hashes.of(row))[:blocks]
 
 
@@ -122,6 +124,15 @@ def test_a_file_may_say_how_many_tokens_a_hash_stands_for(tmp_path: Path) -> Non
     assert trace.prefix_hashes.tokens_per_hash == 16
     with pytest.raises(InputError, match="line 3: prefix_hash_tokens must be the same in all rows: 16, not 32"):
         read(tmp_path, f"{head}0,64,1,1 2,16\n1,64,1,1 3,32\n")
+
+
+def test_a_list_of_hashes_is_read_as_far_as_its_request_goes(tmp_path: Path) -> None:
+    many = " ".join(map(str, range(20_000)))
+    trace = read(tmp_path, f"{PLAIN},prefix_hashes\n0,1000,20,{many}\n")
+    assert trace.prefix_hashes is not None
+    assert list(trace.prefix_hashes.of(0)) == [0, 1, 2]
+    with pytest.raises(InputError, match="line 3: prefix_hashes is longer than 65,536 characters"):
+        read(tmp_path, f"{PLAIN},prefix_hashes\n0,1000,20,1\n1,10000000,20,{many}\n")
 
 
 def test_chats_of_qwen_bailian_are_followed_to_their_first_turn(tmp_path: Path) -> None:
