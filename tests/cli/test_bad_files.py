@@ -78,7 +78,9 @@ MALFORMED = [
     # Model sets
     bad("trace show --models m.toml", "model set 'm.toml' does not exist"),
     models('name = "mine"\nmodels = []\n', "m.toml", "models must be a list of length at least 1"),
-    models(MODELS + "colour = 1\n", "unknown key `colour` (in models[0]); known keys: engine, expected_rps, float16_only"),
+    models(
+        MODELS + "colour = 1\n", "unknown key `colour` (in models[0]); known keys: engine, expected_rps, float16_only"
+    ),
     models(MODELS + "objectiv = 1\n", "unknown key `objectiv` (in models[0]); did you mean 'objective'?"),
     models("nam = 1\n" + MODELS, "unknown key `nam`; did you mean 'name'?"),
     models(MODELS.replace("llama-2-7b", "llama-7b"), "m.toml", "unknown model 'llama-7b'", "'llama-2-7b'?"),
