@@ -152,6 +152,7 @@ class _Simulation:
         """Let the client send what is due and what its limit allows; return whether it sent anything."""
         sent = self._client.send(now_us)
         self._inbox.extend(map(RequestArrived, sent))
+        self._wake_client_later(now_us)
         if sent and self._reacts:
             self._last_arrival_us = now_us
             if not self._client.unsent:
@@ -173,9 +174,8 @@ class _Simulation:
             return  # the last event of this instant settles
         self._is_unsettled = False
         self._handle_inbox(now_us)
-        while self._send(now_us):  # requests that ended have made room for others
+        while self._client.may_send and self._send(now_us):  # requests that ended have made room for others
             self._handle_inbox(now_us)
-        self._wake_client_later(now_us)
         if self._to_compose:
             self._compose(now_us)
         wake_us = self._controller.wake_us

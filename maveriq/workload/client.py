@@ -40,6 +40,8 @@ class Client:
 
     def __init__(self, arrivals: Arrivals, *, concurrency: int | None = None, max_in_flight: int | None = None) -> None:
         self.unsent = len(arrivals)
+        self.may_send = False
+        """Whether the end of a request has made others due, or room for them; `send` answers it."""
         self._sent = 0
         self._in_flight = 0
         self._max_in_flight = max_in_flight
@@ -72,6 +74,7 @@ class Client:
 
     def send(self, now_us: Micros) -> list[Request]:
         """Return the requests that are sent now; their arrival is now."""
+        self.may_send = False
         self._take_due(now_us)
         held, limit, sent = self._held, self._max_in_flight, []
         while held and (limit is None or self._in_flight < limit):
@@ -88,6 +91,8 @@ class Client:
     def ended(self, request_id: int, now_us: Micros) -> None:
         """Take note that a request that was sent has ended, whatever its status; `send` may then send others."""
         self._in_flight -= 1
+        if self._held:
+            self.may_send = True
         session_id = self._session_of.pop(request_id, 0) if self._session_of else 0
         if session_id:
             session = self._sessions[session_id]
@@ -162,6 +167,7 @@ class Client:
 
     def _push(self, request: Request, due_us: Micros) -> None:
         self._pushed += 1
+        self.may_send = True
         heappush(self._timed, (due_us, self._pushed, request))
 
     def _think_of(self, request: Request) -> Micros:

@@ -123,25 +123,40 @@ def _burstgpt(requests: WritableRequests) -> Iterator[str]:
 
 def _mooncake(requests: WritableRequests) -> Iterator[str]:
     times_ms = ((requests.since_first_ns + _NS_PER_MS // 2) // _NS_PER_MS).tolist()
-    for row, (time_ms, prompt, output) in enumerate(zip(times_ms, *_tokens(requests), strict=True)):
-        hashes = ", ".join(map(str, _mooncake_hashes(requests, row)))
+    lists = _mooncake_hashes(requests)
+    for time_ms, prompt, output, hashes in zip(times_ms, *_tokens(requests), lists, strict=True):
+        listed = ", ".join(map(str, hashes))
         yield (
-            f'{{"timestamp": {time_ms}, "input_length": {prompt}, "output_length": {output}, "hash_ids": [{hashes}]}}\n'
+            f'{{"timestamp": {time_ms}, "input_length": {prompt}, "output_length": {output}, "hash_ids": [{listed}]}}\n'
         )
 
 
-def _mooncake_hashes(requests: WritableRequests, row: int) -> Sequence[int]:
-    """Return the hashes of a prompt; where they are not known, those of equal prompts alone are equal.
+def _mooncake_hashes(requests: WritableRequests) -> Iterator[Sequence[int]]:
+    """Yield the hashes of each prompt; where they are not known, those of equal prompts alone are equal.
 
-    Tools that read Mooncake's traces need one for each 512 tokens.
+    Tools that read Mooncake's traces need one for each 512 tokens. Those that are made up count from 0.
     """
+    known = requests.prefix_hashes if _has_mooncake_hashes(requests) else None
+    blocks = (-(-requests.prompt_tokens // PREFIX_HASH_TOKENS)).tolist()
+    if known is not None:
+        yield from (known.of(row)[:number] for row, number in enumerate(blocks))
+        return
+    prompts = [0] * len(requests) if requests.prompt_id is None else requests.prompt_id.tolist()
+    made: dict[int, range] = {}
+    after = 0
+    for prompt, number in zip(prompts, blocks, strict=True):
+        own = made.get(prompt, range(0)) if prompt else range(0)
+        if len(own) < number:
+            own = range(after, after + number)
+            after += number
+            if prompt:
+                made[prompt] = own
+        yield own[:number]
+
+
+def _has_mooncake_hashes(requests: WritableRequests) -> bool:
     hashes = requests.prefix_hashes
-    blocks = -(-int(requests.prompt_tokens[row]) // PREFIX_HASH_TOKENS)
-    if hashes is not None and hashes.tokens_per_hash == PREFIX_HASH_TOKENS:
-        return hashes.of(row)[:blocks]
-    prompt = 0 if requests.prompt_id is None else int(requests.prompt_id[row])
-    first = (prompt or len(requests) + 1 + row) << 24  # no prompt has so many blocks
-    return range(first, first + blocks)
+    return hashes is not None and hashes.tokens_per_hash == PREFIX_HASH_TOKENS
 
 
 def _vidur(requests: WritableRequests) -> Iterator[str]:
@@ -202,7 +217,7 @@ def lost_in(requests: WritableRequests, format_name: str) -> list[str]:
     holds = _writer(format_name).holds
     lost = [name for name in _CONTENT if getattr(requests, name) is not None and name not in holds]
     hashes = requests.prefix_hashes
-    if format_name == "mooncake" and hashes is not None and hashes.tokens_per_hash != PREFIX_HASH_TOKENS:
+    if format_name == "mooncake" and hashes is not None and not _has_mooncake_hashes(requests):
         lost.append(f"prefix_hashes (each stands for {hashes.tokens_per_hash} tokens, not for {PREFIX_HASH_TOKENS})")
     return [*(name.replace("think_us", "think_s") for name in lost), *requests.other]
 
