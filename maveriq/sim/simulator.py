@@ -72,7 +72,8 @@ class _Simulation:
         self._service_times = system.service_times
         self._client = Client(arrivals, concurrency=system.workload.concurrency, max_in_flight=system.max_in_flight)
         self._client_wake_us: Micros | None = None  # the last one that was scheduled for it
-        self._reacts = system.workload.reacts
+        # Whether it is not known beforehand when the last request is sent.
+        self._reacts = system.workload.reacts or system.max_in_flight is not None
         self._contention = ContentionModel(system.cluster, system.service_times.contention)
         self._last_endpoint_us = max((endpoint.requested_us for endpoint in system.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])

@@ -30,7 +30,7 @@ _NS_PER_SECOND = 10**9
 _MARKS = {
     VLLM_BENCH: re.compile(r'"(?:input_lens|request_throughput)"\s*:'),
     GUIDELLM: re.compile(r'"benchmarks"\s*:\s*\['),
-    AIPERF: re.compile(r'"(?:request_start_ns|input_sequence_length)"\s*:'),
+    AIPERF: re.compile(r'"request_start_ns"\s*:'),
 }
 _T = TypeVar("_T")
 

@@ -440,8 +440,9 @@ def refuse_json(head: str, where: str) -> NoReturn:
     if re.search(r'"(conversations|from|messages|prompt)"\s*:', head):
         raise InputError(
             f"{where} holds prompts or conversations (as ShareGPT does), without times and token counts; count the "
-            f"tokens with your model's tokenizer and write arrival_s, prompt_tokens, output_tokens ({_README}), or "
-            "draw requests with --rate R --prompt-tokens sharegpt"
+            "tokens of conversations with your model's tokenizer by maveriq trace convert --tokenizer FOLDER, or write "
+            f"arrival_s, prompt_tokens, output_tokens ({_README}), or draw requests with --rate R --prompt-tokens "
+            "sharegpt"
         )
     raise InputError(
         f"{where} is one JSON document; write one JSON object a line, or CSV, with arrival_s (in seconds), "

@@ -14,6 +14,7 @@ from maveriq.domain.records import NOT_YET
 from maveriq.domain.requests import RequestStatus
 from maveriq.sim.simulator import simulate
 from maveriq.units import MICROS_PER_SECOND
+from maveriq.workload.client import Client
 from maveriq.workload.requests import Arrivals
 
 HOUR_US = 3_600 * MICROS_PER_SECOND
@@ -135,14 +136,14 @@ def test_the_same_workload_gives_the_same_run(rows, limit, concurrency):
         assert getattr(one.requests, name).tolist() == getattr(other.requests, name).tolist()
 
 
-@given(requests())
-@settings(max_examples=40, deadline=None)
-def test_requests_that_were_never_sent_are_recorded_as_unfinished(rows):
-    """The run ends before the first request is served: the engine loads for longer than the run lasts."""
-    system = scenario(rows, {1: [(0,)], 2: [(1,)], 3: [(0, 1)]}, gpus=2, load_us=HOUR_US, drain_us=1_000)
-    table = simulate(replace(system, max_in_flight=1)).requests
-    assert sorted(row_of(table)) == list(range(len(rows)))
-    assert sum(table.counts().values()) == len(rows)
+def test_the_drain_time_counts_from_the_last_request_that_was_sent():
+    """Ten requests of 0.1 s each, one in flight: the last one is sent long after its time."""
+    rows = arrivals([7] * 10, [1] * 10, [100] * 10)
+    system = scenario(rows, {1: [(0,)]}, gpus=1, drain_us=200_000)
+    held = simulate(replace(system, max_in_flight=1)).requests
+    assert held.finish_us.tolist() == [7 + 100_000 * number for number in range(1, 11)]
+    cut = simulate(system).requests
+    assert cut.counts()[RequestStatus.COMPLETED] == 2
 
 
 def test_a_run_in_which_nothing_can_happen_any_more_ends():
@@ -166,3 +167,20 @@ def test_little_s_law_in_a_closed_loop():
     middle = table.arrival_us[200:-200]
     throughput_per_us = (len(middle) - 1) / (middle[-1] - middle[0])
     assert throughput_per_us * (response_us + think_us) == pytest.approx(clients, rel=0.02)
+
+
+@given(requests(), LIMITS, st.none() | st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_whatever_was_not_sent_is_left_and_numbered_on(rows, limit, concurrency):
+    """A client that is told of no end sends what it may, and has all else left."""
+    given_rows = rows if concurrency is None else rows.by_session()
+    client = Client(given_rows, concurrency=concurrency, max_in_flight=limit)
+    sent = []
+    while (due_us := client.next_us) is not None and len(sent) < 3:
+        sent += client.send(due_us)
+        if client.next_us == due_us:
+            break
+    left = list(client.left(HOUR_US))
+    assert [request.request_id for request in (*sent, *left)] == list(range(1, len(rows) + 1))
+    assert sorted(request.prompt_tokens for request in (*sent, *left)) == list(range(1, len(rows) + 1))
+    assert all(request.arrival_us == HOUR_US for request in left)
