@@ -20,6 +20,7 @@ from maveriq.errors import InputError, MaveriqError, cannot_write
 from maveriq.planning import PlanOptions, rank_configurations
 from maveriq.runs import Run, as_path, load_run, save_run
 from maveriq.scenario.options import Options, options_from
+from maveriq.scenario.routing import resolved_router
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -321,7 +322,9 @@ def _resolved(options: Options, system: ReplaySystem, components: Components) ->
         on_loss=system.settings.on_loss.value,
         service_times=system.service_times.name,
         policy=system.policy.name if "policy" in components.replaced else options.policy,
-        router=type(components.router).__name__ if components.router is not None else options.router,
+        router=type(components.router).__name__
+        if components.router is not None
+        else resolved_router(options.router, system.workload.endpoints),
     )
 
 

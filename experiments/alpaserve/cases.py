@@ -27,7 +27,7 @@ class Variant(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=T
     alpaserve_profile: str = "maveriq"
     alpaserve_as_published: bool = False
     alpaserve_star_rule: str = "F"
-    router: str = "uniform"
+    router: str = "random"
 
     def options(self) -> dict[str, str | bool]:
         """Return the options by name."""

@@ -36,7 +36,8 @@ from maveriq.control.events import (
 )
 from maveriq.control.queues import DEFAULT_MAX_WAIT_US, QueueDiscipline, RequestQueue
 from maveriq.control.request_tracker import RequestTracker
-from maveriq.control.router import RequestRouter, Router, RoutingRule
+from maveriq.control.router import RequestRouter, Router
+from maveriq.control.routing_policies import RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming, LoadWindow
 from maveriq.domain.deployments import Batching
 from maveriq.domain.models import ModelSpec
@@ -104,8 +105,9 @@ class OnLoss(StrEnum):
 class ControllerSettings:
     """The settings of the controller, except the policy.
 
-    `refuse_beyond_context` refuses requests that are longer than their model's context. `engine_tokens` returns how
-    many tokens the engines keep of one sequence of a model, None for no such limit; longer requests are refused.
+    `router` None routes by `DEFAULT_RULES`. `refuse_beyond_context` refuses requests that are longer than their
+    model's context. `engine_tokens` returns how many tokens the engines keep of one sequence of a model, None for no
+    such limit; longer requests are refused.
     """
 
     timing: DispatchTiming = field(default_factory=DispatchTiming)
@@ -113,7 +115,7 @@ class ControllerSettings:
     max_wait_us: Micros = DEFAULT_MAX_WAIT_US
     on_failure: OnFailure = OnFailure.REQUEUE
     on_loss: OnLoss = OnLoss.KEEP
-    router: RoutingRule | RequestRouter = RoutingRule.UNIFORM
+    router: RoutingRule | RequestRouter | None = None
     seed: int = 42
     load_window: LoadWindow = field(default_factory=LoadWindow)
     refuse_beyond_context: bool = True
@@ -168,8 +170,9 @@ class Controller:
         self.wake_us: Micros | None = None
         self.settings = settings
         router = settings.router
-        self._router = Router(router, settings.seed) if isinstance(router, RoutingRule) else router
-        predicts = settings.discipline.uses_service_time or router is not RoutingRule.UNIFORM
+        is_built_in = router is None or isinstance(router, RoutingRule)
+        self._router: RequestRouter = Router(router, settings.seed) if is_built_in else router
+        predicts = settings.discipline.uses_service_time or not is_built_in or router is RoutingRule.LEAST_WORK
         self._predict_service_time = predict_service_time if predicts else None
         self._clock = DispatchDelays(settings.timing)
         self._endpoints: dict[int, list[Deployment]] = {}
@@ -238,7 +241,8 @@ class Controller:
             self.tracker.refused(request, too_long)
             return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
-        self._router.committed(deployment, self._now_us, service_us)
+        self._router.sent(deployment, request, self._now_us, service_us)
+        deployment.assigned += 1
         if deployment.endpoint.batching is Batching.CONTINUOUS:
             self.manager.submit(deployment, request, self._now_us)
             self._actions.append(Submit(deployment.deployment_id, request))
@@ -275,8 +279,9 @@ class Controller:
         if deployment.generation != event.generation:
             return
         self.tracker.progressed(event, deployment.in_engine, self._now_us)
+        self.manager.progressed(deployment, event)
         for request_id, output_tokens in event.finished:
-            if request := self.manager.leave(deployment, request_id, self._now_us):
+            if request := self.manager.leave(deployment, request_id, self._now_us, has_begun=True):
                 deployment.completed += 1
                 self.tracker.generated(request, output_tokens)
                 self.tracker.completed(request, None, self._now_us)
@@ -297,7 +302,8 @@ class Controller:
 
     def _cancelled(self, request_id: int) -> None:
         deployment = self.manager.deployments.get(self.tracker.deployment_of(request_id))
-        if deployment is not None and self.manager.leave(deployment, request_id, self._now_us):
+        has_begun = self.tracker.is_running(request_id)
+        if deployment is not None and self.manager.leave(deployment, request_id, self._now_us, has_begun=has_begun):
             self.tracker.cancelled(request_id, CLIENT_GONE)
             self._actions.append(Abort(deployment.deployment_id, request_id))
             if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
@@ -337,7 +343,7 @@ class Controller:
         return tuple(self._endpoints.get(endpoint_id, ()))
 
     def _registered(self, event: EngineUp) -> None:
-        deployment = self.manager.engine_registered(event.deployment_id, event.generation, self._now_us)
+        deployment = self.manager.engine_registered(event, self._now_us)
         if deployment is None:
             return
         if deployment.endpoint.batching is Batching.CONTINUOUS:
@@ -346,7 +352,7 @@ class Controller:
         if self.queue.has_queue(deployment.deployment_id):
             self.queue.resume(deployment.deployment_id)
         else:
-            self.queue.open_queue(deployment.deployment_id, deployment.gpu_mask)
+            deployment.waiting = self.queue.open_queue(deployment.deployment_id, deployment.gpu_mask)
 
     def _gpu_changed(self, event: GpuDown | GpuUp) -> None:
         if isinstance(event, GpuUp):
@@ -405,7 +411,7 @@ class Controller:
         self._endpoints[lost.endpoint.endpoint_id].append(replacement)
         if self.queue.has_queue(lost.deployment_id):
             replacement.serves = True
-            self.queue.open_queue(replacement.deployment_id, replacement.gpu_mask)
+            replacement.waiting = self.queue.open_queue(replacement.deployment_id, replacement.gpu_mask)
             self.queue.pause(replacement.deployment_id)
 
     def _keep_or_move(self, deployment: Deployment, again: list[Request]) -> None:
@@ -415,7 +421,7 @@ class Controller:
             for request in again:
                 self.queue.push_front(request, deployment.deployment_id)
             return
-        waiting = self.queue.close_queue(deployment.deployment_id)
+        waiting, deployment.waiting = self.queue.close_queue(deployment.deployment_id), ()
         for request in again:
             self._assign(request, first=True)
         for request in waiting:
@@ -434,7 +440,8 @@ class Controller:
                 continue
             self.manager.remove(deployment)
             if self.queue.has_queue(deployment.deployment_id):
-                for request in self.queue.close_queue(deployment.deployment_id):
+                waiting, deployment.waiting = self.queue.close_queue(deployment.deployment_id), ()
+                for request in waiting:
                     self.tracker.refused(request, deployment.refusal_reason())
             if not deployment.is_busy:
                 self._stop(deployment)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from maveriq.control.events import StartEngine
+from maveriq.control.events import EngineProgress, EngineUp, StartEngine
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
 from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
 from maveriq.domain.deployments import EndpointSpec
@@ -41,8 +41,10 @@ class Deployment:
     `returns`: if it is down, it will be up again. `alive`: it has an engine, loading or up, that
     must be stopped. `open_failures`: failures of its engines that are not repaired; failed GPUs do
     not count. `generation` counts its engines and `execution_id` its executions; messages with
-    earlier numbers are ignored. `in_engine`: the requests of a continuous engine by ID, in the order in
-    which they were submitted.
+    earlier numbers are ignored. `waiting`: the requests that wait for it in the controller. `in_engine`: the requests
+    of a continuous engine by ID, in the order in which they were submitted. `assigned`: requests that it
+    was given so far. `kv_used_tokens`, `kv_capacity_tokens`: of its KV cache, as its engine said last;
+    `unbegun_tokens`: the prompts in `in_engine` of which it has not begun to compute anything.
     """
 
     deployment_id: int
@@ -62,7 +64,12 @@ class Deployment:
     generation: int = 0
     execution_id: int = 0
     running: tuple[Request, ...] = ()
+    waiting: Sized = ()
     in_engine: dict[int, Request] = field(default_factory=dict)
+    assigned: int = 0
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    unbegun_tokens: int = 0
     started_us: Micros = NOT_YET
     completed: int = 0
 
@@ -81,6 +88,16 @@ class Deployment:
     def is_busy(self) -> bool:
         """Whether its engine has requests, since `started_us`."""
         return bool(self.running or self.in_engine)
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that it was given and that have not ended."""
+        return len(self.in_engine) + len(self.running) + len(self.waiting)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of its KV cache that requests hold, and the prompts that it has not begun."""
+        return self.kv_used_tokens + self.unbegun_tokens
 
     @property
     def name(self) -> str:
@@ -201,7 +218,7 @@ class DeploymentManager:
         left = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.gpu_id not in avoided))
         if not left.gpus or len(gone) > MAX_REPLACEMENTS:
             return None
-        decision = self._decide(lost.endpoint, left)
+        decision = self._decide(replace(lost.endpoint, replicas=1), left)
         if isinstance(decision, Rejection):
             lost.reason += f"; no other placement: {decision.reason}"
             return None
@@ -217,7 +234,7 @@ class DeploymentManager:
             )
         plan = self._located(plan)
         deployment = self._add(endpoint, plan, DeploymentState.WAITING)
-        self._state.reserve(deployment.deployment_id, dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True)))
+        self._state.reserve(deployment.deployment_id, plan.shares)
         deployment.gpu_ids = plan.gpu_ids
         deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
         self._to_start.append(deployment)
@@ -271,11 +288,12 @@ class DeploymentManager:
         deployment.alive = True
         return StartEngine(deployment.deployment_id, deployment.generation, deployment.required_plan)
 
-    def engine_registered(self, deployment_id: int, generation: int, now_us: Micros) -> Deployment | None:
+    def engine_registered(self, event: EngineUp, now_us: Micros) -> Deployment | None:
         """Mark an engine as up, and return its deployment; None if the engine was stopped or failed meanwhile."""
-        deployment = self.deployments[deployment_id]
-        if deployment.state is not DeploymentState.LOADING or deployment.generation != generation:
+        deployment = self.deployments[event.deployment_id]
+        if deployment.state is not DeploymentState.LOADING or deployment.generation != event.generation:
             return None
+        deployment.kv_capacity_tokens = event.kv_capacity_tokens
         deployment.state = DeploymentState.UP
         deployment.serves = True
         if deployment.reason:
@@ -310,11 +328,27 @@ class DeploymentManager:
         if not deployment.in_engine:
             deployment.started_us = now_us
         deployment.in_engine[request.request_id] = request
+        deployment.unbegun_tokens += request.prompt_tokens
 
-    def leave(self, deployment: Deployment, request_id: int, now_us: Micros) -> Request | None:
-        """Record that a request has left a continuous engine; return it, None if the engine did not have it."""
+    def progressed(self, deployment: Deployment, event: EngineProgress) -> None:
+        """Record what a continuous engine holds, and which requests it has begun; `leave` records those that end."""
+        deployment.kv_used_tokens = event.kv_tokens
+        for started in event.started:
+            if request := deployment.in_engine.get(started.request_id):
+                deployment.unbegun_tokens -= request.prompt_tokens
+
+    def leave(self, deployment: Deployment, request_id: int, now_us: Micros, *, has_begun: bool) -> Request | None:
+        """Record that a request has left a continuous engine, which had begun it or not.
+
+        Returns:
+            The request; None if the engine did not have it.
+        """
         request = deployment.in_engine.pop(request_id, None)
-        if request is not None and not deployment.in_engine:
+        if request is None:
+            return None
+        if not has_begun:
+            deployment.unbegun_tokens -= request.prompt_tokens
+        if not deployment.in_engine:
             deployment.busy.add(deployment.started_us, now_us)
         return request
 

@@ -91,6 +91,7 @@ class EngineProgress(_DeploymentEvent):
         preempted: lost what was computed of them, and wait again; a request may appear twice.
         first_tokens: got their first token.
         finished: got their last token, each with the number of tokens that it got.
+        kv_tokens: tokens of the KV blocks that requests hold after it.
     """
 
     deployment_id: int
@@ -99,6 +100,7 @@ class EngineProgress(_DeploymentEvent):
     preempted: list[int] = field(default_factory=list)
     first_tokens: list[int] = field(default_factory=list)
     finished: list[tuple[int, int]] = field(default_factory=list)
+    kv_tokens: int = 0
     rank: ClassVar[int] = 0
 
     def __bool__(self) -> bool:
@@ -132,10 +134,14 @@ class EngineRepaired(_DeploymentEvent):
 
 @dataclass(frozen=True, slots=True)
 class EngineUp(_DeploymentEvent):
-    """An engine has loaded and registers. Ignored if `generation` is not the current one."""
+    """An engine has loaded and registers. Ignored if `generation` is not the current one.
+
+    `kv_capacity_tokens` is how many tokens the KV cache of a continuous engine holds.
+    """
 
     deployment_id: int
     generation: int
+    kv_capacity_tokens: int = 0
     rank: ClassVar[int] = 4
 
 

@@ -131,9 +131,10 @@ class RequestQueue:
 
     # Queues
 
-    def open_queue(self, deployment_id: int, gpu_mask: int) -> None:
-        """Add the queue of a deployment."""
-        self._queues[deployment_id] = DeploymentQueue(deployment_id, gpu_mask)
+    def open_queue(self, deployment_id: int, gpu_mask: int) -> DeploymentQueue:
+        """Add the queue of a deployment, and return it."""
+        queue = self._queues[deployment_id] = DeploymentQueue(deployment_id, gpu_mask)
+        return queue
 
     def has_queue(self, deployment_id: int) -> bool:
         """Return whether a deployment has a queue."""

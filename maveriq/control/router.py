@@ -1,22 +1,23 @@
-"""The router: picks the replica that a request goes to."""
+"""The router: picks the replica that a request goes to, among those that are ready, by a routing policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Protocol, assert_never
+from typing import Protocol
 
 from maveriq.control.deployment_manager import Deployment, DeploymentState
+from maveriq.control.routing_policies import RoutingPolicy, RoutingRule, routing_policy
+from maveriq.domain.deployments import Batching
 from maveriq.domain.requests import Request
-from maveriq.streams import pick
 from maveriq.units import Micros
 
+DEFAULT_RULES = {Batching.EXCLUSIVE: RoutingRule.RANDOM, Batching.CONTINUOUS: RoutingRule.LEAST_OUTSTANDING}
+"""How a request picks a replica where nothing else is said, by how engines batch.
 
-class RoutingRule(StrEnum):
-    """How to pick among replicas that are equally ready."""
-
-    UNIFORM = "uniform"  # at random, as in the published AlpaServe runs
-    LEAST_WORK = "least-work"  # the replica whose assigned work ends first, as AlpaServe itself does
+Exclusive engines: at random, as in the published AlpaServe runs. Continuous engines: the fewest outstanding requests.
+The router counts these by itself, whatever the engine, and they show which replica is slower or got longer requests.
+Turns and chance do not see that.
+"""
 
 
 class RequestRouter(Protocol):
@@ -25,31 +26,30 @@ class RequestRouter(Protocol):
     def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
         """Return one of the replicas; equal calls in an equal order must give equal answers."""
 
-    def committed(self, deployment: Deployment, now_us: Micros, service_us: Micros) -> None:
-        """Note that a request with this predicted service time was assigned to a replica."""
+    def sent(self, deployment: Deployment, request: Request, now_us: Micros, service_us: Micros) -> None:
+        """Note that a replica was given a request with this predicted service time."""
 
 
 class Router:
-    """Picks replicas. A random pick depends on the seed and the request ID alone."""
+    """Picks replicas by a routing policy.
 
-    __slots__ = ("_busy_until_us", "_choice", "_seed")
+    Args:
+        rule: which policy; None for the one of `DEFAULT_RULES`.
+        seed: of random choices.
+    """
 
-    def __init__(self, choice: RoutingRule, seed: int) -> None:
-        self._choice = choice
-        self._seed = seed
-        self._busy_until_us: dict[int, Micros] = {}
+    __slots__ = ("_policies",)
+
+    def __init__(self, rule: RoutingRule | None, seed: int) -> None:
+        rules = {batching: rule or default for batching, default in DEFAULT_RULES.items()}
+        made = {each: routing_policy(each, seed) for each in dict.fromkeys(rules.values())}
+        self._policies: dict[Batching, RoutingPolicy] = {batching: made[each] for batching, each in rules.items()}
 
     def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
         """Return the replica for a request: one that is up, else one that will be up again."""
         up = [replica for replica in replicas if replica.state is DeploymentState.UP]
         ready = up or [replica for replica in replicas if replica.serves] or self._latest(replicas)
-        match self._choice:
-            case RoutingRule.UNIFORM:
-                return ready[pick(self._seed, "replicas", request.request_id, len(ready))]
-            case RoutingRule.LEAST_WORK:
-                return min(ready, key=lambda replica: self._busy_until_us.get(replica.deployment_id, 0))
-            case _ as never:
-                assert_never(never)
+        return self._policies[ready[0].endpoint.batching].choose(ready, request)
 
     @staticmethod
     def _latest(replicas: Sequence[Deployment]) -> Sequence[Deployment]:
@@ -57,8 +57,6 @@ class Router:
         gone = (DeploymentState.REMOVED, DeploymentState.REJECTED)
         return [replica for replica in replicas if replica.state not in gone][-1:] or replicas[-1:]
 
-    def committed(self, deployment: Deployment, now_us: Micros, service_us: Micros) -> None:
-        """Record that a replica was assigned a request of this predicted service time."""
-        if self._choice is RoutingRule.LEAST_WORK:
-            busy_until_us = self._busy_until_us.get(deployment.deployment_id, 0)
-            self._busy_until_us[deployment.deployment_id] = max(busy_until_us, now_us) + service_us
+    def sent(self, deployment: Deployment, request: Request, now_us: Micros, service_us: Micros) -> None:
+        """Note that a replica was given a request."""
+        self._policies[deployment.endpoint.batching].sent(deployment, request, now_us, service_us)

@@ -190,6 +190,17 @@ class ClusterView:
 
     gpus: tuple[GpuView, ...]
 
+    def with_deployment(self, shares: Mapping[int, Bytes]) -> ClusterView:
+        """Return the view with one more deployment, which takes so much memory on each of its GPUs."""
+        return ClusterView(
+            gpus=tuple(
+                replace(gpu, free_bytes=gpu.free_bytes - shares[gpu.gpu_id], tenants=gpu.tenants + 1)
+                if gpu.gpu_id in shares
+                else gpu
+                for gpu in self.gpus
+            )
+        )
+
     def by_free_memory(self) -> list[GpuView]:
         """Return the GPUs, most free memory first; ties keep the order of ids."""
         return sorted(self.gpus, key=lambda gpu: -gpu.free_bytes)

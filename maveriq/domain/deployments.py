@@ -93,6 +93,7 @@ class EndpointSpec:
     `prompt_tokens` and `output_tokens` are the typical request that latency is estimated for.
 
     `configuration` is the only one that a policy may choose, None for any. `batching` is how its engines batch.
+    `replicas` is how many deployments serve it; None leaves that to the policy.
     `memory_share` is the share of each GPU's memory that they take, None for what the configuration needs.
     `ready_at_start`: its engines are up before the first request of a simulated run arrives.
 
@@ -109,6 +110,7 @@ class EndpointSpec:
     batch_size: int = 1
     configuration: ParallelConfig | None = None
     batching: Batching = Batching.EXCLUSIVE
+    replicas: int | None = None
     memory_share: float | None = None
     ready_at_start: bool = False
 
@@ -116,6 +118,8 @@ class EndpointSpec:
         for field in ("endpoint_id", "prompt_tokens", "output_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise InputError(f"deploy {self.model.name}: {field} must be at least 1, not {getattr(self, field)}")
+        if self.replicas is not None and self.replicas < 1:
+            raise InputError(f"deploy {self.model.name}: replicas must be at least 1, not {self.replicas}")
         if self.requested_us < 0:
             raise InputError(f"deploy {self.model.name}: requested at {self.requested_us} µs, before the run starts")
         if self.memory_share is not None and not 0 < self.memory_share <= 1:

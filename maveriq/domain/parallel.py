@@ -76,6 +76,10 @@ class ParallelConfig:
         """Return the same storage types at other degrees, split evenly."""
         return _even_config(tp, pp, self.weights, self.kv, batch_size)
 
+    def at_any_place(self) -> ParallelConfig:
+        """Return it without what depends on the GPUs that it was placed on."""
+        return replace(self, layer_split=(), gpu="", network_hops=0)
+
     def layers_per_stage(self, layers: int) -> LayerSplit:
         """Return the layers of each stage for a model of so many layers."""
         return self.layer_split or even_split(layers, self.pp)
@@ -143,6 +147,11 @@ class DeploymentPlan:
     def layer_split(self) -> LayerSplit:
         """Layers of each pipeline stage."""
         return self.configuration.layers_per_stage(self.model.layers)
+
+    @property
+    def shares(self) -> dict[int, Bytes]:
+        """Its memory on each of its GPUs."""
+        return dict(zip(self.gpu_ids, self.gpu_bytes, strict=True))
 
     @property
     def memory_bytes(self) -> Bytes:

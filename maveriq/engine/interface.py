@@ -99,6 +99,8 @@ class EngineCounters:
 class Engine(Protocol):
     """The model of one engine (mutable). It knows no clock."""
 
+    pool: KVBlockPool
+
     def submit(self, request: EngineRequest) -> None:
         """Add a request.
 

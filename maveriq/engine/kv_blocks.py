@@ -53,6 +53,16 @@ class KVBlockPool:
         # Several blocks may hold the same; the one that was registered first is found.
         self._by_key: dict[BlockKey, dict[int, None]] = {}
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that it holds."""
+        return self.blocks * self.block_size
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens of the blocks that sequences hold, full or not."""
+        return (self.blocks - self.free_blocks) * self.block_size
+
     def keys_of(self, sequence: Sequence) -> list[BlockKey]:
         """Return the keys of a sequence's shareable blocks, computed on the first call."""
         keys = sequence.keys

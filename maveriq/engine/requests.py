@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from maveriq.domain.requests import PREFIX_HASH_TOKENS
+from maveriq.domain.requests import PREFIX_HASH_TOKENS, Request
 from maveriq.errors import InputError
 
 RequestId: TypeAlias = int | str
@@ -62,6 +62,19 @@ class EngineRequest:
     def is_shareable(self) -> bool:
         """Whether another request may have blocks of the same content."""
         return self.prompt_id is not None or self.prefix_hashes is not None or self.token_ids is not None
+
+
+def engine_request(request: Request) -> EngineRequest:
+    """Return what an engine is asked for a request to an endpoint."""
+    return EngineRequest(
+        request_id=request.request_id,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=request.output_tokens,
+        priority=0 if request.priority else 1,
+        prompt_id=request.prompt_id or None,
+        prefix_hashes=request.prefix_hashes or None,
+        prefix_hash_tokens=request.prefix_hash_tokens,
+    )
 
 
 def shareable_tokens(request: EngineRequest) -> int:

@@ -117,9 +117,25 @@ class MaverIQ:
     cost: Cost = Cost.MONEY
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
-        """Return one deployment of the best candidate, or why none can be made."""
+        """Return deployments of the best candidate, one for each replica, or why they cannot be made."""
         if not view.gpus:
             return Rejection(reason="every GPU is down")
+        plans: list[DeploymentPlan] = []
+        wanted = endpoint.replicas or 1
+        while len(plans) < wanted:
+            found = self._plan(endpoint, view)
+            if isinstance(found, Rejection):
+                if plans:
+                    return Rejection(reason=f"only {len(plans)} of {wanted} replicas fit: {found.reason}")
+                return found
+            plans.append(found)
+            view = view.with_deployment(found.shares)
+            # The others are like the first.
+            endpoint = replace(endpoint, configuration=found.configuration.at_any_place())
+        return Deploy(plans=tuple(plans))
+
+    def _plan(self, endpoint: EndpointSpec, view: ClusterView) -> DeploymentPlan | Rejection:
+        """Return a deployment of the best candidate."""
         if endpoint.batching is Batching.CONTINUOUS:
             view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.tenants))
             if not view.gpus:
@@ -131,7 +147,7 @@ class MaverIQ:
         gpu_ids = self._place(best, view)
         if gpu_ids is None:
             return Rejection(reason=f"policy {self.name!r} found no GPU for a shard of {best.configuration}")
-        plan = DeploymentPlan(
+        return DeploymentPlan(
             model=endpoint.model,
             configuration=replace(best.configuration, layer_split=best.layer_split),
             gpu_ids=gpu_ids,
@@ -140,7 +156,6 @@ class MaverIQ:
             est_memory_bytes=best.memory_bytes,
             note="; ".join(filter(None, (ranking.note, best.note))),
         )
-        return Deploy(plans=(plan,))
 
     def _place(self, best: Candidate, view: ClusterView) -> tuple[int, ...] | None:
         """Return the GPUs by the rule; where only several nodes together hold the deployment, those it was split by."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from maveriq.control.controller import ControllerSettings, OnFailure, OnLoss, ServiceTimePredictor
 from maveriq.control.deployment_manager import Deployment
 from maveriq.control.queues import QueueDiscipline
-from maveriq.control.router import RequestRouter, RoutingRule
+from maveriq.control.router import RequestRouter
 from maveriq.domain.cluster import Cluster, DispatchTiming
 from maveriq.domain.faults import Fault, Removal, check_fault, check_removal, parse_fault, parse_removal
 from maveriq.domain.models import ModelSpec
@@ -34,6 +34,7 @@ from maveriq.scenario.cluster_notes import note_on_cluster
 from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.options import Options
+from maveriq.scenario.routing import routing_rule
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
 from maveriq.scenario.system import LoadTime, ReplaySystem, ServingSystem
@@ -107,7 +108,11 @@ def build_system(
     return ReplaySystem(
         cluster=cluster,
         policy=policy,
-        settings=replace(_controller_settings(options, profile, components.router), engine_tokens=engine_tokens),
+        settings=replace(
+            _controller_settings(options, profile),
+            router=components.router or routing_rule(options.router, workload.endpoints),
+            engine_tokens=engine_tokens,
+        ),
         predict_service_time=_service_time_predictor(estimator),
         service_times=_given_service_times(components) or _service_times(options, profiles, cluster, workload, models),
         load_time=_load_time(options, profiles),
@@ -201,7 +206,11 @@ def build_live_system(
     system = ServingSystem(
         cluster=cluster,
         policy=placements,
-        settings=replace(_controller_settings(options, profile, live=True), engine_tokens=engine_tokens),
+        settings=replace(
+            _controller_settings(options, profile, live=True),
+            router=routing_rule(options.router),
+            engine_tokens=engine_tokens,
+        ),
         predict_service_time=_service_time_predictor(estimator),
         service_times=_service_times(options, profiles, cluster, workload=None),
         load_time=_load_time(options, profiles),
@@ -307,6 +316,11 @@ def _policy(
     """Return the policy, and notes on it."""
     _refuse_ignored_options(options)
     if options.policy in STATIC_POLICIES:
+        if any(endpoint.replicas for endpoint in workload.endpoints):
+            raise InputError(
+                f"policy {options.policy!r} chooses the replicas of each model; leave replicas out of model set "
+                f"{options.models!r}, or give another --policy"
+            )
         return search_static_placement(options, profiles.main, cluster, estimator, workload)
     policy = make_policy(
         resolved(options.policy),
@@ -352,7 +366,9 @@ def _deployments_requested_us(policy: Policy, workload: Workload) -> list[Micros
         endpoint.requested_us
         for endpoint in workload.endpoints
         for _ in range(
-            max(1, policy.replicas(endpoint.endpoint_id)) if isinstance(policy, StaticPlacementPolicy) else 1
+            max(1, policy.replicas(endpoint.endpoint_id))
+            if isinstance(policy, StaticPlacementPolicy)
+            else endpoint.replicas or 1
         )
     ]
 
@@ -378,13 +394,11 @@ def cluster_for(gpus: str, profiles: ClusterProfiles) -> Cluster:
     return cluster
 
 
-def _controller_settings(
-    options: Options, profile: HardwareProfile, router: RequestRouter | None = None, *, live: bool = False
-) -> ControllerSettings:
-    """Return the controller's settings.
+def _controller_settings(options: Options, profile: HardwareProfile, *, live: bool = False) -> ControllerSettings:
+    """Return the controller's settings, but for its router.
 
     Raises:
-        UnknownNameError: an unknown queue discipline, router or reaction to failures.
+        UnknownNameError: an unknown queue discipline or reaction to failures.
     """
     return ControllerSettings(
         timing=_timing(options, profile.timing),
@@ -392,7 +406,6 @@ def _controller_settings(
         max_wait_us=micros(options.max_wait_s),
         on_failure=choice(OnFailure, "--on-failure", options.on_failure),
         on_loss=choice(OnLoss, "--on-loss", options.on_loss),
-        router=router or choice(RoutingRule, "router", options.router),
         seed=options.seed,
         load_window=profile.load_window,
         refuse_beyond_context=refuses_long_requests(options, profile, live=live),

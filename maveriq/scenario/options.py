@@ -210,9 +210,17 @@ class Options:
     max_wait_s: float = option(
         60.0, "Requests that have waited longer go next (except with fifo).", _POLICY, minimum=0, maximum=_MAX_S
     )
-    router: str = option(
-        "uniform", "How a request picks a replica: uniform or least-work.", _POLICY, choices=("uniform", "least-work")
-    )
+    router: str | None = option(
+        None,
+        "How a request picks a replica: round-robin, random, least-outstanding, power-of-two, least-kv, prefix-aware, "
+        "session, or least-work.",
+        _POLICY,
+        shown="least-outstanding; random for exclusive engines",
+        choices=(
+            "round-robin", "random", "least-outstanding", "power-of-two", "least-kv", "prefix-aware", "session",
+            "least-work",
+        ),
+    )  # fmt: skip
     alpaserve_profile: str = option(
         "maveriq",
         "Model profiles that AlpaServe plans with: maveriq or published.",

@@ -114,12 +114,8 @@ class _Simulation:
         added = [EndpointAdded(endpoint) for endpoint in endpoints if endpoint.ready_at_start]
         if not added:
             return
-        up: list[Event] = []
-        for action in self._controller.handle(0, added):
-            if isinstance(action, StartEngine):
-                self._load(action)
-                up.append(EngineUp(action.deployment_id, action.generation))
-        self._controller.handle(0, up)
+        actions = self._controller.handle(0, added)
+        self._controller.handle(0, [self._load(action) for action in actions if isinstance(action, StartEngine)])
 
     # Scheduling
 
@@ -216,16 +212,17 @@ class _Simulation:
             case Abort(deployment_id, request_id):
                 self._engines[deployment_id].abort(now_us, request_id)
                 self._to_compose[deployment_id] = None
-            case StartEngine(deployment_id, generation, plan):
-                self._load(action)
-                self._post(self._system.load_time(plan), EngineUp(deployment_id, generation))
+            case StartEngine():
+                up = self._load(action)
+                self._post(self._system.load_time(action.plan), up)
             case StopEngine(deployment_id):  # at once; the controller has freed its memory
                 self._engines.pop(deployment_id, None)
                 self._to_compose.pop(deployment_id, None)
             case _ as never:
                 assert_never(never)
 
-    def _load(self, action: StartEngine) -> None:
+    def _load(self, action: StartEngine) -> EngineUp:
+        """Make the engine of a deployment, and return the event of its registration."""
         number = action.deployment_id
         self._plans[number] = action.plan
         endpoint = self._controller.manager.deployments[number].endpoint
@@ -235,7 +232,9 @@ class _Simulation:
                     f"endpoint {endpoint.endpoint_id} batches continuously, and the system has no engines"
                 )
             parts = self._system.engines.parts(endpoint, action.plan)
-            self._engines[number] = SteppedEngine(parts, number, action.generation)
+            engine = self._engines[number] = SteppedEngine(parts, number, action.generation)
+            return EngineUp(number, action.generation, engine.kv_capacity_tokens)
+        return EngineUp(number, action.generation)
 
     # Continuous engines
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from maveriq.control.events import EngineProgress, Started
 from maveriq.domain.requests import Request
-from maveriq.engine.requests import EngineRequest, RequestId
+from maveriq.engine.requests import EngineRequest, RequestId, engine_request
 from maveriq.engine.steps import Emitted, Step
 from maveriq.estimate.step_timer import StepTimer, Ticks, micros_after, ticks
 from maveriq.scenario.continuous_engines import EngineParts
@@ -105,6 +105,11 @@ class SteppedEngine:
         self._free_since: Ticks | None = None  # the last boundary, if the next step starts there
 
     @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens that its KV cache holds."""
+        return self.engine.pool.tokens
+
+    @property
     def next_us(self) -> Micros | None:
         """When to call `finish` and `compose` next; None if nothing will happen by itself."""
         if self._boundary is not None:
@@ -115,16 +120,7 @@ class SteppedEngine:
         """Put a request into the engine's queue, which it reaches after the delay of its prompt."""
         ready_us = now_us + self._admission_delay_us(request.prompt_tokens)
         self._submitted += 1
-        asked = EngineRequest(
-            request_id=request.request_id,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=request.output_tokens,
-            priority=0 if request.priority else 1,
-            prompt_id=request.prompt_id or None,
-            prefix_hashes=request.prefix_hashes or None,
-            prefix_hash_tokens=request.prefix_hash_tokens,
-        )
-        heappush(self._arrivals, _Arrival(ready_us, self._submitted, asked))
+        heappush(self._arrivals, _Arrival(ready_us, self._submitted, engine_request(request)))
         self._cut(self._arrivals[0].ready_us)
 
     def abort(self, now_us: Micros, request_id: int) -> None:
@@ -146,6 +142,7 @@ class SteppedEngine:
                 self._note_starts(ended, progress)
             self._note_tokens(self.engine.finish_step(), progress)
         self._free_since, self._boundary = self._boundary, None
+        progress.kv_tokens = self.engine.pool.used_tokens
         return progress
 
     def compose(self, now_us: Micros) -> None:

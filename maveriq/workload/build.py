@@ -117,6 +117,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
                 batch_size=batch_size,
                 configuration=entry.configuration,
                 batching=entry.batching,
+                replicas=entry.replicas,
                 memory_share=_memory_share(entry),
                 ready_at_start=entry.load_at is None,
             )

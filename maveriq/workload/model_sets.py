@@ -35,6 +35,7 @@ class ModelEntry:
     `configuration` is the one to use, None for the policy's choice. `engine` are the settings of its continuous
     engines, None for exclusive ones. `expected_rps` is how many requests a second it is expected to get. `share`
     is its part, in any unit, of the requests of a workload that does not say which model each is for.
+    `replicas` is how many deployments serve it, None for as many as the policy chooses.
 
     None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
     model's configuration was read from, None for a model of the catalogue.
@@ -50,6 +51,7 @@ class ModelEntry:
     engine: ContinuousSettings | None = None
     expected_rps: float | None = None
     share: float | None = None
+    replicas: int | None = None
 
     @property
     def batching(self) -> Batching:
@@ -152,6 +154,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     float16_only: bool | None = None
     tp: _Degree | None = None
     pp: _Degree | None = None
+    replicas: _Degree | None = None
     weights: str | None = None
     kv: str | None = None
     engine: str | dict[str, Any] | None = None
@@ -209,6 +212,7 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         engine=engine,
         expected_rps=entry.expected_rps,
         share=entry.share,
+        replicas=entry.replicas,
     )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ def put(folder: Path, models: str = SET, requests: str = REQUESTS) -> None:
     (folder / "r.csv").write_text(requests)
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "requests.csv").open(newline="") as file:
+def rows(folder: Path, table: str = "requests.csv") -> list[dict[str, str]]:
+    with (folder / table).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -57,6 +58,22 @@ def test_a_limit_of_requests_in_flight_delays_when_they_are_sent(maveriq, tmp_pa
             assert float(row["arrival_s"]) >= ends[number - 2]
 
 
+def test_replicas_share_the_requests(maveriq, tmp_path):
+    put(tmp_path, SET.replace("tp = 1", "tp = 1\nreplicas = 3"))
+    assert maveriq(f"{SIM.replace('1xH100', '4xH100')} out").code == 0
+    assert [row["gpus"] for row in rows(tmp_path / "out", "deployments.csv")] == ["0", "1", "2"]
+    served = Counter(row["deployment_id"] for row in rows(tmp_path / "out"))
+    assert all(served[number] >= 15 for number in "123")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["router"] == "least-outstanding"
+
+
+def test_replicas_that_do_not_all_fit_are_rejected(maveriq, tmp_path):
+    put(tmp_path, SET.replace("tp = 1", "tp = 1\nreplicas = 3"))
+    assert maveriq(f"{SIM.replace('1xH100', '2xH100')} out").code == 0
+    [row] = rows(tmp_path / "out", "deployments.csv")
+    assert (row["status"], row["reason"][:27]) == ("rejected", "only 2 of 3 replicas fit: e")
+
+
 def test_engines_have_as_many_kv_blocks_as_their_memory_holds(maveriq, tmp_path):
     put(tmp_path, SET.replace("num_gpu_blocks = 4096\n", ""))
     assert maveriq(f"{SIM} out").code == 0
@@ -67,6 +84,7 @@ RUN = SIM.removesuffix(" --out")
 REFUSED = (
     bad(f"{RUN} --fail gpu=0@1s", "--fail", "not simulated yet", files=FILES),
     bad(f"{RUN} --policy alpaserve", "alpaserve", "--policy", files=FILES),
+    bad(f"{RUN} --router least-work", "--router least-work", "least-outstanding", files=FILES),
     bad(RUN.replace("physics", "paper"), "--service-times physics", files=FILES),
     bad("run --backend emulated --models m.toml --gpus 1xH100-SXM --trace r.csv", "simulated only", files=FILES),
 )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fixtures import scenario
+
+from maveriq.domain.deployments import Batching
 from maveriq.domain.requests import Request
 from maveriq.engine.reading import read_engine_settings
 from maveriq.engine.settings import EngineHost
 from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.step_timer import StepTimer
 from maveriq.scenario.continuous_engines import EngineParts
+from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.stepped_engine import SteppedEngine
+from maveriq.workload.requests import Arrivals
 
 
 class RoundSteps:
@@ -93,3 +98,25 @@ def request(request_id: int, arrival_us: int, prompt_tokens: int, output_tokens:
         output_tokens=output_tokens,
         prompt_id=prompt_id,
     )
+
+
+@dataclass(frozen=True)
+class SmallEngines:
+    """Makes such engines for a simulation."""
+
+    settings: dict[str, object]
+    blocks: int
+    context: int = 4_096
+
+    def parts(self, endpoint, plan):  # noqa: ARG002
+        resolved = read_engine_settings(self.settings).resolve(EngineHost(context_tokens=self.context))
+        return EngineParts(engine=resolved.make_engine(self.blocks), timer=TIMER, admission_delay_us=lambda _: 0)
+
+
+def system(
+    requests: Arrivals, gpus_of: dict[int, list[tuple[int, ...]]], *, engines: SmallEngines, **options
+) -> ReplaySystem:
+    """Return a system of such engines; the placement is `FixedPlacement`'s, options are those of `fixtures.scenario`."""
+    made = scenario(requests, gpus_of, **options)
+    endpoints = tuple(replace(endpoint, batching=Batching.CONTINUOUS) for endpoint in made.workload.endpoints)
+    return replace(made, workload=replace(made.workload, endpoints=endpoints), engines=engines)

@@ -24,7 +24,7 @@ from maveriq.control.events import (
     StopEngine,
 )
 from maveriq.control.queues import QueueDiscipline
-from maveriq.control.router import RoutingRule
+from maveriq.control.routing_policies import RoutingRule
 from maveriq.domain.cluster import DispatchTiming
 from maveriq.domain.faults import Fault, FaultTarget, parse_fault
 from maveriq.domain.requests import Request, RequestStatus
@@ -161,7 +161,7 @@ def test_least_work_counts_committed_requests() -> None:
     assert served_by(controller, 5, tokens=lambda number: 100 if number == 1 else 10) == [1, 2, 2, 2, 2]
 
 
-def test_uniform_routing_is_even_and_depends_only_on_the_seed() -> None:
+def test_exclusive_engines_are_routed_to_at_random_which_depends_only_on_the_seed() -> None:
     three = {1: [(0,), (1,), (2,)]}
     given = served_by(up(three, seed=1), 3_000)
     assert all(abs(given.count(replica) - 1_000) < 100 for replica in (1, 2, 3))

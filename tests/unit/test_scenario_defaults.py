@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from maveriq.control.controller import OnFailure, OnLoss
 from maveriq.control.queues import QueueDiscipline
-from maveriq.control.router import RoutingRule
+from maveriq.control.routing_policies import RoutingRule
 from maveriq.domain.cluster import ClusterState
 from maveriq.domain.deployments import EndpointSpec, Intent, Objective
 from maveriq.domain.models import load_model
