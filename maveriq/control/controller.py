@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import TypeAlias, assert_never
 
 from maveriq.control.deployment_manager import Deployment, DeploymentManager, DeploymentState
+from maveriq.control.dispatch_delays import DispatchDelays
 from maveriq.control.events import (
     Abort,
     Action,
@@ -45,41 +46,6 @@ from maveriq.domain.progress import Progress
 from maveriq.domain.requests import Request, RequestStatus
 from maveriq.policy.policy import Policy
 from maveriq.units import Micros, seconds
-
-
-class DispatchDelays:
-    """Computes when a request may be dispatched: tick, delays and pauses of the dispatcher (SPEC 6)."""
-
-    __slots__ = ("_closed_until_us", "_timing")
-
-    def __init__(self, timing: DispatchTiming) -> None:
-        self._timing = timing
-        self._closed_until_us = 0
-
-    def pause(self, now_us: Micros) -> None:
-        """Dispatch nothing for a while, because an engine just registered."""
-        self._closed_until_us = max(self._closed_until_us, now_us + self._timing.registration_delay_us)
-
-    def earliest_us(self, arrival_us: Micros, release_us: Micros) -> Micros:
-        """Return the earliest dispatch time of a request.
-
-        Args:
-            arrival_us: when it arrived.
-            release_us: when the last of its GPUs became free.
-        """
-        timing = self._timing
-        ready_us = max(
-            arrival_us + timing.after_arrival_us, release_us + timing.after_release_us, self._closed_until_us
-        )
-        tick_us = timing.tick_us
-        return -(-ready_us // tick_us) * tick_us if tick_us else ready_us
-
-    def sent(self, now_us: Micros) -> None:
-        """Record a dispatch; the next one is possible at the next tick."""
-        tick_us = self._timing.tick_us
-        if tick_us:
-            self._closed_until_us = (now_us // tick_us + 1) * tick_us
-
 
 ServiceTimePredictor: TypeAlias = Callable[[Deployment, Request], Micros]
 """Predicted service time of a request, from what is known before it runs; for `sjf` and `least-work`."""
@@ -244,12 +210,19 @@ class Controller:
         self._router.sent(deployment, request, self._now_us, service_us)
         deployment.assigned += 1
         if deployment.endpoint.batching is Batching.CONTINUOUS:
-            self.manager.submit(deployment, request, self._now_us)
-            self._actions.append(Submit(deployment.deployment_id, request))
+            self._submit(deployment, request)
         elif first:
             self.queue.push_front(request, deployment.deployment_id)
         else:
             self.queue.push(request, deployment.deployment_id, service_us)
+
+    def _submit(self, deployment: Deployment, request: Request) -> None:
+        """Hand a request to a continuous engine, or hold it until the engine is up."""
+        if deployment.state is DeploymentState.UP:
+            self.manager.submit(deployment, request, self._now_us)
+            self._actions.append(Submit(deployment.deployment_id, request))
+        else:
+            deployment.held[request.request_id] = request
 
     def _engine_reported(self, event: ExecutionFinished | ExecutionFailed | EngineProgress) -> None:
         if isinstance(event, ExecutionFinished):
@@ -276,7 +249,7 @@ class Controller:
 
     def _progressed(self, event: EngineProgress) -> None:
         deployment = self.manager.deployments[event.deployment_id]
-        if deployment.generation != event.generation:
+        if deployment.generation != event.generation or not deployment.alive:
             return
         self.tracker.progressed(event, deployment.in_engine, self._now_us)
         self.manager.progressed(deployment, event)
@@ -296,7 +269,7 @@ class Controller:
         requests = self.manager.end_execution(deployment, self._now_us)
         self._forget(requests)
         for request in requests:
-            self.tracker.failed(request, f"{deployment.name}: {event.reason}")
+            self.tracker.failed(request.request_id, f"{deployment.name}: {event.reason}")
         if deployment.state is DeploymentState.REMOVED:
             self._stop(deployment)
 
@@ -304,14 +277,19 @@ class Controller:
         deployment = self.manager.deployments.get(self.tracker.deployment_of(request_id))
         has_begun = self.tracker.is_running(request_id)
         if deployment is not None and self.manager.leave(deployment, request_id, self._now_us, has_begun=has_begun):
-            self.tracker.cancelled(request_id, CLIENT_GONE)
+            self.tracker.failed(request_id, CLIENT_GONE)
             self._actions.append(Abort(deployment.deployment_id, request_id))
             if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
                 self._stop(deployment)
-        elif self.queue.remove(request_id, self.tracker.deployment_of(request_id)):
-            self.tracker.cancelled(request_id, CLIENT_GONE)
+        elif deployment is not None and self._stops_waiting(deployment, request_id):
+            self.tracker.failed(request_id, CLIENT_GONE)
         elif self.tracker.is_running(request_id):
             self._cancelled_ids.add(request_id)
+
+    def _stops_waiting(self, deployment: Deployment, request_id: int) -> bool:
+        """Return whether a request waited for a deployment, which it now does no longer."""
+        held = deployment.held.pop(request_id, None)
+        return held is not None or self.queue.remove(request_id, deployment.deployment_id)
 
     def _forget(self, requests: tuple[Request, ...]) -> None:
         """Drop requests that no longer run from the cancelled ones."""
@@ -347,12 +325,22 @@ class Controller:
         if deployment is None:
             return
         if deployment.endpoint.batching is Batching.CONTINUOUS:
+            self._route_held(deployment.endpoint.endpoint_id)
             return
         self._clock.pause(self._now_us)
         if self.queue.has_queue(deployment.deployment_id):
             self.queue.resume(deployment.deployment_id)
         else:
             deployment.waiting = self.queue.open_queue(deployment.deployment_id, deployment.gpu_mask)
+
+    def _route_held(self, endpoint_id: int) -> None:
+        """Route the requests that wait for any continuous engine of an endpoint, now that one of them is up."""
+        held: list[Request] = []
+        for replica in self._endpoints[endpoint_id]:
+            held += replica.held.values()
+            replica.held.clear()
+        for request in sorted(held, key=lambda request: request.request_id):
+            self._assign(request)
 
     def _gpu_changed(self, event: GpuDown | GpuUp) -> None:
         if isinstance(event, GpuUp):
@@ -386,10 +374,11 @@ class Controller:
             # One of its GPUs failed; its processes on the others must be stopped.
             self._actions.append(StopEngine(deployment.deployment_id))
         interrupted = self.manager.end_execution(deployment, self._now_us)
+        interrupted += self.manager.lose_all(deployment, self._now_us)
         reason = f"{deployment.name}: {what}"
         if deployment.state is DeploymentState.REMOVED:
             for request in interrupted:
-                self.tracker.failed(request, reason)
+                self.tracker.failed(request.request_id, reason)
             self._forget(interrupted)
             self._stop(deployment)
             return
@@ -399,8 +388,11 @@ class Controller:
         again = [request for request in interrupted if self._may_retry(request, reason)]
         self._forget(interrupted)
         for request in again:
-            self.tracker.requeued(request)
-        if self.queue.has_queue(deployment.deployment_id):
+            if self.tracker.is_running(request.request_id):
+                self.tracker.requeued(request)
+        if deployment.endpoint.batching is Batching.CONTINUOUS:
+            self._move(deployment, again)
+        elif self.queue.has_queue(deployment.deployment_id):
             self._keep_or_move(deployment, again)
 
     def _replace(self, lost: Deployment) -> None:
@@ -409,6 +401,7 @@ class Controller:
         if replacement is None:
             return
         self._endpoints[lost.endpoint.endpoint_id].append(replacement)
+        replacement.serves = lost.endpoint.batching is Batching.CONTINUOUS and lost.ready_us >= 0
         if self.queue.has_queue(lost.deployment_id):
             replacement.serves = True
             replacement.waiting = self.queue.open_queue(replacement.deployment_id, replacement.gpu_mask)
@@ -427,11 +420,19 @@ class Controller:
         for request in waiting:
             self._assign(request)
 
+    def _move(self, deployment: Deployment, again: list[Request]) -> None:
+        """Route the requests of a continuous engine that failed: to another that is up, else they wait for one."""
+        if not deployment.returns:
+            again += deployment.held.values()
+            deployment.held.clear()
+        for request in again:
+            self._assign(request)
+
     def _may_retry(self, request: Request, reason: str) -> bool:
         cancelled = request.request_id in self._cancelled_ids
         if self.settings.on_failure is OnFailure.REQUEUE and self.tracker.attempts(request) < 2 and not cancelled:
             return True
-        self.tracker.failed(request, f"{reason}; {CLIENT_GONE}" if cancelled else reason)
+        self.tracker.failed(request.request_id, f"{reason}; {CLIENT_GONE}" if cancelled else reason)
         return False
 
     def _remove(self, endpoint_id: int) -> None:
@@ -439,6 +440,9 @@ class Controller:
             if deployment.state in (DeploymentState.REJECTED, DeploymentState.REMOVED):
                 continue
             self.manager.remove(deployment)
+            for request in deployment.held.values():
+                self.tracker.refused(request, deployment.refusal_reason())
+            deployment.held.clear()
             if self.queue.has_queue(deployment.deployment_id):
                 waiting, deployment.waiting = self.queue.close_queue(deployment.deployment_id), ()
                 for request in waiting:

@@ -42,7 +42,8 @@ class Deployment:
     must be stopped. `open_failures`: failures of its engines that are not repaired; failed GPUs do
     not count. `generation` counts its engines and `execution_id` its executions; messages with
     earlier numbers are ignored. `waiting`: the requests that wait for it in the controller. `in_engine`: the requests
-    of a continuous engine by ID, in the order in which they were submitted. `assigned`: requests that it
+    of a continuous engine by ID, in the order in which they were submitted; `held`: those that wait until it is up.
+    `assigned`: requests that it
     was given so far. `kv_used_tokens`, `kv_capacity_tokens`: of its KV cache, as its engine said last;
     `unbegun_tokens`: the prompts in `in_engine` of which it has not begun to compute anything.
     """
@@ -65,6 +66,7 @@ class Deployment:
     execution_id: int = 0
     running: tuple[Request, ...] = ()
     waiting: Sized = ()
+    held: dict[int, Request] = field(default_factory=dict)
     in_engine: dict[int, Request] = field(default_factory=dict)
     assigned: int = 0
     kv_used_tokens: int = 0
@@ -92,7 +94,7 @@ class Deployment:
     @property
     def outstanding(self) -> int:
         """Requests that it was given and that have not ended."""
-        return len(self.in_engine) + len(self.running) + len(self.waiting)
+        return len(self.in_engine) + len(self.held) + len(self.running) + len(self.waiting)
 
     @property
     def kv_tokens(self) -> int:
@@ -351,6 +353,15 @@ class DeploymentManager:
         if not deployment.in_engine:
             deployment.busy.add(deployment.started_us, now_us)
         return request
+
+    def lose_all(self, deployment: Deployment, now_us: Micros) -> tuple[Request, ...]:
+        """Record that a continuous engine has failed with all it had, and return its requests."""
+        requests = tuple(deployment.in_engine.values())
+        if requests:
+            deployment.in_engine.clear()
+            deployment.busy.add(deployment.started_us, now_us)
+        deployment.unbegun_tokens = deployment.kv_used_tokens = 0
+        return requests
 
     def released_us(self, deployment: Deployment) -> Micros:
         """Return when the last of a deployment's GPUs stopped executing; 0 if none ever did."""

@@ -150,10 +150,11 @@ class RequestTracker:
         self._output_tokens[request.request_id - 1] = output_tokens
 
     def requeued(self, request: Request) -> None:
-        """Record that a running request waits again because its engine failed."""
+        """Record that a running request waits again because its engine failed; what it has got so far is lost."""
         row = request.request_id - 1
         self._move(row, _RUNNING, _WAITING)
-        self._start_us[row] = NOT_YET
+        self._start_us[row] = self._first_token_us[row] = NOT_YET
+        self._cached_tokens[row] = 0
 
     def attempts(self, request: Request) -> int:
         """Return how often a request was started."""
@@ -163,12 +164,8 @@ class RequestTracker:
         """Record that a waiting request will not be served."""
         self._end(request.request_id, _WAITING, _REFUSED, reason)
 
-    def failed(self, request: Request, reason: str) -> None:
-        """Record that a running request was lost, with its engine or alone."""
-        self._end(request.request_id, _RUNNING, _FAILED, reason)
-
-    def cancelled(self, request_id: int, reason: str) -> None:
-        """Record that a request was cancelled while it waited, or while a continuous engine computed it."""
+    def failed(self, request_id: int, reason: str) -> None:
+        """Record that a request was lost, with its engine or alone, or cancelled; it waited or ran."""
         before = _RUNNING if self.is_running(request_id) else _WAITING
         self._end(request_id, before, _FAILED, reason)
 

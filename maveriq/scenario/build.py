@@ -156,8 +156,6 @@ def _continuous_engines(
         raise InputError(
             f"policy {options.policy!r} plans for exclusive engines, not for {what}; give another --policy"
         )
-    if options.fail:
-        raise InputError(f"--fail: faults of {what} are not simulated yet; leave it out")
     chosen = {options.service_times or default_estimator(profile) for profile in profiles.by_kind.values()}
     if components.service_times is not None or chosen != {PHYSICS}:
         raise InputError(f"steps of {what} are timed by physics alone; give --service-times {PHYSICS}")

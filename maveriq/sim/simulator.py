@@ -189,6 +189,7 @@ class _Simulation:
         actions = self._controller.handle(now_us, events)
         if self._system.faults:
             self._schedule_ends(self._contention.abort(now_us, self._is_running), now_us)
+            self._drop_failed_engines()
         for action in actions:
             self._carry_out(action, now_us)
 
@@ -248,6 +249,12 @@ class _Simulation:
                 self._engine_wakes[number] = wake_us
                 self._after(wake_us - now_us, partial(self._wake_engine, number))
         self._to_compose.clear()
+
+    def _drop_failed_engines(self) -> None:
+        deployments = self._controller.manager.deployments
+        for number in [number for number in self._engines if not deployments[number].alive]:
+            del self._engines[number]
+            self._to_compose.pop(number, None)
 
     def _wake_engine(self, number: int, _: simpy.Event) -> None:
         now_us = self._now_us

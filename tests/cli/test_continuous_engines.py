@@ -74,6 +74,17 @@ def test_replicas_that_do_not_all_fit_are_rejected(maveriq, tmp_path):
     assert (row["status"], row["reason"][:27]) == ("rejected", "only 2 of 3 replicas fit: e")
 
 
+def test_requests_of_a_gpu_that_fails_are_computed_again(maveriq, tmp_path):
+    put(tmp_path)
+    assert maveriq(f"{SIM} out --fail gpu=0@0.5s,for=1s --load-s 2").code == 0
+    found = rows(tmp_path / "out")
+    assert [row["status"] for row in found] == ["completed"] * 60
+    assert all(float(row["finish_s"]) <= 0.5 or float(row["start_s"]) >= 3.5 for row in found)
+    assert maveriq(f"{SIM} failing --fail gpu=0@0.5s,for=1s --on-failure fail").code == 0
+    failed = [row for row in rows(tmp_path / "failing") if row["status"] == "failed"]
+    assert {row["reason"] for row in failed} == {"deployment 1 (llama-2-7b): GPU 0 failed"}
+
+
 def test_engines_have_as_many_kv_blocks_as_their_memory_holds(maveriq, tmp_path):
     put(tmp_path, SET.replace("num_gpu_blocks = 4096\n", ""))
     assert maveriq(f"{SIM} out").code == 0
@@ -82,7 +93,7 @@ def test_engines_have_as_many_kv_blocks_as_their_memory_holds(maveriq, tmp_path)
 FILES = {"m.toml": SET, "r.csv": REQUESTS}
 RUN = SIM.removesuffix(" --out")
 REFUSED = (
-    bad(f"{RUN} --fail gpu=0@1s", "--fail", "not simulated yet", files=FILES),
+    bad(f"{RUN} --fail gpu=1@1s", "GPU 1", "GPUs 0 to 0", files=FILES),
     bad(f"{RUN} --policy alpaserve", "alpaserve", "--policy", files=FILES),
     bad(f"{RUN} --router least-work", "--router least-work", "least-outstanding", files=FILES),
     bad(RUN.replace("physics", "paper"), "--service-times physics", files=FILES),

@@ -108,7 +108,7 @@ class SmallEngines:
     blocks: int
     context: int = 4_096
 
-    def parts(self, endpoint, plan):  # noqa: ARG002
+    def parts(self, endpoint, plan):
         resolved = read_engine_settings(self.settings).resolve(EngineHost(context_tokens=self.context))
         return EngineParts(engine=resolved.make_engine(self.blocks), timer=TIMER, admission_delay_us=lambda _: 0)
 
@@ -116,7 +116,7 @@ class SmallEngines:
 def system(
     requests: Arrivals, gpus_of: dict[int, list[tuple[int, ...]]], *, engines: SmallEngines, **options
 ) -> ReplaySystem:
-    """Return a system of such engines; the placement is `FixedPlacement`'s, options are those of `fixtures.scenario`."""
+    """Return a system of such engines, placed as `FixedPlacement` does; options are those of `fixtures.scenario`."""
     made = scenario(requests, gpus_of, **options)
     endpoints = tuple(replace(endpoint, batching=Batching.CONTINUOUS) for endpoint in made.workload.endpoints)
     return replace(made, workload=replace(made.workload, endpoints=endpoints), engines=engines)

@@ -20,7 +20,7 @@ CONTINUOUS = [rule for rule in RoutingRule if not rule.predicts_service_time]
 
 
 def load(count: int, *, gap_us: float, prompts: int = 0, prompt_tokens: int = 64, seed: int = 7) -> Arrivals:
-    """Return requests at random times, of random lengths; `prompts` is how many prompts there are, 0 for all different."""
+    """Return requests at random times, with random outputs; `prompts` is how many prompts there are, 0 for unknown."""
     draw = np.random.default_rng(seed)
     times_us = np.cumsum(draw.exponential(gap_us, count)).astype(np.int64)
     made = arrivals(times_us.tolist(), [1] * count, draw.geometric(1 / 40, count).clip(1, 800).tolist())
