@@ -68,7 +68,13 @@ def simulate(
 
     _check_goodput_limits(slo_ttft_ms, slo_tpot_ms)
     chosen, components = _options_and_components(options, changes)
-    system = build_system(chosen, components=components, make_cluster=local_cluster)
+    system = build_system(
+        chosen,
+        components=components,
+        make_cluster=local_cluster,
+        slo_ttft_s=None if slo_ttft_ms is None else slo_ttft_ms / 1e3,
+        slo_tpot_s=None if slo_tpot_ms is None else slo_tpot_ms / 1e3,
+    )
     resolved = _resolved(chosen, system, components)
     return Run(
         record=simulate_system(system, watcher),

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias, assert_never
 
-from maveriq.control.deployment_manager import Deployment, DeploymentManager, DeploymentState
+from maveriq.control.arrival_rates import ArrivalRates
+from maveriq.control.deployment_manager import Deployment, DeploymentManager, DeploymentState, share_of_one
 from maveriq.control.dispatch_delays import DispatchDelays
 from maveriq.control.events import (
     Abort,
@@ -141,6 +142,7 @@ class Controller:
         predicts = settings.discipline.uses_service_time or not is_built_in or router is RoutingRule.LEAST_WORK
         self._predict_service_time = predict_service_time if predicts else None
         self._clock = DispatchDelays(settings.timing)
+        self._rates = ArrivalRates()
         self._endpoints: dict[int, list[Deployment]] = {}
         self._now_us: Micros = 0
         self._actions: list[Action] = []
@@ -188,6 +190,7 @@ class Controller:
 
     def _arrived(self, request: Request) -> None:
         self.tracker.arrived(request)
+        self._rates.arrived(request.endpoint_id, self._now_us)
         self._assign(request)
 
     def _assign(self, request: Request, *, first: bool = False) -> None:
@@ -397,10 +400,12 @@ class Controller:
 
     def _replace(self, lost: Deployment) -> None:
         """Place a deployment that is lost for good anew; requests wait for the new one if the lost one served."""
-        replacement = self.manager.replace(lost, self._now_us)
+        replicas = self._endpoints[lost.endpoint.endpoint_id]
+        rps = self._rates.rps(lost.endpoint.endpoint_id, self._now_us)
+        replacement = self.manager.replace(lost, self._now_us, wanted=share_of_one(lost.endpoint, replicas, rps))
         if replacement is None:
             return
-        self._endpoints[lost.endpoint.endpoint_id].append(replacement)
+        replicas.append(replacement)
         replacement.serves = lost.endpoint.batching is Batching.CONTINUOUS and lost.ready_us >= 0
         if self.queue.has_queue(lost.deployment_id):
             replacement.serves = True

@@ -9,7 +9,7 @@ from enum import StrEnum
 from maveriq.control.events import EngineProgress, EngineUp, StartEngine
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
 from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
-from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.deployments import EndpointSpec, ExpectedLoad
 from maveriq.domain.parallel import DeploymentPlan, network_hops
 from maveriq.domain.progress import DeploymentStatus, GpuStatus
 from maveriq.domain.records import NOT_YET, DeploymentRecord
@@ -205,10 +205,15 @@ class DeploymentManager:
             )
         return decision
 
-    def replace(self, lost: Deployment, now_us: Micros) -> Deployment | None:
+    def replace(self, lost: Deployment, now_us: Micros, *, wanted: EndpointSpec) -> Deployment | None:
         """Place a deployment that is lost for good anew, and return the new one; None if no other placement fits.
 
         The policy does not see the GPUs on which engines of this endpoint were given up.
+
+        Args:
+            lost: the deployment.
+            now_us: the present.
+            wanted: what the policy decides on: one replica of its endpoint.
         """
         gone = [
             deployment
@@ -220,7 +225,7 @@ class DeploymentManager:
         left = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.gpu_id not in avoided))
         if not left.gpus or len(gone) > MAX_REPLACEMENTS:
             return None
-        decision = self._decide(replace(lost.endpoint, replicas=1), left)
+        decision = self._decide(wanted, left)
         if isinstance(decision, Rejection):
             lost.reason += f"; no other placement: {decision.reason}"
             return None
@@ -470,3 +475,20 @@ class DeploymentManager:
             )
             for gpu, load in zip(self._state.cluster.gpus, self.loads(now_us), strict=True)
         )
+
+
+def share_of_one(endpoint: EndpointSpec, replicas: Sequence[Deployment], measured_rps: float | None) -> EndpointSpec:
+    """Return what one new replica of an endpoint is chosen for: its share of the load.
+
+    Args:
+        endpoint: the endpoint.
+        replicas: all that it ever had.
+        measured_rps: the requests a second that it gets, for an endpoint that expected no load; None where none came.
+    """
+    load = endpoint.load
+    if load is None and measured_rps is not None:
+        load = ExpectedLoad(
+            rps=measured_rps, prompt_tokens=endpoint.prompt_tokens, output_tokens=endpoint.output_tokens
+        )
+    others = sum(replica.plan is not None and not replica.gone_for_good for replica in replicas)
+    return replace(endpoint, replicas=1, load=None if load is None else replace(load, rps=load.rps / (others + 1)))

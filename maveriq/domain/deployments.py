@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from maveriq.domain.models import ModelSpec
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.parallel import ANY_CONFIGURATION, ConfigurationPattern, ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.units import Micros
 
@@ -86,13 +86,40 @@ class Batching(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedLoad:
+    """The requests that an endpoint is expected to get.
+
+    Args:
+        rps: requests a second.
+        prompt_tokens: mean length of prompts.
+        output_tokens: mean length of outputs.
+
+    Raises:
+        InputError: a rate that is not positive, a length below 1.
+    """
+
+    rps: float
+    prompt_tokens: int
+    output_tokens: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rps) and self.rps > 0):
+            raise InputError(f"expected load must be a positive number of requests a second, not {self.rps}")
+        if min(self.prompt_tokens, self.output_tokens) < 1:
+            raise InputError(
+                f"expected load: lengths must be at least 1, not {self.prompt_tokens} and {self.output_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointSpec:
     """A model to be served under an intent.
 
     `endpoint_id` (from 1) is what requests address; one or more deployments serve it.
     `prompt_tokens` and `output_tokens` are the typical request that latency is estimated for.
 
-    `configuration` is the only one that a policy may choose, None for any. `batching` is how its engines batch.
+    `configuration` is the only one that a policy may choose, None for any that `pattern` allows. `batching` is how its
+    engines batch. `load` is what continuous engines are chosen for; None for one request at a time.
     `replicas` is how many deployments serve it; None leaves that to the policy.
     `memory_share` is the share of each GPU's memory that they take, None for what the configuration needs.
     `ready_at_start`: its engines are up before the first request of a simulated run arrives.
@@ -109,6 +136,8 @@ class EndpointSpec:
     output_tokens: int
     batch_size: int = 1
     configuration: ParallelConfig | None = None
+    pattern: ConfigurationPattern = ANY_CONFIGURATION
+    load: ExpectedLoad | None = None
     batching: Batching = Batching.EXCLUSIVE
     replicas: int | None = None
     memory_share: float | None = None

@@ -106,6 +106,35 @@ class ParallelConfig:
         return f"TP {self.tp} x PP {self.pp}{experts} {self.weights}{KV_SUFFIX[self.kv]}{batch}{kind}{nodes}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigurationPattern:
+    """What is fixed of a configuration that a policy chooses; None leaves it open.
+
+    Args:
+        pp: stages.
+        expert_parallel: whether whole experts are dealt to the GPUs of a stage.
+        weights: how weights are stored.
+        kv: how the KV cache is stored.
+    """
+
+    pp: int | None = None
+    expert_parallel: bool | None = None
+    weights: WeightType | None = None
+    kv: KvType | None = None
+
+    def allows(self, configuration: ParallelConfig) -> bool:
+        """Return whether a configuration has all that is fixed."""
+        return (
+            self.pp in (None, configuration.pp)
+            and self.weights in (None, configuration.weights)
+            and self.kv in (None, configuration.kv)
+            and self.expert_parallel in (None, configuration.ep > 1)
+        )
+
+
+ANY_CONFIGURATION = ConfigurationPattern()
+
+
 @cache
 def _even_config(tp: int, pp: int, weights: WeightType, kv: KvType, batch_size: int) -> ParallelConfig:
     return ParallelConfig(tp=tp, pp=pp, weights=weights, kv=kv, batch_size=batch_size)

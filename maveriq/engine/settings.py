@@ -62,6 +62,16 @@ class ResolvedSettings:
     reserved_blocks: int = 0
     build: Callable[[int, bool], Engine]
 
+    def why_too_few_blocks(self, blocks: int) -> str | None:
+        """Return why an engine with so many KV blocks does not start, None if it does."""
+        needed = -(-self.max_model_len // self.block_size) + self.reserved_blocks
+        if blocks >= needed:
+            return None
+        return (
+            f"{blocks} KV blocks of {self.block_size} tokens do not hold one sequence of max_model_len "
+            f"{self.max_model_len}, which takes {needed}"
+        )
+
     def make_engine(self, num_gpu_blocks: int | None = None, *, lists_tokens: bool = False) -> Engine:
         """Return an engine without requests.
 
@@ -76,10 +86,6 @@ class ResolvedSettings:
         blocks = num_gpu_blocks if self.num_gpu_blocks is None else self.num_gpu_blocks
         if blocks is None:
             raise InputError("engine: the number of KV blocks is unknown; set num_gpu_blocks")
-        needed = -(-self.max_model_len // self.block_size) + self.reserved_blocks
-        if blocks < needed:
-            raise InputError(
-                f"engine: {blocks} KV blocks of {self.block_size} tokens do not hold one sequence of max_model_len "
-                f"{self.max_model_len}, which takes {needed}; lower max_model_len or raise num_gpu_blocks"
-            )
+        if (reason := self.why_too_few_blocks(blocks)) is not None:
+            raise InputError(f"engine: {reason}; lower max_model_len or raise num_gpu_blocks")
         return self.build(blocks - self.reserved_blocks, lists_tokens)

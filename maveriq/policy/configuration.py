@@ -7,9 +7,9 @@ orders those that meet everything else by latency, and says so in a note.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployments import Cost, EndpointSpec, Intent, Objective
@@ -32,6 +32,7 @@ from maveriq.estimate.estimator import (
 )
 from maveriq.policy.gpu_pools import GpuPool, gpu_pools
 from maveriq.policy.scores import ScoreUnit, price_of, score_unit
+from maveriq.policy.slo_limits import first_missed, slo_limits, why_missed
 from maveriq.policy.surprises import EvidenceLookup, SurpriseFinder, no_evidence
 from maveriq.units import Bytes, gib
 
@@ -86,13 +87,18 @@ class Ranking:
 
     def why_empty(self) -> str:
         """Return one clause on why there is no candidate: the most frequent reasons with their counts."""
-        counts: dict[str, int] = {}
-        for config in self.rejected:
-            counts[config.reason] = counts.get(config.reason, 0) + 1
-        by_count = sorted(counts.items(), key=lambda item: -item[1])
-        listed = "; ".join(f"{count} x {reason}" for reason, count in by_count[:3])
-        rest = f"; and {len(by_count) - 3} other reasons" if len(by_count) > 3 else ""
-        return f"none of {len(self.rejected)} configurations can be used: {listed}{rest}"
+        return summary_of_rejected(self.rejected)
+
+
+def summary_of_rejected(rejected: Collection[RejectedConfig]) -> str:
+    """Return one clause on why no configuration can be used: the most frequent reasons with their counts."""
+    counts: dict[str, int] = {}
+    for config in rejected:
+        counts[config.reason] = counts.get(config.reason, 0) + 1
+    by_count = sorted(counts.items(), key=lambda item: -item[1])
+    listed = "; ".join(f"{count} x {reason}" for reason, count in by_count[:3])
+    rest = f"; and {len(by_count) - 3} other reasons" if len(by_count) > 3 else ""
+    return f"none of {len(rejected)} configurations can be used: {listed}{rest}"
 
 
 NO_MEMORY, NO_ROOM = "does not fit the free memory", "has no room for the KV cache"
@@ -209,7 +215,7 @@ def _consider(
     """Return the configuration as a candidate, or the reason against it."""
     percent = accuracy(endpoint.model.name, configuration.weights, configuration.kv)
     reason = estimator.why_not(endpoint.model, configuration)
-    reason = reason or _broken_constraint(endpoint.intent, configuration, percent)
+    reason = reason or broken_constraint(endpoint.intent, configuration, percent)
     if reason:
         return RejectedConfig(configuration=configuration, reason=reason)
     if configuration.tp > pool.largest_node:
@@ -262,7 +268,7 @@ def _dealt(
     return (), None, 0
 
 
-def _broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: float | None) -> str | None:
+def broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: float | None) -> str | None:
     """Return which constraint other than the SLO a configuration breaks, if any."""
     if intent.float16_only and configuration.weights is not WeightType.FLOAT16:
         return "weights are not float16"
@@ -273,73 +279,23 @@ def _broken_constraint(intent: Intent, configuration: ParallelConfig, accuracy: 
     return None
 
 
-def _time(duration_s: float, *, in_ms: bool) -> str:
-    """Return a time in the unit that the user gave, exact to at least three digits."""
-    value = 1e3 * duration_s if in_ms else duration_s
-    digits = f"{value:.4g}" if in_ms or 0 < value < 0.001 else f"{value:.3f}"
-    return f"{digits} {'ms' if in_ms else 's'}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Limit:
-    """An SLO: its name, the time, how messages write it, and what must not exceed it."""
-
-    name: str
-    slo_s: float
-    in_ms: bool
-    time_of: Callable[[ServiceEstimate], float]
-    itself_allowed: bool = True
-
-    def __str__(self) -> str:
-        return _time(self.slo_s, in_ms=self.in_ms)
-
-    def met_by(self, service: ServiceEstimate) -> bool:
-        """Return whether an estimate meets the SLO."""
-        taken_s = self.time_of(service)
-        return taken_s < self.slo_s or (self.itself_allowed and taken_s == self.slo_s)
-
-    def best_of(self, candidates: Sequence[Candidate]) -> str:
-        """Return the least time of some candidates, as messages write it."""
-        return self.taken(min(candidates, key=lambda candidate: self.time_of(candidate.service)))
-
-    def taken(self, candidate: Candidate) -> str:
-        """Return a candidate's time, as messages write it."""
-        return _time(self.time_of(candidate.service), in_ms=self.in_ms)
-
-
-def _limits(intent: Intent, *, in_ms: bool) -> list[_Limit]:
-    limits = []
-    if intent.slo_s is not None:
-        whole: dict[str, Any] = {"time_of": lambda service: service.latency_s, "itself_allowed": False}
-        limits.append(_Limit(name="", slo_s=intent.slo_s, in_ms=in_ms, **whole))
-    if intent.slo_ttft_s is not None:
-        limits.append(
-            _Limit(name="TTFT ", slo_s=intent.slo_ttft_s, in_ms=True, time_of=lambda service: service.first_token_s)
-        )
-    if intent.slo_tpot_s is not None:
-        limits.append(_Limit(name="TPOT ", slo_s=intent.slo_tpot_s, in_ms=True, time_of=lambda service: service.tpot_s))
-    return limits
-
-
 def _order(
     intent: Intent, fitting: list[Candidate], rejected: list[RejectedConfig], unit: ScoreUnit, *, in_ms: bool
 ) -> Ranking:
     """Order the candidates that meet the SLOs by the objective; if none meets them, order all by latency."""
-    limits = _limits(intent, in_ms=in_ms)
-    missed = [[limit for limit in limits if not limit.met_by(candidate.service)] for candidate in fitting]
-    meeting = [candidate for candidate, limits in zip(fitting, missed, strict=True) if not limits]
+    limits = slo_limits(intent, in_ms=in_ms)
+    missed = [first_missed(limits, candidate.service) for candidate in fitting]
+    meeting = [candidate for candidate, limit in zip(fitting, missed, strict=True) if limit is None]
     if fitting and not meeting:
         fastest = sorted(fitting, key=lambda candidate: candidate.service.latency_s)
-        note = _why_missed(limits, fitting)
+        note = why_missed(limits, [candidate.service for candidate in fitting])
         return Ranking(candidates=tuple(fastest), rejected=tuple(rejected), score_unit=unit, note=note)
     slow = [
         RejectedConfig(
-            configuration=candidate.configuration,
-            reason=f"{'above' if limits[0].itself_allowed else 'not below'} the {limits[0].name}SLO of {limits[0]}",
-            detail=f"takes {limits[0].taken(candidate)}",
+            configuration=candidate.configuration, reason=limit.reason, detail=f"takes {limit.taken(candidate.service)}"
         )
-        for candidate, limits in zip(fitting, missed, strict=True)
-        if limits
+        for candidate, limit in zip(fitting, missed, strict=True)
+        if limit is not None
     ]
     return Ranking(
         candidates=tuple(sorted(meeting, key=_in_dollars if unit is ScoreUnit.USD_PER_MILLION_TOKENS else _by_score)),
@@ -355,15 +311,6 @@ def _by_score(candidate: Candidate) -> tuple[float, ...]:
 def _in_dollars(candidate: Candidate) -> tuple[float, ...]:
     """Return a key by which GPUs that cost nothing are still not held longer than needed."""
     return candidate.score, candidate.service.latency_s * candidate.configuration.gpus
-
-
-def _why_missed(limits: Sequence[_Limit], fitting: Sequence[Candidate]) -> str:
-    if len(limits) == 1:
-        limit = limits[0]
-        return f"misses its {limit.name}SLO of {limit}: the fastest that fits takes {limit.best_of(fitting)}"
-    slos = " and ".join(f"{limit.name or 'latency '}{limit}" for limit in limits)
-    best = ", ".join(f"{limit.name or 'latency '}{limit.best_of(fitting)}" for limit in limits)
-    return f"no configuration meets its SLOs of {slos} together: the least of those that fit are {best}"
 
 
 def free_memory_text(view: ClusterView) -> str:

@@ -15,9 +15,10 @@ from typing import TypeAlias
 from maveriq.domain.cluster import ClusterView, GpuView
 from maveriq.domain.deployments import Batching, Cost, EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
-from maveriq.errors import InputError
+from maveriq.errors import InputError, InvariantError
 from maveriq.estimate.estimator import Estimator
 from maveriq.policy.configuration import AccuracyLookup, Candidate, free_memory_text, rank
+from maveriq.policy.load_ranking import EngineEstimates, LoadCandidate, rank_at_load
 from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.policy.surprises import EvidenceLookup, no_evidence
 from maveriq.units import Bytes
@@ -105,7 +106,7 @@ class MaverIQ:
 
     `rule` None keeps the GPUs with most free memory, by which the layers were split.
     `tie_break` orders GPUs that the rule finds equal. `evidence` is for notes on decisions. `cost` is what
-    `min-cost` counts.
+    `min-cost` counts. `engines` are the estimates of continuous engines, None where there are none.
     """
 
     name: str
@@ -115,11 +116,14 @@ class MaverIQ:
     tie_break: TieBreak = TieBreak.GPU_ID
     evidence: EvidenceLookup = no_evidence
     cost: Cost = Cost.MONEY
+    engines: EngineEstimates | None = None
 
     def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return deployments of the best candidate, one for each replica, or why they cannot be made."""
         if not view.gpus:
             return Rejection(reason="every GPU is down")
+        if endpoint.batching is Batching.CONTINUOUS:
+            return self._decide_at_load(endpoint, view)
         plans: list[DeploymentPlan] = []
         wanted = endpoint.replicas or 1
         while len(plans) < wanted:
@@ -136,10 +140,6 @@ class MaverIQ:
 
     def _plan(self, endpoint: EndpointSpec, view: ClusterView) -> DeploymentPlan | Rejection:
         """Return a deployment of the best candidate."""
-        if endpoint.batching is Batching.CONTINUOUS:
-            view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.tenants))
-            if not view.gpus:
-                return Rejection(reason="every GPU has an engine, and continuous engines share no GPU in this version")
         ranking = rank(endpoint, view, self.estimator, self.accuracy, cost=self.cost, evidence=self.evidence)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
@@ -163,3 +163,43 @@ class MaverIQ:
             return best.gpu_ids
         order = self.rule(self.tie_break.order(view.gpus))
         return place_on_a_node(best.gpu_bytes, [gpu for gpu in order if gpu.kind == best.configuration.gpu])
+
+    def _decide_at_load(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
+        """Return the deployments of the best configuration of continuous engines whose replicas all find GPUs."""
+        if self.engines is None:
+            raise InvariantError(f"policy {self.name!r} was made without estimates of engines that batch continuously")
+        view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.tenants))
+        if not view.gpus:
+            return Rejection(reason="every GPU has an engine, and continuous engines share no GPU in this version")
+        ranking = rank_at_load(endpoint, view, self.engines, self.accuracy, cost=self.cost)
+        for candidate in ranking.candidates:
+            plans = self._replicas(endpoint, candidate, view, ranking.note)
+            if plans is not None:
+                return Deploy(plans=plans)
+        return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
+
+    def _replicas(
+        self, endpoint: EndpointSpec, candidate: LoadCandidate, view: ClusterView, note: str
+    ) -> tuple[DeploymentPlan, ...] | None:
+        """Return a plan for each replica, None if the rule finds no GPUs for one."""
+        plans: list[DeploymentPlan] = []
+        for _ in range(candidate.replicas):
+            gpus = [gpu for gpu in view.gpus if gpu.kind == candidate.configuration.gpu]
+            order = (
+                self.rule(self.tie_break.order(gpus)) if self.rule else ClusterView(gpus=tuple(gpus)).by_free_memory()
+            )
+            gpu_ids = place_on_a_node(candidate.gpu_bytes, order)
+            if gpu_ids is None:
+                return None
+            plan = DeploymentPlan(
+                model=endpoint.model,
+                configuration=candidate.configuration,
+                gpu_ids=gpu_ids,
+                gpu_bytes=candidate.gpu_bytes,
+                est_latency_s=candidate.service.latency_s,
+                est_memory_bytes=sum(candidate.gpu_bytes),
+                note=note,
+            )
+            plans.append(plan)
+            view = view.with_deployment(plan.shares)
+        return tuple(plans)

@@ -16,6 +16,7 @@ from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.files import exists, open_regular_file
 from maveriq.policy.configuration import AccuracyLookup
+from maveriq.policy.load_ranking import EngineEstimates
 from maveriq.policy.maveriq import MaverIQ, PlacementRule, TieBreak, hybrid, least_loaded_first, packing
 from maveriq.policy.policy import Policy
 from maveriq.policy.surprises import EvidenceLookup, no_evidence
@@ -40,6 +41,7 @@ def make_policy(
     tie_break: TieBreak = TieBreak.GPU_ID,
     evidence: EvidenceLookup = no_evidence,
     cost: Cost = Cost.MONEY,
+    engines: EngineEstimates | None = None,
     others: Sequence[str] = (),
 ) -> Policy:
     """Return the policy of a name.
@@ -53,6 +55,7 @@ def make_policy(
         tie_break: for the rules that come with maveriq; a rule of one's own always gets the GPUs by id.
         evidence: measured latencies, for notes on decisions.
         cost: what the intent `min-cost` counts.
+        engines: estimates of continuous engines, None where there are none.
         others: names of policies that another module makes, for the message about an unknown name.
 
     Raises:
@@ -72,7 +75,14 @@ def make_policy(
             hint="or a rule of your own as file.py:function",
         )
     return MaverIQ(
-        name=name, estimator=estimator, accuracy=accuracy, rule=rule, tie_break=tie_break, evidence=evidence, cost=cost
+        name=name,
+        estimator=estimator,
+        accuracy=accuracy,
+        rule=rule,
+        tie_break=tie_break,
+        evidence=evidence,
+        cost=cost,
+        engines=engines,
     )
 
 
@@ -83,6 +93,7 @@ def policy_of_rule(
     accuracy: AccuracyLookup,
     evidence: EvidenceLookup = no_evidence,
     cost: Cost = Cost.MONEY,
+    engines: EngineEstimates | None = None,
 ) -> Policy:
     """Return the policy that places by a user's rule; it has the name of the function.
 
@@ -92,10 +103,17 @@ def policy_of_rule(
         accuracy: measured accuracy of quantised models.
         evidence: measured latencies, for notes on decisions.
         cost: what the intent `min-cost` counts.
+        engines: as in `make_policy`.
     """
     name = getattr(rule, "__name__", type(rule).__name__)
     return MaverIQ(
-        name=name, estimator=estimator, accuracy=accuracy, rule=_guarded(rule, name), evidence=evidence, cost=cost
+        name=name,
+        estimator=estimator,
+        accuracy=accuracy,
+        rule=_guarded(rule, name),
+        evidence=evidence,
+        cost=cost,
+        engines=engines,
     )
 
 

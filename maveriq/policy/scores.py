@@ -49,6 +49,32 @@ class ScoreUnit(StrEnum):
             case _ as never:
                 assert_never(never)
 
+    def score_at_rate(
+        self, service: ServiceEstimate, *, rps: float, gpus: int, memory_bytes: Bytes, usd_per_hour: float | None
+    ) -> float:
+        """Return the score of engines that serve requests at a rate, whose costs these requests share.
+
+        Args:
+            service: the times of a request.
+            rps: requests a second that all engines serve together.
+            gpus: how many all hold.
+            memory_bytes: over all GPUs.
+            usd_per_hour: price of these GPUs, for `USD_PER_MILLION_TOKENS`.
+        """
+        match self:
+            case ScoreUnit.SECONDS:
+                return service.latency_s
+            case ScoreUnit.GIB:
+                return gib(memory_bytes)
+            case ScoreUnit.GIB_SECONDS:
+                return gib(memory_bytes) / rps
+            case ScoreUnit.GPU_SECONDS:
+                return gpus / rps
+            case ScoreUnit.USD_PER_MILLION_TOKENS:
+                return (usd_per_hour or 0.0) / _SECONDS_PER_HOUR * 1e6 / (rps * service.output_tokens)
+            case _ as never:
+                assert_never(never)
+
 
 def usd_per_million_tokens(service: ServiceEstimate, *, batch: int, usd_per_hour: float) -> float:
     """Return the price of a million output tokens, their prompts included, of an engine that is never idle."""

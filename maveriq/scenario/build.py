@@ -33,12 +33,13 @@ from maveriq.scenario.beyond_context import note_on_engine_tokens, note_on_long_
 from maveriq.scenario.cluster_notes import note_on_cluster
 from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
+from maveriq.scenario.engine_estimates import PlannedEngines
 from maveriq.scenario.options import Options
 from maveriq.scenario.routing import routing_rule
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
 from maveriq.scenario.system import LoadTime, ReplaySystem, ServingSystem
-from maveriq.scenario.workload import workload_for
+from maveriq.scenario.workload import with_token_slos, workload_for
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
 from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.requests import Workload
@@ -79,6 +80,8 @@ def build_system(
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
     make_cluster: Callable[[str, ClusterProfiles], Cluster] | None = None,
     engine_tokens: Callable[[ModelSpec], int | None] | None = None,
+    slo_ttft_s: float | None = None,
+    slo_tpot_s: float | None = None,
 ) -> ReplaySystem:
     """Build the system that options describe, with the workload that it replays; read every file that they name.
 
@@ -89,6 +92,8 @@ def build_system(
             engine does not support.
         make_cluster: makes the cluster from `options.gpus`; None for `cluster_for`.
         engine_tokens: how many tokens an engine keeps of one sequence of a model, see `ControllerSettings`.
+        slo_ttft_s: SLO on the first token, by which continuous engines are chosen; None for none.
+        slo_tpot_s: likewise on each further token.
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -96,14 +101,19 @@ def build_system(
     profiles = profiles_for(options.profile, options.gpus, options.accuracy)
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(options, profile, cluster)
-    workload = workload_for(options, profile, slo_scale=options.slo_scale)
+    workload = with_token_slos(
+        workload_for(options, profile, slo_scale=options.slo_scale), slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s
+    )
     models = [endpoint.model for endpoint in workload.endpoints]
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator, models)
     engines = _continuous_engines(options, profiles, components)
     if engines is not None:
         engine_tokens = engines.sequence_limit(workload.endpoints)
-    given_policy = _given_policy(components, profiles, estimator)
-    policy, notes = (given_policy, ()) if given_policy else _policy(options, profiles, cluster, estimator, workload)
+    planned = None if engines is None else PlannedEngines(engines=engines)
+    given_policy = _given_policy(components, profiles, estimator, planned)
+    policy, notes = (
+        (given_policy, ()) if given_policy else _policy(options, profiles, cluster, estimator, workload, planned)
+    )
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     return ReplaySystem(
         cluster=cluster,
@@ -309,7 +319,12 @@ def _removals(options: Options, workload: Workload) -> tuple[Removal, ...]:
 
 
 def _policy(
-    options: Options, profiles: ClusterProfiles, cluster: Cluster, estimator: Estimator, workload: Workload
+    options: Options,
+    profiles: ClusterProfiles,
+    cluster: Cluster,
+    estimator: Estimator,
+    workload: Workload,
+    engines: PlannedEngines | None,
 ) -> tuple[Policy, tuple[str, ...]]:
     """Return the policy, and notes on it."""
     _refuse_ignored_options(options)
@@ -328,12 +343,15 @@ def _policy(
         tie_break=choice(TieBreak, "tie break", options.tie_break),
         evidence=profiles.measured_ratio,
         cost=profiles.min_cost,
+        engines=engines,
         others=STATIC_POLICIES,
     )
     return policy, ()
 
 
-def _given_policy(components: Components, profiles: ClusterProfiles, estimator: Estimator) -> Policy | None:
+def _given_policy(
+    components: Components, profiles: ClusterProfiles, estimator: Estimator, engines: PlannedEngines | None
+) -> Policy | None:
     if components.placement_rule is not None:
         return policy_of_rule(
             components.placement_rule,
@@ -341,6 +359,7 @@ def _given_policy(components: Components, profiles: ClusterProfiles, estimator: 
             accuracy=profiles.accuracy,
             evidence=profiles.measured_ratio,
             cost=profiles.min_cost,
+            engines=engines,
         )
     return components.policy
 

@@ -19,6 +19,8 @@ from maveriq.estimate.step_timer import StepTimer
 from maveriq.units import Micros
 from maveriq.workload.model_sets import ContinuousSettings
 
+NO_PIPELINES = "pipelines of engines that batch continuously are not simulated yet"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
@@ -33,6 +35,28 @@ class EngineParts:
     engine: Engine
     timer: StepTimer
     admission_delay_us: Callable[[int], Micros]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizedEngine:
+    """An engine in a configuration, before it starts.
+
+    Args:
+        resolved: its settings.
+        blocks: KV blocks, those that no sequence gets included.
+        estimator: of its times.
+        configuration: without its place.
+    """
+
+    resolved: ResolvedSettings
+    blocks: int
+    estimator: PhysicsEstimator
+    configuration: ParallelConfig
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its sequences can hold."""
+        return (self.blocks - self.resolved.reserved_blocks) * self.resolved.block_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,27 +78,33 @@ class ContinuousEngines:
         Raises:
             InputError: its settings contradict each other, or its KV blocks do not hold its longest sequence.
         """
-        where = f"endpoint {endpoint.endpoint_id} ({endpoint.model.name})"
-        configuration = replace(plan.configuration, gpu="", network_hops=0)
-        if configuration.pp > 1:
-            raise InputError(
-                f"{where}: pipelines of engines that batch continuously are not simulated yet; give pp = 1"
-            )
-        settings = self.settings[endpoint.endpoint_id]
-        estimator = self._estimator(plan.configuration, settings)
-        resolved = self._resolve(settings, endpoint.model, plan.configuration)
-        blocks = None
-        if resolved.num_gpu_blocks is None:
-            blocks = _predicted_blocks(resolved, estimator, endpoint.model, configuration, where)
+        if plan.configuration.pp > 1:
+            raise InputError(f"{_name(endpoint)}: {NO_PIPELINES}; give pp = 1")
+        sized = self.sized(endpoint, plan.configuration)
         try:
-            engine = resolved.make_engine(blocks)
+            engine = sized.resolved.make_engine(sized.blocks)
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+            raise InputError(f"{_name(endpoint)}: {error}") from None
         return EngineParts(
             engine=engine,
-            timer=estimator.step_timer(endpoint.model, configuration),
-            admission_delay_us=_admission_delay(estimator.engine),
+            timer=sized.estimator.step_timer(endpoint.model, sized.configuration),
+            admission_delay_us=_admission_delay(sized.estimator.engine),
         )
+
+    def sized(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> SizedEngine:
+        """Return the settings of an engine in a configuration, and its KV blocks.
+
+        Raises:
+            InputError: as `parts`.
+        """
+        settings = self.settings[endpoint.endpoint_id]
+        resolved = self._resolve(settings, endpoint.model, configuration)
+        estimator = self.estimator(endpoint, configuration.gpu)
+        plain = configuration.at_any_place()
+        blocks = resolved.num_gpu_blocks
+        if blocks is None:
+            blocks = _predicted_blocks(resolved, estimator, endpoint.model, plain, _name(endpoint))
+        return SizedEngine(resolved=resolved, blocks=blocks, estimator=estimator, configuration=plain)
 
     def sequence_limit(self, endpoints: Iterable[EndpointSpec]) -> Callable[[ModelSpec], int | None]:
         """Return what tells the longest sequence, prompt and output, that all engines of a model take."""
@@ -96,13 +126,18 @@ class ContinuousEngines:
             EngineHost(context_tokens=context_tokens, gpu_name=sheet.name, gpu_memory_gib=sheet.usable_gib)
         )
 
-    def _estimator(self, configuration: ParallelConfig, settings: ContinuousSettings) -> PhysicsEstimator:
-        profile = self.profiles.of(configuration)
-        name = engine_name(settings)
+    def estimator(self, endpoint: EndpointSpec, kind: str) -> PhysicsEstimator:
+        """Return what estimates the engines of an endpoint on a kind of GPU; "" where the cluster has only one."""
+        profile = self.profiles.by_kind[kind] if kind else self.profiles.main
+        name = engine_name(self.settings[endpoint.endpoint_id])
         key = (profile.gpu_kind, name)
         if key not in self._estimators:
             self._estimators[key] = PhysicsEstimator(profile, engine_preset(name), continuous=True)
         return self._estimators[key]
+
+
+def _name(endpoint: EndpointSpec) -> str:
+    return f"endpoint {endpoint.endpoint_id} ({endpoint.model.name})"
 
 
 def engine_name(settings: ContinuousSettings) -> str:

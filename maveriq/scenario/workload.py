@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from maveriq.domain.deployments import Intent, Objective
+from dataclasses import replace
+
+from maveriq.domain.deployments import Batching, EndpointSpec, Intent, Objective
 from maveriq.errors import InputError
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.options import Options
@@ -56,3 +58,24 @@ def _limit(options: Options) -> int | None:
     if options.limit not in (None, options.num_prompts):
         raise InputError("--limit and --num-prompts are the same; give one of them")
     return options.num_prompts
+
+
+def with_token_slos(workload: Workload, *, slo_ttft_s: float | None, slo_tpot_s: float | None) -> Workload:
+    """Return the workload with the run's SLOs on tokens as those of its continuous engines, unless they have their own.
+
+    Policies choose continuous engines by these SLOs. For exclusive ones they only say what counts as goodput.
+    """
+
+    def with_slos(endpoint: EndpointSpec) -> EndpointSpec:
+        intent = endpoint.intent
+        if endpoint.batching is Batching.EXCLUSIVE:
+            return endpoint
+        slos = {
+            "slo_ttft_s": slo_ttft_s if intent.slo_ttft_s is None else intent.slo_ttft_s,
+            "slo_tpot_s": slo_tpot_s if intent.slo_tpot_s is None else intent.slo_tpot_s,
+        }
+        return replace(endpoint, intent=replace(intent, **slos))
+
+    if slo_ttft_s is None and slo_tpot_s is None:
+        return workload
+    return replace(workload, endpoints=tuple(map(with_slos, workload.endpoints)))

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from maveriq.csv_columns import micros_column
-from maveriq.domain.deployments import EndpointSpec, Intent
+from maveriq.domain.deployments import EndpointSpec, ExpectedLoad, Intent
 from maveriq.engine.settings import EngineHost
 from maveriq.errors import InputError
 from maveriq.streams import generator
@@ -116,6 +116,8 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
                 output_tokens=outputs.typical,
                 batch_size=batch_size,
                 configuration=entry.configuration,
+                pattern=entry.pattern,
+                load=_load(entry, draw.endpoint_id == endpoint_id, prompts, outputs),
                 batching=entry.batching,
                 replicas=entry.replicas,
                 memory_share=_memory_share(entry),
@@ -129,6 +131,15 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
         source=_source(trace, resolved, models, whole, arrivals, endpoints),
         concurrency=resolved.concurrency,
     )
+
+
+def _load(entry: ModelEntry, own: np.ndarray[Any, Any], prompts: Lengths, outputs: Lengths) -> ExpectedLoad | None:
+    """Return the load that an entry expects, with the mean lengths of its requests; None where it names none."""
+    if entry.expected_rps is None:
+        return None
+    lengths = [column.tokens[own] if own.any() else column.tokens for column in (prompts, outputs)]
+    prompt_tokens, output_tokens = (max(1, round(float(tokens.mean()))) for tokens in lengths)
+    return ExpectedLoad(rps=entry.expected_rps, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
 
 
 def _memory_share(entry: ModelEntry) -> float | None:

@@ -12,7 +12,7 @@ import msgspec
 
 from maveriq.domain.deployments import Batching, Intent, Objective
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.parallel import ANY_CONFIGURATION, ConfigurationPattern, ParallelConfig
 from maveriq.engine.other_settings import ExclusiveSettings, SglangSettings, TrtllmSettings
 from maveriq.engine.reading import read_engine_settings
 from maveriq.engine.vllm_settings import VllmSettings
@@ -32,13 +32,13 @@ class ModelEntry:
     """One model of a set: what loads at which bin of 30 s, and how its intent differs from the run's.
 
     `load_at` 0 is the start of the run, None before it: the model is up when the first request arrives.
-    `configuration` is the one to use, None for the policy's choice. `engine` are the settings of its continuous
-    engines, None for exclusive ones. `expected_rps` is how many requests a second it is expected to get. `share`
-    is its part, in any unit, of the requests of a workload that does not say which model each is for.
-    `replicas` is how many deployments serve it, None for as many as the policy chooses.
+    `configuration` is the one to use, None for the policy's choice of those that `pattern` allows. `engine` are the
+    settings of its continuous engines, None for exclusive ones. `expected_rps` is how many requests a second it is
+    expected to get. `share` is its part, in any unit, of the requests of a workload that does not say which model each
+    is for. `replicas` is how many deployments serve it, None for as many as the policy chooses.
 
-    None in `objective`, `min_accuracy` or `float16_only` leaves the run's intent as it is. `config` is where the
-    model's configuration was read from, None for a model of the catalogue.
+    None in `objective`, `min_accuracy`, `float16_only` or an SLO leaves the run's intent as it is. `config` is where
+    the model's configuration was read from, None for a model of the catalogue.
     """
 
     model: ModelSpec
@@ -46,8 +46,11 @@ class ModelEntry:
     objective: Objective | None = None
     min_accuracy: float | None = None
     float16_only: bool | None = None
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
     config: Path | None = None
     configuration: ParallelConfig | None = None
+    pattern: ConfigurationPattern = ANY_CONFIGURATION
     engine: ContinuousSettings | None = None
     expected_rps: float | None = None
     share: float | None = None
@@ -69,6 +72,8 @@ class ModelEntry:
             objective=of_run.objective if self.objective is None else self.objective,
             min_accuracy=of_run.min_accuracy if self.min_accuracy is None else self.min_accuracy,
             float16_only=of_run.float16_only if self.float16_only is None else self.float16_only,
+            slo_ttft_s=of_run.slo_ttft_s if self.slo_ttft_s is None else self.slo_ttft_s,
+            slo_tpot_s=of_run.slo_tpot_s if self.slo_tpot_s is None else self.slo_tpot_s,
         )
 
 
@@ -146,12 +151,17 @@ def _origin(entry: ModelEntry) -> str:
 _Degree: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
 
+_Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+
+
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     model: str
     load_at: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
     objective: str | None = None
     min_accuracy: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     float16_only: bool | None = None
+    slo_ttft_ms: _Milliseconds | None = None
+    slo_tpot_ms: _Milliseconds | None = None
     tp: _Degree | None = None
     pp: _Degree | None = None
     replicas: _Degree | None = None
@@ -199,6 +209,7 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         objective = None if entry.objective is None else _objective(entry.objective)
         engine = _engine(entry)
         configuration = _configuration(entry, model, engine)
+        pattern = ANY_CONFIGURATION if configuration else _pattern(entry, engine)
     except InputError as error:
         raise InputError(f"{_WHAT} {str(path)!r}: {error}") from None
     return ModelEntry(
@@ -207,8 +218,11 @@ def _entry(entry: _Entry, path: Path) -> ModelEntry:
         objective=objective,
         min_accuracy=entry.min_accuracy,
         float16_only=entry.float16_only,
+        slo_ttft_s=None if entry.slo_ttft_ms is None else entry.slo_ttft_ms / 1e3,
+        slo_tpot_s=None if entry.slo_tpot_ms is None else entry.slo_tpot_ms / 1e3,
         config=config,
         configuration=configuration,
+        pattern=pattern,
         engine=engine,
         expected_rps=entry.expected_rps,
         share=entry.share,
@@ -222,14 +236,18 @@ def _engine(entry: _Entry) -> ContinuousSettings | None:
 
 
 def _configuration(entry: _Entry, model: ModelSpec, engine: ContinuousSettings | None) -> ParallelConfig | None:
-    """Return the configuration that an entry names, None if it names none and no continuous engine.
+    """Return the configuration that an entry names; None where the policy chooses.
 
+    An exclusive engine's is named by any of its keys, a continuous one's by `tp`, or by the engine's whole command.
     What is left out is one GPU a stage, one stage, and weights and cache as the checkpoint and the engine have them.
     """
-    named = (entry.tp, entry.pp, entry.weights, entry.kv)
-    if engine is None and all(value is None for value in named):
-        return None
     arguments = engine if isinstance(engine, VllmSettings) else VllmSettings()
+    if engine is None:
+        is_named = any(value is not None for value in (entry.tp, entry.pp, entry.weights, entry.kv))
+    else:
+        is_named = entry.tp is not None or isinstance(entry.engine, str) or arguments.tensor_parallel_size > 1
+    if not is_named:
+        return None
     tp = _agreed("tp", entry.tp, "tensor_parallel_size", arguments.tensor_parallel_size)
     return ParallelConfig(
         tp=tp,
@@ -237,6 +255,21 @@ def _configuration(entry: _Entry, model: ModelSpec, engine: ContinuousSettings |
         ep=tp if arguments.enable_expert_parallel else 1,
         weights=_weights(entry.weights or arguments.quantization, model),
         kv=_kv(entry.kv or arguments.kv_cache_dtype),
+    )
+
+
+def _pattern(entry: _Entry, engine: ContinuousSettings | None) -> ConfigurationPattern:
+    """Return what an entry fixes of a configuration that the policy chooses."""
+    if engine is None:
+        return ANY_CONFIGURATION
+    arguments = engine if isinstance(engine, VllmSettings) else VllmSettings()
+    stages, weights = arguments.pipeline_parallel_size, entry.weights or arguments.quantization
+    kv = entry.kv or (None if arguments.kv_cache_dtype == "auto" else arguments.kv_cache_dtype)
+    return ConfigurationPattern(
+        pp=_agreed("pp", entry.pp, "pipeline_parallel_size", stages) if entry.pp or stages > 1 else None,
+        expert_parallel=True if arguments.enable_expert_parallel else None,
+        weights=None if weights is None else _named_weights(weights),
+        kv=None if kv is None else _kv(kv),
     )
 
 
@@ -255,6 +288,10 @@ def _weights(name: str | None, model: ModelSpec) -> WeightType:
     if name is None:
         possible = [weights for weights in WeightType if model.why_not_stored_as(weights) is None]
         return possible[0] if possible else WeightType.FLOAT16
+    return _named_weights(name)
+
+
+def _named_weights(name: str) -> WeightType:
     try:
         return WeightType(_WEIGHTS.get(name, name))
     except ValueError:

@@ -74,6 +74,21 @@ def test_replicas_that_do_not_all_fit_are_rejected(maveriq, tmp_path):
     assert (row["status"], row["reason"][:27]) == ("rejected", "only 2 of 3 replicas fit: e")
 
 
+def test_the_policy_chooses_configuration_and_replicas_for_the_expected_load(maveriq, tmp_path):
+    def replicas(load: str, *options: str) -> list[dict[str, str]]:
+        put(tmp_path, SET.replace("tp = 1\n", load))
+        assert maveriq(" ".join([SIM.replace("1xH100", "4xH100"), "out --overwrite", *options])).code == 0
+        assert {row["status"] for row in rows(tmp_path / "out")} == {"completed"}
+        return rows(tmp_path / "out", "deployments.csv")
+
+    few, many = replicas("expected_rps = 1\n"), replicas("expected_rps = 40\n")
+    assert (len(few), few[0]["tp"], few[0]["weights"]) == (1, "1", "float16")
+    assert sum(int(row["tp"]) for row in many) > 1
+    fast = replicas("expected_rps = 1\n", "--intent min-latency --slo-tpot-ms 9")
+    assert int(fast[0]["tp"]) > 1
+    assert float(fast[0]["est_latency_s"]) < float(few[0]["est_latency_s"])
+
+
 def test_requests_of_a_gpu_that_fails_are_computed_again(maveriq, tmp_path):
     put(tmp_path)
     assert maveriq(f"{SIM} out --fail gpu=0@0.5s,for=1s --load-s 2").code == 0

@@ -1,0 +1,81 @@
+"""What a policy knows beforehand of continuous engines: the configurations that run, and their times at a load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError
+from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.load_curve import LoadCurve
+from maveriq.policy.configuration import NO_ROOM, RejectedConfig
+from maveriq.scenario.continuous_engines import NO_PIPELINES, ContinuousEngines, SizedEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedEngines:
+    """The estimates of a run's engines, from the same physics as their simulated steps.
+
+    They know the typical request of an endpoint, or the mean one of its load, but neither what a prefix cache will find
+    nor how uneven arrivals are.
+    """
+
+    engines: ContinuousEngines
+    _curves: dict[tuple[EndpointSpec, ParallelConfig], LoadCurve] = field(default_factory=dict)
+
+    def configurations(self, endpoint: EndpointSpec, *, kind: str, gpus: int) -> Iterable[ParallelConfig]:
+        """Return the configurations to consider on up to so many GPUs of a kind, in the order that breaks ties.
+
+        Whole experts are dealt to all GPUs of a stage or to none.
+        """
+        if endpoint.configuration is not None:
+            return [replace(endpoint.configuration, gpu=kind)]
+        considered = self.engines.estimator(endpoint, kind).configurations(endpoint.model, gpus=gpus, batch_size=1)
+        return [
+            replace(configuration, gpu=kind)
+            for configuration in considered
+            if configuration.ep in (1, configuration.tp) and endpoint.pattern.allows(configuration)
+        ]
+
+    def why_not(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> RejectedConfig | None:
+        """Return why an engine cannot run so, None if it can."""
+        estimator = self.engines.estimator(endpoint, configuration.gpu)
+        if reason := estimator.why_not(endpoint.model, configuration.at_any_place()):
+            return RejectedConfig(configuration=configuration, reason=reason)
+        if endpoint.configuration is not None:
+            return None  # if its engine does not start, it says itself why
+        if configuration.pp > 1:
+            return RejectedConfig(configuration=configuration, reason=NO_PIPELINES)
+        try:
+            sized = self.engines.sized(endpoint, configuration)
+        except InputError as error:
+            return RejectedConfig(configuration=configuration, reason=str(error))
+        if (reason := sized.resolved.why_too_few_blocks(sized.blocks)) is not None:
+            return RejectedConfig(configuration=configuration, reason=NO_ROOM, detail=reason)
+        return None
+
+    def load_curve(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> LoadCurve:
+        """Return the times of an engine's requests, from idle to full."""
+        key = (endpoint, configuration)
+        if key not in self._curves:
+            self._curves[key] = _load_curve(endpoint, self.engines.sized(endpoint, configuration))
+        return self._curves[key]
+
+
+def _load_curve(endpoint: EndpointSpec, sized: SizedEngine) -> LoadCurve:
+    mean = endpoint.load or endpoint  # both have lengths
+    # A sequence holds its prompt, and on average half of its output.
+    room = sized.kv_tokens // (mean.prompt_tokens + mean.output_tokens // 2)
+
+    def service_of(in_flight: int) -> ServiceEstimate:
+        return sized.estimator.service(
+            endpoint.model,
+            sized.configuration,
+            prompt_tokens=mean.prompt_tokens,
+            output_tokens=mean.output_tokens,
+            batch=in_flight,
+        )
+
+    return LoadCurve(service_of, max(1, min(sized.resolved.max_num_seqs, room)))
