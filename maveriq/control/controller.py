@@ -136,10 +136,12 @@ class Controller:
         self.queue = RequestQueue(settings.discipline, settings.max_wait_us)
         self.wake_us: Micros | None = None
         self.settings = settings
-        router = settings.router
-        is_built_in = router is None or isinstance(router, RoutingRule)
-        self._router: RequestRouter = Router(router, settings.seed) if is_built_in else router
-        predicts = settings.discipline.uses_service_time or not is_built_in or router is RoutingRule.LEAST_WORK
+        router, predicts = settings.router, settings.discipline.uses_service_time
+        if router is None or isinstance(router, RoutingRule):
+            self._router: RequestRouter = Router(router, settings.seed)
+            predicts |= router is RoutingRule.LEAST_WORK
+        else:
+            self._router, predicts = router, True
         self._predict_service_time = predict_service_time if predicts else None
         self._clock = DispatchDelays(settings.timing)
         self._rates = ArrivalRates()
