@@ -379,7 +379,7 @@ class Controller:
             # One of its GPUs failed; its processes on the others must be stopped.
             self._actions.append(StopEngine(deployment.deployment_id))
         interrupted = self.manager.end_execution(deployment, self._now_us)
-        interrupted += self.manager.lose_all(deployment, self._now_us)
+        interrupted += self._lose_all(deployment)
         reason = f"{deployment.name}: {what}"
         if deployment.state is DeploymentState.REMOVED:
             for request in interrupted:
@@ -399,6 +399,17 @@ class Controller:
             self._move(deployment, again)
         elif self.queue.has_queue(deployment.deployment_id):
             self._keep_or_move(deployment, again)
+
+    def _lose_all(self, deployment: Deployment) -> tuple[Request, ...]:
+        """Return the requests of a continuous engine that failed, also those that it has not been given yet."""
+        requests = self.manager.lose_all(deployment, self._now_us)
+        if requests:
+            self._actions = [
+                action
+                for action in self._actions
+                if not (isinstance(action, Submit) and action.deployment_id == deployment.deployment_id)
+            ]
+        return requests
 
     def _replace(self, lost: Deployment) -> None:
         """Place a deployment that is lost for good anew; requests wait for the new one if the lost one served."""

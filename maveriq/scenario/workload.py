@@ -70,11 +70,12 @@ def with_token_slos(workload: Workload, *, slo_ttft_s: float | None, slo_tpot_s:
         intent = endpoint.intent
         if endpoint.batching is Batching.EXCLUSIVE:
             return endpoint
-        slos = {
-            "slo_ttft_s": slo_ttft_s if intent.slo_ttft_s is None else intent.slo_ttft_s,
-            "slo_tpot_s": slo_tpot_s if intent.slo_tpot_s is None else intent.slo_tpot_s,
-        }
-        return replace(endpoint, intent=replace(intent, **slos))
+        intent = replace(
+            intent,
+            slo_ttft_s=slo_ttft_s if intent.slo_ttft_s is None else intent.slo_ttft_s,
+            slo_tpot_s=slo_tpot_s if intent.slo_tpot_s is None else intent.slo_tpot_s,
+        )
+        return replace(endpoint, intent=intent)
 
     if slo_ttft_s is None and slo_tpot_s is None:
         return workload

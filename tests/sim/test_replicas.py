@@ -15,7 +15,7 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.sim.simulator import simulate
 from maveriq.workload.requests import Arrivals
 
-ENGINES = SmallEngines({"kind": "vllm", "max_num_seqs": 8, "max_num_batched_tokens": 512}, blocks=256)
+ENGINES = SmallEngines({"kind": "vllm", "max_num_seqs": 8, "max_num_batched_tokens": 512}, blocks=264)
 CONTINUOUS = [rule for rule in RoutingRule if not rule.predicts_service_time]
 
 

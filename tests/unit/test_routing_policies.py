@@ -186,7 +186,7 @@ def test_a_longer_common_prefix_counts_more():
 
 def test_what_a_cache_no_longer_holds_is_forgotten_and_so_is_all_when_the_engine_restarts():
     [one, two], policy = replicas(2), PrefixAware()
-    for number in range(1, 10):  # 9 x 512 tokens, where there is room for 4,096
+    for number in range(1, 11):  # 10 x 512 tokens, where there is room for 4,096
         policy.sent(one, request(number, prompt_tokens=512, prompt_id=number), 0, 0)
     two.held[99] = request(99, prompt_tokens=100)  # so that it is chosen only for what the other lacks
     one.held[98] = request(98, prompt_tokens=200)
