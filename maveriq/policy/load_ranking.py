@@ -158,10 +158,11 @@ def _consider(
         return RejectedConfig(configuration=configuration, reason=broken)
     if reason := engines.why_not(endpoint, configuration):
         return reason
-    most = pool.replicas(configuration.gpus)
-    if most < (endpoint.replicas or 1):
-        detail = f"{endpoint.replicas or 1} x {configuration.gpus} GPUs with {gib(pool.gpu_bytes):.1f} GiB free each"
-        return RejectedConfig(configuration=configuration, reason=NO_MEMORY, detail=f"needs {detail}")
+    most, wanted = pool.replicas(configuration.gpus), endpoint.replicas or 1
+    if most < wanted:
+        reason = f"only {most} of {wanted} replicas fit" if most else NO_MEMORY
+        detail = f"a replica needs {configuration.gpus} GPUs of a node with {gib(pool.gpu_bytes):.1f} GiB free"
+        return RejectedConfig(configuration=configuration, reason=reason, detail=detail)
     curve = engines.load_curve(endpoint, configuration)
     rps = endpoint.load.rps if endpoint.load else 0.0
     replicas, service = _replicas(endpoint, curve, rps, most)

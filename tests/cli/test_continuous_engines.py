@@ -71,7 +71,8 @@ def test_replicas_that_do_not_all_fit_are_rejected(maveriq, tmp_path):
     put(tmp_path, SET.replace("tp = 1", "tp = 1\nreplicas = 3"))
     assert maveriq(f"{SIM.replace('1xH100', '2xH100')} out").code == 1  # no request is served
     [row] = rows(tmp_path / "out", "deployments.csv")
-    assert (row["status"], row["reason"][:27]) == ("rejected", "only 2 of 3 replicas fit: e")
+    assert row["status"] == "rejected"
+    assert "only 2 of 3 replicas fit" in row["reason"]
 
 
 def test_the_policy_chooses_configuration_and_replicas_for_the_expected_load(maveriq, tmp_path):
