@@ -107,7 +107,7 @@ def check(
         answer |= {
             "kind": trace.format_name,
             "requests": len(trace),
-            "span": span if trace.has_times else "no time",
+            "span": span if trace.has_times else "no times",
             "requests_without_tokens": trace.requests_without_tokens,
             "ignored_columns": list(trace.ignored_columns),
         }
@@ -119,7 +119,8 @@ def check(
         return
     more = "; ".join(remarks_on(trace)) if isinstance(trace, RequestTrace) else ""
     requests = counted(len(trace if isinstance(trace, RequestTrace) else trace.arrivals), "request")
-    echo(f"OK {file}: {answer['kind']}, {requests} in {answer['span']}{'; ' if more else ''}{more}")
+    span = "" if answer["span"] == "no times" else f" in {answer['span']}"
+    echo(f"OK {file}: {answer['kind']}, {requests}{span}{'; ' if more else ''}{more}")
 
 
 def _workload(options: Options, trace: str | None) -> Workload:
