@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import records
 import step_cases
+from closed_loops import closed_loops, compared_loops
 from document import STEP_TIME, write_between_marks
-from fits import FITS, compared, left_out
+from fits import FITS, left_out
 
 from maveriq.calibration.measurements import read_measurements
 from maveriq.domain.models import shape_of
@@ -92,21 +93,17 @@ def summaries(data: Path, *, detail: bool) -> Iterator[Summary | str]:
 
 
 def _closed_loops(data: Path, *, detail: bool) -> Iterator[Summary | str]:
-    read = list(step_cases.closed_loops(data))
+    read = list(closed_loops(data))
     yield from _left_out("closed loop", read)
-    found = [(case, sample.log_error(case.preset)) for case, sample in compared(read, "closed loop")]
-    for split, group in sorted({(case.split, case.group) for case, _ in found}):
-        chosen = [(case, error) for case, error in found if (case.split, case.group) == (split, group)]
-        yield Summary(f"closed loop: {split}, {group}", [error for _, error in chosen])
-        if detail:
-            yield from _details(chosen, ("engine", "model", "GPU", "format"))
-    waiting = [
-        (case, sample.log_error(case.preset))
-        for case, sample in compared(list(step_cases.closed_loops(data, given_first=True)), "closed loop")
-    ]
-    for split, group in sorted({(case.split, case.group) for case, _ in waiting}):
-        errors = [error for case, error in waiting if (case.split, case.group) == (split, group)]
-        yield Summary(f"closed loop, given the measured TTFT: {split}, {group}", errors)
+    loops = compared_loops(read)
+    tokens = [(case, sample.log_error(case.preset)) for case, sample in loops]
+    firsts = [(case, sample.first_log_error(case.preset)) for case, sample in loops]
+    for title, found in (("closed loop", tokens), ("closed loop, first token", firsts)):
+        for split, group in sorted({(case.split, case.group) for case, _ in found}):
+            chosen = [(case, error) for case, error in found if (case.split, case.group) == (split, group)]
+            yield Summary(f"{title}: {split}, {group}", [error for _, error in chosen])
+            if detail:
+                yield from _details(chosen, ("engine", "model", "GPU", "format"))
 
 
 def _memory(data: Path) -> Iterator[Summary | str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +15,6 @@ from typing import TypeAlias
 
 import msgspec
 import table_models
-from packaging.version import InvalidVersion, Version
 
 from maveriq.calibration.engine_fit import StepSample
 from maveriq.calibration.measurements import read_measurements
@@ -295,90 +293,3 @@ def a6000_runs(data: Path, *, measured: bool = True) -> Iterator[Case]:
             + hand_overs * channel.hand_over_us(at.batch_size * LONG_PROMPT, model.hidden_size),
         )
         yield replace(case, sample=sample, family=stored.family)
-
-
-_LOOP_GPUS = {
-    "h100_sxm": "H100-SXM", "h200_sxm": "H200-SXM", "b200_sxm": "B200-SXM", "b300_sxm": "B200-SXM", "gb200": "GB200",
-}  # fmt: skip
-_LOOP_FORMATS = {"nvfp4": "nvfp4", "int4_wo": "int4", "fp8": "fp8", "fp8_block": "fp8_block", "": "bfloat16"}
-_MEAN_SHARE = 0.9  # of the nominal lengths, which are drawn from 0.8 to 1 times them
-
-
-def closed_loops(data: Path, *, measured: bool = True, given_first: bool = False) -> Iterator[Case]:
-    """Yield mean times a token at fixed concurrency; B300 counts as B200.
-
-    Args:
-        data: the folder of measured data.
-        measured: whether operators are; else the data sheet answers.
-        given_first: whether the measured time to the first token says how far prompts came in bursts. Prefill of others
-            that a request waits for before its first token does not delay its later ones.
-    """
-    for row in read_rows(data / "serving" / "closed_loop_silicon.csv.gz"):
-        stored = table_models.stored_model(row["model_path"], _LOOP_FORMATS[row["gemm_quant_mode"]], data)
-        family = stored.family if stored else None
-        preset = _version_of(row["backend"], row["backend_version"])
-        case = Case(
-            source="closed loop",
-            group=str(family),
-            split=row["split"],
-            labels={
-                "model": row["model_path"], "GPU": row["system"],
-                "engine": preset.name if preset.version else f"{preset.name}, version unknown",
-                "format": row["gemm_quant_mode"] or "bfloat16", "tp": row["tp_size"], "concurrency": row["concurrency"],
-            },
-            preset=preset,
-            family=family,
-        )  # fmt: skip
-        tp, ep = int(row["tp_size"]), int(row["moe_ep_size"])
-        parallel_attention = float(row["attention_dp_size"] or 1) > 1
-        if stored is None or (reason := why_not_timed(stored.model.decoder)):
-            yield replace(case, left_out=f"{row['model_path']}: {reason if stored else 'not among the configurations'}")
-        elif parallel_attention or tp > 8:
-            yield replace(case, left_out="attention is data parallel or over more than 8 GPUs, which is not modelled")
-        else:
-            operators = operators_for(_LOOP_GPUS[row["system"]], preset, measured=measured)
-            model = step_model(stored, operators, tp, ep if tp % ep == 0 else 1)
-            yield _loop_case(case, row, model, stored, given_first=given_first)
-
-
-def _loop_case(case: Case, row: Row, model: StepModel, stored: table_models.Stored, *, given_first: bool) -> Case:
-    clients, mixes = int(row["concurrency"]), case.preset.mixes_prefill
-    prompt, output = _MEAN_SHARE * float(row["isl"]), _MEAN_SHARE * float(row["osl"])
-    context = clients * (prompt + output / 2)
-    kernels, chunks = prefill_us(model, 1, round(prompt))
-    # While a request decodes, every other one finishes once, and the next one's prompt is processed. Steps with prefill
-    # hold so many chunks that there are no more of them than tokens.
-    a_step = max(1, math.ceil((clients - 1) * chunks / output))
-    steps = (clients - 1) * chunks / a_step
-    held = a_step * kernels / chunks
-    if mixes:
-        chunk = Chunk(tokens=round(prompt / chunks), past=round(prompt * (chunks - 1) / chunks / 2))
-        held = model.gpu_us(decodes=clients, context_tokens=context, chunks=[chunk] * a_step)
-    if given_first:
-        # A request of a burst waits for half of the others on the average, and none waits for more.
-        added_us = steps * (held - model.gpu_us(decodes=clients, context_tokens=context) if mixes else held)
-        steps *= 1 - min(0.5, 1e3 * float(row["ttft_ms"]) / max(added_us, 1e-9))
-    sample = StepSample(
-        model=row["model_path"],
-        measured_us=1e3 * float(row["tpot_ms"]),
-        layers=stored.model.layers,
-        decode_steps=1 - steps / output if mixes else 1.0,
-        decode_us=model.gpu_us(decodes=clients, context_tokens=context),
-        decode_sequences=clients,
-        prefill_steps=steps / output,
-        prefill_us=held,
-        prefill_sequences=clients if mixes else a_step,
-    )
-    request_us = 1e3 * (float(row["ttft_ms"]) + output * float(row["tpot_ms"]))
-    if clients * kernels > request_us:
-        return replace(case, left_out="more prefill than the GPUs can do: other settings held than stated")
-    return replace(case, sample=sample)
-
-
-def _version_of(engine: str, version: str) -> EnginePreset:
-    """Return the preset of an engine, the newest where the version is none."""
-    try:
-        Version(version)
-    except InvalidVersion:
-        return engine_preset(engine)
-    return engine_preset(f"{engine}-{version}")

@@ -1,8 +1,8 @@
 """90 % intervals of step times, by what an estimate rests on: measured operators or a data sheet, engine, model family.
 
 `maveriq/data/physics_intervals.toml` holds them, derived from errors of predictions that no fit had seen
-(`experiments/physics/derive_intervals.py`). They widen where less is known: for an engine without a version, for one
-whose host times were never fitted, and most where a family of models was never measured on an engine.
+(`experiments/physics/derive_intervals.py`) and widened for models and GPUs that are not among them. They widen further
+where less is known: for an engine without a version, and most where a family of models was never measured on an engine.
 """
 
 from __future__ import annotations
@@ -104,12 +104,4 @@ def interval_of(engine: EnginePreset, family: Family, *, measured: bool) -> Inte
     known = _intervals().get((measured, group_of(engine), family))
     if known is None:
         return _intervals()[measured, ANY_ENGINE, family].widened(_MUCH_WIDER)
-    return known.widened(widening(engine, family))
-
-
-def widening(engine: EnginePreset, family: Family) -> float:
-    """Return how much wider than its errors an engine's interval is, for what those do not show."""
-    if not engine.fitted:
-        # Latent attention was measured with one architecture alone, and some of its runs decode speculatively.
-        return _MUCH_WIDER if family is Family.LATENT else _WIDER
-    return 1.0 if engine.version else _WIDER
+    return known if engine.version else known.widened(_WIDER)

@@ -13,8 +13,11 @@ from maveriq.files import data_path
 
 pytestmark = [pytest.mark.data, pytest.mark.heavy]
 
-MISSED: Mapping[str, float] = {"closed loop: validate, dense": 25.0}
+MISSED: Mapping[str, float] = {}
 """Bars that are not met, and what is: docs/step-time.md says why."""
+
+TOO_WIDE = ("operators | sglang | dense", "operators | trtllm | MLA", "operators | vllm | MLA")
+"""Groups of which the intervals hold more than 95 %: all rows of each are of one model and GPU."""
 
 
 def test_medians_are_as_asked(measured_data: Path) -> None:
@@ -43,6 +46,4 @@ def test_intervals_are_those_of_the_errors_and_cover_what_they_were_not_derived_
     assert table(found) == stored, "run experiments/physics/derive_intervals.py --write and look at what changed"
     for name, (rows, percent) in coverage_of(found).items():
         assert rows >= 40
-        # A row more or less is no failure. One row of 45 is 2 %: a group of one model is covered whole or not at all.
-        most = 95 + 100 / rows if name.startswith("operators") and "vllm | MLA" not in name else 100
-        assert 82 <= percent <= most, name
+        assert 85 <= percent <= (100 if name.startswith("data sheet") or name in TOO_WIDE else 95), name

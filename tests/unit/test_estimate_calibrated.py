@@ -72,8 +72,9 @@ def test_bars_on_batches_with_the_model_left_out(measured_data: Path) -> None:
     overall = groups(found, "all")[""]
     assert overall.latency.p90 <= 12
     assert 85 <= overall.latency_covered <= 95
-    # These miss the bars (2, 8 and 85 percent), because no other data has the time per request of this model.
-    assert (overall.memory.median <= 2.5, overall.memory.p95 <= 9, overall.memory_covered >= 80) == (True, True, True)
+    assert 85 <= overall.memory_covered <= 95
+    # These miss the bars (2 and 8 percent), because no other data has the time per request of this model.
+    assert (overall.memory.median <= 2.5, overall.memory.p95 <= 9) == (True, True)
 
 
 @pytest.mark.data
