@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from maveriq.domain.attention import Attention, DeltaNet, GroupedAttention, LatentAttention, StateSpace
 from maveriq.domain.config_fields import MAX_CONTEXT, MAX_LAYERS, brief
-from maveriq.domain.decoder_families import QueryKeyNorm, has_new_falcon_decoder
+from maveriq.domain.decoder_families import QueryKeyNorm
 from maveriq.domain.family_fields import FamilyFields
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -147,7 +147,8 @@ class AttentionReader:
         if family.query_key_norm_key and not fields.flag(family.query_key_norm_key, default=False):
             norm = QueryKeyNorm.NONE
         size = {QueryKeyNorm.HEAD: 2 * head_size, QueryKeyNorm.ALL_HEADS: (heads + kv_heads) * head_size}
-        return size.get(norm, 0) * max(1, family.norm_values) + (heads if family.sinks else 0)
+        values = family.query_key_norm_values or max(1, family.norm_values)
+        return size.get(norm, 0) * values + (heads if family.sinks else 0)
 
     def _head_size(self, heads: int) -> int:
         size = self.reader.optional_count(_HEAD_SIZE)
@@ -164,10 +165,9 @@ class AttentionReader:
         fields = reader.fields
         attention = fields.part("attn_config")  # of mpt and dbrx
         kind = attention.config.get("attn_type")
-        # Falcon's `num_kv_heads` counts only in the new decoder; the old one has a single KV head
-        # when `multi_query` is set, which is the default (transformers, FalconConfig).
-        if has_new_falcon_decoder(fields):
+        if reader.family.kv_heads_stated and not attention.has("kv_n_heads"):
             kv_heads = reader.count(_KV_HEADS)
+        # Where `multi_query` is set, as it is by default in some families, no other key counts.
         elif fields.flag("multi_query", default=reader.family.multi_query) or kind == "multiquery_attention":
             kv_heads = 1
         elif kind == "grouped_query_attention" or attention.has("kv_n_heads"):
@@ -176,8 +176,6 @@ class AttentionReader:
             kv_heads = fields.count(("multi_query_group_num",))
         elif reader.family.multi_query:
             kv_heads = heads
-        elif reader.family.kv_heads_stated:
-            kv_heads = reader.count(_KV_HEADS)
         else:
             kv_heads = reader.optional_count(_KV_HEADS) or heads
         if heads % kv_heads:

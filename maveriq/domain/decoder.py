@@ -9,7 +9,7 @@ Sizes are numbers of values (rows, columns, heads), never bytes, unless a name s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from maveriq.domain.attention import Attention, DeltaNet, GroupedAttention, LatentAttention, StateSpace
@@ -299,13 +299,14 @@ def part_of(kind: type, values: Mapping[str, Any]) -> object:
 
     Args:
         kind: `Attention` or `FeedForward`.
-        values: fields by name.
+        values: fields by name. What an older version did not write has its default.
 
     Raises:
         InputError: the fields are not those of such a part.
     """
     for part in _PARTS.get(kind, ()):
-        if set(values) == {field.name for field in fields(part)}:
+        needed = {field.name for field in fields(part) if field.default is MISSING}
+        if needed <= set(values) <= {field.name for field in fields(part)}:
             found: object = part(**values)
             return found
     raise InputError(f"decoder: no {kind.__name__} has the fields {', '.join(sorted(values))}")

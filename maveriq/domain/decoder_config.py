@@ -23,7 +23,7 @@ from maveriq.domain.config_fields import (
     rope_type_of,
 )
 from maveriq.domain.decoder import Decoder, LayerKind
-from maveriq.domain.decoder_families import FAMILIES, OTHER_NAMES, Family, Switch, has_new_falcon_decoder
+from maveriq.domain.decoder_families import FAMILIES, OTHER_NAMES, Family, Switch
 from maveriq.domain.family_fields import FamilyFields
 from maveriq.domain.feed_forward import ExpertFeedForward, FeedForward
 from maveriq.domain.feed_forward_config import FeedForwardReader
@@ -156,7 +156,7 @@ def _family(fields: Fields, architecture: str) -> Family:
     """
     known = FAMILIES.get(architecture)
     if known is not None:
-        return known
+        return known.variant.family if known.variant and known.variant.is_chosen(fields) else known
     activation = fields.config.get("hidden_act", fields.config.get("hidden_activation"))
     if activation not in _GATED_ACTIVATIONS:
         raise fields.refuse(
@@ -197,7 +197,7 @@ class _Reader:
             mixers, widths = self._single_parts(parts, attention, feed_forward)
         else:
             mixers, widths = attention.kinds(), feed_forward.kinds()
-        parallel = config.is_on(family.parallel) or has_new_falcon_decoder(fields)
+        parallel = config.is_on(family.parallel)
         kinds = [
             self._layer(mixer, width, hidden, parallel=parallel) for mixer, width in zip(mixers, widths, strict=True)
         ]
@@ -216,7 +216,7 @@ class _Reader:
             context_tokens=context,
             rope_type=rope_type,
             learned_positions=context + family.extra_positions if context and family.learned_positions else 0,
-            other_parameters=norms + (vocabulary if family.head_bias else 0),
+            other_parameters=norms + (vocabulary if config.is_on(family.head_bias) else 0),
             head_format=quantization.head,
             kv_bits=quantization.kv_bits,
             not_counted=self._not_counted(context),
@@ -264,11 +264,8 @@ class _Reader:
         self, attention: Attention | None, feed_forward: FeedForward | None, hidden: int, *, parallel: bool
     ) -> LayerKind:
         family = self.config.family
-        norms = family.norms
-        # Falcon's new decoder norms the inputs of both parts; its first norms one input for both.
-        if family.multi_query and family.parallel.key:
-            two = self.config.fields.optional_count(("num_ln_in_parallel_attn",)) != 1
-            norms = 2 if not parallel or (has_new_falcon_decoder(self.config.fields) and two) else 1
+        stated = self.config.fields.optional_count((family.norms_key,)) if family.norms_key else None
+        norms = stated or (family.norms_in_parallel if parallel else 0) or family.norms
         vectors = norms * family.norm_values
         if isinstance(feed_forward, ExpertFeedForward):
             vectors += family.expert_norms + family.router_vectors

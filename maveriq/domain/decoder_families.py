@@ -33,6 +33,30 @@ _OFF, _ON = Switch(), Switch(default=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A second way in which a family builds its decoders.
+
+    Args:
+        key: the key that says so.
+        old_name: a `model_type` that says so, of files that have no such key; "" for none.
+        family: what it implies.
+    """
+
+    key: str
+    family: Family
+    old_name: str = ""
+
+    def is_chosen(self, fields: Fields) -> bool:
+        """Return whether a configuration is built so.
+
+        Raises:
+            InputError: the key is neither true nor false.
+        """
+        named = bool(self.old_name) and fields.config.get("model_type") == self.old_name
+        return fields.flag(self.key, default=False) or named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What a family of decoders implies.
 
@@ -56,8 +80,11 @@ class Family:
         tied: whether the output uses the embedding where the file says nothing.
         qkv_bias, output_bias, feed_forward_bias: whether these matrices have a bias.
         head_bias: whether the output matrix has one.
-        norms: norms of a layer. norm_values: vectors of each, 2 where it has a bias, 0 where it has no parameters.
-        query_key_norm: how queries and keys are normalised.
+        norms: norms of a layer. norms_in_parallel: the same where attention and feed-forward part take the same input;
+            0 for as many. norms_key: the key that says how many; "" if none does.
+        norm_values: vectors of a norm, 2 where it has a bias, 0 where it has no parameters.
+        query_key_norm: how queries and keys are normalised. query_key_norm_values: vectors of these norms; 0 for as
+            many as others have, at least 1.
         query_key_norm_key: the key that switches it; "" if it is always there.
         latent: whether attention is over a latent vector.
         windowed: whether a window that the file names counts; families with one of the next keys have windows too.
@@ -76,6 +103,7 @@ class Family:
         sinks: whether each head has a sink.
         positions_are_scaled: whether the positions that the file names are those after scaling.
         part_defaults: values that a part nested in a multimodal configuration leaves out (transformers does).
+        variant: another way in which it builds its decoders, None if it has one alone.
     """
 
     feed_forward_matrices: int = 3
@@ -101,11 +129,14 @@ class Family:
     qkv_bias: Switch = _OFF
     output_bias: Switch = _OFF
     feed_forward_bias: Switch = _OFF
-    head_bias: bool = False
+    head_bias: Switch = _OFF
     norms: int = 2
+    norms_in_parallel: int = 0
+    norms_key: str = ""
     norm_values: int = 1
     query_key_norm: QueryKeyNorm = QueryKeyNorm.NONE
     query_key_norm_key: str = ""
+    query_key_norm_values: int = 0
     latent: bool = False
     windowed: bool = False
     window_default: int = 0
@@ -126,6 +157,7 @@ class Family:
     sinks: bool = False
     positions_are_scaled: bool = False
     part_defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    variant: Variant | None = None
 
     @property
     def has_windows(self) -> bool:
@@ -182,7 +214,12 @@ _DEEPSEEK = {
     "qkv_bias": _ATTENTION_BIAS,
 }  # fmt: skip
 _PHI = {
-    "head_bias": True, "parallel": _ON, "norms": 1, "query_key_norm": _HEAD_NORM, "query_key_norm_key": "qk_layernorm",
+    "head_bias": _ON, "parallel": _ON, "norms": 1, "query_key_norm": _HEAD_NORM, "query_key_norm_key": "qk_layernorm",
+}  # fmt: skip
+
+_FALCON = {
+    "feed_forward_matrices": 2, "widening": 4, "tied": True, "norm_values": 2,
+    "qkv_bias": Switch(key="bias"), "output_bias": Switch(key="bias"), "feed_forward_bias": Switch(key="bias"),
 }  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
@@ -232,7 +269,9 @@ FAMILIES: Mapping[str, Family] = {
         feed_forward_bias=Switch(key="mlp_bias"), kv_heads_stated=True,
     ),
     "stablelm": _family(
-        norm_values=2, parallel=Switch(key="use_parallel_residual"), qkv_bias=Switch(key="use_qkv_bias")
+        norm_values=2, norms_in_parallel=1, parallel=Switch(key="use_parallel_residual"),
+        qkv_bias=Switch(key="use_qkv_bias"), query_key_norm=QueryKeyNorm.ALL_HEADS, query_key_norm_key="qk_layernorm",
+        query_key_norm_values=1,
     ),
     "chatglm": _family(qkv_bias=Switch(key="add_qkv_bias"), feed_forward_bias=Switch(key="add_bias_linear")),
     "glm": _family(head_size=128, qkv_bias=Switch(key="attention_bias", default=True), kv_heads_stated=True),
@@ -249,7 +288,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "ernie4_5_moe": _family(
         tied=True, qkv_bias=Switch(key="use_bias"), output_bias=Switch(key="use_bias"),
-        feed_forward_bias=Switch(key="use_bias"), experts=True, router_correction=True, kv_heads_stated=True,
+        feed_forward_bias=Switch(key="use_bias"), head_bias=Switch(key="use_bias"), experts=True,
+        router_correction=True, kv_heads_stated=True,
     ),
     "hunyuan_v1_dense": _family(_LLAMA, query_key_norm=_HEAD_NORM, query_key_norm_key="use_qk_norm"),
     "hunyuan_v1_moe": _family(
@@ -269,7 +309,7 @@ FAMILIES: Mapping[str, Family] = {
         _LLAMA, query_key_norm=_HEAD_NORM, experts=True, router_correction=True, window_switch="use_sliding_window",
         stated=_SHARED_AND_DENSE,
     ),
-    "deepseek_v2": _family(_DEEPSEEK, router_correction=False),
+    "deepseek_v2": _family(_DEEPSEEK, router_correction=False, feed_forward_bias=Switch(key="mlp_bias")),
     "deepseek_v3": _family(_DEEPSEEK),
     "deepseek_v32": _family(_DEEPSEEK, indexer=True),
     "glm_moe_dsa": _family(_DEEPSEEK, indexer=True),
@@ -318,18 +358,21 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _family(_GEMMA, window_default=4096, full_every=2),
     "gemma3": _family(_GEMMA3),
     # Plain feed-forward parts.
-    "falcon": Family(
-        feed_forward_matrices=2, widening=4, parallel=Switch(key="parallel_attn", default=True), multi_query=True,
-        tied=True, norm_values=2, qkv_bias=Switch(key="bias"), output_bias=Switch(key="bias"),
-        feed_forward_bias=Switch(key="bias"),
+    "falcon": _family(
+        _FALCON, parallel=Switch(key="parallel_attn", default=True), norms_in_parallel=1, multi_query=True,
+        # That of falcon-40b has several KV heads, and norms the inputs of both parts. RefinedWeb is its old name.
+        variant=Variant(
+            key="new_decoder_architecture", old_name="RefinedWeb",
+            family=_family(_FALCON, parallel=_ON, norms_key="num_ln_in_parallel_attn", kv_heads_stated=True),
+        ),
     ),
     "gptj": Family(
         feed_forward_matrices=2, widening=4, parallel=_ON, norms=1, norm_values=2, feed_forward_bias=_ON,
-        head_bias=True,
+        head_bias=_ON,
     ),
     "codegen": Family(
         feed_forward_matrices=2, widening=4, parallel=_ON, norms=1, norm_values=2, feed_forward_bias=_ON,
-        head_bias=True,
+        head_bias=_ON,
     ),
     "gpt_neox": _family(
         _GPT, parallel=Switch(key="use_parallel_residual", default=True),
@@ -368,12 +411,3 @@ OTHER_NAMES: Mapping[str, str] = {
     "InternLM2ForCausalLM": "internlm2",
 }
 """Other names of a family: older ones, and those of its decoder within a multimodal model."""
-
-
-def has_new_falcon_decoder(fields: Fields) -> bool:
-    """Return whether a falcon has the decoder of falcon-40b, with several KV heads; RefinedWeb is its old name.
-
-    Raises:
-        InputError: the key is neither true nor false.
-    """
-    return fields.flag("new_decoder_architecture", default=False) or fields.config.get("model_type") == "RefinedWeb"

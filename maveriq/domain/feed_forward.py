@@ -54,7 +54,7 @@ class ExpertFeedForward(FeedForward):
         width: values between an expert's matrices.
         shared_width: the same of all shared experts together, which every token passes; 0 where there are none.
         matrices: 3 where experts are gated, else 2.
-        bias: whether experts and router have a bias.
+        bias: whether experts and router have a bias. shared_bias: whether shared experts have one.
         router_correction: the router has a correction for each expert, beside its matrix.
         shared_gate: the shared experts' output is weighted by a gate.
         module: the module that router and experts lie in; "" for the layer itself, beside a part that all tokens pass.
@@ -67,6 +67,7 @@ class ExpertFeedForward(FeedForward):
     shared_width: int = 0
     matrices: int = 3
     bias: bool = False
+    shared_bias: bool = False
     router_correction: bool = False
     shared_gate: bool = False
     latent_size: int = 0
@@ -94,7 +95,7 @@ class ExpertFeedForward(FeedForward):
         )
         if self.shared_width:
             shared = "mlp.shared_experts" if within else "mlp"
-            found += _feed_forward(shared, hidden_size, self.shared_width, self.matrices)
+            found += _feed_forward(shared, hidden_size, self.shared_width, self.matrices, bias=self.shared_bias)
         if self.shared_gate:
             found.append(Matrix(name="mlp.shared_expert_gate", inputs=hidden_size, outputs=1, keeps_16_bits=True))
         return tuple(found)

@@ -123,6 +123,7 @@ class FeedForwardReader:
             shared_width=self._dense_width() if family.experts_beside_dense else self._shared_width(width),
             matrices=family.feed_forward_matrices,
             bias=family.experts_bias,
+            shared_bias=reader.is_on(family.feed_forward_bias),
             router_correction=family.router_correction,
             shared_gate=family.shared_gate,
             latent_size=fields.optional_count(("moe_latent_size",)) or 0 if family.layer_letters else 0,

@@ -20,9 +20,15 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "cohere": {"use_qk_norm": True},
     "cohere2": {"head_dim": 32},
+    "deepseek_v2": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16, "v_head_dim": 32, "num_key_value_heads": 8, "mlp_bias": True, "n_group": 1,
+        "topk_group": 1,
+    },
     "ernie4_5_moe": {
         "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2,
-        "moe_layer_start_index": 1,
+        "moe_layer_start_index": 1, "use_bias": True,
     },
     "exaone4": {"sliding_window": 64},
     "gemma": {"head_dim": 64},
@@ -41,6 +47,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"head_dim": 64},
     "seed_oss": {"head_dim": 64},
     "smollm3": {},
+    "stablelm": {"qk_layernorm": True, "use_parallel_residual": True},
     "starcoder2": {},
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from maveriq.compat import StrEnum
 from maveriq.domain.config_fields import Fields, rope_parameters, rope_type_of
 from maveriq.domain.decoder_config import family_name
-from maveriq.domain.decoder_families import has_new_falcon_decoder
+from maveriq.domain.decoder_families import FAMILIES
 from maveriq.domain.model_config import Shape, parse_config, read_shape
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
@@ -162,7 +162,8 @@ def _llama(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
 def _falcon(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
     if config.get("alibi"):
         raise_unsupported("falcon with alibi positions is not supported, only with rotary ones")
-    new = has_new_falcon_decoder(Fields(config, "config.json"))
+    variant = FAMILIES["falcon"].variant
+    new = variant is not None and variant.is_chosen(Fields(config, "config.json"))
     parallel = shape.all_reduces_per_layer == 1
     return DecoderConfig(
         family=Family.FALCON,
