@@ -65,6 +65,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         usable_gib: memory that the driver reports to programs, GiB.
         bandwidth_gb_s: bandwidth of the memory, GB/s.
         multiprocessors: streaming multiprocessors (compute units).
+        clock_ghz: the clock at which the tensor speed is stated, GHz.
         tflops: dense tensor TFLOP/s by format of the factors.
         link: what connects the GPUs of a node.
         link_gb_s: what a GPU sends and receives together over it, GB/s.
@@ -82,6 +83,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     usable_gib: _Positive
     bandwidth_gb_s: _Positive
     multiprocessors: _Count
+    clock_ghz: _Positive
     tflops: dict[NumberFormat, _Positive]
     link: Link
     link_gb_s: _Positive

@@ -42,6 +42,9 @@ _EXPERT_KERNELS = {
 }
 
 _QUANTISE_US = 3.0
+_PIPELINE_US = 1.5  # until the first tile of a product has arrived
+_USUAL_CLOCK_GHZ = 1.8
+_HOPPER = 9.0  # its compute capability
 _QUERY_TILE = 64
 _MIXED_SPEED_SHARE, _MIXED_BANDWIDTH_SHARE = 0.6, 0.72  # fitted by scripts/derive_mixed_attention.py
 _PCIE_HOP_US = 12.0  # recorded whole models on eight A6000
@@ -218,6 +221,8 @@ class UsualEfficiencies:
         decode_floor_us: least time of attention of decoding sequences.
         decode_bandwidth: share of the bandwidth with which it reads the cache.
         decode_block_us: time of a sequence and KV head on one multiprocessor.
+        newer_time: what kernels take on Hopper and newer GPUs, which copy to a multiprocessor while it computes,
+            over what they would take on older ones.
     """
 
     gemm_floor_us: float = 2.5
@@ -226,6 +231,7 @@ class UsualEfficiencies:
     decode_floor_us: float = 10.0
     decode_bandwidth: float = 0.82
     decode_block_us: float = 3.5
+    newer_time: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -272,8 +278,18 @@ class Operators:
         )
         rows = np.ceil(np.asarray(m) / 16) * 16  # the least that tensor cores multiply
         computed = computing_us(self.gpu, number_format, 2.0 * rows * n * k)
-        moved_us = moving_us(self.gpu, moved) / self.usual.gemm_bandwidth + 1.5
-        return np.asarray(self.usual.gemm_floor_us + quantise + smooth_max(moved_us, computed / self.usual.gemm_speed))
+        moved_us = moving_us(self.gpu, moved) / self.usual.gemm_bandwidth + self._slower * _PIPELINE_US
+        floor_us = self._slower * (self.usual.gemm_floor_us + quantise)
+        return np.asarray(self._newer * (floor_us + smooth_max(moved_us, computed / self.usual.gemm_speed)))
+
+    @property
+    def _newer(self) -> float:
+        return self.usual.newer_time if self.gpu.compute_capability >= _HOPPER else 1.0
+
+    @property
+    def _slower(self) -> float:
+        """How much longer what takes a number of clocks takes than on the GPUs that efficiencies come from."""
+        return _USUAL_CLOCK_GHZ / self.gpu.clock_ghz
 
     def decode_attention_us(
         self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False
@@ -287,9 +303,11 @@ class Operators:
         if grid is not None:
             return decode_attention_formula(self.gpu, value_bytes, sequences, context, of).corrected_us(grid)
         cache = 2.0 * np.asarray(sequences) * context * of.kv_heads * of.head_size * value_bytes
-        blocks_us = self.usual.decode_block_us * np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
+        blocks = np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
+        blocks_us = self._slower * self.usual.decode_block_us * blocks
         moved_us = moving_us(self.gpu, cache) / self.usual.decode_bandwidth
-        return np.asarray(self.usual.decode_floor_us + np.sqrt(moved_us**2 + blocks_us**2))
+        floor_us = self._slower * self.usual.decode_floor_us
+        return np.asarray(self._newer * (floor_us + np.sqrt(moved_us**2 + blocks_us**2)))
 
     def mixed_decode_attention_us(
         self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False

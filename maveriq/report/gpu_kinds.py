@@ -44,7 +44,7 @@ def gpu_table(sheet: GpuSheet) -> Table:
         row("other names", ", ".join(sheet.other_names) or NONE),
         row("memory", f"{sheet.memory_gib:g} GiB, {sheet.usable_gib:g} GiB of them for programs"),
         row("memory bandwidth", f"{sheet.bandwidth_gb_s:,g} GB/s"),
-        row("multiprocessors", f"{sheet.multiprocessors:,}"),
+        row("multiprocessors", f"{sheet.multiprocessors:,} at {sheet.clock_ghz:g} GHz"),
         *(row(f"dense TFLOP/s, {number_format}", f"{speed:,g}") for number_format, speed in sheet.tflops.items()),
         row("link in a node", f"{_link(sheet)} GB/s, both directions together"),
         row("GPUs of a node", str(sheet.gpus_per_node)),
