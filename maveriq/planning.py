@@ -10,7 +10,7 @@ from maveriq.errors import InputError
 from maveriq.scenario.options import INTENTS, check_ranges, convert_types, option
 
 if TYPE_CHECKING:
-    from maveriq.domain.cluster import Cluster, Gpu
+    from maveriq.domain.cluster import Cluster
     from maveriq.domain.deployments import EndpointSpec
     from maveriq.domain.models import ModelSpec
     from maveriq.estimate.cluster_profiles import ClusterProfiles
@@ -237,22 +237,24 @@ def _note_on_more_gpus(
     endpoint: EndpointSpec, ranking: Ranking, cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions
 ) -> tuple[str, ...]:
     """Return how many GPUs of the kind a model would need that does not fit; nothing where that is not the reason."""
+    from maveriq.domain.cluster import Cluster
     from maveriq.domain.gpu_kinds import gpu_sheets
-    from maveriq.estimate.cluster_spec import cluster_from
     from maveriq.policy.configuration import NO_MEMORY, NO_ROOM
 
     too_large = any(rejected.reason in (NO_MEMORY, NO_ROOM) for rejected in ranking.rejected)
     if not too_large or len(cluster.kinds) > 1 or cluster.kinds[0] not in gpu_sheets():
         return ()
     emptiest = max(cluster.gpus, key=lambda gpu: gpu.capacity_bytes - gpu.idle_bytes)
-
-    def like_emptiest(gpu: Gpu) -> Gpu:
-        return replace(gpu, capacity_bytes=emptiest.capacity_bytes, idle_bytes=emptiest.idle_bytes)
-
+    node_gpus = cluster.largest_node(emptiest.kind)
+    if not cluster.has_network:
+        node_gpus = max(node_gpus, gpu_sheets()[emptiest.kind].gpus_per_node)
     count = 2 * len(cluster)
     while count <= _MOST_GPUS:
-        larger = cluster_from(f"{count}x{cluster.kinds[0]}")
-        larger = replace(larger, gpus=tuple(map(like_emptiest, larger.gpus)))
+        larger = Cluster(
+            name=cluster.name,
+            gpus=tuple(replace(emptiest, gpu_id=number, node=number // node_gpus) for number in range(count)),
+            nodes=(cluster.node(emptiest.node),) * -(-count // node_gpus),
+        )
         found = _rank(
             endpoint, larger, profiles, _planner(endpoint.model, larger, profiles, options), in_ms=False
         ).candidates

@@ -92,6 +92,10 @@ class Cluster:
         """Return what is known of a node."""
         return self.nodes[number] if self.nodes else Node()
 
+    def largest_node(self, kind: str) -> int:
+        """Return the GPUs of the largest node with GPUs of a kind."""
+        return max(Counter(gpu.node for gpu in self.gpus if gpu.kind == kind).values())
+
     def network_gbps(self, kind: str) -> float:
         """Return the bandwidth of the slowest network among the nodes with GPUs of a kind, Gbit/s."""
         return min(self.node(gpu.node).network_gbps for gpu in self.gpus if gpu.kind == kind)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+from maveriq.domain.engine_defaults import (
+    TRTLLM_FREE_MEMORY_FRACTION,
+    TRTLLM_MAX_NUM_TOKENS,
+    sglang_chunk_tokens,
+    sglang_memory_share,
+)
 from maveriq.domain.engine_versions import release_of
 from maveriq.engine.exclusive import ExclusiveEngine
 from maveriq.engine.interface import Engine
@@ -11,11 +17,7 @@ from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.settings import Count, EngineHost, ResolvedSettings, Share
 from maveriq.engine.sglang import SglangEngine
 from maveriq.engine.trtllm import CapacityPolicy, ChunkingPolicy, TrtllmEngine
-from maveriq.engine.versions import sglang_chunk_tokens
 from maveriq.errors import InputError
-
-_MB_PER_GIB = 1024
-_LARGE_GIB, _LEAST_RESERVE_GIB = 60, 10.0
 
 
 class TrtllmSettings(
@@ -42,10 +44,10 @@ class TrtllmSettings(
 
     version: str = "1.2"
     max_batch_size: Count = 2048
-    max_num_tokens: Count = 8192
+    max_num_tokens: Count = TRTLLM_MAX_NUM_TOKENS
     max_seq_len: Count | None = None
     tokens_per_block: Count = 32
-    free_gpu_memory_fraction: Share = 0.9
+    free_gpu_memory_fraction: Share = TRTLLM_FREE_MEMORY_FRACTION
     num_gpu_blocks: Count | None = None
     enable_block_reuse: bool = True
     enable_chunked_prefill: bool = False
@@ -160,17 +162,11 @@ class SglangSettings(
             block_size=self.page_size,
             max_num_batched_tokens=chunk if chunk > 0 else self.max_prefill_tokens,
             max_num_seqs=self.max_running_requests,
-            memory_share=self.mem_fraction_static or self._static_share(host.gpu_memory_gib, max(chunk, 0)),
+            memory_share=self.mem_fraction_static
+            or sglang_memory_share(host.gpu_memory_gib, chunk_tokens=max(chunk, 0), tp=self.tensor_parallel_size),
             num_gpu_blocks=None if self.max_total_tokens is None else self.max_total_tokens // self.page_size,
             build=build,
         )
-
-    def _static_share(self, memory_gib: float, chunk: int) -> float:
-        """Return the default of `mem_fraction_static`, without what it sets aside for CUDA graphs."""
-        reserve_gib = (512 + 1.5 * chunk + 128 * self.tensor_parallel_size) / _MB_PER_GIB
-        if memory_gib > _LARGE_GIB:
-            reserve_gib = max(reserve_gib, _LEAST_RESERVE_GIB)
-        return max(0.0, 1 - reserve_gib / memory_gib)
 
 
 class ExclusiveSettings(

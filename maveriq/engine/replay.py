@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from maveriq.domain.engine_defaults import vllm_rules
 from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.requests import EngineRequest
 from maveriq.engine.sequence import Sequence
-from maveriq.engine.versions import vllm_rules
 from maveriq.engine.vllm import SchedulerLimits, VllmScheduler
 from maveriq.errors import InputError
 

@@ -10,13 +10,13 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
+from maveriq.domain.engine_defaults import VllmRules
 from maveriq.engine.cohort import DecodeCohort
 from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.queues import FcfsQueue, PriorityQueue, WaitingQueue
 from maveriq.engine.requests import EngineRequest, RequestId, shareable_tokens
 from maveriq.engine.sequence import Sequence, SequenceStatus
 from maveriq.engine.steps import Advanced, Emitted, ScheduledTokens, Step
-from maveriq.engine.versions import VllmRules
 from maveriq.errors import InputError
 
 

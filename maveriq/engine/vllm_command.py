@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from maveriq.engine.vllm_settings import NEWEST_CHECKED, VllmSettings
+from maveriq.domain.engine_defaults import NEWEST_CHECKED
+from maveriq.engine.vllm_settings import VllmSettings
 from maveriq.errors import InputError, did_you_mean
 from maveriq.files import data_path
 from maveriq.tables import read_toml, readable_error

@@ -6,15 +6,18 @@ from typing import Literal
 
 import msgspec
 
+from maveriq.domain.engine_defaults import (
+    NEWEST_CHECKED,
+    VllmLimits,
+    vllm_limits,
+    vllm_memory_share,
+    vllm_rules,
+)
 from maveriq.engine.kv_blocks import KVBlockPool
 from maveriq.engine.settings import Count, CountOrNone, EngineHost, ResolvedSettings, Share
-from maveriq.engine.versions import VllmLimits, vllm_limits, vllm_rules
 from maveriq.engine.vllm import SchedulerLimits, VllmScheduler
 from maveriq.engine.vllm_engine import VllmEngine
 from maveriq.errors import InputError
-
-NEWEST_CHECKED = "0.23.0"
-"""The newest version whose scheduler was compared call by call."""
 
 _NULL_BLOCKS = 1
 
@@ -112,7 +115,7 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             block_size=block_size,
             max_num_batched_tokens=tokens,
             max_num_seqs=max_num_seqs,
-            memory_share=self.gpu_memory_utilization or rules.gpu_memory_utilization,
+            memory_share=self.gpu_memory_utilization or vllm_memory_share(self.version),
             num_gpu_blocks=self.num_gpu_blocks,
             reserved_blocks=_NULL_BLOCKS,
             build=build,

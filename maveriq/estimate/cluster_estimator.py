@@ -14,12 +14,19 @@ from maveriq.domain.cluster import Cluster
 from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError, UnknownNameError
+from maveriq.errors import InputError
 from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.engine_presets import EnginePreset
-from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, SequenceAware, ServiceEstimate
+from maveriq.estimate.estimator import (
+    ContentionAware,
+    Estimator,
+    PlacementAware,
+    SequenceAware,
+    ServiceEstimate,
+    own_estimator,
+)
 from maveriq.estimate.hand_over import UNKNOWN_NODE, Channel, network_channel, node_channel
-from maveriq.estimate.registry import ESTIMATORS, default_estimator, make_estimator, note_on_default
+from maveriq.estimate.registry import check_estimator_name, default_estimator, make_estimator, note_on_default
 from maveriq.units import Bytes
 
 _JOINED = "+"
@@ -129,7 +136,7 @@ class ClusterEstimator:
         Raises:
             InputError: as the estimator of the kind.
         """
-        estimator = self._kind(configuration).estimator
+        estimator = own_estimator(self._kind(configuration).estimator, model)
         if not isinstance(estimator, SequenceAware):
             return None
         lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
@@ -201,8 +208,7 @@ def estimator_names(name: str | None, profiles: ClusterProfiles, models: Collect
         return {kind: default_estimator(profile, models) for kind, profile in profiles.by_kind.items()}
     names = name.split(_JOINED)
     for part in names:
-        if part not in ESTIMATORS:
-            raise UnknownNameError("estimator", part, ESTIMATORS)
+        check_estimator_name(part)
     if len(names) not in (1, len(profiles.by_kind)):
         raise InputError(
             f"estimator {name!r} has {len(names)} names, and the cluster {len(profiles.by_kind)} kinds of GPU "
@@ -232,7 +238,10 @@ def estimator_for(
         InputError: a profile has no data for it, or a wrong number of names.
     """
     names = estimator_names(name, profiles, models)
-    made = {kind: make_estimator(names[kind], profiles.by_kind[kind], engine) for kind in cluster.kinds}
+    made = {
+        kind: make_estimator(names[kind], profiles.by_kind[kind], engine, node_gpus=cluster.largest_node(kind))
+        for kind in cluster.kinds
+    }
     return on_cluster(made, cluster)
 
 

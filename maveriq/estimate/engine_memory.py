@@ -1,7 +1,7 @@
 """The memory of an engine on each GPU: weights, activations, its own reserve, and the KV blocks that the rest holds.
 
 As vLLM does it: the engine may take a share of a GPU's memory (`gpu_memory_utilization`). What weights, the activations
-of its largest step and its own needs leave becomes KV blocks.
+of its largest step and its own needs leave becomes KV blocks. TensorRT-LLM takes a share of what these leave.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class EngineSettings:
     Args:
         max_num_batched_tokens: most tokens of a step.
         block_size: tokens of a KV block.
-        gpu_memory_utilization: the share of a GPU's memory that the engine may take.
+        gpu_memory_utilization: the share of a GPU's memory that the engine may take; with `is_share_of_free`, that the
+            KV cache takes of what the rest leaves.
+        is_share_of_free: see there.
         kv_value_bytes: bytes of a value in the KV cache.
         reserve_gib: what the engine takes on each GPU beside these: context, graphs, workspaces.
         communication_gib: what buffers take beside where it has several GPUs.
@@ -44,6 +46,7 @@ class EngineSettings:
     max_num_batched_tokens: int = 8192
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
+    is_share_of_free: bool = False
     kv_value_bytes: float = 2.0
     # Read off five recorded numbers of KV blocks of vLLM 0.15 and 0.23 on H100.
     reserve_gib: float = 0.2
@@ -79,9 +82,10 @@ def predict_kv_blocks(
         settings: the engine's.
         stored_as: how the matrices of layers are stored; None for as the checkpoint stores them.
     """
-    left = settings.gpu_memory_utilization * gpu.usable_gib * BYTES_PER_GIB
-    left -= decoder.weight_bytes(stored_as) / (tp * pp)
-    left -= reserved_bytes(decoder, tp=tp, pp=pp, step_tokens=settings.max_num_batched_tokens, settings=settings)
+    share, usable = settings.gpu_memory_utilization, gpu.usable_gib * BYTES_PER_GIB
+    held = decoder.weight_bytes(stored_as) / (tp * pp)
+    held += reserved_bytes(decoder, tp=tp, pp=pp, step_tokens=settings.max_num_batched_tokens, settings=settings)
+    left = share * (usable - held) if settings.is_share_of_free else share * usable - held
     block_bytes = settings.block_size * token_bytes(decoder, tp=tp, kv_value_bytes=settings.kv_value_bytes) / pp
     return max(0, int(left / block_bytes))
 

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+from maveriq.domain.engine_defaults import NEWEST_CHECKED, memory_defaults
 from maveriq.domain.engine_versions import release_numbers
+from maveriq.domain.gpu_kinds import GpuSheet
 from maveriq.domain.models import KvType, WeightType
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.engine_memory import EngineSettings
@@ -27,7 +29,6 @@ DEFAULT_ENGINE = "vllm"
 _SHARPNESS = 2  # the host launches unevenly, so that neither of two times hides the other
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 _Factor = Annotated[float, msgspec.Meta(gt=0, le=10)]
-_Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _OTHER_NAMES = {"tensorrt-llm": "trtllm", "trt-llm": "trtllm", "tensorrt_llm": "trtllm"}
 
 
@@ -55,7 +56,6 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         reserve_gib: see `maveriq.estimate.engine_memory.EngineSettings`.
         communication_gib: see there.
         peer_gib: see there.
-        gpu_memory_utilization: by default, the share of a GPU's memory that the engine may take.
         lacks_weights: formats of weights that it cannot run.
         lacks_kv: formats of the KV cache that it cannot keep.
         fitted: whether its host times were fitted to runs; else they are a guess.
@@ -79,7 +79,6 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     asynchronous: bool
     fp8_block_floor_us: _NotNegative = 0.0
     peer_read_limit_mb: _NotNegative = 0.0
-    gpu_memory_utilization: _Share
     int4_by_channel: bool = False
     reserve_gib: _NotNegative = 0.2
     communication_gib: _NotNegative = 0.5
@@ -102,10 +101,22 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         """What its kernels do differently from the usual ones."""
         return EngineKernels(fp8_block_floor_us=self.fp8_block_floor_us, peer_read_limit_mb=self.peer_read_limit_mb)
 
-    def settings(self, *, kv_value_bytes: float) -> EngineSettings:
-        """Return its settings that decide about memory, with a KV cache whose values take so many bytes."""
+    def settings(self, gpu: GpuSheet, *, tp: int, kv_value_bytes: float) -> EngineSettings:
+        """Return its default settings that decide about memory.
+
+        Args:
+            gpu: the kind of GPU.
+            tp: GPUs that share each layer.
+            kv_value_bytes: bytes of a value in the KV cache.
+        """
+        version = self.version
+        if release_numbers(version) is None:  # none is named, or those that stand for the whole generation
+            version = NEWEST_CHECKED if not self.before else self.since or "0"
+        usual = memory_defaults(self.engine, version, gpu_name=gpu.name, memory_gib=gpu.usable_gib, tp=tp)
         return EngineSettings(
-            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_batched_tokens=usual.step_tokens,
+            gpu_memory_utilization=usual.share,
+            is_share_of_free=usual.is_share_of_free,
             kv_value_bytes=kv_value_bytes,
             reserve_gib=self.reserve_gib,
             communication_gib=self.communication_gib,

@@ -88,6 +88,14 @@ class KindAware(Protocol):
 
 
 @runtime_checkable
+class ModelAware(Protocol):
+    """An estimator that leaves each model to another one."""
+
+    def of_model(self, model: ModelSpec) -> Estimator:
+        """Return the estimator of a model."""
+
+
+@runtime_checkable
 class PlacementAware(Protocol):
     """An estimator whose estimates depend on the GPUs of an engine."""
 
@@ -141,6 +149,12 @@ class SequenceAware(Protocol):
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> str | None:
         """Return why a batch of requests of these lengths does not fit the KV cache; None if it does."""
+
+
+def own_estimator(estimator: Estimator, model: ModelSpec, kind: str = "") -> Estimator:
+    """Return the estimator that answers for a model on a kind of GPU, for configurations that name none."""
+    of_kind = estimator.of_kind(kind) if isinstance(estimator, KindAware) else estimator
+    return of_kind.of_model(model) if isinstance(of_kind, ModelAware) else of_kind
 
 
 def check_estimable(estimator: Estimator, model: ModelSpec, configuration: ParallelConfig) -> None:

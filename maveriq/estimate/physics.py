@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from typing import TypeAlias
@@ -59,11 +59,13 @@ class PhysicsEstimator:
         profile: names the kind of GPU, and knows accuracy and configurations that do not run.
         preset: the engine, by generation; None for the one that the profile was measured with, or the default.
         continuous: whether it batches continuously; else it takes one batch after the other, as simulated engines do.
+        node_gpus: GPUs of the largest node, which share layers at most; None for the usual number of the kind.
     """
 
     profile: HardwareProfile
     preset: InitVar[EnginePreset | None] = None
     continuous: bool = False
+    node_gpus: int | None = None
     engine: EnginePreset = field(init=False)
     _operators: Operators = field(init=False)
     _models: dict[tuple[ModelSpec, Sharding, Formats], StepModel] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class PhysicsEstimator:
 
     def _why_no_stage(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
         """Return why no stage can have these formats and degrees, whatever its layers."""
-        decoder, most = model.decoder, self._operators.gpu.gpus_per_node
+        decoder, most = model.decoder, self.node_gpus or self._operators.gpu.gpus_per_node
         if reason := why_not_timed(decoder) or model.why_not_stored_as(configuration.weights):
             return reason
         if reason := self._why_not_computed(model, configuration):
@@ -255,8 +257,17 @@ class PhysicsEstimator:
         return INT4_BY_CHANNEL if by_channel else FORMATS[configuration.weights]
 
     def settings(self, configuration: ParallelConfig) -> EngineSettings:
-        """Return the engine's default settings that decide about memory, with the cache of a configuration."""
-        return self.engine.settings(kv_value_bytes=BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]])
+        """Return the settings that decide about memory, with the cache of a configuration: the engine's defaults.
+
+        Engines that take one batch at a time are started by maveriq, with steps of as many tokens on all GPUs.
+        """
+        usual = self.engine.settings(
+            self._operators.gpu,
+            tp=configuration.tp,
+            kv_value_bytes=BYTES_PER_WEIGHT[_KV_FORMATS[configuration.kv]],
+        )
+        own_tokens = EngineSettings().max_num_batched_tokens
+        return usual if self.continuous else replace(usual, max_num_batched_tokens=own_tokens)
 
     def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:
         """Return the step model of all layers: a pipeline's stages together take as long."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import UnknownNameError
+from maveriq.estimate.by_model import JOINED, ByModelEstimator
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.engine_presets import EnginePreset
 from maveriq.estimate.estimator import Basis, Estimator
@@ -28,13 +29,27 @@ ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
 def default_estimator(profile: HardwareProfile, models: Collection[ModelSpec] = ()) -> str:
     """Return the name of the default estimator: the best one that the profile has the data for.
 
+    Where some models were measured and some were not, it is `calibrated/physics`, which has an estimator for either.
+
     Args:
         profile: the data.
         models: those that will be estimated; none where they are not known yet.
     """
-    unknown = models and not any(profile.has_measured(model) for model in models)
-    if unknown and profile.gpu_kind in gpu_sheets():
+    unmeasured = _unmeasured(profile, models)
+    if unmeasured and len(unmeasured) == len(models):
         return PHYSICS
+    best = _best_of_measured(profile)
+    return f"{best}{JOINED}{PHYSICS}" if unmeasured and best != PHYSICS else best
+
+
+def _unmeasured(profile: HardwareProfile, models: Collection[ModelSpec]) -> list[ModelSpec]:
+    """Return the models of which nothing was measured, and which can be estimated nevertheless."""
+    if profile.gpu_kind not in gpu_sheets():
+        return []
+    return [model for model in models if not profile.has_measured(model)]
+
+
+def _best_of_measured(profile: HardwareProfile) -> str:
     if profile.calibrated:
         return CALIBRATED
     if not profile.measured and not profile.fingerprints.by_model:
@@ -48,32 +63,62 @@ def note_on_default(profile: HardwareProfile, models: Collection[ModelSpec] = ()
     name = default_estimator(profile, models)
     if name == CALIBRATED:
         return None
-    if name == PHYSICS:
-        rests_on = "the data sheet"
-        if PhysicsEstimator(profile).basis is Basis.OPERATORS:
-            rests_on = "measured operators"
-        some = bool(profile.fingerprints.by_model or profile.models)
-        what = f"nothing of {', '.join(model.name for model in models)}" if some else "no model"
-        return f"{what} was measured on {profile.gpu_kind}: estimates rest on {rests_on}"
+    if PHYSICS in name.split(JOINED):
+        return _note_on_physics(profile, models, name)
     return (
         f"profile {profile.name} has no calibration, so the estimator {name!r} stands in for the "
         "calibrated one; `maveriq fit DATA --out FOLDER` makes a calibration"
     )
 
 
-def make_estimator(name: str, profile: HardwareProfile, engine: EnginePreset | None = None) -> Estimator:
+def _note_on_physics(profile: HardwareProfile, models: Collection[ModelSpec], name: str) -> str:
+    rests_on = "the data sheet"
+    if PhysicsEstimator(profile).basis is Basis.OPERATORS:
+        rests_on = "measured operators"
+    some = bool(profile.fingerprints.by_model or profile.models)
+    unmeasured = dict.fromkeys(model.name for model in _unmeasured(profile, models))
+    what = f"nothing of {', '.join(unmeasured)}" if some else "no model"
+    if name == PHYSICS:
+        return f"{what} was measured on {profile.gpu_kind}: estimates rest on {rests_on}"
+    return (
+        f"{what} was measured on {profile.gpu_kind}: estimates of that rest on {rests_on} (physics), of the other "
+        f"models on measurements ({name.partition(JOINED)[0]})"
+    )
+
+
+def check_estimator_name(name: str) -> None:
+    """Check that there is an estimator of a name; `calibrated/physics` has one for measured models and for others.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    measured, joined, others = name.partition(JOINED)
+    if measured not in ESTIMATORS or (joined and others not in ESTIMATORS):
+        raise UnknownNameError("estimator", name, ESTIMATORS)
+
+
+def make_estimator(
+    name: str, profile: HardwareProfile, engine: EnginePreset | None = None, *, node_gpus: int | None = None
+) -> Estimator:
     """Return the estimator of that name for a hardware profile.
 
     Args:
-        name: a key of `ESTIMATORS`.
+        name: a key of `ESTIMATORS`; or two joined by a slash, for the models that the profile has measured and others.
         profile: the profile it reads.
         engine: the engine whose continuous batching `physics` estimates; None for one batch at a time.
+        node_gpus: GPUs of the largest node, for `physics`; None for the usual number of the kind.
 
     Raises:
         UnknownNameError: there is no such estimator.
     """
-    if name not in ESTIMATORS:
-        raise UnknownNameError("estimator", name, ESTIMATORS)
-    if engine and name == PHYSICS:
-        return PhysicsEstimator(profile, engine, continuous=True)
+    check_estimator_name(name)
+    measured, joined, others = name.partition(JOINED)
+    if joined:
+        return ByModelEstimator(
+            measured=make_estimator(measured, profile, engine, node_gpus=node_gpus),
+            others=make_estimator(others, profile, engine, node_gpus=node_gpus),
+            is_measured=profile.has_measured,
+        )
+    if name == PHYSICS:
+        return PhysicsEstimator(profile, engine, continuous=engine is not None, node_gpus=node_gpus)
     return ESTIMATORS[name](profile)

@@ -25,10 +25,10 @@ from maveriq.domain.parallel import (
 from maveriq.estimate.estimator import (
     ConfigurationAware,
     Estimator,
-    KindAware,
     LengthAwareMemory,
     SequenceAware,
     ServiceEstimate,
+    own_estimator,
 )
 from maveriq.policy.gpu_pools import GpuPool, gpu_pools
 from maveriq.policy.scores import ScoreUnit, price_of, score_unit
@@ -158,10 +158,6 @@ def rank(
     return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, unit, in_ms=in_ms)
 
 
-def _of_kind(estimator: Estimator, kind: str) -> Estimator:
-    return estimator.of_kind(kind) if isinstance(estimator, KindAware) else estimator
-
-
 def _memory(
     endpoint: EndpointSpec,
     configuration: ParallelConfig,
@@ -173,7 +169,7 @@ def _memory(
     model = endpoint.model
     if endpoint.memory_share is not None:
         return configuration.gpus * int(endpoint.memory_share * pool.capacity_bytes)
-    own = _of_kind(estimator, pool.kind)
+    own = own_estimator(estimator, model, pool.kind)
     if isinstance(own, SequenceAware) and isinstance(own, LengthAwareMemory):
         return own.memory_with(model, replace(configuration, gpu=""), **lengths)
     return estimator.memory(model, configuration)
@@ -183,7 +179,7 @@ def _configurations(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator)
     """Return the configurations to consider on GPUs of one kind, in the order that breaks ties."""
     if endpoint.configuration is not None:
         return [endpoint.configuration]
-    own = _of_kind(estimator, pool.kind)
+    own = own_estimator(estimator, endpoint.model, pool.kind)
     if isinstance(own, ConfigurationAware):
         return own.configurations(endpoint.model, gpus=len(pool), batch_size=endpoint.batch_size)
     return enumerate_configurations(endpoint.model, len(pool), endpoint.batch_size)

@@ -111,8 +111,8 @@ def _equal_candidates(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
         at = candidate.configuration
         where = (at.gpu, at.tp, at.pp, at.ep, at.network_hops, candidate.layer_split)
         key = (*where, candidate.service, candidate.memory_bytes, candidate.accuracy)
-        apart = (at.weights, at.kv) if candidate.note else (at.kv is KvType.NATIVE,)
-        groups.setdefault((*key, *apart), []).append(candidate)
+        note = candidate.note.replace(at.weights, "")  # notes name the format that they speak of
+        groups.setdefault((*key, at.kv is KvType.NATIVE, note), []).append(candidate)
     return list(groups.values())
 
 
@@ -235,7 +235,8 @@ _BASES = {
 
 def surprise_notes(ranking: Ranking, *, top: int) -> list[Text]:
     """Return the notes on the best configurations, with their places in the table; at most `_MAX_NOTES`."""
-    noted = [(place, candidate) for place, candidate in enumerate(ranking.candidates[:top], start=1) if candidate.note]
+    shown = _equal_candidates(ranking.candidates)[:top]
+    noted = [(place, candidates[0]) for place, candidates in enumerate(shown, start=1) if candidates[0].note]
     lines = [
         Text.of(("note ", "bold yellow"), f"#{place} {candidate.configuration}: {candidate.note}")
         for place, candidate in noted[:_MAX_NOTES]

@@ -17,6 +17,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.by_model import JOINED
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults, on_cluster
 from maveriq.estimate.cluster_profiles import ClusterProfiles, profiles_for
@@ -106,7 +107,7 @@ def build_system(
     )
     models = [endpoint.model for endpoint in workload.endpoints]
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator, models)
-    engines = _continuous_engines(options, profiles, components)
+    engines = _continuous_engines(options, profiles, cluster, components)
     if engines is not None:
         engine_tokens = engines.sequence_limit(workload.endpoints)
     planned = None if engines is None else PlannedEngines(engines=engines)
@@ -146,7 +147,7 @@ def build_system(
 
 
 def _continuous_engines(
-    options: Options, profiles: ClusterProfiles, components: Components
+    options: Options, profiles: ClusterProfiles, cluster: Cluster, components: Components
 ) -> ContinuousEngines | None:
     """Return the continuous engines of the model set, None if it has exclusive ones.
 
@@ -169,7 +170,7 @@ def _continuous_engines(
     chosen = {options.service_times or default_estimator(profile) for profile in profiles.by_kind.values()}
     if components.service_times is not None or chosen != {PHYSICS}:
         raise InputError(f"steps of {what} are timed by physics alone; give --service-times {PHYSICS}")
-    return ContinuousEngines(settings=settings, profiles=profiles)
+    return ContinuousEngines(settings=settings, profiles=profiles, largest_node=cluster.largest_node)
 
 
 def build_live_system(
@@ -258,7 +259,7 @@ def _service_times(
 ) -> ServiceTimes:
     """Return what `--service-times` names, by default the best that the profiles have data for."""
     name = options.service_times
-    if name is not None and "+" not in name and name not in (*ESTIMATORS, RECORDED):
+    if name is not None and not {"+", JOINED} & set(name) and name not in (*ESTIMATORS, RECORDED):
         raise UnknownNameError("estimator", name, [*ESTIMATORS, RECORDED])
     if options.exclude_run is not None:
         return EstimatedServiceTimes(

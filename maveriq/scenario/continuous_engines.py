@@ -66,10 +66,12 @@ class ContinuousEngines:
     Args:
         settings: of the engines, by endpoint.
         profiles: of the GPUs.
+        largest_node: GPUs of the largest node with GPUs of a kind.
     """
 
     settings: Mapping[int, ContinuousSettings]
     profiles: ClusterProfiles
+    largest_node: Callable[[str], int]
     _estimators: dict[tuple[str, str], PhysicsEstimator] = field(default_factory=dict)
 
     def parts(self, endpoint: EndpointSpec, plan: DeploymentPlan) -> EngineParts:
@@ -103,7 +105,7 @@ class ContinuousEngines:
         plain = configuration.at_any_place()
         blocks = resolved.num_gpu_blocks
         if blocks is None:
-            blocks = _predicted_blocks(resolved, estimator, endpoint.model, plain, _name(endpoint))
+            blocks = _predicted_blocks(resolved, estimator, endpoint.model, plain)
         return SizedEngine(resolved=resolved, blocks=blocks, estimator=estimator, configuration=plain)
 
     def sequence_limit(self, endpoints: Iterable[EndpointSpec]) -> Callable[[ModelSpec], int | None]:
@@ -132,7 +134,9 @@ class ContinuousEngines:
         name = engine_name(self.settings[endpoint.endpoint_id])
         key = (profile.gpu_kind, name)
         if key not in self._estimators:
-            self._estimators[key] = PhysicsEstimator(profile, engine_preset(name), continuous=True)
+            self._estimators[key] = PhysicsEstimator(
+                profile, engine_preset(name), continuous=True, node_gpus=self.largest_node(profile.gpu_kind)
+            )
         return self._estimators[key]
 
 
@@ -146,15 +150,14 @@ def engine_name(settings: ContinuousSettings) -> str:
 
 
 def _predicted_blocks(
-    resolved: ResolvedSettings, estimator: PhysicsEstimator, model: ModelSpec, configuration: ParallelConfig, where: str
+    resolved: ResolvedSettings, estimator: PhysicsEstimator, model: ModelSpec, configuration: ParallelConfig
 ) -> int:
-    if resolved.is_share_of_free:
-        raise InputError(f"{where}: KV blocks of this kind of engine are not predicted yet; set num_gpu_blocks")
     settings = replace(
         estimator.settings(configuration),
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         block_size=resolved.block_size,
         gpu_memory_utilization=resolved.memory_share,
+        is_share_of_free=resolved.is_share_of_free,
     )
     return estimator.kv_blocks(model, configuration, settings)
 

@@ -152,7 +152,7 @@ def _profile_of(model: _Model, profiles: Mapping[str, ModelProfile], file: _File
     name = model.model or model.name
     in_file = "/" in name or name.endswith(".json")
     spec = load_model(str(path.parent / name) if in_file else name)
-    estimator = PhysicsEstimator(sheet_profile(gpu_sheet(file.gpu)))
+    estimator = PhysicsEstimator(sheet_profile(gpu_sheet(file.gpu)), node_gpus=file.gpus_per_node)
     lengths = {"prompt_tokens": file.prompt_tokens, "output_tokens": file.output_tokens}
     (found,) = profiles_from_estimator([spec], estimator, gpus=file.gpus, **lengths)
     if not found.shapes:

@@ -7,6 +7,7 @@ from functools import cache
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
+from maveriq.estimate.by_model import JOINED
 from maveriq.estimate.hardware_profile import HardwareProfile, SloBase
 from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.estimate.registry import PHYSICS, default_estimator
@@ -22,7 +23,8 @@ def slo_bases(profile: HardwareProfile, models: Iterable[ModelSpec]) -> Callable
     profile's prompt, on the fewest GPUs that hold the model unconverted. None where there is neither.
     """
     by_name = {model.name: model for model in models}
-    estimator = PhysicsEstimator(profile) if default_estimator(profile, by_name.values()) == PHYSICS else None
+    names = default_estimator(profile, by_name.values()).split(JOINED)
+    estimator = PhysicsEstimator(profile) if PHYSICS in names else None
 
     @cache
     def estimated(name: str) -> SloBase | None:

@@ -9,6 +9,7 @@ from maveriq.errors import InputError
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.options import Options
 from maveriq.scenario.slo_bases import slo_bases
+from maveriq.units import gib
 from maveriq.workload.build import build_workload
 from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.options import WorkloadOptions
@@ -48,6 +49,7 @@ def workload_for(options: Options, profile: HardwareProfile, *, slo_scale: float
         ),
         slo_of=slo_bases(profile, (entry.model for entry in load_model_set(options.models).entries)),
         batch_size=options.batch_size,
+        gpu_memory_gib=gib(profile.capacity_bytes),
     )
 
 

@@ -58,7 +58,14 @@ SloOf: TypeAlias = Callable[[str, int], float | None]
 """Latency in seconds of a model's request with so many output tokens at SLO scale 1; None if unknown."""
 
 
-def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, batch_size: int = 1) -> Workload:
+def build_workload(
+    options: WorkloadOptions,
+    *,
+    intent: Intent,
+    slo_of: SloOf,
+    batch_size: int = 1,
+    gpu_memory_gib: float = 80.0,
+) -> Workload:
     """Put a workload together.
 
     Args:
@@ -67,6 +74,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
             endpoint gets the SLO of a typical request.
         slo_of: latency at SLO scale 1, see `SloOf`.
         batch_size: of every endpoint.
+        gpu_memory_gib: memory of a GPU, on which the share depends that some engines take of it.
 
     Returns:
         Endpoints 1, 2, ... in the order of the model set, and the requests.
@@ -120,7 +128,7 @@ def build_workload(options: WorkloadOptions, *, intent: Intent, slo_of: SloOf, b
                 load=_load(entry, draw.endpoint_id == endpoint_id, prompts, outputs),
                 batching=entry.batching,
                 replicas=entry.replicas,
-                memory_share=_memory_share(entry),
+                memory_share=_memory_share(entry, gpu_memory_gib),
                 ready_at_start=entry.load_at is None,
             )
         )
@@ -142,12 +150,12 @@ def _load(entry: ModelEntry, own: np.ndarray[Any, Any], prompts: Lengths, output
     return ExpectedLoad(rps=entry.expected_rps, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
 
 
-def _memory_share(entry: ModelEntry) -> float | None:
+def _memory_share(entry: ModelEntry, gpu_memory_gib: float) -> float | None:
     """Return the share of each GPU's memory that a model's engines take; None for what their configuration needs."""
     if entry.engine is None:
         return None
-    # The share of vLLM and TensorRT-LLM depends on the engine alone. That of SGLang is taken for a GPU of 80 GB.
-    return entry.engine.resolve(EngineHost(context_tokens=entry.model.context_tokens or 1)).memory_share
+    host = EngineHost(context_tokens=entry.model.context_tokens or 1, gpu_memory_gib=gpu_memory_gib)
+    return entry.engine.resolve(host).memory_share
 
 
 def _needed(options: WorkloadOptions) -> TracePart:

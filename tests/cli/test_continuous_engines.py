@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from bad_input import bad, refuse
 
+from maveriq.domain.gpu_kinds import gpu_sheet
+
 ENGINE = '[models.engine]\nkind = "vllm"\nversion = "0.23.0"\nmax_num_seqs = 8\nnum_gpu_blocks = 4096\n'
 MODEL = '[[models]]\nmodel = "llama-2-7b"\ntp = 1\nweights = "bfloat16"\n'
 SET = f'name = "one"\n{MODEL}{ENGINE}'
@@ -45,6 +47,15 @@ def test_a_configuration_that_is_named_is_taken(maveriq, tmp_path):
     [deployment] = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]["deployments"]
     assert (deployment["configuration"]["tp"], deployment["configuration"]["weights"]) == (2, "float16")
     assert deployment["gib_per_gpu"] == pytest.approx([0.92 * 79.18] * 2, rel=1e-3)
+
+
+def test_an_engine_takes_its_share_of_the_gpu_that_it_runs_on(maveriq, tmp_path):
+    engine = '[models.engine]\nkind = "sglang"\nmax_total_tokens = 8192\n'
+    put(tmp_path, f'name = "one"\n{MODEL}{engine}')
+    assert maveriq(f"{SIM.replace('1xH100-SXM', '1xL40S')} out").code == 0
+    [deployment] = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]["deployments"]
+    reserve_gib = (512 + 1.5 * 4096 + 128) / 1024  # SGLang's, with chunks of 4096 tokens as on GPUs below 60 GiB
+    assert deployment["gib_per_gpu"] == pytest.approx([gpu_sheet("L40S").usable_gib - reserve_gib], rel=1e-3)
 
 
 def test_a_limit_of_requests_in_flight_delays_when_they_are_sent(maveriq, tmp_path):

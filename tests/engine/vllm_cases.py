@@ -8,9 +8,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 
+from maveriq.domain.engine_defaults import vllm_rules
 from maveriq.engine import Emitted, EngineRequest, Step
 from maveriq.engine.kv_blocks import KVBlockPool
-from maveriq.engine.versions import vllm_rules
 from maveriq.engine.vllm import SchedulerLimits, VllmScheduler
 from maveriq.engine.vllm_engine import VllmEngine
 

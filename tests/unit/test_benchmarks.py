@@ -32,3 +32,10 @@ def test_the_executor_overhead_with_few_requests() -> None:
     figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     assert figures["requests"] == 40
     assert 0 < figures["overhead_ms"]["p50"] <= figures["overhead_ms"]["p99"]
+
+
+def test_a_plan_of_a_small_model() -> None:
+    command = [sys.executable, str(BENCHMARKS / "plan.py"), "--tries", "1", "--gpus", "2xH100-SXM", "llama-3.1-8b"]
+    (figures,) = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert figures["configurations"] > 10
+    assert figures["plan_ms"] > 0 < figures["steps_a_configuration"]

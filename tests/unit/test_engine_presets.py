@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from maveriq.domain.gpu_kinds import gpu_sheet
+from maveriq.engine.reading import read_engine_settings
+from maveriq.engine.settings import EngineHost
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.engine_presets import engine_preset, engine_presets
 
@@ -49,3 +52,31 @@ def test_host_time_grows_by_step_and_sequence() -> None:
     assert many - one == pytest.approx(100 * preset.sequence_us)
     assert one == pytest.approx(1000.0 * preset.kernel_factor + preset.step_us + preset.sequence_us)
     assert preset.step_time_us(1000.0, sequences=1, has_prefill=True) > one
+
+
+@pytest.mark.parametrize("gpu", ["A10", "L40S", "A100", "H100", "B200"])
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [("vllm", "0.10.0"), ("vllm", "0.19.1"), ("vllm", "0.20"), ("vllm", "0.23.0"), ("vllm", "0.32.0"),
+     ("sglang", "0.5.23"), ("trtllm", "1.2")],
+)  # fmt: skip
+@pytest.mark.parametrize("tp", [1, 4])
+def test_an_engine_is_estimated_with_the_settings_that_its_model_runs_with(
+    kind: str, version: str, gpu: str, tp: int
+) -> None:
+    """What `plan --engine` assumes of memory and steps is what a simulated engine of that version has."""
+    sheet = gpu_sheet(gpu)
+    planned = engine_preset(f"{kind}-{version}").settings(sheet, tp=tp, kv_value_bytes=2)
+    host = EngineHost(context_tokens=131_072, gpu_name=sheet.name, gpu_memory_gib=sheet.usable_gib)
+    run = read_engine_settings({"kind": kind, "version": version, "tensor_parallel_size": tp}).resolve(host)
+    assert planned.max_num_batched_tokens == run.max_num_batched_tokens
+    assert planned.gpu_memory_utilization == run.memory_share
+    assert planned.is_share_of_free == run.is_share_of_free
+
+
+def test_an_engine_without_a_version_has_the_share_of_the_newest_that_was_checked() -> None:
+    shares = {
+        name: engine_preset(name).settings(gpu_sheet("H100"), tp=1, kv_value_bytes=2).gpu_memory_utilization
+        for name in ("vllm", "vllm-2026", "vllm-2025", "vllm-0.15.1", "vllm-2023")
+    }
+    assert shares == {"vllm": 0.92, "vllm-2026": 0.92, "vllm-2025": 0.9, "vllm-0.15.1": 0.9, "vllm-2023": 0.9}

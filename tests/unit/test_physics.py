@@ -226,7 +226,7 @@ def test_published_testbeds_keep_their_estimator() -> None:
     assert [default_estimator(profile, models) for models in ([measured], [unknown], [unknown, measured])] == [
         "calibrated",
         "physics",
-        "calibrated",
+        "calibrated/physics",
     ]
 
 

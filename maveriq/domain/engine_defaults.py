@@ -1,9 +1,12 @@
-"""What a version of an engine does differently (`maveriq/data/engine_schedulers.toml`)."""
+"""What versions of engines do differently, and their defaults by GPU (`maveriq/data/engine_schedulers.toml`).
+
+The engine models schedule by it, and the physics estimator takes its default settings from it.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Annotated
+from functools import cache, lru_cache
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -12,8 +15,19 @@ from maveriq.errors import InputError
 from maveriq.files import data_path
 from maveriq.tables import read_toml
 
+NEWEST_CHECKED = "0.23.0"
+"""The newest version of vLLM whose scheduler was compared call by call; the defaults where none is named."""
+
+TRTLLM_MAX_NUM_TOKENS = 8192
+TRTLLM_FREE_MEMORY_FRACTION = 0.9
+"""Of the memory that weights and activations leave, what the KV cache of TensorRT-LLM takes (`llmapi/llm_args.py`)."""
+
+_UNLIMITED_STEP_TOKENS = 8192  # about the largest step of engines that processed prompts whole
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+_MB_PER_GIB = 1024
+_LARGE_GIB, _LEAST_RESERVE_GIB = 60, 10.0
 
 
 class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,7 +44,6 @@ class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         reuse_unhashed_first: blocks that are freed without content that can be found (above all the last, which is not
             full) are reused before all others, not after them.
         async_scheduling: its default.
-        gpu_memory_utilization: its default.
         block_size: its default.
     """
 
@@ -40,7 +53,6 @@ class VllmRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cursor_follows_victims: bool
     reuse_unhashed_first: bool
     async_scheduling: bool
-    gpu_memory_utilization: _Share
     block_size: _Count
 
 
@@ -72,14 +84,35 @@ class VllmLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         )
 
 
+class _VllmMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    since: str
+    gpu_memory_utilization: _Share
+
+
 class _SglangLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     below_gib: float
     chunked_prefill_size: _Count
 
 
+class MemoryDefaults(NamedTuple):
+    """What an engine takes of a GPU's memory by default.
+
+    Args:
+        step_tokens: most tokens of a step.
+        share: share of a GPU's memory that the engine may take; with `is_share_of_free`, that the KV cache takes of
+            what weights and activations leave.
+        is_share_of_free: see there.
+    """
+
+    step_tokens: int
+    share: float
+    is_share_of_free: bool = False
+
+
 class _Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vllm: list[dict[str, str | bool | int | float]]
     vllm_limits: list[VllmLimits]
+    vllm_memory: list[_VllmMemory]
     sglang_limits: list[_SglangLimits]
 
 
@@ -97,7 +130,7 @@ def vllm_rules(version: str) -> VllmRules:
     """
     release = release_of(version)
     rules: dict[str, str | bool | int | float] = {}
-    first = str(_tables().vllm[0]["since"])
+    first = _first_vllm()
     for line in _tables().vllm:
         if release >= release_of(str(line["since"])):
             rules |= line
@@ -107,6 +140,11 @@ def vllm_rules(version: str) -> VllmRules:
         )
     del rules["since"]
     return msgspec.convert(rules, VllmRules)
+
+
+def _first_vllm() -> str:
+    """Return the first version of vLLM whose scheduler is modelled."""
+    return str(_tables().vllm[0]["since"])
 
 
 def vllm_limits(version: str, gpu_name: str, memory_gib: float) -> VllmLimits:
@@ -125,3 +163,48 @@ def vllm_limits(version: str, gpu_name: str, memory_gib: float) -> VllmLimits:
 def sglang_chunk_tokens(memory_gib: float) -> int:
     """Return the default `chunked_prefill_size` of SGLang on a GPU."""
     return next(line.chunked_prefill_size for line in _tables().sglang_limits if memory_gib < line.below_gib)
+
+
+def vllm_memory_share(version: str) -> float:
+    """Return the default `gpu_memory_utilization` of a version of vLLM: its share of a GPU's memory."""
+    release = release_of(version)
+    return [line for line in _tables().vllm_memory if release >= release_of(line.since)][-1].gpu_memory_utilization
+
+
+def sglang_memory_share(memory_gib: float, *, chunk_tokens: int, tp: int) -> float:
+    """Return the default `mem_fraction_static` of SGLang, without what it sets aside for CUDA graphs.
+
+    Args:
+        memory_gib: memory of a GPU.
+        chunk_tokens: `chunked_prefill_size`; 0 where prompts are computed whole.
+        tp: GPUs that share each layer.
+    """
+    reserve_gib = (512 + 1.5 * chunk_tokens + 128 * tp) / _MB_PER_GIB
+    if memory_gib > _LARGE_GIB:
+        reserve_gib = max(reserve_gib, _LEAST_RESERVE_GIB)
+    return max(0.0, 1 - reserve_gib / memory_gib)
+
+
+@lru_cache(maxsize=1024)
+def memory_defaults(engine: str, version: str, *, gpu_name: str, memory_gib: float, tp: int) -> MemoryDefaults:
+    """Return what an engine takes of a GPU's memory by default.
+
+    Args:
+        engine: vllm, trtllm or sglang.
+        version: of the engine.
+        gpu_name: the kind of GPU.
+        memory_gib: memory of one.
+        tp: GPUs that share each layer.
+
+    Raises:
+        InputError: it is not a version.
+    """
+    if engine == "trtllm":
+        return MemoryDefaults(TRTLLM_MAX_NUM_TOKENS, TRTLLM_FREE_MEMORY_FRACTION, is_share_of_free=True)
+    if engine == "sglang":
+        chunk = sglang_chunk_tokens(memory_gib)
+        return MemoryDefaults(chunk, sglang_memory_share(memory_gib, chunk_tokens=chunk, tp=tp))
+    share = vllm_memory_share(version)
+    if release_of(version) < release_of(_first_vllm()):
+        return MemoryDefaults(_UNLIMITED_STEP_TOKENS, share)
+    return MemoryDefaults(vllm_limits(version, gpu_name, memory_gib).batched_tokens, share)
