@@ -331,7 +331,7 @@ class _Simulation:
     def _sample_regularly(self, _: simpy.Event) -> None:
         now_us = self._now_us
         self._sample(now_us)
-        if self._env.peek() == math.inf:  # whoever waits now waits for ever
+        if self._env.peek() == math.inf and not self._is_unsettled:  # whoever waits now waits for ever
             raise simpy.core.StopSimulation("nothing will happen any more")
         self._after(self._system.sample_us, self._sample_regularly)
         self._settle()
