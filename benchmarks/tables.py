@@ -120,6 +120,7 @@ def a_run(rows: int) -> RunRecord:
             prompt_tokens=draw(1, 2000),
             cached_tokens=draw(0, 2000),
             output_tokens=draw(1, 2000),
+            steps=np.zeros(rows, dtype=np.int64),
             preemptions=draw(0, 3),
             slo_us=np.full(rows, 30_000_000),
             reasons=("", "not deployed"),

@@ -136,7 +136,7 @@ def run(
             make_cluster=local_cluster,
             engine_tokens=machine.engine_tokens,
         )
-        check_replayable(system)
+        check_replayable(system, emulated=engines.name == EMULATED)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
             files=ModelFiles(load_model_set(chosen.models).configs().get),
@@ -190,7 +190,7 @@ def _finished_run(
     slo_tpot_ms: float | None,
     interrupted: bool,
 ) -> Run:
-    from maveriq.report.run_folder import engine_lines
+    from maveriq.report.run_folder import process_lines
 
     meta = _meta(options, system, components, kind="run", libraries=("numpy", "msgspec"))
     if replayed.interrupted:
@@ -212,7 +212,7 @@ def _finished_run(
         options=options,
         slo_ttft_ms=slo_ttft_ms,
         slo_tpot_ms=slo_tpot_ms,
-        engines_csv="".join(engine_lines(replayed.engines, settings.devices)),
+        engine_processes_csv="".join(process_lines(replayed.engines, settings.devices)),
         interrupted=interrupted,
     )
 

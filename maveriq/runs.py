@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from maveriq.report.saturation import Saturation
 
 
-ENGINES_FILE = "engines.csv"
+ENGINE_PROCESSES_FILE = "engine_processes.csv"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -36,7 +36,7 @@ class Run:
         options: the options with their defaults resolved; None where another version of maveriq wrote the folder.
         slo_ttft_ms: time to first token within which a request counts as goodput.
         slo_tpot_ms: time per output token within which a request counts as goodput.
-        engines_csv: engines.csv of a run on engines, "" without one.
+        engine_processes_csv: engine_processes.csv of a run on engines, "" without one.
         interrupted: Ctrl-C, SIGTERM or SIGHUP ended the run early.
         folder: where `maveriq.run` has saved it, None if it has not.
     """
@@ -46,7 +46,7 @@ class Run:
     options: Options | None
     slo_ttft_ms: float | None = None
     slo_tpot_ms: float | None = None
-    engines_csv: str = ""
+    engine_processes_csv: str = ""
     interrupted: bool = False
     folder: Path | None = None
 
@@ -70,6 +70,13 @@ class Run:
         from maveriq.report.frames import gpus_frame
 
         return gpus_frame(self.record)
+
+    @cached_property
+    def engines(self) -> pd.DataFrame:
+        """One row per engine and interval, with the columns of engines.csv; no row without continuous engines."""
+        from maveriq.report.frames import engines_frame
+
+        return engines_frame(self.record)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -168,8 +175,8 @@ def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: boo
     def write_engines(fresh: Path) -> None:
         if logs is not None:
             shutil.move(logs, fresh)  # a copy would need the space twice
-        if run.engines_csv:
-            (fresh / ENGINES_FILE).write_text(run.engines_csv, encoding="utf-8")
+        if run.engine_processes_csv:
+            (fresh / ENGINE_PROCESSES_FILE).write_text(run.engine_processes_csv, encoding="utf-8")
 
     return write_run(folder, run.record, run.to_dict(), run.meta, more=write_engines, overwrite=overwrite)
 
@@ -177,7 +184,7 @@ def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: boo
 def _metrics_row(metrics: Any) -> dict[str, float]:
     counts, row = metrics.counts, {}
     row["requests"], row["completed"] = counts.scheduled, counts.completed
-    for name in ("latency_s", "queue_s", "service_s", "ttft_s", "tpot_s"):
+    for name in ("latency_s", "queue_s", "service_s", "ttft_s", "tpot_s", "itl_s"):
         figures = getattr(metrics, name)
         for which in ("mean", "p50", "p95", "p99"):
             column = f"{name.removesuffix('_s')}_{which}_s"
@@ -238,17 +245,17 @@ def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:
         options=_options_of(meta),
         slo_ttft_ms=_milliseconds(summary.get("slo_ttft_s")),
         slo_tpot_ms=_milliseconds(summary.get("slo_tpot_s")),
-        engines_csv=_read_engines(folder),
+        engine_processes_csv=_read_engine_processes(folder),
         interrupted=meta.get("interrupted") is True,
     )
 
 
-def _read_engines(folder: Path) -> str:
-    """Return engines.csv of a run on engines, "" for another run."""
+def _read_engine_processes(folder: Path) -> str:
+    """Return engine_processes.csv of a run on engines, "" for another run."""
     from maveriq.input_files import read_text
 
-    path = folder / ENGINES_FILE
-    return read_text(path, what="table of engines") if path.exists() else ""
+    path = folder / ENGINE_PROCESSES_FILE
+    return read_text(path, what="table of engine processes") if path.exists() else ""
 
 
 def _recorded_run(name: str, data: str | Path | None) -> Run:

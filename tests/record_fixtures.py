@@ -15,7 +15,7 @@ from maveriq.units import bytes_from_gib, micros
 
 COLUMNS = (
     "request_id", "endpoint_id", "deployment_id", "arrival_us", "start_us", "first_token_us", "finish_us",
-    "status", "reason", "prompt_tokens", "output_tokens", "slo_us", "cached_tokens", "preemptions",
+    "status", "reason", "prompt_tokens", "output_tokens", "slo_us", "cached_tokens", "preemptions", "steps",
 )  # fmt: skip
 REASONS = ("", "not deployed", 'engine "3", of two, went down', "line one\nline two")
 
@@ -131,6 +131,7 @@ def single_server(
             cached_tokens=np.zeros(count, dtype=np.int64),
             output_tokens=np.full(count, 20),
             preemptions=np.zeros(count, dtype=np.int64),
+            steps=np.zeros(count, dtype=np.int64),
             slo_us=np.zeros(count, dtype=np.int64),
             reasons=("",),
         ),

@@ -8,9 +8,11 @@ predicted service times come from outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TypeAlias, assert_never
 
 from maveriq.control.arrival_rates import ArrivalRates
@@ -45,6 +47,7 @@ from maveriq.domain.deployments import Batching
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import Request, RequestStatus
+from maveriq.engine.interface import EngineCounters
 from maveriq.policy.policy import Policy
 from maveriq.units import Micros, seconds
 
@@ -146,6 +149,7 @@ class Controller:
         self._clock = DispatchDelays(settings.timing)
         self._rates = ArrivalRates()
         self._endpoints: dict[int, list[Deployment]] = {}
+        self._longest_sequence: dict[int, int] = {}  # tokens that a deployment takes, once that is known
         self._now_us: Micros = 0
         self._actions: list[Action] = []
         self._cancelled_ids: set[int] = set()  # cancelled requests that still run
@@ -206,8 +210,7 @@ class Controller:
         if not deployment.serves:
             self.tracker.refused(request, deployment.refusal_reason())
             return
-        tokens = request.prompt_tokens + request.output_tokens
-        too_long = self.settings.why_too_long(deployment.endpoint.model, tokens)
+        too_long = self._why_too_long(deployment, request)
         if too_long is not None:
             self.tracker.refused(request, too_long)
             return
@@ -228,6 +231,18 @@ class Controller:
             self._actions.append(Submit(deployment.deployment_id, request))
         else:
             deployment.held[request.request_id] = request
+
+    def _why_too_long(self, deployment: Deployment, request: Request) -> str | None:
+        """Return why a deployment's engine takes no request of this length; None if it does."""
+        model, tokens = deployment.endpoint.model, request.prompt_tokens + request.output_tokens
+        longest = self._longest_sequence.get(deployment.deployment_id, 0)
+        if tokens <= longest:
+            return None
+        reason = self.settings.why_too_long(model, tokens)
+        if reason is None:  # looking a model up takes longer than all else of an arrival
+            limit = self.settings.max_sequence_tokens(model)
+            self._longest_sequence[deployment.deployment_id] = sys.maxsize if limit is None else limit
+        return reason
 
     def _engine_reported(self, event: ExecutionFinished | ExecutionFailed | EngineProgress) -> None:
         if isinstance(event, ExecutionFinished):
@@ -258,10 +273,10 @@ class Controller:
             return
         self.tracker.progressed(event, deployment.in_engine, self._now_us)
         self.manager.progressed(deployment, event)
-        for request_id, output_tokens in event.finished:
+        for request_id, output_tokens, steps in event.finished:
             if request := self.manager.leave(deployment, request_id, self._now_us, has_begun=True):
                 deployment.completed += 1
-                self.tracker.generated(request, output_tokens)
+                self.tracker.generated(request, output_tokens, steps)
                 self.tracker.completed(request, None, self._now_us)
         if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
             self._stop(deployment)
@@ -478,7 +493,14 @@ def _order(event: Event) -> tuple[int, int]:
     return event.rank, event.key
 
 
-def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros, total: int) -> Progress:
+def snapshot(
+    controller: Controller,
+    now_us: Micros,
+    *,
+    last_arrival_us: Micros,
+    total: int,
+    engines: Mapping[int, EngineCounters] = MappingProxyType({}),
+) -> Progress:
     """Return the figures of a live view.
 
     Args:
@@ -486,6 +508,7 @@ def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros,
         now_us: the present.
         last_arrival_us: when the last request of the workload arrives.
         total: requests of the workload.
+        engines: the state of the continuous engines, by deployment.
     """
     tracker, manager = controller.tracker, controller.manager
     recent = tracker.recent_rows()
@@ -505,8 +528,8 @@ def snapshot(controller: Controller, now_us: Micros, *, last_arrival_us: Micros,
         recent_p95_s=_quantile_s(latencies, 0.95),
         recent_slo_attainment=sum(met) / len(met) if met else None,
         deployments=tuple(
-            deployment.status(waiting=controller.queue.waiting(deployment.deployment_id))
-            for deployment in manager.deployments.values()
+            deployment.status(controller.queue.waiting(deployment_id), engines.get(deployment_id))
+            for deployment_id, deployment in manager.deployments.items()
         ),
         gpus=manager.gpu_statuses(now_us),
     )

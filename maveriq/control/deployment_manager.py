@@ -14,6 +14,7 @@ from maveriq.domain.parallel import DeploymentPlan, network_hops
 from maveriq.domain.progress import DeploymentStatus, GpuStatus
 from maveriq.domain.records import NOT_YET, DeploymentRecord
 from maveriq.domain.requests import Request
+from maveriq.engine.interface import EngineCounters
 from maveriq.errors import InvariantError, MaveriqError
 from maveriq.policy.policy import Decision, Deploy, Policy, Rejection
 from maveriq.units import Bytes, Micros
@@ -140,8 +141,14 @@ class Deployment:
             reason=self.reason,
         )
 
-    def status(self, waiting: int) -> DeploymentStatus:
-        """Return what live views and the HTTP API show of it; the reason includes the note of its plan."""
+    def status(self, waiting: int, engine: EngineCounters | None = None) -> DeploymentStatus:
+        """Return what live views and the HTTP API show of it; the reason includes the note of its plan.
+
+        Args:
+            waiting: requests in the controller's queue for it.
+            engine: the state of its continuous engine; requests that this has not admitted wait, too.
+        """
+        running = None if engine is None else engine.running
         return DeploymentStatus(
             deployment_id=self.deployment_id,
             endpoint_id=self.endpoint.endpoint_id,
@@ -150,10 +157,12 @@ class Deployment:
             layer_split=self.plan.layer_split if self.plan else (),
             gpu_ids=self.gpu_ids,
             status=self.state.value,
-            waiting=waiting,
+            waiting=waiting if running is None else waiting + max(0, len(self.in_engine) - running),
             completed=self.completed,
             reason="; ".join(filter(None, (self.reason, self.plan.note if self.plan else ""))),
             restarts=max(0, self.generation - 1),
+            running=running,
+            kv_use=None if engine is None else engine.kv_use,
         )
 
 

@@ -7,8 +7,9 @@ the order in which they are passed does not matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, TypeAlias
 
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
@@ -69,13 +70,20 @@ class ExecutionFailed(_DeploymentEvent):
     rank: ClassVar[int] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(NamedTuple):
     """A request that an engine computes from `start_us` on; `cached_tokens` of its prompt were in the prefix cache."""
 
     request_id: int
     start_us: Micros
     cached_tokens: int = 0
+
+
+class Finished(NamedTuple):
+    """A request that got its last token: how many it has, and how many steps computed something of it."""
+
+    request_id: int
+    output_tokens: int
+    steps: int = 0
 
 
 @dataclass(slots=True)
@@ -90,16 +98,16 @@ class EngineProgress(_DeploymentEvent):
         started: computed for the first time.
         preempted: lost what was computed of them, and wait again; a request may appear twice.
         first_tokens: got their first token.
-        finished: got their last token, each with the number of tokens that it got.
+        finished: got their last token.
         kv_tokens: tokens of the KV blocks that requests hold after it.
     """
 
     deployment_id: int
     generation: int
-    started: list[Started] = field(default_factory=list)
-    preempted: list[int] = field(default_factory=list)
-    first_tokens: list[int] = field(default_factory=list)
-    finished: list[tuple[int, int]] = field(default_factory=list)
+    started: Sequence[Started] = ()
+    preempted: Sequence[int] = ()
+    first_tokens: Sequence[int] = ()
+    finished: Sequence[Finished] = ()
     kv_tokens: int = 0
     rank: ClassVar[int] = 0
 

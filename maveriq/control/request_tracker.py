@@ -65,6 +65,7 @@ class RequestTracker:
         self._slo_us = array("q")
         self._preemptions = array("i")
         self._cached_tokens = array("i")
+        self._steps = array("i")
         self._reasons = [""]
         self._reason_indices = {"": 0}
         self._count = [0] * len(RequestStatus)
@@ -100,6 +101,7 @@ class RequestTracker:
         self._slo_us.append(request.slo_us)
         self._preemptions.append(0)
         self._cached_tokens.append(0)
+        self._steps.append(0)
         self._count[_WAITING] += 1
 
     def assigned(self, request: Request, deployment_id: int) -> None:
@@ -145,9 +147,13 @@ class RequestTracker:
         if self._on_end is not None:
             self._on_end(request.request_id)
 
-    def generated(self, request: Request, output_tokens: int) -> None:
-        """Record how many tokens a request got, if not as many as it asked for."""
+    def generated(self, request: Request, output_tokens: int, steps: int = 0) -> None:
+        """Record how many tokens a request got, and in how many steps something of it was computed, if that is known.
+
+        Without a record it got as many tokens as it asked for.
+        """
         self._output_tokens[request.request_id - 1] = output_tokens
+        self._steps[request.request_id - 1] = steps
 
     def requeued(self, request: Request) -> None:
         """Record that a running request waits again because its engine failed; what it has got so far is lost."""
@@ -255,6 +261,7 @@ class RequestTracker:
             cached_tokens=column(self._cached_tokens),
             output_tokens=column(self._output_tokens),
             preemptions=column(self._preemptions),
+            steps=column(self._steps),
             slo_us=column(self._slo_us),
             reasons=tuple(self._reasons),
         )

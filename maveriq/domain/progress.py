@@ -12,7 +12,8 @@ from maveriq.units import Bytes, Micros
 class DeploymentStatus:
     """A deployment as a live view shows it; `status` and `reason` as in `DeploymentRecord`.
 
-    `restarts` counts the engines started for it after the first.
+    `restarts` counts the engines started for it after the first. `running` and `kv_use` are of engines that batch
+    continuously, None for others: requests that its engine has admitted, and the share of KV blocks that they hold.
     """
 
     deployment_id: int
@@ -26,6 +27,8 @@ class DeploymentStatus:
     completed: int
     reason: str = ""
     restarts: int = 0
+    running: int | None = None
+    kv_use: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,13 +20,17 @@ NOT_YET = -1
 REQUEST_COLUMNS = (
     "request_id", "endpoint", "deployment_id", "model", "arrival_s", "start_s", "first_token_s", "finish_s", "status",
     "reason", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "queue_s", "service_s", "latency_s",
-    "ttft_s", "tpot_s", "slo_s", "slo_met",
+    "ttft_s", "tpot_s", "slo_s", "slo_met", "steps",
 )  # fmt: skip
 DEPLOYMENT_COLUMNS = (
     "deployment_id", "model", "intent", "slo_s", "requested_s", "ready_s", "removed_s", "status", "reason", "tp", "pp",
     "layer_split", "weights", "kv", "batch_size", "gpus", "gib_per_gpu", "est_latency_s", "est_memory_gib",
 )  # fmt: skip
 GPU_COLUMNS = ("time_s", "gpu", "memory_gib", "busy_share")
+ENGINE_COLUMNS = (
+    "time_s", "deployment_id", "running", "waiting", "kv_use", "batch_tokens", "step_s", "busy_share",
+)  # fmt: skip
+ITL_COLUMNS = ("endpoint", "itl_s", "tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,7 @@ class RequestTable:
     `deployment_id` is 0 where the endpoint had no deployment; `slo_us` is 0 where there is no SLO.
     `reason` is an index into `reasons` (0: none). `cached_tokens` of the prompt were in the prefix cache, and
     `preemptions` counts how often the request lost what was computed of it; both are 0 with exclusive engines.
+    `steps` of its engine computed something of it, tokens that were dropped aside; 0 where that is not known.
     """
 
     request_id: np.ndarray[Any, Any]
@@ -52,6 +57,7 @@ class RequestTable:
     cached_tokens: np.ndarray[Any, Any]
     output_tokens: np.ndarray[Any, Any]
     preemptions: np.ndarray[Any, Any]
+    steps: np.ndarray[Any, Any]
     slo_us: np.ndarray[Any, Any]
     reasons: tuple[str, ...]
 
@@ -98,11 +104,60 @@ class GpuSample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTable:
+    """Engines that batch continuously over time, a column each, in the order of time, then of deployments.
+
+    Each row covers the time since the row before of the same deployment. All are means over that time.
+
+    Args:
+        time_us: its end.
+        deployment_id: whose engine.
+        running: requests that had been admitted and had not ended.
+        waiting: requests on their way to the engine, in its queue, or preempted.
+        kv_use: share of the KV blocks that requests held.
+        batch_tokens: tokens of a step; NaN where no step ran.
+        step_us: how long a step took; NaN likewise.
+        busy_share: share of the time in which a step ran.
+    """
+
+    time_us: np.ndarray[Any, Any]
+    deployment_id: np.ndarray[Any, Any]
+    running: np.ndarray[Any, Any]
+    waiting: np.ndarray[Any, Any]
+    kv_use: np.ndarray[Any, Any]
+    batch_tokens: np.ndarray[Any, Any]
+    step_us: np.ndarray[Any, Any]
+    busy_share: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.time_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItlTable:
+    """The distribution of inter-token latencies, a column each, by endpoint, then by latency.
+
+    Args:
+        endpoint_id: whose requests.
+        itl_us: time since the request's token before; whole microseconds.
+        tokens: how many tokens came after so long.
+    """
+
+    endpoint_id: np.ndarray[Any, Any]
+    itl_us: np.ndarray[Any, Any]
+    tokens: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.itl_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """All records of a run: the input of metrics, files and comparisons.
 
     `models` maps endpoint ids to model names (refused requests have an endpoint, not always a
-    deployment). `ended_us` is when the run stopped.
+    deployment). `ended_us` is when the run stopped. `engines` and `itl` are None where no engine batches
+    continuously.
     """
 
     requests: RequestTable
@@ -110,3 +165,5 @@ class RunRecord:
     gpu_samples: tuple[GpuSample, ...]
     models: dict[int, str]
     ended_us: Micros
+    engines: EngineTable | None = None
+    itl: ItlTable | None = None

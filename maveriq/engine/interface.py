@@ -100,6 +100,7 @@ class Engine(Protocol):
     """The model of one engine (mutable). It knows no clock."""
 
     pool: KVBlockPool
+    running: list[Sequence]
 
     def submit(self, request: EngineRequest) -> None:
         """Add a request.

@@ -35,6 +35,7 @@ class Sequence:
         keys: content of its leading full blocks as far as others may have the same; None until that is needed.
         cached_tokens: prompt tokens that were found in the prefix cache when it was first admitted.
         preemptions: how often it lost its blocks.
+        steps_without_token: steps that computed something of it but no new token.
         cohort_entry: positive while a `DecodeCohort` counts for it; `length`, `computed` and `blocks` are then of the
             step in which it joined, as are the attributes that only the cohort uses: `offset`, `joined_tick`,
             `counts_from`.
@@ -43,7 +44,7 @@ class Sequence:
     __slots__ = (
         "admission", "blocks", "cached_tokens", "cohort_entry", "computed", "counts_from", "end", "joined_tick", "keys",
         "length", "limit", "offset", "order", "pending", "preemptions", "prompt_tokens", "registered", "request",
-        "shared_blocks", "status",
+        "shared_blocks", "status", "steps_without_token",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, max_model_len: int, arrival: int) -> None:
@@ -64,7 +65,7 @@ class Sequence:
         self.keys: list[BlockKey] | None = None if request.is_shareable else []
         self.cached_tokens = 0
         self.cohort_entry = self.offset = self.joined_tick = self.counts_from = 0
-        self.preemptions = 0
+        self.preemptions = self.steps_without_token = 0
         self.status = SequenceStatus.WAITING
 
     @property

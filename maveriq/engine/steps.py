@@ -50,6 +50,8 @@ class Step:
     def add(self, sequence: Sequence, tokens: int, past: int, *, emits: bool) -> None:
         """Let it compute tokens of a sequence; the arguments are those of `ScheduledTokens`."""
         self.scheduled.append(ScheduledTokens(sequence, tokens, past, emits))
+        if not emits:
+            sequence.steps_without_token += 1
         if tokens == 1:
             self.decodes += 1
             self.context_tokens += past + 1
@@ -76,6 +78,7 @@ class Emitted(NamedTuple):
         finish_reason: "length" or "stop" with the last one, otherwise None.
         cached_tokens: tokens of its prompt that were found in the prefix cache when it was first admitted.
         preemptions: how often it has lost its blocks.
+        steps: steps that have computed something of it: one for each of its tokens, and those that gave it none.
     """
 
     request_id: RequestId
@@ -83,13 +86,19 @@ class Emitted(NamedTuple):
     finish_reason: str | None
     cached_tokens: int = 0
     preemptions: int = 0
+    steps: int = 0
 
     @classmethod
     def of(cls, sequence: Sequence, length: int, finish_reason: str | None) -> Emitted:
         """Return the token with which a sequence has `length` tokens, its prompt included."""
         output_tokens = length - sequence.prompt_tokens
         return cls(
-            sequence.request.request_id, output_tokens, finish_reason, sequence.cached_tokens, sequence.preemptions
+            sequence.request.request_id,
+            output_tokens,
+            finish_reason,
+            sequence.cached_tokens,
+            sequence.preemptions,
+            output_tokens + sequence.steps_without_token,
         )
 
 

@@ -325,15 +325,15 @@ class VllmScheduler:
         budget = self._budget = self.limits.max_num_batched_tokens - cohort.size
         if budget < 0:
             return 0
-        steps = cohort.steps_within(self.pool.free_blocks, cohort.end_tick() - cohort.tick + 1)
-        if self.waiting and steps:
+        if self.waiting:
             head = self.waiting.head()
             if budget and len(self.running) < self.limits.max_num_seqs and self.pool.can_hold(head.length):
                 return 0  # it is most likely admitted
             if self._place(head) is not None:
                 return 0
-            if self._singles:
-                return 1  # they end when the step in flight has run, and make room
+        steps = cohort.steps_within(self.pool.free_blocks, cohort.end_tick() - cohort.tick + 1)
+        if self.waiting and self._singles:
+            return min(steps, 1)  # they end when the step in flight has run, and make room
         return steps
 
     def advance(self, steps: int) -> Advanced:

@@ -22,6 +22,7 @@ class VllmEngine:
     def __init__(self, scheduler: VllmScheduler) -> None:
         self.scheduler = scheduler
         self.pool = scheduler.pool
+        self.running = scheduler.running
         self._surely_held_tokens = min(
             scheduler.limits.max_model_len - 1, scheduler.pool.blocks * scheduler.pool.block_size
         )

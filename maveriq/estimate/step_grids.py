@@ -1,6 +1,7 @@
 """The times of a step on grids of sizes.
 
 `StepModel` answers from them in Python, `maveriq.estimate.compiled_step` in compiled code, with the same results.
+Simulations of whole engines stay in Python: importing numba takes longer than the steps of ten thousand requests.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Line:
 
     def at(self, x: float) -> float:
         """Return the value at a size."""
-        cell = min(max(bisect_right(self._xs, x) - 1, 0), len(self._slopes) - 1)
+        cell = bisect_right(self._xs, x) - 1
+        if not 0 <= cell < len(self._slopes):
+            cell = 0 if cell < 0 else len(self._slopes) - 1
         return self._values[cell] + self._slopes[cell] * (x - self._xs[cell])
 
 
@@ -86,3 +89,36 @@ class Surface:
         cell = min(max(bisect_right(self._xs, x) - 1, 0), len(self._xs) - 2)
         share = (x - self._xs[cell]) / (self._xs[cell + 1] - self._xs[cell])
         return (1 - share) * self._rows[cell].at(y) + share * self._rows[cell + 1].at(y)
+
+
+class SurfacePair:
+    """Two functions of the same two sizes, which are looked up once; each is as `Surface` has it."""
+
+    __slots__ = ("_first", "_second", "_xs", "_ys")
+
+    def __init__(self, xs: Array, ys: Array, first: Array, second: Array) -> None:
+        self._xs: list[float] = xs.tolist()
+        self._ys: list[float] = ys.tolist()
+        self._first = _values_and_slopes(ys, first)
+        self._second = _values_and_slopes(ys, second)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return both values at two sizes."""
+        xs, ys = self._xs, self._ys
+        row = min(max(bisect_right(xs, x) - 1, 0), len(xs) - 2)
+        column = min(max(bisect_right(ys, y) - 1, 0), len(ys) - 2)
+        share = (x - xs[row]) / (xs[row + 1] - xs[row])
+        rest, beyond = 1 - share, y - ys[column]
+        (low, low_slope), (high, high_slope) = self._first[row][column], self._first[row + 1][column]
+        first = rest * (low + low_slope * beyond) + share * (high + high_slope * beyond)
+        (low, low_slope), (high, high_slope) = self._second[row][column], self._second[row + 1][column]
+        return first, rest * (low + low_slope * beyond) + share * (high + high_slope * beyond)
+
+
+def _values_and_slopes(ys: Array, values: Array) -> list[list[tuple[float, float]]]:
+    """Return for each row and each cell along it the value at its start, and the slope."""
+    slopes = (values[:, 1:] - values[:, :-1]) / (ys[1:] - ys[:-1])
+    return [
+        list(zip(starts, along, strict=True))
+        for starts, along in zip(values[:, :-1].tolist(), slopes.tolist(), strict=True)
+    ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from maveriq.errors import InputError, InvariantError
 from maveriq.estimate.experts import ExpertLoad, experts_hit
 from maveriq.estimate.log_grid import Array
 from maveriq.estimate.operators import Heads, Operators, quantises_activations
-from maveriq.estimate.step_grids import Line, StepGrids, Surface
+from maveriq.estimate.step_grids import Line, StepGrids, Surface, SurfacePair
 
 MANY_CHUNKS = 32
 """Chunks that fill any GPU: a chunk beside others adds its share of so many."""
@@ -107,8 +108,7 @@ class Sharding:
             raise InputError(f"sharding: expert parallelism {self.ep} must divide the {self.tp} GPUs of a stage")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A chunk of a prompt: `tokens` tokens behind `past` ones."""
 
     tokens: int
@@ -163,8 +163,7 @@ class StepModel:
         self._tokens_us = Line(grids.tokens, grids.tokens_us)
         self._decode_us = Surface(grids.sequences, grids.context, grids.decode_us)
         self._mixed_decode_us = Surface(grids.sequences, grids.context, grids.mixed_decode_us)
-        self._prefill_us = Surface(grids.chunk, grids.past, grids.prefill_us)
-        self._prefill_lead_us = Surface(grids.chunk, grids.past, grids.prefill_lead_us)
+        self._prefill_us = SurfacePair(grids.chunk, grids.past, grids.prefill_us, grids.prefill_lead_us)
         self._head_us = Line(grids.sequences, grids.head_us)
 
     @property
@@ -177,21 +176,22 @@ class StepModel:
         """Lengths of a sequence, ascending, between which the time of a step that only decodes is linear in them."""
         return [int(context) for context in _CONTEXT]
 
-    def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[Chunk] = ()) -> float:
+    def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[tuple[int, int]] = ()) -> float:
         """Return the time of the kernels of a step.
 
         Args:
             decodes: sequences that decode; a mean may be a fraction.
             context_tokens: tokens that these attend to, all sequences together.
-            chunks: chunks of prompts.
+            chunks: chunks of prompts, each a `Chunk` or `(tokens, past)`.
         """
         tokens = sequences = float(decodes)
         time_us = lead_us = 0.0
-        for chunk in chunks:
-            tokens += chunk.tokens
+        for chunk_tokens, past in chunks:
+            tokens += chunk_tokens
             sequences += 1
-            time_us += self._prefill_us.at(chunk.tokens, chunk.past)
-            lead_us = max(lead_us, self._prefill_lead_us.at(chunk.tokens, chunk.past))
+            beside_others_us, more_alone_us = self._prefill_us.at(chunk_tokens, past)
+            time_us += beside_others_us
+            lead_us = max(lead_us, more_alone_us)
         if not tokens:
             return 0.0
         time_us += lead_us

@@ -7,13 +7,14 @@ then a formula, and equals the sum of the single steps to the last tick.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
 from maveriq.estimate.engine_presets import EnginePreset
-from maveriq.estimate.step_time import Chunk, StepModel
+from maveriq.estimate.step_time import StepModel
 from maveriq.units import Micros
 
 Ticks: TypeAlias = int
@@ -32,6 +33,11 @@ def micros_after(time: Ticks) -> Micros:
     return -(-time >> _BITS)
 
 
+def earliest_at(time_us: Micros) -> Ticks:
+    """Return the earliest time whose `micros_after` is a whole microsecond."""
+    return ((time_us - 1) << _BITS) + 1
+
+
 class StepTimer:
     """The time of the steps of one engine, from one step to the next.
 
@@ -45,7 +51,7 @@ class StepTimer:
         self._steps = steps
         self._preset = preset
         self._layers = layers
-        self._lines: dict[int, _DecodeLine] = {}
+        self._lines: dict[int, DecodeLine] = {}
 
     def step(self, decodes: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> Ticks:
         """Return the time of a step.
@@ -56,25 +62,17 @@ class StepTimer:
             chunks: `(tokens, past)` of each chunk of a prompt.
         """
         if not chunks:
-            return self._line(decodes).at(context_tokens)
-        gpu_us = self._steps.gpu_us(
-            decodes=decodes,
-            context_tokens=context_tokens,
-            chunks=[Chunk(tokens=tokens, past=past) for tokens, past in chunks],
-        )
+            line = self._lines.get(decodes) or self.decode_line(decodes)
+            return line.at(context_tokens)
+        gpu_us = self._steps.gpu_us(decodes=decodes, context_tokens=context_tokens, chunks=chunks)
         return ticks(self._step_us(gpu_us, decodes + len(chunks), has_prefill=True))
 
     def decode_steps(self, decodes: int, context_tokens: int, steps: int) -> Ticks:
-        """Return the time of many steps that only decode.
+        """Return the time of many steps that only decode; the arguments are those of `DecodeLine.sum`."""
+        return self.decode_line(decodes).sum(context_tokens, steps)
 
-        Args:
-            decodes: sequences of each.
-            context_tokens: tokens that these attend to in the first step; each further step has `decodes` more.
-            steps: how many; 0 take no time.
-        """
-        return self._line(decodes).sum(context_tokens, steps)
-
-    def _line(self, decodes: int) -> _DecodeLine:
+    def decode_line(self, decodes: int) -> DecodeLine:
+        """Return the time of steps that only decode so many sequences."""
         line = self._lines.get(decodes)
         if line is None:
             contexts = [decodes * context for context in self._steps.contexts]
@@ -82,7 +80,7 @@ class StepTimer:
                 ticks(self._step_us(self._steps.gpu_us(decodes=decodes, context_tokens=context), decodes))
                 for context in contexts
             ]
-            line = self._lines[decodes] = _DecodeLine(decodes, contexts, times)
+            line = self._lines[decodes] = DecodeLine(decodes, contexts, times)
         return line
 
     def _step_us(self, gpu_us: float, sequences: int, *, has_prefill: bool = False) -> float:
@@ -91,16 +89,16 @@ class StepTimer:
         )
 
 
-class _DecodeLine:
+class DecodeLine:
     """The time of a step of so many decoding sequences, by the tokens that they attend to together.
 
     Args:
         decodes: sequences.
         contexts: grid points, ascending; at least two. Beyond the last, the last slope goes on.
-        times: ticks at these.
+        times: ticks at these, positive and not decreasing.
     """
 
-    __slots__ = ("_contexts", "_decodes", "_slopes", "_times")
+    __slots__ = ("_contexts", "_decodes", "_last", "_slopes", "_times")
 
     def __init__(self, decodes: int, contexts: Sequence[int], times: Sequence[Ticks]) -> None:
         self._decodes = decodes
@@ -108,23 +106,87 @@ class _DecodeLine:
         self._times = times
         points = zip(pairwise(contexts), pairwise(times), strict=True)
         self._slopes = [(high - low) // (right - left) for (left, right), (low, high) in points]
+        self._last = len(self._slopes) - 1
 
     def at(self, context_tokens: int) -> Ticks:
-        cell = self._cell(context_tokens)
-        return self._times[cell] + self._slopes[cell] * (context_tokens - self._contexts[cell])
+        """Return the time of one step."""
+        contexts = self._contexts
+        cell = bisect_right(contexts, context_tokens) - 1
+        if not 0 <= cell <= self._last:
+            cell = 0 if cell < 0 else self._last
+        return self._times[cell] + self._slopes[cell] * (context_tokens - contexts[cell])
 
     def sum(self, context_tokens: int, steps: int) -> Ticks:
-        total, last = 0, len(self._slopes) - 1
+        """Return the time of many steps.
+
+        Args:
+            context_tokens: tokens that the sequences attend to in the first; in each further one, `decodes` more.
+            steps: how many; 0 take no time.
+        """
+        total, decodes = 0, self._decodes
         while steps > 0:
-            cell = self._cell(context_tokens)
-            here = steps
-            if cell < last:  # steps until the context leaves the cell
-                here = min(steps, -(-(self._contexts[cell + 1] - context_tokens) // self._decodes))
-            past = here * (context_tokens - self._contexts[cell]) + self._decodes * (here * (here - 1) // 2)
+            cell, here = self._steps_in_cell(context_tokens, steps)
+            past = here * (context_tokens - self._contexts[cell]) + decodes * (here * (here - 1) // 2)
             total += here * self._times[cell] + self._slopes[cell] * past
-            context_tokens += here * self._decodes
+            context_tokens += here * decodes
             steps -= here
         return total
 
-    def _cell(self, context_tokens: int) -> int:
-        return min(max(bisect_right(self._contexts, context_tokens) - 1, 0), len(self._slopes) - 1)
+    def pieces(self, context_tokens: int, steps: int) -> Iterator[tuple[Ticks, Ticks, int]]:
+        """Yield runs of steps whose times grow evenly: the first time, what each further one has more, and how many.
+
+        The arguments are those of `sum`.
+        """
+        while steps > 0:
+            cell, here = self._steps_in_cell(context_tokens, steps)
+            slope = self._slopes[cell]
+            yield self._times[cell] + slope * (context_tokens - self._contexts[cell]), slope * self._decodes, here
+            context_tokens += here * self._decodes
+            steps -= here
+
+    def steps_until(self, context_tokens: int, steps: int, at_least: Ticks) -> tuple[int, Ticks]:
+        """Return the first number of steps, at most `steps`, that take `at_least` so long; and how long they take.
+
+        The other arguments are those of `sum`.
+        """
+        taken, total, decodes = 0, 0, self._decodes
+        while taken < steps and total < at_least:
+            cell, here = self._steps_in_cell(context_tokens, steps - taken)
+            slope = self._slopes[cell]
+            first = self._times[cell] + slope * (context_tokens - self._contexts[cell])
+            growth = slope * decodes  # from one step to the next
+            here, spent = _first_sum(first, growth, here, at_least - total)
+            total += spent
+            context_tokens += here * decodes
+            taken += here
+        return taken, total
+
+    def _steps_in_cell(self, context_tokens: int, steps: int) -> tuple[int, int]:
+        """Return the cell of the next step, and how many of the next `steps` are in it."""
+        contexts, last = self._contexts, self._last
+        cell = bisect_right(contexts, context_tokens) - 1
+        if cell >= last:
+            return last, steps
+        if cell < 0:
+            cell = 0
+        here = -(-(contexts[cell + 1] - context_tokens) // self._decodes)
+        return cell, here if here < steps else steps
+
+
+def _first_sum(first: Ticks, growth: Ticks, most: int, at_least: Ticks) -> tuple[int, Ticks]:
+    """Return the first number of terms, from 1 to `most`, whose sum is `at_least` so much; and the sum.
+
+    The terms are `first`, `first + growth`, `first + 2 * growth` and so on. Floating point finds the number but for
+    the last digits, and whole numbers settle it.
+    """
+    linear = first - growth / 2
+    root = math.sqrt(max(0.0, linear * linear + 2 * growth * at_least))
+    count = min(max(math.ceil(2 * at_least / (linear + root)), 1), most)
+    total = count * first + growth * (count * (count - 1) // 2)
+    while count < most and total < at_least:
+        total += first + count * growth
+        count += 1
+    while count > 1 and total - (last := first + (count - 1) * growth) >= at_least:
+        total -= last
+        count -= 1
+    return count, total

@@ -97,6 +97,11 @@ class ControlLag:
         self._executions_us.append(max(0, now_us - started_us - service_us))
         self._services_us.append(service_us)
 
+    def request_finished(self, late_us: Micros, service_us: Micros) -> None:
+        """Record how late the last token of a request of a continuous engine is known, and how long it was computed."""
+        self._executions_us.append(late_us)
+        self._services_us.append(service_us)
+
     def summary(self) -> LagSummary | None:
         """Return the lag of the run; None where nothing was executed."""
         if not self._executions_us:

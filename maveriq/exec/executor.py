@@ -21,6 +21,7 @@ from maveriq.control.events import (
     EndpointAdded,
     EndpointRemoved,
     EngineDown,
+    EngineProgress,
     EngineRepaired,
     EngineUp,
     Event,
@@ -31,13 +32,14 @@ from maveriq.control.events import (
     StopEngine,
     Submit,
 )
-from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
-from maveriq.errors import InputError, InvariantError
+from maveriq.errors import InputError, InvariantError, MaveriqError
 from maveriq.exec.control_lag import ControlLag
+from maveriq.exec.emulated_batching import EmulatedBatching
 from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
 from maveriq.exec.gpu_sampling import GpuSampler
@@ -49,8 +51,9 @@ from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Loaded
 from maveriq.exec.model_files import ModelFiles
 from maveriq.exec.scaled_clock import ScaledClock
 from maveriq.exec.supervisor import Supervisor
+from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.system import ServingSystem
-from maveriq.units import Micros, seconds
+from maveriq.units import MICROS_PER_SECOND, Micros, seconds
 
 
 class Executor:
@@ -67,6 +70,8 @@ class Executor:
         measured_loads: returns the recent load of each GPU, where it is measured.
         lag: collects how much longer executions take than their engines; None collects nothing.
         on_request_end: called with the ID of each request that ends; it must not call the executor.
+        engines: makes the models of continuous engines, which are emulated; None where there are none.
+        sample_us: length of the intervals of their records.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class Executor:
         measured_loads: Callable[[], Sequence[float]] | None = None,
         lag: ControlLag | None = None,
         on_request_end: Callable[[int], None] | None = None,
+        engines: ContinuousEngines | None = None,
+        sample_us: Micros = MICROS_PER_SECOND,
     ) -> None:
         self._lag = lag
         self._on_request_end = on_request_end
@@ -105,6 +112,7 @@ class Executor:
         self._loop = asyncio.get_running_loop()
         self.internal_error: asyncio.Future[None] = self._loop.create_future()
         """Gets the exception if the executor itself has a bug; it then handles no more events."""
+        self.batching = None if engines is None else EmulatedBatching(engines, self.clock, self._on_progress, sample_us)
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
         self._last_request_id = 0
@@ -218,6 +226,7 @@ class Executor:
             now_us,
             last_arrival_us=now_us if last_arrival_us is None else last_arrival_us,
             total=len(self.controller.tracker) if total is None else total,
+            engines=self.batching.counters() if self.batching is not None else {},
         )
 
     def inject_fault(self, deployment_id: int, *, for_us: Micros | None) -> None:
@@ -262,6 +271,8 @@ class Executor:
             now_us = self.now_us
             for action in self.controller.handle(now_us, events):
                 self._execute_action(action, now_us)
+            if self.batching is not None:
+                self.batching.compose(now_us)
         except Exception as error:
             self.on_internal_error(error)
             raise
@@ -277,13 +288,34 @@ class Executor:
                 self._execute(action, now_us)
             case StartEngine():
                 self._start(action)
-            case Submit() | Abort():
-                raise InvariantError("engines that batch continuously are simulated only")
+            case Submit(deployment_id, request):
+                self._emulated(deployment_id).submit(deployment_id, request, now_us)
+            case Abort(deployment_id, request_id):
+                self._emulated(deployment_id).abort(deployment_id, request_id, now_us)
             case StopEngine(deployment_id):
-                self._in_flight.drop_execution(deployment_id)
+                self._drop_engine(deployment_id)
                 self._supervisors[deployment_id].stop()
             case _ as never:
                 assert_never(never)
+
+    def _emulated(self, deployment_id: int) -> EmulatedBatching:
+        if self.batching is None:
+            raise InvariantError(f"deployment {deployment_id} batches continuously, and the system has no such engines")
+        return self.batching
+
+    def _drop_engine(self, deployment_id: int) -> None:
+        """Forget what an engine does that was stopped or has failed."""
+        self._in_flight.drop_execution(deployment_id)
+        if self.batching is not None:
+            self.batching.stop(deployment_id, self.now_us)
+
+    def _on_progress(self, progress: EngineProgress, late_us: Micros) -> None:
+        """A step of an emulated continuous engine has ended."""
+        self._handle(progress)
+        if self._lag is not None:
+            for finished in progress.finished:
+                row = self.controller.tracker.row(finished.request_id)
+                self._lag.request_finished(late_us, max(0, row.finish_us - row.start_us))
 
     def _start(self, action: StartEngine) -> None:
         number = action.deployment_id
@@ -313,7 +345,8 @@ class Executor:
             time_scale=self.clock.time_scale,
         )
         needed = dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
-        return LaunchSpec(spec=spec, needed=needed, load_s=seconds(self._system.load_time(plan)))
+        load_s = 0.0 if self.clock.is_held else seconds(self._system.load_time(plan))
+        return LaunchSpec(spec=spec, needed=needed, load_s=load_s)
 
     def _execute(self, action: Execute, now_us: Micros) -> None:
         number = action.deployment_id
@@ -334,11 +367,21 @@ class Executor:
     def on_engine_up(self, launch_spec: LaunchSpec, loaded: Loaded) -> None:
         """An engine is ready to serve."""
         self.notes.engine_loaded(launch_spec, loaded, self._loop.time())
-        self._handle(EngineUp(launch_spec.spec.deployment_id, launch_spec.spec.generation))
+        number, generation = launch_spec.spec.deployment_id, launch_spec.spec.generation
+        deployment = self.controller.manager.deployments[number]
+        if deployment.endpoint.batching is Batching.EXCLUSIVE:
+            self._handle(EngineUp(number, generation))
+            return
+        try:
+            up = self._emulated(number).loaded(number, generation, deployment.endpoint, deployment.required_plan)
+        except MaveriqError as error:
+            self.on_internal_error(error)
+            return
+        self._handle(up)
 
     def on_engine_down(self, deployment_id: int, reason: str, *, restarts: bool) -> None:
         """An engine failed."""
-        self._in_flight.drop_execution(deployment_id)
+        self._drop_engine(deployment_id)
         self.on_warning(deployment_id, reason)
         self._handle(EngineDown(deployment_id, restarts, one_line(reason)))
 

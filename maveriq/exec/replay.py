@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from maveriq.domain.deployments import EndpointSpec
+from maveriq.control.deployment_manager import DeploymentState
+from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.faults import FaultTarget
 from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import RunRecord
@@ -40,6 +41,8 @@ from maveriq.workload.client import Client
 from maveriq.workload.requests import requests_of
 
 _WATCHER_INTERVAL_S = 0.1
+_START_INTERVAL_S = 0.01
+_STARTING = (DeploymentState.WAITING, DeploymentState.LOADING, DeploymentState.DOWN)
 
 _TimedEvent: TypeAlias = tuple[Micros, int, int, Callable[[], None]]
 """A time, the order among events of one time (kind, then id), and the action."""
@@ -142,7 +145,7 @@ class _Replay:
         watcher: Watcher | None,
         interrupted: asyncio.Event,
     ) -> None:
-        check_replayable(scenario)
+        check_replayable(scenario, emulated=settings.planned_times)
         self._scenario = scenario
         self._settings = settings
         self._watcher = watcher
@@ -151,6 +154,11 @@ class _Replay:
         self._vocabulary_sizes = {
             endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in scenario.workload.endpoints
         }
+        self._ready_at_start = [
+            endpoint
+            for endpoint in scenario.workload.endpoints
+            if endpoint.ready_at_start and endpoint.batching is Batching.CONTINUOUS
+        ]
         self._endpoints_left = len(scenario.workload.endpoints)
         self._client: Client | None = None  # of requests that wait for others; None if each has its own time
         if scenario.workload.reacts or scenario.max_in_flight is not None:
@@ -173,6 +181,8 @@ class _Replay:
             measured_loads=settings.sampler.loads if settings.sampler else None,
             lag=self._lag,
             on_request_end=self._request_ended,
+            engines=scenario.engines,
+            sample_us=scenario.sample_us,
         )
         self._gpus = GpuRecorder(
             self._executor.controller.manager,
@@ -185,6 +195,7 @@ class _Replay:
         """Run until every request has ended, the drain time is over, or the replay is interrupted."""
         await self._gpus.read()
         try:
+            await self._start_ready()
             await self._wait_for_end()
             executor = self._executor
             ended_us = min(executor.now_us, self._last_arrival_us + self._scenario.drain_us)
@@ -194,6 +205,8 @@ class _Replay:
             if self._watcher:
                 with contextlib.suppress(OSError):  # the terminal is gone
                     self._watcher.update(self._progress())
+            batching = executor.batching
+            engines, itl = (None, None) if batching is None else batching.tables(ended_us)
             record = RunRecord(
                 requests=executor.end_requests(),
                 deployments=tuple(
@@ -202,6 +215,8 @@ class _Replay:
                 gpu_samples=tuple(self._gpus.samples),
                 models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._scenario.workload.endpoints},
                 ended_us=ended_us,
+                engines=engines,
+                itl=itl,
             )
         finally:
             await self._executor.close()
@@ -213,6 +228,23 @@ class _Replay:
             interrupted=self._interrupted.is_set(),
             lag=self._lag.summary(),
         )
+
+    async def _start_ready(self) -> None:
+        """Start the continuous engines that are up before the first request; the run's clock stands still meanwhile."""
+        executor = self._executor
+        if not self._ready_at_start:
+            return
+        executor.clock.hold()
+        for endpoint in self._ready_at_start:
+            self._add_endpoint(endpoint)
+        while any(
+            not deployment.gone_for_good and deployment.state in _STARTING
+            for deployment in executor.controller.manager.deployments.values()
+        ):
+            if executor.internal_error.done() or self._interrupted.is_set():
+                break
+            await asyncio.sleep(_START_INTERVAL_S)
+        executor.clock.release()
 
     async def _wait_for_end(self) -> None:
         coroutines = [
@@ -286,6 +318,8 @@ class _Replay:
         for removal in scenario.removals:
             yield removal.at_us, 0, removal.endpoint_id, partial(executor.remove, removal.endpoint_id)
         for endpoint in scenario.workload.endpoints:
+            if endpoint in self._ready_at_start:
+                continue
             yield endpoint.requested_us, 1, endpoint.endpoint_id, partial(self._add_endpoint, endpoint)
         for fault in scenario.faults:
             inject = partial(executor.inject_fault, fault.target_id, for_us=fault.for_us)
@@ -304,7 +338,12 @@ class _Replay:
         self._executor.arrive(LiveRequestHandle(request, self._random_prompt(request)))
 
     def _random_prompt(self, request: Request) -> tuple[int, ...]:
-        """Return random token ids of the prompt's length, the same in every run with the same seed."""
+        """Return random token ids of the prompt's length, the same in every run with the same seed.
+
+        Emulated continuous engines need none.
+        """
+        if self._scenario.engines is not None:
+            return ()
         draw = generator(self._scenario.settings.seed, f"prompt of request {request.request_id}")
         vocabulary_size = self._vocabulary_sizes.get(request.endpoint_id, 2)  # 2: the endpoint does not exist
         return tuple(draw.integers(0, vocabulary_size, request.prompt_tokens).tolist())
@@ -354,14 +393,17 @@ def _event_order(event: _TimedEvent) -> tuple[Micros, int, int]:
     return event[:3]
 
 
-def check_replayable(scenario: ReplaySystem) -> None:
-    """Reject a scenario that can be simulated but not run on real engines.
+def check_replayable(scenario: ReplaySystem, *, emulated: bool = False) -> None:
+    """Reject a scenario that can be simulated but not run on real engines, or on emulated ones.
 
     Raises:
         InputError: a GPU is to fail, or a request is too long for an engine.
     """
-    if scenario.engines is not None:
-        raise InputError("model set: engines that batch continuously are simulated only; use maveriq sim")
+    if scenario.engines is not None and not emulated:
+        raise InputError(
+            "model set: engines that batch continuously are simulated or emulated; "
+            "use maveriq sim, or --backend emulated"
+        )
     arrivals = scenario.workload.arrivals
     for part, maximum, longest in (
         ("prompt", MAX_PROMPT_TOKENS, arrivals.prompt_tokens.max()),

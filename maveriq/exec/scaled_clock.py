@@ -9,7 +9,7 @@ from maveriq.units import MICROS_PER_SECOND, Micros, seconds
 
 
 class ScaledClock:
-    """Counts microseconds of the run since it was created; it never goes back.
+    """Counts microseconds of the run since it was created, but for the time in which it is held; it never goes back.
 
     Args:
         time_scale: real seconds per second of the run.
@@ -20,10 +20,23 @@ class ScaledClock:
         self._loop = asyncio.get_running_loop()
         self._started_s = self._loop.time()
         self._now_us: Micros = 0
+        self.is_held = False
+
+    def hold(self) -> None:
+        """Stand still, until `release`; nothing is scheduled meanwhile."""
+        self._now_us = self.now_us
+        self.is_held = True
+
+    def release(self) -> None:
+        """Go on."""
+        self.is_held = False
+        self._started_s = self._loop.time() - seconds(self._now_us) * self.time_scale
 
     @property
     def now_us(self) -> Micros:
         """The current time of the run."""
+        if self.is_held:
+            return self._now_us
         elapsed_s = (self._loop.time() - self._started_s) / self.time_scale
         self._now_us = max(self._now_us, int(elapsed_s * MICROS_PER_SECOND))
         return self._now_us

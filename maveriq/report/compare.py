@@ -56,21 +56,26 @@ class Quantity:
     value: Callable[[Metrics], float | None]
 
 
-def _figure_of(metric: str, which: str) -> Callable[[Metrics], float | None]:
+def _figure_of(metric: str, which: str, factor: float = 1.0) -> Callable[[Metrics], float | None]:
     def value(metrics: Metrics) -> float | None:
         figures = getattr(metrics, metric)
-        return None if figures is None else float(getattr(figures, which))
+        return None if figures is None else factor * float(getattr(figures, which))
 
     return value
 
 
 def _quantities() -> Iterator[Quantity]:
-    metrics = (("", "latency s", "latency_s"), ("queue-", "queue s", "queue_s"), ("service-", "service s", "service_s"))
-    for prefix, label, metric in metrics:
+    for prefix, label, metric, factor in (
+        ("", "latency s", "latency_s", 1.0),
+        ("queue-", "queue s", "queue_s", 1.0),
+        ("service-", "service s", "service_s", 1.0),
+        ("ttft-", "TTFT s", "ttft_s", 1.0),
+        ("tpot-", "TPOT ms", "tpot_s", 1e3),
+        ("itl-", "ITL ms", "itl_s", 1e3),
+    ):
         for which in ("mean", "p50", "p95", "p99"):
-            yield Quantity(
-                name=prefix + which, label=f"{label}, {which}", unit=PERCENT, value=_figure_of(metric, which)
-            )
+            value = _figure_of(metric, which, factor)
+            yield Quantity(name=prefix + which, label=f"{label}, {which}", unit=PERCENT, value=value)
     yield Quantity(
         name="slo", label="SLO met of completed", unit=POINTS, value=lambda m: m.slo.over_completed if m.slo else None
     )
@@ -78,8 +83,15 @@ def _quantities() -> Iterator[Quantity]:
         name="slo-all", label="SLO met of all", unit=POINTS, value=lambda m: m.slo.over_scheduled if m.slo else None
     )
     yield Quantity(name="throughput", label="throughput per s", unit=PERCENT, value=lambda m: m.throughput_per_s)
+    yield Quantity(name="cached", label="prompt tokens cached", unit=POINTS, value=lambda metrics: metrics.cached_share)
+    yield Quantity(name="preemptions", label="preemptions", unit=PERCENT, value=_preemptions)
     yield Quantity(name="cost", label="cost GiB s, mean", unit=PERCENT, value=_figure_of("cost_gib_s", "mean"))
     yield Quantity(name="gpu-hours", label="GPU hours, sum", unit=PERCENT, value=lambda m: m.operational_cost_gpu_hours)
+
+
+def _preemptions(metrics: Metrics) -> float | None:
+    """Return how many there were; None where engines do not batch continuously, so that none can be."""
+    return None if metrics.cached_share is None else float(metrics.preemptions)
 
 
 QUANTITIES = tuple(_quantities())

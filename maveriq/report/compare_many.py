@@ -23,6 +23,9 @@ _COLUMNS = {
     "p99": "\np99",
     "queue-mean": "queue\nmean s",
     "service-mean": "service\nmean s",
+    "ttft-mean": "TTFT\nmean s",
+    "tpot-mean": "TPOT\nmean ms",
+    "itl-p95": "ITL\np95 ms",
     "slo": "SLO\nmet",
 }
 
@@ -117,7 +120,7 @@ def _figures_table(many: ManyComparison, names: Sequence[str]) -> Table:
 
 def _errors_table(many: ManyComparison, names: Sequence[str]) -> Table:
     shown = _shown(many)
-    headers = [_COLUMNS[name].replace(" s", "").replace("met", "pt") for name in shown]
+    headers = [_COLUMNS[name].removesuffix(" s").removesuffix(" ms").replace("met", "pt") for name in shown]
     rows = [
         Row((name, *_errors(comparison.overall.differences, shown), _ks(comparison)))
         for name, comparison in zip(names, many.comparisons, strict=False)

@@ -27,12 +27,18 @@ _COLUMNS = {
     "queue-p95": "\np95",
     "service-mean": "service\nmean",
     "service-p50": "\np50",
+    "ttft-mean": "TTFT\nmean",
+    "ttft-p95": "\np95",
+    "tpot-mean": "TPOT\nmean",
+    "itl-p95": "ITL\np95",
     "slo": "SLO\npt",
     "cost": "cost\nmean",
     "gpu-hours": "GPU h\nsum",
 }
 _NARROW_COLUMNS = ("mean", "p50", "p95", "p99", "queue-mean", "service-mean", "slo")
-_FIRST_OF_SECTION = ("mean", "queue-mean", "service-mean", "slo", "throughput")
+_FIRST_OF_SECTION = (
+    "mean", "queue-mean", "service-mean", "ttft-mean", "tpot-mean", "itl-mean", "slo", "throughput",
+)  # fmt: skip
 
 
 def comparison_view(
@@ -121,8 +127,9 @@ def _quantity_rows(overall: Distance) -> Iterator[Row]:
 def _models_table(comparison: Comparison, *, wide: bool) -> Table:
     by_name = {quantity.name: quantity for quantity in QUANTITIES}
     quantities = [by_name[name] for name in (_COLUMNS if wide else _NARROW_COLUMNS)]
-    if comparison.overall.differences["slo"].error is None:
-        quantities.remove(by_name["slo"])
+    may_lack = ("slo", "ttft-mean", "ttft-p95", "tpot-mean", "itl-p95")
+    lacking = [name for name in may_lack if comparison.overall.differences[name].error is None]
+    quantities = [quantity for quantity in quantities if quantity.name not in lacking]
     headers = [_COLUMNS[quantity.name] for quantity in quantities]
     return Table(
         "Errors by model, %",

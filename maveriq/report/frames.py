@@ -14,6 +14,7 @@ import pandas as pd
 
 from maveriq.domain.records import (
     DEPLOYMENT_COLUMNS,
+    ENGINE_COLUMNS,
     GPU_COLUMNS,
     NOT_YET,
     REQUEST_COLUMNS,
@@ -21,6 +22,7 @@ from maveriq.domain.records import (
     RunRecord,
 )
 from maveriq.domain.requests import RequestStatus
+from maveriq.report.engine_csv import engine_columns
 from maveriq.report.requests_csv import filled_bits, is_filled, numeric_columns
 from maveriq.units import MICROS_PER_SECOND, Micros, gib, seconds
 
@@ -43,7 +45,7 @@ def requests_frame(run: RunRecord) -> pd.DataFrame:
         values, filled = micros_or_count[name], is_filled(name, bits)
         if name.endswith("_s"):
             columns[name] = np.where(filled, values / MICROS_PER_SECOND, np.nan)
-        elif name == "deployment_id":
+        elif name in ("deployment_id", "steps"):
             columns[name] = pd.array(values, dtype="Int64")
             columns[name][~filled] = pd.NA
         elif name == "slo_met":
@@ -109,6 +111,12 @@ def _deployment_row(deployment: DeploymentRecord) -> dict[str, object]:
 
 def _seconds_or_none(time_us: Micros) -> float | None:
     return None if time_us == NOT_YET else seconds(time_us)
+
+
+def engines_frame(run: RunRecord) -> pd.DataFrame:
+    """Return one row per engine and interval, with the columns of engines.csv."""
+    columns = {} if run.engines is None else engine_columns(run.engines)
+    return pd.DataFrame(columns, columns=list(ENGINE_COLUMNS))
 
 
 def gpus_frame(run: RunRecord) -> pd.DataFrame:

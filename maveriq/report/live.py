@@ -95,6 +95,7 @@ class History:
 _MAX_GPU_BARS = 16
 _WIDE = 110
 _GPU_GAP = 3
+_KV_BAR = 8
 _FIXED_LINES = 11  # everything but the rows of deployments and GPUs, and a line for the cursor
 
 
@@ -125,7 +126,7 @@ def frame(progress: Progress, history: History, *, left_s: float | None, canvas:
             _figures(progress, history),
             _queue(progress, history, inner, canvas.glyphs),
             "",
-            _deployments(progress.deployments, room, wide=inner >= _WIDE),
+            _deployments(progress.deployments, room, canvas.glyphs, wide=inner >= _WIDE),
             "",
             gpus,
         ),
@@ -193,7 +194,9 @@ def _queue(progress: Progress, history: History, width: int, glyphs: Glyphs) -> 
     return Text.assemble(("queue ", "dim"), (line, style), no_wrap=True, overflow="crop")
 
 
-def _deployments(deployments: Sequence[DeploymentStatus], room: int, *, wide: bool) -> RenderableType:
+def _deployments(deployments: Sequence[DeploymentStatus], room: int, glyphs: Glyphs, *, wide: bool) -> RenderableType:
+    """Return a row for each deployment, or for the busiest; with the state of engines if any batches continuously."""
+    batching = any(deployment.running is not None for deployment in deployments)
     table = empty_table()
     table.add_column("model", no_wrap=True, overflow="ellipsis")
     table.add_column("configuration", no_wrap=True)
@@ -201,11 +204,15 @@ def _deployments(deployments: Sequence[DeploymentStatus], room: int, *, wide: bo
         table.add_column("layers", no_wrap=True)
     table.add_column("GPUs", no_wrap=True)
     table.add_column("status", no_wrap=True)
+    if batching:
+        table.add_column("runs", justify="right", no_wrap=True)
     table.add_column("waits", justify="right", no_wrap=True)
+    if batching:
+        table.add_column("KV blocks", no_wrap=True)
     table.add_column("done", justify="right", no_wrap=True)
     shown = deployments if len(deployments) <= room else _busiest(deployments, room - 1)
     for deployment in shown:
-        table.add_row(*_deployment_cells(deployment, wide=wide))
+        table.add_row(*_deployment_cells(deployment, glyphs, wide=wide, batching=batching))
     if len(shown) < len(deployments):
         table.add_row(Text(f"and {len(deployments) - len(shown)} more", style="dim"))
     return table
@@ -217,16 +224,28 @@ def _busiest(deployments: Sequence[DeploymentStatus], room: int) -> list[Deploym
     return [deployment for deployment in deployments if deployment in ranked]
 
 
-def _deployment_cells(deployment: DeploymentStatus, *, wide: bool) -> list[RenderableType]:
+def _deployment_cells(
+    deployment: DeploymentStatus, glyphs: Glyphs, *, wide: bool, batching: bool
+) -> list[RenderableType]:
+    runs: list[RenderableType] = [NONE if deployment.running is None else f"{deployment.running:,}"]
     return [
         Text(deployment.model),
         deployment.configuration or NONE,
         *([layer_list(deployment.layer_split) or NONE] if wide else []),
         gpu_list(deployment.gpu_ids) or NONE,
         Text(deployment.status, style=STATUS_STYLES.get(deployment.status, "")),
+        *(runs if batching else []),
         f"{deployment.waiting:,}",
+        *([_kv_bar(deployment.kv_use, glyphs)] if batching else []),
         f"{deployment.completed:,}",
     ]
+
+
+def _kv_bar(kv_use: float | None, glyphs: Glyphs) -> RenderableType:
+    if kv_use is None:
+        return NONE
+    line = bar(kv_use, width=_KV_BAR, style=level_style(kv_use), glyphs=glyphs)
+    return line.append(_load_text(kv_use))
 
 
 def _gpus(gpus: Sequence[GpuStatus], width: int, glyphs: Glyphs) -> Table:

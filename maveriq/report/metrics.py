@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from maveriq.domain.records import NOT_YET, GpuSample, RunRecord
+from maveriq.domain.deployments import Batching
+from maveriq.domain.records import NOT_YET, GpuSample, ItlTable, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, gib, micros
 
@@ -72,11 +73,14 @@ class Goodput:
 class Metrics:
     """The metrics of a run, or of one model in it; None where nothing completed or none applies.
 
-    `ttft_s` is first token - arrival, as in the records.
+    `ttft_s` is first token - arrival, as in the records. `itl_s` is the time between one token of a request and the
+    next, over all tokens but the first ones; requests that did not complete are included.
     `cost_gib_s` is latency times the memory of the deployment that served the request.
-    `gpu_hours` is service time times GPUs, shared by the requests of a batch, and
-    `operational_cost_gpu_hours` the sum of it.
+    `gpu_hours` is service time times GPUs, shared at each instant by the requests that the engine computes
+    (those of a batch, or all that run in a continuous engine), and `operational_cost_gpu_hours` the sum of it.
     `throughput_per_s` is completed / (last finish - first arrival). `slo` is None without an SLO.
+    `preemptions` counts those of all requests. `cached_share` is the share of prompt tokens, of requests that
+    started, which were in the prefix cache; None for engines that do not batch continuously.
     """
 
     counts: Counts
@@ -85,6 +89,9 @@ class Metrics:
     service_s: Figures | None
     ttft_s: Figures | None
     tpot_s: Figures | None
+    itl_s: Figures | None
+    preemptions: int
+    cached_share: float | None
     cost_gib_s: Figures | None
     gpu_hours: Figures | None
     slo: Attainment | None
@@ -128,11 +135,11 @@ def summarise(run: RunRecord, *, slo_ttft_s: float | None = None, slo_tpot_s: fl
     columns = _Columns.of(run)
     by_model = _endpoints_by_model(run)
     models = {
-        name: _metrics(columns.where(np.isin(run.requests.endpoint_id, endpoints)), limits)
+        name: _metrics(columns.where(np.isin(run.requests.endpoint_id, endpoints)), limits, _itl(run.itl, endpoints))
         for name, endpoints in by_model.items()
     }
     return Summary(
-        overall=_metrics(columns, limits),
+        overall=_metrics(columns, limits, _itl(run.itl)),
         models=models,
         gpus=gpu_use(run.gpu_samples),
         slo_ttft_s=slo_ttft_s,
@@ -157,8 +164,7 @@ class _GoodputLimits:
 class _Columns:
     """The columns that metrics need, a row per request.
 
-    `gpus` and `memory_gib` are of its deployment, `together` how many requests were executed at
-    once with it, itself included.
+    `memory_gib` is of its deployment. `gpu_us` is its share of the time of that deployment's GPUs.
     """
 
     status: Array
@@ -166,11 +172,13 @@ class _Columns:
     start_us: Array
     first_token_us: Array
     finish_us: Array
+    prompt_tokens: Array
+    cached_tokens: Array
     output_tokens: Array
+    preemptions: Array
     slo_us: Array
-    gpus: Array
     memory_gib: Array
-    together: Array
+    gpu_us: Array
 
     @classmethod
     def of(cls, run: RunRecord) -> _Columns:
@@ -182,15 +190,49 @@ class _Columns:
             start_us=table.start_us,
             first_token_us=table.first_token_us,
             finish_us=table.finish_us,
+            prompt_tokens=table.prompt_tokens,
+            cached_tokens=table.cached_tokens,
             output_tokens=table.output_tokens,
+            preemptions=table.preemptions,
             slo_us=table.slo_us,
-            gpus=gpus[table.deployment_id],
             memory_gib=memory_gib[table.deployment_id],
-            together=_together(table.deployment_id, table.start_us),
+            gpu_us=_gpu_us(run, gpus),
         )
 
     def where(self, chosen: Array) -> _Columns:
         return _Columns(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+
+
+def _gpu_us(run: RunRecord, gpus: Array) -> Array:
+    """Return each request's share of the time of its GPUs.
+
+    Args:
+        run: the records.
+        gpus: GPUs of each deployment, indexed by its id.
+    """
+    table = run.requests
+    service_us = table.finish_us - table.start_us
+    gpu_us: Array = service_us * gpus[table.deployment_id] / _together(table.deployment_id, table.start_us)
+    served = (table.start_us != NOT_YET) & (table.finish_us != NOT_YET)
+    for deployment in run.deployments:
+        if deployment.endpoint.batching is Batching.CONTINUOUS:
+            number = deployment.deployment_id
+            rows = np.flatnonzero(served & (table.deployment_id == number))
+            gpu_us[rows] = gpus[number] * _shares_of_time_us(table.start_us[rows], table.finish_us[rows])
+    return gpu_us
+
+
+def _shares_of_time_us(start_us: Array, finish_us: Array) -> Array:
+    """Return how much of the time each request has to itself, if all that run at an instant share it evenly."""
+    times_us, at = np.unique(np.concatenate([start_us, finish_us]), return_inverse=True)
+    changes = np.zeros(len(times_us), dtype=np.int64)
+    np.add.at(changes, at, np.repeat([1, -1], len(start_us)))
+    running = np.cumsum(changes)[:-1]
+    shares_us = np.where(running > 0, np.diff(times_us) / np.maximum(running, 1), 0.0)
+    until_us = np.concatenate([[0.0], np.cumsum(shares_us)])
+    starts, ends = np.split(at, 2)
+    shared: Array = until_us[ends] - until_us[starts]
+    return shared
 
 
 def _together(deployment_id: Array, start_us: Array) -> Array:
@@ -216,12 +258,12 @@ def _deployment_sizes(run: RunRecord) -> tuple[Array, Array]:
     return gpus, memory_gib
 
 
-def _metrics(rows: _Columns, limits: _GoodputLimits) -> Metrics:
+def _metrics(rows: _Columns, limits: _GoodputLimits, itl: ItlTable | None) -> Metrics:
     done = rows.where(rows.status == RequestStatus.COMPLETED.value)
     latency_us, service_us = done.finish_us - done.arrival_us, done.finish_us - done.start_us
     ttft_us, tpot_us = _first_token_wait_us(done), _time_per_token_us(done)
     span_us = int(done.finish_us.max() - rows.arrival_us.min()) if len(done.status) else 0
-    gpu_hours = _figures(service_us * done.gpus / done.together, per=3600 * MICROS_PER_SECOND)
+    gpu_hours = _figures(done.gpu_us, per=3600 * MICROS_PER_SECOND)
     return Metrics(
         counts=_counts(rows.status),
         latency_s=_figures(latency_us),
@@ -229,6 +271,9 @@ def _metrics(rows: _Columns, limits: _GoodputLimits) -> Metrics:
         service_s=_figures(service_us),
         ttft_s=_figures(ttft_us[~np.isnan(ttft_us)]),
         tpot_s=_figures(tpot_us[~np.isnan(tpot_us)]),
+        itl_s=_weighted_figures(itl.itl_us, itl.tokens) if itl is not None else None,
+        preemptions=int(rows.preemptions.sum()),
+        cached_share=_cached_share(rows) if itl is not None else None,
         cost_gib_s=_figures(latency_us * done.memory_gib),
         gpu_hours=gpu_hours,
         slo=_attainment(rows, done),
@@ -271,6 +316,39 @@ def _figures(values: Array, *, per: float = MICROS_PER_SECOND) -> Figures | None
     p50, p95, p99 = np.percentile(ordered, (50, 95, 99)) / per
     mean = ordered.mean() / per
     return Figures(count=len(values), mean=float(mean), p50=float(p50), p95=float(p95), p99=float(p99))
+
+
+def _itl(itl: ItlTable | None, endpoints: Sequence[int] | None = None) -> ItlTable | None:
+    """Return the inter-token latencies of some endpoints, None for all, each latency once."""
+    if itl is None:
+        return None
+    chosen = slice(None) if endpoints is None else np.isin(itl.endpoint_id, endpoints)
+    itl_us, at = np.unique(itl.itl_us[chosen], return_inverse=True)
+    tokens = np.zeros(len(itl_us), dtype=np.int64)
+    np.add.at(tokens, at, itl.tokens[chosen])
+    return ItlTable(endpoint_id=np.zeros(len(itl_us), dtype=np.int64), itl_us=itl_us, tokens=tokens)
+
+
+def _weighted_figures(values: Array, counts: Array, *, per: float = MICROS_PER_SECOND) -> Figures | None:
+    """Return the figures of values that occur `counts` times each; values ascend. They are those of `_figures`."""
+    ends = np.cumsum(counts)
+    if not len(ends):
+        return None
+    count = int(ends[-1])
+    at = np.array((50, 95, 99)) / 100 * (count - 1)
+    below = np.floor(at).astype(np.int64)
+    low, high = (
+        values[np.searchsorted(ends, np.minimum(rank, count - 1), side="right")] for rank in (below, below + 1)
+    )
+    p50, p95, p99 = (low + (high - low) * (at - below)) / per
+    mean = float((values * counts).sum()) / count / per
+    return Figures(count=count, mean=mean, p50=float(p50), p95=float(p95), p99=float(p99))
+
+
+def _cached_share(rows: _Columns) -> float | None:
+    started = rows.start_us != NOT_YET
+    prompt_tokens = int(rows.prompt_tokens[started].sum())
+    return int(rows.cached_tokens[started].sum()) / prompt_tokens if prompt_tokens else None
 
 
 def _attainment(rows: _Columns, done: _Columns) -> Attainment | None:

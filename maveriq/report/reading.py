@@ -20,11 +20,15 @@ import numpy.typing as npt
 
 from maveriq.domain.decoder import part_of
 from maveriq.domain.records import (
+    ENGINE_COLUMNS,
     GPU_COLUMNS,
+    ITL_COLUMNS,
     NOT_YET,
     REQUEST_COLUMNS,
     DeploymentRecord,
+    EngineTable,
     GpuSample,
+    ItlTable,
     RequestTable,
     RunRecord,
 )
@@ -45,6 +49,7 @@ T = TypeVar("T")
 
 _TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
 _COUNTS = ("request_id", "endpoint", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
+_EMPTY_IF_0 = ("deployment_id", "steps")
 _MAX_COUNT = 10**15 - 1
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_TABLE_BYTES = 1 << 36
@@ -54,6 +59,8 @@ _MAX_S = 9e9  # 285 years; the microseconds of any shorter time are exact in a f
 class _Rows(msgspec.Struct, forbid_unknown_fields=True):
     requests: int
     gpus: int
+    engines: int | None = None
+    itl: int | None = None
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
@@ -73,7 +80,7 @@ class _RunFile(msgspec.Struct):
 def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
-    The request table comes back exactly, GPU memory to the KiB.
+    The request table comes back exactly, GPU memory to the KiB, engines over time to six decimals.
 
     Raises:
         InputError: a file is missing, is not as maveriq writes it, or does not belong to the others.
@@ -85,6 +92,8 @@ def read_run(folder: Path) -> RunRecord:
         gpu_samples=tuple(_read_samples(folder / "gpus.csv", record)),
         models=record.models,
         ended_us=record.ended_us,
+        engines=_read_engines(folder / "engines.csv", record.rows.engines),
+        itl=_read_itl(folder / "itl.csv", record.rows.itl),
     )
 
 
@@ -128,7 +137,7 @@ def _read_requests(path: Path, record: _Record) -> RequestTable:
 def _request_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict[str, Array] | None:
     """Return the columns of requests.csv as int64, or None if anything is not as maveriq writes it.
 
-    Times are in microseconds; an empty `deployment_id` or `slo_s` is 0.
+    Times are in microseconds; an empty `deployment_id`, `steps` or `slo_s` is 0.
 
     Args:
         path: the file.
@@ -139,7 +148,7 @@ def _request_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict
         path,
         REQUEST_COLUMNS,
         times=(*times, "slo_s"),
-        counts=(*_COUNTS, "deployment_id"),
+        counts=(*_COUNTS, *_EMPTY_IF_0),
         texts=tuple(texts),
     )
     if table is None:
@@ -147,7 +156,7 @@ def _request_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict
     try:
         return {
             **{name: _whole_numbers(table[name]) for name in _COUNTS},
-            "deployment_id": _whole_numbers(table["deployment_id"], minimum=1, empty=0),
+            **{name: _whole_numbers(table[name], minimum=1, empty=0) for name in _EMPTY_IF_0},
             **{name: _micros(table[name], empty=NOT_YET) for name in times},
             "slo_s": _micros(table["slo_s"], empty=0),
             **{name: _numbers_of_texts(table[name], numbers) for name, numbers in texts.items()},
@@ -287,6 +296,7 @@ class _Lookup:
             "cached_tokens": read["cached_tokens"],
             "output_tokens": read["output_tokens"],
             "preemptions": read["preemptions"],
+            "steps": read["steps"],
             "slo_us": read["slo_s"],
         }
 
@@ -308,6 +318,7 @@ class _Lookup:
             "cached_tokens": row.count("cached_tokens"),
             "output_tokens": row.count("output_tokens"),
             "preemptions": row.count("preemptions"),
+            "steps": row.count("steps", minimum=1) if row.cells["steps"] else 0,
             "slo_us": _time_us(row, "slo_s", 0),
         }
 
@@ -351,13 +362,85 @@ def _sample_columns(path: Path) -> tuple[Array, Array, Array, Array] | None:
         return None
 
 
-def _finite_numbers(column: pa.ChunkedArray) -> Array:
-    """Return a column of numbers from zero.
+def _finite_numbers(column: pa.ChunkedArray, *, may_be_empty: bool = False) -> Array:
+    """Return a column of numbers from zero; an empty cell is NaN.
 
     Raises:
-        ValueError: a number is out of range, or a cell is empty.
+        ValueError: a number is out of range, or a cell is empty and may not be.
     """
-    values: Array = column.to_numpy()  # an empty cell is NaN
-    if not ((values >= 0) & (values < _MAX_COUNT)).all():
+    values: Array = column.to_numpy()
+    allowed = (values >= 0) & (values < _MAX_COUNT)
+    if may_be_empty:
+        allowed |= column.is_null().to_numpy()
+    if not allowed.all():
         raise ValueError("number out of range")
     return values
+
+
+_SHARES_AND_COUNTS = ("running", "waiting", "kv_use", "batch_tokens", "busy_share")
+_EMPTY_IF_IDLE = ("batch_tokens", "step_s")
+
+
+def _read_engines(path: Path, expected: int | None) -> EngineTable | None:
+    """Return engines.csv; None for a run that has none."""
+    if expected is None:
+        return None
+    columns = _engine_columns(path) if expected else None
+    if columns is None or len(columns["time_us"]) != expected:
+        rows = list(_read_rows(path, ENGINE_COLUMNS, what="engines", expected=expected))
+        columns = {
+            "time_us": np.array([_time_us(row, "time_s", 0) for row in rows], dtype=np.int64),
+            "deployment_id": np.array([row.count("deployment_id", minimum=1) for row in rows], dtype=np.int64),
+            **{name: np.array([_number(row, name) for row in rows], dtype=np.float64) for name in _SHARES_AND_COUNTS},
+            "step_us": np.array([_number(row, "step_s") * MICROS_PER_SECOND for row in rows], dtype=np.float64),
+        }
+    return EngineTable(**columns)
+
+
+def _number(row: Row, column: str) -> float:
+    if column in _EMPTY_IF_IDLE and not row.cells[column]:
+        return float("nan")
+    return row.number(column, minimum=0)
+
+
+def _engine_columns(path: Path) -> dict[str, Array] | None:
+    """Return the columns of engines.csv, or None if anything is not as maveriq writes it."""
+    table = _arrow_table(
+        path, ENGINE_COLUMNS, times=["time_s"], counts=["deployment_id"], numbers=[*_SHARES_AND_COUNTS, "step_s"]
+    )
+    if table is None:
+        return None
+    try:
+        numbers = {
+            name: _finite_numbers(table[name], may_be_empty=name in _EMPTY_IF_IDLE)
+            for name in (*_SHARES_AND_COUNTS, "step_s")
+        }
+        step_us = numbers.pop("step_s") * MICROS_PER_SECOND
+        deployment_id = _whole_numbers(table["deployment_id"], minimum=1)
+        return {
+            "time_us": _micros(table["time_s"], empty=0), "deployment_id": deployment_id, "step_us": step_us, **numbers,
+        }  # fmt: skip
+    except ValueError:
+        return None
+
+
+def _read_itl(path: Path, expected: int | None) -> ItlTable | None:
+    """Return itl.csv; None for a run that has none."""
+    if expected is None:
+        return None
+    table = _arrow_table(path, ITL_COLUMNS, times=["itl_s"], counts=["endpoint", "tokens"]) if expected else None
+    if table is not None and len(table) == expected:
+        try:
+            return ItlTable(
+                endpoint_id=_whole_numbers(table["endpoint"], minimum=1),
+                itl_us=_micros(table["itl_s"], empty=NOT_YET),
+                tokens=_whole_numbers(table["tokens"], minimum=1),
+            )
+        except ValueError:
+            pass  # read row by row, its place is found
+    rows = list(_read_rows(path, ITL_COLUMNS, what="inter-token latencies", expected=expected))
+    return ItlTable(
+        endpoint_id=np.array([row.count("endpoint", minimum=1) for row in rows], dtype=np.int64),
+        itl_us=np.array([_time_us(row, "itl_s", NOT_YET) for row in rows], dtype=np.int64),
+        tokens=np.array([row.count("tokens", minimum=1) for row in rows], dtype=np.int64),
+    )

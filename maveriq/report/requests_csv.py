@@ -27,7 +27,7 @@ Array: TypeAlias = npt.NDArray[Any]
 _ROWS_AT_ONCE = 8192
 
 # The conditions under which cells are filled, one bit each; derived cells need a completed request.
-_DEPLOYED, _STARTED, _TOKEN_SEEN, _FINISHED, _COMPLETED, _TTFT, _TPOT, _SLO = (1 << bit for bit in range(8))
+_DEPLOYED, _STARTED, _TOKEN_SEEN, _FINISHED, _COMPLETED, _TTFT, _TPOT, _SLO, _STEPS = (1 << bit for bit in range(9))
 _CONDITIONS = {
     "deployment_id": _DEPLOYED,
     "start_s": _STARTED,
@@ -40,8 +40,9 @@ _CONDITIONS = {
     "tpot_s": _TPOT,
     "slo_s": _SLO,
     "slo_met": _SLO,
+    "steps": _STEPS,
 }
-_COUNTS = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
+_COUNTS = ("prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "steps")
 _TEXT_COLUMNS = ("model", "status", "reason")
 
 
@@ -153,6 +154,7 @@ def filled_bits(column: dict[str, Array]) -> Array:
         + _TTFT * (completed & token_seen)
         + _TPOT * (completed & token_seen & (column["output_tokens"] > 1))
         + _SLO * (column["slo_s"] > 0)
+        + _STEPS * (column["steps"] > 0)
     )
     return bits
 

@@ -111,7 +111,7 @@ def summary_tables(summary: Summary, *, wide: bool, width: int = WIDE) -> list[T
     Tables wider than `width` are split, so that no model's name is broken.
     """
     requests = [*_count_columns(summary, wide=wide), *_slo_columns(summary)]
-    latency, tokens, cost = _latency_columns(wide=wide), _token_columns(), _cost_columns()
+    latency, tokens, cost = _latency_columns(wide=wide), _token_columns(summary, wide=wide), _cost_columns()
     if wide:
         parts = {"Requests and cost": [*requests, *cost], "Latency": [*latency, *tokens]}
     else:
@@ -174,12 +174,24 @@ def _latency_columns(*, wide: bool) -> list[_MetricColumn]:
     return [*columns, _figure_column("service s\nmean", "service_s", "mean")]
 
 
-def _token_columns() -> list[_MetricColumn]:
-    return [
+def _token_columns(summary: Summary, *, wide: bool) -> list[_MetricColumn]:
+    """Return times of tokens; of engines that batch continuously also those between two tokens, and preemptions."""
+    columns = [
         _figure_column("1st token s\nmean", "ttft_s", "mean"),
         _figure_column("\np95", "ttft_s", "p95"),
         _figure_column("TPOT ms\nmean", "tpot_s", "mean", factor=1e3),
     ]
+    if summary.overall.itl_s is None:
+        return columns
+    percentiles = ("p50", "p95", "p99") if wide else ("p95", "p99")
+    for which in percentiles:
+        header = f"ITL ms\n{which}" if which == percentiles[0] else f"\n{which}"
+        columns.append(_figure_column(header, "itl_s", which, factor=1e3))
+    if summary.overall.preemptions:
+        columns.append(_MetricColumn(header="pre-\nempted", cell=lambda m: f"{m.preemptions:,}"))
+    if summary.overall.cached_share:
+        columns.append(_MetricColumn(header="prompt\ncached", cell=lambda m: share(m.cached_share)))
+    return columns
 
 
 def _cost_columns() -> list[_MetricColumn]:

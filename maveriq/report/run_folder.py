@@ -2,8 +2,8 @@
 
 A folder is written whole or not at all, and replaces another only if the caller says so. run.json
 also keeps, under "record", what the tables cannot hold (endpoints, plans, reasons), so that
-`reading.read_run` returns the same `RunRecord`. Real runs also have engines.csv with a row for each
-engine.
+`reading.read_run` returns the same `RunRecord`. Runs of engines that batch continuously also have
+engines.csv and itl.csv. Real runs have engine_processes.csv with a row for each engine that served.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from maveriq.errors import InputError, InvariantError, MaveriqError, cannot_writ
 from maveriq.exec.executor import EngineRecord
 from maveriq.exec.gpus import Devices
 from maveriq.files import not_overwritten
+from maveriq.report.engine_csv import engine_lines, itl_lines
 from maveriq.report.metrics import Summary
 from maveriq.report.requests_csv import csv_cell, request_lines
 from maveriq.report.saturation import Saturation
@@ -150,16 +151,16 @@ def _not_writable(target: Path, error: OSError) -> MaveriqError:
     return cannot_write(f"output folder {str(target)!r}", error)
 
 
-ENGINE_COLUMNS = (
+PROCESS_COLUMNS = (
     "engine_id", "deployment_id", "backend", "backend_version", "tensor_parallel_size", "pipeline_parallel_size",
     "pp_partition", "weight_precision", "kv_cache_dtype", "gpus", "gpu_uuids", "start_time_s", "weights_gib",
     "kv_cache_gib",
 )  # fmt: skip
 
 
-def engine_lines(engines: Iterable[EngineRecord], devices: Devices) -> Iterator[str]:
-    """Yield the lines of engines.csv; `start_time_s` is in real seconds, memory empty where unknown."""
-    yield ",".join(ENGINE_COLUMNS) + "\n"
+def process_lines(engines: Iterable[EngineRecord], devices: Devices) -> Iterator[str]:
+    """Yield the lines of engine_processes.csv; `start_time_s` is in real seconds, memory empty where unknown."""
+    yield ",".join(PROCESS_COLUMNS) + "\n"
     for engine in engines:
         launched, loaded = engine.launch_spec, engine.loaded
         spec, gpu_ids = launched.spec, tuple(launched.needed)
@@ -258,6 +259,10 @@ def write_run(
         _write_lines(fresh / "requests.csv", request_lines(run))
         _write_lines(fresh / "deployments.csv", _deployment_lines(run.deployments))
         _write_lines(fresh / "gpus.csv", _gpu_lines(run.gpu_samples))
+        if run.engines is not None:
+            _write_lines(fresh / "engines.csv", engine_lines(run.engines))
+        if run.itl is not None:
+            _write_lines(fresh / "itl.csv", itl_lines(run.itl))
         body = {**meta, "summary": summary, "record": _record(run)}
         _write_lines(fresh / "run.json", [_as_json(body)])
         if more is not None:
@@ -323,9 +328,13 @@ def _time_cell(time_us: Micros) -> str:
 
 
 def _record(run: RunRecord) -> dict[str, Any]:
+    rows = {"requests": len(run.requests), "gpus": len(run.gpu_samples)}
+    for name, table in (("engines", run.engines), ("itl", run.itl)):
+        if table is not None:
+            rows[name] = len(table)
     return {
         "ended_us": run.ended_us,
-        "rows": {"requests": len(run.requests), "gpus": len(run.gpu_samples)},
+        "rows": rows,
         "models": {str(endpoint_id): name for endpoint_id, name in run.models.items()},
         "reasons": list(run.requests.reasons),
         "deployments": msgspec.to_builtins(run.deployments),

@@ -3,6 +3,9 @@
 SimPy holds the event queue; each timeout carries one event for the controller. Events of the same
 instant go to the controller together, and it sorts them, so that the order in which they were
 scheduled does not matter. Steps of continuous engines end first, and new ones are composed last.
+
+Ends of steps are most of what happens, and are no events of SimPy: they wait in a heap of their own, and those before
+SimPy's next event happen one after the other without it.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from heapq import heappop, heappush
 from typing import assert_never
 
 import simpy
 
 from maveriq.control.controller import Controller, snapshot
+from maveriq.control.engine_recorder import EngineRecords
 from maveriq.control.events import (
     Abort,
     Action,
@@ -40,9 +45,9 @@ from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InvariantError
+from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.contention import ContentionModel, ScheduledEnd
-from maveriq.sim.stepped_engine import SteppedEngine
 from maveriq.units import Micros
 from maveriq.workload.client import Client
 
@@ -55,7 +60,7 @@ def simulate(system: ReplaySystem, watcher: Watcher | None = None) -> RunRecord:
 
 
 class _Simulation:
-    """One run. SimPy's time is in whole microseconds."""
+    """One run. SimPy's time is in whole microseconds; `_now_us` is the instant that is handled, at or after it."""
 
     def __init__(self, system: ReplaySystem, watcher: Watcher | None) -> None:
         arrivals = system.workload.arrivals
@@ -79,9 +84,10 @@ class _Simulation:
         self._last_arrival_us = int(arrivals.arrival_us[-1])
         self._plans: dict[int, DeploymentPlan] = {}
         self._engines: dict[int, SteppedEngine] = {}  # the continuous ones, by deployment
+        self._engine_records = EngineRecords(system.sample_us)
         self._to_compose: dict[int, None] = {}  # deployments whose engines may have something to start
-        self._engine_wakes: dict[int, Micros] = {}  # the last one that was scheduled for each
-        self._is_unsettled = False
+        self._engine_wakes: list[tuple[Micros, int]] = []  # a heap; those that engines no longer want remain in it
+        self._now_us: Micros = 0
         self._inbox: list[Event] = []
         self._last_wake_us: Micros | None = None  # the last wake-up that was scheduled
         self._steps = 0
@@ -99,15 +105,15 @@ class _Simulation:
             self._post_fault(fault)
         for removal in self._system.removals:
             self._post(removal.at_us, EndpointRemoved(removal.endpoint_id))
-        self._wake_client_later(0)
-        self._after(self._system.sample_us, self._sample_regularly)
+        self._wake_client_later()
+        self._at(self._system.sample_us, self._sample_regularly)
         if self._reacts:
             self._env.run()  # until `_stop`, or until nothing is left to happen
-            return self._record(self._now_us)
+            return self._record(max(self._now_us, self._event_us))
         deadline_us = self._last_arrival_us + self._system.drain_us
         # Events at the deadline itself still happen.
         self._env.run(until=deadline_us + 1)
-        return self._record(min(self._now_us, deadline_us))
+        return self._record(min(max(self._now_us, self._event_us), deadline_us))
 
     def _start_ready(self, endpoints: Iterable[EndpointSpec]) -> None:
         """Start the engines that are up before the first request arrives."""
@@ -120,75 +126,89 @@ class _Simulation:
     # Scheduling
 
     @property
-    def _now_us(self) -> Micros:
+    def _event_us(self) -> Micros:
+        """The time of SimPy's event."""
         return self._env.now  # type: ignore[return-value]  # every delay is a whole number
 
-    def _after(self, delay_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
-        self._env.timeout(delay_us).callbacks.append(callback)
+    def _at(self, time_us: Micros, callback: Callable[[simpy.Event], None]) -> None:
+        self._env.timeout(time_us - self._event_us).callbacks.append(callback)
 
-    def _post(self, delay_us: Micros, event: Event) -> None:
+    def _post(self, time_us: Micros, event: Event) -> None:
         """Schedule an event for the controller."""
-        self._after(delay_us, partial(self._deliver, event))
+        self._at(time_us, partial(self._deliver, event))
 
     def _deliver(self, event: Event, _: simpy.Event) -> None:
         self._inbox.append(event)
         self._settle()
 
-    def _wake_client_later(self, now_us: Micros) -> None:
+    def _wake_client_later(self) -> None:
         """Schedule when the client sends its next request, unless that is scheduled or not known."""
         wake_us = self._client.next_us
         if wake_us is not None and wake_us != self._client_wake_us:
             self._client_wake_us = wake_us
-            self._after(wake_us - now_us, self._wake_client)
+            self._at(wake_us, self._wake_client)
 
     def _wake_client(self, _: simpy.Event) -> None:
-        self._send(self._now_us)
+        self._send(self._event_us)
         self._settle()
 
     def _send(self, now_us: Micros) -> bool:
         """Let the client send what is due and what its limit allows; return whether it sent anything."""
         sent = self._client.send(now_us)
         self._inbox.extend(map(RequestArrived, sent))
-        self._wake_client_later(now_us)
+        self._wake_client_later()
         if sent and self._reacts:
             self._last_arrival_us = now_us
             if not self._client.unsent:
-                self._after(self._system.drain_us + 1, _stop)
+                self._at(now_us + self._system.drain_us + 1, _stop)
         return bool(sent)
 
     def _request_ended(self, request_id: int) -> None:
         self._client.ended(request_id, self._now_us)
 
     def _settle(self) -> None:
-        """Pass the collected events to the controller, once no more are due at this instant.
+        """Handle this instant once no more of SimPy's events are due at it, then the ends of steps up to the next one.
 
         Raises:
             StopSimulation: every request has ended; this ends SimPy's `run`.
         """
-        now_us = self._now_us
+        now_us = self._event_us
         if self._env.peek() <= now_us:
-            self._is_unsettled = True
             return  # the last event of this instant settles
-        self._is_unsettled = False
-        self._handle_inbox(now_us)
-        while self._client.may_send and self._send(now_us):  # requests that ended have made room for others
+        self._handle_instant(now_us, has_events=True)
+        while (wake_us := self._next_engine_wake()) is not None and wake_us < self._env.peek():
+            self._handle_instant(wake_us, has_events=False)
+
+    def _handle_instant(self, now_us: Micros, *, has_events: bool) -> None:
+        """End the steps that are due, pass everything to the controller, and start the steps that follow.
+
+        Args:
+            now_us: the instant.
+            has_events: whether something else than the end of a step happens; else the controller may learn nothing.
+        """
+        self._now_us = now_us
+        self._finish_steps(now_us)
+        concerns_controller = has_events or bool(self._inbox)
+        if concerns_controller:
             self._handle_inbox(now_us)
+            while self._client.may_send and self._send(now_us):  # requests that ended have made room for others
+                self._handle_inbox(now_us)
+            wake_us = self._controller.wake_us
+            if wake_us is not None and wake_us != self._last_wake_us:
+                self._last_wake_us = wake_us
+                self._at(wake_us, self._wake)
+            if self._watcher:
+                self._update(self._watcher, now_us)
         if self._to_compose:
             self._compose(now_us)
-        wake_us = self._controller.wake_us
-        if wake_us is not None and wake_us != self._last_wake_us:
-            self._last_wake_us = wake_us
-            self._after(wake_us - now_us, self._wake)
-        if self._watcher:
-            self._update(self._watcher, now_us)
-        if not self._client.unsent and self._all_ended():
+        if concerns_controller and not self._client.unsent and self._all_ended():
             raise simpy.core.StopSimulation("every request has ended")
 
     def _handle_inbox(self, now_us: Micros) -> None:
         events, self._inbox = self._inbox, []
         actions = self._controller.handle(now_us, events)
         if self._system.faults:
-            self._schedule_ends(self._contention.abort(now_us, self._is_running), now_us)
+            self._schedule_ends(self._contention.abort(now_us, self._is_running))
             self._drop_failed_engines()
         for action in actions:
             self._carry_out(action, now_us)
@@ -208,17 +228,18 @@ class _Simulation:
             case Execute():
                 self._execute(action, now_us)
             case Submit(deployment_id, request):
-                self._engines[deployment_id].submit(now_us, request)
-                self._to_compose[deployment_id] = None
+                if engine := self._engines.get(deployment_id):  # else it failed at this instant, too
+                    engine.submit(now_us, request)
+                    self._to_compose[deployment_id] = None
             case Abort(deployment_id, request_id):
-                self._engines[deployment_id].abort(now_us, request_id)
-                self._to_compose[deployment_id] = None
+                if engine := self._engines.get(deployment_id):
+                    engine.abort(now_us, request_id)
+                    self._to_compose[deployment_id] = None
             case StartEngine():
                 up = self._load(action)
-                self._post(self._system.load_time(action.plan), up)
+                self._post(now_us + self._system.load_time(action.plan), up)
             case StopEngine(deployment_id):  # at once; the controller has freed its memory
-                self._engines.pop(deployment_id, None)
-                self._to_compose.pop(deployment_id, None)
+                self._drop_engine(deployment_id)
             case _ as never:
                 assert_never(never)
 
@@ -233,47 +254,61 @@ class _Simulation:
                     f"endpoint {endpoint.endpoint_id} batches continuously, and the system has no engines"
                 )
             parts = self._system.engines.parts(endpoint, action.plan)
-            engine = self._engines[number] = SteppedEngine(parts, number, action.generation)
+            recorder = self._engine_records.recorder(
+                number,
+                endpoint_id=endpoint.endpoint_id,
+                blocks=parts.engine.pool.blocks,
+                now_us=self._now_us,
+            )
+            engine = self._engines[number] = SteppedEngine(parts, number, action.generation, recorder=recorder)
             return EngineUp(number, action.generation, engine.kv_capacity_tokens)
         return EngineUp(number, action.generation)
 
     # Continuous engines
 
+    def _next_engine_wake(self) -> Micros | None:
+        """Return when the next engine has something to do; None if none has."""
+        wakes = self._engine_wakes
+        while wakes:
+            wake_us, number = wakes[0]
+            engine = self._engines.get(number)
+            if engine is not None and engine.next_us == wake_us:
+                return wake_us
+            heappop(wakes)  # it wants another one, or has stopped
+        return None
+
+    def _finish_steps(self, now_us: Micros) -> None:
+        """End the steps that are due at this instant."""
+        wakes = self._engine_wakes
+        while wakes and wakes[0][0] <= now_us:
+            wake_us, number = heappop(wakes)
+            engine = self._engines.get(number)
+            if engine is None or engine.next_us != wake_us:
+                continue
+            self._to_compose[number] = None
+            progress = engine.finish(now_us)
+            if progress:
+                self._inbox.append(progress)
+
     def _compose(self, now_us: Micros) -> None:
-        """Let engines start their next steps, and schedule when these end."""
+        """Let engines start their next steps, and note when these end."""
         for number in self._to_compose:
             engine = self._engines[number]
             engine.compose(now_us)
             wake_us = engine.next_us
-            if wake_us is not None and wake_us != self._engine_wakes.get(number):
-                self._engine_wakes[number] = wake_us
-                self._after(wake_us - now_us, partial(self._wake_engine, number))
+            if wake_us is not None:
+                heappush(self._engine_wakes, (wake_us, number))
         self._to_compose.clear()
 
     def _drop_failed_engines(self) -> None:
         deployments = self._controller.manager.deployments
         for number in [number for number in self._engines if not deployments[number].alive]:
-            del self._engines[number]
-            self._to_compose.pop(number, None)
+            self._drop_engine(number)
 
-    def _wake_engine(self, number: int, _: simpy.Event) -> None:
-        now_us = self._now_us
-        engine = self._engines.get(number)
-        if engine is None or engine.next_us != now_us:  # it was scheduled anew, or stopped
-            if self._is_unsettled:
-                self._settle()
-            return
-        self._engine_wakes.pop(number, None)
-        self._to_compose[number] = None
-        progress = engine.finish(now_us)
-        if progress:
-            self._inbox.append(progress)
-        if self._inbox or self._is_unsettled:
-            self._settle()
-        elif self._env.peek() > now_us:
-            self._compose(now_us)  # nothing to tell the controller
-        else:
-            self._is_unsettled = True
+    def _drop_engine(self, number: int) -> None:
+        if engine := self._engines.pop(number, None):
+            engine.stop(self._now_us)
+        self._to_compose.pop(number, None)
 
     # Exclusive engines
 
@@ -282,17 +317,17 @@ class _Simulation:
         first_token_us, service_us = self._service_times.times_us(plan, action.requests)
         finished = ExecutionFinished(action.deployment_id, action.execution_id, now_us + first_token_us)
         ends = self._contention.start(now_us, finished, plan, action.requests, service_us=service_us)
-        self._schedule_ends(ends, now_us)
+        self._schedule_ends(ends)
 
-    def _schedule_ends(self, ends: Iterable[ScheduledEnd], now_us: Micros) -> None:
+    def _schedule_ends(self, ends: Iterable[ScheduledEnd]) -> None:
         for finished, finish_us in ends:
-            self._after(finish_us - now_us, partial(self._end_execution, finished))
+            self._at(finish_us, partial(self._end_execution, finished))
 
     def _end_execution(self, finished: ExecutionFinished, _: simpy.Event) -> None:
-        now_us = self._now_us
+        now_us = self._event_us
         ends = self._contention.end(now_us, finished)
         if ends is not None:
-            self._schedule_ends(ends, now_us)
+            self._schedule_ends(ends)
             self._inbox.append(finished)
         self._settle()
 
@@ -326,14 +361,16 @@ class _Simulation:
             now_us,
             last_arrival_us=now_us if self._reacts and self._client.unsent else self._last_arrival_us,
             total=len(self._system.workload.arrivals),
+            engines={number: engine.engine.counters for number, engine in self._engines.items()},
         )
 
     def _sample_regularly(self, _: simpy.Event) -> None:
-        now_us = self._now_us
+        now_us = self._event_us
         self._sample(now_us)
-        if self._env.peek() == math.inf and not self._is_unsettled:  # whoever waits now waits for ever
+        ends = self._env.peek() == math.inf and not self._inbox
+        if ends and self._next_engine_wake() is None:  # whoever waits now waits for ever
             raise simpy.core.StopSimulation("nothing will happen any more")
-        self._after(self._system.sample_us, self._sample_regularly)
+        self._at(now_us + self._system.sample_us, self._sample_regularly)
         self._settle()
 
     def _sample(self, now_us: Micros) -> None:
@@ -359,12 +396,17 @@ class _Simulation:
             self._sample(ended_us)
         if self._watcher:
             self._watcher.update(self._progress(ended_us))
+        for engine in self._engines.values():
+            engine.stop(ended_us)
+        engines, itl = self._engine_records.tables(ended_us)
         return RunRecord(
             requests=controller.tracker.close(),
             deployments=tuple(deployment.record() for deployment in controller.manager.deployments.values()),
             gpu_samples=tuple(self._samples),
             models={endpoint.endpoint_id: endpoint.model.name for endpoint in self._system.workload.endpoints},
             ended_us=ended_us,
+            engines=engines,
+            itl=itl,
         )
 
 

@@ -104,6 +104,7 @@ def _requests(run: RecordedRun, scheduled: Scheduled, completed: Completed, prof
         cached_tokens=np.zeros(len(scheduled), dtype=np.int64),
         output_tokens=np.full(len(scheduled), OUTPUT_TOKENS, dtype=np.int64),
         preemptions=np.zeros(len(scheduled), dtype=np.int64),
+        steps=np.zeros(len(scheduled), dtype=np.int64),
         slo_us=_slos_us(run, scheduled, profile),
         reasons=_REASONS,
     )

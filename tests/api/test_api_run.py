@@ -31,12 +31,14 @@ def test_a_run_in_a_notebooks_event_loop_is_read_back_whole(workload: dict[str, 
     loaded = maveriq.load_run(tmp_path / "run")
     for table in ("requests", "deployments", "gpus"):
         pd.testing.assert_frame_equal(getattr(loaded, table), getattr(run, table))
-    assert loaded.engines_csv == run.engines_csv
+    assert loaded.engine_processes_csv == run.engine_processes_csv
     assert not loaded.interrupted
     with pytest.raises(maveriq.errors.InputError, match="exists already"):
         maveriq.run(backend="emulated", time_scale=0.05, out=tmp_path / "run", **workload)
     loaded.save(tmp_path / "copy")
-    assert (tmp_path / "copy" / "engines.csv").read_bytes() == (tmp_path / "run" / "engines.csv").read_bytes()
+    assert (tmp_path / "copy" / "engine_processes.csv").read_bytes() == (
+        tmp_path / "run" / "engine_processes.csv"
+    ).read_bytes()
 
 
 def test_engines_run_in_the_interpreter_that_is_named(workload: dict[str, Any], tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ REFUSED = (
     bad(f"{RUN} --policy alpaserve", "alpaserve", "--policy", files=FILES),
     bad(f"{RUN} --router least-work", "--router least-work", "least-outstanding", files=FILES),
     bad(RUN.replace("physics", "paper"), "--service-times physics", files=FILES),
-    bad("run --backend emulated --models m.toml --gpus 1xH100-SXM --trace r.csv", "simulated only", files=FILES),
+    bad("run --backend torch --models m.toml --gpus 1xH100-SXM --trace r.csv", "--backend emulated", files=FILES),
 )
 SETS = (
     (SET.replace("tp = 1", "tp = 1\npp = 2"), ("pp = 1", "not simulated yet")),

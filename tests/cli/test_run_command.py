@@ -90,7 +90,7 @@ def test_run_writes_the_same_records_as_sim(maveriq: Maveriq, tmp_path: Path) ->
     meta = read_meta(tmp_path / folder)
     assert (meta["kind"], meta["engines"]["backend"]) == ("run", "emulated")
     assert sorted(log.name for log in (tmp_path / folder / "engines").iterdir()) == ["1-1.log", "2-1.log"]
-    engines = (tmp_path / folder / "engines.csv").read_text().splitlines()
+    engines = (tmp_path / folder / "engine_processes.csv").read_text().splitlines()
     assert [line.split(",")[:3] for line in engines[1:]] == [["1-1", "1", "emulated"], ["2-1", "2", "emulated"]]
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")] == []
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from fixtures import scenario
 
+from maveriq.control.engine_recorder import EngineRecorder
+from maveriq.control.engine_series import TokenGaps
 from maveriq.domain.deployments import Batching
 from maveriq.domain.requests import Request
 from maveriq.engine.reading import read_engine_settings
@@ -14,8 +16,8 @@ from maveriq.engine.settings import EngineHost
 from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.step_timer import StepTimer
 from maveriq.scenario.continuous_engines import EngineParts
+from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.scenario.system import ReplaySystem
-from maveriq.sim.stepped_engine import SteppedEngine
 from maveriq.workload.requests import Arrivals
 
 
@@ -26,7 +28,7 @@ class RoundSteps:
 
     def gpu_us(self, *, decodes, context_tokens, chunks=()):
         mean = context_tokens / decodes if decodes else 0
-        tokens = sum(chunk.tokens + chunk.past / 8 for chunk in chunks)
+        tokens = sum(chunk_tokens + past / 8 for chunk_tokens, past in chunks)
         return 100 + 3.3 * decodes + 0.37 * context_tokens + 0.9 * decodes * max(0, mean - 50) + 11.7 * tokens
 
 
@@ -41,11 +43,13 @@ def stepped(
     delay_us: int = 0,
     deployment_id: int = 1,
     skips_steps: bool = True,
+    sample_us: int = 1_000_000,
 ) -> SteppedEngine:
-    """Return an engine of a model with so long a context."""
+    """Return an engine of a model with so long a context, which records intervals of `sample_us`."""
     resolved = read_engine_settings(settings).resolve(EngineHost(context_tokens=context))
     parts = EngineParts(engine=resolved.make_engine(blocks), timer=TIMER, admission_delay_us=lambda _: delay_us)
-    return SteppedEngine(parts, deployment_id, 1, skips_steps=skips_steps)
+    recorder = EngineRecorder(sample_us, TokenGaps())
+    return SteppedEngine(parts, deployment_id, 1, recorder=recorder, skips_steps=skips_steps)
 
 
 @dataclass
@@ -57,7 +61,9 @@ class History:
     finished: dict[int, tuple[int, int]] = field(default_factory=dict)
     preempted: list[int] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
     events: int = 0
+    ended_us: int = 0
 
 
 def run(engine: SteppedEngine, requests: Sequence[Request], aborts: Iterable[tuple[int, int]] = ()) -> History:
@@ -70,6 +76,7 @@ def run(engine: SteppedEngine, requests: Sequence[Request], aborts: Iterable[tup
         now_us = min(time for time in times if time is not None)
         progress = engine.finish(now_us)
         history.events += 1
+        history.ended_us = now_us
         for started in progress.started:
             assert started.request_id not in history.started
             history.started[started.request_id] = started.start_us
@@ -78,7 +85,8 @@ def run(engine: SteppedEngine, requests: Sequence[Request], aborts: Iterable[tup
         for request_id in progress.first_tokens:
             assert request_id not in history.first_token
             history.first_token[request_id] = now_us
-        for request_id, tokens in progress.finished:
+        for request_id, tokens, steps in progress.finished:
+            history.steps[request_id] = steps
             assert request_id not in history.finished
             history.finished[request_id] = (now_us, tokens)
         while due and due[0][0] == now_us:

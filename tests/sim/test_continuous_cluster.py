@@ -25,7 +25,7 @@ from maveriq.control.events import (
 )
 from maveriq.domain.deployments import Batching
 from maveriq.domain.requests import RequestStatus
-from maveriq.sim.stepped_engine import SteppedEngine
+from maveriq.scenario.stepped_engine import SteppedEngine
 
 SETTINGS = {"kind": "vllm", "max_num_seqs": 4, "max_num_batched_tokens": 64}
 

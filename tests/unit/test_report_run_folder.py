@@ -57,6 +57,7 @@ def test_requests_follow_the_schema(folder):
         "prompt_tokens": "10", "cached_tokens": "0", "output_tokens": "6", "preemptions": "0",
         "queue_s": "0.500000", "service_s": "2.500000",
         "latency_s": "3.000000", "ttft_s": "1.000000", "tpot_s": "0.400000", "slo_s": "3.000000", "slo_met": "1",
+        "steps": "",
     }  # fmt: skip
     assert rows[1]["model"] == 'big, "quoted"'
     assert (rows[1]["slo_met"], rows[1]["latency_s"], rows[1]["ttft_s"], rows[1]["tpot_s"]) == ("0", "6.000000", "", "")

@@ -9,7 +9,7 @@ from maveriq.domain.models import load_model
 from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.operators import operators_of
 from maveriq.estimate.step_time import Chunk, StepModel
-from maveriq.estimate.step_timer import StepTimer, micros_after, ticks
+from maveriq.estimate.step_timer import StepTimer, earliest_at, micros_after, ticks
 
 MODEL = load_model("llama-2-7b")
 PRESET = engine_preset("vllm-0.23.0")
@@ -54,3 +54,20 @@ def test_a_step_with_chunks_takes_what_model_and_preset_say():
 
 def test_an_event_is_at_the_first_whole_microsecond_that_is_not_before_it():
     assert [micros_after(ticks(time_us)) for time_us in (7, 7.25, 8)] == [7, 8, 8]
+
+
+@given(DECODES, MEAN_CONTEXT, st.integers(1, 600), st.floats(0, 1.1))
+def test_the_steps_until_an_instant_are_the_fewest_that_reach_it(decodes, mean, most, share):
+    context, line = decodes * mean, TIMER.decode_line(decodes)
+    at_least = max(1, int(share * line.sum(context, most)))
+    steps, taken = line.steps_until(context, most, at_least)
+    assert 1 <= steps <= most
+    assert taken == line.sum(context, steps)
+    assert line.sum(context, steps - 1) < at_least
+    assert taken >= at_least or steps == most
+
+
+@given(st.integers(1, 10**9))
+def test_the_earliest_time_at_a_microsecond_is_the_first_that_rounds_up_to_it(time_us):
+    assert micros_after(earliest_at(time_us)) == time_us
+    assert micros_after(earliest_at(time_us) - 1) == time_us - 1
