@@ -88,6 +88,7 @@ class _Simulation:
         self._to_compose: dict[int, None] = {}  # deployments whose engines may have something to start
         self._engine_wakes: list[tuple[Micros, int]] = []  # a heap; those that engines no longer want remain in it
         self._now_us: Micros = 0
+        self._is_unsettled = False  # events of this instant have happened, and are not handled
         self._inbox: list[Event] = []
         self._last_wake_us: Micros | None = None  # the last wake-up that was scheduled
         self._steps = 0
@@ -174,7 +175,9 @@ class _Simulation:
         """
         now_us = self._event_us
         if self._env.peek() <= now_us:
+            self._is_unsettled = True
             return  # the last event of this instant settles
+        self._is_unsettled = False
         self._handle_instant(now_us, has_events=True)
         while (wake_us := self._next_engine_wake()) is not None and wake_us < self._env.peek():
             self._handle_instant(wake_us, has_events=False)
@@ -367,8 +370,8 @@ class _Simulation:
     def _sample_regularly(self, _: simpy.Event) -> None:
         now_us = self._event_us
         self._sample(now_us)
-        ends = self._env.peek() == math.inf and not self._inbox
-        if ends and self._next_engine_wake() is None:  # whoever waits now waits for ever
+        nothing_due = self._env.peek() == math.inf and not self._is_unsettled
+        if nothing_due and self._next_engine_wake() is None:  # whoever waits now waits for ever
             raise simpy.core.StopSimulation("nothing will happen any more")
         self._at(now_us + self._system.sample_us, self._sample_regularly)
         self._settle()

@@ -156,6 +156,14 @@ def test_a_run_in_which_nothing_can_happen_any_more_ends():
     assert set(table.status.tolist()) <= {status.value for status in RequestStatus if status >= RequestStatus.COMPLETED}
 
 
+@pytest.mark.parametrize("start_us", [1, 1_000_000, 2_000_000])
+def test_clients_may_start_when_gpus_are_sampled(start_us):
+    rows = arrivals([start_us] * 4, [1] * 4, [1_000] * 4)
+    system = scenario(rows, {1: [(0,)]}, gpus=1)
+    table = simulate(replace(system, workload=replace(system.workload, concurrency=2))).requests
+    assert table.counts()[RequestStatus.COMPLETED] == 4
+
+
 def test_little_s_law_in_a_closed_loop():
     """N = X (R + Z): clients, throughput, response and think time, over the middle of a long run."""
     rng = np.random.default_rng(1)
