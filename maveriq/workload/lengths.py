@@ -34,7 +34,8 @@ _Quantiles: TypeAlias = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 class Lengths:
     """Tokens of each request (int64, at least 1), and the typical number that a deployment is planned for.
 
-    The typical one is the number itself or the median of the distribution; it does not depend on the seed.
+    The typical one is the number itself or the median of the distribution, which does not depend on the seed; of
+    prompts that grow in conversations it is the median of what was drawn.
     """
 
     tokens: np.ndarray[Any, Any]
