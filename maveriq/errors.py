@@ -45,9 +45,10 @@ class UnknownNameError(InputError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" with the known name that is nearest, "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Return "; did you mean 'x'?" with the known name that is nearest, in whatever case, "" if none is near."""
+    by_text = {text.casefold(): text for text in known}
+    near = difflib.get_close_matches(name.casefold(), list(by_text), n=1)
+    return f"; did you mean {by_text[near[0]]!r}?" if near else ""
 
 
 def _listed(names: list[str], name: str) -> str:

@@ -277,6 +277,6 @@ def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str) -> 
     if estimator in (MEASURED, PHYSICS) or model.name in known:
         return None
     return (
-        f" has no fingerprint in profile {profile.name!r} (it has {', '.join(sorted(known))}); measure one and give it "
-        "with --profile FILE, or estimate it from its shape with --estimator physics"
+        f" has no fingerprint in profile {profile.name!r} (it has {', '.join(sorted(known)) or 'none'}); measure one "
+        "and give it with --profile FILE, or estimate it from its shape with --estimator physics"
     )

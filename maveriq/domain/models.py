@@ -6,6 +6,7 @@ The models maveriq knows by name, and models read from a Hugging Face `config.js
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -21,7 +22,7 @@ from maveriq.domain.decoder import Decoder, plain_decoder
 from maveriq.domain.decoder_config import read_decoder
 from maveriq.domain.feed_forward import DenseFeedForward
 from maveriq.domain.model_config import parse_config, shape_of_decoder
-from maveriq.errors import InputError, UnknownNameError
+from maveriq.errors import InputError, UnknownNameError, did_you_mean
 from maveriq.files import data_path, exists, is_folder, read_regular_text
 from maveriq.tables import read_toml
 from maveriq.text import check_name, check_path
@@ -301,6 +302,9 @@ def shape_of(name: str) -> ModelSpec | None:
     return known[max(bases, key=len)] if bases else None
 
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)")
+
+
 def load_model(name_or_path: str) -> ModelSpec:
     """Return a model by its catalogue name, or read it from a Hugging Face configuration.
 
@@ -308,17 +312,22 @@ def load_model(name_or_path: str) -> ModelSpec:
     by its folder.
 
     Args:
-        name_or_path: a name of `known_models`, or the path of a `config.json` or of its folder.
+        name_or_path: a name of `known_models`, in any case, or the path of a `config.json` or of its folder.
 
     Raises:
         UnknownNameError: neither a known name nor a path.
         InputError: the file is missing, is not JSON, or does not describe a decoder-only model.
     """
     known = known_models()
-    if name_or_path in known:
-        return known[name_or_path]
     check_path(name_or_path, "model")
     path = Path(name_or_path)
+    if name_or_path.casefold() in known and (name_or_path in known or not exists(path)):
+        return known[name_or_path.casefold()]
+    if _HUB_NAME.fullmatch(name_or_path) and not exists(path):
+        raise InputError(
+            f"model {name_or_path!r} is no folder, and nothing is downloaded; give the path of its config.json"
+            f"{did_you_mean(path.name.casefold().removesuffix('-instruct'), known)}"
+        )
     if not (path.suffix == ".json" or os.sep in name_or_path or exists(path)):
         hint = "or give the path of a Hugging Face config.json"
         raise UnknownNameError("model", name_or_path, known, hint)

@@ -20,7 +20,7 @@ from maveriq.units import Bytes, bytes_from_gib
 MAX_GPUS = 10_000
 """Larger counts are rejected as typing errors."""
 
-_SHORT = re.compile(r"(\d{1,9})x([^/\\.]+)")
+_SHORT = re.compile(r"(\d{1,9})\s*[xX]\s*([^/\\.]+)")
 _Gib = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=MAX_GPUS)]

@@ -174,7 +174,7 @@ def engine_preset(name: str) -> EnginePreset:
     generations = [preset for preset in presets.values() if preset.engine == engine]
     if not generations:
         engines = {preset.engine for preset in presets.values()}
-        raise UnknownNameError("engine", name, engines | presets.keys(), "; an engine takes a version: vllm-0.23.0")
+        raise UnknownNameError("engine", name, engines | presets.keys(), "or an engine with its version, vllm-0.23.0")
     if not text:
         return generations[-1]
     preset = next((preset for preset in generations if preset.covers(text)), None)

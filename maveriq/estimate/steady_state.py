@@ -22,6 +22,7 @@ StepTime: TypeAlias = Callable[[float, Sequence[Chunk]], float]
 """Returns the time of a step in µs: decoding sequences, and chunks of prompts."""
 
 _HALVINGS = 40  # of the interval in which the rate of prompts is sought
+_FEW_TOKENS = 2
 _MANY_CHUNKS = 32  # beyond which each further chunk of a step takes as long as the last ones
 
 
@@ -72,8 +73,10 @@ class SteadyLoad:
         else:
             first_us, token_us = engine.apart()
         decoding_us = engine.decode_steps * token_us
-        # No engine takes longer than one that works at one request after the other.
-        first_us = min(first_us, max(running, 1.0) * engine.alone_us() - decoding_us)
+        if (
+            engine.decode_steps < _FEW_TOKENS
+        ):  # no engine takes longer than one that works at one request after the other
+            first_us = min(first_us, max(running, 1.0) * engine.alone_us() - decoding_us)
         # What waits and what runs, by Little's law.
         first_us += (self.in_flight / running - 1) * (first_us + decoding_us)
         return SteadyTimes(first_us, token_us)

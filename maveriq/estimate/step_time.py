@@ -185,13 +185,16 @@ class StepModel:
             chunks: chunks of prompts, each a `Chunk` or `(tokens, past)`.
         """
         tokens = sequences = float(decodes)
-        time_us = lead_us = 0.0
-        for chunk_tokens, past in chunks:
+        time_us = lead_us = beside_others_us = 0.0
+        last = None
+        for chunk in chunks:
+            chunk_tokens, past = chunk
             tokens += chunk_tokens
             sequences += 1
-            beside_others_us, more_alone_us = self._prefill_us.at(chunk_tokens, past)
+            if chunk is not last:  # equal ones are often the same object
+                beside_others_us, more_alone_us = self._prefill_us.at(chunk_tokens, past)
+                lead_us, last = max(lead_us, more_alone_us), chunk
             time_us += beside_others_us
-            lead_us = max(lead_us, more_alone_us)
         if not tokens:
             return 0.0
         time_us += lead_us

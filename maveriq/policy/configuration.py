@@ -7,8 +7,9 @@ orders those that meet everything else by latency, and says so in a note.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 from maveriq.domain.cluster import ClusterView, GpuView
@@ -148,9 +149,10 @@ def rank(
     rejected: list[RejectedConfig] = []
     unit = score_unit(endpoint.intent.objective, cost, view)
     for pool in gpu_pools(view):
+        memory_of = _memory_of(endpoint, pool, estimator)
         for configuration in _configurations(endpoint, pool, estimator):
             on_kind = replace(configuration, gpu=pool.kind) if pool.kind else configuration
-            outcome = _consider(endpoint, on_kind, pool, estimator, accuracy, unit)
+            outcome = _consider(endpoint, on_kind, pool, estimator, memory_of, accuracy, unit)
             if isinstance(outcome, Candidate):
                 fitting.append(outcome)
             else:
@@ -158,21 +160,18 @@ def rank(
     return _order(endpoint.intent, _with_notes(endpoint, fitting, evidence), rejected, unit, in_ms=in_ms)
 
 
-def _memory(
-    endpoint: EndpointSpec,
-    configuration: ParallelConfig,
-    pool: GpuPool,
-    estimator: Estimator,
-    lengths: Mapping[str, int],
-) -> Bytes:
-    """Return the memory: the endpoint's share, or for requests of these lengths where the estimator knows that."""
-    model = endpoint.model
-    if endpoint.memory_share is not None:
-        return configuration.gpus * int(endpoint.memory_share * pool.capacity_bytes)
+def _memory_of(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Callable[[ParallelConfig], Bytes]:
+    """Return what tells the memory: the endpoint's share, or for its lengths where the estimator knows that."""
+    model, share = endpoint.model, endpoint.memory_share
+    if share is not None:
+        share_bytes = int(share * pool.capacity_bytes)
+        return lambda configuration: configuration.gpus * share_bytes
     own = own_estimator(estimator, model, pool.kind)
     if isinstance(own, SequenceAware) and isinstance(own, LengthAwareMemory):
-        return own.memory_with(model, replace(configuration, gpu=""), **lengths)
-    return estimator.memory(model, configuration)
+        lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
+        with_lengths: LengthAwareMemory = own
+        return lambda configuration: with_lengths.memory_with(model, replace(configuration, gpu=""), **lengths)
+    return partial(estimator.memory, model)
 
 
 def _configurations(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Iterable[ParallelConfig]:
@@ -205,6 +204,7 @@ def _consider(
     configuration: ParallelConfig,
     pool: GpuPool,
     estimator: Estimator,
+    memory_of: Callable[[ParallelConfig], Bytes],
     accuracy: AccuracyLookup,
     unit: ScoreUnit,
 ) -> Candidate | RejectedConfig:
@@ -219,7 +219,7 @@ def _consider(
             configuration=configuration, reason=f"TP {configuration.tp} would cross nodes of {pool.largest_node} GPUs"
         )
     lengths = {"prompt_tokens": endpoint.prompt_tokens, "output_tokens": endpoint.output_tokens}
-    memory_bytes = _memory(endpoint, configuration, pool, estimator, lengths)
+    memory_bytes = memory_of(configuration)
     sizes = {"tp": configuration.tp, "layers": endpoint.model.layers, "memory_bytes": memory_bytes}
     chosen, split, hops = _dealt(pool, configuration, **sizes)
     if split is None:

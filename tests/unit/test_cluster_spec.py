@@ -32,6 +32,7 @@ def written(folder: Path, *tables: str) -> str:
         ("16xH100", [8, 8]),
         ("10xA10", [4, 4, 2]),
         ("72xGB200", [72]),
+        ("16 X h100", [8, 8]),
     ],
 )
 def test_the_short_form_has_nodes_of_the_kinds_usual_size(text: str, sizes: list[int]) -> None:

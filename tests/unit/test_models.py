@@ -72,6 +72,14 @@ def test_old_and_new_falcon_differ_in_kv_heads(tmp_path: Path) -> None:
     assert (model.kv_heads, model.intermediate_size) == (4, 256)
 
 
+def test_names_are_known_in_any_case_and_as_on_the_hub_only_by_a_hint() -> None:
+    assert load_model("Llama-3.1-8B") is load_model("llama-3.1-8b")
+    with pytest.raises(InputError, match=r"nothing is downloaded; give the path.*; did you mean 'llama-3.1-8b'\?$"):
+        load_model("meta-llama/Llama-3.1-8B-Instruct")
+    with pytest.raises(InputError, match=r"'nowhere/config.json' does not exist"):
+        load_model("nowhere/config.json")
+
+
 def test_an_unknown_name_suggests_a_similar_name() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown model 'llama-2-7'; did you mean 'llama-2-7b'.*config\.json"):
         load_model("llama-2-7")
