@@ -156,8 +156,8 @@ def _consider(
     broken = broken_constraint(endpoint.intent, configuration, percent)
     if broken:
         return RejectedConfig(configuration=configuration, reason=broken)
-    if reason := engines.why_not(endpoint, configuration):
-        return reason
+    if rejected := engines.why_not(endpoint, configuration):
+        return rejected
     most, wanted = pool.replicas(configuration.gpus), endpoint.replicas or 1
     if most < wanted:
         reason = f"only {most} of {wanted} replicas fit" if most else NO_MEMORY
