@@ -1,4 +1,4 @@
-"""`maveriq fit`: evaluates an estimator on measurements, or fits the calibrated estimator to new hardware."""
+"""`maveriq fit`: fits estimators to measurements and engines to recorded requests, or evaluates an estimator."""
 
 from __future__ import annotations
 
@@ -54,8 +54,12 @@ _FITTED_FILE = re.compile(r"calibrated(-without-.+)?\.toml|calibrated-served\.cs
 
 def fit(
     data: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DATA]", help="Fit the calibrated estimator to this table, or folder of tables."),
+        list[Path] | None,
+        typer.Argument(
+            metavar="[DATA | RUN...]",
+            help="Fit the calibrated estimator to this table, or folder of tables. With --models: fit the times of an "
+            "engine to recorded requests, tables or run folders of one deployment.",
+        ),
     ] = None,
     *,
     table: Annotated[
@@ -90,6 +94,18 @@ def fit(
             show_default="from the best match; to fit: as published",
         ),
     ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="SET", help="The model set of the deployment that served the recorded requests of RUN..."),
+    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="The GPUs of that deployment: 1xH100-SXM.")] = None,
+    max_in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Requests that the client of RUN... had in flight at most.")
+    ] = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(min=0, help="First requests of each RUN that do not count.", show_default="a tenth, at most 100"),
+    ] = None,
     runs: Annotated[
         Path | None,
         typer.Option(
@@ -101,27 +117,85 @@ def fit(
         int, typer.Option(min=1, max=10_000, help="GPUs per CPU socket of the host that recorded --runs.")
     ] = 4,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where a fit writes its files.", show_default="nowhere")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where a fit writes its files: a folder; with --models a TOML file for --profile.",
+            show_default="nowhere",
+        ),
     ] = None,
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Evaluate an estimator on measurements, or fit the calibrated estimator to them."""
-    if (data is None) == (table is None):
-        raise InputError("give --evaluate TABLE to compare an estimator, or a folder DATA to fit one; not both")
+    """Evaluate an estimator on measurements, or fit to them.
+
+    A fit is of the calibrated estimator to a table of latencies, or, with --models, of the times of an engine that
+    batches continuously to the requests that it served.
+    """
+    if models is not None or (gpus, max_in_flight, warm_up) != (None, None, None):
+        _fit_to_requests(
+            data,
+            (table, profile, estimator, leave_out, prompt_tokens, runs),
+            models=models, gpus=gpus, max_in_flight=max_in_flight, warm_up=warm_up, out=out, overwrite=overwrite,
+            as_json=as_json,
+        )  # fmt: skip
+        return
+    if (data is None) == (table is None) or (data is not None and len(data) > 1):
+        raise InputError(
+            "give --evaluate TABLE to compare an estimator, one folder DATA to fit one, or RUN... and --models SET to "
+            "fit an engine to recorded requests"
+        )
     if table is not None:
         if (out, runs) != (None, None):
             raise InputError("--out and --runs belong to a fit; leave them away with --evaluate")
         _evaluate(table, profile, estimator, leave_out, prompt_tokens, as_json=as_json)
-    elif data is not None:
+    elif data:
         if (profile, estimator, leave_out) != (None, None, None):
             raise InputError("--profile, --estimator and --leave-out belong to --evaluate; leave them away")
-        if out is not None and not is_folder(out):
-            raise InputError(f"--out {str(out)!r} is no folder; make it first")
-        for path in sorted(out.glob("*")) if out is not None else ():
-            if _FITTED_FILE.fullmatch(path.name):
-                check_file_writable(path, what=_FITTED, overwrite=overwrite)
-        _fit(data, prompt_tokens, runs, gpus_per_socket, out, overwrite=overwrite, as_json=as_json)
+        _check_out(out, overwrite=overwrite)
+        _fit(data[0], prompt_tokens, runs, gpus_per_socket, out, overwrite=overwrite, as_json=as_json)
+
+
+def _check_out(out: Path | None, *, overwrite: bool) -> None:
+    """Check, before long work, that a fit may write its files."""
+    if out is None:
+        return
+    if not is_folder(out):
+        raise InputError(f"--out {str(out)!r} is no folder; make it first")
+    for path in sorted(out.glob("*")):
+        if _FITTED_FILE.fullmatch(path.name):
+            check_file_writable(path, what=_FITTED, overwrite=overwrite)
+
+
+def _fit_to_requests(
+    data: Sequence[Path] | None,
+    others: Sequence[object],
+    *,
+    models: str | None,
+    gpus: str | None,
+    max_in_flight: int | None,
+    warm_up: int | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Fit the times of an engine; `others` are the options that do not belong to that."""
+    from maveriq.cli.fit_engine import fit_engine
+
+    if models is None:
+        raise InputError("--gpus, --max-in-flight and --warm-up belong to a fit to recorded requests; add --models SET")
+    if not data:
+        raise InputError("--models: name the recorded requests, RUN..., that the deployment served")
+    if any(other is not None for other in others):
+        raise InputError(
+            "a fit to recorded requests takes --models, --gpus, --max-in-flight, --warm-up and --out alone"
+        )
+    if gpus is None:
+        raise InputError("--models: name the GPUs of the deployment: --gpus 1xH100-SXM")
+    fit_engine(
+        data, models=models, gpus=gpus, max_in_flight=max_in_flight, warm_up=warm_up, out=out, overwrite=overwrite,
+        as_json=as_json,
+    )  # fmt: skip
 
 
 def _print_json(answer: Mapping[str, object]) -> None:

@@ -16,6 +16,7 @@ from maveriq.files import data_path
 from maveriq.tables import read_toml
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
 
@@ -66,6 +67,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         bandwidth_gb_s: bandwidth of the memory, GB/s.
         multiprocessors: streaming multiprocessors (compute units).
         clock_ghz: the clock at which the tensor speed is stated, GHz.
+        cache_mib: the cache (L2) between these and the memory, MiB; 0 where no kernel of it was measured.
         tflops: dense tensor TFLOP/s by format of the factors.
         link: what connects the GPUs of a node.
         link_gb_s: what a GPU sends and receives together over it, GB/s.
@@ -84,6 +86,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     bandwidth_gb_s: _Positive
     multiprocessors: _Count
     clock_ghz: _Positive
+    cache_mib: _NotNegative = 0.0
     tflops: dict[NumberFormat, _Positive]
     link: Link
     link_gb_s: _Positive

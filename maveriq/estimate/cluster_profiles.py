@@ -12,6 +12,7 @@ from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.cluster_spec import gpu_kinds_in
+from maveriq.estimate.fitted_profile import load_any_profile
 from maveriq.estimate.full_models import MeasuredRatio
 from maveriq.estimate.hardware_profile import (
     DEFAULT_PROFILE,
@@ -87,7 +88,7 @@ def profiles_for(name: str, gpus: str, accuracy: str | None = None) -> ClusterPr
 
 
 def _profiles_for(name: str, gpus: str) -> ClusterProfiles:
-    named = load_profile(name)
+    named = load_any_profile(name)
     kinds = gpu_kinds_in(gpus)
     known = [named] if len(kinds) < 2 or name == DEFAULT_PROFILE else [named, load_profile(DEFAULT_PROFILE)]
     profiles = [_profile_of(kind, known) for kind in kinds] or [named]

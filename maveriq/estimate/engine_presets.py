@@ -32,6 +32,29 @@ _Factor = Annotated[float, msgspec.Meta(gt=0, le=10)]
 _OTHER_NAMES = {"tensorrt-llm": "trtllm", "trt-llm": "trtllm", "tensorrt_llm": "trtllm"}
 
 
+class Uncertainty(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How far the true value of each fitted time may lie from the fitted one: a standard deviation; 0 if not fitted."""
+
+    step_us: _NotNegative = 0.0
+    sequence_us: _NotNegative = 0.0
+    kernel_factor: _NotNegative = 0.0
+    prefill_factor: _NotNegative = 0.0
+    api_us: _NotNegative = 0.0
+    api_token_us: _NotNegative = 0.0
+
+
+class EngineTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What `maveriq fit` finds of a deployment, in place of the same fields of its engine's preset."""
+
+    step_us: _NotNegative
+    sequence_us: _NotNegative
+    kernel_factor: _Factor
+    prefill_factor: _Factor
+    api_us: _NotNegative
+    api_token_us: _NotNegative
+    uncertainty: Uncertainty = Uncertainty()
+
+
 class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """One generation of an engine.
 
@@ -59,6 +82,7 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         lacks_weights: formats of weights that it cannot run.
         lacks_kv: formats of the KV cache that it cannot keep.
         fitted: whether its host times were fitted to runs; else they are a guess.
+        uncertainty: of the fitted times.
         source: whose runs the figures come from.
         version: the version that was asked for; "" where none was.
         name: the preset's name, from the table's key.
@@ -86,6 +110,7 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     lacks_weights: tuple[WeightType, ...] = ()
     lacks_kv: tuple[KvType, ...] = ()
     fitted: bool
+    uncertainty: Uncertainty = Uncertainty()
     source: str
     version: str = ""
     name: str = ""
@@ -140,6 +165,15 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     def first_token_delay_us(self, prompt_tokens: float) -> float:
         """Return what the first token takes beside waiting for its step and that step."""
         return self.api_us + self.api_token_us * prompt_tokens
+
+    @property
+    def times(self) -> EngineTimes:
+        """Its times that `maveriq fit` finds for a deployment."""
+        return EngineTimes(**{name: getattr(self, name) for name in EngineTimes.__struct_fields__})
+
+    def with_times(self, times: EngineTimes) -> EnginePreset:
+        """Return the preset with the times of a deployment."""
+        return msgspec.structs.replace(self, fitted=True, **msgspec.structs.asdict(times))
 
     def covers(self, version: str) -> bool:
         """Return whether a version belongs to this generation; a release candidate belongs to its release."""

@@ -21,6 +21,7 @@ from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, read_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.estimate.engine_presets import EnginePreset, EngineTimes
 from maveriq.estimate.fingerprints import FingerprintTable, read_config, read_exponents, read_fingerprints
 from maveriq.estimate.full_models import FullModelTable, read_full_models
 from maveriq.files import data_path
@@ -274,6 +275,7 @@ class HardwareProfile:
         published_testbed: the GPUs of the published testbed, as `--gpus` takes them; "" if there is none.
         min_cost: what the intent `min-cost` counts.
         engine: the engine that it was measured with, by `maveriq.estimate.engine_presets`; "" where it names none.
+        engine_times: times that were fitted to a deployment, by the preset in whose place they stand.
     """
 
     name: str
@@ -294,6 +296,12 @@ class HardwareProfile:
     min_cost: Cost = Cost.MONEY
     engine: str = ""
     full_models: FullModelTable = field(default_factory=FullModelTable)
+    engine_times: Mapping[str, EngineTimes] = field(default_factory=dict)
+
+    def engine_preset(self, preset: EnginePreset) -> EnginePreset:
+        """Return a preset with the times that were fitted to the profile's deployment, if it was one of that preset."""
+        times = self.engine_times.get(preset.name)
+        return preset if times is None else preset.with_times(times)
 
     def has_measured(self, model: ModelSpec) -> bool:
         """Return whether anything of a model was measured: whole, or fingerprints of it."""

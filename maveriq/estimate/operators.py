@@ -45,6 +45,7 @@ _QUANTISE_US = 3.0
 _PIPELINE_US = 1.5  # until the first tile of a product has arrived
 _USUAL_CLOCK_GHZ = 1.8
 _HOPPER = 9.0  # its compute capability
+_CACHES = 10  # so many times a GPU's cache are read at nearly the speed of its memory
 _QUERY_TILE = 64
 _MIXED_SPEED_SHARE, _MIXED_BANDWIDTH_SHARE = 0.6, 0.72  # fitted by scripts/derive_mixed_attention.py
 _PCIE_HOP_US = 12.0  # recorded whole models on eight A6000
@@ -301,13 +302,34 @@ class Operators:
         value_bytes = BYTES_PER_WEIGHT[kv_format]
         grid = _nearest(self._decode, kv_format, of.head_size, windowed=windowed)
         if grid is not None:
-            return decode_attention_formula(self.gpu, value_bytes, sequences, context, of).corrected_us(grid)
+            return self._uncached_decode_us(grid, value_bytes, sequences, context, of)
         cache = 2.0 * np.asarray(sequences) * context * of.kv_heads * of.head_size * value_bytes
         blocks = np.asarray(sequences) * of.kv_heads / self.gpu.multiprocessors
         blocks_us = self._slower * self.usual.decode_block_us * blocks
         moved_us = moving_us(self.gpu, cache) / self.usual.decode_bandwidth
         floor_us = self._slower * self.usual.decode_floor_us
         return np.asarray(self._newer * (floor_us + np.sqrt(moved_us**2 + blocks_us**2)))
+
+    def _uncached_decode_us(
+        self, grid: LogGrid, value_bytes: float, sequences: Sizes, context: Sizes, of: Heads
+    ) -> Array:
+        """Return the time of a table where no part of the KV cache is in the GPU's cache.
+
+        The table repeats a kernel on the same data, of which the GPU's cache keeps a part. In an engine the weights of
+        a layer run through that cache in between. So the time grows evenly with the context, as the moved bytes do,
+        from one launch to the time of a context that makes the GPU's cache too small to matter. It is never below that
+        of as many sequences of one token.
+        """
+
+        def table_us(number: Sizes, tokens: Sizes) -> Array:
+            return decode_attention_formula(self.gpu, value_bytes, number, tokens, of).corrected_us(grid)
+
+        context = np.asarray(context, dtype=np.float64)
+        token_bytes = 2.0 * np.asarray(sequences, dtype=np.float64) * of.kv_heads * of.head_size * value_bytes
+        far = np.clip(_CACHES * self.gpu.cache_mib * 2**20 / token_bytes, 2.0, float(grid.axes[0][-1]))
+        least_us, launch_us, far_us = table_us(sequences, 1.0), table_us(1 / of.kv_heads, 1.0), table_us(sequences, far)
+        line_us = launch_us + np.maximum(far_us - launch_us, 0.0) * (context - 1.0) / (far - 1.0)
+        return np.where(context < far, np.maximum(line_us, least_us), table_us(sequences, context))
 
     def mixed_decode_attention_us(
         self, kv_format: NumberFormat, sequences: Sizes, context: Sizes, of: Heads, *, windowed: bool = False

@@ -72,7 +72,8 @@ class PhysicsEstimator:
     _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
     def __post_init__(self, preset: EnginePreset | None) -> None:
-        object.__setattr__(self, "engine", preset or engine_preset(self.profile.engine or DEFAULT_ENGINE))
+        engine = preset or engine_preset(self.profile.engine or DEFAULT_ENGINE)
+        object.__setattr__(self, "engine", self.profile.engine_preset(engine))
         object.__setattr__(self, "_operators", operators_of(gpu_sheet(self.profile.gpu_kind), self.engine.kernels))
 
     @property

@@ -49,8 +49,8 @@ _SAMPLER_BYTES = 16  # a logit is read and written several times, in 32 bits
 
 # From one point to the next at most a factor of 1.5, except where tiles end: there a step in time is real.
 _TOKENS = np.asarray(
-    [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512, 513, 768, 1024, 1025, 1536, 2048,
-     3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536], dtype=np.float64,
+    [1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512, 513, 768, 769, 1024, 1025, 1280,
+     1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536], dtype=np.float64,
 )  # fmt: skip
 _SEQUENCES = np.asarray(
     [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096], dtype=np.float64

@@ -1,0 +1,226 @@
+"""Simulate every recorded serving run from its description, and compare with what was measured.
+
+Usage: python experiments/serving/compare_runs.py DATA_DIR [--only PART] [--write]
+
+DATA_DIR contains `serving` and `models`. Parts: open-loop (requests recorded one by one), left-out (the same, each
+model by constants fitted without it), load-sweep, closed-loop. An error is simulated over measured less one, in
+percent. Nothing is fitted here: constants are those that `fit_constants.py` has written. `--write` replaces the tables
+and pictures of `results/`. Runs whose split is `validate` are judged by the bars; those of `fit` are printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import closed_loop
+import msgspec
+import numpy as np
+import pandas as pd
+from fit_constants import read_constants
+from load_sweep import sweep_points
+from recorded_runs import RecordedRun, recorded_runs
+from verdicts import Bar, bars_of
+
+from maveriq.errors import InputError
+from maveriq.estimate.engine_presets import EngineTimes
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "continuous-batching.md"
+_MARK = "experiments/serving/compare_runs.py"
+
+_FIGURES: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = {
+    "TTFT p50": ("ttft_s", np.median),
+    "TTFT mean": ("ttft_s", np.mean),
+    "TTFT p99": ("ttft_s", lambda values: np.percentile(values, 99)),
+    "TPOT mean": ("tpot_s", np.mean),
+    "E2E mean": ("e2e_s", np.mean),
+    "E2E p99": ("e2e_s", lambda values: np.percentile(values, 99)),
+}
+
+
+def main() -> None:
+    """Simulate, print tables and bars and, if asked, write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    tables = {name: part(options.data) for name, part in PARTS.items() if options.only in (None, name)}
+    for name, table in tables.items():
+        _print(f"\n{name}\n{table.to_string(index=False, float_format=lambda value: f'{value:.4g}')}\n")
+    bars = list(bars_of(tables))
+    for bar in bars:
+        _print(bar.line())
+    if options.write:
+        _write(tables, bars)
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+# Recorded requests
+
+
+def open_loop(data: Path) -> pd.DataFrame:
+    """Return a row for each run with recorded requests."""
+    return pd.DataFrame([_compared(run, None) for run in _runs(data)])
+
+
+def left_out(data: Path) -> pd.DataFrame:
+    """Return the same with the constants that were fitted without the run's model."""
+    constants = read_constants()
+    return pd.DataFrame(
+        [
+            _compared(run, constants[f"without {run.model_name}"])
+            for run in _runs(data)
+            if f"without {run.model_name}" in constants
+        ]
+    )
+
+
+def _runs(data: Path) -> Iterator[RecordedRun]:
+    return recorded_runs(data / "serving", data / "models")
+
+
+def _compared(run: RecordedRun, times: EngineTimes | None) -> dict[str, object]:
+    recorded = run.recorded()
+    deployment = recorded.deployment
+    if not run.through_server:
+        times = msgspec.structs.replace(times or deployment.preset.times, api_us=0.0, api_token_us=0.0)
+    found = deployment.replay(recorded.requests, times, max_in_flight=run.max_in_flight)
+    outputs = np.asarray([request.output_tokens for request in recorded.requests])
+    measured = _columns(recorded.ttft_s, recorded.e2e_s, outputs)
+    simulated = _columns(found.ttft_s, found.e2e_s, outputs)
+    row: dict[str, object] = {
+        "run": run.short_name, "split": run.split, "model": run.model_name, "rate": run.rate
+    }  # fmt: skip
+    for name, (column, figure) in _FIGURES.items():
+        row[f"{name} ms"] = 1e3 * figure(measured[column])
+        row[f"{name} %"] = 100 * (figure(simulated[column]) / figure(measured[column]) - 1)
+    sent_s = np.asarray([request.arrival_us for request in recorded.requests]) / 1e6
+    ended_s, simulated_s = (sent_s + recorded.e2e_s).max(), found.finished_us.max() / 1e6
+    row["throughput %"] = 100 * (ended_s / simulated_s - 1)
+    return row
+
+
+def _columns(ttft_s: np.ndarray, e2e_s: np.ndarray, outputs: np.ndarray) -> dict[str, np.ndarray]:
+    return {"ttft_s": ttft_s, "e2e_s": e2e_s, "tpot_s": (e2e_s - ttft_s) / np.maximum(outputs - 1, 1)}
+
+
+# The load sweep
+
+
+def load_sweep(data: Path) -> pd.DataFrame:
+    """Return a row for each point of the load sweep."""
+    times = read_constants()["sweep"]
+    rows = []
+    for point in sweep_points(data / "serving"):
+        replayed = point.replay(times)
+        rows.append(
+            {
+                "point": point.name, "split": point.split, "open loop": point.rate is not None,
+                "in flight": point.in_flight, "stable": point.is_stable, "simulated stable": replayed.is_stable,
+                **{f"{name} ms": 1e3 * value for name, value in point.measured.items()},
+                **{f"{name} %": 100 * (replayed.medians[name] / value - 1) for name, value in point.measured.items()},
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# Closed loops
+
+
+def closed_loops(data: Path) -> pd.DataFrame:
+    """Return a row for each point of the closed loops that can be replayed."""
+    rows = []
+    for point in closed_loop.loop_points(data):
+        if point.left_out:
+            continue
+        try:
+            found = closed_loop.replay(point, data)
+        except InputError:
+            continue
+        model, number_format, gpu, engine = point.group
+        rows.append(
+            {
+                "model": model, "format": number_format or "bfloat16", "gpu": gpu, "engine": engine,
+                "preset": point.preset.name, "version": point.row["backend_version"], "family": str(point.family),
+                "tp": int(point.row["tp_size"]), "prompt": point.prompt_tokens, "output": point.output_tokens,
+                "clients": point.clients, "split": point.row["split"],
+                "impossible": _impossible(point, found), "TTFT ms": 1e3 * point.ttft_s, "TPOT ms": 1e3 * point.tpot_s,
+                "TTFT %": 100 * (found.ttft_s / point.ttft_s - 1), "TPOT %": 100 * (found.tpot_s / point.tpot_s - 1),
+            }
+        )  # fmt: skip
+    table = pd.DataFrame(rows)
+    return calibrated(table)
+
+
+def _impossible(point: closed_loop.LoopPoint, found: closed_loop.LoopTimes) -> bool:
+    """Return whether other settings held than the row states: it has half the time that any engine would need."""
+    measured_s, simulated_s = (times.ttft_s + point.output_tokens * times.tpot_s for times in (point, found))
+    return measured_s < simulated_s / 2
+
+
+def calibrated(table: pd.DataFrame) -> pd.DataFrame:
+    """Add the error of TPOT after a calibration with three points of the same model, format, GPU and engine.
+
+    The three are those of the least, the middle and the most clients; they have no such error themselves.
+    """
+    column = pd.Series(np.nan, index=table.index)
+    for _, group in table.groupby(["model", "format", "gpu", "engine"]):
+        if len(group) < 4:
+            continue
+        ordered = group.sort_values(["clients", "prompt", "output", "tp"], kind="stable")
+        chosen = ordered.iloc[[0, len(ordered) // 2, -1]]
+        scale = float(np.exp(-np.log1p(chosen["TPOT %"] / 100).mean()))
+        others = ordered.drop(chosen.index)
+        column[others.index] = 100 * ((1 + others["TPOT %"] / 100) * scale - 1)
+    return table.assign(**{"TPOT calibrated %": column})
+
+
+PARTS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
+    "open-loop": open_loop,
+    "left-out": left_out,
+    "load-sweep": load_sweep,
+    "closed-loop": closed_loops,
+}
+
+
+# Results
+
+
+def _write(tables: Mapping[str, pd.DataFrame], bars: Sequence[Bar]) -> None:
+    from document import write_between_marks
+    from pictures import draw
+
+    RESULTS.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.5g")
+    draw(tables, RESULTS)
+    found = {bar.name: {"found": bar.found, "bar": bar.most, "met": bar.is_met} for bar in bars}
+    (RESULTS / "bars.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if len(tables) == len(PARTS):
+        write_between_marks(
+            PAGE, _MARK, ["| figure | rows | % | bar |  |", "|---|---|---|---|---|", *(bar.line() for bar in bars)]
+        )
+        write_between_marks(PAGE, f"{_MARK} --only open-loop", list(_run_lines(tables["open-loop"])))
+
+
+def _run_lines(table: pd.DataFrame) -> Iterator[str]:
+    """Yield a table of runs with their errors."""
+    figures = [column for column in table.columns if column.endswith(" %")]
+    yield f"| run | split | {' | '.join(figures)} |"
+    yield "|---" * (len(figures) + 2) + "|"
+    for row in table.to_dict("records"):
+        errors = " | ".join(f"{row[figure]:+.1f}" for figure in figures)
+        yield f"| {row['run']} | {row['split']} | {errors} |"
+
+
+if __name__ == "__main__":
+    main()
