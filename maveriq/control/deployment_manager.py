@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from maveriq.control.events import EngineProgress, EngineUp, StartEngine
+from maveriq.control.gpu_sharing import GpuSharing
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
 from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
-from maveriq.domain.deployments import EndpointSpec, ExpectedLoad
+from maveriq.domain.deployments import Batching, EndpointSpec, ExpectedLoad
 from maveriq.domain.parallel import DeploymentPlan, network_hops
 from maveriq.domain.progress import DeploymentStatus, GpuStatus
 from maveriq.domain.records import NOT_YET, DeploymentRecord
@@ -189,6 +190,7 @@ class DeploymentManager:
         self._window = window
         self._phases_us = sampling_phases_us(window, len(cluster), seed)
         self._released_us = [0] * len(cluster)
+        self._sharing = GpuSharing(len(cluster))
         self._to_start: list[Deployment] = []
         self._measured_loads = measured_loads
 
@@ -250,7 +252,8 @@ class DeploymentManager:
             )
         plan = self._located(plan)
         deployment = self._add(endpoint, plan, DeploymentState.WAITING)
-        self._state.reserve(deployment.deployment_id, plan.shares)
+        is_continuous = endpoint.batching is Batching.CONTINUOUS
+        self._state.reserve(deployment.deployment_id, plan.shares, is_continuous=is_continuous)
         deployment.gpu_ids = plan.gpu_ids
         deployment.gpu_mask = sum(1 << gpu_id for gpu_id in plan.gpu_ids)
         self._to_start.append(deployment)
@@ -343,6 +346,7 @@ class DeploymentManager:
         """Record that a continuous engine has a request."""
         if not deployment.in_engine:
             deployment.started_us = now_us
+            self._sharing.began(deployment.gpu_ids, now_us)
         deployment.in_engine[request.request_id] = request
         deployment.unbegun_tokens += request.prompt_tokens
 
@@ -365,15 +369,20 @@ class DeploymentManager:
         if not has_begun:
             deployment.unbegun_tokens -= request.prompt_tokens
         if not deployment.in_engine:
-            deployment.busy.add(deployment.started_us, now_us)
+            self._idle(deployment, now_us)
         return request
+
+    def _idle(self, deployment: Deployment, now_us: Micros) -> None:
+        """Record that a continuous engine has no request any more."""
+        deployment.busy.add(deployment.started_us, now_us)
+        self._sharing.ended(deployment.gpu_ids, now_us)
 
     def lose_all(self, deployment: Deployment, now_us: Micros) -> tuple[Request, ...]:
         """Record that a continuous engine has failed with all it had, and return its requests."""
         requests = tuple(deployment.in_engine.values())
         if requests:
             deployment.in_engine.clear()
-            deployment.busy.add(deployment.started_us, now_us)
+            self._idle(deployment, now_us)
         deployment.unbegun_tokens = deployment.kv_used_tokens = 0
         return requests
 
@@ -461,11 +470,16 @@ class DeploymentManager:
             if deployment.is_busy:
                 yield deployment.started_us, now_us
 
+    def engines_working(self, gpu_ids: Iterable[int]) -> int:
+        """Return the most continuous engines that have requests on one of these GPUs."""
+        return self._sharing.working(gpu_ids)
+
     def busy_us(self, gpu_id: int, now_us: Micros) -> Micros:
         """Return how long a GPU has executed since the start."""
-        return sum(
+        return self._sharing.busy_us(gpu_id, now_us) + sum(
             deployment.busy.total_us + (now_us - deployment.started_us if deployment.is_busy else 0)
             for deployment in self._ever_on(gpu_id)
+            if deployment.endpoint.batching is Batching.EXCLUSIVE
         )
 
     def used_bytes(self, gpu_id: int) -> Bytes:

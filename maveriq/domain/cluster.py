@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from maveriq.domain.gpu_kinds import gpu_sheets
@@ -174,7 +174,8 @@ class GpuView:
     """One GPU as a policy sees it.
 
     `load` is the share of recent one-second samples in which the GPU was busy, 0 to 1; `tenants`
-    counts the deployments that hold memory on it. A GPU that is down is not in the view. `kind` is
+    counts the deployments that hold memory on it, and `continuous_tenants` those whose engines batch continuously.
+    A GPU that is down is not in the view. `kind` is
     "" where all GPUs of the cluster are of one kind. `usd_per_hour` is its price, None if it is not known.
     """
 
@@ -184,6 +185,7 @@ class GpuView:
     free_bytes: Bytes
     load: float
     tenants: int = 0
+    continuous_tenants: int = 0
     kind: str = ""
     usd_per_hour: float | None = None
 
@@ -205,6 +207,10 @@ class ClusterView:
             )
         )
 
+    def without(self, gpu_ids: Collection[int]) -> ClusterView:
+        """Return the view without some GPUs."""
+        return ClusterView(gpus=tuple(gpu for gpu in self.gpus if gpu.gpu_id not in gpu_ids))
+
     def by_free_memory(self) -> list[GpuView]:
         """Return the GPUs, most free memory first; ties keep the order of ids."""
         return sorted(self.gpus, key=lambda gpu: -gpu.free_bytes)
@@ -219,6 +225,7 @@ class ClusterState:
 
     cluster: Cluster
     _held: dict[int, dict[int, Bytes]] = field(default_factory=dict)
+    _continuous: set[int] = field(default_factory=set)  # deployments whose engines batch continuously
     _used: list[Bytes] = field(init=False)
     _usd_per_hour: list[float | None] = field(init=False)
     _open_faults: Counter[int] = field(default_factory=Counter)
@@ -227,8 +234,13 @@ class ClusterState:
         self._used = [gpu.idle_bytes for gpu in self.cluster.gpus]
         self._usd_per_hour = [self.cluster.usd_per_hour(gpu) for gpu in self.cluster.gpus]
 
-    def reserve(self, deployment_id: int, shares: Mapping[int, Bytes]) -> None:
+    def reserve(self, deployment_id: int, shares: Mapping[int, Bytes], *, is_continuous: bool = False) -> None:
         """Reserve memory for a deployment on each of its GPUs.
+
+        Args:
+            deployment_id: the deployment.
+            shares: the memory, by GPU.
+            is_continuous: whether its engine batches continuously.
 
         Raises:
             InvariantError: it holds memory already, or a GPU has too little.
@@ -242,6 +254,8 @@ class ClusterState:
                     f"which has {gib(self.free_bytes(gpu_id)):.3f} GiB free"
                 )
         self._held[deployment_id] = dict(shares)
+        if is_continuous:
+            self._continuous.add(deployment_id)
         for gpu_id, amount in shares.items():
             self._used[gpu_id] += amount
 
@@ -255,6 +269,7 @@ class ClusterState:
             raise InvariantError(f"deployment {deployment_id} holds no memory to release")
         for gpu_id, amount in self._held.pop(deployment_id).items():
             self._used[gpu_id] -= amount
+        self._continuous.discard(deployment_id)
 
     def holds(self, deployment_id: int) -> bool:
         """Return whether a deployment holds memory."""
@@ -279,6 +294,7 @@ class ClusterState:
     def view(self, loads: Sequence[float]) -> ClusterView:
         """Return the view for a policy; `loads` has one share per GPU, in the order of ids."""
         tenants = Counter(gpu_id for shares in self._held.values() for gpu_id in shares)
+        continuous = Counter(gpu_id for number in self._continuous for gpu_id in self._held[number])
         mixed = len(self.cluster.kinds) > 1
         return ClusterView(
             gpus=tuple(
@@ -289,6 +305,7 @@ class ClusterState:
                     free_bytes=self.free_bytes(gpu.gpu_id),
                     load=load,
                     tenants=tenants[gpu.gpu_id],
+                    continuous_tenants=continuous[gpu.gpu_id],
                     kind=gpu.kind if mixed else "",
                     usd_per_hour=self._usd_per_hour[gpu.gpu_id],
                 )

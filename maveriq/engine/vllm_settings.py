@@ -148,3 +148,12 @@ class VllmSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.max_num_partial_prefills > 1 and not self.long_prefill_token_threshold:
             return int(max_model_len * 0.04)
         return self.long_prefill_token_threshold
+
+
+def vllm_layers_of_stages(layers: int, stages: int) -> tuple[int, ...]:
+    """Return how vLLM deals layers to pipeline stages: the rest goes to the stages before the last, one layer each.
+
+    Source: `vllm/distributed/utils.py`, `get_pp_indices`. The last stage has the output matrix beside its layers.
+    """
+    each, rest = divmod(layers, stages)
+    return tuple(each + (stages - 1 - rest <= stage < stages - 1) for stage in range(stages))

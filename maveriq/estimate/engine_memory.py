@@ -69,6 +69,7 @@ def predict_kv_blocks(
     *,
     tp: int = 1,
     pp: int = 1,
+    stage_layers: int | None = None,
     settings: EngineSettings = EngineSettings(),
     stored_as: WeightFormat | None = None,
 ) -> int:
@@ -78,15 +79,17 @@ def predict_kv_blocks(
         decoder: the model.
         gpu: the kind of GPU.
         tp: GPUs that share each layer.
-        pp: stages, which share the layers evenly.
+        pp: stages.
+        stage_layers: layers of the largest stage, which decides; None where stages share them evenly.
         settings: the engine's.
         stored_as: how the matrices of layers are stored; None for as the checkpoint stores them.
     """
     share, usable = settings.gpu_memory_utilization, gpu.usable_gib * BYTES_PER_GIB
-    held = decoder.weight_bytes(stored_as) / (tp * pp)
+    stages = pp if stage_layers is None else decoder.layers / stage_layers
+    held = decoder.weight_bytes(stored_as) / (tp * stages)
     held += reserved_bytes(decoder, tp=tp, pp=pp, step_tokens=settings.max_num_batched_tokens, settings=settings)
     left = share * (usable - held) if settings.is_share_of_free else share * usable - held
-    block_bytes = settings.block_size * token_bytes(decoder, tp=tp, kv_value_bytes=settings.kv_value_bytes) / pp
+    block_bytes = settings.block_size * token_bytes(decoder, tp=tp, kv_value_bytes=settings.kv_value_bytes) / stages
     return max(0, int(left / block_bytes))
 
 

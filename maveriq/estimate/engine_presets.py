@@ -157,10 +157,19 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
             has_prefill: whether it holds a chunk of a prompt.
             layers: layers of the model.
         """
+        kernels_us = self.kernels_us(gpu_us, has_prefill=has_prefill, layers=layers)
+        return kernels_us + self.step_us + self.sequence_us * sequences
+
+    def kernels_us(self, gpu_us: Sizes, *, has_prefill: bool, layers: Sizes = 0) -> Any:
+        """Return the time of a step's kernels, of so many layers; the arguments are those of `step_time_us`."""
         kernels_us = gpu_us * (self.prefill_factor if has_prefill else self.kernel_factor)
         if self.layer_us:  # the host launches kernels while others run: the slower of the two decides
             kernels_us = (kernels_us**_SHARPNESS + (self.layer_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
-        return kernels_us + self.step_us + self.sequence_us * sequences
+        return kernels_us
+
+    def host_us(self, sequences: Sizes) -> Any:
+        """Return what the host adds to a step of so many sequences."""
+        return self.step_us + self.sequence_us * sequences
 
     def first_token_delay_us(self, prompt_tokens: float) -> float:
         """Return what the first token takes beside waiting for its step and that step."""

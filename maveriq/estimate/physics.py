@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import TypeAlias
 
@@ -34,6 +34,7 @@ from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import family_of, interval_of
 from maveriq.estimate.kernel_bounds import BYTES_PER_WEIGHT
 from maveriq.estimate.operators import Operators, operators_of
+from maveriq.estimate.pipeline_timer import PipelineTimer, StageModel
 from maveriq.estimate.steady_state import SteadyLoad, StepTime
 from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
 from maveriq.estimate.step_timer import StepTimer
@@ -68,7 +69,7 @@ class PhysicsEstimator:
     node_gpus: int | None = None
     engine: EnginePreset = field(init=False)
     _operators: Operators = field(init=False)
-    _models: dict[tuple[ModelSpec, Sharding, Formats], StepModel] = field(default_factory=dict)
+    _models: dict[tuple[ModelSpec, Sharding, Formats, int, int | None], StepModel] = field(default_factory=dict)
     _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
     def __post_init__(self, preset: EnginePreset | None) -> None:
@@ -197,6 +198,24 @@ class PhysicsEstimator:
         check_estimable(self, model, configuration)
         return StepTimer(self._step_model(model, configuration), self.engine, layers=model.layers)
 
+    def pipeline_timer(self, model: ModelSpec, configuration: ParallelConfig) -> PipelineTimer:
+        """Return what times the steps of an engine of several stages, whose GPUs are on one node.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        check_estimable(self, model, configuration)
+        channel, size = node_channel(self._operators.gpu), model.hidden_size
+        stages, first = [], 0
+        split = configuration.layers_per_stage(model.layers)
+        for number, layers in enumerate(split, start=1):
+            steps = self._step_model(model, configuration, first=first, end=first + layers)
+            is_last = number == len(split)
+            hand_over_us = _no_hand_over if is_last else partial(channel.hand_over_us, hidden_size=size)
+            stages.append(StageModel(steps=steps, layers=layers, hand_over_us=hand_over_us))
+            first += layers
+        return PipelineTimer(stages, self.engine)
+
     def kv_blocks(self, model: ModelSpec, configuration: ParallelConfig, settings: EngineSettings) -> int:
         """Return the KV blocks of an engine with these settings; 0 where not even the weights fit."""
         return predict_kv_blocks(
@@ -204,6 +223,7 @@ class PhysicsEstimator:
             self._operators.gpu,
             tp=configuration.tp,
             pp=configuration.pp,
+            stage_layers=max(configuration.layer_split, default=None),
             settings=settings,
             stored_as=self._stored_as(model, configuration),
         )
@@ -270,23 +290,32 @@ class PhysicsEstimator:
         own_tokens = EngineSettings().max_num_batched_tokens
         return usual if self.continuous else replace(usual, max_num_batched_tokens=own_tokens)
 
-    def _step_model(self, model: ModelSpec, configuration: ParallelConfig) -> StepModel:
-        """Return the step model of all layers: a pipeline's stages together take as long."""
+    def _step_model(
+        self, model: ModelSpec, configuration: ParallelConfig, *, first: int = 0, end: int | None = None
+    ) -> StepModel:
+        """Return the step model of layers, by default of all: a pipeline's stages together take as long."""
         stored = self._stored_as(model, configuration)
         sharding = Sharding(tp=configuration.tp, ep=configuration.ep)
         formats = Formats(
             weights=None if stored is None else number_format_of(stored), kv=_KV_FORMATS[configuration.kv]
         )
-        key = (model, sharding, formats)
+        end = None if end == model.layers else end
+        key = (model, sharding, formats, first, end)
         if key not in self._models:
-            self._models[key] = _step_model(model.decoder, self._operators, sharding, formats)
+            self._models[key] = _step_model(model.decoder, self._operators, sharding, formats, first, end)
         return self._models[key]
 
 
 @lru_cache(maxsize=512)
-def _step_model(decoder: Decoder, operators: Operators, sharding: Sharding, formats: Formats) -> StepModel:
+def _step_model(
+    decoder: Decoder, operators: Operators, sharding: Sharding, formats: Formats, first: int, end: int | None
+) -> StepModel:
     """Return a step model, the same for all estimators: its grids take most of the time of a plan."""
-    return StepModel(decoder, operators, sharding=sharding, formats=formats)
+    return StepModel(decoder, operators, sharding=sharding, formats=formats, first=first, end=end)
+
+
+def _no_hand_over(_: int) -> float:
+    return 0.0
 
 
 def _stage_of(model: ModelSpec, configuration: ParallelConfig) -> _Stage:

@@ -7,7 +7,7 @@ nothing: what its requests get, and when, is up to the model, which runs here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from maveriq.control.engine_recorder import EngineRecords
@@ -19,6 +19,7 @@ from maveriq.domain.requests import Request
 from maveriq.engine.interface import EngineCounters
 from maveriq.exec.scaled_clock import ScaledClock
 from maveriq.scenario.continuous_engines import ContinuousEngines
+from maveriq.scenario.shared_gpus import SharedGpus
 from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.units import Micros
 
@@ -31,6 +32,7 @@ class EmulatedBatching:
         clock: of the run.
         on_progress: is called with what became of requests, and with how late that is.
         sample_us: length of the intervals of their records.
+        working: returns the most engines that have requests on one of some GPUs.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class EmulatedBatching:
         clock: ScaledClock,
         on_progress: Callable[[EngineProgress, Micros], None],
         sample_us: Micros,
+        working: Callable[[Iterable[int]], int],
     ) -> None:
         self._makes = engines
         self._clock = clock
         self._on_progress = on_progress
         self._records = EngineRecords(sample_us)
         self._engines: dict[int, SteppedEngine] = {}
+        self._shared_gpus = SharedGpus(working)
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._touched: dict[int, None] = {}
 
@@ -58,6 +62,7 @@ class EmulatedBatching:
             now_us=self._clock.now_us,
         )
         engine = self._engines[deployment_id] = SteppedEngine(parts, deployment_id, generation, recorder=recorder)
+        self._shared_gpus.add(deployment_id, engine, plan.gpu_ids)
         return EngineUp(deployment_id, generation, engine.kv_capacity_tokens)
 
     def submit(self, deployment_id: int, request: Request, now_us: Micros) -> None:
@@ -77,6 +82,7 @@ class EmulatedBatching:
         engine = self._engines.pop(deployment_id, None)
         if engine is not None:
             engine.stop(now_us)
+            self._shared_gpus.drop(deployment_id)
         self._touched.pop(deployment_id, None)
         if timer := self._timers.pop(deployment_id, None):
             timer.cancel()
@@ -84,6 +90,7 @@ class EmulatedBatching:
     def compose(self, now_us: Micros) -> None:
         """Let engines that got or lost requests, or have ended a step, start what comes next."""
         touched, self._touched = self._touched, {}
+        touched |= dict.fromkeys(self._shared_gpus.slow_down(now_us))
         for deployment_id in touched:
             engine = self._engines[deployment_id]
             engine.compose(now_us)

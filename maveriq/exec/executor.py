@@ -112,7 +112,10 @@ class Executor:
         self._loop = asyncio.get_running_loop()
         self.internal_error: asyncio.Future[None] = self._loop.create_future()
         """Gets the exception if the executor itself has a bug; it then handles no more events."""
-        self.batching = None if engines is None else EmulatedBatching(engines, self.clock, self._on_progress, sample_us)
+        working = self.controller.manager.engines_working
+        self.batching = (
+            None if engines is None else EmulatedBatching(engines, self.clock, self._on_progress, sample_us, working)
+        )
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
         self._last_request_id = 0

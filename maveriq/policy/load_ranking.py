@@ -112,8 +112,9 @@ def rank_at_load(
     fitting: list[LoadCandidate] = []
     rejected: list[RejectedConfig] = []
     for kind in dict.fromkeys(gpu.kind for gpu in view.gpus):
-        pool = _Pool(endpoint, [gpu for gpu in view.gpus if gpu.kind == kind])
-        for configuration in engines.configurations(endpoint, kind=kind, gpus=len(pool.gpus)):
+        of_kind = [gpu for gpu in view.gpus if gpu.kind == kind]
+        pool = _Pool(endpoint, of_kind)
+        for configuration in engines.configurations(endpoint, kind=kind, gpus=len(of_kind)):
             found = _consider(endpoint, configuration, pool, engines, accuracy, unit)
             if isinstance(found, LoadCandidate):
                 fitting.append(found)

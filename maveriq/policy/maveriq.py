@@ -139,7 +139,10 @@ class MaverIQ:
         return Deploy(plans=tuple(plans))
 
     def _plan(self, endpoint: EndpointSpec, view: ClusterView) -> DeploymentPlan | Rejection:
-        """Return a deployment of the best candidate."""
+        """Return a deployment of the best candidate, on GPUs without continuous engines."""
+        view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.continuous_tenants))
+        if not view.gpus:
+            return Rejection(reason="every GPU has an engine that batches continuously")
         ranking = rank(endpoint, view, self.estimator, self.accuracy, cost=self.cost, evidence=self.evidence)
         if not ranking.candidates:
             return Rejection(reason=f"{ranking.why_empty()} ({free_memory_text(view)})")
@@ -168,9 +171,9 @@ class MaverIQ:
         """Return the deployments of the best configuration of continuous engines whose replicas all find GPUs."""
         if self.engines is None:
             raise InvariantError(f"policy {self.name!r} was made without estimates of engines that batch continuously")
-        view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if not gpu.tenants))
+        view = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.tenants == gpu.continuous_tenants))
         if not view.gpus:
-            return Rejection(reason="every GPU has an engine, and continuous engines share no GPU in this version")
+            return Rejection(reason="every GPU has an exclusive engine")
         ranking = rank_at_load(endpoint, view, self.engines, self.accuracy, cost=self.cost)
         for candidate in ranking.candidates:
             plans = self._replicas(endpoint, candidate, view, ranking.note)
@@ -201,5 +204,5 @@ class MaverIQ:
                 note=note,
             )
             plans.append(plan)
-            view = view.with_deployment(plan.shares)
+            view = view.without(gpu_ids)  # replicas that share a GPU would only slow each other down
         return tuple(plans)

@@ -149,7 +149,7 @@ def build_system(
 def _continuous_engines(
     options: Options, profiles: ClusterProfiles, cluster: Cluster, components: Components
 ) -> ContinuousEngines | None:
-    """Return the continuous engines of the model set, None if it has exclusive ones.
+    """Return the continuous engines of the model set, None if it has none.
 
     Raises:
         InputError: an option that does not apply to them yet.
@@ -159,10 +159,13 @@ def _continuous_engines(
     if not settings:
         return None
     what = "engines that batch continuously"
-    if len(settings) < len(entries):
-        raise InputError(
-            f"model set {options.models!r} has {what} beside exclusive ones; give all models an engine, or none"
-        )
+    continuous = {entry.model for entry in entries if entry.engine is not None}
+    for entry in entries:
+        if entry.engine is None and entry.model in continuous:
+            raise InputError(
+                f"model set {options.models!r} has {entry.model.name} with {what} and with exclusive ones; give it one "
+                "kind of engine"
+            )
     if options.policy in STATIC_POLICIES:
         raise InputError(
             f"policy {options.policy!r} plans for exclusive engines, not for {what}; give another --policy"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from maveriq.domain.deployments import EndpointSpec
+import msgspec
+
+from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.gpu_kinds import gpu_sheet
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
@@ -15,11 +17,10 @@ from maveriq.errors import InputError
 from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.engine_presets import EnginePreset, engine_preset
 from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.pipeline_timer import PipelineTimer
 from maveriq.estimate.step_timer import StepTimer
 from maveriq.units import Micros
 from maveriq.workload.model_sets import ContinuousSettings
-
-NO_PIPELINES = "pipelines of engines that batch continuously are not simulated yet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,12 @@ class EngineParts:
 
     Args:
         engine: decides what each step computes; it has no request yet.
-        timer: how long a step takes.
+        timer: how long a step takes, in a pipeline in each of its stages.
         admission_delay_us: time from the arrival of a request with so many prompt tokens to the engine's queue.
     """
 
     engine: Engine
-    timer: StepTimer
+    timer: StepTimer | PipelineTimer
     admission_delay_us: Callable[[int], Micros]
 
 
@@ -45,7 +46,7 @@ class SizedEngine:
         resolved: its settings.
         blocks: KV blocks, those that no sequence gets included.
         estimator: of its times.
-        configuration: without its place.
+        configuration: without what depends on its place, but with the layers of its stages.
     """
 
     resolved: ResolvedSettings
@@ -80,8 +81,6 @@ class ContinuousEngines:
         Raises:
             InputError: its settings contradict each other, or its KV blocks do not hold its longest sequence.
         """
-        if plan.configuration.pp > 1:
-            raise InputError(f"{_name(endpoint)}: {NO_PIPELINES}; give pp = 1")
         sized = self.sized(endpoint, plan.configuration)
         try:
             engine = sized.resolved.make_engine(sized.blocks)
@@ -89,9 +88,15 @@ class ContinuousEngines:
             raise InputError(f"{_name(endpoint)}: {error}") from None
         return EngineParts(
             engine=engine,
-            timer=sized.estimator.step_timer(endpoint.model, sized.configuration),
+            timer=self._timer(plan, sized),
             admission_delay_us=_admission_delay(sized.estimator.engine),
         )
+
+    @staticmethod
+    def _timer(plan: DeploymentPlan, sized: SizedEngine) -> StepTimer | PipelineTimer:
+        if plan.configuration.pp == 1:
+            return sized.estimator.step_timer(plan.model, sized.configuration)
+        return sized.estimator.pipeline_timer(plan.model, replace(sized.configuration, layer_split=plan.layer_split))
 
     def sized(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> SizedEngine:
         """Return the settings of an engine in a configuration, and its KV blocks.
@@ -102,7 +107,7 @@ class ContinuousEngines:
         settings = self.settings[endpoint.endpoint_id]
         resolved = self._resolve(settings, endpoint.model, configuration)
         estimator = self.estimator(endpoint, configuration.gpu)
-        plain = configuration.at_any_place()
+        plain = replace(configuration, gpu="", network_hops=0)
         blocks = resolved.num_gpu_blocks
         if blocks is None:
             blocks = _predicted_blocks(resolved, estimator, endpoint.model, plain)
@@ -112,6 +117,8 @@ class ContinuousEngines:
         """Return what tells the longest sequence, prompt and output, that all engines of a model take."""
         limits: dict[ModelSpec, int] = {}
         for endpoint in endpoints:
+            if endpoint.batching is Batching.EXCLUSIVE:
+                continue
             resolved = self._resolve(self.settings[endpoint.endpoint_id], endpoint.model, endpoint.configuration)
             limits[endpoint.model] = min(resolved.max_model_len, limits.get(endpoint.model, resolved.max_model_len))
         return limits.get
@@ -119,6 +126,8 @@ class ContinuousEngines:
     def _resolve(
         self, settings: ContinuousSettings, model: ModelSpec, configuration: ParallelConfig | None
     ) -> ResolvedSettings:
+        if configuration is not None and settings.pipeline_parallel_size != configuration.pp:
+            settings = msgspec.structs.replace(settings, pipeline_parallel_size=configuration.pp)
         profile = self.profiles.main if configuration is None else self.profiles.of(configuration)
         sheet = gpu_sheet(profile.gpu_kind)
         context_tokens = model.context_tokens

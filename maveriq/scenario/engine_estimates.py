@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from maveriq.domain.deployments import EndpointSpec
+from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
+from maveriq.engine.vllm_settings import vllm_layers_of_stages
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.estimate.load_curve import LoadCurve
 from maveriq.policy.configuration import NO_ROOM, RejectedConfig
-from maveriq.scenario.continuous_engines import NO_PIPELINES, ContinuousEngines, SizedEngine
+from maveriq.scenario.continuous_engines import ContinuousEngines, SizedEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,24 +32,33 @@ class PlannedEngines:
 
         Whole experts are dealt to all GPUs of a stage or to none.
         """
+        considered: Iterable[ParallelConfig]
         if endpoint.configuration is not None:
-            return [replace(endpoint.configuration, gpu=kind)]
-        considered = self.engines.estimator(endpoint, kind).configurations(endpoint.model, gpus=gpus, batch_size=1)
-        return [
-            replace(configuration, gpu=kind)
-            for configuration in considered
-            if configuration.ep in (1, configuration.tp) and endpoint.pattern.allows(configuration)
-        ]
+            considered = [endpoint.configuration]
+        else:
+            estimator = self.engines.estimator(endpoint, kind)
+            considered = (
+                configuration
+                for configuration in estimator.configurations(endpoint.model, gpus=gpus, batch_size=1)
+                if configuration.ep in (1, configuration.tp) and endpoint.pattern.allows(configuration)
+            )
+        return [self._on_kind(endpoint.model, configuration, kind) for configuration in considered]
+
+    @staticmethod
+    def _on_kind(model: ModelSpec, configuration: ParallelConfig, kind: str) -> ParallelConfig:
+        """Return a configuration on a kind of GPU, with the layers that the engine gives each stage."""
+        split = configuration.layer_split
+        if not split and 1 < configuration.pp <= model.layers:
+            split = vllm_layers_of_stages(model.layers, configuration.pp)  # no other engine has stages here
+        return replace(configuration, gpu=kind, layer_split=split)
 
     def why_not(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> RejectedConfig | None:
         """Return why an engine cannot run so, None if it can."""
         estimator = self.engines.estimator(endpoint, configuration.gpu)
-        if reason := estimator.why_not(endpoint.model, configuration.at_any_place()):
+        if reason := estimator.why_not(endpoint.model, replace(configuration, gpu="")):
             return RejectedConfig(configuration=configuration, reason=reason)
         if endpoint.configuration is not None:
             return None  # if its engine does not start, it says itself why
-        if configuration.pp > 1:
-            return RejectedConfig(configuration=configuration, reason=NO_PIPELINES)
         try:
             sized = self.engines.sized(endpoint, configuration)
         except InputError as error:

@@ -19,7 +19,8 @@ from maveriq.control.events import EngineProgress, Finished, Started
 from maveriq.domain.requests import Request
 from maveriq.engine.requests import EngineRequest, RequestId, engine_request
 from maveriq.engine.steps import Emitted, Step
-from maveriq.estimate.step_timer import DecodeLine, Ticks, earliest_at, micros_after, ticks
+from maveriq.estimate.pipeline_timer import Pipeline, PipelineTimer
+from maveriq.estimate.step_timer import DecodeLine, StepTimer, Ticks, earliest_at, micros_after, ticks
 from maveriq.scenario.continuous_engines import EngineParts
 from maveriq.units import MICROS_PER_SECOND, Micros
 
@@ -39,16 +40,20 @@ class _InFlight:
     """A step that was composed.
 
     Args:
-        duration: how long it takes.
+        duration: how long it takes, with the GPU for itself; 0 in a pipeline.
         tokens: that it computes.
         step: what it computes; None where steps were skipped: it then decodes.
         ends_none: where steps were skipped, whether no request gets its last token in it.
+        start: in a pipeline, when its first part begins it.
+        end: in a pipeline, when its last part ends it.
     """
 
     duration: Ticks
     tokens: int
     step: Step | None
     ends_none: bool = False
+    start: Ticks = 0
+    end: Ticks = 0
 
     @property
     def may_be_skipped(self) -> bool:
@@ -75,6 +80,7 @@ class _SkippedSteps:
         context_tokens: tokens that these attend to in the first of the further ones.
         steps: how many run, the one in front included.
         most: how many ran if nothing came in between; in the step behind these, a request may get its last token.
+        slowdown: factor on all their times.
     """
 
     start: Ticks
@@ -84,24 +90,24 @@ class _SkippedSteps:
     context_tokens: int
     steps: int
     most: int
+    slowdown: int
 
     @property
     def end(self) -> Ticks:
         """When they have run."""
         further = self.steps - 1 if self.lead else self.steps
-        return self.start + self.lead + self.line.sum(self.context_tokens, further)
+        return self.start + self.slowdown * (self.lead + self.line.sum(self.context_tokens, further))
 
     def cut(self, not_before: Ticks) -> Ticks:
         """Keep the steps, at least one, up to the first that ends at `not_before` or later; return when that ends."""
-        led, lead_steps = self.start + self.lead, 1 if self.lead else 0
+        led, lead_steps = self.start + self.slowdown * self.lead, 1 if self.lead else 0
         if lead_steps and led >= not_before:
             self.steps = 1
             return led
-        further, duration = self.line.steps_until(
-            self.context_tokens, self.steps - lead_steps, max(1, not_before - led)
-        )
+        at_least = -(-(not_before - led) // self.slowdown)
+        further, duration = self.line.steps_until(self.context_tokens, self.steps - lead_steps, max(1, at_least))
         self.steps = lead_steps + further
-        return led + duration
+        return led + self.slowdown * duration
 
 
 class SteppedEngine:
@@ -127,6 +133,8 @@ class SteppedEngine:
         self.engine = parts.engine
         self.recorder = recorder or EngineRecorder(MICROS_PER_SECOND, TokenGaps())
         self._timer = parts.timer
+        self._pipeline = Pipeline(parts.timer.parts) if isinstance(parts.timer, PipelineTimer) else None
+        self._slowdown = 1
         self._admission_delay_us = parts.admission_delay_us
         self._deployment_id = deployment_id
         self._generation = generation
@@ -162,6 +170,19 @@ class SteppedEngine:
             self.next_us = self._arrivals[0].ready_us
         else:
             self._cut(self._arrivals[0].ready_us)
+
+    def slow_down(self, now_us: Micros, slowdown: int) -> bool:
+        """Let steps that start from now on take so many times as long; return whether that is new.
+
+        Args:
+            now_us: the present; a step that runs keeps its pace.
+            slowdown: the engines that share its GPU's time, itself included.
+        """
+        if slowdown == self._slowdown:
+            return False
+        self._slowdown = slowdown
+        self._cut(now_us)
+        return True
 
     def abort(self, now_us: Micros, request_id: int) -> None:
         """End a request at the next step boundary."""
@@ -202,7 +223,8 @@ class SteppedEngine:
             ended = self._in_flight.popleft()
             if (step := ended.step) is not None:
                 if self._unstarted:
-                    started = self._first_computed_in(step)
+                    start_us = self._start_us if self._pipeline is None else micros_after(ended.start)
+                    started = self._first_computed_in(step, start_us)
                 if step.preempted:
                     preempted = [int(sequence.request.request_id) for sequence in step.preempted]
                     self.recorder.preempted(step.preempted)
@@ -243,7 +265,7 @@ class SteppedEngine:
         if self._skip(start):
             self._begin(start, running)
         elif self._compose_steps(start, running):
-            self._boundary = start + self._in_flight[0].duration
+            self._boundary = self._in_flight[0].end or start + self._slowdown * self._in_flight[0].duration
             self._pass_later()
             self.next_us = micros_after(self._boundary)
         else:
@@ -255,12 +277,21 @@ class SteppedEngine:
         while (step := engine.next_step()) is not None:
             if not in_flight:
                 running = len(engine.running)
-            duration = self._timer.step(step.decodes, step.context_tokens, step.chunks)
-            in_flight.append(_InFlight(duration, step.tokens, step))
+            in_flight.append(self._composed(step, start))
         if not in_flight:
             return False
         self._begin(start, running)
         return True
+
+    def _composed(self, step: Step, now: Ticks) -> _InFlight:
+        """Return a step that is composed now; a pipeline begins it as soon as it can, other engines in its turn."""
+        timer = self._timer
+        if isinstance(timer, StepTimer):
+            return _InFlight(timer.step(step.decodes, step.context_tokens, step.chunks), step.tokens, step)
+        assert self._pipeline is not None  # noqa: S101  # made with the timer
+        times = timer.step(step.decodes, step.context_tokens, step.chunks)
+        start, end = self._pipeline.enter(now, [self._slowdown * time for time in times])
+        return _InFlight(0, step.tokens, step, start=start, end=end)
 
     def _begin(self, start: Ticks, running: int) -> None:
         pool = self.engine.pool
@@ -272,14 +303,14 @@ class SteppedEngine:
     def _pass_later(self) -> None:
         """Pass the end of the step that runs if there is nothing to report, and a prompt is computed behind it."""
         in_flight, boundary = self._in_flight, self._boundary
-        if not self._skips_steps or len(in_flight) != 2 or boundary is None:
+        if not self._skips_steps or self._pipeline is not None or len(in_flight) != 2 or boundary is None:
             return
         behind = in_flight[1].step
         if behind is None or not behind.chunks or not in_flight[0].may_be_skipped:
             return
         if not self._arrivals or self._arrivals[0].ready_us > micros_after(boundary):
             self._passed = boundary
-            self._boundary = boundary + in_flight[1].duration
+            self._boundary = boundary + self._slowdown * in_flight[1].duration
 
     def _pass(self) -> None:
         """Do what happens at the boundary that is passed: a step ends, the next starts, and another is composed."""
@@ -308,21 +339,23 @@ class SteppedEngine:
 
     def _skip(self, start: Ticks) -> bool:
         """Plan to skip the next steps, and return whether there are any to skip."""
-        in_flight = self._in_flight
-        if not self._skips_steps or len(in_flight) > 1 or (in_flight and not in_flight[0].may_be_skipped):
+        in_flight, timer = self._in_flight, self._timer
+        if not self._skips_steps or isinstance(timer, PipelineTimer):
+            return False
+        if len(in_flight) > 1 or (in_flight and not in_flight[0].may_be_skipped):
             return False
         quiet = self.engine.quiet_run()
         if quiet is None or quiet.steps < _MIN_SKIPPED:
             return False
         lead = in_flight[0].duration if in_flight else 0
         decodes, context_tokens = quiet.decodes, quiet.context_tokens
-        line = self._timer.decode_line(decodes)
-        steps = quiet.steps
-        self._skipped = _SkippedSteps(start, lead, line, decodes, context_tokens, steps, steps)
+        line = timer.decode_line(decodes)
+        steps, slowdown = quiet.steps, self._slowdown
+        self._skipped = _SkippedSteps(start, lead, line, decodes, context_tokens, steps, steps, slowdown)
         self._boundary = self._skipped.end
         if lead:  # the last of them composes one more, in which a request gets its last token
             self._passed = self._boundary
-            self._boundary += line.at(context_tokens + (steps - 1) * decodes)
+            self._boundary += slowdown * line.at(context_tokens + (steps - 1) * decodes)
         self.next_us = micros_after(self._boundary)
         if self._arrivals:
             self._cut(self._arrivals[0].ready_us)
@@ -344,7 +377,7 @@ class SteppedEngine:
     def _finish_skipped(self, skipped: _SkippedSteps, end_us: Micros) -> list[Emitted]:
         """Let the engine take the steps that were skipped, and return the tokens that the last of them lists."""
         steps, decodes, context_tokens = skipped.steps, skipped.decodes, skipped.context_tokens
-        line, lead, recorder = skipped.line, skipped.lead, self.recorder
+        line, lead, slowdown, recorder = skipped.line, skipped.lead, skipped.slowdown, self.recorder
         advanced = self.engine.advance(steps)
         self._skipped = None
         if lead:  # one more was composed, and starts now
@@ -355,9 +388,9 @@ class SteppedEngine:
             lead = line.at(context_tokens)
             context_tokens += decodes
         blocks = decodes * steps // self.engine.pool.block_size
-        recorder.run_ended(end_us, micros_after(skipped.start + lead), steps, decodes, blocks, advanced.last)
+        recorder.run_ended(end_us, micros_after(skipped.start + slowdown * lead), steps, decodes, blocks, advanced.last)
         for first, growth, many in line.pieces(context_tokens, steps - 1):
-            recorder.further_steps(first, growth, many, decodes)
+            recorder.further_steps(slowdown * first, slowdown * growth, many, decodes)
         return advanced.last
 
     # Requests
@@ -371,12 +404,12 @@ class SteppedEngine:
                 heapify(self._arrivals)
         self._aborts.clear()
 
-    def _first_computed_in(self, step: Step) -> list[Started]:
-        """Return which requests a step that has run computed for the first time."""
+    def _first_computed_in(self, step: Step, start_us: Micros) -> list[Started]:
+        """Return which requests a step that has run, since `start_us`, computed for the first time."""
         started = []
         for entry in step.scheduled:
             request_id = entry.sequence.request.request_id
             if request_id in self._unstarted:
                 self._unstarted.discard(request_id)
-                started.append(Started(int(request_id), self._start_us, entry.sequence.cached_tokens))
+                started.append(Started(int(request_id), start_us, entry.sequence.cached_tokens))
         return started

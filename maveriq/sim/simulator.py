@@ -45,6 +45,7 @@ from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InvariantError
+from maveriq.scenario.shared_gpus import SharedGpus
 from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.contention import ContentionModel, ScheduledEnd
@@ -85,6 +86,7 @@ class _Simulation:
         self._plans: dict[int, DeploymentPlan] = {}
         self._engines: dict[int, SteppedEngine] = {}  # the continuous ones, by deployment
         self._engine_records = EngineRecords(system.sample_us)
+        self._shared_gpus = SharedGpus(self._controller.manager.engines_working)
         self._to_compose: dict[int, None] = {}  # deployments whose engines may have something to start
         self._engine_wakes: list[tuple[Micros, int]] = []  # a heap; those that engines no longer want remain in it
         self._now_us: Micros = 0
@@ -202,6 +204,7 @@ class _Simulation:
                 self._at(wake_us, self._wake)
             if self._watcher:
                 self._update(self._watcher, now_us)
+            self._to_compose.update(dict.fromkeys(self._shared_gpus.slow_down(now_us)))
         if self._to_compose:
             self._compose(now_us)
         if concerns_controller and not self._client.unsent and self._all_ended():
@@ -264,6 +267,7 @@ class _Simulation:
                 now_us=self._now_us,
             )
             engine = self._engines[number] = SteppedEngine(parts, number, action.generation, recorder=recorder)
+            self._shared_gpus.add(number, engine, action.plan.gpu_ids)
             return EngineUp(number, action.generation, engine.kv_capacity_tokens)
         return EngineUp(number, action.generation)
 
@@ -311,6 +315,7 @@ class _Simulation:
     def _drop_engine(self, number: int) -> None:
         if engine := self._engines.pop(number, None):
             engine.stop(self._now_us)
+            self._shared_gpus.drop(number)
         self._to_compose.pop(number, None)
 
     # Exclusive engines

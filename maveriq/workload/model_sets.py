@@ -12,7 +12,7 @@ import msgspec
 
 from maveriq.domain.deployments import Batching, Intent, Objective
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
-from maveriq.domain.parallel import ANY_CONFIGURATION, ConfigurationPattern, ParallelConfig
+from maveriq.domain.parallel import ANY_CONFIGURATION, ConfigurationPattern, ParallelConfig, check_layer_split
 from maveriq.engine.other_settings import ExclusiveSettings, SglangSettings, TrtllmSettings
 from maveriq.engine.reading import read_engine_settings
 from maveriq.engine.vllm_settings import VllmSettings
@@ -164,6 +164,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     slo_tpot_ms: _Milliseconds | None = None
     tp: _Degree | None = None
     pp: _Degree | None = None
+    layer_split: list[_Degree] | None = None
     replicas: _Degree | None = None
     weights: str | None = None
     kv: str | None = None
@@ -247,11 +248,17 @@ def _configuration(entry: _Entry, model: ModelSpec, engine: ContinuousSettings |
     else:
         is_named = entry.tp is not None or isinstance(entry.engine, str) or arguments.tensor_parallel_size > 1
     if not is_named:
+        if entry.layer_split is not None:
+            raise InputError("layer_split is of a configuration that is named; give tp and pp, too")
         return None
     tp = _agreed("tp", entry.tp, "tensor_parallel_size", arguments.tensor_parallel_size)
+    stages = arguments.pipeline_parallel_size
+    if entry.layer_split is not None:
+        check_layer_split(entry.layer_split, entry.pp or stages, model.layers)
     return ParallelConfig(
         tp=tp,
-        pp=_agreed("pp", entry.pp, "pipeline_parallel_size", arguments.pipeline_parallel_size),
+        pp=_agreed("pp", entry.pp, "pipeline_parallel_size", stages),
+        layer_split=tuple(entry.layer_split or ()),
         ep=tp if arguments.enable_expert_parallel else 1,
         weights=_weights(entry.weights or arguments.quantization, model),
         kv=_kv(entry.kv or arguments.kv_cache_dtype),

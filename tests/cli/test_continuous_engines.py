@@ -12,6 +12,7 @@ from maveriq.domain.gpu_kinds import gpu_sheet
 
 ENGINE = '[models.engine]\nkind = "vllm"\nversion = "0.23.0"\nmax_num_seqs = 8\nnum_gpu_blocks = 4096\n'
 MODEL = '[[models]]\nmodel = "llama-2-7b"\ntp = 1\nweights = "bfloat16"\n'
+SGLANG = '[models.engine]\nkind = "sglang"\nmax_total_tokens = 65536\n'
 SET = f'name = "one"\n{MODEL}{ENGINE}'
 COLUMNS = "arrival_s,endpoint,prompt_tokens,output_tokens,prompt_id\n"
 REQUESTS = COLUMNS + "".join(
@@ -101,6 +102,33 @@ def test_the_policy_chooses_configuration_and_replicas_for_the_expected_load(mav
     assert float(fast[0]["est_latency_s"]) < float(few[0]["est_latency_s"])
 
 
+def test_pipelines_run_also_with_uneven_stages(maveriq, tmp_path):
+    for keys, layers in (("pp = 2", "16 16"), ("pp = 2\nlayer_split = [28, 4]", "28 4"), ("pp = 3", "11 11 10")):
+        put(tmp_path, SET.replace("tp = 1", f"tp = 1\n{keys}"))
+        assert maveriq(f"{SIM.replace('1xH100', '4xH100')} out --overwrite").code == 0
+        assert {row["status"] for row in rows(tmp_path / "out")} == {"completed"}
+        assert [row["layer_split"] for row in rows(tmp_path / "out", "deployments.csv")] == [layers]
+
+
+def test_exclusive_engines_stand_beside_continuous_ones_on_gpus_of_their_own(maveriq, tmp_path):
+    both = REQUESTS.replace("0.50,1,", "0.50,2,").replace("0.70,1,", "0.70,2,")
+    put(tmp_path, SET + MODEL.replace("7b", "13b"), both)
+    assert maveriq(f"{SIM.replace('1xH100', '2xH100')} out").code == 0
+    assert {row["status"] for row in rows(tmp_path / "out")} == {"completed"}
+    assert [row["gpus"] for row in rows(tmp_path / "out", "deployments.csv")] == ["0", "1"]
+    assert maveriq(f"{SIM} small").code == 0
+    assert [row["status"] for row in rows(tmp_path / "small", "deployments.csv")] == ["up", "rejected"]
+
+
+def test_engines_share_a_gpu_by_their_memory(maveriq, tmp_path):
+    half = SET.replace("num_gpu_blocks = 4096", "gpu_memory_utilization = 0.45\nmax_model_len = 1024")
+    second = half.split("\n", 1)[1].replace("llama-2-7b", "mistral-7b")
+    put(tmp_path, half + second, REQUESTS.replace("1,1,", "1,2,"))
+    assert maveriq(f"{SIM} out").code == 0
+    assert {row["status"] for row in rows(tmp_path / "out")} == {"completed"}
+    assert [row["gpus"] for row in rows(tmp_path / "out", "deployments.csv")] == ["0", "0"]
+
+
 def test_requests_of_a_gpu_that_fails_are_computed_again(maveriq, tmp_path):
     put(tmp_path)
     assert maveriq(f"{SIM} out --fail gpu=0@0.5s,for=1s --load-s 2").code == 0
@@ -127,9 +155,11 @@ REFUSED = (
     bad("run --backend torch --models m.toml --gpus 1xH100-SXM --trace r.csv", "--backend emulated", files=FILES),
 )
 SETS = (
-    (SET.replace("tp = 1", "tp = 1\npp = 2"), ("pp = 1", "not simulated yet")),
+    (SET.replace("tp = 1", "tp = 1\npp = 2").replace(ENGINE, SGLANG), ("SGLang", "pipeline")),
+    (SET.replace("tp = 1", "tp = 1\npp = 2\nlayer_split = [20, 13]"), ("20+13", "32 layers")),
+    (SET.replace("tp = 1", "layer_split = [20, 12]"), ("layer_split", "tp and pp")),
     (SET.replace("num_gpu_blocks = 4096", "gpu_memory_utilization = 0.1"), ("KV blocks", "llama-2-7b")),
-    (SET + MODEL.replace("7b", "13b"), ("beside exclusive ones",)),
+    (SET + MODEL, ("llama-2-7b", "one kind of engine")),
     (SET.replace("tp = 1", "tp = 2").replace("max_num_seqs = 8", "tensor_parallel_size = 4"), ("tp is 2", "is 4")),
     (SET.replace("bfloat16", "int3"), ("int3",)),
     (SET.replace('"vllm"', '"vlm"'), ("vlm",)),

@@ -14,6 +14,7 @@ from maveriq.domain.requests import Request
 from maveriq.engine.reading import read_engine_settings
 from maveriq.engine.settings import EngineHost
 from maveriq.estimate.engine_presets import engine_preset
+from maveriq.estimate.pipeline_timer import PipelineTimer, StageModel
 from maveriq.estimate.step_timer import StepTimer
 from maveriq.scenario.continuous_engines import EngineParts
 from maveriq.scenario.stepped_engine import SteppedEngine
@@ -44,10 +45,11 @@ def stepped(
     deployment_id: int = 1,
     skips_steps: bool = True,
     sample_us: int = 1_000_000,
+    timer: StepTimer | PipelineTimer = TIMER,
 ) -> SteppedEngine:
     """Return an engine of a model with so long a context, which records intervals of `sample_us`."""
     resolved = read_engine_settings(settings).resolve(EngineHost(context_tokens=context))
-    parts = EngineParts(engine=resolved.make_engine(blocks), timer=TIMER, admission_delay_us=lambda _: delay_us)
+    parts = EngineParts(engine=resolved.make_engine(blocks), timer=timer, admission_delay_us=lambda _: delay_us)
     recorder = EngineRecorder(sample_us, TokenGaps())
     return SteppedEngine(parts, deployment_id, 1, recorder=recorder, skips_steps=skips_steps)
 
@@ -106,6 +108,22 @@ def request(request_id: int, arrival_us: int, prompt_tokens: int, output_tokens:
         output_tokens=output_tokens,
         prompt_id=prompt_id,
     )
+
+
+def pipeline(*shares: float) -> PipelineTimer:
+    """Return the times of a pipeline, each stage of which has a share of all kernels."""
+    preset = engine_preset("vllm-0.23.0")
+    return PipelineTimer(
+        [StageModel(steps=_Share(share), layers=1, hand_over_us=lambda _: 0.0) for share in shares], preset
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    share: float
+
+    def gpu_us(self, **step):
+        return self.share * RoundSteps().gpu_us(**step)
 
 
 @dataclass(frozen=True)

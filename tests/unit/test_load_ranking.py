@@ -18,7 +18,7 @@ from maveriq.estimate.load_curve import LoadCurve
 from maveriq.policy.configuration import RejectedConfig
 from maveriq.policy.load_ranking import MAX_UTILIZATION, LoadRanking, rank_at_load
 from maveriq.policy.maveriq import MaverIQ, least_loaded_first, packing
-from maveriq.policy.policy import Deploy, Rejection
+from maveriq.policy.policy import Deploy
 from maveriq.units import BYTES_PER_GIB
 
 OUTPUT = 100
@@ -220,8 +220,12 @@ def test_replicas_have_gpus_of_their_own_each_within_a_node(rps, rule, gpus, per
     assert len({plan.configuration for plan in decision.plans}) == 1
 
 
-def test_no_gpu_has_two_engines():
-    taken = replace(view(1).gpus[0], tenants=1)
-    decision = policy().decide(endpoint(1.0), ClusterView(gpus=(taken,)))
-    assert isinstance(decision, Rejection)
-    assert "share no GPU" in decision.reason
+def test_engines_share_a_gpu_with_continuous_ones_by_their_memory_and_with_no_exclusive_one():
+    gpu = view(1).gpus[0]
+    exclusive, continuous = replace(gpu, tenants=1), replace(gpu, tenants=1, continuous_tenants=1)
+    full = replace(continuous, free_bytes=gpu.capacity_bytes // 2)
+    views = (ClusterView(gpus=(each,)) for each in (exclusive, continuous, full))
+    reasons = [getattr(policy().decide(endpoint(1.0), each), "reason", "") for each in views]
+    assert "exclusive engine" in reasons[0]
+    assert not reasons[1]
+    assert "free memory" in reasons[2]
