@@ -46,7 +46,7 @@ def measure(cluster: LargeCluster, requests: int) -> dict[str, float]:
     imported_bytes = _peak_bytes()
     system = _system(cluster)
     arrivals = _arrivals(cluster, LOAD * _capacity_per_s(system, cluster), requests)
-    simpy_timer = _SimpyTimer()
+    simpy_timer = SimpyTimer()
     run, both_s = _timed(lambda: simulate(_with(system, arrivals), simpy_timer))
     with tempfile.TemporaryDirectory() as scratch:
         _, files_s = _timed(lambda: write_run(Path(scratch) / "run", run, {}, {}))
@@ -90,7 +90,7 @@ def _capacity_per_s(system: ReplaySystem, cluster: LargeCluster) -> float:
     return _PROBE_REQUESTS * MICROS_PER_SECOND / float(requests.finish_us.max() - _STARTED_US)
 
 
-class _SimpyTimer:
+class SimpyTimer:
     """Times bare SimPy events while a run is simulated.
 
     Both are measured at the same time, so a busy machine slows them alike and their ratio stays.

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from large_run import SimpyTimer
+
 OTHERS_PER_CPU_S = {"BLIS, tuned": 2_505, "splitwise-sim": 646, "Dynamo replay": 343, "Vidur": 130, "BLIS, default": 79}
 _RATE_PER_ENGINE = 2.7
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
@@ -76,12 +78,15 @@ def one_try(trace: Path, engines: int) -> dict[str, float]:
             models=str(models), gpus=f"{engines}xH100-SXM", trace=str(trace), service_times="physics", drain_s=1e6
         )
         system = timed("build", lambda: build_system(options))
-        record = timed("simulate", lambda: simulate_system(system))
+        simpy_timer = SimpyTimer()
+        record = timed("simulate", lambda: simulate_system(system, simpy_timer))
+        stages["simulate"] -= simpy_timer.spent_s
         run = Run(record=record, meta={"notes": []}, options=options)
         timed("files", lambda: save_run(run, Path(scratch) / "run", overwrite=False))
     counts = run.summary.overall.counts
     return {
         **stages,
+        "bare_event_us": 1e6 * simpy_timer.spent_s / simpy_timer.events,
         "requests": counts.completed,
         "refused": counts.refused,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT / 1e6,
@@ -133,6 +138,9 @@ def summary(tries: list[dict[str, float]]) -> dict[str, float]:
         **{
             f"{name}_us_per_request": round(1e6 * stages[name] / requests, 2) for name in ("build", "simulate", "files")
         },
+        "simulate_in_events_of_simpy_alone": round(
+            min(1e6 * each["simulate"] / requests / each["bare_event_us"] for each in tries), 1
+        ),
         "start_and_imports_s": round(stages["start"] + stages["imports"], 3),
         "cpu_s": round(work_s, 3),
         "requests_per_cpu_s": round(requests / work_s),

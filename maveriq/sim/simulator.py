@@ -10,8 +10,10 @@ SimPy's next event happen one after the other without it.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from heapq import heappop, heappush
 from typing import assert_never
@@ -53,11 +55,25 @@ from maveriq.units import Micros
 from maveriq.workload.client import Client
 
 _STEPS_BETWEEN_UPDATES = 256
+_OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
 def simulate(system: ReplaySystem, watcher: Watcher | None = None) -> RunRecord:
     """Simulate a run from its first event to its end, and return its record."""
-    return _Simulation(system, watcher).run()
+    simulation = _Simulation(system, watcher)
+    with _rare_collections():
+        return simulation.run()
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for cyclic garbage rarely: a simulation makes many small objects, and next to none in cycles."""
+    before = gc.get_threshold()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Simulation:
