@@ -17,7 +17,7 @@ from maveriq.files import check_file_writable, is_folder
 from maveriq.input_files import read_head
 from maveriq.report.load_generator_files import LOAD_GENERATOR_FORMATS, write_load_generator_file
 from maveriq.workload.sharegpt import CountTokens, read_conversations
-from maveriq.workload.trace_formats import RequestTrace, counted, remarks_on
+from maveriq.workload.trace_formats import RequestTrace, TracePart, counted, remarks_on
 from maveriq.workload.trace_writers import (
     WRITTEN_FORMATS,
     check_format,
@@ -69,7 +69,7 @@ def convert(
                 f"trace {str(file)!r} holds no conversations; leave out --tokenizer, --chars-per-token and "
                 "--first-turn-only"
             )
-        trace = read_trace(file, benchmark=benchmark)
+        trace = read_trace(file, TracePart(requests=limit), benchmark=benchmark)
         requests = writable(trace)
         kind = trace.format_name if isinstance(trace, RequestTrace) else "schedule"
         remarks = remarks_on(trace) if isinstance(trace, RequestTrace) else []

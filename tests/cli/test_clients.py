@@ -166,6 +166,8 @@ def test_a_run_is_written_as_load_generators_do_and_read_again(sim, maveriq, tmp
 REFUSED = (
     bad("trace convert r.csv out.json --to aiperf", "give the folder of a run"),
     bad(f"{SIM} --trace synthetic", "needs a rate", "--concurrency"),
+    bad("sim --trace synthetic --concurrency 4 --policy alpaserve", "plans for the times of arrivals", "--policy"),
+    bad("sim --trace s.csv --service-times recorded", "turns of sessions", "leave it out"),
     bad(f"{SIM} --concurrency 4 --rate 3", "leave one of them out"),
     bad(f"{SIM} --trace synthetic --rate 3 --limit 4 --num-prompts 5", "--limit and --num-prompts are the same"),
     bad(f"{SIM} --trace synthetic --rate 3 --prompt-tokens unifrm:1-2", "prompt tokens", "did you mean 'uniform'"),
@@ -175,12 +177,13 @@ REFUSED = (
     bad("trace convert r.csv out.csv --chars-per-token 4", "holds no conversations"),
     bad("trace convert r.csv out.csv --benchmark 2", "leave out --benchmark"),
 )
+SESSIONS = "arrival_s,endpoint,prompt_tokens,output_tokens,service_s,session_id\n0,1,9,9,1,a\n1,1,9,9,1,a\n"
 CHATS = '[{"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hello, you"}]}]'
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.command[-50:])
 def test_what_does_not_fit_is_refused_with_one_line(case, maveriq, tmp_path):
-    for name, text in (("m.toml", SET), ("r.csv", FILE), ("c.json", CHATS)):
+    for name, text in (("m.toml", SET), ("r.csv", FILE), ("c.json", CHATS), ("s.csv", SESSIONS)):
         (tmp_path / name).write_text(text)
     refuse(case, maveriq, tmp_path)
 
