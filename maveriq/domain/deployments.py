@@ -93,6 +93,7 @@ class ExpectedLoad:
         rps: requests a second.
         prompt_tokens: mean length of prompts.
         output_tokens: mean length of outputs.
+        prompt_cv: standard deviation of the prompts' lengths over their mean; 0 where it is not known.
 
     Raises:
         InputError: a rate that is not positive, a length below 1.
@@ -101,6 +102,7 @@ class ExpectedLoad:
     rps: float
     prompt_tokens: int
     output_tokens: int
+    prompt_cv: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rps) and self.rps > 0):

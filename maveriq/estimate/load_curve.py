@@ -2,11 +2,22 @@
 
 By Little's law an engine that gets r requests a second, each of which takes t seconds, has r t of them in flight. With
 more in flight each takes longer, and the engine ends more of them a second, up to the most that it has KV blocks for.
+
+What most requests do not exceed is estimated from the same curve. With random arrivals and room for all of them, the
+number in flight is Poisson (M/G/inf), so the time of a token is taken at a percentile of that. A first token takes its
+own prefill, which varies with the prompt, and waiting, for steps and for other prompts. Waiting grows with the variance
+of prompts (Pollaczek and Khinchine); it is often nothing and sometimes long, and is taken to vary as in an M/M/1 queue.
+The sum is taken to be gamma-distributed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import NormalDist
+
+from scipy.special import gammaincinv
 
 from maveriq.errors import InputError
 from maveriq.estimate.estimator import ServiceEstimate
@@ -39,6 +50,28 @@ class LoadCurve:
         """Return the times of a request at a rate; where it is beyond the capacity, those of a full engine."""
         return self._service(self.in_flight(rps))
 
+    def at_tail(self, rps: float, share: float, *, prompt_cv: float = 0.0) -> ServiceEstimate:
+        """Return the times that such a share of the requests does not exceed at a rate, estimated as said above.
+
+        Args:
+            rps: requests a second; with none, one runs alone.
+            share: of the requests, between 0.5 and 1.
+            prompt_cv: standard deviation of the prompts' lengths over their mean.
+        """
+        mean = self.at(rps)
+        if rps <= 0:
+            return mean
+        in_flight = self.in_flight(rps)
+        crowded = math.ceil(in_flight + NormalDist().inv_cdf(share) * math.sqrt(in_flight))
+        tpot_s = self._service(min(crowded, self.max_in_flight)).tpot_s
+        own_s = self._service(1).first_token_s
+        waited_s = max(0.0, mean.first_token_s - own_s) * (1 + prompt_cv**2)
+        busy = min(self._rps(in_flight) * own_s, 1.0)  # the share of the time in which a prompt is computed
+        wait_cv = math.sqrt((2 - busy) / busy)
+        deviation_s = math.hypot(prompt_cv * own_s, wait_cv * waited_s)
+        first_token_s = _gamma_percentile(share, own_s + waited_s, deviation_s)
+        return replace(mean, ttft_s=first_token_s - tpot_s, tpot_s=tpot_s)
+
     def in_flight(self, rps: float) -> int:
         """Return how many are in flight at a rate, at least one and at most as many as there is room for."""
         low, high = 1, self.max_in_flight  # the answer lies between them, both included
@@ -57,3 +90,8 @@ class LoadCurve:
         if in_flight not in self._services:
             self._services[in_flight] = self._service_of(in_flight)
         return self._services[in_flight]
+
+
+def _gamma_percentile(share: float, mean: float, deviation: float) -> float:
+    variance = deviation**2
+    return float(gammaincinv(mean**2 / variance, share)) * variance / mean if variance else mean

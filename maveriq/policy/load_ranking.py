@@ -7,7 +7,7 @@ intent then orders the configurations as it orders those of exclusive engines: b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,9 @@ from maveriq.units import Bytes, gib
 
 MAX_UTILIZATION = 0.8
 """The share of an engine's capacity that an expected load may take: arrivals are uneven, and estimates err."""
+
+SLO_SHARE = 0.95
+"""The share of the requests that an SLO is meant for."""
 
 
 class EngineEstimates(Protocol):
@@ -52,7 +55,8 @@ class LoadCandidate:
         configuration: of each replica; it names the kind of its GPUs where there are several.
         replicas: how many.
         gpu_bytes: memory of a replica on each of its GPUs.
-        service: times of a request.
+        service: mean times of a request.
+        slowest: the times that `SLO_SHARE` of the requests do not exceed.
         accuracy: percent of the float16 score; None where it was never measured.
         usd_per_hour: price of all replicas; None where a GPU has none.
         score: what the intent minimises.
@@ -63,6 +67,7 @@ class LoadCandidate:
     replicas: int
     gpu_bytes: tuple[Bytes, ...]
     service: ServiceEstimate
+    slowest: ServiceEstimate
     accuracy: float | None
     usd_per_hour: float | None
     score: float
@@ -107,6 +112,8 @@ def rank_at_load(
         engines: see there.
         accuracy: measured accuracy of quantised models.
         cost: what the intent `min-cost` counts.
+
+    An SLO is met if it holds for `SLO_SHARE` of the requests.
     """
     unit = score_unit(endpoint.intent.objective, cost, view)
     fitting: list[LoadCandidate] = []
@@ -161,12 +168,18 @@ def _consider(
         return rejected
     most, wanted = pool.replicas(configuration.gpus), endpoint.replicas or 1
     if most < wanted:
-        reason = f"only {most} of {wanted} replicas fit" if most else NO_MEMORY
+        too_few = f"only {most} of {wanted} replicas fit" if most else NO_MEMORY
         detail = f"a replica needs {configuration.gpus} GPUs of a node with {gib(pool.gpu_bytes):.1f} GiB free"
-        return RejectedConfig(configuration=configuration, reason=reason, detail=detail)
+        return RejectedConfig(configuration=configuration, reason=too_few, detail=detail)
     curve = engines.load_curve(endpoint, configuration)
     rps = endpoint.load.rps if endpoint.load else 0.0
-    replicas, service = _replicas(endpoint, curve, rps, most)
+
+    def slowest(replicas: int) -> ServiceEstimate:
+        prompt_cv = endpoint.load.prompt_cv if endpoint.load else 0.0
+        return curve.at_tail(rps / replicas, SLO_SHARE, prompt_cv=prompt_cv)
+
+    replicas = endpoint.replicas or _replicas(slo_limits(endpoint.intent), slowest, curve.capacity_rps, rps, most)
+    service = curve.at(rps / replicas)
     usd_per_hour = None if pool.usd_per_hour is None else replicas * configuration.gpus * pool.usd_per_hour
     carried = replicas * curve.capacity_rps
     return LoadCandidate(
@@ -174,6 +187,7 @@ def _consider(
         replicas=replicas,
         gpu_bytes=(pool.gpu_bytes,) * configuration.gpus,
         service=service,
+        slowest=slowest(replicas),
         accuracy=percent,
         usd_per_hour=usd_per_hour,
         score=unit.score_at_rate(
@@ -187,24 +201,22 @@ def _consider(
     )
 
 
-def _replicas(endpoint: EndpointSpec, curve: LoadCurve, rps: float, most: int) -> tuple[int, ServiceEstimate]:
-    """Return the fewest replicas that carry a load and meet the SLOs, and their times.
+def _replicas(
+    limits: Sequence[SloLimit], slowest: Callable[[int], ServiceEstimate], capacity_rps: float, rps: float, most: int
+) -> int:
+    """Return the fewest replicas that carry a load and meet the SLOs.
 
     If none meet the SLOs, those that carry it; if none carry it, as many as fit.
     """
-    if endpoint.replicas is not None:
-        return endpoint.replicas, curve.at(rps / endpoint.replicas)
-    fewest = max(1, min(most, math.ceil(rps / (MAX_UTILIZATION * curve.capacity_rps))))
-    limits = slo_limits(endpoint.intent)
+    fewest = max(1, min(most, math.ceil(rps / (MAX_UTILIZATION * capacity_rps))))
     low, high = fewest, most
     while low < high:  # the more replicas, the faster is each
         middle = (low + high) // 2
-        if first_missed(limits, curve.at(rps / middle)) is None:
+        if first_missed(limits, slowest(middle)) is None:
             high = middle
         else:
             low = middle + 1
-    service = curve.at(rps / low)
-    return (low, service) if first_missed(limits, service) is None else (fewest, curve.at(rps / fewest))
+    return low if first_missed(limits, slowest(low)) is None else fewest
 
 
 def _order(
@@ -216,7 +228,7 @@ def _order(
     """
     limits = slo_limits(endpoint.intent)
     carrying = [candidate for candidate in fitting if not candidate.overload]
-    missed = [first_missed(limits, candidate.service) for candidate in carrying]
+    missed = [first_missed(limits, candidate.slowest) for candidate in carrying]
     meeting = [candidate for candidate, limit in zip(carrying, missed, strict=True) if limit is None]
     if meeting:
         slow = [_missing(candidate, limit) for candidate, limit in zip(carrying, missed, strict=True) if limit]
@@ -224,7 +236,7 @@ def _order(
         return LoadRanking(candidates=tuple(ordered), rejected=(*rejected, *slow), score_unit=unit)
     if carrying:
         ordered = sorted(carrying, key=lambda candidate: candidate.service.latency_s)
-        note = why_missed(limits, [candidate.service for candidate in carrying])
+        note = why_missed(limits, [candidate.slowest for candidate in carrying], share=SLO_SHARE)
     else:
         ordered = sorted(fitting, key=lambda candidate: candidate.overload)
         note = _why_overloaded(endpoint, ordered[0]) if ordered else ""
@@ -232,7 +244,7 @@ def _order(
 
 
 def _missing(candidate: LoadCandidate, limit: SloLimit) -> RejectedConfig:
-    detail = f"takes {limit.taken(candidate.service)}"
+    detail = f"{SLO_SHARE:.0%} of the requests take up to {limit.taken(candidate.slowest)}"
     return RejectedConfig(configuration=candidate.configuration, reason=limit.reason, detail=detail)
 
 

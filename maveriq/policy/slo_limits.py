@@ -64,14 +64,21 @@ def first_missed(limits: Sequence[SloLimit], service: ServiceEstimate) -> SloLim
     return next((limit for limit in limits if not limit.met_by(service)), None)
 
 
-def why_missed(limits: Sequence[SloLimit], services: Sequence[ServiceEstimate]) -> str:
-    """Return a note on SLOs that none of some estimates meets together."""
+def why_missed(limits: Sequence[SloLimit], services: Sequence[ServiceEstimate], *, share: float | None = None) -> str:
+    """Return a note on SLOs that none of some estimates meets together.
+
+    Args:
+        limits: the SLOs.
+        services: the estimates.
+        share: of the requests, which the estimates are the slowest of; None where they are those of any request.
+    """
+    whose = "" if share is None else f" for {share:.0%} of the requests"
     if len(limits) == 1:
         limit = limits[0]
-        return f"misses its {limit.name}SLO of {limit}: the fastest that fits takes {limit.least_of(services)}"
+        return f"misses its {limit.name}SLO of {limit}{whose}: the fastest that fits takes {limit.least_of(services)}"
     slos = " and ".join(f"{limit.name or 'latency '}{limit}" for limit in limits)
     best = ", ".join(f"{limit.name or 'latency '}{limit.least_of(services)}" for limit in limits)
-    return f"no configuration meets its SLOs of {slos} together: the least of those that fit are {best}"
+    return f"no configuration meets its SLOs of {slos} together{whose}: the least of those that fit are {best}"
 
 
 def _time(duration_s: float, *, in_ms: bool) -> str:

@@ -142,12 +142,16 @@ def build_workload(
 
 
 def _load(entry: ModelEntry, own: np.ndarray[Any, Any], prompts: Lengths, outputs: Lengths) -> ExpectedLoad | None:
-    """Return the load that an entry expects, with the mean lengths of its requests; None where it names none."""
+    """Return the load that an entry expects, with the lengths of its requests; None where it names none."""
     if entry.expected_rps is None:
         return None
-    lengths = [column.tokens[own] if own.any() else column.tokens for column in (prompts, outputs)]
-    prompt_tokens, output_tokens = (max(1, round(float(tokens.mean()))) for tokens in lengths)
-    return ExpectedLoad(rps=entry.expected_rps, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    prompt, output = (column.tokens[own] if own.any() else column.tokens for column in (prompts, outputs))
+    return ExpectedLoad(
+        rps=entry.expected_rps,
+        prompt_tokens=max(1, round(float(prompt.mean()))),
+        output_tokens=max(1, round(float(output.mean()))),
+        prompt_cv=float(prompt.std() / max(1.0, prompt.mean())),
+    )
 
 
 def _memory_share(entry: ModelEntry, gpu_memory_gib: float) -> float | None:
