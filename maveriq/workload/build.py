@@ -49,6 +49,7 @@ from maveriq.workload.options import (
 )
 from maveriq.workload.prefixes import PrefixHashes
 from maveriq.workload.requests import Arrivals, Workload, WorkloadSource
+from maveriq.workload.sessions import requests_of_sessions
 from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, remarks_on
 from maveriq.workload.traces import CONSTANT, SYNTHETIC, CountedTrace, Schedule, SyntheticLoad, Trace, load_trace
 
@@ -229,7 +230,9 @@ def _offsets_of(trace: RequestTrace, options: WorkloadOptions) -> np.ndarray[Any
     if options.is_closed:
         return np.zeros(len(trace), np.int64)
     if options.rate is not None:
-        return _at_rate(options, duration_s=None, requests=len(trace))
+        session_id = np.zeros(len(trace), np.int64) if trace.session_id is None else trace.session_id
+        turns = requests_of_sessions(session_id)
+        return np.repeat(_at_rate(options, duration_s=None, requests=len(turns)), turns)
     offsets: np.ndarray[Any, Any] = np.rint(trace.arrival_us / resolved_scale(options)).astype(np.int64)
     return offsets
 

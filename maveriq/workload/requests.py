@@ -12,6 +12,7 @@ from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.workload.prefixes import PrefixHashes
+from maveriq.workload.sessions import session_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +76,7 @@ class Arrivals:
         """
         if not self.has_turns or self.session_id is None:
             return self
-        alone = self.session_id == 0
-        unit = np.where(alone, -1 - np.arange(len(self)), self.session_id)
-        _, first, which = np.unique(unit, return_index=True, return_inverse=True)
-        order = np.argsort(first[which], kind="stable")
+        order = session_order(self.session_id)
         columns: dict[str, Any] = {
             field.name: column.rows(order) if isinstance(column, PrefixHashes) else column[order]
             for field in fields(self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from maveriq.tables import Row
 from maveriq.workload.content_columns import HASHES, PARENT, PROMPT, SESSION, THINK, ContentColumns
 from maveriq.workload.prefixes import ListedHashes
 from maveriq.workload.schedules import CONTENT_COLUMNS
+from maveriq.workload.sessions import session_order
 from maveriq.workload.timestamps import NS_PER_MINUTE, timestamps_ns
 
 MAX_TOKENS = 100_000_000
@@ -168,7 +169,7 @@ class RequestTrace:
         requests_without_tokens: how many have a prompt or output of 0 tokens in the file, counted as 1.
         ignored_columns: columns of the file that are not read.
         is_whole: the file was read to its end.
-        has_times: the file says when requests arrive; else all times are 0.
+        has_times: the file says when requests arrive; else all times are 0, and turns of a session follow each other.
         remarks: what else a reader must know, a sentence without full stop each.
         prompt_id: as in `Arrivals`, as are the next three; None where the file has none.
         session_id: see there.
@@ -194,6 +195,23 @@ class RequestTrace:
 
     def __len__(self) -> int:
         return len(self.time_ns)
+
+    def by_session(self) -> RequestTrace:
+        """Return the requests so that the turns of a session follow each other, where its first one is.
+
+        Times stay in their places.
+        """
+        if self.session_id is None:
+            return self
+        order = session_order(self.session_id)
+        columns: dict[str, Any] = {
+            name: getattr(self, name)[order]
+            for name in ("prompt_tokens", "output_tokens", "prompt_id", "session_id", "think_us")
+            if getattr(self, name) is not None
+        }
+        if self.prefix_hashes is not None:
+            columns["prefix_hashes"] = self.prefix_hashes.rows(order)
+        return replace(self, **columns)
 
     @property
     def arrival_us(self) -> np.ndarray[Any, Any]:
@@ -234,7 +252,7 @@ def read_requests(path: Path, *, json_lines: bool = False, part: TracePart = WHO
             f"{reader.where} cannot be used: it spans more than {_MAX_MINUTES:,} minutes; is a year wrong?"
         )
     without = int(((prompts == 0) | (outputs == 0)).sum())
-    return RequestTrace(
+    trace = RequestTrace(
         name=path.name,
         format_name=reader.format.name,
         has_dates=reader.format.time_unit_ns is None and reader.format.time != "",
@@ -251,6 +269,7 @@ def read_requests(path: Path, *, json_lines: bool = False, part: TracePart = WHO
         think_us=reader.content.column(THINK),
         prefix_hashes=reader.content.prefix_hashes(),
     )
+    return trace if trace.has_times else trace.by_session()
 
 
 def counted(number: int, noun: str) -> str:

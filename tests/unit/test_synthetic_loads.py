@@ -105,6 +105,18 @@ def test_turns_of_a_conversation_go_to_one_model(build):
     assert set(arrivals.endpoint_id) == {1, 2}
 
 
+def test_a_rate_counts_the_conversations_of_a_file_without_times(build, tmp_path):
+    sessions = ["a", "b", "a", "", "b", "a", "", "c"]
+    rows = "".join(f"{row + 1},9,{session}\n" for row, session in enumerate(sessions))
+    (tmp_path / "s.csv").write_text("prompt_tokens,output_tokens,session_id\n" + rows)
+    arrivals = build(trace=str(tmp_path / "s.csv"), rate=2.0, arrivals="constant").arrivals
+    assert arrivals.prompt_tokens.tolist() == [1, 3, 6, 2, 5, 4, 7, 8]
+    assert (arrivals.arrival_us / 1e6).tolist() == [0, 0, 0, 0.5, 0.5, 1, 1.5, 2]
+    cut = build(trace=str(tmp_path / "s.csv"), rate=2.0, arrivals="constant", limit=4).arrivals
+    assert cut.prompt_tokens.tolist() == [1, 3, 6, 2]
+    assert (cut.arrival_us / 1e6).tolist() == [0, 0, 0, 0.5]
+
+
 def test_turns_of_a_session_of_a_file_go_to_one_model(build, tmp_path):
     two = ONE + ENGINE + '[[models]]\nmodel = "llama-2-13b"\n' + ENGINE
     rows = "".join(f"{row},9,9,{row % 40 or ''}\n" for row in range(400))
