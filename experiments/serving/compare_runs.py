@@ -5,7 +5,8 @@ Usage: python experiments/serving/compare_runs.py DATA_DIR [--only PART] [--writ
 DATA_DIR contains `serving` and `models`. Parts: open-loop (requests recorded one by one), left-out (the same, each
 model by constants fitted without it), load-sweep, closed-loop. An error is simulated over measured less one, in
 percent. Nothing is fitted here: constants are those that `fit_constants.py` has written. `--write` replaces the tables
-and pictures of `results/`. Runs whose split is `validate` are judged by the bars; those of `fit` are printed too.
+of these parts in `results/`, and, from all tables there, pictures and the tables of docs/continuous-batching.md. Runs
+whose split is `validate` are judged by the bars; those of `fit` are printed too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import closed_loop
@@ -23,7 +24,7 @@ import pandas as pd
 from fit_constants import read_constants
 from load_sweep import sweep_points
 from recorded_runs import RecordedRun, recorded_runs
-from verdicts import Bar, bars_of
+from verdicts import bars_of
 
 from maveriq.errors import InputError
 from maveriq.estimate.engine_presets import EngineTimes
@@ -52,11 +53,13 @@ def main() -> None:
     tables = {name: part(options.data) for name, part in PARTS.items() if options.only in (None, name)}
     for name, table in tables.items():
         _print(f"\n{name}\n{table.to_string(index=False, float_format=lambda value: f'{value:.4g}')}\n")
-    bars = list(bars_of(tables))
-    for bar in bars:
+    for bar in bars_of(tables):
         _print(bar.line())
     if options.write:
-        _write(tables, bars)
+        RESULTS.mkdir(exist_ok=True)
+        for name, table in tables.items():
+            table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+        publish()
 
 
 def _print(line: str) -> None:
@@ -195,21 +198,19 @@ PARTS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
 # Results
 
 
-def _write(tables: Mapping[str, pd.DataFrame], bars: Sequence[Bar]) -> None:
+def publish() -> None:
+    """Write bars, pictures and the tables of the page from the tables in `results/`."""
     from document import write_between_marks
     from pictures import draw
 
-    RESULTS.mkdir(exist_ok=True)
-    for name, table in tables.items():
-        table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.5g")
-    draw(tables, RESULTS)
-    found = {bar.name: {"found": bar.found, "bar": bar.most, "met": bar.is_met} for bar in bars}
+    tables = {name: pd.read_csv(path) for name in PARTS if (path := RESULTS / f"{name}.csv").exists()}
+    bars = list(bars_of(tables))
+    found = {bar.name: {"found": round(bar.found, 2), "bar": bar.most, "met": bar.is_met} for bar in bars}
     (RESULTS / "bars.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if len(tables) == len(PARTS):
-        write_between_marks(
-            PAGE, _MARK, ["| figure | rows | % | bar |  |", "|---|---|---|---|---|", *(bar.line() for bar in bars)]
-        )
-        write_between_marks(PAGE, f"{_MARK} --only open-loop", list(_run_lines(tables["open-loop"])))
+    draw(tables, RESULTS)
+    lines = ["| figure | rows | % | bar |  |", "|---|---|---|---|---|", *(bar.line() for bar in bars)]
+    write_between_marks(PAGE, _MARK, lines)
+    write_between_marks(PAGE, f"{_MARK} --only open-loop", list(_run_lines(tables["open-loop"])))
 
 
 def _run_lines(table: pd.DataFrame) -> Iterator[str]:

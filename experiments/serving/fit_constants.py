@@ -46,7 +46,7 @@ _PARTS: Mapping[str, Sequence[tuple[int, int, int]]] = {
     "residency": ((0, 700, 30),),
 }
 _ROUNDS = 3  # the priors are near
-_SWEEP_POINTS, _MOST_IN_FLIGHT = 15, 128
+_SWEEP_POINTS, _MOST_REQUESTS = 15, 1700
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def fit_points(data: Path) -> Iterator[Observation]:
     points = [
         point
         for point in sweep_points(data / "serving")
-        if point.split == "fit" and point.is_stable and point.in_flight < _MOST_IN_FLIGHT and point.rate is not None
+        if point.split == "fit" and point.is_stable and point.rate is not None and len(point.requests) < _MOST_REQUESTS
     ]
     chosen = np.linspace(0, len(points) - 1, _SWEEP_POINTS).round().astype(int)
     yield from (points[index] for index in chosen)

@@ -1,7 +1,7 @@
 """The load sweep: one deployment of Llama-3.1-8B under sixteen shapes of requests, each at up to ten loads.
 
-Only percentiles of each point were published. A point is replayed with lengths drawn as its load generator drew them:
-prompts and outputs uniform between half and one and a half times their nominal lengths.
+Only percentiles and means of each point were published. A point is replayed with lengths as its load generator drew
+them, uniform between half and one and a half times their means, and with the means that were recorded.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class SweepPoint:
         split: `fit` or `validate`.
         prompt_tokens: nominal.
         output_tokens: nominal.
+        mean_prompt: tokens, as it was measured.
+        mean_output: the same of outputs.
         rate: requests a second, evenly spaced; None for a closed loop.
         clients: requests in flight at most.
         duration_s: time in which requests were sent; those that had not ended then do not count.
@@ -55,6 +57,8 @@ class SweepPoint:
     split: str
     prompt_tokens: int
     output_tokens: int
+    mean_prompt: float
+    mean_output: float
     rate: float | None
     clients: int
     duration_s: float
@@ -103,8 +107,8 @@ class SweepPoint:
         number = self._number
         random = np.random.default_rng([_SEED, self.prompt_tokens, self.output_tokens, number])
         prompts, outputs = (
-            random.integers(mean // 2, mean * 3 // 2, endpoint=True, size=number)
-            for mean in (self.prompt_tokens, self.output_tokens)
+            np.rint(mean * random.permutation(np.linspace(0.5, 1.5, number) if number > 1 else np.ones(1)))
+            for mean in (self.mean_prompt, self.mean_output)
         )
         every_us = 0.0 if self.rate is None else 1e6 / self.rate
         return [
@@ -201,6 +205,8 @@ def sweep_points(data: Path) -> Iterator[SweepPoint]:
                 split=row["split"],
                 prompt_tokens=int(row["isl_nominal"]),
                 output_tokens=int(row["osl_nominal"]),
+                mean_prompt=float(row["input_tokens_mean"]),
+                mean_output=float(row["output_tokens_mean"]),
                 rate=rate,
                 clients=1 if row["strategy"] == "synchronous" else _CLIENTS,
                 duration_s=float(row["duration_s"]),
