@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from derive_intervals import coverage_of, held_out, table
 from evaluate import BARS, Summary, summaries
+from operators_check import measured_gpus, sheet_left_out, step_errors
 
 from maveriq.files import data_path
 
@@ -33,6 +35,12 @@ def test_nothing_is_left_out_silently(measured_data: Path) -> None:
     compared = sum(len(group.errors) for group in found if isinstance(group, Summary) and group.name in CLOSED_LOOPS)
     left_out = sum(int(note.split()[2]) for note in found if isinstance(note, str) and note.startswith("closed loop:"))
     assert compared + left_out == 2181
+
+
+@pytest.mark.parametrize("gpu", measured_gpus())
+def test_a_data_sheet_says_dense_decode_steps_of_a_gpu_left_out(gpu: str) -> None:
+    (errors,) = [errors for model, errors in step_errors(gpu, sheet_left_out(gpu)) if model == "all"]
+    assert np.median(np.abs(errors)) <= 0.10
 
 
 CLOSED_LOOPS = {
