@@ -142,8 +142,8 @@ def fit(
         return
     if (data is None) == (table is None) or (data is not None and len(data) > 1):
         raise InputError(
-            "give --evaluate TABLE to compare an estimator, one folder DATA to fit one, or RUN... and --models SET to "
-            "fit an engine to recorded requests"
+            "give --evaluate TABLE to compare an estimator, or a folder DATA to fit one, not both; or RUN... and "
+            "--models SET to fit an engine to recorded requests"
         )
     if table is not None:
         if (out, runs) != (None, None):

@@ -99,15 +99,6 @@ MALFORMED = [
     models(MODELS + 'objective = "min-money"\n', "m.toml", "unknown objective 'min-money'"),
     models(MODELS + "min_accuracy = 120\n", "m.toml", "models[0].min_accuracy must be a number of at most 100"),
     models(MODELS.replace("llama-2-7b", "y/config.json"), "y/config.json", "does not exist"),
-    bad(
-        "sim --models m.toml --slo-scale 5",
-        "model 'own' has no measured latency to scale an SLO from",
-        "give SLO scale 0",
-        files={
-            "m.toml": MODELS + '[[models]]\nmodel = "own/config.json"\n',
-            "own/config.json": CONFIG.replace("llama-2-7b", "own"),
-        },
-    ),
     # Models
     bad("plan x/config.json", "model configuration 'x/config.json' does not exist"),
     bad("plan x", "model configuration 'x/config.json' does not exist", files={"x/": ""}),

@@ -97,7 +97,7 @@ def test_the_policy_uses_the_forecast_of_its_own_run() -> None:
             InputError,
             "needs published arrivals, which 'poisson' does not have",
         ),
-        ({"router": "random"}, UnknownNameError, "unknown router 'random'"),
+        ({"router": "randomly"}, UnknownNameError, "unknown router 'randomly'; did you mean 'random'"),
     ],
 )
 def test_contradictory_options_are_refused(options: dict, error: type, message: str) -> None:
