@@ -114,7 +114,12 @@ class LeastOutstanding(RoutingPolicy):
 
     def choose(self, replicas: Sequence[AnyReplica], request: Request) -> AnyReplica:  # noqa: ARG002
         """Return that replica."""
-        return min(replicas, key=_by_outstanding)
+        best, fewest = replicas[0], replicas[0].outstanding
+        for replica in replicas:  # a key function would take twice as long, and replicas can be many
+            outstanding = replica.outstanding
+            if outstanding < fewest or (outstanding == fewest and replica.assigned < best.assigned):
+                best, fewest = replica, outstanding
+        return best
 
 
 class PowerOfTwo(RoutingPolicy):
