@@ -30,7 +30,8 @@ class PlannedEngines:
     def configurations(self, endpoint: EndpointSpec, *, kind: str, gpus: int) -> Iterable[ParallelConfig]:
         """Return the configurations to consider on up to so many GPUs of a kind, in the order that breaks ties.
 
-        Whole experts are dealt to all GPUs of a stage or to none.
+        Whole experts are dealt to all GPUs of a stage or to none. Pipelines are considered only where the user names
+        their stages: estimates have them evenly filled, and in the simulation long prompts hold up short steps.
         """
         considered: Iterable[ParallelConfig]
         if endpoint.configuration is not None:
@@ -40,7 +41,9 @@ class PlannedEngines:
             considered = (
                 configuration
                 for configuration in estimator.configurations(endpoint.model, gpus=gpus, batch_size=1)
-                if configuration.ep in (1, configuration.tp) and endpoint.pattern.allows(configuration)
+                if configuration.ep in (1, configuration.tp)
+                and configuration.pp == (endpoint.pattern.pp or 1)
+                and endpoint.pattern.allows(configuration)
             )
         return [self._on_kind(endpoint.model, configuration, kind) for configuration in considered]
 

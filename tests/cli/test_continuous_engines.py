@@ -95,7 +95,8 @@ def test_the_policy_chooses_configuration_and_replicas_for_the_expected_load(mav
         return rows(tmp_path / "out", "deployments.csv")
 
     few, many = replicas("expected_rps = 1\n"), replicas("expected_rps = 40\n")
-    assert (len(few), few[0]["tp"], few[0]["weights"]) == (1, "1", "float16")
+    assert (len(few), few[0]["tp"], few[0]["pp"], few[0]["weights"]) == (1, "1", "1", "float16")
+    assert replicas("pp = 2\nexpected_rps = 1\n")[0]["pp"] == "2"
     assert sum(int(row["tp"]) for row in many) > 1
     fast = replicas("expected_rps = 1\n", "--intent min-latency --slo-tpot-ms 9")
     assert int(fast[0]["tp"]) > 1
