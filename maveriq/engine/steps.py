@@ -66,7 +66,7 @@ class Step:
     @property
     def tokens(self) -> int:
         """Tokens that are computed."""
-        return self.decodes + sum(tokens for tokens, _ in self.chunks)
+        return self.decodes + sum(tokens for tokens, _ in self.chunks) if self.chunks else self.decodes
 
 
 class Emitted(NamedTuple):

@@ -22,13 +22,13 @@ ENGINES = SmallEngines({"kind": "vllm", "max_num_seqs": 4, "max_num_batched_toke
 REQUESTS = 40
 
 
-def small_system(**options: object) -> ReplaySystem:
+def small_system(gpus_of: tuple[int, int] = (0, 1), **options: object) -> ReplaySystem:
     draws = np.random.default_rng(7)
     times_us = np.sort(draws.integers(0, 200_000, REQUESTS)).tolist()
     requests = arrivals(times_us, [1] * REQUESTS, draws.integers(1, 120, REQUESTS).tolist())
     requests = replace(requests, prompt_tokens=draws.integers(1, 120, REQUESTS))
     settings = ControllerSettings(refuse_beyond_context=False)
-    made = system(requests, {1: [(0,), (1,)]}, gpus=2, engines=ENGINES, settings=settings, **options)
+    made = system(requests, {1: [(gpu,) for gpu in gpus_of]}, gpus=2, engines=ENGINES, settings=settings, **options)
     endpoints = tuple(replace(endpoint, ready_at_start=True) for endpoint in made.workload.endpoints)
     return replace(made, sample_us=50_000, workload=replace(made.workload, endpoints=endpoints))
 
@@ -43,8 +43,9 @@ def emulated(scenario: ReplaySystem) -> ReplayResult:
     return run_virtually(replay(), longest_s=10_000.0)
 
 
-def test_an_emulated_run_is_the_simulated_one_but_for_the_rounding_of_the_clock():
-    scenario = small_system()
+@pytest.mark.parametrize("gpus_of", [(0, 1), (0, 0)], ids=["two GPUs", "one GPU"])
+def test_an_emulated_run_is_the_simulated_one_but_for_the_rounding_of_the_clock(gpus_of):
+    scenario = small_system(gpus_of)
     simulated, result = simulate(scenario), emulated(scenario)
     ours, theirs = result.record.requests, simulated.requests
     assert (ours.status == RequestStatus.COMPLETED.value).all()
