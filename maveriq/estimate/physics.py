@@ -142,11 +142,19 @@ class PhysicsEstimator:
                     yield ParallelConfig(tp=tp, pp=pp, ep=ep, weights=weights, kv=kv, batch_size=batch_size)
 
     def service(
-        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
+        self,
+        model: ModelSpec,
+        configuration: ParallelConfig,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        batch: int,
+        max_step_tokens: int | None = None,
     ) -> ServiceEstimate:
         """Estimate one batch of `batch` equal requests that start together on an idle engine.
 
-        With continuous batching, estimate a request among `batch` in flight.
+        With continuous batching, estimate a request among `batch` in flight, in steps of at most `max_step_tokens`;
+        None for the engine's default.
 
         Raises:
             InputError: the configuration has a reason in `why_not`, or fewer than one token or request.
@@ -158,7 +166,7 @@ class PhysicsEstimator:
         if self.continuous:
             load = SteadyLoad(
                 in_flight=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens, stages=configuration.pp,
-                max_step_tokens=self.settings(configuration).max_num_batched_tokens,
+                max_step_tokens=max_step_tokens or self.settings(configuration).max_num_batched_tokens,
                 mixes_prefill=self.engine.mixes_prefill, asynchronous=self.engine.asynchronous,
             )  # fmt: skip
             first_us, token_us = load.times(step_us)

@@ -90,6 +90,7 @@ def _load_curve(endpoint: EndpointSpec, sized: SizedEngine) -> LoadCurve:
             prompt_tokens=mean.prompt_tokens,
             output_tokens=mean.output_tokens,
             batch=in_flight,
+            max_step_tokens=sized.resolved.max_num_batched_tokens,
         )
 
     return LoadCurve(service_of, max(1, min(sized.resolved.max_num_seqs, room)))
