@@ -310,8 +310,9 @@ def _faults(
 ) -> tuple[Fault, ...]:
     faults = tuple(parse_fault(text) for text in options.fail)
     last_us = sys.maxsize if workload.reacts else int(workload.arrivals.arrival_us[-1]) + drain_us
+    requested_us = _deployments_requested_us(policy, workload, gpus=len(cluster))
     for fault in faults:
-        check_fault(fault, gpus=len(cluster), requested_us=_deployments_requested_us(policy, workload), end_us=last_us)
+        check_fault(fault, gpus=len(cluster), requested_us=requested_us, end_us=last_us)
     return faults
 
 
@@ -381,15 +382,18 @@ def _refuse_ignored_options(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} applies to {users}, not to {options.policy!r}; leave it out")
 
 
-def _deployments_requested_us(policy: Policy, workload: Workload) -> list[Micros]:
-    """Return when each deployment is requested, in the order of their numbers; a rejected endpoint takes one too."""
+def _deployments_requested_us(policy: Policy, workload: Workload, *, gpus: int) -> list[Micros]:
+    """Return when each deployment is requested, in the order of their numbers; a rejected endpoint takes one too.
+
+    Where the policy will choose how many replicas a load needs, as many as there are GPUs are possible.
+    """
     return [
         endpoint.requested_us
         for endpoint in workload.endpoints
         for _ in range(
             max(1, policy.replicas(endpoint.endpoint_id))
             if isinstance(policy, StaticPlacementPolicy)
-            else endpoint.replicas or 1
+            else endpoint.replicas or (1 if endpoint.load is None else gpus)
         )
     ]
 

@@ -247,9 +247,12 @@ def _configuration(entry: _Entry, model: ModelSpec, engine: ContinuousSettings |
         is_named = any(value is not None for value in (entry.tp, entry.pp, entry.weights, entry.kv))
     else:
         is_named = entry.tp is not None or isinstance(entry.engine, str) or arguments.tensor_parallel_size > 1
+    if entry.layer_split is not None and (engine is None or not is_named):
+        what = (
+            "tp and pp, too" if engine is not None else "the model an engine that batches continuously, or leave it out"
+        )
+        raise InputError(f"layer_split is of a pipeline that is named; give {what}")
     if not is_named:
-        if entry.layer_split is not None:
-            raise InputError("layer_split is of a configuration that is named; give tp and pp, too")
         return None
     tp = _agreed("tp", entry.tp, "tensor_parallel_size", arguments.tensor_parallel_size)
     stages = arguments.pipeline_parallel_size

@@ -159,6 +159,7 @@ SETS = (
     (SET.replace("tp = 1", "tp = 1\npp = 2").replace(ENGINE, SGLANG), ("SGLang", "pipeline")),
     (SET.replace("tp = 1", "tp = 1\npp = 2\nlayer_split = [20, 13]"), ("20+13", "32 layers")),
     (SET.replace("tp = 1", "layer_split = [20, 12]"), ("layer_split", "tp and pp")),
+    (SET.replace("tp = 1", "tp = 1\npp = 2\nlayer_split = [20, 12]").replace(ENGINE, ""), ("layer_split", "an engine")),
     (SET.replace("num_gpu_blocks = 4096", "gpu_memory_utilization = 0.1"), ("KV blocks", "llama-2-7b")),
     (SET + MODEL, ("llama-2-7b", "one kind of engine")),
     (SET.replace("tp = 1", "tp = 2").replace("max_num_seqs = 8", "tensor_parallel_size = 4"), ("tp is 2", "is 4")),
