@@ -103,6 +103,8 @@ def _of_run(folder: Path) -> RequestColumns:
     done = (table.status == RequestStatus.COMPLETED) & (table.first_token_us != NOT_YET)
     if not done.any():
         raise InputError(f"run {str(folder)!r} completed no request; there is nothing to fit to")
+    if len(np.unique(table.endpoint_id)) > 1:
+        raise InputError(f"run {str(folder)!r} has requests of several models; a fit is to those of one deployment")
     arrival_us = table.arrival_us[done]
     return RequestColumns(
         arrival_s=arrival_us / MICROS_PER_SECOND,

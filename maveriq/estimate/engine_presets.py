@@ -182,7 +182,7 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 
     def with_times(self, times: EngineTimes) -> EnginePreset:
         """Return the preset with the times of a deployment."""
-        return msgspec.structs.replace(self, fitted=True, **msgspec.structs.asdict(times))
+        return msgspec.structs.replace(self, **msgspec.structs.asdict(times))
 
     def covers(self, version: str) -> bool:
         """Return whether a version belongs to this generation; a release candidate belongs to its release."""
