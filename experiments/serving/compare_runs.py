@@ -1,6 +1,6 @@
 """Simulate every recorded serving run from its description, and compare with what was measured.
 
-Usage: python experiments/serving/compare_runs.py DATA_DIR [--only PART] [--write]
+Usage: python experiments/serving/compare_runs.py DATA_DIR [--only PART] [--engine NAME] [--write]
 
 DATA_DIR contains `serving` and `models`. Parts: open-loop (requests recorded one by one), left-out (the same, each
 model by constants fitted without it), load-sweep, closed-loop. An error is simulated over measured less one, in
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import closed_loop
@@ -48,9 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--engine", choices=("vllm", "sglang", "trtllm"), help="closed loops of this engine only")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    tables = {name: part(options.data) for name, part in PARTS.items() if options.only in (None, name)}
+    of_engine = partial(closed_loops, engine=options.engine)
+    parts: dict[str, Callable[[Path], pd.DataFrame]] = {**PARTS, "closed-loop": of_engine}
+    tables = {name: part(options.data) for name, part in parts.items() if options.only in (None, name)}
     for name, table in tables.items():
         _print(f"\n{name}\n{table.to_string(index=False, float_format=lambda value: f'{value:.4g}')}\n")
     for bar in bars_of(tables):
@@ -139,11 +143,11 @@ def load_sweep(data: Path) -> pd.DataFrame:
 # Closed loops
 
 
-def closed_loops(data: Path) -> pd.DataFrame:
-    """Return a row for each point of the closed loops that can be replayed."""
+def closed_loops(data: Path, engine: str | None = None) -> pd.DataFrame:
+    """Return a row for each point of the closed loops, of one engine or of all, that can be replayed."""
     rows = []
     for point in closed_loop.loop_points(data):
-        if point.left_out:
+        if point.left_out or engine not in (None, point.preset.engine):
             continue
         try:
             found = closed_loop.replay(point, data)
