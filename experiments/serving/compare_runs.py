@@ -5,8 +5,8 @@ Usage: python experiments/serving/compare_runs.py DATA_DIR [--only PART] [--engi
 DATA_DIR contains `serving` and `models`. Parts: open-loop (requests recorded one by one), left-out (the same, each
 model by constants fitted without it), load-sweep, closed-loop. An error is simulated over measured less one, in
 percent. Nothing is fitted here: constants are those that `fit_constants.py` has written. `--write` replaces the tables
-of these parts in `results/`, and, from all tables there, pictures and the tables of docs/continuous-batching.md. Runs
-whose split is `validate` are judged by the bars; those of `fit` are printed too.
+and pictures of these parts in `results/`, and, from all tables there, those of docs/continuous-batching.md. Runs whose
+split is `validate` are judged by the bars; those of `fit` are printed too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from fit_constants import read_constants
 from load_sweep import sweep_points
+from pictures import draw
 from recorded_runs import RecordedRun, recorded_runs
 from verdicts import bars_of
 
@@ -62,7 +63,9 @@ def main() -> None:
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         for name, table in tables.items():
-            table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+            errors = table.drop(columns=[column for column in table if column.endswith(" ms")])  # not others' data
+            errors.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+        draw(tables, RESULTS)
         publish()
 
 
@@ -203,15 +206,13 @@ PARTS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
 
 
 def publish() -> None:
-    """Write bars, pictures and the tables of the page from the tables in `results/`."""
+    """Write the bars and the tables of the page from the errors in `results/`."""
     from document import write_between_marks
-    from pictures import draw
 
     tables = {name: pd.read_csv(path) for name in PARTS if (path := RESULTS / f"{name}.csv").exists()}
     bars = list(bars_of(tables))
     found = {bar.name: {"found": round(bar.found, 2), "bar": bar.most, "met": bar.is_met} for bar in bars}
     (RESULTS / "bars.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(tables, RESULTS)
     lines = ["| figure | rows | % | bar |  |", "|---|---|---|---|---|", *(bar.line() for bar in bars)]
     write_between_marks(PAGE, _MARK, lines)
     write_between_marks(PAGE, f"{_MARK} --only open-loop", list(_run_lines(tables["open-loop"])))
