@@ -196,7 +196,7 @@ def fit_times(
         start: the prior's values, and the times that are not fitted.
         free: the times to fit.
         rounds: steps towards the best times, at most.
-        on_round: is told each round's number and result.
+        on_round: is called with each round's number and result.
 
     Raises:
         InputError: nothing was measured, or a time that cannot be fitted.

@@ -134,7 +134,7 @@ def _show(
             figure(getattr(deployment.preset.times, name)),
             figure(getattr(fitted.times, name)),
             figure(getattr(fitted.times.uncertainty, name)),
-            "" if name in fitted.identified else "not told by the data",
+            "" if name in fitted.identified else "not in the data",
         )
         for name in fitted.free
     ]

@@ -51,7 +51,7 @@ class LoadCurve:
         return self._service(self.in_flight(rps))
 
     def at_tail(self, rps: float, share: float, *, prompt_cv: float = 0.0) -> ServiceEstimate:
-        """Return the times that such a share of the requests does not exceed at a rate, estimated as said above.
+        """Return the times that such a share of the requests does not exceed at a rate, estimated as described above.
 
         Args:
             rps: requests a second; with none, one runs alone.

@@ -23,7 +23,7 @@ def result_line(result: CheckResult) -> Text:
 
 
 def results_table(backend: str, results: Sequence[CheckResult]) -> Table:
-    """Return all results, with what each check proves; the lines have said what was seen."""
+    """Return all results, with what each check proves; the lines showed what was seen."""
     columns = [
         Column("check", wrap="words"),
         Column("result"),
