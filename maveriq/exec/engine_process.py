@@ -471,7 +471,12 @@ class EngineProcess:
             self._send_load()
 
     def _on_loaded(self, loaded: Loaded) -> None:
-        if not self._loaded:
+        if not (loaded.backend and f"{loaded.backend}{loaded.version}".isprintable()):
+            # Believed, it would give the memory that the engine has yet to allocate to another one.
+            self._exit(
+                ExitReason(reason="its engine does not speak the protocol: it names no backend as it has loaded")
+            )
+        elif not self._loaded:
             self._loaded = True
             if self._connection is not None:
                 self._connection.engine_loaded([shard.pid for shard in loaded.shards])

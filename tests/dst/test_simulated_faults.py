@@ -38,6 +38,11 @@ def test_no_request_is_lost_under_any_faults(first: int) -> None:
     assert statuses["failed"]
 
 
+def test_an_engine_that_says_too_early_that_it_has_loaded_keeps_its_memory() -> None:
+    """Believed, its message gave the memory that it had yet to allocate to another engine (found by the soak test)."""
+    simulate_cluster(7835)
+
+
 def test_equal_seeds_give_equal_runs() -> None:
     assert simulate_cluster(7) == simulate_cluster(7)
 
