@@ -328,7 +328,8 @@ def test_what_the_engine_names_is_a_rank_and_its_parent_may_reap_it_first() -> N
 
 
 def test_a_rank_that_ends_between_loading_and_the_next_scan_is_lost() -> None:
-    script = "sh -c 'sleep 600 & echo $!; sleep 600 & echo $!; wait %2; sleep 600' ; sleep 600"
+    # The rank is a shell from its start, so that a scan before it runs its program sees the same name.
+    script = "sh -c 'sleep 600 & echo $!; sh -c \"sleep 600; exit\" & echo $!; wait %2; sleep 600' ; sleep 600"
 
     async def check() -> None:
         async with tracked(script) as (tree, process):
@@ -338,11 +339,11 @@ def test_a_rank_that_ends_between_loading_and_the_next_scan_is_lost() -> None:
             tree.engine_loaded([0, rank])
             for pid in (helper, rank):
                 os.kill(pid, signal.SIGKILL)
-            while {helper, rank} & set(tree.pids):  # no scan has told yet what they are
+            while {helper, rank} & set(tree.pids):  # before a scan can find out what they are
                 tree._on_exit(helper if helper in tree.pids else rank)
             assert not tree.is_settled
             assert not tree.rank_lost.done()
-            assert (await tree.rank_lost).startswith(f"rank 1, process {rank} (")  # sh before it runs sleep
+            assert (await tree.rank_lost).startswith(f"rank 1, process {rank} (sh)")
 
     run_async(check)
 
