@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
-from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, SequenceAware, ServiceEstimate
+from maveriq.estimate.estimator import ContentionAware, Estimator, SequenceAware, ServiceEstimate, service_at
 from maveriq.units import Bytes
 
 JOINED = "/"
@@ -68,11 +68,9 @@ class ByModelEstimator:
         Raises:
             InputError: as `service`.
         """
-        estimator = self.of_model(model)
-        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
-        if isinstance(estimator, PlacementAware):
-            return estimator.service_on(gpu_ids, model, configuration, **lengths)
-        return estimator.service(model, configuration, **lengths)
+        return service_at(self.of_model(model), gpu_ids)(
+            model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
+        )
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory of a deployment, as `Estimator.memory`.

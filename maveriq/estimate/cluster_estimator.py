@@ -20,10 +20,10 @@ from maveriq.estimate.engine_presets import EnginePreset
 from maveriq.estimate.estimator import (
     ContentionAware,
     Estimator,
-    PlacementAware,
     SequenceAware,
     ServiceEstimate,
     own_estimator,
+    service_at,
 )
 from maveriq.estimate.hand_over import UNKNOWN_NODE, Channel, network_channel, node_channel
 from maveriq.estimate.registry import check_estimator_name, default_estimator, make_estimator, note_on_default
@@ -113,11 +113,14 @@ class ClusterEstimator:
             InputError: as `service`.
         """
         kind = self._kind(configuration)
-        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
-        if not isinstance(kind.estimator, PlacementAware):
-            return self.service(model, configuration, **lengths)
         in_node = [self.node_gpu_ids[gpu_id] for gpu_id in gpu_ids]
-        service = kind.estimator.service_on(in_node, model, _within_node(configuration), **lengths)
+        service = service_at(kind.estimator, in_node)(
+            model,
+            _within_node(configuration),
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            batch=batch,
+        )
         return _over_network(service, kind, model, configuration, prompt_tokens=prompt_tokens, batch=batch)
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:

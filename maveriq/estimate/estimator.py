@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from maveriq.domain.models import ModelSpec
@@ -110,6 +111,13 @@ class PlacementAware(Protocol):
         batch: int,
     ) -> ServiceEstimate:
         """Estimate as `Estimator.service`, for an engine on these GPUs (stage-major, as in a plan)."""
+
+
+def service_at(estimator: Estimator, gpu_ids: Sequence[int]) -> Callable[..., ServiceEstimate]:
+    """Return the `service_on` of an estimator for an engine on these GPUs, its `service` if it has none."""
+    if isinstance(estimator, PlacementAware):
+        return partial(estimator.service_on, gpu_ids)
+    return estimator.service
 
 
 @runtime_checkable

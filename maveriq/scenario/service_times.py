@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
-from maveriq.estimate.estimator import ContentionAware, Estimator, PlacementAware, ServiceEstimate
+from maveriq.estimate.estimator import ContentionAware, Estimator, ServiceEstimate, service_at
 from maveriq.units import Micros, duration_micros
 
 if TYPE_CHECKING:
@@ -73,11 +72,7 @@ class EstimatedServiceTimes:
         return times
 
     def _estimate(self, plan: DeploymentPlan, prompt_tokens: int, output_tokens: int, batch: int) -> ServiceEstimate:
-        estimator = self.estimator
-        service = (
-            partial(estimator.service_on, plan.gpu_ids) if isinstance(estimator, PlacementAware) else estimator.service
-        )
-        return service(
+        return service_at(self.estimator, plan.gpu_ids)(
             plan.model, plan.configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens, batch=batch
         )
 
