@@ -142,8 +142,8 @@ def _show(
     console.print(Table("times of the engine", columns, rows, dense=True))
     for name, other in alike(fitted):
         console.print(
-            f"{name} and {other} cannot be told apart: a change of one is undone by the other. Record another load, or "
-            "more of them",
+            f"the data cannot separate {name} and {other}: a larger one and a smaller other give the same times. Record runs "
+            "at more loads",
             soft_wrap=True,
             highlight=False,
         )

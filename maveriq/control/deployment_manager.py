@@ -46,7 +46,7 @@ class Deployment:
     earlier numbers are ignored. `waiting`: the requests that wait for it in the controller. `in_engine`: the requests
     of a continuous engine by ID, in the order in which they were submitted; `held`: those that wait until it is up.
     `assigned`: requests that it
-    was given so far. `kv_used_tokens`, `kv_capacity_tokens`: of its KV cache, as its engine said last;
+    was given so far. `kv_used_tokens`, `kv_capacity_tokens`: of its KV cache, as its engine last reported;
     `unbegun_tokens`: the prompts in `in_engine` of which it has not begun to compute anything.
     """
 

@@ -12,7 +12,7 @@ from maveriq.domain.requests import Request
 from maveriq.units import Micros
 
 DEFAULT_RULES = {Batching.EXCLUSIVE: RoutingRule.RANDOM, Batching.CONTINUOUS: RoutingRule.LEAST_OUTSTANDING}
-"""How a request picks a replica where nothing else is said, by how engines batch.
+"""The default routing rule, by how engines batch.
 
 Exclusive engines: at random, as in the published AlpaServe runs. Continuous engines: the fewest outstanding requests.
 The router counts these by itself, whatever the engine, and they show which replica is slower or got longer requests.

@@ -63,7 +63,7 @@ class Replica(Protocol):
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of its KV cache that requests hold, as its engine said last, and the prompts that it has not begun."""
+        """Tokens of its KV cache in use, as its engine last reported, plus the prompts that it has not begun."""
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -61,7 +61,7 @@ class GroupedAttention(Attention):
         window: the last tokens that a token attends to, itself included; None for all.
         bias: whether queries, keys and values have a bias.
         output_bias: whether the output has one.
-        key_is_value: keys serve as values too. There is no value projection; the cache still holds both.
+        key_is_value: keys are also the values, so there is no value projection; the KV cache still holds both.
         output_gate: queries come with a gate for the output, so that their matrix is twice as wide.
         vectors: parameters of the norms of queries and keys, and of sinks.
     """

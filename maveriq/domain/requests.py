@@ -39,7 +39,7 @@ FINAL_STATUSES = (
 
 
 PREFIX_HASH_TOKENS = 512
-"""Tokens that a prefix hash stands for where nothing else is said, as in Mooncake's traces."""
+"""Tokens that a prefix hash stands for by default, as in Mooncake's traces."""
 
 
 @dataclass(slots=True, kw_only=True)

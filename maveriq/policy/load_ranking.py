@@ -92,7 +92,7 @@ class LoadRanking:
     note: str = ""
 
     def why_empty(self) -> str:
-        """Return one clause on why there is no candidate."""
+        """Return why every configuration was rejected, in one clause."""
         return summary_of_rejected(self.rejected)
 
 
