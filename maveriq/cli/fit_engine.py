@@ -142,8 +142,8 @@ def _show(
     console.print(Table("times of the engine", columns, rows, dense=True))
     for name, other in alike(fitted):
         console.print(
-            f"the data cannot separate {name} and {other}: a larger one and a smaller other give the same times. Record runs "
-            "at more loads",
+            f"the data cannot separate {name} and {other}: a larger one and a smaller other give the same times. "
+            "Record runs at more loads",
             soft_wrap=True,
             highlight=False,
         )

@@ -1,7 +1,7 @@
 """Plots of engines that batch continuously, over time: requests, KV cache, tokens of a step and time of a step.
 
-Up to six engines have a line each, which differ in colour (Okabe and Ito) and in dashes, so that they stay distinguishable
-in black and white, too. Of more, the mean is drawn, and an area from the lowest to the highest.
+Up to six engines have a line each, which differ in colour (Okabe and Ito) and in dashes, which black and white
+keeps too. Of more, the mean is drawn, and an area from the lowest to the highest.
 """
 
 from __future__ import annotations
