@@ -32,7 +32,8 @@ from maveriq.units import Bytes, bytes_from_gib
 from maveriq.workload.forecast import forecast_of, published_forecast
 from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.requests import Workload
-from maveriq.workload.traces import Schedule, SyntheticLoad, load_trace
+from maveriq.workload.schedules import Schedule
+from maveriq.workload.traces import SyntheticLoad, load_trace
 
 STATIC_POLICIES = (PlacementPolicy.ALPASERVE.value, PlacementPolicy.ALPASERVE_STAR.value)
 """The names of the policies with static placement."""

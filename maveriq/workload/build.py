@@ -49,9 +49,10 @@ from maveriq.workload.options import (
 )
 from maveriq.workload.prefixes import PrefixHashes
 from maveriq.workload.requests import Arrivals, Workload, WorkloadSource
+from maveriq.workload.schedules import Schedule
 from maveriq.workload.sessions import requests_of_sessions
 from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, remarks_on
-from maveriq.workload.traces import CONSTANT, SYNTHETIC, CountedTrace, Schedule, SyntheticLoad, Trace, load_trace
+from maveriq.workload.traces import CONSTANT, SYNTHETIC, CountedTrace, SyntheticLoad, Trace, load_trace
 
 _MAX_SLO_S = 1e9  # no request misses it, and its microseconds fit into 64 bits
 
@@ -294,12 +295,7 @@ def _start_us(models: ModelSet) -> Micros:
 
 
 def _recorded_draw(trace: Schedule, options: WorkloadOptions, models: ModelSet) -> Draw:
-    endpoints, known = trace.arrivals.endpoint_id, len(models.entries)
-    if endpoints.max() > known:
-        raise InputError(
-            f"schedule {trace.name!r} has requests for endpoint {endpoints.max()}, but the model set"
-            f" {options.models!r} has {known} models; give the model set it was recorded with"
-        )
+    endpoints = trace.endpoint_ids([entry.model.name for entry in models.entries])
     arrival_us = trace.arrivals.arrival_us
     if options.is_closed:
         arrival_us = np.full(len(endpoints), max(_loaded_us(models)), np.int64)

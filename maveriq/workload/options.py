@@ -9,8 +9,9 @@ from typing import TypeAlias
 from maveriq.errors import InputError, InvariantError, UnknownNameError
 from maveriq.workload.arrivals import MAX_REQUESTS
 from maveriq.workload.distributions import Distribution, parse_distribution
+from maveriq.workload.schedules import Schedule
 from maveriq.workload.trace_formats import RequestTrace
-from maveriq.workload.traces import CONSTANT, POISSON, SYNTHETIC, CountedTrace, Schedule, SyntheticLoad, Trace
+from maveriq.workload.traces import CONSTANT, POISSON, SYNTHETIC, CountedTrace, SyntheticLoad, Trace
 
 DEFAULT_SCALE = 0.4
 """Of the traces that are known by name, as in the published runs; a file is replayed at scale 1."""

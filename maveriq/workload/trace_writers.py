@@ -17,9 +17,8 @@ from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import written_whole
 from maveriq.workload.prefixes import PrefixHashes
 from maveriq.workload.requests import Arrivals
-from maveriq.workload.schedules import csv_lines
+from maveriq.workload.schedules import Schedule, csv_lines
 from maveriq.workload.trace_formats import RequestTrace
-from maveriq.workload.traces import Schedule
 
 _NS_PER_US, _NS_PER_MS, _NS_PER_TICK = 1_000, 1_000_000, 100
 _TICKS_PER_SECOND = 10_000_000

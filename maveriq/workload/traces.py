@@ -19,11 +19,11 @@ from maveriq.files import exists, traces_path
 from maveriq.input_files import read_head
 from maveriq.tables import other_separator, read_csv
 from maveriq.workload.recorded_loads import read_recorded_load, recorded_load_in
-from maveriq.workload.requests import Arrivals
 from maveriq.workload.schedules import (
     CONTENT_COLUMNS,
     SCHEDULE_COLUMNS,
     SCHEDULE_OPTIONAL_COLUMNS,
+    Schedule,
     read_schedule,
 )
 from maveriq.workload.trace_formats import WHOLE_TRACE, RequestTrace, TracePart, read_requests, refuse_json
@@ -53,14 +53,6 @@ class SyntheticLoad:
     """Arrivals that are drawn or spaced without a trace, without lengths of their own."""
 
     name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """A recorded schedule, replayed as it stands."""
-
-    name: str
-    arrivals: Arrivals
 
 
 Trace: TypeAlias = CountedTrace | RequestTrace | SyntheticLoad | Schedule
@@ -131,7 +123,7 @@ def read_trace(path: Path, part: TracePart = WHOLE_TRACE, *, benchmark: int | No
         raise InputError(f"{where} is separated by {separator}; save it with commas")
     of_schedules = set(SCHEDULE_OPTIONAL_COLUMNS) - set(CONTENT_COLUMNS.values())
     if "endpoint" in header or (set(header) & of_schedules and set(header) & set(SCHEDULE_COLUMNS)):
-        return Schedule(name=path.name, arrivals=read_schedule(path))
+        return read_schedule(path)
     return read_requests(path, part=part)
 
 

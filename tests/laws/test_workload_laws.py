@@ -89,6 +89,6 @@ def test_schedules_are_read_back_to_the_microsecond(data, times, tmp_path_factor
     )
     path = tmp_path_factory.getbasetemp() / "law.csv"
     write_schedule(written, path, overwrite=True)
-    read = read_schedule(path)
+    read = read_schedule(path).arrivals
     for name in ("arrival_us", "endpoint_id", "prompt_tokens", "output_tokens", "slo_us", "service_us"):
         assert np.array_equal(getattr(read, name), getattr(written, name)), name

@@ -14,8 +14,9 @@ from maveriq.errors import InputError
 from maveriq.workload.distributions import parse_distribution
 from maveriq.workload.options import WorkloadOptions, parse_process
 from maveriq.workload.requests import Arrivals
+from maveriq.workload.schedules import Schedule
 from maveriq.workload.sharegpt import read_conversations
-from maveriq.workload.traces import Schedule, read_trace
+from maveriq.workload.traces import read_trace
 
 T = TypeVar("T")
 

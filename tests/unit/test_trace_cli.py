@@ -88,4 +88,4 @@ def test_an_export_contains_the_slos_of_its_scale(tmp_path) -> None:
     file = tmp_path / "slo.csv"
     run("export", "code", "--scale", "0.05", "--slo-scale", "5", "--out", str(file))
     # llama-2-70b: 5 * (1.031805 + 20 * 0.204316) s
-    assert read_schedule(file).slo_us[0] == 25_590_625
+    assert read_schedule(file).arrivals.slo_us[0] == 25_590_625

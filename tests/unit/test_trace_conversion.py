@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from maveriq.errors import InputError
 from maveriq.workload.prefixes import ListedHashes
 from maveriq.workload.requests import requests_of
+from maveriq.workload.schedules import Schedule
 from maveriq.workload.sharegpt import read_conversations
 from maveriq.workload.trace_formats import RequestTrace
 from maveriq.workload.trace_writers import WRITTEN_FORMATS, WritableRequests, lost_in, writable, write_trace
-from maveriq.workload.traces import Schedule, read_trace
+from maveriq.workload.traces import read_trace
 
 RESOLUTION_NS = {"azure": 100, "burstgpt": 1_000, "mooncake": 1_000_000, "vidur": 1_000, "splitwise": 1_000}
 CONTENT = ("prompt_id", "session_id", "think_us")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from maveriq.errors import InputError
+from maveriq.workload.schedules import Schedule
 from maveriq.workload.trace_formats import RequestTrace
-from maveriq.workload.traces import Schedule, read_trace
+from maveriq.workload.traces import read_trace
 
 PLAIN = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\n"

@@ -62,5 +62,5 @@ def test_the_examples_of_the_readme_are_read(tmp_path):
     assert [(entry.load_at, entry.batching) for entry in load_model_set(str(tmp_path / "continuous.toml")).entries] == [
         (None, "continuous")
     ]
-    assert np.array_equal(read_schedule(tmp_path / "mine.csv").slo_us, [2_500_000, 0])
+    assert np.array_equal(read_schedule(tmp_path / "mine.csv").arrivals.slo_us, [2_500_000, 0])
     assert read_requests(tmp_path / "azure.csv").requests_per_minute.tolist() == [2]

@@ -34,7 +34,7 @@ def arrivals(slo_us=(0, 0), service_us=None):
 def test_round_trip_is_exact(tmp_path, written):
     path = tmp_path / "schedule.csv"
     write_schedule(written, path)
-    read = read_schedule(path)
+    read = read_schedule(path).arrivals
     for name in ("arrival_us", "endpoint_id", "prompt_tokens", "output_tokens", "slo_us"):
         assert np.array_equal(getattr(read, name), getattr(written, name)), name
     assert (read.service_us is None) == (written.service_us is None)
@@ -78,6 +78,8 @@ def test_an_older_file_survives_a_failed_write(tmp_path):
         (GOOD + "nan,1,30,20\n", "line 3: arrival_s must be a finite number"),
         (GOOD + "1e12,1,30,20\n", "line 3: arrival_s must be at most 1e+09"),
         (GOOD + "2,0,30,20\n", "line 3: endpoint must be a whole number from 1"),
+        (GOOD + "2,llama-2-7b,30,20\n", "line 3: endpoint must be a number as in the first row"),
+        ("1.5,llama-2-7b,30,20\n2,,30,20\n", "line 3: endpoint is empty; give the name of a model of the set"),
         (GOOD + "2,1.5,30,20\n", "line 3: endpoint must be a whole number"),
         (GOOD + "2,1,0,20\n", "line 3: prompt_tokens must be a whole number from 1"),
         (GOOD + "2,1,30,\n", "line 3: output_tokens must be a number, not ''"),
@@ -98,3 +100,26 @@ def test_service_must_take_time(tmp_path):
     path.write_text(HEADER.replace("\n", ",service_s\n") + "1,1,30,20,0\n")
     with pytest.raises(InputError, match="line 2: service_s must be a finite number of at least 1e-06"):
         read_schedule(path)
+
+
+NAMED = HEADER + "1.5,small,30,20\n2,large,31,21\n2,small,32,22\n"
+
+
+def test_endpoints_may_be_names_of_models(tmp_path):
+    (tmp_path / "schedule.csv").write_text(NAMED)
+    schedule = read_schedule(tmp_path / "schedule.csv")
+    assert schedule.endpoint_ids(["other", "large", "small"]).tolist() == [3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        (["small", "larger"], "unknown endpoint of schedule 'schedule.csv' 'large'; did you mean 'larger'?"),
+        (["small", "large", "small"], "has requests for 'small', which the model set has several times"),
+    ],
+)
+def test_a_name_must_be_that_of_one_model(tmp_path, models, says):
+    (tmp_path / "schedule.csv").write_text(NAMED)
+    with pytest.raises(InputError) as refused:
+        read_schedule(tmp_path / "schedule.csv").endpoint_ids(models)
+    assert says in str(refused.value)
