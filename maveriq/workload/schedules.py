@@ -1,10 +1,10 @@
 """Schedules: CSV files with one request per row, for one endpoint each, replayed as recorded.
 
-Columns: `arrival_s, endpoint, prompt_tokens, output_tokens`. `endpoint` is a number (1 for the first model of the set) in
-all rows, or the name of a model in all rows. Optional are `service_s` (recorded service time), `slo_s` (0 for none),
-`priority` (0 or 1), `prompt_id` (any text; equal for equal prompts), `session_id` (any text), `think_s`, `prefix_hashes`
-and `prefix_hash_tokens`. Times have a resolution of one microsecond. Of the `requests.csv` of a run the first four
-columns are read: its requests, as they were sent.
+Columns: `arrival_s, endpoint, prompt_tokens, output_tokens`. `endpoint` is a number (1 for the first model of the set)
+in all rows, or the name of a model in all rows. Optional are `service_s` (recorded service time), `slo_s` (0 for none),
+`priority` (0 or 1), `prompt_id` (any text; equal for equal prompts), `session_id` (any text), `think_s`,
+`prefix_hashes` and `prefix_hash_tokens`. Times have a resolution of one microsecond. Of the `requests.csv` of a run the
+first four columns are read: its requests, as they were sent.
 """
 
 from __future__ import annotations
