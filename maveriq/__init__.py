@@ -29,6 +29,7 @@ __all__ = [
     "plan",
     "run",
     "simulate",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from maveriq.report.compare_many import ManyComparison
     from maveriq.runs import Run, load_run
     from maveriq.scenario.options import Options
+    from maveriq.sweeps.run import sweep
 
 
 _MODULES = {
@@ -46,6 +48,7 @@ _MODULES = {
     "Options": "maveriq.scenario.options",
     "Run": "maveriq.runs",
     "load_run": "maveriq.runs",
+    "sweep": "maveriq.sweeps.run",
 }
 """Where the public names are that maveriq.api does not define."""
 

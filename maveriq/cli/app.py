@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "Replay a workload on engines that really run.",
         "plan": "Rank a model's configurations for an intent.",
         "place": "Search the best placement of models on GPUs, as AlpaServe does.",
+        "sweep": "Simulate every combination of chosen options, and compare them over seeds.",
         "models": "List the models known by name, or show what is read of one.",
         "gpus": "List the kinds of GPU known by name, or show what is known of one.",
         "profile": "Measure models on this machine's engines.",

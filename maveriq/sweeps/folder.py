@@ -1,0 +1,151 @@
+"""The folder of a sweep: what it is, and a line for each finished cell, so that it can go on after any end.
+
+`sweep.json` holds the sweep. `cells.jsonl` grows by a line for each cell, which is on the disk before the next one is
+reported. A lock keeps two sweeps out of one folder; the system releases it however a process ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from maveriq import __version__
+from maveriq.errors import InputError, cannot_write
+from maveriq.files import not_overwritten, read_regular_file
+from maveriq.sweeps.spec import SweepSpec
+from maveriq.sweeps.worker import CellResult
+
+SPEC_FILE, CELLS_FILE, RUNS_FOLDER = "sweep.json", "cells.jsonl", "runs"
+TABLE_FILES = ("cells.csv", "cells.parquet", "seeds.csv", "comparison.csv")
+_LOCK_FILE = ".lock"
+_MAX_BYTES = 1 << 30
+
+
+class _Described(msgspec.Struct, frozen=True, kw_only=True):
+    """What `sweep.json` holds."""
+
+    maveriq: str
+    sweep: SweepSpec
+
+
+class SweepFolder:
+    """A folder that this process alone writes to (mutable).
+
+    Args:
+        path: the folder.
+        finished: the cells that were simulated before, by number.
+        log: an open file descriptor of `cells.jsonl`.
+    """
+
+    def __init__(self, path: Path, finished: dict[int, CellResult], log: int) -> None:
+        self.path = path
+        self.finished: Mapping[int, CellResult] = finished
+        self._log = log
+
+    def add(self, result: CellResult) -> None:
+        """Append a finished cell; it is on the disk when this returns."""
+        line = msgspec.json.encode(result) + b"\n"
+        while line:
+            line = line[os.write(self._log, line) :]
+        os.fsync(self._log)
+
+
+@contextmanager
+def open_folder(path: Path, spec: SweepSpec, *, overwrite: bool) -> Iterator[SweepFolder]:
+    """Yield the folder of a sweep: a new one, or one that the same sweep has begun.
+
+    Args:
+        path: the folder; it is made if it is missing.
+        spec: the sweep.
+        overwrite: start anew where the folder holds another sweep, or this one.
+
+    Raises:
+        InputError: it holds something else, another sweep, or results of another version of maveriq; another process
+            writes to it; it cannot be written to.
+    """
+    named = f"sweep folder {str(path)!r}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        is_new = not (path / SPEC_FILE).exists()
+        if is_new and any(entry.name != _LOCK_FILE for entry in path.iterdir()):
+            raise InputError(f"{named} holds files that are no sweep; name an empty or a new folder")
+        with _locked(path, named):
+            if not is_new and overwrite:
+                _clear(path)
+                is_new = True
+            if is_new:
+                _write_spec(path, spec)
+            else:
+                _check_same(path, spec, named)
+            log = os.open(path / CELLS_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                yield SweepFolder(path, _finished(path, log, named), log)
+            finally:
+                os.close(log)
+    except OSError as error:
+        raise cannot_write(named, error) from None
+
+
+@contextmanager
+def _locked(path: Path, named: str) -> Iterator[None]:
+    lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{named} is in use by another sweep; wait for it, or name another folder") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _clear(path: Path) -> None:
+    """Remove the files of a sweep; runs that were kept stay until their cell replaces them."""
+    for name in (SPEC_FILE, CELLS_FILE, *TABLE_FILES):
+        with suppress(FileNotFoundError):
+            (path / name).unlink()
+
+
+def _write_spec(path: Path, spec: SweepSpec) -> None:
+    partial = path / f".{SPEC_FILE}.partial"
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(_Described(maveriq=__version__, sweep=spec))) + b"\n")
+    partial.replace(path / SPEC_FILE)
+
+
+def _check_same(path: Path, spec: SweepSpec, named: str) -> None:
+    """Check that a folder was begun by the same sweep and version."""
+    data = read_regular_file(path / SPEC_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
+    try:
+        found = msgspec.json.decode(data, type=_Described)
+    except (msgspec.DecodeError, RecursionError):
+        raise InputError(f"{named}: {SPEC_FILE} is damaged; start anew with --overwrite") from None
+    if found.maveriq != __version__:
+        raise InputError(
+            f"{named} has results of maveriq {found.maveriq}, and this is {__version__}; name another folder, or start "
+            "anew with --overwrite"
+        )
+    if msgspec.json.encode(found.sweep) != msgspec.json.encode(spec):
+        raise not_overwritten(f"another sweep, {found.sweep.name!r}, in {named}")
+
+
+def _finished(path: Path, log: int, named: str) -> dict[int, CellResult]:
+    """Return the cells of the log that were simulated; cut off a last line that was not written to its end."""
+    data = read_regular_file(path / CELLS_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.ftruncate(log, whole)
+    finished = {}
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+        try:
+            result = msgspec.json.decode(line, type=CellResult)
+        except (msgspec.DecodeError, RecursionError):
+            raise InputError(
+                f"{named}: line {number} of {CELLS_FILE} is damaged; start anew with --overwrite"
+            ) from None
+        finished[result.number] = result
+    return {number: result for number, result in finished.items() if not result.error}

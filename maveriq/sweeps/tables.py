@@ -1,0 +1,190 @@
+"""The tables of a sweep: a row for each cell and model, means over seeds, and values of a factor compared in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maveriq.sweeps.spec import SEED, Cell, Contrast
+from maveriq.sweeps.worker import CellResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALL = "all"
+"""In the column `model`: the whole run."""
+
+CONFIDENCE = 0.95
+_ROUNDING = 1e-12  # pairs that differ by less differ equally
+SECONDS, POINTS = "ratio", "difference"
+
+COMPARED: Mapping[str, str] = {
+    "latency_mean_s": SECONDS,
+    "latency_p95_s": SECONDS,
+    "ttft_mean_s": SECONDS,
+    "tpot_mean_s": SECONDS,
+    "throughput_per_s": SECONDS,
+    "cost_gib_s_mean": SECONDS,
+    "gpu_hours": SECONDS,
+    "slo_attainment": POINTS,
+    "goodput": POINTS,
+}
+"""The figures that are compared: by their ratio, or shares by their difference."""
+
+
+def cells_table(cells: Sequence[Cell], results: Mapping[int, CellResult], factors: Sequence[str]) -> pd.DataFrame:
+    """Return one row for each cell and model, and one for the whole run (`model` "all").
+
+    Columns: `run` (number of the cell), the factors, `model`, `saturation` (of the run), `error` ("" if it was
+    simulated; then it has no other row), the columns of `Run.metrics`, and `simulated_in_s`. A cell that has no result
+    yet has no row.
+    """
+    import pandas as pd
+
+    rows = []
+    for cell in cells:
+        result = results.get(cell.number)
+        if result is None:
+            continue
+        for model, figures in (result.rows or {ALL: {}}).items():
+            rows.append(
+                {
+                    "run": cell.number,
+                    **{name: cell.factors[name] for name in factors},
+                    "model": model,
+                    "saturation": result.saturation,
+                    "error": result.error,
+                    **figures,
+                    "simulated_in_s": result.seconds,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def over_seeds(table: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
+    """Return means over seeds with the half-width of their 95 % confidence interval (Student's t).
+
+    One row for each combination of the other factors and model: `seeds`, and for each figure `NAME` and `NAME_ci95`
+    (NaN for fewer than two seeds).
+    """
+    import pandas as pd
+
+    groups = [name for name in factors if name != SEED] + ["model"]
+    figures = _figures(table, factors)
+    rows = []
+    for key, group in table[table["error"] == ""].groupby(groups, sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip(groups, key, strict=True)) | {"seeds": len(group)}
+        for name in figures:
+            values = group[name].dropna().to_numpy(float)
+            row[name] = values.mean() if len(values) else np.nan
+            row[f"{name}_ci95"] = _half_width(values)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _figures(table: pd.DataFrame, factors: Sequence[str]) -> list[str]:
+    others = {"run", "model", "saturation", "error", "simulated_in_s", *factors}
+    return [name for name in table.columns if name not in others]
+
+
+def _half_width(values: np.ndarray[Any, Any]) -> float:
+    """Return the half-width of the confidence interval of a mean, NaN for fewer than two values."""
+    if len(values) < 2:
+        return float("nan")
+    from scipy import stats
+
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def compare_values(table: pd.DataFrame, factors: Sequence[str], contrast: Contrast) -> pd.DataFrame:
+    """Return how the values of a factor differ from its baseline, in pairs that agree in all else, seeds too.
+
+    Equal seeds draw equal arrivals and lengths, so a pair differs by the factor alone. Ratios are geometric means, and
+    their intervals those of a paired t-test of logarithms; shares are compared by their difference. `p_value` is
+    adjusted for the number of comparisons (Holm), so that one below 0.05 is a finding.
+
+    Columns: `factor`, `value`, `baseline`, `figure`, `pairs`, `effect` ("ratio" or "difference"), `estimate`, `low`,
+    `high` (95 %), `p_value` (NaN for one pair, or where all pairs differ equally).
+    """
+    import pandas as pd
+
+    whole = table[(table["model"] == ALL) & (table["error"] == "")] if len(table) else table
+    values = list(dict.fromkeys(whole[contrast.factor])) if len(whole) else []
+    baseline = contrast.baseline if contrast.baseline != "" else next(iter(values), "")
+    keys = [name for name in factors if name != contrast.factor]
+    rows = []
+    for value in values:
+        if value == baseline:
+            continue
+        pairs = _pairs(whole, keys, contrast.factor, value, baseline)
+        for figure, effect in COMPARED.items():
+            if figure in whole and len(found := _differences(pairs, figure, effect)):
+                rows.append(
+                    {"factor": contrast.factor, "value": value, "baseline": baseline, "figure": figure}
+                    | {"pairs": len(found), "effect": effect}
+                    | _estimate(found, effect)
+                )
+    if rows:
+        for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+            row["p_value"] = adjusted
+    return pd.DataFrame(rows)
+
+
+def _pairs(whole: pd.DataFrame, keys: Sequence[str], factor: str, value: object, baseline: object) -> pd.DataFrame:
+    ours, theirs = (whole[whole[factor] == each] for each in (value, baseline))
+    if not keys:
+        return ours.merge(theirs, how="cross", suffixes=("", "_baseline"))
+    return ours.merge(theirs, on=list(keys), suffixes=("", "_baseline"))
+
+
+def _differences(pairs: pd.DataFrame, figure: str, effect: str) -> np.ndarray[Any, Any]:
+    """Return the difference within each pair that has the figure: of logarithms, or of shares."""
+    ours, theirs = (pairs[name].to_numpy(float) for name in (figure, f"{figure}_baseline"))
+    known = np.isfinite(ours) & np.isfinite(theirs)
+    if effect == POINTS:
+        return np.asarray(ours[known] - theirs[known])
+    known &= (ours > 0) & (theirs > 0)
+    return np.asarray(np.log(ours[known] / theirs[known]))
+
+
+def _estimate(found: np.ndarray[Any, Any], effect: str) -> dict[str, float]:
+    from scipy import stats
+
+    mean, half = float(found.mean()), _half_width(found)
+    spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    differs = spread > _ROUNDING * max(1.0, abs(mean))
+    p_value = float(stats.ttest_1samp(found, 0.0).pvalue) if differs else float("nan")
+    ends = np.array([mean, mean - half, mean + half])
+    estimate, low, high = (np.exp(ends) if effect == SECONDS else ends).tolist()
+    return {"estimate": estimate, "low": low, "high": high, "p_value": p_value}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for multiple comparisons (Holm 1979); NaN stays, and counts for nothing."""
+    known = sorted((p, position) for position, p in enumerate(p_values) if not np.isnan(p))
+    adjusted, least = [float("nan")] * len(p_values), 0.0
+    for rank, (p, position) in enumerate(known):
+        least = max(least, min(1.0, p * (len(known) - rank)))
+        adjusted[position] = least
+    return adjusted
+
+
+def write_tables(folder: Path, cells: pd.DataFrame, seeds: pd.DataFrame, comparison: pd.DataFrame) -> None:
+    """Write cells.csv, cells.parquet, seeds.csv and, if anything is compared, comparison.csv; each whole or not."""
+    _replace(folder / "cells.csv", lambda path: cells.to_csv(path, index=False))
+    # A factor may have numbers and texts; a column of a Parquet file has one type.
+    plain = cells.astype({name: "string" for name in cells.columns if cells[name].dtype == object})
+    _replace(folder / "cells.parquet", lambda path: plain.to_parquet(path, index=False))
+    _replace(folder / "seeds.csv", lambda path: seeds.to_csv(path, index=False))
+    if len(comparison):
+        _replace(folder / "comparison.csv", lambda path: comparison.to_csv(path, index=False))
+
+
+def _replace(path: Path, write: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.replace(path)
