@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,37 +101,46 @@ def _half_width(values: np.ndarray[Any, Any]) -> float:
 
 
 def compare_values(table: pd.DataFrame, factors: Sequence[str], contrast: Contrast) -> pd.DataFrame:
-    """Return how the values of a factor differ from its baseline, in pairs that agree in all else, seeds too.
+    """Return how the values of a factor differ from its baseline, in pairs that agree in all else.
 
-    Equal seeds draw equal arrivals and lengths, so a pair differs by the factor alone. Ratios are geometric means, and
-    their intervals those of a paired t-test of logarithms; shares are compared by their difference. `p_value` is
-    adjusted for the number of comparisons (Holm), so that one below 0.05 is a finding.
+    With several seeds, each combination of the other factors is compared by itself, in pairs of equal seeds: these draw
+    equal arrivals and lengths, so a pair differs by the factor alone. Without, all combinations are the pairs of one
+    comparison. Ratios are geometric means, and their intervals those of a paired t-test of logarithms; shares are
+    compared by their difference. `p_value` is adjusted for the number of comparisons (Holm), so that one below 0.05 is
+    a finding.
 
-    Columns: `factor`, `value`, `baseline`, `figure`, `pairs`, `effect` ("ratio" or "difference"), `estimate`, `low`,
-    `high` (95 %), `p_value` (NaN for one pair, or where all pairs differ equally).
+    Columns: the other factors (with several seeds), `factor`, `value`, `baseline`, `figure`, `pairs`, `effect` ("ratio"
+    or "difference"), `estimate`, `low`, `high` (95 %), `p_value` (NaN for one pair, or where all pairs differ equally).
     """
     import pandas as pd
 
     whole = table[(table["model"] == ALL) & (table["error"] == "")] if len(table) else table
     values = list(dict.fromkeys(whole[contrast.factor])) if len(whole) else []
     baseline = contrast.baseline if contrast.baseline != "" else next(iter(values), "")
-    keys = [name for name in factors if name != contrast.factor]
-    rows = []
-    for value in values:
-        if value == baseline:
-            continue
-        pairs = _pairs(whole, keys, contrast.factor, value, baseline)
-        for figure, effect in COMPARED.items():
-            if figure in whole and len(found := _differences(pairs, figure, effect)):
-                rows.append(
-                    {"factor": contrast.factor, "value": value, "baseline": baseline, "figure": figure}
-                    | {"pairs": len(found), "effect": effect}
-                    | _estimate(found, effect)
-                )
-    if rows:
-        for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-            row["p_value"] = adjusted
+    others = [name for name in factors if name != contrast.factor]
+    has_seeds = SEED in others and whole[SEED].nunique() > 1
+    settings = [name for name in others if name != SEED] if has_seeds else []
+    rows: list[dict[str, Any]] = []
+    for value in (value for value in values if value != baseline):
+        all_pairs = _pairs(whole, others, contrast.factor, value, baseline)
+        compared = {"factor": contrast.factor, "value": value, "baseline": baseline}
+        for setting, pairs in _by_setting(all_pairs, settings):
+            for figure, effect in COMPARED.items():
+                if figure in whole and len(found := _differences(pairs, figure, effect)):
+                    counted = {"figure": figure, "pairs": len(found), "effect": effect}
+                    rows.append(setting | compared | counted | _estimate(found, effect))
+    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_value"] = adjusted
     return pd.DataFrame(rows)
+
+
+def _by_setting(pairs: pd.DataFrame, settings: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Yield the pairs of each combination of some factors, with their values."""
+    if not settings:
+        yield {}, pairs
+        return
+    for key, group in pairs.groupby(list(settings), sort=False, dropna=False):
+        yield dict(zip(settings, key, strict=True)), group
 
 
 def _pairs(whole: pd.DataFrame, keys: Sequence[str], factor: str, value: object, baseline: object) -> pd.DataFrame:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from maveriq.report.formatting import NONE, figure, share
 from maveriq.report.results import WIDE
 from maveriq.report.view import Column, Part, Table, Text, View, fit_width, number_column, row, spaced
 from maveriq.sweeps.run import SweepResult
 from maveriq.sweeps.spec import SEED
-from maveriq.sweeps.tables import ALL, COMPARED, SECONDS
+from maveriq.sweeps.tables import ALL, SECONDS
 
 _MAX_ROWS = 40
+_MAX_COMPARISONS = 60
 _SIGNIFICANT = 0.05
 _EQUAL = 1e-9  # a spread of rounding alone
 _SHOWN = {
@@ -29,10 +29,10 @@ _SHOWN = {
 _SHARES = ("slo_attainment", "goodput")
 _FACTORS = {"tpot_mean_s": 1e3}
 _NAMES = {
-    "latency_mean_s": "mean latency", "latency_p95_s": "p95 latency", "ttft_mean_s": "mean TTFT",
-    "tpot_mean_s": "mean TPOT", "throughput_per_s": "throughput", "cost_gib_s_mean": "mean cost",
+    "latency_mean_s": "mean latency", "latency_p95_s": "p95 latency", "throughput_per_s": "throughput",
     "gpu_hours": "GPU hours", "slo_attainment": "SLO attainment", "goodput": "goodput",
 }  # fmt: skip
+"""The figures that are shown of a comparison."""
 
 
 def sweep_view(result: SweepResult, *, width: int = WIDE) -> View:
@@ -83,37 +83,30 @@ def _mean(name: str, mean: float, half_width: float) -> str:
 
 
 def _comparison(result: SweepResult) -> Table:
+    table = result.comparison[result.comparison["figure"].isin(_NAMES)]
+    factor, baseline = table.iloc[0]["factor"], table.iloc[0]["baseline"]
+    settings = [name for name in result.spec.factors() if name in table]
     rows = []
-    for record in result.comparison.to_dict("records"):
+    for record in table.head(_MAX_COMPARISONS).to_dict("records"):
         is_ratio = record["effect"] == SECONDS
         ends = [_effect(float(record[name]), is_ratio=is_ratio) for name in ("estimate", "low", "high")]
-        p_value = float(record["p_value"])
         rows.append(
             row(
-                str(record["value"]),
+                ", ".join(str(record[name]) for name in ("value", *settings)),
                 _NAMES[str(record["figure"])],
                 str(record["pairs"]),
                 ends[0],
-                NONE if math.isnan(float(record["low"])) else f"{ends[1]} to {ends[2]}",
-                _certainty(p_value),
-                starts_section=str(record["figure"]) == _first_figure(result, record["value"]),
+                NONE if math.isnan(float(record["low"])) else f"{ends[1].split()[0]} to {ends[2].split()[0]}",
+                _certainty(float(record["p_value"])),
+                starts_section=str(record["figure"]) == next(iter(_NAMES)),
             )
         )
-    contrast = result.comparison.iloc[0]
-    columns: Sequence[Column] = [
-        Column(f"\n{contrast['factor']}"),
-        Column("\nfigure"),
-        number_column("\npairs"),
-        number_column("\ndifference"),
-        number_column("\n95 % interval"),
-        Column("\np (Holm)"),
-    ]
-    return Table(f"Against {contrast['factor']} {contrast['baseline']}, in pairs of equal seeds", columns, rows)
-
-
-def _first_figure(result: SweepResult, value: object) -> str:
-    own = result.comparison[result.comparison["value"] == value]
-    return next(name for name in COMPARED if name in set(own["figure"]))
+    headers = (", ".join([str(factor), *settings]), "figure")
+    columns = [
+        *map(Column, headers), *map(number_column, ("pairs", "difference", "95 % interval")), Column("p"),
+    ]  # fmt: skip
+    more = " (the rest is in comparison.csv)" if len(table) > _MAX_COMPARISONS else ""
+    return Table(f"Against {factor} {baseline}, in pairs of equal seeds{more}", columns, rows)
 
 
 def _effect(value: float, *, is_ratio: bool) -> str:

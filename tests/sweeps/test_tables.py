@@ -48,10 +48,12 @@ def test_means_over_seeds_are_students():
 
 def test_pairs_of_equal_seeds_take_the_draws_out():
     found = compare_values(table(noisy), FACTORS, Contrast(factor="policy"))
-    latency = found[found.figure == "latency_mean_s"].iloc[0]
-    assert (latency.value, latency.baseline, latency.pairs) == ("b", "a", 8)
-    assert latency.estimate == pytest.approx(1.1)
-    assert latency.low == pytest.approx(latency.high) == pytest.approx(1.1)
+    latency = found[found.figure == "latency_mean_s"]
+    assert latency.scale.tolist() == [0.1, 0.2]  # each load by itself
+    assert set(latency.value + latency.baseline) == {"ba"}
+    assert set(latency.pairs) == {4}
+    for name in ("estimate", "low", "high"):
+        assert latency[name].tolist() == pytest.approx([1.1, 1.1])
     shares = found[found.figure == "slo_attainment"].iloc[0]
     assert (shares.effect, shares.estimate) == ("difference", 0.0)
 
@@ -61,14 +63,21 @@ def test_the_p_value_is_that_of_a_paired_t_test():
         return noisy("a", scale, seed) * (math.exp(0.1 * math.sin(7 * seed + scale)) if policy == "b" else 1.0)
 
     found = compare_values(table(latency_of), FACTORS, Contrast(factor="policy", baseline="b"))
-    keys = [(scale, seed) for scale in (0.1, 0.2) for seed in (1, 2, 3, 4)]
-    ours, theirs = ([math.log(latency_of(policy, *key)) for key in keys] for policy in ("a", "b"))
-    assert found.iloc[0].p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    tests = [
+        stats.ttest_rel(
+            *([math.log(latency_of(policy, scale, seed)) for seed in (1, 2, 3, 4)] for policy in ("a", "b"))
+        )
+        for scale in (0.1, 0.2)
+    ]
+    assert found[found.figure == "latency_mean_s"].p_value.tolist() == pytest.approx(holm([t.pvalue for t in tests]))
+    low, high = np.exp(tests[0].confidence_interval(0.95))
+    assert found.iloc[0][["low", "high"]].tolist() == pytest.approx([low, high])
 
 
 def test_a_failed_cell_leaves_its_pair_out():
     found = compare_values(table(noisy, errors=(1,)), FACTORS, Contrast(factor="policy"))
-    assert set(found.pairs) == {7}
+    assert set(found.pairs[found.scale == 0.1]) == {3}
+    assert set(found.pairs[found.scale == 0.2]) == {4}
     assert over_seeds(table(noisy, errors=(1,)), FACTORS).seeds.min() == 3
 
 
@@ -78,3 +87,15 @@ def test_a_failed_cell_leaves_its_pair_out():
 )
 def test_holm_adjusts_as_published(p_values, adjusted):
     assert holm(p_values) == pytest.approx(adjusted, nan_ok=True)
+
+
+def test_without_seeds_all_combinations_are_the_pairs():
+    spec = read_sweep({"grid": {"policy": ["a", "b"], "scale": [0.1, 0.2, 0.3]}})
+    results = {
+        cell.number: CellResult(number=cell.number, rows={ALL: {"gpu_hours": noisy(seed=cell.number, **cell.factors)}})
+        for cell in cells_of(spec)
+    }
+    factors = spec.factors()
+    found = compare_values(cells_table(cells_of(spec), results, factors), factors, Contrast(factor="policy"))
+    assert found.pairs.tolist() == [3]
+    assert "scale" not in found
