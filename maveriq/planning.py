@@ -52,10 +52,10 @@ class PlanOptions:
     )
     estimator: str | None = option(
         None,
-        "The estimator: calibrated, paper, measured, or physics.",
+        "The estimator: calibrated, paper, measured, blended, or physics.",
         _PANEL,
         shown="calibrated",
-        choices=("calibrated", "paper", "measured", "physics"),
+        choices=("calibrated", "paper", "measured", "blended", "physics"),
     )
     engine: str | None = option(
         None,
@@ -70,7 +70,7 @@ class PlanOptions:
     )  # fmt: skip
     profile: str = option(
         "a6000-short",
-        "Hardware profile: a6000-short, a6000-long, or a TOML file.",
+        "Hardware profile: a6000-short, a6000-long, a TOML file, or what maveriq profile wrote.",
         _PANEL,
         choices=("a6000-short", "a6000-long"),
     )
@@ -267,14 +267,14 @@ def _note_on_more_gpus(
 
 def _why_unknown(model: ModelSpec, profile: HardwareProfile, estimator: str) -> str | None:
     """Return why no configuration of a model can be estimated on a kind of GPU, None if some may."""
-    from maveriq.estimate.registry import MEASURED, PHYSICS
+    from maveriq.estimate.registry import BLENDED, MEASURED, PHYSICS
 
     other = profile.why_other_model(model)
     if other is not None:
         return f": {other}"
     # Estimators with a table of their own report themselves which models they know.
     known = profile.fingerprints.models()
-    if estimator in (MEASURED, PHYSICS) or model.name in known:
+    if estimator in (MEASURED, BLENDED, PHYSICS) or model.name in known:
         return None
     return (
         f" has no fingerprint in profile {profile.name!r} (it has {', '.join(sorted(known)) or 'none'}); measure one "

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, read_models, shape_of
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import read_config
 from maveriq.estimate.measured import COLUMNS, OPTIONAL_COLUMNS
+from maveriq.estimate.profile_file import models_of, read_profile_file
 from maveriq.files import exists
 from maveriq.input_files import read_lines
 from maveriq.tables import MAX_TABLE_BYTES, Row, choice, read_csv
+from maveriq.units import BYTES_PER_GIB
 
 PUBLISHED_COLUMNS = (
     "model", "tp", "pp", "layer_split", "weight_dtype", "int8_kv", "output_tokens", "batch_size", "latency_s",
@@ -88,15 +91,44 @@ def is_table_of_measurements(path: Path, *, with_prompts: bool) -> bool:
 
 
 def read_measurements(table: Path) -> Iterator[Measurement]:
-    """Yield the rows of a table of measurements, in either format.
+    """Yield the rows of a table of measurements, in either format, or those of a planned profile.
 
     Raises:
         InputError: not such a table, a time or a memory that is not positive, an unknown type.
     """
-    if _header(table) & {"weights", "ttft_s", "tpot_s"}:
+    if table.suffix == PROFILE_SUFFIX:
+        yield from _of_profile(table)
+    elif _header(table) & {"weights", "ttft_s", "tpot_s"}:
         yield from map(_reader_beside(table), read_csv(table, COLUMNS, what=_WHAT, optional=OPTIONAL_COLUMNS))
     else:
         yield from map(_published, read_csv(table, PUBLISHED_COLUMNS, what=_WHAT, optional=_PUBLISHED_OPTIONAL))
+
+
+PROFILE_SUFFIX = ".json"
+"""The suffix of what `maveriq profile` writes of a plan."""
+
+
+def _of_profile(path: Path) -> Iterator[Measurement]:
+    """Yield what a planned profile measured; memory is that of the largest batch of its engine."""
+    profile = read_profile_file(path)
+    models = models_of(profile)
+    for number, run in enumerate(profile.runs):
+        for case in run.cases:
+            first_s, tpot_s = median(case.first_s), median(case.each_s)
+            yield Measurement(
+                where=f"profile {str(path)!r}, run {number}",
+                model_name=run.model,
+                layers=len(run.layers),
+                configuration=ParallelConfig(
+                    tp=run.tp, pp=run.pp, weights=run.weights, kv=run.kv, batch_size=case.batch
+                ),
+                output_tokens=case.output_tokens,
+                latency_s=first_s + (case.output_tokens - 1) * tpot_s,
+                memory_gib=max(_LEAST, run.memory_after_bytes / BYTES_PER_GIB),
+                prompt_tokens=case.prompt_tokens,
+                tpot_s=tpot_s,
+                shape=models[run.model],
+            )
 
 
 def _header(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from maveriq.domain.models import ModelSpec, load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import Fingerprint, Fingerprints, derive
+from maveriq.estimate.profile_file import PROFILE_NAME
 from maveriq.files import exists, is_folder
 
 LONG_TRUTH, BATCHED_TRUTH = "full_model_long_prompt.csv", "full_model_batched_short_prompt.csv"
@@ -90,6 +91,7 @@ def _tables(data: Path, prompt_tokens: int | None) -> Iterator[tuple[Path, int |
         for path in sorted(data.glob("*.csv"))
         if path not in known and is_table_of_measurements(path, with_prompts=prompt_tokens is None)
     ]
+    others += [path for path in [data / PROFILE_NAME] if exists(path)]
     if not [*known, *others]:
         raise InputError(
             f"data folder {str(data)!r} has no table of measurements with a column prompt_tokens; add the column, or "

@@ -15,10 +15,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from maveriq.cli.options import OverwriteFlag
+from maveriq.cli.options import JsonFlag, OverwriteFlag
+from maveriq.cli.profile_plan import PlannedProfile, PlanOptions, Target, check_profile_folder, profile_by_plan
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.parallel import KV_SUFFIX, ParallelConfig
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.device import Device
@@ -33,27 +34,61 @@ from maveriq.units import bytes_from_gib, gib
 
 _CONFIGURATION = re.compile(r"(?:(?P<model>.+)=)?(?P<tp>\d{1,3})x(?P<pp>\d{1,3})(?::(?P<weights>\w+))?(?P<kv>\+kv8)?")
 _CPU_MEMORY_GIB = 4.0
-_MAX_PROMPT_TOKENS, _MAX_BATCH = 100_000, 1_000
+_MAX_PROMPT_TOKENS, _MAX_BATCH, _MAX_LAYERS = 100_000, 1_000, 10_000
+_REPEATS, _LEAST_REPEATS = 5, 3
 
 
 def profile(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names, or paths of config.json.")],
     *,
-    out: Annotated[Path, typer.Option(help="Folder for the profile.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the profile.")] = None,
     configuration: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--configuration",
             "-c",
             metavar="[MODEL=]TPxPP[:WEIGHTS][+kv8]",
             help="What to measure, such as 2x1, 1x3:int8+kv8, or MODEL=4x1; repeatable.",
+            show_default="planned",
         ),
-    ],
+    ] = None,
     backend: Annotated[str, typer.Option(metavar="torch|vllm|trtllm", help="The engine.")] = "torch",
-    prompt_tokens: Annotated[str, typer.Option(help="Lengths of prompts, separated by commas.")] = "16,64,256",
+    prompt_tokens: Annotated[
+        str | None, typer.Option(help="Lengths of prompts, separated by commas.", show_default="by the device")
+    ] = None,
     output_tokens: Annotated[int, typer.Option(min=2, max=100_000, help="Tokens to generate.")] = 20,
-    batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Repetitions of each measurement.")] = 5,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Batch sizes, separated by commas.", show_default="by the device; with -c 1")
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Repetitions of each measurement, at least.", show_default="3; with -c 5"),
+    ] = None,
+    most_repeats: Annotated[
+        int, typer.Option(min=1, max=1000, help="Repetitions at most, until the medians are sure to 1 %.")
+    ] = 15,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS[+kv8],...", help="Formats that estimates are wanted for.", show_default="the model's"
+        ),
+    ] = None,
+    max_gpus: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Most GPUs of a deployment.", show_default="the machine's, or 1"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of the models that are measured, separated by commas.",
+            show_default="one of each kind, and one more",
+        ),
+    ] = None,
+    budget_s: Annotated[
+        float | None, typer.Option(min=1, max=1e6, help="Most seconds that the plan may take.", show_default="none")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and measure nothing.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts and of random weights.")] = 42,
     memory_gib: Annotated[
         float | None,
         typer.Option(help="Memory of one GPU, or of one process on a CPU.", show_default="the GPU's, or 4"),
@@ -63,29 +98,60 @@ def profile(
     ] = None,
     kind: Annotated[str | None, typer.Option(help="Name of the GPU kind.", show_default="the GPU's, or cpu")] = None,
     overwrite: OverwriteFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Measure models on this machine's engines.
 
-    Measures whole models under the configurations that you choose.
+    Plans the fewest measurements that estimates need, of one or two layers of
+    the model, shows the plan and measures it. An interrupted profile goes on
+    when the same command runs again. maveriq plan, sim, run, serve and place
+    take --profile FOLDER.
 
-    Writes a profile: maveriq sim --profile FOLDER/profile.toml --estimator
-    measured --service-times measured then simulates these engines.
+    With -c: measures whole models under the configurations that you choose,
+    for --estimator measured.
     """
     if backend == EMULATED:
         raise InputError("an emulated engine takes the estimated time; there is nothing to measure")
     if memory_gib is not None and not 0 < memory_gib < 1e6:
         raise InputError(f"--memory-gib must be a positive number, not {memory_gib}")
-    check_writable(out, files=PROFILE_FILES, overwrite=overwrite)
     chosen = _models(models)
+    if configuration is None:
+        options = PlanOptions(
+            prompt_tokens=_counts_or_none("--prompt-tokens", prompt_tokens, _MAX_PROMPT_TOKENS),
+            batch_sizes=_counts_or_none("--batch-size", batch_size, _MAX_BATCH),
+            output_tokens=output_tokens,
+            formats=None if formats is None else [_format(text) for text in formats.split(",")],
+            max_gpus=max_gpus,
+            layers=_counts_or_none("--layers", layers, _MAX_LAYERS),
+            budget_s=budget_s,
+            least_repeats=repeats or _LEAST_REPEATS,
+            most_repeats=most_repeats,
+            kind=kind,
+            memory_gib=memory_gib,
+            seed=seed,
+        )
+        _plan(chosen, options, backend, engine_python or (), out, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
+        return
+    if (formats, max_gpus, layers, budget_s) != (None, None, None, None) or dry_run or as_json:
+        raise InputError(
+            "--formats, --max-gpus, --layers, --budget-s, --dry-run and --json plan; leave them out with -c"
+        )
+    if out is None:
+        raise InputError("name a folder for the profile: --out FOLDER")
+    check_writable(out, files=PROFILE_FILES, overwrite=overwrite)
     engines = _engines(chosen, configuration)
     files = ModelFiles({model: path for model, path in chosen.values() if path is not None}.get)
-    cases = _cases(batch_size, prompt_tokens, output_tokens)
+    cases = _cases(batch_size or "1", prompt_tokens or "16,64,256", output_tokens)
     with contextlib.closing(LocalMachine(backend, engine_python or ())) as local:
         for model, parallel_config in engines:
             _check_supported(local, model, parallel_config)
         machine = _machine(local, kind, memory_gib)
         job = _Job(
-            local=local, machine=machine, engines=engines, cases=cases, probe=Probe(files=files, repeats=repeats)
+            local=local,
+            machine=machine,
+            engines=engines,
+            cases=cases,
+            probe=Probe(files=files, repeats=repeats or _REPEATS, seed=seed),
         )
         measured = asyncio.run(_measure_all(job))
     file = write_profile(out, machine, measured, overwrite=overwrite) / "profile.toml"
@@ -95,6 +161,26 @@ def profile(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _plan(
+    models: Mapping[str, tuple[ModelSpec, Path | None]],
+    options: PlanOptions,
+    backend: str,
+    engine_python: Sequence[str],
+    out: Path | None,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    if out is None and not dry_run:
+        raise InputError("name a folder for the profile: --out FOLDER; or --dry-run shows the plan alone")
+    target = None if out is None else Target(folder=out, overwrite=overwrite)
+    if target is not None and not dry_run:
+        check_profile_folder(target)
+    with contextlib.closing(LocalMachine(backend, engine_python)) as local:
+        profile_by_plan(PlannedProfile(models, local, options), target, dry_run=dry_run, as_json=as_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +230,19 @@ def _cases(batch_sizes: str, prompt_tokens: str, output_tokens: int) -> list[Mea
         MeasurementCase(batch=batch, prompt_tokens=tokens, output_tokens=output_tokens)
         for batch, tokens in product(batches, prompts)
     ]
+
+
+def _counts_or_none(option: str, text: str | None, maximum: int) -> list[int] | None:
+    return None if text is None else _counts(option, text, maximum)
+
+
+def _format(text: str) -> tuple[WeightType, KvType]:
+    """Return the types of weights and KV cache that a format names: int8, or int8+kv8."""
+    weights, plus, suffix = text.strip().partition("+")
+    kv = next((kv for kv, written in KV_SUFFIX.items() if written == plus + suffix), None)
+    if weights not in list(WeightType) or kv is None:
+        raise InputError(f"--formats {text!r} is none; write one of {', '.join(WeightType)}, or int8+kv8")
+    return WeightType(weights), kv
 
 
 def _counts(option: str, text: str, maximum: int) -> list[int]:

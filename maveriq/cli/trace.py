@@ -12,7 +12,7 @@ import typer
 from maveriq.cli.options import JsonFlag, OverwriteFlag, with_options
 from maveriq.cli.output import echo
 from maveriq.cli.trace_convert import convert
-from maveriq.estimate.hardware_profile import load_profile
+from maveriq.estimate.fitted_profile import load_any_profile
 from maveriq.files import check_file_writable
 from maveriq.report.terminal import open_console
 from maveriq.report.view import BLANK, Column, Part, Table, Text, number_column, row
@@ -124,7 +124,7 @@ def check(
 
 
 def _workload(options: Options, trace: str | None) -> Workload:
-    profile = load_profile(options.profile)
+    profile = load_any_profile(options.profile)
     chosen = options if trace is None else replace(options, trace=trace)
     return workload_for(chosen, profile, slo_scale=options.slo_scale)
 

@@ -190,7 +190,7 @@ def memory_defaults(engine: str, version: str, *, gpu_name: str, memory_gib: flo
     """Return what an engine takes of a GPU's memory by default.
 
     Args:
-        engine: vllm, trtllm or sglang.
+        engine: vllm, trtllm, sglang or torch.
         version: of the engine.
         gpu_name: the kind of GPU.
         memory_gib: memory of one.
@@ -199,6 +199,8 @@ def memory_defaults(engine: str, version: str, *, gpu_name: str, memory_gib: flo
     Raises:
         InputError: it is not a version.
     """
+    if engine == "torch":  # whose cache grows as it needs to
+        return MemoryDefaults(_UNLIMITED_STEP_TOKENS, 1.0)
     if engine == "trtllm":
         return MemoryDefaults(TRTLLM_MAX_NUM_TOKENS, TRTLLM_FREE_MEMORY_FRACTION, is_share_of_free=True)
     if engine == "sglang":

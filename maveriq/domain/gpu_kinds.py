@@ -77,6 +77,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         usd_per_hour: list price of one GPU, US dollars an hour.
         price_source: whose list price it is.
         source: where the other figures stand.
+        value_bytes: bytes of a value of 16 bits as it is kept: 4 where they are computed with 32, as on a CPU.
         other_names: how it is also called; `H100` stands for the most common H100.
         name: the kind's name, from the table's key.
     """
@@ -96,6 +97,7 @@ class GpuSheet(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     usd_per_hour: _Positive
     price_source: str
     source: str
+    value_bytes: _Count = 2
     other_names: tuple[str, ...] = ()
     name: str = ""
 

@@ -13,7 +13,9 @@ from maveriq.domain.gpu_kinds import gpu_sheet
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.engine_presets import EngineTimes, engine_presets
 from maveriq.estimate.hardware_profile import HardwareProfile, known_profiles, load_profile
+from maveriq.estimate.profile_file import PROFILE_NAME, planned_profile
 from maveriq.estimate.sheet_profile import sheet_profile
+from maveriq.files import is_folder
 from maveriq.tables import read_toml
 
 _TIMES = "engine_times"
@@ -27,13 +29,15 @@ class _FittedProfile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw
 
 
 def load_any_profile(name_or_path: str) -> HardwareProfile:
-    """Read a hardware profile, or what `maveriq fit` wrote of a deployment.
+    """Read a hardware profile, what `maveriq fit` wrote of a deployment, or what `maveriq profile` planned.
 
     Raises:
         UnknownNameError: neither a known name nor a path; a file of fitted times that names an unknown GPU or preset.
         InputError: a file is missing or invalid.
     """
     path = Path(name_or_path)
+    if path.suffix == ".json" or is_folder(path):
+        return planned_profile(path / PROFILE_NAME if is_folder(path) else path)
     if name_or_path in known_profiles() or path.suffix != ".toml" or _TIMES not in _keys(path):
         return load_profile(name_or_path)
     read = read_toml(path, _FittedProfile, what="profile")

@@ -17,13 +17,14 @@ import msgspec
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
 from maveriq.domain.deployments import Cost
-from maveriq.domain.gpu_kinds import gpu_sheet, gpu_sheets
+from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheet, gpu_sheets
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, read_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.engine_presets import EnginePreset, EngineTimes
 from maveriq.estimate.fingerprints import FingerprintTable, read_config, read_exponents, read_fingerprints
 from maveriq.estimate.full_models import FullModelTable, read_full_models
+from maveriq.estimate.observations import Observation
 from maveriq.files import data_path
 from maveriq.tables import Row, choice, read_csv, read_toml, unique
 from maveriq.units import Bytes, Micros, bytes_from_gib, micros
@@ -276,6 +277,8 @@ class HardwareProfile:
         min_cost: what the intent `min-cost` counts.
         engine: the engine that it was measured with, by `maveriq.estimate.engine_presets`; "" where it names none.
         engine_times: times that were fitted to a deployment, by the preset in whose place they stand.
+        sheet: measured speeds of a kind of GPU that has no data sheet; None where the catalogue has it.
+        observed: what a planned profile measured, in fingerprints and whole models; the estimator `blended` reads it.
     """
 
     name: str
@@ -297,6 +300,8 @@ class HardwareProfile:
     engine: str = ""
     full_models: FullModelTable = field(default_factory=FullModelTable)
     engine_times: Mapping[str, EngineTimes] = field(default_factory=dict)
+    sheet: GpuSheet | None = None
+    observed: tuple[Observation, ...] = ()
 
     def engine_preset(self, preset: EnginePreset) -> EnginePreset:
         """Return a preset with the times that were fitted to the profile's deployment, if it was one of that preset."""

@@ -75,7 +75,8 @@ class PhysicsEstimator:
     def __post_init__(self, preset: EnginePreset | None) -> None:
         engine = preset or engine_preset(self.profile.engine or DEFAULT_ENGINE)
         object.__setattr__(self, "engine", self.profile.engine_preset(engine))
-        object.__setattr__(self, "_operators", operators_of(gpu_sheet(self.profile.gpu_kind), self.engine.kernels))
+        sheet = self.profile.sheet or gpu_sheet(self.profile.gpu_kind)
+        object.__setattr__(self, "_operators", operators_of(sheet, self.engine.kernels))
 
     @property
     def name(self) -> str:
@@ -257,11 +258,15 @@ class PhysicsEstimator:
         check_estimable(self, model, configuration)
         decoder, tp, batch = model.decoder, configuration.tp, configuration.batch_size
         settings = self.settings(configuration)
-        weights = decoder.weight_bytes(self._stored_as(model, configuration)) + 2 * decoder.other_inputs_parameters
-        cache = batch * sequence_bytes(decoder, prompt_tokens + output_tokens, tp=tp, settings=settings)
+        wider = self._operators.gpu.value_bytes / 2
+        stored = self._stored_as(model, configuration)
+        layers = decoder.layers_bytes(stored) * (wider if stored is BITS_16 else 1.0)
+        others = decoder.embedding_bytes() + decoder.head_bytes(stored) + 2 * decoder.other_inputs_parameters
+        values = wider if configuration.kv is KvType.NATIVE else 1.0
+        cache = values * batch * sequence_bytes(decoder, prompt_tokens + output_tokens, tp=tp, settings=settings)
         largest = min(batch * prompt_tokens, settings.max_num_batched_tokens)
-        reserved = reserved_bytes(decoder, tp=tp, pp=configuration.pp, step_tokens=largest, settings=settings)
-        return math.ceil(weights + cache + configuration.gpus * reserved)
+        reserved = reserved_bytes(decoder, tp=tp, pp=configuration.pp, step_tokens=wider * largest, settings=settings)
+        return math.ceil(layers + wider * others + cache + configuration.gpus * reserved)
 
     def why_no_room(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import UnknownNameError
+from maveriq.estimate.blended import BlendedEstimator
 from maveriq.estimate.by_model import JOINED, ByModelEstimator
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.engine_presets import EnginePreset
@@ -16,13 +17,14 @@ from maveriq.estimate.measured import MeasuredEstimator
 from maveriq.estimate.paper import PaperEstimator
 from maveriq.estimate.physics import PhysicsEstimator
 
-PAPER, CALIBRATED, MEASURED, PHYSICS = "paper", "calibrated", "measured", "physics"
+PAPER, CALIBRATED, MEASURED, PHYSICS, BLENDED = "paper", "calibrated", "measured", "physics", "blended"
 
 ESTIMATORS: Mapping[str, Callable[[HardwareProfile], Estimator]] = {
     PAPER: PaperEstimator,
     CALIBRATED: CalibratedEstimator.serving,
     MEASURED: MeasuredEstimator,
     PHYSICS: PhysicsEstimator,
+    BLENDED: BlendedEstimator,
 }
 
 
@@ -35,6 +37,8 @@ def default_estimator(profile: HardwareProfile, models: Collection[ModelSpec] = 
         profile: the data.
         models: those that will be estimated; none where they are not known yet.
     """
+    if profile.observed:
+        return BLENDED
     unmeasured = _unmeasured(profile, models)
     if unmeasured and len(unmeasured) == len(models):
         return PHYSICS
@@ -63,11 +67,23 @@ def note_on_default(profile: HardwareProfile, models: Collection[ModelSpec] = ()
     name = default_estimator(profile, models)
     if name == CALIBRATED:
         return None
+    if name == BLENDED:
+        return _note_on_blend(profile, models)
     if PHYSICS in name.split(JOINED):
         return _note_on_physics(profile, models, name)
     return (
         f"profile {profile.name} has no calibration, so the estimator {name!r} stands in for the "
         "calibrated one; `maveriq fit DATA --out FOLDER` makes a calibration"
+    )
+
+
+def _note_on_blend(profile: HardwareProfile, models: Collection[ModelSpec]) -> str | None:
+    others = dict.fromkeys(model.name for model in models if not profile.has_measured(model))
+    if not others:
+        return None
+    return (
+        f"nothing of {', '.join(others)} was measured in profile {profile.name}: estimates of that are computed, and "
+        f"corrected by measurements of {', '.join(profile.models)}"
     )
 
 
@@ -121,4 +137,6 @@ def make_estimator(
         )
     if name == PHYSICS:
         return PhysicsEstimator(profile, engine, continuous=engine is not None, node_gpus=node_gpus)
+    if name == BLENDED and engine is None:
+        return BlendedEstimator(profile, PhysicsEstimator(profile, node_gpus=node_gpus))
     return ESTIMATORS[name](profile)

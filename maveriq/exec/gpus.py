@@ -166,6 +166,16 @@ class NvmlMeter:
         """The GPUs, in the order of their numbers."""
         return self._gpus
 
+    @property
+    def driver(self) -> str:
+        """The version of the driver."""
+        return _text(self._nvml.nvmlSystemGetDriverVersion())
+
+    def clock_mhz(self, number: int) -> float:
+        """Return the clock of a GPU's multiprocessors now; 0 where the driver does not say."""
+        clock = self._query(self._nvml.nvmlDeviceGetClockInfo, self._handles[number], self._nvml.NVML_CLOCK_SM)
+        return float(clock or 0)
+
     def read(self) -> tuple[GpuReading, ...]:
         """Return a reading of each GPU; `busy_share` is the driver's, over the last 1/6 s to 1 s.
 

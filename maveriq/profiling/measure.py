@@ -81,8 +81,57 @@ async def measure(
         ProfilingError: it does not start, cannot do this, or takes longer than it may.
     """
     gpu_ids = tuple(range(configuration.gpus))
-    spec = _spec(model, configuration, max(case.batch for case in cases), devices.names(gpu_ids), probe)
     what = f"{model.name} with {configuration}"
+    batch = max(case.batch for case in cases)
+    async with started_engine(
+        launcher, model, configuration, batch=batch, gpu_ids=gpu_ids, devices=devices, probe=probe, what=what
+    ) as engine:
+        memory_gib = (engine.loaded.weights_bytes + engine.loaded.kv_cache_bytes) / BYTES_PER_GIB
+        if not memory_gib:
+            raise ProfilingError(f"{what}: backend {engine.loaded.backend} does not know what memory it holds")
+        timed = await _run_cases(engine.client, model, cases, probe)
+    return [
+        Measured(
+            model=model,
+            configuration=configuration,
+            case=case,
+            ttft_s=first_s - each_s,
+            tpot_s=each_s,
+            memory_gib=memory_gib,
+            start_s=engine.start_s,
+        )
+        for case, (first_s, each_s) in zip(cases, timed, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedEngine:
+    """An engine that serves: its client, what it said of itself, the seconds it took to start, and its process."""
+
+    client: EngineClient
+    loaded: Loaded
+    start_s: float
+    pid: int
+
+
+@contextlib.asynccontextmanager
+async def started_engine(
+    launcher: Launcher,
+    model: ModelSpec,
+    configuration: ParallelConfig,
+    *,
+    batch: int,
+    gpu_ids: tuple[int, ...],
+    devices: Devices,
+    probe: Probe,
+    what: str,
+) -> AsyncIterator[StartedEngine]:
+    """Start an engine for batches of at most `batch` prompts, and stop it at the end of the block.
+
+    Raises:
+        ProfilingError: it does not start, or takes longer than it may.
+    """
+    spec = _spec(model, configuration, batch, devices.names(gpu_ids), probe)
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     try:
@@ -93,27 +142,11 @@ async def measure(
     except LaunchError as error:
         raise ProfilingError(f"{what}: {error}") from None
     try:
-        client = _EngineClient(connection, what, probe.timeout_s)
+        client = EngineClient(connection, what, probe.timeout_s)
         loaded = await client.load(spec)
-        start_s = loop.time() - started_s
-        memory_gib = (loaded.weights_bytes + loaded.kv_cache_bytes) / BYTES_PER_GIB
-        if not memory_gib:
-            raise ProfilingError(f"{what}: backend {loaded.backend} does not know what memory it holds")
-        timed = await _run_cases(client, model, cases, probe)
+        yield StartedEngine(client=client, loaded=loaded, start_s=loop.time() - started_s, pid=connection.pid)
     finally:
         await _stop(connection)
-    return [
-        Measured(
-            model=model,
-            configuration=configuration,
-            case=case,
-            ttft_s=first_s - each_s,
-            tpot_s=each_s,
-            memory_gib=memory_gib,
-            start_s=start_s,
-        )
-        for case, (first_s, each_s) in zip(cases, timed, strict=True)
-    ]
 
 
 def _spec(
@@ -136,7 +169,7 @@ def _spec(
     )
 
 
-class _EngineClient:
+class EngineClient:
     """The connection to an engine with one client. The socket loses no message."""
 
     def __init__(self, connection: EngineConnection, what: str, timeout_s: float) -> None:
@@ -146,6 +179,11 @@ class _EngineClient:
         self._execution_id = 0
 
     async def load(self, spec: EngineSpec) -> Loaded:
+        """Let the engine load a model.
+
+        Raises:
+            ProfilingError: it cannot, or takes longer than it may.
+        """
         async with self._within("load"):
             while True:
                 match await self._channel.receive():
@@ -157,6 +195,11 @@ class _EngineClient:
                         raise ProfilingError(f"{self._what}: {failed.message}")
 
     async def run(self, sequences: tuple[messages.PromptSequence, ...]) -> Finished:
+        """Let the engine run a batch.
+
+        Raises:
+            ProfilingError: it cannot, or takes longer than it may.
+        """
         self._execution_id += 1
         async with self._within("answer"):
             self._channel.send(Generate(execution_id=self._execution_id, sequences=sequences))
@@ -179,7 +222,7 @@ class _EngineClient:
 
 
 async def _run_cases(
-    client: _EngineClient, model: ModelSpec, cases: Sequence[MeasurementCase], probe: Probe
+    client: EngineClient, model: ModelSpec, cases: Sequence[MeasurementCase], probe: Probe
 ) -> list[tuple[float, float]]:
     """Return until the first token and per token after it, medians over the repeats.
 
@@ -191,7 +234,7 @@ async def _run_cases(
     for number in range(_WARM_UPS + probe.repeats):
         for at, case in enumerate(cases):
             prompts = draw.integers(0, model.vocab_size, (case.batch, case.prompt_tokens)).tolist()
-            finished = await client.run(_sequences(prompts, case.output_tokens))
+            finished = await client.run(sequences_of(prompts, case.output_tokens))
             if number >= _WARM_UPS:
                 first_s[at].append(finished.first_token_s)
                 rest_s = finished.service_s - finished.first_token_s
@@ -199,7 +242,8 @@ async def _run_cases(
     return [(median(first), median(each)) for first, each in zip(first_s, each_s, strict=True)]
 
 
-def _sequences(prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[messages.PromptSequence, ...]:
+def sequences_of(prompts: Sequence[Sequence[int]], output_tokens: int) -> tuple[messages.PromptSequence, ...]:
+    """Return prompts as an engine takes them."""
     return tuple(
         messages.PromptSequence(request_id=number, prompt=tuple(prompt), output_tokens=output_tokens)
         for number, prompt in enumerate(prompts, 1)

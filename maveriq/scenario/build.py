@@ -24,7 +24,7 @@ from maveriq.estimate.cluster_profiles import ClusterProfiles, profiles_for
 from maveriq.estimate.cluster_spec import cluster_from
 from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, gpu_kind
-from maveriq.estimate.registry import CALIBRATED, ESTIMATORS, PHYSICS, default_estimator
+from maveriq.estimate.registry import BLENDED, CALIBRATED, ESTIMATORS, PHYSICS, default_estimator
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
 from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
@@ -171,7 +171,8 @@ def _continuous_engines(
             f"policy {options.policy!r} plans for exclusive engines, not for {what}; give another --policy"
         )
     chosen = {options.service_times or default_estimator(profile) for profile in profiles.by_kind.values()}
-    if components.service_times is not None or chosen != {PHYSICS}:
+    computed = {PHYSICS} if options.service_times else {PHYSICS, BLENDED}  # whose steps are not blended
+    if components.service_times is not None or not chosen <= computed:
         raise InputError(f"steps of {what} are timed by physics alone; give --service-times {PHYSICS}")
     return ContinuousEngines(settings=settings, profiles=profiles, largest_node=cluster.largest_node)
 

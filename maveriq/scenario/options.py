@@ -167,7 +167,7 @@ class Options:
     )
     profile: str = option(
         "a6000-short",
-        "Hardware profile: a6000-short, a6000-long, or a TOML file.",
+        "Hardware profile: a6000-short, a6000-long, a TOML file, or what maveriq profile wrote.",
         _CLUSTER,
         choices=("a6000-short", "a6000-long"),
     )
@@ -233,18 +233,18 @@ class Options:
     )
     estimator: str | None = option(
         None,
-        "Estimator that the policy plans with: calibrated, paper, measured, or physics.",
+        "Estimator that the policy plans with: calibrated, paper, measured, blended, or physics.",
         _POLICY,
         shown="calibrated",
-        choices=("calibrated", "paper", "measured", "physics"),
+        choices=("calibrated", "paper", "measured", "blended", "physics"),
     )
 
     service_times: str | None = option(
         None,
-        "How long simulated requests take: calibrated, paper, measured, physics, or recorded.",
+        "How long simulated requests take: calibrated, paper, measured, blended, physics, or recorded.",
         _RUN,
         shown="calibrated",
-        choices=("calibrated", "paper", "measured", "physics", "recorded"),
+        choices=("calibrated", "paper", "measured", "blended", "physics", "recorded"),
     )
     exclude_run: str | None = option(None, "Fit calibrated service times without this recorded run.", _RUN)
     fail: tuple[str, ...] = option((), "A fault: gpu=3@600s,for=120s or deployment=2@900s; repeatable.", _RUN)

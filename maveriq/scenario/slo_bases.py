@@ -7,10 +7,11 @@ from functools import cache
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
+from maveriq.estimate.blended import BlendedEstimator
 from maveriq.estimate.by_model import JOINED
 from maveriq.estimate.hardware_profile import HardwareProfile, SloBase
 from maveriq.estimate.physics import PhysicsEstimator
-from maveriq.estimate.registry import PHYSICS, default_estimator
+from maveriq.estimate.registry import BLENDED, PHYSICS, default_estimator
 
 _OUTPUT_TOKENS = 20
 _MOST_GPUS = 64
@@ -24,7 +25,8 @@ def slo_bases(profile: HardwareProfile, models: Iterable[ModelSpec]) -> Callable
     """
     by_name = {model.name: model for model in models}
     names = default_estimator(profile, by_name.values()).split(JOINED)
-    estimator = PhysicsEstimator(profile) if PHYSICS in names else None
+    computed = next((name for name in names if name in (PHYSICS, BLENDED)), None)
+    estimator = {PHYSICS: PhysicsEstimator, BLENDED: BlendedEstimator}[computed](profile) if computed else None
 
     @cache
     def estimated(name: str) -> SloBase | None:
@@ -46,7 +48,9 @@ def slo_bases(profile: HardwareProfile, models: Iterable[ModelSpec]) -> Callable
     return slo_s
 
 
-def _fewest_gpus(model: ModelSpec, estimator: PhysicsEstimator, profile: HardwareProfile) -> ParallelConfig | None:
+def _fewest_gpus(
+    model: ModelSpec, estimator: PhysicsEstimator | BlendedEstimator, profile: HardwareProfile
+) -> ParallelConfig | None:
     """Return the smallest configuration that holds a model, of more stages only where no node holds it."""
     free_bytes = profile.capacity_bytes - profile.idle_bytes
     considered = estimator.configurations(model, gpus=_MOST_GPUS, batch_size=1)

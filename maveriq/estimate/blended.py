@@ -1,0 +1,199 @@
+"""The estimator of profiles that `maveriq profile` plans: the physics estimate, corrected by what was measured.
+
+At a measured point it returns the measurement, within its noise; near it the physics estimate times nearly the same
+factors; without measurements the physics estimate itself. Short models tell the time of a layer apart from the rest, so
+that whole models follow from fingerprints (`maveriq.estimate.blending`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+
+from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.estimate.blending import Blend, Corrected, Measured, Scales
+from maveriq.estimate.computed_parts import CACHE, HAND_OVER, LAYERS, REST, ComputedParts
+from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, check_lengths
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.intervals import Interval
+from maveriq.estimate.observations import Batch
+from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.units import Bytes
+
+TIME_SCALES: Mapping[str, Scales] = {
+    REST: Scales(common=0.8, phase=0.6, doubling=0.3),
+    HAND_OVER: Scales(common=0.8, phase=0.5),
+}
+"""Launches, the API and links between GPUs are further off than the kernels of layers."""
+
+MEMORY_SCALES: Mapping[str, Scales] = {
+    LAYERS: Scales(
+        common=0.1, phase=0.0, size=0.0, stored_as=0.1, stored_size=0.0, doubling=0.05, model=0.05, kind=0.05
+    ),
+    CACHE: Scales(
+        common=0.1, phase=0.0, size=0.02, stored_as=0.1, stored_size=0.0, doubling=0.05, model=0.05, kind=0.05
+    ),
+    REST: Scales(common=0.8, phase=0.0, size=0.4, stored_as=0.1, stored_size=0.1, doubling=0.3, model=0.3),
+}
+"""Bytes of weights and cache are counted; what an engine holds beside them is a guess."""
+
+_LENGTH_STEPS = 0.02  # lengths whose logarithms differ by less are corrected alike
+_OUTPUT_TOKENS = 20
+
+
+class BlendedEstimator:
+    """Estimates as physics does, corrected by the profile's measurements.
+
+    Args:
+        profile: with the measurements.
+        physics: what is corrected; None for that of the profile.
+    """
+
+    def __init__(self, profile: HardwareProfile, physics: PhysicsEstimator | None = None) -> None:
+        self._profile = profile
+        self._physics = physics or PhysicsEstimator(profile)
+        self._parts = ComputedParts(self._physics)
+        self._factors: dict[tuple[ModelSpec, ParallelConfig, Batch], tuple[Corrected, Corrected]] = {}
+
+    @property
+    def name(self) -> str:
+        """The name by which `--estimator` and `--service-times` know it."""
+        return "blended"
+
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
+        """Return why this configuration cannot be estimated or run here, None if it can."""
+        return self._profile.why_other_model(model) or self._physics.why_not(model, configuration)
+
+    def configurations(self, model: ModelSpec, *, gpus: int, batch_size: int) -> Iterable[ParallelConfig]:
+        """Return the configurations for up to so many GPUs, in the order that breaks ties."""
+        return self._physics.configurations(model, gpus=gpus, batch_size=batch_size)
+
+    def service(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> ServiceEstimate:
+        """Estimate one batch of `batch` equal requests that start together on an idle engine.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`, or fewer than one token or request.
+        """
+        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
+        computed = self._physics.service(model, configuration, **lengths)
+        if not self._profile.observed:
+            return computed
+        first, token = self._corrections(model, configuration, Batch(batch, prompt_tokens, output_tokens))
+        first_s, tpot_s = computed.first_token_s * first.value, computed.tpot_s * token.value
+        rest_s = (output_tokens - 1) * tpot_s
+        # Both corrections are taken as if they erred together.
+        deviation = (first_s * first.deviation + rest_s * token.deviation) / (first_s + rest_s)
+        return ServiceEstimate(
+            ttft_s=first_s - tpot_s,
+            tpot_s=tpot_s,
+            output_tokens=output_tokens,
+            interval=Corrected(1.0, deviation).interval,
+            basis=Basis.MEASURED if self._profile.has_measured(model) else computed.basis,
+        )
+
+    def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
+        """Estimate the memory over all GPUs of a deployment whose requests have the profile's length of prompts.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        return self.memory_with(
+            model, configuration, prompt_tokens=self._profile.prompt_tokens, output_tokens=_OUTPUT_TOKENS
+        )
+
+    def memory_with(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> Bytes:
+        """Estimate the memory as `memory`, with each request of a batch at the given lengths.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        if not self._profile.observed:
+            return self._physics.memory_with(model, configuration, **lengths)
+        return math.ceil(self._memory(model, configuration, **lengths).value)
+
+    def memory_interval(self, model: ModelSpec, configuration: ParallelConfig) -> Interval:
+        """Return the factors of the estimate between which the memory lies in 90 of 100 cases."""
+        lengths = {"prompt_tokens": self._profile.prompt_tokens, "output_tokens": _OUTPUT_TOKENS}
+        return self._memory(model, configuration, **lengths).interval
+
+    def why_no_room(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> str | None:
+        """Return why a batch of requests of these lengths does not fit the KV cache; None if it does.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        return self._physics.why_no_room(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
+    def _memory(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
+    ) -> Corrected:
+        check_estimable(self, model, configuration)
+        batch = Batch(configuration.batch_size, prompt_tokens, output_tokens)
+        return self._memory_blend.corrected(self._parts.memory(model, configuration, batch))
+
+    def _corrections(
+        self, model: ModelSpec, configuration: ParallelConfig, batch: Batch
+    ) -> tuple[Corrected, Corrected]:
+        """Return the factors of both times; requests of nearly equal lengths share them."""
+        check_lengths(model, prompt_tokens=batch.prompt_tokens, output_tokens=batch.output_tokens, batch=batch.size)
+        key = (model, configuration.at_any_place(), self._nearby(batch))
+        if key not in self._factors:
+            parts = self._parts.times(*key)
+            corrected = [self._time_blend.corrected(computed) for computed in parts]
+            self._factors[key] = (
+                corrected[0]._replace(value=corrected[0].value / parts[0].total),
+                corrected[1]._replace(value=corrected[1].value / parts[1].total),
+            )
+        return self._factors[key]
+
+    def _nearby(self, batch: Batch) -> Batch:
+        """Return a batch whose lengths stand for its own: those that were measured stand for themselves."""
+        if batch in self._measured_batches:
+            return batch
+        prompt, output = (
+            max(1, round(math.exp(round(math.log(tokens) / _LENGTH_STEPS) * _LENGTH_STEPS)))
+            for tokens in (batch.prompt_tokens, batch.output_tokens)
+        )
+        return Batch(batch.size, prompt, output)
+
+    @cached_property
+    def _measured_batches(self) -> frozenset[Batch]:
+        return frozenset(observed.batch for observed in self._profile.observed)
+
+    @cached_property
+    def _time_blend(self) -> Blend:
+        measured = []
+        for seen in self._profile.observed:
+            first, token = self._parts.times(seen.model, seen.configuration, seen.batch)
+            measured.append(Measured(first, seen.first_token_s, seen.first_token_noise))
+            if seen.batch.output_tokens > 1:
+                measured.append(Measured(token, seen.tpot_s, seen.tpot_noise))
+        return Blend(measured, TIME_SCALES)
+
+    @cached_property
+    def _memory_blend(self) -> Blend:
+        return Blend(
+            [
+                Measured(
+                    self._parts.memory(seen.model, replace(seen.configuration, batch_size=seen.batch.size), seen.batch),
+                    seen.memory_bytes,
+                    _MEMORY_NOISE,
+                )
+                for seen in self._profile.observed
+                if seen.memory_bytes
+            ],
+            MEMORY_SCALES,
+        )
+
+
+_MEMORY_NOISE = 0.005

@@ -1,0 +1,316 @@
+"""The file that `maveriq profile` writes: what was measured, where, when and with what, every sample.
+
+The file is JSON with a version. It may come from anybody: it is read within bounds, into a strict schema, and nothing
+in it is run or opened.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from maveriq.domain.cluster import DispatchTiming, LoadWindow
+from maveriq.domain.engine_versions import release_numbers
+from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheets
+from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, model_from_hf_config
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.errors import InputError
+from maveriq.estimate.fingerprints import FingerprintTable
+from maveriq.estimate.hardware_profile import HardwareProfile, LoadFit, MeasuredFacts
+from maveriq.estimate.observations import Batch, Observation, with_layers
+from maveriq.tables import read_json
+from maveriq.units import bytes_from_gib, micros
+
+FORMAT: Final = "maveriq profile"
+VERSION: Final = 1
+PROFILE_NAME = "profile.json"
+"""The name of the file in the folder that `maveriq profile` writes."""
+
+_MAX_LAYERS, _MAX_SAMPLES, _MAX_CASES, _MAX_RUNS, _MAX_MODELS = 10_000, 1_000, 1_000, 10_000, 100
+
+_Text = Annotated[str, msgspec.Meta(max_length=300)]
+_Kind = Annotated[str, msgspec.Meta(pattern=r"^[\w][\w .+-]{0,79}$")]  # it becomes part of a file's name
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Degree = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+_Samples = Annotated[tuple[_Seconds, ...], msgspec.Meta(max_length=_MAX_SAMPLES)]
+
+
+class MachineRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What was measured on.
+
+    Args:
+        kind: the kind of GPU, or `cpu`.
+        memory_gib: memory of one GPU, or of one process on a CPU.
+        idle_gib: what the driver holds while no engine is loaded.
+        device: name of the GPU or processor.
+        driver: version of the driver; "" on a CPU.
+        clock_mhz: clock at the start; 0 where it is not known.
+        system: operating system and its version.
+        cores: processor cores.
+        sheet: speeds that were measured, where the kind has no data sheet.
+    """
+
+    kind: _Kind
+    memory_gib: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    idle_gib: _NotNegative = 0.0
+    device: _Text = ""
+    driver: _Text = ""
+    clock_mhz: _NotNegative = 0.0
+    system: _Text = ""
+    cores: _Bytes = 0
+    sheet: GpuSheet | None = None
+
+
+class EngineRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The engine that was measured: its name and version."""
+
+    name: _Text
+    version: _Text = ""
+
+
+class ModelRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A model: its `config.json`, "" for a known one; and whether its own weights were measured, or random ones."""
+
+    name: _Text
+    config_json: Annotated[str, msgspec.Meta(max_length=4 << 20)] = ""
+    own_weights: bool = False
+
+
+class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A batch of equal prompts: until the first token, and for each further one, sample by sample."""
+
+    batch: _Tokens
+    prompt_tokens: _Tokens
+    output_tokens: _Tokens
+    first_s: _Samples
+    each_s: _Samples
+
+    def __post_init__(self) -> None:
+        if len(self.first_s) != len(self.each_s) or not self.first_s:
+            raise ValueError("first_s and each_s must have as many samples, at least one")
+
+
+class RunRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """An engine that was started: with which layers of which model, how it was split, and what it took.
+
+    Args:
+        model: the model's name.
+        layers: the layers that it had, numbered from 0; all of them for the whole model.
+        tp: GPUs that shared each layer.
+        pp: stages.
+        weights: how weights were stored.
+        kv: how the KV cache was.
+        start_s: from the launch until it served.
+        weights_bytes: of weights over all GPUs, as the engine says; 0 where it does not.
+        memory_before_bytes: what was held on its GPUs before.
+        memory_after_bytes: what the engine held after the last sample.
+        memory_peak_bytes: the most that it was seen to hold.
+        cases: what was measured.
+    """
+
+    model: _Text
+    layers: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, lt=_MAX_LAYERS)], ...],
+        msgspec.Meta(min_length=1, max_length=_MAX_LAYERS),
+    ]
+    tp: _Degree
+    pp: _Degree
+    weights: WeightType
+    kv: KvType
+    start_s: _NotNegative
+    weights_bytes: _Bytes = 0
+    memory_before_bytes: _Bytes = 0
+    memory_after_bytes: _Bytes = 0
+    memory_peak_bytes: _Bytes = 0
+    cases: Annotated[tuple[CaseRecord, ...], msgspec.Meta(max_length=_MAX_CASES)]
+
+
+class ProfileFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A profile as it is stored.
+
+    Args:
+        format: says what file this is.
+        version: of the format.
+        name: of the profile.
+        made_at: date and time, UTC, in ISO 8601.
+        made_by: the version of maveriq.
+        machine: what was measured on.
+        engine: what was measured with.
+        models: the models.
+        runs: the measurements.
+    """
+
+    format: Literal["maveriq profile"]
+    version: Literal[1]
+    name: _Text
+    made_at: _Text
+    made_by: _Text
+    machine: MachineRecord
+    engine: EngineRecord
+    models: Annotated[tuple[ModelRecord, ...], msgspec.Meta(min_length=1, max_length=_MAX_MODELS)]
+    runs: Annotated[tuple[RunRecord, ...], msgspec.Meta(max_length=_MAX_RUNS)]
+
+
+def read_profile_file(path: Path) -> ProfileFile:
+    """Read a profile.
+
+    Raises:
+        InputError: not such a file, or one of another version.
+    """
+    profile = read_json(path, ProfileFile, what="profile")
+    names = [model.name for model in profile.models]
+    if len(set(names)) < len(names):
+        raise InputError(f"profile {str(path)!r}: two models have one name; keep one of them")
+    for run in profile.runs:
+        if run.model not in names:
+            raise InputError(f"profile {str(path)!r}: a run is of model {run.model!r}, which is not among its models")
+    return profile
+
+
+def models_of(profile: ProfileFile) -> dict[str, ModelSpec]:
+    """Return the models of a profile by name.
+
+    Raises:
+        InputError: a configuration that is not one of a decoder, or a model that is not known.
+    """
+    return {record.name: _model(record, profile.name) for record in profile.models}
+
+
+def _model(record: ModelRecord, profile: str) -> ModelSpec:
+    if record.config_json:
+        return model_from_hf_config(record.config_json, name=record.name, where=f"profile {profile!r}")
+    if record.name not in known_models():
+        raise InputError(f"profile {profile!r}: model {record.name!r} is not known, and has no config_json")
+    return known_models()[record.name]
+
+
+def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
+    """Return what a profile measured.
+
+    Raises:
+        InputError: as `models_of`, or a run with layers that its model has not.
+    """
+    models = models_of(profile)
+    found: list[Observation] = []
+    for run in profile.runs:
+        model = models[run.model]
+        if max(run.layers) >= model.layers or run.pp > len(run.layers):
+            raise InputError(f"profile {profile.name!r}: {model.name} has no layers {run.layers[:8]} for PP {run.pp}")
+        whole = run.layers == tuple(range(model.layers))
+        short = model if whole else with_layers(model, run.layers)
+        largest = max(run.cases, key=lambda case: case.batch * (case.prompt_tokens + case.output_tokens), default=None)
+        for case in run.cases:
+            configuration = ParallelConfig(tp=run.tp, pp=run.pp, weights=run.weights, kv=run.kv)
+            found.append(
+                Observation(
+                    model=short,
+                    configuration=configuration,
+                    batch=Batch(case.batch, case.prompt_tokens, case.output_tokens),
+                    first_token_s=median(case.first_s),
+                    tpot_s=median(case.each_s),
+                    first_token_noise=noise_of_median(case.first_s),
+                    tpot_noise=noise_of_median(case.each_s),
+                    memory_bytes=run.memory_after_bytes or None if case is largest else None,
+                )
+            )
+    return tuple(found)
+
+
+_DEVIATION_OF_MAD = 1.4826  # a normal distribution's, over its median absolute deviation
+_MEDIAN_OF_MEAN = 1.2533  # standard error of a median over that of a mean, for normal samples: the root of pi / 2
+_FEW_CORRECTION = 0.8  # Rousseeuw and Croux (1993): the median absolute deviation of few samples is too small
+_LEAST_NOISE = 0.003
+_FEW, _USUAL_SPREAD = 3, 0.05
+
+
+def relative_mad(samples: tuple[float, ...]) -> float:
+    """Return the median absolute deviation of samples over their median."""
+    middle = median(samples)
+    return float(median(abs(sample - middle) for sample in samples) / middle)
+
+
+def noise_of_median(samples: tuple[float, ...]) -> float:
+    """Return the standard error of the median of samples, relative to it; few samples cannot say that it is small."""
+    number = len(samples)
+    usual = _USUAL_SPREAD / math.sqrt(number) if number < _FEW else 0.0
+    few = number / (number - _FEW_CORRECTION)
+    spread = few * _DEVIATION_OF_MAD * relative_mad(samples) * _MEDIAN_OF_MEAN / math.sqrt(number)
+    return max(_LEAST_NOISE, usual, spread)
+
+
+def planned_profile(path: Path) -> HardwareProfile:
+    """Return the hardware profile of a file that `maveriq profile` wrote.
+
+    Raises:
+        InputError: not such a file, a kind of GPU that is not known, or a model that cannot be read.
+    """
+    read = read_profile_file(path)
+    machine = read.machine
+    if (machine.sheet is None) != (machine.kind in gpu_sheets()):
+        has = (
+            "no data sheet, and the profile no speeds"
+            if machine.sheet is None
+            else "a data sheet; leave its speeds out"
+        )
+        raise InputError(f"profile {str(path)!r}: GPU kind {machine.kind!r} has {has}")
+    if read.engine.name not in _ENGINES:
+        raise InputError(f"profile {str(path)!r}: unknown engine {read.engine.name!r} (known: {', '.join(_ENGINES)})")
+    observed = observations_of(read)
+    empty = planning_profile(machine, _preset_of(read.engine))
+    return replace(
+        empty,
+        name=read.name,
+        prompt_tokens=round(median(seen.batch.prompt_tokens for seen in observed)) if observed else _PROMPT_TOKENS,
+        facts=replace(empty.facts, load_fit=_load_fit(read)),
+        models=models_of(read),
+        observed=observed,
+    )
+
+
+def planning_profile(machine: MachineRecord, engine: str) -> HardwareProfile:
+    """Return the hardware profile of a machine before anything is measured.
+
+    Args:
+        machine: its GPUs.
+        engine: an engine's preset.
+    """
+    return HardwareProfile(
+        name="not measured",
+        gpu_kind=machine.kind,
+        capacity_bytes=bytes_from_gib(machine.memory_gib),
+        idle_bytes=bytes_from_gib(machine.idle_gib),
+        prompt_tokens=_PROMPT_TOKENS,
+        timing=DispatchTiming(),
+        drain_us=micros(_DRAIN_S),
+        load_window=LoadWindow(),
+        fingerprints=FingerprintTable(by_model={}, exponents={}),
+        facts=MeasuredFacts(accuracy={}, unsupported=frozenset(), slo={}, load_times={}, load_fit=_LOAD_FIT),
+        engine=engine,
+        sheet=msgspec.structs.replace(machine.sheet, name=machine.kind) if machine.sheet else None,
+    )
+
+
+_LOAD_FIT = LoadFit(fixed_s=20.0, per_gpu_s=0.0, per_gib_s=0.5)
+_PROMPT_TOKENS, _DRAIN_S = 512, 300.0
+_ENGINES = ("torch", "vllm", "trtllm")
+
+
+def _preset_of(engine: EngineRecord) -> str:
+    """Return the preset of an engine: of its version where it has one that is known."""
+    if engine.name == "torch" or release_numbers(engine.version) is None:
+        return engine.name
+    return f"{engine.name}-{engine.version}"
+
+
+def _load_fit(profile: ProfileFile) -> LoadFit:
+    """Return the load time of engines: the median of those that started, and what weights take from a local disk."""
+    starts = [run.start_s for run in profile.runs]
+    return msgspec.structs.replace(_LOAD_FIT, fixed_s=median(starts)) if starts else _LOAD_FIT

@@ -1,0 +1,228 @@
+"""Measures what a plan says: engine by engine, until the samples of each batch agree, and into the log.
+
+Engines of different layers take turns where they can run side by side: the time of a layer is the difference of two
+measurements, and a machine that grows slower meanwhile must not pass for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeAlias
+
+from maveriq.domain.models import ModelSpec
+from maveriq.estimate.profile_file import CaseRecord, RunRecord, noise_of_median
+from maveriq.exec.gpus import Devices
+from maveriq.exec.launcher import Launcher
+from maveriq.profiling.measure import Probe, ProfilingError, StartedEngine, sequences_of, started_engine
+from maveriq.profiling.memory_meter import MemoryMeter
+from maveriq.profiling.plan import PlannedCase, PlannedRun
+from maveriq.profiling.session import EngineStarted, RunEnded, Sample, Session
+from maveriq.profiling.short_models import short_model
+from maveriq.streams import generator
+
+Report: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats:
+    """How often a batch is measured.
+
+    Args:
+        least: at least.
+        most: at most.
+        spread: until the standard error of both medians is at most this share of them.
+    """
+
+    least: int = 3
+    most: int = 15
+    spread: float = 0.01
+
+    def enough(self, samples: Sequence[Sample]) -> bool:
+        """Return whether a batch needs no further sample."""
+        if not self.least <= len(samples) < self.most:
+            return len(samples) >= self.most
+        times = (tuple(getattr(sample, name) for sample in samples) for name in ("first_s", "each_s"))
+        return all(noise_of_median(each) <= self.spread for each in times)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What is measured with.
+
+    Args:
+        launcher: starts engines.
+        devices: the devices behind GPU numbers.
+        probe: files of models, seed and timeouts.
+        memory: reads what engines hold.
+        repeats: how often each batch is measured.
+        side_by_side: whether engines share devices: they take no more memory than they need.
+    """
+
+    launcher: Launcher
+    devices: Devices
+    probe: Probe
+    memory: MemoryMeter
+    repeats: Repeats
+    side_by_side: bool
+
+
+async def execute(session: Session, models: dict[str, ModelSpec], bench: Bench, report: Report) -> None:
+    """Measure what is missing of a session.
+
+    Raises:
+        ProfilingError: an engine does not start, or fails.
+        MaveriqError: the log cannot be written.
+    """
+    runs = list(enumerate(session.start.plan.runs))
+    for _, group in groupby(
+        runs, key=lambda run: (run[1].model, str(run[1].configuration)) if bench.side_by_side else run[0]
+    ):
+        waiting = [(number, run) for number, run in group if number not in session.ended]
+        if waiting:
+            await _execute_group(session, waiting, models, bench, report)
+
+
+async def _execute_group(
+    session: Session,
+    runs: Sequence[tuple[int, PlannedRun]],
+    models: dict[str, ModelSpec],
+    bench: Bench,
+    report: Report,
+) -> None:
+    """Measure engines that run side by side."""
+    gpu_ids = tuple(range(runs[0][1].configuration.gpus))
+    async with AsyncExitStack() as stack:
+        engines: dict[int, StartedEngine] = {}
+        for number, run in runs:
+            before = bench.memory.before(gpu_ids)
+            short = short_model(models[run.model], run.layers, bench.probe.files)
+            report(
+                f"{number + 1} of {len(session.start.plan.runs)}: {_name(run)} starts; {_left(session, bench.repeats)}"
+            )
+            engine = await stack.enter_async_context(
+                started_engine(
+                    bench.launcher,
+                    short,
+                    run.configuration,
+                    batch=max(case.batch for case in run.cases),
+                    gpu_ids=gpu_ids,
+                    devices=bench.devices,
+                    probe=bench.probe,
+                    what=_name(run),
+                )
+            )
+            engines[number] = engine
+            session.add(
+                EngineStarted(
+                    run=number,
+                    start_s=engine.start_s,
+                    version=engine.loaded.version,
+                    weights_bytes=engine.loaded.weights_bytes,
+                    memory_before_bytes=before,
+                )
+            )
+            for case in run.cases:
+                await _sample(engine, short, case, bench.probe.seed, "warm-up")
+        for number, at, case, repeat in _open_cases(session, runs, bench.repeats):
+            run = session.start.plan.runs[number]
+            name = f"run {number} case {at} repeat {repeat}"
+            first_s, each_s = await _sample(engines[number], models[run.model], case, bench.probe.seed, name)
+            session.add(Sample(run=number, case=at, repeat=repeat, first_s=first_s, each_s=each_s))
+            samples = session.samples[number, at]
+            if bench.repeats.enough(samples):
+                report(f"  {_name(run)}, {_result(case, samples)}; {_left(session, bench.repeats)}")
+        for number, _ in runs:
+            after, peak = bench.memory.held(engines[number].pid, gpu_ids)
+            session.add(RunEnded(run=number, memory_after_bytes=after, memory_peak_bytes=peak))
+
+
+def _open_cases(
+    session: Session, runs: Sequence[tuple[int, PlannedRun]], repeats: Repeats
+) -> Iterator[tuple[int, int, PlannedCase, int]]:
+    """Yield what is to be sampled: each batch once on every engine, and then all again while samples disagree."""
+    for repeat in range(repeats.most):
+        for at in range(max(len(run.cases) for _, run in runs)):
+            for number, run in runs:
+                if at >= len(run.cases):
+                    continue
+                samples = session.samples.get((number, at), [])
+                if len(samples) == repeat and not repeats.enough(samples):
+                    yield number, at, run.cases[at], repeat
+
+
+async def _sample(
+    engine: StartedEngine, model: ModelSpec, case: PlannedCase, seed: int, name: str
+) -> tuple[float, float]:
+    """Return the time until the first token and for each further one; the prompts depend on the sample's name alone."""
+    draw = generator(seed, f"profile {name}")
+    prompts = draw.integers(0, model.vocab_size, (case.batch, case.prompt_tokens)).tolist()
+    finished = await engine.client.run(sequences_of(prompts, case.output_tokens))
+    rest_s = finished.service_s - finished.first_token_s
+    if finished.first_token_s <= 0 or rest_s < 0:
+        raise ProfilingError(f"{model.name}: its engine reports a first token after {finished.first_token_s:g} s")
+    return finished.first_token_s, max(rest_s / max(1, case.output_tokens - 1), _LEAST_S)
+
+
+_LEAST_S = 1e-9
+
+
+def _name(run: PlannedRun) -> str:
+    layers = "1 layer" if len(run.layers) == 1 else f"{len(run.layers)} layers"
+    return f"{run.model} with {layers}, {run.configuration}"
+
+
+def _result(case: PlannedCase, samples: Sequence[Sample]) -> str:
+    from statistics import median
+
+    first_s, each_s = (median(getattr(sample, name) for sample in samples) for name in ("first_s", "each_s"))
+    return (
+        f"batch {case.batch}, prompts of {case.prompt_tokens}: {1e3 * first_s:.1f} ms, then {1e3 * each_s:.2f} ms each "
+        f"({len(samples)} samples)"
+    )
+
+
+def _left(session: Session, repeats: Repeats) -> str:
+    """Return about how long the rest takes: what is expected of it, at the pace so far."""
+    left_s = 0.0
+    for number, run in enumerate(session.start.plan.runs):
+        if number in session.ended:
+            continue
+        left_s += 0.0 if number in session.engines else run.start_s
+        for at, case in enumerate(run.cases):
+            samples = session.samples.get((number, at), [])
+            if not repeats.enough(samples):
+                left_s += case.expected_s * max(0.0, 1 - len(samples) / (repeats.least + 2))
+    return f"about {left_s:.0f} s left"
+
+
+def run_records(session: Session) -> tuple[RunRecord, ...]:
+    """Return what was measured, as a profile keeps it."""
+    return tuple(
+        RunRecord(
+            model=run.model,
+            layers=run.layers,
+            tp=run.tp,
+            pp=run.pp,
+            weights=run.weights,
+            kv=run.kv,
+            start_s=session.engines[number].start_s,
+            weights_bytes=session.engines[number].weights_bytes,
+            memory_before_bytes=session.engines[number].memory_before_bytes,
+            memory_after_bytes=session.ended[number].memory_after_bytes,
+            memory_peak_bytes=session.ended[number].memory_peak_bytes,
+            cases=tuple(
+                CaseRecord(
+                    batch=case.batch,
+                    prompt_tokens=case.prompt_tokens,
+                    output_tokens=case.output_tokens,
+                    first_s=tuple(sample.first_s for sample in session.samples[number, at]),
+                    each_s=tuple(sample.each_s for sample in session.samples[number, at]),
+                )
+                for at, case in enumerate(run.cases)
+            ),
+        )
+        for number, run in enumerate(session.start.plan.runs)
+    )

@@ -1,0 +1,144 @@
+"""What a profile is measured on: the GPU or the processor, driver and clock, and speeds where no data sheet has them.
+
+A processor has no data sheet here. Its bandwidth and speed are measured in about a second: a product with a vector
+reads each weight once, as decoding does, and a product of matrices computes, as prefill does.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat, gpu_sheets
+from maveriq.estimate.profile_file import MachineRecord
+from maveriq.exec.local_machine import LocalMachine
+from maveriq.units import gib
+
+CPU = "cpu"
+_CPU_GIB = 4.0
+_NOMINAL_GB_S, _NOMINAL_TFLOPS = 5.0, 0.05  # of a core, in values of 16 bits and operations with 32
+_LINK_GB_S = 2.0  # between processes
+_RANKS = 64
+_VALUE_BYTES = 4
+_TRIES = 3
+
+
+def machine_record(local: LocalMachine, *, kind: str | None, memory_gib: float | None) -> MachineRecord:
+    """Return what is known of this machine without measuring; on a CPU one process stands for one GPU."""
+    system, cores = f"{platform.system()} {platform.release()}"[:300], os.cpu_count() or 1
+    if local.meter is None:
+        return MachineRecord(
+            kind=kind or CPU,
+            memory_gib=memory_gib or _CPU_GIB,
+            device=_processor()[:300],
+            clock_mhz=_clock_mhz(),
+            system=system,
+            cores=cores,
+            sheet=nominal_sheet(cores, memory_gib or _CPU_GIB),
+        )
+    gpu = local.meter.gpus[0]
+    name = gpu.name.removeprefix("NVIDIA ").replace(" ", "-")
+    known = kind or next((sheet for sheet in gpu_sheets() if _is_called(gpu.name, sheet)), name)
+    idle_gib = round(gib(local.meter.read()[0].used_bytes), 3)
+    return MachineRecord(
+        kind=known,
+        memory_gib=memory_gib or round(gib(gpu.memory_bytes), 3),
+        idle_gib=0.0 if memory_gib else idle_gib,
+        device=gpu.name[:300],
+        driver=local.meter.driver[:300],
+        clock_mhz=local.meter.clock_mhz(0),
+        system=system,
+        cores=cores,
+    )
+
+
+def _is_called(device: str, kind: str) -> bool:
+    """Return whether a driver's name of a GPU ("NVIDIA H100 80GB HBM3") is of a kind of the catalogue ("H100-SXM")."""
+    sheet = gpu_sheets()[kind]
+    words = device.casefold().replace("-", " ").split()
+    form = (
+        "pcie"
+        if "pcie" in words
+        else "nvl"
+        if "nvl" in words
+        else "sxm"
+        if {"hbm3", "sxm4", "hbm3e"} & set(words)
+        else ""
+    )
+    names = [name.casefold().replace("-", " ").split() for name in (sheet.name, *sheet.other_names)]
+    return any(name[0] in words and (len(name) < 2 or name[1] in (form, *words)) for name in names)
+
+
+def nominal_sheet(cores: int, memory_gib: float) -> GpuSheet:
+    """Return the speeds that a processor of so many cores usually has: what a plan is made by."""
+    return _sheet(cores, memory_gib, gb_s=_NOMINAL_GB_S * cores, tflops=_NOMINAL_TFLOPS * cores)
+
+
+def measured_sheet(cores: int, memory_gib: float) -> GpuSheet:
+    """Return the speeds of this processor, measured in about a second."""
+    generator = np.random.default_rng(0)
+    weights = generator.random((8192, 4096), dtype=np.float32)
+    vector = generator.random(4096, dtype=np.float32)
+    square = generator.random((1024, 1024), dtype=np.float32)
+    read_s = _fastest_s(lambda: weights @ vector)
+    computed_s = _fastest_s(lambda: square @ square)
+    return _sheet(
+        cores,
+        memory_gib,
+        gb_s=2e-9 * weights.size / read_s,  # physics counts 2 bytes a value
+        tflops=2e-12 * square.shape[0] ** 3 / computed_s,
+    )
+
+
+def _fastest_s(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(1 + _TRIES):
+        started_s = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started_s)
+    return min(times[1:])
+
+
+def _sheet(cores: int, memory_gib: float, *, gb_s: float, tflops: float) -> GpuSheet:
+    return GpuSheet(
+        memory_gib=memory_gib,
+        usable_gib=memory_gib,
+        bandwidth_gb_s=round(gb_s, 3),
+        multiprocessors=cores,
+        clock_ghz=1.8,
+        tflops={NumberFormat.BFLOAT16: round(tflops, 5)},
+        link=Link.PCIE,
+        link_gb_s=_LINK_GB_S,
+        gpus_per_node=_RANKS,
+        power_w=100,
+        compute_capability=0.1,
+        usd_per_hour=0.1,
+        price_source="none",
+        source="measured by maveriq profile; bandwidth in values of 16 bits",
+        value_bytes=_VALUE_BYTES,
+        name=CPU,
+    )
+
+
+def _processor() -> str:
+    return _of_processor("model name") or platform.processor() or platform.machine()
+
+
+def _clock_mhz() -> float:
+    try:
+        return float(_of_processor("cpu MHz") or 0.0)
+    except ValueError:
+        return 0.0
+
+
+def _of_processor(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

@@ -1,0 +1,120 @@
+"""Planned profiles: measured, interrupted and gone on with, written, read, and planned with."""
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from fixtures import MODEL
+from profile_engines import MACHINE, Interrupted, KnownTimes, TrueMemory, parts, truth, wanted
+
+from maveriq.domain.models import ModelSpec, load_model
+from maveriq.errors import InputError
+from maveriq.estimate.fitted_profile import load_any_profile
+from maveriq.estimate.profile_file import FORMAT, VERSION, EngineRecord, ModelRecord, ProfileFile, read_profile_file
+from maveriq.exec.gpus import Devices
+from maveriq.exec.model_files import hf_config_json
+from maveriq.planning import PlanOptions, rank_configurations
+from maveriq.profiling.execute import Bench, Repeats, execute, run_records
+from maveriq.profiling.measure import Probe
+from maveriq.profiling.plan import plan_profile
+from maveriq.profiling.session import LOG_NAME, Session, open_session, session_start
+from maveriq.streams import generator
+
+OPTIONS = "options"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(hf_config_json(replace(MODEL, context_tokens=1024)))
+    return load_model(str(folder))
+
+
+def measure(folder: Path, model: ModelSpec, launcher: KnownTimes, options: str = OPTIONS) -> ProfileFile:
+    """Measure a plan of a model in a folder, or go on with it."""
+    start = session_start(
+        options=options,
+        made_at="2026-11-28T12:00:00+00:00",
+        machine=MACHINE,
+        engine=EngineRecord(name="torch"),
+        models=(ModelRecord(name=model.name, config_json=model.config_json),),
+        plan=plan_profile(wanted(model), parts()),
+    )
+    bench = Bench(
+        launcher=launcher, devices=Devices(), probe=Probe(), memory=TrueMemory(), repeats=Repeats(), side_by_side=True
+    )
+    with open_session(folder, start) as session:
+        asyncio.run(execute(session, {model.name: model}, bench, lambda _text: None))
+        return profile_of(session)
+
+
+def profile_of(session: Session) -> ProfileFile:
+    start = session.start
+    return ProfileFile(
+        format=FORMAT, version=VERSION, name="mine", made_at=start.made_at, made_by="test", machine=start.machine,
+        engine=start.engine, models=start.models, runs=run_records(session),
+    )  # fmt: skip
+
+
+def test_a_measured_plan_answers_for_the_whole_model(tmp_path: Path, model: ModelSpec) -> None:
+    profile = measure(tmp_path, model, KnownTimes(model))
+    path = tmp_path / "profile.json"
+    path.write_bytes(msgspec.json.encode(profile))
+    assert read_profile_file(path) == profile
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(model.config_json), "_name_or_path": model.name}))
+    options = PlanOptions(profile=str(path), gpus="1xcpu", prompt_tokens=64, output_tokens=20, float16_only=True)
+    ranked = rank_configurations(config, options)
+    assert ranked.estimator == "blended"
+    assert not ranked.failure
+    best = ranked.ranking.candidates[0]
+    right = truth().service(model, best.configuration, prompt_tokens=64, output_tokens=20, batch=1)
+    assert best.service.latency_s == pytest.approx(right.latency_s, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_interrupted_anywhere_it_goes_on_with_the_same_plan_and_the_same_samples(
+    tmp_path: Path, model: ModelSpec, seed: int
+) -> None:
+    whole = KnownTimes(model)
+    expected = measure(tmp_path / "whole", model, whole)
+    stop_after = int(generator(seed, "interruptions").integers(0, len(whole.answers)))
+    folder = tmp_path / "interrupted"
+    with pytest.raises(Interrupted):
+        measure(folder, model, KnownTimes(model, stop_after=stop_after))
+    log = folder / LOG_NAME
+    if seed % 2:  # as after kill -9 while a line was written
+        log.write_bytes(log.read_bytes() + b'{"type":"sample","run":0,"ca')
+    rest = KnownTimes(model)
+    found = measure(folder, model, rest)
+    assert [run.cases for run in found.runs] == [run.cases for run in expected.runs]
+    assert set(rest.answers) <= set(whole.answers)
+
+
+def test_a_log_of_other_options_is_not_continued(tmp_path: Path, model: ModelSpec) -> None:
+    with pytest.raises(Interrupted):
+        measure(tmp_path, model, KnownTimes(model, stop_after=3))
+    with pytest.raises(InputError, match="holds an unfinished profile of other options"):
+        measure(tmp_path, model, KnownTimes(model), options="others")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "must be 1|Invalid enum value 2|version"),
+        ({"more": 1}, "unknown key `more`"),
+        ({"models": []}, "models must be a list of length at least 1"),
+        ({"machine": {"kind": "../../etc", "memory_gib": 4}}, "kind"),
+        ({"machine": {"kind": "cpu", "memory_gib": 4}}, "has no data sheet, and the profile no speeds"),
+        ({"engine": {"name": "other"}}, "unknown engine 'other'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, model: ModelSpec, change: dict[str, object], message: str) -> None:
+    profile = msgspec.to_builtins(measure(tmp_path, model, KnownTimes(model)))
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps({**profile, **change}))
+    with pytest.raises(InputError, match=message):
+        load_any_profile(str(path))
