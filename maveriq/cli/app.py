@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "models": "List the models known by name, or show what is read of one.",
         "gpus": "List the kinds of GPU known by name, or show what is known of one.",
         "profile": "Measure models on this machine's engines.",
+        "fingerprint": "Write a model with a few of another one's layers, that is measured in its place.",
         "fit": "Evaluate an estimator on measurements, or fit the calibrated estimator to them.",
         "compare": "Show how far a simulated run is from a real one.",
         "engines": "Show what engines can do, and which can start here.",

@@ -350,10 +350,11 @@ def _read_config(path: Path) -> ModelSpec:
     if exists(beside):
         beside_text = read_regular_text(beside, what="quantisation", max_bytes=_MAX_CONFIG_BYTES)
         modelopt = parse_config(beside_text, f"quantisation {str(beside)!r}")
-    return _spec_from(config, name=_name_of(config, path), where=where, config_json=text, modelopt=modelopt)
+    return _spec_from(config, name=model_name(config, path), where=where, config_json=text, modelopt=modelopt)
 
 
-def _name_of(config: Mapping[str, Any], path: Path) -> str:
+def model_name(config: Mapping[str, Any], path: Path) -> str:
+    """Return what a model is called: by its parsed configuration, else by the folder of that file."""
     origin = config.get("_name_or_path")
     # A model saved from a local folder says "." or "./" there, which names nothing.
     last = PurePosixPath(origin).name if isinstance(origin, str) else ""

@@ -9,6 +9,7 @@ that lie in the model's folder. Weights are safetensors; pickle files (`pytorch_
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,14 +128,19 @@ class ModelFiles:
         path = self._config_path(model)
         if path is None:
             return ""
-        return str(path.parent.resolve()) if _has_any(path.parent, _SAFETENSORS + _PICKLES) else ""
+        return str(path.parent.resolve()) if has_weights(path.parent) else ""
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a model's folder has files of weights, safetensors or pickles."""
+    return _has_any(folder, _SAFETENSORS + _PICKLES)
 
 
 def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
-def _check_inside(path: Path, folder: Path, *, what: str) -> None:
+def check_inside(path: Path, folder: Path, *, what: str) -> None:
     """Check that a file lies in its model's folder after all links.
 
     In the cache of Hugging Face `snapshots/REVISION` holds links into `blobs` beside `snapshots`.
@@ -162,7 +168,7 @@ def read_model_file(folder: Path, name: str, *, what: str) -> str | None:
     path = folder / name
     if not exists(path) and not path.is_symlink():
         return None
-    _check_inside(path, folder, what=what)
+    check_inside(path, folder, what=what)
     return read_regular_text(path, what=what, max_bytes=_MAX_FILE_BYTES)
 
 
@@ -181,7 +187,7 @@ def check_weights(folder: Path) -> None:
             else f"weights in {str(folder)!r} cannot be read: the folder has no safetensors file"
         )
     for path in _matching(folder, _SAFETENSORS):
-        _check_inside(path, folder, what="weights")
+        check_inside(path, folder, what="weights")
         open_regular_file(path, what="weights").close()
 
 
@@ -196,21 +202,29 @@ def matrix_types(folder: Path) -> dict[str, str]:
     """
     types: dict[str, str] = {}
     for path in sorted(_matching(folder, _SAFETENSORS)):
-        _check_inside(path, folder, what="weights")
-        for name, tensor in _safetensors_header(path).items():
+        check_inside(path, folder, what="weights")
+        for name, tensor in safetensors_header(path)[0].items():
             if name != "__metadata__" and len(tensor["shape"]) > 1:
                 types.setdefault(tensor["dtype"], name)
     return types
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header of a safetensors file, where its data starts, and the bytes of the file.
+
+    The header has an object with `dtype` and `shape` for each tensor, and perhaps `__metadata__`.
+
+    Raises:
+        InputError: the file has no valid header.
+    """
     with open_regular_file(path, what="weights") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= _MAX_FILE_BYTES else b""
+        text = file.read(length) if length <= min(_MAX_FILE_BYTES, file_bytes) else b""
     try:
         header = json.loads(text)
         if all(name == "__metadata__" or _is_described(tensor) for name, tensor in header.items()):
-            return dict(header)
+            return dict(header), 8 + length, file_bytes
     except (ValueError, AttributeError, RecursionError):
         pass
     raise InputError(f"weights {str(path)!r} cannot be read: not a safetensors file; give another file")
