@@ -20,6 +20,7 @@ __all__ = [
     "Options",
     "PlacementResult",
     "Run",
+    "SizeResult",
     "__version__",
     "compare",
     "engine",
@@ -29,6 +30,7 @@ __all__ = [
     "plan",
     "run",
     "simulate",
+    "size",
     "sweep",
 ]
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from maveriq.report.compare_many import ManyComparison
     from maveriq.runs import Run, load_run
     from maveriq.scenario.options import Options
+    from maveriq.sizing.size import SizeResult, size
     from maveriq.sweeps.run import sweep
 
 
@@ -48,6 +51,8 @@ _MODULES = {
     "Options": "maveriq.scenario.options",
     "Run": "maveriq.runs",
     "load_run": "maveriq.runs",
+    "SizeResult": "maveriq.sizing.size",
+    "size": "maveriq.sizing.size",
     "sweep": "maveriq.sweeps.run",
 }
 """Where the public names are that maveriq.api does not define."""

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "plan": "Rank a model's configurations for an intent.",
         "place": "Search the best placement of models on GPUs, as AlpaServe does.",
         "sweep": "Simulate every combination of chosen options, and compare them over seeds.",
+        "size": "Find the fewest GPUs that serve a workload within its SLOs.",
         "models": "List the models known by name, or show what is read of one.",
         "gpus": "List the kinds of GPU known by name, or show what is known of one.",
         "profile": "Measure models on this machine's engines.",

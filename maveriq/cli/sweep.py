@@ -58,10 +58,8 @@ def sweep(
         echo(f"{len(cells):,} runs")
         return
     folder = out if out is not None else Path("sweeps") / file.stem
-    with _progress(quiet=quiet or as_json) as watch:
-        result = run_sweep(
-            spec, folder, pool=make_pool(on, workers), keep_runs=keep_runs, overwrite=overwrite, watch=watch
-        )
+    with make_pool(on, workers) as pool, _progress(quiet=quiet or as_json) as watch:
+        result = run_sweep(spec, folder, pool=pool, keep_runs=keep_runs, overwrite=overwrite, watch=watch)
     if as_json:
         typer.echo(json.dumps(_as_json(result), indent=2, allow_nan=False))
     elif not quiet:

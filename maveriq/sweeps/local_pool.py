@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Self
 
 import msgspec
 
@@ -54,7 +55,7 @@ class _Worker:
 
 
 class LocalPool:
-    """Simulates cells in worker processes.
+    """Simulates cells in worker processes, which stay for the next ones until the pool is closed (mutable).
 
     Args:
         workers: how many processes, at least 1.
@@ -62,6 +63,14 @@ class LocalPool:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while not self._idle.empty():
+            self._idle.get().end()
 
     def results(self, tasks: Iterable[CellTask]) -> Iterator[CellResult]:
         """Yield the results of cells as they end; a cell whose worker dies twice has failed.
@@ -74,55 +83,73 @@ class LocalPool:
         for task in queued:
             waiting.put(task)
         stop = threading.Event()
-        running: set[_Worker] = set()
+        busy: set[_Worker] = set()
         threads = [
-            threading.Thread(target=_serve, args=(waiting, done, running, stop), daemon=True)
+            threading.Thread(target=self._serve, args=(waiting, done, busy, stop), daemon=True)
             for _ in range(min(self.workers, len(queued)))
         ]
+        started = []
         try:
             for thread in threads:
                 waiting.put(None)
                 thread.start()
+                started.append(thread)
             for _ in queued:
-                result = done.get()
-                if isinstance(result, Exception):
-                    raise result
-                yield result
-        finally:
+                yield _checked(done.get())
+        except BaseException:
             stop.set()
-            for worker in tuple(running):
+            for worker in tuple(busy):
                 worker.end()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            raise
+        finally:
+            for thread in started:
+                thread.join()
+
+    def _serve(
+        self,
+        waiting: queue.SimpleQueue[CellTask | None],
+        done: queue.SimpleQueue[CellResult | Exception],
+        busy: set[_Worker],
+        stop: threading.Event,
+    ) -> None:
+        """Give one worker process cell after cell; start another where it dies."""
+        worker: _Worker | None = None
+        try:
+            while not stop.is_set() and (task := waiting.get()) is not None:
+                for tries in range(1, _TRIES + 1):
+                    if worker is None:
+                        worker = self._idle_worker() or _Worker()
+                        busy.add(worker)
+                    result = worker.simulate(task)
+                    if result is not None or stop.is_set():
+                        break
+                    busy.discard(worker)
+                    how, worker = worker.end(), None
+                    if tries == _TRIES:
+                        result = CellResult(
+                            number=task.number, error=f"the process that simulates it died twice ({how})"
+                        )
+                if result is not None:
+                    done.put(result)
+        except Exception as error:  # the caller must not wait for ever
+            done.put(error)
+        finally:
+            if worker is not None:
+                busy.discard(worker)
+                if stop.is_set():
+                    worker.end()
+                else:
+                    self._idle.put(worker)
+
+    def _idle_worker(self) -> _Worker | None:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return None
 
 
-def _serve(
-    waiting: queue.SimpleQueue[CellTask | None],
-    done: queue.SimpleQueue[CellResult | Exception],
-    running: set[_Worker],
-    stop: threading.Event,
-) -> None:
-    """Give one worker process cell after cell; start another where it dies."""
-    worker: _Worker | None = None
-    try:
-        while not stop.is_set() and (task := waiting.get()) is not None:
-            for tries in range(1, _TRIES + 1):
-                if worker is None:
-                    worker = _Worker()
-                    running.add(worker)
-                result = worker.simulate(task)
-                if result is not None or stop.is_set():
-                    break
-                running.discard(worker)
-                how, worker = worker.end(), None
-                if tries == _TRIES:
-                    result = CellResult(number=task.number, error=f"the process that simulates it died twice ({how})")
-            if result is not None:
-                done.put(result)
-    except Exception as error:  # the caller must not wait for ever
-        done.put(error)
-    finally:
-        if worker is not None:
-            running.discard(worker)
-            worker.end()
+def _checked(result: CellResult | Exception) -> CellResult:
+    """Return a result, or raise what ended a thread."""
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -40,27 +40,30 @@ class RayPool:
         self._on = on
         self._workers = workers
 
+    def __enter__(self) -> Self:
+        self._connect()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
     def results(self, tasks: Iterable[CellTask]) -> Iterator[CellResult]:
         """Yield the results of cells as they end. Ray runs a task again whose worker died."""
         ray = self._ray
-        self._connect()
-        try:
-            remote = ray.remote(num_cpus=1, max_retries=_TRIES_AFTER_A_LOST_WORKER)(simulate_encoded)
-            cores = self._workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            at_once = self._workers if self._workers and self._on != HERE else cores * _AHEAD
-            numbers: dict[Any, int] = {}
-            waiting = iter(tasks)
-            while True:
-                for task in waiting:
-                    numbers[remote.remote(msgspec.json.encode(task))] = task.number
-                    if len(numbers) >= at_once:
-                        break
-                if not numbers:
-                    return
-                (ended, *_), _ = ray.wait(list(numbers), num_returns=1)
-                yield self._result(ended, numbers.pop(ended))
-        finally:
-            ray.shutdown()
+        remote = ray.remote(num_cpus=1, max_retries=_TRIES_AFTER_A_LOST_WORKER)(simulate_encoded)
+        cores = self._workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        at_once = self._workers if self._workers and self._on != HERE else cores * _AHEAD
+        numbers: dict[Any, int] = {}
+        waiting = iter(tasks)
+        while True:
+            for task in waiting:
+                numbers[remote.remote(msgspec.json.encode(task))] = task.number
+                if len(numbers) >= at_once:
+                    break
+            if not numbers:
+                return
+            (ended, *_), _ = ray.wait(list(numbers), num_returns=1)
+            yield self._result(ended, numbers.pop(ended))
 
     def _connect(self) -> None:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}

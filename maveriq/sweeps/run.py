@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from maveriq.errors import InputError
 from maveriq.sweeps.folder import RUNS_FOLDER, open_folder
@@ -24,7 +24,11 @@ LOCAL = "local"
 
 
 class Pool(Protocol):
-    """Simulates cells somewhere."""
+    """Simulates cells somewhere; entered before its first use, and left after the last."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
     def results(self, tasks: Iterable[CellTask]) -> Iterator[CellResult]:
         """Yield the results as they come; stop the work when the caller stops asking."""
@@ -97,7 +101,8 @@ def sweep(
     """
     spec = read_sweep(Path(source) if isinstance(source, str) else source)
     folder = None if out is None else Path(out)
-    return run_sweep(spec, folder, pool=make_pool(on, workers), keep_runs=keep_runs, overwrite=overwrite).cells
+    with make_pool(on, workers) as pool:
+        return run_sweep(spec, folder, pool=pool, keep_runs=keep_runs, overwrite=overwrite).cells
 
 
 def make_pool(on: str, workers: int | None) -> Pool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from maveriq.domain.records import DeploymentRecord
 from maveriq.errors import InputError, MaveriqError
 
 
@@ -30,13 +31,16 @@ class CellResult(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a cell.
 
     `error` is "" if it was simulated, else why it was not, in one line. `rows` are the metrics of the whole run ("all")
-    and of each model, see `Run.metrics`; a figure that does not apply is None. `saturation` is the verdict on the run.
-    `seconds` is how long it took.
+    and of each model, see `Run.metrics`; a figure that does not apply is None. `saturation` is the verdict on the run,
+    `bottlenecks` are sentences on what held it back. `deployments` say which configuration of which model was on how
+    many GPUs, or why it was on none. `seconds` is how long it took.
     """
 
     number: int
     error: str = ""
     saturation: str = ""
+    bottlenecks: list[str] = []
+    deployments: list[str] = []
     rows: dict[str, dict[str, float | None]] = {}
     seconds: float = 0.0
 
@@ -58,9 +62,18 @@ def simulate_cell(task: CellTask) -> CellResult:
     return CellResult(
         number=task.number,
         saturation=run.saturation.label.value,
+        bottlenecks=list(run.saturation.bottlenecks.sentences()),
+        deployments=[_deployment(record) for record in run.record.deployments],
         rows=rows,
         seconds=time.monotonic() - started_s,
     )
+
+
+def _deployment(record: DeploymentRecord) -> str:
+    name, plan = record.endpoint.model.name, record.plan
+    if plan is None:
+        return f"{name}: {record.reason or record.status}"
+    return f"{name}: {plan.configuration} on {len(plan.gpu_ids)} GPU{'s' * (len(plan.gpu_ids) > 1)}"
 
 
 def _failed(task: CellTask, reason: str, started_s: float) -> CellResult:

@@ -29,6 +29,12 @@ class Here:
         self.simulated = []
         self._stop_after = stop_after
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
     def results(self, tasks):
         for task in tasks:
             if self._stop_after is not None and len(self.simulated) >= self._stop_after:
@@ -72,10 +78,12 @@ def test_a_cell_that_fails_is_reported_and_tried_again(tmp_path):
     assert pool.simulated == [2]
 
 
+@pytest.mark.heavy
 def test_a_worker_that_dies_fails_its_cell_alone(tmp_path):
     (tmp_path / "rule.py").write_text("import os\ndef rule(*_):\n    os.kill(os.getpid(), 9)\n")
     spec = read_sweep({"options": {"limit": 20}, "grid": {"policy": [f"{tmp_path}/rule.py:rule", "llf"]}})
-    found = run_sweep(spec, None, pool=LocalPool(1))
+    with LocalPool(1) as pool:
+        found = run_sweep(spec, None, pool=pool)
     assert [(cell.number, reason) for cell, reason in found.failed] == [
         (1, "the process that simulates it died twice (signal 9)")
     ]
