@@ -94,6 +94,12 @@ def traces_path(*parts: str) -> Path:
     return (inside if inside.is_dir() else _PACKAGE.parent / "traces").joinpath(*parts)
 
 
+def studies_path(*parts: str) -> Path:
+    """Return the path of a file or folder among the definitions of studies: `experiments/study` of a clone."""
+    inside = _PACKAGE / "studies"
+    return (inside if inside.is_dir() else _PACKAGE.parent / "experiments" / "study").joinpath(*parts)
+
+
 def measured_data_path() -> Path | None:
     """Return the folder of published measurements, None if there is none.
 

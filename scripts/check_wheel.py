@@ -77,16 +77,17 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> str:
-    """Check that the wheel contains every file of the package and of traces/, and nothing else."""
+    """Check that the wheel contains every file of the package and of traces/, every study, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "maveriq").rglob("*") if path.is_file()}
     tables = {f"maveriq/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "traces").rglob("*") if path.is_file()}
-    wanted = {name for name in sources | tables if "__pycache__" not in name}
+    studies = {f"maveriq/studies/{path.name}" for path in (ROOT / "experiments" / "study").glob("*.toml")}
+    wanted = {name for name in sources | tables | studies if "__pycache__" not in name}
     expect(wanted <= inside, f"missing in the wheel: {min(wanted - inside, default='')}")
     unexpected = {name for name in inside - wanted if ".dist-info/" not in name}
     expect(not unexpected, f"not wanted in the wheel: {min(unexpected, default='')}")
-    return f"{len(sources & wanted)} files of the package, {len(tables)} of traces, no tests"
+    return f"{len(sources & wanted)} files of the package, {len(tables)} of traces, {len(studies)} studies, no tests"
 
 
 def install(wheel: Path, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType, read_models, shape_of
-from maveriq.domain.parallel import ParallelConfig
+from maveriq.domain.parallel import LayerSplit, ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import read_config
 from maveriq.estimate.measured import COLUMNS, OPTIONAL_COLUMNS
@@ -31,10 +31,25 @@ PUBLISHED_COLUMNS = (
 _PUBLISHED_OPTIONAL = (
     "prompt_tokens", "layers", "memory_before_run_gib", "fingerprint_build_s", "engine_build_s", "profile_run_s",
 )  # fmt: skip
-"""Columns that it may also have; only `prompt_tokens` is used."""
+"""Columns that it may also have. Those of seconds are what the measurement cost."""
 
 _MODELS_FILE = "models.toml"
 _WHAT = "table of measurements"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementCost:
+    """What a measurement cost, in seconds.
+
+    Args:
+        model_build_s: to cut the model to its layers; 0 for a whole model, or one that was cut before.
+        engine_build_s: until its engine could run, counted once for each engine.
+        run_s: of the run itself, with the start of the engine and its warm-up.
+    """
+
+    model_build_s: float
+    engine_build_s: float
+    run_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +67,8 @@ class Measurement:
         prompt_tokens: tokens of each prompt; None if the table does not say it.
         tpot_s: the part of each output token, where it was measured apart.
         shape: the model's shape, where `models.toml` beside the table has it.
+        layer_split: layers of each stage; () where the table does not say them.
+        cost: what the measurement cost; None where the table does not say it.
     """
 
     where: str
@@ -64,6 +81,8 @@ class Measurement:
     prompt_tokens: int | None = None
     tpot_s: float | None = None
     shape: ModelSpec | None = None
+    layer_split: LayerSplit = ()
+    cost: MeasurementCost | None = None
 
     @property
     def model(self) -> ModelSpec | None:
@@ -177,10 +196,11 @@ def _layers_of(row: Row, shape: ModelSpec | None) -> int:
 
 
 def _published(row: Row) -> Measurement:
+    layer_split = _layer_split(row)
     return Measurement(
         where=row.where,
         model_name=row.text("model"),
-        layers=_layers(row),
+        layers=sum(layer_split),
         configuration=ParallelConfig(
             tp=row.count("tp", minimum=1),
             pp=row.count("pp", minimum=1),
@@ -192,14 +212,27 @@ def _published(row: Row) -> Measurement:
         latency_s=_positive(row, "latency_s"),
         memory_gib=_positive(row, "memory_after_run_gib"),
         prompt_tokens=row.count("prompt_tokens", minimum=1) if "prompt_tokens" in row.cells else None,
+        layer_split=layer_split,
+        cost=_cost(row),
     )
 
 
-def _layers(row: Row) -> int:
+def _cost(row: Row) -> MeasurementCost | None:
+    if not {"engine_build_s", "profile_run_s"} <= row.cells.keys():
+        return None
+    model_build_s = row.number("fingerprint_build_s", minimum=0) if "fingerprint_build_s" in row.cells else 0.0
+    return MeasurementCost(
+        model_build_s=model_build_s,
+        engine_build_s=row.number("engine_build_s", minimum=0),
+        run_s=row.number("profile_run_s", minimum=0),
+    )
+
+
+def _layer_split(row: Row) -> LayerSplit:
     split = row.text("layer_split").split()
     if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in split) or not sum(map(int, split)):
         raise InputError(f"{row.where}: layer_split must be layers of each stage, such as '16 16', not {split!r}")
-    return sum(map(int, split))
+    return tuple(map(int, split))
 
 
 _LEAST = 1e-9  # a percentage error of a smaller value is meaningless, and may be infinite

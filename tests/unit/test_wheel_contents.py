@@ -14,7 +14,14 @@ _SPEC.loader.exec_module(check_wheel)
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("maveriq/a.py", "maveriq/data/b.csv", "maveriq/__pycache__/a.pyc", "traces/c.csv", "tests/d.py"):
+    for name in (
+        "maveriq/a.py",
+        "maveriq/data/b.csv",
+        "maveriq/__pycache__/a.pyc",
+        "traces/c.csv",
+        "tests/d.py",
+        "experiments/study/e.toml",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -30,14 +37,17 @@ def wheel(folder: Path, names: list[str]) -> Path:
     return path
 
 
-WHOLE = ["maveriq/a.py", "maveriq/data/b.csv", "maveriq/traces/c.csv", "maveriq-1.dist-info/METADATA"]
+WHOLE = [
+    "maveriq/a.py", "maveriq/data/b.csv", "maveriq/traces/c.csv", "maveriq/studies/e.toml",
+    "maveriq-1.dist-info/METADATA",
+]  # fmt: skip
 
 
 def test_a_complete_wheel_passes(repository: Path) -> None:
     assert "1 of traces" in check_wheel.check_contents(wheel(repository, WHOLE))
 
 
-@pytest.mark.parametrize("lost", ["maveriq/data/b.csv", "maveriq/traces/c.csv"])
+@pytest.mark.parametrize("lost", ["maveriq/data/b.csv", "maveriq/traces/c.csv", "maveriq/studies/e.toml"])
 def test_a_missing_file_of_the_wheel_is_named(repository: Path, lost: str) -> None:
     with pytest.raises(check_wheel.CheckError, match=lost):
         check_wheel.check_contents(wheel(repository, [name for name in WHOLE if name != lost]))
