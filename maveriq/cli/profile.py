@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 
 from maveriq.cli.options import JsonFlag, OverwriteFlag
-from maveriq.cli.profile_plan import PlannedProfile, PlanOptions, Target, check_profile_folder, profile_by_plan
+from maveriq.cli.profile_plan import Target, check_profile_folder, profile_by_plan
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
 from maveriq.domain.parallel import KV_SUFFIX, ParallelConfig
@@ -28,6 +28,7 @@ from maveriq.exec.local_machine import EMULATED, LocalMachine
 from maveriq.exec.model_files import ModelFiles
 from maveriq.profiling.folder import PROFILE_FILES, Machine, write_profile
 from maveriq.profiling.measure import Measured, MeasurementCase, Probe, measure
+from maveriq.profiling.planned import PlannedProfile, ProfileOptions
 from maveriq.report.run_folder import check_writable
 from maveriq.report.terminal import open_console
 from maveriq.units import bytes_from_gib, gib
@@ -116,7 +117,7 @@ def profile(
         raise InputError(f"--memory-gib must be a positive number, not {memory_gib}")
     chosen = _models(models)
     if configuration is None:
-        options = PlanOptions(
+        options = ProfileOptions(
             prompt_tokens=_counts_or_none("--prompt-tokens", prompt_tokens, _MAX_PROMPT_TOKENS),
             batch_sizes=_counts_or_none("--batch-size", batch_size, _MAX_BATCH),
             output_tokens=output_tokens,
@@ -165,7 +166,7 @@ def profile(
 
 def _plan(
     models: Mapping[str, tuple[ModelSpec, Path | None]],
-    options: PlanOptions,
+    options: ProfileOptions,
     backend: str,
     engine_python: Sequence[str],
     out: Path | None,

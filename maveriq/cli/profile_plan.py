@@ -1,90 +1,23 @@
-"""The planned side of `maveriq profile`: plans what to measure of models, shows it, measures it, writes one profile."""
+"""The planned side of `maveriq profile`: shows the plan, measures it, writes one profile."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from maveriq import __version__
-from maveriq.domain.cluster import Cluster, Gpu
-from maveriq.domain.models import KvType, ModelSpec, WeightType
-from maveriq.domain.parallel import ParallelConfig
-from maveriq.errors import InputError, MaveriqError
-from maveriq.estimate.computed_parts import ComputedParts
-from maveriq.estimate.physics import PhysicsEstimator
-from maveriq.estimate.profile_file import (
-    FORMAT,
-    PROFILE_NAME,
-    VERSION,
-    EngineRecord,
-    MachineRecord,
-    ModelRecord,
-    ProfileFile,
-    planning_profile,
-)
-from maveriq.exec.capabilities import why_not
-from maveriq.exec.device import Device
-from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.local_machine import LocalMachine
-from maveriq.exec.model_files import ModelFiles
+from maveriq.errors import InputError
+from maveriq.estimate.profile_file import PROFILE_NAME
 from maveriq.files import not_overwritten, written_whole
-from maveriq.profiling.execute import Bench, Repeats, execute, run_records
-from maveriq.profiling.machine import machine_record, measured_sheet
-from maveriq.profiling.measure import Probe
-from maveriq.profiling.memory_meter import GpuMemory, ProcessMemory
-from maveriq.profiling.plan import ProfilePlan, Wanted, plan_profile
-from maveriq.profiling.session import LOG_NAME, begun_session, open_session, session_start
+from maveriq.profiling.plan import ProfilePlan
+from maveriq.profiling.planned import SCRATCH_PREFIX, PlannedProfile, measure_plan
+from maveriq.profiling.session import LOG_NAME, begun_session
 from maveriq.report.formatting import figure
 from maveriq.report.run_folder import check_writable
 from maveriq.report.terminal import open_console
 from maveriq.report.view import Column, Table, number_column, row
-from maveriq.units import bytes_from_gib, gib
-
-_PROMPTS = {Device.CPU: (16, 64, 256), Device.CUDA: (128, 512, 2048, 4096)}
-_BATCHES = {Device.CPU: (1, 4, 16), Device.CUDA: (1, 4, 16, 64)}
-_MAX_STEP_TOKENS = {Device.CPU: 4096, Device.CUDA: 65_536}
-_LEAST_DISK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
-    """What the user asks of a planned profile; None for the default of the device.
-
-    Args:
-        prompt_tokens: lengths of prompts.
-        batch_sizes: sizes of batches.
-        output_tokens: tokens of each output.
-        formats: of weights and KV cache.
-        max_gpus: most GPUs of a deployment.
-        layers: numbers of layers to measure with.
-        budget_s: most seconds that the plan may take.
-        least_repeats: of each batch.
-        most_repeats: of each batch.
-        kind: name of the kind of GPU.
-        memory_gib: memory of one.
-        seed: of prompts and random weights.
-    """
-
-    prompt_tokens: Sequence[int] | None = None
-    batch_sizes: Sequence[int] | None = None
-    output_tokens: int = 20
-    formats: Sequence[tuple[WeightType, KvType]] | None = None
-    max_gpus: int | None = None
-    layers: Sequence[int] | None = None
-    budget_s: float | None = None
-    least_repeats: int = 3
-    most_repeats: int = 15
-    kind: str | None = None
-    memory_gib: float | None = None
-    seed: int = 42
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,87 +28,6 @@ class Target:
     overwrite: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedProfile:
-    """A profile of some models on this machine: its plan, and how it is measured."""
-
-    models: Mapping[str, tuple[ModelSpec, Path | None]]
-    local: LocalMachine
-    options: PlanOptions
-    machine: MachineRecord = field(init=False)
-    files: ModelFiles = field(init=False)
-
-    def __post_init__(self) -> None:
-        options = self.options
-        record = machine_record(self.local, kind=options.kind, memory_gib=options.memory_gib)
-        object.__setattr__(self, "machine", record)
-        found = {model: path for model, path in self.models.values() if path is not None}
-        object.__setattr__(self, "files", ModelFiles(found.get))
-
-    @property
-    def device(self) -> Device:
-        """What engines compute on."""
-        return Device.CUDA if self.local.meter else Device.CPU
-
-    def plan(self) -> ProfilePlan:
-        """Return what to measure of all models.
-
-        Raises:
-            InputError: nothing can be measured.
-        """
-        profile = planning_profile(self.machine, self.local.backend)
-        parts = ComputedParts(PhysicsEstimator(profile))
-        budget_s = None if self.options.budget_s is None else self.options.budget_s / len(self.models)
-        plans = [
-            plan_profile(self._wanted(model, parts), parts, budget_s=budget_s) for model, _ in self.models.values()
-        ]
-        if len(plans) == 1:
-            return plans[0]
-        return ProfilePlan(
-            runs=tuple(run for plan in plans for run in plan.runs),
-            error_before=max(plan.error_before for plan in plans),
-            error_after=max(plan.error_after for plan in plans),
-            estimates=sum(plan.estimates for plan in plans),
-            ends="; ".join(dict.fromkeys(plan.ends for plan in plans)),
-        )
-
-    def _wanted(self, model: ModelSpec, parts: ComputedParts) -> Wanted:
-        options, device = self.options, self.device
-
-        def can_run(configuration: ParallelConfig) -> bool:
-            if parts.estimator.why_not(model, configuration) is not None:
-                return False
-            refusal = why_not(
-                self.local.backend, model, configuration, device, compute_capability=self.local.compute_capability
-            )
-            return refusal is None
-
-        gpus = len(self.local.meter.gpus) if self.local.meter else 1
-        plain = ParallelConfig(tp=1, pp=1, weights=model.unconverted)
-        if not can_run(plain):
-            reason = why_not(self.local.backend, model, plain, device) or parts.estimator.why_not(model, plain)
-            raise InputError(f"{model.name} cannot be measured: {reason}")
-        return Wanted(
-            model=model,
-            backend=self.local.backend,
-            max_gpus=options.max_gpus or gpus,
-            formats=options.formats or [(model.unconverted, KvType.NATIVE)],
-            batch_sizes=options.batch_sizes or _BATCHES[device],
-            prompt_tokens=options.prompt_tokens or _PROMPTS[device],
-            output_tokens=options.output_tokens,
-            layers=options.layers,
-            max_step_tokens=_MAX_STEP_TOKENS[device],
-            can_run=can_run,
-        )
-
-    def records(self) -> tuple[ModelRecord, ...]:
-        """Return the models as the profile keeps them."""
-        return tuple(
-            ModelRecord(name=name, config_json=model.config_json, own_weights=bool(self.files.weights_folder(model)))
-            for name, (model, _) in self.models.items()
-        )
-
-
 def check_profile_folder(target: Target) -> None:
     """Check that a profile may go to a folder: an empty one, one of an unfinished profile, or one to be replaced.
 
@@ -184,7 +36,8 @@ def check_profile_folder(target: Target) -> None:
     """
     folder = target.folder
     check_writable(folder, files=(), overwrite=True)
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    found = [path.name for path in folder.iterdir()] if folder.exists() else []
+    names = {name for name in found if not name.startswith(SCRATCH_PREFIX)}
     if names - {LOG_NAME, PROFILE_NAME}:
         raise InputError(
             f"output folder {str(folder)!r} holds files that are no profile; name an empty or a new folder"
@@ -208,11 +61,15 @@ def profile_by_plan(profile: PlannedProfile, target: Target | None, *, dry_run: 
         show_plan(plan)
     if dry_run or target is None:
         return
-    _check_room(profile, plan, target.folder)
     if target.overwrite:
         for name in (LOG_NAME, PROFILE_NAME):
             (target.folder / name).unlink(missing_ok=True)
-    file = _measure(profile, plan, target.folder)
+    console = open_console(stderr=True)
+
+    def report(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    file = measure_plan(profile, plan, target.folder, report)
     path = target.folder / PROFILE_NAME
     with written_whole(path, what="profile", overwrite=True) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n")
@@ -221,101 +78,6 @@ def profile_by_plan(profile: PlannedProfile, target: Target | None, *, dry_run: 
         open_console().print_json(json.dumps({"profile": str(path), **plan_json(plan)}))
         return
     open_console().print(f"profile: {path}\nuse it: --profile {path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _measure(profile: PlannedProfile, plan: ProfilePlan, folder: Path) -> ProfileFile:
-    """Measure what is missing, and return the whole profile."""
-    local, options, console = profile.local, profile.options, open_console(stderr=True)
-    machine = profile.machine
-    if machine.sheet is not None:
-        machine = msgspec.structs.replace(machine, sheet=measured_sheet(machine.cores, machine.memory_gib))
-    start = session_start(
-        options=_options_text(profile),
-        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine,
-        engine=EngineRecord(name=local.backend),
-        models=profile.records(),
-        plan=plan,
-    )
-    devices = local.devices(_cluster(profile.machine, max(run.configuration.gpus for run in plan.runs)))
-    with (
-        open_session(folder, start) as session,
-        tempfile.TemporaryDirectory(prefix="maveriq-profile-") as logs,
-        ProcessLauncher(local.backend, logs=Path(logs), devices=devices, python=local.python_path) as launcher,
-    ):
-        if session.resumed:
-            console.print("going on with what was measured before", highlight=False)
-        bench = Bench(
-            launcher=launcher,
-            devices=devices,
-            probe=Probe(files=profile.files, seed=options.seed),
-            memory=GpuMemory(local.meter) if local.meter else ProcessMemory(),
-            repeats=Repeats(least=options.least_repeats, most=max(options.least_repeats, options.most_repeats)),
-            side_by_side=local.meter is None,
-        )
-        models = {name: model for name, (model, _) in profile.models.items()}
-        asyncio.run(
-            execute(
-                session, models, bench, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
-            )
-        )
-        begun = session.start
-        return ProfileFile(
-            format=FORMAT,
-            version=VERSION,
-            name=folder.resolve().name,
-            made_at=begun.made_at,
-            made_by=__version__,
-            machine=begun.machine,
-            engine=msgspec.structs.replace(begun.engine, version=next(iter(session.engines.values())).version),
-            models=begun.models,
-            runs=run_records(session),
-        )
-
-
-def _options_text(profile: PlannedProfile) -> str:
-    """Return what the choice of measurements depends on, as one text."""
-    options = replace(profile.options, kind=None)
-    models = [msgspec.to_builtins(record) for record in profile.records()]
-    machine = {"kind": profile.machine.kind, "device": profile.machine.device, "gib": profile.machine.memory_gib}
-    given = {name: repr(getattr(options, name)) for name in options.__dataclass_fields__}
-    return json.dumps({"backend": profile.local.backend, "models": models, "machine": machine, **given}, sort_keys=True)
-
-
-def _cluster(machine: MachineRecord, gpus: int) -> Cluster:
-    capacity = bytes_from_gib(machine.memory_gib)
-    return Cluster(
-        name="measured",
-        gpus=tuple(Gpu(gpu_id=i, node=0, kind=machine.kind, capacity_bytes=capacity) for i in range(gpus)),
-    )
-
-
-def _check_room(profile: PlannedProfile, plan: ProfilePlan, folder: Path) -> None:
-    """Check that the largest engine fits the memory, and the log the disk.
-
-    Raises:
-        MaveriqError: one is too small.
-    """
-    parent = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < _LEAST_DISK_BYTES:
-        raise MaveriqError(
-            f"disk of {str(folder)!r}: {free >> 20} MiB are free, and the log of a profile takes up to "
-            f"{_LEAST_DISK_BYTES >> 20} MiB; name another folder"
-        )
-    parts = ComputedParts(PhysicsEstimator(planning_profile(profile.machine, profile.local.backend)))
-    for run in plan.runs:
-        needed = gib(
-            round(
-                parts.run_memory(profile.models[run.model][0], run.layers, run.configuration) / run.configuration.gpus
-            )
-        )
-        if needed > profile.machine.memory_gib:
-            raise MaveriqError(
-                f"{run.model} with {len(run.layers)} layers, {run.configuration}, takes about {needed:.1f} GiB on each "
-                f"GPU, which has {profile.machine.memory_gib:g} GiB; leave the format out, or on a CPU raise "
-                "--memory-gib"
-            )
 
 
 def plan_json(plan: ProfilePlan) -> dict[str, object]:

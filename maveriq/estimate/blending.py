@@ -35,7 +35,7 @@ class Features(NamedTuple):
         phase: what is computed, such as the first token or a further one.
         model: the model's name.
         kind: the kind of layer that a part belongs to; "" where it belongs to none.
-        stored_as: formats of weights and KV cache.
+        stored_as: the format that the part depends on, of weights or of KV cache; "" where it depends on none.
         doublings: of the GPUs that share a layer: log2 of TP.
         log_rows: log of the tokens that a step computes.
         log_tokens: log of the tokens of a sequence.

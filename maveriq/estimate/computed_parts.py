@@ -52,15 +52,18 @@ class ComputedParts:
                 phase=phase,
                 model=model.name,
                 kind="",
-                stored_as=f"{configuration.weights} {configuration.kv}",
+                stored_as="",
                 doublings=math.log2(configuration.tp),
                 log_rows=math.log(rows[index]),
                 log_tokens=math.log(tokens[index]),
             )
             parts = [
-                Term(part, count * cost[index], features._replace(kind=kind))
+                Term(part, count * cost[index], features._replace(kind=kind, stored_as=stored))
                 for kind, count, cost, attention in layers
-                for part, cost in ((LAYERS, _less(cost, attention)), (ATTENTION, attention))
+                for part, cost, stored in (
+                    (LAYERS, _less(cost, attention), configuration.weights.value),
+                    (ATTENTION, attention, configuration.kv.value),
+                )
             ]
             hand_over = max(0.0, totals[index] - alone[index])
             rest = totals[index] - hand_over - sum(term.value for term in parts)
@@ -80,7 +83,7 @@ class ComputedParts:
             phase=MEMORY,
             model=model.name,
             kind="",
-            stored_as=f"{configuration.weights} {configuration.kv}",
+            stored_as="",
             doublings=math.log2(configuration.gpus),
             log_rows=math.log(batch.size * batch.prompt_tokens),
             log_tokens=math.log(batch.prompt_tokens + batch.output_tokens),
@@ -92,8 +95,9 @@ class ComputedParts:
             each, each_loaded = (
                 self._memory(pair, flat, asked) - self._memory(single, flat, asked) for asked in (one, batch)
             )
-            parts.append(Term(LAYERS, count * each, features._replace(kind=self._kind_name(kind))))
-            parts.append(Term(CACHE, count * (each_loaded - each), features._replace(kind=self._kind_name(kind))))
+            of_kind, weights, kv = self._kind_name(kind), configuration.weights.value, configuration.kv.value
+            parts.append(Term(LAYERS, count * each, features._replace(kind=of_kind, stored_as=weights)))
+            parts.append(Term(CACHE, count * (each_loaded - each), features._replace(kind=of_kind, stored_as=kv)))
         of_layers = sum(term.value for term in parts)
         rest = Term(REST, total - of_layers, features)
         identity = f"{MEMORY} {model.name} {model.layers} {configuration} {batch}"

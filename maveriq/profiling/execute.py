@@ -6,9 +6,10 @@ measurements, and a machine that grows slower meanwhile must not pass for one.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ from maveriq.profiling.measure import Probe, ProfilingError, StartedEngine, sequ
 from maveriq.profiling.memory_meter import MemoryMeter
 from maveriq.profiling.plan import PlannedCase, PlannedRun
 from maveriq.profiling.session import EngineStarted, RunEnded, Sample, Session
-from maveriq.profiling.short_models import short_model
+from maveriq.profiling.short_models import ShortModels
 from maveriq.streams import generator
 
 Report: TypeAlias = Callable[[str], None]
@@ -55,18 +56,20 @@ class Bench:
     Args:
         launcher: starts engines.
         devices: the devices behind GPU numbers.
-        probe: files of models, seed and timeouts.
+        probe: seed and timeouts.
+        short_models: makes the models that engines load.
         memory: reads what engines hold.
         repeats: how often each batch is measured.
-        side_by_side: whether engines share devices: they take no more memory than they need.
+        side_by_side: how many engines share devices: more than one where they take no more memory than they need.
     """
 
     launcher: Launcher
     devices: Devices
     probe: Probe
+    short_models: ShortModels
     memory: MemoryMeter
     repeats: Repeats
-    side_by_side: bool
+    side_by_side: int
 
 
 async def execute(session: Session, models: dict[str, ModelSpec], bench: Bench, report: Report) -> None:
@@ -76,13 +79,11 @@ async def execute(session: Session, models: dict[str, ModelSpec], bench: Bench, 
         ProfilingError: an engine does not start, or fails.
         MaveriqError: the log cannot be written.
     """
-    runs = list(enumerate(session.start.plan.runs))
-    for _, group in groupby(
-        runs, key=lambda run: (run[1].model, str(run[1].configuration)) if bench.side_by_side else run[0]
-    ):
-        waiting = [(number, run) for number, run in group if number not in session.ended]
-        if waiting:
-            await _execute_group(session, waiting, models, bench, report)
+    runs = enumerate(session.start.plan.runs)
+    for _, of_split in groupby(runs, key=lambda run: (run[1].model, run[1].tp, run[1].pp)):
+        waiting = [(number, run) for number, run in of_split if number not in session.ended]
+        for first in range(0, len(waiting), bench.side_by_side):
+            await _execute_group(session, waiting[first : first + bench.side_by_side], models, bench, report)
 
 
 async def _execute_group(
@@ -94,15 +95,14 @@ async def _execute_group(
 ) -> None:
     """Measure engines that run side by side."""
     gpu_ids = tuple(range(runs[0][1].configuration.gpus))
+    plan = session.start.plan
     async with AsyncExitStack() as stack:
-        engines: dict[int, StartedEngine] = {}
-        for number, run in runs:
-            before = bench.memory.before(gpu_ids)
-            short = short_model(models[run.model], run.layers, bench.probe.files)
-            report(
-                f"{number + 1} of {len(session.start.plan.runs)}: {_name(run)} starts; {_left(session, bench.repeats)}"
-            )
-            engine = await stack.enter_async_context(
+        report(f"{', '.join(_name(run) for _, run in runs)}: starting; {_left(session, bench.repeats)}")
+        before = bench.memory.before(gpu_ids)
+
+        async def start(number: int, run: PlannedRun) -> StartedEngine:
+            short, files = bench.short_models.make(models[run.model], run.layers)
+            return await stack.enter_async_context(
                 started_engine(
                     bench.launcher,
                     short,
@@ -110,11 +110,16 @@ async def _execute_group(
                     batch=max(case.batch for case in run.cases),
                     gpu_ids=gpu_ids,
                     devices=bench.devices,
-                    probe=bench.probe,
+                    probe=replace(bench.probe, files=files),
                     what=_name(run),
+                    number=number + 1,
                 )
             )
-            engines[number] = engine
+
+        started = await asyncio.gather(*(start(number, run) for number, run in runs))
+        engines = {number: engine for (number, _), engine in zip(runs, started, strict=True)}
+        for number, run in runs:
+            engine = engines[number]
             session.add(
                 EngineStarted(
                     run=number,
@@ -125,9 +130,9 @@ async def _execute_group(
                 )
             )
             for case in run.cases:
-                await _sample(engine, short, case, bench.probe.seed, "warm-up")
+                await _sample(engine, models[run.model], case, bench.probe.seed, "warm-up")
         for number, at, case, repeat in _open_cases(session, runs, bench.repeats):
-            run = session.start.plan.runs[number]
+            run = plan.runs[number]
             name = f"run {number} case {at} repeat {repeat}"
             first_s, each_s = await _sample(engines[number], models[run.model], case, bench.probe.seed, name)
             session.add(Sample(run=number, case=at, repeat=repeat, first_s=first_s, each_s=each_s))
@@ -194,7 +199,7 @@ def _left(session: Session, repeats: Repeats) -> str:
         for at, case in enumerate(run.cases):
             samples = session.samples.get((number, at), [])
             if not repeats.enough(samples):
-                left_s += case.expected_s * max(0.0, 1 - len(samples) / (repeats.least + 2))
+                left_s += case.expected_s / (repeats.least + 2) * max(1, repeats.least - len(samples))
     return f"about {left_s:.0f} s left"
 
 

@@ -127,7 +127,13 @@ class Fingerprint:
 
 
 def write_fingerprint(
-    model: Path | str, *, layers: int, out: Path, seed: int = 1, overwrite: bool = False
+    model: Path | str,
+    *,
+    layers: int,
+    out: Path,
+    seed: int = 1,
+    overwrite: bool = False,
+    chosen: Sequence[int] | None = None,
 ) -> Fingerprint:
     """Write the model of so many layers that stands for a whole one.
 
@@ -140,6 +146,7 @@ def write_fingerprint(
         out: the folder to write. It is written whole or not at all.
         seed: the seed of random weights.
         overwrite: replace a fingerprint that is there.
+        chosen: which layers to keep, `layers` of them; None for those that stand best for all.
 
     Raises:
         InputError: the model cannot be read or reduced, the number of layers does not do, or `out` cannot be written.
@@ -149,7 +156,7 @@ def write_fingerprint(
     source = _read_source(model)
     if source.folder is not None and out.resolve() == source.folder.resolve():
         raise InputError(f"output folder {str(out)!r} is the model's own; name another")
-    reduced = reduce_layers(source.config, layers, where=source.where, modelopt=source.modelopt)
+    reduced = reduce_layers(source.config, layers, where=source.where, modelopt=source.modelopt, chosen=chosen)
     quantised = bool(source.modelopt or source.config.get("quantization_config"))
     if source.has_weights and source.folder is not None:
         _check_not_stacked(reduced, source.where)
@@ -238,7 +245,9 @@ class ReducedModel:
     full: BuiltDecoder
 
 
-def reduce_layers(config: Config, layers: int, *, where: str, modelopt: Config | None = None) -> ReducedModel:
+def reduce_layers(
+    config: Config, layers: int, *, where: str, modelopt: Config | None = None, chosen: Sequence[int] | None = None
+) -> ReducedModel:
     """Reduce a decoder's configuration to so many layers that stand for all.
 
     Args:
@@ -246,6 +255,7 @@ def reduce_layers(config: Config, layers: int, *, where: str, modelopt: Config |
         layers: how many layers to keep.
         where: the file's name, for messages.
         modelopt: the parsed `hf_quant_config.json` beside it, None where there is none.
+        chosen: the layers to keep, in order; None for those that stand best for all.
 
     Raises:
         InputError: the configuration cannot be used, `layers` is fewer than its kinds of layers or more than its
@@ -256,10 +266,10 @@ def reduce_layers(config: Config, layers: int, *, where: str, modelopt: Config |
     kinds = layer_kinds(full.layers, _decoder(config, where, modelopt, len(full.layers)))
     check_layer_count(kinds, layers, where)
     search = _Search(config, full, where, modelopt)
-    for chosen in islice(selections(kinds, layers), _MAX_SELECTIONS):
-        found = search.reduced_to(chosen)
+    for selection in [tuple(chosen)] if chosen else islice(selections(kinds, layers), _MAX_SELECTIONS):
+        found = search.reduced_to(selection)
         if found is not None:
-            return ReducedModel(config=found[0], chosen=chosen, kinds=kinds, built=found[1], full=full)
+            return ReducedModel(config=found[0], chosen=selection, kinds=kinds, built=found[1], full=full)
         if search.tries_left <= 0:
             break
     raise InputError(

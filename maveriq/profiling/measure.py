@@ -125,13 +125,16 @@ async def started_engine(
     devices: Devices,
     probe: Probe,
     what: str,
+    number: int = 1,
 ) -> AsyncIterator[StartedEngine]:
     """Start an engine for batches of at most `batch` prompts, and stop it at the end of the block.
+
+    Engines that run at the same time have different numbers.
 
     Raises:
         ProfilingError: it does not start, or takes longer than it may.
     """
-    spec = _spec(model, configuration, batch, devices.names(gpu_ids), probe)
+    spec = _spec(model, configuration, batch, devices.names(gpu_ids), probe, number)
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     try:
@@ -150,10 +153,15 @@ async def started_engine(
 
 
 def _spec(
-    model: ModelSpec, configuration: ParallelConfig, batch: int, devices: tuple[str, ...], probe: Probe
+    model: ModelSpec,
+    configuration: ParallelConfig,
+    batch: int,
+    devices: tuple[str, ...],
+    probe: Probe,
+    number: int,
 ) -> EngineSpec:
     return EngineSpec(
-        deployment_id=1,
+        deployment_id=number,
         generation=1,
         model=model.name,
         config_json=probe.files.config_json(model),

@@ -32,10 +32,10 @@ NOISE = 0.01
 _ENOUGH = 0.03  # expected error of the wanted estimates at which a plan ends
 _LEAST_GAIN = 0.01  # of that error, relative, for which a measurement is still made
 _USUAL_REPEATS = 5
-_START_S = {"torch": 6.0, "vllm": 60.0, "trtllm": 120.0}
+_START_S = {"torch": 4.0, "vllm": 60.0, "trtllm": 120.0}
 """Until an engine serves a few layers, about."""
 
-_START_S_PER_GB = 1.0
+_START_S_PER_GB, _USUAL_START_S = 1.0, 60.0
 _MAX_COVARIANCE = 4_000  # values whose covariances are kept: a table of 128 MB
 
 Layers = tuple[int, ...]
@@ -118,6 +118,7 @@ class Wanted:
         layers: numbers of layers to measure with; None for a layer of each kind, and one more of each.
         max_step_tokens: most tokens of a batch's prompts together.
         can_run: says whether the engine can run a configuration.
+        starting: engines that start at once, in the time of one.
     """
 
     model: ModelSpec
@@ -130,6 +131,7 @@ class Wanted:
     layers: Sequence[int] | None
     max_step_tokens: int
     can_run: Callable[[ParallelConfig], bool]
+    starting: int = 1
 
     def batches(self) -> list[Batch]:
         """Return the batches of wanted estimates.
@@ -203,13 +205,16 @@ class _Candidate:
     case_s: float
 
 
-def plan_profile(wanted: Wanted, parts: ComputedParts, *, budget_s: float | None = None) -> ProfilePlan:
+def plan_profile(
+    wanted: Wanted, parts: ComputedParts, *, budget_s: float | None = None, most: int | None = None
+) -> ProfilePlan:
     """Return what to measure for estimates of a model.
 
     Args:
         wanted: the estimates.
         parts: computes them without measurements.
         budget_s: most seconds that it is expected to take; None for no limit.
+        most: most batches to measure; None for no limit. Fewer are those that a longer plan measures first.
 
     Raises:
         InputError: the engine can run none of the configurations, or nothing can be measured within the budget.
@@ -229,7 +234,7 @@ def plan_profile(wanted: Wanted, parts: ComputedParts, *, budget_s: float | None
     ]
     values = [computed for candidate in candidates for computed in _values(wanted, parts, candidate)]
     targets = targets[:: 1 + (len(values) + len(targets)) // _MAX_COVARIANCE]
-    choice = _Choice(candidates, values, targets, budget_s)
+    choice = _Choice(candidates, values, targets, budget_s, most)
     chosen = choice.run()
     if not chosen:
         cheapest = min(candidate.start_s + candidate.case_s for candidate in candidates)
@@ -245,23 +250,46 @@ def plan_profile(wanted: Wanted, parts: ComputedParts, *, budget_s: float | None
     )
 
 
+def plan_whole_model(wanted: Wanted, parts: ComputedParts) -> ProfilePlan:
+    """Return the plan that measures the whole model in every configuration: what estimates are compared with."""
+    layers = tuple(range(wanted.model.layers))
+    configurations = list(wanted.configurations())
+    batches = wanted.batches()
+    chosen = [
+        candidate
+        for configuration in configurations
+        for candidate in _on_engine(wanted, parts, layers, configuration, batches)
+    ]
+    return ProfilePlan(
+        runs=tuple(_runs(wanted.model.name, chosen)),
+        error_before=0.0,
+        error_after=0.0,
+        estimates=len(chosen),
+        ends="everything is measured",
+    )
+
+
 def _candidates(
     wanted: Wanted, parts: ComputedParts, configurations: Sequence[ParallelConfig], batches: Sequence[Batch]
 ) -> Iterator[_Candidate]:
     for layers in short_models(wanted.model.decoder, wanted.layers):
-        short = _short(wanted.model, layers)
         for configuration in configurations:
             # What a hand-over costs, two stages say as well as many.
-            if configuration.pp > min(2, len(layers)) or (configuration.pp == 2 and configuration.tp > 2):
-                continue
-            start_s = (
-                _START_S.get(wanted.backend, 60.0)
-                + _START_S_PER_GB * parts.memory(short, configuration, Batch(1, 1, 1)).total / 1e9
-            )
-            for batch in batches:
-                first, token = (computed.total for computed in parts.times(short, configuration, batch))
-                case_s = (1 + _USUAL_REPEATS) * (first + (batch.output_tokens - 1) * token)
-                yield _Candidate(layers, configuration, batch, start_s, case_s)
+            if configuration.pp <= min(2, len(layers)) and (configuration.pp == 1 or configuration.tp <= 2):
+                yield from _on_engine(wanted, parts, layers, configuration, batches)
+
+
+def _on_engine(
+    wanted: Wanted, parts: ComputedParts, layers: Layers, configuration: ParallelConfig, batches: Sequence[Batch]
+) -> Iterator[_Candidate]:
+    """Yield the batches that may be measured on one engine."""
+    short = _short(wanted.model, layers)
+    loaded_gb = parts.memory(short, configuration, Batch(1, 1, 1)).total / 1e9
+    start_s = (_START_S.get(wanted.backend, _USUAL_START_S) + _START_S_PER_GB * loaded_gb) / wanted.starting
+    for batch in batches:
+        first, token = (computed.total for computed in parts.times(short, configuration, batch))
+        case_s = (1 + _USUAL_REPEATS) * (first + (batch.output_tokens - 1) * token)
+        yield _Candidate(layers, configuration, batch, start_s, case_s)
 
 
 def _short(model: ModelSpec, layers: Layers) -> ModelSpec:
@@ -281,6 +309,7 @@ class _Choice:
         values: Sequence[Computed],
         targets: Sequence[Computed],
         budget_s: float | None,
+        most: int | None,
     ) -> None:
         names = Names()
         design = Design([*values, *targets], names)
@@ -289,6 +318,7 @@ class _Choice:
         self._covariance: Array = Kernel(names, TIME_SCALES).covariance(design, design, shares, shares)
         self._targets = slice(len(values), None)
         self._budget_s = np.inf if budget_s is None else budget_s
+        self._most = len(candidates) if most is None else most
         self.error_before = self.error
         self.ends = ""
 
@@ -309,6 +339,9 @@ class _Choice:
             ])  # fmt: skip
             gains = self._gains()
             open_ = np.array([number not in chosen for number in range(len(gains))])
+            if len(chosen) >= self._most:
+                self.ends = "no more batches may be measured"
+                break
             worth = open_ & (gains > 2 * _LEAST_GAIN * self.error**2)
             if not worth.any():
                 self.ends = f"no other measurement makes the error {_LEAST_GAIN:.0%} smaller"

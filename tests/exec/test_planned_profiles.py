@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -21,6 +25,7 @@ from maveriq.profiling.execute import Bench, Repeats, execute, run_records
 from maveriq.profiling.measure import Probe
 from maveriq.profiling.plan import plan_profile
 from maveriq.profiling.session import LOG_NAME, Session, open_session, session_start
+from maveriq.profiling.short_models import ShortModels
 from maveriq.streams import generator
 
 OPTIONS = "options"
@@ -44,7 +49,13 @@ def measure(folder: Path, model: ModelSpec, launcher: KnownTimes, options: str =
         plan=plan_profile(wanted(model), parts()),
     )
     bench = Bench(
-        launcher=launcher, devices=Devices(), probe=Probe(), memory=TrueMemory(), repeats=Repeats(), side_by_side=True
+        launcher=launcher,
+        devices=Devices(),
+        probe=Probe(),
+        short_models=ShortModels({}, "torch", folder),
+        memory=TrueMemory(),
+        repeats=Repeats(),
+        side_by_side=4,
     )
     with open_session(folder, start) as session:
         asyncio.run(execute(session, {model.name: model}, bench, lambda _text: None))
@@ -118,3 +129,39 @@ def test_other_files_are_refused(tmp_path: Path, model: ModelSpec, change: dict[
     path.write_text(json.dumps({**profile, **change}))
     with pytest.raises(InputError, match=message):
         load_any_profile(str(path))
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+def test_killed_twenty_times_a_profile_of_torch_engines_goes_on(tmp_path: Path) -> None:
+    config = {**json.loads(hf_config_json(MODEL)), "max_position_embeddings": 512}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    folder, draw = tmp_path / "mine", generator(0, "kills")
+    command = [
+        sys.executable, "-m", "maveriq", "profile", str(tmp_path / "model"), "--prompt-tokens", "8,32",
+        "--batch-size", "1,2", "--repeats", "12", "--most-repeats", "12", "--out", str(folder),
+    ]  # fmt: skip
+    plans = set()
+    for _ in range(20):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            lines = lines_of(folder / LOG_NAME) + int(draw.integers(1, 8))
+            while process.poll() is None and lines_of(folder / LOG_NAME) < lines:
+                time.sleep(0.01)
+            process.kill()
+        if not (folder / LOG_NAME).exists():
+            break
+        plans.add((folder / LOG_NAME).read_text().partition("\n")[0])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    profile = read_profile_file(folder / "profile.json")
+    plan = msgspec.json.decode(plans.pop())["plan"]
+    assert not plans
+    assert [run["layers"] for run in plan["runs"]] == [list(run.layers) for run in profile.runs]
+    chosen = [[case["prompt_tokens"] for case in run["cases"]] for run in plan["runs"]]
+    assert [[case.prompt_tokens for case in run.cases] for run in profile.runs] == chosen
+    assert all(len(case.first_s) == 12 for run in profile.runs for case in run.cases)
+    assert [path.name for path in folder.iterdir()] == ["profile.json"]
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0

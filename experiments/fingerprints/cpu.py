@@ -1,0 +1,286 @@
+"""Compare fingerprint profiles of small models with whole models in every configuration, on torch engines of a CPU.
+
+Usage: python experiments/fingerprints/cpu.py [--settings FILE] [--work DIR] [--out DIR] [--page FILE] [MODEL...]
+
+For each model of the settings: a fingerprint profile is planned and measured, then the whole model in every
+configuration. The whole model's times and memory are predicted by physics alone, and blended with the first 1, 4 and 16
+measurements and with all. Results go to results/, a table to docs/profiling.md. --work keeps what was measured: an
+interrupted run goes on. The exit code is 1 if a bar of the settings is missed. The machine must be idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
+from maveriq.estimate.blended import BlendedEstimator
+from maveriq.estimate.computed_parts import ComputedParts
+from maveriq.estimate.hardware_profile import HardwareProfile
+from maveriq.estimate.observations import Observation
+from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.profile_file import PROFILE_NAME, ProfileFile, observations_of, planned_profile, planning_profile
+from maveriq.exec.local_machine import LocalMachine
+from maveriq.profiling.plan import ProfilePlan, plan_profile, plan_whole_model
+from maveriq.profiling.planned import PlannedProfile, ProfileOptions, measure_plan
+
+_HERE = Path(__file__).parent
+_PAGE = _HERE.parents[1] / "docs" / "profiling.md"
+_START, _END = "<!-- written by experiments/fingerprints/cpu.py -->", "<!-- end -->"
+_COLUMNS = (
+    "model",
+    "layers",
+    "weights",
+    "batch",
+    "prompt_tokens",
+    "figure",
+    "measurements",
+    "measured",
+    "predicted",
+    "error_percent",
+)
+_FIGURES = ("TTFT", "TPOT", "memory")
+
+
+class Bars(msgspec.Struct, forbid_unknown_fields=True):
+    """What the fingerprint profiles must reach."""
+
+    median_percent: float
+    worst_percent: float
+    time_share: float
+
+
+class Settings(msgspec.Struct, forbid_unknown_fields=True):
+    """The experiment."""
+
+    models: list[str]
+    formats: list[WeightType]
+    batch_sizes: list[int]
+    prompt_tokens: list[int]
+    output_tokens: int
+    budget_share: float
+    least_repeats: int
+    most_repeats: int
+    measurements: list[int]
+    bars: Bars
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A figure of the whole model: measured, and predicted with so many measurements (0: physics alone)."""
+
+    model: str
+    layers: int
+    weights: str
+    batch: int
+    prompt_tokens: int
+    figure: str
+    measurements: str
+    measured: float
+    predicted: float
+
+    @property
+    def error_percent(self) -> float:
+        """How far the prediction is off."""
+        return 100 * (self.predicted / self.measured - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Seconds that both profiles of a model took."""
+
+    model: str
+    fingerprints_s: float
+    whole_s: float
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, predict, write, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models of the settings (default: all)")
+    parser.add_argument("--settings", type=Path, default=_HERE / "cpu.toml", metavar="FILE")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder in which to keep what was measured")
+    parser.add_argument("--out", type=Path, default=_HERE / "results", metavar="DIR")
+    parser.add_argument("--page", type=Path, default=_PAGE, metavar="FILE", help="page with the table")
+    options = parser.parse_args(arguments)
+    settings = msgspec.toml.decode(options.settings.read_bytes(), type=Settings)
+    models = options.models or settings.models
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        compared = [compare_model(_HERE / "models" / name, settings, work / name) for name in models]
+    rows, costs = [row for found, _ in compared for row in found], [cost for _, cost in compared]
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_results(options.out, rows, costs)
+    table = "\n".join(table_lines(rows, costs, settings))
+    sys.stdout.write(table + "\n")
+    text = options.page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(_START)
+    if rest:
+        options.page.write_text(f"{before}{_START}\n\n{table}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")
+    missed = list(missed_bars(rows, costs, settings))
+    sys.stdout.write("".join(f"missed: {text}\n" for text in missed) or "all bars are met\n")
+    return bool(missed)
+
+
+def compare_model(folder: Path, settings: Settings, work: Path) -> tuple[list[Row], Cost]:
+    """Measure a model in both ways, and predict the whole one."""
+    model = load_model(str(folder))
+    local = LocalMachine("torch")
+    options = ProfileOptions(
+        prompt_tokens=settings.prompt_tokens,
+        batch_sizes=settings.batch_sizes,
+        output_tokens=settings.output_tokens,
+        formats=[(weights, KvType.NATIVE) for weights in settings.formats],
+        least_repeats=settings.least_repeats,
+        most_repeats=settings.most_repeats,
+    )
+    planned = PlannedProfile({model.name: (model, config_path(folder))}, local, options)
+    parts = ComputedParts(PhysicsEstimator(planning_profile(planned.machine, "torch")))
+    wanted = planned.wanted(model, parts)
+    whole_plan = plan_whole_model(wanted, parts)
+    budget_s = settings.budget_share * whole_plan.expected_s
+    plans = {str(count): plan_profile(wanted, parts, budget_s=budget_s, most=count) for count in settings.measurements}
+    plans["all"] = plan_profile(wanted, parts, budget_s=budget_s)
+    short, short_s = _measured(planned, plans["all"], work / "fingerprints")
+    whole, whole_s = _measured(planned, whole_plan, work / "whole")
+    observed = observations_of(short)
+    profile = planned_profile(work / "fingerprints" / PROFILE_NAME)
+    known = {"0": (), **{name: _of_plan(observed, plan) for name, plan in plans.items()}}
+    rows = [
+        row
+        for name, seen in known.items()
+        for row in _predictions(model, observations_of(whole), replace(profile, observed=seen), name)
+    ]
+    return rows, Cost(model=model.name, fingerprints_s=short_s, whole_s=whole_s)
+
+
+def _measured(planned: PlannedProfile, plan: ProfilePlan, folder: Path) -> tuple[ProfileFile, float]:
+    """Measure a plan, and return the profile and the seconds that it took; what is there already is read."""
+    path, taken = folder / PROFILE_NAME, folder / "seconds"
+    if not path.exists():
+        started_s = time.monotonic()
+        profile = measure_plan(planned, plan, folder, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
+        taken.write_text(f"{time.monotonic() - started_s:.3f}")
+        path.write_bytes(msgspec.json.encode(profile))
+    return msgspec.json.decode(path.read_bytes(), type=ProfileFile), float(taken.read_text())
+
+
+def _of_plan(observed: Sequence[Observation], plan: ProfilePlan) -> tuple[Observation, ...]:
+    """Return what a shorter plan would have measured."""
+    chosen = {
+        (len(run.layers), run.configuration, (case.batch, case.prompt_tokens))
+        for run in plan.runs
+        for case in run.cases
+    }
+    return tuple(
+        seen
+        for seen in observed
+        if (seen.model.layers, seen.configuration, (seen.batch.size, seen.batch.prompt_tokens)) in chosen
+    )
+
+
+def _predictions(
+    model: ModelSpec, whole: Sequence[Observation], profile: HardwareProfile, measurements: str
+) -> Iterator[Row]:
+    estimator = BlendedEstimator(profile)
+    for seen in whole:
+        size, prompt, output = seen.batch
+        configuration = replace(seen.configuration, batch_size=size)
+        service = estimator.service(model, seen.configuration, prompt_tokens=prompt, output_tokens=output, batch=size)
+        figures = [(seen.first_token_s, service.first_token_s), (seen.tpot_s, service.tpot_s)]
+        if seen.memory_bytes:
+            memory = estimator.memory_with(model, configuration, prompt_tokens=prompt, output_tokens=output)
+            figures.append((seen.memory_bytes, memory))
+        for figure, (measured, predicted) in zip(_FIGURES, figures, strict=False):
+            yield Row(
+                model=model.name,
+                layers=model.layers,
+                weights=seen.configuration.weights.value,
+                batch=size,
+                prompt_tokens=prompt,
+                figure=figure,
+                measurements=measurements,
+                measured=measured,
+                predicted=predicted,
+            )
+
+
+def write_results(out: Path, rows: Sequence[Row], costs: Sequence[Cost]) -> None:
+    """Write a row for each figure, and one for the time of each model."""
+    with (out / "cpu.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(_COLUMNS)
+        for row in rows:
+            values = (row.measured, row.predicted)
+            table.writerow([
+                row.model, row.layers, row.weights, row.batch, row.prompt_tokens, row.figure, row.measurements,
+                *(f"{value:.6g}" for value in values), f"{row.error_percent:.2f}",
+            ])  # fmt: skip
+    with (out / "cpu_cost.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["model", "fingerprints_s", "whole_s"])
+        table.writerows([cost.model, f"{cost.fingerprints_s:.1f}", f"{cost.whole_s:.1f}"] for cost in costs)
+
+
+def errors_by(rows: Sequence[Row], **equal: str) -> list[float]:
+    """Return the absolute errors of rows with these values, in percent."""
+    return [abs(row.error_percent) for row in rows if all(getattr(row, name) == value for name, value in equal.items())]
+
+
+def table_lines(rows: Sequence[Row], costs: Sequence[Cost], settings: Settings) -> Iterator[str]:
+    """Yield the tables of the page."""
+    errors = [f"{figure}: median %, worst %" for figure in _FIGURES]
+    yield f"| measurements | {' | '.join(errors)} | all: median % |"
+    yield "|---|---|---|---|---|"
+    for count in _counts(settings):
+        cells = [_cell(errors_by(rows, measurements=count, figure=figure)) for figure in _FIGURES]
+        name = {"0": "none: physics alone", "all": "all of the plan"}.get(count, count)
+        yield f"| {name} | {' | '.join(cells)} | {median(errors_by(rows, measurements=count)):.1f} |"
+    yield ""
+    yield f"| model | layers | fingerprints s | whole model s | share % | {errors[0]} | {errors[1]} | memory: worst % |"
+    yield "|---|---|---|---|---|---|---|---|"
+    layers: Mapping[str, int] = {row.model: row.layers for row in rows}
+    for cost in costs:
+        of_model = [row for row in rows if row.model == cost.model]
+        ttft, tpot, memory = (errors_by(of_model, measurements="all", figure=figure) for figure in _FIGURES)
+        share = 100 * cost.fingerprints_s / cost.whole_s
+        yield (
+            f"| {cost.model} | {layers[cost.model]} | {cost.fingerprints_s:.0f} | {cost.whole_s:.0f} | {share:.0f} | "
+            f"{_cell(ttft)} | {_cell(tpot)} | {max(memory):.1f} |"
+        )
+
+
+def _counts(settings: Settings) -> list[str]:
+    return ["0", *map(str, settings.measurements), "all"]
+
+
+def _cell(errors: Sequence[float]) -> str:
+    return f"{median(errors):.1f}, {max(errors):.1f}"
+
+
+def missed_bars(rows: Sequence[Row], costs: Sequence[Cost], settings: Settings) -> Iterator[str]:
+    """Yield what was not reached."""
+    bars = settings.bars
+    for figure in _FIGURES:
+        errors = errors_by(rows, measurements="all", figure=figure)
+        if median(errors) > bars.median_percent or max(errors) > bars.worst_percent:
+            yield f"{figure}: median {median(errors):.1f} %, worst {max(errors):.1f} %"
+    shares = [cost.fingerprints_s / cost.whole_s for cost in costs]
+    if sum(cost.fingerprints_s for cost in costs) > bars.time_share * sum(cost.whole_s for cost in costs):
+        yield f"fingerprints take {100 * median(shares):.0f} % of the time of whole models in the median"
+    falling = [median(errors_by(rows, measurements=count)) for count in _counts(settings)]
+    if falling != sorted(falling, reverse=True):
+        yield f"errors by measurements do not fall: {', '.join(f'{error:.1f}' for error in falling)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
