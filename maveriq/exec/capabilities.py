@@ -29,7 +29,7 @@ from maveriq.exec.engine_python import EnginePython
 from maveriq.exec.engines import external, vllm
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.probe import installed_version
-from maveriq.exec.engines.torch.config import read_decoder_config
+from maveriq.exec.engines.torch.config import read_model_config
 from maveriq.exec.gpus import GpuIdentity, NvmlMeter
 from maveriq.exec.messages import EngineSpec
 from maveriq.files import data_path
@@ -144,7 +144,7 @@ def unsupported_by(
 def _unreadable_by_torch(config_json: str) -> str | None:
     """Return why the torch engine would refuse a `config.json` while loading, None if it would not."""
     try:
-        read_decoder_config(config_json)
+        read_model_config(config_json)
     except EngineError as error:
         return str(error)
     return None

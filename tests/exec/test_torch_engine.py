@@ -21,8 +21,8 @@ from maveriq.exec.engine_protocol import BROKEN
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
 from maveriq.exec.engines.torch.engine import RankLostError, _wait_until_loaded
+from maveriq.exec.engines.torch.kv_cache import KvCache
 from maveriq.exec.engines.torch.messages import RankFailed
-from maveriq.exec.engines.torch.model import KvCache
 from maveriq.exec.engines.torch.rank import memory_errors
 from maveriq.exec.messages import Generate
 

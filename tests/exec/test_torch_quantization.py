@@ -8,10 +8,19 @@ pytest.importorskip("torch", reason="the torch engine needs maveriq[torch]")
 pytest.importorskip("transformers", reason="tests/exec/torch_models.py draws models with it")
 
 import torch
-from torch_models import CONFIGS, OUTPUT_TOKENS, load_worker, outputs, prompts_of, run_split, spec_of
+from torch_models import (
+    CONFIGS,
+    OUTPUT_TOKENS,
+    TRANSFORMERS_CONFIGS,
+    load_worker,
+    outputs,
+    prompts_of,
+    run_split,
+    spec_of,
+)
 
+from maveriq.exec.engines.torch.decoding import greedy_tokens
 from maveriq.exec.engines.torch.linear import DenseLinear, Int4Linear, Int8Linear, make_linear
-from maveriq.exec.engines.torch.model import prefill_positions
 from maveriq.exec.engines.torch.rank import RankWorker
 
 WIDE = {
@@ -24,24 +33,18 @@ PROMPT = (5, 17, 101, 3, 77, 150, 42)
 
 def scores_of(worker):
     """Return the scores of the token after PROMPT."""
-    stage = worker.stage
-    with torch.inference_mode():
-        x = torch.nn.functional.embedding(torch.tensor([PROMPT]), stage.embedding)
-        stage.reserve(1, len(PROMPT))
-        x = stage.run(x, prefill_positions(stage.arch.rotary, 1, len(PROMPT), like=x))
-        return stage.logits(x[:, -1])
+    return worker.next_token_logits(prompts_of([PROMPT], output_tokens=1))
 
 
 def scores_after_decoding(worker, monkeypatch):
     """Return the scores of every step; all runs generate the tokens of the first run."""
     seen = []
-    greedy_tokens = type(worker.stage).greedy_tokens
 
-    def spied(stage, x):
-        seen.append(stage.logits(x))
-        return greedy_tokens(stage, x)
+    def spied(logits, stage, collectives):
+        seen.append(logits)
+        return greedy_tokens(logits, stage, collectives)
 
-    monkeypatch.setattr(type(worker.stage), "greedy_tokens", spied)
+    monkeypatch.setattr("maveriq.exec.engines.torch.decoding.greedy_tokens", spied)
     list(worker.run(prompts_of([PROMPT], output_tokens=4)))
     return torch.cat(seen)
 
@@ -84,7 +87,7 @@ def live_bytes():
     """Return the memory of all live tensors."""
     gc.collect()
     # By type, because `isinstance` on torch's lazy objects warns.
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and not thing.is_meta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -134,11 +137,22 @@ class Unheard:
 
 @pytest.mark.parametrize("rank", [2, pytest.param(6, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize(
-    ("name", "weights"), [("gpt-j", "float16"), ("falcon-40b", "float16"), ("llama-gqa", "float16"), ("llama", "int4")]
+    ("name", "weights"),
+    [
+        ("gpt-j", "float16"),
+        ("falcon-40b", "float16"),
+        ("llama-gqa", "float16"),
+        ("llama", "int4"),
+        ("qwen3", "float16"),
+        ("qwen3", "int4"),
+        ("mixtral", "float16"),
+        ("mixtral", "int8"),
+    ],
 )
 def test_a_shard_does_not_keep_whole_matrices_in_memory(name, weights, rank):
     before = live_bytes()
-    worker = RankWorker(spec_of(CONFIGS[name], tp=4, split=(3, 1), weights=weights), rank, Unheard())
+    config = {**CONFIGS, **TRANSFORMERS_CONFIGS}[name]
+    worker = RankWorker(spec_of(config, tp=4, split=(3, 1), weights=weights), rank, Unheard())
     reported = worker.stage.weights_bytes + worker.stage.kv_cache_bytes
     assert live_bytes() - before == pytest.approx(reported, rel=0.02)
 

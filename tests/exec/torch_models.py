@@ -66,6 +66,92 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+_DECODER = {
+    **_LLAMA,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_WIDE = {**_DECODER, "head_dim": 16}
+_TIED = {**_WIDE, "tie_word_embeddings": True}
+_EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+_SHARED_EXPERTS = {
+    **_WIDE,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_GPT2 = {"n_layer": LAYERS, "n_embd": 64, "n_head": 8, "n_positions": 256, "vocab_size": VOCABULARY}
+_WINDOW = {"sliding_window": 6}  # shorter than the prompts
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
+EIGHT_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "gemma": {**_TIED, "model_type": "gemma"},
+    "mistral": {**_DECODER, "model_type": "mistral", "sliding_window": None},
+    "mistral-window": {**_DECODER, "model_type": "mistral", **_WINDOW},
+    "mixtral": {**_DECODER, "model_type": "mixtral", **_LOCAL_EXPERTS, "sliding_window": None},
+    "phi": {**_DECODER, "model_type": "phi"},
+    "qwen3": {**_WIDE, "model_type": "qwen3"},
+}
+"""Those of the eight families of decision 20 that run on transformers' modules; `CONFIGS` has the others."""
+MORE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "apertus": {**_DECODER, "model_type": "apertus"},
+    "arcee": {**_DECODER, "model_type": "arcee"},
+    "bloom": {"model_type": "bloom", "n_layer": LAYERS, "hidden_size": 64, "n_head": 8, "vocab_size": VOCABULARY},
+    "codegen": {**_GPT2, "model_type": "codegen", "rotary_dim": 4, "tie_word_embeddings": False},
+    "cohere": {**_TIED, "model_type": "cohere", "logit_scale": 0.5},
+    "cohere2": {**_TIED, "model_type": "cohere2", "logit_scale": 0.5, **_MIXED},
+    "dots1": {**_SHARED_EXPERTS, "model_type": "dots1"},
+    "ernie4_5": {**_DECODER, "model_type": "ernie4_5"},
+    "exaone4": {**_DECODER, "model_type": "exaone4", **_MIXED},
+    "gemma2": {**_TIED, "model_type": "gemma2", **_WINDOW},
+    "gemma3": {**_TIED, "model_type": "gemma3_text", **_MIXED},
+    "glm": {**_WIDE, "model_type": "glm"},
+    "glm4": {**_WIDE, "model_type": "glm4"},
+    "glm4_moe": {**_SHARED_EXPERTS, "model_type": "glm4_moe"},
+    "gpt2": {**_GPT2, "model_type": "gpt2"},
+    "gpt_bigcode": {**_GPT2, "model_type": "gpt_bigcode", "multi_query": True},
+    "gpt_neox": {**_DECODER, "model_type": "gpt_neox"},
+    "granite": {**_DECODER, "model_type": "granite", "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "granitemoe": {**_DECODER, "model_type": "granitemoe", **_LOCAL_EXPERTS},
+    "minimax_m2": {**_WIDE, "model_type": "minimax_m2", **_LOCAL_EXPERTS},
+    "nemotron": {**_DECODER, "model_type": "nemotron"},
+    "olmo": {**_DECODER, "model_type": "olmo"},
+    "olmo2": {**_DECODER, "model_type": "olmo2"},
+    "olmo3": {**_DECODER, "model_type": "olmo3", **_MIXED},
+    "olmoe": {**_DECODER, "model_type": "olmoe", **_EXPERTS},
+    "opt": {
+        "model_type": "opt",
+        "num_hidden_layers": LAYERS,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "num_attention_heads": 8,
+        "ffn_dim": 128,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+    },
+    "phi3": {**_DECODER, "model_type": "phi3"},
+    "qwen2": {**_DECODER, "model_type": "qwen2"},
+    "qwen2-window": {
+        **_DECODER, "model_type": "qwen2", **_WINDOW, "use_sliding_window": True, "max_window_layers": 2,
+    },
+    "qwen2_moe": {**_DECODER, "model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**_WIDE, "model_type": "qwen3_moe", **_EXPERTS, "mlp_only_layers": [0]},
+    "seed_oss": {**_WIDE, "model_type": "seed_oss"},
+    "smollm3": {**_DECODER, "model_type": "smollm3"},
+    "stablelm": {**_DECODER, "model_type": "stablelm", "use_parallel_residual": True},
+    "starcoder2": {**_DECODER, "model_type": "starcoder2", **_WINDOW},
+}  # fmt: skip
+TRANSFORMERS_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    name: {**config, "initializer_range": SPREAD} for name, config in {**EIGHT_FAMILIES, **MORE_FAMILIES}.items()
+}
+"""Models that run on transformers' modules."""
 PROMPTS = tuple(tuple((7 * i * i + 3 * i + n) % VOCABULARY for i in range(n)) for n in (5, 13, 9))
 OUTPUT_TOKENS = 12
 
@@ -99,7 +185,8 @@ def transformers_model(name: str) -> Any:
     """Return the unsplit model of transformers, with the weights that the engine draws."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIGS[name]), dtype=torch.float32).eval()
+    config = AutoConfig.for_model(**{**CONFIGS, **TRANSFORMERS_CONFIGS}[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     source = RandomWeights(seed=SEED, initializer_range=SPREAD, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -1,6 +1,7 @@
-"""Model and parallel configurations of the torch engine, without torch.
+"""Model and parallel configurations of the torch engine, without torch and transformers.
 
-`read_decoder_config` reads a Hugging Face `config.json` of llama, falcon or GPT-J into the switches of one decoder.
+`read_model_config` reads a Hugging Face `config.json`: that of llama, falcon or GPT-J into the switches of maveriq's
+own decoder (`read_decoder_config`), that of another family into the sizes of a model that transformers builds.
 `check_split` rejects parallel configurations that the engine does not support. `shard_of` returns the part of the model
 that a rank holds.
 """
@@ -10,20 +11,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from maveriq.compat import StrEnum
 from maveriq.domain.config_fields import Fields, rope_parameters, rope_type_of
-from maveriq.domain.decoder_config import family_name
+from maveriq.domain.decoder_config import family_name, read_decoder
 from maveriq.domain.decoder_families import FAMILIES
-from maveriq.domain.model_config import Shape, parse_config, read_shape
+from maveriq.domain.model_config import Shape, parse_config, read_shape, shape_of_decoder
+from maveriq.domain.model_features import TEXT_PARTS
 from maveriq.domain.models import KvType, WeightType
 from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
 from maveriq.domain.quantization_config import read_quantization
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import EngineError, FailureKind
+from maveriq.exec.engines.torch.families import TRANSFORMERS_FAMILIES
 from maveriq.exec.messages import EngineSpec
 
+_WHERE = "config.json"
 _MAX_MATRIX_ELEMENTS = 2**50
 """Larger matrices overflow the arithmetic of sizes before an allocation fails."""
 
@@ -95,6 +99,33 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersConfig:
+    """The sizes of a model that transformers builds, and the `config.json` that it builds it from.
+
+    With `parallel_attention` attention and the feed-forward block read the same hidden states and their outputs are
+    added. `family` is the name that maveriq knows, `model_type` that of transformers. `context_tokens` is how many
+    positions there are, None if the file does not say.
+    """
+
+    family: str
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    context_tokens: int | None
+    bfloat16: bool
+    initializer_range: float
+    parallel_attention: bool
+    config: Mapping[str, Any]
+
+
+ModelConfig: TypeAlias = DecoderConfig | TransformersConfig
+
+
 def raise_unsupported(reason: str) -> NoReturn:
     """Raise an `EngineError` of kind `unsupported`."""
     raise EngineError(FailureKind.UNSUPPORTED, reason)
@@ -106,26 +137,79 @@ def read_decoder_config(config_json: str) -> DecoderConfig:
     Raises:
         EngineError: it is not a `config.json`, or its decoder is not supported.
     """
-    where = "config.json"
     try:
-        config = parse_config(config_json, where)
-        reader = _READERS.get(family_name(config, where))
+        config = parse_config(config_json, _WHERE)
+        reader = _READERS.get(family_name(config, _WHERE))
         if reader is None:
             raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {', '.join(_READERS)}")
-        shape, quantization = read_shape(config, where), read_quantization(config, where).name
+        shape, quantization = read_shape(config, _WHERE), read_quantization(config, _WHERE).name
     except InputError as error:
         raise_unsupported(str(error))
-    if quantization:
-        raise_unsupported(f"quantization_config: its weights are {quantization} already; the torch engine reads "
-                          "weights that are not quantised")  # fmt: skip
+    _refuse_quantized(quantization)
     arch = reader(config, shape)
     if arch.rotary.size > arch.head_size or arch.rotary.size % 2:
         raise_unsupported(f"rotary size {arch.rotary.size} must be even and at most the head size {arch.head_size}")
-    if arch.heads * arch.head_size * arch.hidden > _MAX_MATRIX_ELEMENTS:
-        raise_unsupported(
-            f"config.json: no machine holds a matrix of {arch.heads} heads of {arch.head_size} by {arch.hidden}"
-        )
+    _refuse_huge(shape)
     return arch
+
+
+def read_model_config(config_json: str) -> ModelConfig:
+    """Read a `config.json`, of maveriq's own decoder or of a family that runs on transformers' modules.
+
+    Raises:
+        EngineError: it is not a `config.json`, or its model is not supported.
+    """
+    try:
+        config = parse_config(config_json, _WHERE)
+        family = family_name(config, _WHERE)
+    except InputError as error:
+        raise_unsupported(str(error))
+    if family not in _READERS and family not in TRANSFORMERS_FAMILIES:
+        runs = ", ".join((*_READERS, *TRANSFORMERS_FAMILIES))
+        raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {runs}")
+    return read_decoder_config(config_json) if family in _READERS else read_transformers_config(config_json)
+
+
+def read_transformers_config(config_json: str) -> TransformersConfig:
+    """Read the sizes of a model that transformers builds.
+
+    Raises:
+        EngineError: it is not a `config.json`, or this engine does not run its model.
+    """
+    try:
+        config = parse_config(config_json, _WHERE)
+        if part := next((key for key in TEXT_PARTS if config.get(key)), None):
+            raise_unsupported(f"it is a multimodal model; give a config.json with what is under {part} alone")
+        decoder, quantization = read_decoder(config, _WHERE).decoder, read_quantization(config, _WHERE).name
+    except InputError as error:
+        raise_unsupported(str(error))
+    _refuse_quantized(quantization)
+    shape = shape_of_decoder(decoder)
+    _refuse_huge(shape)
+    sizes = _sizes(config, shape)
+    del sizes["head_size"]
+    return TransformersConfig(
+        family=family_name(config, _WHERE),
+        model_type=str(config["model_type"]),
+        context_tokens=shape.context_tokens,
+        parallel_attention=shape.all_reduces_per_layer == 1,
+        config=config,
+        **sizes,
+    )
+
+
+def _refuse_quantized(quantization: str) -> None:
+    if quantization:
+        raise_unsupported(f"quantization_config: its weights are {quantization} already; the torch engine reads "
+                          "weights that are not quantised")  # fmt: skip
+
+
+def _refuse_huge(shape: Shape) -> None:
+    if shape.attention_heads * shape.head_size * shape.hidden_size > _MAX_MATRIX_ELEMENTS:
+        raise_unsupported(
+            f"config.json: no machine holds a matrix of {shape.attention_heads} heads of {shape.head_size} by "
+            f"{shape.hidden_size}"
+        )
 
 
 def _sizes(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
@@ -282,7 +366,11 @@ class Shard:
 
     def partition(self, count: int) -> range:
         """Return this rank's indices of `count` items; uneven where tp does not divide `count`."""
-        return range(count * self.tp_rank // self.tp, count * (self.tp_rank + 1) // self.tp)
+        return self.partition_of(self.tp_rank, count)
+
+    def partition_of(self, tp_rank: int, count: int) -> range:
+        """Return the indices of `count` items that a rank of this stage holds."""
+        return range(count * tp_rank // self.tp, count * (tp_rank + 1) // self.tp)
 
     def partition_kv_heads(self, kv_heads: int) -> range:
         """Return this rank's KV heads; with fewer KV heads than ranks, several ranks hold the same one."""
@@ -301,7 +389,7 @@ def shard_of(spec: EngineSpec, rank: int) -> Shard:
     )
 
 
-def check_split(spec: EngineSpec, arch: DecoderConfig) -> None:
+def check_split(spec: EngineSpec, arch: ModelConfig) -> None:
     """Reject a parallel configuration that this engine does not support.
 
     Raises:
@@ -323,7 +411,7 @@ def _check_types(spec: EngineSpec) -> None:
         raise_unsupported(f"KV cache {spec.kv!r} is not one of {', '.join(_KV)}")
 
 
-def _check_split(spec: EngineSpec, arch: DecoderConfig) -> None:
+def _check_split(spec: EngineSpec, arch: ModelConfig) -> None:
     ranks = spec.tp * spec.pp
     if len(spec.devices) != ranks:
         raise_unsupported(f"TP {spec.tp} x PP {spec.pp} needs {ranks} devices, got {len(spec.devices)}")
@@ -339,7 +427,12 @@ def _check_split(spec: EngineSpec, arch: DecoderConfig) -> None:
             raise_unsupported(f"device {device!r} is neither cpu nor cuda:N")
 
 
-def _check_degree(tp: int, arch: DecoderConfig) -> None:
+def _check_degree(tp: int, arch: ModelConfig) -> None:
+    if tp > 1 and isinstance(arch, TransformersConfig) and not TRANSFORMERS_FAMILIES[arch.family]:
+        raise_unsupported(
+            f"transformers has no tensor-parallel plan for {arch.family}; the nearest that it runs is TP 1"
+        )
+
     def reason_against(degree: int) -> str | None:
         return why_tp_does_not_divide(degree, heads=arch.heads, feed_forward=arch.intermediate)
 

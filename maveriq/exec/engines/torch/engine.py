@@ -18,7 +18,13 @@ from tempfile import TemporaryDirectory
 from maveriq.errors import MaveriqError
 from maveriq.exec.engines.engine import EngineError, FailureKind, Step
 from maveriq.exec.engines.interpreter import module_command
-from maveriq.exec.engines.torch.config import check_split, raise_unsupported, read_decoder_config
+from maveriq.exec.engines.torch.config import (
+    ModelConfig,
+    TransformersConfig,
+    check_split,
+    raise_unsupported,
+    read_model_config,
+)
 from maveriq.exec.engines.torch.messages import (
     FROM_RANK,
     FromRank,
@@ -145,7 +151,7 @@ def _describe_exit(code: int | None) -> str:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """Return the environment of a rank: its share of the cores, and communication over loopback only.
+    """Return the environment of a rank: its share of the cores, communication over loopback only, and no downloads.
 
     Waiting threads must not spin, because ranks and engines share the cores (spinning is ten times slower).
     """
@@ -155,6 +161,7 @@ def _environment(ranks: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         **os.environ,
+        "HF_HUB_OFFLINE": "1",  # a model's files are local, whatever they name
         "GLOO_SOCKET_IFNAME": _LOOPBACK,
         "NCCL_SOCKET_IFNAME": _LOOPBACK,
     }
@@ -172,6 +179,7 @@ class TorchEngine:
     def __init__(self) -> None:
         self._ranks: RankProcesses | None = None
         self._vocabulary = 0
+        self._positions: int | None = None  # of a model that has no more
         self._done = True  # whether the last step of the current execution has arrived
 
     @property
@@ -181,8 +189,9 @@ class TorchEngine:
 
     def inspect(self, spec: EngineSpec) -> Inspected:
         """Return the version of torch; its functions take no arguments that depend on a spec."""
-        check_split(spec, read_decoder_config(spec.config_json))
-        _check_installed()
+        config = read_model_config(spec.config_json)
+        check_split(spec, config)
+        _check_installed(config)
         return Inspected(version=metadata.version("torch"))
 
     def load(self, spec: EngineSpec) -> Loaded:
@@ -191,10 +200,11 @@ class TorchEngine:
         Raises:
             EngineError: the model or the parallel configuration is not supported, does not fit, or a rank failed.
         """
-        arch = read_decoder_config(spec.config_json)
-        check_split(spec, arch)
-        _check_installed()
-        self._vocabulary = arch.vocabulary
+        config = read_model_config(spec.config_json)
+        check_split(spec, config)
+        _check_installed(config)
+        self._vocabulary = config.vocabulary
+        self._positions = config.context_tokens if isinstance(config, TransformersConfig) else None
         try:
             self._ranks = RankProcesses(spec)
             loaded = _wait_until_loaded(self._ranks)
@@ -216,7 +226,7 @@ class TorchEngine:
         """Yield each step as the last stage reports it.
 
         Raises:
-            EngineError: a token is not in the vocabulary, or memory is short.
+            EngineError: a token is not in the vocabulary, a sequence has too many tokens, or memory is short.
             RankLostError: a rank has exited, or failed in the middle of an execution.
         """
         if self._ranks is None:
@@ -224,6 +234,12 @@ class TorchEngine:
         max_token = max(max(sequence.prompt) for sequence in batch.sequences)
         if max_token >= self._vocabulary:
             raise EngineError(FailureKind.ERROR, f"token {max_token} is not in the vocabulary of {self._vocabulary}")
+        longest = max(len(sequence.prompt) + sequence.output_tokens for sequence in batch.sequences)
+        if self._positions is not None and longest > self._positions:
+            raise EngineError(
+                FailureKind.ERROR,
+                f"a sequence of {longest} tokens is longer than the model's {self._positions} positions",
+            )
         ranks = self._ranks
         with suppress(EngineError):
             # The caller may have dropped the previous execution; the ranks still run it to its end.
@@ -256,9 +272,11 @@ class TorchEngine:
                 return message.tokens
 
 
-def _check_installed() -> None:
-    if find_spec("torch") is None:
-        raise_unsupported("torch is not installed here: pip install 'maveriq[torch]'")
+def _check_installed(config: ModelConfig) -> None:
+    needed = ["torch", *(["transformers"] if isinstance(config, TransformersConfig) else [])]
+    for package in needed:
+        if find_spec(package) is None:
+            raise_unsupported(f"{package} is not installed here: pip install 'maveriq[torch]'")
 
 
 def _wait_until_loaded(ranks: RankProcesses) -> list[RankLoaded]:

@@ -27,6 +27,9 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., inputs] to [..., outputs]."""
 
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the whole matrix [outputs, inputs] in a dtype of activations."""
+
     @property
     def size_bytes(self) -> int:
         """Memory of the weights, scales and bias."""
@@ -42,6 +45,10 @@ class DenseLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply it."""
         return linear(x, self._weight, self._bias)
+
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix."""
+        return self._weight.to(dtype)
 
     @property
     def size_bytes(self) -> int:
@@ -67,9 +74,16 @@ class Int8Linear:
         y = rows.new_empty(len(rows), len(self._codes))
         for part in _slices(self._codes, x.shape[-1]):
             # Scale before the product: the unscaled product would overflow float16.
-            y[:, part] = linear(rows, self._codes[part].to(x.dtype).mul_(self._scale[part, None]))
+            y[:, part] = linear(rows, self._expand(part, x.dtype))
         y = y if self._bias is None else y + self._bias
         return y.view(*x.shape[:-1], -1)
+
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the whole matrix."""
+        return self._expand(slice(None), dtype)
+
+    def _expand(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
+        return self._codes[part].to(dtype).mul_(self._scale[part, None])
 
     @property
     def size_bytes(self) -> int:
@@ -107,6 +121,10 @@ class Int4Linear:
             y[:, part] = linear(rows, self._expand(part, x.dtype))
         y = y if self._bias is None else y + self._bias
         return y.view(*x.shape[:-1], -1)
+
+    def expanded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the whole matrix."""
+        return self._expand(slice(None), dtype)
 
     def _expand(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
         packed, scale = self._packed[part], self._scale[part]

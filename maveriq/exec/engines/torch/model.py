@@ -1,30 +1,26 @@
-"""A rank's part of a decoder: rotary positions, KV cache, attention, layers, and the greedy decoding loop.
+"""A rank's part of one of maveriq's own decoders: rotary positions, attention, layers.
 
-Every rank runs the same loop (`generate_tokens`) over its own `Stage`. Token p of a sequence is stored at index p of
-the cache, whatever the other prompts' lengths are: prompts are padded on the right, and what padding tokens wrote is
-overwritten before any token attends to it.
+Token p of a sequence is stored at index p of the cache, whatever the other prompts' lengths are: prompts are padded on
+the right, and what padding tokens wrote is overwritten before any token attends to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from maveriq.domain.models import KvType
 from maveriq.exec.engines.torch.collectives import Collectives
 from maveriq.exec.engines.torch.config import Activation, DecoderConfig, Rotary, Shard
+from maveriq.exec.engines.torch.kv_cache import KvCache
 from maveriq.exec.engines.torch.linear import DenseLinear, Linear, make_linear
 from maveriq.exec.engines.torch.weights import Parameters, WeightAndBias, WeightSource
 from maveriq.exec.messages import EngineSpec
 from maveriq.exec.messages import PromptSequence as Prompt
-
-_ROUND_TOKENS = 64
-"""The KV cache grows in multiples of this, so that a slightly longer prompt does not reallocate it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,7 +55,7 @@ def prefill_positions(rotary: Rotary, batch: int, tokens: int, *, like: torch.Te
     return Positions(index=index, context_length=tokens, mask=None, cos=cos, sin=sin)
 
 
-def decode_positions(rotary: Rotary, lengths_so_far: list[int], *, like: torch.Tensor) -> Positions:
+def decode_positions(rotary: Rotary, lengths_so_far: Sequence[int], *, like: torch.Tensor) -> Positions:
     """Return the positions of one new token per sequence, after `lengths_so_far` tokens."""
     index = torch.tensor(lengths_so_far, device=like.device)[:, None]
     context_length = max(lengths_so_far) + 1
@@ -101,69 +97,16 @@ def apply_rotary(x: torch.Tensor, positions: Positions, rotary: Rotary) -> torch
     return rotated if rotary.size == x.shape[-1] else torch.cat((rotated, x[..., rotary.size :]), dim=-1)
 
 
-class KvCache:
-    """Keys or values of one layer: [batch, KV heads, tokens, head size].
-
-    Memory is reserved when an execution begins and kept for the next one.
-    """
-
-    def __init__(self, *, kind: str, kv_heads: int, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._shape = (kv_heads, head_size)
-        self._device = device
-        self._dtype = dtype
-        self._quantised = kind == KvType.INT8
-        self.release()
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that is reserved now."""
-        return sum(part.nbytes for part in (self._store, self._scale) if part is not None)
-
-    def reserve(self, batch: int, tokens: int) -> None:
-        """Reserve memory for `batch` sequences of `tokens` tokens; never shrinks."""
-        old_batch, _, old_tokens, _ = self._store.shape
-        if batch <= old_batch and tokens <= old_tokens:
-            return
-        # Free the old memory before allocating the new.
-        self.release()
-        self._allocate(max(batch, old_batch), max(-(-tokens // _ROUND_TOKENS) * _ROUND_TOKENS, old_tokens))
-
-    def release(self) -> None:
-        """Free all memory."""
-        self._allocate(0, 0)
-
-    def _allocate(self, batch: int, tokens: int) -> None:
-        heads, size = self._shape
-        # Zeros, because masked entries still enter a product, where NaN would spread.
-        store_dtype = torch.int8 if self._quantised else self._dtype
-        self._store = torch.zeros(batch, heads, tokens, size, device=self._device, dtype=store_dtype)
-        self._scale = None
-        if self._quantised:
-            self._scale = torch.zeros(batch, heads, tokens, 1, device=self._device, dtype=self._dtype)
-
-    def update(self, new: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Store the new keys or values, [batch, KV heads, tokens, head size], and return all up to `context_length`."""
-        batch, context_length = new.shape[0], positions.context_length
-        if self._scale is None:
-            _write(self._store, new, positions)
-            return self._store[:batch, :, :context_length]
-        # int8: one scale per token and head.
-        scale = new.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-8) / 127
-        _write(self._store, (new / scale).round_().to(torch.int8), positions)
-        _write(self._scale, scale.to(self._dtype), positions)
-        if positions.is_prefill:
-            return new
-        return self._store[:batch, :, :context_length].to(self._dtype) * self._scale[:batch, :, :context_length]
-
-
-def _write(store: torch.Tensor, new: torch.Tensor, positions: Positions) -> None:
-    batch = new.shape[0]
+def cached(cache: KvCache, new: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """Store the new keys or values, [batch, KV heads, tokens, head size], and return all up to `context_length`."""
     if positions.is_prefill:
-        store[:batch, :, : new.shape[2]] = new
-    elif positions.mask is None:
-        store[:batch, :, positions.context_length - 1] = new[:, :, 0]
+        cache.write(new, 0)
+        return new  # not quantised
+    if positions.mask is None:
+        cache.write(new, positions.context_length - 1)
     else:
-        store[torch.arange(batch, device=new.device), :, positions.index[:, 0]] = new[:, :, 0]
+        cache.write_each(new, positions.index[:, 0])
+    return cache.read(len(new), 0, positions.context_length)
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: Positions) -> torch.Tensor:
@@ -224,8 +167,8 @@ class Attention:
         batch, tokens, _ = x.shape
         joint = self._in(x).view(batch, tokens, self._heads + 2 * self._kv_heads, -1).transpose(1, 2)
         query, key, value = joint.split((self._heads, self._kv_heads, self._kv_heads), dim=1)
-        keys = self.caches[0].update(apply_rotary(key, positions, self._rotary), positions)
-        values = self.caches[1].update(value, positions)
+        keys = cached(self.caches[0], apply_rotary(key, positions, self._rotary), positions)
+        values = cached(self.caches[1], value, positions)
         mixed = attention(apply_rotary(query, positions, self._rotary), keys, values, positions)
         return self._out(mixed.transpose(1, 2).flatten(2))
 
@@ -299,7 +242,8 @@ class Layer:
         norms = [norm for norm in (self._attention_norm, self._feed_forward_norm) if norm is not None]
         biases = [bias for bias in (self.attention.bias, self._feed_forward.bias) if bias is not None]
         linears = (*self.attention.linears, *self._feed_forward.linears)
-        return sum(part.size_bytes for part in (*norms, *linears)) + int(sum(bias.nbytes for bias in biases))
+        matrices = sum(linear.size_bytes for linear in linears)
+        return matrices + sum(norm.size_bytes for norm in norms) + int(sum(bias.nbytes for bias in biases))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -314,22 +258,34 @@ class LmHead:
         return self.matrix(self.norm(x))
 
 
-class Stage:
-    """A rank's shard of a model, loaded.
+class OwnStage:
+    """A rank's shard of a model of maveriq's own decoder, loaded (`decoding.Stage`).
 
     Attributes:
         arch: the configuration of the whole model.
         shard: which part of it this is.
         embedding: [vocabulary, hidden] on the first stage, else None.
+
+    Args:
+        like: gives device and dtype of hidden states.
     """
 
     def __init__(
-        self, arch: DecoderConfig, shard: Shard, spec: EngineSpec, source: WeightSource, collectives: Collectives
+        self,
+        arch: DecoderConfig,
+        shard: Shard,
+        spec: EngineSpec,
+        source: WeightSource,
+        collectives: Collectives,
+        *,
+        like: torch.Tensor,
     ) -> None:
         parameters = Parameters(arch, shard, source)
         self.arch = arch
         self.shard = shard
-        self._collectives = collectives
+        self.vocabulary = arch.vocabulary
+        self.hidden = arch.hidden
+        self._like = like
         self.embedding = parameters.embedding() if shard.is_first_stage else None
         self._layers = [Layer(arch, shard, spec, layer, parameters, collectives) for layer in shard.layers]
         self._lm_head = None
@@ -339,34 +295,49 @@ class Stage:
                 matrix=DenseLinear(*parameters.output(self.embedding)),
             )
 
-    def run(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], received: torch.Tensor | None) -> torch.Tensor:
+        """See `decoding.Stage`. Prompts are padded on the right."""
+        longest = max(map(len, prompts))
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        x = self._embedded(torch.tensor(padded, device=self._like.device), received)
+        x = self._run(x, prefill_positions(self.arch.rotary, len(prompts), longest, like=self._like))
+        if not self.shard.is_last_stage:
+            return x
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=x.device)
+        return self._logits(x[torch.arange(len(prompts), device=x.device), last])
+
+    def decode(self, tokens: torch.Tensor, lengths: Sequence[int], received: torch.Tensor | None) -> torch.Tensor:
+        """See `decoding.Stage`."""
+        x = self._run(
+            self._embedded(tokens[:, None], received), decode_positions(self.arch.rotary, lengths, like=self._like)
+        )
+        return self._logits(x[:, 0]) if self.shard.is_last_stage else x
+
+    def _embedded(self, tokens: torch.Tensor, received: torch.Tensor | None) -> torch.Tensor:
+        if received is not None:
+            return received
+        if self.embedding is None:
+            raise RuntimeError("a stage without embedding needs the hidden states of the one before")
+        return functional.embedding(tokens, self.embedding)
+
+    def _run(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Run its layers; [batch, tokens, hidden] to the same."""
         for layer in self._layers:
             x = layer(x, positions)
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's logits of the next token, [batch, this rank's tokens]; on the last stage only."""
         if self._lm_head is None:
             raise RuntimeError("only the last stage computes logits")
         return self._lm_head.logits(x)
 
-    def greedy_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the token with the largest logit for each sequence, [batch]; the lowest one of equals."""
-        logits = self.logits(x)
-        best, token = logits.max(dim=-1)
-        if self.shard.tp == 1:
-            return token
-        token += self.shard.partition(self.arch.vocabulary).start  # from this rank's index to the token id
-        bests = torch.stack(self._collectives.all_gather(best))
-        tokens = torch.stack(self._collectives.all_gather(token))
-        return tokens.gather(0, bests.argmax(dim=0, keepdim=True)).squeeze(0)
-
-    def reserve(self, batch: int, tokens: int) -> None:
-        """Reserve KV cache for `batch` sequences of `tokens` tokens."""
+    def reserve(self, prompts: Sequence[Prompt]) -> None:
+        """Reserve KV cache for an execution of these prompts."""
+        tokens = max(len(prompt.prompt) + prompt.output_tokens for prompt in prompts)
         for layer in self._layers:
             for cache in layer.attention.caches:
-                cache.reserve(batch, tokens)
+                cache.reserve(len(prompts), tokens)
 
     def release(self) -> None:
         """Free the KV cache."""
@@ -395,74 +366,3 @@ class Stage:
     def kv_cache_bytes(self) -> int:
         """Memory that the KV cache has reserved now."""
         return sum(cache.size_bytes for layer in self._layers for cache in layer.attention.caches)
-
-
-ENDED = -1
-"""In a step: the sequence ended before."""
-
-
-def generate_tokens(
-    stage: Stage, collectives: Collectives, prompts: Sequence[Prompt], *, like: torch.Tensor
-) -> Iterator[tuple[list[int], bool]]:
-    """Prefill, then decode until all sequences have ended; yield each step's tokens and whether it is the last step.
-
-    The KV cache must be reserved for the longest sequence.
-
-    Args:
-        stage: this rank's shard.
-        collectives: connects it to the other ranks.
-        prompts: the sequences of the execution.
-        like: gives device and dtype of hidden states.
-    """
-    lengths = [len(prompt.prompt) for prompt in prompts]
-    longest = max(lengths)
-    padded = [[*prompt.prompt, *[0] * (longest - len(prompt.prompt))] for prompt in prompts]
-    tokens = torch.tensor(padded, device=like.device)
-    positions = prefill_positions(stage.arch.rotary, len(prompts), longest, like=like)
-    next_tokens = _step(stage, collectives, tokens, positions, [length - 1 for length in lengths], like=like)
-    remaining = [prompt.output_tokens for prompt in prompts]
-    while True:
-        step = [token if count else ENDED for token, count in zip(next_tokens.tolist(), remaining, strict=True)]
-        remaining = [_remaining(*sequence) for sequence in zip(prompts, step, remaining, strict=True)]
-        last = not any(remaining)
-        yield step, last
-        if last:
-            return
-        positions = decode_positions(stage.arch.rotary, lengths, like=like)
-        next_tokens = _step(stage, collectives, next_tokens[:, None], positions, [0] * len(prompts), like=like)
-        # An ended sequence stays in the batch and overwrites its last cache entry, so that it never outgrows the cache.
-        lengths = [length + 1 if count > 1 else length for length, count in zip(lengths, remaining, strict=True)]
-
-
-def _remaining(prompt: Prompt, token: int, count: int) -> int:
-    """Return how many tokens a sequence still generates after this one."""
-    return 0 if token in prompt.stop_token_ids else max(count - 1, 0)
-
-
-def _step(
-    stage: Stage,
-    collectives: Collectives,
-    tokens: torch.Tensor,
-    positions: Positions,
-    last_indices: list[int],
-    *,
-    like: torch.Tensor,
-) -> torch.Tensor:
-    """Run tokens [batch, tokens] through all stages and return the next tokens, [batch].
-
-    `last_indices` holds the index of each sequence's last token, whose hidden state gives the next one.
-    """
-    with torch.inference_mode():
-        if stage.embedding is not None:
-            x = torch.nn.functional.embedding(tokens, stage.embedding)
-        else:
-            x = collectives.recv(like.new_empty(*tokens.shape, stage.arch.hidden))
-        x = stage.run(x, positions)
-        batch = len(last_indices)
-        if stage.shard.is_last_stage:
-            last = torch.tensor(last_indices, device=x.device)
-            next_tokens = stage.greedy_tokens(x[torch.arange(batch, device=x.device), last])
-        else:
-            collectives.send(x)
-            next_tokens = torch.empty(batch, dtype=torch.long, device=x.device)
-        return collectives.broadcast_tokens(next_tokens)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ import torch
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.failures import as_engine_error, is_out_of_memory
 from maveriq.exec.engines.torch.collectives import Collectives, DistributedRanks, SingleRank
-from maveriq.exec.engines.torch.config import DecoderConfig, read_decoder_config, shard_of
+from maveriq.exec.engines.torch.config import DecoderConfig, ModelConfig, read_model_config, shard_of
+from maveriq.exec.engines.torch.decoding import Stage, generate_tokens, next_token_logits
 from maveriq.exec.engines.torch.messages import (
     TO_RANK,
     LoadRank,
@@ -33,7 +35,7 @@ from maveriq.exec.engines.torch.messages import (
     receive,
     send,
 )
-from maveriq.exec.engines.torch.model import Stage, generate_tokens
+from maveriq.exec.engines.torch.model import OwnStage
 from maveriq.exec.engines.torch.weights import RandomWeights, SafetensorsWeights, WeightSource
 from maveriq.exec.messages import EngineSpec, PromptSequence, RankShard
 
@@ -54,15 +56,18 @@ class RankWorker:
         spec: the model and its parallel configuration.
         rank: this rank's number.
         collectives: connects it to the other ranks.
+        config: of the model, None to read it from the spec.
 
     Raises:
         EngineError: weights cannot be read, or do not fit.
     """
 
-    def __init__(self, spec: EngineSpec, rank: int, collectives: Collectives) -> None:
-        arch = read_decoder_config(spec.config_json)
+    def __init__(
+        self, spec: EngineSpec, rank: int, collectives: Collectives, *, config: ModelConfig | None = None
+    ) -> None:
+        config = config or read_model_config(spec.config_json)
         device = torch.device(spec.devices[rank])
-        dtype = _activation_dtype(arch, device)
+        dtype = _activation_dtype(config, device)
         self._collectives = collectives
         self.reports_steps = rank == (spec.pp - 1) * spec.tp
         with torch.inference_mode(), memory_errors():
@@ -70,7 +75,8 @@ class RankWorker:
                 _check_device(device)
                 torch.cuda.set_device(device)  # else NCCL and the allocator would also use the first device
             self._like = torch.empty(0, device=device, dtype=dtype)
-            self.stage = Stage(arch, shard_of(spec, rank), spec, _weight_source(spec, arch, device, dtype), collectives)
+            source = _weight_source(spec, config, device, dtype)
+            self.stage = _load_stage(config, spec, rank, source, collectives, like=self._like)
         _free_unused_memory(device)
         warm_up = PromptSequence(request_id=0, prompt=(0,) * _WARM_UP_TOKENS, output_tokens=2)
         for _ in self.run((warm_up,) * spec.batch_size):
@@ -100,6 +106,19 @@ class RankWorker:
             self._release_kv_cache()
             raise
 
+    def next_token_logits(self, prompts: tuple[PromptSequence, ...]) -> torch.Tensor | None:
+        """Return the logits of the token after each prompt, [batch, vocabulary]; None on ranks before the last stage.
+
+        All ranks must make this call.
+
+        Raises:
+            KvCacheAllocationError: a rank has no memory for the KV cache.
+            EngineError: memory for something else is short.
+        """
+        self._reserve_kv_cache(prompts)
+        with memory_errors():
+            return next_token_logits(self.stage, self._collectives, prompts, like=self._like)
+
     def _reserve_kv_cache(self, prompts: tuple[PromptSequence, ...]) -> None:
         error = self._try_reserve(prompts)
         if error is not None:
@@ -116,7 +135,7 @@ class RankWorker:
     def _try_reserve(self, prompts: tuple[PromptSequence, ...]) -> EngineError | None:
         try:
             with memory_errors():
-                self.stage.reserve(len(prompts), max(len(prompt.prompt) + prompt.output_tokens for prompt in prompts))
+                self.stage.reserve(prompts)
         except EngineError as error:
             return error
         return None
@@ -158,17 +177,40 @@ def _check_device(device: torch.device) -> None:
         )
 
 
-def _activation_dtype(arch: DecoderConfig, device: torch.device) -> torch.dtype:
+def _activation_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of activations and unquantised weights: 16 bits on a GPU, 32 on a CPU, where 16 are slower."""
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if arch.bfloat16 else torch.float16
+    return torch.bfloat16 if config.bfloat16 else torch.float16
 
 
-def _weight_source(spec: EngineSpec, arch: DecoderConfig, device: torch.device, dtype: torch.dtype) -> WeightSource:
+def _load_stage(
+    config: ModelConfig,
+    spec: EngineSpec,
+    rank: int,
+    source: WeightSource,
+    collectives: Collectives,
+    *,
+    like: torch.Tensor,
+) -> Stage:
+    """Load a rank's stage: of maveriq's own decoder, or of transformers' modules, which only then are imported."""
+    shard = shard_of(spec, rank)
+    if isinstance(config, DecoderConfig):
+        return OwnStage(config, shard, spec, source, collectives, like=like)
+    try:
+        from maveriq.exec.engines.torch.transformers_stage import TransformersStage
+    except ImportError as error:
+        version = metadata.version("transformers")
+        raise EngineError(
+            FailureKind.UNSUPPORTED, f"transformers {version} is not one that maveriq knows (5.16 or newer): {error}"
+        ) from None
+    return TransformersStage(config, shard, spec, source, collectives, like=like)
+
+
+def _weight_source(spec: EngineSpec, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> WeightSource:
     if spec.weights_folder:
         return SafetensorsWeights(Path(spec.weights_folder), device=device, dtype=dtype)
-    return RandomWeights(seed=spec.seed, initializer_range=arch.initializer_range, device=device, dtype=dtype)
+    return RandomWeights(seed=spec.seed, initializer_range=config.initializer_range, device=device, dtype=dtype)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -81,6 +82,28 @@ class SafetensorsWeights:
             raise EngineError(FailureKind.ERROR, f"{self._folder}: no tensor {name}; is it this model's folder?")
         tensor: torch.Tensor = _with_open_file(self._folder, file, lambda opened: self._checked(opened, name, shape))
         return tensor.to(device=self._device, dtype=self._dtype)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of all tensors."""
+        return self._files.keys()
+
+    def read_at_most(self, name: str, elements: int) -> torch.Tensor:
+        """Read one tensor of any shape of at most so many elements.
+
+        Raises:
+            EngineError: it has more.
+        """
+
+        def shape_of(opened: Any) -> Shape:
+            return tuple(opened.get_slice(name).get_shape())
+
+        shape = _with_open_file(self._folder, self._files[name], shape_of)
+        if math.prod(shape) > elements:
+            raise EngineError(
+                FailureKind.ERROR, f"{self._folder}: {name} has shape {shape}, more than config.json says"
+            )
+        return self.read(name, shape)
 
     def _checked(self, opened: Any, name: str, shape: Shape) -> torch.Tensor:
         """Return a tensor. Shape and type are checked before it is read: a false header could name any size."""
