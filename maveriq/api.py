@@ -115,6 +115,7 @@ def run(
         InputError: an option or a file that cannot be used, or a backend that cannot start here.
         MaveriqError: the disk is full.
     """
+    from maveriq.exec.batching_spec import batching_specs, check_batching
     from maveriq.exec.local_machine import EMULATED, EngineOptions, LocalMachine, local_cluster
     from maveriq.exec.model_files import ModelFiles
     from maveriq.exec.replay import ReplaySettings, check_replayable
@@ -136,7 +137,9 @@ def run(
             make_cluster=local_cluster,
             engine_tokens=machine.engine_tokens,
         )
-        check_replayable(system, emulated=engines.name == EMULATED)
+        check_replayable(system)
+        if system.engines is not None:
+            check_batching(system.engines, engines.name)
         settings = ReplaySettings(
             time_scale=engines.time_scale,
             files=ModelFiles(load_model_set(chosen.models).configs().get),
@@ -146,6 +149,7 @@ def run(
             memory_probe=machine.memory_probe(),
             sampler=machine.sampler(system.cluster),
             planned_times=engines.name == EMULATED,
+            batching_of=None if system.engines is None or engines.name == EMULATED else batching_specs(system.engines),
         )
         with _interrupt_handler() as interrupt, _scratch_folder(out) as scratch:
             logs = scratch.path / "engines"

@@ -17,8 +17,9 @@ from fixtures import MODEL, FixedPlacement, TokenSeconds, cluster, predict_servi
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.models import ModelSpec
-from maveriq.exec.engine_process import SupervisionSettings
+from maveriq.exec.engines.continuous import StepOutput
 from maveriq.exec.engines.emulated import EmulatedEngine
+from maveriq.exec.engines.emulated_batching import EmulatedContinuousEngine
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.external import ExternalEngine
 from maveriq.exec.executor import Executor
@@ -29,6 +30,7 @@ from maveriq.exec.launcher import EngineConnection, ProcessLauncher
 from maveriq.exec.messages import ChannelClosedError, EngineSpec, FromEngine, Generate, Hello, Load, Loaded, ToEngine
 from maveriq.exec.messages import PromptSequence as Prompt
 from maveriq.exec.model_files import hf_config_json
+from maveriq.exec.watchdog import SupervisionSettings
 from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.scenario.system import ServingSystem
 
@@ -315,6 +317,15 @@ class Crashes(FaultyEngine):
 
     def generate(self, batch: Generate) -> Any:
         raise ZeroDivisionError("unexpected")
+
+
+class CrashesInStep(EmulatedContinuousEngine):
+    """A continuous engine that raises an unexpected error as soon as it has a request with a prompt of 13 tokens."""
+
+    def step(self) -> StepOutput:
+        if any(len(entry.request.prompt) == 13 for entry in (*self._running, *self._waiting)):
+            raise ZeroDivisionError("unexpected")
+        return super().step()
 
 
 class FloodsLog(FaultyEngine):

@@ -278,6 +278,10 @@ class Controller:
                 deployment.completed += 1
                 self.tracker.generated(request, output_tokens, steps)
                 self.tracker.completed(request, None, self._now_us)
+        for request_id, reason in event.failed:
+            has_begun = self.tracker.is_running(request_id)
+            if self.manager.leave(deployment, request_id, self._now_us, has_begun=has_begun):
+                self.tracker.failed(request_id, f"{deployment.name}: {reason}")
         if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
             self._stop(deployment)
 

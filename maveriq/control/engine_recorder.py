@@ -75,9 +75,14 @@ class EngineRecorder:
 
     def preempted(self, sequences: Iterable[EngineSequence]) -> None:
         """Record which sequences were preempted for the step that runs."""
-        for sequence in sequences:
-            if sequence.length > sequence.prompt_tokens:
-                self._interrupted.setdefault(sequence.request.request_id, self._start_us)
+        self.interrupted(
+            sequence.request.request_id for sequence in sequences if sequence.length > sequence.prompt_tokens
+        )
+
+    def interrupted(self, request_ids: Iterable[RequestId]) -> None:
+        """Record which requests, of those that have a token, were preempted for the step that runs."""
+        for request_id in request_ids:
+            self._interrupted.setdefault(request_id, self._start_us)
 
     def step_ended(self, end_us: Micros, tokens: int, together: int, emitted: Sequence[Emitted]) -> None:
         """Record that a step has run.

@@ -86,6 +86,13 @@ class Finished(NamedTuple):
     steps: int = 0
 
 
+class FailedAlone(NamedTuple):
+    """A request that an engine cannot do, and why; the engine goes on with the others."""
+
+    request_id: int
+    reason: str
+
+
 @dataclass(slots=True)
 class EngineProgress(_DeploymentEvent):
     """What became of the requests of a continuous engine in a step.
@@ -99,6 +106,7 @@ class EngineProgress(_DeploymentEvent):
         preempted: lost what was computed of them, and wait again; a request may appear twice.
         first_tokens: got their first token.
         finished: got their last token.
+        failed: ended without it.
         kv_tokens: tokens of the KV blocks that requests hold after it.
     """
 
@@ -108,11 +116,12 @@ class EngineProgress(_DeploymentEvent):
     preempted: Sequence[int] = ()
     first_tokens: Sequence[int] = ()
     finished: Sequence[Finished] = ()
+    failed: Sequence[FailedAlone] = ()
     kv_tokens: int = 0
     rank: ClassVar[int] = 0
 
     def __bool__(self) -> bool:
-        return bool(self.started or self.preempted or self.first_tokens or self.finished)
+        return bool(self.started or self.preempted or self.first_tokens or self.finished or self.failed)
 
 
 @dataclass(frozen=True, slots=True)

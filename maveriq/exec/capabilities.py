@@ -76,7 +76,10 @@ class CapabilityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An engine: what it is, which packages it needs, and its rows. One not `started` is listed only."""
+    """An engine: what it is, which packages it needs, and its rows.
+
+    One not `started` is listed only. One that is `continuous` also batches continuously, by a queue of its own.
+    """
 
     title: str
     version: str
@@ -87,6 +90,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     otherwise: str = ""
     started: bool = True
     external: bool = False
+    continuous: bool = False
 
 
 @cache

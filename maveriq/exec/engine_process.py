@@ -1,9 +1,8 @@
 """One engine process, from launch to exit: load, heartbeat, executions, hang detection, termination.
 
 `EngineProcess` runs one engine. It waits for GPU memory, launches the process, sends it `Load`, then executions, and a
-`Ping` at every heartbeat interval. `Watchdog` decides whether the engine hangs: it sends nothing for `hang_timeout_s`
-(it answers pings even while it computes), or its current execution makes no progress for that plus a multiple of its
-estimated service time. The first of a hang, a failure, the exit of the process and a stop gives the `ExitReason`. Then
+`Ping` at every heartbeat interval. `maveriq.exec.watchdog` decides whether the
+engine hangs. The first of a hang, a failure, the exit of the process and a stop gives the `ExitReason`. Then
 `terminate` ends its processes with `Stop`, SIGTERM, SIGKILL. `maveriq.exec.supervisor` decides whether the engine
 restarts.
 
@@ -21,12 +20,14 @@ from typing import Any, Protocol
 
 import msgspec
 
+from maveriq.errors import InvariantError
 from maveriq.exec.engines.engine import FailureKind
 from maveriq.exec.gpu_memory_gate import GpuHeldError, GpuMemoryGate
 from maveriq.exec.gpus import GpuLostError
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
+    AbortRequest,
     ChannelClosedError,
     EngineSpec,
     Failed,
@@ -38,11 +39,16 @@ from maveriq.exec.messages import (
     Loaded,
     Ping,
     Pong,
+    PromptSequence,
     ProtocolError,
     StepProgress,
+    StepReport,
     Stop,
+    SubmitRequest,
 )
+from maveriq.exec.open_requests import OpenRequests
 from maveriq.exec.processes import describe_exit
+from maveriq.exec.watchdog import CurrentExecution, SupervisionSettings, Watchdog, WatchedWork
 from maveriq.units import Bytes
 
 _OUTPUT_FLUSH_S = 0.05  # messages sent just before the process exited are still to be read
@@ -65,140 +71,12 @@ class LaunchSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisionSettings:
-    """Timeouts and restarts of engines, in real seconds.
-
-    Args:
-        start_timeout_s: for launch, handshake and load together.
-        heartbeat_interval_s: between pings.
-        hang_timeout_s: how long an engine may send nothing.
-        service_time_factor: an execution may take `hang_timeout_s` plus this many times its estimated service time
-            from one step to the next.
-        grace_period_s: between `Stop`, SIGTERM and SIGKILL when an engine is terminated.
-        initial_backoff_s: restart delay after the first failure; it doubles with each failure in a row.
-        max_backoff_s: the longest restart delay.
-        max_restarts: the deployment is given up at this many failures in a row.
-        memory_timeout_s: how long a start waits for GPU memory of stopped engines to become free.
-    """
-
-    start_timeout_s: float = 900.0
-    heartbeat_interval_s: float = 1.0
-    hang_timeout_s: float = 30.0
-    service_time_factor: float = 3.0
-    grace_period_s: float = 5.0
-    initial_backoff_s: float = 1.0
-    max_backoff_s: float = 60.0
-    max_restarts: int = 5
-    memory_timeout_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExitReason:
     """Why an engine process ended. `failed` is False after a stop; `retryable` is False where a restart cannot help."""
 
     reason: str
     failed: bool = True
     retryable: bool = True
-
-
-class CurrentExecution:
-    """The execution that an engine runs: which steps have arrived, and when it last made progress.
-
-    Args:
-        batch: the execution.
-        now_s: when it was sent, on the event loop's clock.
-        step_timeout_s: how long it may take from one step to the next.
-        pings: how many pings had been sent by then.
-    """
-
-    def __init__(self, batch: Generate, *, now_s: float, step_timeout_s: float, pings: int) -> None:
-        self.batch = batch
-        self._step_timeout_s = step_timeout_s
-        self._pings = pings
-        self._steps_delivered = 0
-        self._steps_done = 0  # also counts steps whose message was lost
-        self._progress_s = now_s
-
-    def matches(self, execution_id: int) -> bool:
-        """Return whether a message is about this execution."""
-        return execution_id == self.batch.execution_id
-
-    def accept_step(self, progress: StepProgress, now_s: float) -> bool:
-        """Record a step; return whether it is the next one to deliver, not a duplicate and not after a lost one."""
-        if progress.step != self._steps_delivered + 1:
-            return False
-        self._steps_delivered = progress.step
-        self.record_progress(progress.step, now_s)
-        return True
-
-    def record_progress(self, steps: int, now_s: float) -> None:
-        """Record how many steps the engine has done, which may be more than have arrived."""
-        if steps > self._steps_done:
-            self._steps_done = steps
-            self._progress_s = now_s
-
-    def must_resend(self, ping: int) -> bool:
-        """Return whether the `Generate` was lost: the engine is idle and answers a ping that was sent after it."""
-        return ping > self._pings
-
-    def discount_stall(self, stall_s: float, now_s: float) -> None:
-        """Do not count a time in which the executor itself did not run."""
-        self._progress_s = min(now_s, self._progress_s + stall_s)
-
-    def has_stalled(self, now_s: float) -> bool:
-        """Return whether the current step takes longer than allowed."""
-        return now_s - self._progress_s > self._step_timeout_s
-
-    def output_error(self, message: StepProgress | Finished) -> str:
-        """Return what is wrong with the engine's output, or "" if nothing is."""
-        outputs = message.tokens if isinstance(message, StepProgress) else message.outputs
-        if len(outputs) != len(self.batch.sequences):
-            return "tokens for another number of sequences"
-        limits = [sequence.output_tokens for sequence in self.batch.sequences]
-        if isinstance(message, StepProgress):
-            tokens_and_limits = zip(message.tokens, limits, strict=True)
-            too_many = any(message.step > limit and token >= 0 for token, limit in tokens_and_limits)
-        else:
-            too_many = any(len(output) > limit for output, limit in zip(message.outputs, limits, strict=True))
-        return "more tokens than were asked for" if too_many else ""
-
-
-class Watchdog:
-    """Decides whether an engine hangs. Times are on the event loop's clock.
-
-    Args:
-        settings: the timeouts.
-        now_s: when the engine is launched.
-    """
-
-    def __init__(self, settings: SupervisionSettings, now_s: float) -> None:
-        self._settings = settings
-        self._launched_s = self._last_message_s = now_s
-
-    def message_received(self, now_s: float) -> None:
-        """Record that the engine has sent a message."""
-        self._last_message_s = now_s
-
-    def discount_stall(self, stall_s: float, now_s: float, execution: CurrentExecution | None) -> None:
-        """Do not count a time in which the executor itself did not run (stopped, or short of CPU)."""
-        self._launched_s += stall_s
-        self._last_message_s = min(now_s, self._last_message_s + stall_s)
-        if execution is not None:
-            execution.discount_stall(stall_s, now_s)
-
-    def hang_reason(self, now_s: float, *, loaded: bool, execution: CurrentExecution | None) -> str:
-        """Return which timeout the engine has exceeded, or "" if none."""
-        if not loaded:
-            return self.start_timeout_reason() if now_s - self._launched_s > self._settings.start_timeout_s else ""
-        if now_s - self._last_message_s > self._settings.hang_timeout_s:
-            return f"heartbeat timeout: its engine sent nothing for {self._settings.hang_timeout_s:g} s"
-        if execution is not None and execution.has_stalled(now_s):
-            return "its engine hangs: the current execution makes no progress"
-        return ""
-
-    def start_timeout_reason(self) -> str:
-        """Return the reason for an engine that takes too long to start."""
-        return f"its engine did not start within {self._settings.start_timeout_s:g} s"
 
 
 async def terminate(
@@ -243,6 +121,9 @@ class EngineCallbacks(Protocol):
     def on_execution_end(self, engine: EngineProcess, result: Finished | Failed) -> None:
         """The current execution has ended."""
 
+    def on_report(self, engine: EngineProcess, report: StepReport) -> None:
+        """A step of a continuous engine is done. Reports come in order, each once."""
+
     def on_warning(self, engine: EngineProcess, warning: str) -> None:
         """A warning for the notes of the run."""
 
@@ -275,6 +156,9 @@ class EngineProcess:
         self._memory_at_launch = ""
         self._loaded = False
         self._execution: CurrentExecution | None = None
+        self._requests = (
+            None if launch_spec.spec.batching is None else OpenRequests(settings.hang_timeout_s, self._requested_s)
+        )
         self._watchdog = Watchdog(settings, self._requested_s)
         self._pings = 0
 
@@ -287,6 +171,23 @@ class EngineProcess:
             batch, now_s=self._loop.time(), step_timeout_s=step_timeout_s, pings=self._pings
         )
         self._send(batch)
+
+    def submit(self, sequence: PromptSequence, *, is_urgent: bool) -> None:
+        """Put a request into the queue of a continuous engine."""
+        message = self._open_requests.submit(sequence, self._loop.time(), is_urgent=is_urgent)
+        self._send(message)
+
+    def abort_request(self, request_id: int) -> None:
+        """End a request of a continuous engine."""
+        message = self._open_requests.abort(request_id)
+        if message is not None:
+            self._send(message)
+
+    @property
+    def _open_requests(self) -> OpenRequests:
+        if self._requests is None:
+            raise InvariantError(f"engine {self.launch_spec.spec.deployment_id} does not batch continuously")
+        return self._requests
 
     def stop(self) -> None:
         """Stop the engine."""
@@ -412,13 +313,17 @@ class EngineProcess:
             await asyncio.sleep(interval_s)
             now_s = self._loop.time()
             if now_s - due_s > interval_s:
-                self._watchdog.discount_stall(now_s - due_s, now_s, self._execution)
-            if reason := self._watchdog.hang_reason(now_s, loaded=self._loaded, execution=self._execution):
+                self._watchdog.discount_stall(now_s - due_s, now_s, self._work)
+            if reason := self._watchdog.hang_reason(now_s, loaded=self._loaded, work=self._work):
                 self._exit(ExitReason(reason=reason))
             self._pings += 1
-            self._send(Ping(number=self._pings))
+            self._send(Ping(number=self._pings, received=self._requests.received if self._requests else 0))
             if not self._loaded and self._pings > 1:
                 self._send_load()
+
+    @property
+    def _work(self) -> WatchedWork | None:
+        return self._execution or self._requests
 
     def _exit(self, exit_reason: ExitReason) -> None:
         if not self._exit_reason.done():
@@ -446,6 +351,8 @@ class EngineProcess:
                 self._exit(ExitReason(reason=f"its engine could not load {message}", retryable=retryable))
             case StepProgress():
                 self._on_step(message)
+            case StepReport():
+                self._on_report(message)
             case Finished() | Failed():
                 self._on_execution_end(message)
             case Pong():
@@ -502,7 +409,19 @@ class EngineProcess:
         self._execution = None
         self._callbacks.on_execution_end(self, result)
 
+    def _on_report(self, report: StepReport) -> None:
+        requests = self._requests
+        if requests is None:
+            return
+        for due in requests.take(report, self._loop.time()):
+            if error := requests.check(due):
+                self._exit(ExitReason(reason=f"its engine gave {error}"))
+                return
+            self._callbacks.on_report(self, due)
+
     def _on_pong(self, pong: Pong) -> None:
+        if self._requests is not None:
+            self._on_pong_about(self._requests, pong)
         execution = self._execution
         if execution is None:
             return
@@ -511,13 +430,20 @@ class EngineProcess:
         elif execution.must_resend(pong.number):
             self._send(execution.batch)
 
+    def _on_pong_about(self, requests: OpenRequests, pong: Pong) -> None:
+        if error := requests.pong_error(pong):
+            self._exit(ExitReason(reason=f"its engine gave {error}"))
+            return
+        for message in requests.on_pong(pong, self._loop.time()):
+            self._send(message)
+
     def _send_load(self) -> None:
         spec = self.launch_spec.spec
         elapsed_s = (self._loop.time() - self._requested_s) / spec.time_scale
         load_s = max(0.0, self.launch_spec.load_s - elapsed_s)
         self._send(Load(spec=msgspec.structs.replace(spec, load_s=load_s)))
 
-    def _send(self, message: Load | Generate | Ping | Stop) -> None:
+    def _send(self, message: Load | Generate | SubmitRequest | AbortRequest | Ping | Stop) -> None:
         if self._connection is None:
             return
         try:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from maveriq.exec.engines.engine import FailureKind, Step
 from maveriq.exec.messages import (
     PROTOCOL_VERSION,
+    AbortRequest,
     Bye,
     EngineSpec,
     Failed,
@@ -24,10 +27,14 @@ from maveriq.exec.messages import (
     Loaded,
     Ping,
     Pong,
+    PromptSequence,
     StepProgress,
+    StepReport,
     Stop,
+    SubmitRequest,
     ToEngine,
 )
+from maveriq.exec.numbered_messages import Inbox, Outbox
 
 STOPPED, LOAD_FAILED, NO_PROTOCOL, BROKEN = 0, 1, 3, 4
 """Exit codes of an engine's process; 2 is a wrong command line."""
@@ -45,8 +52,14 @@ class EngineWorker(Protocol):
     def generate(self, batch: Generate) -> None:
         """Begin an execution."""
 
+    def submit(self, sequence: PromptSequence, *, is_urgent: bool) -> None:
+        """Put a request into the queue of a continuous engine."""
+
+    def abort(self, request_id: int) -> None:
+        """End a request of a continuous engine."""
+
     def close(self, *, send_bye: bool) -> None:
-        """End the current execution at its next step, then free everything."""
+        """End the current execution, or all requests, at the next step, then free everything."""
 
 
 class EngineProtocol:
@@ -76,6 +89,8 @@ class EngineProtocol:
         self._execution_id = 0  # of the current execution, 0 for none
         self._steps = 0
         self._last_result: Finished | Failed | None = None
+        self._about_requests: Inbox[SubmitRequest | AbortRequest] = Inbox()
+        self._reports: Outbox[StepReport] = Outbox()
         self._stopping = False
 
     @property
@@ -97,10 +112,8 @@ class EngineProtocol:
     def on_message(self, message: ToEngine) -> None:
         """Handle a message."""
         match message:
-            case Ping(number=number):
-                if self._spec is None:
-                    self.send_hello()
-                self._send(Pong(number=number, execution_id=self._execution_id, steps=self._steps))
+            case Ping():
+                self._answer(message)
             case Load(spec=spec):
                 self._load(spec)
             case Inspect(spec=spec):
@@ -108,6 +121,8 @@ class EngineProtocol:
                     self._worker.inspect(spec)
             case Generate():
                 self._generate(message)
+            case SubmitRequest() | AbortRequest():
+                self._take(message)
             case Stop():
                 self.stop(send_bye=True)
 
@@ -116,6 +131,30 @@ class EngineProtocol:
         if not self._stopping:
             self._stopping = True
             self._worker.close(send_bye=send_bye)
+
+    def _answer(self, ping: Ping) -> None:
+        if self._spec is None:
+            self.send_hello()
+        pong = Pong(
+            number=ping.number,
+            execution_id=self._execution_id,
+            steps=self._steps,
+            accepted=self._about_requests.received,
+        )
+        self._send(pong)
+        for report in self._reports.on_heartbeat(ping.received):
+            self._send(report)
+
+    def _take(self, message: SubmitRequest | AbortRequest) -> None:
+        """Take a message about requests of a continuous engine, in its turn."""
+        is_continuous = self._spec is not None and self._spec.batching is not None
+        if not is_continuous or not self.is_serving:
+            return
+        for due in self._about_requests.take(message):
+            if isinstance(due, SubmitRequest):
+                self._worker.submit(due.sequence, is_urgent=due.is_urgent)
+            else:
+                self._worker.abort(due.request_id)
 
     def _load(self, spec: EngineSpec) -> None:
         if self._loaded is not None:
@@ -141,6 +180,8 @@ class EngineProtocol:
         """Return why an execution cannot start, or "" if it can."""
         if self._spec is None or self._loaded is None:
             return "nothing is loaded"
+        if self._spec.batching is not None:
+            return "the engine batches continuously"
         if self._execution_id:
             return f"execution {self._execution_id} is running"
         if len(batch.sequences) > self._spec.batch_size:
@@ -167,6 +208,13 @@ class EngineProtocol:
         """A step of the current execution is done."""
         self._steps = step
         self._send(StepProgress(execution_id=batch.execution_id, step=step, tokens=tuple(tokens)))
+
+    def on_report(self, report: StepReport) -> None:
+        """A step of a continuous engine is done. The report gets its number here."""
+        numbered = msgspec.structs.replace(report, number=self._reports.next_number)
+        self._steps = numbered.number
+        self._reports.add(numbered)
+        self._send(numbered)
 
     def on_execution_end(self, result: Finished | Failed) -> None:
         """The current execution has ended."""

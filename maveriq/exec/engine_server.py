@@ -17,12 +17,14 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TypeAlias
 
-from maveriq.errors import MaveriqError
+from maveriq.errors import InvariantError, MaveriqError
+from maveriq.exec.continuous_loop import ContinuousLoop
 from maveriq.exec.engine_protocol import BROKEN, NO_PROTOCOL, STOPPED, EngineProtocol
+from maveriq.exec.engines.continuous import ContinuousEngine, make_continuous_engine
 from maveriq.exec.engines.engine import Engine, EngineError, FailureKind, Inspectable, make_engine
 from maveriq.exec.messages import (
     ChannelClosedError,
@@ -33,7 +35,9 @@ from maveriq.exec.messages import (
     Generate,
     Inspected,
     Loaded,
+    PromptSequence,
     ProtocolError,
+    StepReport,
     StreamChannel,
     ToEngine,
     decode_to_engine,
@@ -71,7 +75,9 @@ class EngineServer:
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None ends the thread
-        self._engine: Engine | None = None
+        self._engine: Engine | None = None  # that takes one execution at a time
+        self._batch: ContinuousLoop | None = None  # of an engine that batches continuously
+        self._close_engine: Callable[[], None] = lambda: None
         self._children: set[int] = set()  # that run since the engine has loaded
         self._protocol = EngineProtocol(pid=os.getpid(), worker=self, send=channel.send, exit_process=self._end)
 
@@ -142,19 +148,45 @@ class EngineServer:
         """Begin an execution."""
         self._jobs.put(lambda: self._do_generate(batch))
 
+    def submit(self, sequence: PromptSequence, *, is_urgent: bool) -> None:
+        """Put a request into the queue of a continuous engine."""
+        self._jobs.put(lambda: self._loaded_batch().submit(sequence, is_urgent=is_urgent))
+
+    def abort(self, request_id: int) -> None:
+        """End a request of a continuous engine."""
+        self._jobs.put(lambda: self._loaded_batch().abort(request_id))
+
     def close(self, *, send_bye: bool) -> None:
-        """Free everything after the current execution."""
+        """Free everything after the current execution, or the current step."""
         self._jobs.put(lambda: self._do_close(send_bye=send_bye))
 
     # In the engine's thread
 
     def _run_jobs(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job()) is not None:
             try:
                 job()
             except BaseException:  # the state of the engine is unknown
                 _log_error()
                 self._call_in_loop(lambda: self._end(BROKEN))
+
+    def _next_job(self) -> _Job | None:
+        """Return what was asked for, or the next step of a continuous engine that has requests; else wait."""
+        batch = self._batch
+        if batch is None or not batch.has_requests or self._protocol.is_stopping:
+            return self._jobs.get()
+        try:
+            return self._jobs.get_nowait()
+        except Empty:
+            return batch.step
+
+    def _loaded_batch(self) -> ContinuousLoop:
+        if self._batch is None:
+            raise InvariantError("no engine that batches continuously is loaded")
+        return self._batch
+
+    def _on_report(self, report: StepReport) -> None:
+        self._call_in_loop(lambda: self._protocol.on_report(report))
 
     def _call_in_loop(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
@@ -162,8 +194,7 @@ class EngineServer:
 
     def _do_load(self, spec: EngineSpec) -> None:
         try:
-            self._engine = make_engine(self._backend)
-            loaded = self._engine.load(spec)
+            loaded = self._make_engine(spec).load(spec)
         except Exception as error:  # the executor decides what to do about it
             _log_error()
             failed = _failed(0, error)
@@ -171,6 +202,16 @@ class EngineServer:
         else:
             children = children_of(os.getpid())
             self._call_in_loop(lambda: self._on_loaded(loaded, children))
+
+    def _make_engine(self, spec: EngineSpec) -> Engine | ContinuousEngine:
+        engine: Engine | ContinuousEngine
+        if spec.batching is None:
+            engine = self._engine = make_engine(self._backend)
+        else:
+            engine = make_continuous_engine(self._backend)
+            self._batch = ContinuousLoop(engine, self._on_report)
+        self._close_engine = engine.close
+        return engine
 
     def _do_inspect(self, spec: EngineSpec) -> None:
         try:
@@ -213,8 +254,7 @@ class EngineServer:
         self._call_in_loop(lambda: self._protocol.on_execution_end(result))
 
     def _do_close(self, *, send_bye: bool) -> None:
-        if self._engine is not None:
-            self._engine.close()
+        self._close_engine()
         self._call_in_loop(lambda: self._protocol.on_closed(send_bye=send_bye))
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 from maveriq.control.controller import Controller, snapshot
 from maveriq.control.events import (
@@ -34,26 +33,44 @@ from maveriq.control.events import (
 )
 from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, InvariantError, MaveriqError
 from maveriq.exec.control_lag import ControlLag
 from maveriq.exec.emulated_batching import EmulatedBatching
-from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
+from maveriq.exec.engine_process import LaunchSpec
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
 from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.gpus import Devices
 from maveriq.exec.in_flight import InFlight, LiveRequestHandle
 from maveriq.exec.launcher import Launcher, ProcessLauncher
 from maveriq.exec.live_cluster import EndpointRequest, Submission
-from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Loaded, StepProgress, check_sequence, one_line
+from maveriq.exec.messages import (
+    BatchingSpec,
+    EngineSpec,
+    Failed,
+    Finished,
+    Generate,
+    Loaded,
+    StepProgress,
+    StepReport,
+    check_sequence,
+    one_line,
+)
 from maveriq.exec.model_files import ModelFiles
+from maveriq.exec.real_batching import RealBatching
+from maveriq.exec.run_notes import RunNotes
 from maveriq.exec.scaled_clock import ScaledClock
 from maveriq.exec.supervisor import Supervisor
+from maveriq.exec.watchdog import SupervisionSettings
 from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.system import ServingSystem
 from maveriq.units import MICROS_PER_SECOND, Micros, seconds
+
+BatchingSpecOf: TypeAlias = Callable[[EndpointSpec, DeploymentPlan], BatchingSpec]
+"""Returns how the engines of an endpoint that batch continuously do so."""
 
 
 class Executor:
@@ -70,7 +87,8 @@ class Executor:
         measured_loads: returns the recent load of each GPU, where it is measured.
         lag: collects how much longer executions take than their engines; None collects nothing.
         on_request_end: called with the ID of each request that ends; it must not call the executor.
-        engines: makes the models of continuous engines, which are emulated; None where there are none.
+        engines: makes the models of continuous engines, which this process then emulates; None where there are none.
+        batching_of: how continuous engines batch, which their own processes do; None where they are emulated here.
         sample_us: length of the intervals of their records.
     """
 
@@ -88,9 +106,11 @@ class Executor:
         lag: ControlLag | None = None,
         on_request_end: Callable[[int], None] | None = None,
         engines: ContinuousEngines | None = None,
+        batching_of: BatchingSpecOf | None = None,
         sample_us: Micros = MICROS_PER_SECOND,
     ) -> None:
         self._lag = lag
+        self._batching_of = batching_of
         self._on_request_end = on_request_end
         self._in_flight = InFlight()
         self.controller = Controller(
@@ -113,9 +133,11 @@ class Executor:
         self.internal_error: asyncio.Future[None] = self._loop.create_future()
         """Gets the exception if the executor itself has a bug; it then handles no more events."""
         working = self.controller.manager.engines_working
-        self.batching = (
-            None if engines is None else EmulatedBatching(engines, self.clock, self._on_progress, sample_us, working)
-        )
+        self.batching: EmulatedBatching | RealBatching | None = None
+        if batching_of is not None:
+            self.batching = RealBatching(self, self.clock, self._handle, sample_us, lag)
+        elif engines is not None:
+            self.batching = EmulatedBatching(engines, self.clock, self._on_progress, sample_us, working)
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
         self._last_request_id = 0
@@ -146,6 +168,7 @@ class Executor:
                 prompt_tokens=self._system.prompt_tokens,
                 output_tokens=endpoint.output_tokens,
                 batch_size=endpoint.batch_size,
+                batching=endpoint.batching,
             )
         )
         return number
@@ -274,7 +297,7 @@ class Executor:
             now_us = self.now_us
             for action in self.controller.handle(now_us, events):
                 self._execute_action(action, now_us)
-            if self.batching is not None:
+            if isinstance(self.batching, EmulatedBatching):
                 self.batching.compose(now_us)
         except Exception as error:
             self.on_internal_error(error)
@@ -292,16 +315,16 @@ class Executor:
             case StartEngine():
                 self._start(action)
             case Submit(deployment_id, request):
-                self._emulated(deployment_id).submit(deployment_id, request, now_us)
+                self._batching(deployment_id).submit(deployment_id, request, now_us)
             case Abort(deployment_id, request_id):
-                self._emulated(deployment_id).abort(deployment_id, request_id, now_us)
+                self._batching(deployment_id).abort(deployment_id, request_id, now_us)
             case StopEngine(deployment_id):
                 self._drop_engine(deployment_id)
                 self._supervisors[deployment_id].stop()
             case _ as never:
                 assert_never(never)
 
-    def _emulated(self, deployment_id: int) -> EmulatedBatching:
+    def _batching(self, deployment_id: int) -> EmulatedBatching | RealBatching:
         if self.batching is None:
             raise InvariantError(f"deployment {deployment_id} batches continuously, and the system has no such engines")
         return self.batching
@@ -331,6 +354,8 @@ class Executor:
 
     def _launch_spec(self, action: StartEngine) -> LaunchSpec:
         plan, configuration = action.plan, action.plan.configuration
+        endpoint = self.controller.manager.deployments[action.deployment_id].endpoint
+        batching_of = self._batching_of if endpoint.batching is Batching.CONTINUOUS else None
         spec = EngineSpec(
             deployment_id=action.deployment_id,
             generation=action.generation,
@@ -346,6 +371,7 @@ class Executor:
             seed=self._system.settings.seed,
             weights_folder=self._files.weights_folder(plan.model),
             time_scale=self.clock.time_scale,
+            batching=None if batching_of is None else batching_of(endpoint, plan),
         )
         needed = dict(zip(plan.gpu_ids, plan.gpu_bytes, strict=True))
         load_s = 0.0 if self.clock.is_held else seconds(self._system.load_time(plan))
@@ -365,6 +391,20 @@ class Executor:
             self._lag.execution_started(number, now_us, service_us)
         self._supervisors[number].execute(batch, self.clock.real_s(service_us))
 
+    # `maveriq.exec.real_batching.SendsToEngines`
+
+    def submit_to_engine(self, deployment_id: int, request_id: int, *, is_urgent: bool) -> None:
+        """Put a request into an engine's queue."""
+        self._supervisors[deployment_id].submit(self._in_flight.sequence(request_id), is_urgent=is_urgent)
+
+    def abort_in_engine(self, deployment_id: int, request_id: int) -> None:
+        """End a request of an engine."""
+        self._supervisors[deployment_id].abort_request(request_id)
+
+    def add_tokens(self, request_id: int, position: int, tokens: tuple[int, ...]) -> None:
+        """Give the client tokens of a request."""
+        self._in_flight.add_tokens(request_id, position, tokens)
+
     # `maveriq.exec.supervisor.SupervisorCallbacks`
 
     def on_engine_up(self, launch_spec: LaunchSpec, loaded: Loaded) -> None:
@@ -375,8 +415,12 @@ class Executor:
         if deployment.endpoint.batching is Batching.EXCLUSIVE:
             self._handle(EngineUp(number, generation))
             return
+        batching, endpoint = self._batching(number), deployment.endpoint
+        if isinstance(batching, RealBatching):
+            self._handle(batching.loaded(number, generation, endpoint, loaded.kv_tokens))
+            return
         try:
-            up = self._emulated(number).loaded(number, generation, deployment.endpoint, deployment.required_plan)
+            up = batching.loaded(number, generation, endpoint, deployment.required_plan)
         except MaveriqError as error:
             self.on_internal_error(error)
             return
@@ -384,9 +428,13 @@ class Executor:
 
     def on_engine_down(self, deployment_id: int, reason: str, *, restarts: bool) -> None:
         """An engine failed."""
+        events: list[Event] = [EngineDown(deployment_id, restarts, one_line(reason))]
+        if isinstance(self.batching, RealBatching):
+            last = self.batching.last_words(deployment_id, self.now_us)
+            events += [] if last is None else [last]
         self._drop_engine(deployment_id)
         self.on_warning(deployment_id, reason)
-        self._handle(EngineDown(deployment_id, restarts, one_line(reason)))
+        self._handle(*events)
 
     def on_engine_repaired(self, deployment_id: int) -> None:
         """A failed engine may start again."""
@@ -403,6 +451,11 @@ class Executor:
         event = self._in_flight.end_execution(deployment_id, result, self.now_us, self.clock.time_scale)
         if event is not None:
             self._handle(event)
+
+    def on_report(self, deployment_id: int, generation: int, report: StepReport) -> None:
+        """A step of a continuous engine is done."""
+        if isinstance(self.batching, RealBatching) and self._table is None:
+            self.batching.on_report(deployment_id, generation, report)
 
     def on_warning(self, deployment_id: int, warning: str) -> None:
         """Add a warning to the notes of the run."""
@@ -467,44 +520,3 @@ async def open_executor(
             if sampling is not None:
                 sampling.cancel()
             await executor.close()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRecord:
-    """An engine that served: how it was launched, what it reported, and how long it took to start, in real seconds."""
-
-    launch_spec: LaunchSpec
-    loaded: Loaded
-    start_s: float
-
-
-MAX_ENGINES = 10_000
-MAX_NOTES = 100
-"""Limits of `RunNotes`: a service may run, and its engines may fail, for months."""
-
-
-class RunNotes:
-    """The engines that have served, and warnings for readers of the results."""
-
-    def __init__(self) -> None:
-        self.engines: list[EngineRecord] = []
-        self.notes: list[str] = []
-        self._start_requested_s: dict[int, float] = {}  # by deployment, of its last engine
-
-    def engine_starting(self, deployment_id: int, now_s: float) -> None:
-        """Record that an engine is to start; times are on the event loop's clock."""
-        self._start_requested_s[deployment_id] = now_s
-
-    def engine_loaded(self, launch_spec: LaunchSpec, loaded: Loaded, now_s: float) -> None:
-        """Record that the engine is ready to serve."""
-        if len(self.engines) == MAX_ENGINES:
-            return
-        start_s = now_s - self._start_requested_s[launch_spec.spec.deployment_id]
-        self.engines.append(EngineRecord(launch_spec=launch_spec, loaded=loaded, start_s=start_s))
-
-    def add_note(self, deployment: str, now_us: Micros, text: str) -> None:
-        """Add a note about a deployment."""
-        if len(self.notes) == MAX_NOTES:
-            self.notes.append("further events of engines are omitted")
-        elif len(self.notes) < MAX_NOTES:
-            self.notes.append(f"{deployment}, {seconds(now_us):.1f} s: {one_line(text)}")

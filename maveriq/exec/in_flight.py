@@ -102,6 +102,17 @@ class InFlight:
         """Wait until every request has ended."""
         await self._empty.wait()
 
+    # Requests of continuous engines
+
+    def sequence(self, request_id: int) -> PromptSequence:
+        """Return a request as an engine receives it."""
+        return self._handles[request_id].sequence()
+
+    def add_tokens(self, request_id: int, position: int, tokens: Sequence[int]) -> None:
+        """Add the tokens of a request from `position` on, unless it has ended."""
+        if handle := self._handles.get(request_id):
+            handle.add_tokens(position, tokens)
+
     # Executions
 
     def start_execution(self, action: Execute, now_us: Micros) -> tuple[PromptSequence, ...]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from maveriq.domain.deployments import Intent
+from maveriq.domain.deployments import Batching, Intent
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.requests import RequestStatus
@@ -72,6 +72,7 @@ class EndpointRequest:
     intent: Intent
     output_tokens: int
     batch_size: int = 1
+    batching: Batching = Batching.EXCLUSIVE
 
 
 class LiveCluster(Protocol):

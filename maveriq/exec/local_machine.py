@@ -15,11 +15,11 @@ from maveriq.exec import gpus
 from maveriq.exec.capabilities import SupportedByEngine, engine_facts, installed, max_sequence_tokens, this_machine
 from maveriq.exec.device import Device
 from maveriq.exec.engine_environments import find_environment
-from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.engine_python import EnginePython, check_engine_python, parse_engine_pythons
 from maveriq.exec.engines.engine import BACKENDS
 from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.gpus import Devices, GpuLostError, NvmlMeter
+from maveriq.exec.watchdog import SupervisionSettings
 from maveriq.scenario.build import cluster_for
 from maveriq.scenario.options import option, with_suggestions
 from maveriq.units import Bytes, gib

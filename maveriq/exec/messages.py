@@ -4,6 +4,10 @@ A message is one frame on a Unix socket: its length in four bytes, big-endian, t
 version. Delivery counts as unreliable: a message may arrive late, twice or never, so every message may be sent again.
 Executions are numbered. An engine that receives a `Generate` again repeats the result if the execution has finished,
 and ignores it if the execution is running or older. Senders do not wait for answers; they repeat unanswered messages.
+
+A continuous engine takes `SubmitRequest` and `AbortRequest` while other requests run, and sends a `StepReport` for each
+step. Both sides number these messages from 1 and take only the next one in order, so each counts once. `Ping` and
+`Pong` say how far each side has got; what was lost is sent again (`maveriq.exec.numbered_messages`).
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ def one_line(text: str) -> str:
     return line if len(line) <= _MAX_LINE_LENGTH else line[: _MAX_LINE_LENGTH - 3] + "..."
 
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """A longer frame is a protocol error."""
@@ -37,6 +41,8 @@ MAX_PROMPT_TOKENS = 1_000_000
 MAX_OUTPUT_TOKENS = 1_000_000
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Number = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 _TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _TokenIdOrEnded = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -58,13 +64,22 @@ class PromptSequence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: Annotated[tuple[_TokenId, ...], msgspec.Meta(max_length=64)] = ()
 
 
+class BatchingSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine batches continuously: the kind of engine, and its arguments by its own names."""
+
+    kind: _Name
+    arguments: Annotated[
+        dict[_Name, bool | int | float | Annotated[str, msgspec.Meta(max_length=1000)]], msgspec.Meta(max_length=100)
+    ] = {}
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine loads. Which devices it sees is fixed by the environment of its process.
 
     `config_json` is the model's Hugging Face configuration. `devices` names one device per rank, stage-major: "cpu", or
     "cuda:0" counted among the visible devices. If `weights_folder` is empty, random weights are drawn from `seed`. Only
     the emulated engine uses `time_scale` (real seconds per second of the run) and `load_s` (the rest of the estimated
-    load time, in seconds of the run).
+    load time, in seconds of the run). `batching` is None for an engine that takes one execution at a time.
     """
 
     deployment_id: _Count
@@ -82,6 +97,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weights_folder: str = ""
     time_scale: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
     load_s: _NotNegative = 0.0
+    batching: BatchingSpec | None = None
 
 
 # From the executor to an engine
@@ -115,10 +131,32 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", forbid
     service_s: _NotNegative = 0.0
 
 
+class SubmitRequest(msgspec.Struct, frozen=True, kw_only=True, tag="submit", forbid_unknown_fields=True):
+    """Put a request into the queue of a continuous engine. `StepReport`s tell what becomes of it.
+
+    `is_urgent` goes before others where the engine schedules by priority.
+    """
+
+    number: _Number
+    sequence: PromptSequence
+    is_urgent: bool = False
+
+
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort", forbid_unknown_fields=True):
+    """End a request of a continuous engine, whether it waits or runs. Nothing is reported of it any more."""
+
+    number: _Number
+    request_id: _Count
+
+
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping", forbid_unknown_fields=True):
-    """A heartbeat. The answer is a `Pong` with the same number."""
+    """A heartbeat. The answer is a `Pong` with the same number.
+
+    `received` is the number of the last `StepReport` that was taken.
+    """
 
     number: _Count
+    received: _Count = 0
 
 
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop", forbid_unknown_fields=True):
@@ -160,7 +198,8 @@ class RankShard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unknown_fields=True):
     """The engine is ready to serve. Memory is in bytes, over all its devices; 0 if unknown.
 
-    `shards` has one entry per rank, stage-major; it is empty if the engine does not know.
+    `shards` has one entry per rank, stage-major; it is empty if the engine does not know. `kv_tokens` is how many
+    tokens the KV cache of a continuous engine holds; 0 if unknown.
     """
 
     backend: str
@@ -168,6 +207,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded", forbid_unk
     weights_bytes: _Count = 0
     kv_cache_bytes: _Count = 0
     shards: Annotated[tuple[RankShard, ...], msgspec.Meta(max_length=MAX_RANKS)] = ()
+    kv_tokens: _Count = 0
 
 
 class StepProgress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", forbid_unknown_fields=True):
@@ -204,20 +244,81 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unk
         return f"({self.kind}{where}): {self.message}"
 
 
+class NewTokens(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The tokens that a request got in a step, at least one."""
+
+    request_id: _Count
+    tokens: Annotated[tuple[_TokenId, ...], msgspec.Meta(min_length=1, max_length=MAX_OUTPUT_TOKENS)]
+
+
+class Admitted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A request that a step computed for the first time; so many tokens of its prompt were in the prefix cache."""
+
+    request_id: _Count
+    cached_tokens: _Count = 0
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A request that has ended, with its last token or, if there is a `failure`, because the engine cannot do it.
+
+    `service_s` is the time since the engine received it, in real seconds. `steps` computed something of it.
+    """
+
+    request_id: _Count
+    service_s: _NotNegative
+    steps: _Count
+    failure: Annotated[str, msgspec.Meta(max_length=2000)] = ""
+
+
+_OfRequests = msgspec.Meta(max_length=MAX_SEQUENCES)
+
+
+class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag="step", forbid_unknown_fields=True):
+    """A step of a continuous engine is done, which took `step_s` real seconds: what became of requests.
+
+    Args:
+        number: of the report.
+        tokens: of the requests that got some.
+        admitted: computed for the first time.
+        preempted: lost what was computed of them, and wait again.
+        ended: have ended, after their last tokens.
+        running: requests that the engine has admitted, after the step.
+        waiting: requests in its queue.
+        kv_tokens: tokens of the KV cache that requests hold.
+        batch_tokens: tokens that the step computed.
+    """
+
+    number: _Number
+    step_s: _NotNegative = 0.0
+    tokens: Annotated[tuple[NewTokens, ...], _OfRequests] = ()
+    admitted: Annotated[tuple[Admitted, ...], _OfRequests] = ()
+    preempted: Annotated[tuple[_Count, ...], _OfRequests] = ()
+    ended: Annotated[tuple[Ended, ...], _OfRequests] = ()
+    running: _Count = 0
+    waiting: _Count = 0
+    kv_tokens: _Count = 0
+    batch_tokens: _Count = 0
+
+
 class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong", forbid_unknown_fields=True):
-    """The answer to a `Ping`: the running execution (0 if none) and how many of its steps are done."""
+    """The answer to a `Ping`: the running execution (0 if none) and how many of its steps are done.
+
+    Of a continuous engine, `steps` counts all its reports, and `accepted` is the number of the last `SubmitRequest` or
+    `AbortRequest` that it has taken.
+    """
 
     number: _Count
     execution_id: _Count
     steps: _Count
+    accepted: _Count = 0
 
 
 class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye", forbid_unknown_fields=True):
     """The engine has freed everything and exits."""
 
 
-ToEngine: TypeAlias = Load | Inspect | Generate | Ping | Stop
-FromEngine: TypeAlias = Hello | Inspected | Loaded | StepProgress | Finished | Failed | Pong | Bye
+ToEngine: TypeAlias = Load | Inspect | Generate | SubmitRequest | AbortRequest | Ping | Stop
+FromEngine: TypeAlias = Hello | Inspected | Loaded | StepProgress | StepReport | Finished | Failed | Pong | Bye
 
 _ENCODER = msgspec.msgpack.Encoder()
 _SEQUENCE = msgspec.msgpack.Decoder(PromptSequence)

@@ -2,7 +2,8 @@
 
 `run_replay` runs an event loop and handles Ctrl-C; `execute` runs within an event loop. The events of the scenario
 (endpoints, removals, faults, requests) happen at their times. Prompts are random token ids, since workloads contain
-only their lengths. The result has the records of requests, deployments and GPUs, and a record of each engine.
+only their lengths (`maveriq.exec.random_prompts`). The result has the records of requests, deployments and GPUs, and a
+record of each engine.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError
 from maveriq.exec.control_lag import ControlLag, LagSummary
-from maveriq.exec.engine_process import SupervisionSettings
-from maveriq.exec.executor import EngineRecord, Executor
+from maveriq.exec.executor import BatchingSpecOf, Executor
 from maveriq.exec.gpu_memory_gate import MemoryProbe
 from maveriq.exec.gpu_sampling import GpuRecorder, GpuSampler
 from maveriq.exec.gpus import Devices, GpuMeter
@@ -34,8 +34,10 @@ from maveriq.exec.interrupt import InterruptHandler
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.messages import MAX_OUTPUT_TOKENS, MAX_PROMPT_TOKENS
 from maveriq.exec.model_files import ModelFiles
+from maveriq.exec.random_prompts import RandomPrompts
+from maveriq.exec.run_notes import EngineRecord
+from maveriq.exec.watchdog import SupervisionSettings
 from maveriq.scenario.system import ReplaySystem
-from maveriq.streams import generator
 from maveriq.units import Micros
 from maveriq.workload.client import Client
 from maveriq.workload.requests import requests_of
@@ -61,6 +63,7 @@ class ReplaySettings:
         memory_probe: reads the free memory of real GPUs.
         sampler: measures the load of real GPUs.
         planned_times: engines are emulated and take the planned times; longer ones are lag.
+        batching_of: see `Executor`.
     """
 
     time_scale: float = 1.0
@@ -71,6 +74,7 @@ class ReplaySettings:
     memory_probe: MemoryProbe | None = None
     sampler: GpuSampler | None = None
     planned_times: bool = False
+    batching_of: BatchingSpecOf | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +149,14 @@ class _Replay:
         watcher: Watcher | None,
         interrupted: asyncio.Event,
     ) -> None:
-        check_replayable(scenario, emulated=settings.planned_times)
+        check_replayable(scenario)
         self._scenario = scenario
         self._settings = settings
         self._watcher = watcher
         self._interrupted = interrupted
         self._last_arrival_us = int(scenario.workload.arrivals.arrival_us[-1])
+        self._prompts = RandomPrompts(scenario.settings.seed)
+        self._has_prompts = scenario.engines is None or settings.batching_of is not None
         self._vocabulary_sizes = {
             endpoint.endpoint_id: endpoint.model.vocab_size for endpoint in scenario.workload.endpoints
         }
@@ -182,6 +188,7 @@ class _Replay:
             lag=self._lag,
             on_request_end=self._request_ended,
             engines=scenario.engines,
+            batching_of=settings.batching_of,
             sample_us=scenario.sample_us,
         )
         self._gpus = GpuRecorder(
@@ -338,15 +345,11 @@ class _Replay:
         self._executor.arrive(LiveRequestHandle(request, self._random_prompt(request)))
 
     def _random_prompt(self, request: Request) -> tuple[int, ...]:
-        """Return random token ids of the prompt's length, the same in every run with the same seed.
-
-        Emulated continuous engines need none.
-        """
-        if self._scenario.engines is not None:
+        """Return token ids for a prompt. The models of continuous engines need none."""
+        if not self._has_prompts:
             return ()
-        draw = generator(self._scenario.settings.seed, f"prompt of request {request.request_id}")
         vocabulary_size = self._vocabulary_sizes.get(request.endpoint_id, 2)  # 2: the endpoint does not exist
-        return tuple(draw.integers(0, vocabulary_size, request.prompt_tokens).tolist())
+        return self._prompts.prompt(request, vocabulary_size)
 
     # Observation
 
@@ -393,17 +396,12 @@ def _event_order(event: _TimedEvent) -> tuple[Micros, int, int]:
     return event[:3]
 
 
-def check_replayable(scenario: ReplaySystem, *, emulated: bool = False) -> None:
+def check_replayable(scenario: ReplaySystem) -> None:
     """Reject a scenario that can be simulated but not run on real engines, or on emulated ones.
 
     Raises:
         InputError: a GPU is to fail, or a request is too long for an engine.
     """
-    if scenario.engines is not None and not emulated:
-        raise InputError(
-            "model set: engines that batch continuously are simulated or emulated; "
-            "use maveriq sim, or --backend emulated"
-        )
     arrivals = scenario.workload.arrivals
     for part, maximum, longest in (
         ("prompt", MAX_PROMPT_TOKENS, arrivals.prompt_tokens.max()),

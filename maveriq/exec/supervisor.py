@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from maveriq.exec.engine_process import EngineProcess, ExitReason, LaunchSpec, SupervisionSettings
+from maveriq.exec.engine_process import EngineProcess, ExitReason, LaunchSpec
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate
 from maveriq.exec.launcher import Launcher
-from maveriq.exec.messages import Failed, Finished, Generate, Loaded, StepProgress
+from maveriq.exec.messages import Failed, Finished, Generate, Loaded, PromptSequence, StepProgress, StepReport
+from maveriq.exec.watchdog import SupervisionSettings
 
 
 class SupervisorCallbacks(Protocol):
@@ -28,6 +29,9 @@ class SupervisorCallbacks(Protocol):
 
     def on_execution_end(self, deployment_id: int, result: Finished | Failed) -> None:
         """An execution has ended."""
+
+    def on_report(self, deployment_id: int, generation: int, report: StepReport) -> None:
+        """A step of a continuous engine is done."""
 
     def on_warning(self, deployment_id: int, warning: str) -> None:
         """A warning for the notes of the run."""
@@ -79,6 +83,21 @@ class Supervisor:
         if self._engine is not None:
             self._engine.execute(batch, expected_s)
 
+    def submit(self, sequence: PromptSequence, *, is_urgent: bool) -> None:
+        """Put a request into the queue of a continuous engine.
+
+        Args:
+            sequence: the request.
+            is_urgent: goes before others where the engine schedules by priority.
+        """
+        if self._engine is not None:
+            self._engine.submit(sequence, is_urgent=is_urgent)
+
+    def abort_request(self, request_id: int) -> None:
+        """End a request of a continuous engine."""
+        if self._engine is not None:
+            self._engine.abort_request(request_id)
+
     def stop(self) -> None:
         """Stop the engine, if there is one."""
         if self._engine is not None:
@@ -128,6 +147,13 @@ class Supervisor:
         if engine is self._engine:
             self._failures = 0
             self._callbacks.on_execution_end(self._deployment_id, result)
+
+    def on_report(self, engine: EngineProcess, report: StepReport) -> None:
+        """Report a step of a continuous engine."""
+        if engine is self._engine:
+            if any(not ended.failure for ended in report.ended):
+                self._failures = 0
+            self._callbacks.on_report(self._deployment_id, engine.launch_spec.spec.generation, report)
 
     def on_warning(self, engine: EngineProcess, warning: str) -> None:  # noqa: ARG002
         """Report a warning."""

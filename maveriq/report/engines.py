@@ -75,7 +75,10 @@ def _pp(row: CapabilityRow) -> str:
 def installed_table(engines: Mapping[str, EngineFacts], here: Here, machine: Machine) -> Table:
     """Return which engines can start on this machine, and what the others lack."""
     gpus = ", ".join(f"{gpu.name} ({gib(gpu.memory_bytes):.0f} GiB)" for gpu in machine.gpus)
-    columns = [Column("engine"), *(Column(header, wrap="fold") for header in ("what it is", "installed", "lacks"))]
+    columns = [
+        Column("engine"),
+        *(Column(header, wrap="fold") for header in ("what it is", "batches", "installed", "lacks")),
+    ]
     rows = [_installed_row(name, facts, here[name]) for name, facts in engines.items()]
     return Table(f"Here: {gpus or 'no GPU'}", columns, rows)
 
@@ -87,6 +90,7 @@ def _installed_row(name: str, facts: EngineFacts, found: Installed) -> Row:
     return row(
         Text(name, "green" if found.missing is None else "dim"),
         f"{facts.title} ({facts.version})" if facts.packages else facts.title,
+        "continuously, or one at a time" if facts.continuous else "one at a time",
         versions or (NONE if facts.packages else "comes with maveriq"),
         found.missing or "",
     )

@@ -23,8 +23,8 @@ import msgspec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.records import DEPLOYMENT_COLUMNS, GPU_COLUMNS, NOT_YET, DeploymentRecord, GpuSample, RunRecord
 from maveriq.errors import InputError, InvariantError, MaveriqError, cannot_write
-from maveriq.exec.executor import EngineRecord
 from maveriq.exec.gpus import Devices
+from maveriq.exec.run_notes import EngineRecord
 from maveriq.files import not_overwritten
 from maveriq.report.engine_csv import engine_lines, itl_lines
 from maveriq.report.metrics import Summary

@@ -14,15 +14,15 @@ from virtual_time import run_virtually
 from maveriq.control.controller import ControllerSettings, OnFailure
 from maveriq.control.queues import QueueDiscipline
 from maveriq.domain.cluster import ClusterView, DispatchTiming
-from maveriq.domain.deployments import EndpointSpec, Intent, Objective
+from maveriq.domain.deployments import Batching, EndpointSpec, Intent, Objective
 from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
-from maveriq.exec.engine_process import SupervisionSettings
 from maveriq.exec.executor import Executor
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.live_cluster import EndpointRequest, Outcome, RequestHandle, Submission
-from maveriq.exec.messages import EngineSpec
+from maveriq.exec.messages import BatchingSpec, EngineSpec
+from maveriq.exec.watchdog import SupervisionSettings
 from maveriq.policy.policy import Decision, Deploy, Policy, Rejection
 from maveriq.scenario.service_times import EstimatedServiceTimes
 from maveriq.scenario.system import ServingSystem
@@ -83,7 +83,15 @@ class RandomPlacement:
 class Users:
     """The users of one executor, and what they receive."""
 
-    def __init__(self, draws: RandomDraws, executor: Executor, *, break_engines: bool) -> None:
+    def __init__(
+        self,
+        draws: RandomDraws,
+        executor: Executor,
+        *,
+        break_engines: bool,
+        batching: Batching = Batching.EXCLUSIVE,
+    ) -> None:
+        self._batching = batching
         self._draws = draws
         self._executor = executor
         self._break_engines = break_engines
@@ -106,6 +114,7 @@ class Users:
             intent=Intent(objective=Objective.MIN_COST),
             output_tokens=MAX_TOKENS,
             batch_size=self._draws.integer(1, 3),
+            batching=self._batching,
         )
         endpoint_id = self._executor.deploy(requested)
         self._endpoints.append(endpoint_id)
@@ -154,8 +163,10 @@ async def follow(handle: RequestHandle, submission: Submission) -> Outcome:
     return ended
 
 
-def simulate_cluster(seed: int, fault_rates: FaultRates | None = None) -> RunSummary:
-    """Simulate a cluster under the faults of a seed, or under given fault rates.
+def simulate_cluster(
+    seed: int, fault_rates: FaultRates | None = None, *, batching: Batching = Batching.EXCLUSIVE
+) -> RunSummary:
+    """Simulate a cluster under the faults of a seed, or under given fault rates; all engines batch alike.
 
     Raises:
         AssertionError: a check failed.
@@ -163,14 +174,15 @@ def simulate_cluster(seed: int, fault_rates: FaultRates | None = None) -> RunSum
     """
     draws = RandomDraws(seed)
     drawn = FaultRates.drawn(draws)
-    return run_virtually(_simulate(draws, fault_rates or drawn), longest_s=LONGEST_S)
+    return run_virtually(_simulate(draws, fault_rates or drawn, batching), longest_s=LONGEST_S)
 
 
-async def _simulate(draws: RandomDraws, fault_rates: FaultRates) -> RunSummary:
+async def _simulate(draws: RandomDraws, fault_rates: FaultRates, batching: Batching) -> RunSummary:
     machine = Machine(draws, fault_rates)
     executor = executor_on(draws, machine, RandomPlacement(draws), machine)
     standing = asyncio.create_task(machine.stall_at_random())
-    outcomes = await Users(draws, executor, break_engines=fault_rates.break_engines).run()
+    users = Users(draws, executor, break_engines=fault_rates.break_engines, batching=batching)
+    outcomes = await users.run()
     standing.cancel()
     notes = executor.notes.notes
     await executor.close()
@@ -195,6 +207,20 @@ async def _simulate(draws: RandomDraws, fault_rates: FaultRates) -> RunSummary:
         failures=len(notes),
         hangs=sum("heartbeat timeout" in note or "makes no progress" in note for note in notes),
         simulated_s=asyncio.get_running_loop().time(),
+    )
+
+
+def small_batches(endpoint: EndpointSpec, plan: DeploymentPlan) -> BatchingSpec:
+    """Return settings with which requests are preempted, and prompts computed in parts."""
+    return BatchingSpec(
+        kind="simulated",
+        arguments={
+            "max_num_seqs": 3,
+            "max_num_batched_tokens": 4,
+            "kv_tokens": 30,
+            "step_ms": 0.0,
+            "prompt_token_us": 0.0,
+        },
     )
 
 
@@ -227,6 +253,7 @@ def executor_on(draws: RandomDraws, machine: Machine, policy: Policy, launcher: 
             memory_timeout_s=10.0,
         ),
         memory_probe=machine,
+        batching_of=small_batches,
     )
 
     def memory_of(spec: EngineSpec) -> dict[int, int]:

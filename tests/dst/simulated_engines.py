@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import msgspec
 from fault_injection import FaultRates, RandomDraws
 
+from maveriq.exec.continuous_loop import ContinuousLoop
 from maveriq.exec.engine_protocol import BROKEN, EngineProtocol
+from maveriq.exec.engines.emulated_batching import EmulatedContinuousEngine
+from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.launcher import LaunchError
 from maveriq.exec.messages import (
     Bye,
@@ -21,9 +25,12 @@ from maveriq.exec.messages import (
     Generate,
     Hello,
     Loaded,
+    NewTokens,
     Pong,
+    PromptSequence,
     ProtocolError,
     StepProgress,
+    StepReport,
     ToEngine,
 )
 
@@ -204,6 +211,26 @@ class Connection:
         return ""
 
 
+STEP_S = 0.05
+"""A step of a continuous engine."""
+
+
+class InstantSteps(EmulatedContinuousEngine):
+    """A continuous engine whose steps take no time of their own, and which cannot do some requests."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def _tokens_of(self, sequence: PromptSequence) -> Iterator[int]:
+        return (token(sequence.prompt, at) for at in range(sequence.output_tokens))
+
+    def submit(self, sequence: PromptSequence, *, is_urgent: bool) -> None:
+        if self._machine.fault_occurs(self._machine.fault_rates.cannot_execute):
+            raise EngineError(FailureKind.ERROR, "no")
+        super().submit(sequence, is_urgent=is_urgent)
+
+
 class Process:
     """An engine's process: an `EngineProtocol` and its `EngineWorker`."""
 
@@ -223,6 +250,8 @@ class Process:
         self._hangs = False
         self._at = 0  # the last execution it received
         self._work: list[asyncio.TimerHandle] = []
+        self._batch: ContinuousLoop | None = None
+        self._steps = False  # of a continuous engine: one runs
         self._protocol = EngineProtocol(pid=self.pid, worker=self, send=self._send, exit_process=self._exit)
         self._fate()
         self._protocol.send_hello()
@@ -276,6 +305,8 @@ class Process:
             StepProgress(execution_id=about, step=2**53, tokens=()),
             Pong(number=2**53, execution_id=0, steps=0),
             Pong(number=0, execution_id=about, steps=2**53),
+            Pong(number=0, execution_id=0, steps=0, accepted=2**53),
+            StepReport(number=2**53, tokens=(NewTokens(1, (1,)),)),
             Loaded(backend="\n", version=""),
             Bye(),
         ]
@@ -321,6 +352,10 @@ class Process:
     # `EngineWorker`
 
     def load(self, spec: EngineSpec) -> None:
+        if spec.batching is not None:
+            engine = InstantSteps(self.machine)
+            engine.load(msgspec.structs.replace(spec, load_s=0.0, tp=1, pp=1))  # the device's time is simulated
+            self._batch = ContinuousLoop(engine, self._protocol.on_report, clock=self.machine.loop.time)
         self._later(spec.load_s * spec.time_scale, self._loaded)
 
     def _loaded(self) -> None:
@@ -363,6 +398,27 @@ class Process:
         self.executing = False
         self._work.clear()
         self._protocol.on_execution_end(ended)
+
+    def submit(self, sequence: PromptSequence, *, is_urgent: bool) -> None:
+        assert self._batch is not None
+        self._batch.submit(sequence, is_urgent=is_urgent)
+        self._next_step()
+
+    def abort(self, request_id: int) -> None:
+        assert self._batch is not None
+        self._batch.abort(request_id)
+
+    def _next_step(self) -> None:
+        if self._batch is not None and self._batch.has_requests and not self._steps:
+            self._steps = True
+            self._later(STEP_S, self._step_over)
+
+    def _step_over(self) -> None:
+        assert self._batch is not None
+        self._steps = False
+        if self._batch.has_requests:
+            self._batch.step()
+        self._next_step()
 
     def close(self, *, send_bye: bool) -> None:
         self.ending = True

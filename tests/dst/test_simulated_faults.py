@@ -11,6 +11,8 @@ from cluster_sim import simulate_cluster
 from fault_injection import FaultRates
 from restart_sim import simulate_restarts
 
+from maveriq.domain.deployments import Batching
+
 SEEDS = 500
 RESTART_SEEDS = 40
 _CHUNK = 50
@@ -43,21 +45,39 @@ def test_an_engine_that_says_too_early_that_it_has_loaded_keeps_its_memory() -> 
     simulate_cluster(7835)
 
 
-def test_equal_seeds_give_equal_runs() -> None:
-    assert simulate_cluster(7) == simulate_cluster(7)
+@pytest.mark.parametrize("first", quick_first(range(0, SEEDS, _CHUNK)))
+def test_no_request_of_a_continuous_engine_is_lost_under_any_faults(first: int) -> None:
+    statuses: Counter[str] = Counter()
+    for seed in range(first, first + _CHUNK):
+        try:
+            statuses += simulate_cluster(seed, batching=Batching.CONTINUOUS).statuses
+        except BaseException as error:
+            error.add_note(f"seed {seed} with continuous engines")
+            raise
+    assert statuses["completed"] > statuses["refused"] + statuses["failed"]
+    assert statuses["refused"]
+    assert statuses["failed"]
 
 
+@pytest.mark.parametrize("batching", Batching)
+def test_equal_seeds_give_equal_runs(batching: Batching) -> None:
+    assert simulate_cluster(7, batching=batching) == simulate_cluster(7, batching=batching)
+
+
+@pytest.mark.parametrize("batching", Batching)
 @pytest.mark.parametrize("seed", range(20))
-def test_lost_and_late_messages_fail_no_engine(seed: int) -> None:
+def test_lost_and_late_messages_fail_no_engine(seed: int, batching: Batching) -> None:
     faults = FaultRates(until_s=1000, lost=0.1, repeated=0.3, mean_delay_s=0.05, break_engines=False)
-    seen = simulate_cluster(seed, faults)
+    seen = simulate_cluster(seed, faults, batching=batching)
     assert seen.engines <= seen.deployments  # fewer if an endpoint is removed before its engine starts
     assert (seen.failures, seen.statuses["failed"]) == (0, seen.reasons["the client went away"])
 
 
+@pytest.mark.parametrize("batching", Batching)
 @pytest.mark.parametrize("seed", range(20))
-def test_a_stalled_executor_reports_no_hangs(seed: int) -> None:
-    seen = simulate_cluster(seed, FaultRates(until_s=1000, stall_rate=0.1, break_engines=False))
+def test_a_stalled_executor_reports_no_hangs(seed: int, batching: Batching) -> None:
+    faults = FaultRates(until_s=1000, stall_rate=0.1, break_engines=False)
+    seen = simulate_cluster(seed, faults, batching=batching)
     assert seen.hangs == 0
 
 

@@ -11,9 +11,9 @@ from maveriq.domain.deployments import Intent, Objective
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
 from maveriq.exec.engine_process import LaunchSpec
-from maveriq.exec.executor import RunNotes
 from maveriq.exec.live_cluster import EndpointRequest, LiveCluster, RequestHandle
 from maveriq.exec.messages import Loaded
+from maveriq.exec.run_notes import RunNotes
 
 
 def test_tokens_stream_before_the_outcome(tmp_path) -> None:
@@ -129,7 +129,7 @@ def test_injecting_a_fault_without_an_engine_leaves_no_note(tmp_path) -> None:
 
 
 def test_run_notes_are_bounded(monkeypatch) -> None:
-    monkeypatch.setattr("maveriq.exec.executor.MAX_ENGINES", 3)
+    monkeypatch.setattr("maveriq.exec.run_notes.MAX_ENGINES", 3)
     notes = RunNotes()
     launch = LaunchSpec(spec=EngineCase(backend="emulated").spec(), needed={0: 1}, load_s=0)
     for number in range(200):

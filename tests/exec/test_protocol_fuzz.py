@@ -13,7 +13,11 @@ from hypothesis import given, settings
 from maveriq.exec.engine_server import EngineServer
 from maveriq.exec.messages import (
     MAX_FRAME_BYTES,
+    AbortRequest,
+    Admitted,
+    BatchingSpec,
     ChannelClosedError,
+    Ended,
     EngineSpec,
     Failed,
     Finished,
@@ -21,13 +25,16 @@ from maveriq.exec.messages import (
     Hello,
     Load,
     Loaded,
+    NewTokens,
     Ping,
     Pong,
     PromptSequence,
     ProtocolError,
     StepProgress,
+    StepReport,
     Stop,
     StreamChannel,
+    SubmitRequest,
     decode_from_engine,
     decode_to_engine,
     encode,
@@ -51,6 +58,12 @@ SPECS = st.builds(
     devices=st.lists(TEXTS, max_size=3).map(tuple),
     time_scale=st.floats(0.001, 1),
     load_s=SECONDS,
+    batching=st.none()
+    | st.builds(
+        BatchingSpec,
+        kind=st.just("emulated"),
+        arguments=st.sampled_from([{}, {"step_ms": 0.0}, {"kv_tokens": 3, "step_ms": 0.0}, {"unknown": True}]),
+    ),
 )
 SEQUENCES = st.builds(
     PromptSequence,
@@ -68,7 +81,9 @@ TO_ENGINE = st.one_of(
         first_token_s=SECONDS,
         service_s=SECONDS,
     ),
-    st.builds(Ping, number=COUNTS),
+    st.builds(SubmitRequest, number=st.integers(1, 5), sequence=SEQUENCES, is_urgent=st.booleans()),
+    st.builds(AbortRequest, number=st.integers(1, 5), request_id=COUNTS),
+    st.builds(Ping, number=COUNTS, received=COUNTS),
     st.builds(Stop),
 )
 FROM_ENGINE = st.one_of(
@@ -83,7 +98,17 @@ FROM_ENGINE = st.one_of(
         outputs=st.lists(st.lists(IDS).map(tuple)).map(tuple),
     ),
     st.builds(Failed, execution_id=COUNTS, kind=TEXTS, message=TEXTS),
-    st.builds(Pong, number=COUNTS, execution_id=COUNTS, steps=COUNTS),
+    st.builds(
+        StepReport,
+        number=st.integers(1, 2**53),
+        step_s=SECONDS,
+        tokens=st.lists(st.builds(NewTokens, COUNTS, st.lists(IDS, min_size=1).map(tuple))).map(tuple),
+        admitted=st.lists(st.builds(Admitted, COUNTS, COUNTS)).map(tuple),
+        preempted=st.lists(COUNTS).map(tuple),
+        ended=st.lists(st.builds(Ended, COUNTS, SECONDS, COUNTS, TEXTS)).map(tuple),
+        running=COUNTS,
+    ),
+    st.builds(Pong, number=COUNTS, execution_id=COUNTS, steps=COUNTS, accepted=COUNTS),
 )
 
 

@@ -11,7 +11,7 @@ from engine_fixtures import EngineCase, batch_of
 from fixtures import MODEL
 from virtual_time import run_virtually
 
-from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
+from maveriq.exec.engine_process import LaunchSpec
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, NoMemoryProbe
 from maveriq.exec.gpus import GpuLostError
 from maveriq.exec.launcher import LaunchError
@@ -32,6 +32,7 @@ from maveriq.exec.messages import (
     ToEngine,
 )
 from maveriq.exec.supervisor import Supervisor
+from maveriq.exec.watchdog import SupervisionSettings
 
 SETTINGS = SupervisionSettings(
     start_timeout_s=100,
@@ -181,6 +182,9 @@ class Harness:
     def on_engine_repaired(self, deployment_id) -> None:
         self._note("repaired")
         self.start()
+
+    def on_report(self, deployment_id, generation, report) -> None:
+        self._note("report", report.number)
 
     def on_step(self, deployment_id, progress) -> None:
         self._note("step", progress.step)

@@ -13,8 +13,7 @@ from virtual_time import run_virtually
 from maveriq.control.controller import ControllerSettings
 from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.requests import RequestStatus
-from maveriq.errors import InputError
-from maveriq.exec.replay import ReplayResult, ReplaySettings, check_replayable, execute
+from maveriq.exec.replay import ReplayResult, ReplaySettings, execute
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.simulator import simulate
 
@@ -76,8 +75,3 @@ def test_requests_of_an_engine_that_is_killed_go_to_the_other():
     done = record.requests.status == RequestStatus.COMPLETED.value
     assert done.all()
     assert (record.requests.deployment_id[record.requests.arrival_us > 60_000] == 2).all()
-
-
-def test_other_engines_are_refused():
-    with pytest.raises(InputError, match="use maveriq sim, or --backend emulated"):
-        check_replayable(small_system())

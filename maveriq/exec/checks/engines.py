@@ -14,14 +14,24 @@ from typing import Any, TypeVar
 from maveriq.errors import MaveriqError
 from maveriq.exec.checks.plan import CheckPlan, PlannedEngine
 from maveriq.exec.checks.processes import engine_processes, shared_memory_files
-from maveriq.exec.engine_process import LaunchSpec, SupervisionSettings
+from maveriq.exec.engine_process import LaunchSpec
 from maveriq.exec.gpu_memory_gate import GpuMemoryGate, MemoryProbe, NoMemoryProbe
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineConnection, EngineLog, Launcher
-from maveriq.exec.messages import EngineSpec, Failed, Finished, Generate, Loaded, PromptSequence, StepProgress
+from maveriq.exec.messages import (
+    EngineSpec,
+    Failed,
+    Finished,
+    Generate,
+    Loaded,
+    PromptSequence,
+    StepProgress,
+    StepReport,
+)
 from maveriq.exec.model_files import ModelFiles
 from maveriq.exec.processes import ProcessStat
 from maveriq.exec.supervisor import Supervisor
+from maveriq.exec.watchdog import SupervisionSettings
 
 T = TypeVar("T")
 
@@ -197,6 +207,9 @@ class CheckedEngine:
 
     def on_engine_repaired(self, deployment_id: int) -> None:
         """It might restart; a check does not restart it."""
+
+    def on_report(self, deployment_id: int, generation: int, report: StepReport) -> None:
+        """Checks run one execution at a time, so that no engine sends this."""
 
     def on_step(self, deployment_id: int, progress: StepProgress) -> None:  # noqa: ARG002
         """A step is done."""

@@ -42,13 +42,13 @@ class EmulatedEngine:
         """
         due_s = time.monotonic() + spec.load_s * spec.time_scale
         self._time_scale = spec.time_scale
-        self._vocabulary_size = _vocabulary_size(spec.config_json)
+        self._vocabulary_size = vocabulary_size(spec.config_json)
         # `cat` waits for input; its stdin closes, and it exits, when this process ends.
         self._ranks = [
             subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)  # noqa: S607
             for _ in range(spec.tp * spec.pp - 1)
         ]
-        _sleep_until(due_s)
+        sleep_until(due_s)
         return Loaded(backend="emulated", version=_VERSION)
 
     def generate(self, batch: Generate) -> Iterator[Step]:
@@ -56,13 +56,13 @@ class EmulatedEngine:
         started_s = time.monotonic()
         steps = max(sequence.output_tokens for sequence in batch.sequences)
         step_s = max(0.0, batch.service_s - batch.first_token_s) / max(1, steps - 1)
-        streams = [_tokens(sequence, self._vocabulary_size) for sequence in batch.sequences]
+        streams = [emulated_tokens(sequence, self._vocabulary_size) for sequence in batch.sequences]
         for step in range(steps):
             tokens = [next(stream, ENDED) for stream in streams]
             if all(token == ENDED for token in tokens):
                 return
             elapsed_s = batch.first_token_s + step * step_s if steps > 1 else batch.service_s
-            _sleep_until(started_s + elapsed_s * self._time_scale)
+            sleep_until(started_s + elapsed_s * self._time_scale)
             yield tokens
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class EmulatedEngine:
             rank.communicate()  # closes its stdin
 
 
-def _tokens(sequence: PromptSequence, vocabulary_size: int) -> Iterator[int]:
+def emulated_tokens(sequence: PromptSequence, vocabulary_size: int) -> Iterator[int]:
     """Yield a sequence's tokens. They depend only on its prompt, as with greedy decoding."""
     seed = zlib.crc32(array("i", sequence.prompt).tobytes())
     for position in range(sequence.output_tokens):
@@ -82,7 +82,12 @@ def _tokens(sequence: PromptSequence, vocabulary_size: int) -> Iterator[int]:
             return
 
 
-def _vocabulary_size(config_json: str) -> int:
+def vocabulary_size(config_json: str) -> int:
+    """Return how many token ids a model has.
+
+    Raises:
+        EngineError: its configuration is not a JSON object, or the number is none.
+    """
     try:
         size = json.loads(config_json).get("vocab_size", _DEFAULT_VOCABULARY_SIZE)
     except (ValueError, AttributeError, RecursionError):
@@ -92,7 +97,8 @@ def _vocabulary_size(config_json: str) -> int:
     return size
 
 
-def _sleep_until(due_s: float) -> None:
+def sleep_until(due_s: float) -> None:
+    """Sleep until a time of the monotonic clock."""
     left_s = due_s - time.monotonic()
     if left_s > 0:
         time.sleep(left_s)

@@ -8,9 +8,9 @@ paces.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from maveriq.compat import StrEnum
 from maveriq.errors import MaveriqError, UnknownNameError
@@ -129,8 +129,22 @@ def make_engine(backend: str) -> Engine:
         UnknownNameError: the backend does not exist.
         ImportError: a package that it needs is not installed.
     """
-    location = BACKENDS.get(backend, backend)
-    module, colon, name = location.partition(":")
+    engine: Engine = load_class(backend, BACKENDS)()
+    return engine
+
+
+def load_class(backend: str, known: Mapping[str, str]) -> Callable[[], Any]:
+    """Return the class of a backend.
+
+    Args:
+        backend: a known name, or `module:Class`.
+        known: locations by name, as `module:Class`.
+
+    Raises:
+        UnknownNameError: neither.
+        ImportError: a package that it needs is not installed.
+    """
+    module, colon, name = known.get(backend, backend).partition(":")
     if not colon:
-        raise UnknownNameError("backend", backend, BACKENDS, "or MODULE:CLASS")
-    return cast(Callable[[], Engine], getattr(import_module(module), name))()
+        raise UnknownNameError("backend", backend, known, "or MODULE:CLASS")
+    return cast(Callable[[], Any], getattr(import_module(module), name))

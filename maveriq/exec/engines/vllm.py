@@ -144,13 +144,15 @@ def _check_checkpoint(requirements: EngineRequirements) -> None:
         )
 
 
+def kv_bytes_per_token(requirements: EngineRequirements) -> Bytes:
+    """Return the KV cache size of a token, on the GPU that holds most of it."""
+    int8 = requirements.configuration.kv is KvType.INT8
+    return requirements.kv_bytes_per_token(element_bytes=1 if int8 else 2, per_head_bytes=_SCALE_BYTES if int8 else 0)
+
+
 def _kv_bytes(requirements: EngineRequirements) -> Bytes:
     """Return the KV cache size per GPU: the blocks of a batch, and one that vLLM keeps empty."""
-    int8 = requirements.configuration.kv is KvType.INT8
-    per_token = requirements.kv_bytes_per_token(
-        element_bytes=1 if int8 else 2, per_head_bytes=_SCALE_BYTES if int8 else 0
-    )
-    return (requirements.kv_blocks(_BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * per_token
+    return (requirements.kv_blocks(_BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * kv_bytes_per_token(requirements)
 
 
 def _environment(requirements: EngineRequirements, cpus: tuple[int, ...]) -> dict[str, str]:
@@ -184,7 +186,8 @@ def _import_vllm() -> Any:
     return vllm
 
 
-def _sampling_arguments(sequence: PromptSequence) -> dict[str, Any]:
+def sampling_arguments(sequence: PromptSequence) -> dict[str, Any]:
+    """Return the arguments of vLLM's `SamplingParams` for a sequence."""
     return {
         "temperature": 0.0,
         "max_tokens": sequence.output_tokens,
@@ -192,6 +195,14 @@ def _sampling_arguments(sequence: PromptSequence) -> dict[str, Any]:
         "stop_token_ids": list(sequence.stop_token_ids),
         "detokenize": False,
     }
+
+
+def sampling_params(sequence: PromptSequence) -> Any:
+    """Return vLLM's `SamplingParams` for a sequence; each step returns what is new."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found, unused-ignore]
+
+    return SamplingParams(**sampling_arguments(sequence), output_kind=RequestOutputKind.DELTA)
 
 
 def layers_bytes_pid(model: Any) -> tuple[int, int, int]:
@@ -230,8 +241,8 @@ class VllmEngine(ExternalEngine):
         vllm = _import_vllm()
         from vllm import envs  # type: ignore[import-not-found, unused-ignore]
 
-        translation = translate(spec, "", cpus=_own_cpus())
-        sampling = _sampling_arguments(PromptSequence(request_id=0, prompt=(1,), output_tokens=1))
+        translation = self._translate(spec, "", _own_cpus())
+        sampling = sampling_arguments(PromptSequence(request_id=0, prompt=(1,), output_tokens=1))
         variables = {name for name in translation.environment if name.startswith("VLLM_")}
         unknown = (
             unknown_names(translation.arguments, vllm.EngineArgs)
@@ -240,8 +251,16 @@ class VllmEngine(ExternalEngine):
         )
         return Inspected(version=str(vllm.__version__), unknown_arguments=tuple(sorted(unknown)))
 
+    def _translate(self, spec: EngineSpec, folder: str, cpus: tuple[int, ...]) -> Translation:
+        return translate(spec, folder, cpus=cpus)
+
+    def _loaded_engine(self) -> Any:
+        if self._engine is None:
+            raise EngineError(FailureKind.ERROR, "vllm: nothing is loaded")
+        return self._engine
+
     def _load(self, spec: EngineSpec, folder: Path) -> Loaded:
-        translation = translate(spec, str(folder), cpus=_own_cpus())
+        translation = self._translate(spec, str(folder), _own_cpus())
         write_files(translation.files, folder)
         os.environ.update(translation.environment)
         self._max_tokens = translation.arguments["max_model_len"]
@@ -251,7 +270,7 @@ class VllmEngine(ExternalEngine):
         self._engine = LLMEngine.from_engine_args(vllm.EngineArgs(**translation.arguments))
         for _ in self._steps((PromptSequence(request_id=0, prompt=(1,), output_tokens=2),)):
             pass
-        kv_bytes = translation.arguments["kv_cache_memory_bytes"] * spec.tp * spec.pp
+        kv_bytes = translation.arguments.get("kv_cache_memory_bytes", 0) * spec.tp * spec.pp
         shards = self._shards()
         return Loaded(
             backend=NAME,
@@ -269,19 +288,15 @@ class VllmEngine(ExternalEngine):
         return tuple(RankShard(layers=layers, weights_bytes=size, dtype=dtype, pid=pid) for layers, size, pid in held)
 
     def _steps(self, sequences: tuple[PromptSequence, ...]) -> Iterator[Step]:
-        if self._engine is None:
-            raise EngineError(FailureKind.ERROR, "vllm: nothing is loaded")
+        self._loaded_engine()
         check_lengths(NAME, sequences, self._max_tokens)
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found, unused-ignore]
-
         self._executions += 1
         positions = {f"{self._executions}-{position}": position for position in range(len(sequences))}
         aligner = StepAligner(len(sequences))
         try:
             for request_id, sequence in zip(positions, sequences, strict=True):
-                sampling = SamplingParams(**_sampling_arguments(sequence), output_kind=RequestOutputKind.DELTA)
-                self._engine.add_request(request_id, {"prompt_token_ids": list(sequence.prompt)}, sampling)
+                prompt = {"prompt_token_ids": list(sequence.prompt)}
+                self._engine.add_request(request_id, prompt, sampling_params(sequence))
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     tokens = output.outputs[0].token_ids
