@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from maveriq.domain.models import known_models
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
-from maveriq.exec.engines.torch.config import Family, read_decoder_config
+from maveriq.exec.engines.torch.config import (
+    Family,
+    NotCoveredError,
+    TransformersConfig,
+    read_decoder_config,
+    read_model_config,
+)
 from maveriq.exec.messages import EngineSpec
 from maveriq.exec.model_files import hf_config_json
 
@@ -24,7 +30,7 @@ LLAMA = {
     "intermediate_size": 128,
     "vocab_size": 100,
 }
-FALCON_7B = json.loads(hf_config_json(known_models()["falcon-7b"]))
+FALCON_7B, FALCON_40B = (json.loads(hf_config_json(known_models()[name])) for name in ("falcon-7b", "falcon-40b"))
 
 
 def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", kv="native"):
@@ -73,16 +79,13 @@ def spec_of(config=LLAMA, *, tp=1, split=(4,), devices=None, weights="float16", 
         (spec_of({**FALCON_7B, "num_attention_heads": 70}, split=(32,)), "do not divide the hidden size"),
         (spec_of({"model_type": "gptj", "n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 9}), "rotary size 64"),
         (spec_of({**LLAMA, "head_dim": 0}), "head_dim"),
-        (spec_of({**LLAMA, "hidden_act": "relu"}), "relu"),
-        (spec_of({**LLAMA, "rope_scaling": {"rope_type": "yarn"}}), "yarn"),
         (spec_of({**LLAMA, "rope_scaling": {"rope_type": "linear"}}), "factor"),
         (spec_of({**LLAMA, "rope_scaling": "linear"}), "rope"),
-        (spec_of({**LLAMA, "partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
         (spec_of({**LLAMA, "num_local_experts": 8}), "experts .num_local_experts. in a family without"),
         (spec_of({**LLAMA, "sliding_window": 16}), "sliding window"),
         (spec_of({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}), "quantization_config"),
         (spec_of({**LLAMA, "rms_norm_eps": "small"}), "rms_norm_eps"),
-        (spec_of({**FALCON_7B, "alibi": True}, split=(32,)), "alibi"),
+        (spec_of({**FALCON_40B, "alibi": True}, split=(60,)), "alibi"),
         (spec_of({**LLAMA, "rms_norm_eps": 10**400}), "rms_norm_eps"),
         (spec_of({**LLAMA, "rope_theta": 1e400}), "rope_theta"),
         (spec_of({**LLAMA, "vocab_size": 2**62}), "vocab_size must be at most"),
@@ -100,6 +103,17 @@ def test_unsupported_models_are_refused_with_the_reason(spec, reason):
         engine.load(spec)
     assert raised.value.kind is FailureKind.UNSUPPORTED
     assert engine.pids == ()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"hidden_act": "relu"}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"partial_rotary_factor": 0.5}],
+)
+def test_what_the_own_decoder_does_not_cover_is_left_to_transformers(changed):
+    config = json.dumps({**LLAMA, **changed})
+    with pytest.raises(NotCoveredError):
+        read_decoder_config(config)
+    assert isinstance(read_model_config(config), TransformersConfig)
 
 
 @pytest.mark.parametrize("name", ["falcon-7b", "falcon-40b", "gptj-6b", "llama-2-7b", "llama-2-13b", "llama-2-70b"])

@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="these models run on its modules")
 
 import torch
 from torch_models import (
+    BEYOND_OWN,
     EIGHT_FAMILIES,
     LAYERS,
     MORE_FAMILIES,
@@ -21,6 +22,7 @@ from torch_models import (
     expected_tokens,
     greedy,
     load_worker,
+    on_ranks,
     outputs,
     prompts_of,
     run_split,
@@ -28,14 +30,17 @@ from torch_models import (
     transformers_model,
 )
 
+from maveriq.domain.models import known_models
 from maveriq.exec.capabilities import known_engines
 from maveriq.exec.device import Device
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch import TorchEngine
 from maveriq.exec.engines.torch.config import Family, read_model_config
-from maveriq.exec.engines.torch.families import TRANSFORMERS_FAMILIES
+from maveriq.exec.engines.torch.families import BEYOND_OWN_DECODER, TRANSFORMERS_FAMILIES, has_plan
+from maveriq.exec.engines.torch.transformers_model import build_model
 from maveriq.exec.engines.torch.weights import RandomWeights
 from maveriq.exec.messages import Generate
+from maveriq.exec.model_files import hf_config_json
 
 EIGHT_SPLITS = ((4,), (3, 1), (1, 3), (2, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1, 1))
 WITH_EXPERTS = "mixtral"
@@ -58,8 +63,11 @@ def distance(found, expected):
 
 def degrees_of(name):
     """Return the TP degrees to test a model at."""
-    family = str(TRANSFORMERS_CONFIGS[name]["model_type"]).removesuffix("_text")
-    return (1, 2) if TRANSFORMERS_FAMILIES[family] else (1,)
+    return (1, 2) if has_plan(family_of(TRANSFORMERS_CONFIGS[name])) else (1,)
+
+
+def family_of(config):
+    return str(config["model_type"]).removesuffix("_text")
 
 
 @pytest.mark.heavy
@@ -71,7 +79,7 @@ def test_every_split_gives_the_tokens_of_the_unsplit_model(name, tp):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", [*MORE_FAMILIES, *BEYOND_OWN])
 def test_some_splits_of_more_families_give_the_tokens_of_the_unsplit_model(name):
     for tp in degrees_of(name):
         for split in ((4,), (1, 3), (1, 2, 1)):
@@ -83,7 +91,7 @@ def test_some_splits_of_more_families_give_the_tokens_of_the_unsplit_model(name)
 def test_every_family_runs_in_every_format_that_the_matrix_lists(name):
     config = {**TRANSFORMERS_CONFIGS[name], "initializer_range": 0.05}
     exact = logits_of(load_worker(spec_of(config)))
-    listed = product(formats_of(str(config["model_type"]).removesuffix("_text")), ("native", "int8"))
+    listed = product(formats_of(family_of(config)), ("native", "int8"))
     for weights, kv in listed:
         worker = load_worker(spec_of(config, weights=weights, kv=kv))
         assert distance(logits_of(worker), exact) < {"float16": 1e-5, "int8": 0.05, "int4": 0.6}[weights], (weights, kv)
@@ -169,12 +177,21 @@ def test_a_quantized_model_can_be_split_into_stages(name, weights):
     assert tokens_of(name, split=(1, 3), weights=weights) == tokens_of(name, weights=weights)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("name", TRANSFORMERS_CONFIGS)
-def test_shards_of_a_quantized_model_agree(name, weights):
-    """Shards of rows have their own scales, so tokens may differ from those of one rank."""
-    assert len(tokens_of(name, tp=2, split=(3, 1), weights=weights)) == len(PROMPTS)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("phi", "int8"),
+        *(pytest.param(*case, marks=pytest.mark.heavy) for case in product(TRANSFORMERS_CONFIGS, ("int8", "int4"))),
+    ],
+)
+def test_the_scores_of_a_split_quantized_model_are_close_on_every_rank(name, weights):
+    """Shards of rows have their own scales, so scores differ from those of one rank, though not by more than these."""
+    config = {**TRANSFORMERS_CONFIGS[name], "initializer_range": 0.05}
+    exact = logits_of(load_worker(spec_of(config)))
+    tp = max(degrees_of(name))
+    scores = on_ranks(spec_of(config, tp=tp, split=(3, 1), weights=weights), logits_of)
+    assert scores[:tp] == [None] * tp  # the first stage
+    assert all(0 < distance(found, exact) < {"int8": 0.05, "int4": 0.6}[weights] for found in scores[tp:])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral-window"])
@@ -297,6 +314,22 @@ def test_sizes_are_read_without_torch_and_transformers():
     subprocess.run([sys.executable, "-c", script, config], check=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3-8b", "gemma-3-4b", *(pytest.param(name, marks=pytest.mark.heavy) for name in sorted(known_models()))],
+)
+def test_transformers_builds_a_model_with_as_many_parameters_as_estimates_count(name):
+    """The whole model, of any size: on the meta device it takes no memory."""
+    model = known_models()[name]
+    if model.architecture not in TRANSFORMERS_FAMILIES:
+        pytest.skip(f"{model.architecture} runs on maveriq's own decoder, or not at all")
+    built = build_model(read_model_config(hf_config_json(model)), torch.float16, eager_experts=False)
+    counted = model.decoder.parameters() - model.decoder.other_inputs_parameters
+    embedding, head = built.get_input_embeddings().weight, built.get_output_embeddings().weight
+    twice = head.numel() if built.config.get_text_config().tie_word_embeddings and head is not embedding else 0
+    assert sum(parameter.numel() for parameter in built.parameters()) - twice == counted
+
+
 @pytest.mark.heavy
 def test_two_stages_of_two_shards_over_processes():
     engine = TorchEngine()
@@ -310,8 +343,8 @@ def test_two_stages_of_two_shards_over_processes():
 
 
 def test_every_family_is_tested_and_in_the_matrix():
-    tested = {str(config["model_type"]).removesuffix("_text") for config in TRANSFORMERS_CONFIGS.values()}
-    assert tested == set(TRANSFORMERS_FAMILIES)
+    assert {family_of(config) for config in TRANSFORMERS_CONFIGS.values()} == {*TRANSFORMERS_FAMILIES, *Family}
+    assert set(BEYOND_OWN_DECODER) == set(Family)
     for row in known_engines()["torch"].can:
         unplanned = [family for family in row.architectures if not TRANSFORMERS_FAMILIES.get(family, True)]
         assert unplanned == (list(row.architectures) if row.max_tp == 1 else [])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from maveriq.exec.engines.torch.weights import RandomWeights
 # Tiny models do not gain from threads, and waiting threads take cores from other processes.
 torch.set_num_threads(1)
 
+T = TypeVar("T")
 LAYERS = 4
 VOCABULARY = 199
 SPREAD = 0.3  # wide, so that tokens differ from step to step
@@ -101,7 +102,6 @@ EIGHT_FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 """Those of the eight families of decision 20 that run on transformers' modules; `CONFIGS` has the others."""
 MORE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "apertus": {**_DECODER, "model_type": "apertus"},
     "arcee": {**_DECODER, "model_type": "arcee"},
     "bloom": {"model_type": "bloom", "n_layer": LAYERS, "hidden_size": 64, "n_head": 8, "vocab_size": VOCABULARY},
     "codegen": {**_GPT2, "model_type": "codegen", "rotary_dim": 4, "tie_word_embeddings": False},
@@ -148,8 +148,24 @@ MORE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "stablelm": {**_DECODER, "model_type": "stablelm", "use_parallel_residual": True},
     "starcoder2": {**_DECODER, "model_type": "starcoder2", **_WINDOW},
 }  # fmt: skip
+BEYOND_OWN: Mapping[str, Mapping[str, Any]] = {
+    "falcon-alibi": {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "gpt-j-relu": {**CONFIGS["gpt-j"], "activation_function": "relu"},
+    "llama-partial": {**_DECODER, "hidden_act": "relu", "partial_rotary_factor": 0.5},
+    "llama-yarn": {
+        **_DECODER,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+}
+"""Models of the families of maveriq's own decoder that it does not cover."""
 TRANSFORMERS_CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    name: {**config, "initializer_range": SPREAD} for name, config in {**EIGHT_FAMILIES, **MORE_FAMILIES}.items()
+    name: {**config, "initializer_range": SPREAD}
+    for name, config in {**EIGHT_FAMILIES, **MORE_FAMILIES, **BEYOND_OWN}.items()
 }
 """Models that run on transformers' modules."""
 PROMPTS = tuple(tuple((7 * i * i + 3 * i + n) % VOCABULARY for i in range(n)) for n in (5, 13, 9))
@@ -275,17 +291,22 @@ class ThreadCollectives:
         return agreed
 
 
-def run_split(spec: Any, prompts: Sequence[messages.PromptSequence]) -> list[list[list[int]]]:
-    """Run a split model with all ranks in threads; return each rank's steps."""
+def on_ranks(spec: Any, use: Callable[[RankWorker], T]) -> list[T]:
+    """Load a split model with all ranks in threads; return what `use` returns for each rank."""
     ranks = spec.tp * spec.pp
     state = ThreadGroupState(spec.tp, spec.pp)
 
-    def run(rank: int) -> list[list[int]]:
+    def run(rank: int) -> T:
         collectives = SingleRank() if ranks == 1 else ThreadCollectives(state, shard_of(spec, rank))
-        return [step for step, _ in RankWorker(spec, rank, collectives).run(tuple(prompts))]
+        return use(RankWorker(spec, rank, collectives))
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(run, range(ranks)))
+
+
+def run_split(spec: Any, prompts: Sequence[messages.PromptSequence]) -> list[list[list[int]]]:
+    """Run a split model with all ranks in threads; return each rank's steps."""
+    return on_ranks(spec, lambda worker: [step for step, _ in worker.run(tuple(prompts))])
 
 
 def outputs(steps: Sequence[Sequence[int]]) -> list[list[int]]:

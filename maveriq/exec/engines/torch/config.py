@@ -24,7 +24,7 @@ from maveriq.domain.parallel import check_layer_split, why_tp_does_not_divide
 from maveriq.domain.quantization_config import read_quantization
 from maveriq.errors import InputError
 from maveriq.exec.engines.engine import EngineError, FailureKind
-from maveriq.exec.engines.torch.families import TRANSFORMERS_FAMILIES
+from maveriq.exec.engines.torch.families import EXPANDS_KV_HEADS, TRANSFORMERS_FAMILIES, has_plan
 from maveriq.exec.messages import EngineSpec
 
 _WHERE = "config.json"
@@ -135,7 +135,8 @@ def read_decoder_config(config_json: str) -> DecoderConfig:
     """Read a `config.json`. Its shape is read as everywhere in maveriq, its switches here.
 
     Raises:
-        EngineError: it is not a `config.json`, or its decoder is not supported.
+        NotCoveredError: its decoder has a part that maveriq's own has not.
+        EngineError: it is not a `config.json`, or its model is not supported.
     """
     try:
         config = parse_config(config_json, _WHERE)
@@ -153,6 +154,13 @@ def read_decoder_config(config_json: str) -> DecoderConfig:
     return arch
 
 
+class NotCoveredError(EngineError):
+    """maveriq's own decoder does not compute what a `config.json` asks for; transformers may."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(FailureKind.UNSUPPORTED, reason)
+
+
 def read_model_config(config_json: str) -> ModelConfig:
     """Read a `config.json`, of maveriq's own decoder or of a family that runs on transformers' modules.
 
@@ -167,7 +175,15 @@ def read_model_config(config_json: str) -> ModelConfig:
     if family not in _READERS and family not in TRANSFORMERS_FAMILIES:
         runs = ", ".join((*_READERS, *TRANSFORMERS_FAMILIES))
         raise_unsupported(f"model_type {config.get('model_type')!r} is not one of {runs}")
-    return read_decoder_config(config_json) if family in _READERS else read_transformers_config(config_json)
+    if family not in _READERS:
+        return read_transformers_config(config_json)
+    try:
+        return read_decoder_config(config_json)
+    except NotCoveredError:
+        read = read_transformers_config(config_json)
+        if family in EXPANDS_KV_HEADS and read.kv_heads not in (1, read.heads):
+            raise
+        return read
 
 
 def read_transformers_config(config_json: str) -> TransformersConfig:
@@ -245,7 +261,7 @@ def _llama(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
 
 def _falcon(config: Mapping[str, Any], shape: Shape) -> DecoderConfig:
     if config.get("alibi"):
-        raise_unsupported("falcon with alibi positions is not supported, only with rotary ones")
+        raise NotCoveredError("falcon with alibi positions is not supported, only with rotary ones")
     variant = FAMILIES["falcon"].variant
     new = variant is not None and variant.is_chosen(Fields(config, "config.json"))
     parallel = shape.all_reduces_per_layer == 1
@@ -294,11 +310,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 
 def _activation(name: object) -> Activation:
     found = _ACTIVATIONS.get(str(name))
-    return (
-        found
-        if found is not None
-        else raise_unsupported(f"activation {name!r} is not one of {', '.join(_ACTIVATIONS)}")
-    )
+    if found is None:
+        raise NotCoveredError(f"activation {name!r} is not one of {', '.join(_ACTIVATIONS)}")
+    return found
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -323,7 +337,7 @@ def _rotary(config: Mapping[str, Any], head_size: int) -> Rotary:
     parameters = rope_parameters(config, "config.json")
     for part in (config, parameters):
         if part.get("partial_rotary_factor") not in (None, 1):
-            raise_unsupported(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported, only 1")
+            raise NotCoveredError(f"partial_rotary_factor {part['partial_rotary_factor']!r} is not supported, only 1")
     theta = _number(parameters, "rope_theta", _number(config, "rope_theta", 10000.0))
     kind = rope_type_of(parameters, "config.json")
     if kind == "default":
@@ -334,7 +348,7 @@ def _rotary(config: Mapping[str, Any], head_size: int) -> Rotary:
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         factor, low, high, context = (_number(parameters, key) for key in keys)
         return Rotary(size=head_size, theta=theta, frequency_scaling=(factor, low, high, context))
-    raise_unsupported(f"rotary positions of type {kind!r} are not supported, only default, linear and llama3")
+    raise NotCoveredError(f"rotary positions of type {kind!r} are not supported, only default, linear and llama3")
 
 
 _WEIGHTS = (WeightType.FLOAT16, WeightType.INT8, WeightType.INT4)
@@ -428,7 +442,7 @@ def _check_split(spec: EngineSpec, arch: ModelConfig) -> None:
 
 
 def _check_degree(tp: int, arch: ModelConfig) -> None:
-    if tp > 1 and isinstance(arch, TransformersConfig) and not TRANSFORMERS_FAMILIES[arch.family]:
+    if tp > 1 and isinstance(arch, TransformersConfig) and not has_plan(arch.family):
         raise_unsupported(
             f"transformers has no tensor-parallel plan for {arch.family}; the nearest that it runs is TP 1"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 _SHARDED = (
-    "apertus", "arcee", "codegen", "cohere", "cohere2", "dots1", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3",
+    "arcee", "codegen", "cohere", "cohere2", "dots1", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3",
     "glm", "glm4", "glm4_moe", "gpt_neox", "granite", "granitemoe", "minimax_m2", "mistral", "mixtral", "nemotron",
     "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
     "starcoder2",
@@ -20,3 +20,14 @@ TRANSFORMERS_FAMILIES: Mapping[str, bool] = MappingProxyType(
 
 Each is one whose tokens are tested (tests/exec/test_torch_transformers.py).
 """
+
+BEYOND_OWN_DECODER: Mapping[str, bool] = MappingProxyType({"llama": True, "gptj": True, "falcon": False})
+"""The same of the families of maveriq's own decoder: what it does not cover of them runs on transformers' modules."""
+
+EXPANDS_KV_HEADS = frozenset({"falcon"})
+"""Families of which transformers keeps several KV heads once for each query head: many times the estimated memory."""
+
+
+def has_plan(family: str) -> bool:
+    """Return whether transformers can shard a family."""
+    return {**TRANSFORMERS_FAMILIES, **BEYOND_OWN_DECODER}[family]

@@ -202,7 +202,7 @@ def _load_stage(
     except ImportError as error:
         version = metadata.version("transformers")
         raise EngineError(
-            FailureKind.UNSUPPORTED, f"transformers {version} is not one that maveriq knows (5.16 or newer): {error}"
+            FailureKind.UNSUPPORTED, f"transformers {version} is not one that maveriq knows (5.20 or newer): {error}"
         ) from None
     return TransformersStage(config, shard, spec, source, collectives, like=like)
 

@@ -34,15 +34,24 @@ def build_model(config: TransformersConfig, dtype: torch.dtype, *, eager_experts
     Raises:
         EngineError: transformers does not know the family, or refuses its configuration.
     """
+    # Of a multimodal family the decoder alone: gemma3_text.
+    text = f"{config.family}_text"
+    name = text if text in CONFIG_MAPPING else config.model_type
+    experts = {"experts_implementation": "eager"} if eager_experts else {}
     try:
-        hf_config = CONFIG_MAPPING[config.model_type].from_dict(_safe(config.config))
-        experts = {"experts_implementation": "eager"} if eager_experts else {}
+        hf_config = CONFIG_MAPPING[name].from_dict(_safe(config.config))
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False, **experts).eval()
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False, **experts)
     except Exception as error:  # what transformers raises depends on the family
         line = " ".join(str(error).split())
-        raise_unsupported(f"transformers cannot build this {config.model_type}: {type(error).__name__}: {line[:300]}")
+        raise_unsupported(f"transformers cannot build this {name}: {type(error).__name__}: {line[:300]}")
+    read = (hf_config.num_hidden_layers, hf_config.hidden_size, hf_config.vocab_size)
+    if read != (config.layers, config.hidden, config.vocabulary):
+        expected = f"{config.layers} layers, hidden size {config.hidden} and {config.vocabulary} tokens"
+        raise_unsupported(f"transformers reads this {name} as {read[0]} layers, hidden size {read[1]} and {read[2]} "
+                          f"tokens, not {expected}")  # fmt: skip
+    return model.eval()
 
 
 def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
