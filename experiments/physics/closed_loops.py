@@ -64,7 +64,9 @@ class LoopSample:
         # All clients start at once, and each sends ten requests: the first waits for half the prompts of all others.
         start_us = replace(self.load, in_step=True, mixes_prefill=False).times(step_us).first_us
         first_us += (max(start_us, first_us) - first_us) / _REQUESTS_OF_A_CLIENT
-        return SteadyTimes(first_us + preset.first_token_delay_us(self.load.prompt_tokens), token_us)
+        return SteadyTimes(
+            first_us + preset.first_token_delay_us(self.load.prompt_tokens, running=self.load.in_flight), token_us
+        )
 
     def log_error(self, preset: EnginePreset) -> float:
         """Return the logarithm of the predicted over the measured time of a token."""

@@ -73,6 +73,8 @@ def _open_loop(table: pd.DataFrame) -> Iterator[Bar]:
         yield _worst(f"validate, below saturation: {figure}, worst", below[f"{figure} %"], 5)
     yield _worst("validate, below saturation: E2E p99, worst", below["E2E p99 %"], 6)
     yield _worst("validate, below saturation: TTFT p99, worst", below["TTFT p99 %"], 15)
+    yield _worst("validate, without the first 100 requests: E2E p99, worst", below["E2E p99 later %"], None)
+    yield _worst("validate, without the first 100 requests: TTFT p99, worst", below["TTFT p99 later %"], None)
     yield _median("validate, below saturation: E2E p99, median", below["E2E p99 %"], None)
     yield _median("validate, below saturation: TTFT p99, median", below["TTFT p99 %"], None)
     for figure in _OPEN:

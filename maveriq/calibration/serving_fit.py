@@ -26,7 +26,7 @@ from maveriq.estimate.engine_presets import EngineTimes, Uncertainty
 
 Array: TypeAlias = npt.NDArray[Any]
 
-FIELDS = ("step_us", "sequence_us", "kernel_factor", "prefill_factor", "api_us", "api_token_us")
+FIELDS = ("step_us", "sequence_us", "kernel_factor", "prefill_factor", "api_us", "api_token_us", "api_sequence_us")
 """The times that can be fitted."""
 
 _SMALL_STEP = 0.05  # of the prior's standard deviation, after which a fit ends
@@ -57,6 +57,7 @@ PRIORS: Mapping[str, Prior] = {
     "prefill_factor": Prior(0.1, 0.08),
     "api_us": Prior(4000.0, 2000.0),
     "api_token_us": Prior(1.0, 1.0),
+    "api_sequence_us": Prior(30.0, 30.0),
 }
 
 

@@ -41,6 +41,7 @@ class Uncertainty(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     prefill_factor: _NotNegative = 0.0
     api_us: _NotNegative = 0.0
     api_token_us: _NotNegative = 0.0
+    api_sequence_us: _NotNegative = 0.0
 
 
 class EngineTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -52,6 +53,7 @@ class EngineTimes(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     prefill_factor: _Factor
     api_us: _NotNegative
     api_token_us: _NotNegative
+    api_sequence_us: _NotNegative = 0.0
     uncertainty: Uncertainty = Uncertainty()
 
 
@@ -66,15 +68,19 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         step_us: host time of a step.
         sequence_us: host time of each sequence of a step.
         layer_us: host time to launch the kernels of a layer, while those before run; 0 where CUDA graphs launch them.
+        prefill_layer_us: the same in steps that hold prefill, for engines that capture no graphs of these.
         kernel_factor: time of a step's kernels over that of the operators, in steps that only decode.
         prefill_factor: the same in steps that hold prefill.
         api_us: what a request's first token takes beside waiting and its step: HTTP, tokenizer.
         api_token_us: the same for each token of its prompt.
+        api_sequence_us: the same for each sequence that runs meanwhile: one event loop takes requests in and sends the
+            tokens of all streams out.
         mixes_prefill: whether sequences go on decoding in steps that hold prefill.
         asynchronous: whether the scheduler prepares a step while the one before runs: an arrival then joins the step
             after the one that is prepared already.
         fp8_block_floor_us: see `maveriq.estimate.operators.EngineKernels`.
         peer_read_limit_mb: see there.
+        one_hopper_attention: see there.
         int4_by_channel: whether int4 weights share a scale by output channel; else by groups of 128, as AWQ's do.
         reserve_gib: see `maveriq.estimate.engine_memory.EngineSettings`.
         communication_gib: see there.
@@ -95,14 +101,17 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     step_us: _NotNegative
     sequence_us: _NotNegative
     layer_us: _NotNegative = 0.0
+    prefill_layer_us: _NotNegative = 0.0
     kernel_factor: _Factor
     prefill_factor: _Factor
     api_us: _NotNegative
     api_token_us: _NotNegative
+    api_sequence_us: _NotNegative = 0.0
     mixes_prefill: bool
     asynchronous: bool
     fp8_block_floor_us: _NotNegative = 0.0
     peer_read_limit_mb: _NotNegative = 0.0
+    one_hopper_attention: bool = False
     int4_by_channel: bool = False
     reserve_gib: _NotNegative = 0.2
     communication_gib: _NotNegative = 0.5
@@ -124,7 +133,11 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     @property
     def kernels(self) -> EngineKernels:
         """What its kernels do differently from the usual ones."""
-        return EngineKernels(fp8_block_floor_us=self.fp8_block_floor_us, peer_read_limit_mb=self.peer_read_limit_mb)
+        return EngineKernels(
+            fp8_block_floor_us=self.fp8_block_floor_us,
+            peer_read_limit_mb=self.peer_read_limit_mb,
+            one_hopper_attention=self.one_hopper_attention,
+        )
 
     def settings(self, gpu: GpuSheet, *, tp: int, kv_value_bytes: float) -> EngineSettings:
         """Return its default settings that decide about memory.
@@ -163,17 +176,18 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     def kernels_us(self, gpu_us: Sizes, *, has_prefill: bool, layers: Sizes = 0) -> Any:
         """Return the time of a step's kernels, of so many layers; the arguments are those of `step_time_us`."""
         kernels_us = gpu_us * (self.prefill_factor if has_prefill else self.kernel_factor)
-        if self.layer_us:  # the host launches kernels while others run: the slower of the two decides
-            kernels_us = (kernels_us**_SHARPNESS + (self.layer_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
+        launch_us = max(self.layer_us, self.prefill_layer_us) if has_prefill else self.layer_us
+        if launch_us:  # the host launches kernels while others run: the slower of the two decides
+            kernels_us = (kernels_us**_SHARPNESS + (launch_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
         return kernels_us
 
     def host_us(self, sequences: Sizes) -> Any:
         """Return what the host adds to a step of so many sequences."""
         return self.step_us + self.sequence_us * sequences
 
-    def first_token_delay_us(self, prompt_tokens: float) -> float:
-        """Return what the first token takes beside waiting for its step and that step."""
-        return self.api_us + self.api_token_us * prompt_tokens
+    def first_token_delay_us(self, prompt_tokens: float, *, running: float) -> float:
+        """Return what the first token takes beside waiting for its step and that step, while so many sequences run."""
+        return self.api_us + self.api_token_us * prompt_tokens + self.api_sequence_us * running
 
     @property
     def times(self) -> EngineTimes:

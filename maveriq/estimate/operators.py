@@ -205,10 +205,13 @@ class EngineKernels:
         fp8_block_floor_us: the least time of a product of block-scaled 8-bit floats.
         peer_read_limit_mb: up to this size of messages, more than two GPUs without NVLink add up by reading each
             other's memory, which is slow over PCIe; beyond, and where it is 0, they pass messages in a ring.
+        one_hopper_attention: whether chunks of prompts and decoding sequences share a call of attention on Hopper, as
+            FlashAttention 3 lets them; else each have a call of their own.
     """
 
     fp8_block_floor_us: float = 0.0
     peer_read_limit_mb: float = 0.0
+    one_hopper_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,15 +339,19 @@ class Operators:
     ) -> Array:
         """Return the time that decoding sequences add to the attention of chunks in the same step."""
         alone_us = self.decode_attention_us(kv_format, sequences, context, of, windowed=windowed)
-        if not self._has_one_kernel_for_all:
-            return alone_us
-        mixed_us = mixed_attention_us(self.gpu, BYTES_PER_WEIGHT[kv_format], sequences, context, of)
-        return np.asarray(np.maximum(alone_us, mixed_us))
+        if self._has_flash_attention_2:
+            mixed_us = mixed_attention_us(self.gpu, BYTES_PER_WEIGHT[kv_format], sequences, context, of)
+            return np.asarray(np.maximum(alone_us, mixed_us))
+        if self.kernels.one_hopper_attention and int(self.gpu.compute_capability) == _HOPPER:
+            # The one call is launched with the chunks.
+            launch_us = self.decode_attention_us(kv_format, 1 / of.kv_heads, 1.0, of, windowed=windowed)
+            return np.asarray(np.maximum(alone_us - launch_us, 0.0))
+        return alone_us
 
     @property
-    def _has_one_kernel_for_all(self) -> bool:
+    def _has_flash_attention_2(self) -> bool:
         """Whether chunks and decoding sequences share a call of FlashAttention 2, as on GPUs without later kernels."""
-        return self.gpu.compute_capability < 9 or self.gpu.compute_capability >= 12
+        return self.gpu.compute_capability < _HOPPER or self.gpu.compute_capability >= 12
 
     def prefill_attention_us(
         self, kv_format: NumberFormat, chunk: Sizes, past: Sizes, of: Heads, *, window: float = np.inf, chunks: int = 1

@@ -173,7 +173,7 @@ class PhysicsEstimator:
             first_us, token_us = load.times(step_us)
         else:
             first_us, token_us = step_us(0, [Chunk(tokens=prompt_tokens)] * batch), step_us(batch, ())
-        first_us += self.engine.first_token_delay_us(prompt_tokens)
+        first_us += self.engine.first_token_delay_us(prompt_tokens, running=batch)
         return ServiceEstimate(
             ttft_s=(first_us - token_us) / 1e6,
             tpot_s=token_us / 1e6,

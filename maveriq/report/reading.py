@@ -50,6 +50,10 @@ T = TypeVar("T")
 _TIMES = {"arrival_us": "arrival_s", "start_us": "start_s", "first_token_us": "first_token_s", "finish_us": "finish_s"}
 _COUNTS = ("request_id", "endpoint", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions")
 _EMPTY_IF_0 = ("deployment_id", "steps")
+_LATER = ("steps",)
+"""The last columns of requests.csv, which runs of earlier versions lack; their values are 0 then."""
+
+_COLUMNS_BEFORE = REQUEST_COLUMNS[: -len(_LATER)]
 _MAX_COUNT = 10**15 - 1
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_TABLE_BYTES = 1 << 36
@@ -115,11 +119,13 @@ def _decode(path: Path, shape: type[T]) -> T:
         raise InputError(f"run file {str(path)!r} is not what maveriq writes: {readable_error(str(error))}") from None
 
 
-def _read_rows(path: Path, columns: tuple[str, ...], *, what: str, expected: int) -> Iterator[Row]:
+def _read_rows(
+    path: Path, columns: tuple[str, ...], *, what: str, expected: int, optional: tuple[str, ...] = ()
+) -> Iterator[Row]:
     if not expected:  # `read_csv` refuses a table without rows
         return
     count = 0
-    rows = read_csv(path, columns, what=what, max_bytes=_MAX_TABLE_BYTES)
+    rows = read_csv(path, columns, what=what, optional=optional, max_bytes=_MAX_TABLE_BYTES)
     for count, row in enumerate(rows, start=1):  # noqa: B007 - counts
         yield row
     if count != expected:
@@ -143,26 +149,25 @@ def _request_columns(path: Path, texts: Mapping[str, Mapping[str, int]]) -> dict
         path: the file.
         texts: for each column of texts, the number of each known text.
     """
-    times = _TIMES.values()
-    table = _arrow_table(
-        path,
-        REQUEST_COLUMNS,
-        times=(*times, "slo_s"),
-        counts=(*_COUNTS, *_EMPTY_IF_0),
-        texts=tuple(texts),
-    )
-    if table is None:
-        return None
-    try:
-        return {
-            **{name: _whole_numbers(table[name]) for name in _COUNTS},
-            **{name: _whole_numbers(table[name], minimum=1, empty=0) for name in _EMPTY_IF_0},
-            **{name: _micros(table[name], empty=NOT_YET) for name in times},
-            "slo_s": _micros(table["slo_s"], empty=0),
-            **{name: _numbers_of_texts(table[name], numbers) for name, numbers in texts.items()},
-        }
-    except (ValueError, KeyError):
-        return None
+    for columns in (REQUEST_COLUMNS, _COLUMNS_BEFORE):
+        times, empty_if_0 = _TIMES.values(), [name for name in _EMPTY_IF_0 if name in columns]
+        table = _arrow_table(
+            path, columns, times=(*times, "slo_s"), counts=(*_COUNTS, *empty_if_0), texts=tuple(texts)
+        )  # fmt: skip
+        if table is None:
+            continue
+        try:
+            return {
+                **{name: np.zeros(len(table), dtype=np.int64) for name in _LATER},
+                **{name: _whole_numbers(table[name]) for name in _COUNTS},
+                **{name: _whole_numbers(table[name], minimum=1, empty=0) for name in empty_if_0},
+                **{name: _micros(table[name], empty=NOT_YET) for name in times},
+                "slo_s": _micros(table["slo_s"], empty=0),
+                **{name: _numbers_of_texts(table[name], numbers) for name, numbers in texts.items()},
+            }
+        except (ValueError, KeyError):
+            return None
+    return None
 
 
 def _arrow_table(
@@ -258,7 +263,8 @@ def _numbers_of_texts(column: pa.ChunkedArray, numbers: Mapping[str, int]) -> Ar
 def _read_row_by_row(path: Path, record: _Record, lookup: _Lookup) -> RequestTable:
     names = [name for name in RequestTable.__slots__ if name != "reasons"]
     columns = {name: array("q") for name in names}
-    for row in _read_rows(path, REQUEST_COLUMNS, what="requests", expected=record.rows.requests):
+    rows = _read_rows(path, _COLUMNS_BEFORE, what="requests", expected=record.rows.requests, optional=_LATER)
+    for row in rows:
         for name, value in lookup.values(row).items():
             columns[name].append(value)
     return RequestTable(
@@ -318,7 +324,7 @@ class _Lookup:
             "cached_tokens": row.count("cached_tokens"),
             "output_tokens": row.count("output_tokens"),
             "preemptions": row.count("preemptions"),
-            "steps": row.count("steps", minimum=1) if row.cells["steps"] else 0,
+            "steps": row.count("steps", minimum=1) if row.cells.get("steps") else 0,
             "slo_us": _time_us(row, "slo_s", 0),
         }
 

@@ -30,12 +30,13 @@ class EngineParts:
     Args:
         engine: decides what each step computes; it has no request yet.
         timer: how long a step takes, in a pipeline in each of its stages.
-        admission_delay_us: time from the arrival of a request with so many prompt tokens to the engine's queue.
+        admission_delay_us: time from the arrival of a request with so many prompt tokens to the engine's queue, while
+            so many other requests have not ended.
     """
 
     engine: Engine
     timer: StepTimer | PipelineTimer
-    admission_delay_us: Callable[[int], Micros]
+    admission_delay_us: Callable[[int, int], Micros]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ class ContinuousEngines:
         return EngineParts(
             engine=engine,
             timer=self._timer(plan, sized),
-            admission_delay_us=_admission_delay(sized.estimator.engine),
+            admission_delay_us=admission_delay(sized.estimator.engine, max_num_seqs=sized.resolved.max_num_seqs),
         )
 
     @staticmethod
@@ -171,8 +172,15 @@ def _predicted_blocks(
     return estimator.kv_blocks(model, configuration, settings)
 
 
-def _admission_delay(preset: EnginePreset) -> Callable[[int], Micros]:
-    def admission_delay_us(prompt_tokens: int) -> Micros:
-        return round(preset.first_token_delay_us(prompt_tokens))
+def admission_delay(preset: EnginePreset, *, max_num_seqs: int) -> Callable[[int, int], Micros]:
+    """Return what tells the time from a request's arrival to its engine's queue.
+
+    Args:
+        preset: of the engine.
+        max_num_seqs: requests that run together at most. Where its KV cache holds fewer, the delay is overstated.
+    """
+
+    def admission_delay_us(prompt_tokens: int, requests: int) -> Micros:
+        return round(preset.first_token_delay_us(prompt_tokens, running=min(requests, max_num_seqs)))
 
     return admission_delay_us

@@ -141,6 +141,7 @@ class SteppedEngine:
         self._skips_steps = skips_steps
         self._arrivals: list[_Arrival] = []
         self._submitted = 0
+        self._requests = 0  # that have not ended
         self._aborts: list[int] = []
         self._unstarted: set[RequestId] = set()
         self._in_flight: deque[_InFlight] = deque()
@@ -163,8 +164,9 @@ class SteppedEngine:
     def submit(self, now_us: Micros, request: Request) -> None:
         """Put a request into the engine's queue, which it reaches after the delay of its prompt."""
         self.recorder.joined(now_us)
-        ready_us = now_us + self._admission_delay_us(request.prompt_tokens)
+        ready_us = now_us + self._admission_delay_us(request.prompt_tokens, self._requests)
         self._submitted += 1
+        self._requests += 1
         heappush(self._arrivals, _Arrival(ready_us, self._submitted, engine_request(request)))
         if self._boundary is None:
             self.next_us = self._arrivals[0].ready_us
@@ -187,6 +189,7 @@ class SteppedEngine:
     def abort(self, now_us: Micros, request_id: int) -> None:
         """End a request at the next step boundary."""
         self.recorder.left(now_us)
+        self._requests -= 1
         self._aborts.append(request_id)
         self._cut(now_us)
 
@@ -239,6 +242,7 @@ class SteppedEngine:
         if finished:
             unwanted = sum(1 for end in finished if end.request_id in self._aborts) if self._aborts else 0
             self.recorder.left(end_us, len(finished) - unwanted)
+            self._requests -= len(finished) - unwanted
         return EngineProgress(
             self._deployment_id,
             self._generation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 from fixtures import scenario
 
 from maveriq.control.engine_recorder import EngineRecorder
@@ -16,7 +17,7 @@ from maveriq.engine.settings import EngineHost
 from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.pipeline_timer import PipelineTimer, StageModel
 from maveriq.estimate.step_timer import StepTimer
-from maveriq.scenario.continuous_engines import EngineParts
+from maveriq.scenario.continuous_engines import EngineParts, admission_delay
 from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.scenario.system import ReplaySystem
 from maveriq.workload.requests import Arrivals
@@ -42,14 +43,22 @@ def stepped(
     *,
     context: int = 256,
     delay_us: int = 0,
+    delay_of_each_us: int = 0,
     deployment_id: int = 1,
     skips_steps: bool = True,
     sample_us: int = 1_000_000,
     timer: StepTimer | PipelineTimer = TIMER,
 ) -> SteppedEngine:
-    """Return an engine of a model with so long a context, which records intervals of `sample_us`."""
+    """Return an engine of a model with so long a context, which records intervals of `sample_us`.
+
+    Requests reach its queue after `delay_us`, and `delay_of_each_us` more for each that runs.
+    """
     resolved = read_engine_settings(settings).resolve(EngineHost(context_tokens=context))
-    parts = EngineParts(engine=resolved.make_engine(blocks), timer=timer, admission_delay_us=lambda _: delay_us)
+    preset = msgspec.structs.replace(
+        engine_preset("vllm-0.23.0"), api_us=delay_us, api_token_us=0, api_sequence_us=delay_of_each_us
+    )
+    delay = admission_delay(preset, max_num_seqs=resolved.max_num_seqs)
+    parts = EngineParts(engine=resolved.make_engine(blocks), timer=timer, admission_delay_us=delay)
     recorder = EngineRecorder(sample_us, TokenGaps())
     return SteppedEngine(parts, deployment_id, 1, recorder=recorder, skips_steps=skips_steps)
 
@@ -136,7 +145,7 @@ class SmallEngines:
 
     def parts(self, endpoint, plan):
         resolved = read_engine_settings(self.settings).resolve(EngineHost(context_tokens=self.context))
-        return EngineParts(engine=resolved.make_engine(self.blocks), timer=TIMER, admission_delay_us=lambda _: 0)
+        return EngineParts(engine=resolved.make_engine(self.blocks), timer=TIMER, admission_delay_us=lambda *_: 0)
 
 
 def system(

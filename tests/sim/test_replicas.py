@@ -67,7 +67,7 @@ def test_two_choices_have_a_shorter_tail_than_one_and_least_outstanding_as_short
     for rule in (RoutingRule.RANDOM, RoutingRule.POWER_OF_TWO, RoutingRule.LEAST_OUTSTANDING):
         table = simulated(rule, requests, replicas=8)
         tail[rule] = float(np.percentile(table.first_token_us - table.arrival_us, 99))
-    assert tail[RoutingRule.POWER_OF_TWO] < 0.2 * tail[RoutingRule.RANDOM]
+    assert tail[RoutingRule.POWER_OF_TWO] < 0.3 * tail[RoutingRule.RANDOM]
     assert tail[RoutingRule.LEAST_OUTSTANDING] < 1.1 * tail[RoutingRule.POWER_OF_TWO]
 
 

@@ -7,6 +7,8 @@ import pytest
 from clocked_engines import History, request, run, stepped
 from hypothesis import given, settings
 
+from maveriq.estimate.engine_presets import engine_preset
+
 KINDS = (
     {"kind": "vllm", "version": "0.23.0"},
     {"kind": "vllm", "version": "0.15.1", "async_scheduling": False},
@@ -39,15 +41,15 @@ def known(history: History, aborts: list[tuple[int, int]]) -> tuple[object, ...]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("delay_us", [0, 617])
+@pytest.mark.parametrize("delays", [{}, {"delay_us": 617}, {"delay_us": 617, "delay_of_each_us": 97}], ids=str)
 @settings(max_examples=25)
 @given(loads())
-def test_skipping_steps_changes_nothing_to_the_microsecond(kind, delay_us, load):
+def test_skipping_steps_changes_nothing_to_the_microsecond(kind, delays, load):
     requests, aborts = load
     engine = {**kind, **LIMITS.get(kind["kind"], {})}
     blocks = BLOCKS[kind["kind"]]
-    skipping = run(stepped(engine, blocks, delay_us=delay_us), requests, aborts)
-    plainly = run(stepped(engine, blocks, delay_us=delay_us, skips_steps=False), requests, aborts)
+    skipping = run(stepped(engine, blocks, **delays), requests, aborts)
+    plainly = run(stepped(engine, blocks, skips_steps=False, **delays), requests, aborts)
     assert known(skipping, aborts) == known(plainly, aborts)
     assert skipping.preempted == plainly.preempted
     assert skipping.events <= plainly.events
@@ -96,7 +98,7 @@ def test_an_asynchronous_engine_admits_a_request_one_step_later():
     for scheduling in (True, False):
         engine = {"kind": "vllm", "async_scheduling": scheduling, "max_num_seqs": 4, "max_num_batched_tokens": 64}
         waits[scheduling] = run(stepped(engine, 24), [first, second]).started[2] - second.arrival_us
-    step_us = 300  # about; the host's time alone is 170
+    step_us = engine_preset("vllm-0.23.0").step_us + 110  # about: the host's time, and that of `RoundSteps`
     assert waits[True] - waits[False] == pytest.approx(step_us, rel=0.3)
 
 

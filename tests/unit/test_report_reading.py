@@ -1,6 +1,8 @@
 """Tables of a run folder: reading by column equals reading by row; unusual tables are read by row."""
 
+import csv
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +113,19 @@ def test_other_orders_of_columns_are_read_as_well(tmp_path: Path) -> None:
     path.write_text("\n".join(",".join(reversed(line.split(","))) for line in path.read_text().splitlines()) + "\n")
     assert _request_columns(path, TEXTS) is None
     assert same(read_run(tmp_path / "run"), run)
+
+
+@settings(max_examples=20, deadline=None)
+@given(runs())
+def test_runs_of_earlier_versions_have_no_steps(run: RunRecord) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        write_run(folder, run, {}, {})
+        whole = read_run(folder)
+        with (folder / "requests.csv").open(newline="") as file:
+            rows = list(csv.reader(file))
+        with (folder / "requests.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(cells[:-1] for cells in rows)
+        without = replace(whole, requests=replace(whole.requests, steps=np.zeros_like(whole.requests.steps)))
+        assert same(read_run(folder), without)
+        assert same(row_by_row(folder), without)
