@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.hardware_profile import load_profile
-from maveriq.study import profiling_cost
+from maveriq.study import (
+    batch_scaling,
+    exponents,
+    ground_truth,
+    layer_scaling,
+    parallelism,
+    profiling_cost,
+    pruning_effect,
+    quantisation,
+    uneven_splits,
+)
 from maveriq.study.definition import Definition, PublishedFigure
 from maveriq.study.predictions import Predictions, predictions_of
 from maveriq.study.result import StudyResult
@@ -26,16 +36,26 @@ class Analysis:
 
     run: Analyse
     parts: tuple[str, ...]
-    options: Mapping[str, Sequence[int]]
+    options: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+
+_JUDGED: Mapping[str, Sequence[int]] = MappingProxyType({"judged_output_tokens": (100,)})
 
 ANALYSES: Mapping[str, Analysis] = MappingProxyType(
     {
-        "profiling-cost": Analysis(
-            run=profiling_cost.analyse,
+        "batch-scaling": Analysis(run=batch_scaling.analyse, parts=("batched",)),
+        "exponents": Analysis(
+            run=exponents.analyse,
             parts=("full_models", "fingerprints"),
-            options={"judged_output_tokens": (100,)},
+            options={"points_per_model": (5,), "seed": (42,)},
         ),
+        "full-models": Analysis(run=ground_truth.analyse, parts=("full_models",), options=_JUDGED),
+        "layer-scaling": Analysis(run=layer_scaling.analyse, parts=("layers",)),
+        "parallelism": Analysis(run=parallelism.analyse, parts=("full_models",), options=_JUDGED),
+        "profiling-cost": Analysis(run=profiling_cost.analyse, parts=("full_models", "fingerprints"), options=_JUDGED),
+        "pruning": Analysis(run=pruning_effect.analyse, parts=("pruned", "full_models")),
+        "quantisation": Analysis(run=quantisation.analyse, parts=("full_models",)),
+        "uneven-splits": Analysis(run=uneven_splits.analyse, parts=("splits",)),
     }
 )
 """The analyses by the name that a definition gives."""

@@ -13,6 +13,7 @@ from maveriq.study.result import Mark, Panel, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # The palette by Okabe and Ito, which colour-blind readers tell apart, from dark to light.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -48,12 +49,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.axhline(panel.level, color="#666666", linestyle=(0, (4, 4)), linewidth=0.9, zorder=1)
     if panel.log_x:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(_round_numbers())
-        axes.xaxis.set_major_formatter(_plain)
+        _write_round_numbers(axes.xaxis)
     if panel.log_y:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(_round_numbers())
-        axes.yaxis.set_major_formatter(_plain)
+        _write_round_numbers(axes.yaxis)
     elif all(value >= 0 for series in panel.series for value in series.y):
         axes.set_ylim(bottom=0)
     axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", parse_math=False)
@@ -64,10 +63,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _round_numbers() -> Any:
-    from matplotlib.ticker import LogLocator
+def _write_round_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with 1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    return LogLocator(subs=(1.0, 2.0, 5.0))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(_plain)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plain(value: float, _: object) -> str:

@@ -1,12 +1,13 @@
 """Studies of the published measurements give the published figures, or say why not."""
 
+import csv
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from maveriq.study.analyses import Compared, study_published
-from maveriq.study.definition import read_definition
+from maveriq.study.definition import known_studies, read_definition
 from maveriq.study.result import StudyResult
 
 pytestmark = pytest.mark.data
@@ -48,3 +49,49 @@ def test_the_calibrated_estimator_is_nearer_than_the_papers_formula(measured_dat
     for (types, model, plan), error in errors.items():
         if plan == "fingerprints, calibrated":
             assert error < errors[types, model, "fingerprints"]
+
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "study" / "results"
+
+
+@pytest.mark.parametrize("name", known_studies())
+def test_committed_tables_are_those_that_the_study_gives(name: str, measured_data: Path) -> None:
+    result, _ = carried_out(name, measured_data)
+    with (RESULTS / name / "table.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == result.table.columns
+    assert len(rows) == len(result.table.rows)
+    for committed, computed in zip(rows, result.table.rows, strict=True):
+        for text, cell in zip(committed, computed, strict=True):
+            if isinstance(cell, float):
+                assert float(text) == pytest.approx(cell, rel=0.02, abs=0.02)
+            else:
+                assert text == ("" if cell is None else str(cell))
+
+
+def test_two_layers_tell_the_latency_of_thirty_two_within_a_percent(measured_data: Path) -> None:
+    figures = carried_out("layer-scaling", measured_data)[0].figures
+    assert abs(figures["latency-error llama-2-7b TP 1 x PP 1 from 1 and 2 layers"]) < 1
+
+
+def test_masks_do_not_make_dense_kernels_faster(measured_data: Path) -> None:
+    figures = carried_out("pruning", measured_data)[0].figures
+    ratios = [value for name, value in figures.items() if name.startswith("latency-ratio ")]
+    assert len(ratios) == 4
+    assert all(0.99 < ratio < 1.01 for ratio in ratios)
+
+
+def test_uneven_splits_cost_little(measured_data: Path) -> None:
+    assert carried_out("uneven-splits", measured_data)[0].figures["latency-change-median"] < 0.5
+
+
+def test_a_descent_over_every_point_beats_the_published_exponents(measured_data: Path) -> None:
+    figures = carried_out("exponents", measured_data)[0].figures
+    assert figures["latency-mean descent, every point"] < figures["latency-mean published"]
+    assert figures["latency-median robust least squares"] < figures["latency-median published"]
+
+
+def test_every_difference_from_a_published_figure_has_a_reason(measured_data: Path) -> None:
+    for name in known_studies():
+        for found in carried_out(name, measured_data)[1]:
+            assert found.is_equal != bool(found.published.why), found

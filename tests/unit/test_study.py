@@ -15,7 +15,7 @@ from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.estimate.fingerprints import Exponents, Line, ParallelLatency, parallel_memory_gib
-from maveriq.study.analyses import check_definition
+from maveriq.study.analyses import Compared, check_definition
 from maveriq.study.definition import PublishedFigure, known_studies, read_definition
 from maveriq.study.few_configurations import solve
 from maveriq.study.folder import STUDY_FILES, fill
@@ -168,3 +168,10 @@ def test_a_folder_has_table_figures_and_plots_and_the_same_study_gives_the_same_
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in STUDY_FILES)
     with (first / "table.csv").open() as file:
         assert list(csv.reader(file)) == [["model", "ratio"], ["m, n", "1.5"], ["k", ""]]
+
+
+def test_a_figure_is_equal_where_it_rounds_to_the_published_one() -> None:
+    printed = PublishedFigure(figure="f", value=3.8, what="w", source="s")
+    assert Compared(published=printed, ours=3.757).is_equal
+    assert not Compared(published=printed, ours=3.74).is_equal
+    assert Compared(published=printed, ours=4.18).difference == pytest.approx(10)
