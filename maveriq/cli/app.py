@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "profile": "Measure models on this machine's engines.",
         "fingerprint": "Write a model with a few of another one's layers, that is measured in its place.",
         "study": "Study how models scale, and what measuring them costs.",
+        "accuracy": "Measure what weight formats cost a model in accuracy.",
         "fit": "Evaluate an estimator on measurements, or fit the calibrated estimator to them.",
         "compare": "Show how far a simulated run is from a real one.",
         "engines": "Show what engines can do, and which can start here.",

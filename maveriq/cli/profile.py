@@ -19,7 +19,7 @@ from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.cli.profile_plan import Target, check_profile_folder, profile_by_plan
 from maveriq.domain.cluster import Cluster, Gpu
 from maveriq.domain.models import KvType, ModelSpec, WeightType, config_path, load_model
-from maveriq.domain.parallel import KV_SUFFIX, ParallelConfig
+from maveriq.domain.parallel import ParallelConfig, format_of
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.device import Device
@@ -121,7 +121,7 @@ def profile(
             prompt_tokens=_counts_or_none("--prompt-tokens", prompt_tokens, _MAX_PROMPT_TOKENS),
             batch_sizes=_counts_or_none("--batch-size", batch_size, _MAX_BATCH),
             output_tokens=output_tokens,
-            formats=None if formats is None else [_format(text) for text in formats.split(",")],
+            formats=None if formats is None else [format_of(text) for text in formats.split(",")],
             max_gpus=max_gpus,
             layers=_counts_or_none("--layers", layers, _MAX_LAYERS),
             budget_s=budget_s,
@@ -235,15 +235,6 @@ def _cases(batch_sizes: str, prompt_tokens: str, output_tokens: int) -> list[Mea
 
 def _counts_or_none(option: str, text: str | None, maximum: int) -> list[int] | None:
     return None if text is None else _counts(option, text, maximum)
-
-
-def _format(text: str) -> tuple[WeightType, KvType]:
-    """Return the types of weights and KV cache that a format names: int8, or int8+kv8."""
-    weights, plus, suffix = text.strip().partition("+")
-    kv = next((kv for kv, written in KV_SUFFIX.items() if written == plus + suffix), None)
-    if weights not in list(WeightType) or kv is None:
-        raise InputError(f"--formats {text!r} is none; write one of {', '.join(WeightType)}, or int8+kv8")
-    return WeightType(weights), kv
 
 
 def _counts(option: str, text: str, maximum: int) -> list[int]:

@@ -25,6 +25,19 @@ KV_SUFFIX = {KvType.NATIVE: "", KvType.INT8: "+kv8", KvType.FP8: "+kvfp8"}
 """How a configuration is written: `int8+kv8` has weights and KV cache of 8 bits."""
 
 
+def format_of(text: str) -> tuple[WeightType, KvType]:
+    """Return the types of weights and KV cache that a format names: int8, or int8+kv8.
+
+    Raises:
+        InputError: it is none.
+    """
+    weights, plus, suffix = text.strip().partition("+")
+    kv = next((kv for kv, written in KV_SUFFIX.items() if written == plus + suffix), None)
+    if weights not in list(WeightType) or kv is None:
+        raise InputError(f"--formats {text!r} is none; write one of {', '.join(WeightType)}, or int8+kv8")
+    return WeightType(weights), kv
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """How a model is parallelised and stored.

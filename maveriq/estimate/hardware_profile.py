@@ -92,6 +92,10 @@ class MeasuredFacts:
         return {*self.slo, *(k[0] for k in self.accuracy), *(k[0] for k in self.unsupported | self.load_times.keys())}
 
 
+_MORE_ABOUT_ACCURACY = ("percent_low", "percent_high", "measure", "score", "float16_score", "samples")
+"""Further columns that `maveriq accuracy` writes."""
+
+
 def read_accuracy(path: Path) -> dict[StorageTypes, float | None]:
     """Read accuracy in percent of the float16 model's; an empty cell means never measured.
 
@@ -104,7 +108,9 @@ def read_accuracy(path: Path) -> dict[StorageTypes, float | None]:
             _percent(row),
             row,
         )
-        for row in read_csv(path, ("model", "weights", "kv", "percent"), what="accuracy table")
+        for row in read_csv(
+            path, ("model", "weights", "kv", "percent"), what="accuracy table", optional=_MORE_ABOUT_ACCURACY
+        )
     )
 
 

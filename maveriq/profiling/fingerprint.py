@@ -347,6 +347,9 @@ class _Search:
         whole = {key: value for key, value in whole.items() if key not in _LEFT_OUT}
         if whole.get("quantization_config"):
             whole["quantization_config"] = renamed_layers(whole["quantization_config"], chosen)
+        if not self._key:
+            # The decoder of a multimodal family alone has a name of its own.
+            whole["model_type"] = self._full.explicit["model_type"]
         whole.setdefault("architectures", [self._full.class_name])
         return whole
 

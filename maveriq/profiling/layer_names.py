@@ -65,13 +65,13 @@ def prefix_of(path: str, numbers: Mapping[str, Collection[int]], layers: int) ->
         numbers: the numbers that follow each prefix in the checkpoint (`numbered`).
         layers: how many layers there are.
     """
-    if path in numbers and set(range(layers)) <= set(numbers[path]):
-        return path
     parts = set(path.split("."))
     shared = {
         prefix: len(parts & set(prefix.split("."))) / len(parts | set(prefix.split(".")))
         for prefix, found in numbers.items()
         if set(range(layers)) <= set(found)
     }
-    best = max(shared, key=lambda prefix: shared[prefix], default=None)
-    return best if best is not None and shared[best] > 0 else None
+    if path in shared or not shared:
+        return path if shared else None
+    best = max(shared, key=lambda prefix: shared[prefix])
+    return best if shared[best] > 0 or len(shared) == 1 else None

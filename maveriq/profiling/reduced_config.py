@@ -24,6 +24,7 @@ _RULE = re.compile(
 _NO_RULE = re.compile(r".*(token|head|_size|size_|dim|num_experts|n_experts|experts_per|vocab|epsilon|eps|layernorm).*")
 _BOUNDARY = re.compile(r".*(first|replace|start|dense|max_window).*")
 _LISTS_LAYERS = re.compile(r".*(layer|block|idx|indices|index|enum).*")
+_PATTERN = re.compile(r".*(pattern|types).*")
 _UNRELATED = re.compile(r".*(token_id|architectures|rope_(parameters|scaling)|quantization|vision|audio).*")
 _MAX_PROPOSALS = 400
 _MAX_CHANGES_TRIED = 6
@@ -84,6 +85,8 @@ def _per_layer(key: str, value: Any, kept: Sequence[int], layers: int) -> Any:
     if _UNRELATED.fullmatch(key):
         return value
     if isinstance(value, dict):
+        if "layer" in key and value and all(re.fullmatch(r"\d{1,5}", inner) for inner in value):  # by layer
+            return {str(place): value[str(layer)] for place, layer in enumerate(kept) if str(layer) in value}
         return {inner: _per_layer(inner, entry, kept, layers) for inner, entry in value.items()}
     if isinstance(value, str):
         return _text_per_layer(key, value, kept, layers)
@@ -91,12 +94,13 @@ def _per_layer(key: str, value: Any, kept: Sequence[int], layers: int) -> Any:
         return value
     if _LISTS_LAYERS.fullmatch(key) and value and _are_layers(value, layers):
         return [kept.index(layer) for layer in value if layer in kept]
-    return [value[layer] for layer in kept] if len(value) == layers else value
+    repeats = 0 < len(value) < layers and _PATTERN.fullmatch(key) and all(isinstance(entry, str) for entry in value)
+    return [value[layer % len(value)] for layer in kept] if len(value) == layers or repeats else value
 
 
 def _text_per_layer(key: str, value: str, kept: Sequence[int], layers: int) -> str:
-    if "pattern" in key and len(value) == layers:
-        return "".join(value[layer] for layer in kept)
+    if "pattern" in key and 0 < len(value) <= layers:  # a shorter one repeats
+        return "".join(value[layer % len(value)] for layer in kept)
     if _LISTS_LAYERS.fullmatch(key) and re.fullmatch(r"\d{1,5}(,\d{1,5})*", value):
         named = {int(number) for number in value.split(",")}
         return ",".join(str(place) for place, layer in enumerate(kept) if layer in named)

@@ -28,10 +28,12 @@ _TORCH_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16
 _NOT_BUILT_WITH = re.compile(r"auto_map|quantization_config|_?attn_implementation\w*|_?experts_implementation\w*|"
                              r"_name_or_path|transformers_version|trust_remote_code|custom_\w+|use_kernels|"
                              r"compression_config|torchscript|device_map")  # fmt: skip
-# Attributes of a layer's modules that say where the layer is, or how many there are.
-_PLACE = re.compile(r"(\w*_)?(idx|index|indices|id|number|num|i)|n_layers?|num_layers|num_hidden_layers")
-_MAX_INT = 2**31
-_MAX_LAYERS, _MAX_EXPERTS = 2_000, 4_096
+# Attributes of a layer's modules that say where the layer is, how many there are, or what others take from it.
+_PLACE = re.compile(
+    r"(\w*_)?(idx|index|indices|id|number|num|i|seed)|n_layers?|num_layers|num_hidden_layers|store_full_length_kv"
+)
+_LISTED, _EXPERTS = re.compile(r".*layers?|.*depth|.*blocks?"), re.compile(r".*experts")
+_MAX_INT, _MAX_LISTED, _MAX_MODULES = 2**31, 4_096, 200_000
 
 LayerSignature: TypeAlias = frozenset[str]
 """How a layer is built: the classes of its modules, their settings, and the shapes of its parameters."""
@@ -138,6 +140,7 @@ def build_decoder(config: Config, where: str, *, with_weights: bool = False) -> 
 def _check_sizes(config: Config, where: str) -> None:
     """Refuse numbers for which even a model without values would take long to build."""
     left: list[tuple[str, Any]] = list(config.items())
+    most = {_LISTED: 1, _EXPERTS: 1}
     while left:
         key, value = left.pop()
         if isinstance(value, dict):
@@ -145,9 +148,17 @@ def _check_sizes(config: Config, where: str) -> None:
         elif isinstance(value, list):
             left += [(key, entry) for entry in value]
         elif isinstance(value, int) and not isinstance(value, bool):
-            limit = _MAX_LAYERS if re.search("layers?$", key) else _MAX_EXPERTS if "experts" in key else _MAX_INT
+            kind = next((kind for kind in most if kind.fullmatch(key)), None)
+            limit = _MAX_INT if kind is None else _MAX_LISTED
             if abs(value) > limit:
                 raise InputError(f"{where}: {key} must be at most {limit:,}, not {value}")
+            if kind is not None:
+                most[kind] = max(most[kind], value)
+    if math.prod(most.values()) > _MAX_MODULES:
+        raise InputError(
+            f"{where}: {most[_LISTED]:,} layers with {most[_EXPERTS]:,} experts are more than any model has; the limit "
+            f"is {_MAX_MODULES:,} experts"
+        )
 
 
 @contextlib.contextmanager
@@ -169,10 +180,12 @@ def _import_transformers() -> Any:
     try:
         import torch  # noqa: F401
         import transformers
+        import transformers.core_model_loading
+        import transformers.initialization
     except ImportError as error:
         raise MaveriqError(
-            f"the layers of a model are found with torch and transformers; {error.name} is not installed: "
-            "pip install 'maveriq[torch]' transformers"
+            f"the layers of a model are found with torch and transformers 5.16 or newer ({error.name} is missing): "
+            "pip install 'maveriq[torch]'"
         ) from None
     return transformers
 
@@ -228,11 +241,16 @@ def _hf_config(config: Config, where: str) -> Any:
 
 def _plain(config: Config) -> dict[str, Any]:
     """Return a configuration without what asks for other code or for quantised modules."""
-    return {
-        key: _plain(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if not _NOT_BUILT_WITH.fullmatch(key)
-    }
+    return {key: _plain_value(value) for key, value in config.items() if not _NOT_BUILT_WITH.fullmatch(key)}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain_value(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    # transformers writes an infinite number so, and reads it so from a file alone.
+    return float(value["__float__"]) if set(value) == {"__float__"} else _plain(value)
 
 
 def _knows(auto_model: Any, hf_config: Any) -> bool:
@@ -288,7 +306,9 @@ def _layer_lists(model: Any, layers: int | None) -> dict[str, Any]:
     """Return the lists of modules of the decoder that have an entry for each layer, by their names in the model."""
     import torch
 
-    decoder = model.get_decoder() or model
+    decoder = model.get_decoder()
+    if not any(isinstance(module, torch.nn.ModuleList) for module in decoder.modules()):
+        decoder = model  # some call the output matrix their decoder
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     found: dict[str, Any] = {}
     for name, module in decoder.named_modules(prefix=prefix):

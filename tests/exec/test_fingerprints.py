@@ -11,6 +11,9 @@ from safetensors.torch import load, save_file
 
 from maveriq.domain.models import load_model
 from maveriq.errors import InputError
+from maveriq.exec.engines.torch.collectives import SingleRank
+from maveriq.exec.engines.torch.rank import RankWorker
+from maveriq.exec.messages import EngineSpec, PromptSequence
 from maveriq.profiling.fingerprint import read_fingerprint, write_fingerprint
 from maveriq.profiling.safetensors_files import StoredTensor
 
@@ -121,6 +124,37 @@ def test_all_layers_are_the_whole_model(tmp_path: Path) -> None:
     found = write_fingerprint(tmp_path / "whole", layers=6, out=tmp_path / "fingerprint")
     assert torch.equal(logits(loaded(found.folder)), logits(whole))
     assert found.weight_bytes == found.full_bytes
+
+
+def test_the_torch_engine_runs_it(tmp_path: Path) -> None:
+    saved(tmp_path / "whole", "llama")
+    found = write_fingerprint(tmp_path / "whole", layers=2, out=tmp_path / "fingerprint")
+    config_json = (found.folder / "config.json").read_text("utf-8")
+    spec = EngineSpec(
+        deployment_id=1, generation=1, model="f", config_json=config_json, weights_folder=str(found.folder), tp=1, pp=1,
+        layer_split=(2,), weights="float16", kv="native", batch_size=1, devices=("cpu",),
+    )  # fmt: skip
+    prompt = PromptSequence(request_id=1, prompt=(5, 6, 7, 8), output_tokens=1)
+    ((tokens, _),) = RankWorker(spec, 0, SingleRank()).run((prompt,))
+    assert tokens == [int(logits(loaded(found.folder))[0, -1].argmax())]
+
+
+def test_other_inputs_parts_are_kept_whole(tmp_path: Path) -> None:
+    text = {**SIZES, "sliding_window": 16}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 6, "image_size": 32,
+        "patch_size": 16,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(3)
+    whole = transformers.AutoModelForCausalLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    found = write_fingerprint(tmp_path / "whole", layers=2, out=tmp_path / "fingerprint")
+    assert [layer.stands_for for layer in found.layers] == [5, 1]
+    fingerprint, weights = loaded(found.folder).state_dict(), whole.state_dict()
+    vision_names = [name for name in weights if "vision" in name]
+    assert len([name for name in vision_names if ".layers.5." in name]) > 0
+    assert all(torch.equal(fingerprint[name], weights[name]) for name in vision_names)
 
 
 def test_kinds_are_those_of_the_physics_estimator(tmp_path: Path) -> None:
@@ -264,6 +298,9 @@ DAMAGED = {
     "an unknown type": (lambda f: with_header(f, dtype="F7"), "do not fit"),
     "another shape": (lambda f: with_header(f, shape=[2, 16]), r"has shape \[2, 16\], but config.json says \[32\]"),
     "absurd layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "num_hidden_layers"),
+    "absurd experts": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=1000, num_experts=1000), "more than any model has"
+    ),
     "an absurd width": (lambda f: edit_json(f / "config.json", hidden_size=10**18), "hidden_size"),
     "an unknown family": (lambda f: edit_json(f / "config.json", model_type="nothing"), "knows no model_type"),
     "no decoder": (lambda f: edit_json(f / "config.json", model_type="bert", is_decoder=False), "bert|BERT|Bert"),

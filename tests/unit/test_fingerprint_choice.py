@@ -76,6 +76,9 @@ def test_entries_and_lists_of_layers_are_those_of_the_kept_layers() -> None:
         "mlp_only_layers": [0, 3],
         "moe_layers_enum": "1,2,3",
         "hybrid_override_pattern": "M*M-",
+        "block_types": ["m", "m", "a"],
+        "window_pattern": "SL",
+        "per_layer_config": {"3": {"head_dim": 8}, "1": {"head_dim": 4}},
         "eos_token_id": [1, 2, 3, 4],
         "rope_scaling": {"long_factor": [1.0, 2.0, 3.0, 4.0]},
         "num_nextn_predict_layers": 1,
@@ -87,6 +90,9 @@ def test_entries_and_lists_of_layers_are_those_of_the_kept_layers() -> None:
         "mlp_only_layers": [0, 1],
         "moe_layers_enum": "1",
         "hybrid_override_pattern": "M-",
+        "block_types": ["m", "m"],
+        "window_pattern": "SL",
+        "per_layer_config": {"1": {"head_dim": 8}},
         "num_nextn_predict_layers": 0,
     }
 
