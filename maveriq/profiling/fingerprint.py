@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,13 @@ from maveriq.domain.models import config_path, load_model, model_name
 from maveriq.errors import InputError
 from maveriq.exec.model_files import has_weights, hf_config_json, read_model_file
 from maveriq.files import exists, read_regular_text
-from maveriq.profiling.fingerprint_files import FingerprintTensor, copied_tensors, kept_files, random_tensors
+from maveriq.profiling.fingerprint_files import (
+    FingerprintTensor,
+    copied_tensors,
+    kept_files,
+    random_tensors,
+    stacked_axes,
+)
 from maveriq.profiling.layer_choice import LayerKinds, check_layer_count, layer_kinds, selections, stands_for
 from maveriq.profiling.layer_names import renamed_layers
 from maveriq.profiling.reduced_config import proposals
@@ -158,17 +164,22 @@ def write_fingerprint(
         raise InputError(f"output folder {str(out)!r} is the model's own; name another")
     reduced = reduce_layers(source.config, layers, where=source.where, modelopt=source.modelopt, chosen=chosen)
     quantised = bool(source.modelopt or source.config.get("quantization_config"))
+    stacked = stacked_axes(reduced.built, reduced.full, source.where)
     if source.has_weights and source.folder is not None:
-        _check_not_stacked(reduced, source.where)
         tensors = copied_tensors(
-            Checkpoint(source.folder), reduced.built, reduced.chosen, len(reduced.kinds.pattern), quantised=quantised
+            Checkpoint(source.folder),
+            reduced.built,
+            reduced.chosen,
+            len(reduced.kinds.pattern),
+            stacked=stacked,
+            quantised=quantised,
         )
     else:
         tensors = random_tensors(build_decoder(reduced.config, source.where, with_weights=True), seed=seed)
     texts = _texts(source, reduced, random_weights=not source.has_weights)
     extra_files = kept_files(source.folder) if source.folder is not None else {}
     _check_disk(out, sum(entry.tensor.size for entry in tensors) + sum(map(len, extra_files.values())))
-    described = _described(source, reduced, tensors, seed=seed, quantised=quantised)
+    described = _described(source, reduced, tensors, stacked, seed=seed, quantised=quantised)
     result = described
 
     def fill(fresh: Path) -> None:
@@ -354,21 +365,6 @@ class _Search:
         return whole
 
 
-def _check_not_stacked(reduced: ReducedModel, where: str) -> None:
-    """Check that no tensor holds values of all layers: it would have to be cut, and how differs by family.
-
-    Raises:
-        InputError: one does.
-    """
-    shapes = {parameter.name: parameter.shape for parameter in reduced.full.parameters if parameter.layer is None}
-    for parameter in reduced.built.parameters:
-        if parameter.layer is None and shapes.get(parameter.name, parameter.shape) != parameter.shape:
-            raise InputError(
-                f"{where}: {parameter.name} holds values of all layers in one tensor, which is not cut; without the "
-                "weights beside config.json, the fingerprint gets random ones"
-            )
-
-
 def _texts(source: _Source, reduced: ReducedModel, *, random_weights: bool) -> dict[str, str]:
     """Return the configuration files by name. Random weights are not quantised."""
     config = dict(reduced.config)
@@ -398,20 +394,30 @@ def _check_disk(out: Path, needed: Bytes) -> None:
 
 
 def _described(
-    source: _Source, reduced: ReducedModel, tensors: Sequence[FingerprintTensor], *, seed: int, quantised: bool
+    source: _Source,
+    reduced: ReducedModel,
+    tensors: Sequence[FingerprintTensor],
+    stacked: Collection[str],
+    *,
+    seed: int,
+    quantised: bool,
 ) -> Fingerprint:
-    """Return the fingerprint before it is written."""
-    sizes = dict.fromkeys((None, *range(len(reduced.chosen))), 0)
+    """Return the fingerprint before it is written. Tensors that hold a part for each layer count with the layers."""
+    number = len(reduced.chosen)
+    sizes: dict[int | None, int] = dict.fromkeys((None, *range(number)), 0)
     for entry in tensors:
         sizes[entry.layer] += entry.tensor.size
+    parts_bytes = sum(entry.tensor.size for entry in tensors if entry.tensor.name in stacked) // number
+    parts = sum(parameter.count for parameter in reduced.built.parameters if parameter.name in stacked) // number
+    extra_bytes = sizes[None] - number * parts_bytes
     shares = stands_for(reduced.kinds, reduced.chosen)
     layers = tuple(
         KeptLayer(
             source_index=layer,
             kind=reduced.kinds.names[reduced.kinds.pattern[layer]],
             stands_for=share,
-            parameters=reduced.built.parameters_of(place),
-            weight_bytes=sizes[place],
+            parameters=reduced.built.parameters_of(place) + parts,
+            weight_bytes=sizes[place] + parts_bytes,
         )
         for place, (layer, share) in enumerate(zip(reduced.chosen, shares, strict=True))
     )
@@ -422,10 +428,10 @@ def _described(
         architecture=reduced.built.class_name,
         layers=layers,
         full_layers=len(reduced.kinds.pattern),
-        extra_parameters=reduced.built.parameters_of(None),
-        extra_bytes=sizes[None],
+        extra_parameters=reduced.built.parameters_of(None) - number * parts,
+        extra_bytes=extra_bytes,
         full_parameters=sum(parameter.count for parameter in reduced.full.parameters),
-        full_bytes=sizes[None] + sum(layer.stands_for * layer.weight_bytes for layer in layers),
+        full_bytes=extra_bytes + sum(layer.stands_for * layer.weight_bytes for layer in layers),
         disk_bytes=0,
         random_weights=not source.has_weights,
         seed=seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,42 @@ def random_tensors(built: BuiltDecoder, *, seed: int) -> list[FingerprintTensor]
     ]
 
 
+def stacked_axes(built: BuiltDecoder, full: BuiltDecoder, where: str) -> dict[str, int]:
+    """Return the tensors beside the layers that hold a part for each layer, with the axis along which the parts lie.
+
+    Args:
+        built: the model with the chosen layers alone.
+        full: the whole model.
+        where: the configuration's name, for messages.
+
+    Raises:
+        InputError: a tensor depends on the number of layers in another way.
+    """
+    layers, full_layers = len(built.layers), len(full.layers)
+    shapes = {parameter.name: parameter.shape for parameter in full.parameters if parameter.layer is None}
+    found = {}
+    for parameter in built.parameters:
+        shape = shapes.get(parameter.name, parameter.shape)
+        if parameter.layer is not None or shape == parameter.shape:
+            continue
+        axes = [axis for axis, size in enumerate(parameter.shape) if size != shape[axis]]
+        if len(axes) > 1 or any(parameter.shape[axis] * full_layers != shape[axis] * layers for axis in axes):
+            raise InputError(
+                f"{where}: {parameter.name} has shape {list(shape)}, and {list(parameter.shape)} with {layers} layers; "
+                "how it depends on layers is not known"
+            )
+        found[parameter.name] = axes[0]
+    return found
+
+
 def copied_tensors(
-    checkpoint: Checkpoint, built: BuiltDecoder, chosen: Sequence[int], full_layers: int, *, quantised: bool
+    checkpoint: Checkpoint,
+    built: BuiltDecoder,
+    chosen: Sequence[int],
+    full_layers: int,
+    *,
+    stacked: Mapping[str, int],
+    quantised: bool,
 ) -> list[FingerprintTensor]:
     """Return the tensors of the chosen layers, renumbered, and those beside the layers.
 
@@ -65,6 +99,7 @@ def copied_tensors(
         built: the model with the chosen layers alone.
         chosen: the layers, by their numbers in the whole model.
         full_layers: how many layers the whole model has.
+        stacked: tensors that hold a part for each layer, with the axis of the parts.
         quantised: whether matrices are stored in a form of their own, so that other tensors stand for them.
 
     Raises:
@@ -88,6 +123,8 @@ def copied_tensors(
                 continue
             layer = chosen.index(split[1])
             found.append(_copied(checkpoint, name, f"{split[0]}.{layer}.{split[2]}", layer))
+        elif name in stacked:
+            found.append(_cut(checkpoint, name, stacked[name], chosen, full_layers))
         elif name.split(".")[0] in expected_parts:
             found.append(_copied(checkpoint, name, name, None))
     _check_complete(checkpoint, built, found, quantised=quantised)
@@ -98,6 +135,19 @@ def _copied(checkpoint: Checkpoint, name: str, new_name: str, layer: int | None)
     stored = checkpoint.tensor(name)
     tensor = NewTensor(name=new_name, dtype=stored.dtype, shape=stored.shape, chunks=stored.chunks)
     return FingerprintTensor(tensor=tensor, layer=layer)
+
+
+def _cut(checkpoint: Checkpoint, name: str, axis: int, chosen: Sequence[int], full_layers: int) -> FingerprintTensor:
+    """Return a tensor with the parts of the chosen layers."""
+    stored = checkpoint.tensor(name)
+    if axis >= len(stored.shape) or stored.shape[axis] % full_layers or 0 in stored.shape:
+        raise InputError(f"weights in {str(checkpoint.folder)!r}: {name} has no part for each of {full_layers} layers")
+    shape = list(stored.shape)
+    shape[axis] = shape[axis] // full_layers * len(chosen)
+    chunks = partial(stored.slice_chunks, axis, full_layers, tuple(chosen))
+    return FingerprintTensor(
+        tensor=NewTensor(name=name, dtype=stored.dtype, shape=tuple(shape), chunks=chunks), layer=None
+    )
 
 
 def _check_complete(

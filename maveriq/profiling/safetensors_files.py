@@ -58,15 +58,47 @@ class StoredTensor:
         Raises:
             InputError: the file has become shorter.
         """
+        yield from self._read([(0, self.size)])
+
+    def slice_chunks(self, axis: int, parts: int, chosen: Sequence[int]) -> Iterator[bytes]:
+        """Yield the bytes of the tensor that keeps some of the equal parts in which an axis is divided.
+
+        Args:
+            axis: the axis.
+            parts: how many parts it is divided in.
+            chosen: the parts to keep, in order.
+
+        Raises:
+            InputError: the file has become shorter.
+        """
+        rows = math.prod(self.shape[:axis])
+        row_bytes = self.size // rows
+        part_bytes = row_bytes // parts
+        if rows == 1:
+            yield from self._read([(part * part_bytes, part_bytes) for part in chosen])
+            return
+        at_once = max(1, _CHUNK_BYTES // row_bytes)
+        for first in range(0, rows, at_once):
+            count = min(at_once, rows - first)
+            block = memoryview(b"".join(self._read([(first * row_bytes, count * row_bytes)])))
+            yield b"".join(
+                block[row * row_bytes + part * part_bytes : row * row_bytes + (part + 1) * part_bytes]
+                for row in range(count)
+                for part in chosen
+            )
+
+    def _read(self, ranges: Sequence[tuple[int, Bytes]]) -> Iterator[bytes]:
+        """Yield ranges of its bytes, each a start within the tensor and a size."""
         with open_regular_file(self.file, what="weights") as file:
-            file.seek(self.start)
-            left = self.size
-            while left:
-                chunk = file.read(min(left, _CHUNK_BYTES))
-                if not chunk:
-                    raise InputError(f"weights {str(self.file)!r} ended while {self.name} was read; try again")
-                left -= len(chunk)
-                yield chunk
+            for start, size in ranges:
+                file.seek(self.start + start)
+                left = size
+                while left:
+                    chunk = file.read(min(left, _CHUNK_BYTES))
+                    if not chunk:
+                        raise InputError(f"weights {str(self.file)!r} ended while {self.name} was read; try again")
+                    left -= len(chunk)
+                    yield chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,28 @@ def test_other_inputs_parts_are_kept_whole(tmp_path: Path) -> None:
     assert all(torch.equal(fingerprint[name], weights[name]) for name in vision_names)
 
 
+def test_tensors_with_a_part_for_each_layer_are_cut(tmp_path: Path) -> None:
+    text = {
+        **SIZES, "sliding_window": 16, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 4,
+        "laurel_rank": 4, "num_kv_shared_layers": 2, "num_hidden_layers": 10,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model("gemma3n_text", **text)
+    whole = transformers.AutoModelForCausalLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    found = write_fingerprint(tmp_path / "whole", layers=4, out=tmp_path / "fingerprint")
+    chosen = [layer.source_index for layer in found.layers]
+    fingerprint, weights = loaded(found.folder).state_dict(), whole.state_dict()
+    for name, axis in {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}.items():
+        cut, parts = fingerprint[f"model.{name}.weight"], weights[f"model.{name}.weight"].chunk(10, dim=axis)
+        assert torch.equal(cut, torch.cat([parts[layer] for layer in chosen], dim=axis))
+    assert sum(layer.stands_for for layer in found.layers) == 10
+    assert (
+        found.extra_parameters + sum(layer.stands_for * layer.parameters for layer in found.layers)
+        == found.full_parameters
+    )
+
+
 def test_kinds_are_those_of_the_physics_estimator(tmp_path: Path) -> None:
     saved(tmp_path / "whole", "deepseek_v3")
     found = write_fingerprint(tmp_path / "whole", layers=2, out=tmp_path / "fingerprint")
