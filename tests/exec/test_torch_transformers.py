@@ -338,6 +338,10 @@ def test_two_stages_of_two_shards_over_processes():
         assert [shard.layers for shard in loaded.shards] == [1, 1, 3, 3]
         steps = list(engine.generate(Generate(execution_id=1, sequences=prompts_of())))
         assert outputs(steps) == expected_tokens("qwen3")
+        with pytest.raises(EngineError, match="300 tokens is longer than the model's 256 positions"):
+            list(engine.generate(Generate(execution_id=2, sequences=prompts_of([(1, 2)], output_tokens=298))))
+        steps = list(engine.generate(Generate(execution_id=3, sequences=prompts_of())))
+        assert outputs(steps) == expected_tokens("qwen3")
     finally:
         engine.close()
 

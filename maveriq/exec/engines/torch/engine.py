@@ -160,6 +160,7 @@ def _environment(ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TRANSFORMERS_VERBOSITY": "error",
         **os.environ,
         "HF_HUB_OFFLINE": "1",  # a model's files are local, whatever they name
         "GLOO_SOCKET_IFNAME": _LOOPBACK,
