@@ -15,7 +15,7 @@ from functools import cached_property
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.blending import Blend, Corrected, Measured, Scales
-from maveriq.estimate.computed_parts import CACHE, HAND_OVER, LAYERS, REST, ComputedParts
+from maveriq.estimate.computed_parts import CACHE, HAND_OVER, LAYERS, REST, SHARING, ComputedParts
 from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import Interval
@@ -24,7 +24,8 @@ from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.units import Bytes
 
 TIME_SCALES: Mapping[str, Scales] = {
-    REST: Scales(common=0.8, phase=0.6, doubling=0.3),
+    REST: Scales(common=0.8, phase=0.6, doubling=1.0),
+    SHARING: Scales(common=0.8, phase=0.5, doubling=0.3),
     HAND_OVER: Scales(common=0.8, phase=0.5),
 }
 """Launches, the API and links between GPUs are further off than the kernels of layers."""
@@ -36,9 +37,13 @@ MEMORY_SCALES: Mapping[str, Scales] = {
     CACHE: Scales(
         common=0.1, phase=0.0, size=0.02, stored_as=0.1, stored_size=0.0, doubling=0.05, model=0.05, kind=0.05
     ),
-    REST: Scales(common=0.8, phase=0.0, size=0.4, stored_as=0.1, stored_size=0.1, doubling=0.3, model=0.3),
+    REST: Scales(common=0.8, phase=0.0, size=0.4, stored_as=0.1, stored_size=0.1, doubling=0.0, model=0.3),
+    SHARING: Scales(common=0.5, phase=0.0, size=0.1, stored_as=0.0, stored_size=0.0, doubling=0.2, model=0.2),
 }
 """Bytes of weights and cache are counted; what an engine holds beside them is a guess."""
+
+# Stages of few layers do not hide what handing over takes: on A6000 it costs them 9 ms, and whole models nothing.
+_SHORT_STAGE, _SHORT_STAGES_NOISE = 4, 0.3
 
 _LENGTH_STEPS = 0.02  # lengths whose logarithms differ by less are corrected alike
 _OUTPUT_TOKENS = 20
@@ -175,9 +180,10 @@ class BlendedEstimator:
         measured = []
         for seen in self._profile.observed:
             first, token = self._parts.times(seen.model, seen.configuration, seen.batch)
-            measured.append(Measured(first, seen.first_token_s, seen.first_token_noise))
+            more = _SHORT_STAGES_NOISE if 1 < seen.configuration.pp > seen.model.layers / _SHORT_STAGE else 0.0
+            measured.append(Measured(first, seen.first_token_s, math.hypot(seen.first_token_noise, more)))
             if seen.batch.output_tokens > 1:
-                measured.append(Measured(token, seen.tpot_s, seen.tpot_noise))
+                measured.append(Measured(token, seen.tpot_s, math.hypot(seen.tpot_noise, more)))
         return Blend(measured, TIME_SCALES)
 
     @cached_property

@@ -1,7 +1,9 @@
-"""Takes the estimates of an estimator apart: what each kind of layers adds, attention alone, hand-overs, and the rest.
+"""Takes the estimates of an estimator apart: layers of each kind, attention, sharing, hand-overs, and the rest.
 
 It asks the estimator for the same request on models of one and of two equal layers: what the second layer adds is the
-time or the memory of a layer. So any estimator that adds up layers can be corrected part by part.
+time or the memory of a layer. What several GPUs take for a layer beyond their equal shares of what one takes is the
+cost of sharing: all-reduces, and kernels that are less efficient on a share. So any estimator that adds up layers can
+be corrected part by part.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from maveriq.domain.decoder import LayerKind
 from maveriq.domain.models import ModelSpec
@@ -20,9 +23,13 @@ from maveriq.estimate.observations import Batch, with_layers
 FIRST, TOKEN, MEMORY = "first token", "further token", "memory"
 """The phases: what is computed."""
 
-LAYERS, ATTENTION, HAND_OVER, REST, CACHE = "layers", "attention", "hand-over", "rest", "cache"
+LAYERS, ATTENTION, SHARING, HAND_OVER, REST, CACHE = "layers", "attention", "sharing", "hand-over", "rest", "cache"
 """The parts."""
 
+_Times: TypeAlias = tuple[float, float]
+"""Seconds until the first token, and for a further one."""
+
+_NAMELESS = "part"
 _LEAST_SHARE = 1e-3  # of a part, so that measurements can find it where it is computed as nothing
 
 
@@ -36,6 +43,7 @@ class ComputedParts:
 
     estimator: Estimator
     _short: dict[tuple[ModelSpec, LayerKind, int], ModelSpec] = field(default_factory=dict)
+    _without_name: dict[ModelSpec, ModelSpec] = field(default_factory=dict)
     _kinds: dict[LayerKind, str] = field(default_factory=dict)
     _costs: dict[tuple[ModelSpec, ParallelConfig, Batch], tuple[float, float]] = field(default_factory=dict)
 
@@ -57,14 +65,15 @@ class ComputedParts:
                 log_rows=math.log(rows[index]),
                 log_tokens=math.log(tokens[index]),
             )
-            parts = [
-                Term(part, count * cost[index], features._replace(kind=kind, stored_as=stored))
-                for kind, count, cost, attention in layers
-                for part, cost, stored in (
-                    (LAYERS, _less(cost, attention), configuration.weights.value),
-                    (ATTENTION, attention, configuration.kv.value),
-                )
-            ]
+            on_one = features._replace(doublings=0.0)
+            weights, kv = configuration.weights.value, configuration.kv.value
+            parts = []
+            for kind, count, layer in layers:
+                dense, attention, sharing = (count * cost[index] for cost in layer)
+                parts.append(Term(LAYERS, dense, on_one._replace(kind=kind, stored_as=weights)))
+                parts.append(Term(ATTENTION, attention, on_one._replace(kind=kind, stored_as=kv)))
+                if configuration.tp > 1:
+                    parts.append(Term(SHARING, sharing, features._replace(kind=kind)))
             hand_over = max(0.0, totals[index] - alone[index])
             rest = totals[index] - hand_over - sum(term.value for term in parts)
             parts.append(Term(REST, rest, features))
@@ -77,31 +86,34 @@ class ComputedParts:
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig, batch: Batch) -> Computed:
         """Return the memory over all GPUs, in bytes."""
-        one = Batch(1, 1, 1)
-        total = self._memory(model, configuration, batch)
+        single = replace(configuration, tp=1, pp=1, ep=1, layer_split=())
+        total, on_one = (self._memory(model, each, batch) for each in (configuration, single))
         features = Features(
             phase=MEMORY,
             model=model.name,
             kind="",
             stored_as="",
-            doublings=math.log2(configuration.gpus),
+            doublings=0.0,
             log_rows=math.log(batch.size * batch.prompt_tokens),
             log_tokens=math.log(batch.prompt_tokens + batch.output_tokens),
         )
         parts = []
-        flat = configuration.at(configuration.tp, 1)
         for kind, count in model.decoder.kinds():
-            pair, single = (self._short_model(model, kind, layers) for layers in (2, 1))
+            longer, shorter = (self._short_model(model, kind, layers) for layers in (2, 1))
             each, each_loaded = (
-                self._memory(pair, flat, asked) - self._memory(single, flat, asked) for asked in (one, batch)
+                self._memory(longer, single, asked) - self._memory(shorter, single, asked)
+                for asked in (Batch(1, 1, 1), batch)
             )
             of_kind, weights, kv = self._kind_name(kind), configuration.weights.value, configuration.kv.value
             parts.append(Term(LAYERS, count * each, features._replace(kind=of_kind, stored_as=weights)))
             parts.append(Term(CACHE, count * (each_loaded - each), features._replace(kind=of_kind, stored_as=kv)))
         of_layers = sum(term.value for term in parts)
-        rest = Term(REST, total - of_layers, features)
+        parts.append(Term(REST, on_one - of_layers, features))
+        if configuration.gpus > 1:
+            of_gpus = features._replace(doublings=math.log2(configuration.gpus))
+            parts.append(Term(SHARING, total - on_one, of_gpus))
         identity = f"{MEMORY} {model.name} {model.layers} {configuration} {batch}"
-        return Computed(_adding_up([*parts, rest], total), identity)
+        return Computed(_adding_up(parts, total), identity)
 
     def run_memory(self, model: ModelSpec, layers: Sequence[int], configuration: ParallelConfig) -> float:
         """Return the memory over all GPUs of an engine with some layers of a model, before it has a prompt."""
@@ -110,20 +122,29 @@ class ComputedParts:
 
     def _layers(
         self, model: ModelSpec, configuration: ParallelConfig, batch: Batch
-    ) -> Iterator[tuple[str, int, tuple[float, float], tuple[float, float]]]:
-        """Yield each kind of layers: its number, the times of a layer, and those of its attention alone."""
-        flat = configuration.at(configuration.tp, 1)
+    ) -> Iterator[tuple[str, int, tuple[_Times, _Times, _Times]]]:
+        """Yield each kind of layers: its number, and of a layer the times without attention, of attention, of sharing.
+
+        The first two are a GPU's equal share of what one alone takes.
+        """
+        tp, one = configuration.tp, configuration.at(1, 1)
         # The same tokens in a step, with nothing to attend to but themselves.
-        rows = batch.size * batch.prompt_tokens
+        bare = (Batch(batch.size * batch.prompt_tokens, 1, 1), Batch(batch.size, 1, 1))
         for kind, count in model.decoder.kinds():
-            pair, single = (self._short_model(model, kind, layers) for layers in (2, 1))
-            layer = _less(self._times_s(pair, flat, batch), self._times_s(single, flat, batch))
-            bare_first, bare_token = (
-                _less(self._times_s(pair, flat, bare), self._times_s(single, flat, bare))[index]
-                for index, bare in enumerate((Batch(rows, 1, 1), Batch(batch.size, 1, 1)))
+            layer = self._layer_s(model, kind, one, batch)
+            attention = tuple(
+                max(0.0, layer[index] - self._layer_s(model, kind, one, each)[index]) for index, each in enumerate(bare)
             )
-            attention = (max(0.0, layer[0] - bare_first), max(0.0, layer[1] - bare_token))
-            yield self._kind_name(kind), count, layer, attention
+            dense = _less(layer, (attention[0], attention[1]))
+            shared = layer if tp == 1 else self._layer_s(model, kind, configuration.at(tp, 1), batch)
+            sharing = _less(shared, (layer[0] / tp, layer[1] / tp)) if tp > 1 else (0.0, 0.0)
+            share = (attention[0] / tp, attention[1] / tp)
+            yield self._kind_name(kind), count, ((dense[0] / tp, dense[1] / tp), share, sharing)
+
+    def _layer_s(self, model: ModelSpec, kind: LayerKind, configuration: ParallelConfig, batch: Batch) -> _Times:
+        """Return the times of one layer: what it adds to another one."""
+        pair, single = (self._short_model(model, kind, layers) for layers in (2, 1))
+        return _less(self._times_s(pair, configuration, batch), self._times_s(single, configuration, batch))
 
     def _short_model(self, model: ModelSpec, kind: LayerKind, layers: int) -> ModelSpec:
         key = (model, kind, layers)
@@ -133,6 +154,12 @@ class ComputedParts:
             self._short[key] = with_layers(model, (layer,) * layers)
         return self._short[key]
 
+    def _nameless(self, model: ModelSpec) -> ModelSpec:
+        """Return a model of the same shape that no table knows: where a whole model does not run, its layers may."""
+        if model not in self._without_name:
+            self._without_name[model] = replace(model, name=_NAMELESS)
+        return self._without_name[model]
+
     def _kind_name(self, kind: LayerKind) -> str:
         """Return a name for a kind of layers, which is the same in all models that have it."""
         return self._kinds.setdefault(kind, str(len(self._kinds)))
@@ -141,7 +168,7 @@ class ComputedParts:
         key = (model, configuration, batch)
         if key not in self._costs:
             service = self.estimator.service(
-                model,
+                self._nameless(model),
                 configuration,
                 prompt_tokens=batch.prompt_tokens,
                 output_tokens=batch.output_tokens,
@@ -151,7 +178,7 @@ class ComputedParts:
         return self._costs[key]
 
     def _memory(self, model: ModelSpec, configuration: ParallelConfig, batch: Batch) -> float:
-        configuration = replace(configuration, batch_size=batch.size)
+        configuration, model = replace(configuration, batch_size=batch.size), self._nameless(model)
         if not isinstance(self.estimator, LengthAwareMemory):
             return float(self.estimator.memory(model, configuration))
         return float(
@@ -161,7 +188,7 @@ class ComputedParts:
         )
 
 
-def _less(left: tuple[float, float], right: tuple[float, float]) -> tuple[float, float]:
+def _less(left: _Times, right: _Times) -> _Times:
     return max(0.0, left[0] - right[0]), max(0.0, left[1] - right[1])
 
 
