@@ -42,7 +42,7 @@ MEMORY_SCALES: Mapping[str, Scales] = {
 }
 """Bytes of weights and cache are counted; what an engine holds beside them is a guess."""
 
-# Stages of few layers do not hide what handing over takes: on A6000 it costs them 9 ms, and whole models nothing.
+# Stages of few layers do not hide what handing over takes, as those of whole models do (docs/profiling.md).
 _SHORT_STAGE, _SHORT_STAGES_NOISE = 4, 0.3
 
 _LENGTH_STEPS = 0.02  # lengths whose logarithms differ by less are corrected alike
@@ -179,6 +179,8 @@ class BlendedEstimator:
     def _time_blend(self) -> Blend:
         measured = []
         for seen in self._profile.observed:
+            if self._parts.why_not(seen.model, seen.configuration) is not None:
+                continue  # as of a format that another engine has, and this one lacks
             first, token = self._parts.times(seen.model, seen.configuration, seen.batch)
             more = _SHORT_STAGES_NOISE if 1 < seen.configuration.pp > seen.model.layers / _SHORT_STAGE else 0.0
             measured.append(Measured(first, seen.first_token_s, math.hypot(seen.first_token_noise, more)))
@@ -196,7 +198,7 @@ class BlendedEstimator:
                     _MEMORY_NOISE,
                 )
                 for seen in self._profile.observed
-                if seen.memory_bytes
+                if seen.memory_bytes and self._parts.why_not(seen.model, seen.configuration) is None
             ],
             MEMORY_SCALES,
         )

@@ -47,6 +47,10 @@ class ComputedParts:
     _kinds: dict[LayerKind, str] = field(default_factory=dict)
     _costs: dict[tuple[ModelSpec, ParallelConfig, Batch], tuple[float, float]] = field(default_factory=dict)
 
+    def why_not(self, model: ModelSpec, configuration: ParallelConfig) -> str | None:
+        """Return why a model of this shape cannot be estimated; None if it can."""
+        return self.estimator.why_not(self._nameless(model), configuration)
+
     def times(self, model: ModelSpec, configuration: ParallelConfig, batch: Batch) -> tuple[Computed, Computed]:
         """Return the times until the first token and for a further one, in seconds."""
         totals = self._times_s(model, configuration, batch)
