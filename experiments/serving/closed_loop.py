@@ -67,9 +67,10 @@ class LoopPoint:
     left_out: str = ""
 
     @property
-    def group(self) -> tuple[str, str, str, str]:
-        """Model, format, GPU and engine: what a calibration belongs to."""
-        return self.row["model_path"], self.row["gemm_quant_mode"], self.row["system"], self.preset.engine
+    def group(self) -> tuple[str, str, str, str, str]:
+        """Model, format, GPU, engine and version: what a calibration belongs to."""
+        row = self.row
+        return row["model_path"], row["gemm_quant_mode"], row["system"], self.preset.engine, row["backend_version"]
 
     @property
     def has_equal_lengths(self) -> bool:

@@ -6,7 +6,8 @@ DATA_DIR contains `serving` and `models`. Parts: open-loop (requests recorded on
 model by constants fitted without it), load-sweep, closed-loop. An error is simulated over measured less one, in
 percent. Nothing is fitted here: constants are those that `fit_constants.py` has written. `--write` replaces the tables
 and pictures of these parts in `results/`, and, from all tables there, those of docs/continuous-batching.md. Runs whose
-split is `validate` are judged by the bars; those of `fit` are printed too.
+split is `validate` are judged by the bars; those of `fit` are printed too. With `--engine`, the rows of other engines
+stay as they are, and so does the picture.
 """
 
 from __future__ import annotations
@@ -67,10 +68,23 @@ def main() -> None:
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         for name, table in tables.items():
+            path = RESULTS / f"{name}.csv"
             errors = table.drop(columns=[column for column in table if column.endswith(" ms")])  # not others' data
-            errors.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
-        draw(tables, RESULTS)
+            if options.engine is not None and name == "closed-loop":
+                errors = with_other_engines(errors, path)
+            errors.to_csv(path, index=False, float_format="%.4g")
+        draw(
+            {name: table for name, table in tables.items() if options.engine is None or name != "closed-loop"}, RESULTS
+        )
         publish()
+
+
+def with_other_engines(errors: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return the errors of some engines' closed loops, and those of the other engines from a table that may exist."""
+    if not path.exists():
+        return errors
+    before = pd.read_csv(path)
+    return pd.concat([before[~before["engine"].isin(errors["engine"].unique())], errors], ignore_index=True)
 
 
 def _print(line: str) -> None:
@@ -158,24 +172,22 @@ def load_sweep(data: Path) -> pd.DataFrame:
 
 def closed_loops(data: Path, engine: str | None = None) -> pd.DataFrame:
     """Return a row for each point of the closed loops, of one engine or of all, that can be replayed."""
-    rows = []
-    for point in closed_loop.loop_points(data):
-        if point.left_out or engine not in (None, point.preset.engine):
-            continue
-        found = closed_loop.replay(point, data)
-        model, number_format, gpu, point_engine = point.group
-        rows.append(
-            {
-                "model": model, "format": number_format or "bfloat16", "gpu": gpu, "engine": point_engine,
-                "preset": point.preset.name, "version": point.row["backend_version"], "family": str(point.family),
-                "tp": int(point.row["tp_size"]), "prompt": point.prompt_tokens, "output": point.output_tokens,
-                "clients": point.clients, "split": point.row["split"],
-                "impossible": _impossible(point, found), "TTFT ms": 1e3 * point.ttft_s, "TPOT ms": 1e3 * point.tpot_s,
-                "TTFT %": 100 * (found.ttft_s / point.ttft_s - 1), "TPOT %": 100 * (found.tpot_s / point.tpot_s - 1),
-            }
-        )  # fmt: skip
-    table = pd.DataFrame(rows)
-    return calibrated(table)
+    points = (point for point in closed_loop.loop_points(data) if not point.left_out)
+    chosen = (point for point in points if engine in (None, point.preset.engine))
+    return calibrated(pd.DataFrame([loop_row(point, closed_loop.replay(point, data)) for point in chosen]))
+
+
+def loop_row(point: closed_loop.LoopPoint, found: closed_loop.LoopTimes) -> dict[str, object]:
+    """Return the row of a point that was replayed."""
+    model, number_format, gpu, engine, version = point.group
+    return {
+        "model": model, "format": number_format or "bfloat16", "gpu": gpu, "engine": engine,
+        "preset": point.preset.name, "version": version, "family": str(point.family),
+        "tp": int(point.row["tp_size"]), "prompt": point.prompt_tokens, "output": point.output_tokens,
+        "clients": point.clients, "split": point.row["split"],
+        "impossible": _impossible(point, found), "TTFT ms": 1e3 * point.ttft_s, "TPOT ms": 1e3 * point.tpot_s,
+        "TTFT %": 100 * (found.ttft_s / point.ttft_s - 1), "TPOT %": 100 * (found.tpot_s / point.tpot_s - 1),
+    }  # fmt: skip
 
 
 def _impossible(point: closed_loop.LoopPoint, found: closed_loop.LoopTimes) -> bool:
@@ -185,12 +197,12 @@ def _impossible(point: closed_loop.LoopPoint, found: closed_loop.LoopTimes) -> b
 
 
 def calibrated(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the error of TPOT after a calibration with three points of the same model, format, GPU and engine.
+    """Add the error of TPOT after a calibration with three points of one model, format, GPU, engine and version.
 
     The three are those of the least, the middle and the most clients; they have no such error themselves.
     """
     column = pd.Series(np.nan, index=table.index)
-    for _, group in table.groupby(["model", "format", "gpu", "engine"]):
+    for _, group in table.groupby(["model", "format", "gpu", "engine", "version"], dropna=False):
         if len(group) < 4:
             continue
         ordered = group.sort_values(["clients", "prompt", "output", "tp"], kind="stable")

@@ -123,7 +123,8 @@ class EndpointSpec:
     `configuration` is the only one that a policy may choose, None for any that `pattern` allows. `batching` is how its
     engines batch. `load` is what continuous engines are chosen for; None for one request at a time.
     `replicas` is how many deployments serve it; None leaves that to the policy.
-    `memory_share` is the share of each GPU's memory that they take, None for what the configuration needs.
+    `memory_share` is the share of each GPU's memory that they take, None for what the configuration needs;
+    `memory_shares` are those on some kinds of GPU, where they are others.
     `ready_at_start`: its engines are up before the first request of a simulated run arrives.
 
     Raises:
@@ -143,6 +144,7 @@ class EndpointSpec:
     batching: Batching = Batching.EXCLUSIVE
     replicas: int | None = None
     memory_share: float | None = None
+    memory_shares: tuple[tuple[str, float], ...] = ()
     ready_at_start: bool = False
 
     def __post_init__(self) -> None:
@@ -153,5 +155,10 @@ class EndpointSpec:
             raise InputError(f"deploy {self.model.name}: replicas must be at least 1, not {self.replicas}")
         if self.requested_us < 0:
             raise InputError(f"deploy {self.model.name}: requested at {self.requested_us} µs, before the run starts")
-        if self.memory_share is not None and not 0 < self.memory_share <= 1:
-            raise InputError(f"deploy {self.model.name}: memory share must lie in (0, 1], not {self.memory_share}")
+        for share in (self.memory_share, *(share for _, share in self.memory_shares)):
+            if share is not None and not 0 < share <= 1:
+                raise InputError(f"deploy {self.model.name}: memory share must lie in (0, 1], not {share}")
+
+    def memory_share_on(self, kind: str) -> float | None:
+        """Return the share of the memory of a GPU of a kind that its engines take; see `memory_share`."""
+        return dict(self.memory_shares).get(kind, self.memory_share)

@@ -162,7 +162,7 @@ def rank(
 
 def _memory_of(endpoint: EndpointSpec, pool: GpuPool, estimator: Estimator) -> Callable[[ParallelConfig], Bytes]:
     """Return what tells the memory: the endpoint's share, or for its lengths where the estimator knows that."""
-    model, share = endpoint.model, endpoint.memory_share
+    model, share = endpoint.model, endpoint.memory_share_on(pool.kind)
     if share is not None:
         share_bytes = int(share * pool.capacity_bytes)
         return lambda configuration: configuration.gpus * share_bytes

@@ -139,7 +139,8 @@ class _Pool:
     """
 
     def __init__(self, endpoint: EndpointSpec, gpus: Sequence[GpuView]) -> None:
-        self.gpu_bytes = int((endpoint.memory_share or 1.0) * min(gpu.capacity_bytes for gpu in gpus))
+        share = endpoint.memory_share_on(gpus[0].kind) or 1.0
+        self.gpu_bytes = int(share * min(gpu.capacity_bytes for gpu in gpus))
         self.gpus = [gpu for gpu in gpus if gpu.free_bytes >= self.gpu_bytes]
         self.usd_per_hour = price_of(self.gpus[:1])
         self._of_node: dict[int, int] = {}

@@ -40,7 +40,7 @@ from maveriq.scenario.routing import routing_rule
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
 from maveriq.scenario.system import LoadTime, ReplaySystem, ServingSystem
-from maveriq.scenario.workload import with_token_slos, workload_for
+from maveriq.scenario.workload import with_memory_shares, with_token_slos, workload_for
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
 from maveriq.workload.model_sets import load_model_set
 from maveriq.workload.requests import Workload
@@ -103,7 +103,11 @@ def build_system(
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(options, profile, cluster)
     workload = with_token_slos(
-        workload_for(options, profile, slo_scale=options.slo_scale), slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s
+        with_memory_shares(
+            workload_for(options, profile, slo_scale=options.slo_scale), models=options.models, profiles=profiles
+        ),
+        slo_ttft_s=slo_ttft_s,
+        slo_tpot_s=slo_tpot_s,
     )
     models = [endpoint.model for endpoint in workload.endpoints]
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator, components.estimator, models)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from maveriq.domain.deployments import Batching, EndpointSpec, Intent, Objective
 from maveriq.errors import InputError
+from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.scenario.options import Options
 from maveriq.scenario.slo_bases import slo_bases
 from maveriq.units import gib
-from maveriq.workload.build import build_workload
-from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.build import build_workload, memory_share
+from maveriq.workload.model_sets import ModelEntry, load_model_set
 from maveriq.workload.options import WorkloadOptions
 from maveriq.workload.requests import Workload
 
@@ -60,6 +61,30 @@ def _limit(options: Options) -> int | None:
     if options.limit not in (None, options.num_prompts):
         raise InputError("--limit and --num-prompts are the same; give one of them")
     return options.num_prompts
+
+
+def with_memory_shares(workload: Workload, models: str, profiles: ClusterProfiles) -> Workload:
+    """Return the workload with the memory that its engines take on each kind of GPU, in a cluster of several kinds.
+
+    Args:
+        workload: whose endpoints are in the order of the model set.
+        models: the model set.
+        profiles: of the kinds.
+
+    Raises:
+        InputError: as `load_model_set`.
+    """
+
+    def with_shares(endpoint: EndpointSpec, entry: ModelEntry) -> EndpointSpec:
+        if endpoint.memory_share is None:
+            return endpoint
+        found = {kind: memory_share(entry, gib(of.capacity_bytes)) for kind, of in profiles.by_kind.items()}
+        return replace(endpoint, memory_shares=tuple((kind, share) for kind, share in found.items() if share))
+
+    if len(profiles.by_kind) == 1:
+        return workload
+    pairs = zip(workload.endpoints, load_model_set(models).entries, strict=True)
+    return replace(workload, endpoints=tuple(with_shares(endpoint, entry) for endpoint, entry in pairs))
 
 
 def with_token_slos(workload: Workload, *, slo_ttft_s: float | None, slo_tpot_s: float | None) -> Workload:

@@ -130,7 +130,7 @@ def build_workload(
                 load=_load(entry, draw.endpoint_id == endpoint_id, prompts, outputs),
                 batching=entry.batching,
                 replicas=entry.replicas,
-                memory_share=_memory_share(entry, gpu_memory_gib),
+                memory_share=memory_share(entry, gpu_memory_gib),
                 ready_at_start=entry.load_at is None,
             )
         )
@@ -156,8 +156,13 @@ def _load(entry: ModelEntry, own: np.ndarray[Any, Any], prompts: Lengths, output
     )
 
 
-def _memory_share(entry: ModelEntry, gpu_memory_gib: float) -> float | None:
-    """Return the share of each GPU's memory that a model's engines take; None for what their configuration needs."""
+def memory_share(entry: ModelEntry, gpu_memory_gib: float) -> float | None:
+    """Return the share of a GPU's memory that a model's engines take; None for what their configuration needs.
+
+    Args:
+        entry: the model and its engine.
+        gpu_memory_gib: memory of the GPU.
+    """
     if entry.engine is None:
         return None
     host = EngineHost(context_tokens=entry.model.context_tokens or 1, gpu_memory_gib=gpu_memory_gib)

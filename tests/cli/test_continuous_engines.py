@@ -59,6 +59,19 @@ def test_an_engine_takes_its_share_of_the_gpu_that_it_runs_on(maveriq, tmp_path)
     assert deployment["gib_per_gpu"] == pytest.approx([gpu_sheet("L40S").usable_gib - reserve_gib], rel=1e-3)
 
 
+def test_engines_on_gpus_of_two_kinds_each_take_the_share_of_their_kind(maveriq, tmp_path):
+    engine = '[models.engine]\nkind = "sglang"\nmax_total_tokens = 8192\n'
+    put(tmp_path, f'name = "two"\n{MODEL}{engine}{MODEL}{engine}')
+    nodes = "".join(f'[[nodes]]\ngpu = "{kind}"\ncount = 1\n' for kind in ("L40S", "H100-SXM"))
+    (tmp_path / "c.toml").write_text(f'name = "mixed"\n{nodes}')
+    assert maveriq(f"{SIM.replace('1xH100-SXM', 'c.toml')} out").code == 0
+    found = {row["gpus"]: float(row["gib_per_gpu"]) for row in rows(tmp_path / "out", "deployments.csv")}
+    # SGLang keeps 512 MB, 128 and 1.5 for each token of a chunk: of 4096 tokens below 60 GiB, of 8192 above.
+    for gpu, kind, chunk in (("0", "L40S", 4096), ("1", "H100-SXM", 8192)):
+        kept_gib = (512 + 1.5 * chunk + 128) / 1024
+        assert found[gpu] == pytest.approx(gpu_sheet(kind).usable_gib - kept_gib, rel=1e-3)
+
+
 def test_a_limit_of_requests_in_flight_delays_when_they_are_sent(maveriq, tmp_path):
     put(tmp_path)
     assert maveriq(f"{SIM} out --max-in-flight 2").code == 0
