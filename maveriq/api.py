@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from maveriq import __version__
+from maveriq.domain.faults import notes_on_faults
 from maveriq.errors import InputError, MaveriqError, cannot_write
 from maveriq.planning import PlanOptions, rank_configurations
 from maveriq.runs import Run, as_path, load_run, save_run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from maveriq.domain.progress import Watcher
+    from maveriq.domain.records import RunRecord
     from maveriq.exec.interrupt import InterruptHandler
     from maveriq.exec.local_machine import EngineOptions, LocalMachine
     from maveriq.exec.replay import ReplayResult, ReplaySettings
@@ -76,9 +78,10 @@ def simulate(
         slo_tpot_s=None if slo_tpot_ms is None else slo_tpot_ms / 1e3,
     )
     resolved = _resolved(chosen, system, components)
+    record = simulate_system(system, watcher)
     return Run(
-        record=simulate_system(system, watcher),
-        meta=_meta(resolved, system, components, kind="simulated", libraries=("numpy", "simpy")),
+        record=record,
+        meta=_meta(resolved, system, components, record, kind="simulated", libraries=("numpy", "simpy")),
         options=resolved,
         slo_ttft_ms=slo_ttft_ms,
         slo_tpot_ms=slo_tpot_ms,
@@ -196,7 +199,7 @@ def _finished_run(
 ) -> Run:
     from maveriq.report.run_folder import process_lines
 
-    meta = _meta(options, system, components, kind="run", libraries=("numpy", "msgspec"))
+    meta = _meta(options, system, components, replayed.record, kind="run", libraries=("numpy", "msgspec"))
     if replayed.interrupted:
         meta["notes"].append(f"ended early by the user, at {replayed.record.ended_us / 1e6:.1f} s")
     meta["notes"] += replayed.notes
@@ -339,7 +342,13 @@ def _resolved(options: Options, system: ReplaySystem, components: Components) ->
 
 
 def _meta(
-    options: Options, system: ReplaySystem, components: Components, *, kind: str, libraries: Sequence[str]
+    options: Options,
+    system: ReplaySystem,
+    components: Components,
+    record: RunRecord,
+    *,
+    kind: str,
+    libraries: Sequence[str],
 ) -> dict[str, Any]:
     """Return what led to a run: enough to repeat it, custom objects aside."""
     replaced, source = components.replaced, system.workload.source
@@ -347,6 +356,7 @@ def _meta(
         *([source.describe()] if source else []),
         *system.notes,
         *([f"objects were passed for: {', '.join(replaced)}"] if replaced else []),
+        *notes_on_faults(system.faults, {deployment.deployment_id for deployment in record.deployments}),
     ]
     return {
         "kind": kind,

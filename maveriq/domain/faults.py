@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -127,3 +127,20 @@ def check_fault(fault: Fault, *, gpus: int, requested_us: Sequence[Micros], end_
     if fault.target is FaultTarget.DEPLOYMENT and fault.at_us < requested_us[fault.target_id - 1]:
         requested_s = seconds(requested_us[fault.target_id - 1])
         raise InputError(f"{what} at {seconds(fault.at_us):g} s: it is not asked for before {requested_s:g} s")
+
+
+def notes_on_faults(faults: Iterable[Fault], deployments: Collection[int]) -> list[str]:
+    """Return a note for each fault that hit nothing, because its deployment was never made.
+
+    Before a run it is not known how many replicas a policy will choose.
+
+    Args:
+        faults: of the run.
+        deployments: the numbers of all that there were.
+    """
+    return [
+        f"fault of deployment {fault.target_id} at {seconds(fault.at_us):g} s hit nothing: the run made deployments "
+        f"{min(deployments)} to {max(deployments)}"
+        for fault in faults
+        if fault.target is FaultTarget.DEPLOYMENT and deployments and fault.target_id not in deployments
+    ]

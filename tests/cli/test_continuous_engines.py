@@ -116,6 +116,15 @@ def test_the_policy_chooses_configuration_and_replicas_for_the_expected_load(mav
     assert float(fast[0]["est_latency_s"]) < float(few[0]["est_latency_s"])
 
 
+def test_a_fault_of_a_replica_that_the_policy_did_not_make_is_noted(maveriq, tmp_path):
+    put(tmp_path, SET.replace("tp = 1\n", "expected_rps = 1\n"))
+    faults = "--fail deployment=1@0.5s,for=0.1s --fail deployment=4@0.7s"
+    assert maveriq(f"{SIM.replace('1xH100', '4xH100')} out {faults}").code == 0
+    notes = json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
+    [note] = [note for note in notes if "fault" in note]
+    assert note == "fault of deployment 4 at 0.7 s hit nothing: the run made deployments 1 to 1"
+
+
 def test_pipelines_run_also_with_uneven_stages(maveriq, tmp_path):
     for keys, layers in (("pp = 2", "16 16"), ("pp = 2\nlayer_split = [28, 4]", "28 4"), ("pp = 3", "11 11 10")):
         put(tmp_path, SET.replace("tp = 1", f"tp = 1\n{keys}"))
