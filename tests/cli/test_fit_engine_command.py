@@ -5,7 +5,11 @@ import json
 import statistics
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from maveriq.estimate.engine_presets import engine_preset
+from maveriq.estimate.fitted_profile import fitted_profile_toml
 
 SET = (
     'name = "one"\n[[models]]\nmodel = "llama-3.1-8b"\ntp = 1\nweights = "bfloat16"\n'
@@ -37,6 +41,26 @@ def test_a_fit_to_a_run_folder_writes_a_profile_that_simulates_the_run_again(mav
     means = [mean_latency_s(tmp_path / name / "requests.csv") for name in ("first", "again")]
     assert means[1] == pytest.approx(means[0], rel=0.01)
     assert maveriq(f"{FIT} first --out p.toml").code != 0  # it is there already
+
+
+def test_plans_take_the_times_of_a_fitted_profile_for_the_engine_that_it_was_fitted_to(maveriq, tmp_path: Path):
+    preset = engine_preset("vllm-2026")
+    slow = msgspec.structs.replace(preset.times, step_us=preset.step_us + 2000, api_us=preset.api_us + 30_000)
+    text = fitted_profile_toml("slow", "H100-SXM", {"vllm-2026": slow}, source="a test")
+    (tmp_path / "slow.toml").write_text(text)
+
+    def planned(options: str) -> dict[str, float]:
+        ended = maveriq(f"plan llama-3.1-8b --gpus 1xH100-SXM --prompt-tokens 500 --output-tokens 20 --json {options}")
+        assert ended.code == 0
+        return json.loads(ended.out)["candidates"][0]
+
+    usual, fitted = (planned(f"--engine vllm-0.23.0{profile}") for profile in ("", " --profile slow.toml"))
+    assert fitted["tpot_s"] - usual["tpot_s"] == pytest.approx(0.002, rel=0.1)
+    assert fitted["first_token_s"] - usual["first_token_s"] > 0.032
+    older = [planned(f"--engine vllm-0.11.0{profile}") for profile in ("", " --profile slow.toml")]
+    assert older[0]["latency_s"] == older[1]["latency_s"]
+    refused = maveriq("plan llama-3.1-8b --gpus 1xL40S --engine vllm --profile slow.toml")
+    assert (refused.code, "measured on H100-SXM" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(
