@@ -68,7 +68,6 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         step_us: host time of a step.
         sequence_us: host time of each sequence of a step.
         layer_us: host time to launch the kernels of a layer, while those before run; 0 where CUDA graphs launch them.
-        prefill_layer_us: the same in steps that hold prefill, for engines that capture no graphs of these.
         kernel_factor: time of a step's kernels over that of the operators, in steps that only decode.
         prefill_factor: the same in steps that hold prefill.
         api_us: what a request's first token takes beside waiting and its step: HTTP, tokenizer.
@@ -101,7 +100,6 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     step_us: _NotNegative
     sequence_us: _NotNegative
     layer_us: _NotNegative = 0.0
-    prefill_layer_us: _NotNegative = 0.0
     kernel_factor: _Factor
     prefill_factor: _Factor
     api_us: _NotNegative
@@ -176,9 +174,8 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     def kernels_us(self, gpu_us: Sizes, *, has_prefill: bool, layers: Sizes = 0) -> Any:
         """Return the time of a step's kernels, of so many layers; the arguments are those of `step_time_us`."""
         kernels_us = gpu_us * (self.prefill_factor if has_prefill else self.kernel_factor)
-        launch_us = max(self.layer_us, self.prefill_layer_us) if has_prefill else self.layer_us
-        if launch_us:  # the host launches kernels while others run: the slower of the two decides
-            kernels_us = (kernels_us**_SHARPNESS + (launch_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
+        if self.layer_us:  # the host launches kernels while others run: the slower of the two decides
+            kernels_us = (kernels_us**_SHARPNESS + (self.layer_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
         return kernels_us
 
     def host_us(self, sequences: Sizes) -> Any:

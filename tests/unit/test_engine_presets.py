@@ -83,17 +83,6 @@ def test_an_engine_without_a_version_has_the_share_of_the_newest_that_was_checke
     assert shares == {"vllm": 0.92, "vllm-2026": 0.92, "vllm-2025": 0.9, "vllm-0.15.1": 0.9, "vllm-2023": 0.9}
 
 
-def test_prefill_that_no_graph_launches_takes_at_least_its_launches() -> None:
-    preset = msgspec.structs.replace(engine_preset("sglang"), step_us=0.0, sequence_us=0.0, prefill_layer_us=500.0)
-
-    def step_us(gpu_us: float, *, has_prefill: bool) -> float:
-        return float(preset.step_time_us(gpu_us, sequences=4, has_prefill=has_prefill, layers=60))
-
-    assert step_us(1.0, has_prefill=True) == pytest.approx(60 * 500.0)
-    assert step_us(1e6, has_prefill=True) == pytest.approx(1e6, rel=1e-3)  # launched while others run
-    assert step_us(5000.0, has_prefill=False) == 5000.0
-
-
 def test_a_request_waits_for_the_server_that_sends_the_tokens_of_others() -> None:
     preset = msgspec.structs.replace(engine_preset("vllm"), api_us=5000.0, api_token_us=2.0, api_sequence_us=30.0)
     assert preset.first_token_delay_us(100, running=0) == 5200.0
