@@ -43,6 +43,16 @@ def serve(
     models_folder: Annotated[
         Path | None, typer.Option(help="Folder from which models may be registered.", rich_help_panel=_ENGINES)
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND|COMMAND",
+            help="How engines batch unless a request says it: exclusive, vllm, or a command such as 'vllm serve "
+            "--max-num-seqs 64'.",
+            show_default="vllm with --backend vllm, else exclusive",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
     state: Annotated[
         Path,
         typer.Option(help="State file that survives restarts; engine logs go next to it.", rich_help_panel=_ENGINES),
@@ -88,6 +98,7 @@ def serve(
     shuts down gracefully; the next start restores the endpoints.
     """
     from maveriq.errors import InputError
+    from maveriq.exec.batching_spec import EngineChoice
     from maveriq.files import is_folder
     from maveriq.serve.auth import read_token
     from maveriq.serve.settings import ServeSettings
@@ -102,6 +113,7 @@ def serve(
         max_prompt_tokens=max_prompt_tokens,
         max_output_tokens=max_output_tokens,
         grace_period_s=grace_period_s,
+        engine=EngineChoice.of(engines.name, engine),
     )
     _run_service(options, engines, settings, state=state, host=host, port=port, access_log=access_log, quiet=quiet)
 
@@ -178,6 +190,7 @@ async def _serve(
     quiet: bool,
 ) -> None:
     from maveriq.errors import MaveriqError
+    from maveriq.exec.batching_spec import live_batching_specs
     from maveriq.exec.executor import open_executor
     from maveriq.exec.model_files import ModelFiles
     from maveriq.serve.app import create_app
@@ -201,6 +214,7 @@ async def _serve(
         memory_probe=machine.memory_probe(),
         sampler=machine.sampler(system.cluster),
         python=machine.python_path,
+        batching_of=None if system.live_engines is None else live_batching_specs(system.live_engines, engines.name),
     ) as executor:
         app = create_app(executor, store, settings, placements, models, access_log)
 

@@ -43,7 +43,7 @@ from maveriq.control.request_tracker import RequestTracker
 from maveriq.control.router import RequestRouter, Router
 from maveriq.control.routing_policies import RoutingRule
 from maveriq.domain.cluster import Cluster, DispatchTiming, LoadWindow
-from maveriq.domain.deployments import Batching
+from maveriq.domain.deployments import Batching, EndpointSpec
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import Request, RequestStatus
@@ -91,23 +91,26 @@ class ControllerSettings:
     refuse_beyond_context: bool = True
     engine_tokens: Callable[[ModelSpec], int | None] | None = None
 
-    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
-        """Return the longest sequence of a model that is served, prompt and output; None for no limit."""
-        limits = (
-            model.context_tokens if self.refuse_beyond_context else None,
-            self.engine_tokens(model) if self.engine_tokens else None,
-        )
+    def max_sequence_tokens(self, endpoint: EndpointSpec) -> int | None:
+        """Return the longest sequence of an endpoint that is served, prompt and output; None for no limit."""
+        limits = (endpoint.model.context_tokens if self.refuse_beyond_context else None, self._kept_tokens(endpoint))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
+    def why_too_long(self, endpoint: EndpointSpec, tokens: int) -> str | None:
         """Return why a sequence of so many tokens, prompt and output, is refused; None if it is not."""
-        too_long = model.why_too_long(tokens) if self.refuse_beyond_context else None
-        if too_long is not None or self.engine_tokens is None:
+        too_long = endpoint.model.why_too_long(tokens) if self.refuse_beyond_context else None
+        if too_long is not None:
             return too_long
-        kept = self.engine_tokens(model)
+        kept = self._kept_tokens(endpoint)
         if kept is None or tokens <= kept:
             return None
         return f"a sequence of {tokens} tokens is longer than the {kept} that the engine's KV cache keeps of one"
+
+    def _kept_tokens(self, endpoint: EndpointSpec) -> int | None:
+        """Return how many tokens of one sequence an endpoint's engines keep; None for no limit."""
+        if endpoint.sequence_tokens is not None or self.engine_tokens is None:
+            return endpoint.sequence_tokens
+        return self.engine_tokens(endpoint.model)
 
 
 class Controller:
@@ -234,13 +237,13 @@ class Controller:
 
     def _why_too_long(self, deployment: Deployment, request: Request) -> str | None:
         """Return why a deployment's engine takes no request of this length; None if it does."""
-        model, tokens = deployment.endpoint.model, request.prompt_tokens + request.output_tokens
+        endpoint, tokens = deployment.endpoint, request.prompt_tokens + request.output_tokens
         longest = self._longest_sequence.get(deployment.deployment_id, 0)
         if tokens <= longest:
             return None
-        reason = self.settings.why_too_long(model, tokens)
+        reason = self.settings.why_too_long(endpoint, tokens)
         if reason is None:  # looking a model up takes longer than all else of an arrival
-            limit = self.settings.max_sequence_tokens(model)
+            limit = self.settings.max_sequence_tokens(endpoint)
             self._longest_sequence[deployment.deployment_id] = sys.maxsize if limit is None else limit
         return reason
 

@@ -126,6 +126,8 @@ class EndpointSpec:
     `memory_share` is the share of each GPU's memory that they take, None for what the configuration needs;
     `memory_shares` are those on some kinds of GPU, where they are others.
     `ready_at_start`: its engines are up before the first request of a simulated run arrives.
+    `sequence_tokens` is the longest sequence, prompt and output, that its engines take; None for what all engines of
+    the system take.
 
     Raises:
         InputError: a count below 1, a time before the start, a share outside 0 to 1.
@@ -146,6 +148,7 @@ class EndpointSpec:
     memory_share: float | None = None
     memory_shares: tuple[tuple[str, float], ...] = ()
     ready_at_start: bool = False
+    sequence_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("endpoint_id", "prompt_tokens", "output_tokens", "batch_size"):

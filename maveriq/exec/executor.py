@@ -32,7 +32,6 @@ from maveriq.control.events import (
     Submit,
 )
 from maveriq.domain.deployments import Batching, EndpointSpec
-from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.records import RequestTable
@@ -159,18 +158,20 @@ class Executor:
     def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
         """Create an endpoint; see `LiveCluster`."""
         number = self._last_endpoint_id + 1 if endpoint_id is None else endpoint_id
-        self.add_endpoint(
-            EndpointSpec(
-                endpoint_id=number,
-                model=endpoint.model,
-                intent=endpoint.intent,
-                requested_us=self.now_us,
-                prompt_tokens=self._system.prompt_tokens,
-                output_tokens=endpoint.output_tokens,
-                batch_size=endpoint.batch_size,
-                batching=endpoint.batching,
-            )
+        spec = EndpointSpec(
+            endpoint_id=number,
+            model=endpoint.model,
+            intent=endpoint.intent,
+            requested_us=self.now_us,
+            prompt_tokens=self._system.prompt_tokens,
+            output_tokens=endpoint.output_tokens,
+            batch_size=endpoint.batch_size,
+            batching=endpoint.batching,
         )
+        live = self._system.live_engines
+        if endpoint.engine is not None and live is not None:
+            spec = live.add(spec, endpoint.engine, whole_command=endpoint.whole_command)
+        self.add_endpoint(spec)
         return number
 
     def add_endpoint(self, endpoint: EndpointSpec) -> None:
@@ -182,6 +183,8 @@ class Executor:
         """Remove an endpoint; see `LiveCluster`."""
         self.endpoint(endpoint_id)
         self._handle(EndpointRemoved(endpoint_id))
+        if self._system.live_engines is not None:
+            self._system.live_engines.remove(endpoint_id)
 
     def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
         """Return the current status of an endpoint's deployments; see `LiveCluster`."""
@@ -189,17 +192,23 @@ class Executor:
         deployments = controller.deployments_of(endpoint_id)
         if not deployments:
             raise InputError(f"there is no endpoint {endpoint_id}")
+        counters = self.batching.counters() if self.batching is not None else {}
         return tuple(
-            deployment.status(waiting=controller.queue.waiting(deployment.deployment_id)) for deployment in deployments
+            deployment.status(
+                controller.queue.waiting(deployment.deployment_id), counters.get(deployment.deployment_id)
+            )
+            for deployment in deployments
         )
 
-    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
+    def why_too_long(self, endpoint_id: int, tokens: int) -> str | None:
         """Return why a sequence of so many tokens would be refused; see `LiveCluster`."""
-        return self.controller.settings.why_too_long(model, tokens)
+        deployments = self.controller.deployments_of(endpoint_id)
+        return self.controller.settings.why_too_long(deployments[0].endpoint, tokens) if deployments else None
 
-    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
-        """Return the longest sequence of a model that is served; see `LiveCluster`."""
-        return self.controller.settings.max_sequence_tokens(model)
+    def max_sequence_tokens(self, endpoint_id: int) -> int | None:
+        """Return the longest sequence of an endpoint that is served; see `LiveCluster`."""
+        deployments = self.controller.deployments_of(endpoint_id)
+        return self.controller.settings.max_sequence_tokens(deployments[0].endpoint) if deployments else None
 
     def submit(self, submission: Submission) -> LiveRequestHandle:
         """Submit a request; see `LiveCluster`.
@@ -480,6 +489,7 @@ async def open_executor(
     memory_probe: MemoryProbe | None = None,
     sampler: GpuSampler | None = None,
     python: Path | None = None,
+    batching_of: BatchingSpecOf | None = None,
 ) -> AsyncIterator[Executor]:
     """Yield an executor whose engines are processes on this machine, and close it at the end.
 
@@ -494,6 +504,7 @@ async def open_executor(
         memory_probe: see `Executor`.
         sampler: measures the load of real GPUs.
         python: see `ProcessLauncher`.
+        batching_of: see `Executor`.
 
     Raises:
         InputError: the folder cannot be created.
@@ -512,6 +523,7 @@ async def open_executor(
             supervision=supervision,
             memory_probe=memory_probe,
             measured_loads=sampler.loads if sampler else None,
+            batching_of=batching_of,
         )
         sampling = asyncio.create_task(sampler.run()) if sampler else None
         try:

@@ -15,6 +15,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
 from maveriq.domain.requests import RequestStatus
 from maveriq.units import Micros
+from maveriq.workload.model_sets import ContinuousSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +67,23 @@ class RequestHandle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointRequest:
-    """An endpoint to create: the part of an `EndpointSpec` that a user chooses."""
+    """An endpoint to create: the part of an `EndpointSpec` that a user chooses.
+
+    `engine` are the settings of engines that batch continuously, None for engines that take one execution at a time.
+    `whole_command`: they are a whole command, which also says on how many GPUs the engine runs.
+    """
 
     model: ModelSpec
     intent: Intent
     output_tokens: int
     batch_size: int = 1
-    batching: Batching = Batching.EXCLUSIVE
+    engine: ContinuousSettings | None = None
+    whole_command: bool = False
+
+    @property
+    def batching(self) -> Batching:
+        """How its engines batch."""
+        return Batching.EXCLUSIVE if self.engine is None else Batching.CONTINUOUS
 
 
 class LiveCluster(Protocol):
@@ -104,11 +115,11 @@ class LiveCluster(Protocol):
             InputError: there is no such endpoint.
         """
 
-    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
+    def why_too_long(self, endpoint_id: int, tokens: int) -> str | None:
         """Return why a sequence of so many tokens, prompt and output, would be refused; None if it would not."""
 
-    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
-        """Return the longest sequence of a model that is served, prompt and output; None for no limit."""
+    def max_sequence_tokens(self, endpoint_id: int) -> int | None:
+        """Return the longest sequence of an endpoint that is served, prompt and output; None for no limit."""
 
     def submit(self, submission: Submission) -> RequestHandle:
         """Submit a request. If it cannot be served, it ends as refused, with the reason.
@@ -118,7 +129,11 @@ class LiveCluster(Protocol):
         """
 
     def cancel(self, request_id: int) -> None:
-        """Cancel a request whose client disconnected. A waiting request ends as failed; a running one finishes."""
+        """Cancel a request whose client disconnected.
+
+        A waiting request ends as failed, and so does one in an engine that batches continuously. A running one of
+        another engine finishes.
+        """
 
     def progress(self) -> Progress:
         """Return the progress for live views and metrics."""

@@ -35,6 +35,7 @@ from maveriq.scenario.cluster_notes import note_on_cluster
 from maveriq.scenario.continuous_engines import ContinuousEngines
 from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.engine_estimates import PlannedEngines
+from maveriq.scenario.live_engines import LiveEngines
 from maveriq.scenario.options import Options
 from maveriq.scenario.routing import routing_rule
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
@@ -42,7 +43,7 @@ from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_pla
 from maveriq.scenario.system import LoadTime, ReplaySystem, ServingSystem
 from maveriq.scenario.workload import with_memory_shares, with_token_slos, workload_for
 from maveriq.units import MICROS_PER_SECOND, Micros, duration_micros, gib, micros
-from maveriq.workload.model_sets import load_model_set
+from maveriq.workload.model_sets import ContinuousSettings, load_model_set
 from maveriq.workload.requests import Workload
 
 _MAX_SAMPLES, _MAX_SAMPLES_OF_ALL_GPUS = 2_000, 1_000_000
@@ -114,7 +115,7 @@ def build_system(
     engines = _continuous_engines(options, profiles, cluster, components)
     if engines is not None:
         engine_tokens = engines.sequence_limit(workload.endpoints)
-    planned = None if engines is None else PlannedEngines(engines=engines)
+    planned = None if engines is None else PlannedEngines(engines=engines, restrict=wrap_estimator)
     given_policy = _given_policy(components, profiles, estimator, planned)
     policy, notes = (
         (given_policy, ()) if given_policy else _policy(options, profiles, cluster, estimator, workload, planned)
@@ -206,9 +207,14 @@ def build_live_system(
     options = with_cluster_defaults(replace(options, no_dispatch_overhead=True), profile, cluster, live=True)
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator)
 
+    engine_settings: dict[int, ContinuousSettings] = {}
+    engines = ContinuousEngines(settings=engine_settings, profiles=profiles, largest_node=cluster.largest_node)
+    planned = PlannedEngines(engines=engines, restrict=wrap_estimator)
+
     def policy(name: str) -> Policy:
         return make_policy(
             name,
+            engines=planned,
             estimator=estimator,
             accuracy=profiles.accuracy,
             packing_threshold=options.packing_threshold,
@@ -233,6 +239,7 @@ def build_live_system(
         load_time=_load_time(options, profiles),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
+        live_engines=LiveEngines(engines=engines, settings=engine_settings),
         notes=_notes(options, profiles, cluster),
     )
     return system, placements

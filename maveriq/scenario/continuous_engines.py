@@ -120,9 +120,17 @@ class ContinuousEngines:
         for endpoint in endpoints:
             if endpoint.batching is Batching.EXCLUSIVE:
                 continue
-            resolved = self._resolve(self.settings[endpoint.endpoint_id], endpoint.model, endpoint.configuration)
+            resolved = self.resolved(endpoint)
             limits[endpoint.model] = min(resolved.max_model_len, limits.get(endpoint.model, resolved.max_model_len))
         return limits.get
+
+    def resolved(self, endpoint: EndpointSpec) -> ResolvedSettings:
+        """Return the settings of an endpoint's engines, before their configuration is known.
+
+        Raises:
+            InputError: they contradict each other, or the kind of GPU is not known.
+        """
+        return self._resolve(self.settings[endpoint.endpoint_id], endpoint.model, endpoint.configuration)
 
     def _resolve(
         self, settings: ContinuousSettings, model: ModelSpec, configuration: ParallelConfig | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from maveriq.domain.deployments import EndpointSpec
@@ -10,7 +10,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.engine.vllm_settings import vllm_layers_of_stages
 from maveriq.errors import InputError
-from maveriq.estimate.estimator import ServiceEstimate
+from maveriq.estimate.estimator import Estimator, ServiceEstimate
 from maveriq.estimate.load_curve import LoadCurve
 from maveriq.policy.configuration import NO_ROOM, RejectedConfig
 from maveriq.scenario.continuous_engines import ContinuousEngines, SizedEngine
@@ -22,9 +22,15 @@ class PlannedEngines:
 
     They know the typical request of an endpoint, or the mean one of its load, but neither what a prefix cache will find
     nor how uneven arrivals are.
+
+    Args:
+        engines: makes them.
+        restrict: wraps an estimator in one that rejects what the engines of a backend do not support; None where any
+            configuration can be simulated.
     """
 
     engines: ContinuousEngines
+    restrict: Callable[[Estimator], Estimator] | None = None
     _curves: dict[tuple[EndpointSpec, ParallelConfig], LoadCurve] = field(default_factory=dict)
 
     def configurations(self, endpoint: EndpointSpec, *, kind: str, gpus: int) -> Iterable[ParallelConfig]:
@@ -57,7 +63,9 @@ class PlannedEngines:
 
     def why_not(self, endpoint: EndpointSpec, configuration: ParallelConfig) -> RejectedConfig | None:
         """Return why an engine cannot run so, None if it can."""
-        estimator = self.engines.estimator(endpoint, configuration.gpu)
+        estimator: Estimator = self.engines.estimator(endpoint, configuration.gpu)
+        if self.restrict is not None:
+            estimator = self.restrict(estimator)
         if reason := estimator.why_not(endpoint.model, replace(configuration, gpu="")):
             return RejectedConfig(configuration=configuration, reason=reason)
         if endpoint.configuration is not None:

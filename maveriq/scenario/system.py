@@ -12,6 +12,7 @@ from maveriq.domain.faults import Fault, Removal
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.policy.policy import Policy
 from maveriq.scenario.continuous_engines import ContinuousEngines
+from maveriq.scenario.live_engines import LiveEngines
 from maveriq.scenario.options import Options
 from maveriq.scenario.service_times import ServiceTimes
 from maveriq.units import Micros
@@ -35,6 +36,7 @@ class ServingSystem:
         load_time: how long an engine takes to load.
         estimator: name of the estimator that the policy plans with; empty if there is none.
         prompt_tokens: length of a typical prompt, for endpoints that do not give one.
+        live_engines: the continuous engines of a service; None where there are none, or where a workload has them.
         notes: what a reader of the results must know.
     """
 
@@ -46,6 +48,7 @@ class ServingSystem:
     load_time: LoadTime
     estimator: str = ""
     prompt_tokens: int = 1
+    live_engines: LiveEngines | None = None
     notes: tuple[str, ...] = ()
 
 

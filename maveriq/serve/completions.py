@@ -98,7 +98,7 @@ async def _submission(service: Service, prepared: PreparedRequest) -> Submission
         message = f"max_tokens is {output_tokens}; the maximum is {settings.max_output_tokens}"
         raise bad_request(message, "max_tokens", code="context_length_exceeded")
     tokens = len(prepared.token_ids) + output_tokens
-    too_long = service.cluster.why_too_long(prepared.endpoint.model.spec, tokens)
+    too_long = service.cluster.why_too_long(prepared.endpoint.endpoint_id, tokens)
     if too_long is not None:
         raise bad_request(too_long, "prompt", code="context_length_exceeded")
     end_tokens = () if body.ignore_eos else prepared.tokenizer.stop_token_ids
@@ -118,7 +118,7 @@ async def _submission(service: Service, prepared: PreparedRequest) -> Submission
 def _default_output_tokens(service: Service, prepared: PreparedRequest) -> int:
     """Return how many tokens a request gets that names no number: the endpoint's, within what is served."""
     limits = [prepared.endpoint.stored.request.output_tokens, service.settings.max_output_tokens]
-    max_tokens = service.cluster.max_sequence_tokens(prepared.endpoint.model.spec)
+    max_tokens = service.cluster.max_sequence_tokens(prepared.endpoint.endpoint_id)
     if max_tokens is not None:
         limits.append(max_tokens - len(prepared.token_ids))
     return max(1, min(limits))

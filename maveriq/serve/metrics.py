@@ -121,6 +121,12 @@ def _deployment_metrics(progress: Progress) -> Iterator[Metric]:
     waiting = GaugeMetricFamily("maveriq_deployment_waiting", "Requests in its queue.", labels=labels)
     completed = CounterMetricFamily("maveriq_deployment_completed", "Requests it completed.", labels=labels)
     restarts = CounterMetricFamily("maveriq_engine_restarts", "Engine starts after the first.", labels=labels)
+    running = GaugeMetricFamily(
+        "maveriq_deployment_running",
+        "Requests that its continuous engine has admitted.",
+        labels=labels,
+    )
+    kv_use = GaugeMetricFamily("maveriq_deployment_kv_use_ratio", "Share of its KV cache in use.", labels=labels)
     for deployment in progress.deployments:
         if deployment.status == "removed":  # else their series would accumulate
             continue
@@ -129,7 +135,11 @@ def _deployment_metrics(progress: Progress) -> Iterator[Metric]:
         waiting.add_metric(values, deployment.waiting)
         completed.add_metric(values, deployment.completed)
         restarts.add_metric(values, deployment.restarts)
-    yield from (up, waiting, completed, restarts)
+        if deployment.running is not None:
+            running.add_metric(values, deployment.running)
+        if deployment.kv_use is not None:
+            kv_use.add_metric(values, deployment.kv_use)
+    yield from (up, waiting, completed, restarts, running, kv_use)
 
 
 def _gpu_metrics(progress: Progress) -> Iterator[Metric]:

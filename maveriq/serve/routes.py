@@ -143,9 +143,21 @@ def endpoint_routes(service: Service) -> APIRouter:
             min_accuracy=body.min_accuracy,
             float16_only=body.float16_only,
         )
+        engine, whole_command = service.settings.engine.settings(body.engine)
+        if engine is not None and body.batch_size > 1:
+            raise bad_request(
+                "batch_size is for engines that take one execution at a time; engines that batch continuously have "
+                "max_num_seqs",
+                "batch_size",
+            )
         model = await service.models.register(body.model)
         request = EndpointRequest(
-            model=model.spec, intent=intent, output_tokens=body.output_tokens, batch_size=body.batch_size
+            model=model.spec,
+            intent=intent,
+            output_tokens=body.output_tokens,
+            batch_size=body.batch_size,
+            engine=engine,
+            whole_command=whole_command,
         )
         return EndpointView.of(await service.create_endpoint(model, request, body.placement or ""))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from maveriq.domain.progress import DeploymentStatus
+from maveriq.exec.batching_spec import settings_table
 from maveriq.serve.service import Endpoint
 from maveriq.serve.store import RequestRow, StoredModel
 
@@ -14,6 +15,11 @@ _MAX_TOKENS = 1_000_000
 _MAX_BATCH_SIZE = 10_000
 _MAX_MS = 1e9
 
+EngineText = Annotated[str, Field(min_length=1, max_length=4096)]
+EngineTable = Annotated[
+    dict[Annotated[str, Field(max_length=100)], bool | int | float | Annotated[str, Field(max_length=1024)]],
+    Field(max_length=100),
+]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Milliseconds = Annotated[float, Field(gt=0, le=_MAX_MS, allow_inf_nan=False)]
 ServiceStatus = Literal["ready", "degraded", "stopping"]
@@ -85,6 +91,11 @@ class CreateEndpoint(Body):
     output_tokens: Annotated[int, Field(ge=1, le=_MAX_TOKENS)] = Field(
         default=20, description="Typical length of an output; also the default of max_tokens."
     )
+    engine: EngineText | EngineTable | None = Field(
+        default=None,
+        description="How its engines batch, as in a model set: a table of arguments, a kind, or a whole command; "
+        "exclusive for one execution at a time. Default: the server's --engine.",
+    )
 
 
 class DeploymentView(Body):
@@ -99,6 +110,8 @@ class DeploymentView(Body):
     waiting: int
     completed: int
     restarts: int
+    running: int | None = Field(description="Requests that an engine that batches continuously has admitted.")
+    kv_use: float | None = Field(description="Share of its KV cache that they hold.")
 
     @classmethod
     def of(cls, deployment: DeploymentStatus) -> DeploymentView:
@@ -113,6 +126,8 @@ class DeploymentView(Body):
             waiting=deployment.waiting,
             completed=deployment.completed,
             restarts=deployment.restarts,
+            running=deployment.running,
+            kv_use=deployment.kv_use,
         )
 
 
@@ -129,6 +144,7 @@ class EndpointView(Body):
     placement: str | None
     batch_size: int
     output_tokens: int
+    engine: EngineTable | None = Field(description="Settings of its engines where they batch continuously.")
     status: str
     reason: str
     waiting: int
@@ -150,6 +166,7 @@ class EndpointView(Body):
             placement=endpoint.stored.placement or None,
             batch_size=request.batch_size,
             output_tokens=request.output_tokens,
+            engine=None if request.engine is None else settings_table(request.engine),
             status=endpoint.status,
             reason="; ".join(deployment.reason for deployment in deployments if deployment.reason),
             waiting=sum(deployment.waiting for deployment in deployments),

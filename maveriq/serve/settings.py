@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from maveriq.errors import InputError
+from maveriq.exec.batching_spec import EngineChoice
 
 MAX_HEAD_BYTES = 32 * 1024
 """Size of URL and headers of a request."""
@@ -27,6 +28,7 @@ class ServeSettings:
         max_models: registered models at a time.
         grace_period_s: time for running requests to finish at shutdown.
         kept_requests: number of ended requests whose status is kept.
+        engine: how the engines of endpoints batch.
 
     Raises:
         InputError: a limit is not positive, or the token is empty.
@@ -43,6 +45,7 @@ class ServeSettings:
     max_models: int = 1_024
     grace_period_s: float = 30.0
     kept_requests: int = 100_000
+    engine: EngineChoice = field(default_factory=EngineChoice)
 
     def __post_init__(self) -> None:
         for setting in fields(self):

@@ -25,7 +25,10 @@ from maveriq.serve.job_writer import JobWriter, OpenWriter, SqliteJobWriter
 INTERRUPTED = "the server stopped before the request ended"
 """The reason of a request that was in flight when the server crashed."""
 
-_VERSION = 2
+_VERSION = 3
+_OLDER = (2,)
+"""Versions that are read, too: their endpoints have no engines that batch continuously."""
+
 _TABLES = """
 CREATE TABLE models (
     model_id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -296,13 +299,16 @@ class Store:
 
 
 def _prepare(database: sqlite3.Connection) -> None:
-    """Create the tables of an empty file.
+    """Create the tables of an empty file, and bring an older one to this version.
 
     Raises:
         InputError: the file has other tables.
     """
     [version] = database.execute("PRAGMA user_version").fetchone()
     if version == _VERSION:
+        return
+    if version in _OLDER:
+        database.execute(f"PRAGMA user_version = {_VERSION}")
         return
     if version != 0 or database.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
         raise InputError(

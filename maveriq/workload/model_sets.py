@@ -236,6 +236,24 @@ def _engine(entry: _Entry) -> ContinuousSettings | None:
     return None if isinstance(settings, ExclusiveSettings) else settings
 
 
+def named_configuration(
+    model: ModelSpec, engine: ContinuousSettings, *, whole_command: bool
+) -> tuple[ParallelConfig | None, ConfigurationPattern]:
+    """Return the configuration that an engine's settings name alone, None where the policy chooses, and what they fix.
+
+    Args:
+        model: the model.
+        engine: the settings.
+        whole_command: whether they are a whole command, which also says on how many GPUs the engine runs.
+
+    Raises:
+        UnknownNameError: a format that they name is not known.
+    """
+    entry = _Entry(model=model.name, engine="a command" if whole_command else None)
+    configuration = _configuration(entry, model, engine)
+    return configuration, ANY_CONFIGURATION if configuration else _pattern(entry, engine)
+
+
 def _configuration(entry: _Entry, model: ModelSpec, engine: ContinuousSettings | None) -> ParallelConfig | None:
     """Return the configuration that an entry names; None where the policy chooses.
 

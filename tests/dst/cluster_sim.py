@@ -18,6 +18,7 @@ from maveriq.domain.deployments import Batching, EndpointSpec, Intent, Objective
 from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
+from maveriq.engine.vllm_settings import VllmSettings
 from maveriq.exec.executor import Executor
 from maveriq.exec.launcher import Launcher
 from maveriq.exec.live_cluster import EndpointRequest, Outcome, RequestHandle, Submission
@@ -114,7 +115,7 @@ class Users:
             intent=Intent(objective=Objective.MIN_COST),
             output_tokens=MAX_TOKENS,
             batch_size=self._draws.integer(1, 3),
-            batching=self._batching,
+            engine=VllmSettings() if self._batching is Batching.CONTINUOUS else None,
         )
         endpoint_id = self._executor.deploy(requested)
         self._endpoints.append(endpoint_id)

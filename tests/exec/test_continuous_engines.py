@@ -16,6 +16,7 @@ from fixtures import MODEL, FixedPlacement, TokenSeconds, arrivals, cluster, pre
 from maveriq.control.controller import CLIENT_GONE, ControllerSettings
 from maveriq.domain.deployments import Batching, Intent, Objective
 from maveriq.domain.requests import RequestStatus
+from maveriq.engine.vllm_settings import VllmSettings
 from maveriq.exec.capabilities import known_engines
 from maveriq.exec.continuous_loop import ContinuousLoop
 from maveriq.exec.engines.continuous import CONTINUOUS_BACKENDS, make_continuous_engine
@@ -243,7 +244,7 @@ def with_executor(
         load_time=lambda _plan: 1,
     )
     endpoint = EndpointRequest(
-        model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=8, batching=Batching.CONTINUOUS
+        model=MODEL, intent=Intent(objective=Objective.MIN_COST), output_tokens=8, engine=VllmSettings()
     )
 
     async def run() -> None:

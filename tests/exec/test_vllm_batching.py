@@ -39,7 +39,7 @@ def continuous(device: str = "cuda:0", **settings: Any) -> EngineSpec:
 
 def test_defaults_are_those_that_are_simulated() -> None:
     assert arguments_of(version="0.15.1") == {
-        "max_num_seqs": 1024, "max_num_batched_tokens": 8192, "max_model_len": 4096, "block_size": 16,
+        "max_num_seqs": 1024, "max_num_batched_tokens": 8192, "max_model_len": 4096,
         "gpu_memory_utilization": 0.9, "enable_prefix_caching": True, "enable_chunked_prefill": True,
     }  # fmt: skip
 
@@ -72,9 +72,10 @@ def test_the_engine_starts_with_these_arguments() -> None:
 
 def test_blocks_that_a_cpu_cannot_have_are_refused() -> None:
     with pytest.raises(EngineError, match="block_size must be a multiple of 32, not 16; set it") as refused:
-        translate_batching(continuous("cpu"), "/m")
+        translate_batching(continuous("cpu", num_gpu_blocks=40), "/m")
     assert refused.value.kind is FailureKind.UNSUPPORTED
     translate_batching(continuous("cpu", block_size=64), "/m")
+    assert "block_size" not in translate_batching(continuous("cpu"), "/m").arguments  # vLLM's own
 
 
 @pytest.mark.parametrize("backend", ["torch", "trtllm"])
@@ -86,7 +87,7 @@ def test_backends_that_take_one_execution_at_a_time_are_refused_by_name(backend:
 
 def test_engines_of_another_kind_are_refused() -> None:
     engines = SimpleNamespace(settings={1: read_engine_settings({"kind": "sglang"})})
-    with pytest.raises(InputError, match="model 1 is of kind 'sglang', which --backend vllm does not run; use --back"):
+    with pytest.raises(InputError, match="--backend vllm does not run engines of kind 'sglang'; --backend emulated em"):
         check_batching(engines, "vllm")  # type: ignore[arg-type]
     check_batching(engines, "emulated")  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from maveriq.domain.cluster import Cluster, ClusterState, Gpu
 from maveriq.domain.deployments import EndpointSpec
-from maveriq.domain.models import ModelSpec, WeightType
+from maveriq.domain.models import WeightType
 from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.domain.progress import DeploymentStatus, GpuStatus, Progress
 from maveriq.domain.requests import RequestStatus
@@ -169,11 +169,11 @@ class FakeCluster:
     def endpoint(self, endpoint_id: int) -> tuple[DeploymentStatus, ...]:
         return (self._status(self._found(endpoint_id)),)
 
-    def why_too_long(self, model: ModelSpec, tokens: int) -> str | None:
-        return model.why_too_long(tokens)
+    def why_too_long(self, endpoint_id: int, tokens: int) -> str | None:
+        return self._found(endpoint_id).requested.model.why_too_long(tokens)
 
-    def max_sequence_tokens(self, model: ModelSpec) -> int | None:
-        return model.context_tokens
+    def max_sequence_tokens(self, endpoint_id: int) -> int | None:
+        return self._found(endpoint_id).requested.model.context_tokens
 
     def submit(self, submission: Submission) -> FakeRequestHandle:
         endpoint = self._found(submission.endpoint_id)

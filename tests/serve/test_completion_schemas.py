@@ -325,11 +325,11 @@ def test_long_arrays_are_refused(server: Running) -> None:
 
 
 def test_what_the_cluster_would_refuse_as_too_long_is_400(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.cluster, "why_too_long", lambda _model, tokens: f"{tokens} tokens are too long here")
+    monkeypatch.setattr(server.cluster, "why_too_long", lambda _endpoint, tokens: f"{tokens} tokens are too long here")
     error = error_of(post(server, "/v1/completions", json.dumps(TEXT | {"prompt": [5] * 7, "max_tokens": 3})))
     assert (error["message"], error["code"]) == ("10 tokens are too long here", "context_length_exceeded")
-    monkeypatch.setattr(server.cluster, "why_too_long", lambda _model, _tokens: None)
-    monkeypatch.setattr(server.cluster, "max_sequence_tokens", lambda _model: 9)
+    monkeypatch.setattr(server.cluster, "why_too_long", lambda _endpoint, _tokens: None)
+    monkeypatch.setattr(server.cluster, "max_sequence_tokens", lambda _endpoint: 9)
     body = {name: value for name, value in TEXT.items() if name != "max_tokens"} | {"prompt": [5] * 7}
     answer = post(server, "/v1/completions", json.dumps(body))
     assert answer.json()["usage"]["completion_tokens"] == 2
