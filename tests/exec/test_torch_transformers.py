@@ -66,6 +66,12 @@ def degrees_of(name):
     return (1, 2) if has_plan(family_of(TRANSFORMERS_CONFIGS[name])) else (1,)
 
 
+def bound_of(name, weights):
+    """Return how far scores may be from those of exact weights; gated delta nets multiply small errors."""
+    has_delta_nets = "linear_conv_kernel_dim" in TRANSFORMERS_CONFIGS[name]
+    return {"float16": 0.0, "int8": 0.05, "int4": 0.6}[weights] * (2.5 if has_delta_nets else 1)
+
+
 def family_of(config):
     return str(config["model_type"]).removesuffix("_text")
 
@@ -94,7 +100,7 @@ def test_every_family_runs_in_every_format_that_the_matrix_lists(name):
     listed = product(formats_of(family_of(config)), ("native", "int8"))
     for weights, kv in listed:
         worker = load_worker(spec_of(config, weights=weights, kv=kv))
-        assert distance(logits_of(worker), exact) < {"float16": 1e-5, "int8": 0.05, "int4": 0.6}[weights], (weights, kv)
+        assert distance(logits_of(worker), exact) <= bound_of(name, weights), (weights, kv)
 
 
 def formats_of(family):
@@ -123,7 +129,8 @@ def check_folder(name, folder, *, tp):
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "split"), [("qwen3", 2, (3, 1)), ("mixtral", 2, (1, 3)), ("mistral-window", 1, (1, 2, 1))]
+    ("name", "tp", "split"),
+    [("qwen3", 2, (3, 1)), ("mixtral", 2, (1, 3)), ("mistral-window", 1, (1, 2, 1)), ("nemotron_h", 1, (3, 1))],
 )
 def test_split_models_give_the_tokens_of_unsplit_ones(name, tp, split):
     assert tokens_of(name, tp=tp, split=split) == expected_tokens(name)
@@ -154,6 +161,20 @@ def test_windows_move_through_a_long_sequence(monkeypatch):
     worker = load_worker(spec_of(TRANSFORMERS_CONFIGS[name]))
     steps = [step for step, _ in worker.run(prompts_of(PROMPTS[:1], output_tokens=tokens))]
     assert outputs(steps) == [greedy(transformers_model(name), PROMPTS[0], tokens)]
+
+
+def test_recurrent_states_are_those_of_the_execution_alone():
+    """States of an earlier batch, of another size and with other padding, do not reach the next one."""
+    name = "qwen3_next"
+    worker = load_worker(spec_of(TRANSFORMERS_CONFIGS[name]))
+    expected = expected_tokens(name)
+    for chosen in ([0, 1, 2], [2, 0]):
+        steps = [step for step, _ in worker.run(tuple(prompts_of()[n] for n in chosen))]
+        assert outputs(steps) == [expected[n] for n in chosen]
+    held = worker.stage.kv_cache_bytes
+    worker.stage.release()
+    assert worker.stage.kv_cache_bytes == 0 < held
+    assert outputs([step for step, _ in worker.run(prompts_of())]) == expected
 
 
 def test_a_layer_with_a_window_keeps_little_more_than_the_window():
@@ -191,7 +212,7 @@ def test_the_scores_of_a_split_quantized_model_are_close_on_every_rank(name, wei
     tp = max(degrees_of(name))
     scores = on_ranks(spec_of(config, tp=tp, split=(3, 1), weights=weights), logits_of)
     assert scores[:tp] == [None] * tp  # the first stage
-    assert all(0 < distance(found, exact) < {"int8": 0.05, "int4": 0.6}[weights] for found in scores[tp:])
+    assert all(0 < distance(found, exact) < bound_of(name, weights) for found in scores[tp:])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral-window"])
@@ -273,7 +294,7 @@ def test_keys_that_name_code_or_change_outputs_are_not_read(hostile):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"model_type": "qwen3_next"}, "'qwen3_next' is not one of llama, falcon, gptj, "),
+        ({"model_type": "deepseek_v3"}, "'deepseek_v3' is not one of llama, falcon, gptj, "),
         ({"model_type": "mamba"}, "is not one of"),
         ({"text_config": {"model_type": "qwen3"}, "model_type": "gemma3"}, "multimodal|text_config"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),

@@ -89,6 +89,14 @@ _SHARED_EXPERTS = {
     "n_group": 1,
     "topk_group": 1,
 }
+_RECURRENT = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+}
 _GPT2 = {"n_layer": LAYERS, "n_embd": 64, "n_head": 8, "n_positions": 256, "vocab_size": VOCABULARY}
 _WINDOW = {"sliding_window": 6}  # shorter than the prompts
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
@@ -122,6 +130,20 @@ MORE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "granitemoe": {**_DECODER, "model_type": "granitemoe", **_LOCAL_EXPERTS},
     "minimax_m2": {**_WIDE, "model_type": "minimax_m2", **_LOCAL_EXPERTS},
     "nemotron": {**_DECODER, "model_type": "nemotron"},
+    "nemotron_h": {
+        **_WIDE,
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "M-*-",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "n_groups": 2,
+        "chunk_size": 8,
+        **_EXPERTS,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 32,
+    },
     "olmo": {**_DECODER, "model_type": "olmo"},
     "olmo2": {**_DECODER, "model_type": "olmo2"},
     "olmo3": {**_DECODER, "model_type": "olmo3", **_MIXED},
@@ -142,6 +164,13 @@ MORE_FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **_DECODER, "model_type": "qwen2", **_WINDOW, "use_sliding_window": True, "max_window_layers": 2,
     },
     "qwen2_moe": {**_DECODER, "model_type": "qwen2_moe", **_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3_5": {**_WIDE, "model_type": "qwen3_5_text", **_RECURRENT},
+    "qwen3_5_moe": {
+        **_WIDE, "model_type": "qwen3_5_moe_text", **_EXPERTS, "shared_expert_intermediate_size": 64, **_RECURRENT,
+    },
+    "qwen3_next": {
+        **_WIDE, "model_type": "qwen3_next", **_EXPERTS, "shared_expert_intermediate_size": 64, **_RECURRENT,
+    },
     "qwen3_moe": {**_WIDE, "model_type": "qwen3_moe", **_EXPERTS, "mlp_only_layers": [0]},
     "seed_oss": {**_WIDE, "model_type": "seed_oss"},
     "smollm3": {**_DECODER, "model_type": "smollm3"},

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 _SHARDED = (
-    "arcee", "codegen", "cohere", "cohere2", "dots1", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3",
-    "glm", "glm4", "glm4_moe", "gpt_neox", "granite", "granitemoe", "minimax_m2", "mistral", "mixtral", "nemotron",
-    "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
-    "starcoder2",
+    "arcee", "codegen", "cohere", "cohere2", "dots1", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3", "glm",
+    "glm4", "glm4_moe", "gpt_neox", "granite", "granitemoe", "minimax_m2", "mistral", "mixtral", "nemotron",
+    "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5",
+    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 _WHOLE = ("bloom", "gpt2", "gpt_bigcode", "opt", "stablelm")
 

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.torch.kv_cache import KvCache
@@ -148,29 +155,96 @@ class WindowLayer(FullLayer):
         return self._before + query_length, self._state.stored - self._before
 
 
+class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]
+    """The states of a layer that keeps no keys and values: of a size that does not depend on the number of tokens."""
+
+    def __init__(self, state: CacheState, states: int) -> None:
+        super().__init__(number_of_states=states)
+        self._state = state
+
+    @property
+    def _tensors(self) -> list[tuple[dict[int, Any], int, torch.Tensor]]:
+        kinds = (self.conv_states, self.recurrent_states)
+        return [(kind, key, tensor) for kind in kinds for key, tensor in kind.items() if tensor is not None]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that is reserved now."""
+        return sum(int(tensor.nbytes) for _, _, tensor in self._tensors)
+
+    def reserve(self) -> None:
+        """Reserve states for the batch. A layer that has not run yet reserves when it first runs."""
+        for kind, key, tensor in self._tensors:
+            if len(tensor) != self._state.batch:
+                kind[key] = None  # free it first
+                kind[key] = tensor.new_zeros(self._state.batch, *tensor.shape[1:])
+
+    def release(self) -> None:
+        """Free all memory."""
+        for kind, key, tensor in self._tensors:
+            kind[key] = tensor.new_zeros(0, *tensor.shape[1:])
+
+    def mark(self, *, ran: bool) -> None:
+        """Say whether there are states of earlier tokens, also on stages that do not run this layer."""
+        self.has_previous_state: dict[int, bool] = dict.fromkeys(range(self.number_of_states), ran)
+
+
+class EmptyLayer(DummyLayer):  # type: ignore[misc]
+    """A layer that keeps nothing, such as one of experts alone."""
+
+    size_bytes = 0
+
+    def reserve(self) -> None:
+        """Reserve nothing."""
+
+    def release(self) -> None:
+        """Free nothing."""
+
+
 class StageCache(Cache):  # type: ignore[misc]
     """A cache with a layer for each of the model, of which only those of this stage hold anything.
 
     Args:
         config: the model's configuration, of transformers.
-        kind: a `KvType`.
+        kind: a `KvType`, of keys and values.
 
     Raises:
-        EngineError: a layer keeps something else than keys and values.
+        EngineError: a layer keeps something else.
     """
 
     def __init__(self, config: Any, kind: str) -> None:
-        self.state = CacheState(kind=kind)
-        super().__init__(layers=[_own_layer(layer, self.state) for layer in DynamicCache(config=config).layers])
+        self._state = CacheState(kind=kind)
+        super().__init__(layers=[_own_layer(layer, self._state) for layer in DynamicCache(config=config).layers])
 
     @property
     def size_bytes(self) -> int:
         """Memory that is reserved now."""
         return sum(layer.size_bytes for layer in self.layers)
 
+    @property
+    def stored(self) -> int:
+        """Tokens of each sequence so far, padding included."""
+        return self._state.stored
+
+    def begin(self) -> None:
+        """Forget all tokens."""
+        self._state.stored = 0
+        for layer in self._recurrent:
+            layer.mark(ran=False)
+
+    def advance(self, tokens: int) -> None:
+        """Count the tokens of a step that has run."""
+        self._state.stored += tokens
+        for layer in self._recurrent:
+            layer.mark(ran=True)
+
+    @property
+    def _recurrent(self) -> list[RecurrentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+
     def reserve_for(self, batch: int, tokens: int) -> None:
         """Reserve memory for `batch` sequences of `tokens` tokens, padding included."""
-        self.state.batch, self.state.tokens = batch, tokens
+        self._state.batch, self._state.tokens = batch, tokens
         for layer in self.layers:
             layer.reserve()
 
@@ -180,13 +254,17 @@ class StageCache(Cache):  # type: ignore[misc]
             layer.release()
 
 
-def _own_layer(layer: Any, state: CacheState) -> FullLayer:
+def _own_layer(layer: Any, state: CacheState) -> FullLayer | RecurrentLayer | EmptyLayer:
     # By exact class: other kinds of layers of transformers are derived from these.
     if type(layer) is DynamicLayer:
         return FullLayer(state)
     if type(layer) is DynamicSlidingWindowLayer:
         return WindowLayer(state, int(layer.sliding_window))
+    if type(layer) is LinearAttentionLayer:
+        return RecurrentLayer(state, int(layer.number_of_states))
+    if type(layer) is DummyLayer:
+        return EmptyLayer()
     raise EngineError(
         FailureKind.UNSUPPORTED,
-        f"its layers keep a {type(layer).__name__}; the torch engine keeps keys and values alone",
+        f"its layers keep a {type(layer).__name__}; the torch engine keeps keys and values, and recurrent states",
     )

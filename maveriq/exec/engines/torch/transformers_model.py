@@ -56,7 +56,15 @@ def build_model(config: TransformersConfig, dtype: torch.dtype, *, eager_experts
 
 def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
     left_out = (*_NOT_READ, *_OUTPUTS)
-    return {key: value for key, value in config.items() if key not in left_out and not key.startswith("_")}
+    return {key: _decoded(value) for key, value in config.items() if key not in left_out and not key.startswith("_")}
+
+
+def _decoded(value: Any) -> Any:
+    """Return a value with infinite numbers as transformers writes them: {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    infinite = isinstance(value, dict) and value.keys() == {"__float__"} and isinstance(value["__float__"], str)
+    return float(value["__float__"]) if infinite else value
 
 
 class AbsentLayer(nn.Module):  # type: ignore[misc]

@@ -232,7 +232,7 @@ class LayerLoader:
         for key, parameter in list(module.named_parameters(recurse=False)):
             whole = self.source.read(f"{name}.{key}", tuple(parameter.shape))
             value = self._split_parameter(whole, f"{name}.{key}")
-            if parameter.ndim == 3 and self.kind != WeightType.FLOAT16:
+            if parameter.ndim == 3 and self.kind != WeightType.FLOAT16 and not isinstance(module, nn.Conv1d):
                 experts = self._quantized_experts(module, f"{name}.{key}", value)
                 delattr(module, key)
                 setattr(module, key, experts)

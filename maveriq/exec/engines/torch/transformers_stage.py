@@ -132,7 +132,7 @@ class TransformersStage:
         longest = max(map(len, prompts))
         padded = [[*[0] * (longest - len(prompt)), *prompt] for prompt in prompts]
         pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=self._like.device)
-        self._cache.state.stored = 0
+        self._cache.begin()
         self._padding = pads[:, None] if bool(pads.any()) else None
         positions = (torch.arange(longest, device=pads.device) - pads[:, None]).clamp_min(0)
         return self._run(torch.tensor(padded, device=pads.device), positions, received)
@@ -143,7 +143,7 @@ class TransformersStage:
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, received: torch.Tensor | None) -> torch.Tensor:
         """Run tokens [batch, tokens] at these positions, after those that the cache holds."""
-        stored = self._cache.state.stored + tokens.shape[1]
+        stored = self._cache.stored + tokens.shape[1]
         mask = None if self._padding is None else torch.arange(stored, device=tokens.device) >= self._padding
         self._received = received
         output = self._forward(
@@ -154,7 +154,7 @@ class TransformersStage:
             position_ids=positions,
             use_cache=True,
         )
-        self._cache.state.stored = stored
+        self._cache.advance(tokens.shape[1])
         self._received = None
         if self.shard.is_last_stage:
             logits: torch.Tensor = output.logits[:, -1]
