@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +20,10 @@ from maveriq.domain.parallel import ParallelConfig, format_of
 from maveriq.errors import InputError
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.device import Device
-from maveriq.exec.model_files import ModelFiles
+from maveriq.exec.engines.external import max_sequence_tokens
+from maveriq.exec.engines.vllm import NAME as VLLM
+from maveriq.exec.local_machine import LocalMachine
+from maveriq.exec.model_files import ModelFiles, has_weights
 from maveriq.files import check_file_writable, written_whole
 from maveriq.input_files import read_text
 from maveriq.profiling.accuracy import (
@@ -25,6 +31,7 @@ from maveriq.profiling.accuracy import (
     Measure,
     RelativeAccuracy,
     Sample,
+    Scorer,
     accuracy_rows,
     question_samples,
     relative_accuracy,
@@ -33,13 +40,14 @@ from maveriq.profiling.accuracy import (
 )
 from maveriq.profiling.questions import Question, read_questions
 from maveriq.profiling.torch_scorer import TorchScorer
+from maveriq.profiling.vllm_scorer import VllmScorer
 from maveriq.report.terminal import open_console
 from maveriq.report.view import Column, Table, number_column, row
 from maveriq.serve.tokenizer_worker import ModelTokenizer
 from maveriq.text import protect_cell
 
 _FLOAT16 = (WeightType.FLOAT16, KvType.NATIVE)
-_BACKENDS = ("torch",)
+_BACKENDS = ("torch", VLLM)
 
 
 def accuracy(
@@ -69,7 +77,16 @@ def accuracy(
         int, typer.Option(min=1, max=1_000_000, help="Tokens of the text before each place.")
     ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, max=1000, help="Prompts that are computed at once.")] = 8,
-    backend: Annotated[str, typer.Option(metavar="torch", help="The engine.")] = "torch",
+    backend: Annotated[str, typer.Option(metavar="torch|vllm", help="The engine.")] = "torch",
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WEIGHTS=FOLDER", help="The model in a format that the engine does not make itself; repeatable."
+        ),
+    ] = None,
+    engine_python: Annotated[
+        list[str] | None, typer.Option(metavar="ENGINE=PATH", help="The interpreter that runs the engine; repeatable.")
+    ] = None,
     overwrite: OverwriteFlag = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON, with every detail.")] = False,
 ) -> None:
@@ -80,33 +97,35 @@ def accuracy(
     --min-accuracy.
     """
     if backend not in _BACKENDS:
-        raise InputError(f"--backend must be {' or '.join(_BACKENDS)}, not {backend!r}: other engines send no logits")
+        raise InputError(f"--backend must be {' or '.join(_BACKENDS)}, not {backend!r}: other engines tell no scores")
     if (questions is None) == (text is None):
         raise InputError("give either --questions or --text")
     check_file_writable(out, what="accuracy table", overwrite=overwrite)
     spec = load_model(model)
-    folder = config_path(Path(model)).parent
-    files = ModelFiles(lambda _: folder / "config.json" if spec.config_json else None)
-    if not files.weights_folder(spec):
+    if not spec.config_json or not has_weights(config_path(Path(model)).parent):
         raise InputError(f"model {model!r} has no weights; accuracy needs a folder with safetensors files")
+    folder = config_path(Path(model)).parent
     wanted = [chosen for chosen in dict.fromkeys(map(format_of, formats.split(","))) if chosen != _FLOAT16]
-    _check_supported(spec, [_FLOAT16, *wanted])
-    measure = Measure.QUESTIONS if questions is not None else Measure.PERPLEXITY
-    encode = ModelTokenizer(folder).encode
-    samples: list[Sample]
-    if questions is not None:
-        shown = read_questions(examples, what="examples") if examples is not None else []
-        chosen = _spread(read_questions(questions), limit)
-        samples = question_samples(
-            chosen, encode, examples=shown, shots=shots if examples is not None else 0, max_tokens=spec.context_tokens
-        )
-    else:
-        samples = text_samples(
-            encode(read_text(text, what="text")) if text is not None else (),
-            context_tokens=context_tokens,
-            samples=limit,
-        )
-    found = _measured(spec, files, wanted, samples, measure, batch_size)
+    with contextlib.closing(LocalMachine(backend, engine_python or ())) as local:
+        engine = _Engine(local=local, model=spec, folder=folder, checkpoints=_checkpoints(checkpoint or ()),
+                         batch_size=batch_size)  # fmt: skip
+        for weights, kv in (_FLOAT16, *wanted):
+            engine.check(weights, kv)
+        measure = Measure.QUESTIONS if questions is not None else Measure.PERPLEXITY
+        encode = ModelTokenizer(folder).encode
+        if questions is not None:
+            shown = read_questions(examples, what="examples") if examples is not None else []
+            samples = question_samples(
+                _spread(read_questions(questions), limit),
+                encode,
+                examples=shown,
+                shots=shots if examples is not None else 0,
+                max_tokens=engine.prompt_tokens,
+            )
+        else:
+            tokens = encode(read_text(text, what="text")) if text is not None else ()
+            samples = text_samples(tokens, context_tokens=context_tokens, samples=limit)
+        found = _measured(engine, wanted, samples, measure)
     _write(out, spec.name, found, overwrite=overwrite)
     if as_json:
         rows = [dict(zip(ACCURACY_COLUMNS, cells, strict=True)) for cells in accuracy_rows(spec.name, found)]
@@ -127,30 +146,81 @@ def _spread(entries: Sequence[Question], limit: int) -> list[Question]:
     return [entries[place * len(entries) // limit] for place in range(limit)]
 
 
-def _check_supported(model: ModelSpec, formats: Sequence[tuple[WeightType, KvType]]) -> None:
-    for weights, kv in formats:
+def _checkpoints(entries: Sequence[str]) -> dict[WeightType, Path]:
+    """Return the folders of the model in other formats, by their weights' format."""
+    found = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not equals or name not in list(WeightType) or not has_weights(Path(path)):
+            raise InputError(f"--checkpoint {entry!r}: write WEIGHTS=FOLDER, such as int4=my-model-awq, with weights")
+        found[WeightType(name)] = Path(path)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engine:
+    """Loads a model in a format, to score with it."""
+
+    local: LocalMachine
+    model: ModelSpec
+    folder: Path
+    checkpoints: Mapping[WeightType, Path]
+    batch_size: int
+
+    @property
+    def device(self) -> Device:
+        return Device.CUDA if self.local.meter else Device.CPU
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """The longest prompt, with a token after it; None where nothing limits it."""
+        limit = max_sequence_tokens(self.model) if self.local.backend == VLLM else self.model.context_tokens
+        return None if limit is None else limit - 1
+
+    def check(self, weights: WeightType, kv: KvType) -> None:
+        """Check that the engine runs a format.
+
+        Raises:
+            InputError: it does not, or the checkpoint is of another model.
+        """
+        model, _ = self._files(weights)
+        if different := self.model.differences_from(model):
+            raise InputError(f"--checkpoint {weights}={self.checkpoints[weights]}: another model: {different}")
         configuration = ParallelConfig(tp=1, pp=1, weights=weights, kv=kv)
-        refusal = why_not("torch", model, configuration, Device.CPU)
+        refusal = why_not(
+            self.local.backend, model, configuration, self.device, compute_capability=self.local.compute_capability
+        )
         if refusal is not None:
             raise InputError(str(refusal))
 
+    def load(self, weights: WeightType, kv: KvType) -> Scorer:
+        """Return the loaded model."""
+        model, files = self._files(weights)
+        if self.local.backend != VLLM:
+            return TorchScorer(model, files, weights=weights, kv=kv)
+        python = self.local.python_path or Path(sys.executable)
+        return VllmScorer(
+            model, files, weights=weights, kv=kv, device=self.device, batch_size=self.batch_size, python=python
+        )
+
+    def _files(self, weights: WeightType) -> tuple[ModelSpec, ModelFiles]:
+        folder = self.checkpoints.get(weights, self.folder)
+        model = self.model if folder == self.folder else load_model(str(folder))
+        return model, ModelFiles(lambda _: folder / "config.json")
+
 
 def _measured(
-    model: ModelSpec,
-    files: ModelFiles,
-    formats: Sequence[tuple[WeightType, KvType]],
-    samples: Sequence[Sample],
-    measure: Measure,
-    batch_size: int,
+    engine: _Engine, formats: Sequence[tuple[WeightType, KvType]], samples: Sequence[Sample], measure: Measure
 ) -> list[RelativeAccuracy]:
     """Return the relative accuracy of each format; one model is loaded at a time."""
     console = open_console(stderr=True)
 
     def scores(weights: WeightType, kv: KvType) -> list[float]:
         label = ParallelConfig(tp=1, pp=1, weights=weights, kv=kv)
-        console.print(f"{model.name} with {label}: {len(samples):,} samples", highlight=False, markup=False)
-        scorer = TorchScorer(model, files, weights=weights, kv=kv)
-        return scores_of(scorer, samples, measure, batch_size=batch_size)
+        console.print(f"{engine.model.name} with {label}: {len(samples):,} samples", highlight=False, markup=False)
+        # vLLM batches by itself, and each call starts it.
+        batch_size = len(samples) if engine.local.backend == VLLM else engine.batch_size
+        return scores_of(engine.load(weights, kv), samples, measure, batch_size=batch_size)
 
     reference = scores(*_FLOAT16)
     found = [relative_accuracy(reference, reference, weights=_FLOAT16[0], kv=_FLOAT16[1], measure=measure)]

@@ -193,7 +193,7 @@ def relative_accuracy(
 ) -> RelativeAccuracy:
     """Compare a format's scores with those in 16 bits of the same samples.
 
-    The interval is that of a ratio of paired means (delta method), or of a mean of paired differences.
+    The interval is that of a ratio of paired shares, or of a mean of paired differences.
 
     Raises:
         InputError: no answer was right in 16 bits, so that nothing can be relative to it.
@@ -202,21 +202,35 @@ def relative_accuracy(
     mean, reference = math.fsum(scores) / number, math.fsum(float16_scores) / number
     pairs = list(zip(scores, float16_scores, strict=True))
     if measure is Measure.PERPLEXITY:
-        error = _standard_error([score - other for score, other in pairs])
-        ratios = [math.exp(mean - reference + shift * error) for shift in (0.0, -_Z_95, _Z_95)]
-        shown = math.exp(-mean), math.exp(-reference)
+        ratio = math.exp(mean - reference)
+        spread = _Z_95 * _standard_error([score - other for score, other in pairs])
+        low, high = ratio * math.exp(-spread), ratio * math.exp(spread)
+        mean, reference = math.exp(-mean), math.exp(-reference)
     else:
         if reference == 0:
             raise InputError("no question was answered rightly in 16 bits; give more questions, or another model")
         ratio = mean / reference
-        error = _standard_error([score - ratio * other for score, other in pairs]) / reference
-        ratios = [ratio, ratio - _Z_95 * error, ratio + _Z_95 * error]
-        shown = mean, reference
-    percent, low, high = (min(100.0, max(0.0, 100 * ratio)) for ratio in ratios)
+        low, high = _ratio_interval(pairs)
+    percent, low, high = (min(100.0, max(0.0, 100 * value)) for value in (ratio, min(ratio, low), max(ratio, high)))
     return RelativeAccuracy(
-        weights=weights, kv=kv, measure=measure, score=shown[0], float16_score=shown[1], percent=percent, low=low,
+        weights=weights, kv=kv, measure=measure, score=mean, float16_score=reference, percent=percent, low=low,
         high=high, samples=number,
     )  # fmt: skip
+
+
+def _ratio_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the 95 % interval of the ratio of two shares of right answers to the same questions, by the delta method.
+
+    Half an observation is added for each pair of answers, right or wrong (Agresti and Min, 2005), so that few questions
+    without a difference do not pass for certainty.
+    """
+    observed = [(pair, 1.0) for pair in pairs] + [((left, right), 0.5) for left in (0.0, 1.0) for right in (0.0, 1.0)]
+    total = math.fsum(weight for _, weight in observed)
+    mean, reference = (math.fsum(pair[at] * weight for pair, weight in observed) / total for at in (0, 1))
+    ratio = mean / reference
+    variance = math.fsum(weight * (left - ratio * right) ** 2 for (left, right), weight in observed) / total
+    spread = _Z_95 * math.sqrt(variance / total) / reference
+    return ratio - spread, ratio + spread
 
 
 def _standard_error(values: Sequence[float]) -> float:

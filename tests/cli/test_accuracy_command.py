@@ -28,6 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     torch.manual_seed(3)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "small")
+    config.num_hidden_layers = 4
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "larger")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({token: at for at, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,7 +87,9 @@ def test_a_texts_perplexity_is_that_of_transformers_and_int4_costs_more_than_int
         ("--questions {0}/sums_test.csv --formats int4_gptq", "int4_gptq"),
         ("--questions {0}/sums_test.csv --formats int8 --examples {0}/text.txt", "a question has 6 cells"),
         ("--text {0}/text.txt --formats int8 --context-tokens 9000", "too few for contexts of 9000"),
-        ("--text {0}/text.txt --formats int8 --backend vllm", "other engines send no logits"),
+        ("--text {0}/text.txt --formats int8 --backend trtllm", "other engines tell no scores"),
+        ("--text {0}/text.txt --formats int8 --checkpoint int8={0}", "write WEIGHTS=FOLDER"),
+        ("--text {0}/text.txt --formats int8 --checkpoint int8={0}/larger", "another model: layers 3, not 4"),
     ],
 )
 def test_bad_input_is_one_line(options: str, message: str, maveriq: Maveriq, model: Path) -> None:

@@ -6,7 +6,7 @@ The names of arguments, quantisation methods and variables are those of vLLM 0.3
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from maveriq.exec.engines.external import (
     unknown_names,
     write_files,
 )
+from maveriq.exec.engines.failures import as_engine_error
 from maveriq.exec.messages import EngineSpec, Inspected, Loaded, PromptSequence, RankShard
 from maveriq.units import Bytes
 
@@ -221,6 +222,24 @@ def layers_bytes_pid(model: Any) -> tuple[int, int, int]:
     return len(layers) - layers.count("PPMissingLayer"), size, os.getpid()
 
 
+def _last_log_probabilities(engine: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    # With 0 a prompt's tokens come with their own log probability alone.
+    params = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
+    for number, tokens in enumerate(sequences):
+        sampling = SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY)
+        engine.add_request(f"score-{number}", {"prompt_token_ids": list(tokens)}, sampling)
+    found: dict[str, float] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                token = output.prompt_token_ids[-1]
+                found[output.request_id] = float(output.prompt_logprobs[-1][token].logprob)
+    return [found[f"score-{number}"] for number in range(len(sequences))]
+
+
 class VllmEngine(ExternalEngine):
     """vLLM as an `Engine`; its workers are child processes of this process."""
 
@@ -279,6 +298,23 @@ class VllmEngine(ExternalEngine):
             kv_cache_bytes=kv_bytes,
             shards=shards,
         )
+
+    def log_probabilities(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log probability of the last token of each sequence, after those before it.
+
+        Args:
+            sequences: tokens, at least two in each.
+
+        Raises:
+            EngineError: nothing is loaded, a sequence is too long, or vLLM fails.
+        """
+        engine = self._loaded_engine()
+        longest = tuple(PromptSequence(request_id=0, prompt=tuple(tokens), output_tokens=1) for tokens in sequences)
+        check_lengths(NAME, longest, self._max_tokens)
+        try:
+            return _last_log_probabilities(engine, sequences)
+        except Exception as error:
+            raise as_engine_error(NAME, error) from error
 
     def _shards(self) -> tuple[RankShard, ...]:
         """Return what each rank holds, in rank order."""
