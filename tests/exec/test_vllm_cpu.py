@@ -141,6 +141,21 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
     engine.close()
 
 
+def test_scores_are_those_of_transformers(engine: VllmEngine, tmp_path: Path) -> None:
+    import torch
+
+    model = save_random("llama", tmp_path / "scored")
+    engine.load(cpu_spec(weights_folder=str(tmp_path / "scored")))
+    wanted = (5, 100, 511)
+    found = engine.log_probabilities([(*prompt, token) for prompt in PROMPTS for token in wanted])
+    with torch.inference_mode():
+        logits = [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in PROMPTS]
+    expected = [float(scores[token]) for scores in logits for token in wanted]
+    assert found == pytest.approx(expected, abs=0.2)  # 16 bits against 32
+    with pytest.raises(EngineError, match="too long"):
+        engine.log_probabilities([(1,) * 5000])
+
+
 def test_what_ran_is_on_a_cpu() -> None:
     assert {device for row in RAN for device in row.devices} == {Device.CPU}
     assert {row.file for row in RAN} == {"tests/exec/test_vllm_cpu.py"}
