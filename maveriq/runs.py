@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from maveriq.domain.records import RunRecord
     from maveriq.report.metrics import Summary
+    from maveriq.report.page.run_page import RunResults
     from maveriq.report.saturation import Saturation
 
 
@@ -135,6 +136,36 @@ class Run:
         from maveriq.report.run_plot import run_figure
 
         return run_figure(self.record, title=str(self.meta["workload"]))
+
+    def to_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a report of the run as one HTML file that loads nothing, and return where it is.
+
+        Args:
+            path: the file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            InputError: the file is there already and `overwrite` is false, or it cannot be written.
+            MaveriqError: the extra `maveriq[report]` is not installed; the disk is full.
+        """
+        from maveriq.report.page.render import write_page
+        from maveriq.report.page.run_page import run_page
+
+        file = as_path(path, "path")
+        write_page(run_page(self.results(self.folder.name if self.folder else "")), file, overwrite=overwrite)
+        return file
+
+    def results(self, name: str = "") -> RunResults:
+        """Return what reports show of the run; `name` is what they call it, "" for its workload."""
+        from maveriq.report.page.run_page import RunResults
+
+        return RunResults(
+            name=name or str(self.meta["workload"]),
+            record=self.record,
+            summary=self.summary,
+            saturation=self.saturation,
+            meta=self.meta,
+        )
 
     def __repr__(self) -> str:
         counts = self.summary.overall.counts

@@ -1,0 +1,114 @@
+"""Writes a page as one HTML file that needs nothing else and that may load nothing.
+
+A Content-Security-Policy allows exactly the scripts in the file, by their hashes, and no connection of any kind. Names
+of models, paths and notes are hostile input: the template escapes all text, and the data are JSON without any character
+that could end their element.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maveriq import __version__
+from maveriq.errors import MaveriqError
+from maveriq.files import written_whole
+from maveriq.report.page.page import Page, cell_spans, table_sections
+
+_ASSETS = Path(__file__).parent / "assets"
+_BUNDLES = ("bokeh.min.js", "bokeh-api.min.js")
+_ESCAPES: Mapping[str, str] = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_INSTALL = "maveriq report needs Bokeh and Jinja2; pip install 'maveriq[report]'"
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    text: str
+
+    @property
+    def source(self) -> str:
+        """The hash by which the policy of the page allows it."""
+        digest = hashlib.sha256(self.text.encode("utf-8")).digest()
+        return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def to_html(page: Page) -> str:
+    """Return a page as HTML.
+
+    Raises:
+        MaveriqError: Bokeh or Jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise MaveriqError(_INSTALL) from None
+    scripts = [*map(_Script, _library()), _Script(_read("page.js"))]
+    environment = Environment(
+        loader=FileSystemLoader(_ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("page.html.jinja")
+    return template.render(
+        page=page,
+        policy=_policy(scripts),
+        style=_read("page.css"),
+        scripts=[script.text for script in scripts],
+        data=as_script_data({chart.chart_id: chart.to_json() for chart in page.charts}),
+        version=__version__,
+        library=f"BokehJS {metadata.version('bokeh')}",
+        sections_of=table_sections,
+        spans_of=cell_spans,
+    )
+
+
+def write_page(page: Page, path: Path, *, overwrite: bool) -> None:
+    """Write a page as an HTML file, whole or not at all.
+
+    Raises:
+        InputError: the file is there already and may not be replaced, or cannot be written.
+        MaveriqError: Bokeh or Jinja2 is not installed; the disk is full.
+    """
+    text = to_html(page)
+    with written_whole(path, what="report", overwrite=overwrite) as partial:
+        # A path of the user's may hold bytes that are no UTF-8; the report stays readable without them.
+        partial.write_bytes(text.encode("utf-8", errors="replace"))
+
+
+def as_script_data(values: Mapping[str, Any]) -> str:
+    """Return values as JSON that may stand in a `script` element: nothing in it can end the element."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate({ord(character): escape for character, escape in _ESCAPES.items()})
+
+
+def _policy(scripts: list[_Script]) -> str:
+    allowed = " ".join(script.source for script in scripts)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; font-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _library() -> list[str]:
+    """Return the scripts of Bokeh's own package, which has them with their licence."""
+    found = importlib.util.find_spec("bokeh")
+    if found is None or found.origin is None:
+        raise MaveriqError(_INSTALL)
+    folder = Path(found.origin).parent / "server" / "static" / "js"
+    try:
+        return [(folder / name).read_text(encoding="utf-8") for name in _BUNDLES]
+    except OSError as error:
+        raise MaveriqError(f"the installed Bokeh lacks its scripts ({error}); {_INSTALL}") from None
+
+
+def _read(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
