@@ -1,7 +1,7 @@
 """The charts of a report as data: lines, bars, a heat map, a Gantt chart; `page.js` draws them.
 
-Every chart has a `summary`, which says in words what it shows, and a `table` for those who cannot see it. Lines and bars
-that belong to a model name it: the reader can then hide that model in all charts.
+Every chart has a `summary`, which says in words what it shows, and a `table` for those who cannot see it. Lines and
+bars that belong to a model name it: the reader can then hide that model in all charts.
 """
 
 from __future__ import annotations
