@@ -28,6 +28,8 @@ from maveriq.exec.engines.torch.families import EXPANDS_KV_HEADS, TRANSFORMERS_F
 from maveriq.exec.messages import EngineSpec
 
 _WHERE = "config.json"
+_SHARED_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings")
+"""Keys that a multimodal configuration may have outside of the part for its decoder."""
 _MAX_MATRIX_ELEMENTS = 2**50
 """Larger matrices overflow the arithmetic of sizes before an allocation fails."""
 
@@ -194,24 +196,37 @@ def read_transformers_config(config_json: str) -> TransformersConfig:
     """
     try:
         config = parse_config(config_json, _WHERE)
-        if part := next((key for key in TEXT_PARTS if config.get(key)), None):
-            raise_unsupported(f"it is a multimodal model; give a config.json with what is under {part} alone")
+        family = family_name(config, _WHERE)
         decoder, quantization = read_decoder(config, _WHERE).decoder, read_quantization(config, _WHERE).name
     except InputError as error:
         raise_unsupported(str(error))
     _refuse_quantized(quantization)
     shape = shape_of_decoder(decoder)
     _refuse_huge(shape)
-    sizes = _sizes(config, shape)
+    text = _text_of(config, family)
+    sizes = _sizes(text, shape)
     del sizes["head_size"]
     return TransformersConfig(
-        family=family_name(config, _WHERE),
-        model_type=str(config["model_type"]),
+        family=family,
+        model_type=str(text["model_type"]),
         context_tokens=shape.context_tokens,
         parallel_attention=shape.all_reduces_per_layer == 1,
-        config=config,
+        config=text,
         **sizes,
     )
+
+
+def _text_of(config: Mapping[str, Any], family: str) -> Mapping[str, Any]:
+    """Return the configuration of the decoder alone, also of a multimodal model, of which nothing else runs."""
+    part = next((key for key in TEXT_PARTS if config.get(key)), None)
+    if part is None:
+        return config
+    text = {"model_type": family, **{key: config[key] for key in _SHARED_KEYS if key in config}, **config[part]}
+    if text["model_type"] not in (family, f"{family}_text"):
+        raise_unsupported(
+            f"{part} is of model_type {text['model_type']!r}, which this engine does not run within {family}"
+        )
+    return text
 
 
 def _refuse_quantized(quantization: str) -> None:

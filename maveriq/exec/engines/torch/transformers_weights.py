@@ -56,7 +56,9 @@ class ConvertedWeights:
         wanted = model.state_dict()
         self._origins: dict[str, _Origin] = {}
         for name in _in_natural_order(source.names):
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+            # The decoder of a multimodal model: language_model.model.layers, or model.language_model.layers.
+            own = re.sub(r"(^|\.)language_model\.", r"\1", name)
+            target, pattern = rename_source_key(own, renamings, converters, model.base_model_prefix, wanted)
             if target not in wanted:
                 continue
             origin = self._origins.setdefault(target, _Origin())
