@@ -470,23 +470,30 @@ class PlacementResult:
 
 
 def place(
-    problem: str | Path, *, float64: bool = False, progress: Callable[[SearchProgress], None] | None = None
+    problem: str | Path,
+    *,
+    profile: str | None = None,
+    float64: bool = False,
+    progress: Callable[[SearchProgress], None] | None = None,
 ) -> PlacementResult:
     """Search the best placement of models on GPUs as AlpaServe does, like `maveriq place`.
 
     Args:
         problem: the JSON file of the problem (docs/alpaserve.md).
+        profile: what `maveriq profile` wrote, or another hardware profile: of models without one in the problem.
         float64: do not round stage times and SLOs to float32, as AlpaServe does.
         progress: is called during the search.
 
     Raises:
         InputError: the problem cannot be used.
     """
+    from maveriq.estimate.fitted_profile import load_any_profile
     from maveriq.policy.alpaserve.search import search
     from maveriq.policy.alpaserve.simulator import warm_up
     from maveriq.scenario.placement_problems import load_problem
 
-    file = load_problem(as_path(problem, "problem"))
+    hardware = None if profile is None else load_any_profile(profile)
+    file = load_problem(as_path(problem, "problem"), hardware)
     settings = replace(file.settings, simulator=replace(file.settings.simulator, single_precision=not float64))
     warm_up()  # keeps compilation out of the reported search time
     return PlacementResult(

@@ -194,11 +194,16 @@ def _predictions(
     estimator = BlendedEstimator(profile)
     for seen in whole:
         size, prompt, output = seen.batch
-        configuration = replace(seen.configuration, batch_size=size)
         service = estimator.service(model, seen.configuration, prompt_tokens=prompt, output_tokens=output, batch=size)
         figures = [(seen.first_token_s, service.first_token_s), (seen.tpot_s, service.tpot_s)]
         if seen.memory_bytes:
-            memory = estimator.memory_with(model, configuration, prompt_tokens=prompt, output_tokens=output)
+            loaded = seen.memory_batch or seen.batch
+            memory = estimator.memory_with(
+                model,
+                replace(seen.configuration, batch_size=loaded.size),
+                prompt_tokens=loaded.prompt_tokens,
+                output_tokens=loaded.output_tokens,
+            )
             figures.append((seen.memory_bytes, memory))
         for figure, (measured, predicted) in zip(_FIGURES, figures, strict=False):
             yield Row(

@@ -16,7 +16,7 @@ from maveriq.domain.parallel import LayerSplit, ParallelConfig
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import read_config
 from maveriq.estimate.measured import COLUMNS, OPTIONAL_COLUMNS
-from maveriq.estimate.profile_file import models_of, read_profile_file
+from maveriq.estimate.profile_file import held_bytes, models_of, read_profile_file
 from maveriq.files import exists
 from maveriq.input_files import read_lines
 from maveriq.tables import MAX_TABLE_BYTES, Row, choice, read_csv
@@ -143,7 +143,7 @@ def _of_profile(path: Path) -> Iterator[Measurement]:
                 ),
                 output_tokens=case.output_tokens,
                 latency_s=first_s + (case.output_tokens - 1) * tpot_s,
-                memory_gib=max(_LEAST, run.memory_after_bytes / BYTES_PER_GIB),
+                memory_gib=max(_LEAST, held_bytes(profile, run) / BYTES_PER_GIB),
                 prompt_tokens=case.prompt_tokens,
                 tpot_s=tpot_s,
                 shape=models[run.model],

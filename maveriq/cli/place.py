@@ -28,6 +28,13 @@ def place(
         Path, typer.Argument(metavar="PROBLEM.json", help="GPUs, models, profiles, requests, and how to search.")
     ],
     *,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Hardware profile that estimates models without one: a name, or what maveriq profile wrote.",
+            show_default="physics on the problem's kind of GPU",
+        ),
+    ] = None,
     float64: Annotated[
         bool, typer.Option("--float64", help="Do not round stage times and SLOs to float32, as AlpaServe does.")
     ] = False,
@@ -41,7 +48,7 @@ def place(
     answer is "infeasible" and the exit code 0.
     """
     with _progress(quiet=quiet or as_json) as progress:
-        result = api.place(problem, float64=float64, progress=progress)
+        result = api.place(problem, profile=profile, float64=float64, progress=progress)
     for note in result.notes:
         echo(f"maveriq: {note}", err=True)
     if as_json:

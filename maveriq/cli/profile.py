@@ -82,7 +82,7 @@ def profile(
         str | None,
         typer.Option(
             help="Layers of the models that are measured, separated by commas.",
-            show_default="one of each kind, and one more",
+            show_default="planned: of 1, 2 and 4",
         ),
     ] = None,
     budget_s: Annotated[
@@ -103,8 +103,8 @@ def profile(
 ) -> None:
     """Measure models on this machine's engines.
 
-    Plans the fewest measurements that estimates need, of one or two layers of
-    the model, shows the plan and measures it. An interrupted profile goes on
+    Plans the fewest measurements that estimates need, of a few layers of the
+    model, shows the plan and measures it. An interrupted profile goes on
     when the same command runs again. maveriq plan, sim, run, serve and place
     take --profile FOLDER.
 

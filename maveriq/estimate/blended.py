@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import cached_property
 
 from maveriq.domain.models import ModelSpec
@@ -31,13 +30,9 @@ TIME_SCALES: Mapping[str, Scales] = {
 """Launches, the API and links between GPUs are further off than the kernels of layers."""
 
 MEMORY_SCALES: Mapping[str, Scales] = {
-    LAYERS: Scales(
-        common=0.1, phase=0.0, size=0.0, stored_as=0.1, stored_size=0.0, doubling=0.05, model=0.05, kind=0.05
-    ),
-    CACHE: Scales(
-        common=0.1, phase=0.0, size=0.02, stored_as=0.1, stored_size=0.0, doubling=0.05, model=0.05, kind=0.05
-    ),
-    REST: Scales(common=0.8, phase=0.0, size=0.4, stored_as=0.1, stored_size=0.1, doubling=0.0, model=0.3),
+    LAYERS: Scales(common=0.1, phase=0.0, size=0.0, stored_as=0.2, stored_size=0.0, doubling=0.0, model=0.1, kind=0.1),
+    CACHE: Scales(common=0.2, phase=0.0, size=0.05, stored_as=0.3, stored_size=0.0, doubling=0.0, model=0.1, kind=0.1),
+    REST: Scales(common=1.0, phase=0.0, size=0.4, stored_as=0.1, stored_size=0.1, doubling=0.0, model=0.3),
     SHARING: Scales(common=0.5, phase=0.0, size=0.1, stored_as=0.0, stored_size=0.0, doubling=0.2, model=0.2),
 }
 """Bytes of weights and cache are counted; what an engine holds beside them is a guess."""
@@ -193,7 +188,7 @@ class BlendedEstimator:
         return Blend(
             [
                 Measured(
-                    self._parts.memory(seen.model, replace(seen.configuration, batch_size=seen.batch.size), seen.batch),
+                    self._parts.memory(seen.model, seen.configuration, seen.memory_batch or seen.batch),
                     seen.memory_bytes,
                     _MEMORY_NOISE,
                 )
@@ -201,7 +196,8 @@ class BlendedEstimator:
                 if seen.memory_bytes and self._parts.why_not(seen.model, seen.configuration) is None
             ],
             MEMORY_SCALES,
+            _MEMORY_DEVIATION,
         )
 
 
-_MEMORY_NOISE = 0.005
+_MEMORY_NOISE = _MEMORY_DEVIATION = 0.005

@@ -109,17 +109,17 @@ class Scales:
 
     common: float = 0.6
     phase: float = 0.4
-    size: float = 0.3
+    size: float = 0.4
     stored_as: float = 0.3
-    stored_size: float = 0.2
+    stored_size: float = 0.4
     doubling: float = 0.2
     model: float = 0.15
     kind: float = 0.1
     local: float = 0.02
 
 
-_DEVIATION = 0.01
-"""Of whole values from the sum of their parts, for each number of layers: caches, memory allocation."""
+DEVIATION = 0.02
+"""Standard deviation of the logarithm of a whole value from the sum of its parts: caches, clocks, allocation."""
 
 _ROWS_SCALE, _TOKENS_SCALE = 2.0, 3.0
 """Log sizes over which corrections stay alike: factors of 7 in rows and 20 in tokens."""
@@ -212,9 +212,11 @@ class Kernel:
     Args:
         names: numbers of names.
         by_part: the scales of parts that have others than the usual ones.
+        deviation: of a whole value from the sum of its parts.
     """
 
-    def __init__(self, names: Names, by_part: Mapping[str, Scales]) -> None:
+    def __init__(self, names: Names, by_part: Mapping[str, Scales], deviation: float = DEVIATION) -> None:
+        self.deviation = deviation
         known = {names.number(f"part {part}"): scales for part, scales in by_part.items()}
         self._known, self._usual = known, Scales()
 
@@ -259,7 +261,7 @@ class Kernel:
         self, left: Design, right: Design, left_shares: Sequence[Array], right_shares: Sequence[Array]
     ) -> Array:
         """Return the covariance of the logarithms of values, linearised at these shares."""
-        total = _DEVIATION**2 * (left.keys[:, None] == right.keys[None, :])
+        total = self.deviation**2 * (left.keys[:, None] == right.keys[None, :])
         for mine, mine_share in zip(left.slots, left_shares, strict=True):
             for other, other_share in zip(right.slots, right_shares, strict=True):
                 total = total + mine_share[:, None] * other_share[None, :] * self.between(mine, other)
@@ -281,11 +283,14 @@ class Blend:
     Args:
         measured: the measurements.
         by_part: the scales of parts that have others than the usual ones.
+        deviation: of a whole value from the sum of its parts.
     """
 
-    def __init__(self, measured: Sequence[Measured], by_part: Mapping[str, Scales]) -> None:
+    def __init__(
+        self, measured: Sequence[Measured], by_part: Mapping[str, Scales], deviation: float = DEVIATION
+    ) -> None:
         self._names = Names()
-        self._kernel = Kernel(self._names, by_part)
+        self._kernel = Kernel(self._names, by_part, deviation)
         self._design = Design([each.computed for each in measured], self._names)
         if not measured:
             return
@@ -293,7 +298,7 @@ class Blend:
         noise = np.array([each.noise for each in measured]) ** 2
         corrections = [np.zeros(len(measured)) for _ in self._design.slots]
         blocks = [[self._kernel.between(mine, other) for other in self._design.slots] for mine in self._design.slots]
-        same_value = _DEVIATION**2 * (self._design.keys[:, None] == self._design.keys[None, :])
+        same_value = deviation**2 * (self._design.keys[:, None] == self._design.keys[None, :])
         for _ in range(_ITERATIONS):
             shares = self._design.shares(corrections)
             values = sum(slot.values * np.exp(g) for slot, g in zip(self._design.slots, corrections, strict=True))
@@ -333,6 +338,6 @@ class Blend:
         cross = self._kernel.covariance(design, self._design, shares, self._shares)[0]
         own = self._kernel.covariance(design, design, shares, shares)[0, 0]
         # A deviation of exactly this value from its parts was measured with it.
-        deviation = float(_DEVIATION**2 * (design.keys[0] == self._design.keys) @ self._weights)
+        deviation = float(self._kernel.deviation**2 * (design.keys[0] == self._design.keys) @ self._weights)
         variance = max(0.0, float(own - cross @ self._inverse @ cross))
         return Corrected(float(sum(parts)[0] * np.exp(deviation)), float(np.sqrt(variance)))

@@ -48,7 +48,8 @@ class Observation:
         tpot_s: for each further token.
         first_token_noise: standard deviation of the logarithm of the first.
         tpot_noise: of the second.
-        memory_bytes: what the engine held after all its batches; None but for the largest batch of an engine.
+        memory_bytes: what the engine held; None but for one batch of an engine.
+        memory_batch: the batch that it held memory for; None for `batch`.
     """
 
     model: ModelSpec
@@ -59,3 +60,4 @@ class Observation:
     first_token_noise: float
     tpot_noise: float
     memory_bytes: int | None = None
+    memory_batch: Batch | None = None

@@ -110,6 +110,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
         kv: how the KV cache was.
         start_s: from the launch until it served.
         weights_bytes: of weights over all GPUs, as the engine says; 0 where it does not.
+        kv_cache_bytes: of the KV cache that the engine has after loading, as it says; 0 where it does not.
         memory_before_bytes: what was held on its GPUs before.
         memory_after_bytes: what the engine held after the last sample.
         memory_peak_bytes: the most that it was seen to hold.
@@ -127,6 +128,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     kv: KvType
     start_s: _NotNegative
     weights_bytes: _Bytes = 0
+    kv_cache_bytes: _Bytes = 0
     memory_before_bytes: _Bytes = 0
     memory_after_bytes: _Bytes = 0
     memory_peak_bytes: _Bytes = 0
@@ -207,6 +209,7 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
         whole = run.layers == tuple(range(model.layers))
         short = model if whole else with_layers(model, run.layers)
         largest = max(run.cases, key=lambda case: case.batch * (case.prompt_tokens + case.output_tokens), default=None)
+        loaded_for = Batch(max((case.batch for case in run.cases), default=1), *_WARM_UP)
         for case in run.cases:
             configuration = ParallelConfig(tp=run.tp, pp=run.pp, weights=run.weights, kv=run.kv)
             found.append(
@@ -218,12 +221,27 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
                     tpot_s=median(case.each_s),
                     first_token_noise=noise_of_median(case.first_s),
                     tpot_noise=noise_of_median(case.each_s),
-                    memory_bytes=run.memory_after_bytes or None if case is largest else None,
+                    memory_bytes=held_bytes(profile, run) or None if case is largest else None,
+                    memory_batch=loaded_for if _is_loaded(profile, run) else None,
                 )
             )
     return tuple(found)
 
 
+def held_bytes(profile: ProfileFile, run: RunRecord) -> int:
+    """Return what an engine held: of GPUs after its batches, of processes the weights and cache that they loaded.
+
+    What a process holds beside these depends on what its allocator gave back; a few layers do not tell it.
+    """
+    return run.weights_bytes + run.kv_cache_bytes if _is_loaded(profile, run) else run.memory_after_bytes
+
+
+def _is_loaded(profile: ProfileFile, run: RunRecord) -> bool:
+    """Return whether what an engine holds is what it says that it loaded."""
+    return profile.machine.sheet is not None and run.weights_bytes > 0
+
+
+_WARM_UP = (8, 2)  # tokens of the prompts and outputs with which the torch engine warms up when it loads
 _DEVIATION_OF_MAD = 1.4826  # a normal distribution's, over its median absolute deviation
 _MEDIAN_OF_MEAN = 1.2533  # standard error of a median over that of a mean, for normal samples: the root of pi / 2
 _FEW_CORRECTION = 0.8  # Rousseeuw and Croux (1993): the median absolute deviation of few samples is too small

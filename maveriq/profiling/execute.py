@@ -126,6 +126,7 @@ async def _execute_group(
                     start_s=engine.start_s,
                     version=engine.loaded.version,
                     weights_bytes=engine.loaded.weights_bytes,
+                    kv_cache_bytes=engine.loaded.kv_cache_bytes,
                     memory_before_bytes=before,
                 )
             )
@@ -215,6 +216,7 @@ def run_records(session: Session) -> tuple[RunRecord, ...]:
             kv=run.kv,
             start_s=session.engines[number].start_s,
             weights_bytes=session.engines[number].weights_bytes,
+            kv_cache_bytes=session.engines[number].kv_cache_bytes,
             memory_before_bytes=session.engines[number].memory_before_bytes,
             memory_after_bytes=session.ended[number].memory_after_bytes,
             memory_peak_bytes=session.ended[number].memory_peak_bytes,

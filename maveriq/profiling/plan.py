@@ -32,6 +32,7 @@ NOISE = 0.01
 _ENOUGH = 0.03  # expected error of the wanted estimates at which a plan ends
 _LEAST_GAIN = 0.01  # of that error, relative, for which a measurement is still made
 _USUAL_REPEATS = 5
+_DEPTHS = (1, 2, 4)
 _START_S = {"torch": 4.0, "vllm": 60.0, "trtllm": 120.0}
 """Until an engine serves a few layers, about."""
 
@@ -115,7 +116,7 @@ class Wanted:
         batch_sizes: sizes of batches.
         prompt_tokens: lengths of prompts.
         output_tokens: tokens of each output.
-        layers: numbers of layers to measure with; None for a layer of each kind, and one more of each.
+        layers: numbers of layers to measure with; None for those of `short_models`.
         max_step_tokens: most tokens of a batch's prompts together.
         can_run: says whether the engine can run a configuration.
         starting: engines that start at once, in the time of one.
@@ -167,8 +168,8 @@ def short_models(decoder: Decoder, numbers: Sequence[int] | None = None) -> list
 
     Args:
         decoder: the whole model.
-        numbers: how many layers they have, for models whose layers are alike; None for one of each kind, and one more
-            of each kind.
+        numbers: how many layers they have, for models whose layers are alike; None for 1, 2 and 4, of which the plan
+            chooses; where layers differ, for one of each kind, and one more of each kind.
 
     Raises:
         InputError: the model has fewer layers, or layers of several kinds.
@@ -184,6 +185,8 @@ def short_models(decoder: Decoder, numbers: Sequence[int] | None = None) -> list
                 f"the model has {decoder.layers} layers, fewer than {max(numbers)}; give fewer with --layers"
             )
         return [tuple(range(number)) for number in sorted(set(numbers))]
+    if len(decoder.layer_kinds) == 1:
+        return [tuple(range(number)) for number in _DEPTHS if number == 1 or number <= decoder.layers // 2]
     first = {kind: decoder.layer_pattern.index(kind) for kind in range(len(decoder.layer_kinds))}
     base = tuple(sorted(first.values()))
     longer = []
@@ -300,6 +303,38 @@ def _values(wanted: Wanted, parts: ComputedParts, candidate: _Candidate) -> tupl
     return parts.times(_short(wanted.model, candidate.layers), candidate.configuration, candidate.batch)
 
 
+def best_first(values: Sequence[Computed], targets: Sequence[Computed], *, most: int) -> list[int]:
+    """Return which of some values to measure, by number: those first that make estimates of the targets surest.
+
+    Args:
+        values: what may be measured, all at equal cost.
+        targets: what is to be estimated.
+        most: how many to return at most.
+    """
+    covariance, count = _prior_covariance([*values, *targets]), len(values)
+    order: list[int] = []
+    for _ in range(min(most, count)):
+        variances = np.diagonal(covariance)[:count] + NOISE**2
+        gains = np.sum(covariance[count:, :count] ** 2, axis=0) / variances
+        gains[order] = -1.0
+        order.append(int(np.argmax(gains)))
+        covariance = _after(covariance, order[-1])
+    return order
+
+
+def _prior_covariance(values: Sequence[Computed]) -> Array:
+    """Return the covariance of values before anything is measured."""
+    names = Names()
+    design = Design(values, names)
+    return Kernel(names, TIME_SCALES).covariance(design, design, design.shares(), design.shares())
+
+
+def _after(covariance: Array, measured: int) -> Array:
+    """Return the covariance of values after one of them was measured."""
+    column = covariance[:, measured]
+    return np.asarray(covariance - np.outer(column, column) / (column[measured] + NOISE**2))
+
+
 class _Choice:
     """Chooses candidates one after the other (mutable); the covariances of all values are kept up to date."""
 
@@ -311,11 +346,8 @@ class _Choice:
         budget_s: float | None,
         most: int | None,
     ) -> None:
-        names = Names()
-        design = Design([*values, *targets], names)
-        shares = design.shares()
         self._candidates = candidates
-        self._covariance: Array = Kernel(names, TIME_SCALES).covariance(design, design, shares, shares)
+        self._covariance = _prior_covariance([*values, *targets])
         self._targets = slice(len(values), None)
         self._budget_s = np.inf if budget_s is None else budget_s
         self._most = len(candidates) if most is None else most
@@ -355,7 +387,7 @@ class _Choice:
             started.add((chosen[best].layers, chosen[best].configuration))
             left_s -= float(costs_s[best])
             for value in (2 * best, 2 * best + 1):
-                self._observe(value)
+                self._covariance = _after(self._covariance, value)
         else:
             self.ends = f"the expected error is {_ENOUGH:.0%}"
         return list(chosen.values())
@@ -367,10 +399,6 @@ class _Choice:
         variances = np.diagonal(self._covariance)[:count] + NOISE**2
         gains = np.sum(with_targets**2, axis=0) / variances / len(with_targets)
         return np.asarray(gains.reshape(-1, 2).sum(axis=1))
-
-    def _observe(self, value: int) -> None:
-        column = self._covariance[:, value]
-        self._covariance = self._covariance - np.outer(column, column) / (column[value] + NOISE**2)
 
 
 def _runs(model: str, chosen: Sequence[_Candidate]) -> Iterator[PlannedRun]:

@@ -61,6 +61,7 @@ class EngineStarted(msgspec.Struct, tag="engine", forbid_unknown_fields=True, fr
     start_s: _Seconds
     version: Annotated[str, msgspec.Meta(max_length=300)]
     weights_bytes: _Bytes
+    kv_cache_bytes: _Bytes
     memory_before_bytes: _Bytes
 
 

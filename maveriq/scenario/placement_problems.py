@@ -1,7 +1,8 @@
 """Placement problems from files: a JSON file, and a CSV file of requests beside it.
 
 The JSON has `gpus, gpus_per_node, memory_bytes, models, profiles, workload, search`; the CSV has
-`arrival_s, model, slo_s`. With `gpu`, a kind of GPU, models need no profile: physics estimates them.
+`arrival_s, model, slo_s`. With `gpu`, a kind of GPU, models need no profile: physics estimates them; or what
+`maveriq profile` measured, where the problem is read with that.
 The further keys of the published problems (`id`, `expected`) are ignored.
 """
 
@@ -22,8 +23,8 @@ from maveriq.domain.models import load_model
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.domain.requests import DemandForecast
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.hardware_profile import load_gpu_kind
-from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.hardware_profile import HardwareProfile, load_gpu_kind
+from maveriq.estimate.registry import default_estimator, make_estimator
 from maveriq.estimate.sheet_profile import sheet_profile
 from maveriq.policy.alpaserve.problem import (
     Fill,
@@ -101,8 +102,12 @@ class ProblemFile:
     without_effect: tuple[str, ...]
 
 
-def load_problem(path: Path) -> ProblemFile:
+def load_problem(path: Path, hardware: HardwareProfile | None = None) -> ProblemFile:
     """Read a placement problem.
+
+    Args:
+        path: the JSON file.
+        hardware: what was measured of the GPUs, in place of the file's `gpu`; None for that.
 
     Raises:
         InputError: a file is missing or wrong; the message names the key or the line.
@@ -115,6 +120,8 @@ def load_problem(path: Path) -> ProblemFile:
             raise InputError(f"{where}: model {name!r} stands twice; give each model a name of its own")
     profiles = {name: _profile(name, entries, where) for name, entries in file.profiles.items()}
     memory_bytes = file.memory_bytes
+    if memory_bytes is None and hardware is not None:
+        memory_bytes = float(hardware.capacity_bytes)
     if memory_bytes is None and file.gpu is not None:
         memory_bytes = float(load_gpu_kind(file.gpu).capacity_bytes)
     if memory_bytes is None:
@@ -126,7 +133,7 @@ def load_problem(path: Path) -> ProblemFile:
         models=tuple(
             PlacementModel(name=model.name, profile=profile, rate_per_s=model.rate_per_s)
             for model in file.models
-            for profile in [_profile_of(model, profiles, file, path)]
+            for profile in [_profile_of(model, profiles, file, path, hardware)]
         ),
         demand=read_demand(path.parent / file.workload, names),
     )
@@ -137,8 +144,14 @@ def load_problem(path: Path) -> ProblemFile:
     return ProblemFile(problem=problem, settings=settings, without_effect=_without_effect(file.search, settings))
 
 
-def _profile_of(model: _Model, profiles: Mapping[str, ModelProfile], file: _File, path: Path) -> ModelProfile:
-    """Return the profile that a model names, else the one that physics estimates on the problem's kind of GPU."""
+def _profile_of(
+    model: _Model,
+    profiles: Mapping[str, ModelProfile],
+    file: _File,
+    path: Path,
+    hardware: HardwareProfile | None,
+) -> ModelProfile:
+    """Return the profile that a model names, else the one that is estimated on the problem's GPUs."""
     where = f"{_WHAT} {str(path)!r}: model {model.name!r}"
     if model.profile is not None:
         if model.profile not in profiles:
@@ -147,17 +160,19 @@ def _profile_of(model: _Model, profiles: Mapping[str, ModelProfile], file: _File
                 f"(there are {', '.join(sorted(profiles)) or 'none'})"
             )
         return profiles[model.profile]
-    if file.gpu is None:
+    if hardware is None and file.gpu is None:
         raise InputError(f"{where} has no profile; give one, or a kind of GPU as gpu, to estimate it")
     name = model.model or model.name
     in_file = "/" in name or name.endswith(".json")
     spec = load_model(str(path.parent / name) if in_file else name)
-    estimator = PhysicsEstimator(sheet_profile(gpu_sheet(file.gpu)), node_gpus=file.gpus_per_node)
+    if hardware is None:
+        hardware = sheet_profile(gpu_sheet(file.gpu or ""))
+    estimator = make_estimator(default_estimator(hardware, [spec]), hardware, node_gpus=file.gpus_per_node)
     lengths = {"prompt_tokens": file.prompt_tokens, "output_tokens": file.output_tokens}
     (found,) = profiles_from_estimator([spec], estimator, gpus=file.gpus, **lengths)
     if not found.shapes:
         reason = estimator.why_not(spec, ParallelConfig(tp=1, pp=1, weights=spec.unconverted))
-        raise InputError(f"{where} cannot run on {file.gpu}: {reason or 'no shape is estimated'}")
+        raise InputError(f"{where} cannot run on {hardware.gpu_kind}: {reason or 'no shape is estimated'}")
     return found
 
 

@@ -36,13 +36,13 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    result = run(str(model), "--dry-run", "--json", "--out", str(tmp_path / "out"))
+    result = run(str(model), "--layers", "1,2", "--dry-run", "--json", "--out", str(tmp_path / "out"))
     plan = json.loads(result.stdout)
     assert [run["layers"] for run in plan["runs"]] == [[0], [0, 1]]
     assert plan["expected_s"] > 0
     assert plan["error_after"] < plan["error_before"]
     assert not (tmp_path / "out").exists()
-    assert run(str(model), "--dry-run", "--json").stdout == result.stdout
+    assert run(str(model), "--layers", "1,2", "--dry-run", "--json").stdout == result.stdout
 
 
 def test_a_budget_cuts_the_plan(model: Path) -> None:

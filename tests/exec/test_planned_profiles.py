@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from fixtures import MODEL
-from profile_engines import MACHINE, Interrupted, KnownTimes, TrueMemory, parts, truth, wanted
+from profile_engines import MACHINE, PLAIN, Interrupted, KnownTimes, TrueMemory, parts, truth, wanted
 
 from maveriq.domain.models import ModelSpec, load_model
 from maveriq.errors import InputError
@@ -21,11 +21,13 @@ from maveriq.estimate.profile_file import FORMAT, VERSION, EngineRecord, ModelRe
 from maveriq.exec.gpus import Devices
 from maveriq.exec.model_files import hf_config_json
 from maveriq.planning import PlanOptions, rank_configurations
+from maveriq.policy.alpaserve.problem import GroupShape
 from maveriq.profiling.execute import Bench, Repeats, execute, run_records
 from maveriq.profiling.measure import Probe
 from maveriq.profiling.plan import plan_profile
 from maveriq.profiling.session import LOG_NAME, Session, open_session, session_start
 from maveriq.profiling.short_models import ShortModels
+from maveriq.scenario.placement_problems import load_problem
 from maveriq.streams import generator
 
 OPTIONS = "options"
@@ -165,3 +167,20 @@ def test_killed_twenty_times_a_profile_of_torch_engines_goes_on(tmp_path: Path) 
 
 def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_placement_is_searched_with_a_planned_profile(tmp_path: Path, model: ModelSpec) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(msgspec.json.encode(measure(tmp_path, model, KnownTimes(model))))
+    (tmp_path / model.name).mkdir()
+    (tmp_path / model.name / "config.json").write_text(model.config_json)
+    problem = {
+        "gpus": 2, "models": [{"name": "a", "model": f"{model.name}/config.json"}], "workload": "requests.csv",
+    }  # fmt: skip
+    (tmp_path / "problem.json").write_text(json.dumps(problem))
+    (tmp_path / "requests.csv").write_text("arrival_s,model,slo_s\n0.5,a,1\n")
+    placed = load_problem(tmp_path / "problem.json", load_any_profile(str(path))).problem
+    assert placed.memory_bytes == 4 * 2**30
+    stage = placed.models[0].profile.shapes[GroupShape(1, 1)]
+    service = truth().service(model, PLAIN, prompt_tokens=512, output_tokens=128, batch=1)
+    assert stage.slowest_stage_s == pytest.approx(service.latency_s, rel=0.3)
