@@ -266,7 +266,7 @@ def reduce_layers(
         layers: how many layers to keep.
         where: the file's name, for messages.
         modelopt: the parsed `hf_quant_config.json` beside it, None where there is none.
-        chosen: the layers to keep, in order; None for those that stand best for all.
+        chosen: the layers to keep, in order, perhaps not of every kind; None for those that stand best for all.
 
     Raises:
         InputError: the configuration cannot be used, `layers` is fewer than its kinds of layers or more than its
@@ -275,9 +275,12 @@ def reduce_layers(
     """
     full = build_decoder(config, where)
     kinds = layer_kinds(full.layers, _decoder(config, where, modelopt, len(full.layers)))
-    check_layer_count(kinds, layers, where)
+    if chosen is None:
+        check_layer_count(kinds, layers, where)
+    elif list(chosen) != sorted(set(chosen)) or not chosen or not 0 <= chosen[0] <= chosen[-1] < len(kinds.pattern):
+        raise InputError(f"{where}: layers {list(chosen)} are not some of {len(kinds.pattern)} layers, in order")
     search = _Search(config, full, where, modelopt)
-    for selection in [tuple(chosen)] if chosen else islice(selections(kinds, layers), _MAX_SELECTIONS):
+    for selection in [tuple(chosen)] if chosen is not None else islice(selections(kinds, layers), _MAX_SELECTIONS):
         found = search.reduced_to(selection)
         if found is not None:
             return ReducedModel(config=found[0], chosen=selection, kinds=kinds, built=found[1], full=full)
@@ -431,13 +434,22 @@ def _described(
         extra_parameters=reduced.built.parameters_of(None) - number * parts,
         extra_bytes=extra_bytes,
         full_parameters=sum(parameter.count for parameter in reduced.full.parameters),
-        full_bytes=extra_bytes + sum(layer.stands_for * layer.weight_bytes for layer in layers),
+        full_bytes=_full_bytes(reduced, extra_bytes, layers),
         disk_bytes=0,
         random_weights=not source.has_weights,
         seed=seed,
         write_s=0.0,
         notes=notes,
     )
+
+
+def _full_bytes(reduced: ReducedModel, extra_bytes: Bytes, layers: Sequence[KeptLayer]) -> Bytes:
+    """Return the bytes of the whole model's weights; in proportion to parameters where a kind of layer was not kept."""
+    if all(reduced.kinds.counts(reduced.chosen)):
+        return extra_bytes + sum(layer.stands_for * layer.weight_bytes for layer in layers)
+    kept_bytes = extra_bytes + sum(layer.weight_bytes for layer in layers)
+    full, kept = (sum(parameter.count for parameter in built.parameters) for built in (reduced.full, reduced.built))
+    return kept_bytes * full // kept
 
 
 def _stored(fingerprint: Fingerprint) -> dict[str, Any]:

@@ -179,6 +179,15 @@ def test_tensors_with_a_part_for_each_layer_are_cut(tmp_path: Path) -> None:
     )
 
 
+def test_layers_may_be_named_even_without_every_kind(tmp_path: Path) -> None:
+    saved(tmp_path / "whole", "gemma3_text")
+    found = write_fingerprint(tmp_path / "whole", layers=2, out=tmp_path / "fingerprint", chosen=(1, 3))
+    assert [layer.source_index for layer in found.layers] == [1, 3]
+    assert found.full_bytes == 4 * found.full_parameters
+    with pytest.raises(InputError, match=r"layers \[3, 6\] are not some of 6 layers, in order"):
+        write_fingerprint(tmp_path / "whole", layers=2, out=tmp_path / "other", chosen=(3, 6))
+
+
 def test_kinds_are_those_of_the_physics_estimator(tmp_path: Path) -> None:
     saved(tmp_path / "whole", "deepseek_v3")
     found = write_fingerprint(tmp_path / "whole", layers=2, out=tmp_path / "fingerprint")
