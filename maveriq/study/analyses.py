@@ -89,7 +89,8 @@ def check_definition(definition: Definition) -> Analysis:
     analysis = ANALYSES.get(definition.analysis)
     if analysis is None:
         raise UnknownNameError("analysis", definition.analysis, ANALYSES)
-    for option in definition.options:
+    measure = definition.measure
+    for option in (*definition.options, *(measure.options if measure else ())):
         if option not in analysis.options:
             raise UnknownNameError(f"option of {definition.analysis}", option, analysis.options)
     for part in () if definition.from_data is None else definition.from_data.tables:

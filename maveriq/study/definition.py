@@ -10,6 +10,7 @@ import msgspec
 
 from maveriq.errors import InputError, UnknownNameError
 from maveriq.files import exists, studies_path
+from maveriq.study.grid import Measure
 from maveriq.tables import read_toml
 
 _WHAT = "definition of a study"
@@ -71,6 +72,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
         question: what it answers, in a sentence.
         from_data: the published measurements that answer it; None where there are none.
         options: numbers that the analysis takes, such as output lengths.
+        measure: what is measured on this machine; None where a study only takes published measurements.
     """
 
     analysis: _Text
@@ -78,6 +80,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     question: _Text
     from_data: FromData | None = None
     options: Mapping[str, _Counts] = {}
+    measure: Measure | None = None
 
 
 def known_studies() -> dict[str, Path]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 import numpy as np
 
 from maveriq.calibration.exponent_descent import Array, Point, Points, descend
 from maveriq.calibration.fitting import fit_exponents
 from maveriq.calibration.measurements import Measurement
-from maveriq.calibration.samples import Constants, Sample, constants_of, nearest_fingerprints
+from maveriq.calibration.samples import Constants, constants_of, nearest_fingerprints
 from maveriq.domain.parallel import KV_SUFFIX
 from maveriq.errors import InputError
 from maveriq.estimate.fingerprints import Exponents
 from maveriq.streams import generator
-from maveriq.study.predictions import Predictions
+from maveriq.study.predictions import Predictions, samples_of
 from maveriq.study.ratios import grouped
 from maveriq.study.result import Cell, Mark, Panel, Series, StudyResult, StudyTable
 from maveriq.study.runs import Runs, storage
@@ -42,8 +42,8 @@ def analyse(runs: Runs, predictions: Predictions, options: Mapping[str, Sequence
     Raises:
         InputError: no run of a whole model has fingerprints.
     """
-    whole = list(_samples(runs["full_models"], is_fingerprint=False))
-    constants = constants_of(_samples(runs["fingerprints"], is_fingerprint=True))
+    whole = list(samples_of(runs["full_models"], is_fingerprint=False))
+    constants = constants_of(samples_of(runs["fingerprints"], is_fingerprint=True))
     squares = fit_exponents(whole, constants)
     rows: list[tuple[Cell, ...]] = []
     errors_of: dict[str, list[float]] = {}
@@ -88,23 +88,9 @@ def analyse(runs: Runs, predictions: Predictions, options: Mapping[str, Sequence
     )
 
 
-def _samples(runs: Iterable[Measurement], *, is_fingerprint: bool) -> Iterator[Sample]:
-    for run in runs:
-        model = run.model
-        if model is not None and run.prompt_tokens is not None:
-            yield Sample(
-                table="",
-                measured=run,
-                model=replace(model, layers=run.layers),
-                prompt_tokens=run.prompt_tokens,
-                sample_weight=1.0,
-                is_fingerprint=is_fingerprint,
-            )
-
-
 def _point(run: Measurement, constants: Mapping[int, Constants]) -> Point | None:
     """Return a measured latency with what fingerprints say; None without the fingerprints that it needs."""
-    sample = next(_samples([run], is_fingerprint=False))
+    sample = next(samples_of([run], is_fingerprint=False))
     found = nearest_fingerprints(sample, constants)
     configuration = run.configuration
     if found is None or configuration.batch_size > 1:

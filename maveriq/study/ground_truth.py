@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from maveriq.calibration.evaluation import Answer, Group, grouped_errors
+from maveriq.errors import InputError
 from maveriq.study.predictions import Predictions
 from maveriq.study.result import Cell, Mark, Panel, Series, StudyResult, StudyTable
 from maveriq.study.runs import Runs
@@ -25,6 +26,9 @@ def analyse(runs: Runs, predictions: Predictions, options: Mapping[str, Sequence
         runs: `full_models`.
         predictions: of the estimators.
         options: `judged_output_tokens`: an output length whose errors are figures of their own.
+
+    Raises:
+        InputError: an estimator predicts nothing at that length.
     """
     tokens = options["judged_output_tokens"][0]
     rows: list[tuple[Cell, ...]] = []
@@ -32,6 +36,8 @@ def analyse(runs: Runs, predictions: Predictions, options: Mapping[str, Sequence
     groups_of: dict[str, tuple[Group, ...]] = {}
     for name in predictions.by_name:
         answers = predictions.answers(name, runs["full_models"])
+        if not any(answer.measured.output_tokens == tokens for answer in answers):
+            raise InputError(f"estimator {name} predicts no run of a whole model with {tokens} output tokens")
         groups = groups_of[name] = tuple(group for group in grouped_errors(answers) if group.by in _SHOWN)
         rows += [(name, *_cells(group)) for group in groups]
         figures |= _figures(name, groups[0], "")

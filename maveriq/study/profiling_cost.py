@@ -233,6 +233,8 @@ def _from_three(whole: Group, judged: Group, exponents: Exponents) -> Iterator[t
 
 def _estimator_errors(model: _Model, predictions: Predictions, name: str) -> _Errors:
     answers = predictions.answers(name, model.judged)
+    if not answers:
+        raise InputError(f"{model.name}: estimator {name} predicts no run to judge by; measure more fingerprints")
     return _Errors(
         latency=tuple(answer.latency_ape for answer in answers),
         memory=tuple(answer.memory_ape for answer in answers if answer.memory_ape is not None),
