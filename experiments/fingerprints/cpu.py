@@ -148,8 +148,10 @@ def compare_model(folder: Path, settings: Settings, work: Path) -> tuple[list[Ro
     wanted = planned.wanted(model, parts)
     whole_plan = plan_whole_model(wanted, parts)
     budget_s = settings.budget_share * whole_plan.expected_s
-    plans = {str(count): plan_profile(wanted, parts, budget_s=budget_s, most=count) for count in settings.measurements}
-    plans["all"] = plan_profile(wanted, parts, budget_s=budget_s)
+    whole_fingerprint = plan_profile(wanted, parts, budget_s=budget_s)
+    same = replace(wanted, layers=sorted({len(run.layers) for run in whole_fingerprint.runs}))
+    plans = {str(count): plan_profile(same, parts, budget_s=budget_s, most=count) for count in settings.measurements}
+    plans["all"] = whole_fingerprint
     short, short_s = _measured(planned, plans["all"], work / "fingerprints")
     whole, whole_s = _measured(planned, whole_plan, work / "whole")
     observed = observations_of(short)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from maveriq.files import not_overwritten, written_whole
 from maveriq.profiling.plan import ProfilePlan
 from maveriq.profiling.planned import SCRATCH_PREFIX, PlannedProfile, measure_plan
 from maveriq.profiling.session import LOG_NAME, begun_session
-from maveriq.report.formatting import figure
 from maveriq.report.run_folder import check_writable
 from maveriq.report.terminal import open_console
 from maveriq.report.view import Column, Table, number_column, row
@@ -102,16 +102,18 @@ def show_plan(plan: ProfilePlan) -> None:
         Column("model"),
         number_column("layers"),
         Column("configuration"),
-        Column("batch x prompt"),
-        number_column("seconds"),
+        number_column("batches"),
+        Column("size x prompt"),
+        number_column("s"),
     ]
     rows = [
         row(
             run.model,
             str(len(run.layers)),
             str(run.configuration),
-            " ".join(f"{case.batch}x{case.prompt_tokens}" for case in run.cases),
-            figure(run.expected_s),
+            str(len(run.cases)),
+            f"{_range([case.batch for case in run.cases])} x {_range([case.prompt_tokens for case in run.cases])}",
+            f"{run.expected_s:.0f}",
         )
         for run in plan.runs
     ]
@@ -124,3 +126,8 @@ def show_plan(plan: ProfilePlan) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"

@@ -9,7 +9,7 @@ options give equal plans, whatever the machine does meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated
 
@@ -29,10 +29,10 @@ from maveriq.estimate.observations import Batch, with_layers
 NOISE = 0.01
 """Standard deviation of the logarithm of a median that was repeated until its spread is small."""
 
-_ENOUGH = 0.03  # expected error of the wanted estimates at which a plan ends
-_LEAST_GAIN = 0.01  # of that error, relative, for which a measurement is still made
+_ENOUGH = 0.04  # expected error of the wanted estimates at which a plan ends
+_LEAST_GAIN = 0.02  # of that error, relative, for which a measurement is still made
 _USUAL_REPEATS = 5
-_DEPTHS = (1, 2, 4)
+_DEPTHS = ((1, 2), (1, 4), (2, 4))
 _START_S = {"torch": 4.0, "vllm": 60.0, "trtllm": 120.0}
 """Until an engine serves a few layers, about."""
 
@@ -116,7 +116,8 @@ class Wanted:
         batch_sizes: sizes of batches.
         prompt_tokens: lengths of prompts.
         output_tokens: tokens of each output.
-        layers: numbers of layers to measure with; None for those of `short_models`.
+        layers: numbers of layers to measure with; None for two numbers of which the best are chosen or, where layers
+            differ, for those of `short_models`.
         max_step_tokens: most tokens of a batch's prompts together.
         can_run: says whether the engine can run a configuration.
         starting: engines that start at once, in the time of one.
@@ -168,8 +169,8 @@ def short_models(decoder: Decoder, numbers: Sequence[int] | None = None) -> list
 
     Args:
         decoder: the whole model.
-        numbers: how many layers they have, for models whose layers are alike; None for 1, 2 and 4, of which the plan
-            chooses; where layers differ, for one of each kind, and one more of each kind.
+        numbers: how many layers they have, for models whose layers are alike; None for one of each kind, and one more
+            of each kind.
 
     Raises:
         InputError: the model has fewer layers, or layers of several kinds.
@@ -185,8 +186,6 @@ def short_models(decoder: Decoder, numbers: Sequence[int] | None = None) -> list
                 f"the model has {decoder.layers} layers, fewer than {max(numbers)}; give fewer with --layers"
             )
         return [tuple(range(number)) for number in sorted(set(numbers))]
-    if len(decoder.layer_kinds) == 1:
-        return [tuple(range(number)) for number in _DEPTHS if number == 1 or number <= decoder.layers // 2]
     first = {kind: decoder.layer_pattern.index(kind) for kind in range(len(decoder.layer_kinds))}
     base = tuple(sorted(first.values()))
     longer = []
@@ -229,26 +228,48 @@ def plan_profile(
             f"{wanted.backend} can run {wanted.model.name} on {wanted.max_gpus} GPUs with none of {formats}"
         )
     batches = wanted.batches()
-    candidates = list(_candidates(wanted, parts, configurations, batches))
     targets = [
         computed
         for configuration, batch in product(configurations, batches)
         for computed in parts.times(wanted.model, configuration, batch)
     ]
+    plans = [_planned(short, configurations, targets, parts, budget_s=budget_s, most=most) for short in _depths(wanted)]
+    possible = [plan for plan in plans if plan.runs]
+    if not possible:
+        raise InputError(f"--budget-s {budget_s:g} is too little: the shortest measurement takes longer")
+    chosen = min(possible, key=lambda plan: (max(plan.error_after, _ENOUGH), plan.expected_s))
+    return msgspec.structs.replace(chosen, estimates=len(configurations) * len(batches))
+
+
+def _depths(wanted: Wanted) -> list[Wanted]:
+    """Return what is wanted with each choice of layers to measure with."""
+    decoder = wanted.model.decoder
+    pairs = [pair for pair in _DEPTHS if pair[-1] <= decoder.layers // 2]
+    if wanted.layers is not None or len(decoder.layer_kinds) > 1 or not pairs:
+        return [wanted]
+    return [replace(wanted, layers=pair) for pair in pairs]
+
+
+def _planned(
+    wanted: Wanted,
+    configurations: Sequence[ParallelConfig],
+    targets: Sequence[Computed],
+    parts: ComputedParts,
+    *,
+    budget_s: float | None,
+    most: int | None,
+) -> ProfilePlan:
+    """Return the plan that measures with given layers; without runs where the budget is too small for any."""
+    candidates = list(_candidates(wanted, parts, configurations, wanted.batches()))
     values = [computed for candidate in candidates for computed in _values(wanted, parts, candidate)]
     targets = targets[:: 1 + (len(values) + len(targets)) // _MAX_COVARIANCE]
     choice = _Choice(candidates, values, targets, budget_s, most)
     chosen = choice.run()
-    if not chosen:
-        cheapest = min(candidate.start_s + candidate.case_s for candidate in candidates)
-        raise InputError(
-            f"--budget-s {budget_s:g} is too little: the shortest measurement takes about {cheapest:.0f} s"
-        )
     return ProfilePlan(
         runs=tuple(_runs(wanted.model.name, chosen)),
         error_before=choice.error_before,
         error_after=choice.error,
-        estimates=len(configurations) * len(batches),
+        estimates=0,
         ends=choice.ends,
     )
 
