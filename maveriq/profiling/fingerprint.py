@@ -38,6 +38,7 @@ from maveriq.profiling.reduced_config import proposals
 from maveriq.profiling.safetensors_files import Checkpoint, write_checkpoint
 from maveriq.profiling.transformers_decoder import BuiltDecoder, build_decoder, dtype_of, text_key
 from maveriq.report.run_folder import check_writable, write_folder
+from maveriq.text import check_name
 from maveriq.units import Bytes, gib
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -227,8 +228,10 @@ def _read_source(model: Path | str) -> _Source:
     config = parse_config(read_regular_text(path, what="model configuration", max_bytes=_MAX_CONFIG_BYTES), where)
     beside = read_model_file(folder, _MODELOPT_FILE, what="quantisation")
     modelopt = parse_config(beside, f"quantisation {_MODELOPT_FILE!r}") if beside is not None else None
+    name = model_name(config, path)
+    check_name(name, "model", remedy="set _name_or_path in its config.json")
     return _Source(
-        name=model_name(config, path),
+        name=name,
         where=where,
         config=config,
         modelopt=modelopt,

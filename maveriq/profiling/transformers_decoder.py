@@ -326,7 +326,8 @@ def _signature(place: int, layer: Any) -> LayerSignature:
         for name, value in vars(module).items():
             plain = isinstance(value, bool | int | str) or value is None
             if plain and not name.startswith("_") and name != "training" and not _PLACE.fullmatch(name):
-                found.add(f"{where} {name}={value}")
+                shown = value if isinstance(value, str) and value.isprintable() else repr(value)
+                found.add(f"{where} {name}={shown}")
         for name, parameter in module.named_parameters(recurse=False):
             found.add(f"{where} {name} {tuple(parameter.shape)}")
     return frozenset(found)
