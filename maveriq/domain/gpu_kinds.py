@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cache
@@ -140,6 +141,20 @@ def gpu_sheet(name: str) -> GpuSheet:
     if found is None:
         raise UnknownNameError("kind of GPU", name, sheets, "or give the profile of another kind with --profile FILE")
     return sheets[found]
+
+
+_CARDS = {"pcie", "nvl"}
+"""Words in a driver's name of a GPU that comes as a card; of those that also come as modules, these have none."""
+
+
+def sheet_of_device(name: str) -> GpuSheet | None:
+    """Return the kind of a GPU by its driver's name ("NVIDIA H100 80GB HBM3", "NVIDIA RTX A6000"); None if unknown."""
+    words = set(re.split(r"[^a-z0-9]+", name.casefold()))
+    words |= set() if words & _CARDS else {"sxm"}
+    matching = [
+        sheet for sheet in gpu_sheets().values() if set(re.split(r"[^a-z0-9]+", sheet.name.casefold())) <= words
+    ]
+    return max(matching, key=lambda sheet: len(sheet.name), default=None)
 
 
 def _key(name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maveriq.domain.cluster import Cluster
+from maveriq.domain.gpu_kinds import sheet_of_device
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.cluster_profiles import ClusterProfiles
@@ -112,6 +113,9 @@ def local_cluster(name: str, profiles: ClusterProfiles) -> Cluster:
 
 def _is_kind(driver_name: str, kind: str) -> bool:
     """Return whether a driver's GPU name ("NVIDIA RTX A6000") is of a kind ("A6000", "RTX-A6000")."""
+    sheet = sheet_of_device(driver_name)
+    if sheet is not None and sheet.name == kind:
+        return True
     name, wanted = ("-".join(text.casefold().split()) for text in (driver_name, kind))
     return f"-{wanted}-" in f"-{name}-"
 

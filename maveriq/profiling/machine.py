@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat, gpu_sheets
+from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat, gpu_sheet, sheet_of_device
+from maveriq.errors import InputError
 from maveriq.estimate.profile_file import MachineRecord
 from maveriq.exec.local_machine import LocalMachine
 from maveriq.units import gib
@@ -29,7 +30,11 @@ _TRIES = 3
 
 
 def machine_record(local: LocalMachine, *, kind: str | None, memory_gib: float | None) -> MachineRecord:
-    """Return what is known of this machine without measuring; on a CPU one process stands for one GPU."""
+    """Return what is known of this machine without measuring; on a CPU one process stands for one GPU.
+
+    Raises:
+        InputError: no data sheet is known of its GPUs.
+    """
     system, cores = f"{platform.system()} {platform.release()}"[:300], os.cpu_count() or 1
     if local.meter is None:
         return MachineRecord(
@@ -42,11 +47,15 @@ def machine_record(local: LocalMachine, *, kind: str | None, memory_gib: float |
             sheet=nominal_sheet(cores, memory_gib or _CPU_GIB),
         )
     gpu = local.meter.gpus[0]
-    name = gpu.name.removeprefix("NVIDIA ").replace(" ", "-")
-    known = kind or next((sheet for sheet in gpu_sheets() if _is_called(gpu.name, sheet)), name)
+    sheet = gpu_sheet(kind) if kind else sheet_of_device(gpu.name)
+    if sheet is None:
+        raise InputError(
+            f"GPU {gpu.name!r} is of no kind whose data sheet is known; name the one that is most like it with --kind "
+            "(maveriq gpus lists them), or measure whole models with -c"
+        )
     idle_gib = round(gib(local.meter.read()[0].used_bytes), 3)
     return MachineRecord(
-        kind=known,
+        kind=sheet.name,
         memory_gib=memory_gib or round(gib(gpu.memory_bytes), 3),
         idle_gib=0.0 if memory_gib else idle_gib,
         device=gpu.name[:300],
@@ -55,23 +64,6 @@ def machine_record(local: LocalMachine, *, kind: str | None, memory_gib: float |
         system=system,
         cores=cores,
     )
-
-
-def _is_called(device: str, kind: str) -> bool:
-    """Return whether a driver's name of a GPU ("NVIDIA H100 80GB HBM3") is of a kind of the catalogue ("H100-SXM")."""
-    sheet = gpu_sheets()[kind]
-    words = device.casefold().replace("-", " ").split()
-    form = (
-        "pcie"
-        if "pcie" in words
-        else "nvl"
-        if "nvl" in words
-        else "sxm"
-        if {"hbm3", "sxm4", "hbm3e"} & set(words)
-        else ""
-    )
-    names = [name.casefold().replace("-", " ").split() for name in (sheet.name, *sheet.other_names)]
-    return any(name[0] in words and (len(name) < 2 or name[1] in (form, *words)) for name in names)
 
 
 def nominal_sheet(cores: int, memory_gib: float) -> GpuSheet:

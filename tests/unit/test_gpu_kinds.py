@@ -2,7 +2,7 @@
 
 import pytest
 
-from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, gpu_sheets
+from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, gpu_sheets, sheet_of_device
 from maveriq.errors import UnknownNameError
 
 KINDS = (
@@ -60,3 +60,25 @@ def test_names_are_forgiving() -> None:
     assert gpu_sheet("h100").name == gpu_sheet("H100 sxm").name == gpu_sheet("h100_SXM").name == "H100-SXM"
     with pytest.raises(UnknownNameError, match="did you mean 'H200-SXM'"):
         gpu_sheet("H200-SMX")
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIE"),
+        ("NVIDIA H200", "H200-SXM"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA B200", "B200-SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB-SXM"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB-SXM"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIE"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_drivers_name_tells_the_kind(device: str, kind: str | None) -> None:
+    sheet = sheet_of_device(device)
+    assert (sheet and sheet.name) == kind
