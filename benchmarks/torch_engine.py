@@ -3,9 +3,9 @@
 Usage: OMP_NUM_THREADS=1 python benchmarks/torch_engine.py [--hidden 512] [--layers 8] [--prompt 128] [--output 32]
 
 For llama, falcon with several KV heads, and GPT-J, and for batches of 1 and 8, it prints as JSON lines the time to the
-first token and per further token of each, the least of four rounds that alternate, in milliseconds, and the memory of
-weights and KV cache in bytes. Two lines before say what a rank's start costs: CPU seconds and peak memory of a process
-that imports the modules of one and of the other.
+first token and per further token of each, the least of four rounds that alternate, in milliseconds of processor time
+(with one thread on an idle machine: of time), and the memory of weights and KV cache in bytes. Two lines before say
+what a rank's start costs: CPU seconds and peak memory of a process that imports the modules of one and of the other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _configs(hidden: int, layers: int) -> Mapping[str, Mapping[str, Any]]:
         "llama": {**common, "model_type": "llama", "num_key_value_heads": 2, "intermediate_size": 4 * hidden},
         "falcon": {**common, "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
         "gptj": {
-            "model_type": "gptj", "n_layer": layers, "n_embd": hidden, "n_head": 8, "rotary_dim": 16,
+            "model_type": "gptj", "n_layer": layers, "n_embd": hidden, "n_head": 8, "rotary_dim": min(16, hidden // 8),
             "n_positions": 2048, "vocab_size": _VOCABULARY, "tie_word_embeddings": False,
         },
     }  # fmt: skip
@@ -61,7 +61,7 @@ def _worker(kind: str, config: Mapping[str, Any], layers: int) -> RankWorker:
 
 
 def _times_ms(worker: RankWorker, batch: int, prompt: int, output: int) -> tuple[float, float]:
-    """Return the time to the first token and the median time per further token."""
+    """Return the processor time to the first token and the median per further token."""
     prompts = tuple(
         PromptSequence(
             request_id=number,
@@ -70,7 +70,7 @@ def _times_ms(worker: RankWorker, batch: int, prompt: int, output: int) -> tuple
         )
         for number in range(batch)
     )
-    stamps = [time.perf_counter()] + [time.perf_counter() for _ in worker.run(prompts)]
+    stamps = [time.process_time()] + [time.process_time() for _ in worker.run(prompts)]
     steps = [1e3 * (after - before) for before, after in pairwise(stamps)]
     return steps[0], median(steps[1:])
 
