@@ -15,7 +15,7 @@ import typer
 from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.domain.models import ModelSpec, config_path, load_model
 from maveriq.errors import InputError
-from maveriq.exec.local_machine import LocalMachine
+from maveriq.exec.local_machine import EMULATED, LocalMachine
 from maveriq.exec.model_files import hf_config_json
 from maveriq.report.formatting import figure as shown
 from maveriq.report.formatting import signed
@@ -27,7 +27,7 @@ from maveriq.study.bench import Bench
 from maveriq.study.definition import Definition, known_studies, read_definition
 from maveriq.study.folder import STUDY_FILES, fill, write_study
 from maveriq.study.grid import SMALL_MODEL
-from maveriq.study.measured import plan_of, study_measured
+from maveriq.study.measured import Plan, plan_of, study_measured
 from maveriq.study.measurement_log import LOG_NAME
 from maveriq.study.result import StudyResult
 
@@ -97,7 +97,8 @@ def study(
             engine_python=tuple(engine_python or ()),
         )
         measured = _measured(job, folder, dry_run=dry_run, overwrite=overwrite)
-        if measured is None:
+        if isinstance(measured, Plan):
+            _show_plan(name, measured, as_json=as_json)
             return
         result = measured
         fill(folder, definition.title, result, ())
@@ -117,19 +118,19 @@ class _Job:
     engine_python: tuple[str, ...]
 
 
-def _measured(job: _Job, folder: Path, *, dry_run: bool, overwrite: bool) -> StudyResult | None:
-    """Measure a study, or with `dry_run` show what would be measured.
+def _measured(job: _Job, folder: Path, *, dry_run: bool, overwrite: bool) -> StudyResult | Plan:
+    """Measure a study, or with `dry_run` return what would be measured.
 
     Raises:
         InputError: the folder holds something else, or the study cannot be measured here.
     """
+    if job.backend == EMULATED:
+        raise InputError("an emulated engine takes the estimated time; there is nothing to measure")
     console = open_console(stderr=True)
 
     def report(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    if not dry_run:
-        _prepare(folder, overwrite=overwrite)
     with (
         contextlib.closing(LocalMachine(job.backend, job.engine_python)) as local,
         tempfile.TemporaryDirectory(prefix="maveriq-study-") as scratch,
@@ -138,18 +139,27 @@ def _measured(job: _Job, folder: Path, *, dry_run: bool, overwrite: bool) -> Stu
         bench = Bench(
             local=local, model=model, config_path=config_path, scratch=Path(scratch), repeats=job.repeats, report=report
         )
-        if not dry_run:
-            return study_measured(job.name, job.definition, bench, folder)
         plan = plan_of(job.name, job.definition, bench)
-    rows = [
-        row(part, str(len({point.engine for point in points})), str(len(points)))
-        for part, points in plan.points.items()
-    ]
+        if dry_run:
+            return plan
+        _prepare(folder, overwrite=overwrite)
+        return study_measured(job.name, job.definition, bench, folder)
+
+
+def _show_plan(name: str, plan: Plan, *, as_json: bool) -> None:
+    counts = {part: (len({point.engine for point in points}), len(points)) for part, points in plan.points.items()}
+    if as_json:
+        parts = [
+            {"part": part, "engines": engines, "measurements": points} for part, (engines, points) in counts.items()
+        ]
+        typer.echo(json.dumps({"engines": plan.engines, "parts": parts, "notes": list(plan.notes())}, indent=2))
+        return
+    console = open_console()
     columns = [Column("part"), number_column("engines"), number_column("measurements")]
-    open_console().print(Table(f"{job.name}: {model.name} on {job.backend}", columns, rows))
+    rows = [row(part, str(engines), str(points)) for part, (engines, points) in counts.items()]
+    console.print(Table(f"{name}: {plan.engines} engines", columns, rows))
     for line in plan.notes():
-        open_console().print(line, highlight=False, markup=False, soft_wrap=True)
-    return None
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _prepare(folder: Path, *, overwrite: bool) -> None:

@@ -48,7 +48,7 @@ class Bench:
     scratch: Path
     repeats: int
     report: Report
-    _made: dict[tuple[int, str], tuple[ModelSpec, ModelFiles]] = field(default_factory=dict)
+    _made: dict[tuple[int, str], tuple[ModelSpec, ModelFiles]] = field(default_factory=dict, init=False)
 
     def subject(self, study: str) -> Subject:
         """Return what a study measures here."""

@@ -197,6 +197,7 @@ def test_a_study_without_grids_says_so(tmp_path: Path) -> None:
         (["pruning", "--data", "x"], "give --from-data, or leave --data out"),
         (["pruning", "--model", "llama-2-7c"], "unknown model 'llama-2-7c'; did you mean"),
         (["pruning", "--backend", "torhc"], "torhc"),
+        (["pruning", "--backend", "emulated"], "there is nothing to measure"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -218,6 +219,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["study", "pruning", "--out", str(tmp_path)])
     assert isinstance(result.exception, InputError)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_dry_run_counts_engines_and_writes_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["study", "parallelism", "--dry-run", "--json", "--out", str(out)])
+    assert json.loads(result.stdout)["parts"] == [{"part": "full_models", "engines": 9, "measurements": 9}]
+    assert not out.exists()
+
+
+def test_measurements_stay_where_overwrite_comes_with_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / LOG_NAME).write_text("kept")
+    CliRunner().invoke(app, ["study", "pruning", "--overwrite", "--model", "llama-2-7c", "--out", str(tmp_path)])
+    assert (tmp_path / LOG_NAME).read_text() == "kept"
 
 
 TINY = """analysis = "uneven-splits"

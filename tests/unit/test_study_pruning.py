@@ -1,5 +1,6 @@
 """Masks obey their laws, and a pruned folder differs from its source by zeros only."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from hypothesis.extra.numpy import arrays
 
 from maveriq.errors import InputError
 from maveriq.profiling.safetensors_files import Checkpoint, NewTensor, write_checkpoint
+from maveriq.study.grid import SMALL_MODEL
 from maveriq.study.masks import largest, largest_of_groups, mask_of, pruning_method
-from maveriq.study.pruned_model import write_pruned
+from maveriq.study.pruned_model import input_norms_of, write_pruned
 
 WEIGHT = st.floats(-4, 4, width=32)
 MATRIX = st.tuples(st.integers(1, 5), st.sampled_from([8, 16])).flatmap(
@@ -126,3 +128,18 @@ def test_wanda_without_norms_names_the_matrix_and_leaves_nothing(tmp_path: Path)
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: pruning wanda-50 needs the norm"):
         write_pruned(source, pruning_method("wanda-50"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.heavy
+def test_every_matrix_that_wanda_prunes_has_the_norms_of_its_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from maveriq.profiling.fingerprint import write_fingerprint
+
+    config = dict(SMALL_MODEL) | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_fingerprint(tmp_path / "config.json", layers=2, out=source)
+    norms = input_norms_of(source, tokens=16)
+    pruned = write_pruned(source, pruning_method("wanda-2:4"), out, input_norms=norms)
+    assert (pruned.matrices, pruned.sparsity) == (14, 0.5)
+    assert all(norm.min() > 0 for norm in norms.values())
