@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from maveriq.units import MICROS_PER_SECOND, Micros
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WINDOW_US: Micros = 300 * MICROS_PER_SECOND
 """How far back requests count."""
@@ -40,6 +44,17 @@ class ArrivalRates:
             arrivals.slots.append([slot, 1])
             self._forget(arrivals, now_us)
         arrivals.total += 1
+
+    def arrived_together(self, endpoint_id: int, times_us: np.ndarray[Any, Any]) -> None:
+        """Count requests that came at some times, in order."""
+        import numpy as np
+
+        _, firsts, counts = np.unique(times_us // _SLOT_US, return_index=True, return_counts=True)
+        for first_us, count in zip(times_us[firsts].tolist(), counts.tolist(), strict=True):
+            self.arrived(endpoint_id, first_us)
+            arrivals = self._arrivals[endpoint_id]
+            arrivals.slots[-1][1] += count - 1
+            arrivals.total += count - 1
 
     def rps(self, endpoint_id: int, now_us: Micros) -> float | None:
         """Return the mean rate over the last minutes, or since the first request; None where there was none."""

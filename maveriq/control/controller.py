@@ -9,7 +9,7 @@ predicted service times come from outside.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -144,13 +144,13 @@ class Controller:
         self.settings = settings
         router, predicts = settings.router, settings.discipline.uses_service_time
         if router is None or isinstance(router, RoutingRule):
-            self._router: RequestRouter = Router(router, settings.seed)
+            self.router: RequestRouter = Router(router, settings.seed)
             predicts |= router is RoutingRule.LEAST_WORK
         else:
-            self._router, predicts = router, True
+            self.router, predicts = router, True
         self._predict_service_time = predict_service_time if predicts else None
         self._clock = DispatchDelays(settings.timing)
-        self._rates = ArrivalRates()
+        self.rates = ArrivalRates()
         self._endpoints: dict[int, list[Deployment]] = {}
         self._longest_sequence: dict[int, int] = {}  # tokens that a deployment takes, once that is known
         self._now_us: Micros = 0
@@ -199,7 +199,7 @@ class Controller:
 
     def _arrived(self, request: Request) -> None:
         self.tracker.arrived(request)
-        self._rates.arrived(request.endpoint_id, self._now_us)
+        self.rates.arrived(request.endpoint_id, self._now_us)
         self._assign(request)
 
     def _assign(self, request: Request, *, first: bool = False) -> None:
@@ -208,7 +208,7 @@ class Controller:
         if not replicas:
             self.tracker.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
             return
-        deployment = replicas[0] if len(replicas) == 1 else self._router.choose(replicas, request)
+        deployment = replicas[0] if len(replicas) == 1 else self.router.choose(replicas, request)
         self.tracker.assigned(request, deployment.deployment_id)
         if not deployment.serves:
             self.tracker.refused(request, deployment.refusal_reason())
@@ -218,7 +218,7 @@ class Controller:
             self.tracker.refused(request, too_long)
             return
         service_us = self._predict_service_time(deployment, request) if self._predict_service_time else 0
-        self._router.sent(deployment, request, self._now_us, service_us)
+        self.router.sent(deployment, request, self._now_us, service_us)
         deployment.assigned += 1
         if deployment.endpoint.batching is Batching.CONTINUOUS:
             self._submit(deployment, request)
@@ -235,17 +235,20 @@ class Controller:
         else:
             deployment.held[request.request_id] = request
 
+    def longest_sequence(self, deployment: Deployment) -> int:
+        """Return the prompt and output tokens of the longest request that a deployment's engine takes."""
+        longest = self._longest_sequence.get(deployment.deployment_id)
+        if longest is None:  # looking a model up takes longer than all else of an arrival
+            limit = self.settings.max_sequence_tokens(deployment.endpoint)
+            longest = self._longest_sequence[deployment.deployment_id] = sys.maxsize if limit is None else limit
+        return longest
+
     def _why_too_long(self, deployment: Deployment, request: Request) -> str | None:
         """Return why a deployment's engine takes no request of this length; None if it does."""
-        endpoint, tokens = deployment.endpoint, request.prompt_tokens + request.output_tokens
-        longest = self._longest_sequence.get(deployment.deployment_id, 0)
-        if tokens <= longest:
+        tokens = request.prompt_tokens + request.output_tokens
+        if tokens <= self.longest_sequence(deployment):
             return None
-        reason = self.settings.why_too_long(endpoint, tokens)
-        if reason is None:  # looking a model up takes longer than all else of an arrival
-            limit = self.settings.max_sequence_tokens(endpoint)
-            self._longest_sequence[deployment.deployment_id] = sys.maxsize if limit is None else limit
-        return reason
+        return self.settings.why_too_long(deployment.endpoint, tokens)
 
     def _engine_reported(self, event: ExecutionFinished | ExecutionFailed | EngineProgress) -> None:
         if isinstance(event, ExecutionFinished):
@@ -343,6 +346,11 @@ class Controller:
 
     # Deployments
 
+    @property
+    def endpoint_ids(self) -> Iterable[int]:
+        """The endpoints that were added."""
+        return self._endpoints.keys()
+
     def deployments_of(self, endpoint_id: int) -> tuple[Deployment, ...]:
         """Return all deployments that an endpoint ever had; none for an unknown endpoint."""
         return tuple(self._endpoints.get(endpoint_id, ()))
@@ -436,7 +444,7 @@ class Controller:
     def _replace(self, lost: Deployment) -> None:
         """Place a deployment that is lost for good anew; requests wait for the new one if the lost one served."""
         replicas = self._endpoints[lost.endpoint.endpoint_id]
-        rps = self._rates.rps(lost.endpoint.endpoint_id, self._now_us)
+        rps = self.rates.rps(lost.endpoint.endpoint_id, self._now_us)
         replacement = self.manager.replace(lost, self._now_us, wanted=share_of_one(lost.endpoint, replicas, rps))
         if replacement is None:
             return

@@ -345,8 +345,7 @@ class DeploymentManager:
     def submit(self, deployment: Deployment, request: Request, now_us: Micros) -> None:
         """Record that a continuous engine has a request."""
         if not deployment.in_engine:
-            deployment.started_us = now_us
-            self._sharing.began(deployment.gpu_ids, now_us)
+            self.turned_busy(deployment, now_us)
         deployment.in_engine[request.request_id] = request
         deployment.unbegun_tokens += request.prompt_tokens
 
@@ -369,10 +368,15 @@ class DeploymentManager:
         if not has_begun:
             deployment.unbegun_tokens -= request.prompt_tokens
         if not deployment.in_engine:
-            self._idle(deployment, now_us)
+            self.turned_idle(deployment, now_us)
         return request
 
-    def _idle(self, deployment: Deployment, now_us: Micros) -> None:
+    def turned_busy(self, deployment: Deployment, now_us: Micros) -> None:
+        """Record that a continuous engine has its first request."""
+        deployment.started_us = now_us
+        self._sharing.began(deployment.gpu_ids, now_us)
+
+    def turned_idle(self, deployment: Deployment, now_us: Micros) -> None:
         """Record that a continuous engine has no request any more."""
         deployment.busy.add(deployment.started_us, now_us)
         self._sharing.ended(deployment.gpu_ids, now_us)
@@ -382,7 +386,7 @@ class DeploymentManager:
         requests = tuple(deployment.in_engine.values())
         if requests:
             deployment.in_engine.clear()
-            self._idle(deployment, now_us)
+            self.turned_idle(deployment, now_us)
         deployment.unbegun_tokens = deployment.kv_used_tokens = 0
         return requests
 

@@ -7,7 +7,7 @@ none in a step: those that were preempted, and those that had to wait while prom
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maveriq.control.engine_series import EngineSeries, EngineSums, StepsEnded, TokenGaps
 from maveriq.domain.records import EngineTable, ItlTable
@@ -15,6 +15,9 @@ from maveriq.engine.requests import RequestId
 from maveriq.engine.sequence import Sequence as EngineSequence
 from maveriq.engine.steps import Emitted
 from maveriq.units import Micros
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class EngineRecorder:
@@ -163,6 +166,17 @@ class EngineRecorder:
                 StepsEnded(self._start_us, now_us, self._running, used, used, done, done * decodes, 0, 0)
             )
         self.left(now_us, self._present)
+
+    def note(
+        self,
+        *,
+        steps: np.ndarray[Any, Any],
+        runs: np.ndarray[Any, Any],
+        gaps: np.ndarray[Any, Any],
+        moves: np.ndarray[Any, Any],
+    ) -> None:
+        """Record what an engine has noted itself, instead of all else; the arguments are those of `EngineSums.note`."""
+        self._sums.note(steps=steps, runs=runs, gaps=gaps, moves=moves)
 
     def _note_ends(self, emitted: Sequence[Emitted], end_us: Micros) -> None:
         """Record first and last tokens."""

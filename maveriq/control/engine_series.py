@@ -143,6 +143,35 @@ class EngineSums:
         if len(self._steps) >= len(StepsEnded._fields) * _NOTES:
             self._add_steps()
 
+    def note(
+        self,
+        *,
+        steps: np.ndarray[Any, Any],
+        runs: np.ndarray[Any, Any],
+        gaps: np.ndarray[Any, Any],
+        moves: np.ndarray[Any, Any],
+    ) -> None:
+        """Note what was collected elsewhere, in order of time: rows of int64, in columns as the methods here have them.
+
+        Args:
+            steps: for `steps_ended`, of which it takes `StepsEnded`.
+            runs: for `further_gaps`.
+            gaps: for `other_gap`.
+            moves: for `moved`.
+        """
+        self._moves.frombytes(moves.tobytes())
+        self._runs.frombytes(runs.tobytes())
+        self._single_gaps.frombytes(gaps.tobytes())
+        size = len(StepsEnded._fields) * _NOTES
+        left = steps.ravel()
+        while len(self._steps) + len(left) >= size:  # as many at once as `steps_ended` adds, so that sums round alike
+            now, left = left[: size - len(self._steps)], left[size - len(self._steps) :]
+            self._steps.frombytes(now.tobytes())
+            self._add_steps()
+        self._steps.frombytes(left.tobytes())
+        self._add_moves()
+        self._add_gaps()
+
     def further_gaps(self, first: int, growth: int, steps: int, tokens: int) -> None:
         """Note that the same requests got a token in each of many steps.
 

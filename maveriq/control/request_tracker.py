@@ -6,7 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from maveriq.control.events import EngineProgress
 from maveriq.domain.records import NOT_YET, RequestTable
@@ -17,6 +17,7 @@ from maveriq.units import Micros
 if TYPE_CHECKING:
     import numpy as np
 
+    Column: TypeAlias = np.ndarray[Any, Any]
 
 _WAITING, _RUNNING = RequestStatus.WAITING.value, RequestStatus.RUNNING.value
 _COMPLETED, _FAILED = RequestStatus.COMPLETED.value, RequestStatus.FAILED.value
@@ -103,6 +104,88 @@ class RequestTracker:
         self._cached_tokens.append(0)
         self._steps.append(0)
         self._count[_WAITING] += 1
+
+    def arrived_together(
+        self, *, endpoint_id: Column, deployment_id: Column, arrival_us: Column, prompt_tokens: Column,
+        output_tokens: Column, slo_us: Column,
+    ) -> None:  # fmt: skip
+        """Open the rows of the next requests, which wait for deployments; a column (int64) each."""
+        count = len(arrival_us)
+        columns = (
+            (self._endpoint_id, endpoint_id),
+            (self._deployment_id, deployment_id),
+            (self._arrival_us, arrival_us),
+            (self._prompt_tokens, prompt_tokens),
+            (self._output_tokens, output_tokens),
+            (self._slo_us, slo_us),
+        )
+        for kept, column in columns:
+            kept.frombytes(column.astype(kept.typecode).tobytes())
+        for kept in (self._start_us, self._first_token_us, self._finish_us):
+            kept.extend(array(kept.typecode, [NOT_YET]) * count)
+        for kept in (self._status, self._reason, self._attempts, self._preemptions, self._cached_tokens, self._steps):
+            kept.frombytes(bytes(count * kept.itemsize))
+        self._count[_WAITING] += count
+
+    def progressed_together(
+        self,
+        *,
+        started: tuple[Column, Column, Column],
+        preempted: Column,
+        first_tokens: tuple[Column, Column],
+        finished: tuple[Column, Column, Column, Column],
+    ) -> None:
+        """Record what continuous engines did, as `started`, `progressed`, `generated` and `completed` do.
+
+        Args:
+            started: numbers of requests, when each started, and how many tokens of its prompt were cached.
+            preempted: numbers of requests, once for each time.
+            first_tokens: numbers of requests, and when each got its first token.
+            finished: numbers of requests in order of time, when each got its last token, how many it got, in how many
+                steps.
+
+        Raises:
+            InvariantError: a request that started did not wait, or one that finished did not run.
+        """
+        import numpy as np
+
+        def view(kept: array[int]) -> Column:
+            return np.frombuffer(kept, dtype=kept.typecode)
+
+        status = view(self._status)
+        rows = started[0] - 1
+        if (status[rows] != _WAITING).any():
+            raise InvariantError("a request started that did not wait")
+        status[rows] = _RUNNING
+        view(self._start_us)[rows] = started[1]
+        view(self._cached_tokens)[rows] = started[2]
+        view(self._attempts)[rows] += 1
+        np.add.at(view(self._preemptions), preempted - 1, 1)
+        view(self._first_token_us)[first_tokens[0] - 1] = first_tokens[1]
+        ended = finished[0] - 1
+        if (status[ended] != _RUNNING).any():
+            raise InvariantError("a request finished that did not run")
+        status[ended] = _COMPLETED
+        view(self._finish_us)[ended] = finished[1]
+        view(self._output_tokens)[ended] = finished[2]
+        view(self._steps)[ended] = finished[3]
+        self._count[_WAITING] -= len(rows)
+        self._count[_RUNNING] += len(rows) - len(ended)
+        self._count[_COMPLETED] += len(ended)
+        self._recent.extend(ended[-RECENT_COMPLETIONS:].tolist())
+
+    def open_rows(self, start: int, end: int) -> list[int]:
+        """Return the rows from one on, up to another, of requests that have not ended."""
+        import numpy as np
+
+        status = np.frombuffer(self._status, dtype=self._status.typecode)[start:end]
+        return (np.flatnonzero(status <= _RUNNING) + start).tolist()
+
+    def prompt_tokens(self, request_ids: Column) -> Column:
+        """Return the length of the prompt of each of some requests."""
+        import numpy as np
+
+        return np.asarray(np.frombuffer(self._prompt_tokens, dtype=self._prompt_tokens.typecode)[request_ids - 1])
 
     def assigned(self, request: Request, deployment_id: int) -> None:
         """Record the deployment that a request waits for."""

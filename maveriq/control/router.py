@@ -45,6 +45,10 @@ class Router:
         made = {each: routing_policy(each, seed) for each in dict.fromkeys(rules.values())}
         self._policies: dict[Batching, RoutingPolicy] = {batching: made[each] for batching, each in rules.items()}
 
+    def policy(self, batching: Batching) -> RoutingPolicy:
+        """Return the policy for engines that batch in a way."""
+        return self._policies[batching]
+
     def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
         """Return the replica for a request: one that is up, else one that will be up again."""
         up = [replica for replica in replicas if replica.state is DeploymentState.UP]

@@ -88,13 +88,14 @@ class RoundRobin(RoutingPolicy):
     """Each replica in turn."""
 
     def __init__(self) -> None:
-        self._last: dict[int, int] = {}  # the deployment that was chosen last, by endpoint
+        self.last: dict[int, int] = {}
+        """The deployment that was chosen last, by endpoint."""
 
     def choose(self, replicas: Sequence[AnyReplica], request: Request) -> AnyReplica:
         """Return the replica after the one that was chosen last."""
-        last = self._last.get(request.endpoint_id, 0)
+        last = self.last.get(request.endpoint_id, 0)
         chosen = next((replica for replica in replicas if replica.deployment_id > last), replicas[0])
-        self._last[request.endpoint_id] = chosen.deployment_id
+        self.last[request.endpoint_id] = chosen.deployment_id
         return chosen
 
 

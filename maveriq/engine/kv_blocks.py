@@ -30,8 +30,8 @@ class KVBlockPool:
     """
 
     __slots__ = (
-        "_by_key", "_ids", "_key", "_queue", "_reuse_unhashed_first", "_tail_run", "_users", "block_size", "blocks",
-        "free_blocks", "prefix_caching", "shared_free_blocks",
+        "_by_key", "_ids", "_key", "_queue", "_tail_run", "_users", "block_size", "blocks", "free_blocks",
+        "prefix_caching", "reuse_unhashed_first", "shared_free_blocks",
     )  # fmt: skip
 
     def __init__(
@@ -40,7 +40,7 @@ class KVBlockPool:
         self.blocks = blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self._reuse_unhashed_first = reuse_unhashed_first
+        self.reuse_unhashed_first = reuse_unhashed_first
         self.free_blocks = blocks
         self.shared_free_blocks = 0
         # Free blocks from head to tail while shareable ones are among them: an identifier of one of these, with 1, or
@@ -140,7 +140,7 @@ class KVBlockPool:
         """Take all blocks from a sequence, its last one first; their content can be found until they are reused."""
         shared = sequence.shared_blocks
         others = sequence.blocks - len(shared)
-        if others and self._reuse_unhashed_first:
+        if others and self.reuse_unhashed_first:
             unhashed = min(others, sequence.blocks - sequence.registered // self.block_size)
             self._put_first(unhashed)
             others -= unhashed

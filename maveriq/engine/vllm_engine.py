@@ -23,19 +23,25 @@ class VllmEngine:
         self.scheduler = scheduler
         self.pool = scheduler.pool
         self.running = scheduler.running
-        self._surely_held_tokens = min(
+        self.surely_held_tokens = min(
             scheduler.limits.max_model_len - 1, scheduler.pool.blocks * scheduler.pool.block_size
         )
+        """Tokens of a request, prompt and output, with which it passes `check_length`."""
         self._max_in_flight = scheduler.limits.steps_in_flight
         self._must_wait = False  # for the oldest step in flight
 
     def submit(self, request: EngineRequest) -> None:
         """Add a request."""
-        if request.prompt_tokens + request.output_tokens > self._surely_held_tokens:
-            self._check_length(request)
+        if request.prompt_tokens + request.output_tokens > self.surely_held_tokens:
+            self.check_length(request)
         self.scheduler.submit(request)
 
-    def _check_length(self, request: EngineRequest) -> None:
+    def check_length(self, request: EngineRequest) -> None:
+        """Raise an error if the engine can never serve a request.
+
+        Raises:
+            InputError: it is too long.
+        """
         limits, pool = self.scheduler.limits, self.scheduler.pool
         prompt_tokens = request.prompt_tokens
         longest = pool.blocks * pool.block_size

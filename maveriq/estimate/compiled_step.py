@@ -6,30 +6,15 @@ Import it late: the first call in a process takes a second, the first on a machi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
-import numba
 import numpy as np
 
+from maveriq.compiling import compiled
 from maveriq.estimate.log_grid import Array
 
 _FIRST = 5  # where the first axis starts in `StepGrids.packed`
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
 
 
-def _compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Compile a function when it is first called, and keep the machine code on disk where that can be written."""
-    compiled: Callable[_Parameters, _Result]
-    try:
-        compiled = numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # nowhere to keep it: each process compiles for itself
-        compiled = numba.njit(nogil=True)(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def _cell(packed: Array, axis: int, length: int, x: float) -> int:
     """Return the number of the grid cell of an axis that starts at index `axis`."""
     low, high = 0, length - 1
@@ -42,7 +27,7 @@ def _cell(packed: Array, axis: int, length: int, x: float) -> int:
     return low
 
 
-@_compiled
+@compiled
 def _line(packed: Array, axis: int, length: int, table: int, x: float) -> float:
     """Return the value at a size, of a table along one axis."""
     cell = _cell(packed, axis, length, x)
@@ -50,21 +35,22 @@ def _line(packed: Array, axis: int, length: int, table: int, x: float) -> float:
     return float(low + (packed[table + cell + 1] - low) / (packed[axis + cell + 1] - left) * (x - left))
 
 
-@_compiled
+@compiled
 def _surface(
     packed: Array, rows: int, row_count: int, columns: int, column_count: int, table: int, x: float, y: float
 ) -> float:
     """Return the value at two sizes, of a table along two axes."""
     row, column = _cell(packed, rows, row_count, x), _cell(packed, columns, column_count, y)
     share = (x - packed[rows + row]) / (packed[rows + row + 1] - packed[rows + row])
-    along = (y - packed[columns + column]) / (packed[columns + column + 1] - packed[columns + column])
+    width, beyond = packed[columns + column + 1] - packed[columns + column], y - packed[columns + column]
     at = table + row * column_count + column
-    low = packed[at] + (packed[at + 1] - packed[at]) * along
+    low = packed[at] + (packed[at + 1] - packed[at]) / width * beyond
     at += column_count
-    return float((1 - share) * low + share * (packed[at] + (packed[at + 1] - packed[at]) * along))
+    high = packed[at] + (packed[at + 1] - packed[at]) / width * beyond
+    return float((1 - share) * low + share * high)
 
 
-@_compiled
+@compiled
 def step_us(
     packed: Array, decodes: float, context_tokens: float, chunk_tokens: Array, chunk_past: Array, chunks: int
 ) -> float:
@@ -110,7 +96,7 @@ def step_us(
     return float(time_us + _line(packed, sequences, sequence_count, head_us, decodes + chunks))
 
 
-@_compiled
+@compiled
 def decode_run_us(packed: Array, decodes: float, context_tokens: float, steps: int) -> float:
     """Return the time of the kernels of `steps` steps in a row in which the same sequences decode.
 
@@ -149,7 +135,7 @@ def decode_run_us(packed: Array, decodes: float, context_tokens: float, steps: i
     return float(total_us + steps * of_each)
 
 
-@_compiled
+@compiled
 def decode_steps_within(
     packed: Array, decodes: float, context_tokens: float, most: int, limit_us: float, factor: float, added_us: float
 ) -> int:

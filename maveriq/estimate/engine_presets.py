@@ -26,7 +26,7 @@ from maveriq.tables import read_toml
 DEFAULT_ENGINE = "vllm"
 """The engine that is estimated where none is named."""
 
-_SHARPNESS = 2  # the host launches unevenly, so that neither of two times hides the other
+SHARPNESS = 2  # the host launches unevenly, so that neither of two times hides the other
 _NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 _Factor = Annotated[float, msgspec.Meta(gt=0, le=10)]
 _OTHER_NAMES = {"tensorrt-llm": "trtllm", "trt-llm": "trtllm", "tensorrt_llm": "trtllm"}
@@ -175,7 +175,7 @@ class EnginePreset(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
         """Return the time of a step's kernels, of so many layers; the arguments are those of `step_time_us`."""
         kernels_us = gpu_us * (self.prefill_factor if has_prefill else self.kernel_factor)
         if self.layer_us:  # the host launches kernels while others run: the slower of the two decides
-            kernels_us = (kernels_us**_SHARPNESS + (self.layer_us * layers) ** _SHARPNESS) ** (1 / _SHARPNESS)
+            kernels_us = (kernels_us**SHARPNESS + (self.layer_us * layers) ** SHARPNESS) ** (1 / SHARPNESS)
         return kernels_us
 
     def host_us(self, sequences: Sizes) -> Any:

@@ -1,7 +1,6 @@
 """The times of a step on grids of sizes.
 
 `StepModel` answers from them in Python, `maveriq.estimate.compiled_step` in compiled code, with the same results.
-Simulations of whole engines stay in Python: importing numba takes longer than the steps of ten thousand requests.
 """
 
 from __future__ import annotations

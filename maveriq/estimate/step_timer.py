@@ -48,9 +48,9 @@ class StepTimer:
     """
 
     def __init__(self, steps: StepModel, preset: EnginePreset, *, layers: int) -> None:
-        self._steps = steps
-        self._preset = preset
-        self._layers = layers
+        self.steps = steps
+        self.preset = preset
+        self.layers = layers
         self._lines: dict[int, DecodeLine] = {}
 
     def step(self, decodes: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> Ticks:
@@ -64,7 +64,7 @@ class StepTimer:
         if not chunks:
             line = self._lines.get(decodes) or self.decode_line(decodes)
             return line.at(context_tokens)
-        gpu_us = self._steps.gpu_us(decodes=decodes, context_tokens=context_tokens, chunks=chunks)
+        gpu_us = self.steps.gpu_us(decodes=decodes, context_tokens=context_tokens, chunks=chunks)
         return ticks(self._step_us(gpu_us, decodes + len(chunks), has_prefill=True))
 
     def decode_steps(self, decodes: int, context_tokens: int, steps: int) -> Ticks:
@@ -75,18 +75,16 @@ class StepTimer:
         """Return the time of steps that only decode so many sequences."""
         line = self._lines.get(decodes)
         if line is None:
-            contexts = [decodes * context for context in self._steps.contexts]
+            contexts = [decodes * context for context in self.steps.contexts]
             times = [
-                ticks(self._step_us(self._steps.gpu_us(decodes=decodes, context_tokens=context), decodes))
+                ticks(self._step_us(self.steps.gpu_us(decodes=decodes, context_tokens=context), decodes))
                 for context in contexts
             ]
             line = self._lines[decodes] = DecodeLine(decodes, contexts, times)
         return line
 
     def _step_us(self, gpu_us: float, sequences: int, *, has_prefill: bool = False) -> float:
-        return float(
-            self._preset.step_time_us(gpu_us, sequences=sequences, has_prefill=has_prefill, layers=self._layers)
-        )
+        return float(self.preset.step_time_us(gpu_us, sequences=sequences, has_prefill=has_prefill, layers=self.layers))
 
 
 class DecodeLine:

@@ -180,15 +180,24 @@ def _predicted_blocks(
     return estimator.kv_blocks(model, configuration, settings)
 
 
-def admission_delay(preset: EnginePreset, *, max_num_seqs: int) -> Callable[[int, int], Micros]:
-    """Return what tells the time from a request's arrival to its engine's queue.
+@dataclass(frozen=True, slots=True)
+class AdmissionDelay:
+    """Tells the time from a request's arrival to its engine's queue.
 
     Args:
         preset: of the engine.
         max_num_seqs: requests that run together at most. Where its KV cache holds fewer, the delay is overstated.
     """
 
-    def admission_delay_us(prompt_tokens: int, requests: int) -> Micros:
-        return round(preset.first_token_delay_us(prompt_tokens, running=min(requests, max_num_seqs)))
+    preset: EnginePreset
+    max_num_seqs: int
 
-    return admission_delay_us
+    def __call__(self, prompt_tokens: int, requests: int) -> Micros:
+        """Return the time for a prompt of a length, while so many other requests have not ended."""
+        running = min(requests, self.max_num_seqs)
+        return round(self.preset.first_token_delay_us(prompt_tokens, running=running))
+
+
+def admission_delay(preset: EnginePreset, *, max_num_seqs: int) -> AdmissionDelay:
+    """Return what tells the time from a request's arrival to its engine's queue; see there for the arguments."""
+    return AdmissionDelay(preset, max_num_seqs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from maveriq.scenario.stepped_engine import SteppedEngine
+from maveriq.scenario.clocked_engine import ClockedEngine
 from maveriq.units import Micros
 
 
@@ -24,10 +24,10 @@ class SharedGpus:
 
     def __init__(self, working: Callable[[Iterable[int]], int]) -> None:
         self._working = working
-        self._engines: dict[int, tuple[SteppedEngine, Sequence[int]]] = {}
+        self._engines: dict[int, tuple[ClockedEngine, Sequence[int]]] = {}
         self._sharing: list[int] = []  # those that share a GPU, or did until just now
 
-    def add(self, number: int, engine: SteppedEngine, gpu_ids: Sequence[int]) -> None:
+    def add(self, number: int, engine: ClockedEngine, gpu_ids: Sequence[int]) -> None:
         """Note an engine that starts on these GPUs."""
         self._engines[number] = engine, gpu_ids
         self._find_sharing()
@@ -36,6 +36,10 @@ class SharedGpus:
         """Note that an engine has stopped."""
         if self._engines.pop(number, None) is not None:
             self._find_sharing()
+
+    def shares(self, number: int) -> bool:
+        """Return whether an engine shares a GPU, or did until just now."""
+        return number in self._sharing
 
     def slow_down(self, now_us: Micros) -> list[int]:
         """Let steps that start from now on take as long as they do now; return the engines for which that is new."""

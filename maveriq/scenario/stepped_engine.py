@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from maveriq.control.engine_recorder import EngineRecorder
 from maveriq.control.engine_series import TokenGaps
 from maveriq.control.events import EngineProgress, Finished, Started
 from maveriq.domain.requests import Request
+from maveriq.engine.interface import EngineCounters
 from maveriq.engine.requests import EngineRequest, RequestId, engine_request
 from maveriq.engine.steps import Emitted, Step
 from maveriq.estimate.pipeline_timer import Pipeline, PipelineTimer
@@ -121,6 +122,8 @@ class SteppedEngine:
         skips_steps: whether steps are skipped. Nothing else depends on it.
     """
 
+    is_compiled: ClassVar[bool] = False
+
     def __init__(
         self,
         parts: EngineParts,
@@ -160,6 +163,11 @@ class SteppedEngine:
     def kv_capacity_tokens(self) -> int:
         """Tokens that its KV cache holds."""
         return self.engine.pool.tokens
+
+    @property
+    def counters(self) -> EngineCounters:
+        """The state of the engine."""
+        return self.engine.counters
 
     def submit(self, now_us: Micros, request: Request) -> None:
         """Put a request into the engine's queue, which it reaches after the delay of its prompt."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from heapq import heappop, heappush
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import simpy
 
@@ -47,12 +47,15 @@ from maveriq.domain.progress import Progress, Watcher
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InvariantError
+from maveriq.scenario.clocked_engine import ClockedEngine, clocked_engine
 from maveriq.scenario.shared_gpus import SharedGpus
-from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.scenario.system import ReplaySystem
 from maveriq.sim.contention import ContentionModel, ScheduledEnd
 from maveriq.units import Micros
 from maveriq.workload.client import Client
+
+if TYPE_CHECKING:
+    from maveriq.sim.fast_forward import FastForward
 
 _STEPS_BETWEEN_UPDATES = 256
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
@@ -100,7 +103,7 @@ class _Simulation:
         self._last_endpoint_us = max((endpoint.requested_us for endpoint in system.workload.endpoints), default=0)
         self._last_arrival_us = int(arrivals.arrival_us[-1])
         self._plans: dict[int, DeploymentPlan] = {}
-        self._engines: dict[int, SteppedEngine] = {}  # the continuous ones, by deployment
+        self._engines: dict[int, ClockedEngine] = {}  # the continuous ones, by deployment
         self._engine_records = EngineRecords(system.sample_us)
         self._shared_gpus = SharedGpus(self._controller.manager.engines_working)
         self._to_compose: dict[int, None] = {}  # deployments whose engines may have something to start
@@ -112,6 +115,11 @@ class _Simulation:
         self._steps = 0
         self._samples: list[GpuSample] = []
         self._sampled_us: Micros = 0
+        # Whether the client waits for nothing, and only continuous engines serve: it then needs no events of SimPy.
+        self._has_plain_client = not self._reacts and all(
+            endpoint.batching is Batching.CONTINUOUS for endpoint in system.workload.endpoints
+        )
+        self._fast_forward: FastForward | None = None  # once there is a compiled engine
         self._busy_us = [0] * len(system.cluster)
 
     def run(self) -> RunRecord:
@@ -124,7 +132,10 @@ class _Simulation:
             self._post_fault(fault)
         for removal in self._system.removals:
             self._post(removal.at_us, EndpointRemoved(removal.endpoint_id))
-        self._wake_client_later()
+        if self._has_plain_client:
+            self._at(int(self._system.workload.arrivals.arrival_us[0]), self._wake_client)
+        else:
+            self._wake_client_later()
         self._at(self._system.sample_us, self._sample_regularly)
         if self._reacts:
             self._env.run()  # until `_stop`, or until nothing is left to happen
@@ -163,7 +174,7 @@ class _Simulation:
     def _wake_client_later(self) -> None:
         """Schedule when the client sends its next request, unless that is scheduled or not known."""
         wake_us = self._client.next_us
-        if wake_us is not None and wake_us != self._client_wake_us:
+        if not self._has_plain_client and wake_us is not None and wake_us != self._client_wake_us:
             self._client_wake_us = wake_us
             self._at(wake_us, self._wake_client)
 
@@ -196,9 +207,42 @@ class _Simulation:
             self._is_unsettled = True
             return  # the last event of this instant settles
         self._is_unsettled = False
+        self._send_due(now_us)
         self._handle_instant(now_us, has_events=True)
-        while (wake_us := self._next_engine_wake()) is not None and wake_us < self._env.peek():
+        while True:
+            next_event_us = self._env.peek()
+            self._fast_forward_to(next_event_us)
+            wakes = [self._next_engine_wake(), self._client.next_us if self._has_plain_client else None]
+            wake_us = min((wake_us for wake_us in wakes if wake_us is not None), default=None)
+            if wake_us is None or wake_us >= next_event_us:
+                return
+            self._send_due(wake_us)
             self._handle_instant(wake_us, has_events=False)
+
+    def _send_due(self, now_us: Micros) -> None:
+        """Let the client send what is due, where SimPy does not wake it."""
+        if self._has_plain_client and self._client.next_us is not None and self._client.next_us <= now_us:
+            self._send(now_us)
+
+    def _fast_forward_to(self, next_event_us: float) -> None:
+        """Do at once what happens before SimPy's next event, or a part of it.
+
+        Raises:
+            StopSimulation: every request has ended.
+        """
+        if self._fast_forward is None:
+            return
+        last_us = self._fast_forward.run(int(min(next_event_us, 1 << 62)))
+        if last_us is None:
+            return
+        self._now_us = max(self._now_us, last_us)
+        for number, engine in self._engines.items():
+            if engine.next_us is not None:
+                heappush(self._engine_wakes, (engine.next_us, number))
+        if self._watcher:
+            self._update(self._watcher, self._now_us)
+        if not self._client.unsent and self._all_ended():
+            raise simpy.core.StopSimulation("every request has ended")
 
     def _handle_instant(self, now_us: Micros, *, has_events: bool) -> None:
         """End the steps that are due, pass everything to the controller, and start the steps that follow.
@@ -282,8 +326,17 @@ class _Simulation:
                 blocks=parts.engine.pool.blocks,
                 now_us=self._now_us,
             )
-            engine = self._engines[number] = SteppedEngine(parts, number, action.generation, recorder=recorder)
+            engine = self._engines[number] = clocked_engine(
+                parts, number, action.generation, recorder=recorder, arrivals=self._system.workload.arrivals
+            )
             self._shared_gpus.add(number, engine, action.plan.gpu_ids)
+            if self._has_plain_client and self._fast_forward is None and engine.is_compiled:
+                from maveriq.sim.fast_forward import FastForward  # late: imports numba
+
+                arrivals = self._system.workload.arrivals
+                self._fast_forward = FastForward(
+                    self._controller, self._client, arrivals, self._engines, self._shared_gpus.shares
+                )
             return EngineUp(number, action.generation, engine.kv_capacity_tokens)
         return EngineUp(number, action.generation)
 
@@ -385,7 +438,7 @@ class _Simulation:
             now_us,
             last_arrival_us=now_us if self._reacts and self._client.unsent else self._last_arrival_us,
             total=len(self._system.workload.arrivals),
-            engines={number: engine.engine.counters for number, engine in self._engines.items()},
+            engines={number: engine.counters for number, engine in self._engines.items()},
         )
 
     def _sample_regularly(self, _: simpy.Event) -> None:

@@ -47,6 +47,7 @@ class Client:
         self._max_in_flight = max_in_flight
         self._is_closed = concurrency is not None
         self._idle = concurrency or 0  # clients that have not begun
+        self._arrivals = arrivals
         self._rows = requests_of(arrivals)
         self._think_us = arrivals.think_us
         self._next = next(self._rows, None)
@@ -87,6 +88,25 @@ class Client:
             sent.append(request)
         self.unsent -= len(sent)
         return sent
+
+    def skip(self, sent: int, ended: int) -> None:
+        """Take note that the driver of an open loop sent the next requests itself, and that some have ended.
+
+        Args:
+            sent: how many, in order; they keep their times and numbers.
+            ended: how many of those that were ever sent.
+        """
+        self._in_flight += sent - ended
+        if sent:
+            self._sent += sent
+            self.unsent -= sent
+            self._rows = requests_of(self._arrivals, first=self._sent)
+            self._next = next(self._rows, None)
+
+    @property
+    def sent(self) -> int:
+        """How many requests were sent."""
+        return self._sent
 
     def ended(self, request_id: int, now_us: Micros) -> None:
         """Take note that a request that was sent has ended, whatever its status; `send` may then send others."""

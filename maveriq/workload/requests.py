@@ -164,46 +164,57 @@ class Workload:
 
 
 _CHUNK = 1 << 14
+_FIRST_CHUNK = 16
 
 
-def requests_of(arrivals: Arrivals) -> Iterator[Request]:
-    """Yield the requests one by one; a chunk of the columns at a time keeps memory small."""
-    none = np.zeros(len(arrivals), dtype=np.int64)
-    columns = (
-        arrivals.arrival_us,
-        arrivals.endpoint_id,
-        arrivals.prompt_tokens,
-        arrivals.output_tokens,
-        arrivals.slo_us,
-        none.astype(bool) if arrivals.priority is None else arrivals.priority.astype(bool),
-        none if arrivals.prompt_id is None else arrivals.prompt_id,
-        none if arrivals.session_id is None else arrivals.session_id,
-    )
+def requests_of(arrivals: Arrivals, *, first: int = 0) -> Iterator[Request]:
+    """Yield the requests one by one, from a row on; a chunk of the columns at a time keeps memory small."""
+    start, size = first, _FIRST_CHUNK
+    while start < len(arrivals):
+        yield from _requests_in(arrivals, start, min(start + size, len(arrivals)))
+        start += size
+        size = min(8 * size, _CHUNK)
+
+
+def _requests_in(arrivals: Arrivals, start: int, end: int) -> Iterator[Request]:
+    none = np.zeros(end - start, dtype=np.int64)
+    columns = [
+        none if column is None else column[start:end]
+        for column in (
+            arrivals.arrival_us,
+            arrivals.endpoint_id,
+            arrivals.prompt_tokens,
+            arrivals.output_tokens,
+            arrivals.slo_us,
+            arrivals.priority,
+            arrivals.prompt_id,
+            arrivals.session_id,
+        )
+    ]
+    columns[5] = columns[5].astype(bool)
     hashes = arrivals.prefix_hashes
-    for start in range(0, len(arrivals), _CHUNK):
-        chunk = (column[start : start + _CHUNK].tolist() for column in columns)
-        for request_id, (
-            arrival_us,
-            endpoint_id,
-            prompt_tokens,
-            output_tokens,
-            slo_us,
-            priority,
-            prompt_id,
-            session_id,
-        ) in enumerate(zip(*chunk, strict=True), start + 1):
-            request = Request(
-                request_id=request_id,
-                endpoint_id=endpoint_id,
-                arrival_us=arrival_us,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                slo_us=slo_us,
-                priority=priority,
-                prompt_id=prompt_id,
-                session_id=session_id,
-            )
-            if hashes is not None:
-                request.prefix_hashes = hashes.of(request_id - 1)
-                request.prefix_hash_tokens = hashes.tokens_per_hash
-            yield request
+    for request_id, (
+        arrival_us,
+        endpoint_id,
+        prompt_tokens,
+        output_tokens,
+        slo_us,
+        priority,
+        prompt_id,
+        session_id,
+    ) in enumerate(zip(*(column.tolist() for column in columns), strict=True), start + 1):
+        request = Request(
+            request_id=request_id,
+            endpoint_id=endpoint_id,
+            arrival_us=arrival_us,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            slo_us=slo_us,
+            priority=priority,
+            prompt_id=prompt_id,
+            session_id=session_id,
+        )
+        if hashes is not None:
+            request.prefix_hashes = hashes.of(request_id - 1)
+            request.prefix_hash_tokens = hashes.tokens_per_hash
+        yield request

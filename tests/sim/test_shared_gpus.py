@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from maveriq.domain.faults import Fault, FaultTarget
 from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
+from maveriq.scenario import clocked_engine
 from maveriq.scenario.stepped_engine import SteppedEngine
 from maveriq.scenario.system import ReplaySystem
-from maveriq.sim import simulator
 from maveriq.sim.simulator import simulate
 
 ENGINES = SmallEngines({"kind": "vllm", "max_num_seqs": 4, "max_num_batched_tokens": 64}, blocks=24, context=256)
@@ -47,7 +47,7 @@ def ready(made: ReplaySystem) -> ReplaySystem:
 @settings(max_examples=60, deadline=None)
 @given(systems())
 def test_skipping_steps_changes_nothing_to_the_microsecond(made):
-    with patch.object(simulator, "SteppedEngine", partial(SteppedEngine, skips_steps=False)):
+    with patch.object(clocked_engine, "SteppedEngine", partial(SteppedEngine, skips_steps=False)):
         plain = simulate(made).requests
     skipping = simulate(made).requests
     for name in FIELDS:

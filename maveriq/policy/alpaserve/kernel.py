@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 
-
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a function when it is first called, and keep the machine code on disk where that can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # nowhere to keep it: each process compiles for itself
-        return numba.njit(nogil=True)(function)
+from maveriq.compiling import compiled
 
 
-@_compiled
+@compiled
 def simulate_requests(
     arrival_s: np.ndarray[Any, Any],
     model_index: np.ndarray[Any, Any],
