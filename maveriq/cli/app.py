@@ -32,7 +32,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "accuracy": "Measure what weight formats cost a model in accuracy.",
         "fit": "Evaluate an estimator on measurements, or fit the calibrated estimator to them.",
         "compare": "Show how far a simulated run is from a real one.",
-        "report": "Write one HTML file that shows a run.",
+        "report": "Write one HTML file that shows a run, a comparison, a sweep or a sizing.",
         "engines": "Show what engines can do, and which can start here.",
         "serve": "Serve many models on one cluster over HTTP.",
         "console": "Register, deploy and query models of a running service.",

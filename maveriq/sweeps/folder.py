@@ -119,11 +119,7 @@ def _write_spec(path: Path, spec: SweepSpec) -> None:
 
 def _check_same(path: Path, spec: SweepSpec, named: str) -> None:
     """Check that a folder was begun by the same sweep and version."""
-    data = read_regular_file(path / SPEC_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
-    try:
-        found = msgspec.json.decode(data, type=_Described)
-    except (msgspec.DecodeError, RecursionError):
-        raise InputError(f"{named}: {SPEC_FILE} is damaged; start anew with --overwrite") from None
+    found = _described(path, named)
     if found.maveriq != __version__:
         raise InputError(
             f"{named} has results of maveriq {found.maveriq}, and this is {__version__}; name another folder, or start "
@@ -133,13 +129,39 @@ def _check_same(path: Path, spec: SweepSpec, named: str) -> None:
         raise not_overwritten(f"another sweep, {found.sweep.name!r}, in {named}")
 
 
+def read_folder(path: Path) -> tuple[SweepSpec, dict[int, CellResult]]:
+    """Return a sweep and what became of its cells so far, by number; failed ones too. Nothing is written.
+
+    Raises:
+        InputError: it is no folder of a sweep, or its files are damaged.
+    """
+    named = f"sweep folder {str(path)!r}"
+    spec = _described(path, named).sweep
+    cells, _ = _read_cells(path, named)
+    return spec, cells
+
+
+def _described(path: Path, named: str) -> _Described:
+    data = read_regular_file(path / SPEC_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
+    try:
+        return msgspec.json.decode(data, type=_Described)
+    except (msgspec.DecodeError, RecursionError):
+        raise InputError(f"{named}: {SPEC_FILE} is damaged; start anew with --overwrite") from None
+
+
 def _finished(path: Path, log: int, named: str) -> dict[int, CellResult]:
     """Return the cells of the log that were simulated; cut off a last line that was not written to its end."""
+    cells, whole = _read_cells(path, named)
+    if whole < os.fstat(log).st_size:
+        os.ftruncate(log, whole)
+    return {number: result for number, result in cells.items() if not result.error}
+
+
+def _read_cells(path: Path, named: str) -> tuple[dict[int, CellResult], int]:
+    """Return the cells of the log by number, and the bytes of its whole lines."""
     data = read_regular_file(path / CELLS_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
     whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.ftruncate(log, whole)
-    finished = {}
+    cells = {}
     for number, line in enumerate(data[:whole].splitlines(), start=1):
         try:
             result = msgspec.json.decode(line, type=CellResult)
@@ -147,5 +169,5 @@ def _finished(path: Path, log: int, named: str) -> dict[int, CellResult]:
             raise InputError(
                 f"{named}: line {number} of {CELLS_FILE} is damaged; start anew with --overwrite"
             ) from None
-        finished[result.number] = result
-    return {number: result for number, result in finished.items() if not result.error}
+        cells[result.number] = result
+    return cells, whole

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from maveriq.errors import InputError
-from maveriq.sweeps.folder import RUNS_FOLDER, open_folder
+from maveriq.sweeps.folder import RUNS_FOLDER, open_folder, read_folder
 from maveriq.sweeps.local_pool import LocalPool
 from maveriq.sweeps.spec import Cell, SweepSpec, cells_of, read_sweep
 from maveriq.sweeps.tables import cells_table, compare_values, over_seeds, write_tables
@@ -175,6 +175,16 @@ def run_sweep(
     return found
 
 
+def load_sweep(path: Path) -> SweepResult:
+    """Return what a sweep has found so far, from its folder; a sweep may be writing to it.
+
+    Raises:
+        InputError: it is no folder of a sweep, or its files are damaged.
+    """
+    spec, results = read_folder(path)
+    return _tabulated(spec, cells_of(spec), results)
+
+
 def _tabulated(spec: SweepSpec, cells: list[Cell], results: Mapping[int, CellResult]) -> SweepResult:
     import pandas as pd
 
@@ -185,5 +195,5 @@ def _tabulated(spec: SweepSpec, cells: list[Cell], results: Mapping[int, CellRes
         cells=table,
         seeds=over_seeds(table, factors),
         comparison=pd.DataFrame() if contrast is None else compare_values(table, factors, contrast),
-        failed=tuple((cell, results[cell.number].error) for cell in cells if results[cell.number].error),
+        failed=tuple((cell, result.error) for cell in cells if (result := results.get(cell.number)) and result.error),
     )

@@ -72,6 +72,8 @@ def over_seeds(table: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
     """
     import pandas as pd
 
+    if not len(table):
+        return pd.DataFrame()
     groups = [name for name in factors if name != SEED] + ["model"]
     figures = _figures(table, factors)
     rows = []

@@ -44,7 +44,8 @@ class Line:
         y: as many; NaN interrupts the line.
         style: number of its colour, dashes and marker.
         model: the model that it belongs to, "" for none.
-        low: where the area below the line ends; None for no area.
+        low: the lower end of an area; None for no area.
+        high: its upper end; None for the line itself.
         is_step: each y holds from its x to the next.
         has_markers: each point has a marker.
     """
@@ -55,6 +56,7 @@ class Line:
     style: int
     model: str = ""
     low: Array | None = None
+    high: Array | None = None
     is_step: bool = False
     has_markers: bool = False
 
@@ -69,6 +71,7 @@ class Line:
             "x": rounded(self.x),
             "y": rounded(self.y),
             "low": None if self.low is None else rounded(self.low),
+            "high": None if self.high is None else rounded(self.high),
         }
 
 

@@ -45,10 +45,9 @@ def to_html(page: Page) -> str:
     Raises:
         MaveriqError: Bokeh or Jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
-        raise MaveriqError(_INSTALL) from None
+    check_installed()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     scripts = [*map(_Script, _library()), _Script(_read("page.js"))]
     environment = Environment(
         loader=FileSystemLoader(_ASSETS),
@@ -69,6 +68,16 @@ def to_html(page: Page) -> str:
         sections_of=table_sections,
         spans_of=cell_spans,
     )
+
+
+def check_installed() -> None:
+    """Check, before long work, that a page can be made.
+
+    Raises:
+        MaveriqError: Bokeh or Jinja2 is not installed.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("bokeh", "jinja2")):
+        raise MaveriqError(_INSTALL)
 
 
 def write_page(page: Page, path: Path, *, overwrite: bool) -> None:

@@ -144,7 +144,7 @@
       const source = new Bokeh.ColumnDataSource({data: {x: points.x, y: points.y}});
       const renderers = [];
       if (series.low) {
-        const area = new Bokeh.ColumnDataSource({data: {x: points.x, y1: points.low, y2: points.y}});
+        const area = new Bokeh.ColumnDataSource({data: {x: points.x, y1: points.low, y2: series.high || points.y}});
         renderers.push(figure.varea({field: "x"}, {field: "y1"}, {field: "y2"}, {source: area, fill_alpha: 0.25}));
       }
       const line = figure.line({field: "x"}, {field: "y"}, {
@@ -174,7 +174,8 @@
       for (const {series, points} of parts) {
         if (!isShown(series)) continue;
         for (let at = 0; at < points.x.length; at++) {
-          if (points.x[at] >= range.start && points.x[at] <= range.end && points.y[at] > top) top = points.y[at];
+          const most = Math.max(points.y[at], series.step ? -Infinity : series.high?.[at] ?? -Infinity);
+          if (points.x[at] >= range.start && points.x[at] <= range.end && most > top) top = most;
         }
       }
       yRange.end = (Math.max(top, spec.target ?? 0) || 1) * 1.06;
@@ -367,16 +368,19 @@
     if (!list.children.length) list.remove();
   }
 
-  function paintAll() {
-    const name = themeName();
-    root.dataset.drawn = name;
-    for (const chart of drawn) chart.paint();
+  function paintLegends() {
     document.querySelectorAll("svg.swatch").forEach(paintSwatch);
     document.querySelectorAll(".ramp").forEach((ramp) => {
       ramp.style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(heatColour).join(",")})`;
     });
-    const button = document.getElementById("theme");
-    button.setAttribute("aria-pressed", String(name === "dark"));
+  }
+
+  function paintAll() {
+    const name = themeName();
+    root.dataset.drawn = name;
+    document.getElementById("theme").setAttribute("aria-pressed", String(name === "dark"));
+    for (const chart of drawn) chart.paint();
+    paintLegends();
   }
 
   // ---- the page's controls ---------------------------------------------------------------------------------------
@@ -433,6 +437,7 @@
     const find = (name) => document.querySelector(`.${name}[data-chart="${CSS.escape(place.dataset.chart)}"]`);
     chart.paint();
     addLegend(find("legend"), spec);
+    paintLegends();
     if (chart.range) {
       addButtons(find("tools"), chart, spec.kind === "lines" && spec.x.log);
       chart.range.change.connect(() => follow(chart));
@@ -457,7 +462,6 @@
       await new Promise((resolve) => { window.setTimeout(resolve, 0); }); // the page stays responsive
     }
     if (hidden.size) filterModels();
-    paintAll();
     root.dataset.state = "drawn";
   }
 
