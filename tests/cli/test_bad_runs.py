@@ -21,7 +21,7 @@ MALFORMED = [
     # Comparisons
     bad("compare", "missing argument 'RUN... REFERENCE'", "see maveriq compare --help"),
     bad("report", "missing argument 'DIR...'", "see maveriq report --help"),
-    bad("report nowhere", "'nowhere' does not exist"),
+    bad("report no/where", "'no/where' does not exist"),
     bad("report d", "run file 'd/run.json' does not exist", files={"d/": ""}),
     bad("report a --out d", "report 'd' cannot be written: it is a folder", files={"d/": ""}),
     bad("report a --out f", "report 'f' exists already", "--overwrite", files={"f": "x"}),
