@@ -99,7 +99,8 @@ class Bench:
             for number, (engine, points) in enumerate(engines.items(), 1):
                 configuration = engine.configuration
                 pruned = f", {engine.pruning}" if engine.pruning else ""
-                what = f"{configuration.describe(engine.layers)}, {engine.layers} layers{pruned}"
+                layers = "1 layer" if engine.layers == 1 else f"{engine.layers} layers"
+                what = f"{configuration.describe(engine.layers)}, {layers}{pruned}"
                 self.report(f"{number} of {len(engines)}: {what}")
                 started_s = time.monotonic()
                 model, files = self._model(engine)

@@ -1,6 +1,7 @@
 """Studies: definitions, costs, the formulas solved for a few configurations, and plots."""
 
 import csv
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from maveriq.study.folder import STUDY_FILES, fill
 from maveriq.study.profiling_cost import cost_of, fewest_gpus
 from maveriq.study.result import Mark, Panel, Series, StudyResult, StudyTable
 
+ROOT = Path(__file__).parents[2]
 COST = MeasurementCost(model_build_s=100.0, engine_build_s=200.0, run_s=30.0)
 
 
@@ -175,3 +177,10 @@ def test_a_figure_is_equal_where_it_rounds_to_the_published_one() -> None:
     assert Compared(published=printed, ours=3.757).is_equal
     assert not Compared(published=printed, ours=3.74).is_equal
     assert Compared(published=printed, ours=4.18).difference == pytest.approx(10)
+
+
+def test_every_study_is_in_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    studies = {f"experiments/study/{name}.toml": f"maveriq/studies/{name}.toml" for name in known_studies()}
+    assert {source: target for source, target in included.items() if "study" in source} == studies
