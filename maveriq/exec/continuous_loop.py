@@ -31,8 +31,14 @@ class ContinuousLoop:
         self._engine = engine
         self._report = report
         self._clock = clock
+        self._started_s = clock()
         self._received_s: dict[int, float] = {}  # of the requests that have not ended
         self._steps: dict[int, int] = {}  # that computed something of each
+
+    @property
+    def open_requests(self) -> tuple[int, ...]:
+        """The IDs of the requests that have not ended."""
+        return tuple(self._received_s)
 
     @property
     def has_requests(self) -> bool:
@@ -45,7 +51,7 @@ class ContinuousLoop:
             self._engine.submit(sequence, is_urgent=is_urgent)
         except EngineError as error:
             refused = Ended(sequence.request_id, 0.0, 0, f"({error.kind.value}): {error}"[:1000])
-            self._report(StepReport(number=_UNNUMBERED, ended=(refused,)))
+            self._report(StepReport(number=_UNNUMBERED, ended_s=self._elapsed_s(self._clock()), ended=(refused,)))
         else:
             self._received_s[sequence.request_id] = self._clock()
 
@@ -68,12 +74,16 @@ class ContinuousLoop:
             if (received_s := self._received_s.pop(request_id, None)) is not None
         )
         if output.tokens or ended or output.admitted or output.preempted or output.batch_tokens:
-            self._report(_report(output, ended, max(0.0, ended_s - started_s)))
+            self._report(_report(output, ended, self._elapsed_s(ended_s), max(0.0, ended_s - started_s)))
+
+    def _elapsed_s(self, time_s: float) -> float:
+        return max(0.0, time_s - self._started_s)
 
 
-def _report(output: StepOutput, ended: tuple[Ended, ...], step_s: float) -> StepReport:
+def _report(output: StepOutput, ended: tuple[Ended, ...], ended_s: float, step_s: float) -> StepReport:
     return StepReport(
         number=_UNNUMBERED,
+        ended_s=ended_s,
         step_s=step_s,
         tokens=tuple(NewTokens(request_id, tuple(tokens)) for request_id, tokens in output.tokens),
         admitted=tuple(Admitted(request_id, cached) for request_id, cached in output.admitted),

@@ -274,10 +274,12 @@ _OfRequests = msgspec.Meta(max_length=MAX_SEQUENCES)
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag="step", forbid_unknown_fields=True):
-    """A step of a continuous engine is done, which took `step_s` real seconds: what became of requests.
+    """A step of a continuous engine is done: what became of requests.
 
     Args:
         number: of the report.
+        ended_s: when it ended, in real seconds on a clock of the engine's own.
+        step_s: how long it took, in real seconds.
         tokens: of the requests that got some.
         admitted: computed for the first time.
         preempted: lost what was computed of them, and wait again.
@@ -289,6 +291,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag="step", forbid_u
     """
 
     number: _Number
+    ended_s: _NotNegative = 0.0
     step_s: _NotNegative = 0.0
     tokens: Annotated[tuple[NewTokens, ...], _OfRequests] = ()
     admitted: Annotated[tuple[Admitted, ...], _OfRequests] = ()

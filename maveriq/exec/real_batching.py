@@ -52,7 +52,8 @@ class _Engine:
     generation: int
     kv_tokens: int
     recorder: EngineRecorder
-    reported_us: Micros
+    reported_us: Micros  # end of the last step
+    clock_offset_us: Micros | None = None  # from the engine's clock to that of the run
     requests: dict[int, _Request] = field(default_factory=dict)
     last: StepReport | None = None
     preemptions: int = 0
@@ -133,14 +134,26 @@ class RealBatching:
         if engine is None or engine.generation != generation:
             return
         now_us = self._clock.now_us
-        start_us = max(engine.reported_us, now_us - micros(report.step_s / self._clock.time_scale))
+        end_us = self._end_of_step(engine, report, now_us)
+        start_us = max(engine.reported_us, end_us - micros(report.step_s / self._clock.time_scale))
         progress = self._progress(deployment_id, engine, report, start_us)
         emitted = self._take_tokens(engine, report, progress)
-        self._record(engine, report, progress, emitted, start_us, now_us)
+        self._record(engine, report, progress, emitted, start_us, end_us)
         self._end(engine, report, progress, now_us)
-        engine.reported_us, engine.last = now_us, report
+        engine.reported_us, engine.last = end_us, report
         if progress:
             self._on_progress(progress)
+
+    def _end_of_step(self, engine: _Engine, report: StepReport, now_us: Micros) -> Micros:
+        """Return when a step ended, on the run's clock: its report may have waited where the executor had no processor.
+
+        The report that came soonest says how the engine's clock and that of the run differ.
+        """
+        ended_us = micros(report.ended_s / self._clock.time_scale)
+        offset_us = now_us - ended_us
+        if engine.clock_offset_us is None or offset_us < engine.clock_offset_us:
+            engine.clock_offset_us = offset_us
+        return max(engine.reported_us, min(now_us, ended_us + engine.clock_offset_us))
 
     def _progress(self, deployment_id: int, engine: _Engine, report: StepReport, start_us: Micros) -> EngineProgress:
         """Return the controller's event of a step, without first and last tokens."""
@@ -188,12 +201,12 @@ class RealBatching:
         progress: EngineProgress,
         emitted: list[Emitted],
         start_us: Micros,
-        now_us: Micros,
+        end_us: Micros,
     ) -> None:
         recorder = engine.recorder
         recorder.begin(start_us, report.running + sum(not ended.failure for ended in report.ended), report.kv_tokens)
         recorder.interrupted([number for number in progress.preempted if engine.requests[number].tokens])
-        recorder.step_ended(now_us, report.batch_tokens, 0, emitted)
+        recorder.step_ended(end_us, report.batch_tokens, 0, emitted)
 
     def _end(self, engine: _Engine, report: StepReport, progress: EngineProgress, now_us: Micros) -> None:
         """Note which requests have ended, and how."""

@@ -377,7 +377,7 @@ def test_a_replay_on_engine_processes_leaves_the_records_of_continuous_engines(t
     assert (record.requests.start_us <= record.requests.first_token_us).all()
     assert (record.requests.first_token_us <= record.requests.finish_us).all()
     assert record.engines is not None
-    assert 1 < record.engines.running.max() <= 8
+    assert 0 < record.engines.running.max() <= 8
     assert 0 < record.engines.kv_use.max() < 1
     assert record.itl is not None
     assert int(record.itl.tokens.sum()) == int((record.requests.output_tokens - 1).sum())
