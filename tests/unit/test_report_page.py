@@ -5,98 +5,28 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from record_fixtures import deployment, run_record, runs, single_server, table
+from record_fixtures import run_record, runs, table
+from report_fixtures import HOSTILE, Parsed, queue_of_two_models, results
 
-from maveriq.domain.records import NOT_YET, GpuSample, RunRecord
+from maveriq.domain.records import NOT_YET, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.formatting import figure, share
-from maveriq.report.metrics import summarise
 from maveriq.report.page import render
 from maveriq.report.page.page import Page
 from maveriq.report.page.render import as_script_data, to_html, write_page
-from maveriq.report.page.run_page import RunResults, run_page
+from maveriq.report.page.run_page import run_page
 from maveriq.report.page.sampling import distribution, level_over_time, percentiles_over_time
-from maveriq.report.saturation import assess_saturation
-from maveriq.units import bytes_from_gib, micros
 
 pytest.importorskip("bokeh")
-HOSTILE = "</script><img src=x onerror=alert(1)>'\"&{{ 7*7 }}"
 LOADING = {"img", "link", "iframe", "object", "embed", "audio", "video", "source", "base", "frame"}
 MIB = 1 << 20
-
-
-class Parsed(HTMLParser):
-    """The elements of a page, its texts by element, and the texts of its scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.texts: list[tuple[str, str]] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "script":
-            self.scripts[-1] += data
-        else:
-            self.texts.append((self._open[-1] if self._open else "", data))
-
-    @property
-    def text(self) -> str:
-        return " ".join(data for _, data in self.texts)
-
-
-def results(record: RunRecord, *, name: str = "mine", **limits: float) -> RunResults:
-    return RunResults(
-        name=name,
-        record=record,
-        summary=summarise(record, **limits),
-        saturation=assess_saturation(record),
-        meta={"kind": "simulated", "workload": "poisson", "notes": [name], "options": {"policy": "llf", "note": name}},
-    )
-
-
-def queue_of_two_models(names: tuple[str, str] = ("tiny", "big"), *, requests: int = 600) -> RunRecord:
-    random = np.random.default_rng(1)
-    record = single_server(random.exponential(1.0, requests), random.exponential(0.8, requests))
-    at = np.arange(requests) % 2 + 1
-    columns = replace(record.requests, endpoint_id=at, deployment_id=at, slo_us=np.full(requests, micros(2.0)))
-    samples = [
-        GpuSample(time_us=micros(10.0 * k), gpu_id=gpu, memory_bytes=bytes_from_gib(3.0 + gpu), busy_share=0.25 * gpu)
-        for k in range(1, 40)
-        for gpu in range(3)
-    ]
-    return run_record(
-        columns,
-        deployments=[
-            deployment(1, model=names[0]),
-            deployment(2, model=names[1], endpoint_id=2, gpu_ids=(2,), note=names[1]),
-        ],
-        gpu_samples=samples,
-        models=dict(enumerate(names, start=1)),
-        ended_us=record.ended_us,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-from record_fixtures import run_record, single_server
-from test_report_page import HOSTILE, Parsed, results
+from report_fixtures import HOSTILE, Parsed, finished_sweep, run_of, sizing
 
 from maveriq.errors import InputError
 from maveriq.report.compare import compare
@@ -17,20 +15,12 @@ from maveriq.report.page.charts import LineChart
 from maveriq.report.page.comparison_page import comparison_page
 from maveriq.report.page.page import Page
 from maveriq.report.page.render import to_html
-from maveriq.report.page.run_page import RunResults
 from maveriq.report.run_labels import RunLabel
 from maveriq.sizing.page import FoundSizing, read_sizing, sizing_page
 from maveriq.sweeps.folder import CELLS_FILE, open_folder
 from maveriq.sweeps.page import sweep_page
-from maveriq.sweeps.run import SweepResult, load_sweep
-from maveriq.sweeps.spec import SweepSpec, cells_of, read_sweep
-from maveriq.sweeps.worker import CellResult
-
-
-def run_of(name: str, seed: int, *, load: float = 0.5) -> RunResults:
-    random = np.random.default_rng(seed)
-    queue = single_server(random.exponential(1.0, 200), random.exponential(load, 200))
-    return results(run_record(queue.requests, ended_us=queue.ended_us), name=name)
+from maveriq.sweeps.run import load_sweep
+from maveriq.sweeps.spec import read_sweep
 
 
 def charts_of(page: Page) -> dict[str, Any]:
@@ -68,24 +58,6 @@ def test_any_number_of_runs_is_compared_with_the_last(count: int) -> None:
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
-
-
-def finished_sweep(folder: Path, *, grid: dict[str, Any], fail: int = 0) -> SweepResult:
-    """Write the folder of a sweep without simulating; the latency of a run is 10 times its scale, plus its seed."""
-    spec = read_sweep({"name": HOSTILE, "grid": grid})
-    with open_folder(folder, spec, overwrite=False) as opened:
-        for number in range(1, 1 + int(np.prod([len(values) for values in grid.values()]))):
-            opened.add(_cell(number, spec, failed=number == fail))
-    return load_sweep(folder)
-
-
-def _cell(number: int, spec: SweepSpec, *, failed: bool) -> CellResult:
-    factors = cells_of(spec)[number - 1].factors
-    latency_s = 10.0 * float(factors.get("scale", 0.1)) + 0.01 * int(factors.get("seed", 0))
-    if failed:
-        return CellResult(number=number, error=HOSTILE)
-    row = {"requests": 10.0, "completed": 10.0, "latency_mean_s": latency_s, "slo_attainment": None}
-    return CellResult(number=number, saturation="stable", rows={"all": row, "tiny": row})
 
 
 def test_a_sweep_shows_means_over_seeds_with_intervals(tmp_path: Path) -> None:
@@ -134,37 +106,6 @@ def test_a_sweep_that_has_no_run_yet_says_so(tmp_path: Path) -> None:
 
 
 # ---- sizings ---------------------------------------------------------------------------------------------------------
-
-
-def size(gpus: int, attainment: float, **more: Any) -> dict[str, Any]:
-    return {
-        "gpus": gpus,
-        "attainment": attainment,
-        "attainment_ci95": 0.01,
-        "seeds": 3,
-        "verdict": "meets",
-        "saturation": "stable",
-        "deployments": [f"{HOSTILE}: TP 1 on 1 GPU"],
-        "bottlenecks": [],
-        "ttft_p95_s": 0.2,
-        "unknown_to_this_version": 1,
-        **more,
-    }
-
-
-def sizing(**kind: Any) -> dict[str, Any]:
-    found = {
-        "gpu": "H100-SXM",
-        "gpus": 5,
-        "gpus_low": 4,
-        "gpus_high": 6,
-        "usd_per_hour": 14.95,
-        "gpus_if_10_percent_slower": 7,
-        "simulations": 18,
-        "sizes": [size(4, 0.926), size(5, 0.983), size(6, 0.9915)],
-        **kind,
-    }
-    return {"attainment_target": 0.98, "cheapest": "H100-SXM", "kinds": [found]}
 
 
 def test_a_sizing_leads_with_its_answer(tmp_path: Path) -> None:
