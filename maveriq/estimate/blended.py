@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.blending import Blend, Corrected, Measured, Scales
 from maveriq.estimate.computed_parts import CACHE, HAND_OVER, LAYERS, REST, SHARING, ComputedParts
-from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, check_lengths
+from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import Interval
 from maveriq.estimate.observations import Batch
@@ -40,6 +41,7 @@ MEMORY_SCALES: Mapping[str, Scales] = {
 # Stages of few layers do not hide what handing over takes, as those of whole models do (docs/profiling.md).
 _SHORT_STAGE, _SHORT_STAGES_NOISE = 4, 0.3
 
+_FIRST, _TOKEN = 0, 1  # the times of `ComputedParts.times`
 _LENGTH_STEPS = 0.02  # lengths whose logarithms differ by less are corrected alike
 _OUTPUT_TOKENS = 20
 
@@ -56,7 +58,7 @@ class BlendedEstimator:
         self._profile = profile
         self._physics = physics or PhysicsEstimator(profile)
         self._parts = ComputedParts(self._physics)
-        self._factors: dict[tuple[ModelSpec, ParallelConfig, Batch], tuple[Corrected, Corrected]] = {}
+        self._factors: dict[tuple[int, ModelSpec, ParallelConfig, int, int], Corrected] = {}
 
     @property
     def name(self) -> str:
@@ -83,7 +85,9 @@ class BlendedEstimator:
         computed = self._physics.service(model, configuration, **lengths)
         if not self._profile.observed:
             return computed
-        first, token = self._corrections(model, configuration, Batch(batch, prompt_tokens, output_tokens))
+        at = (model, replace(configuration.at_any_place(), batch_size=1), batch)
+        first = self._correction(_FIRST, *at, prompt_tokens)
+        token = self._correction(_TOKEN, *at, prompt_tokens + output_tokens // 2)
         first_s, tpot_s = computed.first_token_s * first.value, computed.tpot_s * token.value
         rest_s = (output_tokens - 1) * tpot_s
         # Both corrections are taken as if they erred together.
@@ -141,34 +145,31 @@ class BlendedEstimator:
         batch = Batch(configuration.batch_size, prompt_tokens, output_tokens)
         return self._memory_blend.corrected(self._parts.memory(model, configuration, batch))
 
-    def _corrections(
-        self, model: ModelSpec, configuration: ParallelConfig, batch: Batch
-    ) -> tuple[Corrected, Corrected]:
-        """Return the factors of both times; requests of nearly equal lengths share them."""
-        check_lengths(model, prompt_tokens=batch.prompt_tokens, output_tokens=batch.output_tokens, batch=batch.size)
-        key = (model, configuration.at_any_place(), self._nearby(batch))
+    def _correction(
+        self, phase: int, model: ModelSpec, configuration: ParallelConfig, batch: int, tokens: int
+    ) -> Corrected:
+        """Return the factor of a time, for sequences of so many tokens; nearly equal lengths share it."""
+        key = (phase, model, configuration, batch, self._nearby(phase, tokens))
         if key not in self._factors:
-            parts = self._parts.times(*key)
-            corrected = [self._time_blend.corrected(computed) for computed in parts]
-            self._factors[key] = (
-                corrected[0]._replace(value=corrected[0].value / parts[0].total),
-                corrected[1]._replace(value=corrected[1].value / parts[1].total),
-            )
+            computed = self._parts.times(model, configuration, Batch(batch, key[-1], 1))[phase]
+            corrected = self._time_blend.corrected(computed)
+            self._factors[key] = corrected._replace(value=corrected.value / computed.total)
         return self._factors[key]
 
-    def _nearby(self, batch: Batch) -> Batch:
-        """Return a batch whose lengths stand for its own: those that were measured stand for themselves."""
-        if batch in self._measured_batches:
-            return batch
-        prompt, output = (
-            max(1, round(math.exp(round(math.log(tokens) / _LENGTH_STEPS) * _LENGTH_STEPS)))
-            for tokens in (batch.prompt_tokens, batch.output_tokens)
-        )
-        return Batch(batch.size, prompt, output)
+    def _nearby(self, phase: int, tokens: int) -> int:
+        """Return a length that stands for one: that itself where it was measured."""
+        if tokens in self._measured_tokens[phase]:
+            return tokens
+        return max(1, round(math.exp(round(math.log(tokens) / _LENGTH_STEPS) * _LENGTH_STEPS)))
 
     @cached_property
-    def _measured_batches(self) -> frozenset[Batch]:
-        return frozenset(observed.batch for observed in self._profile.observed)
+    def _measured_tokens(self) -> tuple[frozenset[int], frozenset[int]]:
+        """The lengths of prompts that were measured, and of sequences that decoded, half of their output included."""
+        batches = [observed.batch for observed in self._profile.observed]
+        return (
+            frozenset(batch.prompt_tokens for batch in batches),
+            frozenset(batch.prompt_tokens + batch.output_tokens // 2 for batch in batches),
+        )
 
     @cached_property
     def _time_blend(self) -> Blend:

@@ -57,6 +57,7 @@ class ComputedParts:
         rows = (batch.size * batch.prompt_tokens, batch.size)
         tokens = (batch.prompt_tokens, batch.prompt_tokens + batch.output_tokens / 2)
         layers = list(self._layers(model, configuration, batch))
+        split = replace(configuration, batch_size=1)
         alone = totals if configuration.pp == 1 else self._times_s(model, configuration.at(configuration.tp, 1), batch)
         found = []
         for index, phase in enumerate((FIRST, TOKEN)):
@@ -84,7 +85,7 @@ class ComputedParts:
             if configuration.pp > 1:
                 of_each = (configuration.pp - 1) * _LEAST_SHARE * totals[index]
                 parts.append(Term(HAND_OVER, max(hand_over, of_each), features))
-            identity = f"{phase} {model.name} {model.layers} {configuration} {batch}"
+            identity = f"{phase} {model.name} {model.layers} {split} {batch.size} {int(tokens[index])}"
             found.append(Computed(_adding_up(parts, totals[index]), identity))
         return found[0], found[1]
 

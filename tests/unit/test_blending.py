@@ -141,3 +141,15 @@ def test_memory_of_short_models_tells_that_of_the_whole_one() -> None:
     estimator = blended(held(1), held(2))
     memory = estimator.memory_with(MODEL, replace(PLAIN, batch_size=4), prompt_tokens=256, output_tokens=20)
     assert memory == pytest.approx(500_000_000 + 8 * 40_000, rel=0.02)
+
+
+def test_engines_of_larger_batches_and_other_outputs_share_what_was_measured() -> None:
+    seen = observed(MODEL.layers, Batch(4, 64, 20), factor=2.0)
+    estimator = blended(seen)
+    larger = replace(PLAIN, batch_size=8)
+    estimate = estimator.service(MODEL, larger, prompt_tokens=64, output_tokens=20, batch=4)
+    assert estimate.first_token_s == pytest.approx(seen.first_token_s, rel=0.01)
+    assert estimate.tpot_s == pytest.approx(seen.tpot_s, rel=0.01)
+    longer = estimator.service(MODEL, PLAIN, prompt_tokens=64, output_tokens=200, batch=4)
+    assert longer.first_token_s == pytest.approx(seen.first_token_s, rel=0.01)
+    assert longer.tpot_s == pytest.approx(estimate.tpot_s, rel=0.1)
