@@ -21,7 +21,7 @@ def runs(measured_data: Path) -> dict[str, RecordedRun]:
         ("rate_agg_2rps_patched", 4),
         ("rate_agg_8rps_patched", 4),
         ("llama-2-7b-tp1-roleplay", 4),
-        ("llama-2-70b-tp4-roleplay", 5),
+        ("llama-2-70b-tp4-roleplay", 6),
         ("mixtral-8x7b-v0-1-tp2-roleplay", 7),
         ("codellama-34b-tp2-roleplay", 5),
     ],
