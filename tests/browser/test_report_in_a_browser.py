@@ -165,18 +165,21 @@ def test_it_prints(reports: dict[str, Path], opened: Any, tmp_path: Path) -> Non
     assert path.read_bytes().startswith(b"%PDF")
 
 
-def test_a_large_run_is_small_and_drawn_in_time(tmp_path: Path, chromium: Any) -> None:
-    """The time is that of the page's process on a processor of its own: tasks of its main thread, not of others."""
+def test_a_large_run_is_small_and_drawn_in_time(tmp_path: Path, opened: Any) -> None:
+    """The time is the processor's that the main thread of the page takes, at best: the machine may have other work."""
     path = tmp_path / "large.html"
     write_page(run_page(results(queue_of_two_models(requests=LARGE))), path, overwrite=False)
     assert path.stat().st_size < 5_000_000
-    found = Opened(chromium, path)
-    metrics = found.context.new_cdp_session(found.page)
-    metrics.send("Performance.enable")
-    values = {each["name"]: each["value"] for each in metrics.send("Performance.getMetrics")["metrics"]}
-    found.context.close()
+    assert min(_main_thread_s(opened(path)) for _ in range(3)) < SECONDS_TO_DRAW
+
+
+def _main_thread_s(found: Opened) -> float:
+    """Return the processor's time that the main thread of a page has taken."""
     assert found.logged == []
-    assert values["ScriptDuration"] + values["LayoutDuration"] + values["RecalcStyleDuration"] < SECONDS_TO_DRAW
+    session = found.context.new_cdp_session(found.page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    values = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+    return float(values["ThreadTime"])
 
 
 def test_the_command_writes_a_file_that_opens(tmp_path: Path, opened: Any) -> None:

@@ -416,6 +416,13 @@
     root.dataset.theme = themeName() === "dark" ? "light" : "dark";
     paintAll();
   });
+  const PRINT_WIDTH = 680; // CSS pixels between the margins of a page of A4
+  const fitPrint = () => {
+    for (const place of document.querySelectorAll(".chart")) {
+      place.style.setProperty("--print-zoom", Math.min(1, PRINT_WIDTH / Math.max(1, place.clientWidth)).toFixed(3));
+    }
+  };
+  window.addEventListener("resize", () => { if (!isPrinting) fitPrint(); });
   let isPrinting = false;
   window.addEventListener("beforeprint", () => { isPrinting = true; });
   window.addEventListener("afterprint", () => { isPrinting = false; });
@@ -462,6 +469,7 @@
       await new Promise((resolve) => { window.setTimeout(resolve, 0); }); // the page stays responsive
     }
     if (hidden.size) filterModels();
+    fitPrint();
     root.dataset.state = "drawn";
   }
 
