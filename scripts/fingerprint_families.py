@@ -31,7 +31,7 @@ from maveriq.errors import MaveriqError
 from maveriq.profiling.fingerprint import Fingerprint, write_fingerprint
 
 _LAYERS = 12
-_MAX_PARAMETERS = 30_000_000
+_MAX_PARAMETERS = 50_000_000
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Sizes by the names that families give them; a family gets those that it has.
 _SIZES = {
@@ -101,8 +101,7 @@ def try_family(family: str) -> Outcome:
     """Return what comes of a family."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            whole = _small_model(family)
-            whole.save_pretrained(Path(folder) / "whole")
+            whole = _small_model(family, Path(folder) / "whole")
             found = _shortest(Path(folder) / "whole", Path(folder) / "fingerprint")
             problem = _problem(whole, found)
         except _NotTriedError as error:
@@ -122,8 +121,8 @@ def try_family(family: str) -> Outcome:
     )
 
 
-def _small_model(family: str) -> Any:
-    """Return a small random model of a family, with 12 layers.
+def _small_model(family: str, folder: Path) -> Any:
+    """Return a small random model of a family, with 12 layers, and save it in a folder.
 
     Raises:
         _NotTriedError: there is none.
@@ -136,6 +135,7 @@ def _small_model(family: str) -> Any:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
         _logits(model)
+        model.save_pretrained(folder)
     except _NotTriedError:
         raise
     except Exception as error:  # whatever a family raises about sizes that it cannot have
@@ -182,10 +182,7 @@ def _problem(whole: Any, found: Fingerprint) -> str:
             return f"{name}: {sorted(map(str, report[name]))[:3]}"
     weights = whole.state_dict()
     for name, tensor in model.state_dict().items():
-        if not any(
-            source in weights and weights[source].shape == tensor.shape and torch.equal(weights[source], tensor)
-            for source in _sources(name, found)
-        ):
+        if not any(_equal(weights.get(source), tensor, found) for source in _sources(name, found)):
             return f"{name} differs from the whole model's"
     if not torch.isfinite(_logits(model.eval())).all():
         return "the forward pass gives numbers that are not finite"
@@ -193,6 +190,17 @@ def _problem(whole: Any, found: Fingerprint) -> str:
     if total != found.full_parameters:
         return f"the layers stand for {total} parameters, but the model has {found.full_parameters}"
     return ""
+
+
+def _equal(whole: Any, tensor: Any, found: Fingerprint) -> bool:
+    """Return whether a tensor equals the whole model's, or the kept layers' parts of it."""
+    if whole is None or whole.dim() != tensor.dim():
+        return False
+    different = [axis for axis, size in enumerate(tensor.shape) if size != whole.shape[axis]]
+    if len(different) == 1 and whole.shape[different[0]] % found.full_layers == 0:
+        parts = whole.chunk(found.full_layers, dim=different[0])
+        whole = torch.cat([parts[layer.source_index] for layer in found.layers], dim=different[0])
+    return bool(whole.shape == tensor.shape and torch.equal(whole, tensor))
 
 
 def _sources(name: str, found: Fingerprint) -> Iterator[str]:

@@ -17,7 +17,6 @@ from maveriq.errors import InputError
 from maveriq.profiling.transformers_decoder import LayerSignature
 
 _SHOWN_DIFFERENCES = 2
-_SHOWN_LAYERS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
