@@ -148,8 +148,22 @@ def test_models_are_hidden_and_colours_change_by_keyboard(reports: dict[str, Pat
     page.keyboard.press("Enter")
     assert page.get_attribute("#theme", "aria-pressed") == "true"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
-    page.focus('.tools[data-chart="requests"] button >> nth=0')
-    page.keyboard.press("Enter")
+    assert found.logged == []
+
+
+def test_charts_over_time_zoom_together(reports: dict[str, Path], opened: Any) -> None:
+    found = opened(reports["run"])
+    charts = {name: found.page.locator(f'.chart[data-chart="{name}"]') for name in ("requests", "gpu-load", "ttft")}
+    before = {name: chart.screenshot() for name, chart in charts.items()}
+    found.page.focus('.tools[data-chart="requests"] button >> nth=0')
+    found.page.keyboard.press("Enter")
+    found.page.wait_for_timeout(1000)
+    changed = {name: chart.screenshot() != before[name] for name, chart in charts.items()}
+    assert changed == {"requests": True, "gpu-load": True, "ttft": False}
+    found.page.locator('.tools[data-chart="gpu-load"] button').last.click()
+    found.page.mouse.move(0, 0)
+    found.page.wait_for_timeout(1000)
+    assert {name: chart.screenshot() == before[name] for name, chart in charts.items()} == dict.fromkeys(charts, True)
     assert found.logged == []
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from record_fixtures import run_record, runs, table
 from report_fixtures import HOSTILE, Parsed, queue_of_two_models, results
 
-from maveriq.domain.records import NOT_YET, RunRecord
+import maveriq
+from maveriq.domain.records import NOT_YET, GpuSample, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError, MaveriqError
 from maveriq.report.formatting import figure, share
@@ -23,6 +25,7 @@ from maveriq.report.page.page import Page
 from maveriq.report.page.render import as_script_data, to_html, write_page
 from maveriq.report.page.run_page import run_page
 from maveriq.report.page.sampling import distribution, level_over_time, percentiles_over_time
+from maveriq.units import bytes_from_gib, micros
 
 pytest.importorskip("bokeh")
 LOADING = {"img", "link", "iframe", "object", "embed", "audio", "video", "source", "base", "frame"}
@@ -124,6 +127,29 @@ def test_a_run_that_refused_all_says_so() -> None:
     text = Parsed(html).text
     assert "0 completed + 3 refused + 0 failed + 0 unfinished" in text
     assert "not deployed" in text
+
+
+def test_many_gpus_are_shown_in_groups() -> None:
+    samples = [
+        GpuSample(time_us=micros(float(k)), gpu_id=gpu, memory_bytes=bytes_from_gib(1.0), busy_share=0.5)
+        for k in range(1, 4)
+        for gpu in range(1000)
+    ]
+    record = replace(queue_of_two_models(requests=20), gpu_samples=tuple(samples))
+    (load,) = (chart for chart in run_page(results(record)).charts if chart.chart_id == "gpu-load")
+    shown = load.to_json()
+    assert len(shown["rows"]) == len(load.table.rows) == 64
+    assert shown["rows"][0] == "GPUs 0-15"
+    assert {value for row in shown["values"] for value in row} == {50}
+
+
+def test_the_options_on_a_page_simulate_the_same_run(tmp_path: Path) -> None:
+    run = maveriq.simulate(limit=10, slo_scale=5)
+    path = run.to_html(tmp_path / "run.html")
+    assert str(run.meta["workload"]) in path.read_text(encoding="utf-8")
+    (snippet,) = run_page(run.results("run")).snippets
+    again = maveriq.simulate(**json.loads(snippet.text))
+    assert again.requests.equals(run.requests)
 
 
 def test_size_is_bounded_whatever_the_number_of_requests() -> None:

@@ -44,7 +44,8 @@ def gpu_charts(record: RunRecord) -> Iterator[HeatMap]:
     load = np.stack([means_over_spans(row_, spans_s, group, len(edges_s) - 1) for row_ in busy])
     most = np.stack([_most(row_, group, len(edges_s) - 1) for row_ in memory_gib])
     names, load, most = _grouped(gpu_ids.tolist(), load, most)
-    table = _gpu_table(gpu_ids.tolist(), busy, memory_gib, spans_s)
+    named, grouped_busy, grouped_gib = _grouped(gpu_ids.tolist(), busy, memory_gib)
+    table = _gpu_table(named, grouped_busy, grouped_gib, spans_s)
     mean_load = float(np.average(np.nan_to_num(busy).mean(axis=0), weights=spans_s + 1e-12))
     yield HeatMap(
         chart_id="gpu-load",
@@ -90,17 +91,17 @@ def _grouped(gpu_ids: Sequence[int], *values: Array) -> tuple[Any, ...]:
     )
 
 
-def _gpu_table(gpu_ids: Sequence[int], busy: Array, memory_gib: Array, spans_s: Array) -> Table:
+def _gpu_table(names: Sequence[str], busy: Array, memory_gib: Array, spans_s: Array) -> Table:
     weights = spans_s if spans_s.any() else np.ones(len(spans_s))
     rows = []
-    for gpu_id, load, memory in zip(gpu_ids, busy, memory_gib, strict=True):
+    for name, load, memory in zip(names, busy, memory_gib, strict=True):
         known = np.isfinite(load)
         mean = float(np.average(load[known], weights=weights[known] + 1e-12)) if known.any() else None
         held = float(np.average(memory[known], weights=weights[known] + 1e-12)) if known.any() else None
         peak = float(memory[known].max()) if known.any() else None
-        rows.append(row(str(gpu_id), share(None if mean is None else mean / 100), figure(held), figure(peak)))
-    headers = ("GPU", "busy, mean", "memory GiB, mean", "memory GiB, most")
-    return Table("Load and memory by GPU", [number_column(header) for header in headers], rows)
+        rows.append(row(name, share(None if mean is None else mean / 100), figure(held), figure(peak)))
+    headers = ("busy, mean", "memory GiB, mean", "memory GiB, most")
+    return Table("Load and memory by GPU", [Column("GPU"), *map(number_column, headers)], rows)
 
 
 def deployments_chart(record: RunRecord, styles: Mapping[str, int]) -> Iterator[GanttChart]:
