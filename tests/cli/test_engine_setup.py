@@ -63,7 +63,7 @@ def test_a_finished_environment_is_found(tmp_path: Path) -> None:
     lines = make(folder, python=fake_python(tmp_path))
     assert lines == [
         f"making an environment in {folder}",
-        "installing safetensors>=0.4,<1 torch>=2.6,<3 msgspec>=0.19,<1",
+        "installing safetensors>=0.4,<1 torch>=2.6,<3 transformers>=5.20,<6 msgspec>=0.19,<1",
         "importing torch safetensors",
     ]
     found = find_environment("torch")
@@ -85,7 +85,7 @@ def test_a_finished_environment_is_found(tmp_path: Path) -> None:
         ({"venv": "echo no ensurepip >&2; exit 1"}, "a virtual environment cannot be made; what went wrong is above"),
         (
             {"pip": "echo no wheel >&2; exit 1"},
-            r"pip cannot install safetensors>=0\.4,<1 torch>=2\.6,<3; what went wrong is",
+            r"pip cannot install safetensors>=0\.4,<1 torch>=2\.6,<3 transformers>=5\.20,<6; what went wrong is",
         ),
         ({"pip": "rm $0; exit 0"}, "the new environment: there is no file"),
     ],

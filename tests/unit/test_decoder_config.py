@@ -273,6 +273,6 @@ def test_who_knows_plain_decoders_alone_refuses_others(config: dict[str, Any]) -
     for name in ("calibrated", "paper"):
         reason = make_estimator(name, load_profile("a6000-short")).why_not(spec, configuration)
         assert reason == f"{what}, which this estimator does not model: it knows plain decoders"
-    assert unsupported_by("torch", spec, configuration, Device.CPU) is not None
+    assert unsupported_by("trtllm-engine", spec, configuration, Device.CUDA) is not None
     with pytest.raises(InputError, match="give its config"):
         hf_config_json(spec)

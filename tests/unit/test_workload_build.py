@@ -173,7 +173,7 @@ def test_a_schedule_refuses_a_scale_and_unknown_endpoints(recording, tmp_path):
     with pytest.raises(InputError, match="leave out the scale"):
         build(trace=recording, scale=0.4)
     (tmp_path / "one.toml").write_text('name = "one"\n[[models]]\nmodel = "llama-2-7b"\nload_at = 0\n')
-    with pytest.raises(InputError, match=r"endpoint 4, but the model set .* has 1 models"):
+    with pytest.raises(InputError, match=r"endpoint 4, but the model set has 1 models"):
         build(trace=recording, models=str(tmp_path / "one.toml"))
 
 
