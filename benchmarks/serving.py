@@ -1,8 +1,9 @@
 """Measure simulations of continuous engines, from the trace to the records: requests per CPU-second, and memory.
 
-Usage: python benchmarks/serving.py [--trace FILE.csv | --requests N] [--engines N] [--tries N] [--json]
+Usage: python benchmarks/serving.py [--trace FILE.csv | --requests N] [--engines N] [--python] [--tries N] [--json]
 
 Each try is a process of its own, which builds the system, simulates it and writes the run folder. The best try counts.
+Engines run in compiled code, and in Python with --python; the machine code must have been made by a run before.
 Without a trace, requests are like those of the Azure conversation trace of 2023, at 2.7 a second for each engine.
 Beside the figures stand those of other simulators on that trace, measured by us on a machine with two cores
 (docs/performance.md).
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from large_run import SimpyTimer
+
+from maveriq.scenario import clocked_engine
 
 OTHERS_PER_CPU_S = {"BLIS, tuned": 2_505, "splitwise-sim": 646, "Dynamo replay": 343, "Vidur": 130, "BLIS, default": 79}
 _RATE_PER_ENGINE = 2.7
@@ -48,8 +51,10 @@ def synthetic_trace(requests: int, rate_per_s: float) -> str:
     return "arrival_s,prompt_tokens,output_tokens\n" + "".join(rows)
 
 
-def one_try(trace: Path, engines: int) -> dict[str, float]:
+def one_try(trace: Path, engines: int, *, in_python: bool) -> dict[str, float]:
     """Simulate in this process, and return CPU seconds by stage, counts and the peak of memory."""
+    if in_python:
+        clocked_engine.MIN_REQUESTS = sys.maxsize
     stages: dict[str, float] = {"start": time.process_time()}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -64,10 +69,12 @@ def one_try(trace: Path, engines: int) -> dict[str, float]:
         from maveriq.runs import save_run
         from maveriq.scenario.build import build_system
         from maveriq.scenario.options import Options
-        from maveriq.sim import fast_forward  # numba, which simulations import when they need it
         from maveriq.sim.simulator import simulate as simulate_system
 
-        return fast_forward, simulate, app, save_run, build_system, Options, simulate_system
+        if not in_python:
+            from maveriq.sim import fast_forward  # noqa: F401  # numba, which simulations import when they need it
+
+        return simulate, app, save_run, build_system, Options, simulate_system
 
     *_, save_run, build_system, options_type, simulate_system = timed("imports", imports)
     from maveriq.runs import Run
@@ -103,12 +110,13 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="a file of requests")
     parser.add_argument("--requests", type=int, default=20_000, help="of a synthetic trace (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="GPUs with an engine each (default: %(default)s)")
+    parser.add_argument("--python", action="store_true", help="run engines in Python, not in compiled code")
     parser.add_argument("--tries", type=int, default=3, help="processes (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--one-try", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_try:
-        print(json.dumps(one_try(options.trace, options.engines)))
+        print(json.dumps(one_try(options.trace, options.engines, in_python=options.python)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         trace = options.trace
@@ -117,6 +125,7 @@ def main() -> None:
             rate_per_s = _RATE_PER_ENGINE * options.engines
             trace.write_text(synthetic_trace(options.requests, rate_per_s), encoding="utf-8")
         command = [sys.executable, __file__, "--one-try", "--trace", str(trace), "--engines", str(options.engines)]
+        command += ["--python"] if options.python else []
         tries = [
             json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             for _ in range(options.tries)

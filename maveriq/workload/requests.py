@@ -164,7 +164,7 @@ class Workload:
 
 
 _CHUNK = 1 << 14
-_FIRST_CHUNK = 16
+_FIRST_CHUNK = 1
 
 
 def requests_of(arrivals: Arrivals, *, first: int = 0) -> Iterator[Request]:
