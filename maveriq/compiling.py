@@ -76,7 +76,7 @@ def source_digest(*modules: ModuleType) -> int:
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """Return the address of an array, which somebody must keep."""
+    """Return the address of an array. The caller keeps the array alive."""
     return int(array.ctypes.data)
 
 

@@ -6,7 +6,7 @@ DATA_DIR contains `a6000` (the published measurements: fingerprints of one and t
 and whole models). Each whole model's latency and memory are estimated by physics alone, by the paper's formula, and by
 physics blended with the model's own fingerprints on one GPU, and on one and two. The constants of the engine were
 fitted to whole models of this table, so physics with them is not blind. With those of the engine's next generation,
-which were fitted on other GPUs, it stands for an engine that nobody has measured on these. Results go to
+which were fitted on other GPUs, it stands for an engine without measurements on these. Results go to
 results/a6000.csv (medians by model, TP, PP and weights), a table to docs/profiling.md. It takes about two minutes.
 """
 

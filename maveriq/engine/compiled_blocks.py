@@ -1,6 +1,6 @@
 """`KVBlockPool` compiled, for sequences that share no content: the free blocks, and which of them can be found again.
 
-A sequence that was preempted finds what it had computed as long as nobody has taken its blocks. So free blocks are a
+A sequence that was preempted finds what it had computed as long as its blocks are not reused. So free blocks are a
 queue, in which the blocks of preempted sequences have an entry each, and all others are counted. While no block can be
 found, the order of the queue does not matter, and `free_blocks` is all there is.
 """
@@ -134,7 +134,7 @@ def _push(e: Pointer, slot: int, index: int, age: int) -> None:
 
 @part
 def _append_run(e: Pointer, number: int) -> None:
-    """Add blocks that nobody finds at the tail of the queue."""
+    """Add blocks without cached content at the tail of the queue."""
     runs = ints(e[FREE_RUNS_AT])
     if number <= 0:
         return
@@ -149,7 +149,7 @@ def _append_run(e: Pointer, number: int) -> None:
 
 @part
 def _put_first(e: Pointer, number: int) -> None:
-    """Add blocks that nobody finds at the head of the queue."""
+    """Add blocks without cached content at the head of the queue."""
     runs = ints(e[FREE_RUNS_AT])
     if number <= 0:
         return
@@ -248,7 +248,7 @@ def _age(e: Pointer, slot: int, index: int) -> int:
 
 @part
 def _forget(e: Pointer, slot: int) -> None:
-    """Let nobody find the blocks of a sequence that has ended."""
+    """Remove the blocks of a sequence that has ended from the cache."""
     runs = ints(e[FREE_RUNS_AT])
     for place in range(e[QUEUE_HEAD], e[QUEUE_HEAD] + e[QUEUE_LENGTH]):
         run_at = place % e[FREE_RUNS]

@@ -1,4 +1,4 @@
-"""`VllmScheduler` and `VllmEngine` compiled: FCFS, no pipeline, requests that share no content, nobody who aborts.
+"""`VllmScheduler` and `VllmEngine` compiled: FCFS, no pipeline, requests that share no content, no aborts.
 
 The rules are explained there; function by function the names are the same, and so is what they do. Docstrings here say
 only what differs. That both are equal is a test (docs/decisions/0019-compiled-engine.md says why there are two).

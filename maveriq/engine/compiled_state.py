@@ -95,8 +95,8 @@ REQ_REQUEST_ID, REQ_PROMPT_TOKENS, REQ_OUTPUT_TOKENS, REQ_READY_US, REQ_NUMBER, 
 next row of the list that it is in, the queue or the free rows."""
 
 RUN_SLOT, RUN_INDEX, RUN_AGE, RUN_SIZE = range(4)
-"""Free blocks: the `RUN_INDEX`-th block of the sequence in a slot; or, where that is -1, so many blocks that nobody
-finds. Of two blocks with the same content the one of smaller age is found."""
+"""Free blocks: the `RUN_INDEX`-th block of the sequence in a slot; or, where that is -1, so many blocks without
+cached content. Of two blocks with the same content the one of smaller age is found."""
 
 _FIRST_ROWS = 64
 

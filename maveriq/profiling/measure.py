@@ -106,7 +106,7 @@ async def measure(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedEngine:
-    """An engine that serves: its client, what it said of itself, the seconds it took to start, and its process."""
+    """An engine that serves: its client, what it reported, the seconds it took to start, and its process."""
 
     client: EngineClient
     loaded: Loaded

@@ -64,7 +64,7 @@ def proposals(
 
 
 def _without_rules(config: Config, explicit: Config, kept: Sequence[int], layers: int) -> dict[str, Any]:
-    """Return the configuration with counts of layers, and all that is said layer by layer, adapted."""
+    """Return the configuration with counts of layers, and all lists by layer, adapted."""
     reduced = {key: _per_layer(key, value, kept, layers) for key, value in config.items()}
     for key, value in explicit.items():
         # A list that a rule gives is written down where it says more than "all alike".

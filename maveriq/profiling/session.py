@@ -55,7 +55,7 @@ class SessionStart(msgspec.Struct, tag="plan", forbid_unknown_fields=True, froze
 
 
 class EngineStarted(msgspec.Struct, tag="engine", forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """An engine has started: of which run, in how many seconds, and what it said of itself."""
+    """An engine has started: of which run, in how many seconds, and what it reported."""
 
     run: _Number
     start_s: _Seconds

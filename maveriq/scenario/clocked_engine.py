@@ -55,7 +55,7 @@ class ClockedEngine(Protocol):
 def clocked_engine(
     parts: EngineParts, deployment_id: int, generation: int, *, recorder: EngineRecorder, arrivals: Arrivals
 ) -> ClockedEngine:
-    """Return an engine that nobody aborts requests of: a compiled one, where that can be and is worth it.
+    """Return an engine whose requests are never aborted: a compiled one where it applies and pays.
 
     Args:
         parts: what it is made of.

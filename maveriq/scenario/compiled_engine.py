@@ -148,7 +148,7 @@ class CompiledEngine:
         return True
 
     def abort(self, now_us: Micros, request_id: int) -> None:
-        """Raise an error: nobody aborts in a simulation.
+        """Raise an error: a simulation aborts no request.
 
         Raises:
             InvariantError: always.

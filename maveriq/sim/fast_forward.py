@@ -1,8 +1,8 @@
 """Fast-forward through a simulation while requests arrive, engines run, and nothing else happens: in compiled code.
 
-The simulator asks for what happens before its next other event. `maveriq.scenario.compiled_cluster` does it; here the
-controller's records are made to say the same as if it had been told of each request, many requests at a time. Where
-that cannot be, nothing is done, and the simulator goes on event by event.
+`maveriq.scenario.compiled_cluster` simulates up to the simulator's next other event. Then the controller's records are
+updated for many requests at a time, to what event by event would give. Where this does not apply, nothing is done, and
+the simulator goes on event by event.
 """
 
 from __future__ import annotations

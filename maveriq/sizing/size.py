@@ -253,7 +253,7 @@ def _attainment(request: SizeRequest, result: CellResult) -> float:
 
 
 def _why_not_slower(options: Options) -> str:
-    """Return why it cannot be told what slower engines would change, "" if it can."""
+    """Return why the effect of slower engines is unknown, "" if it can."""
     if options.trace in TRACES or options.rate is not None or options.concurrency is not None:
         return ""
     return "a schedule has its own times" if isinstance(load_trace(options.trace), Schedule) else ""

@@ -71,7 +71,7 @@ class AbsentLayer(nn.Module):  # type: ignore[misc]
     """Stands for a layer of another stage: it passes hidden states on.
 
     Some models take a layer's output as it is and some the first of a tuple. What comes out of absent layers before
-    those of the stage is not used, so a tuple serves both kinds there. Those after them are told which kind it is.
+    those of the stage is not used, so a tuple serves both kinds there. Later ones get the kind that the model takes.
 
     Attributes:
         returns_tuple: whether the model takes the first of a tuple.
