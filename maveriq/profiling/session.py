@@ -8,15 +8,14 @@ cut short is dropped, and its sample is measured again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, BinaryIO, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
-from maveriq.errors import InputError, cannot_write
+from maveriq.append_log import AppendLog, open_append_log, whole_lines
+from maveriq.errors import InputError
 from maveriq.estimate.profile_file import EngineRecord, MachineRecord, ModelRecord
 from maveriq.files import open_regular_file
 from maveriq.profiling.plan import ProfilePlan
@@ -85,19 +84,18 @@ class RunEnded(msgspec.Struct, tag="ended", forbid_unknown_fields=True, frozen=T
 
 Entry: TypeAlias = SessionStart | EngineStarted | Sample | RunEnded
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
-_ENCODER = msgspec.json.Encoder()
 
 
 class Session:
     """What has been measured so far, and the log that keeps it (mutable).
 
     Args:
-        log: the open file.
+        log: the open log.
         start: the first line.
         entries: further lines that were there already.
     """
 
-    def __init__(self, log: BinaryIO, start: SessionStart, entries: list[Entry]) -> None:
+    def __init__(self, log: AppendLog, start: SessionStart, entries: list[Entry]) -> None:
         self._log = log
         self.start = start
         self.samples: dict[tuple[int, int], list[Sample]] = {}
@@ -113,7 +111,7 @@ class Session:
         Raises:
             MaveriqError: the disk is full.
         """
-        _write(self._log, entry)
+        self._log.append(entry)
         self._take(entry)
 
     def _take(self, entry: Entry) -> None:
@@ -137,19 +135,10 @@ def open_session(folder: Path, start: SessionStart) -> Iterator[Session]:
         MaveriqError: it cannot be written.
     """
     path = folder / LOG_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = path.open("ab+")
-    except OSError as error:
-        raise cannot_write(f"log {str(path)!r}", error) from None
-    with log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process writes {str(path)!r}; wait for it, or name another folder") from None
-        begun, entries = _read(path, log)
+    with open_append_log(path, max_bytes=_MAX_LOG_BYTES) as log:
+        begun, entries = _decoded(path, log.text)
         if begun is None:
-            _write(log, start)
+            log.append(start)
             begun = start
         elif begun.options != start.options:
             raise InputError(
@@ -169,26 +158,12 @@ def begun_session(folder: Path) -> SessionStart | None:
     if not path.is_file():
         return None
     with open_regular_file(path, what="log") as log:
-        return _decoded(path, log.read(_MAX_LOG_BYTES))[0]
-
-
-def _read(path: Path, log: BinaryIO) -> tuple[SessionStart | None, list[Entry]]:
-    """Return the lines of a log, and cut off a last one that is not whole."""
-    if os.fstat(log.fileno()).st_size > _MAX_LOG_BYTES:
-        raise InputError(f"log {str(path)!r} is larger than any of a profile; name another folder")
-    log.seek(0)
-    text = log.read()
-    whole = text[: text.rfind(b"\n") + 1]
-    found = _decoded(path, whole)
-    if len(whole) < len(text):
-        log.truncate(len(whole))
-    log.seek(0, os.SEEK_END)
-    return found
+        return _decoded(path, whole_lines(log.read(_MAX_LOG_BYTES)))[0]
 
 
 def _decoded(path: Path, text: bytes) -> tuple[SessionStart | None, list[Entry]]:
     entries: list[Entry] = []
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             entries.append(_DECODER.decode(line))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -201,15 +176,6 @@ def _decoded(path: Path, text: bytes) -> tuple[SessionStart | None, list[Entry]]
     if not isinstance(start, SessionStart) or start.version != _VERSION:
         raise InputError(f"log {str(path)!r} is not of this version of maveriq; --overwrite begins anew")
     return start, entries[1:]
-
-
-def _write(log: BinaryIO, entry: Entry) -> None:
-    try:
-        log.write(_ENCODER.encode(entry) + b"\n")
-        log.flush()
-        os.fsync(log.fileno())
-    except OSError as error:
-        raise cannot_write("the log of the profile", error) from None
 
 
 def session_start(

@@ -8,15 +8,14 @@ dropped.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import msgspec
 
-from maveriq.errors import InputError, cannot_write
+from maveriq.append_log import AppendLog, open_append_log
+from maveriq.errors import InputError
 from maveriq.study.grid import Point
 from maveriq.tables import readable_error
 
@@ -59,14 +58,13 @@ class MeasuredPoint(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
 _SUBJECT = msgspec.json.Decoder(Subject)
 _POINT = msgspec.json.Decoder(MeasuredPoint)
-_ENCODER = msgspec.json.Encoder()
 
 
 class MeasurementLog:
     """What has been measured so far (mutable)."""
 
-    def __init__(self, file: BinaryIO, points: Sequence[MeasuredPoint]) -> None:
-        self._file = file
+    def __init__(self, log: AppendLog, points: Sequence[MeasuredPoint]) -> None:
+        self._log = log
         self.points = {measured.point: measured for measured in points}
 
     def add(self, measured: Sequence[MeasuredPoint]) -> None:
@@ -75,7 +73,7 @@ class MeasurementLog:
         Raises:
             MaveriqError: the disk is full.
         """
-        _write(self._file, measured)
+        self._log.append(*measured)
         self.points |= {found.point: found for found in measured}
 
 
@@ -88,25 +86,16 @@ def open_log(folder: Path, subject: Subject) -> Iterator[MeasurementLog]:
         MaveriqError: it cannot be written.
     """
     path = folder / LOG_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab+")
-    except OSError as error:
-        raise cannot_write(f"log {str(path)!r}", error) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process writes {str(path)!r}; wait for it, or name another folder") from None
-        begun, points = _read(path, file)
+    with open_append_log(path, max_bytes=_MAX_BYTES) as log:
+        begun, points = _decoded(path, log.text)
         if begun is None:
-            _write(file, [subject])
+            log.append(subject)
         elif begun != subject:
             raise InputError(
                 f"folder {str(folder)!r} has measurements of another {_difference(begun, subject)}; name another "
                 "folder with --out, or give the same options to go on"
             )
-        yield MeasurementLog(file, points)
+        yield MeasurementLog(log, points)
 
 
 def _difference(begun: Subject, subject: Subject) -> str:
@@ -119,15 +108,9 @@ def _difference(begun: Subject, subject: Subject) -> str:
     return "subject"
 
 
-def _read(path: Path, file: BinaryIO) -> tuple[Subject | None, list[MeasuredPoint]]:
-    """Return the lines of a log, and cut off a last one that is not whole."""
-    if os.fstat(file.fileno()).st_size > _MAX_BYTES:
-        raise InputError(f"log {str(path)!r} is larger than any of a study; name another folder")
-    file.seek(0)
-    text = file.read()
-    whole = text[: text.rfind(b"\n") + 1]
+def _decoded(path: Path, text: bytes) -> tuple[Subject | None, list[MeasuredPoint]]:
     subject, points = None, []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             if number == 1:
                 subject = _SUBJECT.decode(line)
@@ -137,16 +120,4 @@ def _read(path: Path, file: BinaryIO) -> tuple[Subject | None, list[MeasuredPoin
             raise InputError(
                 f"log {str(path)!r}, line {number}: {readable_error(str(error))}; remove the line, or the file"
             ) from None
-    if len(whole) < len(text):
-        file.truncate(len(whole))
-    file.seek(0, os.SEEK_END)
     return subject, points
-
-
-def _write(file: BinaryIO, lines: Sequence[msgspec.Struct]) -> None:
-    try:
-        file.write(b"".join(_ENCODER.encode(line) + b"\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write("the log of the study", error) from None

@@ -1,13 +1,11 @@
 """The folder of a sweep: what it is, and a line for each finished cell, so that it can go on after any end.
 
 `sweep.json` holds the sweep. `cells.jsonl` grows by a line for each cell, which is on the disk before the next one is
-reported. A lock keeps two sweeps out of one folder; the system releases it however a process ends.
+reported. Its lock keeps two sweeps out of one folder.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from maveriq import __version__
+from maveriq.append_log import AppendLog, LogInUseError, open_append_log, whole_lines
 from maveriq.errors import InputError, cannot_write
 from maveriq.files import not_overwritten, read_regular_file
 from maveriq.sweeps.spec import SweepSpec
@@ -22,7 +21,6 @@ from maveriq.sweeps.worker import CellResult
 
 SPEC_FILE, CELLS_FILE, RUNS_FOLDER = "sweep.json", "cells.jsonl", "runs"
 TABLE_FILES = ("cells.csv", "cells.parquet", "seeds.csv", "comparison.csv")
-_LOCK_FILE = ".lock"
 _MAX_BYTES = 1 << 30
 
 
@@ -39,20 +37,17 @@ class SweepFolder:
     Args:
         path: the folder.
         finished: the cells that were simulated before, by number.
-        log: an open file descriptor of `cells.jsonl`.
+        log: the open `cells.jsonl`.
     """
 
-    def __init__(self, path: Path, finished: dict[int, CellResult], log: int) -> None:
+    def __init__(self, path: Path, finished: dict[int, CellResult], log: AppendLog) -> None:
         self.path = path
         self.finished: Mapping[int, CellResult] = finished
         self._log = log
 
     def add(self, result: CellResult) -> None:
         """Append a finished cell; it is on the disk when this returns."""
-        line = msgspec.json.encode(result) + b"\n"
-        while line:
-            line = line[os.write(self._log, line) :]
-        os.fsync(self._log)
+        self._log.append(result)
 
 
 @contextmanager
@@ -69,44 +64,34 @@ def open_folder(path: Path, spec: SweepSpec, *, overwrite: bool) -> Iterator[Swe
             writes to it; it cannot be written to.
     """
     named = f"sweep folder {str(path)!r}"
+    foreign = InputError(f"{named} holds files that are no sweep; name an empty or a new folder")
     try:
-        path.mkdir(parents=True, exist_ok=True)
         is_new = not (path / SPEC_FILE).exists()
-        if is_new and any(entry.name != _LOCK_FILE for entry in path.iterdir()):
-            raise InputError(f"{named} holds files that are no sweep; name an empty or a new folder")
-        with _locked(path, named):
+        if is_new and path.exists() and any(entry.name != CELLS_FILE for entry in path.iterdir()):
+            raise foreign
+        with open_append_log(path / CELLS_FILE, max_bytes=_MAX_BYTES) as log:
+            if is_new and log.text:
+                raise foreign
             if not is_new and overwrite:
-                _clear(path)
+                _clear(path, log)
                 is_new = True
             if is_new:
                 _write_spec(path, spec)
             else:
                 _check_same(path, spec, named)
-            log = os.open(path / CELLS_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                yield SweepFolder(path, _finished(path, log, named), log)
-            finally:
-                os.close(log)
+            cells = _cells(log.text, named)
+            finished = {number: result for number, result in cells.items() if not result.error}
+            yield SweepFolder(path, finished, log)
+    except LogInUseError:
+        raise InputError(f"{named} is in use by another sweep; wait for it, or name another folder") from None
     except OSError as error:
         raise cannot_write(named, error) from None
 
 
-@contextmanager
-def _locked(path: Path, named: str) -> Iterator[None]:
-    lock = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{named} is in use by another sweep; wait for it, or name another folder") from None
-        yield
-    finally:
-        os.close(lock)
-
-
-def _clear(path: Path) -> None:
-    """Remove the files of a sweep; runs that were kept stay until their cell replaces them."""
-    for name in (SPEC_FILE, CELLS_FILE, *TABLE_FILES):
+def _clear(path: Path, log: AppendLog) -> None:
+    """Remove what a sweep left; runs that were kept stay until their cell replaces them."""
+    log.clear()
+    for name in (SPEC_FILE, *TABLE_FILES):
         with suppress(FileNotFoundError):
             (path / name).unlink()
 
@@ -137,8 +122,8 @@ def read_folder(path: Path) -> tuple[SweepSpec, dict[int, CellResult]]:
     """
     named = f"sweep folder {str(path)!r}"
     spec = _described(path, named).sweep
-    cells, _ = _read_cells(path, named)
-    return spec, cells
+    data = read_regular_file(path / CELLS_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
+    return spec, _cells(whole_lines(data), named)
 
 
 def _described(path: Path, named: str) -> _Described:
@@ -149,20 +134,10 @@ def _described(path: Path, named: str) -> _Described:
         raise InputError(f"{named}: {SPEC_FILE} is damaged; start anew with --overwrite") from None
 
 
-def _finished(path: Path, log: int, named: str) -> dict[int, CellResult]:
-    """Return the cells of the log that were simulated; cut off a last line that was not written to its end."""
-    cells, whole = _read_cells(path, named)
-    if whole < os.fstat(log).st_size:
-        os.ftruncate(log, whole)
-    return {number: result for number, result in cells.items() if not result.error}
-
-
-def _read_cells(path: Path, named: str) -> tuple[dict[int, CellResult], int]:
-    """Return the cells of the log by number, and the bytes of its whole lines."""
-    data = read_regular_file(path / CELLS_FILE, what="sweep folder", max_bytes=_MAX_BYTES)
-    whole = data.rfind(b"\n") + 1
+def _cells(text: bytes, named: str) -> dict[int, CellResult]:
+    """Return the cells of the log by number."""
     cells = {}
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             result = msgspec.json.decode(line, type=CellResult)
         except (msgspec.DecodeError, RecursionError):
@@ -170,4 +145,4 @@ def _read_cells(path: Path, named: str) -> tuple[dict[int, CellResult], int]:
                 f"{named}: line {number} of {CELLS_FILE} is damaged; start anew with --overwrite"
             ) from None
         cells[result.number] = result
-    return cells, whole
+    return cells
