@@ -13,7 +13,7 @@ from maveriq.cli.options import with_options
 from maveriq.cli.output import echo
 from maveriq.report.terminal import open_console
 from maveriq.scenario.options import Options, option
-from maveriq.sizing.size import SizeRequest, check_request, size_cluster
+from maveriq.sizing.size import SizeRequest, kinds_in, size_cluster
 from maveriq.sizing.view import size_json, size_view
 from maveriq.sweeps.run import LOCAL, make_pool
 
@@ -48,7 +48,7 @@ def size(options: Options, chosen: SizeOptions) -> None:
     """
     request = SizeRequest(
         options=options,
-        kinds=tuple(dict.fromkeys(filter(None, (kind.strip() for kind in chosen.gpus.split(","))))),
+        kinds=kinds_in(chosen.gpus),
         attainment=chosen.attainment / 100,
         slo_ttft_ms=chosen.slo_ttft_ms,
         slo_tpot_ms=chosen.slo_tpot_ms,
@@ -56,7 +56,6 @@ def size(options: Options, chosen: SizeOptions) -> None:
         seeds=chosen.seeds,
         max_seeds=chosen.max_seeds,
     )
-    check_request(request)
     with make_pool(chosen.on, chosen.workers) as pool, _progress(quiet=chosen.quiet or chosen.as_json) as watch:
         result = size_cluster(request, pool=pool, watch=watch)
     if chosen.as_json:

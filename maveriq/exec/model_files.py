@@ -16,7 +16,9 @@ from typing import Any
 
 from maveriq.domain.decoder_families import FAMILIES
 from maveriq.domain.models import ModelSpec, catalogue, known_models
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
+from maveriq.exec.messages import EngineSpec
 from maveriq.files import exists, open_regular_file, read_regular_text
 
 _DEFAULT_CONTEXT_TOKENS = 4096
@@ -129,6 +131,42 @@ class ModelFiles:
         if path is None:
             return ""
         return str(path.parent.resolve()) if has_weights(path.parent) else ""
+
+    def engine_spec(
+        self,
+        model: ModelSpec,
+        configuration: ParallelConfig,
+        *,
+        batch_size: int,
+        devices: tuple[str, ...],
+        deployment_id: int = 1,
+        seed: int = 42,
+    ) -> EngineSpec:
+        """Return what an engine loads that is measured or scored by itself.
+
+        Args:
+            model: the model.
+            configuration: its layers are split as evenly as they can be if it does not say how.
+            batch_size: sequences that are computed at once.
+            devices: a device for each rank.
+            deployment_id: tells engines apart that run at the same time.
+            seed: of random weights.
+        """
+        return EngineSpec(
+            deployment_id=deployment_id,
+            generation=1,
+            model=model.name,
+            config_json=self.config_json(model),
+            weights_folder=self.weights_folder(model),
+            tp=configuration.tp,
+            pp=configuration.pp,
+            layer_split=configuration.layers_per_stage(model.layers),
+            weights=configuration.weights.value,
+            kv=configuration.kv.value,
+            batch_size=batch_size,
+            devices=devices,
+            seed=seed,
+        )
 
 
 def has_weights(folder: Path) -> bool:

@@ -134,7 +134,14 @@ async def started_engine(
     Raises:
         ProfilingError: it does not start, or takes longer than it may.
     """
-    spec = _spec(model, configuration, batch, devices.names(gpu_ids), probe, number)
+    spec = probe.files.engine_spec(
+        model,
+        configuration,
+        batch_size=batch,
+        devices=devices.names(gpu_ids),
+        deployment_id=number,
+        seed=probe.seed,
+    )
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     try:
@@ -150,31 +157,6 @@ async def started_engine(
         yield StartedEngine(client=client, loaded=loaded, start_s=loop.time() - started_s, pid=connection.pid)
     finally:
         await _stop(connection)
-
-
-def _spec(
-    model: ModelSpec,
-    configuration: ParallelConfig,
-    batch: int,
-    devices: tuple[str, ...],
-    probe: Probe,
-    number: int,
-) -> EngineSpec:
-    return EngineSpec(
-        deployment_id=number,
-        generation=1,
-        model=model.name,
-        config_json=probe.files.config_json(model),
-        weights_folder=probe.files.weights_folder(model),
-        tp=configuration.tp,
-        pp=configuration.pp,
-        layer_split=configuration.layers_per_stage(model.layers),
-        weights=configuration.weights.value,
-        kv=configuration.kv.value,
-        batch_size=batch,
-        devices=devices,
-        seed=probe.seed,
-    )
 
 
 class EngineClient:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import MaveriqError
-from maveriq.exec.messages import EngineSpec, PromptSequence
+from maveriq.exec.messages import PromptSequence
 from maveriq.exec.model_files import ModelFiles
 
 
@@ -36,17 +37,9 @@ class TorchScorer:
         from maveriq.exec.engines.torch.collectives import SingleRank
         from maveriq.exec.engines.torch.rank import RankWorker
 
-        spec = EngineSpec(
-            deployment_id=1,
-            generation=1,
-            model=model.name,
-            config_json=files.config_json(model),
-            weights_folder=files.weights_folder(model),
-            tp=1,
-            pp=1,
-            layer_split=(model.layers,),
-            weights=weights.value,
-            kv=kv.value,
+        spec = files.engine_spec(
+            model,
+            ParallelConfig(tp=1, pp=1, weights=weights, kv=kv),
             batch_size=1,
             devices=("cuda:0" if torch.cuda.is_available() else "cpu",),
         )

@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 
 from maveriq.domain.models import KvType, ModelSpec, WeightType
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import MaveriqError
 from maveriq.exec.device import Device
 from maveriq.exec.engine_python import NOT_INHERITED, link_package, process_group, python_environment
 from maveriq.exec.engines.interpreter import module_command
 from maveriq.exec.engines.vllm_scores import ScoreJob, Scores
-from maveriq.exec.messages import EngineSpec, one_line
+from maveriq.exec.messages import one_line
 from maveriq.exec.model_files import ModelFiles
 
 
@@ -44,17 +45,9 @@ class VllmScorer:
         python: Path,
     ) -> None:
         self._python = python
-        self._spec = EngineSpec(
-            deployment_id=1,
-            generation=1,
-            model=model.name,
-            config_json=files.config_json(model),
-            weights_folder=files.weights_folder(model),
-            tp=1,
-            pp=1,
-            layer_split=(model.layers,),
-            weights=weights.value,
-            kv=kv.value,
+        self._spec = files.engine_spec(
+            model,
+            ParallelConfig(tp=1, pp=1, weights=weights, kv=kv),
             batch_size=batch_size,
             devices=("cuda:0" if device is Device.CUDA else "cpu",),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,9 @@ class SizeRequest:
         max_gpus: the most GPUs to consider.
         seeds: simulations of each size.
         max_seeds: the most of a size that is near the target.
+
+    Raises:
+        InputError: an unknown kind of GPU, no SLO, a target that is not a share, or counts out of range.
     """
 
     options: Options
@@ -56,6 +59,9 @@ class SizeRequest:
     max_gpus: int = 64
     seeds: int = 3
     max_seeds: int = 12
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     @property
     def by_latency_slo(self) -> bool:
@@ -103,12 +109,13 @@ class SizeResult:
         return min(answered, key=lambda kind: (kind.cluster_usd_per_hour, kind.sizes.answer), default=None)
 
 
-def check_request(request: SizeRequest) -> None:
-    """Check a request before the first simulation.
+def kinds_in(gpus: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the kinds of GPU in a list, or in a text with commas between them, each once."""
+    names = gpus.split(",") if isinstance(gpus, str) else gpus
+    return tuple(dict.fromkeys(filter(None, map(str.strip, names))))
 
-    Raises:
-        InputError: an unknown kind of GPU, no SLO, a target that is not a share, or counts out of range.
-    """
+
+def _check(request: SizeRequest) -> None:
     if not request.kinds:
         raise InputError("--gpus names no kind of GPU; give one, such as H100-SXM")
     for kind in request.kinds:
@@ -143,10 +150,9 @@ def size_cluster(
         watch: is called before the simulations of a size with the kind, the number of GPUs and that of simulations.
 
     Raises:
-        InputError: the request, an option or a file cannot be used.
+        InputError: an option or a file cannot be used.
         MaveriqError: a simulation fails.
     """
-    check_request(request)
     with _at_rate_of_options(request.options) as options:
         simulations = _Simulations(replace(request, options=options), pool, watch)
         return SizeResult(request=request, kinds=tuple(simulations.size(kind) for kind in request.kinds))
@@ -183,10 +189,9 @@ def size(
         InputError: an option or a file that cannot be used.
         MaveriqError: a simulation fails.
     """
-    named = gpus.split(",") if isinstance(gpus, str) else list(gpus)
     request = SizeRequest(
         options=options_from(Options, options),
-        kinds=tuple(dict.fromkeys(filter(None, map(str.strip, named)))),
+        kinds=kinds_in(gpus),
         attainment=attainment / 100,
         slo_ttft_ms=slo_ttft_ms,
         slo_tpot_ms=slo_tpot_ms,
@@ -194,7 +199,6 @@ def size(
         seeds=seeds,
         max_seeds=max_seeds,
     )
-    check_request(request)
     with make_pool(on, workers) as pool:
         return size_cluster(request, pool=pool)
 
