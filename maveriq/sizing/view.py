@@ -14,6 +14,8 @@ from maveriq.sizing.size import SLOWER, KindSize, SizeResult
 from maveriq.sweeps.tables import ALL
 from maveriq.sweeps.worker import CellResult
 
+_LONGER = f"{100 * (SLOWER - 1):.0f} %"
+
 
 def size_view(result: SizeResult, *, width: int = WIDE) -> View:
     """Return the answer for each kind of GPU, the cheapest of them, and the evidence.
@@ -114,11 +116,11 @@ def _reasons(kind: KindSize) -> Iterator[str]:
     if kind.why_not_slower:
         yield f"What a 10 % error of the estimates would change is unknown: {kind.why_not_slower}."
     elif kind.when_slower is None:
-        yield f"If all steps take {SLOWER - 1:.0%} longer than estimated, no cluster within --max-gpus is enough."
+        yield f"If all steps take {_LONGER} longer than estimated, no cluster within --max-gpus is enough."
     elif kind.when_slower == sizes.answer:
-        yield f"If all steps take {SLOWER - 1:.0%} longer than estimated, the answer is the same."
+        yield f"If all steps take {_LONGER} longer than estimated, the answer is the same."
     else:
-        yield f"If all steps take {SLOWER - 1:.0%} longer than estimated, {kind.when_slower} GPUs are needed."
+        yield f"If all steps take {_LONGER} longer than estimated, {kind.when_slower} GPUs are needed."
 
 
 def _held_back(result: CellResult, refused: list[str]) -> str:
