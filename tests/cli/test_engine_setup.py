@@ -218,11 +218,12 @@ def test_a_setup_that_is_stopped_leaves_nothing_that_looks_finished(tmp_path: Pa
 
 @pytest.mark.heavy
 def test_an_environment_is_really_made(tmp_path: Path) -> None:
-    """With venv and pip, from wheels in a folder: stand-ins for torch, and the msgspec that is installed here."""
+    """With venv and pip, from wheels in a folder: stand-ins for what torch engines need, and the msgspec that is installed here."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     stand_in_wheel(wheels, "torch", "2.6.5")
     stand_in_wheel(wheels, "safetensors", "0.4.1")
+    stand_in_wheel(wheels, "transformers", "5.20.0")
     wheel_of("msgspec", wheels)
     settings = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_EXTRA_INDEX_URL": ""}
     command = [sys.executable, "-m", "maveriq", "engines", "setup", "torch"]
