@@ -4,9 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
+SITE_TOOLS := .venv/.site-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help sim test test-heavy test-all check lint bench soak wheel audit clean
+.PHONY: help sim test test-heavy test-all check lint bench soak wheel docs audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,10 +44,17 @@ lint: $(TOOLS) ## format, style, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint wheel test-all ## lint, wheel and all tests: what CI runs
+check: lint wheel docs test-all ## lint, wheel, site and all tests: what CI runs
 
 wheel: $(TOOLS) ## build the wheel and run it in an empty environment
 	$(BIN)/python scripts/check_wheel.py
+
+$(SITE_TOOLS): $(PACKAGE)
+	@$(PIP) --group docs
+	@touch $@
+
+docs: $(SITE_TOOLS) ## build the site of docs/ into site/ (python -m http.server -d site); a dead link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: $(TOOLS) ## measure speed and memory; prints ratios taken in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -59,4 +67,4 @@ audit: $(PACKAGE) ## look up known vulnerabilities of the installed packages; ne
 	$(BIN)/python scripts/audit.py
 
 clean: ## remove the environment and everything built
-	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis runs
+	rm -rf .venv dist build site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis runs

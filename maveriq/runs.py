@@ -9,6 +9,7 @@ from functools import cached_property
 from html import escape
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from maveriq.errors import InputError
@@ -215,9 +216,9 @@ def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: boo
 def _metrics_row(metrics: Any) -> dict[str, float]:
     counts, row = metrics.counts, {}
     row["requests"], row["completed"] = counts.scheduled, counts.completed
-    for name in ("latency_s", "queue_s", "service_s", "ttft_s", "tpot_s", "itl_s"):
+    for name in _TIMES:
         figures = getattr(metrics, name)
-        for which in ("mean", "p50", "p95", "p99"):
+        for which in _STATISTICS:
             column = f"{name.removesuffix('_s')}_{which}_s"
             row[column] = float("nan") if figures is None else getattr(figures, which)
     row["slo_attainment"] = float("nan") if metrics.slo is None else metrics.slo.over_scheduled
@@ -226,6 +227,23 @@ def _metrics_row(metrics: Any) -> dict[str, float]:
     row["cost_gib_s_mean"] = float("nan") if metrics.cost_gib_s is None else metrics.cost_gib_s.mean
     row["gpu_hours"] = metrics.operational_cost_gpu_hours
     return row
+
+
+_TIMES = ("latency_s", "queue_s", "service_s", "ttft_s", "tpot_s", "itl_s")
+_STATISTICS = ("mean", "p50", "p95", "p99")
+METRIC_COLUMNS: Mapping[str, str] = MappingProxyType(
+    {
+        "requests": "counts",
+        "completed": "counts",
+        **{f"{name.removesuffix('_s')}_{which}_s": name for name in _TIMES for which in _STATISTICS},
+        "slo_attainment": "slo",
+        "goodput": "goodput",
+        "throughput_per_s": "throughput_per_s",
+        "cost_gib_s_mean": "cost_gib_s",
+        "gpu_hours": "operational_cost_gpu_hours",
+    }
+)
+"""The columns of `Run.metrics`, and which field of `Metrics` each is of."""
 
 
 def _seconds(milliseconds: float | None) -> float | None:

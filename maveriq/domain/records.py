@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from maveriq.domain.deployments import EndpointSpec
@@ -17,20 +19,83 @@ if TYPE_CHECKING:
 NOT_YET = -1
 """Marks a time that never came (a request that never started, an engine never ready)."""
 
-REQUEST_COLUMNS = (
-    "request_id", "endpoint", "deployment_id", "model", "arrival_s", "start_s", "first_token_s", "finish_s", "status",
-    "reason", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "queue_s", "service_s", "latency_s",
-    "ttft_s", "tpot_s", "slo_s", "slo_met", "steps",
-)  # fmt: skip
-DEPLOYMENT_COLUMNS = (
-    "deployment_id", "model", "intent", "slo_s", "requested_s", "ready_s", "removed_s", "status", "reason", "tp", "pp",
-    "layer_split", "weights", "kv", "batch_size", "gpus", "gib_per_gpu", "est_latency_s", "est_memory_gib",
-)  # fmt: skip
-GPU_COLUMNS = ("time_s", "gpu", "memory_gib", "busy_share")
-ENGINE_COLUMNS = (
-    "time_s", "deployment_id", "running", "waiting", "kv_use", "batch_tokens", "step_s", "busy_share",
-)  # fmt: skip
-ITL_COLUMNS = ("endpoint", "itl_s", "tokens")
+COLUMN_MEANINGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "requests.csv": {
+            "request_id": "number of the request in its workload",
+            "endpoint": "number of the endpoint: 1 for the first model of the set",
+            "deployment_id": "the deployment that served it, or that it waited for; empty without one",
+            "model": "name of the model",
+            "arrival_s": "when it was sent",
+            "start_s": "when its engine began with it",
+            "first_token_s": "when its first token came",
+            "finish_s": "when it ended",
+            "status": "`completed`, `refused`, `failed` or `unfinished`",
+            "reason": "why it did not complete",
+            "prompt_tokens": "tokens of the prompt",
+            "cached_tokens": "of these, tokens found in the prefix cache",
+            "output_tokens": "tokens of the output; of a run on engines, those that came",
+            "preemptions": "how often a continuous engine dropped what was computed of it",
+            "queue_s": "`start_s` less `arrival_s`",
+            "service_s": "`finish_s` less `start_s`",
+            "latency_s": "`finish_s` less `arrival_s`",
+            "ttft_s": "`first_token_s` less `arrival_s`",
+            "tpot_s": "`finish_s` less `first_token_s`, over output tokens less 1; empty under two tokens",
+            "slo_s": "its latency SLO",
+            "slo_met": "`true` if `latency_s` is at most `slo_s`",
+            "steps": "steps of a continuous engine that computed something of it",
+        },
+        "deployments.csv": {
+            "deployment_id": "number of the deployment; empty for an endpoint that was rejected",
+            "model": "name of the model",
+            "intent": "what the endpoint minimises",
+            "slo_s": "latency SLO that it was planned for",
+            "requested_s": "when the endpoint was requested",
+            "ready_s": "when its engine was up",
+            "removed_s": "when it was removed",
+            "status": "`up`, `loading`, `waiting`, `down`, `rejected` or `removed` at the end of the run",
+            "reason": "why it was rejected or lost, or a note on the decision",
+            "tp": "tensor parallelism: GPUs of a stage",
+            "pp": "pipeline parallelism: stages",
+            "layer_split": "layers of each stage",
+            "weights": "format of the weights",
+            "kv": "format of the KV cache",
+            "batch_size": "most requests in a batch",
+            "gpus": "its GPUs, by stage and rank",
+            "gib_per_gpu": "memory that it holds of each of them, in the same order",
+            "est_latency_s": "latency of a typical request, as the planner estimated it",
+            "est_memory_gib": "memory over all GPUs, as the planner estimated it",
+        },
+        "gpus.csv": {
+            "time_s": "time of the sample",
+            "gpu": "number of the GPU",
+            "memory_gib": "memory in use",
+            "busy_share": "share of the time since the last sample in which it was busy",
+        },
+        "engines.csv": {
+            "time_s": "end of the interval, which begins at the row before of the same deployment",
+            "deployment_id": "the deployment",
+            "running": "requests that the engine ran, as a mean over the interval",
+            "waiting": "requests that waited in the engine, as a mean over the interval",
+            "kv_use": "share of its KV blocks that requests held",
+            "batch_tokens": "tokens computed in a step",
+            "step_s": "time of a step",
+            "busy_share": "share of the interval in which a step ran",
+        },
+        "itl.csv": {
+            "endpoint": "number of the endpoint",
+            "itl_s": "time between a token of a request and its next",
+            "tokens": "how many tokens came so long after the one before",
+        },
+    }
+)
+"""The columns of the files of a run, in their order, and what each says. Times are seconds since the run's start."""
+
+REQUEST_COLUMNS = tuple(COLUMN_MEANINGS["requests.csv"])
+DEPLOYMENT_COLUMNS = tuple(COLUMN_MEANINGS["deployments.csv"])
+GPU_COLUMNS = tuple(COLUMN_MEANINGS["gpus.csv"])
+ENGINE_COLUMNS = tuple(COLUMN_MEANINGS["engines.csv"])
+ITL_COLUMNS = tuple(COLUMN_MEANINGS["itl.csv"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,9 @@ no figure, because values are sorted before they are added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -98,6 +99,28 @@ class Metrics:
     goodput: Goodput | None
     throughput_per_s: float | None
     operational_cost_gpu_hours: float
+
+
+METRIC_MEANINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "counts": "requests by the status they ended in",
+        "latency_s": "from arrival to the last token",
+        "queue_s": "from arrival to the start",
+        "service_s": "from the start to the last token",
+        "ttft_s": "from arrival to the first token (TTFT)",
+        "tpot_s": "time of each output token after the first (TPOT), a mean for each request",
+        "itl_s": "time from one token of a request to its next (ITL), over all tokens, of continuous engines",
+        "preemptions": "how often continuous engines dropped what was computed of a request",
+        "cached_share": "share of prompt tokens, of requests that started, found in the prefix cache",
+        "cost_gib_s": "latency x memory of the deployment that served the request",
+        "gpu_hours": "service time x GPUs, shared by requests that run together",
+        "slo": "share of requests with a latency SLO that met it: of those that completed, and of all",
+        "goodput": "requests within `--slo-ttft-ms` and `--slo-tpot-ms`: as a share of all, and per second",
+        "throughput_per_s": "completed requests over the time from the first arrival to the last end",
+        "operational_cost_gpu_hours": "sum of `gpu_hours`",
+    }
+)
+"""What the fields of `Metrics` are, for docs/reference/metrics.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,7 +218,7 @@ def test_a_setup_that_is_stopped_leaves_nothing_that_looks_finished(tmp_path: Pa
 
 @pytest.mark.heavy
 def test_an_environment_is_really_made(tmp_path: Path) -> None:
-    """With venv and pip, from wheels in a folder: stand-ins for what torch engines need, and the msgspec that is installed here."""
+    """With venv and pip, from wheels in a folder: stand-ins for what torch engines need, and the msgspec of here."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     stand_in_wheel(wheels, "torch", "2.6.5")
