@@ -97,7 +97,7 @@ def _subcommands(command: Any) -> Mapping[str, Any]:
 
 
 def _argument(argument: Any) -> str:
-    name = argument.metavar or argument.name.upper()
+    name = str(argument.metavar or argument.name.upper())
     if name.startswith("["):
         return name
     name = f"{name.strip('[]')}{'...' if argument.nargs == -1 and '...' not in name else ''}"
