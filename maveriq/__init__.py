@@ -21,11 +21,13 @@ __all__ = [
     "PlacementResult",
     "Run",
     "SizeResult",
+    "SweepResult",
     "__version__",
     "compare",
     "engine",
     "errors",
     "load_run",
+    "load_sweep",
     "place",
     "plan",
     "run",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from maveriq.runs import Run, load_run
     from maveriq.scenario.options import Options
     from maveriq.sizing.size import SizeResult, size
-    from maveriq.sweeps.run import sweep
+    from maveriq.sweeps.run import SweepResult, load_sweep, sweep
 
 
 _MODULES = {
@@ -53,6 +55,8 @@ _MODULES = {
     "load_run": "maveriq.runs",
     "SizeResult": "maveriq.sizing.size",
     "size": "maveriq.sizing.size",
+    "SweepResult": "maveriq.sweeps.run",
+    "load_sweep": "maveriq.sweeps.run",
     "sweep": "maveriq.sweeps.run",
 }
 """Where the public names are that maveriq.api does not define."""

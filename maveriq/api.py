@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from maveriq import __version__
 from maveriq.domain.faults import notes_on_faults
 from maveriq.errors import InputError, MaveriqError, cannot_write
+from maveriq.files import as_path
 from maveriq.planning import PlanOptions, rank_configurations
-from maveriq.runs import Run, as_path, load_run, save_run
+from maveriq.runs import Run, load_run, save_run
 from maveriq.scenario.options import Options, options_from
 from maveriq.scenario.routing import resolved_router
 
@@ -412,8 +413,9 @@ def compare_named(runs: Sequence[Run], names: Sequence[str]) -> Comparison | Man
     kinds = [str(run.meta.get("kind", "")) for run in runs]
     labels = [RunLabel(name=Path(name).name or name, kind=kind) for name, kind in zip(names, kinds, strict=True)]
     if len(runs) == 2:
-        return compare_records(runs[0].record, runs[1].record, labels=(labels[0], labels[1]))
-    return compare_many([run.record for run in runs], labels)
+        pair = compare_records(runs[0].record, runs[1].record, labels=(labels[0], labels[1]))
+        return replace(pair, reported=tuple(runs))
+    return replace(compare_many([run.record for run in runs], labels), reported=tuple(runs))
 
 
 def plan(model: str | Path, *, estimator: Any = None, explain: bool = False, **options: Any) -> pd.DataFrame:

@@ -10,9 +10,21 @@ import io
 import os
 import stat
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 
 from maveriq.errors import InputError, cannot_write
+
+
+def as_path(path: object, name: str) -> Path:
+    """Return a path that was given as an argument.
+
+    Raises:
+        InputError: neither text nor a path.
+    """
+    if not isinstance(path, str | PathLike):
+        raise InputError(f"{name} must be a path, not {path!r:.60}")
+    return Path(path)
 
 
 def not_overwritten(named: str) -> InputError:

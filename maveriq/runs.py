@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from html import escape
-from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from maveriq.errors import InputError
+from maveriq.files import as_path
 from maveriq.scenario.options import Options, options_from
 
 if TYPE_CHECKING:
@@ -152,9 +152,8 @@ class Run:
         from maveriq.report.page.render import write_page
         from maveriq.report.page.run_page import run_page
 
-        file = as_path(path, "path")
-        write_page(run_page(self.results(self.folder.name if self.folder else "")), file, overwrite=overwrite)
-        return file
+        page = run_page(self.results(self.folder.name if self.folder else ""))
+        return write_page(page, path, overwrite=overwrite)
 
     def results(self, name: str = "") -> RunResults:
         """Return what reports show of the run; `name` is what they call it, "" for its workload."""
@@ -252,17 +251,6 @@ def _seconds(milliseconds: float | None) -> float | None:
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
-
-
-def as_path(path: object, name: str) -> Path:
-    """Return a path that was given as an argument.
-
-    Raises:
-        InputError: neither text nor a path.
-    """
-    if not isinstance(path, str | PathLike):
-        raise InputError(f"{name} must be a path, not {path!r:.60}")
-    return Path(path)
 
 
 def load_run(path: str | Path, *, data: str | Path | None = None) -> Run:

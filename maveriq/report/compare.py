@@ -28,9 +28,12 @@ from maveriq.report.saturation import Saturation, assess_saturation
 from maveriq.units import MICROS_PER_SECOND
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
     from maveriq.report.curves import Curves
+    from maveriq.report.page.run_page import ReportableRun
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -148,6 +151,7 @@ class Comparison:
     """Two runs compared; `unmatched` says why requests could not be matched, "" where they are.
 
     `sim` in the names of fields is the first run, the one to judge; `real` is the second, by which it is measured.
+    `reported` are the runs as reports show them, empty where only their records were compared.
     """
 
     unmatched: str
@@ -158,11 +162,14 @@ class Comparison:
     real_saturation: Saturation
     labels: tuple[RunLabel, RunLabel] = UNNAMED
     runs: tuple[RunRecord, RunRecord] = field(compare=False)
+    reported: tuple[ReportableRun, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain values for JSON; a figure that does not apply is None."""
         return {
-            part.name: msgspec.to_builtins(getattr(self, part.name)) for part in fields(self) if part.name != "runs"
+            part.name: msgspec.to_builtins(getattr(self, part.name))
+            for part in fields(self)
+            if part.name not in ("runs", "reported")
         }
 
     def curves(self, points: int) -> list[Curves]:
@@ -177,6 +184,21 @@ class Comparison:
         from maveriq.report.compare_plot import POINTS, comparison_figure
 
         return comparison_figure(self, self.curves(POINTS), title=title or " against ".join(map(str, self.labels)))
+
+    def to_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a report of the comparison as one HTML file that loads nothing, and return where it is.
+
+        Args:
+            path: the file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            InputError: the file is there already and `overwrite` is false, or it cannot be written.
+            MaveriqError: the extra `maveriq[report]` is not installed; the disk is full.
+        """
+        from maveriq.report.page.comparison_page import write_comparison
+
+        return write_comparison(self.reported, self.labels, path, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
         """Return the tables of the comparison for a notebook."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,6 +15,11 @@ from maveriq.report.formatting import NONE, figure, share, signed
 from maveriq.report.results import WIDE
 from maveriq.report.run_labels import RunLabel, short_labels
 from maveriq.report.view import Column, Part, Row, Table, Text, View, fit_width, number_column, row, spaced
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from maveriq.report.page.run_page import ReportableRun
 
 _COLUMNS = {
     "mean": "latency\nmean s",
@@ -37,10 +42,12 @@ class ManyComparison:
     Args:
         labels: names and kinds of all runs, in their order.
         comparisons: each run but the last, against the last.
+        reported: the runs as reports show them, empty where only their records were compared.
     """
 
     labels: tuple[RunLabel, ...]
     comparisons: tuple[Comparison, ...]
+    reported: tuple[ReportableRun, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparisons as plain values for JSON, with the labels of all runs."""
@@ -49,6 +56,21 @@ class ManyComparison:
             "reference": self.labels[-1].name,
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
         }
+
+    def to_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a report of the comparison as one HTML file that loads nothing, and return where it is.
+
+        Args:
+            path: the file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            InputError: the file is there already and `overwrite` is false, or it cannot be written.
+            MaveriqError: the extra `maveriq[report]` is not installed; the disk is full.
+        """
+        from maveriq.report.page.comparison_page import write_comparison
+
+        return write_comparison(self.reported, self.labels, path, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
         """Return the tables for a notebook."""

@@ -14,6 +14,8 @@ from maveriq.report.formatting import NONE, figure, share
 from maveriq.report.page.charts import Axis, Chart, Line, LineChart
 from maveriq.report.page.page import Card, Page, Section, Verdict
 from maveriq.report.view import Column, Table, number_column, row
+from maveriq.sizing.size import SizeResult
+from maveriq.sizing.view import size_json
 from maveriq.tables import readable_error
 
 _MAX_BYTES = 1 << 26
@@ -94,6 +96,11 @@ def sizing_page(sizing: FoundSizing, *, name: str) -> Page:
             ),
         ],
     )
+
+
+def page_of(result: SizeResult) -> Page:
+    """Return the report of a sizing that was just made; it is that of its JSON."""
+    return sizing_page(msgspec.convert(size_json(result), FoundSizing), name=Path(result.request.options.models).stem)
 
 
 def _cheapest_first(sizing: FoundSizing) -> Sequence[FoundKind]:

@@ -108,6 +108,22 @@ class SizeResult:
         answered = [kind for kind in self.kinds if kind.sizes.answer is not None]
         return min(answered, key=lambda kind: (kind.cluster_usd_per_hour, kind.sizes.answer), default=None)
 
+    def to_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a report of the sizing as one HTML file that loads nothing, and return where it is.
+
+        Args:
+            path: the file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            InputError: the file is there already and `overwrite` is false, or it cannot be written.
+            MaveriqError: the extra `maveriq[report]` is not installed; the disk is full.
+        """
+        from maveriq.report.page.render import write_page
+        from maveriq.sizing.page import page_of
+
+        return write_page(page_of(self), path, overwrite=overwrite)
+
 
 def kinds_in(gpus: str | Iterable[str]) -> tuple[str, ...]:
     """Return the kinds of GPU in a list, or in a text with commas between them, each once."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from maveriq.errors import InputError
+from maveriq.files import as_path
 from maveriq.sweeps.folder import RUNS_FOLDER, open_folder, read_folder
 from maveriq.sweeps.local_pool import LocalPool
 from maveriq.sweeps.spec import Cell, SweepSpec, cells_of, read_sweep
@@ -70,6 +71,22 @@ class SweepResult:
     seeds: pd.DataFrame
     comparison: pd.DataFrame
     failed: tuple[tuple[Cell, str], ...]
+
+    def to_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a report of the sweep as one HTML file that loads nothing, and return where it is.
+
+        Args:
+            path: the file to write.
+            overwrite: replace a file that is there.
+
+        Raises:
+            InputError: the file is there already and `overwrite` is false, or it cannot be written.
+            MaveriqError: the extra `maveriq[report]` is not installed; the disk is full.
+        """
+        from maveriq.report.page.render import write_page
+        from maveriq.sweeps.page import sweep_page
+
+        return write_page(sweep_page(self, name=self.spec.name), path, overwrite=overwrite)
 
 
 def sweep(
@@ -175,13 +192,13 @@ def run_sweep(
     return found
 
 
-def load_sweep(path: Path) -> SweepResult:
+def load_sweep(path: str | Path) -> SweepResult:
     """Return what a sweep has found so far, from its folder; a sweep may be writing to it.
 
     Raises:
         InputError: it is no folder of a sweep, or its files are damaged.
     """
-    spec, results = read_folder(path)
+    spec, results = read_folder(as_path(path, "path"))
     return _tabulated(spec, cells_of(spec), results)
 
 

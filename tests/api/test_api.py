@@ -97,9 +97,28 @@ def test_a_run_against_itself_differs_by_nothing(small) -> None:
     assert all(not difference.error for difference in comparison.overall.differences.values())
     assert comparison.plot().axes
     assert comparison.plot()._repr_png_().startswith(b"\x89PNG")
-    assert "runs" not in comparison.to_dict()
+    assert not {"runs", "reported"} & set(comparison.to_dict())
     assert repr(comparison).startswith("<Comparison: first (simulated) against second (simulated), mean latency 0.3")
     assert repr(maveriq.compare(small, small, small)).count("(simulated)") == 3
+
+
+def test_comparisons_are_written_as_html_with_the_options_of_all_runs(small, tmp_path: Path) -> None:
+    pytest.importorskip("bokeh")
+    folder = small.save(tmp_path / "saved")
+    for number, compared in enumerate([maveriq.compare(folder, small), maveriq.compare(folder, small, small)]):
+        file = compared.to_html(tmp_path / f"{number}.html")
+        text = file.read_text(encoding="utf-8")
+        assert text.count("Options of") == number + 2
+        assert "saved" in text
+        with pytest.raises(InputError, match="exists already"):
+            compared.to_html(file)
+
+
+def test_a_sweep_is_read_back_and_written_as_html(tmp_path: Path) -> None:
+    pytest.importorskip("bokeh")
+    maveriq.sweep({"options": {"limit": 5}, "grid": {"policy": ["llf"]}}, out=tmp_path / "sweep", workers=1)
+    result = maveriq.load_sweep(tmp_path / "sweep")
+    assert "policy llf" in result.to_html(tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
 def test_plan_ranks_best_first() -> None:

@@ -95,11 +95,14 @@ def test_more_requests_and_slower_engines_need_no_fewer_gpus(request_of):
     assert found.when_slower is None or found.when_slower >= found.sizes.answer
 
 
-def test_no_answer_is_named(request_of):
+def test_no_answer_is_named(request_of, tmp_path):
     result = size_cluster(request_of(slo_ttft_ms=0.1, max_gpus=2), pool=Here())
     assert result.best is None
     assert "No cluster of up to 2 x L40S meets the SLOs" in text_of(result)
     assert size_json(result)["kinds"][0]["gpus"] is None
+    pytest.importorskip("bokeh")
+    written = result.to_html(tmp_path / "size.html").read_text(encoding="utf-8")
+    assert "No cluster of up to 2 x L40S meets the SLOs" in written
 
 
 @pytest.mark.heavy

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from maveriq.errors import MaveriqError
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.compare_many import compare_many, many_view
 from maveriq.report.compare_view import comparison_view, matching_line
 from maveriq.report.formatting import figure, share, signed
 from maveriq.report.page.charts import TIME_LABEL, Axis, Bar, BarChart, Chart, Line, LineChart
 from maveriq.report.page.page import Card, Page, Section, Verdict
+from maveriq.report.page.render import write_page
 from maveriq.report.page.run_charts import (
     LATENCY,
     TPOT,
@@ -21,7 +24,7 @@ from maveriq.report.page.run_charts import (
     durations_us,
     intervals_s,
 )
-from maveriq.report.page.run_page import RunResults, cards_of, snippets_of, verdict_of, versions_of
+from maveriq.report.page.run_page import ReportableRun, RunResults, cards_of, snippets_of, verdict_of, versions_of
 from maveriq.report.page.sampling import PARTS, level_over_time
 from maveriq.report.run_labels import RunLabel, short_labels
 from maveriq.report.view import Column, Part, Table, number_column, row
@@ -72,6 +75,22 @@ def comparison_page(runs: Sequence[RunResults]) -> Page:
         snippets=[snippet for name, run in named.items() for snippet in snippets_of(run, label=name)],
         written_by=versions_of(reference.meta),
     )
+
+
+def write_comparison(
+    runs: Sequence[ReportableRun], labels: Sequence[RunLabel], path: str | Path, *, overwrite: bool
+) -> Path:
+    """Write the report of runs that were compared, under the names in their labels, and return where it is.
+
+    Raises:
+        InputError: the file is there already and may not be replaced, or cannot be written.
+        MaveriqError: there are only records, without what led to them; Bokeh or Jinja2 is not installed; the disk is
+            full.
+    """
+    if not runs:
+        raise MaveriqError("only records were compared; maveriq.compare of runs or folders gives a report")
+    results = [run.results(label.name) for run, label in zip(runs, labels, strict=True)]
+    return write_page(comparison_page(results), path, overwrite=overwrite)
 
 
 def _difference(comparison: Comparison, names: tuple[str, str]) -> Verdict:

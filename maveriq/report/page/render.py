@@ -19,7 +19,7 @@ from typing import Any
 
 from maveriq import __version__
 from maveriq.errors import MaveriqError
-from maveriq.files import written_whole
+from maveriq.files import as_path, written_whole
 from maveriq.report.page.page import Page, cell_spans, table_sections
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -80,17 +80,19 @@ def check_installed() -> None:
         raise MaveriqError(_INSTALL)
 
 
-def write_page(page: Page, path: Path, *, overwrite: bool) -> None:
-    """Write a page as an HTML file, whole or not at all.
+def write_page(page: Page, path: str | Path, *, overwrite: bool) -> Path:
+    """Write a page as an HTML file, whole or not at all, and return where it is.
 
     Raises:
         InputError: the file is there already and may not be replaced, or cannot be written.
         MaveriqError: Bokeh or Jinja2 is not installed; the disk is full.
     """
+    file = as_path(path, "path")
     text = to_html(page)
-    with written_whole(path, what="report", overwrite=overwrite) as partial:
+    with written_whole(file, what="report", overwrite=overwrite) as partial:
         # A path of the user's may hold bytes that are no UTF-8; the report stays readable without them.
         partial.write_bytes(text.encode("utf-8", errors="replace"))
+    return file
 
 
 def as_script_data(values: Mapping[str, Any]) -> str:

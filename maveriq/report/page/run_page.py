@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from maveriq.domain.records import DeploymentRecord, RunRecord
 from maveriq.report.formatting import NONE, figure, gpu_list, layer_list, share
@@ -60,6 +60,13 @@ class RunResults:
     def kind(self) -> str:
         """What kind of run it is: simulated, run, recorded; "" where that is unknown."""
         return str(self.meta.get("kind") or "")
+
+
+class ReportableRun(Protocol):
+    """A run that reports can show, such as `maveriq.Run`."""
+
+    def results(self, name: str = "") -> RunResults:
+        """Return what reports show of it; `name` is what they call it."""
 
 
 def run_page(run: RunResults) -> Page:
