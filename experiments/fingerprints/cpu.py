@@ -2,10 +2,12 @@
 
 Usage: python experiments/fingerprints/cpu.py [--settings FILE] [--work DIR] [--out DIR] [--page FILE] [MODEL...]
 
-For each model of the settings: a fingerprint profile is planned and measured, then the whole model in every
-configuration. The whole model's times and memory are predicted by physics alone, and blended with the first 1, 4 and 16
-measurements and with all. Results go to results/, a table to docs/profiling.md. --work keeps what was measured: an
-interrupted run goes on. The exit code is 1 if a bar of the settings is missed. The machine must be idle.
+For each model of the settings, the engines of a planned fingerprint profile and of the whole model in every
+configuration take turns, sample by sample, so that a slow moment of the machine meets both. The whole model's times and
+memory are predicted by physics alone, and blended with the first 1, 4 and 16 measurements and with all. What the whole
+model's samples say about themselves bounds the error that can be seen: one half of them is compared with the other.
+Results go to results/, a table to docs/profiling.md. --work keeps what was measured: an interrupted run goes on, and
+models may be measured one at a time. The exit code is 1 if a bar of the settings is missed. The machine must be idle.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import argparse
 import csv
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,14 @@ from maveriq.estimate.computed_parts import ComputedParts
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.observations import Observation
 from maveriq.estimate.physics import PhysicsEstimator
-from maveriq.estimate.profile_file import PROFILE_NAME, ProfileFile, observations_of, planned_profile, planning_profile
+from maveriq.estimate.profile_file import (
+    PROFILE_NAME,
+    ProfileFile,
+    RunRecord,
+    observations_of,
+    planned_profile,
+    planning_profile,
+)
 from maveriq.exec.local_machine import LocalMachine
 from maveriq.profiling.plan import ProfilePlan, plan_profile, plan_whole_model
 from maveriq.profiling.planned import PlannedProfile, ProfileOptions, measure_plan
@@ -49,6 +57,8 @@ _COLUMNS = (
     "error_percent",
 )
 _FIGURES = ("TTFT", "TPOT", "memory")
+_ITSELF = "itself"
+"""In place of a number of measurements: half of the whole model's samples, which predict the other half."""
 
 
 class Bars(msgspec.Struct, forbid_unknown_fields=True):
@@ -147,33 +157,69 @@ def compare_model(folder: Path, settings: Settings, work: Path) -> tuple[list[Ro
     parts = ComputedParts(PhysicsEstimator(planning_profile(planned.machine, "torch")))
     wanted = planned.wanted(model, parts)
     whole_plan = plan_whole_model(wanted, parts)
+    fingerprints = plan_profile(wanted, parts, budget_s=settings.budget_share * whole_plan.expected_s)
+    same = replace(wanted, layers=sorted({len(run.layers) for run in fingerprints.runs}))
     budget_s = settings.budget_share * whole_plan.expected_s
-    whole_fingerprint = plan_profile(wanted, parts, budget_s=budget_s)
-    same = replace(wanted, layers=sorted({len(run.layers) for run in whole_fingerprint.runs}))
     plans = {str(count): plan_profile(same, parts, budget_s=budget_s, most=count) for count in settings.measurements}
-    plans["all"] = whole_fingerprint
-    short, short_s = _measured(planned, plans["all"], work / "fingerprints")
-    whole, whole_s = _measured(planned, whole_plan, work / "whole")
-    observed = observations_of(short)
-    profile = planned_profile(work / "fingerprints" / PROFILE_NAME)
-    known = {"0": (), **{name: _of_plan(observed, plan) for name, plan in plans.items()}}
+    both = msgspec.structs.replace(fingerprints, runs=(*fingerprints.runs, *whole_plan.runs))
+    measured = _measured(planned, both, work)
+    short, whole = (
+        msgspec.structs.replace(
+            measured, runs=tuple(run for run in measured.runs if is_whole(run, model) is wanted_kind)
+        )
+        for wanted_kind in (False, True)
+    )
+    path = work / "fingerprints.json"
+    path.write_bytes(msgspec.json.encode(short))
+    observed, profile = observations_of(short), planned_profile(path)
+    known = {"0": (), **{name: _of_plan(observed, plan) for name, plan in plans.items()}, "all": observed}
     rows = [
         row
         for name, seen in known.items()
         for row in _predictions(model, observations_of(whole), replace(profile, observed=seen), name)
     ]
-    return rows, Cost(model=model.name, fingerprints_s=short_s, whole_s=whole_s)
+    rows += _against_itself(whole, model)
+    engines = len(both.runs)
+    return rows, Cost(
+        model=model.name,
+        fingerprints_s=sum(seconds_of(run, engines) for run in short.runs),
+        whole_s=sum(seconds_of(run, engines) for run in whole.runs),
+    )
 
 
-def _measured(planned: PlannedProfile, plan: ProfilePlan, folder: Path) -> tuple[ProfileFile, float]:
-    """Measure a plan, and return the profile and the seconds that it took; what is there already is read."""
-    path, taken = folder / PROFILE_NAME, folder / "seconds"
+def is_whole(run: RunRecord, model: ModelSpec) -> bool:
+    """Return whether an engine had all layers."""
+    return len(run.layers) == model.layers
+
+
+def seconds_of(run: RunRecord, engines: int) -> float:
+    """Return the seconds that an engine took: its samples, a warm-up of each batch, and its share of the start.
+
+    Args:
+        run: what was measured.
+        engines: how many started at once.
+    """
+    samples_s = 0.0
+    for case in run.cases:
+        each = [
+            first + (case.output_tokens - 1) * token for first, token in zip(case.first_s, case.each_s, strict=True)
+        ]
+        samples_s += sum(each) + median(each)
+    return run.start_s / engines + samples_s
+
+
+def _measured(planned: PlannedProfile, plan: ProfilePlan, folder: Path) -> ProfileFile:
+    """Measure a plan, all its engines in turns; what is there already is read."""
+    path = folder / PROFILE_NAME
     if not path.exists():
-        started_s = time.monotonic()
-        profile = measure_plan(planned, plan, folder, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
-        taken.write_text(f"{time.monotonic() - started_s:.3f}")
+        profile = measure_plan(planned, plan, folder, _report, first=True, side_by_side=len(plan.runs))
         path.write_bytes(msgspec.json.encode(profile))
-    return msgspec.json.decode(path.read_bytes(), type=ProfileFile), float(taken.read_text())
+    return msgspec.json.decode(path.read_bytes(), type=ProfileFile)
+
+
+def _report(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _of_plan(observed: Sequence[Observation], plan: ProfilePlan) -> tuple[Observation, ...]:
@@ -221,6 +267,24 @@ def _predictions(
             )
 
 
+def _against_itself(whole: ProfileFile, model: ModelSpec) -> Iterator[Row]:
+    """Yield the times of the whole model by every second sample, predicted by the other samples."""
+    for run in whole.runs:
+        for case in run.cases:
+            for figure, samples in (("TTFT", case.first_s), ("TPOT", case.each_s)):
+                yield Row(
+                    model=model.name,
+                    layers=model.layers,
+                    weights=run.weights.value,
+                    batch=case.batch,
+                    prompt_tokens=case.prompt_tokens,
+                    figure=figure,
+                    measurements=_ITSELF,
+                    measured=median(samples[::2]),
+                    predicted=median(samples[1::2]),
+                )
+
+
 def write_results(out: Path, rows: Sequence[Row], costs: Sequence[Cost]) -> None:
     """Write a row for each figure, and one for the time of each model."""
     with (out / "cpu.csv").open("w", encoding="utf-8", newline="") as file:
@@ -248,9 +312,13 @@ def table_lines(rows: Sequence[Row], costs: Sequence[Cost], settings: Settings) 
     errors = [f"{figure}: median %, worst %" for figure in _FIGURES]
     yield f"| measurements | {' | '.join(errors)} | all: median % |"
     yield "|---|---|---|---|---|"
-    for count in _counts(settings):
+    for count in [*_counts(settings), _ITSELF]:
         cells = [_cell(errors_by(rows, measurements=count, figure=figure)) for figure in _FIGURES]
-        name = {"0": "none: physics alone", "all": "all of the plan"}.get(count, count)
+        name = {
+            "0": "none: physics alone",
+            "all": "all of the plan",
+            _ITSELF: "half of the whole model's samples for the other half",
+        }.get(count, count)
         yield f"| {name} | {' | '.join(cells)} | {median(errors_by(rows, measurements=count)):.1f} |"
     yield ""
     yield f"| model | layers | fingerprints s | whole model s | share % | {errors[0]} | {errors[1]} | memory: worst % |"
@@ -271,7 +339,7 @@ def _counts(settings: Settings) -> list[str]:
 
 
 def _cell(errors: Sequence[float]) -> str:
-    return f"{median(errors):.1f}, {max(errors):.1f}"
+    return f"{median(errors):.1f}, {max(errors):.1f}" if errors else ""
 
 
 def missed_bars(rows: Sequence[Row], costs: Sequence[Cost], settings: Settings) -> Iterator[str]:

@@ -7,6 +7,7 @@ in it is run or opened.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -202,6 +203,14 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
     """
     models = models_of(profile)
     found: list[Observation] = []
+    cases = [case for run in profile.runs for case in run.cases]
+    noises = iter(
+        zip(
+            noise_of_medians([case.first_s for case in cases]),
+            noise_of_medians([case.each_s for case in cases]),
+            strict=True,
+        )
+    )
     for run in profile.runs:
         model = models[run.model]
         if max(run.layers) >= model.layers or run.pp > len(run.layers):
@@ -212,6 +221,7 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
         loaded_for = Batch(max((case.batch for case in run.cases), default=1), *_WARM_UP)
         for case in run.cases:
             configuration = ParallelConfig(tp=run.tp, pp=run.pp, weights=run.weights, kv=run.kv)
+            first_token_noise, tpot_noise = next(noises)
             found.append(
                 Observation(
                     model=short,
@@ -219,8 +229,8 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
                     batch=Batch(case.batch, case.prompt_tokens, case.output_tokens),
                     first_token_s=median(case.first_s),
                     tpot_s=median(case.each_s),
-                    first_token_noise=noise_of_median(case.first_s),
-                    tpot_noise=noise_of_median(case.each_s),
+                    first_token_noise=first_token_noise,
+                    tpot_noise=tpot_noise,
                     memory_bytes=held_bytes(profile, run) or None if case is largest else None,
                     memory_batch=loaded_for if _is_loaded(profile, run) else None,
                 )
@@ -247,6 +257,7 @@ _MEDIAN_OF_MEAN = 1.2533  # standard error of a median over that of a mean, for 
 _FEW_CORRECTION = 0.8  # Rousseeuw and Croux (1993): the median absolute deviation of few samples is too small
 _LEAST_NOISE = 0.003
 _FEW, _USUAL_SPREAD = 3, 0.05
+_POOLED_SAMPLES = 8  # what the spread of all batches counts for in the spread of each
 
 
 def relative_mad(samples: tuple[float, ...]) -> float:
@@ -262,6 +273,24 @@ def noise_of_median(samples: tuple[float, ...]) -> float:
     few = number / (number - _FEW_CORRECTION)
     spread = few * _DEVIATION_OF_MAD * relative_mad(samples) * _MEDIAN_OF_MEAN / math.sqrt(number)
     return max(_LEAST_NOISE, usual, spread)
+
+
+def noise_of_medians(measured: Sequence[tuple[float, ...]]) -> list[float]:
+    """Return the standard errors of the medians of batches that were measured on one machine, relative to them.
+
+    Few samples agree by chance. So the spread of a batch is taken together with the usual one of all batches, which
+    counts as much as eight samples do.
+    """
+    spreads = [noise_of_median(samples) * math.sqrt(len(samples)) for samples in measured]
+    usual = median(spreads) if spreads else 0.0
+    return [
+        max(
+            _LEAST_NOISE,
+            math.sqrt((_POOLED_SAMPLES * usual**2 + len(samples) * spread**2) / (_POOLED_SAMPLES + len(samples)))
+            / math.sqrt(len(samples)),
+        )
+        for samples, spread in zip(measured, spreads, strict=True)
+    ]
 
 
 def planned_profile(path: Path) -> HardwareProfile:

@@ -26,13 +26,19 @@ from maveriq.estimate.computed_parts import ComputedParts
 from maveriq.estimate.log_grid import Array
 from maveriq.estimate.observations import Batch, with_layers
 
-NOISE = 0.01
-"""Standard deviation of the logarithm of a median that was repeated until its spread is small."""
+NOISE, CPU_NOISE = 0.01, 0.04
+"""Standard deviation of the logarithm of a median that was repeated until its spread is small, and of one on a CPU.
+
+Nothing keeps a CPU's cores and caches to one engine: other processes, and other guests of the host, take their part. On
+two cores of a virtual machine the median of ten samples was known to 4 % (docs/profiling.md).
+"""
 
 _ENOUGH = 0.04  # expected error of the wanted estimates at which a plan ends
 _LEAST_GAIN = 0.02  # of that error, relative, for which a measurement is still made
-_USUAL_REPEATS = 5
-_DEPTHS = ((1, 2), (1, 4), (2, 4))
+USUAL_REPEATS = 5
+"""Samples of a batch, about, that make its median sure."""
+
+_DEPTHS = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8))
 _START_S = {"torch": 4.0, "vllm": 60.0, "trtllm": 120.0}
 """Until an engine serves a few layers, about."""
 
@@ -120,6 +126,9 @@ class Wanted:
             differ, for those of `short_models`.
         max_step_tokens: most tokens of a batch's prompts together.
         can_run: says whether the engine can run a configuration.
+        fits: says whether a model of these layers fits a GPU in all formats.
+        noise: standard deviation of the logarithm of a measured median.
+        repeats: samples of each batch, about.
         starting: engines that start at once, in the time of one.
     """
 
@@ -133,6 +142,9 @@ class Wanted:
     layers: Sequence[int] | None
     max_step_tokens: int
     can_run: Callable[[ParallelConfig], bool]
+    fits: Callable[[Layers], bool] = lambda _layers: True
+    noise: float = NOISE
+    repeats: int = USUAL_REPEATS
     starting: int = 1
 
     def batches(self) -> list[Batch]:
@@ -244,7 +256,7 @@ def plan_profile(
 def _depths(wanted: Wanted) -> list[Wanted]:
     """Return what is wanted with each choice of layers to measure with."""
     decoder = wanted.model.decoder
-    pairs = [pair for pair in _DEPTHS if pair[-1] <= decoder.layers // 2]
+    pairs = [pair for pair in _DEPTHS if pair[-1] <= decoder.layers // 2 and wanted.fits(tuple(range(pair[-1])))]
     if wanted.layers is not None or len(decoder.layer_kinds) > 1 or not pairs:
         return [wanted]
     return [replace(wanted, layers=pair) for pair in pairs]
@@ -263,7 +275,7 @@ def _planned(
     candidates = list(_candidates(wanted, parts, configurations, wanted.batches()))
     values = [computed for candidate in candidates for computed in _values(wanted, parts, candidate)]
     targets = targets[:: 1 + (len(values) + len(targets)) // _MAX_COVARIANCE]
-    choice = _Choice(candidates, values, targets, budget_s, most)
+    choice = _Choice(candidates, values, targets, budget_s=budget_s, most=most, noise=wanted.noise)
     chosen = choice.run()
     return ProfilePlan(
         runs=tuple(_runs(wanted.model.name, chosen)),
@@ -312,7 +324,7 @@ def _on_engine(
     start_s = (_START_S.get(wanted.backend, _USUAL_START_S) + _START_S_PER_GB * loaded_gb) / wanted.starting
     for batch in batches:
         first, token = (computed.total for computed in parts.times(short, configuration, batch))
-        case_s = (1 + _USUAL_REPEATS) * (first + (batch.output_tokens - 1) * token)
+        case_s = (1 + wanted.repeats) * (first + (batch.output_tokens - 1) * token)
         yield _Candidate(layers, configuration, batch, start_s, case_s)
 
 
@@ -339,7 +351,7 @@ def best_first(values: Sequence[Computed], targets: Sequence[Computed], *, most:
         gains = np.sum(covariance[count:, :count] ** 2, axis=0) / variances
         gains[order] = -1.0
         order.append(int(np.argmax(gains)))
-        covariance = _after(covariance, order[-1])
+        covariance = _after(covariance, order[-1], NOISE)
     return order
 
 
@@ -350,10 +362,10 @@ def _prior_covariance(values: Sequence[Computed]) -> Array:
     return Kernel(names, TIME_SCALES).covariance(design, design, design.shares(), design.shares())
 
 
-def _after(covariance: Array, measured: int) -> Array:
+def _after(covariance: Array, measured: int, noise: float) -> Array:
     """Return the covariance of values after one of them was measured."""
     column = covariance[:, measured]
-    return np.asarray(covariance - np.outer(column, column) / (column[measured] + NOISE**2))
+    return np.asarray(covariance - np.outer(column, column) / (column[measured] + noise**2))
 
 
 class _Choice:
@@ -364,10 +376,13 @@ class _Choice:
         candidates: Sequence[_Candidate],
         values: Sequence[Computed],
         targets: Sequence[Computed],
+        *,
         budget_s: float | None,
         most: int | None,
+        noise: float,
     ) -> None:
         self._candidates = candidates
+        self._noise = noise
         self._covariance = _prior_covariance([*values, *targets])
         self._targets = slice(len(values), None)
         self._budget_s = np.inf if budget_s is None else budget_s
@@ -408,7 +423,7 @@ class _Choice:
             started.add((chosen[best].layers, chosen[best].configuration))
             left_s -= float(costs_s[best])
             for value in (2 * best, 2 * best + 1):
-                self._covariance = _after(self._covariance, value)
+                self._covariance = _after(self._covariance, value, self._noise)
         else:
             self.ends = f"the expected error is {_ENOUGH:.0%}"
         return list(chosen.values())
@@ -417,7 +432,7 @@ class _Choice:
         """Return by how much each candidate makes the mean variance of the targets smaller, about."""
         count = 2 * len(self._candidates)
         with_targets = self._covariance[self._targets, :count]
-        variances = np.diagonal(self._covariance)[:count] + NOISE**2
+        variances = np.diagonal(self._covariance)[:count] + self._noise**2
         gains = np.sum(with_targets**2, axis=0) / variances / len(with_targets)
         return np.asarray(gains.reshape(-1, 2).sum(axis=1))
 

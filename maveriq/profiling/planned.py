@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -36,10 +37,10 @@ from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.local_machine import LocalMachine
 from maveriq.exec.model_files import ModelFiles
 from maveriq.profiling.execute import Bench, Repeats, Report, execute, run_records
-from maveriq.profiling.machine import machine_record, measured_sheet
+from maveriq.profiling.machine import high_priority, machine_record, measured_sheet
 from maveriq.profiling.measure import Probe
 from maveriq.profiling.memory_meter import GpuMemory, ProcessMemory
-from maveriq.profiling.plan import ProfilePlan, Wanted, plan_profile
+from maveriq.profiling.plan import CPU_NOISE, NOISE, USUAL_REPEATS, Layers, ProfilePlan, Wanted, plan_profile
 from maveriq.profiling.session import open_session, session_start
 from maveriq.profiling.short_models import ShortModels, check_complete
 from maveriq.units import bytes_from_gib, gib
@@ -150,6 +151,14 @@ class PlannedProfile:
             )
             return refusal is None
 
+        def fits(layers: Layers) -> bool:
+            each = [ParallelConfig(tp=1, pp=1, weights=weights, kv=kv) for weights, kv in formats]
+            needed = [
+                parts.run_memory(model, layers, configuration) for configuration in each if can_run(configuration)
+            ]
+            return max(needed, default=0.0) <= bytes_from_gib(self.machine.memory_gib)
+
+        formats = options.formats or [(model.unconverted, KvType.NATIVE)]
         gpus = len(self.local.meter.gpus) if self.local.meter else 1
         plain = ParallelConfig(tp=1, pp=1, weights=model.unconverted)
         if not can_run(plain):
@@ -159,13 +168,17 @@ class PlannedProfile:
             model=model,
             backend=self.local.backend,
             max_gpus=options.max_gpus or gpus,
-            formats=options.formats or [(model.unconverted, KvType.NATIVE)],
+            formats=formats,
             batch_sizes=options.batch_sizes or _BATCHES[device],
             prompt_tokens=options.prompt_tokens or _PROMPTS[device],
             output_tokens=options.output_tokens,
             layers=options.layers,
             max_step_tokens=_MAX_STEP_TOKENS[device],
             can_run=can_run,
+            fits=fits,
+            noise=CPU_NOISE if device is Device.CPU else NOISE,
+            # On a CPU medians hardly become as sure as is asked for, so that each batch is repeated to the end.
+            repeats=options.most_repeats if device is Device.CPU else min(USUAL_REPEATS, options.most_repeats),
             starting=min(os.cpu_count() or 1, _SIDE_BY_SIDE) if device is Device.CPU else 1,
         )
 
@@ -178,8 +191,24 @@ class PlannedProfile:
         )
 
 
-def measure_plan(profile: PlannedProfile, plan: ProfilePlan, folder: Path, report: Report) -> ProfileFile:
+def measure_plan(
+    profile: PlannedProfile,
+    plan: ProfilePlan,
+    folder: Path,
+    report: Report,
+    *,
+    first: bool = False,
+    side_by_side: int | None = None,
+) -> ProfileFile:
     """Measure what is missing of a plan, with the log in a folder, and return the whole profile.
+
+    Args:
+        profile: the models, the machine and the options.
+        plan: what to measure.
+        folder: where the log is.
+        report: takes lines about progress.
+        first: whether engines have the cores before other processes; not beside engines that serve.
+        side_by_side: engines that run at once and take turns; None for the device's usual number.
 
     Raises:
         InputError: the folder holds the log of other options.
@@ -203,6 +232,7 @@ def measure_plan(profile: PlannedProfile, plan: ProfilePlan, folder: Path, repor
         open_session(folder, start) as session,
         tempfile.TemporaryDirectory(prefix="maveriq-profile-") as logs,
         tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder) as scratch,
+        high_priority() if first else contextlib.nullcontext(),
         ProcessLauncher(local.backend, logs=Path(logs), devices=devices, python=local.python_path) as launcher,
     ):
         for left in folder.glob(f"{SCRATCH_PREFIX}*"):  # of a process that was killed
@@ -217,7 +247,7 @@ def measure_plan(profile: PlannedProfile, plan: ProfilePlan, folder: Path, repor
             short_models=ShortModels(profile.config_paths, local.backend, Path(scratch)),
             memory=GpuMemory(local.meter) if local.meter else ProcessMemory(),
             repeats=Repeats(least=options.least_repeats, most=max(options.least_repeats, options.most_repeats)),
-            side_by_side=_SIDE_BY_SIDE if local.meter is None else 1,
+            side_by_side=side_by_side or (_SIDE_BY_SIDE if local.meter is None else 1),
         )
         models = {name: model for name, (model, _) in profile.models.items()}
         asyncio.run(execute(session, models, bench, report))

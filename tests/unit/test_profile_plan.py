@@ -69,3 +69,24 @@ def test_hybrids_have_a_layer_of_each_kind_and_one_more_of_each() -> None:
     kinds = [sorted(decoder.layer_pattern[layer] for layer in layers) for layers in shorts]
     assert kinds[0] == [0, 1]
     assert sorted(kinds[1:]) == [[0, 0, 1], [0, 1, 1]]
+
+
+def test_noise_costs_accuracy_and_asks_for_deeper_models() -> None:
+    sure, noisy = (plan_profile(wanted(MODEL, noise=noise), parts()) for noise in (0.01, 0.1))
+    assert noisy.error_after > 1.2 * sure.error_after
+    deepest = [max(len(run.layers) for run in plan.runs) for plan in (sure, noisy)]
+    assert deepest[0] <= deepest[1]
+
+
+def test_repeats_are_in_the_expected_time() -> None:
+    few, many = (plan_profile(wanted(MODEL, layers=(1, 2), repeats=repeats), parts(), most=1) for repeats in (5, 17))
+    samples_s = [plan.runs[0].cases[0].expected_s for plan in (few, many)]
+    assert samples_s[1] == pytest.approx(3 * samples_s[0], rel=0.01)
+
+
+def test_models_of_more_layers_than_fit_a_gpu_are_not_planned() -> None:
+    noisy = plan_profile(wanted(MODEL, noise=0.1), parts())
+    deepest = max(len(run.layers) for run in noisy.runs)
+    assert deepest > 2
+    small = plan_profile(wanted(MODEL, noise=0.1, fits=lambda layers: len(layers) < deepest), parts())
+    assert max(len(run.layers) for run in small.runs) < deepest
