@@ -82,7 +82,7 @@ def profile(
         str | None,
         typer.Option(
             help="Layers of the models that are measured, separated by commas.",
-            show_default="planned: of 1, 2 and 4",
+            show_default="planned: of 1, 2, 4 and 8",
         ),
     ] = None,
     budget_s: Annotated[
