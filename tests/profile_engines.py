@@ -9,15 +9,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from maveriq.domain.gpu_kinds import GpuSheet, Link, NumberFormat
 from maveriq.domain.models import KvType, ModelSpec, WeightType
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.computed_parts import ComputedParts
+from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.observations import with_layers
 from maveriq.estimate.physics import PhysicsEstimator
 from maveriq.estimate.profile_file import MachineRecord, planning_profile
-from maveriq.exec.messages import EngineSpec, Finished, Generate, Hello, Load, Loaded, Stop
+from maveriq.exec.messages import (
+    Admitted,
+    Ended,
+    EngineSpec,
+    Finished,
+    Generate,
+    Hello,
+    Load,
+    Loaded,
+    NewTokens,
+    PromptSequence,
+    StepReport,
+    Stop,
+    SubmitRequest,
+)
 from maveriq.profiling.machine import nominal_sheet
 from maveriq.profiling.plan import Wanted
 
@@ -90,6 +107,31 @@ class KnownTimes:
         )
 
 
+class KnownSteps(KnownTimes):
+    """A launcher of engines that batch continuously, with the steps of `truth` and an admission of 3 ms.
+
+    The first sample's prompts come apart: the engine begins before the last one is there.
+    """
+
+    ADMISSION_S = 0.003
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__(model)
+        preset = msgspec.structs.replace(engine_preset("vllm-0.32.0"), step_us=900.0)
+        self.steps = PhysicsEstimator(self._truth.profile, preset, continuous=True)
+        self.apart = True
+
+    async def launch(self, spec: EngineSpec, gpu_ids: Sequence[int]) -> _Connection:
+        return _SteppedConnection(self)
+
+    def step_s(self, spec: EngineSpec, decodes: Sequence[int], chunks: Sequence[int]) -> float:
+        """Return the time of a step of sequences of these lengths and prompts of these."""
+        layers = json.loads(spec.config_json)["num_hidden_layers"]
+        short = self._model if layers == self._model.layers else with_layers(self._model, tuple(range(layers)))
+        timer = self.steps.step_timer(short, PLAIN)
+        return timer.step(len(decodes), sum(decodes), [(chunk, 0) for chunk in chunks]) / 2**32 / 1e6
+
+
 class Interrupted(BaseException):
     """Ctrl-C, or the end of the process."""
 
@@ -129,6 +171,53 @@ class _Connection:
     def kill(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class _SteppedConnection(_Connection):
+    """Computes a step whenever it is asked for a message and has requests."""
+
+    def __init__(self, launcher: KnownSteps) -> None:
+        super().__init__(launcher)
+        self._known = launcher
+        self._clock_s, self._number = 0.0, 0
+        self._lengths: dict[int, int] = {}  # of the requests that decode
+        self._left: dict[int, int] = {}
+        self._waiting: list[PromptSequence] = []
+
+    def send(self, message: Any) -> None:
+        if isinstance(message, SubmitRequest):
+            self._waiting.append(message.sequence)
+        else:
+            super().send(message)
+
+    async def receive(self) -> Any:
+        if not self._inbox.empty() or not (self._waiting or self._left):
+            return await super().receive()
+        assert self._spec is not None
+        late = self._waiting[1:] if self._known.apart else []
+        self._known.apart = False
+        joining, self._waiting = self._waiting[: len(self._waiting) - len(late)], late
+        step_s = self._known.step_s(self._spec, list(self._lengths.values()), [len(each.prompt) for each in joining])
+        if not self._lengths:
+            await asyncio.sleep(KnownSteps.ADMISSION_S + step_s)
+        self._clock_s += step_s
+        for each in joining:
+            self._lengths[each.request_id], self._left[each.request_id] = len(each.prompt), each.output_tokens
+        given = list(self._lengths)
+        ended = []
+        for number in given:
+            self._lengths[number] += 1
+            self._left[number] -= 1
+            if not self._left[number]:
+                ended.append(Ended(number, 0.1, 1))
+                del self._lengths[number], self._left[number]
+        self._number += 1
+        return StepReport(
+            number=self._number, ended_s=self._clock_s, step_s=step_s,
+            tokens=tuple(NewTokens(number, (1,)) for number in given),
+            admitted=tuple(Admitted(each.request_id, 0) for each in joining), ended=tuple(ended),
+            batch_tokens=len(given) + sum(len(each.prompt) - 1 for each in joining),
+        )  # fmt: skip
 
 
 class TrueMemory:

@@ -9,26 +9,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+import numpy as np
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.blending import Blend, Corrected, Measured, Scales
-from maveriq.estimate.computed_parts import CACHE, HAND_OVER, LAYERS, REST, SHARING, ComputedParts
+from maveriq.estimate.computed_parts import (
+    ADMISSION,
+    ATTENTION,
+    CACHE,
+    HAND_OVER,
+    LAYERS,
+    REST,
+    SHARING,
+    ComputedParts,
+)
 from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable
 from maveriq.estimate.hardware_profile import HardwareProfile
 from maveriq.estimate.intervals import Interval
-from maveriq.estimate.observations import Batch
+from maveriq.estimate.log_grid import Array, LogGrid
+from maveriq.estimate.observations import Batch, Observation
 from maveriq.estimate.physics import PhysicsEstimator
+from maveriq.estimate.step_time import GriddedSteps
 from maveriq.units import Bytes
 
 TIME_SCALES: Mapping[str, Scales] = {
     REST: Scales(common=0.8, phase=0.6, doubling=1.0),
     SHARING: Scales(common=0.8, phase=0.5, doubling=0.3),
     HAND_OVER: Scales(common=0.8, phase=0.5),
+    ADMISSION: Scales(
+        common=0.05, phase=0.0, size=0.05, stored_as=0.0, stored_size=0.0, doubling=0.0, model=0.0, kind=0.0
+    ),
 }
-"""Launches, the API and links between GPUs are further off than the kernels of layers."""
+"""Launches, the API and links between GPUs are further off than the kernels of layers. Admission was measured."""
 
 MEMORY_SCALES: Mapping[str, Scales] = {
     LAYERS: Scales(common=0.1, phase=0.0, size=0.0, stored_as=0.2, stored_size=0.0, doubling=0.0, model=0.1, kind=0.1),
@@ -45,6 +61,36 @@ _FIRST, _TOKEN = 0, 1  # the times of `ComputedParts.times`
 _LENGTH_STEPS = 0.02  # lengths whose logarithms differ by less are corrected alike
 _OUTPUT_TOKENS = 20
 
+# Between these sizes and those that were measured, factors of steps are interpolated.
+_SEQUENCES = (1, 4, 16, 64, 256, 1024, 4096)
+_CONTEXTS = (1, 32, 256, 2048, 16_384, 262_144)
+_ROWS = (1, 16, 64, 256, 1024, 4096, 16_384, 65_536)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFactors:
+    """By how much the steps of a configuration differ from the computed ones.
+
+    Args:
+        decode: of a step that decodes: sequences, and tokens that each attends to.
+        dense: of a step that holds prompts alone, by tokens: layers, with what attention takes for any prompt.
+        attention: of what attention takes for the length of a prompt, by its tokens.
+        rest: of what does not belong to layers: output and host, by tokens of the step.
+        of_length_us: at the points of `attention`, the computed time to which it applies.
+        sequences: numbers of decoding sequences that were measured, ascending.
+        contexts: tokens that measured sequences attended to, ascending.
+        rows: tokens of measured steps that hold prompts, ascending.
+    """
+
+    decode: LogGrid
+    dense: LogGrid
+    attention: LogGrid
+    rest: LogGrid
+    of_length_us: Array
+    sequences: tuple[int, ...]
+    contexts: tuple[int, ...]
+    rows: tuple[int, ...]
+
 
 class BlendedEstimator:
     """Estimates as physics does, corrected by the profile's measurements.
@@ -57,7 +103,7 @@ class BlendedEstimator:
     def __init__(self, profile: HardwareProfile, physics: PhysicsEstimator | None = None) -> None:
         self._profile = profile
         self._physics = physics or PhysicsEstimator(profile)
-        self._parts = ComputedParts(self._physics)
+        self._parts = ComputedParts(self._physics, profile.admission_s)
         self._factors: dict[tuple[int, ModelSpec, ParallelConfig, int, int], Corrected] = {}
 
     @property
@@ -89,16 +135,27 @@ class BlendedEstimator:
         first = self._correction(_FIRST, *at, prompt_tokens)
         token = self._correction(_TOKEN, *at, prompt_tokens + output_tokens // 2)
         first_s, tpot_s = computed.first_token_s * first.value, computed.tpot_s * token.value
-        rest_s = (output_tokens - 1) * tpot_s
-        # Both corrections are taken as if they erred together.
-        deviation = (first_s * first.deviation + rest_s * token.deviation) / (first_s + rest_s)
         return ServiceEstimate(
             ttft_s=first_s - tpot_s,
             tpot_s=tpot_s,
             output_tokens=output_tokens,
-            interval=Corrected(1.0, deviation).interval,
+            interval=_together(first, first_s, token, (output_tokens - 1) * tpot_s),
             basis=Basis.MEASURED if self._profile.has_measured(model) else computed.basis,
         )
+
+    def service_interval(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> Interval:
+        """Return the factors between which the time of a request lies in 90 of 100 cases.
+
+        The arguments are those of `service`; the interval does not depend on how requests share steps.
+
+        Raises:
+            InputError: as `service`.
+        """
+        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
+        interval = self.service(model, configuration, **lengths).interval
+        return interval if interval is not None else Interval(1.0, 1.0)
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig) -> Bytes:
         """Estimate the memory over all GPUs of a deployment whose requests have the profile's length of prompts.
@@ -138,6 +195,80 @@ class BlendedEstimator:
         """
         return self._physics.why_no_room(model, configuration, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
 
+    @property
+    def mixed_steps(self) -> list[Observation]:
+        """What was measured with steps that hold a prompt beside decoding sequences."""
+        return [seen for seen in self._profile.observed if seen.mixed_s is not None]
+
+    def computed_steps(self, model: ModelSpec, configuration: ParallelConfig) -> GriddedSteps:
+        """Return the computed time of the kernels of steps.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        check_estimable(self._physics, model, configuration)
+        return self._physics.step_model(model, configuration)
+
+    def step_factors(self, model: ModelSpec, configuration: ParallelConfig) -> StepFactors:
+        """Return by how much the steps of an engine differ from the computed ones.
+
+        Raises:
+            InputError: the configuration has a reason in `why_not`.
+        """
+        check_estimable(self, model, configuration)
+        of = replace(configuration.at_any_place(), batch_size=1)
+        seen = [observed.batch for observed in self._profile.observed]
+        sequences, contexts, rows = (
+            tuple(sorted({*found}))
+            for found in (
+                [batch.size for batch in seen if batch.output_tokens > 1],
+                [batch.prompt_tokens + batch.output_tokens // 2 for batch in seen if batch.output_tokens > 1],
+                [batch.size * batch.prompt_tokens for batch in seen],
+            )
+        )
+        axes = tuple(_axis(usual, found) for usual, found in ((_SEQUENCES, sequences), (_CONTEXTS, contexts)))
+        decode = [
+            [math.log(self._correction(_TOKEN, model, of, int(size), int(tokens)).value) for tokens in axes[1]]
+            for size in axes[0]
+        ]
+        by_rows = _axis(_ROWS, rows)
+        longest = max((batch.prompt_tokens for batch in seen), default=1)
+        dense, attention, rest, of_length_us = [], [], [], []
+        for tokens in map(int, by_rows):
+            prompts = -(-tokens // longest)  # as long as those that were measured
+            parts = self._prefill_parts(model, of, Batch(prompts, round(tokens / prompts), 1))
+            dense.append(_log_ratio(parts[LAYERS], parts.get(SHARING)))
+            rest.append(_log_ratio(parts[REST]))
+            one = parts if prompts == 1 else self._prefill_parts(model, of, Batch(1, tokens, 1))
+            attention.append(_log_ratio(one[ATTENTION]))
+            of_length_us.append(1e6 * one[ATTENTION][0])
+        return StepFactors(
+            decode=LogGrid(axes, np.asarray(decode)),
+            dense=LogGrid((by_rows,), np.asarray(dense)),
+            attention=LogGrid((by_rows,), np.asarray(attention)),
+            rest=LogGrid((by_rows,), np.asarray(rest)),
+            of_length_us=np.asarray(of_length_us),
+            sequences=sequences,
+            contexts=contexts,
+            rows=rows,
+        )
+
+    def _prefill_parts(
+        self, model: ModelSpec, configuration: ParallelConfig, batch: Batch
+    ) -> dict[str, tuple[float, float]]:
+        """Return the parts of the time to the first token of a batch: as computed, and corrected."""
+        computed = self._parts.time(model, configuration, batch, _FIRST)
+        found: dict[str, tuple[float, float]] = {}
+        for term, value in zip(computed.terms, self._time_blend.corrected_terms(computed), strict=True):
+            before = found.get(term.part, (0.0, 0.0))
+            found[term.part] = (before[0] + term.value, before[1] + value)
+        return found
+
+    @property
+    def admission_s(self) -> float:
+        """What passes from the arrival of a request until it is in the engine's queue, as measured."""
+        return self._profile.admission_s
+
     def _memory(
         self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int
     ) -> Corrected:
@@ -151,7 +282,7 @@ class BlendedEstimator:
         """Return the factor of a time, for sequences of so many tokens; nearly equal lengths share it."""
         key = (phase, model, configuration, batch, self._nearby(phase, tokens))
         if key not in self._factors:
-            computed = self._parts.times(model, configuration, Batch(batch, key[-1], 1))[phase]
+            computed = self._parts.time(model, configuration, Batch(batch, key[-1], 1), phase)
             corrected = self._time_blend.corrected(computed)
             self._factors[key] = corrected._replace(value=corrected.value / computed.total)
         return self._factors[key]
@@ -202,3 +333,19 @@ class BlendedEstimator:
 
 
 _MEMORY_NOISE = _MEMORY_DEVIATION = 0.005
+
+
+def _together(first: Corrected, first_s: float, token: Corrected, rest_s: float) -> Interval:
+    """Return the interval of a time of two parts, which are taken as if they erred together."""
+    deviation = (first_s * first.deviation + rest_s * token.deviation) / (first_s + rest_s)
+    return Corrected(1.0, deviation).interval
+
+
+def _log_ratio(*parts: tuple[float, float] | None) -> float:
+    """Return the logarithm of what some parts are together when corrected, over what is computed."""
+    computed, corrected = (sum(part[index] for part in parts if part) for index in (0, 1))
+    return math.log(corrected / computed)
+
+
+def _axis(usual: tuple[int, ...], measured: tuple[int, ...]) -> Array:
+    return np.asarray(sorted({*usual, *measured}), dtype=np.float64)

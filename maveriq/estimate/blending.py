@@ -9,6 +9,7 @@ layer apart from the rest, and a whole model follows with an error (docs/decisio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeAlias
@@ -324,7 +325,33 @@ class Blend:
         if not len(self._design.totals):
             own = self._kernel.covariance(design, design, design.shares(), design.shares())
             return Corrected(computed.total, float(np.sqrt(own[0, 0])))
-        corrections = [
+        corrections = self._corrections(design)
+        parts = [slot.values * np.exp(g) for slot, g in zip(design.slots, corrections, strict=True)]
+        shares = design.shares(corrections)
+        cross = self._kernel.covariance(design, self._design, shares, self._shares)[0]
+        own = self._kernel.covariance(design, design, shares, shares)[0, 0]
+        # A deviation of exactly this value from its parts was measured with it.
+        deviation = float(self._kernel.deviation**2 * (design.keys[0] == self._design.keys) @ self._weights)
+        variance = max(0.0, float(own - cross @ self._inverse @ cross))
+        value = sum(float(part[0]) for part in parts) * math.exp(deviation)
+        return Corrected(value, float(np.sqrt(variance)))
+
+    def corrected_terms(self, computed: Computed) -> tuple[float, ...]:
+        """Return the terms of a value as the measurements correct them; what a whole has beyond its parts is left out.
+
+        The terms may be a choice of parts that were measured in different values.
+        """
+        if not len(self._design.totals):
+            return tuple(term.value for term in computed.terms)
+        corrections = self._corrections(Design([computed], self._names))
+        return tuple(
+            term.value * float(np.exp(correction[0]))
+            for term, correction in zip(computed.terms, corrections, strict=True)
+        )
+
+    def _corrections(self, design: Design) -> list[Array]:
+        """Return the most likely correction of each part, as a logarithm."""
+        return [
             np.asarray(
                 sum(
                     self._kernel.between(slot, other) @ (share * self._weights)
@@ -333,11 +360,3 @@ class Blend:
             )
             for slot in design.slots
         ]
-        parts = [slot.values * np.exp(g) for slot, g in zip(design.slots, corrections, strict=True)]
-        shares = design.shares(corrections)
-        cross = self._kernel.covariance(design, self._design, shares, self._shares)[0]
-        own = self._kernel.covariance(design, design, shares, shares)[0, 0]
-        # A deviation of exactly this value from its parts was measured with it.
-        deviation = float(self._kernel.deviation**2 * (design.keys[0] == self._design.keys) @ self._weights)
-        variance = max(0.0, float(own - cross @ self._inverse @ cross))
-        return Corrected(float(sum(parts)[0] * np.exp(deviation)), float(np.sqrt(variance)))

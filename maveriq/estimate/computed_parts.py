@@ -24,6 +24,7 @@ FIRST, TOKEN, MEMORY = "first token", "further token", "memory"
 """The phases: what is computed."""
 
 LAYERS, ATTENTION, SHARING, HAND_OVER, REST, CACHE = "layers", "attention", "sharing", "hand-over", "rest", "cache"
+ADMISSION = "admission"
 """The parts."""
 
 _Times: TypeAlias = tuple[float, float]
@@ -39,9 +40,12 @@ class ComputedParts:
 
     Args:
         estimator: adds up layers.
+        admission_s: what of its time to the first token passes before the request is in the engine's queue, where that
+            was measured by itself: a part of its own.
     """
 
     estimator: Estimator
+    admission_s: float = 0.0
     _short: dict[tuple[ModelSpec, LayerKind, int], ModelSpec] = field(default_factory=dict)
     _without_name: dict[ModelSpec, ModelSpec] = field(default_factory=dict)
     _kinds: dict[LayerKind, str] = field(default_factory=dict)
@@ -53,14 +57,26 @@ class ComputedParts:
 
     def times(self, model: ModelSpec, configuration: ParallelConfig, batch: Batch) -> tuple[Computed, Computed]:
         """Return the times until the first token and for a further one, in seconds."""
+        first, token = self._computed(model, configuration, batch, (0, 1))
+        return first, token
+
+    def time(self, model: ModelSpec, configuration: ParallelConfig, batch: Batch, phase: int) -> Computed:
+        """Return one of the two times, which takes less than both."""
+        [computed] = self._computed(model, configuration, batch, (phase,))
+        return computed
+
+    def _computed(
+        self, model: ModelSpec, configuration: ParallelConfig, batch: Batch, phases: tuple[int, ...]
+    ) -> list[Computed]:
         totals = self._times_s(model, configuration, batch)
         rows = (batch.size * batch.prompt_tokens, batch.size)
         tokens = (batch.prompt_tokens, batch.prompt_tokens + batch.output_tokens / 2)
-        layers = list(self._layers(model, configuration, batch))
+        layers = list(self._layers(model, configuration, batch, phases))
         split = replace(configuration, batch_size=1)
         alone = totals if configuration.pp == 1 else self._times_s(model, configuration.at(configuration.tp, 1), batch)
         found = []
-        for index, phase in enumerate((FIRST, TOKEN)):
+        for index in phases:
+            phase = (FIRST, TOKEN)[index]
             features = Features(
                 phase=phase,
                 model=model.name,
@@ -80,6 +96,8 @@ class ComputedParts:
                 if configuration.tp > 1:
                     parts.append(Term(SHARING, sharing, features._replace(kind=kind)))
             hand_over = max(0.0, totals[index] - alone[index])
+            if index == 0 and self.admission_s:
+                parts.append(Term(ADMISSION, self.admission_s, features))
             rest = totals[index] - hand_over - sum(term.value for term in parts)
             parts.append(Term(REST, rest, features))
             if configuration.pp > 1:
@@ -87,7 +105,7 @@ class ComputedParts:
                 parts.append(Term(HAND_OVER, max(hand_over, of_each), features))
             identity = f"{phase} {model.name} {model.layers} {split} {batch.size} {int(tokens[index])}"
             found.append(Computed(_adding_up(parts, totals[index]), identity))
-        return found[0], found[1]
+        return found
 
     def memory(self, model: ModelSpec, configuration: ParallelConfig, batch: Batch) -> Computed:
         """Return the memory over all GPUs, in bytes."""
@@ -126,11 +144,11 @@ class ComputedParts:
         return self._memory(short, configuration, Batch(1, 1, 1))
 
     def _layers(
-        self, model: ModelSpec, configuration: ParallelConfig, batch: Batch
+        self, model: ModelSpec, configuration: ParallelConfig, batch: Batch, phases: tuple[int, ...]
     ) -> Iterator[tuple[str, int, tuple[_Times, _Times, _Times]]]:
         """Yield each kind of layers: its number, and of a layer the times without attention, of attention, of sharing.
 
-        The first two are a GPU's equal share of what one alone takes.
+        The first two are a GPU's equal share of what one alone takes. Attention is left out in phases not asked for.
         """
         tp, one = configuration.tp, configuration.at(1, 1)
         # The same tokens in a step, with nothing to attend to but themselves.
@@ -138,7 +156,8 @@ class ComputedParts:
         for kind, count in model.decoder.kinds():
             layer = self._layer_s(model, kind, one, batch)
             attention = tuple(
-                max(0.0, layer[index] - self._layer_s(model, kind, one, each)[index]) for index, each in enumerate(bare)
+                max(0.0, layer[index] - self._layer_s(model, kind, one, each)[index]) if index in phases else 0.0
+                for index, each in enumerate(bare)
             )
             dense = _less(layer, (attention[0], attention[1]))
             shared = layer if tp == 1 else self._layer_s(model, kind, configuration.at(tp, 1), batch)

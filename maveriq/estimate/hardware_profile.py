@@ -285,6 +285,7 @@ class HardwareProfile:
         engine_times: times that were fitted to a deployment, by the preset in whose place they stand.
         sheet: measured speeds of a kind of GPU that has no data sheet; None where the catalogue has it.
         observed: what a planned profile measured, in fingerprints and whole models; the estimator `blended` reads it.
+        admission_s: what was measured to pass from a request's arrival until it is in an engine's queue.
     """
 
     name: str
@@ -308,6 +309,7 @@ class HardwareProfile:
     engine_times: Mapping[str, EngineTimes] = field(default_factory=dict)
     sheet: GpuSheet | None = None
     observed: tuple[Observation, ...] = ()
+    admission_s: float = 0.0
 
     def engine_preset(self, preset: EnginePreset) -> EnginePreset:
         """Return a preset with the times that were fitted to the profile's deployment, if it was one of that preset."""

@@ -50,6 +50,7 @@ class Observation:
         tpot_noise: of the second.
         memory_bytes: what the engine held; None but for one batch of an engine.
         memory_batch: the batch that it held memory for; None for `batch`.
+        mixed_s: a step with one more prompt while the batch decodes; None where it was not measured.
     """
 
     model: ModelSpec
@@ -61,3 +62,4 @@ class Observation:
     tpot_noise: float
     memory_bytes: int | None = None
     memory_batch: Batch | None = None
+    mixed_s: float | None = None

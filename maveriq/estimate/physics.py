@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from maveriq.domain.decoder import Decoder, LatentAttention
 from maveriq.domain.gpu_kinds import NumberFormat, gpu_sheet, number_format_of
@@ -31,12 +31,12 @@ from maveriq.estimate.engine_presets import DEFAULT_ENGINE, EnginePreset, engine
 from maveriq.estimate.estimator import Basis, ServiceEstimate, check_estimable, check_lengths
 from maveriq.estimate.hand_over import node_channel
 from maveriq.estimate.hardware_profile import HardwareProfile
-from maveriq.estimate.intervals import family_of, interval_of
+from maveriq.estimate.intervals import Interval, family_of, interval_of
 from maveriq.estimate.kernel_bounds import BYTES_PER_WEIGHT
 from maveriq.estimate.operators import Operators, operators_of
 from maveriq.estimate.pipeline_timer import PipelineTimer, StageModel
 from maveriq.estimate.steady_state import SteadyLoad, StepTime
-from maveriq.estimate.step_time import Chunk, Formats, Sharding, StepModel, why_not_timed
+from maveriq.estimate.step_time import Chunk, Formats, GriddedSteps, Sharding, StepModel, why_not_timed
 from maveriq.estimate.step_timer import StepTimer
 from maveriq.units import Bytes
 
@@ -52,6 +52,24 @@ _Stage: TypeAlias = tuple[ModelSpec, int, int, WeightType, KvType]
 _OUTPUT_TOKENS = 20  # of a request, where the memory of none in particular is asked for
 
 
+class StepCorrections(Protocol):
+    """Corrects computed step times by measurements (`maveriq.estimate.blended_steps`)."""
+
+    @property
+    def engine(self) -> EnginePreset:
+        """What the engine's process adds to corrected steps."""
+
+    def corrected(
+        self, steps: GriddedSteps, model: ModelSpec, configuration: ParallelConfig, *, layers: int
+    ) -> GriddedSteps:
+        """Return the times of steps of so many of a model's layers, corrected."""
+
+    def interval(
+        self, model: ModelSpec, configuration: ParallelConfig, *, prompt_tokens: int, output_tokens: int, batch: int
+    ) -> Interval:
+        """Return the interval of a request's time."""
+
+
 @dataclass(frozen=True, slots=True)
 class PhysicsEstimator:
     """Estimates any decoder on the GPUs of a profile, whatever the profile has measured.
@@ -61,20 +79,23 @@ class PhysicsEstimator:
         preset: the engine, by generation; None for the one that the profile was measured with, or the default.
         continuous: whether it batches continuously; else it takes one batch after the other, as simulated engines do.
         node_gpus: GPUs of the largest node, which share layers at most; None for the usual number of the kind.
+        corrections: of step times, by what was measured; None for none.
     """
 
     profile: HardwareProfile
     preset: InitVar[EnginePreset | None] = None
     continuous: bool = False
     node_gpus: int | None = None
+    corrections: StepCorrections | None = None
     engine: EnginePreset = field(init=False)
     _operators: Operators = field(init=False)
-    _models: dict[tuple[ModelSpec, Sharding, Formats, int, int | None], StepModel] = field(default_factory=dict)
+    _models: dict[tuple[ModelSpec, Sharding, Formats, int, int | None], GriddedSteps] = field(default_factory=dict)
     _reasons: dict[_Stage, str | None] = field(default_factory=dict)
 
     def __post_init__(self, preset: EnginePreset | None) -> None:
         engine = preset or engine_preset(self.profile.engine or DEFAULT_ENGINE)
-        object.__setattr__(self, "engine", self.profile.engine_preset(engine))
+        own = self.profile.engine_preset(engine) if self.corrections is None else self.corrections.engine
+        object.__setattr__(self, "engine", own)
         sheet = self.profile.sheet or gpu_sheet(self.profile.gpu_kind)
         object.__setattr__(self, "_operators", operators_of(sheet, self.engine.kernels))
 
@@ -174,17 +195,20 @@ class PhysicsEstimator:
         else:
             first_us, token_us = step_us(0, [Chunk(tokens=prompt_tokens)] * batch), step_us(batch, ())
         first_us += self.engine.first_token_delay_us(prompt_tokens, running=batch)
+        lengths = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "batch": batch}
         return ServiceEstimate(
             ttft_s=(first_us - token_us) / 1e6,
             tpot_s=token_us / 1e6,
             output_tokens=output_tokens,
-            interval=interval_of(self.engine, family_of(model.decoder), measured=self._operators.measured),
-            basis=self.basis,
+            interval=interval_of(self.engine, family_of(model.decoder), measured=self._operators.measured)
+            if self.corrections is None
+            else self.corrections.interval(model, configuration, **lengths),
+            basis=Basis.MEASURED if self.corrections and self.profile.has_measured(model) else self.basis,
         )
 
     def _step_time(self, model: ModelSpec, configuration: ParallelConfig, *, context_tokens: float) -> StepTime:
         """Return the time of a step of all stages, whose decoding sequences have so many tokens each."""
-        steps = self._step_model(model, configuration)
+        steps = self.step_model(model, configuration)
         channel, hand_overs = node_channel(self._operators.gpu), configuration.pp - 1
 
         def step_us(decodes: float, chunks: Sequence[Chunk]) -> float:
@@ -205,7 +229,7 @@ class PhysicsEstimator:
             InputError: the configuration has a reason in `why_not`.
         """
         check_estimable(self, model, configuration)
-        return StepTimer(self._step_model(model, configuration), self.engine, layers=model.layers)
+        return StepTimer(self.step_model(model, configuration), self.engine, layers=model.layers)
 
     def pipeline_timer(self, model: ModelSpec, configuration: ParallelConfig) -> PipelineTimer:
         """Return what times the steps of an engine of several stages, whose GPUs are on one node.
@@ -218,7 +242,7 @@ class PhysicsEstimator:
         stages, first = [], 0
         split = configuration.layers_per_stage(model.layers)
         for number, layers in enumerate(split, start=1):
-            steps = self._step_model(model, configuration, first=first, end=first + layers)
+            steps = self.step_model(model, configuration, first=first, end=first + layers)
             is_last = number == len(split)
             hand_over_us = _no_hand_over if is_last else partial(channel.hand_over_us, hidden_size=size)
             stages.append(StageModel(steps=steps, layers=layers, hand_over_us=hand_over_us))
@@ -303,10 +327,10 @@ class PhysicsEstimator:
         own_tokens = EngineSettings().max_num_batched_tokens
         return usual if self.continuous else replace(usual, max_num_batched_tokens=own_tokens)
 
-    def _step_model(
+    def step_model(
         self, model: ModelSpec, configuration: ParallelConfig, *, first: int = 0, end: int | None = None
-    ) -> StepModel:
-        """Return the step model of layers, by default of all: a pipeline's stages together take as long."""
+    ) -> GriddedSteps:
+        """Return the step times of layers, by default of all: a pipeline's stages together take as long."""
         stored = self._stored_as(model, configuration)
         sharding = Sharding(tp=configuration.tp, ep=configuration.ep)
         formats = Formats(
@@ -315,7 +339,11 @@ class PhysicsEstimator:
         end = None if end == model.layers else end
         key = (model, sharding, formats, first, end)
         if key not in self._models:
-            self._models[key] = _step_model(model.decoder, self._operators, sharding, formats, first, end)
+            steps: GriddedSteps = _step_model(model.decoder, self._operators, sharding, formats, first, end)
+            if self.corrections is not None:
+                layers = (model.layers if end is None else end) - first
+                steps = self.corrections.corrected(steps, model, configuration, layers=layers)
+            self._models[key] = steps
         return self._models[key]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from maveriq.estimate.engine_presets import EnginePreset
-from maveriq.estimate.step_time import StepModel
+from maveriq.estimate.step_time import GriddedSteps
 from maveriq.estimate.step_timer import Ticks, ticks
 
 
@@ -26,7 +26,7 @@ class StageModel:
         hand_over_us: time in which the activations of so many tokens reach the next stage; 0 for the last.
     """
 
-    steps: StepModel
+    steps: GriddedSteps
     layers: int
     hand_over_us: Callable[[int], float]
 

@@ -21,6 +21,7 @@ from maveriq.domain.gpu_kinds import GpuSheet, gpu_sheets
 from maveriq.domain.models import KvType, ModelSpec, WeightType, known_models, model_from_hf_config
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
+from maveriq.estimate.engine_presets import EngineTimes, engine_preset
 from maveriq.estimate.fingerprints import FingerprintTable
 from maveriq.estimate.hardware_profile import HardwareProfile, LoadFit, MeasuredFacts
 from maveriq.estimate.observations import Batch, Observation, with_layers
@@ -86,13 +87,23 @@ class ModelRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
 
 
 class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A batch of equal prompts: until the first token, and for each further one, sample by sample."""
+    """A batch of equal prompts, sample by sample.
+
+    Args:
+        batch: how many.
+        prompt_tokens: of each.
+        output_tokens: of each.
+        first_s: until the first token; of an engine that batches continuously, of the step with all the prompts.
+        each_s: for each further token.
+        mixed_s: of a step with one more such prompt while the batch decodes; none where an engine has no such steps.
+    """
 
     batch: _Tokens
     prompt_tokens: _Tokens
     output_tokens: _Tokens
     first_s: _Samples
     each_s: _Samples
+    mixed_s: _Samples = ()
 
     def __post_init__(self) -> None:
         if len(self.first_s) != len(self.each_s) or not self.first_s:
@@ -115,6 +126,8 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
         memory_before_bytes: what was held on its GPUs before.
         memory_after_bytes: what the engine held after the last sample.
         memory_peak_bytes: the most that it was seen to hold.
+        kv_tokens: tokens that its KV cache has room for, where it has a fixed size; else 0.
+        admission_s: of an engine that batches continuously: what a request's first token takes beside its step.
         cases: what was measured.
     """
 
@@ -133,6 +146,8 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     memory_before_bytes: _Bytes = 0
     memory_after_bytes: _Bytes = 0
     memory_peak_bytes: _Bytes = 0
+    kv_tokens: _Bytes = 0
+    admission_s: _Samples = ()
     cases: Annotated[tuple[CaseRecord, ...], msgspec.Meta(max_length=_MAX_CASES)]
 
 
@@ -201,7 +216,7 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
     Raises:
         InputError: as `models_of`, or a run with layers that its model has not.
     """
-    models = models_of(profile)
+    models, admission_s = models_of(profile), admission_of(profile)
     found: list[Observation] = []
     cases = [case for run in profile.runs for case in run.cases]
     noises = iter(
@@ -218,7 +233,10 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
         whole = run.layers == tuple(range(model.layers))
         short = model if whole else with_layers(model, run.layers)
         largest = max(run.cases, key=lambda case: case.batch * (case.prompt_tokens + case.output_tokens), default=None)
-        loaded_for = Batch(max((case.batch for case in run.cases), default=1), *_WARM_UP)
+        sequences = max((case.batch for case in run.cases), default=1)
+        loaded_for = Batch(sequences, *_WARM_UP)
+        if run.kv_tokens > 2 * sequences:
+            loaded_for = Batch(sequences, run.kv_tokens // sequences - 1, 1)
         for case in run.cases:
             configuration = ParallelConfig(tp=run.tp, pp=run.pp, weights=run.weights, kv=run.kv)
             first_token_noise, tpot_noise = next(noises)
@@ -227,15 +245,22 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
                     model=short,
                     configuration=configuration,
                     batch=Batch(case.batch, case.prompt_tokens, case.output_tokens),
-                    first_token_s=median(case.first_s),
+                    first_token_s=median(case.first_s) + admission_s,
                     tpot_s=median(case.each_s),
                     first_token_noise=first_token_noise,
                     tpot_noise=tpot_noise,
                     memory_bytes=held_bytes(profile, run) or None if case is largest else None,
-                    memory_batch=loaded_for if _is_loaded(profile, run) else None,
+                    memory_batch=loaded_for if run.kv_tokens or _is_loaded(profile, run) else None,
+                    mixed_s=median(case.mixed_s) if case.mixed_s else None,
                 )
             )
     return tuple(found)
+
+
+def admission_of(profile: ProfileFile) -> float:
+    """Return what a request's first token takes beside its step, in s; 0 where that is part of what was measured."""
+    samples = [each for run in profile.runs for each in run.admission_s]
+    return median(samples) if samples else 0.0
 
 
 def held_bytes(profile: ProfileFile, run: RunRecord) -> int:
@@ -312,8 +337,11 @@ def planned_profile(path: Path) -> HardwareProfile:
         raise InputError(f"profile {str(path)!r}: unknown engine {read.engine.name!r} (known: {', '.join(_ENGINES)})")
     observed = observations_of(read)
     empty = planning_profile(machine, _preset_of(read.engine))
+    admission_s = admission_of(read)
     return replace(
         empty,
+        admission_s=admission_s,
+        engine_times=times_without_server(empty.engine, admission_s),
         name=read.name,
         prompt_tokens=round(median(seen.batch.prompt_tokens for seen in observed)) if observed else _PROMPT_TOKENS,
         facts=replace(empty.facts, load_fit=_load_fit(read)),
@@ -343,6 +371,15 @@ def planning_profile(machine: MachineRecord, engine: str) -> HardwareProfile:
         engine=engine,
         sheet=msgspec.structs.replace(machine.sheet, name=machine.kind) if machine.sheet else None,
     )
+
+
+def times_without_server(engine: str, admission_s: float) -> dict[str, EngineTimes]:
+    """Return the times of an engine's process whose requests come as measured, and not through a server of its own."""
+    preset = engine_preset(engine)
+    times = msgspec.structs.replace(
+        preset.times, api_us=1e6 * admission_s, api_token_us=0.0, api_sequence_us=0.0, uncertainty=preset.uncertainty
+    )
+    return {preset.name: times}
 
 
 _LOAD_FIT = LoadFit(fixed_s=20.0, per_gpu_s=0.0, per_gib_s=0.5)

@@ -128,7 +128,64 @@ def why_not_timed(decoder: Decoder) -> str | None:
     return None
 
 
-class StepModel:
+class GriddedSteps:
+    """The time of a step, interpolated between the points of grids.
+
+    Args:
+        grids: times of the parts of a step.
+    """
+
+    def __init__(self, grids: StepGrids) -> None:
+        self.grids = grids
+        self._tokens_us = Line(grids.tokens, grids.tokens_us)
+        self._decode_us = Surface(grids.sequences, grids.context, grids.decode_us)
+        self._mixed_decode_us = Surface(grids.sequences, grids.context, grids.mixed_decode_us)
+        self._prefill_us = SurfacePair(grids.chunk, grids.past, grids.prefill_us, grids.prefill_lead_us)
+        self._head_us = Line(grids.sequences, grids.head_us)
+
+    @property
+    def packed(self) -> Array:
+        """What `maveriq.estimate.compiled_step` answers from."""
+        return self.grids.packed()
+
+    @property
+    def contexts(self) -> Sequence[int]:
+        """Lengths of a sequence, ascending, between which the time of a step that only decodes is linear in them."""
+        return [int(context) for context in self.grids.context]
+
+    def mixed_decode_us(self, decodes: float, context: float) -> float:
+        """Return the time of attention of so many decoding sequences of a length, beside chunks of prompts."""
+        return self._mixed_decode_us.at(decodes, context)
+
+    def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[tuple[int, int]] = ()) -> float:
+        """Return the time of the kernels of a step.
+
+        Args:
+            decodes: sequences that decode; a mean may be a fraction.
+            context_tokens: tokens that these attend to, all sequences together.
+            chunks: chunks of prompts, each a `Chunk` or `(tokens, past)`.
+        """
+        tokens = sequences = float(decodes)
+        time_us = lead_us = beside_others_us = 0.0
+        last = None
+        for chunk in chunks:
+            chunk_tokens, past = chunk
+            tokens += chunk_tokens
+            sequences += 1
+            if chunk is not last:  # equal ones are often the same object
+                beside_others_us, more_alone_us = self._prefill_us.at(chunk_tokens, past)
+                lead_us, last = max(lead_us, more_alone_us), chunk
+            time_us += beside_others_us
+        if not tokens:
+            return 0.0
+        time_us += lead_us
+        if decodes:
+            decode = self._mixed_decode_us if sequences > decodes else self._decode_us
+            time_us += decode.at(decodes, context_tokens / decodes)
+        return time_us + self._tokens_us.at(tokens) + self._head_us.at(sequences)
+
+
+class StepModel(GriddedSteps):
     """The time of a step in one pipeline stage.
 
     Args:
@@ -157,51 +214,8 @@ class StepModel:
         if reason is not None:
             raise InputError(reason)
         is_last = end is None or end == decoder.layers
-        self._grids = grids = _grids(
-            _Layers(decoder, operators, sharding, formats), decoder.kinds(first, end), is_last=is_last
-        )
-        self._tokens_us = Line(grids.tokens, grids.tokens_us)
-        self._decode_us = Surface(grids.sequences, grids.context, grids.decode_us)
-        self._mixed_decode_us = Surface(grids.sequences, grids.context, grids.mixed_decode_us)
-        self._prefill_us = SurfacePair(grids.chunk, grids.past, grids.prefill_us, grids.prefill_lead_us)
-        self._head_us = Line(grids.sequences, grids.head_us)
-
-    @property
-    def packed(self) -> Array:
-        """What `maveriq.estimate.compiled_step` answers from."""
-        return self._grids.packed()
-
-    @property
-    def contexts(self) -> Sequence[int]:
-        """Lengths of a sequence, ascending, between which the time of a step that only decodes is linear in them."""
-        return [int(context) for context in _CONTEXT]
-
-    def gpu_us(self, *, decodes: float, context_tokens: float, chunks: Iterable[tuple[int, int]] = ()) -> float:
-        """Return the time of the kernels of a step.
-
-        Args:
-            decodes: sequences that decode; a mean may be a fraction.
-            context_tokens: tokens that these attend to, all sequences together.
-            chunks: chunks of prompts, each a `Chunk` or `(tokens, past)`.
-        """
-        tokens = sequences = float(decodes)
-        time_us = lead_us = beside_others_us = 0.0
-        last = None
-        for chunk in chunks:
-            chunk_tokens, past = chunk
-            tokens += chunk_tokens
-            sequences += 1
-            if chunk is not last:  # equal ones are often the same object
-                beside_others_us, more_alone_us = self._prefill_us.at(chunk_tokens, past)
-                lead_us, last = max(lead_us, more_alone_us), chunk
-            time_us += beside_others_us
-        if not tokens:
-            return 0.0
-        time_us += lead_us
-        if decodes:
-            decode = self._mixed_decode_us if sequences > decodes else self._decode_us
-            time_us += decode.at(decodes, context_tokens / decodes)
-        return time_us + self._tokens_us.at(tokens) + self._head_us.at(sequences)
+        layers = _Layers(decoder, operators, sharding, formats)
+        super().__init__(_grids(layers, decoder.kinds(first, end), is_last=is_last))
 
 
 def _grids(layers: _Layers, kinds: Sequence[tuple[LayerKind, int]], *, is_last: bool) -> StepGrids:

@@ -1,8 +1,8 @@
 """How long the steps of one engine take, as whole numbers that add up exactly.
 
 A tick is 2^-32 µs. For a number of decoding sequences, the time of a step is linear in the tokens that they attend to,
-between the grid points of `StepModel`. The time of many steps, in each of which every sequence has one token more, is
-then a formula, and equals the sum of the single steps to the last tick.
+between the grid points of `GriddedSteps`. The time of many steps, in each of which every sequence has one token more,
+is then a formula, and equals the sum of the single steps to the last tick.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from maveriq.estimate.engine_presets import EnginePreset
-from maveriq.estimate.step_time import StepModel
+from maveriq.estimate.step_time import GriddedSteps
 from maveriq.units import Micros
 
 Ticks: TypeAlias = int
@@ -47,7 +47,7 @@ class StepTimer:
         layers: layers of the model.
     """
 
-    def __init__(self, steps: StepModel, preset: EnginePreset, *, layers: int) -> None:
+    def __init__(self, steps: GriddedSteps, preset: EnginePreset, *, layers: int) -> None:
         self.steps = steps
         self.preset = preset
         self.layers = layers

@@ -18,7 +18,7 @@ from maveriq.domain.decoder_families import FAMILIES
 from maveriq.domain.models import ModelSpec, catalogue, known_models
 from maveriq.domain.parallel import ParallelConfig
 from maveriq.errors import InputError
-from maveriq.exec.messages import EngineSpec
+from maveriq.exec.messages import BatchingSpec, EngineSpec
 from maveriq.files import exists, open_regular_file, read_regular_text
 
 _DEFAULT_CONTEXT_TOKENS = 4096
@@ -141,6 +141,7 @@ class ModelFiles:
         devices: tuple[str, ...],
         deployment_id: int = 1,
         seed: int = 42,
+        batching: BatchingSpec | None = None,
     ) -> EngineSpec:
         """Return what an engine loads that is measured or scored by itself.
 
@@ -151,6 +152,7 @@ class ModelFiles:
             devices: a device for each rank.
             deployment_id: tells engines apart that run at the same time.
             seed: of random weights.
+            batching: of an engine that batches continuously; None for one that takes one execution at a time.
         """
         return EngineSpec(
             deployment_id=deployment_id,
@@ -166,6 +168,7 @@ class ModelFiles:
             batch_size=batch_size,
             devices=devices,
             seed=seed,
+            batching=batching,
         )
 
 

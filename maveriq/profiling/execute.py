@@ -17,7 +17,8 @@ from maveriq.domain.models import ModelSpec
 from maveriq.estimate.profile_file import CaseRecord, RunRecord, noise_of_median
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import Launcher
-from maveriq.profiling.measure import Probe, ProfilingError, StartedEngine, sequences_of, started_engine
+from maveriq.profiling.measure import BatchClient, Probe, SampleTimes, StartedEngine, started_engine
+from maveriq.profiling.measure_steps import STEPS, StepClient
 from maveriq.profiling.memory_meter import MemoryMeter
 from maveriq.profiling.plan import PlannedCase, PlannedRun
 from maveriq.profiling.session import EngineStarted, RunEnded, Sample, Session
@@ -61,6 +62,7 @@ class Bench:
         memory: reads what engines hold.
         repeats: how often each batch is measured.
         side_by_side: how many engines share devices: more than one where they take no more memory than they need.
+        by_steps: whether engines batch continuously, and report steps.
     """
 
     launcher: Launcher
@@ -70,6 +72,7 @@ class Bench:
     memory: MemoryMeter
     repeats: Repeats
     side_by_side: int
+    by_steps: bool = False
 
 
 async def execute(session: Session, models: dict[str, ModelSpec], bench: Bench, report: Report) -> None:
@@ -100,18 +103,20 @@ async def _execute_group(
         report(f"{', '.join(_name(run) for _, run in runs)}: starting; {_left(session, bench.repeats)}")
         before = bench.memory.before(gpu_ids)
 
-        async def start(number: int, run: PlannedRun) -> StartedEngine:
+        async def start(number: int, run: PlannedRun) -> StartedEngine[BatchClient | StepClient]:
             short, files = bench.short_models.make(models[run.model], run.layers)
             return await stack.enter_async_context(
                 started_engine(
                     bench.launcher,
                     short,
                     run.configuration,
-                    batch=max(case.batch for case in run.cases),
+                    batch=engine_batch(run, by_steps=bench.by_steps),
                     gpu_ids=gpu_ids,
                     devices=bench.devices,
                     probe=replace(bench.probe, files=files),
                     what=_name(run),
+                    make_client=StepClient if bench.by_steps else BatchClient,
+                    batching=STEPS if bench.by_steps else None,
                     number=number + 1,
                 )
             )
@@ -127,6 +132,7 @@ async def _execute_group(
                     version=engine.loaded.version,
                     weights_bytes=engine.loaded.weights_bytes,
                     kv_cache_bytes=engine.loaded.kv_cache_bytes,
+                    kv_tokens=engine.loaded.kv_tokens,
                     memory_before_bytes=before,
                 )
             )
@@ -135,8 +141,8 @@ async def _execute_group(
         for number, at, case, repeat in _open_cases(session, runs, bench.repeats):
             run = plan.runs[number]
             name = f"run {number} case {at} repeat {repeat}"
-            first_s, each_s = await _sample(engines[number], models[run.model], case, bench.probe.seed, name)
-            session.add(Sample(run=number, case=at, repeat=repeat, first_s=first_s, each_s=each_s))
+            times = await _sample(engines[number], models[run.model], case, bench.probe.seed, name)
+            session.add(Sample(run=number, case=at, repeat=repeat, **times._asdict()))
             samples = session.samples[number, at]
             if bench.repeats.enough(samples):
                 report(f"  {_name(run)}, {_result(case, samples)}; {_left(session, bench.repeats)}")
@@ -160,19 +166,18 @@ def _open_cases(
 
 
 async def _sample(
-    engine: StartedEngine, model: ModelSpec, case: PlannedCase, seed: int, name: str
-) -> tuple[float, float]:
-    """Return the time until the first token and for each further one; the prompts depend on the sample's name alone."""
+    engine: StartedEngine[BatchClient | StepClient], model: ModelSpec, case: PlannedCase, seed: int, name: str
+) -> SampleTimes:
+    """Return what a batch takes; the prompts depend on the sample's name alone."""
     draw = generator(seed, f"profile {name}")
     prompts = draw.integers(0, model.vocab_size, (case.batch, case.prompt_tokens)).tolist()
-    finished = await engine.client.run(sequences_of(prompts, case.output_tokens))
-    rest_s = finished.service_s - finished.first_token_s
-    if finished.first_token_s <= 0 or rest_s < 0:
-        raise ProfilingError(f"{model.name}: its engine reports a first token after {finished.first_token_s:g} s")
-    return finished.first_token_s, max(rest_s / max(1, case.output_tokens - 1), _LEAST_S)
+    extra = draw.integers(0, model.vocab_size, case.prompt_tokens).tolist()
+    return await engine.client.sample(prompts, extra, case.output_tokens)
 
 
-_LEAST_S = 1e-9
+def engine_batch(run: PlannedRun, *, by_steps: bool) -> int:
+    """Return the requests that an engine holds at once: those of the largest batch, and one that joins."""
+    return max(case.batch for case in run.cases) + by_steps
 
 
 def _name(run: PlannedRun) -> str:
@@ -220,6 +225,8 @@ def run_records(session: Session) -> tuple[RunRecord, ...]:
             memory_before_bytes=session.engines[number].memory_before_bytes,
             memory_after_bytes=session.ended[number].memory_after_bytes,
             memory_peak_bytes=session.ended[number].memory_peak_bytes,
+            kv_tokens=session.engines[number].kv_tokens,
+            admission_s=_admissions(session, number, run),
             cases=tuple(
                 CaseRecord(
                     batch=case.batch,
@@ -227,9 +234,21 @@ def run_records(session: Session) -> tuple[RunRecord, ...]:
                     output_tokens=case.output_tokens,
                     first_s=tuple(sample.first_s for sample in session.samples[number, at]),
                     each_s=tuple(sample.each_s for sample in session.samples[number, at]),
+                    mixed_s=tuple(sample.mixed_s for sample in session.samples[number, at] if sample.mixed_s),
                 )
                 for at, case in enumerate(run.cases)
             ),
         )
         for number, run in enumerate(session.start.plan.runs)
+    )
+
+
+def _admissions(session: Session, number: int, run: PlannedRun) -> tuple[float, ...]:
+    """Return what requests took beside their steps, in the smallest batches: larger ones wait for each other."""
+    smallest = min(case.batch for case in run.cases)
+    return tuple(
+        sample.admission_s
+        for at, case in enumerate(run.cases)
+        for sample in session.samples[number, at]
+        if case.batch == smallest and sample.admission_s
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Generic, NamedTuple, TypeVar
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
@@ -14,7 +15,18 @@ from maveriq.errors import MaveriqError
 from maveriq.exec import messages
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import EngineConnection, Launcher, LaunchError
-from maveriq.exec.messages import ChannelClosedError, EngineSpec, Failed, Finished, Generate, Hello, Load, Loaded, Stop
+from maveriq.exec.messages import (
+    BatchingSpec,
+    ChannelClosedError,
+    EngineSpec,
+    Failed,
+    Finished,
+    Generate,
+    Hello,
+    Load,
+    Loaded,
+    Stop,
+)
 from maveriq.exec.model_files import ModelFiles
 from maveriq.streams import generator
 from maveriq.units import BYTES_PER_GIB
@@ -84,8 +96,9 @@ async def measure(
     what = f"{model.name} with {configuration}"
     batch = max(case.batch for case in cases)
     async with started_engine(
-        launcher, model, configuration, batch=batch, gpu_ids=gpu_ids, devices=devices, probe=probe, what=what
-    ) as engine:
+        launcher, model, configuration, batch=batch, gpu_ids=gpu_ids, devices=devices, probe=probe, what=what,
+        make_client=BatchClient,
+    ) as engine:  # fmt: skip
         memory_gib = (engine.loaded.weights_bytes + engine.loaded.kv_cache_bytes) / BYTES_PER_GIB
         if not memory_gib:
             raise ProfilingError(f"{what}: backend {engine.loaded.backend} does not know what memory it holds")
@@ -104,59 +117,24 @@ async def measure(
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartedEngine:
-    """An engine that serves: its client, what it reported, the seconds it took to start, and its process."""
+class SampleTimes(NamedTuple):
+    """What a batch took, in seconds.
 
-    client: EngineClient
-    loaded: Loaded
-    start_s: float
-    pid: int
-
-
-@contextlib.asynccontextmanager
-async def started_engine(
-    launcher: Launcher,
-    model: ModelSpec,
-    configuration: ParallelConfig,
-    *,
-    batch: int,
-    gpu_ids: tuple[int, ...],
-    devices: Devices,
-    probe: Probe,
-    what: str,
-    number: int = 1,
-) -> AsyncIterator[StartedEngine]:
-    """Start an engine for batches of at most `batch` prompts, and stop it at the end of the block.
-
-    Engines that run at the same time have different numbers.
-
-    Raises:
-        ProfilingError: it does not start, or takes longer than it may.
+    Args:
+        first_s: until the first tokens; of an engine that batches continuously, the step with all prompts.
+        each_s: for each further token.
+        mixed_s: a step with a further prompt beside decoding sequences; 0 where there was none.
+        admission_s: from the submission to the report of the first token, without that step; 0 where it is part of it.
     """
-    spec = probe.files.engine_spec(
-        model,
-        configuration,
-        batch_size=batch,
-        devices=devices.names(gpu_ids),
-        deployment_id=number,
-        seed=probe.seed,
-    )
-    loop = asyncio.get_running_loop()
-    started_s = loop.time()
-    try:
-        async with asyncio.timeout(probe.timeout_s):
-            connection = await launcher.launch(spec, gpu_ids)
-    except TimeoutError:
-        raise ProfilingError(f"{what}: no engine within {probe.timeout_s:g} s") from None
-    except LaunchError as error:
-        raise ProfilingError(f"{what}: {error}") from None
-    try:
-        client = EngineClient(connection, what, probe.timeout_s)
-        loaded = await client.load(spec)
-        yield StartedEngine(client=client, loaded=loaded, start_s=loop.time() - started_s, pid=connection.pid)
-    finally:
-        await _stop(connection)
+
+    first_s: float
+    each_s: float
+    mixed_s: float = 0.0
+    admission_s: float = 0.0
+
+
+LEAST_S = 1e-9
+"""The least that a token takes."""
 
 
 class EngineClient:
@@ -166,7 +144,6 @@ class EngineClient:
         self._channel = connection.channel
         self._what = what
         self._timeout_s = timeout_s
-        self._execution_id = 0
 
     async def load(self, spec: EngineSpec) -> Loaded:
         """Let the engine load a model.
@@ -184,6 +161,22 @@ class EngineClient:
                     case Failed() as failed:
                         raise ProfilingError(f"{self._what}: {failed.message}")
 
+    @contextlib.asynccontextmanager
+    async def _within(self, do: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except TimeoutError:
+            raise ProfilingError(f"{self._what}: its engine did not {do} within {self._timeout_s:g} s") from None
+        except ChannelClosedError:
+            raise ProfilingError(f"{self._what}: its engine ended") from None
+
+
+class BatchClient(EngineClient):
+    """The connection to an engine that takes one execution at a time (mutable)."""
+
+    _execution_id = 0
+
     async def run(self, sequences: tuple[messages.PromptSequence, ...]) -> Finished:
         """Let the engine run a batch.
 
@@ -200,19 +193,83 @@ class EngineClient:
                     case Failed() as failed:
                         raise ProfilingError(f"{self._what}: {failed.message}")
 
-    @contextlib.asynccontextmanager
-    async def _within(self, do: str) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except TimeoutError:
-            raise ProfilingError(f"{self._what}: its engine did not {do} within {self._timeout_s:g} s") from None
-        except ChannelClosedError:
-            raise ProfilingError(f"{self._what}: its engine ended") from None
+    async def sample(self, prompts: Sequence[Sequence[int]], extra: Sequence[int], output_tokens: int) -> SampleTimes:
+        """Measure a batch; `extra` is left out, since no prompt joins a batch that runs.
+
+        Raises:
+            ProfilingError: as `run`.
+        """
+        del extra
+        finished = await self.run(sequences_of(prompts, output_tokens))
+        rest_s = finished.service_s - finished.first_token_s
+        if finished.first_token_s <= 0 or rest_s < 0:
+            raise ProfilingError(f"{self._what}: its engine reports a first token after {finished.first_token_s:g} s")
+        return SampleTimes(finished.first_token_s, max(rest_s / max(1, output_tokens - 1), LEAST_S))
+
+
+C = TypeVar("C", bound=EngineClient)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedEngine(Generic[C]):
+    """An engine that serves: its client, what it reported, the seconds it took to start, and its process."""
+
+    client: C
+    loaded: Loaded
+    start_s: float
+    pid: int
+
+
+@contextlib.asynccontextmanager
+async def started_engine(
+    launcher: Launcher,
+    model: ModelSpec,
+    configuration: ParallelConfig,
+    *,
+    batch: int,
+    gpu_ids: tuple[int, ...],
+    devices: Devices,
+    probe: Probe,
+    what: str,
+    make_client: Callable[[EngineConnection, str, float], C],
+    number: int = 1,
+    batching: BatchingSpec | None = None,
+) -> AsyncIterator[StartedEngine[C]]:
+    """Start an engine for batches of at most `batch` prompts, and stop it at the end of the block.
+
+    Engines that run at the same time have different numbers. `batching` is that of `ModelFiles.engine_spec`.
+
+    Raises:
+        ProfilingError: it does not start, or takes longer than it may.
+    """
+    spec = probe.files.engine_spec(
+        model,
+        configuration,
+        batch_size=batch,
+        devices=devices.names(gpu_ids),
+        deployment_id=number,
+        seed=probe.seed,
+        batching=batching,
+    )
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    try:
+        async with asyncio.timeout(probe.timeout_s):
+            connection = await launcher.launch(spec, gpu_ids)
+    except TimeoutError:
+        raise ProfilingError(f"{what}: no engine within {probe.timeout_s:g} s") from None
+    except LaunchError as error:
+        raise ProfilingError(f"{what}: {error}") from None
+    try:
+        client = make_client(connection, what, probe.timeout_s)
+        loaded = await client.load(spec)
+        yield StartedEngine(client=client, loaded=loaded, start_s=loop.time() - started_s, pid=connection.pid)
+    finally:
+        await _stop(connection)
 
 
 async def _run_cases(
-    client: EngineClient, model: ModelSpec, cases: Sequence[MeasurementCase], probe: Probe
+    client: BatchClient, model: ModelSpec, cases: Sequence[MeasurementCase], probe: Probe
 ) -> list[tuple[float, float]]:
     """Return until the first token and per token after it, medians over the repeats.
 

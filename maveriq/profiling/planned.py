@@ -33,6 +33,7 @@ from maveriq.estimate.profile_file import (
 )
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.device import Device
+from maveriq.exec.engines.continuous import CONTINUOUS_BACKENDS
 from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.local_machine import LocalMachine
 from maveriq.exec.model_files import ModelFiles
@@ -248,6 +249,7 @@ def measure_plan(
             memory=GpuMemory(local.meter) if local.meter else ProcessMemory(),
             repeats=Repeats(least=options.least_repeats, most=max(options.least_repeats, options.most_repeats)),
             side_by_side=side_by_side or (_SIDE_BY_SIDE if local.meter is None else 1),
+            by_steps=local.backend in CONTINUOUS_BACKENDS,
         )
         models = {name: model for name, (model, _) in profile.models.items()}
         asyncio.run(execute(session, models, bench, report))

@@ -62,16 +62,19 @@ class EngineStarted(msgspec.Struct, tag="engine", forbid_unknown_fields=True, fr
     weights_bytes: _Bytes
     kv_cache_bytes: _Bytes
     memory_before_bytes: _Bytes
+    kv_tokens: _Bytes = 0
 
 
 class Sample(msgspec.Struct, tag="sample", forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A batch was measured: of which run, case and repeat."""
+    """A batch was measured: of which run, case and repeat; the times are those of `SampleTimes`."""
 
     run: _Number
     case: _Number
     repeat: _Number
     first_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     each_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    mixed_s: _Seconds = 0.0
+    admission_s: _Seconds = 0.0
 
 
 class RunEnded(msgspec.Struct, tag="ended", forbid_unknown_fields=True, frozen=True, kw_only=True):

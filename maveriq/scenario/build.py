@@ -176,10 +176,26 @@ def _continuous_engines(
             f"policy {options.policy!r} plans for exclusive engines, not for {what}; give another --policy"
         )
     chosen = {options.service_times or default_estimator(profile) for profile in profiles.by_kind.values()}
-    computed = {PHYSICS} if options.service_times else {PHYSICS, BLENDED}  # whose steps are not blended
-    if components.service_times is not None or not chosen <= computed:
-        raise InputError(f"steps of {what} are timed by physics alone; give --service-times {PHYSICS}")
-    return ContinuousEngines(settings=settings, profiles=profiles, largest_node=cluster.largest_node)
+    if components.service_times is not None or not chosen <= {PHYSICS, BLENDED}:
+        raise InputError(
+            f"steps of {what} are timed by {PHYSICS}, or by {BLENDED} with a planned profile; give --service-times "
+            f"{PHYSICS}"
+        )
+    return ContinuousEngines(
+        settings=settings,
+        profiles=profiles,
+        largest_node=cluster.largest_node,
+        blended=_blended_kinds(options, profiles),
+    )
+
+
+def _blended_kinds(options: Options, profiles: ClusterProfiles) -> frozenset[str]:
+    """Return the kinds of GPU whose engines take as long as their profile measured."""
+    return frozenset(
+        kind
+        for kind, profile in profiles.by_kind.items()
+        if (options.service_times or default_estimator(profile)) == BLENDED
+    )
 
 
 def build_live_system(
@@ -208,7 +224,12 @@ def build_live_system(
     name, estimator = _estimator(options, profiles, cluster, wrap_estimator)
 
     engine_settings: dict[int, ContinuousSettings] = {}
-    engines = ContinuousEngines(settings=engine_settings, profiles=profiles, largest_node=cluster.largest_node)
+    engines = ContinuousEngines(
+        settings=engine_settings,
+        profiles=profiles,
+        largest_node=cluster.largest_node,
+        blended=_blended_kinds(options, profiles),
+    )
     planned = PlannedEngines(engines=engines, restrict=wrap_estimator)
 
     def policy(name: str) -> Policy:

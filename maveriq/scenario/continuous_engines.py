@@ -14,6 +14,7 @@ from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.engine.interface import Engine
 from maveriq.engine.settings import EngineHost, ResolvedSettings
 from maveriq.errors import InputError
+from maveriq.estimate.blended_steps import continuous_estimator
 from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.engine_presets import EnginePreset, engine_preset
 from maveriq.estimate.physics import PhysicsEstimator
@@ -69,11 +70,13 @@ class ContinuousEngines:
         settings: of the engines, by endpoint.
         profiles: of the GPUs.
         largest_node: GPUs of the largest node with GPUs of a kind.
+        blended: kinds of GPU on which step times are corrected by what the profile measured.
     """
 
     settings: Mapping[int, ContinuousSettings]
     profiles: ClusterProfiles
     largest_node: Callable[[str], int]
+    blended: frozenset[str] = frozenset()
     _estimators: dict[tuple[str, str], PhysicsEstimator] = field(default_factory=dict)
 
     def parts(self, endpoint: EndpointSpec, plan: DeploymentPlan) -> EngineParts:
@@ -138,7 +141,7 @@ class ContinuousEngines:
         if configuration is not None and settings.pipeline_parallel_size != configuration.pp:
             settings = msgspec.structs.replace(settings, pipeline_parallel_size=configuration.pp)
         profile = self.profiles.main if configuration is None else self.profiles.of(configuration)
-        sheet = gpu_sheet(profile.gpu_kind)
+        sheet = profile.sheet or gpu_sheet(profile.gpu_kind)
         context_tokens = model.context_tokens
         if context_tokens is None:
             raise InputError(f"model {model.name!r} does not say how long its context is; set max_model_len")
@@ -152,8 +155,11 @@ class ContinuousEngines:
         name = engine_name(self.settings[endpoint.endpoint_id])
         key = (profile.gpu_kind, name)
         if key not in self._estimators:
-            self._estimators[key] = PhysicsEstimator(
-                profile, engine_preset(name), continuous=True, node_gpus=self.largest_node(profile.gpu_kind)
+            self._estimators[key] = continuous_estimator(
+                profile,
+                engine_preset(name),
+                node_gpus=self.largest_node(profile.gpu_kind),
+                blended=profile.gpu_kind in self.blended,
             )
         return self._estimators[key]
 

@@ -8,16 +8,21 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 from fixtures import MODEL
-from profile_engines import MACHINE, PLAIN, Interrupted, KnownTimes, TrueMemory, parts, truth, wanted
+from profile_engines import MACHINE, PLAIN, Interrupted, KnownSteps, KnownTimes, TrueMemory, parts, truth, wanted
 
 from maveriq.domain.models import ModelSpec, load_model
 from maveriq.errors import InputError
+from maveriq.estimate.blended_steps import continuous_estimator
+from maveriq.estimate.engine_presets import engine_preset
 from maveriq.estimate.fitted_profile import load_any_profile
 from maveriq.estimate.profile_file import FORMAT, VERSION, EngineRecord, ModelRecord, ProfileFile, read_profile_file
+from maveriq.exec.engines.continuous import CONTINUOUS_BACKENDS
 from maveriq.exec.gpus import Devices
 from maveriq.exec.model_files import hf_config_json
 from maveriq.planning import PlanOptions, rank_configurations
@@ -40,24 +45,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return load_model(str(folder))
 
 
-def measure(folder: Path, model: ModelSpec, launcher: KnownTimes, options: str = OPTIONS) -> ProfileFile:
+def measure(
+    folder: Path, model: ModelSpec, launcher: KnownTimes, options: str = OPTIONS, backend: str = "torch", **more: Any
+) -> ProfileFile:
     """Measure a plan of a model in a folder, or go on with it."""
     start = session_start(
         options=options,
         made_at="2026-11-28T12:00:00+00:00",
         machine=MACHINE,
-        engine=EngineRecord(name="torch"),
+        engine=EngineRecord(name=backend),
         models=(ModelRecord(name=model.name, config_json=model.config_json),),
-        plan=plan_profile(wanted(model), parts()),
+        plan=plan_profile(wanted(model, **more), parts()),
     )
     bench = Bench(
         launcher=launcher,
         devices=Devices(),
         probe=Probe(),
-        short_models=ShortModels({}, "torch", folder),
+        short_models=ShortModels({}, backend, folder),
         memory=TrueMemory(),
         repeats=Repeats(),
         side_by_side=4,
+        by_steps=backend in CONTINUOUS_BACKENDS,
     )
     with open_session(folder, start) as session:
         asyncio.run(execute(session, {model.name: model}, bench, lambda _text: None))
@@ -86,6 +94,30 @@ def test_a_measured_plan_answers_for_the_whole_model(tmp_path: Path, model: Mode
     best = ranked.ranking.candidates[0]
     right = truth().service(model, best.configuration, prompt_tokens=64, output_tokens=20, batch=1)
     assert best.service.latency_s == pytest.approx(right.latency_s, rel=0.05)
+
+
+def test_engines_that_batch_continuously_are_measured_step_by_step(tmp_path: Path, model: ModelSpec) -> None:
+    launcher = KnownSteps(model)
+    profile = measure(tmp_path, model, launcher, backend="vllm", prompt_tokens=(16, 64))
+    path = tmp_path / "profile.json"
+    profile = msgspec.structs.replace(profile, engine=EngineRecord(name="vllm", version="0.32.0"))
+    path.write_bytes(msgspec.json.encode(profile))
+    spec = SimpleNamespace(config_json=model.config_json)
+    for run in profile.runs:
+        spec.config_json = json.dumps({**json.loads(model.config_json), "num_hidden_layers": len(run.layers)})
+        for case in run.cases:
+            prompts = [case.prompt_tokens] * case.batch
+            assert case.first_s[0] == pytest.approx(launcher.step_s(spec, [], prompts))  # type: ignore[arg-type]
+            decoding = [case.prompt_tokens + case.output_tokens // 2] * case.batch
+            assert case.each_s[0] == pytest.approx(launcher.step_s(spec, decoding, []), rel=0.01)  # type: ignore[arg-type]
+            mixed_s = launcher.step_s(spec, decoding, prompts[:1])  # type: ignore[arg-type]
+            assert case.mixed_s[0] == pytest.approx(mixed_s, rel=0.02)
+    read = load_any_profile(str(path))
+    assert read.admission_s == pytest.approx(KnownSteps.ADMISSION_S, abs=0.002)
+    timer = continuous_estimator(read, engine_preset("vllm-0.32.0"), node_gpus=None).step_timer(model, PLAIN)
+    true = launcher.steps.step_timer(model, PLAIN)
+    for step in ((1, 100, ()), (4, 300, ()), (0, 0, [(50, 0)]), (3, 120, [(60, 0)])):
+        assert timer.step(*step) == pytest.approx(true.step(*step), rel=0.1)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -20,7 +20,8 @@ from maveriq.exec.engines.vllm import NAME, VllmEngine, kv_bytes_per_token, samp
 from maveriq.exec.messages import EngineSpec, Loaded, PromptSequence
 
 _CPU_BLOCK_TOKENS = 32  # vLLM's attention on a CPU takes blocks of a multiple of so many tokens
-_FIXED_SIZE_ONLY = ("kv_cache_memory_bytes", "gpu_memory_utilization", "enable_prefix_caching")
+_MEMORY = ("kv_cache_memory_bytes", "gpu_memory_utilization")
+_FIXED_SIZE_ONLY = (*_MEMORY, "enable_prefix_caching")
 
 
 def translate_batching(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] = ()) -> Translation:
@@ -37,7 +38,10 @@ def translate_batching(spec: EngineSpec, folder: str, *, cpus: tuple[int, ...] =
     alone = translate(spec, folder, cpus=cpus)
     requirements = read_spec(NAME, spec)
     given = {} if spec.batching is None else dict(spec.batching.arguments)
-    arguments = {name: value for name, value in alone.arguments.items() if name not in _FIXED_SIZE_ONLY} | given
+    # Without a word about memory, it is that of a batch, as of engines that take one execution at a time.
+    sized = "num_gpu_blocks_override" in given or not given.keys().isdisjoint(_MEMORY)
+    left_out = _FIXED_SIZE_ONLY if sized else _FIXED_SIZE_ONLY[len(_MEMORY) :]
+    arguments = {name: value for name, value in alone.arguments.items() if name not in left_out} | given
     block_size = given.get("block_size")
     if requirements.device is Device.CPU and block_size is not None and int(block_size) % _CPU_BLOCK_TOKENS:
         raise EngineError(
