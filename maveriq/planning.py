@@ -187,11 +187,11 @@ def _seconds(slo_ms: float | None) -> float | None:
 def _planner(model: ModelSpec, cluster: Cluster, profiles: ClusterProfiles, options: PlanOptions) -> Estimator:
     from maveriq.estimate.cluster_estimator import estimator_for
     from maveriq.estimate.engine_presets import engine_preset
-    from maveriq.estimate.registry import PHYSICS
+    from maveriq.estimate.registry import BLENDED, PHYSICS
 
     engine = None if options.engine is None else engine_preset(options.engine)
     planner = estimator_for(cluster, profiles, options.estimator, engine, [model])
-    if engine is not None and PHYSICS not in planner.name.split("+"):
+    if engine is not None and not {BLENDED, PHYSICS} & {*planner.name.split("+")}:
         raise InputError(
             f"--engine {options.engine}: what estimator {planner.name!r} knows was measured with one engine; leave "
             "--engine out, or add --estimator physics"

@@ -33,6 +33,7 @@ from maveriq.estimate.step_time import GriddedSteps
 
 _MOST_CONTEXTS = 32  # that compiled engines have room for (maveriq.estimate.compiled_timer)
 _USUAL_ROWS = 64
+_TILE = 16  # rows that tensor cores multiply at once (maveriq.estimate.operators)
 _LEAST_SHARE = 1e-3  # of a step, which its dense parts take at least
 
 
@@ -43,10 +44,12 @@ class BlendedSteps:
     Args:
         estimator: knows the measurements.
         preset: of the engine that was measured.
+        in_tiles: whether rows are multiplied 16 at a time, as tensor cores do; a machine without a data sheet has none.
     """
 
     estimator: BlendedEstimator
     preset: EnginePreset
+    in_tiles: bool = True
     _factors: dict[tuple[ModelSpec, ParallelConfig], StepFactors] = field(default_factory=dict)
     _surcharges: dict[ParallelConfig, Surcharge | None] = field(default_factory=dict)
 
@@ -83,7 +86,8 @@ class BlendedSteps:
         key = (model, configuration.at_any_place())
         if key not in self._factors:
             self._factors[key] = self.estimator.step_factors(*key)
-        correction = _Correction(steps, self.preset, self._factors[key], layers, model.layers, surcharge)
+        smooth = steps if self.in_tiles else GriddedSteps(_without_tiles(steps.grids))
+        correction = _Correction(steps, smooth, self.preset, self._factors[key], layers, model.layers, surcharge)
         return GriddedSteps(correction.grids())
 
     def _surcharge(self, configuration: ParallelConfig) -> Surcharge | None:
@@ -143,7 +147,8 @@ def continuous_estimator(
     corrections = None
     if blended and profile.observed and engine_preset(profile.engine).name == preset.name:
         measured = profile.engine_preset(preset)
-        corrections = BlendedSteps(BlendedEstimator(profile, PhysicsEstimator(profile, node_gpus=node_gpus)), measured)
+        estimator = BlendedEstimator(profile, PhysicsEstimator(profile, node_gpus=node_gpus))
+        corrections = BlendedSteps(estimator, measured, in_tiles=profile.sheet is None)
     return PhysicsEstimator(profile, preset, continuous=True, node_gpus=node_gpus, corrections=corrections)
 
 
@@ -173,9 +178,13 @@ class Surcharge(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Correction:
-    """Puts factors on grids; arguments as in `BlendedSteps.corrected`, the layers of the whole model, the surcharge."""
+    """Puts factors on grids; arguments as in `BlendedSteps.corrected`, the layers of the whole model, the surcharge.
+
+    `smooth` are the times between sizes that were measured, `steps` those at these.
+    """
 
     steps: GriddedSteps
+    smooth: GriddedSteps
     preset: EnginePreset
     factors: StepFactors
     layers: int
@@ -184,7 +193,7 @@ class _Correction:
 
     def grids(self) -> StepGrids:
         """Return the grids of steps that take as long as was measured."""
-        grids, factors = self.steps.grids, self.factors
+        grids, factors = self.smooth.grids, self.factors
         tokens = _with(grids.tokens, (*factors.rows, *factors.sequences))
         sequences = _with(grids.sequences, (*factors.sequences, *tokens[tokens <= grids.sequences[-1]]))
         context = _with(grids.context, factors.contexts, most=_MOST_CONTEXTS)
@@ -222,8 +231,10 @@ class _Correction:
 
     def _dense_us(self, tokens: Array) -> Array:
         """Return the computed time of all layers without attention in a step that holds prompts."""
-        grids, launch_us = self.steps.grids, self.preset.layer_us * self.layers
-        dense_us = self.preset.prefill_factor * np.interp(tokens, grids.tokens, grids.tokens_us)
+        exact, smooth = (np.interp(tokens, of.grids.tokens, of.grids.tokens_us) for of in (self.steps, self.smooth))
+        measured = np.isin(tokens, (*self.factors.rows, *self.factors.sequences))
+        dense_us = self.preset.prefill_factor * np.where(measured, exact, smooth)
+        launch_us = self.preset.layer_us * self.layers
         if launch_us:
             dense_us = (dense_us**SHARPNESS + launch_us**SHARPNESS) ** (1 / SHARPNESS)
         return np.asarray(dense_us)
@@ -238,8 +249,9 @@ class _Correction:
         """Return the whole time of steps that only decode, and what decoding adds to steps that hold chunks."""
         alone, beside = np.zeros((2, len(sequences), len(context)))
         for row, size in enumerate(sequences):
+            steps = self.steps if size in self.factors.sequences else self.smooth
             for column, length in enumerate(context):
-                kernels_us = self.steps.gpu_us(decodes=size, context_tokens=size * length)
+                kernels_us = steps.gpu_us(decodes=size, context_tokens=size * length)
                 alone[row, column] = self.preset.kernels_us(kernels_us, has_prefill=False, layers=self.layers)
                 beside[row, column] = self.preset.prefill_factor * self.steps.mixed_decode_us(size, length)
         alone += (self.layers / self.all_layers * self.preset.host_us(sequences))[:, None]
@@ -258,6 +270,19 @@ def _with(axis: Array, points: Iterable[float], most: int | None = None) -> Arra
         places = np.linspace(0, len(new) - 1, most - len(axis)).astype(int)
         new = [new[place] for place in dict.fromkeys(places.tolist())]
     return np.asarray(sorted({*axis.tolist(), *new}))
+
+
+def _without_tiles(grids: StepGrids) -> StepGrids:
+    """Return grids without the points at which a further tile begins."""
+    tokens, sequences = ((axis < _TILE) | (axis % _TILE == 0) for axis in (grids.tokens, grids.sequences))
+    return grids._replace(
+        tokens=grids.tokens[tokens],
+        tokens_us=grids.tokens_us[tokens],
+        sequences=grids.sequences[sequences],
+        decode_us=grids.decode_us[sequences],
+        mixed_decode_us=grids.mixed_decode_us[sequences],
+        head_us=grids.head_us[sequences],
+    )
 
 
 def _rows(axis: Array, table: Array, at: Array) -> Array:

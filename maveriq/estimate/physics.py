@@ -102,7 +102,7 @@ class PhysicsEstimator:
     @property
     def name(self) -> str:
         """The name by which `--estimator` and `--service-times` know it."""
-        return "physics"
+        return "physics" if self.corrections is None else "blended"
 
     @property
     def basis(self) -> Basis:

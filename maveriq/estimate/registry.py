@@ -8,6 +8,7 @@ from maveriq.domain.gpu_kinds import gpu_sheets
 from maveriq.domain.models import ModelSpec
 from maveriq.errors import UnknownNameError
 from maveriq.estimate.blended import BlendedEstimator
+from maveriq.estimate.blended_steps import continuous_estimator
 from maveriq.estimate.by_model import JOINED, ByModelEstimator
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.engine_presets import EnginePreset
@@ -121,7 +122,7 @@ def make_estimator(
     Args:
         name: a key of `ESTIMATORS`; or two joined by a slash, for the models that the profile has measured and others.
         profile: the profile it reads.
-        engine: the engine whose continuous batching `physics` estimates; None for one batch at a time.
+        engine: the engine whose continuous batching `physics` and `blended` estimate; None for one batch at a time.
         node_gpus: GPUs of the largest node, for `physics`; None for the usual number of the kind.
 
     Raises:
@@ -137,6 +138,8 @@ def make_estimator(
         )
     if name == PHYSICS:
         return PhysicsEstimator(profile, engine, continuous=engine is not None, node_gpus=node_gpus)
-    if name == BLENDED and engine is None:
+    if name == BLENDED and engine is not None:
+        return continuous_estimator(profile, engine, node_gpus=node_gpus)
+    if name == BLENDED:
         return BlendedEstimator(profile, PhysicsEstimator(profile, node_gpus=node_gpus))
     return ESTIMATORS[name](profile)

@@ -1,13 +1,17 @@
 """Short models of a profile: the right layers, with the model's own weights."""
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from fixtures import MODEL
 
-from maveriq.domain.models import ModelSpec, config_path, load_model
+from maveriq.domain.models import ModelSpec, WeightType, config_path, load_model
+from maveriq.domain.parallel import ParallelConfig
+from maveriq.exec.engines import trtllm, vllm
+from maveriq.exec.engines.external import Translation
 from maveriq.exec.model_files import hf_config_json
 from maveriq.profiling.plan import short_models
 from maveriq.profiling.short_models import ShortModels
@@ -33,6 +37,23 @@ def test_a_model_of_equal_layers_keeps_its_own_weights(tmp_path: Path) -> None:
     assert (short.layers, short.decoder.layers) == (2, 2)
     assert json.loads(files.config_json(short))["num_hidden_layers"] == 2
     assert files.weights_folder(short) == str(tmp_path / "own")
+
+
+@pytest.mark.parametrize(("backend", "translate"), [("vllm", vllm.translate), ("trtllm", trtllm.translate)])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_engines_of_others_load_short_models_with_random_weights(
+    tmp_path: Path, backend: str, translate: Callable[..., Translation], layers: int
+) -> None:
+    config = {**json.loads(hf_config_json(MODEL)), "max_position_embeddings": 512}
+    model = model_in(tmp_path / "own", json.dumps(config))
+    makes = ShortModels({model: config_path(tmp_path / "own")}, backend, tmp_path)
+    short, files = makes.make(model, tuple(range(layers)))
+    spec = files.engine_spec(
+        short, ParallelConfig(tp=1, pp=1, weights=WeightType.FLOAT16), batch_size=2, devices=("cuda:0",)
+    )
+    translated = translate(spec, str(tmp_path))
+    assert translated.arguments["load_format"] == "dummy"
+    assert json.loads(translated.files["config.json"])["num_hidden_layers"] == layers
 
 
 @pytest.mark.heavy

@@ -20,6 +20,7 @@ from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.vllm import VllmEngine
 from maveriq.exec.engines.vllm_batching import ContinuousVllmEngine, translate_batching
 from maveriq.exec.messages import BatchingSpec, EngineSpec, Loaded, PromptSequence
+from maveriq.profiling.measure_steps import STEPS
 
 HOST = EngineHost(context_tokens=4_096)
 
@@ -65,6 +66,9 @@ def test_the_engine_starts_with_these_arguments() -> None:
     # keys and values of 4 layers with 2 KV heads of 32 numbers of 2 bytes
     assert arguments["kv_cache_memory_bytes"] == 40 * 32 * 2 * 4 * 2 * 32 * 2
     assert (arguments["load_format"], arguments["tensor_parallel_size"]) == ("dummy", 1)
+    measured = translate_batching(spec(batching=STEPS), "/m").arguments
+    assert measured["kv_cache_memory_bytes"] > 0  # of a batch, where no argument is about memory
+    assert measured["enable_prefix_caching"] is False
     free = translate_batching(continuous(gpu_memory_utilization=0.4), "/m").arguments
     assert "kv_cache_memory_bytes" not in free  # vLLM takes what its share of the GPU leaves
     assert free["gpu_memory_utilization"] == 0.4
