@@ -165,7 +165,6 @@ class PlannedProfile:
         if not can_run(plain):
             reason = why_not(self.local.backend, model, plain, device) or parts.estimator.why_not(model, plain)
             raise InputError(f"{model.name} cannot be measured: {reason}")
-        formats = options.formats or [(model.unconverted, KvType.NATIVE)]
         for weights, kv in formats:
             asked = replace(plain, weights=weights, kv=kv)
             if (options.max_gpus or gpus) == 1 and not can_run(asked):
