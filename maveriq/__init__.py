@@ -12,7 +12,7 @@ docs/python.md describes the functions. They load on first use, so that the impo
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Comparison",
