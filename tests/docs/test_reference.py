@@ -18,12 +18,14 @@ def made() -> dict[str, str]:
     return pages()
 
 
+@pytest.mark.heavy  # it imports every command and the service
 def test_the_pages_are_those_of_the_code(made: dict[str, str]) -> None:
     for name, text in made.items():
         assert (FOLDER / name).read_text(encoding="utf-8") == text, "run python scripts/render_reference.py"
     assert {path.name for path in FOLDER.iterdir()} == set(made)
 
 
+@pytest.mark.heavy
 def test_every_command_has_a_section(made: dict[str, str]) -> None:
     for name in COMMANDS:
         assert f"\n## maveriq {name}\n" in made["cli.md"]
