@@ -119,7 +119,7 @@ class Scales:
     local: float = 0.02
 
 
-DEVIATION = 0.02
+DEVIATION = 0.03
 """Standard deviation of the logarithm of a whole value from the sum of its parts: caches, clocks, allocation."""
 
 _ROWS_SCALE, _TOKENS_SCALE = 2.0, 3.0

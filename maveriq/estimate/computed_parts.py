@@ -87,11 +87,12 @@ class ComputedParts:
                 log_tokens=math.log(tokens[index]),
             )
             on_one = features._replace(doublings=0.0)
+            rows_alone = on_one._replace(log_tokens=0.0)  # products know rows, not how long sequences are
             weights, kv = configuration.weights.value, configuration.kv.value
             parts = []
             for kind, count, layer in layers:
                 dense, attention, sharing = (count * cost[index] for cost in layer)
-                parts.append(Term(LAYERS, dense, on_one._replace(kind=kind, stored_as=weights)))
+                parts.append(Term(LAYERS, dense, rows_alone._replace(kind=kind, stored_as=weights)))
                 parts.append(Term(ATTENTION, attention, on_one._replace(kind=kind, stored_as=kv)))
                 if configuration.tp > 1:
                     parts.append(Term(SHARING, sharing, features._replace(kind=kind)))

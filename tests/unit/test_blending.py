@@ -10,6 +10,7 @@ from profile_engines import PLAIN, empty_profile, parts, truth, wanted
 
 from maveriq.domain.models import WeightType
 from maveriq.estimate.blended import BlendedEstimator
+from maveriq.estimate.computed_parts import ATTENTION, LAYERS
 from maveriq.estimate.estimator import Basis
 from maveriq.estimate.observations import Batch, Observation, with_layers
 from maveriq.estimate.physics import PhysicsEstimator
@@ -153,3 +154,10 @@ def test_engines_of_larger_batches_and_other_outputs_share_what_was_measured() -
     longer = estimator.service(MODEL, PLAIN, prompt_tokens=64, output_tokens=200, batch=4)
     assert longer.first_token_s == pytest.approx(seen.first_token_s, rel=0.01)
     assert longer.tpot_s == pytest.approx(estimate.tpot_s, rel=0.1)
+
+
+def test_products_of_equal_rows_are_corrected_alike_however_long_the_sequences_are() -> None:
+    short, long = (parts().times(MODEL, PLAIN, Batch(size, 256 // size, 20))[0] for size in (4, 1))
+    features = [{term.part: term.features for term in computed.terms} for computed in (short, long)]
+    assert features[0][LAYERS] == features[1][LAYERS]
+    assert features[0][ATTENTION] != features[1][ATTENTION]
