@@ -4,6 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGE := .venv/.package
 TOOLS := .venv/.tools
+# The tests start hundreds of Python processes. Without files of bytecode, each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 SITE_TOOLS := .venv/.site-tools
 
 .DEFAULT_GOAL := help
