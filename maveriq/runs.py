@@ -85,8 +85,8 @@ class Run:
         """One row for the whole run ("all") and one per model; seconds, shares and GiB s as the columns say."""
         import pandas as pd
 
-        rows = {"all": self.summary.overall, **self.summary.models}
-        return pd.DataFrame({name: _metrics_row(metrics) for name, metrics in rows.items()}).T
+        rows = {name: _metrics_row(metrics) for name, metrics in self.summary.models.items()}
+        return pd.DataFrame({"all": whole_run_figures(self.summary), **rows}).T
 
     @cached_property
     def summary(self) -> Summary:
@@ -221,6 +221,8 @@ def _metrics_row(metrics: Any) -> dict[str, float]:
             column = f"{name.removesuffix('_s')}_{which}_s"
             row[column] = float("nan") if figures is None else getattr(figures, which)
     row["slo_attainment"] = float("nan") if metrics.slo is None else metrics.slo.over_scheduled
+    of_completed = None if metrics.slo is None else metrics.slo.over_completed
+    row["slo_attainment_of_completed"] = float("nan") if of_completed is None else of_completed
     row["goodput"] = float("nan") if metrics.goodput is None else metrics.goodput.share
     row["throughput_per_s"] = float("nan") if metrics.throughput_per_s is None else metrics.throughput_per_s
     row["cost_gib_s_mean"] = float("nan") if metrics.cost_gib_s is None else metrics.cost_gib_s.mean
@@ -236,6 +238,7 @@ METRIC_COLUMNS: Mapping[str, str] = MappingProxyType(
         "completed": "counts",
         **{f"{name.removesuffix('_s')}_{which}_s": name for name in _TIMES for which in _STATISTICS},
         "slo_attainment": "slo",
+        "slo_attainment_of_completed": "slo",
         "goodput": "goodput",
         "throughput_per_s": "throughput_per_s",
         "cost_gib_s_mean": "cost_gib_s",
@@ -243,6 +246,19 @@ METRIC_COLUMNS: Mapping[str, str] = MappingProxyType(
     }
 )
 """The columns of `Run.metrics`, and which field of `Metrics` each is of."""
+
+
+def whole_run_figures(summary: Summary) -> dict[str, float]:
+    """Return the row "all" of `Run.metrics`, by column; with the use of the cluster where it was sampled."""
+    use, row = summary.gpus, _metrics_row(summary.overall)
+    if use is None:
+        return row
+    return row | {
+        "gpus_busy_mean": use.mean_gpus,
+        "gpus_busy_peak": use.peak_gpus,
+        "memory_mean_gib": use.mean_memory_gib,
+        "memory_peak_gib": use.peak_memory_gib,
+    }
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -263,7 +263,8 @@ def _metrics() -> Iterator[str]:
         "`summary` of `run.json` and of `--json` has them for the run (`overall`) and for each model (`models`). "
         f"Times, costs and GPU-hours are those of completed requests, each as {figures}. Shares of all requests "
         "count those that did not complete as missed. The last column names the columns of the DataFrame "
-        "`Run.metrics` and of tables of sweeps."
+        "`Run.metrics` and of tables of sweeps. The row of the whole run also has `gpus_busy_mean`, `gpus_busy_peak`, "
+        "`memory_mean_gib` and `memory_peak_gib`: GPUs busy at once and memory held by all GPUs, over time."
     )
     rows = ((f"`{name}`", meaning, _columns_of(name, METRIC_COLUMNS)) for name, meaning in METRIC_MEANINGS.items())
     yield from _table(("metric", "meaning", "columns"), rows)

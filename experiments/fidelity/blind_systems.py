@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
 
 import numpy as np
 
@@ -23,11 +22,11 @@ from maveriq.estimate.estimator import ServiceEstimate
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
 from maveriq.policy.policy import Decision, Deploy, Rejection
 from maveriq.scenario.build import build_system
+from maveriq.scenario.replica_endpoints import one_endpoint_per_replica
 from maveriq.scenario.system import ReplaySystem
 from maveriq.testbed.recordings import RecordedRun, Scheduled
 from maveriq.testbed.replay import options_of
-from maveriq.units import MICROS_PER_SECOND, Bytes
-from maveriq.workload.arrivals import LOAD_SHIFT_S
+from maveriq.units import Bytes
 from maveriq.workload.requests import Arrivals, Workload
 
 
@@ -54,22 +53,9 @@ def _on_schedule(system: ReplaySystem, arrivals: Arrivals) -> ReplaySystem:
     policy = system.policy
     if not isinstance(policy, StaticPlacementPolicy):
         raise InvariantError(f"policy {policy.name!r} has no static placement")
-    entries = system.workload.endpoints
-    # The published driver numbers every entry, and each further replica.
-    entry_of = tuple(
-        chain.from_iterable(repeat(endpoint, max(1, policy.replicas(endpoint.endpoint_id))) for endpoint in entries)
-    )
-    endpoints = tuple(
-        replace(
-            endpoint,
-            endpoint_id=endpoint_id,
-            requested_us=endpoint.requested_us
-            + (endpoint_id - endpoint.endpoint_id) * LOAD_SHIFT_S * MICROS_PER_SECOND,
-        )
-        for endpoint_id, endpoint in enumerate(entry_of, start=1)
-    )
+    split_policy, endpoints = one_endpoint_per_replica(policy, system.workload.endpoints)
     workload = Workload(name=system.workload.name, endpoints=endpoints, arrivals=arrivals)
-    return replace(system, policy=_OneReplicaPerEndpoint(policy, entry_of), workload=workload)
+    return replace(system, policy=split_policy, workload=workload)
 
 
 def _arrivals(scheduled: Scheduled, recorded: RunRecord) -> Arrivals:
@@ -82,28 +68,6 @@ def _arrivals(scheduled: Scheduled, recorded: RunRecord) -> Arrivals:
         output_tokens=table.output_tokens[order],
         slo_us=table.slo_us[order],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _OneReplicaPerEndpoint:
-    """A static placement with one endpoint per replica; `entry_of` has the original endpoint of each."""
-
-    placed: StaticPlacementPolicy
-    entry_of: Sequence[EndpointSpec]
-
-    @property
-    def name(self) -> str:
-        return self.placed.name
-
-    def decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
-        entry = self.entry_of[endpoint.endpoint_id - 1]
-        # An idle view, because on the real one the replicas that are up would not fit again.
-        idle = ClusterView(gpus=tuple(replace(gpu, free_bytes=gpu.capacity_bytes) for gpu in view.gpus))
-        decision = self.placed.decide(entry, idle)
-        if not isinstance(decision, Deploy):
-            return decision
-        first = 1 + self.entry_of.index(entry)
-        return Deploy(plans=(decision.plans[endpoint.endpoint_id - first],))
 
 
 @dataclass(frozen=True, slots=True)

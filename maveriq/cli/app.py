@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "Replay a workload on engines that really run.",
         "plan": "Rank a model's configurations for an intent.",
         "place": "Search the best placement of models on GPUs, as AlpaServe does.",
+        "experiment": "Simulate tables and figures of the published evaluation, beside the published ones.",
         "sweep": "Simulate every combination of chosen options, and compare them over seeds.",
         "size": "Find the fewest GPUs that serve a workload within its SLOs.",
         "models": "List the models known by name, or show what is read of one.",
@@ -37,6 +38,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "serve": "Serve many models on one cluster over HTTP.",
         "console": "Register, deploy and query models of a running service.",
         "trace": "Show, export and check workloads.",
+        "data": "Say which public data is here, and where the rest comes from.",
         "testbed": "Import the recorded runs of the testbed, and replay them.",
     }
 )

@@ -58,7 +58,7 @@ def sweep(
         echo(f"{len(cells):,} runs")
         return
     folder = out if out is not None else Path("sweeps") / file.stem
-    with make_pool(on, workers) as pool, _progress(quiet=quiet or as_json) as watch:
+    with make_pool(on, workers) as pool, show_progress(quiet=quiet or as_json) as watch:
         result = run_sweep(spec, folder, pool=pool, keep_runs=keep_runs, overwrite=overwrite, watch=watch)
     if as_json:
         typer.echo(json.dumps(_as_json(result), indent=2, allow_nan=False))
@@ -84,7 +84,7 @@ def _as_json(result: SweepResult) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[SweepProgress], None]]:
+def show_progress(*, quiet: bool) -> Iterator[Callable[[SweepProgress], None]]:
     """Show the progress on stderr: a bar with the time left, or in a file a line every few seconds."""
     if quiet:
         yield lambda _: None

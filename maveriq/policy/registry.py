@@ -10,11 +10,12 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from maveriq.domain.cluster import GpuView
-from maveriq.domain.deployments import Cost
+from maveriq.domain.cluster import ClusterView, GpuView
+from maveriq.domain.deployments import Cost, EndpointSpec
 from maveriq.errors import InputError, MaveriqError, UnknownNameError
 from maveriq.estimate.estimator import Estimator
 from maveriq.files import exists, open_regular_file
+from maveriq.policy.baselines import BALANCED, BASELINES, BalancedPolicy, replicas_policy
 from maveriq.policy.configuration import AccuracyLookup
 from maveriq.policy.load_ranking import EngineEstimates
 from maveriq.policy.maveriq import MaverIQ, PlacementRule, TieBreak, hybrid, least_loaded_first, packing
@@ -42,13 +43,15 @@ def make_policy(
     evidence: EvidenceLookup = no_evidence,
     cost: Cost = Cost.MONEY,
     engines: EngineEstimates | None = None,
+    endpoints: Sequence[EndpointSpec] = (),
+    idle: ClusterView | None = None,
     others: Sequence[str] = (),
 ) -> Policy:
     """Return the policy of a name.
 
     Args:
-        name: `hybrid`, `packing`, `llf`, `none`, or `module:function` or `file.py:function` for
-            a user's placement rule (docs/extending.md).
+        name: `hybrid`, `packing`, `llf`, `none`, `balanced`, `replicas`, or `module:function` or `file.py:function`
+            for a user's placement rule (docs/extending.md).
         estimator: what the policy plans with.
         accuracy: measured accuracy of quantised models.
         packing_threshold: for `hybrid`, 0 to 1; must be valid whatever the policy is.
@@ -56,11 +59,20 @@ def make_policy(
         evidence: measured latencies, for notes on decisions.
         cost: what the intent `min-cost` counts.
         engines: estimates of continuous engines, None where there are none.
+        endpoints: what will be deployed, in this order; `replicas` chooses by it.
+        idle: the GPUs before anything is deployed, likewise.
         others: names of policies that another module makes, for the message about an unknown name.
 
     Raises:
         InputError: no such policy, a rule that cannot be loaded, a threshold outside 0 to 1.
     """
+    if name in BASELINES:
+        placer = MaverIQ(name=name, estimator=estimator, accuracy=accuracy, rule=None, cost=cost)
+        if name == BALANCED:
+            return BalancedPolicy(placer=placer)
+        if idle is None:
+            raise InputError(f"policy {name!r} chooses by all models of a run, which are not known here; give another")
+        return replicas_policy(placer, endpoints, idle)
     hybrid(packing_threshold)  # refuse a bad threshold even if this policy does not use it
     if ":" in name:
         rule: PlacementRule | None = _load_rule(name)
@@ -71,7 +83,7 @@ def make_policy(
         raise UnknownNameError(
             "policy",
             name,
-            (*RULES, *others),
+            (*RULES, *BASELINES, *others),
             hint="or a rule of your own as file.py:function",
         )
     return MaverIQ(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,27 +82,36 @@ def _draw(figure: Figure, comparison: Comparison, curves: list[Curves], *, title
 
 @contextmanager
 def figure_at(
-    path: Path, *, inches: tuple[float, float], dots_per_inch: int = 150, overwrite: bool = False
+    path: Path,
+    *,
+    inches: tuple[float, float],
+    dots_per_inch: int = 150,
+    overwrite: bool = False,
+    also: Sequence[Path] = (),
 ) -> Iterator[Figure]:
     """Give an empty figure in the style of all plots, and write it unless an error came.
 
-    The file appears whole or not at all, the same figure giving the same bytes.
+    The file appears whole or not at all, the same figure giving the same bytes. `also` gets it in other formats.
 
     Raises:
         InputError: as for `check_plot`, or the place cannot be written to.
         MaveriqError: the disk is full.
     """
-    check_plot(path, overwrite=overwrite)
+    for file in (path, *also):
+        check_plot(file, overwrite=overwrite)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    kind = path.suffix.lower().removeprefix(".")
     style: Any = {"svg.hashsalt": "maveriq", "svg.fonttype": "path", "font.size": 10, "text.color": TEXT}
-    metadata: Any = {"Software": "maveriq"} if kind == "png" else {"Date": None, "Creator": "maveriq"}
-    with mpl.rc_context(style), written_whole(path, what=_PLOT, overwrite=overwrite) as partial:
+    with mpl.rc_context(style):
         figure = Figure(figsize=inches, layout="constrained")
         yield figure
-        figure.savefig(partial, format=kind, dpi=dots_per_inch, metadata=metadata)
+        for file in (path, *also):
+            kind = file.suffix.lower().removeprefix(".")
+            metadata: Any = {"Software": "maveriq"} if kind == "png" else {"Date": None, "Creator": "maveriq"}
+            with written_whole(file, what=_PLOT, overwrite=overwrite) as partial:
+                figure.savefig(partial, format=kind, dpi=dots_per_inch, metadata=metadata)
+            figure.set_layout_engine("none")  # what is laid out stays so: this takes as long as drawing
 
 
 def draw_curves(axes: Axes, curves: Curves) -> tuple[Any, Any]:

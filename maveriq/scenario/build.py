@@ -11,7 +11,7 @@ from maveriq.control.controller import ControllerSettings, OnFailure, OnLoss, Se
 from maveriq.control.deployment_manager import Deployment
 from maveriq.control.queues import QueueDiscipline
 from maveriq.control.router import RequestRouter
-from maveriq.domain.cluster import Cluster, DispatchTiming
+from maveriq.domain.cluster import Cluster, ClusterState, DispatchTiming
 from maveriq.domain.faults import Fault, Removal, check_fault, check_removal, parse_fault, parse_removal
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import DeploymentPlan
@@ -26,6 +26,7 @@ from maveriq.estimate.estimator import Estimator
 from maveriq.estimate.hardware_profile import HardwareProfile, gpu_kind
 from maveriq.estimate.registry import BLENDED, CALIBRATED, ESTIMATORS, PHYSICS, default_estimator
 from maveriq.policy.alpaserve.policy import StaticPlacementPolicy
+from maveriq.policy.baselines import BASELINES
 from maveriq.policy.maveriq import PlacementRule, TieBreak
 from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.policy.policy import Policy
@@ -37,6 +38,7 @@ from maveriq.scenario.defaults import choice, resolved, with_cluster_defaults
 from maveriq.scenario.engine_estimates import PlannedEngines
 from maveriq.scenario.live_engines import LiveEngines
 from maveriq.scenario.options import Options
+from maveriq.scenario.replica_endpoints import with_published_requests
 from maveriq.scenario.routing import routing_rule
 from maveriq.scenario.service_times import RECORDED, EstimatedServiceTimes, RecordedServiceTimes, ServiceTimes
 from maveriq.scenario.static_placement import STATIC_POLICIES, search_static_placement
@@ -120,6 +122,8 @@ def build_system(
     policy, notes = (
         (given_policy, ()) if given_policy else _policy(options, profiles, cluster, estimator, workload, planned)
     )
+    if options.alpaserve_requests_as_published:
+        policy, workload = with_published_requests(policy, workload, options)
     drain_us = profile.drain_us if options.drain_s is None else micros(options.drain_s)
     return ReplaySystem(
         cluster=cluster,
@@ -382,6 +386,8 @@ def _policy(
         evidence=profiles.measured_ratio,
         cost=profiles.min_cost,
         engines=engines,
+        endpoints=workload.endpoints,
+        idle=ClusterState(cluster).view([0.0] * len(cluster)),
         others=STATIC_POLICIES,
     )
     return policy, ()
@@ -404,14 +410,15 @@ def _given_policy(
 
 def _refuse_ignored_options(options: Options) -> None:
     """Refuse options that the policy ignores, since the run would not be what the user expects."""
-    static = options.policy in STATIC_POLICIES
-    ignored = ("intent", "min_accuracy", "float16_only") if static else (
-        "alpaserve_profile", "alpaserve_as_published", "alpaserve_star_rule",
+    static, by_intent = options.policy in STATIC_POLICIES, options.policy not in (*STATIC_POLICIES, *BASELINES)
+    for_static = (
+        "alpaserve_profile", "alpaserve_as_published", "alpaserve_requests_as_published", "alpaserve_star_rule",
     )  # fmt: skip
+    ignored = (*(() if by_intent else ("intent", "min_accuracy", "float16_only")), *(() if static else for_static))
     default = Options()
     for name in ignored:
         if getattr(options, name) != getattr(default, name):
-            users = "policies that go by intents" if static else " and ".join(STATIC_POLICIES)
+            users = " and ".join(STATIC_POLICIES) if name in for_static else "policies that go by intents"
             raise InputError(f"--{name.replace('_', '-')} applies to {users}, not to {options.policy!r}; leave it out")
 
 

@@ -174,10 +174,10 @@ class Options:
 
     policy: str | None = option(
         None,
-        "hybrid, packing, llf, none, alpaserve, alpaserve-star, or your own FILE.py:FUNCTION.",
+        "hybrid, packing, llf, none, alpaserve, alpaserve-star, balanced, replicas, or your own FILE.py:FUNCTION.",
         _POLICY,
         shown="llf; hybrid on the published testbed",
-        choices=("hybrid", "packing", "llf", "none", "alpaserve", "alpaserve-star"),
+        choices=("hybrid", "packing", "llf", "none", "alpaserve", "alpaserve-star", "balanced", "replicas"),
     )
     intent: str = option("min-cost", "min-cost, min-latency, min-memory, or min-gpu-cost.", _POLICY, choices=INTENTS)
     slo_scale: float = option(
@@ -228,6 +228,11 @@ class Options:
         choices=("maveriq", "published"),
     )
     alpaserve_as_published: bool = option(False, "AlpaServe as published, with its naming defect.", _POLICY)  # noqa: FBT003
+    alpaserve_requests_as_published: bool = option(
+        False,  # noqa: FBT003
+        "Requests as the published driver drew them for AlpaServe: for a replica, not for a model.",
+        _POLICY,
+    )
     alpaserve_star_rule: str = option(
         "F", "How AlpaServe* keeps every model: F, A, B or C.", _POLICY, choices=("F", "A", "B", "C")
     )

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 # The palette by Okabe and Ito, which colour-blind readers tell apart, from dark to light.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-_MARKERS = "osD^vPX*"
-_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
-_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = "osD^vPX*"
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
 _INCHES_WIDE, _INCHES_OF_PANEL = 8.0, 3.4
 _MAX_NAMES_LEVEL = 6  # more names below bars are turned
 
@@ -77,8 +77,8 @@ def _plain(value: float, _: object) -> str:
 
 
 def _draw_values(axes: Axes, series: Series, number: int) -> None:
-    look: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "color": _COLOURS[number % len(_COLOURS)]}
-    look["linestyle"] = _DASHES[number % len(_DASHES)] if series.mark is Mark.LINE else "none"
+    look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
+    look["linestyle"] = DASHES[number % len(DASHES)] if series.mark is Mark.LINE else "none"
     # An empty mark is seen where another lies on it.
     axes.plot(series.x, series.y, label=series.label, linewidth=1.2, markersize=5.5, markerfacecolor="none", **look)
 
@@ -86,10 +86,10 @@ def _draw_values(axes: Axes, series: Series, number: int) -> None:
 def _draw_bars(axes: Axes, series: Series, number: int, of: int) -> None:
     width = 0.8 / of
     places = np.arange(len(series.x)) + (number - (of - 1) / 2) * width
-    colour = _COLOURS[1:][number % (len(_COLOURS) - 1)]
+    colour = COLOURS[1:][number % (len(COLOURS) - 1)]
     axes.bar(
         places, series.y, width, label=series.label, color=colour, edgecolor="black", linewidth=0.6,
-        hatch=_HATCHES[number % len(_HATCHES)],
+        hatch=HATCHES[number % len(HATCHES)],
     )  # fmt: skip
     turned = len(series.x) > _MAX_NAMES_LEVEL
     axes.set_xticks(

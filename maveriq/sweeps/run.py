@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +142,7 @@ def run_sweep(
     folder: Path | None,
     *,
     pool: Pool,
+    only: Collection[int] | None = None,
     keep_runs: bool = False,
     overwrite: bool = False,
     watch: Callable[[SweepProgress], None] = lambda _: None,
@@ -152,6 +153,7 @@ def run_sweep(
         spec: the sweep.
         folder: of the results; None keeps nothing.
         pool: simulates cells.
+        only: numbers of the cells to simulate; None for all. The result has those of earlier calls too.
         keep_runs: keep the run folder of each cell.
         overwrite: start anew if the folder holds a sweep.
         watch: is called at the start and after each cell.
@@ -167,11 +169,12 @@ def run_sweep(
         path = folder if folder is not None else Path(stack.enter_context(tempfile.TemporaryDirectory("-sweep")))
         opened = stack.enter_context(open_folder(path, spec, overwrite=overwrite))
         results = dict(opened.finished)
-        todo = [cell for cell in cells if cell.number not in results]
+        wanted = cells if only is None else [cell for cell in cells if cell.number in only]
+        todo = [cell for cell in wanted if cell.number not in results]
         runs = path.absolute() / RUNS_FOLDER if keep_runs else None
         by_number = {cell.number: cell for cell in cells}
-        resumed = len(results)
-        watch(SweepProgress(cells=len(cells), resumed=resumed, finished=0))
+        resumed = len(wanted) - len(todo)
+        watch(SweepProgress(cells=len(wanted), resumed=resumed, finished=0))
         tasks = [
             CellTask(
                 number=cell.number, options=dict(cell.options), folder=str(runs / f"{cell.number:05d}") if runs else ""
@@ -183,7 +186,7 @@ def run_sweep(
             results[result.number] = result
             watch(
                 SweepProgress(
-                    cells=len(cells), resumed=resumed, finished=finished, last=by_number[result.number], result=result
+                    cells=len(wanted), resumed=resumed, finished=finished, last=by_number[result.number], result=result
                 )
             )
         found = _tabulated(spec, cells, results)

@@ -108,18 +108,21 @@ class Contrast(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 class SweepSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """A sweep as its file describes it; see docs/sweeps.md.
 
-    `options` are of all cells. Each combination of the values in `grid`, with each point of `sample`, is a cell.
+    `options` are of all cells. Each combination of the values in `grid`, with each point of `sample` and each entry of
+    `runs`, is a cell. `runs` lists options that belong together.
     """
 
     name: str
     options: dict[str, Any] = {}
     grid: dict[str, _Values] = {}
     sample: Sample | None = None
+    runs: list[dict[str, Value]] = []
     compare: Contrast | None = None
 
     def factors(self) -> tuple[str, ...]:
-        """Return the options that differ between cells: those of the grid, then those of the sample."""
-        return (*self.grid, *(self.sample.of if self.sample else ()))
+        """Return the options that differ between cells: those of the grid, of the sample, and of the runs listed."""
+        listed = dict.fromkeys(name for run in self.runs for name in run)
+        return (*self.grid, *(self.sample.of if self.sample else ()), *listed)
 
     def contrast(self) -> Contrast | None:
         """Return what is compared: as the file says, else the policies if several are in the grid."""
@@ -184,7 +187,7 @@ def _check(spec: SweepSpec) -> None:
     if twice := next((name for name in given if given.count(name) > 1), None):
         raise InputError(f"{twice} is given twice: keep it in one of options, grid and sample")
     _check_contrast(spec)
-    count = math.prod(map(len, spec.grid.values())) * (spec.sample.count if spec.sample else 1)
+    count = math.prod(map(len, spec.grid.values())) * (spec.sample.count if spec.sample else 1) * (len(spec.runs) or 1)
     if count > MAX_CELLS:
         raise InputError(f"these are {count:,} runs; a sweep has at most {MAX_CELLS:,}: give fewer values")
 
@@ -228,4 +231,5 @@ def _combinations(spec: SweepSpec) -> Iterator[dict[str, Value]]:
     points: Sequence[dict[str, Value]] = spec.sample.points() if spec.sample else [{}]
     for values in itertools.product(*spec.grid.values()):
         for point in points:
-            yield dict(zip(spec.grid, values, strict=True)) | point
+            for run in spec.runs or [{}]:
+                yield dict(zip(spec.grid, values, strict=True)) | point | run

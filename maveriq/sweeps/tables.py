@@ -53,7 +53,7 @@ def cells_table(cells: Sequence[Cell], results: Mapping[int, CellResult], factor
             rows.append(
                 {
                     "run": cell.number,
-                    **{name: cell.factors[name] for name in factors},
+                    **{name: cell.factors.get(name) for name in factors},  # a listed run need not name all
                     "model": model,
                     "saturation": result.saturation,
                     "error": result.error,
@@ -77,10 +77,12 @@ def over_seeds(table: pd.DataFrame, factors: Sequence[str]) -> pd.DataFrame:
     groups = [name for name in factors if name != SEED] + ["model"]
     figures = _figures(table, factors)
     rows = []
-    for key, group in table[table["error"] == ""].groupby(groups, sort=False, dropna=False):
-        row: dict[str, Any] = dict(zip(groups, key, strict=True)) | {"seeds": len(group)}
-        for name in figures:
-            values = group[name].dropna().to_numpy(float)
+    simulated = table[table["error"] == ""]
+    all_values = simulated[figures].to_numpy(float)
+    for key, places in simulated.groupby(groups, sort=False, dropna=False).indices.items():
+        row: dict[str, Any] = dict(zip(groups, key, strict=True)) | {"seeds": len(places)}
+        for name, column in zip(figures, all_values[places].T, strict=True):
+            values = column[~np.isnan(column)]
             row[name] = values.mean() if len(values) else np.nan
             row[f"{name}_ci95"] = _half_width(values)
         rows.append(row)

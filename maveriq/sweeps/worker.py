@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def simulate_cell(task: CellTask) -> CellResult:
     try:
         run = simulate(**task.options)
         rows = _rows(run.metrics)
+        rows["all"]["gpus_used"] = float(len(_gpus_with_models(run.record.deployments)))
         if task.folder:
             run.save(Path(task.folder), overwrite=True)
     except (InputError, MaveriqError, MemoryError, OSError) as error:
@@ -67,6 +68,10 @@ def simulate_cell(task: CellTask) -> CellResult:
         rows=rows,
         seconds=time.monotonic() - started_s,
     )
+
+
+def _gpus_with_models(records: Sequence[DeploymentRecord]) -> set[int]:
+    return {gpu_id for record in records if record.plan is not None for gpu_id in record.plan.gpu_ids}
 
 
 def _deployment(record: DeploymentRecord) -> str:

@@ -22,7 +22,7 @@ LOAD_SHIFT_S = 90
 MAX_REQUESTS = 100_000_000
 """A workload larger than this would not fit into memory."""
 
-_DRAW_WIDTH_S = 29.9
+DRAW_WIDTH_S = 29.9
 _STAGES = 15
 _STAGE_S = 120
 _POISSON_BINS = _STAGES * _STAGE_S // BIN_S
@@ -125,7 +125,7 @@ def published_draw(
     times, endpoints = [], []
     for index, (count, models) in enumerate(zip(wanted.tolist(), deployed.tolist(), strict=True)):
         start_s = BIN_S * index
-        times.append(np.sort(legacy.uniform(start_s, start_s + _DRAW_WIDTH_S, count)) + LOAD_SHIFT_S * models)
+        times.append(np.sort(legacy.uniform(start_s, start_s + DRAW_WIDTH_S, count)) + LOAD_SHIFT_S * models)
         # One call for all takes the same numbers from the generator as one call for each.
         likely = None if weights is None else np.asarray(weights[:models]) / sum(weights[:models])
         endpoints.append(legacy.choice(models, size=count, p=likely) + 1)

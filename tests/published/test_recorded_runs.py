@@ -1,6 +1,7 @@
 """The records of every recorded run contain all its requests."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from maveriq.domain.records import RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.scenario.build import build_system
 from maveriq.tables import read_csv
-from maveriq.testbed.recordings import read_runs
+from maveriq.testbed.recordings import read_runs, read_scheduled
 from maveriq.testbed.replay import options_of
 
 pytestmark = pytest.mark.data
@@ -58,3 +59,16 @@ def test_descriptions_give_the_recorded_requests_of_maveriq(
     assert np.array_equal(table.endpoint_id[order], drawn.endpoint_id)
     assert np.array_equal(table.slo_us[order], drawn.slo_us)
     assert np.abs(table.arrival_us[order] - drawn.arrival_us).max() < 200_000
+
+
+def test_descriptions_give_the_recorded_requests_of_the_baselines(measured_data: Path) -> None:
+    """All schedules of AlpaServe and AlpaServe*: every time (to the microsecond) and every replica."""
+    testbed = measured_data / "testbed"
+    runs = [run for run in read_runs(testbed) if not run.by_maveriq]
+    schedules = read_scheduled(testbed, [run.name for run in runs])
+    for run in runs:
+        options = replace(options_of(run), alpaserve_as_published=True, alpaserve_requests_as_published=True)
+        drawn, recorded = build_system(options).workload.arrivals, schedules[run.name]
+        order = np.argsort(recorded.request_id)
+        assert np.array_equal(recorded.endpoint_id[order], drawn.endpoint_id), run.name
+        assert np.array_equal(recorded.arrival_us[order], drawn.arrival_us), run.name

@@ -28,6 +28,15 @@ def test_grid_and_sample_are_crossed():
     assert [cell.factors["scale"] for cell in cells[:3]] == [cell.factors["scale"] for cell in cells[3:]]
 
 
+def test_listed_runs_are_crossed_with_the_grid_and_need_not_name_the_same_options():
+    spec = read_sweep({"grid": {"seed": [1, 2]}, "runs": [{"policy": "llf"}, {"policy": "none", "intent": "min-cost"}]})
+    assert spec.factors() == ("seed", "policy", "intent")
+    assert [cell.factors for cell in cells_of(spec)] == [
+        {"seed": 1, "policy": "llf"}, {"seed": 1, "policy": "none", "intent": "min-cost"},
+        {"seed": 2, "policy": "llf"}, {"seed": 2, "policy": "none", "intent": "min-cost"},
+    ]  # fmt: skip
+
+
 @given(
     count=st.integers(1, 40),
     low=st.floats(0.01, 10),

@@ -41,5 +41,5 @@ def test_bars_differ_in_hatch_and_do_not_overlap() -> None:
 
 def test_colours_are_of_the_palette_for_the_colour_blind() -> None:
     used = {to_hex(line.get_color()).upper() for line in axes_of(Mark.LINE).lines}
-    assert used <= {colour.upper() for colour in plot._COLOURS}
+    assert used <= {colour.upper() for colour in plot.COLOURS}
     assert len(used) == len(NAMES)

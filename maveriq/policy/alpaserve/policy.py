@@ -34,9 +34,9 @@ class StaticPlacementPolicy:
         if not plans:
             return Rejection(reason=self._why_not_hosted())
         free = {gpu.gpu_id: gpu.free_bytes for gpu in view.gpus}
-        fitting = [plan for plan in plans if _why_not(plan, free) is None]
+        fitting = [plan for plan in plans if why_no_room(plan, free) is None]
         if not fitting:
-            return Rejection(reason="; ".join(_why_not(plan, free) or "" for plan in plans))
+            return Rejection(reason="; ".join(why_no_room(plan, free) or "" for plan in plans))
         return Deploy(plans=tuple(fitting))
 
     def replicas(self, endpoint_id: int) -> int:
@@ -68,7 +68,7 @@ class StaticPlacementPolicy:
         return self.solution.reason or f"{self.name}'s placement leaves it out"
 
 
-def _why_not(plan: DeploymentPlan, free: dict[int, Bytes]) -> str | None:
+def why_no_room(plan: DeploymentPlan, free: dict[int, Bytes]) -> str | None:
     """Return why a plan does not fit the GPUs that are up; None if it fits."""
     for gpu_id, size in zip(plan.gpu_ids, plan.gpu_bytes, strict=True):
         if gpu_id not in free:

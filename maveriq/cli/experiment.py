@@ -1,0 +1,93 @@
+"""`maveriq experiment`: simulates the published evaluation, and compares it with what was published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maveriq.cli.options import JsonFlag, OverwriteFlag
+from maveriq.cli.output import echo
+from maveriq.cli.sweep import show_progress
+from maveriq.experiment import measured, results
+from maveriq.experiment.definition import Catalog, points_of
+from maveriq.experiment.evaluation import Evaluation
+from maveriq.experiment.measured import MeasuredResult, measured_result
+from maveriq.experiment.results import ExperimentResult, result_of
+from maveriq.files import measured_data_path
+from maveriq.report.terminal import open_console
+from maveriq.report.view import Column, Table, number_column, row
+from maveriq.sweeps.run import LOCAL, make_pool
+
+LIST, ALL = "list", "all"
+_FOLDER = Path("evaluation")
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME|all|list", help="An experiment, all, or `list` to list them.")],
+    *,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; an interrupted experiment goes on in it.")
+    ] = _FOLDER,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of recordings.", show_default="MAVERIQ_DATA")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes at once.", show_default="one a core")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")] = False,
+    overwrite: OverwriteFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Simulate tables and figures of the published evaluation, beside the published ones.
+
+    Writes figures.csv, improvements.csv, plot.png, plot.svg and experiment.json
+    to a folder for each experiment. Experiments share their runs, and an
+    interrupted one goes on where it stopped.
+    """
+    catalog = Catalog()
+    if name == LIST:
+        _list(catalog, as_json=as_json)
+        return
+    names = catalog.names if name == ALL else [name]
+    definitions = {each: catalog.read(each) for each in names}
+    folder_of_data = data or measured_data_path()
+    console, answers = open_console(), []
+
+    def show(name: str, result: ExperimentResult | MeasuredResult) -> None:
+        module = results if isinstance(result, ExperimentResult) else measured
+        module.write(result, out / name, overwrite=overwrite)
+        answers.append(module.to_json(result))
+        if not (quiet or as_json):
+            console.print(module.view(result, width=console.width))
+            echo(f"results: {out / name}\n")
+
+    simulated = {name: definition for name, definition in definitions.items() if not definition.study}
+    if simulated:
+        evaluation = Evaluation(catalog)
+        with make_pool(LOCAL, workers) as pool, show_progress(quiet=quiet or as_json) as watch:
+            runs = evaluation.simulate(simulated.values(), out, pool=pool, overwrite=overwrite, watch=watch)
+        recorded = evaluation.recorded(folder_of_data)
+    for each, definition in definitions.items():
+        if definition.study:
+            show(each, measured_result(each, definition, folder_of_data))
+        else:
+            show(each, result_of(each, definition, evaluation.outcomes(definition, runs, recorded)))
+    if as_json:
+        typer.echo(json.dumps(answers, indent=2, allow_nan=False))
+
+
+def _list(catalog: Catalog, *, as_json: bool) -> None:
+    found = {name: catalog.read(name) for name in catalog.names}
+    if as_json:
+        answer = [
+            {"name": name, "question": definition.question, "runs": len(list(points_of(definition)))}
+            for name, definition in found.items()
+        ]
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    rows = [row(name, str(len(list(points_of(of))) or "–"), of.question) for name, of in found.items()]
+    columns = [Column("experiment"), number_column("runs"), Column("question", wrap="words")]
+    open_console().print(Table("", columns, rows))

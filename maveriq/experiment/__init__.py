@@ -1,0 +1,1 @@
+"""The published evaluation: its tables and figures simulated, beside what was published."""
