@@ -49,7 +49,9 @@ def simulate(
     *,
     slo_ttft_ms: float | None = None,
     slo_tpot_ms: float | None = None,
+    kernel: str = "auto",
     watcher: Watcher | None = None,
+    notify: Callable[[str], None] | None = None,
     **changes: Any,
 ) -> Run:
     """Replay a workload on a simulated cluster, as `maveriq sim` does.
@@ -58,7 +60,9 @@ def simulate(
         options: the options to start from; None takes the defaults.
         slo_ttft_ms: time to first token within which a request counts as goodput.
         slo_tpot_ms: time per output token within which a request counts as goodput.
+        kernel: what simulates: "simpy", "fast" (compiled, with the same records), or "auto" for the one that suits.
         watcher: receives the progress of the run.
+        notify: is told in a sentence when something takes long before the run, such as compiling the fast kernel.
         changes: options by name, as on the command line with underscores. `policy`, `estimator`, `service_times`
             and `router` also take objects, and `policy` a placement rule (docs/extending.md).
 
@@ -67,9 +71,11 @@ def simulate(
     """
     from maveriq.exec.local_machine import local_cluster
     from maveriq.scenario.build import build_system
-    from maveriq.sim.simulator import simulate as simulate_system
+    from maveriq.scenario.defaults import choice
+    from maveriq.sim.kernels import Kernel, choose_kernel, simulate_with
 
     _check_goodput_limits(slo_ttft_ms, slo_tpot_ms)
+    wanted = choice(Kernel, "kernel", kernel)
     chosen, components = _options_and_components(options, changes)
     system = build_system(
         chosen,
@@ -79,10 +85,14 @@ def simulate(
         slo_tpot_s=None if slo_tpot_ms is None else slo_tpot_ms / 1e3,
     )
     resolved = _resolved(chosen, system, components)
-    record = simulate_system(system, watcher)
+    simulator = choose_kernel(system, wanted)
+    record = simulate_with(simulator.kernel, system, watcher, notify=notify)
+    libraries = ("numpy", "numba" if simulator.kernel is Kernel.FAST else "simpy")
+    meta = _meta(resolved, system, components, record, kind="simulated", libraries=libraries)
+    meta["notes"] += [simulator.note] if simulator.note else []
     return Run(
         record=record,
-        meta=_meta(resolved, system, components, record, kind="simulated", libraries=("numpy", "simpy")),
+        meta=meta,
         options=resolved,
         slo_ttft_ms=slo_ttft_ms,
         slo_tpot_ms=slo_tpot_ms,

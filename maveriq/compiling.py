@@ -25,7 +25,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 class Pointer(Protocol):
-    """A pointer to whole numbers of 64 bits. Nobody checks its bounds."""
+    """A pointer to whole numbers, of 64 bits unless it says otherwise. Nobody checks its bounds."""
 
     def __getitem__(self, index: int) -> int: ...
 
@@ -94,6 +94,12 @@ def _pointer(kind: Any) -> Any:
 
 ints: Callable[[int], Pointer] = _pointer(types.int64)
 """Returns what is at an address, in compiled code."""
+
+shorts: Callable[[int], Pointer] = _pointer(types.int32)
+"""Returns the numbers of 32 bits that are at an address, in compiled code."""
+
+bytes_at: Callable[[int], Pointer] = _pointer(types.int8)
+"""Returns the numbers of 8 bits that are at an address, in compiled code."""
 
 floats: Callable[[int], FloatPointer] = _pointer(types.float64)
 """Returns what is at an address, in compiled code."""

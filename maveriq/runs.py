@@ -113,11 +113,12 @@ class Run:
 
         return summary_to_json(self.summary, self.saturation, self.record.deployments)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, *, records: str = "csv", overwrite: bool = False) -> Path:
         """Write a run folder, whole or not at all, and return where it is.
 
         Args:
             path: the folder; it may exist if it is empty.
+            records: "parquet" for a table of requests in Parquet, which is faster and smaller than "csv".
             overwrite: replace a run that is there.
 
         The logs of engines are not part of a `Run`; `maveriq.run(out=...)` keeps them.
@@ -130,7 +131,7 @@ class Run:
 
         folder = as_path(path, "path")
         check_writable(folder, overwrite=overwrite)
-        return save_run(self, folder, overwrite=overwrite)
+        return save_run(self, folder, records=records, overwrite=overwrite)
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: the latency of each request, and the requests waiting, over time."""
@@ -185,7 +186,7 @@ class Run:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: bool) -> Path:
+def save_run(run: Run, folder: Path, *, logs: Path | None = None, records: str = "csv", overwrite: bool) -> Path:
     """Write a run folder, whole or not at all, and return where it is; check the folder before the run.
 
     Without `overwrite` a folder that another process has filled meanwhile leaves the run the next free name: it may be
@@ -195,13 +196,17 @@ def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: boo
         run: what is written.
         folder: see `maveriq.report.run_folder.check_writable`.
         logs: a folder of engine logs, which moves into the run folder.
+        records: the format of the table of requests, csv or parquet.
         overwrite: replace a run that is there.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or there is no such format.
         MaveriqError: the disk is full.
     """
-    from maveriq.report.run_folder import write_run
+    from maveriq.report.run_folder import RecordsFormat, write_run
+    from maveriq.scenario.defaults import choice
+
+    records_format = choice(RecordsFormat, "records", records)
 
     def write_engines(fresh: Path) -> None:
         if logs is not None:
@@ -209,7 +214,9 @@ def save_run(run: Run, folder: Path, *, logs: Path | None = None, overwrite: boo
         if run.engine_processes_csv:
             (fresh / ENGINE_PROCESSES_FILE).write_text(run.engine_processes_csv, encoding="utf-8")
 
-    return write_run(folder, run.record, run.to_dict(), run.meta, more=write_engines, overwrite=overwrite)
+    return write_run(
+        folder, run.record, run.to_dict(), run.meta, more=write_engines, records=records_format, overwrite=overwrite
+    )
 
 
 def _metrics_row(metrics: Any) -> dict[str, float]:

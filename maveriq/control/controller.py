@@ -164,13 +164,17 @@ class Controller:
             now_us: the instant; never earlier than in the last call.
             events: in any order; empty at `wake_us`.
         """
+        self.apply(now_us, events)
+        self._actions.extend(self.manager.start_waiting())
+        self._dispatch()
+        return self._actions
+
+    def apply(self, now_us: Micros, events: Sequence[Event]) -> None:
+        """Let events change the state, and start and dispatch nothing: for a driver that does these itself."""
         self._now_us = now_us
         self._actions = []
         for event in events if len(events) < 2 else sorted(events, key=_order):
             self._handle(event)
-        self._actions.extend(self.manager.start_waiting())
-        self._dispatch()
-        return self._actions
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -343,6 +347,11 @@ class Controller:
             for request in requests:
                 self.tracker.started(request, self._now_us)
             self._actions.append(Execute(deployment.deployment_id, execution_id, requests))
+
+    @property
+    def closed_until_us(self) -> Micros:
+        """When the dispatcher goes on, after engines registered or a request was sent."""
+        return self._clock.closed_until_us
 
     # Deployments
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING, TypeAlias
 
 from maveriq.control.events import EngineProgress, EngineUp, StartEngine
 from maveriq.control.gpu_sharing import GpuSharing
@@ -19,6 +20,12 @@ from maveriq.engine.interface import EngineCounters
 from maveriq.errors import InvariantError, MaveriqError
 from maveriq.policy.policy import Decision, Deploy, Policy, Rejection
 from maveriq.units import Bytes, Micros
+
+if TYPE_CHECKING:
+    from maveriq.control.utilization import Integers
+
+Batch: TypeAlias = tuple[Micros, tuple[Request, ...]]
+"""What a deployment executes: since when, and the requests."""
 
 MAX_REPLACEMENTS = 3
 """How often the deployments of an endpoint are placed anew: what fails everywhere is not the fault of a GPU."""
@@ -290,6 +297,11 @@ class DeploymentManager:
         self.deployments[deployment.deployment_id] = deployment
         return deployment
 
+    @property
+    def waiting_to_start(self) -> Sequence[Deployment]:
+        """Deployments that start once all their GPUs are up and idle."""
+        return self._to_start
+
     def start_waiting(self) -> list[StartEngine]:
         """Start loading each waiting deployment whose GPUs are all up and idle at this instant."""
         if not self._to_start:
@@ -341,6 +353,24 @@ class DeploymentManager:
             for gpu_id in deployment.gpu_ids:
                 self._released_us[gpu_id] = now_us
         return requests
+
+    def executed_together(
+        self, deployment_id: Integers, start_us: Integers, end_us: Integers, running: Mapping[int, Batch]
+    ) -> None:
+        """Record what exclusive engines did since the last call, for a driver that dispatches by itself.
+
+        Args:
+            deployment_id: of each execution that ended, in order of time.
+            start_us: when it started.
+            end_us: when it ended.
+            running: what executes now: by deployment, since when, and the requests.
+        """
+        for deployment in self.deployments.values():
+            of_it = deployment_id == deployment.deployment_id
+            if of_it.any():
+                deployment.busy.add_together(start_us[of_it], end_us[of_it])
+            deployment.started_us, deployment.running = running.get(deployment.deployment_id, (NOT_YET, ()))
+        self.busy_mask = sum(self.deployments[number].gpu_mask for number in running)
 
     def submit(self, deployment: Deployment, request: Request, now_us: Micros) -> None:
         """Record that a continuous engine has a request."""

@@ -15,6 +15,11 @@ class DispatchDelays:
         self._timing = timing
         self._closed_until_us = 0
 
+    @property
+    def closed_until_us(self) -> Micros:
+        """The time before which nothing is dispatched."""
+        return self._closed_until_us
+
     def pause(self, now_us: Micros) -> None:
         """Dispatch nothing for a while, because an engine just registered."""
         self._closed_until_us = max(self._closed_until_us, now_us + self._timing.registration_delay_us)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -178,6 +178,8 @@ class RequestTracker:
         """Return the rows from one on, up to another, of requests that have not ended."""
         import numpy as np
 
+        if start == end:
+            return []
         status = np.frombuffer(self._status, dtype=self._status.typecode)[start:end]
         return (np.flatnonzero(status <= _RUNNING) + start).tolist()
 
@@ -186,6 +188,45 @@ class RequestTracker:
         import numpy as np
 
         return np.asarray(np.frombuffer(self._prompt_tokens, dtype=self._prompt_tokens.typecode)[request_ids - 1])
+
+    def columns(self) -> Mapping[str, Column]:
+        """Return the columns for a driver that writes them itself, and then calls `refused_together` and `recount`.
+
+        No request may arrive while they are in use.
+        """
+        import numpy as np
+
+        names = (
+            "endpoint_id", "deployment_id", "arrival_us", "start_us", "first_token_us", "finish_us", "status",
+            "attempts", "prompt_tokens", "output_tokens",
+        )  # fmt: skip
+        kept = {name: getattr(self, f"_{name}") for name in names}
+        return {name: np.frombuffer(column, dtype=column.typecode) for name, column in kept.items()}
+
+    def refused_together(self, rows: Column, reasons: Sequence[str], of_row: Column) -> None:
+        """Record why requests were refused.
+
+        Args:
+            rows: their rows, in order of arrival.
+            reasons: the distinct reasons, in the order in which they were first given.
+            of_row: the place of each row's reason in `reasons`.
+        """
+        import numpy as np
+
+        indices = np.array([self._reason_index(reason) for reason in reasons], dtype=self._reason.typecode)
+        np.frombuffer(self._reason, dtype=self._reason.typecode)[rows] = indices[of_row]
+
+    def recount(self) -> None:
+        """Count requests by their status, and find those that completed last."""
+        import numpy as np
+
+        status, finish_us = (np.frombuffer(kept, dtype=kept.typecode) for kept in (self._status, self._finish_us))
+        self._count = np.bincount(status, minlength=len(RequestStatus)).tolist()
+        completed = np.flatnonzero(status == _COMPLETED)
+        last = max(0, len(completed) - RECENT_COMPLETIONS)
+        self._recent.extend(
+            completed[np.argpartition(finish_us[completed], last)[last:]].tolist() if last else completed.tolist()
+        )
 
     def assigned(self, request: Request, deployment_id: int) -> None:
         """Record the deployment that a request waits for."""
@@ -316,10 +357,9 @@ class RequestTracker:
             InvariantError: the counts do not add up.
         """
         reason = self._reason_index("the run ended first")
-        for row, status in enumerate(self._status):
-            if status in (_WAITING, _RUNNING):
-                self._move(row, status, _UNFINISHED)
-                self._reason[row] = reason
+        for row in self.open_rows(0, len(self)):
+            self._move(row, self._status[row], _UNFINISHED)
+            self._reason[row] = reason
         table = self._table()
         table.counts()
         return table

@@ -51,9 +51,14 @@ class Router:
 
     def choose(self, replicas: Sequence[Deployment], request: Request) -> Deployment:
         """Return the replica for a request: one that is up, else one that will be up again."""
-        up = [replica for replica in replicas if replica.state is DeploymentState.UP]
-        ready = up or [replica for replica in replicas if replica.serves] or self._latest(replicas)
+        ready = self.ready(replicas)
         return self._policies[ready[0].endpoint.batching].choose(ready, request)
+
+    @classmethod
+    def ready(cls, replicas: Sequence[Deployment]) -> Sequence[Deployment]:
+        """Return the replicas that a request is sent to one of, or the one that explains why none takes it."""
+        up = [replica for replica in replicas if replica.state is DeploymentState.UP]
+        return up or [replica for replica in replicas if replica.serves] or cls._latest(replicas)
 
     @staticmethod
     def _latest(replicas: Sequence[Deployment]) -> Sequence[Deployment]:

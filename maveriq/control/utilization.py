@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeAlias
 
 from maveriq.domain.cluster import LoadWindow
 from maveriq.streams import pick
 from maveriq.units import Micros
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Integers: TypeAlias = npt.NDArray[np.int64]
 
 
 class UtilizationWindow:
@@ -27,6 +34,16 @@ class UtilizationWindow:
         self._total_us += end_us - start_us
         while spans[0][1] < end_us - self._horizon_us:
             spans.popleft()
+
+    def add_together(self, start_us: Integers, end_us: Integers) -> None:
+        """Add executions that ended, in order."""
+        import numpy as np
+
+        self._total_us += int((end_us - start_us).sum())
+        recent = slice(int(np.searchsorted(end_us, end_us[-1] - self._horizon_us)), None)
+        self._spans.extend(zip(start_us[recent].tolist(), end_us[recent].tolist(), strict=True))
+        while self._spans[0][1] < end_us[-1] - self._horizon_us:
+            self._spans.popleft()
 
     @property
     def total_us(self) -> Micros:

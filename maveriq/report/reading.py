@@ -34,8 +34,9 @@ from maveriq.domain.records import (
 )
 from maveriq.domain.requests import FINAL_STATUSES
 from maveriq.errors import InputError
-from maveriq.files import open_regular_file
+from maveriq.files import exists, open_regular_file
 from maveriq.input_files import read_text
+from maveriq.report import requests_parquet
 from maveriq.tables import Row, read_csv, readable_error
 from maveriq.text import unprotect_cell
 from maveriq.units import BYTES_PER_GIB, MICROS_PER_SECOND, Micros, bytes_from_gib, micros
@@ -91,7 +92,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     record = _decode(folder / "run.json", _RunFile).record
     return RunRecord(
-        requests=_read_requests(folder / "requests.csv", record),
+        requests=_read_requests(folder, record),
         deployments=record.deployments,
         gpu_samples=tuple(_read_samples(folder / "gpus.csv", record)),
         models=record.models,
@@ -132,11 +133,18 @@ def _read_rows(
         raise InputError(f"{what} {str(path)!r} has {count:,} rows where run.json says {expected:,}; copy it again")
 
 
-def _read_requests(path: Path, record: _Record) -> RequestTable:
-    lookup = _Lookup(record)
-    columns = _request_columns(path, lookup.texts) if record.rows.requests else None
-    if columns is not None and len(columns["request_id"]) == record.rows.requests:
+def _read_requests(folder: Path, record: _Record) -> RequestTable:
+    lookup, path = _Lookup(record), folder / "requests.csv"
+    if exists(folder / requests_parquet.FILE):
+        columns = requests_parquet.read_requests(folder / requests_parquet.FILE, lookup.texts)
+        rows, expected = len(columns["request_id"]), record.rows.requests
+        if rows != expected:
+            where = str(folder / requests_parquet.FILE)
+            raise InputError(f"requests {where!r} has {rows:,} rows where run.json says {expected:,}; copy it again")
         return RequestTable(**lookup.columns(columns), reasons=record.reasons)
+    read = _request_columns(path, lookup.texts) if record.rows.requests else None
+    if read is not None and len(read["request_id"]) == record.rows.requests:
+        return RequestTable(**lookup.columns(read), reasons=record.reasons)
     return _read_row_by_row(path, record, lookup)
 
 

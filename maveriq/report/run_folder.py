@@ -1,4 +1,4 @@
-"""Writes run folders: requests.csv, deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
+"""Writes run folders: requests.csv (or .parquet), deployments.csv, gpus.csv and run.json (docs/spec.md, section 10).
 
 A folder is written whole or not at all, and replaces another only if the caller says so. run.json
 also keeps, under "record", what the tables cannot hold (endpoints, plans, reasons), so that
@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,22 @@ from maveriq.errors import InputError, InvariantError, MaveriqError, cannot_writ
 from maveriq.exec.gpus import Devices
 from maveriq.exec.run_notes import EngineRecord
 from maveriq.files import not_overwritten
+from maveriq.report import requests_parquet
 from maveriq.report.engine_csv import engine_lines, itl_lines
 from maveriq.report.metrics import Summary
 from maveriq.report.requests_csv import csv_cell, request_lines
 from maveriq.report.saturation import Saturation
 from maveriq.units import MICROS_PER_SECOND, Micros, gib, seconds
 
-RUN_FILES = ("requests.csv", "deployments.csv", "gpus.csv", "run.json")
-"""What makes a folder a run folder."""
+RUN_FILES = ("deployments.csv", "gpus.csv", "run.json")
+"""What makes a folder a run folder; it also has requests.csv or requests.parquet."""
+
+
+class RecordsFormat(StrEnum):
+    """The file that has the requests of a run."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
 
 
 def free_folder(folder: Path) -> Path:
@@ -237,6 +246,7 @@ def write_run(
     meta: Mapping[str, object],
     *,
     more: Callable[[Path], None] | None = None,
+    records: RecordsFormat = RecordsFormat.CSV,
     overwrite: bool = False,
 ) -> Path:
     """Write a run folder, whole or not at all, and return where it is. The same input gives the same bytes.
@@ -248,6 +258,7 @@ def write_run(
         meta: what led to them: resolved configuration, seed, versions. Its keys stand first in
             run.json, in their order, before "summary" and "record".
         more: writes more files into the folder that it is given.
+        records: the format of the table of requests.
         overwrite: see `write_folder`.
 
     Raises:
@@ -256,7 +267,10 @@ def write_run(
     """
 
     def fill(fresh: Path) -> None:
-        _write_lines(fresh / "requests.csv", request_lines(run))
+        if records is RecordsFormat.PARQUET:
+            requests_parquet.write_requests(fresh / requests_parquet.FILE, run)
+        else:
+            _write_lines(fresh / "requests.csv", request_lines(run))
         _write_lines(fresh / "deployments.csv", _deployment_lines(run.deployments))
         _write_lines(fresh / "gpus.csv", _gpu_lines(run.gpu_samples))
         if run.engines is not None:

@@ -90,6 +90,11 @@ class RecordedServiceTimes:
     def __init__(self, service_us: np.ndarray[Any, Any]) -> None:
         self._service_us = service_us
 
+    @property
+    def recorded_us(self) -> np.ndarray[Any, Any]:
+        """The recorded service time of each request."""
+        return self._service_us
+
     def times_us(self, plan: DeploymentPlan, requests: Sequence[Request]) -> tuple[Micros, Micros]:  # noqa: ARG002
         """Return the longest recorded time among the requests, for first and last token."""
         service_us = max(int(self._service_us[request.request_id - 1]) for request in requests)

@@ -17,7 +17,9 @@ import numpy as np
 
 from maveriq.compat import StrEnum
 from maveriq.errors import InputError, UnknownNameError
+from maveriq.scenario.defaults import choice
 from maveriq.scenario.options import Options, options_from
+from maveriq.sim.kernels import Kernel
 from maveriq.streams import generator
 from maveriq.tables import read_toml, readable_error
 
@@ -29,7 +31,8 @@ SEED = "seed"
 
 MAX_CELLS = 100_000
 _MAX_SAMPLES = 10_000
-_GOODPUT_LIMITS = ("slo_ttft_ms", "slo_tpot_ms")
+_KERNEL = "kernel"
+_NOT_OF_OPTIONS = ("slo_ttft_ms", "slo_tpot_ms", _KERNEL)
 
 Value: TypeAlias = bool | int | float | str
 _Values: TypeAlias = Annotated[list[Value], msgspec.Meta(min_length=1, max_length=10_000)]
@@ -172,7 +175,7 @@ def read_sweep(source: Path | Mapping[str, Any]) -> SweepSpec:
 
 
 def _check(spec: SweepSpec) -> None:
-    known = [*(field.name for field in fields(Options)), *_GOODPUT_LIMITS]
+    known = [*(field.name for field in fields(Options)), *_NOT_OF_OPTIONS]
     for name in (*spec.options, *spec.factors()):
         if "-" in name:
             raise InputError(f"{name} is spelled {name.replace('-', '_')} here")
@@ -220,7 +223,8 @@ def cells_of(spec: SweepSpec) -> list[Cell]:
     for number, factors in enumerate(_combinations(spec), start=1):
         cell = Cell(number=number, factors=factors, options={**spec.options, **factors})
         try:
-            options_from(Options, {name: v for name, v in cell.options.items() if name not in _GOODPUT_LIMITS})
+            choice(Kernel, _KERNEL, str(cell.options.get(_KERNEL, Kernel.AUTO)))
+            options_from(Options, {name: v for name, v in cell.options.items() if name not in _NOT_OF_OPTIONS})
         except InputError as error:
             raise InputError(f"{WHAT} {spec.name!r}, run {number} ({cell}): {error}") from None
         cells.append(cell)

@@ -35,7 +35,7 @@ def test_import_all(maveriq: Maveriq, tmp_path: Path) -> None:
         f"rec/{BASELINE}: 2 of 2 requests completed",
     ]
     for name in (RUN, BASELINE):
-        assert {path.name for path in (tmp_path / "rec" / name).iterdir()} == set(RUN_FILES)
+        assert {path.name for path in (tmp_path / "rec" / name).iterdir()} == {*RUN_FILES, "requests.csv"}
         assert len(read_run(tmp_path / "rec" / name).requests) in (5, 2)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from record_fixtures import run_record, runs, single_server, table
@@ -13,8 +14,9 @@ from record_fixtures import run_record, runs, single_server, table
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.errors import InputError
 from maveriq.report import reading
+from maveriq.report.frames import requests_frame
 from maveriq.report.reading import _request_columns, read_run
-from maveriq.report.run_folder import write_run
+from maveriq.report.run_folder import RecordsFormat, write_run
 
 TEXTS = {"model": {"tiny": 1}, "status": {"completed": 2, "refused": 3}, "reason": {"": 0, "not deployed": 1}}
 
@@ -38,6 +40,33 @@ def test_reading_by_column_equals_reading_by_row(run: RunRecord) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write_run(Path(scratch) / "run", run, {}, {})
         assert same(read_run(Path(scratch) / "run"), row_by_row(Path(scratch) / "run"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(runs())
+def test_requests_in_parquet_are_read_back_as_from_csv(run: RunRecord) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        for records in RecordsFormat:
+            write_run(Path(scratch) / records, run, {}, {}, records=records)
+        assert same(read_run(Path(scratch) / "parquet"), read_run(Path(scratch) / "csv"))
+        assert not (Path(scratch) / "parquet" / "requests.csv").exists()
+
+
+def test_requests_in_parquet_have_the_cells_of_the_table(tmp_path: Path) -> None:
+    run = single_server(np.array([1.0, 1.0, 2.0]), np.array([0.3, 1.1, 0.7]))
+    write_run(tmp_path / "run", run, {}, {}, records=RecordsFormat.PARQUET)
+    read, frame = pd.read_parquet(tmp_path / "run" / "requests.parquet"), requests_frame(run)
+    pd.testing.assert_frame_equal(read.astype(frame.dtypes.to_dict()), frame)
+
+
+def test_a_damaged_parquet_table_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = single_server(np.ones(3), np.full(3, 0.5))
+    path = write_run(tmp_path / "run", run, {}, {}, records=RecordsFormat.PARQUET) / "requests.parquet"
+    for content in (path.read_bytes()[:-9], b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"requests\.parquet") as refused:
+            read_run(tmp_path / "run")
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("finish_us", [1, 999_999, 1_000_001, 86_400 * 10**6 + 7, 8_999_999_999_123_457])

@@ -123,7 +123,7 @@ def test_an_empty_run_round_trips(tmp_path):
 
 def test_the_same_run_gives_the_same_bytes(folder, tmp_path):
     write_run(tmp_path / "again", RUN, {"saturation": "stable"}, META)
-    for name in RUN_FILES:
+    for name in (*RUN_FILES, "requests.csv"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -140,7 +140,7 @@ def test_parents_are_made(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     write_run(tmp_path / "a" / "b", RUN, {}, {})
-    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == set(RUN_FILES)
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {*RUN_FILES, "requests.csv"}
 
 
 @pytest.mark.parametrize("write", [check_writable, lambda target: write_run(target, RUN, {}, {}, overwrite=True)])
