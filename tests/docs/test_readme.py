@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_server import command_server
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -43,13 +45,22 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+@pytest.fixture(scope="session")
+def commands_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with command_server(tmp_path_factory.mktemp("commands")) as folder:
+        yield folder
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if scripts(document)], ids=str)
-def test_commands_run(document: Path, tmp_path: Path) -> None:
-    """Run all `sh` blocks of a document in a folder with the tables and docs of the clone."""
+def test_commands_run(document: Path, tmp_path: Path, commands_folder: Path) -> None:
+    """Run all `sh` blocks of a document in a folder with the tables and docs of the clone.
+
+    scripts/first_ten_minutes.py runs those of the README as processes of their own.
+    """
     for folder in ("docs", "traces"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(commands_folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     script = "\n".join(["set -e", *scripts(document)])
     done = subprocess.run(
         ["bash", "-c", script],
