@@ -260,7 +260,8 @@ def _metrics() -> Iterator[str]:
     yield "# Metrics\n"
     yield "## Of a run\n"
     yield _prose(
-        "`summary` of `run.json`, and what `--json` prints, have them for the run (`overall`) and for each model (`models`). "
+        "`summary` of `run.json`, and what `--json` prints, have them for the run (`overall`) and for each model "
+        "(`models`). "
         f"Times, costs and GPU-hours are those of completed requests, each as {figures}. Shares of all requests "
         "count those that did not complete as missed. The last column names the columns of the DataFrame "
         "`Run.metrics` and of tables of sweeps. The row of the whole run also has `gpus_busy_mean`, `gpus_busy_peak`, "
