@@ -56,7 +56,7 @@ $(SITE_TOOLS): $(PACKAGE)
 	@touch $@
 
 docs: $(SITE_TOOLS) ## build the site of docs/ into site/ (python -m http.server -d site); a dead link fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 bench: $(TOOLS) ## measure speed and memory; prints ratios taken in one run
 	$(BIN)/python benchmarks/run.py $(ARGS)

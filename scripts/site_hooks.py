@@ -4,6 +4,7 @@
 - Links that lead out of docs/ go to those pages; to other files they become text, or links into the repository where
   mkdocs.yml has a `repo_url`.
 - Anchors are those that GitHub makes, so that a link works in both places.
+- A page that would load anything from another host fails.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -71,6 +73,18 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
     parts = re.split(f"({_FENCE.pattern})", markdown, flags=_FENCE.flags)
     return "".join(part if number % 2 else _LINK.sub(rewritten, part) for number, part in enumerate(parts))
+
+
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would load something from another host.
+
+    Raises:
+        PluginError: a script, style, picture or frame of another host.
+    """
+    found = re.search(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(https?:)?//[^"]*"', output)
+    if found:
+        raise PluginError(f"{page.file.src_uri} loads from another host: {found[0]}")
+    return output
 
 
 def _uri(in_repository: str, files: Files, config: MkDocsConfig) -> str | None:
