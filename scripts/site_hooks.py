@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return "".join(part if number % 2 else _LINK.sub(rewritten, part) for number, part in enumerate(parts))
 
 
-def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:  # noqa: ARG001  (MkDocs passes it)
     """Refuse a page that would load something from another host.
 
     Raises:
