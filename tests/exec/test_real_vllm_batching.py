@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 import maveriq
 from maveriq.domain.requests import RequestStatus
+from maveriq.estimate.profile_file import read_profile_file
 
 PYTHON = os.environ.get("MAVERIQ_VLLM_PYTHON")
 MODEL = {
@@ -85,3 +88,34 @@ def test_a_whole_vllm_takes_requests_while_others_run(tmp_path: Path) -> None:
     processes = (out / "engine_processes.csv").read_text("utf-8").splitlines()
     assert len(processes) == 2
     assert ",vllm,0.3" in processes[1]
+
+
+def test_a_profile_of_a_whole_vllm_measures_its_steps_and_times_the_simulated_ones(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**MODEL, "num_hidden_layers": 4}), "utf-8")
+    (tmp_path / "set.toml").write_text(SET.replace('"config.json"', '"tiny/config.json"'), "utf-8")
+    command = [
+        sys.executable, "-m", "maveriq", "profile", str(model), "--backend", "vllm",
+        "--engine-python", f"vllm={PYTHON}",
+        "--batch-size", "1,4", "--prompt-tokens", "16,64", "--most-repeats", "3", "--out", str(tmp_path / "mine"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    profile = read_profile_file(tmp_path / "mine" / "profile.json")
+    assert profile.engine.version.startswith("0.3")
+    assert len({len(run.layers) for run in profile.runs}) == 2
+    for run in profile.runs:
+        assert run.admission_s
+        assert run.kv_tokens > 64
+        for case in run.cases:
+            assert len(case.mixed_s) == len(case.first_s) == 3
+            assert min(*case.mixed_s, *case.first_s) > 0
+    simulated = maveriq.simulate(
+        models=str(tmp_path / "set.toml"), gpus="1xcpu", profile=str(tmp_path / "mine"), trace=str(schedule(tmp_path))
+    )
+    computed = maveriq.simulate(
+        models=str(tmp_path / "set.toml"), gpus="1xcpu", profile=str(tmp_path / "mine"), trace=str(schedule(tmp_path)),
+        service_times="physics",
+    )  # fmt: skip
+    blended_us, physics_us = (each.record.requests.finish_us.max() for each in (simulated, computed))
+    assert blended_us > physics_us  # Python takes longer for a step of a tiny model than kernels are computed to
