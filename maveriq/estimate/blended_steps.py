@@ -133,6 +133,11 @@ class BlendedSteps:
         return self.estimator.service_interval(model, configuration, **lengths)
 
 
+def measured_engine(profile: HardwareProfile, preset: EnginePreset) -> bool:
+    """Return whether a profile measured steps of an engine of this generation."""
+    return bool(profile.observed) and engine_preset(profile.engine).name == preset.name
+
+
 def continuous_estimator(
     profile: HardwareProfile, preset: EnginePreset, *, node_gpus: int | None, blended: bool = True
 ) -> PhysicsEstimator:
@@ -145,7 +150,7 @@ def continuous_estimator(
         blended: whether steps are corrected by what the profile measured of an engine of this generation.
     """
     corrections = None
-    if blended and profile.observed and engine_preset(profile.engine).name == preset.name:
+    if blended and measured_engine(profile, preset):
         measured = profile.engine_preset(preset)
         estimator = BlendedEstimator(profile, PhysicsEstimator(profile, node_gpus=node_gpus))
         corrections = BlendedSteps(estimator, measured, in_tiles=profile.sheet is None)

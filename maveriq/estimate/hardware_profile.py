@@ -394,7 +394,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
     known = known_profiles()
     path = known.get(name_or_path, Path(name_or_path))
     if name_or_path not in known and not (path.suffix == ".toml" or os.sep in name_or_path):
-        raise UnknownNameError("profile", name_or_path, known, "or give the path of a profile's TOML file")
+        raise UnknownNameError("profile", name_or_path, known, "or give the path of a profile: its folder, or its file")
     profile = read_toml(path, _Profile, what="profile")
     folder = path.parent
     hardware = _read_hardware(folder / profile.hardware)

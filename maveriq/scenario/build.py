@@ -140,6 +140,7 @@ def build_system(
         prompt_tokens=profile.prompt_tokens,
         notes=(
             *_notes(options, profiles, cluster, components, models),
+            *(() if engines is None else engines.notes_on_computed_steps()),
             *notes,
             *note_on_long_requests(options, profile, workload),
             *note_on_engine_tokens(workload, engine_tokens),

@@ -14,7 +14,7 @@ from maveriq.domain.parallel import DeploymentPlan, ParallelConfig
 from maveriq.engine.interface import Engine
 from maveriq.engine.settings import EngineHost, ResolvedSettings
 from maveriq.errors import InputError
-from maveriq.estimate.blended_steps import continuous_estimator
+from maveriq.estimate.blended_steps import continuous_estimator, measured_engine
 from maveriq.estimate.cluster_profiles import ClusterProfiles
 from maveriq.estimate.engine_presets import EnginePreset, engine_preset
 from maveriq.estimate.physics import PhysicsEstimator
@@ -116,6 +116,18 @@ class ContinuousEngines:
         if blocks is None:
             blocks = _predicted_blocks(resolved, estimator, endpoint.model, plain)
         return SizedEngine(resolved=resolved, blocks=blocks, estimator=estimator, configuration=plain)
+
+    def notes_on_computed_steps(self) -> list[str]:
+        """Return a note for each engine whose steps are computed though the profile measured another one's."""
+        found = {}
+        for profile in self.profiles.by_kind.values():
+            for settings in self.settings.values():
+                name = engine_name(settings)
+                if profile.gpu_kind in self.blended and not measured_engine(profile, engine_preset(name)):
+                    found[name, profile.name] = (
+                        f"steps of {name} are computed: profile {profile.name} measured {profile.engine}"
+                    )
+        return list(found.values())
 
     def sequence_limit(self, endpoints: Iterable[EndpointSpec]) -> Callable[[ModelSpec], int | None]:
         """Return what tells the longest sequence, prompt and output, that all engines of a model take."""

@@ -16,6 +16,7 @@ import pytest
 from fixtures import MODEL
 from profile_engines import MACHINE, PLAIN, Interrupted, KnownSteps, KnownTimes, TrueMemory, parts, truth, wanted
 
+import maveriq
 from maveriq.domain.models import ModelSpec, load_model
 from maveriq.errors import InputError
 from maveriq.estimate.blended_steps import continuous_estimator
@@ -118,6 +119,27 @@ def test_engines_that_batch_continuously_are_measured_step_by_step(tmp_path: Pat
     true = launcher.steps.step_timer(model, PLAIN)
     for step in ((1, 100, ()), (4, 300, ()), (0, 0, [(50, 0)]), (3, 120, [(60, 0)])):
         assert timer.step(*step) == pytest.approx(true.step(*step), rel=0.1)
+
+
+@pytest.mark.heavy
+def test_a_run_says_whose_steps_are_computed_and_whose_are_measured(tmp_path: Path, model: ModelSpec) -> None:
+    profile = measure(tmp_path, model, KnownSteps(model), backend="vllm", prompt_tokens=(16, 64))
+    profile = msgspec.structs.replace(profile, engine=EngineRecord(name="vllm", version="0.32.0"))
+    (tmp_path / "mine.json").write_bytes(msgspec.json.encode(profile))
+    (tmp_path / "config.json").write_text(model.config_json)
+    runs = {}
+    for version in ("0.31.0", "0.12.0"):
+        (tmp_path / "set.toml").write_text(
+            f'name = "mine"\n[[models]]\nmodel = "config.json"\ntp = 1\n[models.engine]\nkind = "vllm"\n'
+            f'version = "{version}"\n'
+        )
+        runs[version] = maveriq.simulate(
+            models=str(tmp_path / "set.toml"), gpus="1xcpu", profile=str(tmp_path / "mine.json"), trace="synthetic",
+            rate=2, duration_s=5, prompt_tokens=100, output_tokens=20,
+        )  # fmt: skip
+    notes = {version: " ".join(run.meta["notes"]) for version, run in runs.items()}
+    assert "steps of vllm-0.12.0 are computed: profile mine measured vllm-0.32.0" in notes["0.12.0"]
+    assert "are computed: profile" not in notes["0.31.0"]
 
 
 @pytest.mark.parametrize("seed", range(20))
