@@ -1,4 +1,4 @@
-"""Simulate every recorded run from its description alone, and compare MaverIQ with the baselines.
+"""Simulate every recorded run from its description alone, and compare it with its recording, request by request.
 
 Usage: python experiments/fidelity/blind.py [--data DIR] [--out DIR] [--page FILE]
 
@@ -22,13 +22,8 @@ from blind_placement import placement_rows
 from blind_plan import BlindPlan, load_blind_plan
 from blind_plots import draw_overview, draw_run, write_gallery
 from blind_runs import PROFILE, blind_results
-from blind_tables import BlindTables, csv_of, read_rows, read_tables, write_tables
+from blind_tables import BlindTables, read_tables, write_tables
 from grids import Grid
-from headline_grids import headline_grids
-from headline_plan import HeadlinePlan, load_headline_plan
-from headline_plot import draw_headline
-from headline_rows import AchievedRow
-from headline_runs import achieved_by, achieved_in_grid, slo_scales
 from page import filled
 from rich.console import Console
 from rich.progress import track
@@ -41,7 +36,7 @@ from maveriq.testbed.recordings import find_testbed, read_runs
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"
 _PAGE = _HERE.parents[1] / "docs" / "fidelity.md"
-ACHIEVED, PICTURES = "achieved.csv", "runs"
+PICTURES = "runs"
 _WIDTH_OF_NO_TERMINAL = 200
 _Item = TypeVar("_Item")
 
@@ -53,9 +48,6 @@ def main(arguments: list[str]) -> None:
         "--data", type=Path, default=measured_data_path(), metavar="DIR", help="folder of measured data"
     )
     parser.add_argument("--plan", type=Path, default=_HERE / "blind.toml", metavar="FILE", help="settings and bars")
-    parser.add_argument(
-        "--headline", type=Path, default=_HERE / "headline.toml", metavar="FILE", help="headline comparisons"
-    )
     parser.add_argument(
         "--out", type=Path, default=_RESULTS, metavar="DIR", help="folder of the results (default: results)"
     )
@@ -70,9 +62,9 @@ def main(arguments: list[str]) -> None:
         parser.error("the measured data is absent; name its folder with --data or MAVERIQ_DATA")
     page = options.page or (_PAGE if options.out == _RESULTS else None)
     try:
-        plan, headline = load_blind_plan(options.plan), load_headline_plan(options.headline)
-        _run_all(options.data, plan, headline, options.out)
-        tables = page_grids(options.out, plan, headline)
+        plan = load_blind_plan(options.plan)
+        _run_all(options.data, plan, options.out)
+        tables = page_grids(options.out, plan)
         if page:
             page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8", newline="")
     except MaveriqError as error:
@@ -82,28 +74,24 @@ def main(arguments: list[str]) -> None:
         console.print(grid.table())
 
 
-def page_grids(results: Path, plan: BlindPlan, headline: HeadlinePlan) -> list[Grid]:
+def page_grids(results: Path, plan: BlindPlan) -> list[Grid]:
     """Return the tables of the results in a folder, in the order in which they are printed.
 
     Raises:
         InputError: a file is missing or invalid.
     """
-    achieved = list(read_rows(results / ACHIEVED, AchievedRow))
-    return [*grids(read_tables(results), plan), *headline_grids(achieved, headline)]
+    return list(grids(read_tables(results), plan))
 
 
-def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> None:
+def _run_all(data: Path, plan: BlindPlan, out: Path) -> None:
     """Simulate everything, and write the results and pictures."""
     pictures = out / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
     runs = {run.name: run for run in read_runs(find_testbed(data))}
-    profile, judged_by = load_profile(PROFILE), slo_scales(runs.values(), headline)
     kept, contention = [], Contention()
-    achieved: list[AchievedRow] = []
     for result in _shown(blind_results(data, plan), "Recorded runs", len(runs)):
         contention.add(result.recorded, result.sim)
         kept.append((result.row, result.services, result.elsewhere, result.gain))
-        achieved += achieved_by(runs[result.row.run], result, judged_by, profile)
         draw_run(pictures, result.row.run, result.sim, result.recorded, result.comparison)
     tables = BlindTables(
         runs=[row for row, *_ in kept],
@@ -116,11 +104,6 @@ def _run_all(data: Path, plan: BlindPlan, headline: HeadlinePlan, out: Path) -> 
     write_tables(out, tables)
     write_gallery(pictures, list(runs))
     draw_overview(out / "overview.png", tables.runs, plan.bars)
-    cases = list(headline.grid.cases())
-    for rows in _shown(achieved_in_grid(headline, cases), "Other comparisons", len(cases)):
-        achieved += rows
-    (out / ACHIEVED).write_text(csv_of(AchievedRow, achieved), encoding="utf-8", newline="")
-    draw_headline(out / "headline.png", list(read_rows(out / ACHIEVED, AchievedRow)), headline)
 
 
 def _shown(found: Iterable[_Item], what: str, total: int) -> Iterable[_Item]:

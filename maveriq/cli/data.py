@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from maveriq.cli.options import JsonFlag
+from maveriq.errors import InputError
 from maveriq.experiment.data_sets import DataSetStatus, FileState, status_of
-from maveriq.files import measured_data_path
+from maveriq.files import is_folder, measured_data_path
 from maveriq.report.terminal import open_console
 from maveriq.report.view import Column, Part, Table, Text, View, number_column, row, spaced
 
@@ -38,6 +39,8 @@ def status(
     Files are compared by their SHA-256. maveriq works without them: they are
     measurements that it is compared with.
     """
+    if data is not None and not is_folder(data):
+        raise InputError(f"--data: folder {str(data)!r} does not exist; name another, or leave it out")
     folder = data or measured_data_path()
     found = status_of(folder)
     if as_json:

@@ -11,12 +11,13 @@ import typer
 from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.cli.output import echo
 from maveriq.cli.sweep import show_progress
+from maveriq.errors import InputError
 from maveriq.experiment import measured, results
 from maveriq.experiment.definition import Catalog, points_of
 from maveriq.experiment.evaluation import Evaluation
 from maveriq.experiment.measured import MeasuredResult, measured_result
 from maveriq.experiment.results import ExperimentResult, result_of
-from maveriq.files import measured_data_path
+from maveriq.files import is_folder, measured_data_path
 from maveriq.report.terminal import open_console
 from maveriq.report.view import Column, Table, number_column, row
 from maveriq.sweeps.run import LOCAL, make_pool
@@ -53,6 +54,8 @@ def experiment(
         return
     names = catalog.names if name == ALL else [name]
     definitions = {each: catalog.read(each) for each in names}
+    if data is not None and not is_folder(data):
+        raise InputError(f"--data: folder {str(data)!r} does not exist; name the folder of recordings, or leave it out")
     folder_of_data = data or measured_data_path()
     console, answers = open_console(), []
 

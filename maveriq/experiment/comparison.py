@@ -179,6 +179,6 @@ def _why(definition: Definition, outcomes: Sequence[Outcome], measure: Measure, 
         if (not reason.systems or systems & set(reason.systems))
         and (not reason.figures or measure.name in reason.figures)
     ]
-    if saturated:
+    if saturated and measure.is_queued:
         given.insert(0, f"{saturated}: queueing amplifies small errors of service times")
     return "; ".join(given) or UNEXPLAINED

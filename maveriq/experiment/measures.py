@@ -21,6 +21,7 @@ class Measure:
         factor: see `unit`.
         more_is_better: for throughput and SLO attainment.
         in_points: a share; two systems are compared by their difference in points.
+        is_queued: depends on how long requests wait.
         log: drawn over a logarithmic axis, since overloaded systems differ by orders of magnitude.
     """
 
@@ -30,6 +31,7 @@ class Measure:
     factor: float = 1.0
     more_is_better: bool = False
     in_points: bool = False
+    is_queued: bool = True
     log: bool = False
 
     def improvement(self, ours: float, theirs: float) -> float | None:
@@ -56,11 +58,11 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             Measure(name="latency_p99_s", label="p99 latency", unit="s", log=True),
             Measure(name="throughput_per_s", label="throughput", unit="requests/s", more_is_better=True),
             Measure(name="cost_gib_s_mean", label="cost of a request", unit="GiB s", log=True),
-            Measure(name="memory_mean_gib", label="memory held", unit="GiB"),
+            Measure(name="memory_mean_gib", label="memory held", unit="GiB", is_queued=False),
             Measure(name="gpu_hours", label="GPU-hours", unit="GPU h"),
             Measure(name="gpus_busy_mean", label="GPUs busy, mean", unit="GPUs"),
             Measure(name="gpus_busy_peak", label="GPUs busy, peak", unit="GPUs"),
-            Measure(name="gpus_used", label="GPUs with models", unit="GPUs"),
+            Measure(name="gpus_used", label="GPUs with models", unit="GPUs", is_queued=False),
             Measure(
                 name="slo_attainment_of_completed", label="SLO met, of completed", unit="%", factor=100.0,
                 more_is_better=True, in_points=True,

@@ -20,6 +20,7 @@ from maveriq.study.plot import COLOURS, DASHES, HATCHES, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _INCHES_OF_PANEL = (4.4, 2.3)
@@ -99,8 +100,8 @@ def _draw_diagonal(axes: Axes, measure: Measure) -> None:
     if measure.log:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        _write_decades(axes.xaxis)
+        _write_decades(axes.yaxis)
     low, high = (reach(*axes.get_xlim(), *axes.get_ylim()) for reach in (min, max))
     axes.plot([low, high], [low, high], color="#666666", linewidth=0.9, zorder=1)
     axes.set_xlim(low, high)
@@ -110,6 +111,14 @@ def _draw_diagonal(axes: Axes, measure: Measure) -> None:
     axes.set_xlabel("recorded", fontsize=9)
     axes.set_ylabel("simulated", fontsize=9)
     tidy(axes)
+
+
+def _write_decades(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, without the ticks between decades, which take long to draw."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _group(load: Load) -> _Group:
@@ -123,7 +132,7 @@ def _is_lines(outcomes: Sequence[Outcome]) -> bool:
 def _draw_panel(axes: Axes, measure: Measure, outcomes: Sequence[Outcome], systems: Sequence[str]) -> None:
     if measure.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        _write_decades(axes.yaxis)
     if _is_lines(outcomes):
         _draw_lines(axes, measure, outcomes, systems)
     else:

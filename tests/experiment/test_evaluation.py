@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 
@@ -14,7 +15,8 @@ from maveriq.experiment.definition import Catalog, Compare, Definition, Load, Lo
 from maveriq.experiment.evaluation import Evaluation, Outcome
 from maveriq.experiment.measures import MEASURES, measure_of
 from maveriq.experiment.recorded import Recorded, shipped_runs
-from maveriq.experiment.results import result_of, to_json, write_files
+from maveriq.experiment.results import FILES, result_of, to_json, write, write_files
+from maveriq.sweeps.local_pool import LocalPool
 from maveriq.sweeps.worker import CellResult
 
 CATALOG = Catalog()
@@ -175,3 +177,22 @@ def test_files_that_would_change_are_refused_and_unchanged_ones_stay(tmp_path: P
     assert (tmp_path / "c.csv").read_bytes() == b"3"
     write_files(tmp_path, {"b.csv": b"5"}, overwrite=True)
     assert (tmp_path / "b.csv").read_bytes() == b"5"
+
+
+@pytest.mark.heavy
+def test_published_improvements_come_out_within_five_points(tmp_path: Path):
+    """MaverIQ at minimal latency against AlpaServe and AlpaServe*, large, code 0.1: all were below saturation."""
+    large = CATALOG.read("large")
+    loads = Loads(
+        models="large", trace="code", scales=(0.1,), systems=("MaverIQ min-latency", "AlpaServe", "AlpaServe*")
+    )
+    part = msgspec.structs.replace(large, loads=(loads,))
+    with LocalPool(1) as pool:
+        simulated = EVALUATION.simulate([part], tmp_path, pool=pool)
+    result = result_of("part", part, EVALUATION.outcomes(part, simulated, {run.key: run for run in shipped_runs()}))
+    write(result, tmp_path / "part", overwrite=False)
+    assert {path.name for path in (tmp_path / "part").iterdir()} == set(FILES)
+    assert result.verdict.same_direction == result.verdict.compared == result.verdict.below_saturation == 10
+    for found in result.improvements:
+        assert found.within or found.measure.name == "memory_mean_gib", found
+        assert found.within or found.why.startswith("the simulation holds the memory"), found

@@ -2,20 +2,16 @@
 
 import re
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import pytest
-from blind import ACHIEVED, PICTURES, page_grids
+from blind import PICTURES, page_grids
 from blind_grids import grids
 from blind_placement import placement_rows
 from blind_plan import load_blind_plan
 from blind_rows import BlindRow, ServiceRow
 from blind_runs import PROFILE, blind_results, unseen
-from blind_tables import allowed, csv_of, held, missed, read_rows, read_tables, write_tables
-from headline_plan import Load, load_headline_plan
-from headline_rows import GRID, AchievedRow
-from headline_runs import achieved_by, achieved_in_grid, slo_scales
+from blind_tables import allowed, csv_of, held, missed, read_tables, write_tables
 from page import filled
 
 from maveriq.domain.models import WeightType, load_model
@@ -28,7 +24,6 @@ ROOT = Path(__file__).parents[2]
 HERE = ROOT / "experiments" / "fidelity"
 STALE = "run experiments/fidelity/blind.py and look at what changed"
 PLAN = load_blind_plan(HERE / "blind.toml")
-HEADLINE = load_headline_plan(HERE / "headline.toml")
 AGAIN = (
     "AlpaServe_large_None_code_0.1_slo5",  # has replicas, and a model without deployment
     "AlpaServe-star_large_None_code_0.1_slo5",
@@ -36,25 +31,17 @@ AGAIN = (
 )
 
 
-def achieved_as_committed(run: str) -> list[AchievedRow]:
-    return [row for row in read_rows(HERE / "results" / ACHIEVED, AchievedRow) if row.run == run]
-
-
 @pytest.mark.heavy
 @pytest.mark.data
 def test_runs_equal_the_committed_results(measured_data: Path) -> None:
     committed = read_tables(HERE / "results")
     found = list(blind_results(measured_data, PLAN, names=AGAIN))
-    runs = {run.name: run for run in read_runs(find_testbed(measured_data))}
-    judged_by = slo_scales(runs.values(), HEADLINE)
     assert {result.row.run for result in found} == set(AGAIN)
     for result in found:
         rows = [row for row in committed.runs if row.run == result.row.run]
         services = [row for row in committed.services if row.run == result.row.run]
         assert csv_of(BlindRow, [result.row]) == csv_of(BlindRow, rows), STALE
         assert csv_of(ServiceRow, result.services) == csv_of(ServiceRow, services), STALE
-        achieved = list(achieved_by(runs[result.row.run], result, judged_by, load_profile(PROFILE)))
-        assert csv_of(AchievedRow, achieved) == csv_of(AchievedRow, achieved_as_committed(result.row.run)), STALE
         assert not result.comparison.unmatched  # all requests match: the same models at the same times
 
 
@@ -89,24 +76,9 @@ def test_one_run_is_enough_for_a_page(tmp_path: Path) -> None:
     assert list(grids(tables, PLAN))
 
 
-@pytest.mark.heavy
-def test_the_grid_equals_the_committed_results() -> None:
-    load = Load(model_set="large", trace="code", scale=0.1)
-    cases = [
-        case
-        for case in HEADLINE.grid.cases()
-        if Load(model_set=case.model_set, trace=case.trace, scale=case.scale) == load
-    ]
-    committed = [row for row in achieved_as_committed("") if row.load == load]
-    assert len(committed) == len(cases) * len(HEADLINE.judged_by)
-    assert all(row.source == GRID for row in committed)
-    again = chain.from_iterable(achieved_in_grid(HEADLINE, cases))
-    assert csv_of(AchievedRow, again) == csv_of(AchievedRow, committed), STALE
-
-
 def test_the_page_shows_the_results() -> None:
     text = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    tables = page_grids(HERE / "results", PLAN, HEADLINE)
+    tables = page_grids(HERE / "results", PLAN)
     assert filled(text, tables) == text, STALE
     assert set(re.findall("<!-- table: (.*) -->", text)) == {table.name for table in tables}
 
