@@ -1,8 +1,10 @@
 """Build the wheel, install it into an empty environment, and run commands of it there.
 
-Usage: python scripts/check_wheel.py
+Usage: python scripts/check_wheel.py [--extra NAME]...
 
-The script prints one line per check, and exits with 1 at the first failure. Only pip needs the network.
+The script prints one line per check, and exits with 1 at the first failure. Only pip needs the network. With `--extra`,
+which CI leaves out for its time, it also installs the wheel with that extra and uses it. It only asks pip what it would
+install of `torch`, `vllm` and `trtllm`, which are gigabytes.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ class CheckError(Exception):
 
 def main() -> int:
     """Run all checks and return the exit code."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extra", action="append", default=[], choices=[*USES, *RESOLVED], help="also check an extra")
+    extras = parser.parse_args().extra
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="maveriq-wheel-") as scratch:
         try:
-            check(Path(scratch))
+            check(Path(scratch), extras)
         except CheckError as error:
             print(f"FAILED  {error}")
             return 1
@@ -44,7 +48,7 @@ def main() -> int:
     return 0
 
 
-def check(scratch: Path) -> None:
+def check(scratch: Path, extras: Sequence[str] = ()) -> None:
     """Run all checks in a folder outside the repository.
 
     Raises:
@@ -66,6 +70,43 @@ def check(scratch: Path) -> None:
     say("plan", "llama-2-7b has configurations")
     expect("requests from" in run([commands / "maveriq", "trace", "show", "code"], empty), "trace show shows no trace")
     say("trace show", "the code trace")
+    (empty / "sweep.toml").write_text("[grid]\nseed = [1, 2]\n", encoding="utf-8")
+    for extra, arguments in MISSING.items():
+        reason = refusal([commands / "maveriq", *arguments], empty)
+        expect(f"pip install 'maveriq[{extra}]'" in reason, f"no word of maveriq[{extra}]: {reason}")
+    say("missing extras", f"named by the commands that need them: {', '.join(MISSING)}")
+    for extra in extras:
+        if extra in RESOLVED:
+            say(f"maveriq[{extra}]", resolve(wheel, extra, scratch))
+        else:
+            commands = install(f"maveriq[{extra}] @ {wheel.as_uri()}", scratch / f"venv-{extra}")
+            run([commands / "python", "-c", USES[extra]], empty)
+            say(f"maveriq[{extra}]", "installed and used")
+
+
+MISSING = {"report": ("report", "runs"), "serve": ("serve",), "ray": ("sweep", "sweep.toml", "--on", "ray")}
+"""Commands that need an extra."""
+
+_SWEEP = '{"options": {"limit": 5}, "grid": {"seed": [1, 2]}}'
+USES = {
+    "gpu": "import pynvml; from maveriq.exec.gpus import NvmlMeter",
+    "ray": f"import maveriq; assert len(maveriq.sweep({_SWEEP}, on='ray')) > 2",
+    "report": "import maveriq; maveriq.simulate(limit=20).to_html('report.html')",
+    "serve": "import maveriq.serve.app, maveriq.serve.tokenizers, maveriq.serve.client",
+}
+"""What a program does with each extra."""
+
+RESOLVED = ("torch", "trtllm", "vllm")
+"""Extras that are too large to install here."""
+
+
+def resolve(wheel: Path, extra: str, scratch: Path) -> str:
+    """Ask pip what it would install with an extra into an empty environment, and return how much that is."""
+    venv.create(scratch / f"venv-{extra}")
+    report = scratch / f"{extra}.json"
+    wanted = f"maveriq[{extra}] @ {wheel.as_uri()}"
+    run([*PIP, "--python", scratch / f"venv-{extra}", "install", "--dry-run", "--report", report, wanted], scratch)
+    return f"resolves to {len(json.loads(report.read_text(encoding='utf-8'))['install'])} packages"
 
 
 def build(folder: Path) -> Path:
@@ -90,8 +131,8 @@ def check_contents(wheel: Path) -> str:
     return f"{len(sources & wanted)} files of the package, {len(tables)} of traces, {len(studies)} studies, no tests"
 
 
-def install(wheel: Path, folder: Path) -> Path:
-    """Install the wheel into a new environment and return the folder of its commands."""
+def install(wheel: Path | str, folder: Path) -> Path:
+    """Install the wheel, or a requirement, into a new environment and return the folder of its commands."""
     venv.create(folder)
     commands = folder / ("Scripts" if os.name == "nt" else "bin")
     run([*PIP, "--python", folder, "install", wheel], folder)
@@ -121,9 +162,28 @@ def run(command: Sequence[str | Path], folder: Path) -> str:
     Raises:
         CheckError: the command failed.
     """
+    done = _done(command, folder)
+    if done.returncode:
+        raise CheckError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def refusal(command: Sequence[str | Path], folder: Path) -> str:
+    """Run a command that is refused, and return its one line of reason.
+
+    Raises:
+        CheckError: the command succeeded, or said more than a line.
+    """
+    done = _done(command, folder)
+    if not done.returncode or len(done.stderr.splitlines()) != 1:
+        raise CheckError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stderr
+
+
+def _done(command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     removed = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MAVERIQ_DATA")
     environment = {name: value for name, value in os.environ.items() if name not in removed}
-    done = subprocess.run(  # noqa: S603
+    return subprocess.run(  # noqa: S603
         [str(part) for part in command],
         cwd=folder,
         env=environment,
@@ -131,9 +191,6 @@ def run(command: Sequence[str | Path], folder: Path) -> str:
         capture_output=True,
         encoding="utf-8",
     )
-    if done.returncode:
-        raise CheckError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
 
 
 def expect(true: bool, otherwise: str) -> None:  # noqa: FBT001
