@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maveriq.control.queues import QueueDiscipline
+from maveriq.domain.deployments import Batching
 from maveriq.domain.records import NOT_YET, DeploymentRecord, RunRecord
 from maveriq.domain.requests import RequestStatus
 from maveriq.policy.maveriq import TieBreak
@@ -209,6 +210,8 @@ def _advice(
         return "--queue fifo-per-model: under fifo a request waits for earlier requests of other models"
     if keeps_up:
         return ""
+    if all(deployment.endpoint.batching is Batching.CONTINUOUS for deployment in run.deployments):
+        return "more replicas: GPUs are unused" if unused else "more GPUs, or a lower rate: every GPU is in use"
     if waits:
         return "a longer --max-wait-s: GPUs are held for requests that have waited longer"
     spreads = (options.policy, options.tie_break) == ("llf", TieBreak.FREE_MEMORY.value)

@@ -9,6 +9,7 @@ from record_fixtures import deployment, run_record, table
 
 from maveriq.control.controller import ControllerSettings
 from maveriq.control.queues import QueueDiscipline
+from maveriq.domain.deployments import Batching
 from maveriq.domain.records import GpuSample, RunRecord
 from maveriq.report.bottlenecks import Bottlenecks, IdleWait, find_bottlenecks
 from maveriq.report.results import saturation_panel
@@ -80,6 +81,16 @@ def test_an_overloaded_run_is_advised_by_what_its_options_leave(options: Options
     run = two_models((1, 0, 0, 10), (1, 1, 10, 20))
     assert find_bottlenecks(run, options, keeps_up=False).advice.startswith(advice)
     assert find_bottlenecks(run, options, keeps_up=True).advice == ""
+
+
+@pytest.mark.parametrize(("gpus", "advice"), [(4, "more replicas"), (3, "more GPUs")])
+def test_engines_that_batch_continuously_are_not_advised_to_batch(gpus: int, advice: str) -> None:
+    run = two_models((1, 0, 0, 10), (1, 1, 10, 20), (2, 1, 1, 2), gpus=gpus)
+    continuous = tuple(
+        replace(each, endpoint=replace(each.endpoint, batching=Batching.CONTINUOUS)) for each in run.deployments
+    )
+    found = find_bottlenecks(replace(run, deployments=continuous), PER_MODEL, keeps_up=False)
+    assert found.advice.startswith(advice)
 
 
 def test_models_that_share_gpus_beside_unused_ones_are_to_be_spread() -> None:
