@@ -84,7 +84,11 @@ def check(scratch: Path, extras: Sequence[str] = ()) -> None:
             say(f"maveriq[{extra}]", "installed and used")
 
 
-MISSING = {"report": ("report", "runs"), "serve": ("serve",), "ray": ("sweep", "sweep.toml", "--on", "ray")}
+MISSING = {
+    "report": ("report", "runs"),
+    "serve": ("serve", "--backend", "emulated"),
+    "ray": ("sweep", "sweep.toml", "--on", "ray"),
+}
 """Commands that need an extra."""
 
 _SWEEP = '{"options": {"limit": 5}, "grid": {"seed": [1, 2]}}'
