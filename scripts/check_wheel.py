@@ -70,7 +70,7 @@ def check(scratch: Path, extras: Sequence[str] = ()) -> None:
     say("plan", "llama-2-7b has configurations")
     expect("requests from" in run([commands / "maveriq", "trace", "show", "code"], empty), "trace show shows no trace")
     say("trace show", "the code trace")
-    (empty / "sweep.toml").write_text("[grid]\nseed = [1, 2]\n", encoding="utf-8")
+    (empty / "sweep.toml").write_text('name = "seeds"\n[grid]\nseed = [1, 2]\n', encoding="utf-8")
     for extra, arguments in MISSING.items():
         reason = refusal([commands / "maveriq", *arguments], empty)
         expect(f"pip install 'maveriq[{extra}]'" in reason, f"no word of maveriq[{extra}]: {reason}")
