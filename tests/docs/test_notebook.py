@@ -13,7 +13,7 @@ REDUCED = {
     "SCALES = [0.1, 0.2, 0.3, 0.4]": "SCALES = [0.1]",
     "SLO_SCALES = [2.5, 5.0, 7.5]": "SLO_SCALES = [5.0]",
 }
-MAX_CELLS, MAX_LINES = 25, 9
+MAX_CELLS, MAX_LINES = 25, 12
 
 
 def read(path: Path) -> dict:
