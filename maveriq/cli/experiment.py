@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,9 @@ import typer
 from maveriq.cli.options import JsonFlag, OverwriteFlag
 from maveriq.cli.output import echo
 from maveriq.cli.sweep import show_progress
-from maveriq.errors import InputError
+from maveriq.errors import InputError, MaveriqError
 from maveriq.experiment import measured, results
-from maveriq.experiment.definition import Catalog, points_of
+from maveriq.experiment.definition import Catalog, Definition, points_of
 from maveriq.experiment.evaluation import Evaluation
 from maveriq.experiment.measured import MeasuredResult, measured_result
 from maveriq.experiment.results import ExperimentResult, result_of
@@ -52,34 +53,62 @@ def experiment(
     if name == LIST:
         _list(catalog, as_json=as_json)
         return
-    names = catalog.names if name == ALL else [name]
-    definitions = {each: catalog.read(each) for each in names}
     if data is not None and not is_folder(data):
         raise InputError(f"--data: folder {str(data)!r} does not exist; name the folder of recordings, or leave it out")
-    folder_of_data = data or measured_data_path()
-    console, answers = open_console(), []
-
-    def show(name: str, result: ExperimentResult | MeasuredResult) -> None:
-        module = results if isinstance(result, ExperimentResult) else measured
-        module.write(result, out / name, overwrite=overwrite)
-        answers.append(module.to_json(result))
-        if not (quiet or as_json):
-            console.print(module.view(result, width=console.width))
-            echo(f"results: {out / name}\n")
-
-    simulated = {name: definition for name, definition in definitions.items() if not definition.study}
-    if simulated:
-        evaluation = Evaluation(catalog)
-        with make_pool(LOCAL, workers) as pool, show_progress(quiet=quiet or as_json) as watch:
-            runs = evaluation.simulate(simulated.values(), out, pool=pool, overwrite=overwrite, watch=watch)
-        recorded = evaluation.recorded(folder_of_data)
+    silent = quiet or as_json
+    definitions = {each: catalog.read(each) for each in (catalog.names if name == ALL else [name])}
+    find = _found_by(catalog, definitions, data or measured_data_path(), out, workers, overwrite, silent=silent)
+    answers, failed = [], []
     for each, definition in definitions.items():
-        if definition.study:
-            show(each, measured_result(each, definition, folder_of_data))
-        else:
-            show(each, result_of(each, definition, evaluation.outcomes(definition, runs, recorded)))
+        try:
+            result = find(each, definition)
+            module = results if isinstance(result, ExperimentResult) else measured
+            module.write(result, out / each, overwrite=overwrite)
+        except InputError as error:  # the others go on
+            failed.append(f"{each}: {error}")
+            continue
+        answers.append(module.to_json(result))
+        if not silent:
+            console = open_console()
+            console.print(module.view(result, width=console.width))
+            echo(f"results: {out / each}\n")
     if as_json:
         typer.echo(json.dumps(answers, indent=2, allow_nan=False))
+    _report_failures(failed, of=len(definitions))
+
+
+def _found_by(
+    catalog: Catalog,
+    definitions: Mapping[str, Definition],
+    data: Path | None,
+    out: Path,
+    workers: int | None,
+    overwrite: bool,  # noqa: FBT001 - as the option is
+    *,
+    silent: bool,
+) -> Callable[[str, Definition], ExperimentResult | MeasuredResult]:
+    """Simulate what the experiments need, and return what gives the result of each."""
+    simulated = [definition for definition in definitions.values() if not definition.study]
+    if not simulated:
+        return lambda name, definition: measured_result(name, definition, data)
+    evaluation = Evaluation(catalog)
+    with make_pool(LOCAL, workers) as pool, show_progress(quiet=silent) as watch:
+        runs = evaluation.simulate(simulated, out, pool=pool, overwrite=overwrite, watch=watch)
+    recorded = evaluation.recorded(data)
+
+    def find(name: str, definition: Definition) -> ExperimentResult | MeasuredResult:
+        if definition.study:
+            return measured_result(name, definition, data)
+        return result_of(name, definition, evaluation.outcomes(definition, runs, recorded))
+
+    return find
+
+
+def _report_failures(failed: Sequence[str], *, of: int) -> None:
+    if len(failed) == of:
+        raise InputError(failed[0])
+    if failed:
+        raise MaveriqError(f"{len(failed)} of {of} experiments failed; {failed[0]}")
 
 
 def _list(catalog: Catalog, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from maveriq.errors import InputError
@@ -98,11 +99,19 @@ class Evaluation:
     ) -> SweepResult:
         """Simulate the points of experiments that the folder does not have yet.
 
+        With `overwrite`, runs of another version or of other experiments make room; those of this evaluation stay.
+
         Raises:
             InputError: the folder cannot be used, see `run_sweep`.
         """
         only = self.numbers(point for definition in definitions for point in points_of(definition))
-        return run_sweep(self.spec, folder / RUNS_FOLDER, pool=pool, only=only, overwrite=overwrite, watch=watch)
+        run = partial(run_sweep, self.spec, folder / RUNS_FOLDER, pool=pool, only=only, watch=watch)
+        try:
+            return run()
+        except InputError:
+            if not overwrite:
+                raise
+            return run(overwrite=True)
 
     def recorded(self, data: Path | None) -> Mapping[Key, Recorded]:
         """Return the recorded runs, see `recorded_runs`."""
