@@ -167,6 +167,9 @@ def _draw_bars(axes: Axes, measure: Measure, outcomes: Sequence[Outcome], system
             hatch=HATCHES[number % len(HATCHES)],
         )  # fmt: skip
         axes.plot(place, _published(measure, outcome), marker="D", color="black", markersize=6, markeredgecolor="white")
+    values = [measure.factor * outcome.figures.get(measure.name, 0.0) for outcome in outcomes]
+    if measure.log and min(values) > 0:
+        axes.set_ylim(bottom=10.0 ** np.floor(np.log10(0.8 * min(values))))  # bars stand on a labelled decade
     scale = outcomes[0].point.load.scale
     axes.set_xticks([])
     axes.set_xlabel(f"rate scale {scale:g}", fontsize=9)
