@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     import socket
 
     from maveriq.domain.models import ModelSpec
+    from maveriq.estimate.estimator import Estimator
     from maveriq.exec.local_machine import LocalMachine
     from maveriq.policy.pinned import PinnedPlacementPolicy
     from maveriq.scenario.system import ServingSystem
     from maveriq.serve.access_log import AccessLog
+    from maveriq.serve.profile_jobs import ProfileSettings
     from maveriq.serve.settings import ServeSettings
     from maveriq.serve.store import Store
 
-_HTTP, _LIMITS, _ENGINES = "HTTP", "Limits", "Engines"
+_HTTP, _LIMITS, _ENGINES, _PROFILES = "HTTP", "Limits", "Engines", "Profiles of new models"
 _MAX_LIMIT = 1_000_000
 
 CLUSTER_OPTIONS = (
@@ -89,6 +92,29 @@ def serve(
             min=0.001, max=1e6, help="Time for running requests to finish at shutdown.", rich_help_panel=_LIMITS
         ),
     ] = 30.0,
+    profile_on_register: Annotated[
+        bool,
+        typer.Option(
+            "--profile-on-register",
+            help="Measure each new model in the background, on GPUs that hold nothing.",
+            rich_help_panel=_PROFILES,
+        ),
+    ] = False,
+    profile_concurrently: Annotated[
+        bool,
+        typer.Option(
+            "--profile-concurrently",
+            help="Measure beside running engines, where memory is free; this slows them and what is measured.",
+            rich_help_panel=_PROFILES,
+        ),
+    ] = False,
+    profile_budget_s: Annotated[
+        float,
+        typer.Option(min=1, max=1e6, help="Most seconds that the plan of a profile takes.", rich_help_panel=_PROFILES),
+    ] = 120.0,
+    profile_gpus: Annotated[
+        int, typer.Option(min=1, max=64, help="Most GPUs that a profile is measured on.", rich_help_panel=_PROFILES)
+    ] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_HTTP)] = False,
 ) -> None:
     """Serve many models on one cluster over HTTP.
@@ -103,6 +129,9 @@ def serve(
     from maveriq.serve.auth import read_token
     from maveriq.serve.settings import ServeSettings
 
+    if profile_concurrently and not profile_on_register:
+        raise InputError("--profile-concurrently says how --profile-on-register measures; give both")
+    profiling = _Profiling(profile_concurrently, profile_budget_s, profile_gpus) if profile_on_register else None
     if models_folder is not None and not is_folder(models_folder):
         raise InputError(f"--models-folder {str(models_folder)!r} is not a folder")
     settings = ServeSettings(
@@ -115,13 +144,33 @@ def serve(
         grace_period_s=grace_period_s,
         engine=EngineChoice.of(engines.name, engine),
     )
-    _run_service(options, engines, settings, state=state, host=host, port=port, access_log=access_log, quiet=quiet)
+    _run_service(
+        options,
+        engines,
+        settings,
+        profiling,
+        state=state,
+        host=host,
+        port=port,
+        access_log=access_log,
+        quiet=quiet,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Profiling:
+    """The options of profiles: `--profile-concurrently`, `--profile-budget-s`, `--profile-gpus`."""
+
+    beside_engines: bool
+    budget_s: float
+    max_gpus: int
 
 
 def _run_service(
     options: Options,
     engines: EngineOptions,
     settings: ServeSettings,
+    profiling: _Profiling | None,
     *,
     state: Path,
     host: str,
@@ -149,12 +198,17 @@ def _run_service(
     log_to_stderr(logging.ERROR if quiet else logging.WARNING)
     with contextlib.ExitStack() as resources:
         machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name, engines.engine_python)))
+        profiled: dict[str, tuple[ModelSpec, Estimator]] | None = None if profiling is None else {}
         system, placements = build_live_system(
             options,
             wrap_estimator=machine.planning,
             make_cluster=local_cluster,
             engine_tokens=machine.engine_tokens,
+            profiled=profiled,
         )
+        profiles = None
+        if profiling is not None and profiled is not None:
+            profiles = _profile_settings(options, engines, machine, system, profiling, profiled, state)
         log = None
         if access_log is not None:
             log = AccessLog(None if str(access_log) == "-" else access_log)
@@ -171,9 +225,69 @@ def _run_service(
             store=store,
             logs=state.with_suffix(".logs"),
             access_log=log,
+            profiles=profiles,
             quiet=quiet,
         )
         asyncio.run(serving)
+
+
+def _profile_settings(
+    options: Options,
+    engines: EngineOptions,
+    machine: LocalMachine,
+    system: ServingSystem,
+    profiling: _Profiling,
+    profiled: dict[str, tuple[ModelSpec, Estimator]],
+    state: Path,
+) -> ProfileSettings:
+    """Return how profiles are measured on the GPUs of a service.
+
+    Raises:
+        InputError: they are of several kinds.
+    """
+    from maveriq.errors import InputError
+    from maveriq.estimate.cluster_profiles import profiles_for
+    from maveriq.estimate.profile_file import MachineRecord
+    from maveriq.exec.local_machine import EMULATED
+    from maveriq.exec.profile_worker import EmulatedTimes
+    from maveriq.serve.profile_jobs import ProfileSettings
+    from maveriq.units import gib
+
+    cluster, known = system.cluster, profiles_for(options.profile, options.gpus).main
+    if len(cluster.kinds) > 1:
+        raise InputError(
+            f"--profile-on-register measures on GPUs of one kind, and the cluster has {', '.join(cluster.kinds)}; "
+            "leave it out"
+        )
+    gpu = cluster.gpus[0]
+    emulated = EmulatedTimes(
+        gpus=options.gpus,
+        profile=options.profile,
+        service_times=options.service_times,
+        time_scale=engines.time_scale,
+    )
+    return ProfileSettings(
+        folder=state.with_suffix(".profiles"),
+        profiled=profiled,
+        machine=MachineRecord(
+            kind=gpu.kind,
+            memory_gib=gib(gpu.capacity_bytes),
+            idle_gib=gib(gpu.idle_bytes),
+            sheet=known.sheet,
+        ),
+        backend=engines.name,
+        engine_python=engines.engine_python,
+        devices=machine.devices(cluster),
+        machine_gpus=() if machine.meter is None else tuple(i % len(machine.meter.gpus) for i in range(len(cluster))),
+        node_gpus=cluster.largest_node(gpu.kind),
+        max_gpus=profiling.max_gpus,
+        beside_engines=profiling.beside_engines,
+        budget_s=profiling.budget_s,
+        usd_per_gpu_hour=cluster.usd_per_hour(gpu),
+        emulated=emulated if engines.name == EMULATED else None,
+        seed=options.seed,
+        has_measured=known.has_measured,
+    )
 
 
 async def _serve(
@@ -187,6 +301,7 @@ async def _serve(
     store: Store,
     logs: Path,
     access_log: AccessLog | None,
+    profiles: ProfileSettings | None,
     quiet: bool,
 ) -> None:
     from maveriq.errors import MaveriqError
@@ -216,7 +331,7 @@ async def _serve(
         python=machine.python_path,
         batching_of=None if system.live_engines is None else live_batching_specs(system.live_engines, engines.name),
     ) as executor:
-        app = create_app(executor, store, settings, placements, models, access_log)
+        app = create_app(executor, store, settings, placements, models, access_log, profiles)
 
         def report_ready() -> None:
             _print_status(f"serving {system.cluster.name} on {url_of(listener)}; Ctrl-C stops it", quiet=quiet)

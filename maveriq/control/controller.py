@@ -33,6 +33,8 @@ from maveriq.control.events import (
     ExecutionFinished,
     GpuDown,
     GpuUp,
+    ProfileEnded,
+    ProfileRequested,
     RequestArrived,
     RequestCancelled,
     StopEngine,
@@ -165,7 +167,11 @@ class Controller:
             events: in any order; empty at `wake_us`.
         """
         self.apply(now_us, events)
+        if self.manager.stopped_profiles:
+            self._actions.extend(self.manager.stop_profiles())
         self._actions.extend(self.manager.start_waiting())
+        if self.manager.profiles.any_waiting:
+            self._actions.extend(self.manager.start_profiles(now_us))
         self._dispatch()
         return self._actions
 
@@ -184,10 +190,8 @@ class Controller:
                 self._engine_reported(event)
             case RequestCancelled():
                 self._cancelled(event.request_id)
-            case EndpointAdded():
-                self._endpoints.setdefault(event.endpoint.endpoint_id, []).extend(
-                    self.manager.deploy(event.endpoint, self._now_us)
-                )
+            case EndpointAdded() | ProfileRequested() | ProfileEnded():
+                self._wanted(event)
             case EngineUp():
                 self._registered(event)
             case EndpointRemoved():
@@ -209,6 +213,9 @@ class Controller:
     def _assign(self, request: Request, *, first: bool = False) -> None:
         """Queue a request for a deployment of its endpoint, before all others if `first`, or refuse it."""
         replicas = self._endpoints.get(request.endpoint_id)
+        if not replicas and self.manager.profiles.is_waiting(request.endpoint_id):
+            self.manager.profiles.add_request(request)
+            return
         if not replicas:
             self.tracker.refused(request, f"nothing was deployed for endpoint {request.endpoint_id}")
             return
@@ -315,7 +322,9 @@ class Controller:
             self._actions.append(Abort(deployment.deployment_id, request_id))
             if deployment.state is DeploymentState.REMOVED and not deployment.is_busy:
                 self._stop(deployment)
-        elif deployment is not None and self._stops_waiting(deployment, request_id):
+        elif self.manager.profiles.remove_request(request_id) or (
+            deployment is not None and self._stops_waiting(deployment, request_id)
+        ):
             self.tracker.failed(request_id, CLIENT_GONE)
         elif self.tracker.is_running(request_id):
             self._cancelled_ids.add(request_id)
@@ -363,6 +372,51 @@ class Controller:
     def deployments_of(self, endpoint_id: int) -> tuple[Deployment, ...]:
         """Return all deployments that an endpoint ever had; none for an unknown endpoint."""
         return tuple(self._endpoints.get(endpoint_id, ()))
+
+    def knows(self, endpoint_id: int) -> bool:
+        """Return whether an endpoint was added, and not removed while it waited for a profile."""
+        return endpoint_id in self._endpoints
+
+    def _wanted(self, event: EndpointAdded | ProfileRequested | ProfileEnded) -> None:
+        """Handle what is to be deployed or measured."""
+        profiles = self.manager.profiles
+        match event:
+            case EndpointAdded(endpoint, after_profile):
+                replicas = self._endpoints.setdefault(endpoint.endpoint_id, [])
+                if after_profile:
+                    profiles.add_endpoint(endpoint, after_profile)
+                else:
+                    replicas += self.manager.deploy(endpoint, self._now_us)
+            case ProfileRequested():
+                profiles.request(event)
+            case ProfileEnded(profile_id, reason):
+                profiles.end(profile_id)
+                for endpoint in profiles.endpoints_of(profile_id):
+                    self._deploy_after_profile(endpoint, reason)
+
+    def _deploy_after_profile(self, endpoint: EndpointSpec, reason: str) -> None:
+        """Decide on an endpoint that waited for a profile, or reject it where there is a reason.
+
+        Its requests wait until an engine is up; requests to other endpoints are refused so early.
+        """
+        requests = self.manager.profiles.remove_endpoint(endpoint.endpoint_id)
+        replicas = self._endpoints[endpoint.endpoint_id]
+        if reason:
+            replicas.append(self.manager.reject(endpoint, reason))
+        else:
+            replicas += self.manager.deploy(endpoint, self._now_us)
+        for deployment in replicas:
+            if deployment.plan is not None:
+                self._let_wait(deployment)
+        for request in requests:
+            self._assign(request)
+
+    def _let_wait(self, deployment: Deployment) -> None:
+        """Let requests wait for a deployment before its engine is up for the first time."""
+        deployment.serves = True
+        if deployment.endpoint.batching is Batching.EXCLUSIVE:
+            deployment.waiting = self.queue.open_queue(deployment.deployment_id, deployment.gpu_mask)
+            self.queue.pause(deployment.deployment_id)
 
     def _registered(self, event: EngineUp) -> None:
         deployment = self.manager.engine_registered(event, self._now_us)
@@ -460,9 +514,7 @@ class Controller:
         replicas.append(replacement)
         replacement.serves = lost.endpoint.batching is Batching.CONTINUOUS and lost.ready_us >= 0
         if self.queue.has_queue(lost.deployment_id):
-            replacement.serves = True
-            replacement.waiting = self.queue.open_queue(replacement.deployment_id, replacement.gpu_mask)
-            self.queue.pause(replacement.deployment_id)
+            self._let_wait(replacement)
 
     def _keep_or_move(self, deployment: Deployment, again: list[Request]) -> None:
         """Keep requests until the engine is back, those it was running first, or move them to another deployment."""
@@ -493,6 +545,10 @@ class Controller:
         return False
 
     def _remove(self, endpoint_id: int) -> None:
+        if self.manager.profiles.is_waiting(endpoint_id):
+            del self._endpoints[endpoint_id]
+            for request in self.manager.profiles.remove_endpoint(endpoint_id):
+                self.tracker.refused(request, f"endpoint {endpoint_id} was removed")
         for deployment in self._endpoints.get(endpoint_id, []):
             if deployment.state in (DeploymentState.REJECTED, DeploymentState.REMOVED):
                 continue

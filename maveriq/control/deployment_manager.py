@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
 
-from maveriq.control.events import EngineProgress, EngineUp, StartEngine
+from maveriq.control.events import EngineProgress, EngineUp, StartEngine, StartProfile, StopProfile
 from maveriq.control.gpu_sharing import GpuSharing
+from maveriq.control.profiles import ProfileQueue
 from maveriq.control.utilization import UtilizationWindow, recent_load, sampling_phases_us
 from maveriq.domain.cluster import Cluster, ClusterState, ClusterView, LoadWindow
 from maveriq.domain.deployments import Batching, EndpointSpec, ExpectedLoad
@@ -193,6 +194,8 @@ class DeploymentManager:
         self.deployments: dict[int, Deployment] = {}
         self.busy_mask = 0
         self._state = ClusterState(cluster)
+        self.profiles = ProfileQueue(self._state)
+        self.stopped_profiles: list[int] = []
         self._policy = policy
         self._window = window
         self._phases_us = sampling_phases_us(window, len(cluster), seed)
@@ -203,12 +206,39 @@ class DeploymentManager:
 
     def deploy(self, endpoint: EndpointSpec, now_us: Micros) -> list[Deployment]:
         """Let the policy decide on an endpoint, and return its deployments: with memory reserved, or rejected."""
-        decision = self._decide(endpoint, self._state.view(self.loads(now_us)))
+        decision = self._decide_with_room(endpoint, self._state.view(self.loads(now_us)))
         if isinstance(decision, Rejection):
-            rejected = self._add(endpoint, None, DeploymentState.REJECTED)
-            rejected.reason = decision.reason
-            return [rejected]
+            return [self.reject(endpoint, decision.reason)]
         return [self._reserve(endpoint, plan) for plan in decision.plans]
+
+    def reject(self, endpoint: EndpointSpec, reason: str) -> Deployment:
+        """Return a deployment of an endpoint that was rejected."""
+        rejected = self._add(endpoint, None, DeploymentState.REJECTED)
+        rejected.reason = reason
+        return rejected
+
+    def _decide_with_room(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
+        """Return the policy's decision; what has no room beside profiles takes theirs, and they wait again."""
+        decision = self._decide(endpoint, view)
+        holding = self.profiles.holding
+        if isinstance(decision, Deploy) or not holding:
+            return decision
+        without_profiles = self._decide(endpoint, _without_profiles(view, holding.values()))
+        if isinstance(without_profiles, Deploy):
+            gpu_ids = {gpu_id for plan in without_profiles.plans for gpu_id in plan.gpu_ids}
+            self.stopped_profiles += self.profiles.revoke(gpu_ids)
+            return without_profiles
+        return decision
+
+    def start_profiles(self, now_us: Micros) -> list[StartProfile]:
+        """Give free GPUs to the profiles that wait for some."""
+        started = self.profiles.start_waiting(self._state.view(self.loads(now_us)).gpus)
+        return [StartProfile(profile_id, gpu_ids) for profile_id, gpu_ids in started]
+
+    def stop_profiles(self) -> list[StopProfile]:
+        """Return the profiles whose GPUs were taken since the last call."""
+        stopped, self.stopped_profiles = self.stopped_profiles, []
+        return [StopProfile(profile_id) for profile_id in stopped]
 
     def _decide(self, endpoint: EndpointSpec, view: ClusterView) -> Decision:
         """Return the policy's decision.
@@ -243,7 +273,7 @@ class DeploymentManager:
         left = ClusterView(gpus=tuple(gpu for gpu in view.gpus if gpu.gpu_id not in avoided))
         if not left.gpus or len(gone) > MAX_REPLACEMENTS:
             return None
-        decision = self._decide(wanted, left)
+        decision = self._decide_with_room(wanted, left)
         if isinstance(decision, Rejection):
             lost.reason += f"; no other placement: {decision.reason}"
             return None
@@ -437,6 +467,7 @@ class DeploymentManager:
 
     def gpu_down(self, gpu_id: int) -> None:
         """Mark a GPU as failed; the caller then calls `engine_down` for each of its deployments."""
+        self.stopped_profiles += self.profiles.revoke([gpu_id])
         self._state.set_down(gpu_id, down=True)
 
     def gpu_up(self, gpu_id: int) -> None:
@@ -532,6 +563,20 @@ class DeploymentManager:
             )
             for gpu, load in zip(self._state.cluster.gpus, self.loads(now_us), strict=True)
         )
+
+
+def _without_profiles(view: ClusterView, holding: Iterable[Mapping[int, Bytes]]) -> ClusterView:
+    """Return a view as it would be without the memory that profiles hold."""
+    for shares in holding:
+        view = ClusterView(
+            gpus=tuple(
+                replace(gpu, free_bytes=gpu.free_bytes + shares[gpu.gpu_id], tenants=gpu.tenants - 1)
+                if gpu.gpu_id in shares
+                else gpu
+                for gpu in view.gpus
+            )
+        )
+    return view
 
 
 def share_of_one(endpoint: EndpointSpec, replicas: Sequence[Deployment], measured_rps: float | None) -> EndpointSpec:

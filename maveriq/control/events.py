@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 from maveriq.domain.deployments import EndpointSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
-from maveriq.units import Micros
+from maveriq.units import Bytes, Micros
 
 
 class _DeploymentEvent:
@@ -177,9 +177,10 @@ class EndpointRemoved:
 
 @dataclass(frozen=True, slots=True)
 class EndpointAdded:
-    """A model is to be served."""
+    """A model is to be served, at once or after a profile of it has ended; 0 for no profile."""
 
     endpoint: EndpointSpec
+    after_profile: int = 0
     rank: ClassVar[int] = 6
 
     @property
@@ -228,6 +229,46 @@ class RequestCancelled:
         return self.request_id
 
 
+@dataclass(frozen=True, slots=True)
+class ProfileRequested:
+    """A profile is to be measured on GPUs of one node: on GPUs that hold nothing, or beside engines.
+
+    Args:
+        profile_id: from 1.
+        gpus: how many.
+        bytes_per_gpu: memory that it takes of each.
+        beside_engines: whether other engines may be on them.
+    """
+
+    profile_id: int
+    gpus: int
+    bytes_per_gpu: Bytes
+    beside_engines: bool = False
+    rank: ClassVar[int] = 10  # after deployments of the same instant
+
+    @property
+    def key(self) -> int:
+        """The order among events of this kind at one instant."""
+        return self.profile_id
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileEnded:
+    """A profile is complete, or was given up; `reason` says why it was given up.
+
+    Endpoints that wait for it are decided on, or rejected with the reason.
+    """
+
+    profile_id: int
+    reason: str = ""
+    rank: ClassVar[int] = -1  # before deployments of the same instant
+
+    @property
+    def key(self) -> int:
+        """The order among events of this kind at one instant."""
+        return self.profile_id
+
+
 Event: TypeAlias = (
     ExecutionFinished
     | ExecutionFailed
@@ -241,6 +282,8 @@ Event: TypeAlias = (
     | EndpointAdded
     | RequestArrived
     | RequestCancelled
+    | ProfileRequested
+    | ProfileEnded
 )
 
 
@@ -285,4 +328,19 @@ class Abort:
     request_id: int
 
 
-Action: TypeAlias = StartEngine | StopEngine | Execute | Submit | Abort
+@dataclass(frozen=True, slots=True)
+class StartProfile:
+    """Measure a profile on these GPUs; answer with `ProfileEnded`."""
+
+    profile_id: int
+    gpu_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopProfile:
+    """Stop measuring a profile: its GPUs are needed. It goes on with the next `StartProfile`."""
+
+    profile_id: int
+
+
+Action: TypeAlias = StartEngine | StopEngine | Execute | Submit | Abort | StartProfile | StopProfile

@@ -105,3 +105,29 @@ class ByModelEstimator:
         if not isinstance(self.measured, ContentionAware):
             return 0.0
         return self.measured.contention_delay_s(model, configuration, co_located=co_located)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfiledEstimator(ByModelEstimator):
+    """Another estimator, except for the models whose profiles were measured since it was made (mutable).
+
+    Args:
+        profiled: by the model's name, the model and its estimator.
+    """
+
+    profiled: dict[str, tuple[ModelSpec, Estimator]]
+
+    @property
+    def name(self) -> str:
+        """The name of the other estimator."""
+        return self.others.name
+
+    def of_model(self, model: ModelSpec) -> Estimator:
+        """Return the estimator of a model."""
+        found = self.profiled.get(model.name)
+        return found[1] if found is not None and found[0] == model else self.others
+
+
+def with_profiled(base: Estimator, profiled: dict[str, tuple[ModelSpec, Estimator]]) -> ProfiledEstimator:
+    """Return an estimator that asks `profiled`, which may grow, before `base`; contention is always that of `base`."""
+    return ProfiledEstimator(measured=base, others=base, is_measured=lambda _: False, profiled=profiled)

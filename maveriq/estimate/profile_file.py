@@ -325,6 +325,21 @@ def planned_profile(path: Path) -> HardwareProfile:
         InputError: not such a file, a kind of GPU that is not known, or a model that cannot be read.
     """
     read = read_profile_file(path)
+    if read.engine.name not in _ENGINES:
+        raise InputError(f"profile {str(path)!r}: unknown engine {read.engine.name!r} (known: {', '.join(_ENGINES)})")
+    return hardware_profile_of(read, f"profile {str(path)!r}")
+
+
+def hardware_profile_of(read: ProfileFile, where: str) -> HardwareProfile:
+    """Return the hardware profile of what was measured, also of emulated engines.
+
+    Args:
+        read: the measurements.
+        where: what it is, for messages.
+
+    Raises:
+        InputError: a kind of GPU that is not known, or a model that cannot be read.
+    """
     machine = read.machine
     if (machine.sheet is None) != (machine.kind in gpu_sheets()):
         has = (
@@ -332,9 +347,7 @@ def planned_profile(path: Path) -> HardwareProfile:
             if machine.sheet is None
             else "a data sheet; leave its speeds out"
         )
-        raise InputError(f"profile {str(path)!r}: GPU kind {machine.kind!r} has {has}")
-    if read.engine.name not in _ENGINES:
-        raise InputError(f"profile {str(path)!r}: unknown engine {read.engine.name!r} (known: {', '.join(_ENGINES)})")
+        raise InputError(f"{where}: GPU kind {machine.kind!r} has {has}")
     observed = observations_of(read)
     empty = planning_profile(machine, _preset_of(read.engine))
     admission_s = admission_of(read)
@@ -389,6 +402,8 @@ _ENGINES = ("torch", "vllm", "trtllm")
 
 def _preset_of(engine: EngineRecord) -> str:
     """Return the preset of an engine: of its version where it has one that is known."""
+    if engine.name not in _ENGINES:
+        return ""  # an emulated one
     if engine.name == "torch" or release_numbers(engine.version) is None:
         return engine.name
     return f"{engine.name}-{engine.version}"

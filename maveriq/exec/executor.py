@@ -25,10 +25,14 @@ from maveriq.control.events import (
     EngineUp,
     Event,
     Execute,
+    ProfileEnded,
+    ProfileRequested,
     RequestArrived,
     RequestCancelled,
     StartEngine,
+    StartProfile,
     StopEngine,
+    StopProfile,
     Submit,
 )
 from maveriq.domain.deployments import Batching, EndpointSpec
@@ -45,7 +49,7 @@ from maveriq.exec.gpu_sampling import GpuSampler
 from maveriq.exec.gpus import Devices
 from maveriq.exec.in_flight import InFlight, LiveRequestHandle
 from maveriq.exec.launcher import Launcher, ProcessLauncher
-from maveriq.exec.live_cluster import EndpointRequest, Submission
+from maveriq.exec.live_cluster import EndpointRequest, ProfileRunner, Submission
 from maveriq.exec.messages import (
     BatchingSpec,
     EngineSpec,
@@ -139,6 +143,7 @@ class Executor:
             self.batching = EmulatedBatching(engines, self.clock, self._on_progress, sample_us, working)
         self._wake: asyncio.TimerHandle | None = None
         self._supervisors: dict[int, Supervisor] = {}
+        self._profile_runners: dict[int, ProfileRunner] = {}
         self._last_request_id = 0
         self._last_endpoint_id = 0
         self._table: RequestTable | None = None
@@ -155,7 +160,7 @@ class Executor:
 
     # For users and replays
 
-    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None, after_profile: int = 0) -> int:
         """Create an endpoint; see `LiveCluster`."""
         number = self._last_endpoint_id + 1 if endpoint_id is None else endpoint_id
         spec = EndpointSpec(
@@ -171,17 +176,28 @@ class Executor:
         live = self._system.live_engines
         if endpoint.engine is not None and live is not None:
             spec = live.add(spec, endpoint.engine, whole_command=endpoint.whole_command)
-        self.add_endpoint(spec)
+        self.add_endpoint(spec, after_profile=after_profile)
         return number
 
-    def add_endpoint(self, endpoint: EndpointSpec) -> None:
-        """Add an endpoint that has its id already."""
+    def add_endpoint(self, endpoint: EndpointSpec, *, after_profile: int = 0) -> None:
+        """Add an endpoint that has its id already, to be deployed at once or after a profile."""
         self._last_endpoint_id = max(self._last_endpoint_id, endpoint.endpoint_id)
-        self._handle(EndpointAdded(endpoint))
+        self._handle(EndpointAdded(endpoint, after_profile))
+
+    def request_profile(self, profile: ProfileRequested, runner: ProfileRunner) -> None:
+        """Queue a profile for GPUs; see `LiveCluster`."""
+        self._profile_runners[profile.profile_id] = runner
+        self._handle(profile)
+
+    def end_profile(self, profile_id: int, reason: str = "") -> None:
+        """Free the GPUs of a profile; see `LiveCluster`."""
+        self._profile_runners.pop(profile_id, None)
+        self._handle(ProfileEnded(profile_id, reason))
 
     def remove(self, endpoint_id: int) -> None:
         """Remove an endpoint; see `LiveCluster`."""
-        self.endpoint(endpoint_id)
+        if not self.controller.knows(endpoint_id):
+            raise InputError(f"there is no endpoint {endpoint_id}")
         self._handle(EndpointRemoved(endpoint_id))
         if self._system.live_engines is not None:
             self._system.live_engines.remove(endpoint_id)
@@ -216,7 +232,7 @@ class Executor:
         Raises:
             InputError: there is no such endpoint, a count or token id is out of range, or the executor is closed.
         """
-        if not self.controller.deployments_of(submission.endpoint_id):
+        if not self.controller.knows(submission.endpoint_id):
             raise InputError(f"there is no endpoint {submission.endpoint_id}")
         request = Request(
             request_id=self._last_request_id + 1,
@@ -330,6 +346,10 @@ class Executor:
             case StopEngine(deployment_id):
                 self._drop_engine(deployment_id)
                 self._supervisors[deployment_id].stop()
+            case StartProfile(profile_id, gpu_ids):
+                self._profile_runners[profile_id].start(gpu_ids)
+            case StopProfile(profile_id):
+                self._profile_runners[profile_id].stop()
             case _ as never:
                 assert_never(never)
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from maveriq.control.events import ProfileRequested
 from maveriq.domain.deployments import Batching, Intent
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.progress import DeploymentStatus, Progress
@@ -70,7 +71,8 @@ class EndpointRequest:
     """An endpoint to create: the part of an `EndpointSpec` that a user chooses.
 
     `engine` are the settings of engines that batch continuously, None for engines that take one execution at a time.
-    `whole_command`: they are a whole command, which also says on how many GPUs the engine runs.
+    `whole_command`: they are a whole command, which also says on how many GPUs the engine runs. `wait_for_profile`: a
+    profile of its model was under way when it was created, after which it is deployed.
     """
 
     model: ModelSpec
@@ -79,11 +81,22 @@ class EndpointRequest:
     batch_size: int = 1
     engine: ContinuousSettings | None = None
     whole_command: bool = False
+    wait_for_profile: bool = False
 
     @property
     def batching(self) -> Batching:
         """How its engines batch."""
         return Batching.EXCLUSIVE if self.engine is None else Batching.CONTINUOUS
+
+
+class ProfileRunner(Protocol):
+    """Measures a profile on the GPUs that it is given. Neither method may call the cluster before it returns."""
+
+    def start(self, gpu_ids: tuple[int, ...]) -> None:
+        """Measure on these GPUs, from where it stopped."""
+
+    def stop(self) -> None:
+        """Stop measuring: the GPUs are needed. `start` follows once others are free."""
 
 
 class LiveCluster(Protocol):
@@ -93,13 +106,20 @@ class LiveCluster(Protocol):
     def now_us(self) -> Micros:
         """The cluster's clock."""
 
-    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None, after_profile: int = 0) -> int:
         """Create an endpoint and return its id; `endpoint` returns whether and how it is deployed.
 
         Args:
             endpoint: the endpoint to create.
             endpoint_id: the id of an endpoint that the service restores after a restart; None for the next free id.
+            after_profile: the number of a profile for which it waits, with its requests; 0 for none.
         """
+
+    def request_profile(self, profile: ProfileRequested, runner: ProfileRunner) -> None:
+        """Queue a profile for GPUs; `runner` measures it."""
+
+    def end_profile(self, profile_id: int, reason: str = "") -> None:
+        """Free the GPUs of a profile; endpoints that wait for it are decided on, or rejected if there is a reason."""
 
     def remove(self, endpoint_id: int) -> None:
         """Remove an endpoint. Running requests finish, waiting requests are refused.

@@ -14,10 +14,11 @@ from itertools import groupby
 from typing import TypeAlias
 
 from maveriq.domain.models import ModelSpec
+from maveriq.domain.parallel import ParallelConfig
 from maveriq.estimate.profile_file import CaseRecord, RunRecord, noise_of_median
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import Launcher
-from maveriq.profiling.measure import BatchClient, Probe, SampleTimes, StartedEngine, started_engine
+from maveriq.profiling.measure import BatchClient, EmulatedBatches, Probe, SampleTimes, StartedEngine, started_engine
 from maveriq.profiling.measure_steps import STEPS, StepClient
 from maveriq.profiling.memory_meter import MemoryMeter
 from maveriq.profiling.plan import PlannedCase, PlannedRun
@@ -26,6 +27,7 @@ from maveriq.profiling.short_models import ShortModels
 from maveriq.streams import generator
 
 Report: TypeAlias = Callable[[str], None]
+Emulate: TypeAlias = Callable[[ModelSpec, ParallelConfig], EmulatedBatches]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,7 @@ class Bench:
         repeats: how often each batch is measured.
         side_by_side: how many engines share devices: more than one where they take no more memory than they need.
         by_steps: whether engines batch continuously, and report steps.
+        emulate: says how long emulated engines take; None for engines that compute.
     """
 
     launcher: Launcher
@@ -73,6 +76,7 @@ class Bench:
     repeats: Repeats
     side_by_side: int
     by_steps: bool = False
+    emulate: Emulate | None = None
 
 
 async def execute(session: Session, models: dict[str, ModelSpec], bench: Bench, report: Report) -> None:
@@ -105,7 +109,7 @@ async def _execute_group(
 
         async def start(number: int, run: PlannedRun) -> StartedEngine[BatchClient | StepClient]:
             short, files = bench.short_models.make(models[run.model], run.layers)
-            return await stack.enter_async_context(
+            engine: StartedEngine[BatchClient | StepClient] = await stack.enter_async_context(
                 started_engine(
                     bench.launcher,
                     short,
@@ -120,6 +124,9 @@ async def _execute_group(
                     number=number + 1,
                 )
             )
+            if bench.emulate is not None and isinstance(engine.client, BatchClient):
+                engine.client.emulated = bench.emulate(short, run.configuration)
+            return engine
 
         started = await asyncio.gather(*(start(number, run) for number, run in runs))
         engines = {number: engine for (number, _), engine in zip(runs, started, strict=True)}

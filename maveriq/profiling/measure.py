@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import ParallelConfig
@@ -172,20 +172,44 @@ class EngineClient:
             raise ProfilingError(f"{self._what}: its engine ended") from None
 
 
+class EmulatedBatches(Protocol):
+    """How long an emulated engine takes for batches of one model in one configuration."""
+
+    @property
+    def time_scale(self) -> float:
+        """Real seconds per second of its clock."""
+
+    def times_s(self, batch: int, prompt_tokens: int, output_tokens: int) -> tuple[float, float]:
+        """Return the seconds to the first and to the last token of a batch."""
+
+
 class BatchClient(EngineClient):
-    """The connection to an engine that takes one execution at a time (mutable)."""
+    """The connection to an engine that takes one execution at a time (mutable).
+
+    `emulated`: says how long an emulated engine takes, which it cannot know; None for an engine that computes.
+    """
 
     _execution_id = 0
+    emulated: EmulatedBatches | None = None
 
-    async def run(self, sequences: tuple[messages.PromptSequence, ...]) -> Finished:
-        """Let the engine run a batch.
+    async def run(
+        self, sequences: tuple[messages.PromptSequence, ...], *, first_token_s: float = 0.0, service_s: float = 0.0
+    ) -> Finished:
+        """Let the engine run a batch; an emulated one takes so many seconds to its first and last token.
 
         Raises:
             ProfilingError: it cannot, or takes longer than it may.
         """
         self._execution_id += 1
         async with self._within("answer"):
-            self._channel.send(Generate(execution_id=self._execution_id, sequences=sequences))
+            self._channel.send(
+                Generate(
+                    execution_id=self._execution_id,
+                    sequences=sequences,
+                    first_token_s=first_token_s,
+                    service_s=service_s,
+                )
+            )
             while True:
                 match await self._channel.receive():
                     case Finished() as finished:
@@ -200,11 +224,18 @@ class BatchClient(EngineClient):
             ProfilingError: as `run`.
         """
         del extra
-        finished = await self.run(sequences_of(prompts, output_tokens))
+        scale, first_token_s, service_s = 1.0, 0.0, 0.0
+        if self.emulated is not None:
+            scale = self.emulated.time_scale
+            first_token_s, service_s = self.emulated.times_s(len(prompts), len(prompts[0]), output_tokens)
+        finished = await self.run(
+            sequences_of(prompts, output_tokens), first_token_s=scale * first_token_s, service_s=scale * service_s
+        )
         rest_s = finished.service_s - finished.first_token_s
         if finished.first_token_s <= 0 or rest_s < 0:
             raise ProfilingError(f"{self._what}: its engine reports a first token after {finished.first_token_s:g} s")
-        return SampleTimes(finished.first_token_s, max(rest_s / max(1, output_tokens - 1), LEAST_S))
+        each_s = max(rest_s / max(1, output_tokens - 1), LEAST_S)
+        return SampleTimes(finished.first_token_s / scale, each_s / scale)
 
 
 C = TypeVar("C", bound=EngineClient)

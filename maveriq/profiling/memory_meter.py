@@ -26,28 +26,47 @@ class MemoryMeter(Protocol):
 
 
 class GpuMemory:
-    """Reads the memory of this machine's GPUs, where nothing else runs.
+    """Reads the memory of this machine's GPUs, on which nothing else starts or stops.
 
     Args:
         meter: reads them.
+        machine_gpus: their numbers on this machine; none for the first ones.
     """
 
-    def __init__(self, meter: GpuMeter) -> None:
+    def __init__(self, meter: GpuMeter, machine_gpus: Sequence[int] = ()) -> None:
         self._meter = meter
+        self._machine_gpus = machine_gpus
         self._before: dict[int, Bytes] = {}
 
     def before(self, gpu_ids: Sequence[int]) -> Bytes:
         """Return what is held of these GPUs while no engine of ours is."""
-        readings = self._meter.read()
-        self._before = {gpu: readings[gpu % len(readings)].used_bytes for gpu in gpu_ids}
+        self._before = self._used(gpu_ids)
         return sum(self._before.values())
 
     def held(self, pid: int, gpu_ids: Sequence[int]) -> tuple[Bytes, Bytes]:
         """Return what is held of these GPUs more than before; engines keep what they took, so it is also the most."""
         del pid
-        readings = self._meter.read()
-        now = sum(max(0, readings[gpu % len(readings)].used_bytes - self._before.get(gpu, 0)) for gpu in gpu_ids)
+        now = sum(max(0, used - self._before.get(gpu, 0)) for gpu, used in self._used(gpu_ids).items())
         return now, now
+
+    def _used(self, gpu_ids: Sequence[int]) -> dict[int, Bytes]:
+        readings = self._meter.read()
+        numbers = self._machine_gpus or range(len(readings))
+        return {gpu: readings[numbers[gpu % len(numbers)]].used_bytes for gpu in gpu_ids}
+
+
+class NoMemory:
+    """Reads nothing: emulated engines hold no memory of a GPU."""
+
+    def before(self, gpu_ids: Sequence[int]) -> Bytes:
+        """Return 0."""
+        del gpu_ids
+        return 0
+
+    def held(self, pid: int, gpu_ids: Sequence[int]) -> tuple[Bytes, Bytes]:
+        """Return 0."""
+        del pid, gpu_ids
+        return 0, 0
 
 
 class ProcessMemory:

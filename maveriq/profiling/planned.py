@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -34,17 +35,18 @@ from maveriq.estimate.profile_file import (
 from maveriq.exec.capabilities import why_not
 from maveriq.exec.device import Device
 from maveriq.exec.engines.continuous import CONTINUOUS_BACKENDS
+from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import ProcessLauncher
-from maveriq.exec.local_machine import LocalMachine
+from maveriq.exec.local_machine import EMULATED, LocalMachine
 from maveriq.exec.model_files import ModelFiles
-from maveriq.profiling.execute import Bench, Repeats, Report, execute, run_records
+from maveriq.profiling.execute import Bench, Emulate, Repeats, Report, execute, run_records
 from maveriq.profiling.machine import high_priority, machine_record, measured_sheet
 from maveriq.profiling.measure import Probe
-from maveriq.profiling.memory_meter import GpuMemory, ProcessMemory
+from maveriq.profiling.memory_meter import GpuMemory, MemoryMeter, NoMemory, ProcessMemory
 from maveriq.profiling.plan import CPU_NOISE, NOISE, USUAL_REPEATS, Layers, ProfilePlan, Wanted, plan_profile
 from maveriq.profiling.session import open_session, session_start
 from maveriq.profiling.short_models import ShortModels, check_complete
-from maveriq.units import bytes_from_gib, gib
+from maveriq.units import Bytes, bytes_from_gib, gib
 
 _PROMPTS = {Device.CPU: (16, 64, 256), Device.CUDA: (128, 512, 2048, 4096)}
 _BATCHES = {Device.CPU: (1, 4, 16), Device.CUDA: (1, 4, 16, 64)}
@@ -91,16 +93,24 @@ class ProfileOptions:
 
 @dataclass(frozen=True, slots=True)
 class PlannedProfile:
-    """A profile of some models on this machine: its plan, and how it is measured."""
+    """A profile of some models on this machine: its plan, and how it is measured.
+
+    Args:
+        models: by name, with the path of the `config.json` of those that have files.
+        local: the engine, and what it runs on.
+        options: what the user asks.
+        known_machine: what is known of the machine already; None to look at it.
+    """
 
     models: Mapping[str, tuple[ModelSpec, Path | None]]
     local: LocalMachine
     options: ProfileOptions
+    known_machine: MachineRecord | None = None
     machine: MachineRecord = field(init=False)
 
     def __post_init__(self) -> None:
         options = self.options
-        record = machine_record(self.local, kind=options.kind, memory_gib=options.memory_gib)
+        record = self.known_machine or machine_record(self.local, kind=options.kind, memory_gib=options.memory_gib)
         object.__setattr__(self, "machine", record)
         for model, path in self.models.values():
             if path is not None:
@@ -116,14 +126,23 @@ class PlannedProfile:
         """What engines compute on."""
         return Device.CUDA if self.local.meter else Device.CPU
 
+    def parts(self) -> ComputedParts:
+        """Return the physics estimates that the plan goes by."""
+        backend = self.local.backend
+        return ComputedParts(PhysicsEstimator(planning_profile(self.machine, "" if backend == EMULATED else backend)))
+
+    @property
+    def side_by_side(self) -> int:
+        """How many engines usually run at once and take turns."""
+        return _SIDE_BY_SIDE if self.local.meter is None else 1
+
     def plan(self) -> ProfilePlan:
         """Return what to measure of all models.
 
         Raises:
             InputError: nothing can be measured.
         """
-        profile = planning_profile(self.machine, self.local.backend)
-        parts = ComputedParts(PhysicsEstimator(profile))
+        parts = self.parts()
         budget_s = None if self.options.budget_s is None else self.options.budget_s / len(self.models)
         plans = [plan_profile(self.wanted(model, parts), parts, budget_s=budget_s) for model, _ in self.models.values()]
         if len(plans) == 1:
@@ -143,10 +162,13 @@ class PlannedProfile:
             InputError: the engine cannot run it at all.
         """
         options, device = self.options, self.device
+        is_noisy = device is Device.CPU and self.local.backend != EMULATED
 
         def can_run(configuration: ParallelConfig) -> bool:
             if parts.estimator.why_not(model, configuration) is not None:
                 return False
+            if self.local.backend == EMULATED:
+                return True
             refusal = why_not(
                 self.local.backend, model, configuration, device, compute_capability=self.local.compute_capability
             )
@@ -163,7 +185,7 @@ class PlannedProfile:
         gpus = len(self.local.meter.gpus) if self.local.meter else 1
         plain = ParallelConfig(tp=1, pp=1, weights=model.unconverted)
         if not can_run(plain):
-            reason = why_not(self.local.backend, model, plain, device) or parts.estimator.why_not(model, plain)
+            reason = parts.estimator.why_not(model, plain) or why_not(self.local.backend, model, plain, device)
             raise InputError(f"{model.name} cannot be measured: {reason}")
         for weights, kv in formats:
             asked = replace(plain, weights=weights, kv=kv)
@@ -182,10 +204,10 @@ class PlannedProfile:
             max_step_tokens=_MAX_STEP_TOKENS[device],
             can_run=can_run,
             fits=fits,
-            noise=CPU_NOISE if device is Device.CPU else NOISE,
+            noise=CPU_NOISE if is_noisy else NOISE,
             # On a CPU medians hardly become as sure as is asked for, so that each batch is repeated to the end.
-            repeats=options.most_repeats if device is Device.CPU else min(USUAL_REPEATS, options.most_repeats),
-            starting=min(os.cpu_count() or 1, _SIDE_BY_SIDE) if device is Device.CPU else 1,
+            repeats=options.most_repeats if is_noisy else min(USUAL_REPEATS, options.most_repeats),
+            starting=min(os.cpu_count() or 1, self.side_by_side),
         )
 
     def records(self) -> tuple[ModelRecord, ...]:
@@ -197,6 +219,21 @@ class PlannedProfile:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a profile is measured beside a service.
+
+    Args:
+        devices: of the GPUs to measure on.
+        machine_gpus: their numbers on this machine.
+        emulate: says how long emulated engines take; None for engines that compute.
+    """
+
+    devices: Devices
+    machine_gpus: tuple[int, ...]
+    emulate: Emulate | None = None
+
+
 def measure_plan(
     profile: PlannedProfile,
     plan: ProfilePlan,
@@ -205,6 +242,7 @@ def measure_plan(
     *,
     first: bool = False,
     side_by_side: int | None = None,
+    place: Place | None = None,
 ) -> ProfileFile:
     """Measure what is missing of a plan, with the log in a folder, and return the whole profile.
 
@@ -215,6 +253,7 @@ def measure_plan(
         report: takes lines about progress.
         first: whether engines have the cores before other processes; not beside engines that serve.
         side_by_side: engines that run at once and take turns; None for the device's usual number.
+        place: where, beside a service; None for the first GPUs of this machine, where nothing else runs.
 
     Raises:
         InputError: the folder holds the log of other options.
@@ -223,17 +262,21 @@ def measure_plan(
     _check_room(profile, plan, folder)
     local, options = profile.local, profile.options
     machine = profile.machine
-    if machine.sheet is not None:
+    if machine.sheet is not None and profile.known_machine is None:
         machine = msgspec.structs.replace(machine, sheet=measured_sheet(machine.cores, machine.memory_gib))
     start = session_start(
-        options=_options_text(profile),
+        options=options_text(profile),
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine,
         engine=EngineRecord(name=local.backend),
         models=profile.records(),
         plan=plan,
     )
-    devices = local.devices(_cluster(profile.machine, max(run.configuration.gpus for run in plan.runs)))
+    devices = (
+        local.devices(_cluster(profile.machine, max(run.configuration.gpus for run in plan.runs)))
+        if place is None
+        else place.devices
+    )
     with (
         open_session(folder, start) as session,
         tempfile.TemporaryDirectory(prefix="maveriq-profile-") as logs,
@@ -251,10 +294,11 @@ def measure_plan(
             devices=devices,
             probe=Probe(seed=options.seed),
             short_models=ShortModels(profile.config_paths, local.backend, Path(scratch)),
-            memory=GpuMemory(local.meter) if local.meter else ProcessMemory(),
+            memory=_memory_meter(local, () if place is None else place.machine_gpus),
             repeats=Repeats(least=options.least_repeats, most=max(options.least_repeats, options.most_repeats)),
-            side_by_side=side_by_side or (_SIDE_BY_SIDE if local.meter is None else 1),
+            side_by_side=side_by_side or profile.side_by_side,
             by_steps=local.backend in CONTINUOUS_BACKENDS,
+            emulate=None if place is None else place.emulate,
         )
         models = {name: model for name, (model, _) in profile.models.items()}
         asyncio.run(execute(session, models, bench, report))
@@ -272,7 +316,25 @@ def measure_plan(
         )
 
 
-def _options_text(profile: PlannedProfile) -> str:
+def _memory_meter(local: LocalMachine, machine_gpus: Sequence[int]) -> MemoryMeter:
+    if local.backend == EMULATED:
+        return NoMemory()
+    return GpuMemory(local.meter, machine_gpus) if local.meter else ProcessMemory()
+
+
+def plan_bytes(profile: PlannedProfile, plan: ProfilePlan) -> Bytes:
+    """Return about the most that a plan's engines hold of one GPU, with those that run side by side."""
+    parts, held = profile.parts(), 0
+    each = [
+        parts.run_memory(profile.models[run.model][0], run.layers, run.configuration) / run.configuration.gpus
+        for run in plan.runs
+    ]
+    for first in range(0, len(each), profile.side_by_side):
+        held = max(held, math.ceil(sum(each[first : first + profile.side_by_side])))
+    return held
+
+
+def options_text(profile: PlannedProfile) -> str:
     """Return what the choice of measurements depends on, as one text."""
     options = replace(profile.options, kind=None)
     models = [msgspec.to_builtins(record) for record in profile.records()]
@@ -302,7 +364,7 @@ def _check_room(profile: PlannedProfile, plan: ProfilePlan, folder: Path) -> Non
             f"disk of {str(folder)!r}: {free >> 20} MiB are free, and the log of a profile takes up to "
             f"{_LEAST_DISK_BYTES >> 20} MiB; name another folder"
         )
-    parts = ComputedParts(PhysicsEstimator(planning_profile(profile.machine, profile.local.backend)))
+    parts = profile.parts()
     for run in plan.runs:
         needed = gib(
             round(

@@ -17,7 +17,7 @@ from maveriq.domain.models import ModelSpec
 from maveriq.domain.parallel import DeploymentPlan
 from maveriq.domain.requests import Request
 from maveriq.errors import InputError, UnknownNameError
-from maveriq.estimate.by_model import JOINED
+from maveriq.estimate.by_model import JOINED, with_profiled
 from maveriq.estimate.calibrated import CalibratedEstimator
 from maveriq.estimate.cluster_estimator import estimator_for, notes_on_defaults, on_cluster
 from maveriq.estimate.cluster_profiles import ClusterProfiles, profiles_for
@@ -209,6 +209,7 @@ def build_live_system(
     wrap_estimator: Callable[[Estimator], Estimator] | None = None,
     make_cluster: Callable[[str, ClusterProfiles], Cluster] | None = None,
     engine_tokens: Callable[[ModelSpec], int | None] | None = None,
+    profiled: dict[str, tuple[ModelSpec, Estimator]] | None = None,
 ) -> tuple[ServingSystem, PinnedPlacementPolicy]:
     """Build a system without a workload, for `maveriq serve`, and return it with its policy.
 
@@ -219,6 +220,8 @@ def build_live_system(
         wrap_estimator: as in `build_system`.
         make_cluster: as in `build_system`.
         engine_tokens: as in `build_system`.
+        profiled: estimators of models by name, which may grow while the system runs: they count before those that the
+            options name, and other models that were not measured are estimated by physics. None for no such models.
 
     Raises:
         InputError: an option or a file that cannot be used.
@@ -226,7 +229,17 @@ def build_live_system(
     profiles = profiles_for(options.profile, options.gpus, options.accuracy)
     profile, cluster = profiles.main, (make_cluster or cluster_for)(options.gpus, profiles)
     options = with_cluster_defaults(replace(options, no_dispatch_overhead=True), profile, cluster, live=True)
-    name, estimator = _estimator(options, profiles, cluster, wrap_estimator)
+    if profiled is not None:
+        options = replace(
+            options,
+            estimator=options.estimator or _with_physics(profiles),
+            service_times=options.service_times or _with_physics(profiles),
+        )
+    estimator = estimator_for(cluster, profiles, options.estimator)
+    name, service_times = estimator.name, _service_times(options, profiles, cluster, workload=None)
+    if profiled is not None:
+        estimator = with_profiled(estimator, profiled)
+    estimator = wrap_estimator(estimator) if wrap_estimator else estimator
 
     engine_settings: dict[int, ContinuousSettings] = {}
     engines = ContinuousEngines(
@@ -261,7 +274,7 @@ def build_live_system(
             engine_tokens=engine_tokens,
         ),
         predict_service_time=_service_time_predictor(estimator),
-        service_times=_service_times(options, profiles, cluster, workload=None),
+        service_times=service_times,
         load_time=_load_time(options, profiles),
         estimator=name,
         prompt_tokens=profile.prompt_tokens,
@@ -269,6 +282,12 @@ def build_live_system(
         notes=_notes(options, profiles, cluster),
     )
     return system, placements
+
+
+def _with_physics(profiles: ClusterProfiles) -> str | None:
+    """Return the default estimator of a kind of GPU with physics for the models of which nothing was measured."""
+    name = default_estimator(profiles.main)
+    return None if name in (PHYSICS, BLENDED) or len(profiles.by_kind) > 1 else f"{name}{JOINED}{PHYSICS}"
 
 
 def _estimator(

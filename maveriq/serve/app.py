@@ -24,6 +24,7 @@ from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.head import HeadMiddleware
 from maveriq.serve.json_body import field_name
 from maveriq.serve.model_registry import ModelRegistry
+from maveriq.serve.profile_jobs import ProfileSettings
 from maveriq.serve.routes import endpoint_routes, model_routes, openai_routes, operator_routes
 from maveriq.serve.service import Service
 from maveriq.serve.settings import ServeSettings
@@ -37,6 +38,7 @@ def create_app(
     placements: PinnedPlacementPolicy,
     models: ModelRegistry,
     access_log: AccessLog | None = None,
+    profiles: ProfileSettings | None = None,
 ) -> FastAPI:
     """Return the application for a running cluster; its service is `app.state.service`.
 
@@ -50,8 +52,9 @@ def create_app(
         placements: the policy of `cluster`.
         models: the registered models.
         access_log: gets a line for each request; None for no such log.
+        profiles: how profiles of new models are measured; None to measure none.
     """
-    service = Service(cluster, store, settings, placements, models)
+    service = Service(cluster, store, settings, placements, models, profiles)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as PythonCounter
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -11,6 +12,7 @@ from prometheus_client.registry import Collector
 from maveriq.domain.progress import Progress
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.live_cluster import Outcome
+from maveriq.serve.profile_jobs import STATUSES, ProfileJobs
 from maveriq.units import Micros, seconds
 
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
@@ -47,6 +49,10 @@ class Metrics:
     def add_cluster(self, progress: Callable[[], Progress], in_flight: Callable[[], int]) -> None:
         """Add the metrics of the cluster; both functions are called at each scrape."""
         self.registry.register(_ClusterCollector(progress, in_flight))
+
+    def add_profiles(self, profiles: ProfileJobs) -> None:
+        """Add the profiles that the service measures; they are counted at each scrape."""
+        self.registry.register(_ProfileCollector(profiles))
 
     def add_connections(self, count: Callable[[], int]) -> None:
         """Add the number of open connections; `count` is called at each scrape."""
@@ -113,6 +119,30 @@ class _ClusterCollector(Collector):
             yield GaugeMetricFamily(f"maveriq_{name}", help_text, value=value)
         yield from _deployment_metrics(progress)
         yield from _gpu_metrics(progress)
+
+
+class _ProfileCollector(Collector):
+    """Reads the state of the profiles at each scrape."""
+
+    def __init__(self, profiles: ProfileJobs) -> None:
+        self._profiles = profiles
+
+    def describe(self) -> Iterator[Metric]:
+        """Return no metrics, as the collector of the cluster."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of the profiles."""
+        counted = PythonCounter(state.status for state in self._profiles.states())
+        by_status = GaugeMetricFamily("maveriq_profiles", "Profiles of registered models.", labels=("status",))
+        for status in STATUSES:
+            by_status.add_metric((status,), counted[status])
+        yield by_status
+        for name, help_text, value in (
+            ("seconds", "Seconds for which profiles have held GPUs.", self._profiles.total_s),
+            ("gpu_seconds", "The same times the number of GPUs.", self._profiles.total_gpu_s),
+        ):
+            yield CounterMetricFamily(f"maveriq_profile_{name}", help_text, value=value)
 
 
 def _deployment_metrics(progress: Progress) -> Iterator[Metric]:

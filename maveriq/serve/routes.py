@@ -108,13 +108,29 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("")
     async def list_registered_models() -> list[ModelView]:
-        """List the registered models."""
-        return [ModelView.of(model) for model in service.models]
+        """List the registered models, and how far their profiles are."""
+        return [ModelView.of(model, service.profiles) for model in service.models]
 
     @router.post("", status_code=201)
     async def register_model(body: RegisterModel) -> ModelView:
-        """Register a model; a registered model keeps its ID."""
-        return ModelView.of(await service.models.register(body.model))
+        """Register a model; a registered model keeps its ID. A profile of it is measured in the background."""
+        return ModelView.of(await service.register_model(body.model, profile=body.profile), service.profiles)
+
+    @router.get("/{model_id}")
+    async def get_model(model_id: Id) -> ModelView:
+        """Return one registered model, and how far its profile is."""
+        return ModelView.of(service.models.by_id(model_id), service.profiles)
+
+    @router.post("/{model_id}/profile", status_code=202)
+    async def profile_model(model_id: Id) -> ModelView:
+        """Measure a profile of a registered model in the background, again if there is one."""
+        return ModelView.of(await service.profile_model(model_id), service.profiles)
+
+    @router.delete("/{model_id}/profile", status_code=204)
+    async def cancel_profile(model_id: Id) -> Response:
+        """Cancel a profile; endpoints that wait for it are rejected."""
+        await service.cancel_profile(model_id)
+        return Response(status_code=204)
 
     @router.delete("/{model_id}", status_code=204)
     async def unregister_model(model_id: Id) -> Response:
@@ -150,7 +166,7 @@ def endpoint_routes(service: Service) -> APIRouter:
                 "max_num_seqs",
                 "batch_size",
             )
-        model = await service.models.register(body.model)
+        model = await service.register_model(body.model)
         request = EndpointRequest(
             model=model.spec,
             intent=intent,
@@ -158,6 +174,7 @@ def endpoint_routes(service: Service) -> APIRouter:
             batch_size=body.batch_size,
             engine=engine,
             whole_command=whole_command,
+            wait_for_profile=body.wait_for_profile,
         )
         return EndpointView.of(await service.create_endpoint(model, request, body.placement or ""))
 

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from maveriq.domain.progress import DeploymentStatus
 from maveriq.exec.batching_spec import settings_table
+from maveriq.serve.profile_jobs import ProfileJobs, ProfileState
+from maveriq.serve.profile_jobs import Status as ProfileStatusName
 from maveriq.serve.service import Endpoint
 from maveriq.serve.store import RequestRow, StoredModel
 
@@ -39,6 +41,38 @@ class RegisterModel(Body):
     """POST /models: register a model."""
 
     model: Name = Field(description="A known model's name, or the path of a config.json in the models folder.")
+    profile: bool | None = Field(
+        default=None,
+        description="Whether to measure it in the background. Default: if the server measures new models, and nothing "
+        "of it was measured before.",
+    )
+
+
+class ProfileView(Body):
+    """A profile of a model that the server measures, and what it has cost."""
+
+    status: ProfileStatusName
+    detail: str = Field(description="How far it is, or why it failed.")
+    gpus: list[int] = Field(description="The GPUs that it is measured on now.")
+    expected_s: float
+    measured_s: float = Field(description="Seconds for which it has held GPUs.")
+    gpu_s: float = Field(description="The same times the number of GPUs.")
+    usd: float | None = Field(description="What these cost; null where the price of a GPU is not known.")
+    samples: int
+
+    @classmethod
+    def of(cls, state: ProfileState, usd: float | None) -> ProfileView:
+        """Return the view of a profile."""
+        return cls(
+            status=state.status,
+            detail=state.detail,
+            gpus=list(state.gpus),
+            expected_s=round(state.expected_s, 1),
+            measured_s=round(state.measured_s, 1),
+            gpu_s=round(state.gpu_s, 1),
+            usd=None if usd is None else round(usd, 6),
+            samples=state.samples,
+        )
 
 
 class ModelView(Body):
@@ -51,11 +85,12 @@ class ModelView(Body):
     hidden_size: int
     vocab_size: int
     own_files: bool = Field(description="Whether it was read from the models folder.")
+    profile: ProfileView | None = Field(description="Its profile, where the server measures one.")
 
     @classmethod
-    def of(cls, model: StoredModel) -> ModelView:
-        """Return the view of a model."""
-        spec = model.spec
+    def of(cls, model: StoredModel, profiles: ProfileJobs) -> ModelView:
+        """Return the view of a model and its profile."""
+        spec, state = model.spec, profiles.state(model.model_id)
         return cls(
             id=model.model_id,
             name=spec.name,
@@ -64,6 +99,7 @@ class ModelView(Body):
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
             own_files=bool(model.folder),
+            profile=None if state is None else ProfileView.of(state, profiles.usd(state)),
         )
 
 
@@ -95,6 +131,11 @@ class CreateEndpoint(Body):
         default=None,
         description="How its engines batch, as in a model set: a table of arguments, a kind, or a whole command; "
         "exclusive for one execution at a time. Default: the server's --engine.",
+    )
+    wait_for_profile: bool = Field(
+        default=True,
+        description="While a profile of the model is measured: deploy after it; false deploys at once by the physics "
+        "estimate.",
     )
 
 

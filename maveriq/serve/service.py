@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maveriq.domain.progress import DeploymentStatus
@@ -19,6 +19,7 @@ from maveriq.serve.errors import ApiError, bad_request, not_found
 from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
 from maveriq.serve.model_registry import ModelRegistry
+from maveriq.serve.profile_jobs import ProfileJobs, ProfileSettings
 from maveriq.serve.requests import RequestLifecycle
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store, StoredEndpoint, StoredModel
@@ -64,6 +65,7 @@ class Service:
         settings: ServeSettings,
         placements: PinnedPlacementPolicy,
         models: ModelRegistry,
+        profiles: ProfileSettings | None = None,
     ) -> None:
         """Connect the parts; `start` makes them work.
 
@@ -73,8 +75,10 @@ class Service:
             settings: the limits.
             placements: the policy of `cluster`; it receives the overrides of endpoints.
             models: the registered models.
+            profiles: how profiles of new models are measured; None to measure none.
         """
         self.settings = settings
+        self.profiles = ProfileJobs(cluster, profiles)
         self.store = store
         self.models = models
         self.metrics = Metrics()
@@ -105,6 +109,7 @@ class Service:
             self.metrics.add_model(model.spec.name)
             if model.folder and not is_folder(Path(model.folder)):
                 self._dangling.append(f"model {model.spec.name}: its folder {model.folder!r} is gone")
+        self.profiles.restore(self.models)
         self._placements.on_decision(self._store_plans)
         # Endpoints with plans first, so that new decisions do not take their GPUs.
         model_ids = {model.model_id for model in self.models}
@@ -121,6 +126,8 @@ class Service:
         for problem in self._dangling:
             _LOG.warning("%s", problem)
         self.metrics.add_cluster(self.cluster.progress, self.requests.__len__)
+        if self.profiles.enabled:
+            self.metrics.add_profiles(self.profiles)
 
     async def stop(self) -> None:
         """Refuse new requests, let requests in flight end within the grace period, stop all engines.
@@ -138,6 +145,7 @@ class Service:
         self._grace_period_ended.set()
 
     async def _stop(self) -> None:
+        await self.profiles.close()
         waits = [asyncio.create_task(self.requests.drained()), asyncio.create_task(self._grace_period_ended.wait())]
         await asyncio.wait(waits, timeout=self.settings.grace_period_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
@@ -150,6 +158,38 @@ class Service:
 
     # Models and endpoints
 
+    async def register_model(self, name: str, *, profile: bool | None = None) -> StoredModel:
+        """Register a model, and measure a profile of it: `profile` says whether, None by what was measured already.
+
+        A model that is registered is measured only if it is asked for.
+
+        Raises:
+            ApiError: as `ModelRegistry.register`, or the server measures no profiles.
+        """
+        if profile and not self.profiles.enabled:
+            raise bad_request("this server measures no profiles; start it with --profile-on-register", "profile")
+        known = self.models.find(name)
+        model = await self.models.register(name)
+        is_new = known is None and self.profiles.state(model.model_id) is None
+        if profile or (profile is None and is_new and self.profiles.is_wanted_for(model)):
+            self.profiles.request(model)
+        return model
+
+    async def profile_model(self, model_id: int) -> StoredModel:
+        """Measure a registered model, again if it was measured; see `register_model`."""
+        return await self.register_model(str(self.models.by_id(model_id).model_id), profile=True)
+
+    async def cancel_profile(self, model_id: int) -> None:
+        """Give up the profile of a model.
+
+        Raises:
+            ApiError: there is no such model, or its profile is not under way.
+        """
+        model = self.models.by_id(model_id)
+        if not self.profiles.is_open(model_id):
+            raise ApiError(409, f"no profile of {model.spec.name} is being measured", code="no_profile")
+        await self.profiles.cancel(model_id)
+
     async def unregister_model(self, model_id: int) -> None:
         """Remove a model from the registry.
 
@@ -158,7 +198,9 @@ class Service:
         """
         async with self._changing:
             has_endpoints = any(stored.model_id == model_id for stored in self._endpoints.values())
+            model = self.models.by_id(model_id)
             await self.models.unregister(model_id, has_endpoints=has_endpoints)
+            await self.profiles.forget(model)
 
     async def create_endpoint(self, model: StoredModel, request: EndpointRequest, placement: str) -> Endpoint:
         """Create an endpoint; `placement` is the name of its placement policy, or empty for the server's.
@@ -174,6 +216,9 @@ class Service:
                 message = f"{self.settings.max_endpoints} endpoints exist, which is the maximum; remove one first"
                 raise ApiError(409, message, code="too_many_endpoints")
             self.models.by_id(model.model_id)  # raises if it was unregistered in the meantime
+            request = replace(
+                request, wait_for_profile=request.wait_for_profile and self.profiles.is_open(model.model_id)
+            )
             names = self._placements.by_name
             if placement and placement not in names:
                 hint = did_you_mean(placement, names)
@@ -254,7 +299,10 @@ class Service:
         if stored.placement:
             with contextlib.suppress(InputError):  # a restored endpoint whose placement no longer exists: the default
                 self._placements.place_by(stored.endpoint_id, stored.placement)
-        self.cluster.deploy(stored.request, endpoint_id=stored.endpoint_id)
+        model_id = stored.model_id if stored.request.wait_for_profile and not stored.plans else 0
+        self.cluster.deploy(stored.request, endpoint_id=stored.endpoint_id, after_profile=model_id)
+        if model_id and not self.profiles.is_open(model_id):  # it ended while the server was down, or before
+            self.cluster.end_profile(model_id, self.profiles.why_given_up(model_id))
 
     def _snapshot(self, stored: StoredEndpoint) -> Endpoint:
         deployments: Iterable[DeploymentStatus] = ()

@@ -37,7 +37,9 @@ from maveriq.control.events import (
     GpuUp,
     RequestArrived,
     StartEngine,
+    StartProfile,
     StopEngine,
+    StopProfile,
     Submit,
 )
 from maveriq.domain.deployments import Batching, EndpointSpec
@@ -306,6 +308,8 @@ class _Simulation:
                 self._post(now_us + self._system.load_time(action.plan), up)
             case StopEngine(deployment_id):  # at once; the controller has freed its memory
                 self._drop_engine(deployment_id)
+            case StartProfile() | StopProfile():
+                raise InvariantError("a simulation measures no profiles, and none was requested")
             case _ as never:
                 assert_never(never)
 

@@ -136,7 +136,14 @@ class FakeCluster:
     def now_us(self) -> int:
         return int((self._loop.time() - self._started_s) * 1e6)
 
-    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None) -> int:
+    def request_profile(self, profile: object, runner: object) -> None:
+        raise NotImplementedError
+
+    def end_profile(self, profile_id: int, reason: str = "") -> None:
+        raise NotImplementedError
+
+    def deploy(self, endpoint: EndpointRequest, *, endpoint_id: int | None = None, after_profile: int = 0) -> int:
+        assert not after_profile
         number = endpoint_id or len(self._endpoints) + 1
         spec = EndpointSpec(
             endpoint_id=number, model=endpoint.model, intent=endpoint.intent, requested_us=self.now_us,
