@@ -297,7 +297,7 @@ def measure_plan(
             memory=_memory_meter(local, () if place is None else place.machine_gpus),
             repeats=Repeats(least=options.least_repeats, most=max(options.least_repeats, options.most_repeats)),
             side_by_side=side_by_side or profile.side_by_side,
-            by_steps=local.backend in CONTINUOUS_BACKENDS,
+            by_steps=local.backend in CONTINUOUS_BACKENDS and local.backend != EMULATED,
             emulate=None if place is None else place.emulate,
         )
         models = {name: model for name, (model, _) in profile.models.items()}

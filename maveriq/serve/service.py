@@ -177,7 +177,7 @@ class Service:
 
     async def profile_model(self, model_id: int) -> StoredModel:
         """Measure a registered model, again if it was measured; see `register_model`."""
-        return await self.register_model(str(self.models.by_id(model_id).model_id), profile=True)
+        return await self.register_model(self.models.by_id(model_id).spec.name, profile=True)
 
     async def cancel_profile(self, model_id: int) -> None:
         """Give up the profile of a model.

@@ -14,9 +14,9 @@ CHECKS = [not_a_server_error, response_schema_conformance, status_code_conforman
 EXAMPLES = int(os.environ.get("MAVERIQ_FUZZ_EXAMPLES", "8"))
 ROUTES = {
     "GET /v1/models", "GET /v1/models/{model}", "POST /v1/completions", "POST /v1/chat/completions",
-    "GET /models",
-    "POST /models", "DELETE /models/{model_id}", "GET /endpoints", "POST /endpoints", "GET /endpoints/{endpoint_id}",
-    "DELETE /endpoints/{endpoint_id}",
+    "GET /models", "POST /models", "GET /models/{model_id}", "DELETE /models/{model_id}",
+    "POST /models/{model_id}/profile", "DELETE /models/{model_id}/profile", "GET /endpoints", "POST /endpoints",
+    "GET /endpoints/{endpoint_id}", "DELETE /endpoints/{endpoint_id}",
     "GET /requests", "GET /requests/{request_id}", "GET /health", "GET /metrics",
 }  # fmt: skip
 

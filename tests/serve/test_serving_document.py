@@ -17,7 +17,7 @@ def test_every_route_is_listed(server: Running) -> None:
     with server.client() as http:
         paths = http.get("/openapi.json").json()["paths"]
     for path in paths:
-        assert re.sub(r"\{(\w+)\}", r"", path).rstrip("/") in TEXT, path
+        assert any(re.sub(r"\{\w+\}", name, path) in TEXT for name in ("ID", "NAME")), path
 
 
 @pytest.mark.parametrize("usage", USAGE.values())
