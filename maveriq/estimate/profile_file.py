@@ -354,7 +354,7 @@ def hardware_profile_of(read: ProfileFile, where: str) -> HardwareProfile:
     return replace(
         empty,
         admission_s=admission_s,
-        engine_times=times_without_server(empty.engine, admission_s),
+        engine_times=times_without_server(empty.engine, admission_s) if empty.engine else {},
         name=read.name,
         prompt_tokens=round(median(seen.batch.prompt_tokens for seen in observed)) if observed else _PROMPT_TOKENS,
         facts=replace(empty.facts, load_fit=_load_fit(read)),
