@@ -121,6 +121,7 @@ def _output(output: dict[str, Any]) -> str:
         return f'<img alt="{"".join(data.get("text/plain", "figure"))}" src="data:image/png;base64,{png}">'
     if "text/html" in data:
         html = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+        html = html.replace('<table border="1" class="dataframe">', "<table>")  # else the theme leaves it as it is
         return f"<div>{html}</div>".replace("\n\n", "\n")
     text = "".join(data.get("text/plain", output.get("text", "")))
     return f"```text\n{text.rstrip()}\n```" if text else ""
