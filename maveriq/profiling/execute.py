@@ -128,8 +128,9 @@ async def _execute_group(
                 engine.client.emulated = bench.emulate(short, run.configuration)
             return engine
 
-        started = await asyncio.gather(*(start(number, run) for number, run in runs))
-        engines = {number: engine for (number, _), engine in zip(runs, started, strict=True)}
+        starting = [asyncio.create_task(start(number, run)) for number, run in runs]
+        await asyncio.wait(starting)  # also where one fails, so that the others are stopped in order
+        engines = {number: task.result() for (number, _), task in zip(runs, starting, strict=True)}
         for number, run in runs:
             engine = engines[number]
             session.add(

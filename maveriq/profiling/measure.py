@@ -28,10 +28,13 @@ from maveriq.exec.messages import (
     Stop,
 )
 from maveriq.exec.model_files import ModelFiles
+from maveriq.exec.processes import describe_exit
 from maveriq.streams import generator
 from maveriq.units import BYTES_PER_GIB
 
 _STOP_S = 10.0
+_EXIT_S = 5.0
+_MAX_OUTPUT = 300
 _WARM_UPS = 1
 
 
@@ -141,6 +144,7 @@ class EngineClient:
     """The connection to an engine with one client. The socket loses no message."""
 
     def __init__(self, connection: EngineConnection, what: str, timeout_s: float) -> None:
+        self._connection = connection
         self._channel = connection.channel
         self._what = what
         self._timeout_s = timeout_s
@@ -169,7 +173,16 @@ class EngineClient:
         except TimeoutError:
             raise ProfilingError(f"{self._what}: its engine did not {do} within {self._timeout_s:g} s") from None
         except ChannelClosedError:
-            raise ProfilingError(f"{self._what}: its engine ended") from None
+            raise ProfilingError(f"{self._what}: its engine {await self._ending()}") from None
+
+    async def _ending(self) -> str:
+        """Return how the engine ended, with the last line of its log."""
+        ended = "ended"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_S):
+                ended = f"ended with {describe_exit(await self._connection.wait_exit())}"
+        output = self._connection.last_output()
+        return f"{ended} ({output[:_MAX_OUTPUT]})" if output else ended
 
 
 class EmulatedBatches(Protocol):

@@ -125,3 +125,14 @@ def test_the_interval_says_how_sure_a_request_is_and_admission_delays_its_first_
     assert 1.0 < many.interval.high < few.interval.high
     assert many.basis is Basis.MEASURED
     assert later.first_token_s - many.first_token_s == pytest.approx(0.004, rel=0.05)
+
+
+def test_stages_of_a_pipeline_take_together_what_one_stage_takes() -> None:
+    profile = vllm_profile(observed=tuple(observed(None, batch) for batch in BATCHES))
+    estimator = continuous_estimator(profile, VLLM, node_gpus=2)
+    split = replace(PLAIN, pp=2, layer_split=(5, 3))
+    for step in ((4, 300, ()), (4, 300, [(40, 0)])):
+        whole = estimator.step_timer(MODEL, PLAIN).step(*step)
+        stages = estimator.pipeline_timer(MODEL, split).step(*step)
+        assert len(stages) == 3  # the host comes first
+        assert sum(stages) == pytest.approx(whole, rel=0.15)
