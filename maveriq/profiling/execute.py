@@ -128,9 +128,13 @@ async def _execute_group(
                 engine.client.emulated = bench.emulate(short, run.configuration)
             return engine
 
-        starting = [asyncio.create_task(start(number, run)) for number, run in runs]
-        await asyncio.wait(starting)  # also where one fails, so that the others are stopped in order
-        engines = {number: task.result() for (number, _), task in zip(runs, starting, strict=True)}
+        # All are awaited also where one fails, so that the others are stopped in order.
+        started = await asyncio.gather(*(start(number, run) for number, run in runs), return_exceptions=True)
+        engines: dict[int, StartedEngine[BatchClient | StepClient]] = {}
+        for (number, _), engine_or_error in zip(runs, started, strict=True):
+            if isinstance(engine_or_error, BaseException):
+                raise engine_or_error
+            engines[number] = engine_or_error
         for number, run in runs:
             engine = engines[number]
             session.add(
