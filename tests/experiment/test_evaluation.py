@@ -1,6 +1,7 @@
 """Experiments: points, improvements, what differs and why; no simulation."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_every_experiment_names_known_systems_and_figures():
             assert {*compare.ours, *compare.against} <= served, name
         for figure in (*definition.figures, *definition.drawn, *(by for each in definition.compare for by in each.by)):
             assert measure_of(figure).name == figure
+
+
+def test_the_page_counts_the_runs_of_each_experiment():
+    text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    table = text.partition("| experiment | runs |")[2].partition("\n\n")[0]
+    told = {}
+    for names, counts in re.findall(r"^\| (`[^|]+) \| ([\d, –]+) \|", table, re.MULTILINE):
+        found = re.findall(r"`([\w-]+)`", names)
+        told |= dict(zip(found, counts.split(", ") * (1 if "," in counts else len(found)), strict=True))
+    assert told == {name: str(len(list(points_of(CATALOG.read(name)))) or "–") for name in CATALOG.names}
 
 
 def test_an_unknown_experiment_is_refused_by_name():
