@@ -19,7 +19,7 @@ from maveriq.estimate.profile_file import CaseRecord, RunRecord, noise_of_median
 from maveriq.exec.gpus import Devices
 from maveriq.exec.launcher import Launcher
 from maveriq.profiling.measure import BatchClient, EmulatedBatches, Probe, SampleTimes, StartedEngine, started_engine
-from maveriq.profiling.measure_steps import STEPS, StepClient
+from maveriq.profiling.measure_steps import StepClient, steps_of
 from maveriq.profiling.memory_meter import MemoryMeter
 from maveriq.profiling.plan import PlannedCase, PlannedRun
 from maveriq.profiling.session import EngineStarted, RunEnded, Sample, Session
@@ -120,7 +120,7 @@ async def _execute_group(
                     probe=replace(bench.probe, files=files),
                     what=_name(run),
                     make_client=StepClient if bench.by_steps else BatchClient,
-                    batching=STEPS if bench.by_steps else None,
+                    batching=steps_of([case.sizes for case in run.cases]) if bench.by_steps else None,
                     number=number + 1,
                 )
             )

@@ -11,13 +11,21 @@ import asyncio
 from collections.abc import Sequence
 from statistics import fmean
 
+from maveriq.estimate.observations import Batch
 from maveriq.exec.messages import BatchingSpec, Failed, PromptSequence, StepReport, SubmitRequest
 from maveriq.profiling.measure import LEAST_S, EngineClient, ProfilingError, SampleTimes
 
 _ATTEMPTS = 20
+_LEAST_STEP_TOKENS = 2048
 
-STEPS = BatchingSpec(kind="profile", arguments={"enable_prefix_caching": False})
-"""How engines are started whose steps are measured: each prompt is computed."""
+
+def steps_of(batches: Sequence[Batch]) -> BatchingSpec:
+    """Return how an engine is started whose steps are measured: all of a batch fits a step, and nothing is cached."""
+    tokens = max(batch.size * batch.prompt_tokens + batch.size for batch in batches)
+    return BatchingSpec(
+        kind="profile",
+        arguments={"enable_prefix_caching": False, "max_num_batched_tokens": max(tokens, _LEAST_STEP_TOKENS)},
+    )
 
 
 class StepClient(EngineClient):

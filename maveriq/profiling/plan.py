@@ -57,6 +57,11 @@ class PlannedCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     expected_s: float
 
+    @property
+    def sizes(self) -> Batch:
+        """The batch."""
+        return Batch(self.batch, self.prompt_tokens, self.output_tokens)
+
 
 class PlannedRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An engine to start: layers of a model, how they are split and stored, what to measure, and the time to start."""

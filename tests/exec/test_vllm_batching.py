@@ -14,13 +14,14 @@ from engine_specs import spec
 from maveriq.engine.reading import read_engine_settings
 from maveriq.engine.settings import EngineHost
 from maveriq.errors import InputError
+from maveriq.estimate.observations import Batch
 from maveriq.exec.batching_spec import batching_spec, check_batching
 from maveriq.exec.engines import vllm_batching
 from maveriq.exec.engines.engine import EngineError, FailureKind
 from maveriq.exec.engines.vllm import VllmEngine
 from maveriq.exec.engines.vllm_batching import ContinuousVllmEngine, translate_batching
 from maveriq.exec.messages import BatchingSpec, EngineSpec, Loaded, PromptSequence
-from maveriq.profiling.measure_steps import STEPS
+from maveriq.profiling.measure_steps import steps_of
 
 HOST = EngineHost(context_tokens=4_096)
 
@@ -66,7 +67,8 @@ def test_the_engine_starts_with_these_arguments() -> None:
     # keys and values of 4 layers with 2 KV heads of 32 numbers of 2 bytes
     assert arguments["kv_cache_memory_bytes"] == 40 * 32 * 2 * 4 * 2 * 32 * 2
     assert (arguments["load_format"], arguments["tensor_parallel_size"]) == ("dummy", 1)
-    measured = translate_batching(spec(batching=STEPS), "/m").arguments
+    measured = translate_batching(spec(batching=steps_of([Batch(64, 512, 20), Batch(1, 4096, 20)])), "/m").arguments
+    assert measured["max_num_batched_tokens"] == 64 * 513
     assert measured["kv_cache_memory_bytes"] > 0  # of a batch, where no argument is about memory
     assert measured["enable_prefix_caching"] is False
     free = translate_batching(continuous(gpu_memory_utilization=0.4), "/m").arguments
