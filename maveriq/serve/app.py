@@ -20,6 +20,7 @@ from maveriq.policy.pinned import PinnedPlacementPolicy
 from maveriq.serve.access_log import AccessLog, AccessLogMiddleware
 from maveriq.serve.auth import AuthMiddleware
 from maveriq.serve.completion_schemas import UNSUPPORTED
+from maveriq.serve.dashboard import dashboard_routes
 from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.head import HeadMiddleware
 from maveriq.serve.json_body import field_name
@@ -80,6 +81,7 @@ def create_app(
     app.include_router(endpoints, prefix="/endpoints")
     app.include_router(endpoints, prefix="/deployments", include_in_schema=False)  # their former path
     app.include_router(operator_routes(service))
+    app.include_router(dashboard_routes(service))
     _add_error_handlers(app, service)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(

@@ -7,6 +7,8 @@ Without a token the server answers only to requests addressed to a loopback name
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -23,6 +25,8 @@ from maveriq.serve.errors import ApiError, bad_request
 from maveriq.serve.settings import MAX_HEAD_BYTES, ServeSettings
 
 TOKEN_VARIABLE = "MAVERIQ_TOKEN"  # noqa: S105  (its name, not its value)
+BROWSER_PATHS = ("/dashboard", "/dashboard/data")
+"""The paths that also take the token as the password of Basic authentication, which browsers ask their users for."""
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -103,9 +107,19 @@ class AuthMiddleware:
 
     def _check_sender(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if self._token_digest is not None:
-            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(token.strip()), self._token_digest):
-                raise ApiError(401, "a valid token is needed: Authorization: Bearer TOKEN", code="invalid_api_key")
+            scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+            is_for_browsers = scope["path"] in BROWSER_PATHS and scope["method"] in ("GET", "HEAD")
+            if scheme.lower() == b"basic" and is_for_browsers:
+                token = _password(credentials)
+                _check_origin(scope, headers)  # browsers send a password that they know with the requests of any page
+            else:
+                token = credentials.strip() if scheme.lower() == b"bearer" else b""
+            if not hmac.compare_digest(_digest(token), self._token_digest):
+                message = "a valid token is needed: Authorization: Bearer TOKEN"
+                challenge = (
+                    'Basic realm="maveriq: the token is the password", charset="UTF-8"' if is_for_browsers else "Bearer"
+                )
+                raise ApiError(401, message, code="invalid_api_key", challenge=challenge)
         else:
             # The Host check stops web pages that point their own name at this address (DNS rebinding).
             if not is_loopback(_host_name(headers.get(b"host", b""))):
@@ -166,7 +180,7 @@ def _check_origin(scope: Scope, headers: dict[bytes, bytes]) -> None:
     is_link = scope["method"] == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
     is_foreign = origin is not None and origin.lower().partition(b"://")[2] != headers.get(b"host", b"").lower()
     if is_foreign or (site not in (b"none", b"same-origin") and not is_link):
-        raise ApiError(403, "without a token this server does not answer other web pages", code="wrong_origin")
+        raise ApiError(403, "this server does not answer other web pages", code="wrong_origin")
 
 
 def _check_content_type(scope: Scope, headers: dict[bytes, bytes], body: bytes | None) -> None:
@@ -184,6 +198,14 @@ def _host_name(header: bytes) -> str:
     host = header.decode("latin-1")
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdigit() else host
+
+
+def _password(credentials: bytes) -> bytes:
+    """Return the password in the credentials of Basic authentication, b"" where there is none."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _digest(secret: bytes) -> bytes:

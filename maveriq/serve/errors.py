@@ -19,6 +19,7 @@ class ApiError(MaveriqError):
         param: the field, parameter or header that caused it.
         retry_after_s: when the client may try again.
         request_id: the ID of an accepted request that did not complete; None if no request was accepted.
+        challenge: how a client may authenticate; None where that is not the matter.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ApiError(MaveriqError):
         param: str | None = None,
         retry_after_s: int | None = None,
         request_id: str | None = None,
+        challenge: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,6 +39,7 @@ class ApiError(MaveriqError):
         self.param = param
         self.retry_after_s = retry_after_s
         self.request_id = request_id
+        self.challenge = challenge
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of the response."""
@@ -51,7 +54,7 @@ class ApiError(MaveriqError):
         headers = {
             "Retry-After": self.retry_after_s,
             "X-Request-Id": self.request_id,
-            "WWW-Authenticate": "Bearer" if self.status == 401 else None,
+            "WWW-Authenticate": self.challenge,
         }
         return {name: str(value) for name, value in headers.items() if value is not None}
 

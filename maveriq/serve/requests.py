@@ -17,6 +17,7 @@ from maveriq.domain.requests import RequestStatus
 from maveriq.errors import InputError
 from maveriq.exec.live_cluster import LiveCluster, Outcome, RequestHandle, Submission
 from maveriq.serve.errors import ApiError
+from maveriq.serve.history import RecentRequests
 from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
 from maveriq.serve.store import EndedRequest, RequestRow, Store
@@ -59,10 +60,13 @@ class RequestLifecycle:
     `open` says whether new requests are accepted; `store_works` whether the last write to the state file succeeded.
     """
 
-    def __init__(self, cluster: LiveCluster, store: Store, metrics: Metrics, *, max_in_flight: int) -> None:
+    def __init__(
+        self, cluster: LiveCluster, store: Store, metrics: Metrics, recent: RecentRequests, *, max_in_flight: int
+    ) -> None:
         self._cluster = cluster
         self._store = store
         self._metrics = metrics
+        self._recent = recent
         self._max_in_flight = max_in_flight
         self._in_flight: dict[asyncio.Task[None], AcceptedRequest] = {}
         self._average_latency_s = 1.0
@@ -211,12 +215,9 @@ class RequestLifecycle:
 
     def _resolve(self, accepted: AcceptedRequest, outcome: Outcome) -> None:
         """Count a request as ended, and give its client the outcome."""
-        self._metrics.count_ended(
-            accepted.row.model,
-            outcome,
-            prompt_tokens=accepted.row.prompt_tokens,
-            slo_us=accepted.submission.slo_us,
-        )
+        row, slo_us = accepted.row, accepted.submission.slo_us
+        self._metrics.count_ended(row.model, outcome, prompt_tokens=row.prompt_tokens, slo_us=slo_us)
+        self._recent.add(row.model, row.endpoint_id, outcome, prompt_tokens=row.prompt_tokens, slo_us=slo_us)
         accepted.outcome.set_result(outcome)
 
 

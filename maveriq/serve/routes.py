@@ -31,7 +31,6 @@ from maveriq.serve.schemas import (
     RegisterModel,
     RequestStatusName,
     RequestView,
-    ServiceStatus,
 )
 from maveriq.serve.service import Service
 from maveriq.serve.tokenizers import Tokenizer
@@ -199,7 +198,7 @@ def operator_routes(service: Service) -> APIRouter:
     @router.get("/", include_in_schema=False)
     async def home(request: Request) -> Response:
         """Say what the service offers: HTML for browsers, else plain text."""
-        status, models = _status(service), _served_names(service)
+        status, models = service.status, _served_names(service)
         routes = home_page.routes_of(request.app.openapi())
         if "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(home_page.as_html(status, models, routes), headers=home_page.HTML_HEADERS)
@@ -226,7 +225,7 @@ def operator_routes(service: Service) -> APIRouter:
     @router.get("/health", responses={503: {"model": HealthView}})
     async def health() -> JSONResponse:
         """Return `ready`, `degraded` (it serves, but not everything) or `stopping` (503)."""
-        status = _status(service)
+        status = service.status
         view = HealthView(
             status=status,
             problems=service.problems(),
@@ -309,12 +308,6 @@ def _slo_ms(header: str | None) -> float | None:
     if not 0 < value <= _MAX_SLO_MS:
         raise bad_request(f"X-SLO-Ms must be a positive number of milliseconds, not {header!r}", "X-SLO-Ms")
     return value
-
-
-def _status(service: Service) -> ServiceStatus:
-    if not service.requests.open:
-        return "stopping"
-    return "degraded" if service.problems() else "ready"
 
 
 def _served_names(service: Service) -> list[str]:

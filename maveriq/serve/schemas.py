@@ -10,7 +10,7 @@ from maveriq.domain.progress import DeploymentStatus
 from maveriq.exec.batching_spec import settings_table
 from maveriq.serve.profile_jobs import ProfileJobs, ProfileState
 from maveriq.serve.profile_jobs import Status as ProfileStatusName
-from maveriq.serve.service import Endpoint
+from maveriq.serve.service import Endpoint, ServiceStatus
 from maveriq.serve.store import RequestRow, StoredModel
 
 _MAX_TOKENS = 1_000_000
@@ -24,7 +24,6 @@ EngineTable = Annotated[
 ]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Milliseconds = Annotated[float, Field(gt=0, le=_MAX_MS, allow_inf_nan=False)]
-ServiceStatus = Literal["ready", "degraded", "stopping"]
 RequestStatusName = Literal["accepted", "completed", "refused", "failed", "unfinished"]
 
 

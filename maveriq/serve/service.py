@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from maveriq.domain.progress import DeploymentStatus
 from maveriq.errors import InputError, did_you_mean
@@ -16,6 +17,7 @@ from maveriq.exec.live_cluster import EndpointRequest, LiveCluster
 from maveriq.files import is_folder
 from maveriq.policy.pinned import PinnedPlacementPolicy, Plans
 from maveriq.serve.errors import ApiError, bad_request, not_found
+from maveriq.serve.history import SAMPLE_EVERY_S, ClusterHistory, RecentRequests
 from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
 from maveriq.serve.model_registry import ModelRegistry
@@ -23,6 +25,8 @@ from maveriq.serve.profile_jobs import ProfileJobs, ProfileSettings
 from maveriq.serve.requests import RequestLifecycle
 from maveriq.serve.settings import ServeSettings
 from maveriq.serve.store import Store, StoredEndpoint, StoredModel
+
+ServiceStatus: TypeAlias = Literal["ready", "degraded", "stopping"]
 
 _LOG = logging.getLogger(__name__)
 _FINAL_STATUSES_S = 5.0  # to store final statuses after the engines have stopped
@@ -82,7 +86,11 @@ class Service:
         self.store = store
         self.models = models
         self.metrics = Metrics()
-        self.requests = RequestLifecycle(cluster, store, self.metrics, max_in_flight=settings.max_in_flight)
+        self.recent = RecentRequests()
+        self.history = ClusterHistory()
+        self.requests = RequestLifecycle(
+            cluster, store, self.metrics, self.recent, max_in_flight=settings.max_in_flight
+        )
         self.started_s = int(time.time())
         self.cluster = cluster
         self._placements = placements
@@ -90,6 +98,7 @@ class Service:
         self._changing = asyncio.Lock()  # held while models or endpoints change
         self._dangling: list[str] = []  # missing files and rows that the state file refers to
         self._plan_writes: set[asyncio.Task[None]] = set()
+        self._sampling: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._grace_period_ended = asyncio.Event()
 
@@ -128,6 +137,8 @@ class Service:
         self.metrics.add_cluster(self.cluster.progress, self.requests.__len__)
         if self.profiles.enabled:
             self.metrics.add_profiles(self.profiles)
+        self.history.add(self.cluster.progress(), time.time())
+        self._sampling = asyncio.create_task(self._sample())
 
     async def stop(self) -> None:
         """Refuse new requests, let requests in flight end within the grace period, stop all engines.
@@ -150,11 +161,25 @@ class Service:
         await asyncio.wait(waits, timeout=self.settings.grace_period_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+        if self._sampling is not None:
+            self._sampling.cancel()
         await self.cluster.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.requests.drained(), _FINAL_STATUSES_S)
         await asyncio.gather(*self._plan_writes, return_exceptions=True)
         self.store.close()
+
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_EVERY_S)
+            self.history.add(self.cluster.progress(), time.time())
+
+    @property
+    def status(self) -> ServiceStatus:
+        """Whether it serves."""
+        if not self.requests.open:
+            return "stopping"
+        return "degraded" if self.problems() else "ready"
 
     # Models and endpoints
 

@@ -19,6 +19,7 @@ from maveriq.domain.models import load_model
 from maveriq.domain.requests import FINAL_STATUSES, RequestStatus
 from maveriq.exec.live_cluster import EndpointRequest, Submission
 from maveriq.serve.errors import ApiError
+from maveriq.serve.history import RecentRequests
 from maveriq.serve.job_writer import StoreError
 from maveriq.serve.metrics import Metrics
 from maveriq.serve.requests import AcceptedRequest, RequestLifecycle
@@ -34,7 +35,7 @@ class Rig:
         self.cluster = FakeCluster(placements(), token_s=token_s)
         self.store = Store(folder / "state.db")
         self.metrics = Metrics()
-        self.requests = RequestLifecycle(self.cluster, self.store, self.metrics, max_in_flight=6)
+        self.requests = RequestLifecycle(self.cluster, self.store, self.metrics, RecentRequests(), max_in_flight=6)
         requested = EndpointRequest(
             model=load_model("llama-2-7b"), intent=Intent(objective=Objective.MIN_COST), output_tokens=3
         )
@@ -205,7 +206,7 @@ class FailingStore(Store):
 async def failing_store(rig: Rig, folder: Path) -> AsyncIterator[FailingStore]:
     """Give the rig a store that fails when told to."""
     store = FailingStore(folder / "other.db")
-    rig.requests = RequestLifecycle(rig.cluster, store, rig.metrics, max_in_flight=6)
+    rig.requests = RequestLifecycle(rig.cluster, store, rig.metrics, RecentRequests(), max_in_flight=6)
     yield store
     await rig.requests.drained()
     store.close()

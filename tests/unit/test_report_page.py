@@ -138,7 +138,7 @@ def test_many_gpus_are_shown_in_groups() -> None:
     record = replace(queue_of_two_models(requests=20), gpu_samples=tuple(samples))
     (load,) = (chart for chart in run_page(results(record)).charts if chart.chart_id == "gpu-load")
     shown = load.to_json()
-    assert len(shown["rows"]) == len(load.table.rows) == 64
+    assert len(shown["rows"]) == len(load.table.rows) == 63
     assert shown["rows"][0] == "GPUs 0-15"
     assert {value for row in shown["values"] for value in row} == {50}
 

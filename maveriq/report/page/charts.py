@@ -7,7 +7,7 @@ bars that belong to a model name it: the reader can then hide that model in all 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,20 +18,34 @@ from maveriq.report.view import Table
 Array: TypeAlias = npt.NDArray[Any]
 
 TIME_LABEL = "time, s"
+CLOCK_LABEL = "time of day, UTC"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """An axis: its label with the unit, whether it is logarithmic, and where it ends (None: where the data do)."""
+    """An axis of a chart.
+
+    Args:
+        label: with the unit.
+        log: whether it is logarithmic.
+        low: where it begins; None for where the data do.
+        high: where it ends; None likewise.
+        epoch_s: the Unix time of its 0, for an axis that shows the time of day; None for one that shows its values.
+    """
 
     label: str
     log: bool = False
     low: float | None = None
     high: float | None = None
+    epoch_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the axis as plain values."""
-        return {"label": self.label, "log": self.log, "low": _plain(self.low), "high": _plain(self.high)}
+        values = {"low": self.low, "high": self.high, "epoch": self.epoch_s}
+        return {"label": self.label, "log": self.log, **{name: _plain(value) for name, value in values.items()}}
+
+
+TIME_AXIS = Axis(label=TIME_LABEL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +169,7 @@ class HeatMap:
         values: one for each row and column; NaN is left empty.
         top: the value of the darkest cell; the lightest is 0.
         unit: of the values.
+        x: the axis of time.
     """
 
     chart_id: str
@@ -166,13 +181,14 @@ class HeatMap:
     values: Array
     top: float
     unit: str
+    x: Axis = TIME_AXIS
 
     def to_json(self) -> dict[str, Any]:
         """Return what the script draws, as plain values."""
         return {
             "kind": "heat",
             "time": True,
-            "x": Axis(label=TIME_LABEL).to_json(),
+            "x": self.x.to_json(),
             "edges": rounded(self.edges),
             "rows": list(self.rows),
             "values": [rounded(row, digits=3) for row in self.values],
@@ -204,13 +220,14 @@ class GanttChart:
     table: Table
     rows: Sequence[str]
     spans: Sequence[Span]
+    x: Axis = TIME_AXIS
 
     def to_json(self) -> dict[str, Any]:
         """Return what the script draws, as plain values."""
         return {
             "kind": "gantt",
             "time": True,
-            "x": Axis(label=TIME_LABEL).to_json(),
+            "x": self.x.to_json(),
             "rows": list(self.rows),
             "spans": [
                 {
@@ -239,6 +256,27 @@ def _plain(value: float | None) -> float | int | None:
     if value is None or not np.isfinite(value):
         return None
     return int(value) if value == int(value) else float(value)
+
+
+def on_clock(chart: Chart, epoch_s: float, *, scale: float = 1.0) -> Chart:
+    """Return a chart whose axis of time shows the time of day; one that is not over time stays as it is.
+
+    Args:
+        chart: with times in seconds.
+        epoch_s: the Unix time of its 0.
+        scale: seconds that pass while the chart's clock advances by one.
+    """
+    axis = Axis(label=CLOCK_LABEL, epoch_s=epoch_s)
+    match chart:
+        case LineChart(is_over_time=True):
+            return replace(chart, x=axis, lines=[replace(line, x=scale * line.x) for line in chart.lines])
+        case HeatMap():
+            return replace(chart, x=axis, edges=scale * chart.edges)
+        case GanttChart():
+            spans = [replace(span, start_s=scale * span.start_s, end_s=scale * span.end_s) for span in chart.spans]
+            return replace(chart, x=axis, spans=spans)
+        case _:
+            return chart
 
 
 def models_of(charts: Iterable[Chart]) -> dict[str, int]:

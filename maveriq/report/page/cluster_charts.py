@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from maveriq.domain.records import NOT_YET, DeploymentRecord, EngineTable, RunRecord
+from maveriq.domain.records import NOT_YET, DeploymentRecord, EngineTable, GpuSample, RunRecord
 from maveriq.report.formatting import NONE, figure, gpu_list, share
 from maveriq.report.page.charts import TIME_LABEL, Axis, Chart, GanttChart, HeatMap, Line, LineChart, Span
 from maveriq.report.page.sampling import means_over_spans
@@ -24,49 +25,98 @@ _MAX_ENGINES = 6
 _ENGINE_POINTS = 240
 
 
-def gpu_charts(record: RunRecord) -> Iterator[HeatMap]:
-    """Yield the load and the memory of each GPU over time; nothing where GPUs were not sampled."""
-    samples = record.gpu_samples
-    if not samples:
-        return
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuHistory:
+    """Load and memory over time, a row for each GPU, or for each group of neighbours where there are many.
+
+    Args:
+        names: of the rows.
+        times_us: of the samples, ascending; each covers the time since the one before.
+        load: percent, (row, sample); the mean of a group; NaN where it is not known.
+        memory_gib: GiB likewise.
+        most_gib: of the fullest GPU of a group.
+        load_is: what the load is, for the caption.
+    """
+
+    names: Sequence[str]
+    times_us: Array
+    load: Array
+    memory_gib: Array
+    most_gib: Array
+    load_is: str = "Share of the time that each GPU was busy"
+
+
+def gpu_groups(gpu_ids: Sequence[int]) -> tuple[list[str], Array]:
+    """Return the names of the rows, and where each of them begins in the ascending GPUs.
+
+    A row is a GPU, or so many neighbours that 64 rows are enough: a power of two, as machines have GPUs.
+    """
+    size = 1
+    while len(gpu_ids) > size * _MAX_GPU_ROWS:
+        size *= 2
+    starts = np.arange(0, len(gpu_ids), size)
+    if size == 1:
+        return [f"GPU {gpu_id}" for gpu_id in gpu_ids], starts
+    return [f"GPUs {gpu_list(gpu_ids[start : start + size])}" for start in starts.tolist()], starts
+
+
+def gpu_history(samples: Sequence[GpuSample]) -> GpuHistory:
+    """Return the samples of a run, of which there is at least one."""
     times_us, at = np.unique([sample.time_us for sample in samples], return_inverse=True)
     gpu_ids, which = np.unique([sample.gpu_id for sample in samples], return_inverse=True)
-    shape = (len(gpu_ids), len(times_us))
-    busy, memory_gib = np.full(shape, np.nan), np.full(shape, np.nan)
+    names, starts = gpu_groups(gpu_ids.tolist())
+    busy, memory_gib = (np.full((len(gpu_ids), len(times_us)), np.nan) for _ in range(2))
     busy[which, at] = [100 * sample.busy_share for sample in samples]
     memory_gib[which, at] = [sample.memory_bytes / BYTES_PER_GIB for sample in samples]
+    known = np.maximum(np.add.reduceat(np.isfinite(busy), starts, axis=0), 1)
+    is_known = np.add.reduceat(np.isfinite(busy), starts, axis=0) > 0
+
+    def mean(values: Array) -> Array:
+        return np.where(is_known, np.add.reduceat(np.nan_to_num(values), starts, axis=0) / known, np.nan)
+
+    return GpuHistory(
+        names=names,
+        times_us=times_us,
+        load=mean(busy),
+        memory_gib=mean(memory_gib),
+        most_gib=np.fmax.reduceat(memory_gib, starts, axis=0),
+    )
+
+
+def gpu_charts(history: GpuHistory) -> Iterator[HeatMap]:
+    """Yield the load and the memory of each GPU, or group of GPUs, over time."""
+    times_us = history.times_us
     spans_s = np.diff(times_us, prepend=min(0, int(times_us[0]))) / MICROS_PER_SECOND
     group = np.arange(len(times_us)) * min(_MAX_COLUMNS, len(times_us)) // len(times_us)
     edges_s = np.concatenate(
         [[0.0], times_us[np.flatnonzero(np.diff(group, append=group[-1] + 1))] / MICROS_PER_SECOND]
     )
     edges_s[1:] = np.maximum(edges_s[1:], edges_s[:-1] + 1e-6)
-    load = np.stack([means_over_spans(row_, spans_s, group, len(edges_s) - 1) for row_ in busy])
-    most = np.stack([_most(row_, group, len(edges_s) - 1) for row_ in memory_gib])
-    names, load, most = _grouped(gpu_ids.tolist(), load, most)
-    named, grouped_busy, grouped_gib = _grouped(gpu_ids.tolist(), busy, memory_gib)
-    table = _gpu_table(named, grouped_busy, grouped_gib, spans_s)
-    mean_load = float(np.average(np.nan_to_num(busy).mean(axis=0), weights=spans_s + 1e-12))
+    columns = len(edges_s) - 1
+    table = _gpu_table(history, spans_s)
+    mean_load = float(np.average(np.nan_to_num(history.load).mean(axis=0), weights=spans_s + 1e-12))
+    rows_are = "" if history.names[0].startswith("GPU ") else " A row is the mean of neighbouring GPUs."
+    most_gib = float(np.nanmax(history.most_gib))
     yield HeatMap(
         chart_id="gpu-load",
         title="GPU load",
-        summary=f"Share of the time that each GPU was busy; {mean_load:.0f} % on average over GPUs and time.",
+        summary=f"{history.load_is}; {mean_load:.0f} % on average over GPUs and time.{rows_are}",
         table=table,
         edges=edges_s,
-        rows=names,
-        values=load,
+        rows=history.names,
+        values=np.stack([means_over_spans(row_, spans_s, group, columns) for row_ in history.load]),
         top=100.0,
         unit="%",
     )
     yield HeatMap(
         chart_id="gpu-memory",
         title="GPU memory",
-        summary=f"Memory in use on each GPU, GiB, at most {figure(float(np.nanmax(memory_gib)))} GiB.",
+        summary=f"Memory in use on each GPU, at most {figure(most_gib)} GiB.{rows_are}",
         table=table,
         edges=edges_s,
-        rows=names,
-        values=most,
-        top=float(np.nanmax(memory_gib)) or 1.0,
+        rows=history.names,
+        values=np.stack([_most(row_, group, columns) for row_ in history.memory_gib]),
+        top=float(np.nanmax(history.memory_gib)) or 1.0,
         unit="GiB",
     )
 
@@ -78,28 +128,16 @@ def _most(values: Array, group: Array, count: int) -> Array:
     return np.where(np.isfinite(most), most, np.nan)
 
 
-def _grouped(gpu_ids: Sequence[int], *values: Array) -> tuple[Any, ...]:
-    """Return a row for each GPU, or means of neighbouring GPUs where there are too many to see."""
-    count = len(gpu_ids)
-    if count <= _MAX_GPU_ROWS:
-        return ([f"GPU {gpu_id}" for gpu_id in gpu_ids], *values)
-    group = np.arange(count) * _MAX_GPU_ROWS // count
-    names = [f"GPUs {gpu_list(np.asarray(gpu_ids)[group == at].tolist())}" for at in range(_MAX_GPU_ROWS)]
-    return (
-        names,
-        *(np.stack([np.nanmean(part[group == at], axis=0) for at in range(_MAX_GPU_ROWS)]) for part in values),
-    )
-
-
-def _gpu_table(names: Sequence[str], busy: Array, memory_gib: Array, spans_s: Array) -> Table:
-    weights = spans_s if spans_s.any() else np.ones(len(spans_s))
+def _gpu_table(history: GpuHistory, spans_s: Array) -> Table:
+    weights = (spans_s if spans_s.any() else np.ones(len(spans_s))) + 1e-12
     rows = []
-    for name, load, memory in zip(names, busy, memory_gib, strict=True):
+    for name, load, memory, most in zip(history.names, history.load, history.memory_gib, history.most_gib, strict=True):
         known = np.isfinite(load)
-        mean = float(np.average(load[known], weights=weights[known] + 1e-12)) if known.any() else None
-        held = float(np.average(memory[known], weights=weights[known] + 1e-12)) if known.any() else None
-        peak = float(memory[known].max()) if known.any() else None
-        rows.append(row(name, share(None if mean is None else mean / 100), figure(held), figure(peak)))
+        if not known.any():
+            rows.append(row(name, NONE, NONE, NONE))
+            continue
+        mean, held = (float(np.average(values[known], weights=weights[known])) for values in (load, memory))
+        rows.append(row(name, share(mean / 100), figure(held), figure(float(np.nanmax(most)))))
     headers = ("busy, mean", "memory GiB, mean", "memory GiB, most")
     return Table("Load and memory by GPU", [Column("GPU"), *map(number_column, headers)], rows)
 
@@ -198,12 +236,16 @@ _PANELS = (
 )
 
 
-def engine_charts(record: RunRecord, styles: Mapping[str, int]) -> Iterator[Chart]:
-    """Yield KV use and requests of each engine that batches continuously; of many, their mean and range."""
-    table = record.engines
+def engine_charts(table: EngineTable | None, names: Mapping[int, str], styles: Mapping[str, int]) -> Iterator[Chart]:
+    """Yield KV use and requests of each engine that batches continuously; of many, their mean and range.
+
+    Args:
+        table: the engines over time; None without any.
+        names: the models of deployments.
+        styles: of models.
+    """
     if table is None or not len(table):
         return
-    names = {item.deployment_id: item.endpoint.model.name for item in record.deployments}
     engines = np.unique(table.deployment_id).tolist()
     for panel in _PANELS:
         values = getattr(table, panel.column) * panel.factor

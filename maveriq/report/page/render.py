@@ -13,6 +13,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from maveriq.report.page.page import Page, cell_spans, table_sections
 _ASSETS = Path(__file__).parent / "assets"
 _BUNDLES = ("bokeh.min.js", "bokeh-api.min.js")
 _ESCAPES: Mapping[str, str] = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-_INSTALL = "maveriq report needs Bokeh and Jinja2; pip install 'maveriq[report]'"
+_INSTALL = "reports and the dashboard need Bokeh and Jinja2; pip install 'maveriq[report]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,19 @@ class _Script:
         return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveShell:
+    """A page without data, which asks its server for them.
+
+    Args:
+        html: the page.
+        policy: its Content-Security-Policy, for a header.
+    """
+
+    html: str
+    policy: str
+
+
 def to_html(page: Page) -> str:
     """Return a page as HTML.
 
@@ -46,9 +60,69 @@ def to_html(page: Page) -> str:
         MaveriqError: Bokeh or Jinja2 is not installed.
     """
     check_installed()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    scripts = _scripts()
+    data = {chart.chart_id: chart.to_json() for chart in page.charts}
+    return _rendered(page, scripts, policy=_policy(scripts), data=as_script_data(data), live_data="")
 
-    scripts = [*map(_Script, _library()), _Script(_read("page.js"))]
+
+def to_live_shell(page: Page, *, data_path: str) -> LiveShell:
+    """Return the HTML of a page that shows what its server tells it, see `live_update`.
+
+    Args:
+        page: its title and subtitle; it has no sections yet.
+        data_path: where the script asks for updates: a path from the page's own.
+
+    Raises:
+        MaveriqError: Bokeh or Jinja2 is not installed.
+    """
+    check_installed()
+    scripts = _scripts()
+    policy = f"{_policy(scripts)}; connect-src 'self'"
+    html = _rendered(page, scripts, policy=policy, data="{}", live_data=data_path)
+    return LiveShell(html=html, policy=f"{policy}; frame-ancestors 'none'")
+
+
+def live_update(page: Page) -> dict[str, Any]:
+    """Return what the script of a live page needs to show a page.
+
+    `main` and `links` are HTML. `structure` changes with the charts and the models: while it stays, the script changes
+    only the figures.
+
+    Raises:
+        MaveriqError: Jinja2 is not installed.
+    """
+    parts: Any = _environment().get_template("parts.html.jinja").module
+    structure = [[section.section_id, [chart.chart_id for chart in section.charts]] for section in page.sections]
+    return {
+        "structure": json.dumps([structure, list(page.models), bool(page.notes)], ensure_ascii=False),
+        "subtitle": page.subtitle,
+        "main": str(parts.main(page)),
+        "links": str(parts.links(page)),
+        "charts": {chart.chart_id: chart.to_json() for chart in page.charts},
+    }
+
+
+def _rendered(page: Page, scripts: list[_Script], *, policy: str, data: str, live_data: str) -> str:
+    template = _environment().get_template("page.html.jinja")
+    text: str = template.render(
+        page=page,
+        policy=policy,
+        style=_read("page.css"),
+        scripts=[script.text for script in scripts],
+        data=data,
+        live_data=live_data,
+        version=__version__,
+        library=f"BokehJS {metadata.version('bokeh')}",
+    )
+    return text
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise MaveriqError(_INSTALL) from None
     environment = Environment(
         loader=FileSystemLoader(_ASSETS),
         autoescape=True,
@@ -56,18 +130,12 @@ def to_html(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("page.html.jinja")
-    return template.render(
-        page=page,
-        policy=_policy(scripts),
-        style=_read("page.css"),
-        scripts=[script.text for script in scripts],
-        data=as_script_data({chart.chart_id: chart.to_json() for chart in page.charts}),
-        version=__version__,
-        library=f"BokehJS {metadata.version('bokeh')}",
-        sections_of=table_sections,
-        spans_of=cell_spans,
-    )
+    environment.globals.update(sections_of=table_sections, spans_of=cell_spans)
+    return environment
+
+
+def _scripts() -> list[_Script]:
+    return [*map(_Script, _library()), _Script(_read("page.js"))]
 
 
 def check_installed() -> None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from maveriq.domain.records import DeploymentRecord, RunRecord
 from maveriq.report.formatting import NONE, figure, gpu_list, layer_list, share
 from maveriq.report.metrics import Counts, Figures, Summary
-from maveriq.report.page.cluster_charts import deployments_chart, engine_charts, gpu_charts
+from maveriq.report.page.charts import Chart
+from maveriq.report.page.cluster_charts import deployments_chart, engine_charts, gpu_charts, gpu_history
 from maveriq.report.page.page import Card, Page, Section, Snippet, Verdict
 from maveriq.report.page.run_charts import (
     distribution_charts,
@@ -89,9 +90,9 @@ def run_page(run: RunResults) -> Page:
         Section(
             section_id="cluster",
             title="GPUs and deployments over time",
-            charts=[*deployments_chart(record, styles), *gpu_charts(record)],
+            charts=[*deployments_chart(record, styles), *_gpu_charts(record)],
         ),
-        Section(section_id="engines", title="Engines over time", charts=list(engine_charts(record, styles))),
+        Section(section_id="engines", title="Engines over time", charts=list(_engine_charts(record, styles))),
         Section(
             section_id="deployments",
             title="Deployments",
@@ -109,6 +110,16 @@ def run_page(run: RunResults) -> Page:
         snippets=list(snippets_of(run)),
         written_by=versions_of(run.meta),
     )
+
+
+def _gpu_charts(record: RunRecord) -> Iterator[Chart]:
+    if record.gpu_samples:
+        yield from gpu_charts(gpu_history(record.gpu_samples))
+
+
+def _engine_charts(record: RunRecord, styles: Mapping[str, int]) -> Iterator[Chart]:
+    names = {item.deployment_id: item.endpoint.model.name for item in record.deployments}
+    return engine_charts(record.engines, names, styles)
 
 
 def verdict_of(saturation: Saturation, name: str = "") -> Verdict:
@@ -136,9 +147,9 @@ def cards_of(summary: Summary) -> Iterator[Card]:
             value=share(overall.goodput.share),
             detail=f"{figure(overall.goodput.per_s)} requests/s within the SLOs on TTFT and TPOT",
         )
-    yield _figures_card("Latency, p95", overall.latency_s, "s")
-    yield _figures_card("TTFT, p95", overall.ttft_s, "s")
-    yield _figures_card("TPOT, p95", overall.tpot_s, "ms", factor=1e3)
+    yield figures_card("Latency, p95", overall.latency_s, "s")
+    yield figures_card("TTFT, p95", overall.ttft_s, "s")
+    yield figures_card("TPOT, p95", overall.tpot_s, "ms", factor=1e3)
     yield Card(
         label="Throughput", value=f"{figure(overall.throughput_per_s)} /s", detail="completed requests per second"
     )
@@ -146,7 +157,8 @@ def cards_of(summary: Summary) -> Iterator[Card]:
     yield Card(label="Requests", value=f"{overall.counts.scheduled:,}", detail=counts_text(overall.counts))
 
 
-def _figures_card(label: str, figures: Figures | None, unit: str, *, factor: float = 1.0) -> Card:
+def figures_card(label: str, figures: Figures | None, unit: str, *, factor: float = 1.0) -> Card:
+    """Return the card of a duration: its p95, with the median and p99 below; `factor` is from seconds to the unit."""
     if figures is None:
         return Card(label=label, value=NONE, detail="no request has one")
     p50, p95, p99 = (figure(factor * value) for value in (figures.p50, figures.p95, figures.p99))
