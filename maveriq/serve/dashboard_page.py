@@ -325,8 +325,8 @@ def _deployments_chart(state: ServiceState, styles: Mapping[str, int]) -> Iterat
     yield GanttChart(
         chart_id="deployments-over-time",
         title="Deployments",
-        summary=f"When each of {len(pasts):,} deployments loaded (hatched) and was up (filled), sampled each "
-        f"{SAMPLE_EVERY_S:g} s.{more}",
+        summary="When each deployment loaded (hatched) and was up (filled), sampled each "
+        f"{SAMPLE_EVERY_S:g} s; there are {len(pasts):,}.{more}",
         table=Table("Deployments over time", [*columns, Column("status"), number_column("changes")], rows),
         rows=[f"{past.last.deployment_id}: {past.last.model}" for past in pasts[:_MAX_BARS]],
         spans=spans,

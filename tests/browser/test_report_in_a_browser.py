@@ -68,7 +68,10 @@ def chromium() -> Iterator[Any]:
 class Opened:
     """A page in a browser, with what it logged and asked for, when all charts are drawn."""
 
-    def __init__(self, browser: Any, path: Path, *, width: int = 1280, scheme: str = "light") -> None:
+    def __init__(
+        self, browser: Any, path: Path | str, *, width: int = 1280, scheme: str = "light", answer: Any = None
+    ) -> None:
+        """Open a file, or a URL to whose requests `answer` answers."""
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.page = self.context.new_page()
         self.logged: list[str] = []
@@ -76,7 +79,9 @@ class Opened:
         self.page.on("console", lambda message: self._log(message.type, message.text))
         self.page.on("pageerror", lambda error: self._log("error", str(error)))
         self.page.on("request", lambda request: self.requested.append(request.url))
-        self.page.goto(path.as_uri())
+        if answer is not None:
+            self.page.route("**/*", answer)
+        self.page.goto(path.as_uri() if isinstance(path, Path) else path)
         self.page.wait_for_selector('html[data-state="drawn"]', timeout=60_000)
 
     def _log(self, kind: str, text: str) -> None:

@@ -173,7 +173,7 @@ def deployments_chart(record: RunRecord, styles: Mapping[str, int]) -> Iterator[
     yield GanttChart(
         chart_id="deployments-over-time",
         title="Deployments",
-        summary=f"When each of {len(placed)} deployments loaded (hatched) and was up (filled).{more}",
+        summary=f"When each deployment loaded (hatched) and was up (filled); there are {len(placed):,}.{more}",
         table=Table(
             "Deployments over time",
             [

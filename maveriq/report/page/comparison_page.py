@@ -11,7 +11,7 @@ from maveriq.errors import MaveriqError
 from maveriq.report.compare import Comparison, compare
 from maveriq.report.compare_many import compare_many, many_view
 from maveriq.report.compare_view import comparison_view, matching_line
-from maveriq.report.formatting import figure, share, signed
+from maveriq.report.formatting import NONE, figure, share, signed
 from maveriq.report.page.charts import TIME_LABEL, Axis, Bar, BarChart, Chart, Line, LineChart
 from maveriq.report.page.page import Card, Page, Section, Verdict
 from maveriq.report.page.render import write_page
@@ -32,6 +32,7 @@ from maveriq.units import MICROS_PER_SECOND
 
 _WIDE = 10**6  # characters: no table is split, the page scrolls
 _TABLE_PARTS = 20
+_MAX_JOINED = 3  # runs whose figures stand side by side on a card
 _SHOWN = {"mean": "mean latency", "p95": "p95 latency", "slo": "SLO attainment", "throughput": "throughput"}
 _UNITS = {"slo": "pt"}
 
@@ -67,7 +68,7 @@ def comparison_page(runs: Sequence[RunResults]) -> Page:
         kind="comparison",
         verdicts=[
             *(_difference(found, (name, names[-1])) for found, name in zip(comparisons, names, strict=False)),
-            *(verdict_of(run.saturation, name) for name, run in named.items()),
+            *(verdict_of(run, name) for name, run in named.items()),
         ],
         cards=list(_cards(named)),
         sections=sections,
@@ -122,15 +123,17 @@ def _cards(named: Mapping[str, RunResults]) -> Iterator[Card]:
     for name, run in named.items():
         for card in cards_of(run.summary):
             found.setdefault(card.label, {})[name] = card.detail if card.label == "Requests" else card.value
+    reference = list(named)[-1]
     for label, values in found.items():
         several = "; ".join(f"{name}: {value}" for name, value in values.items())
         if label == "Requests":
-            counts = [run.summary.overall.counts.scheduled for run in named.values()]
-            yield Card(label=label, value=" / ".join(f"{count:,}" for count in counts[:3]), detail=several)
-        elif len(values) == 2:
+            counts = sorted({run.summary.overall.counts.scheduled for run in named.values()})
+            value = f"{counts[0]:,} each" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+            yield Card(label=label, value=value, detail=several)
+        elif len(values) <= _MAX_JOINED:
             yield Card(label=label, value=" / ".join(values.values()), detail=" / ".join(values))
         else:
-            yield Card(label=label, value=next(iter(values.values())), detail=several)
+            yield Card(label=f"{label}: {reference}", value=values.get(reference, NONE), detail=several)
 
 
 def _distribution_charts(named: Mapping[str, RunResults], styles: Mapping[str, int]) -> Iterator[Chart]:

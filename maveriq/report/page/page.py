@@ -20,7 +20,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The answer in a line, and sentences below it; `tone` is good, fair or poor, and also named in `headline`."""
+    """The answer in a line, and sentences below it; `tone` is good, fair, poor or neutral, as `headline` says."""
 
     headline: str
     sentences: Sequence[str]

@@ -103,7 +103,7 @@ def run_page(run: RunResults) -> Page:
         title=f"maveriq report: {run.name}",
         subtitle=" · ".join(filter(None, (run.kind, str(run.meta.get("workload", ""))))),
         kind="run",
-        verdicts=[verdict_of(run.saturation)],
+        verdicts=[verdict_of(run)],
         cards=list(cards_of(run.summary)),
         sections=[section for section in sections if section.charts or section.tables],
         notes=[str(note) for note in run.meta.get("notes", ())],
@@ -122,14 +122,20 @@ def _engine_charts(record: RunRecord, styles: Mapping[str, int]) -> Iterator[Cha
     return engine_charts(record.engines, names, styles)
 
 
-def verdict_of(saturation: Saturation, name: str = "") -> Verdict:
-    """Return the saturation of a run as a verdict; `name` is put in front where there are several runs."""
-    headline = HEADLINES[saturation.label]
-    return Verdict(
-        headline=f"{name}: {headline}" if name else headline,
-        sentences=[saturation.sentence, *saturation.bottlenecks.sentences()],
-        tone=TONES[saturation.label],
-    )
+def verdict_of(run: RunResults, name: str = "") -> Verdict:
+    """Return whether a run kept up as a verdict; `name` is put in front where there are several runs."""
+    saturation, counts = run.saturation, run.summary.overall.counts
+    headline, tone = HEADLINES[saturation.label], TONES[saturation.label]
+    sentences = [saturation.sentence, *saturation.bottlenecks.sentences()]
+    missing = counts.scheduled - counts.completed
+    if not counts.scheduled:
+        headline, tone, sentences = "No request arrived", "neutral", []
+    elif not counts.completed:
+        headline, tone, sentences = "No request completed", "poor", [f"{counts_text(counts)}."]
+    elif missing:
+        sentences.insert(0, f"{missing:,} of {counts.scheduled:,} requests did not complete.")
+        tone = "fair" if tone == "good" else tone
+    return Verdict(headline=f"{name}: {headline}" if name else headline, sentences=sentences, tone=tone)
 
 
 def cards_of(summary: Summary) -> Iterator[Card]:
