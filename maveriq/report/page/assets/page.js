@@ -575,11 +575,12 @@
   // ---- a live page -----------------------------------------------------------------------------------------------
 
   const LONGEST_WAIT_S = 60;
-  let structure = "", isPaused = false, timer = 0, failures = 0;
+  let structure = "", isPaused = false, isAsking = false, timer = 0, failures = 0;
 
   async function update() {
     window.clearTimeout(timer);
-    if (isPaused || document.hidden) return;
+    if (isPaused || isAsking || document.hidden) return;
+    isAsking = true;
     let waitS = 5;
     try {
       // From the location without the user and the password that it may have: fetch refuses those.
@@ -589,14 +590,15 @@
       const fresh = await answer.json();
       waitS = fresh.every_s;
       failures = 0;
-      await show(fresh);
-      say(`Updated ${fresh.time}, each ${waitS} s`, "");
+      if (!isPaused) await show(fresh);
+      if (!isPaused) say(`Updated ${fresh.time}, each ${waitS} s`, "");
     } catch (error) {
       failures += 1;
       waitS = Math.min(LONGEST_WAIT_S, 5 * 2 ** (failures - 1));
       const why = error.message.startsWith("The server") ? error.message : "The server does not answer";
-      say(`${why}; the next try is in ${waitS} s`, "poor");
+      if (!isPaused) say(`${why}; the next try is in ${waitS} s`, "poor");
     }
+    isAsking = false;
     if (!isPaused) timer = window.setTimeout(update, waitS * 1000);
   }
 
