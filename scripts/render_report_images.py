@@ -79,6 +79,7 @@ _REPORTS: dict[str, Callable[[Path], Path]] = {
     "sizing": _sizing,
 }
 DASHBOARD = "dashboard"
+_DARK = ("comparison", DASHBOARD)
 
 
 @contextmanager
@@ -149,8 +150,8 @@ def main(folder: Path, kinds: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for number, kind in enumerate(kinds):
-            scheme = "dark" if number % 2 else "light"
+        for kind in kinds:
+            scheme = "dark" if kind in _DARK else "light"
             if kind == DASHBOARD:
                 with _server(Path(name)) as url:
                     _picture(browser, f"{url}/dashboard", folder / "dashboard.png", scheme=scheme)
