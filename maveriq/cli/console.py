@@ -18,6 +18,7 @@ import typer
 
 from maveriq.cli.console_commands import (
     USAGE,
+    CancelProfile,
     Command,
     DeployModel,
     Infer,
@@ -197,8 +198,10 @@ class ConsoleSession:
 
     def _run(self, command: Command) -> None:
         match command:
-            case Register(model):
-                _print_models([self._client.register(model)])
+            case Register(model, profile):
+                _print_models([self._client.register(model, profile=profile)])
+            case CancelProfile(model_id):
+                self._client.cancel_profile(self._model(model_id)["id"])
             case Show(what):
                 self._show(what)
             case DeployModel():
@@ -306,7 +309,18 @@ class ConsoleSession:
 
 def _print_models(models: Iterable[Any]) -> None:
     for model in models:
-        echo(f"{model['id']}  {model['name']}")
+        profile = model.get("profile")
+        echo(f"{model['id']}  {model['name']}" + (f"  {_profile_text(profile)}" if profile else ""))
+
+
+def _profile_text(profile: Any) -> str:
+    """Return how far a profile is and what it has cost, in one line."""
+    on = f" on GPU {' '.join(map(str, profile['gpus']))}" if profile["gpus"] else ""
+    cost = f"{profile['measured_s']:g} s, {profile['gpu_s']:g} GPU-s"
+    if profile["usd"] is not None:
+        cost += f", {profile['usd']:.4f} USD"
+    parts = (f"profile {profile['status']}{on}", profile["detail"], cost if profile["measured_s"] else "")
+    return ", ".join(filter(None, parts))
 
 
 def _print_endpoints(endpoints: Iterable[Any]) -> None:

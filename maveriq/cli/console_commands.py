@@ -14,37 +14,41 @@ from maveriq.errors import InputError
 T = TypeVar("T")
 
 USAGE = {
-    "register": "register MODEL",
+    "register": "register MODEL [PROFILE]",
     "models": "models",
     "endpoints": "endpoints",
     "health": "health",
     "help": "help",
     "quit": "quit",
-    "deploy": "ID deploy MODEL LEN INTENT [SLO] [FP16] [PLACEMENT] [BATCH] [ACCURACY]",
+    "deploy": "ID deploy MODEL LEN INTENT [SLO] [FP16] [PLACEMENT] [BATCH] [ACCURACY] [WAIT]",
     "inference": "ID inference TEXT",
     "prior_inference": "ID prior_inference TEXT",
+    "cancel_profile": "ID cancel_profile",
     "status": "ID status",
     "remove": "ID remove",
 }
 """The syntax of each command. ID is the ID of a registered model."""
 
 HELP = {
-    "register": "register a model by name or by its path in the server's models folder; prints its ID",
-    "models": "list the registered models and their IDs",
+    "register": "register a model by name or by its path in the server's models folder; prints its ID; PROFILE: "
+    "measure it, yes or no",
+    "models": "list the registered models, their IDs and profiles",
     "endpoints": "list the endpoints and the GPUs of their deployments",
     "health": "show the health of the server",
     "help": "show this help",
     "quit": "leave the console (or Ctrl-D)",
-    "deploy": "create an endpoint; LEN: typical output tokens, SLO: 500ms or 2s, ACCURACY: in percent",
+    "deploy": "create an endpoint; LEN: typical output tokens, SLO: 500ms or 2s, ACCURACY: in percent, WAIT: for the "
+    "profile, yes or no",
     "inference": "complete a text",
     "prior_inference": "complete a text, at the head of the queue",
+    "cancel_profile": "stop measuring the model",
     "status": "show the endpoints of the model",
     "remove": "remove the endpoints of the model",
 }
 """What each command does."""
 
 _GENERAL_COMMANDS = ("register", "models", "endpoints", "health", "help", "quit")
-_MODEL_COMMANDS = ("deploy", "inference", "prior_inference", "status", "remove")
+_MODEL_COMMANDS = ("deploy", "inference", "prior_inference", "cancel_profile", "status", "remove")
 _ALIASES = {"exit": "quit"}
 
 _DEFAULT = "-"  # stands for an optional argument that keeps its default
@@ -54,9 +58,10 @@ _HELP_WIDTH, _HELP_COLUMN = 80, 25
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """`register MODEL`."""
+    """`register MODEL [PROFILE]`; `profile` None leaves it to the server."""
 
     model: str
+    profile: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class DeployModel:
     placement: str | None = None
     batch_size: int = 1
     min_accuracy: float = 0.0
+    wait_for_profile: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +108,20 @@ class ShowModel:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelProfile:
+    """`ID cancel_profile`."""
+
+    model_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveModel:
     """`ID remove`."""
 
     model_id: int
 
 
-Command: TypeAlias = Register | Show | DeployModel | Infer | ShowModel | RemoveModel
+Command: TypeAlias = Register | Show | DeployModel | Infer | ShowModel | CancelProfile | RemoveModel
 
 
 def parse(line: str) -> Command | None:
@@ -130,9 +143,10 @@ def parse(line: str) -> Command | None:
     if name not in _GENERAL_COMMANDS:
         raise _unknown_command(name, (*_GENERAL_COMMANDS, *_MODEL_COMMANDS))
     if name == "register":
-        if len(rest) != 1:
+        if not 1 <= len(rest) <= 2:
             raise InputError(f"register takes one model: {USAGE['register']}")
-        return Register(rest[0])
+        given = [_convert(text.lower(), _boolean, "PROFILE", "yes or no") for text in rest[1:] if text != _DEFAULT]
+        return Register(rest[0], *given)
     _check_no_arguments(name, rest)
     return Show(name)
 
@@ -150,6 +164,9 @@ def _parse_model_command(line: str, arguments: Sequence[str]) -> Command:
                 raise InputError(f"{name} needs a text: {USAGE[name]}")
             text = line.split(maxsplit=2)[2].rstrip("\r\n")
             return Infer(model_id=model_id, text=text, priority=name == "prior_inference")
+        case "cancel_profile":
+            _check_no_arguments(name, rest)
+            return CancelProfile(model_id)
         case "status":
             _check_no_arguments(name, rest)
             return ShowModel(model_id)
@@ -162,10 +179,10 @@ def _parse_model_command(line: str, arguments: Sequence[str]) -> Command:
 def _parse_deploy(model_id: int, arguments: Sequence[str]) -> DeployModel:
     from maveriq.domain.deployments import Objective
 
-    if not 3 <= len(arguments) <= 8:
-        raise InputError(f"deploy takes three to eight arguments, not {len(arguments)}: {USAGE['deploy']}")
+    if not 3 <= len(arguments) <= 9:
+        raise InputError(f"deploy takes three to nine arguments, not {len(arguments)}: {USAGE['deploy']}")
     model, length, intent, *optional = arguments
-    slo, fp16, placement, batch, accuracy = (*optional, *[_DEFAULT] * (5 - len(optional)))
+    slo, fp16, placement, batch, accuracy, wait = (*optional, *[_DEFAULT] * (6 - len(optional)))
     return DeployModel(
         model_id=model_id,
         assumed_ms=slo not in (_DEFAULT, "0") and not slo.endswith("s"),
@@ -179,6 +196,7 @@ def _parse_deploy(model_id: int, arguments: Sequence[str]) -> DeployModel:
         min_accuracy=(
             0.0 if accuracy == _DEFAULT else _convert(accuracy.rstrip("%"), _finite, "ACCURACY", "a percentage")
         ),
+        wait_for_profile=wait == _DEFAULT or _convert(wait.lower(), _boolean, "WAIT", "yes or no"),
     )
 
 
@@ -255,10 +273,10 @@ def completions(
     if position == 0:
         candidates = (*_GENERAL_COMMANDS, *map(str, model_ids))
     elif arguments[0] == "register":
-        candidates = models if position == 1 else ()
+        candidates = {1: models, 2: ("yes", "no")}.get(position, ())
     elif arguments[0].isdecimal() and position == 1:
         candidates = _MODEL_COMMANDS
     elif arguments[0].isdecimal() and arguments[1] == "deploy":
         intents = [objective.value for objective in Objective]
-        candidates = {2: models, 4: intents, 6: ("yes", "no"), 7: placements}.get(position, ())
+        candidates = {2: models, 4: intents, 6: ("yes", "no"), 7: placements, 10: ("yes", "no")}.get(position, ())
     return sorted({candidate for candidate in candidates if candidate.startswith(prefix)})

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import httpx
 import msgspec
@@ -28,11 +28,23 @@ _MAX_EVENT_BYTES = 1024 * 1024
 _MAX_MESSAGE_CHARACTERS = 2_000
 
 
+class ProfileJson(TypedDict):
+    """What is used of the profile of a model."""
+
+    status: str
+    detail: str
+    gpus: list[int]
+    measured_s: float
+    gpu_s: float
+    usd: float | None
+
+
 class ModelJson(TypedDict):
     """What is used of a model."""
 
     id: int
     name: str
+    profile: NotRequired[ProfileJson | None]
 
 
 class DeploymentJson(TypedDict):
@@ -111,10 +123,15 @@ class ServiceClient:
         """Return the JSON of a GET route."""
         return self._checked(self._call("GET", path), _SHAPES.get(path, Any))
 
-    def register(self, model: str) -> dict[str, Any]:
-        """Register a model and return its `ModelView`."""
-        view: dict[str, Any] = self._checked(self._call("POST", "/models", {"model": model}), ModelJson)
+    def register(self, model: str, *, profile: bool | None = None) -> dict[str, Any]:
+        """Register a model and return its `ModelView`; `profile` says whether it is measured, None by the server."""
+        body = {"model": model, "profile": profile}
+        view: dict[str, Any] = self._checked(self._call("POST", "/models", body), ModelJson)
         return view
+
+    def cancel_profile(self, model_id: int) -> None:
+        """Cancel the profile of a model."""
+        self._call("DELETE", f"/models/{model_id}/profile")
 
     def create_endpoint(self, request: dict[str, Any]) -> dict[str, Any]:
         """Create an endpoint from the fields of `CreateEndpoint` and return its `EndpointView`."""
