@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -199,6 +199,8 @@ def _run_service(
     with contextlib.ExitStack() as resources:
         machine = resources.enter_context(contextlib.closing(LocalMachine(engines.name, engines.engine_python)))
         profiled: dict[str, tuple[ModelSpec, Estimator]] | None = None if profiling is None else {}
+        if profiling is not None and options.profile == Options().profile:
+            options = replace(options, profile=_profile_of_machine(machine, options.profile, _profiles_folder(state)))
         system, placements = build_live_system(
             options,
             wrap_estimator=machine.planning,
@@ -229,6 +231,49 @@ def _run_service(
             quiet=quiet,
         )
         asyncio.run(serving)
+
+
+def _profiles_folder(state: Path) -> Path:
+    return state.with_suffix(".profiles")
+
+
+def _profile_of_machine(machine: LocalMachine, default: str, folder: Path) -> str:
+    """Return the profile to begin with: on a CPU, which has no data sheet, one with its speeds, measured in a second.
+
+    Raises:
+        MaveriqError: it cannot be written.
+    """
+    from datetime import UTC, datetime
+
+    import msgspec
+
+    from maveriq import __version__
+    from maveriq.estimate.profile_file import FORMAT, PROFILE_NAME, VERSION, EngineRecord, ProfileFile
+    from maveriq.exec.local_machine import EMULATED
+    from maveriq.files import written_whole
+    from maveriq.profiling.machine import machine_record, measured_sheet
+
+    if machine.backend == EMULATED or machine.meter is not None:
+        return default
+    path = folder / "machine" / PROFILE_NAME
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        record = machine_record(machine, kind=None, memory_gib=None)
+        sheet = measured_sheet(record.cores, record.memory_gib)
+        file = ProfileFile(
+            format=FORMAT,
+            version=VERSION,
+            name="machine",
+            made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            made_by=__version__,
+            machine=msgspec.structs.replace(record, sheet=sheet),
+            engine=EngineRecord(name=machine.backend),
+            models=(),
+            runs=(),
+        )
+        with written_whole(path, what="profile", overwrite=True) as partial:
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n")
+    return str(path)
 
 
 def _profile_settings(
@@ -267,7 +312,7 @@ def _profile_settings(
         time_scale=engines.time_scale,
     )
     return ProfileSettings(
-        folder=state.with_suffix(".profiles"),
+        folder=_profiles_folder(state),
         profiled=profiled,
         machine=MachineRecord(
             kind=gpu.kind,

@@ -173,7 +173,7 @@ class ProfileFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_on
     made_by: _Text
     machine: MachineRecord
     engine: EngineRecord
-    models: Annotated[tuple[ModelRecord, ...], msgspec.Meta(min_length=1, max_length=_MAX_MODELS)]
+    models: Annotated[tuple[ModelRecord, ...], msgspec.Meta(max_length=_MAX_MODELS)]
     runs: Annotated[tuple[RunRecord, ...], msgspec.Meta(max_length=_MAX_RUNS)]
 
 

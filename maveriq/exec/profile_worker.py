@@ -125,6 +125,11 @@ class ProfileProcess:
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process ID; 0 before it is started."""
+        return 0 if self._process is None else self._process.pid
+
     async def plan(self) -> Planned:
         """Start the process and return what its plan takes.
 

@@ -8,6 +8,7 @@ at a lower priority, and its engines with it: where processor cores are short, r
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import queue
 import signal
@@ -48,6 +49,7 @@ from maveriq.scenario.service_times import ServiceTimes
 from maveriq.units import seconds
 
 _NICENESS = 10
+_LOCK_NAME = "lock"
 _EMULATED_PROMPTS, _EMULATED_BATCHES = (128, 512, 2048), (1, 4, 16)
 
 
@@ -121,7 +123,12 @@ def _measure(lines: queue.SimpleQueue[bytes]) -> None:
     model = load_model(job.model)
     models = {model.name: (model, config_path(Path(job.model)).resolve() if model.config_json else None)}
     folder = Path(job.folder)
-    with contextlib.closing(LocalMachine(job.backend, job.engine_python)) as local:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (
+        (folder / _LOCK_NAME).open("w") as lock,
+        contextlib.closing(LocalMachine(job.backend, job.engine_python)) as local,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a server that was killed may still stop its engines
         profile = PlannedProfile(models, local, _options(job), job.machine)
         plan = _plan(profile, folder)
         gpus = max(run.configuration.gpus for run in plan.runs)
@@ -141,7 +148,6 @@ def _measure(lines: queue.SimpleQueue[bytes]) -> None:
 
 def _plan(profile: PlannedProfile, folder: Path) -> ProfilePlan:
     """Return the plan that was begun in a folder, or a new one; a log of other options or versions is removed."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         begun = begun_session(folder)
     except InputError:

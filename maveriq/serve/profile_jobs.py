@@ -49,6 +49,10 @@ OPEN: tuple[Status, ...] = STATUSES[:4]
 """Those of a profile that has not ended."""
 
 
+OpenProcess: TypeAlias = Callable[[ProfileJob, Path], ProfileProcess]
+"""Makes the process that measures a job; its output goes to the file."""
+
+
 class ProfileState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far a profile is, and what it has cost.
 
@@ -134,10 +138,14 @@ class ProfileJobs:
     Args:
         cluster: gives GPUs.
         settings: how profiles are measured; None where the service measures none.
+        open_process: makes the process of a profile.
     """
 
-    def __init__(self, cluster: LiveCluster, settings: ProfileSettings | None) -> None:
+    def __init__(
+        self, cluster: LiveCluster, settings: ProfileSettings | None, open_process: OpenProcess = ProfileProcess
+    ) -> None:
         self._cluster = cluster
+        self._open_process = open_process
         self._settings = settings
         self._states: dict[int, ProfileState] = {}
         self._queue: dict[int, StoredModel] = {}
@@ -247,7 +255,8 @@ class ProfileJobs:
         if self._settings is None or self._closed or self._current is not None or not self._queue:
             return
         model = self._queue.pop(next(iter(self._queue)))
-        job = self._current = _Job(model, self._settings, self._cluster, self._update)
+        begun = self._states[model.model_id]
+        job = self._current = _Job(model, self._settings, self._cluster, self._update, self._open_process, begun)
         job.task = asyncio.get_running_loop().create_task(job.run())
         job.task.add_done_callback(lambda task: self._job_ended(job, task))
 
@@ -330,10 +339,18 @@ class _Job:
         settings: how.
         cluster: gives GPUs.
         update: called with the model's ID and what has changed of its state.
+        open_process: makes its process.
+        begun: its state, with what it has cost before the server's last start.
     """
 
     def __init__(
-        self, model: StoredModel, settings: ProfileSettings, cluster: LiveCluster, update: Callable[..., None]
+        self,
+        model: StoredModel,
+        settings: ProfileSettings,
+        cluster: LiveCluster,
+        update: Callable[..., None],
+        open_process: OpenProcess,
+        begun: ProfileState,
     ) -> None:
         self.model = model
         self.task: asyncio.Task[int] | None = None
@@ -343,7 +360,8 @@ class _Job:
         self._gpu_ids: tuple[int, ...] = ()
         self._granted = asyncio.Event()
         self._revoked = asyncio.Event()
-        self._measured_s = self._gpu_s = 0.0
+        self._open_process = open_process
+        self._measured_s, self._gpu_s = begun.measured_s, begun.gpu_s
 
     def start(self, gpu_ids: tuple[int, ...]) -> None:
         """Measure on these GPUs."""
@@ -369,7 +387,7 @@ class _Job:
         """
         samples = None
         while samples is None:
-            process = ProfileProcess(self._job(), self._folder / _LOG_NAME)
+            process = self._open_process(self._job(), self._folder / _LOG_NAME)
             try:
                 samples = await self._measure(process)
             finally:
