@@ -145,8 +145,9 @@ def parse(line: str) -> Command | None:
     if name == "register":
         if not 1 <= len(rest) <= 2:
             raise InputError(f"register takes one model: {USAGE['register']}")
-        given = [_convert(text.lower(), _boolean, "PROFILE", "yes or no") for text in rest[1:] if text != _DEFAULT]
-        return Register(rest[0], *given)
+        if rest[1:] in ([], [_DEFAULT]):
+            return Register(rest[0])
+        return Register(rest[0], _convert(rest[1].lower(), _boolean, "PROFILE", "yes or no", command=name))
     _check_no_arguments(name, rest)
     return Show(name)
 
@@ -200,11 +201,11 @@ def _parse_deploy(model_id: int, arguments: Sequence[str]) -> DeployModel:
     )
 
 
-def _convert(text: str, convert: Callable[[str], T], argument: str, expected: str) -> T:
+def _convert(text: str, convert: Callable[[str], T], argument: str, expected: str, *, command: str = "deploy") -> T:
     try:
         return convert(text)
     except ValueError:
-        raise InputError(f"{argument} must be {expected}, not {text!r}: {USAGE['deploy']}") from None
+        raise InputError(f"{argument} must be {expected}, not {text!r}: {USAGE[command]}") from None
 
 
 def _milliseconds(text: str) -> float:

@@ -17,6 +17,7 @@ from running import MODEL, Running, running, until
 from maveriq.cli.console import ConsoleSession, WaitProgress, run_console
 from maveriq.cli.console_commands import (
     USAGE,
+    CancelProfile,
     DeployModel,
     Infer,
     Register,
@@ -40,6 +41,9 @@ DEPLOY = DeployModel(model_id=1, model="m", output_tokens=20, intent="min-cost")
         ("", None),
         ("   # a comment", None),
         ("register llama-2-7b", Register("llama-2-7b")),
+        ("register llama-2-7b no", Register("llama-2-7b", profile=False)),
+        ("7 cancel_profile", CancelProfile(7)),
+        ("1 deploy m 20 min-cost - - - - - no", dataclasses.replace(DEPLOY, wait_for_profile=False)),
         ("models", Show("models")),
         ("exit", Show("quit")),
         ("1 deploy m 20 min_cost", DEPLOY),
@@ -63,8 +67,9 @@ def test_parse(line: str, command: object) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("regster x", "did you mean 'register MODEL'"),
+        ("regster x", "did you mean 'register MODEL [PROFILE]'"),
         ("register", USAGE["register"]),
+        ("register m maybe", "PROFILE must be yes or no, not 'maybe'"),
         ("deploy m 20 min-cost", "needs a model ID in front"),
         ("1", "a command is missing after model ID 1"),
         ("1 deplyo m", "did you mean 'ID deploy"),
@@ -101,7 +106,7 @@ def test_any_line_is_a_command_or_an_error(line: str) -> None:
         ("reg", ["register"]),
         ("", ["1", "endpoints", "health", "help", "models", "quit", "register"]),
         ("register lla", ["llama-2-7b"]),
-        ("1 ", ["deploy", "inference", "prior_inference", "remove", "status"]),
+        ("1 ", ["cancel_profile", "deploy", "inference", "prior_inference", "remove", "status"]),
         ("1 deploy ll", ["llama-2-7b"]),
         ("1 deploy llama-2-7b 20 min-l", ["min-latency"]),
         ("1 deploy llama-2-7b 20 min-cost 1s y", ["yes"]),
