@@ -293,10 +293,12 @@ def _service_metrics() -> Iterator[tuple[str, str, str, str]]:
     from maveriq.domain.requests import RequestStatus
     from maveriq.exec.live_cluster import Outcome
     from maveriq.serve.metrics import Metrics
+    from maveriq.serve.profile_jobs import ProfileJobs
 
     metrics = Metrics()
     metrics.add_cluster(_progress, lambda: 0)
     metrics.add_connections(lambda: 0)
+    metrics.add_profiles(ProfileJobs(cast("Any", None), None))
     metrics.add_model("m")
     metrics.http_errors.labels("code")
     outcome = Outcome(
