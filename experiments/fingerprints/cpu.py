@@ -3,17 +3,19 @@
 Usage: python experiments/fingerprints/cpu.py [--settings FILE] [--work DIR] [--out DIR] [--page FILE] [MODEL...]
 
 For each model of the settings, the engines of a planned fingerprint profile and of the whole model in every
-configuration take turns, sample by sample, so that a slow moment of the machine meets both. The whole model's times and
-memory are predicted by physics alone, and blended with the first 1, 4 and 16 measurements and with all. What the whole
-model's samples say about themselves bounds the error that can be seen: one half of them is compared with the other.
-Results go to results/, a table to docs/profiling.md. --work keeps what was measured: an interrupted run goes on, and
-models may be measured one at a time. The exit code is 1 if a bar of the settings is missed. The machine must be idle.
+configuration take turns, sample by sample, so that a slow moment of the machine meets both; each counts its own samples
+and an equal share of the start. The whole model's times and memory are predicted by physics alone, and blended with the
+first 1, 4 and 16 measurements and with all. What the whole model's samples say about themselves bounds the error that
+can be seen: one half of them is compared with the other. Results go to results/, a table to docs/profiling.md. --work
+keeps what was measured: an interrupted run goes on, and models may be measured one at a time. The exit code is 1 if a
+bar of the settings is missed. The machine must be idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +38,7 @@ from maveriq.estimate.profile_file import (
     observations_of,
     planned_profile,
     planning_profile,
+    steadied,
 )
 from maveriq.exec.local_machine import LocalMachine
 from maveriq.profiling.plan import ProfilePlan, plan_profile, plan_whole_model
@@ -106,11 +109,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Seconds that both profiles of a model took."""
+    """Seconds of both profiles of a model, and the time of a layer in short models over that in the whole one."""
 
     model: str
     fingerprints_s: float
     whole_s: float
+    layer_ratio: float
 
 
 def main(arguments: list[str]) -> int:
@@ -121,12 +125,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder in which to keep what was measured")
     parser.add_argument("--out", type=Path, default=_HERE / "results", metavar="DIR")
     parser.add_argument("--page", type=Path, default=_PAGE, metavar="FILE", help="page with the table")
+    parser.add_argument("--real-time", action="store_true", help="run engines before all other processes (root)")
     options = parser.parse_args(arguments)
     settings = msgspec.toml.decode(options.settings.read_bytes(), type=Settings)
     models = options.models or settings.models
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
-        compared = [compare_model(_HERE / "models" / name, settings, work / name) for name in models]
+        compared = [
+            compare_model(_HERE / "models" / name, settings, work / name, real_time=options.real_time)
+            for name in models
+        ]
     rows, costs = [row for found, _ in compared for row in found], [cost for _, cost in compared]
     options.out.mkdir(parents=True, exist_ok=True)
     write_results(options.out, rows, costs)
@@ -141,7 +149,7 @@ def main(arguments: list[str]) -> int:
     return bool(missed)
 
 
-def compare_model(folder: Path, settings: Settings, work: Path) -> tuple[list[Row], Cost]:
+def compare_model(folder: Path, settings: Settings, work: Path, *, real_time: bool = False) -> tuple[list[Row], Cost]:
     """Measure a model in both ways, and predict the whole one."""
     model = load_model(str(folder))
     local = LocalMachine("torch")
@@ -152,6 +160,7 @@ def compare_model(folder: Path, settings: Settings, work: Path) -> tuple[list[Ro
         formats=[(weights, KvType.NATIVE) for weights in settings.formats],
         least_repeats=settings.least_repeats,
         most_repeats=settings.most_repeats,
+        real_time=real_time,
     )
     planned = PlannedProfile({model.name: (model, config_path(folder))}, local, options)
     parts = ComputedParts(PhysicsEstimator(planning_profile(planned.machine, "torch")))
@@ -179,11 +188,12 @@ def compare_model(folder: Path, settings: Settings, work: Path) -> tuple[list[Ro
         for row in _predictions(model, observations_of(whole), replace(profile, observed=seen), name)
     ]
     rows += _against_itself(whole, model)
-    engines = len(both.runs)
+    start_s = max(run.start_s for run in measured.runs) / len(measured.runs)
     return rows, Cost(
         model=model.name,
-        fingerprints_s=sum(seconds_of(run, engines) for run in short.runs),
-        whole_s=sum(seconds_of(run, engines) for run in whole.runs),
+        fingerprints_s=sum(start_s + samples_s(run) for run in short.runs),
+        whole_s=sum(start_s + samples_s(run) for run in whole.runs),
+        layer_ratio=median(layer_ratios(measured) or [math.nan]),
     )
 
 
@@ -192,29 +202,43 @@ def is_whole(run: RunRecord, model: ModelSpec) -> bool:
     return len(run.layers) == model.layers
 
 
-def seconds_of(run: RunRecord, engines: int) -> float:
-    """Return the seconds that an engine took: its samples, a warm-up of each batch, and its share of the start.
-
-    Args:
-        run: what was measured.
-        engines: how many started at once.
-    """
-    samples_s = 0.0
+def samples_s(run: RunRecord) -> float:
+    """Return the seconds that an engine computed: its samples, and a warm-up of each batch."""
+    total_s = 0.0
     for case in run.cases:
         each = [
             first + (case.output_tokens - 1) * token for first, token in zip(case.first_s, case.each_s, strict=True)
         ]
-        samples_s += sum(each) + median(each)
-    return run.start_s / engines + samples_s
+        total_s += sum(each) + median(each)
+    return total_s
+
+
+def layer_ratios(measured: ProfileFile) -> list[float]:
+    """Return what a layer adds to the shortest models over what it adds to longer ones, for each time.
+
+    About 1 if layers take equally long in models of any length: if no model fits a cache that another one does not.
+    """
+    times: dict[tuple[WeightType, int, int, str], dict[int, float]] = {}
+    for run in measured.runs:
+        for case in run.cases:
+            for figure, samples in (("TTFT", case.first_s), ("TPOT", case.each_s)):
+                of_case = times.setdefault((run.weights, case.batch, case.prompt_tokens, figure), {})
+                of_case[len(run.layers)] = median(samples)
+    found = []
+    for of_case in times.values():
+        if len(of_case) == 3:
+            (few, few_s), (more, more_s), (whole, whole_s) = sorted(of_case.items())
+            found.append((more_s - few_s) / (more - few) / ((whole_s - more_s) / (whole - more)))
+    return found
 
 
 def _measured(planned: PlannedProfile, plan: ProfilePlan, folder: Path) -> ProfileFile:
     """Measure a plan, all its engines in turns; what is there already is read."""
     path = folder / PROFILE_NAME
     if not path.exists():
-        profile = measure_plan(planned, plan, folder, _report, first=True, side_by_side=len(plan.runs))
+        profile = measure_plan(planned, plan, folder, _report, side_by_side=len(plan.runs))
         path.write_bytes(msgspec.json.encode(profile))
-    return msgspec.json.decode(path.read_bytes(), type=ProfileFile)
+    return steadied(msgspec.json.decode(path.read_bytes(), type=ProfileFile))
 
 
 def _report(text: str) -> None:
@@ -298,8 +322,11 @@ def write_results(out: Path, rows: Sequence[Row], costs: Sequence[Cost]) -> None
             ])  # fmt: skip
     with (out / "cpu_cost.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["model", "fingerprints_s", "whole_s"])
-        table.writerows([cost.model, f"{cost.fingerprints_s:.1f}", f"{cost.whole_s:.1f}"] for cost in costs)
+        table.writerow(["model", "fingerprints_s", "whole_s", "layer_ratio"])
+        table.writerows(
+            [cost.model, f"{cost.fingerprints_s:.1f}", f"{cost.whole_s:.1f}", f"{cost.layer_ratio:.3f}"]
+            for cost in costs
+        )
 
 
 def errors_by(rows: Sequence[Row], **equal: str) -> list[float]:
@@ -321,16 +348,19 @@ def table_lines(rows: Sequence[Row], costs: Sequence[Cost], settings: Settings) 
         }.get(count, count)
         yield f"| {name} | {' | '.join(cells)} | {median(errors_by(rows, measurements=count)):.1f} |"
     yield ""
-    yield f"| model | layers | fingerprints s | whole model s | share % | {errors[0]} | {errors[1]} | memory: worst % |"
-    yield "|---|---|---|---|---|---|---|---|"
+    columns = ["model", "layers", "fingerprints s", "whole model s", "share %", *errors[:2], "memory: worst %"]
+    columns += ["TTFT against itself", "TPOT against itself", "layer, short : whole"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     layers: Mapping[str, int] = {row.model: row.layers for row in rows}
     for cost in costs:
         of_model = [row for row in rows if row.model == cost.model]
         ttft, tpot, memory = (errors_by(of_model, measurements="all", figure=figure) for figure in _FIGURES)
+        itself = [_cell(errors_by(of_model, measurements=_ITSELF, figure=figure)) for figure in _FIGURES[:2]]
         share = 100 * cost.fingerprints_s / cost.whole_s
         yield (
             f"| {cost.model} | {layers[cost.model]} | {cost.fingerprints_s:.0f} | {cost.whole_s:.0f} | {share:.0f} | "
-            f"{_cell(ttft)} | {_cell(tpot)} | {max(memory):.1f} |"
+            f"{_cell(ttft)} | {_cell(tpot)} | {max(memory):.1f} | {' | '.join(itself)} | {cost.layer_ratio:.2f} |"
         )
 
 

@@ -88,6 +88,9 @@ def profile(
     budget_s: Annotated[
         float | None, typer.Option(min=1, max=1e6, help="Most seconds that the plan may take.", show_default="none")
     ] = None,
+    real_time: Annotated[
+        bool, typer.Option("--real-time", help="Run engines on a CPU before all other processes (root).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and measure nothing.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of prompts and of random weights.")] = 42,
     memory_gib: Annotated[
@@ -130,12 +133,14 @@ def profile(
             kind=kind,
             memory_gib=memory_gib,
             seed=seed,
+            real_time=real_time,
         )
         _plan(chosen, options, backend, engine_python or (), out, overwrite=overwrite, dry_run=dry_run, as_json=as_json)
         return
-    if (formats, max_gpus, layers, budget_s) != (None, None, None, None) or dry_run or as_json:
+    if (formats, max_gpus, layers, budget_s) != (None, None, None, None) or real_time or dry_run or as_json:
         raise InputError(
-            "--formats, --max-gpus, --layers, --budget-s, --dry-run and --json plan; leave them out with -c"
+            "these plan; leave them out with -c: --formats, --max-gpus, --layers, --budget-s, --real-time, --dry-run, "
+            "--json"
         )
     if out is None:
         raise InputError("name a folder for the profile: --out FOLDER")

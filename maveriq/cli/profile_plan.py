@@ -69,7 +69,7 @@ def profile_by_plan(profile: PlannedProfile, target: Target | None, *, dry_run: 
     def report(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    file = measure_plan(profile, plan, target.folder, report, first=True)
+    file = measure_plan(profile, plan, target.folder, report)
     path = target.folder / PROFILE_NAME
     with written_whole(path, what="profile", overwrite=True) as partial:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n")

@@ -100,7 +100,8 @@ class ComputedParts:
             if index == 0 and self.admission_s:
                 parts.append(Term(ADMISSION, self.admission_s, features))
             rest = totals[index] - hand_over - sum(term.value for term in parts)
-            parts.append(Term(REST, rest, features))
+            # The output matrix has a row for each sequence: its last token.
+            parts.append(Term(REST, rest, features._replace(log_rows=math.log(batch.size))))
             if configuration.pp > 1:
                 of_each = (configuration.pp - 1) * _LEAST_SHARE * totals[index]
                 parts.append(Term(HAND_OVER, max(hand_over, of_each), features))

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Annotated, Final, Literal
 
 import msgspec
+import numpy as np
 
 from maveriq.domain.cluster import DispatchTiming, LoadWindow
 from maveriq.domain.engine_versions import release_numbers
@@ -24,6 +25,7 @@ from maveriq.errors import InputError
 from maveriq.estimate.engine_presets import EngineTimes, engine_preset
 from maveriq.estimate.fingerprints import FingerprintTable
 from maveriq.estimate.hardware_profile import HardwareProfile, LoadFit, MeasuredFacts
+from maveriq.estimate.machine_drift import TimedSamples, machine_drift
 from maveriq.estimate.observations import Batch, Observation, with_layers
 from maveriq.tables import read_json
 from maveriq.units import bytes_from_gib, micros
@@ -96,6 +98,7 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
         first_s: until the first token; of an engine that batches continuously, of the step with all the prompts.
         each_s: for each further token.
         mixed_s: of a step with one more such prompt while the batch decodes; none where an engine has no such steps.
+        at_s: when each sample ended, in seconds since 1970; none where that was not recorded.
     """
 
     batch: _Tokens
@@ -104,10 +107,21 @@ class CaseRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
     first_s: _Samples
     each_s: _Samples
     mixed_s: _Samples = ()
+    at_s: Annotated[
+        tuple[Annotated[float, msgspec.Meta(ge=0, le=1e11)], ...], msgspec.Meta(max_length=_MAX_SAMPLES)
+    ] = ()
 
     def __post_init__(self) -> None:
         if len(self.first_s) != len(self.each_s) or not self.first_s:
             raise ValueError("first_s and each_s must have as many samples, at least one")
+        if self.at_s and len(self.at_s) != len(self.first_s):
+            raise ValueError("at_s must have as many entries as first_s, or none")
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """The seconds that each sample took."""
+        rest = self.output_tokens - 1
+        return tuple(first + rest * each for first, each in zip(self.first_s, self.each_s, strict=True))
 
 
 class RunRecord(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -217,6 +231,7 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
         InputError: as `models_of`, or a run with layers that its model has not.
     """
     models, admission_s = models_of(profile), admission_of(profile)
+    profile = steadied(profile)
     found: list[Observation] = []
     cases = [case for run in profile.runs for case in run.cases]
     noises = iter(
@@ -255,6 +270,29 @@ def observations_of(profile: ProfileFile) -> tuple[Observation, ...]:
                 )
             )
     return tuple(found)
+
+
+def steadied(profile: ProfileFile) -> ProfileFile:
+    """Return a profile whose samples are as on a machine of steady speed, as far as their times tell its speed.
+
+    The times are left out: nothing is taken off twice.
+    """
+    cases = [case for run in profile.runs for case in run.cases if case.at_s]
+    drift = iter(machine_drift([TimedSamples(case.at_s, case.seconds) for case in cases]))
+
+    def without(case: CaseRecord) -> CaseRecord:
+        if not case.at_s:
+            return case
+        factors = np.exp(-next(drift))
+        changed = {
+            name: tuple(float(sample) for sample in np.array(samples) * factors)
+            for name in ("first_s", "each_s", "mixed_s")
+            if len(samples := getattr(case, name)) == len(factors)
+        }
+        return msgspec.structs.replace(case, at_s=(), **changed)
+
+    runs = tuple(msgspec.structs.replace(run, cases=tuple(map(without, run.cases))) for run in profile.runs)
+    return msgspec.structs.replace(profile, runs=runs)
 
 
 def admission_of(profile: ProfileFile) -> float:

@@ -7,6 +7,7 @@ measurements, and a machine that grows slower meanwhile must not pass for one.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -154,7 +155,8 @@ async def _execute_group(
             run = plan.runs[number]
             name = f"run {number} case {at} repeat {repeat}"
             times = await _sample(engines[number], models[run.model], case, bench.probe.seed, name)
-            session.add(Sample(run=number, case=at, repeat=repeat, **times._asdict()))
+            at_s = round(time.time(), 3)
+            session.add(Sample(run=number, case=at, repeat=repeat, at_s=at_s, **times._asdict()))
             samples = session.samples[number, at]
             if bench.repeats.enough(samples):
                 report(f"  {_name(run)}, {_result(case, samples)}; {_left(session, bench.repeats)}")
@@ -247,6 +249,7 @@ def run_records(session: Session) -> tuple[RunRecord, ...]:
                     first_s=tuple(sample.first_s for sample in session.samples[number, at]),
                     each_s=tuple(sample.each_s for sample in session.samples[number, at]),
                     mixed_s=tuple(sample.mixed_s for sample in session.samples[number, at] if sample.mixed_s),
+                    at_s=tuple(sample.at_s for sample in session.samples[number, at]),
                 )
                 for at, case in enumerate(run.cases)
             ),

@@ -39,7 +39,7 @@ USUAL_REPEATS = 5
 """Samples of a batch, about, that make its median sure."""
 
 _DEPTHS = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8))
-_START_S = {"emulated": 1.0, "torch": 4.0, "vllm": 60.0, "trtllm": 120.0}
+_START_S = {"emulated": 1.0, "torch": 8.0, "vllm": 60.0, "trtllm": 120.0}
 """Until an engine serves a few layers, about."""
 
 _START_S_PER_GB, _USUAL_START_S = 1.0, 60.0

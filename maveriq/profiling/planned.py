@@ -40,7 +40,7 @@ from maveriq.exec.launcher import ProcessLauncher
 from maveriq.exec.local_machine import EMULATED, LocalMachine
 from maveriq.exec.model_files import ModelFiles
 from maveriq.profiling.execute import Bench, Emulate, Repeats, Report, execute, run_records
-from maveriq.profiling.machine import high_priority, machine_record, measured_sheet
+from maveriq.profiling.machine import machine_record, measured_sheet, real_time
 from maveriq.profiling.measure import Probe
 from maveriq.profiling.memory_meter import GpuMemory, MemoryMeter, NoMemory, ProcessMemory
 from maveriq.profiling.plan import CPU_NOISE, NOISE, USUAL_REPEATS, Layers, ProfilePlan, Wanted, plan_profile
@@ -75,6 +75,7 @@ class ProfileOptions:
         kind: name of the kind of GPU.
         memory_gib: memory of one.
         seed: of prompts and random weights.
+        real_time: whether engines have the cores before all other processes; not beside engines that serve.
     """
 
     prompt_tokens: Sequence[int] | None = None
@@ -89,6 +90,7 @@ class ProfileOptions:
     kind: str | None = None
     memory_gib: float | None = None
     seed: int = 42
+    real_time: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +242,6 @@ def measure_plan(
     folder: Path,
     report: Report,
     *,
-    first: bool = False,
     side_by_side: int | None = None,
     place: Place | None = None,
 ) -> ProfileFile:
@@ -251,7 +252,6 @@ def measure_plan(
         plan: what to measure.
         folder: where the log is.
         report: takes lines about progress.
-        first: whether engines have the cores before other processes; not beside engines that serve.
         side_by_side: engines that run at once and take turns; None for the device's usual number.
         place: where, beside a service; None for the first GPUs of this machine, where nothing else runs.
 
@@ -281,7 +281,7 @@ def measure_plan(
         open_session(folder, start) as session,
         tempfile.TemporaryDirectory(prefix="maveriq-profile-") as logs,
         tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder) as scratch,
-        high_priority() if first else contextlib.nullcontext(),
+        real_time() if options.real_time else contextlib.nullcontext(),
         ProcessLauncher(local.backend, logs=Path(logs), devices=devices, python=local.python_path) as launcher,
     ):
         for left in folder.glob(f"{SCRATCH_PREFIX}*"):  # of a process that was killed
@@ -336,7 +336,7 @@ def plan_bytes(profile: PlannedProfile, plan: ProfilePlan) -> Bytes:
 
 def options_text(profile: PlannedProfile) -> str:
     """Return what the choice of measurements depends on, as one text."""
-    options = replace(profile.options, kind=None)
+    options = replace(profile.options, kind=None, real_time=False)
     models = [msgspec.to_builtins(record) for record in profile.records()]
     machine = {"kind": profile.machine.kind, "device": profile.machine.device, "gib": profile.machine.memory_gib}
     given = {name: repr(getattr(options, name)) for name in options.__dataclass_fields__}

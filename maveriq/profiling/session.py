@@ -66,7 +66,10 @@ class EngineStarted(msgspec.Struct, tag="engine", forbid_unknown_fields=True, fr
 
 
 class Sample(msgspec.Struct, tag="sample", forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A batch was measured: of which run, case and repeat; the times are those of `SampleTimes`."""
+    """A batch was measured: of which run, case and repeat, and when (seconds since 1970).
+
+    The other times are those of `SampleTimes`.
+    """
 
     run: _Number
     case: _Number
@@ -75,6 +78,7 @@ class Sample(msgspec.Struct, tag="sample", forbid_unknown_fields=True, frozen=Tr
     each_s: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
     mixed_s: _Seconds = 0.0
     admission_s: _Seconds = 0.0
+    at_s: Annotated[float, msgspec.Meta(ge=0, le=1e11)] = 0.0
 
 
 class RunEnded(msgspec.Struct, tag="ended", forbid_unknown_fields=True, frozen=True, kw_only=True):

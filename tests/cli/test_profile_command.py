@@ -58,7 +58,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(model: Path, tmp_path: P
     assert "nothing is downloaded" in refusal("meta-llama/Llama-3.1-8B", *out)
     assert "--out FOLDER" in refusal(str(model))
     assert "int9" in refusal(str(model), "--formats", "int9", *out)
-    assert "with none of fp8" in refusal(str(model), "--formats", "fp8", *out)
+    assert "stores llama weights as float16, int8 or int4, not fp8" in refusal(str(model), "--formats", "fp8", *out)
     assert "leave them out with -c" in refusal(str(model), "-c", "1x1", "--dry-run", *out)
     assert "GiB on each GPU, which has 0.001 GiB" in refusal(str(model), "--memory-gib", "0.001", *out)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from profile_engines import PLAIN, empty_profile, parts, truth, wanted
 
 from maveriq.domain.models import WeightType
 from maveriq.estimate.blended import BlendedEstimator
-from maveriq.estimate.computed_parts import ATTENTION, LAYERS
+from maveriq.estimate.computed_parts import ATTENTION, LAYERS, REST
 from maveriq.estimate.estimator import Basis
 from maveriq.estimate.observations import Batch, Observation, with_layers
 from maveriq.estimate.physics import PhysicsEstimator
@@ -161,3 +161,9 @@ def test_products_of_equal_rows_are_corrected_alike_however_long_the_sequences_a
     features = [{term.part: term.features for term in computed.terms} for computed in (short, long)]
     assert features[0][LAYERS] == features[1][LAYERS]
     assert features[0][ATTENTION] != features[1][ATTENTION]
+
+
+def test_the_output_matrix_has_a_row_for_each_sequence_in_both_phases() -> None:
+    prefill, decode = parts().times(MODEL, PLAIN, Batch(4, 64, 20))
+    rows = [next(term for term in each.terms if term.part == REST).features.log_rows for each in (prefill, decode)]
+    assert rows == pytest.approx([math.log(4)] * 2)

@@ -1,12 +1,13 @@
-"""How sure medians are, and what keeps a CPU quiet while they are measured."""
+"""How sure medians are, and what keeps other processes off while they are measured."""
 
 import os
 from statistics import median
 
 import pytest
 
+from maveriq.errors import MaveriqError
 from maveriq.estimate.profile_file import noise_of_median, noise_of_medians
-from maveriq.profiling.machine import high_priority
+from maveriq.profiling.machine import real_time
 from maveriq.streams import generator
 
 
@@ -34,16 +35,18 @@ def test_pooled_noise_is_what_medians_err_by() -> None:
     assert max(noises) / min(noises) < max(alone) / min(alone) / 3
 
 
-def test_priority_is_higher_inside_where_that_is_allowed_and_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    with high_priority():
-        assert os.getpriority(os.PRIO_PROCESS, 0) <= before
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+def test_real_time_is_for_the_block_alone_and_refused_in_one_line_where_it_is_not_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, asked = os.sched_getscheduler(0), []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda _process, policy, _parameters: asked.append(policy))
+    with real_time():
+        assert asked == [os.SCHED_FIFO]
+    assert asked == [os.SCHED_FIFO, before]
 
-    def refuse(which: int, who: int, priority: int) -> None:
-        if priority < before:
-            raise PermissionError
+    def refuse(process: int, policy: int, parameters: object) -> None:
+        raise PermissionError
 
-    monkeypatch.setattr(os, "setpriority", refuse)
-    with high_priority():
-        assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with pytest.raises(MaveriqError, match="--real-time: this system lets root alone do that"), real_time():
+        pass
